@@ -1,0 +1,158 @@
+"""The local and the global branch from dense calls alone: windows as strided views, the rest of the keys as a circle.
+
+Layouts: q, k, v and out are [B, S, N, D], lse is [B, S, N] (fp32; fp64 for fp64 inputs). Tokens are frame-major.
+An empty set of keys gives out = 0 and lse = -inf, and no kernel is called for it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from freespec.kernels import Kernel
+from freespec.windows import QueryGroup, query_groups, window_range
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention over the union of two disjoint key sets: (e^za A + e^zb B) / (e^za + e^zb), in fp32 at least.
+
+    out [B, S, N, D] of any float dtype, lse [B, S, N]. Two empty sets give out = 0, lse = -inf.
+    """
+    lse = torch.logaddexp(lse_a, lse_b)
+    empty = torch.isneginf(lse)
+    weight_a = torch.exp(lse_a - lse).masked_fill(empty, 0.0)[..., None]
+    weight_b = torch.exp(lse_b - lse).masked_fill(empty, 0.0)[..., None]
+    out = out_a.to(lse.dtype) * weight_a + out_b.to(lse.dtype) * weight_b
+    return out.to(out_a.dtype), lse
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WindowedAttention:
+    """Attention over a video of `num_frames` x `frame_tokens` tokens with windows of `window_frames` frames.
+
+    Queries and keys may be any contiguous part of the sequence: `q_start` and `k_start` are the absolute positions of
+    their first tokens, so that the same calls serve one device and the shard of a rank.
+    """
+
+    num_frames: int
+    frame_tokens: int
+    window_frames: int
+    kernel: Kernel
+
+    def halo(self, q_start: int, q_stop: int) -> tuple[int, int]:
+        """Token range [start, stop) of all keys that the windows of the queries [q_start, q_stop) hold."""
+        return window_range(
+            q_start,
+            q_stop,
+            num_frames=self.num_frames,
+            frame_tokens=self.frame_tokens,
+            window_frames=self.window_frames,
+        )
+
+    def dense(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Every query sees every key: out [B, S, N, D], lse [B, S, N]."""
+        if q.shape[1] == 0 or k.shape[1] == 0 or q.shape[2] == 0:
+            return _empty_keys(q)
+        out, lse = self.kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+        return out.transpose(1, 2), lse.transpose(1, 2)
+
+    def local(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int) -> tuple[Tensor, Tensor]:
+        """Local branch (eq. 1): each query sees its own window, which k and v must cover."""
+        out, lse = _empty_keys(q)
+        for group in self._groups(q, q_start):
+            start = group.k_start - k_start
+            self._check_cover(group, k_start, k_start + k.shape[1])
+            self._attend(group, q, (k, v), (q_start, start), length=group.k_tokens, into=(out, lse))
+        return out, lse
+
+    def rest(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int) -> tuple[Tensor, Tensor]:
+        """What the local branch leaves out: each query sees the keys of k that lie outside its window.
+
+        Read as a circle, those keys are one slice of constant length that starts where the window ends; k and v are
+        written out a second time only as far as some window's slice runs over the end.
+        """
+        out, lse = _empty_keys(q)
+        num_keys = k.shape[1]
+        for group in self._groups(q, q_start):
+            self._check_cover(group, k_start, k_start + num_keys)
+            first_end = group.k_start + group.k_tokens - k_start
+            length = num_keys - group.k_tokens
+            if length == 0:
+                continue
+            wrapped = group.k_stop - k_start - group.k_tokens  # the last entry's slice ends where its window starts
+            circle = _circle(k, first_end, wrapped), _circle(v, first_end, wrapped)
+            self._attend(group, q, circle, (q_start, 0), length=length, into=(out, lse))
+        return out, lse
+
+    def both(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Local and global branch of the whole sequence for the price of one: (out_local, out_global), [B, S, N, D]."""
+        out_local, lse_local = self.local(q, k, v, 0, 0)
+        out_global, _ = merge(out_local, lse_local, *self.rest(q, k, v, 0, 0))
+        return out_local, out_global
+
+    def _groups(self, q: Tensor, q_start: int) -> tuple[QueryGroup, ...]:
+        if q.shape[2] == 0:  # a rank without heads
+            return ()
+        return query_groups(
+            q_start,
+            q_start + q.shape[1],
+            num_frames=self.num_frames,
+            frame_tokens=self.frame_tokens,
+            window_frames=self.window_frames,
+        )
+
+    def _check_cover(self, group: QueryGroup, k_start: int, k_stop: int) -> None:
+        if group.k_start < k_start or group.k_stop > k_stop:
+            raise ValueError(
+                f"keys [{k_start}, {k_stop}) do not cover the window [{group.k_start}, {group.k_stop}) of the "
+                f"queries [{group.q_start}, {group.q_stop})"
+            )
+
+    def _attend(
+        self,
+        group: QueryGroup,
+        q: Tensor,
+        kv: tuple[Tensor, Tensor],
+        starts: tuple[int, int],
+        *,
+        length: int,
+        into: tuple[Tensor, Tensor],
+    ) -> None:
+        """One dense call per batch item: entry i sees kv[starts[1] + i * q_tokens, + length), as a strided view."""
+        rows = slice(group.q_start - starts[0], group.q_stop - starts[0])
+        span = slice(starts[1], starts[1] + (group.batch - 1) * group.q_tokens + length)
+        out, lse = into
+        for item in range(q.shape[0]):
+            # Overlapping windows: the batch stride is one entry, so no key is copied.
+            k_bnkd, v_bnkd = (x[item, span].unfold(0, length, group.q_tokens).transpose(-1, -2) for x in kv)
+            q_bnsd = q[item, rows].unflatten(0, (group.batch, group.q_tokens)).transpose(1, 2)
+            part, part_lse = self.kernel(q_bnsd, k_bnkd, v_bnkd)
+            out[item, rows] = part.transpose(1, 2).flatten(0, 1)
+            lse[item, rows] = part_lse.transpose(1, 2).flatten(0, 1)
+
+
+def masked_ref(q: Tensor, k: Tensor, v: Tensor, *, frame_tokens: int, window_frames: int | None) -> Tensor:
+    """Reference of either branch on the whole sequence in fp64, by an explicit mask; `window_frames=None`: global."""
+    num_tokens = q.shape[1]
+    frame = torch.arange(num_tokens, device=q.device) // frame_tokens
+    num_frames = num_tokens // frame_tokens
+    logits = torch.einsum("bsnd,bknd->bnsk", q.double(), k.double()) / q.shape[-1] ** 0.5
+    if window_frames is not None and window_frames < num_frames:
+        start = (frame - window_frames // 2).clamp(0, num_frames - window_frames)
+        inside = (frame >= start[:, None]) & (frame < start[:, None] + window_frames)
+        logits = logits.masked_fill(~inside, float("-inf"))
+    return torch.einsum("bnsk,bknd->bsnd", logits.softmax(dim=-1), v.double())
+
+
+def _circle(x: Tensor, start: int, wrapped: int) -> Tensor:
+    """Tokens [start, end) followed by [0, wrapped), copied only if both are needed."""
+    if wrapped == 0:
+        return x[:, start:]
+    if start == x.shape[1]:
+        return x[:, :wrapped]
+    return torch.cat((x[:, start:], x[:, :wrapped]), dim=1)
+
+
+def _empty_keys(q: Tensor) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return torch.zeros_like(q), torch.full(q.shape[:3], float("-inf"), dtype=lse_dtype, device=q.device)

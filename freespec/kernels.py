@@ -1,0 +1,74 @@
+"""Dense attention kernels that also return the log-sum-exp of the logits, each with the same signature.
+
+A kernel takes q [B, N, S, D] and k, v [B, N, K, D] (any strides with a contiguous last dimension, K > 0) and returns
+out [B, N, S, D] in q's dtype and lse [B, N, S], natural logarithm, fp32 (fp64 for fp64 inputs). The scale is D**-0.5.
+The fast ones are torch's own operators, called directly because the public function drops the lse.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Kernel = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(q kᵀ / sqrt D) v with the logits written out: any device and dtype, memory S x K."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    logits = torch.einsum("bnsd,bnkd->bnsk", q.to(wide), k.to(wide)) * q.shape[-1] ** -0.5
+    lse = torch.logsumexp(logits, dim=-1)
+    out = torch.einsum("bnsk,bnkd->bnsd", torch.exp(logits - lse[..., None]), v.to(wide))
+    return out.to(q.dtype), lse
+
+
+def cpu_flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The CPU flash kernel, which `scaled_dot_product_attention` also takes for these inputs: equal to it bit for bit."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+    return out, lse
+
+
+def cuda_flash(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """FlashAttention 2 as built into torch: fp16 and bf16, D a multiple of 8."""
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)
+    return out, lse
+
+
+def cuda_cudnn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """cuDNN's fused attention: fp16 and bf16, compute capability 8.0 and up."""
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
+    return out, lse.squeeze(-1) if lse.dim() == q.dim() else lse  # torch >= 2.9 keeps a trailing 1
+
+
+def cuda_efficient(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """The memory-efficient kernel: the fast one that takes fp32. Its lse is padded to a multiple of 32 queries."""
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+    return out, lse[..., : q.shape[2]]
+
+
+KERNELS: dict[str, Kernel] = {
+    "plain": plain,
+    "cpu_flash": cpu_flash,
+    "cuda_flash": cuda_flash,
+    "cuda_cudnn": cuda_cudnn,
+    "cuda_efficient": cuda_efficient,
+}
+
+
+def select_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
+    """The kernel called `name`; `auto` takes the one that serves this device and dtype, the same on every rank.
+
+    Raises ValueError for an unknown name and for a kernel that cannot serve the device or dtype: there is no fallback.
+    """
+    half = (torch.float16, torch.bfloat16)
+    if name == "auto":
+        name = "cpu_flash" if device.type == "cpu" else "cuda_flash" if dtype in half else "cuda_efficient"
+    if name not in KERNELS:
+        raise ValueError(f"unknown attention kernel {name!r}; choose one of auto, {', '.join(KERNELS)}")
+    if name != "plain" and not name.startswith(device.type):
+        raise ValueError(f"attention kernel {name!r} does not run on {device.type}; use auto or plain")
+    if name in ("cuda_flash", "cuda_cudnn") and dtype not in half:
+        raise ValueError(f"attention kernel {name!r} takes fp16 or bf16, not {dtype}; use cuda_efficient or plain")
+    if name == "cuda_efficient" and dtype == torch.float64:
+        raise ValueError("attention kernel 'cuda_efficient' does not take float64; use plain")
+    return KERNELS[name]

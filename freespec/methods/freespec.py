@@ -1,0 +1,101 @@
+"""`freespec`: singular-spectrum reconstruction in the early steps, the local branch alone after (method.md, eq. 4-13)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from freespec import schedule, spectrum
+from freespec.methods.base import StepPlan
+
+
+class FusionWeights(NamedTuple):
+    """One step's weights: `rank` is g [D] fp64, strongest direction first; `residual` is lam, 0-dim fp64."""
+
+    rank: Tensor
+    residual: Tensor
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FreeSpec:
+    """Settings of FreeSpec; the switches give every row of the paper's ablation table.
+
+    Attributes:
+        domain: whether progress and split are measured in `timestep` (1000 = pure noise) or in `step` numbers.
+        split: share of the domain, counted from clean video for `timestep` and from noise for `step`, where fusion ends.
+        basis: singular vectors that are kept: `local` (LB) or `global` (GB).
+        time: time-aware weight exp(-alpha p) (TA); off: 1.
+        rank: rank-aware weight exp(-beta (r - 1) / (R - 1)) (RA); off: 1.
+        fixed: the weight of the global spectrum if both `time` and `rank` are off.
+        alpha: decay of the time weight and of the time-aware residual over the fusion stage.
+        beta: decay of the rank weight from the first to the last singular direction.
+        residual: global residual that is added: `time` (T-GR), `fixed` (F-GR) or `none`.
+        residual_form: `lerp` (returns the base model at native length) or `add`.
+        lam_start: residual weight at the first step (`time`).
+        lam_end: residual weight that `time` decays to.
+        lam_fixed: residual weight of `fixed`.
+    """
+
+    domain: Literal["timestep", "step"] = "timestep"
+    split: float = 0.5
+    basis: Literal["local", "global"] = "local"
+    time: bool = True
+    rank: bool = True
+    fixed: float = 0.5
+    alpha: float = 5.0
+    beta: float = 3.0
+    residual: Literal["time", "fixed", "none"] = "time"
+    residual_form: Literal["lerp", "add"] = "lerp"
+    lam_start: float = 0.2
+    lam_end: float = 0.05
+    lam_fixed: float = 0.1
+
+    def __post_init__(self) -> None:
+        """Check every number and word, since a wrong one would give a plausible video."""
+        for name in ("split", "fixed", "lam_start", "lam_end", "lam_fixed"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"freespec: {name} must lie in [0, 1], got {getattr(self, name)}")
+        for name in ("alpha", "beta"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"freespec: {name} must be a finite number, 0 or more, got {getattr(self, name)}")
+        choices = {
+            "domain": ("timestep", "step"),
+            "basis": ("local", "global"),
+            "residual": ("time", "fixed", "none"),
+            "residual_form": ("lerp", "add"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"freespec: {name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+    def plan(self, timesteps: Sequence[float]) -> list[StepPlan]:
+        """Dual while the fusion stage lasts, local after."""
+        progress = schedule.fusion_progress(timesteps, domain=self.domain, split=self.split)
+        return [StepPlan(mode="local") if p is None else StepPlan(mode="dual", progress=p) for p in progress]
+
+    def weights(self, step: StepPlan, head_dim: int, device: torch.device) -> FusionWeights:
+        """g_r (eq. 8) and lam (eq. 12) of one dual step."""
+        g = schedule.rank_weight(head_dim, self.beta if self.rank else 0.0, device)
+        if self.time:
+            g = g * schedule.time_weight(step.progress, self.alpha)
+        elif not self.rank:
+            g = g * self.fixed
+        lam = {
+            "time": schedule.residual_weight(step.progress, start=self.lam_start, end=self.lam_end, alpha=self.alpha),
+            "fixed": self.lam_fixed,
+            "none": 0.0,
+        }[self.residual]
+        return FusionWeights(rank=g, residual=torch.tensor(lam, dtype=torch.float64, device=device))
+
+    def fuse(
+        self, o_local: Tensor, o_global: Tensor, weights: FusionWeights, reduce: Callable[[Tensor], Tensor]
+    ) -> Tensor:
+        """Eq. 9-13 on [B, s, N, D]; the Gram matrices of both branches are reduced over the tokens in one call."""
+        gram_local, gram_global = reduce(torch.stack((spectrum.gram(o_local), spectrum.gram(o_global)))).unbind(0)
+        if self.basis == "local":
+            matrix, base = spectrum.local_basis_matrix(gram_local, gram_global, weights.rank), o_local
+        else:
+            matrix, base = spectrum.global_basis_matrix(gram_local, gram_global, weights.rank), o_global
+        return spectrum.reconstruct(base, matrix, o_global, weights.residual, self.residual_form)

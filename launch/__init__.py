@@ -1,0 +1,1 @@
+"""Commands: read argv and the environment, start ranks, run the engine."""

@@ -1,0 +1,1 @@
+"""The embedded model: its procedural world, its training script and its weights."""

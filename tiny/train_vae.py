@@ -1,0 +1,94 @@
+"""Stage 1: the autoencoder. Stills first, where a step is cheap, then short clips, then longer ones."""
+
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from tiny.models import build_vae
+from tiny.state import Trainee, numpy_rng, torch_rng, warm_and_decay
+from tiny.world import render, sample_scene
+
+logger = logging.getLogger(__name__)
+
+KL_WEIGHT = 3e-4
+SEED = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VaePlan:
+    """Phases of (frames per clip, clips per batch, steps), the peak learning rate, and steps between saved states."""
+
+    phases: tuple[tuple[int, int, int], ...] = ((1, 8, 800), (5, 4, 1600), (17, 2, 500))
+    lr: float = 1.5e-3
+    save_every: int = 200
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all phases."""
+        return sum(steps for _, _, steps in self.phases)
+
+    def shape_at(self, step: int) -> tuple[int, int]:
+        """(frames per clip, clips per batch) of a step."""
+        for frames, clips, steps in self.phases:
+            if step < steps:
+                return frames, clips
+            step -= steps
+        raise ValueError(f"the plan has {self.num_steps} steps")
+
+
+def to_video(clips: list[np.ndarray]) -> Tensor:
+    """Clips uint8 [F, H, W, 3] -> float32 [B, 3, F, H, W] in -1..1."""
+    return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+
+
+def world_batch(rng: np.random.Generator, *, num_clips: int, num_frames: int, held_out: bool = False) -> Tensor:
+    """Rendered clips of random scenes, float32 [num_clips, 3, num_frames, H, W] in -1..1."""
+    return to_video([render(sample_scene(rng, held_out=held_out), num_frames) for _ in range(num_clips)])
+
+
+def vae_loss(vae: AutoencoderKLWan, video: Tensor, noise_rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(loss, mean squared error) of a batch [B, 3, F, H, W]; errors of edges count extra, so that shapes come out sharp."""
+    posterior = vae.encode(video).latent_dist
+    noise = torch.randn(posterior.mean.shape, generator=noise_rng).to(video.device)
+    decoded = vae.decode(posterior.mean + posterior.std * noise, return_dict=False)[0].float()
+    mse = F.mse_loss(decoded, video)
+    edges = sum((decoded.diff(dim=axis) - video.diff(dim=axis)).abs().mean() for axis in (3, 4))
+    # Mean over the elements of the latent, in nats each.
+    kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
+    return F.l1_loss(decoded, video) + 2 * mse + 0.5 * edges + KL_WEIGHT * kl, mse
+
+
+def psnr(mse: float) -> float:
+    """Peak signal-to-noise ratio in dB of a mean squared error on the -1..1 scale, whose peak-to-peak is 2."""
+    return float(10 * np.log10(4 / mse))
+
+
+def train_vae(work: Path, plan: VaePlan, device: torch.device) -> None:
+    """Trains, or continues, the autoencoder; its state is `work/vae.safetensors`."""
+    torch.manual_seed(SEED)
+    trainee = Trainee(build_vae().to(device).train(), lr=plan.lr, ema_decay=0.998)
+    path = work / "vae.safetensors"
+    if path.exists():
+        trainee.load(path)
+    start, error = time.monotonic(), 0.1
+    progress = tqdm(range(trainee.step, plan.num_steps), desc="vae", initial=trainee.step, total=plan.num_steps)
+    for step in progress:
+        num_frames, num_clips = plan.shape_at(step)
+        video = world_batch(numpy_rng(SEED, step), num_clips=num_clips, num_frames=num_frames).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            loss, mse = vae_loss(trainee.module, video, torch_rng(SEED, step))
+        trainee.update(loss, lr_scale=warm_and_decay(step, plan.num_steps, warmup=50, decay_from=0.6))
+        error += 0.05 * (mse.item() - error)
+        progress.set_postfix(psnr=f"{psnr(error):.1f}", frames=num_frames, refresh=False)
+        if trainee.step % plan.save_every == 0 or trainee.step == plan.num_steps:
+            trainee.save(path)
+            seconds = time.monotonic() - start
+            logger.info("vae step %d: psnr %.2f dB, %.0f s in this run", trainee.step, psnr(error), seconds)
