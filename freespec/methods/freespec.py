@@ -18,7 +18,7 @@ class FusionWeights(NamedTuple):
     residual: Tensor
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class FreeSpec:
     """Settings of FreeSpec; the switches give every row of the paper's ablation table.
 

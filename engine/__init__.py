@@ -1,0 +1,1 @@
+"""Long videos from pretrained pipelines: configuration, loading, hooks, denoising, decoding and output."""

@@ -1,0 +1,182 @@
+"""The configuration of a run: one tree of frozen dataclasses, filled from a YAML preset and dotted overrides."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from engine.errors import UserError
+from freespec.kernels import KERNELS
+from freespec.methods import METHODS, Method, make_method
+from freespec.methods.freespec import FreeSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which checkpoint is loaded, and how.
+
+    Attributes:
+        path: folder in Diffusers layout (relative to the working directory, then to the repository) or a hub name.
+        revision: branch, tag or commit of a hub name; None takes the default branch.
+        dtype: of transformer and text encoder: `auto` is bfloat16 on CUDA and float32 on CPU; the VAE is always float32.
+        device: `auto` is CUDA where there is one.
+        offload: `model` keeps each part on the CPU until it is used (CUDA only); `none` keeps all on the device.
+    """
+
+    path: str
+    revision: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    offload: Literal["none", "model"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoConfig:
+    """The video that is made.
+
+    Attributes:
+        num_frames: frames of the video, 4k + 1.
+        height: pixels, a multiple of 16.
+        width: pixels, a multiple of 16.
+        fps: frames per second of the file.
+    """
+
+    num_frames: int
+    height: int
+    width: int
+    fps: int = 16
+
+    def __post_init__(self) -> None:
+        """Numbers that no model could take; what depends on the model is checked once it is loaded."""
+        _check(self.num_frames >= 1, f"video.num_frames must be 1 or more, got {self.num_frames}")
+        _check(self.fps >= 1, f"video.fps must be 1 or more, got {self.fps}")
+        _check(min(self.height, self.width) >= 1, f"video size must be positive, got {self.height} x {self.width}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How noise becomes latents.
+
+    Attributes:
+        num_steps: denoising steps.
+        guidance_scale: classifier-free guidance; 1 or less runs no unconditional pass.
+        flow_shift: timestep shift of the scheduler; None keeps the checkpoint's.
+        seed: of the CPU generator that draws the noise, the same for any device and number of ranks.
+        negative_prompt: text of the unconditional pass.
+        max_text_tokens: length that prompts are padded or cut to.
+    """
+
+    num_steps: int = 50
+    guidance_scale: float = 5.0
+    flow_shift: float | None = None
+    seed: int = 0
+    negative_prompt: str = ""
+    max_text_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        """Reject what would denoise nothing or denoise wrongly."""
+        _check(self.num_steps >= 1, f"sampler.num_steps must be 1 or more, got {self.num_steps}")
+        _check(math.isfinite(self.guidance_scale), f"sampler.guidance_scale must be finite, got {self.guidance_scale}")
+        _check(
+            self.flow_shift is None or (math.isfinite(self.flow_shift) and self.flow_shift > 0),
+            f"sampler.flow_shift must be more than 0, got {self.flow_shift}",
+        )
+        _check(0 <= self.seed < 2**63, f"sampler.seed must lie in [0, 2**63), got {self.seed}")
+        _check(self.max_text_tokens >= 1, f"sampler.max_text_tokens must be 1 or more, got {self.max_text_tokens}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodConfig:
+    """The method for long videos.
+
+    Attributes:
+        name: one of direct, sliding_window, freespec.
+        window_frames: latent frames that the local branch sees: the native length of the model.
+        freespec: settings of `freespec`, read by that method only.
+    """
+
+    name: str = "freespec"
+    window_frames: int
+    freespec: FreeSpec = field(default_factory=FreeSpec)
+
+    def __post_init__(self) -> None:
+        """Reject unknown names and empty windows."""
+        _check(self.window_frames >= 1, f"method.window_frames must be 1 or more, got {self.window_frames}")
+        if self.name not in METHODS:
+            make_method(self.name)  # raises, naming the nearest
+
+    @property
+    def method(self) -> Method:
+        """The method object that this configuration describes."""
+        return self.freespec if self.name == "freespec" else make_method(self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """The dense attention kernel.
+
+    Attributes:
+        kernel: auto, plain, cpu_flash, cuda_flash, cuda_cudnn or cuda_efficient; one that cannot run is an error.
+    """
+
+    kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Reject unknown names before anything is loaded."""
+        names = ("auto", *KERNELS)
+        _check(self.kernel in names, f"unknown attention.kernel {self.kernel!r}; choose one of {', '.join(names)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig:
+    """The files of a run.
+
+    Attributes:
+        path: the mp4; its record (.json) and contact sheet (.png) get the same stem. With several prompts `-000` and so on
+            is added to the stem.
+        overwrite: whether existing files are replaced; otherwise they are an error before anything is computed.
+        save_latents: safetensors file that keeps the latents; None keeps them beside the video until it is whole.
+        trace: also write effective rank and fusion weights per step and layer, and a plot of them.
+        sheet_frames: evenly spaced frames on the contact sheet.
+        crf: H.264 quality, 0 (lossless) to 51.
+        progress: bars on stderr for load, denoise and decode; `auto` shows them on a terminal only.
+    """
+
+    path: str = "runs/video.mp4"
+    overwrite: bool = False
+    save_latents: str | None = None
+    trace: bool = False
+    sheet_frames: int = 12
+    crf: int = 12
+    progress: Literal["auto", "on", "off"] = "auto"
+
+    def __post_init__(self) -> None:
+        """Reject what no file could be written from."""
+        _check(self.path.endswith(".mp4"), f"output.path must end in .mp4, got {self.path!r}")
+        _check(self.sheet_frames >= 1, f"output.sheet_frames must be 1 or more, got {self.sheet_frames}")
+        _check(0 <= self.crf <= 51, f"output.crf must lie in [0, 51], got {self.crf}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run; saved, resolved, beside every video.
+
+    Attributes:
+        model: the checkpoint.
+        video: size and length.
+        sampler: steps, guidance and seed.
+        method: the method and its settings.
+        attention: the kernel.
+        output: the files.
+    """
+
+    model: ModelConfig
+    video: VideoConfig
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    method: MethodConfig
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)
