@@ -1,1 +1,5 @@
 """Long videos from pretrained pipelines: configuration, loading, hooks, denoising, decoding and output."""
+
+from engine.apply import MethodHandle, apply_method
+
+__all__ = ["MethodHandle", "apply_method"]

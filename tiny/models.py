@@ -1,15 +1,21 @@
 """The parts of the model, built with random weights: the classes of Wan2.1 at a hundredth of their size."""
 
-import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from torch import Tensor, nn
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+from tiny.world import VOCABULARY
 
 LATENT_CHANNELS = 8
 TEXT_DIM = 64
 TEXT_LENGTH = 32
-"""Tokens a prompt is padded to in training; the pipeline's default of 512 is trained as well, less often."""
+"""Tokens a prompt is padded to in most training steps."""
+
+PIPELINE_TEXT_LENGTH = 512
+"""What a stock WanPipeline pads a prompt to; trained now and then, since cross-attention sees the padding."""
 
 NATIVE_FRAMES = 33
+FLOW_SHIFT = 3.0
 
 
 def build_vae(latents_mean: list[float] | None = None, latents_std: list[float] | None = None) -> AutoencoderKLWan:
@@ -27,3 +33,78 @@ def build_vae(latents_mean: list[float] | None = None, latents_std: list[float] 
         scale_factor_spatial=4,
         scale_factor_temporal=4,
     )
+
+
+def build_transformer() -> WanTransformer3DModel:
+    """The denoiser; its output layer starts at zero, so that training starts from "no motion of the sample"."""
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=6,
+        attention_head_dim=32,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        text_dim=TEXT_DIM,
+        freq_dim=64,
+        ffn_dim=640,
+        num_layers=6,
+        cross_attn_norm=True,
+        qk_norm="rms_norm_across_heads",
+        rope_max_seq_len=1024,
+    )
+    nn.init.zeros_(transformer.proj_out.weight)
+    nn.init.zeros_(transformer.proj_out.bias)
+    return transformer
+
+
+def build_tokenizer() -> T5Tokenizer:
+    """A tokenizer of whole words; a word it does not know becomes `▁` and `<unk>`."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0), (",", -2.0), (".", -2.0)]
+    pieces += [(f"▁{word}", -2.0) for word in VOCABULARY]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=PIPELINE_TEXT_LENGTH)
+
+
+def build_text_encoder(vocab_size: int) -> UMT5EncoderModel:
+    """Two layers are enough for the grammar of the captions."""
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=vocab_size,
+            d_model=TEXT_DIM,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            dropout_rate=0.0,
+            feed_forward_proj="gated-gelu",
+        )
+    )
+
+
+def build_scheduler() -> UniPCMultistepScheduler:
+    """The scheduler class of Wan2.1; the shift is the one that noise levels are drawn with in training."""
+    return UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=FLOW_SHIFT
+    )
+
+
+class Denoiser(nn.Module):
+    """Transformer and text encoder as one module, since they are trained together."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.transformer = build_transformer()
+        self.text_encoder = build_text_encoder(vocab_size)
+
+    def encode_text(self, token_ids: Tensor, mask: Tensor, text_length: int) -> Tensor:
+        """Token ids and mask [B, k] -> [B, text_length, TEXT_DIM], padded with zeros as WanPipeline does."""
+        states = self.text_encoder(token_ids, mask).last_hidden_state
+        states = states * mask[..., None].to(states.dtype)
+        return nn.functional.pad(states, (0, 0, 0, text_length - states.shape[1]))
+
+    def forward(self, latent: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+        """Noisy latents [B, z, F, h, w], timesteps [B] in 0..1000, text [B, K, TEXT_DIM] -> velocity [B, z, F, h, w]."""
+        return self.transformer(latent, timestep, text, return_dict=False)[0]
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Number of parameters, tied ones once."""
+    return sum(parameter.numel() for parameter in module.parameters())

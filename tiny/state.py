@@ -3,6 +3,7 @@
 Randomness is no part of it: every step draws from generators seeded by its own number, so a resumed run repeats an unbroken one.
 """
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ class Trainee:
         self.optimizer = torch.optim.AdamW(self.named.values(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
         self.ema = {name: value.detach().clone() for name, value in self.named.items()}
         self.step = 0
+        self.seconds = 0.0
+        self._resumed_at = time.monotonic()
 
     def update(self, loss: Tensor, *, lr_scale: float) -> None:
         """One optimizer step on a scalar loss, with clipped gradients; then the average follows the weights."""
@@ -33,6 +36,8 @@ class Trainee:
         nn.utils.clip_grad_norm_(self.named.values(), 1.0)
         self.optimizer.step()
         self.step += 1
+        now = time.monotonic()
+        self.seconds, self._resumed_at = self.seconds + now - self._resumed_at, now
         # A short memory at first, or the random start would stay in the average for long.
         decay = min(self.ema_decay, self.step / (self.step + 20))
         averages, weights = list(self.ema.values()), [value.detach() for value in self.named.values()]
@@ -43,23 +48,25 @@ class Trainee:
         tensors = {f"weight.{name}": value.detach().contiguous() for name, value in self.named.items()}
         tensors |= {f"ema.{name}": value.contiguous() for name, value in self.ema.items()}
         for name, value in self.named.items():
-            moments = self.optimizer.state[value]
-            tensors |= {f"{key}.{name}": moments[key].contiguous() for key in ("exp_avg", "exp_avg_sq", "step")}
+            # Empty for a weight that had no gradient yet (the convolutions over time, while stills are trained).
+            tensors |= {f"{key}.{name}": moment.contiguous() for key, moment in self.optimizer.state[value].items()}
         part = path.with_suffix(".part")
-        save_file(tensors, part, metadata={"step": str(self.step)})
+        save_file(tensors, part, metadata={"step": str(self.step), "seconds": f"{self.seconds:.0f}"})
         part.replace(path)
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
         """Continues from a state written by `save`."""
         with safe_open(path, "pt") as state:
-            self.step = int(state.metadata()["step"])
+            self.step, self.seconds = int(state.metadata()["step"]), float(state.metadata()["seconds"])
+            names = set(state.keys())
             for name, value in self.named.items():
                 value.copy_(state.get_tensor(f"weight.{name}"))
                 self.ema[name].copy_(state.get_tensor(f"ema.{name}"))
-                moments = {key: state.get_tensor(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq")}
-                moments = {key: moment.to(value.device) for key, moment in moments.items()}
-                self.optimizer.state[value] = moments | {"step": state.get_tensor(f"step.{name}")}
+                if f"step.{name}" in names:
+                    moments = {key: state.get_tensor(f"{key}.{name}") for key in ("exp_avg", "exp_avg_sq")}
+                    moments = {key: moment.to(value.device) for key, moment in moments.items()}
+                    self.optimizer.state[value] = moments | {"step": state.get_tensor(f"step.{name}")}
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """Stage 1: the autoencoder. Stills first, where a step is cheap, then short clips, then longer ones."""
 
 import logging
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +77,7 @@ def train_vae(work: Path, plan: VaePlan, device: torch.device) -> None:
     path = work / "vae.safetensors"
     if path.exists():
         trainee.load(path)
-    start, error = time.monotonic(), 0.1
+    error = 0.1
     progress = tqdm(range(trainee.step, plan.num_steps), desc="vae", initial=trainee.step, total=plan.num_steps)
     for step in progress:
         num_frames, num_clips = plan.shape_at(step)
@@ -90,5 +89,4 @@ def train_vae(work: Path, plan: VaePlan, device: torch.device) -> None:
         progress.set_postfix(psnr=f"{psnr(error):.1f}", frames=num_frames, refresh=False)
         if trainee.step % plan.save_every == 0 or trainee.step == plan.num_steps:
             trainee.save(path)
-            seconds = time.monotonic() - start
-            logger.info("vae step %d: psnr %.2f dB, %.0f s in this run", trainee.step, psnr(error), seconds)
+            logger.info("vae step %d: psnr %.2f dB after %.0f s", trainee.step, psnr(error), trainee.seconds)

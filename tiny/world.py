@@ -127,6 +127,17 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     return f"{article} {size}{scene.colour} {scene.shape} {motion}{speed} {over} a {scene.background} background{pan}"
 
 
+def _vocabulary() -> tuple[str, ...]:
+    """Every word a caption can hold, plus the articles that can open a sentence."""
+    phrases = " ".join(phrase for phrases in _PHRASES.values() for phrase in phrases)
+    rest = "A The a the small large fast quickly over on background camera pans"
+    words = {*phrases.split(), *rest.split(), *SHAPES, *COLOURS, *BACKGROUNDS, *STRAIGHT}
+    return tuple(sorted(words))
+
+
+VOCABULARY = _vocabulary()
+
+
 def positions(scene: Scene, num_frames: int) -> np.ndarray:
     """Centres of the object, [F, 2] as (x, y) in pixels, not wrapped on the torus."""
     time = np.arange(num_frames)[:, None]
@@ -141,33 +152,43 @@ def positions(scene: Scene, num_frames: int) -> np.ndarray:
     return low + span - np.abs(free % (2 * span) - span)
 
 
-def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Distance in pixels from points (x, y), relative to the centre, to the outline; negative inside. Area is near pi r^2 / 1.2."""
+UNIT_AREAS = {
+    "circle": np.pi * 0.95**2,
+    "square": 1.68**2,
+    "triangle": 3 * np.sqrt(3) * 0.66**2,
+    "star": 5 * 1.25 * 0.58 * np.sin(np.pi / 5),
+}
+"""Area of each shape at radius 1, in square pixels."""
+
+
+def signed_distance(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Distance from points (x, y), relative to the centroid, to the outline of a shape of radius 1; negative inside."""
     if shape == "circle":
-        return np.hypot(x, y) - 0.95 * radius
+        return np.hypot(x, y) - 0.95
     if shape == "square":
-        return np.maximum(np.abs(x), np.abs(y)) - 0.84 * radius
+        return np.maximum(np.abs(x), np.abs(y)) - 0.84
     if shape == "triangle":
-        slope = np.sqrt(0.75)
-        return np.maximum(slope * np.abs(x) - 0.5 * y, y) - 0.66 * radius
+        return np.maximum(np.sqrt(0.75) * np.abs(x) - 0.5 * y, y) - 0.66
     # A five-pointed star: in the wedge of one half-point the outline is a straight line from the tip to the notch.
     wedge = np.pi / 5
     angle = np.abs((np.arctan2(x, -y) + wedge) % (2 * wedge) - wedge)
-    distance = np.hypot(x, y)
-    tip, notch = np.array([1.25 * radius, 0.0]), 0.58 * radius * np.array([np.cos(wedge), np.sin(wedge)])
+    tip, notch = np.array([1.25, 0.0]), 0.58 * np.array([np.cos(wedge), np.sin(wedge)])
     edge = notch - tip
     normal = np.array([edge[1], -edge[0]]) / np.hypot(*edge)
+    distance = np.hypot(x, y)
     return (distance * np.cos(angle) - tip[0]) * normal[0] + distance * np.sin(angle) * normal[1]
 
 
-def coverage(shape: str, radius: float, centres: np.ndarray) -> np.ndarray:
-    """Share of each pixel the object covers, [F, SIZE, SIZE] in 0..1, for centres [F, 2] taken on the torus."""
+def coverage(shape: str, radius: float | np.ndarray, centres: np.ndarray) -> np.ndarray:
+    """Share of each pixel the object covers, [F, SIZE, SIZE] in 0..1.
+
+    Centres are [F, 2] on the torus; the radius in pixels is one number, or [F, 1, 1].
+    """
     pixel = np.arange(SIZE) + 0.5
     half = SIZE / 2
-    x = (pixel[None, :] - centres[:, :1] + half) % SIZE - half
-    y = (pixel[None, :] - centres[:, 1:] + half) % SIZE - half
-    distance = signed_distance(shape, x[:, None, :], y[:, :, None], radius)
-    return np.clip(0.5 - distance, 0, 1)
+    x = (pixel[None, None, :] - centres[:, 0, None, None] + half) % SIZE - half
+    y = (pixel[None, :, None] - centres[:, 1, None, None] + half) % SIZE - half
+    return np.clip(0.5 - radius * signed_distance(shape, x / radius, y / radius), 0, 1)
 
 
 def backdrop(scene: Scene, num_frames: int) -> np.ndarray:

@@ -1,0 +1,74 @@
+"""Latents and half-finished runs on disk: safetensors files that appear under their name only when they are whole."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from engine.denoise import SchedulerState, restore_scheduler
+from engine.errors import UserError
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its name when the block ends, and is deleted if the block fails."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        yield part
+        with part.open("rb+") as file:
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_latents(path: Path, latents: Tensor, metadata: dict[str, str]) -> None:
+    """Write latents [1, z, F, h, w] and what they belong to."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as part:
+        save_file({"latents": latents.cpu().contiguous()}, part, metadata)
+
+
+def load_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
+    """Latents and metadata of `save_latents`; UserError if the file is missing, broken or another kind of file."""
+    tensors, metadata = _read(path)
+    if "latents" not in tensors:
+        raise UserError(f"{path} holds no latents; it has {', '.join(sorted(tensors)) or 'no tensors'}")
+    return tensors["latents"], metadata
+
+
+def save_run(path: Path, latents: Tensor, *, step: int, run_id: str, state: SchedulerState) -> None:
+    """Write a run that has finished `step` steps: its latents and its scheduler's state."""
+    tensors, values = state
+    tensors = {f"scheduler.{name}": tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+    metadata = {"run_id": run_id, "step": str(step), "scheduler": json.dumps(values)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as part:
+        save_file({"latents": latents.cpu().contiguous()} | tensors, part, metadata)
+
+
+def load_run(path: Path, *, run_id: str, scheduler: Any, device: torch.device) -> tuple[Tensor, int]:
+    """Latents and number of finished steps of `save_run`; puts the scheduler in its state. UserError for another run's."""
+    tensors, metadata = _read(path)
+    if metadata.get("run_id") != run_id:
+        raise UserError(f"{path} belongs to another run (other prompt, seed or setting); delete it or move it away")
+    state = {name.removeprefix("scheduler."): value for name, value in tensors.items() if name != "latents"}
+    restore_scheduler(scheduler, (state, json.loads(metadata["scheduler"])), device)
+    return tensors["latents"].to(device), int(metadata["step"])
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); delete it or fetch it again") from error

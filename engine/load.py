@@ -1,0 +1,134 @@
+"""Checkpoints in Diffusers layout, from a folder or the hub, with every fault of theirs as one clear line."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from packaging.version import Version
+from safetensors import SafetensorError, safe_open
+
+from engine.adapters.wan import WanAdapter, WanSpec
+from engine.config import ModelConfig
+from engine.errors import UserError
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+# Parts of a pipeline that hold weights, and must lie in a checkpoint folder.
+_WEIGHT_FOLDERS = ("transformer", "vae", "text_encoder")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of a `model.device` setting."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "model.device is cuda, but torch sees no CUDA device; use cpu, or a torch built for your driver"
+        )
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of a `model.dtype` setting: `auto` is bfloat16 on CUDA and float32 on CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def find_checkpoint(path: str) -> Path | str:
+    """A folder (from the working directory, then from the repository), or a hub name."""
+    for folder in (Path(path).expanduser(), REPOSITORY / path):
+        if folder.is_dir():
+            return folder
+    if not _HUB_NAME.fullmatch(path):
+        raise UserError(f"model.path {path!r} is no folder here and no hub name; give a folder in Diffusers layout")
+    return path
+
+
+def read_spec(source: Path | str, revision: str | None) -> WanSpec:
+    """The numbers of a checkpoint without its weights: reads (or downloads) two config.json files."""
+    if isinstance(source, Path):
+        check_folder(source)
+    try:
+        return WanSpec.from_configs(
+            WanTransformer3DModel.load_config(source, subfolder="transformer", revision=revision),
+            AutoencoderKLWan.load_config(source, subfolder="vae", revision=revision),
+        )
+    except OSError as error:
+        raise UserError(f"cannot load {str(source)!r}: {str(error).strip().splitlines()[0]}") from error
+
+
+def load_pipeline(config: ModelConfig) -> WanPipeline:
+    """The pipeline on its device: transformer and text encoder in `config.dtype`, VAE in float32.
+
+    Raises UserError for missing or broken files, for checkpoints that are not Wan2.1 text-to-video, and for library
+    versions that are known to load them wrongly.
+    """
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    if config.offload == "model" and device.type != "cuda":
+        raise UserError("model.offload moves parts between GPU and CPU and needs CUDA; use none on a CPU")
+    source = find_checkpoint(config.path)
+    common: dict[str, Any] = {"revision": config.revision, "use_safetensors": True}
+    try:
+        vae = AutoencoderKLWan.from_pretrained(source, subfolder="vae", torch_dtype=torch.float32, **common)
+        pipe = WanPipeline.from_pretrained(source, vae=vae, torch_dtype=dtype, **common)
+    except (OSError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot load {config.path!r}: {first}") from error
+    WanAdapter.check_pipeline(pipe)
+    _check_text_encoder(pipe)
+    pipe.set_progress_bar_config(disable=True)
+    if config.offload == "model":
+        pipe.enable_model_cpu_offload()
+    else:
+        pipe.to(device)
+    return pipe
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError unless the folder holds a WanPipeline whose safetensors files are all whole."""
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        raise UserError(f"{folder} has no model_index.json; give the folder that holds transformer/, vae/ and the rest")
+    try:
+        class_name = json.loads(index_file.read_text()).get("_class_name")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{index_file} is not JSON ({error}); fetch the checkpoint again") from error
+    if class_name != "WanPipeline":
+        raise UserError(f"{folder} is a {class_name}; only WanPipeline (Wan2.1 text-to-video) is supported")
+    for name in _WEIGHT_FOLDERS:
+        part = folder / name
+        files = sorted(part.glob("*.safetensors"))
+        if not files:
+            others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in part.glob(pattern))
+            found = f"only {', '.join(others)}, which can run code and is not read" if others else "no weights"
+            raise UserError(f"{part} has {found}; fetch the .safetensors files of this checkpoint")
+        for file in files:
+            _check_whole(file)
+        for shard_index in part.glob("*.safetensors.index.json"):
+            shards = set(json.loads(shard_index.read_text())["weight_map"].values())
+            missing = sorted(shards - {file.name for file in files})
+            if missing:
+                raise UserError(f"{part} lacks {', '.join(missing)} of {len(shards)} shards; finish the download")
+
+
+def _check_whole(file: Path) -> None:
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file} is broken or cut short ({error}); fetch it again") from error
+
+
+def _check_text_encoder(pipe: WanPipeline) -> None:
+    """transformers 5.0 to 5.2 leave UMT5's embedding uninitialised: text would be noise, without any error."""
+    if pipe.text_encoder is None:
+        raise UserError("this checkpoint has no text encoder; fetch its text_encoder/ folder")
+    encoder = pipe.text_encoder
+    if Version(transformers.__version__) < Version("5.3"):
+        raise UserError(f"transformers {transformers.__version__} loads UMT5 wrongly; install transformers >= 5.3")
+    if encoder.get_input_embeddings().weight.data_ptr() != encoder.shared.weight.data_ptr():
+        raise UserError("the text encoder's embedding is not the checkpoint's shared one; fetch the checkpoint again")

@@ -1,0 +1,112 @@
+"""The record of a run: a JSON file beside the video that says what made it, where, how fast and with what memory."""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from engine.checkpoint import atomic_path
+from engine.load import REPOSITORY
+
+if TYPE_CHECKING:
+    from engine.engine import Denoised, LongVideoEngine
+
+PACKAGE = "freespec-engine"
+
+
+def build_record(
+    engine: "LongVideoEngine",
+    *,
+    prompt: str,
+    seed: int | None,
+    negative_prompt: str | None,
+    denoised: "Denoised",
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """All that is known of a run once its latents are there; `seed` and `negative_prompt` are the configuration's if None."""
+    sampler = engine.config.sampler
+    return {
+        "prompt": prompt,
+        "negative_prompt": sampler.negative_prompt if negative_prompt is None else negative_prompt,
+        "seed": sampler.seed if seed is None else seed,
+        "config": dataclasses.asdict(engine.config),
+        "model": engine.loaded,
+        "latents": {"shape": list(denoised.latents.shape)},
+        "seconds": seconds,
+        "resumed_at": denoised.resumed_at,
+        "steps": denoised.steps,
+        "peak_memory": peak_memory(engine.device),
+        "device": describe_device(engine.device),
+        "versions": versions(),
+        "git": git_revision(),
+    }
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a record as JSON, whole or not at all. A number that JSON cannot hold (nan, infinity) is a ValueError."""
+    text = json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False)
+    with atomic_path(path) as part:
+        part.write_text(text + "\n", encoding="utf-8")
+
+
+def describe_video(path: Path, *, num_frames: int, fps: int) -> dict[str, Any]:
+    """What a record says of a finished video file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "file": path.name,
+        "sha256": digest,
+        "bytes": path.stat().st_size,
+        "num_frames": num_frames,
+        "fps": fps,
+        "seconds": num_frames / fps,
+    }
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Largest memory of this process so far, in bytes: resident on the host, and allocated by torch on a GPU."""
+    # ru_maxrss is in KiB on Linux and in bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    if device.type == "cuda":
+        peak["device_bytes"] = torch.cuda.max_memory_allocated(device)
+    return peak
+
+
+def describe_device(device: torch.device) -> dict[str, Any]:
+    """Kind and name of the device, and the threads that torch uses beside it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"type": device.type, "name": name, "cpu_threads": torch.get_num_threads()}
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what decides the result; None for a package that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
+    for package in (PACKAGE, "diffusers", "transformers", "av"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def git_revision() -> dict[str, Any] | None:
+    """Commit of the checkout this code lies in and whether tracked files differ from it; None outside a checkout."""
+    if shutil.which("git") is None or not (REPOSITORY / ".git").exists():
+        return None
+    revision, status = (
+        subprocess.run(["git", "-C", str(REPOSITORY), *command], capture_output=True, text=True, check=False)
+        for command in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    )
+    if revision.returncode or status.returncode:
+        return None
+    return {"revision": revision.stdout.strip(), "modified": bool(status.stdout.strip())}

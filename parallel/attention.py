@@ -1,0 +1,234 @@
+"""Self-attention over ranks: a sequence layout, and both branches of it in any layout, around kernels handed in.
+
+    q, k, v [B, s, N, D] --scatter--> [B, r, n, D] --branches--> local, global [B, r, n, D] --gather--> [B, s, N, D]
+
+scatter and gather cross the ulysses axis (heads against tokens); branches cross the ring axis (halo, then ring).
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel import collectives
+from parallel.collectives import RingShift, Trace, exchange_halo, pack_keys, unpack_keys
+from parallel.mesh import SeqMesh
+from parallel.plan import Mode, Range, SequencePlan, halo_needs, length, subtract
+
+Partial = tuple[Tensor, Tensor]  # attention over some of the keys: out [B, s, n, D], lse [B, s, n]
+
+
+class BranchKernels(Protocol):
+    """Attention over given keys: out in the dtype of q, lse the natural log-sum-exp in fp32 (fp64 for fp64).
+
+    No keys give out = 0, lse = -inf. `q_start` and `k_start` are the absolute tokens that q and k, v begin with. k and v
+    may be strided views whose last dimension alone is contiguous.
+    """
+
+    def dense(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
+        """Every query sees every key of k."""
+        ...
+
+    def local(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int) -> Partial:
+        """Every query sees its own window, which k and v cover."""
+        ...
+
+    def rest(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int) -> Partial:
+        """Every query sees the keys of k outside its window."""
+        ...
+
+    def merge(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Partial:
+        """Attention over both disjoint key sets, in the precision of lse; out in the dtype of out_a."""
+        ...
+
+    def halo(self, q_start: int, q_stop: int) -> Range:
+        """Tokens that the windows of the queries [q_start, q_stop) hold; an empty range for no queries."""
+        ...
+
+
+class HeadExchange(Protocol):
+    """A provider of the two exchanges across the ulysses axis, as parallel.collectives defines them."""
+
+    def tokens_to_heads(
+        self,
+        tensors: Sequence[Tensor],
+        *,
+        token_sizes: Sequence[int],
+        head_sizes: Sequence[int],
+        group: dist.ProcessGroup,
+        trace: Trace,
+    ) -> tuple[Tensor, ...]:
+        """Each [B, s, N, D] -> [B, r, n, D]."""
+        ...
+
+    def heads_to_tokens(
+        self,
+        x_BrnD: Tensor,
+        *,
+        token_sizes: Sequence[int],
+        head_sizes: Sequence[int],
+        group: dist.ProcessGroup,
+        trace: Trace,
+    ) -> Tensor:
+        """[B, r, n, D] -> [B, s, N, D]."""
+        ...
+
+
+TORCH_EXCHANGE: HeadExchange = collectives
+
+
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    """Keys and values [B, tokens, n, D] of a contiguous range of absolute tokens."""
+
+    k: Tensor
+    v: Tensor
+    span: Range
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SequenceLayout:
+    """How one video's tokens and heads lie over the ranks of a mesh, and how tensors move between them."""
+
+    mesh: SeqMesh
+    plan: SequencePlan
+    exchange: HeadExchange
+    trace: Trace
+
+    def __post_init__(self) -> None:
+        if (self.mesh.ring.size, self.mesh.ulysses.size) != (self.plan.ring, self.plan.ulysses):
+            raise ValueError(
+                f"a plan for ring {self.plan.ring} x ulysses {self.plan.ulysses} on a mesh of "
+                f"ring {self.mesh.ring.size} x ulysses {self.mesh.ulysses.size}"
+            )
+
+    def at(self, label: str) -> "SequenceLayout":
+        """The same layout, whose errors name `label`, such as "step 3 layer 7"."""
+        return replace(self, trace=replace(self.trace, label=label))
+
+    def on_shards(self) -> "SequenceLayout":
+        """The same shards with all heads on every rank: local steps by halo alone, scatter and gather do nothing."""
+        return replace(self, mesh=self.mesh.on_shards(), plan=self.plan.on_shards(), exchange=TORCH_EXCHANGE)
+
+    @property
+    def shard(self) -> Range:
+        """Tokens of this rank outside attention."""
+        return self.plan.shards[self.mesh.sequence.rank]
+
+    @property
+    def ring_shard(self) -> Range:
+        """Tokens of this rank inside attention."""
+        return self.plan.ring_shards[self.mesh.ring.rank]
+
+    def shard_tokens(self, x: Tensor, *, dim: int) -> Tensor:
+        """This rank's tokens of a whole sequence, as a view: [..., S, ...] -> [..., s, ...]."""
+        if x.shape[dim] != self.plan.tokens:
+            raise ValueError(f"dim {dim} of {tuple(x.shape)} is not the planned sequence of {self.plan.tokens} tokens")
+        return x.narrow(dim, self.shard[0], length(self.shard))
+
+    def gather_tokens(self, x_BsC: Tensor) -> Tensor:
+        """The whole sequence on every rank: [B, s, C] -> [B, S, C]."""
+        sizes = [length(shard) for shard in self.plan.shards]
+        return collectives.gather_tokens(x_BsC, token_sizes=sizes, group=self.mesh.sequence.group, trace=self.trace)
+
+    def scatter(self, q_BsND: Tensor, k_BsND: Tensor, v_BsND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [B, s, N, D] -> [B, r, n, D], one exchange that feeds both branches."""
+        if q_BsND.shape[1:3] != (length(self.shard), self.plan.heads):
+            raise ValueError(
+                f"q {tuple(q_BsND.shape)} is not [B, {length(self.shard)}, {self.plan.heads}, D] of tokens {self.shard}"
+            )
+        tokens, heads = self._exchange_sizes()
+        q, k, v = self.exchange.tokens_to_heads(
+            (q_BsND, k_BsND, v_BsND),
+            token_sizes=tokens,
+            head_sizes=heads,
+            group=self.mesh.ulysses.group,
+            trace=self.trace,
+        )
+        return q, k, v
+
+    def gather(self, out_BrnD: Tensor) -> Tensor:
+        """[B, r, n, D] -> [B, s, N, D]: what scatter did, undone for one tensor."""
+        tokens, heads = self._exchange_sizes()
+        return self.exchange.heads_to_tokens(
+            out_BrnD, token_sizes=tokens, head_sizes=heads, group=self.mesh.ulysses.group, trace=self.trace
+        )
+
+    def branches(
+        self, q_BrnD: Tensor, k_BrnD: Tensor, v_BrnD: Tensor, mode: Mode, kernels: BranchKernels
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Local and global attention of this rank's queries, [B, r, n, D] each; None for a branch the mode leaves out.
+
+        Near keys (this rank's own; with a local branch its halo, which contains them) are attended while the ring's first
+        block is on its way. Far blocks follow in ring order, without the tokens that were near: every key counts once,
+        and the order of merging depends on the rank alone, not on timing.
+        """
+        q, start = q_BrnD, self.ring_shard[0]
+        near, far = self._near_and_far(k_BrnD, v_BrnD, mode, kernels)
+        if q.numel() == 0:  # no tokens or no heads: nothing to attend, but others' keys still pass through this rank
+            for _ in far:
+                pass
+            return (None if mode == "global" else q), (None if mode == "local" else q)
+        local = None
+        if mode == "global":
+            part = kernels.dense(q, near.k, near.v)
+        else:
+            part = kernels.local(q, near.k, near.v, start, near.span[0])
+            local = part[0]
+        if mode == "local":
+            return local, None
+        if mode == "dual":
+            part = _merge(kernels, part, kernels.rest(q, near.k, near.v, start, near.span[0]))
+        for owner, kv in far:
+            for keys in _outside(near.span, kv, self.plan.ring_shards[owner]):
+                part = _merge(kernels, part, kernels.dense(q, keys.k, keys.v))
+        return local, part[0].to(q.dtype)
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """Sum over the ring: every token of this rank's heads, the same bits on every rank of the ring."""
+        return collectives.sum_over_ranks(x, group=self.mesh.ring.group, trace=self.trace)
+
+    def cfg_exchange(self, prediction: Tensor) -> tuple[Tensor, ...]:
+        """One prediction per rank of the cfg axis -> all of them, in the order of the axis, on every rank."""
+        return collectives.gather_copies(prediction, "cfg", group=self.mesh.cfg.group, trace=self.trace)
+
+    def _exchange_sizes(self) -> tuple[list[int], list[int]]:
+        members = self.plan.member_shards(self.mesh.ring.rank)
+        return [length(shard) for shard in members], [length(share) for share in self.plan.head_shares]
+
+    def _near_and_far(
+        self, k: Tensor, v: Tensor, mode: Mode, kernels: BranchKernels
+    ) -> tuple[_Keys, Iterable[tuple[int, Tensor]]]:
+        """Keys that are here before the ring turns, and the ring's blocks, the first of them on its way.
+
+        The halo goes before the ring: the near attention waits for it, and both use the same links.
+        """
+        ring, shards = self.mesh.ring, self.plan.ring_shards
+        if ring.size == 1:  # every key is here, and no copy of them is needed
+            halo_needs(shards, kernels.halo, self.plan.tokens)
+            return _Keys(k, v, self.ring_shard), ()
+        if mode == "global":
+            near, own_kv = _Keys(k, v, self.ring_shard), pack_keys(k, v)
+        else:
+            needed = halo_needs(shards, kernels.halo, self.plan.tokens)
+            halo_kv = exchange_halo(k, v, owned=shards, needed=needed, group=ring.group, trace=self.trace)
+            near = _Keys(*unpack_keys(halo_kv), needed[ring.rank])
+            own_kv = halo_kv[self.ring_shard[0] - near.span[0] :][: length(self.ring_shard)]
+        if mode == "local":
+            return near, ()
+        sizes = [length(shard) for shard in shards]
+        return near, RingShift(own_kv, sizes=sizes, group=ring.group, trace=self.trace)
+
+
+def _outside(near: Range, kv: Tensor, span: Range) -> Iterator[_Keys]:
+    """The tokens of a block kv [r, 2, B, n, D] over `span` that are not among the near ones: up to two views."""
+    for start, stop in subtract(span, near):
+        yield _Keys(*unpack_keys(kv[start - span[0] : stop - span[0]]), (start, stop))
+
+
+def _merge(kernels: BranchKernels, a: Partial, b: Partial) -> Partial:
+    """Merge with out in the precision of lse: many bf16 parts add up to one rounding, not to one each."""
+    (out_a, lse_a), (out_b, lse_b) = a, b
+    return kernels.merge(out_a.to(lse_a.dtype), lse_a, out_b, lse_b)

@@ -1,0 +1,80 @@
+"""DeepSpeed's Ulysses all-to-all as a provider beside torch's own. Even shards and even heads only; an optional extra."""
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.collectives import Trace, watch
+from parallel.plan import SequencePlan, length
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeepSpeedExchange:
+    """parallel.attention.HeadExchange by deepspeed.sequence.layer, which is handed in as `layer`."""
+
+    layer: ModuleType
+
+    def tokens_to_heads(
+        self,
+        tensors: Sequence[Tensor],
+        *,
+        token_sizes: Sequence[int],
+        head_sizes: Sequence[int],
+        group: dist.ProcessGroup,
+        trace: Trace,
+    ) -> tuple[Tensor, ...]:
+        """Each [B, s, N, D] -> [B, r, n, D]: stacked on the batch, as DeepSpeed exchanges one tensor a call."""
+        _refuse_uneven(token_sizes, head_sizes)
+        stacked = self._exchange(torch.cat(tuple(tensors)), scatter_dim=2, group=group, trace=trace)
+        return stacked.chunk(len(tensors))
+
+    def heads_to_tokens(
+        self,
+        x_BrnD: Tensor,
+        *,
+        token_sizes: Sequence[int],
+        head_sizes: Sequence[int],
+        group: dist.ProcessGroup,
+        trace: Trace,
+    ) -> Tensor:
+        """[B, r, n, D] -> [B, s, N, D], the inverse."""
+        _refuse_uneven(token_sizes, head_sizes)
+        return self._exchange(x_BrnD.contiguous(), scatter_dim=1, group=group, trace=trace)
+
+    def _exchange(self, x: Tensor, *, scatter_dim: int, group: dist.ProcessGroup, trace: Trace) -> Tensor:
+        """Scatter dim 1 (tokens) or 2 (heads) over the group and gather the other one."""
+        size = dist.get_world_size(group)
+        with watch("all-to-all (deepspeed)", group=group, trace=trace):
+            out = self.layer.single_all_to_all(x, scatter_dim, 3 - scatter_dim, 0, group)
+        trace.on_bytes("all_to_all", x.nbytes // size * (size - 1))
+        return out
+
+
+def deepspeed_exchange(plan: SequencePlan) -> DeepSpeedExchange:
+    """Load DeepSpeed for a plan that it can serve. Call it after torch.distributed has been initialised.
+
+    DeepSpeed's own communication layer keeps a module-wide backend; given a running process group it adopts that one.
+    """
+    _refuse_uneven([length(shard) for shard in plan.shards], [length(share) for share in plan.head_shares])
+    try:
+        layer = importlib.import_module("deepspeed.sequence.layer")
+        comm = importlib.import_module("deepspeed.comm")
+    except ImportError as error:
+        raise ImportError(f"parallel.provider deepspeed needs the deepspeed package: {error}") from error
+    if not comm.is_initialized():
+        comm.init_distributed(dist_init_required=False, verbose=False)
+    return DeepSpeedExchange(layer=layer)
+
+
+def _refuse_uneven(token_sizes: Sequence[int], head_sizes: Sequence[int]) -> None:
+    for name, sizes in (("tokens", token_sizes), ("heads", head_sizes)):
+        if min(sizes) != max(sizes):
+            raise ValueError(
+                f"DeepSpeed's all-to-all takes even shares only, and {sum(sizes)} {name} over {len(sizes)} ranks are not: "
+                f"{list(sizes)}; use the torch provider or other degrees"
+            )

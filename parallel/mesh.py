@@ -1,0 +1,94 @@
+"""The ranks of a run as a mesh cfg x ring x ulysses, and the process groups of its axes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from parallel.collectives import Trace, ignore_bytes, meet
+
+AXES = ("cfg", "ring", "ulysses")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Axis:
+    """This rank's line of ranks along one axis: their group, their world ranks, and this rank's place among them."""
+
+    name: str
+    group: dist.ProcessGroup
+    ranks: tuple[int, ...]
+    rank: int
+
+    @property
+    def size(self) -> int:
+        """Number of ranks on the line."""
+        return len(self.ranks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SeqMesh:
+    """All axes of this rank. `sequence` is ring x ulysses, ring-major: all ranks that share one video's tokens.
+
+    `alone` is this rank by itself: the ulysses axis of a layout that splits no heads.
+    """
+
+    device_mesh: DeviceMesh
+    cfg: Axis
+    ring: Axis
+    ulysses: Axis
+    sequence: Axis
+    alone: Axis
+
+    def on_shards(self) -> "SeqMesh":
+        """The same ranks with every rank of the sequence on the ring and no heads split."""
+        return replace(self, ring=self.sequence, ulysses=self.alone)
+
+
+def build_mesh(*, cfg: int, ring: int, ulysses: int, device: torch.device, timeout: timedelta) -> SeqMesh:
+    """Arrange the world as cfg x ring x ulysses, ulysses innermost; every rank of the world calls this alike.
+
+    The groups are made here and handed to DeviceMesh, as DeviceMesh itself would give them its backend's default
+    timeout of 10 or 30 minutes. Each group meets once: a missing peer is found now, and NCCL allows point-to-point
+    between some members of a group only after all of them have communicated.
+    """
+    world = dist.get_world_size(dist.group.WORLD)
+    if min(cfg, ring, ulysses) < 1 or cfg * ring * ulysses != world:
+        raise ValueError(
+            f"cannot arrange {world} ranks as cfg {cfg} x ring {ring} x ulysses {ulysses} = {cfg * ring * ulysses} ranks"
+        )
+    ranks = torch.arange(world, device="cpu").view(cfg, ring, ulysses)
+    make_axis = _axis_maker(timeout)
+    axes = {
+        "cfg": make_axis("cfg", ranks.flatten(1).T),
+        "ring": make_axis("ring", ranks.transpose(1, 2).flatten(0, 1)),
+        "ulysses": make_axis("ulysses", ranks.flatten(0, 1)),
+        "sequence": make_axis("sequence", ranks.flatten(1)),
+        "alone": make_axis("alone", ranks.view(world, 1)),
+    }
+    for axis in axes.values():
+        meet(group=axis.group, device=device, trace=Trace(label=f"start, {axis.name} axis", on_bytes=ignore_bytes))
+    groups = [axes[name].group for name in AXES]
+    device_mesh = DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=AXES)
+    return SeqMesh(device_mesh=device_mesh, **axes)
+
+
+def _axis_maker(timeout: timedelta) -> Callable[[str, Tensor], Axis]:
+    """Make axes whose groups are shared where their ranks are the same, such as ring and sequence without ulysses.
+
+    A process group exists only if all ranks of the world make all groups in one order, so every rank makes every line.
+    """
+    groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    world_rank = dist.get_rank(dist.group.WORLD)
+
+    def make_axis(name: str, lines: Tensor) -> Axis:
+        for line in map(tuple, lines.tolist()):
+            if line not in groups:
+                groups[line] = dist.new_group(list(line), timeout=timeout)
+        mine = next(line for line in map(tuple, lines.tolist()) if world_rank in line)
+        return Axis(name=name, group=groups[mine], ranks=mine, rank=mine.index(world_rank))
+
+    return make_axis

@@ -1,0 +1,233 @@
+"""A method on a stock pipeline: equal to the stock pipeline where it must be, to a plain reference where it differs."""
+
+import warnings
+
+import accelerate
+import pytest
+import torch
+import torch._dynamo.testing
+from torch import Tensor
+
+from engine import apply_method
+from engine.adapters.wan import WanAdapter
+from engine.errors import UserError
+from freespec.attention import masked_ref
+from freespec.methods import FreeSpec, StepPlan
+from freespec.spectrum import svd_fusion_ref
+from tests.tiny_pipelines import random_wan
+
+METHODS = ("direct", "sliding_window", "freespec")
+CALL = {
+    "prompt": "a red circle",
+    "negative_prompt": "bad",
+    "height": 32,
+    "width": 48,
+    "num_frames": 29,
+    "num_inference_steps": 3,
+    "guidance_scale": 4.0,
+    "max_sequence_length": 20,
+}
+
+
+def latents_of(pipe, **overrides) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return pipe(**(CALL | overrides), generator=generator, output_type="latent").frames
+
+
+@pytest.fixture(scope="module")
+def stock() -> Tensor:
+    return latents_of(random_wan())
+
+
+def test_direct_is_the_stock_pipeline_bit_for_bit(stock):
+    pipe = random_wan()
+    with apply_method(pipe, method="direct", window_frames=3):
+        assert torch.equal(latents_of(pipe), stock)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_native_length_is_the_stock_pipeline_bit_for_bit(method):
+    pipe = random_wan()
+    expected = latents_of(pipe, num_frames=9)
+    with apply_method(pipe, method=method, window_frames=3):
+        assert torch.equal(latents_of(pipe, num_frames=9), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_remove_restores_the_pipeline_bit_for_bit(method, stock):
+    pipe = random_wan()
+    processors = dict(pipe.transformer.attn_processors)
+    handle = apply_method(pipe, method=method, window_frames=3)
+    changed = latents_of(pipe)
+    handle.remove()
+    assert (method == "direct") == torch.equal(changed, stock)  # the method did something before it was removed
+    assert torch.equal(latents_of(pipe), stock)
+    assert pipe.transformer.attn_processors == processors
+    assert not pipe.transformer._forward_pre_hooks
+
+
+class ReferenceProcessor:
+    """Both branches by mask and the fusion by SVD, in fp64: shares no code with the fast path but the projections."""
+
+    def __init__(self, frame_tokens: int, window_frames: int, weights: dict) -> None:
+        self.frame_tokens, self.window_frames, self.weights = frame_tokens, window_frames, weights
+
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        q, k, v = WanAdapter.qkv(attn, hidden_states, rotary_emb)
+        out = masked_ref(q, k, v, frame_tokens=self.frame_tokens, window_frames=self.window_frames)
+        if self.weights["now"] is not None:
+            wide = masked_ref(q, k, v, frame_tokens=self.frame_tokens, window_frames=None)
+            g, lam = self.weights["now"]
+            out = svd_fusion_ref(out, wide, g, float(lam))
+        return WanAdapter.project_out(attn, out.to(q.dtype))
+
+
+@pytest.mark.parametrize(("split", "agrees"), [(0.6, True), (0.9, False)])
+def test_freespec_run_equals_a_run_with_masks_and_svd(split, agrees):
+    method = FreeSpec(domain="step", split=0.6)
+    fast = random_wan().to(torch.float64)
+    with apply_method(fast, method=method, window_frames=3):
+        ours = latents_of(fast)
+
+    slow = random_wan().to(torch.float64)
+    weights: dict = {"now": None}
+    for attn in WanAdapter.attention_modules(slow.transformer):
+        attn.set_processor(ReferenceProcessor(4 * 6, 3, weights))
+    plan = FreeSpec(domain="step", split=split).plan([999.0, 900.0, 500.0])  # negative control: one dual step more
+
+    def set_weights(step: StepPlan) -> None:
+        weights["now"] = method.weights(step, 12, torch.device("cpu")) if step.mode == "dual" else None
+
+    set_weights(plan[0])
+
+    def next_step(pipe, index, timestep, kwargs):
+        set_weights(plan[min(index + 1, len(plan) - 1)])
+        return {}
+
+    theirs = latents_of(slow, callback_on_step_end=next_step)
+    assert (torch.linalg.norm(ours - theirs) < 1e-9 * torch.linalg.norm(theirs)).item() == agrees
+
+
+def test_late_steps_are_sliding_window_bit_for_bit():
+    pipe = random_wan()
+    with apply_method(pipe, method="sliding_window", window_frames=3):
+        expected = latents_of(pipe)
+    with apply_method(pipe, method=FreeSpec(domain="step", split=0.0), window_frames=3):
+        assert torch.equal(latents_of(pipe), expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fused_projections(method):
+    pipe = random_wan()
+    with apply_method(pipe, method=method, window_frames=3):
+        expected = latents_of(pipe)
+        pipe.transformer.fuse_qkv_projections()
+        torch.testing.assert_close(latents_of(pipe), expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+        assert pipe.transformer.blocks[0].attn1.fused_projections
+
+
+def test_compiled_blocks():
+    torch.compiler.reset()
+    pipe = random_wan(layers=10)  # more layers than dynamo's recompile limit
+    with apply_method(pipe, method=FreeSpec(domain="step", split=0.5), window_frames=3):
+        expected = latents_of(pipe, num_inference_steps=4)
+        compiled = random_wan(layers=10)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled.transformer.compile_repeated_blocks(backend=counter)
+    with (
+        apply_method(compiled, method=FreeSpec(domain="step", split=0.5), window_frames=3),
+        torch._dynamo.config.patch(error_on_recompile=False, fail_on_recompile_limit_hit=True),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", DeprecationWarning)  # raised by dynamo about torch's own code
+        got = latents_of(compiled, num_inference_steps=4)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    assert 1 <= counter.frame_count <= 6  # graphs per mode, not per layer and step
+
+
+def test_layerwise_casting():
+    pipe = random_wan()
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
+    expected = latents_of(pipe)
+    with apply_method(pipe, method="direct", window_frames=3):
+        assert torch.equal(latents_of(pipe), expected)
+    with apply_method(pipe, method="freespec", window_frames=3):
+        assert torch.isfinite(latents_of(pipe)).all()
+
+
+def test_accelerate_offload_cycle():
+    """What CPU offload does: accelerate hooks go on and off the transformer while the method is on it."""
+    pipe = random_wan()
+    with apply_method(pipe, method="freespec", window_frames=3):
+        expected = latents_of(pipe)
+        accelerate.cpu_offload_with_hook(pipe.transformer, torch.device("cpu"))
+        assert torch.equal(latents_of(pipe), expected)
+        accelerate.hooks.remove_hook_from_module(pipe.transformer)
+        assert torch.equal(latents_of(pipe), expected)
+
+
+def test_two_calls_and_another_length_on_one_handle():
+    pipe = random_wan()
+    with apply_method(pipe, method="freespec", window_frames=3):
+        first = latents_of(pipe)
+        latents_of(pipe, num_frames=17, num_inference_steps=5)
+        assert torch.equal(latents_of(pipe), first)
+
+
+def test_a_forward_outside_its_pipeline_is_refused():
+    pipe = random_wan()
+    pipe.scheduler.set_timesteps(3)
+    with (
+        apply_method(pipe, method="freespec", window_frames=3),
+        pytest.raises(ValueError, match=r"called at timestep 123.0, but its scheduler stands at step 0 of 3"),
+    ):
+        pipe.transformer(
+            hidden_states=torch.randn(1, 4, 8, 8, 8),
+            timestep=torch.tensor([123]),
+            encoder_hidden_states=torch.randn(1, 5, 16),
+        )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "freespce"}, r"unknown method 'freespce' \(did you mean 'freespec'\?\)"),
+        ({"method": "freespec", "alhpa": 1.0}, r"does not know 'alhpa' \(did you mean 'alpha'\?\)"),
+        ({"method": FreeSpec(), "alpha": 1.0}, "a method object has its own"),
+        ({"window_frames": 0}, "window_frames must be 1 or more, got 0"),
+        ({"kernel": "cuda_flash"}, "'cuda_flash' does not run on cpu"),
+    ],
+)
+def test_mistakes_are_user_errors_and_leave_the_pipeline_alone(arguments, message):
+    pipe = random_wan()
+    processors = dict(pipe.transformer.attn_processors)
+    with pytest.raises(UserError, match=message):
+        apply_method(pipe, **({"window_frames": 3} | arguments))
+    assert pipe.transformer.attn_processors == processors
+
+
+def test_a_second_method_is_refused():
+    pipe = random_wan()
+    with (
+        apply_method(pipe, method="direct", window_frames=3),
+        pytest.raises(UserError, match=r"already has a method; call its handle's remove"),
+    ):
+        apply_method(pipe, method="freespec", window_frames=3)
+
+
+def test_unsafe_pipelines_are_refused():
+    pipe = random_wan()
+    pipe.register_to_config(boundary_ratio=0.875)
+    with pytest.raises(UserError, match=r"boundary_ratio 0.875"):
+        apply_method(pipe, window_frames=3)
+    pipe = random_wan()
+    pipe.transformer._parallel_config = object()
+    with pytest.raises(UserError, match="context parallel"):
+        apply_method(pipe, window_frames=3)
+    pipe = random_wan()
+    pipe.transformer.set_attention_backend("native")
+    try:
+        with pytest.raises(UserError, match="attention backend"):
+            apply_method(pipe, window_frames=3)
+    finally:
+        pipe.transformer.reset_attention_backend()

@@ -1,0 +1,128 @@
+"""Each attention kernel against plain torch: output, log-sum-exp, strided overlapping views, low precision, selection."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from freespec.kernels import KERNELS, Kernel, cpu_flash, cuda_cudnn, cuda_efficient, cuda_flash, plain, select_kernel
+from tests.freespec.cases import assert_low_precision, assert_same_math, drawn, seeds
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+# Kernel, dtype, device of every fast kernel that is compared with plain torch.
+FAST = [
+    pytest.param(cpu_flash, torch.float32, "cpu", id="cpu_flash-fp32"),
+    pytest.param(cpu_flash, torch.bfloat16, "cpu", id="cpu_flash-bf16"),
+    pytest.param(cuda_flash, torch.bfloat16, "cuda", id="cuda_flash-bf16", marks=gpu),
+    pytest.param(cuda_flash, torch.float16, "cuda", id="cuda_flash-fp16", marks=gpu),
+    pytest.param(cuda_cudnn, torch.bfloat16, "cuda", id="cuda_cudnn-bf16", marks=gpu),
+    pytest.param(cuda_efficient, torch.float32, "cuda", id="cuda_efficient-fp32", marks=gpu),
+    pytest.param(cuda_efficient, torch.bfloat16, "cuda", id="cuda_efficient-bf16", marks=gpu),
+]
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """softmax(q kᵀ / sqrt D) v and its log-sum-exp, in the dtype of the arguments: written for the eye."""
+    logits = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    return logits.softmax(-1) @ v, logits.logsumexp(-1)
+
+
+def sliding_views(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """q of 5 frames and overlapping windows of 3 frames in k and v, cut from [S, N, D] tensors without a copy."""
+    frames, tokens, heads, dim, window = 7, 33, 3, 64, 3
+    generator = torch.Generator().manual_seed(0)
+    wide = torch.randn(3, frames * tokens, heads, dim, generator=generator)
+    q, k, v = wide.to(device, dtype).unbind(0)
+    k_bnkd, v_bnkd = (x.unfold(0, window * tokens, tokens).transpose(-1, -2) for x in (k, v))
+    assert k_bnkd.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
+    return q[: 5 * tokens].unflatten(0, (5, tokens)).transpose(1, 2), k_bnkd, v_bnkd
+
+
+def check_low_precision(kernel: Kernel, views: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v = views
+    out, lse = kernel(q, k, v)
+    assert out.shape == q.shape
+    assert out.dtype == q.dtype
+    assert lse.shape == q.shape[:3]
+    assert lse.dtype == torch.float32
+    exact, exact_lse = reference(q.double(), k.double(), v.double())
+    naive, naive_lse = reference(q, k, v)
+    assert_low_precision(out, naive, exact)
+    assert_low_precision(lse, naive_lse.float(), exact_lse)
+
+
+@pytest.mark.parametrize(("kernel", "dtype", "device"), FAST)
+def test_fast_kernel_on_overlapping_views(kernel: Kernel, dtype: torch.dtype, device: str) -> None:
+    check_low_precision(kernel, sliding_views(dtype, device))
+
+
+@pytest.mark.parametrize(("kernel", "dtype", "device"), FAST)
+def test_negative_controls_of_the_fast_kernels(kernel: Kernel, dtype: torch.dtype, device: str) -> None:
+    def unscaled(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return kernel(q * 1.05, k, v)
+
+    def base_two(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = kernel(q, k, v)
+        return out, lse * 1.4427
+
+    for broken in (unscaled, base_two):
+        with pytest.raises(AssertionError):
+            check_low_precision(broken, sliding_views(dtype, device))
+
+
+@drawn
+@given(
+    seed=seeds,
+    sizes=st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 20), st.integers(1, 20)),
+    dim=st.sampled_from([1, 2, 4, 8]),
+)
+@pytest.mark.parametrize("kernel", [plain, cpu_flash])
+def test_cpu_kernels_in_fp64(kernel: Kernel, seed: int, sizes: tuple[int, int, int, int], dim: int) -> None:
+    batch, heads, queries, keys = sizes
+    generator = torch.Generator().manual_seed(seed)
+    q = torch.randn(batch, heads, queries, dim, generator=generator, dtype=torch.float64)
+    k, v = torch.randn(2, batch, heads, keys, dim, generator=generator, dtype=torch.float64).unbind(0)
+    for actual, expected in zip(kernel(q, k, v), reference(q, k, v), strict=True):
+        assert_same_math(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cpu_flash_is_what_the_public_function_runs(dtype: torch.dtype) -> None:
+    q, k, v = sliding_views(dtype, "cpu")
+    assert torch.equal(cpu_flash(q, k, v)[0], torch.nn.functional.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "expected"),
+    [
+        ("auto", CPU, torch.float32, "cpu_flash"),
+        ("auto", CPU, torch.float64, "cpu_flash"),
+        ("auto", CUDA, torch.bfloat16, "cuda_flash"),
+        ("auto", CUDA, torch.float32, "cuda_efficient"),
+        ("plain", CPU, torch.float64, "plain"),
+        ("plain", CUDA, torch.float64, "plain"),
+        ("cuda_cudnn", CUDA, torch.float16, "cuda_cudnn"),
+    ],
+)
+def test_select_kernel(name: str, device: torch.device, dtype: torch.dtype, expected: str) -> None:
+    assert select_kernel(name, device, dtype) is KERNELS[expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "message"),
+    [
+        ("flash", CPU, torch.float32, r"unknown attention kernel 'flash'; choose one of auto, plain, cpu_flash"),
+        ("cuda_flash", CPU, torch.bfloat16, r"'cuda_flash' does not run on cpu; use auto or plain"),
+        ("cpu_flash", CUDA, torch.float32, r"'cpu_flash' does not run on cuda"),
+        ("auto", torch.device("meta"), torch.float32, r"does not run on meta"),
+        ("cuda_flash", CUDA, torch.float32, r"'cuda_flash' takes fp16 or bf16, not torch.float32"),
+        ("cuda_cudnn", CUDA, torch.float64, r"'cuda_cudnn' takes fp16 or bf16"),
+        ("cuda_efficient", CUDA, torch.float64, r"does not take float64; use plain"),
+        ("auto", CUDA, torch.float64, r"does not take float64; use plain"),
+    ],
+)
+def test_select_kernel_errors(name: str, device: torch.device, dtype: torch.dtype, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        select_kernel(name, device, dtype)

@@ -1,0 +1,321 @@
+"""The fusion by one D x D matrix per head against the explicit SVD, and what must hold of it whatever the numbers."""
+
+import itertools
+from collections.abc import Callable
+from typing import Literal
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from freespec import spectrum
+from freespec.methods import FreeSpec
+from freespec.methods.freespec import FusionWeights
+from freespec.spectrum import (
+    effective_rank,
+    global_basis_matrix,
+    gram,
+    local_basis_matrix,
+    reconstruct,
+    svd_fusion_ref,
+)
+from tests.freespec.cases import assert_low_precision, assert_same_math, drawn, features, rotation, seeds
+
+Basis = Literal["local", "global"]
+Sizes = tuple[int, int, int, int]
+ROWS = [(basis, form) for basis in ("local", "global") for form in ("lerp", "add")]
+TALL = (2, 23, 3, 8)
+
+
+@st.composite
+def sizes(draw: st.DrawFn, *, full_rank: bool = False) -> Sizes:
+    """B, S, N, D with S < D, S = D and S > D."""
+    dim = draw(st.sampled_from([2, 4, 8]))
+    tokens = draw(st.integers(dim if full_rank else 1, 3 * dim))
+    return draw(st.integers(1, 2)), tokens, draw(st.integers(1, 3)), dim
+
+
+def rank_weights(dim: int, strength: float = 0.8) -> Tensor:
+    """g [D] fp64, falling and with no round numbers."""
+    return strength * torch.exp(-torch.arange(dim, dtype=torch.float64) / 3)
+
+
+def fuse(
+    o_local: Tensor, o_global: Tensor, weight: Tensor, lam: float, *, basis: str = "local", form: str = "lerp"
+) -> Tensor:
+    """The fast form on one device."""
+    method = FreeSpec(basis=basis, residual_form=form)
+    weights = FusionWeights(rank=weight, residual=torch.tensor(lam, dtype=torch.float64))
+    return method.fuse(o_local, o_global, weights, lambda grams: grams)
+
+
+def pair(seed: int, sizes: Sizes, *, rank: int | None = None, deficient: str = "local") -> tuple[Tensor, Tensor]:
+    """O_l and O_g; the `deficient` one is zero from singular value `rank` on."""
+    return (
+        features(seed, sizes, rank=rank if deficient == "local" else None),
+        1.7 * features(seed + 1, sizes, rank=rank if deficient == "global" else None),
+    )
+
+
+# The Gram form and the SVD (property 9).
+
+
+def check_svd(branches: tuple[Tensor, Tensor], basis: str, form: str, ref: Callable[..., Tensor]) -> None:
+    g = rank_weights(branches[0].shape[-1])
+    assert_same_math(fuse(*branches, g, 0.15, basis=basis, form=form), ref(*branches, g, 0.15, basis=basis, form=form))
+
+
+@drawn
+@given(seed=seeds, sizes=sizes(), rank=st.none() | st.integers(0, 7))
+@pytest.mark.parametrize(("basis", "form"), ROWS)
+def test_gram_form_equals_svd(basis: str, form: str, seed: int, sizes: Sizes, rank: int | None) -> None:
+    """Any rank of the branch whose basis is kept: fewer tokens than dimensions, deficient, zero."""
+    check_svd(pair(seed, sizes, rank=rank, deficient=basis), basis, form, svd_fusion_ref)
+
+
+@pytest.mark.parametrize(("basis", "form"), ROWS)
+def test_zero_features(basis: str, form: str) -> None:
+    zero = torch.zeros(TALL, dtype=torch.float64)
+    some = features(0, TALL)
+    for branches in ((zero, some), (some, zero), (zero, zero)):
+        check_svd(branches, basis, form, svd_fusion_ref)
+
+
+@pytest.mark.parametrize(("basis", "form"), ROWS)
+def test_negative_controls_of_the_svd(basis: str, form: str) -> None:
+    branches = pair(0, TALL)
+
+    def no_residual(o_local: Tensor, o_global: Tensor, weight: Tensor, lam: float, **row: str) -> Tensor:
+        return svd_fusion_ref(o_local, o_global, weight, 0.0, **row)
+
+    def ascending(o_local: Tensor, o_global: Tensor, weight: Tensor, lam: float, **row: str) -> Tensor:
+        return svd_fusion_ref(o_local, o_global, weight.flip(0), lam, **row)
+
+    def other_basis(o_local: Tensor, o_global: Tensor, weight: Tensor, lam: float, **row: str) -> Tensor:
+        row["basis"] = "global" if basis == "local" else "local"
+        return svd_fusion_ref(o_local, o_global, weight, lam, **row)
+
+    def other_form(o_local: Tensor, o_global: Tensor, weight: Tensor, lam: float, **row: str) -> Tensor:
+        row["form"] = "add" if form == "lerp" else "lerp"
+        return svd_fusion_ref(o_local, o_global, weight, lam, **row)
+
+    check_svd(branches, basis, form, svd_fusion_ref)
+    for broken in (no_residual, ascending, other_basis, other_form):
+        with pytest.raises(AssertionError):
+            check_svd(branches, basis, form, broken)
+
+
+@pytest.mark.parametrize("basis", ["local", "global"])
+def test_negative_control_of_the_guard(basis: Basis, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the guard, a direction of rounding noise is blown up to the other branch's singular value."""
+    noisy = pair(0, TALL, rank=3, deficient=basis)
+    noisy = tuple(o + 1e-6 * features(5 + i, TALL) for i, o in enumerate(noisy))
+    g = rank_weights(8)
+    guarded = svd_fusion_ref(*noisy, g, 0.0, basis=basis)
+    matrix = {"local": local_basis_matrix, "global": global_basis_matrix}[basis]
+    base = noisy[0] if basis == "local" else noisy[1]
+    lam = torch.zeros((), dtype=torch.float64)
+
+    def fused(eps: float) -> Tensor:
+        return reconstruct(base, matrix(gram(noisy[0]), gram(noisy[1]), g, eps), noisy[1], lam, "lerp")
+
+    assert (fused(spectrum.EPS) - guarded).abs().max() < 1e-6 < (fused(0.0) - guarded).abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("basis", ["local", "global"])
+def test_low_precision(basis: Basis, dtype: torch.dtype) -> None:
+    branches = tuple(x.to(dtype) for x in pair(0, (2, 300, 3, 16)))
+    g = rank_weights(16)
+    exact = svd_fusion_ref(*branches, g, 0.15, basis=basis)
+    actual = fuse(*branches, g, 0.15, basis=basis)
+    assert actual.dtype == dtype
+    twin = svd_fp32(*branches, g, 0.15, basis=basis).to(dtype)
+    assert_low_precision(actual, twin, exact)
+    with pytest.raises(AssertionError):
+        assert_low_precision(fuse(*branches, g, 0.0, basis=basis), twin, exact)
+
+
+def svd_fp32(o_local: Tensor, o_global: Tensor, weight: Tensor, lam: float, *, basis: str) -> Tensor:
+    """Plain torch in fp32: eq. 4-13 as they are written."""
+    local, wide = (x.float().transpose(1, 2) for x in (o_local, o_global))
+    u_l, s_l, vh_l = torch.linalg.svd(local, full_matrices=False)
+    u_g, s_g, vh_g = torch.linalg.svd(wide, full_matrices=False)
+    u, vh = (u_l, vh_l) if basis == "local" else (u_g, vh_g)
+    g = weight.float()
+    fused = (1 - lam) * (u * (g * s_g + (1 - g) * s_l)[..., None, :]) @ vh + lam * wide
+    return fused.transpose(1, 2)
+
+
+# Properties 1 to 4.
+
+
+@drawn
+@given(seed=seeds, sizes=sizes())
+def test_weight_zero_keeps_the_local_branch(seed: int, sizes: Sizes) -> None:
+    o_local, o_global = pair(seed, sizes)
+    assert torch.equal(fuse(o_local, o_global, torch.zeros(sizes[3]).double(), 0.0), o_local)
+    with pytest.raises(AssertionError):
+        assert_same_math(fuse(o_local, o_global, torch.full((sizes[3],), 0.5).double(), 0.0), o_local)
+
+
+@drawn
+@given(seed=seeds, sizes=sizes())
+def test_weight_one_keeps_the_global_branch_in_its_own_basis(seed: int, sizes: Sizes) -> None:
+    o_local, o_global = pair(seed, sizes)
+    assert torch.equal(fuse(o_local, o_global, torch.ones(sizes[3]).double(), 0.0, basis="global"), o_global)
+    with pytest.raises(AssertionError):
+        half = torch.full((sizes[3],), 0.5, dtype=torch.float64)
+        assert_same_math(fuse(o_local, o_global, half, 0.0, basis="global"), o_global)
+
+
+def check_spectrum(seed: int, sizes: Sizes, weight: Tensor) -> None:
+    """Singular values are those of O_g; V_lᵀ OᵀO V_l is diagonal, so the right singular vectors are those of O_l."""
+    o_local, o_global = pair(seed, sizes)
+    fused = fuse(o_local, o_global, weight, 0.0).transpose(1, 2)
+    sigma_g = torch.linalg.svdvals(o_global.transpose(1, 2))
+    assert_same_math(torch.linalg.svdvals(fused), sigma_g)
+    vectors = torch.linalg.svd(o_local.transpose(1, 2), full_matrices=False).Vh.transpose(-1, -2)
+    rotated = fused @ vectors
+    assert_same_math(rotated.transpose(-1, -2) @ rotated, torch.diag_embed(sigma_g**2))
+
+
+@drawn
+@given(seed=seeds, sizes=sizes(full_rank=True))
+def test_weight_one_takes_the_global_spectrum_in_the_local_basis(seed: int, sizes: Sizes) -> None:
+    check_spectrum(seed, sizes, torch.ones(sizes[3], dtype=torch.float64))
+
+
+def test_negative_control_of_the_spectrum() -> None:
+    with pytest.raises(AssertionError):
+        check_spectrum(0, TALL, torch.full((8,), 0.99, dtype=torch.float64))
+
+
+@drawn
+@given(seed=seeds, sizes=sizes(), lam=st.floats(0, 1), rank=st.none() | st.integers(0, 7))
+@pytest.mark.parametrize("basis", ["local", "global"])
+def test_equal_branches_come_back(basis: Basis, seed: int, sizes: Sizes, lam: float, rank: int | None) -> None:
+    o = features(seed, sizes, rank=rank)
+    assert_same_math(fuse(o, o.clone(), rank_weights(sizes[3]), lam, basis=basis), o)
+
+
+def test_negative_control_of_equal_branches() -> None:
+    o = features(0, TALL)
+    with pytest.raises(AssertionError):
+        assert_same_math(fuse(o, o, rank_weights(8), 0.15, form="add"), o)
+
+
+# Property 8: rotations and permutations.
+
+
+@drawn
+@given(seed=seeds, sizes=sizes(full_rank=True))
+@pytest.mark.parametrize(("basis", "form"), ROWS)
+def test_rotating_both_branches_rotates_the_result(basis: str, form: str, seed: int, sizes: Sizes) -> None:
+    o_local, o_global = pair(seed, sizes)
+    turn = rotation(seed, *sizes[2:])
+    args = rank_weights(sizes[3]), 0.15
+    row = {"basis": basis, "form": form}
+    turned = fuse(*(torch.einsum("bsnd,nde->bsne", o, turn) for o in (o_local, o_global)), *args, **row)
+    assert_same_math(turned, torch.einsum("bsnd,nde->bsne", fuse(o_local, o_global, *args, **row), turn))
+
+
+@drawn
+@given(seed=seeds, sizes=sizes())
+@pytest.mark.parametrize("basis", ["local", "global"])
+def test_permuting_the_tokens_permutes_the_result(basis: Basis, seed: int, sizes: Sizes) -> None:
+    o_local, o_global = pair(seed, sizes)
+    order = torch.randperm(sizes[1], generator=torch.Generator().manual_seed(seed))
+    args = rank_weights(sizes[3]), 0.15
+    permuted = fuse(o_local[:, order], o_global[:, order], *args, basis=basis)
+    assert_same_math(permuted, fuse(o_local, o_global, *args, basis=basis)[:, order])
+
+
+def test_negative_control_one_branch_alone_rotated_or_permuted() -> None:
+    o_local, o_global = pair(0, TALL)
+    turn = rotation(0, 3, 8)
+    args = rank_weights(8), 0.15
+    fused = fuse(o_local, o_global, *args)
+    with pytest.raises(AssertionError):
+        turned = fuse(torch.einsum("bsnd,nde->bsne", o_local, turn), o_global, *args)
+        assert_same_math(turned, torch.einsum("bsnd,nde->bsne", fused, turn))
+    with pytest.raises(AssertionError):
+        assert_same_math(fuse(o_local.flip(1), o_global, *args), fused.flip(1))
+
+
+# Property 10: Grams summed over any split of the tokens.
+
+
+@drawn
+@given(seed=seeds, sizes=sizes(full_rank=True), cuts=st.lists(st.floats(0, 1), max_size=4))
+@pytest.mark.parametrize("basis", ["local", "global"])
+def test_any_split_of_the_tokens_gives_the_same_result(
+    basis: Basis, seed: int, sizes: Sizes, cuts: list[float]
+) -> None:
+    branches, g = pair(seed, sizes), rank_weights(sizes[3])
+    edges = [0, *sorted(round(x * sizes[1]) for x in cuts), sizes[1]]
+    shards = [tuple(o[:, a:b] for o in branches) for a, b in itertools.pairwise(edges)]
+    grams = [torch.stack((gram(a), gram(b))) for a, b in shards]
+    summed = sum(grams[1:], grams[0])
+    assert_same_math(summed, torch.stack([gram(o) for o in branches]))
+    matrix = {"local": local_basis_matrix, "global": global_basis_matrix}[basis]
+    assert_same_math(matrix(*summed, g), matrix(*(gram(o) for o in branches), g))
+
+    method = FreeSpec(basis=basis)
+    weights = FusionWeights(rank=g, residual=torch.tensor(0.15, dtype=torch.float64))
+    parts = [method.fuse(*shard, weights, lambda _: summed) for shard in shards]
+    assert_same_math(torch.cat(parts, dim=1), fuse(*branches, g, 0.15, basis=basis))
+
+
+def test_negative_control_a_shard_that_is_not_summed() -> None:
+    branches = pair(0, TALL)
+    weights = FusionWeights(rank=rank_weights(8), residual=torch.tensor(0.15, dtype=torch.float64))
+    short = torch.stack([gram(o[:, :20]) for o in branches])
+    with pytest.raises(AssertionError):
+        assert_same_math(FreeSpec().fuse(*branches, weights, lambda _: short), fuse(*branches, weights.rank, 0.15))
+
+
+def test_chunks_of_tokens_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    branches = pair(0, TALL)
+    whole = fuse(*branches, rank_weights(8), 0.15)
+    monkeypatch.setattr(spectrum, "CHUNK_TOKENS", 5)
+    assert_same_math(fuse(*branches, rank_weights(8), 0.15), whole)
+
+
+def test_the_branches_are_reduced_in_one_call_and_not_changed() -> None:
+    branches = pair(0, TALL)
+    copies = tuple(o.clone() for o in branches)
+    calls = []
+
+    def reduce(grams: Tensor) -> Tensor:
+        calls.append((grams.shape, grams.dtype))
+        return grams
+
+    weights = FusionWeights(rank=rank_weights(8), residual=torch.tensor(0.15, dtype=torch.float64))
+    FreeSpec().fuse(*branches, weights, reduce)
+    assert calls == [((2, 2, 3, 8, 8), torch.float64)]
+    assert all(torch.equal(a, b) for a, b in zip(branches, copies, strict=True))
+
+
+# Spectra and effective rank.
+
+
+@drawn
+@given(seed=seeds, sizes=sizes(full_rank=True))
+def test_spectrum_of_the_gram_matrix(seed: int, sizes: Sizes) -> None:
+    o = features(seed, sizes)
+    sigma, vectors = spectrum.spectrum(gram(o))
+    assert_same_math(sigma, torch.linalg.svdvals(o.transpose(1, 2)))
+    assert_same_math((vectors * sigma[..., None, :] ** 2) @ vectors.transpose(-1, -2), gram(o))
+    with pytest.raises(AssertionError):  # the control: ascending order
+        assert_same_math(sigma.flip(-1), torch.linalg.svdvals(o.transpose(1, 2)))
+
+
+def test_effective_rank() -> None:
+    flat = torch.tensor([[2.0, 2.0, 2.0, 2.0], [5.0, 0.0, 0.0, 0.0], [3.0, 3.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    assert_same_math(effective_rank(flat.double()), torch.tensor([4.0, 1.0, 2.0, 0.0], dtype=torch.float64))
+    sigma = torch.tensor([0.6, 0.3, 0.1], dtype=torch.float64)
+    entropy = -(0.6 * sigma[0].log() + 0.3 * sigma[1].log() + 0.1 * sigma[2].log())
+    assert_same_math(effective_rank(7 * sigma), entropy.exp())

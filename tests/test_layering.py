@@ -1,0 +1,54 @@
+"""Imports point one way: the floors of the house, and what each may stand on."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OURS = {"freespec", "parallel", "engine", "launch", "tiny", "benchmarks", "tests"}
+MODELS = {"diffusers", "transformers"}
+FORBIDDEN = {
+    "freespec": OURS - {"freespec"} | MODELS | {"torch.distributed"},
+    "parallel": OURS - {"parallel"} | MODELS,
+    "engine": OURS - {"engine", "parallel", "freespec"},
+    "launch": OURS - {"launch", "engine", "parallel"},
+    "tiny": OURS - {"tiny"},
+}
+
+
+def wrong_imports(floor: str, source: str) -> set[str]:
+    """Forbidden modules that a source of this floor imports, at any depth of the code."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return {bad for bad in FORBIDDEN[floor] for name in names if f"{name}.".startswith(f"{bad}.")}
+
+
+@pytest.mark.parametrize("floor", FORBIDDEN)
+def test_imports_point_one_way(floor: str) -> None:
+    files = list((ROOT / floor).rglob("*.py"))
+    assert files
+    assert {str(path): bad for path in files if (bad := wrong_imports(floor, path.read_text()))} == {}
+
+
+@pytest.mark.parametrize(
+    ("floor", "source", "bad"),
+    [
+        ("freespec", "from torch import distributed", "torch.distributed"),
+        ("freespec", "import torch.distributed as dist", "torch.distributed"),
+        ("freespec", "def f():\n    from engine import config", "engine"),
+        ("parallel", "import freespec.windows", "freespec"),
+        ("parallel", "from diffusers import WanPipeline", "diffusers"),
+        ("engine", "import launch", "launch"),
+        ("launch", "from freespec.methods import METHODS", "freespec"),
+        ("tiny", "from engine.errors import UserError", "engine"),
+    ],
+)
+def test_negative_control(floor: str, source: str, bad: str) -> None:
+    assert wrong_imports(floor, source) == {bad}
+    assert wrong_imports(floor, "import torch, enginery, torch.nn.functional") == set()

@@ -1,0 +1,94 @@
+"""Stage 3: the transformer and the text encoder, together, by flow matching on the cached latents.
+
+With s the noise level, x_s = (1 - s) x_0 + s noise, the model is given x_s, 1000 s and the text, and learns the velocity noise - x_0.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from tiny.latents import load_latents, training_scene
+from tiny.models import FLOW_SHIFT, PIPELINE_TEXT_LENGTH, TEXT_LENGTH, Denoiser, build_tokenizer
+from tiny.state import Trainee, numpy_rng, torch_rng, warm_and_decay
+from tiny.world import caption
+
+logger = logging.getLogger(__name__)
+
+SEED = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlowPlan:
+    """Sizes of stage 3: cached clips, clips per step, steps, the peak learning rate, and steps between saved states."""
+
+    num_clips: int = 4096
+    batch: int = 16
+    num_steps: int = 4000
+    lr: float = 1.2e-3
+    save_every: int = 100
+
+
+def training_caption(index: int, rng: np.random.Generator) -> str:
+    """A caption of the cached clip `index`: empty for 10 % (for guidance), sometimes with an unknown word or as a sentence."""
+    if rng.random() < 0.1:
+        return ""
+    words = caption(training_scene(index), rng).split(" ")
+    if rng.random() < 0.1:
+        # Any word outside the vocabulary becomes the same `<unk>`, which teaches to pass over it.
+        words.insert(int(rng.integers(len(words) + 1)), "shiny")
+    text = " ".join(words)
+    return text[0].upper() + text[1:] + "." if rng.random() < 0.15 else text
+
+
+def flow_batch(latents: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Clean latents [B, z, F, h, w] -> (noisy latents, timesteps [B] in 0..1000, velocity to learn)."""
+    level = torch.rand(latents.shape[0], generator=rng)
+    level = FLOW_SHIFT * level / (1 + (FLOW_SHIFT - 1) * level)
+    noise = torch.randn(latents.shape, generator=rng)
+    s = level[:, None, None, None, None]
+    return (1 - s) * latents + s * noise, 1000 * level, noise - latents
+
+
+def flow_loss(model: Denoiser, latents: Tensor, captions: list[str], tokenizer: PreTrainedTokenizerBase, step: int) -> Tensor:
+    """Mean squared error of the velocity for normalised latents [B, z, F, h, w] on the CPU."""
+    device = model.transformer.device
+    noisy, timestep, velocity = (part.to(device) for part in flow_batch(latents, torch_rng(SEED, step)))
+    tokens = tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
+    text_length = PIPELINE_TEXT_LENGTH if step % 8 == 0 else TEXT_LENGTH
+    with torch.autocast(device.type, torch.bfloat16):
+        text = model.encode_text(tokens.input_ids.to(device), tokens.attention_mask.to(device), text_length)
+        predicted = model(noisy, timestep, text)
+    return F.mse_loss(predicted.float(), velocity)
+
+
+def train_flow(work: Path, plan: FlowPlan, device: torch.device) -> None:
+    """Trains, or continues, transformer and text encoder; their state is `work/flow.safetensors`."""
+    latents, mean, std = load_latents(work, plan.num_clips)
+    mean, std = (part[None, :, None, None, None] for part in (mean, std))
+    tokenizer = build_tokenizer()
+    torch.manual_seed(SEED)
+    trainee = Trainee(Denoiser(len(tokenizer)).to(device).train(), lr=plan.lr, ema_decay=0.998)
+    path = work / "flow.safetensors"
+    if path.exists():
+        trainee.load(path)
+    average = 2.0
+    progress = tqdm(range(trainee.step, plan.num_steps), desc="flow", initial=trainee.step, total=plan.num_steps)
+    for step in progress:
+        rng = numpy_rng(SEED, step)
+        indices = rng.integers(len(latents), size=plan.batch)
+        captions = [training_caption(int(index), rng) for index in indices]
+        batch = (latents[indices].float() - mean) / std
+        loss = flow_loss(trainee.module, batch, captions, tokenizer, step)
+        trainee.update(loss, lr_scale=warm_and_decay(step, plan.num_steps, warmup=200, decay_from=0.6))
+        average += max(0.02, 1 / (step + 1)) * (loss.item() - average)
+        progress.set_postfix(loss=f"{average:.4f}", refresh=False)
+        if trainee.step % plan.save_every == 0 or trainee.step == plan.num_steps:
+            trainee.save(path)
+            logger.info("flow step %d: loss %.4f after %.0f s", trainee.step, average, trainee.seconds)
