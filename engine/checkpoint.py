@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -54,9 +55,17 @@ def save_run(path: Path, latents: Tensor, *, step: int, run_id: str, state: Sche
         save_file({"latents": latents.cpu().contiguous()} | tensors, part, metadata)
 
 
-def load_run(path: Path, *, run_id: str, scheduler: Any, device: torch.device) -> tuple[Tensor, int]:
-    """Latents and number of finished steps of `save_run`; puts the scheduler in its state. UserError for another run's."""
-    tensors, metadata = _read(path)
+def load_run(data: bytes, *, path: Path, run_id: str, scheduler: Any, device: torch.device) -> tuple[Tensor, int]:
+    """Latents and number of finished steps from the bytes of a `save_run` file; puts the scheduler in its state.
+
+    Bytes, because rank 0 reads the file for all ranks. UserError, which names `path`, for another run's or a broken file.
+    """
+    try:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except SafetensorError as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); delete it to start anew") from error
+    metadata = header.get("__metadata__", {})
     if metadata.get("run_id") != run_id:
         raise UserError(f"{path} belongs to another run (other prompt, seed or setting); delete it or move it away")
     state = {name.removeprefix("scheduler."): value for name, value in tensors.items() if name != "latents"}

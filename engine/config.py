@@ -127,6 +127,37 @@ class AttentionConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How one video lies over the ranks; their number is the product of the three degrees.
+
+    Attributes:
+        cfg: 2 gives the conditional and the unconditional pass a half of the ranks each; null lets the planner choose.
+        ring: ranks over which the tokens stay split inside attention; null lets the planner choose.
+        ulysses: ranks over which attention splits the heads; null lets the planner choose.
+        local_route: how local steps cross the ulysses axis: `halo`, `all_to_all`, or `auto` for fewer bytes.
+        provider: whose all-to-all is used: `torch`, or `deepspeed` (even shards and heads only).
+        timeout: seconds after which a collective that waits for a lost rank is an error.
+        text_device: where the text encoder runs, on rank 0 only: `model` is the device of the model.
+    """
+
+    cfg: int | None = None
+    ring: int | None = None
+    ulysses: int | None = None
+    local_route: Literal["auto", "halo", "all_to_all"] = "auto"
+    provider: Literal["torch", "deepspeed"] = "torch"
+    timeout: float = 600.0
+    text_device: Literal["model", "cpu"] = "model"
+
+    def __post_init__(self) -> None:
+        """Reject degrees that no number of ranks has."""
+        for name in ("cfg", "ring", "ulysses"):
+            degree = getattr(self, name)
+            _check(degree is None or degree >= 1, f"parallel.{name} must be 1 or more, got {degree}")
+        _check(self.cfg in (None, 1, 2), f"parallel.cfg must be 1 or 2 (there are two passes), got {self.cfg}")
+        _check(self.timeout > 0, f"parallel.timeout must be more than 0 seconds, got {self.timeout}")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OutputConfig:
     """The files of a run.
 
@@ -165,6 +196,7 @@ class RunConfig:
         video: size and length.
         sampler: steps, guidance and seed.
         method: the method and its settings.
+        parallel: how the ranks share one video.
         attention: the kernel.
         output: the files.
     """
@@ -173,6 +205,7 @@ class RunConfig:
     video: VideoConfig
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     method: MethodConfig
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 

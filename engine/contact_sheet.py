@@ -30,7 +30,7 @@ class FrameSampler:
     total: int
     count: int
     frames: list[np.ndarray] = field(default_factory=list)
-    _seen: int = 0
+    _seen: int = field(default=0, init=False)
 
     @property
     def indices(self) -> list[int]:
@@ -138,7 +138,7 @@ def _columns(count: int, width: int, height: int) -> int:
     def cost(columns: int) -> float:
         rows = math.ceil(count / columns)
         empty = rows * columns - count
-        return abs(math.log(columns * width / (rows * height) / 1.5)) + 0.5 * empty / columns
+        return abs(math.log(columns * width / (rows * height) / 1.5)) + empty / columns
 
     return min(range(1, count + 1), key=cost)
 

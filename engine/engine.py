@@ -11,20 +11,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import WanPipeline
 from torch import Tensor
+from tqdm import tqdm
 
-from engine.adapters.wan import WanAdapter
-from engine.apply import apply_method
+from engine.adapters.wan import WanAdapter, WanSpec
+from engine.apply import Ranks, apply_method
 from engine.checkpoint import load_run, save_run
 from engine.config import RunConfig
 from engine.decode import stream_decode, to_uint8
 from engine.denoise import SchedulerState, denoise, draw_noise, make_scheduler, scheduler_state
 from engine.errors import UserError
+from engine.group_of_one import GROUP_OF_ONE
 from engine.load import find_checkpoint, load_pipeline, pick_device, pick_dtype, read_spec
 from engine.progress import enabled, progress_bar
+from engine.ranks import check_agreement, fingerprints, hand_out, hand_out_bytes, together
 from engine.record import build_record
 from engine.trace import Trace
 from freespec.kernels import select_kernel
+from parallel.mesh import SeqMesh
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,40 +61,56 @@ class Result:
 class LongVideoEngine:
     """A model from a configuration, ready to make videos; the method is on the pipeline as long as the engine lives."""
 
-    def __init__(self, config: RunConfig) -> None:
-        """Load the checkpoint of `config`. Raises UserError for whatever the user can mend, before weights are read if
-        the configuration alone shows it.
+    def __init__(self, config: RunConfig, ranks: Ranks | None = None) -> None:
+        """Load the checkpoint of `config`; with `ranks`, every rank makes its engine from the same configuration.
+
+        Raises UserError, on all ranks together, for whatever the user can mend, before weights are read if the
+        configuration alone shows it.
         """
         self.config = config
-        device = pick_device(config.model.device)
-        try:
-            select_kernel(config.attention.kernel, device, pick_dtype(config.model.dtype, device))
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        self.device = pick_device(config.model.device)
+        self._alone = ranks is None
+        self.ranks = ranks or Ranks(mesh=GROUP_OF_ONE.acquire())
         started = time.perf_counter()
-        with progress_bar(total=1, desc="load", enabled=enabled(config.output.progress)) as bar:
-            self.spec = read_spec(find_checkpoint(config.model.path), config.model.revision)
-            self.spec.check_video(config.video.num_frames, config.video.height, config.video.width)
-            self.pipe = load_pipeline(config.model)
-            bar.update()
-        self.handle = apply_method(
-            self.pipe,
-            method=config.method.method,
-            window_frames=config.method.window_frames,
-            kernel=config.attention.kernel,
-        )
-        self.pipe.scheduler = make_scheduler(self.pipe.scheduler, config.sampler.flow_shift)
+        try:
+            with self.progress("load", total=1) as bar:
+                self.spec, prints = together(self.mesh, self._check)
+                check_agreement(self.mesh, prints)
+                self.pipe = together(self.mesh, self._load)
+                bar.update()
+            self.handle = apply_method(
+                self.pipe,
+                method=config.method.method,
+                window_frames=config.method.window_frames,
+                kernel=config.attention.kernel,
+                ranks=self.ranks,
+            )
+            self.pipe.scheduler = make_scheduler(self.pipe.scheduler, config.sampler.flow_shift)
+        except BaseException:
+            self._release_group()
+            raise
         self.load_seconds = time.perf_counter() - started
 
     @property
-    def device(self) -> torch.device:
-        """Where the model computes."""
-        return self.pipe._execution_device
+    def mesh(self) -> SeqMesh:
+        """The ranks that share the video."""
+        return self.ranks.mesh
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which encodes the text, shows progress and writes files."""
+        return self.mesh.world.rank == 0
+
+    def progress(self, stage: str, *, total: int, initial: int = 0) -> tqdm:
+        """A bar of a stage, on rank 0 and where `output.progress` asks for it."""
+        show = self.is_first and enabled(self.config.output.progress)
+        return progress_bar(total=total, initial=initial, desc=stage, enabled=show)
 
     @property
     def loaded(self) -> dict[str, Any]:
         """What was loaded, for the record: checkpoint, revision, dtypes and parameter counts."""
-        parts = {name: getattr(self.pipe, name) for name in ("transformer", "vae", "text_encoder")}
+        named = {name: getattr(self.pipe, name) for name in ("transformer", "vae", "text_encoder")}
+        parts = {name: part for name, part in named.items() if part is not None}
         return {
             "path": self.config.model.path,
             "revision": self.config.model.revision,
@@ -97,9 +118,22 @@ class LongVideoEngine:
             "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
         }
 
+    @property
+    def layout(self) -> dict[str, Any]:
+        """How the ranks shared the video, for the record."""
+        mesh, config = self.mesh, self.config.parallel
+        degrees = {"cfg": mesh.cfg.size, "ring": mesh.ring.size, "ulysses": mesh.ulysses.size}
+        return {"ranks": mesh.world.size, **degrees, "local_route": config.local_route, "provider": config.provider}
+
     def close(self) -> None:
         """Take the method off the pipeline again."""
         self.handle.remove()
+        self._release_group()
+
+    def _release_group(self) -> None:
+        if self._alone:
+            GROUP_OF_ONE.release()
+            self._alone = False
 
     @torch.no_grad()
     def denoise(
@@ -124,9 +158,7 @@ class LongVideoEngine:
         self.spec.check_video(num_frames, video.height, video.width)
 
         started = time.perf_counter()
-        guided = sampler.guidance_scale > 1.0
-        prompts = [prompt, negative_prompt] if guided else [prompt]
-        text = WanAdapter.encode_text(self.pipe, prompts, sampler.max_text_tokens, self.device)
+        text = self._encode([prompt, negative_prompt] if sampler.guidance_scale > 1.0 else [prompt])
         seconds = {"text": time.perf_counter() - started}
 
         run_id = self._run_id(prompt=prompt, negative_prompt=negative_prompt, seed=seed, num_frames=num_frames)
@@ -139,14 +171,14 @@ class LongVideoEngine:
         loop = _Loop(self, text, trace, checkpoint, run_id)
         latents = loop.run(latents, done)
         seconds["denoise"] = time.perf_counter() - started
-        if checkpoint is not None:
+        if checkpoint is not None and self.is_first:
             checkpoint.unlink(missing_ok=True)
         return Denoised(latents=latents.float().cpu(), steps=loop.steps, seconds=seconds, resumed_at=done)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
         """Frames of latents [1, z, F, h, w], uint8 [t, H, W, 3] at a time: t = 1, then 4 per latent frame (for Wan)."""
-        with progress_bar(total=latents.shape[2], desc="decode", enabled=enabled(self.config.output.progress)) as bar:
+        with self.progress("decode", total=latents.shape[2]) as bar:
             for frames in stream_decode(self.pipe.vae, latents):
                 yield to_uint8(frames)
                 bar.update()
@@ -170,17 +202,51 @@ class LongVideoEngine:
         )
         return Result(latents=denoised.latents, frames=frames, record=record)
 
+    def _check(self) -> tuple[WanSpec, dict[str, bytes]]:
+        """All that the configuration shows to be wrong, and what the ranks must agree on."""
+        config = self.config
+        try:
+            select_kernel(config.attention.kernel, self.device, pick_dtype(config.model.dtype, self.device))
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if self.mesh.cfg.size > 1 and config.sampler.guidance_scale <= 1.0:
+            raise UserError(
+                f"parallel.cfg is {self.mesh.cfg.size}, but sampler.guidance_scale {config.sampler.guidance_scale} runs "
+                "one pass only; use parallel.cfg 1"
+            )
+        source = find_checkpoint(config.model.path)
+        spec = read_spec(source, config.model.revision)
+        spec.check_video(config.video.num_frames, config.video.height, config.video.width)
+        return spec, fingerprints(config, source)
+
+    def _load(self) -> WanPipeline:
+        """The pipeline; the text encoder on rank 0 only."""
+        return load_pipeline(self.config.model, with_text=self.is_first, text_device=self.config.parallel.text_device)
+
+    def _encode(self, prompts: list[str]) -> list[Tensor]:
+        """Text embeddings [1, K, C] of each prompt, made by rank 0."""
+        max_tokens = self.config.sampler.max_text_tokens
+        transformer = self.pipe.transformer
+        if self.is_first:
+            embeds = WanAdapter.encode_text(self.pipe, prompts, max_tokens, self.device)
+        else:
+            shape = (1, max_tokens, transformer.config.text_dim)
+            embeds = [torch.empty(shape, dtype=transformer.dtype, device=self.device) for _ in prompts]
+        return [hand_out(self.mesh, embed, "text embeddings") for embed in embeds]
+
     def _first_latents(self, num_frames: int, seed: int, checkpoint: Path | None, run_id: str) -> tuple[Tensor, int]:
         """Noise and 0, or an interrupted run's latents and the number of its finished steps."""
-        if checkpoint is not None and checkpoint.exists():
-            return load_run(checkpoint, run_id=run_id, scheduler=self.pipe.scheduler, device=self.device)
-        video = self.config.video
-        shape = self.spec.latent_shape(num_frames, video.height, video.width)
+        found = checkpoint is not None and self.is_first and checkpoint.exists()
+        data = hand_out_bytes(self.mesh, checkpoint.read_bytes() if found else b"", "checkpoint")
+        if data:
+            return load_run(data, path=checkpoint, run_id=run_id, scheduler=self.pipe.scheduler, device=self.device)
+        shape = self.spec.latent_shape(num_frames, self.config.video.height, self.config.video.width)
         return draw_noise(shape, seed).to(self.device), 0
 
     def _run_id(self, **what: Any) -> str:
         """Hash of all that decides the latents: two runs with the same one have the same latents."""
         tree = dataclasses.asdict(self.config)
+        # Not the ranks: another number of them continues the same run.
         decides = {key: tree[key] for key in ("model", "sampler", "method", "attention")}
         size = {key: tree["video"][key] for key in ("height", "width")}
         text = json.dumps({**decides, **size, **what}, sort_keys=True)
@@ -205,8 +271,7 @@ class _Loop:
         scheduler = self.engine.pipe.scheduler
         total = len(scheduler.timesteps)
         reached = (done, latents, scheduler_state(scheduler))
-        show = enabled(self.engine.config.output.progress)
-        with progress_bar(total=total, initial=done, desc="denoise", enabled=show) as bar:
+        with self.engine.progress("denoise", total=total, initial=done) as bar:
             started = time.perf_counter()
 
             def after_step(finished: int, latents: Tensor) -> None:
@@ -233,20 +298,26 @@ class _Loop:
 
     def predict(self, latents: Tensor, timestep: Tensor, step: int) -> Tensor:
         """Velocity with classifier-free guidance: uncond + scale (cond - uncond), as WanPipeline combines it."""
-        pipe = self.engine.pipe
-        if self.trace is not None:
-            self.trace.enabled = True
-        with pipe.transformer.cache_context("cond"):
-            cond = WanAdapter.predict(pipe, latents, timestep, self.text[0])
+        scale = self.engine.config.sampler.guidance_scale
+        cfg = self.engine.mesh.cfg
         if len(self.text) == 1:
-            return cond
+            return self.one_pass(latents, timestep, 0)
+        if cfg.size == 1:
+            cond, uncond = (self.one_pass(latents, timestep, index) for index in (0, 1))
+        else:  # each half of the ranks runs one pass
+            mine = self.one_pass(latents, timestep, cfg.rank)
+            cond, uncond = self.engine.handle.state.layout.cfg_exchange(mine)
+        return uncond + scale * (cond - uncond)
+
+    def one_pass(self, latents: Tensor, timestep: Tensor, index: int) -> Tensor:
+        """The conditional (0) or unconditional (1) pass; the trace hears the conditional one."""
         if self.trace is not None:
-            self.trace.enabled = False
-        with pipe.transformer.cache_context("uncond"):
-            uncond = WanAdapter.predict(pipe, latents, timestep, self.text[1])
-        return uncond + self.engine.config.sampler.guidance_scale * (cond - uncond)
+            self.trace.enabled = index == 0
+        pipe = self.engine.pipe
+        with pipe.transformer.cache_context(("cond", "uncond")[index]):
+            return WanAdapter.predict(pipe, latents, timestep, self.text[index])
 
     def save(self, done: int, latents: Tensor, state: SchedulerState) -> None:
         """Keep what was computed."""
-        if self.path is not None and done > 0:
+        if self.path is not None and done > 0 and self.engine.is_first:
             save_run(self.path, latents, step=done, run_id=self.run_id, state=state)

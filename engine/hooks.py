@@ -1,16 +1,24 @@
-"""What is installed on a frozen transformer: a processor on every attn1, and one hook that tells it the step."""
+"""What is installed on a frozen transformer: a processor on every attn1, a hook that finds the step, three that share tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from engine.adapters.wan import WanAdapter
+from engine.errors import UserError
 from engine.trace import Trace
 from freespec.attention import WindowedAttention
 from freespec.kernels import select_kernel
 from freespec.methods import Method, Mode, StepPlan
+from parallel.attention import HeadExchange, SequenceLayout
+from parallel.collectives import Trace as CollectiveTrace
+from parallel.collectives import ignore_bytes
+from parallel.mesh import SeqMesh
+from parallel.plan import LayerShape, SequencePlan, choose_local_route, length
 
 
 @dataclass
@@ -23,11 +31,22 @@ class RunState:
     method: Method
     window_frames: int
     kernel_name: str
+    mesh: SeqMesh
+    exchange: HeadExchange
+    local_route: str = "auto"
+    on_bytes: Callable[[str, int], None] = ignore_bytes
     mode: Mode = "global"
     weights: Any = None
     attention: WindowedAttention | None = None
+    layout: SequenceLayout | None = None
+    attention_layout: SequenceLayout | None = None
     step: int = 0
+    layer: int = 0
     trace: Trace | None = None
+
+    def __str__(self) -> str:
+        """Where the run is, as the errors of collectives say it."""
+        return f"step {self.step} layer {self.layer}"
 
 
 class BranchProcessor:
@@ -49,25 +68,18 @@ class BranchProcessor:
         if encoder_hidden_states is not None or attention_mask is not None or rotary_emb is None:
             raise ValueError("this processor serves self-attention with a rotary table and without a mask only")
         state = self.state
-        q, k, v = WanAdapter.qkv(attn, hidden_states, rotary_emb)
-        if state.mode == "global":
-            out_local, out_global = None, state.attention.dense(q, k, v)[0]
-        elif state.mode == "local":
-            out_local, out_global = state.attention.local(q, k, v, 0, 0)[0], None
-        else:
-            out_local, out_global = state.attention.both(q, k, v)
+        if not torch.compiler.is_compiling():  # a number per layer would compile every layer by itself
+            state.layer = self.layer
+        layout = state.attention_layout
+        q, k, v = layout.scatter(*WanAdapter.qkv(attn, hidden_states, rotary_emb))
+        out_local, out_global = layout.branches(q, k, v, state.mode, state.attention)
         if state.trace is not None:
-            state.trace.record(self.layer, state.step, out_local, out_global, state.weights)
+            state.trace.record(self.layer, state.step, (out_local, out_global), state.weights, layout)
         if state.mode == "dual":
-            out = state.method.fuse(out_local, out_global, state.weights, _whole)
+            out = state.method.fuse(out_local, out_global, state.weights, layout.reduce)
         else:
             out = out_global if out_local is None else out_local
-        return WanAdapter.project_out(attn, out)
-
-
-def _whole(total: Tensor) -> Tensor:
-    """The sum over the shards of the tokens where one process holds all of them."""
-    return total
+        return WanAdapter.project_out(attn, layout.gather(out))
 
 
 class StepHook:
@@ -96,17 +108,15 @@ class StepHook:
         )
         step = self._plan[state.step]
         # At native length both branches are the whole video, and the stock computation is kept bit for bit.
-        mode: Mode = "global" if frames <= state.window_frames else step.mode
-        state.mode = mode
-        state.weights = None
-        if mode == "dual":
-            head_dim = transformer.config.attention_head_dim
-            state.weights = state.method.weights(step, head_dim, latents.device)
+        state.mode = "global" if frames <= state.window_frames else step.mode
+        head_dim = transformer.config.attention_head_dim
+        self._lay_out(frames * frame_tokens, transformer.config.num_attention_heads, head_dim, latents)
+        state.weights = state.method.weights(step, head_dim, latents.device) if state.mode == "dual" else None
 
     def _find_step(self, timestep: float) -> int:
         """Index of this forward in the scheduler's timesteps; an error if the forward belongs to another step."""
         scheduler = self._scheduler()
-        timesteps = _timestep_list(scheduler.timesteps)
+        timesteps = [float(t) for t in scheduler.timesteps.tolist()]
         if timesteps != self._timesteps:
             self._timesteps, self._plan = timesteps, self.state.method.plan(timesteps)
         step = scheduler.step_index if scheduler.step_index is not None else scheduler.begin_index or 0
@@ -117,6 +127,43 @@ class StepHook:
             )
         return step
 
+    def _lay_out(self, num_tokens: int, num_heads: int, head_dim: int, latents: Tensor) -> None:
+        """The layout of this video's tokens over the ranks, and the one that this mode's attention uses."""
+        state = self.state
+        mesh = state.mesh
+        if num_tokens < mesh.sequence.size:
+            raise UserError(
+                f"cannot split {num_tokens} tokens over {mesh.sequence.size} ranks; use fewer ranks or a larger video"
+            )
+        plan = SequencePlan(tokens=num_tokens, heads=num_heads, ring=mesh.ring.size, ulysses=mesh.ulysses.size)
+        state.layout = SequenceLayout(
+            mesh=mesh, plan=plan, exchange=state.exchange, trace=CollectiveTrace(label=state, on_bytes=state.on_bytes)
+        )
+        route = state.local_route
+        if state.mode == "local" and route == "auto":
+            shape = LayerShape(batch=latents.shape[0], head_dim=head_dim, itemsize=latents.element_size())
+            route = choose_local_route(plan, shape=shape, halo=state.attention.halo).route
+        by_halo = state.mode == "local" and route == "halo"
+        state.attention_layout = state.layout.on_shards() if by_halo else state.layout
 
-def _timestep_list(timesteps: Tensor) -> list[float]:
-    return [float(t) for t in timesteps.tolist()]
+
+def shard_hooks(state: RunState, transformer: nn.Module) -> list[RemovableHandle]:
+    """Give this rank its tokens after patch embedding and rotary table, and all ranks all tokens after the projection."""
+
+    def share_embedding(_module: nn.Module, _args: tuple, embedded: Tensor) -> Tensor:
+        shard = state.layout.shard
+        return WanAdapter.shard_embedding(embedded, shard[0], length(shard))
+
+    def share_rotary(_module: nn.Module, _args: tuple, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        shard = state.layout.shard
+        return WanAdapter.shard_rotary(tables, shard[0], length(shard))
+
+    def gather_output(_module: nn.Module, _args: tuple, projected: Tensor) -> Tensor:
+        return state.layout.gather_tokens(projected)
+
+    embedding, rotary, output = WanAdapter.shard_points(transformer)
+    return [
+        embedding.register_forward_hook(share_embedding),
+        rotary.register_forward_hook(share_rotary),
+        output.register_forward_hook(gather_output),
+    ]

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from engine.adapters.wan import WanAdapter, WanSpec
 from engine.config import ModelConfig
 from engine.errors import UserError
+from engine.progress import no_library_bars
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -60,8 +61,13 @@ def read_spec(source: Path | str, revision: str | None) -> WanSpec:
         raise UserError(f"cannot load {str(source)!r}: {str(error).strip().splitlines()[0]}") from error
 
 
-def load_pipeline(config: ModelConfig) -> WanPipeline:
+def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: str = "model") -> WanPipeline:
     """The pipeline on its device: transformer and text encoder in `config.dtype`, VAE in float32.
+
+    Args:
+        config: the checkpoint.
+        with_text: whether the text encoder is loaded; ranks that receive the embeddings have no need of its memory.
+        text_device: `model`, or `cpu` to keep the text encoder off the device.
 
     Raises UserError for missing or broken files, for checkpoints that are not Wan2.1 text-to-video, and for library
     versions that are known to load them wrongly.
@@ -72,19 +78,24 @@ def load_pipeline(config: ModelConfig) -> WanPipeline:
         raise UserError("model.offload moves parts between GPU and CPU and needs CUDA; use none on a CPU")
     source = find_checkpoint(config.path)
     common: dict[str, Any] = {"revision": config.revision, "use_safetensors": True}
+    without_text: dict[str, Any] = {} if with_text else {"text_encoder": None, "tokenizer": None}
     try:
-        vae = AutoencoderKLWan.from_pretrained(source, subfolder="vae", torch_dtype=torch.float32, **common)
-        pipe = WanPipeline.from_pretrained(source, vae=vae, torch_dtype=dtype, **common)
+        with no_library_bars():
+            vae = AutoencoderKLWan.from_pretrained(source, subfolder="vae", dtype=torch.float32, **common)
+            pipe = WanPipeline.from_pretrained(source, vae=vae, dtype=dtype, **without_text, **common)
     except (OSError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load {config.path!r}: {first}") from error
     WanAdapter.check_pipeline(pipe)
-    _check_text_encoder(pipe)
+    if with_text:
+        _check_text_encoder(pipe)
     pipe.set_progress_bar_config(disable=True)
     if config.offload == "model":
         pipe.enable_model_cpu_offload()
     else:
         pipe.to(device)
+        if with_text and text_device == "cpu":
+            pipe.text_encoder.to("cpu")
     return pipe
 
 
@@ -125,8 +136,6 @@ def _check_whole(file: Path) -> None:
 
 def _check_text_encoder(pipe: WanPipeline) -> None:
     """transformers 5.0 to 5.2 leave UMT5's embedding uninitialised: text would be noise, without any error."""
-    if pipe.text_encoder is None:
-        raise UserError("this checkpoint has no text encoder; fetch its text_encoder/ folder")
     encoder = pipe.text_encoder
     if Version(transformers.__version__) < Version("5.3"):
         raise UserError(f"transformers {transformers.__version__} loads UMT5 wrongly; install transformers >= 5.3")

@@ -1,7 +1,11 @@
 """Progress bars on stderr for the stages of a run."""
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import diffusers.utils.logging
+import transformers.utils.logging
 from tqdm import tqdm
 
 
@@ -22,3 +26,20 @@ def progress_bar(*, total: int, desc: str, enabled: bool, initial: int = 0) -> t
         smoothing=0.1,  # local steps are much faster than dual ones; the estimate should follow soon
         bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
     )
+
+
+@contextmanager
+def no_library_bars() -> Iterator[None]:
+    """Silence the loading bars of diffusers and transformers, which know nothing of `output.progress`, for a block."""
+    libraries = [
+        library
+        for library in (diffusers.utils.logging, transformers.utils.logging)
+        if library.is_progress_bar_enabled()
+    ]
+    for library in libraries:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in libraries:
+            library.enable_progress_bar()

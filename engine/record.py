@@ -45,6 +45,7 @@ def build_record(
         "resumed_at": denoised.resumed_at,
         "steps": denoised.steps,
         "peak_memory": peak_memory(engine.device),
+        "parallel": engine.layout,
         "device": describe_device(engine.device),
         "versions": versions(),
         "git": git_revision(),

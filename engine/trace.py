@@ -2,29 +2,36 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from freespec import spectrum
 from freespec.methods.freespec import FusionWeights
+from parallel.attention import SequenceLayout
 
 
 @dataclass
 class Trace:
-    """Rows of numbers, one per step, layer and branch; `enabled` lets a run record its conditional pass only.
+    """Rows of numbers, one per step, layer and branch, the same on every rank.
 
     Attributes:
-        rows: dicts with step, layer, branch (`local` or `global`), effective_rank (mean over heads, of at most D), and for
-            dual steps weight_first and weight_last (g of the first and last singular direction) and residual (lam).
-        enabled: whether `record` adds rows.
+        rows: dicts with step, layer, branch (`local` or `global`), effective_rank (mean over batch and heads, of at most D),
+            and for dual steps weight_first and weight_last (g of the first and last singular direction) and residual (lam).
+        enabled: whether `record` adds rows; a run with guidance records its conditional pass only.
     """
 
     rows: list[dict] = field(default_factory=list)
     enabled: bool = True
 
     def record(
-        self, layer: int, step: int, out_local: Tensor | None, out_global: Tensor | None, weights: FusionWeights | None
+        self,
+        layer: int,
+        step: int,
+        outputs: tuple[Tensor | None, Tensor | None],
+        weights: FusionWeights | None,
+        layout: SequenceLayout,
     ) -> None:
-        """Add one row per branch that was computed; outputs are [B, S, N, D]."""
+        """Add one row per branch that was computed; `outputs` are the local and the global one, [B, r, n, D]."""
         if not self.enabled:
             return
         fusion = {}
@@ -34,9 +41,11 @@ class Trace:
                 "weight_last": float(weights.rank[-1]),
                 "residual": float(weights.residual),
             }
-        for branch, out in (("local", out_local), ("global", out_global)):
+        for branch, out in zip(("local", "global"), outputs, strict=True):
             if out is None:
                 continue
-            sigma, _ = spectrum.spectrum(spectrum.gram(out))
-            rank = float(spectrum.effective_rank(sigma).mean())
-            self.rows.append({"step": step, "layer": layer, "branch": branch, "effective_rank": rank, **fusion})
+            sigma, _ = spectrum.spectrum(layout.reduce(spectrum.gram(out)))
+            ranks = spectrum.effective_rank(sigma)
+            total = layout.sum_heads(torch.tensor([ranks.sum(), ranks.numel()], dtype=torch.float64))
+            row = {"step": step, "layer": layer, "branch": branch, "effective_rank": float(total[0] / total[1])}
+            self.rows.append(row | fusion)

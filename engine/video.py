@@ -19,8 +19,9 @@ class VideoWriter:
     """An H.264 stream that takes frames; made by `open_video`."""
 
     def __init__(self, container: av.container.OutputContainer, *, fps: int, height: int, width: int, crf: int) -> None:
-        # One thread: more would make the bytes depend on the machine, and the encoder is never what a run waits for.
-        options = {"crf": str(crf), "preset": "medium", "threads": "1"}
+        # The same frames give the same bytes: with more threads, or without cpu-independent (some of x264's vector code
+        # reads memory that was never written), they would not. The encoder is never what a run waits for.
+        options = {"crf": str(crf), "preset": "medium", "threads": "1", "x264-params": "cpu-independent=1"}
         stream = container.add_stream("libx264", rate=fps, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         codec = stream.codec_context

@@ -84,6 +84,10 @@ class WindowedAttention:
             self._attend(group, q, circle, (q_start, 0), length=length, into=(out, lse))
         return out, lse
 
+    def merge(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+        """`merge` of this module, so that one object is all that attention over ranks is handed."""
+        return merge(out_a, lse_a, out_b, lse_b)
+
     def both(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Local and global branch of the whole sequence for the price of one: (out_local, out_global), [B, S, N, D]."""
         out_local, lse_local = self.local(q, k, v, 0, 0)

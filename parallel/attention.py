@@ -104,7 +104,7 @@ class SequenceLayout:
                 f"ring {self.mesh.ring.size} x ulysses {self.mesh.ulysses.size}"
             )
 
-    def at(self, label: str) -> "SequenceLayout":
+    def at(self, label: object) -> "SequenceLayout":
         """The same layout, whose errors name `label`, such as "step 3 layer 7"."""
         return replace(self, trace=replace(self.trace, label=label))
 
@@ -190,6 +190,10 @@ class SequenceLayout:
         """Sum over the ring: every token of this rank's heads, the same bits on every rank of the ring."""
         return collectives.sum_over_ranks(x, group=self.mesh.ring.group, trace=self.trace)
 
+    def sum_heads(self, x: Tensor) -> Tensor:
+        """Sum over the ulysses axis: what was added up over this rank's heads becomes the sum over all heads."""
+        return collectives.sum_over_ranks(x, group=self.mesh.ulysses.group, trace=self.trace)
+
     def cfg_exchange(self, prediction: Tensor) -> tuple[Tensor, ...]:
         """One prediction per rank of the cfg axis -> all of them, in the order of the axis, on every rank."""
         return collectives.gather_copies(prediction, "cfg", group=self.mesh.cfg.group, trace=self.trace)
@@ -206,7 +210,7 @@ class SequenceLayout:
         The halo goes before the ring: the near attention waits for it, and both use the same links.
         """
         ring, shards = self.mesh.ring, self.plan.ring_shards
-        if ring.size == 1:  # every key is here, and no copy of them is needed
+        if ring.size == 1:  # every key is here, so only the check that windows and plan agree is left of the halo
             halo_needs(shards, kernels.halo, self.plan.tokens)
             return _Keys(k, v, self.ring_shard), ()
         if mode == "global":

@@ -38,10 +38,10 @@ class CollectiveError(RuntimeError):
 class Trace:
     """What a collective says about itself: `label` names the caller's step and layer, `on_bytes` hears (kind, bytes sent).
 
-    Bytes that a rank keeps for itself are not counted.
+    The label is turned into words only if there is an error. Bytes that a rank keeps for itself are not counted.
     """
 
-    label: str
+    label: object
     on_bytes: Callable[[str, int], None]
 
 
@@ -58,17 +58,16 @@ def watch(operation: str, *, group: dist.ProcessGroup, trace: Trace) -> Iterator
     try:
         yield
     except RuntimeError as error:
-        raise _failure(operation, str(error), group=group, trace=trace) from error
+        ranks = tuple(dist.get_process_group_ranks(group))
+        raise CollectiveError(ranks[dist.get_rank(group)], str(trace.label), operation, ranks, str(error)) from error
 
 
 def meet(*, group: dist.ProcessGroup, device: torch.device, trace: Trace) -> None:
-    """Wait until every rank of the group is here. A sum of ones, as NCCL's barrier guesses a device."""
-    count = torch.ones(1, device=device)
+    """Wait until every rank of the group is here. A sum of one number, as NCCL's barrier guesses a device."""
+    number = torch.ones(1, device=device)
     with watch("meeting", group=group, trace=trace):
-        dist.all_reduce(count, group=group)
-        present = int(count.item())
-    if present != dist.get_world_size(group):
-        raise _failure("meeting", f"{present} ranks came", group=group, trace=trace)
+        dist.all_reduce(number, group=group)
+        number.item()  # on a GPU the call returns before the others have come; this does not
 
 
 def tokens_to_heads(
@@ -134,6 +133,17 @@ def sum_over_ranks(x: Tensor, *, group: dist.ProcessGroup, trace: Trace) -> Tens
     for other in others:
         first = first + other
     return first
+
+
+def broadcast(x: Tensor, *, source: int, group: dist.ProcessGroup, trace: Trace) -> Tensor:
+    """Any shape, the same on all ranks -> out = x of the group's rank `source`, written into x on the others."""
+    size = dist.get_world_size(group)
+    if size == 1:
+        return x
+    with watch("broadcast", group=group, trace=trace):
+        dist.broadcast(x, group=group, group_src=source)
+    trace.on_bytes("broadcast", x.nbytes * (size - 1) if dist.get_rank(group) == source else 0)
+    return x
 
 
 def pack_keys(k_BrnD: Tensor, v_BrnD: Tensor) -> Tensor:
@@ -222,11 +232,6 @@ class RingShift:
         receives = [((self._rank - 1) % self._size, self._incoming)]
         with watch("ring shift", group=self._group, trace=self._trace):
             self._works = _start_messages("ring", sends, receives, group=self._group, trace=self._trace)
-
-
-def _failure(operation: str, reason: str, *, group: dist.ProcessGroup, trace: Trace) -> CollectiveError:
-    ranks = tuple(dist.get_process_group_ranks(group))
-    return CollectiveError(ranks[dist.get_rank(group)], trace.label, operation, ranks, reason)
 
 
 def _spans(sizes: Sequence[int]) -> list[Range]:

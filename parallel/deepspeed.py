@@ -65,7 +65,7 @@ def deepspeed_exchange(plan: SequencePlan) -> DeepSpeedExchange:
         layer = importlib.import_module("deepspeed.sequence.layer")
         comm = importlib.import_module("deepspeed.comm")
     except ImportError as error:
-        raise ImportError(f"parallel.provider deepspeed needs the deepspeed package: {error}") from error
+        raise ImportError(f"the deepspeed provider needs the optional package deepspeed: {error}") from error
     if not comm.is_initialized():
         comm.init_distributed(dist_init_required=False, verbose=False)
     return DeepSpeedExchange(layer=layer)

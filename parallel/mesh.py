@@ -33,7 +33,7 @@ class Axis:
 class SeqMesh:
     """All axes of this rank. `sequence` is ring x ulysses, ring-major: all ranks that share one video's tokens.
 
-    `alone` is this rank by itself: the ulysses axis of a layout that splits no heads.
+    `alone` is this rank by itself: the ulysses axis of a layout that splits no heads. `world` is all ranks, cfg-major.
     """
 
     device_mesh: DeviceMesh
@@ -42,6 +42,7 @@ class SeqMesh:
     ulysses: Axis
     sequence: Axis
     alone: Axis
+    world: Axis
 
     def on_shards(self) -> "SeqMesh":
         """The same ranks with every rank of the sequence on the ring and no heads split."""
@@ -68,6 +69,7 @@ def build_mesh(*, cfg: int, ring: int, ulysses: int, device: torch.device, timeo
         "ulysses": make_axis("ulysses", ranks.flatten(0, 1)),
         "sequence": make_axis("sequence", ranks.flatten(1)),
         "alone": make_axis("alone", ranks.view(world, 1)),
+        "world": make_axis("world", ranks.view(1, world)),
     }
     for axis in axes.values():
         meet(group=axis.group, device=device, trace=Trace(label=f"start, {axis.name} axis", on_bytes=ignore_bytes))

@@ -4,6 +4,7 @@ import multiprocessing
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 # A server process imports these once and forks every rank from itself: a rank starts in 0.1 s instead of 3.
-PRELOAD = ["torch", "torch.distributed.device_mesh", "tests.ranks"]
+# torch._dynamo is what a TorchDispatchMode imports on its first call.
+PRELOAD = ["pytest", "torch", "torch.distributed.device_mesh", "torch._dynamo", "tests.ranks"]
 
 
 def run_ranks(
@@ -31,25 +33,33 @@ def run_ranks(
     """
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
-    mp.start_processes(_rank_main, (num_ranks, fn, cases, folder, timeout), num_ranks, start_method="forkserver")
+    job = _Job(num_ranks=num_ranks, fn=fn, cases=cases, folder=folder, timeout=timeout)
+    mp.start_processes(_rank_main, (job,), num_ranks, start_method="forkserver")
     by_rank = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(num_ranks)]
     return [list(of_case) for of_case in zip(*by_rank, strict=True)]
 
 
-def _rank_main(
-    rank: int, num_ranks: int, fn: Callable[[int, Any], Any], cases: Sequence[Any], folder: Path, timeout: timedelta
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    num_ranks: int
+    fn: Callable[[int, Any], Any]
+    cases: Sequence[Any]
+    folder: Path
+    timeout: timedelta
+
+
+def _rank_main(rank: int, job: _Job) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
-    rendezvous = f"file://{folder / 'rendezvous'}"
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=num_ranks, timeout=timeout)
+    rendezvous = f"file://{job.folder / 'rendezvous'}"
+    dist.init_process_group("gloo", rendezvous, rank=rank, world_size=job.num_ranks, timeout=job.timeout)
     results = []
     try:
-        for case in cases:
+        for case in job.cases:
             try:
-                results.append(fn(rank, case))
+                results.append(job.fn(rank, case))
             except Exception as error:
-                raise AssertionError(f"rank {rank} of {num_ranks}, case {case}: {error}") from error
-        torch.save(results, folder / f"rank{rank}.pt")
+                raise AssertionError(f"rank {rank} of {job.num_ranks}, case {case}: {error}") from error
+        torch.save(results, job.folder / f"rank{rank}.pt")
     finally:
         dist.destroy_process_group()

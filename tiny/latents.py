@@ -54,8 +54,8 @@ def cache_latents(work: Path, *, num_clips: int, clips_per_file: int, device: to
         part.replace(path)
 
 
-def load_latents(work: Path, num_clips: int) -> tuple[Tensor, Tensor, Tensor]:
+def load_latents(work: Path) -> tuple[Tensor, Tensor, Tensor]:
     """(latents [N, z, F, h, w] float16 as the encoder gave them, mean [z], standard deviation [z])."""
-    latents = torch.cat([load_file(path)["latents"] for path in sorted(work.glob("latents-*.safetensors"))])[:num_clips]
+    latents = torch.cat([load_file(path)["latents"] for path in sorted(work.glob("latents-*.safetensors"))])
     sample = latents[:512].float()
     return latents, sample.mean(dim=(0, 2, 3, 4)), sample.std(dim=(0, 2, 3, 4))

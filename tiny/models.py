@@ -39,8 +39,8 @@ def build_transformer() -> WanTransformer3DModel:
     """The denoiser; its output layer starts at zero, so that training starts from "no motion of the sample"."""
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2),
-        num_attention_heads=6,
-        attention_head_dim=32,
+        num_attention_heads=4,
+        attention_head_dim=48,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         text_dim=TEXT_DIM,

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn.functional import l1_loss, mse_loss
 from tqdm import tqdm
 
 from tiny.models import build_vae
-from tiny.state import Trainee, numpy_rng, torch_rng, warm_and_decay
+from tiny.state import Trainee, numpy_rng, phase_at, torch_rng, warm_and_decay
 from tiny.world import render, sample_scene
 
 logger = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ SEED = 1
 class VaePlan:
     """Phases of (frames per clip, clips per batch, steps), the peak learning rate, and steps between saved states."""
 
-    phases: tuple[tuple[int, int, int], ...] = ((1, 8, 800), (5, 4, 1600), (17, 2, 500))
+    phases: tuple[tuple[int, int, int], ...] = ((1, 8, 800), (5, 4, 600), (17, 2, 150), (17, 1, 700))
     lr: float = 1.5e-3
     save_every: int = 200
 
@@ -33,14 +33,6 @@ class VaePlan:
     def num_steps(self) -> int:
         """Steps of all phases."""
         return sum(steps for _, _, steps in self.phases)
-
-    def shape_at(self, step: int) -> tuple[int, int]:
-        """(frames per clip, clips per batch) of a step."""
-        for frames, clips, steps in self.phases:
-            if step < steps:
-                return frames, clips
-            step -= steps
-        raise ValueError(f"the plan has {self.num_steps} steps")
 
 
 def to_video(clips: list[np.ndarray]) -> Tensor:
@@ -58,11 +50,11 @@ def vae_loss(vae: AutoencoderKLWan, video: Tensor, noise_rng: torch.Generator) -
     posterior = vae.encode(video).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=noise_rng).to(video.device)
     decoded = vae.decode(posterior.mean + posterior.std * noise, return_dict=False)[0].float()
-    mse = F.mse_loss(decoded, video)
+    mse = mse_loss(decoded, video)
     edges = sum((decoded.diff(dim=axis) - video.diff(dim=axis)).abs().mean() for axis in (3, 4))
     # Mean over the elements of the latent, in nats each.
     kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-    return F.l1_loss(decoded, video) + 2 * mse + 0.5 * edges + KL_WEIGHT * kl, mse
+    return l1_loss(decoded, video) + 2 * mse + 0.5 * edges + KL_WEIGHT * kl, mse
 
 
 def psnr(mse: float) -> float:
@@ -80,7 +72,7 @@ def train_vae(work: Path, plan: VaePlan, device: torch.device) -> None:
     error = 0.1
     progress = tqdm(range(trainee.step, plan.num_steps), desc="vae", initial=trainee.step, total=plan.num_steps)
     for step in progress:
-        num_frames, num_clips = plan.shape_at(step)
+        num_frames, num_clips = phase_at(plan.phases, step)
         video = world_batch(numpy_rng(SEED, step), num_clips=num_clips, num_frames=num_frames).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             loss, mse = vae_loss(trainee.module, video, torch_rng(SEED, step))

@@ -103,9 +103,7 @@ def sample_scene(rng: np.random.Generator, *, held_out: bool = False) -> Scene:
     )
 
 
-def _start_before_a_bounce(
-    rng: np.random.Generator, radius: float, speed: float, angle: float
-) -> tuple[float, float]:
+def _start_before_a_bounce(rng: np.random.Generator, radius: float, speed: float, angle: float) -> tuple[float, float]:
     """A start from which one wall is reached between frames 8 and 24, so that every bouncing clip bounces."""
     low, high = radius + 1, SIZE - radius - 1
     start = rng.uniform(low, high, 2)

@@ -93,6 +93,25 @@ class WanAdapter:
         return frames, height * width
 
     @staticmethod
+    def shard_points(transformer: WanTransformer3DModel) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Where tokens are shared out and put together: patch embedding, rotary table, output projection.
+
+        Between the first and the last everything but attn1 works on each token by itself.
+        """
+        return transformer.patch_embedding, transformer.rope, transformer.proj_out
+
+    @staticmethod
+    def shard_embedding(embedded: Tensor, start: int, length: int) -> Tensor:
+        """A rank's tokens of the embedded video: [B, C, F, H, W] -> [B, C, s, 1, 1], which the model flattens to [B, s, C]."""
+        return embedded.flatten(2).narrow(2, start, length)[..., None, None]
+
+    @staticmethod
+    def shard_rotary(tables: tuple[Tensor, Tensor], start: int, length: int) -> tuple[Tensor, Tensor]:
+        """A rank's rows of the rotary tables: each [1, S, 1, D] -> [1, s, 1, D]."""
+        cos, sin = tables
+        return cos.narrow(1, start, length), sin.narrow(1, start, length)
+
+    @staticmethod
     def qkv(attn: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Projected, normalised and rotated q, k, v [B, s, N, D] from hidden states [B, s, C], as the stock processor."""
         if attn.fused_projections:

@@ -54,7 +54,13 @@ def test_a_resumed_run_is_bit_equal(name, stop, tmp_path):
     with pytest.raises(StoppedError):
         denoise(noise, scheduler, predict, after_step=interrupt)
     fresh = ready(name)
-    latents, step = load_run(tmp_path / "run.safetensors", run_id="a", scheduler=fresh, device=torch.device("cpu"))
+    latents, step = load_run(
+        (tmp_path / "run.safetensors").read_bytes(),
+        path=tmp_path,
+        run_id="a",
+        scheduler=fresh,
+        device=torch.device("cpu"),
+    )
     assert step == stop
     assert torch.equal(denoise(latents, fresh, predict, start_step=step), whole)
     if name != "euler" and 1 < stop < 6:  # negative control: a multistep solver without its history goes elsewhere
@@ -67,7 +73,9 @@ def test_another_runs_checkpoint_is_refused(tmp_path):
     path = tmp_path / "run.safetensors"
     save_run(path, torch.zeros(1), step=1, run_id="a", state=scheduler_state(ready("unipc")))
     with pytest.raises(UserError, match="belongs to another run"):
-        load_run(path, run_id="b", scheduler=ready("unipc"), device=torch.device("cpu"))
+        load_run(path.read_bytes(), path=path, run_id="b", scheduler=ready("unipc"), device=torch.device("cpu"))
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        load_run(path.read_bytes()[:-1], path=path, run_id="a", scheduler=ready("unipc"), device=torch.device("cpu"))
 
 
 def test_latents_file(tmp_path):

@@ -1,4 +1,4 @@
-"""What the tests of the method draw, and the tolerances they may use: no others (see the style notes in CONTRIBUTING.md)."""
+"""What the tests of the method draw, and the tolerances they may use: no others."""
 
 from dataclasses import dataclass
 

@@ -122,8 +122,10 @@ def test_negative_control_of_the_parts() -> None:
         early = k[:, start - 3 : stop], v[:, start - 3 : stop]
         assert_same_math(layer.local(q[:, rows], *early, 15, start)[0], exact)
     for branch in (layer.local, layer.rest):
-        with pytest.raises(ValueError, match=r"keys \[10, 21\) do not cover the window \[9, 21\)"):
-            branch(q[:, rows], k[:, 10:21], v[:, 10:21], 15, 10)
+        with pytest.raises(ValueError, match=r"keys \[10, 24\) do not cover the window \[9, 21\)"):
+            branch(q[:, rows], k[:, 10:24], v[:, 10:24], 15, 10)
+        with pytest.raises(ValueError, match=r"keys \[9, 23\) do not cover the window \[12, 24\)"):
+            branch(q[:, rows], k[:, 9:23], v[:, 9:23], 15, 9)
 
 
 def test_halo_is_the_union_of_the_windows() -> None:

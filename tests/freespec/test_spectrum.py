@@ -107,21 +107,21 @@ def test_negative_controls_of_the_svd(basis: str, form: str) -> None:
             check_svd(branches, basis, form, broken)
 
 
-@pytest.mark.parametrize("basis", ["local", "global"])
-def test_negative_control_of_the_guard(basis: Basis, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the guard, a direction of rounding noise is blown up to the other branch's singular value."""
-    noisy = pair(0, TALL, rank=3, deficient=basis)
-    noisy = tuple(o + 1e-6 * features(5 + i, TALL) for i, o in enumerate(noisy))
+def check_guard(basis: Basis, eps: float) -> None:
+    """Directions of rounding noise, a millionth of the strongest, stay as they are, as in the SVD."""
+    branches = tuple(o + 1e-6 * features(5, TALL) for o in pair(0, TALL, rank=3, deficient=basis))
     g = rank_weights(8)
-    guarded = svd_fusion_ref(*noisy, g, 0.0, basis=basis)
-    matrix = {"local": local_basis_matrix, "global": global_basis_matrix}[basis]
-    base = noisy[0] if basis == "local" else noisy[1]
-    lam = torch.zeros((), dtype=torch.float64)
+    matrix, base = {"local": (local_basis_matrix, branches[0]), "global": (global_basis_matrix, branches[1])}[basis]
+    grams = [gram(o) for o in branches]
+    fused = reconstruct(base, matrix(*grams, g, eps), branches[1], torch.zeros((), dtype=torch.float64), "lerp")
+    assert_same_math(fused, svd_fusion_ref(*branches, g, 0.0, basis=basis))
 
-    def fused(eps: float) -> Tensor:
-        return reconstruct(base, matrix(gram(noisy[0]), gram(noisy[1]), g, eps), noisy[1], lam, "lerp")
 
-    assert (fused(spectrum.EPS) - guarded).abs().max() < 1e-6 < (fused(0.0) - guarded).abs().max()
+@pytest.mark.parametrize("basis", ["local", "global"])
+def test_guard(basis: Basis) -> None:
+    check_guard(basis, spectrum.EPS)
+    with pytest.raises(AssertionError):  # the control: without it, noise grows to the other branch's singular value
+        check_guard(basis, 0.0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -55,8 +55,14 @@ def test_groups_cover_any_range_by_the_rule(part: int) -> None:
             check_groups(video, q_start, q_stop, expected)
 
 
-def test_whole_sequence_is_at_most_three_calls() -> None:
-    assert max(len(query_groups(0, v["num_frames"] * v["frame_tokens"], **v)) for v in small_videos()) == 3
+def test_whole_sequence_is_head_middle_and_tail() -> None:
+    """Head and tail hold every token whose window is the first and the last one; one call serves all between."""
+    for video in small_videos():
+        expected = window_of_each_token(video, rule)
+        ends = [expected.count(start) for start in sorted({expected[0], expected[-1]})]
+        between = len(expected) - sum(ends)
+        groups = query_groups(0, len(expected), **video)
+        assert [g.batch * g.q_tokens for g in groups] == [ends[0], *([between] if between else []), *ends[1:]]
 
 
 def test_negative_control_a_rule_shifted_by_one_frame_is_seen() -> None:

@@ -36,7 +36,9 @@ class MaskedKernels:
         return masked_attention(q, k, v, mask)
 
     def rest(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int) -> tuple[Tensor, Tensor]:
-        return masked_attention(q, k, v, ~self.window_mask(q_start, q_start + q.shape[1], k_start, k_start + k.shape[1]))
+        return masked_attention(
+            q, k, v, ~self.window_mask(q_start, q_start + q.shape[1], k_start, k_start + k.shape[1])
+        )
 
     def merge(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
         lse = torch.logaddexp(lse_a, lse_b)

@@ -6,7 +6,6 @@ import pickle
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from unittest import mock
 
@@ -114,6 +113,15 @@ def copies(world: World) -> bool:
     return [torch.equal(x, world.whole(rank).transpose(1, 2)) for rank, x in enumerate(got)] == [True] * world.size
 
 
+def hand_out(world: World) -> bool:
+    right = True
+    for source in range(world.size):
+        mine = world.whole(world.rank)
+        got = collectives.broadcast(mine, source=source, group=world.group, trace=world.count.trace())
+        right = right and torch.equal(got, world.whole(source))
+    return right
+
+
 def ordered_sum(world: World) -> bool:
     parts = [world.whole(rank) for rank in range(world.size)]
     expected = parts[0]
@@ -157,7 +165,7 @@ def ring(world: World) -> bool:
 
 
 Movement = Callable[[World], bool]
-MOVEMENTS: list[Movement] = [all_to_all_round_trip, gather, copies, ordered_sum, halo, ring]
+MOVEMENTS: list[Movement] = [all_to_all_round_trip, gather, copies, hand_out, ordered_sum, halo, ring]
 
 
 def check_movements(rank: int, cases: list[Case]) -> None:
@@ -203,6 +211,10 @@ def forget_the_others(out: list[Tensor], x: Tensor, *, group: dist.ProcessGroup)
     out[dist.get_rank(group)].copy_(x)
 
 
+def keep_to_oneself(x: Tensor, **_: object) -> None:
+    """Neither send nor receive."""
+
+
 def drop_a_row(ops: list[dist.P2POp]) -> list[dist.Work]:
     """Clear the first token of each message that is sent."""
     for op in ops:
@@ -216,6 +228,7 @@ CONTROLS: list[tuple[Movement, str, Callable[..., object]]] = [
     (all_to_all_round_trip, "all_to_all_single", skip_all_to_all),
     (gather, "all_gather", shift_by_one_token),
     (copies, "all_gather", shift_by_one_token),
+    (hand_out, "broadcast", keep_to_oneself),
     (ordered_sum, "all_gather", forget_the_others),
     (halo, "batch_isend_irecv", drop_a_row),
     (ring, "batch_isend_irecv", drop_a_row),
@@ -238,12 +251,12 @@ def test_broken_collectives_are_noticed(tmp_path: Path) -> None:
 
 
 def fail_alone(rank: int, how: str) -> str | None:
-    """Rank 0 calls a collective that rank 1 does not join, because it is late or dead."""
-    mesh = small_mesh(ring=2, seconds=2)
+    """Rank 0 calls a collective that rank 1 does not join, because it is busy elsewhere or dead."""
+    mesh = small_mesh(ring=2, seconds=1)
     if rank == 1:
         if how == "dead":
             os._exit(0)  # as if killed, but an exit code of 0, or the launcher of the test would end rank 0 too
-        time.sleep(5)
+        dist.barrier(dist.group.WORLD)
         return None
     trace = ByteCount().trace("step 3 layer 7")
     x = torch.ones(1, 2, 1, 1)
@@ -256,9 +269,11 @@ def fail_alone(rank: int, how: str) -> str | None:
     began = time.monotonic()
     with pytest.raises(CollectiveError, match=r"rank 0, step 3 layer 7: .* among ranks \[0, 1\] failed: ") as caught:
         calls[how]()
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 20  # the second that the mesh allows, on a machine that is busy
     error = pickle.loads(pickle.dumps(caught.value))
     assert (error.rank, error.label, str(error)) == (0, "step 3 layer 7", str(caught.value))
+    if how == "late":
+        dist.barrier(dist.group.WORLD)
     return error.operation
 
 
@@ -276,9 +291,9 @@ def miss_the_start(rank: int, case: None) -> None:
         with pytest.raises(CollectiveError, match="rank 0, start, ring axis: meeting among ranks"):
             small_mesh(ring=2, seconds=1)
     else:
-        with mock.patch("parallel.mesh.meet", lambda **kwargs: None):
+        with mock.patch("parallel.mesh.meet", lambda **_: None):
             small_mesh(ring=2, seconds=1)
-        time.sleep(timedelta(seconds=2).total_seconds())
+    dist.barrier(dist.group.WORLD)
 
 
 def test_a_peer_missing_at_the_start_is_named(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ def check_mesh(rank: int, degrees: tuple[int, int, int]) -> None:
     assert mesh.sequence.ranks == tuple(at[here[0], r, u] for r in range(ring) for u in range(ulysses))
     assert mesh.sequence.rank == mesh.ring.rank * ulysses + mesh.ulysses.rank
     assert mesh.alone.ranks == (rank,)
-    for axis in (mesh.cfg, mesh.ring, mesh.ulysses, mesh.sequence, mesh.alone):
+    assert mesh.world.ranks == tuple(at.values())
+    for axis in (mesh.cfg, mesh.ring, mesh.ulysses, mesh.sequence, mesh.alone, mesh.world):
         assert tuple(dist.get_process_group_ranks(axis.group)) == axis.ranks
         assert (dist.get_rank(axis.group), axis.size) == (axis.rank, len(axis.ranks))
     for name in ("cfg", "ring", "ulysses"):

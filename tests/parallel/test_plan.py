@@ -11,7 +11,7 @@ from tests.parallel.masked import MaskedKernels
 ONE_BYTE_ROWS = LayerShape(batch=1, head_dim=1, itemsize=1)
 WINDOWS = [
     MaskedKernels(frames=frames, frame_tokens=frame_tokens, window=window)
-    for frames, frame_tokens, window in itertools.product((1, 2, 5, 6), (1, 3), (1, 2, 3, 6))
+    for frames, frame_tokens, window in itertools.product((1, 2, 5), (1, 3), (1, 2, 3, 6))
 ]
 
 

@@ -46,6 +46,7 @@ def bytes_at_torch() -> Iterator[Counter[str]]:
     """Bytes handed to torch.distributed for other ranks, by function, whatever the collectives report."""
     sent: Counter[str] = Counter()
     all_to_all, all_gather, batch = dist.all_to_all_single, dist.all_gather, dist.batch_isend_irecv
+    broadcast = dist.broadcast
 
     def count_all_to_all(out: Tensor, x: Tensor, out_splits: Any, in_splits: Sequence[int], *, group: Any) -> Any:
         others = sum(in_splits) - in_splits[dist.get_rank(group)]
@@ -60,7 +61,13 @@ def bytes_at_torch() -> Iterator[Counter[str]]:
         sent["batch_isend_irecv"] += sum(op.tensor.nbytes for op in ops if op.op is dist.isend)
         return batch(ops)
 
+    def count_broadcast(x: Tensor, *, group: Any, group_src: int) -> Any:
+        others = dist.get_world_size(group) - 1
+        sent["broadcast"] += x.nbytes * others if dist.get_rank(group) == group_src else 0
+        return broadcast(x, group=group, group_src=group_src)
+
     with (
+        mock.patch.object(dist, "broadcast", count_broadcast),
         mock.patch.object(dist, "all_to_all_single", count_all_to_all),
         mock.patch.object(dist, "all_gather", count_all_gather),
         mock.patch.object(dist, "batch_isend_irecv", count_batch),

@@ -1,0 +1,175 @@
+"""Shapes, interleaved timing and the record of where and when something was measured."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shape:
+    """One self-attention layer over a long video; a CPU measures `cpu_heads` of the heads."""
+
+    num_frames: int
+    frame_tokens: int
+    window_frames: int
+    heads: int
+    head_dim: int
+    cpu_heads: int
+
+    @property
+    def num_tokens(self) -> int:
+        """S."""
+        return self.num_frames * self.frame_tokens
+
+    def __str__(self) -> str:
+        return f"{self.num_frames} x {self.frame_tokens}, window {self.window_frames}"
+
+
+SHAPES = {
+    "tiny": Shape(num_frames=33, frame_tokens=64, window_frames=9, heads=6, head_dim=32, cpu_heads=6),
+    "ltx": Shape(num_frames=61, frame_tokens=330, window_frames=16, heads=32, head_dim=64, cpu_heads=4),
+    # Wan's frames in a shorter video, with about Wan's share of the window: a head of the full one takes minutes on a CPU.
+    "wan-short": Shape(num_frames=33, frame_tokens=1560, window_frames=9, heads=12, head_dim=128, cpu_heads=1),
+    "wan": Shape(num_frames=81, frame_tokens=1560, window_frames=21, heads=12, head_dim=128, cpu_heads=1),
+}
+ON_CPU = ("tiny", "ltx", "wan-short")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The arguments that every benchmark has."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    result.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    result.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="bfloat16 on CUDA, float32 on CPU")
+    result.add_argument("--kernel", default="auto", help="attention kernel")
+    result.add_argument("--shapes", nargs="+", choices=list(SHAPES), help=f"all on CUDA, {' '.join(ON_CPU)} on CPU")
+    result.add_argument("--heads", type=int, help="heads to measure instead of the shape's own number")
+    result.add_argument("--repeats", type=int, default=7, help="rounds, each of which runs every variant once")
+    result.add_argument("--note", default="", help="what else the machine was doing; kept in the file")
+    result.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file")
+    return result
+
+
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """Fill in what depends on the device."""
+    cuda = torch.device(args.device).type == "cuda"
+    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
+    args.shapes = args.shapes or list(SHAPES if cuda else ON_CPU)
+    return args
+
+
+def heads_of(shape: Shape, args: argparse.Namespace) -> int:
+    """Heads that are measured here."""
+    return args.heads or (shape.heads if torch.device(args.device).type == "cuda" else shape.cpu_heads)
+
+
+def round_robin(
+    variants: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int
+) -> dict[str, dict[str, list[float]]]:
+    """Wall and CPU seconds of each variant, in rounds A B C A B C, so that whatever disturbs the machine hits all alike.
+
+    Warming up is the caller's. CPU seconds count the threads of this process alone.
+    """
+    times: dict[str, dict[str, list[float]]] = {name: {"wall_s": [], "cpu_s": []} for name in variants}
+    for _ in range(repeats):
+        for name, call in variants.items():
+            _synchronize(device)
+            wall, cpu = time.perf_counter(), time.process_time()
+            call()
+            _synchronize(device)
+            wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+            times[name]["wall_s"].append(wall)
+            times[name]["cpu_s"].append(cpu)
+    return times
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median, smallest and largest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratio(over: Sequence[float], under: Sequence[float]) -> dict[str, float]:
+    """Median and spread of the ratio within each round."""
+    return spread([a / b for a, b in zip(over, under, strict=True)])
+
+
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """Norm of the error over the norm of the exact result."""
+    return ((actual.double() - exact).norm() / exact.norm()).item()
+
+
+def environment(device: torch.device, note: str) -> dict[str, Any]:
+    """Where this runs: all that a reader needs to judge the numbers."""
+    cuda = device.type == "cuda"
+    return {
+        "device": device.type,
+        "device_name": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if cuda else None,
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "git_revision": _git_revision(),
+        "load_average": os.getloadavg()[0],
+        "note": note,
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _git_revision() -> str | None:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (FileNotFoundError, subprocess.CalledProcessError):
+        return None  # no git, or not a checkout: the file says so
+
+
+def write(folder: Path, benchmark: str, where: dict[str, Any], settings: dict[str, Any], results: list[Any]) -> Path:
+    """benchmarks/results/<benchmark>-<device>-<date>.json; a later run of the same day replaces it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{benchmark}-{where['device']}-{where['date']}.json"
+    content = {"benchmark": benchmark, "environment": where, "settings": settings, "results": results}
+    path.write_text(json.dumps(_rounded(content), indent=1) + "\n")
+    return path
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as their widest cell, the first to the left."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    for row in (header, ["-" * width for width in widths], *rows):
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join([row[0].ljust(widths[0]), *cells[1:]]), flush=True)

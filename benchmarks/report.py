@@ -1,0 +1,170 @@
+"""Write docs/performance.md from the JSON files in benchmarks/results/: what was expected beside what was measured.
+
+python -m benchmarks.report
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import RESULTS, ROOT
+
+PAGE = ROOT / "docs" / "performance.md"
+DEVICES = ("cpu", "cuda")
+Run = dict[str, Any]
+NOT_MEASURED = "not measured"
+
+INTRO = """# Performance
+
+Written by `python -m benchmarks.report` from the files in `benchmarks/results/`; do not edit. To measure again, on CPU or CUDA:
+
+    python -m benchmarks.attention
+    python -m benchmarks.fusion
+    python -m benchmarks.report
+
+Every variant runs once per round, so that whatever disturbs the machine hits all alike; times are medians over the rounds, ratios are medians
+of the ratios within a round. CPU time counts the threads of the process alone and is the fairer ratio on a machine that does other work.
+"""
+
+# What must hold: benchmark, device, shapes (the first that was measured counts), ratio, largest value, what it says.
+EXPECTED = [
+    ("attention", "cpu", ("wan", "wan-short"), "dual / global", 1.3, "both branches against one, 1560 tokens a frame"),
+    (
+        "attention",
+        "cpu",
+        ("wan", "wan-short"),
+        "dual / two calls",
+        1.0,
+        "both branches against two calls, 1560 tokens a frame",
+    ),
+    ("attention", "cuda", ("wan",), "dual / global", 1.08, "both branches against one, full Wan layer"),
+    ("fusion", "cpu", ("wan", "wan-short"), "fusion / SVD in fp32", 0.2, "Gram form against SVD, 1560 tokens a frame"),
+    (
+        "fusion",
+        "cuda",
+        ("wan",),
+        "fusion / dual attention",
+        0.03,
+        "fusion as a share of dual attention, full Wan layer",
+    ),
+]
+
+
+def latest() -> dict[tuple[str, str], Run]:
+    """The newest file of each benchmark and device, by the date in its name."""
+    runs = {}
+    for path in sorted(RESULTS.glob("*.json"), key=lambda p: p.stem[-10:]):
+        run = json.loads(path.read_text())
+        runs[run["benchmark"], run["environment"]["device"]] = run | {"file": path.name}
+    return runs
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def expectations(runs: dict[tuple[str, str], Run]) -> str:
+    """The figures to reach, and whether they are reached."""
+    rows = []
+    for benchmark, device, shapes, name, limit, meaning in EXPECTED:
+        by_shape = {result["shape"]: result for result in runs.get((benchmark, device), {"results": []})["results"]}
+        found = [by_shape[shape] for shape in shapes if shape in by_shape and name in by_shape[shape]["ratios"]]
+        cells = [NOT_MEASURED, NOT_MEASURED, ""]
+        if found:
+            value = found[0]["ratios"][name]
+            wall, cpu = value["wall_s"]["median"], value["cpu_s"]["median"]
+            judged = cpu if device == "cpu" else wall
+            cells = [f"{wall:.3g}", f"{cpu:.3g}" if device == "cpu" else "", "yes" if judged <= limit else "**no**"]
+        where = f"{device.upper()}, {found[0]['shape'] if found else shapes[0]}"
+        rows.append([name, meaning, where, f"<= {limit}", *cells])
+    header = ["ratio", "what", "where", "expected", "measured (time)", "measured (CPU time)", "holds"]
+    return table(header, rows)
+
+
+def provenance(run: Run) -> str:
+    """One paragraph: device, versions, date and load."""
+    at, settings = run["environment"], run["settings"]
+    cuda = f", CUDA {at['cuda']}" if at["cuda"] else f", {at['threads']} threads on {at['cores']} cores"
+    text = (
+        f"{at['device_name']}{cuda}; torch {at['torch']}, Python {at['python']}; {settings['dtype']}, kernel "
+        f"{settings['kernel']}, {settings['repeats']} rounds; {at['date']}, revision {at['git_revision'] or 'unknown'}; "
+        f"load average {at['load_average']:.1f} before and {at['load_average_end']:.1f} after"
+    )
+    return f"{text}{'; ' + at['note'] if at['note'] else ''} (`{run['file']}`)."
+
+
+def section(
+    title: str, benchmark: str, runs: dict[tuple[str, str], Run], show: Callable[[dict[str, Any]], str]
+) -> list[str]:
+    """All devices of one benchmark."""
+    parts = [f"## {title}"]
+    for device in DEVICES:
+        run = runs.get((benchmark, device))
+        parts.append(f"### {'GPU' if device == 'cuda' else 'CPU'}")
+        parts += [provenance(run), *(show(result) for result in run["results"])] if run else ["Not measured."]
+    return parts
+
+
+def times(row: dict[str, Any]) -> list[str]:
+    """Median and spread of the time, and CPU time."""
+    wall = row["wall_s"]
+    spread = f"{wall['median'] * 1e3:.4g} ({wall['min'] * 1e3:.4g}-{wall['max'] * 1e3:.4g})"
+    return [spread, f"{row['cpu_s']['median'] * 1e3:.4g}"]
+
+
+def heading(result: dict[str, Any]) -> str:
+    """Which layer was measured."""
+    return f"**{result['shape']}**: {result['sizes']} frames, {result['heads']} heads x {result['head_dim']}"
+
+
+def ratios(result: dict[str, Any]) -> str:
+    """Every ratio of one shape in a line."""
+    return "; ".join(
+        f"{name} {value['wall_s']['median']:.3g} (CPU time {value['cpu_s']['median']:.3g})"
+        for name, value in result["ratios"].items()
+    )
+
+
+def attention(result: dict[str, Any]) -> str:
+    """One shape of the attention benchmark."""
+    rows = []
+    for name, row in result["variants"].items():
+        error = ", ".join(f"{branch} {value:.1e}" for branch, value in row["error"].items())
+        rows.append([name, *times(row), f"{row['tflops']:.3g}", f"{row['peak_extra_mib']:.0f}", error])
+    header = ["variant", "ms (spread)", "CPU ms", "TFLOP/s", "peak MiB beyond q, k, v", "error against fp64"]
+    return (
+        f"{heading(result)}; one output is {result['output_mib']:.0f} MiB.\n\n{table(header, rows)}\n\n{ratios(result)}"
+    )
+
+
+def fusion(result: dict[str, Any]) -> str:
+    """One shape of the fusion benchmark."""
+    rows = [
+        [name, *times(row), f"{row['error']:.1e}" if row["error"] is not None else ""]
+        for name, row in result["variants"].items()
+    ]
+    header = ["variant", "ms (spread)", "CPU ms", "error against the SVD in fp64"]
+    return f"{heading(result)}.\n\n{table(header, rows)}\n\n{ratios(result)}"
+
+
+def main() -> None:
+    """Write the page."""
+    runs = latest()
+    parts = [
+        INTRO.strip(),
+        "## Expected and measured",
+        expectations(runs),
+        *section("Attention", "attention", runs, attention),
+        "TFLOP/s count 4 S K D per head: the whole square for `global`, `dual` and `masked`, the window's keys for `local`.",
+        *section("Fusion", "fusion", runs, fusion),
+        "`grams`, `eigh` and `apply` are the parts of `fusion`.",
+    ]
+    Path(PAGE).write_text("\n\n".join(parts) + "\n")
+    print(f"wrote {PAGE.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

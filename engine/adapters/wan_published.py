@@ -1,0 +1,54 @@
+"""The published numbers of Wan2.1 checkpoints, for machines that cannot fetch a config.json.
+
+Transformer, VAE and scheduler: scripts/convert_wan_to_diffusers.py of diffusers 0.42, which made these checkpoints. Text
+encoder: config.json of google/umt5-xxl. Keys that are left out have the value of the diffusers or transformers class.
+"""
+
+from typing import Any
+
+SOURCE = "published numbers (scripts/convert_wan_to_diffusers.py of diffusers 0.42, config.json of google/umt5-xxl)"
+
+_SCHEDULER = {
+    "_class_name": "UniPCMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+    "num_train_timesteps": 1000,
+    "flow_shift": 3.0,
+}
+_TEXT_ENCODER = {
+    "vocab_size": 256384,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+    "feed_forward_proj": "gated-gelu",
+}
+
+
+def _checkpoint(*, heads: int, layers: int, ffn_dim: int) -> dict[str, dict[str, Any]]:
+    return {
+        "transformer": {
+            "patch_size": [1, 2, 2],
+            "num_attention_heads": heads,
+            "attention_head_dim": 128,
+            "in_channels": 16,
+            "out_channels": 16,
+            "text_dim": 4096,
+            "freq_dim": 256,
+            "ffn_dim": ffn_dim,
+            "num_layers": layers,
+            "cross_attn_norm": True,
+            "qk_norm": "rms_norm_across_heads",
+            "rope_max_seq_len": 1024,
+        },
+        "vae": {"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2},
+        "text_encoder": _TEXT_ENCODER,
+        "scheduler": _SCHEDULER,
+    }
+
+
+PUBLISHED = {
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _checkpoint(heads=12, layers=30, ffn_dim=8960),
+    "Wan-AI/Wan2.1-T2V-14B-Diffusers": _checkpoint(heads=40, layers=40, ffn_dim=13824),
+}

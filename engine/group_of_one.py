@@ -1,0 +1,39 @@
+"""The process group of a process that is alone: the same code path as many ranks, made on first use, removed after the last."""
+
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from engine.errors import UserError
+from parallel.mesh import SeqMesh, build_mesh
+
+TIMEOUT = timedelta(minutes=1)
+
+
+class GroupOfOne:
+    """Counts who uses the default process group that this object made; torch has one such group per process."""
+
+    def __init__(self) -> None:
+        self._users = 0
+
+    def acquire(self) -> SeqMesh:
+        """A mesh of one rank. UserError if the process already belongs to a group of several, which needs its own mesh."""
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+            self._users = 1
+        elif self._users:
+            self._users += 1
+        elif (world := dist.get_world_size(dist.group.WORLD)) > 1:
+            raise UserError(f"this process is one of {world} ranks; pass mesh=parallel.mesh.build_mesh(...)")
+        return build_mesh(cfg=1, ring=1, ulysses=1, device=torch.device("cpu"), timeout=TIMEOUT)
+
+    def release(self) -> None:
+        """The counterpart of `acquire`: the last user removes the group, unless somebody else had made it."""
+        if self._users:
+            self._users -= 1
+            if self._users == 0:
+                dist.destroy_process_group()
+
+
+GROUP_OF_ONE = GroupOfOne()

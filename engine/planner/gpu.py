@@ -1,0 +1,118 @@
+"""A GPU as its datasheet and a few assumed fractions describe it, read from a JSON file that names every source."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError
+from engine.load import REPOSITORY
+
+FOLDER = REPOSITORY / "configs" / "gpus"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GpuSpec:
+    """One GPU and its links. The `_fraction`s are the share of the peak beside them that programs are assumed to reach.
+
+    Attributes:
+        name: what it is called in tables.
+        memory_gib: memory that a program sees, GiB.
+        reserved_gib: of that, what no tensor can have: CUDA context, communication buffers, workspaces, fragments.
+        bf16_tflops: dense bf16 peak, TFLOP/s.
+        tf32_tflops: dense TF32 peak, which convolutions in fp32 use.
+        fp32_tflops: fp32 peak without tensor cores, which the Gram matrices use.
+        memory_gb_s: memory bandwidth, GB/s.
+        intra_node_gb_s: one direction of one GPU's link to others in its machine, GB/s.
+        inter_node_gb_s: one direction of one GPU's share of the network, GB/s.
+        gpus_per_node: GPUs of one machine.
+        attention_fraction: by kernel, see freespec.kernels; of bf16_tflops.
+        gemm_fraction: of matrix products, likewise.
+        conv_fraction: of the VAE's convolutions, of tf32_tflops.
+        fp32_fraction: of the Gram and fusion products, of fp32_tflops.
+        memory_fraction: of passes that only read and write, of memory_gb_s.
+        link_fraction: of messages, of either link.
+        eigh_seconds: both eigendecompositions (fp64, batched over heads) of one layer, on one GPU.
+        sources: for each of the numbers above, where it comes from.
+    """
+
+    name: str
+    memory_gib: float
+    reserved_gib: float
+    bf16_tflops: float
+    tf32_tflops: float
+    fp32_tflops: float
+    memory_gb_s: float
+    intra_node_gb_s: float
+    inter_node_gb_s: float
+    gpus_per_node: int
+    attention_fraction: dict[str, float]
+    gemm_fraction: float
+    conv_fraction: float
+    fp32_fraction: float
+    memory_fraction: float
+    link_fraction: float
+    eigh_seconds: float
+    sources: dict[str, str]
+
+    def __post_init__(self) -> None:
+        """Reject numbers that no GPU has, and numbers without a source."""
+        for name, value in self.numbers().items():
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UserError(f"{name} must be a number, got {value!r}")
+            if not (0 <= value if name in ("reserved_gib", "eigh_seconds") else 0 < value):
+                raise UserError(f"{name} must be more than 0, got {value}")
+            if "fraction" in name and value > 1:
+                raise UserError(f"{name} is a fraction of a peak and must be at most 1, got {value}")
+            if not self.sources.get(name.partition(".")[0]):
+                raise UserError(f"sources names no source of {name}; say where the number comes from")
+
+    def numbers(self) -> dict[str, Any]:
+        """Every number by name; those of `attention_fraction` as `attention_fraction.KERNEL`."""
+        flat: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name == "attention_fraction":
+                flat |= {f"{field.name}.{kernel}": fraction for kernel, fraction in value.items()}
+            elif field.name not in ("name", "sources"):
+                flat[field.name] = value
+        return flat
+
+    @property
+    def usable_gib(self) -> float:
+        """Memory that tensors can have, GiB."""
+        return self.memory_gib - self.reserved_gib
+
+    def attention_rate(self, kernel: str) -> float:
+        """Assumed share of the peak of a kernel from freespec.kernels; `auto` is what bf16 takes on CUDA."""
+        name = "cuda_flash" if kernel == "auto" else kernel
+        if name not in self.attention_fraction:
+            known = ", ".join(self.attention_fraction)
+            raise UserError(f"attention_fraction of {self.name} has no {name}; it has {known}")
+        return self.attention_fraction[name]
+
+
+def read_gpu(name: str) -> GpuSpec:
+    """One of configs/gpus by its name, or a JSON file of the same keys. UserError for what is wrong with it."""
+    known = sorted(path.stem for path in FOLDER.glob("*.json"))
+    path = FOLDER / f"{name}.json" if name in known else Path(name).expanduser()
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+    except OSError as error:
+        raise UserError(f"unknown GPU {name!r}; choose one of {', '.join(known)}, or give a JSON file") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must be an object with the keys of {FOLDER / 'h200.json'}")
+    fields = {field.name for field in dataclasses.fields(GpuSpec)}
+    for what, keys in (("lacks", fields - set(tree)), ("has the unknown", set(tree) - fields)):
+        if keys:
+            raise UserError(f"{path} {what} {', '.join(sorted(keys))}; see {FOLDER / 'h200.json'}")
+    for key in ("attention_fraction", "sources"):
+        if not isinstance(tree[key], dict):
+            raise UserError(f"{path}: {key} must be an object, got {tree[key]!r}")
+    try:
+        return GpuSpec(**tree)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error

@@ -1,0 +1,181 @@
+"""A video on cfg x ring x ulysses ranks, as integers: which degrees are possible, what the busiest rank holds and sends."""
+
+from dataclasses import dataclass
+from functools import partial
+
+from engine.config import MethodConfig, SamplerConfig, VideoConfig
+from engine.planner.flops import Share
+from engine.planner.model import FP32_BYTES, ModelSpec
+from freespec.windows import window_range
+from parallel.plan import (
+    HaloRange,
+    LayerShape,
+    Mode,
+    Route,
+    SequencePlan,
+    cfg_bytes,
+    choose_local_route,
+    gather_bytes,
+    halo_needs,
+    layer_bytes,
+    length,
+)
+
+Degrees = tuple[int, int, int]  # cfg, ring, ulysses
+PASSES = 2  # with guidance: conditional and unconditional
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One video over ranks.
+
+    Attributes:
+        spec: the checkpoint.
+        degrees: cfg, ring, ulysses.
+        frames: F, latent frames.
+        frame_tokens: H·W, tokens of a frame.
+        window_frames: F0, frames of the local window, F at most.
+        text: K, text tokens.
+        passes: forwards of one step: 2 with guidance.
+        itemsize: bytes of a number in the transformer.
+        local_route: how local steps cross the ulysses axis.
+    """
+
+    spec: ModelSpec
+    degrees: Degrees
+    frames: int
+    frame_tokens: int
+    window_frames: int
+    text: int
+    passes: int
+    itemsize: int
+    local_route: Route
+
+    @property
+    def tokens(self) -> int:
+        """S."""
+        return self.frames * self.frame_tokens
+
+    @property
+    def sequence(self) -> SequencePlan:
+        """Tokens and heads over ring x ulysses."""
+        _, ring, ulysses = self.degrees
+        return SequencePlan(tokens=self.tokens, heads=self.spec.heads, ring=ring, ulysses=ulysses)
+
+    @property
+    def halo(self) -> HaloRange:
+        """Keys that the windows of some queries hold."""
+        return _halo(self.frames, self.frame_tokens, self.window_frames)
+
+    @property
+    def forwards(self) -> int:
+        """Forwards of one step that one rank runs, one after the other."""
+        return self.passes // self.degrees[0]
+
+    def attention_plan(self, mode: Mode) -> SequencePlan:
+        """The plan that attention of this mode follows: local steps may keep all heads on each shard."""
+        return self.sequence.on_shards() if mode == "local" and self.local_route == "halo" else self.sequence
+
+    def share(self, mode: Mode) -> Share:
+        """What the busiest rank computes of one forward."""
+        plan = self.attention_plan(mode)
+        return Share(
+            tokens=self.tokens,
+            window=self.window_frames * self.frame_tokens,
+            shard=max(map(length, plan.shards)),
+            queries=max(map(length, plan.ring_shards)),
+            heads=max(map(length, plan.head_shares)),
+            text=self.text,
+        )
+
+    def near_keys(self, mode: Mode) -> int:
+        """Most tokens whose keys a rank holds beside its own q, k and v before the ring turns; 0 without a ring."""
+        plan = self.attention_plan(mode)
+        if plan.ring == 1:
+            return 0
+        if mode == "global":
+            return max(map(length, plan.ring_shards))
+        return max(map(length, halo_needs(plan.ring_shards, self.halo, plan.tokens)))
+
+    def step_bytes(self, mode: Mode) -> dict[str, int]:
+        """Bytes that the busiest rank sends in one step by kind: all_to_all, halo, ring, grams, gather, cfg."""
+        plan = self.attention_plan(mode)
+        shape = LayerShape(batch=1, head_dim=self.spec.head_dim, itemsize=self.itemsize)
+        by_rank = [layer_bytes(plan, rank, mode, shape=shape, halo=self.halo) for rank in range(plan.ranks)]
+        calls = self.spec.layers * self.forwards
+        busiest = {kind: calls * max(of_rank[kind] for of_rank in by_rank) for kind in by_rank[0]}
+        _, out_values = self.spec.patch_values
+        return {
+            "all_to_all": busiest["all_to_all"],
+            "halo": busiest["halo"],
+            "ring": busiest["ring"],
+            "grams": busiest["reduce"],
+            "gather": self.forwards * gather_bytes(self.sequence, token_bytes=out_values * self.itemsize),
+            "cfg": cfg_bytes(self.degrees[0], prediction_bytes=self.tokens * out_values * self.itemsize),
+        }
+
+    def axis_span(self, kind: str, mode: Mode) -> int:
+        """Neighbouring world ranks that a message of this kind can cross; ulysses is the innermost axis."""
+        cfg, ring, ulysses = self.degrees
+        if kind == "all_to_all":
+            return ulysses
+        return cfg * ring * ulysses if kind == "cfg" else ring * ulysses
+
+
+def lay_out(
+    spec: ModelSpec,
+    degrees: Degrees,
+    video: VideoConfig,
+    sampler: SamplerConfig,
+    method: MethodConfig,
+    *,
+    itemsize: int,
+    local_route: str,
+) -> Layout:
+    """The layout of a video; `local_route: auto` takes fewer bytes, as the engine does."""
+    frames, frame_tokens = spec.grid(video.num_frames, video.height, video.width)
+    window_frames = min(method.window_frames, frames)
+    if local_route == "auto":
+        sequence = SequencePlan(tokens=frames * frame_tokens, heads=spec.heads, ring=degrees[1], ulysses=degrees[2])
+        shape = LayerShape(batch=1, head_dim=spec.head_dim, itemsize=itemsize)
+        local_route = choose_local_route(sequence, shape=shape, halo=_halo(frames, frame_tokens, window_frames)).route
+    return Layout(
+        spec=spec,
+        degrees=degrees,
+        frames=frames,
+        frame_tokens=frame_tokens,
+        window_frames=window_frames,
+        text=sampler.max_text_tokens,
+        passes=num_passes(sampler),
+        itemsize=itemsize,
+        local_route=local_route,
+    )
+
+
+def num_passes(sampler: SamplerConfig) -> int:
+    """Forwards of one denoising step."""
+    return PASSES if sampler.guidance_scale > 1.0 else 1
+
+
+def feasible_degrees(world_size: int, *, heads: int, passes: int, tokens: int) -> list[Degrees]:
+    """Every (cfg, ring, ulysses) whose product is the world size and that the engine runs.
+
+    cfg is at most the number of passes; heads that ulysses does not divide are for ring 1 only; every rank has a token.
+    """
+    return [
+        (cfg, sequence // ulysses, ulysses)
+        for cfg in range(1, passes + 1)
+        if world_size % cfg == 0 and (sequence := world_size // cfg) <= tokens
+        for ulysses in range(1, sequence + 1)
+        if sequence % ulysses == 0 and (heads % ulysses == 0 or ulysses == sequence)
+    ]
+
+
+def latent_bytes(layout: Layout) -> int:
+    """Bytes of the video's latents in fp32."""
+    in_values, _ = layout.spec.patch_values
+    return layout.tokens * in_values * FP32_BYTES
+
+
+def _halo(frames: int, frame_tokens: int, window_frames: int) -> HaloRange:
+    return partial(window_range, num_frames=frames, frame_tokens=frame_tokens, window_frames=window_frames)

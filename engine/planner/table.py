@@ -1,0 +1,33 @@
+"""The table of predictions that the documentation shows: models, GPUs, numbers of ranks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from engine.config import ModelConfig, RunConfig
+from engine.planner.gpu import GpuSpec
+from engine.planner.memory import GIB
+from engine.planner.model import read_model
+from engine.planner.plan import Options, plan
+
+
+def predicted_table(
+    configs: Sequence[RunConfig], gpus: Sequence[GpuSpec], *, world_sizes: Sequence[int] = (1, 2, 4, 8)
+) -> list[dict[str, Any]]:
+    """One row per configuration, GPU and number of ranks, for the best degrees: everything in it is predicted.
+
+    Keys: model, gpu, gpus, degrees, fits, peak_gib, and for each method NAME seconds_NAME (denoising) and efficiency_NAME.
+    """
+    rows = []
+    for config in configs:
+        spec = read_model(ModelConfig(path=config.model.path, revision=config.model.revision))
+        for gpu in gpus:
+            for world_size in world_sizes:
+                best = plan(
+                    spec, config.video, config.sampler, config.method, gpu, world_size, options=Options.of(config)
+                )[0]
+                row = {"model": spec.name, "gpu": gpu.name, "gpus": world_size, "degrees": best.name, "fits": best.fits}
+                row["peak_gib"] = best.peak_bytes / GIB
+                row |= {f"seconds_{name}": seconds for name, seconds in best.run_seconds.items()}
+                row |= {f"efficiency_{name}": share for name, share in best.efficiency.items()}
+                rows.append(row)
+    return rows

@@ -1,0 +1,91 @@
+"""Predicted seconds of a step: operations at assumed rates, passes over memory, and the messages that nothing hides."""
+
+from engine.planner.flops import ATTENTION, FP32, GEMM, forward_flops
+from engine.planner.gpu import GpuSpec
+from engine.planner.layout import Layout
+from engine.planner.model import FP32_BYTES
+from parallel.plan import Mode
+
+TERA = 1e12
+GIGA = 1e9
+# These wait for their messages. Ring blocks travel while the block before is attended, so only the excess is waited for.
+EXPOSED = ("all_to_all", "halo", "grams", "gather", "cfg")
+
+
+def step_seconds(layout: Layout, mode: Mode, gpu: GpuSpec, kernel: str) -> dict[str, float]:
+    """Predicted seconds of one denoising step by what takes them, on the rank that takes longest.
+
+    Keys: matrices, attention, spectrum (Grams, fusion, eigh), memory (norms, rotary, merges, copies), communication.
+    """
+    flops = forward_flops(layout.spec, layout.share(mode), mode)
+    peak = (gpu.bf16_tflops if layout.itemsize < FP32_BYTES else gpu.fp32_tflops) * TERA
+    fp32 = gpu.fp32_tflops * TERA * gpu.fp32_fraction
+    calls = layout.forwards
+    attention = calls * sum(flops[part] for part in ATTENTION) / (peak * gpu.attention_rate(kernel))
+    eigh = gpu.eigh_seconds * layout.spec.layers if mode == "dual" else 0.0
+    return {
+        "matrices": calls * sum(flops[part] for part in GEMM) / (peak * gpu.gemm_fraction),
+        "attention": attention,
+        "spectrum": calls * (sum(flops[part] for part in FP32) / fp32 + eigh),
+        "memory": calls * pass_bytes(layout, mode) / (gpu.memory_gb_s * GIGA * gpu.memory_fraction),
+        "communication": communication_seconds(layout, mode, gpu, attention),
+    }
+
+
+def communication_seconds(layout: Layout, mode: Mode, gpu: GpuSpec, attention: float) -> float:
+    """Seconds of one step in which a rank only waits for messages; `attention` is what it computes while the ring turns."""
+    num_bytes = layout.step_bytes(mode)
+    seconds = {kind: num_bytes[kind] / link_rate(layout.axis_span(kind, mode), gpu) for kind in num_bytes}
+    blocks = layout.attention_plan(mode).ring
+    # Each of the ring's transfers runs beside the attention of one block.
+    ring = max(0.0, seconds["ring"] - attention * (blocks - 1) / blocks)
+    return sum(seconds[kind] for kind in EXPOSED) + ring
+
+
+def link_rate(span: int, gpu: GpuSpec) -> float:
+    """Bytes per second between neighbours `span` ranks wide: the slower link as soon as a machine is too small for them."""
+    rate = gpu.intra_node_gb_s if span <= gpu.gpus_per_node else gpu.inter_node_gb_s
+    return rate * GIGA * gpu.link_fraction
+
+
+def pass_bytes(layout: Layout, mode: Mode) -> int:
+    """Bytes that one forward reads and writes outside matrix products and attention kernels, on the busiest rank."""
+    e, share = layout.itemsize, layout.share(mode)
+    hidden = share.shard * layout.spec.width
+    inside = share.queries * share.heads * layout.spec.head_dim
+    ratio = layout.spec.transformer.ffn_dim / layout.spec.width
+    per_layer = hidden * block_passes(e, ratio) + inside * attention_passes(layout, mode)
+    return round(layout.spec.layers * per_layer)
+
+
+def block_passes(e: int, ffn_ratio: float) -> float:
+    """Bytes per token and channel of the eager block around self-attention; `e` is the size of a number.
+
+    Norms over q and k are one fused kernel; everything else is one pass per operator, as eager torch runs it.
+    """
+    cast = e + FP32_BYTES if e < FP32_BYTES else 0
+    return (
+        2 * (2 * cast + 24)  # norm1, norm3: to fp32, norm, scale, shift, back
+        + 3 * 2 * e  # RMS norms of q, k and of the query of cross-attention
+        + 2 * (3 * e + 24)  # rotary of q and k: four products, two sums, two strided copies
+        + (e + 4) + 2 * cast + 12  # gate and residual of self-attention
+        + 2 * cast + 8 + 3 * e  # norm2, residual of cross-attention
+        + 2 * e * ffn_ratio  # GELU
+        + 3 * cast + 20  # gate and residual of the feed-forward
+    )  # fmt: skip
+
+
+def attention_passes(layout: Layout, mode: Mode) -> float:
+    """Bytes per token and channel inside self-attention: copies of outputs, merges, Grams, fusion, packing of messages."""
+    e, plan = layout.itemsize, layout.attention_plan(mode)
+    cast = e + FP32_BYTES if e < FP32_BYTES else 0
+    merges = (plan.ring - 1 if mode != "local" else 0) + (mode == "dual")
+    total = merges * (3 * cast + 28)
+    if mode != "global":
+        total += 3 * e * (2 if mode == "dual" else 1)  # zeros, and groups copied to their rows
+    if mode == "dual":
+        total += 2 * (cast + 4) + 2 * cast + 8 + 20 + (4 + e)  # both Grams; O M, lam O_g, their sum
+        total += 4 * e  # k and v written a second time
+    if plan.ulysses > 1:
+        total += 4 * 4 * e  # q, k, v and out: packed, then put in order
+    return total

@@ -1,0 +1,120 @@
+"""What the ranks of a run must agree on, and what rank 0 hands to the others, over all ranks of a mesh."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from engine.config import RunConfig
+from engine.errors import UserError
+from parallel import collectives
+from parallel.collectives import Trace, ignore_bytes
+from parallel.mesh import SeqMesh
+
+Result = TypeVar("Result")
+
+# Enough of a weight file to tell two checkpoints apart: safetensors headers, and the first weights.
+_HEAD_BYTES = 1 << 20
+
+
+def fingerprints(config: RunConfig, source: Path | str) -> dict[str, bytes]:
+    """SHA-256 of each thing that all ranks must have alike: seed, settings, checkpoint."""
+    tree = dataclasses.asdict(config)
+    seed = tree["sampler"].pop("seed")
+    tree.pop("output")
+    return {
+        "seed": _digest(str(seed)),
+        "settings": _digest(json.dumps(tree, sort_keys=True)),
+        "checkpoint": _digest_checkpoint(source, config.model.revision),
+    }
+
+
+def check_agreement(mesh: SeqMesh, prints: dict[str, bytes]) -> None:
+    """Raise UserError on every rank if any rank's fingerprints differ from rank 0's, naming ranks and what differs."""
+    mine = torch.tensor([list(value) for value in prints.values()], dtype=torch.uint8)
+    rows = _gather(mesh, mine)
+    for index, name in enumerate(prints):
+        other = [
+            rank
+            for rank, row in zip(mesh.world.ranks, rows, strict=True)
+            if not torch.equal(row[index], rows[0][index])
+        ]
+        if other:
+            raise UserError(
+                f"ranks {other} have another {name} than rank 0; start all ranks with the same command and files"
+            )
+
+
+def first_failure(mesh: SeqMesh, message: str | None) -> str | None:
+    """The message of the first rank that has one, on every rank: a rank's fault ends all ranks together."""
+    encoded = (message or "").encode()[:1024]
+    mine = torch.zeros(1024, dtype=torch.uint8)
+    mine[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+    for rank, row in zip(mesh.world.ranks, _gather(mesh, mine), strict=True):
+        text = bytes(row.tolist()).rstrip(b"\0").decode(errors="replace")
+        if text:
+            return text if mesh.world.size == 1 else f"rank {rank}: {text}"
+    return None
+
+
+def together(mesh: SeqMesh, action: Callable[[], Result]) -> Result:
+    """What `action` returns; if it is a UserError on any rank, that error on every rank, so that none waits for a lost one."""
+    try:
+        result, message = action(), None
+    except UserError as error:
+        result, message = None, str(error)
+    failure = first_failure(mesh, message)
+    if failure is not None:
+        raise UserError(failure)
+    return result
+
+
+def hand_out(mesh: SeqMesh, x: Tensor, what: str) -> Tensor:
+    """Rank 0's tensor on every rank; the others pass one of the same shape and dtype to be filled."""
+    return collectives.broadcast(x.contiguous(), source=0, group=mesh.world.group, trace=_trace(what))
+
+
+def hand_out_bytes(mesh: SeqMesh, data: bytes, what: str) -> bytes:
+    """Rank 0's bytes on every rank."""
+    size = hand_out(mesh, _on_mesh(mesh, torch.tensor([len(data)])), what)
+    buffer = torch.zeros(int(size), dtype=torch.uint8)
+    if mesh.world.rank == 0:
+        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else buffer
+    return hand_out(mesh, _on_mesh(mesh, buffer), what).cpu().numpy().tobytes() if int(size) else b""
+
+
+def _gather(mesh: SeqMesh, mine: Tensor) -> list[Tensor]:
+    parts = collectives.gather_copies(
+        _on_mesh(mesh, mine), "agreement", group=mesh.world.group, trace=_trace("agreement at start")
+    )
+    return [part.cpu() for part in parts]
+
+
+def _on_mesh(mesh: SeqMesh, x: Tensor) -> Tensor:
+    """NCCL moves tensors of its own device only."""
+    return x.to(mesh.device_mesh.device_type)
+
+
+def _trace(what: str) -> Trace:
+    return Trace(label=what, on_bytes=ignore_bytes)
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def _digest_checkpoint(source: Path | str, revision: str | None) -> bytes:
+    """Names, sizes and beginnings of all files of a folder; name and revision of a hub checkpoint."""
+    if isinstance(source, str):
+        return _digest(f"{source}@{revision}")
+    digest = hashlib.sha256()
+    for file in sorted(p for p in source.rglob("*") if p.is_file()):
+        with file.open("rb") as opened:
+            digest.update(f"{file.relative_to(source)} {file.stat().st_size}\n".encode())
+            digest.update(opened.read(_HEAD_BYTES))
+    return digest.digest()

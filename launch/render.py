@@ -1,0 +1,79 @@
+"""Latents to the files a person looks at: the video and its contact sheet, and the record that is written last."""
+
+import shlex
+import time
+from typing import Any
+
+from torch import Tensor
+
+from engine.config import OutputConfig
+from engine.contact_sheet import FrameSampler, contact_sheet, write_picture
+from engine.engine import LongVideoEngine
+from engine.errors import UserError
+from engine.record import describe_video, peak_memory, write_record
+from engine.video import open_video
+from launch.command import Stopped
+from launch.outputs import OutputFiles
+
+
+def render(
+    engine: LongVideoEngine,
+    latents: Tensor,
+    record: dict[str, Any],
+    files: OutputFiles,
+    *,
+    output: OutputConfig,
+    fps: int,
+) -> dict[str, Any]:
+    """Decode latents that lie in `files.latents`, write video, contact sheet and record, and return the whole record.
+
+    If it is stopped or the disk is full, no file is left under its final name before it is whole, and the message says how
+    to go on from the latents.
+    """
+    try:
+        return _render(engine, latents, record, files, output=output, fps=fps)
+    except KeyboardInterrupt as error:
+        raise Stopped(f"while decoding; {describe_kept(files)}") from error
+    except OSError as error:
+        raise UserError(f"cannot write {files.video}: {error.strerror or error}; {describe_kept(files)}") from error
+    except BaseException as error:
+        error.add_note(describe_kept(files))
+        raise
+
+
+def describe_kept(files: OutputFiles) -> str:
+    """Where the latents are, and the command that makes the video of them."""
+    command = ["python", "launch/decode.py", str(files.latents), "--output", str(files.video)]
+    if any(path.exists() for path in (files.video, files.sheet, files.record)):
+        command.append("--overwrite")
+    return f"the latents are kept in {files.latents}; make the video with: {shlex.join(command)}"
+
+
+def _render(
+    engine: LongVideoEngine,
+    latents: Tensor,
+    record: dict[str, Any],
+    files: OutputFiles,
+    *,
+    output: OutputConfig,
+    fps: int,
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    # An old record must not stand beside the new video.
+    files.record.unlink(missing_ok=True)
+    frames, rows, columns = latents.shape[2:]
+    num_frames = (frames - 1) * engine.spec.temporal_factor + 1
+    height, width = rows * engine.spec.spatial_factor, columns * engine.spec.spatial_factor
+    sampler = FrameSampler(total=num_frames, count=output.sheet_frames)
+    with open_video(files.video, fps=fps, height=height, width=width, crf=output.crf) as video:
+        for piece in engine.decode(latents):
+            video.write(piece)
+            sampler.add(piece)
+    write_picture(files.sheet, contact_sheet(sampler.frames, [i / fps for i in sampler.indices]))
+    record = record | {
+        "seconds": record["seconds"] | {"decode": time.perf_counter() - started},
+        "peak_memory": peak_memory(engine.device),
+        "video": describe_video(files.video, num_frames=num_frames, fps=fps),
+    }
+    write_record(files.record, record)
+    return record

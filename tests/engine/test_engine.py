@@ -1,0 +1,231 @@
+"""The engine on a real (random) checkpoint folder: equal to the stock pipeline, interrupted and continued, and its errors."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanPipeline
+
+from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
+from engine.engine import LongVideoEngine
+from engine.errors import UserError
+from engine.trace import Trace
+from freespec.methods import FreeSpec
+from tests.tiny_pipelines import save_random_wan
+
+PROMPT = "a red circle"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_random_wan(tmp_path_factory.mktemp("wan"))
+
+
+def config_of(folder: Path, **changes) -> RunConfig:
+    config = RunConfig(
+        model=ModelConfig(path=str(folder), device="cpu"),
+        video=VideoConfig(num_frames=29, height=32, width=48),
+        sampler=SamplerConfig(num_steps=4, guidance_scale=4.0, seed=3, negative_prompt="bad", max_text_tokens=20),
+        method=MethodConfig(name="freespec", window_frames=3, freespec=FreeSpec(domain="step", split=0.5)),
+        output=OutputConfig(progress="off"),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+@pytest.fixture
+def engine(folder):
+    engine = LongVideoEngine(config_of(folder))
+    yield engine
+    engine.close()
+
+
+@pytest.mark.parametrize("guidance", [4.0, 1.0])
+def test_direct_is_the_stock_pipeline_bit_for_bit(folder, guidance):
+    pipe = WanPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    stock = pipe(
+        PROMPT,
+        negative_prompt="bad",
+        height=32,
+        width=48,
+        num_frames=29,
+        num_inference_steps=4,
+        guidance_scale=guidance,
+        max_sequence_length=20,
+        generator=torch.Generator().manual_seed(3),
+        output_type="np",
+    ).frames[0]
+    config = config_of(folder, method=MethodConfig(name="direct", window_frames=3))
+    config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, guidance_scale=guidance))
+    engine = LongVideoEngine(config)
+    result = engine.generate(PROMPT)
+    assert np.array_equal(result.frames, (stock * 255).round().astype("uint8"))
+    other = engine.generate(PROMPT, seed=4)
+    assert not np.array_equal(other.frames, result.frames)
+    engine.close()
+
+
+def test_result_and_record(engine):
+    result = engine.generate(PROMPT)
+    assert result.latents.shape == (1, 4, 8, 8, 12)
+    assert result.frames.shape == (29, 32, 48, 3)
+    assert result.frames.dtype == np.uint8
+    record = json.loads(json.dumps(result.record, allow_nan=False))
+    assert [step["mode"] for step in record["steps"]] == ["dual", "dual", "local", "local"]
+    assert record["seed"] == 3
+    assert record["config"]["method"]["freespec"]["split"] == 0.5
+    assert set(record["seconds"]) == {"load", "text", "denoise", "decode"}
+    assert record["parallel"] == {
+        "ranks": 1,
+        "cfg": 1,
+        "ring": 1,
+        "ulysses": 1,
+        "local_route": "auto",
+        "provider": "torch",
+    }
+
+
+class InterruptedPrompt:
+    """Makes the engine's transformer raise KeyboardInterrupt in the given forward."""
+
+    def __init__(self, engine: LongVideoEngine, forward: int) -> None:
+        self.left = forward
+        self.hook = engine.pipe.transformer.register_forward_hook(self)
+
+    def __call__(self, module, args, output):
+        self.left -= 1
+        if self.left == 0:
+            self.hook.remove()
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("forward", [3, 4, 6, 8])
+def test_an_interrupted_run_continues_bit_equal(folder, tmp_path, forward):
+    engine = LongVideoEngine(config_of(folder))
+    whole = engine.denoise(PROMPT)
+    path = tmp_path / "run.checkpoint.safetensors"
+    InterruptedPrompt(engine, forward)
+    with pytest.raises(KeyboardInterrupt):
+        engine.denoise(PROMPT, checkpoint=path)
+    assert path.exists()
+    with pytest.raises(UserError, match="belongs to another run"):
+        engine.denoise("a green circle", checkpoint=path)
+    engine.close()
+    fresh = LongVideoEngine(config_of(folder))
+    continued = fresh.denoise(PROMPT, checkpoint=path)
+    assert continued.resumed_at == (forward - 1) // 2
+    assert torch.equal(continued.latents, whole.latents)
+    assert not path.exists()
+    fresh.close()
+
+
+def test_interrupted_in_the_first_step_keeps_nothing(engine, tmp_path):
+    InterruptedPrompt(engine, 1)
+    with pytest.raises(KeyboardInterrupt):
+        engine.denoise(PROMPT, checkpoint=tmp_path / "run.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_trace_hears_every_layer_of_the_conditional_pass(engine):
+    trace = Trace()
+    plain = engine.denoise(PROMPT)
+    traced = engine.denoise(PROMPT, trace=trace)
+    assert torch.equal(plain.latents, traced.latents)
+    rows = [(row["step"], row["layer"], row["branch"]) for row in trace.rows]
+    dual = [(step, layer, branch) for step in (0, 1) for layer in (0, 1) for branch in ("local", "global")]
+    assert rows == dual + [(step, layer, "local") for step in (2, 3) for layer in (0, 1)]
+    assert all(1 <= row["effective_rank"] <= 12 for row in trace.rows)
+    first = trace.rows[0]
+    assert first["weight_first"] == 1.0 > first["weight_last"] > 0
+    assert "residual" not in trace.rows[-1]
+
+
+def test_flow_shift_changes_the_timesteps(folder):
+    config = config_of(folder)
+    config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, flow_shift=8.0))
+    engine = LongVideoEngine(config)
+    timesteps = [step["timestep"] for step in engine.denoise(PROMPT).steps]
+    engine.close()
+    sigma = 0.5 * 1000 / 1000
+    shifted = 8 * sigma / (1 + 7 * sigma)
+    assert timesteps[2] == pytest.approx(1000 * shifted, abs=3)
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [
+        ({"num_frames": 30}, r"num_frames must be 4k \+ 1, got 30; the nearest are 29 and 33"),
+        ({"height": 40}, r"video.height must be a multiple of 16, got 40; the nearest are 32 and 48"),
+        ({"num_frames": 261}, r"261 frames .* 66 latent frames, .* ends at 64; make at most 253 frames"),
+        ({"width": 528}, r"66 token columns, and the model's rotary table ends at 64; make the video smaller"),
+    ],
+)
+def test_impossible_videos_are_refused_before_weights_are_read(folder, tmp_path, video, message):
+    broken = tmp_path / "wan"
+    shutil.copytree(folder, broken)
+    for file in broken.rglob("*.safetensors"):
+        assert file.stat().st_size > 0
+    config = config_of(broken)
+    config = dataclasses.replace(config, video=dataclasses.replace(config.video, **video))
+    with pytest.raises(UserError, match=message):
+        LongVideoEngine(config)
+
+
+def broken_folders():
+    def remove_weights(folder):
+        next((folder / "vae").glob("*.safetensors")).unlink()
+
+    def only_pickle(folder):
+        file = next((folder / "transformer").glob("*.safetensors"))
+        file.rename(file.with_suffix(".bin"))
+
+    def cut_short(folder):
+        file = next((folder / "text_encoder").glob("*.safetensors"))
+        file.write_bytes(file.read_bytes()[:-100])
+
+    def no_index(folder):
+        (folder / "model_index.json").unlink()
+
+    def other_class(folder):
+        (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+
+    def wan22(folder):
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps(index | {"boundary_ratio": 0.875}))
+
+    yield remove_weights, "vae has no weights"
+    yield only_pickle, r"only .*\.bin, which can run code and is not read"
+    yield cut_short, "is broken or cut short"
+    yield no_index, "has no model_index.json"
+    yield other_class, "is a FluxPipeline; only WanPipeline"
+    yield wan22, r"boundary_ratio 0.875"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"), list(broken_folders()), ids=lambda value: getattr(value, "__name__", "")
+)
+def test_broken_checkpoints_are_one_line(folder, tmp_path, damage, message):
+    broken = tmp_path / "wan"
+    shutil.copytree(folder, broken)
+    damage(broken)
+    with pytest.raises(UserError, match=message) as caught:
+        LongVideoEngine(config_of(broken))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_checkpoint_is_one_line(folder, tmp_path):
+    with pytest.raises(UserError, match="is no folder here and no hub name"):
+        LongVideoEngine(config_of(tmp_path / "nowhere"))
+
+
+def test_the_process_group_goes_with_the_last_engine(folder):
+    first, second = LongVideoEngine(config_of(folder)), LongVideoEngine(config_of(folder))
+    first.close()
+    second.denoise(PROMPT)
+    second.close()
+    second.close()
+    assert not torch.distributed.is_initialized()

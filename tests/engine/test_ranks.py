@@ -1,0 +1,157 @@
+"""The golden test: one video over any arrangement of ranks is the video of one rank."""
+
+import dataclasses
+import functools
+from datetime import timedelta
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import engine.engine
+from engine.apply import Ranks
+from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
+from engine.engine import LongVideoEngine
+from engine.errors import UserError
+from engine.load import load_pipeline
+from freespec.attention import WindowedAttention
+from freespec.methods import FreeSpec
+from parallel.mesh import build_mesh
+from tests.ranks import run_ranks
+from tests.tiny_pipelines import save_random_wan
+
+METHODS = ("direct", "sliding_window", "freespec")
+TIMEOUT = timedelta(seconds=60)
+
+
+class Case(NamedTuple):
+    """One arrangement of the ranks, one method, and what is broken on purpose."""
+
+    folder: str
+    degrees: tuple[int, int, int]
+    method: str
+    route: str = "auto"
+    fault: str = ""
+
+
+def config_of(folder: str, method: str) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(path=folder, device="cpu"),
+        # 8 latent frames of 5 x 3 tokens: no number of ranks below divides the 120 tokens into whole frames.
+        video=VideoConfig(num_frames=29, height=80, width=48),
+        sampler=SamplerConfig(num_steps=4, guidance_scale=4.0, seed=3, negative_prompt="bad", max_text_tokens=20),
+        method=MethodConfig(name=method, window_frames=3, freespec=FreeSpec(domain="step", split=0.5)),
+        output=OutputConfig(progress="off"),
+    )
+
+
+def all_degrees(ranks: int) -> list[tuple[int, int, int]]:
+    return [
+        (cfg, ring, ranks // cfg // ring)
+        for cfg in (1, 2)
+        for ring in range(1, ranks + 1)
+        if ranks % cfg == 0 and ranks // cfg % ring == 0
+    ]
+
+
+def latents_on_ranks(rank: int, case: Case) -> Tensor | str:
+    """This rank's latents; runs on every rank."""
+    engine.engine.load_pipeline = functools.cache(load_pipeline)
+    cfg, ring, ulysses = case.degrees
+    mesh = build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=torch.device("cpu"), timeout=TIMEOUT)
+    config = config_of(case.folder, case.method)
+    if case.fault == "seed" and rank == 1:
+        config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, seed=4))
+    if case.fault == "no weights" and rank == 1:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, path=f"{case.folder}/none"))
+    try:
+        made = LongVideoEngine(config, Ranks(mesh=mesh, local_route=case.route))
+    except UserError as error:
+        return str(error)
+    break_on_purpose(made, case.fault)
+    return made.denoise("a red circle").latents
+
+
+def break_on_purpose(made: LongVideoEngine, fault: str) -> None:
+    if fault == "unreduced Grams":
+        made.handle.state.method = UnreducedFreeSpec(domain="step", split=0.5)
+
+
+class UnreducedFreeSpec(FreeSpec):
+    """FreeSpec that forgets the other ranks' tokens."""
+
+    def fuse(self, o_local, o_global, weights, reduce):
+        return super().fuse(o_local, o_global, weights, lambda total: total)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return str(save_random_wan(tmp_path_factory.mktemp("wan")))
+
+
+@functools.cache
+def on_one_rank(folder: str, method: str) -> Tensor:
+    made = LongVideoEngine(config_of(folder, method))
+    latents = made.denoise("a red circle").latents
+    made.close()
+    return latents
+
+
+def attend_in_chunks(kernel):
+    """The same kernel with the keys in three parts: what another order of sums does to a run on one rank."""
+
+    def chunked(q, k, v):
+        attention = WindowedAttention(num_frames=1, frame_tokens=1, window_frames=1, kernel=kernel)
+        parts = [x for x in zip(k.tensor_split(3, dim=2), v.tensor_split(3, dim=2), strict=True) if x[0].shape[2]]
+        out, lse = (x.transpose(1, 2) for x in kernel(q, *parts[0]))
+        for part in parts[1:]:
+            out, lse = attention.merge(out, lse, *(x.transpose(1, 2) for x in kernel(q, *part)))
+        return out.transpose(1, 2), lse.transpose(1, 2)
+
+    return chunked
+
+
+@functools.cache
+def noise_floor(folder: str, method: str) -> float:
+    """Relative change of one rank's latents when each attention call takes its keys in three chunks."""
+    made = LongVideoEngine(config_of(folder, method))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "engine.hooks.select_kernel",
+            lambda *arguments: attend_in_chunks(engine.engine.select_kernel(*arguments)),
+        )
+        latents = made.denoise("a red circle").latents
+    made.close()
+    return relative(latents, on_one_rank(folder, method))
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float(torch.linalg.norm(a - b) / torch.linalg.norm(b))
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
+def test_any_arrangement_of_ranks_makes_the_same_video(folder, ranks, tmp_path):
+    cases = [Case(folder, degrees, method) for degrees in all_degrees(ranks) for method in METHODS]
+    cases += [Case(folder, all_degrees(ranks)[0], "freespec", route) for route in ("halo", "all_to_all")]
+    for case, by_rank in zip(cases, run_ranks(ranks, latents_on_ranks, cases, tmp_path), strict=True):
+        for latents in by_rank[1:]:
+            assert torch.equal(latents, by_rank[0]), case  # every rank has the whole video, bit for bit
+        error = relative(by_rank[0], on_one_rank(folder, case.method))
+        assert error <= 1e-5, (case, error)
+        assert error <= 10 * noise_floor(folder, case.method), (case, error)
+
+
+def test_a_wrong_sum_over_ranks_is_seen(folder, tmp_path):
+    cases = [Case(folder, (1, 2, 1), "freespec", fault="unreduced Grams")]
+    [[first, _]] = run_ranks(2, latents_on_ranks, cases, tmp_path)
+    assert relative(first, on_one_rank(folder, "freespec")) > 1e-4  # ten times the tolerance
+
+
+def test_ranks_that_disagree_all_say_so(folder, tmp_path):
+    cases = [Case(folder, (1, 1, 2), "freespec", fault="seed"), Case(folder, (1, 1, 2), "freespec", fault="no weights")]
+    seeds, weights = run_ranks(2, latents_on_ranks, cases, tmp_path)
+    expected = "ranks [1] have another seed than rank 0; start all ranks with the same command and files"
+    assert seeds == [expected, expected]
+    assert weights[0] == weights[1]
+    assert weights[0].startswith("rank 1: model.path")

@@ -1,0 +1,91 @@
+"""A checkpoint with random weights, and commands run in this process, as a person sees them: code, stdout, stderr."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch import generate
+from launch.command import run_command
+from tests.tiny_pipelines import save_random_wan
+
+SMALL = {
+    "video.num_frames": 17,
+    "video.height": 32,
+    "video.width": 32,
+    "sampler.num_steps": 4,
+    "method.window_frames": 3,
+    "output.sheet_frames": 4,
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """What follows `error: ` on stderr, which must be one line and all there is."""
+        assert self.code == 2, self
+        assert self.out == "", self
+        assert self.err.startswith("error: "), self
+        assert self.err.endswith("\n"), self
+        assert self.err.count("\n") == 1, self
+        return self.err.removeprefix("error: ").strip()
+
+    @property
+    def stopped(self) -> str:
+        """What follows `stopped: `, likewise."""
+        assert self.err.startswith("stopped: "), self
+        assert self.err.count("\n") == 1, self
+        return self.err.removeprefix("stopped: ").strip()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small are slower on many threads, and much slower where the machine has other work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder with random weights."""
+    return save_random_wan(tmp_path_factory.mktemp("wan"))
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
+    """`run(main, *argv)`: a command in this process. Exceptions that it does not turn into a line pass through."""
+
+    def call(main: Callable[[list[str]], None], *argv: object) -> Run:
+        capsys.readouterr()
+        try:
+            code = run_command(main, [str(word) for word in argv])
+        except SystemExit as stop:  # --help and --print_config
+            code = stop.code or 0
+        shown = capsys.readouterr()
+        return Run(code, shown.out, shown.err)
+
+    return call
+
+
+@pytest.fixture
+def make(run: Callable[..., Run], wan_folder: Path, tmp_path: Path) -> Callable[..., Run]:
+    """`make({setting: value}, *argv)`: generate.py on the small checkpoint; writes tmp_path/a.mp4 if nothing else is said."""
+
+    def call(settings: dict[str, object] | None = None, *argv: object) -> Run:
+        chosen = {"model.path": wan_folder, "output.path": tmp_path / "a.mp4"} | SMALL | (settings or {})
+        prompt = [] if any(str(word).startswith("--prompt") for word in argv) else ["--prompt", "a red circle"]
+        words = [f"--{key}={value}" for key, value in chosen.items()]
+        return run(generate.main, *words, *prompt, *argv)
+
+    return call

@@ -1,0 +1,218 @@
+"""Settings: presets, overrides, and a clear line for each way to get them wrong. No model is loaded here."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from jsonargparse import ArgumentParser
+
+from engine.config import RunConfig
+from engine.errors import UserError
+from launch import decode, demo, generate
+from launch.cli import nearest_key, parse_run
+from tests.launch.conftest import Run
+
+ROOT = Path(__file__).parent.parent.parent
+PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def parse(*argv: object) -> RunConfig:
+    """The RunConfig of an argv."""
+
+    def nothing(parser: ArgumentParser) -> None:
+        """A command without arguments of its own."""
+
+    return parse_run([str(word) for word in argv], name="test.py", description="", add_arguments=nothing)[1]
+
+
+def dotted(tree: dict, prefix: str = "") -> dict[str, object]:
+    """A nested dict with dotted keys."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_says_what_it_says(preset: Path) -> None:
+    config = dotted(dataclasses.asdict(parse("--config", preset)))
+    wanted = dotted(yaml.safe_load(preset.read_text()))
+    assert {key: config[key] for key in wanted} == wanted
+
+
+def test_without_a_preset_it_is_the_embedded_model_wherever_one_stands(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert parse() == parse("--config", ROOT / "configs/tiny-wan.yaml") == parse("--config", "configs/tiny-wan.yaml")
+
+
+def test_a_preset_does_not_inherit_from_the_default_one() -> None:
+    assert parse("--config", ROOT / "configs/wan2.1-t2v-1.3b.yaml").sampler.max_text_tokens == 512
+    assert parse().sampler.max_text_tokens == 32
+
+
+def test_overrides_win_wherever_they_stand_and_later_presets_win_over_earlier_ones(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "[2nd].yaml"
+    first.write_text((ROOT / "configs/tiny-wan.yaml").read_text())
+    second.write_text("video:\n  fps: 30\n  num_frames: 65\nmethod:\n  freespec:\n    alpha: 1.5\n")
+    config = parse("--video.num_frames", 33, "--config", first, f"--config={second}")
+    assert (config.video.num_frames, config.video.fps, config.method.freespec.alpha) == (33, 30, 1.5)
+    assert config.video.height == 64
+
+
+def test_values_of_every_kind() -> None:
+    config = parse(
+        *(
+            "--sampler.flow_shift",
+            "null",
+            "--sampler.guidance_scale=4",
+            "--output.trace",
+            "--output.overwrite",
+            "false",
+        ),
+        *("--sampler.negative_prompt", "-blurred: yes", "--model.revision", "12", "--output.progress", "on"),
+        *("--method.freespec.rank=false", "--model.path", "a b/c"),
+    )
+    assert config.sampler.flow_shift is None
+    assert config.sampler.guidance_scale == 4.0
+    assert config.output.trace is True
+    assert config.output.overwrite is False
+    assert config.sampler.negative_prompt == "-blurred: yes"
+    assert config.model.revision == "12"
+    assert config.output.progress == "on"
+    assert config.method.freespec.rank is False
+    assert config.model.path == "a b/c"
+
+
+MISTAKES = {
+    "--vidoe.num_frames 3": "unknown setting vidoe.num_frames; did you mean video.num_frames?",
+    "--num_frames 3": "did you mean video.num_frames?",
+    "--video.num_frame 3": "did you mean video.num_frames?",
+    "--method.freespec.betta 3": "did you mean method.freespec.beta?",
+    "--method.windw=3": "did you mean method.window_frames?",
+    "--zzz 3": "unknown setting zzz; see --help",
+    "--video.num_frames": "--video.num_frames needs a value",
+    "--video.num_frames --video.fps 3": "--video.num_frames needs a value",
+    "--video.num_frames abc": "video.num_frames must be a whole number, got 'abc'",
+    "--video.num_frames 1.5": "video.num_frames must be a whole number, got '1.5'",
+    "--sampler.guidance_scale high": "sampler.guidance_scale must be a number, got 'high'",
+    "--sampler.flow_shift high": "sampler.flow_shift must be a number or null, got 'high'",
+    "--output.trace maybe": "output.trace must be true or false, got 'maybe'",
+    "--model.dtype int8": "model.dtype must be one of auto, float32, bfloat16, float16, got 'int8'",
+    "--method.freespec.basis both": "method.freespec.basis must be one of local, global, got 'both'",
+    "--video 3": "--video is a group of settings; give them one by one",
+    "stray": "unexpected argument 'stray'",
+    "--sampler.num_steps -3": "sampler.num_steps must be 1 or more, got -3",
+    "--sampler.num_steps 0": "sampler.num_steps must be 1 or more, got 0",
+    "--method.name freespecc": "did you mean 'freespec'?",
+    "--method.name magic": "choose one of direct, sliding_window, freespec",
+    "--method.freespec.alpha -1": "alpha must be a finite number, 0 or more, got -1",
+    "--attention.kernel warp": "unknown attention.kernel 'warp'; choose one of auto, plain",
+    "--output.path a.avi": "output.path must end in .mp4, got 'a.avi'",
+    "--output.crf 99": "output.crf must lie in [0, 51], got 99",
+    "--config nowhere.yaml": "--config nowhere.yaml does not exist",
+}
+
+
+@pytest.mark.parametrize("words", MISTAKES)
+def test_a_mistake_in_a_setting(run: Callable[..., Run], words: str) -> None:
+    assert MISTAKES[words] in run(generate.main, "--prompt", "a red circle", *words.split()).error
+
+
+FILES = {
+    b"video:\n  num_frame: 3\n": "unknown setting video.num_frame in {path}; did you mean video.num_frames?",
+    b"vidoe:\n  num_frames: 3\n": "unknown setting vidoe.num_frames in {path}; did you mean video.num_frames?",
+    b"video:\n  num_frames: many\n": "video.num_frames must be a whole number, got 'many'",
+    b"video: 3\n": "video in {path} is a group of settings, got 3",
+    b"sampler:\n": "sampler in {path} is a group of settings, got None",
+    b"video: [1\n": "{path}, line 2: not YAML",
+    b"": "{path} holds no settings",
+    b"only words": "{path} holds no settings",
+    b"\xff\xfe\x00": "{path} is not UTF-8 text",
+    b"video:\n  num_frames: 33\n": "model.path",
+}
+
+
+@pytest.mark.parametrize("content", FILES)
+def test_a_mistake_in_a_preset(run: Callable[..., Run], tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(content)
+    assert FILES[content].format(path=path) in run(generate.main, "--prompt", "x", "--config", path).error
+
+
+def test_the_nearest_key_is_found_for_every_key_with_one_letter_missing() -> None:
+    keys = sorted(dotted(dataclasses.asdict(parse())))
+    for key in keys:
+        head, _, tail = key.rpartition(".")
+        for i in range(1, len(tail)):
+            wrong = f"{head}.{tail[:i]}{tail[i + 1 :]}"
+            if wrong not in keys:
+                assert nearest_key(wrong, keys) == key
+    assert nearest_key("qqqqqq", keys) is None
+
+
+def test_help_shows_every_setting_with_its_meaning_and_the_preset_s_value(run: Callable[..., Run]) -> None:
+    shown = run(generate.main, "--help", "--config", "configs/wan2.1-t2v-1.3b.yaml")
+    assert (shown.code, shown.err) == (0, "")
+    for key in [*dotted(dataclasses.asdict(parse())), "prompt", "prompt_file", "config"]:
+        assert f"--{key} " in shown.out
+    words = " ".join(shown.out.split())
+    assert "frames of the video, 4k + 1. (required, type: int, default: 321)" in words
+    assert "frames per second of the file. (type: int, default: 16)" in words
+
+
+@pytest.mark.parametrize("command", [generate, decode, demo], ids=lambda module: module.__name__)
+def test_every_command_has_help_and_knows_its_settings(run: Callable[..., Run], command: object) -> None:
+    shown = run(command.main, "--help")
+    assert (shown.code, shown.err) == (0, "")
+    assert "usage:" in shown.out
+    assert "unknown setting nonsense" in run(command.main, "--nonsense").error
+
+
+def test_the_printed_configuration_is_a_preset_that_gives_the_same(run: Callable[..., Run], tmp_path: Path) -> None:
+    words = ("--video.fps", "30", "--method.freespec.residual", "none", "--output.progress", "off")
+    shown = run(generate.main, *words, "--print_config")
+    assert (shown.code, shown.err) == (0, "")
+    (tmp_path / "printed.yaml").write_text(shown.out)
+
+    def add(parser: ArgumentParser) -> None:
+        generate._add_arguments(parser)
+
+    again = parse_run(["--config", str(tmp_path / "printed.yaml")], name="x", description="", add_arguments=add)[1]
+    assert again == parse(*words)
+
+
+def test_prompts_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa red circle\r\n\n  ein grüner Stern \n\n".encode())
+    assert generate.read_prompts(None, str(path)) == ["a red circle", "ein grüner Stern"]
+    assert generate.read_prompts("a: b", None) == ["a: b"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "content", "words"),
+    [
+        (None, None, "give one of --prompt TEXT and --prompt_file FILE"),
+        ("x", b"y", "give one of --prompt TEXT and --prompt_file FILE"),
+        ("  ", None, "--prompt is empty"),
+        (None, b"", "has no prompt"),
+        (None, b"\n  \n", "has no prompt"),
+        (None, b"a \xff", "is not UTF-8 text (byte 2)"),
+    ],
+)
+def test_a_mistake_in_the_prompts(tmp_path: Path, prompt: str | None, content: bytes | None, words: str) -> None:
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as error:
+        generate.read_prompts(prompt, str(path) if content is not None else None)
+    assert words in str(error.value)
+
+
+def test_a_prompt_file_that_is_missing_or_a_folder(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.txt", tmp_path):
+        with pytest.raises(UserError, match="cannot read --prompt_file"):
+            generate.read_prompts(None, str(path))

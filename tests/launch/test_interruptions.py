@@ -1,0 +1,168 @@
+"""Ctrl-C and SIGTERM in each stage: one line, no partial file, and what was computed is kept and gives the same video."""
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from torch import nn
+
+from engine.checkpoint import load_latents
+from engine.engine import LongVideoEngine
+from launch import decode
+from tests.launch.conftest import SMALL, Run
+from tests.launch.test_generate import names
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@contextmanager
+def interrupted_at_forward(number: int, which: signal.Signals = signal.SIGINT) -> Iterator[None]:
+    """A signal arrives when the transformer has done this many forwards."""
+    count = 0
+
+    def after(module: nn.Module, args: tuple, output: object) -> None:
+        nonlocal count
+        if isinstance(module, WanTransformer3DModel):
+            count += 1
+            if count == number:
+                signal.raise_signal(which)
+
+    handle = nn.modules.module.register_module_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def test_while_loading_nothing_is_left(
+    make: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engine.engine.load_pipeline", lambda *args, **kwargs: signal.raise_signal(signal.SIGINT))
+    assert make() == Run(130, "", "stopped\n")
+    assert names(tmp_path) == set()
+
+
+def test_before_the_first_step_is_done_nothing_is_left(make: Callable[..., Run], tmp_path: Path) -> None:
+    with interrupted_at_forward(1):
+        shown = make()
+    assert shown.code == 130
+    assert "before the first step was done" in shown.stopped
+    assert names(tmp_path) == set()
+
+
+@pytest.mark.parametrize(("which", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_while_denoising_the_same_command_continues_to_the_same_bits(
+    make: Callable[..., Run], tmp_path: Path, which: signal.Signals, code: int
+) -> None:
+    whole, parts = (
+        {"output.path": tmp_path / f"{name}.mp4", "output.save_latents": tmp_path / f"{name}.safetensors"}
+        for name in ("whole", "parts")
+    )
+    assert make(whole).code == 0
+    done = names(tmp_path)
+    # Two forwards a step (guidance): in the middle of the third step.
+    with interrupted_at_forward(5, which):
+        shown = make(parts)
+    assert shown.code == code
+    assert "after step 2" in shown.stopped
+    assert f"{tmp_path / 'parts.checkpoint.safetensors'}; the same command continues" in shown.stopped
+    assert names(tmp_path) == done | {"parts.checkpoint.safetensors"}
+
+    # Another prompt or seed is no continuation of it, and does not touch it.
+    assert "parts.checkpoint.safetensors" in make(parts | {"sampler.seed": 1}).error
+    assert names(tmp_path) == done | {"parts.checkpoint.safetensors"}
+
+    shown = make(parts)
+    assert shown.code == 0
+    assert "(continued after step 2)" in shown.out
+    assert names(tmp_path) == done | {name.replace("whole", "parts") for name in done}
+    latents = [load_latents(tmp_path / f"{name}.safetensors")[0] for name in ("whole", "parts")]
+    assert torch.equal(*latents)
+    assert (tmp_path / "whole.mp4").read_bytes() == (tmp_path / "parts.mp4").read_bytes()
+
+
+def test_while_decoding_the_latents_are_kept(
+    make: Callable[..., Run], run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = LongVideoEngine.decode
+
+    def stop_midway(self: LongVideoEngine, latents: torch.Tensor) -> Iterator[np.ndarray]:
+        for i, frames in enumerate(whole(self, latents)):
+            yield frames
+            if i == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LongVideoEngine, "decode", stop_midway)
+        shown = make()
+    assert shown.code == 130
+    assert shown.stopped.startswith("while decoding; the latents are kept in ")
+    assert names(tmp_path) == {"a.latents.safetensors"}
+    # generate.py does not throw them away either.
+    assert "a.latents.safetensors exists already" in make().error
+
+    command = shlex.split(shown.stopped.partition("make the video with: ")[2])
+    assert run(decode.main, *command[2:]).code == 0
+    assert make({"output.path": tmp_path / "whole.mp4"}).code == 0
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+def test_while_the_latents_are_written_they_are_kept(
+    make: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from_engine, calls = sys.modules["engine.checkpoint"].save_latents, []
+
+    def stop_first(*args: object) -> None:
+        calls.append(args)
+        if len(calls) == 1:
+            signal.raise_signal(signal.SIGINT)
+        from_engine(*args)
+
+    monkeypatch.setattr("launch.generate.save_latents", stop_first)
+    shown = make()
+    assert shown.code == 130
+    assert "the latents are kept in" in shown.stopped
+    assert names(tmp_path) == {"a.latents.safetensors"}
+
+
+def test_a_process_that_is_interrupted_says_so_in_one_line_and_continues(
+    make: Callable[..., Run], wan_folder: Path, tmp_path: Path
+) -> None:
+    """The whole way: another process, a signal from outside, the exit code that a shell sees, and the same bits after."""
+    settings = SMALL | {"model.path": wan_folder, "sampler.num_steps": 40}
+    target = {"output.path": tmp_path / "a.mp4", "output.save_latents": tmp_path / "a.safetensors"}
+    command = [sys.executable, str(ROOT / "launch/generate.py"), "--prompt", "a red circle"]
+    command += [f"--{key}={value}" for key, value in (settings | target).items()]
+    process = subprocess.Popen(
+        [*command, "--output.progress=on"],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    shown = b""
+    while b" 2/40" not in shown:
+        piece = os.read(process.stderr.fileno(), 4096)
+        assert piece, shown.decode()
+        shown += piece
+    process.send_signal(signal.SIGINT)
+    out, rest = process.communicate(timeout=120)
+    assert (process.returncode, out) == (130, b"")
+    assert rest.decode().splitlines()[-1].startswith("stopped: after step ")
+    assert b"Traceback" not in shown + rest
+    assert names(tmp_path) == {"a.checkpoint.safetensors"}
+
+    shown = make(settings | target)
+    assert "(continued after step " in shown.out
+    whole = {"output.path": tmp_path / "b.mp4", "output.save_latents": tmp_path / "b.safetensors"}
+    assert make(settings | whole).code == 0
+    assert torch.equal(*(load_latents(tmp_path / f"{name}.safetensors")[0] for name in "ab"))

@@ -1,0 +1,87 @@
+"""Wan at 321 frames over 8 ranks, on fake tensors: what a rank allocates in each layout, without computing anything."""
+
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from parallel import plan
+from parallel.attention import TORCH_EXCHANGE, SequenceLayout
+from parallel.plan import LayerShape, SequencePlan
+from tests.parallel.memory import LiveBytes
+from tests.parallel.worlds import ByteCount, small_mesh
+
+FRAMES, FRAME_TOKENS, WINDOW, HEAD_DIM = 81, 1560, 21, 128
+TOKENS = FRAMES * FRAME_TOKENS
+RANK = 3  # one with neighbours on both sides
+
+
+class ShapeKernels:
+    """Results of the right shape; windows as in the method."""
+
+    def halo(self, q_start: int, q_stop: int) -> tuple[int, int]:
+        if q_start == q_stop:
+            return 0, 0
+        first, last = (
+            min(max(token // FRAME_TOKENS - WINDOW // 2, 0), FRAMES - WINDOW) for token in (q_start, q_stop - 1)
+        )
+        return first * FRAME_TOKENS, (last + WINDOW) * FRAME_TOKENS
+
+    def dense(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        assert k.shape == v.shape
+        assert k.shape[2:] == q.shape[2:]
+        return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+    def local(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int) -> tuple[Tensor, Tensor]:
+        assert (k_start, k_start + k.shape[1]) == self.halo(q_start, q_start + q.shape[1])
+        return self.dense(q, k, v)
+
+    def rest(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int) -> tuple[Tensor, Tensor]:
+        return self.dense(q, k, v)
+
+    def merge(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(out_a), torch.empty_like(lse_a)
+
+
+@pytest.fixture
+def fake_world() -> Iterator[None]:
+    """Rank 3 of 8 on torch's fake backend, whose collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=RANK, world_size=8)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.usefixtures("fake_world")
+@pytest.mark.parametrize(("heads", "ring", "ulysses"), [(12, 8, 1), (12, 4, 2), (40, 2, 4), (40, 1, 8), (12, 1, 8)])
+def test_a_dual_step_of_wan_has_the_right_shapes_and_no_whole_sequence_on_a_ring(
+    heads: int, ring: int, ulysses: int
+) -> None:
+    count = ByteCount()
+    layout = SequenceLayout(
+        mesh=small_mesh(ring=ring, ulysses=ulysses),
+        plan=SequencePlan(tokens=TOKENS, heads=heads, ring=ring, ulysses=ulysses),
+        exchange=TORCH_EXCHANGE,
+        trace=count.trace(),
+    )
+    my_heads = plan.length(layout.plan.head_shares[layout.mesh.ulysses.rank])
+    with FakeTensorMode(), LiveBytes() as live:
+        x = torch.empty(1, plan.length(layout.shard), heads, HEAD_DIM, dtype=torch.bfloat16)
+        inner = layout.scatter(x, x, x)
+        assert all(part.shape == (1, plan.length(layout.ring_shard), my_heads, HEAD_DIM) for part in inner)
+        local, whole = layout.branches(*inner, "dual", ShapeKernels())
+        assert local is not None
+        assert whole is not None
+        assert local.shape == whole.shape == inner[0].shape
+        grams = torch.empty(2, 1, my_heads, HEAD_DIM, HEAD_DIM, dtype=torch.float64)
+        assert layout.reduce(grams).shape == grams.shape
+        assert layout.gather(whole).shape == x.shape
+    whole_kv = TOKENS * 2 * my_heads * HEAD_DIM * 2
+    assert (live.largest >= whole_kv) == (ring == 1)  # the sequence of this rank's keys and values, whole in one tensor
+    shape = LayerShape(batch=1, head_dim=HEAD_DIM, itemsize=2)
+    planned = plan.layer_bytes(layout.plan, RANK, "dual", shape=shape, halo=ShapeKernels().halo)
+    assert +count.sent == +Counter(planned)

@@ -1,0 +1,131 @@
+"""Measures the checkpoint on combinations it was never trained on: `python -m tiny.evaluate`.
+
+Writes `figures.json` beside the weights, and the model card from it. Every clip is made by a stock WanPipeline and read by
+`tiny.measure`, which knows nothing of the caption.
+"""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import WanPipeline
+from tqdm import tqdm
+
+from tiny.card import write_card
+from tiny.measure import Reading, read, track
+from tiny.models import NATIVE_FRAMES, TEXT_LENGTH
+from tiny.state import numpy_rng
+from tiny.train_vae import psnr, world_batch
+from tiny.world import ORBITS, SIZE, STRAIGHT, Scene, caption, sample_scene
+
+SEED = 4
+NUM_STEPS = 20
+GUIDANCE = 5.0
+WORDS = ("shape", "colour", "size", "motion", "speed", "background", "pan")
+
+
+def load_pipeline(folder: Path) -> WanPipeline:
+    """The checkpoint in float32, quiet."""
+    pipe = WanPipeline.from_pretrained(str(folder), torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sample(pipe: WanPipeline, prompts: list[str], seeds: list[int], *, num_frames: int = NATIVE_FRAMES) -> np.ndarray:
+    """One clip per prompt, float [B, F, SIZE, SIZE, 3] in levels 0..255."""
+    frames = pipe(
+        prompt=prompts,
+        height=SIZE,
+        width=SIZE,
+        num_frames=num_frames,
+        num_inference_steps=NUM_STEPS,
+        guidance_scale=GUIDANCE,
+        max_sequence_length=TEXT_LENGTH,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+        output_type="np",
+    ).frames
+    return 255 * frames
+
+
+def evaluation_scenes(num_clips: int) -> list[tuple[Scene, str]]:
+    """Held-out scenes with a caption each."""
+    rngs = [numpy_rng(SEED, index) for index in range(num_clips)]
+    scenes = [sample_scene(rng, held_out=True) for rng in rngs]
+    return [(scene, caption(scene, rng)) for scene, rng in zip(scenes, rngs, strict=True)]
+
+
+@torch.no_grad()
+def reconstruction_psnr(pipe: WanPipeline, num_clips: int) -> float:
+    """Mean PSNR in dB over held-out clips of native length, encoded and decoded."""
+    values = []
+    for index in range(num_clips):
+        video = world_batch(numpy_rng(SEED + 1, index), num_clips=1, num_frames=NATIVE_FRAMES, held_out=True)
+        decoded = pipe.vae.decode(pipe.vae.encode(video).latent_dist.mean, return_dict=False)[0]
+        values.append(psnr(float((decoded - video).square().mean())))
+    return float(np.mean(values))
+
+
+def match_rates(scenes: list[Scene], readings: list[Reading]) -> dict[str, float]:
+    """Share of clips, 0..1, whose reading agrees with the scene of the caption, word by word."""
+    pairs = list(zip(scenes, readings, strict=True))
+    agree = {word: [getattr(scene, word) == getattr(reading, word) for scene, reading in pairs] for word in WORDS}
+    rates = {word: float(np.mean(values)) for word, values in agree.items()}
+    rates["shape_and_colour"] = float(np.mean(np.logical_and(agree["shape"], agree["colour"])))
+    for name, motions in (("straight", tuple(STRAIGHT)), ("orbit", tuple(ORBITS)), ("bounce", ("bounce",))):
+        among = [hit for hit, scene in zip(agree["motion"], scenes, strict=True) if scene.motion in motions]
+        rates[f"motion_of_{name}"] = float(np.mean(among)) if among else float("nan")
+    return rates
+
+
+def long_rates(pipe: WanPipeline, scenes: list[tuple[Scene, str]], num_frames: int) -> dict[str, float]:
+    """Share of frames, 0..1, with the captioned shape and colour in long clips made as they are, without any method."""
+    hits = []
+    for index, (scene, text) in enumerate(scenes):
+        seen = track(sample(pipe, [text], [index], num_frames=num_frames)[0])
+        pairs = zip(seen.shape, seen.colour, strict=True)
+        hits.append(np.mean([pair == (scene.shape, scene.colour) for pair in pairs]))
+    return {"frames": num_frames, "clips": len(scenes), "shape_and_colour_per_frame": float(np.mean(hits))}
+
+
+def evaluate(folder: Path, *, num_clips: int, num_long: int, batch: int = 4) -> dict:
+    """All figures of the checkpoint in `folder`."""
+    pipe = load_pipeline(folder)
+    pairs = evaluation_scenes(num_clips)
+    readings: list[Reading] = []
+    for start in tqdm(range(0, num_clips, batch), desc="clips"):
+        texts = [text for _, text in pairs[start : start + batch]]
+        seeds = list(range(start, start + len(texts)))
+        readings += [read(clip) for clip in sample(pipe, texts, seeds)]
+    failures = [
+        {"caption": text, "seen": asdict(reading)}
+        for (scene, text), reading in zip(pairs, readings, strict=True)
+        if (scene.shape, scene.colour, scene.motion) != (reading.shape, reading.colour, reading.motion)
+    ]
+    return {
+        "vae_psnr_db": reconstruction_psnr(pipe, 16),
+        "clips": num_clips,
+        "steps": NUM_STEPS,
+        "guidance": GUIDANCE,
+        "matches": match_rates([scene for scene, _ in pairs], readings),
+        "long": long_rates(pipe, pairs[:num_long], 4 * NATIVE_FRAMES - 3),
+        "failures": failures,
+    }
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=Path(__file__).resolve().parent / "wan")
+    parser.add_argument("--clips", type=int, default=100)
+    parser.add_argument("--long", type=int, default=4, help="clips of four times the native length")
+    args = parser.parse_args()
+    figures = evaluate(args.model, num_clips=args.clips, num_long=args.long)
+    (args.model / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    write_card(args.model)
+
+
+if __name__ == "__main__":
+    main()

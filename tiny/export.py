@@ -1,0 +1,47 @@
+"""Writes the trained parts as a checkpoint in Diffusers layout."""
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import WanPipeline
+
+from tiny.latents import load_latents
+from tiny.models import Denoiser, build_scheduler, build_tokenizer, build_vae
+from tiny.state import load_average, training_record
+
+
+def build_pipeline(work: Path) -> WanPipeline:
+    """The pipeline with the averaged weights found in `work`, float32 on the CPU."""
+    _, mean, std = load_latents(work)
+    vae = build_vae([round(value, 4) for value in mean.tolist()], [round(value, 4) for value in std.tolist()])
+    load_average(vae, work / "vae.safetensors")
+    tokenizer = build_tokenizer()
+    denoiser = Denoiser(len(tokenizer))
+    load_average(denoiser, work / "flow.safetensors")
+    return WanPipeline(
+        tokenizer=tokenizer,
+        text_encoder=denoiser.text_encoder.eval(),
+        vae=vae.eval(),
+        scheduler=build_scheduler(),
+        transformer=denoiser.transformer.eval(),
+    )
+
+
+def export(work: Path, target: Path) -> None:
+    """Saves the checkpoint with bfloat16 weights; a folder that was there is replaced only by a whole new one."""
+    pipe = build_pipeline(work)
+    for part in (pipe.vae, pipe.text_encoder, pipe.transformer):
+        for parameter in part.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+    fresh, old = target.with_name(target.name + ".part"), target.with_name(target.name + ".old")
+    for folder in (fresh, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    pipe.save_pretrained(fresh)
+    record = {stage: training_record(work / f"{stage}.safetensors") for stage in ("vae", "flow")}
+    (fresh / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    if target.exists():
+        target.rename(old)
+    fresh.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
