@@ -27,11 +27,13 @@ class Ranks:
             every rank, so cfg must be 1 there; `LongVideoEngine` uses the axis.
         local_route: how local steps cross the ulysses axis: `halo`, `all_to_all`, or `auto` for fewer bytes.
         exchange: who exchanges heads against tokens.
+        why: the reason for these degrees, for the record.
     """
 
     mesh: SeqMesh
     local_route: str = "auto"
     exchange: HeadExchange = TORCH_EXCHANGE
+    why: str = "given"
 
 
 class MethodHandle:

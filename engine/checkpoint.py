@@ -41,7 +41,7 @@ def load_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
     """Latents and metadata of `save_latents`; UserError if the file is missing, broken or another kind of file."""
     tensors, metadata = _read(path)
     if "latents" not in tensors:
-        raise UserError(f"{path} holds no latents; it has {', '.join(sorted(tensors)) or 'no tensors'}")
+        raise UserError(f"{path} holds no latents but {len(tensors)} other tensors; give a file that generate.py saved")
     return tensors["latents"], metadata
 
 

@@ -158,6 +158,35 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DecodeConfig:
+    """How latents become frames.
+
+    Attributes:
+        mode: `whole` decodes each frame in one piece on rank 0, exactly; `tiled` in overlapping tiles over all ranks, which
+            is faster on many and differs a little; `auto` is whole where its memory fits.
+        tile_height: pixels, a multiple of the VAE's spatial compression; a frame no larger than a tile is decoded whole.
+        tile_width: pixels, likewise.
+        stride_height: pixels from one tile to the next, at most a tile; the rest of it is blended.
+        stride_width: pixels, likewise.
+    """
+
+    mode: Literal["auto", "whole", "tiled"] = "auto"
+    tile_height: int = 256
+    tile_width: int = 256
+    stride_height: int = 192
+    stride_width: int = 192
+
+    def __post_init__(self) -> None:
+        """Reject tiles that leave gaps; what depends on the VAE is checked once its configuration is read."""
+        for side in ("height", "width"):
+            tile, stride = getattr(self, f"tile_{side}"), getattr(self, f"stride_{side}")
+            _check(
+                1 <= stride <= tile,
+                f"decode.stride_{side} must lie in [1, decode.tile_{side}], got stride {stride} and tile {tile}",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class OutputConfig:
     """The files of a run.
 
@@ -198,6 +227,7 @@ class RunConfig:
         method: the method and its settings.
         parallel: how the ranks share one video.
         attention: the kernel.
+        decode: how latents become frames.
         output: the files.
     """
 
@@ -207,6 +237,7 @@ class RunConfig:
     method: MethodConfig
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.adapters.wan import WanAdapter, WanSpec
-from engine.apply import Ranks, apply_method
+from engine.apply import MethodHandle, Ranks, apply_method
 from engine.checkpoint import load_run, save_run
-from engine.config import RunConfig
+from engine.config import MethodConfig, RunConfig
 from engine.decode import stream_decode, to_uint8
+from engine.decode_plan import DecodePlan, check_tiles, plan_decode
 from engine.denoise import SchedulerState, denoise, draw_noise, make_scheduler, scheduler_state
 from engine.errors import UserError
 from engine.group_of_one import GROUP_OF_ONE
-from engine.load import find_checkpoint, load_pipeline, pick_device, pick_dtype, read_spec
+from engine.load import fetch, find_checkpoint, load_pipeline, pick_device, pick_dtype, read_spec
 from engine.progress import enabled, progress_bar
 from engine.ranks import check_agreement, fingerprints, hand_out, hand_out_bytes, together
 from engine.record import build_record
+from engine.tiled_decode import stream_tiles
 from engine.trace import Trace
 from freespec.kernels import select_kernel
 from parallel.mesh import SeqMesh
@@ -51,7 +53,7 @@ class Denoised:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A finished video: latents [1, z, F, h, w] fp32, frames uint8 [T, H, W, 3], and the record of the run."""
+    """A finished video: latents [1, z, F, h, w] fp32, frames uint8 [T, H, W, 3] (none but on rank 0), and the record."""
 
     latents: Tensor
     frames: np.ndarray
@@ -70,7 +72,8 @@ class LongVideoEngine:
         self.config = config
         self.device = pick_device(config.model.device)
         self._alone = ranks is None
-        self.ranks = ranks or Ranks(mesh=GROUP_OF_ONE.acquire())
+        self.decode_plan: dict[str, Any] | None = None
+        self.ranks = ranks or Ranks(mesh=GROUP_OF_ONE.acquire(), why="one process")
         started = time.perf_counter()
         try:
             with self.progress("load", total=1) as bar:
@@ -78,18 +81,18 @@ class LongVideoEngine:
                 check_agreement(self.mesh, prints)
                 self.pipe = together(self.mesh, self._load)
                 bar.update()
-            self.handle = apply_method(
-                self.pipe,
-                method=config.method.method,
-                window_frames=config.method.window_frames,
-                kernel=config.attention.kernel,
-                ranks=self.ranks,
-            )
+            self.handle = self._apply_method()
             self.pipe.scheduler = make_scheduler(self.pipe.scheduler, config.sampler.flow_shift)
         except BaseException:
             self._release_group()
             raise
         self.load_seconds = time.perf_counter() - started
+
+    def use_method(self, config: MethodConfig) -> None:
+        """Take the method off the loaded model and put another one on."""
+        self.handle.remove()
+        self.config = replace(self.config, method=config)
+        self.handle = self._apply_method()
 
     @property
     def mesh(self) -> SeqMesh:
@@ -123,7 +126,8 @@ class LongVideoEngine:
         """How the ranks shared the video, for the record."""
         mesh, config = self.mesh, self.config.parallel
         degrees = {"cfg": mesh.cfg.size, "ring": mesh.ring.size, "ulysses": mesh.ulysses.size}
-        return {"ranks": mesh.world.size, **degrees, "local_route": config.local_route, "provider": config.provider}
+        chosen = {"local_route": config.local_route, "provider": config.provider, "why": self.ranks.why}
+        return {"ranks": mesh.world.size, **degrees, **chosen}
 
     def close(self) -> None:
         """Take the method off the pipeline again."""
@@ -149,13 +153,14 @@ class LongVideoEngine:
         """Latents of one video. What is None is taken from the configuration.
 
         With `checkpoint`, a run that is interrupted or fails leaves its state there, and the same run continues from
-        it; the file of another run is a UserError. It is removed once the last step is done.
+        it; the file of another run is a UserError. Remove it once the latents are kept.
         """
         sampler, video = self.config.sampler, self.config.video
         seed = sampler.seed if seed is None else seed
         negative_prompt = sampler.negative_prompt if negative_prompt is None else negative_prompt
         num_frames = video.num_frames if num_frames is None else num_frames
         self.spec.check_video(num_frames, video.height, video.width)
+        self.decode_plan = None  # of the video before
 
         started = time.perf_counter()
         text = self._encode([prompt, negative_prompt] if sampler.guidance_scale > 1.0 else [prompt])
@@ -171,15 +176,26 @@ class LongVideoEngine:
         loop = _Loop(self, text, trace, checkpoint, run_id)
         latents = loop.run(latents, done)
         seconds["denoise"] = time.perf_counter() - started
-        if checkpoint is not None and self.is_first:
-            checkpoint.unlink(missing_ok=True)
         return Denoised(latents=latents.float().cpu(), steps=loop.steps, seconds=seconds, resumed_at=done)
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
-        """Frames of latents [1, z, F, h, w], uint8 [t, H, W, 3] at a time: t = 1, then 4 per latent frame (for Wan)."""
+        """Frames of latents [1, z, F, h, w], uint8 [t, H, W, 3] at a time, on rank 0: t = 1, then 4 per latent frame.
+
+        Every rank calls this with the same latents and runs the iterator to its end: the others do their share, if there
+        is one, and get no frames. `decode_plan` says from the call on who decodes what.
+        """
+        plan = plan_decode(self.config.decode, self.pipe.vae, tuple(latents.shape[3:]), world=self.mesh.world)
+        self.decode_plan = plan.record
+        return self._frames(latents, plan)
+
+    @torch.no_grad()
+    def _frames(self, latents: Tensor, plan: DecodePlan) -> Iterator[np.ndarray]:
+        if plan.mode == "tiled":
+            stream = stream_tiles(self.pipe.vae, latents, plan, world=self.mesh.world)
+        else:
+            stream = stream_decode(self.pipe.vae, latents) if self.is_first else iter(())
         with self.progress("decode", total=latents.shape[2]) as bar:
-            for frames in stream_decode(self.pipe.vae, latents):
+            for frames in stream:
                 yield to_uint8(frames)
                 bar.update()
 
@@ -195,12 +211,23 @@ class LongVideoEngine:
         """One video in memory: latents, frames and the record. What is None is taken from the configuration."""
         denoised = self.denoise(prompt, negative_prompt=negative_prompt, num_frames=num_frames, seed=seed, trace=trace)
         started = time.perf_counter()
-        frames = np.concatenate(list(self.decode(denoised.latents)))
+        none = np.empty((0, self.config.video.height, self.config.video.width, 3), np.uint8)
+        frames = np.concatenate([none, *self.decode(denoised.latents)])
         seconds = {"load": self.load_seconds, **denoised.seconds, "decode": time.perf_counter() - started}
         record = build_record(
             self, prompt=prompt, seed=seed, negative_prompt=negative_prompt, denoised=denoised, seconds=seconds
         )
         return Result(latents=denoised.latents, frames=frames, record=record)
+
+    def _apply_method(self) -> MethodHandle:
+        config = self.config
+        return apply_method(
+            self.pipe,
+            method=config.method.method,
+            window_frames=config.method.window_frames,
+            kernel=config.attention.kernel,
+            ranks=self.ranks,
+        )
 
     def _check(self) -> tuple[WanSpec, dict[str, bytes]]:
         """All that the configuration shows to be wrong, and what the ranks must agree on."""
@@ -215,9 +242,11 @@ class LongVideoEngine:
                 "one pass only; use parallel.cfg 1"
             )
         source = find_checkpoint(config.model.path)
-        spec = read_spec(source, config.model.revision)
+        folder = fetch(source, config.model.revision, weights=False)
+        spec = read_spec(folder)
         spec.check_video(config.video.num_frames, config.video.height, config.video.width)
-        return spec, fingerprints(config, source)
+        check_tiles(config.decode, spec.spatial_factor)
+        return spec, fingerprints(config, folder, from_hub=isinstance(source, str))
 
     def _load(self) -> WanPipeline:
         """The pipeline; the text encoder on rank 0 only."""

@@ -1,13 +1,15 @@
 """Checkpoints in Diffusers layout, from a folder or the hub, with every fault of theirs as one clear line."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline
+from huggingface_hub import snapshot_download
 from packaging.version import Version
 from safetensors import SafetensorError, safe_open
 
@@ -48,17 +50,40 @@ def find_checkpoint(path: str) -> Path | str:
     return path
 
 
-def read_spec(source: Path | str, revision: str | None) -> WanSpec:
-    """The numbers of a checkpoint without its weights: reads (or downloads) two config.json files."""
+def fetch(source: Path | str, revision: str | None, *, weights: bool = True) -> Path:
+    """The folder of a checkpoint: itself, or the local copy of a hub name, downloaded as far as it is missing.
+
+    Only what is read is fetched: JSON, tokenizer and safetensors files; without `weights` the JSON files alone. Raises
+    UserError if the hub does not know the name or cannot be reached and there is no local copy.
+    """
     if isinstance(source, Path):
-        check_folder(source)
+        return source
+    patterns = ["*.json"] + (["*.safetensors", "tokenizer/*"] if weights else [])
+    hub_log = logging.getLogger("huggingface_hub")
+    level = hub_log.level
+    hub_log.setLevel(logging.ERROR)  # its warnings about retries come before our one line
     try:
-        return WanSpec.from_configs(
-            WanTransformer3DModel.load_config(source, subfolder="transformer", revision=revision),
-            AutoencoderKLWan.load_config(source, subfolder="vae", revision=revision),
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, tqdm_class=None))
+    except (OSError, ValueError) as error:  # what all errors of huggingface_hub and its connections derive from
+        first = str(error).strip().splitlines()[0]
+        at = f" at revision {revision}" if revision else ""
+        raise UserError(
+            f"there is no folder {source!r} here, and the hub has no such checkpoint{at} or cannot be reached "
+            f"({type(error).__name__}: {first})"
+        ) from error
+    finally:
+        hub_log.setLevel(level)
+
+
+def read_spec(folder: Path) -> WanSpec:
+    """The numbers of a checkpoint without its weights, from two config.json files of its folder."""
+    try:
+        transformer, vae = (
+            json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in ("transformer", "vae")
         )
-    except OSError as error:
-        raise UserError(f"cannot load {str(source)!r}: {str(error).strip().splitlines()[0]}") from error
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder} has no readable transformer/config.json and vae/config.json ({error})") from error
+    return WanSpec.from_configs(transformer, vae)
 
 
 def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: str = "model") -> WanPipeline:
@@ -76,13 +101,13 @@ def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: s
     dtype = pick_dtype(config.dtype, device)
     if config.offload == "model" and device.type != "cuda":
         raise UserError("model.offload moves parts between GPU and CPU and needs CUDA; use none on a CPU")
-    source = find_checkpoint(config.path)
-    common: dict[str, Any] = {"revision": config.revision, "use_safetensors": True}
+    folder = fetch(find_checkpoint(config.path), config.revision)
+    check_folder(folder)
     without_text: dict[str, Any] = {} if with_text else {"text_encoder": None, "tokenizer": None}
     try:
         with no_library_bars():
-            vae = AutoencoderKLWan.from_pretrained(source, subfolder="vae", dtype=torch.float32, **common)
-            pipe = WanPipeline.from_pretrained(source, vae=vae, dtype=dtype, **without_text, **common)
+            vae = load_vae(folder)
+            pipe = WanPipeline.from_pretrained(folder, vae=vae, dtype=dtype, use_safetensors=True, **without_text)
     except (OSError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load {config.path!r}: {first}") from error
@@ -97,6 +122,11 @@ def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: s
         if with_text and text_device == "cpu":
             pipe.text_encoder.to("cpu")
     return pipe
+
+
+def load_vae(folder: Path) -> AutoencoderKLWan:
+    """The VAE alone, in float32 on the CPU."""
+    return AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=torch.float32, use_safetensors=True)
 
 
 def check_folder(folder: Path) -> None:

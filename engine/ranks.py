@@ -22,15 +22,18 @@ Result = TypeVar("Result")
 _HEAD_BYTES = 1 << 20
 
 
-def fingerprints(config: RunConfig, source: Path | str) -> dict[str, bytes]:
-    """SHA-256 of each thing that all ranks must have alike: seed, settings, checkpoint."""
+def fingerprints(config: RunConfig, folder: Path, *, from_hub: bool) -> dict[str, bytes]:
+    """SHA-256 of each thing that all ranks must have alike: seed, settings, checkpoint.
+
+    Of a hub checkpoint the JSON files count, and its commit: one rank may not have downloaded its weights yet.
+    """
     tree = dataclasses.asdict(config)
     seed = tree["sampler"].pop("seed")
     tree.pop("output")
     return {
         "seed": _digest(str(seed)),
         "settings": _digest(json.dumps(tree, sort_keys=True)),
-        "checkpoint": _digest_checkpoint(source, config.model.revision),
+        "checkpoint": _digest_checkpoint(folder, "*.json" if from_hub else "*"),
     }
 
 
@@ -108,13 +111,11 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _digest_checkpoint(source: Path | str, revision: str | None) -> bytes:
-    """Names, sizes and beginnings of all files of a folder; name and revision of a hub checkpoint."""
-    if isinstance(source, str):
-        return _digest(f"{source}@{revision}")
-    digest = hashlib.sha256()
-    for file in sorted(p for p in source.rglob("*") if p.is_file()):
+def _digest_checkpoint(folder: Path, pattern: str) -> bytes:
+    """Name of the folder's version, and names, sizes and beginnings of its files."""
+    digest = hashlib.sha256(folder.resolve().name.encode())
+    for file in sorted(p for p in folder.rglob(pattern) if p.is_file()):
         with file.open("rb") as opened:
-            digest.update(f"{file.relative_to(source)} {file.stat().st_size}\n".encode())
+            digest.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
             digest.update(opened.read(_HEAD_BYTES))
     return digest.digest()

@@ -32,7 +32,10 @@ def build_record(
     denoised: "Denoised",
     seconds: dict[str, float],
 ) -> dict[str, Any]:
-    """All that is known of a run once its latents are there; `seed` and `negative_prompt` are the configuration's if None."""
+    """All that is known of a run once its latents are there; `seed` and `negative_prompt` are the configuration's if None.
+
+    `decode` is None until the engine was asked to decode.
+    """
     sampler = engine.config.sampler
     return {
         "prompt": prompt,
@@ -46,6 +49,7 @@ def build_record(
         "steps": denoised.steps,
         "peak_memory": peak_memory(engine.device),
         "parallel": engine.layout,
+        "decode": engine.decode_plan,
         "device": describe_device(engine.device),
         "versions": versions(),
         "git": git_revision(),

@@ -18,7 +18,7 @@ def fusion_progress(
     if not 0.0 <= split <= 1.0:
         raise ValueError(f"split must lie in [0, 1], got {split}")
     if domain == "step":
-        # The product is rounded before ceil, or 0.1 * 30 = 3.0000000000000004 would make a fourth fusion step.
+        # The product is rounded before ceil, or 0.56 * 50 = 28.000000000000004 would make a 29th fusion step.
         num_dual = math.ceil(round(split * len(timesteps), 9))
         return [i / num_dual if i < num_dual else None for i in range(len(timesteps))]
     if domain != "timestep":

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from jsonargparse import ArgumentParser
 
-from engine.apply import apply_method
 from engine.config import RunConfig
 from engine.contact_sheet import Row, comparison, spaced, write_picture
 from engine.engine import LongVideoEngine
@@ -37,7 +36,7 @@ def main(argv: list[str]) -> None:
     records = {}
     with contextlib.closing(LongVideoEngine(config)) as engine:
         for name, files in outputs.items():
-            change_method(engine, configs[name])
+            engine.use_method(configs[name].method)
             records[name] = make_video(engine, configs[name], namespace.prompt, files)
             print(summary(records[name], files))
     write_picture(picture, compare(records, outputs, num_columns=8))
@@ -50,19 +49,6 @@ def for_method(config: RunConfig, name: str, folder: Path) -> RunConfig:
         config,
         method=dataclasses.replace(config.method, name=name),
         output=dataclasses.replace(config.output, path=str(folder / f"{name}.mp4"), overwrite=True),
-    )
-
-
-def change_method(engine: LongVideoEngine, config: RunConfig) -> None:
-    """Put another method on a loaded model."""
-    engine.handle.remove()
-    engine.config = config
-    engine.handle = apply_method(
-        engine.pipe,
-        method=config.method.method,
-        window_frames=config.method.window_frames,
-        kernel=config.attention.kernel,
-        ranks=engine.ranks,
     )
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import ArgumentParser
 from safetensors import safe_open
 
@@ -19,31 +20,37 @@ from engine.trace_plot import write_trace
 from launch.cli import parse_run
 from launch.command import Stopped, run_command
 from launch.outputs import OutputFiles, check_outputs, plan_outputs
+from launch.ranks import must_start, open_ranks, start_ranks
 from launch.render import describe_kept, render
 
 DESCRIPTION = "Make a long video from a prompt, or one from each line of a file."
 
 
-def main(argv: list[str]) -> None:
-    """Read the settings, check the outputs, load the model once and make every video."""
+def main(argv: list[str]) -> int:
+    """Read the settings, check the outputs, load the model once and make every video; on as many ranks as asked for."""
     namespace, config = parse_run(argv, name="generate.py", description=DESCRIPTION, add_arguments=_add_arguments)
     prompts = read_prompts(namespace.prompt, namespace.prompt_file)
     outputs = plan_outputs(config.output, len(prompts))
-    check_outputs(
-        [path for files in outputs for path in files.all],
-        overwrite=config.output.overwrite,
-        overwrite_flag="--output.overwrite",
-    )
-    with contextlib.closing(LongVideoEngine(config)) as engine:
-        for prompt, files in zip(prompts, outputs, strict=True):
-            record = make_video(engine, config, prompt, files)
-            print(summary(record, files))
+    if must_start(namespace.nproc):
+        _check_outputs(outputs, config)
+        return start_ranks(namespace.nproc, [__file__, *argv], verbose=namespace.verbose)
+    with open_ranks(config) as ranks:
+        if ranks is None or ranks.mesh.world.rank == 0:
+            _check_outputs(outputs, config)
+        with contextlib.closing(LongVideoEngine(config, ranks)) as engine:
+            for prompt, files in zip(prompts, outputs, strict=True):
+                record = make_video(engine, config, prompt, files)
+                if record is not None:
+                    print(summary(record, files))
+    return 0
 
 
-def make_video(engine: LongVideoEngine, config: RunConfig, prompt: str, files: OutputFiles) -> dict[str, Any]:
-    """One prompt from noise to its files; returns the record."""
+def make_video(engine: LongVideoEngine, config: RunConfig, prompt: str, files: OutputFiles) -> dict[str, Any] | None:
+    """One prompt from noise to its files; returns the record, on rank 0, which writes them."""
     trace = Trace() if files.trace else None
     denoised = _denoise(engine, prompt, files, trace)
+    if not engine.is_first:
+        return None
     seconds = {"load": engine.load_seconds, **denoised.seconds}
     record = build_record(engine, prompt=prompt, seed=None, negative_prompt=None, denoised=denoised, seconds=seconds)
     _keep_latents(denoised, record, files)
@@ -91,6 +98,15 @@ def summary(record: dict[str, Any], files: OutputFiles) -> str:
 def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--prompt", type=str, help="what the video shows")
     parser.add_argument("--prompt_file", type=str, help="text file with one prompt a line, instead of --prompt")
+    parser.add_argument(
+        "--nproc", type=int, help="ranks to start on this machine, one per GPU; torchrun starts its own"
+    )
+    parser.add_argument("--verbose", type=bool, default=False, help="show what every rank says, with its number")
+
+
+def _check_outputs(outputs: list[OutputFiles], config: RunConfig) -> None:
+    paths = [path for files in outputs for path in files.all]
+    check_outputs(paths, overwrite=config.output.overwrite, overwrite_flag="--output.overwrite")
 
 
 def _denoise(engine: LongVideoEngine, prompt: str, files: OutputFiles, trace: Trace | None) -> Denoised:
@@ -99,7 +115,11 @@ def _denoise(engine: LongVideoEngine, prompt: str, files: OutputFiles, trace: Tr
     except KeyboardInterrupt as error:
         raise Stopped(_describe_checkpoint(files.checkpoint)) from error
     except OSError as error:
-        raise UserError(f"cannot write {files.checkpoint}: {error.strerror}") from error
+        raise UserError(f"cannot write {files.checkpoint}: {error.strerror or error}") from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory while denoising on {engine.device}; make the video shorter or smaller, or add --model.offload model"
+        ) from error
 
 
 def _describe_checkpoint(path: Path) -> str:
@@ -121,7 +141,7 @@ def _keep_latents(denoised: Denoised, record: dict[str, Any], files: OutputFiles
         save_latents(files.latents, denoised.latents, metadata)
         raise Stopped(f"before decoding; {describe_kept(files)}") from error
     except OSError as error:
-        raise UserError(f"cannot write {files.latents}: {error.strerror}") from error
+        raise UserError(f"cannot write {files.latents}: {error.strerror or error}") from error
 
 
 if __name__ == "__main__":

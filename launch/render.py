@@ -4,6 +4,7 @@ import shlex
 import time
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from engine.config import OutputConfig
@@ -36,6 +37,8 @@ def render(
         raise Stopped(f"while decoding; {describe_kept(files)}") from error
     except OSError as error:
         raise UserError(f"cannot write {files.video}: {error.strerror or error}; {describe_kept(files)}") from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory while decoding on {engine.device}; {describe_kept(files)}") from error
     except BaseException as error:
         error.add_note(describe_kept(files))
         raise

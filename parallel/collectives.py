@@ -1,4 +1,4 @@
-"""Tensors between ranks: heads against tokens, token gather, halo, ring, ordered sum. Each takes the group it uses.
+"""Tensors between ranks: heads against tokens, gathers, halo, ring, ordered sum. Each takes the group it uses.
 
 Sizes are handed in as integers that all ranks know (see plan.py), so they may be uneven and even zero: a rank without
 tokens or heads takes part with empty tensors, and point-to-point messages of no bytes are not sent on either side.
@@ -144,6 +144,20 @@ def broadcast(x: Tensor, *, source: int, group: dist.ProcessGroup, trace: Trace)
         dist.broadcast(x, group=group, group_src=source)
     trace.on_bytes("broadcast", x.nbytes * (size - 1) if dist.get_rank(group) == source else 0)
     return x
+
+
+def collect(x: Tensor, *, sizes: Sequence[int], target: int, group: dist.ProcessGroup, trace: Trace) -> list[Tensor]:
+    """[size of this rank] -> on the group's rank `target` the [size] of every rank, in rank order; on the others nothing.
+
+    Messages of the sizes that they have: one rank needs them, and an all-gather would pad them and give them to all.
+    """
+    rank = dist.get_rank(group)
+    parts = [x if peer == rank else x.new_empty(size) for peer, size in enumerate(sizes)] if rank == target else []
+    receives = [(peer, part) for peer, part in enumerate(parts) if peer != rank]
+    sends = [] if rank == target else [(target, x)]
+    with watch("collecting", group=group, trace=trace):
+        _wait(_start_messages("collect", sends, receives, group=group, trace=trace))
+    return parts
 
 
 def pack_keys(k_BrnD: Tensor, v_BrnD: Tensor) -> Tensor:

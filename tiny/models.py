@@ -1,5 +1,6 @@
 """The parts of the model, built with random weights: the classes of Wan2.1 at a hundredth of their size."""
 
+import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from torch import Tensor, nn
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
@@ -20,7 +21,7 @@ FLOW_SHIFT = 3.0
 
 def build_vae(latents_mean: list[float] | None = None, latents_std: list[float] | None = None) -> AutoencoderKLWan:
     """A causal video autoencoder: [B, 3, 1 + 4 f, 4 h, 4 w] in -1..1 <-> [B, LATENT_CHANNELS, 1 + f, h, w]."""
-    return AutoencoderKLWan(
+    vae = AutoencoderKLWan(
         base_dim=16,
         z_dim=LATENT_CHANNELS,
         dim_mult=[1, 2, 4],
@@ -33,6 +34,29 @@ def build_vae(latents_mean: list[float] | None = None, latents_std: list[float] 
         scale_factor_spatial=4,
         scale_factor_temporal=4,
     )
+    _inflate(vae)
+    return vae
+
+
+@torch.no_grad()
+def _inflate(vae: AutoencoderKLWan) -> None:
+    """Makes a new autoencoder treat each frame as a still, and a latent frame as the mean of its frames.
+
+    Stills train only the last tap over time of a causal kernel [out, in, 3, h, w] (the others see padding) and no convolution between frame
+    rates. With random values there, clips would begin as noise, and colours would have to be learned a second time.
+    """
+    for name, module in vae.named_modules():
+        if not isinstance(module, nn.Conv3d) or module.kernel_size[0] == 1:
+            continue
+        module.weight[:, :, :-1] = 0
+        if name.endswith("time_conv"):
+            identity = torch.eye(module.in_channels)[:, :, None, None]
+            module.weight.zero_()
+            module.bias.zero_()
+            if module.stride[0] == 2:
+                module.weight[:, :, 1:] = identity[:, :, None] / 2
+            else:
+                module.weight[:, :, -1] = torch.cat([identity, identity])
 
 
 def build_transformer() -> WanTransformer3DModel:

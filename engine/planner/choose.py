@@ -1,16 +1,19 @@
 """The best plan that fits, or one line that says what needs how much and the smallest change that would fit."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 from engine.config import MethodConfig, SamplerConfig, VideoConfig
 from engine.errors import UserError
 from engine.planner.gpu import GpuSpec
+from engine.planner.layout import Degrees
 from engine.planner.memory import GIB
 from engine.planner.model import ModelSpec
-from engine.planner.plan import Options, Plan, plan
+from engine.planner.plan import MODES, Case, Options, Plan, plan_case
 
-MORE_GPUS = 64
+MOST_DOUBLINGS = 5
+AXES = ("cfg", "ring", "ulysses")
+FixedDegrees = tuple[int | None, int | None, int | None]
 
 
 def choose(
@@ -18,98 +21,135 @@ def choose(
     video: VideoConfig,
     sampler: SamplerConfig,
     method: MethodConfig,
+    *,
     gpu: GpuSpec,
     world_size: int,
-    *,
     options: Options | None = None,
-    fixed: tuple[int | None, int | None, int | None] = (None, None, None),
+    fixed: FixedDegrees = (None, None, None),
 ) -> Plan:
     """The best plan that fits and keeps the degrees (cfg, ring, ulysses) that are not None.
 
     Raises UserError if there is none: what needs how much, what there is, and the smallest change that would fit.
     """
-    options = options or Options()
-    every = plan(spec, video, sampler, method, gpu, world_size, options=options)
-    plans = [p for p in every if all(want in (None, have) for want, have in zip(fixed, p.degrees, strict=True))]
+    case = Case(
+        spec=spec,
+        video=video,
+        sampler=sampler,
+        method=method,
+        gpu=gpu,
+        world_size=world_size,
+        options=options or Options(),
+    )
+    return choose_from(plan_case(case), case, fixed)
+
+
+def choose_from(every: list[Plan], case: Case, fixed: FixedDegrees = (None, None, None)) -> Plan:
+    """`choose` among plans that `plan` has made for this case."""
+    plans = [p for p in every if _keeps(p.degrees, fixed)]
     if not plans:
-        wanted = ", ".join(
-            f"parallel.{axis} {degree}" for axis, degree in zip(("cfg", "ring", "ulysses"), fixed, strict=True) if degree
-        )
-        raise UserError(
-            f"{world_size} GPUs cannot have {wanted}; possible are {'; '.join(p.name for p in every)}"
-        )
-    if plans[0].fits:
-        return plans[0]
-
-    def try_it(**changes: object) -> bool:
-        """Whether a change of video, options or GPUs lets some degrees fit; other GPUs may have other degrees."""
-        arguments = {"video": video, "world_size": world_size, "options": options} | changes
-        fixed_now = (None, None, None) if arguments["world_size"] != world_size else fixed
-        found = plan(
-            spec, arguments["video"], sampler, method, gpu, arguments["world_size"], options=arguments["options"]
-        )
-        return any(
-            p.fits and all(want in (None, have) for want, have in zip(fixed_now, p.degrees, strict=True)) for p in found
-        )
-
-    smallest = min(plans, key=lambda p: p.peak_bytes)
-    changes = list(changes_that_fit(spec, video, options, world_size, try_it))
-    advice = f"the smallest change that fits: {'; or '.join(changes)}" if changes else "no single change makes it fit"
-    raise UserError(f"{describe_need(smallest, gpu, world_size)}; {advice}")
+        wanted = ", ".join(f"parallel.{axis} {degree}" for axis, degree in zip(AXES, fixed, strict=True) if degree)
+        possible = "; ".join(p.name for p in every)
+        raise UserError(f"{case.world_size} GPUs cannot have {wanted}; possible are {possible}")
+    if not plans[0].fits:
+        smallest = min(plans, key=lambda p: p.peak_bytes)
+        raise UserError(f"{_describe_need(smallest, case)}; {describe_changes(case, fixed)}")
+    return plans[0]
 
 
-def describe_need(smallest: Plan, gpu: GpuSpec, world_size: int) -> str:
+def describe_changes(case: Case, fixed: FixedDegrees) -> str:
+    """The smallest change that makes the case fit, and the other single ones, as words for a person."""
+    weights = case.spec.weight_bytes(case.options.itemsize)["transformer"]
+    if not case.fits(weights):
+        return (
+            f"the transformer's weights alone are {weights / GIB:.1f} GiB, and every GPU holds all of them: "
+            "use a GPU with more memory"
+        )
+    trial = _Trial(case=case, fixed=fixed, modes=tuple(case.count_steps()[case.method.name]))
+    changes = list(_changes(trial))
+    if not changes:  # with everything off the GPU that can be
+        lean = replace(case, options=replace(case.options, offload="model"))
+        changes = [f"model.offload model with {change}" for change in _changes(replace(trial, case=lean))]
+    if not changes:
+        return "nothing that changes by itself makes it fit: use a GPU with more memory"
+    others = f" (or {', or '.join(changes[1:])})" if len(changes) > 1 else ""
+    return f"the smallest change that fits is {changes[0]}{others}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trial:
+    """Whether a changed case fits on any degrees; other numbers of GPUs may have other degrees than the fixed ones."""
+
+    case: Case
+    fixed: FixedDegrees
+    modes: tuple[str, ...]
+
+    def fits(self, **change: object) -> bool:
+        """Try the case with this change; memory alone is looked at."""
+        case = replace(self.case, **change)
+        fixed = self.fixed if case.world_size == self.case.world_size else (None, None, None)
+        native = case.grid()[0] <= case.method.window_frames
+        modes = ["global"] if native else [mode for mode in MODES if mode in self.modes]
+        return any(case.fits(case.memory(d, modes)[1]) for d in case.degrees() if _keeps(d, fixed))
+
+
+def _changes(trial: _Trial) -> Iterator[str]:
+    """Single changes that fit, the smallest first: nothing of the video is lost by the first three."""
+    case, options = trial.case, trial.case.options
+    if options.text_device == "model" and options.offload == "none":
+        if trial.fits(options=replace(options, text_device="cpu")):
+            yield "parallel.text_device cpu"
+        if trial.fits(options=replace(options, offload="model")):
+            yield "model.offload model"
+    doubled = (case.world_size * 2**power for power in range(1, MOST_DOUBLINGS + 1))
+    if more := next((count for count in doubled if trial.fits(world_size=count)), None):
+        yield f"{more} GPUs"
+    if shorter := _largest(_shorter(case), trial):
+        yield f"video.num_frames {shorter.num_frames}"
+    if smaller := _largest(_smaller(case), trial):
+        yield f"video.height {smaller.height} and video.width {smaller.width}"
+
+
+def _describe_need(smallest: Plan, case: Case) -> str:
     """What needs how many GiB, and what there is, for the plan that needs least."""
     parts = ", ".join(f"{name.replace('_', ' ')} {num / GIB:.1f}" for name, num in smallest.memory.items() if num)
+    gpus = f"one {case.gpu.name}" if case.world_size == 1 else f"each of {case.world_size} {case.gpu.name}"
     return (
-        f"does not fit: {smallest.name} needs {smallest.peak_bytes / GIB:.1f} GiB on each of {world_size} {gpu.name}, which "
-        f"have {gpu.usable_gib:.1f} GiB for tensors (GiB: {parts}; the VAE decodes after denoising)"
+        f"does not fit: {smallest.name} needs {smallest.peak_bytes / GIB:.1f} GiB on {gpus}, where tensors can have "
+        f"{case.gpu.usable_gib:.1f} GiB ({parts}; decoding comes after denoising)"
     )
 
 
-def changes_that_fit(
-    spec: ModelSpec, video: VideoConfig, options: Options, world_size: int, fits: Callable[..., bool]
-) -> Iterator[str]:
-    """Single changes that make it fit, the smallest first, as words for a person; `fits(**change)` tries one."""
-    if options.text_device == "model" and options.offload == "none":
-        if fits(options=replace(options, text_device="cpu")):
-            yield "parallel.text_device cpu (the text encoder on the CPU)"
-        if fits(options=replace(options, offload="model")):
-            yield "model.offload model"
-    counts = (n for n in range(world_size + 1, MORE_GPUS + 1) if n % world_size == 0)
-    if more := next((n for n in counts if fits(world_size=n)), None):
-        yield f"{more} GPUs"
-    if frames := _fewest_changes(_shorter(spec, video), fits):
-        yield f"video.num_frames {frames.num_frames}"
-    if size := _fewest_changes(_smaller(spec, video), fits):
-        yield f"video.height {size.height} and video.width {size.width}"
+def _shorter(case: Case) -> list[VideoConfig]:
+    """Fewer frames, but at least the native length, fewest first."""
+    step = case.spec.video.temporal_factor
+    native = (case.method.window_frames - 1) * step + 1
+    return [replace(case.video, num_frames=frames) for frames in range(native, case.video.num_frames, step)]
 
 
-def _shorter(spec: ModelSpec, video: VideoConfig) -> list[VideoConfig]:
-    """Fewer frames, from one latent frame to one less than there are."""
-    step = spec.video.temporal_factor
-    return [replace(video, num_frames=frames) for frames in range(1, video.num_frames, step)]
-
-
-def _smaller(spec: ModelSpec, video: VideoConfig) -> list[VideoConfig]:
+def _smaller(case: Case) -> list[VideoConfig]:
     """About the same shape in smaller sizes, smallest first."""
-    multiple_h, multiple_w = spec.size_multiples
-    sizes = []
-    for percent in range(20, 100, 2):
-        height = video.height * percent // 100 // multiple_h * multiple_h
-        width = video.width * percent // 100 // multiple_w * multiple_w
-        if height and width and (not sizes or (sizes[-1].height, sizes[-1].width) != (height, width)):
-            sizes.append(replace(video, height=height, width=width))
-    return sizes
+    video, (rows, columns) = case.video, case.spec.size_multiples
+    sizes = [
+        (video.height * share // 100 // rows, video.width * share // 100 // columns) for share in range(20, 100, 5)
+    ]
+    return [
+        replace(video, height=height * rows, width=width * columns)
+        for height, width in dict.fromkeys(sizes)
+        if height and width and (height * rows, width * columns) != (video.height, video.width)
+    ]
 
 
-def _fewest_changes(videos: list[VideoConfig], fits: Callable[..., bool]) -> VideoConfig | None:
+def _largest(videos: list[VideoConfig], trial: _Trial) -> VideoConfig | None:
     """The largest of these videos, which ascend, that fits."""
-    low, high = 0, len(videos)  # videos[:low] fit, videos[high:] do not
+    low, high = 0, len(videos)  # all of videos[:low] fit, none of videos[high:] does
     while low < high:
         middle = (low + high) // 2
-        if fits(video=videos[middle]):
+        if trial.fits(video=videos[middle]):
             low = middle + 1
         else:
             high = middle
     return videos[low - 1] if low else None
+
+
+def _keeps(degrees: Degrees, fixed: FixedDegrees) -> bool:
+    return all(want in (None, have) for want, have in zip(fixed, degrees, strict=True))

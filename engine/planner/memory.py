@@ -47,10 +47,10 @@ def block_moments(layout: Layout, mode: Mode) -> dict[str, tuple[int, int]]:
         # hidden state, normed, q, k, v, both rotated, three halves in fp32
         "rotary": (hidden * (7 * e + 6), 0),
         **_attention_moments(layout, share, mode),
-        # hidden state, normed, attention's output, gated, hidden in fp32, their sum
-        "residual": (hidden * (3 * e + 8 + cast), 0),
-        # hidden state, normed, cross-attention's output, and both sides of the GELU
-        "feed_forward": (hidden * 3 * e + hidden_ffn * 2 * e, 0),
+        # the block's input, hidden state, normed, cross-attention's output, and both sides of the GELU
+        "feed_forward": (hidden * 4 * e + hidden_ffn * 2 * e, 0),
+        # the same four, the feed-forward's output, it and the hidden state in fp32, gated, their sum
+        "residual": (hidden * (5 * e + 2 * cast + 8), 0),
     }
 
 
@@ -89,9 +89,10 @@ def _attention_moments(layout: Layout, share: Share, mode: Mode) -> dict[str, tu
         matrices = FUSION_MATRICES * share.heads * layout.spec.head_dim**2 * FP64_BYTES
         moments["fuse"] = (base + 3 * e * inside + 3 * chunk + matrices, near)
     if mode == "dual" or (mode == "global" and plan.ring > 1):
-        kept = e * inside if mode == "dual" else 0  # the local output
-        merged = 2 * e + cast + 12 + (FP32_BYTES if plan.ring > 1 and not cast else 0)
-        moments["merge"] = (base + kept + merged * inside + 6 * lse, near + ring)
+        # both outputs, the first in fp32, three products and sums; from the second merge on the local output is one more
+        merged = 2 * e + cast + 12 + (FP32_BYTES if plan.ring > 1 and mode == "dual" and not cast else 0)
+        # own keys were packed for the ring's first turn only, a halo stays
+        moments["merge"] = (base + merged * inside + 6 * lse, ring + (near if mode == "dual" else 0))
     return moments
 
 

@@ -1,6 +1,7 @@
 """Every way to lay a video over ranks, with its memory and predicted time, the best first."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -99,58 +100,108 @@ class Plan:
         return f"cfg {self.cfg} x ring {self.ring} x ulysses {self.ulysses}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """What is planned for: the arguments of `plan` and `choose`, which name them."""
+
+    spec: ModelSpec
+    video: VideoConfig
+    sampler: SamplerConfig
+    method: MethodConfig
+    gpu: GpuSpec
+    world_size: int
+    options: Options
+
+    def degrees(self) -> list[Degrees]:
+        """Every feasible (cfg, ring, ulysses); none where the ranks are more than the tokens."""
+        frames, frame_tokens = self.grid()
+        passes = num_passes(self.sampler)
+        return feasible_degrees(self.world_size, heads=self.spec.heads, passes=passes, tokens=frames * frame_tokens)
+
+    def grid(self) -> tuple[int, int]:
+        """Latent frames and tokens per frame."""
+        return self.spec.grid(self.video.num_frames, self.video.height, self.video.width)
+
+    def layout(self, degrees: Degrees) -> Layout:
+        """The video on ranks of these degrees."""
+        options = {"itemsize": self.options.itemsize, "local_route": self.options.local_route}
+        return lay_out(self.spec, degrees, self.video, self.sampler, self.method, **options)
+
+    def decode_cost(self) -> tuple[int, int]:
+        """Peak bytes and operations of decoding the video."""
+        return decode_cost(self.spec, self.video.height, self.video.width, self.grid()[0])
+
+    def count_steps(self) -> dict[str, dict[str, int]]:
+        """How many steps of each mode every method has on the sampler's real timesteps."""
+        timesteps = self.spec.timesteps(self.sampler)
+        methods: dict[str, Method] = {name: make_method(name) for name in METHODS}
+        methods[self.method.name] = self.method.method
+        if self.grid()[0] <= self.method.window_frames:  # at native length the engine runs the stock model
+            return {name: {"global": len(timesteps)} for name in methods}
+        return {name: dict(Counter(step.mode for step in made.plan(timesteps))) for name, made in methods.items()}
+
+    def memory(self, degrees: Degrees, modes: Sequence[Mode]) -> tuple[dict[str, int], int]:
+        """Bytes by part, and the peak: denoising and decoding follow each other, so the larger of both counts."""
+        layout, weights = self.layout(degrees), self.spec.weight_bytes(self.options.itemsize)
+        denoise = max((denoise_peak(layout, mode) for mode in modes), key=lambda parts: sum(parts.values()))
+        denoising, decoding = sum(denoise.values()), self.decode_cost()[0]
+        text = weights["text_encoder"] if self.options.text_device == "model" else 0
+        memory = {"weights": weights["transformer"] + weights["vae"], "text_encoder": text, **denoise}
+        memory["vae_decode"] = decoding
+        if self.options.offload == "model":  # one part at a time
+            return memory, max(weights["transformer"] + denoising, text, weights["vae"] + decoding)
+        return memory, memory["weights"] + text + max(denoising, decoding)
+
+    def fits(self, num_bytes: int) -> bool:
+        """Whether the GPU has as much for tensors."""
+        return num_bytes <= self.gpu.usable_gib * GIB
+
+
 def plan(
     spec: ModelSpec,
     video: VideoConfig,
     sampler: SamplerConfig,
     method: MethodConfig,
+    *,
     gpu: GpuSpec,
     world_size: int,
-    *,
     options: Options | None = None,
 ) -> list[Plan]:
     """Every feasible (cfg, ring, ulysses) of `world_size` ranks, best first: those that fit, by predicted seconds.
 
     Raises UserError for a video that the model cannot make and for a number of ranks that no degrees reach.
     """
-    options = options or Options()
-    spec.video.check_video(video.num_frames, video.height, video.width)
-    if world_size < 1:
-        raise UserError(f"cannot plan for {world_size} GPUs; give 1 or more")
-    frames, frame_tokens = spec.grid(video.num_frames, video.height, video.width)
-    degrees = feasible_degrees(
-        world_size, heads=spec.heads, passes=num_passes(sampler), tokens=frames * frame_tokens
-    )
-    if not degrees:
-        raise UserError(f"cannot split {frames * frame_tokens} tokens over {world_size} GPUs; use fewer")
-    steps = count_steps(spec, sampler, method)
-    if frames <= method.window_frames:  # at native length the engine runs the stock model
-        steps = {name: {"global": sum(counts.values())} for name, counts in steps.items()}
-
-    def arrange(which: Degrees) -> Layout:
-        return lay_out(
-            spec, which, video, sampler, method, itemsize=options.itemsize, local_route=options.local_route
+    return plan_case(
+        Case(
+            spec=spec,
+            video=video,
+            sampler=sampler,
+            method=method,
+            gpu=gpu,
+            world_size=world_size,
+            options=options or Options(),
         )
-
-    alone = _seconds(arrange((1, 1, 1)), gpu, options)
-    decode = decode_cost(spec, video.height, video.width, frames)
-    plans = [
-        _make_plan(arrange(which), gpu, options, steps=steps, alone=alone, decode=decode, method=method.name)
-        for which in degrees
-    ]
-    plans.sort(key=lambda p: (not p.fits, p.run_seconds[method.name], p.peak_bytes))
-    return [replace(p, why=_why(p, plans, gpu, method.name)) for p in plans]
+    )
 
 
-def count_steps(spec: ModelSpec, sampler: SamplerConfig, method: MethodConfig) -> dict[str, dict[str, int]]:
-    """How many steps of each mode every method has on the sampler's real timesteps."""
-    timesteps = spec.timesteps(sampler)
-    methods: dict[str, Method] = {name: make_method(name) for name in METHODS} | {method.name: method.method}
-    return {name: dict(Counter(step.mode for step in made.plan(timesteps))) for name, made in methods.items()}
+def plan_case(case: Case) -> list[Plan]:
+    """`plan` for a case."""
+    video, name = case.video, case.method.name
+    case.spec.video.check_video(video.num_frames, video.height, video.width)
+    if case.world_size < 1:
+        raise UserError(f"cannot plan for {case.world_size} GPUs; give 1 or more")
+    every = case.degrees()
+    if not every:
+        frames, frame_tokens = case.grid()
+        raise UserError(f"cannot split {frames * frame_tokens} tokens over {case.world_size} GPUs; use fewer")
+    steps, alone = case.count_steps(), _seconds(case, case.layout((1, 1, 1)))
+    plans = [_make_plan(case, degrees, steps=steps, alone=alone) for degrees in every]
+    plans.sort(key=lambda p: (not p.fits, p.run_seconds[name], p.peak_bytes))
+    return [replace(p, why=_why(p, plans, case)) for p in plans]
 
 
-def _seconds(layout: Layout, gpu: GpuSpec, options: Options) -> dict[str, dict[str, float]]:
-    return {mode: step_seconds(layout, mode, gpu, options.kernel) for mode in MODES}
+def _seconds(case: Case, layout: Layout) -> dict[str, dict[str, float]]:
+    return {mode: step_seconds(layout, mode, case.gpu, case.options.kernel) for mode in MODES}
 
 
 def _run_seconds(steps: dict[str, int], seconds: dict[str, dict[str, float]]) -> float:
@@ -158,20 +209,13 @@ def _run_seconds(steps: dict[str, int], seconds: dict[str, dict[str, float]]) ->
 
 
 def _make_plan(
-    layout: Layout,
-    gpu: GpuSpec,
-    options: Options,
-    *,
-    steps: dict[str, dict[str, int]],
-    alone: dict[str, dict[str, float]],
-    decode: tuple[int, int],
-    method: str,
+    case: Case, degrees: Degrees, *, steps: dict[str, dict[str, int]], alone: dict[str, dict[str, float]]
 ) -> Plan:
-    seconds = _seconds(layout, gpu, options)
-    cfg, ring, ulysses = layout.degrees
-    memory, peak = _memory(layout, options, list(steps[method]), decode_bytes=decode[0])
+    layout = case.layout(degrees)
+    seconds = _seconds(case, layout)
+    cfg, ring, ulysses = degrees
+    memory, peak = case.memory(degrees, [mode for mode in MODES if mode in steps[case.method.name]])
     runs = {name: _run_seconds(counts, seconds) for name, counts in steps.items()}
-    ranks = cfg * ring * ulysses
     return Plan(
         cfg=cfg,
         ring=ring,
@@ -182,48 +226,36 @@ def _make_plan(
         bytes_per_step={mode: layout.step_bytes(mode) for mode in MODES},
         memory=memory,
         peak_bytes=peak,
-        fits=peak <= gpu.usable_gib * GIB,
+        fits=case.fits(peak),
         steps=steps,
         step_seconds=seconds,
         run_seconds=runs,
-        decode_seconds=decode[1] / (gpu.tf32_tflops * TERA * gpu.conv_fraction),
-        efficiency={name: _run_seconds(steps[name], alone) / (ranks * runs[name]) for name in steps},
+        decode_seconds=case.decode_cost()[1] / (case.gpu.tf32_tflops * TERA * case.gpu.conv_fraction),
+        efficiency={name: _run_seconds(steps[name], alone) / (case.world_size * runs[name]) for name in steps},
     )
 
 
-def _memory(layout: Layout, options: Options, modes: list[Mode], *, decode_bytes: int) -> tuple[dict[str, int], int]:
-    """Bytes by part, and the peak: denoising and decoding follow each other, so the larger of both counts."""
-    weights = layout.spec.weight_bytes(options.itemsize)
-    denoise = max((denoise_peak(layout, mode) for mode in modes), key=lambda parts: sum(parts.values()))
-    text = weights["text_encoder"] if options.text_device == "model" else 0
-    memory = {"weights": weights["transformer"] + weights["vae"], "text_encoder": text, **denoise}
-    memory["vae_decode"] = decode_bytes
-    if options.offload == "model":  # one part at a time
-        peak = max(weights["transformer"] + sum(denoise.values()), text, weights["vae"] + decode_bytes)
-    else:
-        peak = memory["weights"] + text + max(sum(denoise.values()), decode_bytes)
-    return memory, peak
-
-
-def _why(p: Plan, plans: list[Plan], gpu: GpuSpec, method: str) -> str:
+def _why(p: Plan, plans: list[Plan], case: Case) -> str:
     """Why this plan stands where it does, against the first one or the second."""
-    best = plans[0]
+    best, method = plans[0], case.method.name
     if not p.fits:
-        return f"needs {p.peak_bytes / GIB:.1f} GiB of {gpu.usable_gib:.1f}"
-    notes = []
-    if p.ulysses > 1 and max(p.heads) * p.ulysses > sum(p.heads):
-        share = max(p.heads) * p.ulysses / sum(p.heads)
-        notes.append(f"{sum(p.heads)} heads over {p.ulysses} ranks leave the busiest {share:.2f}x the mean of attention")
-    waits = {mode: seconds["communication"] for mode, seconds in p.step_seconds.items()}
-    busy = "dual" if "dual" in p.steps[method] else next(iter(p.steps[method]))
-    share = waits[busy] / sum(p.step_seconds[busy].values())
-    notes.append(f"messages that nothing hides take {share:.1%} of a {busy} step")
+        return f"needs {p.peak_bytes / GIB:.1f} GiB of {case.gpu.usable_gib:.1f}"
+    notes = _notes(p, next(mode for mode in MODES if mode in p.steps[method]))
     if p is not best:
-        slower = p.run_seconds[method] / best.run_seconds[method]
-        return f"predicted {slower:.2f}x the time of {best.name}; " + "; ".join(notes)
+        return f"predicted {p.run_seconds[method] / best.run_seconds[method]:.2f}x the time of {best.name}; {notes}"
     if len(plans) == 1:
-        return "the only possible degrees; " + "; ".join(notes)
+        return "the only possible degrees" + (f"; {notes}" if case.world_size > 1 else "")
     after = plans[1]
-    faster = after.run_seconds[method] / p.run_seconds[method]
-    rival = f"{after.name} {'takes ' + format(faster, '.2f') + 'x as long' if after.fits else 'does not fit'}"
-    return f"least predicted time for {method} of those that fit ({rival}); " + "; ".join(notes)
+    takes = f"takes {after.run_seconds[method] / p.run_seconds[method]:.2f}x as long" if after.fits else "does not fit"
+    return f"least predicted time for {method} of those that fit ({after.name} {takes}); {notes}"
+
+
+def _notes(p: Plan, mode: Mode) -> str:
+    """What the degrees cost: uneven heads, and messages of a step of this mode."""
+    seconds = p.step_seconds[mode]
+    share = seconds["communication"] / sum(seconds.values())
+    note = f"messages that nothing hides take {share:.1%} of a {mode} step"
+    uneven = max(p.heads) * p.ulysses / sum(p.heads)
+    if uneven > 1:
+        note += f"; {sum(p.heads)} heads over {p.ulysses} ranks give the busiest {uneven:.2f}x the mean of attention"
+    return note

@@ -22,8 +22,9 @@ def predicted_table(
         spec = read_model(ModelConfig(path=config.model.path, revision=config.model.revision))
         for gpu in gpus:
             for world_size in world_sizes:
+                options = Options.of(config)
                 best = plan(
-                    spec, config.video, config.sampler, config.method, gpu, world_size, options=Options.of(config)
+                    spec, config.video, config.sampler, config.method, gpu=gpu, world_size=world_size, options=options
                 )[0]
                 row = {"model": spec.name, "gpu": gpu.name, "gpus": world_size, "degrees": best.name, "fits": best.fits}
                 row["peak_gib"] = best.peak_bytes / GIB

@@ -65,7 +65,9 @@ def test_progress_by_step() -> None:
     assert fusion_progress([9, 8], domain="step", split=1.0) == [0, 0.5]
 
 
-@pytest.mark.parametrize(("split", "num_steps", "num_dual"), [(0.1, 30, 3), (0.7, 10, 7), (0.29, 100, 29), (0.5, 3, 2)])
+@pytest.mark.parametrize(
+    ("split", "num_steps", "num_dual"), [(0.56, 50, 28), (0.07, 100, 7), (0.29, 100, 29), (0.5, 3, 2)]
+)
 def test_rounding_makes_no_extra_step(split: float, num_steps: int, num_dual: int) -> None:
     progress = fusion_progress([0.0] * num_steps, domain="step", split=split)
     assert sum(p is not None for p in progress) == num_dual

@@ -122,6 +122,19 @@ def hand_out(world: World) -> bool:
     return right
 
 
+def collecting(world: World) -> bool:
+    parts = [world.whole(0)[:, slice(*span)].flatten() for span in world.tokens]
+    sizes = [part.numel() for part in parts]
+    right = True
+    for target in range(world.size):
+        got = collectives.collect(
+            parts[world.rank], sizes=sizes, target=target, group=world.group, trace=world.count.trace()
+        )
+        expected = parts if world.rank == target else []
+        right = right and [torch.equal(*pair) for pair in zip(got, expected, strict=True)] == [True] * len(expected)
+    return right
+
+
 def ordered_sum(world: World) -> bool:
     parts = [world.whole(rank) for rank in range(world.size)]
     expected = parts[0]
@@ -165,7 +178,7 @@ def ring(world: World) -> bool:
 
 
 Movement = Callable[[World], bool]
-MOVEMENTS: list[Movement] = [all_to_all_round_trip, gather, copies, hand_out, ordered_sum, halo, ring]
+MOVEMENTS: list[Movement] = [all_to_all_round_trip, gather, copies, hand_out, collecting, ordered_sum, halo, ring]
 
 
 def check_movements(rank: int, cases: list[Case]) -> None:
@@ -229,6 +242,7 @@ CONTROLS: list[tuple[Movement, str, Callable[..., object]]] = [
     (gather, "all_gather", shift_by_one_token),
     (copies, "all_gather", shift_by_one_token),
     (hand_out, "broadcast", keep_to_oneself),
+    (collecting, "batch_isend_irecv", drop_a_row),
     (ordered_sum, "all_gather", forget_the_others),
     (halo, "batch_isend_irecv", drop_a_row),
     (ring, "batch_isend_irecv", drop_a_row),

@@ -1,0 +1,102 @@
+"""From the number of ranks to a mesh: the degrees that the configuration or the planner chooses, and who exchanges heads."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+
+import torch
+
+from engine.apply import Ranks
+from engine.config import RunConfig
+from engine.errors import UserError
+from engine.planner import ModelSpec, Options, choose, read_gpu, read_model
+from engine.planner.gpu import FOLDER
+from engine.planner.layout import Degrees, feasible_degrees, num_passes
+from parallel.attention import TORCH_EXCHANGE, HeadExchange
+from parallel.deepspeed import deepspeed_exchange
+from parallel.mesh import build_mesh
+from parallel.plan import SequencePlan
+
+
+def join_ranks(config: RunConfig, world: int, device: torch.device) -> Ranks:
+    """The mesh of all `world` ranks; every rank calls this with the same configuration.
+
+    Raises UserError, on every rank alike, for degrees that do not fit the number of ranks, the guidance or the provider.
+    """
+    spec = read_model(config.model)
+    degrees, why = choose_degrees(config, spec, world, device)
+    cfg, ring, ulysses = degrees
+    exchange = _choose_exchange(config, spec, ring, ulysses)
+    timeout = timedelta(seconds=config.parallel.timeout)
+    mesh = build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=device, timeout=timeout)
+    return Ranks(mesh=mesh, local_route=config.parallel.local_route, exchange=exchange, why=why)
+
+
+def choose_degrees(config: RunConfig, spec: ModelSpec, world: int, device: torch.device) -> tuple[Degrees, str]:
+    """(cfg, ring, ulysses) and the reason: what the configuration sets stays, the planner or a rule sets the rest."""
+    fixed = (config.parallel.cfg, config.parallel.ring, config.parallel.ulysses)
+    frames, frame_tokens = spec.grid(config.video.num_frames, config.video.height, config.video.width)
+    passes = num_passes(config.sampler)
+    possible = feasible_degrees(world, heads=spec.heads, passes=passes, tokens=frames * frame_tokens)
+    if not possible:
+        raise UserError(f"{frames * frame_tokens} tokens cannot be split over {world} ranks; start fewer ranks")
+    wanted = [degrees for degrees in possible if _agrees(degrees, fixed)]
+    if not wanted:
+        asked = ", ".join(
+            f"{axis} {degree}" for axis, degree in zip(("cfg", "ring", "ulysses"), fixed, strict=True) if degree
+        )
+        raise UserError(
+            f"{world} ranks cannot be arranged with {asked}; possible are "
+            + ", ".join(f"{cfg} x {ring} x {ulysses}" for cfg, ring, ulysses in possible)
+            + " (cfg x ring x ulysses)"
+        )
+    if len(wanted) == 1:
+        return wanted[0], "the only arrangement that the configuration allows"
+    gpu = _find_gpu(device)
+    if gpu is None:
+        best = min(wanted, key=lambda degrees: _rule(degrees, spec.heads))
+        return best, f"no description of this device in configs/gpus; {_RULE}"
+    plan = choose(
+        spec,
+        config.video,
+        config.sampler,
+        config.method,
+        read_gpu(gpu),
+        world,
+        options=Options.of(config),
+        fixed=fixed,
+    )
+    return plan.degrees, f"the planner's choice for {gpu}: {plan.why}"
+
+
+_RULE = "cfg first, then ulysses as far as it divides the heads, then ring"
+
+
+def _rule(degrees: Degrees, heads: int) -> tuple[bool, bool, int]:
+    """Sorts arrangements: fewest bytes on any device come first, without a description of the device."""
+    cfg, ring, ulysses = degrees
+    return (cfg == 1, heads % ulysses != 0, ring)
+
+
+def _agrees(degrees: Sequence[int], fixed: Sequence[int | None]) -> bool:
+    return all(want in (None, have) for want, have in zip(fixed, degrees, strict=True))
+
+
+def _find_gpu(device: torch.device) -> str | None:
+    """Name of the description in configs/gpus that fits this device's own name."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device).lower().replace(" ", "")
+    return next((path.stem for path in sorted(FOLDER.glob("*.json")) if path.stem in name), None)
+
+
+def _choose_exchange(config: RunConfig, spec: ModelSpec, ring: int, ulysses: int) -> HeadExchange:
+    if config.parallel.provider == "torch":
+        return TORCH_EXCHANGE
+    video = config.video
+    frames, frame_tokens = spec.grid(video.num_frames, video.height, video.width)
+    try:
+        return deepspeed_exchange(
+            SequencePlan(tokens=frames * frame_tokens, heads=spec.heads, ring=ring, ulysses=ulysses)
+        )
+    except (ImportError, ValueError) as error:
+        raise UserError(f"parallel.provider deepspeed: {error}") from error

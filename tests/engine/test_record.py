@@ -1,0 +1,96 @@
+"""The record of a run: complete, valid JSON, whole or absent."""
+
+import hashlib
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import record as module
+from engine.record import describe_device, describe_video, git_revision, peak_memory, versions, write_record
+
+
+def test_a_record_is_json_that_reads_back_the_same(tmp_path: Path) -> None:
+    record = {"prompt": "ein grüner Stern ★", "seed": 2**62, "seconds": {"load": 0.1}, "steps": [], "git": None}
+    write_record(tmp_path / "a.json", record)
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == record
+    assert "grüner" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_numbers_that_json_has_no_word_for_are_refused(tmp_path: Path, value: float) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_record(tmp_path / "a.json", {"seconds": {"load": value}})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_record_that_fails_keeps_the_former_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_record(tmp_path / "a.json", {"seed": 1})
+
+    def fill_disk(self: Path, text: str, **settings: object) -> None:
+        self.write_bytes(b"{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", fill_disk)
+    with pytest.raises(OSError, match="No space"):
+        write_record(tmp_path / "a.json", {"seed": 2})
+    assert json.loads((tmp_path / "a.json").read_bytes()) == {"seed": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_is_said_of_a_video(tmp_path: Path) -> None:
+    (tmp_path / "a.mp4").write_bytes(b"some bytes")
+    assert describe_video(tmp_path / "a.mp4", num_frames=129, fps=16) == {
+        "file": "a.mp4",
+        "sha256": hashlib.sha256(b"some bytes").hexdigest(),
+        "bytes": 10,
+        "num_frames": 129,
+        "fps": 16,
+        "seconds": 129 / 16,
+    }
+
+
+def test_memory_device_and_versions_are_of_this_process() -> None:
+    cpu = torch.device("cpu")
+    before = peak_memory(cpu)["host_bytes"]
+    block = torch.ones(2**26)  # 256 MiB
+    after = peak_memory(cpu)["host_bytes"]
+    assert 2**20 < before <= after < 2**40
+    assert after >= block.nbytes
+    assert describe_device(cpu)["type"] == "cpu"
+    assert describe_device(cpu)["cpu_threads"] == torch.get_num_threads()
+    found = versions()
+    assert found["torch"] == torch.__version__
+    assert all(found[name] for name in ("python", "diffusers", "transformers", "av"))
+
+
+def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PACKAGE", "freespec-no-such-package")
+    assert versions()["freespec-no-such-package"] is None
+
+
+def test_the_revision_is_the_checkout_s_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REPOSITORY", tmp_path)
+    assert git_revision() is None
+
+    def git(*words: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        return subprocess.run(
+            ["git", "-C", str(tmp_path), *identity, *words], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    git("init", "-q")
+    assert git_revision() is None  # no commit yet
+    (tmp_path / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-q", "-m", "one")
+    assert git_revision() == {"revision": git("rev-parse", "HEAD"), "modified": False}
+    (tmp_path / "file").write_text("2")
+    assert git_revision() == {"revision": git("rev-parse", "HEAD"), "modified": True}
+
+    monkeypatch.setattr(module.shutil, "which", lambda name: None)
+    assert git_revision() is None
