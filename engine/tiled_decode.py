@@ -30,6 +30,7 @@ def stream_tiles(vae: AutoencoderKLWan, latents: Tensor, plan: DecodePlan, *, wo
         del pieces
         shapes = [[tile_shape(vae, plan.grid, tile, num_frames) for tile in share] for share in plan.shares]
         sizes = [sum(shape.numel() for shape in of_rank) for of_rank in shapes]
+        assert flat.numel() == sizes[world.rank], f"tiles of {flat.numel()} numbers, planned were {sizes[world.rank]}"
         trace = Trace(label=f"decode, latent frame {index}", on_bytes=ignore_bytes)
         parts = collect(flat, sizes=sizes, target=0, group=world.group, trace=trace)
         if world.rank == 0:
