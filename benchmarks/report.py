@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import RESULTS, ROOT
+from engine.config import RunConfig
+from engine.planner import predicted_table, read_gpu
+from freespec.methods import METHODS
+from launch.cli import parse_run
 
+PREDICTED = (ROOT / "configs" / "wan2.1-t2v-1.3b.yaml", ROOT / "configs" / "wan2.1-t2v-14b.yaml")
 PAGE = ROOT / "docs" / "performance.md"
-BENCHMARKS = ("attention", "fusion")
+BENCHMARKS = ("attention", "fusion", "parallel")
 DEVICES = ("cpu", "cuda")
 Run = dict[str, Any]
 NOT_MEASURED = "not measured"
@@ -22,6 +27,7 @@ Written by `python -m benchmarks.report` from the files in `benchmarks/results/`
 
     python -m benchmarks.attention
     python -m benchmarks.fusion
+    python -m benchmarks.parallel
     python -m benchmarks.report
 
 Every variant runs once per round, so that whatever disturbs the machine hits all alike; times are medians over the rounds, ratios are medians
@@ -164,6 +170,58 @@ def fusion(result: dict[str, Any]) -> str:
     return f"{heading(result)}.\n\n{table(header, rows)}\n\n{ratios(result)}"
 
 
+def parallel(runs: dict[tuple[str, str], Run], device: str) -> str:
+    """Bytes and times of every layout."""
+    run = runs.get(("parallel", device))
+    if run is None:
+        return "Not measured."
+    rows = [
+        [
+            f"{row['shape']} {row['mode']}",
+            str(row["ranks"]),
+            f"{row['ring']} x {row['ulysses']}",
+            f"{row['ms']:.3g}",
+            f"{row['speedup']:.2f}" if row["speedup"] else "",
+            ", ".join(f"{kind} {count:,}" for kind, count in row.get("bytes", {}).items() if count) or "none",
+            {True: "exactly", False: "**no**", None: ""}[row.get("bytes_as_planned")],
+        ]
+        for row in run["results"]
+    ]
+    header = ["layer", "ranks", "ring x ulysses", "ms", "times one rank", "bytes the busiest rank sent", "as planned"]
+    rates = [
+        [ranks, *(f"{by_name[name]:.2f}" for name in ("all_to_all", "gather", "ring"))]
+        for ranks, by_name in run["settings"]["gb_per_second"].items()
+    ]
+    links = table(["ranks", "all-to-all GB/s", "gather GB/s", "ring GB/s"], rates) if rates else ""
+    return "\n\n".join(part for part in (provenance(run), table(header, rows), links) if part)
+
+
+def predictions() -> str:
+    """What the planner says of whole runs; nothing in it is measured."""
+    configs = [load_preset(path) for path in PREDICTED]
+    rows = [
+        [
+            row["model"].partition("/")[2],
+            row["gpu"],
+            str(row["gpus"]),
+            row["degrees"] if row["fits"] else f"{row['degrees']} (does not fit)",
+            f"{row['peak_gib']:.1f}",
+            *(f"{row[f'seconds_{name}'] / 60:.1f}" for name in METHODS),
+            f"{row['efficiency_freespec']:.0%}",
+        ]
+        for row in predicted_table(configs, [read_gpu("h200"), read_gpu("a100")])
+    ]
+    header = ["model, 321 frames", "GPU", "GPUs", "cfg x ring x ulysses", "peak GiB"]
+    header += [f"{name}, min" for name in METHODS] + ["efficiency, freespec"]
+    return table(header, rows)
+
+
+def load_preset(path: Path) -> RunConfig:
+    """A preset as the commands read it."""
+    _, config = parse_run(["--config", str(path)], name="report", description="", add_arguments=lambda parser: None)
+    return config
+
+
 def main() -> None:
     """Write the page."""
     runs = latest()
@@ -175,6 +233,17 @@ def main() -> None:
         "TFLOP/s count 4 S K D per head: the whole square for `global`, `dual` and `masked`, the window's keys for `local`.",
         *section("Fusion", "fusion", runs, fusion),
         "`grams`, `eigh` and `apply` are the parts of `fusion`.",
+        "## Ranks",
+        "### CPU",
+        "Processes of one machine over gloo: bytes are those of any machine, times show overhead, not scaling, once there "
+        "are more ranks than cores.",
+        parallel(runs, "cpu"),
+        "### GPU",
+        parallel(runs, "cuda"),
+        "## Predicted whole runs",
+        "**Predicted, not measured**, by `launch/plan.py`'s model from datasheets and assumed fractions of their peaks "
+        "(`configs/gpus/`). Minutes of denoising with default settings; efficiency against one GPU.",
+        predictions(),
     ]
     Path(PAGE).write_text("\n\n".join(parts) + "\n")
     print(f"wrote {PAGE.relative_to(ROOT)}")

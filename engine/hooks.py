@@ -98,6 +98,8 @@ class StepHook:
         if timestep.dim() != 1:
             raise ValueError(f"expected one timestep per video, got a tensor of shape {tuple(timestep.shape)}")
         state = self.state
+        if state.mesh.world.size > 1:
+            _refuse_caches_of_one_rank(transformer)
         state.step = self._find_step(float(timestep[0]))
         frames, frame_tokens = WanAdapter.grid(transformer, latents)
         state.attention = WindowedAttention(
@@ -145,6 +147,20 @@ class StepHook:
             route = choose_local_route(plan, shape=shape, halo=state.attention.halo).route
         by_halo = state.mode == "local" and route == "halo"
         state.attention_layout = state.layout.on_shards() if by_halo else state.layout
+
+
+# Caches that skip blocks by what one rank sees of its own tokens: ranks would disagree, and wait for each other for ever.
+_RANK_LOCAL_CACHES = ("FirstBlockCacheConfig", "SeaCacheConfig", "FasterCacheConfig")
+
+
+def _refuse_caches_of_one_rank(transformer: nn.Module) -> None:
+    """Raise UserError for a diffusers cache that is unsafe over ranks; asked in each forward, as one may be added later."""
+    name = type(getattr(transformer, "_cache_config", None)).__name__
+    if name in _RANK_LOCAL_CACHES:
+        raise UserError(
+            f"{name.removesuffix('Config')} decides by one rank's tokens which blocks to skip, so ranks would part; "
+            "call transformer.disable_cache(), or use one rank"
+        )
 
 
 def shard_hooks(state: RunState, transformer: nn.Module) -> list[RemovableHandle]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from diffusers import FirstBlockCacheConfig
 from torch import Tensor
 
 import engine.engine
@@ -70,6 +71,14 @@ def latents_on_ranks(rank: int, case: Case) -> Tensor | str:
     except UserError as error:
         return str(error)
     break_on_purpose(made, case.fault)
+    if case.fault == "first block cache":
+        made.pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+        try:
+            made.denoise("a red circle")
+        except UserError as error:
+            return str(error)
+        finally:
+            made.pipe.transformer.disable_cache()
     return made.denoise("a red circle").latents
 
 
@@ -155,3 +164,10 @@ def test_ranks_that_disagree_all_say_so(folder, tmp_path):
     assert seeds == [expected, expected]
     assert weights[0] == weights[1]
     assert weights[0].startswith("rank 1: model.path")
+
+
+def test_a_cache_that_each_rank_would_decide_for_itself_is_refused(folder, tmp_path):
+    cases = [Case(folder, degrees, "freespec", fault="first block cache") for degrees in ((1, 1, 2), (2, 1, 1))]
+    for by_rank in run_ranks(2, latents_on_ranks, cases, tmp_path):
+        for message in by_rank:
+            assert message.startswith("FirstBlockCache decides by one rank's tokens"), message

@@ -28,7 +28,7 @@ from engine.errors import UserError
 from engine.group_of_one import GROUP_OF_ONE
 from engine.load import load_pipeline
 from engine.planner.live_bytes import LiveBytes
-from engine.tiled_decode import stream_tiles
+from engine.tiled_decode import fade_in, stream_tiles
 from parallel.mesh import Axis, SeqMesh, build_mesh
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import random_wan, save_random_wan
@@ -51,7 +51,9 @@ CASES = [
     Case((1, 8, 12), 12),
     Case((2, 5, 4), 4),  # cut to 2 rows and 1 column at the border
     Case((3, 9, 3), 3),  # narrower than a tile
-    Case((2, 4, 5), 2, dataclasses.replace(TILED, stride_height=16, stride_width=16)),  # no overlap, ranks without tiles
+    Case(
+        (2, 4, 5), 2, dataclasses.replace(TILED, stride_height=16, stride_width=16)
+    ),  # no overlap, ranks without tiles
     Case((2, 7, 9), 14, dataclasses.replace(TILED, tile_width=24, stride_height=4, stride_width=20)),  # much overlap
     Case((3, 4, 4), 1),  # one tile: decoded whole, although the stride is smaller
 ]
@@ -150,6 +152,18 @@ def test_tiles_over_two_ranks_and_what_is_broken_is_seen(tmp_path):
         assert by_rank == [not case.fault, None], case
 
 
+@pytest.mark.parametrize("dim", [-2, -1])
+def test_fading_all_lines_at_once_is_fading_line_by_line(dim):
+    vae = random_vae()
+    by_line = {-2: vae.blend_v, -1: vae.blend_h}[dim]
+    for extent in range(70):
+        before, tile = draw((2, 64, 64)), draw((2, 64, 64)).flip(dim)
+        tile = tile.narrow(dim, 0, 40) if extent % 2 else tile  # cut at the border
+        expected = by_line(before, tile.clone(), extent)
+        fade_in(tile, before, extent=extent, dim=dim)
+        assert torch.equal(tile, expected), extent
+
+
 def config_of(folder: str, decode: DecodeConfig) -> RunConfig:
     return RunConfig(
         model=ModelConfig(path=folder, device="cpu"),
@@ -200,7 +214,7 @@ def peak_bytes(world: Axis, num_latents: int) -> int:
 
 
 def test_memory_does_not_grow_with_length(alone):
-    peaks = {num_latents: peak_bytes(alone, num_latents) for num_latents in (3, 6, 12)}
+    peaks = {num_latents: peak_bytes(alone, num_latents) for num_latents in (3, 5, 8)}
     assert len(set(peaks.values())) == 1, peaks
 
 
@@ -268,11 +282,13 @@ def test_auto_weighs_a_real_vae_against_free_memory(alone):
     assert plans[80].mode == "whole"
     assert plans[6].mode == "tiled"
     assert plans[6].record["tiles_by_rank"] == [1, 2, 2, 2, 2, 2, 2, 2]
-    assert "9.1 GiB of the 6.0 GiB" in plans[6].why
+    assert "9.0 GiB of the 6.0 GiB" in plans[6].why
 
 
 def test_impossible_tiles_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"stride_width must lie in \[1, decode.tile_width\], got stride 300 and tile 256"):
+    with pytest.raises(
+        UserError, match=r"stride_width must lie in \[1, decode.tile_width\], got stride 300 and tile 256"
+    ):
         DecodeConfig(stride_width=300)
     with pytest.raises(UserError, match="stride_height must lie in .* got stride 0"):
         DecodeConfig(stride_height=0)

@@ -1,0 +1,406 @@
+"""The planner's numbers against torch's own counters: operations exact, memory within 15 %, degrees by enumeration."""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.adapters.wan_published import PUBLISHED
+from engine.apply import apply_method
+from engine.config import MethodConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig
+from engine.decode import stream_decode
+from engine.errors import UserError
+from engine.hooks import BranchProcessor, RunState, StepHook, shard_hooks
+from engine.planner import ModelSpec, Options, choose, plan, predicted_table, read_gpu, read_model
+from engine.planner.flops import forward_flops
+from engine.planner.gpu import FOLDER
+from engine.planner.layout import Layout, feasible_degrees, lay_out, latent_bytes
+from engine.planner.memory import GIB, PREDICTION_TENSORS, decode_cost, denoise_peak
+from engine.planner.timing import block_passes, communication_seconds
+from freespec.attention import WindowedAttention
+from freespec.kernels import KERNELS
+from freespec.methods import StepPlan, make_method
+from parallel.attention import TORCH_EXCHANGE
+from parallel.plan import Mode, length
+from tests.parallel.memory import LiveBytes
+from tests.parallel.worlds import small_mesh
+from tests.tiny_pipelines import random_wan, save_random_wan
+
+SMALL, LARGE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+METHOD_OF: dict[Mode, str] = {"dual": "freespec", "global": "direct", "local": "sliding_window"}
+LONG = VideoConfig(num_frames=321, height=480, width=832)
+SAMPLER = SamplerConfig(guidance_scale=6.0, flow_shift=8.0)
+FREESPEC = MethodConfig(window_frames=21)
+RANK = 3  # of 8: one with neighbours on both sides
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def specs() -> dict[str, ModelSpec]:
+    return {name: ModelSpec(name=name, source="test", configs=PUBLISHED[name]) for name in PUBLISHED}
+
+
+@pytest.fixture
+def fake_world() -> Iterator[None]:
+    """Rank 3 of 8 on torch's fake backend, whose collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=RANK, world_size=8)
+    yield
+    dist.destroy_process_group()
+
+
+def make_layout(spec: ModelSpec, video: VideoConfig, ring: int, ulysses: int, *, window: int, itemsize: int) -> Layout:
+    method = MethodConfig(window_frames=window)
+    return lay_out(spec, (1, ring, ulysses), video, SAMPLER, method, itemsize=itemsize, local_route="auto")
+
+
+def fake_forward(layout: Layout, mode: Mode, kernel: str, *, layers: int) -> Callable[[], Tensor]:
+    """One forward of the real architecture in the layout, as this rank of the fake world runs it, on fake bf16 tensors."""
+    spec, (frames, frame_tokens) = layout.spec, (layout.frames, layout.frame_tokens)
+    with FakeTensorMode():
+        torch.set_default_dtype(torch.bfloat16)
+        model = WanTransformer3DModel.from_config(spec.configs["transformer"] | {"num_layers": layers}).eval()
+        torch.set_default_dtype(torch.float32)
+        for name, parameter in model.named_parameters():
+            if any(part in name.split(".") for part in model._keep_in_fp32_modules):
+                parameter.data = parameter.data.float()
+        rows = {1560: (60, 104), 16: (8, 8)}[frame_tokens]
+        latents = torch.empty(1, 16, frames, *rows, dtype=torch.bfloat16)
+        text = torch.empty(1, layout.text, 4096, dtype=torch.bfloat16)
+        timestep = torch.empty(1)
+    method, (_, ring, ulysses) = make_method(METHOD_OF[mode]), layout.degrees
+    mesh = small_mesh(cfg=8 // (ring * ulysses), ring=ring, ulysses=ulysses)
+    state = RunState(
+        method=method, window_frames=layout.window_frames, kernel_name=kernel, mesh=mesh, exchange=TORCH_EXCHANGE
+    )
+    state.mode = mode
+    state.attention = WindowedAttention(
+        num_frames=frames, frame_tokens=frame_tokens, window_frames=layout.window_frames, kernel=KERNELS[kernel]
+    )
+    StepHook(state, lambda: None)._lay_out(layout.tokens, spec.heads, spec.head_dim, latents)
+    if mode == "dual":
+        with FakeTensorMode():
+            state.weights = method.weights(StepPlan(mode="dual"), spec.head_dim, CPU)
+    for layer, block in enumerate(model.blocks):
+        block.attn1.set_processor(BranchProcessor(state, layer))
+    shard_hooks(state, model)
+    return lambda: model(latents, timestep, text, return_dict=False)[0]
+
+
+def counted_flops(run: Callable[[], Any]) -> int:
+    """What torch counts. Plain SDPA, as the counter does not know the CPU's flash operator."""
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        sdpa_kernel(SDPBackend.MATH),
+        torch.no_grad(),
+        FlopCounterMode(display=False) as counter,
+    ):
+        run()
+    return counter.get_total_flops()
+
+
+def profiled_peak(run: Callable[[], Any]) -> int:
+    """Most bytes that the CPU allocator had given out at once, those inside operators included."""
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    return max(itertools.accumulate(sizes))
+
+
+# Operations.
+
+
+@pytest.mark.parametrize("name", [SMALL, LARGE])
+@pytest.mark.parametrize(
+    "video", [LONG, VideoConfig(num_frames=5, height=64, width=64)], ids=["321 frames", "5 frames"]
+)
+def test_flops_of_the_stock_model_are_exactly_what_torch_counts(
+    specs: dict[str, ModelSpec], name: str, video: VideoConfig
+) -> None:
+    spec = specs[name]
+    shape = spec.video.latent_shape(video.num_frames, video.height, video.width)
+    with torch.device("meta"):
+        model = WanTransformer3DModel.from_config(spec.configs["transformer"]).eval()
+        inputs = torch.empty(shape), torch.empty(1), torch.empty(1, SAMPLER.max_text_tokens, 4096)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*inputs, return_dict=False)
+    share = make_layout(spec, video, 1, 1, window=21, itemsize=2).share("global")
+    assert sum(forward_flops(spec, share, "global").values()) == counter.get_total_flops()
+    # Negative control: a token, a text token or a layer less is seen.
+    for wrong in (replace(share, queries=share.queries - 1), replace(share, text=share.text - 1)):
+        assert sum(forward_flops(spec, wrong, "global").values()) != counter.get_total_flops()
+
+
+@pytest.mark.usefixtures("fake_world")
+@pytest.mark.parametrize("mode", ["dual", "global", "local"])
+@pytest.mark.parametrize(("name", "ring", "ulysses"), [(SMALL, 1, 1), (SMALL, 2, 4), (SMALL, 8, 1), (LARGE, 1, 8)])
+def test_flops_of_every_branch_in_every_layout_are_exactly_what_torch_counts(
+    specs: dict[str, ModelSpec], name: str, ring: int, ulysses: int, mode: Mode
+) -> None:
+    video = VideoConfig(num_frames=29, height=64, width=64)  # 8 latent frames of 16 tokens
+    layout = make_layout(specs[name], video, ring, ulysses, window=3, itemsize=2)
+    spec = replace(specs[name], configs=specs[name].configs | {"transformer": _with_layers(specs[name], 2)})
+    flops = forward_flops(spec, layout.share(mode), mode)
+    assert sum(flops.values()) == counted_flops(fake_forward(layout, mode, "plain", layers=2))
+    if mode == "dual":  # both branches for the price of one
+        together = flops["attention_local"] + flops["attention_rest"]
+        assert together == forward_flops(spec, layout.share("global"), "global")["attention_global"]
+
+
+def _with_layers(spec: ModelSpec, layers: int) -> dict[str, Any]:
+    return spec.configs["transformer"] | {"num_layers": layers}
+
+
+def test_passes_over_memory_are_about_those_of_the_eager_block(specs: dict[str, ModelSpec]) -> None:
+    """A TorchDispatchMode that adds up what elementwise operators read and write; RMS norms count as the fused kernel."""
+
+    class Traffic(LiveBytes):
+        total = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            name = str(func).split(".")[1]
+            if name in ("_to_copy", "native_layer_norm", "mul", "add", "sub", "gelu", "copy_"):
+                tensors = [*args, *(out if isinstance(out, tuple) else (out,))]
+                self.total += sum(x.nbytes for x in tensors[: 3 if name == "copy_" else None] if isinstance(x, Tensor))
+            return out
+
+    spec = specs[SMALL]
+    with torch.device("meta"):
+        block = WanTransformer3DModel.from_config(_with_layers(spec, 1)).blocks[0].eval()
+        tokens, width = 4096, spec.width
+        hidden = torch.empty(1, tokens, width, dtype=torch.bfloat16)
+        text = torch.empty(1, 8, width, dtype=torch.bfloat16)
+        rotary = torch.empty(1, tokens, 1, 128), torch.empty(1, tokens, 1, 128)
+    for name, parameter in block.named_parameters():
+        if "norm2" not in name and "scale_shift_table" not in name:
+            parameter.data = parameter.data.bfloat16()
+    with torch.no_grad(), Traffic() as traffic:
+        block(hidden, text, torch.empty(1, 6, width, device="meta"), rotary)
+    ratio = spec.transformer.ffn_dim / width
+    # The eager RMS norm of q, k and cross q on the meta device: to fp32, times its inverse root, times weight, back.
+    rms = 3 * (6 + 8 + 8 + 6)
+    measured = traffic.total / (tokens * width)
+    assert block_passes(2, ratio) - 3 * 4 + rms == pytest.approx(measured, rel=0.1)
+
+
+# Memory.
+
+
+@pytest.mark.parametrize("mode", ["dual", "global", "local"])
+def test_peak_of_a_forward_is_within_15_percent_of_what_the_allocator_gave_out(tmp_path: Path, mode: Mode) -> None:
+    spec = read_model(ModelConfig(path=str(save_random_wan(tmp_path))))
+    pipe = random_wan(layers=2)
+    video = VideoConfig(num_frames=141, height=64, width=64)  # 36 latent frames, four times the window
+    latents, text = torch.randn(1, 4, 36, 16, 16), torch.randn(1, 16, 16)
+    with apply_method(pipe, method=METHOD_OF[mode], window_frames=9):
+        pipe.scheduler.set_timesteps(4)
+        pipe.scheduler.set_begin_index(0)
+        timestep = pipe.scheduler.timesteps[:1]
+        measured = profiled_peak(lambda: pipe.transformer(latents, timestep, text, return_dict=False))
+    layout = make_layout(spec, video, 1, 1, window=9, itemsize=4)
+    assert forward_part(layout, mode) == pytest.approx(measured, rel=0.15)
+
+
+def forward_part(layout: Layout, mode: Mode) -> int:
+    """The predicted peak without what is alive before a forward starts: latents and earlier predictions."""
+    predictions = PREDICTION_TENSORS * layout.tokens * layout.spec.patch_values[1] * layout.itemsize
+    return sum(denoise_peak(layout, mode).values()) - 4 * latent_bytes(layout) - predictions
+
+
+@pytest.mark.usefixtures("fake_world")
+@pytest.mark.parametrize("mode", ["dual", "global", "local"])
+@pytest.mark.parametrize(("ring", "ulysses"), [(1, 1), (1, 4), (2, 4), (8, 1), (1, 8)])
+def test_peak_of_wan_at_321_frames_is_within_15_percent_in_every_layout(
+    specs: dict[str, ModelSpec], ring: int, ulysses: int, mode: Mode
+) -> None:
+    layout = make_layout(specs[SMALL], LONG, ring, ulysses, window=21, itemsize=2)
+    run = fake_forward(layout, mode, "cpu_flash", layers=1)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), LiveBytes() as live:
+        run()
+    assert forward_part(layout, mode) == pytest.approx(live.peak, rel=0.15)
+
+
+def test_peak_of_decoding_is_within_15_percent_of_what_the_allocator_gave_out(tmp_path: Path) -> None:
+    spec = read_model(ModelConfig(path=str(save_random_wan(tmp_path))))
+    vae = AutoencoderKLWan.from_config(spec.configs["vae"]).eval()
+    measured = profiled_peak(lambda: [frames.mean() for frames in stream_decode(vae, torch.randn(1, 4, 5, 16, 16))])
+    assert decode_cost(spec, 64, 64, 5)[0] == pytest.approx(measured, rel=0.15)
+    assert decode_cost(spec, 64, 64, 50)[0] == decode_cost(spec, 64, 64, 5)[0]  # any length
+    assert decode_cost(spec, 64, 64, 50)[1] > decode_cost(spec, 64, 64, 5)[1]
+
+
+def test_weights_are_those_of_the_published_checkpoints(specs: dict[str, ModelSpec]) -> None:
+    assert specs[SMALL].parameters == {
+        "transformer": 1_418_996_800,
+        "text_encoder": 5_680_910_336,
+        "vae": 126_892_531,
+    }
+    assert specs[LARGE].parameters["transformer"] == 14_288_491_584
+    assert specs[LARGE].weight_bytes(4)["transformer"] == 4 * 14_288_491_584
+    assert 2 * 14_288_491_584 < specs[LARGE].weight_bytes(2)["transformer"] < 2.01 * 14_288_491_584
+
+
+# Degrees, choice, refusals.
+
+
+@pytest.mark.parametrize("heads", [12, 40, 5])
+@pytest.mark.parametrize("passes", [1, 2])
+def test_every_feasible_triple_and_no_other_is_listed(heads: int, passes: int) -> None:
+    for world in range(1, 17):
+        expected = {
+            (c, r, u)
+            for c, r, u in itertools.product(range(1, world + 1), repeat=3)
+            if c * r * u == world and c <= passes and (heads % u == 0 or r == 1)
+        }
+        found = feasible_degrees(world, heads=heads, passes=passes, tokens=10**6)
+        assert len(found) == len(set(found))
+        assert set(found) == expected
+
+
+def test_plans_of_eight_gpus_list_shares_and_the_cost_of_uneven_heads(specs: dict[str, ModelSpec]) -> None:
+    plans = plan(specs[SMALL], LONG, SAMPLER, FREESPEC, gpu=read_gpu("h200"), world_size=8)
+    by_degrees = {p.degrees: p for p in plans}
+    assert len(by_degrees) == 7
+    assert plans[0].degrees == (2, 1, 4)
+    assert all(sum(p.tokens) == 126_360 and sum(p.heads) == 12 for p in plans)
+    uneven = by_degrees[1, 1, 8]
+    assert sorted(uneven.heads) == [1, 1, 1, 1, 2, 2, 2, 2]
+    assert "12 heads over 8 ranks give the busiest 1.33x" in uneven.why
+    attention = {degrees: p.step_seconds["dual"]["attention"] for degrees, p in by_degrees.items()}
+    assert attention[1, 1, 8] == pytest.approx(attention[2, 1, 4] * 4 / 3)
+    assert plans[0].steps["freespec"] == {"dual": 45, "local": 5}  # shift 8: nine tenths of the steps
+    assert plans[0].bytes_per_step["dual"]["ring"] == 0 < by_degrees[1, 8, 1].bytes_per_step["dual"]["ring"]
+    json.dumps([dataclasses.asdict(p) for p in plans])
+
+
+def test_one_gpu_is_its_own_measure_and_sends_nothing(specs: dict[str, ModelSpec]) -> None:
+    (only,) = plan(specs[SMALL], LONG, SAMPLER, FREESPEC, gpu=read_gpu("h100"), world_size=1)
+    assert set(only.efficiency.values()) == {1.0}
+    assert all(not any(kinds.values()) for kinds in only.bytes_per_step.values())
+    assert only.run_seconds["sliding_window"] < only.run_seconds["freespec"] < only.run_seconds["direct"]
+
+
+def test_at_native_length_every_step_is_the_stock_model(specs: dict[str, ModelSpec]) -> None:
+    native = replace(LONG, num_frames=81)
+    (only,) = plan(specs[SMALL], native, SAMPLER, FREESPEC, gpu=read_gpu("h100"), world_size=1)
+    assert set(map(str, only.steps.values())) == {"{'global': 50}"}
+
+
+def test_without_guidance_there_is_no_cfg_axis(specs: dict[str, ModelSpec]) -> None:
+    plans = plan(specs[SMALL], LONG, replace(SAMPLER, guidance_scale=1.0), FREESPEC, gpu=read_gpu("h200"), world_size=8)
+    assert {p.cfg for p in plans} == {1}
+    assert plans[0].degrees == (1, 2, 4)
+
+
+def test_ring_transfers_cost_only_what_compute_does_not_hide(specs: dict[str, ModelSpec]) -> None:
+    layout = make_layout(specs[SMALL], LONG, 8, 1, window=21, itemsize=2)
+    gpu = read_gpu("h200")
+    hidden = communication_seconds(layout, "global", gpu, attention=100.0)
+    exposed = communication_seconds(layout, "global", gpu, attention=0.0)
+    ring = layout.step_bytes("global")["ring"] / (gpu.intra_node_gb_s * 1e9 * gpu.link_fraction)
+    assert exposed - hidden == pytest.approx(ring)
+    slow = replace(gpu, gpus_per_node=4)  # the same eight ranks on two machines
+    assert communication_seconds(layout, "global", slow, attention=0.0) > exposed
+
+
+def test_choose_keeps_the_degrees_that_are_fixed(specs: dict[str, ModelSpec]) -> None:
+    arguments: dict[str, Any] = {"gpu": read_gpu("h200"), "world_size": 8}
+    assert choose(specs[SMALL], LONG, SAMPLER, FREESPEC, **arguments).degrees == (2, 1, 4)
+    fixed = choose(specs[SMALL], LONG, SAMPLER, FREESPEC, **arguments, fixed=(1, None, 2))
+    assert fixed.degrees == (1, 4, 2)
+    with pytest.raises(
+        UserError, match=r"8 GPUs cannot have parallel.ring 3; possible are cfg 2 x ring 1 x ulysses 4; "
+    ):
+        choose(specs[SMALL], LONG, SAMPLER, FREESPEC, **arguments, fixed=(None, 3, None))
+
+
+@pytest.mark.parametrize(
+    ("memory", "options", "advice"),
+    [
+        (20.0, Options(), "the smallest change that fits is parallel.text_device cpu"),
+        (13.0, Options(text_device="cpu"), "the smallest change that fits is 2 GPUs"),
+        (11.6, Options(text_device="cpu"), "the smallest change that fits is 2 GPUs"),
+        (2.5, Options(), "the transformer's weights alone are 2.6 GiB"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_the_smallest_change(
+    specs: dict[str, ModelSpec], memory: float, options: Options, advice: str
+) -> None:
+    spec = specs[SMALL]
+    gpu = replace(read_gpu("h100"), name="small", memory_gib=memory + 2, reserved_gib=2)
+    video = replace(LONG, num_frames=641)
+    (alone,) = plan(spec, video, SAMPLER, FREESPEC, gpu=gpu, world_size=1, options=options)
+    with pytest.raises(UserError) as refused:
+        choose(spec, video, SAMPLER, FREESPEC, gpu=gpu, world_size=1, options=options)
+    line = str(refused.value)
+    assert "\n" not in line
+    assert f"needs {alone.peak_bytes / GIB:.1f} GiB on one small" in line
+    assert f"can have {memory:.1f} GiB" in line
+    assert advice in line
+
+
+def test_a_shorter_video_that_is_advised_fits_and_the_next_does_not(specs: dict[str, ModelSpec]) -> None:
+    spec, options = specs[SMALL], Options(offload="model")
+    gpu = replace(read_gpu("h100"), memory_gib=14, reserved_gib=1)
+    video = replace(LONG, num_frames=1281)
+    with pytest.raises(UserError) as refused:
+        choose(spec, video, SAMPLER, FREESPEC, gpu=gpu, world_size=1, options=options)
+    frames = int(str(refused.value).partition("video.num_frames ")[2].split()[0].strip(",)"))
+    fits = [
+        plan(spec, replace(LONG, num_frames=n), SAMPLER, FREESPEC, gpu=gpu, world_size=1, options=options)[0].fits
+        for n in (frames, frames + 4)
+    ]
+    assert fits == [True, False]
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(FOLDER.glob("*.json"))])
+def test_every_number_of_a_gpu_has_a_source(name: str) -> None:
+    gpu = read_gpu(name)
+    assert {key.partition(".")[0] for key in gpu.numbers()} == set(gpu.sources)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gemm_fraction": 1.5}, "gemm_fraction is a fraction of a peak and must be at most 1, got 1.5"),
+        ({"memory_gib": "80"}, "memory_gib must be a number, got '80'"),
+        ({"bandwidth": 3}, "has the unknown bandwidth"),
+        ({"sources": {}}, "sources names no source of memory_gib"),
+    ],
+)
+def test_a_gpu_file_with_a_mistake_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(json.loads((FOLDER / "h200.json").read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        read_gpu(str(path))
+
+
+def test_the_predicted_table_has_a_row_for_every_gpu_and_size() -> None:
+    config = RunConfig(model=ModelConfig(path=SMALL), video=LONG, sampler=SAMPLER, method=FREESPEC)
+    rows = predicted_table([config], [read_gpu("h100"), read_gpu("h200")], world_sizes=(1, 8))
+    assert [(row["gpu"], row["gpus"]) for row in rows] == [("H100", 1), ("H100", 8), ("H200", 1), ("H200", 8)]
+    assert all(row["fits"] and 0 < row["efficiency_freespec"] <= 1 for row in rows)
+    assert rows[0]["seconds_direct"] > 6 * rows[1]["seconds_direct"]
+
+
+def test_shares_of_the_busiest_rank_cover_the_whole(specs: dict[str, ModelSpec]) -> None:
+    layout = make_layout(specs[SMALL], replace(LONG, num_frames=29, height=64, width=64), 3, 5, window=3, itemsize=2)
+    share = layout.share("dual")
+    assert share.shard == max(map(length, layout.sequence.shards))
+    assert share.queries == max(map(length, layout.sequence.ring_shards))
+    assert share.heads == 3

@@ -1,0 +1,67 @@
+"""`launch/plan.py` as a person and as a program uses it: no weights, no network, one line for a mistake."""
+
+import json
+from typing import Any
+
+import pytest
+
+from launch.command import run_command
+from launch.plan import main
+
+WAN = ["--config", "configs/wan2.1-t2v-1.3b.yaml"]
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the planner asked the network")
+
+    monkeypatch.setattr("socket.socket.connect", refuse)
+
+
+def test_text_names_the_chosen_plan_first_and_says_why_and_that_times_are_predicted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run_command(main, [*WAN, "--gpus", "8", "--gpu", "h200"]) == 0
+    out = capsys.readouterr().out
+    assert "chosen: cfg 2 x ring 1 x ulysses 4" in out
+    assert "why: least predicted time for freespec" in out
+    assert "numbers of the model: published numbers" in out or "local copy" in out
+    assert "Every time is predicted" in out
+    rows = [line.split()[:3] for line in out.partition("every plan")[2].splitlines()]
+    assert rows[2] == ["2", "1", "4"]
+    assert ["1", "1", "8"] in rows
+
+
+def test_json_is_the_same_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(main, [*WAN, "--gpus", "2", "--gpu", "a100", "--json", "--method.name", "direct"]) == 0
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["gpus"] == 2
+    assert {"predicted", "model", "gpu", "video", "plans"} <= set(tree)
+    first = tree["plans"][0]
+    assert first["cfg"] * first["ring"] * first["ulysses"] == 2
+    assert set(first["run_seconds"]) == {"direct", "sliding_window", "freespec"}
+    assert set(first["bytes_per_step"]["dual"]) == {"all_to_all", "halo", "ring", "grams", "gather", "cfg"}
+
+
+def test_degrees_of_the_configuration_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(main, [*WAN, "--gpus", "8", "--parallel.cfg", "1", "--parallel.ring", "2"]) == 0
+    assert "chosen: cfg 1 x ring 2 x ulysses 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpu", "h20"], "error: unknown GPU 'h20'; choose one of a100, h100, h200, rtx4090"),
+        (["--gpus", "0"], "error: cannot plan for 0 GPUs"),
+        (["--video.num_frames", "320"], "error: video.num_frames must be 4k + 1, got 320"),
+        (["--parallel.ulysses", "5"], "error: 1 GPUs cannot have parallel.ulysses 5"),
+        (["--gpu", "rtx4090", "--model.path", "Wan-AI/Wan2.1-T2V-14B-Diffusers"], "error: does not fit: cfg 1"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    assert run_command(main, [*WAN, *words]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(message)
+    assert captured.err.count("\n") == 1
