@@ -8,13 +8,13 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 
-def random_wan(*, heads: int = 4, layers: int = 2, seed: int = 0) -> WanPipeline:
-    """Wan2.1 classes with `heads` x 12 channels; 4x spatial and temporal compression, 64 rotary positions."""
+def random_wan(*, heads: int = 4, head_dim: int = 12, layers: int = 2, seed: int = 0) -> WanPipeline:
+    """Wan2.1 classes with `heads` x `head_dim` channels; 4x spatial and temporal compression, 64 rotary positions."""
     torch.manual_seed(seed)
     transformer = WanTransformer3DModel(
         patch_size=(1, 2, 2),
         num_attention_heads=heads,
-        attention_head_dim=12,
+        attention_head_dim=head_dim,
         in_channels=4,
         out_channels=4,
         text_dim=16,

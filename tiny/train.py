@@ -24,7 +24,7 @@ class Plan:
     """All sizes of a training run; the defaults made the shipped weights."""
 
     vae: VaePlan = field(default_factory=VaePlan)
-    num_clips: int = 2048
+    num_clips: int = 1536
     clips_per_file: int = 256
     flow: FlowPlan = field(default_factory=FlowPlan)
 

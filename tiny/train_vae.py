@@ -25,7 +25,7 @@ SEED = 1
 class VaePlan:
     """Phases of (frames per clip, clips per batch, steps), the peak learning rate, and steps between saved states."""
 
-    phases: tuple[tuple[int, int, int], ...] = ((1, 8, 700), (9, 3, 800))
+    phases: tuple[tuple[int, int, int], ...] = ((1, 8, 700), (9, 3, 700))
     lr: float = 1.5e-3
     save_every: int = 200
 

@@ -115,7 +115,8 @@ def _always(layout: Layout) -> int:
 def decode_cost(spec: ModelSpec, height: int, width: int, num_latents: int) -> tuple[int, int]:
     """Peak bytes without weights, and operations, of decoding `num_latents` latent frames one by one on one device.
 
-    From running the decoder on the meta device: three frames show its peak, since memory is bounded from then on.
+    From running the decoder on the meta device: three frames show its peak, since memory is bounded from then on. What a
+    convolution kernel takes for itself is not in it.
     """
     shape = spec.video.latent_shape(1, height, width)
     by_frame = _decode_trace(json.dumps(spec.configs["vae"], sort_keys=True), (shape[1], shape[3], shape[4]))
@@ -131,9 +132,10 @@ def _decode_trace(config: str, latent: tuple[int, int, int]) -> list[tuple[int, 
     channels, rows, columns = latent
     latents = torch.empty(1, channels, 3, rows, columns, device="meta")
     by_frame = []
+    vae = spec.make_vae()  # before anything is counted: weights are a part of their own
     with LiveBytes() as live, FlopCounterMode(display=False) as counter:
         done = 0
-        for frames in stream_decode(spec.make_vae(), latents):
+        for frames in stream_decode(vae, latents):
             to_bytes = 3 * frames.nbytes  # engine.decode.to_uint8: scaled, clamped, rounded
             total = counter.get_total_flops()
             by_frame.append((max(live.peak, live.now + to_bytes), total - done))

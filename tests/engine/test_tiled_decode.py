@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -26,14 +27,13 @@ from engine.decode_plan import GIB, check_tiles, choose_mode, make_grid, plan_de
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.group_of_one import GROUP_OF_ONE
-from engine.load import load_pipeline
 from engine.planner.live_bytes import LiveBytes
 from engine.tiled_decode import fade_in, stream_tiles
-from parallel.mesh import Axis, SeqMesh, build_mesh
+from parallel.mesh import Axis, build_mesh
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import random_wan, save_random_wan
 
-SCALE = 4  # pixels per latent of the random VAE
+NUM_RANKS = (1, 2, 3, 4)
 TILED = DecodeConfig(mode="tiled", tile_height=16, tile_width=16, stride_height=12, stride_width=12)
 
 
@@ -63,6 +63,8 @@ FAULTS = [
     Case((3, 8, 12), 12, fault="swapped tiles"),
     Case((3, 8, 8), 4, EQUAL_TILES, fault="one cache for all"),
 ]
+NO_FAULT = Case((3, 8, 8), 4, EQUAL_TILES)
+ENGINES = (TILED, DecodeConfig())
 
 
 @functools.cache
@@ -71,8 +73,15 @@ def random_vae() -> AutoencoderKLWan:
 
 
 @functools.cache
-def mesh_of_all(ranks: int) -> SeqMesh:
-    return build_mesh(cfg=1, ring=1, ulysses=ranks, device=torch.device("cpu"), timeout=timedelta(seconds=60))
+def first_ranks() -> dict[int, Axis]:
+    """An axis of the first P ranks for each P; every rank makes all of the groups, and belongs to some."""
+    rank = torch.distributed.get_rank()
+    groups = {size: torch.distributed.new_group(list(range(size))) for size in NUM_RANKS}
+    return {
+        size: Axis(name="world", group=group, ranks=tuple(range(size)), rank=rank)
+        for size, group in groups.items()
+        if rank < size
+    }
 
 
 def draw(size: tuple[int, int, int], channels: int = 4) -> Tensor:
@@ -125,8 +134,54 @@ def compare(rank: int, case: Case, world: Axis) -> bool | None:
     return torch.equal(torch.cat(parts, dim=2), tiled_by_diffusers(vae, latents, case.config))
 
 
-def compare_on_ranks(rank: int, case: Case) -> bool | None:
-    return compare(rank, case, mesh_of_all(torch.distributed.get_world_size()).world)
+class Job(NamedTuple):
+    """A case on the first `ranks` ranks, or an engine on all of them."""
+
+    ranks: int
+    case: Case | None = None
+    config: RunConfig | None = None
+
+
+def run_job(rank: int, job: Job) -> Any:
+    """What `compare` or `decode_by_engine` says; runs on every rank."""
+    if job.config is not None:
+        return decode_by_engine(job.config)
+    return compare(rank, job.case, first_ranks()[job.ranks]) if rank < job.ranks else None
+
+
+def config_of(folder: Path, decode: DecodeConfig) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(path=str(folder), device="cpu"),
+        video=VideoConfig(num_frames=9, height=32, width=48),
+        method=MethodConfig(name="direct", window_frames=3),
+        decode=decode,
+        output=OutputConfig(progress="off"),
+    )
+
+
+def decode_by_engine(config: RunConfig) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """Frames and plan of an engine on all ranks."""
+    timeout = timedelta(seconds=60)
+    mesh = build_mesh(cfg=1, ring=1, ulysses=max(NUM_RANKS), device=torch.device("cpu"), timeout=timeout)
+    engine = LongVideoEngine(config, Ranks(mesh=mesh))
+    assert engine.decode_plan is None
+    frames = list(engine.decode(draw((3, 8, 12))))
+    engine.close()
+    return frames, engine.decode_plan
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_random_wan(tmp_path_factory.mktemp("wan"))
+
+
+@pytest.fixture(scope="module")
+def results(folder, tmp_path_factory) -> dict[Job, list[Any]]:
+    """What every rank says of every job: all of them in one start of the ranks, which is what takes the time."""
+    jobs = [Job(ranks, case) for ranks in NUM_RANKS for case in CASES]
+    jobs += [Job(2, case) for case in (*FAULTS, NO_FAULT)]
+    jobs += [Job(max(NUM_RANKS), config=config_of(folder, decode)) for decode in ENGINES]
+    return dict(zip(jobs, run_ranks(max(NUM_RANKS), run_job, jobs, tmp_path_factory.mktemp("ranks")), strict=True))
 
 
 @pytest.fixture
@@ -135,21 +190,15 @@ def alone() -> Iterator[Axis]:
     GROUP_OF_ONE.release()
 
 
+@pytest.mark.parametrize("ranks", NUM_RANKS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_tiles_on_one_rank(alone, case):
-    assert compare(0, case, alone)
+def test_tiles_over_ranks(results, ranks, case):
+    assert results[Job(ranks, case)] == [True, None, None, None]
 
 
-@pytest.mark.parametrize("ranks", [3, 4])
-def test_tiles_over_ranks(ranks, tmp_path):
-    for case, by_rank in zip(CASES, run_ranks(ranks, compare_on_ranks, CASES, tmp_path), strict=True):
-        assert by_rank == [True, *[None] * (ranks - 1)], case
-
-
-def test_tiles_over_two_ranks_and_what_is_broken_is_seen(tmp_path):
-    cases = [*CASES, *FAULTS, Case((3, 8, 8), 4, EQUAL_TILES)]
-    for case, by_rank in zip(cases, run_ranks(2, compare_on_ranks, cases, tmp_path), strict=True):
-        assert by_rank == [not case.fault, None], case
+@pytest.mark.parametrize("case", [*FAULTS, NO_FAULT], ids=str)
+def test_what_is_broken_is_seen(results, case):
+    assert results[Job(2, case)] == [not case.fault, None, None, None]
 
 
 @pytest.mark.parametrize("dim", [-2, -1])
@@ -164,43 +213,19 @@ def test_fading_all_lines_at_once_is_fading_line_by_line(dim):
         assert torch.equal(tile, expected), extent
 
 
-def config_of(folder: str, decode: DecodeConfig) -> RunConfig:
-    return RunConfig(
-        model=ModelConfig(path=folder, device="cpu"),
-        video=VideoConfig(num_frames=9, height=32, width=48),
-        method=MethodConfig(name="direct", window_frames=3),
-        decode=decode,
-        output=OutputConfig(progress="off"),
-    )
-
-
-def decode_by_engine(rank: int, case: tuple[str, DecodeConfig]) -> tuple[list[np.ndarray], dict]:
-    """Frames and plan of an engine on all ranks."""
-    mesh = mesh_of_all(torch.distributed.get_world_size())
-    with mock.patch("engine.engine.load_pipeline", functools.cache(load_pipeline)):
-        engine = LongVideoEngine(config_of(*case), Ranks(mesh=mesh))
-    frames = list(engine.decode(draw((3, 8, 12))))
-    engine.close()
-    return frames, engine.decode_plan
-
-
-def test_the_engine_decodes_as_configured_and_says_how(tmp_path):
-    folder = str(save_random_wan(tmp_path / "wan"))
-    cases = [(folder, TILED), (folder, DecodeConfig())]
-    [(tiled, plan), (none, other_plan)], [(whole, whole_plan), (nothing, _)] = run_ranks(
-        2, decode_by_engine, cases, tmp_path
-    )
-    assert none == nothing == []
+def test_the_engine_decodes_as_configured_and_says_how(results, folder):
+    (tiled, tiled_plan), *others = results[Job(max(NUM_RANKS), config=config_of(folder, ENGINES[0]))]
+    (whole, whole_plan), *idle = results[Job(max(NUM_RANKS), config=config_of(folder, ENGINES[1]))]
     vae, latents = random_vae(), draw((3, 8, 12))
     by_diffusers = to_uint8(tiled_by_diffusers(vae, latents, TILED))
     by_stream = np.concatenate([to_uint8(frames) for frames in stream_decode(vae, latents)])
     assert np.array_equal(np.concatenate(tiled), by_diffusers)
     assert np.array_equal(np.concatenate(whole), by_stream)
     assert not np.array_equal(by_diffusers, by_stream)
-    assert plan == {"mode": "tiled", "tiles": 12, "tiles_by_rank": [6, 6], "why": "decode.mode is tiled"}
-    assert plan == other_plan
-    assert whole_plan["mode"] == "whole"
-    assert whole_plan["tiles_by_rank"] == [1, 0]
+    assert tiled_plan == {"mode": "tiled", "tiles": 12, "tiles_by_rank": [3, 3, 3, 3], "why": "decode.mode is tiled"}
+    assert (whole_plan["mode"], whole_plan["tiles_by_rank"]) == ("whole", [1, 0, 0, 0])
+    assert others == [([], tiled_plan)] * 3
+    assert idle == [([], whole_plan)] * 3
 
 
 def peak_bytes(world: Axis, num_latents: int) -> int:
@@ -239,7 +264,7 @@ def test_tiles_are_shared_evenly(num_tiles, ranks):
         shares = share_tiles(sizes, ranks)
         assert sorted(tile for share in shares for tile in share) == list(range(num_tiles))
         loads = [sum(sizes[tile] for tile in share) for share in shares]
-        lower_bound = max(sum(sizes) / ranks, max(sizes))
+        lower_bound = max(sum(sizes) / ranks, *sizes)
         assert max(loads) <= 2 * lower_bound
         if num_tiles < ranks:
             assert loads[0] == 0  # rank 0 blends and writes
@@ -285,17 +310,16 @@ def test_auto_weighs_a_real_vae_against_free_memory(alone):
     assert "9.0 GiB of the 6.0 GiB" in plans[6].why
 
 
-def test_impossible_tiles_are_refused(tmp_path):
+def test_impossible_tiles_are_refused(folder):
     with pytest.raises(
         UserError, match=r"stride_width must lie in \[1, decode.tile_width\], got stride 300 and tile 256"
     ):
         DecodeConfig(stride_width=300)
-    with pytest.raises(UserError, match="stride_height must lie in .* got stride 0"):
+    with pytest.raises(UserError, match=r"stride_height must lie in .* got stride 0"):
         DecodeConfig(stride_height=0)
-    with pytest.raises(UserError, match="decode.tile_height must be a multiple of the 8 pixels .* got 100; .* 104"):
+    with pytest.raises(UserError, match=r"decode.tile_height must be a multiple of the 8 pixels .* got 100; .* 104"):
         check_tiles(DecodeConfig(tile_height=100, stride_height=96), 8)
-    folder = str(save_random_wan(tmp_path / "wan"))
-    with pytest.raises(UserError, match="decode.stride_height must be a multiple of the 4 pixels"):
+    with pytest.raises(UserError, match=r"decode.stride_height must be a multiple of the 4 pixels"):
         LongVideoEngine(config_of(folder, dataclasses.replace(TILED, stride_height=6)))
 
 

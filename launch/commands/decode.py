@@ -1,0 +1,98 @@
+"""Makes the video of saved latents: `python launch/decode.py LATENTS --output PATH`."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser, Namespace
+
+from engine.checkpoint import load_latents
+from engine.config import ModelConfig, OutputConfig, RunConfig
+from engine.engine import LongVideoEngine
+from engine.errors import UserError
+from launch.cli import Keys, arrange, make_parser, parse
+from launch.command import run_command
+from launch.outputs import OutputFiles, check_outputs
+from launch.render import render
+
+USAGE = "decode.py LATENTS --output PATH [--overwrite] [--model.path PATH] [--SETTING VALUE ...]"
+DESCRIPTION = "Make the video of latents that launch/generate.py saved. The model and the rate are those of the run."
+
+
+def main(argv: list[str]) -> None:
+    """Read the latents and the record in them, check the outputs, load the model and decode."""
+    parser = make_parser("decode.py", USAGE, DESCRIPTION)
+    _add_arguments(parser)
+    words = arrange(argv, Keys.of(parser), num_positionals=1)
+    if "-h" not in words and "--help" not in words and (not words or words[-1].startswith("--")):
+        raise UserError("give the file of the latents: decode.py LATENTS --output PATH")
+    # The file says what its settings are, and the file is one of the arguments: so they are read twice.
+    parser.set_defaults({"model.path": ""})
+    source = Path(parse(parser, words).latents).expanduser()
+    latents, metadata = load_latents(source)
+    record = read_record(metadata, source)
+    saved = record["config"]
+    parser.set_defaults({f"model.{key}": value for key, value in saved["model"].items()})
+    namespace = parse(parser, words)
+    config = override(restore_config(saved), namespace)
+
+    files = OutputFiles(video=Path(config.output.path).expanduser(), latents=source, keep_latents=True)
+    check_outputs(
+        [files.video, files.record, files.sheet], overwrite=config.output.overwrite, overwrite_flag="--overwrite"
+    )
+    record = record | {"config": dataclasses.asdict(config), "decoded_from": source.name}
+    with contextlib.closing(LongVideoEngine(config)) as engine:
+        record = render(engine, latents, record, files, output=config.output, fps=config.video.fps)
+    print(f"{files.video}: {record['video']['num_frames']} frames; decoded in {record['seconds']['decode']:.1f} s")
+
+
+def read_record(metadata: dict[str, str], source: Path) -> dict[str, Any]:
+    """The record that generate.py put into its latents; UserError for latents of another origin."""
+    try:
+        return json.loads(metadata["record"])
+    except (KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"{source} does not say how it was made; give latents that launch/generate.py saved") from error
+
+
+def restore_config(tree: dict[str, Any]) -> RunConfig:
+    """The RunConfig that a record was saved with."""
+    parser = make_parser("decode.py", USAGE, DESCRIPTION)
+    parser.add_class_arguments(RunConfig, nested_key=None)
+    namespace = parser.instantiate(parser.parse_object(tree))
+    return RunConfig(**{field.name: namespace[field.name] for field in dataclasses.fields(RunConfig)})
+
+
+def override(config: RunConfig, namespace: Namespace) -> RunConfig:
+    """The configuration with what was given to decode.py; what was not given stays as the run had it."""
+    if namespace.output is None:
+        raise UserError("give the file of the video: --output PATH")
+    given = {key: namespace[key] for key in ("sheet_frames", "crf", "progress") if namespace[key] is not None}
+    output = dataclasses.asdict(config.output) | given | {"path": namespace.output, "overwrite": namespace.overwrite}
+    fps = config.video.fps if namespace.fps is None else namespace.fps
+    return dataclasses.replace(
+        config,
+        model=namespace.model,
+        output=OutputConfig(**output),
+        video=dataclasses.replace(config.video, fps=fps),
+    )
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("latents", type=str, help="safetensors file that launch/generate.py saved")
+    parser.add_argument("--output", type=str, help="the mp4; its record and contact sheet get the same stem")
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace existing files")
+    for name, kind, text in (
+        ("fps", int, "frames per second of the file"),
+        ("crf", int, "H.264 quality, 0 (lossless) to 51"),
+        ("sheet_frames", int, "evenly spaced frames on the contact sheet"),
+        ("progress", str, "bars on stderr: auto, on or off"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, help=f"{text}; by default as in the run")
+    parser.add_class_arguments(ModelConfig, nested_key="model")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

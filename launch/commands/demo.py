@@ -1,0 +1,86 @@
+"""The demonstration: one prompt and seed, four times the native length, with each method, and one picture of all three."""
+
+import contextlib
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jsonargparse import ArgumentParser
+
+from engine.config import RunConfig
+from engine.contact_sheet import Row, comparison, spaced, write_picture
+from engine.engine import LongVideoEngine
+from engine.video import read_video
+from launch.cli import parse_run
+from launch.command import run_command
+from launch.generate import make_video, summary
+from launch.outputs import OutputFiles, check_outputs, plan_outputs
+
+DESCRIPTION = "Make the same video with every method, and one picture that shows them one above the other."
+PROMPT = "a red circle bounces over a blue background"
+NOTES = {"direct": "full attention", "sliding_window": "native window", "freespec": "both, fused"}
+
+
+def main(argv: list[str]) -> None:
+    """Load the model once, make the three videos in runs/demo, then the picture."""
+    namespace, config = parse_run(argv, name="demo.py", description=DESCRIPTION, add_arguments=_add_arguments)
+    folder = Path(namespace.folder).expanduser()
+    configs = {name: for_method(config, name, folder) for name in NOTES}
+    outputs = {name: plan_outputs(each.output, 1)[0] for name, each in configs.items()}
+    picture = folder / "comparison.png"
+    check_outputs(
+        [picture, *(path for files in outputs.values() for path in files.all)], overwrite=True, overwrite_flag=""
+    )
+    records = {}
+    with contextlib.closing(LongVideoEngine(config)) as engine:
+        for name, files in outputs.items():
+            engine.use_method(configs[name].method)
+            records[name] = make_video(engine, configs[name], namespace.prompt, files)
+            print(summary(records[name], files))
+    write_picture(picture, compare(records, outputs, num_columns=8))
+    print(f"{picture}: the three side by side")
+
+
+def for_method(config: RunConfig, name: str, folder: Path) -> RunConfig:
+    """The same run with another method, written to its own files; what a former demonstration left is replaced."""
+    return dataclasses.replace(
+        config,
+        method=dataclasses.replace(config.method, name=name),
+        output=dataclasses.replace(config.output, path=str(folder / f"{name}.mp4"), overwrite=True),
+    )
+
+
+def compare(records: dict[str, dict[str, Any]], outputs: dict[str, OutputFiles], *, num_columns: int) -> Any:
+    """The picture of the videos at the same moments."""
+    record = next(iter(records.values()))
+    fps, num_frames = record["video"]["fps"], record["video"]["num_frames"]
+    moments = spaced(num_frames, num_columns)
+    rows = [
+        Row(
+            name=name,
+            note=f"{NOTES[name]}, {records[name]['seconds']['denoise']:.0f} s",
+            frames=pick_frames(files.video, moments),
+        )
+        for name, files in outputs.items()
+    ]
+    native = record["config"]["method"]["window_frames"]
+    times = record["latents"]["shape"][2] / native
+    subtitle = f"{num_frames} frames, {times:g} times the native length; seed {record['seed']}"
+    return comparison(rows, [i / fps for i in moments], title=record["prompt"], subtitle=subtitle, width=1300)
+
+
+def pick_frames(video: Path, indices: list[int]) -> list[np.ndarray]:
+    """Frames of a file by number."""
+    wanted = set(indices)
+    return [frame for i, frame in enumerate(read_video(video)) if i in wanted]
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--prompt", type=str, default=PROMPT, help="what the videos show")
+    parser.add_argument("--folder", type=str, default="runs/demo", help="folder of the videos and the picture")
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,148 @@
+"""Makes long videos from prompts: `python launch/generate.py --prompt "..."`; `--help` lists every setting."""
+
+import contextlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from safetensors import safe_open
+
+from engine.checkpoint import save_latents
+from engine.config import RunConfig
+from engine.engine import Denoised, LongVideoEngine
+from engine.errors import UserError
+from engine.record import build_record
+from engine.trace import Trace
+from engine.trace_plot import write_trace
+from launch.cli import parse_run
+from launch.command import Stopped, run_command
+from launch.outputs import OutputFiles, check_outputs, plan_outputs
+from launch.ranks import must_start, open_ranks, start_ranks
+from launch.render import describe_kept, render
+
+DESCRIPTION = "Make a long video from a prompt, or one from each line of a file."
+
+
+def main(argv: list[str]) -> int:
+    """Read the settings, check the outputs, load the model once and make every video; on as many ranks as asked for."""
+    namespace, config = parse_run(argv, name="generate.py", description=DESCRIPTION, add_arguments=_add_arguments)
+    prompts = read_prompts(namespace.prompt, namespace.prompt_file)
+    outputs = plan_outputs(config.output, len(prompts))
+    if must_start(namespace.nproc):
+        _check_outputs(outputs, config)
+        return start_ranks(namespace.nproc, [__file__, *argv], verbose=namespace.verbose)
+    with open_ranks(config) as ranks:
+        if ranks is None or ranks.mesh.world.rank == 0:
+            _check_outputs(outputs, config)
+        with contextlib.closing(LongVideoEngine(config, ranks)) as engine:
+            for prompt, files in zip(prompts, outputs, strict=True):
+                record = make_video(engine, config, prompt, files)
+                if record is not None:
+                    print(summary(record, files))
+    return 0
+
+
+def make_video(engine: LongVideoEngine, config: RunConfig, prompt: str, files: OutputFiles) -> dict[str, Any] | None:
+    """One prompt from noise to its files; returns the record, on rank 0, which writes them."""
+    trace = Trace() if files.trace else None
+    denoised = _denoise(engine, prompt, files, trace)
+    if not engine.is_first:
+        return None
+    seconds = {"load": engine.load_seconds, **denoised.seconds}
+    record = build_record(engine, prompt=prompt, seed=None, negative_prompt=None, denoised=denoised, seconds=seconds)
+    _keep_latents(denoised, record, files)
+    if trace is not None:
+        write_trace(trace.rows, files.trace_table, files.trace_plot)
+    record = render(engine, denoised.latents, record, files, output=config.output, fps=config.video.fps)
+    if not files.keep_latents:
+        files.latents.unlink()
+    return record
+
+
+def read_prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
+    """The prompt, or every line of the file that is not blank."""
+    if (prompt is None) == (prompt_file is None):
+        raise UserError("give one of --prompt TEXT and --prompt_file FILE")
+    if prompt_file is None:
+        if not prompt.strip():
+            raise UserError("--prompt is empty")
+        return [prompt]
+    try:
+        lines = Path(prompt_file).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read --prompt_file {prompt_file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"--prompt_file {prompt_file} is not UTF-8 text (byte {error.start})") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompt_file {prompt_file} has no prompt; write one a line")
+    return prompts
+
+
+def summary(record: dict[str, Any], files: OutputFiles) -> str:
+    """One line for the person who waited."""
+    modes = [step["mode"] for step in record["steps"]]
+    counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in dict.fromkeys(modes))
+    seconds = record["seconds"]
+    resumed = f" (continued after step {record['resumed_at']})" if record["resumed_at"] else ""
+    return (
+        f"{files.video}: {record['video']['num_frames']} frames; "
+        f"denoised in {seconds['denoise']:.1f} s, steps: {counts or 'none left'}{resumed}; "
+        f"decoded in {seconds['decode']:.1f} s"
+    )
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--prompt", type=str, help="what the video shows")
+    parser.add_argument("--prompt_file", type=str, help="text file with one prompt a line, instead of --prompt")
+    parser.add_argument(
+        "--nproc", type=int, help="ranks to start on this machine, one per GPU; torchrun starts its own"
+    )
+    parser.add_argument("--verbose", type=bool, default=False, help="show what every rank says, with its number")
+
+
+def _check_outputs(outputs: list[OutputFiles], config: RunConfig) -> None:
+    paths = [path for files in outputs for path in files.all]
+    check_outputs(paths, overwrite=config.output.overwrite, overwrite_flag="--output.overwrite")
+
+
+def _denoise(engine: LongVideoEngine, prompt: str, files: OutputFiles, trace: Trace | None) -> Denoised:
+    try:
+        return engine.denoise(prompt, checkpoint=files.checkpoint, trace=trace)
+    except KeyboardInterrupt as error:
+        raise Stopped(_describe_checkpoint(files.checkpoint)) from error
+    except OSError as error:
+        raise UserError(f"cannot write {files.checkpoint}: {error.strerror or error}") from error
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory while denoising on {engine.device}; make the video shorter or smaller, or add --model.offload model"
+        ) from error
+
+
+def _describe_checkpoint(path: Path) -> str:
+    if not path.exists():
+        return "before the first step was done; nothing was kept"
+    with safe_open(path, framework="pt") as file:
+        step = file.metadata()["step"]
+    return f"after step {step}, which is kept in {path}; the same command continues from there"
+
+
+def _keep_latents(denoised: Denoised, record: dict[str, Any], files: OutputFiles) -> None:
+    """Write the latents before anything is decoded, since they are what took long."""
+    # The record so far lies in the file, so that a video decoded from it later has its whole record too.
+    metadata = {"record": json.dumps(record, allow_nan=False)}
+    try:
+        save_latents(files.latents, denoised.latents, metadata)
+    except KeyboardInterrupt as error:
+        # Interruptions wait while one is handled, so this time it is written.
+        save_latents(files.latents, denoised.latents, metadata)
+        raise Stopped(f"before decoding; {describe_kept(files)}") from error
+    except OSError as error:
+        raise UserError(f"cannot write {files.latents}: {error.strerror or error}") from error
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))

@@ -1,0 +1,106 @@
+"""How a process stops: its signals, the one line that it ends with, and its end if its parent dies. Standard library only."""
+
+import ctypes
+import os
+import signal
+import sys
+from dataclasses import dataclass
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+# In the environment of a rank: the process id of the launcher that started it, and the pipe for its last line.
+LAUNCHER = "FREESPEC_LAUNCHER"
+LAST_LINE = "FREESPEC_LAST_LINE"
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Stopped(KeyboardInterrupt):
+    """An interruption, with what was kept and how to go on."""
+
+
+class StopSignals:
+    """SIGINT and SIGTERM as KeyboardInterrupt; those that come while one is being handled, or after `leave()`, wait for ever."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self._raises = True
+
+    @property
+    def code(self) -> int:
+        """The exit code of a process that was stopped: 130 for Ctrl-C, 143 for SIGTERM."""
+        return 128 + (self.received or signal.SIGINT)
+
+    def install(self) -> dict[signal.Signals, object]:
+        """Hear the signals from now on; returns the handlers before."""
+        before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        # A launcher starts its ranks with both blocked, so that none comes before this.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        return before
+
+    def leave(self) -> None:
+        """Raise no more: from here on the process only says its line and ends, or looks at `received` itself."""
+        self._raises = False
+
+    def _hear(self, number: int, _frame: FrameType | None) -> None:
+        if self._raises and not _is_stopping():
+            self.received = signal.Signals(number)
+            raise KeyboardInterrupt
+        self.received = self.received or signal.Signals(number)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Which rank this process is, from the environment that torchrun and our launcher set."""
+
+    rank: int
+    world: int
+    local_rank: int
+
+    @classmethod
+    def of_environment(cls) -> "Place | None":
+        """None for a process that nobody started as a rank."""
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            return None
+        rank = int(os.environ["RANK"])
+        return cls(
+            rank=rank, world=int(os.environ["WORLD_SIZE"]), local_rank=int(os.environ.get("LOCAL_RANK", str(rank)))
+        )
+
+
+def say(message: str) -> None:
+    """The one line that this process ends with, on stderr.
+
+    A rank of our launcher hands it to the launcher, which says one line for all ranks. Of torchrun's ranks the first of
+    each machine speaks.
+    """
+    line = " ".join(message.split())
+    if LAST_LINE in os.environ:
+        os.write(int(os.environ[LAST_LINE]), line.encode())
+        return
+    place = Place.of_environment()
+    if place is None or 0 in (place.rank, place.local_rank):
+        # A progress bar may have left the cursor in the middle of a line.
+        lead = "\n" if sys.stderr.isatty() else ""
+        print(lead + line, file=sys.stderr, flush=True)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to end this rank if its launcher, ours or torchrun, dies without a word: no orphan keeps a GPU."""
+    launcher = os.environ.get(LAUNCHER)
+    if not sys.platform.startswith("linux") or (launcher is None and "TORCHELASTIC_RUN_ID" not in os.environ):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if launcher is not None and os.getppid() != int(launcher):  # it died before the kernel was asked
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_stopping() -> bool:
+    """Whether an interruption is being handled: its latents are on their way to the disk, and a second Ctrl-C must wait."""
+    error = sys.exception()
+    while error is not None:
+        if isinstance(error, KeyboardInterrupt):
+            return True
+        error = error.__context__
+    return False

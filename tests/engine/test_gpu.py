@@ -1,0 +1,62 @@
+"""On a GPU: the methods in bf16 with every kernel against the same run in fp32 on the CPU."""
+
+import pytest
+import torch
+
+from engine import apply_method
+from freespec.methods import FreeSpec
+from tests.engine.test_apply import latents_of
+from tests.tiny_pipelines import random_wan
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+METHODS = {
+    "direct": "direct",
+    "sliding_window": "sliding_window",
+    "freespec": FreeSpec(domain="step", split=0.6),
+    "freespec, global basis": FreeSpec(domain="step", split=0.6, basis="global", time=False, rank=False),
+}
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float(torch.linalg.norm(a.cpu() - b) / torch.linalg.norm(b))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_fp32_on_the_gpu_is_fp32_on_the_cpu(name):
+    expected, got = [], []
+    for device, into in (("cpu", expected), ("cuda", got)):
+        pipe = random_wan(head_dim=16).to(device)
+        with apply_method(pipe, method=METHODS[name], window_frames=3):
+            into.append(latents_of(pipe))
+    assert relative(got[0], expected[0]) < 1e-3
+
+
+@pytest.mark.parametrize("kernel", ["cuda_flash", "cuda_cudnn", "cuda_efficient", "plain"])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_kernel_in_bf16_is_no_further_from_fp32_than_plain_twice(name, kernel):
+    reference = random_wan(head_dim=16)
+    with apply_method(reference, method=METHODS[name], window_frames=3):
+        expected = latents_of(reference)
+    errors = {}
+    for each in ("plain", kernel):
+        pipe = random_wan(head_dim=16).to("cuda", torch.bfloat16)
+        with apply_method(pipe, method=METHODS[name], window_frames=3, kernel=each):
+            errors[each] = relative(latents_of(pipe), expected)
+    assert errors[kernel] <= 2 * errors["plain"]
+
+
+def test_direct_with_the_kernel_of_the_stock_pipeline_is_the_stock_pipeline():
+    pipe = random_wan(head_dim=16).to("cuda", torch.bfloat16)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+        expected = latents_of(pipe)
+    with apply_method(pipe, method="direct", window_frames=3, kernel="cuda_flash"):
+        assert torch.equal(latents_of(pipe), expected)
+
+
+def test_model_offload_keeps_the_method():
+    pipe = random_wan(head_dim=16)
+    pipe.enable_model_cpu_offload()
+    with apply_method(pipe, method="freespec", window_frames=3):
+        first = latents_of(pipe)
+        assert torch.equal(latents_of(pipe), first)
