@@ -1,5 +1,6 @@
 """The engine: one loaded model that makes videos from prompts, in stages that can be stopped and continued."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,8 +20,8 @@ from engine.adapters.wan import WanAdapter, WanSpec
 from engine.apply import MethodHandle, Ranks, apply_method
 from engine.checkpoint import load_run, save_run
 from engine.config import MethodConfig, RunConfig
-from engine.decode import stream_decode, to_uint8
-from engine.decode_plan import DecodePlan, check_tiles, plan_decode
+from engine.decode_plan import check_tiles
+from engine.decoder import VideoDecoder
 from engine.denoise import SchedulerState, denoise, draw_noise, make_scheduler, scheduler_state
 from engine.errors import UserError
 from engine.group_of_one import GROUP_OF_ONE
@@ -28,7 +29,6 @@ from engine.load import fetch, find_checkpoint, load_pipeline, pick_device, pick
 from engine.progress import enabled, progress_bar
 from engine.ranks import check_agreement, fingerprints, hand_out, hand_out_bytes, together
 from engine.record import build_record
-from engine.tiled_decode import stream_tiles
 from engine.trace import Trace
 from freespec.kernels import select_kernel
 from parallel.mesh import SeqMesh
@@ -72,7 +72,6 @@ class LongVideoEngine:
         self.config = config
         self.device = pick_device(config.model.device)
         self._alone = ranks is None
-        self.decode_plan: dict[str, Any] | None = None
         self.ranks = ranks or Ranks(mesh=GROUP_OF_ONE.acquire(), why="one process")
         started = time.perf_counter()
         try:
@@ -81,6 +80,9 @@ class LongVideoEngine:
                 check_agreement(self.mesh, prints)
                 self.pipe = together(self.mesh, self._load)
                 bar.update()
+            self.decoder = VideoDecoder(
+                config, vae=self.pipe.vae, spec=self.spec, device=self.device, world=self.mesh.world
+            )
             self.handle = self._apply_method()
             self.pipe.scheduler = make_scheduler(self.pipe.scheduler, config.sampler.flow_shift)
         except BaseException:
@@ -103,6 +105,11 @@ class LongVideoEngine:
     def is_first(self) -> bool:
         """Whether this is rank 0, which encodes the text, shows progress and writes files."""
         return self.mesh.world.rank == 0
+
+    @property
+    def decode_plan(self) -> dict[str, Any] | None:
+        """Who decodes what, for the record; None before `decode` is called."""
+        return self.decoder.decode_plan
 
     def progress(self, stage: str, *, total: int, initial: int = 0) -> tqdm:
         """A bar of a stage, on rank 0 and where `output.progress` asks for it."""
@@ -160,7 +167,7 @@ class LongVideoEngine:
         negative_prompt = sampler.negative_prompt if negative_prompt is None else negative_prompt
         num_frames = video.num_frames if num_frames is None else num_frames
         self.spec.check_video(num_frames, video.height, video.width)
-        self.decode_plan = None  # of the video before
+        self.decoder.decode_plan = None  # of the video before
 
         started = time.perf_counter()
         text = self._encode([prompt, negative_prompt] if sampler.guidance_scale > 1.0 else [prompt])
@@ -184,20 +191,7 @@ class LongVideoEngine:
         Every rank calls this with the same latents and runs the iterator to its end: the others do their share, if there
         is one, and get no frames. `decode_plan` says from the call on who decodes what.
         """
-        plan = plan_decode(self.config.decode, self.pipe.vae, tuple(latents.shape[3:]), world=self.mesh.world)
-        self.decode_plan = plan.record
-        return self._frames(latents, plan)
-
-    @torch.no_grad()
-    def _frames(self, latents: Tensor, plan: DecodePlan) -> Iterator[np.ndarray]:
-        if plan.mode == "tiled":
-            stream = stream_tiles(self.pipe.vae, latents, plan, world=self.mesh.world)
-        else:
-            stream = stream_decode(self.pipe.vae, latents) if self.is_first else iter(())
-        with self.progress("decode", total=latents.shape[2]) as bar:
-            for frames in stream:
-                yield to_uint8(frames)
-                bar.update()
+        return self.decoder.decode(latents)
 
     def generate(
         self,
@@ -242,7 +236,7 @@ class LongVideoEngine:
                 "one pass only; use parallel.cfg 1"
             )
         source = find_checkpoint(config.model.path)
-        folder = fetch(source, config.model.revision, weights=False)
+        folder = fetch(source, config.model.revision, parts=())
         spec = read_spec(folder)
         spec.check_video(config.video.num_frames, config.video.height, config.video.width)
         check_tiles(config.decode, spec.spatial_factor)
@@ -348,5 +342,9 @@ class _Loop:
 
     def save(self, done: int, latents: Tensor, state: SchedulerState) -> None:
         """Keep what was computed."""
-        if self.path is not None and done > 0 and self.engine.is_first:
+        if self.path is None or done == 0 or not self.engine.is_first:
+            return
+        # The usual stream may wait for ever, for a collective whose other ranks have ended; these tensors need no wait.
+        beside = torch.cuda.stream(torch.cuda.Stream(latents.device)) if latents.is_cuda else contextlib.nullcontext()
+        with beside:
             save_run(self.path, latents, step=done, run_id=self.run_id, state=state)

@@ -3,6 +3,8 @@
 import json
 import logging
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from engine.progress import no_library_bars
 REPOSITORY = Path(__file__).resolve().parent.parent
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Parts of a pipeline that hold weights, and must lie in a checkpoint folder.
-_WEIGHT_FOLDERS = ("transformer", "vae", "text_encoder")
+WEIGHT_FOLDERS = ("transformer", "vae", "text_encoder")
 
 
 def pick_device(name: str) -> torch.device:
@@ -50,15 +52,16 @@ def find_checkpoint(path: str) -> Path | str:
     return path
 
 
-def fetch(source: Path | str, revision: str | None, *, weights: bool = True) -> Path:
+def fetch(source: Path | str, revision: str | None, *, parts: Sequence[str] = WEIGHT_FOLDERS) -> Path:
     """The folder of a checkpoint: itself, or the local copy of a hub name, downloaded as far as it is missing.
 
-    Only what is read is fetched: JSON, tokenizer and safetensors files; without `weights` the JSON files alone. Raises
+    Only what is read is fetched: JSON files, the weights of `parts`, and with the text encoder its tokenizer. Raises
     UserError if the hub does not know the name or cannot be reached and there is no local copy.
     """
     if isinstance(source, Path):
         return source
-    patterns = ["*.json"] + (["*.safetensors", "tokenizer/*"] if weights else [])
+    patterns = ["*.json", *(f"{part}/*.safetensors" for part in parts)]
+    patterns += ["tokenizer/*"] if "text_encoder" in parts else []
     hub_log = logging.getLogger("huggingface_hub")
     level = hub_log.level
     hub_log.setLevel(logging.ERROR)  # its warnings about retries come before our one line
@@ -104,13 +107,9 @@ def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: s
     folder = fetch(find_checkpoint(config.path), config.revision)
     check_folder(folder)
     without_text: dict[str, Any] = {} if with_text else {"text_encoder": None, "tokenizer": None}
-    try:
-        with no_library_bars():
-            vae = load_vae(folder)
-            pipe = WanPipeline.from_pretrained(folder, vae=vae, dtype=dtype, use_safetensors=True, **without_text)
-    except (OSError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load {config.path!r}: {first}") from error
+    with _faults_as_lines(config.path), no_library_bars():
+        vae = load_vae(folder)
+        pipe = WanPipeline.from_pretrained(folder, vae=vae, dtype=dtype, use_safetensors=True, **without_text)
     WanAdapter.check_pipeline(pipe)
     if with_text:
         _check_text_encoder(pipe)
@@ -124,13 +123,21 @@ def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: s
     return pipe
 
 
+def load_vae_alone(config: ModelConfig) -> tuple[WanSpec, AutoencoderKLWan]:
+    """The numbers of a checkpoint and its VAE, in float32 on the CPU; no other weights are fetched, looked at or read."""
+    folder = fetch(find_checkpoint(config.path), config.revision, parts=("vae",))
+    check_folder(folder, ("vae",))
+    with _faults_as_lines(config.path), no_library_bars():
+        return read_spec(folder), load_vae(folder)
+
+
 def load_vae(folder: Path) -> AutoencoderKLWan:
     """The VAE alone, in float32 on the CPU."""
     return AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=torch.float32, use_safetensors=True)
 
 
-def check_folder(folder: Path) -> None:
-    """Raise UserError unless the folder holds a WanPipeline whose safetensors files are all whole."""
+def check_folder(folder: Path, parts: Sequence[str] = WEIGHT_FOLDERS) -> None:
+    """Raise UserError unless the folder holds a WanPipeline and the safetensors files of these parts are all whole."""
     index_file = folder / "model_index.json"
     if not index_file.is_file():
         raise UserError(f"{folder} has no model_index.json; give the folder that holds transformer/, vae/ and the rest")
@@ -140,7 +147,7 @@ def check_folder(folder: Path) -> None:
         raise UserError(f"{index_file} is not JSON ({error}); fetch the checkpoint again") from error
     if class_name != "WanPipeline":
         raise UserError(f"{folder} is a {class_name}; only WanPipeline (Wan2.1 text-to-video) is supported")
-    for name in _WEIGHT_FOLDERS:
+    for name in parts:
         part = folder / name
         files = sorted(part.glob("*.safetensors"))
         if not files:
@@ -154,6 +161,16 @@ def check_folder(folder: Path) -> None:
             missing = sorted(shards - {file.name for file in files})
             if missing:
                 raise UserError(f"{part} lacks {', '.join(missing)} of {len(shards)} shards; finish the download")
+
+
+@contextmanager
+def _faults_as_lines(path: str) -> Iterator[None]:
+    """What a library says of files that it cannot read, as a UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"cannot load {path!r}: {first}") from error
 
 
 def _check_whole(file: Path) -> None:

@@ -1,6 +1,7 @@
 """From the number of ranks to a mesh: the degrees that the configuration or the planner chooses, and who exchanges heads."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -17,18 +18,55 @@ from parallel.mesh import build_mesh
 from parallel.plan import SequencePlan
 
 
-def join_ranks(config: RunConfig, world: int, device: torch.device) -> Ranks:
-    """The mesh of all `world` ranks; every rank calls this with the same configuration.
+@dataclass(frozen=True, kw_only=True)
+class Arrangement:
+    """How `world` ranks lie over the video, and why; the same on all ranks.
 
-    Raises UserError, on every rank alike, for degrees that do not fit the number of ranks, the guidance or the provider.
+    Attributes:
+        degrees: cfg, ring and ulysses.
+        plan: the tokens and heads of each rank of a sequence.
+        why: the reason for the degrees.
+    """
+
+    degrees: Degrees
+    plan: SequencePlan
+    why: str
+
+
+def arrange_ranks(config: RunConfig, world: int, device: torch.device) -> Arrangement:
+    """The arrangement that the configuration and the planner choose, before any rank is heard of.
+
+    Raises UserError for degrees that do not fit the number of ranks or the guidance.
     """
     spec = read_model(config.model)
     degrees, why = choose_degrees(config, spec, world, device)
-    cfg, ring, ulysses = degrees
-    exchange = _choose_exchange(config, spec, ring, ulysses)
+    video = config.video
+    frames, frame_tokens = spec.grid(video.num_frames, video.height, video.width)
+    plan = SequencePlan(tokens=frames * frame_tokens, heads=spec.heads, ring=degrees[1], ulysses=degrees[2])
+    return Arrangement(degrees=degrees, plan=plan, why=why)
+
+
+def join_ranks(config: RunConfig, arrangement: Arrangement, device: torch.device) -> Ranks:
+    """The mesh of all ranks of the process group; every rank calls this with the same arrangement.
+
+    Raises UserError, on every rank alike, for a provider that cannot serve it.
+    """
+    exchange = _choose_exchange(config, arrangement.plan)
+    cfg, ring, ulysses = arrangement.degrees
     timeout = timedelta(seconds=config.parallel.timeout)
     mesh = build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=device, timeout=timeout)
-    return Ranks(mesh=mesh, local_route=config.parallel.local_route, exchange=exchange, why=why)
+    return Ranks(mesh=mesh, local_route=config.parallel.local_route, exchange=exchange, why=arrangement.why)
+
+
+def describe_place(ranks: Ranks, plan: SequencePlan, device: torch.device) -> str:
+    """This rank's coordinates and its share of the video, in one line."""
+    mesh = ranks.mesh
+    places = ", ".join(f"{axis.name} {axis.rank} of {axis.size}" for axis in (mesh.cfg, mesh.ring, mesh.ulysses))
+    tokens, heads = plan.shards[mesh.sequence.rank], plan.head_shares[mesh.ulysses.rank]
+    return (
+        f"rank {mesh.world.rank} of {mesh.world.size} on {device}: {places}; tokens {tokens[0]} to {tokens[1]} of "
+        f"{plan.tokens}, in attention heads {heads[0]} to {heads[1]} of {plan.heads}"
+    )
 
 
 def choose_degrees(config: RunConfig, spec: ModelSpec, world: int, device: torch.device) -> tuple[Degrees, str]:
@@ -60,8 +98,8 @@ def choose_degrees(config: RunConfig, spec: ModelSpec, world: int, device: torch
         config.video,
         config.sampler,
         config.method,
-        read_gpu(gpu),
-        world,
+        gpu=read_gpu(gpu),
+        world_size=world,
         options=Options.of(config),
         fixed=fixed,
     )
@@ -89,14 +127,10 @@ def _find_gpu(device: torch.device) -> str | None:
     return next((path.stem for path in sorted(FOLDER.glob("*.json")) if path.stem in name), None)
 
 
-def _choose_exchange(config: RunConfig, spec: ModelSpec, ring: int, ulysses: int) -> HeadExchange:
+def _choose_exchange(config: RunConfig, plan: SequencePlan) -> HeadExchange:
     if config.parallel.provider == "torch":
         return TORCH_EXCHANGE
-    video = config.video
-    frames, frame_tokens = spec.grid(video.num_frames, video.height, video.width)
     try:
-        return deepspeed_exchange(
-            SequencePlan(tokens=frames * frame_tokens, heads=spec.heads, ring=ring, ulysses=ulysses)
-        )
+        return deepspeed_exchange(plan)
     except (ImportError, ValueError) as error:
         raise UserError(f"parallel.provider deepspeed: {error}") from error

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -23,34 +23,36 @@ _HEAD_BYTES = 1 << 20
 
 
 def fingerprints(config: RunConfig, folder: Path, *, from_hub: bool) -> dict[str, bytes]:
-    """SHA-256 of each thing that all ranks must have alike: seed, settings, checkpoint.
+    """SHA-256 of each thing that all ranks must have alike: seed, path, settings, checkpoint.
 
     Of a hub checkpoint the JSON files count, and its commit: one rank may not have downloaded its weights yet.
     """
+    return setting_prints(config) | {"checkpoint": _digest_checkpoint(folder, "*.json" if from_hub else "*")}
+
+
+def setting_prints(config: RunConfig) -> dict[str, bytes]:
+    """The part of `fingerprints` that needs no checkpoint. Of the output only the trace counts, which all ranks make."""
     tree = dataclasses.asdict(config)
-    seed = tree["sampler"].pop("seed")
-    tree.pop("output")
-    return {
-        "seed": _digest(str(seed)),
-        "settings": _digest(json.dumps(tree, sort_keys=True)),
-        "checkpoint": _digest_checkpoint(folder, "*.json" if from_hub else "*"),
-    }
+    tree["output"] = {"trace": tree["output"]["trace"]}
+    seed, path = tree["sampler"].pop("seed"), tree["model"].pop("path")
+    texts = {"seed": str(seed), "model.path": path, "settings": json.dumps(tree, sort_keys=True)}
+    return {name: digest(text) for name, text in texts.items()}
 
 
 def check_agreement(mesh: SeqMesh, prints: dict[str, bytes]) -> None:
     """Raise UserError on every rank if any rank's fingerprints differ from rank 0's, naming ranks and what differs."""
     mine = torch.tensor([list(value) for value in prints.values()], dtype=torch.uint8)
-    rows = _gather(mesh, mine)
-    for index, name in enumerate(prints):
-        other = [
-            rank
-            for rank, row in zip(mesh.world.ranks, rows, strict=True)
-            if not torch.equal(row[index], rows[0][index])
-        ]
+    refuse_different([dict(zip(prints, map(bytes, row.tolist()), strict=True)) for row in _gather(mesh, mine)])
+
+
+def refuse_different(prints: Sequence[Mapping[str, bytes]]) -> None:
+    """Raise UserError if the fingerprints of any rank, in rank order, differ from rank 0's."""
+    for name, expected in prints[0].items():
+        other = [rank for rank, of_rank in enumerate(prints) if of_rank[name] != expected]
         if other:
-            raise UserError(
-                f"ranks {other} have another {name} than rank 0; start all ranks with the same command and files"
-            )
+            verb = "has" if len(other) == 1 else "have"
+            who = f"rank {other[0]}" if len(other) == 1 else f"ranks {', '.join(map(str, other))}"
+            raise UserError(f"{who} {verb} another {name} than rank 0; start all ranks with the same command and files")
 
 
 def first_failure(mesh: SeqMesh, message: str | None) -> str | None:
@@ -58,11 +60,14 @@ def first_failure(mesh: SeqMesh, message: str | None) -> str | None:
     encoded = (message or "").encode()[:1024]
     mine = torch.zeros(1024, dtype=torch.uint8)
     mine[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
-    for rank, row in zip(mesh.world.ranks, _gather(mesh, mine), strict=True):
-        text = bytes(row.tolist()).rstrip(b"\0").decode(errors="replace")
-        if text:
-            return text if mesh.world.size == 1 else f"rank {rank}: {text}"
-    return None
+    rows = _gather(mesh, mine)
+    return choose_failure([bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows])
+
+
+def choose_failure(messages: Sequence[str | None]) -> str | None:
+    """The first of the ranks' messages, with its rank unless all ranks say the same; None if there is none."""
+    rank, text = next(((rank, text) for rank, text in enumerate(messages) if text), (0, None))
+    return text if text is None or all(other == text for other in messages) else f"rank {rank}: {text}"
 
 
 def together(mesh: SeqMesh, action: Callable[[], Result]) -> Result:
@@ -107,7 +112,8 @@ def _trace(what: str) -> Trace:
     return Trace(label=what, on_bytes=ignore_bytes)
 
 
-def _digest(text: str) -> bytes:
+def digest(text: str) -> bytes:
+    """SHA-256 of a text."""
     return hashlib.sha256(text.encode()).digest()
 
 

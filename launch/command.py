@@ -8,7 +8,7 @@ from engine.errors import UserError
 from launch.stopping import Stopped, StopSignals, say
 
 
-class RankLost(RuntimeError):
+class LostRankError(RuntimeError):
     """Another rank of the run has died, hangs or has left; how that was noticed, and what was kept."""
 
 
@@ -29,7 +29,7 @@ def run_command(
         heard.leave()
         say(f"error: {error}")
         return 2
-    except RankLost as error:
+    except LostRankError as error:
         heard.leave()
         say(f"error: {error}")
         return 1

@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from launch.stopping import LAST_LINE, LAUNCHER, SIGNALS, Place, StopSignals
+from launch.stopping import LAST_LINE, LAUNCHER, SIGNALS, Place, StopSignals, show
 
 # In the environment of rank 0: the listening socket of the store where the ranks meet, whose port the others know.
 STORE = "FREESPEC_STORE"
@@ -33,7 +33,11 @@ def asked_ranks(argv: Sequence[str]) -> int | None:
     What is wrong with `--nproc` is left to the command itself, which has the words for it.
     """
     place = Place.of_environment()
-    if LAUNCHER in os.environ or (place is not None and place.world > 1) or {"-h", "--help", "--print_config"} & {*argv}:
+    if (
+        LAUNCHER in os.environ
+        or (place is not None and place.world > 1)
+        or {"-h", "--help", "--print_config"} & {*argv}
+    ):
         return None
     number = _last_value(argv, "--nproc")
     return int(number) if number is not None and number.isdecimal() and int(number) > 0 else None
@@ -107,7 +111,7 @@ class _Child:
         """Whether the rank has ended; the first time that it has, how and when is noted."""
         if self.code is None and (code := self.process.poll()) is not None:
             self.code, self.ended = code, time.monotonic()
-            with open(self.pipe, encoding="utf-8", errors="replace") as pipe:
+            with os.fdopen(self.pipe, encoding="utf-8", errors="replace") as pipe:
                 self.said = pipe.read()
         return self.code is not None
 
@@ -135,14 +139,14 @@ def _environment(rank: int, num_ranks: int, store: socket.socket) -> dict[str, s
     if rank == 0:
         kept[STORE] = str(store.fileno())
     # As torchrun does: ranks that each take all cores slow each other down by an order of magnitude.
-    kept.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // num_ranks)))
+    kept.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_ranks)))
     return kept
 
 
 def _watch(children: Sequence[_Child], signals: StopSignals) -> None:
     """Return once all ranks have ended by themselves, or have had their time after a failure or an interruption."""
     deadline, forwarded = None, False
-    while not all([child.has_ended() for child in children]):
+    while [child for child in children if not child.has_ended()]:
         now = time.monotonic()
         failed = any(child.code for child in children)
         if signals.received and not forwarded:
@@ -163,19 +167,19 @@ def _judge(children: Sequence[_Child], signals: StopSignals, *, verbose: bool) -
     """Say the one line of a run that did not end well, and return its exit code."""
     first = children[0]
     if signals.received and first.code not in (0, 2):
-        _print(first.said or "stopped")
+        show(first.said or "stopped")
         return signals.code
     failed = [child for child in children if child.code]
     if not failed:
         return 0
     cause = min(failed, key=_blame)
     if cause.said:
-        _print(cause.said)
+        show(cause.said)
         return cause.code
     if cause.code > 0 and not verbose:
         for line in cause.lines:  # a traceback; that of rank 0 has been seen
-            _print(f"[rank {cause.rank}] {line}")
-    _print(_describe(cause, children))
+            show(f"[rank {cause.rank}] {line}")
+    show(_describe(cause, children))
     return 1
 
 
@@ -198,11 +202,6 @@ def _describe(cause: _Child, children: Sequence[_Child]) -> str:
     first = children[0]
     noticed = f"; {first.said.removeprefix('error: ')}" if first.code == _LOST and first.said else ""
     return f"error: rank {cause.rank} of {len(children)} (process {cause.process.pid}) {end}{others}{noticed}"
-
-
-def _print(line: str) -> None:
-    lead = "\n" if sys.stderr.isatty() else ""
-    print(lead + line, file=sys.stderr, flush=True)
 
 
 def _last_value(argv: Sequence[str], name: str) -> str | None:

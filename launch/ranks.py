@@ -1,19 +1,14 @@
-"""Ranks of a run: started here (`--nproc N`) or by torchrun, watched until all have ended, and joined to one mesh."""
+"""One process of a run among the others: they meet, make sure that they do the same thing, and join to one mesh."""
 
 import contextlib
-import ctypes
+import json
 import os
 import signal
-import socket
-import subprocess
 import sys
-import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
-from typing import IO
 
 import torch
 import torch.distributed as dist
@@ -22,195 +17,171 @@ from engine.apply import Ranks
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.load import pick_device
-from engine.parallelism import join_ranks
+from engine.parallelism import Arrangement, arrange_ranks, describe_place, join_ranks
+from engine.ranks import choose_failure, digest, refuse_different, setting_prints, together
+from launch.command import LostRankError
+from launch.launcher import STORE
+from launch.stopping import LAUNCHER, SIGNALS, Place
+from parallel.collectives import CollectiveError
 
-# How long ranks get to end by themselves after one has failed: enough to notice a lost connection and say so.
-GRACE_SECONDS = 2.0
-# How long an interrupted rank 0 gets to write what was computed.
-STOP_SECONDS = 120.0
-POLL_SECONDS = 0.1
-KEPT_LINES = 30
-
-_PARENT = "FREESPEC_LAUNCHER"
-_PR_SET_PDEATHSIG = 1
+_ROLL_CALL_SECONDS = 0.05
+_FOR_EVER = timedelta(days=365)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Which rank this process is, from the environment that torchrun and `start_ranks` set."""
+class Party:
+    """The processes that make one video together; `ranks` and `store` are None for a process alone."""
 
-    rank: int
-    world: int
-    local_rank: int
+    ranks: Ranks | None = None
+    store: dist.Store | None = None
 
-    @classmethod
-    def of_environment(cls) -> "Place | None":
-        """None for a process that nobody started as a rank."""
-        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-            return None
-        return cls(
-            rank=int(os.environ["RANK"]),
-            world=int(os.environ["WORLD_SIZE"]),
-            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        )
+    def check_on_first(self, check: Callable[[], None]) -> None:
+        """Run a check on rank 0; a UserError of it ends every rank."""
+        if self.ranks is None:
+            check()
+        else:
+            is_first = self.ranks.mesh.world.rank == 0
+            together(self.ranks.mesh, check if is_first else lambda: None)
+
+    def wait_for_first(self, what: str) -> None:
+        """The others wait here until rank 0 has finished `what`; as long as it takes, as no collective's timeout could."""
+        if self.ranks is None:
+            return
+        rank = self.ranks.mesh.world.rank
+        if rank == 0:
+            self.store.set(what, "done")
+            return
+        try:
+            self.store.wait([what], _FOR_EVER)
+        except RuntimeError as error:
+            raise LostRankError(f"rank {rank} lost rank 0 while it finished {what} ({_first_line(error)})") from error
 
 
-def speaks() -> bool:
-    """Whether this process may write to the terminal: rank 0, a process alone, or one whose launcher listens to it."""
+def check_started(num_ranks: int | None) -> None:
+    """Raise UserError if `--nproc` asks for ranks that nobody has started: the launcher has started what it could."""
     place = Place.of_environment()
-    return place is None or place.rank == 0 or _PARENT in os.environ
-
-
-def must_start(num_ranks: int | None) -> bool:
-    """Whether this process has to start the ranks that `--nproc` asks for, instead of being one of them."""
-    place = Place.of_environment()
-    if num_ranks is None or _PARENT in os.environ:
-        return False
+    if num_ranks is None or LAUNCHER in os.environ:
+        return
     if num_ranks < 1:
         raise UserError(f"--nproc must be 1 or more, got {num_ranks}")
     if place is not None and place.world > 1:
         raise UserError(
-            f"torchrun has started {place.world} ranks, and --nproc asks for {num_ranks} more of each; give one"
+            f"torchrun has started {place.world} ranks, and --nproc asks for {num_ranks} more of each; give one of them"
         )
-    return True
-
-
-@dataclass
-class _Child:
-    """One rank that was started: its process and the last lines of its stderr (rank 0 writes to the terminal itself)."""
-
-    rank: int
-    process: subprocess.Popen
-    lines: deque = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
-    reader: threading.Thread | None = None
-
-    def listen(self, stream: IO[str], verbose: bool) -> None:
-        for line in stream:
-            self.lines.append(line.rstrip("\n"))
-            if verbose:
-                print(f"[rank {self.rank}] {line}", end="", file=sys.stderr, flush=True)
-
-
-def start_ranks(num_ranks: int, argv: Sequence[str], *, verbose: bool) -> int:
-    """Start `num_ranks` processes of this command on this machine, wait for them, and return the exit code.
-
-    If one fails, the others are ended within seconds and the first failure is named. An interruption reaches every
-    rank, and rank 0 has time to keep what was computed. No rank outlives this process.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    # What torchrun set for this process is not for the ranks, or they would join its rendezvous.
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_"))}
-    kept |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), _PARENT: str(os.getpid())}
-    kept |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
-    # As torchrun does: ranks that each take all cores slow each other down by an order of magnitude.
-    kept.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_ranks)))
-    children = [_start_rank(rank, argv, kept, verbose) for rank in range(num_ranks)]
-    stopping = _forward_signals(children)
-    try:
-        return _watch(children, stopping)
-    finally:
-        for child in children:
-            if child.process.poll() is None:
-                child.process.kill()
-        for child in children:
-            child.process.wait()
-
-
-def _start_rank(rank: int, argv: Sequence[str], environment: dict[str, str], verbose: bool) -> _Child:
-    process = subprocess.Popen(
-        [sys.executable, *argv],
-        env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        stderr=None if rank == 0 else subprocess.PIPE,
-        text=True,
-    )
-    child = _Child(rank, process)
-    if rank > 0:
-        child.reader = threading.Thread(target=child.listen, args=(process.stderr, verbose), daemon=True)
-        child.reader.start()
-    return child
-
-
-def _forward_signals(children: Sequence[_Child]) -> threading.Event:
-    """Hand SIGINT and SIGTERM on to the ranks. A terminal's Ctrl-C reaches them anyway, and they count one only once."""
-    stopping = threading.Event()
-
-    def forward(number: int, _frame: object) -> None:
-        if not stopping.is_set():
-            stopping.set()
-            for child in children:
-                if child.process.poll() is None:
-                    child.process.send_signal(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, forward)
-    return stopping
-
-
-def _watch(children: Sequence[_Child], stopping: threading.Event) -> int:
-    """Wait until all ranks have ended; name the first failure if rank 0 has not said it itself."""
-    deadline = None
-    while any(child.process.poll() is None for child in children):
-        failed = [child for child in children if child.process.poll() not in (None, 0)]
-        if failed or stopping.is_set():
-            deadline = deadline or time.monotonic() + (STOP_SECONDS if stopping.is_set() else GRACE_SECONDS)
-            if time.monotonic() > deadline:
-                break
-        time.sleep(POLL_SECONDS)
-    codes = {child.rank: child.process.poll() for child in children}
-    if stopping.is_set():
-        return codes[0] if codes[0] not in (None, 0) else 128 + signal.SIGINT
-    bad = {rank: code for rank, code in codes.items() if code not in (None, 0)}
-    if not bad:
-        return 0
-    # A rank that a signal ended is the cause; the others notice it and fail after.
-    killed = [rank for rank, code in bad.items() if code < 0]
-    if not killed and codes[0] == 2:
-        return 2  # a user's mistake, which rank 0 has said in its one line
-    first = children[killed[0] if killed else min(bad)]
-    _report(first, bad[first.rank], len(children))
-    return 1
-
-
-def _report(child: _Child, code: int, num_ranks: int) -> None:
-    if child.reader is not None:
-        child.reader.join(timeout=1)
-    end = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
-    said = next((line for line in reversed(child.lines) if line.strip()), "")
-    print(
-        f"error: rank {child.rank} of {num_ranks} (process {child.process.pid}) {end}; the other ranks were stopped"
-        + (f"; it said: {said.strip()}" if said else ""),
-        file=sys.stderr,
-    )
-
-
-def die_with_launcher() -> None:
-    """Ask the kernel to end this rank if its launcher dies without a word, so that no orphan keeps a GPU."""
-    launcher = os.environ.get(_PARENT)
-    if launcher is None or not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(launcher):  # it died before the kernel was asked
-        os.kill(os.getpid(), signal.SIGKILL)
+    raise UserError("nproc is given on the command line, not in a file")
 
 
 @contextlib.contextmanager
-def open_ranks(config: RunConfig) -> Iterator[Ranks | None]:
+def open_ranks(config: RunConfig, *, prompts: Sequence[str], verbose: bool) -> Iterator[Party]:
     """Join this process to the others of its run: the mesh that `config.parallel` and the planner ask for.
 
-    Yields None in a process alone, which needs no mesh. Raises UserError, on every rank, if the degrees do not fit the
-    number of ranks, and if a rank does not come within `parallel.timeout`.
+    Raises UserError, on every rank, if a rank does not come within `parallel.timeout`, if one has other settings, and if
+    the degrees do not fit the number of ranks; LostRankError if one is lost later, in here or in the block.
+
+    Once joined, only rank 0 hears SIGINT and SIGTERM: it keeps what was computed, and the others end when it does. Were
+    they to end first, rank 0 would wait for them in the middle of a step, on a GPU for ever.
     """
     place = Place.of_environment()
-    degrees = config.parallel
     if place is None:
-        product = (degrees.cfg or 1) * (degrees.ring or 1) * (degrees.ulysses or 1)
-        if product > 1:
-            raise UserError(f"parallel asks for {product} ranks, but this is one process; add --nproc {product}")
-        yield None
+        _check_alone(config)
+        yield Party()
         return
-    die_with_launcher()
+    store = _meet(place, config.parallel.timeout)
+    try:
+        device, arrangement = _agree(store, place, config, prompts)
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=config.parallel.timeout)
+        with _only_first_is_stopped(place):
+            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout)
+            ranks = join_ranks(config, arrangement, device)
+            if verbose:
+                _tell(place, describe_place(ranks, arrangement.plan, device))
+            yield Party(ranks=ranks, store=store)
+    except (CollectiveError, dist.DistError) as error:
+        raise LostRankError(str(error) if isinstance(error, CollectiveError) else _lost(place, error)) from error
+    # Not after an error: it would wait for the other ranks, and the process is about to end.
+    dist.destroy_process_group()
+
+
+def _check_alone(config: RunConfig) -> None:
+    degrees = config.parallel
+    product = (degrees.cfg or 1) * (degrees.ring or 1) * (degrees.ulysses or 1)
+    if product > 1:
+        raise UserError(f"parallel asks for {product} ranks, but this is one process; add --nproc {product}")
+    if degrees.provider != "torch":
+        raise UserError(
+            f"parallel.provider {degrees.provider} is for ranks that exchange heads, but this is one process; "
+            "add --nproc, or leave the provider out"
+        )
+
+
+def _meet(place: Place, timeout: float) -> dist.Store:
+    """The store that rank 0 or torchrun holds, once every rank has come to it."""
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not host or not port:
+        raise UserError(
+            "RANK and WORLD_SIZE are set, but not MASTER_ADDR and MASTER_PORT; unset them or start with torchrun"
+        )
+    of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    listening = os.environ.get(STORE)
+    try:
+        store: dist.Store = dist.TCPStore(
+            host,
+            int(port),
+            is_master=place.rank == 0 and not of_torchrun,
+            timeout=timedelta(seconds=timeout),
+            wait_for_workers=False,
+            master_listen_fd=None if listening is None else int(listening),
+        )
+        # A store of torchrun outlives an attempt of its ranks.
+        store = dist.PrefixStore(f"freespec/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        _call_roll(store, place, timeout)
+    except dist.DistError as error:
+        raise UserError(
+            f"rank {place.rank} of {place.world} cannot reach rank 0 at {host}:{port} within {timeout:g} s "
+            f"({_first_line(error)})"
+        ) from error
+    return store
+
+
+def _call_roll(store: dist.Store, place: Place, timeout: float) -> None:
+    store.add("came", 1)
+    until = time.monotonic() + timeout
+    while (came := store.add("came", 0)) < place.world:
+        if time.monotonic() > until:
+            raise UserError(f"only {came} of {place.world} ranks came within {timeout:g} s; rank {place.rank} waited")
+        time.sleep(_ROLL_CALL_SECONDS)
+
+
+def _agree(
+    store: dist.Store, place: Place, config: RunConfig, prompts: Sequence[str]
+) -> tuple[torch.device, Arrangement]:
+    """This rank's device, and the arrangement, if no rank has a fault to report and all want to do the same.
+
+    Through the store, as groups of ranks that want different arrangements would wait for each other.
+    """
+    message, prints, result = None, {}, None
+    try:
+        device = _claim_device(place, config)
+        arrangement = arrange_ranks(config, place.world, device)
+        prints = setting_prints(config) | {
+            "prompt": digest(json.dumps(list(prompts))),
+            "checkpoint or GPU": digest(f"{arrangement.degrees} {arrangement.plan}"),
+        }
+        result = device, arrangement
+    except UserError as error:
+        message = str(error)
+    mine = {"message": message, "prints": {name: value.hex() for name, value in prints.items()}}
+    store.set(f"wants/{place.rank}", json.dumps(mine))
+    wants = [json.loads(store.get(f"wants/{rank}")) for rank in range(place.world)]
+    failure = choose_failure([want["message"] for want in wants])
+    if failure is not None:
+        raise UserError(failure)
+    refuse_different([{name: bytes.fromhex(value) for name, value in want["prints"].items()} for want in wants])
+    return result
+
+
+def _claim_device(place: Place, config: RunConfig) -> torch.device:
     device = pick_device(config.model.device)
     if device.type == "cuda":
         if place.local_rank >= torch.cuda.device_count():
@@ -219,15 +190,28 @@ def open_ranks(config: RunConfig) -> Iterator[Ranks | None]:
                 "start fewer ranks"
             )
         torch.cuda.set_device(place.local_rank)
-    timeout = timedelta(seconds=config.parallel.timeout)
+    return device
+
+
+@contextlib.contextmanager
+def _only_first_is_stopped(place: Place) -> Iterator[None]:
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS} if place.rank > 0 else {}
     try:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-    except (dist.DistStoreError, dist.DistNetworkError) as error:
-        raise UserError(
-            f"rank {place.rank} waited {timeout.seconds} s, but not all of {place.world} ranks came "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-    try:
-        yield join_ranks(config, place.world, device)
+        yield
     finally:
-        dist.destroy_process_group()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tell(place: Place, message: str) -> None:
+    """What `--verbose` shows; our launcher adds the rank itself."""
+    prefix = "" if LAUNCHER in os.environ else f"[rank {place.rank}] "
+    print(prefix + message, file=sys.stderr, flush=True)
+
+
+def _lost(place: Place, error: Exception) -> str:
+    return f"rank {place.rank} of {place.world} lost the others ({_first_line(error)})"
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

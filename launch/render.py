@@ -9,16 +9,19 @@ from torch import Tensor
 
 from engine.config import OutputConfig
 from engine.contact_sheet import FrameSampler, contact_sheet, write_picture
+from engine.decoder import VideoDecoder
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.record import describe_video, peak_memory, write_record
 from engine.video import open_video
-from launch.command import Stopped
+from launch.command import LostRankError
 from launch.outputs import OutputFiles
+from launch.stopping import Stopped
+from parallel.collectives import CollectiveError
 
 
 def render(
-    engine: LongVideoEngine,
+    engine: LongVideoEngine | VideoDecoder,
     latents: Tensor,
     record: dict[str, Any],
     files: OutputFiles,
@@ -28,6 +31,7 @@ def render(
 ) -> dict[str, Any]:
     """Decode latents that lie in `files.latents`, write video, contact sheet and record, and return the whole record.
 
+    Rank 0 calls this, while the other ranks run `engine.decode` of the same latents to its end.
     If it is stopped or the disk is full, no file is left under its final name before it is whole, and the message says how
     to go on from the latents.
     """
@@ -35,6 +39,8 @@ def render(
         return _render(engine, latents, record, files, output=output, fps=fps)
     except KeyboardInterrupt as error:
         raise Stopped(f"while decoding; {describe_kept(files)}") from error
+    except CollectiveError as error:
+        raise LostRankError(f"{error}; {describe_kept(files)}") from error
     except OSError as error:
         raise UserError(f"cannot write {files.video}: {error.strerror or error}; {describe_kept(files)}") from error
     except torch.OutOfMemoryError as error:
@@ -53,7 +59,7 @@ def describe_kept(files: OutputFiles) -> str:
 
 
 def _render(
-    engine: LongVideoEngine,
+    engine: LongVideoEngine | VideoDecoder,
     latents: Tensor,
     record: dict[str, Any],
     files: OutputFiles,
@@ -76,6 +82,7 @@ def _render(
     record = record | {
         "seconds": record["seconds"] | {"decode": time.perf_counter() - started},
         "peak_memory": peak_memory(engine.device),
+        "decode": engine.decode_plan,
         "video": describe_video(files.video, num_frames=num_frames, fps=fps),
     }
     write_record(files.record, record)

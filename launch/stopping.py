@@ -81,9 +81,13 @@ def say(message: str) -> None:
         return
     place = Place.of_environment()
     if place is None or 0 in (place.rank, place.local_rank):
-        # A progress bar may have left the cursor in the middle of a line.
-        lead = "\n" if sys.stderr.isatty() else ""
-        print(lead + line, file=sys.stderr, flush=True)
+        show(line)
+
+
+def show(line: str) -> None:
+    """A line on stderr; a progress bar may have left a terminal's cursor in the middle of another."""
+    lead = "\n" if sys.stderr.isatty() else ""
+    print(lead + line, file=sys.stderr, flush=True)
 
 
 def die_with_parent() -> None:

@@ -54,6 +54,7 @@ guidance {guidance:g}, read by `tiny/measure.py`, which does not know the captio
 |---|---|---|---|
 | autoencoder | {vae[steps]} | {vae[minutes]} | {vae[device]} |
 | transformer and text encoder | {flow[steps]} | {flow[minutes]} | {flow[device]} |
+| decoder alone, once more | {decoder[steps]} | {decoder[minutes]} | {decoder[device]} |
 
 Minutes are wall-clock, and the machine was shared with other work. Rendering and encoding the clips in between is not counted.
 Weights are stored in bfloat16 and are meant to be loaded in float32.
@@ -105,6 +106,7 @@ def write_card(folder: Path) -> None:
         failures=f"{count} of {figures['clips']} clips miss shape, colour or motion; `figures.json` lists them with what was seen.",
         vae=record["vae"],
         flow=record["flow"],
+        decoder=record["decoder"],
         clips=figures["clips"],
         steps=figures["steps"],
         guidance=figures["guidance"],

@@ -16,7 +16,7 @@ def build_pipeline(work: Path) -> WanPipeline:
     """The pipeline with the averaged weights found in `work`, float32 on the CPU."""
     _, mean, std = load_latents(work)
     vae = build_vae([round(value, 4) for value in mean.tolist()], [round(value, 4) for value in std.tolist()])
-    load_average(vae, work / "vae.safetensors")
+    load_average(vae, work / "decoder.safetensors")
     tokenizer = build_tokenizer()
     denoiser = Denoiser(len(tokenizer))
     load_average(denoiser, work / "flow.safetensors")
@@ -39,7 +39,7 @@ def export(work: Path, target: Path) -> None:
     for folder in (fresh, old):
         shutil.rmtree(folder, ignore_errors=True)
     pipe.save_pretrained(fresh)
-    record = {stage: training_record(work / f"{stage}.safetensors") for stage in ("vae", "flow")}
+    record = {stage: training_record(work / f"{stage}.safetensors") for stage in ("vae", "flow", "decoder")}
     (fresh / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     if target.exists():
         target.rename(old)

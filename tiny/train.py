@@ -1,6 +1,7 @@
 """Trains the embedded model from nothing: `python -m tiny.train`, or continues where the last run was stopped.
 
-Three stages, each with its state in the work folder: the autoencoder, the cached latents, the transformer with its text encoder.
+Four stages, each with its state in the work folder: the autoencoder, the cached latents, the transformer with its text encoder,
+and the decoder of the autoencoder once more.
 The result is a checkpoint in Diffusers layout that `WanPipeline.from_pretrained` loads.
 """
 
@@ -14,7 +15,7 @@ import torch
 from tiny.export import export
 from tiny.latents import cache_latents
 from tiny.train_flow import FlowPlan, train_flow
-from tiny.train_vae import VaePlan, train_vae
+from tiny.train_vae import DECODER_PLAN, VaePlan, train_decoder, train_vae
 
 ROOT = Path(__file__).resolve().parent
 
@@ -27,14 +28,16 @@ class Plan:
     num_clips: int = 1536
     clips_per_file: int = 256
     flow: FlowPlan = field(default_factory=FlowPlan)
+    decoder: VaePlan = DECODER_PLAN
 
 
 def train(work: Path, target: Path, plan: Plan, device: torch.device) -> None:
-    """Runs what is left of the three stages in `work`, and writes the checkpoint to `target`."""
+    """Runs what is left of the four stages in `work`, and writes the checkpoint to `target`."""
     work.mkdir(parents=True, exist_ok=True)
     train_vae(work, plan.vae, device)
     cache_latents(work, num_clips=plan.num_clips, clips_per_file=plan.clips_per_file, device=device)
     train_flow(work, plan.flow, device)
+    train_decoder(work, plan.decoder, device)
     export(work, target)
 
 

@@ -1,4 +1,7 @@
-"""Stage 1: the autoencoder. Stills first, where a step is cheap, then short clips."""
+"""Stage 1: the autoencoder. Stills first, where a step is cheap, then short clips.
+
+Its decoder alone can be trained further at any time, since the cached latents come from the encoder.
+"""
 
 import logging
 from dataclasses import dataclass
@@ -12,7 +15,7 @@ from torch.nn.functional import l1_loss, mse_loss
 from tqdm import tqdm
 
 from tiny.models import build_vae
-from tiny.state import Trainee, numpy_rng, phase_at, torch_rng, warm_and_decay
+from tiny.state import Trainee, load_average, numpy_rng, phase_at, torch_rng, warm_and_decay
 from tiny.world import render, sample_scene
 
 logger = logging.getLogger(__name__)
@@ -33,6 +36,9 @@ class VaePlan:
     def num_steps(self) -> int:
         """Steps of all phases."""
         return sum(steps for _, _, steps in self.phases)
+
+
+DECODER_PLAN = VaePlan(phases=((9, 3, 300),), lr=1e-3, save_every=100)
 
 
 def to_video(clips: list[np.ndarray]) -> Tensor:
@@ -78,12 +84,25 @@ def psnr(mse: float) -> float:
 def train_vae(work: Path, plan: VaePlan, device: torch.device) -> None:
     """Trains, or continues, the autoencoder; its state is `work/vae.safetensors`."""
     torch.manual_seed(SEED)
-    trainee = Trainee(build_vae().to(device).train(), lr=plan.lr, ema_decay=0.998)
-    path = work / "vae.safetensors"
+    _train(build_vae(), work / "vae.safetensors", plan, device)
+
+
+def train_decoder(work: Path, plan: VaePlan, device: torch.device) -> None:
+    """Trains the decoder alone, as long as one likes: cached latents stay valid. Its state is `work/decoder.safetensors`."""
+    vae = build_vae()
+    load_average(vae, work / "vae.safetensors")
+    for part in (vae.encoder, vae.quant_conv):
+        part.requires_grad_(False)
+    _train(vae, work / "decoder.safetensors", plan, device)
+
+
+def _train(vae: AutoencoderKLWan, path: Path, plan: VaePlan, device: torch.device) -> None:
+    """Trains what is not frozen, from the state in `path` if there is one."""
+    trainee = Trainee(vae.to(device).train(), lr=plan.lr, ema_decay=0.998)
     if path.exists():
         trainee.load(path)
-    error = 0.1
-    progress = tqdm(range(trainee.step, plan.num_steps), desc="vae", initial=trainee.step, total=plan.num_steps)
+    error, stage = 0.1, path.stem
+    progress = tqdm(range(trainee.step, plan.num_steps), desc=stage, initial=trainee.step, total=plan.num_steps)
     for step in progress:
         num_frames, num_clips = phase_at(plan.phases, step)
         rng = numpy_rng(SEED, step)
@@ -91,8 +110,8 @@ def train_vae(work: Path, plan: VaePlan, device: torch.device) -> None:
         with torch.autocast(device.type, torch.bfloat16):
             loss, mse = vae_loss(trainee.module, video, torch_rng(SEED, step))
         trainee.update(loss, lr_scale=warm_and_decay(step, plan.num_steps, warmup=50, decay_from=0.6))
-        error += 0.05 * (mse.item() - error)
+        error += max(0.05, 1 / (step + 1)) * (mse.item() - error)
         progress.set_postfix(psnr=f"{psnr(error):.1f}", frames=num_frames, refresh=False)
         if trainee.step % plan.save_every == 0 or trainee.step == plan.num_steps:
             trainee.save(path)
-            logger.info("vae step %d: psnr %.2f dB after %.0f s", trainee.step, psnr(error), trainee.seconds)
+            logger.info("%s step %d: psnr %.2f dB after %.0f s", stage, trainee.step, psnr(error), trainee.seconds)

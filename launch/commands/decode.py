@@ -1,9 +1,7 @@
-"""Makes the video of saved latents: `python launch/decode.py LATENTS --output PATH`."""
+"""decode.py: saved latents to a video."""
 
-import contextlib
 import dataclasses
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,9 @@ from jsonargparse import ArgumentParser, Namespace
 
 from engine.checkpoint import load_latents
 from engine.config import ModelConfig, OutputConfig, RunConfig
-from engine.engine import LongVideoEngine
+from engine.decoder import open_decoder
 from engine.errors import UserError
 from launch.cli import Keys, arrange, make_parser, parse
-from launch.command import run_command
 from launch.outputs import OutputFiles, check_outputs
 from launch.render import render
 
@@ -23,7 +20,7 @@ DESCRIPTION = "Make the video of latents that launch/generate.py saved. The mode
 
 
 def main(argv: list[str]) -> None:
-    """Read the latents and the record in them, check the outputs, load the model and decode."""
+    """Read the latents and the record in them, check the outputs, load the VAE and decode."""
     parser = make_parser("decode.py", USAGE, DESCRIPTION)
     _add_arguments(parser)
     words = arrange(argv, Keys.of(parser), num_positionals=1)
@@ -44,8 +41,8 @@ def main(argv: list[str]) -> None:
         [files.video, files.record, files.sheet], overwrite=config.output.overwrite, overwrite_flag="--overwrite"
     )
     record = record | {"config": dataclasses.asdict(config), "decoded_from": source.name}
-    with contextlib.closing(LongVideoEngine(config)) as engine:
-        record = render(engine, latents, record, files, output=config.output, fps=config.video.fps)
+    with open_decoder(config) as decoder:
+        record = render(decoder, latents, record, files, output=config.output, fps=config.video.fps)
     print(f"{files.video}: {record['video']['num_frames']} frames; decoded in {record['seconds']['decode']:.1f} s")
 
 
@@ -92,7 +89,3 @@ def _add_arguments(parser: ArgumentParser) -> None:
     ):
         parser.add_argument(f"--{name}", type=kind, help=f"{text}; by default as in the run")
     parser.add_class_arguments(ModelConfig, nested_key="model")
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main))

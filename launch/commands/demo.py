@@ -1,8 +1,7 @@
-"""The demonstration: one prompt and seed, four times the native length, with each method, and one picture of all three."""
+"""demo.py: one prompt and seed, four times the native length, with each method, and one picture of all three."""
 
 import contextlib
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,7 @@ from engine.contact_sheet import Row, comparison, spaced, write_picture
 from engine.engine import LongVideoEngine
 from engine.video import read_video
 from launch.cli import parse_run
-from launch.command import run_command
-from launch.generate import make_video, summary
+from launch.commands.generate import make_video, summary
 from launch.outputs import OutputFiles, check_outputs, plan_outputs
 
 DESCRIPTION = "Make the same video with every method, and one picture that shows them one above the other."
@@ -80,7 +78,3 @@ def pick_frames(video: Path, indices: list[int]) -> list[np.ndarray]:
 def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--prompt", type=str, default=PROMPT, help="what the videos show")
     parser.add_argument("--folder", type=str, default="runs/demo", help="folder of the videos and the picture")
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main))

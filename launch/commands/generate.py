@@ -1,8 +1,7 @@
-"""Makes long videos from prompts: `python launch/generate.py --prompt "..."`; `--help` lists every setting."""
+"""generate.py: prompts to videos, on one rank or several."""
 
 import contextlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,38 +17,40 @@ from engine.record import build_record
 from engine.trace import Trace
 from engine.trace_plot import write_trace
 from launch.cli import parse_run
-from launch.command import Stopped, run_command
+from launch.command import LostRankError
 from launch.outputs import OutputFiles, check_outputs, plan_outputs
-from launch.ranks import must_start, open_ranks, start_ranks
+from launch.ranks import check_started, open_ranks
 from launch.render import describe_kept, render
+from launch.stopping import Stopped
+from parallel.collectives import CollectiveError
 
 DESCRIPTION = "Make a long video from a prompt, or one from each line of a file."
 
 
-def main(argv: list[str]) -> int:
-    """Read the settings, check the outputs, load the model once and make every video; on as many ranks as asked for."""
+def main(argv: list[str]) -> None:
+    """Read the settings, meet the other ranks if there are any, check the outputs, load the model once, make every video."""
     namespace, config = parse_run(argv, name="generate.py", description=DESCRIPTION, add_arguments=_add_arguments)
+    check_started(namespace.nproc)
     prompts = read_prompts(namespace.prompt, namespace.prompt_file)
     outputs = plan_outputs(config.output, len(prompts))
-    if must_start(namespace.nproc):
-        _check_outputs(outputs, config)
-        return start_ranks(namespace.nproc, [__file__, *argv], verbose=namespace.verbose)
-    with open_ranks(config) as ranks:
-        if ranks is None or ranks.mesh.world.rank == 0:
-            _check_outputs(outputs, config)
-        with contextlib.closing(LongVideoEngine(config, ranks)) as engine:
-            for prompt, files in zip(prompts, outputs, strict=True):
+    with open_ranks(config, prompts=prompts, verbose=namespace.verbose) as party:
+        party.check_on_first(lambda: _check_outputs(outputs, config))
+        with contextlib.closing(LongVideoEngine(config, party.ranks)) as engine:
+            for index, (prompt, files) in enumerate(zip(prompts, outputs, strict=True)):
+                if index > 0:
+                    party.wait_for_first(f"video {index - 1}")
                 record = make_video(engine, config, prompt, files)
                 if record is not None:
-                    print(summary(record, files))
-    return 0
+                    print(summary(record, files), flush=True)
 
 
 def make_video(engine: LongVideoEngine, config: RunConfig, prompt: str, files: OutputFiles) -> dict[str, Any] | None:
-    """One prompt from noise to its files; returns the record, on rank 0, which writes them."""
+    """One prompt from noise to its files; returns the record, on rank 0, which writes them. Every rank calls this."""
     trace = Trace() if files.trace else None
     denoised = _denoise(engine, prompt, files, trace)
     if not engine.is_first:
+        for _ in engine.decode(denoised.latents):  # its share of the tiles, if there are any
+            pass
         return None
     seconds = {"load": engine.load_seconds, **denoised.seconds}
     record = build_record(engine, prompt=prompt, seed=None, negative_prompt=None, denoised=denoised, seconds=seconds)
@@ -114,6 +115,9 @@ def _denoise(engine: LongVideoEngine, prompt: str, files: OutputFiles, trace: Tr
         return engine.denoise(prompt, checkpoint=files.checkpoint, trace=trace)
     except KeyboardInterrupt as error:
         raise Stopped(_describe_checkpoint(files.checkpoint)) from error
+    except CollectiveError as error:
+        kept = f"; {_describe_checkpoint(files.checkpoint)}" if engine.is_first else ""
+        raise LostRankError(f"{error}{kept}") from error
     except OSError as error:
         raise UserError(f"cannot write {files.checkpoint}: {error.strerror or error}") from error
     except torch.OutOfMemoryError as error:
@@ -142,7 +146,3 @@ def _keep_latents(denoised: Denoised, record: dict[str, Any], files: OutputFiles
         raise Stopped(f"before decoding; {describe_kept(files)}") from error
     except OSError as error:
         raise UserError(f"cannot write {files.latents}: {error.strerror or error}") from error
-
-
-if __name__ == "__main__":
-    sys.exit(run_command(main))

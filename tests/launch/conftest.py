@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch import generate
 from launch.command import run_command
+from launch.commands import generate
 from tests.tiny_pipelines import save_random_wan
 
 SMALL = {

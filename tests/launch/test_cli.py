@@ -10,8 +10,8 @@ from jsonargparse import ArgumentParser
 
 from engine.config import RunConfig
 from engine.errors import UserError
-from launch import decode, demo, generate
 from launch.cli import nearest_key, parse_run
+from launch.commands import decode, demo, generate
 from tests.launch.conftest import Run
 
 ROOT = Path(__file__).parent.parent.parent

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from engine.errors import UserError
-from launch.command import Stopped
+from launch.stopping import Stopped
 from tests.launch.conftest import Run
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from launch import demo
+from launch.commands import demo
 from tests.launch.conftest import SMALL, Run
 from tests.launch.test_generate import names
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from engine.checkpoint import load_latents
 from engine.video import VideoWriter, count_frames, read_video
-from launch import decode
+from launch.commands import decode
 from tests.launch.conftest import Run
 
 
@@ -226,7 +226,7 @@ def test_a_full_disk_before_decoding_is_one_line(
     def fill_disk(*args: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("launch.generate.save_latents", fill_disk)
+    monkeypatch.setattr("launch.commands.generate.save_latents", fill_disk)
     assert "a.latents.safetensors: No space left on device" in make().error
     assert names(tmp_path) == set()
 

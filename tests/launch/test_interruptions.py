@@ -17,7 +17,7 @@ from torch import nn
 
 from engine.checkpoint import load_latents
 from engine.engine import LongVideoEngine
-from launch import decode
+from launch.commands import decode
 from tests.launch.conftest import SMALL, Run
 from tests.launch.test_generate import names
 
@@ -127,7 +127,7 @@ def test_while_the_latents_are_written_they_are_kept(
             signal.raise_signal(signal.SIGINT)
         from_engine(*args)
 
-    monkeypatch.setattr("launch.generate.save_latents", stop_first)
+    monkeypatch.setattr("launch.commands.generate.save_latents", stop_first)
     shown = make()
     assert shown.code == 130
     assert "the latents are kept in" in shown.stopped
