@@ -25,7 +25,7 @@ class GroupOfOne:
         elif self._users:
             self._users += 1
         elif (world := dist.get_world_size(dist.group.WORLD)) > 1:
-            raise UserError(f"this process is one of {world} ranks; pass mesh=parallel.mesh.build_mesh(...)")
+            raise UserError(f"this process is one of {world} ranks; pass ranks=engine.Ranks(mesh=build_mesh(...))")
         return build_mesh(cfg=1, ring=1, ulysses=1, device=torch.device("cpu"), timeout=TIMEOUT)
 
     def release(self) -> None:
