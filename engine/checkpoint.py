@@ -10,7 +10,6 @@ from typing import Any
 import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.denoise import SchedulerState, restore_scheduler
@@ -31,10 +30,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def save_latents(path: Path, latents: Tensor, metadata: dict[str, str]) -> None:
-    """Write latents [1, z, F, h, w] and what they belong to."""
+    """Write latents [1, z, F, h, w] and what they belong to; OSError if the disk does not take them.
+
+    As bytes, because the library's own writer raises errors of another class and makes files that only their owner reads.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as part:
-        save_file({"latents": latents.cpu().contiguous()}, part, metadata)
+        part.write_bytes(safetensors.torch.save({"latents": latents.cpu().contiguous()}, metadata))
 
 
 def load_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
@@ -52,7 +54,7 @@ def save_run(path: Path, latents: Tensor, *, step: int, run_id: str, state: Sche
     metadata = {"run_id": run_id, "step": str(step), "scheduler": json.dumps(values)}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as part:
-        save_file({"latents": latents.cpu().contiguous()} | tensors, part, metadata)
+        part.write_bytes(safetensors.torch.save({"latents": latents.cpu().contiguous()} | tensors, metadata))
 
 
 def load_run(data: bytes, *, path: Path, run_id: str, scheduler: Any, device: torch.device) -> tuple[Tensor, int]:

@@ -131,6 +131,7 @@ class ParallelConfig:
     """How one video lies over the ranks; their number is the product of the three degrees.
 
     Attributes:
+        plan: `auto` lets the planner choose the degrees that are null, `manual` wants all three to be given.
         cfg: 2 gives the conditional and the unconditional pass a half of the ranks each; null lets the planner choose.
         ring: ranks over which the tokens stay split inside attention; null lets the planner choose.
         ulysses: ranks over which attention splits the heads; null lets the planner choose.
@@ -140,6 +141,7 @@ class ParallelConfig:
         text_device: where the text encoder runs, on rank 0 only: `model` is the device of the model.
     """
 
+    plan: Literal["auto", "manual"] = "auto"
     cfg: int | None = None
     ring: int | None = None
     ulysses: int | None = None
@@ -154,7 +156,15 @@ class ParallelConfig:
             degree = getattr(self, name)
             _check(degree is None or degree >= 1, f"parallel.{name} must be 1 or more, got {degree}")
         _check(self.cfg in (None, 1, 2), f"parallel.cfg must be 1 or 2 (there are two passes), got {self.cfg}")
-        _check(self.timeout > 0, f"parallel.timeout must be more than 0 seconds, got {self.timeout}")
+        _check(
+            math.isfinite(self.timeout) and self.timeout > 0,
+            f"parallel.timeout must be a finite number of seconds, more than 0, got {self.timeout}",
+        )
+        degrees = (self.cfg, self.ring, self.ulysses)
+        _check(
+            self.plan == "auto" or None not in degrees,
+            f"parallel.plan manual needs parallel.cfg, ring and ulysses, got {degrees}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

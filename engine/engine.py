@@ -19,7 +19,7 @@ from tqdm import tqdm
 from engine.adapters.wan import WanAdapter, WanSpec
 from engine.apply import MethodHandle, Ranks, apply_method
 from engine.checkpoint import load_run, save_run
-from engine.config import MethodConfig, RunConfig
+from engine.config import MethodConfig, OutputConfig, RunConfig
 from engine.decode_plan import check_tiles
 from engine.decoder import VideoDecoder
 from engine.denoise import SchedulerState, denoise, draw_noise, make_scheduler, scheduler_state
@@ -76,8 +76,8 @@ class LongVideoEngine:
         started = time.perf_counter()
         try:
             with self.progress("load", total=1) as bar:
-                self.spec, prints = together(self.mesh, self._check)
-                check_agreement(self.mesh, prints)
+                self.spec, self._prints = together(self.mesh, self._check)
+                check_agreement(self.mesh, self._prints)
                 self.pipe = together(self.mesh, self._load)
                 bar.update()
             self.decoder = VideoDecoder(
@@ -90,10 +90,10 @@ class LongVideoEngine:
             raise
         self.load_seconds = time.perf_counter() - started
 
-    def use_method(self, config: MethodConfig) -> None:
-        """Take the method off the loaded model and put another one on."""
+    def use_method(self, method: MethodConfig, output: OutputConfig | None = None) -> None:
+        """Take the method off the loaded model and put another one on; `output` is where its video goes, if elsewhere."""
         self.handle.remove()
-        self.config = replace(self.config, method=config)
+        self.config = replace(self.config, method=method, output=output or self.config.output)
         self.handle = self._apply_method()
 
     @property
@@ -267,12 +267,15 @@ class LongVideoEngine:
         return draw_noise(shape, seed).to(self.device), 0
 
     def _run_id(self, **what: Any) -> str:
-        """Hash of all that decides the latents: two runs with the same one have the same latents."""
+        """Hash of all that decides the latents: two runs with the same one have the same latents, but for rounding.
+
+        Not the ranks, nor where the weights lie: another number of ranks, or offload, continues the same run.
+        """
         tree = dataclasses.asdict(self.config)
-        # Not the ranks: another number of them continues the same run.
-        decides = {key: tree[key] for key in ("model", "sampler", "method", "attention")}
+        decides = {key: tree[key] for key in ("sampler", "method", "attention")}
         size = {key: tree["video"][key] for key in ("height", "width")}
-        text = json.dumps({**decides, **size, **what}, sort_keys=True)
+        model = {"checkpoint": self._prints["checkpoint"].hex(), "dtype": str(self.pipe.transformer.dtype)}
+        text = json.dumps({**decides, **size, **model, "device": self.device.type, **what}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 

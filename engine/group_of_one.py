@@ -26,7 +26,9 @@ class GroupOfOne:
             self._users += 1
         elif (world := dist.get_world_size(dist.group.WORLD)) > 1:
             raise UserError(f"this process is one of {world} ranks; pass ranks=engine.Ranks(mesh=build_mesh(...))")
-        return build_mesh(cfg=1, ring=1, ulysses=1, device=torch.device("cpu"), timeout=TIMEOUT)
+        # A group of one that the process had already may be NCCL's, which takes tensors of a GPU only.
+        device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+        return build_mesh(cfg=1, ring=1, ulysses=1, device=device, timeout=TIMEOUT)
 
     def release(self) -> None:
         """The counterpart of `acquire`: the last user removes the group, unless somebody else had made it."""

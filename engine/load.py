@@ -1,6 +1,5 @@
 """Checkpoints in Diffusers layout, from a folder or the hub, with every fault of theirs as one clear line."""
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -13,12 +12,13 @@ import transformers
 from diffusers import AutoencoderKLWan, WanPipeline
 from huggingface_hub import snapshot_download
 from packaging.version import Version
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from engine.adapters.wan import WanAdapter, WanSpec
 from engine.config import ModelConfig
 from engine.errors import UserError
 from engine.progress import no_library_bars
+from engine.weights import check_part, read_json
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -44,9 +44,12 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def find_checkpoint(path: str) -> Path | str:
     """A folder (from the working directory, then from the repository), or a hub name."""
-    for folder in (Path(path).expanduser(), REPOSITORY / path):
-        if folder.is_dir():
-            return folder
+    try:
+        for folder in (Path(path).expanduser(), REPOSITORY / path):
+            if folder.is_dir():
+                return folder
+    except (OSError, RuntimeError) as error:  # no permission, a name too long, ~ of an unknown user
+        raise UserError(f"cannot look for model.path {path!r}: {error}") from error
     if not _HUB_NAME.fullmatch(path):
         raise UserError(f"model.path {path!r} is no folder here and no hub name; give a folder in Diffusers layout")
     return path
@@ -59,6 +62,10 @@ def fetch(source: Path | str, revision: str | None, *, parts: Sequence[str] = WE
     UserError if the hub does not know the name or cannot be reached and there is no local copy.
     """
     if isinstance(source, Path):
+        if revision is not None:
+            raise UserError(
+                f"model.revision {revision!r} goes with a hub name, and {source} is a folder; leave it unset"
+            )
         return source
     patterns = ["*.json", *(f"{part}/*.safetensors" for part in parts)]
     patterns += ["tokenizer/*"] if "text_encoder" in parts else []
@@ -66,7 +73,7 @@ def fetch(source: Path | str, revision: str | None, *, parts: Sequence[str] = WE
     level = hub_log.level
     hub_log.setLevel(logging.ERROR)  # its warnings about retries come before our one line
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, tqdm_class=None))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:  # what all errors of huggingface_hub and its connections derive from
         first = str(error).strip().splitlines()[0]
         at = f" at revision {revision}" if revision else ""
@@ -80,12 +87,7 @@ def fetch(source: Path | str, revision: str | None, *, parts: Sequence[str] = WE
 
 def read_spec(folder: Path) -> WanSpec:
     """The numbers of a checkpoint without its weights, from two config.json files of its folder."""
-    try:
-        transformer, vae = (
-            json.loads((folder / part / "config.json").read_text(encoding="utf-8")) for part in ("transformer", "vae")
-        )
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder} has no readable transformer/config.json and vae/config.json ({error})") from error
+    transformer, vae = (read_json(folder / part / "config.json") for part in ("transformer", "vae"))
     return WanSpec.from_configs(transformer, vae)
 
 
@@ -104,8 +106,13 @@ def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: s
     dtype = pick_dtype(config.dtype, device)
     if config.offload == "model" and device.type != "cuda":
         raise UserError("model.offload moves parts between GPU and CPU and needs CUDA; use none on a CPU")
-    folder = fetch(find_checkpoint(config.path), config.revision)
-    check_folder(folder)
+    if config.offload == "model" and text_device == "cpu":
+        raise UserError(
+            "parallel.text_device cpu and model.offload model exclude each other; offload moves the encoder"
+        )
+    parts = WEIGHT_FOLDERS if with_text else ("transformer", "vae")
+    folder = fetch(find_checkpoint(config.path), config.revision, parts=parts)
+    check_folder(folder, parts)
     without_text: dict[str, Any] = {} if with_text else {"text_encoder": None, "tokenizer": None}
     with _faults_as_lines(config.path), no_library_bars():
         vae = load_vae(folder)
@@ -115,11 +122,13 @@ def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: s
         _check_text_encoder(pipe)
     pipe.set_progress_bar_config(disable=True)
     if config.offload == "model":
-        pipe.enable_model_cpu_offload()
-    else:
-        pipe.to(device)
-        if with_text and text_device == "cpu":
-            pipe.text_encoder.to("cpu")
+        pipe.enable_model_cpu_offload(gpu_id=torch.cuda.current_device())
+        return pipe
+    # One by one: a text encoder that stays on the CPU must never have been on the device.
+    pipe.transformer.to(device)
+    pipe.vae.to(device)
+    if with_text and text_device == "model":
+        pipe.text_encoder.to(device)
     return pipe
 
 
@@ -137,48 +146,47 @@ def load_vae(folder: Path) -> AutoencoderKLWan:
 
 
 def check_folder(folder: Path, parts: Sequence[str] = WEIGHT_FOLDERS) -> None:
-    """Raise UserError unless the folder holds a WanPipeline and the safetensors files of these parts are all whole."""
-    index_file = folder / "model_index.json"
-    if not index_file.is_file():
+    """Raise UserError unless the folder holds a WanPipeline whose `parts` are whole: every file, every tensor in its shape."""
+    if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} has no model_index.json; give the folder that holds transformer/, vae/ and the rest")
-    try:
-        class_name = json.loads(index_file.read_text()).get("_class_name")
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{index_file} is not JSON ({error}); fetch the checkpoint again") from error
+    index = read_json(folder / "model_index.json")
+    class_name = index.get("_class_name") if isinstance(index, dict) else None
     if class_name != "WanPipeline":
         raise UserError(f"{folder} is a {class_name}; only WanPipeline (Wan2.1 text-to-video) is supported")
+    # Without its files transformers makes a tokenizer that knows no word, and every prompt would be ignored.
+    needed = {"transformer": ("scheduler", ("scheduler_config.json",))}
+    needed["text_encoder"] = ("tokenizer", ("tokenizer.json", "spiece.model"))
     for name in parts:
-        part = folder / name
-        files = sorted(part.glob("*.safetensors"))
-        if not files:
-            others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in part.glob(pattern))
-            found = f"only {', '.join(others)}, which can run code and is not read" if others else "no weights"
-            raise UserError(f"{part} has {found}; fetch the .safetensors files of this checkpoint")
-        for file in files:
-            _check_whole(file)
-        for shard_index in part.glob("*.safetensors.index.json"):
-            shards = set(json.loads(shard_index.read_text())["weight_map"].values())
-            missing = sorted(shards - {file.name for file in files})
-            if missing:
-                raise UserError(f"{part} lacks {', '.join(missing)} of {len(shards)} shards; finish the download")
+        check_files(folder / name)
+        check_part(folder, name)
+        beside, files = needed.get(name, (name, ("config.json",)))
+        if not any((folder / beside / file).is_file() for file in files):
+            raise UserError(f"{folder / beside} has no {' or '.join(files)}; fetch the checkpoint again")
+
+
+def check_files(part: Path) -> None:
+    """Raise UserError unless a part's weights are there, as safetensors, with all of its shards."""
+    files = sorted(part.glob("*.safetensors"))
+    if not files:
+        others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in part.glob(pattern))
+        found = f"only {', '.join(others)}, which can run code and is not read" if others else "no weights"
+        raise UserError(f"{part} has {found}; fetch the .safetensors files of this checkpoint")
+    for shard_index in part.glob("*.safetensors.index.json"):
+        content = read_json(shard_index)
+        shards = set(content["weight_map"].values()) if isinstance(content, dict) and "weight_map" in content else set()
+        missing = sorted(shards - {file.name for file in files})
+        if missing:
+            raise UserError(f"{part} lacks {', '.join(missing)} of {len(shards)} shards; finish the download")
 
 
 @contextmanager
 def _faults_as_lines(path: str) -> Iterator[None]:
-    """What a library says of files that it cannot read, as a UserError."""
+    """What a library says of files that are not what they should be, as a UserError."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load {path!r}: {first}") from error
-
-
-def _check_whole(file: Path) -> None:
-    try:
-        with safe_open(file, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is broken or cut short ({error}); fetch it again") from error
 
 
 def _check_text_encoder(pipe: WanPipeline) -> None:

@@ -1,7 +1,9 @@
 """From the number of ranks to a mesh: the degrees that the configuration or the planner chooses, and who exchanges heads."""
 
+import itertools
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -10,7 +12,7 @@ from engine.apply import Ranks
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.planner import ModelSpec, Options, choose, read_gpu, read_model
-from engine.planner.gpu import FOLDER
+from engine.planner.gpu import FOLDER, GpuSpec
 from engine.planner.layout import Degrees, feasible_degrees, num_passes
 from parallel.attention import TORCH_EXCHANGE, HeadExchange
 from parallel.deepspeed import deepspeed_exchange
@@ -98,12 +100,12 @@ def choose_degrees(config: RunConfig, spec: ModelSpec, world: int, device: torch
         config.video,
         config.sampler,
         config.method,
-        gpu=read_gpu(gpu),
+        gpu=gpu,
         world_size=world,
         options=Options.of(config),
         fixed=fixed,
     )
-    return plan.degrees, f"the planner's choice for {gpu}: {plan.why}"
+    return plan.degrees, f"the planner's choice for {gpu.name}: {plan.why}"
 
 
 _RULE = "cfg first, then ulysses as far as it divides the heads, then ring"
@@ -119,12 +121,20 @@ def _agrees(degrees: Sequence[int], fixed: Sequence[int | None]) -> bool:
     return all(want in (None, have) for want, have in zip(fixed, degrees, strict=True))
 
 
-def _find_gpu(device: torch.device) -> str | None:
-    """Name of the description in configs/gpus that fits this device's own name."""
+def _find_gpu(device: torch.device) -> GpuSpec | None:
+    """The description in configs/gpus of this device, with the memory that it really has; None if there is none."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device).lower().replace(" ", "")
-    return next((path.stem for path in sorted(FOLDER.glob("*.json")) if path.stem in name), None)
+    properties = torch.cuda.get_device_properties(device)
+    known = match_gpu(properties.name, [path.stem for path in sorted(FOLDER.glob("*.json"))])
+    return None if known is None else replace(read_gpu(known), memory_gib=properties.total_memory / 2**30)
+
+
+def match_gpu(name: str, known: Sequence[str]) -> str | None:
+    """Which of the known GPUs a device's own name means, by whole words: "NVIDIA GeForce RTX 4090" is rtx4090."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    spoken = {*words, *(a + b for a, b in itertools.pairwise(words))}
+    return next((gpu for gpu in known if gpu in spoken), None)
 
 
 def _choose_exchange(config: RunConfig, plan: SequencePlan) -> HeadExchange:

@@ -74,7 +74,7 @@ def together(mesh: SeqMesh, action: Callable[[], Result]) -> Result:
     """What `action` returns; if it is a UserError on any rank, that error on every rank, so that none waits for a lost one."""
     try:
         result, message = action(), None
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a file that this rank may not read
         result, message = None, str(error)
     failure = first_failure(mesh, message)
     if failure is not None:

@@ -36,12 +36,18 @@ def build_record(
 
     `decode` is None until the engine was asked to decode.
     """
-    sampler = engine.config.sampler
+    config = dataclasses.asdict(engine.config)
+    # What the call said otherwise than the configuration.
+    config["video"]["num_frames"] = (denoised.latents.shape[2] - 1) * engine.spec.temporal_factor + 1
+    if seed is not None:
+        config["sampler"]["seed"] = seed
+    if negative_prompt is not None:
+        config["sampler"]["negative_prompt"] = negative_prompt
     return {
         "prompt": prompt,
-        "negative_prompt": sampler.negative_prompt if negative_prompt is None else negative_prompt,
-        "seed": sampler.seed if seed is None else seed,
-        "config": dataclasses.asdict(engine.config),
+        "negative_prompt": config["sampler"]["negative_prompt"],
+        "seed": config["sampler"]["seed"],
+        "config": config,
         "model": engine.loaded,
         "latents": {"shape": list(denoised.latents.shape)},
         "seconds": seconds,

@@ -12,7 +12,7 @@ from parallel.attention import SequenceLayout
 
 @dataclass
 class Trace:
-    """Rows of numbers, one per step, layer and branch, the same on every rank.
+    """Rows of numbers, one per step, layer and branch, the same on every rank that runs the conditional pass.
 
     Attributes:
         rows: dicts with step, layer, branch (`local` or `global`), effective_rank (mean over batch and heads, of at most D),
@@ -46,6 +46,6 @@ class Trace:
                 continue
             sigma, _ = spectrum.spectrum(layout.reduce(spectrum.gram(out)))
             ranks = spectrum.effective_rank(sigma)
-            total = layout.sum_heads(torch.tensor([ranks.sum(), ranks.numel()], dtype=torch.float64))
+            total = layout.sum_heads(torch.stack((ranks.sum(), ranks.new_tensor(ranks.numel()))))
             row = {"step": step, "layer": layer, "branch": branch, "effective_rank": float(total[0] / total[1])}
             self.rows.append(row | fusion)

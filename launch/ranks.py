@@ -174,11 +174,20 @@ def _agree(
     mine = {"message": message, "prints": {name: value.hex() for name, value in prints.items()}}
     store.set(f"wants/{place.rank}", json.dumps(mine))
     wants = [json.loads(store.get(f"wants/{rank}")) for rank in range(place.world)]
+    _let_read(store, place, config.parallel.timeout)
     failure = choose_failure([want["message"] for want in wants])
     if failure is not None:
         raise UserError(failure)
     refuse_different([{name: bytes.fromhex(value) for name, value in want["prints"].items()} for want in wants])
     return result
+
+
+def _let_read(store: dist.Store, place: Place, timeout: float) -> None:
+    """Rank 0, with which its store ends, goes on only when the others have read all that they wanted of it."""
+    store.add("read", 1)
+    until = time.monotonic() + timeout
+    while place.rank == 0 and store.add("read", 0) < place.world and time.monotonic() < until:
+        time.sleep(_ROLL_CALL_SECONDS)
 
 
 def _claim_device(place: Place, config: RunConfig) -> torch.device:

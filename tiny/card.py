@@ -21,7 +21,7 @@ It is there so that long-video methods can be seen, and *measured*, in a minute 
 import torch
 from diffusers import WanPipeline
 
-pipe = WanPipeline.from_pretrained("tiny/wan", torch_dtype=torch.float32)
+pipe = WanPipeline.from_pretrained("tiny/wan", dtype=torch.float32)
 video = pipe(
     "a red circle bounces over a blue background",
     height={size}, width={size}, num_frames={native}, num_inference_steps={steps}, guidance_scale={guidance:g}, max_sequence_length={text},

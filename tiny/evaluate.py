@@ -29,7 +29,7 @@ WORDS = ("shape", "colour", "size", "motion", "speed", "background", "pan")
 
 def load_pipeline(folder: Path) -> WanPipeline:
     """The checkpoint in float32, quiet."""
-    pipe = WanPipeline.from_pretrained(str(folder), torch_dtype=torch.float32)
+    pipe = WanPipeline.from_pretrained(str(folder), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

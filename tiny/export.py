@@ -41,6 +41,8 @@ def export(work: Path, target: Path) -> None:
     pipe.save_pretrained(fresh)
     record = {stage: training_record(work / f"{stage}.safetensors") for stage in ("vae", "flow", "decoder")}
     (fresh / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    for path in fresh.rglob("*.safetensors"):
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
     if target.exists():
         target.rename(old)
     fresh.rename(target)

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     records = {}
     with contextlib.closing(LongVideoEngine(config)) as engine:
         for name, files in outputs.items():
-            engine.use_method(configs[name].method)
+            engine.use_method(configs[name].method, configs[name].output)
             records[name] = make_video(engine, configs[name], namespace.prompt, files)
             print(summary(records[name], files))
     write_picture(picture, compare(records, outputs, num_columns=8))

@@ -146,3 +146,6 @@ def _keep_latents(denoised: Denoised, record: dict[str, Any], files: OutputFiles
         raise Stopped(f"before decoding; {describe_kept(files)}") from error
     except OSError as error:
         raise UserError(f"cannot write {files.latents}: {error.strerror or error}") from error
+    finally:
+        if files.latents.exists():  # whole, or it would have another name; the steps have served
+            files.checkpoint.unlink(missing_ok=True)

@@ -168,58 +168,11 @@ def test_impossible_videos_are_refused_before_weights_are_read(folder, tmp_path,
     broken = tmp_path / "wan"
     shutil.copytree(folder, broken)
     for file in broken.rglob("*.safetensors"):
-        assert file.stat().st_size > 0
+        file.write_bytes(file.read_bytes()[:10])  # reading any of them would be another error
     config = config_of(broken)
     config = dataclasses.replace(config, video=dataclasses.replace(config.video, **video))
     with pytest.raises(UserError, match=message):
         LongVideoEngine(config)
-
-
-def broken_folders():
-    def remove_weights(folder):
-        next((folder / "vae").glob("*.safetensors")).unlink()
-
-    def only_pickle(folder):
-        file = next((folder / "transformer").glob("*.safetensors"))
-        file.rename(file.with_suffix(".bin"))
-
-    def cut_short(folder):
-        file = next((folder / "text_encoder").glob("*.safetensors"))
-        file.write_bytes(file.read_bytes()[:-100])
-
-    def no_index(folder):
-        (folder / "model_index.json").unlink()
-
-    def other_class(folder):
-        (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-
-    def wan22(folder):
-        index = json.loads((folder / "model_index.json").read_text())
-        (folder / "model_index.json").write_text(json.dumps(index | {"boundary_ratio": 0.875}))
-
-    yield remove_weights, "vae has no weights"
-    yield only_pickle, r"only .*\.bin, which can run code and is not read"
-    yield cut_short, "is broken or cut short"
-    yield no_index, "has no model_index.json"
-    yield other_class, "is a FluxPipeline; only WanPipeline"
-    yield wan22, r"boundary_ratio 0.875"
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"), list(broken_folders()), ids=lambda value: getattr(value, "__name__", "")
-)
-def test_broken_checkpoints_are_one_line(folder, tmp_path, damage, message):
-    broken = tmp_path / "wan"
-    shutil.copytree(folder, broken)
-    damage(broken)
-    with pytest.raises(UserError, match=message) as caught:
-        LongVideoEngine(config_of(broken))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_missing_checkpoint_is_one_line(folder, tmp_path):
-    with pytest.raises(UserError, match="is no folder here and no hub name"):
-        LongVideoEngine(config_of(tmp_path / "nowhere"))
 
 
 def test_the_process_group_goes_with_the_last_engine(folder):

@@ -160,7 +160,7 @@ def test_a_wrong_sum_over_ranks_is_seen(folder, tmp_path):
 def test_ranks_that_disagree_all_say_so(folder, tmp_path):
     cases = [Case(folder, (1, 1, 2), "freespec", fault="seed"), Case(folder, (1, 1, 2), "freespec", fault="no weights")]
     seeds, weights = run_ranks(2, latents_on_ranks, cases, tmp_path)
-    expected = "ranks [1] have another seed than rank 0; start all ranks with the same command and files"
+    expected = "rank 1 has another seed than rank 0; start all ranks with the same command and files"
     assert seeds == [expected, expected]
     assert weights[0] == weights[1]
     assert weights[0].startswith("rank 1: model.path")

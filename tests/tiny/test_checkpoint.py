@@ -36,7 +36,7 @@ def loaded():
         logger.addHandler(collector)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        pipe = WanPipeline.from_pretrained(str(FOLDER), torch_dtype=torch.float32)
+        pipe = WanPipeline.from_pretrained(str(FOLDER), dtype=torch.float32)
     for logger in loggers:
         logger.removeHandler(collector)
     pipe.set_progress_bar_config(disable=True)

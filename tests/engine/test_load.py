@@ -1,0 +1,117 @@
+"""Checkpoints that are broken, each in another way: one line that names the file, before anything is made with them."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from engine.config import ModelConfig
+from engine.errors import UserError
+from engine.load import load_pipeline
+from tests.tiny_pipelines import save_random_wan
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_random_wan(tmp_path_factory.mktemp("wan"))
+
+
+def weights(folder: Path, part: str) -> Path:
+    return next((folder / part).glob("*.safetensors"))
+
+
+def change_tensors(part: str, change: Callable[[dict], object]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = safetensors.torch.load_file(weights(folder, part))
+        change(tensors)
+        safetensors.torch.save_file(tensors, weights(folder, part), {"format": "pt"})
+
+    return damage
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_text(text)
+
+
+def cut_short(folder: Path) -> None:
+    file = weights(folder, "text_encoder")
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def name_as_pickle(folder: Path) -> None:
+    weights(folder, "transformer").rename(folder / "transformer" / "model.bin")
+
+
+def lose_a_shard(folder: Path) -> None:
+    index = {"weight_map": {"a": weights(folder, "transformer").name, "b": "shard-2.safetensors"}}
+    (folder / "transformer" / "x.safetensors.index.json").write_text(json.dumps(index))
+
+
+def as_wan22(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"boundary_ratio": 0.875}))
+
+
+BROKEN = {
+    "no model index": (lambda folder: (folder / "model_index.json").unlink(), "has no model_index.json"),
+    "index of another class": (write("model_index.json", '{"_class_name": "FluxPipeline"}'), "is a FluxPipeline; only"),
+    "index is a list": (write("model_index.json", "[]"), "is a None; only WanPipeline"),
+    "index is no JSON": (write("model_index.json", "{"), "model_index.json is not JSON"),
+    "a Wan2.2 index": (as_wan22, r"boundary_ratio 0\.875"),
+    "no weights": (lambda folder: weights(folder, "vae").unlink(), "vae has no weights"),
+    "pickled weights": (name_as_pickle, r"only model\.bin, which can run code and is not read"),
+    "weights cut short": (cut_short, "is broken or cut short"),
+    "a missing shard": (lose_a_shard, r"transformer lacks shard-2\.safetensors of 2 shards"),
+    "no tokenizer": (lambda folder: shutil.rmtree(folder / "tokenizer"), r"tokenizer has no tokenizer\.json or spiece"),
+    "a broken tokenizer": (write("tokenizer/tokenizer.json", "{"), "cannot load"),
+    "no scheduler": (lambda folder: shutil.rmtree(folder / "scheduler"), "has no scheduler_config"),
+    "no text tensor": (
+        change_tensors("text_encoder", lambda tensors: tensors.pop("encoder.final_layer_norm.weight")),
+        r"text_encoder lacks encoder\.final_layer_norm\.weight, by its config",
+    ),
+    "no tied tensor": (change_tensors("text_encoder", lambda tensors: tensors.pop("shared.weight")), "lacks shared"),
+    "no tensor": (change_tensors("transformer", lambda t: t.pop("proj_out.weight")), r"lacks proj_out\.weight"),
+    "a wrong shape": (
+        change_tensors("vae", lambda tensors: tensors.update({"quant_conv.bias": torch.zeros(3)})),
+        r"vae has another shape for quant_conv\.bias",
+    ),
+    "a surplus tensor": (
+        change_tensors("transformer", lambda tensors: tensors.update({"lora.up.weight": torch.zeros(3)})),
+        r"transformer has the unknown lora\.up\.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_checkpoint_is_one_line(folder, tmp_path, name):
+    damage, message = BROKEN[name]
+    broken = tmp_path / "wan"
+    shutil.copytree(folder, broken)
+    damage(broken)
+    with pytest.raises(UserError, match=message) as caught:
+        load_pipeline(ModelConfig(path=str(broken), device="cpu"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_whole_checkpoint_loads_with_one_name_of_a_tied_tensor(folder):
+    config = ModelConfig(path=str(folder), device="cpu")
+    assert load_pipeline(config).text_encoder is not None
+    assert load_pipeline(config, with_text=False).text_encoder is None
+
+
+def test_the_revision_of_a_folder_is_refused(folder):
+    config = dataclasses.replace(ModelConfig(path=str(folder), device="cpu"), revision="main")
+    with pytest.raises(UserError, match=r"model\.revision 'main' goes with a hub name"):
+        load_pipeline(config)
+
+
+@pytest.mark.parametrize("path", ["/nowhere/at/all", "~nosuchuser/wan", "x" * 5000])
+def test_no_folder_is_one_line(path):
+    with pytest.raises(UserError, match=r"is no folder here and no hub name|cannot look for") as caught:
+        load_pipeline(ModelConfig(path=path, device="cpu"))
+    assert "\n" not in str(caught.value)
