@@ -1,5 +1,6 @@
 """Ranks as processes of this machine: started, watched until all have ended, and named if one fails. Standard library only."""
 
+import itertools
 import os
 import signal
 import socket
@@ -207,7 +208,7 @@ def _describe(cause: _Child, children: Sequence[_Child]) -> str:
 def _last_value(argv: Sequence[str], name: str) -> str | None:
     """What an option was given last as `--name value`, `--name=value` or `--name` alone, which is `true`."""
     value = None
-    for word, after in zip(argv, [*argv[1:], "--"], strict=True):
+    for word, after in itertools.zip_longest(argv, argv[1:], fillvalue="--"):
         key, equals, given = word.partition("=")
         if key == name:
             value = given if equals else ("true" if after.startswith("--") else after)

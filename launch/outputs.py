@@ -18,12 +18,14 @@ class OutputFiles:
         latents: safetensors file of the latents.
         keep_latents: whether that file stays once the video is whole.
         trace: whether effective rank and fusion weights are written.
+        of_several: whether the run makes other videos too.
     """
 
     video: Path
     latents: Path
     keep_latents: bool = False
     trace: bool = False
+    of_several: bool = False
 
     @property
     def record(self) -> Path:
@@ -61,17 +63,33 @@ def plan_outputs(config: OutputConfig, num_videos: int) -> list[OutputFiles]:
     """The files of each video; with several, `-000`, `-001`, ... is added to the stems."""
     if config.save_latents is not None and not config.save_latents.endswith(".safetensors"):
         raise UserError(f"output.save_latents must end in .safetensors, got {config.save_latents!r}")
-    video = Path(config.path).expanduser()
-    latents = Path(config.save_latents).expanduser() if config.save_latents is not None else latents_beside(video)
-    return [
+    video = expand(config.path)
+    latents = expand(config.save_latents) if config.save_latents is not None else latents_beside(video)
+    outputs = [
         OutputFiles(
             video=video.with_stem(video.stem + suffix),
             latents=latents.with_stem(latents.stem + suffix) if config.save_latents else latents_beside(video, suffix),
             keep_latents=config.save_latents is not None,
             trace=config.trace,
+            of_several=num_videos > 1,
         )
         for suffix in ([f"-{i:03d}" for i in range(num_videos)] if num_videos > 1 else [""])
     ]
+    for files in outputs:
+        others = {files.video, files.record, files.sheet, files.checkpoint, files.trace_table, files.trace_plot}
+        if files.latents in others:
+            raise UserError(
+                f"output.save_latents {files.latents} is also another file of this video; choose another name"
+            )
+    return outputs
+
+
+def expand(path: str) -> Path:
+    """A path of the user's, with ~ resolved; UserError for the ~ of a user that does not exist."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"cannot resolve {path!r}: {error}") from error
 
 
 def latents_beside(video: Path, suffix: str = "") -> Path:

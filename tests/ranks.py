@@ -15,7 +15,14 @@ import torch.multiprocessing as mp
 
 # A server process imports these once and forks every rank from itself: a rank starts in 0.1 s instead of 3.
 # torch._dynamo is what a TorchDispatchMode imports on its first call.
-PRELOAD = ["pytest", "torch", "torch.distributed.device_mesh", "torch._dynamo", "tests.ranks", "launch.commands.generate"]
+PRELOAD = [
+    "pytest",
+    "torch",
+    "torch.distributed.device_mesh",
+    "torch._dynamo",
+    "tests.ranks",
+    "launch.commands.generate",
+]
 
 
 def run_ranks(

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
             records[name] = make_video(engine, configs[name], namespace.prompt, files)
             print(summary(records[name], files))
     write_picture(picture, compare(records, outputs, num_columns=8))
-    print(f"{picture}: the three side by side")
+    print(f"{picture}: the three videos, one above the other")
 
 
 def for_method(config: RunConfig, name: str, folder: Path) -> RunConfig:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,15 @@ def make_video(engine: LongVideoEngine, config: RunConfig, prompt: str, files: O
             pass
         return None
     seconds = {"load": engine.load_seconds, **denoised.seconds}
-    record = build_record(engine, prompt=prompt, seed=None, negative_prompt=None, denoised=denoised, seconds=seconds)
-    _keep_latents(denoised, record, files)
+    record = _keep_latents(
+        lambda: build_record(
+            engine, prompt=prompt, seed=None, negative_prompt=None, denoised=denoised, seconds=seconds
+        ),
+        denoised,
+        files,
+    )
     if trace is not None:
-        write_trace(trace.rows, files.trace_table, files.trace_plot)
+        _write_trace(trace, files)
     record = render(engine, denoised.latents, record, files, output=config.output, fps=config.video.fps)
     if not files.keep_latents:
         files.latents.unlink()
@@ -114,9 +120,9 @@ def _denoise(engine: LongVideoEngine, prompt: str, files: OutputFiles, trace: Tr
     try:
         return engine.denoise(prompt, checkpoint=files.checkpoint, trace=trace)
     except KeyboardInterrupt as error:
-        raise Stopped(_describe_checkpoint(files.checkpoint)) from error
+        raise Stopped(_describe_checkpoint(files)) from error
     except CollectiveError as error:
-        kept = f"; {_describe_checkpoint(files.checkpoint)}" if engine.is_first else ""
+        kept = f"; {_describe_checkpoint(files)}" if engine.is_first else ""
         raise LostRankError(f"{error}{kept}") from error
     except OSError as error:
         raise UserError(f"cannot write {files.checkpoint}: {error.strerror or error}") from error
@@ -126,26 +132,42 @@ def _denoise(engine: LongVideoEngine, prompt: str, files: OutputFiles, trace: Tr
         ) from error
 
 
-def _describe_checkpoint(path: Path) -> str:
-    if not path.exists():
+def _describe_checkpoint(files: OutputFiles) -> str:
+    """What was kept of a run that ended while denoising, and how to go on."""
+    if not files.checkpoint.exists():
         return "before the first step was done; nothing was kept"
-    with safe_open(path, framework="pt") as file:
+    with safe_open(files.checkpoint, framework="pt") as file:
         step = file.metadata()["step"]
-    return f"after step {step}, which is kept in {path}; the same command continues from there"
+    # The same command would find the videos of earlier prompts, and not replace them.
+    how = f"this prompt alone, with --output.path {files.video}," if files.of_several else "the same command"
+    return f"after step {step}, which is kept in {files.checkpoint}; {how} continues from there"
 
 
-def _keep_latents(denoised: Denoised, record: dict[str, Any], files: OutputFiles) -> None:
-    """Write the latents before anything is decoded, since they are what took long."""
-    # The record so far lies in the file, so that a video decoded from it later has its whole record too.
-    metadata = {"record": json.dumps(record, allow_nan=False)}
+def _keep_latents(make_record: Callable[[], dict[str, Any]], denoised: Denoised, files: OutputFiles) -> dict[str, Any]:
+    """Write the latents before anything is decoded, since they are what took long; returns the record so far.
+
+    The record lies in the file too, so that a video decoded from it later has its whole record.
+    """
+
+    def write() -> dict[str, Any]:
+        record = make_record()
+        save_latents(files.latents, denoised.latents, {"record": json.dumps(record, allow_nan=False)})
+        files.checkpoint.unlink(missing_ok=True)  # the steps have served
+        return record
+
     try:
-        save_latents(files.latents, denoised.latents, metadata)
+        return write()
     except KeyboardInterrupt as error:
-        # Interruptions wait while one is handled, so this time it is written.
-        save_latents(files.latents, denoised.latents, metadata)
+        write()  # interruptions wait while one is handled, so this time it is written
         raise Stopped(f"before decoding; {describe_kept(files)}") from error
     except OSError as error:
         raise UserError(f"cannot write {files.latents}: {error.strerror or error}") from error
-    finally:
-        if files.latents.exists():  # whole, or it would have another name; the steps have served
-            files.checkpoint.unlink(missing_ok=True)
+
+
+def _write_trace(trace: Trace, files: OutputFiles) -> None:
+    try:
+        write_trace(trace.rows, files.trace_table, files.trace_plot)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {files.trace_table}: {error.strerror or error}; {describe_kept(files)}"
+        ) from error
