@@ -35,7 +35,13 @@ class FlowPlan:
     is learned from stills, at a tenth of the cost of a clip.
     """
 
-    phases: tuple[tuple[int, int, int], ...] = ((1, 32, 400), (5, 12, 500), (9, 8, 800))
+    phases: tuple[tuple[int, int, int], ...] = (
+        (1, 32, 400),
+        (5, 12, 500),
+        (9, 8, 800),
+        (5, 12, 900),
+        (9, 8, 900),
+    )
     lr: float = 1.5e-3
     save_every: int = 100
 

@@ -63,9 +63,8 @@ def compare(records: dict[str, dict[str, Any]], outputs: dict[str, OutputFiles],
         )
         for name, files in outputs.items()
     ]
-    native = record["config"]["method"]["window_frames"]
-    times = record["latents"]["shape"][2] / native
-    subtitle = f"{num_frames} frames, {times:g} times the native length; seed {record['seed']}"
+    latents, native = record["latents"]["shape"][2], record["config"]["method"]["window_frames"]
+    subtitle = f"{num_frames} frames: {latents} latent frames, native are {native}; seed {record['seed']}"
     return comparison(rows, [i / fps for i in moments], title=record["prompt"], subtitle=subtitle, width=1300)
 
 

@@ -160,7 +160,7 @@ def test_a_rank_that_never_comes(wan_folder: Path, tmp_path: Path) -> None:
     ended = run_forked([command] * 2, tmp_path, world=3, ranks=[0, 2])
     assert [rank.code for rank in ended] == [2, 2]
     assert ended[0].err == "error: only 2 of 3 ranks came within 2 s; rank 0 waited\n"
-    assert ended[1].err == ""
+    assert "error:" not in ended[1].err  # torch may log that rank 0 has left
     assert names(tmp_path / "out") == set()
 
 
