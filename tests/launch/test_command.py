@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -64,3 +67,16 @@ def test_a_second_signal_waits_until_the_first_has_been_handled(run: Callable[..
 
     assert run(main) == Run(130, "", "stopped\n")
     assert saved == ["latents"]
+
+
+@pytest.mark.parametrize("script", ["generate", "decode", "plan"])
+def test_a_script_without_arguments_says_what_it_needs(script: str) -> None:
+    """plan.py alone has a default for everything."""
+    path = Path(__file__).parents[2] / "launch" / f"{script}.py"
+    ended = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=120, check=False)
+    if script == "plan":
+        assert (ended.returncode, ended.stderr) == (0, "")
+    else:
+        assert (ended.returncode, ended.stdout) == (2, "")
+        assert ended.stderr.startswith("error: give ")
+        assert ended.stderr.count("\n") == 1

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from launch.command import run_command
-from launch.plan import main
+from launch.commands.plan import main
 
 WAN = ["--config", "configs/wan2.1-t2v-1.3b.yaml"]
 

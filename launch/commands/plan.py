@@ -1,0 +1,144 @@
+"""plan.py: which degrees, how much memory and how long, before anything is loaded."""
+
+import dataclasses
+import json
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from engine.config import RunConfig
+from engine.planner.choose import choose_from
+from engine.planner.gpu import GpuSpec, read_gpu
+from engine.planner.memory import GIB
+from engine.planner.model import ModelSpec, read_model
+from engine.planner.plan import MODES, Case, Options, Plan, plan_case
+from launch.cli import parse_run
+
+DESCRIPTION = "List every way to lay a video over GPUs, with memory and predicted time, before any weight is loaded."
+NOTE = "Every time is predicted from datasheets and assumed fractions of them (see `sources` in the GPU's file)."
+
+
+def main(argv: list[str]) -> None:
+    """Read the settings, plan, and print the chosen plan first."""
+    namespace, config = parse_run(argv, name="plan.py", description=DESCRIPTION, add_arguments=_add_arguments)
+    gpu, spec = read_gpu(namespace.gpu), read_model(config.model)
+    case = Case(
+        spec=spec,
+        video=config.video,
+        sampler=config.sampler,
+        method=config.method,
+        gpu=gpu,
+        world_size=namespace.gpus,
+        options=Options.of(config),
+    )
+    plans = plan_case(case)
+    parallel = config.parallel
+    best = choose_from(plans, case, (parallel.cfg, parallel.ring, parallel.ulysses))
+    plans = [best, *(p for p in plans if p is not best)]
+    print(json.dumps(as_json(case, plans), indent=2) if namespace.json else as_text(case, config, plans))
+
+
+def as_json(case: Case, plans: list[Plan]) -> dict[str, Any]:
+    """Everything, for programs: plans in order, the chosen one first."""
+    return {
+        "predicted": NOTE,
+        "model": {"name": case.spec.name, "source": case.spec.source, "parameters": case.spec.parameters},
+        "gpu": dataclasses.asdict(case.gpu),
+        "gpus": case.world_size,
+        "video": dataclasses.asdict(case.video),
+        "method": case.method.name,
+        "options": dataclasses.asdict(case.options),
+        "plans": [dataclasses.asdict(p) for p in plans],
+    }
+
+
+def as_text(case: Case, config: RunConfig, plans: list[Plan]) -> str:
+    """The same for a person: the chosen plan in full, one line for each of the others."""
+    best = plans[0]
+    lines = [
+        *_heading(case.spec, config, case.gpu, case.world_size),
+        "",
+        f"chosen: {best.name}",
+        f"  why: {best.why}",
+        *_shares(best),
+        *_memory(best, case.gpu),
+        *_steps(best),
+        *_runs(best, case.world_size),
+        "",
+        "every plan, best first (seconds of denoising; GiB of the busiest GPU):",
+        *_table(plans),
+        "",
+        NOTE,
+    ]
+    return "\n".join(lines)
+
+
+def _heading(spec: ModelSpec, config: RunConfig, gpu: GpuSpec, world_size: int) -> list[str]:
+    video = config.video
+    frames, frame_tokens = spec.grid(video.num_frames, video.height, video.width)
+    return [
+        f"{spec.name} on {world_size} x {gpu.name}: {video.num_frames} frames of {video.height} x {video.width}, "
+        f"{frames} latent frames of {frame_tokens} tokens = {frames * frame_tokens} tokens",
+        f"numbers of the model: {spec.source}; {spec.heads} heads of {spec.head_dim}, {spec.layers} layers, "
+        f"{spec.parameters['transformer'] / 1e9:.2f} billion parameters",
+    ]
+
+
+def _shares(best: Plan) -> list[str]:
+    return [
+        f"  tokens per rank: {_span(best.tokens)}; heads per rank inside attention: {_span(best.heads)}; "
+        f"local steps by {best.local_route}",
+    ]
+
+
+def _memory(best: Plan, gpu: GpuSpec) -> list[str]:
+    parts = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.2f}" for name, size in best.memory.items())
+    return [f"  peak memory: {best.peak_bytes / GIB:.1f} GiB of {gpu.usable_gib:.1f} for tensors (GiB: {parts})"]
+
+
+def _steps(best: Plan) -> list[str]:
+    lines = []
+    for mode in MODES:
+        seconds = ", ".join(f"{part} {value:.3f}" for part, value in best.step_seconds[mode].items())
+        sent = ", ".join(f"{kind} {size / 1e6:.1f}" for kind, size in best.bytes_per_step[mode].items() if size)
+        total = sum(best.step_seconds[mode].values())
+        lines.append(f"  {mode} step: {total:.3f} s predicted ({seconds}); sends, MB: {sent or 'nothing'}")
+    return lines
+
+
+def _runs(best: Plan, world_size: int) -> list[str]:
+    lines = []
+    for method, seconds in best.run_seconds.items():
+        steps = ", ".join(f"{count} {mode}" for mode, count in best.steps[method].items())
+        shared = f", {best.efficiency[method]:.1%} of {world_size} times one GPU" if world_size > 1 else ""
+        lines.append(f"  {method}: {seconds:.1f} s predicted to denoise ({steps}){shared}")
+    return [*lines, f"  decoding on one GPU: {best.decode_seconds:.1f} s predicted"]
+
+
+def _table(plans: list[Plan]) -> list[str]:
+    methods = list(plans[0].run_seconds)
+    rows = [["cfg", "ring", "ulysses", "tokens", "heads", "GiB", *MODES, *methods, "fits"]]
+    rows += [
+        [
+            *map(str, p.degrees),
+            _span(p.tokens),
+            _span(p.heads),
+            f"{p.peak_bytes / GIB:.1f}",
+            *(f"{sum(p.step_seconds[mode].values()):.3f}" for mode in MODES),
+            *(f"{p.run_seconds[method]:.1f}" for method in methods),
+            "yes" if p.fits else "no",
+        ]
+        for p in plans
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def _span(sizes: list[int]) -> str:
+    return str(sizes[0]) if min(sizes) == max(sizes) else f"{min(sizes)}-{max(sizes)}"
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs")
+    parser.add_argument("--gpu", type=str, default="h200", help="one of configs/gpus, or a JSON file of your own")
+    parser.add_argument("--json", type=bool, default=False, help="print everything as JSON")
