@@ -24,7 +24,12 @@ from diffusers import WanPipeline
 pipe = WanPipeline.from_pretrained("tiny/wan", dtype=torch.float32)
 video = pipe(
     "a red circle bounces over a blue background",
-    height={size}, width={size}, num_frames={native}, num_inference_steps={steps}, guidance_scale={guidance:g}, max_sequence_length={text},
+    height={size},
+    width={size},
+    num_frames={native},
+    num_inference_steps={steps},
+    guidance_scale={guidance:g},
+    max_sequence_length={text},
 ).frames[0]
 ```
 
