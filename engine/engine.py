@@ -250,11 +250,14 @@ class LongVideoEngine:
         """Text embeddings [1, K, C] of each prompt, made by rank 0."""
         max_tokens = self.config.sampler.max_text_tokens
         transformer = self.pipe.transformer
-        if self.is_first:
-            embeds = WanAdapter.encode_text(self.pipe, prompts, max_tokens, self.device)
-        else:
+
+        def encode() -> list[Tensor]:
+            if self.is_first:
+                return WanAdapter.encode_text(self.pipe, prompts, max_tokens, self.device)
             shape = (1, max_tokens, transformer.config.text_dim)
-            embeds = [torch.empty(shape, dtype=transformer.dtype, device=self.device) for _ in prompts]
+            return [torch.empty(shape, dtype=transformer.dtype, device=self.device) for _ in prompts]
+
+        embeds = together(self.mesh, encode)
         return [hand_out(self.mesh, embed, "text embeddings") for embed in embeds]
 
     def _first_latents(self, num_frames: int, seed: int, checkpoint: Path | None, run_id: str) -> tuple[Tensor, int]:

@@ -27,7 +27,9 @@ def fingerprints(config: RunConfig, folder: Path, *, from_hub: bool) -> dict[str
 
     Of a hub checkpoint the JSON files count, and its commit: one rank may not have downloaded its weights yet.
     """
-    return setting_prints(config) | {"checkpoint": _digest_checkpoint(folder, "*.json" if from_hub else "*")}
+    # The folder of a hub checkpoint is called after its commit; a local one may be called anything.
+    version, pattern = (folder.resolve().name, "*.json") if from_hub else ("", "*")
+    return setting_prints(config) | {"checkpoint": _digest_checkpoint(folder, version, pattern)}
 
 
 def setting_prints(config: RunConfig) -> dict[str, bytes]:
@@ -117,9 +119,9 @@ def digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _digest_checkpoint(folder: Path, pattern: str) -> bytes:
-    """Name of the folder's version, and names, sizes and beginnings of its files."""
-    digest = hashlib.sha256(folder.resolve().name.encode())
+def _digest_checkpoint(folder: Path, version: str, pattern: str) -> bytes:
+    """The checkpoint's version, and names, sizes and beginnings of its files."""
+    digest = hashlib.sha256(version.encode())
     for file in sorted(p for p in folder.rglob(pattern) if p.is_file()):
         with file.open("rb") as opened:
             digest.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from engine.config import RunConfig
 from engine.errors import UserError
+from launch.outputs import expand
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = "configs/tiny-wan.yaml"
@@ -176,7 +177,7 @@ def _check_tree(tree: dict[Any, Any], keys: Keys, prefix: str, path: Path) -> No
 
 def _find_config(name: str) -> Path:
     """A file from the working directory, or else from the repository."""
-    for path in (Path(name).expanduser(), REPOSITORY / name):
+    for path in (expand(name), REPOSITORY / name):
         if path.is_file():
             return path
     raise UserError(f"--config {name} does not exist; presets lie in {REPOSITORY / 'configs'}")

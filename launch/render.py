@@ -44,7 +44,9 @@ def render(
     except OSError as error:
         raise UserError(f"cannot write {files.video}: {error.strerror or error}; {describe_kept(files)}") from error
     except torch.OutOfMemoryError as error:
-        raise UserError(f"out of memory while decoding on {engine.device}; {describe_kept(files)}") from error
+        raise UserError(
+            f"out of memory while decoding on {engine.device}; {describe_kept(files)} --decode.mode tiled"
+        ) from error
     except BaseException as error:
         error.add_note(describe_kept(files))
         raise

@@ -25,7 +25,7 @@ class Plan:
     """All sizes of a training run; the defaults made the shipped weights."""
 
     vae: VaePlan = field(default_factory=VaePlan)
-    num_clips: int = 2560
+    num_clips: int = 5120
     clips_per_file: int = 256
     flow: FlowPlan = field(default_factory=FlowPlan)
     decoder: VaePlan = DECODER_PLAN

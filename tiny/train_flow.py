@@ -14,6 +14,7 @@ from torch.nn.functional import mse_loss
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from tiny.attention import cpu_attention
 from tiny.latents import load_latents, training_scene
 from tiny.models import FLOW_SHIFT, PIPELINE_TEXT_LENGTH, TEXT_LENGTH, Denoiser, build_tokenizer
 from tiny.state import Trainee, numpy_rng, phase_at, torch_rng, warm_and_decay
@@ -31,6 +32,8 @@ MUON_WEIGHTS = ("transformer.blocks.",)
 class FlowPlan:
     """Phases of (latent frames, clips per batch, steps), the peak learning rate, and steps between saved states.
 
+    `compiled` lets torch compile the blocks, once per phase and length of text.
+
     The autoencoder is causal, so the first latent frames of a clip are the latents of a shorter clip: what shapes and colours are called
     is learned from stills, at a tenth of the cost of a clip.
     """
@@ -39,10 +42,11 @@ class FlowPlan:
         (1, 32, 400),
         (5, 12, 500),
         (9, 8, 800),
-        (5, 12, 900),
-        (9, 8, 900),
+        (5, 12, 1200),
+        (9, 8, 4800),
     )
     lr: float = 1.5e-3
+    compiled: bool = True
     save_every: int = 100
 
     @property
@@ -80,7 +84,7 @@ def flow_loss(
     noisy, timestep, velocity = (part.to(device) for part in flow_batch(latents, torch_rng(SEED, step)))
     tokens = tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
     text_length = PIPELINE_TEXT_LENGTH if step % 8 == 0 else TEXT_LENGTH
-    with torch.autocast(device.type, torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16), cpu_attention(device):
         text = model.encode_text(tokens.input_ids.to(device), tokens.attention_mask.to(device), text_length)
         predicted = model(noisy, timestep, text)
     return mse_loss(predicted.float(), velocity)
@@ -96,6 +100,9 @@ def train_flow(work: Path, plan: FlowPlan, device: torch.device) -> None:
     path = work / "flow.safetensors"
     if path.exists():
         trainee.load(path)
+    if plan.compiled:
+        for block in trainee.module.transformer.blocks:
+            block.compile(dynamic=False)
     average = 2.0
     progress = tqdm(range(trainee.step, plan.num_steps), desc="flow", initial=trainee.step, total=plan.num_steps)
     for step in progress:

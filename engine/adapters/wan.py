@@ -146,7 +146,14 @@ class WanAdapter:
 
     @staticmethod
     def encode_text(pipe: WanPipeline, prompts: Sequence[str], max_tokens: int, device: torch.device) -> list[Tensor]:
-        """Text embeddings [1, K, C] of each prompt in the transformer's dtype."""
+        """Text embeddings [1, K, C] of each prompt in the transformer's dtype; UserError for one that would be cut."""
+        for prompt in prompts:
+            length = len(pipe.tokenizer(prompt).input_ids)
+            if length > max_tokens:
+                raise UserError(
+                    f"a prompt has {length} tokens, and sampler.max_text_tokens is {max_tokens}; shorten it or raise the "
+                    f"setting: {prompt[:60]!r}"
+                )
         embeds = []
         for prompt in prompts:
             embed, _ = pipe.encode_prompt(

@@ -3,19 +3,20 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from engine.checkpoint import load_latents
-from engine.config import ModelConfig, OutputConfig, RunConfig
+from engine.config import DecodeConfig, ModelConfig, OutputConfig, RunConfig
 from engine.decoder import open_decoder
 from engine.errors import UserError
 from launch.cli import Keys, arrange, make_parser, parse
-from launch.outputs import OutputFiles, check_outputs
+from launch.outputs import OutputFiles, check_outputs, expand
 from launch.render import render
 
 USAGE = "decode.py LATENTS --output PATH [--overwrite] [--model.path PATH] [--SETTING VALUE ...]"
+_MODEL_KEYS = ("path", "revision", "device")
 DESCRIPTION = "Make the video of latents that launch/generate.py saved. The model and the rate are those of the run."
 
 
@@ -28,15 +29,16 @@ def main(argv: list[str]) -> None:
         raise UserError("give the file of the latents: decode.py LATENTS --output PATH")
     # The file says what its settings are, and the file is one of the arguments: so they are read twice.
     parser.set_defaults({"model.path": ""})
-    source = Path(parse(parser, words).latents).expanduser()
+    source = expand(parse(parser, words).latents)
     latents, metadata = load_latents(source)
     record = read_record(metadata, source)
     saved = record["config"]
-    parser.set_defaults({f"model.{key}": value for key, value in saved["model"].items()})
-    namespace = parse(parser, words)
-    config = override(restore_config(saved), namespace)
+    config = restore_config(saved, source)
+    parser.set_defaults({f"model.{key}": saved["model"][key] for key in _MODEL_KEYS})
+    parser.set_defaults({f"decode.{key}": value for key, value in dataclasses.asdict(config.decode).items()})
+    config = override(config, parse(parser, words))
 
-    files = OutputFiles(video=Path(config.output.path).expanduser(), latents=source, keep_latents=True)
+    files = OutputFiles(video=expand(config.output.path), latents=source, keep_latents=True)
     check_outputs(
         [files.video, files.record, files.sheet], overwrite=config.output.overwrite, overwrite_flag="--overwrite"
     )
@@ -54,11 +56,14 @@ def read_record(metadata: dict[str, str], source: Path) -> dict[str, Any]:
         raise UserError(f"{source} does not say how it was made; give latents that launch/generate.py saved") from error
 
 
-def restore_config(tree: dict[str, Any]) -> RunConfig:
-    """The RunConfig that a record was saved with."""
+def restore_config(tree: dict[str, Any], source: Path) -> RunConfig:
+    """The RunConfig that a record was saved with; UserError if this version does not know one of its settings."""
     parser = make_parser("decode.py", USAGE, DESCRIPTION)
     parser.add_class_arguments(RunConfig, nested_key=None)
-    namespace = parser.instantiate(parser.parse_object(tree))
+    try:
+        namespace = parser.instantiate(parser.parse_object(tree))
+    except (ArgumentError, ValueError) as error:
+        raise UserError(f"{source} was saved with settings that this version does not know: {error}") from error
     return RunConfig(**{field.name: namespace[field.name] for field in dataclasses.fields(RunConfig)})
 
 
@@ -71,7 +76,8 @@ def override(config: RunConfig, namespace: Namespace) -> RunConfig:
     fps = config.video.fps if namespace.fps is None else namespace.fps
     return dataclasses.replace(
         config,
-        model=namespace.model,
+        model=dataclasses.replace(config.model, **{key: getattr(namespace.model, key) for key in _MODEL_KEYS}),
+        decode=namespace.decode,
         output=OutputConfig(**output),
         video=dataclasses.replace(config.video, fps=fps),
     )
@@ -85,7 +91,10 @@ def _add_arguments(parser: ArgumentParser) -> None:
         ("fps", int, "frames per second of the file"),
         ("crf", int, "H.264 quality, 0 (lossless) to 51"),
         ("sheet_frames", int, "evenly spaced frames on the contact sheet"),
-        ("progress", str, "bars on stderr: auto, on or off"),
+        ("progress", Literal["auto", "on", "off"], "bars on stderr: auto, on or off"),
     ):
         parser.add_argument(f"--{name}", type=kind, help=f"{text}; by default as in the run")
-    parser.add_class_arguments(ModelConfig, nested_key="model")
+    # The VAE is always in float32 and on its device, so there is no dtype and no offload to choose.
+    left_out = {field.name for field in dataclasses.fields(ModelConfig)} - {*_MODEL_KEYS}
+    parser.add_class_arguments(ModelConfig, nested_key="model", skip=left_out)
+    parser.add_class_arguments(DecodeConfig, nested_key="decode")

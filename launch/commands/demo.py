@@ -14,7 +14,7 @@ from engine.engine import LongVideoEngine
 from engine.video import read_video
 from launch.cli import parse_run
 from launch.commands.generate import make_video, summary
-from launch.outputs import OutputFiles, check_outputs, plan_outputs
+from launch.outputs import OutputFiles, check_outputs, expand, plan_outputs
 
 DESCRIPTION = "Make the same video with every method, and one picture that shows them one above the other."
 PROMPT = "a red circle bounces over a blue background"
@@ -24,7 +24,7 @@ NOTES = {"direct": "full attention", "sliding_window": "native window", "freespe
 def main(argv: list[str]) -> None:
     """Load the model once, make the three videos in runs/demo, then the picture."""
     namespace, config = parse_run(argv, name="demo.py", description=DESCRIPTION, add_arguments=_add_arguments)
-    folder = Path(namespace.folder).expanduser()
+    folder = expand(namespace.folder)
     configs = {name: for_method(config, name, folder) for name in NOTES}
     outputs = {name: plan_outputs(each.output, 1)[0] for name, each in configs.items()}
     picture = folder / "comparison.png"

@@ -3,7 +3,6 @@
 import contextlib
 import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from engine.trace import Trace
 from engine.trace_plot import write_trace
 from launch.cli import parse_run
 from launch.command import LostRankError
-from launch.outputs import OutputFiles, check_outputs, plan_outputs
+from launch.outputs import OutputFiles, check_outputs, expand, plan_outputs
 from launch.ranks import check_started, open_ranks
 from launch.render import describe_kept, render
 from launch.stopping import Stopped
@@ -78,7 +77,7 @@ def read_prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
             raise UserError("--prompt is empty")
         return [prompt]
     try:
-        lines = Path(prompt_file).expanduser().read_text(encoding="utf-8-sig").splitlines()
+        lines = expand(prompt_file).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise UserError(f"cannot read --prompt_file {prompt_file}: {error.strerror}") from error
     except UnicodeDecodeError as error:

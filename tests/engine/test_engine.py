@@ -144,6 +144,11 @@ def test_trace_hears_every_layer_of_the_conditional_pass(engine):
     assert "residual" not in trace.rows[-1]
 
 
+def test_a_prompt_that_would_be_cut_is_refused(engine):
+    with pytest.raises(UserError, match=r"a prompt has \d+ tokens, and sampler.max_text_tokens is 20; shorten it"):
+        engine.denoise("a red circle bounces over a blue background")
+
+
 def test_flow_shift_changes_the_timesteps(folder):
     config = config_of(folder)
     config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, flow_shift=8.0))

@@ -12,7 +12,7 @@ from tiny.train_flow import FlowPlan
 from tiny.train_vae import VaePlan
 
 VAE_PLAN = VaePlan(phases=((1, 1, 1), (5, 1, 1)), save_every=1)
-FLOW_PLAN = FlowPlan(phases=((1, 2, 1), (2, 2, 1)), save_every=1)
+FLOW_PLAN = FlowPlan(phases=((1, 2, 1), (2, 2, 1)), save_every=1, compiled=False)
 DECODER_PLAN = VaePlan(phases=((1, 1, 1), (1, 1, 1)), save_every=1)
 STAGES = ("vae", "flow", "decoder")
 CPU = torch.device("cpu")
