@@ -12,9 +12,24 @@ from torch import Tensor
 from torch.nn import functional
 
 
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any) -> Tensor:
-    """softmax(q k' / sqrt(D)) v for q, k, v [B, N, S, D]; a mask of numbers is added, one of truths says what is seen."""
-    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)
+def plain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **others: Any,
+) -> Tensor:
+    """softmax(scale q k') v for q, k, v [B, N, S, D]; a mask of numbers is added, one of truths says what is seen.
+
+    The scale is 1 / sqrt(D) unless given: T5 gives 1. What it cannot do raises ValueError.
+    """
+    if dropout_p or is_causal or any(others.values()):
+        raise ValueError(f"dropout {dropout_p}, causal {is_causal} and {others} are not served")
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.transpose(-1, -2)
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, float("-inf")) if attn_mask.dtype is torch.bool else scores + attn_mask
     return scores.softmax(-1) @ value

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from tiny.models import NATIVE_FRAMES, PIPELINE_TEXT_LENGTH, TEXT_LENGTH
+from tiny.families import FAMILIES
+from tiny.families.base import LATENT_FRAMES, NATIVE_FRAMES, TEXT_LENGTH
 from tiny.world import BACKGROUNDS, COLOURS, SHAPES, SIZE, VOCABULARY
 
 _CARD = """---
@@ -13,15 +14,15 @@ pipeline_tag: text-to-video
 ---
 # A text-to-video model of 11 MB
 
-The classes of Wan2.1 (`WanPipeline`, `WanTransformer3DModel`, `AutoencoderKLWan`, `UMT5EncoderModel`) at a hundredth of their size,
+The classes of {title} ({classes}) at a hundredth of their size,
 trained from nothing on the procedural world of `tiny/world.py`: one coloured shape that moves over a softly textured background.
 It is there so that long-video methods can be seen, and *measured*, in a minute on a laptop without a download.
 
 ```python
 import torch
-from diffusers import WanPipeline
+from diffusers import {pipeline}
 
-pipe = WanPipeline.from_pretrained("tiny/wan", dtype=torch.float32)
+pipe = {pipeline}.from_pretrained("tiny/{family}", dtype=torch.float32)
 video = pipe(
     "a red circle bounces over a blue background",
     height={size},
@@ -29,12 +30,12 @@ video = pipe(
     num_frames={native},
     num_inference_steps={steps},
     guidance_scale={guidance:g},
-    max_sequence_length={text},
+{arguments}
 ).frames[0]
 ```
 
 ## What it knows
-- {size} x {size} pixels, {native} frames ({latent_frames} latent frames of 16 x 16; 64 tokens each). Straight motion runs on a torus: what leaves at one
+- {size} x {size} pixels, {native} frames ({latent_frames} latent frames of {grid}; 64 tokens each). Straight motion runs on a torus: what leaves at one
   edge enters at the other, so longer clips have a right answer too.
 - English captions like `a small green star moves to the left over a gray background, the camera pans right`.
   Shapes: {shapes}. Colours: {colours}. Backgrounds: {backgrounds}. Unsaid, an object is large and its speed normal.
@@ -43,7 +44,7 @@ video = pipe(
 - Text padded to {text} tokens is what it saw most; the pipeline's default of {long_text} was one training step in eight.
 
 ## How good it is
-Measured by `python -m tiny.evaluate` on {clips} held-out captions (combinations of shape, colour and motion never trained on), {steps} steps,
+Measured by `python -m tiny.evaluate {family}` on {clips} held-out captions (combinations of shape, colour and motion never trained on), {steps} steps,
 guidance {guidance:g}, read by `tiny/measure.py`, which does not know the caption.
 
 | figure | value |
@@ -53,7 +54,7 @@ guidance {guidance:g}, read by `tiny/measure.py`, which does not know the captio
 {failures}
 
 ## How it was trained
-`python -m tiny.train`, without any pretrained part and without any data but the renderer's.
+`python -m tiny.train {family}`, without any pretrained part and without any data but the renderer's.
 
 | stage | steps | minutes | device |
 |---|---|---|---|
@@ -90,8 +91,9 @@ _STAGES = (
 )
 
 
-def write_card(folder: Path) -> None:
-    """Writes `README.md` in a checkpoint that holds `figures.json` and `training.json`."""
+def write_card(name: str, folder: Path) -> None:
+    """Writes `README.md` in a checkpoint of the family `name` that holds `figures.json` and `training.json`."""
+    family = FAMILIES[name]
     figures = json.loads((folder / "figures.json").read_text())
     record = json.loads((folder / "training.json").read_text())
     rows = [f"| {label} | {100 * figures['matches'][key]:.0f} % |" for label, key in _ROWS]
@@ -103,11 +105,17 @@ def write_card(folder: Path) -> None:
     )
     count = len(figures["failures"])
     card = _CARD.format(
+        family=name,
+        title=family.title,
+        classes=", ".join(f"`{word}`" for word in family.classes),
+        pipeline=family.pipeline.__name__,
+        arguments="\n".join(f"    {key}={value}," for key, value in family.sampling_arguments().items()),
+        grid="{} x {}".format(*family.latent_grid),
         size=SIZE,
         native=NATIVE_FRAMES,
-        latent_frames=1 + (NATIVE_FRAMES - 1) // 4,
+        latent_frames=LATENT_FRAMES,
         text=TEXT_LENGTH,
-        long_text=PIPELINE_TEXT_LENGTH,
+        long_text=family.pipeline_text_length,
         shapes=", ".join(SHAPES),
         num_shapes=len(SHAPES),
         colours=", ".join(COLOURS),

@@ -1,6 +1,6 @@
-"""Measures the checkpoint on combinations it was never trained on: `python -m tiny.evaluate`.
+"""Measures a checkpoint on combinations it was never trained on: `python -m tiny.evaluate wan`.
 
-Writes `figures.json` beside the weights, and the model card from it. Every clip is made by a stock WanPipeline and read by
+Writes `figures.json` beside the weights, and the model card from it. Every clip is made by the stock pipeline and read by
 `tiny.measure`, which knows nothing of the caption.
 """
 
@@ -11,12 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import WanPipeline
+from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
 from tiny.card import write_card
+from tiny.families import FAMILIES, Family
+from tiny.families.base import NATIVE_FRAMES, load_pipeline
 from tiny.measure import Reading, read, track
-from tiny.models import NATIVE_FRAMES, TEXT_LENGTH
 from tiny.state import numpy_rng
 from tiny.train_vae import psnr, world_batch
 from tiny.world import ORBITS, SIZE, STRAIGHT, Scene, caption, sample_scene
@@ -27,14 +28,9 @@ GUIDANCE = 5.0
 WORDS = ("shape", "colour", "size", "motion", "speed", "background", "pan")
 
 
-def load_pipeline(folder: Path) -> WanPipeline:
-    """The checkpoint in float32, quiet."""
-    pipe = WanPipeline.from_pretrained(str(folder), dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def sample(pipe: WanPipeline, prompts: list[str], seeds: list[int], *, num_frames: int = NATIVE_FRAMES) -> np.ndarray:
+def sample(
+    family: Family, pipe: DiffusionPipeline, prompts: list[str], seeds: list[int], *, num_frames: int = NATIVE_FRAMES
+) -> np.ndarray:
     """One clip per prompt, float [B, F, SIZE, SIZE, 3] in levels 0..255."""
     frames = pipe(
         prompt=prompts,
@@ -43,9 +39,9 @@ def sample(pipe: WanPipeline, prompts: list[str], seeds: list[int], *, num_frame
         num_frames=num_frames,
         num_inference_steps=NUM_STEPS,
         guidance_scale=GUIDANCE,
-        max_sequence_length=TEXT_LENGTH,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="np",
+        **family.sampling_arguments(),
     ).frames
     return 255 * frames
 
@@ -58,7 +54,7 @@ def evaluation_scenes(num_clips: int) -> list[tuple[Scene, str]]:
 
 
 @torch.no_grad()
-def reconstruction_psnr(pipe: WanPipeline, num_clips: int) -> float:
+def reconstruction_psnr(pipe: DiffusionPipeline, num_clips: int) -> float:
     """Mean PSNR in dB over held-out clips of native length, encoded and decoded."""
     values = []
     for index in range(num_clips):
@@ -80,25 +76,27 @@ def match_rates(scenes: list[Scene], readings: list[Reading]) -> dict[str, float
     return rates
 
 
-def long_rates(pipe: WanPipeline, scenes: list[tuple[Scene, str]], num_frames: int) -> dict[str, float]:
+def long_rates(
+    family: Family, pipe: DiffusionPipeline, scenes: list[tuple[Scene, str]], num_frames: int
+) -> dict[str, float]:
     """Share of frames, 0..1, with the captioned shape and colour in long clips made as they are, without any method."""
     hits = []
     for index, (scene, text) in enumerate(scenes):
-        seen = track(sample(pipe, [text], [index], num_frames=num_frames)[0])
+        seen = track(sample(family, pipe, [text], [index], num_frames=num_frames)[0])
         pairs = zip(seen.shape, seen.colour, strict=True)
         hits.append(np.mean([pair == (scene.shape, scene.colour) for pair in pairs]))
     return {"frames": num_frames, "clips": len(scenes), "shape_and_colour_per_frame": float(np.mean(hits))}
 
 
-def evaluate(folder: Path, *, num_clips: int, num_long: int, batch: int = 4) -> dict:
+def evaluate(family: Family, folder: Path, *, num_clips: int, num_long: int, batch: int = 4) -> dict:
     """All figures of the checkpoint in `folder`."""
-    pipe = load_pipeline(folder)
+    pipe = load_pipeline(family, folder)
     pairs = evaluation_scenes(num_clips)
     readings: list[Reading] = []
     for start in tqdm(range(0, num_clips, batch), desc="clips"):
         texts = [text for _, text in pairs[start : start + batch]]
         seeds = list(range(start, start + len(texts)))
-        readings += [read(clip) for clip in sample(pipe, texts, seeds)]
+        readings += [read(clip) for clip in sample(family, pipe, texts, seeds)]
     failures = [
         {"caption": text, "seen": asdict(reading)}
         for (scene, text), reading in zip(pairs, readings, strict=True)
@@ -110,7 +108,7 @@ def evaluate(folder: Path, *, num_clips: int, num_long: int, batch: int = 4) -> 
         "steps": NUM_STEPS,
         "guidance": GUIDANCE,
         "matches": match_rates([scene for scene, _ in pairs], readings),
-        "long": long_rates(pipe, pairs[:num_long], 4 * NATIVE_FRAMES - 3),
+        "long": long_rates(family, pipe, pairs[:num_long], 4 * NATIVE_FRAMES - 3),
         "failures": failures,
     }
 
@@ -118,13 +116,15 @@ def evaluate(folder: Path, *, num_clips: int, num_long: int, batch: int = 4) -> 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path(__file__).resolve().parent / "wan")
+    parser.add_argument("family", choices=sorted(FAMILIES), help="which embedded model")
+    parser.add_argument("--model", type=Path, help="its checkpoint (default: tiny/FAMILY)")
     parser.add_argument("--clips", type=int, default=100)
     parser.add_argument("--long", type=int, default=4, help="clips of four times the native length")
     args = parser.parse_args()
-    figures = evaluate(args.model, num_clips=args.clips, num_long=args.long)
-    (args.model / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
-    write_card(args.model)
+    folder = args.model or Path(__file__).resolve().parent / args.family
+    figures = evaluate(FAMILIES[args.family], folder, num_clips=args.clips, num_long=args.long)
+    (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    write_card(args.family, folder)
 
 
 if __name__ == "__main__":

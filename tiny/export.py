@@ -5,33 +5,27 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import WanPipeline
+from diffusers import DiffusionPipeline
 
+from tiny.families import Family
+from tiny.families.base import build_tokenizer
 from tiny.latents import load_latents
-from tiny.models import Denoiser, build_scheduler, build_tokenizer, build_vae
 from tiny.state import load_average, training_record
 
 
-def build_pipeline(work: Path) -> WanPipeline:
+def build_pipeline(family: Family, work: Path) -> DiffusionPipeline:
     """The pipeline with the averaged weights found in `work`, float32 on the CPU."""
     _, mean, std = load_latents(work)
-    vae = build_vae([round(value, 4) for value in mean.tolist()], [round(value, 4) for value in std.tolist()])
+    vae = family.build_vae(mean, std)
     load_average(vae, work / "decoder.safetensors")
-    tokenizer = build_tokenizer()
-    denoiser = Denoiser(len(tokenizer))
+    denoiser = family.build_denoiser(len(build_tokenizer(family.pipeline_text_length)))
     load_average(denoiser, work / "flow.safetensors")
-    return WanPipeline(
-        tokenizer=tokenizer,
-        text_encoder=denoiser.text_encoder.eval(),
-        vae=vae.eval(),
-        scheduler=build_scheduler(),
-        transformer=denoiser.transformer.eval(),
-    )
+    return family.build_pipeline(vae, denoiser)
 
 
-def export(work: Path, target: Path) -> None:
+def export(family: Family, work: Path, target: Path) -> None:
     """Saves the checkpoint with bfloat16 weights; a folder that was there is replaced only by a whole new one."""
-    pipe = build_pipeline(work)
+    pipe = build_pipeline(family, work)
     for part in (pipe.vae, pipe.text_encoder, pipe.transformer):
         for parameter in part.parameters():
             parameter.data = parameter.data.to(torch.bfloat16)

@@ -4,12 +4,12 @@ import logging
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from tiny.models import NATIVE_FRAMES, build_vae
+from tiny.families import Family
+from tiny.families.base import NATIVE_FRAMES
 from tiny.state import load_average, numpy_rng
 from tiny.train_vae import to_video
 from tiny.world import Scene, render, sample_scene
@@ -24,23 +24,23 @@ def training_scene(index: int) -> Scene:
     return sample_scene(numpy_rng(SEED, index))
 
 
-def trained_vae(work: Path, device: torch.device) -> AutoencoderKLWan:
+def trained_vae(family: Family, work: Path, device: torch.device) -> nn.Module:
     """The autoencoder with the averaged weights of stage 1, frozen."""
-    vae = build_vae()
+    vae = family.build_vae()
     load_average(vae, work / "vae.safetensors")
     return vae.to(device).eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKLWan, video: Tensor) -> Tensor:
-    """Mean latents of a video [B, 3, F, H, W] in -1..1: float16 [B, z, 1 + (F - 1) / 4, H / 4, W / 4], on the CPU."""
+def encode(vae: nn.Module, video: Tensor) -> Tensor:
+    """Mean latents of a video [B, 3, F, H, W] in -1..1: float16 [B, z, 1 + (F - 1) / 4, h, w], on the CPU."""
     with torch.autocast(video.device.type, torch.bfloat16):
         return vae.encode(video).latent_dist.mean.half().cpu()
 
 
-def cache_latents(work: Path, *, num_clips: int, clips_per_file: int, device: torch.device) -> None:
+def cache_latents(family: Family, work: Path, *, num_clips: int, clips_per_file: int, device: torch.device) -> None:
     """Encodes `num_clips` scenes into `work/latents-*.safetensors`; files that exist are kept."""
-    vae = trained_vae(work, device)
+    vae = trained_vae(family, work, device)
     for start in tqdm(range(0, num_clips, clips_per_file), desc="latents"):
         path = work / f"latents-{start:06d}.safetensors"
         if path.exists():

@@ -1,8 +1,8 @@
-"""Trains the embedded model from nothing: `python -m tiny.train`, or continues where the last run was stopped.
+"""Trains an embedded model from nothing: `python -m tiny.train wan`, or continues where the last run was stopped.
 
 Four stages, each with its state in the work folder: the autoencoder, the cached latents, the transformer with its text encoder,
 and the decoder of the autoencoder once more.
-The result is a checkpoint in Diffusers layout that `WanPipeline.from_pretrained` loads.
+The result is a checkpoint in Diffusers layout that the family's pipeline loads.
 """
 
 import argparse
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from tiny.export import export
+from tiny.families import FAMILIES, Family
 from tiny.latents import cache_latents
 from tiny.train_flow import FlowPlan, train_flow
 from tiny.train_vae import DECODER_PLAN, VaePlan, train_decoder, train_vae
@@ -22,7 +23,7 @@ ROOT = Path(__file__).resolve().parent
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """All sizes of a training run; the defaults made the shipped weights."""
+    """All sizes of a training run."""
 
     vae: VaePlan = field(default_factory=VaePlan)
     num_clips: int = 5120
@@ -31,26 +32,36 @@ class Plan:
     decoder: VaePlan = DECODER_PLAN
 
 
-def train(work: Path, target: Path, plan: Plan, device: torch.device) -> None:
+# A step of LTX-Video's autoencoder is cheaper, since it works on patches of pixels.
+PLANS = {
+    "wan": Plan(),
+    "ltx": Plan(vae=VaePlan(phases=((1, 8, 1000), (9, 4, 2500))), decoder=VaePlan(phases=((9, 4, 500),), lr=5e-4)),
+}
+"""The plans that made the shipped weights."""
+
+
+def train(family: Family, work: Path, target: Path, plan: Plan, device: torch.device) -> None:
     """Runs what is left of the four stages in `work`, and writes the checkpoint to `target`."""
     work.mkdir(parents=True, exist_ok=True)
-    train_vae(work, plan.vae, device)
-    cache_latents(work, num_clips=plan.num_clips, clips_per_file=plan.clips_per_file, device=device)
-    train_flow(work, plan.flow, device)
-    train_decoder(work, plan.decoder, device)
-    export(work, target)
+    train_vae(family, work, plan.vae, device)
+    cache_latents(family, work, num_clips=plan.num_clips, clips_per_file=plan.clips_per_file, device=device)
+    train_flow(family, work, plan.flow, device)
+    train_decoder(family, work, plan.decoder, device)
+    export(family, work, target)
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=ROOT.parent / ".train", help="folder of the training state")
-    parser.add_argument("--out", type=Path, default=ROOT / "wan", help="folder of the finished checkpoint")
+    parser.add_argument("family", choices=sorted(FAMILIES), help="which embedded model")
+    parser.add_argument("--work", type=Path, help="folder of the training state (default: .train/FAMILY)")
+    parser.add_argument("--out", type=Path, help="folder of the finished checkpoint (default: tiny/FAMILY)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", filename=args.work / "train.log")
-    train(args.work, args.out, Plan(), torch.device(args.device))
+    work = args.work or ROOT.parent / ".train" / args.family
+    work.mkdir(parents=True, exist_ok=True)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", filename=work / "train.log")
+    train(FAMILIES[args.family], work, args.out or ROOT / args.family, PLANS[args.family], torch.device(args.device))
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from tiny.attention import cpu_attention
+from tiny.families import Denoiser, Family
+from tiny.families.base import FLOW_SHIFT, TEXT_LENGTH, build_tokenizer
 from tiny.latents import load_latents, training_scene
-from tiny.models import FLOW_SHIFT, PIPELINE_TEXT_LENGTH, TEXT_LENGTH, Denoiser, build_tokenizer
 from tiny.state import Trainee, numpy_rng, phase_at, torch_rng, warm_and_decay
 from tiny.world import caption
 
@@ -24,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 SEED = 3
 
-
-MUON_WEIGHTS = ("transformer.blocks.",)
+MUON_WEIGHTS = ("blocks.",)
+"""Part of the names of all weights of a transformer's blocks, and of no others."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,31 +78,37 @@ def flow_batch(latents: Tensor, rng: torch.Generator) -> tuple[Tensor, Tensor, T
 
 
 def flow_loss(
-    model: Denoiser, latents: Tensor, captions: list[str], tokenizer: PreTrainedTokenizerBase, step: int
+    model: Denoiser,
+    latents: Tensor,
+    captions: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    step: int,
 ) -> Tensor:
     """Mean squared error of the velocity for normalised latents [B, z, F, h, w] on the CPU."""
     device = model.transformer.device
     noisy, timestep, velocity = (part.to(device) for part in flow_batch(latents, torch_rng(SEED, step)))
     tokens = tokenizer(captions, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt")
-    text_length = PIPELINE_TEXT_LENGTH if step % 8 == 0 else TEXT_LENGTH
+    text_length = tokenizer.model_max_length if step % 8 == 0 else TEXT_LENGTH
     with torch.autocast(device.type, torch.bfloat16), cpu_attention(device):
         text = model.encode_text(tokens.input_ids.to(device), tokens.attention_mask.to(device), text_length)
         predicted = model(noisy, timestep, text)
     return mse_loss(predicted.float(), velocity)
 
 
-def train_flow(work: Path, plan: FlowPlan, device: torch.device) -> None:
+def train_flow(family: Family, work: Path, plan: FlowPlan, device: torch.device) -> None:
     """Trains, or continues, transformer and text encoder; their state is `work/flow.safetensors`."""
     latents, mean, std = load_latents(work)
     mean, std = (part[None, :, None, None, None] for part in (mean, std))
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(family.pipeline_text_length)
     torch.manual_seed(SEED)
-    trainee = Trainee(Denoiser(len(tokenizer)).to(device).train(), lr=plan.lr, ema_decay=0.998, muon=MUON_WEIGHTS)
+    trainee = Trainee(
+        family.build_denoiser(len(tokenizer)).to(device).train(), lr=plan.lr, ema_decay=0.998, muon=MUON_WEIGHTS
+    )
     path = work / "flow.safetensors"
     if path.exists():
         trainee.load(path)
     if plan.compiled:
-        for block in trainee.module.transformer.blocks:
+        for block in family.blocks(trainee.module):
             block.compile(dynamic=False)
     average = 2.0
     progress = tqdm(range(trainee.step, plan.num_steps), desc="flow", initial=trainee.step, total=plan.num_steps)

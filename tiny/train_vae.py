@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss
 from tqdm import tqdm
 
-from tiny.models import build_vae
+from tiny.families import Family
 from tiny.state import Trainee, load_average, numpy_rng, phase_at, torch_rng, warm_and_decay
 from tiny.world import render, sample_scene
 
@@ -38,7 +37,7 @@ class VaePlan:
         return sum(steps for _, _, steps in self.phases)
 
 
-DECODER_PLAN = VaePlan(phases=((9, 3, 300),), lr=1e-3, save_every=100)
+DECODER_PLAN = VaePlan(phases=((9, 3, 2000),), lr=1e-3, save_every=100)
 
 
 def to_video(clips: list[np.ndarray]) -> Tensor:
@@ -64,7 +63,7 @@ def clip_with_cuts(rng: np.random.Generator, num_frames: int) -> np.ndarray:
     return clip
 
 
-def vae_loss(vae: AutoencoderKLWan, video: Tensor, noise_rng: torch.Generator) -> tuple[Tensor, Tensor]:
+def vae_loss(vae: nn.Module, video: Tensor, noise_rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """(loss, mean squared error) of a batch [B, 3, F, H, W]; errors of edges count extra, so that shapes come out sharp."""
     posterior = vae.encode(video).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=noise_rng).to(video.device)
@@ -81,22 +80,22 @@ def psnr(mse: float) -> float:
     return float(10 * np.log10(4 / mse))
 
 
-def train_vae(work: Path, plan: VaePlan, device: torch.device) -> None:
+def train_vae(family: Family, work: Path, plan: VaePlan, device: torch.device) -> None:
     """Trains, or continues, the autoencoder; its state is `work/vae.safetensors`."""
     torch.manual_seed(SEED)
-    _train(build_vae(), work / "vae.safetensors", plan, device)
+    _train(family.build_vae(), work / "vae.safetensors", plan, device)
 
 
-def train_decoder(work: Path, plan: VaePlan, device: torch.device) -> None:
+def train_decoder(family: Family, work: Path, plan: VaePlan, device: torch.device) -> None:
     """Trains the decoder alone, as long as one likes: cached latents stay valid. Its state is `work/decoder.safetensors`."""
-    vae = build_vae()
+    vae = family.build_vae()
     load_average(vae, work / "vae.safetensors")
-    for part in (vae.encoder, vae.quant_conv):
-        part.requires_grad_(False)
+    for part in family.encoder_parts:
+        vae.get_submodule(part).requires_grad_(False)
     _train(vae, work / "decoder.safetensors", plan, device)
 
 
-def _train(vae: AutoencoderKLWan, path: Path, plan: VaePlan, device: torch.device) -> None:
+def _train(vae: nn.Module, path: Path, plan: VaePlan, device: torch.device) -> None:
     """Trains what is not frozen, from the state in `path` if there is one."""
     trainee = Trainee(vae.to(device).train(), lr=plan.lr, ema_decay=0.998)
     if path.exists():

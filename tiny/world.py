@@ -39,7 +39,7 @@ ORBITS = {"clockwise": 1.0, "counterclockwise": -1.0}
 MOTIONS = (*STRAIGHT, *ORBITS, "bounce")
 PANS = {"left": -1.0, "right": 1.0, "none": 0.0}
 
-_PHRASES = {
+PHRASES = {
     **{name: (f"moves {name}", f"moves to the {name}") for name in ("left", "right")},
     **{name: (f"moves {name}", f"moves {name}wards") for name in ("up", "down")},
     **{name: (f"circles {name}", f"turns {name}") for name in ORBITS},
@@ -118,7 +118,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
     """One of the phrasings of a scene. Large and normal speed are what an unsaid word means."""
     article = rng.choice(("a", "the"), p=(0.8, 0.2))
     size = "small " if scene.size == "small" else rng.choice(("", "large "), p=(0.7, 0.3))
-    motion = rng.choice(_PHRASES[scene.motion])
+    motion = rng.choice(PHRASES[scene.motion])
     speed = rng.choice((" fast", " quickly")) if scene.speed == "fast" else ""
     over = rng.choice(("over", "on"), p=(0.7, 0.3))
     pan = "" if scene.pan == "none" else f", the camera pans {scene.pan}"
@@ -127,7 +127,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
 
 def _vocabulary() -> tuple[str, ...]:
     """Every word a caption can hold, plus the articles that can open a sentence."""
-    phrases = " ".join(phrase for phrases in _PHRASES.values() for phrase in phrases)
+    phrases = " ".join(phrase for phrases in PHRASES.values() for phrase in phrases)
     rest = "A The a the small large fast quickly over on background camera pans"
     words = {*phrases.split(), *rest.split(), *SHAPES, *COLOURS, *BACKGROUNDS, *STRAIGHT}
     return tuple(sorted(words))

@@ -11,6 +11,7 @@ from diffusers import WanPipeline
 
 import tiny
 from tiny.evaluate import reconstruction_psnr, sample
+from tiny.families import FAMILIES
 from tiny.measure import read
 
 FOLDER = Path(tiny.__file__).parent / "wan"
@@ -69,7 +70,7 @@ def test_the_autoencoder_is_as_good_as_the_card_says(loaded):
 
 
 def test_it_makes_what_is_asked_for(loaded):
-    clip = sample(loaded[0], ["a red circle bounces over a blue background"], [0])[0]
+    clip = sample(FAMILIES["wan"], loaded[0], ["a red circle bounces over a blue background"], [0])[0]
     reading = read(clip)
     assert clip.shape == (33, 64, 64, 3)
     assert (reading.shape, reading.colour, reading.background) == ("circle", "red", "blue")

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
-from diffusers import WanPipeline
 from safetensors.torch import load_file
 
 from tiny import train_flow, train_vae
+from tiny.attention import cpu_attention
 from tiny.export import export
+from tiny.families import FAMILIES
+from tiny.families.base import TEXT_LENGTH, load_pipeline
 from tiny.latents import cache_latents
 from tiny.train_flow import FlowPlan
 from tiny.train_vae import VaePlan
@@ -26,13 +28,13 @@ class KilledError(Exception):
     """Stands for a run that was stopped from outside."""
 
 
-def train_all(work):
+def train_all(family, work):
     """All stages, as `tiny.train` runs them, at the smallest size."""
     work.mkdir(exist_ok=True)
-    train_vae.train_vae(work, VAE_PLAN, CPU)
-    cache_latents(work, num_clips=2, clips_per_file=1, device=CPU)
-    train_flow.train_flow(work, FLOW_PLAN, CPU)
-    train_vae.train_decoder(work, DECODER_PLAN, CPU)
+    train_vae.train_vae(family, work, VAE_PLAN, CPU)
+    cache_latents(family, work, num_clips=2, clips_per_file=1, device=CPU)
+    train_flow.train_flow(family, work, FLOW_PLAN, CPU)
+    train_vae.train_decoder(family, work, DECODER_PLAN, CPU)
 
 
 def killed_at_step_one(phases, step):
@@ -42,20 +44,25 @@ def killed_at_step_one(phases, step):
     return phases[0][:2]
 
 
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def family(request):
+    return FAMILIES[request.param]
+
+
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
+def unbroken(family, tmp_path_factory):
     work = tmp_path_factory.mktemp("unbroken")
-    train_all(work)
+    train_all(family, work)
     return work
 
 
-def test_a_resumed_run_has_the_same_bits(unbroken, tmp_path, monkeypatch):
+def test_a_resumed_run_has_the_same_bits(family, unbroken, tmp_path, monkeypatch):
     for module in (train_vae, train_flow, train_vae):
         with monkeypatch.context() as patch:
             patch.setattr(module, "phase_at", killed_at_step_one)
             with pytest.raises(KilledError):
-                train_all(tmp_path)
-    train_all(tmp_path)
+                train_all(family, tmp_path)
+    train_all(family, tmp_path)
     for stage in STAGES:
         resumed, whole = (load_file(work / f"{stage}.safetensors") for work in (tmp_path, unbroken))
         assert resumed.keys() == whole.keys()
@@ -64,21 +71,51 @@ def test_a_resumed_run_has_the_same_bits(unbroken, tmp_path, monkeypatch):
         assert any(not torch.equal(whole[name], whole[name.replace("weight.", "ema.", 1)]) for name in weights)
 
 
-def test_the_last_stage_leaves_the_encoder_alone(unbroken):
+def test_the_last_stage_leaves_the_encoder_alone(family, unbroken):
     first, last = (load_file(unbroken / f"{stage}.safetensors") for stage in ("vae", "decoder"))
     names = [name for name in first if name.startswith("ema.")]
     changed = {name.split(".")[1] for name in names if not torch.equal(first[name], last[name])}
-    assert changed == {"decoder", "post_quant_conv"}
+    everything = {name.split(".")[1] for name in names}
+    assert changed == everything - set(family.encoder_parts) and "decoder" in changed
 
 
-def test_the_export_is_a_pipeline(unbroken, tmp_path):
-    target = tmp_path / "wan"
+def test_the_export_is_a_pipeline(family, unbroken, tmp_path):
+    target = tmp_path / "model"
     for _ in range(2):
-        export(unbroken, target)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["wan"]
-    pipe = WanPipeline.from_pretrained(str(target), dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-    video = pipe(
-        "a red circle", height=64, width=64, num_frames=5, num_inference_steps=1, max_sequence_length=32
-    ).frames
+        export(family, unbroken, target)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+    pipe = load_pipeline(family, target)
+    size = {"height": 64, "width": 64, "num_frames": 5, "num_inference_steps": 2, "output_type": "np"}
+    video = pipe("a red circle", **size, **family.sampling_arguments()).frames
     assert video.shape == (1, 5, 64, 64, 3)
+
+
+def test_training_calls_the_model_as_the_pipeline_does(family):
+    """Same text, same latents, same level: the first forward of the stock pipeline is the one that training learns."""
+    torch.manual_seed(0)
+    pipe = family.build_pipeline(family.build_vae(), family.build_denoiser(60))
+    denoiser = family.build_denoiser(60)
+    denoiser.transformer, denoiser.text_encoder = pipe.transformer, pipe.text_encoder
+    torch.nn.init.normal_(pipe.transformer.proj_out.weight)
+    seen = []
+    hook = pipe.transformer.register_forward_hook(lambda module, args, output: seen.append(output[0]))
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, pipe.transformer.config.in_channels, 3, *family.latent_grid)
+    packed = noise if family is FAMILIES["wan"] else noise.flatten(2).transpose(1, 2)
+    arguments = {
+        "num_inference_steps": 2,
+        "guidance_scale": 1.0,
+        "output_type": "latent",
+        **family.sampling_arguments(),
+    }
+    pipe("a red circle", height=64, width=64, num_frames=9, latents=packed, **arguments)
+    hook.remove()
+
+    tokens = pipe.tokenizer(["a red circle"], padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
+    with torch.no_grad(), cpu_attention(CPU):
+        text = denoiser.encode_text(tokens.input_ids, tokens.attention_mask, TEXT_LENGTH)
+        mine = denoiser(noise, pipe.scheduler.timesteps[:1].float(), text)
+        other = denoiser(noise, pipe.scheduler.timesteps[:1].float() / 2, text)
+    stock = seen[0] if family is FAMILIES["wan"] else seen[0].transpose(1, 2).unflatten(2, noise.shape[2:])
+    torch.testing.assert_close(mine, stock, rtol=1e-4, atol=1e-5)
+    assert (other - stock).abs().max() > 1e-3

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tiny.models import build_tokenizer
+from tiny.families.base import build_tokenizer
 from tiny.state import numpy_rng
 from tiny.world import COLOURS, MOTIONS, SHAPES, SIZE, VOCABULARY, caption, is_held_out, positions, render, sample_scene
 
@@ -67,7 +67,7 @@ def test_the_documented_caption_is_in_the_language():
 
 
 def test_the_tokenizer_knows_every_word_and_passes_over_others():
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(32)
     unknown = tokenizer.unk_token_id
     for index, scene in enumerate(SCENES):
         ids = tokenizer(caption(scene, numpy_rng(8, index))).input_ids
