@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check test-gpu bench clean
+.PHONY: setup demo test check test-gpu compare analyze batch-demo bench bench-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -30,9 +30,32 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
+# Small: a few prompts and steps. docs/compare.md has the commands of the full tables.
+compare: setup
+	$(BIN)/python launch/compare.py --prompt_file configs/prompts/world-heldout-40.txt --num_prompts 6 \
+		--sampler.num_steps 8 --out runs/compare-small
+
+# 141 frames are four native lengths of the embedded model.
+analyze: setup
+	$(BIN)/python launch/analyze.py --method.name direct --video.num_frames 141 \
+		--prompt_file configs/prompts/world-heldout-40.txt --num_prompts 6 --num_points 7 --out runs/analysis-small
+
+# Twelve small videos on two replicas of a Ray of this machine; started again it makes only what is missing.
+batch-demo: setup
+	OMP_NUM_THREADS=1 $(BIN)/python launch/batch.py --ray local --replicas 2 --suite configs/prompts/batch-demo.txt \
+		--methods direct,sliding_window,freespec --seeds 0,1 --video.num_frames 65 --sampler.num_steps 10 --out runs/batch-demo
+
+# On a CPU, less than five minutes; waiting threads are kept from counting as work.
 bench: setup
-	$(BIN)/python -m benchmarks.attention
-	$(BIN)/python -m benchmarks.fusion
+	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.attention --shapes tiny ltx wan-short --repeats 2
+	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.fusion --shapes tiny wan-short --no-dual wan-short --repeats 3
+	$(BIN)/python -m benchmarks.parallel --shapes tiny --repeats 3
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.report
+
+# On a GPU, less than nine minutes, without a network.
+bench-gpu: setup
+	$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu; status=$$?; $(BIN)/python -m benchmarks.report && exit $$status
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

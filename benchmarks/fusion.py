@@ -29,7 +29,7 @@ from benchmarks.measure import (
 from freespec import spectrum
 from freespec.attention import WindowedAttention
 from freespec.kernels import select_kernel
-from freespec.methods import FreeSpec, StepPlan
+from freespec.methods import Branches, FreeSpec, Grid, Layer, StepPlan
 from freespec.methods.freespec import FusionWeights
 
 # Progress at which the weights are taken: both branches matter there.
@@ -58,12 +58,14 @@ def branches(shape: Shape, heads: int, args: argparse.Namespace) -> tuple[Tensor
     return made[0], made[1]
 
 
-def fusion_calls(o_local: Tensor, o_global: Tensor, weights: FusionWeights) -> dict[str, Callable[[], Any]]:
+def fusion_calls(o_local: Tensor, o_global: Tensor, weights: FusionWeights, grid: Grid) -> dict[str, Callable[[], Any]]:
     """The fusion, its three parts, and the two forms of the SVD."""
     grams = spectrum.gram(o_local), spectrum.gram(o_global)
     matrix = spectrum.local_basis_matrix(*grams, weights.rank)
+    branches = Branches(local=o_local, wide=o_global)
+    layer = Layer(grid=grid, sum_tokens=lambda total: total, sum_heads=lambda total: total)
     return {
-        "fusion": lambda: FreeSpec().fuse(o_local, o_global, weights, lambda summed: summed),
+        "fusion": lambda: FreeSpec().fuse(branches, weights, layer),
         "grams": lambda: (spectrum.gram(o_local), spectrum.gram(o_global)),
         "eigh": lambda: spectrum.local_basis_matrix(*grams, weights.rank),
         "apply": lambda: spectrum.reconstruct(o_local, matrix, o_global, weights.residual, "lerp"),
@@ -89,8 +91,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     shape, device = SHAPES[name], torch.device(args.device)
     heads = heads_of(shape, args)
     o_local, o_global = branches(shape, heads, args)
-    weights = FreeSpec().weights(StepPlan(mode="dual", progress=PROGRESS), shape.head_dim, device)
-    calls = fusion_calls(o_local, o_global, weights)
+    weights = FreeSpec().weights(StepPlan(mode="dual", progress=PROGRESS), shape.grid, shape.head_dim, device)
+    calls = fusion_calls(o_local, o_global, weights, shape.grid)
     if name not in args.no_dual:
         calls["dual attention"] = dual_call(shape, o_local, args.kernel)
     first = {variant: call() for variant, call in calls.items()}  # also warms up

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freespec.methods import Grid
+
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 
@@ -35,6 +37,11 @@ class Shape:
     def num_tokens(self) -> int:
         """S."""
         return self.num_frames * self.frame_tokens
+
+    @property
+    def grid(self) -> Grid:
+        """Its tokens; the fusion that is measured does not ask for rows and columns."""
+        return Grid(frames=self.num_frames, rows=1, columns=self.frame_tokens, window_frames=self.window_frames)
 
     def __str__(self) -> str:
         return f"{self.num_frames} x {self.frame_tokens}, window {self.window_frames}"
@@ -155,16 +162,17 @@ def write(folder: Path, benchmark: str, where: dict[str, Any], settings: dict[st
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{benchmark}-{where['device']}-{where['date']}.json"
     content = {"benchmark": benchmark, "environment": where, "settings": settings, "results": results}
-    path.write_text(json.dumps(_rounded(content), indent=1) + "\n")
+    path.write_text(json.dumps(rounded(content), indent=1) + "\n")
     return path
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
+    """Every float of a tree to five digits."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

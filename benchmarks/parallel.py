@@ -25,7 +25,7 @@ from torch import Tensor
 from benchmarks.measure import SHAPES, Shape, complete, environment, heads_of, parser, print_table, write
 from freespec.attention import WindowedAttention
 from freespec.kernels import select_kernel
-from freespec.methods import FreeSpec, StepPlan
+from freespec.methods import Branches, FreeSpec, Grid, Layer, StepPlan
 from parallel import collectives
 from parallel.attention import TORCH_EXCHANGE, SequenceLayout
 from parallel.collectives import Trace
@@ -67,12 +67,20 @@ def attention_of(shape: Shape, device: torch.device, dtype: torch.dtype, kernel:
 
 def layer(layout: SequenceLayout, attention: WindowedAttention, qkv: tuple[Tensor, ...], mode: Mode) -> Tensor:
     """One self-attention layer of one rank, fusion included: q, k, v [B, s, N, D] -> [B, s, N, D]."""
-    method = FreeSpec()
     local, wide = layout.branches(*layout.scatter(*qkv), mode, attention)
     if mode == "dual":
-        weights = method.weights(StepPlan(mode="dual", progress=0.3), qkv[0].shape[-1], qkv[0].device)
-        return layout.gather(method.fuse(local, wide, weights, layout.reduce))
+        return layout.gather(fuse(Branches(local=local, wide=wide), attention, layout.reduce))
     return layout.gather(wide if local is None else local)
+
+
+def fuse(branches: Branches, attention: WindowedAttention, sum_tokens: Callable[[Tensor], Tensor]) -> Tensor:
+    """FreeSpec's fusion of both branches, which asks for no rows and columns."""
+    grid = Grid(
+        frames=attention.num_frames, rows=1, columns=attention.frame_tokens, window_frames=attention.window_frames
+    )
+    method, like = FreeSpec(), branches.local
+    weights = method.weights(StepPlan(mode="dual", progress=0.3), grid, like.shape[-1], like.device)
+    return method.fuse(branches, weights, Layer(grid=grid, sum_tokens=sum_tokens, sum_heads=lambda total: total))
 
 
 def measure_rank(rank: int, case: Case) -> dict[str, Any]:
@@ -187,12 +195,10 @@ def on_one_gpu(args: argparse.Namespace) -> list[dict[str, Any]]:
 def gpu_seconds(mode: Mode, attention: WindowedAttention, qkv: tuple[Tensor, Tensor, Tensor]) -> float:
     """Device seconds of one layer's attention, and fusion in a dual step."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    method = FreeSpec()
     begin.record()
     if mode == "dual":
         local, wide = attention.both(*qkv)
-        weights = method.weights(StepPlan(mode="dual", progress=0.3), qkv[0].shape[-1], qkv[0].device)
-        method.fuse(local, wide, weights, lambda total: total)
+        fuse(Branches(local=local, wide=wide), attention, lambda total: total)
     elif mode == "local":
         attention.local(*qkv, 0, 0)
     else:

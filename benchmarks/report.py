@@ -8,15 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import gpu_report
 from benchmarks.measure import RESULTS, ROOT
 from engine.config import RunConfig
 from engine.planner import predicted_table, read_gpu
 from freespec.methods import METHODS
 from launch.cli import parse_run
 
-PREDICTED = (ROOT / "configs" / "wan2.1-t2v-1.3b.yaml", ROOT / "configs" / "wan2.1-t2v-14b.yaml")
+PREDICTED = tuple(ROOT / "configs" / f"{name}.yaml" for name in ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "ltx-video-2b"))
 PAGE = ROOT / "docs" / "performance.md"
-BENCHMARKS = ("attention", "fusion", "parallel")
+BENCHMARKS = ("attention", "fusion", "parallel", "memory")
 DEVICES = ("cpu", "cuda")
 Run = dict[str, Any]
 NOT_MEASURED = "not measured"
@@ -25,14 +26,25 @@ INTRO = """# Performance
 
 Written by `python -m benchmarks.report` from the files in `benchmarks/results/`; do not edit. To measure again, on CPU or CUDA:
 
-    python -m benchmarks.attention
-    python -m benchmarks.fusion
-    python -m benchmarks.parallel
-    python -m benchmarks.report
+    make bench        # on a CPU, less than five minutes: attention, fusion, ranks, memory, and this page
+    make bench-gpu    # on a GPU, less than nine minutes, without a network: benchmarks/gpu.py, and this page
 
 Every variant runs once per round, so that whatever disturbs the machine hits all alike; times are medians over the rounds, ratios are medians
 of the ratios within a round. CPU time counts the threads of the process alone and is the fairer ratio on a machine that does other work;
 there, `OMP_WAIT_POLICY=passive` keeps threads that wait for each other from counting.
+"""
+
+TRIED = """## Tried and dropped, or kept back
+
+- **Merging both branches at once.** Local and rest as two whole outputs, merged in fp32, held six fp32 copies: a dual step of Wan
+  14B took 18.3 GiB beside its weights, 1.255 of a global step. The rest is now merged into the wide branch group by group, an
+  eighth of its tokens at a time: 14.6 GiB, 1.000. Over four ranks (ulysses) 4.67 GiB became 3.74; on a ring of eight a dual
+  step 3.92 became 3.35 and a global one 3.00 became 2.06; 1.3B was at 1.000 before, on a ring of eight 1.26 became 1.09.
+- **One Triton kernel for both branches** (`attention.dual triton`): equal to the masked reference in its interpreter and compiled for
+  compute capability 8.0 and 9.0 without a device; not timed anywhere yet, so `auto` is the strided way. With 128 queries and 64 keys a
+  tile, 8 warps and 3 stages it spills no registers on 9.0 for head dims 64 and 128; 4 warps spill 412 bytes at head dim 64 and 3,804 at 128.
+- **Gram matrices on the way** in that kernel: a partial sum per block of 128 queries would take 777 MB a branch on Wan, so a program
+  does several blocks and keeps one sum; at head dim 128 the accumulation spills 336 bytes. Benchmarked beside the plain form, not used.
 """
 
 # What must hold: benchmark, device, shapes (the first that was measured counts), ratio, largest value, what it says.
@@ -46,16 +58,7 @@ EXPECTED = [
         1.0,
         "both branches against two calls, 1560 tokens a frame",
     ),
-    ("attention", "cuda", ("wan",), "dual / global", 1.08, "both branches against one, full Wan layer"),
     ("fusion", "cpu", ("wan", "wan-short"), "fusion / SVD in fp32", 0.2, "Gram form against SVD, 1560 tokens a frame"),
-    (
-        "fusion",
-        "cuda",
-        ("wan",),
-        "fusion / dual attention",
-        0.03,
-        "fusion as a share of dual attention, full Wan layer",
-    ),
 ]
 
 
@@ -81,14 +84,15 @@ def expectations(runs: dict[tuple[str, str], Run]) -> str:
     for benchmark, device, shapes, name, limit, meaning in EXPECTED:
         by_shape = {result["shape"]: result for result in runs.get((benchmark, device), {"results": []})["results"]}
         found = [by_shape[shape] for shape in shapes if shape in by_shape and name in by_shape[shape]["ratios"]]
-        cells = [NOT_MEASURED, NOT_MEASURED, ""]
+        cells = [NOT_MEASURED, NOT_MEASURED, "", ""]
         if found:
             value = found[0]["ratios"][name]
             wall, cpu = value["wall_s"]["median"], value["cpu_s"]["median"]
             cells = [f"{wall:.3g}", f"{cpu:.3g}" if device == "cpu" else "", verdict(wall, cpu, limit, device)]
+            cells.append(f"`{runs[benchmark, device]['file']}`")
         where = f"{device.upper()}, {found[0]['shape'] if found else shapes[0]}"
         rows.append([name, meaning, where, f"<= {limit}", *cells])
-    header = ["ratio", "what", "where", "expected", "measured (time)", "measured (CPU time)", "holds"]
+    header = ["ratio", "what", "where", "expected", "measured (time)", "measured (CPU time)", "holds", "file"]
     return table(header, rows)
 
 
@@ -196,37 +200,85 @@ def parallel(runs: dict[tuple[str, str], Run], device: str) -> str:
     return "\n\n".join(part for part in (provenance(run), table(header, rows), links) if part)
 
 
+def memory(runs: dict[tuple[str, str], Run]) -> str:
+    """Peaks of a step, counted on tensors without numbers."""
+    run = runs.get(("memory", "cpu"))
+    if run is None:
+        return "Not counted."
+    rows = [
+        [
+            row["model"].partition("/")[2],
+            f"{row['ring']} x {row['ulysses']}",
+            *(f"{row['gib'][mode]:.2f}" for mode in ("global", "local", "dual")),
+            f"{row['ratios']['dual / global']:.3f}",
+            f"{row['weights_gib']:.1f}",
+            f"{row['ratios']['with weights']:.3f}",
+        ]
+        for row in run["results"]
+    ]
+    header = ["model, 321 frames", "ring x ulysses", "global, GiB", "local, GiB", "dual, GiB", "dual / global"]
+    return table([*header, "weights, GiB", "dual / global with weights"], rows) + f"\n\n(`{run['file']}`)"
+
+
+def predicted_ratios() -> dict[str, str]:
+    """What the planner says of the ratios that a GPU should show: Wan2.1-1.3B on one H200."""
+    step = load_preset(PREDICTED[0], "--method.freespec.domain", "step")
+    found = {}
+    for name, config in (("step, 0.5", step), ("default: timestep", load_preset(PREDICTED[0]))):
+        [row] = predicted_table([config], [read_gpu("h200")], world_sizes=(1,))
+        found[f"FreeSpec ({name}) / direct, 50 steps"] = f"{row['seconds_freespec'] / row['seconds_direct']:.2f}"
+        found["sliding_window / direct, 50 steps"] = f"{row['seconds_sliding_window'] / row['seconds_direct']:.2f}"
+    return found
+
+
+def eight_gpus() -> list[str]:
+    """The predicted efficiency of eight GPUs, as a row of goals: it stays a prediction on one GPU."""
+    [row] = predicted_table([load_preset(PREDICTED[0])], [read_gpu("h200")], world_sizes=(8,))
+    efficiency = row["efficiency_freespec"]
+    holds = "yes" if efficiency >= 0.9 else "**no**"
+    what = "efficiency of 8 GPUs, FreeSpec"
+    return [what, ">= 0.9", f"{efficiency:.2f} ({row['degrees']})", "predicted only", f"{holds}, as predicted", ""]
+
+
 def predictions() -> str:
     """What the planner says of whole runs; nothing in it is measured."""
     configs = [load_preset(path) for path in PREDICTED]
     rows = [
         [
-            row["model"].partition("/")[2],
+            f"{row['model'].partition('/')[2]}, {row['num_frames']}",
             row["gpu"],
             str(row["gpus"]),
             row["degrees"] if row["fits"] else f"{row['degrees']} (does not fit)",
             f"{row['peak_gib']:.1f}",
-            *(f"{row[f'seconds_{name}'] / 60:.1f}" for name in METHODS),
+            *(f"{row[f'seconds_{name}'] / 60:.1f}" if f"seconds_{name}" in row else "-" for name in METHODS),
             f"{row['efficiency_freespec']:.0%}",
         ]
         for row in predicted_table(configs, [read_gpu("h200"), read_gpu("a100")])
     ]
-    header = ["model, 321 frames", "GPU", "GPUs", "cfg x ring x ulysses", "peak GiB"]
+    header = ["model, frames", "GPU", "GPUs", "cfg x ring x ulysses", "peak GiB"]
     header += [f"{name}, min" for name in METHODS] + ["efficiency, freespec"]
     return table(header, rows)
 
 
-def load_preset(path: Path) -> RunConfig:
+def load_preset(path: Path, *overrides: str) -> RunConfig:
     """A preset as the commands read it."""
-    _, config = parse_run(["--config", str(path)], name="report", description="", add_arguments=lambda parser: None)
+    _, config = parse_run(
+        ["--config", str(path), *overrides], name="report", description="", add_arguments=lambda parser: None
+    )
     return config
 
 
 def main() -> None:
     """Write the page."""
-    runs = latest()
+    runs, gpu = latest(), gpu_report.read()
     parts = [
         INTRO.strip(),
+        "## Goals on a GPU",
+        "Wan2.1-1.3B at 321 frames (81 latent frames of 1,560 tokens, 30 layers, both passes), each a ratio within one run.",
+        table(
+            ["what", "goal", "predicted", "measured", "holds", "file"],
+            [*gpu_report.goals(gpu, predicted_ratios()), eight_gpus()],
+        ),
         "## Expected and measured",
         expectations(runs),
         *section("Attention", "attention", runs, attention),
@@ -240,6 +292,14 @@ def main() -> None:
         parallel(runs, "cpu"),
         "### GPU",
         parallel(runs, "cuda"),
+        "## Memory",
+        "Peak of a forward of one block, counted on tensors that have shapes and no numbers; inputs are not in it. The blocks are "
+        "alike and free their buffers, so it is the peak of all of them. With the sequence split (ring 8) a dual step also holds "
+        "the keys of its windows, from the neighbours.",
+        memory(runs),
+        "## GPU, section by section",
+        *gpu_report.sections(gpu, table),
+        TRIED.strip(),
         "## Predicted whole runs",
         "**Predicted, not measured**, by `launch/plan.py`'s model from datasheets and assumed fractions of their peaks "
         "(`configs/gpus/`). Minutes of denoising with default settings; efficiency against one GPU.",

@@ -3,17 +3,19 @@
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import WanPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from engine.adapters.wan import WanAdapter
+from engine.adapters import ModelAdapter, adapter_of
 from engine.errors import UserError
 from engine.group_of_one import GROUP_OF_ONE
-from engine.hooks import BranchProcessor, RunState, StepHook, shard_hooks
-from freespec.kernels import select_kernel
+from engine.hooks import BranchProcessor, RunState, StepHook, riflex_hook, shard_hooks
+from engine.supported_layouts import Degrees, check_layout
+from freespec.kernels import select_dual, select_kernel
 from freespec.methods import Method, make_method
+from freespec.rotary import Riflex, lowered_frequency
 from parallel.attention import TORCH_EXCHANGE, HeadExchange
 from parallel.mesh import SeqMesh
 
@@ -34,6 +36,11 @@ class Ranks:
     local_route: str = "auto"
     exchange: HeadExchange = TORCH_EXCHANGE
     why: str = "given"
+
+    @property
+    def degrees(self) -> Degrees:
+        """cfg, ring, ulysses."""
+        return self.mesh.cfg.size, self.mesh.ring.size, self.mesh.ulysses.size
 
 
 class MethodHandle:
@@ -67,55 +74,84 @@ class MethodHandle:
 
 
 def apply_method(
-    pipe: WanPipeline,
+    pipe: DiffusionPipeline,
     *,
     method: str | Method = "freespec",
     window_frames: int,
     kernel: str = "auto",
+    dual: str = "auto",
     ranks: Ranks | None = None,
+    riflex: Riflex | None = None,
     **settings: Any,
 ) -> MethodHandle:
     """Put a method for long videos on a pipeline: `handle = apply_method(pipe, method="freespec", window_frames=21)`.
 
     Args:
-        pipe: a Wan2.1 text-to-video pipeline, on any device, before or after `fuse_qkv_projections`, layerwise casting,
-            CPU offload or `compile_repeated_blocks`.
-        method: a name (direct, sliding_window, freespec) or a method object.
-        window_frames: latent frames that the local branch sees: the native length of the model, 21 for Wan2.1.
+        pipe: a WanPipeline or an LTXPipeline (text-to-video), on any device, before or after `fuse_qkv_projections`,
+            layerwise casting, CPU offload or `compile_repeated_blocks`.
+        method: a name (direct, sliding_window, freenoise, freelong, freepca, freespec), a class as package.module:Class, or a
+            method object.
+        window_frames: latent frames that the local branch sees: the native length of the model, 21 for Wan2.1 and 16 for
+            LTX-Video.
         kernel: dense attention kernel, see `freespec.kernels`; `auto` takes the one for the device and dtype.
+        dual: how dual steps compute both branches: `strided`, `triton`, or `auto`, see `freespec.kernels.select_dual`.
         ranks: how this process shares the video's tokens with others; None is a process alone.
+        riflex: lowers one temporal frequency of the rotary table; the default and `Riflex(enabled=False)` leave it alone.
         **settings: settings of the method, for example `alpha=3.0` for freespec.
 
     Raises:
         UserError: for a pipeline that the method cannot serve, an unknown method, kernel or setting.
     """
-    WanAdapter.check_pipeline(pipe)
+    adapter = adapter_of(pipe)
+    adapter.check_pipeline(pipe)
     transformer = pipe.transformer
-    modules = WanAdapter.attention_modules(transformer)
+    modules = adapter.attention_modules(transformer)
     _check_free(transformer, modules)
     if window_frames < 1:
         raise UserError(f"window_frames must be 1 or more, got {window_frames}")
     if settings and not isinstance(method, str):
         raise UserError("settings go with a method's name; a method object has its own")
+    riflex = riflex or Riflex()
+    check_riflex(adapter, riflex)
     try:
         made = make_method(method, **settings) if isinstance(method, str) else method
-        select_kernel(kernel, get_module_execution_device(transformer), transformer.dtype)
+        for select, name in ((select_kernel, kernel), (select_dual, dual)):
+            select(name, get_module_execution_device(transformer), transformer.dtype)
+        if riflex.enabled:
+            frequencies = [frequency for frequency, _ in adapter.temporal_frequencies(transformer)]
+            lowered_frequency(riflex, frequencies, num_frames=1, window_frames=1)  # raises for an index beyond them
     except ValueError as error:
         raise UserError(str(error)) from error
+    if ranks is not None:
+        check_layout(method if isinstance(method, str) else type(made).__name__, made, ranks.degrees)
     shared = ranks or Ranks(mesh=GROUP_OF_ONE.acquire())
     state = RunState(
+        adapter=adapter,
         method=made,
         window_frames=window_frames,
         kernel_name=kernel,
+        dual_name=dual,
         mesh=shared.mesh,
         exchange=shared.exchange,
         local_route=shared.local_route,
     )
+    # First of the hooks on the rotary table, since those of the ranks cut it.
+    lowers = [riflex_hook(state, transformer, riflex)] if riflex.enabled else []
     originals = [(attn, attn.processor) for attn in modules]
     for layer, attn in enumerate(modules):
         attn.set_processor(BranchProcessor(state, layer))
     step_hook = transformer.register_forward_pre_hook(StepHook(state, lambda: pipe.scheduler), with_kwargs=True)
-    return MethodHandle(state, [step_hook, *shard_hooks(state, transformer)], originals, alone=ranks is None)
+    hooks = [step_hook, *lowers, *shard_hooks(state, transformer)]
+    return MethodHandle(state, hooks, originals, alone=ranks is None)
+
+
+def check_riflex(adapter: ModelAdapter, riflex: Riflex) -> None:
+    """Raise UserError if RIFLEx is asked of a model whose temporal positions do not count frames."""
+    if riflex.enabled and not adapter.counts_frames:
+        raise UserError(
+            f"attention.riflex does nothing for {adapter.name}: its temporal positions are seconds within a range that longer "
+            "videos stay in; set attention.riflex.enabled false"
+        )
 
 
 def _check_free(transformer: nn.Module, modules: list[nn.Module]) -> None:

@@ -1,13 +1,25 @@
 """The configuration of a run: one tree of frozen dataclasses, filled from a YAML preset and dotted overrides."""
 
+import json
 import math
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from engine.errors import UserError
-from freespec.kernels import KERNELS
-from freespec.methods import METHODS, Method, make_method
-from freespec.methods.freespec import FreeSpec
+from freespec.kernels import DUALS, KERNELS
+from freespec.methods import (
+    METHODS,
+    FreeLong,
+    FreeNoise,
+    FreePCA,
+    FreeSpec,
+    Method,
+    Noise,
+    find_method,
+    make_method,
+)
+from freespec.rotary import Riflex
+from freespec.views import default_stride
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,17 +72,27 @@ class SamplerConfig:
         num_steps: denoising steps.
         guidance_scale: classifier-free guidance; 1 or less runs no unconditional pass.
         flow_shift: timestep shift of the scheduler; None keeps the checkpoint's.
+        shift: for schedulers whose shift grows with the number of tokens (LTX-Video to 0.9.1): `native` takes that of the
+            native length, method.window_frames, for any longer video; `actual` takes the video's own, as the stock pipeline.
+            Others, like Wan's, have one shift for any length.
         seed: of the CPU generator that draws the noise, the same for any device and number of ranks.
         negative_prompt: text of the unconditional pass.
         max_text_tokens: length that prompts are padded or cut to.
+        noise: `iid` is fresh in every frame, `freenoise` repeats the frames of the first window in another order, `mean_reuse`
+            repeats their mean over time; `method` is what the method was published with (iid for direct, sliding_window
+            and freespec, freenoise for freenoise and freelong, mean_reuse for freepca).
+        noise_stride: frames that `freenoise` puts in another order at a time; None is a quarter of the window.
     """
 
     num_steps: int = 50
     guidance_scale: float = 5.0
     flow_shift: float | None = None
+    shift: Literal["native", "actual"] = "native"
     seed: int = 0
     negative_prompt: str = ""
     max_text_tokens: int = 512
+    noise: Literal["method", "iid", "freenoise", "mean_reuse"] = "method"
+    noise_stride: int | None = None
 
     def __post_init__(self) -> None:
         """Reject what would denoise nothing or denoise wrongly."""
@@ -82,6 +104,10 @@ class SamplerConfig:
         )
         _check(0 <= self.seed < 2**63, f"sampler.seed must lie in [0, 2**63), got {self.seed}")
         _check(self.max_text_tokens >= 1, f"sampler.max_text_tokens must be 1 or more, got {self.max_text_tokens}")
+        _check(
+            self.noise_stride is None or self.noise_stride >= 1,
+            f"sampler.noise_stride must be 1 or more frames, got {self.noise_stride}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,41 +115,71 @@ class MethodConfig:
     """The method for long videos.
 
     Attributes:
-        name: one of direct, sliding_window, freespec.
+        name: direct, sliding_window, freenoise, freelong, freepca or freespec, or a class of your own as package.module:Class.
         window_frames: latent frames that the local branch sees: the native length of the model.
+        freenoise: settings of `freenoise`, read by that method only.
+        freelong: settings of `freelong`, read by that method only.
+        freepca: settings of `freepca`, read by that method only.
         freespec: settings of `freespec`, read by that method only.
+        settings: settings of a class of your own, by name.
     """
 
     name: str = "freespec"
     window_frames: int
+    freenoise: FreeNoise = field(default_factory=FreeNoise)
+    freelong: FreeLong = field(default_factory=FreeLong)
+    freepca: FreePCA = field(default_factory=FreePCA)
     freespec: FreeSpec = field(default_factory=FreeSpec)
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        """Reject unknown names and empty windows."""
+        """Reject unknown names, empty windows and settings that nothing would read."""
         _check(self.window_frames >= 1, f"method.window_frames must be 1 or more, got {self.window_frames}")
-        if self.name not in METHODS:
-            make_method(self.name)  # raises, naming the nearest
+        find_method(self.name)  # raises, naming the nearest
+        if self.name in METHODS:
+            where = f"are method.{self.name}.*" if self.name in self._groups else "are none"
+            _check(not self.settings, f"method.settings are for a class of your own; those of {self.name} {where}")
+        else:
+            _check_plain(self.settings)
+            make_method(self.name, **self.settings)  # raises for settings that the class does not know or take
 
     @property
     def method(self) -> Method:
         """The method object that this configuration describes."""
-        return self.freespec if self.name == "freespec" else make_method(self.name)
+        group = self._groups.get(self.name)
+        return make_method(self.name, **self.settings) if group is None else group
+
+    @property
+    def _groups(self) -> dict[str, Method]:
+        return {
+            "freenoise": self.freenoise,
+            "freelong": self.freelong,
+            "freepca": self.freepca,
+            "freespec": self.freespec,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """The dense attention kernel.
+    """The dense attention kernel, and the positions that it is given.
 
     Attributes:
         kernel: auto, plain, cpu_flash, cuda_flash, cuda_cudnn or cuda_efficient; one that cannot run is an error.
+        dual: how dual steps compute both branches: `strided`, dense calls of the kernel on views; `triton`, one kernel that
+            goes on from the window to the other keys; `auto` is strided, until triton is measured to be faster.
+        riflex: RIFLEx, which lowers one temporal frequency of the rotary table for long videos; off by default.
     """
 
     kernel: str = "auto"
+    dual: str = "auto"
+    riflex: Riflex = field(default_factory=Riflex)
 
     def __post_init__(self) -> None:
         """Reject unknown names before anything is loaded."""
         names = ("auto", *KERNELS)
         _check(self.kernel in names, f"unknown attention.kernel {self.kernel!r}; choose one of {', '.join(names)}")
+        duals = ("auto", *DUALS)
+        _check(self.dual in duals, f"unknown attention.dual {self.dual!r}; choose one of {', '.join(duals)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,27 +229,39 @@ class DecodeConfig:
 
     Attributes:
         mode: `whole` decodes each frame in one piece on rank 0, exactly; `tiled` in overlapping tiles over all ranks, which
-            is faster on many and differs a little; `auto` is whole where its memory fits.
+            is faster on many and differs a little; `framewise`, for LTX-Video, whose exact decode takes all frames at once,
+            a few latent frames at a time, also when tiled; `auto` is the most exact whose memory fits.
         tile_height: pixels, a multiple of the VAE's spatial compression; a frame no larger than a tile is decoded whole.
         tile_width: pixels, likewise.
         stride_height: pixels from one tile to the next, at most a tile; the rest of it is blended.
         stride_width: pixels, likewise.
+        tile_frames: video frames that are decoded at a time where the mode cuts the video, a multiple of the VAE's temporal
+            compression; a video no longer than that is not cut. Wan, which streams exactly, has no use for it.
+        stride_frames: video frames from one such piece to the next, likewise, at most a piece; the rest of it is blended.
+        timestep: what a VAE that is conditioned on a timestep is told (LTX-Video from 0.9.1 on); others ignore it.
+        noise_scale: share of noise, drawn from the run's seed, that such a VAE finds in its latents.
     """
 
-    mode: Literal["auto", "whole", "tiled"] = "auto"
+    mode: Literal["auto", "whole", "framewise", "tiled"] = "auto"
     tile_height: int = 256
     tile_width: int = 256
     stride_height: int = 192
     stride_width: int = 192
+    tile_frames: int = 16
+    stride_frames: int = 8
+    timestep: float = 0.05
+    noise_scale: float = 0.025
 
     def __post_init__(self) -> None:
         """Reject tiles that leave gaps; what depends on the VAE is checked once its configuration is read."""
-        for side in ("height", "width"):
+        for side in ("height", "width", "frames"):
             tile, stride = getattr(self, f"tile_{side}"), getattr(self, f"stride_{side}")
             _check(
                 1 <= stride <= tile,
                 f"decode.stride_{side} must lie in [1, decode.tile_{side}], got stride {stride} and tile {tile}",
             )
+        for name in ("timestep", "noise_scale"):
+            _check(0 <= getattr(self, name) <= 1, f"decode.{name} must lie in [0, 1], got {getattr(self, name)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,6 +317,29 @@ class RunConfig:
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        """What two groups must agree on."""
+        kind, stride = self.noise
+        _check(
+            kind != "freenoise" or stride <= self.method.window_frames,
+            f"sampler.noise_stride {stride} is more than the {self.method.window_frames} frames of method.window_frames",
+        )
+
+    @property
+    def noise(self) -> tuple[Noise, int]:
+        """The kind of the initial noise, and the stride of `freenoise` in frames."""
+        sampler, method = self.sampler, self.method
+        kind = method.method.noise if sampler.noise == "method" else sampler.noise
+        return kind, sampler.noise_stride or default_stride(method.window_frames)
+
+
+def _check_plain(settings: dict[str, Any]) -> None:
+    """Settings go into the record and the run's id, as JSON."""
+    try:
+        json.dumps(settings, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"method.settings must be numbers, words, lists and maps: {error}") from error
 
 
 def _check(holds: bool, message: str) -> None:

@@ -1,56 +1,50 @@
-"""Latents to frames, a latent frame at a time: the Wan VAE's causal cache driven from outside, equal to `vae.decode`."""
+"""Latents to frames in one piece after the other, on one device: the loop around a model's `LatentDecoder`."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor
+
+from engine.adapters import adapter_of
+from engine.adapters.base import LatentDecoder, TimeSettings
 
 
 @torch.no_grad()
-def stream_decode(vae: AutoencoderKLWan, latents: Tensor) -> Iterator[Tensor]:
-    """Frames [1, 3, t, H, W] in [-1, 1] of each latent frame of [1, z, F, h, w], in order: t = 1, then 4 and 4 again.
+def stream_decode(vae: Any, latents: Tensor, settings: TimeSettings | None = None) -> Iterator[Tensor]:
+    """Frames [1, 3, t, H, W] in [-1, 1] of each chunk of latents [1, z, F, h, w] in order; t is the chunk's affair.
 
-    The latents are the model's (normalised). Concatenated over time this is bit-equal to `vae.decode` of the whole, which
-    also decodes frame by frame but keeps all; here memory is bounded by one latent frame and the cache.
+    The latents are the model's (normalised). For Wan a chunk is a latent frame, t = 1 and then 4 and 4 again, and all
+    frames together are bit-equal to `vae.decode` of the whole. For LTX they are bit-equal to `vae.decode` with or without
+    `use_framewise_decoding`, as the settings say. Memory is bounded by two chunks.
     """
-    cache = empty_cache(vae)
-    for index, latent in enumerate(latent_frames(vae, latents)):
-        yield decode_step(vae, latent, cache, first=index == 0).clamp(-1.0, 1.0)
+    decoder = open_decoder(vae, latents, settings or TimeSettings())
+    state = decoder.start()
+    pieces = (decode_step(decoder, decoder.latents(index), state, index=index) for index in range(len(decoder.chunks)))
+    yield from map(clamp, decoder.join(pieces))  # a loop would hold on to the frames before
 
 
-def make_ready(vae: AutoencoderKLWan) -> None:
+def clamp(frames: Tensor) -> Tensor:
+    """Frames with what a decoder made outside of [-1, 1] cut off."""
+    return frames.clamp(-1.0, 1.0)
+
+
+def open_decoder(vae: Any, latents: Tensor, settings: TimeSettings) -> LatentDecoder:
+    """A decode of latents [1, z, F, h, w] with the VAE on its device."""
+    make_ready(vae)  # first of all: it decides the device
+    return adapter_of(vae).open_decoder(vae, latents, settings)
+
+
+def make_ready(vae: Any) -> None:
     """Under model offload, bring the VAE to its device, as `vae.decode` does before it starts; otherwise nothing."""
     if hasattr(vae, "_hf_hook"):
         vae._hf_hook.pre_forward(vae)
 
 
-def latent_frames(vae: AutoencoderKLWan, latents: Tensor) -> Iterator[Tensor]:
-    """Each latent frame [1, z, 1, h, w] of normalised [1, z, F, h, w] as the VAE made it, on its device and in its dtype."""
-    make_ready(vae)  # first of all: it decides the device
-    mean, std = (
-        torch.tensor(values, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
-        for values in (vae.config.latents_mean, vae.config.latents_std)
-    )
-    for latent in latents.split(1, dim=2):
-        yield latent.to(vae.device, vae.dtype) / (1.0 / std) + mean
-
-
-def empty_cache(vae: AutoencoderKLWan) -> list[Any]:
-    """A causal cache before its first latent frame: one entry per convolution of the decoder.
-
-    It is the caller's. The VAE's own stays empty, so that a stream that is stopped leaves nothing behind.
-    """
-    vae.clear_cache()
-    return list(vae._feat_map)
-
-
-def decode_step(vae: AutoencoderKLWan, latent: Tensor, cache: list[Any], *, first: bool) -> Tensor:
-    """Frames [1, 3, t, H, W], not clamped, of the next latent frame [1, z, 1, h, w]; the cache is moved on."""
-    hidden = vae.post_quant_conv(latent)
-    return vae.decoder(hidden, feat_cache=cache, feat_idx=[0], first_chunk=first)
+def decode_step(decoder: LatentDecoder, latents: Tensor, state: Any, *, index: int, tile: int = 0) -> Tensor:
+    """Frames [1, 3, t, H, W], not clamped, of a tile of chunk `index`; the tile's state is moved on."""
+    return decoder.step(latents, state, index=index, tile=tile)
 
 
 def to_uint8(frames: Tensor) -> np.ndarray:

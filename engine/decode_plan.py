@@ -2,15 +2,18 @@
 
 import functools
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
 
+from engine.adapters import ModelAdapter, VideoSpec, adapter_of
+from engine.adapters.base import DecodeMode, TimeSettings
 from engine.config import DecodeConfig
-from engine.decode import decode_step, empty_cache, make_ready
+from engine.decode import clamp, decode_step, make_ready, open_decoder
 from engine.errors import UserError
 from engine.planner.live_bytes import LiveBytes
 from parallel.collectives import Trace, gather_copies, ignore_bytes
@@ -21,6 +24,8 @@ GIB = 2**30
 # Tensors are counted exactly. This is for what is not: workspaces of convolutions, fragments, blending (a guess until it
 # is measured on a GPU).
 _UNCOUNTED = 1.25
+# After so many chunks a decode has shown its peak.
+_SHOWN_CHUNKS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,36 +67,43 @@ class DecodePlan:
     """How the frames of one video are decoded; the same on every rank.
 
     Attributes:
-        mode: `whole` is the exact decode on rank 0, of one tile; `tiled` is over all ranks.
+        mode: `whole` is the exact decode on rank 0, of one tile; `framewise` a few latent frames at a time, on rank 0;
+            `tiled` is over all ranks, and where the model has `framewise`, also a few at a time.
         grid: the tiles.
         shares: the tiles of each rank.
+        time: how the decode goes through time.
         why: the reason for the mode.
     """
 
-    mode: Literal["whole", "tiled"]
+    mode: DecodeMode
     grid: TileGrid
     shares: tuple[tuple[int, ...], ...]
+    time: TimeSettings
     why: str
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the record of a run says of it: mode, number of tiles, of tiles on each rank, and why."""
+        """What the record of a run says: mode, number of tiles, of tiles on each rank, why, and what time adds to it."""
         return {
             "mode": self.mode,
             "tiles": len(self.grid.tiles),
             "tiles_by_rank": [len(share) for share in self.shares],
             "why": self.why,
-        }
+        } | self.time.record
 
 
-def check_tiles(config: DecodeConfig, scale: int) -> None:
-    """Raise UserError for tiles that the VAE, with `scale` pixels per latent, cannot cut."""
-    for name in ("tile_height", "tile_width", "stride_height", "stride_width"):
-        pixels = getattr(config, name)
-        if pixels % scale:
+def check_tiles(config: DecodeConfig, spec: VideoSpec) -> None:
+    """Raise UserError for tiles that the VAE cannot cut."""
+    pixels, frames = "pixels of a latent", "frames of a latent"
+    names = dict.fromkeys(("tile_height", "tile_width", "stride_height", "stride_width"), (spec.spatial_factor, pixels))
+    if spec.cuts_time:
+        names |= dict.fromkeys(("tile_frames", "stride_frames"), (spec.temporal_factor, frames))
+    for name, (factor, what) in names.items():
+        value = getattr(config, name)
+        if value % factor:
             raise UserError(
-                f"decode.{name} must be a multiple of the {scale} pixels of a latent, got {pixels}; "
-                f"the next one is {pixels // scale * scale + scale}"
+                f"decode.{name} must be a multiple of the {factor} {what}, got {value}; "
+                f"the next one is {value // factor * factor + factor}"
             )
 
 
@@ -137,80 +149,155 @@ def share_tiles(sizes: Sequence[int], num_ranks: int) -> tuple[tuple[int, ...], 
     return tuple(tuple(sorted(share)) for share in shares)
 
 
-def plan_decode(config: DecodeConfig, vae: AutoencoderKLWan, size: tuple[int, int], *, world: Axis) -> DecodePlan:
-    """The plan for latent frames of `size` rows and columns; every rank of `world` calls this alike.
+@dataclass(frozen=True, kw_only=True)
+class _Way:
+    """One way to decode a video: its tiles, who has them, and how it goes through time."""
 
-    Only `auto` on CUDA communicates: each rank's free memory.
+    grid: TileGrid
+    shares: tuple[tuple[int, ...], ...]
+    time: TimeSettings
+
+
+def plan_decode(
+    config: DecodeConfig, vae: Any, size: tuple[int, int, int], *, world: Axis, seed: int = 0
+) -> DecodePlan:
+    """The plan for latents of `size` frames, rows and columns; every rank of `world` calls this alike.
+
+    `seed` is of what noise the decoder may want. Only `auto` communicates, and only where memory is a bound: each rank's free
+    memory.
     """
-    scale = vae.config.scale_factor_spatial
-    whole, grid = whole_frame(size, scale), make_grid(config, size, scale)
-    on_first = ((0,), *[()] * (world.size - 1))
-    shares = share_tiles(
-        [rows * columns for rows, columns in map(grid.latent_size, range(len(grid.tiles)))], world.size
-    )
-    if grid == whole:
-        mode, why = "whole", "a frame is no larger than a tile"
-    elif config.mode != "auto":
-        mode, why = config.mode, f"decode.mode is {config.mode}"
-    elif (free := _free_bytes(vae, world)) is None:
-        mode, why = "whole", "exact, and the memory of a CPU is no bound"
-    else:
-        needs = [max(_peaks(vae, cut, shared)) for cut, shared in ((whole, on_first), (grid, shares))]
-        mode, why = choose_mode(*needs, free=free)
-    if mode == "whole":
-        return DecodePlan(mode="whole", grid=whole, shares=on_first, why=why)
-    return DecodePlan(mode="tiled", grid=grid, shares=shares, why=why)
+    adapter = adapter_of(vae)
+    if config.mode not in ("auto", *adapter.decode_modes):
+        raise UserError(
+            f"decode.mode {config.mode} is not for {adapter.name}; choose auto, {', '.join(adapter.decode_modes)}"
+        )
+    ways = _possible_ways(config, vae, size, world_size=world.size, seed=seed)
+    mode, why = _choose(config, vae, ways, world=world, num_latents=size[0])
+    way = ways[mode]
+    return DecodePlan(mode=mode, grid=way.grid, shares=way.shares, time=way.time, why=why)
 
 
-def choose_mode(whole: int, tiled: int, *, free: Sequence[int]) -> tuple[Literal["whole", "tiled"], str]:
-    """The mode of `auto`, and why, from the bytes that each needs on its busiest rank and the free bytes of each rank.
+def _possible_ways(
+    config: DecodeConfig, vae: Any, size: tuple[int, int, int], *, world_size: int, seed: int
+) -> dict[DecodeMode, _Way]:
+    """The model's ways to decode that differ from one another on this video, the most exact first."""
+    adapter, num_latents = adapter_of(vae), size[0]
+    scale = adapter.spatial_factor(vae.config)
+    whole, grid = whole_frame(size[1:], scale), make_grid(config, size[1:], scale)
+    on_first = ((0,), *[()] * (world_size - 1))
+    areas = [rows * columns for rows, columns in map(grid.latent_size, range(len(grid.tiles)))]
+    ways: dict[DecodeMode, _Way] = {}
+    for mode in adapter.decode_modes:
+        time = adapter.time_settings(vae.config, mode, config, num_latents=num_latents, seed=seed)
+        if mode == "tiled" and grid != whole:
+            ways[mode] = _Way(grid=grid, shares=share_tiles(areas, world_size), time=time)
+        elif mode == "whole" or (mode == "framewise" and time.chunk is not None):
+            ways[mode] = _Way(grid=whole, shares=on_first, time=time)
+    return ways
 
-    Whole frames are decoded on rank 0 alone, so its memory decides.
+
+_SMALL = {"framewise": "the video is no longer than a chunk", "tiled": "a frame is no larger than a tile"}
+
+
+def _choose(
+    config: DecodeConfig, vae: Any, ways: Mapping[DecodeMode, _Way], *, world: Axis, num_latents: int
+) -> tuple[DecodeMode, str]:
+    """One of the ways, and why."""
+    adapter = adapter_of(vae)
+    if len(ways) == 1:
+        return "whole", " and ".join(_SMALL[mode] for mode in adapter.decode_modes if mode != "whole")
+    if config.mode in ways:
+        return config.mode, f"decode.mode is {config.mode}"  # type: ignore[return-value]
+    if config.mode != "auto":
+        left = "framewise" if "framewise" in ways else "whole"
+        return left, f"decode.mode is {config.mode}, but {_SMALL[config.mode]}"  # type: ignore[return-value]
+    free = _free_bytes(vae, world)
+    if free is None:
+        return "whole", "exact, and the memory of a CPU is no bound"
+    needs = {mode: max(_peaks(vae, way, num_latents)) for mode, way in ways.items()}
+    return choose_mode(needs, free=free)
+
+
+_WORDS = {"whole": "whole frames", "framewise": "whole frames, a few at a time,", "tiled": "tiles"}
+
+
+def choose_mode(needs: Mapping[DecodeMode, int], *, free: Sequence[int]) -> tuple[DecodeMode, str]:
+    """The mode of `auto`, and why: the first whose busiest rank has the bytes that it `needs`, of each rank's `free` ones.
+
+    Whole frames are decoded on rank 0 alone, so its memory decides. If none fits, the mode that needs least.
     """
+    room = {mode: min(free) if mode == "tiled" else free[0] for mode in needs}
+    first, *others = needs
     numbers = (
-        f"whole frames need about {whole / GIB:.1f} GiB of the {free[0] / GIB:.1f} GiB free on rank 0, "
-        f"tiles {tiled / GIB:.1f} GiB of {min(free) / GIB:.1f} GiB on a rank"
+        f"{_WORDS[first]} need about {needs[first] / GIB:.1f} GiB of the {free[0] / GIB:.1f} GiB free on rank 0"
+        + "".join(
+            f", {_WORDS[mode]} {needs[mode] / GIB:.1f} GiB of {room[mode] / GIB:.1f} GiB on a rank" for mode in others
+        )
     )
-    if whole <= free[0]:
-        return "whole", f"exact, and it fits: {numbers}"
-    if tiled < whole:
-        return "tiled", f"whole frames do not fit: {numbers}"
-    return "whole", f"it may not fit, but tiles over so few ranks need no less: {numbers}"
+    fitting = next((mode for mode in needs if needs[mode] <= room[mode]), None)
+    if fitting == first:
+        return first, f"exact, and it fits: {numbers}"
+    chosen = fitting or min(needs, key=needs.__getitem__)  # among equals the most exact
+    if chosen == first:
+        return first, f"it may not fit, but tiles over so few ranks need no less: {numbers}"
+    return chosen, f"{_WORDS[first]} do not fit: {numbers}"
 
 
-def _free_bytes(vae: AutoencoderKLWan, world: Axis) -> list[int] | None:
-    """Bytes that torch can still have on each rank's GPU; None on a CPU."""
+def _free_bytes(vae: Any, world: Axis) -> list[int] | None:
+    """Bytes that torch can still have on each rank's GPU, or a process on each rank's CPU.
+
+    None on a CPU if the memory of the exact decode does not grow with the video.
+    """
     make_ready(vae)  # offload makes room for the VAE
-    if vae.device.type != "cuda":
+    if vae.device.type == "cuda":
+        unused = torch.cuda.memory_reserved(vae.device) - torch.cuda.memory_allocated(vae.device)
+        free = torch.cuda.mem_get_info(vae.device)[0] + unused
+    elif adapter_of(vae).exact_decode_is_bounded:
         return None
-    unused = torch.cuda.memory_reserved(vae.device) - torch.cuda.memory_allocated(vae.device)
-    mine = torch.tensor([torch.cuda.mem_get_info(vae.device)[0] + unused], device=vae.device)
+    else:
+        free = _free_host_bytes()
     trace = Trace(label="decode, free memory", on_bytes=ignore_bytes)
+    mine = torch.tensor([free], device=vae.device)
     return [int(free) for free in gather_copies(mine, "agreement", group=world.group, trace=trace)]
 
 
-def _peaks(vae: AutoencoderKLWan, grid: TileGrid, shares: Sequence[Sequence[int]]) -> Iterator[int]:
-    """Bytes of each rank while it decodes its tiles: the caches of all of them, and the work on the largest."""
+def _free_host_bytes() -> int:
+    """What Linux calls available, or elsewhere the pages that nobody uses."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _peaks(vae: Any, way: _Way, num_latents: int) -> Iterator[int]:
+    """Bytes of each rank while it decodes its tiles: the states of all of them, and the work on the largest."""
     config = json.dumps(dict(vae.config), sort_keys=True)
-    for share in shares:
-        parts = [tile_bytes(config, *grid.latent_size(tile)) for tile in share]
-        work, cache = max((work for work, _ in parts), default=0), sum(cache for _, cache in parts)
-        yield int(_UNCOUNTED * (work + cache))
+    for share in way.shares:
+        sizes = [way.grid.latent_size(tile) for tile in share]
+        parts = [tile_bytes(adapter_of(vae), config, (num_latents, *size), way.time) for size in sizes]
+        work, kept = max((work for work, _ in parts), default=0), sum(kept for _, kept in parts)
+        yield int(_UNCOUNTED * (work + kept))
 
 
 @functools.cache
-def tile_bytes(config: str, rows: int, columns: int) -> tuple[int, int]:
-    """Bytes of tensors while a tile of latent `rows` and `columns` is decoded by the VAE of a JSON `config`.
+def tile_bytes(adapter: ModelAdapter, config: str, size: tuple[int, int, int], time: TimeSettings) -> tuple[int, int]:
+    """Bytes of tensors while a tile of latent `size` (frames, rows, columns) is decoded by the VAE of a JSON `config`.
 
-    The first number is the work on one latent frame, which passes, the second the causal cache, which stays. The decoder
-    runs on the meta device, where tensors have sizes only; from the third latent frame on its peak is constant.
+    The first number is the work on one chunk, which passes, the second the tile's state, which stays. The decoder runs on
+    the meta device, where tensors have sizes only; from the third chunk on its peak is constant.
     """
     with torch.device("meta"):
-        twin = AutoencoderKLWan.from_config(json.loads(config)).eval()
-    cache = empty_cache(twin)
+        twin = adapter.build("vae", json.loads(config)).eval()
+        latents = torch.empty(1, adapter.latent_channels(twin.config), *size)
+    decoder = open_decoder(twin, latents, replace(time, noise_scale=0.0))
+    state = decoder.start()
     with torch.no_grad(), LiveBytes() as live:
-        for index in range(3):
-            latent = torch.empty(1, twin.config.z_dim, 1, rows, columns, device="meta")
-            decode_step(twin, latent, cache, first=index == 0)
-    kept = sum(entry.nbytes for entry in cache if isinstance(entry, torch.Tensor))
+        pieces = (
+            decode_step(decoder, decoder.latents(index), state, index=index)
+            for index in range(min(_SHOWN_CHUNKS, len(decoder.chunks)))
+        )
+        for _ in map(clamp, decoder.join(pieces)):
+            pass
+    kept = sum(entry.nbytes for entry in state or () if isinstance(entry, torch.Tensor))
     return live.peak - kept, kept

@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from engine.adapters.wan import WanSpec
+from engine.adapters import VideoSpec
 from engine.config import RunConfig
 from engine.decode import stream_decode, to_uint8
 from engine.decode_plan import DecodePlan, check_tiles, plan_decode
@@ -29,9 +28,7 @@ class VideoDecoder:
         decode_plan: who decodes what, for the record; None before `decode` is called.
     """
 
-    def __init__(
-        self, config: RunConfig, *, vae: AutoencoderKLWan, spec: WanSpec, device: torch.device, world: Axis
-    ) -> None:
+    def __init__(self, config: RunConfig, *, vae: Any, spec: VideoSpec, device: torch.device, world: Axis) -> None:
         self.config = config
         self.spec = spec
         self.device = device
@@ -39,28 +36,30 @@ class VideoDecoder:
         self._vae = vae
         self._world = world
 
-    def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
-        """Frames of latents [1, z, F, h, w], uint8 [t, H, W, 3] at a time, on rank 0: t = 1, then 4 per latent frame.
+    def decode(self, latents: Tensor, *, seed: int | None = None) -> Iterator[np.ndarray]:
+        """Frames of latents [1, z, F, h, w], uint8 [t, H, W, 3] at a time, on rank 0; for Wan t = 1, then 4 per latent frame.
 
         Every rank calls this with the same latents and runs the iterator to its end: the others do their share, if there
-        is one, and get no frames. `decode_plan` says from the call on who decodes what.
+        is one, and get no frames. `decode_plan` says from the call on who decodes what. `seed` is that of the run, which
+        decides the noise that some decoders want; None is `sampler.seed`.
         """
-        plan = plan_decode(self.config.decode, self._vae, tuple(latents.shape[3:]), world=self._world)
+        seed = self.config.sampler.seed if seed is None else seed
+        plan = plan_decode(self.config.decode, self._vae, tuple(latents.shape[2:]), world=self._world, seed=seed)
         self.decode_plan = plan.record
         return self._frames(latents, plan)
 
-    @torch.no_grad()
     def _frames(self, latents: Tensor, plan: DecodePlan) -> Iterator[np.ndarray]:
         is_first = self._world.rank == 0
         if plan.mode == "tiled":
             stream = stream_tiles(self._vae, latents, plan, world=self._world)
         else:
-            stream = stream_decode(self._vae, latents) if is_first else iter(())
+            stream = stream_decode(self._vae, latents, plan.time) if is_first else iter(())
         show = is_first and enabled(self.config.output.progress)
-        with progress_bar(total=latents.shape[2], desc="decode", enabled=show) as bar:
+        num_frames = (latents.shape[2] - 1) * self.spec.temporal_factor + 1
+        with progress_bar(total=num_frames, desc="decode", enabled=show) as bar:
             for frames in stream:
                 yield to_uint8(frames)
-                bar.update()
+                bar.update(frames.shape[2])
 
 
 @contextmanager
@@ -71,7 +70,7 @@ def open_decoder(config: RunConfig) -> Iterator[VideoDecoder]:
     """
     device = pick_device(config.model.device)
     spec, vae = load_vae_alone(config.model)
-    check_tiles(config.decode, spec.spatial_factor)
+    check_tiles(config.decode, spec)
     world = GROUP_OF_ONE.acquire().world
     try:
         yield VideoDecoder(config, vae=vae.to(device), spec=spec, device=device, world=world)

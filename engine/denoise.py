@@ -1,12 +1,14 @@
 """Noise and the denoising loop: plain functions that draw the same noise for any device and can start at any step."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from engine.errors import UserError
+from freespec.methods import Noise
+from freespec.noise import relate_frames
 
 # Tensors by name (`name` or `name.index`), and plain values for JSON.
 SchedulerState = tuple[dict[str, Tensor], dict[str, Any]]
@@ -15,9 +17,17 @@ SchedulerState = tuple[dict[str, Tensor], dict[str, Any]]
 _NOT_STATE = ("_internal_dict",)
 
 
-def draw_noise(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Standard normal noise of this shape, fp32 on the CPU, from a CPU generator: the draw of the stock pipelines."""
-    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), dtype=torch.float32)
+def draw_noise(
+    shape: tuple[int, ...], seed: int, kind: Noise = "iid", *, window_frames: int = 1, stride: int = 1
+) -> Tensor:
+    """Standard normal noise [1, z, F, h, w], fp32 on the CPU, from a CPU generator: the draw of the stock pipelines.
+
+    Another kind than `iid` relates the frames after the first `window_frames` to those (freespec.noise); what it draws to
+    do so comes from the same generator, after the noise.
+    """
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = torch.randn(shape, generator=generator, dtype=torch.float32)
+    return relate_frames(noise, kind, window_frames=window_frames, stride=stride, generator=generator)
 
 
 def denoise(
@@ -50,11 +60,25 @@ def make_scheduler(scheduler: Any, flow_shift: float | None) -> Any:
     """A fresh scheduler of the same class and configuration, with another timestep shift unless that is None."""
     overrides: dict[str, float] = {}
     if flow_shift is not None:
+        if scheduler.config.get("use_dynamic_shifting"):
+            raise UserError(
+                f"sampler.flow_shift {flow_shift} would be ignored: this checkpoint's shift follows from the number of "
+                "tokens; leave it unset, and choose with sampler.shift which number that is"
+            )
         key = next((key for key in ("flow_shift", "shift") if key in scheduler.config), None)
         if key is None:
             raise UserError(f"sampler.flow_shift: {type(scheduler).__name__} has no shift; leave it unset")
         overrides[key] = flow_shift
     return type(scheduler).from_config(scheduler.config, **overrides)
+
+
+def shifting_tokens(shift: Literal["native", "actual"], frames: int, frame_tokens: int, *, window_frames: int) -> int:
+    """Tokens whose timestep shift a video of `frames` x `frame_tokens` takes, by the setting `sampler.shift`.
+
+    `native` never takes more than those of the native length, `window_frames`: there the shift that grows with the number of
+    tokens was trained, and far beyond it nearly all steps would be at almost pure noise.
+    """
+    return (min(frames, window_frames) if shift == "native" else frames) * frame_tokens
 
 
 def scheduler_state(scheduler: Any) -> SchedulerState:

@@ -5,32 +5,35 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import WanPipeline
+from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.adapters.wan import WanAdapter, WanSpec
-from engine.apply import MethodHandle, Ranks, apply_method
+from engine.adapters import ModelAdapter, VideoSpec, adapter_of
+from engine.adapters.base import Text
+from engine.apply import MethodHandle, Ranks, apply_method, check_riflex
 from engine.checkpoint import load_run, save_run
 from engine.config import MethodConfig, OutputConfig, RunConfig
 from engine.decode_plan import check_tiles
 from engine.decoder import VideoDecoder
-from engine.denoise import SchedulerState, denoise, draw_noise, make_scheduler, scheduler_state
+from engine.denoise import SchedulerState, denoise, draw_noise, make_scheduler, scheduler_state, shifting_tokens
 from engine.errors import UserError
 from engine.group_of_one import GROUP_OF_ONE
-from engine.load import fetch, find_checkpoint, load_pipeline, pick_device, pick_dtype, read_spec
+from engine.load import fetch, find_adapter, find_checkpoint, load_pipeline, pick_device, pick_dtype, read_spec
 from engine.progress import enabled, progress_bar
 from engine.ranks import check_agreement, fingerprints, hand_out, hand_out_bytes, together
 from engine.record import build_record
+from engine.supported_layouts import check_layout
+from engine.text_cache import TextCache
 from engine.trace import Trace
-from freespec.kernels import select_kernel
+from freespec.kernels import select_dual, select_kernel
 from parallel.mesh import SeqMesh
 
 
@@ -40,13 +43,15 @@ class Denoised:
 
     Attributes:
         latents: [1, z, F, h, w] fp32 on the CPU, normalised as the transformer sees them.
-        steps: one dict per step that was run: step, timestep, mode (global, local or dual), seconds.
+        steps: one dict per step that was run: step, timestep, mode (as in freespec.methods.StepPlan), seconds.
+        schedule: the timestep shift: `shift` (fixed, native or actual) and its value, and how they came about.
         seconds: time of the stages `text` and `denoise`.
         resumed_at: steps that an earlier, interrupted run had finished; 0 for a run from noise.
     """
 
     latents: Tensor
     steps: list[dict[str, Any]]
+    schedule: dict[str, Any]
     seconds: dict[str, float]
     resumed_at: int
 
@@ -89,12 +94,22 @@ class LongVideoEngine:
             self._release_group()
             raise
         self.load_seconds = time.perf_counter() - started
+        self.text_cache = self._open_text_cache(None)
 
     def use_method(self, method: MethodConfig, output: OutputConfig | None = None) -> None:
-        """Take the method off the loaded model and put another one on; `output` is where its video goes, if elsewhere."""
+        """Take the method off the loaded model and put another one on; `output` is where its video goes, if elsewhere.
+
+        Raises UserError, and keeps the method, for one that these ranks cannot run.
+        """
+        check_layout(method.name, method.method, self.ranks.degrees)
         self.handle.remove()
         self.config = replace(self.config, method=method, output=output or self.config.output)
         self.handle = self._apply_method()
+
+    @property
+    def adapter(self) -> ModelAdapter:
+        """What the engine knows of the loaded model."""
+        return adapter_of(self.pipe)
 
     @property
     def mesh(self) -> SeqMesh:
@@ -136,6 +151,10 @@ class LongVideoEngine:
         chosen = {"local_route": config.local_route, "provider": config.provider, "why": self.ranks.why}
         return {"ranks": mesh.world.size, **degrees, **chosen}
 
+    def keep_texts(self, folder: Path) -> None:
+        """From now on, look for text embeddings in this folder before computing them, and keep new ones there."""
+        self.text_cache = self._open_text_cache(folder)
+
     def close(self) -> None:
         """Take the method off the pipeline again."""
         self.handle.remove()
@@ -155,12 +174,16 @@ class LongVideoEngine:
         negative_prompt: str | None = None,
         num_frames: int | None = None,
         checkpoint: Path | None = None,
+        checkpoint_every: int = 0,
         trace: Trace | None = None,
+        on_step: Callable[[int, int], None] | None = None,
     ) -> Denoised:
         """Latents of one video. What is None is taken from the configuration.
 
         With `checkpoint`, a run that is interrupted or fails leaves its state there, and the same run continues from
-        it; the file of another run is a UserError. Remove it once the latents are kept.
+        it; the file of another run is a UserError. Remove it once the latents are kept. With `checkpoint_every` the state
+        is also written after every so many steps and after the last, for processes that may end without a word.
+        `on_step(finished, total)` is called after each step.
         """
         sampler, video = self.config.sampler, self.config.video
         seed = sampler.seed if seed is None else seed
@@ -174,24 +197,25 @@ class LongVideoEngine:
         seconds = {"text": time.perf_counter() - started}
 
         run_id = self._run_id(prompt=prompt, negative_prompt=negative_prompt, seed=seed, num_frames=num_frames)
-        scheduler = self.pipe.scheduler
-        scheduler.set_timesteps(sampler.num_steps, device=self.device)
-        scheduler.set_begin_index(0)
+        schedule = self._set_timesteps(num_frames)
         latents, done = self._first_latents(num_frames, seed, checkpoint, run_id)
 
         started = time.perf_counter()
-        loop = _Loop(self, text, trace, checkpoint, run_id)
+        passes = dict(zip(("cond", "uncond"), text, strict=False))  # no unconditional one without guidance
+        loop = _Loop(self, passes, trace, checkpoint, run_id, checkpoint_every=checkpoint_every, on_step=on_step)
         latents = loop.run(latents, done)
         seconds["denoise"] = time.perf_counter() - started
-        return Denoised(latents=latents.float().cpu(), steps=loop.steps, seconds=seconds, resumed_at=done)
+        return Denoised(
+            latents=latents.float().cpu(), steps=loop.steps, schedule=schedule, seconds=seconds, resumed_at=done
+        )
 
-    def decode(self, latents: Tensor) -> Iterator[np.ndarray]:
-        """Frames of latents [1, z, F, h, w], uint8 [t, H, W, 3] at a time, on rank 0: t = 1, then 4 per latent frame.
+    def decode(self, latents: Tensor, *, seed: int | None = None) -> Iterator[np.ndarray]:
+        """Frames of latents [1, z, F, h, w], uint8 [t, H, W, 3] at a time, on rank 0; for Wan t = 1, then 4 per latent frame.
 
         Every rank calls this with the same latents and runs the iterator to its end: the others do their share, if there
-        is one, and get no frames. `decode_plan` says from the call on who decodes what.
+        is one, and get no frames. `decode_plan` says from the call on who decodes what. `seed` is the one of `denoise`.
         """
-        return self.decoder.decode(latents)
+        return self.decoder.decode(latents, seed=seed)
 
     def generate(
         self,
@@ -206,7 +230,7 @@ class LongVideoEngine:
         denoised = self.denoise(prompt, negative_prompt=negative_prompt, num_frames=num_frames, seed=seed, trace=trace)
         started = time.perf_counter()
         none = np.empty((0, self.config.video.height, self.config.video.width, 3), np.uint8)
-        frames = np.concatenate([none, *self.decode(denoised.latents)])
+        frames = np.concatenate([none, *self.decode(denoised.latents, seed=seed)])
         seconds = {"load": self.load_seconds, **denoised.seconds, "decode": time.perf_counter() - started}
         record = build_record(
             self, prompt=prompt, seed=seed, negative_prompt=negative_prompt, denoised=denoised, seconds=seconds
@@ -220,14 +244,17 @@ class LongVideoEngine:
             method=config.method.method,
             window_frames=config.method.window_frames,
             kernel=config.attention.kernel,
+            dual=config.attention.dual,
             ranks=self.ranks,
+            riflex=config.attention.riflex,
         )
 
-    def _check(self) -> tuple[WanSpec, dict[str, bytes]]:
+    def _check(self) -> tuple[VideoSpec, dict[str, bytes]]:
         """All that the configuration shows to be wrong, and what the ranks must agree on."""
         config = self.config
         try:
-            select_kernel(config.attention.kernel, self.device, pick_dtype(config.model.dtype, self.device))
+            for select, name in ((select_kernel, config.attention.kernel), (select_dual, config.attention.dual)):
+                select(name, self.device, pick_dtype(config.model.dtype, self.device))
         except ValueError as error:
             raise UserError(str(error)) from error
         if self.mesh.cfg.size > 1 and config.sampler.guidance_scale <= 1.0:
@@ -235,30 +262,57 @@ class LongVideoEngine:
                 f"parallel.cfg is {self.mesh.cfg.size}, but sampler.guidance_scale {config.sampler.guidance_scale} runs "
                 "one pass only; use parallel.cfg 1"
             )
+        check_layout(config.method.name, config.method.method, self.ranks.degrees)
         source = find_checkpoint(config.model.path)
         folder = fetch(source, config.model.revision, parts=())
         spec = read_spec(folder)
+        check_riflex(find_adapter(folder), config.attention.riflex)
         spec.check_video(config.video.num_frames, config.video.height, config.video.width)
-        check_tiles(config.decode, spec.spatial_factor)
+        check_tiles(config.decode, spec)
         return spec, fingerprints(config, folder, from_hub=isinstance(source, str))
 
-    def _load(self) -> WanPipeline:
+    def _load(self) -> DiffusionPipeline:
         """The pipeline; the text encoder on rank 0 only."""
         return load_pipeline(self.config.model, with_text=self.is_first, text_device=self.config.parallel.text_device)
 
-    def _encode(self, prompts: list[str]) -> list[Tensor]:
-        """Text embeddings [1, K, C] of each prompt, made by rank 0."""
+    def _open_text_cache(self, folder: Path | None) -> TextCache:
+        """A cache for what decides embeddings beside the prompt: checkpoint, dtype, length, and where the encoder runs."""
+        device = "cpu" if self.config.parallel.text_device == "cpu" else self.device.type
+        decides = {
+            "checkpoint": self._prints["checkpoint"].hex(),
+            "dtype": str(self.pipe.transformer.dtype),
+            "max_text_tokens": self.config.sampler.max_text_tokens,
+            "device": device,
+        }
+        return TextCache(json.dumps(decides, sort_keys=True), folder)
+
+    def _encode(self, prompts: list[str]) -> list[Text]:
+        """Text of each prompt as the transformer takes it, made by rank 0."""
         max_tokens = self.config.sampler.max_text_tokens
-        transformer = self.pipe.transformer
 
-        def encode() -> list[Tensor]:
+        def encode() -> list[Text]:
             if self.is_first:
-                return WanAdapter.encode_text(self.pipe, prompts, max_tokens, self.device)
-            shape = (1, max_tokens, transformer.config.text_dim)
-            return [torch.empty(shape, dtype=transformer.dtype, device=self.device) for _ in prompts]
+                return self.text_cache.texts(
+                    prompts, lambda new: self.adapter.encode_text(self.pipe, new, max_tokens, self.device)
+                )
+            return [self.adapter.empty_text(self.pipe.transformer, max_tokens, self.device) for _ in prompts]
 
-        embeds = together(self.mesh, encode)
-        return [hand_out(self.mesh, embed, "text embeddings") for embed in embeds]
+        texts = together(self.mesh, encode)
+        on_device = [tuple(part.to(self.device) for part in text) for text in texts]
+        return [tuple(hand_out(self.mesh, part, "text embeddings") for part in text) for text in on_device]
+
+    def _set_timesteps(self, num_frames: int) -> dict[str, Any]:
+        """Give the scheduler its timesteps for a video of this length; returns what the record says of their shift."""
+        sampler, video, scheduler = self.config.sampler, self.config.video, self.pipe.scheduler
+        *_, frames, rows, columns = self.spec.latent_shape(num_frames, video.height, video.width)
+        tokens = shifting_tokens(
+            sampler.shift, frames, rows * columns, window_frames=self.config.method.window_frames * self.spec.patch[0]
+        )
+        schedule = self.adapter.set_timesteps(
+            scheduler, sampler.num_steps, num_tokens=tokens, shift=sampler.shift, device=self.device
+        )
+        scheduler.set_begin_index(0)
+        return schedule
 
     def _first_latents(self, num_frames: int, seed: int, checkpoint: Path | None, run_id: str) -> tuple[Tensor, int]:
         """Noise and 0, or an interrupted run's latents and the number of its finished steps."""
@@ -267,7 +321,10 @@ class LongVideoEngine:
         if data:
             return load_run(data, path=checkpoint, run_id=run_id, scheduler=self.pipe.scheduler, device=self.device)
         shape = self.spec.latent_shape(num_frames, self.config.video.height, self.config.video.width)
-        return draw_noise(shape, seed).to(self.device), 0
+        kind, stride = self.config.noise
+        window = self.config.method.window_frames * self.spec.patch[0]
+        noise = draw_noise(shape, seed, kind, window_frames=window, stride=stride * self.spec.patch[0])
+        return noise.to(self.device), 0
 
     def _run_id(self, **what: Any) -> str:
         """Hash of all that decides the latents: two runs with the same one have the same latents, but for rounding.
@@ -278,7 +335,9 @@ class LongVideoEngine:
         decides = {key: tree[key] for key in ("sampler", "method", "attention")}
         size = {key: tree["video"][key] for key in ("height", "width")}
         model = {"checkpoint": self._prints["checkpoint"].hex(), "dtype": str(self.pipe.transformer.dtype)}
-        text = json.dumps({**decides, **size, **model, "device": self.device.type, **what}, sort_keys=True)
+        what |= {"device": self.device.type, "noise": self.config.noise}
+        what |= {"fps": self.config.video.fps} if self.adapter.frame_rate_matters else {}
+        text = json.dumps({**decides, **size, **model, **what}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -286,13 +345,23 @@ class _Loop:
     """One run of the denoising loop: guidance, progress bar, trace, timing, and the checkpoint of a run that ends early."""
 
     def __init__(
-        self, engine: LongVideoEngine, text: list[Tensor], trace: Trace | None, path: Path | None, run_id: str
+        self,
+        engine: LongVideoEngine,
+        text: dict[str, Text],
+        trace: Trace | None,
+        path: Path | None,
+        run_id: str,
+        *,
+        checkpoint_every: int,
+        on_step: Callable[[int, int], None] | None,
     ) -> None:
         self.engine = engine
         self.text = text
         self.trace = trace
         self.path = path
         self.run_id = run_id
+        self.checkpoint_every = checkpoint_every
+        self.on_step = on_step
         self.steps: list[dict[str, Any]] = []
 
     def run(self, latents: Tensor, done: int) -> Tensor:
@@ -315,6 +384,10 @@ class _Loop:
                 started, reached = now, (finished, latents, scheduler_state(scheduler))
                 bar.set_postfix(mode=mode)
                 bar.update()
+                if self.checkpoint_every and (finished % self.checkpoint_every == 0 or finished == total):
+                    self.save(*reached)
+                if self.on_step is not None:
+                    self.on_step(finished, total)
 
             self.engine.handle.state.trace = self.trace
             try:
@@ -326,25 +399,24 @@ class _Loop:
                 self.engine.handle.state.trace = None
 
     def predict(self, latents: Tensor, timestep: Tensor, step: int) -> Tensor:
-        """Velocity with classifier-free guidance: uncond + scale (cond - uncond), as WanPipeline combines it."""
-        scale = self.engine.config.sampler.guidance_scale
-        cfg = self.engine.mesh.cfg
-        if len(self.text) == 1:
-            return self.one_pass(latents, timestep, 0)
-        if cfg.size == 1:
-            cond, uncond = (self.one_pass(latents, timestep, index) for index in (0, 1))
-        else:  # each half of the ranks runs one pass
-            mine = self.one_pass(latents, timestep, cfg.rank)
-            cond, uncond = self.engine.handle.state.layout.cfg_exchange(mine)
-        return uncond + scale * (cond - uncond)
+        """Velocity with classifier-free guidance, as the model's own pipeline combines it."""
+        adapter, cfg = self.engine.adapter, self.engine.mesh.cfg
+        passes = list(self.text)
+        if cfg.size > 1:  # each half of the ranks runs one pass
+            [mine] = self.forward(latents, timestep, [passes[cfg.rank]])
+            predictions: Sequence[Tensor] = self.engine.handle.state.layout.cfg_exchange(mine)
+        else:
+            batches = [passes] if adapter.batches_guidance else [[name] for name in passes]
+            predictions = [part for batch in batches for part in self.forward(latents, timestep, batch)]
+        return adapter.guide(predictions, self.engine.config.sampler.guidance_scale)
 
-    def one_pass(self, latents: Tensor, timestep: Tensor, index: int) -> Tensor:
-        """The conditional (0) or unconditional (1) pass; the trace hears the conditional one."""
+    def forward(self, latents: Tensor, timestep: Tensor, passes: list[str]) -> list[Tensor]:
+        """One forward of the transformer with these passes in it; the trace hears the conditional one."""
         if self.trace is not None:
-            self.trace.enabled = index == 0
-        pipe = self.engine.pipe
-        with pipe.transformer.cache_context(("cond", "uncond")[index]):
-            return WanAdapter.predict(pipe, latents, timestep, self.text[index])
+            self.trace.enabled = "cond" in passes
+        texts = {name: self.text[name] for name in passes}
+        fps = self.engine.config.video.fps
+        return self.engine.adapter.predict(self.engine.pipe, latents, timestep, texts, fps=fps)
 
     def save(self, done: int, latents: Tensor, state: SchedulerState) -> None:
         """Keep what was computed."""

@@ -1,5 +1,7 @@
 """What is installed on a frozen transformer: a processor on every attn1, a hook that finds the step, three that share tokens."""
 
+import functools
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -8,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from engine.adapters.wan import WanAdapter
+from engine.adapters import ModelAdapter
 from engine.errors import UserError
 from engine.trace import Trace
 from freespec.attention import WindowedAttention
-from freespec.kernels import select_kernel
-from freespec.methods import Method, Mode, StepPlan
+from freespec.kernels import select_dual, select_kernel
+from freespec.methods import Branches, Grid, Layer, Method, Mode, StepPlan
+from freespec.rotary import Riflex, lowered_frequency, with_frequency
 from parallel.attention import HeadExchange, SequenceLayout
 from parallel.collectives import Trace as CollectiveTrace
 from parallel.collectives import ignore_bytes
@@ -28,15 +31,18 @@ class RunState:
     The processors read strings and tensors, not numbers: a compiled block is compiled once per mode, not once per step.
     """
 
+    adapter: ModelAdapter
     method: Method
     window_frames: int
     kernel_name: str
     mesh: SeqMesh
     exchange: HeadExchange
+    dual_name: str = "auto"
     local_route: str = "auto"
     on_bytes: Callable[[str, int], None] = ignore_bytes
     mode: Mode = "global"
     weights: Any = None
+    grid: Grid | None = None
     attention: WindowedAttention | None = None
     layout: SequenceLayout | None = None
     attention_layout: SequenceLayout | None = None
@@ -50,7 +56,7 @@ class RunState:
 
 
 class BranchProcessor:
-    """Attention processor of one attn1: both branches and their fusion in place of full attention."""
+    """Attention processor of one attn1: the step's branches and their fusion in place of full attention."""
 
     def __init__(self, state: RunState, layer: int) -> None:
         self.state = state
@@ -71,15 +77,43 @@ class BranchProcessor:
         if not torch.compiler.is_compiling():  # a number per layer would compile every layer by itself
             state.layer = self.layer
         layout = state.attention_layout
-        q, k, v = layout.scatter(*WanAdapter.qkv(attn, hidden_states, rotary_emb))
-        out_local, out_global = layout.branches(q, k, v, state.mode, state.attention)
+        q, k, v = self._scatter(attn, hidden_states, rotary_emb, layout)
         if state.trace is not None:
-            state.trace.record(self.layer, state.step, (out_local, out_global), state.weights, layout)
-        if state.mode == "dual":
-            out = state.method.fuse(out_local, out_global, state.weights, layout.reduce)
+            state.trace.observe(self.layer, state.step, (q, k, v), state.attention, layout)
+        branches = self._branches(q, k, v, layout)
+        if state.mode in ("global", "local"):
+            out = branches.wide if state.mode == "global" else branches.local
         else:
-            out = out_global if out_local is None else out_local
-        return WanAdapter.project_out(attn, layout.gather(out))
+            layer = Layer(grid=state.grid, sum_tokens=layout.reduce, sum_heads=layout.sum_heads)
+            out = state.method.fuse(branches, state.weights, layer)
+        if state.trace is not None:
+            local = out if state.mode == "views" else branches.local  # the views as one are a local branch
+            state.trace.record(self.layer, state.step, (local, branches.wide), state.weights, layout)
+        return state.adapter.project_out(attn, layout.gather(out))
+
+    def _scatter(
+        self, attn: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], layout: SequenceLayout
+    ) -> tuple[Tensor, ...]:
+        """q, k, v [B, r, n, D] of this rank. v is on its way while q and k are rotated, but for a compiled block."""
+        qkv = self.state.adapter.qkv
+        if torch.compiler.is_compiling() or not layout.sends_early:
+            return layout.scatter(*qkv(attn, hidden, rotary))
+        early: list[Callable[[], Tensor]] = []
+        q, k, _ = qkv(attn, hidden, rotary, on_value=lambda v: early.append(layout.start_scatter(v)))
+        return *layout.scatter(q, k), early[0]()
+
+    def _branches(self, q: Tensor, k: Tensor, v: Tensor, layout: SequenceLayout) -> Branches:
+        """What the step's mode asks for, of q, k, v [B, r, n, D]. With views a rank has all tokens of its heads: r = S."""
+        state = self.state
+        if state.mode not in ("views", "views_global"):
+            local, wide = layout.branches(q, k, v, state.mode, state.attention)
+            return Branches(local=local, wide=wide)
+        wide = None
+        if state.mode == "views_global":
+            scaled = q * state.method.query_scale(state.grid)
+            wide = layout.branches(scaled, k, v, "global", state.attention)[1]
+        views = state.attention.views(q, k, v, state.method.view_starts(state.grid))
+        return Branches(wide=wide, views=views)
 
 
 class StepHook:
@@ -93,27 +127,30 @@ class StepHook:
 
     def __call__(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Fill the state for this forward."""
-        latents = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+        inputs = _signature(type(transformer)).bind(transformer, *args, **kwargs).arguments
+        latents, timestep = inputs["hidden_states"], inputs["timestep"]
         if timestep.dim() != 1:
             raise ValueError(f"expected one timestep per video, got a tensor of shape {tuple(timestep.shape)}")
         state = self.state
         if state.mesh.world.size > 1:
             _refuse_caches_of_one_rank(transformer)
         state.step = self._find_step(float(timestep[0]))
-        frames, frame_tokens = WanAdapter.grid(transformer, latents)
+        frames, rows, columns = state.adapter.grid(transformer, inputs)
+        state.grid = Grid(frames=frames, rows=rows, columns=columns, window_frames=state.window_frames)
         state.attention = WindowedAttention(
             num_frames=frames,
-            frame_tokens=frame_tokens,
+            frame_tokens=state.grid.frame_tokens,
             window_frames=state.window_frames,
             kernel=select_kernel(state.kernel_name, latents.device, latents.dtype),
+            dual_kernel=select_dual(state.dual_name, latents.device, latents.dtype),
         )
         step = self._plan[state.step]
         # At native length both branches are the whole video, and the stock computation is kept bit for bit.
         state.mode = "global" if frames <= state.window_frames else step.mode
         head_dim = transformer.config.attention_head_dim
-        self._lay_out(frames * frame_tokens, transformer.config.num_attention_heads, head_dim, latents)
-        state.weights = state.method.weights(step, head_dim, latents.device) if state.mode == "dual" else None
+        self._lay_out(state.grid.tokens, transformer.config.num_attention_heads, head_dim, latents)
+        fuses = state.mode not in ("global", "local")
+        state.weights = state.method.weights(step, state.grid, head_dim, latents.device) if fuses else None
 
     def _find_step(self, timestep: float) -> int:
         """Index of this forward in the scheduler's timesteps; an error if the forward belongs to another step."""
@@ -149,6 +186,29 @@ class StepHook:
         state.attention_layout = state.layout.on_shards() if by_halo else state.layout
 
 
+@functools.cache
+def _signature(transformer_class: type[nn.Module]) -> inspect.Signature:
+    """Names of the arguments of a forward; asked of the class, as offload puts another function on the instance."""
+    return inspect.signature(transformer_class.forward)
+
+
+def riflex_hook(state: RunState, transformer: nn.Module, riflex: Riflex) -> RemovableHandle:
+    """Lower one temporal frequency of every rotary table of a long video (freespec.rotary), before ranks take their rows."""
+    pairs = state.adapter.temporal_frequencies(transformer)
+    frequencies = [frequency for frequency, _ in pairs]
+
+    def lower(_module: nn.Module, _args: tuple, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        grid = state.grid
+        change = lowered_frequency(riflex, frequencies, num_frames=grid.frames, window_frames=grid.window_frames)
+        if change is None:
+            return tables
+        pair, frequency = change
+        return with_frequency(tables, frequency, columns=pairs[pair][1], frame_tokens=grid.frame_tokens)
+
+    _, rotary, _ = state.adapter.shard_points(transformer)
+    return rotary.register_forward_hook(lower)
+
+
 # Caches that skip blocks by what one rank sees of its own tokens: ranks would disagree, and wait for each other for ever.
 _RANK_LOCAL_CACHES = ("FirstBlockCacheConfig", "SeaCacheConfig", "FasterCacheConfig")
 
@@ -168,16 +228,16 @@ def shard_hooks(state: RunState, transformer: nn.Module) -> list[RemovableHandle
 
     def share_embedding(_module: nn.Module, _args: tuple, embedded: Tensor) -> Tensor:
         shard = state.layout.shard
-        return WanAdapter.shard_embedding(embedded, shard[0], length(shard))
+        return state.adapter.shard_embedding(embedded, shard[0], length(shard))
 
     def share_rotary(_module: nn.Module, _args: tuple, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         shard = state.layout.shard
-        return WanAdapter.shard_rotary(tables, shard[0], length(shard))
+        return state.adapter.shard_rotary(tables, shard[0], length(shard))
 
     def gather_output(_module: nn.Module, _args: tuple, projected: Tensor) -> Tensor:
         return state.layout.gather_tokens(projected)
 
-    embedding, rotary, output = WanAdapter.shard_points(transformer)
+    embedding, rotary, output = state.adapter.shard_points(transformer)
     return [
         embedding.register_forward_hook(share_embedding),
         rotary.register_forward_hook(share_rotary),

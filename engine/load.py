@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 import transformers
-from diffusers import AutoencoderKLWan, WanPipeline
+from diffusers import DiffusionPipeline
 from huggingface_hub import snapshot_download
 from packaging.version import Version
 from safetensors import SafetensorError
 
-from engine.adapters.wan import WanAdapter, WanSpec
+from engine.adapters import ModelAdapter, VideoSpec, adapter_named
 from engine.config import ModelConfig
 from engine.errors import UserError
 from engine.progress import no_library_bars
@@ -85,13 +85,22 @@ def fetch(source: Path | str, revision: str | None, *, parts: Sequence[str] = WE
         hub_log.setLevel(level)
 
 
-def read_spec(folder: Path) -> WanSpec:
-    """The numbers of a checkpoint without its weights, from two config.json files of its folder."""
+def find_adapter(folder: Path) -> ModelAdapter:
+    """What the engine knows of the model in a folder, by its model_index.json; UserError if it is none that is known."""
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} has no model_index.json; give the folder that holds transformer/, vae/ and the rest")
+    index = read_json(folder / "model_index.json")
+    return adapter_named(index.get("_class_name") if isinstance(index, dict) else None, folder)
+
+
+def read_spec(folder: Path) -> VideoSpec:
+    """The numbers of a checkpoint without its weights, from three JSON files of its folder."""
+    adapter = find_adapter(folder)
     transformer, vae = (read_json(folder / part / "config.json") for part in ("transformer", "vae"))
-    return WanSpec.from_configs(transformer, vae)
+    return adapter.video_spec(transformer, vae)
 
 
-def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: str = "model") -> WanPipeline:
+def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: str = "model") -> DiffusionPipeline:
     """The pipeline on its device: transformer and text encoder in `config.dtype`, VAE in float32.
 
     Args:
@@ -99,8 +108,8 @@ def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: s
         with_text: whether the text encoder is loaded; ranks that receive the embeddings have no need of its memory.
         text_device: `model`, or `cpu` to keep the text encoder off the device.
 
-    Raises UserError for missing or broken files, for checkpoints that are not Wan2.1 text-to-video, and for library
-    versions that are known to load them wrongly.
+    Raises UserError for missing or broken files, for checkpoints of a model without an adapter, and for library versions
+    that are known to load them wrongly.
     """
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
@@ -115,9 +124,11 @@ def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: s
     check_folder(folder, parts)
     without_text: dict[str, Any] = {} if with_text else {"text_encoder": None, "tokenizer": None}
     with _faults_as_lines(config.path), no_library_bars():
-        vae = load_vae(folder)
-        pipe = WanPipeline.from_pretrained(folder, vae=vae, dtype=dtype, use_safetensors=True, **without_text)
-    WanAdapter.check_pipeline(pipe)
+        adapter, vae = find_adapter(folder), load_vae(folder)
+        pipe = adapter.pipeline_class.from_pretrained(
+            folder, vae=vae, dtype=dtype, use_safetensors=True, **without_text
+        )
+    adapter.check_pipeline(pipe)
     if with_text:
         _check_text_encoder(pipe)
     pipe.set_progress_bar_config(disable=True)
@@ -132,7 +143,7 @@ def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: s
     return pipe
 
 
-def load_vae_alone(config: ModelConfig) -> tuple[WanSpec, AutoencoderKLWan]:
+def load_vae_alone(config: ModelConfig) -> tuple[VideoSpec, Any]:
     """The numbers of a checkpoint and its VAE, in float32 on the CPU; no other weights are fetched, looked at or read."""
     folder = fetch(find_checkpoint(config.path), config.revision, parts=("vae",))
     check_folder(folder, ("vae",))
@@ -140,25 +151,21 @@ def load_vae_alone(config: ModelConfig) -> tuple[WanSpec, AutoencoderKLWan]:
         return read_spec(folder), load_vae(folder)
 
 
-def load_vae(folder: Path) -> AutoencoderKLWan:
+def load_vae(folder: Path) -> Any:
     """The VAE alone, in float32 on the CPU."""
-    return AutoencoderKLWan.from_pretrained(folder, subfolder="vae", dtype=torch.float32, use_safetensors=True)
+    vae_class = find_adapter(folder).vae_class
+    return vae_class.from_pretrained(folder, subfolder="vae", dtype=torch.float32, use_safetensors=True)
 
 
 def check_folder(folder: Path, parts: Sequence[str] = WEIGHT_FOLDERS) -> None:
-    """Raise UserError unless the folder holds a WanPipeline whose `parts` are whole: every file, every tensor in its shape."""
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} has no model_index.json; give the folder that holds transformer/, vae/ and the rest")
-    index = read_json(folder / "model_index.json")
-    class_name = index.get("_class_name") if isinstance(index, dict) else None
-    if class_name != "WanPipeline":
-        raise UserError(f"{folder} is a {class_name}; only WanPipeline (Wan2.1 text-to-video) is supported")
+    """Raise UserError unless the folder holds a known model whose `parts` are whole: every file, every tensor in its shape."""
+    adapter = find_adapter(folder)
     # Without its files transformers makes a tokenizer that knows no word, and every prompt would be ignored.
     needed = {"transformer": ("scheduler", ("scheduler_config.json",))}
     needed["text_encoder"] = ("tokenizer", ("tokenizer.json", "spiece.model"))
     for name in parts:
         check_files(folder / name)
-        check_part(folder, name)
+        check_part(adapter, folder, name)
         beside, files = needed.get(name, (name, ("config.json",)))
         if not any((folder / beside / file).is_file() for file in files):
             raise UserError(f"{folder / beside} has no {' or '.join(files)}; fetch the checkpoint again")
@@ -189,10 +196,12 @@ def _faults_as_lines(path: str) -> Iterator[None]:
         raise UserError(f"cannot load {path!r}: {first}") from error
 
 
-def _check_text_encoder(pipe: WanPipeline) -> None:
-    """transformers 5.0 to 5.2 leave UMT5's embedding uninitialised: text would be noise, without any error."""
+def _check_text_encoder(pipe: DiffusionPipeline) -> None:
+    """transformers 5.0 to 5.2 leave the shared embedding uninitialised: text would be noise, without any error."""
     encoder = pipe.text_encoder
     if Version(transformers.__version__) < Version("5.3"):
-        raise UserError(f"transformers {transformers.__version__} loads UMT5 wrongly; install transformers >= 5.3")
+        raise UserError(
+            f"transformers {transformers.__version__} loads {type(encoder).__name__} wrongly; install transformers >= 5.3"
+        )
     if encoder.get_input_embeddings().weight.data_ptr() != encoder.shared.weight.data_ptr():
         raise UserError("the text encoder's embedding is not the checkpoint's shared one; fetch the checkpoint again")

@@ -14,6 +14,7 @@ from engine.errors import UserError
 from engine.planner import ModelSpec, Options, choose, read_gpu, read_model
 from engine.planner.gpu import FOLDER, GpuSpec
 from engine.planner.layout import Degrees, feasible_degrees, num_passes
+from engine.supported_layouts import check_layout, refused_axes
 from parallel.attention import TORCH_EXCHANGE, HeadExchange
 from parallel.deepspeed import deepspeed_exchange
 from parallel.mesh import build_mesh
@@ -76,11 +77,16 @@ def choose_degrees(config: RunConfig, spec: ModelSpec, world: int, device: torch
     fixed = (config.parallel.cfg, config.parallel.ring, config.parallel.ulysses)
     frames, frame_tokens = spec.grid(config.video.num_frames, config.video.height, config.video.width)
     passes = num_passes(config.sampler)
-    possible = feasible_degrees(world, heads=spec.heads, passes=passes, tokens=frames * frame_tokens)
-    if not possible:
+    method, name = config.method.method, config.method.name
+    every = feasible_degrees(world, heads=spec.heads, passes=passes, tokens=frames * frame_tokens)
+    if not every:
         raise UserError(f"{frames * frame_tokens} tokens cannot be split over {world} ranks; start fewer ranks")
+    possible = [degrees for degrees in every if not refused_axes(method.refused_axes, degrees)]
     wanted = [degrees for degrees in possible if _agrees(degrees, fixed)]
     if not wanted:
+        for degrees in every:
+            if _agrees(degrees, fixed):  # it is the method that cannot have them
+                check_layout(name, method, degrees)
         asked = ", ".join(
             f"{axis} {degree}" for axis, degree in zip(("cfg", "ring", "ulysses"), fixed, strict=True) if degree
         )

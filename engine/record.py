@@ -16,6 +16,7 @@ import torch
 
 from engine.checkpoint import atomic_path
 from engine.load import REPOSITORY
+from freespec.kernels import resolve_dual
 
 if TYPE_CHECKING:
     from engine.engine import Denoised, LongVideoEngine
@@ -48,10 +49,13 @@ def build_record(
         "negative_prompt": config["sampler"]["negative_prompt"],
         "seed": config["sampler"]["seed"],
         "config": config,
+        "dual": resolve_dual(config["attention"]["dual"]),
         "model": engine.loaded,
+        "noise": dict(zip(("kind", "stride"), engine.config.noise, strict=True)),
         "latents": {"shape": list(denoised.latents.shape)},
         "seconds": seconds,
         "resumed_at": denoised.resumed_at,
+        "schedule": denoised.schedule,
         "steps": denoised.steps,
         "peak_memory": peak_memory(engine.device),
         "parallel": engine.layout,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from freespec import spectrum
+from freespec.attention import WindowedAttention
 from freespec.methods.freespec import FusionWeights
 from parallel.attention import SequenceLayout
 
@@ -22,6 +23,16 @@ class Trace:
 
     rows: list[dict] = field(default_factory=list)
     enabled: bool = True
+
+    def observe(
+        self,
+        layer: int,
+        step: int,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        attention: WindowedAttention,
+        layout: SequenceLayout,
+    ) -> None:
+        """Called before attention with q, k, v [B, r, n, D]; this trace looks at outputs only."""
 
     def record(
         self,
@@ -44,7 +55,8 @@ class Trace:
         for branch, out in zip(("local", "global"), outputs, strict=True):
             if out is None:
                 continue
-            sigma, _ = spectrum.spectrum(layout.reduce(spectrum.gram(out)))
+            # A model that runs both passes of guidance as one batch has the conditional one last.
+            sigma, _ = spectrum.spectrum(layout.reduce(spectrum.gram(out[-1:])))
             ranks = spectrum.effective_rank(sigma)
             total = layout.sum_heads(torch.stack((ranks.sum(), ranks.new_tensor(ranks.numel()))))
             row = {"step": step, "layer": layer, "branch": branch, "effective_rank": float(total[0] / total[1])}

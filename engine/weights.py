@@ -5,23 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from safetensors import SafetensorError, safe_open
-from torch import nn
-from transformers import UMT5Config, UMT5EncoderModel
 
+from engine.adapters import ModelAdapter
 from engine.errors import UserError
 
-_BUILDERS: dict[str, Any] = {
-    "transformer": WanTransformer3DModel.from_config,
-    "vae": AutoencoderKLWan.from_config,
-    "text_encoder": lambda config: UMT5EncoderModel(UMT5Config(**config)),
-}
 # Buffers that other versions of the libraries save and the models compute anew.
 _HARMLESS = ("rope.",)
 
 
-def check_part(folder: Path, name: str) -> None:
+def check_part(adapter: ModelAdapter, folder: Path, name: str) -> None:
     """Raise UserError unless the safetensors files of one part hold every tensor of its model, in its shape, and no other.
 
     The libraries fill a missing tensor with random numbers, or end in an error about meta tensors; a video made with
@@ -33,9 +26,9 @@ def check_part(folder: Path, name: str) -> None:
         raise UserError(f"{part / 'config.json'} is no configuration; fetch the checkpoint again")
     try:
         with torch.device("meta"):
-            model: nn.Module = _BUILDERS[name](config)
+            model = adapter.build(name, config)
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{part / 'config.json'} describes no {name} of Wan2.1 ({error})") from error
+        raise UserError(f"{part / 'config.json'} describes no {name} of {adapter.name} ({error})") from error
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     found = _shapes_in(part)
     # A tied tensor may lie there under either of its names, or under both.

@@ -4,13 +4,20 @@ Layouts: q, k, v and out are [B, S, N, D], lse is [B, S, N] (fp32; fp64 for fp64
 An empty set of keys gives out = 0 and lse = -inf, and no kernel is called for it.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from freespec.kernels import Kernel
+from freespec.kernels import DualKernel, Kernel
 from freespec.windows import QueryGroup, query_groups, window_range
+
+# Parts are merged in eighths of their tokens: the fp32 copies of half-precision outputs are three quarters of one output, and
+# a GPU is given enough at a time. Fewer tokens than these are merged at once.
+MERGE_PIECES, MERGE_TOKENS = 8, 2048
+Partial = tuple[Tensor, Tensor]  # attention over some of the keys: out [B, S, N, D], lse [B, S, N]
+Place = tuple[int, slice]  # batch item and rows of it
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,18 +33,36 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
     return out.to(out_a.dtype), lse
 
 
+def merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """`merge` of out [..., S, N, D], lse [..., S, N] and a part of the same shape, written over the first two.
+
+    The one change of an argument on this floor: both branches of a long video are the largest tensors of a step.
+    """
+    step = merge_step(out.shape[-3])
+    for start in range(0, out.shape[-3], step):
+        rows = (..., slice(start, start + step), slice(None))
+        out[*rows, :], lse[rows] = merge(out[*rows, :], lse[rows], part[*rows, :], part_lse[rows])
+
+
+def merge_step(num_tokens: int) -> int:
+    """Tokens that `merge_into` merges at a time."""
+    return max(MERGE_TOKENS, -(-num_tokens // MERGE_PIECES))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WindowedAttention:
     """Attention over a video of `num_frames` x `frame_tokens` tokens with windows of `window_frames` frames.
 
     Queries and keys may be any contiguous part of the sequence: `q_start` and `k_start` are the absolute positions of
-    their first tokens, so that the same calls serve one device and the shard of a rank.
+    their first tokens, so that the same calls serve one device and the shard of a rank. `dual_kernel` computes both
+    branches in one call; None is the way of this module, by dense calls of `kernel`.
     """
 
     num_frames: int
     frame_tokens: int
     window_frames: int
     kernel: Kernel
+    dual_kernel: DualKernel | None = None
 
     def halo(self, q_start: int, q_stop: int) -> tuple[int, int]:
         """Token range [start, stop) of all keys that the windows of the queries [q_start, q_stop) hold."""
@@ -56,23 +81,83 @@ class WindowedAttention:
         out, lse = self.kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return out.transpose(1, 2), lse.transpose(1, 2)
 
-    def local(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int) -> tuple[Tensor, Tensor]:
+    def local(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int) -> Partial:
         """Local branch (eq. 1): each query sees its own window, which k and v must cover."""
         out, lse = _empty_keys(q)
         for group in self._groups(q, q_start):
-            start = group.k_start - k_start
             self._check_cover(group, k_start, k_start + k.shape[1])
-            self._attend(group, q, (k, v), (q_start, start), length=group.k_tokens, into=(out, lse))
+            starts = q_start, group.k_start - k_start
+            for place, part, part_lse in self._attend(group, q, (k, v), starts, length=group.k_tokens):
+                out[place], lse[place] = part, part_lse
         return out, lse
 
-    def rest(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int) -> tuple[Tensor, Tensor]:
-        """What the local branch leaves out: each query sees the keys of k that lie outside its window.
+    def rest(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int) -> Partial:
+        """What the local branch leaves out: each query sees the keys of k that lie outside its window."""
+        out, lse = _empty_keys(q)
+        for place, part, part_lse in self._rest_parts(q, (k, v), q_start, k_start):
+            out[place], lse[place] = part, part_lse
+        return out, lse
+
+    def dual(
+        self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int, *, dtype: torch.dtype
+    ) -> tuple[Partial, Partial]:
+        """Both branches for the price of one: each query's window, which k and v must cover, and all keys of k.
+
+        The second's out comes in `dtype`: fp32 where more keys follow, so that many parts round once.
+        """
+        if self.dual_kernel is not None and q.numel() > 0:
+            return self._by_one_kernel(self.dual_kernel, (q, k, v), (q_start, k_start), dtype)
+        local = self.local(q, k, v, q_start, k_start)
+        out, lse = local[0].to(dtype, copy=True), local[1].clone()
+        for place, part, part_lse in self._rest_parts(q, (k, v), q_start, k_start):
+            merge_into(out[place], lse[place], part, part_lse)
+        return local, (out, lse)
+
+    def views(self, q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int]) -> Iterator[Tensor]:
+        """Attention inside each view of `window_frames` frames from frame `start` on, of the whole sequence, one by one.
+
+        [B, S, N, D] -> [B, window_frames * frame_tokens, N, D] for each start. A view is a slice: nothing is copied.
+        """
+        length = self.window_frames * self.frame_tokens
+        for start in starts:
+            rows = slice(start * self.frame_tokens, start * self.frame_tokens + length)
+            yield self.dense(q[:, rows], k[:, rows], v[:, rows])[0]
+
+    def merge_into(self, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+        """`merge_into` of this module, so that one object is all that attention over ranks is handed."""
+        merge_into(out, lse, part, part_lse)
+
+    def both(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Local and global branch of the whole sequence: (out_local, out_global), [B, S, N, D]."""
+        (out_local, _), (out_global, _) = self.dual(q, k, v, 0, 0, dtype=q.dtype)
+        return out_local, out_global
+
+    def _by_one_kernel(
+        self, kernel: DualKernel, qkv: tuple[Tensor, Tensor, Tensor], starts: tuple[int, int], dtype: torch.dtype
+    ) -> tuple[Partial, Partial]:
+        q, k, _ = qkv
+        for group in self._groups(q, starts[0]):
+            self._check_cover(group, starts[1], starts[1] + k.shape[1])
+        out_local, lse_local, out_wide, lse_wide, _ = kernel(
+            qkv,
+            q_start=starts[0],
+            k_start=starts[1],
+            num_frames=self.num_frames,
+            frame_tokens=self.frame_tokens,
+            window_frames=self.window_frames,
+            wide_dtype=dtype,
+        )
+        return (out_local, lse_local), (out_wide, lse_wide)
+
+    def _rest_parts(
+        self, q: Tensor, kv: tuple[Tensor, Tensor], q_start: int, k_start: int
+    ) -> Iterator[tuple[Place, Tensor, Tensor]]:
+        """Each query and the keys outside its window, part by part, as `_attend` gives them.
 
         Read as a circle, those keys are one slice of constant length that starts where the window ends; k and v are
-        written out a second time only as far as some window's slice runs over the end.
+        written out a second time only as far as some window's slice runs over the end, and for one group at a time.
         """
-        out, lse = _empty_keys(q)
-        num_keys = k.shape[1]
+        num_keys = kv[0].shape[1]
         for group in self._groups(q, q_start):
             self._check_cover(group, k_start, k_start + num_keys)
             first_end = group.k_start + group.k_tokens - k_start
@@ -80,19 +165,8 @@ class WindowedAttention:
             if length == 0:
                 continue
             wrapped = group.k_stop - k_start - group.k_tokens  # the last entry's slice ends where its window starts
-            circle = _circle(k, first_end, wrapped), _circle(v, first_end, wrapped)
-            self._attend(group, q, circle, (q_start, 0), length=length, into=(out, lse))
-        return out, lse
-
-    def merge(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-        """`merge` of this module, so that one object is all that attention over ranks is handed."""
-        return merge(out_a, lse_a, out_b, lse_b)
-
-    def both(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Local and global branch of the whole sequence for the price of one: (out_local, out_global), [B, S, N, D]."""
-        out_local, lse_local = self.local(q, k, v, 0, 0)
-        out_global, _ = merge(out_local, lse_local, *self.rest(q, k, v, 0, 0))
-        return out_local, out_global
+            circle = _circle(kv[0], first_end, wrapped), _circle(kv[1], first_end, wrapped)
+            yield from self._attend(group, q, circle, (q_start, 0), length=length)
 
     def _groups(self, q: Tensor, q_start: int) -> tuple[QueryGroup, ...]:
         if q.shape[2] == 0:  # a rank without heads
@@ -113,26 +187,20 @@ class WindowedAttention:
             )
 
     def _attend(
-        self,
-        group: QueryGroup,
-        q: Tensor,
-        kv: tuple[Tensor, Tensor],
-        starts: tuple[int, int],
-        *,
-        length: int,
-        into: tuple[Tensor, Tensor],
-    ) -> None:
-        """One dense call per batch item: entry i sees kv[starts[1] + i * q_tokens, + length), as a strided view."""
+        self, group: QueryGroup, q: Tensor, kv: tuple[Tensor, Tensor], starts: tuple[int, int], *, length: int
+    ) -> Iterator[tuple[Place, Tensor, Tensor]]:
+        """One dense call per batch item: entry i sees kv[starts[1] + i * q_tokens, + length), as a strided view.
+
+        Yields where the part belongs, (item, rows), its out [rows, N, D] and its lse [rows, N].
+        """
         rows = slice(group.q_start - starts[0], group.q_stop - starts[0])
         span = slice(starts[1], starts[1] + (group.batch - 1) * group.q_tokens + length)
-        out, lse = into
         for item in range(q.shape[0]):
             # Overlapping windows: the batch stride is one entry, so no key is copied.
             k_bnkd, v_bnkd = (x[item, span].unfold(0, length, group.q_tokens).transpose(-1, -2) for x in kv)
             q_bnsd = q[item, rows].unflatten(0, (group.batch, group.q_tokens)).transpose(1, 2)
             part, part_lse = self.kernel(q_bnsd, k_bnkd, v_bnkd)
-            out[item, rows] = part.transpose(1, 2).flatten(0, 1)
-            lse[item, rows] = part_lse.transpose(1, 2).flatten(0, 1)
+            yield (item, rows), part.transpose(1, 2).flatten(0, 1), part_lse.transpose(1, 2).flatten(0, 1)
 
 
 def masked_ref(q: Tensor, k: Tensor, v: Tensor, *, frame_tokens: int, window_frames: int | None) -> Tensor:

@@ -5,12 +5,16 @@ out [B, N, S, D] in q's dtype and lse [B, N, S], natural logarithm, fp32 (fp64 f
 The fast ones are torch's own operators, called directly because the public function drops the lse.
 """
 
+import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 Kernel = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+# freespec.triton_dual.dual: both branches from one call.
+DualKernel = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Any]]
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -72,3 +76,34 @@ def select_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Kernel
     if name == "cuda_efficient" and dtype == torch.float64:
         raise ValueError("attention kernel 'cuda_efficient' does not take float64; use plain")
     return KERNELS[name]
+
+
+# How a dual step computes its branches: dense calls on strided views, or one Triton kernel.
+DUALS = ("strided", "triton")
+
+
+def resolve_dual(name: str) -> str:
+    """What a choice of DUALS or `auto` means: the strided way, until benchmarks/gpu.py has measured Triton to be faster."""
+    return "strided" if name == "auto" else name
+
+
+def select_dual(name: str, device: torch.device, dtype: torch.dtype) -> DualKernel | None:
+    """The kernel that computes both branches at once; None is the strided way.
+
+    Raises ValueError for an unknown name, and where Triton is missing or serves neither the device nor the dtype.
+    """
+    name = resolve_dual(name)
+    if name == "strided":
+        return None
+    if name not in DUALS:
+        raise ValueError(f"unknown attention.dual {name!r}; choose one of auto, {', '.join(DUALS)}")
+    try:
+        triton_dual = importlib.import_module("freespec.triton_dual")
+    except ImportError as error:
+        raise ValueError(f"attention.dual triton needs the triton package ({error}); use strided") from error
+    if not triton_dual.can_run(device):
+        raise ValueError(f"attention.dual triton does not run on {device.type}; use strided")
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"attention.dual triton takes bf16, fp16 or fp32, not {dtype}; use strided")
+    kernel: DualKernel = triton_dual.dual
+    return kernel

@@ -30,11 +30,19 @@ _TYPE_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or fa
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
-    """The dotted names that a parser knows: single settings, groups of them, and the settings that are true or false."""
+    """The dotted names that a parser knows: single settings, groups of them, those that are true or false, and maps.
+
+    A map is a setting whose own keys are the user's: `--method.settings.NAME VALUE`.
+    """
 
     leaves: frozenset[str]
     groups: frozenset[str]
     switches: frozenset[str]
+    maps: frozenset[str] = frozenset()
+
+    def knows(self, key: str) -> bool:
+        """Whether the key is one of these, or one of a map's."""
+        return key in self.leaves or key in self.groups or key.rpartition(".")[0] in self.maps
 
     @classmethod
     def of(cls, parser: ArgumentParser) -> "Keys":
@@ -45,6 +53,7 @@ class Keys:
             leaves=leaves,
             groups=frozenset(defaults.keys(branches=True)) - leaves,
             switches=frozenset(key for key in leaves if isinstance(defaults[key], bool)),
+            maps=frozenset(key for key in leaves if isinstance(defaults[key], dict)),
         )
 
 
@@ -65,7 +74,7 @@ def parse_run(
     keys = Keys.of(parser)
     words = arrange(argv, keys)
     given = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
-    files = [_find_config(file) for file in given or [DEFAULT_CONFIG]]
+    files = [find_config(file) for file in given or [DEFAULT_CONFIG]]
     for file in files:
         check_config_file(file, keys)
     # As files of defaults rather than as arguments, so that --help shows the values of the preset.
@@ -124,7 +133,7 @@ def arrange(argv: Sequence[str], keys: Keys, *, num_positionals: int = 0) -> lis
 
 def check_key(key: str, keys: Keys, where: str = "") -> None:
     """Raise UserError for an unknown dotted key, naming the nearest valid one."""
-    if key in keys.leaves or key in keys.groups:
+    if keys.knows(key):
         return
     nearest = nearest_key(key, keys.leaves | keys.groups)
     raise UserError(f"unknown setting {key}{where}" + (f"; did you mean {nearest}?" if nearest else "; see --help"))
@@ -175,7 +184,7 @@ def _check_tree(tree: dict[Any, Any], keys: Keys, prefix: str, path: Path) -> No
             _check_tree(value, keys, f"{key}.", path)
 
 
-def _find_config(name: str) -> Path:
+def find_config(name: str) -> Path:
     """A file from the working directory, or else from the repository."""
     for path in (expand(name), REPOSITORY / name):
         if path.is_file():

@@ -5,4 +5,4 @@ import sys
 from launch.start import run_script
 
 if __name__ == "__main__":
-    sys.exit(run_script("generate"))
+    sys.exit(run_script("generate", on_ray=True))

@@ -40,7 +40,7 @@ def asked_ranks(argv: Sequence[str]) -> int | None:
         or {"-h", "--help", "--print_config"} & {*argv}
     ):
         return None
-    number = _last_value(argv, "--nproc")
+    number = asked_value(argv, "--nproc")
     return int(number) if number is not None and number.isdecimal() and int(number) > 0 else None
 
 
@@ -51,7 +51,7 @@ def start_ranks(num_ranks: int, command: Sequence[str], *, signals: StopSignals)
     alone, which keeps what was computed; the others follow it. No rank outlives this process.
     """
     signals.leave()
-    verbose = _last_value(command, "--verbose") not in (None, "false")
+    verbose = asked_value(command, "--verbose") not in (None, "false")
     children: list[_Child] = []
     with socket.create_server(("127.0.0.1", 0)) as store:
         try:
@@ -63,7 +63,7 @@ def start_ranks(num_ranks: int, command: Sequence[str], *, signals: StopSignals)
         finally:
             for child in children:
                 child.end()
-    return _judge(children, signals, verbose=verbose)
+    return judge(children, signals, verbose=verbose)
 
 
 @dataclass
@@ -164,7 +164,7 @@ def _watch(children: Sequence[_Child], signals: StopSignals) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _judge(children: Sequence[_Child], signals: StopSignals, *, verbose: bool) -> int:
+def judge(children: Sequence[_Child], signals: StopSignals, *, verbose: bool) -> int:
     """Say the one line of a run that did not end well, and return its exit code."""
     first = children[0]
     if signals.received and first.code not in (0, 2):
@@ -205,7 +205,7 @@ def _describe(cause: _Child, children: Sequence[_Child]) -> str:
     return f"error: rank {cause.rank} of {len(children)} (process {cause.process.pid}) {end}{others}{noticed}"
 
 
-def _last_value(argv: Sequence[str], name: str) -> str | None:
+def asked_value(argv: Sequence[str], name: str) -> str | None:
     """What an option was given last as `--name value`, `--name=value` or `--name` alone, which is `true`."""
     value = None
     for word, after in itertools.zip_longest(argv, argv[1:], fillvalue="--"):

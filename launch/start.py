@@ -8,12 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.launcher import asked_ranks, start_ranks
+from launch.replicas.ray_generate import asked_ray, start_on_ray
 from launch.stopping import Place, StopSignals, die_with_parent, say
 
 
-def run_script(name: str) -> int:
+def run_script(name: str, *, ranks_by_script: bool = True, on_ray: bool = False) -> int:
     """Run `main` of launch/commands/<name>.py, on as many ranks as `--nproc` asks for; returns the exit code.
 
+    Without `ranks_by_script` the command starts its ranks itself, and `--nproc` is its own; with `on_ray` the ranks are
+    actors of the cluster that `--ray` names, if it does.
     A rank that fails ends at once: to take its process group down it would have to wait for the others.
     """
     die_with_parent()
@@ -21,7 +24,7 @@ def run_script(name: str) -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     signals = StopSignals()
     signals.install()
-    code = _run(name, sys.argv[1:], signals)
+    code = _run(name, sys.argv[1:], signals, ranks_by_script=ranks_by_script, on_ray=on_ray)
     if code and Place.of_environment() is not None:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -29,9 +32,12 @@ def run_script(name: str) -> int:
     return code
 
 
-def _run(name: str, argv: Sequence[str], signals: StopSignals) -> int:
+def _run(name: str, argv: Sequence[str], signals: StopSignals, *, ranks_by_script: bool, on_ray: bool) -> int:
     try:
-        num_ranks = asked_ranks(argv)
+        num_ranks = asked_ranks(argv) if ranks_by_script else None
+        cluster = asked_ray(argv) if on_ray else None
+        if cluster is not None:
+            return start_on_ray(cluster, [sys.argv[0], *argv], num_ranks=num_ranks or 1, signals=signals)
         if num_ranks is not None:
             return start_ranks(num_ranks, [sys.argv[0], *argv], signals=signals)
         module = importlib.import_module(f"launch.commands.{name}")

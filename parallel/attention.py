@@ -5,10 +5,11 @@
 scatter and gather cross the ulysses axis (heads against tokens); branches cross the ring axis (halo, then ring).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -35,12 +36,14 @@ class BranchKernels(Protocol):
         """Every query sees its own window, which k and v cover."""
         ...
 
-    def rest(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int) -> Partial:
-        """Every query sees the keys of k outside its window."""
+    def dual(
+        self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int, *, dtype: torch.dtype
+    ) -> tuple[Partial, Partial]:
+        """Both at once: every query and its window, every query and every key of k; the second's out in `dtype`."""
         ...
 
-    def merge(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Partial:
-        """Attention over both disjoint key sets, in the precision of lse; out in the dtype of out_a."""
+    def merge_into(self, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+        """Make of attention over some keys, and a part over others, attention over both: written over out and lse."""
         ...
 
     def halo(self, q_start: int, q_stop: int) -> Range:
@@ -133,21 +136,32 @@ class SequenceLayout:
         sizes = [length(shard) for shard in self.plan.shards]
         return collectives.gather_tokens(x_BsC, token_sizes=sizes, group=self.mesh.sequence.group, trace=self.trace)
 
-    def scatter(self, q_BsND: Tensor, k_BsND: Tensor, v_BsND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v [B, s, N, D] -> [B, r, n, D], one exchange that feeds both branches."""
+    @property
+    def sends_early(self) -> bool:
+        """Whether v can go ahead of q and k: heads are split, and the exchange is torch's."""
+        return self.mesh.ulysses.size > 1 and self.exchange is TORCH_EXCHANGE
+
+    def start_scatter(self, v_BsND: Tensor) -> Callable[[], Tensor]:
+        """`scatter` of v alone, behind what is computed next (q and k are rotated); call the result for [B, r, n, D]."""
+        tokens, heads = self._exchange_sizes()
+        return collectives.start_tokens_to_heads(
+            v_BsND, token_sizes=tokens, head_sizes=heads, group=self.mesh.ulysses.group, trace=self.trace
+        )
+
+    def scatter(self, q_BsND: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        """q and k, or q, k, v [B, s, N, D] -> [B, r, n, D], one exchange that feeds both branches."""
         if q_BsND.shape[1:3] != (length(self.shard), self.plan.heads):
             raise ValueError(
                 f"q {tuple(q_BsND.shape)} is not [B, {length(self.shard)}, {self.plan.heads}, D] of tokens {self.shard}"
             )
         tokens, heads = self._exchange_sizes()
-        q, k, v = self.exchange.tokens_to_heads(
-            (q_BsND, k_BsND, v_BsND),
+        return self.exchange.tokens_to_heads(
+            (q_BsND, *others),
             token_sizes=tokens,
             head_sizes=heads,
             group=self.mesh.ulysses.group,
             trace=self.trace,
         )
-        return q, k, v
 
     def gather(self, out_BrnD: Tensor) -> Tensor:
         """[B, r, n, D] -> [B, s, N, D]: what scatter did, undone for one tensor."""
@@ -171,20 +185,19 @@ class SequenceLayout:
             for _ in far:
                 pass
             return (None if mode == "global" else q), (None if mode == "local" else q)
-        local = None
-        if mode == "global":
-            part = kernels.dense(q, near.k, near.v)
-        else:
-            part = kernels.local(q, near.k, near.v, start, near.span[0])
-            local = part[0]
+        # Merged in fp32, if anything is: many bf16 parts add up to one rounding, not to one each.
+        wide = q.dtype if self.mesh.ring.size == 1 else torch.promote_types(q.dtype, torch.float32)
         if mode == "local":
-            return local, None
+            return kernels.local(q, near.k, near.v, start, near.span[0])[0], None
         if mode == "dual":
-            part = _merge(kernels, part, kernels.rest(q, near.k, near.v, start, near.span[0]))
+            (local, _), (out, lse) = kernels.dual(q, near.k, near.v, start, near.span[0], dtype=wide)
+        else:
+            local, (out, lse) = None, kernels.dense(q, near.k, near.v)
+            out = out.to(wide)
         for owner, kv in far:
             for keys in _outside(near.span, kv, self.plan.ring_shards[owner]):
-                part = _merge(kernels, part, kernels.dense(q, keys.k, keys.v))
-        return local, part[0].to(q.dtype)
+                kernels.merge_into(out, lse, *kernels.dense(q, keys.k, keys.v))
+        return local, out.to(q.dtype)
 
     def reduce(self, x: Tensor) -> Tensor:
         """Sum over the ring: every token of this rank's heads, the same bits on every rank of the ring."""
@@ -230,9 +243,3 @@ def _outside(near: Range, kv: Tensor, span: Range) -> Iterator[_Keys]:
     """The tokens of a block kv [r, 2, B, n, D] over `span` that are not among the near ones: up to two views."""
     for start, stop in subtract(span, near):
         yield _Keys(*unpack_keys(kv[start - span[0] : stop - span[0]]), (start, stop))
-
-
-def _merge(kernels: BranchKernels, a: Partial, b: Partial) -> Partial:
-    """Merge with out in the precision of lse: many bf16 parts add up to one rounding, not to one each."""
-    (out_a, lse_a), (out_b, lse_b) = a, b
-    return kernels.merge(out_a.to(lse_a.dtype), lse_a, out_b, lse_b)

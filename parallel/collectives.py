@@ -84,11 +84,33 @@ def tokens_to_heads(
     """
     if dist.get_world_size(group) == 1:  # alone, every token and every head is already here
         return tuple(tensors)
-    batch, _, _, head_dim = tensors[0].shape
-    num_heads = head_sizes[dist.get_rank(group)]
-    parts = [[x[:, :, a:b] for x in tensors] for a, b in _spans(head_sizes)]
-    shapes = [(len(tensors), batch, num_tokens, num_heads, head_dim) for num_tokens in token_sizes]
+    parts, shapes = _by_head_share(tensors, token_sizes, head_sizes, dist.get_rank(group))
     return torch.cat(_all_to_all(parts, shapes, group=group, trace=trace), dim=2).unbind(0)
+
+
+def start_tokens_to_heads(
+    x_BsND: Tensor,
+    *,
+    token_sizes: Sequence[int],
+    head_sizes: Sequence[int],
+    group: dist.ProcessGroup,
+    trace: Trace,
+) -> Callable[[], Tensor]:
+    """`tokens_to_heads` of one tensor, under way when this returns: what is computed next hides it.
+
+    Call the result to wait for [B, r, n, D], once. Every rank starts its collectives in the same order, as ever.
+    """
+    if dist.get_world_size(group) == 1:
+        return lambda: x_BsND
+    parts, shapes = _by_head_share([x_BsND], token_sizes, head_sizes, dist.get_rank(group))
+    arriving, work = _start_all_to_all(parts, shapes, group=group, trace=trace)
+
+    def wait() -> Tensor:
+        with watch("all-to-all", group=group, trace=trace):
+            _wait([work])
+        return torch.cat(arriving, dim=2).squeeze(0)
+
+    return wait
 
 
 def heads_to_tokens(
@@ -252,10 +274,31 @@ def _spans(sizes: Sequence[int]) -> list[Range]:
     return list(pairwise(accumulate(sizes, initial=0)))
 
 
+def _by_head_share(
+    tensors: Sequence[Tensor], token_sizes: Sequence[int], head_sizes: Sequence[int], rank: int
+) -> tuple[list[list[Tensor]], list[tuple[int, ...]]]:
+    """What each rank is sent of tensors [B, s, N, D], and the shape of what it sends: [tensors, B, its tokens, n, D]."""
+    batch, _, _, head_dim = tensors[0].shape
+    parts = [[x[:, :, a:b] for x in tensors] for a, b in _spans(head_sizes)]
+    return parts, [(len(tensors), batch, num_tokens, head_sizes[rank], head_dim) for num_tokens in token_sizes]
+
+
 def _all_to_all(
     parts: Sequence[Sequence[Tensor]], shapes: Sequence[tuple[int, ...]], *, group: dist.ProcessGroup, trace: Trace
 ) -> list[Tensor]:
     """Send parts[i], one after the other, to rank i; what rank i sent comes back as a tensor of shapes[i]."""
+    return _start_all_to_all(parts, shapes, group=group, trace=trace, async_op=False)[0]
+
+
+def _start_all_to_all(
+    parts: Sequence[Sequence[Tensor]],
+    shapes: Sequence[tuple[int, ...]],
+    *,
+    group: dist.ProcessGroup,
+    trace: Trace,
+    async_op: bool = True,
+) -> tuple[list[Tensor], dist.Work]:
+    """`_all_to_all` under way: what comes back is there once the work is done, which keeps hold of what is sent."""
     first = parts[0][0]
     send_splits = [sum(x.numel() for x in part) for part in parts]
     receive_splits = [torch.Size(shape).numel() for shape in shapes]
@@ -264,10 +307,10 @@ def _all_to_all(
     for room, x in zip(send.split([x.numel() for x in flat]), flat, strict=True):
         room.view(x.shape).copy_(x)
     with watch("all-to-all", group=group, trace=trace):
-        dist.all_to_all_single(received, send, receive_splits, send_splits, group=group)
+        work = dist.all_to_all_single(received, send, receive_splits, send_splits, group=group, async_op=async_op)
     kept = send_splits[dist.get_rank(group)]
     trace.on_bytes("all_to_all", (send.numel() - kept) * send.element_size())
-    return [room.view(shape) for room, shape in zip(received.split(receive_splits), shapes, strict=True)]
+    return [room.view(shape) for room, shape in zip(received.split(receive_splits), shapes, strict=True)], work
 
 
 def _all_gather(x: Tensor, kind: str, *, group: dist.ProcessGroup, trace: Trace) -> tuple[Tensor, ...]:

@@ -1,11 +1,24 @@
-"""A WanPipeline with random weights and every part real, small enough to make in a second: what engine tests run on."""
+"""Pipelines with random weights and every part real, small enough to make in a second: what engine tests run on."""
 
 import string
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+from diffusers import (
+    AutoencoderKLLTXVideo,
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from transformers import T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+LETTERS = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+LETTERS += [(letter, -3.0) for letter in string.ascii_lowercase]
 
 
 def random_wan(*, heads: int = 4, head_dim: int = 12, layers: int = 2, seed: int = 0) -> WanPipeline:
@@ -36,10 +49,8 @@ def random_wan(*, heads: int = 4, head_dim: int = 12, layers: int = 2, seed: int
         scale_factor_temporal=4,
         scale_factor_spatial=4,
     )
-    letters = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    letters += [(letter, -3.0) for letter in string.ascii_lowercase]
-    tokenizer = T5Tokenizer(vocab=letters, extra_ids=0, model_max_length=64)
-    text = UMT5EncoderModel(UMT5Config(vocab_size=len(letters), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
+    tokenizer = T5Tokenizer(vocab=LETTERS, extra_ids=0, model_max_length=64)
+    text = UMT5EncoderModel(UMT5Config(vocab_size=len(LETTERS), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
     )
@@ -61,4 +72,77 @@ def random_wan(*, heads: int = 4, head_dim: int = 12, layers: int = 2, seed: int
 def save_random_wan(folder: Path) -> Path:
     """Write `random_wan` to a folder in Diffusers layout."""
     random_wan().save_pretrained(folder, safe_serialization=True)
+    return folder
+
+
+def random_ltx_vae(*, conditioned: bool = False, inject_noise: bool = False, seed: int = 0) -> AutoencoderKLLTXVideo:
+    """16x spatial and 8x temporal compression; from 0.9.1 on conditioned on a timestep, 0.9.1 also draws noise inside."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKLLTXVideo(
+        latent_channels=4,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1, 1, 1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1, 1, 1),
+        spatio_temporal_scaling=(True, True, True, False),
+        decoder_spatio_temporal_scaling=(True, True, True, False),
+        decoder_inject_noise=(inject_noise,) * 5,
+        timestep_conditioning=conditioned,
+        patch_size=2,
+        encoder_causal=True,
+        decoder_causal=False,
+    )
+    with torch.no_grad():
+        vae.latents_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
+        vae.latents_std.copy_(torch.tensor([1.5, 0.7, 1.0, 2.0]))
+        for name, parameter in vae.named_parameters():
+            if "per_channel_scale" in name:  # zero at initialisation, and noise times zero is no test
+                parameter.fill_(0.3)
+    return vae.eval()
+
+
+def random_ltx(
+    *, heads: int = 4, head_dim: int = 8, layers: int = 2, dynamic_shift: bool = True, seed: int = 0
+) -> LTXPipeline:
+    """LTX-Video classes with `heads` x `head_dim` channels; the shift grows from 24 tokens (0.95) to 96 (2.05)."""
+    torch.manual_seed(seed)
+    transformer = LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=heads,
+        attention_head_dim=head_dim,
+        cross_attention_dim=heads * head_dim,
+        num_layers=layers,
+        caption_channels=16,
+    )
+    tokenizer = T5Tokenizer(vocab=LETTERS, extra_ids=0, model_max_length=64)
+    text = T5EncoderModel(T5Config(vocab_size=len(LETTERS), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
+    scheduler = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=dynamic_shift,
+        base_shift=0.95,
+        max_shift=2.05,
+        base_image_seq_len=24,
+        max_image_seq_len=96,
+        shift_terminal=0.1,
+    )
+    pipe = LTXPipeline(
+        tokenizer=tokenizer,
+        text_encoder=text.eval(),
+        transformer=transformer.eval(),
+        vae=random_ltx_vae(seed=seed),
+        scheduler=scheduler,
+    )
+    with torch.no_grad():  # as in random_wan
+        transformer.proj_out.weight.mul_(8)
+        transformer.scale_shift_table.mul_(4)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def save_random_ltx(folder: Path, **settings: Any) -> Path:
+    """Write `random_ltx` to a folder in Diffusers layout; `settings` are those of its VAE."""
+    pipe = random_ltx()
+    if settings:
+        pipe.register_modules(vae=random_ltx_vae(**settings))
+    pipe.save_pretrained(folder, safe_serialization=True)
     return folder

@@ -36,7 +36,7 @@ _CAPTION = re.compile(
 
 
 def parse_caption(text: str) -> Told | None:
-    """The scene's words, or None if the text is no caption of this world. Case, outer spaces and a full stop do not matter."""
+    """The scene's words, or None for no caption of this world. Case, outer spaces and a full stop do not matter."""
     found = _CAPTION.fullmatch(" ".join(text.split()).removesuffix("."))
     if found is None:
         return None

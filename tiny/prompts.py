@@ -1,7 +1,7 @@
 """Writes lists of held-out captions: `python -m tiny.prompts` makes the files of configs/prompts.
 
-Settings are searched on one list and judged on the other, so the two share no combination of shape, colour and motion, and neither
-holds a combination that the embedded model was trained on.
+Settings are searched on one list and judged on the other, so the two share no combination of shape, colour and motion,
+and neither holds a combination that the embedded model was trained on.
 """
 
 import argparse
@@ -19,7 +19,7 @@ Combination = tuple[str, str, str]
 
 
 def split_combinations(rng: np.random.Generator) -> tuple[list[Combination], list[Combination]]:
-    """The held-out (shape, colour, motion) for the report and for calibration: one of each motion goes to calibration."""
+    """The held-out combinations for the report and for calibration: one of each motion goes to calibration."""
     report, calibration = [], []
     for motion in MOTIONS:
         held_out = [
@@ -32,7 +32,7 @@ def split_combinations(rng: np.random.Generator) -> tuple[list[Combination], lis
 
 
 def captions(combinations: list[Combination], count: int, rng: np.random.Generator) -> list[str]:
-    """`count` different captions that take the combinations in turn; size, speed, background, pan and phrasing are chance."""
+    """`count` different captions that take the combinations in turn; all else is chance."""
     found: list[str] = []
     while len(found) < count:
         wanted = combinations[len(found) % len(combinations)]

@@ -44,7 +44,7 @@ class FlowPlan:
         (5, 12, 500),
         (9, 8, 800),
         (5, 12, 1200),
-        (9, 8, 4800),
+        (9, 8, 4100),
     )
     lr: float = 1.5e-3
     compiled: bool = True

@@ -1,1 +1,30 @@
-"""What the engine must know of each model family, one file per family."""
+"""The models that the engine serves: one file each, all of them instances of `base.ModelAdapter`, found by name or class."""
+
+from typing import Any
+
+from engine.adapters.base import ModelAdapter, VideoSpec
+from engine.adapters.ltx import LTX
+from engine.adapters.wan import WAN
+from engine.errors import UserError
+
+ADAPTERS: tuple[ModelAdapter, ...] = (WAN, LTX)
+
+__all__ = ["ADAPTERS", "ModelAdapter", "VideoSpec", "adapter_named", "adapter_of"]
+
+
+def adapter_named(class_name: object, where: object) -> ModelAdapter:
+    """The adapter of a model_index.json's `_class_name`; UserError, which says `where` it was found, for another class."""
+    for adapter in ADAPTERS:
+        if class_name in adapter.index_names:
+            return adapter
+    known = ", ".join(f"{adapter.pipeline_class.__name__} ({adapter.name})" for adapter in ADAPTERS)
+    raise UserError(f"{where} is a {class_name}; only {known} is supported")
+
+
+def adapter_of(part: Any) -> ModelAdapter:
+    """The adapter of a pipeline, a transformer or a VAE; UserError for one of another class."""
+    for adapter in ADAPTERS:
+        if isinstance(part, (adapter.pipeline_class, adapter.transformer_class, adapter.vae_class)):
+            return adapter
+    known = " or ".join(f"{adapter.pipeline_class.__name__} ({adapter.name})" for adapter in ADAPTERS)
+    raise UserError(f"{type(part).__name__} is not supported; use a {known}")

@@ -1,137 +1,77 @@
 """Wan2.1 text-to-video inside diffusers: where its tokens are made, mixed and put together again."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from torch import Tensor, nn
+from transformers import UMT5Config, UMT5EncoderModel
 
+from engine.adapters.base import DecodeMode, LatentDecoder, ModelAdapter, ModelNumbers, Text, TimeSettings, VideoSpec
+from engine.adapters.prompts import refuse_long_prompts
+from engine.config import DecodeConfig
 from engine.errors import UserError
 
+FP32_BYTES = 4
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WanSpec:
-    """The numbers of a checkpoint, from its config.json files alone: known before any weight is read.
 
-    Attributes:
-        channels: latent channels z.
-        temporal_factor: video frames per latent frame.
-        spatial_factor: pixels per latent row or column.
-        patch: latent frames, rows and columns per token.
-        max_positions: length of the rotary table of each axis.
-    """
+class WanAdapter(ModelAdapter):
+    """WanPipeline: tokens are frame-major, the passes of guidance are two forwards, the VAE is causal in time."""
 
-    channels: int
-    temporal_factor: int
-    spatial_factor: int
-    patch: tuple[int, int, int]
-    max_positions: int
+    name = "Wan2.1 text-to-video"
+    index_names = ("WanPipeline",)
+    pipeline_class = WanPipeline
+    transformer_class = WanTransformer3DModel
+    vae_class = AutoencoderKLWan
+    text_encoder_class = UMT5EncoderModel
+    text_config_class = UMT5Config
+    batches_guidance = False
+    frame_rate_matters = False
+    decode_modes = ("whole", "tiled")
+    exact_decode_is_bounded = True
+    counts_frames = True
+    copies_rotary = False
+    latent_tensors = 4  # they, two model outputs and the last sample of the multistep solver
 
-    @classmethod
-    def from_configs(cls, transformer: dict[str, Any], vae: dict[str, Any]) -> "WanSpec":
-        """Read the two configurations; keys that a checkpoint leaves out have the value of the diffusers class."""
-        return cls(
+    def video_spec(self, transformer: dict[str, Any], vae: dict[str, Any]) -> VideoSpec:
+        """See the base class."""
+        return VideoSpec(
             channels=transformer.get("in_channels", 16),
             temporal_factor=vae.get("scale_factor_temporal", 4),
-            spatial_factor=vae.get("scale_factor_spatial", 8),
+            spatial_factor=self.spatial_factor(vae),
             patch=tuple(transformer.get("patch_size", (1, 2, 2))),
+            pipeline_multiple=16,
             max_positions=transformer.get("rope_max_seq_len", 1024),
         )
 
-    def check_video(self, num_frames: int, height: int, width: int) -> None:
-        """Raise UserError for a length or size that this checkpoint cannot make."""
-        step = self.temporal_factor
-        if num_frames < 1 or (num_frames - 1) % step:
-            below = max(num_frames - 1, 0) // step * step + 1
-            raise UserError(
-                f"video.num_frames must be {step}k + 1, got {num_frames}; the nearest are {below} and {below + step}"
-            )
-        for name, size, patch in (("height", height, self.patch[1]), ("width", width, self.patch[2])):
-            # 16 is WanPipeline's own rule, whatever the compression of the VAE.
-            multiple = math.lcm(16, self.spatial_factor * patch)
-            if size < 1 or size % multiple:
-                below = max(size // multiple, 1) * multiple
-                raise UserError(
-                    f"video.{name} must be a multiple of {multiple}, got {size}; "
-                    f"the nearest are {below} and {below + multiple}"
-                )
-        sizes = zip(
-            self.latent_shape(num_frames, height, width)[2:], self.patch, ("frames", "rows", "columns"), strict=True
+    def spatial_factor(self, vae: Mapping[str, Any]) -> int:
+        """See the base class."""
+        return vae.get("scale_factor_spatial", 8)
+
+    def latent_channels(self, vae: Mapping[str, Any]) -> int:
+        """See the base class."""
+        return vae.get("z_dim", 16)
+
+    def numbers(self, transformer: Any) -> ModelNumbers:
+        """See the base class."""
+        frames, rows, columns = transformer.patch_size
+        volume = frames * rows * columns
+        return ModelNumbers(
+            heads=transformer.num_attention_heads,
+            head_dim=transformer.attention_head_dim,
+            layers=transformer.num_layers,
+            ffn_dim=transformer.ffn_dim,
+            text_dim=transformer.text_dim,
+            time_dim=transformer.freq_dim,
+            patch=(frames, rows, columns),
+            in_values=transformer.in_channels * volume,
+            out_values=transformer.out_channels * volume,
+            rotary_values=2 * transformer.attention_head_dim,
         )
-        for size, patch, name in sizes:
-            if size // patch > self.max_positions:
-                raise UserError(
-                    f"{num_frames} frames of {height} x {width} are {size // patch} latent {name}, and the model's rotary "
-                    f"table ends at {self.max_positions}; make at most {(self.max_positions - 1) * step + 1} frames"
-                    if name == "frames"
-                    else f"{height} x {width} pixels are {size // patch} token {name}, and the model's rotary table ends at "
-                    f"{self.max_positions}; make the video smaller"
-                )
 
-    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
-        """Shape [1, z, F, h, w] of the latents of one video."""
-        frames = (num_frames - 1) // self.temporal_factor + 1
-        return (1, self.channels, frames, height // self.spatial_factor, width // self.spatial_factor)
-
-
-class WanAdapter:
-    """WanTransformer3DModel: tokens are frame-major, and only `attn1` of each block mixes them."""
-
-    @staticmethod
-    def attention_modules(transformer: WanTransformer3DModel) -> list[nn.Module]:
-        """The self-attention module of every block, first block first."""
-        return [block.attn1 for block in transformer.blocks]
-
-    @staticmethod
-    def grid(transformer: WanTransformer3DModel, latents: Tensor) -> tuple[int, int]:
-        """Latent frames F and tokens per frame H * W of the latents [B, z, F, h, w] that the forward was called with."""
-        patch = transformer.config.patch_size
-        frames, height, width = (size // step for size, step in zip(latents.shape[2:], patch, strict=True))
-        return frames, height * width
-
-    @staticmethod
-    def shard_points(transformer: WanTransformer3DModel) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Where tokens are shared out and put together: patch embedding, rotary table, output projection.
-
-        Between the first and the last everything but attn1 works on each token by itself.
-        """
-        return transformer.patch_embedding, transformer.rope, transformer.proj_out
-
-    @staticmethod
-    def shard_embedding(embedded: Tensor, start: int, length: int) -> Tensor:
-        """A rank's tokens of the embedded video: [B, C, F, H, W] -> [B, C, s, 1, 1], which the model flattens to [B, s, C]."""
-        return embedded.flatten(2).narrow(2, start, length)[..., None, None]
-
-    @staticmethod
-    def shard_rotary(tables: tuple[Tensor, Tensor], start: int, length: int) -> tuple[Tensor, Tensor]:
-        """A rank's rows of the rotary tables: each [1, S, 1, D] -> [1, s, 1, D]."""
-        cos, sin = tables
-        return cos.narrow(1, start, length), sin.narrow(1, start, length)
-
-    @staticmethod
-    def qkv(attn: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Projected, normalised and rotated q, k, v [B, s, N, D] from hidden states [B, s, C], as the stock processor."""
-        if attn.fused_projections:
-            q, k, v = attn.to_qkv(hidden).chunk(3, dim=-1)
-        else:
-            q, k, v = attn.to_q(hidden), attn.to_k(hidden), attn.to_v(hidden)
-        # The norms run over all heads jointly, hence before the split.
-        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k), v))
-        return _rotate(q, *rotary), _rotate(k, *rotary), v
-
-    @staticmethod
-    def project_out(attn: nn.Module, out: Tensor) -> Tensor:
-        """Output projection of [B, s, N, D] to [B, s, C]."""
-        return attn.to_out[1](attn.to_out[0](out.flatten(2, 3)))
-
-    @staticmethod
-    def check_pipeline(pipe: WanPipeline) -> None:
-        """Raise UserError for pipelines of this class that would run and give a wrong video."""
-        if not isinstance(pipe, WanPipeline):
-            raise UserError(f"{type(pipe).__name__} is not supported; use a WanPipeline (Wan2.1 text-to-video)")
+    def check_pipeline(self, pipe: WanPipeline) -> None:
+        """Image-to-video, Wan2.2 and two-transformer checkpoints are refused."""
         config = pipe.transformer.config
         if config.added_kv_proj_dim is not None or config.image_dim is not None:
             raise UserError("this is an image-to-video checkpoint; use a text-to-video one")
@@ -144,33 +84,175 @@ class WanAdapter:
                 "transformer; Wan2.1 has one transformer and no boundary_ratio: remove that key"
             )
 
-    @staticmethod
-    def encode_text(pipe: WanPipeline, prompts: Sequence[str], max_tokens: int, device: torch.device) -> list[Tensor]:
-        """Text embeddings [1, K, C] of each prompt in the transformer's dtype; UserError for one that would be cut."""
-        for prompt in prompts:
-            length = len(pipe.tokenizer(prompt).input_ids)
-            if length > max_tokens:
-                raise UserError(
-                    f"a prompt has {length} tokens, and sampler.max_text_tokens is {max_tokens}; shorten it or raise the "
-                    f"setting: {prompt[:60]!r}"
-                )
+    def attention_modules(self, transformer: WanTransformer3DModel) -> list[nn.Module]:
+        """See the base class."""
+        return [block.attn1 for block in transformer.blocks]
+
+    def grid(self, transformer: WanTransformer3DModel, inputs: dict[str, Any]) -> tuple[int, int, int]:
+        """From the latents [B, z, F, h, w]."""
+        patch, shape = transformer.config.patch_size, inputs["hidden_states"].shape[2:]
+        frames, rows, columns = (size // step for size, step in zip(shape, patch, strict=True))
+        return frames, rows, columns
+
+    def shard_points(self, transformer: WanTransformer3DModel) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """See the base class."""
+        return transformer.patch_embedding, transformer.rope, transformer.proj_out
+
+    def shard_embedding(self, embedded: Tensor, start: int, length: int) -> Tensor:
+        """[B, C, F, H, W] -> [B, C, s, 1, 1], which the model flattens to [B, s, C]."""
+        return embedded.flatten(2).narrow(2, start, length)[..., None, None]
+
+    def shard_rotary(self, tables: tuple[Tensor, Tensor], start: int, length: int) -> tuple[Tensor, Tensor]:
+        """Each [1, S, 1, D] -> [1, s, 1, D]."""
+        cos, sin = tables
+        return cos.narrow(1, start, length), sin.narrow(1, start, length)
+
+    def temporal_frequencies(self, transformer: WanTransformer3DModel) -> list[tuple[float, slice]]:
+        """Read off the model's table: the first columns are the temporal ones, every angle twice."""
+        rope = transformer.rope
+        angle = torch.atan2(rope.freqs_sin[1].double(), rope.freqs_cos[1].double())  # of frame 1, at most 1 radian
+        return [(float(angle[at]), slice(at, at + 2)) for at in range(0, rope.t_dim, 2)]
+
+    def qkv(
+        self,
+        attn: nn.Module,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        on_value: Callable[[Tensor], None] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See the base class; honours `fuse_qkv_projections`."""
+        fused = attn.to_qkv(hidden).chunk(3, dim=-1) if attn.fused_projections else None
+        v = (fused[2] if fused else attn.to_v(hidden)).unflatten(2, (attn.heads, -1))
+        if on_value is not None:
+            on_value(v)
+        q, k = fused[:2] if fused else (attn.to_q(hidden), attn.to_k(hidden))
+        # The norms run over all heads jointly, hence before the split.
+        q, k = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k)))
+        return _rotate(q, *rotary), _rotate(k, *rotary), v
+
+    def project_out(self, attn: nn.Module, out: Tensor) -> Tensor:
+        """See the base class."""
+        return attn.to_out[1](attn.to_out[0](out.flatten(2, 3)))
+
+    def encode_text(
+        self, pipe: WanPipeline, prompts: Sequence[str], max_tokens: int, device: torch.device
+    ) -> list[Text]:
+        """Embeddings alone: the model sees zeros where a prompt is padded."""
+        refuse_long_prompts(pipe.tokenizer, prompts, max_tokens)
         embeds = []
         for prompt in prompts:
             embed, _ = pipe.encode_prompt(
                 prompt, do_classifier_free_guidance=False, max_sequence_length=max_tokens, device=device
             )
-            embeds.append(embed.to(pipe.transformer.dtype))
+            embeds.append((embed.to(pipe.transformer.dtype),))
         return embeds
 
-    @staticmethod
-    def predict(pipe: WanPipeline, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        """One forward of the transformer: velocity [B, z, F, h, w] from fp32 latents of that shape."""
-        return pipe.transformer(
-            hidden_states=latents.to(pipe.transformer.dtype),
-            timestep=timestep.expand(latents.shape[0]),
-            encoder_hidden_states=text,
-            return_dict=False,
-        )[0]
+    def empty_text(self, transformer: WanTransformer3DModel, max_tokens: int, device: torch.device) -> Text:
+        """See the base class."""
+        shape = (1, max_tokens, transformer.config.text_dim)
+        return (torch.empty(shape, dtype=transformer.dtype, device=device),)
+
+    def set_timesteps(
+        self, scheduler: Any, num_steps: int, *, num_tokens: int, shift: str, device: torch.device | None
+    ) -> dict[str, Any]:
+        """The shift is a number of the scheduler, whatever the length."""
+        scheduler.set_timesteps(num_steps, device=device)
+        return {"shift": "fixed", "value": scheduler.config.get("flow_shift", scheduler.config.get("shift"))}
+
+    def predict(
+        self, pipe: WanPipeline, latents: Tensor, timestep: Tensor, texts: dict[str, Text], *, fps: int
+    ) -> list[Tensor]:
+        """See the base class; the frame rate has no part in it."""
+        [(name, (embed,))] = texts.items()
+        with pipe.transformer.cache_context(name):
+            return [
+                pipe.transformer(
+                    hidden_states=latents.to(pipe.transformer.dtype),
+                    timestep=timestep.expand(latents.shape[0]),
+                    encoder_hidden_states=embed,
+                    return_dict=False,
+                )[0]
+            ]
+
+    def time_settings(
+        self, vae: Mapping[str, Any], mode: DecodeMode, config: DecodeConfig, *, num_latents: int, seed: int
+    ) -> TimeSettings:
+        """One latent frame after the other is both exact and small, so there is nothing to choose."""
+        return TimeSettings()
+
+    def open_decoder(self, vae: AutoencoderKLWan, latents: Tensor, settings: TimeSettings) -> LatentDecoder:
+        """See the base class."""
+        return _CausalDecoder(vae, latents)
+
+    def embedding_bytes(self, numbers: ModelNumbers, tokens: int, shard: int, *, batch: int, e: int) -> int:
+        """The whole embedded video, and this rank's tokens of it in order."""
+        return (tokens + shard) * numbers.width * batch * e
+
+    def block_bytes(self, hidden: int, hidden_ffn: int, e: int) -> dict[str, int]:
+        """Read off the eager WanTransformerBlock, whose norms and gates work in fp32."""
+        cast = FP32_BYTES if e < FP32_BYTES else 0  # an fp32 copy of what is already fp32 costs nothing
+        return {
+            # hidden state, its fp32 copy, the norm and its product
+            "norm": hidden * (e + max(cast + 4, 8)),
+            # hidden state, normed, q, k, v, both rotated, three halves in fp32
+            "rotary": hidden * (7 * e + 6),
+            # the block's input, hidden state, normed, cross-attention's output, and both sides of the GELU
+            "feed_forward": hidden * 4 * e + hidden_ffn * 2 * e,
+            # the same four, the feed-forward's output, it and the hidden state in fp32, gated, their sum
+            "residual": hidden * (5 * e + 2 * cast + 8),
+        }
+
+    def block_passes(self, ffn_ratio: float, e: int) -> float:
+        """Norms over q and k are one fused kernel; everything else is one pass per operator, as eager torch runs it."""
+        cast = e + FP32_BYTES if e < FP32_BYTES else 0
+        return (
+            2 * (2 * cast + 24)  # norm1, norm3: to fp32, norm, scale, shift, back
+            + 3 * 2 * e  # RMS norms of q, k and of the query of cross-attention
+            + 2 * (3 * e + 24)  # rotary of q and k: four products, two sums, two strided copies
+            + (e + 4) + 2 * cast + 12  # gate and residual of self-attention
+            + 2 * cast + 8 + 3 * e  # norm2, residual of cross-attention
+            + 2 * e * ffn_ratio  # GELU
+            + 3 * cast + 20  # gate and residual of the feed-forward
+        )  # fmt: skip
+
+
+class _CausalDecoder(LatentDecoder):
+    """The Wan VAE's causal cache driven from outside: a chunk is a latent frame, and the frames are those of `vae.decode`."""
+
+    def __init__(self, vae: AutoencoderKLWan, latents: Tensor) -> None:
+        self._vae = vae
+        self._latents = latents
+        self._mean, self._std = (
+            torch.tensor(values, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        self.chunks = tuple((frame, frame + 1) for frame in range(latents.shape[2]))
+
+    def latents(self, index: int) -> Tensor:
+        """[1, z, 1, h, w]."""
+        latent = self._latents[:, :, index : index + 1]
+        return latent.to(self._vae.device, self._vae.dtype) / (1.0 / self._std) + self._mean
+
+    def start(self) -> list[Any]:
+        """One entry per convolution of the decoder.
+
+        It is the caller's. The VAE's own stays empty, so that a stream that is stopped leaves nothing behind.
+        """
+        self._vae.clear_cache()
+        return list(self._vae._feat_map)
+
+    def step(self, latents: Tensor, state: list[Any], *, index: int, tile: int) -> Tensor:
+        """See the base class."""
+        hidden = self._vae.post_quant_conv(latents)
+        return self._vae.decoder(hidden, feat_cache=state, feat_idx=[0], first_chunk=index == 0)
+
+    def num_frames(self, index: int) -> int:
+        """1, then 4 and 4 again."""
+        return 1 if index == 0 else self._vae.config.scale_factor_temporal
+
+    def join(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """They follow each other without a seam."""
+        yield from pieces
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -181,3 +263,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     out[..., 0::2] = x1 * cos - x2 * sin
     out[..., 1::2] = x1 * sin + x2 * cos
     return out
+
+
+WAN = WanAdapter()

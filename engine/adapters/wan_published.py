@@ -28,6 +28,7 @@ _TEXT_ENCODER = {
 
 def _checkpoint(*, heads: int, layers: int, ffn_dim: int) -> dict[str, dict[str, Any]]:
     return {
+        "model_index": {"_class_name": "WanPipeline"},
         "transformer": {
             "patch_size": [1, 2, 2],
             "num_attention_heads": heads,

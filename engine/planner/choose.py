@@ -10,6 +10,7 @@ from engine.planner.layout import Degrees
 from engine.planner.memory import GIB
 from engine.planner.model import ModelSpec
 from engine.planner.plan import MODES, Case, Options, Plan, plan_case
+from engine.supported_layouts import check_layout
 
 MOST_DOUBLINGS = 5
 AXES = ("cfg", "ring", "ulysses")
@@ -47,6 +48,9 @@ def choose_from(every: list[Plan], case: Case, fixed: FixedDegrees = (None, None
     """`choose` among plans that `plan` has made for this case."""
     plans = [p for p in every if _keeps(p.degrees, fixed)]
     if not plans:
+        for degrees in case.degrees(any_method=True):
+            if _keeps(degrees, fixed):
+                check_layout(case.method.name, case.method.method, degrees)
         wanted = ", ".join(f"parallel.{axis} {degree}" for axis, degree in zip(AXES, fixed, strict=True) if degree)
         possible = "; ".join(p.name for p in every)
         raise UserError(f"{case.world_size} GPUs cannot have {wanted}; possible are {possible}")
@@ -128,7 +132,7 @@ def _shorter(case: Case) -> list[VideoConfig]:
 
 def _smaller(case: Case) -> list[VideoConfig]:
     """About the same shape in smaller sizes, smallest first."""
-    video, (rows, columns) = case.video, case.spec.size_multiples
+    video, (rows, columns) = case.video, case.spec.video.size_multiples
     sizes = [
         (video.height * share // 100 // rows, video.width * share // 100 // columns) for share in range(20, 100, 5)
     ]

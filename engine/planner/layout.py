@@ -1,16 +1,18 @@
 """A video on cfg x ring x ulysses ranks, as integers: which degrees are possible, what the busiest rank holds and sends."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 
 from engine.config import MethodConfig, SamplerConfig, VideoConfig
 from engine.planner.flops import Share
 from engine.planner.model import FP32_BYTES, ModelSpec
+from engine.supported_layouts import Degrees, refused_axes
+from freespec.methods import FreeNoise, Grid, Mode
 from freespec.windows import window_range
 from parallel.plan import (
     HaloRange,
     LayerShape,
-    Mode,
     Route,
     SequencePlan,
     cfg_bytes,
@@ -21,8 +23,10 @@ from parallel.plan import (
     length,
 )
 
-Degrees = tuple[int, int, int]  # cfg, ring, ulysses
 PASSES = 2  # with guidance: conditional and unconditional
+VIEW_MODES: tuple[Mode, ...] = ("views_global", "views")
+FP64_BYTES = 8
+TEMPORAL_GRAMS = 3  # of both branches and between them, frames x frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,7 @@ class Layout:
         passes: forwards of one step: 2 with guidance.
         itemsize: bytes of a number in the transformer.
         local_route: how local steps cross the ulysses axis.
+        num_views: views of a step with views; with views ring is 1.
     """
 
     spec: ModelSpec
@@ -50,6 +55,7 @@ class Layout:
     passes: int
     itemsize: int
     local_route: Route
+    num_views: int = 1
 
     @property
     def tokens(self) -> int:
@@ -69,8 +75,13 @@ class Layout:
 
     @property
     def forwards(self) -> int:
-        """Forwards of one step that one rank runs, one after the other."""
+        """Passes of one step that one rank runs, one after the other or as one batch."""
         return self.passes // self.degrees[0]
+
+    @property
+    def batch(self) -> int:
+        """B, videos in one forward: models differ in whether guidance is two forwards or a batch of two."""
+        return self.forwards if self.spec.adapter.batches_guidance else 1
 
     def attention_plan(self, mode: Mode) -> SequencePlan:
         """The plan that attention of this mode follows: local steps may keep all heads on each shard."""
@@ -86,6 +97,8 @@ class Layout:
             queries=max(map(length, plan.ring_shards)),
             heads=max(map(length, plan.head_shares)),
             text=self.text,
+            num_views=self.num_views,
+            window_frames=self.window_frames,
         )
 
     def near_keys(self, mode: Mode) -> int:
@@ -101,23 +114,30 @@ class Layout:
         """Bytes that the busiest rank sends in one step by kind: all_to_all, halo, ring, grams, gather, cfg."""
         plan = self.attention_plan(mode)
         shape = LayerShape(batch=1, head_dim=self.spec.head_dim, itemsize=self.itemsize)
-        by_rank = [layer_bytes(plan, rank, mode, shape=shape, halo=self.halo) for rank in range(plan.ranks)]
+        # Views are attended where the whole heads are, so they travel as a global step does.
+        moves = "global" if mode in VIEW_MODES else mode
+        by_rank = [layer_bytes(plan, rank, moves, shape=shape, halo=self.halo) for rank in range(plan.ranks)]
         calls = self.spec.layers * self.forwards
         busiest = {kind: calls * max(of_rank[kind] for of_rank in by_rank) for kind in by_rank[0]}
-        _, out_values = self.spec.patch_values
+        out_values = self.spec.numbers.out_values
         return {
             "all_to_all": busiest["all_to_all"],
             "halo": busiest["halo"],
             "ring": busiest["ring"],
-            "grams": busiest["reduce"],
+            "grams": calls * self._temporal_gram_bytes() if mode == "views_global" else busiest["reduce"],
             "gather": self.forwards * gather_bytes(self.sequence, token_bytes=out_values * self.itemsize),
             "cfg": cfg_bytes(self.degrees[0], prediction_bytes=self.tokens * out_values * self.itemsize),
         }
 
+    def _temporal_gram_bytes(self) -> int:
+        """Bytes of the frames x frames matrices of every view but the first, to each other member of the ulysses axis."""
+        matrices = TEMPORAL_GRAMS * (self.num_views - 1) * self.window_frames**2
+        return matrices * FP64_BYTES * (self.degrees[2] - 1)
+
     def axis_span(self, kind: str, mode: Mode) -> int:
         """Neighbouring world ranks that a message of this kind can cross; ulysses is the innermost axis."""
         cfg, ring, ulysses = self.degrees
-        if kind == "all_to_all":
+        if kind == "all_to_all" or (kind == "grams" and mode in VIEW_MODES):
             return ulysses
         return cfg * ring * ulysses if kind == "cfg" else ring * ulysses
 
@@ -149,7 +169,16 @@ def lay_out(
         passes=num_passes(sampler),
         itemsize=itemsize,
         local_route=local_route,
+        num_views=_count_views(method, frames, frame_tokens),
     )
+
+
+def _count_views(method: MethodConfig, frames: int, frame_tokens: int) -> int:
+    """Views of the method if it has any, or else those of FreeNoise's published stride, which it is compared with."""
+    grid = Grid(frames=frames, rows=1, columns=frame_tokens, window_frames=min(method.window_frames, frames))
+    made = method.method
+    has_views = any(step.mode in VIEW_MODES for step in made.plan([1000.0, 1.0]))
+    return len((made if has_views else FreeNoise()).view_starts(grid))
 
 
 def num_passes(sampler: SamplerConfig) -> int:
@@ -157,10 +186,13 @@ def num_passes(sampler: SamplerConfig) -> int:
     return PASSES if sampler.guidance_scale > 1.0 else 1
 
 
-def feasible_degrees(world_size: int, *, heads: int, passes: int, tokens: int) -> list[Degrees]:
+def feasible_degrees(
+    world_size: int, *, heads: int, passes: int, tokens: int, refused: Collection[str] = ()
+) -> list[Degrees]:
     """Every (cfg, ring, ulysses) whose product is the world size and that the engine runs.
 
     cfg is at most the number of passes; heads that ulysses does not divide are for ring 1 only; every rank has a token.
+    `refused` names axes that the method cannot have.
     """
     return [
         (cfg, sequence // ulysses, ulysses)
@@ -168,13 +200,13 @@ def feasible_degrees(world_size: int, *, heads: int, passes: int, tokens: int) -
         if world_size % cfg == 0 and (sequence := world_size // cfg) <= tokens
         for ulysses in range(1, sequence + 1)
         if sequence % ulysses == 0 and (heads % ulysses == 0 or ulysses == sequence)
+        if not refused_axes(refused, (cfg, sequence // ulysses, ulysses))
     ]
 
 
 def latent_bytes(layout: Layout) -> int:
     """Bytes of the video's latents in fp32."""
-    in_values, _ = layout.spec.patch_values
-    return layout.tokens * in_values * FP32_BYTES
+    return layout.tokens * layout.spec.numbers.in_values * FP32_BYTES
 
 
 def _halo(frames: int, frame_tokens: int, window_frames: int) -> HaloRange:

@@ -1,7 +1,6 @@
 """What the planner knows of a checkpoint: numbers from its JSON files, or published ones. No weights, no network needed."""
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,20 +9,20 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from huggingface_hub import hf_hub_download
 from torch import nn
-from transformers import UMT5Config, UMT5EncoderModel
 
-from engine.adapters.wan import WanSpec
-from engine.adapters.wan_published import PUBLISHED, SOURCE
+from engine.adapters import ModelAdapter, VideoSpec, adapter_named
+from engine.adapters.base import ModelNumbers
+from engine.adapters.published import PUBLISHED, SOURCES
 from engine.config import ModelConfig, SamplerConfig
-from engine.denoise import make_scheduler
+from engine.denoise import make_scheduler, shifting_tokens
 from engine.errors import UserError
 from engine.load import find_checkpoint
 
 FP32_BYTES = 4
 _FILES = {
+    "model_index": "model_index.json",
     "transformer": "transformer/config.json",
     "vae": "vae/config.json",
     "text_encoder": "text_encoder/config.json",
@@ -33,12 +32,12 @@ _FILES = {
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """A checkpoint as its four configurations describe it.
+    """A checkpoint as its index and its four configurations describe it.
 
     Attributes:
         name: folder or hub name.
         source: where the numbers were read.
-        configs: the configurations of transformer, vae, text_encoder and scheduler.
+        configs: model_index, and the configurations of transformer, vae, text_encoder and scheduler.
     """
 
     name: str
@@ -46,64 +45,55 @@ class ModelSpec:
     configs: dict[str, dict[str, Any]]
 
     @cached_property
-    def transformer(self) -> Any:
-        """Configuration of the transformer, with the defaults of its class."""
-        return self._transformer.config
+    def adapter(self) -> ModelAdapter:
+        """What the engine knows of models of this class."""
+        return adapter_named(self.configs["model_index"].get("_class_name"), self.name)
 
     @cached_property
-    def video(self) -> WanSpec:
+    def numbers(self) -> ModelNumbers:
+        """What decides operations and bytes of one forward."""
+        return self.adapter.numbers(self._transformer.config)
+
+    @cached_property
+    def video(self) -> VideoSpec:
         """What decides lengths and sizes."""
-        return WanSpec.from_configs(self.configs["transformer"], self.configs["vae"])
+        return self.adapter.video_spec(self.configs["transformer"], self.configs["vae"])
 
     @property
     def heads(self) -> int:
         """N."""
-        return self.transformer.num_attention_heads
+        return self.numbers.heads
 
     @property
     def head_dim(self) -> int:
         """D."""
-        return self.transformer.attention_head_dim
+        return self.numbers.head_dim
 
     @property
     def width(self) -> int:
         """C = N·D."""
-        return self.heads * self.head_dim
+        return self.numbers.width
 
     @property
     def layers(self) -> int:
         """Transformer blocks."""
-        return self.transformer.num_layers
-
-    @property
-    def patch_values(self) -> tuple[int, int]:
-        """Numbers that one token stands for: in the latents, and in the model's output."""
-        frames, rows, columns = self.transformer.patch_size
-        volume = frames * rows * columns
-        return self.transformer.in_channels * volume, self.transformer.out_channels * volume
-
-    @property
-    def size_multiples(self) -> tuple[int, int]:
-        """What height and width in pixels must be multiples of: WanPipeline's 16, and whole tokens."""
-        _, rows, columns = self.transformer.patch_size
-        factor = self.video.spatial_factor
-        return math.lcm(16, factor * rows), math.lcm(16, factor * columns)
+        return self.numbers.layers
 
     def grid(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
-        """Latent frames F and tokens per frame H·W of a video."""
+        """Frames F and tokens per frame H·W of a video's tokens."""
         sizes = self.video.latent_shape(num_frames, height, width)[2:]
-        frames, rows, columns = (size // step for size, step in zip(sizes, self.transformer.patch_size, strict=True))
+        frames, rows, columns = (size // step for size, step in zip(sizes, self.numbers.patch, strict=True))
         return frames, rows * columns
 
     @cached_property
     def parameters(self) -> dict[str, int]:
         """Number of parameters of each part, by building it on the meta device; tied ones count once."""
-        parts = {"transformer": self._transformer, "text_encoder": self._text_encoder, "vae": self.make_vae()}
+        parts = {"transformer": self._transformer, "text_encoder": self._text_encoder, "vae": self.vae}
         return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
     def weight_bytes(self, itemsize: int) -> dict[str, int]:
         """Bytes of each part as load_pipeline loads it: the VAE in fp32, as are a few small layers of the transformer."""
-        kept = self._transformer._keep_in_fp32_modules or []
+        kept = getattr(self._transformer, "_keep_in_fp32_modules", None) or []
         in_fp32 = sum(
             p.numel()
             for name, p in self._transformer.named_parameters()
@@ -115,27 +105,34 @@ class ModelSpec:
             "vae": self.parameters["vae"] * FP32_BYTES,
         }
 
-    def timesteps(self, sampler: SamplerConfig) -> list[float]:
-        """The scheduler's real timesteps, first step first."""
+    def timesteps(self, sampler: SamplerConfig, latent: tuple[int, int, int], *, window_frames: int) -> list[float]:
+        """The scheduler's real timesteps, first step first, for latents of (frames, rows, columns)."""
         config = self.configs["scheduler"]
         scheduler_class = getattr(diffusers, config.get("_class_name", ""), None)
         if scheduler_class is None:
             raise UserError(f"{self.name}: diffusers has no scheduler {config.get('_class_name')!r}")
         scheduler = make_scheduler(scheduler_class.from_config(config), sampler.flow_shift)
-        scheduler.set_timesteps(sampler.num_steps)
+        frames, rows, columns = latent
+        tokens = shifting_tokens(
+            sampler.shift, frames, rows * columns, window_frames=window_frames * self.numbers.patch[0]
+        )
+        self.adapter.set_timesteps(
+            scheduler, sampler.num_steps, num_tokens=tokens, shift=sampler.shift, device=torch.device("cpu")
+        )
         return [float(t) for t in scheduler.timesteps.tolist()]
 
-    def make_vae(self) -> AutoencoderKLWan:
+    @cached_property
+    def vae(self) -> Any:
         """The VAE without weights: tensors on the meta device have shapes only."""
-        return _on_meta(lambda: AutoencoderKLWan.from_config(self.configs["vae"]))
+        return _on_meta(lambda: self.adapter.build("vae", self.configs["vae"]))
 
     @cached_property
-    def _transformer(self) -> WanTransformer3DModel:
-        return _on_meta(lambda: WanTransformer3DModel.from_config(self.configs["transformer"]))
+    def _transformer(self) -> Any:
+        return _on_meta(lambda: self.adapter.build("transformer", self.configs["transformer"]))
 
     @cached_property
-    def _text_encoder(self) -> UMT5EncoderModel:
-        return _on_meta(lambda: UMT5EncoderModel(UMT5Config(**self.configs["text_encoder"])))
+    def _text_encoder(self) -> Any:
+        return _on_meta(lambda: self.adapter.build("text_encoder", self.configs["text_encoder"]))
 
 
 def read_model(config: ModelConfig) -> ModelSpec:
@@ -150,7 +147,7 @@ def read_model(config: ModelConfig) -> ModelSpec:
         configs, how = _read_hub(source, config.revision, local=True), "JSON files of the hub's local copy"
     except OSError:
         if source in PUBLISHED:
-            configs, how = PUBLISHED[source], SOURCE
+            configs, how = PUBLISHED[source], SOURCES[source]
         else:
             configs, how = _fetch(source, config.revision), "JSON files fetched from the hub"
     return ModelSpec(name=source, source=how, configs=configs)

@@ -2,20 +2,23 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
-from engine.config import MethodConfig, RunConfig, SamplerConfig, VideoConfig
+from engine.adapters.base import DecodeMode
+from engine.config import DecodeConfig, MethodConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.errors import UserError
 from engine.planner.gpu import GpuSpec
-from engine.planner.layout import Degrees, Layout, feasible_degrees, lay_out, num_passes
+from engine.planner.layout import VIEW_MODES, Degrees, Layout, feasible_degrees, lay_out, num_passes
 from engine.planner.memory import GIB, decode_cost, denoise_peak
 from engine.planner.model import ModelSpec
 from engine.planner.timing import TERA, step_seconds
-from freespec.methods import METHODS, Method, make_method
-from parallel.plan import Mode, length
+from engine.supported_layouts import check_layout, refused_axes
+from freespec.methods import METHODS, Method, Mode, make_method
+from parallel.plan import length
 
-MODES: tuple[Mode, ...] = ("dual", "global", "local")
+MODES: tuple[Mode, ...] = ("dual", "views_global", "global", "views", "local")
 ITEMSIZES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -29,6 +32,7 @@ class Options:
         offload: model.offload.
         text_device: parallel.text_device.
         local_route: parallel.local_route.
+        decode: the settings `decode`.
     """
 
     itemsize: int = 2
@@ -36,6 +40,7 @@ class Options:
     offload: Literal["none", "model"] = "none"
     text_device: Literal["model", "cpu"] = "model"
     local_route: Literal["auto", "halo", "all_to_all"] = "auto"
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
 
     @classmethod
     def of(cls, config: RunConfig) -> "Options":
@@ -46,6 +51,7 @@ class Options:
             offload=config.model.offload,
             text_device=config.parallel.text_device,
             local_route=config.parallel.local_route,
+            decode=config.decode,
         )
 
 
@@ -64,10 +70,11 @@ class Plan:
         memory: bytes by part: weights, text_encoder, latents, activations, kv_copies, vae_decode.
         peak_bytes: the most that is on the GPU at once.
         fits: whether that is within the GPU's usable memory.
-        steps: by method, how many steps of each mode the sampler's timesteps give.
-        step_seconds: by mode, and there by what takes the time.
+        steps: by method that these degrees serve, how many steps of each mode the sampler's timesteps give.
+        step_seconds: by mode that these degrees serve, and there by what takes the time.
         run_seconds: denoising, by method.
-        decode_seconds: decoding on one rank.
+        decode_mode: how whole frames are decoded on one rank.
+        decode_seconds: that decoding.
         efficiency: by method, seconds of one GPU / (ranks x seconds of these ranks), memory of the one aside.
         why: one sentence for a person.
     """
@@ -85,6 +92,7 @@ class Plan:
     steps: dict[str, dict[str, int]]
     step_seconds: dict[str, dict[str, float]]
     run_seconds: dict[str, float]
+    decode_mode: DecodeMode
     decode_seconds: float
     efficiency: dict[str, float]
     why: str = ""
@@ -112,11 +120,16 @@ class Case:
     world_size: int
     options: Options
 
-    def degrees(self) -> list[Degrees]:
-        """Every feasible (cfg, ring, ulysses); none where the ranks are more than the tokens."""
+    def degrees(self, *, any_method: bool = False) -> list[Degrees]:
+        """Every (cfg, ring, ulysses) that the method, or any, can have; none where the ranks are more than the tokens."""
         frames, frame_tokens = self.grid()
-        passes = num_passes(self.sampler)
-        return feasible_degrees(self.world_size, heads=self.spec.heads, passes=passes, tokens=frames * frame_tokens)
+        return feasible_degrees(
+            self.world_size,
+            heads=self.spec.heads,
+            passes=num_passes(self.sampler),
+            tokens=frames * frame_tokens,
+            refused=() if any_method else self.method.method.refused_axes,
+        )
 
     def grid(self) -> tuple[int, int]:
         """Latent frames and tokens per frame."""
@@ -127,15 +140,37 @@ class Case:
         options = {"itemsize": self.options.itemsize, "local_route": self.options.local_route}
         return lay_out(self.spec, degrees, self.video, self.sampler, self.method, **options)
 
-    def decode_cost(self) -> tuple[int, int]:
-        """Peak bytes and operations of decoding the video."""
-        return decode_cost(self.spec, self.video.height, self.video.width, self.grid()[0])
+    @cached_property
+    def decode_cost(self) -> tuple[DecodeMode, int, int]:
+        """Mode, peak bytes and operations of decoding whole frames on one GPU: the most exact mode that fits beside the weights.
+
+        Tiles over ranks, which need less of each, are not predicted.
+        """
+        adapter, decode, video = self.spec.adapter, self.options.decode, self.video
+        modes: list[DecodeMode] = [mode for mode in adapter.decode_modes if mode != "tiled"]
+        if decode.mode in modes:
+            modes = [decode.mode]
+        elif decode.mode == "tiled":
+            modes = modes[-1:]
+        num_latents = self.spec.video.latent_shape(video.num_frames, video.height, video.width)[2]
+        weights = sum(self.spec.weight_bytes(self.options.itemsize).values())
+        for mode in modes:
+            size, ops = decode_cost(self.spec, video.height, video.width, num_latents, mode=mode, decode=decode)
+            if mode == modes[-1] or self.fits(weights + size):
+                break
+        return mode, size, ops
+
+    @property
+    def methods(self) -> dict[str, Method]:
+        """The methods that are predicted: all with their defaults, the one that is planned for with its settings."""
+        return {name: make_method(name) for name in METHODS} | {self.method.name: self.method.method}
 
     def count_steps(self) -> dict[str, dict[str, int]]:
         """How many steps of each mode every method has on the sampler's real timesteps."""
-        timesteps = self.spec.timesteps(self.sampler)
-        methods: dict[str, Method] = {name: make_method(name) for name in METHODS}
-        methods[self.method.name] = self.method.method
+        video = self.video
+        *_, frames, rows, columns = self.spec.video.latent_shape(video.num_frames, video.height, video.width)
+        timesteps = self.spec.timesteps(self.sampler, (frames, rows, columns), window_frames=self.method.window_frames)
+        methods = self.methods
         if self.grid()[0] <= self.method.window_frames:  # at native length the engine runs the stock model
             return {name: {"global": len(timesteps)} for name in methods}
         return {name: dict(Counter(step.mode for step in made.plan(timesteps))) for name, made in methods.items()}
@@ -144,7 +179,7 @@ class Case:
         """Bytes by part, and the peak: denoising and decoding follow each other, so the larger of both counts."""
         layout, weights = self.layout(degrees), self.spec.weight_bytes(self.options.itemsize)
         denoise = max((denoise_peak(layout, mode) for mode in modes), key=lambda parts: sum(parts.values()))
-        denoising, decoding = sum(denoise.values()), self.decode_cost()[0]
+        denoising, decoding = sum(denoise.values()), self.decode_cost[1]
         text = weights["text_encoder"] if self.options.text_device == "model" else 0
         memory = {"weights": weights["transformer"] + weights["vae"], "text_encoder": text, **denoise}
         memory["vae_decode"] = decoding
@@ -192,6 +227,8 @@ def plan_case(case: Case) -> list[Plan]:
         raise UserError(f"cannot plan for {case.world_size} GPUs; give 1 or more")
     every = case.degrees()
     if not every:
+        for degrees in case.degrees(any_method=True):
+            check_layout(name, case.method.method, degrees)
         frames, frame_tokens = case.grid()
         raise UserError(f"cannot split {frames * frame_tokens} tokens over {case.world_size} GPUs; use fewer")
     steps, alone = case.count_steps(), _seconds(case, case.layout((1, 1, 1)))
@@ -201,7 +238,12 @@ def plan_case(case: Case) -> list[Plan]:
 
 
 def _seconds(case: Case, layout: Layout) -> dict[str, dict[str, float]]:
-    return {mode: step_seconds(layout, mode, case.gpu, case.options.kernel) for mode in MODES}
+    return {mode: step_seconds(layout, mode, case.gpu, case.options.kernel) for mode in _modes_of(layout)}
+
+
+def _modes_of(layout: Layout) -> list[Mode]:
+    """The modes that these degrees serve: attention inside views needs whole heads."""
+    return [mode for mode in MODES if mode not in VIEW_MODES or layout.degrees[1] == 1]
 
 
 def _run_seconds(steps: dict[str, int], seconds: dict[str, dict[str, float]]) -> float:
@@ -214,6 +256,8 @@ def _make_plan(
     layout = case.layout(degrees)
     seconds = _seconds(case, layout)
     cfg, ring, ulysses = degrees
+    served = {name for name, made in case.methods.items() if not refused_axes(made.refused_axes, degrees)}
+    steps = {name: counts for name, counts in steps.items() if name in served}
     memory, peak = case.memory(degrees, [mode for mode in MODES if mode in steps[case.method.name]])
     runs = {name: _run_seconds(counts, seconds) for name, counts in steps.items()}
     return Plan(
@@ -223,14 +267,15 @@ def _make_plan(
         tokens=[length(shard) for shard in layout.sequence.shards],
         heads=[length(share) for share in layout.sequence.head_shares],
         local_route=layout.local_route,
-        bytes_per_step={mode: layout.step_bytes(mode) for mode in MODES},
+        bytes_per_step={mode: layout.step_bytes(mode) for mode in seconds},
         memory=memory,
         peak_bytes=peak,
         fits=case.fits(peak),
         steps=steps,
         step_seconds=seconds,
         run_seconds=runs,
-        decode_seconds=case.decode_cost()[1] / (case.gpu.tf32_tflops * TERA * case.gpu.conv_fraction),
+        decode_mode=case.decode_cost[0],
+        decode_seconds=case.decode_cost[2] / (case.gpu.tf32_tflops * TERA * case.gpu.conv_fraction),
         efficiency={name: _run_seconds(steps[name], alone) / (case.world_size * runs[name]) for name in steps},
     )
 

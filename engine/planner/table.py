@@ -15,7 +15,8 @@ def predicted_table(
 ) -> list[dict[str, Any]]:
     """One row per configuration, GPU and number of ranks, for the best degrees: everything in it is predicted.
 
-    Keys: model, gpu, gpus, degrees, fits, peak_gib, and for each method NAME seconds_NAME (denoising) and efficiency_NAME.
+    Keys: model, num_frames, gpu, gpus, degrees, fits, peak_gib, weights_gib, text_gib, decode_mode, seconds_decode, and for
+    each method NAME that these degrees serve seconds_NAME (denoising) and efficiency_NAME.
     """
     rows = []
     for config in configs:
@@ -27,7 +28,9 @@ def predicted_table(
                     spec, config.video, config.sampler, config.method, gpu=gpu, world_size=world_size, options=options
                 )[0]
                 row = {"model": spec.name, "gpu": gpu.name, "gpus": world_size, "degrees": best.name, "fits": best.fits}
-                row["peak_gib"] = best.peak_bytes / GIB
+                row |= {"num_frames": config.video.num_frames, "peak_gib": best.peak_bytes / GIB}
+                row |= {"weights_gib": best.memory["weights"] / GIB, "text_gib": best.memory["text_encoder"] / GIB}
+                row |= {"decode_mode": best.decode_mode, "seconds_decode": best.decode_seconds}
                 row |= {f"seconds_{name}": seconds for name, seconds in best.run_seconds.items()}
                 row |= {f"efficiency_{name}": share for name, share in best.efficiency.items()}
                 rows.append(row)

@@ -4,7 +4,7 @@ from engine.planner.flops import ATTENTION, FP32, GEMM, forward_flops
 from engine.planner.gpu import GpuSpec
 from engine.planner.layout import Layout
 from engine.planner.model import FP32_BYTES
-from parallel.plan import Mode
+from freespec.methods import Mode
 
 TERA = 1e12
 GIGA = 1e9
@@ -22,7 +22,7 @@ def step_seconds(layout: Layout, mode: Mode, gpu: GpuSpec, kernel: str) -> dict[
     fp32 = gpu.fp32_tflops * TERA * gpu.fp32_fraction
     calls = layout.forwards
     attention = calls * sum(flops[part] for part in ATTENTION) / (peak * gpu.attention_rate(kernel))
-    eigh = gpu.eigh_seconds * layout.spec.layers if mode == "dual" else 0.0
+    eigh = gpu.eigh_seconds * layout.spec.layers if mode in ("dual", "views_global") else 0.0
     return {
         "matrices": calls * sum(flops[part] for part in GEMM) / (peak * gpu.gemm_fraction),
         "attention": attention,
@@ -53,26 +53,9 @@ def pass_bytes(layout: Layout, mode: Mode) -> int:
     e, share = layout.itemsize, layout.share(mode)
     hidden = share.shard * layout.spec.width
     inside = share.queries * share.heads * layout.spec.head_dim
-    ratio = layout.spec.transformer.ffn_dim / layout.spec.width
-    per_layer = hidden * block_passes(e, ratio) + inside * attention_passes(layout, mode)
+    ratio = layout.spec.numbers.ffn_dim / layout.spec.width
+    per_layer = hidden * layout.spec.adapter.block_passes(ratio, e) + inside * attention_passes(layout, mode)
     return round(layout.spec.layers * per_layer)
-
-
-def block_passes(e: int, ffn_ratio: float) -> float:
-    """Bytes per token and channel of the eager block around self-attention; `e` is the size of a number.
-
-    Norms over q and k are one fused kernel; everything else is one pass per operator, as eager torch runs it.
-    """
-    cast = e + FP32_BYTES if e < FP32_BYTES else 0
-    return (
-        2 * (2 * cast + 24)  # norm1, norm3: to fp32, norm, scale, shift, back
-        + 3 * 2 * e  # RMS norms of q, k and of the query of cross-attention
-        + 2 * (3 * e + 24)  # rotary of q and k: four products, two sums, two strided copies
-        + (e + 4) + 2 * cast + 12  # gate and residual of self-attention
-        + 2 * cast + 8 + 3 * e  # norm2, residual of cross-attention
-        + 2 * e * ffn_ratio  # GELU
-        + 3 * cast + 20  # gate and residual of the feed-forward
-    )  # fmt: skip
 
 
 def attention_passes(layout: Layout, mode: Mode) -> float:
@@ -80,12 +63,17 @@ def attention_passes(layout: Layout, mode: Mode) -> float:
     e, plan = layout.itemsize, layout.attention_plan(mode)
     cast = e + FP32_BYTES if e < FP32_BYTES else 0
     merges = (plan.ring - 1 if mode != "local" else 0) + (mode == "dual")
+    views = layout.num_views * layout.window_frames / layout.frames  # how many views a token is in, in the mean
     total = merges * (3 * cast + 28)
-    if mode != "global":
+    if mode in ("local", "dual"):
         total += 3 * e * (2 if mode == "dual" else 1)  # zeros, and groups copied to their rows
     if mode == "dual":
         total += 2 * (cast + 4) + 2 * cast + 8 + 20 + (4 + e)  # both Grams; O M, lam O_g, their sum
         total += 4 * e  # k and v written a second time
+    if mode in ("views", "views_global"):
+        total += views * (e + 3 * FP32_BYTES) + FP32_BYTES + e  # weighted, added up in fp32
+    if mode == "views_global":
+        total += 2 * e + views * (4 * (e + FP32_BYTES) + 4 * FP32_BYTES + e)  # scaled q; Grams; two products, their sum
     if plan.ulysses > 1:
         total += 4 * 4 * e  # q, k, v and out: packed, then put in order
     return total

@@ -1,32 +1,103 @@
-"""The methods by name. A method is one file here and one line in METHODS."""
+"""The methods by name. A method is one file here and one line in METHODS, or a class of the user's own by import path."""
 
 import dataclasses
 import difflib
+import importlib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from freespec.methods.base import Method, Mode, StepPlan
+from freespec.methods.base import Branches, Grid, Layer, Method, Mode, Noise, StepPlan
 from freespec.methods.direct import Direct
+from freespec.methods.freelong import FreeLong
+from freespec.methods.freenoise import FreeNoise
+from freespec.methods.freepca import FreePCA
 from freespec.methods.freespec import FreeSpec
 from freespec.methods.sliding_window import SlidingWindow
 
-__all__ = ["METHODS", "Direct", "FreeSpec", "Method", "Mode", "SlidingWindow", "StepPlan", "make_method"]
+__all__ = [
+    "METHODS",
+    "Branches",
+    "Direct",
+    "FreeLong",
+    "FreeNoise",
+    "FreePCA",
+    "FreeSpec",
+    "Grid",
+    "Layer",
+    "Method",
+    "Mode",
+    "Noise",
+    "SlidingWindow",
+    "StepPlan",
+    "find_method",
+    "make_method",
+]
 
-METHODS: dict[str, type] = {"direct": Direct, "sliding_window": SlidingWindow, "freespec": FreeSpec}
+METHODS: dict[str, type[Method]] = {
+    "direct": Direct,
+    "sliding_window": SlidingWindow,
+    "freenoise": FreeNoise,
+    "freelong": FreeLong,
+    "freepca": FreePCA,
+    "freespec": FreeSpec,
+}
 
 
 def make_method(name: str, **settings: Any) -> Method:
     """The method called `name` with these settings; ValueError names the nearest valid word for an unknown one."""
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}{_nearest(name, METHODS)}; choose one of {', '.join(METHODS)}")
-    known = [field.name for field in dataclasses.fields(METHODS[name])]
+    kind = find_method(name)
+    known: list[str] = [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
     for key in settings:
         if key not in known:
             what = f"has the settings {', '.join(known)}" if known else "has no settings"
             raise ValueError(f"method {name!r} does not know {key!r}{_nearest(key, known)}; it {what}")
-    method: Method = METHODS[name](**settings)
-    return method
+    try:
+        return kind(**settings)
+    except TypeError as error:  # no plan, a field without a default, or a value of another type
+        raise ValueError(f"method {name!r} cannot be made: {error}") from error
 
 
-def _nearest(word: str, words: Any) -> str:
+def find_method(name: str) -> type[Method]:
+    """The class of a name in METHODS or of an import path `package.module:Class`; ValueError if there is none."""
+    if name in METHODS:
+        return METHODS[name]
+    module_name, colon, class_name = name.partition(":")
+    if not (colon and module_name and class_name):
+        raise ValueError(
+            f"unknown method {name!r}{_nearest(name, METHODS)}; choose one of {', '.join(METHODS)}, "
+            "or a class of your own as package.module:Class"
+        )
+    module = _import(module_name, name)
+    kind = getattr(module, class_name, None)
+    if kind is None:
+        classes = [key for key, value in vars(module).items() if isinstance(value, type)]
+        raise ValueError(f"method {name!r}: {module_name} has no {class_name!r}{_nearest(class_name, classes)}")
+    if not (isinstance(kind, type) and issubclass(kind, Method)):
+        raise ValueError(f"method {name!r}: {class_name} is not a subclass of freespec.methods.Method")
+    return kind
+
+
+def _import(module_name: str, name: str) -> Any:
+    """A user's module, from the path of Python or the working directory."""
+    here = str(Path.cwd())
+    added = here not in sys.path
+    if added:  # `python launch/generate.py` searches the folder of the script, not the one it was started in
+        sys.path.append(here)
+    try:
+        return importlib.import_module(module_name)
+    except ImportError as error:
+        raise ValueError(
+            f"method {name!r}: cannot import {module_name!r} from {here} or Python's path: {error}"
+        ) from error
+    except (ValueError, TypeError, SyntaxError) as error:
+        raise ValueError(f"method {name!r}: {module_name!r} does not import: {error}") from error
+    finally:
+        if added:
+            sys.path.remove(here)
+
+
+def _nearest(word: str, words: Iterable[str]) -> str:
     match = difflib.get_close_matches(word, list(words), n=1)
     return f" (did you mean {match[0]!r}?)" if match else ""

@@ -1,31 +1,122 @@
-"""What a method tells the engine: the mode of each denoising step, and how the two branches become one."""
+"""What a method tells the engine: its noise, the branches of each denoising step, and how they become one."""
 
-from collections.abc import Callable, Sequence
+import abc
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-Mode = Literal["global", "local", "dual"]
+Mode = Literal["global", "local", "dual", "views", "views_global"]
+Noise = Literal["iid", "freenoise", "mean_reuse"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepPlan:
-    """One denoising step: which branches every self-attention layer computes, and the progress of its fusion."""
+    """One denoising step: which branches every self-attention layer computes, and the progress of its fusion.
+
+    `global` and `local` are one branch that is the layer's output; `dual` is both, `views` attention inside overlapping
+    views, `views_global` those and the global branch with scaled queries: the last three go through the method's `fuse`.
+    """
 
     mode: Mode
     progress: float = 0.0
 
 
-class Method(Protocol):
-    """A method for long videos. Its fields are its hyperparameters; it holds no tensor and no state of a run."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grid:
+    """The tokens of a video, frame-major: `frames` x `rows` x `columns`, and the native length `window_frames`."""
 
+    frames: int
+    rows: int
+    columns: int
+    window_frames: int
+
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens of one frame."""
+        return self.rows * self.columns
+
+    @property
+    def tokens(self) -> int:
+        """S, tokens of the video."""
+        return self.frames * self.frame_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Branches:
+    """What one layer computed, as its step's mode asks for.
+
+    Attributes:
+        local: the sliding window's output [B, s, N, D] (`dual`).
+        wide: the global branch's output [B, s, N, D] (`dual`, `views_global`).
+        views: attention inside each view of `Method.view_starts`, [B, window_frames * frame_tokens, N, D] each. A view is
+            computed when it is asked for, once: what is added up at once never needs the memory of all of them.
+    """
+
+    local: Tensor | None = None
+    wide: Tensor | None = None
+    views: Iterable[Tensor] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layer:
+    """Where the branches come from: the grid, and the sums over what other ranks hold.
+
+    A rank has s of the S tokens for N heads of all: `sum_tokens` adds what each token shard contributed (ring),
+    `sum_heads` what each share of the heads did (ulysses). Alone, both return what they are given.
+    """
+
+    grid: Grid
+    sum_tokens: Callable[[Tensor], Tensor]
+    sum_heads: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(metaclass=abc.ABCMeta):
+    """A method for long videos. Its fields are its hyperparameters; it holds no tensor and no state of a run.
+
+    A subclass says what its steps compute (`plan`), and overrides of the rest what it needs. At native length, F <= F0,
+    the engine runs the base model and asks for nothing but `plan`.
+    """
+
+    #: Initial noise that goes with the method, unless `sampler.noise` says otherwise.
+    noise: ClassVar[Noise] = "iid"
+
+    @property
+    def refused_axes(self) -> Mapping[str, str]:
+        """Axes of the mesh (`ring`, `ulysses`) that must be 1, each with the reason; {} for any layout."""
+        return {}
+
+    @abc.abstractmethod
     def plan(self, timesteps: Sequence[float]) -> list[StepPlan]:
         """The mode of each step, from the scheduler's timesteps (1000 = pure noise), first step first."""
 
-    def weights(self, step: StepPlan, head_dim: int, device: torch.device) -> Any:
-        """Tensors that `fuse` needs in this step. Made once per step, because numbers would recompile a compiled block."""
+    def view_starts(self, grid: Grid) -> tuple[int, ...]:
+        """First frame of each view; every view has `window_frames` frames. Asked for in modes with views only."""
+        raise AssertionError(f"{type(self).__name__} has no views")
 
-    def fuse(self, o_local: Tensor, o_global: Tensor, weights: Any, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-        """One layer's output from both branches, all [B, s, N, D]; `reduce` sums a tensor over the shards of the tokens."""
+    def query_scale(self, grid: Grid) -> float:
+        """Factor of the queries of the global branch in mode `views_global`."""
+        return 1.0
+
+    def weights(self, step: StepPlan, grid: Grid, head_dim: int, device: torch.device) -> Any:
+        """Tensors that `fuse` needs in this step. Made once per step, because numbers would recompile a compiled block."""
+        return None
+
+    def fuse(self, branches: Branches, weights: Any, layer: Layer) -> Tensor:
+        """One layer's output [B, s, N, D] from its branches."""
+        raise AssertionError(f"{type(self).__name__} has no step that fuses")
+
+
+def check_choice(method: str, name: str, value: str, allowed: Sequence[str]) -> None:
+    """Raise ValueError unless the setting has one of these words."""
+    if value not in allowed:
+        raise ValueError(f"{method}: {name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def check_stride(method: str, stride: int | None) -> None:
+    """Raise ValueError unless the distance between views is a number of frames, or None for the published quarter."""
+    if stride is not None and stride < 1:
+        raise ValueError(f"{method}: stride must be 1 or more frames, got {stride}")

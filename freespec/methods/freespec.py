@@ -1,6 +1,6 @@
 """`freespec`: singular-spectrum reconstruction in the early steps, the local branch alone after (method.md, eq. 4-13)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from freespec import schedule, spectrum
-from freespec.methods.base import StepPlan
+from freespec.methods.base import Branches, Grid, Layer, Method, StepPlan
 
 
 class FusionWeights(NamedTuple):
@@ -19,7 +19,7 @@ class FusionWeights(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FreeSpec:
+class FreeSpec(Method):
     """Settings of FreeSpec; the switches give every row of the paper's ablation table.
 
     Attributes:
@@ -75,7 +75,7 @@ class FreeSpec:
         progress = schedule.fusion_progress(timesteps, domain=self.domain, split=self.split)
         return [StepPlan(mode="local") if p is None else StepPlan(mode="dual", progress=p) for p in progress]
 
-    def weights(self, step: StepPlan, head_dim: int, device: torch.device) -> FusionWeights:
+    def weights(self, step: StepPlan, grid: Grid, head_dim: int, device: torch.device) -> FusionWeights:
         """g_r (eq. 8) and lam (eq. 12) of one dual step."""
         g = schedule.rank_weight(head_dim, self.beta if self.rank else 0.0, device)
         if self.time:
@@ -89,11 +89,12 @@ class FreeSpec:
         }[self.residual]
         return FusionWeights(rank=g, residual=torch.tensor(lam, dtype=torch.float64, device=device))
 
-    def fuse(
-        self, o_local: Tensor, o_global: Tensor, weights: FusionWeights, reduce: Callable[[Tensor], Tensor]
-    ) -> Tensor:
-        """Eq. 9-13 on [B, s, N, D]; the Gram matrices of both branches are reduced over the tokens in one call."""
-        gram_local, gram_global = reduce(torch.stack((spectrum.gram(o_local), spectrum.gram(o_global)))).unbind(0)
+    def fuse(self, branches: Branches, weights: FusionWeights, layer: Layer) -> Tensor:
+        """Eq. 9-13 on [B, s, N, D]; the Gram matrices of both branches are summed over the tokens in one call."""
+        o_local, o_global = branches.local, branches.wide
+        assert o_local is not None and o_global is not None, "freespec fuses two branches"
+        grams = torch.stack((spectrum.gram(o_local), spectrum.gram(o_global)))
+        gram_local, gram_global = layer.sum_tokens(grams).unbind(0)
         if self.basis == "local":
             matrix, base = spectrum.local_basis_matrix(gram_local, gram_global, weights.rank), o_local
         else:

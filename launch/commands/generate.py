@@ -31,6 +31,8 @@ def main(argv: list[str]) -> None:
     """Read the settings, meet the other ranks if there are any, check the outputs, load the model once, make every video."""
     namespace, config = parse_run(argv, name="generate.py", description=DESCRIPTION, add_arguments=_add_arguments)
     check_started(namespace.nproc)
+    if namespace.ray is not None:
+        raise UserError("--ray starts ranks itself, from the command line; leave it out, or torchrun")
     prompts = read_prompts(namespace.prompt, namespace.prompt_file)
     outputs = plan_outputs(config.output, len(prompts))
     with open_ranks(config, prompts=prompts, verbose=namespace.verbose) as party:
@@ -106,6 +108,9 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--prompt_file", type=str, help="text file with one prompt a line, instead of --prompt")
     parser.add_argument(
         "--nproc", type=int, help="ranks to start on this machine, one per GPU; torchrun starts its own"
+    )
+    parser.add_argument(
+        "--ray", type=str, help="start the ranks as actors of a Ray cluster instead: auto, HOST:PORT, or local"
     )
     parser.add_argument("--verbose", type=bool, default=False, help="show what every rank says, with its number")
 

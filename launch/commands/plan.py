@@ -98,7 +98,7 @@ def _memory(best: Plan, gpu: GpuSpec) -> list[str]:
 
 def _steps(best: Plan) -> list[str]:
     lines = []
-    for mode in MODES:
+    for mode in best.step_seconds:
         seconds = ", ".join(f"{part} {value:.3f}" for part, value in best.step_seconds[mode].items())
         sent = ", ".join(f"{kind} {size / 1e6:.1f}" for kind, size in best.bytes_per_step[mode].items() if size)
         total = sum(best.step_seconds[mode].values())
@@ -112,20 +112,22 @@ def _runs(best: Plan, world_size: int) -> list[str]:
         steps = ", ".join(f"{count} {mode}" for mode, count in best.steps[method].items())
         shared = f", {best.efficiency[method]:.1%} of {world_size} times one GPU" if world_size > 1 else ""
         lines.append(f"  {method}: {seconds:.1f} s predicted to denoise ({steps}){shared}")
-    return [*lines, f"  decoding on one GPU: {best.decode_seconds:.1f} s predicted"]
+    return [*lines, f"  decoding on one GPU ({best.decode_mode}): {best.decode_seconds:.1f} s predicted"]
 
 
 def _table(plans: list[Plan]) -> list[str]:
-    methods = list(plans[0].run_seconds)
-    rows = [["cfg", "ring", "ulysses", "tokens", "heads", "GiB", *MODES, *methods, "fits"]]
+    # What some degrees cannot have, such as views where the tokens stay split, is a dash there.
+    modes = [mode for mode in MODES if any(mode in p.step_seconds for p in plans)]
+    methods = list(dict.fromkeys(name for p in plans for name in p.run_seconds))
+    rows = [["cfg", "ring", "ulysses", "tokens", "heads", "GiB", *modes, *methods, "fits"]]
     rows += [
         [
             *map(str, p.degrees),
             _span(p.tokens),
             _span(p.heads),
             f"{p.peak_bytes / GIB:.1f}",
-            *(f"{sum(p.step_seconds[mode].values()):.3f}" for mode in MODES),
-            *(f"{p.run_seconds[method]:.1f}" for method in methods),
+            *(f"{sum(p.step_seconds[mode].values()):.3f}" if mode in p.step_seconds else "-" for mode in modes),
+            *(f"{p.run_seconds[method]:.1f}" if method in p.run_seconds else "-" for method in methods),
             "yes" if p.fits else "no",
         ]
         for p in plans

@@ -9,14 +9,14 @@ import torch._dynamo.testing
 from torch import Tensor
 
 from engine import apply_method
-from engine.adapters.wan import WanAdapter
+from engine.adapters.wan import WAN
 from engine.errors import UserError
 from freespec.attention import masked_ref
-from freespec.methods import FreeSpec, StepPlan
+from freespec.methods import FreePCA, FreeSpec, Grid, StepPlan
 from freespec.spectrum import svd_fusion_ref
 from tests.tiny_pipelines import random_wan
 
-METHODS = ("direct", "sliding_window", "freespec")
+METHODS = ("direct", "sliding_window", "freenoise", "freelong", "freepca", "freespec")
 CALL = {
     "prompt": "a red circle",
     "negative_prompt": "bad",
@@ -74,13 +74,13 @@ class ReferenceProcessor:
         self.frame_tokens, self.window_frames, self.weights = frame_tokens, window_frames, weights
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        q, k, v = WanAdapter.qkv(attn, hidden_states, rotary_emb)
+        q, k, v = WAN.qkv(attn, hidden_states, rotary_emb)
         out = masked_ref(q, k, v, frame_tokens=self.frame_tokens, window_frames=self.window_frames)
         if self.weights["now"] is not None:
             wide = masked_ref(q, k, v, frame_tokens=self.frame_tokens, window_frames=None)
             g, lam = self.weights["now"]
             out = svd_fusion_ref(out, wide, g, float(lam))
-        return WanAdapter.project_out(attn, out.to(q.dtype))
+        return WAN.project_out(attn, out.to(q.dtype))
 
 
 @pytest.mark.parametrize(("split", "agrees"), [(0.6, True), (0.9, False)])
@@ -92,12 +92,13 @@ def test_freespec_run_equals_a_run_with_masks_and_svd(split, agrees):
 
     slow = random_wan().to(torch.float64)
     weights: dict = {"now": None}
-    for attn in WanAdapter.attention_modules(slow.transformer):
+    for attn in WAN.attention_modules(slow.transformer):
         attn.set_processor(ReferenceProcessor(4 * 6, 3, weights))
     plan = FreeSpec(domain="step", split=split).plan([999.0, 900.0, 500.0])  # negative control: one dual step more
 
     def set_weights(step: StepPlan) -> None:
-        weights["now"] = method.weights(step, 12, torch.device("cpu")) if step.mode == "dual" else None
+        grid = Grid(frames=8, rows=4, columns=6, window_frames=3)
+        weights["now"] = method.weights(step, grid, 12, torch.device("cpu")) if step.mode == "dual" else None
 
     set_weights(plan[0])
 
@@ -127,16 +128,17 @@ def test_fused_projections(method):
         assert pipe.transformer.blocks[0].attn1.fused_projections
 
 
-def test_compiled_blocks():
+@pytest.mark.parametrize("method", [FreeSpec(domain="step", split=0.5), FreePCA(domain="step", split=0.5)])
+def test_compiled_blocks(method):
     torch.compiler.reset()
     pipe = random_wan(layers=10)  # more layers than dynamo's recompile limit
-    with apply_method(pipe, method=FreeSpec(domain="step", split=0.5), window_frames=3):
+    with apply_method(pipe, method=method, window_frames=3):
         expected = latents_of(pipe, num_inference_steps=4)
         compiled = random_wan(layers=10)
     counter = torch._dynamo.testing.CompileCounter()
     compiled.transformer.compile_repeated_blocks(backend=counter)
     with (
-        apply_method(compiled, method=FreeSpec(domain="step", split=0.5), window_frames=3),
+        apply_method(compiled, method=method, window_frames=3),
         torch._dynamo.config.patch(error_on_recompile=False, fail_on_recompile_limit_hit=True),
         warnings.catch_warnings(),
     ):

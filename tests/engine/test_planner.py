@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.adapters.wan_published import PUBLISHED
 from engine.apply import apply_method
-from engine.config import MethodConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig
+from engine.config import DecodeConfig, MethodConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.decode import stream_decode
 from engine.errors import UserError
 from engine.hooks import BranchProcessor, RunState, StepHook, shard_hooks
@@ -30,10 +30,10 @@ from engine.planner.flops import forward_flops
 from engine.planner.gpu import FOLDER
 from engine.planner.layout import Layout, feasible_degrees, latent_bytes, lay_out
 from engine.planner.memory import GIB, PREDICTION_TENSORS, decode_cost, denoise_peak
-from engine.planner.timing import block_passes, communication_seconds
+from engine.planner.timing import communication_seconds
 from freespec.attention import WindowedAttention
 from freespec.kernels import KERNELS
-from freespec.methods import StepPlan, make_method
+from freespec.methods import Grid, StepPlan, make_method
 from parallel.attention import TORCH_EXCHANGE
 from parallel.plan import Mode, length
 from tests.parallel.memory import LiveBytes
@@ -41,12 +41,19 @@ from tests.parallel.worlds import small_mesh
 from tests.tiny_pipelines import random_wan, save_random_wan
 
 SMALL, LARGE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"
-METHOD_OF: dict[Mode, str] = {"dual": "freespec", "global": "direct", "local": "sliding_window"}
+METHOD_OF: dict[Mode, str] = {
+    "dual": "freespec",
+    "global": "direct",
+    "local": "sliding_window",
+    "views": "freenoise",
+    "views_global": "freepca",
+}
 LONG = VideoConfig(num_frames=321, height=480, width=832)
 SAMPLER = SamplerConfig(guidance_scale=6.0, flow_shift=8.0)
 FREESPEC = MethodConfig(window_frames=21)
 RANK = 3  # of 8: one with neighbours on both sides
 CPU = torch.device("cpu")
+DECODE = DecodeConfig()
 
 
 @pytest.fixture(scope="module")
@@ -84,16 +91,22 @@ def fake_forward(layout: Layout, mode: Mode, kernel: str, *, layers: int) -> Cal
     method, (_, ring, ulysses) = make_method(METHOD_OF[mode]), layout.degrees
     mesh = small_mesh(cfg=8 // (ring * ulysses), ring=ring, ulysses=ulysses)
     state = RunState(
-        method=method, window_frames=layout.window_frames, kernel_name=kernel, mesh=mesh, exchange=TORCH_EXCHANGE
+        adapter=spec.adapter,
+        method=method,
+        window_frames=layout.window_frames,
+        kernel_name=kernel,
+        mesh=mesh,
+        exchange=TORCH_EXCHANGE,
     )
     state.mode = mode
+    state.grid = Grid(frames=frames, rows=1, columns=frame_tokens, window_frames=layout.window_frames)
     state.attention = WindowedAttention(
         num_frames=frames, frame_tokens=frame_tokens, window_frames=layout.window_frames, kernel=KERNELS[kernel]
     )
     StepHook(state, lambda: None)._lay_out(layout.tokens, spec.heads, spec.head_dim, latents)
-    if mode == "dual":
+    if mode not in ("global", "local"):
         with FakeTensorMode():
-            state.weights = method.weights(StepPlan(mode="dual"), spec.head_dim, CPU)
+            state.weights = method.weights(StepPlan(mode=mode), state.grid, spec.head_dim, CPU)
     for layer, block in enumerate(model.blocks):
         block.attn1.set_processor(BranchProcessor(state, layer))
     shard_hooks(state, model)
@@ -161,6 +174,21 @@ def test_flops_of_every_branch_in_every_layout_are_exactly_what_torch_counts(
         assert together == forward_flops(spec, layout.share("global"), "global")["attention_global"]
 
 
+@pytest.mark.usefixtures("fake_world")
+@pytest.mark.parametrize(("mode", "tolerance"), [("views", 0.0), ("views_global", 1e-3)])
+def test_flops_of_views_are_what_torch_counts(specs: dict[str, ModelSpec], mode: Mode, tolerance: float) -> None:
+    """To the last one, but for the algebra of FreePCA's frames x frames matrices."""
+    video = VideoConfig(num_frames=29, height=64, width=64)
+    layout = make_layout(specs[LARGE], video, 1, 8, window=3, itemsize=2)
+    spec = replace(specs[LARGE], configs=specs[LARGE].configs | {"transformer": _with_layers(specs[LARGE], 2)})
+    flops = sum(forward_flops(spec, layout.share(mode), mode).values())
+    assert layout.num_views == 6
+    counted = counted_flops(fake_forward(layout, mode, "plain", layers=2))
+    assert flops == pytest.approx(counted, rel=tolerance, abs=0)
+    fewer = replace(layout.share(mode), num_views=5)  # negative control
+    assert sum(forward_flops(spec, fewer, mode).values()) != pytest.approx(counted, rel=tolerance, abs=0)
+
+
 def _with_layers(spec: ModelSpec, layers: int) -> dict[str, Any]:
     return spec.configs["transformer"] | {"num_layers": layers}
 
@@ -191,17 +219,17 @@ def test_passes_over_memory_are_about_those_of_the_eager_block(specs: dict[str, 
                 parameter.data = parameter.data.bfloat16()
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), Traffic() as traffic:
         block(hidden, text, modulation, rotary)
-    ratio = spec.transformer.ffn_dim / width
+    ratio = spec.numbers.ffn_dim / width
     # The eager RMS norm of q, k and cross q on the meta device: to fp32, times its inverse root, times weight, back.
     rms = 3 * (6 + 8 + 8 + 6)
     measured = traffic.total / (tokens * width)
-    assert block_passes(2, ratio) - 3 * 4 + rms == pytest.approx(measured, rel=0.1)
+    assert spec.adapter.block_passes(ratio, 2) - 3 * 4 + rms == pytest.approx(measured, rel=0.1)
 
 
 # Memory.
 
 
-@pytest.mark.parametrize("mode", ["dual", "global", "local"])
+@pytest.mark.parametrize("mode", ["dual", "global", "local", "views", "views_global"])
 def test_peak_of_a_forward_is_within_15_percent_of_what_the_allocator_gave_out(tmp_path: Path, mode: Mode) -> None:
     spec = read_model(ModelConfig(path=str(save_random_wan(tmp_path))))
     pipe = random_wan(layers=2)
@@ -218,7 +246,7 @@ def test_peak_of_a_forward_is_within_15_percent_of_what_the_allocator_gave_out(t
 
 def forward_part(layout: Layout, mode: Mode) -> int:
     """The predicted peak without what is alive before a forward starts: latents and earlier predictions."""
-    predictions = PREDICTION_TENSORS * layout.tokens * layout.spec.patch_values[1] * layout.itemsize
+    predictions = PREDICTION_TENSORS * layout.tokens * layout.spec.numbers.out_values * layout.itemsize
     return sum(denoise_peak(layout, mode).values()) - 4 * latent_bytes(layout) - predictions
 
 
@@ -243,9 +271,11 @@ def test_peak_of_decoding_is_within_15_percent_of_the_tensors_of_a_real_run(tmp_
     with LiveBytes() as live:
         for _frames in stream_decode(vae, latents):
             pass
-    assert decode_cost(spec, 64, 64, 5)[0] == pytest.approx(live.peak, rel=0.15)
-    assert decode_cost(spec, 64, 64, 50)[0] == decode_cost(spec, 64, 64, 5)[0]  # any length
-    assert decode_cost(spec, 64, 64, 50)[1] > decode_cost(spec, 64, 64, 5)[1]
+    assert decode_cost(spec, 64, 64, 5, decode=DECODE)[0] == pytest.approx(live.peak, rel=0.15)
+    assert (
+        decode_cost(spec, 64, 64, 50, decode=DECODE)[0] == decode_cost(spec, 64, 64, 5, decode=DECODE)[0]
+    )  # any length
+    assert decode_cost(spec, 64, 64, 50, decode=DECODE)[1] > decode_cost(spec, 64, 64, 5, decode=DECODE)[1]
 
 
 def test_weights_are_those_of_the_published_checkpoints(specs: dict[str, ModelSpec]) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -12,22 +13,33 @@ from torch import Tensor
 
 import engine.engine
 from engine.apply import Ranks
-from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
+from engine.config import (
+    AttentionConfig,
+    MethodConfig,
+    ModelConfig,
+    OutputConfig,
+    RunConfig,
+    SamplerConfig,
+    VideoConfig,
+)
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.load import load_pipeline
-from freespec.attention import WindowedAttention
-from freespec.methods import FreeSpec
+from engine.supported_layouts import refused_axes
+from freespec.attention import merge
+from freespec.methods import FreePCA, FreeSpec, make_method
+from freespec.rotary import Riflex
 from parallel.mesh import build_mesh
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import save_random_wan
 
-METHODS = ("direct", "sliding_window", "freespec")
+METHODS = ("direct", "sliding_window", "freespec")  # in any arrangement
+WHOLE_HEADS = ("freenoise", "freelong", "freepca")  # where ring is 1
 TIMEOUT = timedelta(seconds=60)
 
 
 class Case(NamedTuple):
-    """One arrangement of the ranks, one method, and what is broken on purpose."""
+    """One arrangement of the ranks, one method (or "METHOD+riflex"), and what is broken on purpose."""
 
     folder: str
     degrees: tuple[int, int, int]
@@ -37,12 +49,20 @@ class Case(NamedTuple):
 
 
 def config_of(folder: str, method: str) -> RunConfig:
+    method, _, riflex = method.partition("+")
     return RunConfig(
         model=ModelConfig(path=folder, device="cpu"),
         # 8 latent frames of 5 x 3 tokens: no number of ranks below divides the 120 tokens into whole frames.
         video=VideoConfig(num_frames=29, height=80, width=48),
         sampler=SamplerConfig(num_steps=4, guidance_scale=4.0, seed=3, negative_prompt="bad", max_text_tokens=20),
-        method=MethodConfig(name=method, window_frames=3, freespec=FreeSpec(domain="step", split=0.5)),
+        # FreePCA's default stride of 1 gives 6 views; half of the steps fuse them.
+        method=MethodConfig(
+            name=method,
+            window_frames=3,
+            freespec=FreeSpec(domain="step", split=0.5),
+            freepca=FreePCA(domain="step", split=0.5),
+        ),
+        attention=AttentionConfig(riflex=Riflex(enabled=bool(riflex), index=1)),
         output=OutputConfig(progress="off"),
     )
 
@@ -54,6 +74,13 @@ def all_degrees(ranks: int) -> list[tuple[int, int, int]]:
         for ring in range(1, ranks + 1)
         if ranks % cfg == 0 and ranks // cfg % ring == 0
     ]
+
+
+def methods_on(degrees: tuple[int, int, int]) -> tuple[str, ...]:
+    """The methods that are run on a layout; cfg asks nothing of a method, so the second kind is run without it."""
+    for method in WHOLE_HEADS:
+        assert bool(refused_axes(make_method(method).refused_axes, degrees)) == (degrees[1] > 1)
+    return METHODS + WHOLE_HEADS if degrees[:2] == (1, 1) else METHODS
 
 
 def latents_on_ranks(rank: int, case: Case) -> Tensor | str:
@@ -85,13 +112,22 @@ def latents_on_ranks(rank: int, case: Case) -> Tensor | str:
 def break_on_purpose(made: LongVideoEngine, fault: str) -> None:
     if fault == "unreduced Grams":
         made.handle.state.method = UnreducedFreeSpec(domain="step", split=0.5)
+    if fault == "heads not summed":
+        made.handle.state.method = UnsummedFreePCA(domain="step", split=0.5)
 
 
 class UnreducedFreeSpec(FreeSpec):
     """FreeSpec that forgets the other ranks' tokens."""
 
-    def fuse(self, o_local, o_global, weights, reduce):
-        return super().fuse(o_local, o_global, weights, lambda total: total)
+    def fuse(self, branches, weights, layer):
+        return super().fuse(branches, weights, dataclasses.replace(layer, sum_tokens=lambda total: total))
+
+
+class UnsummedFreePCA(FreePCA):
+    """FreePCA that forgets the other ranks' heads: each rank chooses components of its own."""
+
+    def fuse(self, branches, weights, layer):
+        return super().fuse(branches, weights, dataclasses.replace(layer, sum_heads=lambda total: total))
 
 
 @pytest.fixture(scope="module")
@@ -111,11 +147,10 @@ def attend_in_chunks(kernel):
     """The same kernel with the keys in three parts: what another order of sums does to a run on one rank."""
 
     def chunked(q, k, v):
-        attention = WindowedAttention(num_frames=1, frame_tokens=1, window_frames=1, kernel=kernel)
         parts = [x for x in zip(k.tensor_split(3, dim=2), v.tensor_split(3, dim=2), strict=True) if x[0].shape[2]]
         out, lse = (x.transpose(1, 2) for x in kernel(q, *parts[0]))
         for part in parts[1:]:
-            out, lse = attention.merge(out, lse, *(x.transpose(1, 2) for x in kernel(q, *part)))
+            out, lse = merge(out, lse, *(x.transpose(1, 2) for x in kernel(q, *part)))
         return out.transpose(1, 2), lse.transpose(1, 2)
 
     return chunked
@@ -141,8 +176,11 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 def test_any_arrangement_of_ranks_makes_the_same_video(folder, ranks, tmp_path):
-    cases = [Case(folder, degrees, method) for degrees in all_degrees(ranks) for method in METHODS]
-    cases += [Case(folder, all_degrees(ranks)[0], "freespec", route) for route in ("halo", "all_to_all")]
+    every = all_degrees(ranks)
+    cases = [Case(folder, degrees, method) for degrees in every for method in methods_on(degrees)]
+    cases += [Case(folder, every[0], "freespec", route) for route in ("halo", "all_to_all")]
+    if ranks == 2:
+        cases += [Case(folder, degrees, "freespec+riflex") for degrees in ((1, 1, 2), (1, 2, 1))]
     for case, by_rank in zip(cases, run_ranks(ranks, latents_on_ranks, cases, tmp_path), strict=True):
         for latents in by_rank[1:]:
             assert torch.equal(latents, by_rank[0]), case  # every rank has the whole video, bit for bit
@@ -155,6 +193,29 @@ def test_a_wrong_sum_over_ranks_is_seen(folder, tmp_path):
     cases = [Case(folder, (1, 2, 1), "freespec", fault="unreduced Grams")]
     [[first, _]] = run_ranks(2, latents_on_ranks, cases, tmp_path)
     assert relative(first, on_one_rank(folder, "freespec")) > 1e-4  # ten times the tolerance
+
+
+def test_components_that_each_rank_chooses_for_itself_are_seen(folder, tmp_path):
+    cases = [Case(folder, (1, 1, 2), "freepca", fault="heads not summed")]
+    [[first, _]] = run_ranks(2, latents_on_ranks, cases, tmp_path)
+    assert relative(first, on_one_rank(folder, "freepca")) > 1e-4
+
+
+def test_riflex_makes_another_video(folder):
+    """Negative control of the cases with it above."""
+    assert relative(on_one_rank(folder, "freespec+riflex"), on_one_rank(folder, "freespec")) > 1e-3
+
+
+@pytest.mark.parametrize("method", ["freenoise", "freelong", "freepca"])
+def test_a_layout_that_a_method_cannot_have_is_refused_by_all_ranks(folder, method, tmp_path):
+    cases = [Case(folder, (1, 2, 1), method)]
+    [[first, second]] = run_ranks(2, latents_on_ranks, cases, tmp_path)
+    assert first == second
+    assert re.fullmatch(
+        f"{method} cannot be shared out as cfg 1 x ring 2 x ulysses 1: ring must be 1, as its [a-z -]+ all tokens of a "
+        "head on one rank; the nearest layout that works is cfg 1 x ring 1 x ulysses 2",
+        first,
+    )
 
 
 def test_ranks_that_disagree_all_say_so(folder, tmp_path):

@@ -19,16 +19,19 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from engine import decode_plan, tiled_decode
+from engine.adapters.base import TimeSettings
+from engine.adapters.wan import WAN, _CausalDecoder
 from engine.adapters.wan_published import PUBLISHED
 from engine.apply import Ranks
+from engine.blend import fade_in
 from engine.config import DecodeConfig, MethodConfig, ModelConfig, OutputConfig, RunConfig, VideoConfig
-from engine.decode import empty_cache, stream_decode, to_uint8
+from engine.decode import stream_decode, to_uint8
 from engine.decode_plan import GIB, check_tiles, choose_mode, make_grid, plan_decode, share_tiles, tile_bytes
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.group_of_one import GROUP_OF_ONE
 from engine.planner.live_bytes import LiveBytes
-from engine.tiled_decode import fade_in, stream_tiles
+from engine.tiled_decode import stream_tiles
 from parallel.mesh import Axis, build_mesh
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import random_wan, save_random_wan
@@ -101,9 +104,9 @@ def broken(fault: str) -> Iterator[None]:
     """Break one thing of the tiled decode."""
     cut, step, caches = tiled_decode.cut_tile, tiled_decode.decode_step, []
 
-    def step_with_one_cache(vae, latent, cache, *, first):
+    def step_with_one_cache(decoder, latents, cache, *, index, tile):
         caches.append(cache)
-        return step(vae, latent, cache if first else caches[0], first=first)
+        return step(decoder, latents, cache if index == 0 else caches[0], index=index, tile=tile)
 
     faults = {
         "": (tiled_decode, "cut_tile", cut),
@@ -118,7 +121,7 @@ def broken(fault: str) -> Iterator[None]:
 def compare(rank: int, case: Case, world: Axis) -> bool | None:
     """Whether rank 0's frames are those of diffusers; None on the others, which get no frames."""
     vae, latents = random_vae(), draw(case.size)
-    plan = plan_decode(case.config, vae, case.size[1:], world=world)
+    plan = plan_decode(case.config, vae, case.size, world=world)
     assert plan.record["tiles"] == sum(plan.record["tiles_by_rank"]) == case.tiles
     assert plan.mode == ("tiled" if case.tiles > 1 else "whole")
     with broken(case.fault):
@@ -228,7 +231,7 @@ def test_the_engine_decodes_as_configured_and_says_how(results, folder):
 
 def peak_bytes(world: Axis, num_latents: int) -> int:
     vae, latents = random_vae(), draw((num_latents, 8, 12))
-    plan = plan_decode(TILED, vae, (8, 12), world=world)
+    plan = plan_decode(TILED, vae, (num_latents, 8, 12), world=world)
     with LiveBytes() as live:
         for frames in stream_tiles(vae, latents, plan, world=world):
             del frames
@@ -243,8 +246,9 @@ def test_memory_does_not_grow_with_length(alone):
 
 def test_a_tile_has_one_cache_and_a_stopped_stream_leaves_none(alone):
     vae, latents = random_vae(), draw((3, 8, 12))
-    plan = plan_decode(TILED, vae, (8, 12), world=alone)
-    with mock.patch.object(tiled_decode, "empty_cache", mock.Mock(wraps=empty_cache)) as made, LiveBytes() as live:
+    plan = plan_decode(TILED, vae, (3, 8, 12), world=alone)
+    start = _CausalDecoder.start
+    with mock.patch.object(_CausalDecoder, "start", autospec=True, side_effect=start) as made, LiveBytes() as live:
         stream = stream_tiles(vae, latents, plan, world=alone)
         next(stream)
         assert made.call_count == 12
@@ -277,7 +281,9 @@ def test_the_estimate_is_what_a_decode_takes(alone):
     with LiveBytes() as live:
         for frames in stream_decode(vae, latents):
             del frames
-    assert sum(tile_bytes(json.dumps(dict(vae.config)), 12, 12)) == pytest.approx(live.peak, rel=0.1)
+    assert sum(tile_bytes(WAN, json.dumps(dict(vae.config)), (4, 12, 12), TimeSettings())) == pytest.approx(
+        live.peak, rel=0.1
+    )
 
 
 @pytest.mark.parametrize(
@@ -289,7 +295,7 @@ def test_the_estimate_is_what_a_decode_takes(alone):
     ],
 )
 def test_auto_is_whole_where_it_fits(whole, tiled, free, mode, why):
-    got = choose_mode(whole * GIB, tiled * GIB, free=[x * GIB for x in free])
+    got = choose_mode({"whole": whole * GIB, "tiled": tiled * GIB}, free=[x * GIB for x in free])
     assert got[0] == mode
     assert re.search(why, got[1])
 
@@ -301,11 +307,11 @@ def test_auto_weighs_a_real_vae_against_free_memory(alone):
     plans = {}
     for gib in (80, 6):
         with mock.patch.object(decode_plan, "_free_bytes", return_value=[gib * GIB] * 8):
-            plans[gib] = plan_decode(DecodeConfig(), vae, (60, 104), world=world)
+            plans[gib] = plan_decode(DecodeConfig(), vae, (81, 60, 104), world=world)
     assert plans[80].mode == "whole"
     assert plans[6].mode == "tiled"
     assert plans[6].record["tiles_by_rank"] == [1, 2, 2, 2, 2, 2, 2, 2]
-    assert "9.0 GiB of the 6.0 GiB" in plans[6].why
+    assert "9.1 GiB of the 6.0 GiB" in plans[6].why
 
 
 def test_impossible_tiles_are_refused(folder):
@@ -315,8 +321,9 @@ def test_impossible_tiles_are_refused(folder):
         DecodeConfig(stride_width=300)
     with pytest.raises(UserError, match=r"stride_height must lie in .* got stride 0"):
         DecodeConfig(stride_height=0)
+    spec = WAN.video_spec({}, {})
     with pytest.raises(UserError, match=r"decode.tile_height must be a multiple of the 8 pixels .* got 100; .* 104"):
-        check_tiles(DecodeConfig(tile_height=100, stride_height=96), 8)
+        check_tiles(DecodeConfig(tile_height=100, stride_height=96), spec)
     with pytest.raises(UserError, match=r"decode.stride_height must be a multiple of the 4 pixels"):
         LongVideoEngine(config_of(folder, dataclasses.replace(TILED, stride_height=6)))
 
@@ -327,8 +334,8 @@ def test_tiles_on_a_gpu(alone):
     vae = random_wan().vae.to("cuda")
     for case in CASES:
         latents = draw(case.size).cuda()
-        plan = plan_decode(case.config, vae, case.size[1:], world=alone)
+        plan = plan_decode(case.config, vae, case.size, world=alone)
         frames = torch.cat(list(stream_tiles(vae, latents, plan, world=alone)), dim=2)
         assert torch.equal(frames, tiled_by_diffusers(vae, latents, case.config))
-    auto = plan_decode(dataclasses.replace(TILED, mode="auto"), vae, (8, 12), world=alone)
+    auto = plan_decode(dataclasses.replace(TILED, mode="auto"), vae, (3, 8, 12), world=alone)
     assert auto.why.startswith("exact, and it fits: ")

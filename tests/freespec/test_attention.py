@@ -240,3 +240,28 @@ def test_low_precision_of_both_branches(kernel: Kernel, dtype: torch.dtype, devi
         assert_low_precision(actual[branch], twin, exact[branch])
         with pytest.raises(AssertionError):  # the control: the other branch is not within rounding
             assert_low_precision(actual[1 - branch], twin, exact[branch])
+
+
+@pytest.mark.parametrize("tokens", [1, 2048, 2049, 20_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merging_into_the_first_is_merging(tokens: int, dtype: torch.dtype) -> None:
+    """A chunk at a time and in place, with rows that have no key: the same bits as the pure function on the whole."""
+    generator = torch.Generator().manual_seed(0)
+    out, part = torch.randn(2, 1, tokens, 2, 4, generator=generator).to(dtype).unbind(0)
+    lse, part_lse = torch.randn(2, 1, tokens, 2, generator=generator).unbind(0)
+    lse[:, ::3], part_lse[:, ::2] = float("-inf"), float("-inf")
+    expected, expected_lse = merge(out, lse, part, part_lse)
+    attention.merge_into(out, lse, part, part_lse)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+    assert not torch.equal(out, part)
+
+
+def test_the_wide_branch_of_a_dual_call_in_fp32_rounds_once() -> None:
+    """More keys may follow on a ring: what is merged so far is not rounded to the dtype of q."""
+    q, k, v = LONG.qkv(0, torch.bfloat16)
+    (local, _), (wide, lse) = windowed(LONG).dual(q, k, v, 0, 0, dtype=torch.float32)
+    _, (rounded, _) = windowed(LONG).dual(q, k, v, 0, 0, dtype=torch.bfloat16)
+    assert (local.dtype, wide.dtype, lse.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert torch.equal(wide.to(torch.bfloat16), rounded)
+    assert not torch.equal(wide, rounded.float())

@@ -9,18 +9,20 @@ from hypothesis import given
 
 from freespec.attention import WindowedAttention
 from freespec.kernels import cpu_flash
-from freespec.methods import METHODS, Direct, FreeSpec, SlidingWindow, StepPlan, make_method
+from freespec.methods import METHODS, Branches, Direct, FreeSpec, Grid, Layer, SlidingWindow, StepPlan, make_method
 from freespec.methods.freespec import FusionWeights
 from freespec.spectrum import svd_fusion_ref
 from tests.freespec.cases import Video, assert_same_math, drawn, features, seeds, videos
+from tests.freespec.layers import fuse_spectra
 
 CPU = torch.device("cpu")
 TIMESTEPS = [1000.0, 900.0, 700.0, 500.0, 400.0, 100.0]
 SIZES = (2, 23, 3, 8)
+GRID = Grid(frames=23, rows=1, columns=1, window_frames=5)  # FreeSpec does not look at it
 
 
 def weights(progress: float, dim: int = 3, **settings: Any) -> FusionWeights:
-    return FreeSpec(**settings).weights(StepPlan(mode="dual", progress=progress), dim, CPU)
+    return FreeSpec(**settings).weights(StepPlan(mode="dual", progress=progress), GRID, dim, CPU)
 
 
 def test_plans() -> None:
@@ -59,19 +61,22 @@ def test_native_length_is_the_base_model(basis: str) -> None:
     qkv = video.qkv(0)
     o_local, o_global = layer.both(*qkv)
     assert torch.equal(o_local, o_global)
-    fused = FreeSpec(basis=basis).fuse(o_local, o_global, weights(0.3, 4), lambda grams: grams)
+    fused = fuse_spectra(FreeSpec(basis=basis), o_local, o_global, weights(0.3, 4))
     assert_same_math(fused, o_global)
     shorter = WindowedAttention(num_frames=4, frame_tokens=9, window_frames=3, kernel=cpu_flash)
     with pytest.raises(AssertionError):
-        assert_same_math(FreeSpec().fuse(*shorter.both(*qkv), weights(0.3, 4), lambda grams: grams), o_global)
+        assert_same_math(fuse_spectra(FreeSpec(), *shorter.both(*qkv), weights(0.3, 4)), o_global)
 
 
 @pytest.mark.parametrize("method", [Direct(), SlidingWindow()])
 def test_methods_of_one_branch_never_fuse(method: Direct | SlidingWindow) -> None:
-    assert method.weights(StepPlan(mode="local"), 8, CPU) is None
-    o = torch.zeros(1, 1, 1, 1)
-    with pytest.raises(AssertionError, match="has no dual step"):
-        method.fuse(o, o, None, lambda grams: grams)
+    assert method.weights(StepPlan(mode="local"), GRID, 8, CPU) is None
+    assert method.query_scale(GRID) == 1.0
+    layer = Layer(grid=GRID, sum_tokens=lambda grams: grams, sum_heads=lambda grams: grams)
+    with pytest.raises(AssertionError, match="has no step that fuses"):
+        method.fuse(Branches(), None, layer)
+    with pytest.raises(AssertionError, match="has no views"):
+        method.view_starts(GRID)
 
 
 # g_r at p = 0.5 for D = 3, alpha 2, beta 1: rank weights e^0, e^-1/2, e^-1 and time weight e^-1.
@@ -116,9 +121,9 @@ def test_every_row_of_the_ablation_is_its_svd(
     basis: str, residual: str, residual_form: str, time: bool, rank: bool
 ) -> None:
     method = FreeSpec(basis=basis, residual=residual, residual_form=residual_form, time=time, rank=rank)
-    made = method.weights(StepPlan(mode="dual", progress=0.3), 8, CPU)
+    made = method.weights(StepPlan(mode="dual", progress=0.3), GRID, 8, CPU)
     o_local, o_global = features(0, SIZES), 1.7 * features(1, SIZES)
-    fused = method.fuse(o_local, o_global, made, lambda grams: grams)
+    fused = fuse_spectra(method, o_local, o_global, made)
     exact = svd_fusion_ref(o_local, o_global, made.rank, made.residual.item(), basis=basis, form=residual_form)
     assert_same_math(fused, exact)
 

@@ -8,9 +8,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from freespec.methods import FreeSpec
+from freespec.methods import FreeSpec, Grid
 from freespec.schedule import fusion_progress, rank_weight, residual_weight, time_weight
 from tests.freespec.cases import SAME_MATH, assert_same_math, drawn
+
+GRID = Grid(frames=9, rows=1, columns=1, window_frames=3)  # FreeSpec's weights do not look at it
 
 
 def wan_timesteps(num_steps: int, shift: float) -> list[float]:
@@ -30,7 +32,7 @@ def check_falling(weights: list[list[float]]) -> None:
 
 def weights_over_steps(method: FreeSpec, num_steps: int, shift: float, dim: int) -> list[list[float]]:
     plan = [step for step in method.plan(wan_timesteps(num_steps, shift)) if step.mode == "dual"]
-    return [method.weights(step, dim, torch.device("cpu")).rank.tolist() for step in plan]
+    return [method.weights(step, GRID, dim, torch.device("cpu")).rank.tolist() for step in plan]
 
 
 @drawn

@@ -22,6 +22,7 @@ from freespec.spectrum import (
     svd_fusion_ref,
 )
 from tests.freespec.cases import assert_low_precision, assert_same_math, drawn, features, rotation, seeds
+from tests.freespec.layers import fuse_spectra
 
 Basis = Literal["local", "global"]
 Sizes = tuple[int, int, int, int]
@@ -48,7 +49,7 @@ def fuse(
     """The fast form on one device."""
     method = FreeSpec(basis=basis, residual_form=form)
     weights = FusionWeights(rank=weight, residual=torch.tensor(lam, dtype=torch.float64))
-    return method.fuse(o_local, o_global, weights, lambda grams: grams)
+    return fuse_spectra(method, o_local, o_global, weights)
 
 
 def pair(seed: int, sizes: Sizes, *, rank: int | None = None, deficient: str = "local") -> tuple[Tensor, Tensor]:
@@ -265,7 +266,7 @@ def test_any_split_of_the_tokens_gives_the_same_result(
 
     method = FreeSpec(basis=basis)
     weights = FusionWeights(rank=g, residual=torch.tensor(0.15, dtype=torch.float64))
-    parts = [method.fuse(*shard, weights, lambda _: summed) for shard in shards]
+    parts = [fuse_spectra(method, *shard, weights, lambda _: summed) for shard in shards]
     assert_same_math(torch.cat(parts, dim=1), fuse(*branches, g, 0.15, basis=basis))
 
 
@@ -274,7 +275,9 @@ def test_negative_control_a_shard_that_is_not_summed() -> None:
     weights = FusionWeights(rank=rank_weights(8), residual=torch.tensor(0.15, dtype=torch.float64))
     short = torch.stack([gram(o[:, :20]) for o in branches])
     with pytest.raises(AssertionError):
-        assert_same_math(FreeSpec().fuse(*branches, weights, lambda _: short), fuse(*branches, weights.rank, 0.15))
+        assert_same_math(
+            fuse_spectra(FreeSpec(), *branches, weights, lambda _: short), fuse(*branches, weights.rank, 0.15)
+        )
 
 
 def test_chunks_of_tokens_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,7 +297,7 @@ def test_the_branches_are_reduced_in_one_call_and_not_changed() -> None:
         return grams
 
     weights = FusionWeights(rank=rank_weights(8), residual=torch.tensor(0.15, dtype=torch.float64))
-    FreeSpec().fuse(*branches, weights, reduce)
+    fuse_spectra(FreeSpec(), *branches, weights, reduce)
     assert calls == [((2, 2, 3, 8, 8), torch.float64)]
     assert all(torch.equal(a, b) for a, b in zip(branches, copies, strict=True))
 

@@ -1,4 +1,4 @@
-"""Ranks of generate.py that start in a tenth of a second: forked from a process that has imported everything.
+"""Ranks of a script that start in a tenth of a second: forked from a process that has imported everything.
 
 They meet as ranks do that a cluster's scheduler starts, by RANK, WORLD_SIZE and MASTER_ADDR; `tests.ranks` has the process.
 """
@@ -40,8 +40,9 @@ def run_forked(
     world: int | None = None,
     ranks: Sequence[int] | None = None,
     kill_when_first_ended: bool = False,
+    script: str = "generate",
 ) -> list[Ended]:
-    """Run one command line per rank and wait for all; `fault(rank)` is called in each before it starts.
+    """Run one command line of a script per rank and wait for all; `fault(rank)` is called in each before it starts.
 
     Some `ranks` of a larger `world` may stay away. A rank that hangs on purpose is killed once the first has ended.
     """
@@ -53,7 +54,7 @@ def run_forked(
     processes = []
     for rank, command in zip(ranks, commands, strict=True):
         place = {"RANK": rank, "WORLD_SIZE": world or len(commands), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        arguments = (rank, [str(word) for word in command], place, tmp_path, fault)
+        arguments = (rank, [script, *map(str, command)], place, tmp_path, fault)
         processes.append(context.Process(target=_rank_main, args=arguments, daemon=True))
         processes[-1].start()
     until = time.monotonic() + PATIENCE_SECONDS
@@ -79,12 +80,12 @@ def _rank_main(rank: int, argv: list[str], place: dict[str, object], folder: Pat
     for descriptor, kind in zip((1, 2), _KINDS, strict=True):
         with (folder / f"rank{rank}.{kind}").open("w") as file:
             os.dup2(file.fileno(), descriptor)
-    sys.argv = ["generate.py", *argv]
+    sys.argv = [f"{argv[0]}.py", *argv[1:]]
     # multiprocessing has put others into their place; these write to the files.
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
     if fault is not None:
         fault(rank)
-    code = run_script("generate")
+    code = run_script(argv[0])
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

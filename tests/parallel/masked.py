@@ -40,10 +40,20 @@ class MaskedKernels:
             q, k, v, ~self.window_mask(q_start, q_start + q.shape[1], k_start, k_start + k.shape[1])
         )
 
-    def merge(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-        lse = torch.logaddexp(lse_a, lse_b)
-        weight_a, weight_b = (torch.exp(part - lse).nan_to_num(0.0)[..., None] for part in (lse_a, lse_b))
-        return out_a * weight_a + out_b * weight_b, lse
+    def dual(
+        self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int, *, dtype: torch.dtype
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        local = self.local(q, k, v, q_start, k_start)
+        out, lse = local[0].to(dtype, copy=True), local[1].clone()
+        if k.shape[1] > self.window * self.frame_tokens:
+            self.merge_into(out, lse, *self.rest(q, k, v, q_start, k_start))
+        return local, (out, lse)
+
+    def merge_into(self, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+        total = torch.logaddexp(lse, part_lse)
+        weights = [torch.exp(part - total).nan_to_num(0.0)[..., None] for part in (lse, part_lse)]
+        out.copy_(out * weights[0] + part * weights[1])
+        lse.copy_(total)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

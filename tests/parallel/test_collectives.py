@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -100,6 +101,17 @@ def all_to_all_round_trip(world: World) -> bool:
     return there and all(torch.equal(got, world.my_tokens(x)) for got, x in zip(back, wholes, strict=True))
 
 
+def started_early(world: World) -> bool:
+    """One tensor on its way while another goes there and back."""
+    first, other = world.whole(0), world.whole(1)
+    sizes = {"token_sizes": world.token_sizes, "head_sizes": world.head_sizes}
+    link = {"group": world.group, "trace": world.count.trace()}
+    wait = collectives.start_tokens_to_heads(world.my_tokens(first), **sizes, **link)
+    (between,) = collectives.tokens_to_heads([world.my_tokens(other)], **sizes, **link)
+    back = collectives.heads_to_tokens(between, **sizes, **link)
+    return torch.equal(wait(), world.my_heads(first)) and torch.equal(back, world.my_tokens(other))
+
+
 def gather(world: World) -> bool:
     whole = world.whole(0)
     mine = world.my_tokens(whole)
@@ -178,7 +190,17 @@ def ring(world: World) -> bool:
 
 
 Movement = Callable[[World], bool]
-MOVEMENTS: list[Movement] = [all_to_all_round_trip, gather, copies, hand_out, collecting, ordered_sum, halo, ring]
+MOVEMENTS: list[Movement] = [
+    all_to_all_round_trip,
+    started_early,
+    gather,
+    copies,
+    hand_out,
+    collecting,
+    ordered_sum,
+    halo,
+    ring,
+]
 
 
 def check_movements(rank: int, cases: list[Case]) -> None:
@@ -209,8 +231,9 @@ def test_a_sum_has_the_same_bits_on_every_rank(tmp_path: Path) -> None:
 # Negative controls: each breaks one collective below the tests' eyes, and the comparison above must notice.
 
 
-def skip_all_to_all(out: Tensor, x: Tensor, *splits: object, group: dist.ProcessGroup) -> None:
+def skip_all_to_all(out: Tensor, x: Tensor, *splits: object, **_: object) -> SimpleNamespace:
     out.copy_(x)
+    return SimpleNamespace(wait=lambda: None)
 
 
 def shift_by_one_token(out: list[Tensor], x: Tensor, *, group: dist.ProcessGroup) -> None:
@@ -239,6 +262,7 @@ def drop_a_row(ops: list[dist.P2POp]) -> list[dist.Work]:
 
 CONTROLS: list[tuple[Movement, str, Callable[..., object]]] = [
     (all_to_all_round_trip, "all_to_all_single", skip_all_to_all),
+    (started_early, "all_to_all_single", skip_all_to_all),
     (gather, "all_gather", shift_by_one_token),
     (copies, "all_gather", shift_by_one_token),
     (hand_out, "broadcast", keep_to_oneself),

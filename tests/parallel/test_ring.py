@@ -39,8 +39,13 @@ class WeightlessKernels(MaskedKernels):
     def rest(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int) -> tuple[Tensor, Tensor]:
         return self.dense(q, k, v)
 
-    def merge(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-        return out_a, lse_a
+    def dual(
+        self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int, *, dtype: torch.dtype
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        return self.local(q, k, v, q_start, k_start), self.rest(q, k, v, q_start, k_start)
+
+    def merge_into(self, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+        """Nothing: what is merged here takes no memory."""
 
 
 def make_layout(tokens: int, ring: int) -> SequenceLayout:
@@ -146,9 +151,9 @@ class UpcastKernels(MaskedKernels):
         out, lse = super().rest(q.float(), k.float(), v.float(), q_start, k_start)
         return out.to(q.dtype), lse
 
-    def merge(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-        assert out_a.dtype == lse_a.dtype, "what is merged so far was rounded to the dtype of q"
-        return super().merge(out_a, lse_a, out_b.float(), lse_b)
+    def merge_into(self, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+        assert out.dtype == lse.dtype, "what is merged so far was rounded to the dtype of q"
+        super().merge_into(out, lse, part.float(), part_lse)
 
 
 def test_a_ring_in_bf16_errs_at_most_twice_as_much_as_one_device(tmp_path: Path) -> None:

@@ -41,11 +41,15 @@ class ShapeKernels:
         assert (k_start, k_start + k.shape[1]) == self.halo(q_start, q_start + q.shape[1])
         return self.dense(q, k, v)
 
-    def rest(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int) -> tuple[Tensor, Tensor]:
-        return self.dense(q, k, v)
+    def dual(
+        self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int, *, dtype: torch.dtype
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        out, lse = self.dense(q, k, v)
+        return self.local(q, k, v, q_start, k_start), (out.to(dtype), lse)
 
-    def merge(self, out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.empty_like(out_a), torch.empty_like(lse_a)
+    def merge_into(self, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+        assert out.shape == part.shape
+        assert lse.shape == part_lse.shape
 
 
 @pytest.fixture

@@ -48,10 +48,12 @@ def bytes_at_torch() -> Iterator[Counter[str]]:
     all_to_all, all_gather, batch = dist.all_to_all_single, dist.all_gather, dist.batch_isend_irecv
     broadcast = dist.broadcast
 
-    def count_all_to_all(out: Tensor, x: Tensor, out_splits: Any, in_splits: Sequence[int], *, group: Any) -> Any:
+    def count_all_to_all(
+        out: Tensor, x: Tensor, out_splits: Any, in_splits: Sequence[int], *, group: Any, async_op: bool
+    ) -> Any:
         others = sum(in_splits) - in_splits[dist.get_rank(group)]
         sent["all_to_all_single"] += others * x.element_size()
-        return all_to_all(out, x, out_splits, in_splits, group=group)
+        return all_to_all(out, x, out_splits, in_splits, group=group, async_op=async_op)
 
     def count_all_gather(out: list[Tensor], x: Tensor, *, group: Any) -> Any:
         sent["all_gather"] += x.nbytes * (dist.get_world_size(group) - 1)

@@ -1,0 +1,311 @@
+"""Rounds of faults: a real batch on a real Ray of this machine, something is killed in the middle, and everything must be there.
+
+    python -m benchmarks.faults --rounds 20            writes benchmarks/results/faults-cpu-DATE.json
+    python -m benchmarks.faults --rounds 4 --minutes 10
+
+A round is a batch of small videos of the embedded model on replicas of two ranks. At a random time, in turn, SIGKILL goes
+to one rank, to all actors of a replica, to the driver, or to the Ray node process (raylet) of the driver's Ray. If the
+driver ends, it is started again, as a person would. At the end every item must exist exactly once, every SHA-256 must match
+its file, the latents must equal those of a batch that nothing happened to, and no unfinished file may be left.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import environment, print_table, write
+from engine.batch.files import BatchFiles
+from engine.batch.store import file_sha256, read_lines
+
+ROOT = Path(__file__).resolve().parent.parent
+MOST_STARTS = 6
+ROUND_SECONDS = 900.0
+SETTINGS = {
+    "video.num_frames": 33,
+    "video.height": 32,
+    "video.width": 32,
+    "sampler.num_steps": 8,
+    "checkpoint_every": 2,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """The batch of every round: `items` small videos on `replicas` replicas of `ranks` ranks."""
+
+    suite: Path
+    seeds: str
+    replicas: int
+    ranks: int
+    ray: str | None
+
+    @property
+    def items(self) -> int:
+        """Prompts x seeds x methods."""
+        return 2 * 2 * len(self.seeds.split(","))
+
+    def command(self, out: Path) -> list[str]:
+        """Its command line."""
+        given = SETTINGS | {
+            "suite": self.suite,
+            "out": out,
+            "methods": "freespec,direct",
+            "seeds": self.seeds,
+            "replicas": self.replicas,
+            "nproc": self.ranks,
+        }
+        words = [f"--{name}={value}" for name, value in given.items()]
+        return [sys.executable, "launch/batch.py", *words, *([f"--ray={self.ray}"] if self.ray else [])]
+
+
+def main() -> int:
+    """Run the rounds, print and write their figures; 1 if any round did not end well."""
+    arguments = _arguments()
+    rng = random.Random(arguments.seed)
+    ended: list[dict[str, Any]] = []
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        suite = Path(folder) / "prompts.txt"
+        suite.write_text("a red circle bounces over a blue background\na green square\n")
+        batch = Batch(
+            suite=suite, seeds=arguments.seeds, replicas=arguments.replicas, ranks=arguments.ranks, ray=arguments.ray
+        )
+        run_round(batch, Path(folder) / "whole", None, rng, 0.0)
+        working = working_seconds(Path(folder) / "whole")
+        expected = latents_of(Path(folder) / "whole")
+        assert len(expected) == batch.items, f"the undisturbed batch has {len(expected)} of {batch.items} items"
+        kinds = [kind for kind in KILLS if arguments.ray or kind != "ray node"]
+        for number in range(arguments.rounds):
+            if time.monotonic() - started > 60 * arguments.minutes:
+                break
+            kind, out = kinds[number % len(kinds)], Path(folder) / f"round{number}"
+            result = run_round(batch, out, kind, rng, working)
+            judged = judge(out, expected)
+            # A round in which nothing was killed shows nothing.
+            judged["well"] = judged["well"] and result["killed"] is not None
+            ended.append({"round": number, "kind": kind, **result, **judged})
+            print(json.dumps(ended[-1]), flush=True)
+    where = environment(torch.device("cpu"), arguments.note)
+    settings = {"items": batch.items, "replicas": batch.replicas, "ranks": batch.ranks, "ray": batch.ray, **SETTINGS}
+    settings |= {"seed": arguments.seed, "working_seconds": working}
+    print(write(arguments.out, "faults", where, settings, ended))
+    print_table(*summary(ended))
+    return 0 if ended and all(result["well"] for result in ended) else 1
+
+
+def run_round(batch: Batch, out: Path, kind: str | None, rng: random.Random, working: float) -> dict[str, Any]:
+    """One batch with one kill; the driver is started again until it ends well or has been started six times."""
+    started, starts, killed, codes = time.monotonic(), 0, None, []
+    while starts < MOST_STARTS and time.monotonic() - started < ROUND_SECONDS:
+        starts += 1
+        log = (out.parent / f"{out.name}.log").open("a")
+        driver = subprocess.Popen(batch.command(out), cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+        if kind is not None and killed is None:
+            killed = kill_once_it_works(driver, out, kind, rng, working)
+        try:
+            codes.append(driver.wait(timeout=ROUND_SECONDS))
+        except subprocess.TimeoutExpired:
+            driver.kill()
+            codes.append(driver.wait())
+        log.close()
+        if codes[-1] == 0:
+            break
+    return {"killed": killed, "starts": starts, "codes": codes, "seconds": time.monotonic() - started}
+
+
+def kill_once_it_works(
+    driver: subprocess.Popen[bytes], out: Path, kind: str, rng: random.Random, working: float
+) -> dict[str, Any] | None:
+    """Wait until an item is in flight and then a random while, and kill; None if the driver ended before.
+
+    The while is a share of what the items take, `working`: most of a small batch is loading.
+    """
+    log = out / "logs/shard-1-of-1.jsonl"
+    while driver.poll() is None and not any(event["event"] == "started" for event in read_lines(log)):
+        time.sleep(0.02)
+    time.sleep(rng.uniform(0.0, 0.6 * working))
+    while driver.poll() is None:
+        victims = KILLS[kind](driver.pid, rng)
+        for victim in victims:
+            try:
+                os.kill(victim, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        if victims:
+            done = sum(event["event"] == "done" for event in read_lines(log))
+            return {"processes": len(victims), "after_items": done}
+        time.sleep(0.02)
+    return None
+
+
+def one_rank(driver: int, rng: random.Random) -> list[int]:
+    """A rank of any replica."""
+    ranks = _workers(driver)
+    return [rng.choice(ranks)] if ranks else []
+
+
+def replica_actors(driver: int, rng: random.Random) -> list[int]:
+    """The hosts of all ranks of one replica: its Ray actors, or without Ray its ranks."""
+    groups: dict[str, list[int]] = {}
+    for rank in _workers(driver):
+        port = _environment(rank).get("MASTER_PORT", str(rank))
+        host = _stat(rank)[1]
+        groups.setdefault(port, []).append(rank if host == driver else host)
+    return groups[rng.choice(sorted(groups))] if groups else []
+
+
+def the_driver(driver: int, rng: random.Random) -> list[int]:
+    """The driver itself."""
+    return [driver]
+
+
+def ray_node(driver: int, rng: random.Random) -> list[int]:
+    """The raylet of the driver's Ray."""
+    return [process for process in _family(driver) if "/raylet/raylet" in _command(process).split("\0")[0]]
+
+
+KILLS: dict[str, Callable[[int, random.Random], list[int]]] = {
+    "rank": one_rank,
+    "replica": replica_actors,
+    "driver": the_driver,
+    "ray node": ray_node,
+}
+
+
+def judge(out: Path, expected: dict[str, str]) -> dict[str, Any]:
+    """Whether everything is there, once and right."""
+    files = BatchFiles(root=out)
+    records = [json.loads(path.read_text()) for path in files.sidecars()]
+    found = [record["item_id"] for record in records]
+    broken = [
+        path
+        for path in files.sidecars()
+        if file_sha256(path.with_suffix(".mp4")) != json.loads(path.read_text())["output"]["sha256"]
+    ]
+    videos = list(out.glob("*/*/videos/*.mp4"))
+    left = [path for path in out.rglob("*") if path.suffix == ".part" or "checkpoint" in path.name]
+    latents = latents_of(out)
+    events = list(read_lines(out / "logs/shard-1-of-1.jsonl"))
+    checks = {
+        "once": sorted(found) == sorted(expected) and len(videos) == len(expected),
+        "sha256": not broken,
+        "latents": latents == expected,
+        "nothing_left": not left,
+        "none_quarantined": not list(files.quarantine.glob("*.json")),
+    }
+    return {
+        **checks,
+        "well": all(checks.values()),
+        "resumed": sum(record["run"]["resumed_at"] > 0 for record in records),
+        "repeated": sum(record["attempt"] > 1 for record in records),
+        "failures": [f"{event['kind']}: {event['message']}" for event in events if event["event"] == "failed"],
+    }
+
+
+def working_seconds(out: Path) -> float:
+    """Seconds from the first item's start to the last one's end."""
+    events = list(read_lines(out / "logs/shard-1-of-1.jsonl"))
+    times = {name: [_time(e) for e in events if e["event"] == name] for name in ("started", "done")}
+    return max(times["done"]) - min(times["started"])
+
+
+def latents_of(out: Path) -> dict[str, str]:
+    """SHA-256 of the latents of every item."""
+    records = (json.loads(path.read_text()) for path in BatchFiles(root=out).sidecars())
+    return {record["item_id"]: record["latents"]["sha256"] for record in records}
+
+
+def summary(ended: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """A line per kind."""
+    rows = []
+    for kind in dict.fromkeys(result["kind"] for result in ended):
+        mine = [result for result in ended if result["kind"] == kind]
+        starts = sum(result["starts"] for result in mine)
+        again = sum(result["repeated"] for result in mine)
+        resumed = sum(result["resumed"] for result in mine)
+        seconds = sum(result["seconds"] for result in mine) / len(mine)
+        well = sum(result["well"] for result in mine)
+        killed = sum(result["killed"] is not None for result in mine)
+        rows.append(
+            [kind, str(len(mine)), str(killed), str(well), str(starts), str(again), str(resumed), f"{seconds:.0f}"]
+        )
+    return ["victim", "rounds", "killed", "well", "driver starts", "items repeated", "items resumed", "mean s"], rows
+
+
+def _time(event: dict[str, Any]) -> float:
+    return datetime.fromisoformat(event["time"]).timestamp()
+
+
+def _family(process: int) -> list[int]:
+    """All descendants of a process."""
+    parents = {pid: _stat(pid)[1] for pid in _processes()}
+    found, grown = {process}, True
+    while grown:
+        more = {pid for pid, parent in parents.items() if parent in found} - found
+        grown = bool(more)
+        found |= more
+    return sorted(found - {process})
+
+
+def _workers(driver: int) -> list[int]:
+    """The ranks of a driver's replicas; those of its own Ray are its descendants too."""
+    return [process for process in _family(driver) if "launch.replicas.worker" in _command(process)]
+
+
+def _processes() -> list[int]:
+    return [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+
+
+def _stat(process: int) -> tuple[str, int]:
+    """State and parent."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "X", 0
+    return fields[0], int(fields[1])
+
+
+def _command(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def _environment(process: int) -> dict[str, str]:
+    try:
+        text = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace")
+    except OSError:
+        return {}
+    return dict(line.partition("=")[::2] for line in text.split("\0") if line)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--minutes", type=float, default=600.0, help="start no round after so long")
+    parser.add_argument("--seeds", default="0,1,2", help="each makes four items: two prompts x two methods")
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ray", default="local", help="empty for processes of this machine")
+    parser.add_argument("--seed", type=int, default=0, help="of the times and victims")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--note", default="", help="what a reader should know of the machine, such as other work on it")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

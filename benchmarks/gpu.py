@@ -1,0 +1,122 @@
+"""Everything that only a GPU can tell, in one command of less than nine minutes, without a network.
+
+python -m benchmarks.gpu --out benchmarks/results/gpu
+python -m benchmarks.gpu --small --out /tmp/small    # the same code in tiny sizes, on a CPU
+
+Each section is a process of its own with a time of its own, and writes OUT/SECTION.json after every figure: what fails, or
+takes too long, costs what was still to come of that section. Weights are random, of the published configurations.
+"""
+
+import argparse
+import importlib
+import json
+import multiprocessing
+import sys
+import time
+import traceback
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import print_table
+from benchmarks.sections.bench import Bench, clocks
+
+# Name and seconds, in order: later sections read what `layer` found.
+SECTIONS = {
+    "correctness": 55.0,
+    "layer": 125.0,
+    "steps": 170.0,
+    "ranks": 45.0,
+    "decode": 35.0,
+    "trace": 30.0,
+    "compiled": 70.0,
+}
+GRACE = 8.0  # seconds from a section's deadline, which it minds by itself, to its end
+
+
+def main() -> None:
+    """Run the sections, print what became of them; the exit status is 1 if one of them was not finished."""
+    args = parse()
+    if args.small:  # sections are forked from a process that has the imports done
+        torch.set_num_threads(1)
+        for name in SECTIONS:
+            importlib.import_module(f"benchmarks.sections.{name}")
+    end = time.monotonic() + 60 * args.minutes
+    rows = []
+    for name in args.sections:
+        limit = min(SECTIONS[name], end - time.monotonic() - GRACE)
+        if limit <= 0:
+            rows.append([name, "not started", "0", "the time is up"])
+            continue
+        started = time.monotonic()
+        rows.append([name, *run_section(name, args, limit), f"{time.monotonic() - started:.1f}"])
+        print(f"{name}: {rows[-1][1]}, {rows[-1][-1]} s", flush=True)
+    print_table(["section", "status", "what happened", "seconds"], rows)
+    sys.exit(any(row[1] != "done" for row in rows))
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of the JSON files and the trace")
+    parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--minutes", type=float, default=8.9, help="for all sections together")
+    parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
+    return parser.parse_args()
+
+
+def run_section(name: str, args: argparse.Namespace, limit: float) -> tuple[str, str]:
+    """Status and one line of reason, from a process of its own: a new one for CUDA, which does not survive a fork."""
+    bench = Bench(
+        section=name,
+        device=torch.device("cpu" if args.small else "cuda"),
+        small=args.small,
+        out=args.out,
+        deadline=time.monotonic() + limit,
+    )
+    (bench.out / f"{name}.json").unlink(missing_ok=True)  # of an earlier run
+    process: BaseProcess = multiprocessing.get_context("fork" if args.small else "spawn").Process(
+        target=in_process, args=(bench,)
+    )
+    process.start()
+    process.join(limit + GRACE)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        amend(bench, "timeout", f"ended after {limit + GRACE:.0f} s; the figures before that are kept")
+    elif process.exitcode != 0:
+        amend(bench, "failed", f"the process ended with status {process.exitcode}")
+    content = json.loads((bench.out / f"{name}.json").read_text())
+    return content["status"], content.get("error", "")
+
+
+def in_process(bench: Bench) -> None:
+    """One section; whatever it raises is written to its file, and to stderr whole."""
+    started = time.perf_counter()
+    try:
+        bench.start()
+        importlib.import_module(f"benchmarks.sections.{bench.section}").run(bench)
+    except BaseException as error:
+        line = next(iter(str(error).strip().splitlines()), "")
+        bench.about["clocks_after"] = clocks()
+        bench.write("failed", error=f"{type(error).__name__}: {line}"[:300], seconds=time.perf_counter() - started)
+        traceback.print_exc()
+        raise SystemExit(1) from error
+    bench.about["clocks_after"] = clocks()
+    bench.write("done", seconds=time.perf_counter() - started)
+
+
+def amend(bench: Bench, status: str, reason: str) -> None:
+    """Keep what a process wrote that could not end its file itself; a reason of its own is better than ours."""
+    path = bench.out / f"{bench.section}.json"
+    if not path.exists():
+        bench.write(status, error=reason)
+        return
+    content = json.loads(path.read_text())
+    if content["status"] == "running":
+        path.write_text(json.dumps(content | {"status": status, "error": reason}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

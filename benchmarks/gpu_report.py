@@ -1,0 +1,237 @@
+"""The GPU's part of docs/performance.md, from the files that benchmarks/gpu.py wrote."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import RESULTS
+
+FOLDER = RESULTS / "gpu"
+NOT_MEASURED = "not measured"
+Files = dict[str, dict[str, Any]]
+
+# What must hold: what it says, section, path to the figure, at most or at least, limit.
+GOALS: list[tuple[str, str, tuple[str, ...], str, float]] = [
+    ("dual / global attention, full Wan layer", "layer", ("wan", "ratios", "dual / global"), "<=", 1.08),
+    ("fusion / dual attention", "layer", ("wan", "ratios", "fusion / dual"), "<=", 0.03),
+    ("literal SVD fusion / ours", "layer", ("wan", "svd", "literal SVD / ours"), ">=", 5.0),
+    ("dense branch / best bf16 matrix rate", "layer", ("wan", "ratios", "dense rate / matrix rate"), ">=", 0.75),
+    (
+        "Triton / strided dual (kept if it wins by 3 %)",
+        "layer",
+        ("wan", "ratios", "dual triton / dual strided"),
+        "<=",
+        0.97,
+    ),
+    ("FreeSpec (step, 0.5) / direct, 50 steps", "steps", ("runs", "freespec (step, 0.5)", "over direct"), "<=", 0.75),
+    ("sliding_window / direct, 50 steps", "steps", ("runs", "sliding_window", "over direct"), "<=", 0.40),
+    ("our direct / stock diffusers", "steps", ("ratios", "direct / stock diffusers"), "<=", 1.0),
+    (
+        "peak memory, dual step / global step",
+        "steps",
+        ("ratios", "peak memory, freespec dual / direct"),
+        "<=",
+        1.15,
+    ),
+]
+# Beside the goals, without a limit.
+BESIDE: list[tuple[str, str, tuple[str, ...]]] = [
+    (
+        "FreeSpec (default: timestep) / direct, 50 steps",
+        "steps",
+        ("runs", "freespec (default: timestep)", "over direct"),
+    ),
+    ("dual / global attention, LTX layer", "layer", ("ltx", "ratios", "dual / global")),
+    ("fusion / dual attention, LTX layer", "layer", ("ltx", "ratios", "fusion / dual")),
+]
+# From arithmetic alone, before any run, for the row of that name.
+BOUNDS = {
+    "dual / global attention, full Wan layer": "1.07 (1,560 tokens in query tiles of 128: 13 for 12.2)",
+    "dual / global attention, LTX layer": "1.16 (330 tokens in query tiles of 128: 3 for 2.6)",
+    "Triton / strided dual (kept if it wins by 3 %)": "0.94 at the same rate per tile (its tiles cross frames)",
+    "fusion / dual attention": "0.0015 by operations (0.15 of 98 TFLOP); bandwidth decides",
+    "peak memory, dual step / global step": "1.00 (counted, see Memory)",
+}
+
+
+def read(folder: Path = FOLDER) -> Files:
+    """Section -> its file; {} where nothing was run."""
+    return {path.stem: json.loads(path.read_text()) | {"file": path.name} for path in sorted(folder.glob("*.json"))}
+
+
+def look_up(files: Files, section: str, path: tuple[str, ...]) -> float | None:
+    """A figure: the median where there are several; None if the section or the figure is missing."""
+    value: Any = files.get(section, {}).get("results", {})
+    for key in path:
+        value = value.get(key) if isinstance(value, dict) else None
+    return value.get("median") if isinstance(value, dict) else value
+
+
+def goals(files: Files, predicted: dict[str, str]) -> list[list[str]]:
+    """Rows: what, goal, predicted, measured, whether it holds, file."""
+    bounds = BOUNDS | predicted
+    rows = []
+    for what, section, path, sign, limit in GOALS:
+        value = look_up(files, section, path)
+        holds = "" if value is None else "yes" if (value <= limit) == (sign == "<=") else "**no**"
+        rows.append([what, f"{sign} {limit:g}", bounds.get(what, ""), *_measured(files, section, value, holds)])
+    for what, section, path in BESIDE:
+        value = look_up(files, section, path)
+        rows.append([what, "", bounds.get(what, ""), *_measured(files, section, value, "")])
+    return rows
+
+
+def _measured(files: Files, section: str, value: float | None, holds: str) -> list[str]:
+    if value is None:
+        return [NOT_MEASURED, "", ""]
+    return [f"{value:.3g}", holds, f"`gpu/{files[section]['file']}`"]
+
+
+def sections(files: Files, table: Callable[[list[str], list[list[str]]], str]) -> list[str]:
+    """What every section found; one line if there is no file at all."""
+    if not files:
+        return ["No file of `benchmarks/gpu.py` is here: not measured."]
+    parts = []
+    for name, show in SHOWN.items():
+        if name in files:
+            parts += [f"### {name}", _provenance(files[name]), *show(files[name]["results"], table)]
+        else:
+            parts += [f"### {name}", "Not measured."]
+    return parts
+
+
+def _provenance(content: dict[str, Any]) -> str:
+    """Device, versions, clocks, and whether the section was finished."""
+    at = content["environment"]
+    packages = ", ".join(f"{name} {version}" for name, version in at.get("packages", {}).items() if version)
+    before = at.get("clocks_before")
+    found = f"; {', '.join(f'{key} {value}' for key, value in before.items())}" if before else ""
+    cuda = f", CUDA {at['cuda']}" if at.get("cuda") else ""
+    status = "" if content["status"] == "done" else f" **{content['status']}**: {content.get('error', '')}."
+    small = " **Tiny sizes, a check of the code and no measurement.**" if content["settings"]["small"] else ""
+    return (
+        f"{at.get('device_name')}{cuda}; {packages}{found}; {content['settings']['dtype']}; {at.get('date')}, "
+        f"revision {at.get('git_revision')} (`gpu/{content['file']}`).{small}{status}"
+    )
+
+
+def _correctness(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
+    parts = []
+    for name, found in results.items():
+        if name.startswith("attention"):
+            rows = [
+                [
+                    kernel,
+                    *(f"{row[key]:.1e}" if key in row else "" for key in ("local out", "global out", "global lse")),
+                    f"{row['control']:.2g}" if "control" in row else "",
+                    {True: "yes", False: "**no**", None: row.get("does not run", "")}[row.get("within rounding")],
+                ]
+                for kernel, row in found.items()
+                if kernel != "left_out"
+            ]
+            header = ["kernel", "local", "global", "lse", "control: local for global", "within rounding"]
+            parts.append(f"**{name}**, relative errors against fp64:\n\n{table(header, rows)}")
+        else:
+            parts.append(f"**{name}**: " + "; ".join(f"{key} {value:.1e}" for key, value in found.items()))
+    return parts
+
+
+def _layer(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
+    parts = []
+    for name, found in results.items():
+        rows = [
+            [
+                variant,
+                f"{row['wall_s']['median'] * 1e3:.3g}",
+                f"{row['tflops']:.0f}" if row.get("tflops") else "",
+                f"{row['peak_extra_mib']:.0f}" if "peak_extra_mib" in row else "",
+                ", ".join(f"{branch} {error:.1e}" for branch, error in row.get("error", {}).items()),
+            ]
+            for variant, row in found["variants"].items()
+        ]
+        head = f"**{name}**: frames x tokens {found['sizes']}, {found['heads']} heads x {found['head_dim']}."
+        parts += [
+            head,
+            table(["variant", "ms", "TFLOP/s", "peak MiB beyond q, k, v", "error against fp64"], rows),
+            "; ".join(f"{key} {value['median']:.3g}" for key, value in found["ratios"].items())
+            + f"; literal SVD / ours {found['svd']['literal SVD / ours']['median']:.3g}",
+        ]
+        if found["left_out"]:
+            parts.append("Left out: " + "; ".join(f"{key} ({why})" for key, why in found["left_out"].items()))
+    return parts
+
+
+def _steps(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
+    rows = [
+        [name, f"{row['wall_s']['median']:.3g}", str(row["rounds"]), f"{row['peak_gib']:.1f}"]
+        for name, row in results.get("steps", {}).items()
+    ]
+    runs = [
+        [
+            name,
+            ", ".join(f"{count} {mode}" for mode, count in run["steps"].items()),
+            f"{run['seconds']:.0f}",
+            f"{run.get('over direct', float('nan')):.3g}",
+        ]
+        for name, run in results.get("runs", {}).items()
+    ]
+    literal = "; ".join(f"{key} {value}" for key, value in results.get("literal", {}).items())
+    return [
+        table(["one step, both passes", "s", "rounds", "peak GiB"], rows),
+        table(["50 steps, from the steps above", "steps", "s", "over direct"], runs),
+        f"The paper's fusion by SVD: {literal or NOT_MEASURED}. xfuser: {results.get('xfuser', NOT_MEASURED)}.",
+    ]
+
+
+def _ranks(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
+    parts = ["What one rank computes, without communication; 1 is a P-th part of the whole."]
+    for name, found in results.items():
+        if isinstance(found, dict):
+            rows = [
+                [key, f"{row['wall_s']['median'] * 1e3:.3g}", f"{row['efficiency']:.2f}"]
+                for key, row in found["rows"].items()
+            ]
+            parts.append(f"**{name}**\n\n{table(['share', 'ms', 'efficiency'], rows)}")
+    return parts
+
+
+def _decode(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
+    rows = [
+        [
+            name,
+            str(row["latent_frames"]),
+            str(row["tiles"]),
+            f"{row['seconds_per_latent_frame']:.3g}",
+            f"{row['peak_gib']:.2f}" if "peak_gib" in row else "",
+        ]
+        for name, row in results.items()
+    ]
+    return [table(["way", "latent frames", "tiles", "s per latent frame", "peak GiB"], rows)]
+
+
+def _trace(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
+    rows = [
+        [f"`{row['name']}`", str(row["calls"]), f"{row['ms']:.3g}", f"{row['share']:.1%}"]
+        for row in results.get("operators", [])[:10]
+    ]
+    return [table(["operator or kernel", "calls", "ms", "share"], rows)]
+
+
+def _compiled(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
+    rows = [
+        [name, str(row["graphs"]), str(row["layers"]), f"{row['compiled / eager']['median']:.3g}"]
+        for name, row in results.items()
+    ]
+    return [table(["step", "graphs", "layers", "compiled / eager"], rows)]
+
+
+SHOWN: dict[str, Callable[[dict[str, Any], Callable[..., str]], list[str]]] = {
+    "correctness": _correctness,
+    "layer": _layer,
+    "steps": _steps,
+    "ranks": _ranks,
+    "decode": _decode,
+    "trace": _trace,
+    "compiled": _compiled,
+}

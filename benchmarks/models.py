@@ -1,0 +1,153 @@
+"""Write docs/models.md: the models that the engine serves, their layouts, and what the planner predicts of each on GPUs."""
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks.report import PREDICTED, load_preset, table
+from engine.adapters import ModelAdapter
+from engine.config import RunConfig
+from engine.planner import ModelSpec, predicted_table, read_gpu, read_model
+from engine.planner.layout import feasible_degrees, num_passes
+
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
+GPUS = ("h200", "h100", "a100", "rtx4090")
+SHOWN = ("direct", "sliding_window", "freespec")
+RANKS = (1, 2, 4, 8, 16)
+INTRO = """
+# Models
+
+Written by `python -m benchmarks.models` from the checkpoints' published configurations; do not edit. No weight is read and no GPU is
+needed: **every figure of memory and time on this page is predicted by the planner, none is measured.** `launch/plan.py --config CONFIG
+--gpus N --gpu NAME` shows the same for your own video, with every arrangement of ranks and the bytes that each sends.
+"""
+FAMILIES = """
+A model.path may be a hub name or a folder in Diffusers layout. LTX-Video 0.9.0 to 0.9.6 (the dev ones, not the distilled ones, which want
+timesteps of their own) share the transformer; from 0.9.1 on the VAE is told a timestep (`decode.timestep`, `decode.noise_scale`), from
+0.9.5 on the scheduler's shift is a fixed number. Another family is a new adapter: [adding-a-model.md](adding-a-model.md).
+"""
+LAYOUTS = """
+Heads that ulysses does not divide are possible where ring is 1, and cost what the busiest rank has more than the mean. Arrangements are
+cfg x ring x ulysses; with guidance cfg may be 2. freenoise, freelong and freepca attend inside views and need ring 1.
+"""
+PREDICTIONS = """
+Peak GiB is what the busiest GPU must hold: weights in bf16, text encoder (on GPU 0 only; `parallel.text_device cpu` and
+`model.offload model` make room), the worst moment of a forward, or decoding whole frames on GPU 0, in the mode that fits. Seconds are for the
+preset's steps with guidance; from datasheets and assumed fractions of them, whose sources are in `configs/gpus/`. The time of the fusion's
+eigendecompositions is assumed at heads of 128 and not shared by ranks, which weighs on LTX-Video: its heads have 64, and its 20,130 tokens
+make attention so cheap that the fusion is nearly half of a predicted dual step.
+"""
+
+
+def main() -> None:
+    """Write the page."""
+    configs = [load_preset(path) for path in PREDICTED]
+    specs = [read_model(config.model) for config in configs]
+    parts = [
+        INTRO.strip(),
+        table(*families(configs, specs)),
+        FAMILIES.strip(),
+        "## Layouts",
+        table(*layouts(configs, specs)),
+        LAYOUTS.strip(),
+        "## Predicted memory and time",
+        PREDICTIONS.strip(),
+        table(*predictions(configs)),
+    ]
+    PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    print(PAGE)
+
+
+def families(configs: list[RunConfig], specs: list[ModelSpec]) -> tuple[list[str], list[list[str]]]:
+    """What each model is."""
+    rows = []
+    for path, config, spec in zip(PREDICTED, configs, specs, strict=True):
+        frames, frame_tokens = spec.grid(config.video.num_frames, config.video.height, config.video.width)
+        rows.append(
+            [
+                spec.name,
+                spec.adapter.pipeline_class.__name__,
+                f"{spec.parameters['transformer'] / 1e9:.2f}",
+                f"{spec.parameters['text_encoder'] / 1e9:.2f}",
+                f"{spec.layers} x {spec.heads} x {spec.head_dim}",
+                f"{config.method.window_frames} ({(config.method.window_frames - 1) * spec.video.temporal_factor + 1})",
+                f"{config.video.num_frames} of {config.video.height} x {config.video.width}",
+                f"{frames} x {frame_tokens}",
+                describe_guidance(spec.adapter),
+                ", ".join(spec.adapter.decode_modes),
+                f"`configs/{path.name}`",
+            ]
+        )
+    header = [
+        "model",
+        "pipeline",
+        "transformer, 10⁹",
+        "text encoder, 10⁹",
+        "layers x heads x D",
+        "native latents (frames)",
+    ]
+    header += ["preset's video", "latents x tokens", "guidance", "decode modes", "preset"]
+    return header, rows
+
+
+def describe_guidance(adapter: ModelAdapter) -> str:
+    """How many forwards a step is."""
+    return "a batch of 2" if adapter.batches_guidance else "2 forwards"
+
+
+def layouts(configs: list[RunConfig], specs: list[ModelSpec]) -> tuple[list[str], list[list[str]]]:
+    """Arrangements of the ranks, with those of uneven heads in italics."""
+    rows = []
+    for config, spec in zip(configs, specs, strict=True):
+        frames, frame_tokens = spec.grid(config.video.num_frames, config.video.height, config.video.width)
+        passes = num_passes(config.sampler)
+        cells = []
+        for world in RANKS:
+            found = feasible_degrees(world, heads=spec.heads, passes=passes, tokens=frames * frame_tokens)
+            names = ["x".join(map(str, degrees)) for degrees in found]
+            uneven = [spec.heads % degrees[2] != 0 for degrees in found]
+            cells.append(", ".join(f"*{name}*" if odd else name for name, odd in zip(names, uneven, strict=True)))
+        rows.append([spec.name.partition("/")[2], *cells])
+    return ["model", *(f"{world} ranks" if world > 1 else "1 rank" for world in RANKS)], rows
+
+
+def predictions(configs: list[RunConfig]) -> tuple[list[str], list[list[str]]]:
+    """The planner's best arrangement of each model on each GPU."""
+    header = [
+        "model",
+        "GPU",
+        "GPUs",
+        "best cfg x ring x ulysses (predicted)",
+        "peak GiB (predicted)",
+        "weights + text GiB",
+    ]
+    header += [f"{name}, s (predicted)" for name in SHOWN] + [
+        "decode, s (predicted)",
+        "efficiency, freespec (predicted)",
+    ]
+    return header, [predicted_row(row) for row in predicted_table(configs, [read_gpu(name) for name in GPUS])]
+
+
+def predicted_row(row: dict[str, Any]) -> list[str]:
+    """One row of numbers as words; what does not fit has no time."""
+    named = [row["model"].partition("/")[2], row["gpu"], str(row["gpus"])]
+    if not row["fits"]:
+        return [*named, "does not fit", f"{row['peak_gib']:.1f}", weights(row), *["-"] * (len(SHOWN) + 2)]
+    seconds = [f"{row[f'seconds_{name}']:.0f}" if f"seconds_{name}" in row else "-" for name in SHOWN]
+    return [
+        *named,
+        row["degrees"],
+        f"{row['peak_gib']:.1f}",
+        weights(row),
+        *seconds,
+        f"{row['seconds_decode']:.0f} ({row['decode_mode']})",
+        f"{row['efficiency_freespec']:.0%}",
+    ]
+
+
+def weights(row: dict[str, Any]) -> str:
+    """GiB of weights, and of the text encoder on top."""
+    return f"{row['weights_gib']:.1f} + {row['text_gib']:.1f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""What a section is given: device, sizes, time left, and a file that is written again after every figure."""
+
+import importlib.metadata
+import importlib.util
+import json
+import subprocess
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from benchmarks.measure import SHAPES, Shape, environment, rounded
+from freespec.kernels import KERNELS, Kernel, select_kernel
+
+# Sizes of --small: the same code on a CPU, in seconds.
+SMALL_SHAPES = {
+    "wan": Shape(num_frames=5, frame_tokens=10, window_frames=3, heads=2, head_dim=16, cpu_heads=2),
+    "ltx": Shape(num_frames=6, frame_tokens=5, window_frames=4, heads=2, head_dim=8, cpu_heads=2),
+}
+# What torch and Triton raise for what a device, a dtype or a layout cannot do.
+UNSUPPORTED: tuple[type[Exception], ...] = (RuntimeError, ValueError, TypeError, ImportError, torch.OutOfMemoryError)
+if importlib.util.find_spec("triton") is not None:
+    from triton.errors import TritonError
+
+    UNSUPPORTED += (TritonError,)
+CLOCKS = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,utilization.gpu"
+PACKAGES = ("torch", "triton", "diffusers", "flash-attn", "flash-attn-3", "xfuser")
+Result = TypeVar("Result")
+
+
+@dataclass
+class Bench:
+    """One section's run.
+
+    Attributes:
+        section: its name, and the stem of its file.
+        device: what is measured.
+        small: tiny sizes, for a CPU.
+        out: folder of the files.
+        deadline: of `time.monotonic`, when a section should have finished; it is ended some seconds later.
+    """
+
+    section: str
+    device: torch.device
+    small: bool
+    out: Path
+    deadline: float
+    results: dict[str, Any] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """bf16 on a GPU; fp32 on a CPU, whose bf16 is another machine's business."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
+    @property
+    def repeats(self) -> int:
+        """Rounds of a comparison."""
+        return 2 if self.small else 5
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Self-attention of Wan2.1-1.3B at 321 frames and of LTX-2B at 481; or tiny."""
+        return SMALL_SHAPES if self.small else {name: SHAPES[name] for name in ("wan", "ltx")}
+
+    def has_time(self, seconds: float) -> bool:
+        """Whether something that takes so long still fits."""
+        return self.deadline - time.monotonic() > seconds
+
+    def start(self) -> None:
+        """Write down where this runs."""
+        self.about = environment(self.device, "") | {"packages": versions(), "clocks_before": clocks()}
+        self.write("running")
+
+    def record(self, name: str, value: Any) -> Any:
+        """Keep a figure, at once on disk."""
+        self.results[name] = value
+        self.write("running")
+        return value
+
+    def write(self, status: str, **more: Any) -> None:
+        """The file of this section so far."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        content = {
+            "benchmark": "gpu",
+            "section": self.section,
+            "status": status,
+            "environment": self.about,
+            "settings": {"small": self.small, "dtype": str(self.dtype).removeprefix("torch."), "repeats": self.repeats},
+            "results": self.results,
+            **more,
+        }
+        text = json.dumps(rounded(content), indent=1) + "\n"
+        path = self.out / f"{self.section}.json"
+        part = path.with_suffix(".part")
+        part.write_text(text)
+        part.replace(path)  # a section that is ended leaves a whole file
+
+    def attempt(self, call: Callable[[], Result]) -> tuple[Result | None, str]:
+        """The result; or nothing, and in a line why this device does not do it. Memory that it took is given back."""
+        try:
+            return call(), ""
+        except UNSUPPORTED as error:
+            line = next(iter(str(error).strip().splitlines()), "")
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            self.empty_cache()
+            return None, f"{type(error).__name__}: {line[:200]} ({Path(where.filename).name}:{where.lineno})"
+
+    def kernels(self) -> tuple[dict[str, Kernel], dict[str, str]]:
+        """Every dense kernel of this device but the plain one on a GPU, and why others are left out."""
+        found, refused = {}, {}
+        for name in KERNELS:
+            if name == "plain" and not self.small:
+                refused[name] = "writes out S x K logits"
+                continue
+            kernel, why = self.attempt(lambda name=name: select_kernel(name, self.device, self.dtype))
+            if kernel is None:
+                refused[name] = why
+            else:
+                found[name] = kernel
+        return found, refused
+
+    def earlier(self, section: str) -> dict[str, Any]:
+        """The results of a section that ran before; {} if it did not, or on another device."""
+        path = self.out / f"{section}.json"
+        if not path.exists():
+            return {}
+        content = json.loads(path.read_text())
+        same = content["environment"].get("device_name") == self.about.get("device_name")
+        return content["results"] if same else {}
+
+    def best_kernel(self) -> str:
+        """The dense kernel of ours that the section `layer` found to be fastest here; `auto` if it was not measured."""
+        variants = self.earlier("layer").get("wan", {}).get("variants", {})
+        found = {name: variants.get(f"global {name}", {}).get("wall_s", {}).get("median") for name in KERNELS}
+        measured = {name: seconds for name, seconds in found.items() if seconds is not None}
+        return min(measured, key=lambda name: measured[name]) if measured else "auto"
+
+    def synchronize(self) -> None:
+        """Wait for the device."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def empty_cache(self) -> None:
+        """Give cached memory back, so that a peak is of one variant alone."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def seconds_and_peak(self, call: Callable[[], Any]) -> dict[str, float]:
+        """Seconds of one call, and on a GPU the most memory that was allocated meanwhile, in GiB."""
+        cuda = self.device.type == "cuda"
+        self.synchronize()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        started = time.perf_counter()
+        call()
+        self.synchronize()
+        result = {"seconds": time.perf_counter() - started}
+        if cuda:
+            result["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return result
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of what decides speed; None for what is not there."""
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def clocks() -> dict[str, str] | None:
+    """What nvidia-smi says of the first GPU's clocks, power and temperature, as found; None without it."""
+    command: Sequence[str] = ("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader")
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
+    except (FileNotFoundError, subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        return None
+    return dict(zip(CLOCKS.split(","), lines[0].split(", "), strict=False)) if lines else None

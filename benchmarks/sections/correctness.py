@@ -1,0 +1,107 @@
+"""Every kernel path at full size against fp64: overlapping views, log-sum-exp, merge, Grams, eigh, fusion."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.attention import window_mask
+from benchmarks.measure import Shape, relative_error
+from benchmarks.sections.bench import Bench
+from benchmarks.sections.layer import PROGRESS, QKV, inputs, windowed
+from freespec import spectrum
+from freespec.attention import WindowedAttention, merge
+from freespec.kernels import select_dual
+from freespec.methods import Branches, FreeSpec, Layer, StepPlan
+
+HEADS = 2  # of a layer: fp64 on a GPU is slow
+QUERIES = 96  # spread over the video, so that every query group is met
+# A dtype rounds to this: an output may be off by a few roundings, and another branch is off by far more.
+UNIT = {torch.bfloat16: 2**-8, torch.float32: 2**-23}
+LIMIT = {"out": 4.0, "lse": 4.0}  # roundings; lse is fp32 everywhere, and counted in those
+
+
+def run(bench: Bench) -> None:
+    """Both models' layers with every kernel, then the parts of the fusion."""
+    for name, shape in bench.shapes.items():
+        bench.record(f"attention, {name}", attention(bench, shape, inputs(bench, shape, HEADS)))
+    for name, shape in bench.shapes.items():
+        bench.record(f"fusion, {name}", fusion(bench, shape))
+
+
+def attention(bench: Bench, shape: Shape, qkv: QKV) -> dict[str, Any]:
+    """Errors of each kernel's branches, their log-sum-exps and a merge, and whether they are within rounding."""
+    queries = torch.linspace(0, shape.num_tokens - 1, min(QUERIES, shape.num_tokens), device=bench.device).long()
+    exact = exact_parts(shape, qkv, queries)
+    kernels, refused = bench.kernels()
+    layers = {name: windowed(shape, kernel) for name, kernel in kernels.items()}
+    dual, why = bench.attempt(lambda: select_dual("triton", bench.device, bench.dtype))
+    if dual is None:
+        refused["triton"] = why
+    else:
+        layers["triton"] = windowed(shape, dual, dual)
+    result: dict[str, Any] = {}
+    for name, layer in layers.items():
+        found, why = bench.attempt(lambda layer=layer: errors(layer, qkv, queries, exact))
+        result[name] = found if found is not None else {"does not run": why}
+    return result | {"left_out": refused}
+
+
+def exact_parts(shape: Shape, qkv: QKV, queries: Tensor) -> dict[str, Tensor]:
+    """out [1, Q, N, D] and lse [1, Q, N] of both branches in fp64."""
+    q, k, v = qkv[0][:, queries].double(), qkv[1].double(), qkv[2].double()
+    logits = torch.einsum("bsnd,bknd->bnsk", q, k) / shape.head_dim**0.5
+    local = logits.masked_fill(~window_mask(shape, queries), float("-inf"))
+    parts = {}
+    for branch, seen in (("local", local), ("global", logits)):
+        parts[f"{branch} out"] = torch.einsum("bnsk,bknd->bsnd", seen.softmax(-1), v)
+        parts[f"{branch} lse"] = seen.logsumexp(-1).transpose(1, 2)
+    return parts
+
+
+def errors(layer: WindowedAttention, qkv: QKV, queries: Tensor, exact: dict[str, Tensor]) -> dict[str, Any]:
+    """Relative errors at the queries; `control` is the local branch taken for the global one, which must be seen."""
+    (local, local_lse), (wide, wide_lse) = layer.dual(*qkv, 0, 0, dtype=qkv[0].dtype)
+    actual = {"local out": local, "local lse": local_lse, "global out": wide, "global lse": wide_lse}
+    if layer.dual_kernel is None:
+        dense, dense_lse = layer.dense(*qkv)
+        half = qkv[1].shape[1] // 2
+        parts = [layer.dense(qkv[0], *(x[:, rows] for x in qkv[1:])) for rows in (slice(half), slice(half, None))]
+        merged, merged_lse = merge(*parts[0], *parts[1])
+        actual |= {"dense out": dense, "dense lse": dense_lse, "merged out": merged, "merged lse": merged_lse}
+    result: dict[str, Any] = {}
+    unit = UNIT[qkv[0].dtype]
+    within = True
+    for what, tensor in actual.items():
+        branch, kind = what.split()
+        right = exact[f"{'local' if branch == 'local' else 'global'} {kind}"]
+        result[what] = relative_error(tensor[:, queries], right)
+        # The logits are products of rounded q and k summed in fp32: their error does not shrink with the dtype's unit.
+        allowed = LIMIT[kind] * (unit if kind == "out" else max(unit * 2**-6, 2**-22))
+        within &= result[what] <= allowed
+    control = relative_error(local[:, queries], exact["global out"])
+    return result | {"control": control, "within rounding": within and control > 16 * LIMIT["out"] * unit}
+
+
+def fusion(bench: Bench, shape: Shape) -> dict[str, Any]:
+    """Grams against fp64, eigenvectors, and the fused output against the long SVD in fp64."""
+    torch.manual_seed(0)
+    falling = 0.01 ** torch.linspace(0, 1, shape.head_dim, device=bench.device)
+    sizes = (2, 1, shape.num_tokens, HEADS, shape.head_dim)
+    o_local, o_global = (torch.randn(sizes, device=bench.device) * falling).to(bench.dtype).unbind(0)
+    method = FreeSpec()
+    weights = method.weights(StepPlan(mode="dual", progress=PROGRESS), shape.grid, shape.head_dim, bench.device)
+    layer = Layer(grid=shape.grid, sum_tokens=lambda total: total, sum_heads=lambda total: total)
+    gram = spectrum.gram(o_local)
+    wide = o_local.double().transpose(1, 2)
+    sigma, vectors = spectrum.spectrum(gram)
+    identity = torch.eye(shape.head_dim, dtype=torch.float64, device=bench.device)
+    fused = method.fuse(Branches(local=o_local, wide=o_global), weights, layer)
+    right = spectrum.svd_fusion_ref(o_local, o_global, weights.rank, weights.residual.item())
+    return {
+        "gram": relative_error(gram, wide.transpose(-1, -2) @ wide),
+        "eigenvectors": (vectors.transpose(-1, -2) @ vectors - identity).abs().max().item(),
+        "singular values": relative_error(sigma, torch.linalg.svdvals(wide)),
+        "fused": relative_error(fused, right),
+        "control": relative_error(o_local, right),
+    }

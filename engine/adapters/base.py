@@ -1,0 +1,367 @@
+"""All that a model must tell the engine, in one file: `ModelAdapter`, and the small types it speaks in.
+
+The engine asks nothing of a model but through here: no other file names a pipeline class. docs/adding-a-model.md goes
+through the questions in order.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from engine.config import DecodeConfig
+from engine.errors import UserError
+
+Range = tuple[int, int]
+# Text of one pass as the transformer takes it: embeddings [1, K, C], and for a model that masks its padding [1, K] of 0 and 1.
+Text = tuple[Tensor, ...]
+DecodeMode = Literal["whole", "framewise", "tiled"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VideoSpec:
+    """The numbers of a checkpoint that decide lengths and sizes, from its config.json files alone: known before any weight.
+
+    Attributes:
+        channels: latent channels z.
+        temporal_factor: video frames per latent frame, but for the first, which is one.
+        spatial_factor: pixels per latent row or column.
+        patch: latent frames, rows and columns per token.
+        pipeline_multiple: what its pipeline wants height and width to be multiples of, whatever the VAE.
+        max_positions: length of the rotary table of each axis; None where positions are computed.
+        cuts_time: whether a decode may cut the video into chunks of `decode.tile_frames`.
+    """
+
+    channels: int
+    temporal_factor: int
+    spatial_factor: int
+    patch: tuple[int, int, int]
+    pipeline_multiple: int
+    max_positions: int | None = None
+    cuts_time: bool = False
+
+    @property
+    def size_multiples(self) -> tuple[int, int]:
+        """What height and width in pixels must be multiples of: the pipeline's number, and whole tokens."""
+        _, rows, columns = self.patch
+        factor = self.spatial_factor
+        return math.lcm(self.pipeline_multiple, factor * rows), math.lcm(self.pipeline_multiple, factor * columns)
+
+    def check_video(self, num_frames: int, height: int, width: int) -> None:
+        """Raise UserError for a length or size that this checkpoint cannot make."""
+        step = self.temporal_factor
+        if num_frames < 1 or (num_frames - 1) % step:
+            below = max(num_frames - 1, 0) // step * step + 1
+            raise UserError(
+                f"video.num_frames must be {step}k + 1, got {num_frames}; the nearest are {below} and {below + step}"
+            )
+        for name, size, multiple in zip(("height", "width"), (height, width), self.size_multiples, strict=True):
+            if size < 1 or size % multiple:
+                below = max(size // multiple, 1) * multiple
+                raise UserError(
+                    f"video.{name} must be a multiple of {multiple}, got {size}; "
+                    f"the nearest are {below} and {below + multiple}"
+                )
+        self._check_positions(num_frames, height, width)
+
+    def _check_positions(self, num_frames: int, height: int, width: int) -> None:
+        most, step = self.max_positions, self.temporal_factor
+        if most is None:
+            return
+        sizes = zip(
+            self.latent_shape(num_frames, height, width)[2:], self.patch, ("frames", "rows", "columns"), strict=True
+        )
+        for size, patch, name in sizes:
+            if size // patch > most:
+                raise UserError(
+                    f"{num_frames} frames of {height} x {width} are {size // patch} latent {name}, and the model's rotary "
+                    f"table ends at {most}; make at most {(most - 1) * step + 1} frames"
+                    if name == "frames"
+                    else f"{height} x {width} pixels are {size // patch} token {name}, and the model's rotary table ends at "
+                    f"{most}; make the video smaller"
+                )
+
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
+        """Shape [1, z, F, h, w] of the latents of one video."""
+        frames = (num_frames - 1) // self.temporal_factor + 1
+        return (1, self.channels, frames, height // self.spatial_factor, width // self.spatial_factor)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelNumbers:
+    """The sizes that decide operations and bytes of one forward, from the transformer's configuration.
+
+    Attributes:
+        heads: N.
+        head_dim: D.
+        layers: transformer blocks.
+        ffn_dim: inner width of the feed-forward part.
+        text_dim: width of the text encoder's output.
+        time_dim: sinusoidal channels of a timestep.
+        patch: latent frames, rows and columns per token.
+        in_values: numbers that one token stands for in the latents.
+        out_values: numbers of the model's output for one token.
+        rotary_values: numbers of both rotary tables for one token of one batch entry.
+    """
+
+    heads: int
+    head_dim: int
+    layers: int
+    ffn_dim: int
+    text_dim: int
+    time_dim: int
+    patch: tuple[int, int, int]
+    in_values: int
+    out_values: int
+    rotary_values: int
+
+    @property
+    def width(self) -> int:
+        """C = N·D."""
+        return self.heads * self.head_dim
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimeSettings:
+    """How a decode goes through time; the same on every rank, since it decides the frames.
+
+    Attributes:
+        chunk: latent frames that a chunk advances by, and that it sees; None is the model's exact way.
+        overlap: pixel frames over which a chunk fades in over the one before.
+        timestep: what a decoder that is conditioned on a timestep is told; None for one that is not.
+        noise_scale: share of noise that such a decoder finds in its latents.
+        seed: of the CPU generator of that noise; None for a decoder that takes none.
+    """
+
+    chunk: tuple[int, int] | None = None
+    overlap: int = 0
+    timestep: float | None = None
+    noise_scale: float = 0.0
+    seed: int | None = None
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the record of a run says of it; nothing where there is nothing to choose."""
+        chunk = {"chunk_latents": self.chunk[1], "chunk_stride": self.chunk[0]} if self.chunk else {}
+        told = {} if self.timestep is None else {"timestep": self.timestep, "noise_scale": self.noise_scale}
+        return chunk | told | ({} if self.seed is None else {"noise_seed": self.seed})
+
+
+class LatentDecoder(ABC):
+    """One decode of one latent video by a VAE, as chunks of latent frames in order; a frame may also be cut into tiles.
+
+    Attributes:
+        chunks: latent frames [start, stop) of each chunk.
+    """
+
+    chunks: tuple[Range, ...]
+
+    @abstractmethod
+    def latents(self, index: int) -> Tensor:
+        """Latents [1, z, t, h, w] of chunk `index` as the VAE made them: denormalised, on its device, in its dtype."""
+
+    @abstractmethod
+    def start(self) -> Any:
+        """The state of a tile before its first chunk."""
+
+    @abstractmethod
+    def step(self, latents: Tensor, state: Any, *, index: int, tile: int) -> Tensor:
+        """Frames [1, 3, t, H, W], not clamped, of a tile of chunk `index`; moves the tile's state on."""
+
+    @abstractmethod
+    def num_frames(self, index: int) -> int:
+        """Frames that `step` makes of chunk `index`."""
+
+    @abstractmethod
+    def join(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Whole frames of each chunk, in order -> the video's, as many parts as chunks; a part may be empty."""
+
+
+class ModelAdapter(ABC):
+    """One family of models inside diffusers. Its instances hold no state: everything is an argument.
+
+    Attributes:
+        name: what messages call it.
+        index_names: classes that a model_index.json of such a checkpoint may name.
+        pipeline_class: the stock text-to-video pipeline that loads it.
+        transformer_class: class of `pipe.transformer`.
+        vae_class: class of `pipe.vae`.
+        text_encoder_class: class of `pipe.text_encoder`.
+        text_config_class: class of its configuration.
+        batches_guidance: whether the stock pipeline runs both passes of guidance as one batch, [uncond, cond].
+        frame_rate_matters: whether the frame rate decides the latents.
+        decode_modes: the ways to decode, the most exact first; `decode.mode` names one of them or `auto`.
+        exact_decode_is_bounded: whether the memory of `whole` does not grow with the length of the video.
+        copies_rotary: whether `shard_rotary` returns copies, so that the whole tables go.
+        latent_tensors: fp32 tensors of the latents' size that are alive between steps, the scheduler's included.
+        counts_frames: whether temporal positions are frame numbers that grow beyond those of training, as `riflex` needs.
+    """
+
+    name: ClassVar[str]
+    index_names: ClassVar[tuple[str, ...]]
+    pipeline_class: ClassVar[Any]
+    transformer_class: ClassVar[Any]
+    vae_class: ClassVar[Any]
+    text_encoder_class: ClassVar[Any]
+    text_config_class: ClassVar[Any]
+    batches_guidance: ClassVar[bool]
+    frame_rate_matters: ClassVar[bool]
+    decode_modes: ClassVar[tuple[DecodeMode, ...]]
+    exact_decode_is_bounded: ClassVar[bool]
+    copies_rotary: ClassVar[bool]
+    latent_tensors: ClassVar[int]
+    counts_frames: ClassVar[bool] = False
+
+    # What a checkpoint is, before its weights are read.
+
+    @abstractmethod
+    def video_spec(self, transformer: dict[str, Any], vae: dict[str, Any]) -> VideoSpec:
+        """Read two config.json files; keys that a checkpoint leaves out have the value of the diffusers class."""
+
+    @abstractmethod
+    def spatial_factor(self, vae: Mapping[str, Any]) -> int:
+        """Pixels per latent row or column, from the VAE's configuration."""
+
+    @abstractmethod
+    def latent_channels(self, vae: Mapping[str, Any]) -> int:
+        """Latent channels z, from the VAE's configuration."""
+
+    @abstractmethod
+    def numbers(self, transformer: Any) -> ModelNumbers:
+        """Read the transformer's configuration, with the defaults of its class."""
+
+    @abstractmethod
+    def check_pipeline(self, pipe: Any) -> None:
+        """Raise UserError for pipelines of this class that would run and give a wrong video."""
+
+    def build(self, part: str, config: dict[str, Any]) -> nn.Module:
+        """A part of the pipeline (transformer, vae or text_encoder) with random weights, from its configuration."""
+        if part == "text_encoder":
+            return self.text_encoder_class(self.text_config_class(**config))
+        return {"transformer": self.transformer_class, "vae": self.vae_class}[part].from_config(config)
+
+    # Inside a forward: where tokens are made, mixed and put together again.
+
+    @abstractmethod
+    def attention_modules(self, transformer: Any) -> list[nn.Module]:
+        """The self-attention module of every block, first block first."""
+
+    @abstractmethod
+    def grid(self, transformer: Any, inputs: dict[str, Any]) -> tuple[int, int, int]:
+        """Frames F, rows H and columns W of a forward's tokens, from its arguments by name."""
+
+    @abstractmethod
+    def shard_points(self, transformer: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Where tokens are shared out and put together: patch embedding, rotary table, output projection.
+
+        Between the first and the last everything but the self-attentions must work on each token by itself.
+        """
+
+    @abstractmethod
+    def shard_embedding(self, embedded: Tensor, start: int, length: int) -> Tensor:
+        """A rank's tokens of what the patch embedding returns, in a shape that the model goes on with."""
+
+    @abstractmethod
+    def shard_rotary(self, tables: tuple[Tensor, Tensor], start: int, length: int) -> tuple[Tensor, Tensor]:
+        """A rank's rows of the rotary tables (cos, sin)."""
+
+    def temporal_frequencies(self, transformer: Any) -> list[tuple[float, slice]]:
+        """Radians per frame, and the columns of the rotary tables, of each pair that turns with time, the fastest first.
+
+        Asked where `counts_frames`.
+        """
+        raise AssertionError(f"{self.name} does not count frames")
+
+    @abstractmethod
+    def qkv(
+        self,
+        attn: nn.Module,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        on_value: Callable[[Tensor], None] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Projected, normalised and rotated q, k, v [B, s, N, D] from hidden states [B, s, C], bit for bit the stock's.
+
+        `on_value` is called with v as soon as there is one, so that it can travel while q and k are normalised and rotated.
+        """
+
+    @abstractmethod
+    def project_out(self, attn: nn.Module, out: Tensor) -> Tensor:
+        """Output projection of [B, s, N, D] to [B, s, C]."""
+
+    # A run.
+
+    @abstractmethod
+    def encode_text(self, pipe: Any, prompts: Sequence[str], max_tokens: int, device: torch.device) -> list[Text]:
+        """Text of each prompt, in the transformer's dtype; UserError for a prompt that would be cut."""
+
+    @abstractmethod
+    def empty_text(self, transformer: Any, max_tokens: int, device: torch.device) -> Text:
+        """Tensors of the shapes and dtypes of a prompt's text, for a rank that receives it."""
+
+    @abstractmethod
+    def set_timesteps(
+        self, scheduler: Any, num_steps: int, *, num_tokens: int, shift: str, device: torch.device | None
+    ) -> dict[str, Any]:
+        """Set the scheduler's timesteps as the stock pipeline does for a video of `num_tokens`; returns what to record.
+
+        The tokens are those of latents. Whether they are the video's or those of the native length is `shift`, the setting
+        `sampler.shift`, which is for the record here.
+        """
+
+    @abstractmethod
+    def predict(
+        self, pipe: Any, latents: Tensor, timestep: Tensor, texts: dict[str, Text], *, fps: int
+    ) -> list[Tensor]:
+        """One forward: a prediction [1, z, F, h, w] for each text, in order, from fp32 latents of that shape.
+
+        Args:
+            pipe: the pipeline.
+            latents: [1, z, F, h, w] fp32.
+            timestep: of the scheduler, no dimensions.
+            texts: by pass, `cond` or `uncond`: both of them where `batches_guidance`, otherwise one.
+            fps: frames per second of the video.
+        """
+
+    def guide(self, predictions: Sequence[Tensor], scale: float) -> Tensor:
+        """Classifier-free guidance: uncond + scale (cond - uncond) of [cond, uncond]; of [cond] alone, that."""
+        if len(predictions) == 1:
+            return predictions[0]
+        cond, uncond = predictions
+        return uncond + scale * (cond - uncond)
+
+    # Latents to frames.
+
+    @abstractmethod
+    def time_settings(
+        self, vae: Mapping[str, Any], mode: DecodeMode, config: DecodeConfig, *, num_latents: int, seed: int
+    ) -> TimeSettings:
+        """How `mode` goes through `num_latents` latent frames, from the VAE's configuration and the settings `decode`."""
+
+    @abstractmethod
+    def open_decoder(self, vae: Any, latents: Tensor, settings: TimeSettings) -> LatentDecoder:
+        """A decode of latents [1, z, F, h, w] as the transformer sees them (normalised)."""
+
+    # What the planner asks: bytes, for `e` bytes in a number of the transformer.
+
+    @abstractmethod
+    def embedding_bytes(self, numbers: ModelNumbers, tokens: int, shard: int, *, batch: int, e: int) -> int:
+        """Bytes at the worst moment before the first block, beside a rank's share of the rotary tables, which stays.
+
+        `tokens` are all of the video's, `shard` are the rank's.
+        """
+
+    @abstractmethod
+    def block_bytes(self, hidden: int, hidden_ffn: int, e: int) -> dict[str, int]:
+        """Bytes at each moment of a block outside attention, by name.
+
+        `hidden` counts the numbers of a hidden state on a rank, `hidden_ffn` those inside its feed-forward part.
+        """
+
+    @abstractmethod
+    def block_passes(self, ffn_ratio: float, e: int) -> float:
+        """Bytes that an eager block reads and writes per token and channel outside matrix products and attention kernels."""

@@ -1,0 +1,413 @@
+"""LTX-Video text-to-video (2B, 0.9.0 to 0.9.6) inside diffusers: where its tokens are made, mixed and put together again."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKLLTXVideo,
+    FlowMatchEulerDiscreteScheduler,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+)
+from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
+
+from engine.adapters.base import (
+    DecodeMode,
+    LatentDecoder,
+    ModelAdapter,
+    ModelNumbers,
+    Range,
+    Text,
+    TimeSettings,
+    VideoSpec,
+)
+from engine.adapters.prompts import refuse_long_prompts
+from engine.blend import fade_in
+from engine.config import DecodeConfig
+from engine.errors import UserError
+
+FP32_BYTES = 4
+# What LTXVideoTransformer3DModel and AutoencoderKLLTXVideo fix in code, or have as the default of a key.
+TIME_CHANNELS = 256
+FFN_RATIO = 4
+SCALING = (True, True, True, False)
+
+
+class LtxAdapter(ModelAdapter):
+    """LTXPipeline: packed latents, rotary tables as wide as the model, both passes of guidance in one batch.
+
+    Its VAE is not causal: the exact decode takes the whole video at once.
+    """
+
+    name = "LTX-Video text-to-video"
+    # The parts are the same ones; checkpoints from 0.9.5 on may name the pipeline that also takes pictures.
+    index_names = ("LTXPipeline", "LTXConditionPipeline")
+    pipeline_class = LTXPipeline
+    transformer_class = LTXVideoTransformer3DModel
+    vae_class = AutoencoderKLLTXVideo
+    text_encoder_class = T5EncoderModel
+    text_config_class = T5Config
+    batches_guidance = True
+    frame_rate_matters = True
+    decode_modes = ("whole", "framewise", "tiled")
+    exact_decode_is_bounded = False
+    copies_rotary = True
+    latent_tensors = 2  # before and after a step
+
+    def video_spec(self, transformer: dict[str, Any], vae: dict[str, Any]) -> VideoSpec:
+        """See the base class; rotary positions are computed, so no length is too long for a table."""
+        patch, patch_t = transformer.get("patch_size", 1), transformer.get("patch_size_t", 1)
+        return VideoSpec(
+            channels=self.latent_channels(vae),
+            temporal_factor=_compression(vae, "temporal", vae.get("patch_size_t", 1)),
+            spatial_factor=self.spatial_factor(vae),
+            patch=(patch_t, patch, patch),
+            pipeline_multiple=32,
+            cuts_time=True,
+        )
+
+    def spatial_factor(self, vae: Mapping[str, Any]) -> int:
+        """See the base class."""
+        return _compression(vae, "spatial", vae.get("patch_size", 4))
+
+    def latent_channels(self, vae: Mapping[str, Any]) -> int:
+        """See the base class."""
+        return vae.get("latent_channels", 128)
+
+    def numbers(self, transformer: Any) -> ModelNumbers:
+        """See the base class; the feed-forward part and the timestep's channels are fixed in diffusers' code."""
+        patch = (transformer.patch_size_t, transformer.patch_size, transformer.patch_size)
+        width = transformer.num_attention_heads * transformer.attention_head_dim
+        return ModelNumbers(
+            heads=transformer.num_attention_heads,
+            head_dim=transformer.attention_head_dim,
+            layers=transformer.num_layers,
+            ffn_dim=FFN_RATIO * width,
+            text_dim=transformer.caption_channels,
+            time_dim=TIME_CHANNELS,
+            patch=patch,
+            in_values=transformer.in_channels,
+            out_values=transformer.out_channels or transformer.in_channels,
+            rotary_values=2 * width,
+        )
+
+    def check_pipeline(self, pipe: LTXPipeline) -> None:
+        """Patches and schedulers that the stock pipeline itself would handle in another way are refused."""
+        patch = (pipe.transformer.config.patch_size_t, pipe.transformer.config.patch_size)
+        if patch != (1, 1):
+            raise UserError(
+                f"the transformer has patches of {patch[0]} x {patch[1]}; LTX-Video has one latent per token"
+            )
+        scheduler = pipe.scheduler
+        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            raise UserError(
+                f"LTX-Video is sampled with a FlowMatchEulerDiscreteScheduler, and the scheduler is a "
+                f"{type(scheduler).__name__}; use the checkpoint's own"
+            )
+        if scheduler.config.stochastic_sampling:
+            raise UserError(
+                "the scheduler draws noise in each step (stochastic_sampling), which ranks would draw differently; set it "
+                "to false in scheduler_config.json"
+            )
+
+    def attention_modules(self, transformer: LTXVideoTransformer3DModel) -> list[nn.Module]:
+        """See the base class."""
+        return [block.attn1 for block in transformer.transformer_blocks]
+
+    def grid(self, transformer: LTXVideoTransformer3DModel, inputs: dict[str, Any]) -> tuple[int, int, int]:
+        """The latents are packed, [B, S, z], so their sizes are arguments of their own."""
+        frames, rows, columns = (inputs.get(name) for name in ("num_frames", "height", "width"))
+        if frames is None or rows is None or columns is None:
+            raise UserError(
+                "the transformer was called without num_frames, height and width; call it through LTXPipeline"
+            )
+        return frames, rows, columns
+
+    def shard_points(self, transformer: LTXVideoTransformer3DModel) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """See the base class."""
+        return transformer.proj_in, transformer.rope, transformer.proj_out
+
+    def shard_embedding(self, embedded: Tensor, start: int, length: int) -> Tensor:
+        """[B, S, C] -> [B, s, C]."""
+        return embedded.narrow(1, start, length)
+
+    def shard_rotary(self, tables: tuple[Tensor, Tensor], start: int, length: int) -> tuple[Tensor, Tensor]:
+        """Each [B, S, C] -> [B, s, C], copied: the tables are as large as hidden states in fp32, and the whole can go."""
+        cos, sin = tables
+        if length == cos.shape[1]:
+            return cos, sin
+        return cos.narrow(1, start, length).clone(), sin.narrow(1, start, length).clone()
+
+    def qkv(
+        self,
+        attn: nn.Module,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        on_value: Callable[[Tensor], None] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See the base class. Each head has frequencies of its own, so the rotation comes before the split into heads."""
+        v = attn.to_v(hidden).unflatten(2, (attn.heads, -1))
+        if on_value is not None:
+            on_value(v)
+        q = _rotate(attn.norm_q(attn.to_q(hidden)), *rotary)
+        k = _rotate(attn.norm_k(attn.to_k(hidden)), *rotary)
+        q, k = (x.unflatten(2, (attn.heads, -1)) for x in (q, k))
+        return q, k, v
+
+    def project_out(self, attn: nn.Module, out: Tensor) -> Tensor:
+        """See the base class."""
+        return attn.to_out[1](attn.to_out[0](out.flatten(2, 3)))
+
+    def encode_text(
+        self, pipe: LTXPipeline, prompts: Sequence[str], max_tokens: int, device: torch.device
+    ) -> list[Text]:
+        """Embeddings, and which of them are words: cross-attention must not see the padding."""
+        refuse_long_prompts(pipe.tokenizer, prompts, max_tokens)
+        texts = []
+        for prompt in prompts:
+            embed, mask, _, _ = pipe.encode_prompt(
+                prompt, do_classifier_free_guidance=False, max_sequence_length=max_tokens, device=device
+            )
+            dtype = pipe.transformer.dtype
+            texts.append((embed.to(dtype), mask.to(dtype)))
+        return texts
+
+    def empty_text(self, transformer: LTXVideoTransformer3DModel, max_tokens: int, device: torch.device) -> Text:
+        """See the base class."""
+        shape = (1, max_tokens, transformer.config.caption_channels)
+        embed = torch.empty(shape, dtype=transformer.dtype, device=device)
+        return embed, torch.empty(shape[:2], dtype=transformer.dtype, device=device)
+
+    def set_timesteps(
+        self, scheduler: Any, num_steps: int, *, num_tokens: int, shift: str, device: torch.device | None
+    ) -> dict[str, Any]:
+        """Evenly spaced sigmas, shifted by exp(mu) with mu linear in the tokens (0.9.0, 0.9.1), or by a fixed number (later)."""
+        config = scheduler.config
+        if config.shift_terminal and num_steps == 1:
+            raise UserError(
+                f"one step cannot end at the scheduler's shift_terminal {config.shift_terminal} and begin at 1; "
+                "use sampler.num_steps 2 or more"
+            )
+        sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
+        if not config.use_dynamic_shifting:
+            scheduler.set_timesteps(sigmas=sigmas, device=device)
+            return {"shift": "fixed", "value": config.shift}
+        mu = shift_exponent(config, num_tokens)
+        scheduler.set_timesteps(sigmas=sigmas, mu=mu, device=device)
+        return {"shift": shift, "value": float(np.exp(mu)), "mu": mu, "tokens": num_tokens}
+
+    def predict(
+        self, pipe: LTXPipeline, latents: Tensor, timestep: Tensor, texts: dict[str, Text], *, fps: int
+    ) -> list[Tensor]:
+        """See the base class; the batch is [uncond, cond], the order of the stock pipeline."""
+        embeds, masks = zip(*reversed(texts.values()), strict=True)
+        batch = len(texts)
+        frames, rows, columns = latents.shape[2:]
+        with pipe.transformer.cache_context("cond_uncond"):
+            packed = pipe.transformer(
+                hidden_states=torch.cat([pack(latents)] * batch).to(pipe.transformer.dtype),
+                encoder_hidden_states=torch.cat(embeds),
+                timestep=timestep.expand(batch),
+                encoder_attention_mask=torch.cat(masks),
+                num_frames=frames,
+                height=rows,
+                width=columns,
+                rope_interpolation_scale=(
+                    pipe.vae_temporal_compression_ratio / fps,
+                    pipe.vae_spatial_compression_ratio,
+                    pipe.vae_spatial_compression_ratio,
+                ),
+                return_dict=False,
+            )[0]
+        predictions = [unpack(prediction, frames, rows, columns) for prediction in packed.split(1)]
+        return predictions[::-1]
+
+    def guide(self, predictions: Sequence[Tensor], scale: float) -> Tensor:
+        """In fp32, as the stock pipeline combines them."""
+        return super().guide([prediction.float() for prediction in predictions], scale)
+
+    def time_settings(
+        self, vae: Mapping[str, Any], mode: DecodeMode, config: DecodeConfig, *, num_latents: int, seed: int
+    ) -> TimeSettings:
+        """A video no longer than `decode.tile_frames` is not cut, nor is any in mode `whole`."""
+        conditioned = bool(vae.get("timestep_conditioning", False))
+        noisy = conditioned or any(vae.get("decoder_inject_noise", ()))
+        told = {
+            "timestep": config.timestep if conditioned else None,
+            "noise_scale": config.noise_scale if conditioned else 0.0,
+            "seed": seed if noisy else None,
+        }
+        factor = _compression(vae, "temporal", vae.get("patch_size_t", 1))
+        size = config.tile_frames // factor
+        if mode == "whole" or num_latents <= size:
+            return TimeSettings(**told)
+        # One more latent frame than a chunk's frames need: the first of a decode stands for one frame only.
+        chunk = (config.stride_frames // factor, size + 1)
+        return TimeSettings(chunk=chunk, overlap=config.tile_frames - config.stride_frames, **told)
+
+    def open_decoder(self, vae: AutoencoderKLLTXVideo, latents: Tensor, settings: TimeSettings) -> LatentDecoder:
+        """See the base class."""
+        return _ChunkDecoder(vae, latents, settings)
+
+    def embedding_bytes(self, numbers: ModelNumbers, tokens: int, shard: int, *, batch: int, e: int) -> int:
+        """The whole rotary tables while the second gets its padding: angles of half the width, the first, the second twice."""
+        tables = (7 * tokens // 2 - 2 * shard) * FP32_BYTES
+        return batch * numbers.width * max(tables, (tokens + shard) * e)
+
+    def block_bytes(self, hidden: int, hidden_ffn: int, e: int) -> dict[str, int]:
+        """Read off the eager LTXVideoTransformerBlock, which works in the model's precision but for norms and rotation."""
+        cast = FP32_BYTES if e < FP32_BYTES else 0  # an fp32 copy of what is already fp32 costs nothing
+        return {
+            # hidden state, its square in fp32 and the copy it is made of, the norm
+            "norm": hidden * (e + cast + 4 + 4),
+            # hidden state, normed, rotated q, k, k turned and both of its products in fp32
+            "rotary": hidden * (5 * e + 3 * FP32_BYTES),
+            # the block's input, hidden state, normed, cross-attention's output, and both sides of the GELU
+            "feed_forward": hidden * 4 * e + hidden_ffn * 2 * e,
+            # the same four, the feed-forward's output, gated, the sum
+            "residual": hidden * 7 * e,
+        }
+
+    def block_passes(self, ffn_ratio: float, e: int) -> float:
+        """RMS norms are a few passes in fp32; everything else is one pass per operator, as eager torch runs it."""
+        cast = e + FP32_BYTES if e < FP32_BYTES else 0
+        return (
+            2 * (cast + 8 + 8 + 4 + e + 4 * e)  # norm1, norm2: square, mean, product; scale and shift
+            + 3 * 2 * e  # RMS norms of q, k and of the query of cross-attention
+            + 2 * (3 * e + cast + cast + 4 * 12 + e)  # rotary of q and k: turned, both to fp32, two products, sum, back
+            + 2 * 2 * e + 3 * 3 * e  # gates of both parts, residuals of all three
+            + 2 * e * ffn_ratio  # GELU
+        )  # fmt: skip
+
+
+def shift_exponent(config: Any, num_tokens: int) -> float:
+    """mu of a video of `num_tokens`: the line through the scheduler's two (tokens, shift) points, beyond them as well.
+
+    A scheduler without these keys has the values that the stock pipeline assumes.
+    """
+    tokens = [config.get(f"{name}_image_seq_len", value) for name, value in (("base", 256), ("max", 4096))]
+    shifts = [config.get(f"{name}_shift", value) for name, value in (("base", 0.5), ("max", 1.15))]
+    slope = (shifts[1] - shifts[0]) / (tokens[1] - tokens[0])
+    return num_tokens * slope + (shifts[0] - slope * tokens[0])
+
+
+def pack(latents: Tensor) -> Tensor:
+    """[B, z, F, h, w] -> [B, S, z], frame-major."""
+    return latents.flatten(2).transpose(1, 2).contiguous()
+
+
+def unpack(packed: Tensor, frames: int, rows: int, columns: int) -> Tensor:
+    """[B, S, z] -> [B, z, F, h, w]."""
+    return packed.transpose(1, 2).unflatten(2, (frames, rows, columns)).contiguous()
+
+
+class _ChunkDecoder(LatentDecoder):
+    """The LTX decoder on the whole video, or on chunks that overlap and fade into each other, as `use_framewise_decoding`."""
+
+    def __init__(self, vae: AutoencoderKLLTXVideo, latents: Tensor, settings: TimeSettings) -> None:
+        self._vae = vae
+        self._latents = latents
+        self._settings = settings
+        self._factor = vae.temporal_compression_ratio
+        self._mean, self._std = (
+            x.view(1, -1, 1, 1, 1).to(vae.device, vae.dtype) for x in (vae.latents_mean, vae.latents_std)
+        )
+        self._noise = _decode_noise(latents.shape, settings) if settings.noise_scale else None
+        self._injects = any(vae.config.decoder_inject_noise)
+        self.chunks = _chunks(latents.shape[2], settings.chunk)
+
+    def latents(self, index: int) -> Tensor:
+        """See the base class; with its share of noise, where the decoder wants that."""
+        vae, (start, stop) = self._vae, self.chunks[index]
+        latents = self._latents[:, :, start:stop].to(vae.device, vae.dtype)
+        latents = latents * self._std / vae.config.scaling_factor + self._mean
+        if self._noise is None:
+            return latents
+        share = torch.tensor(self._settings.noise_scale, device=vae.device, dtype=vae.dtype)
+        return (1 - share) * latents + share * self._noise[:, :, start:stop].to(latents)
+
+    def start(self) -> None:
+        """Chunks know nothing of each other before they are joined."""
+
+    def step(self, latents: Tensor, state: Any, *, index: int, tile: int) -> Tensor:
+        """See the base class. Every chunk but the first loses its last frame, as in the VAE's own framewise decode."""
+        vae, settings = self._vae, self._settings
+        told = None
+        if settings.timestep is not None:
+            told = torch.tensor([settings.timestep], device=vae.device, dtype=vae.dtype)
+        with self._layer_noise(index, tile):
+            frames = vae.decoder(latents, told)
+        return frames[:, :, : self.num_frames(index)]
+
+    def num_frames(self, index: int) -> int:
+        """See the base class."""
+        start, stop = self.chunks[index]
+        return (stop - start - 1) * self._factor + (1 if index == 0 else 0)
+
+    def join(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Each chunk fades in over the end of the one before; what the next one covers is left to it."""
+        left = (self._latents.shape[2] - 1) * self._factor + 1
+        before = None
+        for index, piece in enumerate(pieces):
+            if before is not None:
+                fade_in(piece, before, extent=self._settings.overlap, dim=-3)
+            keep = left if self._settings.chunk is None else self._settings.chunk[0] * self._factor + (index == 0)
+            part = piece[:, :, : min(keep, left)]
+            left -= part.shape[2]
+            before = piece
+            if part.shape[2]:
+                yield part
+
+    @contextmanager
+    def _layer_noise(self, index: int, tile: int) -> Iterator[None]:
+        """Seed what the layers of the 0.9.1 decoder draw from torch's own generator, and leave that as it was.
+
+        A tile's noise follows from the run's seed, its chunk and its number, so any rank that decodes it draws the same.
+        """
+        if not self._injects or self._vae.device.type == "meta":
+            yield
+            return
+        devices = [self._vae.device] if self._vae.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(layer_noise_seed(self._settings.seed or 0, index, tile))
+            yield
+
+
+def layer_noise_seed(seed: int, index: int, tile: int) -> int:
+    """Seed of the noise inside the decoder for a tile of a chunk."""
+    return (seed + 1_000_003 * index + 7919 * tile) % 2**63
+
+
+def _decode_noise(shape: Sequence[int], settings: TimeSettings) -> Tensor:
+    """The stock pipeline's draw for decoding: the second of a generator whose first is the noise of the run."""
+    generator = torch.Generator("cpu").manual_seed(settings.seed or 0)
+    torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
+
+
+def _chunks(num_latents: int, chunk: tuple[int, int] | None) -> tuple[Range, ...]:
+    """Latent frames of each chunk; the last ones of a video may be shorter."""
+    if chunk is None:
+        return ((0, num_latents),)
+    stride, size = chunk
+    return tuple((start, min(start + size, num_latents)) for start in range(0, num_latents, stride))
+
+
+def _compression(vae: Mapping[str, Any], axis: str, patch: int) -> int:
+    """Pixels or frames per latent: given, or a doubling for every level of the encoder that scales."""
+    given = vae.get(f"{axis}_compression_ratio")
+    return patch * 2 ** sum(vae.get("spatio_temporal_scaling", SCALING)) if given is None else given
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of interleaved pairs over all heads, in fp32: x [B, s, C], cos and sin [B, s, C]."""
+    pairs = x.unflatten(2, (-1, 2))
+    turned = torch.stack((-pairs[..., 1], pairs[..., 0]), dim=-1).flatten(2)
+    return (x.float() * cos + turned.float() * sin).to(x.dtype)
+
+
+LTX = LtxAdapter()

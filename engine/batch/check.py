@@ -1,0 +1,21 @@
+"""Whether a video file is what it should be, by decoding all of it."""
+
+from pathlib import Path
+
+import av
+
+from engine.video import read_video
+
+
+def check_video(path: Path, *, num_frames: int, height: int, width: int) -> None:
+    """Raise OSError unless the mp4 decodes to exactly so many frames of this size."""
+    count = 0
+    try:
+        for frame in read_video(path):
+            if frame.shape != (height, width, 3):
+                raise OSError(f"{path}: frame {count} is {frame.shape[0]} x {frame.shape[1]}, not {height} x {width}")
+            count += 1
+    except (av.FFmpegError, ValueError) as error:
+        raise OSError(f"{path} does not decode after frame {count}: {error}") from error
+    if count != num_frames:
+        raise OSError(f"{path} decodes to {count} frames, not {num_frames}")

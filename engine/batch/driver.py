@@ -1,0 +1,311 @@
+"""Keeps replicas busy with the items of a queue: hands out, waits, ends what hangs, rebuilds what died.
+
+The driver knows neither processes nor Ray: a replica is anything with the methods of `Replica`. Nor does it know what
+an item is made of: `prepare` makes the task that a replica is handed, and `hopeless` says whether a failure would come again.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from engine.batch.plan import Item
+from engine.batch.queue import Failure, Queue
+
+# Without --item_timeout: an item that takes ten times as long as the middle one hangs, but not within ten minutes.
+TIMEOUT_FACTOR = 10.0
+TIMEOUT_LEAST = 600.0
+TIMEOUT_NEEDS = 3
+
+MOST_STARTS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A replica has loaded its model, in so many seconds; `place` says where its ranks are."""
+
+    seconds: float
+    place: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """`finished` of `total` steps of the item are done."""
+
+    finished: int
+    total: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Done:
+    """The item is whole: its sidecar, as it was written."""
+
+    record: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failed:
+    """The item is not made; `broken` replicas must be rebuilt before they make another."""
+
+    failure: Failure
+    broken: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """A replica ended while it had no item. `final`: it would end again, as the configuration is wrong."""
+
+    failure: Failure
+    final: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """Something that a person may want to know while a replica loads."""
+
+    text: str
+
+
+Event = Note | Ready | Step | Done | Failed | Ended
+
+
+class Replica(Protocol):
+    """A group of ranks that makes one item at a time. No method waits for anything."""
+
+    name: str
+
+    def start(self) -> None:
+        """Begin to load; `Ready` or `Ended` follows."""
+
+    def make(self, task: dict[str, Any]) -> None:
+        """Begin an item; `Step`s, and `Done` or `Failed` follow."""
+
+    def events(self) -> list[Event]:
+        """What has happened since the last call."""
+
+    def stop(self, *, gently: bool) -> bool:
+        """Make all ranks end, at once or with a moment to keep what they have; returns whether all have ended. May be repeated."""
+
+
+State = Literal["waiting", "loading", "idle", "busy", "stopping", "gone"]
+
+
+@dataclass
+class Seat:
+    """A replica as the driver sees it: what it does, since when, and what it has done.
+
+    Attributes:
+        starts: times that it was started since it last became ready.
+    """
+
+    replica: Replica
+    state: State = "waiting"
+    since: float = 0.0
+    item: Item | None = None
+    step: int = 0
+    total: int = 0
+    done: int = 0
+    starts: int = 0
+    place: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Seconds. `item` None is worked out from the items that are done.
+
+    Attributes:
+        item: that an item may take.
+        start: that a replica may take to load.
+    """
+
+    item: float | None = None
+    start: float = 1800.0
+
+
+class Journal(Protocol):
+    """Who hears what happens."""
+
+    def event(self, name: str, **fields: Any) -> None:
+        """One thing that happened, for the log."""
+
+    def tick(self, driver: "Driver") -> None:
+        """Called often; shows the state to whoever wants to see it, as often as is good."""
+
+
+@dataclass
+class Driver:
+    """One run over a queue.
+
+    Attributes:
+        queue: the items.
+        replicas: that make them.
+        prepare: the task of an item's attempt, for the replica of this name.
+        hopeless: whether an item that failed like this would fail again.
+        keep: called with an item that is given up and its attempts.
+        journal: who hears what happens.
+        limits: time limits.
+        wait: waits a moment, or until something happens.
+        clock: seconds.
+        halted: why nothing more is handed out, once that is so.
+    """
+
+    queue: Queue
+    replicas: Sequence[Replica]
+    prepare: Callable[[Item, int, str], dict[str, Any]]
+    hopeless: Callable[[Item, Failure], bool]
+    keep: Callable[[Item, list[dict[str, Any]]], None]
+    journal: Journal
+    limits: Limits = field(default_factory=Limits)
+    wait: Callable[[], None] = lambda: time.sleep(0.05)
+    clock: Callable[[], float] = time.monotonic
+    halted: Failure | None = None
+
+    def __post_init__(self) -> None:
+        """Nothing is started yet."""
+        self.seats = [Seat(replica=replica) for replica in self.replicas]
+        self.seconds: list[float] = []
+        self.started = self.clock()
+
+    def run(self) -> None:
+        """Until every item is done or given up, or `halted` says why not."""
+        while self.queue.left and not (self.halted and not self.queue.running):
+            for seat in self.seats:
+                self._hear(seat)
+                self._enforce(seat)
+            self._hand_out()
+            self._check_seats()
+            self.journal.tick(self)
+            self.wait()
+        self.journal.tick(self)
+
+    def stop(self, *, gently: bool, patience: float = 30.0) -> None:
+        """End all replicas; gently, they have so many seconds to keep what they have."""
+        until = self.clock() + patience
+        left = [seat for seat in self.seats if seat.state not in ("waiting", "gone")]
+        while left and gently and self.clock() < until:
+            left = [seat for seat in left if not seat.replica.stop(gently=True)]
+            self.wait()
+        for seat in left:
+            seat.replica.stop(gently=False)
+
+    @property
+    def item_limit(self) -> float | None:
+        """Seconds that an item may take now."""
+        if self.limits.item is not None or len(self.seconds) < TIMEOUT_NEEDS:
+            return self.limits.item
+        return max(TIMEOUT_LEAST, TIMEOUT_FACTOR * statistics.median(self.seconds[-1000:]))
+
+    @property
+    def eta(self) -> float | None:
+        """Seconds until all is done, if items take as long as they did; None before the first."""
+        working = sum(seat.state in ("busy", "idle", "loading") for seat in self.seats)
+        if not self.seconds or not working:
+            return None
+        recent = self.seconds[-1000:]
+        return self.queue.left * sum(recent) / len(recent) / min(working, max(self.queue.left, 1))
+
+    def _hear(self, seat: Seat) -> None:
+        for event in seat.replica.events():
+            match event:
+                case Note():
+                    self.journal.event("note", replica=seat.replica.name, message=event.text)
+                # What comes late, from a replica that was told to stop, is nobody's any more.
+                case Ready() if seat.state == "loading":
+                    self._set(seat, "idle")
+                    seat.place, seat.starts = event.place, 0
+                    self.journal.event("ready", replica=seat.replica.name, seconds=event.seconds, place=event.place)
+                case Step() if seat.state == "busy":
+                    seat.step, seat.total = event.finished, event.total
+                case Done() if seat.state == "busy":
+                    self._done(seat)
+                case Failed() if seat.state == "busy":
+                    self._failed(seat, event.failure, broken=event.broken)
+                case Ended() if seat.state in ("loading", "idle"):
+                    self._ended(seat, event.failure, final=event.final)
+
+    def _done(self, seat: Seat) -> None:
+        item, seconds = seat.item, self.clock() - seat.since
+        assert item is not None
+        self.queue.finish(item)
+        self.seconds.append(seconds)
+        seat.done, seat.item = seat.done + 1, None
+        self._set(seat, "idle")
+        self.journal.event("done", item=item.label, id=item.item_id, replica=seat.replica.name, seconds=seconds)
+
+    def _failed(self, seat: Seat, failure: Failure, *, broken: bool) -> None:
+        item = seat.item
+        assert item is not None
+        seat.item, seat.step, seat.total = None, 0, 0
+        fields = {"item": item.label, "id": item.item_id, "kind": failure.kind, "message": failure.message}
+        if failure.kind == "disk":  # every other item would end the same way
+            self.queue.put_back(item)
+            self.halted = self.halted or failure
+            self.journal.event("halted", replica=seat.replica.name, **fields)
+        else:
+            hopeless = self.hopeless(item, failure)
+            verdict = self.queue.fail(item, failure, replica=seat.replica.name, hopeless=hopeless)
+            self.journal.event("failed", replica=seat.replica.name, verdict=verdict, **fields)
+            if verdict == "quarantine":
+                self.keep(item, self.queue.attempts[item.item_id])
+        self._set(seat, "stopping" if broken else "idle")
+
+    def _ended(self, seat: Seat, failure: Failure, *, final: bool) -> None:
+        self.journal.event("ended", replica=seat.replica.name, kind=failure.kind, message=failure.message)
+        if final or seat.starts >= MOST_STARTS:
+            self._set(seat, "gone")
+            seat.place = failure.message
+            if final:
+                self.halted = self.halted or failure
+        else:
+            self._set(seat, "stopping")
+
+    def _enforce(self, seat: Seat) -> None:
+        """Time limits, and the way of a replica that must be rebuilt: stopped, and started once all its ranks have ended."""
+        age = self.clock() - seat.since
+        limit = self.item_limit
+        if seat.state == "busy" and limit is not None and age > limit:
+            message = f"took longer than {limit:.0f} s and was ended at step {seat.step} of {seat.total}"
+            self._failed(seat, Failure("time", message), broken=True)
+        elif seat.state == "loading" and age > self.limits.start:
+            message = f"{seat.replica.name} had not loaded after {self.limits.start:.0f} s"
+            self._ended(seat, Failure("time", message), final=False)
+        elif seat.state == "stopping":
+            if seat.replica.stop(gently=False):
+                self._set(seat, "waiting")
+        elif seat.state == "waiting" and self._wanted(seat):
+            seat.starts += 1
+            self._set(seat, "loading")
+            seat.replica.start()
+
+    def _wanted(self, seat: Seat) -> bool:
+        """Whether there are more items waiting than replicas before this one that could take them."""
+        if self.halted:
+            return False
+        ready = sum(other.state in ("idle", "loading") for other in self.seats if other is not seat)
+        return len(self.queue.waiting) > ready
+
+    def _hand_out(self) -> None:
+        for seat in self.seats:
+            if seat.state != "idle" or self.halted:
+                continue
+            item = self.queue.take()
+            if item is None:
+                return
+            attempt = self.queue.attempt_of(item)
+            seat.item, seat.step, seat.total = item, 0, 0
+            self._set(seat, "busy")
+            fields = {"item": item.label, "id": item.item_id, "attempt": attempt}
+            self.journal.event("started", replica=seat.replica.name, **fields)
+            seat.replica.make(self.prepare(item, attempt, seat.replica.name))
+
+    def _check_seats(self) -> None:
+        """Halt if no replica is left that could be started."""
+        if not self.halted and self.queue.left and all(seat.state == "gone" for seat in self.seats):
+            reason = self.seats[-1].place
+            self.halted = Failure(
+                "lost", f"no replica could be started {MOST_STARTS} times in a row; the last: {reason}"
+            )
+
+    def _set(self, seat: Seat, state: State) -> None:
+        seat.state, seat.since = state, self.clock()

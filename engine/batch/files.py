@@ -1,0 +1,201 @@
+"""Where the files of a batch lie below its output folder."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.batch.locks import Shard, locked
+from engine.batch.plan import Item
+from engine.batch.store import Verify, compile_manifest, is_done, read_json, write_json, write_text
+
+MANIFEST = "manifest.jsonl"
+
+# What a row of the manifest takes over from a sidecar: enough to find, judge and pair videos without opening each.
+_ROW = (
+    "item_id",
+    "config_id",
+    "method",
+    "prompt_id",
+    "line",
+    "prompt",
+    "prompt_sha256",
+    "negative_prompt",
+    "seed",
+    "suite",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemFiles:
+    """The files of one item, in `METHOD/CONFIG_ID/` of the output folder.
+
+    Attributes:
+        folder: that folder.
+        name: stem of the files.
+    """
+
+    folder: Path
+    name: str
+
+    @property
+    def video(self) -> Path:
+        """The mp4."""
+        return self.folder / "videos" / f"{self.name}.mp4"
+
+    @property
+    def sidecar(self) -> Path:
+        """The JSON file that is written last."""
+        return self.folder / "videos" / f"{self.name}.json"
+
+    @property
+    def latents(self) -> Path:
+        """Latents, where they are kept."""
+        return self.folder / "latents" / f"{self.name}.safetensors"
+
+    @property
+    def checkpoint(self) -> Path:
+        """State of an item that is being denoised."""
+        return self.folder / "work" / f"{self.name}.checkpoint.safetensors"
+
+    def part(self, token: str) -> Path:
+        """What one attempt writes before it has the video's name; another token for every attempt."""
+        return self.video.with_name(f"{self.video.name}.{token}.part")
+
+    def make_folders(self) -> None:
+        """Make the folders that they lie in."""
+        for path in (self.video, self.checkpoint):
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchFiles:
+    """The output folder of a batch."""
+
+    root: Path
+
+    def of(self, item: Item) -> ItemFiles:
+        """The files of an item."""
+        return item_files(self.root, item.method, item.config_id, item.name)
+
+    @property
+    def text_cache(self) -> Path:
+        """Folder of text embeddings."""
+        return self.root / "text"
+
+    @property
+    def quarantine(self) -> Path:
+        """Folder of items that failed for good."""
+        return self.root / "quarantine"
+
+    def status(self, shard: Shard) -> Path:
+        """What `--status` reads."""
+        return self.root / "status" / f"{shard.name}.json"
+
+    def log(self, shard: Shard) -> Path:
+        """JSON lines of everything that happened."""
+        return self.root / "logs" / f"{shard.name}.jsonl"
+
+    def rank_log(self, shard: Shard, replica: str, rank: int) -> Path:
+        """What a rank said on stderr."""
+        return self.root / "logs" / shard.name / f"{replica}-rank{rank}.log"
+
+    def is_done(self, item: Item, verify: Verify) -> bool:
+        """Whether the item's video is whole; UserError if another video has its place."""
+        return is_done(self.of(item).sidecar, item.item_id, verify=verify)
+
+    def tidy(self, *, done: Iterable[Item], todo: Iterable[Item]) -> None:
+        """Delete what killed processes have left of these items; the steps of those that are not done are kept."""
+        done = list(done)
+        for item in done:
+            self.of(item).checkpoint.unlink(missing_ok=True)
+        folders = {(method_folder(item.method), item.config_id, item.name) for item in (*done, *todo)}
+        # All at once: looking for those of each item by itself would read the folder anew for every one of thousands.
+        for part in self.root.glob("*/*/*/*.part"):
+            folder, config = part.parts[-4:-2]
+            if (folder, config, part.name.partition(".")[0]) in folders:
+                part.unlink(missing_ok=True)
+
+    def quarantined(self, item: Item) -> dict[str, Any] | None:
+        """Why an item was given up, or None if it was not."""
+        return read_json(self._quarantine_file(item, "json"))
+
+    def put_into_quarantine(self, item: Item, *, error: str, attempts: list[dict[str, Any]]) -> Path:
+        """Note an item that failed for good; returns the file with the tracebacks of all attempts."""
+        self.quarantine.mkdir(parents=True, exist_ok=True)
+        text = self._quarantine_file(item, "txt")
+        blocks = [f"attempt {a['attempt']}: {a['kind']}: {a['message']}\n\n{a['traceback']}\n" for a in attempts]
+        write_text(text, f"{item.label} ({item.item_id})\n{item.prompt.text}\n\n" + "\n".join(blocks))
+        summary = [{key: a[key] for key in ("attempt", "kind", "message", "replica")} for a in attempts]
+        record = {**identity_of(item), "status": "quarantined", "error": error, "attempts": summary}
+        write_json(self._quarantine_file(item, "json"), record | {"traceback": text.name})
+        return text
+
+    def release(self, item: Item) -> None:
+        """Take an item out of quarantine."""
+        for kind in ("json", "txt"):
+            self._quarantine_file(item, kind).unlink(missing_ok=True)
+
+    def drop_checkpoint(self, item: Item) -> bool:
+        """Delete the item's checkpoint, which may be what it fails of; returns whether there was one."""
+        checkpoint = self.of(item).checkpoint
+        exists = checkpoint.exists()
+        checkpoint.unlink(missing_ok=True)
+        return exists
+
+    def sidecars(self) -> Iterator[Path]:
+        """Every sidecar in the folder, of all shards."""
+        return self.root.glob("*/*/videos/*.json")
+
+    def write_manifest(self) -> int:
+        """Compile `manifest.jsonl` from all sidecars and quarantined items; returns the number of its lines."""
+        (self.root / "locks").mkdir(exist_ok=True)
+        with locked(self.root / "locks" / "manifest.lock"):
+            every = [*self.sidecars(), *self.quarantine.glob("*.json")]
+            return compile_manifest(self.root / MANIFEST, every, manifest_row)
+
+    def _quarantine_file(self, item: Item, kind: str) -> Path:
+        return self.quarantine / f"{method_folder(item.method)}-{item.name}-{item.item_id}.{kind}"
+
+
+def item_files(root: Path, method: str, config: str, name: str) -> ItemFiles:
+    """The files of an item by what its folder and stem are made of."""
+    return ItemFiles(folder=root / method_folder(method) / config, name=name)
+
+
+def method_folder(method: str) -> str:
+    """The folder of a method: its name, or for a class of the user's own, `package.module:Class`, a name without the colon."""
+    return re.sub(r"[^\w.-]", "-", method)
+
+
+def identity_of(item: Item) -> dict[str, Any]:
+    """What a sidecar says of an item before anything is known of its video."""
+    return {
+        "item_id": item.item_id,
+        "config_id": item.config_id,
+        "method": item.method,
+        "prompt_id": item.prompt.prompt_id,
+        "line": item.prompt.line,
+        "prompt": item.prompt.text,
+        "prompt_sha256": item.prompt.sha256,
+        "seed": item.seed,
+    }
+
+
+def manifest_row(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A sidecar, or a quarantined item, as a line of the manifest."""
+    row = {key: tree[key] for key in _ROW if key in tree} | {"status": tree["status"]}
+    if tree["status"] != "done":
+        return row | {"error": tree["error"]}
+    folder = f"{method_folder(tree['method'])}/{tree['config_id']}/videos"
+    return row | {
+        "path": f"{folder}/{tree['output']['file']}",
+        "bytes": tree["output"]["bytes"],
+        "sha256": tree["output"]["sha256"],
+        "latents_sha256": tree["latents"]["sha256"],
+        "num_frames": tree["video"]["num_frames"],
+        "fps": tree["video"]["fps"],
+        "height": tree["video"]["height"],
+        "width": tree["video"]["width"],
+    }

@@ -1,0 +1,101 @@
+"""What a batch will take before anything is loaded: GPU-hours where the planner knows the GPU, and bytes on the disk."""
+
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.batch.plan import Item, with_method
+from engine.batch.store import read_json
+from engine.config import RunConfig
+from engine.errors import UserError
+from engine.load import fetch, find_checkpoint, read_spec
+from engine.parallelism import Arrangement, arrange_ranks
+from engine.planner import Options, choose, read_gpu, read_model
+
+# H.264 at the default quality: an assumption, replaced by the mean of the folder's own videos once there are any.
+ASSUMED_BITS_PER_PIXEL = 0.15
+# Beside the latents a checkpoint holds what the solver remembers: at most the last sample and two predictions.
+CHECKPOINT_TENSORS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiskForecast:
+    """Bytes.
+
+    Attributes:
+        videos: of the items that are left.
+        work: checkpoints of the items that are being made at once.
+        free: that the output folder's disk has.
+        how: where the size of a video is taken from.
+    """
+
+    videos: int
+    work: int
+    free: int
+    how: str
+
+    @property
+    def needed(self) -> int:
+        """All of it."""
+        return self.videos + self.work
+
+
+def disk_forecast(root: Path, config: RunConfig, *, left: int, replicas: int, sidecars: Sequence[Path]) -> DiskForecast:
+    """Bytes that `left` items will take in `root`, and that its disk has."""
+    video = config.video
+    sizes = [read_json(path)["output"]["bytes"] for path in sidecars[:100]]
+    if sizes:
+        each, how = sum(sizes) / len(sizes), f"the mean of {len(sizes)} videos in the folder"
+    else:
+        each = ASSUMED_BITS_PER_PIXEL / 8 * video.num_frames * video.height * video.width
+        how = f"assumed {ASSUMED_BITS_PER_PIXEL} bits per pixel"
+    spec = read_spec(fetch(find_checkpoint(config.model.path), config.model.revision, parts=()))
+    latents = 4 * math.prod(spec.latent_shape(video.num_frames, video.height, video.width))
+    existing = next(folder for folder in (root, *root.resolve().parents) if folder.is_dir())
+    return DiskForecast(
+        videos=round(each * left),
+        work=CHECKPOINT_TENSORS * latents * min(replicas, left),
+        free=shutil.disk_usage(existing).free,
+        how=how,
+    )
+
+
+def gpu_hours(config: RunConfig, items: Sequence[Item], *, gpu: str | None, ranks: int) -> tuple[float | None, str]:
+    """Predicted GPU-hours of all items, or None, and how that is known. UserError for a plan that does not fit the GPU."""
+    if gpu is None:
+        return None, "not known: give the GPU's name in configs/gpus as --gpu"
+    spec, described = read_model(config.model), read_gpu(gpu)
+    seconds = 0.0
+    for method in dict.fromkeys(item.method for item in items):
+        plan = choose(
+            spec,
+            config.video,
+            config.sampler,
+            with_method(config, method).method,
+            gpu=described,
+            world_size=ranks,
+            options=Options.of(config),
+            fixed=(config.parallel.cfg, config.parallel.ring, config.parallel.ulysses),
+        )
+        count = sum(item.method == method for item in items)
+        seconds += count * (plan.run_seconds[method] + plan.decode_seconds)
+    return seconds * ranks / 3600, f"predicted for {described.name} from datasheets, text encoding and loading aside"
+
+
+def arrange_replica(config: RunConfig, methods: Sequence[str], ranks: int, device: torch.device) -> Arrangement:
+    """How the ranks of every replica lie over a video; one arrangement for all methods, as a replica makes any item.
+
+    Raises UserError if the methods want different ones.
+    """
+    found = {name: arrange_ranks(with_method(config, name), ranks, device) for name in methods}
+    if len({arrangement.degrees for arrangement in found.values()}) > 1:
+        wishes = "; ".join(f"{name}: {' x '.join(map(str, found[name].degrees))}" for name in methods)
+        raise UserError(
+            f"the methods want {ranks} ranks arranged differently (cfg x ring x ulysses: {wishes}); set --parallel.cfg, "
+            "--parallel.ring and --parallel.ulysses, or run the methods one by one"
+        )
+    return found[methods[0]]

@@ -1,0 +1,84 @@
+"""Identity by content: two videos with the same id are the same video, whoever makes it, where, and in which order.
+
+Ids hash what decides the pixels: checkpoint, number format, size, sampler, method, kernel, decoder, encoder, prompt and seed.
+Ranks, devices, output folders and the order of a batch are not among them.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from engine.config import MethodConfig, RunConfig
+
+CONFIG_DIGITS = 12
+ITEM_DIGITS = 16
+
+
+def config_tree(config: RunConfig, *, checkpoint: str, dtype: str) -> dict[str, Any]:
+    """All of a configuration that decides pixels, with the checkpoint by its digest and the dtype as it was resolved.
+
+    Prompt and seed are not in it, and neither are the settings of methods that are not used.
+    """
+    tree = dataclasses.asdict(config)
+    del tree["sampler"]["seed"]
+    return {
+        "model": {"checkpoint": checkpoint, "dtype": dtype},
+        "video": tree["video"],
+        "sampler": tree["sampler"],
+        "method": method_tree(config.method),
+        "attention": tree["attention"],
+        "decode": tree["decode"],
+        "output": {"crf": config.output.crf},
+    }
+
+
+def method_tree(method: MethodConfig) -> dict[str, Any]:
+    """A method's name, its settings with their defaults resolved, and what all methods share."""
+    made = method.method
+    shared = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
+    settings = dataclasses.asdict(made) if dataclasses.is_dataclass(made) and not isinstance(made, type) else {}
+    return {name: value for name, value in shared.items() if not dataclasses.is_dataclass(value)} | {
+        "settings": settings
+    }
+
+
+def config_id(tree: Mapping[str, Any]) -> str:
+    """Twelve hex digits for a `config_tree`."""
+    return text_sha256(canonical(tree))[:CONFIG_DIGITS]
+
+
+def item_id(config: str, *, prompt: str, seed: int) -> str:
+    """Sixteen hex digits for one video: `config` is a `config_id`, which holds the negative prompt."""
+    what = {"config": config, "prompt": text_sha256(prompt), "seed": seed}
+    return text_sha256(canonical(what))[:ITEM_DIGITS]
+
+
+def canonical(tree: Any) -> str:
+    """The one JSON text of a tree: sorted keys, no spaces; nan and infinity are a ValueError."""
+    return json.dumps(tree, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def text_sha256(text: str) -> str:
+    """SHA-256 of a text in UTF-8, in hex."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two trees, as `video.num_frames 129 -> 257`, sorted by key."""
+    before, after = dict(_flat(old)), dict(_flat(new))
+    keys = sorted(key for key in before.keys() | after.keys() if before.get(key, _NONE) != after.get(key, _NONE))
+    return [f"{key} {before.get(key, _NONE)} -> {after.get(key, _NONE)}" for key in keys]
+
+
+_NONE = "(not set)"
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            # As JSON has it: a tuple that was read back is a list.
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,194 @@
+"""What a batch tells while it runs: a log of JSON lines, a status file for other terminals, and a table of both for a person."""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+from engine.batch.driver import Driver
+from engine.batch.locks import ALIVE_SECONDS
+from engine.batch.store import read_json, write_json
+
+STATUS_SECONDS = 1.0
+LAST_FAILURES = 5
+
+
+class Terminal(Protocol):
+    """Where a person looks."""
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """A line of the log."""
+
+    def status(self, tree: Mapping[str, Any]) -> None:
+        """A status."""
+
+
+@dataclass
+class FileJournal:
+    """A `Journal` of the driver that writes `log` (appending) and `status` (anew each second).
+
+    Attributes:
+        log: file of JSON lines, one per event.
+        status: file that `--status` reads.
+        already: items that were done before this run, and that were given up before it.
+        terminal: is shown every event and every status.
+    """
+
+    log: Path
+    status: Path
+    already: tuple[int, int]
+    terminal: Terminal
+    _file: IO[str] | None = None
+    _written: float = 0.0
+    _failures: list[dict[str, Any]] = field(default_factory=list)
+
+    def __enter__(self) -> "FileJournal":
+        """Open the log."""
+        for path in (self.log, self.status):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.log.open("a", encoding="utf-8")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Close the log."""
+        if self._file is not None:
+            self._file.close()
+
+    def event(self, name: str, **fields: Any) -> None:
+        """One line in the log."""
+        assert self._file is not None
+        tree = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": name, **fields}
+        if name in ("failed", "halted", "ended"):
+            self._failures = [*self._failures, {"time": tree["time"], **fields}][-LAST_FAILURES:]
+        self._file.write(json.dumps(tree, ensure_ascii=False) + "\n")
+        self._file.flush()
+        self.terminal.event(tree)
+
+    def tick(self, driver: Driver) -> None:
+        """The status, if the last one is a second old."""
+        if time.monotonic() - self._written >= STATUS_SECONDS:
+            self.write(driver, "running")
+
+    def write(self, driver: Driver, state: str) -> None:
+        """The status now; `state` is running, done or stopped."""
+        self._written = time.monotonic()
+        tree = self.tree(driver, state)
+        write_json(self.status, tree)
+        self.terminal.status(tree)
+
+    def tree(self, driver: Driver, state: str) -> dict[str, Any]:
+        """What the status file holds."""
+        queue, (done, given_up) = driver.queue, self.already
+        return {
+            "time": time.time(),
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "state": state,
+            "seconds": driver.clock() - driver.started,
+            "eta": driver.eta,
+            "counts": {
+                "done": done + len(queue.done),
+                "running": len(queue.running),
+                "waiting": len(queue.waiting),
+                "quarantined": given_up + len(queue.given_up),
+            },
+            "done_now": len(queue.done),
+            "replicas": [
+                {
+                    "name": seat.replica.name,
+                    "state": seat.state,
+                    "seconds": driver.clock() - seat.since,
+                    "item": seat.item.label if seat.item else None,
+                    "step": seat.step,
+                    "total": seat.total,
+                    "done": seat.done,
+                }
+                for seat in driver.seats
+            ],
+            "failures": self._failures,
+        }
+
+
+def read_status(root: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The status of every shard of a folder, by its name; one whose driver has died without a word is `lost`."""
+    found = []
+    for path in sorted((root / "status").glob("*.json")):
+        tree = read_json(path)
+        if tree["state"] == "running" and not _alive(tree):
+            tree = tree | {"state": "lost", "eta": None}
+        found.append((path.stem, tree))
+    return found
+
+
+def table(name: str, tree: Mapping[str, Any]) -> str:
+    """One shard's status for a person."""
+    counts = tree["counts"]
+    total = sum(counts.values())
+    eta = f"{describe_seconds(tree['eta'])} left" if tree["eta"] is not None else "time left not known yet"
+    head = ", ".join(f"{value} {key}" for key, value in counts.items())
+    lines = [
+        f"{name}: {tree['state']}; {total} items: {head}; {describe_seconds(tree['seconds'])} so far"
+        + (f", {eta}" if tree["state"] == "running" else "")
+    ]
+    rows = [["replica", "state", "item", "step", "for", "done"]]
+    for seat in tree["replicas"]:
+        step = f"{seat['step']}/{seat['total']}" if seat["total"] else ""
+        seconds = describe_seconds(seat["seconds"])
+        rows.append([seat["name"], seat["state"], seat["item"] or "", step, seconds, str(seat["done"])])
+    lines += columns(rows)
+    for failure in tree["failures"]:
+        what = failure.get("item") or failure["replica"]
+        lines.append(f"  {failure['time'][11:19]} {what}: {failure['kind']}: {failure['message']}")
+    return "\n".join(lines)
+
+
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of words in columns as wide as they must be; the first row is the heading."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def describe_seconds(seconds: float) -> str:
+    """`4.2 s`, `3 min 10 s`, `5 h 2 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
+
+
+def report(sidecars: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What was made, a line per method: videos, mean seconds of an item's parts, and bytes."""
+    rows = [["method", "config", "videos", "frames", "text s", "denoise s", "decode s", "resumed", "MB"]]
+    keys = sorted({(tree["method"], tree["config_id"]) for tree in sidecars})
+    for method, config in keys:
+        mine = [tree for tree in sidecars if (tree["method"], tree["config_id"]) == (method, config)]
+        seconds = {
+            part: sum(tree["run"]["seconds"][part] for tree in mine) / len(mine)
+            for part in ("text", "denoise", "decode")
+        }
+        rows.append(
+            [
+                method,
+                config,
+                str(len(mine)),
+                str(sum(tree["video"]["num_frames"] for tree in mine)),
+                *(f"{value:.2f}" for value in seconds.values()),
+                str(sum(tree["run"]["resumed_at"] > 0 for tree in mine)),
+                f"{sum(tree['output']['bytes'] for tree in mine) / 1e6:.1f}",
+            ]
+        )
+    return columns(rows)
+
+
+def _alive(tree: Mapping[str, Any]) -> bool:
+    if tree["host"] == socket.gethostname() and not Path(f"/proc/{tree['pid']}").exists() and Path("/proc").is_dir():
+        return False
+    return time.time() - tree["time"] < ALIVE_SECONDS

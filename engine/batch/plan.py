@@ -1,0 +1,138 @@
+"""Everything that a batch shall make: prompts x seeds x methods as items, and the folder that they belong to."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from engine.batch.identity import changes, config_id, config_tree, item_id
+from engine.batch.locks import locked
+from engine.batch.store import read_json, write_json
+from engine.batch.suite import Prompt, Suite
+from engine.config import RunConfig
+from engine.errors import UserError
+
+SCHEMA = 1
+FILE = "batch.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One video of a batch.
+
+    Attributes:
+        item_id: what decides its pixels, hashed; see `engine.batch.identity`.
+        config_id: the same for its configuration alone.
+        method: name of the method.
+        prompt: prompt, with its name.
+        seed: of the noise, which is the same for every method.
+    """
+
+    item_id: str
+    config_id: str
+    method: str
+    prompt: Prompt
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Stem of its files: `p0007-s3`."""
+        return f"{self.prompt.prompt_id}-s{self.seed}"
+
+    @property
+    def label(self) -> str:
+        """For a person: `freespec/p0007-s3`."""
+        return f"{self.method}/{self.name}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A suite with seeds and methods: `items` in the order in which they are made, `trees` the configurations by their id."""
+
+    suite: Suite
+    items: tuple[Item, ...]
+    trees: Mapping[str, Mapping[str, Any]]
+
+
+def plan_batch(
+    config: RunConfig, suite: Suite, *, methods: Sequence[str], seeds: Sequence[int], checkpoint: str, dtype: str
+) -> Batch:
+    """The items of a batch, prompt by prompt, so that all methods of one prompt and seed are there early.
+
+    `checkpoint` and `dtype` are those of `engine.batch.identity.config_tree`. UserError for an unknown method, and for a
+    method, seed or prompt that is given twice.
+    """
+    for what, given in (("--methods", methods), ("--seeds", seeds)):
+        if len(set(given)) < len(given) or not given:
+            raise UserError(f"{what} must name each once and at least one, got {','.join(map(str, given)) or 'none'}")
+    trees = {name: config_tree(with_method(config, name), checkpoint=checkpoint, dtype=dtype) for name in methods}
+    ids = {name: config_id(tree) for name, tree in trees.items()}
+    items = [
+        Item(
+            item_id=item_id(ids[method], prompt=prompt.text, seed=seed),
+            config_id=ids[method],
+            method=method,
+            prompt=prompt,
+            seed=replace(config.sampler, seed=seed).seed,  # which checks it
+        )
+        for prompt in suite.prompts
+        for seed in seeds
+        for method in methods
+    ]
+    return Batch(suite=suite, items=tuple(items), trees={ids[name]: trees[name] for name in methods})
+
+
+def with_method(config: RunConfig, name: str) -> RunConfig:
+    """The same run with another method; UserError for one that does not exist."""
+    try:
+        return replace(config, method=replace(config.method, name=name))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def claim_folder(root: Path, batch: Batch) -> None:
+    """Note in `batch.json` what the folder holds; UserError if it holds something else, naming what has changed.
+
+    Prompts, seeds and methods may be added to a folder later; what is there may not change its meaning.
+    """
+    path = root / FILE
+    (root / "locks").mkdir(exist_ok=True)
+    with locked(root / "locks" / "batch.lock"):  # drivers of other shards may start at the same time
+        before = read_json(path) or {"schema": SCHEMA, "configs": {}, "prompts": {}}
+        if before.get("schema") != SCHEMA:
+            raise UserError(f"{path} was written by another version of this program; choose another --out")
+        check_same(root, before, batch)
+        after = _describe(batch, before["configs"], before["prompts"])
+        if after != before:
+            write_json(path, after)
+
+
+def check_same(root: Path, before: Mapping[str, Any], batch: Batch) -> None:
+    """Raise UserError if a method or a prompt of the batch means something else in the folder."""
+    known = {tree["method"]["name"]: tree for tree in before["configs"].values()}
+    for tree in batch.trees.values():
+        old = known.get(tree["method"]["name"])
+        if old is not None and (different := changes(old, tree)):
+            raise UserError(
+                f"{root} holds {tree['method']['name']} videos of another configuration; changed: {', '.join(different)}; "
+                "choose another --out, or the same settings"
+            )
+    for prompt in batch.suite.prompts:
+        old_text = before["prompts"].get(prompt.prompt_id, prompt.text)
+        if old_text != prompt.text:
+            raise UserError(
+                f"{root} holds another prompt {prompt.prompt_id} (line {prompt.line} of {batch.suite.name} is "
+                f"{_short(prompt.text)}, before it was {_short(old_text)}); lines may be added at the end only"
+            )
+
+
+def _describe(batch: Batch, configs: Mapping[str, Any], prompts: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "configs": dict(sorted({**configs, **batch.trees}.items())),
+        "prompts": dict(sorted({**prompts, **{p.prompt_id: p.text for p in batch.suite.prompts}}.items())),
+    }
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else f"{text[:57]}...")

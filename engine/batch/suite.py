@@ -1,0 +1,91 @@
+"""The prompts of a batch: one a line of a text file, each with a name that is safe as a file name whatever the prompt is."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.batch.identity import text_sha256
+from engine.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        prompt_id: `p0007` for the eighth line that is not blank: no part of the text is ever in a file name.
+        line: its line in the file, from 1.
+        text: what the video shows, without the space around it.
+    """
+
+    prompt_id: str
+    line: int
+    text: str
+
+    @property
+    def sha256(self) -> str:
+        """Of the text."""
+        return text_sha256(self.text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """Prompts in order, each text once.
+
+    Attributes:
+        name: the file's name.
+        sha256: of the file.
+        prompts: those that are made.
+        notes: what was left out, in words.
+        source: for records, where the prompts come from if not from one file.
+    """
+
+    name: str
+    sha256: str
+    prompts: tuple[Prompt, ...]
+    notes: tuple[str, ...] = ()
+    source: Mapping[str, Any] = field(default_factory=dict)
+
+
+def read_suite(path: Path) -> Suite:
+    """The prompts of a UTF-8 text file, one a line. Blank lines are skipped; a text that comes again is made once, and said.
+
+    Raises UserError for a file that cannot be read, is not UTF-8 (naming the line), or has no prompt.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read --suite {path}: {error.strerror}") from error
+    # Not str.splitlines, which also cuts at characters that a prompt may hold, such as U+2028.
+    lines = [_decode(line, path, number) for number, line in enumerate(data.split(b"\n"), start=1)]
+    prompts, notes = _number(lines)
+    if not prompts:
+        raise UserError(f"--suite {path} has no prompt; write one a line")
+    return Suite(name=path.name, sha256=text_sha256("\n".join(lines)), prompts=tuple(prompts), notes=tuple(notes))
+
+
+def _decode(line: bytes, path: Path, number: int) -> str:
+    try:
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--suite {path}, line {number}: not UTF-8 text (byte {error.start + 1} of the line)"
+        ) from error
+    if "\0" in text:
+        raise UserError(f"--suite {path}, line {number}: has a zero byte; is this a text file?")
+    return text.strip()
+
+
+def _number(lines: Sequence[str]) -> tuple[list[Prompt], list[str]]:
+    prompts: list[Prompt] = []
+    notes: list[str] = []
+    first: dict[str, int] = {}
+    given = [(number, text) for number, text in enumerate(lines, start=1) if text]
+    for index, (number, text) in enumerate(given):
+        if text in first:
+            notes.append(f"line {number} repeats line {first[text]} and is made once")
+            continue
+        first[text] = number
+        prompts.append(Prompt(prompt_id=f"p{index:04d}", line=number, text=text))
+    return prompts, notes

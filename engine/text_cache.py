@@ -1,0 +1,85 @@
+"""Text embeddings by the hash of what decides them: a prompt is encoded once, whoever asks for it again."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError
+
+from engine.adapters.base import Text
+from engine.checkpoint import atomic_path
+
+Encode = Callable[[list[str]], list[Text]]
+
+# In memory, on the CPU: the prompt and the negative prompt of the videos at hand. The rest is on the disk.
+KEPT = 16
+
+
+class TextCache:
+    """Embeddings of prompts under the settings `key` (checkpoint, dtype, length, device), in memory and in a folder.
+
+    Reading one back gives the bits that were written. Processes that share a folder wait for the one that encodes a prompt.
+    """
+
+    def __init__(self, key: str, folder: Path | None = None) -> None:
+        self._key = key
+        self._folder = folder
+        self._kept: OrderedDict[str, Text] = OrderedDict()
+
+    def texts(self, prompts: Sequence[str], encode: Encode) -> list[Text]:
+        """The embeddings of each prompt, on the CPU; `encode` is called for those that are nowhere yet, one by one."""
+        return [self._text(prompt, encode) for prompt in prompts]
+
+    def _text(self, prompt: str, encode: Encode) -> Text:
+        name = hashlib.sha256(json.dumps([self._key, prompt]).encode()).hexdigest()
+        if name not in self._kept:
+            self._kept[name] = self._from_folder(name, prompt, encode)
+        self._kept.move_to_end(name)
+        while len(self._kept) > KEPT:
+            self._kept.popitem(last=False)
+        return self._kept[name]
+
+    def _from_folder(self, name: str, prompt: str, encode: Encode) -> Text:
+        if self._folder is None:
+            return _on_cpu(encode([prompt])[0])
+        path = self._folder / f"{name}.safetensors"
+        if (found := _read(path)) is not None:
+            return found
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with _turn(self._folder / f"{name}.lock"):
+            if (found := _read(path)) is not None:  # another process has just made it
+                return found
+            text = _on_cpu(encode([prompt])[0])
+            tensors = {str(index): part.contiguous() for index, part in enumerate(text)}
+            with atomic_path(path) as part:
+                part.write_bytes(safetensors.torch.save(tensors))
+        return text
+
+
+@contextlib.contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """One process at a time; the kernel's lock ends with a process that is killed."""
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> Text | None:
+    """What lies there; None for a file that is missing or broken, which is made anew."""
+    try:
+        tensors = safetensors.torch.load(path.read_bytes())
+    except (FileNotFoundError, SafetensorError):
+        return None
+    return tuple(tensors[str(index)] for index in range(len(tensors)))
+
+
+def _on_cpu(text: Text) -> Text:
+    return tuple(part.cpu() for part in text)

@@ -1,0 +1,351 @@
+"""The report of an evaluation, beside the paper's tables: JSON, Markdown, and CSV with a line per video and measure."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.batch.store import write_json, write_text
+from evaluation.dimensions import DIMENSIONS
+from evaluation.parse import DimensionScores
+from evaluation.proxies import PROXIES
+from evaluation.tables import Scored, differences, means
+from evaluation.videos import as_json
+from metrics.bootstrap import MIN_COUNT, Estimate
+
+PAPER = Path(__file__).with_name("paper.json")
+NO_TOTAL = (
+    "There is no total: VBench's total is a weighted sum of sixteen dimensions, "
+    "and its own script takes missing ones for 0."
+)
+MISSING = "not available"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Everything that a report is made of.
+
+    Attributes:
+        title: what was evaluated.
+        rows: every video with its values, dimensions and proxies.
+        baseline: the label that others are compared with.
+        dimensions: the dimensions that were asked for.
+        proxies: whether proxies were taken.
+        scores: (label, dimension) -> what VBench-Long gave.
+        vbench: what ran: commit, versions; None without VBench.
+        notes: sentences that a reader must know.
+        failures: one line for each thing that was asked for and is not there.
+    """
+
+    title: str
+    rows: Sequence[Scored]
+    baseline: str
+    dimensions: Sequence[str] = ()
+    proxies: bool = True
+    scores: Mapping[tuple[str, str], DimensionScores] = field(default_factory=dict)
+    vbench: Mapping[str, Any] | None = None
+    notes: Sequence[str] = ()
+    failures: Sequence[str] = ()
+
+    @property
+    def labels(self) -> list[str]:
+        """Methods, in the paper's order, others after them by name."""
+        known = [row["method"] for row in read_paper()["tables"][0]["rows"]]
+        found = sorted({row.label for row in self.rows})
+        return sorted(found, key=lambda label: (known.index(label) if label in known else len(known), label))
+
+    @property
+    def measures(self) -> list[str]:
+        """All six dimensions, asked for or not, and the proxies."""
+        return [*DIMENSIONS, *(PROXIES if self.proxies else ())]
+
+
+def write_report(evaluation: Evaluation, folder: Path) -> list[Path]:
+    """Write report.md, report.csv and report.json, each whole or not at all; returns them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tree = as_tree(evaluation)
+    paths = [folder / f"report.{kind}" for kind in ("md", "csv", "json")]
+    write_text(paths[0], as_markdown(evaluation, tree))
+    write_text(paths[1], as_csv(tree))
+    write_json(paths[2], tree)
+    return paths
+
+
+def read_paper() -> dict[str, Any]:
+    """The paper's figures with their source."""
+    return json.loads(PAPER.read_text(encoding="utf-8"))
+
+
+def as_tree(evaluation: Evaluation) -> dict[str, Any]:
+    """The report for programs; null where a value is not available."""
+    measures = evaluation.measures
+    rows = sorted(evaluation.rows, key=lambda r: (evaluation.labels.index(r.label), r.video.prompt_id, r.video.seed))
+    return {
+        "schema": 1,
+        "title": evaluation.title,
+        "kind": kind(evaluation),
+        "total": None,
+        "no_total": NO_TOTAL,
+        "baseline": evaluation.baseline,
+        "vbench": evaluation.vbench,
+        "measures": [*measures],
+        "means": {
+            label: {measure: _estimate(found) for measure, found in group.items()}
+            for label, group in means(evaluation.rows, measures).items()
+        },
+        "differences": {
+            label: {measure: _estimate(found) for measure, found in group.items()}
+            for label, group in differences(evaluation.rows, measures, evaluation.baseline).items()
+        },
+        "headlines": {
+            label: {
+                dimension: {"score_upstream": scores.headline, "score_video_mean": scores.video_mean}
+                for dimension in DIMENSIONS
+                if (scores := evaluation.scores.get((label, dimension))) is not None
+            }
+            for label in evaluation.labels
+        },
+        "videos": [
+            {"label": row.label, **as_json(row.video), "values": {m: _number(row.values.get(m)) for m in measures}}
+            for row in rows
+        ],
+        "paper": read_paper(),
+        "notes": [*evaluation.notes, *_differing(evaluation)],
+        "failures": list(evaluation.failures),
+    }
+
+
+def kind(evaluation: Evaluation) -> str:
+    """What the numbers are called, so that nobody takes them for a place on VBench's leaderboard."""
+    prompts = len({row.video.prompt for row in evaluation.rows})
+    seeds = len({row.video.seed for row in evaluation.rows})
+    what = "VBench-Long metrics, custom input" if evaluation.vbench else "Weight-free proxies, without VBench"
+    return f"{what} ({_count(prompts, 'prompt')} x {_count(seeds, 'seed')})"
+
+
+def as_csv(tree: Mapping[str, Any]) -> str:
+    """One line per video and measure; the value is empty where it is not available."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(["label", "config_id", "prompt_id", "seed", "measure", "value", "prompt", "sha256"])
+    for video in tree["videos"]:
+        for measure, value in video["values"].items():
+            shown = "" if value is None else repr(value)
+            head = [video[key] for key in ("label", "config_id", "prompt_id", "seed")]
+            table.writerow([*head, measure, shown, video["prompt"], video["sha256"]])
+    return text.getvalue()
+
+
+def as_markdown(evaluation: Evaluation, tree: Mapping[str, Any]) -> str:
+    """The report for a reader."""
+    lines = [f"# {evaluation.title}", "", f"{tree['kind']}. {NO_TOTAL}", "", *_videos_section(evaluation)]
+    lines += _vbench_section(evaluation, tree) if evaluation.vbench else _without_vbench()
+    lines += _paper_section(evaluation, tree)
+    if evaluation.proxies:
+        lines += _proxy_section(evaluation, tree)
+    for heading, sentences in (("Notes", tree["notes"]), ("Failed", tree["failures"])):
+        if sentences:
+            lines += [f"## {heading}", "", *(f"- {sentence}" for sentence in sentences), ""]
+    return "\n".join([*lines, "Every value of every video is in `report.csv` and `report.json`.", ""])
+
+
+def _videos_section(evaluation: Evaluation) -> list[str]:
+    rows = []
+    for label in evaluation.labels:
+        videos = [row.video for row in evaluation.rows if row.label == label]
+        shapes = sorted({f"{v.num_frames} frames of {v.size[0]} x {v.size[1]} at {float(v.fps):g} fps" for v in videos})
+        prompts = len({v.prompt for v in videos})
+        rows.append([label, len(videos), prompts, "; ".join(shapes)])
+    return [*_table(["method", "videos", "prompts", "each"], rows), ""]
+
+
+def _vbench_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]:
+    vbench = evaluation.vbench or {}
+    versions = ", ".join(f"{name} {number}" for name, number in (vbench.get("versions") or {}).items() if number)
+    asked = ", ".join(evaluation.dimensions)
+    lines = [
+        "## VBench-Long",
+        "",
+        f"Checkout {vbench.get('commit') or 'without git'}, sources {str(vbench.get('sources'))[:12]}; "
+        f"{versions}. Asked for: "
+        f"{asked}.",
+        "",
+        "Means over prompts (seeds of a prompt averaged first) with 95 % bootstrap intervals, "
+        f"where there are {MIN_COUNT} prompts or more. A still video has high "
+        "consistency: read both consistencies together with dynamic_degree.",
+        "",
+        *_estimates(evaluation, tree["means"], DIMENSIONS),
+        "",
+    ]
+    if len(evaluation.labels) > 1:
+        lines += [
+            f"Differences from {evaluation.baseline}, on the prompts and seeds that both have; * where the "
+            "interval leaves "
+            "out 0:",
+            "",
+            *_estimates(evaluation, tree["differences"], DIMENSIONS, signed=True),
+            "",
+        ]
+    lines += [
+        "VBench's own headline, in which every clip counts the same:",
+        "",
+        *_table(
+            ["method", *DIMENSIONS],
+            [
+                [label, *(_plain(tree["headlines"][label].get(d, {}).get("score_upstream")) for d in DIMENSIONS)]
+                for label in evaluation.labels
+            ],
+        ),
+        "",
+    ]
+    return lines
+
+
+def _without_vbench() -> list[str]:
+    return [
+        "## VBench-Long",
+        "",
+        *_table(["dimension", "value"], [[dimension, MISSING] for dimension in DIMENSIONS]),
+        "",
+        "It was not run: `launch/evaluate.py --vbench CHECKOUT --python PYTHON` does, see docs/vbench.md.",
+        "",
+    ]
+
+
+def _paper_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]:
+    """The paper's tables; our figures stand beside a row if they are of the same method and model."""
+    paper = tree["paper"]
+    models = {row.video.model for row in evaluation.rows}
+    lines = ["## Beside the paper", "", f"{paper['source']}. {paper['note']}", ""]
+    for table in paper["tables"]:
+        same = all(model and any(path in model for path in table["model_paths"]) for model in models)
+        lines += [f"### {table['name']}: {table['model']}", "", _comparable(same, table, evaluation), ""]
+        rows = []
+        for row in table["rows"]:
+            rows.append([f"{row['name']} (paper)", *(f"{value:.4f}" for value in row["values"])])
+            ours = tree["means"].get(row["method"]) if same and evaluation.vbench else None
+            if ours:
+                rows.append(
+                    [f"{row['method']} (here)", *(_plain((ours[d] or {}).get("mean")) for d in paper["columns"])]
+                )
+        lines += [*_table(["method", *paper["columns"]], rows), ""]
+    return lines
+
+
+def _comparable(same: bool, table: Mapping[str, Any], evaluation: Evaluation) -> str:
+    if not same:
+        return "Figures of another model than the one evaluated here; for orientation only."
+    lengths = sorted({row.video.num_frames for row in evaluation.rows})
+    if lengths != [table["num_frames"]]:
+        return f"The same model at {table['num_frames']} frames; here videos have {', '.join(map(str, lengths))}."
+    return "The same model and length; prompts differ, because the paper's list is not published."
+
+
+def _proxy_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]:
+    lines = [
+        "## Proxies",
+        "",
+        "Measures without networks. They stand beside VBench's dimensions and are not them: no correlation with "
+        "VBench has "
+        "been measured.",
+        "",
+        *_table(
+            ["measure", *evaluation.labels],
+            [[f"`{name}`", *(_cell(tree["means"][label][name]) for label in evaluation.labels)] for name in PROXIES],
+        ),
+        "",
+    ]
+    if len(evaluation.labels) > 1:
+        others = [label for label in evaluation.labels if label != evaluation.baseline]
+        lines += [
+            f"Differences from {evaluation.baseline}:",
+            "",
+            *_table(
+                ["measure", *others],
+                [
+                    [f"`{name}`", *(_cell(tree["differences"][label][name], signed=True) for label in others)]
+                    for name in PROXIES
+                ],
+            ),
+            "",
+        ]
+    lines += [f"- `{name}`: {meaning}" for name, meaning in PROXIES.items()]
+    return [*lines, "", "Nothing here stands for aesthetic quality, a subject's identity or the text.", ""]
+
+
+def _differing(evaluation: Evaluation) -> list[str]:
+    """What makes methods differ beside themselves."""
+    shapes: dict[tuple[Any, ...], set[str]] = {}
+    pairs: dict[str, set[tuple[str, int]]] = {}
+    for row in evaluation.rows:
+        video = row.video
+        shapes.setdefault((video.num_frames, video.size, video.fps), set()).add(row.label)
+        pairs.setdefault(row.label, set()).add(video.pair)
+    notes = []
+    if len(shapes) > 1:
+        notes.append("Videos differ in length, size or rate, which moves scores by itself.")
+    common = set.intersection(*pairs.values())
+    if any(found != common for found in pairs.values()):
+        counts = ", ".join(f"{label} {len(found)}" for label, found in sorted(pairs.items()))
+        notes.append(
+            f"Methods have different videos ({counts}; {len(common)} in common): means are over what each has, "
+            "differences "
+            "over what both have."
+        )
+    asked = evaluation.dimensions if evaluation.vbench else ()
+    if not all(math.isfinite(row.values.get(d, math.nan)) for row in evaluation.rows for d in asked):
+        notes.append(f"Some dimensions that were asked for are {MISSING}; see what failed.")
+    return notes
+
+
+def _estimates(
+    evaluation: Evaluation, found: Mapping[str, Mapping[str, Any]], measures: Sequence[str], *, signed: bool = False
+) -> list[str]:
+    rows = [
+        [label, *(_cell(found[label][m], signed=signed) for m in measures)]
+        for label in evaluation.labels
+        if label in found
+    ]
+    return _table(["method", *measures], rows)
+
+
+def _cell(found: Mapping[str, Any] | None, *, signed: bool = False) -> str:
+    if found is None:
+        return MISSING
+    style = "+.4f" if signed else ".4f"
+    if found["low"] is None:
+        return f"{found['mean']:{style}} ({_count(found['prompts'], 'prompt')})"
+    star = "*" if signed and (found["low"] > 0 or found["high"] < 0) else ""
+    return f"{found['mean']:{style}}{star} [{found['low']:{style}}, {found['high']:{style}}]"
+
+
+def _plain(value: float | None) -> str:
+    return MISSING if value is None else f"{value:.4f}"
+
+
+def _estimate(found: Estimate) -> dict[str, Any] | None:
+    if found.count == 0:
+        return None
+    numbers = {"mean": found.mean, "low": found.low, "high": found.high}
+    return {name: _number(value) for name, value in numbers.items()} | {"prompts": found.count}
+
+
+def _number(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    shown = [[_escape(str(cell)) for cell in row] for row in rows]
+    return [f"| {' | '.join(heading)} |", f"|{'---|' * len(heading)}", *(f"| {' | '.join(row)} |" for row in shown)]
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

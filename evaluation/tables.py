@@ -1,0 +1,71 @@
+"""Means of methods and their differences, with bootstrap intervals over prompts, from one number per video."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from evaluation.videos import Video
+from metrics.bootstrap import Estimate, mean_interval, paired_interval
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scored:
+    """One video with its values by measure; a measure that is not available is absent."""
+
+    label: str
+    video: Video
+    values: Mapping[str, float]
+
+
+def means(rows: Sequence[Scored], measures: Sequence[str]) -> dict[str, dict[str, Estimate]]:
+    """For each label, the mean of each measure: seeds are averaged first, because prompts are independent."""
+    found = {}
+    for label, group in _by_label(rows).items():
+        prompts = sorted({row.video.prompt for row in group})
+        found[label] = {measure: mean_interval(_by_prompt(group, prompts, measure)) for measure in measures}
+    return found
+
+
+def differences(rows: Sequence[Scored], measures: Sequence[str], baseline: str) -> dict[str, dict[str, Estimate]]:
+    """For each other label, its mean difference from the baseline on the prompts and seeds that both have."""
+    groups = _by_label(rows)
+    found = {}
+    for label, group in groups.items():
+        if label == baseline:
+            continue
+        shared = {row.video.pair for row in group} & {row.video.pair for row in groups[baseline]}
+        prompts = sorted({prompt for prompt, _ in shared})
+        ours, theirs = ([row for row in part if row.video.pair in shared] for part in (group, groups[baseline]))
+        found[label] = {m: _paired(ours, theirs, prompts, m) for m in measures}
+    return found
+
+
+def _paired(ours: Sequence[Scored], theirs: Sequence[Scored], prompts: Sequence[str], measure: str) -> Estimate:
+    """Pairs of which one side has no value are left out first, or unequal seeds would be compared."""
+    known = {row.video.pair for row in ours if _is_known(row, measure)}
+    known &= {row.video.pair for row in theirs if _is_known(row, measure)}
+    left, right = (
+        _by_prompt([row for row in part if row.video.pair in known], prompts, measure) for part in (ours, theirs)
+    )
+    return paired_interval(left, right)
+
+
+def _by_label(rows: Sequence[Scored]) -> dict[str, list[Scored]]:
+    groups: dict[str, list[Scored]] = {}
+    for row in rows:
+        groups.setdefault(row.label, []).append(row)
+    return groups
+
+
+def _by_prompt(rows: Sequence[Scored], prompts: Sequence[str], measure: str) -> np.ndarray:
+    """Mean over seeds for each prompt, [P]; nan for a prompt without a value."""
+    values: dict[str, list[float]] = {prompt: [] for prompt in prompts}
+    for row in rows:
+        if _is_known(row, measure):
+            values[row.video.prompt].append(row.values[measure])
+    return np.array([np.mean(seeds) if seeds else np.nan for seeds in values.values()])
+
+
+def _is_known(row: Scored, measure: str) -> bool:
+    return bool(np.isfinite(row.values.get(measure, np.nan)))

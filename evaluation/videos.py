@@ -1,0 +1,195 @@
+"""Which videos are evaluated: those of a batch's folder, by their sidecars, or those of a list."""
+
+import csv
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+
+from engine.batch.store import file_sha256, read_json
+from engine.errors import UserError
+
+_COLUMNS = ("method", "prompt", "seed", "path")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Video:
+    """One finished video.
+
+    Attributes:
+        method: name of what made it.
+        config_id: hash of the configuration, or of nothing for videos of a list.
+        prompt_id: short name of the prompt, unique within the evaluation.
+        prompt: its text.
+        seed: of the noise; equal (prompt, seed) of two methods are a pair.
+        path: absolute path of the mp4.
+        sha256: of the file.
+        num_frames: frames in the file.
+        fps: frames per second, as the file says.
+        model: the model's name or path, where the sidecar says it.
+        size: (height, width) in pixels.
+    """
+
+    method: str
+    config_id: str
+    prompt_id: str
+    prompt: str
+    seed: int
+    path: Path
+    sha256: str
+    num_frames: int
+    fps: Fraction
+    model: str | None
+    size: tuple[int, int]
+
+    @property
+    def pair(self) -> tuple[str, int]:
+        """(prompt, seed): what the same noise and text belong to."""
+        return self.prompt, self.seed
+
+    @property
+    def label(self) -> str:
+        """For messages: `freespec/p0007-s3`."""
+        return f"{self.method}/{self.prompt_id}-s{self.seed}"
+
+
+def read_batch(root: Path) -> list[Video]:
+    """Every finished video of a batch's folder, by method, prompt and seed; each file is hashed and compared.
+
+    Raises UserError if there is none, or a file is missing, changed or not a video.
+    """
+    if not root.is_dir():
+        raise UserError(f"--runs {root} is not a folder; give the --out of launch/batch.py")
+    videos = [
+        _from_sidecar(sidecar, tree)
+        for sidecar in sorted(root.glob("*/*/videos/*.json"))
+        if (tree := _sidecar(sidecar))["status"] == "done"
+    ]
+    return check_videos(
+        videos, f"--runs {root} has no finished video; launch/batch.py --status {root} says what is there"
+    )
+
+
+def read_list(path: Path) -> list[Video]:
+    """The videos of a CSV file with the columns method, prompt, seed and path (relative to the file, or absolute)."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except OSError as error:
+        raise UserError(f"cannot read --videos {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"--videos {path} is not CSV in UTF-8 ({error})") from error
+    numbers: dict[str, int] = {}
+    videos = [_from_row(path, line, row, numbers) for line, row in enumerate(rows, start=2)]
+    return check_videos(videos, f"--videos {path} has no row; its columns are {','.join(_COLUMNS)}")
+
+
+def check_videos(videos: list[Video], none: str) -> list[Video]:
+    """The videos, sorted; UserError if there is none, or two claim to be the same."""
+    if not videos:
+        raise UserError(none)
+    seen: dict[tuple[str, str, str, int], Path] = {}
+    for video in videos:
+        key = (video.method, video.config_id, *video.pair)
+        if key in seen:
+            raise UserError(f"{seen[key]} and {video.path} have the same method, prompt and seed; keep one of them")
+        seen[key] = video.path
+    return sorted(videos, key=lambda v: (v.method, v.config_id, v.prompt_id, v.seed))
+
+
+def groups(videos: Iterable[Video]) -> dict[str, list[Video]]:
+    """Videos by what made them: the method, or `method@config_id` where a method has several configurations."""
+    videos = list(videos)
+    configs: dict[str, set[str]] = {}
+    for video in videos:
+        configs.setdefault(video.method, set()).add(video.config_id)
+    found: dict[str, list[Video]] = {}
+    for video in videos:
+        alone = len(configs[video.method]) == 1
+        found.setdefault(video.method if alone else f"{video.method}@{video.config_id}", []).append(video)
+    return found
+
+
+def _sidecar(path: Path) -> dict[str, Any]:
+    tree = read_json(path)
+    if not isinstance(tree, dict) or "status" not in tree:
+        raise UserError(f"{path} is not a sidecar of launch/batch.py; move it away")
+    return tree
+
+
+def _from_sidecar(sidecar: Path, tree: Mapping[str, Any]) -> Video:
+    try:
+        identity = {key: tree[key] for key in ("method", "config_id", "prompt_id", "prompt", "seed")}
+        name, digest = tree["output"]["file"], tree["output"]["sha256"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{sidecar} lacks {error}; it is not a sidecar of launch/batch.py") from error
+    path = sidecar.with_name(name).absolute()
+    facts = _probe(path)
+    if facts["sha256"] != digest:
+        raise UserError(f"{path} is not the file that its sidecar describes; delete both and run the batch again")
+    return Video(**identity, path=path, model=_model(tree), **facts)
+
+
+def _from_row(source: Path, line: int, row: Mapping[str, Any], numbers: dict[str, int]) -> Video:
+    missing = [column for column in _COLUMNS if not (row.get(column) or "").strip()]
+    if missing:
+        raise UserError(f"--videos {source}, line {line}: {missing[0]} is missing; columns are {','.join(_COLUMNS)}")
+    method, prompt, seed = (row[column].strip() for column in _COLUMNS[:3])
+    if not seed.lstrip("-").isdecimal():
+        raise UserError(f"--videos {source}, line {line}: seed must be a whole number, got {seed!r}")
+    path = Path(row["path"].strip()).expanduser()
+    path = (path if path.is_absolute() else source.parent / path).absolute()
+    number = numbers.setdefault(prompt, len(numbers))
+    return Video(
+        method=method,
+        config_id=hashlib.sha256(method.encode()).hexdigest()[:12],
+        prompt_id=f"p{number:04d}",
+        prompt=prompt,
+        seed=int(seed),
+        path=path,
+        model=None,
+        **_probe(path),
+    )
+
+
+def _model(tree: Mapping[str, Any]) -> str | None:
+    """The model's path, from a sidecar that holds the settings of its run."""
+    config = (tree.get("run") or {}).get("config")
+    model = config.get("model") if isinstance(config, Mapping) else None
+    return model.get("path") if isinstance(model, Mapping) else None
+
+
+def _probe(path: Path) -> dict[str, Any]:
+    """What the file itself says; from its packets, nothing is decoded."""
+    try:
+        with av.open(str(path), format="mp4") as container:
+            stream = container.streams.video[0]
+            size, fps = (stream.height, stream.width), stream.average_rate
+            num_frames = sum(1 for packet in container.demux(stream) if packet.size)
+        digest = file_sha256(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except (OSError, av.FFmpegError, IndexError) as error:
+        raise UserError(f"{path} is not an mp4 video that can be read") from error
+    if not fps or not num_frames:
+        raise UserError(f"{path} has {num_frames} frames at {fps} frames per second")
+    return {"sha256": digest, "num_frames": num_frames, "fps": Fraction(fps), "size": size}
+
+
+def as_json(video: Video) -> dict[str, Any]:
+    """What reports say of a video."""
+    return {
+        "method": video.method,
+        "config_id": video.config_id,
+        "prompt_id": video.prompt_id,
+        "prompt": video.prompt,
+        "seed": video.seed,
+        "path": str(video.path),
+        "sha256": video.sha256,
+        "num_frames": video.num_frames,
+        "fps": float(video.fps),
+    }

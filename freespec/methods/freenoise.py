@@ -1,0 +1,72 @@
+"""`freenoise`: reshuffled noise, and attention inside overlapping views with triangular weights (arXiv 2310.15169)."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from freespec import views
+from freespec.methods.base import (
+    Branches,
+    Grid,
+    Layer,
+    Method,
+    Noise,
+    StepPlan,
+    check_choice,
+    check_stride,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreeNoise(Method):
+    """Settings of FreeNoise. Its noise is `freespec.noise.reshuffle`, a switch of its own (`sampler.noise`).
+
+    Attributes:
+        attention: `views`, as published, or `window`: the sliding window of the other methods, with FreeNoise's noise.
+        stride: frames from one view to the next; None is a quarter of the view (published: 4 for 16).
+        last_view: `shifted` adds a view that ends with the video where the stride misses its last frames; `new_frames`
+            lets that view count for those frames only.
+        compat: as published, no such view: frames that the stride misses get no attention output at all (zeros).
+    """
+
+    noise: ClassVar[Noise] = "freenoise"
+
+    attention: Literal["views", "window"] = "views"
+    stride: int | None = None
+    last_view: Literal["shifted", "new_frames"] = "shifted"
+    compat: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every number and word, since a wrong one would give a plausible video."""
+        check_stride("freenoise", self.stride)
+        check_choice("freenoise", "attention", self.attention, ("views", "window"))
+        check_choice("freenoise", "last_view", self.last_view, ("shifted", "new_frames"))
+
+    @property
+    def refused_axes(self) -> Mapping[str, str]:
+        """Views cross any shard of the tokens."""
+        return {"ring": "its views need all tokens of a head on one rank"} if self.attention == "views" else {}
+
+    def plan(self, timesteps: Sequence[float]) -> list[StepPlan]:
+        """The same branch in every step."""
+        return [StepPlan(mode="views" if self.attention == "views" else "local") for _ in timesteps]
+
+    def view_starts(self, grid: Grid) -> tuple[int, ...]:
+        """Every `stride` frames, and one at the end where they miss it."""
+        stride = self.stride or views.default_stride(grid.window_frames)
+        return views.view_starts(grid.frames, grid.window_frames, stride, cover=not self.compat)
+
+    def weights(self, step: StepPlan, grid: Grid, head_dim: int, device: torch.device) -> Tensor:
+        """Triangular weights of each view, [V, W] fp64, normalised over the views of a frame."""
+        starts = self.view_starts(grid)
+        stride = self.stride or views.default_stride(grid.window_frames)
+        new_only = self.last_view == "new_frames" and starts[-1] % stride != 0
+        profile = views.triangle(grid.window_frames)
+        return views.view_weights(starts, grid.frames, profile, last_new_only=new_only).to(device)
+
+    def fuse(self, branches: Branches, weights: Tensor, layer: Layer) -> Tensor:
+        """Weighted mean over the views of each frame."""
+        return views.merge_views(branches.views, weights, self.view_starts(layer.grid), layer.grid.frames)

@@ -1,0 +1,129 @@
+"""`freepca`: shared principal components over time from the global branch, the rest from views (arXiv 2505.01172)."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from freespec import components, views
+from freespec.methods.base import (
+    Branches,
+    Grid,
+    Layer,
+    Method,
+    Noise,
+    StepPlan,
+    check_choice,
+    check_stride,
+)
+
+
+class ViewWeights(NamedTuple):
+    """`merge` [V, W] fp64: what each frame of a view counts; `counts` [V] int64: components that a view takes."""
+
+    merge: Tensor
+    counts: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class FreePCA(Method):
+    """Settings of FreePCA: in the noisy steps every view but the first is fused with its part of the global branch.
+
+    View m takes its min(m, `components`) most alike components, and its mean over time, from the global branch. Its noise
+    is `freespec.noise.reuse_mean`, a switch of its own (`sampler.noise`).
+
+    Attributes:
+        domain: whether `split` is a share of the `timestep` (1000 = pure noise), as published, or of the `step` numbers.
+        split: share of the run, at its clean end, in which nothing is fused (published: t <= 250 of 1000).
+        components: most components that a view takes.
+        stride: frames from one view to the next; None is a quarter of the view (published: 4 for 16).
+        query_scale_by: entropy factor sqrt(log keys / log native keys) of the global branch's queries, with keys counted in
+            `tokens` or, as in a model that attends over time alone, in `frames`; `none`: 1.
+        compat: as published, frames that the stride misses are in no view and get zeros, and the null direction of centred
+            rows stands in the order of components.
+    """
+
+    noise: ClassVar[Noise] = "mean_reuse"
+
+    domain: Literal["timestep", "step"] = "timestep"
+    split: float = 0.25
+    components: int = 3
+    stride: int | None = None
+    query_scale_by: Literal["tokens", "frames", "none"] = "tokens"
+    compat: bool = False
+
+    def __post_init__(self) -> None:
+        """Check every number and word, since a wrong one would give a plausible video."""
+        check_stride("freepca", self.stride)
+        check_choice("freepca", "domain", self.domain, ("timestep", "step"))
+        check_choice("freepca", "query_scale_by", self.query_scale_by, ("tokens", "frames", "none"))
+        if not 0.0 <= self.split <= 1.0:
+            raise ValueError(f"freepca: split must lie in [0, 1], got {self.split}")
+        if self.components < 0:
+            raise ValueError(f"freepca: components must be 0 or more, got {self.components}")
+
+    @property
+    def refused_axes(self) -> Mapping[str, str]:
+        """Views cross any shard of the tokens; heads may be split, since their sums are added up."""
+        return {"ring": "its views need all tokens of a head on one rank"}
+
+    def plan(self, timesteps: Sequence[float]) -> list[StepPlan]:
+        """Views and the global branch while t > 1000 * split (or in all but the last `split` of the steps), then views."""
+        num_late = math.floor(round(self.split * len(timesteps), 9))
+        fused = [
+            t > 1000.0 * self.split if self.domain == "timestep" else index < len(timesteps) - num_late
+            for index, t in enumerate(timesteps)
+        ]
+        return [StepPlan(mode="views_global" if each else "views") for each in fused]
+
+    def view_starts(self, grid: Grid) -> tuple[int, ...]:
+        """Every `stride` frames, and one at the end where they miss it."""
+        stride = self.stride or views.default_stride(grid.window_frames)
+        return views.view_starts(grid.frames, grid.window_frames, stride, cover=not self.compat)
+
+    def query_scale(self, grid: Grid) -> float:
+        """sqrt(log keys / log native keys): longer sets of keys spread attention, larger queries sharpen it again."""
+        if self.query_scale_by == "none":
+            return 1.0
+        per_frame = grid.frame_tokens if self.query_scale_by == "tokens" else 1
+        native = grid.window_frames * per_frame
+        if native < 2:  # log 1 = 0: attention over one key has no entropy to keep
+            return 1.0
+        return math.sqrt(math.log(grid.frames * per_frame) / math.log(native))
+
+    def weights(self, step: StepPlan, grid: Grid, head_dim: int, device: torch.device) -> ViewWeights:
+        """Equal weights over the views of a frame, and min(m, components) components for view m = 0, 1, .."""
+        starts = self.view_starts(grid)
+        merge = views.view_weights(starts, grid.frames, [1] * grid.window_frames)
+        counts = torch.arange(len(starts), device="cpu").clamp_max(self.components)
+        return ViewWeights(merge=merge.to(device), counts=counts.to(device))
+
+    def fuse(self, branches: Branches, weights: ViewWeights, layer: Layer) -> Tensor:
+        """The mean over views, each but the first fused first in steps that have a global branch."""
+        starts, grid = self.view_starts(layer.grid), layer.grid
+        outputs: Iterable[Tensor] = branches.views
+        if branches.wide is not None:
+            outputs = self._fused(list(branches.views), branches.wide, weights, layer)
+        return views.merge_views(outputs, weights.merge, starts, grid.frames)
+
+    def _fused(self, outputs: list[Tensor], wide: Tensor, weights: ViewWeights, layer: Layer) -> Iterable[Tensor]:
+        """The views with their shared components exchanged, in place of a global slice each.
+
+        The sums of all views go over the ranks together: one small message per layer.
+        """
+        grid = layer.grid
+        window = grid.window_frames
+        slices = [wide[:, a * grid.frame_tokens :][:, : window * grid.frame_tokens] for a in self.view_starts(grid)]
+        pairs = list(zip(outputs, slices, strict=True))
+        grams = [components.temporal_grams(view, part, window) for view, part in pairs[1:]]
+        yield outputs[0]
+        if not grams:
+            return
+        total = layer.sum_heads(torch.stack(grams, dim=1))
+        projection = components.shared_projection(total, weights.counts[1:], compat=self.compat)
+        local, far = components.mixing_matrices(projection)
+        for index, (view, part) in enumerate(pairs[1:]):
+            yield components.mix_frames(view, part, (local[index], far[index]))

@@ -1,0 +1,68 @@
+"""RIFLEx (arXiv 2502.15894): one temporal frequency of the rotary table lowered, so that its period holds a longer video."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Share of a period that the video fills afterwards: less than one, so that its end does not look like its beginning.
+FILL = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Riflex:
+    """Settings of RIFLEx, usable with any method; both branches see the changed table.
+
+    Attributes:
+        enabled: whether the table is changed where the video is longer than the frequency's period.
+        index: which temporal frequency, 1 is the fastest; None takes the one whose period is nearest to `repetition`.
+        repetition: latent frames after which long videos of the model were seen to repeat; None is the native length.
+    """
+
+    enabled: bool = False
+    index: int | None = None
+    repetition: float | None = None
+
+    def __post_init__(self) -> None:
+        """Reject numbers that name no frequency."""
+        if self.index is not None and self.index < 1:
+            raise ValueError(f"riflex: index must be 1 or more, got {self.index}")
+        if self.repetition is not None and not 0.0 < self.repetition < math.inf:
+            raise ValueError(
+                f"riflex: repetition must be a finite number of frames, more than 0, got {self.repetition}"
+            )
+
+
+def lowered_frequency(
+    riflex: Riflex, frequencies: Sequence[float], *, num_frames: int, window_frames: int
+) -> tuple[int, float] | None:
+    """(pair, radians per frame): the pair counted from 0 that changes, and its frequency 0.9 · 2 pi / F; None if none does.
+
+    `frequencies` are radians per latent frame, first pair first. The period N = 2 pi / frequency of the chosen pair is the
+    threshold: a video of N frames or fewer keeps the table. ValueError for an index that the model does not have.
+    """
+    periods = [2.0 * math.pi / frequency for frequency in frequencies]
+    if riflex.index is None:
+        near = riflex.repetition or float(window_frames)
+        pair = min(range(len(periods)), key=lambda each: abs(periods[each] - near))
+    else:
+        pair = riflex.index - 1
+        if pair >= len(periods):
+            raise ValueError(f"riflex: index {riflex.index} of the model's {len(periods)} temporal frequencies")
+    if not riflex.enabled or num_frames <= periods[pair]:
+        return None
+    return pair, FILL * 2.0 * math.pi / num_frames
+
+
+def with_frequency(
+    tables: tuple[Tensor, Tensor], frequency: float, *, columns: slice, frame_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """Rotary tables (cos, sin) [..., S, 1, D] with cos and sin of frame · frequency in these columns; new tensors."""
+    cos, sin = (table.clone() for table in tables)
+    frame = torch.arange(cos.shape[-3], device=cos.device) // frame_tokens
+    angle = (frame.double() * frequency)[:, None, None]
+    cos[..., columns] = angle.cos().to(cos.dtype)
+    sin[..., columns] = angle.sin().to(sin.dtype)
+    return cos, sin

@@ -1,0 +1,384 @@
+# mypy: allow-untyped-defs, allow-untyped-calls
+# Triton reads annotations, so its kernels have none but constexpr.
+"""Both branches in one walk over the keys: a query block sees its window first, writes O_l, goes on, and writes O_g.
+
+Softmax attention over the window and then over the other keys is one running sum, so the global branch starts from where
+the local one ends (method.md, eq. 1-2) and no key is read twice but those at the edge of a block's windows. The keys of a
+query block of rows in frames a..b fall into
+
+    [left, core, core_stop, right): left and right are where the windows of a and b begin and end, the core is in all
+
+The core is walked without a mask, the edges with each row's own window, and in the second part without it. A query block
+may therefore cross frames: nothing is padded to whole tiles per frame. Imported only where `attention.dual` asks for it.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Partial Gram matrices of a head, at most about this many: more take memory, fewer leave processors idle at the end.
+GRAM_SLOTS = 256
+SMALLEST_DOT = 16  # tl.dot takes no smaller tile
+LOG2_E = 1.4426950408889634
+LN_2 = 0.6931471805599453
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tiles:
+    """Queries and keys of a tile, warps of a program, and tiles of keys on their way at a time."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# By padded head dim: what compiles without spilling registers for compute capability 9.0 and fits the shared memory from
+# 8.0 on. benchmarks/gpu.py times others beside them.
+TILES = {64: Tiles(queries=128, keys=64, warps=8, stages=3), 128: Tiles(queries=128, keys=64, warps=8, stages=3)}
+
+
+class DualOutput(NamedTuple):
+    """out_local [B, S, N, D] in q's dtype, out_wide [B, S, N, D], their lse [B, S, N] fp32, and their Grams if asked for.
+
+    `grams` is [2, B, N, D, D] fp64: O_lᵀO_l and O_gᵀO_g of the outputs as they were rounded.
+    """
+
+    out_local: Tensor
+    lse_local: Tensor
+    out_wide: Tensor
+    lse_wide: Tensor
+    grams: Tensor | None
+
+
+def dual(  # noqa: PLR0913 - the numbers of a shard and of a video
+    qkv: tuple[Tensor, Tensor, Tensor],
+    *,
+    q_start: int,
+    k_start: int,
+    num_frames: int,
+    frame_tokens: int,
+    window_frames: int,
+    wide_dtype: torch.dtype,
+    grams: bool = False,
+    tiles: Tiles | None = None,
+) -> DualOutput:
+    """Each query's window, and all keys that are given: softmax(q kᵀ / sqrt D) v over either set, natural lse.
+
+    q [B, S, N, D] begins with token `q_start`, k and v [B, K, N, D] with `k_start`, and these cover all windows; S, K, N
+    and D are 1 or more, strides are free but for the last dimension's. Out of the wide branch comes in `wide_dtype`.
+
+    Raises ValueError for a dtype or a layout that the kernel does not take.
+    """
+    q, k, v = qkv
+    _check(q, k, v)
+    tiles = tiles or tiles_for(_padded(q.shape[-1]), q.dtype)
+    window = min(window_frames, num_frames)
+    numbers = [q_start, k_start, frame_tokens, window, num_frames - window]
+    shape = [tiles.queries, tiles.keys, tiles.warps, tiles.stages]
+    out_local, out_wide, lse, partial = _dual(q, k, v, numbers, wide_dtype, grams, shape)
+    total = partial.sum(dim=3, dtype=torch.float64) if grams else None
+    return DualOutput(out_local, lse[0], out_wide, lse[1], total)
+
+
+# An operator of its own: a compiled block takes it as one call, and its numbers do not depend on the layer or the step.
+@torch.library.custom_op("freespec::dual", mutates_args=())
+def _dual(  # noqa: PLR0917 - operators have no keyword-only arguments
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    numbers: list[int],
+    wide_dtype: torch.dtype,
+    grams: bool,
+    shape: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out_local, out_wide [B, S, N, D], lse [2, B, S, N] and partial Grams [2, B, N, slots, D, D] (or one zero)."""
+    batch, num_queries, heads, dim = q.shape
+    block_queries, block_keys, warps, stages = shape
+    run, slots = _slots(num_queries, block_queries, grams)
+    outputs = _outputs(q, wide_dtype, slots if grams else 0)
+    _dual_kernel[(slots, heads, batch)](
+        q,
+        k,
+        v,
+        *outputs,
+        *(stride for x in (q, k, v) for stride in x.stride()[:3]),
+        num_queries,
+        k.shape[1],
+        heads,
+        *numbers,
+        dim**-0.5 * LOG2_E,
+        D=dim,
+        BLOCK_D=_padded(dim),
+        BLOCK_M=block_queries,
+        BLOCK_N=block_keys,
+        RUN=run,
+        GRAMS=grams,
+        WIDEN=_interprets() and q.dtype == torch.bfloat16,
+        num_warps=warps,
+        num_stages=stages,
+    )
+    return outputs
+
+
+@_dual.register_fake
+def _dual_shapes(  # noqa: PLR0917
+    q: Tensor, k: Tensor, v: Tensor, numbers: list[int], wide_dtype: torch.dtype, grams: bool, shape: list[int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _, slots = _slots(q.shape[1], shape[0], grams)
+    return _outputs(q, wide_dtype, slots if grams else 0)
+
+
+def _outputs(q: Tensor, wide_dtype: torch.dtype, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, _, heads, dim = q.shape
+    partial = (2, batch, heads, slots, dim, dim) if slots else (1,)
+    return (
+        q.new_empty(q.shape),
+        q.new_empty(q.shape, dtype=wide_dtype),
+        q.new_empty((2, *q.shape[:3]), dtype=torch.float32),
+        q.new_zeros(partial, dtype=torch.float32),
+    )
+
+
+def _slots(num_queries: int, block_queries: int, grams: bool) -> tuple[int, int]:
+    """Blocks that one program does, one after the other, adding up their Gram matrices; and the number of programs."""
+    blocks = -(-num_queries // block_queries)
+    run = -(-blocks // GRAM_SLOTS) if grams else 1
+    return run, -(-blocks // run)
+
+
+def _padded(dim: int) -> int:
+    """The head dim that a tile has: a power of two."""
+    return max(1 << (dim - 1).bit_length(), SMALLEST_DOT)
+
+
+def can_run(device: torch.device) -> bool:
+    """Whether Triton has a compiler for the device; its interpreter (TRITON_INTERPRET=1) takes any, slowly."""
+    return device.type == "cuda" or _interprets()
+
+
+def tiles_for(padded_dim: int, dtype: torch.dtype) -> Tiles:
+    """The tile of a head dim; half the keys and half the queries for fp32, which takes twice the shared memory."""
+    tiles = TILES[64 if padded_dim <= 64 else 128]
+    if dtype == torch.float32 or padded_dim > 128:
+        return replace(tiles, queries=tiles.queries // 2, keys=tiles.keys // 2, stages=2)
+    return tiles
+
+
+def _interprets() -> bool:
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.dtype not in (torch.bfloat16, torch.float16, torch.float32) or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"the dual kernel takes q, k, v of one dtype: bf16, fp16 or fp32, got {q.dtype}, {k.dtype}")
+    if q.shape[-1] > 256:
+        raise ValueError(f"the dual kernel takes head dims up to 256, got {q.shape[-1]}")
+    if any(x.stride(-1) != 1 for x in (q, k, v)):
+        raise ValueError("the dual kernel wants q, k and v with a contiguous last dimension")
+
+
+@triton.jit
+def _walk(  # noqa: PLR0913, PLR0917 - what a loop needs; Triton inlines it
+    start,
+    stop,
+    q,
+    acc,
+    m,
+    l,  # noqa: E741 - the sum of the softmax, as it is called everywhere
+    row_window,
+    window_tokens,
+    k_base,
+    v_base,
+    stride_k,
+    stride_v,
+    scale,
+    MASK: tl.constexpr,  # 0: all keys of whole tiles; 1: those in each row's window; 2: those outside of it
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Add the keys [start, stop) to a running softmax: acc, maximum and sum, the logits in base 2."""
+    column = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    k_offset = column[None, :] * stride_k + d[:, None]
+    v_offset = column[:, None] * stride_v + d[None, :]
+    for first in range(start, stop, BLOCK_N):
+        k_tile = k_base + tl.cast(first, tl.int64) * stride_k + k_offset
+        v_tile = v_base + tl.cast(first, tl.int64) * stride_v + v_offset
+        there = first + column < stop
+        if MASK == 0 and D == BLOCK_D:
+            k, v = tl.load(k_tile), tl.load(v_tile)
+        else:
+            k = tl.load(k_tile, mask=there[None, :] & (d[:, None] < D), other=0.0)
+            v = tl.load(v_tile, mask=there[:, None] & (d[None, :] < D), other=0.0)
+        if WIDEN:  # the interpreter's products do not know bf16; those of widened numbers are the same
+            k, v = k.to(tl.float32), v.to(tl.float32)
+        logits = tl.dot(q, k, input_precision="ieee") * scale
+        if MASK != 0:
+            distance = (first + column)[None, :] - row_window[:, None]
+            inside = (distance >= 0) & (distance < window_tokens)
+            seen = (inside if MASK == 1 else inside == 0) & there[None, :]
+            logits = tl.where(seen, logits, float("-inf"))
+        new_m = tl.maximum(m, tl.max(logits, 1))
+        # A row that has seen no key yet: exp2(-inf - 0) is 0, exp2(-inf + inf) is not a number.
+        shift = tl.where(new_m == float("-inf"), 0.0, new_m) if MASK != 0 else new_m
+        p = tl.exp2(logits - shift[:, None])
+        fade = tl.exp2(m - shift)
+        l = l * fade + tl.sum(p, 1)  # noqa: E741
+        if WIDEN:
+            p = p.to(tl.bfloat16).to(tl.float32)
+        acc = tl.dot(p.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
+        m = new_m
+    return acc, m, l
+
+
+@triton.jit
+def _finish(  # noqa: PLR0913, PLR0917
+    out,
+    lse,
+    gram,
+    acc,
+    m,
+    l,  # noqa: E741
+    row,
+    num_queries,
+    heads,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    GRAMS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Write the outputs of a block and their lse; add their Gram matrix to this program's own."""
+    d = tl.arange(0, BLOCK_D)
+    there = row < num_queries
+    o = (acc / l[:, None]).to(out.dtype.element_ty)
+    place = row.to(tl.int64) * heads
+    tl.store(out + place[:, None] * D + d[None, :], o, mask=there[:, None] & (d[None, :] < D))
+    tl.store(lse + place, (m + tl.log2(l)) * 0.6931471805599453, mask=there)
+    if GRAMS:
+        o = tl.where(there[:, None], o, 0.0).to(o.dtype)
+        if WIDEN:
+            o = o.to(tl.float32)
+        tile = gram + d[:, None] * D + d[None, :]
+        kept = (d[:, None] < D) & (d[None, :] < D)
+        so_far = tl.load(tile, mask=kept, other=0.0)
+        tl.store(tile, tl.dot(tl.trans(o), o, so_far, input_precision="ieee"), mask=kept)
+
+
+@triton.jit
+def _dual_kernel(  # noqa: PLR0913, PLR0915, PLR0917
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    local_ptr,
+    wide_ptr,
+    lse_ptr,
+    gram_ptr,
+    stride_qb,
+    stride_qt,
+    stride_qn,
+    stride_kb,
+    stride_kt,
+    stride_kn,
+    stride_vb,
+    stride_vt,
+    stride_vn,
+    num_queries,
+    num_keys,
+    heads,
+    q_start,
+    k_start,
+    frame_tokens,
+    window_frames,
+    last_window,  # frame that the last window starts with, F - F0
+    scale,  # log2(e) / sqrt(D): logits in base 2
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    RUN: tl.constexpr,
+    GRAMS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """Program (slot, head, item): RUN blocks of queries, one after the other."""
+    slot = tl.program_id(0)
+    head = tl.program_id(1)
+    item = tl.program_id(2).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    q_base = q_ptr + item * stride_qb + head.to(tl.int64) * stride_qn
+    k_base = k_ptr + item * stride_kb + head.to(tl.int64) * stride_kn
+    v_base = v_ptr + item * stride_vb + head.to(tl.int64) * stride_vn
+    out_base = (item * num_queries * heads + head) * D
+    lse_base = lse_ptr + item * num_queries * heads + head
+    branch_lse = tl.num_programs(2).to(tl.int64) * num_queries * heads
+    grams = tl.num_programs(0)
+    gram_base = gram_ptr + ((item * heads + head) * grams + slot) * D * D
+    branch_gram = tl.num_programs(2).to(tl.int64) * heads * grams * D * D
+    window_tokens = window_frames * frame_tokens
+
+    for block in range(slot * RUN, min(slot * RUN + RUN, tl.cdiv(num_queries, BLOCK_M))):
+        row = block * BLOCK_M + tl.arange(0, BLOCK_M)
+        # Rows past the end are given the last one's window, so that they widen no edge.
+        frame = (q_start + tl.minimum(row, num_queries - 1)) // frame_tokens
+        row_window = tl.minimum(tl.maximum(frame - window_frames // 2, 0), last_window) * frame_tokens - k_start
+        left = tl.min(row_window, 0)
+        core = tl.max(row_window, 0)
+        core_stop = tl.maximum(left + window_tokens, core)
+        right = core + window_tokens
+
+        q_offset = row.to(tl.int64)[:, None] * stride_qt + d[None, :]
+        q = tl.load(q_base + q_offset, mask=(row[:, None] < num_queries) & (d[None, :] < D), other=0.0)
+        if WIDEN:
+            q = q.to(tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        l = tl.zeros((BLOCK_M,), tl.float32)  # noqa: E741
+
+        whole = core + (core_stop - core) // BLOCK_N * BLOCK_N
+        acc, m, l = _walk(  # noqa: E741
+            left, core, q, acc, m, l, row_window, window_tokens, k_base, v_base, stride_kt, stride_vt, scale,
+            1, D, BLOCK_D, BLOCK_N, WIDEN,
+        )  # fmt: skip
+        acc, m, l = _walk(  # noqa: E741
+            core, whole, q, acc, m, l, row_window, window_tokens, k_base, v_base, stride_kt, stride_vt, scale,
+            0, D, BLOCK_D, BLOCK_N, WIDEN,
+        )  # fmt: skip
+        acc, m, l = _walk(  # noqa: E741
+            whole, right, q, acc, m, l, row_window, window_tokens, k_base, v_base, stride_kt, stride_vt, scale,
+            1, D, BLOCK_D, BLOCK_N, WIDEN,
+        )  # fmt: skip
+        _finish(local_ptr + out_base, lse_base, gram_base, acc, m, l, row, num_queries, heads, D, BLOCK_D, GRAMS, WIDEN)
+
+        before = left // BLOCK_N * BLOCK_N
+        after = tl.minimum(core_stop + tl.cdiv(right - core_stop, BLOCK_N) * BLOCK_N, num_keys)
+        after_whole = after + (num_keys - after) // BLOCK_N * BLOCK_N
+        acc, m, l = _walk(  # noqa: E741
+            0, before, q, acc, m, l, row_window, window_tokens, k_base, v_base, stride_kt, stride_vt, scale,
+            0, D, BLOCK_D, BLOCK_N, WIDEN,
+        )  # fmt: skip
+        acc, m, l = _walk(  # noqa: E741
+            before, core, q, acc, m, l, row_window, window_tokens, k_base, v_base, stride_kt, stride_vt, scale,
+            2, D, BLOCK_D, BLOCK_N, WIDEN,
+        )  # fmt: skip
+        acc, m, l = _walk(  # noqa: E741
+            core_stop, after, q, acc, m, l, row_window, window_tokens, k_base, v_base, stride_kt, stride_vt, scale,
+            2, D, BLOCK_D, BLOCK_N, WIDEN,
+        )  # fmt: skip
+        acc, m, l = _walk(  # noqa: E741
+            after, after_whole, q, acc, m, l, row_window, window_tokens, k_base, v_base, stride_kt, stride_vt, scale,
+            0, D, BLOCK_D, BLOCK_N, WIDEN,
+        )  # fmt: skip
+        acc, m, l = _walk(  # noqa: E741
+            after_whole, num_keys, q, acc, m, l, row_window, window_tokens, k_base, v_base, stride_kt, stride_vt, scale,
+            2, D, BLOCK_D, BLOCK_N, WIDEN,
+        )  # fmt: skip
+        _finish(
+            wide_ptr + out_base, lse_base + branch_lse, gram_base + branch_gram, acc, m, l, row, num_queries, heads,
+            D, BLOCK_D, GRAMS, WIDEN,
+        )  # fmt: skip

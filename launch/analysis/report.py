@@ -1,0 +1,111 @@
+"""Tables and plots of an analysis: CSV for every number, PNG and SVG for every plot, report.json for what they say."""
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.checkpoint import atomic_path
+from engine.contact_sheet import spaced
+from engine.errors import UserError
+from engine.video import read_video
+from launch.analysis.plots import Strip, draw_flows, draw_frames, draw_heads, draw_low_rank, draw_progress, draw_windows
+from launch.analysis.spectra import Rows, SpectraStore, concentration, mean_and_error, over_prompts
+from launch.comparison.measure import Measured, measure_all, native_frames
+from launch.comparison.plots import save_figure
+from launch.comparison.store import Comparison
+from metrics.video import VIDEO_UNITS
+
+_SHOWN = ("flow_mean", "flow_strongest", "laplacian_variance", "interpolation_error")
+_MOMENTS = 6
+
+
+def write_analysis(
+    folder: Path, spectra: SpectraStore, low_rank: Comparison, ratios: dict[str, float], *, progress: bool
+) -> str:
+    """Write everything from what was kept; returns a line that says where, and whether the rank falls."""
+    try:
+        told = _write_spectra(folder, spectra.read())
+        report: dict[str, Any] = {"spectra": told}
+        if low_rank.prompts:
+            measured = measure_all(low_rank.videos, clip_frames=native_frames(low_rank), world=False, progress=progress)
+            report["low_rank"] = _write_low_rank(folder, low_rank, measured, ratios)
+        text = json.dumps(report, indent=2, allow_nan=False)
+        with atomic_path(folder / "report.json") as part:
+            part.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+    late = told["stages"]["late"]["windows"]
+    native, widest = late[0]["mean"]["mean"], late[-1]["mean"]["mean"]
+    return (
+        f"{folder}: effective rank late in the run {native:.2f} at the native window, {widest:.2f} at "
+        f"{late[-1]['multiple']} x native; it falls in {100 * told['heads_that_fall']:.0f} % of the heads"
+    )
+
+
+def _write_spectra(folder: Path, rows: Rows) -> dict[str, Any]:
+    write_csv(folder / "spectra.csv", rows)
+    write_csv(
+        folder / "spectra-progress.csv",
+        over_prompts(rows, ("multiple", "window_frames", "step", "progress", "timestep")),
+    )
+    write_csv(folder / "spectra-heads.csv", over_prompts(rows, ("layer", "head", "multiple", "window_frames")))
+    save_figure(draw_progress(rows), folder / "rank-progress")
+    save_figure(draw_windows(rows), folder / "rank-windows")
+    save_figure(draw_heads(rows), folder / "rank-heads")
+    return concentration(rows)
+
+
+def _write_low_rank(
+    folder: Path, comparison: Comparison, measured: Sequence[Measured], ratios: dict[str, float]
+) -> Rows:
+    table = [
+        {"ratio": ratios[each.video.label], "prompt": each.video.prompt_index, "seed": each.video.seed, **each.values}
+        for each in measured
+    ]
+    write_csv(folder / "low-rank.csv", table)
+    summary: Rows = []
+    for ratio in ratios.values():
+        for metric, unit in VIDEO_UNITS.items():
+            values = [row[metric] for row in table if row["ratio"] == ratio and np.isfinite(row[metric])]
+            if values:
+                mean, error = mean_and_error(values)
+                summary.append(
+                    {
+                        "ratio": ratio,
+                        "metric": metric,
+                        "unit": unit,
+                        "mean": mean,
+                        "error": error,
+                        "prompts": len(values),
+                    }
+                )
+    write_csv(folder / "low-rank-summary.csv", summary)
+    save_figure(draw_low_rank(summary, [(name, VIDEO_UNITS[name]) for name in _SHOWN]), folder / "low-rank-measures")
+    for index, prompt in enumerate(comparison.prompts):
+        strips = [_strip(each, ratios) for each in measured if each.video.prompt_index == index]
+        moments = spaced(len(strips[0].frames), _MOMENTS)
+        save_figure(draw_frames(strips, moments, title=prompt), folder / f"low-rank-frames-{index:03d}")
+        save_figure(draw_flows(strips, moments, title=prompt), folder / f"low-rank-flows-{index:03d}")
+    return [{key: _plain_number(value) for key, value in row.items()} for row in summary]
+
+
+def _strip(each: Measured, ratios: dict[str, float]) -> Strip:
+    frames = np.stack(list(read_video(each.video.files.video)))
+    note = f"flow {each.values['flow_mean']:.2f} px/frame"
+    return Strip(name=f"{100 * ratios[each.video.label]:g} % kept", note=note, frames=frames)
+
+
+def write_csv(path: Path, rows: Rows) -> None:
+    """Rows as CSV, whole or not at all; nan is an empty cell."""
+    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({key: _plain_number(value) for key, value in row.items()} for row in rows)
+
+
+def _plain_number(value: Any) -> Any:
+    return None if isinstance(value, float) and not np.isfinite(value) else value

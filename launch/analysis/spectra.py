@@ -1,0 +1,140 @@
+"""Effective rank of attention outputs at several windows: rows of each prompt, kept as they come, and their means."""
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine.checkpoint import atomic_path
+from engine.contact_sheet import spaced
+from engine.engine import LongVideoEngine
+from engine.errors import UserError
+from engine.window_spectra import WindowSpectra
+from launch.comparison.summary import as_json
+from metrics.bootstrap import mean_interval, paired_interval
+
+Rows = list[dict[str, Any]]
+STAGES = {"early": 0.1, "middle": 0.5, "late": 0.9}
+"""Stages of Fig. 2b, as shares of the steps: the rank rises, nears its plateau, and has reached it."""
+
+_NUMBERS = ("effective_rank", "first_share")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpectraStore:
+    """The rows of each prompt, one file each: `spectra/PPP-seedS.json`."""
+
+    folder: Path
+    prompts: list[str]
+    seed: int
+    num_points: int
+
+    def file(self, index: int) -> Path:
+        """File of one prompt."""
+        return self.folder / "spectra" / f"{index:03d}-seed{self.seed}.json"
+
+    @property
+    def done(self) -> list[bool]:
+        """Which prompts have their rows."""
+        return [self.file(index).is_file() for index in range(len(self.prompts))]
+
+    def observe(self, engine: LongVideoEngine, index: int) -> None:
+        """Denoise one prompt and keep the spectra that were seen beside it; all ranks call this, rank 0 writes."""
+        steps = spaced(engine.config.sampler.num_steps, self.num_points)
+        spectra = WindowSpectra(steps=frozenset(steps))
+        denoised = engine.denoise(self.prompts[index], seed=self.seed, trace=spectra)
+        if not engine.is_first:
+            return
+        total = len(denoised.steps)
+        timesteps = {step["step"]: step["timestep"] for step in denoised.steps}
+        rows = [
+            {"prompt": index, "timestep": timesteps[row["step"]], "progress": row["step"] / max(total - 1, 1)} | row
+            for row in spectra.rows
+        ]
+        self.file(index).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self.file(index)) as part:
+            part.write_text(json.dumps(rows, allow_nan=False), encoding="utf-8")
+
+    def read(self) -> Rows:
+        """The rows of all prompts."""
+        rows: Rows = []
+        for index in range(len(self.prompts)):
+            try:
+                rows += json.loads(self.file(index).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise UserError(f"cannot read {self.file(index)} ({error}); delete it to make it again") from error
+        return rows
+
+
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard error, s / sqrt(n) with s the sample's standard deviation; the error is nan for one value."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return statistics.fmean(values), error
+
+
+def over_prompts(rows: Rows, keys: Sequence[str]) -> Rows:
+    """Mean and standard error over prompts for each value of `keys`; within a prompt such rows are averaged.
+
+    Prompts are what is independent, so heads, layers and steps do not make the error smaller.
+    """
+    cells: dict[tuple, dict[int, list[dict[str, Any]]]] = {}
+    for row in rows:
+        cells.setdefault(tuple(row[key] for key in keys), {}).setdefault(row["prompt"], []).append(row)
+    found = []
+    for cell, by_prompt in sorted(cells.items()):
+        line = dict(zip(keys, cell, strict=True)) | {"prompts": len(by_prompt)}
+        for name in _NUMBERS:
+            means = [statistics.fmean(row[name] for row in of_prompt) for of_prompt in by_prompt.values()]
+            line[f"{name}_mean"], line[f"{name}_error"] = mean_and_error(means)
+        found.append(line)
+    return found
+
+
+def stages(rows: Rows) -> dict[str, float]:
+    """The observed progress that is nearest to each stage."""
+    seen = sorted({row["progress"] for row in rows})
+    return {name: min(seen, key=lambda progress: abs(progress - share)) for name, share in STAGES.items()}
+
+
+def by_layer_and_head(rows: Rows) -> np.ndarray:
+    """[layers, heads]: mean effective rank at the widest window over that at the native one, less 1."""
+    layers, heads = (1 + max(row[key] for row in rows) for key in ("layer", "head"))
+    widest = max(row["multiple"] for row in rows)
+    sums = {multiple: np.zeros((layers, heads)) for multiple in (1, widest)}
+    for row in rows:
+        if row["multiple"] in sums:
+            sums[row["multiple"]][row["layer"], row["head"]] += row["effective_rank"]
+    return sums[widest] / sums[1] - 1
+
+
+def concentration(rows: Rows) -> dict[str, Any]:
+    """Does the rank fall as the window grows? Per stage and window, the paired difference from the native window.
+
+    Means over layers and heads, difference and bootstrap interval over prompts; `heads_that_fall` is the share of
+    (layer, head) whose mean rank at the widest window is below that at the native one.
+    """
+    found: dict[str, Any] = {"stages": {}, "heads_that_fall": float((by_layer_and_head(rows) < 0).mean())}
+    for name, progress in stages(rows).items():
+        at_stage = [row for row in rows if row["progress"] == progress]
+        native = _per_prompt(at_stage, lambda row: row["multiple"] == 1)
+        lines = []
+        for multiple in sorted({row["multiple"] for row in at_stage}):
+            mine = _per_prompt(at_stage, lambda row, multiple=multiple: row["multiple"] == multiple)
+            mean, difference = mean_interval(mine), paired_interval(mine, native)
+            lines.append({"multiple": multiple, "mean": as_json(mean), "difference": as_json(difference)})
+        found["stages"][name] = {"progress": progress, "windows": lines}
+    return found
+
+
+def _per_prompt(rows: Rows, chosen: Callable[[dict[str, Any]], bool]) -> np.ndarray:
+    """[prompts]: mean effective rank of the chosen rows of each prompt."""
+    by_prompt: dict[int, list[float]] = {}
+    for row in rows:
+        if chosen(row):
+            by_prompt.setdefault(row["prompt"], []).append(row["effective_rank"])
+    return np.array([statistics.fmean(values) for _, values in sorted(by_prompt.items())])

@@ -1,0 +1,8 @@
+"""Spectra of attention windows and low-rank reconstructions of one model: `python launch/analyze.py --prompt_file FILE`."""
+
+import sys
+
+from launch.start import run_script
+
+if __name__ == "__main__":
+    sys.exit(run_script("analyze"))

@@ -1,0 +1,212 @@
+"""evaluate.py: a batch's videos, scored by VBench-Long in its own environment and by proxies here, and the report."""
+
+import contextlib
+import fcntl
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from engine.errors import UserError
+from evaluation.bench import Bench, Evaluator, PreflightError, preflight
+from evaluation.dimensions import DIMENSIONS, check_total, parse_dimensions
+from evaluation.measure import measure_all
+from evaluation.report import Evaluation, write_report
+from evaluation.run import Outcome, evaluate, failures
+from evaluation.stage import View, plan_view
+from evaluation.tables import Scored
+from evaluation.videos import Video, groups, read_batch, read_list
+from launch.cli import Keys, arrange, make_parser, parse
+from launch.outputs import expand
+from launch.stopping import Stopped
+
+USAGE = "evaluate.py --runs FOLDER [--vbench CHECKOUT --python PYTHON] [--SETTING VALUE ...]"
+DESCRIPTION = (
+    "Score the finished videos of a batch and write report.md, report.csv and report.json. With --vbench and --python, "
+    "VBench-Long scores them in its own environment (docs/vbench.md); without, weight-free proxies are reported."
+)
+
+
+def main(argv: list[str]) -> int:
+    """Find the videos, check everything, score what is missing, and report; 1 if something of VBench failed."""
+    options = _parse(argv)
+    dimensions = parse_dimensions(options.dimensions)
+    if options.total:
+        check_total(dimensions)
+    evaluator = _evaluator(options)
+    videos = read_batch(expand(options.runs)) if options.runs else read_list(expand(options.videos))
+    by_label = groups(videos)
+    baseline = _baseline(options.baseline, list(by_label))
+    out = _out(options)
+    with _own(out):
+        views = [plan_view(label, group, out / "views") for label, group in by_label.items()] if evaluator else []
+        bench = _preflight(evaluator, dimensions, out) if evaluator else None
+        if options.check:
+            print(f"{len(videos)} videos of {len(by_label)} methods; everything that was looked at is there")
+            return 0
+        try:
+            return _run(
+                options, by_label, views, out=out, baseline=baseline, dimensions=dimensions, tools=(evaluator, bench)
+            )
+        except KeyboardInterrupt as error:
+            raise Stopped(f"what was finished is kept in {out}; the same command goes on from there") from error
+
+
+def _run(
+    options: Namespace,
+    by_label: Mapping[str, Sequence[Video]],
+    views: Sequence[View],
+    *,
+    out: Path,
+    baseline: str,
+    dimensions: Sequence[str],
+    tools: tuple[Evaluator | None, Bench | None],
+) -> int:
+    evaluator, bench = tools
+    outcomes: list[Outcome] = []
+    if evaluator is not None and bench is not None:
+        outcomes = evaluate(
+            views, dimensions, evaluator=evaluator, bench=bench, folder=out, say=_say, keep_views=options.keep_views
+        )
+    every = [video for group in by_label.values() for video in group]
+    values = (
+        measure_all(every, out / "proxies", workers=options.workers, say=_say)
+        if options.proxies
+        else dict[Path, dict]()
+    )
+    scored = _dimension_values(outcomes)
+    evaluation = Evaluation(
+        title=f"Evaluation of {options.runs or options.videos}",
+        rows=[
+            Scored(label=label, video=video, values=values.get(video.path, {}) | scored.get(video, {}))
+            for label, group in by_label.items()
+            for video in group
+        ],
+        baseline=baseline,
+        dimensions=dimensions,
+        proxies=options.proxies,
+        scores={(o.view.label, o.dimension): o.scores for o in outcomes if o.scores is not None},
+        vbench=bench.identity if bench else None,
+        notes=[f"{o.view.label}: {note}" for o in outcomes if o.scores for note in o.scores.notes],
+        failures=failures(outcomes),
+    )
+    paths = write_report(evaluation, out)
+    print(f"{len(every)} videos of {len(by_label)} methods: {', '.join(map(str, paths))}")
+    for line in evaluation.failures:
+        print(f"failed: {line}")
+    return 1 if evaluation.failures else 0
+
+
+def _parse(argv: list[str]) -> Namespace:
+    parser = make_parser("evaluate.py", USAGE, DESCRIPTION)
+    _add_arguments(parser)
+    options = parse(parser, arrange(argv, Keys.of(parser)))
+    if bool(options.runs) == bool(options.videos):
+        raise UserError("give either --runs FOLDER, the --out of launch/batch.py, or --videos LIST.csv")
+    if bool(options.vbench) != bool(options.python):
+        given, missing = ("vbench", "python") if options.vbench else ("python", "vbench")
+        raise UserError(f"--{given} needs --{missing}: VBench-Long is run by its own environment, see docs/vbench.md")
+    if not options.vbench and not options.proxies:
+        raise UserError("nothing to do: give --vbench and --python, or leave --proxies on")
+    if options.workers < 1 or options.time_limit <= 0:
+        raise UserError(f"--workers and --time_limit must be above 0, got {options.workers} and {options.time_limit:g}")
+    return options
+
+
+def _add_arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("--runs", type=str, default="", help="output folder of launch/batch.py")
+    parser.add_argument("--videos", type=str, default="", help="instead: CSV with the columns method,prompt,seed,path")
+    parser.add_argument("--out", type=str, default="", help="folder of the report (default: `evaluation` in --runs)")
+    parser.add_argument("--vbench", type=str, default="", help="folder of a VBench checkout")
+    parser.add_argument("--python", type=str, default="", help="Python of the environment that VBench runs in")
+    parser.add_argument("--weights", type=str, default="~", help="folder that is HOME for VBench, with .cache in it")
+    parser.add_argument("--dimensions", type=str, default=",".join(DIMENSIONS), help="dimensions, with commas")
+    parser.add_argument("--device", type=str, default="cuda", help="cuda or cpu, for VBench")
+    parser.add_argument("--gpus", type=str, default="", help="GPUs that dimensions are spread over, such as 0,1,2")
+    parser.add_argument("--time_limit", type=float, default=21600.0, help="seconds that one process of VBench may take")
+    parser.add_argument(
+        "--baseline", type=str, default="", help="method that others are compared with (default: direct)"
+    )
+    parser.add_argument("--proxies", type=bool, default=True, help="measure the weight-free proxies")
+    parser.add_argument("--workers", type=int, default=1, help="processes that measure proxies")
+    parser.add_argument("--keep_views", type=bool, default=False, help="keep the staged videos and clips")
+    parser.add_argument("--check", type=bool, default=False, help="only look whether everything is there")
+    parser.add_argument("--total", type=bool, default=False, help="refused: six dimensions make no VBench total")
+
+
+def _evaluator(options: Namespace) -> Evaluator | None:
+    if not options.vbench:
+        return None
+    if options.device not in ("cuda", "cpu"):
+        raise UserError(f"--device must be cuda or cpu, got {options.device!r}")
+    gpus = [word.strip() for word in options.gpus.split(",") if word.strip()]
+    if not all(word.isdecimal() for word in gpus) or len(set(gpus)) < len(gpus):
+        raise UserError(f"--gpus must be different numbers with commas, such as 0,1, got {options.gpus!r}")
+    if gpus and options.device == "cpu":
+        raise UserError("--gpus says where to run on, and --device cpu says on none")
+    checkout = expand(options.vbench).absolute()
+    if not checkout.is_dir():
+        raise UserError(f"--vbench {checkout} is not a folder; clone Vchitect/VBench there")
+    return Evaluator(
+        checkout=checkout,
+        # Not resolved: the Python of a virtual environment is a link, and the link is what makes it one.
+        python=expand(options.python).absolute(),
+        weights=expand(options.weights).absolute(),
+        device=options.device,
+        gpus=tuple(map(int, gpus)),
+        time_limit=options.time_limit,
+        environment=dict(os.environ),
+    )
+
+
+def _preflight(evaluator: Evaluator, dimensions: Sequence[str], out: Path) -> Bench:
+    try:
+        return preflight(evaluator, dimensions, out)
+    except PreflightError as error:
+        if len(error.details) > 1:
+            print("\n".join(error.details))
+        raise
+
+
+def _baseline(asked: str, labels: list[str]) -> str:
+    if asked and asked not in labels:
+        raise UserError(f"--baseline {asked} is none of the methods: {', '.join(labels)}")
+    return asked or ("direct" if "direct" in labels else labels[0])
+
+
+def _out(options: Namespace) -> Path:
+    if options.out:
+        return expand(options.out).absolute()
+    return ((expand(options.runs) if options.runs else expand(options.videos).parent) / "evaluation").absolute()
+
+
+@contextlib.contextmanager
+def _own(out: Path) -> Iterator[None]:
+    """Hold the folder for the block; UserError if another evaluation does, or it cannot be written to."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file = (out / "lock").open("a")
+    except OSError as error:
+        raise UserError(f"cannot write to the folder {out}: {error.strerror}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another evaluation works in {out}; wait for it, or choose another --out") from error
+        yield
+
+
+def _dimension_values(outcomes: Sequence[Outcome]) -> dict[Video, dict[str, float]]:
+    values: dict[Video, dict[str, float]] = {}
+    for outcome in outcomes:
+        if outcome.scores is None:
+            continue
+        for item in outcome.view.items:
+            values.setdefault(item.video, {})[outcome.dimension] = outcome.scores.videos[item.stem].score
+    return values
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,8 @@
+"""Compares methods on the same prompts and seeds: `python launch/compare.py --methods direct,freespec --prompt_file FILE`."""
+
+import sys
+
+from launch.start import run_script
+
+if __name__ == "__main__":
+    sys.exit(run_script("compare"))

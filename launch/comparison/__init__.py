@@ -1,0 +1,1 @@
+"""What compare.py does: variants, kept videos, measures, and the report."""

@@ -1,0 +1,103 @@
+"""Measures of the videos of a comparison, from the files that a reader sees, each kept beside its video."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from engine.checkpoint import atomic_path
+from engine.errors import UserError
+from engine.load import fetch, find_checkpoint, read_spec
+from engine.video import read_video
+from launch.comparison.store import Comparison, Video
+from metrics.version import source_digest
+from metrics.video import VIDEO_UNITS, video_metrics
+from metrics.world import WORLD_UNITS, why_not_world, world_metrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A video with its record and its measures.
+
+    Attributes:
+        video: which.
+        record: what `launch/generate.py` would write beside it.
+        values: measures by name; nan where a video has none.
+        by_clip: measures per clip of native length.
+    """
+
+    video: Video
+    record: dict[str, Any]
+    values: dict[str, float]
+    by_clip: dict[str, list[float]]
+
+
+def units(*, world: bool) -> dict[str, str]:
+    """Every measure that is made, with its unit."""
+    return VIDEO_UNITS | WORLD_UNITS if world else VIDEO_UNITS
+
+
+def not_world(comparison: Comparison) -> str | None:
+    """None if the exact measures of the embedded world apply; otherwise why they do not."""
+    video = comparison.config.video
+    return why_not_world(comparison.prompts, video.height, video.width)
+
+
+def native_frames(comparison: Comparison) -> int:
+    """Frames of a video of native length: the first latent frame is one frame, every other as many as the VAE says."""
+    model = comparison.config.model
+    spec = read_spec(fetch(find_checkpoint(model.path), model.revision, parts=()))
+    return (comparison.config.method.window_frames * spec.patch[0] - 1) * spec.temporal_factor + 1
+
+
+def measure_all(videos: Iterable[Video], *, clip_frames: int, world: bool, progress: bool) -> list[Measured]:
+    """Measure every video, or take what was measured before by the same code from the same file."""
+    version = source_digest()
+    return [
+        _measure(video, clip_frames=clip_frames, world=world, version=version)
+        for video in tqdm(list(videos), desc="measure", disable=not progress)
+    ]
+
+
+def _measure(video: Video, *, clip_frames: int, world: bool, version: str) -> Measured:
+    record = _read_json(video.files.record)
+    digest = hashlib.sha256(video.files.video.read_bytes()).hexdigest()
+    if digest != record["video"]["sha256"]:
+        raise UserError(f"{video.files.video} is not the file that its record tells of; delete both to make it again")
+    key = {"video": digest, "version": version, "clip_frames": clip_frames, "world": world, "prompt": video.prompt}
+    kept = _read_json(video.measures) if video.measures.is_file() else {}
+    if kept.get("key") != key:
+        frames = np.stack(list(read_video(video.files.video)))
+        values, by_clip = _measures(frames, video.prompt, clip_frames=clip_frames, world=world)
+        kept = {"key": key, "values": {name: _json(value) for name, value in values.items()}, "by_clip": by_clip}
+        with atomic_path(video.measures) as part:
+            part.write_text(json.dumps(kept, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    values = {name: math.nan if value is None else value for name, value in kept["values"].items()}
+    return Measured(video=video, record=record, values=values, by_clip=kept["by_clip"])
+
+
+def _measures(
+    frames: np.ndarray, prompt: str, *, clip_frames: int, world: bool
+) -> tuple[dict[str, float], dict[str, list[float]]]:
+    found = video_metrics(frames, clip_frames)
+    if not world:
+        return found.values, found.by_clip
+    exact = world_metrics(frames, prompt, clip_frames)
+    return found.values | exact.values, found.by_clip | {"identity_kept": exact.identity_by_clip}
+
+
+def _read_json(path: Any) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}); delete it to make it again") from error
+
+
+def _json(value: float) -> float | None:
+    """JSON has no nan."""
+    return value if math.isfinite(value) else None

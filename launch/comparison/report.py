@@ -1,0 +1,213 @@
+"""The report of a comparison: index.html, report.json, summary.csv, videos.csv and plots/, written together."""
+
+import csv
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoint import atomic_path
+from engine.errors import UserError
+from launch.comparison.measure import Measured, measure_all, native_frames, not_world, units
+from launch.comparison.page import write_page
+from launch.comparison.plots import draw_clips, draw_metrics, draw_times, save_figure
+from launch.comparison.store import Comparison
+from launch.comparison.summary import Row, as_json, clips, comparable, summarise, times
+from metrics.bootstrap import LEVEL, RESAMPLES
+
+_CLIP_TITLES = {
+    "clip_colour_similarity": "colour similarity to the first clip",
+    "clip_structural_similarity": "SSIM with the first clip",
+    "identity_kept": "share of frames with the first clip's shape and colour",
+}
+
+
+def write_report(comparison: Comparison, *, baseline: str, progress: bool) -> str:
+    """Measure what is there and write the report; returns a line that says what it stands on.
+
+    Compared are the prompts and seeds that every variant has a video of; UserError if there are none yet.
+    """
+    reason = not_world(comparison)
+    clip_frames = native_frames(comparison)
+    labels = [variant.label for variant in comparison.variants]
+    done = [video for video in comparison.videos if video.is_done]
+    measured = comparable(measure_all(done, clip_frames=clip_frames, world=reason is None, progress=progress), labels)
+    if not measured:
+        raise UserError(
+            f"{comparison.folder} has no prompt and seed with a video of every method yet; nothing to report"
+        )
+    rows = summarise(measured, labels, units(world=reason is None), baseline)
+    time = times(measured, labels)
+    series = {
+        metric: clips(measured, labels, metric)
+        for metric in _CLIP_TITLES
+        if metric != "identity_kept" or reason is None
+    }
+    series = {metric: found for metric, found in series.items() if any(found.values())}
+    notes = _notes(comparison, measured, reason=reason, clip_frames=clip_frames, baseline=baseline)
+    folder = comparison.folder
+    try:
+        plots = _write_plots(folder / "plots", rows, labels, time, series)
+        _write_tables(folder, rows, measured)
+        report = {
+            "comparison": comparison.describe(),
+            "notes": notes,
+            "baseline": baseline,
+            "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "unit": "prompt", "seed": 0},
+            "world": reason is None,
+            "summary": [_row(row) for row in rows],
+            "times": time,
+            "clips": {
+                metric: {label: [as_json(e) for e in each] for label, each in found.items()}
+                for metric, found in series.items()
+            },
+            "videos": [_video(each, folder) for each in measured],
+        }
+        _write(folder / "report.json", json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+        page = write_page(
+            title=f"{len(labels)} methods, {comparison.config.video.num_frames} frames: {', '.join(labels)}",
+            notes=notes,
+            videos=_viewer(comparison, measured),
+            rows=rows,
+            times=time,
+            plots=[(path.relative_to(folder).as_posix(), text) for path, text in plots],
+        )
+        _write(folder / "index.html", page)
+    except OSError as error:
+        raise UserError(f"cannot write the report in {folder}: {error.strerror or error}") from error
+    return f"{folder / 'index.html'}: {notes[0]}"
+
+
+def _notes(
+    comparison: Comparison, measured: Sequence[Measured], *, reason: str | None, clip_frames: int, baseline: str
+) -> list[str]:
+    """What the numbers stand on, in sentences."""
+    pairs = {(each.video.prompt_index, each.video.seed) for each in measured}
+    prompts = {prompt for prompt, _ in pairs}
+    asked = len(comparison.prompts) * len(comparison.seeds)
+    partial = "" if len(pairs) == asked else f" of {asked} asked for (the others are not finished by every method)"
+    video, sampler = comparison.config.video, comparison.config.sampler
+    notes = [
+        f"{len(measured)} videos: {len(comparison.variants)} methods on {len(pairs)} pairs of prompt and seed{partial}"
+        f", {len(prompts)} prompts; differences are from {baseline}.",
+        f"{video.num_frames} frames of {video.height} x {video.width}, native are {clip_frames}; "
+        f"{sampler.num_steps} steps, guidance {sampler.guidance_scale:g}. The noise of a prompt and seed is the same "
+        f"draw for every method; initial noise: {_noises(comparison)}.",
+        "Measured on the encoded files. Measures of any video are estimates named as what they compute; "
+        "docs/compare.md says how to read each and where it fails.",
+        "The exact measures of the embedded world are included: every prompt is one of its captions."
+        if reason is None
+        else f"The exact measures of the embedded world do not apply: {reason}.",
+    ]
+    return notes + _mixtures(measured)
+
+
+def _noises(comparison: Comparison) -> str:
+    """The initial noise of each variant, or one word if all have the same."""
+    words = {variant.label: variant.config.noise[0] for variant in comparison.variants}
+    if len(set(words.values())) == 1:
+        return f"{next(iter(words.values()))} for all"
+    return ", ".join(f"{label} {word}" for label, word in words.items())
+
+
+def _mixtures(measured: Sequence[Measured]) -> list[str]:
+    """Sentences about what was not the same for all videos, such as the device or the commit."""
+    kinds: dict[str, Iterable[str]] = {
+        "devices": (
+            f"{each.record['device']['name']} with {each.record['device']['cpu_threads']} threads" for each in measured
+        ),
+        "numbers of ranks": (str(each.record["parallel"]["ranks"]) for each in measured),
+        "commits": (str((each.record["git"] or {}).get("revision", "unknown"))[:12] for each in measured),
+        "versions of torch": (str(each.record["versions"]["torch"]) for each in measured),
+    }
+    found = {what: sorted(set(values)) for what, values in kinds.items()}
+    return [
+        f"The videos were made on different {what}: {', '.join(values)}; compare times with care."
+        for what, values in found.items()
+        if len(values) > 1
+    ]
+
+
+def _viewer(comparison: Comparison, measured: Sequence[Measured]) -> dict[str, Any]:
+    """What the page plays, by prompt and seed, files relative to the page."""
+    prompts: dict[int, dict[int, list[dict[str, str]]]] = {}
+    for each in measured:
+        file = each.video.files.video.relative_to(comparison.folder).as_posix()
+        of_seed = prompts.setdefault(each.video.prompt_index, {}).setdefault(each.video.seed, [])
+        of_seed.append({"label": each.video.label, "file": file})
+    return {
+        "fps": comparison.config.video.fps,
+        "prompts": [
+            {
+                "text": f"{index:03d} {comparison.prompts[index]}",
+                "seeds": [{"seed": seed, "videos": videos} for seed, videos in sorted(seeds.items())],
+            }
+            for index, seeds in sorted(prompts.items())
+        ],
+    }
+
+
+def _write_plots(
+    folder: Path, rows: Sequence[Row], labels: Sequence[str], time: dict[str, Any], series: dict[str, Any]
+) -> list[tuple[Path, str]]:
+    figures = [
+        ("metrics", draw_metrics(rows, labels), "every measure: mean over prompts and 95 % interval"),
+        ("times", draw_times(time), "time of denoising"),
+    ]
+    if series:
+        figures.append(
+            ("clips", draw_clips(series, _CLIP_TITLES), "clip after clip: mean over prompts and 95 % interval")
+        )
+    return [(save_figure(figure, folder / name)[0], text) for name, figure, text in figures]
+
+
+def _write_tables(folder: Path, rows: Sequence[Row], measured: Sequence[Measured]) -> None:
+    _write_csv(folder / "summary.csv", [_flat_row(row) for row in rows])
+    _write_csv(folder / "videos.csv", [_flat_video(each, folder) for each in measured])
+
+
+def _flat_row(row: Row) -> dict[str, Any]:
+    flat: dict[str, Any] = {"label": row.label, "metric": row.metric, "unit": row.unit}
+    flat |= as_json(row.mean) or {}
+    found = as_json(row.difference) or dict.fromkeys(("mean", "low", "high", "count"))
+    return flat | {f"difference_{key}": value for key, value in found.items()} | {"differs": row.differs}
+
+
+def _flat_video(each: Measured, folder: Path) -> dict[str, Any]:
+    shown = _video(each, folder)
+    return {key: shown[key] for key in ("label", "prompt_index", "seed", "file")} | {
+        "denoise_seconds": each.record["seconds"]["denoise"],
+        **shown["values"],
+    }
+
+
+def _row(row: Row) -> dict[str, Any]:
+    shown = {"label": row.label, "metric": row.metric, "unit": row.unit, "differs": row.differs}
+    return shown | {"mean": as_json(row.mean), "difference": as_json(row.difference)}
+
+
+def _video(each: Measured, folder: Path) -> dict[str, Any]:
+    return {
+        "label": each.video.label,
+        "prompt_index": each.video.prompt_index,
+        "prompt": each.video.prompt,
+        "seed": each.video.seed,
+        "file": each.video.files.video.relative_to(folder).as_posix(),
+        "values": {name: None if math.isnan(value) else value for name, value in each.values.items()},
+        "by_clip": each.by_clip,
+        "resumed_at": each.record["resumed_at"],
+    }
+
+
+def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator=os.linesep)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_path(path) as part:
+        part.write_text(text, encoding="utf-8")

@@ -1,0 +1,176 @@
+"""The folder of a comparison: which videos it shall hold, which are there, and that all were made alike.
+
+    OUT/comparison.json                        what decides the videos: settings, checkpoint, variants, prompts
+    OUT/videos/LABEL/PPP-seedS.mp4             video of prompt PPP (000, 001, ..) with seed S, beside its record
+                                               (.json), contact sheet (.png), and measures (.metrics.json)
+
+A video counts as there once its record is, which is written last. The store keeps one folder for one process at a time.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.checkpoint import atomic_path
+from engine.config import RunConfig
+from engine.errors import UserError
+from engine.load import fetch, find_checkpoint, pick_device, pick_dtype
+from engine.ranks import fingerprints
+from launch.comparison.variants import MAY_DIFFER, Variant, flatten
+from launch.outputs import OutputFiles, check_outputs, latents_beside
+
+# Settings that do not decide what a video shows: any number of ranks makes the same one. Methods, noise and seeds are
+# kept per variant and per file.
+_NOT_SHARED = (*MAY_DIFFER, "parallel.", "output.", "sampler.seed", "model.path", "model.device", "model.dtype")
+_SHOWN_KEYS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Video:
+    """One video of a comparison."""
+
+    label: str
+    prompt_index: int
+    prompt: str
+    seed: int
+    files: OutputFiles
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the video is whole."""
+        return self.files.record.is_file() and self.files.video.is_file()
+
+    @property
+    def measures(self) -> Path:
+        """Its measures, once they were made."""
+        return self.files.video.with_suffix(".metrics.json")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What is compared, on which prompts and seeds, and where it is kept."""
+
+    folder: Path
+    variants: list[Variant]
+    prompts: list[str]
+    seeds: list[int]
+
+    @property
+    def config(self) -> RunConfig:
+        """The settings that all variants share; its method is that of the first."""
+        return self.variants[0].config
+
+    @property
+    def videos(self) -> list[Video]:
+        """Every video, method after method for each prompt and seed: a run that is stopped leaves whole comparisons."""
+        return [
+            Video(
+                label=variant.label,
+                prompt_index=index,
+                prompt=prompt,
+                seed=seed,
+                files=self._files(variant, index, seed),
+            )
+            for index, prompt in enumerate(self.prompts)
+            for seed in self.seeds
+            for variant in self.variants
+        ]
+
+    def variant(self, label: str) -> Variant:
+        """The variant called so."""
+        return next(variant for variant in self.variants if variant.label == label)
+
+    def open(self) -> None:
+        """Make the folder and write what decides its videos; UserError if it holds videos of other settings."""
+        open_folder(self.folder, "comparison.json", self.describe())
+        for variant in self.variants:
+            (self.folder / "videos" / variant.label).mkdir(parents=True, exist_ok=True)
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the videos: shared settings and those of each variant by dotted name, checkpoint and prompts."""
+        variants = {variant.label: variant.settings for variant in self.variants}
+        return as_read({"settings": decisive_settings(self.config), "variants": variants, "prompts": self.prompts})
+
+    def _files(self, variant: Variant, index: int, seed: int) -> OutputFiles:
+        video = self.folder / "videos" / variant.label / f"{index:03d}-seed{seed}.mp4"
+        return OutputFiles(video=video, latents=latents_beside(video))
+
+
+def decisive_settings(config: RunConfig) -> dict[str, Any]:
+    """What decides a video but for method, noise, prompt and seed, by dotted name; the checkpoint as a hash."""
+    tree = flatten(dataclasses.asdict(config))
+    shared = {key: value for key, value in tree.items() if not key.startswith(_NOT_SHARED)}
+    device = pick_device(config.model.device)
+    source = find_checkpoint(config.model.path)
+    folder = fetch(source, config.model.revision, parts=())
+    prints = fingerprints(config, folder, from_hub=isinstance(source, str))
+    return shared | {
+        "output.crf": config.output.crf,
+        "device": device.type,
+        "dtype": str(pick_dtype(config.model.dtype, device)).removeprefix("torch."),
+        "checkpoint": prints["checkpoint"].hex()[:16],
+    }
+
+
+def as_read(tree: dict[str, Any]) -> dict[str, Any]:
+    """As JSON gives it back: tuples are lists."""
+    return json.loads(json.dumps(tree))
+
+
+def open_folder(folder: Path, name: str, now: dict[str, Any]) -> None:
+    """Make a folder and write there what decides its contents; UserError if it was made with other settings.
+
+    `now` holds settings, variants and prompts. A folder may be widened: variants and prompts that were there before,
+    and are not asked for now, stay known.
+    """
+    manifest = folder / name
+    check_outputs([manifest], overwrite=True, overwrite_flag="")
+    before = read_manifest(manifest)
+    if before is not None:
+        refuse_changes(folder, before, now)
+        prompts = max(before["prompts"], now["prompts"], key=len)
+        now = now | {"variants": before["variants"] | now["variants"], "prompts": prompts}
+    with atomic_path(manifest) as part:
+        part.write_text(json.dumps(now, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """What a folder's videos were made with; None for a new folder, UserError for a foreign file."""
+    if not path.exists():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if {"settings", "variants", "prompts"} <= manifest.keys():
+            return manifest
+    except (ValueError, AttributeError):
+        pass  # said below, with the same words
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    raise UserError(f"{path} was not written by compare.py; choose another --out")
+
+
+def refuse_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise UserError, naming what differs, if videos of both would not be comparable."""
+    changes = _changes(before["settings"], now["settings"], "")
+    for label in before["variants"].keys() & now["variants"].keys():
+        changes += _changes(before["variants"][label], now["variants"][label], f"{label}: ")
+    for index, (old, new) in enumerate(zip(before["prompts"], now["prompts"], strict=False)):
+        changes += _changes({f"prompt {index}": old}, {f"prompt {index}": new}, "")
+    if changes:
+        more = f" and {len(changes) - _SHOWN_KEYS} more" if len(changes) > _SHOWN_KEYS else ""
+        raise UserError(
+            f"{folder} holds videos made with other settings: {'; '.join(changes[:_SHOWN_KEYS])}{more}; choose another "
+            "--out, or give the same settings"
+        )
+
+
+def _changes(before: dict[str, Any], now: dict[str, Any], where: str) -> list[str]:
+    names: Sequence[str] = sorted(before.keys() | now.keys())
+    return [
+        f"{where}{name} was {before.get(name, 'unset')}, now {now.get(name, 'unset')}"
+        for name in names
+        if before.get(name) != now.get(name)
+    ]

@@ -1,0 +1,108 @@
+"""Means over prompts with intervals, differences from a baseline, and times: what a report shows."""
+
+import dataclasses
+import math
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from launch.comparison.measure import Measured
+from metrics.bootstrap import Estimate, mean_interval, paired_interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measure of one variant: its mean, and its mean difference from the baseline's, both over prompts."""
+
+    label: str
+    metric: str
+    unit: str
+    mean: Estimate
+    difference: Estimate | None
+
+    @property
+    def differs(self) -> bool:
+        """Whether the interval of the difference leaves out 0."""
+        found = self.difference
+        return found is not None and bool(found.low > 0 or found.high < 0)
+
+
+def comparable(measured: Sequence[Measured], labels: Sequence[str]) -> list[Measured]:
+    """Those prompts and seeds only that every variant has a video of, so that all means are over the same ones."""
+    counts = Counter((each.video.prompt_index, each.video.seed) for each in measured)
+    return [each for each in measured if counts[each.video.prompt_index, each.video.seed] == len(labels)]
+
+
+def summarise(measured: Sequence[Measured], labels: Sequence[str], units: dict[str, str], baseline: str) -> list[Row]:
+    """A row for every measure and variant. Seeds of a prompt are averaged first: prompts are what is independent."""
+    by_prompt = {label: _by_prompt(measured, label, list(units)) for label in labels}
+    rows = []
+    for column, (metric, unit) in enumerate(units.items()):
+        for label in labels:
+            values = by_prompt[label][:, column]
+            difference = None if label == baseline else paired_interval(values, by_prompt[baseline][:, column])
+            rows.append(Row(label=label, metric=metric, unit=unit, mean=mean_interval(values), difference=difference))
+    return rows
+
+
+def times(measured: Sequence[Measured], labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Seconds of each variant: a whole denoising run, and one step of each kind.
+
+    `denoise` is the mean over videos that were made in one go, `runs` how many those are; `steps` holds for each kind
+    the median of all its steps, and how many steps of it a whole run has.
+    """
+    return {label: _time([each.record for each in measured if each.video.label == label]) for label in labels}
+
+
+def clips(measured: Sequence[Measured], labels: Sequence[str], metric: str) -> dict[str, list[Estimate]]:
+    """A measure per clip: for each variant its mean over prompts with interval, clip after clip."""
+    found = {}
+    for label in labels:
+        by_prompt: dict[int, list[list[float]]] = {}
+        for each in measured:
+            if each.video.label == label and each.by_clip.get(metric):
+                by_prompt.setdefault(each.video.prompt_index, []).append(each.by_clip[metric])
+        means = np.array([np.mean(series, axis=0) for series in by_prompt.values()])
+        found[label] = [mean_interval(column) for column in means.T] if len(means) else []
+    return found
+
+
+def as_json(estimate: Estimate | None) -> dict[str, Any] | None:
+    """An estimate for JSON, which has no nan."""
+    if estimate is None:
+        return None
+    return {key: None if math.isnan(value) else value for key, value in dataclasses.asdict(estimate).items()}
+
+
+def _by_prompt(measured: Sequence[Measured], label: str, metrics: Sequence[str]) -> np.ndarray:
+    """[prompts, metrics]: the mean over seeds of those that have a value, nan where none has."""
+    prompts = sorted({each.video.prompt_index for each in measured})
+    table = np.full((len(prompts), len(metrics)), np.nan)
+    for row, prompt in enumerate(prompts):
+        mine = [each for each in measured if each.video.label == label and each.video.prompt_index == prompt]
+        for column, metric in enumerate(metrics):
+            values = [each.values[metric] for each in mine if np.isfinite(each.values[metric])]
+            if values:
+                table[row, column] = np.mean(values)
+    return table
+
+
+def _time(records: list[dict[str, Any]]) -> dict[str, Any]:
+    whole = [record for record in records if not record["resumed_at"]]
+    kinds: dict[str, list[float]] = {}
+    for record in records:
+        for step in record["steps"]:
+            kinds.setdefault(step["mode"], []).append(step["seconds"])
+    counts = Counter(step["mode"] for step in whole[0]["steps"]) if whole else {}
+    return {
+        "runs": len(whole),
+        "denoise": statistics.fmean(record["seconds"]["denoise"] for record in whole) if whole else None,
+        "decode": statistics.fmean(record["seconds"]["decode"] for record in records) if records else None,
+        "steps": {
+            kind: {"median": statistics.median(seconds), "per_run": counts.get(kind)} for kind, seconds in kinds.items()
+        },
+    }

@@ -1,0 +1,8 @@
+"""Evaluates a batch with VBench-Long and weight-free proxies: `python launch/evaluate.py --runs runs/batch`; see docs/vbench.md."""
+
+import sys
+
+from launch.start import run_script
+
+if __name__ == "__main__":
+    sys.exit(run_script("evaluate"))

@@ -1,0 +1,119 @@
+"""The ranks of one command as Ray actors instead of local processes: same options, same output, same errors. Imports nothing slow."""
+
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+from launch.launcher import GRACE_SECONDS, KEPT_LINES, STOP_SECONDS, asked_value, judge
+from launch.replicas.host import Event
+from launch.replicas.ray_pool import NoRayError, RayPool, RayRanks
+from launch.stopping import LAUNCHER, Place, StopSignals, show
+
+POLL_SECONDS = 0.05
+
+
+def asked_ray(argv: Sequence[str]) -> str | None:
+    """The cluster that `--ray` asks for; None without it, for a rank, and for what the command itself answers."""
+    nproc, place = asked_value(argv, "--nproc"), Place.of_environment()
+    wrong = nproc is not None and not (nproc.isdecimal() and int(nproc) > 0)
+    if wrong or LAUNCHER in os.environ or place is not None or {"-h", "--help", "--print_config"} & {*argv}:
+        return None
+    return asked_value(argv, "--ray")
+
+
+def start_on_ray(address: str, command: Sequence[str], *, num_ranks: int, signals: StopSignals) -> int:
+    """Run `python COMMAND` as so many ranks on a cluster, show what rank 0 prints, and return the exit code.
+
+    As with local ranks: if one fails, the others end within seconds and one line names the first failure; an interruption
+    goes to rank 0 alone, which keeps what was computed.
+    """
+    signals.leave()
+    verbose = asked_value(command, "--verbose") not in (None, "false")
+    gpus = False if asked_value(command, "--model.device") == "cpu" else "any"
+    words = without(command, "--ray")
+    if sys.stderr.isatty() and asked_value(command, "--output.progress") is None:
+        words.append("--output.progress=on")  # an actor has no terminal, and this one is
+    try:
+        with RayPool(address, cpus=num_ranks, log=None) as pool:
+            threads = {} if "OMP_NUM_THREADS" not in os.environ else {"OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"]}
+            ranks = pool.ranks(
+                "ranks", num_ranks, gpus=gpus, command=words, environment=threads, logs=None, cwd=str(Path.cwd())
+            )
+            children = [Child(rank) for rank in range(num_ranks)]
+            ranks.start(None)
+            watch(ranks, children, signals, verbose=verbose)
+    except NoRayError as error:
+        show(f"error: {error}")
+        return 2
+    return judge(children, signals, verbose=verbose)
+
+
+@dataclass
+class Child:
+    """One rank: what `launch.launcher.judge` wants to know of it."""
+
+    rank: int
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
+    code: int | None = None
+    ended: float = 0.0
+    said: str = ""
+    process: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(pid=0))
+    _rest: str = ""
+
+    def hear(self, event: Event, *, verbose: bool) -> None:
+        """Show what rank 0 prints, keep the last lines of the others, and note the end."""
+        match event["event"]:
+            case "stdout" if self.rank == 0:
+                print(event["text"], end="", flush=True)
+            case "stderr" if self.rank == 0 and not verbose:
+                print(event["text"], end="", file=sys.stderr, flush=True)
+            case "stderr":
+                *whole, self._rest = (self._rest + event["text"]).split("\n")
+                self.lines.extend(whole)
+                for line in whole if verbose else ():
+                    print(f"[rank {self.rank}] {line}", file=sys.stderr, flush=True)
+            case "note":
+                show(event["text"])
+            case "exit":
+                self.ended, self.said = time.monotonic(), event["said"]
+                self.process = SimpleNamespace(pid=event["pid"])
+                self.code = event["code"]
+                if self.code is None:  # its actor is gone, and the host with it
+                    self.code, self.said = 1, f"error: {event['said']}"
+
+
+def watch(ranks: RayRanks, children: Sequence[Child], signals: StopSignals, *, verbose: bool) -> None:
+    """Return once all ranks have ended, or have had their time after a failure or an interruption."""
+    deadline, forwarded = None, False
+    while any(child.code is None for child in children):
+        for rank, event in ranks.drain():
+            children[rank].hear(event, verbose=verbose)
+        now = time.monotonic()
+        if signals.received and not forwarded:
+            forwarded, deadline = True, now + STOP_SECONDS
+            ranks.interrupt()
+        elif any(child.code for child in children) and deadline is None:
+            deadline = now + GRACE_SECONDS
+        if forwarded and children[0].code is not None:
+            return
+        if deadline is not None and now > deadline:
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def without(command: Sequence[str], name: str) -> list[str]:
+    """A command without an option and its value."""
+    kept: list[str] = []
+    words = list(command)
+    while words:
+        word = words.pop(0)
+        if word == name and words and not words[0].startswith("--"):
+            words.pop(0)
+        elif word != name and not word.startswith(f"{name}="):
+            kept.append(word)
+    return kept

@@ -1,0 +1,243 @@
+"""A rank of a replica: loads the model once, then makes the items that come on stdin, one JSON line each.
+
+The first line is the setup: `config` (a whole RunConfig), `root` (the batch's folder), `checkpoint_every`, `keep_latents`.
+The others are tasks: `identity`, `suite`, `attempt`, `replica`. What happens is told on the pipe of `launch.replicas.host`.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+
+from engine.batch.check import check_video
+from engine.batch.files import BatchFiles, ItemFiles, item_files
+from engine.batch.plan import with_method
+from engine.batch.queue import Kind
+from engine.batch.store import publish, write_json
+from engine.checkpoint import save_latents
+from engine.engine import Denoised, LongVideoEngine
+from engine.errors import UserError
+from engine.record import build_record, peak_memory
+from engine.video import open_video
+from launch.command import LostRankError, run_command
+from launch.commands.decode import restore_config
+from launch.ranks import open_ranks
+from launch.replicas.host import EVENTS
+from launch.stopping import StopSignals, die_with_parent
+from parallel.collectives import CollectiveError
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def main() -> int:
+    """Run until stdin ends, or something that the group of ranks does not survive has happened."""
+    signals = StopSignals()
+    signals.install()
+    with os.fdopen(int(os.environ[EVENTS]), "w", buffering=1, encoding="utf-8") as pipe:
+        return run_command(lambda _: _work(pipe), [], signals=signals)
+
+
+def _work(pipe: IO[str]) -> None:
+    def tell(event: str, **fields: Any) -> None:
+        pipe.write(json.dumps({"event": event, **fields}) + "\n")
+
+    started = time.perf_counter()
+    setup = json.loads(sys.stdin.readline() or "null")
+    if setup is None:
+        return
+    config = restore_config(setup["config"], Path(setup["root"]))
+    with open_ranks(config, prompts=[setup["root"]], verbose=False) as party:
+        with contextlib.closing(LongVideoEngine(config, party.ranks)) as engine:
+            worker = Worker(
+                engine=engine,
+                root=Path(setup["root"]),
+                checkpoint_every=setup["checkpoint_every"],
+                keep_latents=setup["keep_latents"],
+                tell=tell,
+            )
+            engine.keep_texts(BatchFiles(root=worker.root).text_cache)
+            place = f"{engine.device} on {socket.gethostname()}, {engine.layout['ranks']} ranks, {engine.layout['why']}"
+            tell("ready", seconds=time.perf_counter() - started, place=place)
+            for line in sys.stdin:
+                worker.run(json.loads(line))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    """What a rank makes items with; `tell` hands an event to the driver."""
+
+    engine: LongVideoEngine
+    root: Path
+    checkpoint_every: int
+    keep_latents: bool
+    tell: Callable[..., None]
+
+    def run(self, task: dict[str, Any]) -> None:
+        """Make one item and tell how that went. Raises whatever leaves the other ranks in another place than this one."""
+        item = task["identity"]["item_id"]
+        try:
+            record = self.make(task)
+        except BaseException as error:
+            # A UserError is raised by all ranks together; after anything else nobody knows where the others are.
+            whole = isinstance(error, UserError)
+            fields = {"kind": kind_of(error), "message": describe(error), "traceback": traceback.format_exc()}
+            if not isinstance(error, KeyboardInterrupt):
+                self.tell("failed", item=item, whole=whole, **fields)
+            if not whole:
+                raise
+        else:
+            self.tell("done", item=item, record=record)
+
+    def make(self, task: dict[str, Any]) -> dict[str, Any] | None:
+        """One item from noise to its sidecar, which is returned on rank 0. Every rank calls this with the same task."""
+        started, identity = _now(), task["identity"]
+        engine = self.engine
+        files = item_files(self.root, identity["method"], identity["config_id"], task["name"])
+        if engine.config.method.name != identity["method"]:
+            engine.use_method(with_method(engine.config, identity["method"]).method)
+        if engine.is_first:
+            files.make_folders()
+        denoised = engine.denoise(
+            identity["prompt"],
+            seed=identity["seed"],
+            checkpoint=files.checkpoint,
+            checkpoint_every=self.checkpoint_every,
+            on_step=lambda finished, total: self._tell_step(identity["item_id"], finished, total),
+        )
+        if not engine.is_first:
+            for _ in engine.decode(denoised.latents):  # its share of the tiles, if there are any
+                pass
+            return None
+        _check_finite(denoised, files)
+        record = self._publish(task, files, denoised, started)
+        files.checkpoint.unlink(missing_ok=True)
+        return record
+
+    def _publish(self, task: dict[str, Any], files: ItemFiles, denoised: Denoised, started: str) -> dict[str, Any]:
+        """Decode, write the video, check it, name it, and write its sidecar last."""
+        engine, config = self.engine, self.engine.config
+        if self.keep_latents:
+            save_latents(files.latents, denoised.latents, {"item_id": task["identity"]["item_id"]})
+        decoding = time.perf_counter()
+        part = files.part(task["token"])
+        size = {"height": config.video.height, "width": config.video.width}
+        frames = _FrameHashes()
+        with open_video(part, fps=config.video.fps, crf=config.output.crf, **size) as video:
+            for piece in engine.decode(denoised.latents):
+                video.write(piece)
+                frames.add(piece)
+        facts = publish(part, files.video, check=lambda path: check_video(path, num_frames=frames.count, **size))
+        seconds = {"load": engine.load_seconds, **denoised.seconds, "decode": time.perf_counter() - decoding}
+        identity = task["identity"]
+        run = build_record(
+            engine,
+            prompt=identity["prompt"],
+            seed=identity["seed"],
+            negative_prompt=None,
+            denoised=denoised,
+            seconds=seconds,
+        )
+        record = {
+            "schema": 1,
+            "status": "done",
+            **identity,
+            "suite": task["suite"],
+            "negative_prompt": run["negative_prompt"],
+            "output": {"file": facts.file, "bytes": facts.bytes, "sha256": facts.sha256},
+            "video": {"num_frames": frames.count, "fps": config.video.fps, **size, **frames.hashes},
+            "latents": {"shape": list(denoised.latents.shape), "sha256": _latents_sha256(denoised)},
+            "attempt": task["attempt"],
+            "replica": task["replica"],
+            "host": socket.gethostname(),
+            "started": started,
+            "ended": _now(),
+            "run": run | {"peak_memory": peak_memory(engine.device)},
+        }
+        write_json(files.sidecar, record, token=task["token"])
+        return record
+
+    def _tell_step(self, item: str, finished: int, total: int) -> None:
+        if self.engine.is_first:
+            self.tell("step", item=item, finished=finished, total=total)
+
+
+class _FrameHashes:
+    """Counts frames, and hashes the first and the last of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.hashes: dict[str, str] = {}
+
+    def add(self, frames: Any) -> None:
+        """Frames, uint8 [t, H, W, 3]."""
+        if len(frames) == 0:
+            return
+        if self.count == 0:
+            self.hashes["first_frame_sha256"] = hashlib.sha256(frames[0].tobytes()).hexdigest()
+        self.hashes["last_frame_sha256"] = hashlib.sha256(frames[-1].tobytes()).hexdigest()
+        self.count += len(frames)
+
+
+def kind_of(error: BaseException) -> Kind:
+    """Which sort of failure an exception is."""
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return "disk"
+    if isinstance(error, UserError):  # the engine turns an OSError of one rank into one line for all
+        return "disk" if any(os.strerror(number) in str(error) for number in _DISK) else "mistake"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+        return "memory"
+    if isinstance(error, CollectiveError | LostRankError | dist.DistError):
+        return "lost"
+    return "fault"
+
+
+def describe(error: BaseException) -> str:
+    """One line for a person, with what would help."""
+    first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    match kind_of(error):
+        case "memory":
+            return (
+                f"out of memory ({first}); more ranks per replica (--nproc or --gpus_per_replica), --model.offload model, "
+                "--decode.mode tiled, or a shorter or smaller video would fit"
+            )
+        case "fault":
+            return f"{type(error).__name__}: {first}"
+        case _:
+            return first
+
+
+def _check_finite(denoised: Denoised, files: ItemFiles) -> None:
+    bad = int((~torch.isfinite(denoised.latents)).sum())
+    if bad:
+        files.checkpoint.unlink(missing_ok=True)  # the next attempt starts from noise
+        raise ValueError(f"{bad} of {denoised.latents.numel()} numbers of the latents are not finite")
+
+
+def _latents_sha256(denoised: Denoised) -> str:
+    """Of the fp32 numbers: equal for equal latents, whatever the file format."""
+    return hashlib.sha256(denoised.latents.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # to take its process group down a rank that failed would have to wait for the others

@@ -1,0 +1,64 @@
+"""Confidence intervals of means over prompts, by resampling the prompts, with a seeded generator."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+MIN_COUNT = 6
+"""Fewest numbers that get an interval. That of n numbers of one sign leaves out 0, and by chance alone n numbers have
+one sign once in 2^(n - 1): with fewer than six that is more often than an interval of 95 % may err."""
+_CHUNK = 1_000  # resamples at a time: bounds the memory for long lists of prompts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Estimate:
+    """A mean of `count` numbers and its interval; nan without numbers, an interval of nan with fewer than MIN_COUNT."""
+
+    mean: float
+    low: float
+    high: float
+    count: int
+
+
+def mean_interval(values: np.ndarray, *, seed: int = 0, level: float = LEVEL, resamples: int = RESAMPLES) -> Estimate:
+    """Mean of values [P], one per prompt, with its percentile bootstrap interval (Efron); nan values are left out.
+
+    The interval holds the central `level` of the means of `resamples` draws of P values with replacement. Values must
+    be
+    independent: average the seeds of a prompt first. The same values and seed give the same interval.
+    """
+    kept = np.asarray(values, dtype=np.float64)
+    kept = kept[np.isfinite(kept)]
+    if kept.ndim != 1:
+        raise ValueError(f"values must be [P], got {list(kept.shape)}")
+    if len(kept) == 0:
+        return Estimate(mean=np.nan, low=np.nan, high=np.nan, count=0)
+    if len(kept) < MIN_COUNT:
+        return Estimate(mean=float(kept.mean()), low=np.nan, high=np.nan, count=len(kept))
+    rng = np.random.default_rng(seed)
+    means = [
+        kept[rng.integers(len(kept), size=(min(_CHUNK, resamples - start), len(kept)))].mean(1)
+        for start in range(0, resamples, _CHUNK)
+    ]
+    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(mean=float(kept.mean()), low=float(low), high=float(high), count=len(kept))
+
+
+def paired_interval(
+    values: np.ndarray,
+    baseline: np.ndarray,
+    *,
+    seed: int = 0,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+) -> Estimate:
+    """Mean of values - baseline, both [P] in the same order of prompts, with its bootstrap interval.
+
+    Pairs are drawn together, so what a prompt adds to both cancels. A pair with a nan is left out.
+    """
+    values, baseline = np.asarray(values, dtype=np.float64), np.asarray(baseline, dtype=np.float64)
+    if values.shape != baseline.shape:
+        raise ValueError(f"pairs need equal numbers of values, got {list(values.shape)} and {list(baseline.shape)}")
+    return mean_interval(values - baseline, seed=seed, level=level, resamples=resamples)

@@ -1,0 +1,22 @@
+"""What decides a measure beside the video, so that a kept number is known to be of today's code."""
+
+import hashlib
+import importlib.metadata
+from pathlib import Path
+
+import tiny.captions
+import tiny.measure
+import tiny.world
+
+_PACKAGES = ("numpy", "opencv-python-headless", "scikit-image")
+
+
+def source_digest() -> str:
+    """SHA-256 over the sources of the measures and the versions of the libraries that they call."""
+    digest = hashlib.sha256()
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    for file in [*files, *(Path(module.__file__) for module in (tiny.captions, tiny.measure, tiny.world))]:
+        digest.update(file.read_bytes())
+    for package in _PACKAGES:
+        digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())
+    return digest.hexdigest()

@@ -1,0 +1,131 @@
+"""Small batches for tests, without a model: items, files that a worker would write, and replicas that only pretend."""
+
+import hashlib
+import heapq
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from engine.batch.driver import Done, Event, Failed, Ready
+from engine.batch.files import BatchFiles, identity_of
+from engine.batch.plan import Batch, Item, plan_batch
+from engine.batch.queue import Failure
+from engine.batch.store import publish, write_json
+from engine.batch.suite import Prompt, Suite
+from engine.config import MethodConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig
+
+
+def config(**sampler: Any) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(path="nowhere"),
+        video=VideoConfig(num_frames=17, height=32, width=32),
+        sampler=SamplerConfig(num_steps=4, **sampler),
+        method=MethodConfig(name="freespec", window_frames=3),
+    )
+
+
+def suite(*texts: str) -> Suite:
+    prompts = [Prompt(prompt_id=f"p{i:04d}", line=i + 1, text=text) for i, text in enumerate(texts)]
+    return Suite(name="prompts.txt", sha256="0" * 64, prompts=tuple(prompts))
+
+
+def batch(
+    *texts: str, methods: tuple[str, ...] = ("freespec", "direct"), seeds: tuple[int, ...] = (0, 1), **sampler: Any
+) -> Batch:
+    given = suite(*(texts or ("a red circle", "a blue star")))
+    return plan_batch(config(**sampler), given, methods=methods, seeds=seeds, checkpoint="c" * 64, dtype="float32")
+
+
+def check_bytes(path: Path) -> None:
+    """Stands for decoding: the content says how long it must be."""
+    data = path.read_bytes()
+    if len(data) < 4 or len(data) != int.from_bytes(data[:4], "little"):
+        raise OSError(f"{path} is not whole")
+
+
+def content(item: Item) -> bytes:
+    body = hashlib.sha256(item.item_id.encode()).digest() * 8
+    return (len(body) + 4).to_bytes(4, "little") + body
+
+
+def write_item(files: BatchFiles, item: Item, token: str = "t") -> None:
+    """What a worker does with a video, in its order, with bytes for a video."""
+    of = files.of(item)
+    of.make_folders()
+    of.checkpoint.write_bytes(b"steps")
+    part = of.part(token)
+    part.write_bytes(content(item))
+    facts = publish(part, of.video, check=check_bytes)
+    output = {"file": facts.file, "bytes": facts.bytes, "sha256": facts.sha256}
+    video = {"num_frames": 17, "fps": 16, "height": 32, "width": 32}
+    latents = {"sha256": hashlib.sha256(content(item)).hexdigest()}
+    record = identity_of(item) | {"status": "done", "output": output, "video": video, "latents": latents}
+    write_json(of.sidecar, record, token=token)
+    of.checkpoint.unlink(missing_ok=True)
+
+
+@dataclass
+class Clock:
+    """Seconds that pass when somebody waits."""
+
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def wait(self) -> None:
+        self.now += 1.0
+
+
+# What becomes of an item's attempt: seconds, and what it ends with; None never ends.
+Script = Callable[[str, int], tuple[float, Event | None]]
+
+
+def succeed(item_id: str, attempt: int) -> tuple[float, Event]:
+    return 10.0, Done(record={})
+
+
+def lost(broken: bool = True) -> Failed:
+    return Failed(failure=Failure("lost", "rank 1 of 2 was ended by SIGKILL", "tail"), broken=broken)
+
+
+@dataclass
+class FakeReplica:
+    """A replica that pretends: loads in 5 seconds, then does what the script says."""
+
+    name: str
+    clock: Clock
+    script: Script = succeed
+    loads: int = 0
+    stopped: int = 0
+    made: list[str] = field(default_factory=list)
+    loading: Event = field(default_factory=lambda: Ready(seconds=5.0, place="here"))
+    _due: list[tuple[float, int, Event]] = field(default_factory=list)
+    _order: Any = field(default_factory=itertools.count)
+
+    def start(self) -> None:
+        self.loads += 1
+        self._later(5.0, self.loading)
+
+    def make(self, task: dict[str, Any]) -> None:
+        item_id = task["identity"]["item_id"]
+        self.made.append(item_id)
+        seconds, event = self.script(item_id, task["attempt"])
+        if event is not None:
+            self._later(seconds, event)
+
+    def events(self) -> list[Event]:
+        found = []
+        while self._due and self._due[0][0] <= self.clock.now:
+            found.append(heapq.heappop(self._due)[2])
+        return found
+
+    def stop(self, *, gently: bool) -> bool:
+        self.stopped += 1
+        self._due = []
+        return True
+
+    def _later(self, seconds: float, event: Event) -> None:
+        heapq.heappush(self._due, (self.clock.now + seconds, next(self._order), event))

@@ -1,0 +1,89 @@
+"""The initial noise as a setting: what a method brings, what the configuration says instead, and where it is written down."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
+from engine.denoise import draw_noise
+from engine.engine import LongVideoEngine
+from engine.errors import UserError
+from freespec.methods import METHODS
+from tests.tiny_pipelines import save_random_wan
+
+PUBLISHED = {
+    "direct": "iid",
+    "sliding_window": "iid",
+    "freenoise": "freenoise",
+    "freelong": "freenoise",
+    "freepca": "mean_reuse",
+    "freespec": "iid",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_wan(tmp_path_factory.mktemp("wan"))
+
+
+def config_of(folder: Path | str, method: str, **sampler: object) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(path=str(folder), device="cpu"),
+        video=VideoConfig(num_frames=29, height=32, width=32),
+        sampler=SamplerConfig(num_steps=1, guidance_scale=1.0, seed=3, max_text_tokens=20, **sampler),
+        method=MethodConfig(name=method, window_frames=4),
+        output=OutputConfig(progress="off"),
+    )
+
+
+def test_every_method_has_the_noise_that_it_was_published_with() -> None:
+    assert {name: config_of("", name).noise[0] for name in METHODS} == PUBLISHED
+    assert config_of("", "freenoise", noise="iid").noise == ("iid", 1)  # a quarter of 4 frames
+    assert config_of("", "direct", noise="freenoise", noise_stride=3).noise == ("freenoise", 3)
+
+
+def test_a_draw_of_another_kind_begins_with_the_same_frames() -> None:
+    shape = (1, 4, 11, 2, 2)
+    plain = draw_noise(shape, 5)
+    for kind in ("freenoise", "mean_reuse"):
+        made = draw_noise(shape, 5, kind, window_frames=4, stride=2)
+        assert torch.equal(made, draw_noise(shape, 5, kind, window_frames=4, stride=2))
+        assert torch.equal(made[:, :, :4], plain[:, :, :4])
+        assert not torch.equal(made, plain)
+        assert torch.equal(draw_noise(shape, 5, kind, window_frames=11, stride=2), plain)
+
+
+def test_a_run_starts_from_the_noise_of_the_setting_and_says_so(folder: Path) -> None:
+    latents, ids = {}, set()
+    for noise in ("method", "iid", "freenoise", "mean_reuse"):
+        made = LongVideoEngine(config_of(folder, "direct", noise=noise))
+        result = made.generate("a red circle")
+        assert result.record["noise"] == {"kind": "iid" if noise == "method" else noise, "stride": 1}
+        ids.add(made._run_id(prompt="a red circle"))
+        latents[noise] = result.latents
+        made.close()
+    assert torch.equal(latents["method"], latents["iid"])
+    assert len(ids) == 4
+    for noise in ("freenoise", "mean_reuse"):
+        assert not torch.equal(latents[noise], latents["iid"])
+    assert not torch.equal(latents["freenoise"], latents["mean_reuse"])
+
+
+def test_a_checkpoint_of_another_noise_is_refused(folder: Path) -> None:
+    """The run id is the file's: method and setting together decide it, since the method alone may bring the noise."""
+    ids = []
+    for config in (config_of(folder, "freenoise"), config_of(folder, "freenoise", noise="freenoise", noise_stride=2)):
+        made = LongVideoEngine(config)
+        ids.append(made._run_id())
+        made.close()
+    assert ids[0] != ids[1]
+
+
+def test_mistakes() -> None:
+    with pytest.raises(UserError, match=r"sampler.noise_stride must be 1 or more frames, got 0"):
+        config_of("", "direct", noise_stride=0)
+    with pytest.raises(UserError, match=r"sampler.noise_stride 5 is more than the 4 frames of method.window_frames"):
+        config_of("", "freenoise", noise_stride=5)
+    assert replace(config_of("", "direct", noise_stride=5)).noise == ("iid", 5)  # not read, so no mistake

@@ -1,0 +1,114 @@
+"""The real configurations, as diffusers builds them, on the meta device: every attention, every hook, every layout.
+
+Forwards of these architectures through the hooks, on fake tensors and in layouts, are in test_planner*.py.
+"""
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+
+from engine.adapters.published import PUBLISHED
+from engine.apply import apply_method
+from engine.config import MethodConfig, ModelConfig, ParallelConfig, RunConfig, SamplerConfig, VideoConfig
+from engine.errors import UserError
+from engine.hooks import BranchProcessor
+from engine.parallelism import choose_degrees
+from engine.planner import ModelSpec
+from engine.planner.layout import feasible_degrees
+from parallel.plan import SequencePlan, length
+
+NATIVE = {"WanPipeline": (21, 321), "LTXPipeline": (16, 481)}  # window and long video
+HEADS = {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 12, "Wan-AI/Wan2.1-T2V-14B-Diffusers": 40, "Lightricks/LTX-Video": 32}
+LAYERS = {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 30, "Wan-AI/Wan2.1-T2V-14B-Diffusers": 40, "Lightricks/LTX-Video": 28}
+
+
+@pytest.fixture(scope="module", params=list(HEADS))
+def spec(request) -> ModelSpec:
+    return ModelSpec(name=request.param, source="test", configs=PUBLISHED[request.param])
+
+
+def test_all_published_models_are_here():
+    assert set(PUBLISHED) == set(HEADS)
+
+
+@pytest.fixture(scope="module")
+def pipe(spec: ModelSpec) -> Any:
+    """The stock pipeline with its transformer and VAE on the meta device, and no text encoder."""
+    scheduler_class = getattr(diffusers, spec.configs["scheduler"]["_class_name"])
+    with torch.device("meta"):
+        parts = {part: spec.adapter.build(part, spec.configs[part]) for part in ("transformer", "vae")}
+    scheduler = scheduler_class.from_config(spec.configs["scheduler"])
+    return spec.adapter.pipeline_class(text_encoder=None, tokenizer=None, scheduler=scheduler, **parts)
+
+
+def test_every_attention_is_found_and_every_hook_placed_and_removed(spec: ModelSpec, pipe: Any):
+    transformer, adapter = pipe.transformer, spec.adapter
+    found = adapter.attention_modules(transformer)
+    named = [module for name, module in transformer.named_modules() if name.endswith(".attn1")]
+    assert found == named
+    assert len(found) == spec.layers == LAYERS[spec.name]
+    processors = dict(transformer.attn_processors)
+    with apply_method(pipe, method="freespec", window_frames=NATIVE[adapter.index_names[0]][0], kernel="plain"):
+        assert [attn.processor.layer for attn in found] == list(range(spec.layers))
+        replaced = [
+            processor for processor in transformer.attn_processors.values() if isinstance(processor, BranchProcessor)
+        ]
+        assert len(replaced) == spec.layers == len(processors) // 2  # and every attn2 is as it was
+        assert len(transformer._forward_pre_hooks) == 1
+        hooked = [module for module in transformer.modules() if module._forward_hooks]
+        assert hooked == [m for m in transformer.modules() if m in adapter.shard_points(transformer)]
+        assert len(hooked) == 3
+    assert transformer.attn_processors == processors
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in transformer.modules())
+
+
+def config_of(spec: ModelSpec, degrees: tuple[int, int, int]) -> RunConfig:
+    window, frames = NATIVE[spec.adapter.index_names[0]]
+    cfg, ring, ulysses = degrees
+    return RunConfig(
+        model=ModelConfig(path=spec.name),
+        video=VideoConfig(num_frames=frames, height=480, width=704),
+        sampler=SamplerConfig(guidance_scale=5.0),
+        method=MethodConfig(name="freespec", window_frames=window),
+        parallel=ParallelConfig(cfg=cfg, ring=ring, ulysses=ulysses),
+    )
+
+
+@pytest.mark.parametrize("world", range(1, 17))
+def test_layouts_are_valid_or_refused_for_a_reason(spec: ModelSpec, world: int):
+    frames, frame_tokens = spec.grid(NATIVE[spec.adapter.index_names[0]][1], 480, 704)
+    tokens = frames * frame_tokens
+    feasible = feasible_degrees(world, heads=spec.heads, passes=2, tokens=tokens)
+    assert spec.heads == HEADS[spec.name]
+    for cfg, ring in itertools.product((1, 2), range(1, world + 1)):
+        if world % (cfg * ring):
+            continue
+        degrees = (cfg, ring, world // cfg // ring)
+        config = config_of(spec, degrees)
+        if degrees not in feasible:
+            assert spec.heads % degrees[2] and ring > 1, degrees
+            with pytest.raises(UserError, match=rf"{world} ranks cannot be arranged with .*; possible are "):
+                choose_degrees(config, spec, world, torch.device("cpu"))
+            continue
+        assert choose_degrees(config, spec, world, torch.device("cpu"))[0] == degrees
+        plan = SequencePlan(tokens=tokens, heads=spec.heads, ring=ring, ulysses=degrees[2])
+        shards = [length(shard) for shard in plan.shards]
+        assert sum(shards) == tokens
+        assert max(shards) - min(shards) <= 1
+        assert sum(length(share) for share in plan.head_shares) == spec.heads
+
+
+def test_an_attention_that_is_missed_would_be_seen(spec: ModelSpec):
+    """Negative control: a block whose self-attention has another name is not found."""
+    block = nn.Module()
+    block.attn1, block.attn3 = nn.Identity(), nn.Identity()
+    transformer = SimpleNamespace(blocks=[block, block], transformer_blocks=[block, block])
+    block.attn_of_another_name = block.attn1
+    del block.attn1
+    with pytest.raises(AttributeError, match="attn1"):
+        spec.adapter.attention_modules(transformer)

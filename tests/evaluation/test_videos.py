@@ -1,0 +1,105 @@
+"""Which videos a batch's folder or a list has, and every way in which they are not what they should be."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from engine.errors import UserError
+from evaluation.videos import groups, read_batch, read_list
+from tests.evaluation.batches import FPS, PROMPTS, SIZE, make_batch, write_sidecar, write_video
+
+
+def test_a_batch_is_read_from_its_sidecars(batch: Path) -> None:
+    videos = read_batch(batch)
+    assert [(v.method, v.prompt_id, v.seed) for v in videos] == [
+        (method, prompt, seed)
+        for method in ("direct", "sliding_window")
+        for prompt in ("p0000", "p0001")
+        for seed in (0, 7)
+    ]
+    first = videos[0]
+    assert (first.prompt, first.num_frames, first.fps, first.size, first.model) == (
+        PROMPTS[0],
+        21,
+        FPS,
+        (SIZE, SIZE),
+        "tiny/wan",
+    )
+    assert {video.pair for video in videos[:4]} == {video.pair for video in videos[4:]}
+
+
+def test_unfinished_and_quarantined_items_are_left_out(tmp_path: Path) -> None:
+    root = make_batch(tmp_path / "runs", methods=("direct",), seeds=(0,))
+    video = next(root.glob("*/*/videos/p0001-s0.mp4"))
+    write_sidecar(video, status="quarantined")
+    video.with_name("p0002-s0.mp4.x.part").write_bytes(b"half")
+    assert [found.prompt_id for found in read_batch(root)] == ["p0000"]
+
+
+def test_a_video_that_is_not_its_sidecars_is_refused(tmp_path: Path) -> None:
+    root = make_batch(tmp_path / "runs", methods=("direct",), seeds=(0,))
+    first, second = sorted(root.glob("*/*/videos/*.mp4"))
+    shutil.copy(second, first)
+    with pytest.raises(UserError, match="is not the file that its sidecar describes"):
+        read_batch(root)
+    first.unlink()
+    with pytest.raises(UserError, match="does not exist"):
+        read_batch(root)
+    first.write_bytes(b"text")
+    with pytest.raises(UserError, match="is not an mp4 video"):
+        read_batch(root)
+    first.with_suffix(".json").write_text(json.dumps({"status": "done"}))
+    with pytest.raises(UserError, match="lacks 'method'"):
+        read_batch(root)
+    first.with_suffix(".json").write_text("[]")
+    with pytest.raises(UserError, match="is not a sidecar"):
+        read_batch(root)
+
+
+def test_a_folder_without_videos(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no finished video"):
+        read_batch(tmp_path)
+    with pytest.raises(UserError, match="is not a folder"):
+        read_batch(tmp_path / "nothing")
+
+
+def test_a_list_gives_prompts_numbers_in_order(tmp_path: Path) -> None:
+    for number in range(3):
+        write_video(tmp_path / f"run_{number}.mp4", seed=number)
+    rows = ["method,prompt,seed,path", "a,red,0,run_0.mp4", f"a,blue,0,{tmp_path / 'run_1.mp4'}", "b,red,0,run_2.mp4"]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    videos = read_list(tmp_path / "list.csv")
+    assert [(v.method, v.prompt_id, v.prompt) for v in videos] == [
+        ("a", "p0000", "red"),
+        ("a", "p0001", "blue"),
+        ("b", "p0000", "red"),
+    ]
+    assert list(groups(videos)) == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ("a,red,0,", "line 2: path is missing"),
+        ("a,,0,v.mp4", "line 2: prompt is missing"),
+        ("a,red,zero,v.mp4", "seed must be a whole number, got 'zero'"),
+        ("a,red,0,nothing.mp4", "does not exist"),
+        ("a,red,0,v.mp4\na,red,0,v.mp4", "have the same method, prompt and seed"),
+        ("", "has no row"),
+    ],
+)
+def test_mistakes_in_a_list(tmp_path: Path, row: str, said: str) -> None:
+    write_video(tmp_path / "v.mp4")
+    (tmp_path / "list.csv").write_text(f"method,prompt,seed,path\n{row}\n".rstrip("\n") + "\n")
+    with pytest.raises(UserError, match=said):
+        read_list(tmp_path / "list.csv")
+
+
+def test_two_configurations_of_a_method_are_two_rows(tmp_path: Path) -> None:
+    root = make_batch(tmp_path / "runs", methods=("direct",), seeds=(0,))
+    shutil.copytree(next(root.glob("direct/*")), root / "direct" / ("f" * 12))
+    for path in (root / "direct" / ("f" * 12)).rglob("*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"config_id": "f" * 12}))
+    assert list(groups(read_batch(root))) == ["direct@000000000000", "direct@ffffffffffff"]

@@ -1,0 +1,181 @@
+"""FreePCA against the published algorithm, written out with its long projections."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from freespec import components
+from freespec.methods import FreePCA, Grid, StepPlan
+from tests.freespec.cases import assert_low_precision, assert_same_math
+from tests.freespec.layers import QKV, attend, draw_qkv, run_layer
+
+# frames, window, stride: divides, misses frames, odd and even windows, windows of few components
+CASES = [(14, 5, 3), (11, 4, 3), (12, 6, 2), (7, 3, 1), (5, 2, 1)]
+FUSED, LATE = StepPlan(mode="views_global"), StepPlan(mode="views")
+
+
+def grid_of(frames: int, window: int) -> Grid:
+    return Grid(frames=frames, rows=2, columns=3, window_frames=window)
+
+
+def fuse_view(local: Tensor, wide: Tensor, window: int, count: int, *, compat: bool) -> Tensor:
+    """One view of one batch item, [W * H*W, N, D]: rows are pixels and channels, columns are frames."""
+    rows_l, rows_g = (x.unflatten(0, (window, -1)).flatten(1).T for x in (local, wide))
+    mean_l, mean_g = rows_l.mean(1, keepdim=True), rows_g.mean(1, keepdim=True)
+    x_l, x_g = rows_l - mean_l, rows_g - mean_g
+    values, vectors = torch.linalg.eigh(x_g.T @ x_g / rows_g.shape[0])
+    p_l, p_g = x_l @ vectors, x_g @ vectors
+    cosine = torch.nn.functional.cosine_similarity(p_l, p_g, dim=0)
+    null = values < 1e-12 * values.max()  # what is left of the vector of ones
+    assert null.sum() == 1
+    cosine[null] = 0.0 if compat else -math.inf
+    chosen = cosine.argsort(descending=True)[:count]
+    fused = p_l.clone()
+    fused[:, chosen] = p_g[:, chosen]
+    if not compat:
+        fused[:, null] = p_l[:, null]
+    return (fused @ vectors.T + mean_g).T.unflatten(1, (-1, *local.shape[1:])).flatten(0, 1)
+
+
+def published(qkv: QKV, grid: Grid, stride: int, **how: Any) -> Tensor:
+    """FreePCA's loop over views, components in fp64; the last frames that the stride misses have a view of their own but with compat."""
+    q, k, v = qkv
+    compat, scale = how.get("compat", False), how.get("scale", 1.0)
+    most, fused = how.get("most", 3), how.get("fused", True)
+    window, frame = grid.window_frames, grid.frame_tokens
+    starts = list(range(0, grid.frames - window + 1, stride))
+    if not compat and starts[-1] + window < grid.frames:
+        starts.append(grid.frames - window)
+    wide = attend(q, k, v, scale)
+    value, count = torch.zeros_like(q), torch.zeros(grid.frames, dtype=q.dtype)
+    for m, start in enumerate(starts):
+        rows = slice(start * frame, (start + window) * frame)
+        out = attend(q[:, rows], k[:, rows], v[:, rows])
+        if fused and m > 0:
+            pairs = zip(out.double(), wide[:, rows].double(), strict=True)
+            fused_items = [fuse_view(a, b, window, min(m, most), compat=compat) for a, b in pairs]
+            out = torch.stack(fused_items).to(q.dtype)
+        value[:, rows] += out
+        count[start : start + window] += 1
+    return value / count.clamp_min(1).repeat_interleave(frame)[None, :, None, None]
+
+
+def token_scale(grid: Grid) -> float:
+    return math.sqrt(math.log(grid.tokens) / math.log(grid.window_frames * grid.frame_tokens))
+
+
+@pytest.mark.parametrize(("frames", "window", "stride"), CASES)
+@pytest.mark.parametrize("compat", [False, True])
+def test_freepca_is_the_published_algorithm(frames: int, window: int, stride: int, compat: bool) -> None:
+    grid = grid_of(frames, window)
+    qkv = draw_qkv(grid, seed=frames)
+    made = run_layer(FreePCA(stride=stride, compat=compat), grid, qkv, FUSED)
+    assert_same_math(made, published(qkv, grid, stride, compat=compat, scale=token_scale(grid)))
+    late = run_layer(FreePCA(stride=stride, compat=compat), grid, qkv, LATE)
+    assert_same_math(late, published(qkv, grid, stride, compat=compat, fused=False))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"scale": 1.0}, {"most": 2}, {"fused": False}, {"compat": True}], ids=lambda wrong: next(iter(wrong))
+)
+def test_a_wrong_detail_is_seen(wrong: dict[str, Any]) -> None:
+    grid = grid_of(14, 5)
+    qkv = draw_qkv(grid)
+    made = run_layer(FreePCA(stride=4), grid, qkv, FUSED)
+    right: dict[str, Any] = {"scale": token_scale(grid)}
+    assert_same_math(made, published(qkv, grid, 4, **right))
+    with pytest.raises(AssertionError):
+        assert_same_math(made, published(qkv, grid, 4, **right | wrong))
+
+
+def test_the_first_view_is_local_and_the_mean_of_the_others_global() -> None:
+    grid = grid_of(14, 5)
+    q, k, v = draw_qkv(grid)
+    window = 5 * grid.frame_tokens
+    made = run_layer(FreePCA(stride=5), grid, (q, k, v), FUSED)  # views at 0, 5 and 9: frames 0 to 4 are in one only
+    assert_same_math(made[:, :window], attend(q[:, :window], k[:, :window], v[:, :window]))
+    alone = run_layer(FreePCA(stride=9), grid, (q, k, v), FUSED)[:, -window:]  # views at 0 and 9
+    wide = attend(q, k, v, token_scale(grid))[:, -window:]
+    assert_same_math(alone.unflatten(1, (5, -1)).mean(1), wide.unflatten(1, (5, -1)).mean(1))
+
+
+def test_all_components_are_the_global_branch_and_none_the_local_one() -> None:
+    grid = grid_of(9, 4)
+    q, k, _ = draw_qkv(grid)
+    rows = slice(5 * grid.frame_tokens, None)
+    grams = components.temporal_grams(q[:, rows], k[:, rows], 4)[:, None]
+    for count, expected in ((9, k[:, rows]), (0, q[:, rows])):
+        projection = components.shared_projection(grams, torch.tensor([count]))
+        local, far = components.mixing_matrices(projection)
+        mixed = components.mix_frames(q[:, rows], k[:, rows], (local[0], far[0]))
+        moved = (k - q)[:, rows].unflatten(1, (4, -1)).mean(1, keepdim=True).expand(-1, 4, -1, -1, -1).flatten(1, 2)
+        assert_same_math(mixed, expected + (moved if count == 0 else 0.0))
+
+
+def test_the_null_direction_is_never_taken_nor_counted() -> None:
+    """All cosines negative: the published order would take the null direction, cosine 0, and one component less."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 5 * 6, 2, 3, generator=generator, dtype=torch.float64)
+    grams = components.temporal_grams(x, -x, 5)[:, None]
+    counts = torch.tensor([2])
+    ranks = [
+        torch.linalg.matrix_rank(components.shared_projection(grams, counts, compat=each)) for each in (False, True)
+    ]
+    assert [int(rank) for rank in ranks] == [2, 1]
+    projection = components.shared_projection(grams, counts)
+    assert projection.sum(-1).abs().max().item() < 1e-12
+
+
+def test_a_branch_that_stands_still_has_no_components() -> None:
+    x = torch.randn(1, 1, 6, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    still, moving = x.expand(-1, 4, -1, -1, -1).flatten(1, 2), torch.randn(1, 24, 2, 3, dtype=torch.float64)
+    for pair in ((still, moving), (moving, still), (still, still)):
+        projection = components.shared_projection(components.temporal_grams(*pair, 4)[:, None], torch.tensor([3]))
+        assert torch.equal(projection, torch.zeros_like(projection))
+
+
+def test_heads_add_up() -> None:
+    """What ranks with a share of the heads each contribute: any split gives the matrices of all heads."""
+    x, y, _ = draw_qkv(grid_of(5, 5), heads=5)
+    whole = components.temporal_grams(x, y, 5)
+    parts = [components.temporal_grams(x[:, :, a:b], y[:, :, a:b], 5) for a, b in ((0, 2), (2, 2), (2, 5))]
+    assert_same_math(sum(parts), whole)
+    with pytest.raises(AssertionError):
+        assert_same_math(sum(parts[1:]), whole)
+
+
+def test_a_low_precision_is_as_good_as_the_published_form_in_it() -> None:
+    grid = grid_of(14, 5)
+    qkv = draw_qkv(grid)
+    q, k, v = (x.float() for x in qkv)
+    made = run_layer(FreePCA(stride=3), grid, (q, k, v), FUSED)
+    plain = published((q, k, v), grid, 3, scale=token_scale(grid))
+    assert_low_precision(made, plain, published(qkv, grid, 3, scale=token_scale(grid)))
+
+
+def test_plans_scale_and_settings() -> None:
+    times = [1000.0, 600.0, 251.0, 250.0, 100.0]
+    assert [step.mode for step in FreePCA().plan(times)] == ["views_global"] * 3 + ["views"] * 2
+    by_step = FreePCA(domain="step", split=0.4).plan(times)
+    assert [step.mode for step in by_step] == ["views_global"] * 3 + ["views"] * 2
+    assert [step.mode for step in FreePCA(split=0.0).plan([1.0])] == ["views_global"]
+    assert FreePCA.noise == "mean_reuse"
+    assert FreePCA().refused_axes.keys() == {"ring"}
+    grid = Grid(frames=81, rows=30, columns=52, window_frames=21)
+    scales = {by: FreePCA(query_scale_by=by).query_scale(grid) for by in ("tokens", "frames", "none")}
+    assert scales == pytest.approx({"tokens": 1.0629, "frames": 1.2014, "none": 1.0}, abs=1e-4)
+    published_grid = Grid(frames=64, rows=1, columns=1, window_frames=16)
+    assert FreePCA(query_scale_by="frames").query_scale(published_grid) == pytest.approx(math.sqrt(1.5))
+    assert FreePCA().query_scale(Grid(frames=4, rows=1, columns=1, window_frames=1)) == 1.0
+    for settings, message in (
+        ({"stride": 0}, "freepca: stride must be 1 or more frames, got 0"),
+        ({"domain": "sigma"}, "freepca: domain must be one of timestep, step, got 'sigma'"),
+        ({"query_scale_by": "pixels"}, "freepca: query_scale_by must be one of tokens, frames, none"),
+        ({"split": 1.5}, r"freepca: split must lie in \[0, 1\], got 1.5"),
+        ({"components": -1}, "freepca: components must be 0 or more, got -1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FreePCA(**settings)

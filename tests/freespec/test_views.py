@@ -1,0 +1,127 @@
+"""Views, and FreeNoise over them, against the published loop."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from freespec.methods import FreeNoise, Grid, StepPlan
+from freespec.views import default_stride, triangle, view_starts, view_weights
+from tests.freespec.cases import assert_same_math
+from tests.freespec.layers import QKV, attend, draw_qkv, run_layer
+
+# frames, window, stride: the stride divides, misses one frame, misses several, odd and even windows, one view, stride 1
+CASES = [(12, 4, 2), (11, 4, 3), (13, 5, 3), (9, 5, 5), (6, 5, 4), (7, 3, 1), (8, 1, 3)]
+VIEWS = StepPlan(mode="views")
+
+
+def grid_of(frames: int, window: int) -> Grid:
+    return Grid(frames=frames, rows=2, columns=3, window_frames=window)
+
+
+def published(qkv: QKV, grid: Grid, stride: int, tail: str) -> Tensor:
+    """FreeNoise's loop in fp64: each view's attention times its weights is added up, then divided by the added weights."""
+    q, k, v = qkv
+    window, frame = grid.window_frames, grid.frame_tokens
+    half = list(range(1, window // 2 + 1))
+    weights = half + half[::-1] if window % 2 == 0 else [*half, window // 2 + 1, *half[::-1]]
+    spans = [(start, start + window) for start in range(0, grid.frames - window + 1, stride)]
+    fresh_from = dict.fromkeys(spans, 0)
+    covered = spans[-1][1]
+    if tail != "none" and covered < grid.frames:
+        last = (grid.frames - window, grid.frames)
+        fresh_from[last] = covered - last[0] if tail == "new_frames" else 0
+        spans.append(last)
+    value, count = torch.zeros_like(q), torch.zeros(grid.frames, dtype=q.dtype)
+    for a, b in spans:
+        rows = slice(a * frame, b * frame)
+        out = attend(q[:, rows], k[:, rows], v[:, rows])
+        for index in range(fresh_from[a, b], window):
+            tokens = slice((a + index) * frame, (a + index + 1) * frame)
+            value[:, tokens] += weights[index] * out[:, index * frame : (index + 1) * frame]
+            count[a + index] += weights[index]
+    count = count.repeat_interleave(frame)[None, :, None, None]
+    return torch.where(count > 0, value / count.clamp_min(1), 0.0)
+
+
+@pytest.mark.parametrize(("frames", "window", "stride"), CASES)
+@pytest.mark.parametrize("tail", ["shifted", "new_frames", "none"])
+def test_freenoise_is_the_published_loop(frames: int, window: int, stride: int, tail: str) -> None:
+    grid = grid_of(frames, window)
+    qkv = draw_qkv(grid)
+    settings = {"compat": True} if tail == "none" else {"last_view": tail}
+    made = run_layer(FreeNoise(stride=stride, **settings), grid, qkv, VIEWS)
+    assert_same_math(made, published(qkv, grid, stride, tail))
+
+
+def test_the_tails_differ_where_the_stride_misses_frames_only() -> None:
+    """Negative control of the test above: it would tell the rules apart."""
+    for frames, differ in ((12, False), (11, True)):
+        grid = grid_of(frames, 4)
+        stride = 2 if frames == 12 else 3
+        qkv = draw_qkv(grid)
+        shifted, new, none = (
+            run_layer(method, grid, qkv, VIEWS)
+            for method in (
+                FreeNoise(stride=stride),
+                FreeNoise(stride=stride, last_view="new_frames"),
+                FreeNoise(stride=stride, compat=True),
+            )
+        )
+        assert torch.equal(shifted, new) != differ
+        assert torch.equal(shifted, none) != differ
+        assert (none[:, -grid.frame_tokens :].abs().max().item() == 0.0) == differ  # published: no output at all
+        assert new[:, -grid.frame_tokens :].abs().max().item() > 0.0
+
+
+def test_wrong_weights_are_seen() -> None:
+    grid = grid_of(12, 4)
+    qkv = draw_qkv(grid)
+    method, right = FreeNoise(stride=2), published(qkv, grid, 2, "none")
+
+    class Uniform(FreeNoise):
+        def weights(self, *args: object) -> Tensor:
+            return view_weights(self.view_starts(grid), grid.frames, [1] * 4)
+
+    assert_same_math(run_layer(method, grid, qkv, VIEWS), right)
+    with pytest.raises(AssertionError):
+        assert_same_math(run_layer(Uniform(stride=2), grid, qkv, VIEWS), right)
+
+
+def test_starts_and_strides() -> None:
+    assert view_starts(12, 4, 2, cover=True) == (0, 2, 4, 6, 8)
+    assert view_starts(11, 4, 3, cover=True) == (0, 3, 6, 7)
+    assert view_starts(11, 4, 3, cover=False) == (0, 3, 6)
+    assert view_starts(4, 4, 3, cover=True) == view_starts(3, 4, 1, cover=True) == (0,)
+    assert view_starts(5, 4, 9, cover=True) == (0, 1)
+    assert [default_stride(window) for window in (16, 21, 9, 3, 1)] == [4, 5, 2, 1, 1]
+    assert triangle(4) == [1, 2, 2, 1]
+    assert triangle(5) == [1, 2, 3, 2, 1]
+
+
+@pytest.mark.parametrize(("frames", "window", "stride"), CASES)
+def test_the_weights_of_a_frame_sum_to_one(frames: int, window: int, stride: int) -> None:
+    starts = view_starts(frames, window, stride, cover=True)
+    weights = view_weights(starts, frames, triangle(window))
+    total = torch.zeros(frames, dtype=torch.float64)
+    for start, weight in zip(starts, weights, strict=True):
+        total[start : start + window] += weight
+    covered = torch.zeros(frames, dtype=torch.float64)
+    for start in starts:
+        covered[start : start + window] = 1.0
+    assert_same_math(total, covered)
+    assert covered.min() == (1.0 if stride <= window else 0.0)
+
+
+def test_window_attention_and_errors() -> None:
+    assert FreeNoise(attention="window").plan([900.0, 1.0]) == [StepPlan(mode="local")] * 2
+    assert FreeNoise().plan([900.0, 1.0]) == [VIEWS] * 2
+    assert FreeNoise().refused_axes.keys() == {"ring"}
+    assert FreeNoise(attention="window").refused_axes == {}
+    assert FreeNoise.noise == "freenoise"
+    for settings, message in (
+        ({"stride": 0}, "freenoise: stride must be 1 or more frames, got 0"),
+        ({"attention": "rows"}, "freenoise: attention must be one of views, window, got 'rows'"),
+        ({"last_view": "none"}, "freenoise: last_view must be one of shifted, new_frames, got 'none'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            FreeNoise(**settings)

@@ -1,0 +1,247 @@
+"""A rank of a replica, alone in this process: its files, its failures, and that steps which were kept are not made again."""
+
+import contextlib
+import dataclasses
+import errno
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from engine.adapters import wan
+from engine.batch.check import check_video
+from engine.batch.files import BatchFiles, ItemFiles, identity_of
+from engine.batch.plan import Batch, plan_batch
+from engine.batch.store import file_sha256
+from engine.checkpoint import load_latents
+from engine.config import RunConfig
+from engine.engine import LongVideoEngine
+from engine.errors import UserError
+from engine.video import VideoWriter, read_video
+from launch.command import LostRankError
+from launch.replicas.worker import Worker, describe, kind_of
+from parallel.collectives import CollectiveError
+from tests.engine.batch import cases
+
+EVERY = 2
+STEPS = 5
+
+
+def config_of(folder: Path) -> RunConfig:
+    config = cases.config()
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=str(folder), device="cpu"),
+        sampler=dataclasses.replace(config.sampler, num_steps=STEPS, max_text_tokens=20),
+        output=dataclasses.replace(config.output, progress="off"),
+    )
+
+
+@pytest.fixture
+def batch(wan_folder: Path) -> Batch:
+    suite = cases.suite("a red circle")
+    methods = ("freespec", "direct")
+    return plan_batch(config_of(wan_folder), suite, methods=methods, seeds=(3,), checkpoint="c", dtype="float32")
+
+
+@pytest.fixture
+def engine(wan_folder: Path) -> Iterator[LongVideoEngine]:
+    with contextlib.closing(LongVideoEngine(config_of(wan_folder))) as engine:
+        yield engine
+
+
+@pytest.fixture
+def told() -> list[dict[str, Any]]:
+    return []
+
+
+@pytest.fixture
+def worker(engine: LongVideoEngine, told: list[dict[str, Any]], tmp_path: Path) -> Worker:
+    def tell(event: str, **fields: Any) -> None:
+        told.append({"event": event, **fields})
+
+    return Worker(engine=engine, root=tmp_path, checkpoint_every=EVERY, keep_latents=True, tell=tell)
+
+
+def task_of(batch: Batch, index: int = 0) -> dict[str, Any]:
+    item = batch.items[index]
+    identity = json.loads(json.dumps(identity_of(item)))
+    suite = {"name": "prompts.txt", "sha256": "0"}
+    return {"identity": identity, "name": item.name, "suite": suite, "attempt": 1, "replica": "r", "token": "t"}
+
+
+def files_of(worker: Worker, batch: Batch, index: int = 0) -> ItemFiles:
+    return BatchFiles(root=worker.root).of(batch.items[index])
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def test_an_item_s_files_and_steps(worker: Worker, batch: Batch, told: list[dict[str, Any]]) -> None:
+    worker.run(task_of(batch))
+    assert [event["event"] for event in told] == ["step"] * STEPS + ["done"]
+    files = files_of(worker, batch)
+    record = json.loads(files.sidecar.read_text())
+    assert record == told[-1]["record"]
+    assert record["output"]["sha256"] == file_sha256(files.video)
+    assert record["video"]["num_frames"] == len(list(read_video(files.video))) == 17
+    assert (record["seed"], record["run"]["seed"], record["prompt"]) == (3, 3, "a red circle")
+    latents = load_latents(files.latents)[0]
+    assert record["latents"]["shape"] == list(latents.shape)
+    written = {path.name for path in worker.root.rglob("*") if path.is_file()}
+    assert written == {"p0000-s3.mp4", "p0000-s3.json", "p0000-s3.safetensors"}
+    assert BatchFiles(root=worker.root).is_done(batch.items[0], "full")
+
+
+def test_items_do_not_depend_on_their_order(worker: Worker, batch: Batch, engine: LongVideoEngine) -> None:
+    """One after another in either order, with methods taken off and put on, or alone: the same bits."""
+    alone = engine.denoise("a red circle", seed=3).latents
+    for index in (1, 0):
+        worker.run(task_of(batch, index))
+    assert torch.equal(load_latents(files_of(worker, batch, 0).latents)[0], alone)
+    first = files_of(worker, batch, 1).video.read_bytes()
+    worker.run(task_of(batch, 1))
+    assert files_of(worker, batch, 1).video.read_bytes() == first
+    assert not torch.equal(load_latents(files_of(worker, batch, 1).latents)[0], alone)
+
+
+@pytest.mark.parametrize("killed_after", [1, 2, 3, 4, 5])
+def test_a_killed_item_goes_on_from_its_last_checkpoint_to_the_same_bits(
+    wan_folder: Path, tmp_path: Path, killed_after: int
+) -> None:
+    """The checkpoint as it lay on the disk when the process ended, and another engine."""
+    kept, path = tmp_path / "kept.safetensors", tmp_path / "run.safetensors"
+
+    def kill(finished: int, total: int) -> None:
+        if finished == killed_after:
+            if path.exists():
+                shutil.copy(path, kept)
+            raise Killed
+
+    with contextlib.closing(LongVideoEngine(config_of(wan_folder))) as engine:
+        whole = engine.denoise("a red circle").latents
+        with pytest.raises(Killed):
+            engine.denoise("a red circle", checkpoint=path, checkpoint_every=EVERY, on_step=kill)
+    saved = STEPS if killed_after == STEPS else killed_after // EVERY * EVERY
+    assert kept.exists() == (saved > 0)
+    with contextlib.closing(LongVideoEngine(config_of(wan_folder))) as fresh:
+        again = fresh.denoise("a red circle", checkpoint=kept)
+        assert again.resumed_at == saved
+        assert torch.equal(again.latents, whole)
+
+
+def test_without_a_period_nothing_is_written(engine: LongVideoEngine, tmp_path: Path) -> None:
+    engine.denoise("a red circle", checkpoint=tmp_path / "run.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_ends_the_item_and_its_steps_are_kept(
+    worker: Worker, batch: Batch, told: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: VideoWriter, frames: np.ndarray) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoWriter, "write", full)
+        with pytest.raises(OSError, match="No space left"):
+            worker.run(task_of(batch))
+    assert (told[-1]["kind"], told[-1]["whole"]) == ("disk", False)
+    files = files_of(worker, batch)
+    assert not files.video.exists()
+    assert not files.sidecar.exists()
+    worker.run(task_of(batch))
+    record = told[-1]["record"]
+    assert (record["run"]["resumed_at"], record["run"]["steps"]) == (STEPS, [])
+    assert not files.checkpoint.exists()
+
+
+def test_a_prompt_that_is_too_long_is_one_line_and_the_next_item_is_made(
+    worker: Worker, batch: Batch, told: list[dict[str, Any]]
+) -> None:
+    long = task_of(batch)
+    long["identity"]["prompt"] = "x" * 10_000
+    worker.run(long)
+    assert (told[-1]["event"], told[-1]["kind"], told[-1]["whole"]) == ("failed", "mistake", True)
+    assert "sampler.max_text_tokens is 20; shorten it" in told[-1]["message"]
+    worker.run(task_of(batch))
+    assert told[-1]["event"] == "done"
+
+
+def test_latents_that_are_not_numbers_are_no_video(
+    worker: Worker, batch: Batch, told: list[dict[str, Any]], engine: LongVideoEngine
+) -> None:
+    weight = engine.pipe.transformer.proj_out.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"numbers of the latents are not finite"):
+        worker.run(task_of(batch, 1))
+    assert told[-1]["kind"] == "fault"
+    assert "Traceback" in told[-1]["traceback"]
+    assert not files_of(worker, batch, 1).checkpoint.exists()
+    with torch.no_grad():
+        weight.copy_(kept)
+    worker.run(task_of(batch, 1))
+    assert told[-1]["event"] == "done"
+
+
+def test_texts_are_encoded_once_for_all_items_and_processes(
+    worker: Worker, batch: Batch, engine: LongVideoEngine, wan_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[str] = []
+    adapter = type(engine.adapter)
+    encode = adapter.encode_text
+
+    def count(self: wan.WanAdapter, pipe: Any, prompts: list[str], *rest: Any) -> Any:
+        encoded.extend(prompts)
+        return encode(self, pipe, prompts, *rest)
+
+    monkeypatch.setattr(adapter, "encode_text", count)
+    folder = worker.root / "text"
+    engine.keep_texts(folder)
+    for index in (0, 1):
+        worker.run(task_of(batch, index))
+    with contextlib.closing(LongVideoEngine(config_of(wan_folder))) as other:
+        other.keep_texts(folder)
+        again = other.denoise("a red circle", seed=3).latents
+    assert sorted(encoded) == ["", "a red circle"]
+    assert torch.equal(again, load_latents(files_of(worker, batch).latents)[0])
+
+
+def test_a_video_is_checked_by_decoding_all_of_it(worker: Worker, batch: Batch) -> None:
+    worker.run(task_of(batch))
+    path = files_of(worker, batch).video
+    check_video(path, num_frames=17, height=32, width=32)
+    for wrong in ({"num_frames": 18}, {"height": 16}):
+        with pytest.raises(OSError, match=r"decodes to 17 frames, not 18|frame 0 is 32 x 32, not 16 x 32"):
+            check_video(path, **({"num_frames": 17, "height": 32, "width": 32} | wrong))
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 2 // 3])
+    with pytest.raises(OSError, match="decode"):
+        check_video(path, num_frames=17, height=32, width=32)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "disk", "No space left"),
+        (UserError("[Errno 28] No space left on device: 'x'"), "disk", "No space left"),
+        (UserError("too long"), "mistake", "too long"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "memory", "would fit"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory", "--model.offload model"),
+        (CollectiveError(0, "step 2", "all-to-all", (0, 1), "timed out"), "lost", "all-to-all"),
+        (LostRankError("rank 0, step 2 layer 1: lost"), "lost", "step 2"),
+        (KeyError("x"), "fault", "KeyError"),
+        (OSError("a.mp4 decodes to 3 frames"), "fault", "3 frames"),
+    ],
+)
+def test_every_failure_has_a_kind_and_a_line(error: Exception, kind: str, words: str) -> None:
+    assert kind_of(error) == kind
+    assert words in describe(error)
+    assert "\n" not in describe(error)

@@ -1,0 +1,141 @@
+"""analyze.py end to end on a small model: tables, plots, low-rank videos, going on after an interruption, mistakes."""
+
+import csv
+import json
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.engine import LongVideoEngine
+from engine.video import count_frames
+from launch.analysis.spectra import by_layer_and_head, concentration, mean_and_error, over_prompts
+from launch.commands import analyze
+from tests.launch.conftest import SMALL, Run
+from tests.launch.test_interruptions import interrupted_at_forward
+
+# 5 latent frames, native 2: windows of 2, 4 and 5.
+SETTINGS = SMALL | {"sampler.num_steps": 3, "method.window_frames": 2, "method.name": "direct", "num_points": 2}
+
+
+@pytest.fixture
+def analyze_in(run: Callable[..., Run], wan_folder: Path, tmp_path: Path) -> Callable[..., Run]:
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
+
+    def call(**settings: object) -> Run:
+        chosen = {"model.path": wan_folder, "prompt_file": tmp_path / "prompts.txt", "out": tmp_path / "out"}
+        chosen |= SETTINGS | {"ratios": "0.25,1", "num_reconstructed": 1} | settings
+        return run(analyze.main, *(f"--{key}={value}" for key, value in chosen.items()))
+
+    return call
+
+
+def test_an_interrupted_analysis_goes_on_and_writes_every_table_and_plot(
+    analyze_in: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with interrupted_at_forward(8):  # six forwards a prompt
+        stopped = analyze_in()
+    assert stopped.code == 130
+    assert "while prompt 1 was watched; 1 of 2 are kept" in stopped.err
+    shown = analyze_in()
+    assert (shown.code, shown.err) == (0, "")
+    lines = shown.out.splitlines()
+    assert lines[0].startswith("1 of 1, ")  # the first prompt was not watched again
+    assert lines[-1].startswith(f"{out}: effective rank late in the run ")
+    assert len(lines) == 4
+
+    names = {path.name for path in out.iterdir()}
+    plots = [
+        "rank-progress",
+        "rank-windows",
+        "rank-heads",
+        "low-rank-measures",
+        "low-rank-frames-000",
+        "low-rank-flows-000",
+    ]
+    assert {f"{plot}.{kind}" for plot in plots for kind in ("png", "svg")} <= names
+    check_tables(out)
+    videos = sorted((out / "low-rank/videos").rglob("*.mp4"))
+    assert [path.parent.name for path in videos] == ["ratio-0.25", "ratio-1"]
+    assert {count_frames(path) for path in videos} == {17}
+    assert videos[0].read_bytes() != videos[1].read_bytes()
+
+    monkeypatch.setattr(LongVideoEngine, "__init__", lambda *_: pytest.fail("the model was loaded"))
+    assert analyze_in().code == 0
+    assert "sampler.num_steps was 3, now 4" in analyze_in(**{"sampler.num_steps": 4}).error
+    assert "num_points was 2, now 3" in analyze_in(num_points=3).error
+
+
+def check_tables(out: Path) -> None:
+    with (out / "spectra.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    keys = [(row["prompt"], row["step"], row["layer"], row["head"], row["multiple"]) for row in rows]
+    assert len(keys) == len(set(keys)) == 2 * 2 * 2 * 4 * 3
+    assert {row["progress"] for row in rows} == {"0.0", "1.0"}
+    assert {(row["multiple"], row["window_frames"]) for row in rows} == {("1", "2"), ("2", "4"), ("3", "5")}
+    with (out / "spectra-progress.csv").open() as file:
+        means = list(csv.DictReader(file))
+    line = next(row for row in means if (row["multiple"], row["progress"]) == ("2", "1.0"))
+    by_prompt = [
+        statistics.fmean(
+            float(row["effective_rank"])
+            for row in rows
+            if (row["multiple"], row["progress"], row["prompt"]) == ("2", "1.0", str(prompt))
+        )
+        for prompt in range(2)
+    ]
+    assert float(line["effective_rank_mean"]) == pytest.approx(statistics.fmean(by_prompt))
+    assert float(line["effective_rank_error"]) == pytest.approx(abs(by_prompt[0] - by_prompt[1]) / 2)
+    with (out / "low-rank.csv").open() as file:
+        assert {row["ratio"] for row in csv.DictReader(file)} == {"1.0", "0.25"}
+    report = json.loads((out / "report.json").read_text())
+    assert set(report["spectra"]["stages"]) == {"early", "middle", "late"}
+    assert {row["metric"] for row in report["low_rank"]} >= {"flow_mean", "laplacian_variance"}
+
+
+def test_errors_are_over_prompts_and_not_over_heads() -> None:
+    """Eight heads of one prompt are one number."""
+    rows = [
+        {
+            "prompt": p,
+            "layer": 0,
+            "head": h,
+            "multiple": m,
+            "progress": 0.0,
+            "effective_rank": 4.0 + p + h - m,
+            "first_share": 0.5,
+        }
+        for p in range(2)
+        for h in range(8)
+        for m in (1, 4)
+    ]
+    first, second = over_prompts(rows, ("multiple",))
+    assert (first["effective_rank_mean"], first["prompts"]) == (7.0, 2)
+    assert first["effective_rank_error"] == pytest.approx(0.5)
+    assert second["effective_rank_mean"] == 4.0
+    told = concentration(rows)
+    assert [each["difference"]["mean"] for each in told["stages"]["late"]["windows"]] == [0.0, -3.0]
+    assert told["heads_that_fall"] == 1.0
+    np.testing.assert_allclose(by_layer_and_head(rows)[0], [(0.5 + h) / (3.5 + h) - 1 for h in range(8)])
+    mean, error = mean_and_error([2.0])
+    assert (mean, math.isnan(error)) == (2.0, True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"ratios": "1,half"}, "--ratios must be numbers"),
+        ({"ratios": ","}, "--ratios is empty"),
+        ({"ratios": "1,2"}, "ratio must lie in (0, 1], got 2.0"),
+        ({"num_points": 1}, "--num_points must be 2 or more, got 1"),
+        ({"num_reconstructed": -1}, "--num_reconstructed must be 0 or more"),
+        ({"method.window_frames": 5}, "windows can only grow in a longer video, such as --video.num_frames 77"),
+        ({"video.num_frames": 18}, "must be 4k + 1"),
+    ],
+)
+def test_mistakes_are_one_line(analyze_in: Callable[..., Run], settings: dict[str, object], message: str) -> None:
+    assert message in analyze_in(**settings).error

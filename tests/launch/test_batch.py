@@ -1,0 +1,286 @@
+"""batch.py on a small model: a batch that a replica dies in, one that is started again, and everything that is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.batch.files import BatchFiles
+from engine.batch.locks import Shard, own_shard
+from engine.batch.plan import with_method
+from engine.batch.store import file_sha256, read_lines
+from engine.checkpoint import load_latents
+from engine.engine import LongVideoEngine
+from launch import stopping
+from launch.cli import parse_run
+from launch.commands import batch
+from launch.replicas.ray_pool import NoRayError, RayPool
+from tests.launch.conftest import SMALL, Run
+from tests.launch.forked import PATIENCE_SECONDS
+
+SETTINGS = SMALL | {"sampler.num_steps": 6, "sampler.max_text_tokens": 20, "sampler.negative_prompt": "bad"}
+PROMPTS = ("a red circle", "a blue star")
+LONG = "x" * 10_000
+LABELS = {f"{method}/p000{index}-s3" for method in ("freespec", "direct") for index in (0, 1)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread_per_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in this process: models this small are slower on more."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture
+def suite(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n")
+    return path
+
+
+@pytest.fixture
+def make_batch(run: Callable[..., Run], wan_folder: Path, suite: Path, tmp_path: Path) -> Callable[..., Run]:
+    """`make_batch({setting: value}, *argv)`: batch.py on the small checkpoint, into tmp_path/out."""
+
+    def call(settings: dict[str, object] | None = None, *argv: object) -> Run:
+        return run(batch.main, *words(wan_folder, suite, tmp_path / "out", settings), *argv)
+
+    return call
+
+
+def words(folder: Path, suite: Path, out: Path, settings: dict[str, object] | None = None) -> list[str]:
+    own = {"suite": suite, "out": out, "methods": "freespec,direct", "seeds": 3, "checkpoint_every": 2}
+    chosen = {"model.path": folder} | SETTINGS | own | (settings or {})
+    return [f"--{name}={value}" for name, value in chosen.items() if value is not None]
+
+
+def rows_of(out: Path) -> dict[str, dict]:
+    rows = list(read_lines(out / "manifest.jsonl"))
+    found = {f"{row['method']}/{row['prompt_id']}-s{row['seed']}": row for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def events_of(out: Path, name: str) -> list[dict]:
+    return [event for event in read_lines(out / "logs/shard-1-of-1.jsonl") if event["event"] == name]
+
+
+def ranks_of(driver: int) -> list[int]:
+    """Process ids of the ranks that a driver has started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            variables = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # it has just ended
+            continue
+        if f"{stopping.LAUNCHER}={driver}" in variables:
+            found.append(int(path.parent.name))
+    return found
+
+
+class Killer(threading.Thread):
+    """Kills a rank of this process with SIGKILL once the status says that some item has finished two steps."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(daemon=True)
+        self.out = out
+        self.killed: list[int] = []
+
+    def run(self) -> None:
+        until = time.monotonic() + PATIENCE_SECONDS
+        while not list(self.out.glob("*/*/work/*.checkpoint.safetensors")):
+            assert time.monotonic() < until
+            time.sleep(0.005)
+        self.killed = ranks_of(os.getpid())[:1]
+        for process in self.killed:
+            os.kill(process, signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(wan_folder: Path) -> dict[str, torch.Tensor]:
+    """The latents of every item, from the engine called in a loop."""
+    given = [f"--{name}={value}" for name, value in ({"model.path": wan_folder} | SETTINGS).items()]
+    _, config = parse_run(given, name="test", description="", add_arguments=lambda parser: None)
+    engine, found = LongVideoEngine(config), {}
+    for method in ("freespec", "direct"):
+        engine.use_method(with_method(config, method).method)
+        for index, prompt in enumerate(PROMPTS):
+            found[f"{method}/p000{index}-s3"] = engine.denoise(prompt, seed=3).latents
+    engine.close()
+    return found
+
+
+def assert_whole(out: Path, expected: dict[str, torch.Tensor]) -> None:
+    """Every item exactly once, every hash right, every latent equal to the bit."""
+    rows = {label: row for label, row in rows_of(out).items() if row["status"] == "done"}
+    assert set(rows) == set(expected)
+    for label, row in rows.items():
+        path = out / row["path"]
+        assert file_sha256(path) == row["sha256"]
+        latents = load_latents(path.parent.parent / "latents" / f"{path.stem}.safetensors")[0]
+        assert torch.equal(latents, expected[label]), label
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert sum(path.suffix == ".mp4" for path in files) == len(expected)
+    assert [path for path in files if path.suffix == ".part" or "checkpoint" in path.name] == []
+
+
+def make_with_a_kill(make_batch: Callable[..., Run], out: Path) -> Run:
+    """A batch on two replicas, one of which is killed in the middle of an item."""
+    killer = Killer(out)
+    killer.start()
+    shown = make_batch({"replicas": 2, "keep_latents": True})
+    killer.join()
+    assert len(killer.killed) == 1, shown
+    return shown
+
+
+def test_a_replica_is_killed_and_everything_is_made(
+    make_batch: Callable[..., Run], suite: Path, undisturbed: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """With a prompt among them that no attempt can make; then three more starts."""
+    suite.write_text("\n".join([*PROMPTS, LONG]) + "\n")
+    out, files = tmp_path / "out", BatchFiles(root=tmp_path / "out")
+    shown = make_with_a_kill(make_batch, out)
+    assert shown.code == 1, shown
+    assert shown.err.startswith("error: 2 items failed for good, first freespec/p0002-s3: a prompt has "), shown.err
+    assert shown.err.count("\n") == 1
+    assert "4 of 6 items done (4 now), 2 in quarantine" in shown.out
+    assert_whole(out, undisturbed)
+    assert_one_was_lost(out)
+    assert next(files.quarantine.glob("*.txt")).read_text().count("Traceback") == 1
+
+    # Started again: nothing is made, and what was given up stays so.
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.mp4")}
+    shown = make_batch({"replicas": 2, "keep_latents": True})
+    assert (shown.code, "4 of 6 items done (0 now), 2 in quarantine" in shown.out) == (1, True), shown
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*.mp4")} == before
+
+    # A bit flips; the two that were given up are left out now; a replica of two ranks makes what is missing.
+    suite.write_text("\n".join(PROMPTS) + "\n")
+    path = out / rows_of(out)["direct/p0001-s3"]["path"]
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    shown = make_batch({"nproc": 2, "keep_latents": True, "verify": "full"})
+    assert (shown.code, "4 of 4 items done (1 now), 0 in quarantine" in shown.out) == (0, True), shown
+    made = load_latents(path.parent.parent / "latents/p0001-s3.safetensors")[0]
+    expected = undisturbed["direct/p0001-s3"]
+    assert float((made - expected).norm() / expected.norm()) <= 1e-5
+
+    # Another configuration in the same folder is refused by the names of what changed.
+    line = make_batch({"sampler.num_steps": 7, "video.fps": 8}).error
+    assert (
+        "holds freespec videos of another configuration; changed: sampler.num_steps 6 -> 7, video.fps 16 -> 8;" in line
+    )
+
+    # And another terminal sees how it went.
+    shown = make_batch({"status": out})
+    assert shown.code == 0
+    assert shown.out.startswith("shard-1-of-1: done; 4 items: 4 done, 0 running, 0 waiting, 0 quarantined; ")
+
+
+def assert_one_was_lost(out: Path) -> None:
+    """One attempt, and the next one of that item succeeded."""
+    lost = [event for event in events_of(out, "failed") if event["kind"] == "lost"]
+    assert [event["verdict"] for event in lost] == ["again"]
+    assert "was ended by SIGKILL" in lost[0]["message"]
+    sidecars = [json.loads(path.read_text()) for path in BatchFiles(root=out).sidecars()]
+    assert {tree["item_id"]: tree["attempt"] for tree in sidecars if tree["attempt"] > 1} == {lost[0]["id"]: 2}
+
+
+def test_a_driver_that_is_killed_leaves_nothing_running_and_the_next_goes_on(
+    wan_folder: Path, suite: Path, undisturbed: dict[str, torch.Tensor], make_batch: Callable[..., Run], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    settings = {"keep_latents": True}
+    command = [sys.executable, "-m", "launch.batch", *words(wan_folder, suite, out, settings)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    until = time.monotonic() + PATIENCE_SECONDS
+    while not list(out.glob("*/*/work/*.checkpoint.safetensors")):
+        assert time.monotonic() < until
+        assert process.poll() is None
+        time.sleep(0.005)
+    ranks = ranks_of(process.pid)
+    assert len(ranks) == 1
+    process.kill()
+    process.wait()
+    while ranks_of(process.pid):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    kept = list(out.glob("*/*/work/*.checkpoint.safetensors"))
+    shown = make_batch({"status": out})
+    assert shown.out.startswith("shard-1-of-1: lost; 4 items: "), shown
+
+    shown = make_batch(settings)
+    assert shown.code == 0, shown
+    assert_whole(out, undisturbed)
+    resumed = [json.loads(path.read_text())["run"]["resumed_at"] for path in BatchFiles(root=out).sidecars()]
+    assert [step >= 2 for step in sorted(resumed)] == [False] * (4 - len(kept)) + [True] * len(kept)
+
+
+def test_a_dry_run_counts_and_makes_nothing(make_batch: Callable[..., Run], tmp_path: Path) -> None:
+    shown = make_batch({"shard": "2/3", "replicas": 3, "nproc": 2, "gpu": "h200"}, "--dry_run")
+    assert (shown.code, shown.err) == (0, "")
+    table = {line.split("  ")[1]: line.split("  ", 2)[2].strip() for line in shown.out.splitlines()}
+    assert table["items"] == "4 = prompts x 1 seeds x 2 methods"
+    assert table["this shard"] == "1 items in shard-2-of-3, 0 done, 1 to make"
+    assert table["replicas"] == "3 of 2 ranks on this machine, cpu, float32"
+    assert table["plan of each"].startswith("cfg x ring x ulysses (2, 1, 1): ")
+    assert "predicted for H200" in table["GPU-hours"]
+    assert "assumed 0.15 bits per pixel" in table["bytes"]
+    assert "not known: give the GPU's name" in make_batch({}, "--dry_run").out
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_drivers_on_one_shard(make_batch: Callable[..., Run], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with own_shard(out, Shard(index=1, count=2)):
+        line = make_batch({"shard": "1/2"}).error
+        assert line.startswith(f"another driver works on shard-1-of-2 of {out}: process {os.getpid()} on ")
+        assert "all drivers of a folder need the same n" in make_batch().error
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"suite": None}, "--suite is missing; see --help"),
+        ({"out": None}, "--out is missing; see --help"),
+        ({"suite": "nowhere.txt"}, "cannot read --suite nowhere.txt: No such file or directory"),
+        ({"methods": "freespec,freespec"}, "--methods must name each once and at least one, got freespec,freespec"),
+        ({"methods": "freespek"}, "freespek"),
+        ({"seeds": "0,x"}, "--seeds must be whole numbers with commas between them, got '0,x'"),
+        ({"seeds": "-1"}, "sampler.seed must lie in [0, 2**63), got -1"),
+        ({"nproc": 0}, "--nproc must be 1 or more, got 0"),
+        ({"nproc": 2, "gpus_per_replica": 4}, "contradict each other: every rank has one GPU; give one of them"),
+        ({"gpus_per_replica": 1, "model.device": "cpu"}, "asks for GPUs, but the model would run on the CPU"),
+        ({"shard": "3/2"}, "--shard must be i/n with 1 <= i <= n, such as 1/4 to 4/4, got '3/2'"),
+        ({"item_timeout": 0}, "--item_timeout must be more than 0 seconds, got 0.0"),
+        ({"checkpoint_every": -1}, "--checkpoint_every must be 0 (never) or more, got -1"),
+        ({"video.num_frames": 18}, "video.num_frames must be 4k + 1, got 18; the nearest are 17 and 21"),
+        ({"status": "nowhere"}, "nowhere holds no batch; give the folder that was --out"),
+        ({"ray": "ray://host:10001"}, "is a Ray client's address"),
+    ],
+)
+def test_mistakes_are_one_line(make_batch: Callable[..., Run], settings: dict[str, object], message: str) -> None:
+    assert message in make_batch(settings).error
+
+
+def test_an_output_folder_that_cannot_be_written(make_batch: Callable[..., Run], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    line = make_batch({"out": tmp_path / "file/out"}).error
+    assert line == f"cannot write to --out {tmp_path / 'file/out'}: Not a directory"
+
+
+def test_without_ray_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(NoRayError, match=r"not installed; install it with: pip install '.\[ray\]'"):
+        with RayPool("auto", cpus=1, log=None):
+            pass

@@ -1,0 +1,262 @@
+"""compare.py end to end on a small model: its files and measures, going on after an interruption, mistakes."""
+
+import csv
+import json
+import re
+import signal
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from engine.engine import LongVideoEngine
+from engine.video import read_video
+from launch.commands import compare
+from metrics.video import VIDEO_UNITS, video_metrics
+from tests.launch.conftest import SMALL, Run
+from tests.launch.forked import run_forked
+from tests.launch.test_interruptions import interrupted_at_forward
+
+Compare = Callable[..., Run]
+# 17 frames, native 9: two clips of which the second is short by one.
+SETTINGS = SMALL | {"sampler.num_steps": 2}
+
+
+def words(wan_folder: Path, out: Path, *argv: object, **settings: object) -> list[str]:
+    chosen = {"model.path": wan_folder, "methods": "direct,freespec", "num_seeds": 2, "out": out} | SETTINGS | settings
+    return [*(f"--{key}={value}" for key, value in chosen.items()), *map(str, argv)]
+
+
+@pytest.fixture
+def compare_in(run: Callable[..., Run], wan_folder: Path, tmp_path: Path) -> Compare:
+    def call(*argv: object, **settings: object) -> Run:
+        prompt = [] if any("--prompt" in str(word) for word in argv) else ["--prompt", "a red circle"]
+        return run(compare.main, *words(wan_folder, tmp_path / "out", *prompt, *argv, **settings))
+
+    return call
+
+
+@pytest.fixture
+def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever loads the model fails."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("engine.engine.load_pipeline", refuse)
+
+
+class References(HTMLParser):
+    """What a page refers to: src, href, and the files in its data."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.data = ""
+        self._in_data = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found += [value for name, value in attrs if name in ("src", "href", "poster", "data") and value]
+        self._in_data = ("id", "data") in attrs
+
+    def handle_data(self, data: str) -> None:
+        self.data += data if self._in_data else ""
+
+
+def test_an_interrupted_comparison_goes_on_and_reports_what_it_measured(
+    compare_in: Compare, make: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    # Two steps of two forwards a video: in the first step of the second video's second half.
+    with interrupted_at_forward(7):
+        stopped = compare_in()
+    assert stopped.code == 130
+    assert stopped.out.startswith("1 of 4")
+    assert "after step 1, which is kept" in stopped.err
+    assert "the same command continues from there" in stopped.err
+    assert not (out / "index.html").exists()
+
+    loads = []
+    load = LongVideoEngine.__init__
+    monkeypatch.setattr(LongVideoEngine, "__init__", lambda self, *args: (loads.append(1), load(self, *args))[1])
+    shown = compare_in()
+    assert (shown.code, shown.err) == (0, "")
+    assert len(loads) == 1
+    lines = shown.out.splitlines()
+    assert [line.split(",")[0] for line in lines[:3]] == ["1 of 3", "2 of 3", "3 of 3"]
+    assert "(continued after step 1)" in lines[0]
+    assert lines[3].startswith(f"{out / 'index.html'}: 4 videos: 2 methods on 2 pairs of prompt and seed, 1 prompts")
+
+    # The noise of a seed is the same for every method, and that of generate.py.
+    assert make({"sampler.num_steps": 2, "method.name": "direct", "sampler.seed": 1}).code == 0
+    assert (out / "videos/direct/000-seed1.mp4").read_bytes() == (tmp_path / "a.mp4").read_bytes()
+
+    check_report(out)
+    check_page(out)
+
+
+def check_report(out: Path) -> None:
+    report = json.loads((out / "report.json").read_text())
+    assert report["world"] is False
+    assert any("do not apply: frames of the world are 64 x 64 pixels, these are 32 x 32" in n for n in report["notes"])
+    assert len(report["videos"]) == 4
+    for video in report["videos"]:
+        frames = np.stack(list(read_video(out / video["file"])))
+        fresh = video_metrics(frames, 9)
+        assert video["values"] == pytest.approx(fresh.values, abs=1e-12)
+        assert len(video["by_clip"]["clip_colour_similarity"]) == 1
+    with (out / "videos.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["label"], row["seed"]) for row in rows] == [(x["label"], str(x["seed"])) for x in report["videos"]]
+    with (out / "summary.csv").open() as file:
+        summary = list(csv.DictReader(file))
+    assert {(row["label"], row["metric"]) for row in summary} == {
+        (m, v) for m in ("direct", "freespec") for v in VIDEO_UNITS
+    }
+    flow = {(x["label"], x["seed"]): x["values"]["flow_mean"] for x in report["videos"]}
+    mean = {label: (flow[label, 0] + flow[label, 1]) / 2 for label in ("direct", "freespec")}
+    row = next(row for row in summary if (row["label"], row["metric"]) == ("freespec", "flow_mean"))
+    assert float(row["mean"]) == pytest.approx(mean["freespec"])
+    assert float(row["difference_mean"]) == pytest.approx(mean["freespec"] - mean["direct"])
+    # One prompt is one independent number: no interval, whatever the number of seeds.
+    assert (row["count"], row["low"], row["differs"]) == ("1", "", "False")
+    assert set(report["times"]["direct"]["steps"]) == {"global"}
+    assert "dual" in report["times"]["freespec"]["steps"]
+    assert report["times"]["direct"]["runs"] == 2
+    assert report["times"]["freespec"]["runs"] == 1  # the other one was interrupted
+
+
+def check_page(out: Path) -> None:
+    text = (out / "index.html").read_text()
+    page = References(text)
+    data = json.loads(page.data)
+    files = [video["file"] for prompt in data["prompts"] for seed in prompt["seeds"] for video in seed["videos"]]
+    assert len(files) == 4
+    plots = {path.relative_to(out).as_posix() for path in (out / "plots").glob("*.png")}
+    assert {"plots/metrics.png", "plots/times.png", "plots/clips.png"} == plots == set(page.found)
+    for name in (*page.found, *files):
+        assert not re.match(r"\w+:|/", name), name
+        assert (out / name).is_file(), name
+    assert not re.search(r"""\w://|["'(]//|@import|fetch\(|XMLHttp""", text)
+    assert all((out / name).with_suffix(".svg").is_file() for name in plots)
+
+
+def test_what_is_there_is_not_made_again_and_may_be_widened(
+    compare_in: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert compare_in(num_seeds=1, methods="sliding_window").code == 0
+    video = out / "videos/sliding_window/000-seed0.mp4"
+    before = video.stat().st_mtime_ns
+    measured = []
+    monkeypatch.setattr(
+        "launch.comparison.measure.video_metrics", lambda *args: (measured.append(1), video_metrics(*args))[1]
+    )
+    # Another method and prompt beside the first.
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
+    more = {"num_seeds": 1, "methods": "sliding_window,direct", "prompt_file": tmp_path / "prompts.txt"}
+    shown = compare_in("--prompt_file", tmp_path / "prompts.txt", **more)
+    assert shown.code == 0
+    assert shown.out.startswith("1 of 3, ")
+    assert video.stat().st_mtime_ns == before
+    assert len(measured) == 3
+
+    # And all of it again: no model, no measure.
+    monkeypatch.setattr("engine.engine.load_pipeline", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert compare_in("--prompt_file", tmp_path / "prompts.txt", **more).code == 0
+    assert len(measured) == 3
+
+    # A file that was changed afterwards is not measured as if it were the one made.
+    video.write_bytes(video.read_bytes() + b"x")
+    assert (
+        "is not the file that its record tells of"
+        in compare_in("--prompt_file", tmp_path / "prompts.txt", **more).error
+    )
+
+    changed = compare_in(**{"sampler.num_steps": 3, "video.fps": 8, "method.freespec.alpha": 2}, num_seeds=1)
+    assert "sampler.num_steps was 2, now 3" in changed.error
+    assert "video.fps was 16, now 8" in changed.error
+    assert "choose another --out" in changed.error
+    other = compare_in("--prompt", "a blue star", num_seeds=1)
+    assert "prompt 0 was a red circle, now a blue star" in other.error
+    alpha = compare_in(**{"method.freespec.alpha": 2}, num_seeds=1, methods="direct")
+    assert "direct: method.freespec.alpha was 5.0, now 2" in alpha.error
+
+
+def test_while_decoding_the_latents_are_kept_and_used(
+    compare_in: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = LongVideoEngine.decode
+
+    def stop_midway(self: LongVideoEngine, latents: object) -> Iterator[np.ndarray]:
+        for i, frames in enumerate(whole(self, latents)):
+            yield frames
+            if i == 2:
+                signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LongVideoEngine, "decode", stop_midway)
+        assert compare_in(num_seeds=1, methods="direct").code == 130
+    assert (tmp_path / "out/videos/direct/000-seed0.latents.safetensors").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(LongVideoEngine, "denoise", lambda *_, **__: pytest.fail("denoised again"))
+        assert compare_in(num_seeds=1, methods="direct").code == 0
+    assert {path.name for path in (tmp_path / "out/videos/direct").iterdir()} == {
+        f"000-seed0.{kind}" for kind in ("mp4", "json", "png", "metrics.json")
+    }
+
+
+def test_two_ranks_make_what_is_missing_and_one_reports(compare_in: Compare, wan_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "ranks").mkdir()
+    argv = words(wan_folder, tmp_path / "ranks" / "out", "--prompt", "a red circle", num_seeds=1)
+    ended = run_forked([argv, argv], tmp_path, script="compare")
+    assert [rank.code for rank in ended] == [0, 0], ended
+    assert ended[1].out == ""
+    assert ended[0].out.splitlines()[-1].startswith(f"{tmp_path / 'ranks/out/index.html'}: 2 videos")
+    assert compare_in(num_seeds=1).code == 0
+    for method in ("direct", "freespec"):
+        one, two = (
+            np.stack(list(read_video(folder / f"out/videos/{method}/000-seed0.mp4"))).astype(int)
+            for folder in (tmp_path, tmp_path / "ranks")
+        )
+        assert np.abs(one - two).max() <= 8  # the same frames but for a rounding that the encoder may spread
+        assert np.abs(one - two).mean() < 0.1
+
+
+def test_reports_alone_are_on_what_is_there(compare_in: Compare, no_loading: None) -> None:
+    assert "has no prompt and seed with a video of every method yet" in compare_in("--report_only").error
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": "direct,freespac"}, "did you mean 'freespec'?"),
+        ({"methods": " , "}, "--methods is empty"),
+        ({"methods": "direct,direct"}, "two variants are called direct"),
+        ({"methods": "direct,again=direct"}, "direct and again have the same settings"),
+        ({"methods": "direct,a/b=freespec"}, "'a/b' cannot name a folder"),
+        ({"methods": "configs/tiny-wan.yaml"}, "write METHOD:configs/tiny-wan.yaml"),
+        ({"methods": "direct:configs/tiny-wan.yaml"}, "is a preset of freespec, not of direct"),
+        ({"methods": "freespec:none.yaml"}, "--config none.yaml does not exist"),
+        ({"baseline": "freelong"}, "--baseline freelong is none of the compared: direct, freespec"),
+        ({"num_seeds": 0}, "--num_seeds must be 1 or more, got 0"),
+        ({"method.name": "direct"}, "leave --method.name out"),
+        ({"video.num_frames": 18}, "must be 4k + 1"),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_is_loaded(
+    compare_in: Compare, no_loading: None, tmp_path: Path, settings: dict[str, object], message: str
+) -> None:
+    assert message in compare_in(**settings).error
+    assert not list(tmp_path.rglob("*.mp4"))
+
+
+def test_a_prompt_counts_once(compare_in: Compare, no_loading: None, tmp_path: Path) -> None:
+    (tmp_path / "twice.txt").write_text("a red circle\na red circle\n")
+    assert "would count as two" in compare_in("--prompt_file", tmp_path / "twice.txt").error
+    (tmp_path / "two.txt").write_text("a red circle\na blue star\n")
+    error = compare_in("--prompt_file", tmp_path / "two.txt", num_prompts=3).error
+    assert "--num_prompts must lie in [1, 2], the number of prompts, got 3" in error

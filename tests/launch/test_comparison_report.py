@@ -1,0 +1,152 @@
+"""The report on rendered clips of the world, whose measures are known: tables, intervals, what is left out."""
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.config import MethodConfig, ModelConfig, RunConfig, VideoConfig
+from engine.errors import UserError
+from engine.record import describe_video, write_record
+from engine.video import open_video
+from launch.comparison.page import interval, number, write_page
+from launch.comparison.report import write_report
+from launch.comparison.store import Comparison, Video
+from launch.comparison.variants import Variant
+from metrics.bootstrap import mean_interval
+from tiny.world import Scene, caption, render, sample_scene
+
+NATIVE, FRAMES = 9, 33  # frames of a window of three latent frames, and of the videos
+
+
+def scenes() -> list[tuple[Scene, str]]:
+    rng = np.random.default_rng(0)
+    found: dict[str, Scene] = {}
+    while len(found) < 7:
+        scene = sample_scene(rng)
+        if scene.motion in ("left", "up"):
+            found.setdefault(caption(scene, rng), scene)
+    return [(scene, text) for text, scene in found.items()]
+
+
+def write_video(video: Video, clip: np.ndarray, *, seconds: float, resumed_at: int = 0) -> None:
+    """A video with the part of its record that a report reads."""
+    video.files.video.parent.mkdir(parents=True, exist_ok=True)
+    with open_video(video.files.video, fps=16, height=64, width=64, crf=4) as file:
+        file.write(clip)
+    mode = {"true": "global", "changed": "dual"}[video.label]
+    write_record(
+        video.files.record,
+        {
+            "video": describe_video(video.files.video, num_frames=len(clip), fps=16),
+            "seconds": {"denoise": 2 * seconds, "decode": 1.0},
+            "steps": [{"step": i, "timestep": 900.0 - i, "mode": mode, "seconds": seconds} for i in range(2)][
+                resumed_at:
+            ],
+            "resumed_at": resumed_at,
+            "device": {"name": "a device", "cpu_threads": 1},
+            "parallel": {"ranks": 1},
+            "versions": {"torch": "2"},
+            "git": None,
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    """Seven prompts, two seeds: `true` shows the captions, `changed` is another shape from frame 21 on."""
+    config = RunConfig(
+        model=ModelConfig(path="tiny/wan", device="cpu"),
+        video=VideoConfig(num_frames=FRAMES, height=64, width=64),
+        method=MethodConfig(name="direct", window_frames=3),
+    )
+    other = dataclasses.replace(config, method=dataclasses.replace(config.method, name="freespec"))
+    made = Comparison(
+        folder=tmp_path_factory.mktemp("compared"),
+        variants=[Variant(label="true", config=config), Variant(label="changed", config=other)],
+        prompts=[text for _, text in scenes()],
+        seeds=[0, 1],
+    )
+    by_prompt = {text: scene for scene, text in scenes()}
+    for video in made.videos:
+        if (video.label, video.prompt_index, video.seed) == ("changed", 6, 1):
+            continue  # one video is not made yet
+        scene = by_prompt[video.prompt]
+        clip = render(scene, FRAMES)
+        if video.label == "changed":
+            clip[21:] = render(dataclasses.replace(scene, shape="star" if scene.shape != "star" else "square"), FRAMES)[
+                21:
+            ]
+        write_video(video, clip, seconds=3.0 if video.label == "true" else 4.0, resumed_at=int(video.prompt_index == 2))
+    return made
+
+
+@pytest.fixture(scope="module")
+def report(comparison: Comparison) -> dict[str, Any]:
+    """What the report says; its files lie in the folder."""
+    line = write_report(comparison, baseline="true", progress=False)
+    assert "26 videos: 2 methods on 13 pairs of prompt and seed of 14 asked for" in line
+    return json.loads((comparison.folder / "report.json").read_text())
+
+
+def test_the_numbers_are_those_of_the_clips(report: dict[str, Any]) -> None:
+    assert report["world"] is True
+    assert len(report["videos"]) == 26
+    rows = {(row["label"], row["metric"]): row for row in report["summary"]}
+    assert rows["true", "shape_kept"]["mean"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "count": 7}
+    changed = rows["changed", "shape_kept"]
+    assert changed["mean"]["mean"] == pytest.approx((21 - NATIVE) / (FRAMES - NATIVE))
+    assert changed["difference"]["mean"] == pytest.approx(-0.5)
+    assert changed["differs"] is True
+    assert rows["changed", "colour_kept"]["differs"] is False
+    assert rows["true", "shape_kept"]["difference"] is None
+    assert rows["true", "motion_as_captioned"]["mean"]["mean"] == 1.0
+    assert report["clips"]["identity_kept"]["changed"][3]["mean"] == 0.0
+    assert [each["mean"] for each in report["clips"]["identity_kept"]["true"]] == [1.0] * 4
+
+
+def test_an_unfinished_pair_counts_for_no_method(report: dict[str, Any]) -> None:
+    """A mean over prompts that only some methods have would compare prompts, not methods."""
+    assert not any((each["prompt_index"], each["seed"]) == (6, 1) for each in report["videos"])
+    assert {each["label"] for each in report["videos"] if each["prompt_index"] == 6} == {"true", "changed"}
+
+
+def test_times_are_by_kind_of_step_and_of_runs_in_one_go(report: dict[str, Any]) -> None:
+    times = report["times"]
+    assert times["true"] == {
+        "runs": 11,
+        "denoise": 6.0,
+        "decode": 1.0,
+        "steps": {"global": {"median": 3.0, "per_run": 2}},
+    }
+    assert times["changed"]["steps"] == {"dual": {"median": 4.0, "per_run": 2}}
+
+
+def test_the_page_has_the_table_and_every_pair(comparison: Comparison, report: dict[str, Any]) -> None:
+    page = (comparison.folder / "index.html").read_text()
+    assert '<td class="differs">0.5 [0.5, 0.5]<br><span class="difference">-0.5 [-0.5, -0.5]</span></td>' in page
+    assert page.count("seed1.mp4") == 12
+    assert "3 x 2" in page
+
+
+def test_without_a_whole_pair_there_is_no_report(comparison: Comparison) -> None:
+    nothing = dataclasses.replace(comparison, seeds=[5])
+    with pytest.raises(UserError, match="nothing to report"):
+        write_report(nothing, baseline="true", progress=False)
+
+
+def test_a_prompt_cannot_break_the_page() -> None:
+    evil = "a </script><script>alert(1)</script> & circle"
+    data = {"fps": 16, "prompts": [{"text": evil, "seeds": [{"seed": 0, "videos": [{"label": "a", "file": "a.mp4"}]}]}]}
+    page = write_page(title=evil, notes=[evil], videos=data, rows=[], times={}, plots=[])
+    assert "alert(1)</script>" not in page
+    assert page.count("<script") == 2
+
+
+def test_numbers_in_tables() -> None:
+    assert [number(x) for x in (0.12345, 12.345, 12345.6, math.nan)] == ["0.123", "12.3", "12346", "–"]
+    assert interval(mean_interval(np.full(8, 2.0)), signed=True) == "+2 [2, 2]"
+    assert interval(mean_interval(np.full(2, 2.0))) == "2"

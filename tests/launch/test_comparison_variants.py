@@ -1,0 +1,61 @@
+"""Variants of a comparison: labels, presets, import paths, and which settings each has."""
+
+from pathlib import Path
+
+import pytest
+from jsonargparse import ArgumentParser
+
+from engine.errors import UserError
+from launch.comparison.variants import Variant, read_variants
+
+
+def read(text: str, *argv: str) -> list[Variant]:
+    def add_arguments(parser: ArgumentParser) -> None:
+        parser.add_argument("--methods", type=str)
+
+    return read_variants(text, argv, name="test", add_arguments=add_arguments)
+
+
+def test_methods_presets_and_names(tmp_path: Path) -> None:
+    preset = tmp_path / "ra.yaml"
+    preset.write_text("method:\n  name: freespec\n  freespec:\n    time: false\n")
+    found = read(
+        f"direct,freespec:{preset},mine=freespec,freespec.methods.low_rank:LowRank", "--sampler.num_steps", "7"
+    )
+    assert [variant.label for variant in found] == ["direct", "freespec-ra", "mine", "LowRank"]
+    assert [variant.config.method.name for variant in found] == [
+        "direct", "freespec", "freespec", "freespec.methods.low_rank:LowRank"
+    ]  # fmt: skip
+    assert [variant.config.method.freespec.time for variant in found] == [True, False, True, True]
+    assert {variant.config.sampler.num_steps for variant in found} == {7}
+    assert found[1].settings["method.freespec.time"] is False
+    assert not any(key.startswith("video.") for key in found[1].settings)
+
+
+def test_the_command_overrides_a_preset_of_a_variant(tmp_path: Path) -> None:
+    preset = tmp_path / "a.yaml"
+    preset.write_text("method:\n  freespec:\n    alpha: 1.0\n    beta: 2.0\n")
+    (variant,) = read(f"freespec:{preset}", "--method.freespec.alpha=4.0")
+    assert (variant.config.method.freespec.alpha, variant.config.method.freespec.beta) == (4.0, 2.0)
+
+
+def test_a_preset_may_not_change_what_all_share(tmp_path: Path) -> None:
+    preset = tmp_path / "a.yaml"
+    preset.write_text("video:\n  num_frames: 65\nsampler:\n  noise: freenoise\n  num_steps: 3\n")
+    with pytest.raises(UserError, match=r"freespec-a changes sampler.num_steps, video.num_frames, which all"):
+        read(f"freespec:{preset}")
+    preset.write_text("sampler:\n  noise: freenoise\n")
+    (variant,) = read(f"freespec:{preset}")
+    assert variant.config.noise[0] == "freenoise"
+
+
+def test_the_run_s_own_presets_come_first(tmp_path: Path) -> None:
+    run, preset = tmp_path / "run.yaml", tmp_path / "a.yaml"
+    run.write_text(
+        "model: {path: tiny/wan}\nvideo: {num_frames: 33, height: 64, width: 64}\n"
+        "method: {window_frames: 5, freespec: {alpha: 1.5}}\n"
+    )
+    preset.write_text("method: {freespec: {alpha: 2.5}}\n")
+    plain, changed = read(f"freespec,freespec:{preset}", "--config", str(run))
+    assert (plain.config.method.freespec.alpha, changed.config.method.freespec.alpha) == (1.5, 2.5)
+    assert plain.config.method.window_frames == changed.config.method.window_frames == 5

@@ -1,0 +1,138 @@
+"""The rows of the ablation table as presets laid over a model's, and settings of a method of the user's own."""
+
+from pathlib import Path
+
+import pytest
+
+from engine.config import RunConfig
+from engine.errors import UserError
+from freespec.methods import FreeSpec
+from launch.cli import parse_run
+
+ROOT = Path(__file__).parent.parent.parent
+# Table 3 of the paper: basis, rank-aware, time-aware, residual.
+ROWS = {
+    "gb": ("global", False, False, "none"),
+    "lb_fixed": ("local", False, False, "none"),
+    "ra": ("local", True, False, "none"),
+    "ta": ("local", False, True, "none"),
+    "ra_ta": ("local", True, True, "none"),
+    "f_gr": ("local", True, True, "fixed"),
+    "t_gr": ("local", True, True, "time"),
+}
+
+
+def parse(*words: str) -> RunConfig:
+    return parse_run(words, name="test", description="", add_arguments=lambda parser: None)[1]
+
+
+@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("model", ["tiny-wan", "wan2.1-t2v-1.3b"])
+def test_a_row_of_the_ablation_over_a_model(name: str, model: str) -> None:
+    base = parse("--config", f"configs/{model}.yaml")
+    row = parse("--config", f"configs/{model}.yaml", "--config", f"configs/ablation/{name}.yaml")
+    basis, rank, time, residual = ROWS[name]
+    assert row.method.freespec == FreeSpec(basis=basis, rank=rank, time=time, residual=residual)
+    assert row.method.name == "freespec"
+    assert (row.model, row.video, row.sampler) == (base.model, base.video, base.sampler)  # all else is the model's
+    assert row.method.window_frames == base.method.window_frames
+
+
+def test_a_row_sets_every_switch_whatever_lay_below_it(tmp_path: Path) -> None:
+    other = tmp_path / "other.yaml"
+    other.write_text(
+        "method: {name: direct, freespec: {basis: global, rank: false, time: false, residual: fixed, alpha: 2.0}}"
+    )
+    words = ["--config", "configs/tiny-wan.yaml", "--config", str(other), "--config", "configs/ablation/t_gr.yaml"]
+    assert parse(*words).method.freespec == FreeSpec(alpha=2.0)
+    assert parse(*words, "--method.freespec.rank=false").method.freespec == FreeSpec(alpha=2.0, rank=False)
+
+
+def test_the_presets_are_the_seven_rows() -> None:
+    assert {path.stem for path in (ROOT / "configs" / "ablation").glob("*.yaml")} == set(ROWS)
+    assert len({tuple(row) for row in ROWS.values()}) == 7
+
+
+OWN = """
+from dataclasses import dataclass
+from freespec.methods import Method, StepPlan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mine(Method):
+    depth: int = 1
+    form: str = "square"
+
+    def plan(self, timesteps):
+        return [StepPlan(mode="global") for _ in timesteps]
+
+
+class Unfinished(Method):
+    pass
+
+
+class Stranger:
+    pass
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module in the directory that the command is started in, which is not on Python's path."""
+    name = f"own_method_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(OWN)
+    (tmp_path / f"{name}_broken.py").write_text("def (:\n")
+    monkeypatch.chdir(tmp_path)
+    return name
+
+
+def test_a_method_of_ones_own_with_its_settings(own: str, tmp_path: Path) -> None:
+    preset = tmp_path / "mine.yaml"
+    preset.write_text(f"method: {{name: '{own}:Mine', settings: {{depth: 4}}}}")
+    config = parse("--config", "configs/tiny-wan.yaml", "--config", str(preset), "--method.settings.form", "round")
+    made = config.method.method
+    assert (type(made).__name__, made.depth, made.form) == ("Mine", 4, "round")
+    assert parse("--method.name", f"{own}:Mine").method.method.depth == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        (
+            "Mine",
+            ["--method.settings.dept", "2"],
+            r"does not know 'dept' \(did you mean 'depth'\?\); it has the settings",
+        ),
+        ("Mein", [], r"has no 'Mein' \(did you mean 'Mine'\?\)"),
+        ("Stranger", [], "Stranger is not a subclass of freespec.methods.Method"),
+        ("Unfinished", [], "cannot be made: Can't instantiate abstract class Unfinished"),
+        ("", [], "or a class of your own as package.module:Class"),
+    ],
+)
+def test_mistakes_with_it(own: str, name: str, words: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        parse("--method.name", f"{own}:{name}", *words)
+    assert "\n" not in str(raised.value)
+
+
+def test_settings_that_no_record_can_hold(own: str, tmp_path: Path) -> None:
+    preset = tmp_path / "mine.yaml"
+    preset.write_text(f"method: {{name: '{own}:Mine', settings: {{depth: 2020-01-01}}}}")
+    with pytest.raises(UserError, match=r"method.settings must be numbers, words, lists and maps: .* date is not JSON"):
+        parse("--config", "configs/tiny-wan.yaml", "--config", str(preset))
+
+
+def test_modules_that_do_not_import(own: str) -> None:
+    with pytest.raises(UserError, match=r"cannot import 'no_such_module' from .* or Python's path"):
+        parse("--method.name", "no_such_module:Mine")
+    with pytest.raises(UserError, match=f"'{own}_broken' does not import: invalid syntax"):
+        parse("--method.name", f"{own}_broken:Mine")
+
+
+def test_settings_that_nothing_would_read() -> None:
+    with pytest.raises(
+        UserError, match=r"method.settings are for a class of your own; those of freelong are method.freelong.\*"
+    ):
+        parse("--method.name", "freelong", "--method.settings.taps", "11")
+    with pytest.raises(UserError, match=r"those of direct are none"):
+        parse("--method.name", "direct", "--method.settings.taps", "11")
