@@ -1,9 +1,9 @@
-# Four verbs: make setup, make check, make test, make test-gpu; and make demo, the main job.
+# make setup, make check, make test (test-slow, test-gpu); and make demo, the main job. Then compare, analyze, batch-demo, bench.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check test-gpu compare analyze batch-demo bench bench-gpu clean
+.PHONY: setup demo test check test-slow test-gpu compare analyze batch-demo bench bench-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -20,6 +20,10 @@ demo: setup
 
 test: setup
 	$(BIN)/python -m pytest
+
+# What takes minutes: batches on a real Ray.
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

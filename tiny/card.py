@@ -61,14 +61,20 @@ guidance {guidance:g}, read by `tiny/measure.py`, which does not know the captio
 {stages}
 
 Minutes are wall-clock, and the machine was shared with other work. Rendering and encoding the clips in between is not counted.
-The plan was extended while it ran, so the learning rate dipped along the way; a run of the whole plan will not give these very weights.
-Weights are stored in bfloat16 and are meant to be loaded in float32.
+{history}Weights are stored in bfloat16 and are meant to be loaded in float32.
 
 ## Limits
 The goals for this model are 90 % for shape and colour, 80 % for directions and 30 dB; where the table is below, it needs more training.
 It is a toy: one object, {num_shapes} shapes, no grammar beyond its captions, nothing of the real world. Clips longer than {native} frames are out
 of what it was trained on and degrade, which is what it is for. Bounces are the hardest motion for it.
 """
+
+_HISTORY = {
+    "wan": """The plan was extended while it ran, so the learning rate dipped along the way, and for 1,200 steps the text encoder's attention was scaled
+by another factor, which was then folded into its weights: a run of the whole plan will not give these very weights.
+"""
+}
+"""What a card must say about a training run that was not one run of its plan."""
 
 _ROWS = (
     ("shape and colour as captioned", "shape_and_colour"),
@@ -110,6 +116,7 @@ def write_card(name: str, folder: Path) -> None:
         classes=", ".join(f"`{word}`" for word in family.classes),
         pipeline=family.pipeline.__name__,
         arguments="\n".join(f"    {key}={value}," for key, value in family.sampling_arguments().items()),
+        history=_HISTORY.get(name, ""),
         grid="{} x {}".format(*family.latent_grid),
         size=SIZE,
         native=NATIVE_FRAMES,

@@ -27,7 +27,7 @@ class DiskForecast:
     """Bytes.
 
     Attributes:
-        videos: of the items that are left.
+        videos: of the items that are left, with their sidecars.
         work: checkpoints of the items that are being made at once.
         free: that the output folder's disk has.
         how: where the size of a video is taken from.
@@ -47,7 +47,8 @@ class DiskForecast:
 def disk_forecast(root: Path, config: RunConfig, *, left: int, replicas: int, sidecars: Sequence[Path]) -> DiskForecast:
     """Bytes that `left` items will take in `root`, and that its disk has."""
     video = config.video
-    sizes = [read_json(path)["output"]["bytes"] for path in sidecars[:100]]
+    # On a disk that is nearly full the sidecars of small videos count too.
+    sizes = [read_json(path)["output"]["bytes"] + path.stat().st_size for path in sidecars[:100]]
     if sizes:
         each, how = sum(sizes) / len(sizes), f"the mean of {len(sizes)} videos in the folder"
     else:

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> int:
         claim_folder(options.out, batch)
         work = find_work(files, mine, options)
         say_start(options, batch, mine, work)
-        return run(config, options, batch.suite, files, work) if work.todo else finish(files, options, work, None)
+        return run(config, options, batch.suite, files, work) if work.todo else finish(files, config, work, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +283,7 @@ def run(config: RunConfig, options: Options, suite: Suite, files: BatchFiles, wo
         driver.stop(gently=False)
         journal.event("end", done=len(driver.queue.done), quarantined=len(driver.queue.given_up))
         journal.write(driver, "stopped" if driver.halted else "done")
-    return finish(files, options, work, driver)
+    return finish(files, config, work, driver)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -309,7 +309,7 @@ def keep(files: BatchFiles, item: Item, attempts: list[dict[str, Any]]) -> None:
     files.put_into_quarantine(item, error=attempts[-1]["message"], attempts=attempts)
 
 
-def finish(files: BatchFiles, options: Options, work: Work, driver: Driver | None) -> int:
+def finish(files: BatchFiles, config: RunConfig, work: Work, driver: Driver | None) -> int:
     """Compile the manifest and say how it went: 0 if every item of this shard is done, 1 or an error if not."""
     rows = files.write_manifest()
     if driver is not None and driver.halted is not None and driver.halted.kind == "mistake":
@@ -325,7 +325,7 @@ def finish(files: BatchFiles, options: Options, work: Work, driver: Driver | Non
         flush=True,
     )
     if driver is not None and driver.halted is not None:
-        raise halted(driver, files, options)
+        raise halted(driver, files, config)
     if given_up:
         first = files.quarantined(given_up[0])
         assert first is not None
@@ -337,24 +337,28 @@ def finish(files: BatchFiles, options: Options, work: Work, driver: Driver | Non
     return 1 if given_up else 0
 
 
-def halted(driver: Driver, files: BatchFiles, options: Options) -> Exception:
+def halted(driver: Driver, files: BatchFiles, config: RunConfig) -> Exception:
     """Why nothing more could be made, as the error that the command ends with."""
     failure, left = driver.halted, driver.queue.left
     assert failure is not None
     if failure.kind == "disk":
-        free = disk_forecast_line(files, driver, options)
-        return UserError(f"{failure.message}; {left} items are left{free}; {SUPPORT}")
+        return UserError(f"{failure.message}; {left} items are left; {describe_disk(files, driver, config)}; {SUPPORT}")
     return LostRankError(f"{failure.message}; {left} items are left; {SUPPORT}")
 
 
-def disk_forecast_line(files: BatchFiles, driver: Driver, options: Options) -> str:
-    """What would make the rest fit."""
-    done = list(files.sidecars())
-    sizes = [read_json(path)["output"]["bytes"] for path in done[:100]]
-    statistics = os.statvfs(options.out)
-    free = statistics.f_bavail * statistics.f_frsize
-    need = f" and need about {_size(sum(sizes) / len(sizes) * driver.queue.left)}" if sizes else ""
-    return f"{need} beside room for checkpoints, {options.out} has {_size(free)}: free some space"
+def describe_disk(files: BatchFiles, driver: Driver, config: RunConfig) -> str:
+    """What the rest needs, and what there is."""
+    disk = disk_forecast(
+        files.root,
+        config,
+        left=driver.queue.left,
+        replicas=len(driver.seats),
+        sidecars=sorted(files.sidecars()),
+    )
+    return (
+        f"they need about {_size(disk.videos)} ({disk.how}) and {_size(disk.work)} for checkpoints, and {files.root} has "
+        f"{_size(disk.free)}: free some space"
+    )
 
 
 @contextlib.contextmanager

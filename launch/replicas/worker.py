@@ -9,6 +9,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import socket
 import sys
 import time
@@ -207,6 +208,7 @@ def kind_of(error: BaseException) -> Kind:
 def describe(error: BaseException) -> str:
     """One line for a person, with what would help."""
     first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    first = re.sub(r"^\[Errno \d+\] ", "", first)
     match kind_of(error):
         case "memory":
             return (

@@ -1,6 +1,7 @@
 """LTX-Video through the engine: the stock pipeline's bits where they must be the same, a plain reference where they differ."""
 
 import dataclasses
+import io
 import json
 import math
 import shutil
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, LTXPipeline, UniPCMultistepScheduler
 from torch import Tensor
@@ -364,3 +366,28 @@ def test_checkpoints_load_by_their_index(folder, tmp_path):
     (other / "model_index.json").write_text(json.dumps(index | {"_class_name": "LTXImageToVideoPipeline"}))
     with pytest.raises(UserError, match=r"is a LTXImageToVideoPipeline; only WanPipeline .* LTXPipeline"):
         load_pipeline(ModelConfig(path=str(other), device="cpu"))
+
+
+def test_a_tokenizer_of_one_sentencepiece_file_loads_as_in_the_published_checkpoint(folder, tmp_path):
+    other = tmp_path / "ltx"
+    shutil.copytree(folder, other)
+    for file in (other / "tokenizer").iterdir():
+        file.unlink()
+    words = "a red circle moves over a blue square and back again"
+    model = io.BytesIO()
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([words] * 20),
+        model_writer=model,
+        vocab_size=30,
+        hard_vocab_limit=False,  # so few words have fewer pieces
+        minloglevel=2,
+        **ids,
+    )
+    (other / "tokenizer" / "spiece.model").write_bytes(model.getvalue())
+    named = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "model_max_length": 128, **named}
+    (other / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(settings))
+    found = load_pipeline(ModelConfig(path=str(other), device="cpu")).tokenizer(PROMPT).input_ids
+    reader = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    assert found == [*reader.encode(PROMPT), reader.eos_id()]

@@ -108,7 +108,7 @@ MISTAKES = {
     "--sampler.num_steps -3": "sampler.num_steps must be 1 or more, got -3",
     "--sampler.num_steps 0": "sampler.num_steps must be 1 or more, got 0",
     "--method.name freespecc": "did you mean 'freespec'?",
-    "--method.name magic": "choose one of direct, sliding_window, freespec",
+    "--method.name magic": "choose one of direct, sliding_window, freenoise, freelong, freepca, freespec",
     "--method.freespec.alpha -1": "alpha must be a finite number, 0 or more, got -1",
     "--attention.kernel warp": "unknown attention.kernel 'warp'; choose one of auto, plain",
     "--output.path a.avi": "output.path must end in .mp4, got 'a.avi'",

@@ -26,7 +26,7 @@ def test_settings_of_decoding_are_used_and_recorded(run: Callable[..., Run], kep
     words = [f"--decode.{key}={value}" for key, value in tiles.items()]
     assert run(decode.main, kept, "--output", tmp_path / "b.mp4", *words).code == 0
     record = json.loads((tmp_path / "b.json").read_text())
-    assert record["config"]["decode"] == tiles
+    assert record["config"]["decode"].items() >= tiles.items()
     assert record["decode"]["mode"] == "tiled"
     first = json.loads((tmp_path / "a.json").read_text())
     assert first["config"]["decode"]["mode"] == "auto"

@@ -23,6 +23,7 @@ from tests.launch.test_batch import events_of, undisturbed, words
 from tests.launch.test_ranks import SCRIPT, assert_same, latents_of, prompted
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
+pytestmark = pytest.mark.slow
 
 __all__ = ["undisturbed"]
 
