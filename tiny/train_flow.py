@@ -45,6 +45,8 @@ class FlowPlan:
         (9, 8, 800),
         (5, 12, 1200),
         (9, 8, 4100),
+        (5, 12, 1000),
+        (9, 8, 3800),
     )
     lr: float = 1.5e-3
     compiled: bool = True

@@ -54,6 +54,10 @@ class Scene:
     `start` is the position in frame 0 (straight motion and bouncing) or the centre of the orbit; `angle` in radians is the first
     heading of a bounce or the first place on an orbit; `texture_start` is the offset of the background. `pan` is where the camera
     goes: the background slides the other way, while the object's motion is told and measured relative to the picture.
+
+    Chance moves a scene by some pixels only, and a motion begins where there is room for it: what goes right begins on the left.
+    From anywhere on the torus all directions would look the same under much noise, and the words for them would hardly be learned
+    (seen: 12 % of directions right after 7,000 steps).
     """
 
     shape: str
@@ -82,13 +86,16 @@ def sample_scene(rng: np.random.Generator, *, held_out: bool = False) -> Scene:
             break
     size = str(rng.choice(tuple(RADII)))
     speed = str(rng.choice(tuple(SPEEDS)))
-    angle = float(rng.uniform(0, 2 * np.pi))
-    start = tuple(rng.uniform(0, SIZE, 2))
+    angle = 0.0
     if motion == "bounce":
-        angle = float(rng.integers(4) * np.pi / 2 + rng.uniform(np.pi / 6, np.pi / 3))
+        angle = float(rng.uniform(np.pi / 6, np.pi / 3))
         start = _start_before_a_bounce(rng, RADII[size], SPEEDS[speed], angle)
     elif motion in ORBITS:
+        angle = float(rng.uniform(-0.5, 0.5) - np.pi / 2)
         start = tuple(rng.uniform(-3, 3, 2) + SIZE / 2)
+    else:
+        along = np.array(STRAIGHT[motion])
+        start = tuple(SIZE / 2 - 18 * along + rng.uniform(-5, 5, 2))
     return Scene(
         shape=shape,
         colour=colour,
@@ -99,18 +106,17 @@ def sample_scene(rng: np.random.Generator, *, held_out: bool = False) -> Scene:
         pan=str(rng.choice(tuple(PANS), p=(0.25, 0.25, 0.5))),
         start=start,
         angle=angle,
-        texture_start=tuple(rng.uniform(0, SIZE, 2)),
+        texture_start=tuple(rng.uniform(-5, 5, 2)),
     )
 
 
 def _start_before_a_bounce(rng: np.random.Generator, radius: float, speed: float, angle: float) -> tuple[float, float]:
-    """A start from which one wall is reached between frames 8 and 24, so that every bouncing clip bounces."""
+    """A start on the upper left from which the right or lower wall is reached by frame 24, so that every bouncing clip bounces."""
     low, high = radius + 1, SIZE - radius - 1
-    start = rng.uniform(low, high, 2)
+    start = np.minimum(low + rng.uniform(0, 10, 2), (low + high) / 2)
     heading = np.array([np.cos(angle), np.sin(angle)])
     axis = rng.integers(2)
-    wall = high if heading[axis] > 0 else low
-    start[axis] = wall - heading[axis] * speed * rng.uniform(8, 24)
+    start[axis] = high - heading[axis] * speed * rng.uniform(8, 24)
     return tuple(np.clip(start, low, high))
 
 

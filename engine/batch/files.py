@@ -57,7 +57,7 @@ class ItemFiles:
     @property
     def checkpoint(self) -> Path:
         """State of an item that is being denoised."""
-        return self.folder / "work" / f"{self.name}.checkpoint.safetensors"
+        return self.folder / "unfinished" / f"{self.name}.checkpoint.safetensors"
 
     def part(self, token: str) -> Path:
         """What one attempt writes before it has the video's name; another token for every attempt."""

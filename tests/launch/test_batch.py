@@ -86,7 +86,7 @@ def ranks_of(driver: int) -> list[int]:
 
 
 class Killer(threading.Thread):
-    """Kills a rank of this process with SIGKILL once the status says that some item has finished two steps."""
+    """Kills the rank that makes an item with SIGKILL, once that item has finished two of its six steps."""
 
     def __init__(self, out: Path) -> None:
         super().__init__(daemon=True)
@@ -95,10 +95,14 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         until = time.monotonic() + PATIENCE_SECONDS
-        while not list(self.out.glob("*/*/work/*.checkpoint.safetensors")):
+        while not (found := list(self.out.glob("*/*/unfinished/*.checkpoint.safetensors"))):
             assert time.monotonic() < until
             time.sleep(0.005)
-        self.killed = ranks_of(os.getpid())[:1]
+        method, item = found[0].parts[-4], found[0].name.removesuffix(".checkpoint.safetensors")
+        replica = next(e["replica"] for e in events_of(self.out, "started") if e["item"] == f"{method}/{item}")
+        # A rank prints into a log of its own. Another rank may still be loading: killing that one would lose no item.
+        log = self.out / "logs/shard-1-of-1" / f"{replica}-rank0.log"
+        self.killed = [process for process in ranks_of(os.getpid()) if Path(f"/proc/{process}/fd/2").samefile(log)]
         for process in self.killed:
             os.kill(process, signal.SIGKILL)
 
@@ -203,7 +207,7 @@ def test_a_driver_that_is_killed_leaves_nothing_running_and_the_next_goes_on(
     command = [sys.executable, "-m", "launch.batch", *words(wan_folder, suite, out, settings)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + PATIENCE_SECONDS
-    while not list(out.glob("*/*/work/*.checkpoint.safetensors")):
+    while not list(out.glob("*/*/unfinished/*.checkpoint.safetensors")):
         assert time.monotonic() < until
         assert process.poll() is None
         time.sleep(0.005)
@@ -214,7 +218,7 @@ def test_a_driver_that_is_killed_leaves_nothing_running_and_the_next_goes_on(
     while ranks_of(process.pid):
         assert time.monotonic() < until
         time.sleep(0.02)
-    kept = list(out.glob("*/*/work/*.checkpoint.safetensors"))
+    kept = list(out.glob("*/*/unfinished/*.checkpoint.safetensors"))
     shown = make_batch({"status": out})
     assert shown.out.startswith("shard-1-of-1: lost; 4 items: "), shown
 

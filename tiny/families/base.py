@@ -20,6 +20,18 @@ FLOW_SHIFT = 3.0
 """Shift of the noise levels in training: x -> shift x / (1 + (shift - 1) x)."""
 
 
+TEXT_ENCODER = {
+    "d_model": TEXT_DIM,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
+    "feed_forward_proj": "gated-gelu",
+}
+"""Sizes of a T5 encoder, for T5Config or UMT5Config: two layers are enough for the grammar of the captions."""
+
+
 class Denoiser(nn.Module):
     """Transformer and text encoder as one module, since they are trained together."""
 

@@ -6,7 +6,7 @@ from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LT
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
-from tiny.families.base import TEXT_DIM, TEXT_LENGTH, Denoiser, build_tokenizer
+from tiny.families.base import TEXT_DIM, TEXT_ENCODER, TEXT_LENGTH, Denoiser, build_tokenizer
 
 LATENT_CHANNELS = 32
 FRAME_RATE = 16
@@ -31,18 +31,7 @@ class LtxDenoiser(Denoiser):
         )
         nn.init.zeros_(self.transformer.proj_out.weight)
         nn.init.zeros_(self.transformer.proj_out.bias)
-        self.text_encoder = T5EncoderModel(
-            T5Config(
-                vocab_size=vocab_size,
-                d_model=TEXT_DIM,
-                d_kv=16,
-                d_ff=128,
-                num_layers=2,
-                num_heads=4,
-                dropout_rate=0.0,
-                feed_forward_proj="gated-gelu",
-            )
-        )
+        self.text_encoder = T5EncoderModel(T5Config(vocab_size=vocab_size, **TEXT_ENCODER))
 
     def encode_text(self, token_ids: Tensor, mask: Tensor, text_length: int) -> tuple[Tensor, Tensor]:
         """Token ids and mask [B, k] -> (states [B, text_length, TEXT_DIM], mask); the encoder sees the padding, as in LTXPipeline."""

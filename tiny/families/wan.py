@@ -7,7 +7,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, Wa
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from tiny.families.base import FLOW_SHIFT, TEXT_DIM, TEXT_LENGTH, Denoiser, build_tokenizer
+from tiny.families.base import FLOW_SHIFT, TEXT_DIM, TEXT_ENCODER, TEXT_LENGTH, Denoiser, build_tokenizer
 
 LATENT_CHANNELS = 8
 
@@ -33,19 +33,7 @@ class WanDenoiser(Denoiser):
         )
         nn.init.zeros_(self.transformer.proj_out.weight)
         nn.init.zeros_(self.transformer.proj_out.bias)
-        # Two layers are enough for the grammar of the captions.
-        self.text_encoder = UMT5EncoderModel(
-            UMT5Config(
-                vocab_size=vocab_size,
-                d_model=TEXT_DIM,
-                d_kv=16,
-                d_ff=128,
-                num_layers=2,
-                num_heads=4,
-                dropout_rate=0.0,
-                feed_forward_proj="gated-gelu",
-            )
-        )
+        self.text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=vocab_size, **TEXT_ENCODER))
 
     def encode_text(self, token_ids: Tensor, mask: Tensor, text_length: int) -> Tensor:
         """Token ids and mask [B, k] -> [B, text_length, TEXT_DIM], padded with zeros as WanPipeline does."""

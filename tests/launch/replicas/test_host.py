@@ -25,13 +25,14 @@ for line in sys.stdin:
 """
 
 
-def until(host: RankHost, event: str) -> list[Event]:
-    found: list[Event] = []
+def until(host: RankHost, name: str) -> Event:
+    """The first event of that name; what the rank prints comes as events in between."""
+    seen: list[Event] = []
     deadline = time.monotonic() + 60
-    while not any(each["event"] == event for each in found):
-        assert time.monotonic() < deadline, found
-        found += host.poll(1.0)
-    return found
+    while not (found := [event for event in seen if event["event"] == name]):
+        assert time.monotonic() < deadline, seen
+        seen += host.poll(1.0)
+    return found[0]
 
 
 def gone(process: int) -> bool:
@@ -51,12 +52,12 @@ def wait_for(what: Callable[[], bool]) -> None:
 def test_lines_events_and_the_end(tmp_path: Path) -> None:
     host = RankHost()
     host.start(["-c", RANK], {"RANK": "1"}, log=str(tmp_path / "a.log"))
-    (ready,) = until(host, "ready")
+    ready = until(host, "ready")
     assert ready["rank"] == "1"
     host.send("hello")
-    assert until(host, "echo")[-1]["line"] == "hello"
+    assert until(host, "echo")["line"] == "hello"
     host.send("end")
-    end = until(host, "exit")[-1]
+    end = until(host, "exit")
     assert (end["code"], end["said"], end["tail"]) == (2, "error: a mistake", ["to the log"])
     assert end["pid"] == ready["pid"]
     host.send("nobody hears this")
@@ -68,13 +69,13 @@ def test_a_kill_is_told_and_output_can_be_events() -> None:
     host.start(["-c", RANK], {})
     until(host, "stderr")
     host.kill()
-    assert until(host, "exit")[-1]["code"] == -signal.SIGKILL
+    assert until(host, "exit")["code"] == -signal.SIGKILL
 
 
 def test_a_rank_that_nobody_polls_is_killed() -> None:
     host = RankHost()
     host.start(["-c", RANK], {})
-    pid = until(host, "ready")[0]["pid"]
+    pid = until(host, "ready")["pid"]
     host.die_unless_polled(0.2)
     wait_for(lambda: gone(pid))
 
