@@ -103,7 +103,9 @@ class RayPool:
                     self._said.append(event["message"])
                 if event["event"] == "exit":
                     raise NoRayError(self._refusal(event))
-        raise NoRayError(f"Ray at {self._address} did not answer within {OPEN_SECONDS:.0f} s")
+        if self._address == "local":
+            raise NoRayError(f"a Ray of this run's own did not start within {OPEN_SECONDS:.0f} s")
+        raise NoRayError(self._nobody_answers(f"nothing heard for {OPEN_SECONDS:.0f} s"))
 
     def _open(self, *, patience: float) -> None:
         self._bridge = RankHost(self._wake)
@@ -125,10 +127,13 @@ class RayPool:
                 "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH unless the token lies in ~/.ray/auth_token"
             )
         if self._said:
-            hint = "; start one with: ray start --head, or use --ray local for one of this run's own"
-            return f"no Ray cluster answers at {self._address} ({self._said[-1]}){hint}"
+            return self._nobody_answers(self._said[-1])
         last = next((line.strip() for line in reversed(event["tail"]) if line.strip()), f"exit code {event['code']}")
         return f"cannot use Ray: {last}"
+
+    def _nobody_answers(self, why: str) -> str:
+        hint = "start one with: ray start --head, or use --ray local for one of this run's own"
+        return f"no Ray cluster answers at {self._address} ({why}); {hint}"
 
 
 class RayRanks:
