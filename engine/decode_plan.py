@@ -272,7 +272,8 @@ def _free_host_bytes() -> int:
 
 def _peaks(vae: Any, way: _Way, num_latents: int) -> Iterator[int]:
     """Bytes of each rank while it decodes its tiles: the states of all of them, and the work on the largest."""
-    config = json.dumps(dict(vae.config), sort_keys=True)
+    # Without the name of the checkpoint, which may be a Path.
+    config = json.dumps({key: value for key, value in vae.config.items() if not key.startswith("_")}, sort_keys=True)
     for share in way.shares:
         sizes = [way.grid.latent_size(tile) for tile in share]
         parts = [tile_bytes(adapter_of(vae), config, (num_latents, *size), way.time) for size in sizes]

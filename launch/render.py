@@ -29,7 +29,7 @@ def render(
     output: OutputConfig,
     fps: int,
 ) -> dict[str, Any]:
-    """Decode latents that lie in `files.latents`, write video, contact sheet and record, and return the whole record.
+    """Decode latents that lie in `files.latents`, made with the seed of `record`; write video, contact sheet and whole record.
 
     Rank 0 calls this, while the other ranks run `engine.decode` of the same latents to its end.
     If it is stopped or the disk is full, no file is left under its final name before it is whole, and the message says how
@@ -77,7 +77,7 @@ def _render(
     height, width = rows * engine.spec.spatial_factor, columns * engine.spec.spatial_factor
     sampler = FrameSampler(total=num_frames, count=output.sheet_frames)
     with open_video(files.video, fps=fps, height=height, width=width, crf=output.crf) as video:
-        for piece in engine.decode(latents):
+        for piece in engine.decode(latents, seed=record["seed"]):
             video.write(piece)
             sampler.add(piece)
     write_picture(files.sheet, contact_sheet(sampler.frames, [i / fps for i in sampler.indices]))

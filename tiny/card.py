@@ -36,7 +36,7 @@ video = pipe(
 
 ## What it knows
 - {size} x {size} pixels, {native} frames ({latent_frames} latent frames of {grid}; 64 tokens each). Straight motion runs on a torus: what leaves at one
-  edge enters at the other, so longer clips have a right answer too.
+  edge enters at the other, so longer clips have a right answer too. A motion begins where there is room for it: what goes right, on the left.
 - English captions like `a small green star moves to the left over a gray background, the camera pans right`.
   Shapes: {shapes}. Colours: {colours}. Backgrounds: {backgrounds}. Unsaid, an object is large and its speed normal.
 - All its words: {words}. Any other word is read as `<unk>` and passed over.
@@ -71,7 +71,9 @@ of what it was trained on and degrade, which is what it is for. Bounces are the 
 
 _HISTORY = {
     "wan": """The plan was extended while it ran, so the learning rate dipped along the way, and for 1,200 steps the text encoder's attention was scaled
-by another factor, which was then folded into its weights: a run of the whole plan will not give these very weights.
+by another factor, which was then folded into its weights. The autoencoder and the first 7,000 steps of the transformer saw a world in which
+motions began anywhere and on any part of the background; the words for directions were learned afterwards. A run of the whole plan will not
+give these very weights.
 """
 }
 """What a card must say about a training run that was not one run of its plan."""

@@ -51,7 +51,7 @@ def make_video(engine: LongVideoEngine, config: RunConfig, prompt: str, files: O
     trace = Trace() if files.trace else None
     denoised = _denoise(engine, prompt, files, trace)
     if not engine.is_first:
-        for _ in engine.decode(denoised.latents):  # its share of the tiles, if there are any
+        for _ in engine.decode(denoised.latents, seed=config.sampler.seed):  # its share of the tiles, if there are any
             pass
         return None
     seconds = {"load": engine.load_seconds, **denoised.seconds}

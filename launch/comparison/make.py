@@ -62,7 +62,7 @@ def _make(engine: LongVideoEngine, comparison: Comparison, video: Video) -> dict
     if latents is None:
         return make_video(engine, config, video.prompt, video.files)
     if not engine.is_first:
-        for _ in engine.decode(latents):
+        for _ in engine.decode(latents, seed=video.seed):
             pass
         return None
     record = render(engine, latents, record, video.files, output=config.output, fps=config.video.fps)

@@ -119,7 +119,7 @@ class Worker:
             on_step=lambda finished, total: self._tell_step(identity["item_id"], finished, total),
         )
         if not engine.is_first:
-            for _ in engine.decode(denoised.latents):  # its share of the tiles, if there are any
+            for _ in engine.decode(denoised.latents, seed=identity["seed"]):  # its share of the tiles, if there are any
                 pass
             return None
         _check_finite(denoised, files)
@@ -137,7 +137,7 @@ class Worker:
         size = {"height": config.video.height, "width": config.video.width}
         frames = _FrameHashes()
         with open_video(part, fps=config.video.fps, crf=config.output.crf, **size) as video:
-            for piece in engine.decode(denoised.latents):
+            for piece in engine.decode(denoised.latents, seed=task["identity"]["seed"]):
                 video.write(piece)
                 frames.add(piece)
         facts = publish(part, files.video, check=lambda path: check_video(path, num_frames=frames.count, **size))
@@ -158,7 +158,13 @@ class Worker:
             "suite": task["suite"],
             "negative_prompt": run["negative_prompt"],
             "output": {"file": facts.file, "bytes": facts.bytes, "sha256": facts.sha256},
-            "video": {"num_frames": frames.count, "fps": config.video.fps, **size, **frames.hashes},
+            "video": {
+                "num_frames": frames.count,
+                "native_frames": _native_frames(engine),
+                "fps": config.video.fps,
+                **size,
+                **frames.hashes,
+            },
             "latents": {"shape": list(denoised.latents.shape), "sha256": _latents_sha256(denoised)},
             "attempt": task["attempt"],
             "replica": task["replica"],
@@ -219,6 +225,12 @@ def describe(error: BaseException) -> str:
             return f"{type(error).__name__}: {first}"
         case _:
             return first
+
+
+def _native_frames(engine: LongVideoEngine) -> int:
+    """Frames of a video of native length: the first latent frame is one frame, every other as many as the VAE says."""
+    spec = engine.spec
+    return (engine.config.method.window_frames * spec.patch[0] - 1) * spec.temporal_factor + 1
 
 
 def _check_finite(denoised: Denoised, files: ItemFiles) -> None:

@@ -13,11 +13,12 @@ import pytest
 
 from engine.engine import LongVideoEngine
 from engine.video import read_video
-from launch.commands import compare
+from launch.commands import compare, generate
 from metrics.video import VIDEO_UNITS, video_metrics
 from tests.launch.conftest import SMALL, Run
 from tests.launch.forked import run_forked
 from tests.launch.test_interruptions import interrupted_at_forward
+from tests.tiny_pipelines import save_random_ltx
 
 Compare = Callable[..., Run]
 # 17 frames, native 9: two clips of which the second is short by one.
@@ -64,6 +65,20 @@ class References(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.data += data if self._in_data else ""
+
+
+def test_noise_of_the_decoder_comes_from_each_video_s_seed(run: Callable[..., Run], tmp_path: Path) -> None:
+    """An autoencoder of LTX-Video 0.9.5 draws noise: the second seed's video is the one that generate.py makes with that seed."""
+    folder = save_random_ltx(tmp_path / "ltx", conditioned=True)
+    given = {"sampler.max_text_tokens": 16, "methods": "direct"}
+    shown = run(compare.main, *words(folder, tmp_path / "out", "--prompt", "a red circle", **given))
+    assert (shown.code, shown.err) == (0, "")
+    chosen = {"model.path": folder, "output.path": tmp_path / "a.mp4", **SETTINGS, "sampler.max_text_tokens": 16}
+    chosen |= {"method.name": "direct", "sampler.seed": 1}
+    shown = run(generate.main, "--prompt", "a red circle", *(f"--{key}={value}" for key, value in chosen.items()))
+    assert (shown.code, shown.err) == (0, "")
+    videos = sorted((tmp_path / "out").rglob("*.mp4"))
+    assert [path.read_bytes() == (tmp_path / "a.mp4").read_bytes() for path in videos] == [False, True]
 
 
 def test_an_interrupted_comparison_goes_on_and_reports_what_it_measured(

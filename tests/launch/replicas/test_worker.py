@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import errno
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from launch.command import LostRankError
 from launch.replicas.worker import Worker, describe, kind_of
 from parallel.collectives import CollectiveError
 from tests.engine.batch import cases
+from tests.tiny_pipelines import save_random_ltx
 
 EVERY = 2
 STEPS = 5
@@ -109,6 +111,25 @@ def test_items_do_not_depend_on_their_order(worker: Worker, batch: Batch, engine
     worker.run(task_of(batch, 1))
     assert files_of(worker, batch, 1).video.read_bytes() == first
     assert not torch.equal(load_latents(files_of(worker, batch, 1).latents)[0], alone)
+
+
+def test_noise_of_the_decoder_comes_from_the_item_s_seed(tmp_path: Path) -> None:
+    """An autoencoder of LTX-Video 0.9.5 draws noise: the frames are those of one video made with that seed, not with the batch's."""
+    config = config_of(save_random_ltx(tmp_path / "ltx", conditioned=True))
+    config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, max_text_tokens=16))
+    suite = cases.suite("a red circle")
+    batch = plan_batch(config, suite, methods=("direct",), seeds=(3,), checkpoint="c", dtype="float32")
+    assert config.sampler.seed != 3
+    with contextlib.closing(LongVideoEngine(config)) as engine:
+        expected = engine.generate("a red circle", seed=3).frames
+        other = np.concatenate(list(engine.decode(engine.denoise("a red circle", seed=3).latents)))
+        worker = Worker(
+            engine=engine, root=tmp_path / "out", checkpoint_every=EVERY, keep_latents=False, tell=lambda *_, **__: None
+        )
+        record = worker.make(task_of(batch))
+    assert record is not None
+    hashes = [hashlib.sha256(frames[-1].tobytes()).hexdigest() for frames in (expected, other)]
+    assert record["video"]["last_frame_sha256"] == hashes[0] != hashes[1]
 
 
 @pytest.mark.parametrize("killed_after", [1, 2, 3, 4, 5])
