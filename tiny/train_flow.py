@@ -49,7 +49,7 @@ class FlowPlan:
         (9, 8, 600),
         (1, 32, 700),
         (5, 12, 700),
-        (9, 8, 2700),
+        (9, 8, 2000),
     )
     lr: float = 1.5e-3
     compiled: bool = True
