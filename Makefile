@@ -1,9 +1,9 @@
-# make setup, make check, make test (test-slow, test-gpu); and make demo, the main job. Then compare, analyze, batch-demo, bench.
+# make setup, make check, make test (test-slow, test-gpu); and make demo, the main job. Then compare, analyze, findings, calibrate, batch-demo, bench.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check test-slow test-gpu compare analyze batch-demo bench bench-gpu clean
+.PHONY: setup demo test check test-slow test-gpu compare analyze findings calibrate batch-demo bench bench-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -18,8 +18,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python launch/demo.py
 
+# A test file to a process, one thread each: models this small are slower on more, and some tests start ranks of their own.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 # What takes minutes: batches on a real Ray.
 test-slow: setup
@@ -34,15 +35,43 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
+# A comparison in SHARDS processes of one thread each, which suits a small model better than threads: $(call in_shards,COMMAND).
+SHARDS := 2
+in_shards = pids=; for shard in $$(seq $(SHARDS)); do $(1) --shard $$shard/$(SHARDS) & pids="$$pids $$!"; done; \
+	status=0; for pid in $$pids; do wait $$pid || status=$$?; done; exit $$status
+COMPARE := OMP_NUM_THREADS=1 $(BIN)/python launch/compare.py --prompt_file configs/prompts/world-heldout-40.txt --output.progress off
+
 # Small: a few prompts and steps. docs/compare.md has the commands of the full tables.
+SMALL := $(COMPARE) --num_prompts 6 --sampler.num_steps 8 --out runs/compare-small
 compare: setup
-	$(BIN)/python launch/compare.py --prompt_file configs/prompts/world-heldout-40.txt --num_prompts 6 \
-		--sampler.num_steps 8 --out runs/compare-small
+	$(call in_shards,$(SMALL))
+	$(SMALL) --report_only
 
 # 141 frames are four native lengths of the embedded model.
 analyze: setup
 	$(BIN)/python launch/analyze.py --method.name direct --video.num_frames 141 \
-		--prompt_file configs/prompts/world-heldout-40.txt --num_prompts 6 --num_points 7 --out runs/analysis-small
+		--prompt_file configs/prompts/world-heldout-40.txt --num_prompts 6 --num_points 7 --sampler.num_steps 12 --out runs/analysis-small
+
+# The tables of docs/findings.md: hours. Stopped or killed, the same command goes on. T-GR, the published row, is freespec itself.
+comma := ,
+ROW = $(1)=freespec:configs/ablation/$(2).yaml
+SIX := direct,sliding_window,freenoise,freelong,freepca,freespec
+ROWS := $(call ROW,GB,gb),$(call ROW,LB-fixed,lb_fixed),$(call ROW,RA,ra),$(call ROW,TA,ta),$(call ROW,RA+TA,ra_ta),$(call ROW,F-GR,f_gr)
+TABLES := runs/findings
+FINDINGS := $(COMPARE) --num_seeds 2 --out $(TABLES)
+findings: setup
+	$(call in_shards,$(FINDINGS) --methods $(SIX)$(comma)$(ROWS))
+	$(FINDINGS) --methods $(SIX) --report_only --report $(TABLES)/methods
+	$(FINDINGS) --methods $(ROWS),freespec --baseline freespec --report_only --report $(TABLES)/ablation
+	OMP_NUM_THREADS=1 $(BIN)/python launch/analyze.py --method.name direct --video.num_frames 141 \
+		--prompt_file configs/prompts/world-heldout-40.txt --num_prompts 20 --out $(TABLES)/analysis --output.progress off
+	$(BIN)/python launch/findings.py --runs $(TABLES)
+
+# FreeSpec's open settings, searched on one list of prompts and judged on the other; hours as well.
+calibrate: setup
+	OMP_NUM_THREADS=1 $(BIN)/python launch/calibrate.py --prompt_file configs/prompts/world-calibration-20.txt \
+		--judge_prompt_file configs/prompts/world-heldout-40.txt --out runs/calibration --output.progress off
+	$(BIN)/python launch/findings.py
 
 # Twelve small videos on two replicas of a Ray of this machine; started again it makes only what is missing.
 batch-demo: setup

@@ -3,9 +3,12 @@
     python -m benchmarks.batch                  both parts, JSON to benchmarks/results
     python -m benchmarks.batch --part driver    the simulation alone: no model, no GPU
 
-The first part makes the same items twice, with batch.py on one replica and with the engine in a loop that writes the same
-files, and compares the seconds of an item between them. The second runs the real driver, queue, journal and files, with
-replicas that finish an item when a simulated clock says so.
+The first part makes the same items with batch.py on one replica and with the engine in a plain loop, in rounds, one after the
+other, and compares the seconds of an item: on a quiet machine, since other work disturbs them. CPU time is told of the loop
+and of the driver alone; that of the ranks is in neither, because the driver ends them without collecting it. Items are as large as the preset's and have a tenth of its steps, since what the runner adds does not
+depend on the steps; the share is told of an item that takes ten seconds. The loop writes the mp4 and nothing else; the
+runner also keeps steps, decodes what it has written, hashes it, flushes it and writes a sidecar. The second part runs the
+real driver, queue, journal and files, with replicas that finish an item when a simulated clock says so.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import dataclasses
 import heapq
 import itertools
 import json
+import os
 import resource
 import shutil
 import statistics
@@ -28,7 +32,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import environment, write
+from benchmarks.measure import environment, spread, write
 from engine.batch.driver import Done, Driver, Event, Ready
 from engine.batch.files import BatchFiles, identity_of
 from engine.batch.journal import FileJournal, read_status, table
@@ -36,10 +40,9 @@ from engine.batch.plan import plan_batch
 from engine.batch.queue import Queue
 from engine.batch.store import publish, read_lines, write_json
 from engine.batch.suite import Prompt, Suite
-from engine.config import RunConfig
 from engine.engine import LongVideoEngine
+from engine.video import open_video
 from launch.cli import parse_run
-from launch.replicas.worker import Worker
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET_SECONDS = 10.0
@@ -51,78 +54,88 @@ def main() -> None:
     parser.add_argument("--part", choices=["all", "overhead", "driver"], default="all")
     parser.add_argument("--items", type=int, default=10_000, help="simulated items")
     parser.add_argument("--replicas", type=int, default=256, help="simulated replicas")
-    parser.add_argument("--videos", type=int, default=12, help="real items of the first part")
+    parser.add_argument("--videos", type=int, default=8, help="real items of the first part, in each round")
+    parser.add_argument("--rounds", type=int, default=3, help="of the first part")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the JSON file")
     parser.add_argument("--note", default="", help="what a reader should know of the machine, such as other work on it")
     arguments = parser.parse_args()
     found: dict[str, Any] = {}
+    where = environment(torch.device("cpu"), arguments.note)  # with the load before this adds to it
     with tempfile.TemporaryDirectory() as folder:
         if arguments.part in ("all", "overhead"):
-            found["overhead"] = measure_overhead(Path(folder), arguments.videos)
+            found["overhead"] = measure_overhead(Path(folder), arguments.videos, arguments.rounds)
             print(json.dumps(found["overhead"], indent=2))
         if arguments.part in ("all", "driver"):
             found["driver"] = simulate(Path(folder), arguments.items, arguments.replicas)
             print(json.dumps(found["driver"], indent=2))
-    settings = {"items": arguments.items, "replicas": arguments.replicas, "videos": arguments.videos, **SETTINGS}
-    where = environment(torch.device("cpu"), arguments.note)
+    given = {name: getattr(arguments, name) for name in ("items", "replicas", "videos", "rounds")}
+    settings = {**given, "affinity": len(os.sched_getaffinity(0)), **SETTINGS}
     print(write(arguments.out, "batch", where, settings, [{"part": name} | tree for name, tree in found.items()]))
 
 
-SETTINGS = {"video.num_frames": 65, "sampler.num_steps": 4, "output.progress": "off"}
+SETTINGS = {"video.num_frames": 129, "sampler.num_steps": 2, "output.progress": "off"}
+PROMPT = "a red circle bounces over a blue background"
+FEW = 2
 
 
-def measure_overhead(folder: Path, videos: int) -> dict[str, Any]:
-    """Seconds of an item in the runner less those of the same item in a loop, both from the second item on."""
-    suite = folder / "prompts.txt"
-    suite.write_text("a red circle bounces over a blue background\n")
-    given = [f"--{name}={value}" for name, value in SETTINGS.items()]
-    seeds = ",".join(map(str, range(videos)))
-    own = [f"--suite={suite}", f"--out={folder / 'runner'}", f"--seeds={seeds}", "--methods=direct"]
-    subprocess.run([sys.executable, "launch/batch.py", *given, *own], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    events = list(read_lines(folder / "runner/logs/shard-1-of-1.jsonl"))
-    done = [event for event in events if event["event"] == "done"]
-    sidecars = [json.loads(path.read_text()) for path in BatchFiles(root=folder / "runner").sidecars()]
-    inside = [sum(s["run"]["seconds"][part] for part in ("text", "denoise", "decode")) for s in sidecars]
-    _, config = parse_run(
-        [*given, "--method.name=direct"], name="benchmark", description="", add_arguments=lambda _: None
-    )
-    loop = loop_seconds(config, folder / "loop", videos)
-    runner = [event["seconds"] for event in done][1:]
-    # Between `done` and the next `started` the driver does its own work; with the above this is all that an item takes.
-    starts = [event for event in events if event["event"] == "started"]
-    gaps = [_seconds(b["time"]) - _seconds(a["time"]) for a, b in zip(done, starts[1:], strict=False)]
-    per_item = statistics.median(runner) + statistics.median(gaps)
-    overhead = per_item - statistics.median(loop)
+def measure_overhead(folder: Path, videos: int, rounds: int) -> dict[str, Any]:
+    """What an item costs in the runner and in a loop, both beside what starting costs, and the difference.
+
+    The driver's CPU time per item is that of `videos` items less that of two, whose start is the same.
+    """
+    loop: dict[str, list[float]] = {"wall_s": [], "cpu_s": []}
+    runner: dict[str, list[float]] = {"wall_s": [], "driver_cpu_s": []}
+    for number in range(rounds):
+        for item in loop_items(folder / f"loop{number}", videos):
+            loop["wall_s"].append(item[0])
+            loop["cpu_s"].append(item[1])
+        few, _ = run_batch(folder / f"few{number}", FEW)
+        many, between = run_batch(folder / f"many{number}", videos)
+        runner["driver_cpu_s"].append((many - few) / (videos - FEW))
+        runner["wall_s"] += between
+    added = statistics.median(runner["wall_s"]) - statistics.median(loop["wall_s"])
     return {
         "videos": videos,
-        "loop_seconds": statistics.median(loop),
-        "runner_seconds": per_item,
-        "engine_seconds_inside_the_runner": statistics.median(inside),
-        "driver_gap_seconds": statistics.median(gaps),
-        "overhead_seconds": overhead,
-        f"overhead_of_an_item_of_{TARGET_SECONDS:.0f}_s": overhead / TARGET_SECONDS,
+        "rounds": rounds,
+        "loop": {kind: spread(values) for kind, values in loop.items()},
+        "runner": {kind: spread(values) for kind, values in runner.items()},
+        "overhead_s": added,
+        f"share_of_an_item_of_{TARGET_SECONDS:.0f}_s": added / TARGET_SECONDS,
     }
 
 
-def loop_seconds(config: RunConfig, root: Path, videos: int) -> list[float]:
-    """The same items and files from a loop in this process: no driver, no queue, no other process, no checkpoints."""
-    suite = Suite(
-        name="loop",
-        sha256="0",
-        prompts=(Prompt(prompt_id="p0000", line=1, text="a red circle bounces over a blue background"),),
-    )
-    batch = plan_batch(config, suite, methods=("direct",), seeds=range(videos), checkpoint="c", dtype="float32")
-    seconds = []
+def run_batch(root: Path, videos: int) -> tuple[float, list[float]]:
+    """CPU seconds of batch.py without its ranks, and the seconds from the start of an item to that of the next."""
+    suite = root.with_suffix(".txt")
+    suite.write_text(f"{PROMPT}\n")
+    given = SETTINGS | {"suite": suite, "out": root, "seeds": ",".join(map(str, range(videos))), "methods": "direct"}
+    words = [f"--{name}={value}" for name, value in given.items()]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, "launch/batch.py", *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    events = read_lines(root / "logs/shard-1-of-1.jsonl")
+    starts = [_seconds(event["time"]) for event in events if event["event"] == "started"]
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    # The first item warms up, in the loop too.
+    return cpu, [b - a for a, b in itertools.pairwise(starts)][1:]
+
+
+def loop_items(root: Path, videos: int) -> list[tuple[float, float]]:
+    """Seconds and CPU seconds of each of the same items but the first, in a loop as short as it can be."""
+    words = [*(f"--{name}={value}" for name, value in SETTINGS.items()), "--method.name=direct"]
+    _, config = parse_run(words, name="benchmark", description="", add_arguments=lambda _: None)
+    root.mkdir()
+    found = []
     with contextlib.closing(LongVideoEngine(config)) as engine:
-        worker = Worker(
-            engine=engine, root=root, checkpoint_every=0, keep_latents=False, tell=lambda event, **fields: None
-        )
-        for item in batch.items:
-            started = time.perf_counter()
-            fields = {"suite": {}, "attempt": 1, "replica": "loop", "token": "t"}
-            worker.make({"identity": identity_of(item), "name": item.name, **fields})
-            seconds.append(time.perf_counter() - started)
-    return seconds[1:]
+        for seed in range(videos):
+            wall, cpu = time.perf_counter(), time.process_time()
+            latents = engine.denoise(PROMPT, seed=seed).latents
+            size = {"height": config.video.height, "width": config.video.width}
+            with open_video(root / f"{seed}.mp4", fps=config.video.fps, crf=config.output.crf, **size) as video:
+                for piece in engine.decode(latents):
+                    video.write(piece)
+            found.append((time.perf_counter() - wall, time.process_time() - cpu))
+    return found[1:]
 
 
 @dataclasses.dataclass
@@ -133,6 +146,7 @@ class Simulated:
     due: list[tuple[float, int, "FakeReplica", Event]] = dataclasses.field(default_factory=list)
     count: int = 0
     writing: float = 0.0
+    writing_cpu: float = 0.0
 
     def later(self, seconds: float, replica: "FakeReplica", event: Event) -> None:
         """An event of a replica, so many seconds from now."""
@@ -163,7 +177,7 @@ class FakeReplica:
 
     def make(self, task: dict[str, Any]) -> None:
         """Writes at once, is done later."""
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         item = self._items[task["identity"]["item_id"]]
         of = self._files.of(item)
         of.make_folders()
@@ -177,7 +191,9 @@ class FakeReplica:
             "latents": {"sha256": "0"},
         }
         write_json(of.sidecar, record)
-        self._simulated.writing += time.perf_counter() - started  # on a cluster that is the replica's, not the driver's
+        # On a cluster that is the replica's, not the driver's.
+        self._simulated.writing += time.perf_counter() - started
+        self._simulated.writing_cpu += time.process_time() - cpu
         self._simulated.later(5.0 + int(item.item_id[:4], 16) / 0xFFFF * 10.0, self, Done(record=record))
 
     def events(self) -> list[Event]:
@@ -212,14 +228,14 @@ def simulate(folder: Path, items: int, replicas: int) -> dict[str, Any]:
     files, simulated = BatchFiles(root=folder / "simulated"), Simulated()
     files.root.mkdir()
     by_id = {item.item_id: item for item in every}
-    loops: list[float] = []
+    turns: list[tuple[float, float, float]] = []
     journal = FileJournal(
         log=files.root / "log", status=files.root / "status/shard-1-of-1.json", already=(0, 0), terminal=Silent()
     )
     fakes = [FakeReplica(f"replica-{i}", simulated, files, by_id) for i in range(replicas)]
 
     def wait() -> None:
-        loops.append(time.perf_counter())
+        turns.append((time.perf_counter(), time.process_time(), simulated.writing))
         simulated.wait()
 
     with journal:
@@ -233,9 +249,10 @@ def simulate(folder: Path, items: int, replicas: int) -> dict[str, Any]:
             wait=wait,
             clock=lambda: simulated.now,
         )
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         driver.run()
         running = time.perf_counter() - started - simulated.writing
+        working = time.process_time() - cpu - simulated.writing_cpu
         journal.write(driver, "done")
     timed = {}
     for name, call in (
@@ -246,7 +263,8 @@ def simulate(folder: Path, items: int, replicas: int) -> dict[str, Any]:
         started = time.perf_counter()
         call()
         timed[f"{name}_seconds"] = time.perf_counter() - started
-    turns = sorted(b - a for a, b in itertools.pairwise(loops))
+    # Of a turn, what the replicas spent on files is not the driver's.
+    lasted = sorted(b[0] - a[0] - (b[2] - a[2]) for a, b in itertools.pairwise(turns))
     shutil.rmtree(files.root)
     return {
         "items": items,
@@ -254,12 +272,14 @@ def simulate(folder: Path, items: int, replicas: int) -> dict[str, Any]:
         "simulated_hours": simulated.now / 3600,
         "planning_seconds": planning,
         "driver_seconds": running,
+        "driver_cpu_seconds": working,
         "items_per_second": items / running,
+        "items_per_cpu_second": items / working,
         "busy_share_of_the_driver": running / simulated.now,
         "turn_milliseconds": {
-            "median": 1e3 * statistics.median(turns),
-            "p99": 1e3 * quantile(turns, 0.99),
-            "most": 1e3 * turns[-1],
+            "median": 1e3 * statistics.median(lasted),
+            "p99": 1e3 * quantile(lasted, 0.99),
+            "most": 1e3 * lasted[-1],
         },
         **timed,
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,

@@ -31,6 +31,7 @@ SECTIONS = {
     "decode": 35.0,
     "trace": 30.0,
     "compiled": 70.0,
+    "optional": 30.0,
 }
 GRACE = 8.0  # seconds from a section's deadline, which it minds by itself, to its end
 

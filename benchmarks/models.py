@@ -25,16 +25,53 @@ A model.path may be a hub name or a folder in Diffusers layout. LTX-Video 0.9.0 
 timesteps of their own) share the transformer; from 0.9.1 on the VAE is told a timestep (`decode.timestep`, `decode.noise_scale`), from
 0.9.5 on the scheduler's shift is a fixed number. Another family is a new adapter: [adding-a-model.md](adding-a-model.md).
 """
+LOADING = """
+## Where weights come from
+
+| setting | what it does |
+| --- | --- |
+| `model.path` | a hub name or a folder in Diffusers layout |
+| `model.revision` | branch, tag or commit of a hub name; the record has the commit that it meant |
+| `model.offline` | never asks the hub: what its local copy does not hold is an error (`HF_HUB_OFFLINE=1` is heard as well) |
+| `model.single_file` | a .safetensors file as the authors publish it, here or on the hub, in place of the transformer (LTX-Video: and VAE) |
+
+Only safetensors are read. Pickles (`.bin`, `.pt`, `.pth`, `.ckpt`, `.pkl`) are refused by name, and never downloaded. Before anything is
+loaded, every tensor of every part is held against the part's `config.json`: a missing or surplus tensor, another shape, a file that is
+cut short, a shard that is not there, a download that did not finish and a pointer of git-lfs are one line each. The record of a run
+has the commit of a hub checkpoint, or the SHA-256 of every file of a folder, and that of a single file; for the latter two the files
+are read once more when they are loaded.
+
+A single file takes its configuration, scheduler, tokenizer and text encoder from `model.path`, and on the hub its name is
+ORGANISATION/NAME/FILE. LTX-Video 0.9.6 dev is published as a file, and is 0.9.5 with other weights:
+
+    python launch/generate.py --config configs/ltx-video-2b.yaml --model.path Lightricks/LTX-Video-0.9.5 \\
+        --model.single_file Lightricks/LTX-Video/ltxv-2b-0.9.6-dev-04-25.safetensors --prompt "..."
+
+Files with fp8 or other quantised tensors are refused. diffusers rounds some parts of Wan's transformer that it keeps in fp32 when it
+reads a folder; here a file and a folder with the same weights give the same tensors, to the bit. Tested with small random models in
+both layouts, and, by names and shapes alone, with the real configurations of Wan2.1 1.3B and 14B and LTX-Video 0.9.0, 0.9.1 and 0.9.5.
+
+## Quantised attention
+
+`attention.complement sage` attends to the keys outside the windows with SageAttention (int8 products), in dual steps only: the local
+branch and global steps stay as they are. It wants CUDA, bf16 or fp16, heads of at most 128 channels and `attention.dual strided`, and is
+refused in one line elsewhere. The package index has version 1, which returns no log-sum-exp and is refused; build version 2 from
+[its sources](https://github.com/thu-ml/SageAttention) (users reported a fault of 2.2.0 on Hopper that was mended after it). The record says
+`complement: sage` and the package's version. Keys are quantised in blocks as they lie on a rank: over a ring, and where a shard cuts
+a frame, the video differs between numbers of ranks by what int8 costs. Neither speed nor quality was measured, for want of a GPU, and the
+planner counts the complement like any other attention.
+"""
 LAYOUTS = """
 Heads that ulysses does not divide are possible where ring is 1, and cost what the busiest rank has more than the mean. Arrangements are
 cfg x ring x ulysses; with guidance cfg may be 2. freenoise, freelong and freepca attend inside views and need ring 1.
 """
 PREDICTIONS = """
 Peak GiB is what the busiest GPU must hold: weights in bf16, text encoder (on GPU 0 only; `parallel.text_device cpu` and
-`model.offload model` make room), the worst moment of a forward, or decoding whole frames on GPU 0, in the mode that fits. Seconds are for the
+`model.weights cpu_offload` make room), the worst moment of a forward, or decoding whole frames on GPU 0, in the mode that fits. Seconds are for the
 preset's steps with guidance; from datasheets and assumed fractions of them, whose sources are in `configs/gpus/`. The time of the fusion's
 eigendecompositions is assumed at heads of 128 and not shared by ranks, which weighs on LTX-Video: its heads have 64, and its 20,130 tokens
 make attention so cheap that the fusion is nearly half of a predicted dual step.
+What does not fit may with `model.weights zero3`, which shares the weights out: [parallel.md](parallel.md#weights-larger-than-a-gpu).
 """
 
 
@@ -46,6 +83,7 @@ def main() -> None:
         INTRO.strip(),
         table(*families(configs, specs)),
         FAMILIES.strip(),
+        LOADING.strip(),
         "## Layouts",
         table(*layouts(configs, specs)),
         LAYOUTS.strip(),

@@ -13,10 +13,10 @@ from engine.errors import UserError
 from engine.group_of_one import GROUP_OF_ONE
 from engine.hooks import BranchProcessor, RunState, StepHook, riflex_hook, shard_hooks
 from engine.supported_layouts import Degrees, check_layout
-from freespec.kernels import select_dual, select_kernel
-from freespec.methods import Method, make_method
+from freespec.kernels import select_complement, select_dual, select_kernel
+from freespec.methods import Direct, Method, make_method
 from freespec.rotary import Riflex, lowered_frequency
-from parallel.attention import TORCH_EXCHANGE, HeadExchange
+from parallel.attention import TORCH_EXCHANGE, HeadExchange, HybridAttention
 from parallel.mesh import SeqMesh
 
 
@@ -29,12 +29,14 @@ class Ranks:
             every rank, so cfg must be 1 there; `LongVideoEngine` uses the axis.
         local_route: how local steps cross the ulysses axis: `halo`, `all_to_all`, or `auto` for fewer bytes.
         exchange: who exchanges heads against tokens.
+        hybrid: who computes the whole of `direct` over the ranks instead, exchange included; None is nobody.
         why: the reason for these degrees, for the record.
     """
 
     mesh: SeqMesh
     local_route: str = "auto"
     exchange: HeadExchange = TORCH_EXCHANGE
+    hybrid: HybridAttention | None = None
     why: str = "given"
 
     @property
@@ -80,6 +82,7 @@ def apply_method(
     window_frames: int,
     kernel: str = "auto",
     dual: str = "auto",
+    complement: str = "same",
     ranks: Ranks | None = None,
     riflex: Riflex | None = None,
     **settings: Any,
@@ -95,6 +98,8 @@ def apply_method(
             LTX-Video.
         kernel: dense attention kernel, see `freespec.kernels`; `auto` takes the one for the device and dtype.
         dual: how dual steps compute both branches: `strided`, `triton`, or `auto`, see `freespec.kernels.select_dual`.
+        complement: what attends to the keys outside the windows in dual steps: `same` or `sage`, see
+            `freespec.kernels.select_complement`.
         ranks: how this process shares the video's tokens with others; None is a process alone.
         riflex: lowers one temporal frequency of the rotary table; the default and `Riflex(enabled=False)` leave it alone.
         **settings: settings of the method, for example `alpha=3.0` for freespec.
@@ -115,8 +120,11 @@ def apply_method(
     check_riflex(adapter, riflex)
     try:
         made = make_method(method, **settings) if isinstance(method, str) else method
+        made.check_window(window_frames)
+        where = get_module_execution_device(transformer), transformer.dtype
         for select, name in ((select_kernel, kernel), (select_dual, dual)):
-            select(name, get_module_execution_device(transformer), transformer.dtype)
+            select(name, *where)
+        select_complement(complement, *where, dual=dual)
         if riflex.enabled:
             frequencies = [frequency for frequency, _ in adapter.temporal_frequencies(transformer)]
             lowered_frequency(riflex, frequencies, num_frames=1, window_frames=1)  # raises for an index beyond them
@@ -124,6 +132,8 @@ def apply_method(
         raise UserError(str(error)) from error
     if ranks is not None:
         check_layout(method if isinstance(method, str) else type(made).__name__, made, ranks.degrees)
+        if ranks.hybrid is not None and not isinstance(made, Direct):
+            raise UserError(f"{type(ranks.hybrid).__name__} computes full attention only, which is the method direct")
     shared = ranks or Ranks(mesh=GROUP_OF_ONE.acquire())
     state = RunState(
         adapter=adapter,
@@ -131,8 +141,10 @@ def apply_method(
         window_frames=window_frames,
         kernel_name=kernel,
         dual_name=dual,
+        complement_name=complement,
         mesh=shared.mesh,
         exchange=shared.exchange,
+        hybrid=shared.hybrid,
         local_route=shared.local_route,
     )
     # First of the hooks on the rotary table, since those of the ranks cut it.

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from engine.errors import UserError
-from freespec.kernels import DUALS, KERNELS
+from freespec.kernels import COMPLEMENTS, DUALS, KERNELS
 from freespec.methods import (
     METHODS,
     FreeLong,
@@ -29,16 +29,42 @@ class ModelConfig:
     Attributes:
         path: folder in Diffusers layout (relative to the working directory, then to the repository) or a hub name.
         revision: branch, tag or commit of a hub name; None takes the default branch.
+        offline: never ask the hub; what its local copy does not hold is an error.
+        single_file: a .safetensors file as the model's authors publish it, here or on the hub (ORGANISATION/NAME/FILE), whose
+            transformer, and for LTX-Video VAE, take the place of those of `path`; configurations stay those of `path`.
         dtype: of transformer and text encoder: `auto` is bfloat16 on CUDA and float32 on CPU; the VAE is always float32.
         device: `auto` is CUDA where there is one.
-        offload: `model` keeps each part on the CPU until it is used (CUDA only); `none` keeps all on the device.
+        weights: where they lie. `resident`: whole, on the device of every rank. `cpu_offload`: each part on the CPU until it is
+            used, then whole on the device (CUDA only). `zero3`: transformer and text encoder shared out over the ranks by
+            DeepSpeed's ZeRO-3 (pip install '.[deepspeed]'); a layer is gathered while it runs.
+        shards: where a rank keeps its share with `zero3`: `device`, `cpu`, or `nvme:FOLDER`, a file on a fast drive.
     """
 
     path: str
     revision: str | None = None
+    offline: bool = False
+    single_file: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    offload: Literal["none", "model"] = "none"
+    weights: Literal["resident", "cpu_offload", "zero3"] = "resident"
+    shards: str = "device"
+
+    def __post_init__(self) -> None:
+        """Reject places that there are not, and shares where nothing is shared out."""
+        _check(
+            self.shards in ("device", "cpu") or (self.shards_folder is not None and self.shards != "nvme:"),
+            f"model.shards must be device, cpu or nvme:FOLDER, got {self.shards!r}",
+        )
+        _check(
+            self.shards == "device" or self.weights == "zero3",
+            f"model.shards {self.shards} goes with model.weights zero3, and model.weights is {self.weights}",
+        )
+
+    @property
+    def shards_folder(self) -> str | None:
+        """The folder of `nvme:FOLDER`."""
+        kind, colon, folder = self.shards.partition(":")
+        return folder if colon and kind == "nvme" else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +168,7 @@ class MethodConfig:
         else:
             _check_plain(self.settings)
             make_method(self.name, **self.settings)  # raises for settings that the class does not know or take
+        self.method.check_window(self.window_frames)
 
     @property
     def method(self) -> Method:
@@ -167,11 +194,14 @@ class AttentionConfig:
         kernel: auto, plain, cpu_flash, cuda_flash, cuda_cudnn or cuda_efficient; one that cannot run is an error.
         dual: how dual steps compute both branches: `strided`, dense calls of the kernel on views; `triton`, one kernel that
             goes on from the window to the other keys; `auto` is strided, until triton is measured to be faster.
+        complement: what attends to the keys outside the windows in dual steps: `same` kernel, or `sage`, SageAttention in
+            int8 (CUDA, the package sageattention 2). The local branch and global steps are never quantised.
         riflex: RIFLEx, which lowers one temporal frequency of the rotary table for long videos; off by default.
     """
 
     kernel: str = "auto"
     dual: str = "auto"
+    complement: str = "same"
     riflex: Riflex = field(default_factory=Riflex)
 
     def __post_init__(self) -> None:
@@ -180,6 +210,10 @@ class AttentionConfig:
         _check(self.kernel in names, f"unknown attention.kernel {self.kernel!r}; choose one of {', '.join(names)}")
         duals = ("auto", *DUALS)
         _check(self.dual in duals, f"unknown attention.dual {self.dual!r}; choose one of {', '.join(duals)}")
+        _check(
+            self.complement in COMPLEMENTS,
+            f"unknown attention.complement {self.complement!r}; choose one of {', '.join(COMPLEMENTS)}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +226,8 @@ class ParallelConfig:
         ring: ranks over which the tokens stay split inside attention; null lets the planner choose.
         ulysses: ranks over which attention splits the heads; null lets the planner choose.
         local_route: how local steps cross the ulysses axis: `halo`, `all_to_all`, or `auto` for fewer bytes.
-        provider: whose all-to-all is used: `torch`, or `deepspeed` (even shards and heads only).
+        provider: whose all-to-all is used: `torch`, or `deepspeed` (even shards and heads only); `xfuser` computes the whole
+            attention of the method direct with xDiT's hybrid attention instead (CUDA, even shards and heads only).
         timeout: seconds after which a collective that waits for a lost rank is an error.
         text_device: where the text encoder runs, on rank 0 only: `model` is the device of the model.
     """
@@ -202,7 +237,7 @@ class ParallelConfig:
     ring: int | None = None
     ulysses: int | None = None
     local_route: Literal["auto", "halo", "all_to_all"] = "auto"
-    provider: Literal["torch", "deepspeed"] = "torch"
+    provider: Literal["torch", "deepspeed", "xfuser"] = "torch"
     timeout: float = 600.0
     text_device: Literal["model", "cpu"] = "model"
 
@@ -325,6 +360,12 @@ class RunConfig:
             kind != "freenoise" or stride <= self.method.window_frames,
             f"sampler.noise_stride {stride} is more than the {self.method.window_frames} frames of method.window_frames",
         )
+        xfuser = self.parallel.provider == "xfuser"
+        _check(
+            not xfuser or self.method.name == "direct",
+            f"parallel.provider xfuser computes full attention only: use it with method.name direct, not {self.method.name}",
+        )
+        _check(not xfuser or not self.output.trace, "parallel.provider xfuser hands out no branches for output.trace")
 
     @property
     def noise(self) -> tuple[Noise, int]:

@@ -28,13 +28,16 @@ from engine.errors import UserError
 from engine.group_of_one import GROUP_OF_ONE
 from engine.load import fetch, find_adapter, find_checkpoint, load_pipeline, pick_device, pick_dtype, read_spec
 from engine.progress import enabled, progress_bar
+from engine.provenance import describe_weights
 from engine.ranks import check_agreement, fingerprints, hand_out, hand_out_bytes, together
 from engine.record import build_record
+from engine.sharded_weights import Encode, encode_on_all, shard_pipeline, shards_text
 from engine.supported_layouts import check_layout
 from engine.text_cache import TextCache
 from engine.trace import Trace
-from freespec.kernels import select_dual, select_kernel
+from freespec.kernels import select_complement, select_dual, select_kernel
 from parallel.mesh import SeqMesh
+from parallel.zero3 import device_bytes, num_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,8 @@ class LongVideoEngine:
                 self.spec, self._prints = together(self.mesh, self._check)
                 check_agreement(self.mesh, self._prints)
                 self.pipe = together(self.mesh, self._load)
+                self._shard()
+                self._weights = together(self.mesh, self._describe_weights)
                 bar.update()
             self.decoder = VideoDecoder(
                 config, vae=self.pipe.vae, spec=self.spec, device=self.device, world=self.mesh.world
@@ -102,8 +107,9 @@ class LongVideoEngine:
         Raises UserError, and keeps the method, for one that these ranks cannot run.
         """
         check_layout(method.name, method.method, self.ranks.degrees)
+        config = replace(self.config, method=method, output=output or self.config.output)
         self.handle.remove()
-        self.config = replace(self.config, method=method, output=output or self.config.output)
+        self.config = config
         self.handle = self._apply_method()
 
     @property
@@ -133,14 +139,16 @@ class LongVideoEngine:
 
     @property
     def loaded(self) -> dict[str, Any]:
-        """What was loaded, for the record: checkpoint, revision, dtypes and parameter counts."""
+        """What was loaded, for the record: checkpoint, revision, commit or SHA-256 (on rank 0), dtypes and parameter counts."""
         named = {name: getattr(self.pipe, name) for name in ("transformer", "vae", "text_encoder")}
         parts = {name: part for name, part in named.items() if part is not None}
         return {
             "path": self.config.model.path,
             "revision": self.config.model.revision,
+            **self._weights,
             "dtype": {name: str(part.dtype).removeprefix("torch.") for name, part in parts.items()},
-            "parameters": {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()},
+            "parameters": {name: num_parameters(part) for name, part in parts.items()},
+            "resident_bytes": {name: device_bytes(part, self.device) for name, part in parts.items()},
         }
 
     @property
@@ -185,6 +193,8 @@ class LongVideoEngine:
         is also written after every so many steps and after the last, for processes that may end without a word.
         `on_step(finished, total)` is called after each step.
         """
+        if trace is not None and self.ranks.hybrid is not None:
+            raise UserError("parallel.provider xfuser hands out no branches to trace")
         sampler, video = self.config.sampler, self.config.video
         seed = sampler.seed if seed is None else seed
         negative_prompt = sampler.negative_prompt if negative_prompt is None else negative_prompt
@@ -245,6 +255,7 @@ class LongVideoEngine:
             window_frames=config.method.window_frames,
             kernel=config.attention.kernel,
             dual=config.attention.dual,
+            complement=config.attention.complement,
             ranks=self.ranks,
             riflex=config.attention.riflex,
         )
@@ -253,8 +264,10 @@ class LongVideoEngine:
         """All that the configuration shows to be wrong, and what the ranks must agree on."""
         config = self.config
         try:
-            for select, name in ((select_kernel, config.attention.kernel), (select_dual, config.attention.dual)):
-                select(name, self.device, pick_dtype(config.model.dtype, self.device))
+            attention, where = config.attention, (self.device, pick_dtype(config.model.dtype, self.device))
+            for select, name in ((select_kernel, attention.kernel), (select_dual, attention.dual)):
+                select(name, *where)
+            select_complement(attention.complement, *where, dual=attention.dual)
         except ValueError as error:
             raise UserError(str(error)) from error
         if self.mesh.cfg.size > 1 and config.sampler.guidance_scale <= 1.0:
@@ -262,9 +275,14 @@ class LongVideoEngine:
                 f"parallel.cfg is {self.mesh.cfg.size}, but sampler.guidance_scale {config.sampler.guidance_scale} runs "
                 "one pass only; use parallel.cfg 1"
             )
+        if (config.parallel.provider == "xfuser") != (self.ranks.hybrid is not None):
+            raise UserError(
+                f"parallel.provider is {config.parallel.provider}, but the ranks were joined for another one; make both from one "
+                "configuration (engine.parallelism.join_ranks)"
+            )
         check_layout(config.method.name, config.method.method, self.ranks.degrees)
         source = find_checkpoint(config.model.path)
-        folder = fetch(source, config.model.revision, parts=())
+        folder = fetch(source, config.model.revision, parts=(), offline=config.model.offline)
         spec = read_spec(folder)
         check_riflex(find_adapter(folder), config.attention.riflex)
         spec.check_video(config.video.num_frames, config.video.height, config.video.width)
@@ -272,8 +290,23 @@ class LongVideoEngine:
         return spec, fingerprints(config, folder, from_hub=isinstance(source, str))
 
     def _load(self) -> DiffusionPipeline:
-        """The pipeline; the text encoder on rank 0 only."""
-        return load_pipeline(self.config.model, with_text=self.is_first, text_device=self.config.parallel.text_device)
+        """The pipeline; the text encoder on rank 0 only, unless all ranks share it."""
+        with_text = self.is_first or self._shards_text
+        return load_pipeline(self.config.model, with_text=with_text, text_device=self.config.parallel.text_device)
+
+    def _shard(self) -> None:
+        """Leave each rank its share of the weights, where that is asked for."""
+        model = self.config.model
+        if model.weights == "zero3":
+            shard_pipeline(self.pipe, model, with_text=self._shards_text, mesh=self.mesh, device=self.device)
+
+    @property
+    def _shards_text(self) -> bool:
+        return shards_text(self.config.model, self.config.parallel.text_device)
+
+    def _describe_weights(self) -> dict[str, Any]:
+        """Where the weights came from, on rank 0, which writes the record; now, as files may change while they are used."""
+        return describe_weights(self.config.model) if self.is_first else {}
 
     def _open_text_cache(self, folder: Path | None) -> TextCache:
         """A cache for what decides embeddings beside the prompt: checkpoint, dtype, length, and where the encoder runs."""
@@ -287,17 +320,24 @@ class LongVideoEngine:
         return TextCache(json.dumps(decides, sort_keys=True), folder)
 
     def _encode(self, prompts: list[str]) -> list[Text]:
-        """Text of each prompt as the transformer takes it, made by rank 0."""
+        """Text of each prompt as the transformer takes it, made by rank 0, or with it by all ranks that share the encoder."""
         max_tokens = self.config.sampler.max_text_tokens
 
-        def encode() -> list[Text]:
-            if self.is_first:
-                return self.text_cache.texts(
-                    prompts, lambda new: self.adapter.encode_text(self.pipe, new, max_tokens, self.device)
-                )
-            return [self.adapter.empty_text(self.pipe.transformer, max_tokens, self.device) for _ in prompts]
+        def encode(new: list[str]) -> list[Text]:
+            return self.adapter.encode_text(self.pipe, new, max_tokens, self.device)
 
-        texts = together(self.mesh, encode)
+        def look_up(encode: Encode) -> list[Text]:
+            return self.text_cache.texts(prompts, encode)
+
+        def texts_or_empty() -> list[Text]:
+            texts = None
+            if self._shards_text:
+                texts = encode_on_all(self.mesh, encode, look_up)
+            elif self.is_first:
+                texts = look_up(encode)
+            return texts or [self.adapter.empty_text(self.pipe.transformer, max_tokens, self.device) for _ in prompts]
+
+        texts = together(self.mesh, texts_or_empty)
         on_device = [tuple(part.to(self.device) for part in text) for text in texts]
         return [tuple(hand_out(self.mesh, part, "text embeddings") for part in text) for text in on_device]
 

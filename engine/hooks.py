@@ -14,10 +14,10 @@ from engine.adapters import ModelAdapter
 from engine.errors import UserError
 from engine.trace import Trace
 from freespec.attention import WindowedAttention
-from freespec.kernels import select_dual, select_kernel
+from freespec.kernels import select_complement, select_dual, select_kernel
 from freespec.methods import Branches, Grid, Layer, Method, Mode, StepPlan
 from freespec.rotary import Riflex, lowered_frequency, with_frequency
-from parallel.attention import HeadExchange, SequenceLayout
+from parallel.attention import HeadExchange, HybridAttention, SequenceLayout
 from parallel.collectives import Trace as CollectiveTrace
 from parallel.collectives import ignore_bytes
 from parallel.mesh import SeqMesh
@@ -37,7 +37,9 @@ class RunState:
     kernel_name: str
     mesh: SeqMesh
     exchange: HeadExchange
+    hybrid: HybridAttention | None = None
     dual_name: str = "auto"
+    complement_name: str = "same"
     local_route: str = "auto"
     on_bytes: Callable[[str, int], None] = ignore_bytes
     mode: Mode = "global"
@@ -77,6 +79,9 @@ class BranchProcessor:
         if not torch.compiler.is_compiling():  # a number per layer would compile every layer by itself
             state.layer = self.layer
         layout = state.attention_layout
+        if state.hybrid is not None:  # only with the method direct, whose steps are all global
+            out = state.hybrid(*state.adapter.qkv(attn, hidden_states, rotary_emb), layout=layout)
+            return state.adapter.project_out(attn, out)
         q, k, v = self._scatter(attn, hidden_states, rotary_emb, layout)
         if state.trace is not None:
             state.trace.observe(self.layer, state.step, (q, k, v), state.attention, layout)
@@ -143,6 +148,7 @@ class StepHook:
             window_frames=state.window_frames,
             kernel=select_kernel(state.kernel_name, latents.device, latents.dtype),
             dual_kernel=select_dual(state.dual_name, latents.device, latents.dtype),
+            rest_kernel=select_complement(state.complement_name, latents.device, latents.dtype, dual=state.dual_name),
         )
         step = self._plan[state.step]
         # At native length both branches are the whole video, and the stock computation is kept bit for bit.

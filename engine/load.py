@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from diffusers import DiffusionPipeline
+from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
 from packaging.version import Version
 from safetensors import SafetensorError
@@ -18,10 +19,14 @@ from engine.adapters import ModelAdapter, VideoSpec, adapter_named
 from engine.config import ModelConfig
 from engine.errors import UserError
 from engine.progress import no_library_bars
-from engine.weights import check_part, read_json
+from engine.sharded_weights import check_placement
+from engine.single_file import SingleFile, open_single_file
+from engine.weights import check_part, is_pickle, lfs_pointer, read_json, unfinished
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+# Of newer versions of the hub's client; older ones return what there is, and the checks of the folder say what is missing.
+_INCOMPLETE: tuple[type[Exception], ...] = tuple(filter(None, [getattr(hub_errors, "IncompleteSnapshotError", None)]))
 # Parts of a pipeline that hold weights, and must lie in a checkpoint folder.
 WEIGHT_FOLDERS = ("transformer", "vae", "text_encoder")
 
@@ -48,18 +53,28 @@ def find_checkpoint(path: str) -> Path | str:
         for folder in (Path(path).expanduser(), REPOSITORY / path):
             if folder.is_dir():
                 return folder
+        is_file = Path(path).expanduser().is_file()
     except (OSError, RuntimeError) as error:  # no permission, a name too long, ~ of an unknown user
         raise UserError(f"cannot look for model.path {path!r}: {error}") from error
+    if is_file and is_pickle(path):
+        raise UserError(f"model.path {path} is a pickle, which can run code and is not read; give .safetensors files")
+    if is_file:
+        raise UserError(
+            f"model.path {path} is one file; give it as model.single_file, and a folder or hub name as model.path"
+        )
     if not _HUB_NAME.fullmatch(path):
         raise UserError(f"model.path {path!r} is no folder here and no hub name; give a folder in Diffusers layout")
     return path
 
 
-def fetch(source: Path | str, revision: str | None, *, parts: Sequence[str] = WEIGHT_FOLDERS) -> Path:
+def fetch(
+    source: Path | str, revision: str | None, *, parts: Sequence[str] = WEIGHT_FOLDERS, offline: bool = False
+) -> Path:
     """The folder of a checkpoint: itself, or the local copy of a hub name, downloaded as far as it is missing.
 
     Only what is read is fetched: JSON files, the weights of `parts`, and with the text encoder its tokenizer. Raises
-    UserError if the hub does not know the name or cannot be reached and there is no local copy.
+    UserError if the hub does not know the name or cannot be reached and there is no local copy; with `offline` the hub
+    is not asked.
     """
     if isinstance(source, Path):
         if revision is not None:
@@ -68,21 +83,38 @@ def fetch(source: Path | str, revision: str | None, *, parts: Sequence[str] = WE
             )
         return source
     patterns = ["*.json", *(f"{part}/*.safetensors" for part in parts)]
-    patterns += ["tokenizer/*"] if "text_encoder" in parts else []
-    hub_log = logging.getLogger("huggingface_hub")
-    level = hub_log.level
-    hub_log.setLevel(logging.ERROR)  # its warnings about retries come before our one line
+    patterns += ["tokenizer/*.model", "tokenizer/*.txt"] if "text_encoder" in parts else []
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        with quiet_hub():
+            return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, local_files_only=offline))
     except (OSError, ValueError) as error:  # what all errors of huggingface_hub and its connections derive from
         first = str(error).strip().splitlines()[0]
         at = f" at revision {revision}" if revision else ""
+        if isinstance(error, _INCOMPLETE):
+            raise UserError(
+                f"the local copy of {source!r}{at} is not whole and the hub was not reached; finish the download "
+                f"({type(error).__name__}: {first})"
+            ) from error
+        if offline:
+            raise UserError(
+                f"model.offline is true, and the hub's local copy does not hold {source!r}{at}; download it first"
+            ) from error
         raise UserError(
             f"there is no folder {source!r} here, and the hub has no such checkpoint{at} or cannot be reached "
             f"({type(error).__name__}: {first})"
         ) from error
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Without the hub's warnings about retries, which would come before our one line."""
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
-        hub_log.setLevel(level)
+        log.setLevel(level)
 
 
 def find_adapter(folder: Path) -> ModelAdapter:
@@ -103,6 +135,8 @@ def read_spec(folder: Path) -> VideoSpec:
 def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: str = "model") -> DiffusionPipeline:
     """The pipeline on its device: transformer and text encoder in `config.dtype`, VAE in float32.
 
+    With `config.weights` zero3 transformer and text encoder are left on the CPU, for `shard_pipeline` to take.
+
     Args:
         config: the checkpoint.
         with_text: whether the text encoder is loaded; ranks that receive the embeddings have no need of its memory.
@@ -113,31 +147,27 @@ def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: s
     """
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
-    if config.offload == "model" and device.type != "cuda":
-        raise UserError("model.offload moves parts between GPU and CPU and needs CUDA; use none on a CPU")
-    if config.offload == "model" and text_device == "cpu":
-        raise UserError(
-            "parallel.text_device cpu and model.offload model exclude each other; offload moves the encoder"
-        )
-    parts = WEIGHT_FOLDERS if with_text else ("transformer", "vae")
-    folder = fetch(find_checkpoint(config.path), config.revision, parts=parts)
-    check_folder(folder, parts)
+    check_placement(config, device, text_device)
+    folder, single = open_checkpoint(config, WEIGHT_FOLDERS if with_text else ("transformer", "vae"))
     without_text: dict[str, Any] = {} if with_text else {"text_encoder": None, "tokenizer": None}
     with _faults_as_lines(config.path), no_library_bars():
-        adapter, vae = find_adapter(folder), load_vae(folder)
-        pipe = adapter.pipeline_class.from_pretrained(
-            folder, vae=vae, dtype=dtype, use_safetensors=True, **without_text
-        )
+        adapter, vae = find_adapter(folder), load_vae(folder, single)
+        given = dict(without_text)
+        if single is not None and "transformer" in single.parts:
+            given["transformer"] = single.load(adapter, folder, "transformer", dtype)
+        pipe = adapter.pipeline_class.from_pretrained(folder, vae=vae, dtype=dtype, use_safetensors=True, **given)
     adapter.check_pipeline(pipe)
     if with_text:
         _check_text_encoder(pipe)
     pipe.set_progress_bar_config(disable=True)
-    if config.offload == "model":
+    if config.weights == "cpu_offload":
         pipe.enable_model_cpu_offload(gpu_id=torch.cuda.current_device())
         return pipe
     # One by one: a text encoder that stays on the CPU must never have been on the device.
-    pipe.transformer.to(device)
     pipe.vae.to(device)
+    if config.weights == "zero3":
+        return pipe
+    pipe.transformer.to(device)
     if with_text and text_device == "model":
         pipe.text_encoder.to(device)
     return pipe
@@ -145,45 +175,72 @@ def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: s
 
 def load_vae_alone(config: ModelConfig) -> tuple[VideoSpec, Any]:
     """The numbers of a checkpoint and its VAE, in float32 on the CPU; no other weights are fetched, looked at or read."""
-    folder = fetch(find_checkpoint(config.path), config.revision, parts=("vae",))
-    check_folder(folder, ("vae",))
+    folder, single = open_checkpoint(config, ("vae",))
     with _faults_as_lines(config.path), no_library_bars():
-        return read_spec(folder), load_vae(folder)
+        return read_spec(folder), load_vae(folder, single)
 
 
-def load_vae(folder: Path) -> Any:
-    """The VAE alone, in float32 on the CPU."""
-    vae_class = find_adapter(folder).vae_class
+def open_checkpoint(config: ModelConfig, parts: Sequence[str]) -> tuple[Path, SingleFile | None]:
+    """The folder of a checkpoint and the single file that takes the place of some of its parts, fetched and checked."""
+    source, single = find_checkpoint(config.path), None
+    if config.single_file is not None:
+        adapter = find_adapter(fetch(source, config.revision, parts=(), offline=config.offline))
+        single = open_single_file(config, adapter)
+    elsewhere = single.parts if single is not None else ()
+    wanted = [part for part in parts if part not in elsewhere]
+    folder = fetch(source, config.revision, parts=wanted, offline=config.offline)
+    check_folder(folder, parts, elsewhere=elsewhere)
+    if single is not None:
+        single.check(find_adapter(folder), folder)
+    return folder, single
+
+
+def load_vae(folder: Path, single: SingleFile | None = None) -> Any:
+    """The VAE alone, in float32 on the CPU, from the single file if it is in there."""
+    adapter = find_adapter(folder)
+    if single is not None and "vae" in single.parts:
+        return single.load(adapter, folder, "vae", torch.float32)
+    vae_class = adapter.vae_class
     return vae_class.from_pretrained(folder, subfolder="vae", dtype=torch.float32, use_safetensors=True)
 
 
-def check_folder(folder: Path, parts: Sequence[str] = WEIGHT_FOLDERS) -> None:
-    """Raise UserError unless the folder holds a known model whose `parts` are whole: every file, every tensor in its shape."""
+def check_folder(folder: Path, parts: Sequence[str] = WEIGHT_FOLDERS, *, elsewhere: Sequence[str] = ()) -> None:
+    """Raise UserError unless the folder holds a known model whose `parts` are whole: every file, every tensor in its shape.
+
+    Of parts whose weights are `elsewhere` the folder holds the configurations only.
+    """
     adapter = find_adapter(folder)
     # Without its files transformers makes a tokenizer that knows no word, and every prompt would be ignored.
     needed = {"transformer": ("scheduler", ("scheduler_config.json",))}
     needed["text_encoder"] = ("tokenizer", ("tokenizer.json", "spiece.model"))
     for name in parts:
-        check_files(folder / name)
-        check_part(adapter, folder, name)
+        if name not in elsewhere:
+            check_files(folder, name)
+            check_part(adapter, folder, name)
         beside, files = needed.get(name, (name, ("config.json",)))
         if not any((folder / beside / file).is_file() for file in files):
             raise UserError(f"{folder / beside} has no {' or '.join(files)}; fetch the checkpoint again")
+        for file in sorted((folder / beside).glob("*.*")):
+            if pointer := lfs_pointer(file):
+                raise UserError(pointer)
 
 
-def check_files(part: Path) -> None:
+def check_files(folder: Path, name: str) -> None:
     """Raise UserError unless a part's weights are there, as safetensors, with all of its shards."""
+    part = folder / name
     files = sorted(part.glob("*.safetensors"))
+    begun = unfinished(folder, name)
+    told = f" ({', '.join(begun)} did not finish)" if begun else ""
     if not files:
-        others = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in part.glob(pattern))
+        others = sorted(file.name for file in part.glob("*") if is_pickle(file.name))
         found = f"only {', '.join(others)}, which can run code and is not read" if others else "no weights"
-        raise UserError(f"{part} has {found}; fetch the .safetensors files of this checkpoint")
+        raise UserError(f"{part} has {found}{told}; fetch the .safetensors files of this checkpoint")
     for shard_index in part.glob("*.safetensors.index.json"):
         content = read_json(shard_index)
         shards = set(content["weight_map"].values()) if isinstance(content, dict) and "weight_map" in content else set()
         missing = sorted(shards - {file.name for file in files})
         if missing:
-            raise UserError(f"{part} lacks {', '.join(missing)} of {len(shards)} shards; finish the download")
+            raise UserError(f"{part} lacks {', '.join(missing)} of {len(shards)} shards{told}; finish the download")
 
 
 @contextmanager

@@ -17,8 +17,9 @@ from engine.planner.layout import Degrees, feasible_degrees, num_passes
 from engine.supported_layouts import check_layout, refused_axes
 from parallel.attention import TORCH_EXCHANGE, HeadExchange
 from parallel.deepspeed import deepspeed_exchange
-from parallel.mesh import build_mesh
+from parallel.mesh import SeqMesh, build_mesh
 from parallel.plan import SequencePlan
+from parallel.xfuser import XfuserAttention, check_xfuser, xfuser_attention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +40,19 @@ class Arrangement:
 def arrange_ranks(config: RunConfig, world: int, device: torch.device) -> Arrangement:
     """The arrangement that the configuration and the planner choose, before any rank is heard of.
 
-    Raises UserError for degrees that do not fit the number of ranks or the guidance.
+    Raises UserError for degrees that do not fit the number of ranks or the guidance, and for those that xfuser, if it is the
+    provider, cannot have.
     """
     spec = read_model(config.model)
     degrees, why = choose_degrees(config, spec, world, device)
     video = config.video
     frames, frame_tokens = spec.grid(video.num_frames, video.height, video.width)
     plan = SequencePlan(tokens=frames * frame_tokens, heads=spec.heads, ring=degrees[1], ulysses=degrees[2])
+    if config.parallel.provider == "xfuser":
+        try:
+            check_xfuser(plan, device_type=device.type, kernel=config.attention.kernel)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"parallel.provider xfuser: {error}") from error
     return Arrangement(degrees=degrees, plan=plan, why=why)
 
 
@@ -58,7 +65,10 @@ def join_ranks(config: RunConfig, arrangement: Arrangement, device: torch.device
     cfg, ring, ulysses = arrangement.degrees
     timeout = timedelta(seconds=config.parallel.timeout)
     mesh = build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=device, timeout=timeout)
-    return Ranks(mesh=mesh, local_route=config.parallel.local_route, exchange=exchange, why=arrangement.why)
+    hybrid = _load_xfuser(config, mesh) if config.parallel.provider == "xfuser" else None
+    return Ranks(
+        mesh=mesh, local_route=config.parallel.local_route, exchange=exchange, hybrid=hybrid, why=arrangement.why
+    )
 
 
 def describe_place(ranks: Ranks, plan: SequencePlan, device: torch.device) -> str:
@@ -144,9 +154,16 @@ def match_gpu(name: str, known: Sequence[str]) -> str | None:
 
 
 def _choose_exchange(config: RunConfig, plan: SequencePlan) -> HeadExchange:
-    if config.parallel.provider == "torch":
+    if config.parallel.provider != "deepspeed":
         return TORCH_EXCHANGE
     try:
         return deepspeed_exchange(plan)
     except (ImportError, ValueError) as error:
         raise UserError(f"parallel.provider deepspeed: {error}") from error
+
+
+def _load_xfuser(config: RunConfig, mesh: SeqMesh) -> XfuserAttention:
+    try:
+        return xfuser_attention(mesh, kernel=config.attention.kernel)
+    except ImportError as error:
+        raise UserError(f"parallel.provider xfuser: {error}") from error

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.single_file import find_single_file
 from parallel import collectives
 from parallel.collectives import Trace, ignore_bytes
 from parallel.mesh import SeqMesh
@@ -29,7 +30,9 @@ def fingerprints(config: RunConfig, folder: Path, *, from_hub: bool) -> dict[str
     """
     # The folder of a hub checkpoint is called after its commit; a local one may be called anything.
     version, pattern = (folder.resolve().name, "*.json") if from_hub else ("", "*")
-    return setting_prints(config) | {"checkpoint": _digest_checkpoint(folder, version, pattern)}
+    files = sorted(path for path in folder.rglob(pattern) if path.is_file())
+    single = find_single_file(config.model)
+    return setting_prints(config) | {"checkpoint": _digest_checkpoint(folder, version, files, single)}
 
 
 def setting_prints(config: RunConfig) -> dict[str, bytes]:
@@ -59,11 +62,14 @@ def refuse_different(prints: Sequence[Mapping[str, bytes]]) -> None:
 
 def first_failure(mesh: SeqMesh, message: str | None) -> str | None:
     """The message of the first rank that has one, on every rank: a rank's fault ends all ranks together."""
-    encoded = (message or "").encode()[:1024]
-    mine = torch.zeros(1024, dtype=torch.uint8)
+    encoded = (message or "").encode(errors="replace")  # names of files may be no text
+    sizes = [int(size) for size in _gather(mesh, torch.tensor([len(encoded)]))]
+    if not any(sizes):
+        return None
+    mine = torch.zeros(max(sizes), dtype=torch.uint8)
     mine[: len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
-    rows = _gather(mesh, mine)
-    return choose_failure([bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in rows])
+    rows = zip(_gather(mesh, mine), sizes, strict=True)
+    return choose_failure([bytes(row[:size].tolist()).decode() for row, size in rows])
 
 
 def choose_failure(messages: Sequence[str | None]) -> str | None:
@@ -77,7 +83,7 @@ def together(mesh: SeqMesh, action: Callable[[], Result]) -> Result:
     try:
         result, message = action(), None
     except (UserError, OSError) as error:  # OSError: a file that this rank may not read
-        result, message = None, str(error)
+        result, message = None, str(error) or type(error).__name__  # without words it would count as no fault
     failure = first_failure(mesh, message)
     if failure is not None:
         raise UserError(failure)
@@ -119,11 +125,13 @@ def digest(text: str) -> bytes:
     return hashlib.sha256(text.encode()).digest()
 
 
-def _digest_checkpoint(folder: Path, version: str, pattern: str) -> bytes:
-    """The checkpoint's version, and names, sizes and beginnings of its files."""
+def _digest_checkpoint(folder: Path, version: str, files: Sequence[Path], single: Path | None) -> bytes:
+    """The checkpoint's version, and names, sizes and beginnings of its files, and of the one beside it."""
     digest = hashlib.sha256(version.encode())
-    for file in sorted(p for p in folder.rglob(pattern) if p.is_file()):
+    named = [(str(file.relative_to(folder)), file) for file in files]
+    named += [(single.name, single)] if single is not None else []
+    for name, file in named:
         with file.open("rb") as opened:
-            digest.update(f"{file.relative_to(folder)} {file.stat().st_size}\n".encode())
+            digest.update(f"{name} {file.stat().st_size}\n".encode())
             digest.update(opened.read(_HEAD_BYTES))
     return digest.digest()

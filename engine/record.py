@@ -50,6 +50,7 @@ def build_record(
         "seed": config["sampler"]["seed"],
         "config": config,
         "dual": resolve_dual(config["attention"]["dual"]),
+        "complement": config["attention"]["complement"],
         "model": engine.loaded,
         "noise": dict(zip(("kind", "stride"), engine.config.noise, strict=True)),
         "latents": {"shape": list(denoised.latents.shape)},
@@ -106,7 +107,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 def versions() -> dict[str, str | None]:
     """Versions of what decides the result; None for a package that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in (PACKAGE, "diffusers", "transformers", "av"):
+    for package in (PACKAGE, "diffusers", "transformers", "av", "sageattention", "xfuser"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

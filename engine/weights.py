@@ -12,6 +12,8 @@ from engine.errors import UserError
 
 # Buffers that other versions of the libraries save and the models compute anew.
 _HARMLESS = ("rope.",)
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def check_part(adapter: ModelAdapter, folder: Path, name: str) -> None:
@@ -20,7 +22,16 @@ def check_part(adapter: ModelAdapter, folder: Path, name: str) -> None:
     The libraries fill a missing tensor with random numbers, or end in an error about meta tensors; a video made with
     either would be worthless, and the first would look plausible.
     """
-    part = folder / name
+    compare_part(adapter, folder / name, name, found=_shapes_in(folder / name), where=folder / name)
+
+
+def compare_part(
+    adapter: ModelAdapter, part: Path, name: str, *, found: dict[str, tuple[int, ...]], where: Path
+) -> None:
+    """Raise UserError unless `found`, shapes by name, is what the configuration in the folder `part` asks for.
+
+    `where` is what messages call the place of the tensors.
+    """
     config = read_json(part / "config.json")
     if not isinstance(config, dict):
         raise UserError(f"{part / 'config.json'} is no configuration; fetch the checkpoint again")
@@ -30,7 +41,6 @@ def check_part(adapter: ModelAdapter, folder: Path, name: str) -> None:
     except (TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{part / 'config.json'} describes no {name} of {adapter.name} ({error})") from error
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    found = _shapes_in(part)
     # A tied tensor may lie there under either of its names, or under both.
     tied = dict(getattr(model, "_tied_weights_keys", None) or {})
     missing = [key for key in expected if key not in found and not _has_tied(key, tied, found)]
@@ -39,7 +49,35 @@ def check_part(adapter: ModelAdapter, folder: Path, name: str) -> None:
     for what, keys in (("lacks", missing), ("has another shape for", wrong), ("has the unknown", surplus)):
         if keys:
             more = f" and {len(keys) - 1} more tensors" if len(keys) > 1 else ""
-            raise UserError(f"{part} {what} {keys[0]}{more}, by its config.json; fetch the checkpoint again")
+            by = "its config.json" if where == part else part / "config.json"
+            raise UserError(f"{where} {what} {keys[0]}{more}, by {by}; fetch the checkpoint again")
+
+
+def is_pickle(name: str) -> bool:
+    """Whether a file's name says that it is a pickle, which can run code when it is read."""
+    return name.lower().endswith(_PICKLES)
+
+
+def broken_file(file: Path, error: Exception) -> UserError:
+    """What to say of a safetensors file that does not open."""
+    return UserError(lfs_pointer(file) or f"{file} is broken or cut short ({error}); fetch it again")
+
+
+def lfs_pointer(file: Path) -> str | None:
+    """What to say of a file that git left in place of the real one; None if it is not such a file."""
+    with file.open("rb") as opened:
+        if opened.read(len(_LFS_POINTER)) != _LFS_POINTER:
+            return None
+    return f"{file} is a pointer of git-lfs and not the file itself; run git lfs pull in its folder"
+
+
+def unfinished(folder: Path, name: str) -> list[str]:
+    """Names of downloads for a part of a checkpoint that were begun and not ended, of the hub's client and of others."""
+    places = [folder / name, folder / ".cache" / "huggingface" / "download" / name]
+    if folder.parent.name == "snapshots":  # the hub's local copy keeps files by their hash
+        places.append(folder.parent.parent / "blobs")
+    endings = ("*.incomplete", "*.part", "*.aria2", "*.crdownload")
+    return sorted(file.name for place in places for ending in endings for file in place.glob(ending))
 
 
 def read_json(path: Path) -> Any:
@@ -59,7 +97,7 @@ def _shapes_in(part: Path) -> dict[str, tuple[int, ...]]:
             with safe_open(file, framework="pt") as opened:
                 shapes |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is broken or cut short ({error}); fetch it again") from error
+            raise broken_file(file, error) from error
     return shapes
 
 

@@ -81,7 +81,9 @@ class Bench:
     @property
     def identity(self) -> dict[str, Any]:
         """What results belong to, beside their videos."""
-        return {"commit": self.commit, "sources": self.sources, "versions": self.probe["versions"]}
+        # How this project calls VBench decides scores as well: its settings are in the driver.
+        asked = file_sha256(DRIVER)
+        return {"commit": self.commit, "sources": self.sources, "driver": asked, "versions": self.probe["versions"]}
 
 
 def preflight(evaluator: Evaluator, dimensions: Sequence[str], folder: Path) -> Bench:
@@ -107,6 +109,8 @@ def preflight(evaluator: Evaluator, dimensions: Sequence[str], folder: Path) -> 
     if probe["error"] is not None:
         version = ".".join(map(str, probe["python"]))
         raise PreflightError([f"{evaluator.python} (Python {version}) cannot import VBench-Long: {probe['error']}"])
+    for gpu in evaluator.gpus:
+        visible_gpu(evaluator, gpu)
     if evaluator.device == "cuda" and not probe["cuda"]:
         raise PreflightError([f"torch of {evaluator.python} sees no GPU; choose --device cpu"])
     return Bench(commit=checkout_commit(evaluator.checkout), sources=sources(evaluator.checkout), probe=probe)
@@ -140,8 +144,19 @@ def environment(evaluator: Evaluator, gpu: int | None) -> dict[str, str]:
     }
     kept |= {"no_proxy": "", "NO_PROXY": ""}
     if gpu is not None:
-        kept["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        kept["CUDA_VISIBLE_DEVICES"] = visible_gpu(evaluator, gpu)
     return kept
+
+
+def visible_gpu(evaluator: Evaluator, gpu: int) -> str:
+    """What CUDA calls a GPU of `--gpus`, which counts those that this program may use; UserError if there are fewer."""
+    given = evaluator.environment.get("CUDA_VISIBLE_DEVICES")
+    if not given:
+        return str(gpu)
+    names = given.split(",")
+    if gpu >= len(names):
+        raise UserError(f"--gpus has {gpu}, and CUDA_VISIBLE_DEVICES leaves {len(names)}: {given}; count from 0")
+    return names[gpu].strip()
 
 
 def _probe(evaluator: Evaluator, dimensions: Sequence[str], folder: Path) -> dict[str, Any]:

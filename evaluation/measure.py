@@ -1,15 +1,19 @@
-"""Proxies of many videos: each is measured once, on as many processes as wanted, and kept by the file's hash."""
+"""Proxies and exact measures of many videos: each once, on as many processes as wanted, and kept by the file's hash."""
 
+import hashlib
 import math
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from engine.batch.store import read_json, write_json
 from engine.errors import UserError
+from evaluation import world
 from evaluation.proxies import PROXIES, measure_file, version
 from evaluation.videos import Video
+from evaluation.world import WORLD, measure_world
 
 
 def measure_all(
@@ -22,26 +26,64 @@ def measure_all(
     broken = next((video for video in videos if video.fps.denominator != 1), None)
     if broken is not None:
         raise UserError(f"{broken.path} has {float(broken.fps):.3f} frames per second; proxies need a whole rate")
-    folder.mkdir(parents=True, exist_ok=True)
-    code = version()
-    found = {video.path: _read(_place(video, folder), code) for video in videos}
-    missing = [video for video in videos if found[video.path] is None]
-    say(f"proxies: {len(missing)} of {len(videos)} videos to be measured")
-    for video, values in _measure(missing, workers):
-        write_json(_place(video, folder), {"version": code, "values": {n: _json(v) for n, v in values.items()}})
-        found[video.path] = values
+    jobs = [
+        _Job(video.path, (video.path, int(video.fps)), folder / f"{video.sha256}-{video.fps}.json") for video in videos
+    ]
+    return _measure_kept(jobs, measure_file, "proxies", PROXIES, code=version(), workers=workers, say=say)
+
+
+def measure_all_world(
+    videos: Sequence[Video], folder: Path, *, workers: int, say: Callable[[str], None]
+) -> dict[Path, dict[str, float]]:
+    """Every exact measure of every video, likewise; `evaluation.world.why_not` says whether they can be."""
+    jobs = []
+    for video in videos:
+        what = hashlib.sha256(f"{video.prompt}\n{video.native_frames}".encode()).hexdigest()[:12]
+        given = (video.path, video.prompt, video.native_frames)
+        jobs.append(_Job(video.path, given, folder / f"{video.sha256}-{what}.json"))
+    code = world.version()
+    return _measure_kept(jobs, measure_world, "exact measures", WORLD, code=code, workers=workers, say=say)
+
+
+class _Job(NamedTuple):
+    """A video, what its measure is called with, and the file that keeps the result."""
+
+    path: Path
+    given: tuple[Any, ...]
+    place: Path
+
+
+def _measure_kept(
+    jobs: Sequence[_Job],
+    call: Callable[..., dict[str, float]],
+    what: str,
+    names: Collection[str],
+    *,
+    code: str,
+    workers: int,
+    say: Callable[[str], None],
+) -> dict[Path, dict[str, float]]:
+    found = {job.path: _read(job.place, names, code) for job in jobs}
+    missing = [job for job in jobs if found[job.path] is None]
+    say(f"{what}: {len(missing)} of {len(jobs)} videos to be measured")
+    for job, values in _measure(missing, call, workers):
+        job.place.parent.mkdir(parents=True, exist_ok=True)
+        write_json(job.place, {"version": code, "values": {n: _json(v) for n, v in values.items()}})
+        found[job.path] = values
     return {path: values for path, values in found.items() if values is not None}
 
 
-def _measure(videos: Sequence[Video], workers: int) -> Iterator[tuple[Video, dict[str, float]]]:
-    if workers == 1 or len(videos) < 2:
-        for video in videos:
-            yield video, measure_file(video.path, int(video.fps))
+def _measure(
+    given: Sequence[_Job], call: Callable[..., dict[str, float]], workers: int
+) -> Iterator[tuple[_Job, dict[str, float]]]:
+    if workers == 1 or len(given) < 2:
+        for job in given:
+            yield job, call(*job.given)
         return
     # Spawned, because OpenCV and PyAV hold threads and locks that a fork would copy; evaluation.proxies imports little.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(videos)), mp_context=context) as pool:
-        jobs = {pool.submit(measure_file, video.path, int(video.fps)): video for video in videos}
+    with ProcessPoolExecutor(min(workers, len(given)), mp_context=context) as pool:
+        jobs = {pool.submit(call, *job.given): job for job in given}
         try:
             for job in as_completed(jobs):
                 yield jobs[job], job.result()
@@ -50,13 +92,9 @@ def _measure(videos: Sequence[Video], workers: int) -> Iterator[tuple[Video, dic
             raise
 
 
-def _place(video: Video, folder: Path) -> Path:
-    return folder / f"{video.sha256}-{video.fps}.json"
-
-
-def _read(path: Path, code: str) -> dict[str, float] | None:
+def _read(path: Path, names: Collection[str], code: str) -> dict[str, float] | None:
     kept = read_json(path)
-    if kept is None or kept["version"] != code or kept["values"].keys() != PROXIES.keys():
+    if kept is None or kept["version"] != code or kept["values"].keys() != set(names):
         return None
     return {name: math.nan if value is None else value for name, value in kept["values"].items()}
 

@@ -72,14 +72,19 @@ def proxies(frames: np.ndarray, fps: int) -> dict[str, float]:
 
 
 def measure_file(path: Path, fps: int) -> dict[str, float]:
-    """`proxies` of an mp4, on one thread; it is decoded as `engine.video.read_video` does."""
+    """`proxies` of an mp4, on one thread."""
     cv2.setNumThreads(1)
+    return proxies(read_frames(path), fps)
+
+
+def read_frames(path: Path) -> np.ndarray:
+    """All frames of an mp4, uint8 [T, H, W, 3], as `engine.video.read_video` decodes them, without what that imports."""
     with av.open(str(path), format="mp4") as container:
         decoded = (
             frame.reformat(format="rgb24", src_colorspace="ITU709", src_color_range="MPEG")
             for frame in container.decode(video=0)
         )
-        return proxies(np.stack([frame.to_ndarray() for frame in decoded]), fps)
+        return np.stack([frame.to_ndarray() for frame in decoded])
 
 
 def version() -> str:

@@ -15,6 +15,7 @@ from evaluation.parse import DimensionScores
 from evaluation.proxies import PROXIES
 from evaluation.tables import Scored, differences, means
 from evaluation.videos import as_json
+from evaluation.world import WORLD
 from metrics.bootstrap import MIN_COUNT, Estimate
 
 PAPER = Path(__file__).with_name("paper.json")
@@ -35,6 +36,7 @@ class Evaluation:
         baseline: the label that others are compared with.
         dimensions: the dimensions that were asked for.
         proxies: whether proxies were taken.
+        not_world: why there are no exact measures of the embedded world; None if there are.
         scores: (label, dimension) -> what VBench-Long gave.
         vbench: what ran: commit, versions; None without VBench.
         notes: sentences that a reader must know.
@@ -46,6 +48,7 @@ class Evaluation:
     baseline: str
     dimensions: Sequence[str] = ()
     proxies: bool = True
+    not_world: str | None = "not asked for"
     scores: Mapping[tuple[str, str], DimensionScores] = field(default_factory=dict)
     vbench: Mapping[str, Any] | None = None
     notes: Sequence[str] = ()
@@ -60,8 +63,8 @@ class Evaluation:
 
     @property
     def measures(self) -> list[str]:
-        """All six dimensions, asked for or not, and the proxies."""
-        return [*DIMENSIONS, *(PROXIES if self.proxies else ())]
+        """All six dimensions, asked for or not, the proxies, and the exact measures of the embedded world."""
+        return [*DIMENSIONS, *(PROXIES if self.proxies else ()), *(WORLD if self.not_world is None else ())]
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> list[Path]:
@@ -114,6 +117,7 @@ def as_tree(evaluation: Evaluation) -> dict[str, Any]:
             for row in rows
         ],
         "paper": read_paper(),
+        "not_world": evaluation.not_world,
         "notes": [*evaluation.notes, *_differing(evaluation)],
         "failures": list(evaluation.failures),
     }
@@ -146,7 +150,7 @@ def as_markdown(evaluation: Evaluation, tree: Mapping[str, Any]) -> str:
     lines += _vbench_section(evaluation, tree) if evaluation.vbench else _without_vbench()
     lines += _paper_section(evaluation, tree)
     if evaluation.proxies:
-        lines += _proxy_section(evaluation, tree)
+        lines += [*_proxy_section(evaluation, tree), *_world_section(evaluation, tree)]
     for heading, sentences in (("Notes", tree["notes"]), ("Failed", tree["failures"])):
         if sentences:
             lines += [f"## {heading}", "", *(f"- {sentence}" for sentence in sentences), ""]
@@ -227,13 +231,30 @@ def _paper_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]
         rows = []
         for row in table["rows"]:
             rows.append([f"{row['name']} (paper)", *(f"{value:.4f}" for value in row["values"])])
-            ours = tree["means"].get(row["method"]) if same and evaluation.vbench else None
-            if ours:
-                rows.append(
-                    [f"{row['method']} (here)", *(_plain((ours[d] or {}).get("mean")) for d in paper["columns"])]
-                )
+            if not same or not evaluation.vbench:
+                continue
+            ours = _labels_of(row, evaluation)
+            for label in ours:
+                found = tree["means"][label]
+                rows.append([f"{label} (here)", *(_plain((found[d] or {}).get("mean")) for d in paper["columns"])])
+            if not ours:
+                rows.append([f"{row['name']} (here)", *("not made" for _ in paper["columns"])])
         lines += [*_table(["method", *paper["columns"]], rows), ""]
     return lines
+
+
+def _labels_of(row: Mapping[str, Any], evaluation: Evaluation) -> list[str]:
+    """The labels whose videos are of a row of the paper: of its method, and of its settings where the row has some."""
+    wanted = {"method": row["method"], **row.get("settings", {})}
+    return [
+        label
+        for label in evaluation.labels
+        if all(
+            wanted.items() <= {**dict(scored.video.settings), "method": scored.video.method}.items()
+            for scored in evaluation.rows
+            if scored.label == label
+        )
+    ]
 
 
 def _comparable(same: bool, table: Mapping[str, Any], evaluation: Evaluation) -> str:
@@ -253,28 +274,39 @@ def _proxy_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]
         "VBench has "
         "been measured.",
         "",
-        *_table(
-            ["measure", *evaluation.labels],
-            [[f"`{name}`", *(_cell(tree["means"][label][name]) for label in evaluation.labels)] for name in PROXIES],
-        ),
-        "",
+        *_by_measure(evaluation, tree, {name: f"`{name}`" for name in PROXIES}),
     ]
-    if len(evaluation.labels) > 1:
-        others = [label for label in evaluation.labels if label != evaluation.baseline]
-        lines += [
-            f"Differences from {evaluation.baseline}:",
-            "",
-            *_table(
-                ["measure", *others],
-                [
-                    [f"`{name}`", *(_cell(tree["differences"][label][name], signed=True) for label in others)]
-                    for name in PROXIES
-                ],
-            ),
-            "",
-        ]
     lines += [f"- `{name}`: {meaning}" for name, meaning in PROXIES.items()]
     return [*lines, "", "Nothing here stands for aesthetic quality, a subject's identity or the text.", ""]
+
+
+def _world_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]:
+    heading = ["## Exact measures of the embedded world", ""]
+    if evaluation.not_world is not None:
+        return [*heading, f"{MISSING[0].upper()}{MISSING[1:]}: {evaluation.not_world}.", ""]
+    return [
+        *heading,
+        "The world's shapes, colours, places and speeds, read from every frame; docs/compare.md says what each measure "
+        "is. They are exact on rendered clips; what a video shows beside the world, they do not see.",
+        "",
+        *_by_measure(evaluation, tree, {name: f"`{name}`, {unit}" for name, unit in WORLD.items()}),
+    ]
+
+
+def _by_measure(evaluation: Evaluation, tree: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    """Means by measure and method, and differences from the baseline; `names` has the words for each measure."""
+    rows = [
+        [words, *(_cell(tree["means"][label][name]) for label in evaluation.labels)] for name, words in names.items()
+    ]
+    lines = [*_table(["measure", *evaluation.labels], rows), ""]
+    others = [label for label in evaluation.labels if label != evaluation.baseline]
+    if others:
+        rows = [
+            [words, *(_cell(tree["differences"][label][name], signed=True) for label in others)]
+            for name, words in names.items()
+        ]
+        lines += [f"Differences from {evaluation.baseline}:", "", *_table(["measure", *others], rows), ""]
+    return lines
 
 
 def _differing(evaluation: Evaluation) -> list[str]:

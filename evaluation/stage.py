@@ -84,10 +84,10 @@ def plan_view(label: str, videos: Sequence[Video], root: Path) -> View:
     if twice := next((stem for stem, count in stems.items() if count > 1), None):
         raise UserError(f"two videos of {label} would both be named {twice}.mp4; prompt ids must tell them apart")
     contents = "".join(f"{item.stem}\t{item.video.sha256}\t{fps}\n" for item in items)
-    name = re.sub(r"[^A-Za-z0-9-]", "-", label)
-    folder = root / f"{name}-{hashlib.sha256(label.encode()).hexdigest()[:6]}"
+    # Lower case, because VBench-Long cuts paths at "-Scene".
+    name = re.sub(r"[^a-z0-9-]", "-", label.lower())[:_MAX_NAME_BYTES]
     return View(
-        folder=folder,
+        folder=root / f"{name}-{hashlib.sha256(label.encode()).hexdigest()[:6]}",
         label=label,
         fps=fps,
         items=tuple(items),
@@ -130,6 +130,8 @@ def check(view: View, *, split: bool = False) -> None:
         raise UserError(f"{view.folder} lacks {missing[0]}; it must be staged again")
     for item in view.items:
         path = view.folder / f"{item.stem}.mp4"
+        if not item.video.path.is_file():
+            raise UserError(f"{item.video.path} is gone; it must be made again")
         if not path.is_file() or path.stat().st_size != item.video.path.stat().st_size:
             raise UserError(f"{path} is not {item.video.path} any more; it must be staged again")
         if split:

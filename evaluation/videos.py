@@ -2,7 +2,7 @@
 
 import csv
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -32,6 +32,8 @@ class Video:
         fps: frames per second, as the file says.
         model: the model's name or path, where the sidecar says it.
         size: (height, width) in pixels.
+        native_frames: frames that the model was trained on, where the sidecar says it.
+        settings: (name, value) of the settings of a method that has some, where the sidecar says it.
     """
 
     method: str
@@ -45,6 +47,8 @@ class Video:
     fps: Fraction
     model: str | None
     size: tuple[int, int]
+    native_frames: int | None = None
+    settings: tuple[tuple[str, Any], ...] = ()
 
     @property
     def pair(self) -> tuple[str, int]:
@@ -55,6 +59,11 @@ class Video:
     def label(self) -> str:
         """For messages: `freespec/p0007-s3`."""
         return f"{self.method}/{self.prompt_id}-s{self.seed}"
+
+
+def read_batches(roots: Sequence[Path]) -> list[Video]:
+    """Every finished video of several folders, such as one for each row of an ablation; see `read_batch`."""
+    return check_videos([video for root in roots for video in read_batch(root)], "there is no folder to read")
 
 
 def read_batch(root: Path) -> list[Video]:
@@ -131,7 +140,14 @@ def _from_sidecar(sidecar: Path, tree: Mapping[str, Any]) -> Video:
     facts = _probe(path)
     if facts["sha256"] != digest:
         raise UserError(f"{path} is not the file that its sidecar describes; delete both and run the batch again")
-    return Video(**identity, path=path, model=_model(tree), **facts)
+    return Video(
+        **identity,
+        path=path,
+        model=_config(tree, "model").get("path"),
+        native_frames=(tree.get("video") or {}).get("native_frames"),
+        settings=_settings(tree, identity["method"]),
+        **facts,
+    )
 
 
 def _from_row(source: Path, line: int, row: Mapping[str, Any], numbers: dict[str, int]) -> Video:
@@ -156,11 +172,19 @@ def _from_row(source: Path, line: int, row: Mapping[str, Any], numbers: dict[str
     )
 
 
-def _model(tree: Mapping[str, Any]) -> str | None:
-    """The model's path, from a sidecar that holds the settings of its run."""
+def _config(tree: Mapping[str, Any], group: str) -> Mapping[str, Any]:
+    """One group of settings, from a sidecar that holds those of its run; empty if it does not."""
     config = (tree.get("run") or {}).get("config")
-    model = config.get("model") if isinstance(config, Mapping) else None
-    return model.get("path") if isinstance(model, Mapping) else None
+    found = config.get(group) if isinstance(config, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _settings(tree: Mapping[str, Any], method: str) -> tuple[tuple[str, Any], ...]:
+    """The settings of the method that made the video; those of the others, which it did not read, are left out."""
+    found = _config(tree, "method").get(method)
+    if not isinstance(found, Mapping):
+        return ()
+    return tuple(sorted((name, tuple(v) if isinstance(v, list) else v) for name, v in found.items()))
 
 
 def _probe(path: Path) -> dict[str, Any]:

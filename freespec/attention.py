@@ -55,7 +55,8 @@ class WindowedAttention:
 
     Queries and keys may be any contiguous part of the sequence: `q_start` and `k_start` are the absolute positions of
     their first tokens, so that the same calls serve one device and the shard of a rank. `dual_kernel` computes both
-    branches in one call; None is the way of this module, by dense calls of `kernel`.
+    branches in one call; None is the way of this module, by dense calls of `kernel`. `rest_kernel` takes the place of
+    `kernel` where keys outside the windows are attended beside the windows; None is `kernel` there too.
     """
 
     num_frames: int
@@ -63,6 +64,7 @@ class WindowedAttention:
     window_frames: int
     kernel: Kernel
     dual_kernel: DualKernel | None = None
+    rest_kernel: Kernel | None = None
 
     def halo(self, q_start: int, q_stop: int) -> tuple[int, int]:
         """Token range [start, stop) of all keys that the windows of the queries [q_start, q_stop) hold."""
@@ -76,10 +78,11 @@ class WindowedAttention:
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Every query sees every key: out [B, S, N, D], lse [B, S, N]."""
-        if q.shape[1] == 0 or k.shape[1] == 0 or q.shape[2] == 0:
-            return _empty_keys(q)
-        out, lse = self.kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return out.transpose(1, 2), lse.transpose(1, 2)
+        return _dense(self.kernel, q, k, v)
+
+    def far(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
+        """`dense` over keys that lie in no query's window, beside a local branch: by `rest_kernel`."""
+        return _dense(self.rest_kernel or self.kernel, q, k, v)
 
     def local(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int) -> Partial:
         """Local branch (eq. 1): each query sees its own window, which k and v must cover."""
@@ -87,7 +90,8 @@ class WindowedAttention:
         for group in self._groups(q, q_start):
             self._check_cover(group, k_start, k_start + k.shape[1])
             starts = q_start, group.k_start - k_start
-            for place, part, part_lse in self._attend(group, q, (k, v), starts, length=group.k_tokens):
+            parts = self._attend(self.kernel, group, (q, k, v), starts, length=group.k_tokens)
+            for place, part, part_lse in parts:
                 out[place], lse[place] = part, part_lse
         return out, lse
 
@@ -166,7 +170,8 @@ class WindowedAttention:
                 continue
             wrapped = group.k_stop - k_start - group.k_tokens  # the last entry's slice ends where its window starts
             circle = _circle(kv[0], first_end, wrapped), _circle(kv[1], first_end, wrapped)
-            yield from self._attend(group, q, circle, (q_start, 0), length=length)
+            kernel = self.rest_kernel or self.kernel
+            yield from self._attend(kernel, group, (q, *circle), (q_start, 0), length=length)
 
     def _groups(self, q: Tensor, q_start: int) -> tuple[QueryGroup, ...]:
         if q.shape[2] == 0:  # a rank without heads
@@ -187,19 +192,26 @@ class WindowedAttention:
             )
 
     def _attend(
-        self, group: QueryGroup, q: Tensor, kv: tuple[Tensor, Tensor], starts: tuple[int, int], *, length: int
+        self,
+        kernel: Kernel,
+        group: QueryGroup,
+        qkv: tuple[Tensor, Tensor, Tensor],
+        starts: tuple[int, int],
+        *,
+        length: int,
     ) -> Iterator[tuple[Place, Tensor, Tensor]]:
-        """One dense call per batch item: entry i sees kv[starts[1] + i * q_tokens, + length), as a strided view.
+        """One dense call per batch item: entry i sees keys [starts[1] + i * q_tokens, + length), as a strided view.
 
         Yields where the part belongs, (item, rows), its out [rows, N, D] and its lse [rows, N].
         """
+        q, *kv = qkv
         rows = slice(group.q_start - starts[0], group.q_stop - starts[0])
         span = slice(starts[1], starts[1] + (group.batch - 1) * group.q_tokens + length)
         for item in range(q.shape[0]):
             # Overlapping windows: the batch stride is one entry, so no key is copied.
             k_bnkd, v_bnkd = (x[item, span].unfold(0, length, group.q_tokens).transpose(-1, -2) for x in kv)
             q_bnsd = q[item, rows].unflatten(0, (group.batch, group.q_tokens)).transpose(1, 2)
-            part, part_lse = self.kernel(q_bnsd, k_bnkd, v_bnkd)
+            part, part_lse = kernel(q_bnsd, k_bnkd, v_bnkd)
             yield (item, rows), part.transpose(1, 2).flatten(0, 1), part_lse.transpose(1, 2).flatten(0, 1)
 
 
@@ -223,6 +235,13 @@ def _circle(x: Tensor, start: int, wrapped: int) -> Tensor:
     if start == x.shape[1]:
         return x[:, :wrapped]
     return torch.cat((x[:, start:], x[:, :wrapped]), dim=1)
+
+
+def _dense(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    if q.shape[1] == 0 or k.shape[1] == 0 or q.shape[2] == 0:
+        return _empty_keys(q)
+    out, lse = kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return out.transpose(1, 2), lse.transpose(1, 2)
 
 
 def _empty_keys(q: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freespec.sage import load_sage
+
 Kernel = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 # freespec.triton_dual.dual: both branches from one call.
 DualKernel = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Any]]
@@ -76,6 +78,31 @@ def select_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Kernel
     if name == "cuda_efficient" and dtype == torch.float64:
         raise ValueError("attention kernel 'cuda_efficient' does not take float64; use plain")
     return KERNELS[name]
+
+
+# What attends to the keys outside the windows in a dual step: the kernel of everything else, or one that quantises.
+COMPLEMENTS = ("same", "sage")
+
+
+def select_complement(name: str, device: torch.device, dtype: torch.dtype, *, dual: str) -> Kernel | None:
+    """The kernel for the keys outside the windows, where `dual` is how both branches are computed; None is the same kernel.
+
+    Raises ValueError for an unknown name, for a `dual` without a complement of its own, and where SageAttention is missing,
+    too old to return the log-sum-exp, or serves neither the device nor the dtype.
+    """
+    if name == "same":
+        return None
+    if name not in COMPLEMENTS:
+        raise ValueError(f"unknown attention.complement {name!r}; choose one of {', '.join(COMPLEMENTS)}")
+    if resolve_dual(dual) != "strided":
+        raise ValueError(
+            f"attention.complement {name} needs attention.dual strided; {dual} attends to all keys in one call"
+        )
+    if device.type != "cuda":
+        raise ValueError(f"attention.complement {name} does not run on {device.type}; use same")
+    if dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"attention.complement {name} takes fp16 or bf16, not {dtype}; use same")
+    return load_sage()
 
 
 # How a dual step computes its branches: dense calls on strided views, or one Triton kernel.

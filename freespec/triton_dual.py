@@ -187,15 +187,9 @@ def _walk(  # noqa: PLR0913, PLR0917 - what a loop needs; Triton inlines it
     start,
     stop,
     q,
-    acc,
-    m,
-    l,  # noqa: E741 - the sum of the softmax, as it is called everywhere
-    row_window,
-    window_tokens,
-    k_base,
-    v_base,
-    stride_k,
-    stride_v,
+    running,  # acc, maximum and sum
+    rows,  # where each row's window begins, and the tokens of a window
+    keys,  # pointers to k and v, their strides from token to token
     scale,
     MASK: tl.constexpr,  # 0: all keys of whole tiles; 1: those in each row's window; 2: those outside of it
     D: tl.constexpr,
@@ -203,7 +197,10 @@ def _walk(  # noqa: PLR0913, PLR0917 - what a loop needs; Triton inlines it
     BLOCK_N: tl.constexpr,
     WIDEN: tl.constexpr,
 ):
-    """Add the keys [start, stop) to a running softmax: acc, maximum and sum, the logits in base 2."""
+    """Add the keys [start, stop) to a running softmax, the logits in base 2."""
+    acc, m, l = running  # noqa: E741 - the sum of the softmax, as it is called everywhere
+    row_window, window_tokens = rows
+    k_base, v_base, stride_k, stride_v = keys
     column = tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     k_offset = column[None, :] * stride_k + d[:, None]
@@ -243,9 +240,7 @@ def _finish(  # noqa: PLR0913, PLR0917
     out,
     lse,
     gram,
-    acc,
-    m,
-    l,  # noqa: E741
+    running,
     row,
     num_queries,
     heads,
@@ -255,6 +250,7 @@ def _finish(  # noqa: PLR0913, PLR0917
     WIDEN: tl.constexpr,
 ):
     """Write the outputs of a block and their lse; add their Gram matrix to this program's own."""
+    acc, m, l = running  # noqa: E741
     d = tl.arange(0, BLOCK_D)
     there = row < num_queries
     o = (acc / l[:, None]).to(out.dtype.element_ty)
@@ -336,49 +332,23 @@ def _dual_kernel(  # noqa: PLR0913, PLR0915, PLR0917
         q = tl.load(q_base + q_offset, mask=(row[:, None] < num_queries) & (d[None, :] < D), other=0.0)
         if WIDEN:
             q = q.to(tl.float32)
+        rows, keys = (row_window, window_tokens), (k_base, v_base, stride_kt, stride_vt)
         acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-        m = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-        l = tl.zeros((BLOCK_M,), tl.float32)  # noqa: E741
+        running = (acc, tl.full((BLOCK_M,), float("-inf"), tl.float32), tl.zeros((BLOCK_M,), tl.float32))
 
         whole = core + (core_stop - core) // BLOCK_N * BLOCK_N
-        acc, m, l = _walk(  # noqa: E741
-            left, core, q, acc, m, l, row_window, window_tokens, k_base, v_base, stride_kt, stride_vt, scale,
-            1, D, BLOCK_D, BLOCK_N, WIDEN,
-        )  # fmt: skip
-        acc, m, l = _walk(  # noqa: E741
-            core, whole, q, acc, m, l, row_window, window_tokens, k_base, v_base, stride_kt, stride_vt, scale,
-            0, D, BLOCK_D, BLOCK_N, WIDEN,
-        )  # fmt: skip
-        acc, m, l = _walk(  # noqa: E741
-            whole, right, q, acc, m, l, row_window, window_tokens, k_base, v_base, stride_kt, stride_vt, scale,
-            1, D, BLOCK_D, BLOCK_N, WIDEN,
-        )  # fmt: skip
-        _finish(local_ptr + out_base, lse_base, gram_base, acc, m, l, row, num_queries, heads, D, BLOCK_D, GRAMS, WIDEN)
+        running = _walk(left, core, q, running, rows, keys, scale, 1, D, BLOCK_D, BLOCK_N, WIDEN)
+        running = _walk(core, whole, q, running, rows, keys, scale, 0, D, BLOCK_D, BLOCK_N, WIDEN)
+        running = _walk(whole, right, q, running, rows, keys, scale, 1, D, BLOCK_D, BLOCK_N, WIDEN)
+        _finish(local_ptr + out_base, lse_base, gram_base, running, row, num_queries, heads, D, BLOCK_D, GRAMS, WIDEN)
 
         before = left // BLOCK_N * BLOCK_N
         after = tl.minimum(core_stop + tl.cdiv(right - core_stop, BLOCK_N) * BLOCK_N, num_keys)
         after_whole = after + (num_keys - after) // BLOCK_N * BLOCK_N
-        acc, m, l = _walk(  # noqa: E741
-            0, before, q, acc, m, l, row_window, window_tokens, k_base, v_base, stride_kt, stride_vt, scale,
-            0, D, BLOCK_D, BLOCK_N, WIDEN,
-        )  # fmt: skip
-        acc, m, l = _walk(  # noqa: E741
-            before, core, q, acc, m, l, row_window, window_tokens, k_base, v_base, stride_kt, stride_vt, scale,
-            2, D, BLOCK_D, BLOCK_N, WIDEN,
-        )  # fmt: skip
-        acc, m, l = _walk(  # noqa: E741
-            core_stop, after, q, acc, m, l, row_window, window_tokens, k_base, v_base, stride_kt, stride_vt, scale,
-            2, D, BLOCK_D, BLOCK_N, WIDEN,
-        )  # fmt: skip
-        acc, m, l = _walk(  # noqa: E741
-            after, after_whole, q, acc, m, l, row_window, window_tokens, k_base, v_base, stride_kt, stride_vt, scale,
-            0, D, BLOCK_D, BLOCK_N, WIDEN,
-        )  # fmt: skip
-        acc, m, l = _walk(  # noqa: E741
-            after_whole, num_keys, q, acc, m, l, row_window, window_tokens, k_base, v_base, stride_kt, stride_vt, scale,
-            2, D, BLOCK_D, BLOCK_N, WIDEN,
-        )  # fmt: skip
-        _finish(
-            wide_ptr + out_base, lse_base + branch_lse, gram_base + branch_gram, acc, m, l, row, num_queries, heads,
-            D, BLOCK_D, GRAMS, WIDEN,
-        )  # fmt: skip
+        running = _walk(0, before, q, running, rows, keys, scale, 0, D, BLOCK_D, BLOCK_N, WIDEN)
+        running = _walk(before, core, q, running, rows, keys, scale, 2, D, BLOCK_D, BLOCK_N, WIDEN)
+        running = _walk(core_stop, after, q, running, rows, keys, scale, 2, D, BLOCK_D, BLOCK_N, WIDEN)
+        running = _walk(after, after_whole, q, running, rows, keys, scale, 0, D, BLOCK_D, BLOCK_N, WIDEN)
+        running = _walk(after_whole, num_keys, q, running, rows, keys, scale, 2, D, BLOCK_D, BLOCK_N, WIDEN)
+        wide_lse, wide_gram = lse_base + branch_lse, gram_base + branch_gram
+        _finish(wide_ptr + out_base, wide_lse, wide_gram, running, row, num_queries, heads, D, BLOCK_D, GRAMS, WIDEN)

@@ -122,6 +122,8 @@ def _meet(place: Place, timeout: float) -> dist.Store:
         raise UserError(
             "RANK and WORLD_SIZE are set, but not MASTER_ADDR and MASTER_PORT; unset them or start with torchrun"
         )
+    if not port.isdecimal():
+        raise UserError(f"MASTER_PORT must be the number of a port, got {port!r}")
     of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     listening = os.environ.get(STORE)
     try:

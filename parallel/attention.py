@@ -32,6 +32,10 @@ class BranchKernels(Protocol):
         """Every query sees every key of k."""
         ...
 
+    def far(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
+        """`dense` over keys outside every query's window, beside a local branch; it may be less exact."""
+        ...
+
     def local(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int) -> Partial:
         """Every query sees its own window, which k and v cover."""
         ...
@@ -76,6 +80,14 @@ class HeadExchange(Protocol):
         trace: Trace,
     ) -> Tensor:
         """[B, r, n, D] -> [B, s, N, D]."""
+        ...
+
+
+class HybridAttention(Protocol):
+    """A provider of scatter, global branch and gather in one."""
+
+    def __call__(self, q_BsND: Tensor, k_BsND: Tensor, v_BsND: Tensor, *, layout: "SequenceLayout") -> Tensor:
+        """[B, s, N, D] of this rank's tokens -> [B, s, N, D]: every query sees every key of the sequence."""
         ...
 
 
@@ -191,12 +203,14 @@ class SequenceLayout:
             return kernels.local(q, near.k, near.v, start, near.span[0])[0], None
         if mode == "dual":
             (local, _), (out, lse) = kernels.dual(q, near.k, near.v, start, near.span[0], dtype=wide)
+            attend = kernels.far
         else:
             local, (out, lse) = None, kernels.dense(q, near.k, near.v)
+            attend = kernels.dense
             out = out.to(wide)
         for owner, kv in far:
             for keys in _outside(near.span, kv, self.plan.ring_shards[owner]):
-                kernels.merge_into(out, lse, *kernels.dense(q, keys.k, keys.v))
+                kernels.merge_into(out, lse, *attend(q, keys.k, keys.v))
         return local, out.to(q.dtype)
 
     def reduce(self, x: Tensor) -> Tensor:

@@ -1,7 +1,13 @@
-"""DeepSpeed's Ulysses all-to-all as a provider beside torch's own. Even shards and even heads only; an optional extra."""
+"""DeepSpeed's Ulysses all-to-all as a provider beside torch's own. Even shards and even heads only; an optional extra.
 
+Also what every use of DeepSpeed needs: its modules without its remarks, and its communication layer.
+"""
+
+import contextlib
 import importlib
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -62,13 +68,42 @@ def deepspeed_exchange(plan: SequencePlan) -> DeepSpeedExchange:
     """
     _refuse_uneven([length(shard) for shard in plan.shards], [length(share) for share in plan.head_shares])
     try:
-        layer = importlib.import_module("deepspeed.sequence.layer")
-        comm = importlib.import_module("deepspeed.comm")
+        layer = quiet_import("deepspeed.sequence.layer")
+        start_communication()
     except ImportError as error:
         raise ImportError(f"the deepspeed provider needs the optional package deepspeed: {error}") from error
-    if not comm.is_initialized():
-        comm.init_distributed(dist_init_required=False, verbose=False)
     return DeepSpeedExchange(layer=layer)
+
+
+def start_communication() -> None:
+    """DeepSpeed's own communication layer, on the process group that runs.
+
+    On a CPU it would first compile an extension in C++, for a minute or two and an all-reduce that nothing here calls.
+    """
+    comm, ops = quiet_import("deepspeed.comm"), quiet_import("deepspeed.ops")
+    ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It calls torch by a name that torch 2.13 has given up, in every forward.
+    warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor. is deprecated", category=FutureWarning)
+    if not comm.is_initialized():
+        with quiet():
+            comm.init_distributed(dist_init_required=False, verbose=False)
+
+
+def quiet_import(name: str) -> ModuleType:
+    """A module of DeepSpeed; ImportError where that is not installed."""
+    with quiet():
+        return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without DeepSpeed's remarks on stdout, which belongs to our commands."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _refuse_uneven(token_sizes: Sequence[int], head_sizes: Sequence[int]) -> None:

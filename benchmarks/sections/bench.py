@@ -28,7 +28,7 @@ if importlib.util.find_spec("triton") is not None:
 
     UNSUPPORTED += (TritonError,)
 CLOCKS = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu,utilization.gpu"
-PACKAGES = ("torch", "triton", "diffusers", "flash-attn", "flash-attn-3", "xfuser")
+PACKAGES = ("torch", "triton", "diffusers", "flash-attn", "flash-attn-3", "xfuser", "sageattention")
 Result = TypeVar("Result")
 
 

@@ -44,7 +44,9 @@ def inputs(bench: Bench, shape: Shape, heads: int) -> QKV:
     return q, k, v
 
 
-def windowed(shape: Shape, kernel: Kernel, dual_kernel: DualKernel | None = None) -> WindowedAttention:
+def windowed(
+    shape: Shape, kernel: Kernel, dual_kernel: DualKernel | None = None, rest_kernel: Kernel | None = None
+) -> WindowedAttention:
     """The geometry of a shape around a kernel."""
     return WindowedAttention(
         num_frames=shape.num_frames,
@@ -52,6 +54,7 @@ def windowed(shape: Shape, kernel: Kernel, dual_kernel: DualKernel | None = None
         window_frames=shape.window_frames,
         kernel=kernel,
         dual_kernel=dual_kernel,
+        rest_kernel=rest_kernel,
     )
 
 

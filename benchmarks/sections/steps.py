@@ -4,7 +4,6 @@ The time of a run of 50 steps is the sum over its modes of how many steps it has
 measured step. Nothing else is in the loop but the solver, which is in the step.
 """
 
-import importlib.util
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -53,7 +52,6 @@ def run(bench: Bench) -> None:
     kernel = bench.best_kernel()
     duals = ["strided", *_triton_dual(bench)]
     bench.record("about", {"kernel": kernel, "duals": duals, "layers": len(subject.pipe.transformer.blocks)})
-    bench.record("xfuser", _xfuser())
     calls = {name: stepper(subject, method, kernel=kernel, dual="strided") for name, method in variants().items()}
     for dual in duals[1:]:
         calls[f"freespec dual, {dual}"] = stepper(subject, FreeSpec(), kernel=kernel, dual=dual)
@@ -151,10 +149,3 @@ def _triton_dual(bench: Bench) -> list[str]:
     ratios = bench.earlier("layer").get("wan", {}).get("ratios", {})
     won = ratios.get("dual triton / dual strided", {}).get("median", 1.0)
     return ["triton"] if won < 0.97 else []
-
-
-def _xfuser() -> str:
-    """On one GPU xfuser runs diffusers' blocks with its own attention; it is compared where the package is."""
-    if importlib.util.find_spec("xfuser") is None:
-        return "not installed here; not measured"
-    return "installed; not measured: on one GPU it shards nothing, and stock diffusers is the same computation"

@@ -198,6 +198,7 @@ class ModelAdapter(ABC):
         exact_decode_is_bounded: whether the memory of `whole` does not grow with the length of the video.
         copies_rotary: whether `shard_rotary` returns copies, so that the whole tables go.
         latent_tensors: fp32 tensors of the latents' size that are alive between steps, the scheduler's included.
+        single_file_marks: the end of a tensor's name by which a part is known in a single file of the model's authors.
         counts_frames: whether temporal positions are frame numbers that grow beyond those of training, as `riflex` needs.
     """
 
@@ -214,6 +215,7 @@ class ModelAdapter(ABC):
     exact_decode_is_bounded: ClassVar[bool]
     copies_rotary: ClassVar[bool]
     latent_tensors: ClassVar[int]
+    single_file_marks: ClassVar[Mapping[str, str]]
     counts_frames: ClassVar[bool] = False
 
     # What a checkpoint is, before its weights are read.
@@ -289,9 +291,9 @@ class ModelAdapter(ABC):
         `on_value` is called with v as soon as there is one, so that it can travel while q and k are normalised and rotated.
         """
 
-    @abstractmethod
     def project_out(self, attn: nn.Module, out: Tensor) -> Tensor:
-        """Output projection of [B, s, N, D] to [B, s, C]."""
+        """Output projection of [B, s, N, D] to [B, s, C]: diffusers' attention modules keep it, and a dropout, in `to_out`."""
+        return attn.to_out[1](attn.to_out[0](out.flatten(2, 3)))
 
     # A run.
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -57,6 +58,9 @@ class LtxAdapter(ModelAdapter):
     exact_decode_is_bounded = False
     copies_rotary = True
     latent_tensors = 2  # before and after a step
+    single_file_marks = MappingProxyType(
+        {"transformer": "patchify_proj.weight", "vae": "vae.decoder.conv_in.conv.weight"}
+    )
 
     def video_spec(self, transformer: dict[str, Any], vae: dict[str, Any]) -> VideoSpec:
         """See the base class; rotary positions are computed, so no length is too long for a table."""
@@ -157,10 +161,6 @@ class LtxAdapter(ModelAdapter):
         k = _rotate(attn.norm_k(attn.to_k(hidden)), *rotary)
         q, k = (x.unflatten(2, (attn.heads, -1)) for x in (q, k))
         return q, k, v
-
-    def project_out(self, attn: nn.Module, out: Tensor) -> Tensor:
-        """See the base class."""
-        return attn.to_out[1](attn.to_out[0](out.flatten(2, 3)))
 
     def encode_text(
         self, pipe: LTXPipeline, prompts: Sequence[str], max_tokens: int, device: torch.device

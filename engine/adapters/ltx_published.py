@@ -1,8 +1,11 @@
 """The published numbers of LTX-Video 2B, for machines that cannot fetch a config.json.
 
-Transformer, VAE and scheduler: those of version 0.9.0, as scripts/convert_ltx_to_diffusers.py of diffusers 0.42 writes them
-and ltx_video/utils/diffusers_config_mapping.py of Lightricks/LTX-Video names them. Text encoder: config.json of
+Transformer, VAE and scheduler: as scripts/convert_ltx_to_diffusers.py of diffusers 0.42 writes them and
+ltx_video/utils/diffusers_config_mapping.py of Lightricks/LTX-Video names them. Text encoder: config.json of
 google/t5-v1_1-xxl. Keys that are left out have the value of the diffusers or transformers class.
+
+The transformer is the same from 0.9.0 to 0.9.6; 0.9.1 has another decoder, 0.9.5 another encoder too and a fixed shift.
+0.9.6 dev is published as a single file, whose parts are those of 0.9.5 (docs/models.md says how it is loaded).
 """
 
 from typing import Any
@@ -68,4 +71,35 @@ _CHECKPOINT: dict[str, dict[str, Any]] = {
     },
 }
 
-PUBLISHED = {"Lightricks/LTX-Video": _CHECKPOINT}
+_VAE_091: dict[str, Any] = _CHECKPOINT["vae"] | {
+    "decoder_block_out_channels": [256, 512, 1024],
+    "decoder_layers_per_block": [5, 6, 7, 8],
+    "decoder_spatio_temporal_scaling": [True, True, True],
+    "decoder_inject_noise": [True, True, True, False],
+    "upsample_residual": [True, True, True],
+    "upsample_factor": [2, 2, 2],
+    "timestep_conditioning": True,
+}
+_VAE_095: dict[str, Any] = _VAE_091 | {
+    "block_out_channels": [128, 256, 512, 1024, 2048],
+    "down_block_types": ["LTXVideo095DownBlock3D"] * 4,
+    "layers_per_block": [4, 6, 6, 2, 2],
+    "decoder_layers_per_block": [5, 5, 5, 5],
+    "spatio_temporal_scaling": [True, True, True, True],
+    "decoder_inject_noise": [False, False, False, False],
+    "downsample_type": ["spatial", "temporal", "spatiotemporal", "spatiotemporal"],
+    "spatial_compression_ratio": 32,
+    "temporal_compression_ratio": 8,
+}
+_FIXED_SHIFT = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "use_dynamic_shifting": False,
+}
+
+PUBLISHED = {
+    "Lightricks/LTX-Video": _CHECKPOINT,
+    "diffusers/LTX-Video-0.9.1": _CHECKPOINT | {"vae": _VAE_091},
+    "Lightricks/LTX-Video-0.9.5": _CHECKPOINT | {"vae": _VAE_095, "scheduler": _FIXED_SHIFT},
+}

@@ -1,6 +1,7 @@
 """Wan2.1 text-to-video inside diffusers: where its tokens are made, mixed and put together again."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class WanAdapter(ModelAdapter):
     counts_frames = True
     copies_rotary = False
     latent_tensors = 4  # they, two model outputs and the last sample of the multistep solver
+    single_file_marks = MappingProxyType({"transformer": "head.modulation"})
 
     def video_spec(self, transformer: dict[str, Any], vae: dict[str, Any]) -> VideoSpec:
         """See the base class."""
@@ -129,10 +131,6 @@ class WanAdapter(ModelAdapter):
         # The norms run over all heads jointly, hence before the split.
         q, k = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k)))
         return _rotate(q, *rotary), _rotate(k, *rotary), v
-
-    def project_out(self, attn: nn.Module, out: Tensor) -> Tensor:
-        """See the base class."""
-        return attn.to_out[1](attn.to_out[0](out.flatten(2, 3)))
 
     def encode_text(
         self, pipe: WanPipeline, prompts: Sequence[str], max_tokens: int, device: torch.device

@@ -54,7 +54,9 @@ def disk_forecast(root: Path, config: RunConfig, *, left: int, replicas: int, si
     else:
         each = ASSUMED_BITS_PER_PIXEL / 8 * video.num_frames * video.height * video.width
         how = f"assumed {ASSUMED_BITS_PER_PIXEL} bits per pixel"
-    spec = read_spec(fetch(find_checkpoint(config.model.path), config.model.revision, parts=()))
+    spec = read_spec(
+        fetch(find_checkpoint(config.model.path), config.model.revision, parts=(), offline=config.model.offline)
+    )
     latents = 4 * math.prod(spec.latent_shape(video.num_frames, video.height, video.width))
     existing = next(folder for folder in (root, *root.resolve().parents) if folder.is_dir())
     return DiskForecast(

@@ -6,9 +6,11 @@ ever stands beside a whole result, and a result without a sidecar counts as miss
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,9 @@ from typing import Any, Literal
 from engine.errors import UserError
 
 Verify = Literal["size", "full"]
+
+# A disk that takes nothing more: full, over a quota, or read-only by now.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +123,18 @@ def sweep(folder: Path) -> list[Path]:
     for part in left:
         part.unlink(missing_ok=True)
     return left
+
+
+@contextlib.contextmanager
+def writing_to(root: Path, *, after: str) -> Iterator[None]:
+    """Turn an OSError of a disk that takes nothing more into a UserError of one line, which ends with `after`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        free = shutil.disk_usage(root).free
+        raise UserError(f"cannot write to {root}: {error.strerror} ({free} bytes are free); {after}") from error
 
 
 def file_sha256(path: Path) -> str:

@@ -62,17 +62,18 @@ def choose_from(every: list[Plan], case: Case, fixed: FixedDegrees = (None, None
 
 def describe_changes(case: Case, fixed: FixedDegrees) -> str:
     """The smallest change that makes the case fit, and the other single ones, as words for a person."""
-    weights = case.spec.weight_bytes(case.options.itemsize)["transformer"]
-    if not case.fits(weights):
-        return (
-            f"the transformer's weights alone are {weights / GIB:.1f} GiB, and every GPU holds all of them: "
-            "use a GPU with more memory"
-        )
     trial = _Trial(case=case, fixed=fixed, modes=tuple(case.count_steps()[case.method.name]))
     changes = list(_changes(trial))
-    if not changes:  # with everything off the GPU that can be
-        lean = replace(case, options=replace(case.options, offload="model"))
-        changes = [f"model.offload model with {change}" for change in _changes(replace(trial, case=lean))]
+    for weights in ("cpu_offload", "zero3"):  # with everything off the GPU that can be
+        if not changes and case.options.weights == "resident":
+            lean = replace(case, options=replace(case.options, weights=weights))
+            changes = [f"model.weights {weights} with {change}" for change in _changes(replace(trial, case=lean))]
+    whole = case.kept_weights(1)["transformer"]
+    if not changes and case.options.weights != "zero3" and not case.fits(whole):
+        return (
+            f"the transformer's weights alone are {whole / GIB:.1f} GiB, and every GPU holds all of them: "
+            "use a GPU with more memory"
+        )
     if not changes:
         return "nothing that changes by itself makes it fit: use a GPU with more memory"
     others = f" (or {', or '.join(changes[1:])})" if len(changes) > 1 else ""
@@ -97,13 +98,17 @@ class _Trial:
 
 
 def _changes(trial: _Trial) -> Iterator[str]:
-    """Single changes that fit, the smallest first: nothing of the video is lost by the first three."""
+    """Single changes that fit, the smallest first: nothing of the video is lost by those before the shorter one."""
     case, options = trial.case, trial.case.options
-    if options.text_device == "model" and options.offload == "none":
+    if options.text_device == "model" and options.weights != "cpu_offload":
         if trial.fits(options=replace(options, text_device="cpu")):
             yield "parallel.text_device cpu"
-        if trial.fits(options=replace(options, offload="model")):
-            yield "model.offload model"
+        if options.weights == "resident" and trial.fits(options=replace(options, weights="cpu_offload")):
+            yield "model.weights cpu_offload"
+    if options.weights == "resident" and case.world_size > 1 and trial.fits(options=replace(options, weights="zero3")):
+        yield "model.weights zero3"
+    if options.weights == "zero3" and options.shards == "device" and trial.fits(options=replace(options, shards="cpu")):
+        yield "model.shards cpu"
     doubled = (case.world_size * 2**power for power in range(1, MOST_DOUBLINGS + 1))
     if more := next((count for count in doubled if trial.fits(world_size=count)), None):
         yield f"{more} GPUs"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,18 @@ class GpuSpec:
         for name, value in self.numbers().items():
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise UserError(f"{name} must be a number, got {value!r}")
+            if not math.isfinite(value):
+                raise UserError(f"{name} must be finite, got {value}")
             if not (0 <= value if name in ("reserved_gib", "eigh_seconds") else 0 < value):
                 raise UserError(f"{name} must be more than 0, got {value}")
             if "fraction" in name and value > 1:
                 raise UserError(f"{name} is a fraction of a peak and must be at most 1, got {value}")
             if not self.sources.get(name.partition(".")[0]):
                 raise UserError(f"sources names no source of {name}; say where the number comes from")
+        if self.gpus_per_node != int(self.gpus_per_node):
+            raise UserError(f"gpus_per_node must be a whole number, got {self.gpus_per_node}")
+        if self.reserved_gib >= self.memory_gib:
+            raise UserError(f"reserved_gib {self.reserved_gib:g} leaves nothing of memory_gib {self.memory_gib:g}")
 
     def numbers(self) -> dict[str, Any]:
         """Every number by name; those of `attention_fraction` as `attention_fraction.KERNEL`."""

@@ -3,6 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 
 from engine.config import MethodConfig, SamplerConfig, VideoConfig
 from engine.planner.flops import Share
@@ -44,6 +45,7 @@ class Layout:
         itemsize: bytes of a number in the transformer.
         local_route: how local steps cross the ulysses axis.
         num_views: views of a step with views; with views ring is 1.
+        weight_share: bytes of the transformer that each rank sends the others in every forward (model.weights zero3).
     """
 
     spec: ModelSpec
@@ -56,6 +58,7 @@ class Layout:
     itemsize: int
     local_route: Route
     num_views: int = 1
+    weight_share: int = 0
 
     @property
     def tokens(self) -> int:
@@ -77,6 +80,11 @@ class Layout:
     def forwards(self) -> int:
         """Passes of one step that one rank runs, one after the other or as one batch."""
         return self.passes // self.degrees[0]
+
+    @property
+    def calls(self) -> int:
+        """Times that one rank runs the transformer in one step."""
+        return 1 if self.spec.adapter.batches_guidance else self.forwards
 
     @property
     def batch(self) -> int:
@@ -111,7 +119,7 @@ class Layout:
         return max(map(length, halo_needs(plan.ring_shards, self.halo, plan.tokens)))
 
     def step_bytes(self, mode: Mode) -> dict[str, int]:
-        """Bytes that the busiest rank sends in one step by kind: all_to_all, halo, ring, grams, gather, cfg."""
+        """Bytes that the busiest rank sends in one step by kind: all_to_all, halo, ring, grams, gather, cfg, weights."""
         plan = self.attention_plan(mode)
         shape = LayerShape(batch=1, head_dim=self.spec.head_dim, itemsize=self.itemsize)
         # Views are attended where the whole heads are, so they travel as a global step does.
@@ -127,6 +135,7 @@ class Layout:
             "grams": calls * self._temporal_gram_bytes() if mode == "views_global" else busiest["reduce"],
             "gather": self.forwards * gather_bytes(self.sequence, token_bytes=out_values * self.itemsize),
             "cfg": cfg_bytes(self.degrees[0], prediction_bytes=self.tokens * out_values * self.itemsize),
+            "weights": self.calls * self.weight_share * (prod(self.degrees) - 1),
         }
 
     def _temporal_gram_bytes(self) -> int:
@@ -139,7 +148,7 @@ class Layout:
         cfg, ring, ulysses = self.degrees
         if kind == "all_to_all" or (kind == "grams" and mode in VIEW_MODES):
             return ulysses
-        return cfg * ring * ulysses if kind == "cfg" else ring * ulysses
+        return cfg * ring * ulysses if kind in ("cfg", "weights") else ring * ulysses
 
 
 def lay_out(

@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import ModelMixin
 from huggingface_hub import hf_hub_download
 from torch import nn
 
@@ -18,7 +19,8 @@ from engine.adapters.published import PUBLISHED, SOURCES
 from engine.config import ModelConfig, SamplerConfig
 from engine.denoise import make_scheduler, shifting_tokens
 from engine.errors import UserError
-from engine.load import find_checkpoint
+from engine.load import find_checkpoint, quiet_hub
+from parallel.zero3 import LIVE_LAYERS, repeated_layers
 
 FP32_BYTES = 4
 _FILES = {
@@ -91,18 +93,26 @@ class ModelSpec:
         parts = {"transformer": self._transformer, "text_encoder": self._text_encoder, "vae": self.vae}
         return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
-    def weight_bytes(self, itemsize: int) -> dict[str, int]:
-        """Bytes of each part as load_pipeline loads it: the VAE in fp32, as are a few small layers of the transformer."""
-        kept = getattr(self._transformer, "_keep_in_fp32_modules", None) or []
-        in_fp32 = sum(
-            p.numel()
-            for name, p in self._transformer.named_parameters()
-            if any(part in name.split(".") for part in kept)
-        )
+    def weight_bytes(self, itemsize: int, *, ranks: int = 1) -> dict[str, int]:
+        """Bytes of each part as load_pipeline loads it: the VAE in fp32, as are a few small layers of the transformer.
+
+        With `ranks`, those of one rank's share of transformer and text encoder: ceil(numel / ranks) numbers of every tensor.
+        """
         return {
-            "transformer": self.parameters["transformer"] * itemsize + in_fp32 * (FP32_BYTES - itemsize),
-            "text_encoder": self.parameters["text_encoder"] * itemsize,
+            "transformer": _bytes(self._transformer, self._transformer, itemsize, ranks),
+            "text_encoder": _bytes(self._text_encoder, self._text_encoder, itemsize, ranks),
             "vae": self.parameters["vae"] * FP32_BYTES,
+        }
+
+    def gathered_bytes(self, itemsize: int) -> dict[str, int]:
+        """Most bytes of transformer and text encoder that are whole at a time while a forward gathers what is shared out.
+
+        Two layers, the one that runs and the next, or one module outside of the layers, such as an embedding of words: as it
+        comes, in one piece, and once more as tensors.
+        """
+        return {
+            name: LIVE_LAYERS * max(_bytes(part, piece, itemsize) for piece in _pieces(part))
+            for name, part in (("transformer", self._transformer), ("text_encoder", self._text_encoder))
         }
 
     def timesteps(self, sampler: SamplerConfig, latent: tuple[int, int, int], *, window_frames: int) -> list[float]:
@@ -145,9 +155,13 @@ def read_model(config: ModelConfig) -> ModelSpec:
         return ModelSpec(name=config.path, source=f"JSON files of {source}", configs=_read_folder(source))
     try:
         configs, how = _read_hub(source, config.revision, local=True), "JSON files of the hub's local copy"
-    except OSError:
+    except OSError as error:
         if source in PUBLISHED:
             configs, how = PUBLISHED[source], SOURCES[source]
+        elif config.offline:
+            raise UserError(
+                f"model.offline is true, and neither the hub's local copy nor what is published here describes {source!r}"
+            ) from error
         else:
             configs, how = _fetch(source, config.revision), "JSON files fetched from the hub"
     return ModelSpec(name=source, source=how, configs=configs)
@@ -162,7 +176,8 @@ def _read_folder(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _fetch(name: str, revision: str | None) -> dict[str, dict[str, Any]]:
     try:
-        return _read_hub(name, revision, local=False)
+        with quiet_hub():
+            return _read_hub(name, revision, local=False)
     except (OSError, json.JSONDecodeError) as error:
         first = str(error).strip().splitlines()[0]
         known = ", ".join(PUBLISHED)
@@ -176,6 +191,24 @@ def _read_hub(name: str, revision: str | None, *, local: bool) -> dict[str, dict
         part: hf_hub_download(name, file, revision=revision, local_files_only=local) for part, file in _FILES.items()
     }
     return {part: json.loads(Path(path).read_text(encoding="utf-8")) for part, path in paths.items()}
+
+
+def _bytes(whole: nn.Module, piece: nn.Module, itemsize: int, ranks: int = 1) -> int:
+    """Bytes of the parameters of a piece of a part, whose class says which modules stay in fp32, or of one rank's share."""
+    kept = getattr(whole, "_keep_in_fp32_modules", None) or []
+    # transformers keeps its list in fp32 under fp16 only, diffusers always.
+    kept = kept if isinstance(whole, ModelMixin) else []
+    return sum(
+        -(-p.numel() // ranks) * (FP32_BYTES if any(part in name.split(".") for part in kept) else itemsize)
+        for name, p in piece.named_parameters()
+    )
+
+
+def _pieces(part: nn.Module) -> list[nn.Module]:
+    """What is gathered at once: the repeated layers, and each module outside of them by itself."""
+    layers = repeated_layers(part)
+    inside = {id(module) for layer in layers for module in layer.modules()}
+    return layers + [module for module in part.modules() if id(module) not in inside and not list(module.children())]
 
 
 def _on_meta(make: Callable[[], nn.Module]) -> Any:

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 from typing import Literal
 
 from engine.adapters.base import DecodeMode
@@ -29,7 +30,8 @@ class Options:
     Attributes:
         itemsize: bytes of a number in transformer and text encoder.
         kernel: attention.kernel.
-        offload: model.offload.
+        weights: model.weights.
+        shards: model.shards.
         text_device: parallel.text_device.
         local_route: parallel.local_route.
         decode: the settings `decode`.
@@ -37,7 +39,8 @@ class Options:
 
     itemsize: int = 2
     kernel: str = "auto"
-    offload: Literal["none", "model"] = "none"
+    weights: Literal["resident", "cpu_offload", "zero3"] = "resident"
+    shards: str = "device"
     text_device: Literal["model", "cpu"] = "model"
     local_route: Literal["auto", "halo", "all_to_all"] = "auto"
     decode: DecodeConfig = field(default_factory=DecodeConfig)
@@ -48,7 +51,8 @@ class Options:
         return cls(
             itemsize=ITEMSIZES[config.model.dtype],
             kernel=config.attention.kernel,
-            offload=config.model.offload,
+            weights=config.model.weights,
+            shards=config.model.shards,
             text_device=config.parallel.text_device,
             local_route=config.parallel.local_route,
             decode=config.decode,
@@ -67,7 +71,8 @@ class Plan:
         heads: heads of each member of the ulysses axis.
         local_route: how local steps cross the ulysses axis.
         bytes_per_step: by mode and kind.
-        memory: bytes by part: weights, text_encoder, latents, activations, kv_copies, vae_decode.
+        memory: bytes by part: weights, text_encoder, gathered (layers of shared weights that are whole at a time), latents,
+            activations, kv_copies, vae_decode.
         peak_bytes: the most that is on the GPU at once.
         fits: whether that is within the GPU's usable memory.
         steps: by method that these degrees serve, how many steps of each mode the sampler's timesteps give.
@@ -138,7 +143,10 @@ class Case:
     def layout(self, degrees: Degrees) -> Layout:
         """The video on ranks of these degrees."""
         options = {"itemsize": self.options.itemsize, "local_route": self.options.local_route}
-        return lay_out(self.spec, degrees, self.video, self.sampler, self.method, **options)
+        layout = lay_out(self.spec, degrees, self.video, self.sampler, self.method, **options)
+        if self.options.weights != "zero3":
+            return layout
+        return replace(layout, weight_share=self.spec.weight_bytes(layout.itemsize, ranks=prod(degrees))["transformer"])
 
     @cached_property
     def decode_cost(self) -> tuple[DecodeMode, int, int]:
@@ -153,7 +161,7 @@ class Case:
         elif decode.mode == "tiled":
             modes = modes[-1:]
         num_latents = self.spec.video.latent_shape(video.num_frames, video.height, video.width)[2]
-        weights = sum(self.spec.weight_bytes(self.options.itemsize).values())
+        weights = sum(self.kept_weights(self.world_size).values())
         for mode in modes:
             size, ops = decode_cost(self.spec, video.height, video.width, num_latents, mode=mode, decode=decode)
             if mode == modes[-1] or self.fits(weights + size):
@@ -175,17 +183,33 @@ class Case:
             return {name: {"global": len(timesteps)} for name in methods}
         return {name: dict(Counter(step.mode for step in made.plan(timesteps))) for name, made in methods.items()}
 
+    def kept_weights(self, ranks: int) -> dict[str, int]:
+        """Bytes of each part that stay on the busiest GPU: whole parts, or with zero3 its shares, if they stay on GPUs."""
+        options = self.options
+        shared = options.weights == "zero3"
+        kept = self.spec.weight_bytes(options.itemsize, ranks=ranks if shared else 1)
+        if shared and options.shards != "device":
+            kept |= {"transformer": 0, "text_encoder": 0}
+        return kept if options.text_device == "model" else kept | {"text_encoder": 0}
+
+    def gathered(self) -> dict[str, int]:
+        """Bytes of transformer and text encoder that are whole at a time with zero3."""
+        gathered = self.spec.gathered_bytes(self.options.itemsize)
+        on_gpu = {"transformer": True, "text_encoder": self.options.text_device == "model"}
+        shared = self.options.weights == "zero3"
+        return {part: num * (shared and on_gpu[part]) for part, num in gathered.items()}
+
     def memory(self, degrees: Degrees, modes: Sequence[Mode]) -> tuple[dict[str, int], int]:
-        """Bytes by part, and the peak: denoising and decoding follow each other, so the larger of both counts."""
-        layout, weights = self.layout(degrees), self.spec.weight_bytes(self.options.itemsize)
+        """Bytes by part, and the peak: text, denoising and decoding follow each other, so the largest of them counts."""
+        layout, weights, gathered = self.layout(degrees), self.kept_weights(prod(degrees)), self.gathered()
         denoise = max((denoise_peak(layout, mode) for mode in modes), key=lambda parts: sum(parts.values()))
-        denoising, decoding = sum(denoise.values()), self.decode_cost[1]
-        text = weights["text_encoder"] if self.options.text_device == "model" else 0
-        memory = {"weights": weights["transformer"] + weights["vae"], "text_encoder": text, **denoise}
-        memory["vae_decode"] = decoding
-        if self.options.offload == "model":  # one part at a time
+        denoising, decoding = gathered["transformer"] + sum(denoise.values()), self.decode_cost[1]
+        text = weights["text_encoder"]
+        memory = {"weights": weights["transformer"] + weights["vae"], "text_encoder": text}
+        memory |= {"gathered": max(gathered.values()), **denoise, "vae_decode": decoding}
+        if self.options.weights == "cpu_offload":  # one part at a time
             return memory, max(weights["transformer"] + denoising, text, weights["vae"] + decoding)
-        return memory, memory["weights"] + text + max(denoising, decoding)
+        return memory, memory["weights"] + text + max(denoising, decoding, gathered["text_encoder"])
 
     def fits(self, num_bytes: int) -> bool:
         """Whether the GPU has as much for tensors."""
@@ -285,7 +309,7 @@ def _why(p: Plan, plans: list[Plan], case: Case) -> str:
     best, method = plans[0], case.method.name
     if not p.fits:
         return f"needs {p.peak_bytes / GIB:.1f} GiB of {case.gpu.usable_gib:.1f}"
-    notes = _notes(p, next(mode for mode in MODES if mode in p.steps[method]))
+    notes = _notes(p, next(mode for mode in MODES if mode in p.steps[method]), case.options)
     if p is not best:
         return f"predicted {p.run_seconds[method] / best.run_seconds[method]:.2f}x the time of {best.name}; {notes}"
     if len(plans) == 1:
@@ -295,11 +319,13 @@ def _why(p: Plan, plans: list[Plan], case: Case) -> str:
     return f"least predicted time for {method} of those that fit ({after.name} {takes}); {notes}"
 
 
-def _notes(p: Plan, mode: Mode) -> str:
+def _notes(p: Plan, mode: Mode, options: Options) -> str:
     """What the degrees cost: uneven heads, and messages of a step of this mode."""
     seconds = p.step_seconds[mode]
     share = seconds["communication"] / sum(seconds.values())
     note = f"messages that nothing hides take {share:.1%} of a {mode} step"
+    if options.shards != "device":
+        note += f"; what reading the shares from {options.shards.partition(':')[0]} takes is not predicted"
     uneven = max(p.heads) * p.ulysses / sum(p.heads)
     if uneven > 1:
         note += f"; {sum(p.heads)} heads over {p.ulysses} ranks give the busiest {uneven:.2f}x the mean of attention"

@@ -23,13 +23,14 @@ def step_seconds(layout: Layout, mode: Mode, gpu: GpuSpec, kernel: str) -> dict[
     calls = layout.forwards
     attention = calls * sum(flops[part] for part in ATTENTION) / (peak * gpu.attention_rate(kernel))
     eigh = gpu.eigh_seconds * layout.spec.layers if mode in ("dual", "views_global") else 0.0
-    return {
+    seconds = {
         "matrices": calls * sum(flops[part] for part in GEMM) / (peak * gpu.gemm_fraction),
         "attention": attention,
         "spectrum": calls * (sum(flops[part] for part in FP32) / fp32 + eigh),
         "memory": calls * pass_bytes(layout, mode) / (gpu.memory_gb_s * GIGA * gpu.memory_fraction),
-        "communication": communication_seconds(layout, mode, gpu, attention),
     }
+    waits = communication_seconds(layout, mode, gpu, attention)
+    return seconds | {"communication": waits + weight_seconds(layout, mode, gpu, sum(seconds.values()))}
 
 
 def communication_seconds(layout: Layout, mode: Mode, gpu: GpuSpec, attention: float) -> float:
@@ -40,6 +41,12 @@ def communication_seconds(layout: Layout, mode: Mode, gpu: GpuSpec, attention: f
     # Each of the ring's transfers runs beside the attention of one block.
     ring = max(0.0, seconds["ring"] - attention * (blocks - 1) / blocks)
     return sum(seconds[kind] for kind in EXPOSED) + ring
+
+
+def weight_seconds(layout: Layout, mode: Mode, gpu: GpuSpec, computing: float) -> float:
+    """Seconds of one step that a rank waits for layers of shared weights: each is gathered while the one before it runs."""
+    seconds = layout.step_bytes(mode)["weights"] / link_rate(layout.axis_span("weights", mode), gpu)
+    return max(0.0, seconds - computing * (1 - 1 / layout.spec.layers))
 
 
 def link_rate(span: int, gpu: GpuSpec) -> float:

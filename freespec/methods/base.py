@@ -89,6 +89,10 @@ class Method(metaclass=abc.ABCMeta):
         """Axes of the mesh (`ring`, `ulysses`) that must be 1, each with the reason; {} for any layout."""
         return {}
 
+    def check_window(self, window_frames: int) -> None:
+        """Raise ValueError if the settings do not go with a native length of `window_frames`; any goes with most methods."""
+        return
+
     @abc.abstractmethod
     def plan(self, timesteps: Sequence[float]) -> list[StepPlan]:
         """The mode of each step, from the scheduler's timesteps (1000 = pure noise), first step first."""
@@ -120,3 +124,12 @@ def check_stride(method: str, stride: int | None) -> None:
     """Raise ValueError unless the distance between views is a number of frames, or None for the published quarter."""
     if stride is not None and stride < 1:
         raise ValueError(f"{method}: stride must be 1 or more frames, got {stride}")
+
+
+def check_stride_covers(method: str, stride: int | None, window_frames: int) -> None:
+    """Raise ValueError if views that start every `stride` frames leave frames between them."""
+    if stride is not None and stride > window_frames:
+        raise ValueError(
+            f"{method}: stride {stride} is more than the {window_frames} frames of a view, so that "
+            f"{stride - window_frames} between two views would get no attention at all; take {window_frames} or less"
+        )

@@ -17,6 +17,7 @@ from freespec.methods.base import (
     StepPlan,
     check_choice,
     check_stride,
+    check_stride_covers,
 )
 
 
@@ -49,6 +50,11 @@ class FreeNoise(Method):
     def refused_axes(self) -> Mapping[str, str]:
         """Views cross any shard of the tokens."""
         return {"ring": "its views need all tokens of a head on one rank"} if self.attention == "views" else {}
+
+    def check_window(self, window_frames: int) -> None:
+        """Views must touch each other."""
+        if self.attention == "views":
+            check_stride_covers("freenoise", self.stride, window_frames)
 
     def plan(self, timesteps: Sequence[float]) -> list[StepPlan]:
         """The same branch in every step."""

@@ -18,6 +18,7 @@ from freespec.methods.base import (
     StepPlan,
     check_choice,
     check_stride,
+    check_stride_covers,
 )
 
 
@@ -69,6 +70,10 @@ class FreePCA(Method):
     def refused_axes(self) -> Mapping[str, str]:
         """Views cross any shard of the tokens; heads may be split, since their sums are added up."""
         return {"ring": "its views need all tokens of a head on one rank"}
+
+    def check_window(self, window_frames: int) -> None:
+        """Views must touch each other."""
+        check_stride_covers("freepca", self.stride, window_frames)
 
     def plan(self, timesteps: Sequence[float]) -> list[StepPlan]:
         """Views and the global branch while t > 1000 * split (or in all but the last `split` of the steps), then views."""

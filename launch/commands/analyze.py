@@ -120,7 +120,7 @@ def observe(engine: LongVideoEngine, spectra: SpectraStore, unseen: list[int], p
 def _check_length(config: RunConfig) -> None:
     """A video of native length has one window and no long branch: nothing to analyse."""
     model = config.model
-    spec = read_spec(fetch(find_checkpoint(model.path), model.revision, parts=()))
+    spec = read_spec(fetch(find_checkpoint(model.path), model.revision, parts=(), offline=model.offline))
     spec.check_video(config.video.num_frames, config.video.height, config.video.width)
     native, patch = config.method.window_frames, spec.patch[0]
     frames = spec.latent_shape(config.video.num_frames, config.video.height, config.video.width)[2] // patch

@@ -22,7 +22,7 @@ from engine.batch.journal import FileJournal, columns, describe_seconds, read_st
 from engine.batch.locks import Shard, own_shard
 from engine.batch.plan import Batch, Item, claim_folder, plan_batch
 from engine.batch.queue import Queue
-from engine.batch.store import read_json
+from engine.batch.store import read_json, writing_to
 from engine.batch.suite import Suite, read_suite
 from engine.config import RunConfig
 from engine.decode_plan import check_tiles
@@ -59,7 +59,10 @@ def main(argv: list[str]) -> int:
         return 0
     check_devices(config, options)
     make_folder(options.out)
-    with own_shard(options.out, options.shard):
+    with (
+        writing_to(options.out, after=f"free some space or choose another --out; {SUPPORT}"),
+        own_shard(options.out, options.shard),
+    ):
         claim_folder(options.out, batch)
         work = find_work(files, mine, options)
         say_start(options, batch, mine, work)
@@ -158,7 +161,7 @@ def resolve_model(config: RunConfig, options: Options) -> RunConfig:
 def read_batch(config: RunConfig, options: Options) -> Batch:
     """The items, named by what decides them."""
     source = find_checkpoint(config.model.path)
-    folder = fetch(source, config.model.revision, parts=())
+    folder = fetch(source, config.model.revision, parts=(), offline=config.model.offline)
     # What the engine would refuse once it is loaded, now.
     spec = read_spec(folder)
     spec.check_video(config.video.num_frames, config.video.height, config.video.width)

@@ -2,16 +2,18 @@
 
 import contextlib
 import json
-from typing import Any
+from collections.abc import Callable
 
 from jsonargparse import ArgumentParser, Namespace
 
+from engine.batch.locks import Shard, own_shard
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.progress import enabled
 from launch.cli import parse_run
 from launch.commands.generate import read_prompts
 from launch.comparison.make import check_layouts, make_missing, missing_videos
+from launch.comparison.measure import measure_all, native_frames, not_world
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison
 from launch.comparison.variants import read_variants
@@ -38,30 +40,55 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--baseline {baseline} is none of the compared: {', '.join(labels)}")
     seeds = [config.sampler.seed + number for number in range(namespace.num_seeds)]
     comparison = Comparison(folder=expand(namespace.out), variants=variants, prompts=prompts, seeds=seeds)
+    shard = None if namespace.shard is None else Shard.parse(namespace.shard)
+    if shard is not None and namespace.report_only:
+        raise UserError("--report_only reports on every shard's videos; leave --shard out")
     if not namespace.report_only:
-        make_videos(comparison, verbose=namespace.verbose)
+        make_videos(comparison, shard or Shard(), verbose=namespace.verbose)
     place = Place.of_environment()
     if place is not None and place.rank > 0:
         return
-    print(_report(comparison, baseline=baseline, progress=enabled(config.output.progress)))
+    progress = enabled(config.output.progress)
+    if shard is not None:
+        print(_unless_stopped(comparison, lambda: _measure_shard(comparison, shard, progress=progress)))
+        return
+    comparison.check()
+    folder = comparison.folder if namespace.report is None else expand(namespace.report)
+    print(
+        _unless_stopped(
+            comparison, lambda: write_report(comparison, folder=folder, baseline=baseline, progress=progress)
+        )
+    )
 
 
-def make_videos(comparison: Comparison, *, verbose: bool) -> None:
-    """Make every video of a comparison that is not there yet; all ranks call this."""
-    agree = [json.dumps(comparison.describe(), sort_keys=True), str(comparison.seeds)]
+def make_videos(comparison: Comparison, shard: Shard, *, verbose: bool) -> None:
+    """Make every video of a comparison's shard that is not there yet; all ranks call this."""
+    agree = [json.dumps(comparison.describe(), sort_keys=True), str(comparison.seeds), str(shard)]
     config = comparison.config
-    with open_ranks(config, prompts=agree, verbose=verbose) as party:
+    with open_ranks(config, prompts=agree, verbose=verbose) as party, contextlib.ExitStack() as stack:
         check_layouts(comparison.variants, party)
         party.check_on_first(comparison.open)
-        missing = missing_videos(comparison, party)
+        party.check_on_first(lambda: stack.enter_context(own_shard(comparison.folder, shard)))
+        missing = missing_videos(comparison, party, shard)
         if missing:
-            with contextlib.closing(LongVideoEngine(config, party.ranks)) as engine:
-                make_missing(engine, comparison, missing, party)
+            engine = stack.enter_context(contextlib.closing(LongVideoEngine(config, party.ranks)))
+            make_missing(engine, comparison, missing, party)
 
 
-def _report(comparison: Comparison, **settings: Any) -> str:
+def _measure_shard(comparison: Comparison, shard: Shard, *, progress: bool) -> str:
+    """Measure what this process made, so that the report has nothing left to do but to read."""
+    videos = comparison.videos_of(shard)
+    world = not_world(comparison) is None
+    measure_all(videos, clip_frames=native_frames(comparison), world=world, progress=progress)
+    return (
+        f"{comparison.folder}: {shard.name} is made and measured, {len(videos)} videos; when every shard is, the same "
+        "command with --report_only and without --shard writes the report"
+    )
+
+
+def _unless_stopped(comparison: Comparison, measure: Callable[[], str]) -> str:
     try:
-        return write_report(comparison, **settings)
+        return measure()
     except KeyboardInterrupt as error:
         raise Stopped(
             f"while measuring; every video is made and lies in {comparison.folder / 'videos'}; "
@@ -97,6 +124,14 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=str, default="runs/compare", help="folder of the videos and the report")
     parser.add_argument("--baseline", type=str, help="method that differences are from (default: the first)")
     parser.add_argument("--report_only", type=bool, default=False, help="make no video; report on those that are there")
+    parser.add_argument(
+        "--report", type=str, help="folder of the report, such as one on some of the methods (default: --out)"
+    )
+    parser.add_argument(
+        "--shard",
+        type=str,
+        help="i/n: make and measure the i-th of n shares of the pairs of prompt and seed, one process each, without a report",
+    )
     parser.add_argument(
         "--nproc", type=int, help="ranks to start on this machine, one per GPU; torchrun starts its own"
     )

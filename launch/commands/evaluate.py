@@ -1,6 +1,7 @@
 """evaluate.py: a batch's videos, scored by VBench-Long in its own environment and by proxies here, and the report."""
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import sys
@@ -9,23 +10,26 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
+from engine.batch.store import writing_to
 from engine.errors import UserError
 from evaluation.bench import Bench, Evaluator, PreflightError, preflight
 from evaluation.dimensions import DIMENSIONS, check_total, parse_dimensions
-from evaluation.measure import measure_all
+from evaluation.measure import measure_all, measure_all_world
 from evaluation.report import Evaluation, write_report
 from evaluation.run import Outcome, evaluate, failures
 from evaluation.stage import View, plan_view
 from evaluation.tables import Scored
-from evaluation.videos import Video, groups, read_batch, read_list
+from evaluation.videos import Video, groups, read_batches, read_list
+from evaluation.world import why_not
 from launch.cli import Keys, arrange, make_parser, parse
 from launch.outputs import expand
 from launch.stopping import Stopped
 
-USAGE = "evaluate.py --runs FOLDER [--vbench CHECKOUT --python PYTHON] [--SETTING VALUE ...]"
+USAGE = "evaluate.py --runs FOLDER[,FOLDER...] [--vbench CHECKOUT --python PYTHON] [--SETTING VALUE ...]"
 DESCRIPTION = (
     "Score the finished videos of a batch and write report.md, report.csv and report.json. With --vbench and --python, "
-    "VBench-Long scores them in its own environment (docs/vbench.md); without, weight-free proxies are reported."
+    "VBench-Long scores them in its own environment (docs/vbench.md); without, weight-free proxies are reported, and "
+    "exact measures of videos of the embedded world."
 )
 
 
@@ -36,11 +40,11 @@ def main(argv: list[str]) -> int:
     if options.total:
         check_total(dimensions)
     evaluator = _evaluator(options)
-    videos = read_batch(expand(options.runs)) if options.runs else read_list(expand(options.videos))
+    videos = _videos(options)
     by_label = groups(videos)
     baseline = _baseline(options.baseline, list(by_label))
     out = _out(options)
-    with _own(out):
+    with writing_to(out, after="free some space; the same command goes on from there"), _own(out):
         views = [plan_view(label, group, out / "views") for label, group in by_label.items()] if evaluator else []
         bench = _preflight(evaluator, dimensions, out) if evaluator else None
         if options.check:
@@ -71,22 +75,19 @@ def _run(
             views, dimensions, evaluator=evaluator, bench=bench, folder=out, say=_say, keep_views=options.keep_views
         )
     every = [video for group in by_label.values() for video in group]
-    values = (
-        measure_all(every, out / "proxies", workers=options.workers, say=_say)
-        if options.proxies
-        else dict[Path, dict]()
-    )
+    values, exact, not_world = _measures(options, every, out)
     scored = _dimension_values(outcomes)
     evaluation = Evaluation(
         title=f"Evaluation of {options.runs or options.videos}",
         rows=[
-            Scored(label=label, video=video, values=values.get(video.path, {}) | scored.get(video, {}))
+            Scored(label=label, video=video, values=_of(video, values, exact) | scored.get(video, {}))
             for label, group in by_label.items()
             for video in group
         ],
         baseline=baseline,
         dimensions=dimensions,
         proxies=options.proxies,
+        not_world=not_world,
         scores={(o.view.label, o.dimension): o.scores for o in outcomes if o.scores is not None},
         vbench=bench.identity if bench else None,
         notes=[f"{o.view.label}: {note}" for o in outcomes if o.scores for note in o.scores.notes],
@@ -97,6 +98,35 @@ def _run(
     for line in evaluation.failures:
         print(f"failed: {line}")
     return 1 if evaluation.failures else 0
+
+
+def _videos(options: Namespace) -> list[Video]:
+    """Those of the folders or of the list, with the native length that is given for them, if one is."""
+    videos = (
+        read_batches([expand(word) for word in options.runs.split(",")])
+        if options.runs
+        else read_list(expand(options.videos))
+    )
+    if options.native_frames is None:
+        return videos
+    return [dataclasses.replace(video, native_frames=options.native_frames) for video in videos]
+
+
+def _measures(
+    options: Namespace, videos: Sequence[Video], out: Path
+) -> tuple[dict[Path, dict[str, float]], dict[Path, dict[str, float]], str | None]:
+    """Proxies and exact measures by path, and why there are none of the latter."""
+    if not options.proxies:
+        return {}, {}, "not asked for"
+    proxies = measure_all(videos, out / "proxies", workers=options.workers, say=_say)
+    not_world = why_not(videos)
+    if not_world is not None:
+        return proxies, {}, not_world
+    return proxies, measure_all_world(videos, out / "world", workers=options.workers, say=_say), None
+
+
+def _of(video: Video, *measured: Mapping[Path, dict[str, float]]) -> dict[str, float]:
+    return {name: value for found in measured for name, value in found.get(video.path, {}).items()}
 
 
 def _parse(argv: list[str]) -> Namespace:
@@ -110,13 +140,17 @@ def _parse(argv: list[str]) -> Namespace:
         raise UserError(f"--{given} needs --{missing}: VBench-Long is run by its own environment, see docs/vbench.md")
     if not options.vbench and not options.proxies:
         raise UserError("nothing to do: give --vbench and --python, or leave --proxies on")
+    if options.native_frames is not None and options.native_frames < 1:
+        raise UserError(f"--native_frames must be 1 or more, got {options.native_frames}")
+    if "," in options.runs and not options.out:
+        raise UserError("--runs names several folders: give --out, the folder of the report")
     if options.workers < 1 or options.time_limit <= 0:
         raise UserError(f"--workers and --time_limit must be above 0, got {options.workers} and {options.time_limit:g}")
     return options
 
 
 def _add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--runs", type=str, default="", help="output folder of launch/batch.py")
+    parser.add_argument("--runs", type=str, default="", help="output folders of launch/batch.py, with commas")
     parser.add_argument("--videos", type=str, default="", help="instead: CSV with the columns method,prompt,seed,path")
     parser.add_argument("--out", type=str, default="", help="folder of the report (default: `evaluation` in --runs)")
     parser.add_argument("--vbench", type=str, default="", help="folder of a VBench checkout")
@@ -129,8 +163,14 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--baseline", type=str, default="", help="method that others are compared with (default: direct)"
     )
-    parser.add_argument("--proxies", type=bool, default=True, help="measure the weight-free proxies")
-    parser.add_argument("--workers", type=int, default=1, help="processes that measure proxies")
+    parser.add_argument("--proxies", type=bool, default=True, help="measure what needs no weights")
+    parser.add_argument("--workers", type=int, default=1, help="processes that measure what needs no weights")
+    parser.add_argument(
+        "--native_frames",
+        type=int,
+        default=None,
+        help="frames that the model was trained on, for exact measures of videos whose sidecar does not say it",
+    )
     parser.add_argument("--keep_views", type=bool, default=False, help="keep the staged videos and clips")
     parser.add_argument("--check", type=bool, default=False, help="only look whether everything is there")
     parser.add_argument("--total", type=bool, default=False, help="refused: six dimensions make no VBench total")

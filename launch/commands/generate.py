@@ -132,7 +132,8 @@ def _denoise(engine: LongVideoEngine, prompt: str, files: OutputFiles, trace: Tr
         raise UserError(f"cannot write {files.checkpoint}: {error.strerror or error}") from error
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"out of memory while denoising on {engine.device}; make the video shorter or smaller, or add --model.offload model"
+            f"out of memory while denoising on {engine.device}; make the video shorter or smaller, or add --model.weights "
+            "cpu_offload, on several ranks zero3"
         ) from error
 
 

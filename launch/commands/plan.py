@@ -61,6 +61,7 @@ def as_text(case: Case, config: RunConfig, plans: list[Plan]) -> str:
         f"chosen: {best.name}",
         f"  why: {best.why}",
         *_shares(best),
+        *_weights(case),
         *_memory(best, case.gpu),
         *_steps(best),
         *_runs(best, case.world_size),
@@ -88,6 +89,19 @@ def _shares(best: Plan) -> list[str]:
     return [
         f"  tokens per rank: {_span(best.tokens)}; heads per rank inside attention: {_span(best.heads)}; "
         f"local steps by {best.local_route}",
+    ]
+
+
+def _weights(case: Case) -> list[str]:
+    """Where the weights lie, unless it is where they always lay."""
+    options = case.options
+    if options.weights == "resident":
+        return []
+    if options.weights == "cpu_offload":
+        return ["  weights: cpu_offload, one part at a time on each GPU"]
+    place = {"device": "on each GPU", "cpu": "of each GPU on the CPU"}.get(options.shards, "of each GPU in a file")
+    return [
+        f"  weights: zero3, a share of 1/{case.world_size} {place}; gathered layers are whole for as long as they run"
     ]
 
 

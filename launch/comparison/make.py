@@ -8,7 +8,9 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
+from engine.batch.locks import Shard
 from engine.checkpoint import load_latents
+from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.ranks import hand_out_bytes
 from engine.supported_layouts import check_layout
@@ -18,6 +20,7 @@ from launch.comparison.store import Comparison, Video
 from launch.comparison.variants import Variant
 from launch.ranks import Party
 from launch.render import render
+from launch.stopping import Stopped
 
 
 def check_layouts(variants: Sequence[Variant], party: Party) -> None:
@@ -27,9 +30,9 @@ def check_layouts(variants: Sequence[Variant], party: Party) -> None:
             check_layout(variant.label, variant.config.method.method, party.ranks.degrees)
 
 
-def missing_videos(comparison: Comparison, party: Party) -> list[Video]:
-    """The videos that are not there yet, as rank 0 sees it, on every rank."""
-    videos = comparison.videos
+def missing_videos(comparison: Comparison, party: Party, shard: Shard | None = None) -> list[Video]:
+    """The videos (of a shard) that are not there yet, as rank 0 sees it, on every rank."""
+    videos = comparison.videos_of(shard or Shard())
     done = on_first(party, [video.is_done for video in videos])
     return [video for video, is_done in zip(videos, done, strict=True) if not is_done]
 
@@ -45,7 +48,7 @@ def make_missing(engine: LongVideoEngine, comparison: Comparison, missing: Seque
     """Make these videos, one after the other; rank 0 says a line for each."""
     for index, video in enumerate(missing):
         if index > 0:
-            party.wait_for_first(f"{comparison.folder} video {index - 1}")
+            party.wait_for_first(f"{missing[index - 1].files.video} made")
         record = _make(engine, comparison, video)
         if record is not None:
             print(f"{index + 1} of {len(missing)}, {summary(record, video.files)}", flush=True)
@@ -59,6 +62,19 @@ def _make(engine: LongVideoEngine, comparison: Comparison, video: Video) -> dict
     engine.config = config
     engine.use_method(config.method)
     latents, record = _kept_latents(engine, video)
+    try:
+        return _finish(engine, config, video, latents, record)
+    except Stopped as error:
+        if not video.files.latents.exists():
+            raise  # while denoising, and it has said how to go on
+        raise Stopped(
+            f"before {video.files.video} was decoded; its latents are kept, and the same command continues from them"
+        ) from error
+
+
+def _finish(
+    engine: LongVideoEngine, config: RunConfig, video: Video, latents: Tensor | None, record: dict[str, Any]
+) -> dict[str, Any] | None:
     if latents is None:
         return make_video(engine, config, video.prompt, video.files)
     if not engine.is_first:

@@ -1,4 +1,4 @@
-"""The report of a comparison: index.html, report.json, summary.csv, videos.csv and plots/, written together."""
+"""The report of a comparison: index.html, report.json, summary.csv and .md, videos.csv and plots/, written together."""
 
 import csv
 import json
@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.checkpoint import atomic_path
 from engine.errors import UserError
+from launch.comparison import markdown
 from launch.comparison.measure import Measured, measure_all, native_frames, not_world, units
 from launch.comparison.page import write_page
 from launch.comparison.plots import draw_clips, draw_metrics, draw_times, save_figure
@@ -24,10 +25,10 @@ _CLIP_TITLES = {
 }
 
 
-def write_report(comparison: Comparison, *, baseline: str, progress: bool) -> str:
-    """Measure what is there and write the report; returns a line that says what it stands on.
+def write_report(comparison: Comparison, *, folder: Path, baseline: str, progress: bool) -> str:
+    """Measure what is there and write the report into `folder`; returns a line that says what it stands on.
 
-    Compared are the prompts and seeds that every variant has a video of; UserError if there are none yet.
+    Files are named relative to that folder, so that both may be moved together. Compared are the prompts and seeds that every variant has a video of; UserError if there are none yet.
     """
     reason = not_world(comparison)
     clip_frames = native_frames(comparison)
@@ -47,8 +48,8 @@ def write_report(comparison: Comparison, *, baseline: str, progress: bool) -> st
     }
     series = {metric: found for metric, found in series.items() if any(found.values())}
     notes = _notes(comparison, measured, reason=reason, clip_frames=clip_frames, baseline=baseline)
-    folder = comparison.folder
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         plots = _write_plots(folder / "plots", rows, labels, time, series)
         _write_tables(folder, rows, measured)
         report = {
@@ -69,12 +70,13 @@ def write_report(comparison: Comparison, *, baseline: str, progress: bool) -> st
         page = write_page(
             title=f"{len(labels)} methods, {comparison.config.video.num_frames} frames: {', '.join(labels)}",
             notes=notes,
-            videos=_viewer(comparison, measured),
+            videos=_viewer(comparison, measured, folder),
             rows=rows,
             times=time,
             plots=[(path.relative_to(folder).as_posix(), text) for path, text in plots],
         )
         _write(folder / "index.html", page)
+        _write(folder / "summary.md", markdown.tables(report))
     except OSError as error:
         raise UserError(f"cannot write the report in {folder}: {error.strerror or error}") from error
     return f"{folder / 'index.html'}: {notes[0]}"
@@ -130,11 +132,16 @@ def _mixtures(measured: Sequence[Measured]) -> list[str]:
     ]
 
 
-def _viewer(comparison: Comparison, measured: Sequence[Measured]) -> dict[str, Any]:
+def _beside(path: Path, folder: Path) -> str:
+    """A file's address relative to the report's folder, with forward slashes."""
+    return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def _viewer(comparison: Comparison, measured: Sequence[Measured], folder: Path) -> dict[str, Any]:
     """What the page plays, by prompt and seed, files relative to the page."""
     prompts: dict[int, dict[int, list[dict[str, str]]]] = {}
     for each in measured:
-        file = each.video.files.video.relative_to(comparison.folder).as_posix()
+        file = _beside(each.video.files.video, folder)
         of_seed = prompts.setdefault(each.video.prompt_index, {}).setdefault(each.video.seed, [])
         of_seed.append({"label": each.video.label, "file": file})
     return {
@@ -194,7 +201,7 @@ def _video(each: Measured, folder: Path) -> dict[str, Any]:
         "prompt_index": each.video.prompt_index,
         "prompt": each.video.prompt,
         "seed": each.video.seed,
-        "file": each.video.files.video.relative_to(folder).as_posix(),
+        "file": _beside(each.video.files.video, folder),
         "values": {name: None if math.isnan(value) else value for name, value in each.values.items()},
         "by_clip": each.by_clip,
         "resumed_at": each.record["resumed_at"],

@@ -4,7 +4,9 @@
     OUT/videos/LABEL/PPP-seedS.mp4             video of prompt PPP (000, 001, ..) with seed S, beside its record
                                                (.json), contact sheet (.png), and measures (.metrics.json)
 
-A video counts as there once its record is, which is written last. The store keeps one folder for one process at a time.
+    OUT/locks/                                 who is at work: one process, or one for each shard
+
+A video counts as there once its record is, which is written last.
 """
 
 import dataclasses
@@ -14,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.batch.locks import Shard, locked
 from engine.checkpoint import atomic_path
 from engine.config import RunConfig
 from engine.errors import UserError
@@ -79,6 +82,11 @@ class Comparison:
             for variant in self.variants
         ]
 
+    def videos_of(self, shard: Shard) -> list[Video]:
+        """The videos of one of several processes that share the work: every n-th pair of prompt and seed, all methods of it."""
+        num_methods = len(self.variants)
+        return [video for place, video in enumerate(self.videos) if shard.holds(place // num_methods)]
+
     def variant(self, label: str) -> Variant:
         """The variant called so."""
         return next(variant for variant in self.variants if variant.label == label)
@@ -88,6 +96,12 @@ class Comparison:
         open_folder(self.folder, "comparison.json", self.describe())
         for variant in self.variants:
             (self.folder / "videos" / variant.label).mkdir(parents=True, exist_ok=True)
+
+    def check(self) -> None:
+        """Raise UserError if the folder's videos were made with other settings than these, which a report would tell of."""
+        before = read_manifest(self.folder / "comparison.json")
+        if before is not None:
+            refuse_changes(self.folder, before, self.describe())
 
     def describe(self) -> dict[str, Any]:
         """What decides the videos: shared settings and those of each variant by dotted name, checkpoint and prompts."""
@@ -105,7 +119,7 @@ def decisive_settings(config: RunConfig) -> dict[str, Any]:
     shared = {key: value for key, value in tree.items() if not key.startswith(_NOT_SHARED)}
     device = pick_device(config.model.device)
     source = find_checkpoint(config.model.path)
-    folder = fetch(source, config.model.revision, parts=())
+    folder = fetch(source, config.model.revision, parts=(), offline=config.model.offline)
     prints = fingerprints(config, folder, from_hub=isinstance(source, str))
     return shared | {
         "output.crf": config.output.crf,
@@ -128,13 +142,15 @@ def open_folder(folder: Path, name: str, now: dict[str, Any]) -> None:
     """
     manifest = folder / name
     check_outputs([manifest], overwrite=True, overwrite_flag="")
-    before = read_manifest(manifest)
-    if before is not None:
-        refuse_changes(folder, before, now)
-        prompts = max(before["prompts"], now["prompts"], key=len)
-        now = now | {"variants": before["variants"] | now["variants"], "prompts": prompts}
-    with atomic_path(manifest) as part:
-        part.write_text(json.dumps(now, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (folder / "locks").mkdir(exist_ok=True)
+    with locked(folder / "locks" / "manifest.lock"):  # shards that start together would each widen what they read
+        before = read_manifest(manifest)
+        if before is not None:
+            refuse_changes(folder, before, now)
+            prompts = max(before["prompts"], now["prompts"], key=len)
+            now = now | {"variants": before["variants"] | now["variants"], "prompts": prompts}
+        with atomic_path(manifest) as part:
+            part.write_text(json.dumps(now, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:

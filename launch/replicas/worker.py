@@ -218,7 +218,7 @@ def describe(error: BaseException) -> str:
     match kind_of(error):
         case "memory":
             return (
-                f"out of memory ({first}); more ranks per replica (--nproc or --gpus_per_replica), --model.offload model, "
+                f"out of memory ({first}); more ranks per replica (--nproc or --gpus_per_replica), --model.weights cpu_offload, "
                 "--decode.mode tiled, or a shorter or smaller video would fit"
             )
         case "fault":

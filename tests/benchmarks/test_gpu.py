@@ -11,14 +11,21 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from benchmarks import gpu, gpu_report, report
 from benchmarks.measure import ROOT
+from benchmarks.sections import optional
 from benchmarks.sections.bench import Bench
+from engine.group_of_one import GROUP_OF_ONE
+from freespec.sage import sage_kernel
+from parallel.xfuser import xfuser_attention
+from tests.freespec import sage_stand_in
 from tests.freespec.test_triton_dual import needs_triton
+from tests.parallel import xfuser_stand_in
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +107,40 @@ def test_a_mode_is_one_graph_for_all_layers(files: gpu_report.Files) -> None:
         "freespec dual": 1,
     }
     assert all(row["layers"] > 1 for row in files["compiled"]["results"].values())
+
+
+def test_packages_that_are_not_here_are_not_available(files: gpu_report.Files) -> None:
+    results = files["optional"]["results"]
+    assert set(results) == {f"{package}, {model}" for package in ("xfuser", "sage") for model in ("wan", "ltx")}
+    for name, found in results.items():
+        what = "runs on CUDA only" if name.startswith("xfuser") else "does not run on cpu"
+        assert what in found["not available"]
+    assert "not available" in "".join(gpu_report.sections(files, report.table))
+
+
+def test_a_package_that_is_here_is_compared_in_the_same_rounds(tmp_path: Path) -> None:
+    """On the recorded interfaces, in a group of one."""
+    bench = Bench(section="optional", device=torch.device("cpu"), small=True, out=tmp_path, deadline=math.inf)
+    shape, mesh = bench.shapes["wan"], GROUP_OF_ONE.acquire()
+    with xfuser_stand_in.installed():
+        found = optional.compare(bench, shape, mesh, xfuser_attention(mesh, kernel="auto"), kernel="plain")
+    GROUP_OF_ONE.release()
+    assert found["relative difference"] < 1e-5
+    assert found["xfuser / ours"]["median"] > 0
+    kernel = sage_kernel(sage_stand_in.sageattn)
+    with mock.patch.object(optional, "select_complement", lambda *_args, **_settings: kernel):
+        quantised = optional.complement(bench, shape)
+    assert 1e-4 < quantised["relative difference"] < 3e-2
+    content = {
+        "environment": {},
+        "settings": {"dtype": "float32", "small": True},
+        "status": "done",
+        "file": "optional.json",
+    }
+    page = gpu_report.sections(
+        {"optional": content | {"results": {"xfuser, wan": found, "sage, wan": quantised}}}, report.table
+    )
+    assert any("sage, wan" in part and "relative difference" in part for part in page)
 
 
 def test_the_page_shows_every_section_and_warns_of_tiny_sizes(files: gpu_report.Files) -> None:

@@ -11,9 +11,8 @@ from torch import Tensor
 from engine import apply_method
 from engine.adapters.wan import WAN
 from engine.errors import UserError
-from freespec.attention import masked_ref
-from freespec.methods import FreePCA, FreeSpec, Grid, StepPlan
-from freespec.spectrum import svd_fusion_ref
+from freespec.methods import FreePCA, FreeSpec, Grid
+from tests.engine.reference_run import latents_by_masks
 from tests.tiny_pipelines import random_wan
 
 METHODS = ("direct", "sliding_window", "freenoise", "freelong", "freepca", "freespec")
@@ -67,22 +66,6 @@ def test_remove_restores_the_pipeline_bit_for_bit(method, stock):
     assert not any(module._forward_hooks for module in pipe.transformer.modules())
 
 
-class ReferenceProcessor:
-    """Both branches by mask and the fusion by SVD, in fp64: shares no code with the fast path but the projections."""
-
-    def __init__(self, frame_tokens: int, window_frames: int, weights: dict) -> None:
-        self.frame_tokens, self.window_frames, self.weights = frame_tokens, window_frames, weights
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        q, k, v = WAN.qkv(attn, hidden_states, rotary_emb)
-        out = masked_ref(q, k, v, frame_tokens=self.frame_tokens, window_frames=self.window_frames)
-        if self.weights["now"] is not None:
-            wide = masked_ref(q, k, v, frame_tokens=self.frame_tokens, window_frames=None)
-            g, lam = self.weights["now"]
-            out = svd_fusion_ref(out, wide, g, float(lam))
-        return WAN.project_out(attn, out.to(q.dtype))
-
-
 @pytest.mark.parametrize(("split", "agrees"), [(0.6, True), (0.9, False)])
 def test_freespec_run_equals_a_run_with_masks_and_svd(split, agrees):
     method = FreeSpec(domain="step", split=0.6)
@@ -90,23 +73,9 @@ def test_freespec_run_equals_a_run_with_masks_and_svd(split, agrees):
     with apply_method(fast, method=method, window_frames=3):
         ours = latents_of(fast)
 
-    slow = random_wan().to(torch.float64)
-    weights: dict = {"now": None}
-    for attn in WAN.attention_modules(slow.transformer):
-        attn.set_processor(ReferenceProcessor(4 * 6, 3, weights))
     plan = FreeSpec(domain="step", split=split).plan([999.0, 900.0, 500.0])  # negative control: one dual step more
-
-    def set_weights(step: StepPlan) -> None:
-        grid = Grid(frames=8, rows=4, columns=6, window_frames=3)
-        weights["now"] = method.weights(step, grid, 12, torch.device("cpu")) if step.mode == "dual" else None
-
-    set_weights(plan[0])
-
-    def next_step(pipe, index, timestep, kwargs):
-        set_weights(plan[min(index + 1, len(plan) - 1)])
-        return {}
-
-    theirs = latents_of(slow, callback_on_step_end=next_step)
+    grid = Grid(frames=8, rows=4, columns=6, window_frames=3)
+    theirs = latents_by_masks(random_wan().to(torch.float64), WAN, latents_of, method, plan=plan, grid=grid)
     assert (torch.linalg.norm(ours - theirs) < 1e-9 * torch.linalg.norm(theirs)).item() == agrees
 
 
@@ -200,6 +169,7 @@ def test_a_forward_outside_its_pipeline_is_refused():
         ({"method": "freespec", "alhpa": 1.0}, r"does not know 'alhpa' \(did you mean 'alpha'\?\)"),
         ({"method": FreeSpec(), "alpha": 1.0}, "a method object has its own"),
         ({"window_frames": 0}, "window_frames must be 1 or more, got 0"),
+        ({"method": "freenoise", "window_frames": 2, "stride": 3}, "stride 3 is more than the 2 frames of a view"),
         ({"kernel": "cuda_flash"}, "'cuda_flash' does not run on cpu"),
     ],
 )

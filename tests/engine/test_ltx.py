@@ -22,9 +22,8 @@ from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.load import load_pipeline
 from engine.trace import Trace
-from freespec.attention import masked_ref
-from freespec.methods import METHODS, FreeSpec, Grid, StepPlan
-from freespec.spectrum import svd_fusion_ref
+from freespec.methods import METHODS, FreeSpec, Grid
+from tests.engine.reference_run import latents_by_masks
 from tests.tiny_pipelines import random_ltx, save_random_ltx
 
 PROMPT, NEGATIVE = "a red circle", "bad"  # of unequal length, so that their masks differ
@@ -110,22 +109,6 @@ def test_native_length_is_the_stock_pipeline_and_remove_restores_it(method, stoc
     assert not any(module._forward_hooks for module in pipe.transformer.modules())
 
 
-class ReferenceProcessor:
-    """Both branches by mask and the fusion by SVD, in fp64: shares no code with the fast path but the projections."""
-
-    def __init__(self, weights: dict) -> None:
-        self.weights = weights
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, image_rotary_emb=None):
-        q, k, v = LTX.qkv(attn, hidden_states, image_rotary_emb)
-        out = masked_ref(q, k, v, frame_tokens=8, window_frames=WINDOW)
-        if self.weights["now"] is not None:
-            wide = masked_ref(q, k, v, frame_tokens=8, window_frames=None)
-            g, lam = self.weights["now"]
-            out = svd_fusion_ref(out, wide, g, float(lam))
-        return LTX.project_out(attn, out.to(q.dtype))
-
-
 @pytest.mark.parametrize(("split", "agrees"), [(0.6, True), (0.9, False)])
 def test_freespec_run_equals_a_run_with_masks_and_svd(split, agrees):
     method = FreeSpec(domain="step", split=0.6)
@@ -133,25 +116,10 @@ def test_freespec_run_equals_a_run_with_masks_and_svd(split, agrees):
     with apply_method(fast, method=method, window_frames=WINDOW):
         ours = latents_of(fast)
 
-    slow = random_ltx().to(torch.float64)
-    weights: dict = {"now": None}
-    for attn in LTX.attention_modules(slow.transformer):
-        attn.set_processor(ReferenceProcessor(weights))
-    plan = FreeSpec(domain="step", split=split).plan(
-        [999.0, 900.0, 700.0, 500.0]
-    )  # negative control: one dual step more
+    # Negative control: one dual step more.
+    plan = FreeSpec(domain="step", split=split).plan([999.0, 900.0, 700.0, 500.0])
     grid = Grid(frames=8, rows=4, columns=2, window_frames=WINDOW)
-
-    def set_weights(step: StepPlan) -> None:
-        weights["now"] = method.weights(step, grid, 8, torch.device("cpu")) if step.mode == "dual" else None
-
-    set_weights(plan[0])
-
-    def next_step(pipe, index, timestep, kwargs):
-        set_weights(plan[min(index + 1, len(plan) - 1)])
-        return {}
-
-    theirs = latents_of(slow, callback_on_step_end=next_step)
+    theirs = latents_by_masks(random_ltx().to(torch.float64), LTX, latents_of, method, plan=plan, grid=grid)
     # The stock pipeline rounds the prediction to fp32, whatever the model's precision.
     assert (torch.linalg.norm(ours - theirs) < 1e-6 * torch.linalg.norm(theirs)).item() == agrees
 

@@ -1,37 +1,20 @@
 """The golden test on LTX-Video: one video over any arrangement of ranks is the video of one rank."""
 
 import dataclasses
-import functools
-from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-import torch
 from torch import Tensor
 
-import engine.engine
 from engine.adapters.ltx import LtxAdapter
 from engine.apply import Ranks
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.load import load_pipeline
 from engine.supported_layouts import check_layout
 from freespec.methods import METHODS, FreeSpec
-from parallel.mesh import build_mesh
-from tests.engine.test_ranks import TIMEOUT, all_degrees, attend_in_chunks, relative
+from tests.engine.golden import PROMPT, Case, all_degrees, assert_same_video, mesh_of, on_one_rank, relative
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import save_random_ltx
-
-
-class Case(NamedTuple):
-    """One arrangement of the ranks, one method, and what is broken on purpose."""
-
-    folder: str
-    degrees: tuple[int, int, int]
-    method: str
-    route: str = "auto"
-    fault: str = ""
 
 
 def config_of(folder: str, method: str) -> RunConfig:
@@ -47,10 +30,9 @@ def config_of(folder: str, method: str) -> RunConfig:
 
 def latents_on_ranks(rank: int, case: Case) -> Tensor:
     """This rank's latents; runs on every rank."""
-    engine.engine.load_pipeline = functools.cache(load_pipeline)
-    cfg, ring, ulysses = case.degrees
-    mesh = build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=torch.device("cpu"), timeout=TIMEOUT)
-    made = LongVideoEngine(config_of(case.folder, case.method), Ranks(mesh=mesh, local_route=case.route))
+    made = LongVideoEngine(
+        config_of(case.folder, case.method), Ranks(mesh=mesh_of(case.degrees), local_route=case.route)
+    )
     with pytest.MonkeyPatch.context() as patch:
         if case.fault == "rotary of the first tokens":
             patch.setattr(
@@ -59,7 +41,7 @@ def latents_on_ranks(rank: int, case: Case) -> Tensor:
         if case.fault == "swapped passes":
             guide = LtxAdapter.guide
             patch.setattr(LtxAdapter, "guide", lambda self, parts, scale: guide(self, parts[::-1], scale))
-        latents = made.denoise("a red circle").latents
+        latents = made.denoise(PROMPT).latents
     made.close()
     return latents
 
@@ -67,26 +49,6 @@ def latents_on_ranks(rank: int, case: Case) -> Tensor:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> str:
     return str(save_random_ltx(tmp_path_factory.mktemp("ltx")))
-
-
-@functools.cache
-def on_one_rank(folder: str, method: str) -> Tensor:
-    made = LongVideoEngine(config_of(folder, method))
-    latents = made.denoise("a red circle").latents
-    made.close()
-    return latents
-
-
-@functools.cache
-def noise_floor(folder: str, method: str) -> float:
-    """Relative change of one rank's latents when each attention call takes its keys in three chunks."""
-    made = LongVideoEngine(config_of(folder, method))
-    select = engine.engine.select_kernel
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.hooks.select_kernel", lambda *arguments: attend_in_chunks(select(*arguments)))
-        latents = made.denoise("a red circle").latents
-    made.close()
-    return relative(latents, on_one_rank(folder, method))
 
 
 def serves(method: str, degrees: tuple[int, int, int]) -> bool:
@@ -107,11 +69,7 @@ def test_any_arrangement_of_ranks_makes_the_same_video(folder, ranks, tmp_path):
     assert {case.method for case in cases} == set(methods)
     cases += [Case(folder, all_degrees(ranks)[0], "freespec", "all_to_all")]
     for case, by_rank in zip(cases, run_ranks(ranks, latents_on_ranks, cases, tmp_path), strict=True):
-        for latents in by_rank[1:]:
-            assert torch.equal(latents, by_rank[0]), case
-        error = relative(by_rank[0], on_one_rank(folder, case.method))
-        assert error <= 1e-5, (case, error)
-        assert error <= 10 * noise_floor(folder, case.method), (case, error, noise_floor(folder, case.method))
+        assert_same_video(by_rank, config_of(case.folder, case.method), case)
 
 
 def test_what_is_broken_is_seen(folder, tmp_path):
@@ -120,12 +78,11 @@ def test_what_is_broken_is_seen(folder, tmp_path):
         Case(folder, (2, 1, 1), "freespec", fault="swapped passes"),
     ]
     for [first, _] in run_ranks(2, latents_on_ranks, cases, tmp_path):
-        assert relative(first, on_one_rank(folder, "freespec")) > 1e-3
+        assert relative(first, on_one_rank(config_of(folder, "freespec"))) > 1e-3
 
 
-def test_another_seed_is_another_video(folder: Path):
+def test_another_seed_is_another_video(folder):
     """Negative control: the tolerance tells videos apart."""
-    config = config_of(str(folder), "freespec")
-    made = LongVideoEngine(dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, seed=4)))
-    assert relative(made.denoise("a red circle").latents, on_one_rank(folder, "freespec")) > 0.1
-    made.close()
+    config = config_of(folder, "freespec")
+    other = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, seed=4))
+    assert relative(on_one_rank(other), on_one_rank(config)) > 0.1

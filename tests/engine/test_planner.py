@@ -418,7 +418,7 @@ def test_what_cannot_fit_is_refused_with_the_smallest_change(
 
 
 def test_a_shorter_video_that_is_advised_fits_and_the_next_does_not(specs: dict[str, ModelSpec]) -> None:
-    spec, options = specs[SMALL], Options(offload="model")
+    spec, options = specs[SMALL], Options(weights="cpu_offload")
     gpu = replace(read_gpu("h100"), memory_gib=14, reserved_gib=1)
     video = replace(LONG, num_frames=1281)
     with pytest.raises(UserError) as refused:
@@ -429,6 +429,58 @@ def test_a_shorter_video_that_is_advised_fits_and_the_next_does_not(specs: dict[
         for n in (frames, frames + 4)
     ]
     assert fits == [True, False]
+
+
+def test_shared_weights_are_counted_by_their_share_and_by_the_layers_that_are_whole(
+    specs: dict[str, ModelSpec],
+) -> None:
+    spec, gpu = specs[LARGE], read_gpu("h100")
+    arguments: dict[str, Any] = {"gpu": gpu, "world_size": 8}
+    plans = {
+        name: plan(spec, LONG, SAMPLER, FREESPEC, options=options, **arguments)[0]
+        for name, options in {
+            "resident": Options(),
+            "zero3": Options(weights="zero3"),
+            "cpu": Options(weights="zero3", shards="cpu"),
+            "text": Options(weights="zero3", text_device="cpu"),
+        }.items()
+    }
+    weights = spec.weight_bytes(2)
+    resident, shared = plans["resident"].memory, plans["zero3"].memory
+    # Tensors that eight ranks do not divide are rounded up, by less than a thousandth here.
+    assert shared["weights"] - weights["vae"] == pytest.approx(weights["transformer"] / 8, rel=1e-3)
+    assert shared["text_encoder"] == pytest.approx(weights["text_encoder"] / 8, rel=1e-3)
+    assert resident["gathered"] == 0
+    # Two of 40 layers are at most a twentieth of the transformer; the words of the text encoder are more, but not with them.
+    assert spec.gathered_bytes(2)["transformer"] == pytest.approx(weights["transformer"] / 20, rel=0.03)
+    assert shared["gathered"] == spec.gathered_bytes(2)["text_encoder"] > 2 * 256_000 * 4096 * 2
+    assert plans["text"].memory["gathered"] == spec.gathered_bytes(2)["transformer"]
+    assert plans["cpu"].memory["weights"] == weights["vae"]
+    peaks = {name: found.peak_bytes for name, found in plans.items()}
+    assert peaks["cpu"] < peaks["zero3"] < peaks["resident"] - 0.8 * weights["transformer"]
+    # Every forward sends a rank's share to the seven others; the transformer runs once a step where cfg is 2.
+    assert plans["zero3"].degrees[0] == 2
+    sent = plans["zero3"].bytes_per_step["dual"]["weights"]
+    assert sent == pytest.approx(weights["transformer"] * 7 / 8, rel=1e-3)
+    assert plans["resident"].bytes_per_step["dual"]["weights"] == 0
+
+
+def test_shared_weights_that_a_slow_link_cannot_hide_take_time(specs: dict[str, ModelSpec]) -> None:
+    spec, video = specs[LARGE], replace(LONG, num_frames=81, height=240, width=416)
+    gpu = read_gpu("rtx4090")
+    slow = replace(gpu, intra_node_gb_s=0.1)
+    seconds = [
+        plan(
+            spec, video, SAMPLER, FREESPEC, gpu=which, world_size=2, options=Options(weights=weights, text_device="cpu")
+        )
+        for which, weights in ((gpu, "resident"), (gpu, "zero3"), (slow, "resident"), (slow, "zero3"))
+    ]
+    resident, shared, slow_resident, slow_shared = (
+        next(p for p in plans if p.degrees == (2, 1, 1)).step_seconds["global"]["communication"] for plans in seconds
+    )
+    assert resident <= shared
+    gathering = spec.weight_bytes(2)["transformer"] / 2 / (0.1e9 * gpu.link_fraction)
+    assert 0.5 * gathering < slow_shared - slow_resident < gathering
 
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted(FOLDER.glob("*.json"))])
@@ -442,6 +494,9 @@ def test_every_number_of_a_gpu_has_a_source(name: str) -> None:
     [
         ({"gemm_fraction": 1.5}, "gemm_fraction is a fraction of a peak and must be at most 1, got 1.5"),
         ({"memory_gib": "80"}, "memory_gib must be a number, got '80'"),
+        ({"memory_gib": float("inf")}, "memory_gib must be finite, got inf"),
+        ({"reserved_gib": 500}, "reserved_gib 500 leaves nothing of memory_gib 1"),
+        ({"gpus_per_node": 2.5}, "gpus_per_node must be a whole number, got 2.5"),
         ({"bandwidth": 3}, "has the unknown bandwidth"),
         ({"sources": {}}, "sources names no source of memory_gib"),
     ],

@@ -14,7 +14,7 @@ from torch import nn
 
 from engine.adapters.published import PUBLISHED
 from engine.apply import apply_method
-from engine.config import MethodConfig, ModelConfig, ParallelConfig, RunConfig, SamplerConfig, VideoConfig
+from engine.config import DecodeConfig, MethodConfig, ModelConfig, ParallelConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.errors import UserError
 from engine.hooks import BranchProcessor
 from engine.parallelism import choose_degrees
@@ -23,8 +23,27 @@ from engine.planner.layout import feasible_degrees
 from parallel.plan import SequencePlan, length
 
 NATIVE = {"WanPipeline": (21, 321), "LTXPipeline": (16, 481)}  # window and long video
-HEADS = {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 12, "Wan-AI/Wan2.1-T2V-14B-Diffusers": 40, "Lightricks/LTX-Video": 32}
-LAYERS = {"Wan-AI/Wan2.1-T2V-1.3B-Diffusers": 30, "Wan-AI/Wan2.1-T2V-14B-Diffusers": 40, "Lightricks/LTX-Video": 28}
+WAN_SMALL, WAN_LARGE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+LTX_090, LTX_091, LTX_095 = "Lightricks/LTX-Video", "diffusers/LTX-Video-0.9.1", "Lightricks/LTX-Video-0.9.5"
+LTX = (LTX_090, LTX_091, LTX_095)  # 0.9.6 dev has the parts of 0.9.5: see tests/engine/test_single_file.py
+HEADS = {WAN_SMALL: 12, WAN_LARGE: 40} | dict.fromkeys(LTX, 32)
+LAYERS = {WAN_SMALL: 30, WAN_LARGE: 40} | dict.fromkeys(LTX, 28)
+# Tensors and parameters of transformer and VAE, as diffusers builds them.
+SIZES = {
+    WAN_SMALL: ((825, 1_418_996_800), (194, 126_892_531)),
+    WAN_LARGE: ((1095, 14_288_491_584), (194, 126_892_531)),
+    LTX_090: ((715, 1_923_385_472), (190, 419_193_649)),
+    LTX_091: ((715, 1_923_385_472), (294, 934_976_434)),
+    LTX_095: ((715, 1_923_385_472), (226, 1_246_913_522)),
+}
+# One tensor of each part that tells the checkpoints apart, and its shape.
+SHAPES = {
+    WAN_SMALL: {"transformer": ("blocks.29.attn1.to_q.weight", (1536, 1536))},
+    WAN_LARGE: {"transformer": ("blocks.39.attn1.to_q.weight", (5120, 5120))},
+    LTX_090: {"vae": ("decoder.up_blocks.3.resnets.0.conv1.conv.weight", (128, 128, 3, 3, 3))},
+    LTX_091: {"vae": ("decoder.scale_shift_table", (2, 128))},
+    LTX_095: {"vae": ("encoder.conv_out.conv.weight", (129, 2048, 3, 3, 3))},
+}
 
 
 @pytest.fixture(scope="module", params=list(HEADS))
@@ -34,6 +53,27 @@ def spec(request) -> ModelSpec:
 
 def test_all_published_models_are_here():
     assert set(PUBLISHED) == set(HEADS)
+
+
+def test_keys_and_shapes_are_those_that_diffusers_builds(spec: ModelSpec):
+    with torch.device("meta"):
+        parts = {part: spec.adapter.build(part, spec.configs[part]) for part in ("transformer", "vae")}
+    sizes = [(len(part.state_dict()), sum(p.numel() for p in part.parameters())) for part in parts.values()]
+    assert tuple(sizes) == SIZES[spec.name]
+    for part, (key, shape) in SHAPES[spec.name].items():
+        assert tuple(parts[part].state_dict()[key].shape) == shape
+    normed = [key for key in parts["transformer"].state_dict() if key.endswith("attn1.norm_q.weight")]
+    assert len(normed) == LAYERS[spec.name]
+
+
+def test_what_later_versions_of_ltx_tell_their_decoder(spec: ModelSpec):
+    if spec.name not in LTX:
+        assert "timestep_conditioning" not in spec.configs["vae"]
+        return
+    settings = spec.adapter.time_settings(spec.configs["vae"], "whole", DecodeConfig(), num_latents=61, seed=3)
+    assert settings.timestep == (None if spec.name == LTX_090 else 0.05)
+    assert (spec.video.spatial_factor, spec.video.temporal_factor, spec.video.channels) == (32, 8, 128)
+    assert spec.configs["scheduler"]["use_dynamic_shifting"] == (spec.name != LTX_095)
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,12 @@
 """The golden test: one video over any arrangement of ranks is the video of one rank."""
 
 import dataclasses
-import functools
 import re
-from datetime import timedelta
-from typing import NamedTuple
 
 import pytest
-import torch
 from diffusers import FirstBlockCacheConfig
 from torch import Tensor
 
-import engine.engine
 from engine.apply import Ranks
 from engine.config import (
     AttentionConfig,
@@ -24,28 +19,24 @@ from engine.config import (
 )
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.load import load_pipeline
+from engine.ranks import together
 from engine.supported_layouts import refused_axes
-from freespec.attention import merge
 from freespec.methods import FreePCA, FreeSpec, make_method
 from freespec.rotary import Riflex
-from parallel.mesh import build_mesh
+from tests.engine.golden import (
+    PROMPT,
+    Case,
+    all_degrees,
+    assert_same_video,
+    mesh_of,
+    on_one_rank,
+    relative,
+)
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import save_random_wan
 
 METHODS = ("direct", "sliding_window", "freespec")  # in any arrangement
 WHOLE_HEADS = ("freenoise", "freelong", "freepca")  # where ring is 1
-TIMEOUT = timedelta(seconds=60)
-
-
-class Case(NamedTuple):
-    """One arrangement of the ranks, one method (or "METHOD+riflex"), and what is broken on purpose."""
-
-    folder: str
-    degrees: tuple[int, int, int]
-    method: str
-    route: str = "auto"
-    fault: str = ""
 
 
 def config_of(folder: str, method: str) -> RunConfig:
@@ -67,15 +58,6 @@ def config_of(folder: str, method: str) -> RunConfig:
     )
 
 
-def all_degrees(ranks: int) -> list[tuple[int, int, int]]:
-    return [
-        (cfg, ring, ranks // cfg // ring)
-        for cfg in (1, 2)
-        for ring in range(1, ranks + 1)
-        if ranks % cfg == 0 and ranks // cfg % ring == 0
-    ]
-
-
 def methods_on(degrees: tuple[int, int, int]) -> tuple[str, ...]:
     """The methods that are run on a layout; cfg asks nothing of a method, so the second kind is run without it."""
     for method in WHOLE_HEADS:
@@ -85,9 +67,7 @@ def methods_on(degrees: tuple[int, int, int]) -> tuple[str, ...]:
 
 def latents_on_ranks(rank: int, case: Case) -> Tensor | str:
     """This rank's latents; runs on every rank."""
-    engine.engine.load_pipeline = functools.cache(load_pipeline)
-    cfg, ring, ulysses = case.degrees
-    mesh = build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=torch.device("cpu"), timeout=TIMEOUT)
+    mesh = mesh_of(case.degrees)
     config = config_of(case.folder, case.method)
     if case.fault == "seed" and rank == 1:
         config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, seed=4))
@@ -101,12 +81,12 @@ def latents_on_ranks(rank: int, case: Case) -> Tensor | str:
     if case.fault == "first block cache":
         made.pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
         try:
-            made.denoise("a red circle")
+            made.denoise(PROMPT)
         except UserError as error:
             return str(error)
         finally:
             made.pipe.transformer.disable_cache()
-    return made.denoise("a red circle").latents
+    return made.denoise(PROMPT).latents
 
 
 def break_on_purpose(made: LongVideoEngine, fault: str) -> None:
@@ -135,45 +115,6 @@ def folder(tmp_path_factory) -> str:
     return str(save_random_wan(tmp_path_factory.mktemp("wan")))
 
 
-@functools.cache
-def on_one_rank(folder: str, method: str) -> Tensor:
-    made = LongVideoEngine(config_of(folder, method))
-    latents = made.denoise("a red circle").latents
-    made.close()
-    return latents
-
-
-def attend_in_chunks(kernel):
-    """The same kernel with the keys in three parts: what another order of sums does to a run on one rank."""
-
-    def chunked(q, k, v):
-        parts = [x for x in zip(k.tensor_split(3, dim=2), v.tensor_split(3, dim=2), strict=True) if x[0].shape[2]]
-        out, lse = (x.transpose(1, 2) for x in kernel(q, *parts[0]))
-        for part in parts[1:]:
-            out, lse = merge(out, lse, *(x.transpose(1, 2) for x in kernel(q, *part)))
-        return out.transpose(1, 2), lse.transpose(1, 2)
-
-    return chunked
-
-
-@functools.cache
-def noise_floor(folder: str, method: str) -> float:
-    """Relative change of one rank's latents when each attention call takes its keys in three chunks."""
-    made = LongVideoEngine(config_of(folder, method))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "engine.hooks.select_kernel",
-            lambda *arguments: attend_in_chunks(engine.engine.select_kernel(*arguments)),
-        )
-        latents = made.denoise("a red circle").latents
-    made.close()
-    return relative(latents, on_one_rank(folder, method))
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float(torch.linalg.norm(a - b) / torch.linalg.norm(b))
-
-
 @pytest.mark.parametrize("ranks", [2, 3, 4, 8])
 def test_any_arrangement_of_ranks_makes_the_same_video(folder, ranks, tmp_path):
     every = all_degrees(ranks)
@@ -182,28 +123,26 @@ def test_any_arrangement_of_ranks_makes_the_same_video(folder, ranks, tmp_path):
     if ranks == 2:
         cases += [Case(folder, degrees, "freespec+riflex") for degrees in ((1, 1, 2), (1, 2, 1))]
     for case, by_rank in zip(cases, run_ranks(ranks, latents_on_ranks, cases, tmp_path), strict=True):
-        for latents in by_rank[1:]:
-            assert torch.equal(latents, by_rank[0]), case  # every rank has the whole video, bit for bit
-        error = relative(by_rank[0], on_one_rank(folder, case.method))
-        assert error <= 1e-5, (case, error)
-        assert error <= 10 * noise_floor(folder, case.method), (case, error)
+        assert_same_video(by_rank, config_of(case.folder, case.method), case)
 
 
 def test_a_wrong_sum_over_ranks_is_seen(folder, tmp_path):
     cases = [Case(folder, (1, 2, 1), "freespec", fault="unreduced Grams")]
     [[first, _]] = run_ranks(2, latents_on_ranks, cases, tmp_path)
-    assert relative(first, on_one_rank(folder, "freespec")) > 1e-4  # ten times the tolerance
+    assert relative(first, on_one_rank(config_of(folder, "freespec"))) > 1e-4  # ten times the tolerance
 
 
 def test_components_that_each_rank_chooses_for_itself_are_seen(folder, tmp_path):
     cases = [Case(folder, (1, 1, 2), "freepca", fault="heads not summed")]
     [[first, _]] = run_ranks(2, latents_on_ranks, cases, tmp_path)
-    assert relative(first, on_one_rank(folder, "freepca")) > 1e-4
+    assert relative(first, on_one_rank(config_of(folder, "freepca"))) > 1e-4
 
 
 def test_riflex_makes_another_video(folder):
     """Negative control of the cases with it above."""
-    assert relative(on_one_rank(folder, "freespec+riflex"), on_one_rank(folder, "freespec")) > 1e-3
+    assert (
+        relative(on_one_rank(config_of(folder, "freespec+riflex")), on_one_rank(config_of(folder, "freespec"))) > 1e-3
+    )
 
 
 @pytest.mark.parametrize("method", ["freenoise", "freelong", "freepca"])
@@ -225,6 +164,34 @@ def test_ranks_that_disagree_all_say_so(folder, tmp_path):
     assert seeds == [expected, expected]
     assert weights[0] == weights[1]
     assert weights[0].startswith("rank 1: model.path")
+
+
+FAULTS = {
+    "no words": TimeoutError(),
+    "many words": UserError("ö" * 3000),
+    "a name that is no text": FileNotFoundError(2, "No such file or directory", "a\udcff.safetensors"),
+}
+
+
+def fail_on_rank_1(rank: int, fault: str) -> str:
+    """What this rank hears of a fault of rank 1."""
+
+    def act() -> str:
+        if rank == 1:
+            raise FAULTS[fault]
+        return "nothing"
+
+    try:
+        return together(mesh_of((1, 1, 2)), act)
+    except UserError as error:
+        return str(error)
+
+
+def test_a_fault_of_one_rank_reaches_all_whole(tmp_path):
+    said = dict(zip(FAULTS, run_ranks(2, fail_on_rank_1, list(FAULTS), tmp_path), strict=True))
+    assert said["no words"] == ["rank 1: TimeoutError"] * 2
+    assert said["many words"] == ["rank 1: " + "ö" * 3000] * 2
+    assert said["a name that is no text"] == ["rank 1: [Errno 2] No such file or directory: 'a\\udcff.safetensors'"] * 2
 
 
 def test_a_cache_that_each_rank_would_decide_for_itself_is_refused(folder, tmp_path):

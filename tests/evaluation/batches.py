@@ -11,6 +11,8 @@ from engine.video import open_video
 
 PROMPTS = ("a red circle", "a blue | square")
 SIZE = 32
+# Settings of freespec as every sidecar has them, whatever its method.
+SWITCHES = {"basis": "local", "rank": True, "time": True, "residual": "time", "alpha": 5.0}
 FPS = 4
 
 
@@ -39,7 +41,8 @@ def write_sidecar(video: Path, **changes: Any) -> Path:
         "prompt": PROMPTS[number],
         "seed": int(seed),
         "output": {"file": video.name, "bytes": video.stat().st_size, "sha256": file_sha256(video)},
-        "run": {"config": {"model": {"path": "tiny/wan"}}},
+        "video": {"native_frames": 9},
+        "run": {"config": {"model": {"path": "tiny/wan"}, "method": {"freespec": SWITCHES, "name": "freespec"}}},
     } | changes
     path = video.with_suffix(".json")
     path.write_text(json.dumps(tree))

@@ -11,7 +11,7 @@ from engine.errors import UserError
 from engine.video import read_video
 from evaluation import measure
 from evaluation.measure import measure_all
-from evaluation.proxies import measure_file, proxies
+from evaluation.proxies import measure_file, proxies, read_frames
 from evaluation.videos import read_batch
 
 
@@ -42,6 +42,7 @@ def test_other_code_measures_again(batch: Path, tmp_path: Path, monkeypatch: pyt
 def test_a_file_is_decoded_as_the_engine_does(batch: Path) -> None:
     video = read_batch(batch)[0]
     frames = np.stack(list(read_video(video.path)))
+    assert np.array_equal(read_frames(video.path), frames)
     assert str(measure_file(video.path, 4)) == str(proxies(frames, 4))
 
 

@@ -4,12 +4,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from evaluation.dimensions import DIMENSIONS
 from evaluation.parse import DimensionScores, VideoScore
 from evaluation.report import Evaluation, as_csv, as_markdown, as_tree, read_paper, write_report
 from evaluation.tables import Scored
 from evaluation.videos import Video, groups, read_batch
+from evaluation.world import WORLD
 
 
 @pytest.fixture
@@ -96,6 +98,70 @@ def test_files_are_written_whole(evaluation: Evaluation, tmp_path: Path) -> None
     paths = write_report(evaluation, tmp_path / "out")
     assert [path.name for path in paths] == ["report.md", "report.csv", "report.json"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.csv", "report.json", "report.md"]
+
+
+def papers_rows(text: str, table: str) -> list[list[str]]:
+    """The cells of one of the paper's tables."""
+    part = text.partition(f"### {table}:")[2].partition("###")[0].partition("##")[0]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in part.splitlines() if line.startswith("|")][2:]
+
+
+def ablation(evaluation: Evaluation, model: str) -> Evaluation:
+    """The videos as if two rows of the ablation had made them with this model: the published method, and GB."""
+    switches = {"direct": ("local", True, True, "time"), "sliding_window": ("global", False, False, "none")}
+    rows = []
+    for row in evaluation.rows:
+        settings = tuple(zip(("basis", "rank", "time", "residual"), switches[row.label], strict=True))
+        video = replace(row.video, method="freespec", model=model, settings=(("alpha", 5.0), *settings))
+        rows.append(replace(row, label="whole" if row.label == "direct" else "gb", video=video))
+    return replace(evaluation, rows=rows, baseline="whole", scores={})
+
+
+def test_rows_of_the_ablation_stand_beside_the_papers(evaluation: Evaluation) -> None:
+    made = ablation(evaluation, "Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    tree = as_tree(made)
+    text = as_markdown(made, tree)
+    rows = papers_rows(text, "Table 3")
+    assert [row[0] for row in rows] == [
+        *("GB (paper)", "gb (here)", "LB + fixed fusion (paper)", "LB + fixed fusion (here)"),
+        *("LB + RA (paper)", "LB + RA (here)", "LB + TA (paper)", "LB + TA (here)"),
+        *("LB + RA + TA (paper)", "LB + RA + TA (here)", "LB + RA + TA + F-GR (paper)", "LB + RA + TA + F-GR (here)"),
+        *("LB + RA + TA + T-GR (paper)", "whole (here)"),
+    ]
+    assert rows[1][4] == f"{tree['means']['gb']['dynamic_degree']['mean']:.4f}"
+    assert rows[-1][4] == f"{tree['means']['whole']['dynamic_degree']['mean']:.4f}"
+    assert rows[3][1:] == ["not made"] * 6
+    # The method of Table 1 is the published one, not every row of its ablation.
+    assert [row[0] for row in papers_rows(text, "Table 1")][-2:] == ["FreeSpec (paper)", "whole (here)"]
+    other = ablation(evaluation, "tiny/wan")
+    assert "(here)" not in as_markdown(other, as_tree(other))
+
+
+def test_rows_of_the_ablation_are_those_of_its_presets() -> None:
+    """Each row has the switches of its file in configs/ablation, and no two rows have the same."""
+    table = read_paper()["tables"][2]
+    presets = [
+        yaml.safe_load(path.read_text())
+        for path in sorted((Path(__file__).parents[2] / "configs/ablation").glob("*.yaml"))
+    ]
+    found = [row["settings"] for row in table["rows"]]
+    assert sorted(map(str, found)) == sorted(str(preset["method"]["freespec"]) for preset in presets)
+    assert len(set(map(str, found))) == 7
+
+
+def test_exact_measures_are_a_table_or_the_reason_why_not(evaluation: Evaluation) -> None:
+    values = dict.fromkeys(WORLD, 0.25)
+    rows = [replace(row, values={**row.values, **values}) for row in evaluation.rows]
+    made = replace(evaluation, rows=rows, proxies=True, not_world=None)
+    tree = as_tree(made)
+    assert tree["measures"][-len(WORLD) :] == list(WORLD)
+    text = as_markdown(made, tree).partition("## Exact measures of the embedded world")[2]
+    assert "| `world.shape_kept`, share of frames | 0.2500 [0.2500, 0.2500] | 0.2500 [0.2500, 0.2500] |" in text
+    assert text.count("| `world.") == 2 * len(WORLD)  # means and differences
+    none = replace(evaluation, proxies=True, not_world="frames of the world are 64 x 64")
+    tree = as_tree(none)
+    assert not set(WORLD) & set(tree["measures"])
+    assert "Not available: frames of the world are 64 x 64." in as_markdown(none, tree)
 
 
 def test_the_papers_figures() -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import run
-from evaluation.bench import Bench, Evaluator, sources
+from engine.errors import UserError
+from evaluation import bench, run
+from evaluation.bench import Bench, Evaluator, environment, sources
 from evaluation.dimensions import DIMENSIONS
 from evaluation.run import Outcome, evaluate, failures
 from evaluation.stage import View, plan_view
@@ -27,10 +28,10 @@ def scores(batch: Path, tmp_path: Path, evaluator: Callable[..., Evaluator]) -> 
         chosen = dimensions or FEW
         tool, out = evaluator_of(evaluator, changes), tmp_path / "out"
         # `preflight` without its process, which has tests of its own.
-        bench = Bench(commit=None, sources=sources(tool.checkout), probe={"versions": {}})
+        found = Bench(commit=None, sources=sources(tool.checkout), probe={"versions": {}})
         view = first_view(batch, out)
         keep = bool(changes.get("keep_views"))
-        return evaluate([view], chosen, evaluator=tool, bench=bench, folder=out, say=lambda line: None, keep_views=keep)
+        return evaluate([view], chosen, evaluator=tool, bench=found, folder=out, say=lambda line: None, keep_views=keep)
 
     return call
 
@@ -169,6 +170,18 @@ def test_other_videos_or_another_vbench_are_scored_again(scores: Callable[..., l
     assert len(calls(tmp_path / "home")) == 3
 
 
+def test_scores_belong_to_how_vbench_was_asked(
+    scores: Callable[..., list[Outcome]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other settings in the driver give other scores: those of before are not taken for them."""
+    scores("dynamic_degree")
+    changed = tmp_path / "driver.py"
+    changed.write_text(bench.DRIVER.read_text() + "\n# other settings\n")
+    monkeypatch.setattr(bench, "DRIVER", changed)
+    scores("dynamic_degree")
+    assert len(calls(tmp_path / "home")) == 2
+
+
 def test_a_result_that_was_changed_by_hand_is_refused(scores: Callable[..., list[Outcome]], tmp_path: Path) -> None:
     scores("dynamic_degree")
     (result,) = (tmp_path / "out" / "results").glob("*/dynamic_degree/*_eval_results.json")
@@ -224,6 +237,16 @@ def test_negative_control_stale_first_frames_are_found_in_the_result(
     monkeypatch.setattr(run.staging, "clear_first_frames", lambda view, dimension: None)
     (again,) = scores("subject_consistency")
     assert "were not compared with each other" in again.error
+
+
+def test_gpus_count_those_that_this_program_may_use(evaluator: Callable[..., Evaluator]) -> None:
+    """A scheduler has given this process some GPUs: the first of them is not the machine's first."""
+    given = evaluator(environment={"CUDA_VISIBLE_DEVICES": "4, GPU-abc"})
+    assert [environment(given, gpu)["CUDA_VISIBLE_DEVICES"] for gpu in (0, 1)] == ["4", "GPU-abc"]
+    assert environment(given, None)["CUDA_VISIBLE_DEVICES"] == "4, GPU-abc"
+    assert environment(evaluator(environment={}), 3)["CUDA_VISIBLE_DEVICES"] == "3"
+    with pytest.raises(UserError, match="--gpus has 2, and CUDA_VISIBLE_DEVICES leaves 2: 4, GPU-abc; count from 0"):
+        environment(given, 2)
 
 
 def test_gpus_are_handed_out_one_to_a_process(

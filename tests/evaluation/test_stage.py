@@ -129,6 +129,21 @@ def test_ids_that_do_not_tell_prompts_apart_are_counted_on(videos: list[Video], 
         plan_view("x", [replace(videos[0], prompt_id="p_0")], tmp_path)
 
 
+def test_a_label_cannot_make_a_folder_that_would_be_misread(videos: list[Video], tmp_path: Path) -> None:
+    for label in ("my.methods:A-Scene-1", "x.mp4", "split_clip", "m" * 300):
+        folder = plan_view(label, videos, tmp_path).folder
+        check_place(folder)
+        assert len(folder.name) < 120
+    assert plan_view("A", videos, tmp_path).folder != plan_view("a", videos, tmp_path).folder
+
+
+def test_a_video_that_is_gone_is_one_line(view: View, tmp_path: Path) -> None:
+    item = view.items[0]
+    gone = replace(view, items=(replace(item, video=replace(item.video, path=tmp_path / "gone.mp4")), *view.items[1:]))
+    with pytest.raises(UserError, match=r"gone\.mp4 is gone; it must be made again"):
+        check(gone)
+
+
 def test_foreign_missing_and_changed_files_are_found(view: View) -> None:
     check(view)
     (view.folder / "extra.mp4").write_bytes(b"")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
-from evaluation.videos import groups, read_batch, read_list
-from tests.evaluation.batches import FPS, PROMPTS, SIZE, make_batch, write_sidecar, write_video
+from evaluation.videos import groups, read_batch, read_batches, read_list
+from tests.evaluation.batches import FPS, PROMPTS, SIZE, SWITCHES, make_batch, write_sidecar, write_video
 
 
 def test_a_batch_is_read_from_its_sidecars(batch: Path) -> None:
@@ -27,7 +27,31 @@ def test_a_batch_is_read_from_its_sidecars(batch: Path) -> None:
         (SIZE, SIZE),
         "tiny/wan",
     )
+    assert (first.native_frames, first.settings) == (9, ())  # the settings of freespec are not those of direct
     assert {video.pair for video in videos[:4]} == {video.pair for video in videos[4:]}
+
+
+def test_settings_are_those_of_the_method_and_several_folders_are_one_evaluation(tmp_path: Path) -> None:
+    roots = [tmp_path / "a", tmp_path / "b"]
+    for number, root in enumerate(roots):
+        make_batch(root, methods=("freespec",), seeds=(0,))
+        (folder,) = root.glob("freespec/*")
+        folder.rename(folder.with_name(f"{number:012x}"))
+    for path in roots[1].rglob("*.json"):
+        tree = json.loads(path.read_text()) | {"config_id": f"{1:012x}"}
+        tree["run"]["config"]["method"]["freespec"] = SWITCHES | {"basis": "global", "steps": [1, 2]}
+        path.write_text(json.dumps(tree))
+    videos = read_batches(roots)
+    assert [(v.config_id, dict(v.settings)["basis"]) for v in videos] == [
+        ("000000000000", "local"),
+        ("000000000000", "local"),
+        ("000000000001", "global"),
+        ("000000000001", "global"),
+    ]
+    assert len(set(videos)) == 4  # they are keys
+    assert list(groups(videos)) == ["freespec@000000000000", "freespec@000000000001"]
+    with pytest.raises(UserError, match="have the same method, prompt and seed"):
+        read_batches([roots[0], roots[0]])
 
 
 def test_unfinished_and_quarantined_items_are_left_out(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from freespec.methods import FreeNoise, Grid, StepPlan
+from engine.config import MethodConfig
+from freespec.methods import FreeNoise, FreePCA, Grid, StepPlan
 from freespec.views import default_stride, triangle, view_starts, view_weights
 from tests.freespec.cases import assert_same_math
 from tests.freespec.layers import QKV, attend, draw_qkv, run_layer
@@ -125,3 +126,21 @@ def test_window_attention_and_errors() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             FreeNoise(**settings)
+
+
+@pytest.mark.parametrize("kind", [FreeNoise, FreePCA])
+def test_views_that_leave_frames_between_them_are_refused(kind: type[FreeNoise | FreePCA]) -> None:
+    """Such frames would be zeros, with `compat` or without: the cover is for the end of the video alone."""
+    grid = grid_of(13, 4)
+    gaps = run_layer(kind(stride=6), grid, draw_qkv(grid), VIEWS)
+    assert gaps[:, 4 * grid.frame_tokens : 6 * grid.frame_tokens].abs().max().item() == 0.0
+    name = kind.__name__.lower()
+    for compat in (False, True):
+        message = f"{name}: stride 6 is more than the 4 frames of a view, so that 2 between two views would get no"
+        with pytest.raises(ValueError, match=message):
+            kind(stride=6, compat=compat).check_window(4)
+        with pytest.raises(ValueError, match=message):
+            MethodConfig(name=name, window_frames=4, **{name: kind(stride=6, compat=compat)})
+    MethodConfig(name=name, window_frames=6, **{name: kind(stride=6)})
+    MethodConfig(name="direct", window_frames=4, **{name: kind(stride=6)})  # not read by this method
+    MethodConfig(name="freenoise", window_frames=4, freenoise=FreeNoise(stride=6, attention="window"))

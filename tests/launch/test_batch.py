@@ -281,6 +281,58 @@ def test_an_output_folder_that_cannot_be_written(make_batch: Callable[..., Run],
     (tmp_path / "file").write_text("")
     line = make_batch({"out": tmp_path / "file/out"}).error
     assert line == f"cannot write to --out {tmp_path / 'file/out'}: Not a directory"
+    # A folder that takes no files, whoever asks.
+    assert make_batch({"out": "/proc/self"}).error.startswith("cannot write to --out /proc/self: ")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
+def test_a_disk_that_is_full_when_the_driver_writes_is_one_line(make_batch: Callable[..., Run], tmp_path: Path) -> None:
+    """Not only a video can be what no longer fits; nothing is started then."""
+    path = tmp_path / "out/logs/shard-1-of-1.jsonl"
+    path.parent.mkdir(parents=True)
+    path.symlink_to("/dev/full")
+    shown = make_batch()
+    assert shown.code == 2, shown
+    assert shown.err.startswith(f"error: cannot write to {tmp_path / 'out'}: No space left on device ("), shown
+    assert shown.err.endswith("; free some space or choose another --out; the same command goes on\n"), shown
+    assert shown.err.count("\n") == 1
+    assert ranks_of(os.getpid()) == []
+
+
+FULL = """
+set -e
+mount -t tmpfs -o size=$1 none "$2"
+shift
+out="$1"
+shift
+"$@" && exit 10
+test "$(ls "$out"/*/*/videos/*.json | wc -l)" -gt 0 || exit 11
+mount -o remount,size=64m "$out"
+"$@" || exit 12
+mount -o remount,ro "$out"
+"$@" && exit 13
+exit 0
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_grows_and_is_read_only_then(wan_folder: Path, suite: Path, tmp_path: Path) -> None:
+    """A real file system of a few pages, in a mount namespace of its own."""
+    unshare = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*unshare, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine lets nobody make mount namespaces")
+    out = tmp_path / "out"
+    out.mkdir()
+    command = [sys.executable, "-m", "launch.batch", *words(wan_folder, suite, out, {"seeds": "0,1,2"})]
+    shell = [*unshare, "bash", "-c", FULL, "full", "120k", out, *command]
+    ended = subprocess.run(list(map(str, shell)), capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended
+    full, read_only = ended.stderr.splitlines()
+    assert full.startswith("error: "), ended
+    assert "No space left on device" in full
+    assert full.endswith("the same command goes on")
+    assert read_only == f"error: cannot write to --out {out}: Read-only file system"
+    assert "12 of 12 items done (" in ended.stdout
 
 
 def test_without_ray_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,6 +110,7 @@ MISTAKES = {
     "--method.name freespecc": "did you mean 'freespec'?",
     "--method.name magic": "choose one of direct, sliding_window, freenoise, freelong, freepca, freespec",
     "--method.freespec.alpha -1": "alpha must be a finite number, 0 or more, got -1",
+    "--attention.complement sge": "unknown attention.complement 'sge'; choose one of same, sage",
     "--attention.kernel warp": "unknown attention.kernel 'warp'; choose one of auto, plain",
     "--output.path a.avi": "output.path must end in .mp4, got 'a.avi'",
     "--output.crf 99": "output.crf must lie in [0, 51], got 99",

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine.batch.locks import Shard, own_shard
 from engine.engine import LongVideoEngine
 from engine.video import read_video
 from launch.commands import compare, generate
@@ -206,15 +207,18 @@ def test_while_decoding_the_latents_are_kept_and_used(
 ) -> None:
     whole = LongVideoEngine.decode
 
-    def stop_midway(self: LongVideoEngine, latents: object) -> Iterator[np.ndarray]:
-        for i, frames in enumerate(whole(self, latents)):
+    def stop_midway(self: LongVideoEngine, latents: object, *, seed: int) -> Iterator[np.ndarray]:
+        for i, frames in enumerate(whole(self, latents, seed=seed)):
             yield frames
             if i == 2:
                 signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
         patch.setattr(LongVideoEngine, "decode", stop_midway)
-        assert compare_in(num_seeds=1, methods="direct").code == 130
+        stopped = compare_in(num_seeds=1, methods="direct")
+    assert stopped.code == 130
+    # Not how to decode this one by hand, which would leave the others undone.
+    assert "its latents are kept, and the same command continues from them" in stopped.stopped
     assert (tmp_path / "out/videos/direct/000-seed0.latents.safetensors").exists()
     with monkeypatch.context() as patch:
         patch.setattr(LongVideoEngine, "denoise", lambda *_, **__: pytest.fail("denoised again"))
@@ -222,6 +226,50 @@ def test_while_decoding_the_latents_are_kept_and_used(
     assert {path.name for path in (tmp_path / "out/videos/direct").iterdir()} == {
         f"000-seed0.{kind}" for kind in ("mp4", "json", "png", "metrics.json")
     }
+
+
+def test_shards_make_every_video_once_and_the_report_is_of_all(
+    compare_in: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    given = {"methods": "direct,sliding_window", "num_seeds": 3}
+    made: list[Path] = []
+    for index, seeds in ((1, (0, 2)), (2, (1,))):
+        shown = compare_in("--shard", f"{index}/2", **given)
+        assert (shown.code, shown.err) == (0, "")
+        assert f"{out}: shard-{index}-of-2 is made and measured, {2 * len(seeds)} videos" in shown.out
+        new = sorted(set(out.rglob("*.mp4")) - set(made))
+        # Whole comparisons: every method of the same pairs of prompt and seed.
+        assert new == [out / f"videos/{m}/000-seed{s}.mp4" for m in ("direct", "sliding_window") for s in seeds]
+        made += new
+        assert not (out / "index.html").exists()
+    assert "leave --shard out" in compare_in("--shard", "1/2", "--report_only", **given).error
+    monkeypatch.setattr("engine.engine.load_pipeline", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("launch.comparison.measure.video_metrics", lambda *_: pytest.fail("measured again"))
+    shown = compare_in("--report_only", **given)
+    assert shown.out.startswith(f"{out / 'index.html'}: 6 videos: 2 methods on 3 pairs")
+
+
+def test_one_process_works_on_a_shard(compare_in: Compare, no_loading: None, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with own_shard(out, Shard()):
+        assert "another driver works on shard-1-of-1" in compare_in().error
+        assert "all drivers of a folder need the same n" in compare_in("--shard", "1/2").error
+    with own_shard(out, Shard(index=1, count=2)):
+        assert "another driver works on shard-1-of-2" in compare_in("--shard", "1/2").error
+    assert "--shard must be i/n with 1 <= i <= n" in compare_in("--shard", "3/2").error
+
+
+def test_a_report_alone_does_not_tell_of_settings_that_made_no_video(
+    compare_in: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert compare_in(num_seeds=1, methods="direct").code == 0
+    refused = compare_in("--report_only", num_seeds=1, methods="direct", **{"sampler.num_steps": 3})
+    assert "sampler.num_steps was 2, now 3" in refused.error
+    other = {"num_seeds": 1, "methods": "direct", "report": tmp_path / "elsewhere"}
+    before = (tmp_path / "out/index.html").stat().st_mtime_ns
+    assert compare_in("--report_only", **other).out.startswith(f"{tmp_path / 'elsewhere/index.html'}: 1 videos")
+    assert (tmp_path / "out/index.html").stat().st_mtime_ns == before
 
 
 def test_two_ranks_make_what_is_missing_and_one_reports(compare_in: Compare, wan_folder: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from engine.config import MethodConfig, ModelConfig, RunConfig, VideoConfig
 from engine.errors import UserError
 from engine.record import describe_video, write_record
 from engine.video import open_video
+from launch.comparison.markdown import estimate
 from launch.comparison.page import interval, number, write_page
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison, Video
@@ -87,7 +88,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
 @pytest.fixture(scope="module")
 def report(comparison: Comparison) -> dict[str, Any]:
     """What the report says; its files lie in the folder."""
-    line = write_report(comparison, baseline="true", progress=False)
+    line = write_report(comparison, folder=comparison.folder, baseline="true", progress=False)
     assert "26 videos: 2 methods on 13 pairs of prompt and seed of 14 asked for" in line
     return json.loads((comparison.folder / "report.json").read_text())
 
@@ -132,10 +133,37 @@ def test_the_page_has_the_table_and_every_pair(comparison: Comparison, report: d
     assert "3 x 2" in page
 
 
+def test_a_report_on_some_methods_lies_elsewhere_and_finds_the_videos(
+    comparison: Comparison, report: dict[str, Any]
+) -> None:
+    some = dataclasses.replace(comparison, variants=comparison.variants[:1])
+    folder = comparison.folder / "reports" / "one"
+    before = (comparison.folder / "report.json").read_bytes()
+    line = write_report(some, folder=folder, baseline="true", progress=False)
+    assert "14 videos: 1 methods" in line  # the pair that the other method lacks counts here
+    assert (comparison.folder / "report.json").read_bytes() == before
+    made = json.loads((folder / "report.json").read_text())
+    assert all((folder / each["file"]).resolve().is_file() for each in made["videos"])
+    assert '"file": "../../videos/true/000-seed0.mp4"' in (folder / "index.html").read_text()
+    assert "Difference" not in (folder / "summary.md").read_text()
+
+
+def test_the_tables_in_markdown(comparison: Comparison, report: dict[str, Any]) -> None:
+    text = (comparison.folder / "summary.md").read_text()
+    assert text.startswith("| measure | true | changed |\n| --- | --- | --- |\n| `flow_mean` (px/frame) |")
+    assert "| `shape_kept` (share of frames) | 1 [1, 1] | 0.5 [0.5, 0.5] |" in text
+    assert "Difference from true, paired by prompt:" in text
+    assert "| `shape_kept` (share of frames) | **−0.5 [−0.5, −0.5]** |" in text
+    assert "| `colour_kept` (share of frames) | 0 [0, 0] |" in text  # holds 0: not bold
+    assert estimate({"mean": 0.25, "low": None, "high": None}, signed=True) == "+0.25"
+    assert estimate({"mean": 0.1, "low": -0.1, "high": 0.3}, signed=True) == "+0.1 [−0.1, +0.3]"
+    assert estimate(None) == estimate({"mean": None, "low": None, "high": None}) == "–"
+
+
 def test_without_a_whole_pair_there_is_no_report(comparison: Comparison) -> None:
     nothing = dataclasses.replace(comparison, seeds=[5])
     with pytest.raises(UserError, match="nothing to report"):
-        write_report(nothing, baseline="true", progress=False)
+        write_report(nothing, folder=nothing.folder, baseline="true", progress=False)
 
 
 def test_a_prompt_cannot_break_the_page() -> None:

@@ -1,11 +1,17 @@
 """Variants of a comparison: labels, presets, import paths, and which settings each has."""
 
+import dataclasses
+import re
+import subprocess
 from pathlib import Path
 
 import pytest
 from jsonargparse import ArgumentParser
 
+from engine.config import FreeSpec
 from engine.errors import UserError
+from freespec.methods import METHODS
+from launch.cli import REPOSITORY
 from launch.comparison.variants import Variant, read_variants
 
 
@@ -59,3 +65,41 @@ def test_the_run_s_own_presets_come_first(tmp_path: Path) -> None:
     plain, changed = read(f"freespec,freespec:{preset}", "--config", str(run))
     assert (plain.config.method.freespec.alpha, changed.config.method.freespec.alpha) == (1.5, 2.5)
     assert plain.config.method.window_frames == changed.config.method.window_frames == 5
+
+
+ROWS = {  # Table 3 of the paper, row by row: basis, rank-aware, time-aware, residual
+    "GB": ("global", False, False, "none"),
+    "LB-fixed": ("local", False, False, "none"),
+    "RA": ("local", True, False, "none"),
+    "TA": ("local", False, True, "none"),
+    "RA+TA": ("local", True, True, "none"),
+    "F-GR": ("local", True, True, "fixed"),
+    "freespec": ("local", True, True, "time"),
+}
+
+
+def test_make_findings_makes_six_methods_and_the_seven_rows_of_the_table() -> None:
+    """The committed command itself, as make would run it; the last row is freespec and is not made twice."""
+    shown = subprocess.run(
+        ["make", "-n", "findings"], check=True, capture_output=True, text=True, cwd=REPOSITORY
+    ).stdout
+    lists = [found.split() for found in re.findall(r"compare\.py .*?--methods (\S+ --\w+)", shown)]
+    made, methods, rows = (read(text) for text, _ in lists)
+    assert [option for _, option in lists] == ["--shard", "--report_only", "--baseline"]
+    assert [variant.label for variant in methods] == list(METHODS)
+    assert [variant.label for variant in rows] == list(ROWS)
+    assert [variant.label for variant in made] == [*METHODS, *(label for label in ROWS if label != "freespec")]
+    by_label = {variant.label: variant for variant in made}
+    for variant in [*methods, *rows]:
+        assert variant.settings == by_label[variant.label].settings
+    switches = ("basis", "rank", "time", "residual")
+    for row in rows:
+        found = row.config.method.freespec
+        assert tuple(getattr(found, name) for name in switches) == ROWS[row.label]
+        # All else is as published, so that a difference of two rows is that of their switches.
+        assert dataclasses.replace(found, **{name: getattr(FreeSpec(), name) for name in switches}) == FreeSpec()
+    (published,) = read("freespec:configs/ablation/t_gr.yaml")
+    assert published.settings == by_label["freespec"].settings
+    assert "--num_seeds 2" in shown
+    assert "world-heldout-40.txt" in shown
+    assert rows[0].config.sampler.num_steps == 20

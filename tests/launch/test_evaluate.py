@@ -1,6 +1,7 @@
 """evaluate.py as a person uses it: from a batch's folder to the report, VBench played by a fake, and its mistakes."""
 
 import csv
+import errno
 import fcntl
 import json
 import os
@@ -18,8 +19,9 @@ from evaluation.dimensions import DIMENSIONS
 from evaluation.proxies import PROXIES
 from launch.command import run_command
 from launch.commands import batch, evaluate
-from tests.evaluation.batches import PROMPTS, make_batch
+from tests.evaluation.batches import PROMPTS, make_batch, write_sidecar
 from tests.evaluation.fake_vbench import calls, ends, forget_hashes, make_checkout, make_weights, set_plan
+from tests.evaluation.test_world import write_clip
 from tests.launch.conftest import Run
 
 
@@ -165,6 +167,56 @@ def test_an_interruption_says_what_is_kept(
     assert ended.stopped == f"what was finished is kept in {runs / 'evaluation'}; the same command goes on from there"
 
 
+def test_of_the_embedded_world_there_are_exact_measures(run: Callable[..., Run], tmp_path: Path, quick: None) -> None:
+    """Beside the proxies, where every prompt is a caption; the sidecars say the native length, a list does not."""
+    root, rows = tmp_path / "runs", ["method,prompt,seed,path"]
+    for seed in (0, 1):
+        path = root / "direct" / ("0" * 12) / "videos" / f"p000{seed}-s0.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prompt = write_clip(path, seed)
+        write_sidecar(path, prompt=prompt)
+        rows.append(f'direct,"{prompt}",0,{path}')
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    assert run(evaluate.main, "--runs", root).code == 0
+    report = tree(root)
+    assert report["not_world"] is None
+    assert report["means"]["direct"]["world.object_seen"]["mean"] > 0.9
+    assert "| `world.object_seen`, share of frames |" in (root / "evaluation/report.md").read_text()
+    words = ["--videos", tmp_path / "list.csv", "--out", tmp_path / "listed"]
+    assert run(evaluate.main, *words).code == 0
+    assert (
+        "Not available: how many frames the model was trained on is not known"
+        in (tmp_path / "listed/report.md").read_text()
+    )
+    assert run(evaluate.main, *words, "--native_frames", 9).code == 0
+    listed = json.loads((tmp_path / "listed/report.json").read_text())
+    assert [v["values"] for v in listed["videos"]] == [v["values"] for v in report["videos"]]
+
+
+def test_several_folders_are_one_report(run: Callable[..., Run], tmp_path: Path, quick: None) -> None:
+    roots = [make_batch(tmp_path / name, methods=(name,), seeds=(0,)) for name in ("direct", "freenoise")]
+    words = ["--runs", ",".join(map(str, roots))]
+    assert "give --out, the folder of the report" in run(evaluate.main, *words).error
+    assert run(evaluate.main, *words, "--out", tmp_path / "report").code == 0
+    report = json.loads((tmp_path / "report/report.json").read_text())
+    assert sorted(report["means"]) == ["direct", "freenoise"]
+    assert report["not_world"].startswith("frames of the world are 64 x 64 pixels, these are 32 x 32")
+
+
+def test_a_full_disk_is_one_line(
+    run: Callable[..., Run], runs: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(evaluate, "write_report", full)
+    ended = run(evaluate.main, "--runs", runs)
+    assert ended.code == 2
+    assert ended.err.splitlines()[-1].startswith(
+        f"error: cannot write to {runs / 'evaluation'}: No space left on device ("
+    )
+
+
 def test_two_evaluations_of_one_folder(run: Callable[..., Run], runs: Path) -> None:
     (runs / "evaluation").mkdir()
     with (runs / "evaluation" / "lock").open("a") as file:
@@ -239,6 +291,7 @@ def test_a_batch_is_made_of_a_suite_of_the_checkout(run: Callable[..., Run], tmp
             ["--runs", "{runs}", "--baseline", "freespec"],
             "--baseline freespec is none of the methods: direct, sliding_window",
         ),
+        (["--runs", "{runs}", "--native_frames", "0"], "--native_frames must be 1 or more, got 0"),
         (["--runs", "{runs}", "--workers", "0"], "--workers and --time_limit must be above 0, got 0 and 21600"),
         (["--runs", "{runs}", "--proxies", "false"], "nothing to do"),
         (["--runs", "{runs}", "--out", "{runs}/direct/000000000000/videos/p0000-s0.mp4"], "cannot write to the folder"),

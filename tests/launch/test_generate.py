@@ -141,6 +141,10 @@ SETTINGS = {
     "negative steps": ({"sampler.num_steps": -3}, "sampler.num_steps must be 1 or more, got -3"),
     "an unknown method": ({"method.name": "freespek"}, "unknown method 'freespek' (did you mean 'freespec'?)"),
     "a folder that is none": ({"model.path": "no/such/folder"}, "no/such/folder"),
+    "a quantised complement": (
+        {"attention.complement": "sage", "model.device": "cpu"},
+        "does not run on cpu; use same",
+    ),
     "a kernel that does not run here": ({"attention.kernel": "cuda_flash", "model.device": "cpu"}, "cuda_flash"),
     "latents under a wrong name": ({"output.save_latents": "a.pt"}, "output.save_latents must end in .safetensors"),
 }

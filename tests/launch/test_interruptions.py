@@ -95,8 +95,8 @@ def test_while_decoding_the_latents_are_kept(
 ) -> None:
     whole = LongVideoEngine.decode
 
-    def stop_midway(self: LongVideoEngine, latents: torch.Tensor) -> Iterator[np.ndarray]:
-        for i, frames in enumerate(whole(self, latents)):
+    def stop_midway(self: LongVideoEngine, latents: torch.Tensor, *, seed: int) -> Iterator[np.ndarray]:
+        for i, frames in enumerate(whole(self, latents, seed=seed)):
             yield frames
             if i == 2:
                 signal.raise_signal(signal.SIGINT)

@@ -41,7 +41,22 @@ def test_json_is_the_same_for_programs(capsys: pytest.CaptureFixture[str]) -> No
     first = tree["plans"][0]
     assert first["cfg"] * first["ring"] * first["ulysses"] == 2
     assert set(first["run_seconds"]) == {"direct", "sliding_window", "freenoise", "freelong", "freepca", "freespec"}
-    assert set(first["bytes_per_step"]["dual"]) == {"all_to_all", "halo", "ring", "grams", "gather", "cfg"}
+    assert set(first["bytes_per_step"]["dual"]) == {"all_to_all", "halo", "ring", "grams", "gather", "cfg", "weights"}
+
+
+def test_shared_weights_are_told_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*WAN, "--gpus", "8", "--gpu", "rtx4090", "--model.path", "Wan-AI/Wan2.1-T2V-14B-Diffusers"]
+    assert run_command(main, [*words, "--model.weights", "zero3"]) == 0
+    out = capsys.readouterr().out
+    assert "weights: zero3, a share of 1/8 on each GPU" in out
+    assert "weights 3." in out  # 26.6 GiB of the transformer over eight, and the VAE
+    assert ", weights " in out.partition("sends, MB")[2].partition("\n")[0]
+    assert run_command(main, [*words, "--model.weights", "zero3", "--model.shards", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "a share of 1/8 of each GPU on the CPU" in out
+    assert "what reading the shares from cpu takes is not predicted" in out
+    assert run_command(main, words) == 2
+    assert "the smallest change that fits is model.weights zero3" in capsys.readouterr().err
 
 
 def test_degrees_of_the_configuration_are_kept(capsys: pytest.CaptureFixture[str]) -> None:

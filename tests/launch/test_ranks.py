@@ -153,7 +153,18 @@ def test_ranks_start(start: str, wan_folder: Path, alone: torch.Tensor, tmp_path
         ({"model.path": "no/folder/here"}, "model.path 'no/folder/here'"),
         ({"parallel.ring": 3}, "2 ranks cannot be arranged with ring 3; possible are 1 x 2 x 1, "),
         ({"parallel.cfg": 2, "sampler.guidance_scale": 1.0}, "2 ranks cannot be arranged with cfg 2"),
-        ({"parallel.provider": "deepspeed", "parallel.cfg": 2}, "parallel.provider deepspeed: "),
+        (
+            {"parallel.provider": "deepspeed", "parallel.ulysses": 2, "video.height": 8, "video.width": 8},
+            "parallel.provider deepspeed: ",
+        ),
+        (
+            {"parallel.provider": "xfuser", "method.name": "direct"},
+            "parallel.provider xfuser: xfuser runs on CUDA only",
+        ),
+        (
+            {"parallel.provider": "xfuser"},
+            "parallel.provider xfuser computes full attention only: use it with method.name",
+        ),
         ({"decode.tile_height": 30, "decode.stride_height": 8}, "decode.tile_height must be a multiple of"),
     ],
 )
@@ -237,6 +248,9 @@ def test_ranks_without_an_address(make: Callable[..., Run], monkeypatch: pytest.
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert "not MASTER_ADDR and MASTER_PORT" in make().error
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "many")
+    assert make().error == "MASTER_PORT must be the number of a port, got 'many'"
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,9 @@ class MaskedKernels:
     def dense(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return masked_attention(q, k, v, torch.ones(q.shape[1], k.shape[1], dtype=torch.bool))
 
+    def far(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self.dense(q, k, v)
+
     def local(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int) -> tuple[Tensor, Tensor]:
         mask = self.window_mask(q_start, q_start + q.shape[1], k_start, k_start + k.shape[1])
         whole = self.window_mask(q_start, q_start + q.shape[1], 0, self.frames * self.frame_tokens)

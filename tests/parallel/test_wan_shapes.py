@@ -37,6 +37,9 @@ class ShapeKernels:
         assert k.shape[2:] == q.shape[2:]
         return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
+    def far(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self.dense(q, k, v)
+
     def local(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int) -> tuple[Tensor, Tensor]:
         assert (k_start, k_start + k.shape[1]) == self.halo(q_start, q_start + q.shape[1])
         return self.dense(q, k, v)

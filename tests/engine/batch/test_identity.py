@@ -40,7 +40,7 @@ def test_what_decides_the_video_changes_the_id(part: str, values: dict[str, obje
     ("part", "values"),
     [
         ("sampler", {"seed": 7}),
-        ("model", {"device": "cuda", "path": "elsewhere", "offload": "model"}),
+        ("model", {"device": "cuda", "path": "elsewhere", "weights": "cpu_offload"}),
         ("parallel", {"ulysses": 2, "timeout": 5.0}),
         ("output", {"path": "a.mp4", "progress": "on", "sheet_frames": 3}),
     ],

@@ -1,5 +1,6 @@
 """Files that are whole or absent, whatever moment a process is killed at."""
 
+import errno
 import json
 import multiprocessing
 import os
@@ -12,7 +13,7 @@ from engine.batch import store
 from engine.batch.files import BatchFiles
 from engine.batch.locks import Shard, locked, own_shard
 from engine.batch.plan import claim_folder
-from engine.batch.store import compile_manifest, file_sha256, is_done, publish, sweep, write_json
+from engine.batch.store import compile_manifest, file_sha256, is_done, publish, sweep, write_json, writing_to
 from engine.errors import UserError
 from tests.engine.batch.cases import batch, check_bytes, content, write_item
 from tests.ranks import PRELOAD
@@ -153,6 +154,17 @@ def test_json_that_cannot_be_written_leaves_the_old(tmp_path: Path) -> None:
         write_json(path, {"a": float("nan")})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_disk_that_takes_nothing_is_one_line_and_other_errors_pass(tmp_path: Path) -> None:
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        with pytest.raises(UserError, match=rf"cannot write to {tmp_path}: .* bytes are free\); go on") as caught:
+            with writing_to(tmp_path, after="go on"):
+                raise OSError(number, os.strerror(number))
+        assert "\n" not in str(caught.value)
+    with pytest.raises(PermissionError):
+        with writing_to(tmp_path, after="go on"):
+            raise OSError(errno.EACCES, "Permission denied")
 
 
 def test_a_manifest_does_not_depend_on_the_order(tmp_path: Path) -> None:

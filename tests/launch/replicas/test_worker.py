@@ -93,6 +93,7 @@ def test_an_item_s_files_and_steps(worker: Worker, batch: Batch, told: list[dict
     assert record == told[-1]["record"]
     assert record["output"]["sha256"] == file_sha256(files.video)
     assert record["video"]["num_frames"] == len(list(read_video(files.video))) == 17
+    assert record["video"]["native_frames"] == 9  # a window of three latent frames: one frame, and twice four
     assert (record["seed"], record["run"]["seed"], record["prompt"]) == (3, 3, "a red circle")
     latents = load_latents(files.latents)[0]
     assert record["latents"]["shape"] == list(latents.shape)
@@ -255,7 +256,7 @@ def test_a_video_is_checked_by_decoding_all_of_it(worker: Worker, batch: Batch) 
         (UserError("[Errno 28] No space left on device: 'x'"), "disk", "No space left"),
         (UserError("too long"), "mistake", "too long"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), "memory", "would fit"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory", "--model.offload model"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory", ".weights cpu_offload"),
         (CollectiveError(0, "step 2", "all-to-all", (0, 1), "timed out"), "lost", "all-to-all"),
         (LostRankError("rank 0, step 2 layer 1: lost"), "lost", "step 2"),
         (KeyError("x"), "fault", "KeyError"),

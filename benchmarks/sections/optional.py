@@ -1,0 +1,132 @@
+"""What optional packages do in our place: xDiT's hybrid attention for `direct`, SageAttention for a dual step's complement.
+
+Both sides of a comparison run in the same rounds of one process, or of one group of processes where there are several GPUs.
+A package that is not installed, or does not run here, is written down as not available.
+"""
+
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from benchmarks.measure import Shape, ratio, relative_error, round_robin, spread
+from benchmarks.sections.bench import UNSUPPORTED, Bench
+from benchmarks.sections.layer import inputs, windowed
+from engine.group_of_one import GROUP_OF_ONE
+from freespec.kernels import select_complement, select_kernel
+from parallel.attention import TORCH_EXCHANGE, HybridAttention, SequenceLayout
+from parallel.collectives import Trace, ignore_bytes
+from parallel.mesh import SeqMesh, build_mesh
+from parallel.plan import SequencePlan
+from parallel.xfuser import check_xfuser, xfuser_attention
+
+KERNEL = "cuda_flash"  # one that both sides have: torch's own FlashAttention
+TIMEOUT = timedelta(seconds=60)
+
+
+def run(bench: Bench) -> None:
+    """Both models' layers: xfuser on this GPU, then on all there are, then the quantised complement."""
+    for name, shape in bench.shapes.items():
+        bench.record(f"xfuser, {name}", on_one(bench, shape))
+        gpus = torch.cuda.device_count() if bench.device.type == "cuda" else 1
+        if gpus > 1 and bench.has_time(20):
+            bench.record(f"xfuser on {gpus} GPUs, {name}", on_all(bench, shape, gpus))
+        bench.record(f"sage, {name}", complement(bench, shape))
+
+
+def not_available(why: str) -> dict[str, str]:
+    """What stands in place of figures."""
+    return {"not available": why}
+
+
+def on_one(bench: Bench, shape: Shape) -> dict[str, Any]:
+    """One layer of `direct` by ours and by xfuser in this process."""
+    mesh = GROUP_OF_ONE.acquire()
+    try:
+        plan = SequencePlan(tokens=shape.num_tokens, heads=shape.heads, ring=1, ulysses=1)
+        check_xfuser(plan, device_type=bench.device.type, kernel=KERNEL)
+        return compare(bench, shape, mesh, xfuser_attention(mesh, kernel=KERNEL), kernel=KERNEL)
+    except UNSUPPORTED as error:
+        return not_available(first_line(error))
+    finally:
+        GROUP_OF_ONE.release()
+
+
+def compare(bench: Bench, shape: Shape, mesh: SeqMesh, hybrid: HybridAttention, *, kernel: str) -> dict[str, Any]:
+    """Seconds of both, their ratio, and the difference of their outputs, on the ranks of a mesh."""
+    plan = SequencePlan(tokens=shape.num_tokens, heads=shape.heads, ring=mesh.ring.size, ulysses=mesh.ulysses.size)
+    trace = Trace(label="benchmark", on_bytes=ignore_bytes)
+    layout = SequenceLayout(mesh=mesh, plan=plan, exchange=TORCH_EXCHANGE, trace=trace)
+    q, k, v = (layout.shard_tokens(x, dim=1).contiguous() for x in inputs(bench, shape, shape.heads))
+    attention = windowed(shape, select_kernel(kernel, bench.device, bench.dtype))
+    calls = {
+        "ours": lambda: layout.gather(layout.branches(*layout.scatter(q, k, v), "global", attention)[1]),
+        "xfuser": lambda: hybrid(q, k, v, layout=layout),
+    }
+    outs = {name: call() for name, call in calls.items()}
+    times = {name: row["wall_s"] for name, row in round_robin(calls, bench.device, bench.repeats).items()}
+    return {
+        "degrees": {"ring": mesh.ring.size, "ulysses": mesh.ulysses.size},
+        "kernel": kernel,
+        **{name: {"wall_s": spread(seconds)} for name, seconds in times.items()},
+        "xfuser / ours": ratio(times["xfuser"], times["ours"]),
+        "relative difference": relative_error(outs["xfuser"], outs["ours"]),
+    }
+
+
+def on_all(bench: Bench, shape: Shape, gpus: int) -> dict[str, Any]:
+    """The same over all GPUs of this machine, ulysses as far as the heads divide; what rank 0 measured."""
+    ulysses = max(degree for degree in range(1, gpus + 1) if gpus % degree == 0 and shape.heads % degree == 0)
+    plan = SequencePlan(tokens=shape.num_tokens, heads=shape.heads, ring=gpus // ulysses, ulysses=ulysses)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            check_xfuser(plan, device_type=bench.device.type, kernel=KERNEL)
+            mp.spawn(_rank, (bench, shape, plan, folder), nprocs=gpus)
+        except (*UNSUPPORTED, mp.ProcessRaisedException, mp.ProcessExitedException) as error:
+            return not_available(first_line(error))
+        found: dict[str, Any] = torch.load(Path(folder) / "found.pt", weights_only=False)
+    return found
+
+
+def _rank(rank: int, bench: Bench, shape: Shape, plan: SequencePlan, folder: str) -> None:
+    torch.cuda.set_device(rank)
+    device = torch.device("cuda", rank)
+    store = f"file://{folder}/rendezvous"
+    dist.init_process_group("nccl", store, rank=rank, world_size=plan.ranks, timeout=TIMEOUT)
+    mesh = build_mesh(cfg=1, ring=plan.ring, ulysses=plan.ulysses, device=device, timeout=TIMEOUT)
+    bench.device = device
+    found = compare(bench, shape, mesh, xfuser_attention(mesh, kernel=KERNEL), kernel=KERNEL)
+    if rank == 0:
+        torch.save(found, Path(folder) / "found.pt")
+    dist.destroy_process_group()
+
+
+def complement(bench: Bench, shape: Shape) -> dict[str, Any]:
+    """A dual step with the keys outside the windows in int8 against one in the dtype of the rest."""
+    name = bench.best_kernel()
+    try:
+        rest = select_complement("sage", bench.device, bench.dtype, dual="strided")
+        qkv = inputs(bench, shape, shape.heads)
+        plain = windowed(shape, select_kernel(name, bench.device, bench.dtype))
+        mixed = windowed(shape, plain.kernel, rest_kernel=rest)
+        calls = {"same": lambda: plain.both(*qkv), "sage": lambda: mixed.both(*qkv)}
+        outs = {kind: call()[1] for kind, call in calls.items()}
+    except UNSUPPORTED as error:
+        bench.empty_cache()
+        return not_available(first_line(error))
+    times = {kind: row["wall_s"] for kind, row in round_robin(calls, bench.device, bench.repeats).items()}
+    return {
+        "kernel": name,
+        **{kind: {"wall_s": spread(seconds)} for kind, seconds in times.items()},
+        "sage / same": ratio(times["sage"], times["same"]),
+        "relative difference": relative_error(outs["sage"], outs["same"]),
+    }
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message that says something."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,130 @@
+"""What the paper says of the methods, asked of a comparison: differences of two of them, paired by prompt, with intervals."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from metrics.bootstrap import Estimate, paired_interval
+
+Sign = Literal["more", "less"]
+Verdict = Literal["as the paper says", "the opposite", "not decided"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """`method` has more, or less, of these measures than `other`.
+
+    Attributes:
+        title: heading.
+        text: what the paper says, in our words.
+        method: label of the method that is spoken of.
+        other: label of the one it is compared with.
+        measures: by name, whether the method should have more or less of it.
+    """
+
+    title: str
+    text: str
+    method: str
+    other: str
+    measures: Mapping[str, Sign]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """One measure of a claim: the difference method - other, and how it reads."""
+
+    metric: str
+    unit: str
+    sign: Sign
+    difference: Estimate
+    verdict: Verdict
+
+
+CLAIMS = (
+    Claim(
+        title="Over-smoothing of `direct`",
+        text="Full attention over a long video blurs it and nearly stops its motion (section 4.2, Fig. 4).",
+        method="direct",
+        other="sliding_window",
+        measures={
+            "laplacian_variance": "less",
+            "flow_mean": "less",
+            "flow_strongest": "less",
+            "distance_travelled": "less",
+            "speed": "less",
+        },
+    ),
+    Claim(
+        title="Drift of `sliding_window`",
+        text="A window of native length keeps motion and loses appearance and layout over time (section 4.2, Fig. 4).",
+        method="sliding_window",
+        other="direct",
+        measures={
+            "shape_kept": "less",
+            "colour_kept": "less",
+            "rgb_drift": "more",
+            "background_drift": "more",
+            "clip_colour_similarity": "less",
+            "clip_structural_similarity": "less",
+        },
+    ),
+    Claim(
+        title="`freespec` against `direct`: motion and detail",
+        text="The local singular basis keeps the motion and detail that full attention smooths away (sections 4.2, 4.3).",
+        method="freespec",
+        other="direct",
+        measures={
+            "laplacian_variance": "more",
+            "flow_mean": "more",
+            "flow_strongest": "more",
+            "distance_travelled": "more",
+        },
+    ),
+    Claim(
+        title="`freespec` against `sliding_window`: consistency",
+        text="Guidance by the global spectrum steadies what the window alone lets drift (sections 4.2, 4.3).",
+        method="freespec",
+        other="sliding_window",
+        measures={
+            "shape_kept": "more",
+            "colour_kept": "more",
+            "rgb_drift": "less",
+            "background_drift": "less",
+            "clip_colour_similarity": "more",
+            "interpolation_error": "less",
+        },
+    ),
+)
+
+
+def answers(claim: Claim, report: Mapping[str, Any]) -> list[Answer]:
+    """The differences of a claim from the videos of a report.json; measures that were not made are left out."""
+    units = {row["metric"]: row["unit"] for row in report["summary"]}
+    found = []
+    for metric, sign in claim.measures.items():
+        if metric in units:
+            values, others = (_by_prompt(report, label, metric) for label in (claim.method, claim.other))
+            difference = paired_interval(values, others)
+            verdict = read(difference, sign)
+            found.append(Answer(metric=metric, unit=units[metric], sign=sign, difference=difference, verdict=verdict))
+    return found
+
+
+def read(difference: Estimate, sign: Sign) -> Verdict:
+    """How an interval reads: it lies on the side that is expected, on the other, or holds 0 (or there is none)."""
+    low, high = (difference.low, difference.high) if sign == "more" else (-difference.high, -difference.low)
+    if low > 0:
+        return "as the paper says"
+    return "the opposite" if high < 0 else "not decided"
+
+
+def _by_prompt(report: Mapping[str, Any], label: str, metric: str) -> np.ndarray:
+    """[prompts] of a label, seeds averaged as in the tables: prompts in order, nan where no seed has a value."""
+    prompts = sorted({each["prompt_index"] for each in report["videos"]})
+    values = {prompt: [] for prompt in prompts}
+    for each in report["videos"]:
+        if each["label"] == label and each["values"][metric] is not None:
+            values[each["prompt_index"]].append(each["values"][metric])
+    return np.array([np.mean(found) if found else np.nan for found in values.values()])

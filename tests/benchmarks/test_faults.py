@@ -1,0 +1,240 @@
+"""The fault rounds in a short form, on replicas of this machine, and that the judge of all rounds sees what goes wrong."""
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.faults import judge, one_rank, the_driver
+from engine.batch.files import BatchFiles
+from engine.batch.identity import item_id
+from engine.batch.locks import Shard
+from engine.batch.plan import with_method
+from engine.batch.store import read_lines
+from engine.config import RunConfig
+from engine.engine import LongVideoEngine
+from launch.cli import parse_run
+from launch.start import run_script
+from tests.engine.batch import cases
+from tests.launch.conftest import SMALL, wan_folder
+from tests.launch.forked import PATIENCE_SECONDS
+from tests.ranks import PRELOAD
+
+__all__ = ["wan_folder"]
+
+PROMPTS = ("a red circle", "a blue star")
+METHODS = ("freespec", "direct")
+SEEDS = (0, 1)
+SETTINGS = SMALL | {"sampler.num_steps": 8, "sampler.max_text_tokens": 20, "output.progress": "off"}
+# One after another in one batch; an item may lose two attempts to them, and a third would put it into quarantine.
+VICTIMS = (one_rank, the_driver, one_rank)
+SOON_SECONDS = 0.4
+
+
+def config_of(folder: Path) -> RunConfig:
+    """The batch's settings, as its command line says them."""
+    given = [f"--{name}={value}" for name, value in ({"model.path": folder} | SETTINGS).items()]
+    return parse_run(given, name="test", description="", add_arguments=lambda parser: None)[1]
+
+
+@pytest.fixture
+def latents(wan_folder: Path) -> dict[tuple[str, str, int], str]:
+    """SHA-256 of the latents of every method, prompt and seed, from the engine called in a loop."""
+    config, found = config_of(wan_folder), {}
+    with contextlib.closing(LongVideoEngine(config)) as engine:
+        for method in METHODS:
+            engine.use_method(with_method(config, method).method)
+            for prompt in PROMPTS:
+                for seed in SEEDS:
+                    made = engine.denoise(prompt, seed=seed).latents
+                    found[method, prompt, seed] = hashlib.sha256(made.contiguous().numpy().tobytes()).hexdigest()
+    assert len(set(found.values())) == 8
+    return found
+
+
+@pytest.fixture
+def start(wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], BaseProcess]]:
+    """`start()`: batch.py in a process of its own, forked from one that has imported everything; ended after the test."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
+    own = {
+        "suite": tmp_path / "prompts.txt",
+        "out": tmp_path / "out",
+        "methods": ",".join(METHODS),
+        "seeds": ",".join(map(str, SEEDS)),
+        "replicas": 2,
+        "checkpoint_every": 2,
+    }
+    words = [f"--{name}={value}" for name, value in ({"model.path": wan_folder} | SETTINGS | own).items()]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    started: list[BaseProcess] = []
+
+    def call() -> BaseProcess:
+        log = tmp_path / f"driver{len(started)}.log"
+        started.append(context.Process(target=drive, args=(words, log, dict(os.environ)), daemon=False))
+        started[-1].start()
+        return started[-1]
+
+    yield call
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def drive(words: list[str], log: Path, environment: dict[str, str]) -> None:
+    """The driver's process."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    with log.open("w") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    sys.argv = ["batch.py", *words]
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
+    os._exit(run_script("batch", ranks_by_script=False))
+
+
+def count(out: Path, name: str) -> int:
+    log = BatchFiles(root=out).log(Shard())
+    return sum(event["event"] == name for event in read_lines(log))
+
+
+def wait_for(condition: Callable[[], Any], process: BaseProcess) -> Any:
+    """What the condition gives, once that is something."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    while not (found := condition()):
+        assert process.is_alive(), "the driver has ended"
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    return found
+
+
+def kill_soon(
+    victim: Callable[[int, random.Random], list[int]], out: Path, driver: BaseProcess, rng: random.Random
+) -> None:
+    """SIGKILL at a random time after the next item is begun."""
+    begun = count(out, "started")
+    wait_for(lambda: count(out, "started") > begun, driver)
+    time.sleep(rng.uniform(0.0, SOON_SECONDS))
+    for process in wait_for(lambda: victim(driver.pid or 0, rng), driver):
+        os.kill(process, signal.SIGKILL)
+
+
+def test_kills_at_random_times_lose_and_change_nothing(
+    start: Callable[[], BaseProcess], latents: dict[tuple[str, str, int], str], tmp_path: Path
+) -> None:
+    """A rank, the driver, and a rank again, each at a random time after an item was begun; the batch is as undisturbed."""
+    rng, out, driver = random.Random(0), tmp_path / "out", start()
+    for victim in VICTIMS:
+        kill_soon(victim, out, driver, rng)
+        if victim is the_driver:
+            driver.join()
+            driver = start()
+    driver.join(PATIENCE_SECONDS)
+    assert driver.exitcode == 0, (tmp_path / "driver1.log").read_text()
+    judged = judge(out, expected_of(out, latents))
+    assert judged["well"], judged
+    assert sum("SIGKILL" in message for message in ended(out)) == 2
+
+
+def expected_of(out: Path, latents: dict[tuple[str, str, int], str]) -> dict[str, str]:
+    """The latents by item: ids are made of what the folder says that each method is."""
+    configs = json.loads((out / "batch.json").read_text())["configs"]
+    ids = {tree["method"]["name"]: name for name, tree in configs.items()}
+    return {
+        item_id(ids[method], prompt=prompt, seed=seed): digest for (method, prompt, seed), digest in latents.items()
+    }
+
+
+def records(out: Path) -> list[dict]:
+    return [json.loads(path.read_text()) for path in BatchFiles(root=out).sidecars()]
+
+
+def ended(out: Path) -> list[str]:
+    """How items and replicas ended that did not end well."""
+    events = read_lines(BatchFiles(root=out).log(Shard()))
+    return [event["message"] for event in events if event["event"] in ("failed", "ended")]
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """A finished batch of pretended videos, and the latents that it should have."""
+    files, every = BatchFiles(root=tmp_path / "out"), cases.batch().items
+    for item in every:
+        cases.write_item(files, item)
+    for path in files.sidecars():
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"run": {"resumed_at": 0}, "attempt": 1}))
+    return files.root, {record["item_id"]: record["latents"]["sha256"] for record in records(files.root)}
+
+
+def test_a_batch_that_is_whole_is_well(finished: tuple[Path, dict[str, str]]) -> None:
+    assert judge(*finished)["well"]
+
+
+def lose_a_video(out: Path) -> None:
+    path = next(out.glob("*/*/videos/*.mp4"))
+    path.unlink()
+    path.with_suffix(".json").unlink()
+
+
+def make_a_video_twice(out: Path) -> None:
+    path = next(out.glob("*/*/videos/*.mp4"))
+    for kind in (".mp4", ".json"):
+        path.with_name(f"again{kind}").write_bytes(path.with_suffix(kind).read_bytes())
+
+
+def flip_a_bit(out: Path) -> None:
+    path = next(out.glob("*/*/videos/*.mp4"))
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+
+
+def change_latents(out: Path) -> None:
+    path = next(out.glob("*/*/videos/*.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"latents": {"sha256": "0"}}))
+
+
+def leave_a_part(out: Path) -> None:
+    next(out.glob("*/*/videos/*.mp4")).with_suffix(".mp4.t.part").touch()
+
+
+def leave_steps(out: Path) -> None:
+    (next(out.glob("*/*/unfinished")) / "p0000-s0.checkpoint.safetensors").touch()
+
+
+def give_up(out: Path) -> None:
+    item = replace(cases.batch().items[0], item_id="another")
+    BatchFiles(root=out).put_into_quarantine(item, error="e", attempts=[])
+
+
+@pytest.mark.parametrize(
+    ("harm", "check"),
+    [
+        (lose_a_video, "once"),
+        (make_a_video_twice, "once"),
+        (flip_a_bit, "sha256"),
+        (change_latents, "latents"),
+        (leave_a_part, "nothing_left"),
+        (leave_steps, "nothing_left"),
+        (give_up, "none_quarantined"),
+    ],
+)
+def test_negative_control_the_judge_sees_it(
+    finished: tuple[Path, dict[str, str]], harm: Callable[[Path], None], check: str
+) -> None:
+    out, expected = finished
+    harm(out)
+    judged = judge(out, expected)
+    assert (judged[check], judged["well"]) == (False, False)

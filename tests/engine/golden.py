@@ -1,0 +1,96 @@
+"""What the golden tests share: a video on one rank, what another order of sums does to it, and the same on many ranks."""
+
+import functools
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+import engine.engine
+from engine.config import RunConfig
+from engine.engine import LongVideoEngine
+from engine.load import load_pipeline
+from freespec.attention import merge
+from freespec.kernels import Kernel
+from parallel.mesh import SeqMesh, build_mesh
+
+PROMPT = "a red circle"
+TIMEOUT = timedelta(seconds=60)
+Degrees = tuple[int, int, int]
+
+
+class Case(NamedTuple):
+    """One arrangement of the ranks, one method (or "METHOD+riflex"), and what is broken on purpose."""
+
+    folder: str
+    degrees: Degrees
+    method: str
+    route: str = "auto"
+    fault: str = ""
+
+
+def all_degrees(ranks: int) -> list[Degrees]:
+    """Every cfg x ring x ulysses of so many ranks."""
+    return [
+        (cfg, ring, ranks // cfg // ring)
+        for cfg in (1, 2)
+        for ring in range(1, ranks + 1)
+        if ranks % cfg == 0 and ranks // cfg % ring == 0
+    ]
+
+
+def mesh_of(degrees: Degrees) -> SeqMesh:
+    """The mesh of a rank that runs many cases, and reads a checkpoint once for all of them."""
+    engine.engine.load_pipeline = functools.cache(load_pipeline)
+    cfg, ring, ulysses = degrees
+    return build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=torch.device("cpu"), timeout=TIMEOUT)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    """Norm of the difference, in norms of `b`."""
+    return float(torch.linalg.norm(a - b) / torch.linalg.norm(b))
+
+
+def attend_in_chunks(kernel: Kernel) -> Kernel:
+    """The same kernel with the keys in three parts: what another order of sums does to a run on one rank."""
+
+    def chunked(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [x for x in zip(k.tensor_split(3, dim=2), v.tensor_split(3, dim=2), strict=True) if x[0].shape[2]]
+        out, lse = (x.transpose(1, 2) for x in kernel(q, *parts[0]))
+        for part in parts[1:]:
+            out, lse = merge(out, lse, *(x.transpose(1, 2) for x in kernel(q, *part)))
+        return out.transpose(1, 2), lse.transpose(1, 2)
+
+    return chunked
+
+
+@functools.cache
+def on_one_rank(config: RunConfig) -> Tensor:
+    """The latents of a process alone."""
+    made = LongVideoEngine(config)
+    latents = made.denoise(PROMPT).latents
+    made.close()
+    return latents
+
+
+@functools.cache
+def noise_floor(config: RunConfig) -> float:
+    """Relative change of one rank's latents when each attention call takes its keys in three chunks."""
+    made = LongVideoEngine(config)
+    select: Callable[..., Kernel] = engine.engine.select_kernel
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("engine.hooks.select_kernel", lambda *arguments: attend_in_chunks(select(*arguments)))
+        latents = made.denoise(PROMPT).latents
+    made.close()
+    return relative(latents, on_one_rank(config))
+
+
+def assert_same_video(by_rank: Sequence[Tensor], config: RunConfig, case: Case) -> None:
+    """Every rank has the whole video, bit for bit, and it is one rank's: within 1e-5, and ten times the noise floor."""
+    for latents in by_rank[1:]:
+        assert torch.equal(latents, by_rank[0]), case
+    error = relative(by_rank[0], on_one_rank(config))
+    assert error <= min(1e-5, 10 * noise_floor(config)), (case, error, noise_floor(config))

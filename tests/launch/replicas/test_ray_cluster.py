@@ -1,0 +1,175 @@
+"""Ray clusters of more than one node, and jobs that are handed in: a node is lost, and the rest makes everything."""
+
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.batch.files import BatchFiles
+from launch.commands import batch
+from tests.launch.conftest import Run
+from tests.launch.test_batch import assert_whole, events_of, undisturbed, words
+
+pytest.importorskip("ray", reason="the extra `ray` is not installed")
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+__all__ = ["undisturbed"]
+
+# Ray and its processes take their time on a machine with other work.
+PATIENCE_SECONDS = 600.0
+ROOT = Path(__file__).resolve().parents[3]
+
+# Node processes of one machine, on loopback, each with a slot for one rank; the first has none. A line on stdin takes
+# the last away: its raylet is killed, and whatever ran there.
+NODES = """
+import sys
+from ray.cluster_utils import Cluster
+small = {"object_store_memory": 100 * 2**20}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **small})
+nodes = [cluster.add_node(num_cpus=1, **small) for _ in range(2)]
+cluster.wait_for_nodes()
+print("at", cluster.address, *(node.node_id for node in nodes), flush=True)
+for line in sys.stdin:
+    cluster.remove_node(nodes.pop(), allow_graceful=False)
+    print("lost", flush=True)
+cluster.shutdown()
+"""
+
+# One node with the dashboard, which takes jobs.
+JOBS = """
+import sys
+import ray
+context = ray.init("local", num_cpus=2, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=0,
+                   object_store_memory=100 * 2**20, logging_level="error")
+print("at", f"http://{context.dashboard_url}", flush=True)
+sys.stdin.read()
+"""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster that somebody else has started: its process, and what it says of itself first."""
+
+    process: subprocess.Popen[str]
+    said: list[str]
+
+    @classmethod
+    def start(cls, script: str) -> "Cluster":
+        """In this process's environment, which says loopback and the token."""
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen([sys.executable, "-c", script], **pipes, text=True)
+        found = next((line.split()[1:] for line in process.stdout if line.startswith("at ")), None)
+        assert found is not None, process.wait()
+        return cls(process, found)
+
+    def lose_a_node(self) -> None:
+        """SIGKILL to its Ray node process, and to what ran there."""
+        self.process.stdin.write("lose\n")
+        self.process.stdin.flush()
+        assert next(iter(self.process.stdout)) == "lost\n"
+
+    def stop(self) -> None:
+        """All of it, and wait."""
+        self.process.communicate("", timeout=60)
+
+
+@pytest.fixture(autouse=True)
+def as_a_member(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One thread per rank, loopback, and a token of this test's own, for the cluster and for those who connect to it."""
+    token = tmp_path / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    given = {"OMP_NUM_THREADS": "1", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    for name, value in (given | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}).items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[str], Cluster]]:
+    """`start(script)`: a cluster that is stopped after the test."""
+    started: list[Cluster] = []
+
+    def call(script: str) -> Cluster:
+        started.append(Cluster.start(script))
+        return started[-1]
+
+    yield call
+    for cluster in started:
+        cluster.stop()
+
+
+def test_a_node_is_lost_and_the_others_make_everything(
+    start: Callable[[str], Cluster], wan_folder: Path, undisturbed: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """Two nodes with a replica each; one is killed while it makes an item, and there is no place for its replica then."""
+    cluster, out = start(NODES), tmp_path / "out"
+    suite = tmp_path / "prompts.txt"
+    suite.write_text("a red circle\na blue star\n")
+    settings = {"ray": cluster.said[0], "replicas": 2, "keep_latents": True}
+    command = [sys.executable, "-m", "launch.batch", *words(wan_folder, suite, out, settings)]
+    with (tmp_path / "log").open("w") as log:
+        driver = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+    until = time.monotonic() + PATIENCE_SECONDS
+    while len(list(out.glob("*/*/unfinished/*.checkpoint.safetensors"))) < 1 or len(events_of(out, "ready")) < 2:
+        assert time.monotonic() < until
+        assert driver.poll() is None, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    cluster.lose_a_node()
+    assert driver.wait(timeout=PATIENCE_SECONDS) == 0, (tmp_path / "log").read_text()
+    assert_whole(out, undisturbed)
+    lost = [event for event in [*events_of(out, "failed"), *events_of(out, "ended")] if event["kind"] == "lost"]
+    assert len({event["replica"] for event in lost}) >= 1, (tmp_path / "log").read_text()
+    assert list(BatchFiles(root=out).quarantine.glob("*")) == []
+
+
+def test_auto_is_the_cluster_of_the_environment(
+    run: Callable[..., Run],
+    start: Callable[[str], Cluster],
+    wan_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A replica of two ranks on two nodes that have a slot each: its ranks meet on the address of the first."""
+    monkeypatch.setenv("RAY_ADDRESS", start(NODES).said[0])
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    settings = {"ray": "auto", "nproc": 2, "methods": "direct"}
+    shown = run(batch.main, *words(wan_folder, tmp_path / "prompts.txt", tmp_path / "out", settings))
+    assert (shown.code, shown.err) == (0, ""), shown
+    assert "1 of 1 items done (1 now), 0 in quarantine" in shown.out
+
+
+def test_a_job_that_is_handed_in(start: Callable[[str], Cluster], wan_folder: Path, tmp_path: Path) -> None:
+    """`ray job submit -- python launch/batch.py --ray auto`: the job's own cluster makes it, and its line is the job's."""
+    pytest.importorskip("aiohttp", reason="a job needs Ray's dashboard, which comes with ray[default]")
+    address, out = start(JOBS).said[0], tmp_path / "out"
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    given = words(wan_folder, tmp_path / "prompts.txt", out, {"ray": "auto", "methods": "direct"})
+    submit = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", "--address", address, "--"]
+    script = [sys.executable, str(ROOT / "launch/batch.py")]
+    ended = subprocess.run(
+        [*submit, *script, *given],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_SECONDS,
+        env=dict(os.environ),
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "1 of 1 items done (1 now), 0 in quarantine" in ended.stdout
+    assert len(list(out.glob("direct/*/videos/*.mp4"))) == 1
+    again = subprocess.run(
+        [*submit, *script, *given, "--sampler.num_steps=7"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE_SECONDS,
+    )
+    assert again.returncode != 0
+    assert "changed: sampler.num_steps 6 -> 7" in again.stdout

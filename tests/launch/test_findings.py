@@ -1,0 +1,185 @@
+"""The page of findings from reports whose answers are known, and how an interval reads."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from freespec.methods import METHODS
+from launch.commands import findings
+from launch.comparison.claims import CLAIMS, Claim, answers, read
+from launch.comparison.measure import units
+from metrics.bootstrap import Estimate
+from tests.launch.conftest import Run
+
+CLAIM = Claim(title="t", text="x.", method="a", other="b", measures={"up": "more", "down": "less", "none": "more"})
+NOTHING = {"mean": None, "low": None, "high": None, "count": 0}
+
+
+def report_of(values: dict[str, dict[str, float]], labels: tuple[str, str]) -> dict[str, Any]:
+    """A report on eight prompts and two seeds; `values[metric][label]` is the mean, and every prompt adds its own number."""
+    videos = [
+        {
+            "label": label,
+            "prompt_index": prompt,
+            "seed": seed,
+            # Half of the seeds have no value of "up" for the last prompt: the other seed stands for it.
+            "values": {
+                name: None
+                if (name, prompt, seed) == ("up", 7, 1)
+                else of[label] + prompt + 0.5 * (seed - 0.5) * (prompt < 7)
+                for name, of in values.items()
+            },
+        }
+        for label in labels
+        for prompt in range(8)
+        for seed in range(2)
+    ]
+    summary = [
+        {"label": label, "metric": name, "unit": "px", "differs": False, "mean": NOTHING, "difference": None}
+        for name in values
+        for label in labels
+    ]
+    times = {
+        label: {"denoise": 1.0, "decode": 0.5, "steps": {"dual": {"median": 0.1, "per_run": 20}}} for label in labels
+    }
+    return {
+        "summary": summary,
+        "videos": videos,
+        "notes": ["16 videos."],
+        "times": times,
+        "baseline": labels[0],
+    }
+
+
+def estimate(low: float, high: float) -> Estimate:
+    return Estimate(mean=(low + high) / 2, low=low, high=high, count=8)
+
+
+def test_how_an_interval_reads() -> None:
+    assert [read(estimate(0.1, 0.2), sign) for sign in ("more", "less")] == ["as the paper says", "the opposite"]
+    assert [read(estimate(-0.2, -0.1), sign) for sign in ("more", "less")] == ["the opposite", "as the paper says"]
+    assert {read(estimate(-0.1, 0.1), sign) for sign in ("more", "less")} == {"not decided"}
+    no_interval = Estimate(mean=5.0, low=np.nan, high=np.nan, count=3)
+    assert {read(no_interval, sign) for sign in ("more", "less")} == {"not decided"}
+
+
+def test_differences_are_paired_by_prompt() -> None:
+    """What a prompt adds to both methods, up to 7 here, cancels: the interval of a difference of 0.25 is a point."""
+    values = {"up": {"a": 0.25, "b": 0.0}, "down": {"a": 0.25, "b": 0.0}}
+    found = answers(CLAIM, report_of(values, ("a", "b")))
+    assert [(each.metric, each.verdict) for each in found] == [("up", "as the paper says"), ("down", "the opposite")]
+    for each in found:
+        assert (each.difference.low, each.difference.high) == pytest.approx((0.25, 0.25))
+        assert each.difference.count == 8
+    swapped = report_of({"up": {"a": 0.0, "b": 0.25}, "down": {"a": 0.0, "b": 0.25}}, ("a", "b"))
+    assert [each.verdict for each in answers(CLAIM, swapped)] == ["the opposite", "as the paper says"]
+
+
+def test_claims_speak_of_measures_and_methods_that_exist() -> None:
+    for claim in CLAIMS:
+        assert {claim.method, claim.other} <= set(METHODS)
+        assert set(claim.measures) <= set(units(world=True))
+
+
+def analysis_of(difference: float) -> dict[str, Any]:
+    def window(multiple: int) -> dict[str, Any]:
+        mean = {"mean": 9.0 + difference * (multiple > 1), "low": 8.0, "high": 10.0, "count": 8}
+        moved = difference * (multiple > 1)
+        return {
+            "multiple": multiple,
+            "mean": mean,
+            "difference": {"mean": moved, "low": moved - 0.1, "high": moved + 0.1},
+        }
+
+    stages = {"late": {"progress": 0.9, "windows": [window(1), window(4)]}}
+    low_rank = [
+        {"ratio": ratio, "metric": name, "unit": "px", "mean": ratio, "error": 0.1, "prompts": 2}
+        for ratio in (1.0, 0.25)
+        for name in ("flow_mean", "flow_strongest", "laplacian_variance", "interpolation_error")
+    ]
+    return {"spectra": {"stages": stages, "heads_that_fall": 0.75}, "low_rank": low_rank}
+
+
+@pytest.fixture
+def write(run: Callable[..., Run], tmp_path: Path) -> Callable[..., str]:
+    """Writes reports by name, runs the command, and returns the page."""
+
+    def call(**reports: dict[str, Any]) -> str:
+        for name, report in reports.items():
+            folder = tmp_path / ("calibration" if name == "calibration" else f"runs/{name}")
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "report.json").write_text(json.dumps(report))
+        page = tmp_path / "docs/findings.md"
+        page.parent.mkdir(exist_ok=True)
+        words = {"runs": tmp_path / "runs", "calibration": tmp_path / "calibration", "page": page}
+        shown = run(findings.main, *(f"--{key}={value}" for key, value in words.items()))
+        assert (shown.code, shown.err) == (0, "")
+        return page.read_text()
+
+    return call
+
+
+def test_the_page_says_what_the_numbers_say(write: Callable[..., str], tmp_path: Path) -> None:
+    page = write(analysis=analysis_of(-1.0))
+    assert "In 1 of 1 of the stages and windows the effective rank: falls." in page
+    assert "in 75 % of the heads" in page
+    assert "Where it does not fall" not in page
+    assert "| late | 0.90 | 4 x | 9 [8, 10] | 8 [8, 10] | −1 [−1.1, −0.9] | falls |" in page
+    assert "| `flow_mean` | 1 | 0.25 |" in page
+    assert "Not measured yet: the defaults are start values." in page
+    rises = write(analysis=analysis_of(0.5))
+    assert "In 0 of 1 of the stages and windows the effective rank: falls, 1 rises." in rises
+    assert "Where it does not fall" in rises
+    assert "| not decided |" in write(analysis=analysis_of(0.05))
+
+    smooth = {
+        "laplacian_variance": {"direct": 1.0, "sliding_window": 3.0},
+        "speed": {"direct": 2.0, "sliding_window": 1.0},
+    }
+    report = report_of(smooth, ("direct", "sliding_window"))
+    report["videos"] += [each | {"label": "freespec"} for each in copy.deepcopy(report["videos"][:16])]
+    page = write(methods=report)
+    assert "In 1 of 2 of the measures: as the paper says, 1 the opposite." in page
+    assert "| `laplacian_variance` (px) | less | −2 [−2, −2] | as the paper says |" in page
+    assert "these are the reasons to think of first" in page
+    assert "| direct | 1 | 0.5 | dual 0.1 (20) |" in page
+
+
+def test_a_calibration_that_is_not_supported_leaves_the_defaults(write: Callable[..., str]) -> None:
+    shares = {"kept": 0.5, "captioned": 0.5, "motion": 0.5, "speed": 0.5}
+    judged = {
+        "prompts": 40,
+        "seeds": [0, 1],
+        "settings": {"alpha": 3.0},
+        "score": {"start": 0.5, "trial-07": 0.52},
+        "parts": {"start": shares, "trial-07": shares},
+        "difference": {"mean": 0.02, "low": -0.01, "high": 0.05, "count": 40},
+        "supported": False,
+    }
+    report = {
+        "space": {"alpha": [1.0, 3.0]},
+        "search_seed": 0,
+        "trials": {"start": {}, "trial-07": {}},
+        "rounds": [{"prompts": 5, "scores": {"start": 0.4, "trial-07": 0.5}}],
+        "best": "trial-07",
+        "judged": judged,
+    }
+    page = write(calibration=report)
+    assert "the defaults stay as they are" in page
+    assert "+0.02 [−0.01, +0.05]" in page
+    supported = {**report, "judged": {**judged, "supported": True}}
+    assert "the report supports the change" in write(calibration=supported)
+    assert "None was better" in write(calibration={**report, "best": "start", "judged": None})
+
+
+def test_mistakes_are_one_line(run: Callable[..., Run], tmp_path: Path) -> None:
+    words = [f"--{name}={tmp_path}" for name in ("runs", "calibration")]
+    assert "holds a report; run make findings first" in run(findings.main, *words).error
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods/report.json").write_text("{")
+    assert "make it again" in run(findings.main, *words).error
