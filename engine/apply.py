@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from engine.adapters import ModelAdapter, adapter_of
 from engine.errors import UserError
 from engine.group_of_one import GROUP_OF_ONE
-from engine.hooks import BranchProcessor, RunState, StepHook, riflex_hook, shard_hooks
+from engine.hooks import BranchProcessor, RunState, StepHook, refuse_context_parallel, riflex_hook, shard_hooks
 from engine.supported_layouts import Degrees, check_layout
 from freespec.kernels import select_complement, select_dual, select_kernel
 from freespec.methods import Direct, Method, make_method
@@ -168,10 +168,7 @@ def check_riflex(adapter: ModelAdapter, riflex: Riflex) -> None:
 
 def _check_free(transformer: nn.Module, modules: list[nn.Module]) -> None:
     """Refuse what would be ignored or would make attention wrong without a word."""
-    if getattr(transformer, "_parallel_config", None) is not None:
-        raise UserError(
-            "the transformer already has diffusers' context parallel, which cannot be combined with a method"
-        )
+    refuse_context_parallel(transformer)
     for attn in modules:
         if isinstance(attn.processor, BranchProcessor):
             raise UserError("the pipeline already has a method; call its handle's remove() first")

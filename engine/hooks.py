@@ -137,6 +137,7 @@ class StepHook:
         if timestep.dim() != 1:
             raise ValueError(f"expected one timestep per video, got a tensor of shape {tuple(timestep.shape)}")
         state = self.state
+        refuse_context_parallel(transformer)  # again: it may have been switched on since
         if state.mesh.world.size > 1:
             _refuse_caches_of_one_rank(transformer)
         state.step = self._find_step(float(timestep[0]))
@@ -217,6 +218,14 @@ def riflex_hook(state: RunState, transformer: nn.Module, riflex: Riflex) -> Remo
 
 # Caches that skip blocks by what one rank sees of its own tokens: ranks would disagree, and wait for each other for ever.
 _RANK_LOCAL_CACHES = ("FirstBlockCacheConfig", "SeaCacheConfig", "FasterCacheConfig")
+
+
+def refuse_context_parallel(transformer: nn.Module) -> None:
+    """Raise UserError if diffusers' own context parallel splits what a method attends to."""
+    if getattr(transformer, "_parallel_config", None) is not None:
+        raise UserError(
+            "the transformer already has diffusers' context parallel, which cannot be combined with a method"
+        )
 
 
 def _refuse_caches_of_one_rank(transformer: nn.Module) -> None:

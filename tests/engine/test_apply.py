@@ -181,6 +181,15 @@ def test_mistakes_are_user_errors_and_leave_the_pipeline_alone(arguments, messag
     assert pipe.transformer.attn_processors == processors
 
 
+def test_context_parallel_switched_on_afterwards_is_refused():
+    pipe = random_wan()
+    with apply_method(pipe, method="direct", window_frames=3):
+        latents_of(pipe)
+        pipe.transformer._parallel_config = object()
+        with pytest.raises(UserError, match="context parallel"):
+            latents_of(pipe)
+
+
 def test_a_second_method_is_refused():
     pipe = random_wan()
     with (
