@@ -15,8 +15,8 @@ from engine.planner import ModelSpec, Options, choose, read_gpu, read_model
 from engine.planner.gpu import FOLDER, GpuSpec
 from engine.planner.layout import Degrees, feasible_degrees, num_passes
 from engine.supported_layouts import check_layout, refused_axes
-from parallel.attention import TORCH_EXCHANGE, HeadExchange
-from parallel.deepspeed import deepspeed_exchange
+from parallel.attention import TORCH_EXCHANGE
+from parallel.deepspeed import check_deepspeed, deepspeed_exchange
 from parallel.mesh import SeqMesh, build_mesh
 from parallel.plan import SequencePlan
 from parallel.xfuser import XfuserAttention, check_xfuser, xfuser_attention
@@ -40,19 +40,22 @@ class Arrangement:
 def arrange_ranks(config: RunConfig, world: int, device: torch.device) -> Arrangement:
     """The arrangement that the configuration and the planner choose, before any rank is heard of.
 
-    Raises UserError for degrees that do not fit the number of ranks or the guidance, and for those that xfuser, if it is the
-    provider, cannot have.
+    Raises UserError for degrees that do not fit the number of ranks or the guidance, and for those that the provider cannot
+    have. Here and not when the ranks have joined: whoever ends first then would take the store from the others.
     """
     spec = read_model(config.model)
     degrees, why = choose_degrees(config, spec, world, device)
     video = config.video
     frames, frame_tokens = spec.grid(video.num_frames, video.height, video.width)
     plan = SequencePlan(tokens=frames * frame_tokens, heads=spec.heads, ring=degrees[1], ulysses=degrees[2])
-    if config.parallel.provider == "xfuser":
-        try:
+    provider = config.parallel.provider
+    try:
+        if provider == "xfuser":
             check_xfuser(plan, device_type=device.type, kernel=config.attention.kernel)
-        except (ImportError, ValueError) as error:
-            raise UserError(f"parallel.provider xfuser: {error}") from error
+        elif provider == "deepspeed":
+            check_deepspeed(plan)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"parallel.provider {provider}: {error}") from error
     return Arrangement(degrees=degrees, plan=plan, why=why)
 
 
@@ -61,7 +64,7 @@ def join_ranks(config: RunConfig, arrangement: Arrangement, device: torch.device
 
     Raises UserError, on every rank alike, for a provider that cannot serve it.
     """
-    exchange = _choose_exchange(config, arrangement.plan)
+    exchange = deepspeed_exchange(arrangement.plan) if config.parallel.provider == "deepspeed" else TORCH_EXCHANGE
     cfg, ring, ulysses = arrangement.degrees
     timeout = timedelta(seconds=config.parallel.timeout)
     mesh = build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=device, timeout=timeout)
@@ -151,15 +154,6 @@ def match_gpu(name: str, known: Sequence[str]) -> str | None:
     words = re.findall(r"[a-z0-9]+", name.lower())
     spoken = {*words, *(a + b for a, b in itertools.pairwise(words))}
     return next((gpu for gpu in known if gpu in spoken), None)
-
-
-def _choose_exchange(config: RunConfig, plan: SequencePlan) -> HeadExchange:
-    if config.parallel.provider != "deepspeed":
-        return TORCH_EXCHANGE
-    try:
-        return deepspeed_exchange(plan)
-    except (ImportError, ValueError) as error:
-        raise UserError(f"parallel.provider deepspeed: {error}") from error
 
 
 def _load_xfuser(config: RunConfig, mesh: SeqMesh) -> XfuserAttention:

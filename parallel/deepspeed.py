@@ -61,17 +61,25 @@ class DeepSpeedExchange:
         return out
 
 
-def deepspeed_exchange(plan: SequencePlan) -> DeepSpeedExchange:
-    """Load DeepSpeed for a plan that it can serve. Call it after torch.distributed has been initialised.
+def check_deepspeed(plan: SequencePlan) -> ModuleType:
+    """Its module for sequences, before any rank is heard of.
 
-    DeepSpeed's own communication layer keeps a module-wide backend; given a running process group it adopts that one.
+    Raises ImportError without DeepSpeed, and ValueError for shards or heads of a plan that are not even.
     """
     _refuse_uneven([length(shard) for shard in plan.shards], [length(share) for share in plan.head_shares])
     try:
-        layer = quiet_import("deepspeed.sequence.layer")
-        start_communication()
+        return quiet_import("deepspeed.sequence.layer")
     except ImportError as error:
         raise ImportError(f"the deepspeed provider needs the optional package deepspeed: {error}") from error
+
+
+def deepspeed_exchange(plan: SequencePlan) -> DeepSpeedExchange:
+    """Load DeepSpeed for a plan that passes `check_deepspeed`. Call it after torch.distributed has been initialised.
+
+    DeepSpeed's own communication layer keeps a module-wide backend; given a running process group it adopts that one.
+    """
+    layer = check_deepspeed(plan)
+    start_communication()
     return DeepSpeedExchange(layer=layer)
 
 
