@@ -107,7 +107,7 @@ def families(configs: list[RunConfig], specs: list[ModelSpec]) -> tuple[list[str
                 f"{spec.parameters['transformer'] / 1e9:.2f}",
                 f"{spec.parameters['text_encoder'] / 1e9:.2f}",
                 f"{spec.layers} x {spec.heads} x {spec.head_dim}",
-                f"{config.method.window_frames} ({(config.method.window_frames - 1) * spec.video.temporal_factor + 1})",
+                f"{config.method.window_frames} ({spec.video.native_frames(config.method.window_frames)})",
                 f"{config.video.num_frames} of {config.video.height} x {config.video.width}",
                 f"{frames} x {frame_tokens}",
                 describe_guidance(spec.adapter),

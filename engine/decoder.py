@@ -55,7 +55,7 @@ class VideoDecoder:
         else:
             stream = stream_decode(self._vae, latents, plan.time) if is_first else iter(())
         show = is_first and enabled(self.config.output.progress)
-        num_frames = (latents.shape[2] - 1) * self.spec.temporal_factor + 1
+        num_frames = self.spec.num_frames(latents.shape[2])
         with progress_bar(total=num_frames, desc="decode", enabled=show) as bar:
             for frames in stream:
                 yield to_uint8(frames)

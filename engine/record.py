@@ -39,7 +39,7 @@ def build_record(
     """
     config = dataclasses.asdict(engine.config)
     # What the call said otherwise than the configuration.
-    config["video"]["num_frames"] = (denoised.latents.shape[2] - 1) * engine.spec.temporal_factor + 1
+    config["video"]["num_frames"] = engine.spec.num_frames(denoised.latents.shape[2])
     if seed is not None:
         config["sampler"]["seed"] = seed
     if negative_prompt is not None:

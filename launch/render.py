@@ -73,7 +73,7 @@ def _render(
     # An old record must not stand beside the new video.
     files.record.unlink(missing_ok=True)
     frames, rows, columns = latents.shape[2:]
-    num_frames = (frames - 1) * engine.spec.temporal_factor + 1
+    num_frames = engine.spec.num_frames(frames)
     height, width = rows * engine.spec.spatial_factor, columns * engine.spec.spatial_factor
     sampler = FrameSampler(total=num_frames, count=output.sheet_frames)
     with open_video(files.video, fps=fps, height=height, width=width, crf=output.crf) as video:

@@ -16,7 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel.collectives import Trace, watch
-from parallel.plan import SequencePlan, length
+from parallel.plan import SequencePlan, length, refuse_uneven
+
+WHO = "DeepSpeed's all-to-all"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,7 +37,7 @@ class DeepSpeedExchange:
         trace: Trace,
     ) -> tuple[Tensor, ...]:
         """Each [B, s, N, D] -> [B, r, n, D]: stacked on the batch, as DeepSpeed exchanges one tensor a call."""
-        _refuse_uneven(token_sizes, head_sizes)
+        refuse_uneven(WHO, token_sizes, head_sizes)
         stacked = self._exchange(torch.cat(tuple(tensors)), scatter_dim=2, group=group, trace=trace)
         return stacked.chunk(len(tensors))
 
@@ -49,7 +51,7 @@ class DeepSpeedExchange:
         trace: Trace,
     ) -> Tensor:
         """[B, r, n, D] -> [B, s, N, D], the inverse."""
-        _refuse_uneven(token_sizes, head_sizes)
+        refuse_uneven(WHO, token_sizes, head_sizes)
         return self._exchange(x_BrnD.contiguous(), scatter_dim=1, group=group, trace=trace)
 
     def _exchange(self, x: Tensor, *, scatter_dim: int, group: dist.ProcessGroup, trace: Trace) -> Tensor:
@@ -66,7 +68,7 @@ def check_deepspeed(plan: SequencePlan) -> ModuleType:
 
     Raises ImportError without DeepSpeed, and ValueError for shards or heads of a plan that are not even.
     """
-    _refuse_uneven([length(shard) for shard in plan.shards], [length(share) for share in plan.head_shares])
+    refuse_uneven(WHO, [length(shard) for shard in plan.shards], [length(share) for share in plan.head_shares])
     try:
         return quiet_import("deepspeed.sequence.layer")
     except ImportError as error:
@@ -112,12 +114,3 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-def _refuse_uneven(token_sizes: Sequence[int], head_sizes: Sequence[int]) -> None:
-    for name, sizes in (("tokens", token_sizes), ("heads", head_sizes)):
-        if min(sizes) != max(sizes):
-            raise ValueError(
-                f"DeepSpeed's all-to-all takes even shares only, and {sum(sizes)} {name} over {len(sizes)} ranks are not: "
-                f"{list(sizes)}; use the torch provider or other degrees"
-            )

@@ -49,6 +49,16 @@ def subtract(span: Range, hole: Range) -> tuple[Range, ...]:
     return tuple(piece for piece in pieces if length(piece) > 0)
 
 
+def refuse_uneven(who: str, tokens: Sequence[int], heads: Sequence[int]) -> None:
+    """Raise ValueError unless the ranks' numbers of tokens are equal, and those of heads; `who` can take no others."""
+    for name, sizes in (("tokens", tokens), ("heads", heads)):
+        if min(sizes) != max(sizes):
+            raise ValueError(
+                f"{who} takes even shares only, and {sum(sizes)} {name} over {len(sizes)} ranks are not: {list(sizes)}; use the "
+                "torch provider or other degrees"
+            )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequencePlan:
     """S tokens and N heads over ring x ulysses ranks; `rank` below counts ring-major over all of them.

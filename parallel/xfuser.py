@@ -14,7 +14,7 @@ from torch import Tensor
 from parallel.attention import SequenceLayout
 from parallel.collectives import watch
 from parallel.mesh import SeqMesh
-from parallel.plan import SequencePlan, length
+from parallel.plan import SequencePlan, length, refuse_uneven
 
 # attention.kernel -> its AttnType. `auto` is xfuser's own default, the flash-attn package; the others are torch's operators.
 TYPES = {"auto": "FA", "cuda_flash": "TORCH_FLASH", "cuda_cudnn": "TORCH_CUDNN", "cuda_efficient": "TORCH_EFFICIENT"}
@@ -34,7 +34,7 @@ class XfuserAttention:
 
         Raises ValueError for uneven shards or heads, which the layer would cut without a word.
         """
-        refuse_uneven(layout.plan)
+        _refuse_uneven(layout.plan)
         with watch("hybrid attention (xfuser)", group=layout.mesh.sequence.group, trace=layout.trace):
             out = self.layer(None, q_BsND, k_BsND, v_BsND, dropout_p=0.0, causal=False)
         ulysses, ring = layout.mesh.ulysses.size, layout.mesh.ring.size
@@ -50,7 +50,7 @@ def check_xfuser(plan: SequencePlan, *, device_type: str, kernel: str) -> None:
 
     `kernel` is the setting attention.kernel.
     """
-    refuse_uneven(plan)
+    _refuse_uneven(plan)
     if device_type != "cuda":
         raise ValueError(f"xfuser runs on CUDA only, and the device is {device_type}; use the torch provider")
     if kernel not in TYPES:
@@ -87,15 +87,5 @@ def xfuser_attention(mesh: SeqMesh, *, kernel: str) -> XfuserAttention:
     return XfuserAttention(layer=layer)
 
 
-def refuse_uneven(plan: SequencePlan) -> None:
-    """Raise ValueError unless every rank has as many tokens, and every ulysses member as many heads, as the others."""
-    shares = {
-        "tokens": [length(shard) for shard in plan.shards],
-        "heads": [length(share) for share in plan.head_shares],
-    }
-    for name, sizes in shares.items():
-        if min(sizes) != max(sizes):
-            raise ValueError(
-                f"xfuser takes even shares only, and {sum(sizes)} {name} over {len(sizes)} ranks are not: {sizes}; use the "
-                "torch provider or other degrees"
-            )
+def _refuse_uneven(plan: SequencePlan) -> None:
+    refuse_uneven("xfuser", [length(shard) for shard in plan.shards], [length(share) for share in plan.head_shares])

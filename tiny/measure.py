@@ -24,10 +24,10 @@ MIN_CONTRAST = 60.0
 """Distance in RGB levels from the background colour at which a pixel belongs to an object; textures stay below 32."""
 
 MIN_AREA = 40.0
-"""Square pixels below which a frame counts as empty; the smallest shape has 136."""
+"""Square pixels below which a frame counts as empty; the smallest shape has 213."""
 
-SMALL_BELOW = 255.0
-"""Square pixels between the small shapes (136 to 181) and the large ones (360 to 479)."""
+SMALL_BELOW = 310.0
+"""Square pixels between the small shapes (213 to 284) and the large ones (360 to 479)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -37,7 +37,7 @@ class VaePlan:
         return sum(steps for _, _, steps in self.phases)
 
 
-DECODER_PLAN = VaePlan(phases=((9, 3, 1700),), lr=1e-3, save_every=100)
+DECODER_PLAN = VaePlan(phases=((9, 3, 2300),), lr=1e-3, save_every=100)
 
 
 def to_video(clips: list[np.ndarray]) -> Tensor:

@@ -90,6 +90,14 @@ class VideoSpec:
         frames = (num_frames - 1) // self.temporal_factor + 1
         return (1, self.channels, frames, height // self.spatial_factor, width // self.spatial_factor)
 
+    def num_frames(self, latent_frames: int) -> int:
+        """Frames of so many latent frames: the first is one frame, every other as many as the VAE compresses into one."""
+        return (latent_frames - 1) * self.temporal_factor + 1
+
+    def native_frames(self, window_frames: int) -> int:
+        """Frames of a video of native length, whose window is in frames of tokens."""
+        return self.num_frames(window_frames * self.patch[0])
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelNumbers:

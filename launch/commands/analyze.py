@@ -122,10 +122,10 @@ def _check_length(config: RunConfig) -> None:
     model = config.model
     spec = read_spec(fetch(find_checkpoint(model.path), model.revision, parts=(), offline=model.offline))
     spec.check_video(config.video.num_frames, config.video.height, config.video.width)
-    native, patch = config.method.window_frames, spec.patch[0]
-    frames = spec.latent_shape(config.video.num_frames, config.video.height, config.video.width)[2] // patch
+    native = config.method.window_frames
+    frames = spec.latent_shape(config.video.num_frames, config.video.height, config.video.width)[2] // spec.patch[0]
     if frames <= native:
-        wanted = (4 * native * patch - 1) * spec.temporal_factor + 1
+        wanted = spec.native_frames(4 * native)
         raise UserError(
             f"{config.video.num_frames} frames are {frames} latent frames, and the native window is {native}; windows "
             f"can only grow in a longer video, such as --video.num_frames {wanted} for four native lengths"

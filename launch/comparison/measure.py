@@ -49,10 +49,10 @@ def not_world(comparison: Comparison) -> str | None:
 
 
 def native_frames(comparison: Comparison) -> int:
-    """Frames of a video of native length: the first latent frame is one frame, every other as many as the VAE says."""
+    """Frames of a video of the comparison's native length."""
     model = comparison.config.model
     spec = read_spec(fetch(find_checkpoint(model.path), model.revision, parts=(), offline=model.offline))
-    return (comparison.config.method.window_frames * spec.patch[0] - 1) * spec.temporal_factor + 1
+    return spec.native_frames(comparison.config.method.window_frames)
 
 
 def measure_all(videos: Iterable[Video], *, clip_frames: int, world: bool, progress: bool) -> list[Measured]:

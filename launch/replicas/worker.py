@@ -5,7 +5,6 @@ The others are tasks: `identity`, `suite`, `attempt`, `replica`. What happens is
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -27,7 +26,7 @@ from engine.batch.check import check_video
 from engine.batch.files import BatchFiles, ItemFiles, item_files
 from engine.batch.plan import with_method
 from engine.batch.queue import Kind
-from engine.batch.store import publish, write_json
+from engine.batch.store import DISK_ERRORS, publish, write_json
 from engine.checkpoint import save_latents
 from engine.engine import Denoised, LongVideoEngine
 from engine.errors import UserError
@@ -39,8 +38,6 @@ from launch.ranks import open_ranks
 from launch.replicas.host import EVENTS
 from launch.stopping import StopSignals, die_with_parent
 from parallel.collectives import CollectiveError
-
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 def main() -> int:
@@ -160,7 +157,7 @@ class Worker:
             "output": {"file": facts.file, "bytes": facts.bytes, "sha256": facts.sha256},
             "video": {
                 "num_frames": frames.count,
-                "native_frames": _native_frames(engine),
+                "native_frames": engine.spec.native_frames(config.method.window_frames),
                 "fps": config.video.fps,
                 **size,
                 **frames.hashes,
@@ -200,10 +197,10 @@ class _FrameHashes:
 
 def kind_of(error: BaseException) -> Kind:
     """Which sort of failure an exception is."""
-    if isinstance(error, OSError) and error.errno in _DISK:
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return "disk"
     if isinstance(error, UserError):  # the engine turns an OSError of one rank into one line for all
-        return "disk" if any(os.strerror(number) in str(error) for number in _DISK) else "mistake"
+        return "disk" if any(os.strerror(number) in str(error) for number in DISK_ERRORS) else "mistake"
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
         return "memory"
     if isinstance(error, CollectiveError | LostRankError | dist.DistError):
@@ -225,12 +222,6 @@ def describe(error: BaseException) -> str:
             return f"{type(error).__name__}: {first}"
         case _:
             return first
-
-
-def _native_frames(engine: LongVideoEngine) -> int:
-    """Frames of a video of native length: the first latent frame is one frame, every other as many as the VAE says."""
-    spec = engine.spec
-    return (engine.config.method.window_frames * spec.patch[0] - 1) * spec.temporal_factor + 1
 
 
 def _check_finite(denoised: Denoised, files: ItemFiles) -> None:

@@ -5,6 +5,7 @@ query block of 128 and a key block of 64 have one int8 scale each, as in its ker
 that everything else can be compared in fp64.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,34 +14,28 @@ from torch import Tensor
 QUERY_BLOCK, KEY_BLOCK = 128, 64
 
 
-def sageattn(  # noqa: PLR0917 - the package's own
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tensor_layout: str = "HND",
-    is_causal: bool = False,
-    sm_scale: float | None = None,
-    return_lse: bool = False,
-    **kwargs: Any,
-) -> Any:
-    """softmax(q k' / sqrt D) v with k' = k - mean(k), q and k' rounded to int8 in blocks."""
-    assert tensor_layout == "HND" and not is_causal and sm_scale is None and not kwargs
-    return _attend(q, k, v, return_lse, rounds=True)
+def _version_2(*, rounds: bool) -> Callable[..., Any]:
+    def sageattn(  # noqa: PLR0917 - the package's own
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tensor_layout: str = "HND",
+        is_causal: bool = False,
+        sm_scale: float | None = None,
+        return_lse: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        assert tensor_layout == "HND" and not is_causal and sm_scale is None and not kwargs
+        return _attend(q, k, v, return_lse, rounds=rounds)
+
+    return sageattn
 
 
-def exact(  # noqa: PLR0917 - the package's own
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    tensor_layout: str = "HND",
-    is_causal: bool = False,
-    sm_scale: float | None = None,
-    return_lse: bool = False,
-    **kwargs: Any,
-) -> Any:
-    """The same without rounding."""
-    assert tensor_layout == "HND" and not is_causal and sm_scale is None and not kwargs
-    return _attend(q, k, v, return_lse, rounds=False)
+sageattn = _version_2(rounds=True)
+"""softmax(q k' / sqrt D) v with k' = k - mean(k), q and k' rounded to int8 in blocks."""
+
+exact = _version_2(rounds=False)
+"""The same without rounding."""
 
 
 def uncorrected(*qkv: Tensor, **settings: Any) -> Any:
