@@ -73,10 +73,11 @@ calibrate: setup
 		--judge_prompt_file configs/prompts/world-heldout-40.txt --out runs/calibration --output.progress off
 	$(BIN)/python launch/findings.py
 
-# Twelve small videos on two replicas of a Ray of this machine; started again it makes only what is missing.
+# Twelve small videos on two replicas of a Ray of this machine, then their report; started again it makes only what is missing.
 batch-demo: setup
 	OMP_NUM_THREADS=1 $(BIN)/python launch/batch.py --ray local --replicas 2 --suite configs/prompts/batch-demo.txt \
 		--methods direct,sliding_window,freespec --seeds 0,1 --video.num_frames 65 --sampler.num_steps 10 --out runs/batch-demo
+	OMP_NUM_THREADS=1 $(BIN)/python launch/evaluate.py --runs runs/batch-demo
 
 # On a CPU, less than five minutes; waiting threads are kept from counting as work.
 bench: setup

@@ -114,7 +114,7 @@ def run_round(batch: Batch, out: Path, kind: str | None, rng: random.Random, wor
         log = (out.parent / f"{out.name}.log").open("a")
         driver = subprocess.Popen(batch.command(out), cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
         if kind is not None and killed is None:
-            killed = kill_once_it_works(driver, out, kind, rng, working)
+            killed = kill_once_it_works(driver, out, kind, rng, items=batch.items, working=working)
         try:
             codes.append(driver.wait(timeout=ROUND_SECONDS))
         except subprocess.TimeoutExpired:
@@ -127,16 +127,20 @@ def run_round(batch: Batch, out: Path, kind: str | None, rng: random.Random, wor
 
 
 def kill_once_it_works(
-    driver: subprocess.Popen[bytes], out: Path, kind: str, rng: random.Random, working: float
+    driver: subprocess.Popen[bytes], out: Path, kind: str, rng: random.Random, *, items: int, working: float
 ) -> dict[str, Any] | None:
-    """Wait until an item is in flight and then a random while, and kill; None if the driver ended before.
+    """Kill after a random half or less of the items and a random part of another; None if the driver ended before.
 
-    The while is a share of what the items take, `working`: most of a small batch is loading.
+    Items are counted, since an hour's mean of their seconds says little where other work comes and goes: with `working`, the seconds that
+    all items took undisturbed, as the only clock, a batch could be over before its kill.
     """
-    log = out / "logs/shard-1-of-1.jsonl"
-    while driver.poll() is None and not any(event["event"] == "started" for event in read_lines(log)):
+    log, wanted = out / "logs/shard-1-of-1.jsonl", rng.randint(0, items // 2)
+    while driver.poll() is None:
+        seen = [event["event"] for event in read_lines(log)]
+        if "started" in seen and seen.count("done") >= wanted:
+            break
         time.sleep(0.02)
-    time.sleep(rng.uniform(0.0, 0.6 * working))
+    time.sleep(rng.uniform(0.0, working / items))
     while driver.poll() is None:
         victims = KILLS[kind](driver.pid, rng)
         for victim in victims:

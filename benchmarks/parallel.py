@@ -3,30 +3,29 @@
 python -m benchmarks.parallel
 
 On a CPU the ranks are processes of this machine over gloo, so times show overhead, not scaling, once there are more ranks
-than cores; the bytes are those of any machine. With `--device cuda` one GPU computes what one rank of P would, without
-communication: the measured half of a prediction for P GPUs.
+than cores; the bytes are those of any machine. Beside every time stands what is predicted from one rank's time and the
+rates of the collectives, both measured in the same run. With `--device cuda` one GPU computes what one rank of P would,
+without communication: the measured half of a prediction for P GPUs.
 """
 
 import argparse
 import os
 import statistics
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.collectives import CPU, TIMEOUT, collective_rates, predict_seconds, timed
 from benchmarks.measure import SHAPES, Shape, complete, environment, heads_of, parser, print_table, write
 from freespec.attention import WindowedAttention
 from freespec.kernels import select_kernel
 from freespec.methods import Branches, FreeSpec, Grid, Layer, StepPlan
-from parallel import collectives
 from parallel.attention import TORCH_EXCHANGE, SequenceLayout
 from parallel.collectives import Trace
 from parallel.mesh import build_mesh
@@ -35,8 +34,7 @@ from tests.ranks import run_ranks
 
 MODES: tuple[Mode, ...] = ("global", "local", "dual")
 RANKS = (1, 2, 4, 8)
-TIMEOUT = timedelta(seconds=600)
-MESSAGE_MIB = 16
+COMPARED = {"predicted_ms": ".1f", "measured_over_predicted": ".2f", "speedup": ".2f"}  # keys of a row, and their form
 
 
 class Case(NamedTuple):
@@ -86,13 +84,12 @@ def fuse(branches: Branches, attention: WindowedAttention, sum_tokens: Callable[
 def measure_rank(rank: int, case: Case) -> dict[str, Any]:
     """Runs on every rank: bytes that this rank sent by kind, the plan's integers, and seconds of each round."""
     shape = SHAPES[case.shape]
-    device = torch.device("cpu")
-    mesh = build_mesh(cfg=1, ring=case.ring, ulysses=case.ulysses, device=device, timeout=TIMEOUT)
+    mesh = build_mesh(cfg=1, ring=case.ring, ulysses=case.ulysses, device=CPU, timeout=TIMEOUT)
     plan = SequencePlan(tokens=shape.num_tokens, heads=case.heads, ring=case.ring, ulysses=case.ulysses)
     sent: Counter[str] = Counter()
     trace = Trace(label="benchmark", on_bytes=lambda kind, count: sent.update({kind: count}))
     layout = SequenceLayout(mesh=mesh, plan=plan, exchange=TORCH_EXCHANGE, trace=trace)
-    attention = attention_of(shape, device, torch.float32, "auto")
+    attention = attention_of(shape, CPU, torch.float32, "auto")
     start, stop = layout.shard
     draw = torch.Generator().manual_seed(rank)
     qkv = tuple(torch.randn(1, stop - start, case.heads, shape.head_dim, generator=draw) for _ in range(3))
@@ -102,48 +99,6 @@ def measure_rank(rank: int, case: Case) -> dict[str, Any]:
     weight = LayerShape(batch=1, head_dim=shape.head_dim, itemsize=4)
     planned = layer_bytes(plan, rank, case.mode, shape=weight, halo=attention.halo)
     return {"sent": one_layer, "planned": planned, "seconds": seconds}
-
-
-def measure_collectives(rank: int, ranks: int) -> dict[str, float]:
-    """GB/s that a rank sends in each kind of collective, for a message of MESSAGE_MIB."""
-    mesh = build_mesh(cfg=1, ring=1, ulysses=ranks, device=torch.device("cpu"), timeout=TIMEOUT)
-    sent: Counter[str] = Counter()
-    trace = Trace(label="benchmark", on_bytes=lambda kind, count: sent.update({kind: count}))
-    group = mesh.ulysses.group
-    x = torch.randn(1, MESSAGE_MIB * 2**18 // (8 * 64), 8, 64)
-    tokens, heads = [x.shape[1]] * ranks, [8 // ranks] * ranks
-    kv = collectives.pack_keys(x, x)
-
-    def ring() -> None:
-        for _ in collectives.RingShift(kv, sizes=tokens, group=group, trace=trace):
-            pass
-
-    calls: dict[str, Callable[[], object]] = {
-        "all_to_all": lambda: collectives.tokens_to_heads(
-            (x,), token_sizes=tokens, head_sizes=heads, group=group, trace=trace
-        ),
-        "gather": lambda: collectives.gather_tokens(x, token_sizes=tokens, group=group, trace=trace),
-        "ring": ring,
-    }
-    rates = {}
-    for name, call in calls.items():
-        call()
-        sent.clear()
-        seconds = timed(call, mesh)
-        rates[name] = sent[name] / seconds / 1e9
-    return rates
-
-
-def timed(call: Callable[[], object], mesh: Any) -> float:
-    """Seconds from when all ranks are ready to when this one is done."""
-    collectives.meet(
-        group=mesh.world.group,
-        device=torch.device("cpu"),
-        trace=Trace(label="start", on_bytes=collectives.ignore_bytes),
-    )
-    started = time.perf_counter()
-    call()
-    return time.perf_counter() - started
 
 
 def on_ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -168,6 +123,7 @@ def summarise(case: Case, by_rank: list[dict[str, Any]]) -> dict[str, Any]:
     rounds = zip(*(one["seconds"] for one in by_rank), strict=True)
     return {
         **case._asdict(),
+        "of_heads": case.heads,
         "ranks": case.ring * case.ulysses,
         "bytes": {kind: max(one["sent"].get(kind, 0) for one in by_rank) for kind in kinds},
         "bytes_as_planned": exact,
@@ -183,12 +139,13 @@ def on_one_gpu(args: argparse.Namespace) -> list[dict[str, Any]]:
         shape = SHAPES[name]
         attention = attention_of(shape, device, dtype, args.kernel)
         for ranks in args.ranks:
-            heads = -(-heads_of(shape, args) // ranks)
+            of_heads = heads_of(shape, args)
+            heads = -(-of_heads // ranks)
             q, k, v = torch.randn(3, 1, shape.num_tokens, heads, shape.head_dim, device=device, dtype=dtype)
             for mode in MODES:
                 seconds = [gpu_seconds(mode, attention, (q, k, v)) for _ in range(args.repeats + 1)][1:]
-                row = {"shape": name, "heads": heads, "ring": 1, "ulysses": ranks, "mode": mode, "ranks": ranks}
-                results.append(row | {"ms": statistics.median(seconds) * 1e3})
+                row = {"shape": name, "heads": heads, "of_heads": of_heads, "ring": 1, "ulysses": ranks, "mode": mode}
+                results.append(row | {"ranks": ranks, "ms": statistics.median(seconds) * 1e3})
     return results
 
 
@@ -215,23 +172,41 @@ def main() -> None:
     args = complete(command.parse_args())
     device = torch.device(args.device)
     where = environment(device, args.note)
-    rates: dict[str, Any] = {}
+    rates: dict[str, dict[str, float]] = {}
     if device.type == "cuda":
-        results = on_one_gpu(args)
+        results, devices = on_one_gpu(args), max(args.ranks)  # as if every rank had one
     else:
-        results = on_ranks(args)
+        results, devices = on_ranks(args), len(os.sched_getaffinity(0))
         with tempfile.TemporaryDirectory() as folder:
-            for ranks in [ranks for ranks in args.ranks if ranks > 1 and 8 % ranks == 0]:
-                [by_rank] = run_ranks(ranks, measure_collectives, [ranks], Path(folder), timeout=TIMEOUT)
-                rates[str(ranks)] = {name: min(rate[name] for rate in by_rank) for name in by_rank[0]}
-    alone = {(row["shape"], row["mode"]): row["ms"] for row in results if row["ranks"] == 1}
-    for row in results:
-        row["speedup"] = alone[row["shape"], row["mode"]] / row["ms"] if (row["shape"], row["mode"]) in alone else None
+            for ranks in [ranks for ranks in args.ranks if ranks > 1]:
+                rates[str(ranks)] = collective_rates(ranks, args.repeats, Path(folder))
+    compare(results, rates, devices)
     show(results, rates)
     where["load_average_end"] = os.getloadavg()[0]
     settings = {"dtype": args.dtype, "kernel": args.kernel, "repeats": args.repeats, "gb_per_second": rates}
+    settings["devices"] = devices
     settings["shapes"] = {name: asdict(SHAPES[name]) for name in args.shapes}
     print(f"wrote {write(args.results, 'parallel', where, settings, results)}")
+
+
+def compare(results: list[dict[str, Any]], rates: dict[str, dict[str, float]], devices: int) -> None:
+    """Put beside each time how often it goes into one rank's, what is predicted, and measured / predicted.
+
+    None where one rank was not measured.
+    """
+    alone = {(row["shape"], row["mode"]): row["ms"] for row in results if row["ranks"] == 1}
+    for row in results:
+        row |= {"speedup": None, "predicted_ms": None, "measured_over_predicted": None}
+        if (row["shape"], row["mode"]) not in alone:
+            continue
+        one = alone[row["shape"], row["mode"]]
+        plan = SequencePlan(
+            tokens=SHAPES[row["shape"]].num_tokens, heads=row["of_heads"], ring=row["ring"], ulysses=row["ulysses"]
+        )
+        of_ranks = rates.get(str(row["ranks"]), {})
+        predicted = 1e3 * predict_seconds(plan, one / 1e3, row.get("bytes", {}), of_ranks, devices=devices)
+        row["speedup"] = one / row["ms"]
+        row |= {"predicted_ms": predicted, "measured_over_predicted": row["ms"] / predicted}
 
 
 def show(results: list[dict[str, Any]], rates: dict[str, Any]) -> None:
@@ -242,13 +217,14 @@ def show(results: list[dict[str, Any]], rates: dict[str, Any]) -> None:
             str(row["ranks"]),
             f"{row['ring']} x {row['ulysses']}",
             f"{row['ms']:.1f}",
-            f"{row['speedup']:.2f}" if row["speedup"] else "",
+            *(f"{row[key]:{form}}" if row[key] else "" for key, form in COMPARED.items()),
             " ".join(f"{kind} {count}" for kind, count in row.get("bytes", {}).items() if count),
             {True: "yes", False: "NO", None: ""}[row.get("bytes_as_planned")],
         ]
         for row in results
     ]
-    print_table(["layer", "ranks", "ring x ulysses", "ms", "speedup", "bytes of the busiest rank", "as planned"], rows)
+    header = ["layer", "ranks", "ring x ulysses", "ms", "predicted ms", "measured / predicted", "speedup"]
+    print_table([*header, "bytes of the busiest rank", "as planned"], rows)
     for ranks, by_name in rates.items():
         print(f"{ranks} ranks, GB/s: " + ", ".join(f"{name} {rate:.2f}" for name, rate in by_name.items()))
 

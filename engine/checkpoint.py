@@ -15,6 +15,9 @@ from torch import Tensor
 from engine.denoise import SchedulerState, restore_scheduler
 from engine.errors import UserError
 
+History = dict[str, list[dict[str, Any]]]
+"""Rows about finished steps, in JSON's types, by what wrote them; each row has a `step`."""
+
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -47,18 +50,23 @@ def load_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
     return tensors["latents"], metadata
 
 
-def save_run(path: Path, latents: Tensor, *, step: int, run_id: str, state: SchedulerState) -> None:
-    """Write a run that has finished `step` steps: its latents and its scheduler's state."""
+def save_run(
+    path: Path, latents: Tensor, *, step: int, run_id: str, state: SchedulerState, history: History | None = None
+) -> None:
+    """Write a run that has finished `step` steps: its latents, its scheduler's state and what was noted of its steps."""
     tensors, values = state
     tensors = {f"scheduler.{name}": tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {"run_id": run_id, "step": str(step), "scheduler": json.dumps(values)}
+    metadata["history"] = json.dumps(history or {})
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as part:
         part.write_bytes(safetensors.torch.save({"latents": latents.cpu().contiguous()} | tensors, metadata))
 
 
-def load_run(data: bytes, *, path: Path, run_id: str, scheduler: Any, device: torch.device) -> tuple[Tensor, int]:
-    """Latents and number of finished steps from the bytes of a `save_run` file; puts the scheduler in its state.
+def load_run(
+    data: bytes, *, path: Path, run_id: str, scheduler: Any, device: torch.device
+) -> tuple[Tensor, int, History]:
+    """Latents, number of finished steps and their history from a `save_run` file's bytes; puts the scheduler in its state.
 
     Bytes, because rank 0 reads the file for all ranks. UserError, which names `path`, for another run's or a broken file.
     """
@@ -72,7 +80,7 @@ def load_run(data: bytes, *, path: Path, run_id: str, scheduler: Any, device: to
         raise UserError(f"{path} belongs to another run (other prompt, seed or setting); delete it or move it away")
     state = {name.removeprefix("scheduler."): value for name, value in tensors.items() if name != "latents"}
     restore_scheduler(scheduler, (state, json.loads(metadata["scheduler"])), device)
-    return tensors["latents"].to(device), int(metadata["step"])
+    return tensors["latents"].to(device), int(metadata["step"]), json.loads(metadata.get("history", "{}"))
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -103,11 +103,11 @@ class SamplerConfig:
             Others, like Wan's, have one shift for any length.
         seed: of the CPU generator that draws the noise, the same for any device and number of ranks.
         negative_prompt: text of the unconditional pass.
-        max_text_tokens: length that prompts are padded or cut to.
+        max_text_tokens: tokens that a prompt is padded to; a longer prompt is an error.
         noise: `iid` is fresh in every frame, `freenoise` repeats the frames of the first window in another order, `mean_reuse`
             repeats their mean over time; `method` is what the method was published with (iid for direct, sliding_window
             and freespec, freenoise for freenoise and freelong, mean_reuse for freepca).
-        noise_stride: frames that `freenoise` puts in another order at a time; None is a quarter of the window.
+        noise_stride: latent frames that `freenoise` puts in another order at a time; None is a quarter of the window.
     """
 
     num_steps: int = 50

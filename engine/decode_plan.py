@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from engine.adapters.base import DecodeMode, TimeSettings
 from engine.config import DecodeConfig
 from engine.decode import clamp, decode_step, make_ready, open_decoder
 from engine.errors import UserError
-from engine.planner.live_bytes import LiveBytes
+from engine.live_bytes import LiveBytes
 from parallel.collectives import Trace, gather_copies, ignore_bytes
 from parallel.mesh import Axis
 from parallel.plan import Range, length
@@ -279,6 +280,21 @@ def _peaks(vae: Any, way: _Way, num_latents: int) -> Iterator[int]:
         parts = [tile_bytes(adapter_of(vae), config, (num_latents, *size), way.time) for size in sizes]
         work, kept = max((work for work, _ in parts), default=0), sum(kept for _, kept in parts)
         yield int(_UNCOUNTED * (work + kept))
+
+
+def tiled_share(
+    config: DecodeConfig, vae: Any, size: tuple[int, int, int], *, world_size: int
+) -> tuple[int, float] | None:
+    """What decoding in tiles costs the busiest of so many ranks: its bytes without weights, and its part of a frame's work.
+
+    `size` is frames, rows and columns of the latents; tiles overlap, so the part of a rank alone is more than 1. None where
+    the model has no tiles, or a frame is no larger than one. `vae` may be on the meta device.
+    """
+    way = _possible_ways(config, vae, size, world_size=world_size, seed=0).get("tiled")
+    if way is None:
+        return None
+    areas = (sum(prod(way.grid.latent_size(tile)) for tile in share) for share in way.shares)
+    return max(_peaks(vae, way, size[0])), max(areas) / (size[1] * size[2])
 
 
 @functools.cache

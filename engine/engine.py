@@ -19,7 +19,7 @@ from tqdm import tqdm
 from engine.adapters import ModelAdapter, VideoSpec, adapter_of
 from engine.adapters.base import Text
 from engine.apply import MethodHandle, Ranks, apply_method, check_riflex
-from engine.checkpoint import load_run, save_run
+from engine.checkpoint import History, load_run, save_run
 from engine.config import MethodConfig, OutputConfig, RunConfig
 from engine.decode_plan import check_tiles
 from engine.decoder import VideoDecoder
@@ -46,7 +46,7 @@ class Denoised:
 
     Attributes:
         latents: [1, z, F, h, w] fp32 on the CPU, normalised as the transformer sees them.
-        steps: one dict per step that was run: step, timestep, mode (as in freespec.methods.StepPlan), seconds.
+        steps: one dict per step, also those of an earlier, interrupted run: step, timestep, mode (as in freespec.methods.StepPlan), seconds.
         schedule: the timestep shift: `shift` (fixed, native or actual) and its value, and how they came about.
         seconds: time of the stages `text` and `denoise`.
         resumed_at: steps that an earlier, interrupted run had finished; 0 for a run from noise.
@@ -208,11 +208,12 @@ class LongVideoEngine:
 
         run_id = self._run_id(prompt=prompt, negative_prompt=negative_prompt, seed=seed, num_frames=num_frames)
         schedule = self._set_timesteps(num_frames)
-        latents, done = self._first_latents(num_frames, seed, checkpoint, run_id)
+        latents, done, history = self._first_latents(num_frames, seed, checkpoint, run_id)
 
         started = time.perf_counter()
         passes = dict(zip(("cond", "uncond"), text, strict=False))  # no unconditional one without guidance
         loop = _Loop(self, passes, trace, checkpoint, run_id, checkpoint_every=checkpoint_every, on_step=on_step)
+        loop.take_up(history)
         latents = loop.run(latents, done)
         seconds["denoise"] = time.perf_counter() - started
         return Denoised(
@@ -354,8 +355,10 @@ class LongVideoEngine:
         scheduler.set_begin_index(0)
         return schedule
 
-    def _first_latents(self, num_frames: int, seed: int, checkpoint: Path | None, run_id: str) -> tuple[Tensor, int]:
-        """Noise and 0, or an interrupted run's latents and the number of its finished steps."""
+    def _first_latents(
+        self, num_frames: int, seed: int, checkpoint: Path | None, run_id: str
+    ) -> tuple[Tensor, int, History]:
+        """Noise and 0, or an interrupted run's latents, the number of its finished steps and what was noted of them."""
         found = checkpoint is not None and self.is_first and checkpoint.exists()
         data = hand_out_bytes(self.mesh, checkpoint.read_bytes() if found else b"", "checkpoint")
         if data:
@@ -364,7 +367,7 @@ class LongVideoEngine:
         kind, stride = self.config.noise
         window = self.config.method.window_frames * self.spec.patch[0]
         noise = draw_noise(shape, seed, kind, window_frames=window, stride=stride * self.spec.patch[0])
-        return noise.to(self.device), 0
+        return noise.to(self.device), 0, {}
 
     def _run_id(self, **what: Any) -> str:
         """Hash of all that decides the latents: two runs with the same one have the same latents, but for rounding.
@@ -403,6 +406,12 @@ class _Loop:
         self.checkpoint_every = checkpoint_every
         self.on_step = on_step
         self.steps: list[dict[str, Any]] = []
+
+    def take_up(self, history: History) -> None:
+        """Begin with what an earlier, interrupted run noted of its steps, so that record and trace tell of all of them."""
+        self.steps += history.get("steps", [])
+        if self.trace is not None:
+            self.trace.rows += history.get("trace", [])
 
     def run(self, latents: Tensor, done: int) -> Tensor:
         """Denoise from `done` finished steps on."""
@@ -465,4 +474,6 @@ class _Loop:
         # The usual stream may wait for ever, for a collective whose other ranks have ended; these tensors need no wait.
         beside = torch.cuda.stream(torch.cuda.Stream(latents.device)) if latents.is_cuda else contextlib.nullcontext()
         with beside:
-            save_run(self.path, latents, step=done, run_id=self.run_id, state=state)
+            history = {"steps": self.steps, "trace": self.trace.rows if self.trace is not None else []}
+            finished = {name: [row for row in rows if row["step"] < done] for name, rows in history.items()}
+            save_run(self.path, latents, step=done, run_id=self.run_id, state=state, history=finished)

@@ -11,9 +11,11 @@ import torch
 from engine.apply import Ranks
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.planner import ModelSpec, Options, choose, read_gpu, read_model
+from engine.planner import ModelSpec, read_gpu, read_model
+from engine.planner.choose import check_fits, choose_from
 from engine.planner.gpu import FOLDER, GpuSpec
 from engine.planner.layout import Degrees, feasible_degrees, num_passes
+from engine.planner.plan import Case, plan_case
 from engine.supported_layouts import check_layout, refused_axes
 from parallel.attention import TORCH_EXCHANGE
 from parallel.deepspeed import check_deepspeed, deepspeed_exchange
@@ -86,7 +88,11 @@ def describe_place(ranks: Ranks, plan: SequencePlan, device: torch.device) -> st
 
 
 def choose_degrees(config: RunConfig, spec: ModelSpec, world: int, device: torch.device) -> tuple[Degrees, str]:
-    """(cfg, ring, ulysses) and the reason: what the configuration sets stays, the planner or a rule sets the rest."""
+    """(cfg, ring, ulysses) and the reason: what the configuration sets stays, the planner or a rule sets the rest.
+
+    Where there is nothing to choose, as for a process alone, the planner still says whether the video fits the GPU;
+    `parallel.plan manual` does not ask it.
+    """
     fixed = (config.parallel.cfg, config.parallel.ring, config.parallel.ulysses)
     frames, frame_tokens = spec.grid(config.video.num_frames, config.video.height, config.video.width)
     passes = num_passes(config.sampler)
@@ -108,22 +114,16 @@ def choose_degrees(config: RunConfig, spec: ModelSpec, world: int, device: torch
             + ", ".join(f"{cfg} x {ring} x {ulysses}" for cfg, ring, ulysses in possible)
             + " (cfg x ring x ulysses)"
         )
+    gpu = _find_gpu(device) if config.parallel.plan == "auto" else None
     if len(wanted) == 1:
+        if gpu is not None:
+            check_fits(Case.of(config, spec, gpu=gpu, world_size=world), wanted[0])
         return wanted[0], "the only arrangement that the configuration allows"
-    gpu = _find_gpu(device)
     if gpu is None:
         best = min(wanted, key=lambda degrees: _rule(degrees, spec.heads))
         return best, f"no description of this device in configs/gpus; {_RULE}"
-    plan = choose(
-        spec,
-        config.video,
-        config.sampler,
-        config.method,
-        gpu=gpu,
-        world_size=world,
-        options=Options.of(config),
-        fixed=fixed,
-    )
+    case = Case.of(config, spec, gpu=gpu, world_size=world)
+    plan = choose_from(plan_case(case), case, fixed)
     return plan.degrees, f"the planner's choice for {gpu.name}: {plan.why}"
 
 

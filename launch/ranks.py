@@ -84,6 +84,11 @@ def open_ranks(config: RunConfig, *, prompts: Sequence[str], verbose: bool) -> I
     place = Place.of_environment()
     if place is None:
         _check_alone(config)
+        device = pick_device(config.model.device)
+        if (
+            device.type == "cuda"
+        ):  # there is nothing to arrange, but it may not fit; the memory of a CPU is asked of nobody
+            arrange_ranks(config, 1, device)
         yield Party()
         return
     store = _meet(place, config.parallel.timeout)

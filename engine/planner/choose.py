@@ -1,6 +1,6 @@
 """The best plan that fits, or one line that says what needs how much and the smallest change that would fit."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from engine.config import MethodConfig, SamplerConfig, VideoConfig
@@ -10,7 +10,7 @@ from engine.planner.layout import Degrees
 from engine.planner.memory import GIB
 from engine.planner.model import ModelSpec
 from engine.planner.plan import MODES, Case, Options, Plan, plan_case
-from engine.supported_layouts import check_layout
+from engine.supported_layouts import check_layout, describe
 
 MOST_DOUBLINGS = 5
 AXES = ("cfg", "ring", "ulysses")
@@ -56,8 +56,22 @@ def choose_from(every: list[Plan], case: Case, fixed: FixedDegrees = (None, None
         raise UserError(f"{case.world_size} GPUs cannot have {wanted}; possible are {possible}")
     if not plans[0].fits:
         smallest = min(plans, key=lambda p: p.peak_bytes)
-        raise UserError(f"{_describe_need(smallest, case)}; {describe_changes(case, fixed)}")
+        need = _describe_need(smallest.name, smallest.memory, smallest.peak_bytes, case)
+        raise UserError(f"{need}; {describe_changes(case, fixed)}")
     return plans[0]
+
+
+def check_fits(case: Case, degrees: Degrees) -> None:
+    """Raise UserError, as `choose` does, if these degrees need more memory than the GPU has; no time is predicted.
+
+    For where there is nothing to choose: a kernel whose speed on this GPU nobody has described is no reason to refuse it.
+    """
+    case.spec.video.check_video(case.video.num_frames, case.video.height, case.video.width)
+    steps = case.count_steps()[case.method.name]
+    memory, peak = case.memory(degrees, [mode for mode in MODES if mode in steps])
+    if not case.fits(peak):
+        need = _describe_need(describe(degrees), memory, peak, case)
+        raise UserError(f"{need}; {describe_changes(case, degrees)}")
 
 
 def describe_changes(case: Case, fixed: FixedDegrees) -> str:
@@ -118,12 +132,12 @@ def _changes(trial: _Trial) -> Iterator[str]:
         yield f"video.height {smaller.height} and video.width {smaller.width}"
 
 
-def _describe_need(smallest: Plan, case: Case) -> str:
-    """What needs how many GiB, and what there is, for the plan that needs least."""
-    parts = ", ".join(f"{name.replace('_', ' ')} {num / GIB:.1f}" for name, num in smallest.memory.items() if num)
+def _describe_need(name: str, memory: Mapping[str, int], peak_bytes: int, case: Case) -> str:
+    """What needs how many GiB, and what there is, for the degrees called `name`."""
+    parts = ", ".join(f"{part.replace('_', ' ')} {num / GIB:.1f}" for part, num in memory.items() if num)
     gpus = f"one {case.gpu.name}" if case.world_size == 1 else f"each of {case.world_size} {case.gpu.name}"
     return (
-        f"does not fit: {smallest.name} needs {smallest.peak_bytes / GIB:.1f} GiB on {gpus}, where tensors can have "
+        f"does not fit: {name} needs {peak_bytes / GIB:.1f} GiB on {gpus}, where tensors can have "
         f"{case.gpu.usable_gib:.1f} GiB ({parts}; decoding comes after denoising)"
     )
 

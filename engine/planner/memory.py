@@ -17,9 +17,9 @@ from engine.adapters import ModelAdapter
 from engine.adapters.base import DecodeMode, TimeSettings
 from engine.config import DecodeConfig
 from engine.decode import decode_step
+from engine.live_bytes import LiveBytes
 from engine.planner.flops import Share
 from engine.planner.layout import Layout, latent_bytes
-from engine.planner.live_bytes import LiveBytes
 from engine.planner.model import FP32_BYTES, ModelSpec
 from freespec.attention import merge_step
 from freespec.methods import Mode

@@ -9,6 +9,7 @@ from typing import Literal
 
 from engine.adapters.base import DecodeMode
 from engine.config import DecodeConfig, MethodConfig, RunConfig, SamplerConfig, VideoConfig
+from engine.decode_plan import tiled_share
 from engine.errors import UserError
 from engine.planner.gpu import GpuSpec
 from engine.planner.layout import VIEW_MODES, Degrees, Layout, feasible_degrees, lay_out, num_passes
@@ -78,7 +79,7 @@ class Plan:
         steps: by method that these degrees serve, how many steps of each mode the sampler's timesteps give.
         step_seconds: by mode that these degrees serve, and there by what takes the time.
         run_seconds: denoising, by method.
-        decode_mode: how whole frames are decoded on one rank.
+        decode_mode: how latents become frames: whole frames on one rank, or tiles on all.
         decode_seconds: that decoding.
         efficiency: by method, seconds of one GPU / (ranks x seconds of these ranks), memory of the one aside.
         why: one sentence for a person.
@@ -125,6 +126,19 @@ class Case:
     world_size: int
     options: Options
 
+    @classmethod
+    def of(cls, config: RunConfig, spec: ModelSpec, *, gpu: GpuSpec, world_size: int) -> "Case":
+        """The run of a configuration, on so many of these GPUs."""
+        return cls(
+            spec=spec,
+            video=config.video,
+            sampler=config.sampler,
+            method=config.method,
+            gpu=gpu,
+            world_size=world_size,
+            options=Options.of(config),
+        )
+
     def degrees(self, *, any_method: bool = False) -> list[Degrees]:
         """Every (cfg, ring, ulysses) that the method, or any, can have; none where the ranks are more than the tokens."""
         frames, frame_tokens = self.grid()
@@ -150,23 +164,27 @@ class Case:
 
     @cached_property
     def decode_cost(self) -> tuple[DecodeMode, int, int]:
-        """Mode, peak bytes and operations of decoding whole frames on one GPU: the most exact mode that fits beside the weights.
+        """Mode, peak bytes and operations of decoding on the busiest GPU: the most exact mode that fits beside the weights.
 
-        Tiles over ranks, which need less of each, are not predicted.
+        Whole frames are decoded by one GPU, tiles by all. If nothing fits, the way of `decode.mode auto` that needs least.
         """
         adapter, decode, video = self.spec.adapter, self.options.decode, self.video
-        modes: list[DecodeMode] = [mode for mode in adapter.decode_modes if mode != "tiled"]
-        if decode.mode in modes:
-            modes = [decode.mode]
-        elif decode.mode == "tiled":
-            modes = modes[-1:]
-        num_latents = self.spec.video.latent_shape(video.num_frames, video.height, video.width)[2]
+        whole: list[DecodeMode] = [mode for mode in adapter.decode_modes if mode != "tiled"]
+        size = self.spec.video.latent_shape(video.num_frames, video.height, video.width)[2:]
         weights = sum(self.kept_weights(self.world_size).values())
-        for mode in modes:
-            size, ops = decode_cost(self.spec, video.height, video.width, num_latents, mode=mode, decode=decode)
-            if mode == modes[-1] or self.fits(weights + size):
-                break
-        return mode, size, ops
+        costs: list[tuple[DecodeMode, int, int]] = []
+        for mode in [decode.mode] if decode.mode in whole else whole:
+            num_bytes, ops = decode_cost(self.spec, video.height, video.width, size[0], mode=mode, decode=decode)
+            costs.append((mode, num_bytes, ops))
+            if decode.mode != "tiled" and self.fits(weights + num_bytes):
+                return costs[-1]
+        if decode.mode not in whole:
+            tiled = tiled_share(decode, self.spec.vae, size, world_size=self.world_size)
+            if tiled is not None:
+                costs.append(("tiled", tiled[0], round(tiled[1] * costs[-1][2])))
+                if decode.mode == "tiled":
+                    return costs[-1]
+        return min(costs, key=lambda cost: cost[1])
 
     @property
     def methods(self) -> dict[str, Method]:

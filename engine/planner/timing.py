@@ -1,5 +1,7 @@
 """Predicted seconds of a step: operations at assumed rates, passes over memory, and the messages that nothing hides."""
 
+from collections.abc import Mapping
+
 from engine.planner.flops import ATTENTION, FP32, GEMM, forward_flops
 from engine.planner.gpu import GpuSpec
 from engine.planner.layout import Layout
@@ -37,8 +39,14 @@ def communication_seconds(layout: Layout, mode: Mode, gpu: GpuSpec, attention: f
     """Seconds of one step in which a rank only waits for messages; `attention` is what it computes while the ring turns."""
     num_bytes = layout.step_bytes(mode)
     seconds = {kind: num_bytes[kind] / link_rate(layout.axis_span(kind, mode), gpu) for kind in num_bytes}
-    blocks = layout.attention_plan(mode).ring
-    # Each of the ring's transfers runs beside the attention of one block.
+    return waiting_seconds(seconds, attention, blocks=layout.attention_plan(mode).ring)
+
+
+def waiting_seconds(seconds: Mapping[str, float], attention: float, *, blocks: int) -> float:
+    """Seconds that a rank only waits, of the `seconds` that its messages of each kind take.
+
+    The ring has so many blocks, and each of its transfers runs beside the attention of one of them.
+    """
     ring = max(0.0, seconds["ring"] - attention * (blocks - 1) / blocks)
     return sum(seconds[kind] for kind in EXPOSED) + ring
 

@@ -27,7 +27,7 @@ class FreeNoise(Method):
 
     Attributes:
         attention: `views`, as published, or `window`: the sliding window of the other methods, with FreeNoise's noise.
-        stride: frames from one view to the next; None is a quarter of the view (published: 4 for 16).
+        stride: latent frames from one view to the next; None is a quarter of the view (published: 4 for 16).
         last_view: `shifted` adds a view that ends with the video where the stride misses its last frames; `new_frames`
             lets that view count for those frames only.
         compat: as published, no such view: frames that the stride misses get no attention output at all (zeros).

@@ -40,7 +40,7 @@ class FreePCA(Method):
         domain: whether `split` is a share of the `timestep` (1000 = pure noise), as published, or of the `step` numbers.
         split: share of the run, at its clean end, in which nothing is fused (published: t <= 250 of 1000).
         components: most components that a view takes.
-        stride: frames from one view to the next; None is a quarter of the view (published: 4 for 16).
+        stride: latent frames from one view to the next; None is a quarter of the view (published: 4 for 16).
         query_scale_by: entropy factor sqrt(log keys / log native keys) of the global branch's queries, with keys counted in
             `tokens` or, as in a model that attends over time alone, in `frames`; `none`: 1.
         compat: as published, frames that the stride misses are in no view and get zeros, and the null direction of centred

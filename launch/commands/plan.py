@@ -11,7 +11,7 @@ from engine.planner.choose import choose_from
 from engine.planner.gpu import GpuSpec, read_gpu
 from engine.planner.memory import GIB
 from engine.planner.model import ModelSpec, read_model
-from engine.planner.plan import MODES, Case, Options, Plan, plan_case
+from engine.planner.plan import MODES, Case, Plan, plan_case
 from launch.cli import parse_run
 
 DESCRIPTION = "List every way to lay a video over GPUs, with memory and predicted time, before any weight is loaded."
@@ -22,15 +22,7 @@ def main(argv: list[str]) -> None:
     """Read the settings, plan, and print the chosen plan first."""
     namespace, config = parse_run(argv, name="plan.py", description=DESCRIPTION, add_arguments=_add_arguments)
     gpu, spec = read_gpu(namespace.gpu), read_model(config.model)
-    case = Case(
-        spec=spec,
-        video=config.video,
-        sampler=config.sampler,
-        method=config.method,
-        gpu=gpu,
-        world_size=namespace.gpus,
-        options=Options.of(config),
-    )
+    case = Case.of(config, spec, gpu=gpu, world_size=namespace.gpus)
     plans = plan_case(case)
     parallel = config.parallel
     best = choose_from(plans, case, (parallel.cfg, parallel.ring, parallel.ulysses))
@@ -126,7 +118,10 @@ def _runs(best: Plan, world_size: int) -> list[str]:
         steps = ", ".join(f"{count} {mode}" for mode, count in best.steps[method].items())
         shared = f", {best.efficiency[method]:.1%} of {world_size} times one GPU" if world_size > 1 else ""
         lines.append(f"  {method}: {seconds:.1f} s predicted to denoise ({steps}){shared}")
-    return [*lines, f"  decoding on one GPU ({best.decode_mode}): {best.decode_seconds:.1f} s predicted"]
+    return [
+        *lines,
+        f"  decoding ({best.decode_mode}, on {'all GPUs' if best.decode_mode == 'tiled' else 'one GPU'}): {best.decode_seconds:.1f} s predicted",
+    ]
 
 
 def _table(plans: list[Plan]) -> list[str]:

@@ -85,6 +85,8 @@ def test_late_steps_are_sliding_window_bit_for_bit():
         expected = latents_of(pipe)
     with apply_method(pipe, method=FreeSpec(domain="step", split=0.0), window_frames=3):
         assert torch.equal(latents_of(pipe), expected)
+    with apply_method(pipe, method=FreeSpec(domain="step", split=0.5), window_frames=3):
+        assert not torch.equal(latents_of(pipe), expected)  # half of the steps are dual
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -190,6 +192,16 @@ def test_context_parallel_switched_on_afterwards_is_refused():
             latents_of(pipe)
 
 
+def test_a_timestep_per_token_is_refused_in_the_forward():
+    pipe = random_wan()
+    with apply_method(pipe, window_frames=3), pytest.raises(ValueError, match=r"one timestep per video.*\(1, 7\)"):
+        pipe.transformer(
+            hidden_states=torch.zeros(1, pipe.transformer.config.in_channels, 4, 4, 4),
+            timestep=torch.zeros(1, 7),
+            encoder_hidden_states=torch.zeros(1, 4, pipe.transformer.config.text_dim),
+        )
+
+
 def test_a_second_method_is_refused():
     pipe = random_wan()
     with (
@@ -208,6 +220,15 @@ def test_unsafe_pipelines_are_refused():
     pipe.transformer._parallel_config = object()
     with pytest.raises(UserError, match="context parallel"):
         apply_method(pipe, window_frames=3)
+    for change, message in (
+        (lambda pipe: pipe.transformer.register_to_config(image_dim=8), "image-to-video"),
+        (lambda pipe: pipe.transformer.register_to_config(added_kv_proj_dim=8), "image-to-video"),
+        (lambda pipe: pipe.register_to_config(expand_timesteps=True), "timestep per token"),
+    ):
+        pipe = random_wan()
+        change(pipe)
+        with pytest.raises(UserError, match=message):
+            apply_method(pipe, window_frames=3)
     pipe = random_wan()
     pipe.transformer.set_attention_backend("native")
     try:

@@ -22,7 +22,7 @@ from engine.decode import stream_decode
 from engine.decode_plan import GIB, plan_decode, tile_bytes
 from engine.errors import UserError
 from engine.group_of_one import GROUP_OF_ONE
-from engine.planner.live_bytes import LiveBytes
+from engine.live_bytes import LiveBytes
 from engine.tiled_decode import stream_tiles
 from parallel.mesh import Axis
 from tests.ranks import run_ranks

@@ -54,7 +54,7 @@ def test_a_resumed_run_is_bit_equal(name, stop, tmp_path):
     with pytest.raises(StoppedError):
         denoise(noise, scheduler, predict, after_step=interrupt)
     fresh = ready(name)
-    latents, step = load_run(
+    latents, step, _ = load_run(
         (tmp_path / "run.safetensors").read_bytes(),
         path=tmp_path,
         run_id="a",

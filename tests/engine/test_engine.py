@@ -1,5 +1,6 @@
 """The engine on a real (random) checkpoint folder: equal to the stock pipeline, interrupted and continued, and its errors."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -14,7 +15,7 @@ from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, Sa
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.trace import Trace
-from freespec.methods import FreeSpec
+from freespec.methods import METHODS, FreeSpec
 from tests.tiny_pipelines import save_random_wan
 
 PROMPT = "a red circle"
@@ -41,6 +42,30 @@ def engine(folder):
     engine = LongVideoEngine(config_of(folder))
     yield engine
     engine.close()
+
+
+@pytest.mark.parametrize(("method", "num_frames"), [("direct", 29), *((method, 9) for method in METHODS)])
+def test_the_engines_own_loop_is_the_stock_pipelines_bit_for_bit(folder, method, num_frames):
+    """At the native length of 3 latent frames that is true of every method."""
+    pipe = WanPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    stock = pipe(
+        PROMPT,
+        negative_prompt="bad",
+        height=32,
+        width=48,
+        num_frames=num_frames,
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        max_sequence_length=20,
+        generator=torch.Generator().manual_seed(3),
+        output_type="latent",
+    ).frames
+    iid = dataclasses.replace(config_of(folder).sampler, noise="iid")
+    config = config_of(folder, method=MethodConfig(name=method, window_frames=3), sampler=iid)
+    with contextlib.closing(LongVideoEngine(config)) as engine:
+        assert torch.equal(engine.denoise(PROMPT, num_frames=num_frames).latents, stock)
+        assert not torch.equal(engine.denoise(PROMPT, num_frames=num_frames, seed=4).latents, stock)
 
 
 @pytest.mark.parametrize("guidance", [4.0, 1.0])
@@ -107,19 +132,24 @@ class InterruptedPrompt:
 @pytest.mark.parametrize("forward", [3, 4, 6, 8])
 def test_an_interrupted_run_continues_bit_equal(folder, tmp_path, forward):
     engine = LongVideoEngine(config_of(folder))
-    whole = engine.denoise(PROMPT)
+    seen, again = Trace(), Trace()
+    whole = engine.denoise(PROMPT, trace=seen)
     path = tmp_path / "run.checkpoint.safetensors"
     InterruptedPrompt(engine, forward)
     with pytest.raises(KeyboardInterrupt):
-        engine.denoise(PROMPT, checkpoint=path)
+        engine.denoise(PROMPT, checkpoint=path, trace=Trace())
     assert path.exists()
     with pytest.raises(UserError, match="belongs to another run"):
         engine.denoise("a green circle", checkpoint=path)
     engine.close()
     fresh = LongVideoEngine(config_of(folder))
-    continued = fresh.denoise(PROMPT, checkpoint=path)
+    continued = fresh.denoise(PROMPT, checkpoint=path, trace=again)
     assert continued.resumed_at == (forward - 1) // 2
     assert torch.equal(continued.latents, whole.latents)
+    assert [(step["step"], step["mode"]) for step in continued.steps] == [
+        (step["step"], step["mode"]) for step in whole.steps
+    ]
+    assert again.rows == seen.rows
     fresh.close()
 
 

@@ -12,7 +12,7 @@ import torch
 
 from engine.config import ModelConfig
 from engine.errors import UserError
-from engine.load import load_pipeline
+from engine.load import load_pipeline, pick_dtype
 from tests.tiny_pipelines import save_random_wan
 
 
@@ -115,3 +115,25 @@ def test_no_folder_is_one_line(path):
     with pytest.raises(UserError, match=r"is no folder here and no hub name|cannot look for") as caught:
         load_pipeline(ModelConfig(path=path, device="cpu"))
     assert "\n" not in str(caught.value)
+
+
+def test_bfloat16_on_cuda_and_float32_on_a_cpu_and_the_autoencoder_always_in_float32(folder):
+    assert pick_dtype("auto", torch.device("cuda")) is torch.bfloat16
+    assert pick_dtype("auto", torch.device("cpu")) is torch.float32
+    pipe = load_pipeline(ModelConfig(path=str(folder), device="cpu", dtype="bfloat16"))
+    assert (pipe.transformer.dtype, pipe.text_encoder.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert {parameter.dtype for parameter in pipe.vae.parameters()} == {torch.float32}
+
+
+def test_an_old_transformers_and_an_embedding_of_its_own_are_refused(folder, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("transformers.__version__", "5.2.0")
+        with pytest.raises(UserError, match=r"transformers 5\.2\.0 loads .* wrongly; install transformers >= 5\.3"):
+            load_pipeline(ModelConfig(path=str(folder), device="cpu"))
+
+    def untie(encoder: torch.nn.Module) -> torch.nn.Module:
+        return torch.nn.Embedding(*encoder.shared.weight.shape)
+
+    monkeypatch.setattr("transformers.UMT5EncoderModel.get_input_embeddings", untie)
+    with pytest.raises(UserError, match="embedding is not the checkpoint's shared one"):
+        load_pipeline(ModelConfig(path=str(folder), device="cpu"))

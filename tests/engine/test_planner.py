@@ -5,6 +5,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -524,3 +525,19 @@ def test_shares_of_the_busiest_rank_cover_the_whole(specs: dict[str, ModelSpec])
     assert share.shard == max(map(length, layout.sequence.shards))
     assert share.queries == max(map(length, layout.sequence.ring_shards))
     assert share.heads == 3
+
+
+def test_a_gpu_too_small_for_whole_frames_decodes_in_tiles_over_all(specs: dict[str, ModelSpec]) -> None:
+    """As the engine does with `decode.mode auto`: a run is not refused for a decode that it would not choose."""
+    sampler = replace(SAMPLER, guidance_scale=1.0)
+    encoder_elsewhere = Options(text_device="cpu")
+    planned = partial(plan, specs[SMALL], LONG, sampler, FREESPEC, world_size=8, options=encoder_elsewhere)
+    roomy, small = read_gpu("h200"), replace(read_gpu("h100"), memory_gib=10, reserved_gib=1)
+    whole, tiled = planned(gpu=roomy)[0], planned(gpu=small)[0]
+    assert (whole.decode_mode, tiled.decode_mode) == ("whole", "tiled")
+    assert tiled.memory["vae_decode"] < whole.memory["vae_decode"] / 3
+    assert tiled.fits
+    only_whole = Options(text_device="cpu", decode=DecodeConfig(mode="whole"))
+    assert not planned(gpu=small, options=only_whole)[0].fits
+    asked = Options(text_device="cpu", decode=DecodeConfig(mode="tiled"))
+    assert planned(gpu=roomy, options=asked)[0].decode_mode == "tiled"

@@ -30,7 +30,7 @@ from engine.decode_plan import GIB, check_tiles, choose_mode, make_grid, plan_de
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.group_of_one import GROUP_OF_ONE
-from engine.planner.live_bytes import LiveBytes
+from engine.live_bytes import LiveBytes
 from engine.tiled_decode import stream_tiles
 from parallel.mesh import Axis, build_mesh
 from tests.ranks import run_ranks

@@ -63,14 +63,22 @@ def fake_world() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+DEGREES = [
+    (cfg, ring, 8 // cfg // ring) for cfg in (1, 2) for ring in (1, 2, 4, 8) if 8 // cfg % ring == 0
+]  # every layout of 8 ranks
+
+
 @pytest.mark.usefixtures("fake_world")
-@pytest.mark.parametrize(("heads", "ring", "ulysses"), [(12, 8, 1), (12, 4, 2), (40, 2, 4), (40, 1, 8), (12, 1, 8)])
-def test_a_dual_step_of_wan_has_the_right_shapes_and_no_whole_sequence_on_a_ring(
-    heads: int, ring: int, ulysses: int
+@pytest.mark.parametrize("degrees", DEGREES)
+@pytest.mark.parametrize("heads", [12, 40])
+@pytest.mark.parametrize("mode", ["dual", "global", "local"])
+def test_a_layer_of_wan_has_the_right_shapes_and_no_whole_sequence_on_a_ring(
+    mode: plan.Mode, heads: int, degrees: tuple[int, int, int]
 ) -> None:
+    cfg, ring, ulysses = degrees
     count = ByteCount()
     layout = SequenceLayout(
-        mesh=small_mesh(ring=ring, ulysses=ulysses),
+        mesh=small_mesh(cfg=cfg, ring=ring, ulysses=ulysses),
         plan=SequencePlan(tokens=TOKENS, heads=heads, ring=ring, ulysses=ulysses),
         exchange=TORCH_EXCHANGE,
         trace=count.trace(),
@@ -80,15 +88,17 @@ def test_a_dual_step_of_wan_has_the_right_shapes_and_no_whole_sequence_on_a_ring
         x = torch.empty(1, plan.length(layout.shard), heads, HEAD_DIM, dtype=torch.bfloat16)
         inner = layout.scatter(x, x, x)
         assert all(part.shape == (1, plan.length(layout.ring_shard), my_heads, HEAD_DIM) for part in inner)
-        local, whole = layout.branches(*inner, "dual", ShapeKernels())
-        assert local is not None
-        assert whole is not None
-        assert local.shape == whole.shape == inner[0].shape
-        grams = torch.empty(2, 1, my_heads, HEAD_DIM, HEAD_DIM, dtype=torch.float64)
-        assert layout.reduce(grams).shape == grams.shape
-        assert layout.gather(whole).shape == x.shape
+        branches = layout.branches(*inner, mode, ShapeKernels())
+        assert [out is not None for out in branches] == [mode != "global", mode != "local"]
+        made = [out for out in branches if out is not None]
+        assert all(out.shape == inner[0].shape for out in made)
+        if mode == "dual":
+            grams = torch.empty(2, 1, my_heads, HEAD_DIM, HEAD_DIM, dtype=torch.float64)
+            assert layout.reduce(grams).shape == grams.shape
+        assert layout.gather(made[0]).shape == x.shape
     whole_kv = TOKENS * 2 * my_heads * HEAD_DIM * 2
     assert (live.largest >= whole_kv) == (ring == 1)  # the sequence of this rank's keys and values, whole in one tensor
     shape = LayerShape(batch=1, head_dim=HEAD_DIM, itemsize=2)
-    planned = plan.layer_bytes(layout.plan, RANK, "dual", shape=shape, halo=ShapeKernels().halo)
+    rank = layout.mesh.sequence.rank
+    planned = plan.layer_bytes(layout.plan, rank, mode, shape=shape, halo=ShapeKernels().halo)
     assert +count.sent == +Counter(planned)

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engine.planner.live_bytes import LiveBytes
+from engine.live_bytes import LiveBytes
 from parallel.zero3 import (
     LIVE_LAYERS,
     check_zero3,

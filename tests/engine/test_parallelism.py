@@ -1,0 +1,135 @@
+"""What a run asks the planner before weights are loaded: whether it fits the GPU, on one rank as on several."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import engine.parallelism
+from engine.config import (
+    AttentionConfig,
+    MethodConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    SamplerConfig,
+    VideoConfig,
+)
+from engine.errors import UserError
+from engine.parallelism import arrange_ranks
+from engine.planner import plan, read_gpu, read_model
+from engine.planner.memory import GIB
+from launch.ranks import open_ranks
+
+CUDA = torch.device("cuda")  # a name only: which GPU it is comes from the fixture
+CONFIG = RunConfig(
+    model=ModelConfig(path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+    video=VideoConfig(num_frames=641, height=480, width=832),
+    sampler=SamplerConfig(guidance_scale=6.0, flow_shift=8.0),
+    method=MethodConfig(window_frames=21),
+)
+LOOK = engine.parallelism._find_gpu
+READ = functools.cache(read_model)  # its parts are built once
+
+
+@pytest.fixture(autouse=True)
+def _read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.parallelism, "read_model", READ)
+
+
+@functools.cache
+def peak(world: int, degrees: tuple[int, int, int]) -> int:
+    """Bytes that the planner's list says of these degrees."""
+    spec, gpu = READ(CONFIG.model), read_gpu("h100")
+    plans = plan(spec, CONFIG.video, CONFIG.sampler, CONFIG.method, gpu=gpu, world_size=world)
+    return next(found.peak_bytes for found in plans if found.degrees == degrees)
+
+
+@pytest.fixture
+def with_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """`with_memory(bytes)`: this machine has an H100 whose tensors can have so many."""
+
+    def set_memory(num_bytes: int) -> None:
+        gpu = replace(read_gpu("h100"), memory_gib=num_bytes / GIB + 2, reserved_gib=2)
+        monkeypatch.setattr(engine.parallelism, "_find_gpu", lambda device: gpu)
+
+    return set_memory
+
+
+def parallel(**settings: Any) -> RunConfig:
+    return replace(CONFIG, parallel=ParallelConfig(**settings))
+
+
+def test_a_process_alone_is_refused_by_the_byte_that_is_missing(with_memory: Callable[[int], None]) -> None:
+    needed = peak(1, (1, 1, 1))
+    with_memory(needed + 1)  # to spare, as GiB round
+    assert arrange_ranks(CONFIG, 1, CUDA).degrees == (1, 1, 1)
+    with_memory(needed - 1)
+    with pytest.raises(UserError) as refused:
+        arrange_ranks(CONFIG, 1, CUDA)
+    line = str(refused.value)
+    assert "\n" not in line
+    assert f"cfg 1 x ring 1 x ulysses 1 needs {needed / GIB:.1f} GiB on one H100, where tensors can have" in line
+    assert "; the smallest change that fits is parallel.text_device cpu" in line
+
+
+def test_what_is_advised_is_accepted(with_memory: Callable[[int], None]) -> None:
+    with_memory(peak(1, (1, 1, 1)) - 1)
+    assert arrange_ranks(parallel(text_device="cpu"), 1, CUDA).degrees == (1, 1, 1)
+
+
+def test_fixed_degrees_of_several_ranks_are_asked_about_too(with_memory: Callable[[int], None]) -> None:
+    fixed = parallel(cfg=2, ring=2, ulysses=1)
+    needed = peak(4, (2, 2, 1))
+    with_memory(needed + 1)
+    assert arrange_ranks(fixed, 4, CUDA).degrees == (2, 2, 1)
+    with_memory(needed - 1)
+    with pytest.raises(UserError, match=r"does not fit: cfg 2 x ring 2 x ulysses 1 needs .* on each of 4 H100"):
+        arrange_ranks(fixed, 4, CUDA)
+
+
+def test_a_plan_made_by_hand_is_not_asked_about(with_memory: Callable[[int], None]) -> None:
+    with_memory(1)
+    by_hand = parallel(plan="manual", cfg=1, ring=1, ulysses=1)
+    assert arrange_ranks(by_hand, 1, CUDA).degrees == (1, 1, 1)
+
+
+@pytest.mark.parametrize("kernel", ["plain", "cuda_efficient"])
+def test_a_kernel_of_unknown_speed_is_no_reason_to_refuse(with_memory: Callable[[int], None], kernel: str) -> None:
+    config = replace(CONFIG, attention=AttentionConfig(kernel=kernel))
+    with_memory(peak(1, (1, 1, 1)) + 1)
+    assert arrange_ranks(config, 1, CUDA).degrees == (1, 1, 1)
+    with_memory(1)
+    with pytest.raises(UserError, match="does not fit"):
+        arrange_ranks(config, 1, CUDA)
+
+
+def test_the_memory_of_a_cpu_is_asked_of_nobody() -> None:
+    """As with several ranks: no description of a CPU is in configs/gpus."""
+    assert LOOK(torch.device("cpu")) is None
+    huge = replace(CONFIG, video=replace(CONFIG.video, num_frames=4 * 10**6 + 1))
+    assert arrange_ranks(huge, 1, torch.device("cpu")).degrees == (1, 1, 1)
+
+
+def test_generate_alone_asks_before_anything_is_loaded(
+    with_memory: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setattr("launch.ranks.pick_device", lambda name: CUDA)
+    with_memory(1)
+    with (
+        pytest.raises(UserError, match="does not fit: cfg 1 x ring 1 x ulysses 1 needs"),
+        open_ranks(CONFIG, prompts=["a red circle"], verbose=False),
+    ):
+        pytest.fail("the block of a run that does not fit was entered")
+    with_memory(10**12)
+    with open_ranks(CONFIG, prompts=["a red circle"], verbose=False) as party:
+        assert party.ranks is None
+    monkeypatch.setattr("launch.ranks.pick_device", lambda name: torch.device("cpu"))
+    with_memory(1)  # which nobody asks for
+    with open_ranks(CONFIG, prompts=["a red circle"], verbose=False) as party:
+        assert party.ranks is None
