@@ -32,12 +32,17 @@ class Plan:
     decoder: VaePlan = DECODER_PLAN
 
 
-# A step of LTX-Video's autoencoder is cheaper, since it works on patches of pixels.
+# A step of LTX-Video's autoencoder is cheaper, since it works on patches of pixels. Its transformer meets the world as it is now, from the
+# first step, and words are learned from stills.
 PLANS = {
     "wan": Plan(),
-    "ltx": Plan(vae=VaePlan(phases=((1, 8, 1000), (9, 4, 2500))), decoder=VaePlan(phases=((9, 4, 500),), lr=5e-4)),
+    "ltx": Plan(
+        vae=VaePlan(phases=((1, 8, 1000), (9, 4, 2500))),
+        flow=FlowPlan(phases=((1, 32, 1000), (5, 12, 1000), (9, 8, 3000))),
+        decoder=VaePlan(phases=((9, 4, 500),), lr=5e-4),
+    ),
 }
-"""The plans that made the shipped weights."""
+"""The plans that made the shipped weights, and those that are still on their way."""
 
 
 def train(family: Family, work: Path, target: Path, plan: Plan, device: torch.device) -> None:
