@@ -39,14 +39,16 @@ class Arrangement:
     why: str
 
 
-def arrange_ranks(config: RunConfig, world: int, device: torch.device) -> Arrangement:
+def arrange_ranks(config: RunConfig, world: int, device: torch.device, gpu: GpuSpec | None = None) -> Arrangement:
     """The arrangement that the configuration and the planner choose, before any rank is heard of.
+
+    `gpu` describes the ranks' GPUs where they are not those of this machine; None looks at this machine's.
 
     Raises UserError for degrees that do not fit the number of ranks or the guidance, and for those that the provider cannot
     have. Here and not when the ranks have joined: whoever ends first then would take the store from the others.
     """
     spec = read_model(config.model)
-    degrees, why = choose_degrees(config, spec, world, device)
+    degrees, why = choose_degrees(config, spec, world, gpu or _find_gpu(device))
     video = config.video
     frames, frame_tokens = spec.grid(video.num_frames, video.height, video.width)
     plan = SequencePlan(tokens=frames * frame_tokens, heads=spec.heads, ring=degrees[1], ulysses=degrees[2])
@@ -87,7 +89,7 @@ def describe_place(ranks: Ranks, plan: SequencePlan, device: torch.device) -> st
     )
 
 
-def choose_degrees(config: RunConfig, spec: ModelSpec, world: int, device: torch.device) -> tuple[Degrees, str]:
+def choose_degrees(config: RunConfig, spec: ModelSpec, world: int, gpu: GpuSpec | None) -> tuple[Degrees, str]:
     """(cfg, ring, ulysses) and the reason: what the configuration sets stays, the planner or a rule sets the rest.
 
     Where there is nothing to choose, as for a process alone, the planner still says whether the video fits the GPU;
@@ -114,12 +116,11 @@ def choose_degrees(config: RunConfig, spec: ModelSpec, world: int, device: torch
             + ", ".join(f"{cfg} x {ring} x {ulysses}" for cfg, ring, ulysses in possible)
             + " (cfg x ring x ulysses)"
         )
-    gpu = _find_gpu(device) if config.parallel.plan == "auto" else None
     if len(wanted) == 1:
-        if gpu is not None:
+        if gpu is not None and config.parallel.plan == "auto":
             check_fits(Case.of(config, spec, gpu=gpu, world_size=world), wanted[0])
         return wanted[0], "the only arrangement that the configuration allows"
-    if gpu is None:
+    if gpu is None:  # `parallel.plan manual` comes with all degrees
         best = min(wanted, key=lambda degrees: _rule(degrees, spec.heads))
         return best, f"no description of this device in configs/gpus; {_RULE}"
     case = Case.of(config, spec, gpu=gpu, world_size=world)
@@ -141,8 +142,11 @@ def _agrees(degrees: Sequence[int], fixed: Sequence[int | None]) -> bool:
 
 
 def _find_gpu(device: torch.device) -> GpuSpec | None:
-    """The description in configs/gpus of this device, with the memory that it really has; None if there is none."""
-    if device.type != "cuda":
+    """The description in configs/gpus of this device, with the memory that it really has; None if there is none.
+
+    A driver of a cluster may have no GPU itself.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(device)
     known = match_gpu(properties.name, [path.stem for path in sorted(FOLDER.glob("*.json"))])

@@ -173,7 +173,10 @@ def _probe(evaluator: Evaluator, dimensions: Sequence[str], folder: Path) -> dic
     )
     if ended is not None:
         raise PreflightError([f"{evaluator.python} {ended}"])
-    return read_json(out)
+    found = read_json(out) if out.is_file() else None
+    if found is None or "error" not in found:
+        raise PreflightError([f"{evaluator.python} ended well but reported nothing; is it a Python?"])
+    return found
 
 
 def driver(evaluator: Evaluator, verb: str, out: Path) -> list[str]:

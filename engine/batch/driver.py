@@ -17,6 +17,8 @@ from engine.batch.queue import Failure, Queue
 TIMEOUT_FACTOR = 10.0
 TIMEOUT_LEAST = 600.0
 TIMEOUT_NEEDS = 3
+# Until so many items are done there is no middle one: an item that finishes no step for so long, or decodes for so long, hangs.
+SILENT_LONGEST = 3600.0
 
 MOST_STARTS = 3
 
@@ -96,12 +98,14 @@ class Seat:
     """A replica as the driver sees it: what it does, since when, and what it has done.
 
     Attributes:
+        heard: when its item last finished a step, or was handed out.
         starts: times that it was started since it last became ready.
     """
 
     replica: Replica
     state: State = "waiting"
     since: float = 0.0
+    heard: float = 0.0
     item: Item | None = None
     step: int = 0
     total: int = 0
@@ -191,7 +195,7 @@ class Driver:
 
     @property
     def item_limit(self) -> float | None:
-        """Seconds that an item may take now."""
+        """Seconds that an item may take now; None while too few are done to say."""
         if self.limits.item is not None or len(self.seconds) < TIMEOUT_NEEDS:
             return self.limits.item
         return max(TIMEOUT_LEAST, TIMEOUT_FACTOR * statistics.median(self.seconds[-1000:]))
@@ -216,7 +220,7 @@ class Driver:
                     seat.place, seat.starts = event.place, 0
                     self.journal.event("ready", replica=seat.replica.name, seconds=event.seconds, place=event.place)
                 case Step() if seat.state == "busy":
-                    seat.step, seat.total = event.finished, event.total
+                    seat.step, seat.total, seat.heard = event.finished, event.total, self.clock()
                 case Done() if seat.state == "busy":
                     self._done(seat)
                 case Failed() if seat.state == "busy":
@@ -267,6 +271,11 @@ class Driver:
         if seat.state == "busy" and limit is not None and age > limit:
             message = f"took longer than {limit:.0f} s and was ended at step {seat.step} of {seat.total}"
             self._failed(seat, Failure("time", message), broken=True)
+        elif seat.state == "busy" and limit is None and self.clock() - seat.heard > SILENT_LONGEST:
+            message = (
+                f"finished no step for {SILENT_LONGEST:.0f} s after step {seat.step} of {seat.total} and was ended"
+            )
+            self._failed(seat, Failure("time", message), broken=True)
         elif seat.state == "loading" and age > self.limits.start:
             message = f"{seat.replica.name} had not loaded after {self.limits.start:.0f} s"
             self._ended(seat, Failure("time", message), final=False)
@@ -293,7 +302,7 @@ class Driver:
             if item is None:
                 return
             attempt = self.queue.attempt_of(item)
-            seat.item, seat.step, seat.total = item, 0, 0
+            seat.item, seat.step, seat.total, seat.heard = item, 0, 0, self.clock()
             self._set(seat, "busy")
             fields = {"item": item.label, "id": item.item_id, "attempt": attempt}
             self.journal.event("started", replica=seat.replica.name, **fields)

@@ -51,7 +51,8 @@ def main(argv: list[str]) -> int:
     config = resolve_model(config, options)
     batch = read_batch(config, options)
     mine = [item for position, item in enumerate(batch.items) if options.shard.holds(position)]
-    arrangement = arrange_replica(config, options.methods, options.ranks, torch.device(config.model.device))
+    device = torch.device(config.model.device)
+    arrangement = arrange_replica(config, options.methods, options.ranks, device, gpu=options.gpu)
     config = fix_degrees(config, arrangement.degrees)
     files = BatchFiles(root=options.out)
     if namespace.dry_run:

@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import engine.parallelism
+from engine.batch.forecast import arrange_replica
 from engine.config import (
     AttentionConfig,
+    DecodeConfig,
     MethodConfig,
     ModelConfig,
     ParallelConfig,
@@ -82,13 +84,25 @@ def test_what_is_advised_is_accepted(with_memory: Callable[[int], None]) -> None
 
 
 def test_fixed_degrees_of_several_ranks_are_asked_about_too(with_memory: Callable[[int], None]) -> None:
-    fixed = parallel(cfg=2, ring=2, ulysses=1)
+    # In tiles over four ranks a video would fit that does not in whole frames.
+    fixed = replace(parallel(cfg=2, ring=2, ulysses=1), decode=DecodeConfig(mode="whole"))
     needed = peak(4, (2, 2, 1))
     with_memory(needed + 1)
     assert arrange_ranks(fixed, 4, CUDA).degrees == (2, 2, 1)
     with_memory(needed - 1)
     with pytest.raises(UserError, match=r"does not fit: cfg 2 x ring 2 x ulysses 1 needs .* on each of 4 H100"):
         arrange_ranks(fixed, 4, CUDA)
+    arrange_ranks(replace(fixed, decode=DecodeConfig()), 4, CUDA)
+
+
+def test_the_driver_of_a_cluster_plans_for_the_gpus_that_it_is_told_of() -> None:
+    batch = replace(CONFIG, video=replace(CONFIG.video, num_frames=321))
+    told = arrange_replica(batch, ["freespec", "direct"], 8, CUDA, gpu="h200")
+    assert told.why.startswith("the planner's choice for H200")
+    with pytest.raises(UserError, match=r"does not fit: .* on each of 2 RTX4090"):
+        arrange_replica(
+            replace(batch, video=replace(batch.video, num_frames=2561)), ["freespec"], 2, CUDA, gpu="rtx4090"
+        )
 
 
 def test_a_plan_made_by_hand_is_not_asked_about(with_memory: Callable[[int], None]) -> None:
@@ -107,9 +121,11 @@ def test_a_kernel_of_unknown_speed_is_no_reason_to_refuse(with_memory: Callable[
         arrange_ranks(config, 1, CUDA)
 
 
-def test_the_memory_of_a_cpu_is_asked_of_nobody() -> None:
+def test_the_memory_of_a_cpu_is_asked_of_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with several ranks: no description of a CPU is in configs/gpus."""
     assert LOOK(torch.device("cpu")) is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert LOOK(CUDA) is None  # the driver of a cluster, which has no GPU itself
     huge = replace(CONFIG, video=replace(CONFIG.video, num_frames=4 * 10**6 + 1))
     assert arrange_ranks(huge, 1, torch.device("cpu")).degrees == (1, 1, 1)
 

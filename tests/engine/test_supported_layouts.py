@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from engine.config import (
     MethodConfig,
@@ -23,7 +22,6 @@ from engine.supported_layouts import check_layout, nearest_layout, refused_axes
 from freespec.methods import METHODS, Direct, FreeLong, Method, StepPlan, make_method
 from tests.tiny_pipelines import save_random_wan
 
-CPU = torch.device("cpu")
 RING_ONLY_ONE = {"freenoise", "freelong", "freepca"}
 
 
@@ -67,9 +65,9 @@ def test_what_is_chosen_is_what_the_method_can_have(folder: Path, name: str, wor
     config = config_of(folder, name)
     if name == "own" and world > 2:
         with pytest.raises(UserError, match=r"ring must be 1, as it sorts tokens|ulysses must be 1, as it mixes heads"):
-            choose_degrees(config, read_model(config.model), world, CPU)
+            choose_degrees(config, read_model(config.model), world, None)
         return
-    degrees, _ = choose_degrees(config, read_model(config.model), world, CPU)
+    degrees, _ = choose_degrees(config, read_model(config.model), world, None)
     assert degrees[0] * degrees[1] * degrees[2] == world
     assert not refused_axes(config.method.method.refused_axes, degrees)
 
@@ -99,12 +97,12 @@ def test_degrees_that_were_asked_for_are_refused_before_weights_are_read(folder:
     for file in folder.rglob("*.safetensors"):
         assert file.stat().st_size > 0
     with pytest.raises(UserError) as refused:
-        choose_degrees(config, read_model(config.model), 4, CPU)
+        choose_degrees(config, read_model(config.model), 4, None)
     line = str(refused.value)
     assert line.startswith(f"{name} cannot be shared out as cfg 1 x ring 2 x ulysses 2: ring must be 1, as its ")
     assert line.endswith("; the nearest layout that works is cfg 1 x ring 1 x ulysses 4")
     allowed = replace(config, method=replace(config.method, name="freespec"))
-    assert choose_degrees(allowed, read_model(config.model), 4, CPU)[0][1] == 2
+    assert choose_degrees(allowed, read_model(config.model), 4, None)[0][1] == 2
 
 
 def test_nearest_layouts() -> None:

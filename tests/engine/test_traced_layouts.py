@@ -220,4 +220,4 @@ def choose(spec: ModelSpec, degrees: Degrees, method: str, *, guidance: float = 
         method=MethodConfig(name=method, window_frames=WINDOW),
         parallel=ParallelConfig(cfg=cfg, ring=ring, ulysses=ulysses),
     )
-    return choose_degrees(config, spec, WORLD, torch.device("cpu"))[0]
+    return choose_degrees(config, spec, WORLD, None)[0]

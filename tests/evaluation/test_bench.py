@@ -39,6 +39,11 @@ def test_preflight_looks_into_the_environment(evaluator: Callable[..., Evaluator
         preflight(replace(tool, device="cuda"), FEW, tmp_path / "out")
     with pytest.raises(PreflightError, match="not a program that can be run"):
         preflight(replace(tool, python=tmp_path / "nothing"), FEW, tmp_path / "out")
+    silent = tmp_path / "silent"
+    silent.write_text("#!/bin/sh\nexit 0\n")
+    silent.chmod(0o755)
+    with pytest.raises(PreflightError, match="reported nothing; is it a Python"):
+        preflight(replace(tool, python=silent), FEW, tmp_path / "out")
     broken = tool.checkout / "vbench2_beta_long" / "dynamic_degree.py"
     broken.write_text("import moviepy_of_long_ago")
     with pytest.raises(

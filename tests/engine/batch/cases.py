@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.batch.driver import Done, Event, Failed, Ready
+from engine.batch.driver import Done, Event, Failed, Ready, Step
 from engine.batch.files import BatchFiles, identity_of
 from engine.batch.plan import Batch, Item, plan_batch
 from engine.batch.queue import Failure
@@ -98,6 +98,7 @@ class FakeReplica:
     name: str
     clock: Clock
     script: Script = succeed
+    step_every: float | None = None
     loads: int = 0
     stopped: int = 0
     made: list[str] = field(default_factory=list)
@@ -113,6 +114,9 @@ class FakeReplica:
         item_id = task["identity"]["item_id"]
         self.made.append(item_id)
         seconds, event = self.script(item_id, task["attempt"])
+        steps = int(seconds / self.step_every) if self.step_every is not None else 0
+        for step in range(steps):
+            self._later((step + 1) * self.step_every, Step(finished=step + 1, total=steps))
         if event is not None:
             self._later(seconds, event)
 

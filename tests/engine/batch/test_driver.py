@@ -133,6 +133,24 @@ def test_without_a_limit_one_is_worked_out_from_what_is_done() -> None:
     assert failed["message"].startswith("took longer than 10") and "00 s" in failed["message"]
 
 
+def test_the_very_first_item_hangs_and_is_ended() -> None:
+    victim = ITEMS[0].item_id
+
+    def script(item_id: str, attempt: int) -> tuple[float, Event | None]:
+        return (0.0, None) if item_id == victim and attempt == 1 else (100.0, Done(record={}))
+
+    driver, _, _ = drive(script, replicas=1)
+    assert len(driver.queue.done) == len(ITEMS)
+    (failed,) = driver.journal.named("failed")
+    assert failed["message"] == "finished no step for 3600 s after step 0 of 0 and was ended"
+
+
+def test_an_item_that_goes_on_slowly_is_no_hanging_one() -> None:
+    driver, _, _ = drive(lambda item_id, attempt: (20_000.0, Done(record={})), replicas=1, step_every=3_000.0)
+    assert len(driver.queue.done) == len(ITEMS)
+    assert not driver.journal.named("failed")
+
+
 def test_what_comes_late_from_a_replica_that_was_ended_is_nobody_s() -> None:
     clock = Clock()
     late = FakeReplica("late", clock, lambda item_id, attempt: (70.0, Done(record={})))
