@@ -27,7 +27,7 @@ class DiskForecast:
     """Bytes.
 
     Attributes:
-        videos: of the items that are left, with their sidecars.
+        videos: of the items that are left, with their sidecars, and with their latents where those are kept.
         work: checkpoints of the items that are being made at once.
         free: that the output folder's disk has.
         how: where the size of a video is taken from.
@@ -44,8 +44,10 @@ class DiskForecast:
         return self.videos + self.work
 
 
-def disk_forecast(root: Path, config: RunConfig, *, left: int, replicas: int, sidecars: Sequence[Path]) -> DiskForecast:
-    """Bytes that `left` items will take in `root`, and that its disk has."""
+def disk_forecast(
+    root: Path, config: RunConfig, *, left: int, replicas: int, sidecars: Sequence[Path], keep_latents: bool
+) -> DiskForecast:
+    """Bytes that `left` items will take in `root`, and that its disk has; the cache of texts, a prompt's each, is not counted."""
     video = config.video
     # On a disk that is nearly full the sidecars of small videos count too.
     sizes = [read_json(path)["output"]["bytes"] + path.stat().st_size for path in sidecars[:100]]
@@ -60,7 +62,7 @@ def disk_forecast(root: Path, config: RunConfig, *, left: int, replicas: int, si
     latents = 4 * math.prod(spec.latent_shape(video.num_frames, video.height, video.width))
     existing = next(folder for folder in (root, *root.resolve().parents) if folder.is_dir())
     return DiskForecast(
-        videos=round(each * left),
+        videos=round((each + (latents if keep_latents else 0)) * left),
         work=CHECKPOINT_TENSORS * latents * min(replicas, left),
         free=shutil.disk_usage(existing).free,
         how=how,

@@ -98,13 +98,20 @@ def claim_folder(root: Path, batch: Batch) -> None:
     path = root / FILE
     (root / "locks").mkdir(exist_ok=True)
     with locked(root / "locks" / "batch.lock"):  # drivers of other shards may start at the same time
-        before = read_json(path) or {"schema": SCHEMA, "configs": {}, "prompts": {}}
-        if before.get("schema") != SCHEMA:
-            raise UserError(f"{path} was written by another version of this program; choose another --out")
-        check_same(root, before, batch)
+        before = check_folder(root, batch)
         after = _describe(batch, before["configs"], before["prompts"])
         if after != before:
             write_json(path, after)
+
+
+def check_folder(root: Path, batch: Batch) -> dict[str, Any]:
+    """What `batch.json` says of the folder, if anything; UserError if the batch cannot go on in it. Changes nothing."""
+    path = root / FILE
+    before = read_json(path) or {"schema": SCHEMA, "configs": {}, "prompts": {}}
+    if before.get("schema") != SCHEMA:
+        raise UserError(f"{path} was written by another version of this program; choose another --out")
+    check_same(root, before, batch)
+    return before
 
 
 def check_same(root: Path, before: Mapping[str, Any], batch: Batch) -> None:

@@ -20,7 +20,7 @@ from engine.batch.files import MANIFEST, BatchFiles, identity_of
 from engine.batch.forecast import arrange_replica, disk_forecast, gpu_hours
 from engine.batch.journal import FileJournal, columns, describe_seconds, read_status, report, table
 from engine.batch.locks import Shard, own_shard
-from engine.batch.plan import Batch, Item, claim_folder, plan_batch
+from engine.batch.plan import Batch, Item, check_folder, claim_folder, plan_batch
 from engine.batch.queue import Queue
 from engine.batch.store import read_json, writing_to
 from engine.batch.suite import Suite, read_suite
@@ -56,6 +56,7 @@ def main(argv: list[str]) -> int:
     config = fix_degrees(config, arrangement.degrees)
     files = BatchFiles(root=options.out)
     if namespace.dry_run:
+        check_folder(options.out, batch)
         say_plan(config, options, batch, mine, f"{arrangement.degrees}: {arrangement.why}")
         return 0
     check_devices(config, options)
@@ -67,7 +68,9 @@ def main(argv: list[str]) -> int:
         claim_folder(options.out, batch)
         work = find_work(files, mine, options)
         say_start(options, batch, mine, work)
-        return run(config, options, batch.suite, files, work) if work.todo else finish(files, config, work, None)
+        return (
+            run(config, options, batch.suite, files, work) if work.todo else finish(options, files, config, work, None)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,7 +290,7 @@ def run(config: RunConfig, options: Options, suite: Suite, files: BatchFiles, wo
         driver.stop(gently=False)
         journal.event("end", done=len(driver.queue.done), quarantined=len(driver.queue.given_up))
         journal.write(driver, "stopped" if driver.halted else "done")
-    return finish(files, config, work, driver)
+    return finish(options, files, config, work, driver)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +316,7 @@ def keep(files: BatchFiles, item: Item, attempts: list[dict[str, Any]]) -> None:
     files.put_into_quarantine(item, error=attempts[-1]["message"], attempts=attempts)
 
 
-def finish(files: BatchFiles, config: RunConfig, work: Work, driver: Driver | None) -> int:
+def finish(options: Options, files: BatchFiles, config: RunConfig, work: Work, driver: Driver | None) -> int:
     """Compile the manifest and say how it went: 0 if every item of this shard is done, 1 or an error if not."""
     rows = files.write_manifest()
     if driver is not None and driver.halted is not None and driver.halted.kind == "mistake":
@@ -329,7 +332,7 @@ def finish(files: BatchFiles, config: RunConfig, work: Work, driver: Driver | No
         flush=True,
     )
     if driver is not None and driver.halted is not None:
-        raise halted(driver, files, config)
+        raise halted(driver, files, config, keep_latents=options.keep_latents)
     if given_up:
         first = files.quarantined(given_up[0])
         assert first is not None
@@ -341,16 +344,17 @@ def finish(files: BatchFiles, config: RunConfig, work: Work, driver: Driver | No
     return 1 if given_up else 0
 
 
-def halted(driver: Driver, files: BatchFiles, config: RunConfig) -> Exception:
+def halted(driver: Driver, files: BatchFiles, config: RunConfig, *, keep_latents: bool) -> Exception:
     """Why nothing more could be made, as the error that the command ends with."""
     failure, left = driver.halted, driver.queue.left
     assert failure is not None
     if failure.kind == "disk":
-        return UserError(f"{failure.message}; {left} items are left; {describe_disk(files, driver, config)}; {SUPPORT}")
+        disk = describe_disk(files, driver, config, keep_latents=keep_latents)
+        return UserError(f"{failure.message}; {left} items are left; {disk}; {SUPPORT}")
     return LostRankError(f"{failure.message}; {left} items are left; {SUPPORT}")
 
 
-def describe_disk(files: BatchFiles, driver: Driver, config: RunConfig) -> str:
+def describe_disk(files: BatchFiles, driver: Driver, config: RunConfig, *, keep_latents: bool) -> str:
     """What the rest needs, and what there is."""
     disk = disk_forecast(
         files.root,
@@ -358,6 +362,7 @@ def describe_disk(files: BatchFiles, driver: Driver, config: RunConfig) -> str:
         left=driver.queue.left,
         replicas=len(driver.seats),
         sidecars=sorted(files.sidecars()),
+        keep_latents=keep_latents,
     )
     return (
         f"they need about {_size(disk.videos)} ({disk.how}) and {_size(disk.work)} for checkpoints, and {files.root} has "
@@ -459,10 +464,17 @@ def show_status(root: Path) -> int:
 def say_plan(config: RunConfig, options: Options, batch: Batch, mine: Sequence[Item], arrangement: str) -> None:
     """What `--dry_run` prints."""
     files = BatchFiles(root=options.out)
-    left = [item for item in mine if not files.is_done(item, "size")]
+    undone = [item for item in mine if not files.is_done(item, "size")]
+    left = [item for item in undone if options.retry_quarantined or files.quarantined(item) is None]
     disk = disk_forecast(
-        options.out, config, left=len(left), replicas=options.replicas, sidecars=sorted(files.sidecars())
+        options.out,
+        config,
+        left=len(left),
+        replicas=options.replicas,
+        sidecars=sorted(files.sidecars()),
+        keep_latents=options.keep_latents,
     )
+    given_up = f", {len(undone) - len(left)} failed before (--retry_quarantined)" if len(undone) > len(left) else ""
     hours, how = gpu_hours(config, left, gpu=options.gpu, ranks=options.ranks)
     video = config.video
     where = "this machine" if options.ray is None else f"Ray at {options.ray}"
@@ -470,7 +482,10 @@ def say_plan(config: RunConfig, options: Options, batch: Batch, mine: Sequence[I
     rows = [
         ["suite", f"{batch.suite.name}, {len(batch.suite.prompts)} prompts, sha256 {batch.suite.sha256[:12]}"],
         ["items", f"{len(batch.items)} = prompts x {len(options.seeds)} seeds x {len(options.methods)} methods"],
-        ["this shard", f"{len(mine)} items in {options.shard.name}, {len(mine) - len(left)} done, {len(left)} to make"],
+        [
+            "this shard",
+            f"{len(mine)} items in {options.shard.name}, {len(mine) - len(undone)} done, {len(left)} to make{given_up}",
+        ],
         ["video", f"{video.num_frames} frames of {video.height} x {video.width}, {frames} frames in all"],
         [
             "replicas",

@@ -243,6 +243,19 @@ def test_a_dry_run_counts_and_makes_nothing(make_batch: Callable[..., Run], tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_counts_latents_that_are_kept_and_looks_at_the_folder(
+    make_batch: Callable[..., Run], tmp_path: Path
+) -> None:
+    def line(out: str) -> str:
+        return next(line for line in out.splitlines() if line.startswith("  bytes"))
+
+    assert line(make_batch({}, "--dry_run").out) != line(make_batch({}, "--dry_run", "--keep_latents").out)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/batch.json").write_text('{"schema": -1}')
+    assert "was written by another version of this program" in make_batch({}, "--dry_run").error
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["batch.json"]
+
+
 def test_two_drivers_on_one_shard(make_batch: Callable[..., Run], tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
