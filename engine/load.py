@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from engine.adapters import ModelAdapter, VideoSpec, adapter_named
 from engine.config import ModelConfig
+from engine.convolutions import use_onednn
 from engine.errors import UserError
 from engine.progress import no_library_bars
 from engine.sharded_weights import check_placement
@@ -199,9 +200,11 @@ def load_vae(folder: Path, single: SingleFile | None = None) -> Any:
     """The VAE alone, in float32 on the CPU, from the single file if it is in there."""
     adapter = find_adapter(folder)
     if single is not None and "vae" in single.parts:
-        return single.load(adapter, folder, "vae", torch.float32)
-    vae_class = adapter.vae_class
-    return vae_class.from_pretrained(folder, subfolder="vae", dtype=torch.float32, use_safetensors=True)
+        vae = single.load(adapter, folder, "vae", torch.float32)
+    else:
+        vae = adapter.vae_class.from_pretrained(folder, subfolder="vae", dtype=torch.float32, use_safetensors=True)
+    use_onednn(vae)
+    return vae
 
 
 def check_folder(folder: Path, parts: Sequence[str] = WEIGHT_FOLDERS, *, elsewhere: Sequence[str] = ()) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from engine import apply_method
 from engine.adapters.ltx import LTX, pack, shift_exponent, unpack
 from engine.config import DecodeConfig, MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
+from engine.convolutions import use_onednn
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.load import load_pipeline
@@ -145,6 +146,7 @@ def test_direct_with_the_actual_shift_is_the_stock_pipeline_bit_for_bit(kind, gu
     folder = request.getfixturevalue(kind)
     pipe = LTXPipeline.from_pretrained(folder, dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
+    use_onednn(pipe.vae)  # as the engine does
     settings = CALL | {"guidance_scale": guidance, "decode_timestep": 0.05, "decode_noise_scale": 0.025}
     expected = pipe(**settings, generator=torch.Generator().manual_seed(3), output_type="np").frames[0]
     config = config_of(folder, method=DIRECT, sampler={"guidance_scale": guidance, "shift": "actual"})
