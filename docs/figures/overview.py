@@ -1,4 +1,4 @@
-"""Draws docs/figures/overview.png, FreeSpec in one figure, and layouts.png: `python docs/figures/overview.py`."""
+"""Draws docs/figures/overview.png, FreeSpec in one figure: `python docs/figures/overview.py`."""
 
 from pathlib import Path
 
@@ -13,8 +13,6 @@ from freespec.windows import window_start
 FOLDER = Path(__file__).parent
 LOCAL, GLOBAL, FUSED, QUIET = "#d1495b", "#30638e", "#3c896d", "#e8e8e8"
 FRAMES, WINDOW = 16, 4
-TOKENS, HEADS = 24, 8
-RANKS = ("#d1495b", "#edae49", "#3c896d", "#30638e")
 
 
 def draw_overview() -> None:
@@ -80,47 +78,5 @@ def draw_course(axis: Axes) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def draw_layouts() -> None:
-    """Who holds which tokens (columns) and heads (rows) of q, k, v inside attention, for four ranks."""
-    layouts = {"ulysses 4": (1, 4), "ring 4": (4, 1), "ring 2 x ulysses 2": (2, 2)}
-    figure, axes = plt.subplots(1, 4, figsize=(14.5, 3.3))
-    outside = [(index, TOKENS // 4, 0, HEADS) for index in range(4)]
-    draw_shares(axes[0], "outside attention\n(norms, text, feed-forward)", outside)
-    for axis, (name, (ring, ulysses)) in zip(axes[1:], layouts.items(), strict=True):
-        width, height = TOKENS // ring, HEADS // ulysses
-        shares = [(r, width, u * height, height) for r in range(ring) for u in range(ulysses)]
-        draw_shares(axis, f"inside attention:\n{name}", shares)
-    mark_halo(axes[2])
-    figure.tight_layout(w_pad=2)
-    figure.savefig(FOLDER / "layouts.png", dpi=130)
-
-
-def draw_shares(axis: Axes, title: str, shares: list[tuple[int, int, int, int]]) -> None:
-    """One rectangle per rank: (index of its token range, tokens, first head, heads)."""
-    for rank, (index, width, head, height) in enumerate(shares):
-        axis.add_patch(Rectangle((index * width, head), width, height, color=RANKS[rank], alpha=0.85, ec="white", lw=2))
-        axis.text(
-            index * width + width / 2,
-            head + height / 2,
-            f"rank {rank}",
-            ha="center",
-            va="center",
-            color="white",
-            fontsize=9,
-        )
-    axis.set(xlim=(0, TOKENS), ylim=(HEADS, 0), xticks=[], yticks=[], xlabel="tokens (frames in order)", ylabel="heads")
-    axis.set_title(title, fontsize=10.5)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
-
-
-def mark_halo(axis: Axes) -> None:
-    """The keys that rank 1 fetches from its neighbours for the windows of its first and last frames."""
-    for start in (3, 12):
-        axis.add_patch(Rectangle((start, 0), 3, 8, fill=False, hatch="///", ec=RANKS[1], lw=0))
-    axis.set_title("inside attention: ring 4\nhatched: halo that rank 1 fetches", fontsize=10.5)
-
-
 if __name__ == "__main__":
     draw_overview()
-    draw_layouts()
