@@ -1,4 +1,4 @@
-"""The fault rounds in a short form, on replicas of this machine, and that the judge of all rounds sees what goes wrong."""
+"""The fault rounds in a short form, on replicas of this machine and of Ray, and that the judge of all rounds sees what goes wrong."""
 
 import contextlib
 import hashlib
@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.faults import judge, one_rank, the_driver
+from benchmarks.faults import judge, one_rank, ray_node, replica_actors, the_driver
 from engine.batch.files import BatchFiles
 from engine.batch.identity import item_id
 from engine.batch.locks import Shard
@@ -40,7 +40,8 @@ METHODS = ("freespec", "direct")
 SEEDS = (0, 1)
 SETTINGS = SMALL | {"sampler.num_steps": 8, "sampler.max_text_tokens": 20, "output.progress": "off"}
 # One after another in one batch; an item may lose two attempts to them, and a third would put it into quarantine.
-VICTIMS = (one_rank, the_driver, one_rank)
+VICTIMS = {"here": (one_rank, the_driver, one_rank), "ray": (replica_actors, ray_node)}
+"""The driver is started again, as a person would; a Ray that has ended the driver starts again itself."""
 SOON_SECONDS = 0.4
 
 
@@ -66,8 +67,8 @@ def latents(wan_folder: Path) -> dict[tuple[str, str, int], str]:
 
 
 @pytest.fixture
-def start(wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], BaseProcess]]:
-    """`start()`: batch.py in a process of its own, forked from one that has imported everything; ended after the test."""
+def start(wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., BaseProcess]]:
+    """`start(*words)`: batch.py in a process of its own, forked from one that has imported everything; ended after the test."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     own = {
@@ -83,9 +84,9 @@ def start(wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     context.set_forkserver_preload(PRELOAD)
     started: list[BaseProcess] = []
 
-    def call() -> BaseProcess:
+    def call(*more: str) -> BaseProcess:
         log = tmp_path / f"driver{len(started)}.log"
-        started.append(context.Process(target=drive, args=(words, log, dict(os.environ)), daemon=False))
+        started.append(context.Process(target=drive, args=([*words, *more], log, dict(os.environ)), daemon=False))
         started[-1].start()
         return started[-1]
 
@@ -133,21 +134,26 @@ def kill_soon(
         os.kill(process, signal.SIGKILL)
 
 
+@pytest.mark.parametrize("where", VICTIMS)
 def test_kills_at_random_times_lose_and_change_nothing(
-    start: Callable[[], BaseProcess], latents: dict[tuple[str, str, int], str], tmp_path: Path
+    start: Callable[..., BaseProcess], latents: dict[tuple[str, str, int], str], tmp_path: Path, where: str
 ) -> None:
-    """A rank, the driver, and a rank again, each at a random time after an item was begun; the batch is as undisturbed."""
-    rng, out, driver = random.Random(0), tmp_path / "out", start()
-    for victim in VICTIMS:
+    """Each victim at a random time after an item was begun; the batch is as undisturbed."""
+    more = ["--ray=local"] if where == "ray" else []
+    if more:
+        pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    rng, out, driver = random.Random(0), tmp_path / "out", start(*more)
+    for victim in VICTIMS[where]:
         kill_soon(victim, out, driver, rng)
         if victim is the_driver:
             driver.join()
-            driver = start()
+            driver = start(*more)
     driver.join(PATIENCE_SECONDS)
-    assert driver.exitcode == 0, (tmp_path / "driver1.log").read_text()
+    assert driver.exitcode == 0, [log.read_text() for log in tmp_path.glob("driver*.log")]
     judged = judge(out, expected_of(out, latents))
     assert judged["well"], judged
-    assert sum("SIGKILL" in message for message in ended(out)) == 2
+    told = {"here": ["SIGKILL", "SIGKILL"], "ray": ["The actor died", "lost Ray"]}[where]
+    assert all(sum(words in message for message in ended(out)) >= told.count(words) for words in told), ended(out)
 
 
 def expected_of(out: Path, latents: dict[tuple[str, str, int], str]) -> dict[str, str]:
