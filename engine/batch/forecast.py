@@ -4,15 +4,15 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from engine.batch.files import BatchFiles
 from engine.batch.plan import Item, with_method
 from engine.batch.store import read_json
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.load import fetch, find_checkpoint, read_spec
+from engine.load import fetch, find_checkpoint, pick_device, pick_dtype, read_spec
 from engine.parallelism import Arrangement, arrange_ranks
 from engine.planner import Options, choose, read_gpu, read_model
 
@@ -28,12 +28,14 @@ class DiskForecast:
 
     Attributes:
         videos: of the items that are left, with their sidecars, and with their latents where those are kept.
+        texts: of the embeddings of the prompts that are not in the cache yet.
         work: checkpoints of the items that are being made at once.
         free: that the output folder's disk has.
         how: where the size of a video is taken from.
     """
 
     videos: int
+    texts: int
     work: int
     free: int
     how: str
@@ -41,14 +43,14 @@ class DiskForecast:
     @property
     def needed(self) -> int:
         """All of it."""
-        return self.videos + self.work
+        return self.videos + self.texts + self.work
 
 
 def disk_forecast(
-    root: Path, config: RunConfig, *, left: int, replicas: int, sidecars: Sequence[Path], keep_latents: bool
+    files: BatchFiles, config: RunConfig, left: Sequence[Item], *, replicas: int, keep_latents: bool
 ) -> DiskForecast:
-    """Bytes that `left` items will take in `root`, and that its disk has; the cache of texts, a prompt's each, is not counted."""
-    video = config.video
+    """Bytes that the items that are left will take in a batch's folder, and that its disk has."""
+    video, sidecars = config.video, sorted(files.sidecars())
     # On a disk that is nearly full the sidecars of small videos count too.
     sizes = [read_json(path)["output"]["bytes"] + path.stat().st_size for path in sidecars[:100]]
     if sizes:
@@ -56,17 +58,30 @@ def disk_forecast(
     else:
         each = ASSUMED_BITS_PER_PIXEL / 8 * video.num_frames * video.height * video.width
         how = f"assumed {ASSUMED_BITS_PER_PIXEL} bits per pixel"
-    spec = read_spec(
-        fetch(find_checkpoint(config.model.path), config.model.revision, parts=(), offline=config.model.offline)
-    )
+    model = config.model
+    folder = fetch(find_checkpoint(model.path), model.revision, parts=(), offline=model.offline)
+    spec = read_spec(folder)
     latents = 4 * math.prod(spec.latent_shape(video.num_frames, video.height, video.width))
-    existing = next(folder for folder in (root, *root.resolve().parents) if folder.is_dir())
+    existing = next(path for path in (files.root, *files.root.resolve().parents) if path.is_dir())
     return DiskForecast(
-        videos=round((each + (latents if keep_latents else 0)) * left),
-        work=CHECKPOINT_TENSORS * latents * min(replicas, left),
+        videos=round((each + (latents if keep_latents else 0)) * len(left)),
+        texts=_text_bytes(files, config, left, width=read_json(folder / "text_encoder/config.json")["d_model"]),
+        work=CHECKPOINT_TENSORS * latents * min(replicas, len(left)),
         free=shutil.disk_usage(existing).free,
         how=how,
     )
+
+
+def _text_bytes(files: BatchFiles, config: RunConfig, left: Sequence[Item], *, width: int) -> int:
+    """Of [max_text_tokens, width] for every prompt, and the negative one, that is not in the cache yet."""
+    if not left:
+        return 0
+    prompts = {item.prompt.text for item in left}
+    if config.sampler.guidance_scale > 1.0:
+        prompts.add(config.sampler.negative_prompt)
+    cached = len(list(files.text_cache.glob("*.safetensors")))
+    itemsize = pick_dtype(config.model.dtype, pick_device(config.model.device)).itemsize
+    return max(len(prompts) - cached, 0) * config.sampler.max_text_tokens * width * itemsize
 
 
 def gpu_hours(config: RunConfig, items: Sequence[Item], *, gpu: str | None, ranks: int) -> tuple[float | None, str]:

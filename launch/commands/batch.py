@@ -356,16 +356,10 @@ def halted(driver: Driver, files: BatchFiles, config: RunConfig, *, keep_latents
 
 def describe_disk(files: BatchFiles, driver: Driver, config: RunConfig, *, keep_latents: bool) -> str:
     """What the rest needs, and what there is."""
-    disk = disk_forecast(
-        files.root,
-        config,
-        left=driver.queue.left,
-        replicas=len(driver.seats),
-        sidecars=sorted(files.sidecars()),
-        keep_latents=keep_latents,
-    )
+    left = [*driver.queue.waiting, *driver.queue.running.values()]
+    disk = disk_forecast(files, config, left, replicas=len(driver.seats), keep_latents=keep_latents)
     return (
-        f"they need about {_size(disk.videos)} ({disk.how}) and {_size(disk.work)} for checkpoints, and {files.root} has "
+        f"they need about {_size(disk.videos + disk.texts)} ({disk.how}) and {_size(disk.work)} for checkpoints, and {files.root} has "
         f"{_size(disk.free)}: free some space"
     )
 
@@ -466,14 +460,7 @@ def say_plan(config: RunConfig, options: Options, batch: Batch, mine: Sequence[I
     files = BatchFiles(root=options.out)
     undone = [item for item in mine if not files.is_done(item, "size")]
     left = [item for item in undone if options.retry_quarantined or files.quarantined(item) is None]
-    disk = disk_forecast(
-        options.out,
-        config,
-        left=len(left),
-        replicas=options.replicas,
-        sidecars=sorted(files.sidecars()),
-        keep_latents=options.keep_latents,
-    )
+    disk = disk_forecast(files, config, left, replicas=options.replicas, keep_latents=options.keep_latents)
     given_up = f", {len(undone) - len(left)} failed before (--retry_quarantined)" if len(undone) > len(left) else ""
     hours, how = gpu_hours(config, left, gpu=options.gpu, ranks=options.ranks)
     video = config.video
@@ -493,7 +480,7 @@ def say_plan(config: RunConfig, options: Options, batch: Batch, mine: Sequence[I
         ],
         ["plan of each", f"cfg x ring x ulysses {arrangement}"],
         ["GPU-hours", f"{hours:.2f} ({how})" if hours is not None else how],
-        ["bytes", f"{_size(disk.needed)} ({disk.how}), {_size(disk.free)} free"],
+        ["bytes", f"{_size(disk.needed)} ({disk.how}), {_size(disk.texts)} of it text; {_size(disk.free)} free"],
     ]
     rows += [["configuration", f"{tree['method']['name']} {config_id}"] for config_id, tree in batch.trees.items()]
     rows += [["note", note] for note in batch.suite.notes]
