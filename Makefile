@@ -58,9 +58,13 @@ ROW = $(1)=freespec:configs/ablation/$(2).yaml
 SIX := direct,sliding_window,freenoise,freelong,freepca,freespec
 ROWS := $(call ROW,GB,gb),$(call ROW,LB-fixed,lb_fixed),$(call ROW,RA,ra),$(call ROW,TA,ta),$(call ROW,RA+TA,ra_ta),$(call ROW,F-GR,f_gr)
 TABLES := runs/findings
-FINDINGS := $(COMPARE) --num_seeds 2 --out $(TABLES)
+FINDINGS := $(COMPARE) --num_seeds 2 --sampler.num_steps 10 --out $(TABLES)
+# Whether 10 steps suffice: the same prompts and seed with 20.
+STEPS := $(COMPARE) --num_prompts 12 --methods direct,sliding_window,freespec --out $(TABLES)/steps
 findings: setup
 	$(call in_shards,$(FINDINGS) --methods $(SIX)$(comma)$(ROWS))
+	$(call in_shards,$(STEPS))
+	$(STEPS) --report_only
 	$(FINDINGS) --methods $(SIX) --report_only --report $(TABLES)/methods
 	$(FINDINGS) --methods $(ROWS),freespec --baseline freespec --report_only --report $(TABLES)/ablation
 	OMP_NUM_THREADS=1 $(BIN)/python launch/analyze.py --method.name direct --video.num_frames 141 \

@@ -12,7 +12,7 @@ from engine.checkpoint import atomic_path
 from engine.errors import UserError
 from launch.calibration.score import PARTS
 from launch.cli import REPOSITORY, Keys, arrange, make_parser, parse
-from launch.comparison.claims import CLAIMS, Answer, Claim, answers
+from launch.comparison.claims import CLAIMS, Answer, Claim, answers, changes
 from launch.comparison.markdown import estimate, table, tables
 from launch.comparison.page import number
 from launch.comparison.summary import as_json
@@ -25,7 +25,7 @@ INTRO = """# Findings on the embedded model
 
 Written by `python launch/findings.py` from the reports of
 
-    make findings       # all six methods and the seven ablation rows, 40 held-out prompts x 2 seeds, 20 steps; spectra of 20 prompts
+    make findings       # all six methods and the seven ablation rows, 40 held-out prompts x 2 seeds; spectra of 20 prompts
     make calibrate      # the search for FreeSpec's open settings
 
 do not edit. Both take hours in the background, one thread a process, go on where they were stopped, and
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
     """Read what is there and write the page; UserError if nothing is, or a file is not a report."""
     options = _parse(argv)
     runs, page = expand(options.runs), expand(options.page)
-    reports = {name: _read(runs / name / "report.json") for name in ("methods", "ablation", "analysis")}
+    reports = {name: _read(runs / name / "report.json") for name in ("methods", "ablation", "steps", "analysis")}
     reports["calibration"] = _read(expand(options.calibration) / "report.json")
     if not any(reports.values()):
         raise UserError(f"neither {runs} nor {options.calibration} holds a report; run make findings first")
@@ -79,6 +79,7 @@ def main(argv: list[str]) -> None:
             _tables(
                 "The ablation: rows of the paper's Table 3 (`freespec` is LB + RA + TA + T-GR)", reports["ablation"]
             ),
+            _steps_suffice(reports["methods"], reports["steps"]),
             _calibration(reports["calibration"]),
             TRANSFER,
             "",
@@ -227,6 +228,32 @@ def _steps(found: dict[str, Any]) -> str:
     return ", ".join(
         f"{kind} {number(step['median'])} ({step['per_run'] or '–'})" for kind, step in found["steps"].items()
     )
+
+
+def _steps_suffice(short: dict[str, Any] | None, long: dict[str, Any] | None) -> str:
+    lines = ["## Whether so many steps suffice", ""]
+    if short is None or long is None:
+        return "\n".join([*lines, "Not measured yet.", ""])
+    few, many = (report["comparison"]["settings"]["sampler.num_steps"] for report in (short, long))
+    found = changes(short, long)
+    verdicts = [each.verdict for each in found]
+    lines += [
+        f"The tables above are of {few} denoising steps. {len(long['videos'])} videos were made with {many} as well. For every difference "
+        f"that the sections above speak of, both on the {found[0].change.count} prompts that have both, and what becomes of it, paired by "
+        f"prompt. {_count(verdicts, 'no change seen', 'of the differences')}",
+        "",
+    ]
+    rows = [
+        [
+            f"{each.method} − {each.other}",
+            f"`{each.metric}` ({each.unit})",
+            *(estimate(as_json(told), signed=True) for told in (each.short, each.long, each.change)),
+            each.verdict,
+        ]
+        for each in found
+    ]
+    header = ["difference", "measure", f"{few} steps", f"{many} steps", f"{many} − {few}", "reads"]
+    return "\n".join([*lines, table(header, rows)])
 
 
 def _calibration(report: dict[str, Any] | None) -> str:

@@ -112,6 +112,67 @@ def answers(claim: Claim, report: Mapping[str, Any]) -> list[Answer]:
     return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One measure's difference method - other in a short run and in a longer one, and long - short, all on the same videos."""
+
+    method: str
+    other: str
+    metric: str
+    unit: str
+    short: Estimate
+    long: Estimate
+    change: Estimate
+
+    @property
+    def verdict(self) -> str:
+        """Whether another conclusion would be drawn from the longer run."""
+        if not _decided(self.change):
+            return "no change seen"
+        turned = _decided(self.short) and _decided(self.long) and self.short.mean * self.long.mean < 0
+        return "turns round" if turned else "changes in size"
+
+
+def changes(short: Mapping[str, Any], long: Mapping[str, Any]) -> list[Change]:
+    """What becomes of the differences that the claims ask for with more steps, on the prompts and seeds that both reports have."""
+    pairs = [{(each["prompt_index"], each["seed"]) for each in report["videos"]} for report in (short, long)]
+    both = pairs[0] & pairs[1]
+    short, long = (
+        {**report, "videos": [each for each in report["videos"] if (each["prompt_index"], each["seed"]) in both]}
+        for report in (short, long)
+    )
+    units = {row["metric"]: row["unit"] for row in long["summary"]}
+    labels = {each["label"] for each in long["videos"]}
+    asked = dict.fromkeys(
+        (claim.method, claim.other, metric)
+        for claim in CLAIMS
+        for metric in claim.measures
+        if metric in units and {claim.method, claim.other} <= labels
+    )
+    found = []
+    for method, other, metric in asked:
+        values = [[_by_prompt(report, label, metric) for label in (method, other)] for report in (short, long)]
+        differences = [mine - others for mine, others in values]
+        short_estimate, long_estimate = (paired_interval(*each) for each in values)
+        change = paired_interval(differences[1], differences[0])
+        found.append(
+            Change(
+                method=method,
+                other=other,
+                metric=metric,
+                unit=units[metric],
+                short=short_estimate,
+                long=long_estimate,
+                change=change,
+            )
+        )
+    return found
+
+
+def _decided(estimate: Estimate) -> bool:
+    return bool(estimate.low > 0 or estimate.high < 0)
+
+
 def read(difference: Estimate, sign: Sign) -> Verdict:
     """How an interval reads: it lies on the side that is expected, on the other, or holds 0 (or there is none)."""
     low, high = (difference.low, difference.high) if sign == "more" else (-difference.high, -difference.low)

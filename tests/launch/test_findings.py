@@ -11,7 +11,7 @@ import pytest
 
 from freespec.methods import METHODS
 from launch.commands import findings
-from launch.comparison.claims import CLAIMS, Claim, answers, read
+from launch.comparison.claims import CLAIMS, Claim, answers, changes, read
 from launch.comparison.measure import units
 from metrics.bootstrap import Estimate
 from tests.launch.conftest import Run
@@ -148,6 +148,31 @@ def test_the_page_says_what_the_numbers_say(write: Callable[..., str], tmp_path:
     assert "| `laplacian_variance` (px) | less | −2 [−2, −2] | as the paper says |" in page
     assert "these are the reasons to think of first" in page
     assert "| direct | 1 | 0.5 | dual 0.1 (20) |" in page
+
+
+def test_more_steps_are_held_against_fewer_on_the_videos_that_both_have(write: Callable[..., str]) -> None:
+    labels = ("direct", "sliding_window")
+    names = {"laplacian_variance": "changes in size", "flow_mean": "turns round", "speed": "no change seen"}
+    short = report_of({name: {"direct": -1.0, "sliding_window": 1.0} for name in names}, labels)
+    long = report_of(
+        {
+            "laplacian_variance": {"direct": -2.0, "sliding_window": 1.0},
+            "flow_mean": {"direct": 2.0, "sliding_window": 1.0},
+            "speed": {"direct": -1.0, "sliding_window": 1.0},
+        },
+        labels,
+    )
+    for report, steps in ((short, 10), (long, 20)):
+        report["comparison"] = {"settings": {"sampler.num_steps": steps}}
+    for each in short["videos"][-2:]:  # a prompt that the longer run has not: it would move the mean
+        each["prompt_index"] = 9
+        each["values"]["speed"] = 100.0
+    assert {each.metric: each.verdict for each in changes(short, long)} == names
+    short["videos"] += [each | {"label": "freespec"} for each in short["videos"]]  # not in the longer run: not asked
+    page = write(methods=short, steps=long)
+    assert "The tables above are of 10 denoising steps. 32 videos were made with 20 as well." in page
+    assert "In 1 of 3 of the differences: no change seen, 1 changes in size, 1 turns round." in page
+    assert "| `flow_mean` (px) | −2 [−2, −2] | +1 [+1, +1] | +3 [+3, +3] | turns round |" in page
 
 
 def test_a_calibration_that_is_not_supported_leaves_the_defaults(write: Callable[..., str]) -> None:
