@@ -35,8 +35,9 @@ from benchmarks.measure import (
 from freespec.attention import WindowedAttention
 from freespec.kernels import select_kernel
 
-# A masked call needs the mask, and on CPU its float copy: 5 bytes per query and key.
-MASK_LIMIT_BYTES = 4 * 2**30
+# A masked call needs the mask, and on CPU its float copy: 5 bytes per query and key. What needs more goes in parts of the queries.
+MASK_LIMIT_BYTES = 2**30
+MASK_BYTES = 5
 CHECKED_QUERIES = 64
 Branches = tuple[Tensor | None, Tensor | None]  # out_local, out_global
 
@@ -56,14 +57,19 @@ def variants(shape: Shape, qkv: tuple[Tensor, Tensor, Tensor], kernel: str) -> d
         "two calls": lambda: (layer.local(q, k, v, 0, 0)[0], layer.dense(q, k, v)[0]),
         "dual": lambda: layer.both(q, k, v),
     }
-    if 5 * shape.num_tokens**2 <= MASK_LIMIT_BYTES:
-        mask = window_mask(shape, torch.arange(shape.num_tokens, device=q.device))
-        heads_first = [x.transpose(1, 2) for x in qkv]
-        calls["masked"] = lambda: (
-            functional.scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(1, 2),
-            None,
-        )
+    parts = torch.arange(shape.num_tokens, device=q.device).split(
+        max(MASK_LIMIT_BYTES // MASK_BYTES // shape.num_tokens, 1)
+    )
+    mask = window_mask(shape, parts[0]) if len(parts) == 1 else None
+    calls["masked"] = lambda: (torch.cat([masked(shape, qkv, part, mask) for part in parts], dim=1), None)
     return calls
+
+
+def masked(shape: Shape, qkv: tuple[Tensor, Tensor, Tensor], queries: Tensor, mask: Tensor | None) -> Tensor:
+    """The local branch of these queries with every key outside of their windows masked; the mask is made anew if it is not given."""
+    q, k, v = (x.transpose(1, 2) for x in (qkv[0][:, queries], *qkv[1:]))
+    seen = window_mask(shape, queries) if mask is None else mask
+    return functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
 
 
 def window_mask(shape: Shape, queries: Tensor) -> Tensor:

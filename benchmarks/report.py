@@ -286,7 +286,8 @@ def main() -> None:
         "## Expected and measured",
         expectations(runs),
         *section("Attention", "attention", runs, attention),
-        "TFLOP/s count 4 S K D per head: the whole square for `global`, `dual` and `masked`, the window's keys for `local`.",
+        "TFLOP/s count 4 S K D per head: the whole square for `global`, `dual` and `masked`, the window's keys for `local`. A mask that would "
+        "take more than 1 GiB with its float copy is made in parts of the queries, within the call.",
         *section("Fusion", "fusion", runs, fusion),
         "`grams`, `eigh` and `apply` are the parts of `fusion`.",
         "## Ranks",

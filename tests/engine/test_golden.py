@@ -1,4 +1,4 @@
-"""The golden test on the embedded model: its 4x-long video over any arrangement of ranks is the video of one rank."""
+"""The golden test on the embedded models: their 4x-long video over any arrangement of ranks is the video of one rank."""
 
 import dataclasses
 from pathlib import Path
@@ -18,10 +18,10 @@ ROOT = Path(__file__).parent.parent.parent
 STEPS = 4
 
 
-def config_of(method: str) -> RunConfig:
-    """The preset of the embedded model, 129 frames in 4 steps, with half of them dual."""
+def config_of(method: str, family: str = "wan") -> RunConfig:
+    """The preset of an embedded model, 129 frames in 4 steps, with half of them dual."""
     words = [
-        f"--config={ROOT / 'configs' / 'tiny-wan.yaml'}",
+        f"--config={ROOT / 'configs' / f'tiny-{family}.yaml'}",
         f"--method.name={method}",
         "--method.freespec.domain=step",
         "--method.freepca.domain=step",
@@ -34,20 +34,23 @@ def config_of(method: str) -> RunConfig:
 
 def latents_on_ranks(rank: int, case: Case) -> Tensor:
     """This rank's latents; runs on every rank."""
-    return LongVideoEngine(config_of(case.method), Ranks(mesh=mesh_of(case.degrees))).denoise(PROMPT).latents
+    return (
+        LongVideoEngine(config_of(case.method, case.folder), Ranks(mesh=mesh_of(case.degrees))).denoise(PROMPT).latents
+    )
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("ranks", [2, 3, 4, 8])
-def test_any_arrangement_of_ranks_makes_the_same_video(ranks, tmp_path):
-    # The other methods are in test_ranks, on a smaller model.
-    cases = [Case("", degrees, method) for degrees in all_degrees(ranks) for method in METHODS]
+# LTX-Video on other numbers of ranks, and the other methods of both, are in test_ltx_ranks and test_ranks, on smaller models.
+@pytest.mark.parametrize(("family", "ranks"), [("wan", 2), ("wan", 3), ("wan", 4), ("wan", 8), ("ltx", 4)])
+def test_any_arrangement_of_ranks_makes_the_same_video(family, ranks, tmp_path):
+    cases = [Case(family, degrees, method) for degrees in all_degrees(ranks) for method in METHODS]
     for case, by_rank in zip(cases, run_ranks(ranks, latents_on_ranks, cases, tmp_path), strict=True):
-        assert_same_video(by_rank, config_of(case.method), case)
+        assert_same_video(by_rank, config_of(case.method, family), case)
 
 
-def test_another_seed_is_another_video():
+@pytest.mark.parametrize("family", ["wan", "ltx"])
+def test_another_seed_is_another_video(family):
     """Negative control: the tolerance tells videos apart."""
-    config = config_of("freespec")
+    config = config_of("freespec", family)
     other = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, seed=config.sampler.seed + 1))
     assert relative(on_one_rank(other), on_one_rank(config)) > 0.1

@@ -105,6 +105,20 @@ def test_three_ranks_make_the_videos_of_one(make: Callable[..., Run], wan_folder
     ]
 
 
+def test_the_preset_of_the_embedded_ltx_video_on_one_rank_and_four(tmp_path: Path) -> None:
+    """Four times the native length through the whole command, in two steps."""
+    command = [f"--config={ROOT / 'configs/tiny-ltx.yaml'}", "--prompt=a red circle", "--sampler.num_steps=2"]
+    command += ["--model.device=cpu", "--output.progress=off"]
+    targets = {ranks: tmp_path / f"{ranks}/a.mp4" for ranks in (1, 4)}
+    for ranks, target in targets.items():
+        target.parent.mkdir()
+        files = [f"--output.path={target}", f"--output.save_latents={target.with_suffix('.safetensors')}"]
+        ended = run_forked([[*command, *files]] * ranks, target.parent)
+        assert [rank.code for rank in ended] == [0] * ranks, ended
+        assert count_frames(target) == 129
+    assert_same(targets[4], latents_of(targets[1]))
+
+
 def started_by_torchrun_of_two_machines(command: list[str]) -> list[list[str]]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         endpoint = f"127.0.0.1:{free.getsockname()[1]}"
