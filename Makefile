@@ -20,7 +20,7 @@ demo: setup
 
 # A test file to a process, one thread each: models this small are slower on more, and some tests start ranks of their own.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # What takes minutes: batches on a real Ray.
 test-slow: setup

@@ -12,6 +12,7 @@ from engine.config import FreeSpec
 from engine.errors import UserError
 from freespec.methods import METHODS
 from launch.cli import REPOSITORY
+from launch.comparison.claims import CLAIMS
 from launch.comparison.variants import Variant, read_variants
 from tests.launch.test_presets import ROWS as TABLE_3
 
@@ -85,13 +86,13 @@ def test_make_findings_makes_six_methods_and_the_seven_rows_of_the_table() -> No
         ["make", "-n", "findings"], check=True, capture_output=True, text=True, cwd=REPOSITORY
     ).stdout
     lists = [found.split() for found in re.findall(r"compare\.py .*?--methods (\S+ --\w+)", shown)]
-    made, methods, rows = (read(text) for text, _ in lists)
-    assert [option for _, option in lists] == ["--shard", "--report_only", "--baseline"]
+    made, _, few, methods, rows = (read(text) for text, _ in lists)
+    assert [option for _, option in lists] == ["--shard", "--out", "--out", "--report_only", "--baseline"]
     assert [variant.label for variant in methods] == list(METHODS)
     assert [variant.label for variant in rows] == list(ROWS)
     assert [variant.label for variant in made] == [*METHODS, *(label for label in ROWS if label != "freespec")]
     by_label = {variant.label: variant for variant in made}
-    for variant in [*methods, *rows]:
+    for variant in [*methods, *rows, *few]:
         assert variant.settings == by_label[variant.label].settings
     switches = ("basis", "rank", "time", "residual")
     for row in rows:
@@ -101,6 +102,7 @@ def test_make_findings_makes_six_methods_and_the_seven_rows_of_the_table() -> No
         assert dataclasses.replace(found, **{name: getattr(FreeSpec(), name) for name in switches}) == FreeSpec()
     (published,) = read("freespec:configs/ablation/t_gr.yaml")
     assert published.settings == by_label["freespec"].settings
+    assert {claim.method for claim in CLAIMS} | {claim.other for claim in CLAIMS} == {variant.label for variant in few}
     assert "--num_seeds 2" in shown
     assert "world-heldout-40.txt" in shown
     assert rows[0].config.sampler.num_steps == 20
