@@ -71,10 +71,10 @@ findings: setup
 		--prompt_file configs/prompts/world-heldout-40.txt --num_prompts 20 --out $(TABLES)/analysis --output.progress off
 	$(BIN)/python launch/findings.py --runs $(TABLES)
 
-# FreeSpec's open settings, searched on one list of prompts and judged on the other; hours as well.
+# FreeSpec's open settings, searched on one list of prompts and judged on the other, with the steps of the findings; hours as well.
 calibrate: setup
 	OMP_NUM_THREADS=1 $(BIN)/python launch/calibrate.py --prompt_file configs/prompts/world-calibration-20.txt \
-		--judge_prompt_file configs/prompts/world-heldout-40.txt --out runs/calibration --output.progress off
+		--judge_prompt_file configs/prompts/world-heldout-40.txt --sampler.num_steps 10 --out runs/calibration --output.progress off
 	$(BIN)/python launch/findings.py
 
 # Twelve small videos on two replicas of a Ray of this machine, then their report; started again it makes only what is missing.

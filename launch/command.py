@@ -4,7 +4,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from engine.errors import UserError
+from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
 from launch.stopping import Stopped, StopSignals, say
 
 
@@ -33,6 +33,12 @@ def run_command(
         heard.leave()
         say(f"error: {error}")
         return 1
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        heard.leave()
+        say(f"error: {describe_out_of_memory(error, when='loading or working')}")
+        return 2
     except KeyboardInterrupt as error:
         heard.leave()
         say(f"stopped: {error}" if isinstance(error, Stopped) else "stopped")

@@ -4,14 +4,13 @@ import shlex
 import time
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from engine.config import OutputConfig
 from engine.contact_sheet import FrameSampler, contact_sheet, write_picture
 from engine.decoder import VideoDecoder
 from engine.engine import LongVideoEngine
-from engine.errors import UserError
+from engine.errors import UserError, is_out_of_memory
 from engine.record import describe_video, peak_memory, write_record
 from engine.video import open_video
 from launch.command import LostRankError
@@ -43,11 +42,11 @@ def render(
         raise LostRankError(f"{error}; {describe_kept(files)}") from error
     except OSError as error:
         raise UserError(f"cannot write {files.video}: {error.strerror or error}; {describe_kept(files)}") from error
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory while decoding on {engine.device}; {describe_kept(files)} --decode.mode tiled"
-        ) from error
     except BaseException as error:
+        if is_out_of_memory(error):
+            raise UserError(
+                f"out of memory while decoding on {engine.device}; {describe_kept(files)} --decode.mode tiled"
+            ) from error
         error.add_note(describe_kept(files))
         raise
 

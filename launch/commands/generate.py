@@ -5,14 +5,13 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser
 from safetensors import safe_open
 
 from engine.checkpoint import save_latents
 from engine.config import RunConfig
 from engine.engine import Denoised, LongVideoEngine
-from engine.errors import UserError
+from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
 from engine.record import build_record
 from engine.trace import Trace
 from engine.trace_plot import write_trace
@@ -130,11 +129,10 @@ def _denoise(engine: LongVideoEngine, prompt: str, files: OutputFiles, trace: Tr
         raise LostRankError(f"{error}{kept}") from error
     except OSError as error:
         raise UserError(f"cannot write {files.checkpoint}: {error.strerror or error}") from error
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"out of memory while denoising on {engine.device}; make the video shorter or smaller, or add --model.weights "
-            "cpu_offload, on several ranks zero3"
-        ) from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(describe_out_of_memory(error, when=f"denoising on {engine.device}")) from error
 
 
 def _describe_checkpoint(files: OutputFiles) -> str:

@@ -29,7 +29,7 @@ from engine.batch.queue import Kind
 from engine.batch.store import DISK_ERRORS, publish, write_json
 from engine.checkpoint import save_latents
 from engine.engine import Denoised, LongVideoEngine
-from engine.errors import UserError
+from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
 from engine.record import build_record, peak_memory
 from engine.video import open_video
 from launch.command import LostRankError, run_command
@@ -201,7 +201,7 @@ def kind_of(error: BaseException) -> Kind:
         return "disk"
     if isinstance(error, UserError):  # the engine turns an OSError of one rank into one line for all
         return "disk" if any(os.strerror(number) in str(error) for number in DISK_ERRORS) else "mistake"
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return "memory"
     if isinstance(error, CollectiveError | LostRankError | dist.DistError):
         return "lost"
@@ -214,10 +214,7 @@ def describe(error: BaseException) -> str:
     first = re.sub(r"^\[Errno \d+\] ", "", first)
     match kind_of(error):
         case "memory":
-            return (
-                f"out of memory ({first}); more ranks per replica (--nproc or --gpus_per_replica), --model.weights cpu_offload, "
-                "--decode.mode tiled, or a shorter or smaller video would fit"
-            )
+            return describe_out_of_memory(error, when="making an item")
         case "fault":
             return f"{type(error).__name__}: {first}"
         case _:

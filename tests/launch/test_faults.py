@@ -2,6 +2,7 @@
 
 import errno
 import os
+import resource
 import shlex
 import signal
 import subprocess
@@ -20,6 +21,7 @@ import engine.tiled_decode
 from engine.hooks import BranchProcessor
 from engine.video import VideoWriter
 from launch import stopping
+from launch.cli import REPOSITORY
 from launch.commands import decode
 from tests.launch.conftest import Run
 from tests.launch.forked import PATIENCE_SECONDS, run_forked
@@ -28,6 +30,8 @@ from tests.launch.test_ranks import SCRIPT, TILED, latents_of, prompted
 
 # What a collective may take where all processes of a busy machine stand still together for seconds.
 TIMEOUT_SECONDS = 15
+# Within the model's rotary table, and 64 TiB of noise.
+TOO_LARGE = {"video.height": 8192, "video.width": 8192, "video.num_frames": 4093}
 
 
 def kill_myself(*_args: object, **_kwargs: object) -> None:
@@ -90,6 +94,11 @@ def interrupt_while_decoding(rank: int) -> None:
         write(self, frames)
 
     VideoWriter.write = stop
+
+
+def limit_memory(_rank: int) -> None:
+    """So that nothing is promised which is not there, whatever the machine's rule of overcommitment."""
+    resource.setrlimit(resource.RLIMIT_AS, (64 << 30, 64 << 30))
 
 
 def sleep_long() -> None:
@@ -161,6 +170,18 @@ def test_a_rank_that_never_comes(wan_folder: Path, tmp_path: Path) -> None:
     assert [rank.code for rank in ended] == [2, 2]
     assert ended[0].err == "error: only 2 of 3 ranks came within 2 s; rank 0 waited\n"
     assert "error:" not in ended[1].err  # torch may log that rank 0 has left
+    assert names(tmp_path / "out") == set()
+
+
+def test_memory_that_runs_out_is_one_line_on_every_rank(tmp_path: Path) -> None:
+    """Of a CPU, whose allocator raises a plain RuntimeError: both ranks ask for the same 64 TiB of noise."""
+    command = prompted(REPOSITORY / "tiny/wan", tmp_path / "out" / "a.mp4", TOO_LARGE)
+    ended = run_forked([command] * 2, tmp_path, fault=limit_memory)
+    assert {rank.code for rank in ended} <= {1, 2}, ended
+    for rank in ended:
+        assert rank.err.count("\n") <= 1, ended
+    assert ended[0].err.startswith("error: out of memory while denoising on cpu ("), ended
+    assert "a shorter or smaller video would fit" in ended[0].err
     assert names(tmp_path / "out") == set()
 
 

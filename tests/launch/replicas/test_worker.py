@@ -24,6 +24,7 @@ from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.video import VideoWriter, read_video
+from launch.cli import REPOSITORY
 from launch.command import LostRankError
 from launch.replicas.worker import Worker, describe, kind_of
 from parallel.collectives import CollectiveError
@@ -248,6 +249,32 @@ def test_a_video_is_checked_by_decoding_all_of_it(worker: Worker, batch: Batch) 
     path.write_bytes(data[: len(data) * 2 // 3])
     with pytest.raises(OSError, match="decode"):
         check_video(path, num_frames=17, height=32, width=32)
+
+
+def test_memory_that_runs_out_ends_the_item_with_what_would_fit(told: list[dict[str, Any]], tmp_path: Path) -> None:
+    """A real allocation that fails: 64 TiB of noise. The rank ends, since nobody knows where the others are."""
+    if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "1":
+        pytest.skip("this machine promises any memory that is asked for")
+    config = config_of(REPOSITORY / "tiny/wan")  # its rotary table is long enough
+    config = dataclasses.replace(
+        config, video=dataclasses.replace(config.video, height=8192, width=8192, num_frames=4093)
+    )
+    planned = plan_batch(
+        config, cases.suite("a red circle"), methods=("direct",), seeds=(3,), checkpoint="c", dtype="float32"
+    )
+    with contextlib.closing(LongVideoEngine(config)) as engine:
+
+        def tell(event: str, **fields: Any) -> None:
+            told.append({"event": event, **fields})
+
+        worker = Worker(engine=engine, root=tmp_path, checkpoint_every=EVERY, keep_latents=True, tell=tell)
+        with pytest.raises(RuntimeError, match="can't allocate memory"):
+            worker.run(task_of(planned))
+    (failed,) = told
+    assert (failed["event"], failed["kind"], failed["whole"]) == ("failed", "memory", False)
+    assert failed["message"].startswith("out of memory while making an item (")
+    assert "a shorter or smaller video would fit" in failed["message"]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize(
