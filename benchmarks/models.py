@@ -69,8 +69,8 @@ PREDICTIONS = """
 Peak GiB is what the busiest GPU must hold: weights in bf16, text encoder (on GPU 0 only; `parallel.text_device cpu` and
 `model.weights cpu_offload` make room), the worst moment of a forward, or decoding whole frames on GPU 0, in the mode that fits. Seconds are for the
 preset's steps with guidance; from datasheets and assumed fractions of them, whose sources are in `configs/gpus/`. The time of the fusion's
-eigendecompositions is assumed at heads of 128 and not shared by ranks, which weighs on LTX-Video: its heads have 64, and its 20,130 tokens
-make attention so cheap that the fusion is nearly half of a predicted dual step.
+eigendecompositions is assumed to grow with a head's channels and not to fall with the heads of a rank, which weighs on LTX-Video: its 20,130
+tokens make attention so cheap that over 8 GPUs the fusion is a third of a predicted dual step.
 What does not fit may with `model.weights zero3`, which shares the weights out: [parallel.md](parallel.md#weights-larger-than-a-gpu).
 """
 

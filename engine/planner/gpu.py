@@ -11,6 +11,8 @@ from engine.errors import UserError
 from engine.load import REPOSITORY
 
 FOLDER = REPOSITORY / "configs" / "gpus"
+EIGH_DIM = 128
+"""Channels of the heads that `eigh_seconds` is for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,9 @@ class GpuSpec:
         fp32_fraction: of the Gram and fusion products, of fp32_tflops.
         memory_fraction: of passes that only read and write, of memory_gb_s.
         link_fraction: of messages, of either link.
-        eigh_seconds: both eigendecompositions (fp64, batched over heads) of one layer, on one GPU.
+        eigh_seconds: both eigendecompositions (fp64, batched over heads) of one layer with heads of `EIGH_DIM` channels, on one GPU.
+            A head is decomposed in about as many dependent passes as it has channels, and heads side by side, so that the time
+            grows with a head's channels and not with the number of heads.
         sources: for each of the numbers above, where it comes from.
     """
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from engine.planner.flops import ATTENTION, FP32, GEMM, forward_flops
-from engine.planner.gpu import GpuSpec
+from engine.planner.gpu import EIGH_DIM, GpuSpec
 from engine.planner.layout import Layout
 from engine.planner.model import FP32_BYTES
 from freespec.methods import Mode
@@ -22,14 +22,16 @@ def step_seconds(layout: Layout, mode: Mode, gpu: GpuSpec, kernel: str) -> dict[
     flops = forward_flops(layout.spec, layout.share(mode), mode)
     peak = (gpu.bf16_tflops if layout.itemsize < FP32_BYTES else gpu.fp32_tflops) * TERA
     fp32 = gpu.fp32_tflops * TERA * gpu.fp32_fraction
-    calls = layout.forwards
-    attention = calls * sum(flops[part] for part in ATTENTION) / (peak * gpu.attention_rate(kernel))
-    eigh = gpu.eigh_seconds * layout.spec.layers if mode in ("dual", "views_global") else 0.0
+    forwards = layout.forwards
+    attention = forwards * sum(flops[part] for part in ATTENTION) / (peak * gpu.attention_rate(kernel))
+    eigh = 0.0
+    if mode in ("dual", "views_global"):  # heads lie side by side, and so does a batch of both passes
+        eigh = layout.calls * layout.spec.layers * gpu.eigh_seconds * layout.spec.head_dim / EIGH_DIM
     seconds = {
-        "matrices": calls * sum(flops[part] for part in GEMM) / (peak * gpu.gemm_fraction),
+        "matrices": forwards * sum(flops[part] for part in GEMM) / (peak * gpu.gemm_fraction),
         "attention": attention,
-        "spectrum": calls * (sum(flops[part] for part in FP32) / fp32 + eigh),
-        "memory": calls * pass_bytes(layout, mode) / (gpu.memory_gb_s * GIGA * gpu.memory_fraction),
+        "spectrum": forwards * sum(flops[part] for part in FP32) / fp32 + eigh,
+        "memory": forwards * pass_bytes(layout, mode) / (gpu.memory_gb_s * GIGA * gpu.memory_fraction),
     }
     waits = communication_seconds(layout, mode, gpu, attention)
     return seconds | {"communication": waits + weight_seconds(layout, mode, gpu, sum(seconds.values()))}

@@ -289,3 +289,15 @@ def test_the_predicted_table_has_ltx(tmp_path: Path) -> None:
     assert [(row["model"], row["gpus"]) for row in rows] == [(NAME, 1), (NAME, 8)]
     assert all(row["fits"] and 0 < row["efficiency_freespec"] <= 1 for row in rows)
     assert dataclasses.asdict(config.video) == dataclasses.asdict(LONG)
+
+
+def test_eigendecompositions_take_as_long_as_a_head_has_channels(spec: ModelSpec) -> None:
+    """Heads of 64 take half of what a GPU's file says of heads of 128, and heads and both passes lie side by side."""
+    free = replace(H200, eigh_seconds=0.0)
+    for world in (1, 8):
+        with_them, without = (
+            plan(spec, LONG, SAMPLER, METHOD, gpu=gpu, world_size=world)[0].step_seconds for gpu in (H200, free)
+        )
+        added = with_them["dual"]["spectrum"] - without["dual"]["spectrum"]
+        assert added == pytest.approx(spec.layers * H200.eigh_seconds / 2)
+        assert with_them["global"] == without["global"]
