@@ -58,9 +58,9 @@ ROW = $(1)=freespec:configs/ablation/$(2).yaml
 SIX := direct,sliding_window,freenoise,freelong,freepca,freespec
 ROWS := $(call ROW,GB,gb),$(call ROW,LB-fixed,lb_fixed),$(call ROW,RA,ra),$(call ROW,TA,ta),$(call ROW,RA+TA,ra_ta),$(call ROW,F-GR,f_gr)
 TABLES := runs/findings
-FINDINGS := $(COMPARE) --num_seeds 2 --sampler.num_steps 10 --out $(TABLES)
-# Whether 10 steps suffice: the same prompts and seed with 20.
-STEPS := $(COMPARE) --num_prompts 12 --methods direct,sliding_window,freespec --out $(TABLES)/steps
+FINDINGS := $(COMPARE) --num_seeds 2 --out $(TABLES)
+# What half of the steps change: the same prompts, one seed, and the methods of which the page speaks.
+STEPS := $(COMPARE) --sampler.num_steps 10 --methods direct,sliding_window,freespec --out $(TABLES)/steps
 findings: setup
 	$(call in_shards,$(FINDINGS) --methods $(SIX)$(comma)$(ROWS))
 	$(call in_shards,$(STEPS))
@@ -71,7 +71,7 @@ findings: setup
 		--prompt_file configs/prompts/world-heldout-40.txt --num_prompts 20 --out $(TABLES)/analysis --output.progress off
 	$(BIN)/python launch/findings.py --runs $(TABLES)
 
-# FreeSpec's open settings, searched on one list of prompts and judged on the other, with the steps of the findings; hours as well.
+# FreeSpec's open settings, searched on one list of prompts and judged on the other, with half of the steps of the findings; hours as well.
 calibrate: setup
 	OMP_NUM_THREADS=1 $(BIN)/python launch/calibrate.py --prompt_file configs/prompts/world-calibration-20.txt \
 		--judge_prompt_file configs/prompts/world-heldout-40.txt --sampler.num_steps 10 --out runs/calibration --output.progress off

@@ -25,7 +25,7 @@ INTRO = """# Findings on the embedded model
 
 Written by `python launch/findings.py` from the reports of
 
-    make findings       # all six methods and the seven ablation rows, 40 held-out prompts x 2 seeds; spectra of 20 prompts
+    make findings       # all six methods and the seven ablation rows on held-out prompts; spectra of 20 of them
     make calibrate      # the search for FreeSpec's open settings
 
 do not edit. Both take hours in the background, one thread a process, go on where they were stopped, and
@@ -79,7 +79,7 @@ def main(argv: list[str]) -> None:
             _tables(
                 "The ablation: rows of the paper's Table 3 (`freespec` is LB + RA + TA + T-GR)", reports["ablation"]
             ),
-            _steps_suffice(reports["methods"], reports["steps"]),
+            _step_count(reports["methods"], reports["steps"]),
             _calibration(reports["calibration"]),
             TRANSFER,
             "",
@@ -230,15 +230,15 @@ def _steps(found: dict[str, Any]) -> str:
     )
 
 
-def _steps_suffice(short: dict[str, Any] | None, long: dict[str, Any] | None) -> str:
-    lines = ["## Whether so many steps suffice", ""]
-    if short is None or long is None:
+def _step_count(tables: dict[str, Any] | None, rerun: dict[str, Any] | None) -> str:
+    lines = ["## What the number of steps changes", ""]
+    if tables is None or rerun is None:
         return "\n".join([*lines, "Not measured yet.", ""])
-    few, many = (report["comparison"]["settings"]["sampler.num_steps"] for report in (short, long))
-    found = changes(short, long)
+    here, there = (report["comparison"]["settings"]["sampler.num_steps"] for report in (tables, rerun))
+    found = changes(tables, rerun)
     verdicts = [each.verdict for each in found]
     lines += [
-        f"The tables above are of {few} denoising steps. {len(long['videos'])} videos were made with {many} as well. For every difference "
+        f"The tables above are of {here} denoising steps. {len(rerun['videos'])} videos were made with {there} as well. For every difference "
         f"that the sections above speak of, both on the {found[0].change.count} prompts that have both, and what becomes of it, paired by "
         f"prompt. {_count(verdicts, 'no change seen', 'of the differences')}",
         "",
@@ -247,12 +247,12 @@ def _steps_suffice(short: dict[str, Any] | None, long: dict[str, Any] | None) ->
         [
             f"{each.method} − {each.other}",
             f"`{each.metric}` ({each.unit})",
-            *(estimate(as_json(told), signed=True) for told in (each.short, each.long, each.change)),
+            *(estimate(as_json(told), signed=True) for told in (each.tables, each.rerun, each.change)),
             each.verdict,
         ]
         for each in found
     ]
-    header = ["difference", "measure", f"{few} steps", f"{many} steps", f"{many} − {few}", "reads"]
+    header = ["difference", "measure", f"{here} steps", f"{there} steps", f"{there} − {here}", "reads"]
     return "\n".join([*lines, table(header, rows)])
 
 

@@ -114,35 +114,35 @@ def answers(claim: Claim, report: Mapping[str, Any]) -> list[Answer]:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One measure's difference method - other in a short run and in a longer one, and long - short, all on the same videos."""
+    """One measure's difference method - other in the tables' run and in a rerun with other steps, and rerun - tables, on the same videos."""
 
     method: str
     other: str
     metric: str
     unit: str
-    short: Estimate
-    long: Estimate
+    tables: Estimate
+    rerun: Estimate
     change: Estimate
 
     @property
     def verdict(self) -> str:
-        """Whether another conclusion would be drawn from the longer run."""
+        """Whether another conclusion would be drawn from the rerun."""
         if not _decided(self.change):
             return "no change seen"
-        turned = _decided(self.short) and _decided(self.long) and self.short.mean * self.long.mean < 0
+        turned = _decided(self.tables) and _decided(self.rerun) and self.tables.mean * self.rerun.mean < 0
         return "turns round" if turned else "changes in size"
 
 
-def changes(short: Mapping[str, Any], long: Mapping[str, Any]) -> list[Change]:
-    """What becomes of the differences that the claims ask for with more steps, on the prompts and seeds that both reports have."""
-    pairs = [{(each["prompt_index"], each["seed"]) for each in report["videos"]} for report in (short, long)]
+def changes(tables: Mapping[str, Any], rerun: Mapping[str, Any]) -> list[Change]:
+    """What becomes of the differences that the claims ask for with another number of steps, on the prompts and seeds that both reports have."""
+    pairs = [{(each["prompt_index"], each["seed"]) for each in report["videos"]} for report in (tables, rerun)]
     both = pairs[0] & pairs[1]
-    short, long = (
+    tables, rerun = (
         {**report, "videos": [each for each in report["videos"] if (each["prompt_index"], each["seed"]) in both]}
-        for report in (short, long)
+        for report in (tables, rerun)
     )
-    units = {row["metric"]: row["unit"] for row in long["summary"]}
-    labels = {each["label"] for each in long["videos"]}
+    units = {row["metric"]: row["unit"] for row in rerun["summary"]}
+    labels = {each["label"] for each in rerun["videos"]}
     asked = dict.fromkeys(
         (claim.method, claim.other, metric)
         for claim in CLAIMS
@@ -151,9 +151,9 @@ def changes(short: Mapping[str, Any], long: Mapping[str, Any]) -> list[Change]:
     )
     found = []
     for method, other, metric in asked:
-        values = [[_by_prompt(report, label, metric) for label in (method, other)] for report in (short, long)]
+        values = [[_by_prompt(report, label, metric) for label in (method, other)] for report in (tables, rerun)]
         differences = [mine - others for mine, others in values]
-        short_estimate, long_estimate = (paired_interval(*each) for each in values)
+        table_estimate, rerun_estimate = (paired_interval(*each) for each in values)
         change = paired_interval(differences[1], differences[0])
         found.append(
             Change(
@@ -161,8 +161,8 @@ def changes(short: Mapping[str, Any], long: Mapping[str, Any]) -> list[Change]:
                 other=other,
                 metric=metric,
                 unit=units[metric],
-                short=short_estimate,
-                long=long_estimate,
+                tables=table_estimate,
+                rerun=rerun_estimate,
                 change=change,
             )
         )

@@ -150,11 +150,13 @@ def test_the_page_says_what_the_numbers_say(write: Callable[..., str], tmp_path:
     assert "| direct | 1 | 0.5 | dual 0.1 (20) |" in page
 
 
-def test_more_steps_are_held_against_fewer_on_the_videos_that_both_have(write: Callable[..., str]) -> None:
+def test_another_number_of_steps_is_held_against_the_tables_on_the_videos_that_both_have(
+    write: Callable[..., str],
+) -> None:
     labels = ("direct", "sliding_window")
     names = {"laplacian_variance": "changes in size", "flow_mean": "turns round", "speed": "no change seen"}
-    short = report_of({name: {"direct": -1.0, "sliding_window": 1.0} for name in names}, labels)
-    long = report_of(
+    tables = report_of({name: {"direct": -1.0, "sliding_window": 1.0} for name in names}, labels)
+    rerun = report_of(
         {
             "laplacian_variance": {"direct": -2.0, "sliding_window": 1.0},
             "flow_mean": {"direct": 2.0, "sliding_window": 1.0},
@@ -162,15 +164,15 @@ def test_more_steps_are_held_against_fewer_on_the_videos_that_both_have(write: C
         },
         labels,
     )
-    for report, steps in ((short, 10), (long, 20)):
+    for report, steps in ((tables, 20), (rerun, 10)):
         report["comparison"] = {"settings": {"sampler.num_steps": steps}}
-    for each in short["videos"][-2:]:  # a prompt that the longer run has not: it would move the mean
+    for each in tables["videos"][-2:]:  # a prompt that the rerun has not: it would move the mean
         each["prompt_index"] = 9
         each["values"]["speed"] = 100.0
-    assert {each.metric: each.verdict for each in changes(short, long)} == names
-    short["videos"] += [each | {"label": "freespec"} for each in short["videos"]]  # not in the longer run: not asked
-    page = write(methods=short, steps=long)
-    assert "The tables above are of 10 denoising steps. 32 videos were made with 20 as well." in page
+    assert {each.metric: each.verdict for each in changes(tables, rerun)} == names
+    tables["videos"] += [each | {"label": "freespec"} for each in tables["videos"]]  # not in the rerun: not asked
+    page = write(methods=tables, steps=rerun)
+    assert "The tables above are of 20 denoising steps. 32 videos were made with 10 as well." in page
     assert "In 1 of 3 of the differences: no change seen, 1 changes in size, 1 turns round." in page
     assert "| `flow_mean` (px) | −2 [−2, −2] | +1 [+1, +1] | +3 [+3, +3] | turns round |" in page
 
