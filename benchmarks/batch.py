@@ -4,10 +4,14 @@
     python -m benchmarks.batch --part driver    the simulation alone: no model, no GPU
 
 The first part makes the same items with batch.py on one replica and with the engine in a plain loop, in rounds, one after the
-other, and compares the seconds of an item: on a quiet machine, since other work disturbs them. CPU time is told of the loop
-and of the driver alone; that of the ranks is in neither, because the driver ends them without collecting it. Items are as large as the preset's and have a tenth of its steps, since what the runner adds does not
-depend on the steps; the share is told of an item that takes ten seconds. The loop writes the mp4 and nothing else; the
-runner also keeps steps, decodes what it has written, hashes it, flushes it and writes a sidecar. The second part runs the
+other. What the runner adds is what lies between the start of an item and that of the next beside the text, the denoising and
+the decoding of the item, whose seconds are in its sidecar: the loop does these as well and nothing else, and its items vary by
+more than what the runner adds. CPU time is told of the loop and of the driver alone; that of the ranks is in neither, because the
+driver ends them without collecting it. Items are as large as the preset's and have a tenth of its steps, since what the runner
+adds does not depend on the steps; the share is told of an item that takes ten seconds. The runner decodes what it has
+written, hashes it, flushes it, writes a sidecar and asks for the next item; that it keeps steps belongs to the denoising, every
+so many steps, and is timed by itself, on latents of this size.
+The second part runs the
 real driver, queue, journal and files, with replicas that finish an item when a simulated clock says so.
 """
 
@@ -40,6 +44,7 @@ from engine.batch.plan import plan_batch
 from engine.batch.queue import Queue
 from engine.batch.store import publish, read_lines, write_json
 from engine.batch.suite import Prompt, Suite
+from engine.checkpoint import save_run
 from engine.engine import LongVideoEngine
 from engine.video import open_video
 from launch.cli import parse_run
@@ -79,33 +84,36 @@ FEW = 2
 
 
 def measure_overhead(folder: Path, videos: int, rounds: int) -> dict[str, Any]:
-    """What an item costs in the runner and in a loop, both beside what starting costs, and the difference.
+    """What an item costs in a loop and in the runner, and how much of the latter the runner adds, with one kept step.
 
     The driver's CPU time per item is that of `videos` items less that of two, whose start is the same.
     """
     loop: dict[str, list[float]] = {"wall_s": [], "cpu_s": []}
-    runner: dict[str, list[float]] = {"wall_s": [], "driver_cpu_s": []}
+    runner: dict[str, list[float]] = {"wall_s": [], "added_s": [], "driver_cpu_s": []}
     for number in range(rounds):
         for item in loop_items(folder / f"loop{number}", videos):
             loop["wall_s"].append(item[0])
             loop["cpu_s"].append(item[1])
         few, _ = run_batch(folder / f"few{number}", FEW)
-        many, between = run_batch(folder / f"many{number}", videos)
+        many, items = run_batch(folder / f"many{number}", videos)
         runner["driver_cpu_s"].append((many - few) / (videos - FEW))
-        runner["wall_s"] += between
-    added = statistics.median(runner["wall_s"]) - statistics.median(loop["wall_s"])
+        runner["wall_s"] += [wall for wall, _ in items]
+        runner["added_s"] += [added for _, added in items]
+    keeping = time_keeping(folder / "kept.safetensors")
+    added = statistics.median(runner["added_s"]) + statistics.median(keeping)
     return {
         "videos": videos,
         "rounds": rounds,
         "loop": {kind: spread(values) for kind, values in loop.items()},
         "runner": {kind: spread(values) for kind, values in runner.items()},
+        "keeping_a_step_s": spread(keeping),
         "overhead_s": added,
         f"share_of_an_item_of_{TARGET_SECONDS:.0f}_s": added / TARGET_SECONDS,
     }
 
 
-def run_batch(root: Path, videos: int) -> tuple[float, list[float]]:
-    """CPU seconds of batch.py without its ranks, and the seconds from the start of an item to that of the next."""
+def run_batch(root: Path, videos: int) -> tuple[float, list[tuple[float, float]]]:
+    """CPU seconds of batch.py without its ranks; by item, the seconds to the start of the next, and those that the runner added."""
     suite = root.with_suffix(".txt")
     suite.write_text(f"{PROMPT}\n")
     given = SETTINGS | {"suite": suite, "out": root, "seeds": ",".join(map(str, range(videos))), "methods": "direct"}
@@ -115,9 +123,26 @@ def run_batch(root: Path, videos: int) -> tuple[float, list[float]]:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     events = read_lines(root / "logs/shard-1-of-1.jsonl")
     starts = [_seconds(event["time"]) for event in events if event["event"] == "started"]
+    sidecars = [json.loads(path.read_text()) for path in sorted(root.glob("direct/*/videos/*.json"))]
+    made = sorted((each for each in sidecars if "run" in each), key=lambda each: each["started"])
+    assert len(made) == len(starts) == videos, (len(made), len(starts))
+    engine = [sum(each["run"]["seconds"][part] for part in ("text", "denoise", "decode")) for each in made]
+    between = [b - a for a, b in itertools.pairwise(starts)]
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     # The first item warms up, in the loop too.
-    return cpu, [b - a for a, b in itertools.pairwise(starts)][1:]
+    return cpu, [(wall, wall - own) for wall, own in zip(between, engine, strict=False)][1:]
+
+
+def time_keeping(path: Path) -> list[float]:
+    """Seconds that keeping a step takes, atomically: a preset's latents, and the three tensors of their size that UniPC holds."""
+    latents = torch.zeros(1, 8, 33, 8, 8)
+    state = dict.fromkeys(("model_outputs.0", "model_outputs.1", "last_sample"), latents)
+    found = []
+    for step in range(9):
+        started = time.perf_counter()
+        save_run(path, latents, step=step, run_id="benchmark", state=(state, {}))
+        found.append(time.perf_counter() - started)
+    return found
 
 
 def loop_items(root: Path, videos: int) -> list[tuple[float, float]]:

@@ -137,8 +137,14 @@ class Worker:
             for piece in engine.decode(denoised.latents, seed=task["identity"]["seed"]):
                 video.write(piece)
                 frames.add(piece)
+        decoded = time.perf_counter()
         facts = publish(part, files.video, check=lambda path: check_video(path, num_frames=frames.count, **size))
-        seconds = {"load": engine.load_seconds, **denoised.seconds, "decode": time.perf_counter() - decoding}
+        seconds = {
+            "load": engine.load_seconds,
+            **denoised.seconds,
+            "decode": decoded - decoding,
+            "publish": time.perf_counter() - decoded,
+        }
         identity = task["identity"]
         run = build_record(
             engine,
