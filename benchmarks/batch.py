@@ -6,11 +6,10 @@
 The first part makes the same items with batch.py on one replica and with the engine in a plain loop, in rounds, one after the
 other. What the runner adds is what lies between the start of an item and that of the next beside the text, the denoising and
 the decoding of the item, whose seconds are in its sidecar: the loop does these as well and nothing else, and its items vary by
-more than what the runner adds. CPU time is told of the loop and of the driver alone; that of the ranks is in neither, because the
-driver ends them without collecting it. Items are as large as the preset's and have a tenth of its steps, since what the runner
+more than what the runner adds. Items are as large as the preset's and have a tenth of its steps, since what the runner
 adds does not depend on the steps; the share is told of an item that takes ten seconds. The runner decodes what it has
-written, hashes it, flushes it, writes a sidecar and asks for the next item; that it keeps steps belongs to the denoising, every
-so many steps, and is timed by itself, on latents of this size.
+written, hashes it, flushes it, writes a sidecar and asks for the next item. That it keeps steps belongs to the denoising; one
+such step is timed by itself, on latents of the preset, and counted as often as an item with all of the preset's steps keeps one.
 The second part runs the
 real driver, queue, journal and files, with replicas that finish an item when a simulated clock says so.
 """
@@ -46,6 +45,7 @@ from engine.batch.store import publish, read_lines, write_json
 from engine.batch.suite import Prompt, Suite
 from engine.checkpoint import save_run
 from engine.engine import LongVideoEngine
+from engine.load import fetch, find_checkpoint, read_spec
 from engine.video import open_video
 from launch.cli import parse_run
 
@@ -79,48 +79,43 @@ def main() -> None:
 
 
 SETTINGS = {"video.num_frames": 129, "sampler.num_steps": 2, "output.progress": "off"}
+SETTING_WORDS = [f"--{name}={value}" for name, value in SETTINGS.items()]
+CHECKPOINT_EVERY = 5
 PROMPT = "a red circle bounces over a blue background"
-FEW = 2
 
 
 def measure_overhead(folder: Path, videos: int, rounds: int) -> dict[str, Any]:
-    """What an item costs in a loop and in the runner, and how much of the latter the runner adds, with one kept step.
-
-    The driver's CPU time per item is that of `videos` items less that of two, whose start is the same.
-    """
-    loop: dict[str, list[float]] = {"wall_s": [], "cpu_s": []}
-    runner: dict[str, list[float]] = {"wall_s": [], "added_s": [], "driver_cpu_s": []}
+    """What an item costs in a loop and in the runner, and how much of the latter the runner adds, with the steps that it keeps."""
+    loop: list[float] = []
+    runner: dict[str, list[float]] = {"wall_s": [], "added_s": []}
     for number in range(rounds):
-        for item in loop_items(folder / f"loop{number}", videos):
-            loop["wall_s"].append(item[0])
-            loop["cpu_s"].append(item[1])
-        few, _ = run_batch(folder / f"few{number}", FEW)
-        many, items = run_batch(folder / f"many{number}", videos)
-        runner["driver_cpu_s"].append((many - few) / (videos - FEW))
+        loop += loop_items(folder / f"loop{number}", videos)
+        items = run_batch(folder / f"batch{number}", videos)
         runner["wall_s"] += [wall for wall, _ in items]
         runner["added_s"] += [added for _, added in items]
-    keeping = time_keeping(folder / "kept.safetensors")
-    added = statistics.median(runner["added_s"]) + statistics.median(keeping)
+    preset = parse_run([], name="benchmark", description="", add_arguments=lambda _: None)[1]
+    keeping, kept = time_keeping(folder / "kept.safetensors"), kept_steps(preset.sampler.num_steps, CHECKPOINT_EVERY)
+    added = statistics.median(runner["added_s"]) + kept * statistics.median(keeping)
     return {
         "videos": videos,
         "rounds": rounds,
-        "loop": {kind: spread(values) for kind, values in loop.items()},
+        "loop": {"wall_s": spread(loop)},
         "runner": {kind: spread(values) for kind, values in runner.items()},
         "keeping_a_step_s": spread(keeping),
+        "kept_steps": kept,
         "overhead_s": added,
         f"share_of_an_item_of_{TARGET_SECONDS:.0f}_s": added / TARGET_SECONDS,
     }
 
 
-def run_batch(root: Path, videos: int) -> tuple[float, list[tuple[float, float]]]:
-    """CPU seconds of batch.py without its ranks; by item, the seconds to the start of the next, and those that the runner added."""
+def run_batch(root: Path, videos: int) -> list[tuple[float, float]]:
+    """Of each item of a batch but the first, the seconds to the start of the next, and those of them that the runner added."""
     suite = root.with_suffix(".txt")
     suite.write_text(f"{PROMPT}\n")
-    given = SETTINGS | {"suite": suite, "out": root, "seeds": ",".join(map(str, range(videos))), "methods": "direct"}
+    own = {"suite": suite, "out": root, "seeds": ",".join(map(str, range(videos))), "methods": "direct"}
+    given = SETTINGS | own | {"checkpoint_every": CHECKPOINT_EVERY}
     words = [f"--{name}={value}" for name, value in given.items()]
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, "launch/batch.py", *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     events = read_lines(root / "logs/shard-1-of-1.jsonl")
     starts = [_seconds(event["time"]) for event in events if event["event"] == "started"]
     sidecars = [json.loads(path.read_text()) for path in sorted(root.glob("direct/*/videos/*.json"))]
@@ -128,14 +123,21 @@ def run_batch(root: Path, videos: int) -> tuple[float, list[tuple[float, float]]
     assert len(made) == len(starts) == videos, (len(made), len(starts))
     engine = [sum(each["run"]["seconds"][part] for part in ("text", "denoise", "decode")) for each in made]
     between = [b - a for a, b in itertools.pairwise(starts)]
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     # The first item warms up, in the loop too.
-    return cpu, [(wall, wall - own) for wall, own in zip(between, engine, strict=False)][1:]
+    return [(wall, wall - own) for wall, own in zip(between, engine, strict=False)][1:]
+
+
+def kept_steps(num_steps: int, every: int) -> int:
+    """How often an item keeps its state: after every so many steps, and after the last."""
+    return -(-num_steps // every)
 
 
 def time_keeping(path: Path) -> list[float]:
     """Seconds that keeping a step takes, atomically: a preset's latents, and the three tensors of their size that UniPC holds."""
-    latents = torch.zeros(1, 8, 33, 8, 8)
+    config = parse_run(SETTING_WORDS, name="benchmark", description="", add_arguments=lambda _: None)[1]
+    video, model = config.video, config.model
+    spec = read_spec(fetch(find_checkpoint(model.path), model.revision, parts=(), offline=model.offline))
+    latents = torch.zeros(spec.latent_shape(video.num_frames, video.height, video.width))
     state = dict.fromkeys(("model_outputs.0", "model_outputs.1", "last_sample"), latents)
     found = []
     for step in range(9):
@@ -145,21 +147,22 @@ def time_keeping(path: Path) -> list[float]:
     return found
 
 
-def loop_items(root: Path, videos: int) -> list[tuple[float, float]]:
-    """Seconds and CPU seconds of each of the same items but the first, in a loop as short as it can be."""
-    words = [*(f"--{name}={value}" for name, value in SETTINGS.items()), "--method.name=direct"]
-    _, config = parse_run(words, name="benchmark", description="", add_arguments=lambda _: None)
+def loop_items(root: Path, videos: int) -> list[float]:
+    """Seconds of each of the same items but the first, in a loop as short as it can be."""
+    _, config = parse_run(
+        [*SETTING_WORDS, "--method.name=direct"], name="benchmark", description="", add_arguments=lambda _: None
+    )
     root.mkdir()
     found = []
     with contextlib.closing(LongVideoEngine(config)) as engine:
         for seed in range(videos):
-            wall, cpu = time.perf_counter(), time.process_time()
+            started = time.perf_counter()
             latents = engine.denoise(PROMPT, seed=seed).latents
             size = {"height": config.video.height, "width": config.video.width}
             with open_video(root / f"{seed}.mp4", fps=config.video.fps, crf=config.output.crf, **size) as video:
                 for piece in engine.decode(latents):
                     video.write(piece)
-            found.append((time.perf_counter() - wall, time.process_time() - cpu))
+            found.append(time.perf_counter() - started)
     return found[1:]
 
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -33,6 +33,7 @@ from engine.batch.store import file_sha256, read_lines
 ROOT = Path(__file__).resolve().parent.parent
 MOST_STARTS = 6
 ROUND_SECONDS = 900.0
+LISTENS = "0A"  # of a socket, in the kernel's tables
 SETTINGS = {
     "video.num_frames": 33,
     "video.height": 32,
@@ -178,7 +179,7 @@ def the_driver(driver: int, rng: random.Random) -> list[int]:
 
 def ray_node(driver: int, rng: random.Random) -> list[int]:
     """The raylet of the driver's Ray."""
-    return [process for process in _family(driver) if "/raylet/raylet" in _command(process).split("\0")[0]]
+    return [process for process in family(driver) if "/raylet/raylet" in _command(process).split("\0")[0]]
 
 
 KILLS: dict[str, Callable[[int, random.Random], list[int]]] = {
@@ -253,7 +254,7 @@ def _time(event: dict[str, Any]) -> float:
     return datetime.fromisoformat(event["time"]).timestamp()
 
 
-def _family(process: int) -> list[int]:
+def family(process: int) -> list[int]:
     """All descendants of a process."""
     parents = {pid: _stat(pid)[1] for pid in _processes()}
     found, grown = {process}, True
@@ -264,9 +265,35 @@ def _family(process: int) -> list[int]:
     return sorted(found - {process})
 
 
+def listeners(processes: Iterable[int]) -> dict[str, str]:
+    """Addresses, as the kernel writes them (`0100007F:1F90`), at which processes listen for others, and whose they are."""
+    sockets = {}
+    for process in processes:
+        for descriptor in Path(f"/proc/{process}/fd").glob("*"):
+            try:
+                sockets[descriptor.readlink().name] = _command(process).replace("\0", " ")[:200]
+            except OSError:  # it has just been closed
+                continue
+    found = {}
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            words = line.split()
+            if words[3] == LISTENS and (name := f"socket:[{words[9]}]") in sockets:
+                found[words[1]] = sockets[name]
+    return found
+
+
+def on_loopback(address: str) -> bool:
+    """Whether one of these addresses is this machine's own: 127.0.0.0/8, ::1, or the first as the second writes it."""
+    host = address.partition(":")[0]
+    if len(host) == 8:
+        return host.endswith("7F")
+    return host == "0" * 24 + "01000000" or (host.startswith("0" * 16 + "FFFF0000") and host.endswith("7F"))
+
+
 def _workers(driver: int) -> list[int]:
     """The ranks of a driver's replicas; those of its own Ray are its descendants too."""
-    return [process for process in _family(driver) if "launch.replicas.worker" in _command(process)]
+    return [process for process in family(driver) if "launch.replicas.worker" in _command(process)]
 
 
 def _processes() -> list[int]:

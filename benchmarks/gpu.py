@@ -14,6 +14,7 @@ import multiprocessing
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -22,18 +23,20 @@ import torch
 from benchmarks.measure import print_table
 from benchmarks.sections.bench import Bench, clocks
 
-# Name and seconds, in order: later sections read what `layer` found.
+# Name and seconds that a section has for sure, in order: later sections read what `layer` found. What earlier ones leave is
+# added. With the grace of each they fit into MINUTES.
 SECTIONS = {
-    "correctness": 55.0,
-    "layer": 125.0,
-    "steps": 170.0,
-    "ranks": 45.0,
-    "decode": 35.0,
-    "trace": 30.0,
-    "compiled": 70.0,
-    "optional": 30.0,
+    "correctness": 45.0,
+    "layer": 115.0,
+    "steps": 165.0,
+    "ranks": 35.0,
+    "decode": 30.0,
+    "trace": 25.0,
+    "compiled": 50.0,
+    "optional": 25.0,
 }
-GRACE = 8.0  # seconds from a section's deadline, which it minds by itself, to its end
+GRACE = 5.0  # seconds from a section's deadline, which it minds by itself, to its end
+MINUTES = 8.9
 
 
 def main() -> None:
@@ -46,7 +49,7 @@ def main() -> None:
     end = time.monotonic() + 60 * args.minutes
     rows = []
     for name in args.sections:
-        limit = min(SECTIONS[name], end - time.monotonic() - GRACE)
+        limit = limit_of(name, args.sections, end - time.monotonic())
         if limit <= 0:
             rows.append([name, "not started", "0", "the time is up"])
             continue
@@ -57,12 +60,18 @@ def main() -> None:
     sys.exit(any(row[1] != "done" for row in rows))
 
 
+def limit_of(name: str, sections: Sequence[str], left: float) -> float:
+    """Seconds that a section may take of those that are left: all but what the sections after it have for sure."""
+    later = sections[sections.index(name) + 1 :]
+    return left - GRACE - sum(SECTIONS[other] + GRACE for other in later)
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the JSON files and the trace")
     parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU")
-    parser.add_argument("--minutes", type=float, default=8.9, help="for all sections together")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="for all sections together")
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
     return parser.parse_args()
 

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import RESULTS
+from benchmarks.measure import RESULTS, SHAPES
+from engine.planner import read_gpu
+from engine.planner.gpu import EIGH_DIM
 
 FOLDER = RESULTS / "gpu"
 NOT_MEASURED = "not measured"
@@ -45,14 +47,37 @@ BESIDE: list[tuple[str, str, tuple[str, ...]]] = [
     ("dual / global attention, LTX layer", "layer", ("ltx", "ratios", "dual / global")),
     ("fusion / dual attention, LTX layer", "layer", ("ltx", "ratios", "fusion / dual")),
 ]
-# From arithmetic alone, before any run, for the row of that name.
+# From arithmetic alone, before any run, for the row of that name; `predicted_fusion` adds to them.
 BOUNDS = {
     "dual / global attention, full Wan layer": "1.07 (1,560 tokens in query tiles of 128: 13 for 12.2)",
     "dual / global attention, LTX layer": "1.16 (330 tokens in query tiles of 128: 3 for 2.6)",
     "Triton / strided dual (kept if it wins by 3 %)": "0.94 at the same rate per tile (its tiles cross frames)",
-    "fusion / dual attention": "0.0015 by operations (0.15 of 98 TFLOP); bandwidth decides",
     "peak memory, dual step / global step": "1.00 (counted, see Memory)",
 }
+
+
+def predicted_fusion() -> dict[str, str]:
+    """What the planner's numbers of an H200 make of fusion / dual attention, for each kernel that they describe.
+
+    Grams of both branches and the product with M in fp32, and the eigendecompositions, over one full attention.
+    """
+    gpu = read_gpu("h200")
+    rows = {}
+    for what, name in (("fusion / dual attention", "wan"), ("fusion / dual attention, LTX layer", "ltx")):
+        shape = SHAPES[name]
+        per_head = shape.num_tokens * shape.head_dim
+        products = 3 * 2 * per_head * shape.head_dim * shape.heads / (gpu.fp32_tflops * 1e12 * gpu.fp32_fraction)
+        fusion = products + gpu.eigh_seconds * shape.head_dim / EIGH_DIM
+        dual = 4 * shape.num_tokens * per_head * shape.heads / (gpu.bf16_tflops * 1e12)
+        found = ", ".join(
+            f"{fusion * rate / dual:.3f} with {kernel} at {rate:g} of the peak"
+            for kernel, rate in gpu.attention_fraction.items()
+        )
+        rows[what] = (
+            f"{found}; fp32 products at {gpu.fp32_fraction:g} of theirs, eigendecompositions "
+            f"{gpu.eigh_seconds * shape.head_dim / EIGH_DIM * 1e3:.0f} ms: assumed, configs/gpus/h200.json"
+        )
+    return rows
 
 
 def read(folder: Path = FOLDER) -> Files:
@@ -70,7 +95,7 @@ def look_up(files: Files, section: str, path: tuple[str, ...]) -> float | None:
 
 def goals(files: Files, predicted: dict[str, str]) -> list[list[str]]:
     """Rows: what, goal, predicted, measured, whether it holds, file."""
-    bounds = BOUNDS | predicted
+    bounds = BOUNDS | predicted_fusion() | predicted
     rows = []
     for what, section, path, sign, limit in GOALS:
         value = look_up(files, section, path)
@@ -133,7 +158,9 @@ def _correctness(results: dict[str, Any], table: Callable[..., str]) -> list[str
             header = ["kernel", "local", "global", "lse", "control: local for global", "within rounding"]
             parts.append(f"**{name}**, relative errors against fp64:\n\n{table(header, rows)}")
         else:
-            parts.append(f"**{name}**: " + "; ".join(f"{key} {value:.1e}" for key, value in found.items()))
+            figures = "; ".join(f"{key} {value:.1e}" for key, value in found.items() if not isinstance(value, bool))
+            within = {True: "yes", False: "**no**"}[found["within rounding"]]
+            parts.append(f"**{name}**: {figures}; within rounding: {within}")
     return parts
 
 
@@ -155,7 +182,7 @@ def _layer(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
             head,
             table(["variant", "ms", "TFLOP/s", "peak MiB beyond q, k, v", "error against fp64"], rows),
             "; ".join(f"{key} {value['median']:.3g}" for key, value in found["ratios"].items())
-            + f"; literal SVD / ours {found['svd']['literal SVD / ours']['median']:.3g}",
+            + (f"; literal SVD / ours {found['svd']['literal SVD / ours']['median']:.3g}" if "svd" in found else ""),
         ]
         if found["left_out"]:
             parts.append("Left out: " + "; ".join(f"{key} ({why})" for key, why in found["left_out"].items()))
@@ -164,7 +191,13 @@ def _layer(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
 
 def _steps(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
     rows = [
-        [name, f"{row['wall_s']['median']:.3g}", str(row["rounds"]), f"{row['peak_gib']:.1f}"]
+        [
+            name,
+            f"{row['wall_s']['median']:.3g}",
+            str(row["rounds"]),
+            "both" if row["passes"] == 2 else "one, doubled",
+            f"{row['peak_gib']:.1f}",
+        ]
         for name, row in results.get("steps", {}).items()
     ]
     runs = [
@@ -176,11 +209,16 @@ def _steps(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
         ]
         for name, run in results.get("runs", {}).items()
     ]
-    literal = "; ".join(f"{key} {value}" for key, value in results.get("literal", {}).items())
+    literal = "; ".join(
+        f"{key} {value:.3g}" if isinstance(value, float) else f"{key}: {value}"
+        for key, value in results.get("literal", {}).items()
+    )
+    left_out = [f"- {name}: {why}" for name, why in results.items() if isinstance(why, str)]
     return [
-        table(["one step, both passes", "s", "rounds", "peak GiB"], rows),
+        table(["one step", "s", "rounds", "passes measured", "peak GiB"], rows),
         table(["50 steps, from the steps above", "steps", "s", "over direct"], runs),
         f"The paper's fusion by SVD: {literal or NOT_MEASURED}.",
+        *(["\n".join(left_out)] if left_out else []),
     ]
 
 
@@ -189,10 +227,17 @@ def _ranks(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
     for name, found in results.items():
         if isinstance(found, dict):
             rows = [
-                [key, f"{row['wall_s']['median'] * 1e3:.3g}", f"{row['efficiency']:.2f}"]
+                [
+                    key,
+                    f"{row['wall_s']['median'] * 1e3:.3g}",
+                    f"{row['tflops']:.0f}" if "tflops" in row else "",
+                    f"{row['peak_extra_mib']:.0f}",
+                    f"{row['efficiency']:.2f}",
+                ]
                 for key, row in found["rows"].items()
             ]
-            parts.append(f"**{name}**\n\n{table(['share', 'ms', 'efficiency'], rows)}")
+            header = ["share", "ms", "TFLOP/s", "peak MiB beyond its inputs", "efficiency"]
+            parts.append(f"**{name}**\n\n{table(header, rows)}")
     return parts
 
 
@@ -229,6 +274,8 @@ def _compiled(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
 def _optional(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
     rows = []
     for name, found in results.items():
+        if isinstance(found, str):
+            continue
         if "not available" in found:
             rows.append([name, "not available", "", "", found["not available"]])
             continue
@@ -236,7 +283,8 @@ def _optional(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
         seconds = [f"{found[key]['wall_s']['median'] * 1e3:.3g}" for key in (ours, other)]
         ratio = f"{found[f'{other} / {ours}']['median']:.3g}"
         rows.append([name, *seconds, ratio, f"relative difference {found['relative difference']:.1e}"])
-    return [table(["package, layer", "ours, ms", "with the package, ms", "ratio", ""], rows)]
+    compared = [f"Compared: {results['compared']}."] if "compared" in results else []
+    return [*compared, table(["package, layer", "ours, ms", "with the package, ms", "ratio", ""], rows)]
 
 
 SHOWN: dict[str, Callable[[dict[str, Any], Callable[..., str]], list[str]]] = {

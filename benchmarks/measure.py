@@ -7,11 +7,11 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from freespec.methods import Grid
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,13 +88,14 @@ def heads_of(shape: Shape, args: argparse.Namespace) -> int:
 def round_robin(
     variants: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Wall and CPU seconds of each variant, in rounds A B C A B C, so that whatever disturbs the machine hits all alike.
+    """Wall and CPU seconds of each variant, in rounds A B C C B A, so that whatever disturbs the machine hits all alike.
 
-    Warming up is the caller's. CPU seconds count the threads of this process alone.
+    Every other round runs backwards: none is always after the one that heats the device or empties its caches. Warming up is
+    the caller's. CPU seconds count the threads of this process alone.
     """
     times: dict[str, dict[str, list[float]]] = {name: {"wall_s": [], "cpu_s": []} for name in variants}
-    for _ in range(repeats):
-        for name, call in variants.items():
+    for round_ in range(repeats):
+        for name, call in in_turn(variants.items(), round_):
             _synchronize(device)
             wall, cpu = time.perf_counter(), time.process_time()
             call()
@@ -102,6 +104,12 @@ def round_robin(
             times[name]["wall_s"].append(wall)
             times[name]["cpu_s"].append(cpu)
     return times
+
+
+def in_turn(items: Iterable[Item], round_: int) -> list[Item]:
+    """The items of a round in their order, or, in every other round, backwards."""
+    ordered = list(items)
+    return ordered[::-1] if round_ % 2 else ordered
 
 
 def _synchronize(device: torch.device) -> None:

@@ -51,6 +51,25 @@ Files with fp8 or other quantised tensors are refused. diffusers rounds some par
 reads a folder; here a file and a folder with the same weights give the same tensors, to the bit. Tested with small random models in
 both layouts, and, by names and shapes alone, with the real configurations of Wan2.1 1.3B and 14B and LTX-Video 0.9.0, 0.9.1 and 0.9.5.
 
+## Attention kernels
+
+`attention.kernel` names one of torch's own (`cuda_flash`, `cuda_cudnn`, `cuda_efficient`, `cpu_flash`, `plain`) or `cuda_fa3`, FlashAttention 3
+where it is installed. `auto`, the default, is measured where there is a choice, which is on CUDA in bf16 and fp16: when an engine starts, rank 0
+runs `cuda_flash`, `cuda_cudnn` and, where installed, `cuda_fa3` for a moment on a part of a layer at the video's own shape, global and dual,
+strided windows included. A kernel that differs from plain attention by more than rounding cannot win. `cuda_flash` stays unless another takes
+less than 0.9 of its time: near a tie two processes would choose by chance, and their videos differ by rounding. All ranks use rank 0's choice,
+and the record has its name, every time and every refusal (`attention`); a batch whose replicas are to agree to the bit on different
+machines names its kernel. On a CPU and in fp32 there is one kernel to choose from.
+`apply_method` on a pipeline of your own knows no shape beforehand: there `auto` is `cuda_flash`, which every GPU of compute capability 8.0 and up
+runs. FlexAttention is a baseline of `benchmarks/gpu.py` and no kernel: it wants a block mask of the whole sequence where strided views need
+none, and is fast only when it is compiled for each shape. The choice was tested on CPUs, and not yet run on a GPU.
+
+`model.compile true` puts the transformer's blocks through torch.compile, once for each kind of step (two for freespec), also after another
+method was put on; tested with graphs that run as they are, and not timed on a GPU.
+
+`model.weights cpu_offload` was tested with a CPU in the GPU's place (which parts move, in what order, and that the video is the same); its
+memory and time on GPUs are not measured.
+
 ## Quantised attention
 
 `attention.complement sage` attends to the keys outside the windows with SageAttention (int8 products), in dual steps only: the local

@@ -5,7 +5,8 @@ python -m benchmarks.parallel
 On a CPU the ranks are processes of this machine over gloo, so times show overhead, not scaling, once there are more ranks
 than cores; the bytes are those of any machine. Beside every time stands what is predicted from one rank's time and the
 rates of the collectives, both measured in the same run. With `--device cuda` one GPU computes what one rank of P would,
-without communication: the measured half of a prediction for P GPUs.
+without communication; with the bytes that such a rank would send, and the bandwidth of the links that configs/gpus states,
+that gives the predicted time and efficiency of P GPUs.
 """
 
 import argparse
@@ -21,15 +22,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.collectives import CPU, TIMEOUT, collective_rates, predict_seconds, timed
+from benchmarks.collectives import CPU, PLANNER_NAMES, TIMEOUT, collective_rates, predict_seconds, timed
 from benchmarks.measure import SHAPES, Shape, complete, environment, heads_of, parser, print_table, write
+from engine.parallelism import match_gpu
+from engine.planner.gpu import FOLDER, GpuSpec, read_gpu
+from engine.planner.timing import EXPOSED, link_rate, waiting_seconds
 from freespec.attention import WindowedAttention
 from freespec.kernels import select_kernel
 from freespec.methods import Branches, FreeSpec, Grid, Layer, StepPlan
 from parallel.attention import TORCH_EXCHANGE, SequenceLayout
 from parallel.collectives import Trace
 from parallel.mesh import build_mesh
-from parallel.plan import LayerShape, Mode, SequencePlan, layer_bytes
+from parallel.plan import LayerShape, Mode, SequencePlan, layer_bytes, layer_bytes_by_rank
 from tests.ranks import run_ranks
 
 MODES: tuple[Mode, ...] = ("global", "local", "dual")
@@ -145,8 +149,34 @@ def on_one_gpu(args: argparse.Namespace) -> list[dict[str, Any]]:
             for mode in MODES:
                 seconds = [gpu_seconds(mode, attention, (q, k, v)) for _ in range(args.repeats + 1)][1:]
                 row = {"shape": name, "heads": heads, "of_heads": of_heads, "ring": 1, "ulysses": ranks, "mode": mode}
-                results.append(row | {"ranks": ranks, "ms": statistics.median(seconds) * 1e3})
+                row |= {"ranks": ranks, "ms": statistics.median(seconds) * 1e3}
+                plan = SequencePlan(tokens=shape.num_tokens, heads=of_heads, ring=1, ulysses=ranks)
+                weight = LayerShape(batch=1, head_dim=shape.head_dim, itemsize=dtype.itemsize)
+                by_rank = layer_bytes_by_rank(plan, mode, shape=weight, halo=attention.halo)
+                results.append(row | {"bytes": {kind: max(one[kind] for one in by_rank) for kind in by_rank[0]}})
     return results
+
+
+def find_links(name: str | None, device: torch.device) -> GpuSpec | None:
+    """The description of the GPU whose links are assumed: the one that is named, or this device's; None if there is none."""
+    if name is None:
+        name = match_gpu(torch.cuda.get_device_name(device), [path.stem for path in sorted(FOLDER.glob("*.json"))])
+    return None if name is None else read_gpu(name)
+
+
+def predict_with_links(results: list[dict[str, Any]], gpu: GpuSpec) -> None:
+    """Put beside each row of one GPU what as many as its ranks would take, and their efficiency; None without a row of one.
+
+    Its measured compute is the busiest rank's, and its messages go at the bandwidth that the GPU's description states.
+    """
+    alone = {(row["shape"], row["mode"]): row["ms"] for row in results if row["ranks"] == 1}
+    for row in results:
+        rate = link_rate(row["ranks"], gpu)
+        seconds = dict.fromkeys((*EXPOSED, "ring"), 0.0)
+        seconds |= {PLANNER_NAMES.get(kind, kind): count / rate for kind, count in row["bytes"].items()}
+        row["with_links_ms"] = row["ms"] + 1e3 * waiting_seconds(seconds, row["ms"] / 1e3, blocks=row["ring"])
+        one = alone.get((row["shape"], row["mode"]))
+        row["efficiency"] = None if one is None else one / (row["ranks"] * row["with_links_ms"])
 
 
 def gpu_seconds(mode: Mode, attention: WindowedAttention, qkv: tuple[Tensor, Tensor, Tensor]) -> float:
@@ -169,12 +199,19 @@ def main() -> None:
     """Measure, print and write."""
     command = parser(__doc__.partition("\n")[0])
     command.add_argument("--ranks", nargs="+", type=int, default=RANKS)
+    command.add_argument(
+        "--gpu", help="one of configs/gpus, or a JSON file, whose links are assumed; else the device's"
+    )
     args = complete(command.parse_args())
     device = torch.device(args.device)
     where = environment(device, args.note)
     rates: dict[str, dict[str, float]] = {}
+    links = None
     if device.type == "cuda":
+        links = find_links(args.gpu, device)
         results, devices = on_one_gpu(args), max(args.ranks)  # as if every rank had one
+        if links is not None:
+            predict_with_links(results, links)
     else:
         results, devices = on_ranks(args), len(os.sched_getaffinity(0))
         with tempfile.TemporaryDirectory() as folder:
@@ -185,6 +222,9 @@ def main() -> None:
     where["load_average_end"] = os.getloadavg()[0]
     settings = {"dtype": args.dtype, "kernel": args.kernel, "repeats": args.repeats, "gb_per_second": rates}
     settings["devices"] = devices
+    if links is not None:
+        stated = {"intra_node_gb_s": links.intra_node_gb_s, "link_fraction": links.link_fraction}
+        settings["links"] = {"gpu": links.name, **stated}
     settings["shapes"] = {name: asdict(SHAPES[name]) for name in args.shapes}
     print(f"wrote {write(args.results, 'parallel', where, settings, results)}")
 
@@ -204,7 +244,8 @@ def compare(results: list[dict[str, Any]], rates: dict[str, dict[str, float]], d
             tokens=SHAPES[row["shape"]].num_tokens, heads=row["of_heads"], ring=row["ring"], ulysses=row["ulysses"]
         )
         of_ranks = rates.get(str(row["ranks"]), {})
-        predicted = 1e3 * predict_seconds(plan, one / 1e3, row.get("bytes", {}), of_ranks, devices=devices)
+        sent = row["bytes"] if of_ranks else {}  # one GPU has sent nothing of what its rank would
+        predicted = 1e3 * predict_seconds(plan, one / 1e3, sent, of_ranks, devices=devices)
         row["speedup"] = one / row["ms"]
         row |= {"predicted_ms": predicted, "measured_over_predicted": row["ms"] / predicted}
 

@@ -127,7 +127,7 @@ def apply_method(
         select_complement(complement, *where, dual=dual)
         if riflex.enabled:
             frequencies = [frequency for frequency, _ in adapter.temporal_frequencies(transformer)]
-            lowered_frequency(riflex, frequencies, num_frames=1, window_frames=1)  # raises for an index beyond them
+            lowered_frequency(riflex, frequencies, num_frames=1, window_frames=window_frames)  # raises if there is none
     except ValueError as error:
         raise UserError(str(error)) from error
     if ranks is not None:

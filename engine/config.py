@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from engine.errors import UserError
-from freespec.kernels import COMPLEMENTS, DUALS, KERNELS
+from freespec.kernels import COMPLEMENTS, DUALS, NAMES
 from freespec.methods import (
     METHODS,
     FreeLong,
@@ -20,6 +20,10 @@ from freespec.methods import (
 )
 from freespec.rotary import Riflex
 from freespec.views import default_stride
+
+# Of a collective, in seconds. Backends count milliseconds, some of them in 32 bits, which end after 24 days.
+MOST_TIMEOUT = 7 * 24 * 3600
+COMPILED_TRACE = "with model.compile blocks run whole, and hand out no branches for a trace (output.trace, analyze.py)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,8 @@ class ModelConfig:
             used, then whole on the device (CUDA only). `zero3`: transformer and text encoder shared out over the ranks by
             DeepSpeed's ZeRO-3 (pip install '.[deepspeed]'); a layer is gathered while it runs.
         shards: where a rank keeps its share with `zero3`: `device`, `cpu`, or `nvme:FOLDER`, a file on a fast drive.
+        compile: whether the transformer's blocks go through torch.compile: once for each kind of step, which the first of them
+            waits for, and not for each layer or step. Not with zero3, nor with output.trace.
     """
 
     path: str
@@ -48,6 +54,7 @@ class ModelConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     weights: Literal["resident", "cpu_offload", "zero3"] = "resident"
     shards: str = "device"
+    compile: bool = False
 
     def __post_init__(self) -> None:
         """Reject places that there are not, and shares where nothing is shared out."""
@@ -58,6 +65,10 @@ class ModelConfig:
         _check(
             self.shards == "device" or self.weights == "zero3",
             f"model.shards {self.shards} goes with model.weights zero3, and model.weights is {self.weights}",
+        )
+        _check(
+            not self.compile or self.weights != "zero3",
+            "model.compile cannot compile layers that model.weights zero3 gathers while they run; use resident or cpu_offload",
         )
 
     @property
@@ -72,9 +83,9 @@ class VideoConfig:
     """The video that is made.
 
     Attributes:
-        num_frames: frames of the video, 4k + 1.
-        height: pixels, a multiple of 16.
-        width: pixels, a multiple of 16.
+        num_frames: frames of the video, 4k + 1 for Wan and 8k + 1 for LTX-Video.
+        height: pixels, a multiple of 16 for Wan, of 32 for LTX-Video.
+        width: pixels, likewise.
         fps: frames per second of the file.
     """
 
@@ -191,7 +202,9 @@ class AttentionConfig:
     """The dense attention kernel, and the positions that it is given.
 
     Attributes:
-        kernel: auto, plain, cpu_flash, cuda_flash, cuda_cudnn or cuda_efficient; one that cannot run is an error.
+        kernel: auto, plain, cpu_flash, cuda_flash, cuda_cudnn, cuda_efficient or cuda_fa3; one that cannot run is an error.
+            `auto` is the fastest on CUDA in half precision, measured at the video's own shape when an engine starts; the
+            record says which, and how long each took.
         dual: how dual steps compute both branches: `strided`, dense calls of the kernel on views; `triton`, one kernel that
             goes on from the window to the other keys; `auto` is strided, until triton is measured to be faster.
         complement: what attends to the keys outside the windows in dual steps: `same` kernel, or `sage`, SageAttention in
@@ -206,7 +219,7 @@ class AttentionConfig:
 
     def __post_init__(self) -> None:
         """Reject unknown names before anything is loaded."""
-        names = ("auto", *KERNELS)
+        names = ("auto", *NAMES)
         _check(self.kernel in names, f"unknown attention.kernel {self.kernel!r}; choose one of {', '.join(names)}")
         duals = ("auto", *DUALS)
         _check(self.dual in duals, f"unknown attention.dual {self.dual!r}; choose one of {', '.join(duals)}")
@@ -228,7 +241,7 @@ class ParallelConfig:
         local_route: how local steps cross the ulysses axis: `halo`, `all_to_all`, or `auto` for fewer bytes.
         provider: whose all-to-all is used: `torch`, or `deepspeed` (even shards and heads only); `xfuser` computes the whole
             attention of the method direct with xDiT's hybrid attention instead (CUDA, even shards and heads only).
-        timeout: seconds after which a collective that waits for a lost rank is an error.
+        timeout: seconds, a week at most, after which a collective that waits for a lost rank is an error.
         text_device: where the text encoder runs, on rank 0 only: `model` is the device of the model.
     """
 
@@ -248,8 +261,8 @@ class ParallelConfig:
             _check(degree is None or degree >= 1, f"parallel.{name} must be 1 or more, got {degree}")
         _check(self.cfg in (None, 1, 2), f"parallel.cfg must be 1 or 2 (there are two passes), got {self.cfg}")
         _check(
-            math.isfinite(self.timeout) and self.timeout > 0,
-            f"parallel.timeout must be a finite number of seconds, more than 0, got {self.timeout}",
+            0 < self.timeout <= MOST_TIMEOUT,
+            f"parallel.timeout must be more than 0 and at most {MOST_TIMEOUT} seconds (a week), got {self.timeout}",
         )
         degrees = (self.cfg, self.ring, self.ulysses)
         _check(
@@ -365,6 +378,7 @@ class RunConfig:
             not xfuser or self.method.name == "direct",
             f"parallel.provider xfuser computes full attention only: use it with method.name direct, not {self.method.name}",
         )
+        _check(not self.model.compile or not self.output.trace, f"{COMPILED_TRACE}; switch one of the two off")
         _check(not xfuser or not self.output.trace, "parallel.provider xfuser hands out no branches for output.trace")
 
     @property

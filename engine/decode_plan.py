@@ -94,7 +94,15 @@ class DecodePlan:
 
 
 def check_tiles(config: DecodeConfig, spec: VideoSpec) -> None:
-    """Raise UserError for tiles that the VAE cannot cut."""
+    """Raise UserError for a mode that the model's decoder does not have, and for tiles that the VAE cannot cut.
+
+    Asked before weights are read; `plan_decode` comes when the video is denoised.
+    """
+    if config.mode == "framewise" and not spec.cuts_time:
+        raise UserError(
+            "decode.mode framewise is for decoders that take the whole video at once, and this model's goes through it frame by "
+            "frame anyway; choose auto, whole or tiled"
+        )
     pixels, frames = "pixels of a latent", "frames of a latent"
     names = dict.fromkeys(("tile_height", "tile_width", "stride_height", "stride_width"), (spec.spatial_factor, pixels))
     if spec.cuts_time:

@@ -13,7 +13,7 @@ from engine.config import RunConfig
 from engine.decode import stream_decode, to_uint8
 from engine.decode_plan import DecodePlan, check_tiles, plan_decode
 from engine.group_of_one import GROUP_OF_ONE
-from engine.load import load_vae_alone, pick_device
+from engine.load import fetch, find_checkpoint, load_vae_alone, pick_device, read_spec
 from engine.progress import enabled, progress_bar
 from engine.tiled_decode import stream_tiles
 from parallel.mesh import Axis
@@ -68,9 +68,11 @@ def open_decoder(config: RunConfig) -> Iterator[VideoDecoder]:
 
     Raises UserError for a checkpoint or tiles that cannot be used.
     """
-    device = pick_device(config.model.device)
-    spec, vae = load_vae_alone(config.model)
-    check_tiles(config.decode, spec)
+    device, model = pick_device(config.model.device), config.model
+    # Before the VAE is fetched and read.
+    folder = fetch(find_checkpoint(model.path), model.revision, parts=(), offline=model.offline)
+    check_tiles(config.decode, read_spec(folder))
+    spec, vae = load_vae_alone(model)
     world = GROUP_OF_ONE.acquire().world
     try:
         yield VideoDecoder(config, vae=vae.to(device), spec=spec, device=device, world=world)

@@ -56,6 +56,18 @@ def denoise(
     return latents
 
 
+class NotFiniteError(UserError):
+    """Latents that hold numbers which are none."""
+
+
+def check_finite(latents: Tensor, *, where: str, remedy: str) -> None:
+    """Raise NotFiniteError unless all latents are finite; all ranks have the same ones, and so raise together."""
+    finite = torch.isfinite(latents)
+    if not finite.all():
+        bad = finite.numel() - int(finite.sum())
+        raise NotFiniteError(f"{bad} of {finite.numel()} numbers of the latents are not finite {where}; {remedy}")
+
+
 def make_scheduler(scheduler: Any, flow_shift: float | None) -> Any:
     """A fresh scheduler of the same class and configuration, with another timestep shift unless that is None."""
     overrides: dict[str, float] = {}

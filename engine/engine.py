@@ -20,12 +20,22 @@ from engine.adapters import ModelAdapter, VideoSpec, adapter_of
 from engine.adapters.base import Text
 from engine.apply import MethodHandle, Ranks, apply_method, check_riflex
 from engine.checkpoint import History, load_run, save_run
-from engine.config import MethodConfig, OutputConfig, RunConfig
+from engine.config import COMPILED_TRACE, MethodConfig, OutputConfig, RunConfig
 from engine.decode_plan import check_tiles
 from engine.decoder import VideoDecoder
-from engine.denoise import SchedulerState, denoise, draw_noise, make_scheduler, scheduler_state, shifting_tokens
+from engine.denoise import (
+    NotFiniteError,
+    SchedulerState,
+    check_finite,
+    denoise,
+    draw_noise,
+    make_scheduler,
+    scheduler_state,
+    shifting_tokens,
+)
 from engine.errors import UserError
 from engine.group_of_one import GROUP_OF_ONE
+from engine.kernel_choice import KernelChoice, choose_on_ranks
 from engine.load import fetch, find_adapter, find_checkpoint, load_pipeline, pick_device, pick_dtype, read_spec
 from engine.progress import enabled, progress_bar
 from engine.provenance import describe_weights
@@ -93,6 +103,7 @@ class LongVideoEngine:
             self.decoder = VideoDecoder(
                 config, vae=self.pipe.vae, spec=self.spec, device=self.device, world=self.mesh.world
             )
+            self.kernel = self._choose_kernel()
             self.handle = self._apply_method()
             self.pipe.scheduler = make_scheduler(self.pipe.scheduler, config.sampler.flow_shift)
         except BaseException:
@@ -190,11 +201,14 @@ class LongVideoEngine:
 
         With `checkpoint`, a run that is interrupted or fails leaves its state there, and the same run continues from
         it; the file of another run is a UserError. Remove it once the latents are kept. With `checkpoint_every` the state
-        is also written after every so many steps and after the last, for processes that may end without a word.
+        is also written after every so many steps and after the last, for processes that may end without a word. A step
+        whose latents are not finite is a UserError, on all ranks together, and leaves no state.
         `on_step(finished, total)` is called after each step.
         """
         if trace is not None and self.ranks.hybrid is not None:
             raise UserError("parallel.provider xfuser hands out no branches to trace")
+        if trace is not None and self.config.model.compile:
+            raise UserError(f"{COMPILED_TRACE}; set model.compile false")
         sampler, video = self.config.sampler, self.config.video
         seed = sampler.seed if seed is None else seed
         negative_prompt = sampler.negative_prompt if negative_prompt is None else negative_prompt
@@ -248,18 +262,36 @@ class LongVideoEngine:
         )
         return Result(latents=denoised.latents, frames=frames, record=record)
 
+    def _choose_kernel(self) -> KernelChoice:
+        """The dense kernel; with parallel.provider xfuser, which has its own, the setting as it is."""
+        if self.ranks.hybrid is not None:
+            return KernelChoice(kernel=self.config.attention.kernel, why="xfuser's")
+        model = self.pipe.transformer.config
+        return choose_on_ranks(
+            self.config,
+            self.spec,
+            num_heads=model.num_attention_heads,
+            head_dim=model.attention_head_dim,
+            mesh=self.mesh,
+            where=(self.device, self.pipe.transformer.dtype),
+        )
+
     def _apply_method(self) -> MethodHandle:
         config = self.config
-        return apply_method(
+        handle = apply_method(
             self.pipe,
             method=config.method.method,
             window_frames=config.method.window_frames,
-            kernel=config.attention.kernel,
+            kernel=self.kernel.kernel,
             dual=config.attention.dual,
             complement=config.attention.complement,
             ranks=self.ranks,
             riflex=config.attention.riflex,
         )
+        if config.model.compile:
+            torch.compiler.reset()  # graphs of a method that was taken off count towards the most that a block may have
+            self.pipe.transformer.compile_repeated_blocks()
+        return handle
 
     def _check(self) -> tuple[VideoSpec, dict[str, bytes]]:
         """All that the configuration shows to be wrong, and what the ranks must agree on."""
@@ -426,6 +458,7 @@ class _Loop:
                 # Reading the clock is honest only once the device has done the step.
                 if latents.is_cuda:
                     torch.cuda.synchronize(latents.device)
+                self.check(latents, finished, total)
                 mode = self.engine.handle.state.mode
                 timestep = float(scheduler.timesteps[finished - 1])
                 now = time.perf_counter()
@@ -441,11 +474,24 @@ class _Loop:
             self.engine.handle.state.trace = self.trace
             try:
                 return denoise(latents, scheduler, self.predict, start_step=done, after_step=after_step)
+            except NotFiniteError:  # the steps before would only lead there again
+                raise
             except BaseException:
                 self.save(*reached)
                 raise
             finally:
                 self.engine.handle.state.trace = None
+
+    def check(self, latents: Tensor, finished: int, total: int) -> None:
+        """Raise UserError for latents that overflowed, before more steps, or a video, are made of them."""
+        dtype = str(self.engine.pipe.transformer.dtype).removeprefix("torch.")
+        others = " or ".join(name for name in ("float32", "bfloat16") if name != dtype)
+        check_finite(
+            latents,
+            where=f"after step {finished} of {total} in {dtype}",
+            remedy=f"take model.dtype {others}, a sampler.guidance_scale below "
+            f"{self.engine.config.sampler.guidance_scale}, or fetch the weights again",
+        )
 
     def predict(self, latents: Tensor, timestep: Tensor, step: int) -> Tensor:
         """Velocity with classifier-free guidance, as the model's own pipeline combines it."""

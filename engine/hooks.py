@@ -18,7 +18,6 @@ from freespec.kernels import select_complement, select_dual, select_kernel
 from freespec.methods import Branches, Grid, Layer, Method, Mode, StepPlan
 from freespec.rotary import Riflex, lowered_frequency, with_frequency
 from parallel.attention import HeadExchange, HybridAttention, SequenceLayout
-from parallel.collectives import Trace as CollectiveTrace
 from parallel.collectives import ignore_bytes
 from parallel.mesh import SeqMesh
 from parallel.plan import LayerShape, SequencePlan, choose_local_route, length
@@ -183,7 +182,7 @@ class StepHook:
             )
         plan = SequencePlan(tokens=num_tokens, heads=num_heads, ring=mesh.ring.size, ulysses=mesh.ulysses.size)
         state.layout = SequenceLayout(
-            mesh=mesh, plan=plan, exchange=state.exchange, trace=CollectiveTrace(label=state, on_bytes=state.on_bytes)
+            mesh=mesh, plan=plan, exchange=state.exchange, trace=mesh.trace(state, state.on_bytes)
         )
         route = state.local_route
         if state.mode == "local" and route == "auto":
@@ -216,8 +215,23 @@ def riflex_hook(state: RunState, transformer: nn.Module, riflex: Riflex) -> Remo
     return rotary.register_forward_hook(lower)
 
 
-# Caches that skip blocks by what one rank sees of its own tokens: ranks would disagree, and wait for each other for ever.
-_RANK_LOCAL_CACHES = ("FirstBlockCacheConfig", "SeaCacheConfig", "FasterCacheConfig")
+# Hooks of diffusers that do the same on every rank: these caches decide by the step alone, and where weights lie, or in which
+# type, decides nothing. Others may skip blocks by what one rank sees of its own tokens: the ranks would part, and wait for each
+# other for ever. By whole name, so that no subclass and nothing new passes unseen.
+_SAFE_HOOKS = frozenset(
+    f"diffusers.hooks.{name}"
+    for name in (
+        "pyramid_attention_broadcast.PyramidAttentionBroadcastHook",
+        "mag_cache.MagCacheHeadHook",
+        "mag_cache.MagCacheBlockHook",
+        "taylorseer_cache.TaylorSeerCacheHook",
+        "layerwise_casting.LayerwiseCastingHook",
+        "layerwise_casting.PeftInputAutocastDisableHook",
+        "group_offloading.GroupOffloadingHook",
+        "group_offloading.LazyPrefetchGroupOffloadingHook",
+        "group_offloading.LayerExecutionTrackerHook",
+    )
+)
 
 
 def refuse_context_parallel(transformer: nn.Module) -> None:
@@ -229,12 +243,16 @@ def refuse_context_parallel(transformer: nn.Module) -> None:
 
 
 def _refuse_caches_of_one_rank(transformer: nn.Module) -> None:
-    """Raise UserError for a diffusers cache that is unsafe over ranks; asked in each forward, as one may be added later."""
-    name = type(getattr(transformer, "_cache_config", None)).__name__
-    if name in _RANK_LOCAL_CACHES:
+    """Raise UserError for a hook of diffusers that may be unsafe over ranks; asked in each forward, as one may be added later."""
+    registries = [module._diffusers_hook for module in transformer.modules() if hasattr(module, "_diffusers_hook")]
+    kinds = {type(hook) for registry in registries for hook in registry.hooks.values()}
+    unknown = sorted(kind.__name__ for kind in kinds if f"{kind.__module__}.{kind.__qualname__}" not in _SAFE_HOOKS)
+    if unknown:
+        config = getattr(transformer, "_cache_config", None)
+        name = ", ".join(unknown) if config is None else type(config).__name__.removesuffix("Config")
         raise UserError(
-            f"{name.removesuffix('Config')} decides by one rank's tokens which blocks to skip, so ranks would part; "
-            "call transformer.disable_cache(), or use one rank"
+            f"{name}: not known to decide the same on every rank; by one rank's tokens it would skip blocks in which others wait "
+            "for it. Call transformer.disable_cache(), or use one rank"
         )
 
 

@@ -151,13 +151,15 @@ def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: s
     check_placement(config, device, text_device)
     folder, single = open_checkpoint(config, WEIGHT_FOLDERS if with_text else ("transformer", "vae"))
     without_text: dict[str, Any] = {} if with_text else {"text_encoder": None, "tokenizer": None}
+    beside = ("scheduler", "tokenizer") if with_text else ("scheduler",)
     with _faults_as_lines(config.path), no_library_bars():
         adapter, vae = find_adapter(folder), load_vae(folder, single)
-        given = dict(without_text)
+        given = without_text | {name: _load_beside(adapter, folder, name) for name in beside}
         if single is not None and "transformer" in single.parts:
             given["transformer"] = single.load(adapter, folder, "transformer", dtype)
         pipe = adapter.pipeline_class.from_pretrained(folder, vae=vae, dtype=dtype, use_safetensors=True, **given)
     adapter.check_pipeline(pipe)
+    _try_scheduler(adapter, pipe.scheduler, folder)
     if with_text:
         _check_text_encoder(pipe)
     pipe.set_progress_bar_config(disable=True)
@@ -246,11 +248,43 @@ def check_files(folder: Path, name: str) -> None:
             raise UserError(f"{part} lacks {', '.join(missing)} of {len(shards)} shards{told}; finish the download")
 
 
+def _load_beside(adapter: ModelAdapter, folder: Path, name: str) -> Any:
+    """The scheduler or the tokenizer alone, so that it is known which of them a fault is of."""
+    others = dict.fromkeys({*WEIGHT_FOLDERS, "scheduler", "tokenizer"} - {name})
+    with _faults_of(folder / name):
+        return getattr(adapter.pipeline_class.from_pretrained(folder, **others), name)
+
+
+def _try_scheduler(adapter: ModelAdapter, scheduler: Any, folder: Path) -> None:
+    """One step of a copy: what its configuration cannot do would otherwise show after the first forward."""
+    with _faults_of(folder / "scheduler"):
+        copy = type(scheduler).from_config(scheduler.config)
+        adapter.set_timesteps(copy, 2, num_tokens=1, shift="native", device=None)
+        copy.step(torch.zeros(1), copy.timesteps[0], torch.zeros(1), return_dict=False)
+
+
+@contextmanager
+def _faults_of(part: Path) -> Iterator[None]:
+    """Any error about the small files of a folder as a UserError that names them."""
+    try:
+        yield
+    except (
+        Exception
+    ) as error:  # KeyError, TypeError, AttributeError, ..; the library of the tokenizers raises Exception itself
+        files = ", ".join(sorted(file.name for file in part.glob("*") if file.is_file()))
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise UserError(
+            f"cannot load the {part.name} from {part} ({files}): {type(error).__name__}: {first}; fetch the checkpoint again"
+        ) from error
+
+
 @contextmanager
 def _faults_as_lines(path: str) -> Iterator[None]:
     """What a library says of files that are not what they should be, as a UserError."""
     try:
         yield
+    except UserError:
+        raise
     except (OSError, SafetensorError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"cannot load {path!r}: {first}") from error

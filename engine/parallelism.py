@@ -2,21 +2,25 @@
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 
-from engine.apply import Ranks
+from engine.apply import Ranks, check_riflex
 from engine.config import RunConfig
+from engine.decode_plan import check_tiles
 from engine.errors import UserError
 from engine.planner import ModelSpec, read_gpu, read_model
-from engine.planner.choose import check_fits, choose_from
+from engine.planner.choose import choose_by_memory, choose_from
 from engine.planner.gpu import FOLDER, GpuSpec
 from engine.planner.layout import Degrees, feasible_degrees, num_passes
 from engine.planner.plan import Case, plan_case
-from engine.supported_layouts import check_layout, refused_axes
+from engine.planner.providers import FixedDegrees, Provider, keeps
+from engine.single_file import open_single_file
+from engine.supported_layouts import check_layout
 from parallel.attention import TORCH_EXCHANGE
 from parallel.deepspeed import check_deepspeed, deepspeed_exchange
 from parallel.mesh import SeqMesh, build_mesh
@@ -48,6 +52,7 @@ def arrange_ranks(config: RunConfig, world: int, device: torch.device, gpu: GpuS
     have. Here and not when the ranks have joined: whoever ends first then would take the store from the others.
     """
     spec = read_model(config.model)
+    check_settings(config, spec)
     degrees, why = choose_degrees(config, spec, world, gpu or _find_gpu(device))
     video = config.video
     frames, frame_tokens = spec.grid(video.num_frames, video.height, video.width)
@@ -61,6 +66,23 @@ def arrange_ranks(config: RunConfig, world: int, device: torch.device, gpu: GpuS
     except (ImportError, ValueError) as error:
         raise UserError(f"parallel.provider {provider}: {error}") from error
     return Arrangement(degrees=degrees, plan=plan, why=why)
+
+
+def check_settings(config: RunConfig, spec: ModelSpec) -> None:
+    """Raise UserError for settings that the checkpoint's JSON files show to be wrong: what the engine would refuse later.
+
+    launch/plan.py asks the same, so that it plans nothing that is not made. The video's own size is `Case`'s to check.
+    """
+    check_tiles(config.decode, spec.video)
+    check_riflex(spec.adapter, config.attention.riflex)
+    name = config.model.single_file
+    if name is None:
+        return
+    path = Path(name)
+    # ORGANISATION/NAME/FILE of the hub, which nobody should wait for here: the engine fetches it.
+    of_hub = len(path.parts) > 2 and not path.is_absolute() and not name.startswith("~") and not path.is_file()
+    if not of_hub or config.model.offline or not name.endswith(".safetensors"):
+        open_single_file(config.model, spec.adapter)
 
 
 def join_ranks(config: RunConfig, arrangement: Arrangement, device: torch.device) -> Ranks:
@@ -79,12 +101,12 @@ def join_ranks(config: RunConfig, arrangement: Arrangement, device: torch.device
 
 
 def describe_place(ranks: Ranks, plan: SequencePlan, device: torch.device) -> str:
-    """This rank's coordinates and its share of the video, in one line."""
+    """This rank's coordinates and its share of the video, in one line, before which its number stands."""
     mesh = ranks.mesh
     places = ", ".join(f"{axis.name} {axis.rank} of {axis.size}" for axis in (mesh.cfg, mesh.ring, mesh.ulysses))
     tokens, heads = plan.shards[mesh.sequence.rank], plan.head_shares[mesh.ulysses.rank]
     return (
-        f"rank {mesh.world.rank} of {mesh.world.size} on {device}: {places}; tokens {tokens[0]} to {tokens[1]} of "
+        f"of {mesh.world.size} ranks, on {device}: {places}; tokens {tokens[0]} to {tokens[1]} of "
         f"{plan.tokens}, in attention heads {heads[0]} to {heads[1]} of {plan.heads}"
     )
 
@@ -96,36 +118,54 @@ def choose_degrees(config: RunConfig, spec: ModelSpec, world: int, gpu: GpuSpec 
     `parallel.plan manual` does not ask it.
     """
     fixed = (config.parallel.cfg, config.parallel.ring, config.parallel.ulysses)
-    frames, frame_tokens = spec.grid(config.video.num_frames, config.video.height, config.video.width)
-    passes = num_passes(config.sampler)
-    method, name = config.method.method, config.method.name
-    every = feasible_degrees(world, heads=spec.heads, passes=passes, tokens=frames * frame_tokens)
-    if not every:
-        raise UserError(f"{frames * frame_tokens} tokens cannot be split over {world} ranks; start fewer ranks")
-    possible = [degrees for degrees in every if not refused_axes(method.refused_axes, degrees)]
-    wanted = [degrees for degrees in possible if _agrees(degrees, fixed)]
-    if not wanted:
-        for degrees in every:
-            if _agrees(degrees, fixed):  # it is the method that cannot have them
-                check_layout(name, method, degrees)
-        asked = ", ".join(
-            f"{axis} {degree}" for axis, degree in zip(("cfg", "ring", "ulysses"), fixed, strict=True) if degree
-        )
-        raise UserError(
-            f"{world} ranks cannot be arranged with {asked}; possible are "
-            + ", ".join(f"{cfg} x {ring} x {ulysses}" for cfg, ring, ulysses in possible)
-            + " (cfg x ring x ulysses)"
-        )
+    wanted = _possible_degrees(config, spec, world, fixed)
     if len(wanted) == 1:
         if gpu is not None and config.parallel.plan == "auto":
-            check_fits(Case.of(config, spec, gpu=gpu, world_size=world), wanted[0])
+            choose_by_memory(Case.of(config, spec, gpu=gpu, world_size=world), wanted, wanted[0])
         return wanted[0], "the only arrangement that the configuration allows"
+    by_rule = sorted(wanted, key=lambda degrees: _rule(degrees, spec.heads))
     if gpu is None:  # `parallel.plan manual` comes with all degrees
-        best = min(wanted, key=lambda degrees: _rule(degrees, spec.heads))
-        return best, f"no description of this device in configs/gpus; {_RULE}"
+        return by_rule[0], f"no description of this device in configs/gpus; {_RULE}"
     case = Case.of(config, spec, gpu=gpu, world_size=world)
+    missing = gpu.missing_rate(config.attention.kernel)
+    if missing is not None:
+        degrees = choose_by_memory(case, by_rule, fixed)
+        return degrees, f"no time can be predicted ({missing}); the first that fits the memory by the rule {_RULE}"
     plan = choose_from(plan_case(case), case, fixed)
     return plan.degrees, f"the planner's choice for {gpu.name}: {plan.why}"
+
+
+def _possible_degrees(config: RunConfig, spec: ModelSpec, world: int, fixed: FixedDegrees) -> list[Degrees]:
+    """Every (cfg, ring, ulysses) that configuration, method and provider allow; UserError, with what is possible, if none."""
+    frames, frame_tokens = spec.grid(config.video.num_frames, config.video.height, config.video.width)
+    tokens, method, name = frames * frame_tokens, config.method.method, config.method.name
+    provider = Provider(name=config.parallel.provider, kernel=config.attention.kernel)
+
+    def degrees_of(number: int, refused: Collection[str] = method.refused_axes) -> list[Degrees]:
+        passes = num_passes(config.sampler)
+        return feasible_degrees(number, heads=spec.heads, passes=passes, tokens=tokens, refused=refused)
+
+    def plan_of(degrees: Degrees) -> SequencePlan:
+        return SequencePlan(tokens=tokens, heads=spec.heads, ring=degrees[1], ulysses=degrees[2])
+
+    every, possible = degrees_of(world, ()), degrees_of(world)
+    if not every:
+        raise UserError(f"{tokens} tokens cannot be split over {world} ranks; start fewer ranks")
+    wanted = [degrees for degrees in possible if keeps(degrees, fixed) and provider.reason(plan_of(degrees)) is None]
+    if wanted:
+        return wanted
+    for degrees in every:
+        if keeps(degrees, fixed):  # it is the method that cannot have them
+            check_layout(name, method, degrees)
+    provider.check(world, fixed, degrees_of=degrees_of, plan_of=plan_of)
+    asked = ", ".join(
+        f"{axis} {degree}" for axis, degree in zip(("cfg", "ring", "ulysses"), fixed, strict=True) if degree
+    )
+    raise UserError(
+        f"{world} ranks cannot be arranged with {asked}; possible are "
+        + ", ".join(" x ".join(map(str, degrees)) for degrees in possible)
+        + " (cfg x ring x ulysses)"
+    )
 
 
 _RULE = "cfg first, then ulysses as far as it divides the heads, then ring"
@@ -135,10 +175,6 @@ def _rule(degrees: Degrees, heads: int) -> tuple[bool, bool, int]:
     """Sorts arrangements: fewest bytes on any device come first, without a description of the device."""
     cfg, ring, ulysses = degrees
     return (cfg == 1, heads % ulysses != 0, ring)
-
-
-def _agrees(degrees: Sequence[int], fixed: Sequence[int | None]) -> bool:
-    return all(want in (None, have) for want, have in zip(fixed, degrees, strict=True))
 
 
 def _find_gpu(device: torch.device) -> GpuSpec | None:

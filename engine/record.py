@@ -49,6 +49,7 @@ def build_record(
         "negative_prompt": config["sampler"]["negative_prompt"],
         "seed": config["sampler"]["seed"],
         "config": config,
+        "attention": dataclasses.asdict(engine.kernel),
         "dual": resolve_dual(config["attention"]["dual"]),
         "complement": config["attention"]["complement"],
         "model": engine.loaded,
@@ -107,7 +108,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 def versions() -> dict[str, str | None]:
     """Versions of what decides the result; None for a package that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in (PACKAGE, "diffusers", "transformers", "av", "sageattention", "xfuser"):
+    for package in (PACKAGE, "diffusers", "transformers", "av", "flash-attn-3", "sageattention", "xfuser"):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

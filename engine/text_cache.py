@@ -20,6 +20,17 @@ Encode = Callable[[list[str]], list[Text]]
 KEPT = 16
 
 
+def cache_key(*, checkpoint: str, dtype: str, max_text_tokens: int, device: str) -> str:
+    """What decides embeddings beside the prompt: checkpoint, number format, length, and where the encoder runs."""
+    decides = {"checkpoint": checkpoint, "dtype": dtype, "max_text_tokens": max_text_tokens, "device": device}
+    return json.dumps(decides, sort_keys=True)
+
+
+def cached_name(key: str, prompt: str) -> str:
+    """The file of a prompt's embeddings in a cache's folder."""
+    return f"{hashlib.sha256(json.dumps([key, prompt]).encode()).hexdigest()}.safetensors"
+
+
 class TextCache:
     """Embeddings of prompts under the settings `key` (checkpoint, dtype, length, device), in memory and in a folder.
 
@@ -36,7 +47,7 @@ class TextCache:
         return [self._text(prompt, encode) for prompt in prompts]
 
     def _text(self, prompt: str, encode: Encode) -> Text:
-        name = hashlib.sha256(json.dumps([self._key, prompt]).encode()).hexdigest()
+        name = cached_name(self._key, prompt)
         if name not in self._kept:
             self._kept[name] = self._from_folder(name, prompt, encode)
         self._kept.move_to_end(name)
@@ -47,7 +58,7 @@ class TextCache:
     def _from_folder(self, name: str, prompt: str, encode: Encode) -> Text:
         if self._folder is None:
             return _on_cpu(encode([prompt])[0])
-        path = self._folder / f"{name}.safetensors"
+        path = self._folder / name
         if (found := _read(path)) is not None:
             return found
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -26,10 +26,10 @@ class WindowSpectra(Trace):
     in the observed steps only.
 
     Attributes:
-        rows: dicts with step, layer, head, multiple (m), window_frames (latent frames), effective_rank (at most D) and
-            first_share (largest singular value over the sum of all).
-        multiples: windows in native lengths. One that no longer widens the window, since the video is too short, is
-        left out.
+        rows: dicts with step, layer, head, multiple (of the native window, to two decimals), window_frames (latent frames),
+            effective_rank (at most D) and first_share (largest singular value over the sum of all).
+        multiples: windows in native lengths. One that is longer than the video is the whole video, and its row says how many
+            native lengths that is; one that would not widen the window any more is left out.
         steps: numbers of the observed steps; None is all.
     """
 
@@ -72,13 +72,19 @@ class WindowSpectra(Trace):
                     "step": step,
                     "layer": layer,
                     "head": head,
-                    "multiple": multiple,
+                    "multiple": multiple_of(window, attention.window_frames),
                     "window_frames": window,
                     "effective_rank": rank,
                     "first_share": share,
                 }
                 for head, (rank, share) in enumerate(zip(ranks, shares, strict=True))
             ]
+
+
+def multiple_of(window_frames: int, native_frames: int) -> int | float:
+    """A window in native lengths: a whole number, or one with two decimals."""
+    whole, rest = divmod(window_frames, native_frames)
+    return round(window_frames / native_frames, 2) if rest else whole
 
 
 def head_spectra(out_BrnD: Tensor, layout: SequenceLayout) -> tuple[list[float], list[float]]:

@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.batch.store import read_json, write_json
+from engine.batch.store import read_tree, write_json
 from engine.errors import UserError
 from evaluation import world
 from evaluation.proxies import PROXIES, measure_file, version
@@ -93,7 +93,7 @@ def _measure(
 
 
 def _read(path: Path, names: Collection[str], code: str) -> dict[str, float] | None:
-    kept = read_json(path)
+    kept = read_tree(path, {"version": str, "values": dict}, what="the measures of a video")
     if kept is None or kept["version"] != code or kept["values"].keys() != set(names):
         return None
     return {name: math.nan if value is None else value for name, value in kept["values"].items()}

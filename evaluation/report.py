@@ -40,7 +40,8 @@ class Evaluation:
         scores: (label, dimension) -> what VBench-Long gave.
         vbench: what ran: commit, versions; None without VBench.
         notes: sentences that a reader must know.
-        failures: one line for each thing that was asked for and is not there.
+        failures: one line for each thing that was asked of VBench and is not there.
+        missing: one line for each folder in which videos are missing.
     """
 
     title: str
@@ -53,6 +54,7 @@ class Evaluation:
     vbench: Mapping[str, Any] | None = None
     notes: Sequence[str] = ()
     failures: Sequence[str] = ()
+    missing: Sequence[str] = ()
 
     @property
     def labels(self) -> list[str]:
@@ -118,6 +120,7 @@ def as_tree(evaluation: Evaluation) -> dict[str, Any]:
         ],
         "paper": read_paper(),
         "not_world": evaluation.not_world,
+        "missing": list(evaluation.missing),
         "notes": [*evaluation.notes, *_differing(evaluation)],
         "failures": list(evaluation.failures),
     }
@@ -146,7 +149,8 @@ def as_csv(tree: Mapping[str, Any]) -> str:
 
 def as_markdown(evaluation: Evaluation, tree: Mapping[str, Any]) -> str:
     """The report for a reader."""
-    lines = [f"# {evaluation.title}", "", f"{tree['kind']}. {NO_TOTAL}", "", *_videos_section(evaluation)]
+    lines = [f"# {evaluation.title}", "", *_missing_section(evaluation)]
+    lines += [f"{tree['kind']}. {NO_TOTAL}", "", *_videos_section(evaluation)]
     lines += _vbench_section(evaluation, tree) if evaluation.vbench else _without_vbench()
     lines += _paper_section(evaluation, tree)
     if evaluation.proxies:
@@ -155,6 +159,14 @@ def as_markdown(evaluation: Evaluation, tree: Mapping[str, Any]) -> str:
         if sentences:
             lines += [f"## {heading}", "", *(f"- {sentence}" for sentence in sentences), ""]
     return "\n".join([*lines, "Every value of every video is in `report.csv` and `report.json`.", ""])
+
+
+def _missing_section(evaluation: Evaluation) -> list[str]:
+    """What a reader must know first: that figures are over what is there, and what is not."""
+    if not evaluation.missing:
+        return []
+    heading = "**Not everything that was asked for is here; all figures are over what is.**"
+    return [heading, "", *(f"- {sentence}" for sentence in evaluation.missing), ""]
 
 
 def _videos_section(evaluation: Evaluation) -> list[str]:

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.batch.store import file_sha256, read_json, write_json
+from engine.batch.store import Shape, file_sha256, read_json, read_tree, write_json
 from engine.errors import UserError
 from evaluation import stage as staging
 from evaluation.bench import Bench, Evaluator, driver, environment
 from evaluation.parse import DimensionScores, read_results
 from evaluation.process import run_process
 from evaluation.stage import View
+
+DONE: Shape = {"identity": dict, "result.sha256": str, "seconds": int | float}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,7 +191,7 @@ def _score(
 def _read_done(view: View, dimension: str, bench: Bench, folder: Path) -> Outcome | None:
     """What a run before has finished; None if it did not, or it was about other videos or another VBench."""
     out = results_folder(folder, view) / dimension
-    done = read_json(out / "done.json")
+    done = read_tree(out / "done.json", DONE, what="the note of a finished dimension")
     path = _result(out, dimension)
     if (
         done is None

@@ -238,9 +238,3 @@ def describe(view: View) -> dict[str, Any]:
             for item in view.items
         ],
     }
-
-
-def read_fingerprint(view: View) -> str | None:
-    """Of what was staged there last, or None."""
-    tree = read_json(view.description)
-    return tree.get("fingerprint") if isinstance(tree, dict) else None

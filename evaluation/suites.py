@@ -117,7 +117,7 @@ def read_vbench_suite(spec: str, checkout: Path) -> VbenchSuite:
 
 
 def to_batch(suite: VbenchSuite) -> Suite:
-    """For launch/batch.py, each text once: prompt_id counts in the list, `line` is that of the source."""
+    """For launch/batch.py, each text once: prompt_id counts in the list, `line` is that of `source`."""
     prompts: dict[str, Prompt] = {}
     notes = []
     for prompt in suite.prompts:
@@ -125,8 +125,13 @@ def to_batch(suite: VbenchSuite) -> Suite:
             first = prompts[prompt.prompt].prompt_id
             notes.append(f"{prompt.source}, line {prompt.line + 1} repeats {first} and is made once")
             continue
-        number = Prompt(prompt_id=f"p{prompt.index:04d}", line=prompt.line + 1, text=prompt.prompt)
-        prompts[prompt.prompt] = number
+        prompts[prompt.prompt] = Prompt(
+            prompt_id=f"p{prompt.index:04d}",
+            line=prompt.line + 1,
+            text=prompt.prompt,
+            source=prompt.source,
+            prompt_en=prompt.prompt_en,
+        )
     if suite.is_known is False:
         notes.append(f"this checkout gives another selection than commit 45e79ec, {suite.sha256[:12]}")
     source = {"commit": suite.commit, "files": suite.files}

@@ -2,6 +2,8 @@
 
 import csv
 import hashlib
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -10,10 +12,20 @@ from typing import Any
 
 import av
 
-from engine.batch.store import file_sha256, read_json
+from engine.batch.plan import asked_items
+from engine.batch.store import Shape, beside, check_tree, file_sha256, read_json
 from engine.errors import UserError
 
 _COLUMNS = ("method", "prompt", "seed", "path")
+_SIDECAR: Shape = {
+    "method": str,
+    "config_id": str,
+    "prompt_id": str,
+    "prompt": str,
+    "seed": int,
+    "output.file": str,
+    "output.sha256": str,
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +83,11 @@ def read_batch(root: Path) -> list[Video]:
 
     Raises UserError if there is none, or a file is missing, changed or not a video.
     """
-    if not root.is_dir():
+    try:
+        is_dir = root.is_dir()
+    except OSError as error:
+        raise UserError(f"cannot look into --runs {root}: {error.strerror}") from error
+    if not is_dir:
         raise UserError(f"--runs {root} is not a folder; give the --out of launch/batch.py")
     videos = [
         _from_sidecar(sidecar, tree)
@@ -81,6 +97,29 @@ def read_batch(root: Path) -> list[Video]:
     return check_videos(
         videos, f"--runs {root} has no finished video; launch/batch.py --status {root} says what is there"
     )
+
+
+def what_is_missing(root: Path) -> str | None:
+    """What a batch's folder was asked for and has not, counted in all and by method; None if everything is there."""
+    asked = asked_items(root)
+    if asked is None:
+        given_up = len(list((root / "quarantine").glob("*.json")))
+        return f"{root}: {given_up} items failed for good" if given_up else None
+    made = {_label(tree) for path in root.glob("*/*/videos/*.json") if (tree := _sidecar(path))["status"] == "done"}
+    given_up = {_label(_sidecar(path)) for path in (root / "quarantine").glob("*.json")} & (asked.keys() - made)
+    missing = asked.keys() - made
+    if not missing:
+        return None
+    total, absent = (Counter(label.rpartition("/")[0] for label in labels) for labels in (asked, missing))
+    methods = ", ".join(f"{method} {count - absent[method]} of {count}" for method, count in sorted(total.items()))
+    return (
+        f"{root}: {len(asked) - len(missing)} of {len(asked)} items are made ({methods}), {len(given_up)} failed for good, "
+        f"{len(missing) - len(given_up)} are not made yet"
+    )
+
+
+def _label(tree: Mapping[str, Any]) -> str:
+    return f"{tree.get('method')}/{tree.get('prompt_id')}-s{tree.get('seed')}"
 
 
 def read_list(path: Path) -> list[Video]:
@@ -125,20 +164,17 @@ def groups(videos: Iterable[Video]) -> dict[str, list[Video]]:
 
 def _sidecar(path: Path) -> dict[str, Any]:
     tree = read_json(path)
-    if not isinstance(tree, dict) or "status" not in tree:
-        raise UserError(f"{path} is not a sidecar of launch/batch.py; move it away")
+    check_tree(path, tree, {"status": str}, what="a sidecar of launch/batch.py")
     return tree
 
 
 def _from_sidecar(sidecar: Path, tree: Mapping[str, Any]) -> Video:
-    try:
-        identity = {key: tree[key] for key in ("method", "config_id", "prompt_id", "prompt", "seed")}
-        name, digest = tree["output"]["file"], tree["output"]["sha256"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{sidecar} lacks {error}; it is not a sidecar of launch/batch.py") from error
-    path = sidecar.with_name(name).absolute()
+    shape = _SIDECAR | {key: dict for key in ("video", "run") if tree.get(key) is not None}
+    check_tree(sidecar, tree, shape, what="a sidecar of launch/batch.py")
+    identity = {key: tree[key] for key in ("method", "config_id", "prompt_id", "prompt", "seed")}
+    path = beside(sidecar, tree["output"]["file"]).absolute()
     facts = _probe(path)
-    if facts["sha256"] != digest:
+    if facts["sha256"] != tree["output"]["sha256"]:
         raise UserError(f"{path} is not the file that its sidecar describes; delete both and run the batch again")
     return Video(
         **identity,
@@ -155,9 +191,12 @@ def _from_row(source: Path, line: int, row: Mapping[str, Any], numbers: dict[str
     if missing:
         raise UserError(f"--videos {source}, line {line}: {missing[0]} is missing; columns are {','.join(_COLUMNS)}")
     method, prompt, seed = (row[column].strip() for column in _COLUMNS[:3])
-    if not seed.lstrip("-").isdecimal():
+    if not re.fullmatch(r"-?[0-9]{1,18}", seed):
         raise UserError(f"--videos {source}, line {line}: seed must be a whole number, got {seed!r}")
-    path = Path(row["path"].strip()).expanduser()
+    try:
+        path = Path(row["path"].strip()).expanduser()
+    except RuntimeError as error:  # the ~ of a user that does not exist
+        raise UserError(f"--videos {source}, line {line}: cannot resolve {row['path']!r}: {error}") from error
     path = (path if path.is_absolute() else source.parent / path).absolute()
     number = numbers.setdefault(prompt, len(numbers))
     return Video(

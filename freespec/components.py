@@ -9,6 +9,8 @@ and heads: no row is ever projected.
 import torch
 from torch import Tensor
 
+from freespec import eigen
+
 # A component of less than this share of the largest energy is rounding noise, and so is its cosine: as in the Gram form.
 EPS = 1e-8
 # Values per frame and head in one product: bounds the fp32 copies of half-precision outputs to tens of MB.
@@ -43,11 +45,15 @@ def shared_projection(grams: Tensor, counts: Tensor, *, compat: bool = False) ->
 
     `compat`: the null direction stands in the order with cosine 0, which is what the rounding errors of the published code
     come to over many rows; where it is taken, one component less is.
+
+    One frame is its own mean and has no component. The P of sums that are not finite is not a number.
     """
     num_frames = grams.shape[-1]
+    if num_frames == 1:
+        return torch.zeros_like(grams[0])
     across = _across_ones(num_frames, grams.device)
     c_ll, c_lg, c_gg = (across.mT @ grams @ across).unbind(0)
-    _, vectors = torch.linalg.eigh(c_gg)
+    _, vectors = eigen.eigh(c_gg)
     e_ll, e_lg, e_gg = ((vectors * (c @ vectors)).sum(-2) for c in (c_ll, c_lg, c_gg))
     known = (e_ll > EPS * e_ll.amax(-1, keepdim=True)) & (e_gg > EPS * e_gg.amax(-1, keepdim=True))
     cosine = e_lg / torch.where(known, e_ll * e_gg, 1.0).sqrt()

@@ -5,7 +5,9 @@ out [B, N, S, D] in q's dtype and lse [B, N, S], natural logarithm, fp32 (fp64 f
 The fast ones are torch's own operators, called directly because the public function drops the lse.
 """
 
+import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -61,23 +63,59 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
-def select_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
-    """The kernel called `name`; `auto` takes the one that serves this device and dtype, the same on every rank.
+FA3 = "cuda_fa3"  # an optional package
+NAMES = (*KERNELS, FA3)
+HALF = (torch.float16, torch.bfloat16)
 
-    Raises ValueError for an unknown name and for a kernel that cannot serve the device or dtype: there is no fallback.
+
+def load_fa3() -> Kernel:
+    """FlashAttention 3 as a kernel; ValueError if the package is not installed."""
+    try:
+        function = importlib.import_module("flash_attn_interface").flash_attn_func
+    except (ImportError, OSError) as error:  # OSError: a library of another CUDA
+        raise ValueError(
+            f"attention kernel {FA3!r} needs flash-attn 3, the folder hopper/ of github.com/Dao-AILab/flash-attention ({error})"
+        ) from error
+    return fa3_kernel(function)
+
+
+@functools.cache  # one kernel for one function: a compiled block is compiled again for another
+def fa3_kernel(flash_attn_func: Callable[..., Any]) -> Kernel:
+    """Its function, which takes and returns [B, S, N, D], and lse [B, N, S] always or, in newer versions, where asked."""
+    asked = "return_attn_probs" in inspect.signature(flash_attn_func).parameters
+    settings = {"return_attn_probs": True} if asked else {}
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)), **settings)[:2]
+        return out.transpose(1, 2), lse
+
+    return kernel
+
+
+def candidates(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """What `auto` may mean on a device: the first serves every one of the kind, and is taken where nothing is measured."""
+    if device.type == "cpu":
+        return ("cpu_flash",)
+    return ("cuda_flash", "cuda_cudnn", FA3) if dtype in HALF else ("cuda_efficient",)
+
+
+def select_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
+    """The kernel called `name`; `auto` is the first of `candidates`, the same on every rank. The engine measures them all.
+
+    Raises ValueError for an unknown name and for a kernel that cannot serve the device or dtype, or is not installed: there is
+    no fallback.
     """
-    half = (torch.float16, torch.bfloat16)
     if name == "auto":
-        name = "cpu_flash" if device.type == "cpu" else "cuda_flash" if dtype in half else "cuda_efficient"
-    if name not in KERNELS:
-        raise ValueError(f"unknown attention kernel {name!r}; choose one of auto, {', '.join(KERNELS)}")
+        name = candidates(device, dtype)[0]
+    if name not in NAMES:
+        raise ValueError(f"unknown attention kernel {name!r}; choose one of auto, {', '.join(NAMES)}")
     if name != "plain" and not name.startswith(device.type):
         raise ValueError(f"attention kernel {name!r} does not run on {device.type}; use auto or plain")
-    if name in ("cuda_flash", "cuda_cudnn") and dtype not in half:
+    if name in ("cuda_flash", "cuda_cudnn", FA3) and dtype not in HALF:
         raise ValueError(f"attention kernel {name!r} takes fp16 or bf16, not {dtype}; use cuda_efficient or plain")
     if name == "cuda_efficient" and dtype == torch.float64:
         raise ValueError("attention kernel 'cuda_efficient' does not take float64; use plain")
-    return KERNELS[name]
+    return load_fa3() if name == FA3 else KERNELS[name]
 
 
 # What attends to the keys outside the windows in a dual step: the kernel of everything else, or one that quantises.
@@ -100,7 +138,7 @@ def select_complement(name: str, device: torch.device, dtype: torch.dtype, *, du
         )
     if device.type != "cuda":
         raise ValueError(f"attention.complement {name} does not run on {device.type}; use same")
-    if dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in HALF:
         raise ValueError(f"attention.complement {name} takes fp16 or bf16, not {dtype}; use same")
     return load_sage()
 

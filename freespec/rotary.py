@@ -16,9 +16,10 @@ class Riflex:
     """Settings of RIFLEx, usable with any method; both branches see the changed table.
 
     Attributes:
-        enabled: whether the table is changed where the video is longer than the frequency's period.
+        enabled: whether the table is changed where the video is longer than the native length and the frequency's period.
         index: which temporal frequency, 1 is the fastest; None takes the one whose period is nearest to `repetition`.
-        repetition: latent frames after which long videos of the model were seen to repeat; None is the native length.
+        repetition: latent frames after which long videos of the model were seen to repeat; None takes the shortest period
+            that holds the native length.
     """
 
     enabled: bool = False
@@ -40,20 +41,32 @@ def lowered_frequency(
 ) -> tuple[int, float] | None:
     """(pair, radians per frame): the pair counted from 0 that changes, and its frequency 0.9 · 2 pi / F; None if none does.
 
-    `frequencies` are radians per latent frame, first pair first. The period N = 2 pi / frequency of the chosen pair is the
-    threshold: a video of N frames or fewer keeps the table. ValueError for an index that the model does not have.
+    `frequencies` are radians per latent frame, first pair first. A video of native length keeps the table, and so does one no
+    longer than the period N = 2 pi / frequency of the chosen pair. ValueError if the model has no such pair.
     """
     periods = [2.0 * math.pi / frequency for frequency in frequencies]
-    if riflex.index is None:
-        near = riflex.repetition or float(window_frames)
-        pair = min(range(len(periods)), key=lambda each: abs(periods[each] - near))
-    else:
-        pair = riflex.index - 1
-        if pair >= len(periods):
-            raise ValueError(f"riflex: index {riflex.index} of the model's {len(periods)} temporal frequencies")
-    if not riflex.enabled or num_frames <= periods[pair]:
+    pair = _choose_pair(riflex, periods, window_frames)
+    if not riflex.enabled or num_frames <= max(window_frames, periods[pair]):
         return None
     return pair, FILL * 2.0 * math.pi / num_frames
+
+
+def _choose_pair(riflex: Riflex, periods: Sequence[float], window_frames: int) -> int:
+    if riflex.index is not None:
+        if riflex.index > len(periods):
+            raise ValueError(f"riflex: index {riflex.index} of the model's {len(periods)} temporal frequencies")
+        return riflex.index - 1
+    if riflex.repetition is not None:
+        near = riflex.repetition
+        return min(range(len(periods)), key=lambda pair: abs(periods[pair] - near))
+    # A period shorter than the native length came round within the videos that the model was trained on.
+    holding = [pair for pair in range(len(periods)) if periods[pair] >= window_frames]
+    if not holding:
+        raise ValueError(
+            f"riflex: the longest of the model's periods is {max(periods):.1f} frames, less than the native {window_frames}; "
+            "give index or repetition"
+        )
+    return min(holding, key=lambda pair: periods[pair])
 
 
 def with_frequency(

@@ -4,15 +4,24 @@ With O = U S Vᵀ, U = O V S⁻¹: a reconstruction that keeps a branch's singul
 O M with M = V diag(new / old) Vᵀ. Only the Gram matrices OᵀO sum over tokens, so the long U is never computed.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from freespec import eigen
 
 # Singular values below this share of the largest are noise of the Gram form: such directions stay as they are.
 EPS = 1e-4
 # Tokens per partial sum: bounds the fp32 copies of half-precision outputs to tens of MB.
 CHUNK_TOKENS = 8192
+# A GPU takes a chunk in pieces, as a batch: the product of a whole chunk is one tile for each of 12 heads, and it has 132 places.
+PIECE_TOKENS = 512
+# Rows of a symmetric product that a CPU computes at a time, from the diagonal on.
+BLOCK_ROWS = 32
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -21,16 +30,34 @@ def gram(o_BSND: Tensor) -> Tensor:
     """OᵀO per batch item and head: [B, S, N, D] -> [B, N, D, D] fp64. Products in fp32 at least, partial sums in fp64."""
     batch, _, heads, dim = o_BSND.shape
     wide = torch.promote_types(o_BSND.dtype, torch.float32)
+    product = product_of_halves if o_BSND.device.type == "cpu" else product_in_pieces
     total = torch.zeros(batch, heads, dim, dim, dtype=torch.float64, device=o_BSND.device)
-    for chunk in o_BSND.split(CHUNK_TOKENS, dim=1):
-        o_BNSD = chunk.to(wide).transpose(1, 2)
-        total += o_BNSD.transpose(-1, -2) @ o_BNSD
+    for item, chunk in itertools.product(range(batch), o_BSND.split(CHUNK_TOKENS, dim=1)):
+        total[item] += product(chunk[item].transpose(0, 1).to(wide, memory_format=torch.contiguous_format))
     return total
+
+
+def product_of_halves(o_NSD: Tensor) -> Tensor:
+    """OᵀO, [N, S, D] -> [N, D, D], for a device that the operations keep busy: of a symmetric matrix half is enough."""
+    dim = o_NSD.shape[-1]
+    upper = o_NSD.new_zeros(o_NSD.shape[0], dim, dim)
+    for first in range(0, dim, BLOCK_ROWS):
+        rows = slice(first, first + BLOCK_ROWS)
+        upper[:, rows, first:] = o_NSD[..., rows].mT @ o_NSD[..., first:]
+    return upper.triu() + upper.triu(1).mT
+
+
+def product_in_pieces(o_NSD: Tensor) -> Tensor:
+    """OᵀO, [N, S, D] -> [N, D, D] fp64, for a device that few products cannot fill: a batch of pieces, summed in order."""
+    tokens = o_NSD.shape[1]
+    count = -(-tokens // PIECE_TOKENS)
+    pieces = pad(o_NSD, (0, 0, 0, count * PIECE_TOKENS - tokens)).unflatten(1, (count, PIECE_TOKENS))
+    return (pieces.mT @ pieces).sum(1, dtype=torch.float64)
 
 
 def spectrum(gram_BNDD: Tensor) -> tuple[Tensor, Tensor]:
     """Singular values, descending [B, N, D], and right singular vectors as columns [B, N, D, D], of a Gram matrix, fp64."""
-    eigenvalues, vectors = torch.linalg.eigh(gram_BNDD.double())
+    eigenvalues, vectors = eigen.eigh(gram_BNDD.double())
     return eigenvalues.clamp_min(0).sqrt().flip(-1), vectors.flip(-1)
 
 
@@ -39,28 +66,53 @@ def effective_rank(sigma: Tensor) -> Tensor:
     total = sigma.sum(-1, keepdim=True)
     p = sigma / total.clamp_min(torch.finfo(sigma.dtype).tiny)
     rank = torch.exp(-torch.special.xlogy(p, p).sum(-1))
-    return torch.where(total.squeeze(-1) > 0, rank, torch.zeros_like(rank))
+    return rank.masked_fill(total.squeeze(-1) == 0, 0.0)
+
+
+def spectra(gram_kept: Tensor, gram_other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`spectrum` of the branch whose vectors are kept, and the singular values of the other: sigma, V, sigma of the other."""
+    if gram_kept.device.type != "cpu":
+        return spectra_at_once(gram_kept, gram_other)
+    # Eigenvalues alone take a CPU less than half as long, and changing its threads would break a compiled graph in two.
+    with nullcontext() if torch.compiler.is_compiling() else _one_thread():
+        return *spectrum(gram_kept), eigen.eigvalsh(gram_other.double()).clamp_min(0).sqrt().flip(-1)
+
+
+def spectra_at_once(gram_kept: Tensor, gram_other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`spectra` by one call: each call of torch.linalg makes the host wait for the device, to see whether it went well."""
+    sigmas, vectors = spectrum(torch.stack((gram_kept, gram_other)))
+    return sigmas[0], vectors[0], sigmas[1]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """LAPACK on one thread: D x D is so small that several wait for each other longer than one computes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def local_basis_matrix(gram_local: Tensor, gram_global: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
     """M with O_local M = U_l diag(g sigma_g + (1 - g) sigma_l) V_lᵀ (eq. 9-11): [B, N, D, D] fp64.
 
-    `weight` is g [D], strongest singular direction first. Where sigma_l,r <= eps sigma_l,1 the direction stays as it is.
+    `weight` is g [D], strongest singular direction first. Where sigma_l,r <= eps sigma_l,1 the direction stays as it is. Grams
+    that are not finite give an M that is not a number.
     """
-    sigma_l, vectors = spectrum(gram_local)
-    sigma_g = torch.linalg.eigvalsh(gram_global.double()).clamp_min(0).sqrt().flip(-1)
-    kept = sigma_l > eps * sigma_l[..., :1]
-    gain = weight.double() * (sigma_g / sigma_l.masked_fill(~kept, 1.0) - 1.0)
-    return _identity_plus(vectors, gain.masked_fill(~kept, 0.0))
+    sigma_l, vectors, sigma_g = spectra(gram_local, gram_global)
+    noise = sigma_l <= eps * sigma_l[..., :1]
+    gain = weight.double() * (sigma_g / sigma_l.masked_fill(noise, 1.0) - 1.0)
+    return _identity_plus(vectors, gain.masked_fill(noise, 0.0))
 
 
 def global_basis_matrix(gram_local: Tensor, gram_global: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
     """M with O_global M = U_g diag(g sigma_g + (1 - g) sigma_l) V_gᵀ, the ablation's global basis: [B, N, D, D] fp64."""
-    sigma_g, vectors = spectrum(gram_global)
-    sigma_l = torch.linalg.eigvalsh(gram_local.double()).clamp_min(0).sqrt().flip(-1)
-    kept = sigma_g > eps * sigma_g[..., :1]
-    gain = (1.0 - weight.double()) * (sigma_l / sigma_g.masked_fill(~kept, 1.0) - 1.0)
-    return _identity_plus(vectors, gain.masked_fill(~kept, 0.0))
+    sigma_g, vectors, sigma_l = spectra(gram_global, gram_local)
+    noise = sigma_g <= eps * sigma_g[..., :1]
+    gain = (1.0 - weight.double()) * (sigma_l / sigma_g.masked_fill(noise, 1.0) - 1.0)
+    return _identity_plus(vectors, gain.masked_fill(noise, 0.0))
 
 
 def _identity_plus(vectors: Tensor, gain: Tensor) -> Tensor:
@@ -77,12 +129,16 @@ def reconstruct(o_base: Tensor, matrix: Tensor, o_global: Tensor, lam: Tensor, f
     wide = torch.promote_types(o_base.dtype, torch.float32)
     keep = 1.0 - lam if form == "lerp" else torch.ones_like(lam)
     matrix = (keep * matrix).to(wide)
-    lam = lam.to(wide)
+    lam = lam.to(wide)[None]  # one dimension: a number without would not widen what it scales
     out = torch.empty_like(o_base)
-    for start in range(0, o_base.shape[1], CHUNK_TOKENS):
-        rows = slice(start, start + CHUNK_TOKENS)
-        rotated = (o_base[:, rows].to(wide).transpose(1, 2) @ matrix).transpose(1, 2)
-        out[:, rows] = (rotated + lam * o_global[:, rows].to(wide)).to(out.dtype)
+    for item, start in itertools.product(range(o_base.shape[0]), range(0, o_base.shape[1], CHUNK_TOKENS)):
+        rows = item, slice(start, start + CHUNK_TOKENS)
+        mixed = out[rows] if out.dtype == wide else torch.empty_like(out[rows], dtype=wide)
+        torch.mul(lam, o_global[rows], out=mixed)
+        # The product is added to it by the kernel that computes it.
+        mixed.transpose(0, 1).baddbmm_(o_base[rows].to(wide).transpose(0, 1), matrix[item])
+        if out.dtype != wide:
+            out[rows] = mixed
     return out
 
 

@@ -28,6 +28,20 @@ _UNION_ERROR = re.compile(
 _TYPE_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
 
 
+# What other commands, older versions and other programs call a setting; letters alone would lead elsewhere.
+_OTHER_NAMES = {
+    "nproc": "gpus",
+    "model.offload": "model.weights",
+    "model.cpu_offload": "model.weights",
+    "parallel.degrees": "parallel.plan",
+    "parallel.tp": "parallel.ulysses",
+    "seed": "sampler.seed",
+    "steps": "sampler.num_steps",
+}
+# What many commands have and some have no use for: the likest of the others' names would be nonsense.
+_OF_OTHER_COMMANDS = frozenset({"prompt", "prompt_file", "verbose", "ray"})
+
+
 @dataclass(frozen=True, kw_only=True)
 class Keys:
     """The dotted names that a parser knows: single settings, groups of them, those that are true or false, and maps.
@@ -103,6 +117,7 @@ def arrange(argv: Sequence[str], keys: Keys, *, num_positionals: int = 0) -> lis
 
     `--switch` alone means `--switch=true`, and a value may begin with a dash.
     """
+    check_text(argv)
     options, positionals, words = [], [], list(argv)
     while words:
         word = words.pop(0)
@@ -131,16 +146,32 @@ def arrange(argv: Sequence[str], keys: Keys, *, num_positionals: int = 0) -> lis
     return options + positionals
 
 
+def check_text(argv: Sequence[str]) -> None:
+    """Raise UserError for bytes that are no text: a prompt of them cannot be encoded, nor a path written into a record."""
+    for word in argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the argument {word!r} is not UTF-8 text; write it, or rename the file, in UTF-8"
+            ) from error
+
+
 def check_key(key: str, keys: Keys, where: str = "") -> None:
     """Raise UserError for an unknown dotted key, naming the nearest valid one."""
     if keys.knows(key):
         return
+    if key in _OF_OTHER_COMMANDS:
+        raise UserError(f"unknown setting {key}{where}; this command has no use for it, leave it out")
     nearest = nearest_key(key, keys.leaves | keys.groups)
     raise UserError(f"unknown setting {key}{where}" + (f"; did you mean {nearest}?" if nearest else "; see --help"))
 
 
 def nearest_key(key: str, keys: Iterable[str]) -> str | None:
     """The valid key that looks most like `key`, as a whole and in its last part; None if none looks like it."""
+
+    if _OTHER_NAMES.get(key) in keys:
+        return _OTHER_NAMES[key]
 
     def likeness(other: str) -> float:
         parts = zip((key, key.rpartition(".")[2]), (other, other.rpartition(".")[2]), strict=True)

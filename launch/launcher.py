@@ -1,5 +1,6 @@
 """Ranks as processes of this machine: started, watched until all have ended, and named if one fails. Standard library only."""
 
+import errno
 import itertools
 import os
 import signal
@@ -22,7 +23,7 @@ GRACE_SECONDS = 5.0
 # How long an interrupted rank 0 gets to write what was computed.
 STOP_SECONDS = 120.0
 POLL_SECONDS = 0.05
-KEPT_LINES = 60
+KEPT_LINES = 200  # torch's watchdog writes a page of its own after our line
 
 # The exit code of a rank that lost another one; see launch/command.py.
 _LOST = 1
@@ -57,13 +58,24 @@ def start_ranks(num_ranks: int, command: Sequence[str], *, signals: StopSignals)
         try:
             for rank in range(num_ranks):
                 environment = _environment(rank, num_ranks, store)
-                children.append(_Child.start(rank, command, environment, store=store, verbose=verbose))
+                try:
+                    children.append(_Child.start(rank, command, environment, store=store, verbose=verbose))
+                except OSError as error:  # those before are ended
+                    show(_describe_limit(rank, num_ranks, error))
+                    return 2
             store.close()
             _watch(children, signals)
         finally:
             for child in children:
                 child.end()
     return judge(children, signals, verbose=verbose)
+
+
+def _describe_limit(rank: int, num_ranks: int, error: OSError) -> str:
+    return (
+        f"error: rank {rank} of {num_ranks} cannot be started on this machine ({error.strerror}); give a smaller --nproc, or "
+        "raise the limits of processes and open files (ulimit -u, ulimit -n)"
+    )
 
 
 @dataclass
@@ -86,6 +98,7 @@ class _Child:
         """Start a rank. Rank 0 writes to the terminal itself, for its progress bars, unless every line gets a prefix."""
         listen = rank > 0 or verbose
         reading, writing = os.pipe()
+        child = None
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited, until the rank can handle them
         try:
             process = subprocess.Popen(
@@ -99,14 +112,25 @@ class _Child:
                 # A terminal's Ctrl-C would reach the whole group of processes; as it is, it reaches the launcher.
                 start_new_session=True,
             )
+            child = cls(rank, process, reading)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             os.close(writing)
-        child = cls(rank, process, reading)
+            if child is None:
+                os.close(reading)
         if listen:
-            child.reader = threading.Thread(target=child._listen, args=(verbose,), daemon=True)
-            child.reader.start()
+            child.read(verbose)
         return child
+
+    def read(self, verbose: bool) -> None:
+        """Keep the last lines of its stderr from now on. OSError, and no rank, where no thread can be had for it."""
+        reader = threading.Thread(target=self._listen, args=(verbose,), daemon=True)
+        try:
+            reader.start()
+        except RuntimeError as error:
+            self.end()
+            raise OSError(errno.EAGAIN, str(error)) from error
+        self.reader = reader
 
     def has_ended(self) -> bool:
         """Whether the rank has ended; the first time that it has, how and when is noted."""
@@ -177,8 +201,9 @@ def judge(children: Sequence[_Child], signals: StopSignals, *, verbose: bool) ->
     if cause.said:
         show(cause.said)
         return cause.code
-    if cause.code > 0 and not verbose:
-        for line in cause.lines:  # a traceback; that of rank 0 has been seen
+    if (cause.code > 0 or cause.code == -signal.SIGABRT) and not verbose:
+        # A traceback, or what a backend says before it aborts the process; those of rank 0 have been seen.
+        for line in cause.lines:
             show(f"[rank {cause.rank}] {line}")
     show(_describe(cause, children))
     return 1

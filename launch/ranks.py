@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +22,7 @@ from engine.parallelism import Arrangement, arrange_ranks, describe_place, join_
 from engine.ranks import choose_failure, digest, refuse_different, setting_prints, together
 from launch.command import LostRankError
 from launch.launcher import STORE
-from launch.stopping import LAUNCHER, SIGNALS, Place
+from launch.stopping import LAUNCHER, SIGNALS, Place, say_for_first
 from parallel.collectives import CollectiveError
 
 _ROLL_CALL_SECONDS = 0.05
@@ -100,8 +101,10 @@ def open_ranks(config: RunConfig, *, prompts: Sequence[str], verbose: bool) -> I
             dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout)
             ranks = join_ranks(config, arrangement, device)
             if verbose:
-                _tell(place, describe_place(ranks, arrangement.plan, device))
+                print(describe_place(ranks, arrangement.plan, device), file=sys.stderr, flush=True)
             yield Party(ranks=ranks, store=store)
+            if ranks.mesh.monitor is not None:
+                ranks.mesh.monitor.close()
     except (CollectiveError, dist.DistError) as error:
         raise LostRankError(str(error) if isinstance(error, CollectiveError) else _lost(place, error)) from error
     # Not after an error: it would wait for the other ranks, and the process is about to end.
@@ -127,10 +130,12 @@ def _meet(place: Place, timeout: float) -> dist.Store:
         raise UserError(
             "RANK and WORLD_SIZE are set, but not MASTER_ADDR and MASTER_PORT; unset them or start with torchrun"
         )
-    if not port.isdecimal():
-        raise UserError(f"MASTER_PORT must be the number of a port, got {port!r}")
+    if not (port.isascii() and port.isdecimal() and len(port) < 6 and 0 < int(port) < 1 << 16):
+        raise UserError(f"MASTER_PORT must be the number of a port, 1 to 65535, got {port!r}")
     of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     listening = os.environ.get(STORE)
+    if (place.rank > 0 or of_torchrun) and LAUNCHER not in os.environ:  # our launcher listens before it starts a rank
+        _wait_for_listener(host, int(port), place, timeout)
     try:
         store: dist.Store = dist.TCPStore(
             host,
@@ -144,11 +149,34 @@ def _meet(place: Place, timeout: float) -> dist.Store:
         store = dist.PrefixStore(f"freespec/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         _call_roll(store, place, timeout)
     except dist.DistError as error:
-        raise UserError(
-            f"rank {place.rank} of {place.world} cannot reach rank 0 at {host}:{port} within {timeout:g} s "
-            f"({_first_line(error)})"
-        ) from error
+        raise UserError(_unreachable(place, f"{host}:{port}", timeout, error)) from error
     return store
+
+
+def _wait_for_listener(host: str, port: int, place: Place, timeout: float) -> None:
+    """Return once somebody listens there; torch's own store logs a page for each try that it gives up.
+
+    The rank says itself that rank 0 is missing, as nobody else may be there to say it.
+    """
+    until = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(until - time.monotonic(), _ROLL_CALL_SECONDS)).close()
+        except (OSError, UnicodeError) as error:  # the latter for what can be no name of a host
+            if time.monotonic() + _ROLL_CALL_SECONDS > until:
+                message = _unreachable(place, f"{host}:{port}", timeout, error)
+                say_for_first(f"error: {message}")
+                raise UserError(message) from error
+            time.sleep(_ROLL_CALL_SECONDS)
+        else:
+            return
+
+
+def _unreachable(place: Place, address: str, timeout: float, error: Exception) -> str:
+    return (
+        f"rank {place.rank} of {place.world} cannot reach rank 0 at {address} within {timeout:g} s ({_first_line(error)}); "
+        "start all ranks, with one MASTER_ADDR and MASTER_PORT"
+    )
 
 
 def _call_roll(store: dist.Store, place: Place, timeout: float) -> None:
@@ -217,12 +245,6 @@ def _only_first_is_stopped(place: Place) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _tell(place: Place, message: str) -> None:
-    """What `--verbose` shows; our launcher adds the rank itself."""
-    prefix = "" if LAUNCHER in os.environ else f"[rank {place.rank}] "
-    print(prefix + message, file=sys.stderr, flush=True)
 
 
 def _lost(place: Place, error: Exception) -> str:

@@ -50,6 +50,10 @@ class StopSignals:
         self.received = self.received or signal.Signals(number)
 
 
+class PlaceError(ValueError):
+    """An environment that says of no rank which one it is."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Place:
     """Which rank this process is, from the environment that torchrun and our launcher set."""
@@ -60,13 +64,25 @@ class Place:
 
     @classmethod
     def of_environment(cls) -> "Place | None":
-        """None for a process that nobody started as a rank."""
+        """None for a process that nobody started as a rank; PlaceError for numbers that are none, or not of one world."""
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return None
-        rank = int(os.environ["RANK"])
+        rank, world = _whole_number("RANK"), _whole_number("WORLD_SIZE")
+        if rank >= world:
+            raise PlaceError(f"RANK {rank} is none of the ranks of WORLD_SIZE {world}, which count from 0; {_REMEDY}")
         return cls(
-            rank=rank, world=int(os.environ["WORLD_SIZE"]), local_rank=int(os.environ.get("LOCAL_RANK", str(rank)))
+            rank=rank, world=world, local_rank=_whole_number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else rank
         )
+
+
+_REMEDY = "unset RANK, LOCAL_RANK and WORLD_SIZE, or start with --nproc or torchrun"
+
+
+def _whole_number(name: str) -> int:
+    text = os.environ[name]
+    if not (text.isascii() and text.isdecimal()) or len(text) > 9:  # no machine has a billion ranks
+        raise PlaceError(f"{name} must be a whole number, 0 or more, got {text!r}; {_REMEDY}")
+    return int(text)
 
 
 def say(message: str) -> None:
@@ -82,6 +98,16 @@ def say(message: str) -> None:
     place = Place.of_environment()
     if place is None or 0 in (place.rank, place.local_rank):
         show(line)
+
+
+def say_for_first(message: str) -> None:
+    """`say` on a rank that it leaves silent, for want of a rank 0 that speaks for all.
+
+    Without LOCAL_RANK no rank knows to be the first of its machine; where it is set, that one speaks anyway.
+    """
+    place = Place.of_environment()
+    if place is not None and place.rank > 0 and not {LAST_LINE, "LOCAL_RANK"} & os.environ.keys():
+        show(" ".join(message.split()))
 
 
 def show(line: str) -> None:

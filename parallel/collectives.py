@@ -8,7 +8,7 @@ tokens first, any range of them is one contiguous message.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -34,15 +34,22 @@ class CollectiveError(RuntimeError):
         return f"rank {self.rank}, {self.label}: {self.operation} among ranks {list(self.ranks)} failed: {self.reason}"
 
 
+def ignore_call(operation: str, label: object) -> AbstractContextManager[None]:
+    """The observer of a run whose calls nobody follows: those of gloo return when they are done, or with an error."""
+    return nullcontext()
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trace:
     """What a collective says about itself: `label` names the caller's step and layer, `on_bytes` hears (kind, bytes sent).
 
-    The label is turned into words only if there is an error. Bytes that a rank keeps for itself are not counted.
+    The label is turned into words only if there is an error. Bytes that a rank keeps for itself are not counted. `on_call` is
+    told (operation, label) and entered around every call: parallel/monitor.py.
     """
 
     label: object
     on_bytes: Callable[[str, int], None]
+    on_call: Callable[[str, object], AbstractContextManager[None]] = ignore_call
 
 
 def ignore_bytes(kind: str, num_bytes: int) -> None:
@@ -55,8 +62,10 @@ def watch(operation: str, *, group: dist.ProcessGroup, trace: Trace) -> Iterator
 
     On NCCL an error of a finished call may surface in a later one: its watchdog, not this, ends a hung kernel.
     """
+    following = nullcontext() if torch.compiler.is_compiling() else trace.on_call(operation, trace.label)
     try:
-        yield
+        with following:
+            yield
     except RuntimeError as error:
         ranks = tuple(dist.get_process_group_ranks(group))
         raise CollectiveError(ranks[dist.get_rank(group)], str(trace.label), operation, ranks, str(error)) from error

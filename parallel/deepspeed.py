@@ -68,11 +68,16 @@ def check_deepspeed(plan: SequencePlan) -> ModuleType:
 
     Raises ImportError without DeepSpeed, and ValueError for shards or heads of a plan that are not even.
     """
-    refuse_uneven(WHO, [length(shard) for shard in plan.shards], [length(share) for share in plan.head_shares])
+    refuse_deepspeed_plan(plan)
     try:
         return quiet_import("deepspeed.sequence.layer")
     except ImportError as error:
         raise ImportError(f"the deepspeed provider needs the optional package deepspeed: {error}") from error
+
+
+def refuse_deepspeed_plan(plan: SequencePlan) -> None:
+    """Raise ValueError for shards or heads of a plan that are not even."""
+    refuse_uneven(WHO, [length(shard) for shard in plan.shards], [length(share) for share in plan.head_shares])
 
 
 def deepspeed_exchange(plan: SequencePlan) -> DeepSpeedExchange:

@@ -9,7 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from parallel.collectives import Trace, ignore_bytes, meet
+from parallel.collectives import Trace, ignore_bytes, ignore_call, meet
+from parallel.monitor import Monitor, start_cuda_monitor
 
 AXES = ("cfg", "ring", "ulysses")
 
@@ -33,7 +34,8 @@ class Axis:
 class SeqMesh:
     """All axes of this rank. `sequence` is ring x ulysses, ring-major: all ranks that share one video's tokens.
 
-    `alone` is this rank by itself: the ulysses axis of a layout that splits no heads. `world` is all ranks, cfg-major.
+    `alone` is this rank by itself: the ulysses axis of a layout that splits no heads. `world` is all ranks, cfg-major. `monitor`
+    follows the collectives where the backend does not say who waits in which; None elsewhere.
     """
 
     device_mesh: DeviceMesh
@@ -43,10 +45,15 @@ class SeqMesh:
     sequence: Axis
     alone: Axis
     world: Axis
+    monitor: Monitor | None = None
 
     def on_shards(self) -> "SeqMesh":
         """The same ranks with every rank of the sequence on the ring and no heads split."""
         return replace(self, ring=self.sequence, ulysses=self.alone)
+
+    def trace(self, label: object, on_bytes: Callable[[str, int], None]) -> Trace:
+        """A trace for collectives of this mesh, which its monitor follows, if there is one."""
+        return _trace(self.monitor, label, on_bytes)
 
 
 def build_mesh(*, cfg: int, ring: int, ulysses: int, device: torch.device, timeout: timedelta) -> SeqMesh:
@@ -71,11 +78,18 @@ def build_mesh(*, cfg: int, ring: int, ulysses: int, device: torch.device, timeo
         "alone": make_axis("alone", ranks.view(world, 1)),
         "world": make_axis("world", ranks.view(1, world)),
     }
+    monitor = None
+    if world > 1 and dist.get_backend(dist.group.WORLD) == "nccl":
+        monitor = start_cuda_monitor(rank=dist.get_rank(dist.group.WORLD), timeout=timeout)
     for axis in axes.values():
-        meet(group=axis.group, device=device, trace=Trace(label=f"start, {axis.name} axis", on_bytes=ignore_bytes))
+        meet(group=axis.group, device=device, trace=_trace(monitor, f"start, {axis.name} axis", ignore_bytes))
     groups = [axes[name].group for name in AXES]
     device_mesh = DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=AXES)
-    return SeqMesh(device_mesh=device_mesh, **axes)
+    return SeqMesh(device_mesh=device_mesh, monitor=monitor, **axes)
+
+
+def _trace(monitor: Monitor | None, label: object, on_bytes: Callable[[str, int], None]) -> Trace:
+    return Trace(label=label, on_bytes=on_bytes, on_call=ignore_call if monitor is None else monitor.following)
 
 
 def _axis_maker(timeout: timedelta) -> Callable[[str, Tensor], Axis]:

@@ -4,8 +4,10 @@ Everything here is a pure function of numbers that all ranks know, so that every
 sizes and no size is ever communicated. A range is (start, stop) in absolute tokens (or heads) of the whole sequence.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Literal
 
 Range = tuple[int, int]
@@ -54,9 +56,13 @@ def refuse_uneven(who: str, tokens: Sequence[int], heads: Sequence[int]) -> None
     for name, sizes in (("tokens", tokens), ("heads", heads)):
         if min(sizes) != max(sizes):
             raise ValueError(
-                f"{who} takes even shares only, and {sum(sizes)} {name} over {len(sizes)} ranks are not: {list(sizes)}; use the "
-                "torch provider or other degrees"
+                f"{who} takes even shares only, and {sum(sizes)} {name} over {len(sizes)} ranks are not: {_few(sizes)}"
             )
+
+
+def _few(sizes: Sequence[int]) -> str:
+    """Sizes as a list that a line has room for."""
+    return str(list(sizes)) if len(sizes) <= 16 else f"{min(sizes)} to {max(sizes)}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,6 +188,51 @@ def layer_bytes(plan: SequencePlan, rank: int, mode: Mode, *, shape: LayerShape,
     }
 
 
+def layer_bytes_by_rank(plan: SequencePlan, mode: Mode, *, shape: LayerShape, halo: HaloRange) -> list[dict[str, int]]:
+    """`layer_bytes` of every rank, in rank order. P log P for P ranks, where asking rank by rank takes P² and more."""
+    shards, ring_shards, shares = plan.shards, plan.ring_shards, plan.head_shares
+    sent = _halo_tokens_sent(ring_shards, halo_needs(ring_shards, halo, plan.tokens)) if mode != "global" else None
+    found = []
+    for ring_rank, own in enumerate(ring_shards):
+        passed_on = plan.tokens - length(ring_shards[(ring_rank + 1) % plan.ring])
+        for ulysses_rank, share in enumerate(shares):
+            shard, heads = length(shards[ring_rank * plan.ulysses + ulysses_rank]), length(share)
+            kv_bytes = 2 * heads * shape.row_bytes
+            rows = 3 * shard * (plan.heads - heads) + heads * (length(own) - shard)
+            grams = GRAMS_PER_HEAD * shape.batch * heads * shape.head_dim**2 * GRAM_ITEMSIZE
+            found.append(
+                {
+                    "all_to_all": rows * shape.row_bytes,
+                    "halo": 0 if sent is None else kv_bytes * sent[ring_rank],
+                    "ring": kv_bytes * passed_on if mode != "local" else 0,
+                    "reduce": grams * (plan.ring - 1) if mode == "dual" else 0,
+                }
+            )
+    return found
+
+
+def _halo_tokens_sent(owned: Sequence[Range], needed: Sequence[Range]) -> list[int]:
+    """Tokens that each member sends, once for every other member whose windows hold them.
+
+    All members together need sum_i (min(x, stop_i) - min(x, start_i)) of the tokens before x; a member's own part of that,
+    less the tokens that it needs itself, which `halo_needs` has checked to be all of its own, is what it sends.
+    """
+
+    def before(bounds: Sequence[int]) -> Callable[[int], int]:
+        ordered = sorted(bounds)
+        sums = list(accumulate(ordered, initial=0))
+
+        def summed(x: int) -> int:
+            count = bisect_left(ordered, x)
+            return sums[count] + (len(ordered) - count) * x
+
+        return summed
+
+    starts, stops = before([start for start, _ in needed]), before([stop for _, stop in needed])
+    covered = {x: stops(x) - starts(x) for span in owned for x in span}
+    return [covered[stop] - covered[start] - (stop - start) for start, stop in owned]
+
+
 def gather_bytes(plan: SequencePlan, *, token_bytes: int) -> int:
     """Bytes that a rank sends to gather tokens of `token_bytes` each: its shard, padded to the largest, to every other."""
     return max(length(shard) for shard in plan.shards) * token_bytes * (plan.ranks - 1)
@@ -209,10 +260,7 @@ def choose_local_route(plan: SequencePlan, *, shape: LayerShape, halo: HaloRange
     """
 
     def busiest(candidate: SequencePlan) -> int:
-        return max(
-            sum(layer_bytes(candidate, rank, "local", shape=shape, halo=halo).values())
-            for rank in range(candidate.ranks)
-        )
+        return max(sum(sent.values()) for sent in layer_bytes_by_rank(candidate, "local", shape=shape, halo=halo))
 
     exchanged, fetched = busiest(plan), busiest(plan.on_shards())
     route: Route = "halo" if fetched <= exchanged else "all_to_all"

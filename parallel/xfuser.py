@@ -50,22 +50,27 @@ def check_xfuser(plan: SequencePlan, *, device_type: str, kernel: str) -> None:
 
     `kernel` is the setting attention.kernel.
     """
-    _refuse_uneven(plan)
     if device_type != "cuda":
         raise ValueError(f"xfuser runs on CUDA only, and the device is {device_type}; use the torch provider")
-    if kernel not in TYPES:
-        raise ValueError(f"attention.kernel {kernel} has no counterpart in xfuser; choose one of {', '.join(TYPES)}")
-    if plan.ring > 1 and TYPES[kernel] not in RING_TYPES:
-        raise ValueError(
-            f"with attention.kernel {kernel} xfuser has no log-sum-exp to merge the parts of a ring of {plan.ring} by; use "
-            "parallel.ring 1, or attention.kernel cuda_flash"
-        )
+    refuse_xfuser_plan(plan, kernel=kernel)
     for package in ("xfuser", "yunchang"):
         if importlib.util.find_spec(package) is None:
             raise ImportError(f"it needs the package {package}, which is not installed: pip install '.[xfuser]'")
     if TYPES[kernel] == "FA" and importlib.util.find_spec("flash_attn") is None:
         raise ImportError(
             "with attention.kernel auto it needs the package flash-attn; install it, or choose cuda_flash"
+        )
+
+
+def refuse_xfuser_plan(plan: SequencePlan, *, kernel: str) -> None:
+    """Raise ValueError for shares and kernels that xfuser cannot serve, on whatever machine."""
+    _refuse_uneven(plan)
+    if kernel not in TYPES:
+        raise ValueError(f"attention.kernel {kernel} has no counterpart in xfuser; choose one of {', '.join(TYPES)}")
+    if plan.ring > 1 and TYPES[kernel] not in RING_TYPES:
+        raise ValueError(
+            f"with attention.kernel {kernel} xfuser has no log-sum-exp to merge the parts of a ring of {plan.ring} by; use "
+            "parallel.ring 1, or attention.kernel cuda_flash"
         )
 
 

@@ -39,21 +39,7 @@ class FlowPlan:
     is learned from stills, at a tenth of the cost of a clip.
     """
 
-    phases: tuple[tuple[int, int, int], ...] = (
-        (1, 32, 400),
-        (5, 12, 500),
-        (9, 8, 800),
-        (5, 12, 1200),
-        (9, 8, 4100),
-        (5, 12, 1000),
-        (9, 8, 600),
-        (1, 32, 700),
-        (5, 12, 700),
-        (9, 8, 2000),
-        (1, 32, 500),
-        (5, 12, 500),
-        (9, 8, 1000),
-    )
+    phases: tuple[tuple[int, int, int], ...] = ((1, 32, 1500), (5, 12, 1500), (9, 8, 5000))
     lr: float = 1.5e-3
     compiled: bool = True
     save_every: int = 100

@@ -28,7 +28,7 @@ SEED = 1
 class VaePlan:
     """Phases of (frames per clip, clips per batch, steps), the peak learning rate, and steps between saved states."""
 
-    phases: tuple[tuple[int, int, int], ...] = ((1, 8, 700), (9, 3, 700))
+    phases: tuple[tuple[int, int, int], ...] = ((1, 8, 1000), (9, 3, 2000))
     lr: float = 1.5e-3
     save_every: int = 200
 
@@ -38,7 +38,7 @@ class VaePlan:
         return sum(steps for _, _, steps in self.phases)
 
 
-DECODER_PLAN = VaePlan(phases=((9, 3, 2900),), lr=1e-3, save_every=100)
+DECODER_PLAN = VaePlan(phases=((9, 3, 2500),), lr=1e-3, save_every=100)
 
 
 def to_video(clips: list[np.ndarray]) -> Tensor:

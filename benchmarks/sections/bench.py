@@ -14,15 +14,22 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks.measure import SHAPES, Shape, environment, rounded
-from freespec.kernels import KERNELS, Kernel, select_kernel
+from freespec.kernels import NAMES, Kernel, select_kernel
 
 # Sizes of --small: the same code on a CPU, in seconds.
 SMALL_SHAPES = {
     "wan": Shape(num_frames=5, frame_tokens=10, window_frames=3, heads=2, head_dim=16, cpu_heads=2),
     "ltx": Shape(num_frames=6, frame_tokens=5, window_frames=4, heads=2, head_dim=8, cpu_heads=2),
 }
-# What torch and Triton raise for what a device, a dtype or a layout cannot do.
-UNSUPPORTED: tuple[type[Exception], ...] = (RuntimeError, ValueError, TypeError, ImportError, torch.OutOfMemoryError)
+# What torch, Triton and packages raise for what a device, a dtype or a layout cannot do.
+UNSUPPORTED: tuple[type[Exception], ...] = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    ImportError,
+    AssertionError,  # how packages, and torch's own compiler, refuse a shape
+    torch.OutOfMemoryError,
+)
 if importlib.util.find_spec("triton") is not None:
     from triton.errors import TritonError
 
@@ -113,7 +120,7 @@ class Bench:
     def kernels(self) -> tuple[dict[str, Kernel], dict[str, str]]:
         """Every dense kernel of this device but the plain one on a GPU, and why others are left out."""
         found, refused = {}, {}
-        for name in KERNELS:
+        for name in NAMES:
             if name == "plain" and not self.small:
                 refused[name] = "writes out S x K logits"
                 continue
@@ -136,7 +143,7 @@ class Bench:
     def best_kernel(self) -> str:
         """The dense kernel of ours that the section `layer` found to be fastest here; `auto` if it was not measured."""
         variants = self.earlier("layer").get("wan", {}).get("variants", {})
-        found = {name: variants.get(f"global {name}", {}).get("wall_s", {}).get("median") for name in KERNELS}
+        found = {name: variants.get(f"global {name}", {}).get("wall_s", {}).get("median") for name in NAMES}
         measured = {name: seconds for name, seconds in found.items() if seconds is not None}
         return min(measured, key=lambda name: measured[name]) if measured else "auto"
 

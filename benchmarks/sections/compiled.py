@@ -2,13 +2,15 @@
 
 import time
 import warnings
+from contextlib import ExitStack
+from typing import Any
 
 import torch
 import torch._dynamo.utils
 
-from benchmarks.measure import ratio, spread
+from benchmarks.measure import in_turn, ratio, spread
 from benchmarks.sections.bench import Bench
-from benchmarks.sections.model import make_subject, stepper
+from benchmarks.sections.model import Subject, make_subject, stepping
 from freespec.methods import Direct, FreeSpec, Method, SlidingWindow
 
 LAYERS = 3  # more than one, so that a graph per layer would show; a whole model takes no longer to compile
@@ -22,9 +24,14 @@ def run(bench: Bench) -> None:
     compiled.pipe.transformer.compile_repeated_blocks(backend="eager" if bench.small else "inductor")
     methods: dict[str, Method] = {"direct": Direct(), "sliding_window": SlidingWindow(), "freespec dual": FreeSpec()}
     for name, method in methods.items():
+        bench.record(name, compare(bench, {"eager": eager, "compiled": compiled}, method, kernel=kernel))
+
+
+def compare(bench: Bench, subjects: dict[str, Subject], method: Method, *, kernel: str) -> dict[str, Any]:
+    """Seconds of a step of each, and the graphs that were made for it."""
+    with ExitStack() as stack:
         calls = {
-            f"{name}, {kind}": stepper(subject, method, kernel=kernel)
-            for kind, subject in (("eager", eager), ("compiled", compiled))
+            kind: stack.enter_context(stepping(subject, method, kernel=kernel)) for kind, subject in subjects.items()
         }
         before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         started = time.perf_counter()
@@ -34,18 +41,15 @@ def run(bench: Bench) -> None:
                 call()
         bench.synchronize()
         first = time.perf_counter() - started
-        times: dict[str, list[float]] = {variant: [] for variant in calls}
-        for _ in range(ROUNDS):
-            for variant, call in calls.items():
-                times[variant].append(bench.seconds_and_peak(call)["seconds"])
-        bench.record(
-            name,
-            {
-                "layers": LAYERS,
-                "kernel": kernel,
-                "seconds_of_the_first_calls": first,
-                "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"] - before,
-                **{variant: spread(seconds) for variant, seconds in times.items()},
-                "compiled / eager": ratio(times[f"{name}, compiled"], times[f"{name}, eager"]),
-            },
-        )
+        times: dict[str, list[float]] = {kind: [] for kind in calls}
+        for round_ in range(ROUNDS):
+            for kind, call in in_turn(calls.items(), round_):
+                times[kind].append(bench.seconds_and_peak(call)["seconds"])
+    return {
+        "layers": LAYERS,
+        "kernel": kernel,
+        "seconds_of_the_first_calls": first,
+        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"] - before,
+        **{kind: spread(seconds) for kind, seconds in times.items()},
+        "compiled / eager": ratio(times["compiled"], times["eager"]),
+    }

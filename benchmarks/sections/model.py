@@ -1,7 +1,7 @@
 """Wan2.1-1.3B at 321 frames with random weights, and one denoising step of it by any method."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,21 +83,17 @@ def make_subject(bench: Bench, *, layers: int | None = None) -> Subject:
     return Subject(pipe=pipe, latents=latents, texts=(texts[0], texts[1]), window_frames=3 if bench.small else WINDOW)
 
 
-def stepper(
+@contextmanager
+def stepping(
     subject: Subject, method: Method | None, *, kernel: str, dual: str = "auto", passes: int = 2
-) -> Callable[[], Tensor]:
-    """One step by a method; None is the pipeline as diffusers has it. The method is put on and taken off outside of it."""
-
-    def step() -> Tensor:
-        on = nullcontext()
+) -> Iterator[Callable[[], Tensor]]:
+    """One step by a method, which is on the pipeline meanwhile, so that no step is timed with it; None is diffusers alone."""
+    with ExitStack() as stack:
         if method is not None:
-            on = apply_method(
-                subject.pipe, method=method, window_frames=subject.window_frames, kernel=kernel, dual=dual
+            stack.enter_context(
+                apply_method(subject.pipe, method=method, window_frames=subject.window_frames, kernel=kernel, dual=dual)
             )
-        with on:
-            return subject.step(passes)
-
-    return step
+        yield lambda: subject.step(passes)
 
 
 def make_vae(bench: Bench) -> Any:

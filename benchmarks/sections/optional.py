@@ -26,10 +26,15 @@ from parallel.xfuser import check_xfuser, xfuser_attention
 
 KERNEL = "cuda_flash"  # one that both sides have: torch's own FlashAttention
 TIMEOUT = timedelta(seconds=60)
+COMPARED = (
+    "one self-attention layer, not a whole step: the rest of a step is the same code on both sides, so that a step differs by "
+    "30 times (Wan2.1-1.3B) the difference of a layer for each pass"
+)
 
 
 def run(bench: Bench) -> None:
     """Both models' layers: xfuser on this GPU, then on all there are, then the quantised complement."""
+    bench.record("compared", COMPARED)
     for name, shape in bench.shapes.items():
         bench.record(f"xfuser, {name}", on_one(bench, shape))
         gpus = torch.cuda.device_count() if bench.device.type == "cuda" else 1

@@ -3,11 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
+from benchmarks.attention import peak_memory
 from benchmarks.measure import Shape, round_robin, spread
 from benchmarks.sections.bench import Bench
-from benchmarks.sections.layer import QKV, inputs, windowed
+from benchmarks.sections.layer import PROGRESS, QKV, inputs, windowed
 from freespec.attention import WindowedAttention, merge_into
 from freespec.kernels import select_kernel
+from freespec.methods import Branches, FreeSpec, Layer, StepPlan
 from parallel.plan import SequencePlan
 
 RANKS = (1, 2, 4, 8)
@@ -26,23 +30,67 @@ def run(bench: Bench) -> None:
 
 
 def measure(bench: Bench, shape: Shape, layer: WindowedAttention) -> dict[str, Any]:
-    """Seconds of each share, and what it is of the P-th part of the whole: 1 is perfect, before communication."""
+    """Each share's seconds, rate and memory, and what it is of the P-th part of the whole: 1 is perfect, before communication."""
     calls: dict[str, Callable[[], Any]] = {}
     for ranks in RANKS:
         if ranks <= shape.heads:
             calls |= ulysses_calls(layer, inputs(bench, shape, -(-shape.heads // ranks)), ranks)
         if ranks > 1:
             calls |= ring_calls(layer, inputs(bench, shape, shape.heads), shape, ranks)
+    calls |= {name: fusion_call(bench, shape, *share) for name, share in fusion_shares(shape).items()}
     for call in calls.values():
         call()
+    peaks = {name: peak_memory(call, bench.device)[0] for name, call in calls.items()}
     times = {name: spread(row["wall_s"]) for name, row in round_robin(calls, bench.device, bench.repeats).items()}
     rows = {}
     for name, seconds in times.items():
         kind, ranks, mode = name.split()
         whole = times[f"ulysses 1 {mode}"]["median"]
-        rows[name] = {"axis": kind, "ranks": int(ranks), "mode": mode, "wall_s": seconds}
+        rows[name] = {"axis": kind, "ranks": int(ranks), "mode": mode, "wall_s": seconds, "peak_extra_mib": peaks[name]}
         rows[name]["efficiency"] = whole / (int(ranks) * seconds["median"])
+        if mode != "fusion":  # which is bound by memory and latency
+            rows[name]["tflops"] = operations(shape, kind, int(ranks), mode) / seconds["median"]
     return {"sizes": str(shape), "rows": rows}
+
+
+def operations(shape: Shape, kind: str, ranks: int, mode: str) -> float:
+    """Multiply-adds x 2 of attention in a share, in 10^12: 4 S K D per head, of the window's keys alone if local."""
+    heads, queries = shape.heads, shape.num_tokens
+    if kind == "ulysses":
+        heads = -(-heads // ranks)
+    else:
+        start, stop = ring_shard(shape, ranks)
+        queries = stop - start
+    keys = shape.window_frames * shape.frame_tokens if mode == "local" else shape.num_tokens
+    return 4 * queries * keys * shape.head_dim * heads / 1e12
+
+
+def ring_shard(shape: Shape, ranks: int) -> tuple[int, int]:
+    """The tokens of a rank in the middle."""
+    return SequencePlan(tokens=shape.num_tokens, heads=shape.heads, ring=ranks, ulysses=1).ring_shards[ranks // 2]
+
+
+def fusion_shares(shape: Shape) -> dict[str, tuple[int, int]]:
+    """Tokens and heads that a rank fuses; over a ring every rank decomposes all heads."""
+    shares = {}
+    for ranks in RANKS:
+        if ranks <= shape.heads:
+            shares[f"ulysses {ranks} fusion"] = shape.num_tokens, -(-shape.heads // ranks)
+        if ranks > 1:
+            start, stop = ring_shard(shape, ranks)
+            shares[f"ring {ranks} fusion"] = stop - start, shape.heads
+    return shares
+
+
+def fusion_call(bench: Bench, shape: Shape, tokens: int, heads: int) -> Callable[[], Any]:
+    """The fusion of a share, without the sum of Grams over ranks."""
+    torch.manual_seed(0)
+    sizes = (2, 1, tokens, heads, shape.head_dim)
+    o_local, o_global = torch.randn(sizes, device=bench.device, dtype=bench.dtype).unbind(0)
+    method = FreeSpec()
+    weights = method.weights(StepPlan(mode="dual", progress=PROGRESS), shape.grid, shape.head_dim, bench.device)
+    layer = Layer(grid=shape.grid, sum_tokens=lambda total: total, sum_heads=lambda total: total)
+    return lambda: method.fuse(Branches(local=o_local, wide=o_global), weights, layer)
 
 
 def ulysses_calls(layer: WindowedAttention, qkv: QKV, ranks: int) -> dict[str, Callable[[], Any]]:

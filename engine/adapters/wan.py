@@ -1,5 +1,7 @@
 """Wan2.1 text-to-video inside diffusers: where its tokens are made, mixed and put together again."""
 
+import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
@@ -72,8 +74,16 @@ class WanAdapter(ModelAdapter):
             rotary_values=2 * transformer.attention_head_dim,
         )
 
+    def build(self, part: str, config: dict[str, Any]) -> nn.Module:
+        """See the base class; ValueError if the VAE's mean and deviation are not numbers for each latent channel."""
+        made = super().build(part, config)
+        if part == "vae":
+            _check_statistics(made.config)
+        return made
+
     def check_pipeline(self, pipe: WanPipeline) -> None:
-        """Image-to-video, Wan2.2 and two-transformer checkpoints are refused."""
+        """Image-to-video, Wan2.2 and two-transformer checkpoints are refused, and schedulers that know no flow."""
+        _check_scheduler(pipe.scheduler)
         config = pipe.transformer.config
         if config.added_kv_proj_dim is not None or config.image_dim is not None:
             raise UserError("this is an image-to-video checkpoint; use a text-to-video one")
@@ -251,6 +261,35 @@ class _CausalDecoder(LatentDecoder):
     def join(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         """They follow each other without a seam."""
         yield from pieces
+
+
+def _check_statistics(vae: Mapping[str, Any]) -> None:
+    """A single number would be taken for every channel without a word, and so would a deviation of 0."""
+    for name, least in (("latents_mean", -math.inf), ("latents_std", 0.0)):
+        values = vae[name]
+        if not isinstance(values, list | tuple) or len(values) != vae["z_dim"]:
+            found = len(values) if isinstance(values, list | tuple) else values
+            raise ValueError(
+                f"{name} must have one number for each of the {vae['z_dim']} channels of z_dim, got {found}"
+            )
+        for value in values:
+            if not isinstance(value, int | float) or not least < value < math.inf:
+                raise ValueError(f"{name} must be finite numbers{', more than 0' if least == 0 else ''}, got {value!r}")
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    """Wan predicts a velocity; a scheduler that takes it for noise gives a wrong video, or ends in the first step."""
+    kind, config = type(scheduler), scheduler.config
+    if kind.__name__.startswith("FlowMatch"):
+        return
+    advice = "use the checkpoint's own, UniPCMultistepScheduler, or FlowMatchEulerDiscreteScheduler"
+    if "use_flow_sigmas" not in inspect.signature(kind.__init__).parameters:
+        raise UserError(f"Wan2.1 predicts a flow, which the scheduler {kind.__name__} does not know; {advice}")
+    for name, wanted in (("prediction_type", "flow_prediction"), ("use_flow_sigmas", True)):
+        if config.get(name) != wanted:
+            raise UserError(
+                f"Wan2.1 predicts a flow, and the {kind.__name__} has {name} {config.get(name)}, not {wanted}; {advice}"
+            )
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ an item is made of: `prepare` makes the task that a replica is handed, and `hope
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -56,7 +56,7 @@ class Failed:
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """A replica ended while it had no item. `final`: it would end again, as the configuration is wrong."""
+    """A replica ended while it had no item. `final`: every replica would, unless another one has loaded and shows otherwise."""
 
     failure: Failure
     final: bool
@@ -100,6 +100,7 @@ class Seat:
     Attributes:
         heard: when its item last finished a step, or was handed out.
         starts: times that it was started since it last became ready.
+        failure: why it last ended before it was ready.
     """
 
     replica: Replica
@@ -112,6 +113,7 @@ class Seat:
     done: int = 0
     starts: int = 0
     place: str = ""
+    failure: Failure | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +154,8 @@ class Driver:
         wait: waits a moment, or until something happens.
         clock: seconds.
         halted: why nothing more is handed out, once that is so.
+        refused: why a replica could not load, if every other one would end the same way.
+        proven: whether any replica has ever loaded, so that `refused` tells of one replica alone.
     """
 
     queue: Queue
@@ -164,9 +168,11 @@ class Driver:
     wait: Callable[[], None] = lambda: time.sleep(0.05)
     clock: Callable[[], float] = time.monotonic
     halted: Failure | None = None
+    refused: Failure | None = None
+    proven: bool = False
 
     def __post_init__(self) -> None:
-        """Nothing is started yet."""
+        """Nothing is started yet; `seconds` will be those of the items that were made whole, from noise to video."""
         self.seats = [Seat(replica=replica) for replica in self.replicas]
         self.seconds: list[float] = []
         self.started = self.clock()
@@ -217,22 +223,23 @@ class Driver:
                 # What comes late, from a replica that was told to stop, is nobody's any more.
                 case Ready() if seat.state == "loading":
                     self._set(seat, "idle")
-                    seat.place, seat.starts = event.place, 0
+                    seat.place, seat.starts, self.proven = event.place, 0, True
                     self.journal.event("ready", replica=seat.replica.name, seconds=event.seconds, place=event.place)
                 case Step() if seat.state == "busy":
                     seat.step, seat.total, seat.heard = event.finished, event.total, self.clock()
                 case Done() if seat.state == "busy":
-                    self._done(seat)
+                    self._done(seat, resumed=is_resumed(event.record))
                 case Failed() if seat.state == "busy":
                     self._failed(seat, event.failure, broken=event.broken)
                 case Ended() if seat.state in ("loading", "idle"):
                     self._ended(seat, event.failure, final=event.final)
 
-    def _done(self, seat: Seat) -> None:
+    def _done(self, seat: Seat, *, resumed: bool) -> None:
         item, seconds = seat.item, self.clock() - seat.since
         assert item is not None
         self.queue.finish(item)
-        self.seconds.append(seconds)
+        if not resumed:  # the rest of an item says nothing of how long a whole one takes
+            self.seconds.append(seconds)
         seat.done, seat.item = seat.done + 1, None
         self._set(seat, "idle")
         self.journal.event("done", item=item.label, id=item.item_id, replica=seat.replica.name, seconds=seconds)
@@ -256,13 +263,12 @@ class Driver:
 
     def _ended(self, seat: Seat, failure: Failure, *, final: bool) -> None:
         self.journal.event("ended", replica=seat.replica.name, kind=failure.kind, message=failure.message)
-        if final or seat.starts >= MOST_STARTS:
-            self._set(seat, "gone")
-            seat.place = failure.message
-            if final:
-                self.halted = self.halted or failure
-        else:
-            self._set(seat, "stopping")
+        seat.failure = failure
+        if final and failure.kind == "disk":
+            self.halted = self.halted or failure
+        elif final:
+            self.refused = self.refused or failure
+        self._set(seat, "stopping")
 
     def _enforce(self, seat: Seat) -> None:
         """Time limits, and the way of a replica that must be rebuilt: stopped, and started once all its ranks have ended."""
@@ -281,7 +287,7 @@ class Driver:
             self._ended(seat, Failure("time", message), final=False)
         elif seat.state == "stopping":
             if seat.replica.stop(gently=False):
-                self._set(seat, "waiting")
+                self._set(seat, "gone" if seat.starts >= MOST_STARTS else "waiting")
         elif seat.state == "waiting" and self._wanted(seat):
             seat.starts += 1
             self._set(seat, "loading")
@@ -289,7 +295,7 @@ class Driver:
 
     def _wanted(self, seat: Seat) -> bool:
         """Whether there are more items waiting than replicas before this one that could take them."""
-        if self.halted:
+        if self.halted or (self.refused and not self.proven):
             return False
         ready = sum(other.state in ("idle", "loading") for other in self.seats if other is not seat)
         return len(self.queue.waiting) > ready
@@ -309,12 +315,23 @@ class Driver:
             seat.replica.make(self.prepare(item, attempt, seat.replica.name))
 
     def _check_seats(self) -> None:
-        """Halt if no replica is left that could be started."""
-        if not self.halted and self.queue.left and all(seat.state == "gone" for seat in self.seats):
-            reason = self.seats[-1].place
+        """Halt if no replica is left that could be started, or all that were started say that none ever will."""
+        if self.halted or not self.queue.left:
+            return
+        states = {seat.state for seat in self.seats}
+        if self.refused and not self.proven and not states & {"loading", "stopping"}:
+            self.halted = self.refused
+        elif states == {"gone"}:
+            failure = self.seats[-1].failure
+            assert failure is not None
             self.halted = Failure(
-                "lost", f"no replica could be started {MOST_STARTS} times in a row; the last: {reason}"
+                "lost", f"no replica could be started {MOST_STARTS} times in a row; the last: {failure.message}"
             )
 
     def _set(self, seat: Seat, state: State) -> None:
         seat.state, seat.since = state, self.clock()
+
+
+def is_resumed(record: Mapping[str, Any]) -> bool:
+    """Whether an item, by its sidecar, was made from steps that an attempt before had kept."""
+    return record.get("run", {}).get("resumed_at", 0) > 0

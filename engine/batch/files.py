@@ -7,10 +7,43 @@ from pathlib import Path
 from typing import Any
 
 from engine.batch.locks import Shard, locked
-from engine.batch.plan import Item
-from engine.batch.store import Verify, compile_manifest, is_done, read_json, write_json, write_text
+from engine.batch.plan import FILE, Item
+from engine.batch.store import (
+    Manifest,
+    Shape,
+    Verify,
+    check_tree,
+    compile_manifest,
+    is_done,
+    read_json,
+    read_tree,
+    sweep,
+    write_json,
+    write_text,
+)
+from engine.checkpoint import DEAD_SECONDS
+from engine.errors import UserError
 
 MANIFEST = "manifest.jsonl"
+
+QUARANTINED: Shape = {"item_id": str, "status": str, "error": str}
+SIDECAR: Shape = {
+    "item_id": str,
+    "config_id": str,
+    "method": str,
+    "prompt_id": str,
+    "prompt": str,
+    "seed": int,
+    "status": str,
+    "output.file": str,
+    "output.bytes": int,
+    "output.sha256": str,
+    "latents.sha256": str,
+    "video.num_frames": int,
+    "video.fps": int | float,
+    "video.height": int,
+    "video.width": int,
+}
 
 # What a row of the manifest takes over from a sidecar: enough to find, judge and pair videos without opening each.
 _ROW = (
@@ -18,8 +51,10 @@ _ROW = (
     "config_id",
     "method",
     "prompt_id",
+    "source",
     "line",
     "prompt",
+    "prompt_en",
     "prompt_sha256",
     "negative_prompt",
     "seed",
@@ -116,10 +151,11 @@ class BatchFiles:
             folder, config = part.parts[-4:-2]
             if (folder, config, part.name.partition(".")[0]) in folders:
                 part.unlink(missing_ok=True)
+        sweep(self.text_cache, older_than=DEAD_SECONDS)
 
     def quarantined(self, item: Item) -> dict[str, Any] | None:
         """Why an item was given up, or None if it was not."""
-        return read_json(self._quarantine_file(item, "json"))
+        return read_tree(self._quarantine_file(item, "json"), QUARANTINED, what="an item in quarantine")
 
     def put_into_quarantine(self, item: Item, *, error: str, attempts: list[dict[str, Any]]) -> Path:
         """Note an item that failed for good; returns the file with the tracebacks of all attempts."""
@@ -148,8 +184,27 @@ class BatchFiles:
         """Every sidecar in the folder, of all shards."""
         return self.root.glob("*/*/videos/*.json")
 
-    def write_manifest(self) -> int:
-        """Compile `manifest.jsonl` from all sidecars and quarantined items; returns the number of its lines."""
+    def lacks_latents(self, item: Item) -> bool:
+        """Whether a finished item was made without keeping its latents."""
+        return not self.of(item).latents.is_file()
+
+    def check(self) -> None:
+        """Raise UserError if something else has the place of a file or folder that a batch writes."""
+        try:
+            nearest = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
+            if not nearest.is_dir():
+                raise UserError(f"cannot write to --out {self.root}: {nearest} is not a folder")
+            for path in (self.root / name for name in ("text", "quarantine", "logs", "status", "locks")):
+                if path.exists() and not path.is_dir():
+                    raise UserError(f"{path} is not a folder, where a batch has one; move it away")
+            for path in (self.root / MANIFEST, self.root / FILE):
+                if path.is_dir():
+                    raise UserError(f"{path} is a folder, where a batch has a file; move it away")
+        except OSError as error:
+            raise UserError(f"cannot look into --out {self.root}: {error.strerror}") from error
+
+    def write_manifest(self) -> Manifest:
+        """Compile `manifest.jsonl` from all sidecars and quarantined items."""
         (self.root / "locks").mkdir(exist_ok=True)
         with locked(self.root / "locks" / "manifest.lock"):
             every = [*self.sidecars(), *self.quarantine.glob("*.json")]
@@ -176,6 +231,7 @@ def identity_of(item: Item) -> dict[str, Any]:
         "config_id": item.config_id,
         "method": item.method,
         "prompt_id": item.prompt.prompt_id,
+        **{key: value for key in ("source", "prompt_en") if (value := getattr(item.prompt, key)) is not None},
         "line": item.prompt.line,
         "prompt": item.prompt.text,
         "prompt_sha256": item.prompt.sha256,
@@ -183,8 +239,13 @@ def identity_of(item: Item) -> dict[str, Any]:
     }
 
 
-def manifest_row(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A sidecar, or a quarantined item, as a line of the manifest."""
+def manifest_row(path: Path) -> dict[str, Any]:
+    """A sidecar, or a quarantined item, as a line of the manifest; UserError for a file that is neither."""
+    tree = read_json(path)
+    if isinstance(tree, Mapping) and tree.get("status") == "quarantined":
+        check_tree(path, tree, QUARANTINED, what="an item in quarantine")
+    else:
+        check_tree(path, tree, SIDECAR, what="the sidecar of a video")
     row = {key: tree[key] for key in _ROW if key in tree} | {"status": tree["status"]}
     if tree["status"] != "done":
         return row | {"error": tree["error"]}

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 
 import torch
 
-from engine.batch.files import BatchFiles
+from engine.batch.files import SIDECAR, BatchFiles
 from engine.batch.plan import Item, with_method
-from engine.batch.store import read_json
+from engine.batch.store import lacking, read_json, read_tree
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.load import fetch, find_checkpoint, pick_device, pick_dtype, read_spec
+from engine.load import fetch, find_checkpoint, pick_dtype, read_spec
 from engine.parallelism import Arrangement, arrange_ranks
 from engine.planner import Options, choose, read_gpu, read_model
+from engine.ranks import fingerprints
+from engine.text_cache import cache_key, cached_name
 
 # H.264 at the default quality: an assumption, replaced by the mean of the folder's own videos once there are any.
 ASSUMED_BITS_PER_PIXEL = 0.15
@@ -49,39 +51,51 @@ class DiskForecast:
 def disk_forecast(
     files: BatchFiles, config: RunConfig, left: Sequence[Item], *, replicas: int, keep_latents: bool
 ) -> DiskForecast:
-    """Bytes that the items that are left will take in a batch's folder, and that its disk has."""
-    video, sidecars = config.video, sorted(files.sidecars())
-    # On a disk that is nearly full the sidecars of small videos count too.
-    sizes = [read_json(path)["output"]["bytes"] + path.stat().st_size for path in sidecars[:100]]
+    """Bytes that the items that are left will take in a batch's folder, and that its disk has.
+
+    `config.model.device` is a device by name: a driver need not have it.
+    """
+    video, sidecars = config.video, sorted(files.sidecars())[:100]
+    found = [(read_json(path), path.stat().st_size) for path in sidecars]
+    # On a disk that is nearly full the sidecars of small videos count too. What is no sidecar the manifest names.
+    sizes = [tree["output"]["bytes"] + size for tree, size in found if lacking(tree, SIDECAR) is None]
     if sizes:
         each, how = sum(sizes) / len(sizes), f"the mean of {len(sizes)} videos in the folder"
     else:
         each = ASSUMED_BITS_PER_PIXEL / 8 * video.num_frames * video.height * video.width
         how = f"assumed {ASSUMED_BITS_PER_PIXEL} bits per pixel"
     model = config.model
-    folder = fetch(find_checkpoint(model.path), model.revision, parts=(), offline=model.offline)
+    source = find_checkpoint(model.path)
+    folder = fetch(source, model.revision, parts=(), offline=model.offline)
+    checkpoint = fingerprints(config, folder, from_hub=isinstance(source, str))["checkpoint"].hex()
+    encoder = read_tree(folder / "text_encoder/config.json", {"d_model": int}, what="a text encoder's configuration")
+    if encoder is None:
+        raise UserError(f"{folder} has no text_encoder/config.json; fetch the checkpoint again")
     spec = read_spec(folder)
     latents = 4 * math.prod(spec.latent_shape(video.num_frames, video.height, video.width))
     existing = next(path for path in (files.root, *files.root.resolve().parents) if path.is_dir())
     return DiskForecast(
         videos=round((each + (latents if keep_latents else 0)) * len(left)),
-        texts=_text_bytes(files, config, left, width=read_json(folder / "text_encoder/config.json")["d_model"]),
+        texts=_text_bytes(files, config, left, width=encoder["d_model"], checkpoint=checkpoint),
         work=CHECKPOINT_TENSORS * latents * min(replicas, len(left)),
         free=shutil.disk_usage(existing).free,
         how=how,
     )
 
 
-def _text_bytes(files: BatchFiles, config: RunConfig, left: Sequence[Item], *, width: int) -> int:
+def _text_bytes(files: BatchFiles, config: RunConfig, left: Sequence[Item], *, width: int, checkpoint: str) -> int:
     """Of [max_text_tokens, width] for every prompt, and the negative one, that is not in the cache yet."""
     if not left:
         return 0
     prompts = {item.prompt.text for item in left}
     if config.sampler.guidance_scale > 1.0:
         prompts.add(config.sampler.negative_prompt)
-    cached = len(list(files.text_cache.glob("*.safetensors")))
-    itemsize = pick_dtype(config.model.dtype, pick_device(config.model.device)).itemsize
-    return max(len(prompts) - cached, 0) * config.sampler.max_text_tokens * width * itemsize
+    device, tokens = torch.device(config.model.device), config.sampler.max_text_tokens
+    dtype = pick_dtype(config.model.dtype, device)
+    encoder = "cpu" if config.parallel.text_device == "cpu" else device.type
+    key = cache_key(checkpoint=checkpoint, dtype=str(dtype), max_text_tokens=tokens, device=encoder)
+    missing = [prompt for prompt in prompts if not (files.text_cache / cached_name(key, prompt)).is_file()]
+    return len(missing) * tokens * width * dtype.itemsize
 
 
 def gpu_hours(config: RunConfig, items: Sequence[Item], *, gpu: str | None, ranks: int) -> tuple[float | None, str]:

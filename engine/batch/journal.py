@@ -4,6 +4,7 @@ import json
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,10 +13,21 @@ from typing import IO, Any, Protocol
 
 from engine.batch.driver import Driver
 from engine.batch.locks import ALIVE_SECONDS
-from engine.batch.store import read_json, write_json
+from engine.batch.store import Shape, read_tree, write_json
 
 STATUS_SECONDS = 1.0
 LAST_FAILURES = 5
+STATUS: Shape = {
+    "time": int | float,
+    "host": str,
+    "pid": int,
+    "state": str,
+    "seconds": int | float,
+    "eta": int | float | None,
+    "counts": dict,
+    "replicas": list,
+    "failures": list,
+}
 
 
 class Terminal(Protocol):
@@ -118,15 +130,20 @@ def read_status(root: Path) -> list[tuple[str, dict[str, Any]]]:
     """The status of every shard of a folder, by its name; one whose driver has died without a word is `lost`."""
     found = []
     for path in sorted((root / "status").glob("*.json")):
-        tree = read_json(path)
+        tree = read_tree(path, STATUS, what="the status of a batch")
+        if tree is None:  # it has just been taken away
+            continue
         if tree["state"] == "running" and not _alive(tree):
             tree = tree | {"state": "lost", "eta": None}
         found.append((path.stem, tree))
     return found
 
 
-def table(name: str, tree: Mapping[str, Any]) -> str:
-    """One shard's status for a person."""
+def table(name: str, tree: Mapping[str, Any], *, note: str | None = None, size: os.terminal_size | None = None) -> str:
+    """One shard's status for a person, with a note below it; `size` is the terminal that it must not be larger than.
+
+    A line that a terminal breaks, or scrolls away, could not be drawn over again.
+    """
     counts = tree["counts"]
     total = sum(counts.values())
     eta = f"{describe_seconds(tree['eta'])} left" if tree["eta"] is not None else "time left not known yet"
@@ -140,11 +157,21 @@ def table(name: str, tree: Mapping[str, Any]) -> str:
         step = f"{seat['step']}/{seat['total']}" if seat["total"] else ""
         seconds = describe_seconds(seat["seconds"])
         rows.append([seat["name"], seat["state"], seat["item"] or "", step, seconds, str(seat["done"])])
-    lines += columns(rows)
-    for failure in tree["failures"]:
-        what = failure.get("item") or failure["replica"]
-        lines.append(f"  {failure['time'][11:19]} {what}: {failure['kind']}: {failure['message']}")
-    return "\n".join(lines)
+    below = [
+        f"  {failure['time'][11:19]} {failure.get('item') or failure['replica']}: {failure['kind']}: {failure['message']}"
+        for failure in tree["failures"]
+    ]
+    below += [f"  {note}"] if note is not None else []
+    replicas = columns(rows)
+    if size is None:
+        return "\n".join([*lines, *replicas, *below])
+    # The last line stays empty: that is where the cursor waits.
+    room = max(size.lines - 1 - len(lines) - len(below), 2)
+    if len(replicas) > room:
+        states = Counter(seat["state"] for seat in tree["replicas"][room - 2 :])
+        rest = ", ".join(f"{count} {state}" for state, count in states.items())
+        replicas = [*replicas[: room - 1], f"  and {states.total()} more: {rest}"]
+    return "\n".join(line[: size.columns - 1] for line in [*lines, *replicas, *below][: max(size.lines - 1, 1)])
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from engine.batch.store import read_json
+from engine.batch.store import read_tree
 from engine.errors import UserError
 
 # A driver on another machine whose status is younger than this is alive, even where the file system's locks do not reach.
@@ -21,7 +21,7 @@ ALIVE_SECONDS = 60.0
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """Part `index` (from 1) of `count`: an item belongs to the shard that its place in the whole list gives."""
+    """Part `index` (from 1) of `count`."""
 
     index: int = 1
     count: int = 1
@@ -40,8 +40,12 @@ class Shard:
         return f"shard-{self.index}-of-{self.count}"
 
     def holds(self, position: int) -> bool:
-        """Whether the item at this position (from 0) of the whole list is this shard's."""
+        """Whether what stands at this place (from 0) of a list that all shards have alike is this shard's."""
         return position % self.count == self.index - 1
+
+    def owns(self, item_id: str) -> bool:
+        """Whether an item of a batch is this shard's: its id alone says so, so that drivers need not have equal lists."""
+        return self.holds(int(item_id, 16))
 
 
 @contextlib.contextmanager
@@ -101,16 +105,17 @@ def _who(path: Path) -> str:
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
         return f"process {tree['pid']} on {tree['host']}"
-    except (ValueError, KeyError):  # it is just writing it
+    except (ValueError, KeyError, TypeError):  # it is just writing it
         return "another process"
 
 
 def _alive_elsewhere(root: Path, shard: Shard) -> bool:
     """Whether a driver of another machine wrote its status a moment ago, on a file system whose locks end at the machine."""
-    status: dict[str, Any] | None = read_json(root / "status" / f"{shard.name}.json")
-    if status is None or status.get("host") == socket.gethostname() or status.get("state") != "running":
+    shape = {"host": str, "state": str, "time": int | float}
+    status = read_tree(root / "status" / f"{shard.name}.json", shape, what="the status of a batch")
+    if status is None or status["host"] == socket.gethostname() or status["state"] != "running":
         return False
-    return time.time() - float(status.get("time", 0.0)) < ALIVE_SECONDS
+    return time.time() - status["time"] < ALIVE_SECONDS
 
 
 def _me() -> dict[str, Any]:

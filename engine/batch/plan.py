@@ -7,13 +7,14 @@ from typing import Any
 
 from engine.batch.identity import changes, config_id, config_tree, item_id
 from engine.batch.locks import locked
-from engine.batch.store import read_json, write_json
+from engine.batch.store import Shape, check_tree, read_tree, write_json
 from engine.batch.suite import Prompt, Suite
 from engine.config import RunConfig
 from engine.errors import UserError
 
 SCHEMA = 1
 FILE = "batch.json"
+SHAPE: Shape = {"configs": dict, "prompts": dict}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,16 @@ def plan_batch(
     return Batch(suite=suite, items=tuple(items), trees={ids[name]: trees[name] for name in methods})
 
 
+def asked_items(root: Path) -> dict[str, str] | None:
+    """Label and item_id of everything that was ever asked for in a folder; None where no batch has said so."""
+    tree = read_tree(root / FILE, {"schema": int}, what="a batch's description")
+    items = (tree or {}).get("items")
+    if tree is None or items is None:
+        return None
+    check_tree(root / FILE, tree, {"items": dict}, what="a batch's description")
+    return items
+
+
 def with_method(config: RunConfig, name: str) -> RunConfig:
     """The same run with another method; UserError for one that does not exist."""
     try:
@@ -93,13 +104,14 @@ def with_method(config: RunConfig, name: str) -> RunConfig:
 def claim_folder(root: Path, batch: Batch) -> None:
     """Note in `batch.json` what the folder holds; UserError if it holds something else, naming what has changed.
 
-    Prompts, seeds and methods may be added to a folder later; what is there may not change its meaning.
+    Prompts, seeds and methods may be added to a folder later; what is there may not change its meaning. `items` lists all
+    that were ever asked for, so that whoever reads the folder can tell whether they are there.
     """
     path = root / FILE
     (root / "locks").mkdir(exist_ok=True)
     with locked(root / "locks" / "batch.lock"):  # drivers of other shards may start at the same time
         before = check_folder(root, batch)
-        after = _describe(batch, before["configs"], before["prompts"])
+        after = _describe(batch, before)
         if after != before:
             write_json(path, after)
 
@@ -107,9 +119,14 @@ def claim_folder(root: Path, batch: Batch) -> None:
 def check_folder(root: Path, batch: Batch) -> dict[str, Any]:
     """What `batch.json` says of the folder, if anything; UserError if the batch cannot go on in it. Changes nothing."""
     path = root / FILE
-    before = read_json(path) or {"schema": SCHEMA, "configs": {}, "prompts": {}}
-    if before.get("schema") != SCHEMA:
+    before = read_tree(path, {"schema": int}, what="a batch's description") or {
+        "schema": SCHEMA,
+        "configs": {},
+        "prompts": {},
+    }
+    if before["schema"] != SCHEMA:
         raise UserError(f"{path} was written by another version of this program; choose another --out")
+    check_tree(path, before, SHAPE, what="a batch's description")
     check_same(root, before, batch)
     return before
 
@@ -128,16 +145,20 @@ def check_same(root: Path, before: Mapping[str, Any], batch: Batch) -> None:
         old_text = before["prompts"].get(prompt.prompt_id, prompt.text)
         if old_text != prompt.text:
             raise UserError(
-                f"{root} holds another prompt {prompt.prompt_id} (line {prompt.line} of {batch.suite.name} is "
+                f"{root} holds another prompt {prompt.prompt_id} (line {prompt.line} of "
+                f"{prompt.source or batch.suite.name} is "
                 f"{_short(prompt.text)}, before it was {_short(old_text)}); lines may be added at the end only"
             )
 
 
-def _describe(batch: Batch, configs: Mapping[str, Any], prompts: Mapping[str, str]) -> dict[str, Any]:
+def _describe(batch: Batch, before: Mapping[str, Any]) -> dict[str, Any]:
+    prompts = {prompt.prompt_id: prompt.text for prompt in batch.suite.prompts}
+    items = {item.label: item.item_id for item in batch.items}
     return {
         "schema": SCHEMA,
-        "configs": dict(sorted({**configs, **batch.trees}.items())),
-        "prompts": dict(sorted({**prompts, **{p.prompt_id: p.text for p in batch.suite.prompts}}.items())),
+        "configs": dict(sorted({**before["configs"], **batch.trees}.items())),
+        "prompts": dict(sorted({**before["prompts"], **prompts}.items())),
+        "items": dict(sorted({**before.get("items", {}), **items}.items())),
     }
 
 

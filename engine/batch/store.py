@@ -11,9 +11,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
 from typing import Any, Literal
 
 from engine.errors import UserError
@@ -22,6 +24,9 @@ Verify = Literal["size", "full"]
 
 # A disk that takes nothing more: full, over a quota, or read-only by now.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+# What a JSON file must hold to be what it is taken for: the type at each dotted key.
+Shape = dict[str, type | UnionType]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +76,48 @@ def write_text(path: Path, text: str, *, token: str | None = None) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file, or None if there is none; UserError for a file that is something else."""
+    """The content of a JSON file, or None if there is none; UserError for one that cannot be read or is something else."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         return None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; mend it, or give another place") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text; move it away") from error
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON ({error}); move it away") from error
+
+
+def read_tree(path: Path, shape: Shape, *, what: str) -> dict[str, Any] | None:
+    """`read_json` of a file that must hold `shape`; UserError, which calls it no `what`, for one that does not."""
+    tree = read_json(path)
+    if tree is not None:
+        check_tree(path, tree, shape, what=what)
+    return tree
+
+
+def check_tree(path: Path, tree: Any, shape: Shape, *, what: str) -> None:
+    """Raise UserError, which names the file and calls it no `what`, unless the tree that was read from it holds `shape`."""
+    if (wrong := lacking(tree, shape)) is not None:
+        raise UserError(f"{path} is not {what}: {wrong}; move it away")
+
+
+def lacking(tree: Any, shape: Shape) -> str | None:
+    """What is wrong with the first key of `shape` that a tree has not, or not with this type; None if there is none."""
+    if not isinstance(tree, Mapping):
+        return "it holds no keys"
+    for dotted, kind in shape.items():
+        value: Any = tree
+        for key in dotted.split("."):
+            if not isinstance(value, Mapping) or key not in value:
+                return f"it has no {dotted}"
+            value = value[key]
+        if not isinstance(value, kind):
+            return f"{dotted} is {value!r:.60}"
+    return None
 
 
 def is_done(sidecar: Path, identity: str, *, verify: Verify = "size", key: str = "item_id") -> bool:
@@ -91,35 +127,60 @@ def is_done(sidecar: Path, identity: str, *, verify: Verify = "size", key: str =
     compares its length, `full` its SHA-256 as well. A file that is missing or differs counts as not done. Raises UserError
     if the sidecar belongs to another result: the place is taken, and nothing of it is replaced.
     """
-    tree = read_json(sidecar)
+    shape = {key: str, "output.file": str, "output.bytes": int, "output.sha256": str}
+    tree = read_tree(sidecar, shape, what="the sidecar of a result")
     if tree is None:
         return False
-    if tree.get(key) != identity:
+    if tree[key] != identity:
         raise UserError(
-            f"{sidecar} belongs to another result ({key} {tree.get(key)}, not {identity}); choose another output folder"
+            f"{sidecar} belongs to another result ({key} {tree[key]}, not {identity}); choose another output folder"
         )
     output = tree["output"]
-    path = sidecar.with_name(output["file"])
+    path = beside(sidecar, output["file"])
     if not path.is_file() or path.stat().st_size != output["bytes"]:
         return False
     return verify == "size" or file_sha256(path) == output["sha256"]
 
 
-def compile_manifest(path: Path, sidecars: Iterable[Path], row: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
-    """Write one JSON line `row(sidecar)` per sidecar, sorted, so that the same sidecars give the same bytes; returns how many.
+def beside(sidecar: Path, name: str) -> Path:
+    """The file that a sidecar names, which lies in its folder; UserError for a name that leads out of it."""
+    if Path(name).name != name:
+        raise UserError(f"{sidecar} names the file {name!r:.60}, which is not beside it; move it away")
+    return sidecar.with_name(name)
 
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What became of the sidecars of a folder: lines that were written, and why files that are no sidecars have none."""
+
+    rows: int
+    left_out: tuple[str, ...]
+
+
+def compile_manifest(path: Path, sidecars: Iterable[Path], row: Callable[[Path], dict[str, Any]]) -> Manifest:
+    """Write one JSON line `row(path)` per sidecar, sorted, so that the same sidecars give the same bytes.
+
+    A file of which `row` raises UserError has no line: what was made is in the manifest whatever else lies in the folder.
     One process at a time may do this: see `engine.batch.locks`.
     """
-    lines = sorted(
-        json.dumps(row(read_json(sidecar)), sort_keys=True, allow_nan=False, ensure_ascii=False) for sidecar in sidecars
-    )
-    write_text(path, "".join(f"{line}\n" for line in lines))
-    return len(lines)
+    lines, left_out = [], []
+    for sidecar in sidecars:
+        try:
+            lines.append(json.dumps(row(sidecar), sort_keys=True, allow_nan=False, ensure_ascii=False))
+        except UserError as error:
+            left_out.append(str(error))
+    write_text(path, "".join(f"{line}\n" for line in sorted(lines)))
+    return Manifest(rows=len(lines), left_out=tuple(sorted(left_out)))
 
 
-def sweep(folder: Path) -> list[Path]:
-    """Delete the `.part` files below a folder, which killed processes left; returns them. Nobody may be writing there."""
-    left = sorted(folder.rglob("*.part"))
+def sweep(folder: Path, *, older_than: float) -> list[Path]:
+    """Delete the `.part` files in a folder that nobody has written to for so many seconds: killed processes left them."""
+    before = time.time() - older_than
+    left = []
+    for part in sorted(folder.glob("*.part")):
+        with contextlib.suppress(FileNotFoundError):  # whoever writes it has just given it its name
+            if part.stat().st_mtime < before:
+                left.append(part)
     for part in left:
         part.unlink(missing_ok=True)
     return left

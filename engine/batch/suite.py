@@ -15,13 +15,17 @@ class Prompt:
 
     Attributes:
         prompt_id: `p0007` for the eighth line that is not blank: no part of the text is ever in a file name.
-        line: its line in the file, from 1.
+        line: its line in the list that it comes from, from 1.
         text: what the video shows, without the space around it.
+        source: that list, where it is not the suite itself but one of several.
+        prompt_en: VBench's own short prompt, from which the text was made.
     """
 
     prompt_id: str
     line: int
     text: str
+    source: str | None = None
+    prompt_en: str | None = None
 
     @property
     def sha256(self) -> str:

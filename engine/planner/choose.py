@@ -1,6 +1,6 @@
 """The best plan that fits, or one line that says what needs how much and the smallest change that would fit."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from engine.config import MethodConfig, SamplerConfig, VideoConfig
@@ -9,12 +9,12 @@ from engine.planner.gpu import GpuSpec
 from engine.planner.layout import Degrees
 from engine.planner.memory import GIB
 from engine.planner.model import ModelSpec
-from engine.planner.plan import MODES, Case, Options, Plan, plan_case
+from engine.planner.plan import MODES, MOST_GPUS, Case, Options, Plan, plan_case
+from engine.planner.providers import FixedDegrees, keeps
 from engine.supported_layouts import check_layout, describe
 
 MOST_DOUBLINGS = 5
 AXES = ("cfg", "ring", "ulysses")
-FixedDegrees = tuple[int | None, int | None, int | None]
 
 
 def choose(
@@ -46,11 +46,12 @@ def choose(
 
 def choose_from(every: list[Plan], case: Case, fixed: FixedDegrees = (None, None, None)) -> Plan:
     """`choose` among plans that `plan` has made for this case."""
-    plans = [p for p in every if _keeps(p.degrees, fixed)]
+    plans = [p for p in every if keeps(p.degrees, fixed)]
     if not plans:
-        for degrees in case.degrees(any_method=True):
-            if _keeps(degrees, fixed):
+        for degrees in case.degrees(any_method=True, any_provider=True):
+            if keeps(degrees, fixed):
                 check_layout(case.method.name, case.method.method, degrees)
+        case.check_provider(fixed)
         wanted = ", ".join(f"parallel.{axis} {degree}" for axis, degree in zip(AXES, fixed, strict=True) if degree)
         possible = "; ".join(p.name for p in every)
         raise UserError(f"{case.world_size} GPUs cannot have {wanted}; possible are {possible}")
@@ -61,17 +62,22 @@ def choose_from(every: list[Plan], case: Case, fixed: FixedDegrees = (None, None
     return plans[0]
 
 
-def check_fits(case: Case, degrees: Degrees) -> None:
-    """Raise UserError, as `choose` does, if these degrees need more memory than the GPU has; no time is predicted.
+def choose_by_memory(case: Case, ordered: Sequence[Degrees], fixed: FixedDegrees) -> Degrees:
+    """The first of these degrees that fits the GPU; no time is predicted.
 
-    For where there is nothing to choose: a kernel whose speed on this GPU nobody has described is no reason to refuse it.
+    For where there is nothing to choose, and for a kernel whose speed on this GPU nobody has described. Raises UserError, as
+    `choose` does, if none of them fits.
     """
     case.spec.video.check_video(case.video.num_frames, case.video.height, case.video.width)
     steps = case.count_steps()[case.method.name]
-    memory, peak = case.memory(degrees, [mode for mode in MODES if mode in steps])
-    if not case.fits(peak):
-        need = _describe_need(describe(degrees), memory, peak, case)
-        raise UserError(f"{need}; {describe_changes(case, degrees)}")
+    modes = [mode for mode in MODES if mode in steps]
+    needs = {degrees: case.memory(degrees, modes) for degrees in ordered}
+    for degrees, (_, peak) in needs.items():
+        if case.fits(peak):
+            return degrees
+    smallest = min(needs, key=lambda degrees: needs[degrees][1])
+    need = _describe_need(describe(smallest), *needs[smallest], case)
+    raise UserError(f"{need}; {describe_changes(case, fixed)}")
 
 
 def describe_changes(case: Case, fixed: FixedDegrees) -> str:
@@ -108,7 +114,7 @@ class _Trial:
         fixed = self.fixed if case.world_size == self.case.world_size else (None, None, None)
         native = case.grid()[0] <= case.method.window_frames
         modes = ["global"] if native else [mode for mode in MODES if mode in self.modes]
-        return any(case.fits(case.memory(d, modes)[1]) for d in case.degrees() if _keeps(d, fixed))
+        return any(case.fits(case.memory(d, modes)[1]) for d in case.degrees() if keeps(d, fixed))
 
 
 def _changes(trial: _Trial) -> Iterator[str]:
@@ -124,6 +130,7 @@ def _changes(trial: _Trial) -> Iterator[str]:
     if options.weights == "zero3" and options.shards == "device" and trial.fits(options=replace(options, shards="cpu")):
         yield "model.shards cpu"
     doubled = (case.world_size * 2**power for power in range(1, MOST_DOUBLINGS + 1))
+    doubled = (count for count in doubled if count <= MOST_GPUS)
     if more := next((count for count in doubled if trial.fits(world_size=count)), None):
         yield f"{more} GPUs"
     if shorter := _largest(_shorter(case), trial):
@@ -172,7 +179,3 @@ def _largest(videos: list[VideoConfig], trial: _Trial) -> VideoConfig | None:
         else:
             high = middle
     return videos[low - 1] if low else None
-
-
-def _keeps(degrees: Degrees, fixed: FixedDegrees) -> bool:
-    return all(want in (None, have) for want, have in zip(fixed, degrees, strict=True))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,8 @@ from engine.errors import UserError
 from engine.load import REPOSITORY
 
 FOLDER = REPOSITORY / "configs" / "gpus"
+MOST = 1e15
+"""No number of a GPU is as large, and a float holds every whole number below it."""
 EIGH_DIM = 128
 """Channels of the heads that `eigh_seconds` is for."""
 
@@ -63,15 +64,14 @@ class GpuSpec:
 
     def __post_init__(self) -> None:
         """Reject numbers that no GPU has, and numbers without a source."""
+        if not isinstance(self.name, str) or not self.name.strip():
+            raise UserError(f"name must be a text, got {self.name!r}")
+        if not self.attention_fraction:
+            raise UserError(
+                "attention_fraction is empty; give the share of the peak of cuda_flash, or of another kernel"
+            )
         for name, value in self.numbers().items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise UserError(f"{name} must be a number, got {value!r}")
-            if not math.isfinite(value):
-                raise UserError(f"{name} must be finite, got {value}")
-            if not (0 <= value if name in ("reserved_gib", "eigh_seconds") else 0 < value):
-                raise UserError(f"{name} must be more than 0, got {value}")
-            if "fraction" in name and value > 1:
-                raise UserError(f"{name} is a fraction of a peak and must be at most 1, got {value}")
+            _check_number(name, value)
             if not self.sources.get(name.partition(".")[0]):
                 raise UserError(f"sources names no source of {name}; say where the number comes from")
         if self.gpus_per_node != int(self.gpus_per_node):
@@ -97,11 +97,43 @@ class GpuSpec:
 
     def attention_rate(self, kernel: str) -> float:
         """Assumed share of the peak of a kernel from freespec.kernels; `auto` is what bf16 takes on CUDA."""
-        name = "cuda_flash" if kernel == "auto" else kernel
-        if name not in self.attention_fraction:
-            known = ", ".join(self.attention_fraction)
-            raise UserError(f"attention_fraction of {self.name} has no {name}; it has {known}")
-        return self.attention_fraction[name]
+        missing = self.missing_rate(kernel)
+        if missing is not None:
+            raise UserError(
+                f"no time can be predicted: {missing}; plan with one of these as attention.kernel, or give a JSON file of your own "
+                f"as the GPU, with the kernel's share of the peak in attention_fraction (like {FOLDER / 'h200.json'})"
+            )
+        return self.attention_fraction[_name_of(kernel)]
+
+    def missing_rate(self, kernel: str) -> str | None:
+        """What is not known of a kernel's speed on this GPU, in words; None if it is known."""
+        if _name_of(kernel) in self.attention_fraction:
+            return None
+        return (
+            f"attention_fraction of {self.name} has no {_name_of(kernel)}, it has {', '.join(self.attention_fraction)}"
+        )
+
+
+def _check_number(name: str, value: Any) -> None:
+    """Raise UserError for what is no number, or none that the field of this name can be."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{name} must be a number, got {value!r}")
+    if not abs(value) < MOST:  # also what is no number
+        raise UserError(f"{name} must be finite and less than {MOST:g}, got {_short(value)}")
+    if not (0 <= value if name in ("reserved_gib", "eigh_seconds") else 0 < value):
+        raise UserError(f"{name} must be more than 0, got {value}")
+    if "fraction" in name and value > 1:
+        raise UserError(f"{name} is a fraction of a peak and must be at most 1, got {value}")
+
+
+def _short(value: float) -> str:
+    """A number in a line, however many digits it has."""
+    return f"{value:g}" if isinstance(value, float) else f"a number of {value.bit_length()} bits"
+
+
+def _name_of(kernel: str) -> str:
+    """The kernel that a setting means on a GPU in bf16."""
+    return "cuda_flash" if kernel == "auto" else kernel
 
 
 def read_gpu(name: str) -> GpuSpec:
@@ -110,8 +142,10 @@ def read_gpu(name: str) -> GpuSpec:
     path = FOLDER / f"{name}.json" if name in known else Path(name).expanduser()
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:  # also bytes that are no text, and a number of more digits than Python reads
         raise UserError(f"{path} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is not the JSON of a GPU: brackets within brackets, too many to read") from error
     except OSError as error:
         raise UserError(f"unknown GPU {name!r}; choose one of {', '.join(known)}, or give a JSON file") from error
     if not isinstance(tree, dict):

@@ -20,7 +20,7 @@ from parallel.plan import (
     choose_local_route,
     gather_bytes,
     halo_needs,
-    layer_bytes,
+    layer_bytes_by_rank,
     length,
 )
 
@@ -124,7 +124,7 @@ class Layout:
         shape = LayerShape(batch=1, head_dim=self.spec.head_dim, itemsize=self.itemsize)
         # Views are attended where the whole heads are, so they travel as a global step does.
         moves = "global" if mode in VIEW_MODES else mode
-        by_rank = [layer_bytes(plan, rank, moves, shape=shape, halo=self.halo) for rank in range(plan.ranks)]
+        by_rank = layer_bytes_by_rank(plan, moves, shape=shape, halo=self.halo)
         calls = self.spec.layers * self.forwards
         busiest = {kind: calls * max(of_rank[kind] for of_rank in by_rank) for kind in by_rank[0]}
         out_values = self.spec.numbers.out_values

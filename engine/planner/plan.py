@@ -15,12 +15,15 @@ from engine.planner.gpu import GpuSpec
 from engine.planner.layout import VIEW_MODES, Degrees, Layout, feasible_degrees, lay_out, num_passes
 from engine.planner.memory import GIB, decode_cost, denoise_peak
 from engine.planner.model import ModelSpec
+from engine.planner.providers import FixedDegrees, Provider
 from engine.planner.timing import TERA, step_seconds
 from engine.supported_layouts import check_layout, refused_axes
 from freespec.methods import METHODS, Method, Mode, make_method
-from parallel.plan import length
+from parallel.plan import SequencePlan, length
 
 MODES: tuple[Mode, ...] = ("dual", "views_global", "global", "views", "local")
+# One video has no use for more, and a plan of it would be seconds away.
+MOST_GPUS = 1024
 ITEMSIZES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -35,6 +38,7 @@ class Options:
         shards: model.shards.
         text_device: parallel.text_device.
         local_route: parallel.local_route.
+        provider: parallel.provider.
         decode: the settings `decode`.
     """
 
@@ -44,6 +48,7 @@ class Options:
     shards: str = "device"
     text_device: Literal["model", "cpu"] = "model"
     local_route: Literal["auto", "halo", "all_to_all"] = "auto"
+    provider: Literal["torch", "deepspeed", "xfuser"] = "torch"
     decode: DecodeConfig = field(default_factory=DecodeConfig)
 
     @classmethod
@@ -56,6 +61,7 @@ class Options:
             shards=config.model.shards,
             text_device=config.parallel.text_device,
             local_route=config.parallel.local_route,
+            provider=config.parallel.provider,
             decode=config.decode,
         )
 
@@ -139,16 +145,39 @@ class Case:
             options=Options.of(config),
         )
 
-    def degrees(self, *, any_method: bool = False) -> list[Degrees]:
-        """Every (cfg, ring, ulysses) that the method, or any, can have; none where the ranks are more than the tokens."""
+    def degrees(self, *, any_method: bool = False, any_provider: bool = False) -> list[Degrees]:
+        """Every (cfg, ring, ulysses) that method and provider, or any, can have; none where the ranks are more than the tokens."""
         frames, frame_tokens = self.grid()
-        return feasible_degrees(
+        found = feasible_degrees(
             self.world_size,
             heads=self.spec.heads,
             passes=num_passes(self.sampler),
             tokens=frames * frame_tokens,
             refused=() if any_method else self.method.method.refused_axes,
         )
+        if any_provider or self.options.provider == "torch":
+            return found
+        provider = self._provider
+        return [degrees for degrees in found if provider.reason(self.sequence(degrees)) is None]
+
+    def check_provider(self, fixed: FixedDegrees = (None, None, None)) -> None:
+        """Raise UserError if the provider can serve none of the degrees that the method can have and that keep the fixed ones."""
+        self._provider.check(
+            self.world_size,
+            fixed,
+            degrees_of=lambda world: replace(self, world_size=world).degrees(any_provider=True),
+            plan_of=self.sequence,
+        )
+
+    @property
+    def _provider(self) -> Provider:
+        return Provider(name=self.options.provider, kernel=self.options.kernel)
+
+    def sequence(self, degrees: Degrees) -> SequencePlan:
+        """Tokens and heads over ranks of these degrees."""
+        frames, frame_tokens = self.grid()
+        _, ring, ulysses = degrees
+        return SequencePlan(tokens=frames * frame_tokens, heads=self.spec.heads, ring=ring, ulysses=ulysses)
 
     def grid(self) -> tuple[int, int]:
         """Latent frames and tokens per frame."""
@@ -265,12 +294,15 @@ def plan_case(case: Case) -> list[Plan]:
     """`plan` for a case."""
     video, name = case.video, case.method.name
     case.spec.video.check_video(video.num_frames, video.height, video.width)
-    if case.world_size < 1:
-        raise UserError(f"cannot plan for {case.world_size} GPUs; give 1 or more")
+    if not 1 <= case.world_size <= MOST_GPUS:
+        raise UserError(
+            f"cannot plan for {case.world_size} GPUs; give 1 to {MOST_GPUS} (a run with parallel.plan manual asks for no plan)"
+        )
     every = case.degrees()
     if not every:
-        for degrees in case.degrees(any_method=True):
+        for degrees in case.degrees(any_method=True, any_provider=True):
             check_layout(name, case.method.method, degrees)
+        case.check_provider()
         frames, frame_tokens = case.grid()
         raise UserError(f"cannot split {frames * frame_tokens} tokens over {case.world_size} GPUs; use fewer")
     steps, alone = case.count_steps(), _seconds(case, case.layout((1, 1, 1)))

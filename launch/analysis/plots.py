@@ -30,7 +30,7 @@ def draw_progress(rows: Rows) -> Figure:
     found = over_prompts(rows, ("multiple", "window_frames", "progress"))
     for place, multiple in enumerate(sorted({row["multiple"] for row in found})):
         curve = [row for row in found if row["multiple"] == multiple]
-        label = f"{multiple} x native ({curve[0]['window_frames']} latent frames)"
+        label = f"{multiple:g} x native ({curve[0]['window_frames']} latent frames)"
         _draw_curve(axes, curve, "progress", place, label)
     axes.set_xlabel("denoising progress (share of steps)")
     axes.set_ylabel("effective rank, mean of layers and heads")
@@ -62,12 +62,12 @@ def draw_heads(rows: Rows) -> Figure:
     limit = max(float(np.abs(change).max()), 1e-9)
     image = left.imshow(change, aspect="auto", origin="lower", cmap="RdBu", vmin=-limit, vmax=limit)
     widest = max(row["multiple"] for row in rows)
-    figure.colorbar(image, ax=left, label=f"rank at {widest} x native over native, %")
+    figure.colorbar(image, ax=left, label=f"rank at {widest:g} x native over native, %")
     left.set_xlabel("head")
     left.set_ylabel("layer")
     for place, multiple in enumerate(sorted({row["multiple"] for row in rows})):
         curve = over_prompts([row for row in rows if row["multiple"] == multiple], ("layer",))
-        _draw_curve(right, curve, "layer", place, f"{multiple} x native")
+        _draw_curve(right, curve, "layer", place, f"{multiple:g} x native")
     right.set_xlabel("layer")
     right.set_ylabel("effective rank, mean of heads and steps")
     right.legend(frameon=False, fontsize=8)

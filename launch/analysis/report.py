@@ -24,12 +24,21 @@ _MOMENTS = 6
 
 
 def write_analysis(
-    folder: Path, spectra: SpectraStore, low_rank: Comparison, ratios: dict[str, float], *, progress: bool
+    folder: Path,
+    spectra: SpectraStore,
+    low_rank: Comparison,
+    ratios: dict[str, float],
+    *,
+    made_with: dict[str, Any],
+    progress: bool,
 ) -> str:
-    """Write everything from what was kept; returns a line that says where, and whether the rank falls."""
+    """Write everything from what was kept; returns a line that says where, and whether the rank falls.
+
+    `made_with` are the settings, method, checkpoint and prompts, which stand in report.json.
+    """
     try:
         told = _write_spectra(folder, spectra.read())
-        report: dict[str, Any] = {"spectra": told}
+        report: dict[str, Any] = {"comparison": made_with, "spectra": told}
         if low_rank.prompts:
             measured = measure_all(low_rank.videos, clip_frames=native_frames(low_rank), world=False, progress=progress)
             report["low_rank"] = _write_low_rank(folder, low_rank, measured, ratios)
@@ -42,7 +51,7 @@ def write_analysis(
     native, widest = late[0]["mean"]["mean"], late[-1]["mean"]["mean"]
     return (
         f"{folder}: effective rank late in the run {native:.2f} at the native window, {widest:.2f} at "
-        f"{late[-1]['multiple']} x native; it falls in {100 * told['heads_that_fall']:.0f} % of the heads"
+        f"{late[-1]['multiple']:g} x native; it falls in {100 * told['heads_that_fall']:.0f} % of the heads"
     )
 
 

@@ -1,9 +1,12 @@
 """Which settings of FreeSpec are searched, and the seeded draws from them."""
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
+
+from engine.errors import UserError
 
 SPACE: dict[str, tuple[Any, ...]] = {
     "domain": ("timestep", "step"),
@@ -26,13 +29,30 @@ START = "start"
 def draw_trials(count: int, seed: int, start: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """`count` different settings by label, the first being `start`; the same seed draws the same ones.
 
-    More trials go on where fewer stopped, so that a search may be widened later.
+    More trials go on where fewer stopped, so that a search may be widened later. UserError for more than there are.
     """
     rng = np.random.default_rng(seed)
     trials = {START: {name: start[name] for name in SETTINGS}}
+    seen = {tuple(trials[START].values())}
+    most = len(seen | set(_all_settings()))
+    if count > most:
+        raise UserError(f"--num_trials {count} is more than the {most} different settings that there are to try")
     while len(trials) < count:
         drawn = {name: values[int(rng.integers(len(values)))] for name, values in SPACE.items()}
-        drawn["lam_end"] = round(drawn["lam_start"] * END_SHARES[int(rng.integers(len(END_SHARES)))], 6)
-        if drawn not in trials.values():
+        drawn["lam_end"] = _lam_end(drawn["lam_start"], END_SHARES[int(rng.integers(len(END_SHARES)))])
+        if tuple(drawn.values()) not in seen:
+            seen.add(tuple(drawn.values()))
             trials[f"trial-{len(trials):02d}"] = drawn
     return trials
+
+
+def _all_settings() -> Iterator[tuple[Any, ...]]:
+    """Everything that can be drawn, values in the order of SETTINGS, some of it twice: of a residual of 0 every share is 0."""
+    place = SETTINGS.index("lam_start")
+    for values in itertools.product(*SPACE.values()):
+        for share in END_SHARES:
+            yield (*values, _lam_end(values[place], share))
+
+
+def _lam_end(lam_start: float, share: float) -> float:
+    return round(lam_start * share, 6)

@@ -3,18 +3,21 @@
 import contextlib
 import dataclasses
 import json
+from typing import Any
 
+import torch
 from jsonargparse import ArgumentParser
 
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.load import fetch, find_checkpoint, read_spec
+from engine.planner import read_model
 from engine.progress import enabled
 from launch.analysis.report import write_analysis
 from launch.analysis.spectra import SpectraStore
 from launch.cli import parse_run
 from launch.commands.compare import choose_prompts
+from launch.comparison.checks import check_longer, check_output
 from launch.comparison.make import check_layouts, make_missing, missing_videos, on_first
 from launch.comparison.store import Comparison, as_read, decisive_settings, open_folder
 from launch.comparison.variants import Variant
@@ -22,16 +25,18 @@ from launch.outputs import expand
 from launch.ranks import Party, check_started, open_ranks
 from launch.stopping import Place, Stopped
 
+NAME = "analyze.py"
 DESCRIPTION = "Measure how attention's singular spectra change with the window, and what low rank does to a video."
 LOW_RANK = "freespec.methods.low_rank:LowRank"
 
 
 def main(argv: list[str]) -> None:
     """Read the settings, run what is missing on all ranks, then write tables and plots on rank 0."""
-    namespace, config = parse_run(argv, name="analyze.py", description=DESCRIPTION, add_arguments=_add_arguments)
+    namespace, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=_add_arguments)
     check_started(namespace.nproc)
     prompts = choose_prompts(namespace)
-    _check_length(config)
+    check_longer(config, "windows can only grow in a longer video")
+    check_output(config.output, NAME)
     if namespace.num_points < 2:
         raise UserError(f"--num_points must be 2 or more, got {namespace.num_points}")
     if namespace.num_reconstructed < 0:
@@ -45,11 +50,12 @@ def main(argv: list[str]) -> None:
         prompts=prompts[: namespace.num_reconstructed],
         seeds=[config.sampler.seed],
     )
-    run(config, spectra, low_rank, verbose=namespace.verbose)
+    now = describe(config, spectra)
+    run(config, spectra, low_rank, now, verbose=namespace.verbose)
     place = Place.of_environment()
     if place is not None and place.rank > 0:
         return
-    print(write_analysis(folder, spectra, low_rank, ratios, progress=enabled(config.output.progress)))
+    print(write_analysis(folder, spectra, low_rank, ratios, made_with=now, progress=enabled(config.output.progress)))
 
 
 def low_rank_variants(config: RunConfig, text: str) -> tuple[list[Variant], dict[str, float]]:
@@ -68,12 +74,25 @@ def low_rank_variants(config: RunConfig, text: str) -> tuple[list[Variant], dict
             raise UserError(f"--ratios {share:g}: {error}") from error
         label = f"ratio-{share:g}"
         variants.append(Variant(label=label, config=dataclasses.replace(config, method=method)))
+    _check_different(variants, shares, read_model(config.model).head_dim)
     return variants, {variant.label: share for variant, share in zip(variants, shares, strict=True)}
 
 
-def run(config: RunConfig, spectra: SpectraStore, low_rank: Comparison, *, verbose: bool) -> None:
-    """Run whatever is not kept yet; all ranks call this."""
-    now = as_read(
+def _check_different(variants: list[Variant], shares: list[float], head_dim: int) -> None:
+    """Raise UserError for two shares that keep as many directions, or that one label would stand for."""
+    cpu = torch.device("cpu")
+    counts = [int(each.config.method.method.weights(None, None, head_dim, cpu).sum()) for each in variants]
+    for place in range(1, len(variants)):
+        if counts[place] == counts[place - 1] or variants[place].label == variants[place - 1].label:
+            raise UserError(
+                f"--ratios {shares[place - 1]!r} and {shares[place]!r} keep {counts[place - 1]} and {counts[place]} of {head_dim} "
+                f"directions and are called {variants[place - 1].label} and {variants[place].label}; leave one out"
+            )
+
+
+def describe(config: RunConfig, spectra: SpectraStore) -> dict[str, Any]:
+    """What decides the spectra, as `Comparison.describe` says it of videos."""
+    return as_read(
         {
             "settings": decisive_settings(config)
             | {f"method.{key}": value for key, value in dataclasses.asdict(config.method).items()}
@@ -82,6 +101,10 @@ def run(config: RunConfig, spectra: SpectraStore, low_rank: Comparison, *, verbo
             "prompts": spectra.prompts,
         }
     )
+
+
+def run(config: RunConfig, spectra: SpectraStore, low_rank: Comparison, now: dict[str, Any], *, verbose: bool) -> None:
+    """Run whatever is not kept yet; all ranks call this. `now` is what `describe` says."""
     with open_ranks(config, prompts=[json.dumps(now, sort_keys=True), str(low_rank.seeds)], verbose=verbose) as party:
         check_layouts(low_rank.variants, party)
         party.check_on_first(lambda: open_folder(spectra.folder, "analysis.json", now))
@@ -115,21 +138,6 @@ def observe(engine: LongVideoEngine, spectra: SpectraStore, unseen: list[int], p
                 f"{number + 1} of {len(unseen)}, {spectra.file(index)}: spectra of {spectra.prompts[index]!r}",
                 flush=True,
             )
-
-
-def _check_length(config: RunConfig) -> None:
-    """A video of native length has one window and no long branch: nothing to analyse."""
-    model = config.model
-    spec = read_spec(fetch(find_checkpoint(model.path), model.revision, parts=(), offline=model.offline))
-    spec.check_video(config.video.num_frames, config.video.height, config.video.width)
-    native = config.method.window_frames
-    frames = spec.latent_shape(config.video.num_frames, config.video.height, config.video.width)[2] // spec.patch[0]
-    if frames <= native:
-        wanted = spec.native_frames(4 * native)
-        raise UserError(
-            f"{config.video.num_frames} frames are {frames} latent frames, and the native window is {native}; windows "
-            f"can only grow in a longer video, such as --video.num_frames {wanted} for four native lengths"
-        )
 
 
 def _add_arguments(parser: ArgumentParser) -> None:

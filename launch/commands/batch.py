@@ -4,25 +4,26 @@ import contextlib
 import dataclasses
 import os
 import secrets
+import shutil
 import socket
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from engine.batch.driver import Driver, Limits
-from engine.batch.files import MANIFEST, BatchFiles, identity_of
+from engine.batch.files import MANIFEST, SIDECAR, BatchFiles, identity_of
 from engine.batch.forecast import arrange_replica, disk_forecast, gpu_hours
 from engine.batch.journal import FileJournal, columns, describe_seconds, read_status, report, table
 from engine.batch.locks import Shard, own_shard
 from engine.batch.plan import Batch, Item, check_folder, claim_folder, plan_batch
 from engine.batch.queue import Queue
-from engine.batch.store import read_json, writing_to
+from engine.batch.store import Shape, Verify, read_tree, writing_to
 from engine.batch.suite import Suite, read_suite
 from engine.config import RunConfig
 from engine.decode_plan import check_tiles
@@ -41,36 +42,47 @@ from launch.stopping import Stopped
 DESCRIPTION = "Make every prompt of a suite with every method and seed. Started again, it makes only what is missing."
 SUPPORT = "the same command goes on"
 
+# What the summary of a batch reads of every sidecar.
+REPORTED: Shape = SIDECAR | {
+    "run.seconds.text": int | float,
+    "run.seconds.denoise": int | float,
+    "run.seconds.decode": int | float,
+    "run.resumed_at": int,
+}
+
 
 def main(argv: list[str]) -> int:
     """Plan, claim the output folder, make what is missing, and say what became of it; returns the exit code."""
     namespace, config = parse_run(argv, name="batch.py", description=DESCRIPTION, add_arguments=_add_arguments)
     if namespace.status is not None:
+        if not namespace.status.strip():
+            raise UserError("--status is empty; give the folder that was --out")
         return show_status(expand(namespace.status))
     options = Options.of(namespace, config)
     config = resolve_model(config, options)
     batch = read_batch(config, options)
-    mine = [item for position, item in enumerate(batch.items) if options.shard.holds(position)]
+    mine = [item for item in batch.items if options.shard.owns(item.item_id)]
     device = torch.device(config.model.device)
     arrangement = arrange_replica(config, options.methods, options.ranks, device, gpu=options.gpu)
     config = fix_degrees(config, arrangement.degrees)
     files = BatchFiles(root=options.out)
+    check_devices(config, options)
+    files.check()
+    check_folder(options.out, batch)
     if namespace.dry_run:
-        check_folder(options.out, batch)
         say_plan(config, options, batch, mine, f"{arrangement.degrees}: {arrangement.why}")
         return 0
-    check_devices(config, options)
     make_folder(options.out)
     with (
         writing_to(options.out, after=f"free some space or choose another --out; {SUPPORT}"),
         own_shard(options.out, options.shard),
     ):
-        claim_folder(options.out, batch)
         work = find_work(files, mine, options)
-        say_start(options, batch, mine, work)
-        return (
-            run(config, options, batch.suite, files, work) if work.todo else finish(options, files, config, work, None)
-        )
+        say_start(options, files, batch, mine, work)
+        if work.todo:
+            return run(config, options, batch, files, work)
+        claim_folder(options.out, batch)
+        return finish(options, files, config, work, None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,21 +97,20 @@ class Options:
     ranks: int
     replicas: int
     gpus: bool
+    on_cpu: bool
     shard: Shard
     ray: str | None
     limits: Limits
     checkpoint_every: int
     keep_latents: bool
-    verify: Literal["size", "full"]
+    verify: Verify
     retry_quarantined: bool
     gpu: str | None
 
     @classmethod
     def of(cls, given: Namespace, config: RunConfig) -> "Options":
         """Check them one by one and against each other; UserError for what cannot be."""
-        for name in ("suite", "out"):
-            if given[name] is None:
-                raise UserError(f"--{name} is missing; see --help")
+        check_texts(given)
         for name in ("nproc", "replicas", "gpus_per_replica"):
             if given[name] is not None and given[name] < 1:
                 raise UserError(f"--{name} must be 1 or more, got {given[name]}")
@@ -117,11 +128,12 @@ class Options:
             suite=expand(given.suite),
             vbench=expand(given.vbench) if given.vbench is not None else None,
             out=expand(given.out).absolute(),
-            methods=tuple(_words(given.methods or config.method.name)),
+            methods=tuple(_words(given.methods if given.methods is not None else config.method.name)),
             seeds=tuple(_numbers(given.seeds)) if given.seeds is not None else (config.sampler.seed,),
             ranks=given.nproc or given.gpus_per_replica or 1,
             replicas=given.replicas,
             gpus=given.gpus_per_replica is not None,
+            on_cpu=config.model.device == "cpu",
             shard=Shard.parse(given.shard),
             ray=given.ray,
             limits=Limits(item=given.item_timeout, start=given.start_timeout),
@@ -131,6 +143,16 @@ class Options:
             retry_quarantined=given.retry_quarantined,
             gpu=given.gpu,
         )
+
+
+def check_texts(given: Namespace) -> None:
+    """Raise UserError for a setting that is missing, or there without a value."""
+    for name in ("suite", "out"):
+        if given[name] is None:
+            raise UserError(f"--{name} is missing; see --help")
+    for name in ("suite", "vbench", "out", "methods", "seeds", "shard", "ray", "gpu"):
+        if given[name] is not None and not given[name].strip():
+            raise UserError(f"--{name} is empty; give a value, or leave it out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +268,7 @@ def find_work(files: BatchFiles, mine: Sequence[Item], options: Options) -> Work
     return Work(done=tuple(done), given_up=tuple(given_up), todo=tuple(todo))
 
 
-def run(config: RunConfig, options: Options, suite: Suite, files: BatchFiles, work: Work) -> int:
+def run(config: RunConfig, options: Options, batch: Batch, files: BatchFiles, work: Work) -> int:
     """Make what is to be made; returns the exit code."""
     wake = threading.Event()
     setup = {
@@ -262,8 +284,11 @@ def run(config: RunConfig, options: Options, suite: Suite, files: BatchFiles, wo
         already=(len(work.done), len(work.given_up)),
         terminal=Terminal(total=len(work.todo)),
     )
+    suite = batch.suite
     prepare = Prepare(suite={"name": suite.name, "sha256": suite.sha256, **suite.source})
     with open_replicas(options, files, count=count, setup=setup, wake=wake) as replicas, journal:
+        # Not before the replicas' devices are known to be those that the configuration is for.
+        claim_folder(options.out, batch)
         driver = Driver(
             queue=Queue.of(work.todo),
             replicas=replicas,
@@ -318,17 +343,23 @@ def keep(files: BatchFiles, item: Item, attempts: list[dict[str, Any]]) -> None:
 
 def finish(options: Options, files: BatchFiles, config: RunConfig, work: Work, driver: Driver | None) -> int:
     """Compile the manifest and say how it went: 0 if every item of this shard is done, 1 or an error if not."""
-    rows = files.write_manifest()
+    files.tidy(done=work.done, todo=work.todo)  # of attempts that were killed in this run
+    manifest = files.write_manifest()
+    for line in manifest.left_out:
+        print(f"left out of {MANIFEST}: {line}")
     if driver is not None and driver.halted is not None and driver.halted.kind == "mistake":
         raise UserError(driver.halted.message)
     queue = driver.queue if driver else Queue.of(())
     everything = (*work.done, *(item for item in work.todo if item.item_id in queue.done))
     given_up = [*work.given_up, *(item for item in work.todo if item.item_id in queue.given_up)]
-    for line in report([read_json(files.of(item).sidecar) for item in everything]) if everything else []:
+    for line in report([_sidecar(files, item) for item in everything]) if everything else []:
         print(line)
+    for seat in driver.seats if driver else ():
+        if seat.state == "gone" and seat.failure is not None:
+            print(f"{seat.replica.name} was given up after {seat.starts} starts: {seat.failure.message}")
     print(
         f"{len(everything)} of {len(everything) + len(given_up) + queue.left} items done ({len(queue.done)} now), "
-        f"{len(given_up)} in quarantine; {files.root / MANIFEST} has {rows} lines",
+        f"{len(given_up)} in quarantine; {files.root / MANIFEST} has {manifest.rows} lines",
         flush=True,
     )
     if driver is not None and driver.halted is not None:
@@ -342,6 +373,13 @@ def finish(options: Options, files: BatchFiles, config: RunConfig, work: Work, d
             file=sys.stderr,
         )
     return 1 if given_up else 0
+
+
+def _sidecar(files: BatchFiles, item: Item) -> dict[str, Any]:
+    tree = read_tree(files.of(item).sidecar, REPORTED, what="the sidecar of a video")
+    if tree is None:
+        raise UserError(f"{files.of(item).sidecar} was there a moment ago and is gone; start the same command again")
+    return tree
 
 
 def halted(driver: Driver, files: BatchFiles, config: RunConfig, *, keep_latents: bool) -> Exception:
@@ -377,9 +415,19 @@ def open_replicas(
     log = files.log(options.shard).with_suffix("") / "ray.log"
     try:
         with RayPool(options.ray, cpus=count * options.ranks, log=log, wake=wake.set) as pool:
+            check_cluster(options, pool.gpus)
             yield [Group(name=name, ranks=_on_ray(pool, options, files, name), setup=setup) for name in names]
     except NoRayError as error:
         raise UserError(str(error)) from error
+
+
+def check_cluster(options: Options, gpus: float) -> None:
+    """Raise UserError for a batch that would run on the CPUs of a cluster with GPUs, unless that is what was asked for."""
+    if gpus and not options.gpus and not options.on_cpu:
+        raise UserError(
+            f"the Ray cluster at {options.ray} has {gpus:g} GPUs, and this batch would run on CPUs; give "
+            "--gpus_per_replica N to use them, or --model.device cpu if that is what you want"
+        )
 
 
 def _on_ray(pool: RayPool, options: Options, files: BatchFiles, name: str) -> RayRanks:
@@ -418,13 +466,16 @@ class Terminal:
         self._total = total
         self._done = 0
         self._lines = 0
+        self._note: str | None = None
         self._live = sys.stdout.isatty()
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """A line for what ended, where there is no table."""
+        """A line for what ended, where there is no table; the table shows failures, and the last note below them."""
         if event["event"] == "done":
             self._done += 1
         if self._live:
+            if event["event"] == "note":
+                self._note = f"{event['time'][11:19]} {event['replica']}: {event['message']}"
             return
         if event["event"] == "done":
             took = describe_seconds(event["seconds"])
@@ -432,14 +483,14 @@ class Terminal:
         elif event["event"] == "failed":
             after = "given up" if event["verdict"] == "quarantine" else "will be tried again"
             print(f"{event['item']}: failed on {event['replica']}, {after}: {event['message']}", flush=True)
-        elif event["event"] in ("ended", "note") and event.get("kind") != "mistake":
+        elif event["event"] in ("ended", "note"):
             print(f"{event['replica']}: {event['message']}", flush=True)
 
     def status(self, tree: Mapping[str, Any]) -> None:
         """The table, over the last one."""
         if not self._live:
             return
-        text = table("batch", tree)
+        text = table("batch", tree, note=self._note, size=shutil.get_terminal_size())
         up = f"\x1b[{self._lines}F\x1b[J" if self._lines else ""
         print(up + text, flush=True)
         self._lines = text.count("\n") + 1
@@ -447,7 +498,10 @@ class Terminal:
 
 def show_status(root: Path) -> int:
     """Print the state of every shard of a folder."""
-    found = read_status(root)
+    try:
+        found = read_status(root)
+    except OSError as error:
+        raise UserError(f"cannot look into --status {root}: {error.strerror}") from error
     if not found:
         raise UserError(f"{root} holds no batch; give the folder that was --out")
     for name, tree in found:
@@ -458,7 +512,8 @@ def show_status(root: Path) -> int:
 def say_plan(config: RunConfig, options: Options, batch: Batch, mine: Sequence[Item], arrangement: str) -> None:
     """What `--dry_run` prints."""
     files = BatchFiles(root=options.out)
-    undone = [item for item in mine if not files.is_done(item, "size")]
+    finished = {item: files.is_done(item, options.verify) for item in mine}
+    done, undone = ([item for item in mine if finished[item] is wanted] for wanted in (True, False))
     left = [item for item in undone if options.retry_quarantined or files.quarantined(item) is None]
     disk = disk_forecast(files, config, left, replicas=options.replicas, keep_latents=options.keep_latents)
     given_up = f", {len(undone) - len(left)} failed before (--retry_quarantined)" if len(undone) > len(left) else ""
@@ -471,7 +526,8 @@ def say_plan(config: RunConfig, options: Options, batch: Batch, mine: Sequence[I
         ["items", f"{len(batch.items)} = prompts x {len(options.seeds)} seeds x {len(options.methods)} methods"],
         [
             "this shard",
-            f"{len(mine)} items in {options.shard.name}, {len(mine) - len(undone)} done, {len(left)} to make{given_up}",
+            f"{len(mine)} items in {options.shard.name}, {len(mine) - len(undone)} done, {len(left)} to make{given_up}"
+            + _others(batch, options.shard),
         ],
         ["video", f"{video.num_frames} frames of {video.height} x {video.width}, {frames} frames in all"],
         [
@@ -483,12 +539,14 @@ def say_plan(config: RunConfig, options: Options, batch: Batch, mine: Sequence[I
         ["bytes", f"{_size(disk.needed)} ({disk.how}), {_size(disk.texts)} of it text; {_size(disk.free)} free"],
     ]
     rows += [["configuration", f"{tree['method']['name']} {config_id}"] for config_id, tree in batch.trees.items()]
-    rows += [["note", note] for note in batch.suite.notes]
+    rows += [["note", note] for note in [*batch.suite.notes, *_without_latents(files, done, options)]]
     print("\n".join(columns(rows)))
 
 
-def say_start(options: Options, batch: Batch, mine: Sequence[Item], work: Work) -> None:
+def say_start(options: Options, files: BatchFiles, batch: Batch, mine: Sequence[Item], work: Work) -> None:
     """What is about to happen."""
+    for note in _without_latents(files, work.done, options):
+        print(note)
     for note in batch.suite.notes:
         print(f"{batch.suite.name}: {note}")
     before = f"; {len(work.given_up)} failed before and are left out (--retry_quarantined)" if work.given_up else ""
@@ -498,6 +556,26 @@ def say_start(options: Options, batch: Batch, mine: Sequence[Item], work: Work) 
         f"ranks{before}",
         flush=True,
     )
+
+
+def _others(batch: Batch, shard: Shard) -> str:
+    """How many items the smallest and the largest shard have: ids decide, so they are about equal and not quite."""
+    if shard.count == 1:
+        return ""
+    shards = [dataclasses.replace(shard, index=index + 1) for index in range(shard.count)]
+    sizes = [sum(each.owns(item.item_id) for item in batch.items) for each in shards]
+    return f"; the {shard.count} shards have {min(sizes)} to {max(sizes)} items"
+
+
+def _without_latents(files: BatchFiles, done: Sequence[Item], options: Options) -> list[str]:
+    """That --keep_latents comes too late for some of the finished items, if it does."""
+    count = sum(files.lacks_latents(item) for item in done) if options.keep_latents else 0
+    if not count:
+        return []
+    return [
+        f"{count} of {len(done)} finished items were made without --keep_latents and stay without latents; "
+        "to have them, choose another --out"
+    ]
 
 
 def _wait(wake: threading.Event) -> None:
@@ -541,7 +619,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
         ("start_timeout", float, 1800.0, "seconds a replica may take to load"),
         ("checkpoint_every", int, 5, "steps between checkpoints of an item; 0 writes none"),
         ("keep_latents", bool, False, "keep the latents of every video"),
-        ("verify", Literal["size", "full"], "size", "how finished videos are looked at: their sizes, or their SHA-256"),
+        ("verify", Verify, "size", "how finished videos are looked at: their sizes, or their SHA-256"),
         ("retry_quarantined", bool, False, "try items again that failed for good"),
         ("gpu", str, None, "one of configs/gpus, for the prediction of --dry_run"),
     ):

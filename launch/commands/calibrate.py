@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,17 @@ from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.progress import enabled
+from launch.calibration.plan import CalibrationPlan
 from launch.calibration.score import PARTS, judge, mean_parts, scores, survivors
 from launch.calibration.space import END_SHARES, SPACE, START, draw_trials
 from launch.cli import parse_run
 from launch.commands.generate import read_prompts
+from launch.comparison.checks import check_longer, check_output, check_seeds
 from launch.comparison.make import check_layouts, make_missing, missing_videos, on_first
 from launch.comparison.measure import Measured, measure_all, native_frames, not_world
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison
 from launch.comparison.summary import as_json
-from launch.comparison.variants import Variant
 from launch.outputs import expand
 from launch.ranks import Party, check_started, open_ranks
 from launch.stopping import Place, Stopped
@@ -68,58 +68,70 @@ def main(argv: list[str]) -> None:
     rounds = _check(namespace, config)
     search, held_out = (read_prompts(None, file) for file in (namespace.prompt_file, namespace.judge_prompt_file))
     _check_lists(search, held_out, rounds)
-    trials = draw_trials(namespace.num_trials, namespace.search_seed, dataclasses.asdict(config.method.freespec))
-    variants = {label: _variant(config, label, settings) for label, settings in trials.items()}
-    folder, num_seeds = expand(namespace.out), {"search": namespace.num_seeds, "judged": namespace.num_judge_seeds}
-
-    def compared(name: str, labels: Sequence[str], prompts: list[str]) -> Comparison:
-        chosen = [variants[label] for label in labels]
-        seeds = [config.sampler.seed + number for number in range(num_seeds[name])]
-        return Comparison(folder=folder / name, variants=chosen, prompts=prompts, seeds=seeds)
-
-    whole = compared("search", list(trials), search)
-    agree = [json.dumps(each.describe(), sort_keys=True) for each in (whole, compared("judged", [START], held_out))]
-    for each in (whole, compared("judged", [START], held_out)):
+    check_longer(config, "at that length every trial makes the video of the base model; search on a longer one")
+    plan = CalibrationPlan(
+        folder=expand(namespace.out),
+        config=config,
+        trials=draw_trials(namespace.num_trials, namespace.search_seed, dataclasses.asdict(config.method.freespec)),
+        num_steps={
+            "search": namespace.search_num_steps or config.sampler.num_steps,
+            "judged": config.sampler.num_steps,
+        },
+        num_seeds={"search": namespace.num_seeds, "judged": namespace.num_judge_seeds},
+    )
+    parts = (plan.compared("search", list(plan.trials), search), plan.compared("judged", [START], held_out))
+    for each in parts:
         reason = not_world(each)
         if reason is not None:
             raise UserError(f"{NAME} scores by the exact measures of the embedded world, which do not apply: {reason}")
+    described = [each.describe() for each in parts]  # now: files may change while they are used
+    agree = [json.dumps(each, sort_keys=True) for each in described]
     progress = enabled(config.output.progress)
     with (
         open_ranks(
-            config, prompts=[*agree, str((rounds, config.sampler.seed, num_seeds))], verbose=namespace.verbose
+            config, prompts=[*agree, str((rounds, config.sampler.seed, plan.num_seeds))], verbose=namespace.verbose
         ) as party,
         contextlib.ExitStack() as stack,
     ):
-        check_layouts(list(variants.values()), party)
+        check_layouts(parts[0].variants, party)
         maker = Maker(config, party, stack)
-        told: list[dict[str, Any]] = []
-        labels = list(trials)
-        for count in rounds:
-            keep = 1 if count == rounds[-1] else math.ceil(len(labels) / KEPT_SHARE)
-            comparison = compared("search", labels, search[:count])
-            maker.make(comparison)
-            if _is_first():
-                by_label = scores(_measure(comparison, progress=progress), labels)
-                told.append({"prompts": count, "scores": {x: float(by_label[x].mean()) for x in labels}})
-                labels = survivors(by_label, keep=keep, always=START)
-            party.wait_for_first(f"scores on {count} prompts")  # measuring may take longer than a collective waits
-            labels = on_first(party, labels)
-        best = labels[0]
-        judged = compared("judged", [START] if best == START else [START, best], held_out)
+        best, told = _search(plan, search, rounds, maker, party, progress=progress)
+        judged = plan.compared("judged", [START] if best == START else [START, best], held_out)
         if best != START:
             maker.make(judged)
     if not _is_first():
         return
     report = {
+        "comparison": described[1] | {"variants": {each.label: each.settings for each in judged.variants}},
+        "num_steps": plan.num_steps,
         "space": SPACE | {"lam_end / lam_start": END_SHARES},
         "search_seed": namespace.search_seed,
         "score": PARTS,
-        "trials": trials,
+        "trials": plan.trials,
         "rounds": told,
         "best": best,
-        "judged": None if best == START else _judge(judged, best, trials[best], progress=progress),
+        "judged": None if best == START else _judge(judged, best, plan.trials[best], progress=progress),
     }
-    print(_write(folder, report))
+    print(_write(plan.folder, report, judged.variant(best).config))
+
+
+def _search(
+    plan: CalibrationPlan, prompts: list[str], rounds: list[int], maker: Maker, party: Party, *, progress: bool
+) -> tuple[str, list[dict[str, Any]]]:
+    """Round after round on more prompts, with fewer trials; the best label, and on rank 0 what each round said."""
+    told: list[dict[str, Any]] = []
+    labels = list(plan.trials)
+    for count in rounds:
+        keep = 1 if count == rounds[-1] else math.ceil(len(labels) / KEPT_SHARE)
+        comparison = plan.compared("search", labels, prompts[:count])
+        maker.make(comparison)
+        if _is_first():
+            by_label = scores(_measure(comparison, progress=progress), labels)
+            told.append({"prompts": count, "scores": {x: float(by_label[x].mean()) for x in labels}})
+            labels = survivors(by_label, keep=keep, always=START)
+        party.wait_for_first(f"scores on {count} prompts")  # measuring may take longer than a collective waits
+        labels = on_first(party, labels)
+    return labels[0], told
 
 
 def _judge(judged: Comparison, best: str, settings: dict[str, Any], *, progress: bool) -> dict[str, Any]:
@@ -148,8 +160,11 @@ def _measure(comparison: Comparison, *, progress: bool) -> list[Measured]:
         ) from error
 
 
-def _write(folder: Path, report: dict[str, Any]) -> str:
-    """trials.csv, report.json and, where it is supported, calibrated.yaml; returns a line that says what was found."""
+def _write(folder: Path, report: dict[str, Any], best: RunConfig) -> str:
+    """trials.csv, report.json and, where it is supported, calibrated.yaml; returns a line that says what was found.
+
+    The preset has every setting of the judged run's method, so that it says the same whatever the defaults become.
+    """
     try:
         with atomic_path(folder / "trials.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
             counts = [each["prompts"] for each in report["rounds"]]
@@ -167,7 +182,7 @@ def _write(folder: Path, report: dict[str, Any]) -> str:
             return f"{folder}: no trial was better than the settings that the search began with; they stay"
         if judged["supported"]:
             with atomic_path(preset) as part:
-                part.write_text(yaml.safe_dump({"method": {"name": "freespec", "freespec": judged["settings"]}}))
+                part.write_text(_preset(best, report["comparison"]["settings"]["checkpoint"]))
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
     found = judged["difference"]
@@ -179,11 +194,13 @@ def _write(folder: Path, report: dict[str, Any]) -> str:
     )
 
 
-def _variant(config: RunConfig, label: str, settings: dict[str, Any]) -> Variant:
-    freespec = dataclasses.replace(config.method.freespec, **settings)
-    return Variant(
-        label=label, config=dataclasses.replace(config, method=dataclasses.replace(config.method, freespec=freespec))
-    )
+def _preset(config: RunConfig, checkpoint: str) -> str:
+    """A preset of the method that `config` has, with a comment on what it was judged with."""
+    method = config.method
+    freespec = dataclasses.asdict(method.freespec)
+    tree = {"method": {"name": "freespec", "window_frames": method.window_frames, "freespec": freespec}}
+    judged_with = f"{config.sampler.num_steps} steps, {config.video.num_frames} frames, checkpoint {checkpoint}"
+    return f"# Judged with {judged_with}. Laid over a model: --config MODEL.yaml --config THIS.\n{yaml.safe_dump(tree)}"
 
 
 def _is_first() -> bool:
@@ -200,6 +217,11 @@ def _check(namespace: Namespace, config: RunConfig) -> list[int]:
     for name, least in (("num_trials", 2), ("num_seeds", 1), ("num_judge_seeds", 1), ("search_seed", 0)):
         if getattr(namespace, name) < least:
             raise UserError(f"--{name} must be {least} or more, got {getattr(namespace, name)}")
+    if namespace.search_num_steps is not None and namespace.search_num_steps < 1:
+        raise UserError(f"--search_num_steps must be 1 or more, got {namespace.search_num_steps}")
+    check_output(config.output, NAME)
+    for name in ("num_seeds", "num_judge_seeds"):
+        check_seeds(config.sampler.seed, getattr(namespace, name), f"--{name}")
     for name in ("prompt_file", "judge_prompt_file"):
         if getattr(namespace, name) is None:
             raise UserError(f"--{name} is needed: settings are searched on one list of prompts and judged on another")
@@ -231,6 +253,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--search_seed", type=int, default=0, help="seed of the draws of settings")
     parser.add_argument(
         "--rounds", type=str, default="5,10,20", help="prompts of each round; the best third goes on to the next"
+    )
+    parser.add_argument(
+        "--search_num_steps",
+        type=int,
+        help="denoising steps of the searched videos (default: sampler.num_steps, which the judged ones always have)",
     )
     parser.add_argument("--num_seeds", type=int, default=1, help="seeds per searched prompt, from sampler.seed on")
     parser.add_argument("--num_judge_seeds", type=int, default=2, help="seeds per prompt that is judged on, likewise")

@@ -3,6 +3,7 @@
 import contextlib
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -12,12 +13,13 @@ from engine.errors import UserError
 from engine.progress import enabled
 from launch.cli import parse_run
 from launch.commands.generate import read_prompts
+from launch.comparison.checks import check_output, check_seeds
 from launch.comparison.make import check_layouts, make_missing, missing_videos
 from launch.comparison.measure import measure_all, native_frames, not_world
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison
 from launch.comparison.variants import read_variants
-from launch.outputs import expand
+from launch.outputs import check_outputs, expand
 from launch.ranks import check_started, open_ranks
 from launch.stopping import Place, Stopped
 
@@ -32,6 +34,8 @@ def main(argv: list[str]) -> None:
     check_started(namespace.nproc)
     if namespace.num_seeds < 1:
         raise UserError(f"--num_seeds must be 1 or more, got {namespace.num_seeds}")
+    check_seeds(config.sampler.seed, namespace.num_seeds, "--num_seeds")
+    check_output(config.output, NAME)
     prompts = choose_prompts(namespace)
     variants = read_variants(namespace.methods, argv, name=NAME, add_arguments=_add_arguments)
     labels = [variant.label for variant in variants]
@@ -43,8 +47,9 @@ def main(argv: list[str]) -> None:
     shard = None if namespace.shard is None else Shard.parse(namespace.shard)
     if shard is not None and namespace.report_only:
         raise UserError("--report_only reports on every shard's videos; leave --shard out")
+    folder = comparison.folder if namespace.report is None else expand(namespace.report)
     if not namespace.report_only:
-        make_videos(comparison, shard or Shard(), verbose=namespace.verbose)
+        make_videos(comparison, shard or Shard(), report=folder, verbose=namespace.verbose)
     place = Place.of_environment()
     if place is not None and place.rank > 0:
         return
@@ -53,7 +58,7 @@ def main(argv: list[str]) -> None:
         print(_unless_stopped(comparison, lambda: _measure_shard(comparison, shard, progress=progress)))
         return
     comparison.check()
-    folder = comparison.folder if namespace.report is None else expand(namespace.report)
+    _check_report(folder)
     print(
         _unless_stopped(
             comparison, lambda: write_report(comparison, folder=folder, baseline=baseline, progress=progress)
@@ -61,18 +66,26 @@ def main(argv: list[str]) -> None:
     )
 
 
-def make_videos(comparison: Comparison, shard: Shard, *, verbose: bool) -> None:
-    """Make every video of a comparison's shard that is not there yet; all ranks call this."""
+def make_videos(comparison: Comparison, shard: Shard, *, report: Path, verbose: bool) -> None:
+    """Make every video of a comparison's shard that is not there yet; all ranks call this.
+
+    UserError before anything is loaded if `report`, the folder that is to tell of them, cannot be written to.
+    """
     agree = [json.dumps(comparison.describe(), sort_keys=True), str(comparison.seeds), str(shard)]
     config = comparison.config
     with open_ranks(config, prompts=agree, verbose=verbose) as party, contextlib.ExitStack() as stack:
         check_layouts(comparison.variants, party)
         party.check_on_first(comparison.open)
+        party.check_on_first(lambda: _check_report(report))
         party.check_on_first(lambda: stack.enter_context(own_shard(comparison.folder, shard)))
         missing = missing_videos(comparison, party, shard)
         if missing:
             engine = stack.enter_context(contextlib.closing(LongVideoEngine(config, party.ranks)))
             make_missing(engine, comparison, missing, party)
+
+
+def _check_report(folder: Path) -> None:
+    check_outputs([folder / "report.json"], overwrite=True, overwrite_flag="")
 
 
 def _measure_shard(comparison: Comparison, shard: Shard, *, progress: bool) -> str:

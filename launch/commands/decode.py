@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from torch import Tensor
 
 from engine.checkpoint import load_latents
 from engine.config import DecodeConfig, ModelConfig, OutputConfig, RunConfig
 from engine.decoder import open_decoder
+from engine.denoise import check_finite
 from engine.errors import UserError
 from launch.cli import Keys, arrange, make_parser, parse
 from launch.outputs import OutputFiles, check_outputs, expand
@@ -31,10 +33,10 @@ def main(argv: list[str]) -> None:
     parser.set_defaults({"model.path": ""})
     source = expand(parse(parser, words).latents)
     latents, metadata = load_latents(source)
+    check_finite(latents, where=f"in {source}", remedy="make them again with launch/generate.py")
     record = read_record(metadata, source)
-    saved = record["config"]
-    config = restore_config(saved, source)
-    parser.set_defaults({f"model.{key}": saved["model"][key] for key in _MODEL_KEYS})
+    config = restore_config(record["config"], source)
+    parser.set_defaults({f"model.{key}": getattr(config.model, key) for key in _MODEL_KEYS})
     parser.set_defaults({f"decode.{key}": value for key, value in dataclasses.asdict(config.decode).items()})
     config = override(config, parse(parser, words))
 
@@ -44,16 +46,33 @@ def main(argv: list[str]) -> None:
     )
     record = record | {"config": dataclasses.asdict(config), "decoded_from": source.name}
     with open_decoder(config) as decoder:
+        check_shape(latents, decoder.spec.channels, source)
         record = render(decoder, latents, record, files, output=config.output, fps=config.video.fps)
     print(f"{files.video}: {record['video']['num_frames']} frames; decoded in {record['seconds']['decode']:.1f} s")
 
 
 def read_record(metadata: dict[str, str], source: Path) -> dict[str, Any]:
     """The record that generate.py put into its latents; UserError for latents of another origin."""
+    advice = "give latents that launch/generate.py saved"
     try:
-        return json.loads(metadata["record"])
+        record = json.loads(metadata["record"])
     except (KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{source} does not say how it was made; give latents that launch/generate.py saved") from error
+        raise UserError(f"{source} does not say how it was made; {advice}") from error
+    if not isinstance(record, dict):
+        raise UserError(f"the record in {source} is {record!r:.40} and no map; {advice}")
+    for name, kind in (("config", dict), ("seed", int), ("seconds", dict)):
+        if not isinstance(record.get(name), kind) or isinstance(record[name], bool):
+            raise UserError(f"the record in {source} has {record.get(name)!r} for its {name}; {advice}")
+    return record
+
+
+def check_shape(latents: Tensor, channels: int, source: Path) -> None:
+    """Raise UserError unless these are latents of one video, as a model with so many latent channels makes them."""
+    if latents.dim() != 5 or latents.shape[:2] != (1, channels) or latents.numel() == 0:
+        raise UserError(
+            f"{source} holds latents of the shape {list(latents.shape)}, and this model's are [1, {channels}, frames, rows, "
+            "columns]; give --model.path of the model that made them"
+        )
 
 
 def restore_config(tree: dict[str, Any], source: Path) -> RunConfig:

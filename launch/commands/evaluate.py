@@ -19,7 +19,7 @@ from evaluation.report import Evaluation, write_report
 from evaluation.run import Outcome, evaluate, failures
 from evaluation.stage import View, plan_view
 from evaluation.tables import Scored
-from evaluation.videos import Video, groups, read_batches, read_list
+from evaluation.videos import Video, groups, read_batches, read_list, what_is_missing
 from evaluation.world import why_not
 from launch.cli import Keys, arrange, make_parser, parse
 from launch.outputs import expand
@@ -41,6 +41,9 @@ def main(argv: list[str]) -> int:
         check_total(dimensions)
     evaluator = _evaluator(options)
     videos = _videos(options)
+    missing = _missing(options)
+    for sentence in missing:
+        _say(f"not everything is there: {sentence}")
     by_label = groups(videos)
     baseline = _baseline(options.baseline, list(by_label))
     out = _out(options)
@@ -52,7 +55,14 @@ def main(argv: list[str]) -> int:
             return 0
         try:
             return _run(
-                options, by_label, views, out=out, baseline=baseline, dimensions=dimensions, tools=(evaluator, bench)
+                options,
+                by_label,
+                views,
+                out=out,
+                baseline=baseline,
+                dimensions=dimensions,
+                tools=(evaluator, bench),
+                missing=missing,
             )
         except KeyboardInterrupt as error:
             raise Stopped(f"what was finished is kept in {out}; the same command goes on from there") from error
@@ -67,6 +77,7 @@ def _run(
     baseline: str,
     dimensions: Sequence[str],
     tools: tuple[Evaluator | None, Bench | None],
+    missing: Sequence[str],
 ) -> int:
     evaluator, bench = tools
     outcomes: list[Outcome] = []
@@ -92,6 +103,7 @@ def _run(
         vbench=bench.identity if bench else None,
         notes=[f"{o.view.label}: {note}" for o in outcomes if o.scores for note in o.scores.notes],
         failures=failures(outcomes),
+        missing=missing,
     )
     paths = write_report(evaluation, out)
     print(f"{len(every)} videos of {len(by_label)} methods: {', '.join(map(str, paths))}")
@@ -102,14 +114,19 @@ def _run(
 
 def _videos(options: Namespace) -> list[Video]:
     """Those of the folders or of the list, with the native length that is given for them, if one is."""
-    videos = (
-        read_batches([expand(word) for word in options.runs.split(",")])
-        if options.runs
-        else read_list(expand(options.videos))
-    )
+    videos = read_batches(_roots(options)) if options.runs else read_list(expand(options.videos))
     if options.native_frames is None:
         return videos
     return [dataclasses.replace(video, native_frames=options.native_frames) for video in videos]
+
+
+def _roots(options: Namespace) -> list[Path]:
+    return [expand(word.strip()) for word in options.runs.split(",") if word.strip()]
+
+
+def _missing(options: Namespace) -> list[str]:
+    """What the folders were asked for and have not; nothing is known of what a list might have had."""
+    return [sentence for root in _roots(options) if (sentence := what_is_missing(root)) is not None]
 
 
 def _measures(

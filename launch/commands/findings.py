@@ -1,6 +1,6 @@
 """findings.py: docs/findings.md from the reports of `make findings`, without a number that was typed by hand."""
 
-import json
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +12,12 @@ from engine.checkpoint import atomic_path
 from engine.errors import UserError
 from launch.calibration.score import PARTS
 from launch.cli import REPOSITORY, Keys, arrange, make_parser, parse
-from launch.comparison.claims import CLAIMS, Answer, Claim, answers, changes
+from launch.comparison.claims import CLAIMS, Answer, Claim, answers, changes, not_made
+from launch.comparison.kept_reports import Report, read_report, refuse_mixed
 from launch.comparison.markdown import estimate, table, tables
 from launch.comparison.page import number
 from launch.comparison.summary import as_json
+from launch.comparison.transfer import transfer_section
 from launch.outputs import expand
 
 USAGE = "findings.py [--runs FOLDER] [--calibration FOLDER] [--page FILE]"
@@ -46,28 +48,15 @@ other edge and its motions are even, so that full attention over four native len
 no natural video has. And the constants of FreeSpec are not the paper's, which are not public.""",
 }
 
-TRANSFER = """## What transfers to Wan2.1, and what cannot be known without its weights
-
-What is a property of the method and not of a model transfers: the equality of every method with its published form, the cost of a step of
-each kind in attention calls, that all ranks make the same video, that a difference between two rows of the ablation is that of their settings
-alone. The commands transfer as they are: `--config configs/wan2.1-t2v-1.3b.yaml` makes the same tables, without the exact measures.
-
-Which settings are best does not transfer by itself. The share of fused steps that a `split` means depends on the scheduler's shift (with
-`domain: timestep`, split 0.5 fuses 84 % of 50 steps at shift 5 and 90 % at shift 8), which the embedded model need not share; `alpha` is read along
-that same axis. `beta` acts along a spectrum of D directions, 128 of a head of Wan. How strongly the global branch over-smooths, and so how
-much of it helps, is a matter of training data and length. Unknown without Wan's weights: the level of every measure, whether the
-spectra concentrate as in the paper's Fig. 2, whether the order of the methods is that of its Table 1, and its VBench scores
-([vbench.md](vbench.md) says how they are made)."""
-
 
 def main(argv: list[str]) -> None:
-    """Read what is there and write the page; UserError if nothing is, or a file is not a report."""
+    """Read what is there and write the page, with `Not measured yet` for what is not; UserError if a file is no report."""
     options = _parse(argv)
     runs, page = expand(options.runs), expand(options.page)
-    reports = {name: _read(runs / name / "report.json") for name in ("methods", "ablation", "steps", "analysis")}
-    reports["calibration"] = _read(expand(options.calibration) / "report.json")
-    if not any(reports.values()):
-        raise UserError(f"neither {runs} nor {options.calibration} holds a report; run make findings first")
+    files = {name: runs / name / "report.json" for name in ("methods", "ablation", "steps", "analysis")}
+    files["calibration"] = expand(options.calibration) / "report.json"
+    reports = {name: read_report(file, name) for name, file in files.items()}
+    refuse_mixed(reports, files)
     figures = page.parent / "figures"
     drawn = _copy_figures(runs, figures) if any(reports[name] for name in ("methods", "analysis")) else {}
     text = "\n".join(
@@ -81,7 +70,7 @@ def main(argv: list[str]) -> None:
             ),
             _step_count(reports["methods"], reports["steps"]),
             _calibration(reports["calibration"]),
-            TRANSFER,
+            transfer_section(),
             "",
         ]
     )
@@ -104,16 +93,6 @@ def _parse(argv: Sequence[str]) -> Any:
     return parse(parser, arrange(argv, Keys.of(parser)))
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """A report.json; None if it was not made yet."""
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}); make it again") from error
-
-
 def _copy_figures(runs: Path, figures: Path) -> dict[str, str]:
     """Copies the plots that the page shows beside it; their addresses there, by name."""
     wanted = {"rank-progress": runs / "analysis/rank-progress.png", "clips": runs / "methods/plots/clips.png"}
@@ -130,18 +109,27 @@ def _copy_figures(runs: Path, figures: Path) -> dict[str, str]:
     return shown
 
 
-def _concentration(analysis: dict[str, Any] | None, drawn: dict[str, str]) -> str:
+def _concentration(analysis: Report | None, drawn: dict[str, str]) -> str:
     lines = ["## Spectral concentration: does the rank fall as the window grows?", ""]
     if analysis is None:
         return "\n".join([*lines, "Not measured yet.", ""])
-    told = analysis["spectra"]
+    told, settings = analysis["spectra"], analysis["comparison"]["settings"]
+    lines += [
+        f"{len(analysis['comparison']['prompts'])} prompts, each beside a video of `{settings['method.name']}`; {_made_with(settings)}.",
+        "",
+    ]
     rows, verdicts = [], []
     for stage, found in told["stages"].items():
         for line in found["windows"][1:]:
             difference = line["difference"]
             verdict = _falls(difference)
             verdicts.append(verdict)
-            cells = [stage, f"{found['progress']:.2f}", f"{line['multiple']} x", estimate(found["windows"][0]["mean"])]
+            cells = [
+                stage,
+                f"{found['progress']:.2f}",
+                f"{line['multiple']:g} x",
+                estimate(found["windows"][0]["mean"]),
+            ]
             rows.append([*cells, estimate(line["mean"]), estimate(difference, signed=True), verdict])
     header = ["stage", "progress", "window", "rank, native window", "rank", "difference", "reads"]
     lines += [_count(verdicts, "falls", "of the stages and windows the effective rank")]
@@ -160,7 +148,7 @@ def _concentration(analysis: dict[str, Any] | None, drawn: dict[str, str]) -> st
         shown = ("flow_mean", "flow_strongest", "laplacian_variance", "interpolation_error")
         ratios = list(dict.fromkeys(row["ratio"] for row in analysis["low_rank"]))
         mean = {(row["metric"], row["ratio"]): row["mean"] for row in analysis["low_rank"]}
-        body = [[f"`{name}`", *(number(mean[name, ratio]) for ratio in ratios)] for name in shown]
+        body = [[f"`{name}`", *(number(mean.get((name, ratio), math.nan)) for ratio in ratios)] for name in shown]
         lines += [table(["share kept", *(f"{100 * ratio:g} %" for ratio in ratios)], body)]
     return "\n".join(lines)
 
@@ -171,14 +159,32 @@ def _falls(difference: dict[str, Any]) -> str:
     return "falls" if difference["high"] < 0 else "rises"
 
 
-def _claims(report: dict[str, Any] | None) -> list[str]:
+def _made_with(settings: dict[str, Any]) -> str:
+    """What a report's videos have in common, as far as the page needs it."""
+    return (
+        f"{settings['video.num_frames']} frames, {settings['sampler.num_steps']} steps, "
+        f"checkpoint `{settings['checkpoint']}`"
+    )
+
+
+def _claims(report: Report | None) -> list[str]:
     if report is None:
         return ["## What the paper says of the methods\n\nNot measured yet.\n"]
-    found = [(claim, answers(claim, report)) for claim in CLAIMS]
-    sections = [_claim(claim, lines) for claim, lines in found]
-    if any(line.verdict != "as the paper says" for _, lines in found for line in lines):
+    sections, verdicts = [], set()
+    for claim in CLAIMS:
+        absent = not_made(claim, report)
+        found = [] if absent else answers(claim, report)
+        verdicts |= {line.verdict for line in found}
+        sections.append(_claim(claim, found) if found else _not_made(claim, absent))
+    if verdicts & {"not decided", "the opposite"}:
         sections.append(f"{WHY_NOT['claims']}\n")
     return sections
+
+
+def _not_made(claim: Claim, absent: Sequence[str]) -> str:
+    """A claim that the report has no answer to."""
+    what = f"videos of {', '.join(f'`{label}`' for label in absent)}" if absent else "measures that this asks for"
+    return f"## {claim.title}\n\n{claim.text} Not made: the report has no {what}.\n"
 
 
 def _claim(claim: Claim, found: Sequence[Answer]) -> str:
@@ -204,10 +210,12 @@ def _count(verdicts: Sequence[str], wanted: str, what: str) -> str:
     return f"In {verdicts.count(wanted)} of {len(verdicts)} {what}: {wanted}{rest}."
 
 
-def _tables(title: str, report: dict[str, Any] | None, clips: str | None = None) -> str:
+def _tables(title: str, report: Report | None, clips: str | None = None) -> str:
     if report is None:
         return f"## {title}\n\nNot measured yet.\n"
-    lines = [f"## {title}", "", " ".join(report["notes"]), ""]
+    settings = report["comparison"]["settings"]
+    lines = [f"## {title}", "", f"{' '.join(report['notes'])} Checkpoint `{settings['checkpoint']}`.", ""]
+    lines += [_noises(report["noise"]), ""]
     times = [
         [
             label,
@@ -224,18 +232,35 @@ def _tables(title: str, report: dict[str, Any] | None, clips: str | None = None)
     return "\n".join(lines)
 
 
+def _noises(noise: dict[str, str]) -> str:
+    """Which methods began with which kind of noise, and what that means for a difference."""
+    labels = {
+        kind: [f"`{label}`" for label, of in noise.items() if of == kind] for kind in dict.fromkeys(noise.values())
+    }
+    if len(labels) == 1:
+        return f"Initial noise: {next(iter(labels))} for every method."
+    told = "; ".join(f"{kind} of {', '.join(found)}" for kind, found in labels.items())
+    return (
+        f"Initial noise: {told}. A difference between methods of two kinds is one of noise as well; "
+        "`--sampler.noise iid` gives all the same."
+    )
+
+
 def _steps(found: dict[str, Any]) -> str:
     return ", ".join(
         f"{kind} {number(step['median'])} ({step['per_run'] or '–'})" for kind, step in found["steps"].items()
     )
 
 
-def _step_count(tables: dict[str, Any] | None, rerun: dict[str, Any] | None) -> str:
+def _step_count(tables: Report | None, rerun: Report | None) -> str:
     lines = ["## What the number of steps changes", ""]
     if tables is None or rerun is None:
         return "\n".join([*lines, "Not measured yet.", ""])
     here, there = (report["comparison"]["settings"]["sampler.num_steps"] for report in (tables, rerun))
     found = changes(tables, rerun)
+    if not found:
+        absent = "Not made: the two reports have no prompt with two methods of which the sections above speak."
+        return "\n".join([*lines, absent, ""])
     verdicts = [each.verdict for each in found]
     lines += [
         f"The tables above are of {here} denoising steps. {len(rerun['videos'])} videos were made with {there} as well. For every difference "
@@ -256,16 +281,18 @@ def _step_count(tables: dict[str, Any] | None, rerun: dict[str, Any] | None) -> 
     return "\n".join([*lines, table(header, rows)])
 
 
-def _calibration(report: dict[str, Any] | None) -> str:
+def _calibration(report: Report | None) -> str:
     lines = ["## Calibration of FreeSpec's open settings", ""]
     if report is None:
         return "\n".join([*lines, "Not measured yet: the defaults are start values.", ""])
     parts = "; ".join(f"{name}: {what}" for name, what in PARTS.items())
     rounds = ", ".join(f"{len(each['scores'])} on {each['prompts']} prompts" for each in report["rounds"])
+    steps, settings = report["num_steps"], report["comparison"]["settings"]
     lines += [
         f"{len(report['trials'])} settings, drawn with seed {report['search_seed']} from the lists below with the present ones among "
         f"them, were tried on prompts that no other table here uses: {rounds}, each time the best third going on. The score "
-        f"is the mean of four shares, 0 to 1 ({parts}).",
+        f"is the mean of four shares, 0 to 1 ({parts}). Searched with videos of {steps['search']} steps, judged with {steps['judged']}; "
+        f"{settings['video.num_frames']} frames, checkpoint `{settings['checkpoint']}`.",
         "",
         table(
             ["setting", "values"],

@@ -7,6 +7,8 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from engine.config import RunConfig
+from engine.errors import UserError
+from engine.parallelism import check_settings
 from engine.planner.choose import choose_from
 from engine.planner.gpu import GpuSpec, read_gpu
 from engine.planner.memory import GIB
@@ -22,6 +24,11 @@ def main(argv: list[str]) -> None:
     """Read the settings, plan, and print the chosen plan first."""
     namespace, config = parse_run(argv, name="plan.py", description=DESCRIPTION, add_arguments=_add_arguments)
     gpu, spec = read_gpu(namespace.gpu), read_model(config.model)
+    check_settings(config, spec)
+    if namespace.gpus == 1 and config.parallel.provider != "torch":
+        raise UserError(
+            f"parallel.provider {config.parallel.provider} is for several ranks; give --gpus, or leave it out"
+        )
     case = Case.of(config, spec, gpu=gpu, world_size=namespace.gpus)
     plans = plan_case(case)
     parallel = config.parallel

@@ -9,7 +9,7 @@ import numpy as np
 from metrics.bootstrap import Estimate, paired_interval
 
 Sign = Literal["more", "less"]
-Verdict = Literal["as the paper says", "the opposite", "not decided"]
+Verdict = Literal["as the paper says", "the opposite", "not decided", "not made"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +99,14 @@ CLAIMS = (
 )
 
 
+def not_made(claim: Claim, report: Mapping[str, Any]) -> list[str]:
+    """The methods of a claim that a report.json has no video of."""
+    return [label for label in (claim.method, claim.other) if label not in _labels(report)]
+
+
 def answers(claim: Claim, report: Mapping[str, Any]) -> list[Answer]:
-    """The differences of a claim from the videos of a report.json; measures that were not made are left out."""
-    units = {row["metric"]: row["unit"] for row in report["summary"]}
+    """The differences of a claim from the videos of a report.json, which has both methods; measures that it lacks are left out."""
+    units = _units(report)
     found = []
     for metric, sign in claim.measures.items():
         if metric in units:
@@ -134,15 +139,18 @@ class Change:
 
 
 def changes(tables: Mapping[str, Any], rerun: Mapping[str, Any]) -> list[Change]:
-    """What becomes of the differences that the claims ask for with another number of steps, on the prompts and seeds that both reports have."""
+    """What becomes of the differences that the claims ask for with another number of steps, on what both reports have.
+
+    That is methods, measures, and pairs of prompt and seed.
+    """
     pairs = [{(each["prompt_index"], each["seed"]) for each in report["videos"]} for report in (tables, rerun)]
     both = pairs[0] & pairs[1]
     tables, rerun = (
         {**report, "videos": [each for each in report["videos"] if (each["prompt_index"], each["seed"]) in both]}
         for report in (tables, rerun)
     )
-    units = {row["metric"]: row["unit"] for row in rerun["summary"]}
-    labels = {each["label"] for each in rerun["videos"]}
+    units = {metric: unit for metric, unit in _units(rerun).items() if metric in _units(tables)}
+    labels = _labels(tables) & _labels(rerun)
     asked = dict.fromkeys(
         (claim.method, claim.other, metric)
         for claim in CLAIMS
@@ -169,12 +177,26 @@ def changes(tables: Mapping[str, Any], rerun: Mapping[str, Any]) -> list[Change]
     return found
 
 
+def _units(report: Mapping[str, Any]) -> dict[str, str]:
+    """The measures of a report, with their units."""
+    return {row["metric"]: row["unit"] for row in report["summary"]}
+
+
+def _labels(report: Mapping[str, Any]) -> set[str]:
+    return {each["label"] for each in report["videos"]}
+
+
 def _decided(estimate: Estimate) -> bool:
     return bool(estimate.low > 0 or estimate.high < 0)
 
 
 def read(difference: Estimate, sign: Sign) -> Verdict:
-    """How an interval reads: it lies on the side that is expected, on the other, or holds 0 (or there is none)."""
+    """How an interval reads: it lies on the side that is expected, on the other, or holds 0 (or there is none).
+
+    `not made` if no prompt has the measure in both methods.
+    """
+    if difference.count == 0:
+        return "not made"
     low, high = (difference.low, difference.high) if sign == "more" else (-difference.high, -difference.low)
     if low > 0:
         return "as the paper says"

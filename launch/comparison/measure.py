@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from engine.checkpoint import atomic_path
 from engine.errors import UserError
-from engine.load import fetch, find_checkpoint, read_spec
 from engine.video import read_video
+from launch.comparison.checks import read_video_spec
 from launch.comparison.store import Comparison, Video
 from metrics.version import source_digest
 from metrics.video import VIDEO_UNITS, video_metrics
@@ -50,8 +50,7 @@ def not_world(comparison: Comparison) -> str | None:
 
 def native_frames(comparison: Comparison) -> int:
     """Frames of a video of the comparison's native length."""
-    model = comparison.config.model
-    spec = read_spec(fetch(find_checkpoint(model.path), model.revision, parts=(), offline=model.offline))
+    spec = read_video_spec(comparison.config.model)
     return spec.native_frames(comparison.config.method.window_frames)
 
 

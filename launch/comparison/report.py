@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from engine.checkpoint import atomic_path
 from engine.errors import UserError
 from launch.comparison import markdown
+from launch.comparison.checks import is_native
 from launch.comparison.measure import Measured, measure_all, native_frames, not_world, units
 from launch.comparison.page import write_page
 from launch.comparison.plots import draw_clips, draw_metrics, draw_times, save_figure
@@ -57,6 +59,7 @@ def write_report(comparison: Comparison, *, folder: Path, baseline: str, progres
             "notes": notes,
             "baseline": baseline,
             "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "unit": "prompt", "seed": 0},
+            "noise": {variant.label: variant.config.noise[0] for variant in comparison.variants},
             "world": reason is None,
             "summary": [_row(row) for row in rows],
             "times": time,
@@ -103,6 +106,11 @@ def _notes(
         if reason is None
         else f"The exact measures of the embedded world do not apply: {reason}.",
     ]
+    if is_native(comparison.config):
+        notes.append(
+            "No video is longer than the native window, where every method is the base model: what differs is initial noise "
+            "and rotary table alone."
+        )
     return notes + _mixtures(measured)
 
 
@@ -115,7 +123,7 @@ def _noises(comparison: Comparison) -> str:
 
 
 def _mixtures(measured: Sequence[Measured]) -> list[str]:
-    """Sentences about what was not the same for all videos, such as the device or the commit."""
+    """Sentences about what was not the same for all videos, such as the weights, the device or the commit."""
     kinds: dict[str, Iterable[str]] = {
         "devices": (
             f"{each.record['device']['name']} with {each.record['device']['cpu_threads']} threads" for each in measured
@@ -125,11 +133,34 @@ def _mixtures(measured: Sequence[Measured]) -> list[str]:
         "versions of torch": (str(each.record["versions"]["torch"]) for each in measured),
     }
     found = {what: sorted(set(values)) for what, values in kinds.items()}
-    return [
+    return _mixed_weights(measured) + [
         f"The videos were made on different {what}: {', '.join(values)}; compare times with care."
         for what, values in found.items()
         if len(values) > 1
     ]
+
+
+def _mixed_weights(measured: Sequence[Measured]) -> list[str]:
+    """A sentence that names every file of the checkpoint, or its commit, that was not the same for all videos."""
+    tellings = [_weights(each.record["model"]) for each in measured]
+    mixed = []
+    for name in sorted({name for telling in tellings for name in telling}):
+        counts = Counter(telling.get(name, "none") for telling in tellings)
+        if len(counts) > 1:
+            mixed.append(f"{name} {', '.join(f'{value[:12]} of {count}' for value, count in sorted(counts.items()))}")
+    if not mixed:
+        return []
+    return [
+        f"The videos were made with different weights and must not be compared: {'; '.join(mixed)} videos; "
+        "delete those of one checkpoint, records too, and make them again."
+    ]
+
+
+def _weights(model: dict[str, Any]) -> dict[str, str]:
+    """What a record says of where its weights came from: the commit, and the SHA-256 of each file by name."""
+    single = model.get("single_file")
+    commit = {"commit": model["commit"]} if "commit" in model else {}
+    return commit | model.get("sha256", {}) | ({single["name"]: single["sha256"]} if single else {})
 
 
 def _beside(path: Path, folder: Path) -> str:

@@ -32,6 +32,15 @@ class Variant:
         tree = flatten(dataclasses.asdict(self.config))
         return {key: value for key, value in tree.items() if key.startswith(MAY_DIFFER)}
 
+    @property
+    def acts_by(self) -> tuple[Any, ...]:
+        """What decides its videos beside what all share: two variants with equal ones make the same videos."""
+        config = self.config
+        kind, stride = config.noise
+        noise = (kind, stride if kind == "freenoise" else None)
+        riflex = config.attention.riflex
+        return config.method.method, config.method.window_frames, noise, riflex if riflex.enabled else None
+
 
 def read_variants(
     text: str, argv: Sequence[str], *, name: str, add_arguments: Callable[[ArgumentParser], None]
@@ -40,7 +49,7 @@ def read_variants(
 
     `argv` is the whole command, so that its own settings hold for every variant and override a preset. Raises UserError
     for an unknown method, a preset that changes more than MAY_DIFFER, and two variants with one label or the same
-    settings.
+    settings of what their methods read.
     """
     if any(word.split("=")[0] == "--method.name" for word in argv):
         raise UserError("--methods names the methods; leave --method.name out")
@@ -59,8 +68,10 @@ def read_variants(
                 raise UserError(
                     f"two variants are called {variant.label}; give one a name with --methods NAME={items[index]}"
                 )
-            if other.settings == variant.settings:
-                raise UserError(f"{other.label} and {variant.label} have the same settings; leave one out")
+            if other.acts_by == variant.acts_by:
+                raise UserError(
+                    f"{other.label} and {variant.label} have the same settings, as far as their method reads them; leave one out"
+                )
     return variants
 
 

@@ -4,7 +4,8 @@ Ray writes on its driver's terminal when anything of it dies, and may end the dr
 own to write and to die in: the driver notices, puts the items in flight back, and starts another bridge.
 
 Orders: `start` (replica, generation, count, gpus, command, environment, logs, cwd, lines), `send` (replica, line),
-`interrupt` and `kill` (replica). Events: `open`, `refused` (message), and `rank` (replica, generation, rank, of: the event).
+`interrupt` and `kill` (replica). Events: `open` (address, and the number of GPUs of the cluster), `refused` (message), and
+`rank` (replica, generation, rank, of: the event).
 """
 
 import contextlib
@@ -62,7 +63,7 @@ def main() -> None:
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         tell("refused", message=next(iter(str(error).strip().splitlines()), type(error).__name__))
         return
-    tell("open", address=info["gcs_address"])
+    tell("open", address=info["gcs_address"], gpus=ray.cluster_resources().get("GPU", 0))
     threading.Thread(target=watch_node, args=(info["raylet_socket_name"],), daemon=True).start()
     replicas: dict[str, RayReplica] = {}
     for line in sys.stdin:
@@ -154,7 +155,7 @@ class RayReplica:
 
     def _place(self) -> PlacementGroup | None:
         """A bundle for each rank, on one node where it fits; None if the replica was killed while it waited."""
-        bundle = {"CPU": 1, "GPU": 1} if self._gpus() else {"CPU": 1}
+        bundle = {"CPU": 1, "GPU": 1} if self.order["gpus"] else {"CPU": 1}
         group = placement_group([bundle] * self.order["count"], strategy="PACK")
         started, noted = time.monotonic(), False
         while not group.wait(1):
@@ -168,14 +169,9 @@ class RayReplica:
                 self._tell_rank(0, {"event": "note", "text": text})
         return group
 
-    def _gpus(self) -> bool:
-        if self.order["gpus"] == "any":
-            return ray.cluster_resources().get("GPU", 0) >= self.order["count"]
-        return bool(self.order["gpus"])
-
     def _start(self, group: PlacementGroup) -> None:
         order = self.order
-        gpus = 1 if self._gpus() else 0
+        gpus = 1 if order["gpus"] else 0
         kind = ray.remote(num_cpus=1, num_gpus=gpus, max_concurrency=CONCURRENCY, max_restarts=0)(RankActor)
         self._actors = [
             kind.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, index)).remote()

@@ -34,15 +34,24 @@ def start_on_ray(address: str, command: Sequence[str], *, num_ranks: int, signal
     """
     signals.leave()
     verbose = asked_value(command, "--verbose") not in (None, "false")
-    gpus = False if asked_value(command, "--model.device") == "cpu" else "any"
+    on_cpu = asked_value(command, "--model.device") == "cpu"
     words = without(command, "--ray")
     if sys.stderr.isatty() and asked_value(command, "--output.progress") is None:
         words.append("--output.progress=on")  # an actor has no terminal, and this one is
     try:
         with RayPool(address, cpus=num_ranks, log=None) as pool:
+            if (refused := too_few_gpus(pool.gpus, num_ranks, on_cpu=on_cpu)) is not None:
+                show(f"error: {refused}")
+                return 2
             threads = {} if "OMP_NUM_THREADS" not in os.environ else {"OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"]}
             ranks = pool.ranks(
-                "ranks", num_ranks, gpus=gpus, command=words, environment=threads, logs=None, cwd=str(Path.cwd())
+                "ranks",
+                num_ranks,
+                gpus=pool.gpus > 0 and not on_cpu,
+                command=words,
+                environment=threads,
+                logs=None,
+                cwd=str(Path.cwd()),
             )
             children = [Child(rank) for rank in range(num_ranks)]
             ranks.start(None)
@@ -51,6 +60,16 @@ def start_on_ray(address: str, command: Sequence[str], *, num_ranks: int, signal
         show(f"error: {error}")
         return 2
     return judge(children, signals, verbose=verbose)
+
+
+def too_few_gpus(gpus: float, num_ranks: int, *, on_cpu: bool) -> str | None:
+    """Why so many ranks cannot have a GPU each on a cluster that has some; None if they can, need none, or there are none."""
+    if on_cpu or not 0 < gpus < num_ranks:
+        return None
+    return (
+        f"{num_ranks} ranks need {num_ranks} GPUs, and the cluster has {gpus:g}; give --nproc {max(int(gpus), 1)}, or "
+        "--model.device cpu to run on CPUs"
+    )
 
 
 @dataclass

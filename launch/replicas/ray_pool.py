@@ -35,7 +35,11 @@ class RayPool:
     """The connection to a cluster: a bridge process, and another one when that has died. A context manager."""
 
     def __init__(self, address: str, *, cpus: int, log: Path | None, wake: Callable[[], None] | None = None) -> None:
-        """`address` is auto, HOST:PORT, or local for a Ray of our own with `cpus` slots; `log` gets what Ray says."""
+        """`address` is auto, HOST:PORT, or local for a Ray of our own with `cpus` slots; `log` gets what Ray says.
+
+        Once it is open, `gpus` is the number of GPUs that the cluster has in all.
+        """
+        self.gpus = 0.0
         self._address = address
         self._cpus = cpus
         self._log = log
@@ -98,6 +102,7 @@ class RayPool:
         while self._bridge is not None and time.monotonic() < until:
             for event in self._bridge.poll(0.5):
                 if event["event"] == "open":
+                    self.gpus = event["gpus"]
                     return
                 if event["event"] == "refused":
                     self._said.append(event["message"])
@@ -145,13 +150,13 @@ class RayRanks:
         name: str,
         count: int,
         *,
-        gpus: bool | str,
+        gpus: bool,
         command: Sequence[str],
         environment: Mapping[str, str],
         logs: Sequence[str] | None,
         cwd: str,
     ) -> None:
-        """`gpus` is whether every rank gets one, or `any` for as the cluster has them; `logs` a file for each rank."""
+        """`gpus` is whether every rank gets one; `logs` a file for each rank."""
         self.count = count
         self._pool = pool
         self._name = name

@@ -19,7 +19,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-import torch
 import torch.distributed as dist
 
 from engine.batch.check import check_video
@@ -119,7 +118,6 @@ class Worker:
             for _ in engine.decode(denoised.latents, seed=identity["seed"]):  # its share of the tiles, if there are any
                 pass
             return None
-        _check_finite(denoised, files)
         record = self._publish(task, files, denoised, started)
         files.checkpoint.unlink(missing_ok=True)
         return record
@@ -225,13 +223,6 @@ def describe(error: BaseException) -> str:
             return f"{type(error).__name__}: {first}"
         case _:
             return first
-
-
-def _check_finite(denoised: Denoised, files: ItemFiles) -> None:
-    bad = int((~torch.isfinite(denoised.latents)).sum())
-    if bad:
-        files.checkpoint.unlink(missing_ok=True)  # the next attempt starts from noise
-        raise ValueError(f"{bad} of {denoised.latents.numel()} numbers of the latents are not finite")
 
 
 def _latents_sha256(denoised: Denoised) -> str:

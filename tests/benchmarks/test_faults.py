@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.faults import judge, one_rank, ray_node, replica_actors, the_driver
+from benchmarks.faults import family, judge, listeners, on_loopback, one_rank, ray_node, replica_actors, the_driver
 from engine.batch.files import BatchFiles
 from engine.batch.identity import item_id
 from engine.batch.locks import Shard
@@ -41,7 +42,7 @@ SEEDS = (0, 1)
 SETTINGS = SMALL | {"sampler.num_steps": 8, "sampler.max_text_tokens": 20, "output.progress": "off"}
 # One after another in one batch; an item may lose two attempts to them, and a third would put it into quarantine.
 VICTIMS = {"here": (one_rank, the_driver, one_rank), "ray": (replica_actors, ray_node)}
-"""The driver is started again, as a person would; a Ray that has ended the driver starts again itself."""
+"""The driver is started again, as a person would; a Ray that has ended is started again by the driver itself."""
 SOON_SECONDS = 0.4
 
 
@@ -124,14 +125,42 @@ def wait_for(condition: Callable[[], Any], process: BaseProcess) -> Any:
 
 
 def kill_soon(
-    victim: Callable[[int, random.Random], list[int]], out: Path, driver: BaseProcess, rng: random.Random
+    victim: Callable[[int, random.Random], list[int]],
+    out: Path,
+    driver: BaseProcess,
+    rng: random.Random,
+    *,
+    look: Callable[[int], None],
 ) -> None:
-    """SIGKILL at a random time after the next item is begun."""
+    """SIGKILL at a random time after the next item is begun; `look` sees the driver before."""
     begun = count(out, "started")
     wait_for(lambda: count(out, "started") > begun, driver)
+    look(driver.pid or 0)
     time.sleep(rng.uniform(0.0, SOON_SECONDS))
     for process in wait_for(lambda: victim(driver.pid or 0, rng), driver):
         os.kill(process, signal.SIGKILL)
+
+
+def assert_loopback_alone(driver: int, *, ray: bool) -> None:
+    """No process of the batch, of its Ray either, listens where other machines could reach it."""
+    found = listeners([driver, *family(driver)])
+    assert any("/raylet/raylet" in whose for whose in found.values()) == ray
+    assert {address: whose for address, whose in found.items() if not on_loopback(address)} == {}
+
+
+def test_negative_control_a_listener_that_others_can_reach_is_seen() -> None:
+    for family_of, host, alone in (
+        (socket.AF_INET, "127.0.0.1", True),
+        (socket.AF_INET, "0.0.0.0", False),
+        (socket.AF_INET6, "::1", True),
+        (socket.AF_INET6, "::", False),
+    ):
+        if family_of == socket.AF_INET6 and not Path("/proc/net/if_inet6").exists():
+            continue
+        before = listeners([os.getpid()])
+        with socket.create_server((host, 0), family=family_of):
+            (address,) = listeners([os.getpid()]).keys() - before.keys()
+            assert on_loopback(address) is alone, (host, address)
 
 
 @pytest.mark.parametrize("where", VICTIMS)
@@ -139,12 +168,12 @@ def test_kills_at_random_times_lose_and_change_nothing(
     start: Callable[..., BaseProcess], latents: dict[tuple[str, str, int], str], tmp_path: Path, where: str
 ) -> None:
     """Each victim at a random time after an item was begun; the batch is as undisturbed."""
-    more = ["--ray=local"] if where == "ray" else []
+    more = ["--ray=local", "--replicas=1", "--nproc=2"] if where == "ray" else []
     if more:
         pytest.importorskip("ray", reason="the extra `ray` is not installed")
     rng, out, driver = random.Random(0), tmp_path / "out", start(*more)
     for victim in VICTIMS[where]:
-        kill_soon(victim, out, driver, rng)
+        kill_soon(victim, out, driver, rng, look=lambda pid: assert_loopback_alone(pid, ray=bool(more)))
         if victim is the_driver:
             driver.join()
             driver = start(*more)

@@ -4,6 +4,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -15,12 +16,18 @@ from unittest import mock
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from benchmarks import gpu, gpu_report, report
-from benchmarks.measure import ROOT
-from benchmarks.sections import optional
+from benchmarks.measure import ROOT, round_robin
+from benchmarks.sections import correctness, optional, steps
+from benchmarks.sections import layer as layer_section
+from benchmarks.sections import model as model_section
 from benchmarks.sections.bench import Bench
+from benchmarks.sections.trace import largest
 from engine.group_of_one import GROUP_OF_ONE
+from freespec import spectrum
+from freespec.methods import FreeSpec
 from freespec.sage import sage_kernel
 from parallel.xfuser import xfuser_attention
 from tests.freespec import sage_stand_in
@@ -69,6 +76,134 @@ def test_every_kernel_path_is_within_rounding_of_fp64(files: gpu_report.Files) -
         fused = results[f"fusion, {model}"]
         assert fused["fused"] < 1e-5
         assert fused["control"] > 1e-2
+        assert fused["within rounding"] is True
+
+
+def test_a_wrong_result_fails_its_section() -> None:
+    fine = {"within rounding": True}
+    results = {"attention, wan": {"a": fine, "left_out": {"b": "no"}, "c": {"does not run": "no"}}, "fusion, wan": fine}
+    correctness.refuse_wrong(results)
+    for name, wrong in (
+        ("attention, wan", {"b": {"within rounding": False}}),
+        ("fusion, wan", {"within rounding": False}),
+    ):
+        with pytest.raises(ValueError, match=f"not within rounding of fp64: {name}"):
+            correctness.refuse_wrong(results | {name: wrong})
+
+
+def test_a_wrong_fusion_is_not_within_rounding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(section="correctness", device=torch.device("cpu"), small=True, out=tmp_path, deadline=math.inf)
+    assert correctness.fusion(bench, bench.shapes["wan"])["within rounding"] is True
+    apart = spectrum.local_basis_matrix
+    monkeypatch.setattr(spectrum, "local_basis_matrix", lambda *grams: 1.001 * apart(*grams))
+    assert correctness.fusion(bench, bench.shapes["wan"])["within rounding"] is False
+
+
+def test_sections_fit_into_nine_minutes_and_each_has_its_own() -> None:
+    names = list(gpu.SECTIONS)
+    total = sum(gpu.SECTIONS.values()) + gpu.GRACE * len(names)
+    assert total <= 60 * gpu.MINUTES < 540
+    left = 60 * gpu.MINUTES
+    for name in names:  # each takes all that it may, and the time after it
+        limit = gpu.limit_of(name, names, left)
+        assert limit >= gpu.SECTIONS[name]
+        left -= limit + gpu.GRACE
+    assert left == pytest.approx(0)
+    # What the first leaves goes to the second, and a section alone has all the time.
+    assert gpu.limit_of("layer", names, 60 * gpu.MINUTES - 10) > gpu.SECTIONS["layer"] + 30
+    assert gpu.limit_of("trace", ["trace"], 100) == 100 - gpu.GRACE
+
+
+def test_rounds_go_there_and_back() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in "abc"}
+    round_robin(calls, torch.device("cpu"), 3)
+    assert "".join(order) == "abccbaabc"
+
+
+def test_shares_of_a_cuda_profile_are_of_kernels_alone() -> None:
+    """An operator's row and a named region's row have the time of the same kernels."""
+
+    def event(
+        key: str, kind: DeviceType, device_us: float, cpu_us: float, named: bool = False
+    ) -> types.SimpleNamespace:
+        times = {"self_device_time_total": device_us, "self_cpu_time_total": cpu_us}
+        return types.SimpleNamespace(key=key, device_type=kind, is_user_annotation=named, count=2, **times)
+
+    events = [
+        event("aten::mm", DeviceType.CPU, 3000, 20),
+        event("gemm_kernel", DeviceType.CUDA, 3000, 0),
+        event("copy_kernel", DeviceType.CUDA, 1000, 0),
+        event("a region", DeviceType.CUDA, 4000, 0, named=True),
+        event("a region", DeviceType.CPU, 4000, 60, named=True),
+    ]
+    assert [(row["name"], row["ms"], row["share"]) for row in largest(events, cuda=True)] == [
+        ("gemm_kernel", 3.0, 0.75),
+        ("copy_kernel", 1.0, 0.25),
+    ]
+    assert [(row["name"], row["share"]) for row in largest(events, cuda=False)] == [("aten::mm", 1.0)]
+
+
+def test_a_step_is_timed_without_putting_the_method_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(section="steps", device=torch.device("cpu"), small=True, out=tmp_path, deadline=math.inf)
+    subject, log = model_section.make_subject(bench, layers=1), []
+    on = model_section.apply_method
+
+    def apply(*args: Any, **settings: Any) -> Any:
+        log.append("on")
+        return on(*args, **settings)
+
+    def seconds_and_peak(call: Any) -> dict[str, float]:
+        log.append("timed")
+        call()
+        return {"seconds": float(len(log))}
+
+    monkeypatch.setattr(model_section, "apply_method", apply)
+    monkeypatch.setattr(bench, "seconds_and_peak", seconds_and_peak)
+    stock = type(subject.pipe.transformer.blocks[0].attn1.processor)
+    found = steps.measure(bench, subject, FreeSpec(), kernel="auto", dual="strided", passes=1)
+    assert (found["seconds"], log) == (2.0, ["on", "timed"])
+    assert type(subject.pipe.transformer.blocks[0].attn1.processor) is stock
+
+
+def test_the_svd_comes_last_and_costs_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(section="layer", device=torch.device("cpu"), small=True, out=tmp_path, deadline=math.inf)
+    order: list[str] = []
+    found = {"variants": {}, "ratios": {}, "left_out": {}}
+    monkeypatch.setattr(
+        layer_section, "measure", lambda _bench, shape: order.append(f"measure {shape.heads}") or dict(found)
+    )
+
+    def svd(_bench: Bench, shape: Any) -> None:
+        order.append("svd")
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(layer_section, "svd_against_grams", svd)
+    layer_section.run(bench)
+    assert order == ["measure 2", "measure 2", "svd", "svd"]
+    assert all(
+        "svd" not in result and "OutOfMemory" in result["left_out"]["literal SVD"] for result in bench.results.values()
+    )
+    bench.deadline = time.monotonic()
+    layer_section.run(bench)
+    assert order[4:] == ["measure 2", "measure 2"]
+    assert bench.results["wan"]["left_out"] == {"literal SVD": "less than 20 s are left"}
+
+
+def test_memory_and_rates_are_noted(files: gpu_report.Files) -> None:
+    for model_name in ("wan", "ltx"):
+        variants = files["layer"]["results"][model_name]["variants"]
+        assert all("peak_extra_mib" in variants[name] for name in ("fusion", "grams", "eigh", "apply", "merge"))
+        rows = files["ranks"]["results"][model_name]["rows"]
+        assert {"ulysses 1 fusion", "ulysses 2 fusion", "ring 2 fusion", "ring 8 fusion"} <= set(rows)
+        assert all("peak_extra_mib" in row and ("tflops" in row) == (row["mode"] != "fusion") for row in rows.values())
+
+
+def test_the_predicted_fusion_says_what_it_assumes() -> None:
+    row = gpu_report.predicted_fusion()["fusion / dual attention"]
+    assert row.startswith("0.030 with cuda_flash at 0.35 of the peak, 0.051 with cuda_cudnn at 0.6 of the peak; ")
+    assert row.endswith("eigendecompositions 4 ms: assumed, configs/gpus/h200.json")
+    assert row in {cell for line in gpu_report.goals({}, {}) for cell in line}
 
 
 @needs_triton
@@ -98,6 +233,20 @@ def test_steps_add_up_to_runs(files: gpu_report.Files) -> None:
     assert run["seconds"] == pytest.approx(25 * step["freespec dual"] + 25 * step["freespec late"], rel=1e-3)
     assert results["runs"]["freespec (default: timestep)"]["steps"] == {"dual": 45, "local": 5}  # shift 8
     assert results["about"]["kernel"] in ("plain", "cpu_flash")  # the section `layer` chose it
+    assert {name for name, row in results["steps"].items() if row["passes"] == 1} == {
+        "freelong",
+        "freepca",
+        "freepca late",
+    }
+
+
+def test_the_literal_fusion_is_scaled_from_one_layer(files: gpu_report.Files) -> None:
+    found = files["steps"]["results"]["literal"]
+    assert found["step_s"] > 0
+    assert re.fullmatch(
+        r"one pass of one layer, \S+ s, and ours, \S+ s; the difference, times 2 layers and 2 passes, is added to our step",
+        found["measured"],
+    )
 
 
 def test_a_mode_is_one_graph_for_all_layers(files: gpu_report.Files) -> None:
@@ -111,6 +260,7 @@ def test_a_mode_is_one_graph_for_all_layers(files: gpu_report.Files) -> None:
 
 def test_packages_that_are_not_here_are_not_available(files: gpu_report.Files) -> None:
     results = files["optional"]["results"]
+    assert results.pop("compared").startswith("one self-attention layer, not a whole step")
     assert set(results) == {f"{package}, {model}" for package in ("xfuser", "sage") for model in ("wan", "ltx")}
     for name, found in results.items():
         what = "runs on CUDA only" if name.startswith("xfuser") else "does not run on cpu"
@@ -214,8 +364,14 @@ def test_what_a_device_cannot_do_is_a_line_and_what_is_wrong_is_raised(tmp_path:
     def unsupported() -> None:
         raise RuntimeError("No available kernel.\nAborting execution.")
 
+    def refuses() -> None:
+        raise AssertionError("heads must be even")
+
     result, why = bench.attempt(unsupported)
     assert result is None
     assert why.startswith("RuntimeError: No available kernel. (test_gpu.py:")
+    refused, why = bench.attempt(refuses)
+    assert refused is None
+    assert why.startswith("AssertionError: heads must be even (test_gpu.py:")
     with pytest.raises(KeyError):
         bench.attempt(lambda: {}["a mistake of ours"])

@@ -15,6 +15,7 @@ from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, Sa
 from engine.convolutions import use_onednn
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.kernel_choice import KernelChoice
 from engine.trace import Trace
 from freespec.methods import METHODS, FreeSpec
 from tests.tiny_pipelines import save_random_wan
@@ -96,6 +97,16 @@ def test_direct_is_the_stock_pipeline_bit_for_bit(folder, guidance):
     engine.close()
 
 
+def test_the_chosen_kernel_stays_on_the_pipeline(folder, monkeypatch):
+    choice = KernelChoice(kernel="plain", why="measured", seconds={"plain": 1.0, "cpu_flash": 2.0})
+    monkeypatch.setattr("engine.engine.choose_on_ranks", lambda *_args, **_where: choice)
+    with contextlib.closing(LongVideoEngine(config_of(folder))) as engine:
+        assert engine.handle.state.kernel_name == "plain"
+        engine.use_method(MethodConfig(name="direct", window_frames=3))
+        assert engine.handle.state.kernel_name == "plain"
+        assert engine.generate(PROMPT, num_frames=9).record["attention"]["seconds"] == {"plain": 1.0, "cpu_flash": 2.0}
+
+
 def test_result_and_record(engine):
     result = engine.generate(PROMPT)
     assert result.latents.shape == (1, 4, 8, 8, 12)
@@ -104,6 +115,7 @@ def test_result_and_record(engine):
     record = json.loads(json.dumps(result.record, allow_nan=False))
     assert [step["mode"] for step in record["steps"]] == ["dual", "dual", "local", "local"]
     assert record["seed"] == 3
+    assert record["attention"] == {"kernel": "cpu_flash", "why": "the only one here", "seconds": {}, "left_out": {}}
     assert record["config"]["method"]["freespec"]["split"] == 0.5
     assert set(record["seconds"]) == {"load", "text", "denoise", "decode"}
     assert record["parallel"] == {
@@ -179,6 +191,33 @@ def test_trace_hears_every_layer_of_the_conditional_pass(engine):
 def test_a_prompt_that_would_be_cut_is_refused(engine):
     with pytest.raises(UserError, match=r"a prompt has \d+ tokens, and sampler.max_text_tokens is 20; shorten it"):
         engine.denoise("a red circle bounces over a blue background")
+
+
+@pytest.mark.parametrize(
+    ("method", "layer"), [("direct", "proj_out"), *(("freespec", n) for n in (0, 1)), ("freepca", 0)]
+)
+def test_latents_that_are_not_finite_end_the_run_in_one_line(folder, tmp_path, method, layer):
+    """From the second step on: at the model's end, or in values whose sums would be decomposed."""
+    config = config_of(folder)
+    config = dataclasses.replace(config, method=dataclasses.replace(config.method, name=method))
+    path = tmp_path / "run.safetensors"
+    with contextlib.closing(LongVideoEngine(config)) as engine:
+        transformer, finished = engine.pipe.transformer, []
+        broken = transformer.proj_out if layer == "proj_out" else transformer.blocks[layer].attn1.to_v
+
+        def overflow(_module: torch.nn.Module, _args: tuple, out: torch.Tensor) -> torch.Tensor:
+            return out.index_fill(1, torch.tensor([5]), torch.inf) if finished else out
+
+        broken.register_forward_hook(overflow)
+        with pytest.raises(
+            UserError, match=r"^\d+ of 3072 numbers of the latents are not finite after step 2"
+        ) as caught:
+            engine.denoise(PROMPT, checkpoint=path, on_step=lambda step, _: finished.append(step))
+    assert str(caught.value).endswith(
+        "after step 2 of 4 in float32; take model.dtype bfloat16, a sampler.guidance_scale below 4.0, or fetch the weights again"
+    )
+    assert finished == [1]
+    assert not path.exists()  # it would only lead there again
 
 
 def test_flow_shift_changes_the_timesteps(folder):

@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 
 import engine.load
+import engine.ranks
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
@@ -173,6 +174,37 @@ def test_a_file_that_changes_is_read_again(tmp_path: Path) -> None:
     before = sha256_of(file)
     file.write_bytes(b"three")
     assert before != sha256_of(file) == hashlib.sha256(b"three").hexdigest()
+
+
+def test_weights_that_change_anywhere_are_another_checkpoint(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same names, sizes and beginnings: only the end of a file differs, or one stretch in the middle of a large one."""
+    copied = tmp_path / "copied"
+    shutil.copytree(folder, copied)
+    file = next((copied / "transformer").glob("*.safetensors"))
+    whole = file.read_bytes()
+
+    def print_of(data: bytes) -> bytes:
+        file.write_bytes(data)
+        return fingerprints(run_config(ModelConfig(path=str(copied))), copied, from_hub=False)["checkpoint"]
+
+    def with_zeros(start: int, count: int) -> bytes:
+        return whole[:start] + bytes(count) + whole[start + count :]
+
+    monkeypatch.setattr(engine.ranks, "_HEAD_BYTES", 1024)
+    before = print_of(whole)
+    assert before == print_of(whole)
+    middle = len(whole) // 2
+    assert len({before, print_of(with_zeros(len(whole) - 4, 4)), print_of(with_zeros(middle, 4))}) == 3
+    # A large file is sampled: a stretch as long as the distance of two samples is seen wherever it lies.
+    monkeypatch.setattr(engine.ranks, "_WHOLE_BYTES", 1024)
+    monkeypatch.setattr(engine.ranks, "_SAMPLE_EVERY", 512)
+    monkeypatch.setattr(engine.ranks, "_SAMPLE_BYTES", 16)
+    sampled = print_of(whole)
+    assert sampled != before
+    for start in (middle, middle + 100, middle + 300, len(whole) - 512):
+        assert print_of(with_zeros(start, 512)) != sampled
 
 
 def test_a_single_file_is_recorded_and_tells_checkpoints_apart(folder: Path, tmp_path: Path) -> None:

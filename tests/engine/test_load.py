@@ -52,9 +52,16 @@ def lose_a_shard(folder: Path) -> None:
     (folder / "transformer" / "x.safetensors.index.json").write_text(json.dumps(index))
 
 
-def as_wan22(folder: Path) -> None:
-    index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"boundary_ratio": 0.875}))
+def change_json(name: str, **changes: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | changes))
+
+    return damage
+
+
+def change_scheduler(**changes: object) -> Callable[[Path], None]:
+    return change_json("scheduler/scheduler_config.json", **changes)
 
 
 BROKEN = {
@@ -62,13 +69,50 @@ BROKEN = {
     "index of another class": (write("model_index.json", '{"_class_name": "FluxPipeline"}'), "is a FluxPipeline; only"),
     "index is a list": (write("model_index.json", "[]"), "is a None; only WanPipeline"),
     "index is no JSON": (write("model_index.json", "{"), "model_index.json is not JSON"),
-    "a Wan2.2 index": (as_wan22, r"boundary_ratio 0\.875"),
+    "a Wan2.2 index": (change_json("model_index.json", boundary_ratio=0.875), r"boundary_ratio 0\.875"),
     "no weights": (lambda folder: weights(folder, "vae").unlink(), "vae has no weights"),
     "pickled weights": (name_as_pickle, r"only model\.bin, which can run code and is not read"),
     "weights cut short": (cut_short, "is broken or cut short"),
     "a missing shard": (lose_a_shard, r"transformer lacks shard-2\.safetensors of 2 shards"),
     "no tokenizer": (lambda folder: shutil.rmtree(folder / "tokenizer"), r"tokenizer has no tokenizer\.json or spiece"),
-    "a broken tokenizer": (write("tokenizer/tokenizer.json", "{"), "cannot load"),
+    "a broken tokenizer": (
+        write("tokenizer/tokenizer.json", "{"),
+        r"cannot load the tokenizer from .*\(tokenizer\.json",
+    ),
+    "an empty tokenizer": (
+        write("tokenizer/tokenizer.json", "{}"),
+        r"the tokenizer from .*tokenizer\.json.*: KeyError:",
+    ),
+    "no tokenizer's model": (
+        write("tokenizer/tokenizer.json", '{"added_tokens": [], "model": {}}'),
+        r"the tokenizer from .*tokenizer\.json.*: Exception: data did not match",
+    ),
+    "tokenizer's settings are a list": (
+        write("tokenizer/tokenizer_config.json", "[]"),
+        "the tokenizer from .*: TypeError:",
+    ),
+    "an order that is a word": (
+        change_scheduler(solver_order="x"),
+        r"cannot load the scheduler from .* \(scheduler_config\.json\): TypeError: .*; fetch the checkpoint again",
+    ),
+    "a shift that is a word": (
+        change_scheduler(flow_shift="x"),
+        r"the scheduler from .*scheduler_config\.json\): UFuncTypeError",
+    ),
+    "a scheduler of noise": (
+        change_json("model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"]),
+        "a flow, which the scheduler EulerDiscreteScheduler does not know; use .* UniPCMultistepScheduler, or FlowMatchEuler",
+    ),
+    "a scheduler told of noise": (
+        change_scheduler(prediction_type="epsilon"),
+        "the UniPCMultistepScheduler has prediction_type epsilon, not flow_prediction; use",
+    ),
+    "a mean of one channel": (
+        change_json("vae/config.json", latents_mean=[0.1]),
+        r"vae/config\.json describes no vae of .*latents_mean must have one number for each of the 4 channels of z_dim, got 1",
+    ),
+    "a deviation of 0": (change_json("vae/config.json", latents_std=[1, 0, 1, 1]), "more than 0, got 0"),
+    "a deviation that is a word": (change_json("vae/config.json", latents_std=["a"] * 4), "more than 0, got 'a'"),
     "no scheduler": (lambda folder: shutil.rmtree(folder / "scheduler"), "has no scheduler_config"),
     "no text tensor": (
         change_tensors("text_encoder", lambda tensors: tensors.pop("encoder.final_layer_norm.weight")),

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from engine.parallelism import arrange_ranks
 from engine.planner import plan, read_gpu, read_model
 from engine.planner.memory import GIB
 from launch.ranks import open_ranks
+from parallel.plan import length
 
 CUDA = torch.device("cuda")  # a name only: which GPU it is comes from the fixture
 CONFIG = RunConfig(
@@ -119,6 +121,62 @@ def test_a_kernel_of_unknown_speed_is_no_reason_to_refuse(with_memory: Callable[
     with_memory(1)
     with pytest.raises(UserError, match="does not fit"):
         arrange_ranks(config, 1, CUDA)
+
+
+@pytest.mark.parametrize("kernel", ["plain", "cuda_efficient"])
+def test_degrees_of_a_kernel_of_unknown_speed_come_from_the_rule_and_the_memory(
+    with_memory: Callable[[int], None], kernel: str
+) -> None:
+    config = replace(CONFIG, attention=AttentionConfig(kernel=kernel), decode=DecodeConfig(mode="whole"))
+    with_memory(10**12)
+    arrangement = arrange_ranks(config, 4, CUDA)
+    assert arrangement.degrees == (2, 1, 2)  # guidance first, then heads
+    assert arrangement.why.startswith(f"no time can be predicted (attention_fraction of H100 has no {kernel}, it has ")
+    assert arrangement.why.endswith(
+        "; the first that fits the memory by the rule cfg first, then ulysses as far as it divides the heads, then ring"
+    )
+    # The rule's second needs less: a run is not refused where it fits.
+    first, second = peak(4, (2, 1, 2)), peak(4, (2, 2, 1))
+    with_memory(min(first, second) - 1)
+    with pytest.raises(UserError, match=r"does not fit: .* on each of 4 H100, .*the smallest change that fits is"):
+        arrange_ranks(replace(config, parallel=ParallelConfig(cfg=2)), 4, CUDA)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"decode": DecodeConfig(mode="framewise")}, "decode.mode framewise is for decoders"),
+        ({"decode": DecodeConfig(tile_width=250)}, "decode.tile_width must be a multiple of the 8 pixels"),
+        (
+            {"model": replace(CONFIG.model, single_file="no/file.safetensors")},
+            "model.single_file 'no/file.safetensors'",
+        ),
+    ],
+)
+def test_settings_that_the_model_cannot_have_are_refused_before_ranks_join(
+    change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        arrange_ranks(replace(CONFIG, **change), 2, torch.device("cpu"))
+
+
+def test_the_provider_decides_which_degrees_are_possible() -> None:
+    """25 latent frames of 60 tokens, 12 heads: five ranks have even shares of tokens, and no number of heads."""
+    deepspeed = replace(parallel(provider="deepspeed"), video=VideoConfig(num_frames=97, height=96, width=160))
+    with mock.patch("engine.parallelism.check_deepspeed"):  # whether the package is here is another question
+        for world in (2, 3, 4, 6, 12):
+            shares = arrange_ranks(deepspeed, world, torch.device("cpu")).plan
+            assert len({*map(length, shares.shards)}) == len({*map(length, shares.head_shares)}) == 1, (world, shares)
+        assert arrange_ranks(deepspeed, 5, torch.device("cpu")).degrees == (1, 5, 1)
+    with pytest.raises(
+        UserError, match=r"1500 tokens over 7 .*no arrangement of 7 ranks: use .* torch, or 6 or 8 ranks"
+    ):
+        arrange_ranks(deepspeed, 7, torch.device("cpu"))
+    fixed = replace(deepspeed, parallel=ParallelConfig(provider="deepspeed", ulysses=5))
+    with pytest.raises(
+        UserError, match=r"12 heads over 5 ranks are not.*; it can have 1 x 5 x 1 \(cfg x ring x ulysses\)"
+    ):
+        arrange_ranks(fixed, 5, torch.device("cpu"))
 
 
 def test_the_memory_of_a_cpu_is_asked_of_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,13 @@
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -32,6 +34,7 @@ from engine.planner.gpu import FOLDER
 from engine.planner.layout import Layout, feasible_degrees, latent_bytes, lay_out
 from engine.planner.memory import GIB, PREDICTION_TENSORS, decode_cost, denoise_peak
 from engine.planner.timing import communication_seconds
+from freespec import spectrum
 from freespec.attention import WindowedAttention
 from freespec.kernels import KERNELS
 from freespec.methods import Grid, StepPlan, make_method
@@ -120,13 +123,19 @@ def fake_forward(layout: Layout, mode: Mode, kernel: str, *, layers: int) -> Cal
     return lambda: model(latents, timestep, text, return_dict=False)[0]
 
 
+def added_product(_onto: list[int], a: list[int], b: list[int], **_out: Any) -> int:
+    """Of a product of these shapes that is added in place, which torch's counter does not know."""
+    return 2 * math.prod(a) * b[-1]
+
+
 def counted_flops(run: Callable[[], Any]) -> int:
-    """What torch counts. Plain SDPA, as the counter does not know the CPU's flash operator."""
+    """What torch counts. Plain SDPA, as the counter does not know the CPU's flash operator; and whole Grams, as on a GPU."""
     with (
+        mock.patch.object(spectrum, "product_of_halves", lambda o_NSD: o_NSD.mT @ o_NSD),
         FakeTensorMode(allow_non_fake_inputs=True),
         sdpa_kernel(SDPBackend.MATH),
         torch.no_grad(),
-        FlopCounterMode(display=False) as counter,
+        FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: added_product}) as counter,
     ):
         run()
     return counter.get_total_flops()
@@ -497,7 +506,11 @@ def test_every_number_of_a_gpu_has_a_source(name: str) -> None:
     [
         ({"gemm_fraction": 1.5}, "gemm_fraction is a fraction of a peak and must be at most 1, got 1.5"),
         ({"memory_gib": "80"}, "memory_gib must be a number, got '80'"),
-        ({"memory_gib": float("inf")}, "memory_gib must be finite, got inf"),
+        ({"memory_gib": float("inf")}, "memory_gib must be finite and less than 1e\\+15, got inf"),
+        ({"memory_gib": float("nan")}, "memory_gib must be finite and less than 1e\\+15, got nan"),
+        ({"gpus_per_node": 10**400}, "gpus_per_node must be finite and less than 1e\\+15, got a number of 1329 bits"),
+        ({"name": 5}, "name must be a text, got 5"),
+        ({"attention_fraction": {}}, "attention_fraction is empty; give the share"),
         ({"reserved_gib": 500}, "reserved_gib 500 leaves nothing of memory_gib 1"),
         ({"gpus_per_node": 2.5}, "gpus_per_node must be a whole number, got 2.5"),
         ({"bandwidth": 3}, "has the unknown bandwidth"),
@@ -511,12 +524,48 @@ def test_a_gpu_file_with_a_mistake_is_refused(tmp_path: Path, change: dict[str, 
         read_gpu(str(path))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "is not the JSON of a GPU: brackets within brackets"),
+        ('{"memory_gib": ' + "9" * 5000 + "}", "is not JSON: Exceeds the limit"),
+        ("{", "is not JSON: Expecting"),
+    ],
+    ids=["nested", "digits", "cut short"],
+)
+def test_a_file_that_is_no_json_of_a_gpu_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_gpu(str(path))
+
+
 def test_the_predicted_table_has_a_row_for_every_gpu_and_size() -> None:
     config = RunConfig(model=ModelConfig(path=SMALL), video=LONG, sampler=SAMPLER, method=FREESPEC)
     rows = predicted_table([config], [read_gpu("h100"), read_gpu("h200")], world_sizes=(1, 8))
     assert [(row["gpu"], row["gpus"]) for row in rows] == [("H100", 1), ("H100", 8), ("H200", 1), ("H200", 8)]
     assert all(row["fits"] and 0 < row["efficiency_freespec"] <= 1 for row in rows)
     assert rows[0]["seconds_direct"] > 6 * rows[1]["seconds_direct"]
+
+
+def test_the_predicted_table_has_the_best_layout_of_a_method_that_cannot_have_the_row_s() -> None:
+    config = RunConfig(model=ModelConfig(path=SMALL), video=LONG, sampler=SAMPLER, method=FREESPEC)
+    [row] = predicted_table([config], [read_gpu("h200")], world_sizes=(4,))
+    plans = plan(
+        read_model(config.model),
+        LONG,
+        SAMPLER,
+        FREESPEC,
+        gpu=read_gpu("h200"),
+        world_size=4,
+        options=Options.of(config),
+    )
+    assert plans[0].ring > 1, "the row's layout has no ring any more: take another number of GPUs"
+    assert set(row["elsewhere"]) == {"freenoise", "freelong", "freepca"}
+    for name, (degrees, seconds) in row["elsewhere"].items():
+        assert f"seconds_{name}" not in row
+        assert "ring 1" in degrees
+        assert seconds == min(p.run_seconds[name] for p in plans if name in p.run_seconds)
 
 
 def test_shares_of_the_busiest_rank_cover_the_whole(specs: dict[str, ModelSpec]) -> None:

@@ -59,6 +59,17 @@ def test_off_by_default_and_below_the_period():
         assert torch.equal(latents_of(pipe, num_frames=21), short)
 
 
+def test_native_length_is_the_stock_pipeline_bit_for_bit():
+    """Of 9 frames, longer than the period of 6.3 that index 1 names."""
+    pipe = random_wan()
+    native, longer = latents_of(pipe, num_frames=33), latents_of(pipe, num_frames=37)
+    with apply_method(pipe, method="direct", window_frames=9, riflex=RIFLEX):
+        assert torch.equal(latents_of(pipe, num_frames=33), native)
+        assert not torch.equal(latents_of(pipe, num_frames=37), longer)
+    with apply_method(pipe, method="direct", window_frames=9, riflex=Riflex(enabled=True)):  # takes the period of 628
+        assert torch.equal(latents_of(pipe, num_frames=37), longer)
+
+
 def test_a_frequency_that_the_model_does_not_have():
     pipe = random_wan()
     with pytest.raises(UserError, match="riflex: index 3 of the model's 2 temporal frequencies"):

@@ -1,5 +1,6 @@
 """Weights shared out over the ranks: the video of whole weights, bit for bit, in any arrangement, with 1/P of them."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
@@ -10,6 +11,8 @@ from unittest import mock
 import accelerate
 import pytest
 import torch
+from accelerate.hooks import CpuOffload
+from diffusers import DiffusionPipeline
 
 from engine.apply import Ranks
 from engine.config import ModelConfig, ParallelConfig, RunConfig
@@ -19,7 +22,7 @@ from engine.planner import read_model
 from engine.sharded_weights import check_placement
 from parallel.deepspeed import quiet_import
 from parallel.mesh import build_mesh
-from parallel.zero3 import held_bytes
+from parallel.zero3 import device_bytes, held_bytes
 from tests.engine import test_ltx_ranks as ltx
 from tests.engine import test_ranks as wan
 from tests.engine.golden import TIMEOUT, all_degrees, relative
@@ -219,6 +222,33 @@ def test_what_cannot_work_is_one_line(settings, device, text_device, message):
     with pytest.raises(UserError, match=message) as caught:
         check_placement(ModelConfig(path="x", **settings), torch.device(device), text_device)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", ["wan", "ltx"])
+def test_offloaded_parts_wait_on_the_cpu_and_make_the_same_video(family, folders, monkeypatch):
+    """The wiring, with a CPU in the GPU's place: which parts move and in what order, and what counts as the GPU's."""
+    case = Case(family, folders[family], (1, 1, 1))
+    with contextlib.closing(LongVideoEngine(config_of(case, "resident"))) as resident:
+        expected = resident.denoise("a red circle").latents
+    offload, asked = DiffusionPipeline.enable_model_cpu_offload, []
+
+    def onto_the_cpu(pipe, gpu_id):
+        asked.append(gpu_id)
+        offload(pipe, device="cpu")
+
+    monkeypatch.setattr(DiffusionPipeline, "enable_model_cpu_offload", onto_the_cpu)
+    monkeypatch.setattr("engine.load.check_placement", lambda *_: None)  # which refuses a CPU
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    with contextlib.closing(LongVideoEngine(config_of(case, "cpu_offload"))) as engine:
+        assert asked == [3]  # the rank's own, not the first of the machine
+        parts = [getattr(engine.pipe, name) for name in ("text_encoder", "transformer", "vae")]
+        hooks = [part._hf_hook for part in parts]
+        assert all(isinstance(hook, CpuOffload) for hook in hooks)
+        assert [hook.prev_module_hook and hook.prev_module_hook.model for hook in hooks] == [None, *parts[:2]]
+        assert relative(engine.denoise("a red circle").latents, expected) <= 1e-6
+        assert set(engine.loaded["resident_bytes"]) == {"transformer", "vae", "text_encoder"}
+        assert all(device_bytes(part, torch.device("cuda")) == 0 for part in parts)
+        assert all(device_bytes(part, CPU) == held_bytes(part) > 0 for part in parts)
 
 
 def test_without_deepspeed_the_engine_says_so(folders):

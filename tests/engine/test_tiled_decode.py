@@ -27,6 +27,7 @@ from engine.blend import fade_in
 from engine.config import DecodeConfig, MethodConfig, ModelConfig, OutputConfig, RunConfig, VideoConfig
 from engine.decode import stream_decode, to_uint8
 from engine.decode_plan import GIB, check_tiles, choose_mode, make_grid, plan_decode, share_tiles, tile_bytes
+from engine.decoder import open_decoder
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.group_of_one import GROUP_OF_ONE
@@ -326,6 +327,22 @@ def test_impossible_tiles_are_refused(folder):
         check_tiles(DecodeConfig(tile_height=100, stride_height=96), spec)
     with pytest.raises(UserError, match=r"decode.stride_height must be a multiple of the 4 pixels"):
         LongVideoEngine(config_of(folder, dataclasses.replace(TILED, stride_height=6)))
+
+
+def test_a_mode_that_the_model_lacks_is_refused_before_weights_are_read(folder):
+    config = config_of(folder, DecodeConfig(mode="framewise"))
+    message = "decode.mode framewise is for decoders that take the whole video at once"
+    with (
+        mock.patch("engine.engine.load_pipeline", side_effect=AssertionError("weights were read")),
+        pytest.raises(UserError, match=message),
+    ):
+        LongVideoEngine(config)
+    with (
+        mock.patch("engine.decoder.load_vae_alone", side_effect=AssertionError("weights were read")),
+        pytest.raises(UserError, match=message),
+        open_decoder(config),
+    ):
+        pass
 
 
 @pytest.mark.gpu

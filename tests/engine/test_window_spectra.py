@@ -80,8 +80,8 @@ def test_every_layout_has_the_spectra_of_an_explicit_svd(cases: list[Case], tmp_
         rows = by_rank[0]
         assert {(row["layer"], row["step"]) for row in rows} == {(2, 5)}
         # Native 2 of 7 frames: 2, 4, 6, and the fourth window is the whole video.
-        assert sorted({(row["multiple"], row["window_frames"]) for row in rows}) == [(1, 2), (2, 4), (3, 6), (4, 7)]
-        for multiple, window in ((1, 2), (2, 4), (3, 6), (4, None)):
+        assert sorted({(row["multiple"], row["window_frames"]) for row in rows}) == [(1, 2), (2, 4), (3, 6), (3.5, 7)]
+        for multiple, window in ((1, 2), (2, 4), (3, 6), (3.5, None)):
             found = [(row["effective_rank"], row["first_share"]) for row in rows if row["multiple"] == multiple]
             assert [row["head"] for row in rows if row["multiple"] == multiple] == [0, 1, 2]
             torch.testing.assert_close(torch.tensor(found), torch.tensor(svd_twin(window)), rtol=0, atol=1e-6)

@@ -117,6 +117,16 @@ def test_a_batch_makes_each_text_once_and_records_the_source(checkout: Path) -> 
     assert [prompt.prompt_id for prompt in suite.prompts[160:163]] == ["p0160", "p0162", "p0163"]
     assert suite.notes == ("all_dimension, line 162 repeats p0003 and is made once",)
     assert suite.source == {"commit": None, "files": given.files}
+    # `line` is a line of a list, and every prompt says of which, and what VBench itself calls it.
+    chosen = read_vbench_suite("longer-100", checkout)
+    assert [(p.source, p.line, p.prompt_en) for p in to_batch(chosen).prompts] == [
+        (p.source, p.line + 1, p.prompt_en) for p in chosen.prompts
+    ]
+    assert {p.source for p in chosen.prompts} == {
+        "subject_consistency_longer",
+        "scene_longer",
+        "overall_consistency_longer",
+    }
     assert "another selection than commit 45e79ec" in to_batch(read_vbench_suite("longer-100", checkout)).notes[0]
 
 

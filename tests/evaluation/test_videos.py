@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
-from evaluation.videos import groups, read_batch, read_batches, read_list
+from evaluation.videos import groups, read_batch, read_batches, read_list, what_is_missing
 from tests.evaluation.batches import FPS, PROMPTS, SIZE, SWITCHES, make_batch, write_sidecar, write_video
 
 
@@ -75,11 +75,53 @@ def test_a_video_that_is_not_its_sidecars_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is not an mp4 video"):
         read_batch(root)
     first.with_suffix(".json").write_text(json.dumps({"status": "done"}))
-    with pytest.raises(UserError, match="lacks 'method'"):
+    with pytest.raises(UserError, match=r"is not a sidecar of launch/batch\.py: it has no method; move it away"):
         read_batch(root)
     first.with_suffix(".json").write_text("[]")
     with pytest.raises(UserError, match="is not a sidecar"):
         read_batch(root)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"seed": "x"},
+        {"prompt": 5},
+        {"output": {"file": "/etc/passwd", "sha256": "0"}},
+        {"output": []},
+        {"video": [1]},
+        {"run": [1]},
+        {"status": None},
+    ],
+)
+def test_a_broken_sidecar_is_named(tmp_path: Path, changes: dict) -> None:
+    root = make_batch(tmp_path / "runs", methods=("direct",), seeds=(0,))
+    sidecar = sorted(root.glob("*/*/videos/*.json"))[0]
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | changes))
+    with pytest.raises(UserError, match=f"{sidecar} (is not a sidecar|names the file).*; move it away"):
+        read_batch(root)
+
+
+def test_what_a_batch_was_asked_for_and_has_not_is_counted(tmp_path: Path) -> None:
+    root = make_batch(tmp_path / "runs", methods=("direct", "sliding_window"), seeds=(0, 7))
+    labels = [f"{m}/p000{i}-s{seed}" for m in ("direct", "sliding_window") for i in (0, 1) for seed in (0, 7)]
+    batch = {"schema": 1, "items": dict.fromkeys(labels, "0")}
+    (root / "batch.json").write_text(json.dumps(batch))
+    assert what_is_missing(root) is None
+    gone = sorted(root.glob("direct/*/videos/*.mp4"))[:3]
+    (root / "quarantine").mkdir()
+    for path in gone:
+        path.unlink()
+        path.with_suffix(".json").unlink()
+    failed = {"item_id": "0", "status": "quarantined", "method": "direct", "prompt_id": "p0000", "seed": 7}
+    (root / "quarantine/a.json").write_text(json.dumps(failed))
+    # One that was made after all, by a start that was told to try again, is no failure.
+    (root / "quarantine/b.json").write_text(json.dumps(failed | {"method": "sliding_window"}))
+    assert what_is_missing(root) == (
+        f"{root}: 5 of 8 items are made (direct 1 of 4, sliding_window 4 of 4), 1 failed for good, 2 are not made yet"
+    )
+    (root / "batch.json").unlink()
+    assert what_is_missing(root) == f"{root}: 2 items failed for good"
 
 
 def test_a_folder_without_videos(tmp_path: Path) -> None:
@@ -109,6 +151,9 @@ def test_a_list_gives_prompts_numbers_in_order(tmp_path: Path) -> None:
         ("a,red,0,", "line 2: path is missing"),
         ("a,,0,v.mp4", "line 2: prompt is missing"),
         ("a,red,zero,v.mp4", "seed must be a whole number, got 'zero'"),
+        ("a,red,--1,v.mp4", "seed must be a whole number, got '--1'"),
+        ("a,red,٣,v.mp4", "seed must be a whole number, got '٣'"),
+        ("a,red,0,~nobody-of-this-name/v.mp4", "line 2: cannot resolve '~nobody-of-this-name/v.mp4'"),
         ("a,red,0,nothing.mp4", "does not exist"),
         ("a,red,0,v.mp4\na,red,0,v.mp4", "have the same method, prompt and seed"),
         ("", "has no row"),

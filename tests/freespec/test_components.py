@@ -12,8 +12,8 @@ from freespec.methods import FreePCA, Grid, StepPlan
 from tests.freespec.cases import assert_low_precision, assert_same_math
 from tests.freespec.layers import QKV, attend, draw_qkv, run_layer
 
-# frames, window, stride: divides, misses frames, odd and even windows, windows of few components
-CASES = [(14, 5, 3), (11, 4, 3), (12, 6, 2), (7, 3, 1), (5, 2, 1)]
+# frames, window, stride: divides, misses frames, odd and even windows, windows of few components, of one frame and none
+CASES = [(14, 5, 3), (11, 4, 3), (12, 6, 2), (7, 3, 1), (5, 2, 1), (5, 1, 1)]
 FUSED, LATE = StepPlan(mode="views_global"), StepPlan(mode="views")
 
 
@@ -29,7 +29,7 @@ def fuse_view(local: Tensor, wide: Tensor, window: int, count: int, *, compat: b
     values, vectors = torch.linalg.eigh(x_g.T @ x_g / rows_g.shape[0])
     p_l, p_g = x_l @ vectors, x_g @ vectors
     cosine = torch.nn.functional.cosine_similarity(p_l, p_g, dim=0)
-    null = values < 1e-12 * values.max()  # what is left of the vector of ones
+    null = values <= 1e-12 * values.max()  # what is left of the vector of ones
     assert null.sum() == 1
     cosine[null] = 0.0 if compat else -math.inf
     chosen = cosine.argsort(descending=True)[:count]

@@ -1,12 +1,27 @@
 """Each attention kernel against plain torch: output, log-sum-exp, strided overlapping views, low precision, selection."""
 
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from freespec.kernels import KERNELS, Kernel, cpu_flash, cuda_cudnn, cuda_efficient, cuda_flash, plain, select_kernel
+from freespec.kernels import (
+    KERNELS,
+    Kernel,
+    candidates,
+    cpu_flash,
+    cuda_cudnn,
+    cuda_efficient,
+    cuda_flash,
+    plain,
+    select_kernel,
+)
 from tests.freespec.cases import assert_low_precision, assert_same_math, drawn, seeds
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -121,8 +136,47 @@ def test_select_kernel(name: str, device: torch.device, dtype: torch.dtype, expe
         ("cuda_cudnn", CUDA, torch.float64, r"'cuda_cudnn' takes fp16 or bf16"),
         ("cuda_efficient", CUDA, torch.float64, r"does not take float64; use plain"),
         ("auto", CUDA, torch.float64, r"does not take float64; use plain"),
+        ("cuda_fa3", CPU, torch.bfloat16, r"'cuda_fa3' does not run on cpu"),
+        ("cuda_fa3", CUDA, torch.float32, r"'cuda_fa3' takes fp16 or bf16"),
+        (
+            "cuda_fa3",
+            CUDA,
+            torch.bfloat16,
+            r"'cuda_fa3' needs flash-attn 3, .* \(No module named 'flash_attn_interface'\)$",
+        ),
     ],
 )
 def test_select_kernel_errors(name: str, device: torch.device, dtype: torch.dtype, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         select_kernel(name, device, dtype)
+
+
+def returns_always(q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None) -> tuple[Tensor, Tensor]:
+    """flash_attn_interface.flash_attn_func as its first versions had it: [B, S, N, D] in and out, lse [B, N, S]."""
+    out, lse = plain(*(x.transpose(1, 2) for x in (q, k, v)))
+    return out.transpose(1, 2).contiguous(), lse
+
+
+def returns_if_asked(
+    q: Tensor, k: Tensor, v: Tensor, return_attn_probs: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The same since it returns the log-sum-exp where it is asked to."""
+    out, lse = returns_always(q, k, v)
+    return (out, lse) if return_attn_probs else out
+
+
+@pytest.mark.parametrize("function", [returns_always, returns_if_asked])
+def test_flash_attn_3_as_a_kernel(function: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its interface, computed in plain torch: layouts and what is asked for are ours to get right."""
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=function))
+    kernel = select_kernel("cuda_fa3", CUDA, torch.bfloat16)
+    assert kernel is select_kernel("cuda_fa3", CUDA, torch.bfloat16)
+    views = sliding_views(torch.float32, "cpu")
+    for actual, expected in zip(kernel(*views), plain(*views), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_every_device_has_a_kernel_to_begin_with() -> None:
+    assert candidates(CPU, torch.bfloat16) == ("cpu_flash",)
+    assert candidates(CUDA, torch.bfloat16) == ("cuda_flash", "cuda_cudnn", "cuda_fa3")
+    assert candidates(CUDA, torch.float32) == ("cuda_efficient",)

@@ -22,6 +22,27 @@ def test_the_frequency_whose_period_is_nearest_to_the_first_repetition() -> None
     assert by_hand == (5, 0.9 * 2 * math.pi / 81)
 
 
+def test_by_default_a_period_that_holds_the_native_length_and_never_a_video_of_it() -> None:
+    """The embedded model's periods of 6.3 and 19.9 frames: 6.3 is nearer to its native 9, and came round in training."""
+    frequencies = [2 * math.pi / period for period in (6.3, 19.9)]
+
+    def change(frames: int, window: int = 9, **settings: float) -> tuple[int, float] | None:
+        riflex = Riflex(enabled=True, **settings)
+        return lowered_frequency(riflex, frequencies, num_frames=frames, window_frames=window)
+
+    assert change(36) == (1, 0.9 * 2 * math.pi / 36)
+    assert change(19) is None
+    for asked in ({"index": 1}, {"repetition": 6.0}):  # said by the user, and still not at native length
+        assert change(10, **asked) == (0, 0.9 * 2 * math.pi / 10)
+        assert change(9, **asked) is None
+        assert change(7, **asked) is None
+    with pytest.raises(
+        ValueError, match=r"riflex: the longest of the model's periods is 19.9 frames, less than the native 20"
+    ):
+        change(36, window=20)
+    assert change(36, window=20, index=2) == (1, 0.9 * 2 * math.pi / 36)
+
+
 def test_only_above_the_period_and_only_if_asked() -> None:
     for frames, changes in ((21, False), (22, False), (23, True)):  # the fourth period is 22.1
         made = lowered_frequency(Riflex(enabled=True, index=4), WAN, num_frames=frames, window_frames=21)

@@ -2,13 +2,15 @@
 
 import itertools
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from freespec import spectrum
 from freespec.methods import FreeSpec
@@ -300,6 +302,106 @@ def test_the_branches_are_reduced_in_one_call_and_not_changed() -> None:
     fuse_spectra(FreeSpec(), *branches, weights, reduce)
     assert calls == [((2, 2, 3, 8, 8), torch.float64)]
     assert all(torch.equal(a, b) for a, b in zip(branches, copies, strict=True))
+
+
+# How a CPU and a GPU compute it.
+
+
+@pytest.mark.parametrize("product", [spectrum.product_of_halves, spectrum.product_in_pieces])
+@pytest.mark.parametrize("sizes", [(3, 0, 8), (1, 7, 33), (2, 1029, 40), (3, 512, 128)])
+def test_both_ways_of_a_product_with_itself(product: Callable[[Tensor], Tensor], sizes: tuple[int, int, int]) -> None:
+    o_NSD = features(0, (1, *sizes))[0]
+    exact = torch.einsum("nsd,nse->nde", o_NSD, o_NSD)
+    actual = product(o_NSD)
+    assert_same_math(actual, exact)
+    if sizes[1]:
+        with pytest.raises(AssertionError):  # the control: a token that is left out
+            assert_same_math(product(o_NSD[:, 1:]), exact)
+
+
+def test_a_cpu_computes_little_more_than_half_of_a_gram_matrix() -> None:
+    o = torch.randn(1, 300, 2, 128)
+    with FlopCounterMode(display=False) as counted:
+        gram(o)
+    assert counted.get_total_flops() == 2 * 300 * 2 * 128**2 * 5 / 8
+
+
+def test_a_gpu_is_given_pieces_whose_sums_are_fp64() -> None:
+    """Twelve heads of 8,192 tokens as 192 products; a sum of their fp32 results would round at every piece."""
+    with Calls() as calls, torch.device("meta"):
+        total = gram(torch.empty(1, 8192, 12, 128, dtype=torch.bfloat16))
+    assert total.dtype == torch.float64
+    assert [out for name, out in calls if name == "bmm"] == [(12 * 16, 128, 128)]
+    ones = torch.full((1, 4096, 1), 2.0**12 + 1)  # a piece sums exactly in fp32, all of them do not
+    assert spectrum.product_in_pieces(ones).item() == 4096 * (2.0**12 + 1) ** 2 + spectrum_error(ones)
+
+
+def spectrum_error(ones: Tensor) -> float:
+    """What fp32 loses inside the pieces alone."""
+    parts = ones.split(spectrum.PIECE_TOKENS, dim=1)
+    return sum(float((part.mT @ part).double() - (part.double().mT @ part.double())) for part in parts)
+
+
+@pytest.mark.parametrize("basis", ["local", "global"])
+def test_a_gpu_waits_once_for_eigenvalues(basis: Basis) -> None:
+    """The numbers are those of two calls; on a device with shapes alone the calls are counted."""
+    grams = tuple(gram(o) for o in pair(0, TALL))
+    for at_once, apart in zip(spectrum.spectra_at_once(*grams), spectrum.spectra(*grams), strict=True):
+        assert_same_math(at_once.abs(), apart.abs())
+    matrix = {"local": local_basis_matrix, "global": global_basis_matrix}[basis]
+    with Calls() as calls:
+        matrix(*(x.to("meta") for x in grams), rank_weights(8).to("meta"))
+    assert [name for name, _ in calls if "eig" in name] == ["_linalg_eigh"]
+
+
+def test_a_cpu_decomposes_on_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    grams, seen, eigh = [gram(o) for o in pair(0, TALL)], [], torch.linalg.eigh
+
+    def count_threads(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(torch.get_num_threads())
+        return eigh(matrix)
+
+    def refuse(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        raise torch.linalg.LinAlgError
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        monkeypatch.setattr(torch.linalg, "eigh", count_threads)
+        spectrum.spectra(*grams)
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+        monkeypatch.setattr(torch.linalg, "eigh", refuse)
+        with pytest.raises(torch.linalg.LinAlgError):
+            spectrum.spectra(*grams)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("dtype", "copies"), [(torch.float64, 0), (torch.bfloat16, 2)])
+def test_product_and_residual_are_one_kernel(dtype: torch.dtype, copies: int) -> None:
+    o_local, o_global = (x.to(dtype) for x in pair(0, (1, 23, 3, 8)))
+    lam = torch.tensor(0.15, dtype=torch.float64)
+    with Calls() as calls:
+        reconstruct(o_local, torch.eye(8).double().expand(1, 3, 8, 8), o_global, lam, "lerp")
+    sized = [name for name, out in calls if out in ((1, 23, 3, 8), (23, 3, 8), (3, 23, 8))]
+    work = [name for name in sized if name in ("mul", "add", "add_", "bmm", "baddbmm_", "_to_copy", "copy_")]
+    assert sorted(work) == sorted(["mul", "baddbmm_", *["_to_copy", "copy_"][:copies]])
+
+
+class Calls(TorchDispatchMode):
+    """The operators that are called, and the shapes of what they return."""
+
+    def __enter__(self) -> list[tuple[str, tuple[int, ...]]]:
+        self.calls: list[tuple[str, tuple[int, ...]]] = []
+        super().__enter__()
+        return self.calls
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        first = out[0] if isinstance(out, tuple) else out
+        self.calls.append((function.overloadpacket.__name__, tuple(getattr(first, "shape", ()))))
+        return out
 
 
 # Spectra and effective rank.

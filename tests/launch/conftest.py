@@ -21,6 +21,10 @@ SMALL = {
 }
 
 
+# The embedded LTX-Video in place of the small Wan: two steps of one forward each, since both passes are one batch.
+LTX = {"model.path": Path(__file__).parent.parent.parent / "tiny" / "ltx", "sampler.num_steps": 2}
+
+
 @dataclass(frozen=True)
 class Run:
     """How a command ended."""

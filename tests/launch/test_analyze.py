@@ -14,7 +14,7 @@ from engine.engine import LongVideoEngine
 from engine.video import count_frames
 from launch.analysis.spectra import by_layer_and_head, concentration, mean_and_error, over_prompts
 from launch.commands import analyze
-from tests.launch.conftest import SMALL, Run
+from tests.launch.conftest import LTX, SMALL, Run
 from tests.launch.test_interruptions import interrupted_at_forward
 
 # 5 latent frames, native 2: windows of 2, 4 and 5.
@@ -70,13 +70,30 @@ def test_an_interrupted_analysis_goes_on_and_writes_every_table_and_plot(
     assert "num_points was 2, now 3" in analyze_in(num_points=3).error
 
 
+def test_ltx_video_is_analysed_with_both_passes_in_a_batch(analyze_in: Callable[..., Run], tmp_path: Path) -> None:
+    """One prompt; its heads are told once, those of the conditional pass."""
+    (tmp_path / "one.txt").write_text("a red circle\n")
+    shown = analyze_in(**LTX, prompt_file=tmp_path / "one.txt", ratios="1", num_reconstructed=0)
+    assert (shown.code, shown.err) == (0, "")
+    with (tmp_path / "out" / "spectra.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    keys = {(row["prompt"], row["step"], row["layer"], row["head"], row["multiple"]) for row in rows}
+    config = json.loads((LTX["model.path"] / "transformer" / "config.json").read_text())
+    assert len(rows) == len(keys) == 2 * config["num_layers"] * config["num_attention_heads"] * 3
+    assert all(1 <= float(row["effective_rank"]) <= config["attention_head_dim"] for row in rows)
+
+
 def check_tables(out: Path) -> None:
     with (out / "spectra.csv").open() as file:
         rows = list(csv.DictReader(file))
     keys = [(row["prompt"], row["step"], row["layer"], row["head"], row["multiple"]) for row in rows]
     assert len(keys) == len(set(keys)) == 2 * 2 * 2 * 4 * 3
     assert {row["progress"] for row in rows} == {"0.0", "1.0"}
-    assert {(row["multiple"], row["window_frames"]) for row in rows} == {("1", "2"), ("2", "4"), ("3", "5")}
+    assert {(row["multiple"], row["window_frames"]) for row in rows} == {
+        ("1", "2"),
+        ("2", "4"),
+        ("2.5", "5"),
+    }  # the third is cut
     with (out / "spectra-progress.csv").open() as file:
         means = list(csv.DictReader(file))
     line = next(row for row in means if (row["multiple"], row["progress"]) == ("2", "1.0"))
@@ -93,6 +110,10 @@ def check_tables(out: Path) -> None:
     with (out / "low-rank.csv").open() as file:
         assert {row["ratio"] for row in csv.DictReader(file)} == {"1.0", "0.25"}
     report = json.loads((out / "report.json").read_text())
+    assert report["comparison"] == json.loads((out / "analysis.json").read_text())
+    assert report["comparison"]["settings"]["method.name"] == "direct"
+    assert [each["multiple"] for each in report["spectra"]["stages"]["late"]["windows"]] == [1, 2, 2.5]
+    assert "2.5 x native (5 latent frames)" in (out / "rank-progress.svg").read_text()
     assert set(report["spectra"]["stages"]) == {"early", "middle", "late"}
     assert {row["metric"] for row in report["low_rank"]} >= {"flow_mean", "laplacian_variance"}
 
@@ -131,6 +152,10 @@ def test_errors_are_over_prompts_and_not_over_heads() -> None:
         ({"ratios": "1,half"}, "--ratios must be numbers"),
         ({"ratios": ","}, "--ratios is empty"),
         ({"ratios": "1,2"}, "ratio must lie in (0, 1], got 2.0"),
+        # 12 directions a head; of one label, and of one number of directions.
+        ({"ratios": "1,0.62345678,0.62345679"}, "--ratios 0.62345679 and 0.62345678 keep 8 and 8 of 12 directions"),
+        ({"ratios": "1,0.6,0.61"}, "are called ratio-0.61 and ratio-0.6; leave one out"),
+        ({"output.path": "a.mp4"}, "output.path is not read by analyze.py"),
         ({"num_points": 1}, "--num_points must be 2 or more, got 1"),
         ({"num_reconstructed": -1}, "--num_reconstructed must be 0 or more"),
         ({"method.window_frames": 5}, "windows can only grow in a longer video, such as --video.num_frames 77"),

@@ -1,28 +1,40 @@
 """batch.py on a small model: a batch that a replica dies in, one that is started again, and everything that is refused."""
 
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from engine.batch.driver import Seat
 from engine.batch.files import BatchFiles
+from engine.batch.journal import table
 from engine.batch.locks import Shard, own_shard
-from engine.batch.plan import with_method
+from engine.batch.plan import Batch, claim_folder, with_method
+from engine.batch.queue import Failure, Queue
 from engine.batch.store import file_sha256, read_lines
 from engine.checkpoint import load_latents
+from engine.config import ModelConfig
 from engine.engine import LongVideoEngine
+from engine.errors import UserError
 from launch import stopping
 from launch.cli import parse_run
 from launch.commands import batch
+from launch.replicas.ray_generate import too_few_gpus
 from launch.replicas.ray_pool import NoRayError, RayPool
+from tests.engine.batch import cases
+from tests.engine.batch.cases import Clock, FakeReplica
 from tests.launch.conftest import SMALL, Run
 from tests.launch.forked import PATIENCE_SECONDS
 
@@ -234,7 +246,8 @@ def test_a_dry_run_counts_and_makes_nothing(make_batch: Callable[..., Run], tmp_
     assert (shown.code, shown.err) == (0, "")
     table = {line.split("  ")[1]: line.split("  ", 2)[2].strip() for line in shown.out.splitlines()}
     assert table["items"] == "4 = prompts x 1 seeds x 2 methods"
-    assert table["this shard"] == "1 items in shard-2-of-3, 0 done, 1 to make"
+    pattern = r"(\d) items in shard-2-of-3, 0 done, \1 to make; the 3 shards have \d to \d items"
+    assert re.fullmatch(pattern, table["this shard"])
     assert table["replicas"] == "3 of 2 ranks on this machine, cpu, float32"
     assert table["plan of each"].startswith("cfg x ring x ulysses (2, 1, 1): ")
     assert "predicted for H200" in table["GPU-hours"]
@@ -254,6 +267,166 @@ def test_a_dry_run_counts_latents_that_are_kept_and_looks_at_the_folder(
     (tmp_path / "out/batch.json").write_text('{"schema": -1}')
     assert "was written by another version of this program" in make_batch({}, "--dry_run").error
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["batch.json"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("gpu", [None, "h200"])
+def test_a_dry_run_on_a_driver_without_the_replicas_gpus(make_batch: Callable[..., Run], gpu: str | None) -> None:
+    pytest.importorskip("ray", reason="the extra `ray` is not installed")
+    shown = make_batch({"ray": "auto", "gpus_per_replica": 1, "gpu": gpu}, "--dry_run")
+    assert (shown.code, shown.err) == (0, "")
+    assert "1 of 1 ranks on Ray at auto, cuda, bfloat16" in shown.out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_disk_that_is_full_is_told_by_a_driver_without_the_replicas_gpus(wan_folder: Path, tmp_path: Path) -> None:
+    model = ModelConfig(path=str(wan_folder), device="cuda", dtype="bfloat16")
+    driver = SimpleNamespace(
+        halted=Failure("disk", "No space left on device"), queue=Queue.of(cases.batch().items), seats=[1]
+    )
+    config = replace(cases.config(), model=model)
+    line = str(batch.halted(driver, BatchFiles(root=tmp_path), config, keep_latents=False))
+    assert line.startswith("No space left on device; 8 items are left; they need about ")
+
+
+def test_a_dry_run_checks_what_a_run_would(make_batch: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    """GPUs that are not there, and finished videos by their SHA-256 if that is asked for."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("engine.parallelism._find_gpu", lambda device: None)
+    shown = make_batch({"gpus_per_replica": 2, "replicas": 2}, "--dry_run")
+    assert "2 replicas of 2 ranks need 4 GPUs, and this machine has 1; use fewer" in shown.error
+
+
+def test_a_dry_run_looks_at_finished_videos_as_the_run_would(make_batch: Callable[..., Run], tmp_path: Path) -> None:
+    """Their sizes, or their SHA-256; and latents that nobody kept cannot be kept any more."""
+    out = make_pretended(make_batch, tmp_path)
+    assert "2 done, 2 to make" in make_batch({}, "--dry_run").out
+    path = next(out.glob("*/*/videos/*.mp4"))
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert "2 done, 2 to make" in make_batch({}, "--dry_run").out
+    assert "1 done, 3 to make" in make_batch({"verify": "full"}, "--dry_run").out
+    shown = make_batch({}, "--dry_run", "--keep_latents")
+    assert "2 of 2 finished items were made without --keep_latents and stay without latents" in shown.out
+
+
+def make_pretended(make_batch: Callable[..., Run], tmp_path: Path) -> Path:
+    """Two of the four items of the batch, made of bytes."""
+    found: list[Batch] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batch, "say_plan", lambda config, options, given, mine, arrangement: found.append(given))
+        make_batch({}, "--dry_run")
+    files = BatchFiles(root=tmp_path / "out")
+    files.root.mkdir()
+    claim_folder(files.root, found[0])
+    for item in found[0].items[:2]:
+        cases.write_item(files, item)
+    return files.root
+
+
+def test_a_replica_that_was_given_up_has_its_line_in_the_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = BatchFiles(root=tmp_path)
+    replica = FakeReplica("replica-1", Clock())
+    seat = Seat(replica=replica, state="gone", starts=3, failure=Failure("mistake", "out of memory while loading"))
+    driver = SimpleNamespace(halted=None, queue=Queue.of(()), seats=[seat])
+    work = batch.Work(done=(), given_up=(), todo=())
+    assert batch.finish(SimpleNamespace(keep_latents=False), files, cases.config(), work, driver) == 0
+    assert "replica-1 was given up after 3 starts: out of memory while loading\n" in capsys.readouterr().out
+
+
+def stop_a_rank(out: Path, stopped: list[int]) -> None:
+    """SIGSTOP to rank 1 in the middle of the first item: it neither ends nor answers, as a rank whose GPU hangs."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    while not list(out.glob("*/*/unfinished/*.checkpoint.safetensors")):
+        assert time.monotonic() < until
+        time.sleep(0.005)
+    for process in ranks_of(os.getpid()):
+        if b"RANK=1\0" in Path(f"/proc/{process}/environ").read_bytes().replace(b"LOCAL_RANK", b""):
+            os.kill(process, signal.SIGSTOP)
+            stopped.append(process)
+
+
+def test_a_rank_that_hangs_costs_one_attempt(
+    make_batch: Callable[..., Run], suite: Path, undisturbed: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    suite.write_text(f"{PROMPTS[0]}\n")
+    out, stopped = tmp_path / "out", []
+    stopper = threading.Thread(target=stop_a_rank, args=(out, stopped), daemon=True)
+    stopper.start()
+    shown = make_batch({"nproc": 2, "item_timeout": 20, "keep_latents": True, "sampler.num_steps": 6})
+    stopper.join()
+    assert (shown.code, len(stopped)) == (0, 1), shown
+    (failed,) = events_of(out, "failed")
+    assert (failed["kind"], failed["verdict"]) == ("time", "again")
+    assert failed["message"].startswith("took longer than 20 s and was ended at step ")
+    assert len(rows_of(out)) == 2
+    assert not Path(f"/proc/{stopped[0]}").exists()
+    made = load_latents(next(out.glob(f"{failed['item'].partition('/')[0]}/*/latents/p0000-s3.safetensors")))[0]
+    expected = undisturbed[failed["item"]]
+    assert float((made - expected).norm() / expected.norm()) <= 1e-5
+
+
+def test_a_cluster_with_gpus_is_not_used_without_them_in_silence(wan_folder: Path) -> None:
+    def options(*words: str) -> batch.Options:
+        given = ["--suite=x", "--out=y", "--ray=auto", f"--model.path={wan_folder}", *words]
+        return batch.Options.of(*parse_run(given, name="t", description="", add_arguments=batch._add_arguments))
+
+    with pytest.raises(
+        UserError, match=r"auto has 8 GPUs, and this batch would run on CPUs; give --gpus_per_replica N"
+    ):
+        batch.check_cluster(options(), 8.0)
+    batch.check_cluster(options(), 0.0)
+    batch.check_cluster(options("--model.device=cpu"), 8.0)
+    batch.check_cluster(options("--gpus_per_replica=2"), 8.0)
+    assert (
+        too_few_gpus(8.0, 8, on_cpu=False)
+        is too_few_gpus(2.0, 8, on_cpu=True)
+        is too_few_gpus(0.0, 8, on_cpu=False)
+        is None
+    )
+    line = too_few_gpus(2.0, 8, on_cpu=False)
+    assert line == "8 ranks need 8 GPUs, and the cluster has 2; give --nproc 2, or --model.device cpu to run on CPUs"
+
+
+def status_of(num_replicas: int) -> dict:
+    seat = {"state": "busy", "seconds": 5.0, "item": "direct/p0000-s0", "step": 2, "total": 6, "done": 1}
+    return {
+        "state": "running",
+        "seconds": 90.0,
+        "eta": 4000.0,
+        "counts": {"done": 3, "running": 1, "waiting": 2, "quarantined": 0},
+        "replicas": [{"name": f"replica-{i}", **seat} for i in range(num_replicas)],
+        "failures": [],
+    }
+
+
+def test_a_table_says_what_is_done_and_how_long_the_rest_takes() -> None:
+    lines = table("batch", status_of(2), note="replica-0: waits").splitlines()
+    assert lines[0] == (
+        "batch: running; 6 items: 3 done, 1 running, 2 waiting, 0 quarantined; 1 min 30 s so far, 1 h 6 min left"
+    )
+    assert lines[2].split() == ["replica-0", "busy", "direct/p0000-s0", "2/6", "5.0", "s", "1"]
+    assert lines[-1] == "  replica-0: waits"
+
+
+def test_a_table_fits_its_terminal_and_the_last_note_stays_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", screen := io.StringIO())
+    monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((40, 10)))
+    terminal = batch.Terminal(total=6)
+    terminal.event(
+        {"event": "note", "time": "2026-11-28T04:19:17", "replica": "replica-0", "message": "waits for GPUs"}
+    )
+    terminal.status(status_of(256))
+    first = screen.getvalue().splitlines()
+    assert len(first) == 9
+    assert max(map(len, first)) < 40
+    assert first[-1] == "  04:19:17 replica-0: waits for GPUs"
+    assert first[-2] == "  and 251 more: 251 busy"
+    terminal.status(status_of(2))
+    assert screen.getvalue()[len("\n".join(first)) + 1 :].startswith("\x1b[9F\x1b[J")  # over the last one
 
 
 def test_two_drivers_on_one_shard(make_batch: Callable[..., Run], tmp_path: Path) -> None:
@@ -283,6 +456,11 @@ def test_two_drivers_on_one_shard(make_batch: Callable[..., Run], tmp_path: Path
         ({"checkpoint_every": -1}, "--checkpoint_every must be 0 (never) or more, got -1"),
         ({"video.num_frames": 18}, "video.num_frames must be 4k + 1, got 18; the nearest are 17 and 21"),
         ({"status": "nowhere"}, "nowhere holds no batch; give the folder that was --out"),
+        ({"status": "x" * 300}, "cannot look into --status xxx"),
+        ({"status": ""}, "--status is empty; give the folder that was --out"),
+        ({"methods": ""}, "--methods is empty; give a value, or leave it out"),
+        ({"seeds": ""}, "--seeds is empty; give a value, or leave it out"),
+        ({"out": ""}, "--out is empty; give a value, or leave it out"),
         ({"ray": "ray://host:10001"}, "is a Ray client's address"),
     ],
 )
@@ -293,9 +471,11 @@ def test_mistakes_are_one_line(make_batch: Callable[..., Run], settings: dict[st
 def test_an_output_folder_that_cannot_be_written(make_batch: Callable[..., Run], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     line = make_batch({"out": tmp_path / "file/out"}).error
-    assert line == f"cannot write to --out {tmp_path / 'file/out'}: Not a directory"
+    assert line == f"cannot write to --out {tmp_path / 'file/out'}: {tmp_path / 'file'} is not a folder"
+    assert make_batch({"out": tmp_path / "file"}, "--dry_run").error.endswith("file is not a folder")
+    assert make_batch({"out": tmp_path / ("x" * 300)}, "--dry_run").error.endswith(": File name too long")
     # A folder that takes no files, whoever asks.
-    assert make_batch({"out": "/proc/self"}).error.startswith("cannot write to --out /proc/self: ")
+    assert make_batch({"out": "/proc/sys"}).error.startswith("cannot write to --out /proc/sys: ")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import yaml
 
 from engine.config import FreeSpec
 from engine.engine import LongVideoEngine
+from engine.errors import UserError
 from launch.calibration.score import judge, parts_of, score_of, survivors
 from launch.calibration.space import END_SHARES, SETTINGS, SPACE, START, draw_trials
 from launch.commands import calibrate
@@ -47,6 +49,19 @@ def test_draws_are_seeded_different_and_all_of_the_space() -> None:
     assert draw_trials(50, 1, DEFAULTS) != draw_trials(50, 0, DEFAULTS)
     for settings in trials.values():
         FreeSpec(**settings)
+
+
+def test_no_more_trials_than_there_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the check the draws would go on for ever; with it the last of all settings is still found."""
+    one = {name: values[:1] for name, values in SPACE.items()} | {"alpha": (1.0, 2.0), "lam_start": (0.0, 0.2)}
+    monkeypatch.setattr("launch.calibration.space.SPACE", one)
+    # Two alphas; no residual, or one that ends at each of four shares. The start, with other settings, is one more.
+    assert len(draw_trials(11, 0, DEFAULTS)) == 11
+    with pytest.raises(UserError, match="--num_trials 12 is more than the 11 different settings"):
+        draw_trials(12, 0, DEFAULTS)
+    among = dict.fromkeys(SETTINGS) | {name: values[0] for name, values in one.items()} | {"lam_end": 0.0}
+    with pytest.raises(UserError, match="--num_trials 11 is more than the 10 different settings"):
+        draw_trials(11, 0, among)
 
 
 def test_the_score_is_the_mean_of_four_shares() -> None:
@@ -93,9 +108,10 @@ def settings(wan_folder: Path, tmp_path: Path) -> dict[str, object]:
     """A search of three trials on one prompt and then two, on a small model with frames of the world's size."""
     for name, prompts in (("search", SEARCH), ("judge", JUDGE)):
         (tmp_path / f"{name}.txt").write_text("\n".join(prompts) + "\n")
-    small = SMALL | {"video.height": 64, "video.width": 64, "sampler.num_steps": 2, "sampler.max_text_tokens": 60}
+    small = SMALL | {"video.height": 64, "video.width": 64, "sampler.num_steps": 3, "sampler.max_text_tokens": 60}
+    small |= {"search_num_steps": 2}
     small |= {"prompt_file": tmp_path / "search.txt", "judge_prompt_file": tmp_path / "judge.txt"}
-    small |= {"num_trials": 3, "rounds": "1,2", "num_judge_seeds": 1}
+    small |= {"num_trials": 3, "rounds": "1,2", "num_judge_seeds": 1, "method.freespec.rank": "false"}
     return small | {"model.path": wan_folder, "out": tmp_path / "out"}
 
 
@@ -177,8 +193,19 @@ def check_search(out: Path) -> None:
     assert [len(each["scores"]) for each in report["rounds"]] == [3, 2]
     assert report["trials"] == draw_trials(3, 0, DEFAULTS)
     assert report["judged"]["supported"] is True
-    preset = yaml.safe_load((out / "calibrated.yaml").read_text())
-    assert preset == {"method": {"name": "freespec", "freespec": report["trials"]["trial-02"]}}
+    assert report["num_steps"] == {"search": 2, "judged": 3}
+    for part, steps in (("search", 2), ("judged", 3)):
+        records = [json.loads(path.with_suffix(".json").read_text()) for path in (out / part).rglob("*.mp4")]
+        assert {len(record["steps"]) for record in records} == {steps}
+    told = report["comparison"]
+    assert told["settings"] == json.loads((out / "judged/comparison.json").read_text())["settings"]
+    assert list(told["variants"]) == [START, "trial-02"]
+    # The preset is the method of the judged videos, not only what was searched: laid over another base it says the same.
+    text = (out / "calibrated.yaml").read_text()
+    assert text.startswith(f"# Judged with 3 steps, 17 frames, checkpoint {told['settings']['checkpoint']}. Laid over")
+    made = json.loads((out / "judged/videos/trial-02/000-seed0.json").read_text())["config"]["method"]
+    assert yaml.safe_load(text) == {"method": {key: made[key] for key in ("name", "window_frames", "freespec")}}
+    assert made["freespec"] == asdict(FreeSpec(rank=False)) | report["trials"]["trial-02"]
 
 
 def the_trial_wins(rank: int) -> None:
@@ -209,6 +236,13 @@ def test_two_ranks_search_together_and_the_first_scores(settings: dict[str, obje
     [
         ({"method.name": "direct"}, "searches the settings of freespec, not of direct"),
         ({"num_trials": 1}, "--num_trials must be 2 or more, got 1"),
+        ({"search_num_steps": 0}, "--search_num_steps must be 1 or more, got 0"),
+        (
+            {"sampler.seed": 2**63 - 1, "num_judge_seeds": 2},
+            "--num_judge_seeds 2 from sampler.seed 9223372036854775807 on",
+        ),
+        ({"output.trace": "true"}, "output.trace is not read by calibrate.py"),
+        ({"video.num_frames": 9}, "every trial makes the video of the base model; search on a longer one, such as"),
         ({"rounds": "2,1"}, "--rounds must be numbers of prompts that grow"),
         ({"rounds": "a"}, "--rounds must be whole numbers"),
         ({"rounds": "1,3"}, "--rounds asks for 3 prompts, and --prompt_file has 2"),

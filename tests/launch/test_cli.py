@@ -1,6 +1,7 @@
 """Settings: presets, overrides, and a clear line for each way to get them wrong. No model is loaded here."""
 
 import dataclasses
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -94,6 +95,7 @@ MISTAKES = {
     "--method.freespec.betta 3": "did you mean method.freespec.beta?",
     "--method.windw=3": "did you mean method.window_frames?",
     "--zzz 3": "unknown setting zzz; see --help",
+    "--model.offload true": "unknown setting model.offload; did you mean model.weights?",
     "--video.num_frames": "--video.num_frames needs a value",
     "--video.num_frames --video.fps 3": "--video.num_frames needs a value",
     "--video.num_frames abc": "video.num_frames must be a whole number, got 'abc'",
@@ -113,6 +115,8 @@ MISTAKES = {
     "--attention.complement sge": "unknown attention.complement 'sge'; choose one of same, sage",
     "--attention.kernel warp": "unknown attention.kernel 'warp'; choose one of auto, plain",
     "--output.path a.avi": "output.path must end in .mp4, got 'a.avi'",
+    "--parallel.timeout 1e15": "parallel.timeout must be more than 0 and at most 604800 seconds (a week), got 1000000000000000.0",
+    "--parallel.timeout 604801": "parallel.timeout must be more than 0 and at most 604800 seconds (a week), got 604801",
     "--output.crf 99": "output.crf must lie in [0, 51], got 99",
     "--config nowhere.yaml": "--config nowhere.yaml does not exist",
 }
@@ -121,6 +125,17 @@ MISTAKES = {
 @pytest.mark.parametrize("words", MISTAKES)
 def test_a_mistake_in_a_setting(run: Callable[..., Run], words: str) -> None:
     assert MISTAKES[words] in run(generate.main, "--prompt", "a red circle", *words.split()).error
+
+
+@pytest.mark.parametrize("command", [generate, decode], ids=lambda module: module.__name__)
+def test_bytes_that_are_no_text_are_refused_before_anything_is_loaded(
+    run: Callable[..., Run], command: object, tmp_path: Path
+) -> None:
+    word = os.fsdecode(b"a\xff.mp4")
+    for words in (("--prompt", word), (f"--output.path={word}",), ("--output", word), (word,), (f"--{word}", "3")):
+        error = run(command.main, "--model.path", "/never/read", *words).error
+        assert "a\\udcff.mp4" in error
+        assert "is not UTF-8 text; write it, or rename the file, in UTF-8" in error
 
 
 FILES = {
@@ -158,7 +173,8 @@ def test_help_shows_every_setting_with_its_meaning_and_the_preset_s_value(run: C
     for key in [*dotted(dataclasses.asdict(parse())), "prompt", "prompt_file", "config"]:
         assert f"--{key} " in shown.out
     words = " ".join(shown.out.split())
-    assert "frames of the video, 4k + 1. (required, type: int, default: 321)" in words
+    assert "frames of the video, 4k + 1 for Wan and 8k + 1 for LTX-Video. (required, type: int, default: 321)" in words
+    assert "pixels, a multiple of 16 for Wan, of 32 for LTX-Video. (required, type: int, default: 480)" in words
     assert "frames per second of the file. (type: int, default: 16)" in words
 
 

@@ -264,12 +264,21 @@ def test_a_report_alone_does_not_tell_of_settings_that_made_no_video(
     compare_in: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert compare_in(num_seeds=1, methods="direct").code == 0
+    assert not any("native window" in note for note in json.loads((tmp_path / "out/report.json").read_text())["notes"])
     refused = compare_in("--report_only", num_seeds=1, methods="direct", **{"sampler.num_steps": 3})
     assert "sampler.num_steps was 2, now 3" in refused.error
     other = {"num_seeds": 1, "methods": "direct", "report": tmp_path / "elsewhere"}
     before = (tmp_path / "out/index.html").stat().st_mtime_ns
     assert compare_in("--report_only", **other).out.startswith(f"{tmp_path / 'elsewhere/index.html'}: 1 videos")
     assert (tmp_path / "out/index.html").stat().st_mtime_ns == before
+
+
+def test_a_report_at_native_length_says_that_no_method_acts(compare_in: Compare, tmp_path: Path) -> None:
+    assert compare_in(num_seeds=1, **{"video.num_frames": 9}).code == 0
+    notes = json.loads((tmp_path / "out/report.json").read_text())["notes"]
+    assert any(note.startswith("No video is longer than the native window, where every method") for note in notes)
+    direct, freespec = ((tmp_path / f"out/videos/{name}/000-seed0.mp4").read_bytes() for name in ("direct", "freespec"))
+    assert direct == freespec
 
 
 def test_two_ranks_make_what_is_missing_and_one_reports(compare_in: Compare, wan_folder: Path, tmp_path: Path) -> None:
@@ -306,6 +315,16 @@ def test_reports_alone_are_on_what_is_there(compare_in: Compare, no_loading: Non
         ({"methods": "freespec:none.yaml"}, "--config none.yaml does not exist"),
         ({"baseline": "freelong"}, "--baseline freelong is none of the compared: direct, freespec"),
         ({"num_seeds": 0}, "--num_seeds must be 1 or more, got 0"),
+        (
+            {"sampler.seed": 2**63 - 1},
+            "--num_seeds 2 from sampler.seed 9223372036854775807 on ends at 9223372036854775808",
+        ),
+        ({"report": "/dev/null/x"}, "cannot write"),
+        (
+            {"output.path": "a.mp4", "output.overwrite": "true"},
+            "output.path, output.overwrite are not read by compare.py",
+        ),
+        ({"output.save_latents": "a.safetensors"}, "output.save_latents is not read by compare.py"),
         ({"method.name": "direct"}, "leave --method.name out"),
         ({"video.num_frames": 18}, "must be 4k + 1"),
     ],
@@ -315,6 +334,10 @@ def test_mistakes_are_one_line_before_anything_is_loaded(
 ) -> None:
     assert message in compare_in(**settings).error
     assert not list(tmp_path.rglob("*.mp4"))
+
+
+def test_the_last_seed_that_there_is_may_be_used(compare_in: Compare) -> None:
+    assert "nothing to report" in compare_in("--report_only", **{"sampler.seed": 2**63 - 2}).error
 
 
 def test_a_prompt_counts_once(compare_in: Compare, no_loading: None, tmp_path: Path) -> None:

@@ -52,6 +52,10 @@ def write_video(video: Video, clip: np.ndarray, *, seconds: float, resumed_at: i
             "parallel": {"ranks": 1},
             "versions": {"torch": "2"},
             "git": None,
+            "model": {
+                "path": "tiny/wan",
+                "sha256": {"vae/a.safetensors": "a" * 64, "transformer/b.safetensors": "b" * 64},
+            },
         },
     )
 
@@ -158,6 +162,28 @@ def test_the_tables_in_markdown(comparison: Comparison, report: dict[str, Any]) 
     assert estimate({"mean": 0.25, "low": None, "high": None}, signed=True) == "+0.25"
     assert estimate({"mean": 0.1, "low": -0.1, "high": 0.3}, signed=True) == "+0.1 [−0.1, +0.3]"
     assert estimate(None) == estimate({"mean": None, "low": None, "high": None}) == "–"
+
+
+def test_videos_of_different_weights_are_named(comparison: Comparison) -> None:
+    record = comparison.videos[0].files.record
+    before = record.read_text()
+    other = json.loads(before)
+    other["model"]["sha256"]["transformer/b.safetensors"] = "c" * 64
+    folder = comparison.folder / "reports" / "mixed"
+
+    def notes(record_text: str) -> str:
+        record.write_text(record_text)
+        write_report(comparison, folder=folder, baseline="true", progress=False)
+        return " ".join(json.loads((folder / "report.json").read_text())["notes"])
+
+    mixed = notes(json.dumps(other))
+    assert "must not be compared: transformer/b.safetensors bbbbbbbbbbbb of 25, cccccccccccc of 1 videos" in mixed
+    assert "vae/a.safetensors" not in mixed
+    assert "weights" not in notes(before)
+    # A checkpoint of the hub is told by its commit.
+    hub = json.loads(before) | {"model": {"path": "a/b", "commit": "d" * 40}}
+    assert "commit dddddddddddd of 1, none of 25" in notes(json.dumps(hub))
+    record.write_text(before)
 
 
 def test_without_a_whole_pair_there_is_no_report(comparison: Comparison) -> None:

@@ -57,6 +57,23 @@ def test_a_preset_may_not_change_what_all_share(tmp_path: Path) -> None:
     assert variant.config.noise[0] == "freenoise"
 
 
+def test_variants_that_differ_in_what_nothing_reads_are_the_same(tmp_path: Path) -> None:
+    preset = tmp_path / "a.yaml"
+    preset.write_text("method:\n  freepca:\n    stride: 2\n")
+    assert [each.label for each in read(f"freepca,freepca:{preset}")] == ["freepca", "freepca-a"]
+    with pytest.raises(UserError, match="freespec and freespec-a have the same settings, as far as their method reads"):
+        read(f"freespec,freespec:{preset}")
+    # Off, RIFLEx has no index; on, it makes another video. So does another noise.
+    preset.write_text("attention:\n  riflex:\n    index: 2\n")
+    with pytest.raises(UserError, match="direct and direct-a have the same settings"):
+        read(f"direct,direct:{preset}")
+    for text in ("attention:\n  riflex:\n    enabled: true\n", "sampler:\n  noise: freenoise\n"):
+        preset.write_text(text)
+        assert len(read(f"direct,direct:{preset}")) == 2
+    with pytest.raises(UserError, match="direct and again have the same settings"):
+        read("direct,again=freespec.methods.direct:Direct")
+
+
 def test_the_run_s_own_presets_come_first(tmp_path: Path) -> None:
     run, preset = tmp_path / "run.yaml", tmp_path / "a.yaml"
     run.write_text(
@@ -104,5 +121,11 @@ def test_make_findings_makes_six_methods_and_the_seven_rows_of_the_table() -> No
     assert published.settings == by_label["freespec"].settings
     assert {claim.method for claim in CLAIMS} | {claim.other for claim in CLAIMS} == {variant.label for variant in few}
     assert "--num_seeds 2" in shown
+    # What a search is judged with is what the preset has.
+    searched = subprocess.run(
+        ["make", "-n", "calibrate"], check=True, capture_output=True, text=True, cwd=REPOSITORY
+    ).stdout
+    assert "--search_num_steps 10" in searched
+    assert "--sampler.num_steps" not in searched
     assert "world-heldout-40.txt" in shown
     assert rows[0].config.sampler.num_steps == 20

@@ -3,14 +3,15 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from launch.commands import decode
-from tests.launch.conftest import Run
+from tests.launch.conftest import LTX, Run
 
 
 @pytest.fixture
@@ -33,6 +34,26 @@ def test_settings_of_decoding_are_used_and_recorded(run: Callable[..., Run], kep
     assert record["video"]["sha256"] != first["video"]["sha256"]
 
 
+def test_ltx_video_piece_by_piece_and_in_tiles(
+    run: Callable[..., Run], make: Callable[..., Run], tmp_path: Path
+) -> None:
+    """Its latents decode as the run did, and in each of the modes that cut its video, to as many frames."""
+    path = tmp_path / "kept.safetensors"
+    assert make(LTX | {"output.save_latents": path}).code == 0
+    first = json.loads((tmp_path / "a.json").read_text())
+    assert run(decode.main, path, "--output", tmp_path / "b.mp4").code == 0
+    assert json.loads((tmp_path / "b.json").read_text())["video"]["sha256"] == first["video"]["sha256"]
+    pieces = ("--decode.tile_frames=8", "--decode.stride_frames=4")
+    tiles = [f"--decode.{kind}_{side}=16" for kind in ("tile", "stride") for side in ("height", "width")]
+    for mode, words in (("framewise", pieces), ("tiled", [*pieces, *tiles])):
+        out = tmp_path / f"{mode}.mp4"
+        assert run(decode.main, path, "--output", out, f"--decode.mode={mode}", *words).code == 0
+        record = json.loads(out.with_suffix(".json").read_text())
+        assert record["decode"]["mode"] == mode
+        assert record["video"]["num_frames"] == first["video"]["num_frames"] == 17
+        assert record["video"]["sha256"] != first["video"]["sha256"]
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
@@ -40,6 +61,7 @@ def test_settings_of_decoding_are_used_and_recorded(run: Callable[..., Run], kep
         (("--progress", "maybe"), "progress"),
         (("--decode.stride_height", "999"), "decode.stride_height must lie in [1, decode.tile_height]"),
         (("--model.path", "~nosuchuser/model"), "nosuchuser"),
+        (("--decode.mode", "framewise"), "decode.mode framewise is for decoders that take the whole video at once"),
     ],
 )
 def test_mistakes_end_in_one_line(
@@ -54,13 +76,54 @@ def test_a_home_that_nobody_has_is_one_line(run: Callable[..., Run], kept: Path,
     assert "nosuchuser" in run(decode.main, kept, "--output", "~nosuchuser/b.mp4").error
 
 
-def test_a_record_of_another_version_is_refused(run: Callable[..., Run], kept: Path, tmp_path: Path) -> None:
+def read(kept: Path) -> tuple[torch.Tensor, Any]:
+    """Latents and record of a file."""
     with safe_open(kept, "pt") as file:
-        metadata = SimpleNamespace(**file.metadata())
-    record = json.loads(metadata.record)
+        return file.get_tensor("latents"), json.loads(file.metadata()["record"])
+
+
+@pytest.fixture
+def decode_other(run: Callable[..., Run], tmp_path: Path) -> Callable[..., str]:
+    """`decode_other(latents, record)`: the line that a file with these ends in."""
+
+    def call(latents: torch.Tensor, record: Any) -> str:
+        save_file({"latents": latents}, tmp_path / "other.safetensors", metadata={"record": json.dumps(record)})
+        error = run(decode.main, tmp_path / "other.safetensors", "--output", tmp_path / "b.mp4").error
+        assert not (tmp_path / "b.mp4").exists()
+        return error
+
+    return call
+
+
+def test_a_record_of_another_version_is_refused(decode_other: Callable[..., str], kept: Path) -> None:
+    latents, record = read(kept)
     record["config"]["sampler"]["of_the_future"] = 1
-    metadata.record = json.dumps(record)
-    save_file(load_file(kept), tmp_path / "other.safetensors", metadata=vars(metadata))
-    shown = run(decode.main, tmp_path / "other.safetensors", "--output", tmp_path / "b.mp4")
-    assert "settings that this version does not know" in shown.error
-    assert "of_the_future" in shown.error
+    error = decode_other(latents, record)
+    assert "settings that this version does not know" in error
+    assert "of_the_future" in error
+
+
+def test_a_record_that_lacks_something_is_refused(decode_other: Callable[..., str], kept: Path) -> None:
+    latents, record = read(kept)
+    for name, value in (("config", None), ("config", []), ("seed", "3"), ("seed", None), ("seconds", 1.5)):
+        assert f"has {value!r} for its {name}; give latents" in decode_other(latents, record | {name: value})
+    assert "is [1, 2] and no map; give latents" in decode_other(latents, [1, 2])
+    assert "has None for its config" in decode_other(latents, {})
+    record["config"].pop("model")
+    assert "settings that this version does not know" in decode_other(latents, record)
+
+
+def test_latents_that_the_model_does_not_make_are_refused(decode_other: Callable[..., str], kept: Path) -> None:
+    latents, record = read(kept)
+    for wrong in (
+        latents[:, :3].contiguous(),
+        latents[0].contiguous(),
+        latents[:, :, :0],
+        latents.expand(2, -1, -1, -1, -1),
+    ):
+        shape = list(wrong.shape)
+        assert f"the shape {shape}, and this model's are [1, 4, frames, rows, columns]; give" in decode_other(
+            wrong.contiguous(), record
+        )
+    latents[0, 0, 0, 0, :2] = torch.nan
+    assert f"2 of {latents.numel()} numbers of the latents are not finite in " in decode_other(latents, record)

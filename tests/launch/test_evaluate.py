@@ -69,6 +69,21 @@ def test_without_vbench_there_are_proxies_and_the_rest_is_not_available(run: Cal
     assert "(here)" not in text
 
 
+def test_an_unfinished_batch_says_so_first(run: Callable[..., Run], runs: Path, quick: None) -> None:
+    labels = [f"{m}/p000{i}-s{seed}" for m in ("direct", "sliding_window") for i in (0, 1) for seed in (0, 7, 8)]
+    (runs / "batch.json").write_text(json.dumps({"schema": 1, "items": dict.fromkeys(labels, "0")}))
+    ended = run(evaluate.main, "--runs", runs)
+    said = (
+        f"{runs}: 8 of 12 items are made (direct 4 of 6, sliding_window 4 of 6), 0 failed for good, 4 are not made yet"
+    )
+    assert ended.code == 0
+    assert ended.err.splitlines()[0] == f"not everything is there: {said}"
+    assert tree(runs)["missing"] == [said]
+    lines = (runs / "evaluation" / "report.md").read_text().splitlines()
+    assert lines[2].startswith("**Not everything that was asked for is here")
+    assert lines[4] == f"- {said}"
+
+
 def test_with_vbench_every_video_has_every_dimension(
     run: Callable[..., Run], runs: Path, vbench: list[str], tmp_path: Path, quick: None
 ) -> None:

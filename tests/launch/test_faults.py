@@ -1,7 +1,9 @@
 """A rank that dies, hangs, is interrupted or cannot write: the others end within seconds, and what was computed is kept."""
 
 import errno
+import io
 import os
+import re
 import resource
 import shlex
 import signal
@@ -23,6 +25,7 @@ from engine.video import VideoWriter
 from launch import stopping
 from launch.cli import REPOSITORY
 from launch.commands import decode
+from launch.start import RankLines, run_script
 from tests.launch.conftest import Run
 from tests.launch.forked import PATIENCE_SECONDS, run_forked
 from tests.launch.test_generate import names
@@ -173,6 +176,58 @@ def test_a_rank_that_never_comes(wan_folder: Path, tmp_path: Path) -> None:
     assert names(tmp_path / "out") == set()
 
 
+def test_a_rank_0_that_never_comes(wan_folder: Path, tmp_path: Path) -> None:
+    """One line, of ours alone, from the rank that nobody else can speak for."""
+    command = prompted(wan_folder, tmp_path / "out" / "a.mp4", {"parallel.timeout": 1})
+    [only] = run_forked([command], tmp_path, world=2, ranks=[1])
+    assert only.code == 2
+    assert only.err.startswith("error: rank 1 of 2 cannot reach rank 0 at 127.0.0.1:"), only
+    assert " within 1 s ([Errno 111] Connection refused); start all ranks" in only.err
+    assert only.err.count("\n") == 1, only
+    assert names(tmp_path / "out") == set()
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        (
+            {"RANK": "x", "WORLD_SIZE": "2"},
+            "RANK must be a whole number, 0 or more, got 'x'; unset RANK, LOCAL_RANK and",
+        ),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "a"}, "LOCAL_RANK must be a whole number, 0 or more, got 'a'"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK must be a whole number, 0 or more, got '-1'"),
+        ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE must be a whole number, 0 or more, got ''"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK 0 is none of the ranks of WORLD_SIZE 0, which count from 0"),
+        ({"RANK": "5", "WORLD_SIZE": "1"}, "RANK 5 is none of the ranks of WORLD_SIZE 1, which count from 0"),
+    ],
+)
+def test_an_environment_that_names_no_rank(
+    environment: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["generate.py"])
+    before = [signal.getsignal(number) for number in stopping.SIGNALS]
+    try:
+        assert run_script("generate") == 2
+    finally:
+        for number, handler in zip(stopping.SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+    err = capfd.readouterr().err
+    assert err.startswith(f"error: {said}"), err
+    assert err.count("\n") == 1
+
+
+def test_every_line_of_a_verbose_rank_has_its_number() -> None:
+    shown = io.StringIO()
+    lines = RankLines(shown, 3)
+    print("one\ntwo", file=lines)
+    lines.write("\r10 %")
+    lines.write("\r20 %")
+    print(" done", file=lines)
+    assert shown.getvalue() == "[rank 3] one\n[rank 3] two\n[rank 3] \r10 %\r20 % done\n"
+
+
 def test_memory_that_runs_out_is_one_line_on_every_rank(tmp_path: Path) -> None:
     """Of a CPU, whose allocator raises a plain RuntimeError: both ranks ask for the same 64 TiB of noise."""
     command = prompted(REPOSITORY / "tiny/wan", tmp_path / "out" / "a.mp4", TOO_LARGE)
@@ -254,12 +309,15 @@ except KeyboardInterrupt:
     sys.exit(signals.code)
 """
 LAUNCHER = """
+import resource
 import sys
 from launch import launcher
 from launch.stopping import StopSignals
 
 # Long enough for ranks that end by themselves, on a busy machine too; short for those that do not.
 launcher.GRACE_SECONDS, launcher.STOP_SECONDS = (1.0 if "wait" in sys.argv else 30.0), 2.0
+if "files" in sys.argv:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
 signals = StopSignals()
 signals.install()
 sys.exit(launcher.start_ranks(len(sys.argv) - 2, sys.argv[1:], signals=signals))
@@ -331,6 +389,19 @@ def test_how_a_run_ends(
     assert [line for line in lines if line not in err] == []
     own = [line for line in err.splitlines() if not line.startswith("[rank 1] ")]
     assert len(own) == (1 if lines else 0), err
+
+
+def test_more_ranks_than_the_machine_lets_start(launch: Callable[..., subprocess.Popen], tmp_path: Path) -> None:
+    process = launch(*["wait"] * 30, "files")
+    _, err = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 2
+    found = re.fullmatch(
+        r"error: rank (\d+) of 31 cannot be started on this machine \(Too many open files\); give a smaller --nproc, or raise .*\n",
+        err,
+    )
+    assert found is not None, err
+    assert 1 < int(found[1]) < 16
+    assert_none_left(str(tmp_path / "rank.py"))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

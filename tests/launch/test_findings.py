@@ -11,12 +11,13 @@ import pytest
 
 from freespec.methods import METHODS
 from launch.commands import findings
-from launch.comparison.claims import CLAIMS, Claim, answers, changes, read
+from launch.comparison.claims import CLAIMS, Claim, answers, changes, not_made, read
 from launch.comparison.measure import units
 from metrics.bootstrap import Estimate
 from tests.launch.conftest import Run
 
 CLAIM = Claim(title="t", text="x.", method="a", other="b", measures={"up": "more", "down": "less", "none": "more"})
+SETTINGS = {"checkpoint": "abc", "video.num_frames": 129, "sampler.num_steps": 20, "method.name": "direct"}
 NOTHING = {"mean": None, "low": None, "high": None, "count": 0}
 
 
@@ -48,6 +49,8 @@ def report_of(values: dict[str, dict[str, float]], labels: tuple[str, str]) -> d
         label: {"denoise": 1.0, "decode": 0.5, "steps": {"dual": {"median": 0.1, "per_run": 20}}} for label in labels
     }
     return {
+        "comparison": {"settings": dict(SETTINGS), "variants": {label: {"method.name": label} for label in labels}},
+        "noise": dict.fromkeys(labels, "iid"),
         "summary": summary,
         "videos": videos,
         "notes": ["16 videos."],
@@ -66,6 +69,7 @@ def test_how_an_interval_reads() -> None:
     assert {read(estimate(-0.1, 0.1), sign) for sign in ("more", "less")} == {"not decided"}
     no_interval = Estimate(mean=5.0, low=np.nan, high=np.nan, count=3)
     assert {read(no_interval, sign) for sign in ("more", "less")} == {"not decided"}
+    assert read(Estimate(mean=np.nan, low=np.nan, high=np.nan, count=0), "more") == "not made"
 
 
 def test_differences_are_paired_by_prompt() -> None:
@@ -102,24 +106,41 @@ def analysis_of(difference: float) -> dict[str, Any]:
         for ratio in (1.0, 0.25)
         for name in ("flow_mean", "flow_strongest", "laplacian_variance", "interpolation_error")
     ]
-    return {"spectra": {"stages": stages, "heads_that_fall": 0.75}, "low_rank": low_rank}
+    told = {"stages": stages, "heads_that_fall": 0.75}
+    return {"comparison": {"settings": SETTINGS, "prompts": ["a", "b"]}, "spectra": told, "low_rank": low_rank}
 
 
 @pytest.fixture
-def write(run: Callable[..., Run], tmp_path: Path) -> Callable[..., str]:
-    """Writes reports by name, runs the command, and returns the page."""
+def put(tmp_path: Path) -> Callable[..., None]:
+    """Writes reports by name."""
 
-    def call(**reports: dict[str, Any]) -> str:
+    def call(**reports: Any) -> None:
         for name, report in reports.items():
             folder = tmp_path / ("calibration" if name == "calibration" else f"runs/{name}")
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "report.json").write_text(json.dumps(report))
-        page = tmp_path / "docs/findings.md"
-        page.parent.mkdir(exist_ok=True)
-        words = {"runs": tmp_path / "runs", "calibration": tmp_path / "calibration", "page": page}
-        shown = run(findings.main, *(f"--{key}={value}" for key, value in words.items()))
+
+    return call
+
+
+@pytest.fixture
+def findings_of(run: Callable[..., Run], tmp_path: Path) -> Callable[[], Run]:
+    """Runs the command on the reports that were put there."""
+    page = tmp_path / "docs/findings.md"
+    page.parent.mkdir()
+    words = {"runs": tmp_path / "runs", "calibration": tmp_path / "calibration", "page": page}
+    return lambda: run(findings.main, *(f"--{key}={value}" for key, value in words.items()))
+
+
+@pytest.fixture
+def write(put: Callable[..., None], findings_of: Callable[[], Run], tmp_path: Path) -> Callable[..., str]:
+    """Writes reports by name, runs the command, and returns the page."""
+
+    def call(**reports: dict[str, Any]) -> str:
+        put(**reports)
+        shown = findings_of()
         assert (shown.code, shown.err) == (0, "")
-        return page.read_text()
+        return (tmp_path / "docs/findings.md").read_text()
 
     return call
 
@@ -165,21 +186,26 @@ def test_another_number_of_steps_is_held_against_the_tables_on_the_videos_that_b
         labels,
     )
     for report, steps in ((tables, 20), (rerun, 10)):
-        report["comparison"] = {"settings": {"sampler.num_steps": steps}}
+        report["comparison"]["settings"]["sampler.num_steps"] = steps
     for each in tables["videos"][-2:]:  # a prompt that the rerun has not: it would move the mean
         each["prompt_index"] = 9
         each["values"]["speed"] = 100.0
     assert {each.metric: each.verdict for each in changes(tables, rerun)} == names
     tables["videos"] += [each | {"label": "freespec"} for each in tables["videos"]]  # not in the rerun: not asked
+    rerun["summary"].append(
+        rerun["summary"][0] | {"metric": "flow_strongest"}
+    )  # nor is a measure that one of both lacks
+    for each in rerun["videos"]:
+        each["values"]["flow_strongest"] = 1.0
     page = write(methods=tables, steps=rerun)
     assert "The tables above are of 20 denoising steps. 32 videos were made with 10 as well." in page
     assert "In 1 of 3 of the differences: no change seen, 1 changes in size, 1 turns round." in page
     assert "| `flow_mean` (px) | −2 [−2, −2] | +1 [+1, +1] | +3 [+3, +3] | turns round |" in page
 
 
-def test_a_calibration_that_is_not_supported_leaves_the_defaults(write: Callable[..., str]) -> None:
+def calibration_of(**judged: Any) -> dict[str, Any]:
     shares = {"kept": 0.5, "captioned": 0.5, "motion": 0.5, "speed": 0.5}
-    judged = {
+    found = {
         "prompts": 40,
         "seeds": [0, 1],
         "settings": {"alpha": 3.0},
@@ -187,26 +213,93 @@ def test_a_calibration_that_is_not_supported_leaves_the_defaults(write: Callable
         "parts": {"start": shares, "trial-07": shares},
         "difference": {"mean": 0.02, "low": -0.01, "high": 0.05, "count": 40},
         "supported": False,
-    }
-    report = {
+    } | judged
+    return {
+        "comparison": {"settings": SETTINGS},
+        "num_steps": {"search": 10, "judged": 20},
         "space": {"alpha": [1.0, 3.0]},
         "search_seed": 0,
         "trials": {"start": {}, "trial-07": {}},
         "rounds": [{"prompts": 5, "scores": {"start": 0.4, "trial-07": 0.5}}],
         "best": "trial-07",
-        "judged": judged,
+        "judged": found,
     }
+
+
+def test_a_calibration_that_is_not_supported_leaves_the_defaults(write: Callable[..., str]) -> None:
+    report = calibration_of()
     page = write(calibration=report)
+    assert "Searched with videos of 10 steps, judged with 20; 129 frames, checkpoint `abc`." in page
     assert "the defaults stay as they are" in page
     assert "+0.02 [−0.01, +0.05]" in page
-    supported = {**report, "judged": {**judged, "supported": True}}
-    assert "the report supports the change" in write(calibration=supported)
+    assert "the report supports the change" in write(calibration=calibration_of(supported=True))
     assert "None was better" in write(calibration={**report, "best": "start", "judged": None})
 
 
-def test_mistakes_are_one_line(run: Callable[..., Run], tmp_path: Path) -> None:
-    words = [f"--{name}={tmp_path}" for name in ("runs", "calibration")]
-    assert "holds a report; run make findings first" in run(findings.main, *words).error
-    (tmp_path / "methods").mkdir()
-    (tmp_path / "methods/report.json").write_text("{")
-    assert "make it again" in run(findings.main, *words).error
+def test_a_page_of_nothing_says_so_and_counts_what_needs_no_report(write: Callable[..., str]) -> None:
+    page = write()
+    assert page.count("Not measured yet") == 6
+    # tests/freespec/test_schedule.py has the timesteps of these shifts.
+    assert "split 0.5 fuses of 50 steps 84 % at shift 5, 90 % at shift 8, and " in page
+    assert "128 of a head of Wan" in page
+    assert page.endswith("how they are made).\n")
+
+
+def test_a_claim_on_what_was_not_made_is_not_undecided(write: Callable[..., str]) -> None:
+    report = report_of({"speed": {"direct": 2.0, "freespec": 1.0}}, ("direct", "freespec"))
+    report["noise"]["freespec"] = "freenoise"
+    by_title = {claim.title: claim for claim in CLAIMS}
+    assert not_made(by_title["Drift of `sliding_window`"], report) == ["sliding_window"]
+    page = write(methods=report)
+    assert page.count("Not made: the report has no videos of `sliding_window`.") == 3
+    assert "Not made: the report has no measures that this asks for." in page  # freespec against direct: no speed there
+    assert "not decided" not in page
+    assert "Initial noise: iid of `direct`; freenoise of `freespec`. A difference between methods of two kinds" in page
+    same = report_of({"speed": {"direct": 2.0, "freespec": 1.0}}, ("direct", "freespec"))
+    assert "Initial noise: iid for every method." in write(methods=same)
+    alone = report_of({"speed": {"direct": 2.0}}, ("direct",))
+    assert "Not made: the two reports have no prompt with two methods" in write(steps=alone)
+
+
+def other_settings(report: dict[str, Any], **settings: Any) -> dict[str, Any]:
+    return report | {"comparison": report["comparison"] | {"settings": SETTINGS | settings}}
+
+
+def test_reports_of_different_runs_are_not_mixed(put: Callable[..., None], findings_of: Callable[[], Run]) -> None:
+    tables = report_of({"speed": {"direct": 2.0, "freespec": 1.0}}, ("direct", "freespec"))
+    put(methods=tables, analysis=other_settings(analysis_of(1.0), checkpoint="def"))
+    error = findings_of().error
+    assert "methods/report.json and " in error
+    assert "analysis/report.json are of different runs: checkpoint is abc in the first and def in the second" in error
+    # Spectra and the search are of other lengths and steps; tables are not, but for what `steps` is for.
+    put(analysis=other_settings(analysis_of(1.0), **{"video.num_frames": 141}), calibration=calibration_of())
+    put(steps=other_settings(tables, **{"sampler.num_steps": 10}))
+    assert findings_of().code == 0
+    put(ablation=other_settings(tables, **{"sampler.num_steps": 10}))
+    assert "sampler.num_steps is 20 in the first and 10 in the second" in findings_of().error
+    changed = copy.deepcopy(tables)
+    changed["comparison"]["variants"]["freespec"]["method.freespec.alpha"] = 2.0
+    tables["comparison"]["variants"]["freespec"]["method.freespec.alpha"] = 5.0
+    put(methods=tables, ablation=changed)
+    assert "freespec.method.freespec.alpha is 5.0 in the first and 2.0 in the second" in findings_of().error
+
+
+@pytest.mark.parametrize("name", ["methods", "ablation", "steps", "analysis", "calibration"])
+def test_mistakes_are_one_line(
+    put: Callable[..., None], findings_of: Callable[[], Run], tmp_path: Path, name: str
+) -> None:
+    for nothing in ({}, [], None, {"comparison": {"settings": 3}}):
+        put(**{name: nothing})
+        error = findings_of().error
+        assert f"{name}/report.json lacks comparison/settings/checkpoint: it is of another command or an older" in error
+    next(tmp_path.rglob("report.json")).write_text("{")
+    assert "make it again" in findings_of().error
+
+
+def test_a_video_without_a_measure_of_the_table_is_one_line(
+    put: Callable[..., None], findings_of: Callable[[], Run]
+) -> None:
+    report = report_of({"speed": {"direct": 2.0, "freespec": 1.0}}, ("direct", "freespec"))
+    del report["videos"][-1]["values"]["speed"]
+    put(methods=report)
+    assert "methods/report.json lacks speed of freespec" in findings_of().error

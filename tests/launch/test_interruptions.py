@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import LTXVideoTransformer3DModel, WanTransformer3DModel
 from torch import nn
 
 from engine.checkpoint import load_latents
 from engine.engine import LongVideoEngine
 from launch.commands import decode
-from tests.launch.conftest import SMALL, Run
+from tests.launch.conftest import LTX, SMALL, Run
 from tests.launch.test_generate import names
 
 ROOT = Path(__file__).parent.parent.parent
@@ -31,7 +31,7 @@ def interrupted_at_forward(number: int, which: signal.Signals = signal.SIGINT) -
 
     def after(module: nn.Module, args: tuple, output: object) -> None:
         nonlocal count
-        if isinstance(module, WanTransformer3DModel):
+        if isinstance(module, WanTransformer3DModel | LTXVideoTransformer3DModel):
             count += 1
             if count == number:
                 signal.raise_signal(which)
@@ -59,21 +59,31 @@ def test_before_the_first_step_is_done_nothing_is_left(make: Callable[..., Run],
     assert names(tmp_path) == set()
 
 
-@pytest.mark.parametrize(("which", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_while_denoising_the_same_command_continues_to_the_same_bits(
-    make: Callable[..., Run], tmp_path: Path, which: signal.Signals, code: int
+# Wan takes two forwards a step (guidance): in the middle of its third step, and in the second of LTX-Video's.
+@pytest.mark.parametrize(
+    ("which", "code", "model", "forwards", "done_steps"),
+    [(signal.SIGINT, 130, {}, 5, 2), (signal.SIGTERM, 143, {}, 5, 2), (signal.SIGINT, 130, LTX, 2, 1)],
+    ids=["interrupted", "terminated", "interrupted-ltx"],
+)
+def test_while_denoising_the_same_command_continues_to_the_same_bits(  # noqa: PLR0917
+    make: Callable[..., Run],
+    tmp_path: Path,
+    which: signal.Signals,
+    code: int,
+    model: dict[str, object],
+    forwards: int,
+    done_steps: int,
 ) -> None:
     whole, parts = (
-        {"output.path": tmp_path / f"{name}.mp4", "output.save_latents": tmp_path / f"{name}.safetensors"}
+        model | {"output.path": tmp_path / f"{name}.mp4", "output.save_latents": tmp_path / f"{name}.safetensors"}
         for name in ("whole", "parts")
     )
     assert make(whole).code == 0
     done = names(tmp_path)
-    # Two forwards a step (guidance): in the middle of the third step.
-    with interrupted_at_forward(5, which):
+    with interrupted_at_forward(forwards, which):
         shown = make(parts)
     assert shown.code == code
-    assert "after step 2" in shown.stopped
+    assert f"after step {done_steps}" in shown.stopped
     assert f"{tmp_path / 'parts.checkpoint.safetensors'}; the same command continues" in shown.stopped
     assert names(tmp_path) == done | {"parts.checkpoint.safetensors"}
 
@@ -83,36 +93,42 @@ def test_while_denoising_the_same_command_continues_to_the_same_bits(
 
     shown = make(parts)
     assert shown.code == 0
-    assert "(continued after step 2)" in shown.out
+    assert f"(continued after step {done_steps})" in shown.out
     assert names(tmp_path) == done | {name.replace("whole", "parts") for name in done}
     latents = [load_latents(tmp_path / f"{name}.safetensors")[0] for name in ("whole", "parts")]
     assert torch.equal(*latents)
     assert (tmp_path / "whole.mp4").read_bytes() == (tmp_path / "parts.mp4").read_bytes()
 
 
-def test_while_decoding_the_latents_are_kept(
-    make: Callable[..., Run], run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("model", "piece"), [({}, 2), (LTX, 0)], ids=["wan", "ltx"])  # frames come in pieces
+def test_while_decoding_the_latents_are_kept(  # noqa: PLR0917
+    make: Callable[..., Run],
+    run: Callable[..., Run],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    model: dict[str, object],
+    piece: int,
 ) -> None:
     whole = LongVideoEngine.decode
 
     def stop_midway(self: LongVideoEngine, latents: torch.Tensor, *, seed: int) -> Iterator[np.ndarray]:
         for i, frames in enumerate(whole(self, latents, seed=seed)):
             yield frames
-            if i == 2:
+            if i == piece:
                 signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
         patch.setattr(LongVideoEngine, "decode", stop_midway)
-        shown = make()
+        shown = make(model)
     assert shown.code == 130
     assert shown.stopped.startswith("while decoding; the latents are kept in ")
     assert names(tmp_path) == {"a.latents.safetensors"}
     # generate.py does not throw them away either.
-    assert "a.latents.safetensors exists already" in make().error
+    assert "a.latents.safetensors exists already" in make(model).error
 
     command = shlex.split(shown.stopped.partition("make the video with: ")[2])
     assert run(decode.main, *command[2:]).code == 0
-    assert make({"output.path": tmp_path / "whole.mp4"}).code == 0
+    assert make(model | {"output.path": tmp_path / "whole.mp4"}).code == 0
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
 
 

@@ -1,6 +1,7 @@
 """`launch/plan.py` as a person and as a program uses it: no weights, no network, one line for a mistake."""
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -59,6 +60,32 @@ def test_shared_weights_are_told_and_counted(capsys: pytest.CaptureFixture[str])
     assert "the smallest change that fits is model.weights zero3" in capsys.readouterr().err
 
 
+def test_what_the_model_s_positions_cannot_do_is_not_planned(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(main, ["--config", "configs/ltx-video-2b.yaml", "--attention.riflex.enabled", "true"]) == 2
+    assert capsys.readouterr().err.startswith("error: attention.riflex does nothing for LTX-Video")
+
+
+def test_only_what_the_provider_can_have_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    for provider, uneven in (("torch", True), ("deepspeed", False)):
+        assert run_command(main, [*WAN, "--gpus", "8", "--json", "--parallel.provider", provider]) == 0
+        plans = json.loads(capsys.readouterr().out)["plans"]
+        assert any(len({*p["heads"]}) > 1 for p in plans) is uneven
+
+
+def test_a_single_file_of_the_hub_is_not_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*WAN, "--model.single_file", "someone/something/wan.safetensors"]
+    assert run_command(main, words) == 0
+    assert run_command(main, [*words, "--model.offline"]) == 2
+    assert "it is not in the hub's local copy" in capsys.readouterr().err
+
+
+def test_a_thousand_gpus_are_planned_for_in_seconds(capsys: pytest.CaptureFixture[str]) -> None:
+    started = time.process_time()
+    assert run_command(main, [*WAN, "--gpus", "1024"]) == 0
+    assert time.process_time() - started < 60  # 3 on a quiet machine; rank by rank it was more than an hour
+    assert "on 1024 x H200" in capsys.readouterr().out
+
+
 def test_degrees_of_the_configuration_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(main, [*WAN, "--gpus", "8", "--parallel.cfg", "1", "--parallel.ring", "2"]) == 0
     assert "chosen: cfg 1 x ring 2 x ulysses 4" in capsys.readouterr().out
@@ -68,10 +95,40 @@ def test_degrees_of_the_configuration_are_kept(capsys: pytest.CaptureFixture[str
     ("words", "message"),
     [
         (["--gpu", "h20"], "error: unknown GPU 'h20'; choose one of a100, h100, h200, rtx4090"),
-        (["--gpus", "0"], "error: cannot plan for 0 GPUs"),
+        (["--nproc", "2"], "error: unknown setting nproc; did you mean gpus?"),
+        (["--prompt", "x"], "error: unknown setting prompt; this command has no use for it, leave it out"),
+        (["--gpus", "0"], "error: cannot plan for 0 GPUs; give 1 to 1024"),
+        (["--gpus", "100000"], "error: cannot plan for 100000 GPUs; give 1 to 1024"),
         (["--video.num_frames", "320"], "error: video.num_frames must be 4k + 1, got 320"),
         (["--parallel.ulysses", "5"], "error: 1 GPUs cannot have parallel.ulysses 5"),
         (["--gpu", "rtx4090", "--model.path", "Wan-AI/Wan2.1-T2V-14B-Diffusers"], "error: does not fit: cfg 1"),
+        # What generate.py would refuse, and so is not planned.
+        (
+            ["--decode.mode", "framewise"],
+            "error: decode.mode framewise is for decoders that take the whole video at once",
+        ),
+        (
+            ["--decode.tile_height", "250"],
+            "error: decode.tile_height must be a multiple of the 8 pixels of a latent, got 250",
+        ),
+        (
+            ["--model.single_file", "nosuch.safetensors"],
+            "error: model.single_file 'nosuch.safetensors' is no file here",
+        ),
+        (["--model.single_file", "a/b/c.ckpt"], "error: model.single_file a/b/c.ckpt is a pickle"),
+        (["--parallel.provider", "deepspeed"], "error: parallel.provider deepspeed is for several ranks; give --gpus"),
+        (
+            ["--gpus", "7", "--parallel.provider", "deepspeed"],
+            "error: parallel.provider deepspeed: DeepSpeed's all-to-all takes even shares only, and 126360 tokens over 7 ranks are not",
+        ),
+        (
+            ["--gpus", "8", "--parallel.provider", "deepspeed", "--parallel.ulysses", "8"],
+            "error: parallel.provider deepspeed: DeepSpeed's all-to-all takes even shares only, and 12 heads over 8 ranks are not",
+        ),
+        (
+            ["--gpus", "4", "--attention.kernel", "plain"],
+            "error: no time can be predicted: attention_fraction of H200 has no",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:

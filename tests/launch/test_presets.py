@@ -28,7 +28,7 @@ def parse(*words: str) -> RunConfig:
 
 
 @pytest.mark.parametrize("name", ROWS)
-@pytest.mark.parametrize("model", ["tiny-wan", "wan2.1-t2v-1.3b"])
+@pytest.mark.parametrize("model", ["tiny-wan", "tiny-ltx", "wan2.1-t2v-1.3b", "ltx-video-2b"])
 def test_a_row_of_the_ablation_over_a_model(name: str, model: str) -> None:
     base = parse("--config", f"configs/{model}.yaml")
     row = parse("--config", f"configs/{model}.yaml", "--config", f"configs/ablation/{name}.yaml")

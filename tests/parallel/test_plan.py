@@ -118,6 +118,13 @@ def test_layer_bytes_count_every_row_that_leaves(windows: MaskedKernels) -> None
             assert local == {**rows, "ring": 0, "reduce": 0}
             whole = plans.layer_bytes(plan, rank, "global", shape=ONE_BYTE_ROWS, halo=windows.halo)
             assert whole == {**rows, "halo": 0, "reduce": 0}
+        for mode in ("dual", "local", "global"):  # all ranks at once are the ranks one by one
+            at_once = plans.layer_bytes_by_rank(plan, mode, shape=ONE_BYTE_ROWS, halo=windows.halo)
+            one_by_one = [
+                plans.layer_bytes(plan, rank, mode, shape=ONE_BYTE_ROWS, halo=windows.halo)
+                for rank in range(plan.ranks)
+            ]
+            assert at_once == one_by_one
 
 
 def test_layer_bytes_scale_with_the_shape_and_match_the_design_at_wan() -> None:

@@ -9,14 +9,15 @@ from tiny.attention import cpu_attention
 from tiny.export import export
 from tiny.families import FAMILIES
 from tiny.families.base import TEXT_LENGTH, load_pipeline
-from tiny.latents import cache_latents
+from tiny.train import STAGES, Plan, run_stage
 from tiny.train_flow import FlowPlan
 from tiny.train_vae import VaePlan
 
 VAE_PLAN = VaePlan(phases=((1, 1, 1), (5, 1, 1)), save_every=1)
 FLOW_PLAN = FlowPlan(phases=((1, 2, 1), (2, 2, 1)), save_every=1, compiled=False)
 DECODER_PLAN = VaePlan(phases=((1, 1, 1), (1, 1, 1)), save_every=1)
-STAGES = ("vae", "flow", "decoder")
+PLAN = Plan(vae=VAE_PLAN, num_clips=2, clips_per_file=1, flow=FLOW_PLAN, decoder=DECODER_PLAN)
+WITH_WEIGHTS = ("vae", "flow", "decoder")
 CPU = torch.device("cpu")
 
 
@@ -28,13 +29,10 @@ class KilledError(Exception):
     """Stands for a run that was stopped from outside."""
 
 
-def train_all(family, work):
+def train_all(family, work, stages=STAGES):
     """All stages, as `tiny.train` runs them, at the smallest size."""
-    work.mkdir(exist_ok=True)
-    train_vae.train_vae(family, work, VAE_PLAN, CPU)
-    cache_latents(family, work, num_clips=2, clips_per_file=1, device=CPU)
-    train_flow.train_flow(family, work, FLOW_PLAN, CPU)
-    train_vae.train_decoder(family, work, DECODER_PLAN, CPU)
+    for stage in stages:
+        run_stage(stage, family, work, PLAN, CPU)
 
 
 def killed_at_step_one(phases, step):
@@ -63,12 +61,19 @@ def test_a_resumed_run_has_the_same_bits(family, unbroken, tmp_path, monkeypatch
             with pytest.raises(KilledError):
                 train_all(family, tmp_path)
     train_all(family, tmp_path)
-    for stage in STAGES:
+    for stage in WITH_WEIGHTS:
         resumed, whole = (load_file(work / f"{stage}.safetensors") for work in (tmp_path, unbroken))
         assert resumed.keys() == whole.keys()
         assert all(torch.equal(resumed[name], whole[name]) for name in whole)
         weights = [name for name in whole if name.startswith("weight.")]
         assert any(not torch.equal(whole[name], whole[name.replace("weight.", "ema.", 1)]) for name in weights)
+
+
+def test_the_decoder_does_not_wait_for_the_transformer(family, unbroken, tmp_path):
+    train_all(family, tmp_path, stages=("vae", "latents", "decoder", "flow"))
+    for stage in ("flow", "decoder"):
+        early, late = (load_file(work / f"{stage}.safetensors") for work in (tmp_path, unbroken))
+        assert all(torch.equal(early[name], late[name]) for name in late)
 
 
 def test_the_last_stage_leaves_the_encoder_alone(family, unbroken):

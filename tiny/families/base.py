@@ -94,8 +94,3 @@ def load_pipeline(family: Family, folder: Path) -> DiffusionPipeline:
     pipe = family.pipeline.from_pretrained(str(folder), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def count_parameters(module: nn.Module) -> int:
-    """Number of parameters, tied ones once."""
-    return sum(parameter.numel() for parameter in module.parameters())

@@ -93,12 +93,13 @@ def lost(broken: bool = True) -> Failed:
 
 @dataclass
 class FakeReplica:
-    """A replica that pretends: loads in 5 seconds, then does what the script says."""
+    """A replica that pretends: loads in `loads_in` seconds, then does what the script says."""
 
     name: str
     clock: Clock
     script: Script = succeed
     step_every: float | None = None
+    loads_in: float = 5.0
     loads: int = 0
     stopped: int = 0
     made: list[str] = field(default_factory=list)
@@ -108,7 +109,7 @@ class FakeReplica:
 
     def start(self) -> None:
         self.loads += 1
-        self._later(5.0, self.loading)
+        self._later(self.loads_in, self.loading)
 
     def make(self, task: dict[str, Any]) -> None:
         item_id = task["identity"]["item_id"]

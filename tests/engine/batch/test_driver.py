@@ -151,6 +151,32 @@ def test_an_item_that_goes_on_slowly_is_no_hanging_one() -> None:
     assert not driver.journal.named("failed")
 
 
+def test_the_rest_of_a_resumed_item_says_nothing_of_how_long_a_whole_one_takes() -> None:
+    """A batch that is started again: three items only have to be decoded, and the others take fifty minutes."""
+    resumed = {item.item_id for item in ITEMS[:3]}
+
+    def script(item_id: str, attempt: int) -> tuple[float, Event]:
+        seconds, step = (40.0, 50) if item_id in resumed else (3000.0, 0)
+        return seconds, Done(record={"run": {"resumed_at": step}})
+
+    driver, _, _ = drive(script, replicas=3, step_every=100.0)
+    assert len(driver.queue.done) == len(ITEMS)
+    assert not driver.journal.named("failed")
+    assert driver.item_limit == pytest.approx(30_000.0, rel=0.01)
+
+
+def test_the_time_left_counts_whole_items_and_the_replicas_that_work() -> None:
+    driver, _, _ = drive(replicas=2)
+    driver.queue = Queue.of(ITEMS[:6])
+    driver.seconds = [90.0, 110.0]
+    assert [seat.state for seat in driver.seats] == ["idle", "idle"]
+    assert driver.eta == pytest.approx(6 * 100.0 / 2)
+    driver.seats[0].state = "gone"
+    assert driver.eta == pytest.approx(6 * 100.0)
+    driver.seconds = []
+    assert driver.eta is None
+
+
 def test_what_comes_late_from_a_replica_that_was_ended_is_nobody_s() -> None:
     clock = Clock()
     late = FakeReplica("late", clock, lambda item_id, attempt: (70.0, Done(record={})))
@@ -192,6 +218,38 @@ def test_a_wrong_configuration_halts_at_once() -> None:
     driver, fakes, _ = drive(loading=wrong)
     assert driver.halted.message == "no such checkpoint"
     assert sum(fake.loads for fake in fakes) <= 2
+
+
+def drive_one_that_cannot_load(place: int, *, seconds: float = 5.0) -> tuple[Driver, list[FakeReplica]]:
+    """Three replicas, one of which says that its settings cannot work: its GPU has no room for the model."""
+    clock = Clock()
+    fakes = [FakeReplica(f"replica-{i}", clock) for i in range(3)]
+    fakes[place].loading = Ended(failure=Failure("mistake", "out of memory"), final=True)
+    fakes[place].loads_in = seconds
+    driver = Driver(
+        queue=Queue.of(ITEMS),
+        replicas=fakes,
+        prepare=prepare,
+        hopeless=lambda item, failure: False,
+        keep=lambda item, attempts: None,
+        journal=Memory(),
+        wait=clock.wait,
+        clock=clock,
+    )
+    driver.run()
+    return driver, fakes
+
+
+@pytest.mark.parametrize("place", [0, 2])
+@pytest.mark.parametrize("seconds", [1.0, 5.0, 20.0])
+def test_one_replica_that_cannot_load_costs_itself_alone(place: int, seconds: float) -> None:
+    """Whether it says so before, with or after the others' first word."""
+    driver, fakes = drive_one_that_cannot_load(place, seconds=seconds)
+    assert driver.halted is None
+    assert driver.queue.done == {item.item_id for item in ITEMS}
+    assert 1 <= fakes[place].loads <= MOST_STARTS
+    assert driver.seats[place].failure.message == "out of memory"
+    assert driver.seats[place].state != "idle"
 
 
 def test_replicas_that_never_start_are_given_up() -> None:

@@ -12,8 +12,18 @@ import pytest
 from engine.batch import store
 from engine.batch.files import BatchFiles
 from engine.batch.locks import Shard, locked, own_shard
-from engine.batch.plan import claim_folder
-from engine.batch.store import compile_manifest, file_sha256, is_done, publish, sweep, write_json, writing_to
+from engine.batch.plan import asked_items, check_folder, claim_folder
+from engine.batch.store import (
+    compile_manifest,
+    file_sha256,
+    is_done,
+    publish,
+    read_json,
+    sweep,
+    write_json,
+    writing_to,
+)
+from engine.checkpoint import atomic_path
 from engine.errors import UserError
 from tests.engine.batch.cases import batch, check_bytes, content, write_item
 from tests.ranks import PRELOAD
@@ -143,7 +153,9 @@ def test_a_file_that_fails_its_check_gets_no_name(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="is not whole"):
         publish(part, tmp_path / "a.mp4", check=check_bytes)
     assert not (tmp_path / "a.mp4").exists()
-    assert sweep(tmp_path) == [part]
+    assert sweep(tmp_path, older_than=60.0) == []  # somebody may be writing it
+    os.utime(part, (0, 0))
+    assert sweep(tmp_path, older_than=60.0) == [part]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -171,9 +183,115 @@ def test_a_manifest_does_not_depend_on_the_order(tmp_path: Path) -> None:
     for name in "cab":
         write_json(tmp_path / f"{name}.json", {"name": name})
     paths = sorted(tmp_path.glob("*.json"))
-    assert compile_manifest(tmp_path / "one", paths, dict) == 3
-    compile_manifest(tmp_path / "two", paths[::-1], dict)
+    assert compile_manifest(tmp_path / "one", paths, read_json).rows == 3
+    compile_manifest(tmp_path / "two", paths[::-1], read_json)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes() != b""
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{}", "null", "{", '{"item_id": "x", "status": "done"}', '{"status": "quarantined"}']
+)
+@pytest.mark.parametrize("place", ["quarantine/x.json", "direct/000000000000/videos/notes.json"])
+def test_what_is_no_sidecar_costs_no_line_of_the_manifest(tmp_path: Path, place: str, text: str) -> None:
+    """It may be put there while the batch runs: what was made stays listed, and the file is named."""
+    files, item = BatchFiles(root=tmp_path), batch().items[0]
+    write_item(files, item)
+    foreign = tmp_path / place
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text(text)
+    manifest = files.write_manifest()
+    assert manifest.rows == 1
+    (line,) = manifest.left_out
+    assert line.startswith(f"{foreign} is not ")
+    assert line.endswith("; move it away")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[]", "it holds no keys"),
+        ("{}", "it has no item_id"),
+        ('{"item_id": 3}', "item_id is 3"),
+        ('{"item_id": "x", "output": []}', "it has no output.file"),
+        ('{"item_id": "x", "output": {"file": "a", "bytes": "b"}}', "output.bytes is 'b'"),
+    ],
+)
+def test_a_broken_sidecar_is_one_line(tmp_path: Path, text: str, why: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(UserError, match=rf"a.json is not the sidecar of a result: {why}; move it away"):
+        is_done(tmp_path / "a.json", "x")
+
+
+def test_a_sidecar_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> None:
+    output = {"file": "/etc/passwd", "bytes": 1, "sha256": ""}
+    write_json(tmp_path / "a.json", {"item_id": "x", "output": output})
+    with pytest.raises(UserError, match="names the file '/etc/passwd', which is not beside it"):
+        is_done(tmp_path / "a.json", "x")
+
+
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path, why in ((tmp_path / "file/a.json", "Not a directory"), (tmp_path / ("x" * 300), "File name too long")):
+        with pytest.raises(UserError, match=f"cannot read .*: {why}; mend it, or give another place"):
+            read_json(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("[1]", "it holds no keys"),
+        ('{"schema": 1}', "it has no configs"),
+        ('{"schema": 1, "configs": []}', "configs is"),
+    ],
+)
+def test_a_batch_file_that_is_none_is_one_line(tmp_path: Path, text: str, why: str) -> None:
+    (tmp_path / "batch.json").write_text(text)
+    with pytest.raises(UserError, match=rf"batch\.json is not a batch's description: {why}"):
+        check_folder(tmp_path, batch())
+
+
+@pytest.mark.parametrize("name", ["manifest.jsonl", "batch.json", "text", "status"])
+def test_what_has_the_place_of_a_file_or_folder_is_seen_before_anything_is_made(tmp_path: Path, name: str) -> None:
+    files = BatchFiles(root=tmp_path)
+    files.check()
+    (tmp_path / name).mkdir() if "." in name else (tmp_path / name).touch()
+    with pytest.raises(UserError, match=rf"{tmp_path / name} is (a|not a) folder, where a batch has .*; move it away"):
+        files.check()
+
+
+def test_everything_that_was_asked_for_is_remembered(tmp_path: Path) -> None:
+    assert asked_items(tmp_path) is None
+    claim_folder(tmp_path, batch("a", seeds=(0,)))
+    claim_folder(tmp_path, batch("a", "b", seeds=(1,)))
+    labels = {f"{m}/{name}" for m in ("freespec", "direct") for name in ("p0000-s0", "p0000-s1", "p0001-s1")}
+    assert set(asked_items(tmp_path)) == labels
+
+
+def test_an_unfinished_file_is_one_process_s_and_old_ones_go(tmp_path: Path) -> None:
+    """A rank that has lost its driver may still be writing when its successor begins."""
+    path, strange = tmp_path / "p0000-s0.checkpoint.safetensors", tmp_path / "other.checkpoint.safetensors.1-a.part"
+    old = path.with_name(f"{path.name}.1-a.part")
+    for left in (old, strange):
+        left.touch()
+        os.utime(left, (0, 0))
+    with atomic_path(path) as first:
+        first.write_bytes(b"first")
+        with atomic_path(path) as second:
+            second.write_bytes(b"second")
+        assert path.read_bytes() == b"second"
+    assert path.read_bytes() == b"first"
+    assert sorted(tmp_path.iterdir()) == sorted([path, strange])
+
+
+def test_what_is_left_of_texts_goes_with_the_next_start(tmp_path: Path) -> None:
+    files = BatchFiles(root=tmp_path)
+    files.text_cache.mkdir()
+    old, new = (files.text_cache / f"{name}.safetensors.1-a.part" for name in ("old", "new"))
+    old.touch()
+    new.touch()
+    os.utime(old, (0, 0))
+    files.tidy(done=[], todo=[])
+    assert list(files.text_cache.iterdir()) == [new]
 
 
 def test_quarantine_keeps_every_traceback_and_lets_go(tmp_path: Path) -> None:
@@ -182,7 +300,7 @@ def test_quarantine_keeps_every_traceback_and_lets_go(tmp_path: Path) -> None:
     text = files.put_into_quarantine(item, error="m", attempts=[attempt, attempt | {"attempt": 2}])
     assert text.read_text().count("Traceback: here") == 2
     assert files.quarantined(item)["attempts"][1] == {"attempt": 2, "kind": "fault", "message": "m", "replica": "r"}
-    assert files.write_manifest() == 1
+    assert files.write_manifest().rows == 1
     assert json.loads((tmp_path / "manifest.jsonl").read_text())["status"] == "quarantined"
     files.release(item)
     assert files.quarantined(item) is None
@@ -195,9 +313,33 @@ def test_shards_that_are_none(text: str) -> None:
         Shard.parse(text)
 
 
-def test_every_item_is_in_exactly_one_shard() -> None:
+def test_every_item_is_in_exactly_one_shard_whatever_list_its_driver_has() -> None:
+    """Three drivers, each with a list of its own: one has a seed more, one the prompts in another order."""
+    lists = [
+        batch(*texts, seeds=seeds).items
+        for texts, seeds in (("abc", (0, 1)), ("abc", (0, 1, 2)), ("cab", (0, 1)))  # each letter is a prompt
+    ]
     shards = [Shard.parse(f"{i}/3") for i in (1, 2, 3)]
-    assert all(sum(shard.holds(position) for shard in shards) == 1 for position in range(100))
+    every = {item.item_id for items in lists for item in items}
+    assert all(sum(shard.owns(item_id) for shard in shards) == 1 for item_id in every)
+    common = set.intersection(*({item.item_id for item in items} for items in lists))
+    made = [
+        item.item_id for shard, items in zip(shards, lists, strict=True) for item in items if shard.owns(item.item_id)
+    ]
+    assert common <= set(made)
+    assert len(made) == len(set(made))
+
+
+def test_shards_are_fair_and_split_methods_too() -> None:
+    """A slow method must not be one machine's alone, as every other place of the list would have it."""
+    items = batch(*map(str, range(500)), seeds=(0,)).items
+    for method in ("freespec", "direct"):
+        counts = [
+            sum(Shard(index=i, count=4).owns(item.item_id) for item in items if item.method == method)
+            for i in (1, 2, 3, 4)
+        ]
+        assert sum(counts) == 500
+        assert max(counts) < 1.25 * 125, counts
 
 
 def test_one_driver_per_shard(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Replicas and ranks on a real Ray of this machine: a rank is killed, everything is made, nothing listens beyond loopback."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -31,7 +32,8 @@ __all__ = ["undisturbed"]
 CLUSTER = """
 import sys
 import ray
-context = ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, logging_level="error")
+gpus = int(sys.argv[1])
+context = ray.init("local", num_cpus=4, num_gpus=gpus, include_dashboard=False, object_store_memory=100 * 2**20, logging_level="error")
 print("at", context.address_info["gcs_address"], flush=True)
 sys.stdin.read()
 """
@@ -60,15 +62,23 @@ def as_a_member(settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setenv(name, value)
 
 
-@pytest.fixture(scope="module")
-def cluster(settings: dict[str, str]) -> Iterator[str]:
-    """Its address."""
+@contextlib.contextmanager
+def open_cluster(settings: dict[str, str], *, gpus: int) -> Iterator[str]:
+    """The address of a cluster for the block; Ray believes what it is told of GPUs."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([sys.executable, "-c", CLUSTER], **pipes, text=True, env=os.environ | settings)
+    command = [sys.executable, "-c", CLUSTER, str(gpus)]
+    process = subprocess.Popen(command, **pipes, text=True, env=os.environ | settings)
     found = next((line.split()[1] for line in process.stdout if line.startswith("at ")), None)
     assert found is not None, process.wait()
     yield found
     process.communicate("")
+
+
+@pytest.fixture(scope="module")
+def cluster(settings: dict[str, str]) -> Iterator[str]:
+    """Its address."""
+    with open_cluster(settings, gpus=0) as address:
+        yield address
 
 
 def ranks_on_ray() -> dict[int, int]:
@@ -179,6 +189,29 @@ def test_another_token_is_refused_in_one_line(
     assert shown.code == 2
     assert f"the Ray cluster at {cluster} wants its token" in shown.err
     assert list((tmp_path / "out").glob("*/*/videos/*")) == []
+
+
+@pytest.mark.usefixtures("as_a_member")
+def test_gpus_of_a_cluster_are_not_left_aside_in_silence(
+    run: Callable[..., Run], settings: dict[str, str], wan_folder: Path, tmp_path: Path
+) -> None:
+    """One line each, and nothing is noted in the folder, where the configuration for GPUs may still go."""
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    out = tmp_path / "out"
+    with open_cluster(settings, gpus=2) as address:
+        shown = run(batch.main, *words(wan_folder, tmp_path / "prompts.txt", out, {"ray": address}))
+        assert (shown.code, shown.err.count("\n")) == (2, 1), shown
+        assert f"the Ray cluster at {address} has 2 GPUs, and this batch would run on CPUs; give " in shown.err
+        assert not (out / "batch.json").exists()
+        command = [*prompted(wan_folder, tmp_path / "a.mp4"), "--nproc=3", f"--ray={address}"]
+        command = [word for word in command if not word.startswith("--model.device")]
+        ended = subprocess.run(
+            [sys.executable, str(SCRIPT), *command], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert (ended.returncode, ended.stderr) == (
+            2,
+            "error: 3 ranks need 3 GPUs, and the cluster has 2; give --nproc 2, or --model.device cpu to run on CPUs\n",
+        )
 
 
 def test_no_cluster_is_one_line(run: Callable[..., Run], wan_folder: Path, tmp_path: Path) -> None:

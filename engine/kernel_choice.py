@@ -1,0 +1,191 @@
+"""Which dense kernel `attention.kernel auto` means: the one clearly fastest that is right, on this device and at this video's own shape.
+
+Measured once, when an engine starts, where there is more than one to choose from, which is on CUDA in half precision. Rank 0
+measures and hands its choice out, so that all ranks compute alike.
+"""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from engine.adapters import VideoSpec
+from engine.config import RunConfig
+from engine.errors import UserError
+from engine.ranks import hand_out_bytes, together
+from freespec.attention import WindowedAttention
+from freespec.kernels import candidates, select_kernel
+from parallel.mesh import SeqMesh
+
+# Part of a layer: all of its keys for some queries and heads. Enough for a GPU to be busy, and 0.3 GB at 126,360 tokens.
+QUERY_FRAMES, HEADS = 4, 4
+CALLS = 3
+# Queries that are held against plain attention, which writes its logits out: the last ones, of the last of the strided windows.
+CHECKED = 8
+ROUNDINGS = 4  # that an output may be off by; sums over many keys round as well, by far less than half precision does
+SUM_ROUNDING = 2**-18
+# Of the usual kernel's time, for another to win: near a tie, processes of one batch would choose by chance, and differ in bits.
+DECISIVE = 0.9
+LSE_ERROR = 1e-2  # absolute; logits are of the order of 1 here
+Parts = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KernelChoice:
+    """What was chosen, for the record.
+
+    Attributes:
+        kernel: the name.
+        why: `given`, `the only one here`, or `measured`.
+        seconds: of a part of a layer, global and dual, by kernel.
+        left_out: kernels that do not run here, or are wrong, and why.
+    """
+
+    kernel: str
+    why: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerPart:
+    """The shape that kernels are measured at."""
+
+    num_frames: int
+    frame_tokens: int
+    window_frames: int
+    heads: int
+    head_dim: int
+
+    def attention(self, name: str, device: torch.device, dtype: torch.dtype) -> WindowedAttention:
+        """The layer around a kernel; ValueError for one that is not there."""
+        return WindowedAttention(
+            num_frames=self.num_frames,
+            frame_tokens=self.frame_tokens,
+            window_frames=self.window_frames,
+            kernel=select_kernel(name, device, dtype),
+        )
+
+
+def choose_on_ranks(
+    config: RunConfig,
+    spec: VideoSpec,
+    *,
+    num_heads: int,
+    head_dim: int,
+    mesh: SeqMesh,
+    where: tuple[torch.device, torch.dtype],
+) -> KernelChoice:
+    """`choose_kernel` for the video of a configuration, by rank 0 for all; `where` is the device and dtype of the model."""
+    _, _, *latents = spec.latent_shape(config.video.num_frames, config.video.height, config.video.width)
+    frames, rows, columns = (size // patch for size, patch in zip(latents, spec.patch, strict=True))
+    part = LayerPart(
+        num_frames=frames,
+        frame_tokens=rows * columns,
+        window_frames=min(config.method.window_frames, frames),
+        heads=min(num_heads, HEADS),
+        head_dim=head_dim,
+    )
+    first = mesh.world.rank == 0
+    chosen = together(mesh, lambda: choose_kernel(config.attention.kernel, part, *where) if first else None)
+    data = json.dumps(dataclasses.asdict(chosen)).encode() if chosen is not None else b""
+    return KernelChoice(**json.loads(hand_out_bytes(mesh, data, "attention kernel")))
+
+
+def choose_kernel(name: str, part: LayerPart, device: torch.device, dtype: torch.dtype) -> KernelChoice:
+    """What `name` means here. UserError if it is `auto` and no kernel is right."""
+    if name != "auto":
+        return KernelChoice(kernel=name, why="given")
+    names = candidates(device, dtype)
+    return (
+        KernelChoice(kernel=names[0], why="the only one here")
+        if len(names) == 1
+        else fastest(names, part, device, dtype)
+    )
+
+
+@functools.cache  # once a process: engines of one video's shape share it
+def fastest(names: tuple[str, ...], part: LayerPart, device: torch.device, dtype: torch.dtype) -> KernelChoice:
+    """The first of these kernels, or one that is clearly quicker, at global and dual attention together, among those that equal plain attention."""
+    qkv, q_start = draw(part, device, dtype)
+    expected = check_rows(part.attention("plain", device, dtype), qkv, q_start)
+    seconds, left_out = {}, {}
+    for name in names:
+        try:
+            layer = part.attention(name, device, dtype)
+            difference = wrong(check_rows(layer, qkv, q_start), expected, dtype)
+            if difference is None:
+                seconds[name] = seconds_of(lambda layer=layer: both_kinds(layer, qkv, q_start), device)  # type: ignore[misc]
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # for what a device does not do
+            difference = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        if difference is not None:
+            left_out[name] = difference
+    if not seconds:
+        raise UserError(f"no attention kernel runs here: {left_out}; choose one as attention.kernel, like plain")
+    usual, best = next(iter(seconds)), min(seconds, key=lambda name: seconds[name])
+    if seconds[best] > DECISIVE * seconds[usual]:
+        best = usual
+    return KernelChoice(kernel=best, why="measured", seconds=seconds, left_out=left_out)
+
+
+def draw(part: LayerPart, device: torch.device, dtype: torch.dtype) -> tuple[Parts, int]:
+    """Normal q of some frames in the middle and k, v of all, [1, s, N, D]; and the first token of q."""
+    frames = min(QUERY_FRAMES, part.num_frames)
+    q_start = (part.num_frames - frames) // 2 * part.frame_tokens
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(tokens: int) -> Tensor:
+        sizes = (1, tokens, part.heads, part.head_dim)
+        return torch.randn(sizes, generator=generator, device=device, dtype=dtype)
+
+    tokens = part.num_frames * part.frame_tokens
+    return (normal(frames * part.frame_tokens), normal(tokens), normal(tokens)), q_start
+
+
+def both_kinds(layer: WindowedAttention, qkv: Parts, q_start: int) -> Parts:
+    """A global call, and a dual one: out [1, s, N, D] and lse [1, s, N] of global, local and both."""
+    q, k, v = qkv
+    local, wide = layer.dual(q, k, v, q_start, 0, dtype=q.dtype)
+    return (*layer.dense(q, k, v), *local, *wide)
+
+
+def check_rows(layer: WindowedAttention, qkv: Parts, q_start: int) -> Parts:
+    """`both_kinds` at the checked queries; plain attention computes no others."""
+    q, k, v = qkv
+    last = q[:, -CHECKED:]
+    if layer.kernel is select_kernel("plain", q.device, q.dtype):
+        return both_kinds(layer, (last, k, v), q_start + q.shape[1] - last.shape[1])
+    return tuple(part[:, -last.shape[1] :] for part in both_kinds(layer, qkv, q_start))
+
+
+def wrong(actual: Parts, expected: Parts, dtype: torch.dtype) -> str | None:
+    """How outputs and log-sum-exps differ from plain attention's by more than rounding; None if they do not."""
+    for got, right in zip(actual, expected, strict=True):
+        difference = got.float() - right.float()
+        if got.dim() == 4:
+            error, limit = (
+                float(difference.norm() / right.float().norm()),
+                ROUNDINGS * max(torch.finfo(dtype).eps / 2, SUM_ROUNDING),
+            )
+        else:
+            error, limit = float(difference.abs().max()), LSE_ERROR
+        if not error <= limit:  # not a number is wrong as well
+            return f"is off by {error:.1e} from plain attention, where rounding is {limit:.1e}"
+    return None
+
+
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """The shortest of some calls, after one that is not counted."""
+    times = []
+    for _ in range(1 + CALLS):
+        started = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times[1:])

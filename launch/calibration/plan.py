@@ -1,0 +1,42 @@
+"""Which videos a calibration makes: the search's and the judgement's, with the steps and seeds of each."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.config import RunConfig
+from launch.comparison.store import Comparison
+from launch.comparison.variants import Variant
+
+Part = Literal["search", "judged"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationPlan:
+    """The trials by label, and how many steps and seeds each part has; `config` is that of the judgement."""
+
+    folder: Path
+    config: RunConfig
+    trials: Mapping[str, Mapping[str, Any]]
+    num_steps: Mapping[Part, int]
+    num_seeds: Mapping[Part, int]
+
+    def compared(self, part: Part, labels: Sequence[str], prompts: list[str]) -> Comparison:
+        """The videos of these trials on these prompts."""
+        first = self.config.sampler.seed
+        return Comparison(
+            folder=self.folder / part,
+            variants=[self._variant(part, label) for label in labels],
+            prompts=prompts,
+            seeds=[first + number for number in range(self.num_seeds[part])],
+        )
+
+    def _variant(self, part: Part, label: str) -> Variant:
+        config = self.config
+        method = dataclasses.replace(
+            config.method, freespec=dataclasses.replace(config.method.freespec, **self.trials[label])
+        )
+        sampler = dataclasses.replace(config.sampler, num_steps=self.num_steps[part])
+        return Variant(label=label, config=dataclasses.replace(config, method=method, sampler=sampler))

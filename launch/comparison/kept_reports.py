@@ -1,0 +1,80 @@
+"""The report.json files that findings.py tells of: read, whole, and of the same weights."""
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError
+from launch.comparison.variants import flatten
+
+Report = dict[str, Any]
+TABLES = ("methods", "ablation", "steps")
+"""Reports of compare.py; the others are `analysis` and `calibration`, of the commands that are called alike."""
+
+_STEPS = "sampler.num_steps"
+_SETTINGS = tuple(f"comparison/settings/{key}" for key in ("checkpoint", "video.num_frames", _STEPS))
+_OF_TABLES = ("comparison/variants", "notes", "baseline", "noise", "summary", "videos", "times")
+_NEEDED = dict.fromkeys(TABLES, _OF_TABLES) | {
+    "analysis": ("comparison/prompts", "comparison/settings/method.name", "spectra/stages", "spectra/heads_that_fall"),
+    "calibration": (
+        *("num_steps/search", "num_steps/judged"),
+        *("search_seed", "space", "trials", "rounds", "best", "judged"),
+    ),
+}
+_NOTHING = object()
+
+
+def read_report(path: Path, name: str) -> Report | None:
+    """A report.json that is called `name`; None if it was not made yet, UserError for one that lacks what the page needs."""
+    if not path.exists():
+        return None
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({error}); make it again") from error
+    lacking = next(_lacking(report, name), None)
+    if lacking is not None:
+        raise UserError(f"{path} lacks {lacking}: it is of another command or an older version; make it again")
+    return report
+
+
+def refuse_mixed(reports: Mapping[str, Report | None], files: Mapping[str, Path]) -> None:
+    """Raise UserError, naming two files, if the reports are of different weights, or tables of different settings.
+
+    What may differ between tables is the number of steps, which is what `steps` is for, and which variants they are on.
+    """
+    there = [(name, report) for name, report in reports.items() if report is not None]
+    for (one, first), (other, second) in itertools.combinations(there, 2):
+        before, now = (_decisive(report, both_tables={one, other} <= {*TABLES}) for report in (first, second))
+        if "steps" in (one, other):
+            before.pop(_STEPS, None)
+            now.pop(_STEPS, None)
+        key = next((key for key in before if key in now and before[key] != now[key]), None)
+        if key is not None:
+            raise UserError(
+                f"{files[one]} and {files[other]} are of different runs: {key} is {before[key]} in the first and "
+                f"{now[key]} in the second; make one of them again"
+            )
+
+
+def _decisive(report: Report, *, both_tables: bool) -> dict[str, Any]:
+    settings = report["comparison"]["settings"]
+    if not both_tables:
+        return {"checkpoint": settings["checkpoint"]}
+    return settings | flatten(report["comparison"]["variants"])
+
+
+def _lacking(report: Any, name: str) -> Iterator[str]:
+    """What the page needs and the report has not."""
+    for path in (*_SETTINGS, *_NEEDED[name]):
+        found = report
+        for key in path.split("/"):
+            found = found.get(key, _NOTHING) if isinstance(found, dict) else _NOTHING
+        if found is _NOTHING:
+            yield path
+    if name in TABLES and isinstance(report, dict):
+        metrics = {row["metric"] for row in report.get("summary", ())}
+        for video in report.get("videos", ()):
+            yield from (f"{metric} of {video['label']}" for metric in sorted(metrics - video["values"].keys()))

@@ -1,0 +1,96 @@
+"""`model.compile`: a graph for each kind of step, whatever the layers, steps and videos, also after another method was put on."""
+
+import contextlib
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from torch._dynamo.exc import FailOnRecompileLimitHit
+from torch._dynamo.testing import CompileCounter
+
+from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
+from engine.engine import LongVideoEngine
+from engine.errors import UserError
+from engine.trace import Trace
+from freespec.methods import FreeSpec
+from tests.tiny_pipelines import save_random_wan
+
+PROMPT = "a red circle"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_random_wan(tmp_path_factory.mktemp("wan"))
+
+
+def config_of(folder: Path, *, compiled: bool) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(path=str(folder), device="cpu", compile=compiled),
+        video=VideoConfig(num_frames=21, height=32, width=32),
+        sampler=SamplerConfig(num_steps=4, guidance_scale=4.0, max_text_tokens=20),
+        method=MethodConfig(name="freespec", window_frames=3, freespec=FreeSpec(domain="step", split=0.5)),
+        output=OutputConfig(progress="off"),
+    )
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounter]:
+    """Counts graphs, and runs them as they are: what inductor makes of them is not ours."""
+    counter = CompileCounter()
+    whole = WanTransformer3DModel.compile_repeated_blocks
+    monkeypatch.setattr(WanTransformer3DModel, "compile_repeated_blocks", lambda model: whole(model, backend=counter))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # raised by dynamo about torch's own code
+        yield counter
+    monkeypatch.undo()
+    torch.compiler.reset()
+
+
+def test_a_kind_of_step_is_compiled_once(folder: Path, counter: CompileCounter) -> None:
+    with contextlib.closing(LongVideoEngine(config_of(folder, compiled=False))) as engine:
+        expected = engine.denoise(PROMPT).latents
+    assert counter.frame_count == 0
+    with contextlib.closing(LongVideoEngine(config_of(folder, compiled=True))) as engine:
+        assert len(engine.pipe.transformer.blocks) > 1
+        made = engine.denoise(PROMPT)
+        assert [step["mode"] for step in made.steps] == ["dual", "dual", "local", "local"]
+        torch.testing.assert_close(made.latents, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        graphs = counter.frame_count
+        assert graphs == 2
+        engine.denoise(PROMPT, seed=5)
+        assert counter.frame_count == graphs
+        engine.use_method(MethodConfig(name="direct", window_frames=3))
+        engine.denoise(PROMPT)
+        assert counter.frame_count == graphs + 1
+        with pytest.raises(UserError, match=r"hand out no branches for a trace .*; set model.compile false"):
+            engine.denoise(PROMPT, trace=Trace())
+
+
+@pytest.mark.usefixtures("counter")
+def test_methods_may_change_more_often_than_a_block_may_be_compiled(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(folder, compiled=True)
+    config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, num_steps=1, guidance_scale=1.0))
+
+    def change_methods() -> None:
+        for window_frames in (2, 3):
+            engine.use_method(MethodConfig(name="sliding_window", window_frames=window_frames))
+            engine.denoise(PROMPT)
+
+    with contextlib.closing(LongVideoEngine(config)) as engine, torch._dynamo.config.patch(recompile_limit=1):
+        change_methods()
+        monkeypatch.setattr(torch.compiler, "reset", lambda: None)
+        with pytest.raises(FailOnRecompileLimitHit):  # the control: graphs of the methods before would be kept
+            change_methods()
+
+
+def test_what_cannot_be_compiled_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"model.compile cannot compile layers that model.weights zero3 gathers"):
+        ModelConfig(path="somewhere", weights="zero3", compile=True)
+    with pytest.raises(UserError, match=r"hand out no branches for a trace .*; switch one of the two off"):
+        dataclasses.replace(config_of(folder, compiled=True), output=OutputConfig(trace=True))
