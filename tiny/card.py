@@ -66,9 +66,12 @@ Minutes are wall-clock, and the machine was shared with other work. Rendering an
 ## Limits
 The goals for this model are 90 % for shape and colour, 80 % for directions and 30 dB; where the table is below, it needs more training.
 It is a toy: one object, {num_shapes} shapes, no grammar beyond its captions, nothing of the real world. Clips longer than {native} frames are out
-of what it was trained on and degrade, which is what it is for. Bounces are its hardest motion: it turns back at a wall in an arc, and the measure,
-which wants the turn at once, counts that as circling.
+of what it was trained on and degrade, which is what it is for.{bounces}
 """
+
+_ARCS = """ Bounces are its hardest motion: it turns back at a wall in an arc, and the measure,
+which wants the turn at once, counts that as circling."""
+"""For a model of which less than half of the bounces are read as such."""
 
 _HISTORY = {
     "ltx": """The world has changed since in one thing: a bounce met the right wall anywhere between frames 10 and 18, and at a wider range of angles.
@@ -118,6 +121,7 @@ def write_card(name: str, folder: Path) -> None:
         pipeline=family.pipeline.__name__,
         arguments="\n".join(f"    {key}={value}," for key, value in family.sampling_arguments().items()),
         history=_HISTORY.get(name, ""),
+        bounces=_ARCS if figures["matches"]["motion_of_bounce"] < 0.5 else "",
         grid="{} x {}".format(*family.latent_grid),
         size=SIZE,
         native=NATIVE_FRAMES,
