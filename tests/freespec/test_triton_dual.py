@@ -193,7 +193,8 @@ SHARDS = {
 @pytest.mark.parametrize("shard", SHARDS)
 def test_a_shard_of_the_queries_and_keys(interpreter: ProcessPoolExecutor, shard: str) -> None:
     queries, keys = SHARDS[shard]
-    case = Case(video=video(9, 13, 3, 16), queries=queries, keys=keys)
+    # Some heads, for enough numbers: with five queries of one, which of two kernels rounds better is chance, and the machine's.
+    case = Case(video=video(9, 13, 3, 16, batch=2, heads=3), queries=queries, keys=keys)
     check(case, interpreter.submit(run, case).result())
 
 
