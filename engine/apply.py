@@ -166,6 +166,15 @@ def check_riflex(adapter: ModelAdapter, riflex: Riflex) -> None:
         )
 
 
+def check_shift(adapter: ModelAdapter, shift: str) -> None:
+    """Raise UserError if the shift of longer videos is asked of a model that has one shift for any length."""
+    if shift == "actual" and not adapter.shift_grows:
+        raise UserError(
+            f"sampler.shift actual does nothing for {adapter.name}: it has one shift for any length; leave it out, or choose "
+            "that shift with sampler.flow_shift"
+        )
+
+
 def _check_free(transformer: nn.Module, modules: list[nn.Module]) -> None:
     """Refuse what would be ignored or would make attention wrong without a word."""
     refuse_context_parallel(transformer)

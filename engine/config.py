@@ -118,7 +118,8 @@ class SamplerConfig:
         noise: `iid` is fresh in every frame, `freenoise` repeats the frames of the first window in another order, `mean_reuse`
             repeats their mean over time; `method` is what the method was published with (iid for direct, sliding_window
             and freespec, freenoise for freenoise and freelong, mean_reuse for freepca).
-        noise_stride: latent frames that `freenoise` puts in another order at a time; None is a quarter of the window.
+        noise_stride: latent frames that `freenoise` puts in another order at a time; None is the method's own stride, which
+            freenoise has (method.freenoise.stride), or else a quarter of the window.
     """
 
     num_steps: int = 50
@@ -144,6 +145,12 @@ class SamplerConfig:
         _check(
             self.noise_stride is None or self.noise_stride >= 1,
             f"sampler.noise_stride must be 1 or more frames, got {self.noise_stride}",
+        )
+        # With `method` it is the method that says whether there is a stride, and one command may be for several methods.
+        _check(
+            self.noise_stride is None or self.noise in ("method", "freenoise"),
+            f"sampler.noise_stride {self.noise_stride} goes with the noise freenoise, and sampler.noise is {self.noise}; "
+            "leave it out",
         )
 
 
@@ -371,7 +378,7 @@ class RunConfig:
         kind, stride = self.noise
         _check(
             kind != "freenoise" or stride <= self.method.window_frames,
-            f"sampler.noise_stride {stride} is more than the {self.method.window_frames} frames of method.window_frames",
+            f"{self._noise_stride_name} {stride} is more than the {self.method.window_frames} frames of method.window_frames",
         )
         xfuser = self.parallel.provider == "xfuser"
         _check(
@@ -386,7 +393,13 @@ class RunConfig:
         """The kind of the initial noise, and the stride of `freenoise` in frames."""
         sampler, method = self.sampler, self.method
         kind = method.method.noise if sampler.noise == "method" else sampler.noise
-        return kind, sampler.noise_stride or default_stride(method.window_frames)
+        stride = sampler.noise_stride or method.method.noise_stride
+        return kind, stride or default_stride(method.window_frames)
+
+    @property
+    def _noise_stride_name(self) -> str:
+        """The setting that the noise's stride came from."""
+        return f"method.{self.method.name}.stride" if self.sampler.noise_stride is None else "sampler.noise_stride"
 
 
 def _check_plain(settings: dict[str, Any]) -> None:

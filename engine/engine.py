@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from engine.adapters import ModelAdapter, VideoSpec, adapter_of
 from engine.adapters.base import Text
-from engine.apply import MethodHandle, Ranks, apply_method, check_riflex
+from engine.apply import MethodHandle, Ranks, apply_method, check_riflex, check_shift
 from engine.checkpoint import History, load_run, save_run
 from engine.config import COMPILED_TRACE, MethodConfig, OutputConfig, RunConfig
 from engine.decode_plan import check_tiles
@@ -317,7 +317,9 @@ class LongVideoEngine:
         source = find_checkpoint(config.model.path)
         folder = fetch(source, config.model.revision, parts=(), offline=config.model.offline)
         spec = read_spec(folder)
-        check_riflex(find_adapter(folder), config.attention.riflex)
+        adapter = find_adapter(folder)
+        check_riflex(adapter, config.attention.riflex)
+        check_shift(adapter, config.sampler.shift)
         spec.check_video(config.video.num_frames, config.video.height, config.video.width)
         check_tiles(config.decode, spec)
         return spec, fingerprints(config, folder, from_hub=isinstance(source, str))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from engine.apply import Ranks, check_riflex
+from engine.apply import Ranks, check_riflex, check_shift
 from engine.config import RunConfig
 from engine.decode_plan import check_tiles
 from engine.errors import UserError
@@ -75,6 +75,7 @@ def check_settings(config: RunConfig, spec: ModelSpec) -> None:
     """
     check_tiles(config.decode, spec.video)
     check_riflex(spec.adapter, config.attention.riflex)
+    check_shift(spec.adapter, config.sampler.shift)
     name = config.model.single_file
     if name is None:
         return

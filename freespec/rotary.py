@@ -27,7 +27,12 @@ class Riflex:
     repetition: float | None = None
 
     def __post_init__(self) -> None:
-        """Reject numbers that name no frequency."""
+        """Reject numbers that name no frequency, and those that nothing would read."""
+        for name in ("index", "repetition"):
+            if getattr(self, name) is not None and not self.enabled:
+                raise ValueError(
+                    f"riflex: {name} {getattr(self, name)} does nothing while enabled is false; set it true"
+                )
         if self.index is not None and self.index < 1:
             raise ValueError(f"riflex: index must be 1 or more, got {self.index}")
         if self.repetition is not None and not 0.0 < self.repetition < math.inf:

@@ -85,6 +85,11 @@ class Method(metaclass=abc.ABCMeta):
     noise: ClassVar[Noise] = "iid"
 
     @property
+    def noise_stride(self) -> int | None:
+        """Latent frames that `freenoise` noise puts in another order at a time with this method; None: a quarter of the window."""
+        return None
+
+    @property
     def refused_axes(self) -> Mapping[str, str]:
         """Axes of the mesh (`ring`, `ulysses`) that must be 1, each with the reason; {} for any layout."""
         return {}

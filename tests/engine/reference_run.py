@@ -1,7 +1,7 @@
 """A whole run by masks and SVDs on a stock pipeline: the simple twin of every model's fast path."""
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import math
+from collections.abc import Callable
 
 import torch
 from diffusers import DiffusionPipeline
@@ -9,16 +9,19 @@ from torch import Tensor, nn
 
 from engine.adapters import ModelAdapter
 from freespec.attention import masked_ref
-from freespec.methods import FreeSpec, Grid, StepPlan
+from freespec.methods import FreeSpec, Grid
 from freespec.spectrum import svd_fusion_ref
 
 
 class ReferenceProcessor:
-    """Both branches by mask and the fusion by SVD, in fp64: shares no code with the fast path but the projections."""
+    """Both branches by mask and the fusion by SVD, in fp64: shares no code with the fast path but the model's projections.
+
+    Those are the adapter's, which tests of `direct` hold against the stock pipeline.
+    """
 
     def __init__(self, adapter: ModelAdapter, grid: Grid) -> None:
         self.adapter, self.grid = adapter, grid
-        self.weights: Any = None  # of a dual step
+        self.weights: tuple[Tensor, float] | None = None  # g [D] and lam of a dual step
 
     def __call__(
         self,
@@ -34,8 +37,19 @@ class ReferenceProcessor:
         if self.weights is not None:
             wide = masked_ref(q, k, v, frame_tokens=frame_tokens, window_frames=None)
             g, lam = self.weights
-            out = svd_fusion_ref(out, wide, g, float(lam))
+            out = svd_fusion_ref(out, wide, g, lam)
         return self.adapter.project_out(attn, out.to(q.dtype))
+
+
+def weights_by_equations(method: FreeSpec, step: int, num_steps: int, head_dim: int) -> tuple[Tensor, float] | None:
+    """g and lam of a step by docs/method.md, number by number, for the defaults counted in steps; None for a late step."""
+    assert (method.domain, method.basis, method.residual, method.residual_form) == ("step", "local", "time", "lerp")
+    num_dual = math.ceil(method.split * num_steps)
+    if step >= num_dual:
+        return None
+    decay = math.exp(-method.alpha * step / num_dual)  # p = i / n_d
+    g = [decay * math.exp(-method.beta * (r - 1) / (head_dim - 1)) for r in range(1, head_dim + 1)]
+    return torch.tensor(g, dtype=torch.float64), method.lam_end + (method.lam_start - method.lam_end) * decay
 
 
 def latents_by_masks(
@@ -44,22 +58,21 @@ def latents_by_masks(
     latents_of: Callable[..., Tensor],
     method: FreeSpec,
     *,
-    plan: Sequence[StepPlan],
+    num_steps: int,
     grid: Grid,
 ) -> Tensor:
-    """What `latents_of(pipe)` returns when every self-attention is the reference, with the modes of `plan` step by step."""
+    """What `latents_of(pipe)` returns in so many steps when every self-attention is the reference."""
     processor = ReferenceProcessor(adapter, grid)
     for attn in adapter.attention_modules(pipe.transformer):
         attn.set_processor(processor)
     head_dim = pipe.transformer.config.attention_head_dim
 
-    def begin(step: StepPlan) -> None:
-        dual = step.mode == "dual"
-        processor.weights = method.weights(step, grid, head_dim, torch.device("cpu")) if dual else None
+    def begin(step: int) -> None:
+        processor.weights = weights_by_equations(method, step, num_steps, head_dim)
 
     def next_step(_pipe: DiffusionPipeline, index: int, _timestep: Tensor, _kwargs: dict) -> dict:
-        begin(plan[min(index + 1, len(plan) - 1)])
+        begin(index + 1)
         return {}
 
-    begin(plan[0])
+    begin(0)
     return latents_of(pipe, callback_on_step_end=next_step)

@@ -1,5 +1,6 @@
 """A method on a stock pipeline: equal to the stock pipeline where it must be, to a plain reference where it differs."""
 
+import dataclasses
 import warnings
 
 import accelerate
@@ -73,10 +74,39 @@ def test_freespec_run_equals_a_run_with_masks_and_svd(split, agrees):
     with apply_method(fast, method=method, window_frames=3):
         ours = latents_of(fast)
 
-    plan = FreeSpec(domain="step", split=split).plan([999.0, 900.0, 500.0])  # negative control: one dual step more
+    method = dataclasses.replace(method, split=split)  # negative control: one dual step more
     grid = Grid(frames=8, rows=4, columns=6, window_frames=3)
-    theirs = latents_by_masks(random_wan().to(torch.float64), WAN, latents_of, method, plan=plan, grid=grid)
+    theirs = latents_by_masks(random_wan().to(torch.float64), WAN, latents_of, method, num_steps=3, grid=grid)
     assert (torch.linalg.norm(ours - theirs) < 1e-9 * torch.linalg.norm(theirs)).item() == agrees
+
+
+def test_late_steps_after_dual_ones_are_sliding_window_bit_for_bit():
+    """From the latents and the scheduler's state after the dual steps, the late ones are the sliding window's."""
+    pipe = random_wan()
+    modes: list[str] = []
+    split = {"domain": "step", "split": 0.5}
+
+    def run(method: str, then: str | None = None) -> Tensor:
+        """The run with `method`; after its two dual steps of three with `then`."""
+        handle = apply_method(pipe, method=method, window_frames=3, **split if method == "freespec" else {})
+
+        def swap(_pipe, index: int, _timestep, _kwargs) -> dict:
+            nonlocal handle
+            modes.append(handle.state.mode)
+            if index == 1 and then is not None:
+                handle.remove()
+                handle = apply_method(pipe, method=then, window_frames=3)
+            return {}
+
+        latents = latents_of(pipe, callback_on_step_end=swap)
+        handle.remove()
+        return latents
+
+    whole = run("freespec")
+    assert modes == ["dual", "dual", "local"]
+    assert torch.equal(run("freespec", "sliding_window"), whole)
+    assert not torch.equal(run("freespec", "direct"), whole)  # the late step matters
+    assert not torch.equal(run("sliding_window"), whole)  # and so do the dual ones
 
 
 def test_late_steps_are_sliding_window_bit_for_bit():

@@ -220,6 +220,15 @@ def test_latents_that_are_not_finite_end_the_run_in_one_line(folder, tmp_path, m
     assert not path.exists()  # it would only lead there again
 
 
+def test_a_shift_that_grows_is_refused_for_a_model_that_has_none(folder):
+    config = config_of(folder)
+    config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, shift="actual"))
+    with pytest.raises(
+        UserError, match=r"sampler.shift actual does nothing for Wan2.1 text-to-video: it has one shift for any"
+    ):
+        LongVideoEngine(config)
+
+
 def test_flow_shift_changes_the_timesteps(folder):
     config = config_of(folder)
     config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, flow_shift=8.0))

@@ -11,7 +11,7 @@ from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from launch.cli import parse_run
 from tests.engine.golden import PROMPT, Case, all_degrees, assert_same_video, mesh_of, on_one_rank, relative
-from tests.engine.test_ranks import METHODS
+from tests.engine.test_ranks import METHODS, WHOLE_HEADS
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent.parent
@@ -44,6 +44,7 @@ def latents_on_ranks(rank: int, case: Case) -> Tensor:
 @pytest.mark.parametrize(("family", "ranks"), [("wan", 2), ("wan", 3), ("wan", 4), ("wan", 8), ("ltx", 4)])
 def test_any_arrangement_of_ranks_makes_the_same_video(family, ranks, tmp_path):
     cases = [Case(family, degrees, method) for degrees in all_degrees(ranks) for method in METHODS]
+    cases += [Case(family, (1, 1, 2), method) for method in WHOLE_HEADS if (family, ranks) == ("wan", 2)]
     for case, by_rank in zip(cases, run_ranks(ranks, latents_on_ranks, cases, tmp_path), strict=True):
         assert_same_video(by_rank, config_of(case.method, family), case)
 

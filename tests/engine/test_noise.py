@@ -10,7 +10,7 @@ from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, Sa
 from engine.denoise import draw_noise
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from freespec.methods import METHODS
+from freespec.methods import METHODS, FreeNoise
 from tests.tiny_pipelines import save_random_wan
 
 PUBLISHED = {
@@ -28,12 +28,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_random_wan(tmp_path_factory.mktemp("wan"))
 
 
-def config_of(folder: Path | str, method: str, **sampler: object) -> RunConfig:
+def config_of(folder: Path | str, method: str, *, stride: int | None = None, **sampler: object) -> RunConfig:
     return RunConfig(
         model=ModelConfig(path=str(folder), device="cpu"),
         video=VideoConfig(num_frames=29, height=32, width=32),
         sampler=SamplerConfig(num_steps=1, guidance_scale=1.0, seed=3, max_text_tokens=20, **sampler),
-        method=MethodConfig(name=method, window_frames=4),
+        method=MethodConfig(name=method, window_frames=4, freenoise=FreeNoise(stride=stride)),
         output=OutputConfig(progress="off"),
     )
 
@@ -42,6 +42,12 @@ def test_every_method_has_the_noise_that_it_was_published_with() -> None:
     assert {name: config_of("", name).noise[0] for name in METHODS} == PUBLISHED
     assert config_of("", "freenoise", noise="iid").noise == ("iid", 1)  # a quarter of 4 frames
     assert config_of("", "direct", noise="freenoise", noise_stride=3).noise == ("freenoise", 3)
+
+
+def test_the_noise_has_the_method_s_stride_as_published() -> None:
+    assert config_of("", "freenoise", stride=3).noise == ("freenoise", 3)
+    assert config_of("", "freenoise", stride=3, noise_stride=2).noise == ("freenoise", 2)
+    assert config_of("", "freelong", stride=3).noise == ("freenoise", 1)  # a setting of another method
 
 
 def test_a_draw_of_another_kind_begins_with_the_same_frames() -> None:
@@ -74,11 +80,15 @@ def test_a_run_starts_from_the_noise_of_the_setting_and_says_so(folder: Path) ->
 def test_a_checkpoint_of_another_noise_is_refused(folder: Path) -> None:
     """The run id is the file's: method and setting together decide it, since the method alone may bring the noise."""
     ids = []
-    for config in (config_of(folder, "freenoise"), config_of(folder, "freenoise", noise="freenoise", noise_stride=2)):
+    for config in (
+        config_of(folder, "freenoise"),
+        config_of(folder, "freenoise", noise="freenoise", noise_stride=2),
+        config_of(folder, "freenoise", stride=2),
+    ):
         made = LongVideoEngine(config)
         ids.append(made._run_id())
         made.close()
-    assert ids[0] != ids[1]
+    assert len(set(ids)) == 3
 
 
 def test_mistakes() -> None:
@@ -86,4 +96,11 @@ def test_mistakes() -> None:
         config_of("", "direct", noise_stride=0)
     with pytest.raises(UserError, match=r"sampler.noise_stride 5 is more than the 4 frames of method.window_frames"):
         config_of("", "freenoise", noise_stride=5)
+    with pytest.raises(
+        UserError, match=r"sampler.noise_stride 2 goes with the noise freenoise, and sampler.noise is iid"
+    ):
+        config_of("", "freenoise", noise="iid", noise_stride=2)
+    window = FreeNoise(stride=6, attention="window")  # its attention has no stride, and its noise cannot have this one
+    with pytest.raises(UserError, match=r"method.freenoise.stride 6 is more than the 4 frames of method.window_frames"):
+        replace(config_of("", "freenoise"), method=MethodConfig(name="freenoise", window_frames=4, freenoise=window))
     assert replace(config_of("", "direct", noise_stride=5)).noise == ("iid", 5)  # not read, so no mistake

@@ -54,16 +54,16 @@ def config_of(folder: str, method: str) -> RunConfig:
             freespec=FreeSpec(domain="step", split=0.5),
             freepca=FreePCA(domain="step", split=0.5),
         ),
-        attention=AttentionConfig(riflex=Riflex(enabled=bool(riflex), index=1)),
+        attention=AttentionConfig(riflex=Riflex(enabled=True, index=1) if riflex else Riflex()),
         output=OutputConfig(progress="off"),
     )
 
 
 def methods_on(degrees: tuple[int, int, int]) -> tuple[str, ...]:
-    """The methods that are run on a layout; cfg asks nothing of a method, so the second kind is run without it."""
+    """The methods that are run on a layout; cfg asks nothing of a method, so the second kind is run with it on 4 ranks only."""
     for method in WHOLE_HEADS:
         assert bool(refused_axes(make_method(method).refused_axes, degrees)) == (degrees[1] > 1)
-    return METHODS + WHOLE_HEADS if degrees[:2] == (1, 1) else METHODS
+    return METHODS + WHOLE_HEADS if degrees[:2] == (1, 1) or degrees == (2, 1, 2) else METHODS
 
 
 def latents_on_ranks(rank: int, case: Case) -> Tensor | str:

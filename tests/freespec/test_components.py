@@ -153,7 +153,10 @@ def test_a_low_precision_is_as_good_as_the_published_form_in_it() -> None:
     q, k, v = (x.float() for x in qkv)
     made = run_layer(FreePCA(stride=3), grid, (q, k, v), FUSED)
     plain = published((q, k, v), grid, 3, scale=token_scale(grid))
-    assert_low_precision(made, plain, published(qkv, grid, 3, scale=token_scale(grid)))
+    exact = published(qkv, grid, 3, scale=token_scale(grid))
+    assert_low_precision(made, plain, exact)
+    with pytest.raises(AssertionError):  # the control: 1e-5 is seen
+        assert_low_precision(made * (1 + 1e-5), plain, exact)
 
 
 def test_plans_scale_and_settings() -> None:

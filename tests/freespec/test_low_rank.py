@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from freespec import spectrum
+from freespec.attention import masked_ref
 from freespec.methods import Branches, Grid, Layer, StepPlan
 from freespec.methods.low_rank import LowRank, keep_directions, keep_directions_ref
 from tests.freespec.cases import assert_same_math, features
@@ -35,11 +36,10 @@ def test_negative_control_the_weakest_directions_are_another_output() -> None:
 def test_with_every_direction_it_is_the_branch(branch: str) -> None:
     qkv = draw_qkv(GRID)
     out = run_layer(LowRank(ratio=1.0, branch=branch), GRID, qkv, StepPlan(mode="dual"))
-    everything = attend(*qkv)
-    if branch == "global":
-        assert_same_math(out, everything)
-    else:
-        assert (out - everything).abs().max() > 1e-2
+    expected = {"global": attend(*qkv), "local": masked_ref(*qkv, frame_tokens=GRID.frame_tokens, window_frames=3)}
+    assert_same_math(out, expected.pop(branch))
+    for other in expected.values():
+        assert (out - other).abs().max() > 1e-2
 
 
 def test_sums_over_tokens_are_the_layer_s() -> None:

@@ -98,6 +98,7 @@ def test_taps_in_the_method() -> None:
     qkv = draw_qkv(grid)
     exact, taps = (run_layer(FreeLong(taps=each), grid, qkv, DUAL) for each in (None, 11))
     assert 0 < (exact - taps).abs().max().item() < 1e-3
+    assert (exact - run_layer(FreeLong(taps=3), grid, qkv, DUAL)).abs().max().item() > 1e-3  # the control
 
 
 def test_a_low_precision_is_as_good_as_the_fft_in_it() -> None:
@@ -108,6 +109,8 @@ def test_a_low_precision_is_as_good_as_the_fft_in_it() -> None:
     made = run_layer(FreeLong(), grid, (q, k, v), DUAL)
     by_fft = published(*branches_of(grid, (q, k, v)), grid, uncentred=False).float()
     assert_low_precision(made, by_fft, reference)
+    with pytest.raises(AssertionError):  # the control: 1e-5 is seen
+        assert_low_precision(made * (1 + 1e-5), by_fft, reference)
 
 
 def test_settings() -> None:

@@ -73,6 +73,8 @@ def test_mean_reuse_is_the_published_loop(frames: int, window: int, stride: int)
     made = noise.reuse_mean(x, window_frames=window)
     torch.testing.assert_close(made, torch.stack(expected, 2), rtol=0, atol=1e-12)
     assert torch.equal(made[:, :, :window], x[:, :, :window])
+    if frames > window:  # the control: another mean is seen
+        assert (made - noise.reuse_mean(x, window_frames=window - 1)).abs().max().item() > 1e-3
 
 
 def test_mean_reuse_shares_the_mean_and_no_more() -> None:

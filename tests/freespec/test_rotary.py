@@ -47,7 +47,7 @@ def test_only_above_the_period_and_only_if_asked() -> None:
     for frames, changes in ((21, False), (22, False), (23, True)):  # the fourth period is 22.1
         made = lowered_frequency(Riflex(enabled=True, index=4), WAN, num_frames=frames, window_frames=21)
         assert (made is not None) == changes
-    assert lowered_frequency(Riflex(index=4), WAN, num_frames=81, window_frames=21) is None
+    assert lowered_frequency(Riflex(), WAN, num_frames=81, window_frames=21) is None
     with pytest.raises(ValueError, match="riflex: index 23 of the model's 22 temporal frequencies"):
         lowered_frequency(Riflex(enabled=True, index=23), WAN, num_frames=81, window_frames=21)
 
@@ -78,4 +78,11 @@ def test_the_table_is_the_one_written_by_hand() -> None:
 )
 def test_settings(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        Riflex(**settings)
+        Riflex(enabled=True, **settings)
+
+
+@pytest.mark.parametrize("name", ["index", "repetition"])
+def test_a_setting_that_nothing_would_read_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=f"riflex: {name} 3 does nothing while enabled is false; set it true"):
+        Riflex(**{name: 3})
+    Riflex(**{name: None})

@@ -127,6 +127,19 @@ def test_guard(basis: Basis) -> None:
         check_guard(basis, 0.0)
 
 
+def test_the_guard_is_the_definition_s_in_the_gram_form_and_in_the_twin() -> None:
+    """A second singular value of 1.1e-4 of the first becomes that of the other branch, and one of 0.9e-4 stays as it is."""
+    frame = torch.linalg.qr(torch.randn(20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
+    wide = (frame * torch.tensor([1.0, 0.5], dtype=torch.float64))[None, :, None]
+    for second, expected in ((1.1e-4, 0.5), (0.9e-4, 0.9e-4)):
+        local = (frame * torch.tensor([1.0, second], dtype=torch.float64))[None, :, None]
+        g = torch.ones(2, dtype=torch.float64)
+        matrix = local_basis_matrix(gram(local), gram(wide), g)
+        fused = reconstruct(local, matrix, wide, torch.zeros((), dtype=torch.float64), "lerp")
+        for made in (fused, svd_fusion_ref(local, wide, g, 0.0)):
+            assert torch.linalg.svdvals(made[0, :, 0])[1].item() == pytest.approx(expected, rel=1e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("basis", ["local", "global"])
 def test_low_precision(basis: Basis, dtype: torch.dtype) -> None:

@@ -65,7 +65,7 @@ def test_variants_that_differ_in_what_nothing_reads_are_the_same(tmp_path: Path)
         read(f"freespec,freespec:{preset}")
     # Off, RIFLEx has no index; on, it makes another video. So does another noise.
     preset.write_text("attention:\n  riflex:\n    index: 2\n")
-    with pytest.raises(UserError, match="direct and direct-a have the same settings"):
+    with pytest.raises(UserError, match="riflex: index 2 does nothing while enabled is false"):
         read(f"direct,direct:{preset}")
     for text in ("attention:\n  riflex:\n    enabled: true\n", "sampler:\n  noise: freenoise\n"):
         preset.write_text(text)
