@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.config import ModelConfig
 from engine.load import WEIGHT_FOLDERS, fetch, find_checkpoint
+from engine.paths import expand
 from engine.single_file import find_single_file
 
 # Files of a checkpoint that decide a video beside its weights.
@@ -30,7 +31,7 @@ def describe_weights(config: ModelConfig) -> dict[str, Any]:
     single = find_single_file(config)
     if single is not None:
         found["single_file"] = {"name": single.name, "sha256": sha256_of(single)}
-        if not Path(config.single_file or "").expanduser().is_file():  # then it is the hub's: .../snapshots/COMMIT/...
+        if not expand(config.single_file or "").is_file():  # then it is the hub's: .../snapshots/COMMIT/...
             found["single_file"]["commit"] = single.parts[single.parts.index("snapshots") + 1]
     return found
 

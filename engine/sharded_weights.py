@@ -12,6 +12,7 @@ from torch import nn
 from engine.adapters.base import Text
 from engine.config import ModelConfig
 from engine.errors import UserError
+from engine.paths import expand
 from engine.ranks import hand_out_bytes, together
 from parallel.mesh import SeqMesh
 from parallel.zero3 import check_zero3, held_bytes, keep_shares_in_file, shard_weights
@@ -37,7 +38,7 @@ def check_placement(config: ModelConfig, device: torch.device, text_device: str)
         except (ImportError, ValueError) as error:
             raise UserError(str(error)) from error
     folder = config.shards_folder
-    if folder is not None and not Path(folder).expanduser().is_dir():
+    if folder is not None and not expand(folder).is_dir():
         raise UserError(f"model.shards {config.shards}: there is no folder {folder}; make it, on a fast drive")
 
 
@@ -58,7 +59,7 @@ def shard_pipeline(
     for part in (pipe.transformer, pipe.text_encoder) if with_text else (pipe.transformer,):
         shard_weights(part, group=mesh.world.group, device=device, keep=keep)
         if config.shards_folder is not None:
-            together(mesh, partial(_into_file, part, Path(config.shards_folder).expanduser()))
+            together(mesh, partial(_into_file, part, expand(config.shards_folder)))
 
 
 def encode_on_all(mesh: SeqMesh, encode: Encode, look_up: Callable[[Encode], list[Text]]) -> list[Text] | None:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from engine.adapters import ModelAdapter
 from engine.config import ModelConfig
 from engine.errors import UserError
+from engine.paths import expand
 from engine.weights import broken_file, compare_part, is_pickle, read_json
 
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/(.+)")
@@ -83,7 +84,7 @@ def find_single_file(config: ModelConfig) -> Path | None:
         )
     if not name.endswith(".safetensors"):
         raise UserError(f"model.single_file must be a .safetensors file, got {name!r}")
-    path = Path(name).expanduser()
+    path = expand(name)
     if path.is_file():
         return path
     hub = _HUB_FILE.fullmatch(name)

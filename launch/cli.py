@@ -13,7 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from engine.config import RunConfig
 from engine.errors import UserError
-from launch.outputs import expand
+from engine.paths import expand
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = "configs/tiny-wan.yaml"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine.config import OutputConfig
 from engine.errors import UserError
+from engine.paths import expand
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +83,6 @@ def plan_outputs(config: OutputConfig, num_videos: int) -> list[OutputFiles]:
                 f"output.save_latents {files.latents} is also another file of this video; choose another name"
             )
     return outputs
-
-
-def expand(path: str) -> Path:
-    """A path of the user's, with ~ resolved; UserError for the ~ of a user that does not exist."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(f"cannot resolve {path!r}: {error}") from error
 
 
 def latents_beside(video: Path, suffix: str = "") -> Path:

@@ -3,11 +3,11 @@
 import dataclasses
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
 from engine.load import REPOSITORY
+from engine.paths import expand
 
 FOLDER = REPOSITORY / "configs" / "gpus"
 MOST = 1e15
@@ -139,7 +139,7 @@ def _name_of(kernel: str) -> str:
 def read_gpu(name: str) -> GpuSpec:
     """One of configs/gpus by its name, or a JSON file of the same keys. UserError for what is wrong with it."""
     known = sorted(path.stem for path in FOLDER.glob("*.json"))
-    path = FOLDER / f"{name}.json" if name in known else Path(name).expanduser()
+    path = FOLDER / f"{name}.json" if name in known else expand(name)
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # also bytes that are no text, and a number of more digits than Python reads

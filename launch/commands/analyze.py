@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.paths import expand
 from engine.planner import read_model
 from engine.progress import enabled
 from launch.analysis.report import write_analysis
@@ -21,7 +22,6 @@ from launch.comparison.checks import check_longer, check_output
 from launch.comparison.make import check_layouts, make_missing, missing_videos, on_first
 from launch.comparison.store import Comparison, as_read, decisive_settings, open_folder
 from launch.comparison.variants import Variant
-from launch.outputs import expand
 from launch.ranks import Party, check_started, open_ranks
 from launch.stopping import Place, Stopped
 

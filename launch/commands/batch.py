@@ -29,11 +29,11 @@ from engine.config import RunConfig
 from engine.decode_plan import check_tiles
 from engine.errors import UserError
 from engine.load import fetch, find_checkpoint, pick_device, pick_dtype, read_spec
+from engine.paths import expand
 from engine.ranks import fingerprints
 from evaluation.suites import PREFIX, read_vbench_suite, to_batch
 from launch.cli import parse_run
 from launch.command import LostRankError
-from launch.outputs import expand
 from launch.replicas.group import Group
 from launch.replicas.local import WORKER, LocalRanks
 from launch.replicas.ray_pool import NoRayError, RayPool, RayRanks, check_ray

@@ -17,6 +17,7 @@ from engine.checkpoint import atomic_path
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.paths import expand
 from engine.progress import enabled
 from launch.calibration.plan import CalibrationPlan
 from launch.calibration.score import PARTS, judge, mean_parts, scores, survivors
@@ -29,7 +30,6 @@ from launch.comparison.measure import Measured, measure_all, native_frames, not_
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison
 from launch.comparison.summary import as_json
-from launch.outputs import expand
 from launch.ranks import Party, check_started, open_ranks
 from launch.stopping import Place, Stopped
 

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from engine.batch.locks import Shard, own_shard
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.paths import expand
 from engine.progress import enabled
 from launch.cli import parse_run
 from launch.commands.generate import read_prompts
@@ -19,7 +20,7 @@ from launch.comparison.measure import measure_all, native_frames, not_world
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison
 from launch.comparison.variants import read_variants
-from launch.outputs import check_outputs, expand
+from launch.outputs import check_outputs
 from launch.ranks import check_started, open_ranks
 from launch.stopping import Place, Stopped
 

@@ -13,8 +13,9 @@ from engine.config import DecodeConfig, ModelConfig, OutputConfig, RunConfig
 from engine.decoder import open_decoder
 from engine.denoise import check_finite
 from engine.errors import UserError
+from engine.paths import expand
 from launch.cli import Keys, arrange, make_parser, parse
-from launch.outputs import OutputFiles, check_outputs, expand
+from launch.outputs import OutputFiles, check_outputs
 from launch.render import render
 
 USAGE = "decode.py LATENTS --output PATH [--overwrite] [--model.path PATH] [--SETTING VALUE ...]"

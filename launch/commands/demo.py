@@ -11,10 +11,11 @@ from jsonargparse import ArgumentParser
 from engine.config import RunConfig
 from engine.contact_sheet import Row, comparison, spaced, write_picture
 from engine.engine import LongVideoEngine
+from engine.paths import expand
 from engine.video import read_video
 from launch.cli import parse_run
 from launch.commands.generate import make_video, summary
-from launch.outputs import OutputFiles, check_outputs, expand, plan_outputs
+from launch.outputs import OutputFiles, check_outputs, plan_outputs
 
 DESCRIPTION = "Make the same video with every method, and one picture that shows them one above the other."
 PROMPT = "a red circle bounces over a blue background"

@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from engine.batch.store import writing_to
 from engine.errors import UserError
+from engine.paths import expand
 from evaluation.bench import Bench, Evaluator, PreflightError, preflight
 from evaluation.dimensions import DIMENSIONS, check_total, parse_dimensions
 from evaluation.measure import measure_all, measure_all_world
@@ -22,7 +23,6 @@ from evaluation.tables import Scored
 from evaluation.videos import Video, groups, read_batches, read_list, what_is_missing
 from evaluation.world import why_not
 from launch.cli import Keys, arrange, make_parser, parse
-from launch.outputs import expand
 from launch.stopping import Stopped
 
 USAGE = "evaluate.py --runs FOLDER[,FOLDER...] [--vbench CHECKOUT --python PYTHON] [--SETTING VALUE ...]"

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentParser
 
 from engine.checkpoint import atomic_path
 from engine.errors import UserError
+from engine.paths import expand
 from launch.calibration.score import PARTS
 from launch.cli import REPOSITORY, Keys, arrange, make_parser, parse
 from launch.comparison.claims import CLAIMS, Answer, Claim, answers, changes, not_made
@@ -18,7 +19,6 @@ from launch.comparison.markdown import estimate, table, tables
 from launch.comparison.page import number
 from launch.comparison.summary import as_json
 from launch.comparison.transfer import transfer_section
-from launch.outputs import expand
 
 USAGE = "findings.py [--runs FOLDER] [--calibration FOLDER] [--page FILE]"
 DESCRIPTION = "Write the page of findings from the reports that `make findings` and launch/calibrate.py left."

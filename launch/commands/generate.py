@@ -12,12 +12,13 @@ from engine.checkpoint import save_latents
 from engine.config import RunConfig
 from engine.engine import Denoised, LongVideoEngine
 from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
+from engine.paths import expand
 from engine.record import build_record
 from engine.trace import Trace
 from engine.trace_plot import write_trace
 from launch.cli import parse_run
 from launch.command import LostRankError
-from launch.outputs import OutputFiles, check_outputs, expand, plan_outputs
+from launch.outputs import OutputFiles, check_outputs, plan_outputs
 from launch.ranks import check_started, open_ranks
 from launch.render import describe_kept, render
 from launch.stopping import Stopped

@@ -213,6 +213,7 @@ def test_one_process_can_keep_its_weights_in_a_file(folders, family, tmp_path):
             "cpu",
             r"parallel\.text_device cpu and model\.weights cpu_offload exclude",
         ),
+        ({"weights": "zero3", "shards": "nvme:~nosuchuser/x"}, "cpu", "model", "cannot resolve '~nosuchuser/x'"),
         ({"weights": "zero3", "shards": "nvme:/no/such"}, "cpu", "model", "there is no folder /no/such; make it"),
     ],
 )
