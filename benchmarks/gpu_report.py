@@ -214,6 +214,7 @@ def _steps(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
         for key, value in results.get("literal", {}).items()
     )
     left_out = [f"- {name}: {why}" for name, why in results.items() if isinstance(why, str)]
+    left_out += [f"- {name}: {value:.1e}" for name, value in results.items() if isinstance(value, float)]
     return [
         table(["one step", "s", "rounds", "passes measured", "peak GiB"], rows),
         table(["50 steps, from the steps above", "steps", "s", "over direct"], runs),

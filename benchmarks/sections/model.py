@@ -12,6 +12,7 @@ from torch import Tensor
 from benchmarks.sections.bench import Bench
 from engine import apply_method
 from engine.adapters.wan_published import PUBLISHED
+from engine.apply import Ranks
 from freespec.methods import Method
 
 MODEL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
@@ -85,13 +86,20 @@ def make_subject(bench: Bench, *, layers: int | None = None) -> Subject:
 
 @contextmanager
 def stepping(
-    subject: Subject, method: Method | None, *, kernel: str, dual: str = "auto", passes: int = 2
+    subject: Subject,
+    method: Method | None,
+    *,
+    kernel: str,
+    dual: str = "auto",
+    passes: int = 2,
+    ranks: Ranks | None = None,
 ) -> Iterator[Callable[[], Tensor]]:
     """One step by a method, which is on the pipeline meanwhile, so that no step is timed with it; None is diffusers alone."""
     with ExitStack() as stack:
         if method is not None:
+            window = subject.window_frames
             stack.enter_context(
-                apply_method(subject.pipe, method=method, window_frames=subject.window_frames, kernel=kernel, dual=dual)
+                apply_method(subject.pipe, method=method, window_frames=window, kernel=kernel, dual=dual, ranks=ranks)
             )
         yield lambda: subject.step(passes)
 

@@ -5,18 +5,25 @@ measured step. Nothing else is in the loop but the solver, which is in the step.
 the solver, doubled.
 """
 
+import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from benchmarks.fusion import svd_fp32
-from benchmarks.measure import in_turn, ratio, spread
-from benchmarks.sections.bench import Bench
+from benchmarks.measure import in_turn, ratio, relative_error, spread
+from benchmarks.sections.bench import UNSUPPORTED, Bench
 from benchmarks.sections.model import Subject, make_subject, stepping
+from engine.apply import Ranks
+from engine.group_of_one import GROUP_OF_ONE
 from freespec.methods import Branches, Direct, FreeLong, FreePCA, FreeSpec, Layer, Method, SlidingWindow
 from freespec.methods.freespec import FusionWeights
+from parallel.mesh import SeqMesh
+from parallel.plan import SequencePlan
+from parallel.xfuser import check_xfuser, xfuser_attention
 
 ROUNDS = 2
 NEEDED = (
@@ -26,6 +33,9 @@ NEEDED = (
     "freespec dual",
     "freespec late",
 )  # what the goals are stated in
+# With torch's own FlashAttention, which needs no package beside xfuser; `direct` has the kernel that is fastest here.
+XFUSER = "direct, xfuser"
+XFUSER_KERNEL = "cuda_flash"
 # Measured for one pass and doubled: the slowest steps, which no goal needs, would be lost where attention is slow.
 HALF = ("freelong", "freepca", "freepca late")
 
@@ -40,9 +50,24 @@ class LiteralFreeSpec(FreeSpec):
         return svd_fp32(branches.local, branches.wide, weights)
 
 
-def variants() -> dict[str, Method | None]:
-    """A method whose first step is of the mode that is measured; None is stock diffusers."""
-    return {
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What is measured: a method, whose first step is of the mode that is meant; None is stock diffusers.
+
+    Attributes:
+        method: see above.
+        dual: how a dual step computes both branches.
+        ranks: with whom, if another package computes the attention of `direct`.
+    """
+
+    method: Method | None
+    dual: str = "strided"
+    ranks: Ranks | None = None
+
+
+def variants() -> dict[str, Step]:
+    """What every machine can measure."""
+    methods = {
         "stock diffusers": None,
         "direct": Direct(),
         "sliding_window": SlidingWindow(),
@@ -52,26 +77,32 @@ def variants() -> dict[str, Method | None]:
         "freepca": FreePCA(),
         "freepca late": FreePCA(domain="step", split=1.0),
     }
+    return {name: Step(method=method) for name, method in methods.items()}
 
 
 def run(bench: Bench) -> None:
     """A round of all variants, the literal fusion, and a second round of what there is time for, backwards."""
     subject = make_subject(bench)
+    mesh = GROUP_OF_ONE.acquire()
+    try:
+        measure_all(bench, subject, variants() | _triton_dual(bench) | _xfuser(bench, subject, mesh))
+    finally:
+        GROUP_OF_ONE.release()
+
+
+def measure_all(bench: Bench, subject: Subject, steps: Mapping[str, Step]) -> None:
+    """The rounds, and what is recorded after every step, so that a step that ends the process loses itself alone."""
     kernel = bench.best_kernel()
-    steps = variants()
-    duals = dict.fromkeys(steps, "strided") | {f"freespec dual, {dual}": dual for dual in _triton_dual(bench)}
-    steps |= {name: FreeSpec() for name in duals if name not in steps}
     layers = len(subject.pipe.transformer.blocks)
-    bench.record("about", {"kernel": kernel, "duals": sorted(set(duals.values())), "layers": layers})
+    duals = sorted({step.dual for step in steps.values()})
+    bench.record("about", {"kernel": kernel, "duals": duals, "layers": layers})
     short = make_subject(bench, layers=1)
-    for name, method in steps.items():  # loads kernels and picks algorithms without the time of a whole step
-        bench.attempt(
-            lambda name=name, method=method: measure(bench, short, method, kernel=kernel, dual=duals[name], passes=1)
-        )
+    for step in steps.values():  # loads kernels and picks algorithms without the time of a whole step
+        bench.attempt(lambda step=step: measure(bench, short, step, kernel=kernel, passes=1))
     times: dict[str, list[float]] = {name: [] for name in steps}
     peaks: dict[str, float] = {}
     for round_ in range(ROUNDS):
-        for name, method in in_turn(steps.items(), round_):
+        for name, step in in_turn(steps.items(), round_):
             passes = 1 if name in HALF else 2
             longest = max(max(seconds, default=0.0) for seconds in times.values())
             expected = 1.2 * max(times[name] or [2 * longest]) * passes / 2
@@ -83,9 +114,7 @@ def run(bench: Bench) -> None:
                 continue
             bench.empty_cache()
             measured, why = bench.attempt(
-                lambda name=name, method=method, passes=passes: measure(
-                    bench, subject, method, kernel=kernel, dual=duals[name], passes=passes
-                )
+                lambda step=step, passes=passes: measure(bench, subject, step, kernel=kernel, passes=passes)
             )
             if measured is None:
                 bench.record(f"{name} does not run", why)
@@ -101,12 +130,10 @@ def run(bench: Bench) -> None:
             bench.record("literal", found or {"does not run": why})
 
 
-def measure(
-    bench: Bench, subject: Subject, method: Method | None, *, kernel: str, dual: str, passes: int
-) -> dict[str, float]:
+def measure(bench: Bench, subject: Subject, step: Step, *, kernel: str, passes: int) -> dict[str, float]:
     """Seconds and peak memory of a step; putting the method on and taking it off is not in them."""
-    with stepping(subject, method, kernel=kernel, dual=dual, passes=passes) as step:
-        return bench.seconds_and_peak(step)
+    with stepping(subject, step.method, kernel=kernel, dual=step.dual, passes=passes, ranks=step.ranks) as call:
+        return bench.seconds_and_peak(call)
 
 
 def literal(bench: Bench, short: Subject, kernel: str, dual: list[float], *, layers: int) -> dict[str, Any]:
@@ -114,7 +141,7 @@ def literal(bench: Bench, short: Subject, kernel: str, dual: list[float], *, lay
     if not dual:
         return {"not measured": "our step, which it is compared with, does not run"}
     seconds = {
-        name: measure(bench, short, method, kernel=kernel, dual="strided", passes=1)["seconds"]
+        name: measure(bench, short, Step(method=method), kernel=kernel, passes=1)["seconds"]
         for name, method in (("ours", FreeSpec()), ("literal", LiteralFreeSpec()))
     }
     ours = spread(dual)["median"]
@@ -178,8 +205,41 @@ def whole_runs(subject: Subject, times: dict[str, list[float]]) -> dict[str, Any
     return found
 
 
-def _triton_dual(bench: Bench) -> list[str]:
+def _triton_dual(bench: Bench) -> dict[str, Step]:
     """Triton as well, where the section `layer` found that it wins by more than 3 %."""
     ratios = bench.earlier("layer").get("wan", {}).get("ratios", {})
     won = ratios.get("dual triton / dual strided", {}).get("median", 1.0)
-    return ["triton"] if won < 0.97 else []
+    return {"freespec dual, triton": Step(method=FreeSpec(), dual="triton")} if won < 0.97 else {}
+
+
+def _xfuser(bench: Bench, subject: Subject, mesh: SeqMesh) -> dict[str, Step]:
+    """`direct` with xfuser's attention, where it is installed; it comes last, since nothing is known of it."""
+    config, latents = subject.pipe.transformer.config, subject.latents
+    tokens = latents[0, 0].numel() // math.prod(config.patch_size)
+    plan = SequencePlan(tokens=tokens, heads=config.num_attention_heads, ring=1, ulysses=1)
+    try:
+        check_xfuser(plan, device_type=bench.device.type, kernel=XFUSER_KERNEL)
+        hybrid = xfuser_attention(mesh, kernel=XFUSER_KERNEL)
+    except UNSUPPORTED as error:
+        bench.record(XFUSER, f"not available: {error}")
+        return {}
+    step = Step(method=Direct(), ranks=Ranks(mesh=mesh, hybrid=hybrid))
+    bench.record(f"{XFUSER}, relative difference of a layer's attention", _difference(bench, step))
+    return {XFUSER: step}
+
+
+def _difference(bench: Bench, step: Step) -> float | str:
+    """Of what the first layer's attention adds from the same by our own `direct`; or why it does not run."""
+    subject = make_subject(bench, layers=1)
+    outs: list[Tensor] = []
+    hook = subject.pipe.transformer.blocks[0].attn1.register_forward_hook(lambda _attn, _args, out: outs.append(out))
+
+    def both() -> float:
+        for each in (step, Step(method=Direct())):
+            with stepping(subject, each.method, kernel="auto", passes=1, ranks=each.ranks) as call:
+                call()
+        return relative_error(*outs)
+
+    found, why = bench.attempt(both)
+    hook.remove()
+    return why if found is None else found
