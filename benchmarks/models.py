@@ -94,8 +94,8 @@ What does not fit may with `model.weights zero3`, which shares the weights out: 
 """
 
 
-def main() -> None:
-    """Write the page."""
+def page() -> str:
+    """The text of docs/models.md."""
     configs = [load_preset(path) for path in PREDICTED]
     specs = [read_model(config.model) for config in configs]
     parts = [
@@ -110,7 +110,12 @@ def main() -> None:
         PREDICTIONS.strip(),
         table(*predictions(configs)),
     ]
-    PAGE.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page(), encoding="utf-8")
     print(PAGE)
 
 

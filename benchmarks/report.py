@@ -330,8 +330,8 @@ def load_preset(path: Path, *overrides: str) -> RunConfig:
     return config
 
 
-def main() -> None:
-    """Write the page."""
+def page() -> str:
+    """The text of docs/performance.md."""
     runs, gpu = latest(), gpu_report.read()
     parts = [
         INTRO.strip(),
@@ -372,7 +372,12 @@ def main() -> None:
         "(`configs/gpus/`). Minutes of denoising with default settings; efficiency against one GPU.",
         predictions(),
     ]
-    Path(PAGE).write_text("\n\n".join(parts) + "\n")
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page(), encoding="utf-8")
     print(f"wrote {PAGE.relative_to(ROOT)}")
 
 
