@@ -1,11 +1,10 @@
 """The engine: one loaded model that makes videos from prompts, in stages that can be stopped and continued."""
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,31 +18,24 @@ from tqdm import tqdm
 from engine.adapters import ModelAdapter, VideoSpec, adapter_of
 from engine.adapters.base import Text
 from engine.apply import MethodHandle, Ranks, apply_method, check_riflex, check_shift
-from engine.checkpoint import History, load_run, save_run
+from engine.checkpoint import History, load_run
 from engine.config import COMPILED_TRACE, MethodConfig, OutputConfig, RunConfig
 from engine.decode_plan import check_tiles
 from engine.decoder import VideoDecoder
-from engine.denoise import (
-    NotFiniteError,
-    SchedulerState,
-    check_finite,
-    denoise,
-    draw_noise,
-    make_scheduler,
-    scheduler_state,
-    shifting_tokens,
-)
+from engine.denoise import draw_noise, make_scheduler, shifting_tokens
+from engine.denoise_loop import DenoiseLoop
 from engine.errors import UserError
 from engine.group_of_one import GROUP_OF_ONE
 from engine.kernel_choice import KernelChoice, choose_on_ranks
 from engine.load import fetch, find_adapter, find_checkpoint, load_pipeline, pick_device, pick_dtype, read_spec
+from engine.method_tree import method_tree
 from engine.progress import enabled, progress_bar
 from engine.provenance import describe_weights
 from engine.ranks import check_agreement, fingerprints, hand_out, hand_out_bytes, together
 from engine.record import build_record
 from engine.sharded_weights import Encode, encode_on_all, shard_pipeline, shards_text
 from engine.supported_layouts import check_layout
-from engine.text_cache import TextCache
+from engine.text_cache import TextCache, cache_key
 from engine.trace import Trace
 from freespec.kernels import select_complement, select_dual, select_kernel
 from parallel.mesh import SeqMesh
@@ -226,7 +218,15 @@ class LongVideoEngine:
 
         started = time.perf_counter()
         passes = dict(zip(("cond", "uncond"), text, strict=False))  # no unconditional one without guidance
-        loop = _Loop(self, passes, trace, checkpoint, run_id, checkpoint_every=checkpoint_every, on_step=on_step)
+        loop = DenoiseLoop(
+            engine=self,
+            text=passes,
+            trace=trace,
+            path=checkpoint,
+            run_id=run_id,
+            checkpoint_every=checkpoint_every,
+            on_step=on_step,
+        )
         loop.take_up(history)
         latents = loop.run(latents, done)
         seconds["denoise"] = time.perf_counter() - started
@@ -345,14 +345,13 @@ class LongVideoEngine:
 
     def _open_text_cache(self, folder: Path | None) -> TextCache:
         """A cache for what decides embeddings beside the prompt: checkpoint, dtype, length, and where the encoder runs."""
-        device = "cpu" if self.config.parallel.text_device == "cpu" else self.device.type
-        decides = {
-            "checkpoint": self._prints["checkpoint"].hex(),
-            "dtype": str(self.pipe.transformer.dtype),
-            "max_text_tokens": self.config.sampler.max_text_tokens,
-            "device": device,
-        }
-        return TextCache(json.dumps(decides, sort_keys=True), folder)
+        key = cache_key(
+            checkpoint=self._prints["checkpoint"].hex(),
+            dtype=str(self.pipe.transformer.dtype),
+            max_text_tokens=self.config.sampler.max_text_tokens,
+            device="cpu" if self.config.parallel.text_device == "cpu" else self.device.type,
+        )
+        return TextCache(key, folder)
 
     def _encode(self, prompts: list[str]) -> list[Text]:
         """Text of each prompt as the transformer takes it, made by rank 0, or with it by all ranks that share the encoder."""
@@ -406,122 +405,14 @@ class LongVideoEngine:
     def _run_id(self, **what: Any) -> str:
         """Hash of all that decides the latents: two runs with the same one have the same latents, but for rounding.
 
-        Not the ranks, nor where the weights lie: another number of ranks, or offload, continues the same run.
+        Not the ranks, nor where the weights lie: another number of ranks, or offload, continues the same run. Nor the
+        settings of methods that are not used.
         """
         tree = dataclasses.asdict(self.config)
-        decides = {key: tree[key] for key in ("sampler", "method", "attention")}
+        decides = {key: tree[key] for key in ("sampler", "attention")} | {"method": method_tree(self.config.method)}
         size = {key: tree["video"][key] for key in ("height", "width")}
         model = {"checkpoint": self._prints["checkpoint"].hex(), "dtype": str(self.pipe.transformer.dtype)}
         what |= {"device": self.device.type, "noise": self.config.noise}
         what |= {"fps": self.config.video.fps} if self.adapter.frame_rate_matters else {}
         text = json.dumps({**decides, **size, **model, **what}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
-
-
-class _Loop:
-    """One run of the denoising loop: guidance, progress bar, trace, timing, and the checkpoint of a run that ends early."""
-
-    def __init__(
-        self,
-        engine: LongVideoEngine,
-        text: dict[str, Text],
-        trace: Trace | None,
-        path: Path | None,
-        run_id: str,
-        *,
-        checkpoint_every: int,
-        on_step: Callable[[int, int], None] | None,
-    ) -> None:
-        self.engine = engine
-        self.text = text
-        self.trace = trace
-        self.path = path
-        self.run_id = run_id
-        self.checkpoint_every = checkpoint_every
-        self.on_step = on_step
-        self.steps: list[dict[str, Any]] = []
-
-    def take_up(self, history: History) -> None:
-        """Begin with what an earlier, interrupted run noted of its steps, so that record and trace tell of all of them."""
-        self.steps += history.get("steps", [])
-        if self.trace is not None:
-            self.trace.rows += history.get("trace", [])
-
-    def run(self, latents: Tensor, done: int) -> Tensor:
-        """Denoise from `done` finished steps on."""
-        scheduler = self.engine.pipe.scheduler
-        total = len(scheduler.timesteps)
-        reached = (done, latents, scheduler_state(scheduler))
-        with self.engine.progress("denoise", total=total, initial=done) as bar:
-            started = time.perf_counter()
-
-            def after_step(finished: int, latents: Tensor) -> None:
-                nonlocal started, reached
-                # Reading the clock is honest only once the device has done the step.
-                if latents.is_cuda:
-                    torch.cuda.synchronize(latents.device)
-                self.check(latents, finished, total)
-                mode = self.engine.handle.state.mode
-                timestep = float(scheduler.timesteps[finished - 1])
-                now = time.perf_counter()
-                self.steps.append({"step": finished - 1, "timestep": timestep, "mode": mode, "seconds": now - started})
-                started, reached = now, (finished, latents, scheduler_state(scheduler))
-                bar.set_postfix(mode=mode)
-                bar.update()
-                if self.checkpoint_every and (finished % self.checkpoint_every == 0 or finished == total):
-                    self.save(*reached)
-                if self.on_step is not None:
-                    self.on_step(finished, total)
-
-            self.engine.handle.state.trace = self.trace
-            try:
-                return denoise(latents, scheduler, self.predict, start_step=done, after_step=after_step)
-            except NotFiniteError:  # the steps before would only lead there again
-                raise
-            except BaseException:
-                self.save(*reached)
-                raise
-            finally:
-                self.engine.handle.state.trace = None
-
-    def check(self, latents: Tensor, finished: int, total: int) -> None:
-        """Raise UserError for latents that overflowed, before more steps, or a video, are made of them."""
-        dtype = str(self.engine.pipe.transformer.dtype).removeprefix("torch.")
-        others = " or ".join(name for name in ("float32", "bfloat16") if name != dtype)
-        check_finite(
-            latents,
-            where=f"after step {finished} of {total} in {dtype}",
-            remedy=f"take model.dtype {others}, a sampler.guidance_scale below "
-            f"{self.engine.config.sampler.guidance_scale}, or fetch the weights again",
-        )
-
-    def predict(self, latents: Tensor, timestep: Tensor, step: int) -> Tensor:
-        """Velocity with classifier-free guidance, as the model's own pipeline combines it."""
-        adapter, cfg = self.engine.adapter, self.engine.mesh.cfg
-        passes = list(self.text)
-        if cfg.size > 1:  # each half of the ranks runs one pass
-            [mine] = self.forward(latents, timestep, [passes[cfg.rank]])
-            predictions: Sequence[Tensor] = self.engine.handle.state.layout.cfg_exchange(mine)
-        else:
-            batches = [passes] if adapter.batches_guidance else [[name] for name in passes]
-            predictions = [part for batch in batches for part in self.forward(latents, timestep, batch)]
-        return adapter.guide(predictions, self.engine.config.sampler.guidance_scale)
-
-    def forward(self, latents: Tensor, timestep: Tensor, passes: list[str]) -> list[Tensor]:
-        """One forward of the transformer with these passes in it; the trace hears the conditional one."""
-        if self.trace is not None:
-            self.trace.enabled = "cond" in passes
-        texts = {name: self.text[name] for name in passes}
-        fps = self.engine.config.video.fps
-        return self.engine.adapter.predict(self.engine.pipe, latents, timestep, texts, fps=fps)
-
-    def save(self, done: int, latents: Tensor, state: SchedulerState) -> None:
-        """Keep what was computed."""
-        if self.path is None or done == 0 or not self.engine.is_first:
-            return
-        # The usual stream may wait for ever, for a collective whose other ranks have ended; these tensors need no wait.
-        beside = torch.cuda.stream(torch.cuda.Stream(latents.device)) if latents.is_cuda else contextlib.nullcontext()
-        with beside:
-            history = {"steps": self.steps, "trace": self.trace.rows if self.trace is not None else []}
-            finished = {name: [row for row in rows if row["step"] < done] for name, rows in history.items()}
-            save_run(self.path, latents, step=done, run_id=self.run_id, state=state, history=finished)

@@ -3,7 +3,7 @@
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,7 +13,7 @@ from engine.batch.store import lacking, read_json, read_tree
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.load import fetch, find_checkpoint, pick_dtype, read_spec
-from engine.parallelism import Arrangement, arrange_ranks
+from engine.parallelism import Arrangement, arrange_ranks, choose_degrees
 from engine.planner import Options, choose, read_gpu, read_model
 from engine.ranks import fingerprints
 from engine.text_cache import cache_key, cached_name
@@ -99,12 +99,22 @@ def _text_bytes(files: BatchFiles, config: RunConfig, left: Sequence[Item], *, w
 
 
 def gpu_hours(config: RunConfig, items: Sequence[Item], *, gpu: str | None, ranks: int) -> tuple[float | None, str]:
-    """Predicted GPU-hours of all items, or None, and how that is known. UserError for a plan that does not fit the GPU."""
+    """Predicted GPU-hours of all items and how that is known, or None and why not: no GPU is named, or the kernel's rate is missing.
+
+    Raises UserError for a plan that does not fit the GPU.
+    """
     if gpu is None:
         return None, "not known: give the GPU's name in configs/gpus as --gpu"
     spec, described = read_model(config.model), read_gpu(gpu)
+    methods = list(dict.fromkeys(item.method for item in items))
+    missing = described.missing_rate(config.attention.kernel)
+    if missing is not None:
+        asked = replace(config, parallel=replace(config.parallel, plan="auto"))  # `manual` would not ask for the memory
+        for method in methods:
+            choose_degrees(with_method(asked, method), spec, ranks, described)  # raises, as `choose` does
+        return None, f"not known: {missing}"
     seconds = 0.0
-    for method in dict.fromkeys(item.method for item in items):
+    for method in methods:
         plan = choose(
             spec,
             config.video,

@@ -10,7 +10,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from engine.config import MethodConfig, RunConfig
+from engine.config import RunConfig
+from engine.method_tree import method_tree
 
 CONFIG_DIGITS = 12
 ITEM_DIGITS = 16
@@ -31,16 +32,6 @@ def config_tree(config: RunConfig, *, checkpoint: str, dtype: str) -> dict[str, 
         "attention": tree["attention"],
         "decode": tree["decode"],
         "output": {"crf": config.output.crf},
-    }
-
-
-def method_tree(method: MethodConfig) -> dict[str, Any]:
-    """A method's name, its settings with their defaults resolved, and what all methods share."""
-    made = method.method
-    shared = {field.name: getattr(method, field.name) for field in dataclasses.fields(method)}
-    settings = dataclasses.asdict(made) if dataclasses.is_dataclass(made) and not isinstance(made, type) else {}
-    return {name: value for name, value in shared.items() if not dataclasses.is_dataclass(value)} | {
-        "settings": settings
     }
 
 

@@ -1,6 +1,8 @@
 """The initial noise as a setting: what a method brings, what the configuration says instead, and where it is written down."""
 
-from dataclasses import replace
+import contextlib
+from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, Sa
 from engine.denoise import draw_noise
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from freespec.methods import METHODS, FreeNoise
+from freespec.methods import METHODS, Direct, FreeNoise, FreeSpec
 from tests.tiny_pipelines import save_random_wan
 
 PUBLISHED = {
@@ -89,6 +91,30 @@ def test_a_checkpoint_of_another_noise_is_refused(folder: Path) -> None:
         ids.append(made._run_id())
         made.close()
     assert len(set(ids)) == 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dated(Direct):
+    """A class of the user's own, with a default that JSON does not know."""
+
+    since: date = date(2026, 1, 1)
+    alpha: float = 1.0
+
+
+def test_a_checkpoint_is_refused_for_settings_of_the_method_in_use_only(folder: Path) -> None:
+    with contextlib.closing(LongVideoEngine(config_of(folder, "freespec"))) as made:
+
+        def run_id(name: str, **settings: object) -> str:
+            made.use_method(MethodConfig(name=name, window_frames=4, **settings))
+            return made._run_id(seed=3)
+
+        own = f"{__name__}:Dated"
+        assert run_id("freespec", freenoise=FreeNoise(stride=2)) == run_id("freespec")
+        assert run_id("freespec", freespec=FreeSpec(alpha=1.0)) != run_id("freespec")
+        assert run_id("direct", freespec=FreeSpec(alpha=1.0)) == run_id("direct")
+        assert run_id(own, freespec=FreeSpec(alpha=1.0)) == run_id(own, settings={"alpha": 1.0}) == run_id(own)
+        assert run_id(own, settings={"alpha": 2.0}) != run_id(own)
+        assert len({run_id(name) for name in ("freespec", "direct", own)}) == 3
 
 
 def test_mistakes() -> None:

@@ -29,6 +29,11 @@ from engine.config import ModelConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from launch import stopping
+from launch.batching.options import Options, add_arguments
+from launch.batching.replicas import check_cluster
+from launch.batching.report import halted
+from launch.batching.terminal import Terminal
+from launch.batching.work import Work
 from launch.cli import parse_run
 from launch.commands import batch
 from launch.replicas.ray_generate import too_few_gpus
@@ -285,7 +290,7 @@ def test_a_disk_that_is_full_is_told_by_a_driver_without_the_replicas_gpus(wan_f
         halted=Failure("disk", "No space left on device"), queue=Queue.of(cases.batch().items), seats=[1]
     )
     config = replace(cases.config(), model=model)
-    line = str(batch.halted(driver, BatchFiles(root=tmp_path), config, keep_latents=False))
+    line = str(halted(driver, BatchFiles(root=tmp_path), config, keep_latents=False))
     assert line.startswith("No space left on device; 8 items are left; they need about ")
 
 
@@ -331,7 +336,7 @@ def test_a_replica_that_was_given_up_has_its_line_in_the_summary(
     replica = FakeReplica("replica-1", Clock())
     seat = Seat(replica=replica, state="gone", starts=3, failure=Failure("mistake", "out of memory while loading"))
     driver = SimpleNamespace(halted=None, queue=Queue.of(()), seats=[seat])
-    work = batch.Work(done=(), given_up=(), todo=())
+    work = Work(done=(), given_up=(), todo=())
     assert batch.finish(SimpleNamespace(keep_latents=False), files, cases.config(), work, driver) == 0
     assert "replica-1 was given up after 3 starts: out of memory while loading\n" in capsys.readouterr().out
 
@@ -369,17 +374,17 @@ def test_a_rank_that_hangs_costs_one_attempt(
 
 
 def test_a_cluster_with_gpus_is_not_used_without_them_in_silence(wan_folder: Path) -> None:
-    def options(*words: str) -> batch.Options:
+    def options(*words: str) -> Options:
         given = ["--suite=x", "--out=y", "--ray=auto", f"--model.path={wan_folder}", *words]
-        return batch.Options.of(*parse_run(given, name="t", description="", add_arguments=batch._add_arguments))
+        return Options.of(*parse_run(given, name="t", description="", add_arguments=add_arguments))
 
     with pytest.raises(
         UserError, match=r"auto has 8 GPUs, and this batch would run on CPUs; give --gpus_per_replica N"
     ):
-        batch.check_cluster(options(), 8.0)
-    batch.check_cluster(options(), 0.0)
-    batch.check_cluster(options("--model.device=cpu"), 8.0)
-    batch.check_cluster(options("--gpus_per_replica=2"), 8.0)
+        check_cluster(options(), 8.0)
+    check_cluster(options(), 0.0)
+    check_cluster(options("--model.device=cpu"), 8.0)
+    check_cluster(options("--gpus_per_replica=2"), 8.0)
     assert (
         too_few_gpus(8.0, 8, on_cpu=False)
         is too_few_gpus(2.0, 8, on_cpu=True)
@@ -415,7 +420,7 @@ def test_a_table_fits_its_terminal_and_the_last_note_stays_in_it(monkeypatch: py
     monkeypatch.setattr(sys, "stdout", screen := io.StringIO())
     monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
     monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((40, 10)))
-    terminal = batch.Terminal(total=6)
+    terminal = Terminal(total=6)
     terminal.event(
         {"event": "note", "time": "2026-11-28T04:19:17", "replica": "replica-0", "message": "waits for GPUs"}
     )

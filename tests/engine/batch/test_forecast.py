@@ -2,15 +2,19 @@
 
 import contextlib
 import dataclasses
+import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
 
 from engine.batch.files import BatchFiles
-from engine.batch.forecast import DiskForecast, disk_forecast
-from engine.config import ModelConfig
+from engine.batch.forecast import DiskForecast, disk_forecast, gpu_hours
+from engine.config import AttentionConfig, ModelConfig, ParallelConfig, RunConfig
 from engine.engine import LongVideoEngine
+from engine.errors import UserError
+from engine.planner.gpu import FOLDER
 from tests.engine.batch import cases
 from tests.tiny_pipelines import save_random_wan
 
@@ -76,3 +80,40 @@ def test_a_driver_needs_no_gpu_to_foretell_what_replicas_with_one_take(tmp_path:
         for device in ("cuda", "cpu")
     )
     assert on_gpu * 2 == on_cpu  # bfloat16 and float32
+
+
+def planned(kernel: str, **parallel: object) -> RunConfig:
+    return dataclasses.replace(
+        cases.config(),
+        model=ModelConfig(path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
+        attention=AttentionConfig(kernel=kernel),
+        parallel=ParallelConfig(**parallel),
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_hours_of_a_kernel_of_unknown_speed_are_not_known_and_no_mistake(ranks: int) -> None:
+    items = cases.batch().items
+    hours, how = gpu_hours(planned("cuda_flash"), items, gpu="h200", ranks=ranks)
+    assert hours > 0
+    assert how.startswith("predicted for H200")
+    hours, how = gpu_hours(planned("plain"), items, gpu="h200", ranks=ranks)
+    assert hours is None
+    assert re.fullmatch(r"not known: attention_fraction of H200 has no plain, it has [\w, ]+", how)
+
+
+@pytest.mark.parametrize("kernel", ["cuda_flash", "plain"])
+@pytest.mark.parametrize("parallel", [{}, {"plan": "manual", "cfg": 1, "ring": 1, "ulysses": 1}])
+def test_a_plan_that_does_not_fit_is_refused_whether_or_not_the_speed_is_known(
+    kernel: str, parallel: dict[str, object], tmp_path: Path
+) -> None:
+    gpu = json.loads((FOLDER / "h200.json").read_text()) | {"memory_gib": 6.0, "reserved_gib": 2.0}
+    path = tmp_path / "small.json"
+    path.write_text(json.dumps(gpu))
+    with pytest.raises(UserError, match=r"^does not fit: cfg 1 x ring 1 x ulysses 1 needs .* on one H200, "):
+        gpu_hours(planned(kernel, **parallel), cases.batch().items, gpu=str(path), ranks=1)
+
+
+def test_degrees_that_cannot_be_had_are_refused_at_an_unknown_speed_too() -> None:
+    with pytest.raises(UserError, match=r"^2 ranks cannot be arranged with cfg 1, ring 1, ulysses 1; possible are "):
+        gpu_hours(planned("plain", cfg=1, ring=1, ulysses=1), cases.batch().items, gpu="h200", ranks=2)

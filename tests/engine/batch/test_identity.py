@@ -4,9 +4,11 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from engine.batch.identity import canonical, changes, config_id, config_tree, item_id
 from engine.config import RunConfig
+from freespec.methods import Direct
 from tests.engine.batch.cases import batch, config
 
 
@@ -55,6 +57,25 @@ def test_the_checkpoint_counts_and_so_do_a_method_s_own_settings() -> None:
     assert id_of(with_field(config(), "method", freespec=other)) != id_of(config())
     direct = with_field(config(), "method", name="direct")
     assert id_of(with_field(direct, "method", freespec=other)) == id_of(direct)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InDoubles(Direct):
+    """A user's own method with a setting that JSON does not know."""
+
+    dtype: torch.dtype = torch.float64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InSingles(InDoubles):
+    """The same in fp32."""
+
+    dtype: torch.dtype = torch.float32
+
+
+def test_a_user_s_own_method_may_have_any_setting() -> None:
+    ids = {id_of(with_field(config(), "method", name=f"{__name__}:{name}")) for name in ("InDoubles", "InSingles")}
+    assert len(ids) == 2
 
 
 def test_items_differ_by_prompt_seed_and_configuration_and_not_by_place() -> None:

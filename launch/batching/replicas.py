@@ -1,0 +1,74 @@
+"""Where the replicas of a batch run: processes of this machine, or actors of a Ray cluster."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.batch.files import BatchFiles
+from engine.errors import UserError
+from launch.batching.options import Options
+from launch.replicas.group import Group
+from launch.replicas.local import WORKER, LocalRanks
+from launch.replicas.ray_pool import NoRayError, RayPool, RayRanks
+
+
+@contextlib.contextmanager
+def open_replicas(
+    options: Options, files: BatchFiles, *, count: int, setup: Mapping[str, Any], wake: threading.Event
+) -> Iterator[list[Group]]:
+    """The replicas: processes of this machine, or actors of a Ray cluster."""
+    names = [f"replica-{index}" for index in range(count)]
+    if options.ray is None:
+        local = (_local(options, files, index, name, wake) for index, name in enumerate(names))
+        yield [Group(name=name, ranks=ranks, setup=setup) for name, ranks in zip(names, local, strict=True)]
+        return
+    log = files.log(options.shard).with_suffix("") / "ray.log"
+    try:
+        with RayPool(options.ray, cpus=count * options.ranks, log=log, wake=wake.set) as pool:
+            check_cluster(options, pool.gpus)
+            yield [Group(name=name, ranks=_on_ray(pool, options, files, name), setup=setup) for name in names]
+    except NoRayError as error:
+        raise UserError(str(error)) from error
+
+
+def check_cluster(options: Options, gpus: float) -> None:
+    """Raise UserError for a batch that would run on the CPUs of a cluster with GPUs, unless that is what was asked for."""
+    if gpus and not options.gpus and not options.on_cpu:
+        raise UserError(
+            f"the Ray cluster at {options.ray} has {gpus:g} GPUs, and this batch would run on CPUs; give "
+            "--gpus_per_replica N to use them, or --model.device cpu if that is what you want"
+        )
+
+
+def _on_ray(pool: RayPool, options: Options, files: BatchFiles, name: str) -> RayRanks:
+    return pool.ranks(
+        name,
+        options.ranks,
+        gpus=options.gpus,
+        command=WORKER,
+        environment={},
+        logs=[str(files.rank_log(options.shard, name, rank)) for rank in range(options.ranks)],
+        cwd=str(Path.cwd()),
+    )
+
+
+def _local(options: Options, files: BatchFiles, index: int, name: str, wake: threading.Event) -> LocalRanks:
+    environment = {}
+    cores = len(os.sched_getaffinity(0))
+    if "OMP_NUM_THREADS" not in os.environ:
+        environment["OMP_NUM_THREADS"] = str(max(1, cores // (options.ranks * options.replicas)))
+    if torch.cuda.is_available():
+        given = os.environ.get("CUDA_VISIBLE_DEVICES")
+        every = given.split(",") if given else [str(device) for device in range(torch.cuda.device_count())]
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(every[index * options.ranks : (index + 1) * options.ranks])
+    return LocalRanks(
+        options.ranks,
+        log=lambda rank: files.rank_log(options.shard, name, rank),
+        environment=environment,
+        wake=wake.set,
+    )

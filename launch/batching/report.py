@@ -1,0 +1,160 @@
+"""What a person is told before and after a batch: its plan, its beginning, how it went, and why it could not go on."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from engine.batch.driver import Driver
+from engine.batch.files import MANIFEST, SIDECAR, BatchFiles
+from engine.batch.forecast import disk_forecast, gpu_hours
+from engine.batch.journal import columns, report
+from engine.batch.locks import Shard
+from engine.batch.plan import Batch, Item
+from engine.batch.store import Shape, read_tree
+from engine.config import RunConfig
+from engine.errors import UserError
+from launch.batching.options import Options
+from launch.batching.work import Work
+from launch.command import LostRankError
+
+SUPPORT = "the same command goes on"
+
+# What the summary of a batch reads of every sidecar.
+REPORTED: Shape = SIDECAR | {
+    "run.seconds.text": int | float,
+    "run.seconds.denoise": int | float,
+    "run.seconds.decode": int | float,
+    "run.resumed_at": int,
+}
+
+
+def say_plan(config: RunConfig, options: Options, batch: Batch, mine: Sequence[Item], arrangement: str) -> None:
+    """What `--dry_run` prints."""
+    files = BatchFiles(root=options.out)
+    finished = {item: files.is_done(item, options.verify) for item in mine}
+    done, undone = ([item for item in mine if finished[item] is wanted] for wanted in (True, False))
+    left = [item for item in undone if options.retry_quarantined or files.quarantined(item) is None]
+    disk = disk_forecast(files, config, left, replicas=options.replicas, keep_latents=options.keep_latents)
+    given_up = f", {len(undone) - len(left)} failed before (--retry_quarantined)" if len(undone) > len(left) else ""
+    hours, how = gpu_hours(config, left, gpu=options.gpu, ranks=options.ranks)
+    video = config.video
+    where = "this machine" if options.ray is None else f"Ray at {options.ray}"
+    frames = len(left) * video.num_frames
+    rows = [
+        ["suite", f"{batch.suite.name}, {len(batch.suite.prompts)} prompts, sha256 {batch.suite.sha256[:12]}"],
+        ["items", f"{len(batch.items)} = prompts x {len(options.seeds)} seeds x {len(options.methods)} methods"],
+        [
+            "this shard",
+            f"{len(mine)} items in {options.shard.name}, {len(mine) - len(undone)} done, {len(left)} to make{given_up}"
+            + _others(batch, options.shard),
+        ],
+        ["video", f"{video.num_frames} frames of {video.height} x {video.width}, {frames} frames in all"],
+        [
+            "replicas",
+            f"{options.replicas} of {options.ranks} ranks on {where}, {config.model.device}, {config.model.dtype}",
+        ],
+        ["plan of each", f"cfg x ring x ulysses {arrangement}"],
+        ["GPU-hours", f"{hours:.2f} ({how})" if hours is not None else how],
+        ["bytes", f"{_size(disk.needed)} ({disk.how}), {_size(disk.texts)} of it text; {_size(disk.free)} free"],
+    ]
+    rows += [["configuration", f"{tree['method']['name']} {config_id}"] for config_id, tree in batch.trees.items()]
+    rows += [["note", note] for note in [*batch.suite.notes, *_without_latents(files, done, options)]]
+    print("\n".join(columns(rows)))
+
+
+def say_start(options: Options, files: BatchFiles, batch: Batch, mine: Sequence[Item], work: Work) -> None:
+    """What is about to happen."""
+    for note in _without_latents(files, work.done, options):
+        print(note)
+    for note in batch.suite.notes:
+        print(f"{batch.suite.name}: {note}")
+    before = f"; {len(work.given_up)} failed before and are left out (--retry_quarantined)" if work.given_up else ""
+    replicas = min(options.replicas, len(work.todo))
+    print(
+        f"{len(mine)} items: {len(work.done)} done, {len(work.todo)} to make on {replicas} replicas of {options.ranks} "
+        f"ranks{before}",
+        flush=True,
+    )
+
+
+def say_end(
+    files: BatchFiles, driver: Driver | None, *, done: Sequence[Item], given_up: Sequence[Item], num_lines: int
+) -> None:
+    """How it went: times, replicas that were given up, and how many items are done; `num_lines` is of the manifest."""
+    for line in report([_sidecar(files, item) for item in done]) if done else []:
+        print(line)
+    for seat in driver.seats if driver else ():
+        if seat.state == "gone" and seat.failure is not None:
+            print(f"{seat.replica.name} was given up after {seat.starts} starts: {seat.failure.message}")
+    left, now = (driver.queue.left, len(driver.queue.done)) if driver else (0, 0)
+    print(
+        f"{len(done)} of {len(done) + len(given_up) + left} items done ({now} now), "
+        f"{len(given_up)} in quarantine; {files.root / MANIFEST} has {num_lines} lines",
+        flush=True,
+    )
+
+
+def say_given_up(files: BatchFiles, given_up: Sequence[Item]) -> None:
+    """The line about items in quarantine, of which there is at least one."""
+    first = files.quarantined(given_up[0])
+    assert first is not None
+    print(
+        f"error: {len(given_up)} items failed for good, first {given_up[0].label}: {first['error']}; tracebacks are in "
+        f"{files.quarantine}; add --retry_quarantined to try them again",
+        file=sys.stderr,
+    )
+
+
+def halted(driver: Driver, files: BatchFiles, config: RunConfig, *, keep_latents: bool) -> Exception:
+    """Why nothing more could be made, as the error that the command ends with."""
+    failure, left = driver.halted, driver.queue.left
+    assert failure is not None
+    if failure.kind == "disk":
+        disk = describe_disk(files, driver, config, keep_latents=keep_latents)
+        return UserError(f"{failure.message}; {left} items are left; {disk}; {SUPPORT}")
+    return LostRankError(f"{failure.message}; {left} items are left; {SUPPORT}")
+
+
+def describe_disk(files: BatchFiles, driver: Driver, config: RunConfig, *, keep_latents: bool) -> str:
+    """What the rest needs, and what there is."""
+    left = [*driver.queue.waiting, *driver.queue.running.values()]
+    disk = disk_forecast(files, config, left, replicas=len(driver.seats), keep_latents=keep_latents)
+    return (
+        f"they need about {_size(disk.videos + disk.texts)} ({disk.how}) and {_size(disk.work)} for checkpoints, and {files.root} has "
+        f"{_size(disk.free)}: free some space"
+    )
+
+
+def _others(batch: Batch, shard: Shard) -> str:
+    """How many items the smallest and the largest shard have: ids decide, so they are about equal and not quite."""
+    if shard.count == 1:
+        return ""
+    shards = [dataclasses.replace(shard, index=index + 1) for index in range(shard.count)]
+    sizes = [sum(each.owns(item.item_id) for item in batch.items) for each in shards]
+    return f"; the {shard.count} shards have {min(sizes)} to {max(sizes)} items"
+
+
+def _without_latents(files: BatchFiles, done: Sequence[Item], options: Options) -> list[str]:
+    """That --keep_latents comes too late for some of the finished items, if it does."""
+    count = sum(files.lacks_latents(item) for item in done) if options.keep_latents else 0
+    if not count:
+        return []
+    return [
+        f"{count} of {len(done)} finished items were made without --keep_latents and stay without latents; "
+        "to have them, choose another --out"
+    ]
+
+
+def _sidecar(files: BatchFiles, item: Item) -> dict[str, Any]:
+    tree = read_tree(files.of(item).sidecar, REPORTED, what="the sidecar of a video")
+    if tree is None:
+        raise UserError(f"{files.of(item).sidecar} was there a moment ago and is gone; start the same command again")
+    return tree
+
+
+def _size(num_bytes: float) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes:.0f} bytes"

@@ -1,0 +1,60 @@
+"""What a person sees of a batch while it runs: a line for each item, a live table, or the state from another terminal."""
+
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from engine.batch.journal import describe_seconds, read_status, table
+from engine.errors import UserError
+
+
+class Terminal:
+    """What a person sees: on a terminal a table that is drawn anew each second, otherwise a line for each item."""
+
+    def __init__(self, *, total: int) -> None:
+        self._total = total
+        self._done = 0
+        self._lines = 0
+        self._note: str | None = None
+        self._live = sys.stdout.isatty()
+
+    def event(self, event: Mapping[str, Any]) -> None:
+        """A line for what ended, where there is no table; the table shows failures, and the last note below them."""
+        if event["event"] == "done":
+            self._done += 1
+        if self._live:
+            if event["event"] == "note":
+                self._note = f"{event['time'][11:19]} {event['replica']}: {event['message']}"
+            return
+        if event["event"] == "done":
+            took = describe_seconds(event["seconds"])
+            print(f"{event['item']}: done in {took} on {event['replica']} ({self._done} of {self._total})", flush=True)
+        elif event["event"] == "failed":
+            after = "given up" if event["verdict"] == "quarantine" else "will be tried again"
+            print(f"{event['item']}: failed on {event['replica']}, {after}: {event['message']}", flush=True)
+        elif event["event"] in ("ended", "note"):
+            print(f"{event['replica']}: {event['message']}", flush=True)
+
+    def status(self, tree: Mapping[str, Any]) -> None:
+        """The table, over the last one."""
+        if not self._live:
+            return
+        text = table("batch", tree, note=self._note, size=shutil.get_terminal_size())
+        up = f"\x1b[{self._lines}F\x1b[J" if self._lines else ""
+        print(up + text, flush=True)
+        self._lines = text.count("\n") + 1
+
+
+def show_status(root: Path) -> int:
+    """Print the state of every shard of a folder."""
+    try:
+        found = read_status(root)
+    except OSError as error:
+        raise UserError(f"cannot look into --status {root}: {error.strerror}") from error
+    if not found:
+        raise UserError(f"{root} holds no batch; give the folder that was --out")
+    for name, tree in found:
+        print(table(name, tree))
+    return 0
