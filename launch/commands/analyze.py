@@ -19,7 +19,7 @@ from launch.analysis.spectra import SpectraStore
 from launch.cli import parse_run
 from launch.commands.compare import choose_prompts
 from launch.comparison.checks import check_longer, check_output
-from launch.comparison.make import check_layouts, make_missing, missing_videos, on_first
+from launch.comparison.make import check_variants, make_missing, missing_videos, on_first
 from launch.comparison.store import Comparison, as_read, decisive_settings, open_folder
 from launch.comparison.variants import Variant
 from launch.ranks import Party, check_started, open_ranks
@@ -106,7 +106,7 @@ def describe(config: RunConfig, spectra: SpectraStore) -> dict[str, Any]:
 def run(config: RunConfig, spectra: SpectraStore, low_rank: Comparison, now: dict[str, Any], *, verbose: bool) -> None:
     """Run whatever is not kept yet; all ranks call this. `now` is what `describe` says."""
     with open_ranks(config, prompts=[json.dumps(now, sort_keys=True), str(low_rank.seeds)], verbose=verbose) as party:
-        check_layouts(low_rank.variants, party)
+        check_variants(low_rank.variants, party)
         party.check_on_first(lambda: open_folder(spectra.folder, "analysis.json", now))
         party.check_on_first(low_rank.open)
         unseen = [index for index, done in enumerate(on_first(party, spectra.done)) if not done]

@@ -25,7 +25,7 @@ from launch.calibration.space import END_SHARES, SPACE, START, draw_trials
 from launch.cli import parse_run
 from launch.commands.generate import read_prompts
 from launch.comparison.checks import check_longer, check_output, check_seeds
-from launch.comparison.make import check_layouts, make_missing, missing_videos, on_first
+from launch.comparison.make import check_variants, make_missing, missing_videos, on_first
 from launch.comparison.measure import Measured, measure_all, native_frames, not_world
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison
@@ -93,7 +93,7 @@ def main(argv: list[str]) -> None:
         ) as party,
         contextlib.ExitStack() as stack,
     ):
-        check_layouts(parts[0].variants, party)
+        check_variants(parts[0].variants, party)
         maker = Maker(config, party, stack)
         best, told = _search(plan, search, rounds, maker, party, progress=progress)
         judged = plan.compared("judged", [START] if best == START else [START, best], held_out)

@@ -15,7 +15,7 @@ from engine.progress import enabled
 from launch.cli import parse_run
 from launch.commands.generate import read_prompts
 from launch.comparison.checks import check_output, check_seeds
-from launch.comparison.make import check_layouts, make_missing, missing_videos
+from launch.comparison.make import check_variants, make_missing, missing_videos
 from launch.comparison.measure import measure_all, native_frames, not_world
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison
@@ -75,7 +75,7 @@ def make_videos(comparison: Comparison, shard: Shard, *, report: Path, verbose: 
     agree = [json.dumps(comparison.describe(), sort_keys=True), str(comparison.seeds), str(shard)]
     config = comparison.config
     with open_ranks(config, prompts=agree, verbose=verbose) as party, contextlib.ExitStack() as stack:
-        check_layouts(comparison.variants, party)
+        check_variants(comparison.variants, party)
         party.check_on_first(comparison.open)
         party.check_on_first(lambda: _check_report(report))
         party.check_on_first(lambda: stack.enter_context(own_shard(comparison.folder, shard)))

@@ -12,6 +12,8 @@ from engine.batch.locks import Shard
 from engine.checkpoint import load_latents
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
+from engine.parallelism import check_settings
+from engine.planner import read_model
 from engine.ranks import hand_out_bytes
 from engine.supported_layouts import check_layout
 from launch.commands.decode import read_record
@@ -23,11 +25,15 @@ from launch.render import render
 from launch.stopping import Stopped
 
 
-def check_layouts(variants: Sequence[Variant], party: Party) -> None:
-    """Raise UserError, before anything is loaded, if these ranks cannot run one of the methods."""
-    if party.ranks is not None:
-        for variant in variants:
-            check_layout(variant.label, variant.config.method.method, party.ranks.degrees)
+def check_variants(variants: Sequence[Variant], party: Party) -> None:
+    """Raise UserError, before a folder is taken or weights are read, for what the model or these ranks cannot run."""
+    spec = read_model(variants[0].config.model)
+    for variant in variants:
+        config, video = variant.config, variant.config.video
+        spec.video.check_video(video.num_frames, video.height, video.width)
+        check_settings(config, spec)
+        if party.ranks is not None:
+            check_layout(variant.label, config.method.method, party.ranks.degrees)
 
 
 def missing_videos(comparison: Comparison, party: Party, shard: Shard | None = None) -> list[Video]:

@@ -336,6 +336,21 @@ def test_mistakes_are_one_line_before_anything_is_loaded(
     assert not list(tmp_path.rglob("*.mp4"))
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"video.num_frames": 18}, "must be 4k + 1"),
+        ({"sampler.shift": "actual"}, "sampler.shift actual does nothing for Wan"),
+    ],
+)
+def test_settings_that_are_refused_do_not_take_the_folder(
+    compare_in: Compare, no_loading: None, tmp_path: Path, settings: dict[str, object], message: str
+) -> None:
+    """Else the same --out with the right ones would be refused as well."""
+    assert message in compare_in(**settings).error
+    assert not list(tmp_path.rglob("comparison.json"))
+
+
 def test_the_last_seed_that_there_is_may_be_used(compare_in: Compare) -> None:
     assert "nothing to report" in compare_in("--report_only", **{"sampler.seed": 2**63 - 2}).error
 
