@@ -1,5 +1,6 @@
 """`apply_method`: a method for long videos on a user's own pipeline, in one line, and taken off again."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -166,12 +167,15 @@ def check_riflex(adapter: ModelAdapter, riflex: Riflex) -> None:
         )
 
 
-def check_shift(adapter: ModelAdapter, shift: str) -> None:
-    """Raise UserError if the shift of longer videos is asked of a model that has one shift for any length."""
-    if shift == "actual" and not adapter.shift_grows:
+def check_shift(scheduler: Mapping[str, Any], shift: str) -> None:
+    """Raise UserError if the shift of longer videos is asked of a checkpoint whose scheduler has one shift for any length.
+
+    `scheduler` is the configuration of the checkpoint's scheduler.
+    """
+    if shift == "actual" and not scheduler.get("use_dynamic_shifting"):
         raise UserError(
-            f"sampler.shift actual does nothing for {adapter.name}: it has one shift for any length; leave it out, or choose "
-            "that shift with sampler.flow_shift"
+            "sampler.shift actual does nothing for this checkpoint: its scheduler has one shift for any length; leave it out, or "
+            "choose that shift with sampler.flow_shift"
         )
 
 

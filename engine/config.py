@@ -118,8 +118,8 @@ class SamplerConfig:
         noise: `iid` is fresh in every frame, `freenoise` repeats the frames of the first window in another order, `mean_reuse`
             repeats their mean over time; `method` is what the method was published with (iid for direct, sliding_window
             and freespec, freenoise for freenoise and freelong, mean_reuse for freepca).
-        noise_stride: latent frames that `freenoise` puts in another order at a time; None is the method's own stride, which
-            freenoise has (method.freenoise.stride), or else a quarter of the window.
+        noise_stride: latent frames that `freenoise` puts in another order at a time; None is with the noise `method` the method's
+            own stride, which freenoise has (method.freenoise.stride), and else a quarter of the window.
     """
 
     num_steps: int = 50
@@ -393,13 +393,20 @@ class RunConfig:
         """The kind of the initial noise, and the stride of `freenoise` in frames."""
         sampler, method = self.sampler, self.method
         kind = method.method.noise if sampler.noise == "method" else sampler.noise
-        stride = sampler.noise_stride or method.method.noise_stride
-        return kind, stride or default_stride(method.window_frames)
+        return kind, self.noise_stride or default_stride(method.window_frames)
+
+    @property
+    def noise_stride(self) -> int | None:
+        """`sampler.noise_stride`, or the method's own where the noise is that of the method; None is a quarter of the window."""
+        own = self.method.method.noise_stride if self.sampler.noise == "method" else None
+        return self.sampler.noise_stride or own
 
     @property
     def _noise_stride_name(self) -> str:
-        """The setting that the noise's stride came from."""
-        return f"method.{self.method.name}.stride" if self.sampler.noise_stride is None else "sampler.noise_stride"
+        """The setting that `noise_stride` came from."""
+        if self.sampler.noise_stride is not None:
+            return "sampler.noise_stride"
+        return f"method.{'settings' if ':' in self.method.name else self.method.name}.stride"
 
 
 def _check_plain(settings: dict[str, Any]) -> None:

@@ -75,7 +75,7 @@ def check_settings(config: RunConfig, spec: ModelSpec) -> None:
     """
     check_tiles(config.decode, spec.video)
     check_riflex(spec.adapter, config.attention.riflex)
-    check_shift(spec.adapter, config.sampler.shift)
+    check_shift(spec.configs["scheduler"], config.sampler.shift)
     name = config.model.single_file
     if name is None:
         return

@@ -15,6 +15,7 @@ import av
 from engine.batch.plan import asked_items
 from engine.batch.store import Shape, beside, check_tree, file_sha256, read_json
 from engine.errors import UserError
+from engine.paths import expand
 
 _COLUMNS = ("method", "prompt", "seed", "path")
 _SIDECAR: Shape = {
@@ -194,9 +195,9 @@ def _from_row(source: Path, line: int, row: Mapping[str, Any], numbers: dict[str
     if not re.fullmatch(r"-?[0-9]{1,18}", seed):
         raise UserError(f"--videos {source}, line {line}: seed must be a whole number, got {seed!r}")
     try:
-        path = Path(row["path"].strip()).expanduser()
-    except RuntimeError as error:  # the ~ of a user that does not exist
-        raise UserError(f"--videos {source}, line {line}: cannot resolve {row['path']!r}: {error}") from error
+        path = expand(row["path"].strip())
+    except UserError as error:
+        raise UserError(f"--videos {source}, line {line}: {error}") from error
     path = (path if path.is_absolute() else source.parent / path).absolute()
     number = numbers.setdefault(prompt, len(numbers))
     return Video(

@@ -31,7 +31,7 @@ class Riflex:
         for name in ("index", "repetition"):
             if getattr(self, name) is not None and not self.enabled:
                 raise ValueError(
-                    f"riflex: {name} {getattr(self, name)} does nothing while enabled is false; set it true"
+                    f"riflex: {name} {getattr(self, name)} does nothing while enabled is false; set enabled true, or {name} null"
                 )
         if self.index is not None and self.index < 1:
             raise ValueError(f"riflex: index must be 1 or more, got {self.index}")

@@ -236,7 +236,7 @@ def _difference(bench: Bench, step: Step) -> float | str:
 
     def both() -> float:
         for each in (step, Step(method=Direct())):
-            with stepping(subject, each.method, kernel="auto", passes=1, ranks=each.ranks) as call:
+            with stepping(subject, each.method, kernel=XFUSER_KERNEL, passes=1, ranks=each.ranks) as call:
                 call()
         return relative_error(*outs)
 

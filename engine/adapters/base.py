@@ -207,7 +207,6 @@ class ModelAdapter(ABC):
         copies_rotary: whether `shard_rotary` returns copies, so that the whole tables go.
         latent_tensors: fp32 tensors of the latents' size that are alive between steps, the scheduler's included.
         single_file_marks: the end of a tensor's name by which a part is known in a single file of the model's authors.
-        shift_grows: whether schedulers of this family have a shift that grows with the tokens, as `sampler.shift actual` needs.
         counts_frames: whether temporal positions are frame numbers that grow beyond those of training, as `riflex` needs.
     """
 
@@ -225,7 +224,6 @@ class ModelAdapter(ABC):
     copies_rotary: ClassVar[bool]
     latent_tensors: ClassVar[int]
     single_file_marks: ClassVar[Mapping[str, str]]
-    shift_grows: ClassVar[bool] = False
     counts_frames: ClassVar[bool] = False
 
     # What a checkpoint is, before its weights are read.

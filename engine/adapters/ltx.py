@@ -54,7 +54,6 @@ class LtxAdapter(ModelAdapter):
     text_config_class = T5Config
     batches_guidance = True
     frame_rate_matters = True
-    shift_grows = True
     decode_modes = ("whole", "framewise", "tiled")
     exact_decode_is_bounded = False
     copies_rotary = True

@@ -24,6 +24,7 @@ def config_tree(config: RunConfig, *, checkpoint: str, dtype: str) -> dict[str, 
     """
     tree = dataclasses.asdict(config)
     del tree["sampler"]["seed"]
+    tree["sampler"]["noise_stride"] = config.noise_stride
     return {
         "model": {"checkpoint": checkpoint, "dtype": dtype},
         "video": tree["video"],

@@ -96,7 +96,12 @@ def describe(config: RunConfig, spectra: SpectraStore) -> dict[str, Any]:
         {
             "settings": decisive_settings(config)
             | {f"method.{key}": value for key, value in dataclasses.asdict(config.method).items()}
-            | {"sampler.noise": config.noise[0], "sampler.seed": spectra.seed, "num_points": spectra.num_points},
+            | {
+                "sampler.noise": config.noise[0],
+                "sampler.noise_stride": config.noise_stride,
+                "sampler.seed": spectra.seed,
+                "num_points": spectra.num_points,
+            },
             "variants": {},
             "prompts": spectra.prompts,
         }

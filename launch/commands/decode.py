@@ -19,6 +19,8 @@ from launch.outputs import OutputFiles, check_outputs
 from launch.render import render
 
 USAGE = "decode.py LATENTS --output PATH [--overwrite] [--model.path PATH] [--SETTING VALUE ...]"
+# Of a run's configuration, what decoding reads.
+PARTS = ("model", "video", "decode", "output")
 _MODEL_KEYS = ("path", "revision", "device")
 DESCRIPTION = "Make the video of latents that launch/generate.py saved. The model and the rate are those of the run."
 
@@ -36,7 +38,7 @@ def main(argv: list[str]) -> None:
     latents, metadata = load_latents(source)
     check_finite(latents, where=f"in {source}", remedy="make them again with launch/generate.py")
     record = read_record(metadata, source)
-    config = restore_config(record["config"], source)
+    config = restore_config(decoding_part(record["config"]), source)
     parser.set_defaults({f"model.{key}": getattr(config.model, key) for key in _MODEL_KEYS})
     parser.set_defaults({f"decode.{key}": value for key, value in dataclasses.asdict(config.decode).items()})
     config = override(config, parse(parser, words))
@@ -45,7 +47,7 @@ def main(argv: list[str]) -> None:
     check_outputs(
         [files.video, files.record, files.sheet], overwrite=config.output.overwrite, overwrite_flag="--overwrite"
     )
-    record = record | {"config": dataclasses.asdict(config), "decoded_from": source.name}
+    record = record | {"config": record["config"] | decoded_by(config), "decoded_from": source.name}
     with open_decoder(config) as decoder:
         check_shape(latents, decoder.spec.channels, source)
         record = render(decoder, latents, record, files, output=config.output, fps=config.video.fps)
@@ -85,6 +87,19 @@ def restore_config(tree: dict[str, Any], source: Path) -> RunConfig:
     except (ArgumentError, ValueError) as error:
         raise UserError(f"{source} was saved with settings that this version does not know: {error}") from error
     return RunConfig(**{field.name: namespace[field.name] for field in dataclasses.fields(RunConfig)})
+
+
+def decoding_part(tree: dict[str, Any]) -> dict[str, Any]:
+    """Of a recorded configuration what decoding reads, with a method that is not read.
+
+    What made the latents stays in the record as it is, and is not checked: this version may refuse it, or not know it.
+    """
+    return {part: tree[part] for part in PARTS if part in tree} | {"method": {"name": "direct", "window_frames": 1}}
+
+
+def decoded_by(config: RunConfig) -> dict[str, Any]:
+    """The parts of a configuration that decoding reads, as plain values."""
+    return {part: dataclasses.asdict(getattr(config, part)) for part in PARTS}
 
 
 def override(config: RunConfig, namespace: Namespace) -> RunConfig:

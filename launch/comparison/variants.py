@@ -29,7 +29,7 @@ class Variant:
     @property
     def settings(self) -> dict[str, Any]:
         """What tells it from other variants, by dotted name."""
-        tree = flatten(dataclasses.asdict(self.config))
+        tree = flatten(dataclasses.asdict(self.config)) | {"sampler.noise_stride": self.config.noise_stride}
         return {key: value for key, value in tree.items() if key.startswith(MAY_DIFFER)}
 
     @property
@@ -38,8 +38,7 @@ class Variant:
         config = self.config
         kind, stride = config.noise
         noise = (kind, stride if kind == "freenoise" else None)
-        riflex = config.attention.riflex
-        return config.method.method, config.method.window_frames, noise, riflex if riflex.enabled else None
+        return config.method.method, config.method.window_frames, noise, config.attention.riflex
 
 
 def read_variants(

@@ -44,6 +44,8 @@ class ReferenceProcessor:
 def weights_by_equations(method: FreeSpec, step: int, num_steps: int, head_dim: int) -> tuple[Tensor, float] | None:
     """g and lam of a step by docs/method.md, number by number, for the defaults counted in steps; None for a late step."""
     assert (method.domain, method.basis, method.residual, method.residual_form) == ("step", "local", "time", "lerp")
+    assert method.time
+    assert method.rank
     num_dual = math.ceil(method.split * num_steps)
     if step >= num_dual:
         return None

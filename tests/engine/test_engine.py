@@ -224,7 +224,7 @@ def test_a_shift_that_grows_is_refused_for_a_model_that_has_none(folder):
     config = config_of(folder)
     config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, shift="actual"))
     with pytest.raises(
-        UserError, match=r"sampler.shift actual does nothing for Wan2.1 text-to-video: it has one shift for any"
+        UserError, match=r"sampler.shift actual does nothing for this checkpoint: its scheduler has one shift"
     ):
         LongVideoEngine(config)
 

@@ -188,6 +188,10 @@ def test_a_later_checkpoint_has_one_shift_for_any_length(tmp_path):
     engine.close()
     assert made.schedule == {"shift": "fixed", "value": 1.0}
     assert torch.equal(pack(made.latents), latents_of(pipe))
+    with pytest.raises(
+        UserError, match=r"sampler.shift actual does nothing for this checkpoint: its scheduler has one shift"
+    ):
+        LongVideoEngine(config_of(tmp_path, method=DIRECT, sampler={"shift": "actual"}))
 
 
 def test_mu_is_the_stock_pipelines_line():

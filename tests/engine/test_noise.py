@@ -49,6 +49,8 @@ def test_every_method_has_the_noise_that_it_was_published_with() -> None:
 def test_the_noise_has_the_method_s_stride_as_published() -> None:
     assert config_of("", "freenoise", stride=3).noise == ("freenoise", 3)
     assert config_of("", "freenoise", stride=3, noise_stride=2).noise == ("freenoise", 2)
+    # Asked for by name, it is the same for every method.
+    assert config_of("", "freenoise", stride=3, noise="freenoise").noise == ("freenoise", 1)
     assert config_of("", "freelong", stride=3).noise == ("freenoise", 1)  # a setting of another method
 
 

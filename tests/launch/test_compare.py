@@ -340,7 +340,7 @@ def test_mistakes_are_one_line_before_anything_is_loaded(
     ("settings", "message"),
     [
         ({"video.num_frames": 18}, "must be 4k + 1"),
-        ({"sampler.shift": "actual"}, "sampler.shift actual does nothing for Wan"),
+        ({"sampler.shift": "actual"}, "sampler.shift actual does nothing"),
     ],
 )
 def test_settings_that_are_refused_do_not_take_the_folder(

@@ -63,15 +63,26 @@ def test_variants_that_differ_in_what_nothing_reads_are_the_same(tmp_path: Path)
     assert [each.label for each in read(f"freepca,freepca:{preset}")] == ["freepca", "freepca-a"]
     with pytest.raises(UserError, match="freespec and freespec-a have the same settings, as far as their method reads"):
         read(f"freespec,freespec:{preset}")
-    # Off, RIFLEx has no index; on, it makes another video. So does another noise.
-    preset.write_text("attention:\n  riflex:\n    index: 2\n")
-    with pytest.raises(UserError, match="riflex: index 2 does nothing while enabled is false"):
-        read(f"direct,direct:{preset}")
     for text in ("attention:\n  riflex:\n    enabled: true\n", "sampler:\n  noise: freenoise\n"):
         preset.write_text(text)
         assert len(read(f"direct,direct:{preset}")) == 2
     with pytest.raises(UserError, match="direct and again have the same settings"):
         read("direct,again=freespec.methods.direct:Direct")
+
+
+def test_an_index_without_riflex_is_refused(tmp_path: Path) -> None:
+    preset = tmp_path / "a.yaml"
+    preset.write_text("attention:\n  riflex:\n    index: 2\n")
+    with pytest.raises(UserError, match="index 2 does nothing while enabled is false; set enabled true, or index null"):
+        read(f"direct,direct:{preset}")
+
+
+def test_the_stride_of_the_method_s_own_noise_is_among_the_settings() -> None:
+    """Or a folder would take videos of another noise for its own."""
+    (plain,), (own,) = read("freenoise"), read("freenoise", "--method.freenoise.stride", "1")
+    assert (plain.settings["sampler.noise_stride"], own.settings["sampler.noise_stride"]) == (None, 1)
+    (by_name,) = read("freenoise", "--method.freenoise.stride", "1", "--sampler.noise", "freenoise")
+    assert by_name.settings["sampler.noise_stride"] is None
 
 
 def test_the_run_s_own_presets_come_first(tmp_path: Path) -> None:

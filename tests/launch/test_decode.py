@@ -97,10 +97,24 @@ def decode_other(run: Callable[..., Run], tmp_path: Path) -> Callable[..., str]:
 
 def test_a_record_of_another_version_is_refused(decode_other: Callable[..., str], kept: Path) -> None:
     latents, record = read(kept)
-    record["config"]["sampler"]["of_the_future"] = 1
+    record["config"]["decode"]["of_the_future"] = 1
     error = decode_other(latents, record)
     assert "settings that this version does not know" in error
     assert "of_the_future" in error
+
+
+def test_what_made_the_latents_is_not_checked_again_and_stays_in_the_record(
+    run: Callable[..., Run], kept: Path, tmp_path: Path
+) -> None:
+    """Settings that this version refuses or does not know; decoding reads none of them."""
+    latents, record = read(kept)
+    record["config"]["sampler"]["of_the_future"] = 1
+    record["config"]["attention"]["riflex"] = {"enabled": False, "index": 2, "repetition": None}
+    save_file({"latents": latents}, tmp_path / "old.safetensors", metadata={"record": json.dumps(record)})
+    assert run(decode.main, tmp_path / "old.safetensors", "--output", tmp_path / "b.mp4").code == 0
+    made = json.loads((tmp_path / "b.json").read_text())["config"]
+    assert (made["sampler"], made["attention"]) == (record["config"]["sampler"], record["config"]["attention"])
+    assert made["output"]["path"] == str(tmp_path / "b.mp4")
 
 
 def test_a_record_that_lacks_something_is_refused(decode_other: Callable[..., str], kept: Path) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from engine.batch.identity import canonical, changes, config_id, config_tree, item_id
 from engine.config import RunConfig
-from freespec.methods import Direct
+from freespec.methods import Direct, FreeNoise
 from tests.engine.batch.cases import batch, config
 
 
@@ -56,6 +56,8 @@ def test_the_checkpoint_counts_and_so_do_a_method_s_own_settings() -> None:
     other = dataclasses.replace(config().method.freespec, alpha=1.0)
     assert id_of(with_field(config(), "method", freespec=other)) != id_of(config())
     direct = with_field(config(), "method", name="direct")
+    strided = with_field(config(), "method", name="freenoise", freenoise=FreeNoise(stride=1))
+    assert config_tree(strided, checkpoint="c", dtype="float32")["sampler"]["noise_stride"] == 1  # of its noise as well
     assert id_of(with_field(direct, "method", freespec=other)) == id_of(direct)
 
 
