@@ -44,6 +44,8 @@ NOTE_SECONDS = 5.0
 STORE_BYTES = 100 * 2**20
 # A driver's calls beside a poll that waits.
 CONCURRENCY = 4
+# To connect to a cluster's port, before Ray is asked.
+REACHED_S = 10.0
 
 Tell = Callable[..., None]
 
@@ -93,11 +95,23 @@ def connect(address: str, cpus: int, patience: float) -> Mapping[str, Any]:
     until = time.monotonic() + patience
     while True:
         try:
+            refuse_silent(address)
             return ray.init(address, **quiet).address_info
         except ConnectionError:
             if time.monotonic() > until:
                 raise
             time.sleep(2.0)
+
+
+def refuse_silent(address: str) -> None:
+    """Raise ConnectionError if nothing listens at HOST:PORT, which Ray itself says after three minutes; others are Ray's to find."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACHED_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(str(error)) from error
 
 
 def watch_node(path: str) -> None:

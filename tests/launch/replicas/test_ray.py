@@ -219,8 +219,9 @@ def test_no_cluster_is_one_line(run: Callable[..., Run], wan_folder: Path, tmp_p
     given = words(wan_folder, tmp_path / "prompts.txt", tmp_path / "out", {"ray": "127.0.0.1:1"})
     shown = run(batch.main, *given)
     assert (shown.code, shown.err.count("\n")) == (2, 1), shown
-    # Ray gives up after a while; on a machine with much other work our own patience is shorter.
-    assert shown.err.startswith("error: no Ray cluster answers at 127.0.0.1:1 ("), shown
+    assert shown.err.startswith("error: no Ray cluster answers at 127.0.0.1:1 ([Errno 111] Connection refused); "), (
+        shown
+    )
     assert "start one with: ray start --head" in shown.err
 
 
