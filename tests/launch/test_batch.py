@@ -126,8 +126,13 @@ class Killer(threading.Thread):
 
 @pytest.fixture(scope="module")
 def undisturbed(wan_folder: Path) -> dict[str, torch.Tensor]:
+    """The latents of every item."""
+    return made_in_a_loop(wan_folder)
+
+
+def made_in_a_loop(wan_folder: Path, **settings: object) -> dict[str, torch.Tensor]:
     """The latents of every item, from the engine called in a loop."""
-    given = [f"--{name}={value}" for name, value in ({"model.path": wan_folder} | SETTINGS).items()]
+    given = [f"--{name}={value}" for name, value in ({"model.path": wan_folder} | SETTINGS | settings).items()]
     _, config = parse_run(given, name="test", description="", add_arguments=lambda parser: None)
     engine, found = LongVideoEngine(config), {}
     for method in ("freespec", "direct"):
