@@ -16,8 +16,11 @@ from freespec import eigen
 
 # Singular values below this share of the largest are noise of the Gram form: such directions stay as they are.
 EPS = 1e-4
-# Tokens per partial sum: bounds the fp32 copies of half-precision outputs to tens of MB.
-CHUNK_TOKENS = 8192
+# Of a chunk of tokens in fp32, which outputs in half precision are copied to. Few heads are taken in longer chunks: on a CPU each
+# product of a short one is over before its threads are awake.
+CHUNK_BYTES = 48 * 2**20
+# Tokens whose products are summed in fp32 at most.
+CHUNK_TOKENS = 32768
 # A GPU takes a chunk in pieces, as a batch: the product of a whole chunk is one tile for each of 12 heads, and it has 132 places.
 PIECE_TOKENS = 512
 # Rows of a symmetric product that a CPU computes at a time, from the diagonal on.
@@ -26,13 +29,18 @@ BLOCK_ROWS = 32
 Reduce = Callable[[Tensor], Tensor]
 
 
+def chunk_tokens(heads: int, head_dim: int) -> int:
+    """Tokens that are taken at a time, of so many heads; a rank may have none."""
+    return min(CHUNK_TOKENS, max(1, CHUNK_BYTES // max(1, 4 * heads * head_dim)))
+
+
 def gram(o_BSND: Tensor) -> Tensor:
     """OᵀO per batch item and head: [B, S, N, D] -> [B, N, D, D] fp64. Products in fp32 at least, partial sums in fp64."""
     batch, _, heads, dim = o_BSND.shape
     wide = torch.promote_types(o_BSND.dtype, torch.float32)
     product = product_of_halves if o_BSND.device.type == "cpu" else product_in_pieces
     total = torch.zeros(batch, heads, dim, dim, dtype=torch.float64, device=o_BSND.device)
-    for item, chunk in itertools.product(range(batch), o_BSND.split(CHUNK_TOKENS, dim=1)):
+    for item, chunk in itertools.product(range(batch), o_BSND.split(chunk_tokens(heads, dim), dim=1)):
         total[item] += product(chunk[item].transpose(0, 1).to(wide, memory_format=torch.contiguous_format))
     return total
 
@@ -131,8 +139,10 @@ def reconstruct(o_base: Tensor, matrix: Tensor, o_global: Tensor, lam: Tensor, f
     matrix = (keep * matrix).to(wide)
     lam = lam.to(wide)[None]  # one dimension: a number without would not widen what it scales
     out = torch.empty_like(o_base)
-    for item, start in itertools.product(range(o_base.shape[0]), range(0, o_base.shape[1], CHUNK_TOKENS)):
-        rows = item, slice(start, start + CHUNK_TOKENS)
+    batch, tokens, heads, dim = o_base.shape
+    size = chunk_tokens(heads, dim)
+    for item, start in itertools.product(range(batch), range(0, tokens, size)):
+        rows = item, slice(start, start + size)
         mixed = out[rows] if out.dtype == wide else torch.empty_like(out[rows], dtype=wide)
         torch.mul(lam, o_global[rows], out=mixed)
         # The product is added to it by the kernel that computes it.

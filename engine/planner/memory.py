@@ -23,7 +23,7 @@ from engine.planner.layout import Layout, latent_bytes
 from engine.planner.model import FP32_BYTES, ModelSpec
 from freespec.attention import merge_step
 from freespec.methods import Mode
-from freespec.spectrum import CHUNK_TOKENS
+from freespec.spectrum import chunk_tokens
 from parallel.plan import length
 
 FP64_BYTES = 8
@@ -96,7 +96,7 @@ def _attention_moments(layout: Layout, share: Share, mode: Mode) -> dict[str, tu
         # window, written again as far as the windows of the middle frames slide
         moments["rest"] = (base + (2 * e + wide) * inside + merging + 3 * lse, near + first + 2 * rest)
         matrices = FUSION_MATRICES * share.heads * layout.spec.head_dim**2 * FP64_BYTES
-        fusing = 3 * min(CHUNK_TOKENS, share.queries) * token
+        fusing = 3 * min(chunk_tokens(share.heads, layout.spec.head_dim), share.queries) * token
         moments["fuse"] = (base + 3 * e * inside + fusing + matrices, near)
     if mode in ("dual", "global") and plan.ring > 1:
         # the wide output, a part and, at the end, the rounded sum; the local output is one more

@@ -16,6 +16,7 @@ from freespec import spectrum
 from freespec.methods import FreeSpec
 from freespec.methods.freespec import FusionWeights
 from freespec.spectrum import (
+    chunk_tokens,
     effective_rank,
     global_basis_matrix,
     gram,
@@ -300,6 +301,13 @@ def test_chunks_of_tokens_change_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     whole = fuse(*branches, rank_weights(8), 0.15)
     monkeypatch.setattr(spectrum, "CHUNK_TOKENS", 5)
     assert_same_math(fuse(*branches, rank_weights(8), 0.15), whole)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "tokens"), [(12, 128, 8192), (1, 128, 32768), (32, 64, 6144), (10**9, 1, 1), (0, 128, 32768)]
+)
+def test_a_chunk_is_bounded_in_bytes_and_in_what_is_summed(heads: int, head_dim: int, tokens: int) -> None:
+    assert chunk_tokens(heads, head_dim) == tokens
 
 
 def test_the_branches_are_reduced_in_one_call_and_not_changed() -> None:
