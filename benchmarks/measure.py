@@ -158,11 +158,17 @@ def _cpu_name() -> str:
 
 
 def _git_revision() -> str | None:
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
+    """The commit; `-dirty` if files differ from it, but for those that benchmarks write themselves."""
+    own = (":(exclude)benchmarks/results", ":(exclude)docs/performance.md")
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit = _git("rev-parse", "--short=12", "HEAD").strip()
+        return f"{commit}-dirty" if _git("status", "--porcelain", "--", ".", *own) else commit
     except (FileNotFoundError, subprocess.CalledProcessError):
         return None  # no git, or not a checkout: the file says so
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout
 
 
 def write(folder: Path, benchmark: str, where: dict[str, Any], settings: dict[str, Any], results: list[Any]) -> Path:
