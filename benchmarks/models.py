@@ -67,7 +67,7 @@ none, and is fast only when it is compiled for each shape. The choice was tested
 `model.compile true` puts the transformer's blocks through torch.compile, once for each kind of step (two for freespec), also after another
 method was put on; tested with graphs that run as they are, and not timed on a GPU.
 
-`model.weights cpu_offload` was tested with a CPU in the GPU's place (which parts move, in what order, and that the video is the same); its
+`model.weights cpu_offload` was tested with a CPU in the GPU's place (which parts move, in what order, and that the video is the same, on one rank and on two); its
 memory and time on GPUs are not measured.
 
 ## Quantised attention

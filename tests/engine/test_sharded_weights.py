@@ -225,21 +225,49 @@ def test_what_cannot_work_is_one_line(settings, device, text_device, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("family", ["wan", "ltx"])
-def test_offloaded_parts_wait_on_the_cpu_and_make_the_same_video(family, folders, monkeypatch):
-    """The wiring, with a CPU in the GPU's place: which parts move and in what order, and what counts as the GPU's."""
-    case = Case(family, folders[family], (1, 1, 1))
-    with contextlib.closing(LongVideoEngine(config_of(case, "resident"))) as resident:
-        expected = resident.denoise("a red circle").latents
+def cpu_in_the_gpu_s_place(patch: pytest.MonkeyPatch) -> list[int]:
+    """Let parts be offloaded from a CPU to a CPU; the list is filled with the GPUs that are asked for."""
     offload, asked = DiffusionPipeline.enable_model_cpu_offload, []
 
     def onto_the_cpu(pipe, gpu_id):
         asked.append(gpu_id)
         offload(pipe, device="cpu")
 
-    monkeypatch.setattr(DiffusionPipeline, "enable_model_cpu_offload", onto_the_cpu)
-    monkeypatch.setattr("engine.load.check_placement", lambda *_: None)  # which refuses a CPU
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    patch.setattr(DiffusionPipeline, "enable_model_cpu_offload", onto_the_cpu)
+    patch.setattr("engine.load.check_placement", lambda *_: None)  # which refuses a CPU
+    patch.setattr(torch.cuda, "current_device", lambda: 3)
+    return asked
+
+
+def offloaded_on_ranks(rank: int, case: Case) -> dict[str, Any]:
+    """What this rank finds of parts that are offloaded on every rank; runs on every rank."""
+    resident = resident_on(case._replace(special=""))
+    with pytest.MonkeyPatch.context() as patch:
+        asked = cpu_in_the_gpu_s_place(patch)
+        made, latents = made_with(case, "cpu_offload")
+    parts = {name: getattr(made.pipe, name) for name in ("text_encoder", "transformer", "vae")}
+    hooked = {name for name, part in parts.items() if isinstance(getattr(part, "_hf_hook", None), CpuOffload)}
+    made.close()
+    return {"asked": asked, "hooked": hooked, "difference": relative(latents, resident)}
+
+
+@pytest.mark.parametrize("family", ["wan", "ltx"])
+def test_parts_are_offloaded_on_every_rank_and_make_the_same_video(family, folders, tmp_path):
+    cases = [Case(family, folders[family], degrees) for degrees in ((1, 1, 2), (1, 2, 1), (2, 1, 1))]
+    for by_rank in run_ranks(2, offloaded_on_ranks, cases, tmp_path):
+        for rank, found in enumerate(by_rank):
+            assert found["asked"] == [3]
+            assert found["hooked"] == {"transformer", "vae"} | ({"text_encoder"} if rank == 0 else set())
+            assert found["difference"] <= 1e-6
+
+
+@pytest.mark.parametrize("family", ["wan", "ltx"])
+def test_offloaded_parts_wait_on_the_cpu_and_make_the_same_video(family, folders, monkeypatch):
+    """The wiring, with a CPU in the GPU's place: which parts move and in what order, and what counts as the GPU's."""
+    case = Case(family, folders[family], (1, 1, 1))
+    with contextlib.closing(LongVideoEngine(config_of(case, "resident"))) as resident:
+        expected = resident.denoise("a red circle").latents
+    asked = cpu_in_the_gpu_s_place(monkeypatch)
     with contextlib.closing(LongVideoEngine(config_of(case, "cpu_offload"))) as engine:
         assert asked == [3]  # the rank's own, not the first of the machine
         parts = [getattr(engine.pipe, name) for name in ("text_encoder", "transformer", "vae")]
