@@ -32,7 +32,7 @@ from engine.method_tree import method_tree
 from engine.progress import enabled, progress_bar
 from engine.provenance import describe_weights
 from engine.ranks import check_agreement, fingerprints, hand_out, hand_out_bytes, together
-from engine.record import build_record
+from engine.record import build_record, running_revision
 from engine.sharded_weights import Encode, encode_on_all, shard_pipeline, shards_text
 from engine.supported_layouts import check_layout
 from engine.text_cache import TextCache, cache_key
@@ -84,6 +84,8 @@ class LongVideoEngine:
         self.device = pick_device(config.model.device)
         self._alone = ranks is None
         self.ranks = ranks or Ranks(mesh=GROUP_OF_ONE.acquire(), why="one process")
+        if self.is_first:
+            running_revision()  # now, for every record to come
         started = time.perf_counter()
         try:
             with self.progress("load", total=1) as bar:

@@ -1,6 +1,7 @@
 """The record of a run: a JSON file beside the video that says what made it, where, how fast and with what memory."""
 
 import dataclasses
+import functools
 import hashlib
 import importlib.metadata
 import json
@@ -64,7 +65,7 @@ def build_record(
         "decode": engine.decode_plan,
         "device": describe_device(engine.device),
         "versions": versions(),
-        "git": git_revision(),
+        "git": running_revision(),
     }
 
 
@@ -114,6 +115,12 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+@functools.cache
+def running_revision() -> dict[str, Any] | None:
+    """`git_revision` as it was when this process asked first: what is committed while a batch runs is not what it runs."""
+    return git_revision()
 
 
 def git_revision() -> dict[str, Any] | None:

@@ -26,6 +26,9 @@ _CLIP_TITLES = {
     "identity_kept": "share of frames with the first clip's shape and colour",
 }
 
+# Of what was not the same for all videos: each video of a long comparison may have a commit of its own.
+SHOWN_VALUES = 4
+
 
 def write_report(comparison: Comparison, *, folder: Path, baseline: str, progress: bool) -> str:
     """Measure what is there and write the report into `folder`; returns a line that says what it stands on.
@@ -134,10 +137,16 @@ def _mixtures(measured: Sequence[Measured]) -> list[str]:
     }
     found = {what: sorted(set(values)) for what, values in kinds.items()}
     return _mixed_weights(measured) + [
-        f"The videos were made on different {what}: {', '.join(values)}; compare times with care."
+        f"The videos were made on different {what}: {_some(values)}; compare times with care."
         for what, values in found.items()
         if len(values) > 1
     ]
+
+
+def _some(values: Sequence[str]) -> str:
+    """The first few of many."""
+    more = f" and {len(values) - SHOWN_VALUES} more" if len(values) > SHOWN_VALUES else ""
+    return f"{', '.join(values[:SHOWN_VALUES])}{more}"
 
 
 def _mixed_weights(measured: Sequence[Measured]) -> list[str]:

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from engine import record as module
-from engine.record import describe_device, describe_video, git_revision, peak_memory, versions, write_record
+from engine.record import (
+    describe_device,
+    describe_video,
+    git_revision,
+    peak_memory,
+    running_revision,
+    versions,
+    write_record,
+)
 
 
 def test_a_record_is_json_that_reads_back_the_same(tmp_path: Path) -> None:
@@ -89,8 +97,13 @@ def test_the_revision_is_the_checkout_s_or_nothing(tmp_path: Path, monkeypatch: 
     git("add", "file")
     git("commit", "-q", "-m", "one")
     assert git_revision() == {"revision": git("rev-parse", "HEAD"), "modified": False}
+    running_revision.cache_clear()  # of this process, which asked before
+    begun = running_revision()
+    assert begun == git_revision()
     (tmp_path / "file").write_text("2")
     assert git_revision() == {"revision": git("rev-parse", "HEAD"), "modified": True}
+    assert running_revision() == begun  # what runs was read before
+    running_revision.cache_clear()
 
     monkeypatch.setattr(module.shutil, "which", lambda name: None)
     assert git_revision() is None
