@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from engine.paths import expand
 from launch.calibration.score import PARTS
 from launch.cli import REPOSITORY, Keys, arrange, make_parser, parse
 from launch.comparison.claims import CLAIMS, Answer, Claim, answers, changes, not_made
-from launch.comparison.kept_reports import Report, read_report, refuse_mixed
+from launch.comparison.kept_reports import TABLES, Report, read_report, refuse_mixed
 from launch.comparison.markdown import estimate, table, tables
 from launch.comparison.page import number
 from launch.comparison.summary import as_json
@@ -62,6 +62,7 @@ def main(argv: list[str]) -> None:
     text = "\n".join(
         [
             INTRO,
+            *_so_far(reports),
             _concentration(reports["analysis"], drawn),
             *_claims(reports["methods"]),
             _tables("All six methods", reports["methods"], drawn.get("clips")),
@@ -91,6 +92,23 @@ def _parse(argv: Sequence[str]) -> Any:
     parser.add_argument("--calibration", type=str, default="runs/calibration", help="folder of calibrate.py")
     parser.add_argument("--page", type=str, default=str(REPOSITORY / "docs" / "findings.md"), help="the page to write")
     return parse(parser, arrange(argv, Keys.of(parser)))
+
+
+def _so_far(reports: Mapping[str, Report | None]) -> list[str]:
+    """A sentence on what is not made yet, so that nobody takes half of a table for the whole; none if all is there."""
+    parts = []
+    for name in TABLES:
+        report = reports[name]
+        if report is None:
+            continue
+        made = {(video["prompt_index"], video["seed"]) for video in report["videos"]}
+        asked = len(report["comparison"]["prompts"]) * len({seed for _, seed in made})
+        if len(made) < asked:
+            parts.append(f"`{name}` stands on {len(made)} of {asked} pairs of prompt and seed")
+    missing = [f"`{name}`" for name, report in reports.items() if report is None]
+    if missing:
+        parts.append(f"nothing is measured of {', '.join(missing)}")
+    return [f"**Not all is measured yet**: {'; '.join(parts)}.\n"] if parts else []
 
 
 def _copy_figures(runs: Path, figures: Path) -> dict[str, str]:
