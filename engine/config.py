@@ -406,7 +406,7 @@ class RunConfig:
         """The setting that `noise_stride` came from."""
         if self.sampler.noise_stride is not None:
             return "sampler.noise_stride"
-        return f"method.{'settings' if ':' in self.method.name else self.method.name}.stride"
+        return f"noise_stride of {self.method.name}" if ":" in self.method.name else f"method.{self.method.name}.stride"
 
 
 def _check_plain(settings: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.fusion import svd_fp32
 from benchmarks.measure import in_turn, ratio, relative_error, spread
-from benchmarks.sections.bench import UNSUPPORTED, Bench
+from benchmarks.sections.bench import Bench
 from benchmarks.sections.model import Subject, make_subject, stepping
 from engine.apply import Ranks
 from engine.group_of_one import GROUP_OF_ONE
@@ -23,7 +23,7 @@ from freespec.methods import Branches, Direct, FreeLong, FreePCA, FreeSpec, Laye
 from freespec.methods.freespec import FusionWeights
 from parallel.mesh import SeqMesh
 from parallel.plan import SequencePlan
-from parallel.xfuser import check_xfuser, xfuser_attention
+from parallel.xfuser import XfuserAttention, check_xfuser, xfuser_attention
 
 ROUNDS = 2
 NEEDED = (
@@ -217,11 +217,14 @@ def _xfuser(bench: Bench, subject: Subject, mesh: SeqMesh) -> dict[str, Step]:
     config, latents = subject.pipe.transformer.config, subject.latents
     tokens = latents[0, 0].numel() // math.prod(config.patch_size)
     plan = SequencePlan(tokens=tokens, heads=config.num_attention_heads, ring=1, ulysses=1)
-    try:
+
+    def load() -> XfuserAttention:
         check_xfuser(plan, device_type=bench.device.type, kernel=XFUSER_KERNEL)
-        hybrid = xfuser_attention(mesh, kernel=XFUSER_KERNEL)
-    except UNSUPPORTED as error:
-        bench.record(XFUSER, f"not available: {error}")
+        return xfuser_attention(mesh, kernel=XFUSER_KERNEL)
+
+    hybrid, why = bench.attempt(load)
+    if hybrid is None:
+        bench.record(XFUSER, f"not available: {why}")
         return {}
     step = Step(method=Direct(), ranks=Ranks(mesh=mesh, hybrid=hybrid))
     bench.record(f"{XFUSER}, relative difference of a layer's attention", _difference(bench, step))

@@ -99,12 +99,8 @@ def _so_far(reports: Mapping[str, Report | None]) -> list[str]:
     parts = []
     for name in TABLES:
         report = reports[name]
-        if report is None:
-            continue
-        made = {(video["prompt_index"], video["seed"]) for video in report["videos"]}
-        asked = len(report["comparison"]["prompts"]) * len({seed for _, seed in made})
-        if len(made) < asked:
-            parts.append(f"`{name}` stands on {len(made)} of {asked} pairs of prompt and seed")
+        if report is not None and report["pairs"]["made"] < report["pairs"]["asked"]:
+            parts.append("`{}` stands on {made} of {asked} pairs of prompt and seed".format(name, **report["pairs"]))
     missing = [f"`{name}`" for name, report in reports.items() if report is None]
     if missing:
         parts.append(f"nothing is measured of {', '.join(missing)}")

@@ -15,7 +15,17 @@ TABLES = ("methods", "ablation", "steps")
 
 _STEPS = "sampler.num_steps"
 _SETTINGS = tuple(f"comparison/settings/{key}" for key in ("checkpoint", "video.num_frames", _STEPS))
-_OF_TABLES = ("comparison/variants", "comparison/prompts", "notes", "baseline", "noise", "summary", "videos", "times")
+_OF_TABLES = (
+    "comparison/variants",
+    "pairs/made",
+    "pairs/asked",
+    "notes",
+    "baseline",
+    "noise",
+    "summary",
+    "videos",
+    "times",
+)
 _NEEDED = dict.fromkeys(TABLES, _OF_TABLES) | {
     "analysis": ("comparison/prompts", "comparison/settings/method.name", "spectra/stages", "spectra/heads_that_fall"),
     "calibration": (

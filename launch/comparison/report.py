@@ -59,6 +59,7 @@ def write_report(comparison: Comparison, *, folder: Path, baseline: str, progres
         _write_tables(folder, rows, measured)
         report = {
             "comparison": comparison.describe(),
+            "pairs": _pairs(comparison, measured),
             "notes": notes,
             "baseline": baseline,
             "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "unit": "prompt", "seed": 0},
@@ -92,13 +93,12 @@ def _notes(
     comparison: Comparison, measured: Sequence[Measured], *, reason: str | None, clip_frames: int, baseline: str
 ) -> list[str]:
     """What the numbers stand on, in sentences."""
-    pairs = {(each.video.prompt_index, each.video.seed) for each in measured}
-    prompts = {prompt for prompt, _ in pairs}
-    asked = len(comparison.prompts) * len(comparison.seeds)
-    partial = "" if len(pairs) == asked else f" of {asked} asked for (the others are not finished by every method)"
+    pairs, prompts = _pairs(comparison, measured), {each.video.prompt_index for each in measured}
+    partial = f" of {pairs['asked']} asked for (the others are not finished by every method)"
     video, sampler = comparison.config.video, comparison.config.sampler
     notes = [
-        f"{len(measured)} videos: {len(comparison.variants)} methods on {len(pairs)} pairs of prompt and seed{partial}"
+        f"{len(measured)} videos: {len(comparison.variants)} methods on {pairs['made']} pairs of prompt and seed"
+        f"{partial if pairs['made'] < pairs['asked'] else ''}"
         f", {len(prompts)} prompts; differences are from {baseline}.",
         f"{video.num_frames} frames of {video.height} x {video.width}, native are {clip_frames}; "
         f"{sampler.num_steps} steps, guidance {sampler.guidance_scale:g}. The noise of a prompt and seed is the same "
@@ -115,6 +115,12 @@ def _notes(
             "and rotary table alone."
         )
     return notes + _mixtures(measured)
+
+
+def _pairs(comparison: Comparison, measured: Sequence[Measured]) -> dict[str, int]:
+    """Pairs of prompt and seed: those that are compared, and those that were asked for."""
+    made = {(each.video.prompt_index, each.video.seed) for each in measured}
+    return {"made": len(made), "asked": len(comparison.prompts) * len(comparison.seeds)}
 
 
 def _noises(comparison: Comparison) -> str:

@@ -41,7 +41,7 @@ METHODS = ("freespec", "direct")
 SEEDS = (0, 1)
 SETTINGS = SMALL | {"sampler.num_steps": 8, "sampler.max_text_tokens": 20, "output.progress": "off"}
 # One after another in one batch; an item may lose two attempts to them, and a third would put it into quarantine.
-VICTIMS = {"here": (one_rank, the_driver, one_rank), "ray": (replica_actors, ray_node)}
+VICTIMS = {"here": (one_rank, the_driver, one_rank), "ray": (replica_actors, the_driver, ray_node)}
 """The driver is started again, as a person would; a Ray that has ended is started again by the driver itself."""
 SOON_SECONDS = 0.4
 

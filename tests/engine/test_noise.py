@@ -119,7 +119,22 @@ def test_a_checkpoint_is_refused_for_settings_of_the_method_in_use_only(folder: 
         assert len({run_id(name) for name in ("freespec", "direct", own)}) == 3
 
 
+@dataclass(frozen=True, kw_only=True)
+class Hopping(FreeNoise):
+    """A class of the user's own whose noise has a stride that no setting names."""
+
+    hop: int = 6
+
+    @property
+    def noise_stride(self) -> int:
+        return self.hop
+
+
 def test_mistakes() -> None:
+    with pytest.raises(
+        UserError, match=r"noise_stride of .*:Hopping 6 is more than the 4 frames of method.window_frames"
+    ):
+        config_of("", f"{__name__}:Hopping")
     with pytest.raises(UserError, match=r"sampler.noise_stride must be 1 or more frames, got 0"):
         config_of("", "direct", noise_stride=0)
     with pytest.raises(UserError, match=r"sampler.noise_stride 5 is more than the 4 frames of method.window_frames"):

@@ -94,7 +94,9 @@ def report(comparison: Comparison) -> dict[str, Any]:
     """What the report says; its files lie in the folder."""
     line = write_report(comparison, folder=comparison.folder, baseline="true", progress=False)
     assert "26 videos: 2 methods on 13 pairs of prompt and seed of 14 asked for" in line
-    return json.loads((comparison.folder / "report.json").read_text())
+    made = json.loads((comparison.folder / "report.json").read_text())
+    assert made["pairs"] == {"made": 13, "asked": 14}
+    return made
 
 
 def test_the_numbers_are_those_of_the_clips(report: dict[str, Any]) -> None:
