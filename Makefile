@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup demo test check test-slow test-gpu compare analyze findings calibrate batch-demo bench bench-gpu clean
+.PHONY: setup demo test check test-slow test-gpu compare analyze findings findings-page calibrate batch-demo bench bench-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -55,29 +55,40 @@ analyze: setup
 	$(BIN)/python launch/analyze.py --method.name direct --video.num_frames 141 \
 		--prompt_file configs/prompts/world-heldout-40.txt --num_prompts 6 --num_points 7 --sampler.num_steps 12 --out runs/analysis-small
 
-# The tables of docs/findings.md: hours. Stopped or killed, the same command goes on. T-GR, the published row, is freespec itself.
+# The tables of docs/findings.md. Stopped or killed, the same command goes on; and what KEPT has the measures of is not made again:
+# with another KEPT and TABLES everything is, which takes hours. T-GR, the published row, is freespec itself.
 comma := ,
 ROW = $(1)=freespec:configs/ablation/$(2).yaml
 SIX := direct,sliding_window,freenoise,freelong,freepca,freespec
 ROWS := $(call ROW,GB,gb),$(call ROW,LB-fixed,lb_fixed),$(call ROW,RA,ra),$(call ROW,TA,ta),$(call ROW,RA+TA,ra_ta),$(call ROW,F-GR,f_gr)
 TABLES := runs/findings
-FINDINGS := $(COMPARE) --num_seeds 2 --out $(TABLES)
-# What half of the steps change: the same prompts, one seed, and the methods of which the page speaks.
-STEPS := $(COMPARE) --sampler.num_steps 10 --methods direct,sliding_window,freespec --out $(TABLES)/steps
-findings: setup
+KEPT := docs/findings
+FINDINGS := $(COMPARE) --num_seeds 2 --sampler.num_steps 10 --measures $(KEPT)/videos.jsonl --out $(TABLES)
+# What twice the steps change: some of the same prompts, one seed, and the methods of which the page speaks.
+STEPS := $(COMPARE) --num_prompts 12 --methods direct,sliding_window,freespec --measures $(KEPT)/steps.jsonl --out $(TABLES)/steps
+findings: setup $(KEPT)/analysis/report.json
 	$(call in_shards,$(FINDINGS) --methods $(SIX)$(comma)$(ROWS))
 	$(call in_shards,$(STEPS))
-	$(STEPS) --report_only
+	$(MAKE) findings-page
+
+# The reports on what is made so far, and the page.
+findings-page: setup
 	$(FINDINGS) --methods $(SIX) --report_only --report $(TABLES)/methods
 	$(FINDINGS) --methods $(ROWS),freespec --baseline freespec --report_only --report $(TABLES)/ablation
-	$(ONE_CORE) $(BIN)/python launch/analyze.py --method.name direct --video.num_frames 141 \
-		--prompt_file configs/prompts/world-heldout-40.txt --num_prompts 20 --out $(TABLES)/analysis --output.progress off
-	$(BIN)/python launch/findings.py --runs $(TABLES)
+	$(STEPS) --report_only
+	$(BIN)/python launch/findings.py --runs $(TABLES) --analysis $(KEPT)/analysis
 
-# FreeSpec's open settings, searched on one list of prompts with half of the preset's steps, and judged on the other with all; hours as well.
+# 141 frames are four native lengths of the embedded model.
+$(KEPT)/analysis/report.json: | setup
+	$(ONE_CORE) $(BIN)/python launch/analyze.py --method.name direct --video.num_frames 141 --sampler.num_steps 10 \
+		--prompt_file configs/prompts/world-heldout-40.txt --num_prompts 20 --out $(TABLES)/analysis --output.progress off
+	mkdir -p $(@D) && cp $(TABLES)/analysis/rank-progress.png $(TABLES)/analysis/report.json $(@D)
+
+# FreeSpec's open settings, searched on one list of prompts with half of the preset's steps, and judged on the other with all; KEPT as above.
 calibrate: setup
 	$(ONE_CORE) $(BIN)/python launch/calibrate.py --prompt_file configs/prompts/world-calibration-20.txt \
-		--judge_prompt_file configs/prompts/world-heldout-40.txt --search_num_steps 10 --out runs/calibration --output.progress off
+		--judge_prompt_file configs/prompts/world-heldout-40.txt --search_num_steps 10 --measures $(KEPT)/calibration \
+		--out runs/calibration --output.progress off
 	$(BIN)/python launch/findings.py
 
 # Twelve small videos on two replicas of a Ray of this machine, then their report; started again it makes only what is missing.

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ from launch.calibration.space import END_SHARES, SPACE, START, draw_trials
 from launch.cli import parse_run
 from launch.commands.generate import read_prompts
 from launch.comparison.checks import check_longer, check_output, check_seeds
+from launch.comparison.kept_measures import keep, measure_there
 from launch.comparison.make import check_variants, make_missing, missing_videos, on_first
-from launch.comparison.measure import Measured, measure_all, native_frames, not_world
+from launch.comparison.measure import Measured, not_world
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison
 from launch.comparison.summary import as_json
+from launch.outputs import check_outputs
 from launch.ranks import Party, check_started, open_ranks
 from launch.stopping import Place, Stopped
 
@@ -49,6 +52,8 @@ class Maker:
     def make(self, comparison: Comparison) -> None:
         """Make every video that is not there yet; all ranks call this."""
         self._party.check_on_first(comparison.open)
+        if comparison.measures is not None:
+            self._party.check_on_first(partial(check_outputs, [comparison.measures], overwrite=True, overwrite_flag=""))
         if comparison.folder not in self._own:
             self._own.add(comparison.folder)
             self._party.check_on_first(lambda: self._stack.enter_context(own_shard(comparison.folder, Shard())))
@@ -78,6 +83,7 @@ def main(argv: list[str]) -> None:
             "judged": config.sampler.num_steps,
         },
         num_seeds={"search": namespace.num_seeds, "judged": namespace.num_judge_seeds},
+        measures=None if namespace.measures is None else expand(namespace.measures),
     )
     parts = (plan.compared("search", list(plan.trials), search), plan.compared("judged", [START], held_out))
     for each in parts:
@@ -153,11 +159,13 @@ def _judge(judged: Comparison, best: str, settings: dict[str, Any], *, progress:
 
 def _measure(comparison: Comparison, *, progress: bool) -> list[Measured]:
     try:
-        return measure_all(comparison.videos, clip_frames=native_frames(comparison), world=True, progress=progress)
+        measured = measure_there(comparison, progress=progress)
     except KeyboardInterrupt as error:
         raise Stopped(
             f"while measuring; every video of {comparison.folder} is kept; the same command continues"
         ) from error
+    keep(comparison, measured)
+    return measured
 
 
 def _write(folder: Path, report: dict[str, Any], best: RunConfig) -> str:
@@ -262,6 +270,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--num_seeds", type=int, default=1, help="seeds per searched prompt, from sampler.seed on")
     parser.add_argument("--num_judge_seeds", type=int, default=2, help="seeds per prompt that is judged on, likewise")
     parser.add_argument("--out", type=str, default="runs/calibration", help="folder of the videos and the report")
+    parser.add_argument(
+        "--measures",
+        type=str,
+        help="folder of files that keep every measure: a video that is in them is not made again",
+    )
     parser.add_argument(
         "--nproc", type=int, help="ranks to start on this machine, one per GPU; torchrun starts its own"
     )

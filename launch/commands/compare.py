@@ -15,8 +15,8 @@ from engine.progress import enabled
 from launch.cli import parse_run
 from launch.commands.generate import read_prompts
 from launch.comparison.checks import check_output, check_seeds
+from launch.comparison.kept_measures import measure_there
 from launch.comparison.make import check_variants, make_missing, missing_videos
-from launch.comparison.measure import measure_all, native_frames, not_world
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison
 from launch.comparison.variants import read_variants
@@ -44,7 +44,13 @@ def main(argv: list[str]) -> None:
     if baseline not in labels:
         raise UserError(f"--baseline {baseline} is none of the compared: {', '.join(labels)}")
     seeds = [config.sampler.seed + number for number in range(namespace.num_seeds)]
-    comparison = Comparison(folder=expand(namespace.out), variants=variants, prompts=prompts, seeds=seeds)
+    comparison = Comparison(
+        folder=expand(namespace.out),
+        variants=variants,
+        prompts=prompts,
+        seeds=seeds,
+        measures=None if namespace.measures is None else expand(namespace.measures),
+    )
     shard = None if namespace.shard is None else Shard.parse(namespace.shard)
     if shard is not None and namespace.report_only:
         raise UserError("--report_only reports on every shard's videos; leave --shard out")
@@ -59,7 +65,7 @@ def main(argv: list[str]) -> None:
         print(_unless_stopped(comparison, lambda: _measure_shard(comparison, shard, progress=progress)))
         return
     comparison.check()
-    _check_report(folder)
+    _check_written(comparison, folder)
     print(
         _unless_stopped(
             comparison, lambda: write_report(comparison, folder=folder, baseline=baseline, progress=progress)
@@ -77,7 +83,7 @@ def make_videos(comparison: Comparison, shard: Shard, *, report: Path, verbose: 
     with open_ranks(config, prompts=agree, verbose=verbose) as party, contextlib.ExitStack() as stack:
         check_variants(comparison.variants, party)
         party.check_on_first(comparison.open)
-        party.check_on_first(lambda: _check_report(report))
+        party.check_on_first(lambda: _check_written(comparison, report))
         party.check_on_first(lambda: stack.enter_context(own_shard(comparison.folder, shard)))
         missing = missing_videos(comparison, party, shard)
         if missing:
@@ -85,15 +91,15 @@ def make_videos(comparison: Comparison, shard: Shard, *, report: Path, verbose: 
             make_missing(engine, comparison, missing, party)
 
 
-def _check_report(folder: Path) -> None:
-    check_outputs([folder / "report.json"], overwrite=True, overwrite_flag="")
+def _check_written(comparison: Comparison, report: Path) -> None:
+    measures = [] if comparison.measures is None else [comparison.measures]
+    check_outputs([report / "report.json", *measures], overwrite=True, overwrite_flag="")
 
 
 def _measure_shard(comparison: Comparison, shard: Shard, *, progress: bool) -> str:
     """Measure what this process made, so that the report has nothing left to do but to read."""
     videos = comparison.videos_of(shard)
-    world = not_world(comparison) is None
-    measure_all(videos, clip_frames=native_frames(comparison), world=world, progress=progress)
+    measure_there(comparison, videos, progress=progress)
     return (
         f"{comparison.folder}: {shard.name} is made and measured, {len(videos)} videos; when every shard is, the same "
         "command with --report_only and without --shard writes the report"
@@ -140,6 +146,11 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--report_only", type=bool, default=False, help="make no video; report on those that are there")
     parser.add_argument(
         "--report", type=str, help="folder of the report, such as one on some of the methods (default: --out)"
+    )
+    parser.add_argument(
+        "--measures",
+        type=str,
+        help="file that keeps every measure: a video that is in it is not made again, and the report adds its own",
     )
     parser.add_argument(
         "--shard",

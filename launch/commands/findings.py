@@ -20,7 +20,7 @@ from launch.comparison.page import number
 from launch.comparison.summary import as_json
 from launch.comparison.transfer import transfer_section
 
-USAGE = "findings.py [--runs FOLDER] [--calibration FOLDER] [--page FILE]"
+USAGE = "findings.py [--runs FOLDER] [--analysis FOLDER] [--calibration FOLDER] [--page FILE]"
 DESCRIPTION = "Write the page of findings from the reports that `make findings` and launch/calibrate.py left."
 
 INTRO = """# Findings on the embedded model
@@ -30,8 +30,8 @@ Written by `python launch/findings.py` from the reports of
     make findings       # all six methods and the seven ablation rows on held-out prompts; spectra of 20 of them
     make calibrate      # the search for FreeSpec's open settings
 
-do not edit. Both take hours in the background, one thread a process, go on where they were stopped, and
-[compare.md](compare.md) says what they cost. Every interval is a 95 % bootstrap interval over prompts, every difference is paired by prompt;
+do not edit. The measures of every video are in [findings/](findings/), and what they have is not made again;
+[compare.md](compare.md#the-full-tables) says how to make all of it anew, and what that costs. Every interval is a 95 % bootstrap interval over prompts, every difference is paired by prompt;
 [compare.md](compare.md#how-to-read-the-numbers) says what each measure is and where it fails. The embedded model is small and its world is
 simple: what holds here need not hold on Wan2.1, and the other way round.
 """
@@ -53,19 +53,18 @@ def main(argv: list[str]) -> None:
     """Read what is there and write the page, with `Not measured yet` for what is not; UserError if a file is no report."""
     options = _parse(argv)
     runs, page = expand(options.runs), expand(options.page)
-    files = {name: runs / name / "report.json" for name in ("methods", "ablation", "steps", "analysis")}
-    files["calibration"] = expand(options.calibration) / "report.json"
+    files = {name: runs / name / "report.json" for name in TABLES}
+    files |= {name: expand(getattr(options, name)) / "report.json" for name in ("analysis", "calibration")}
     reports = {name: read_report(file, name) for name, file in files.items()}
     refuse_mixed(reports, files)
-    figures = page.parent / "figures"
-    drawn = _copy_figures(runs, figures) if any(reports[name] for name in ("methods", "analysis")) else {}
+    clips, progress = runs / "methods/plots/clips.png", files["analysis"].with_name("rank-progress.png")
     text = "\n".join(
         [
             INTRO,
             *_so_far(reports),
-            _concentration(reports["analysis"], drawn),
+            _concentration(reports["analysis"], _figure(progress, page, "rank-progress")),
             *_claims(reports["methods"]),
-            _tables("All six methods", reports["methods"], drawn.get("clips")),
+            _tables("All six methods", reports["methods"], _figure(clips, page, "clips")),
             _tables(
                 "The ablation: rows of the paper's Table 3 (`freespec` is LB + RA + TA + T-GR)", reports["ablation"]
             ),
@@ -86,8 +85,9 @@ def main(argv: list[str]) -> None:
 
 def _parse(argv: Sequence[str]) -> Any:
     parser: ArgumentParser = make_parser("findings.py", USAGE, DESCRIPTION)
+    parser.add_argument("--runs", type=str, default="runs/findings", help="folder with methods/, ablation/ and steps/")
     parser.add_argument(
-        "--runs", type=str, default="runs/findings", help="folder with methods/, ablation/ and analysis/"
+        "--analysis", type=str, default=str(REPOSITORY / "docs/findings/analysis"), help="folder of analyze.py"
     )
     parser.add_argument("--calibration", type=str, default="runs/calibration", help="folder of calibrate.py")
     parser.add_argument("--page", type=str, default=str(REPOSITORY / "docs" / "findings.md"), help="the page to write")
@@ -107,23 +107,23 @@ def _so_far(reports: Mapping[str, Report | None]) -> list[str]:
     return [f"**Not all is measured yet**: {'; '.join(parts)}.\n"] if parts else []
 
 
-def _copy_figures(runs: Path, figures: Path) -> dict[str, str]:
-    """Copies the plots that the page shows beside it; their addresses there, by name."""
-    wanted = {"rank-progress": runs / "analysis/rank-progress.png", "clips": runs / "methods/plots/clips.png"}
-    shown = {}
+def _figure(plot: Path, page: Path, name: str) -> str | None:
+    """The address of a plot from the page, beside which it is copied unless it lies in a folder there; None without a plot."""
+    if not plot.is_file():
+        return None
+    if plot.resolve().is_relative_to(page.parent.resolve()):
+        return plot.resolve().relative_to(page.parent.resolve()).as_posix()
+    copied = page.parent / "figures" / f"findings-{name}.png"
     try:
-        figures.mkdir(parents=True, exist_ok=True)
-        for name, source in wanted.items():
-            if source.is_file():
-                with atomic_path(figures / f"findings-{name}.png") as part:
-                    shutil.copyfile(source, part)
-                shown[name] = f"figures/findings-{name}.png"
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(copied) as part:
+            shutil.copyfile(plot, part)
     except OSError as error:
-        raise UserError(f"cannot copy plots to {figures}: {error.strerror or error}") from error
-    return shown
+        raise UserError(f"cannot copy {plot} to {copied.parent}: {error.strerror or error}") from error
+    return f"figures/{copied.name}"
 
 
-def _concentration(analysis: Report | None, drawn: dict[str, str]) -> str:
+def _concentration(analysis: Report | None, figure: str | None) -> str:
     lines = ["## Spectral concentration: does the rank fall as the window grows?", ""]
     if analysis is None:
         return "\n".join([*lines, "Not measured yet.", ""])
@@ -150,8 +150,8 @@ def _concentration(analysis: Report | None, drawn: dict[str, str]) -> str:
     share = 100 * told["heads_that_fall"]
     lines += [f"Over the whole run it is lower at the widest window in {share:.0f} % of the heads.", ""]
     lines += [table(header, rows)]
-    if "rank-progress" in drawn:
-        lines += [f"![Effective rank over the run at each window]({drawn['rank-progress']})", ""]
+    if figure is not None:
+        lines += [f"![Effective rank over the run at each window]({figure})", ""]
     if set(verdicts) != {"falls"}:
         lines += [WHY_NOT["concentration"], ""]
     if analysis.get("low_rank"):

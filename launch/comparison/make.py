@@ -18,6 +18,7 @@ from engine.ranks import hand_out_bytes
 from engine.supported_layouts import check_layout
 from launch.commands.decode import read_record
 from launch.commands.generate import make_video, summary
+from launch.comparison.kept_measures import read_kept
 from launch.comparison.store import Comparison, Video
 from launch.comparison.variants import Variant
 from launch.ranks import Party
@@ -37,9 +38,11 @@ def check_variants(variants: Sequence[Variant], party: Party) -> None:
 
 
 def missing_videos(comparison: Comparison, party: Party, shard: Shard | None = None) -> list[Video]:
-    """The videos (of a shard) that are not there yet, as rank 0 sees it, on every rank."""
+    """The videos (of a shard) that are neither there nor kept by their measures, as rank 0 sees it, on every rank."""
     videos = comparison.videos_of(shard or Shard())
-    done = on_first(party, [video.is_done for video in videos])
+    kept: set[Any] = set()
+    party.check_on_first(lambda: kept.update(read_kept(comparison)))
+    done = on_first(party, [video.is_done or video.key in kept for video in videos])
     return [video for video, is_done in zip(videos, done, strict=True) if not is_done]
 
 

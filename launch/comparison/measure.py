@@ -29,12 +29,14 @@ class Measured:
         record: what `launch/generate.py` would write beside it.
         values: measures by name; nan where a video has none.
         by_clip: measures per clip of native length.
+        version: what the measures were made by, `metrics.version.source_digest()` of that day.
     """
 
     video: Video
     record: dict[str, Any]
     values: dict[str, float]
     by_clip: dict[str, list[float]]
+    version: str
 
 
 def units(*, world: bool) -> dict[str, str]:
@@ -77,7 +79,7 @@ def _measure(video: Video, *, clip_frames: int, world: bool, version: str) -> Me
         with atomic_path(video.measures) as part:
             part.write_text(json.dumps(kept, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     values = {name: math.nan if value is None else value for name, value in kept["values"].items()}
-    return Measured(video=video, record=record, values=values, by_clip=kept["by_clip"])
+    return Measured(video=video, record=record, values=values, by_clip=kept["by_clip"], version=version)
 
 
 def _measures(

@@ -126,6 +126,7 @@ td, th { border-bottom: 1px solid #e3e5e9; }
 <h1>$title</h1>
 $notes
 <h2>Videos</h2>
+<div id="player">
 <div class="bar">
   <select id="prompt" aria-label="prompt"></select>
   <select id="seed" aria-label="seed"></select>
@@ -142,6 +143,7 @@ $notes
   </select>
 </div>
 <div id="grid"></div>
+</div>
 <h2>Measures</h2>
 <p>Mean over prompts with its 95 % bootstrap interval; beneath it the paired difference from the baseline, coloured
 where its interval leaves out 0. Many measures are compared at once: one coloured cell in twenty is to be expected by
@@ -224,7 +226,7 @@ element("back").onclick = () => step(-1);
 element("forth").onclick = () => step(1);
 element("rate").onchange = () => setPlaying(playing);
 element("seek").oninput = () => { setPlaying(false); seek(element("seek").value * length()); };
-newPrompt();
+if (data.prompts.length) { newPrompt(); } else { element("player").replaceChildren("No video of this report is here."); }
 </script>
 </body>
 </html>

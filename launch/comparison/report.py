@@ -13,12 +13,14 @@ from engine.checkpoint import atomic_path
 from engine.errors import UserError
 from launch.comparison import markdown
 from launch.comparison.checks import is_native
-from launch.comparison.measure import Measured, measure_all, native_frames, not_world, units
+from launch.comparison.kept_measures import keep, measure_there
+from launch.comparison.measure import Measured, native_frames, not_world, units
 from launch.comparison.page import write_page
 from launch.comparison.plots import draw_clips, draw_metrics, draw_times, save_figure
 from launch.comparison.store import Comparison
 from launch.comparison.summary import Row, as_json, clips, comparable, summarise, times
 from metrics.bootstrap import LEVEL, RESAMPLES
+from metrics.version import source_digest
 
 _CLIP_TITLES = {
     "clip_colour_similarity": "colour similarity to the first clip",
@@ -31,15 +33,16 @@ SHOWN_VALUES = 4
 
 
 def write_report(comparison: Comparison, *, folder: Path, baseline: str, progress: bool) -> str:
-    """Measure what is there and write the report into `folder`; returns a line that says what it stands on.
+    """Measure what is there, keep the measures, and write the report into `folder`; returns a line that says what it stands on.
 
     Files are named relative to that folder, so that both may be moved together. Compared are the prompts and seeds that every variant has a video of; UserError if there are none yet.
     """
     reason = not_world(comparison)
     clip_frames = native_frames(comparison)
     labels = [variant.label for variant in comparison.variants]
-    done = [video for video in comparison.videos if video.is_done]
-    measured = comparable(measure_all(done, clip_frames=clip_frames, world=reason is None, progress=progress), labels)
+    found = measure_there(comparison, progress=progress)
+    keep(comparison, found)
+    measured = comparable(found, labels)
     if not measured:
         raise UserError(
             f"{comparison.folder} has no prompt and seed with a video of every method yet; nothing to report"
@@ -114,7 +117,17 @@ def _notes(
             "No video is longer than the native window, where every method is the base model: what differs is initial noise "
             "and rotary table alone."
         )
-    return notes + _mixtures(measured)
+    return notes + _kept(comparison, measured) + _mixtures(measured)
+
+
+def _kept(comparison: Comparison, measured: Sequence[Measured]) -> list[str]:
+    """Sentences on videos of which only the measures are here."""
+    gone = sum(not each.video.is_done for each in measured)
+    older = sum(each.version != source_digest() for each in measured)
+    notes = [f"{gone} of the videos are not here: their measures are kept in {comparison.measures}."] if gone else []
+    if older:
+        notes.append(f"{older} videos were measured by another version of metrics/ or of its libraries than is here.")
+    return notes
 
 
 def _pairs(comparison: Comparison, measured: Sequence[Measured]) -> dict[str, int]:
@@ -184,9 +197,11 @@ def _beside(path: Path, folder: Path) -> str:
 
 
 def _viewer(comparison: Comparison, measured: Sequence[Measured], folder: Path) -> dict[str, Any]:
-    """What the page plays, by prompt and seed, files relative to the page."""
+    """What the page plays, by prompt and seed, files relative to the page; what is not here is left out."""
     prompts: dict[int, dict[int, list[dict[str, str]]]] = {}
     for each in measured:
+        if not each.video.is_done:
+            continue
         file = _beside(each.video.files.video, folder)
         of_seed = prompts.setdefault(each.video.prompt_index, {}).setdefault(each.video.seed, [])
         of_seed.append({"label": each.video.label, "file": file})
@@ -247,7 +262,7 @@ def _video(each: Measured, folder: Path) -> dict[str, Any]:
         "prompt_index": each.video.prompt_index,
         "prompt": each.video.prompt,
         "seed": each.video.seed,
-        "file": _beside(each.video.files.video, folder),
+        "file": _beside(each.video.files.video, folder) if each.video.is_done else None,
         "values": {name: None if math.isnan(value) else value for name, value in each.values.items()},
         "by_clip": each.by_clip,
         "resumed_at": each.record["resumed_at"],

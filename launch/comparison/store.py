@@ -51,6 +51,11 @@ class Video:
         """Its measures, once they were made."""
         return self.files.video.with_suffix(".metrics.json")
 
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What tells it from the other videos of a comparison."""
+        return self.label, self.prompt_index, self.seed
+
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
@@ -60,6 +65,8 @@ class Comparison:
     variants: list[Variant]
     prompts: list[str]
     seeds: list[int]
+    measures: Path | None = None
+    """File that keeps the measures when the videos are gone (kept_measures.py)."""
 
     @property
     def config(self) -> RunConfig:
@@ -68,7 +75,10 @@ class Comparison:
 
     @property
     def videos(self) -> list[Video]:
-        """Every video, method after method for each prompt and seed: a run that is stopped leaves whole comparisons."""
+        """Every video, seed after seed and method after method for each prompt.
+
+        A run that is stopped leaves whole comparisons, of as many prompts as may be: prompts are what is independent.
+        """
         return [
             Video(
                 label=variant.label,
@@ -77,8 +87,8 @@ class Comparison:
                 seed=seed,
                 files=self._files(variant, index, seed),
             )
-            for index, prompt in enumerate(self.prompts)
             for seed in self.seeds
+            for index, prompt in enumerate(self.prompts)
             for variant in self.variants
         ]
 
@@ -147,8 +157,7 @@ def open_folder(folder: Path, name: str, now: dict[str, Any]) -> None:
         before = read_manifest(manifest)
         if before is not None:
             refuse_changes(folder, before, now)
-            prompts = max(before["prompts"], now["prompts"], key=len)
-            now = now | {"variants": before["variants"] | now["variants"], "prompts": prompts}
+            now = widen(before, now)
         with atomic_path(manifest) as part:
             part.write_text(json.dumps(now, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -168,8 +177,14 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     raise UserError(f"{path} was not written by compare.py; choose another --out")
 
 
-def refuse_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Raise UserError, naming what differs, if videos of both would not be comparable."""
+def widen(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """What decides the videos of both; variants keep their order, new ones last."""
+    prompts = max(before["prompts"], now["prompts"], key=len)
+    return now | {"variants": before["variants"] | now["variants"], "prompts": prompts}
+
+
+def refuse_changes(place: Path, before: dict[str, Any], now: dict[str, Any], *, flag: str = "--out") -> None:
+    """Raise UserError, naming what differs, if videos of both would not be comparable; `flag` names the place."""
     changes = _changes(before["settings"], now["settings"], "")
     for label in before["variants"].keys() & now["variants"].keys():
         changes += _changes(before["variants"][label], now["variants"][label], f"{label}: ")
@@ -178,8 +193,8 @@ def refuse_changes(folder: Path, before: dict[str, Any], now: dict[str, Any]) ->
     if changes:
         more = f" and {len(changes) - _SHOWN_KEYS} more" if len(changes) > _SHOWN_KEYS else ""
         raise UserError(
-            f"{folder} holds videos made with other settings: {'; '.join(changes[:_SHOWN_KEYS])}{more}; choose another "
-            "--out, or give the same settings"
+            f"{place} holds videos made with other settings: {'; '.join(changes[:_SHOWN_KEYS])}{more}; choose another "
+            f"{flag}, or give the same settings"
         )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -112,7 +113,7 @@ def settings(wan_folder: Path, tmp_path: Path) -> dict[str, object]:
     small |= {"search_num_steps": 2}
     small |= {"prompt_file": tmp_path / "search.txt", "judge_prompt_file": tmp_path / "judge.txt"}
     small |= {"num_trials": 3, "rounds": "1,2", "num_judge_seeds": 1, "method.freespec.rank": "false"}
-    return small | {"model.path": wan_folder, "out": tmp_path / "out"}
+    return small | {"model.path": wan_folder, "out": tmp_path / "out", "measures": tmp_path / "kept"}
 
 
 @pytest.fixture
@@ -170,13 +171,25 @@ def test_a_search_from_start_to_judgement(
     assert lines[2].split(",")[0] == "trial-01"
     assert lines[2].split(",")[-1] == ""  # it did not go on
 
-    # Better on the list it was found on, and not on the other: nothing changes, and the older preset goes.
     monkeypatch.setattr("engine.engine.load_pipeline", lambda *_, **__: pytest.fail("the model was loaded"))
+    check_kept(calibrate_in, out, tmp_path / "kept")
+
+    # Better on the list it was found on, and not on the other: nothing changes, and the older preset goes.
     gain["judged"] = 0.0
     assert "not supported: the settings stay as they are" in calibrate_in().out
     assert not (out / "calibrated.yaml").exists()
     gain["search"] = 0.0
     assert "no trial was better than the settings that the search began with" in calibrate_in().out
+
+
+def check_kept(calibrate_in: Callable[..., Run], out: Path, kept: Path) -> None:
+    """Without its videos the search finds the same, and makes none again."""
+    before = (out / "report.json").read_text()
+    assert [len((kept / f"{part}.jsonl").read_text().splitlines()) for part in ("search", "judged")] == [6, 5]
+    shutil.rmtree(out)
+    assert calibrate_in().code == 0
+    assert (out / "report.json").read_text() == before
+    assert not list(out.rglob("*.mp4"))
 
 
 def check_search(out: Path) -> None:
@@ -235,6 +248,7 @@ def test_two_ranks_search_together_and_the_first_scores(settings: dict[str, obje
     ("wrong", "message"),
     [
         ({"method.name": "direct"}, "searches the settings of freespec, not of direct"),
+        ({"measures": "/dev/null"}, "cannot write"),
         ({"num_trials": 1}, "--num_trials must be 2 or more, got 1"),
         ({"search_num_steps": 0}, "--search_num_steps must be 1 or more, got 0"),
         (

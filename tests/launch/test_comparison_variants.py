@@ -114,8 +114,9 @@ def test_make_findings_makes_six_methods_and_the_seven_rows_of_the_table() -> No
         ["make", "-n", "findings"], check=True, capture_output=True, text=True, cwd=REPOSITORY
     ).stdout
     lists = [found.split() for found in re.findall(r"compare\.py .*?--methods (\S+ --\w+)", shown)]
-    made, _, few, methods, rows = (read(text) for text, _ in lists)
-    assert [option for _, option in lists] == ["--shard", "--out", "--out", "--report_only", "--baseline"]
+    made, few, methods, rows, again = (read(text) for text, _ in lists)
+    assert [option for _, option in lists] == ["--shard", "--measures", "--report_only", "--baseline", "--measures"]
+    assert [variant.settings for variant in again] == [variant.settings for variant in few]
     assert [variant.label for variant in methods] == list(METHODS)
     assert [variant.label for variant in rows] == list(ROWS)
     assert [variant.label for variant in made] == [*METHODS, *(label for label in ROWS if label != "freespec")]
@@ -131,7 +132,14 @@ def test_make_findings_makes_six_methods_and_the_seven_rows_of_the_table() -> No
     (published,) = read("freespec:configs/ablation/t_gr.yaml")
     assert published.settings == by_label["freespec"].settings
     assert {claim.method for claim in CLAIMS} | {claim.other for claim in CLAIMS} == {variant.label for variant in few}
-    assert "--num_seeds 2" in shown
+    assert "--num_seeds 2 --sampler.num_steps 10 --measures docs/findings/videos.jsonl" in shown
+    assert "--num_prompts 12" in shown
+    # Of somebody else's own, nothing is taken from the repository.
+    own = ["make", "-n", "findings", "KEPT=runs/kept", "TABLES=runs/again"]
+    anew = subprocess.run(own, check=True, capture_output=True, text=True, cwd=REPOSITORY).stdout
+    assert "docs/findings/" not in anew
+    assert "runs/findings" not in anew
+    assert "launch/analyze.py" in anew
     # What a search is judged with is what the preset has.
     searched = subprocess.run(
         ["make", "-n", "calibrate"], check=True, capture_output=True, text=True, cwd=REPOSITORY

@@ -117,7 +117,7 @@ def put(tmp_path: Path) -> Callable[..., None]:
 
     def call(**reports: Any) -> None:
         for name, report in reports.items():
-            folder = tmp_path / ("calibration" if name == "calibration" else f"runs/{name}")
+            folder = tmp_path / (name if name == "calibration" else f"runs/{name}")
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "report.json").write_text(json.dumps(report))
 
@@ -129,7 +129,8 @@ def findings_of(run: Callable[..., Run], tmp_path: Path) -> Callable[[], Run]:
     """Runs the command on the reports that were put there."""
     page = tmp_path / "docs/findings.md"
     page.parent.mkdir()
-    words = {"runs": tmp_path / "runs", "calibration": tmp_path / "calibration", "page": page}
+    words = {"runs": tmp_path / "runs", "analysis": tmp_path / "runs/analysis", "page": page}
+    words |= {"calibration": tmp_path / "calibration"}
     return lambda: run(findings.main, *(f"--{key}={value}" for key, value in words.items()))
 
 
@@ -154,6 +155,11 @@ def test_the_page_says_what_the_numbers_say(write: Callable[..., str], tmp_path:
     assert "| late | 0.90 | 4 x | 9 [8, 10] | 8 [8, 10] | −1 [−1.1, −0.9] | falls |" in page
     assert "| `flow_mean` | 1 | 0.25 |" in page
     assert "Not measured yet: the defaults are start values." in page
+    assert "![" not in page
+    plot = tmp_path / "runs/analysis/rank-progress.png"
+    plot.write_bytes(b"a plot")
+    assert "each window](figures/findings-rank-progress.png)" in write()
+    assert (tmp_path / "docs/figures/findings-rank-progress.png").read_bytes() == b"a plot"
     rises = write(analysis=analysis_of(0.5))
     assert "In 0 of 1 of the stages and windows the effective rank: falls, 1 rises." in rises
     assert "Where it does not fall" in rises
@@ -293,6 +299,17 @@ def test_reports_of_different_runs_are_not_mixed(put: Callable[..., None], findi
     tables["comparison"]["variants"]["freespec"]["method.freespec.alpha"] = 5.0
     put(methods=tables, ablation=changed)
     assert "freespec.method.freespec.alpha is 5.0 in the first and 2.0 in the second" in findings_of().error
+
+
+def test_a_plot_that_lies_beside_the_page_is_not_copied(run: Callable[..., Run], tmp_path: Path) -> None:
+    kept = tmp_path / "docs/findings/analysis"
+    kept.mkdir(parents=True)
+    (kept / "report.json").write_text(json.dumps(analysis_of(-1.0)))
+    (kept / "rank-progress.png").write_bytes(b"a plot")
+    words = {"runs": tmp_path / "runs", "analysis": kept, "calibration": tmp_path, "page": tmp_path / "docs/a.md"}
+    assert run(findings.main, *(f"--{key}={value}" for key, value in words.items())).code == 0
+    assert "each window](findings/analysis/rank-progress.png)" in (tmp_path / "docs/a.md").read_text()
+    assert not (tmp_path / "docs/figures").exists()
 
 
 @pytest.mark.parametrize("name", ["methods", "ablation", "steps", "analysis", "calibration"])

@@ -1,0 +1,156 @@
+"""Measures that outlive their videos: compare.py --measures on a small model, with the videos there and gone."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.commands import compare
+from launch.comparison import report
+from tests.launch.conftest import Run
+from tests.launch.forked import run_forked
+from tests.launch.test_compare import References, words
+from tests.launch.test_interruptions import interrupted_at_forward
+
+PROMPT = ("--prompt", "a red circle")
+Compare = Callable[..., Run]
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are tested with compare.py, and are what takes long."""
+    monkeypatch.setattr(report, "_write_plots", lambda *_: [])
+
+
+def no_plots_in(rank: int) -> None:
+    """In a rank."""
+    report._write_plots = lambda *_: []
+
+
+@pytest.fixture
+def compare_in(run: Callable[..., Run], wan_folder: Path, tmp_path: Path) -> Compare:
+    def call(*argv: object, out: str = "out", **settings: object) -> Run:
+        given = {"measures": tmp_path / "kept" / "videos.jsonl"} | settings
+        return run(compare.main, *words(wan_folder, tmp_path / out, *PROMPT, *argv, **given))
+
+    return call
+
+
+@pytest.fixture
+def no_loading(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """From the call on, whoever loads the model fails."""
+    return lambda: monkeypatch.setattr("engine.engine.load_pipeline", lambda *_, **__: pytest.fail("loaded"))
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_a_report_without_videos_says_what_the_report_with_them_said(
+    compare_in: Compare, no_loading: Callable[[], None], tmp_path: Path
+) -> None:
+    with interrupted_at_forward(3):  # so that one of the runs was resumed, and does not count for a whole run's time
+        assert compare_in().code == 130
+    assert compare_in().code == 0
+    kept = (tmp_path / "kept/videos.jsonl").read_text()
+    before = report_of(tmp_path / "out")
+    shutil.rmtree(tmp_path / "out")
+    no_loading()
+    shown = compare_in()
+    assert (shown.code, shown.err) == (0, "")
+    after = report_of(tmp_path / "out")
+    assert (tmp_path / "kept/videos.jsonl").read_text() == kept
+    gone = f"4 of the videos are not here: their measures are kept in {tmp_path / 'kept/videos.jsonl'}."
+    assert after["notes"] == [*before["notes"], gone]
+    for key in ("summary", "clips", "comparison", "pairs", "noise", "baseline"):
+        assert after[key] == before[key]
+    assert [each | {"file": None} for each in before["videos"]] == after["videos"]
+    assert before["times"]["direct"]["runs"] == after["times"]["direct"]["runs"] == 1
+    for label, found in before["times"].items():
+        again = after["times"][label]
+        assert again["decode"] == pytest.approx(found["decode"], abs=1e-4)
+        assert again["denoise"] == pytest.approx(found["denoise"], abs=1e-4)
+        assert again["steps"].keys() == found["steps"].keys()
+    page = (tmp_path / "out/index.html").read_text()
+    assert json.loads(References(page).data)["prompts"] == []
+    assert "No video of this report is here." in page
+
+
+def test_only_what_is_not_kept_is_made_and_what_is_here_counts_first(compare_in: Compare, tmp_path: Path) -> None:
+    assert compare_in(num_seeds=1).code == 0
+    path = tmp_path / "kept/videos.jsonl"
+    header, direct, freespec = path.read_text().splitlines()
+    lie = json.loads(direct)
+    lie["values"] = [value if value is None else value + 1.0 for value in lie["values"]]
+    path.write_text("\n".join((header, json.dumps(lie), freespec)) + "\n")
+    # Elsewhere the kept number is all there is.
+    shown = compare_in(out="other", num_seeds=2)
+    assert shown.out.splitlines()[0].startswith(f"1 of 2, {tmp_path / 'other/videos/direct/000-seed1.mp4'}")
+    values = {(each["label"], each["seed"]): each["values"] for each in report_of(tmp_path / "other")["videos"]}
+    honest = report_of(tmp_path / "out")["videos"][0]["values"]
+    assert values["direct", 0] == pytest.approx({name: value + 1.0 for name, value in honest.items()})
+    lines = [json.loads(line)["video"] for line in path.read_text().splitlines()[1:]]
+    assert lines == [["direct", 0, 0], ["freespec", 0, 0], ["direct", 0, 1], ["freespec", 0, 1]]
+    # Where the video is, it is measured; and a report on one method leaves the others in the file.
+    assert compare_in("--report_only", num_seeds=1, methods="direct").code == 0
+    assert report_of(tmp_path / "out")["videos"][0]["values"] == honest
+    lines = path.read_text().splitlines()
+    assert json.loads(lines[1])["values"] == json.loads(direct)["values"]
+    assert len(lines) == 5
+    assert list(json.loads(lines[0])["variants"]) == ["direct", "freespec"]
+
+
+def test_measures_of_other_settings_are_not_mixed_in(
+    compare_in: Compare, no_loading: Callable[[], None], tmp_path: Path
+) -> None:
+    assert compare_in(num_seeds=1, methods="direct").code == 0
+    path = tmp_path / "kept/videos.jsonl"
+    before = path.read_bytes()
+    no_loading()
+    steps = compare_in(out="other", num_seeds=1, methods="direct", **{"sampler.num_steps": 3})
+    assert f"{path} holds videos made with other settings: sampler.num_steps was 2, now 3" in steps.error
+    assert "choose another --measures" in steps.error
+    alpha = compare_in(out="third", num_seeds=1, methods="direct", **{"method.freespec.alpha": 2})
+    assert "direct: method.freespec.alpha was 5.0, now 2" in alpha.error
+    for broken in (before[:-20], b'{"a": 1}\n', b"", b"[]\n", bytes(range(128, 255))):
+        path.write_bytes(broken)
+        refused = compare_in(out="fourth", num_seeds=1, methods="direct")
+        assert f"{path} does not hold kept measures, or not the whole of them" in refused.error
+        assert path.read_bytes() == broken
+    assert "is a folder" in compare_in(num_seeds=1, measures=tmp_path).error
+    assert "cannot write" in compare_in(num_seeds=1, measures="/dev/null/x.jsonl").error
+
+
+def test_other_versions_and_weights_of_kept_videos_are_told(compare_in: Compare, tmp_path: Path) -> None:
+    assert compare_in(num_seeds=1, methods="direct").code == 0
+    path = tmp_path / "kept/videos.jsonl"
+    header, line = path.read_text().splitlines()
+    origin = json.loads(header)["origins"][0]
+    assert origin.keys() == {"device", "parallel", "versions", "git", "model", "measured_by"}
+    sha256 = dict.fromkeys(origin["model"]["sha256"], "0" * 64)
+    other = origin | {"measured_by": "0" * 64, "model": origin["model"] | {"sha256": sha256}}
+    path.write_text("\n".join((json.dumps(json.loads(header) | {"origins": [other]}), line)) + "\n")
+    shown = compare_in(out="other", num_seeds=2, methods="direct")
+    assert shown.code == 0
+    notes = " ".join(report_of(tmp_path / "other")["notes"])
+    assert "1 videos were measured by another version of metrics/ or of its libraries than is here" in notes
+    assert "The videos were made with different weights and must not be compared" in notes
+    assert [each["measured_by"] == "0" * 64 for each in json.loads(path.read_text().splitlines()[0])["origins"]] == [
+        True,
+        False,
+    ]
+
+
+def test_ranks_take_what_the_first_has_kept(compare_in: Compare, wan_folder: Path, tmp_path: Path) -> None:
+    assert compare_in(num_seeds=1).code == 0
+    kept = tmp_path / "kept/videos.jsonl"
+    elsewhere = tmp_path / "nowhere.jsonl"  # as on another machine, where the file is not
+    argv = [words(wan_folder, tmp_path / "ranks", *PROMPT, num_seeds=2, measures=path) for path in (kept, elsewhere)]
+    ended = run_forked(argv, tmp_path, script="compare", fault=no_plots_in)
+    assert [rank.code for rank in ended] == [0, 0], ended
+    assert ended[0].out.splitlines()[0].startswith("1 of 2, ")
+    assert not elsewhere.exists()
+    assert len(kept.read_text().splitlines()) == 5
