@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
+.DELETE_ON_ERROR:
 .PHONY: setup demo test check test-slow test-gpu compare analyze findings findings-page calibrate batch-demo bench bench-gpu clean
 
 setup: $(VENV)/.ready
@@ -56,16 +57,19 @@ analyze: setup
 		--prompt_file configs/prompts/world-heldout-40.txt --num_prompts 6 --num_points 7 --sampler.num_steps 12 --out runs/analysis-small
 
 # The tables of docs/findings.md. Stopped or killed, the same command goes on; and what KEPT has the measures of is not made again:
-# with another KEPT and TABLES everything is, which takes hours. T-GR, the published row, is freespec itself.
+# elsewhere (KEPT, TABLES, SEARCH and PAGE) everything is, which takes hours. T-GR, the published row, is freespec itself.
 comma := ,
 ROW = $(1)=freespec:configs/ablation/$(2).yaml
 SIX := direct,sliding_window,freenoise,freelong,freepca,freespec
 ROWS := $(call ROW,GB,gb),$(call ROW,LB-fixed,lb_fixed),$(call ROW,RA,ra),$(call ROW,TA,ta),$(call ROW,RA+TA,ra_ta),$(call ROW,F-GR,f_gr)
 TABLES := runs/findings
+SEARCH := runs/calibration
 KEPT := docs/findings
+PAGE := docs/findings.md
 FINDINGS := $(COMPARE) --num_seeds 2 --sampler.num_steps 10 --measures $(KEPT)/videos.jsonl --out $(TABLES)
 # What twice the steps change: some of the same prompts, one seed, and the methods of which the page speaks.
 STEPS := $(COMPARE) --num_prompts 12 --methods direct,sliding_window,freespec --measures $(KEPT)/steps.jsonl --out $(TABLES)/steps
+WRITE_PAGE := $(BIN)/python launch/findings.py --runs $(TABLES) --calibration $(SEARCH) --kept $(KEPT) --page $(PAGE)
 findings: setup $(KEPT)/analysis/report.json
 	$(call in_shards,$(FINDINGS) --methods $(SIX)$(comma)$(ROWS))
 	$(call in_shards,$(STEPS))
@@ -75,21 +79,21 @@ findings: setup $(KEPT)/analysis/report.json
 findings-page: setup
 	$(FINDINGS) --methods $(SIX) --report_only --report $(TABLES)/methods
 	$(FINDINGS) --methods $(ROWS),freespec --baseline freespec --report_only --report $(TABLES)/ablation
-	$(STEPS) --report_only
-	$(BIN)/python launch/findings.py --runs $(TABLES) --analysis $(KEPT)/analysis
+	if test -e $(KEPT)/steps.jsonl || test -e $(TABLES)/steps/comparison.json; then $(STEPS) --report_only; fi
+	$(WRITE_PAGE)
 
 # 141 frames are four native lengths of the embedded model.
 $(KEPT)/analysis/report.json: | setup
 	$(ONE_CORE) $(BIN)/python launch/analyze.py --method.name direct --video.num_frames 141 --sampler.num_steps 10 \
 		--prompt_file configs/prompts/world-heldout-40.txt --num_prompts 20 --out $(TABLES)/analysis --output.progress off
-	mkdir -p $(@D) && cp $(TABLES)/analysis/rank-progress.png $(TABLES)/analysis/report.json $(@D)
+	mkdir -p $(@D) && cp $(TABLES)/analysis/rank-progress.png $(@D) && cp $(TABLES)/analysis/report.json $@
 
 # FreeSpec's open settings, searched on one list of prompts with half of the preset's steps, and judged on the other with all; KEPT as above.
 calibrate: setup
 	$(ONE_CORE) $(BIN)/python launch/calibrate.py --prompt_file configs/prompts/world-calibration-20.txt \
 		--judge_prompt_file configs/prompts/world-heldout-40.txt --search_num_steps 10 --measures $(KEPT)/calibration \
-		--out runs/calibration --output.progress off
-	$(BIN)/python launch/findings.py
+		--out $(SEARCH) --output.progress off
+	$(WRITE_PAGE)
 
 # Twelve small videos on two replicas of a Ray of this machine, then their report; started again it makes only what is missing.
 batch-demo: setup

@@ -22,14 +22,12 @@ from engine.errors import UserError
 from engine.progress import no_library_bars
 from engine.sharded_weights import check_placement
 from engine.single_file import SingleFile, open_single_file
-from engine.weights import check_part, is_pickle, lfs_pointer, read_json, unfinished
+from engine.weights import WEIGHT_FOLDERS, check_part, is_pickle, lfs_pointer, read_json, unfinished
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Of newer versions of the hub's client; older ones return what there is, and the checks of the folder say what is missing.
 _INCOMPLETE: tuple[type[Exception], ...] = tuple(filter(None, [getattr(hub_errors, "IncompleteSnapshotError", None)]))
-# Parts of a pipeline that hold weights, and must lie in a checkpoint folder.
-WEIGHT_FOLDERS = ("transformer", "vae", "text_encoder")
 
 
 def pick_device(name: str) -> torch.device:

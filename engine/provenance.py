@@ -2,17 +2,14 @@
 
 import functools
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from engine.config import ModelConfig
-from engine.load import WEIGHT_FOLDERS, fetch, find_checkpoint
+from engine.load import fetch, find_checkpoint
 from engine.paths import expand
 from engine.single_file import find_single_file
-
-# Files of a checkpoint that decide a video beside its weights.
-_BESIDE = ("*.json", "*/*.json", "tokenizer/*.model", "tokenizer/*.txt")
+from engine.weights import deciding_files
 
 
 def describe_weights(config: ModelConfig) -> dict[str, Any]:
@@ -27,7 +24,7 @@ def describe_weights(config: ModelConfig) -> dict[str, Any]:
     if isinstance(source, str):
         found["commit"] = folder.name  # the hub's local copy is named after it
     else:
-        found["sha256"] = {str(file.relative_to(folder)): sha256_of(file) for file in _files(folder)}
+        found["sha256"] = {str(file.relative_to(folder)): sha256_of(file) for file in deciding_files(folder)}
     single = find_single_file(config)
     if single is not None:
         found["single_file"] = {"name": single.name, "sha256": sha256_of(single)}
@@ -46,8 +43,3 @@ def sha256_of(file: Path) -> str:
 def _sha256(path: str, _size: int, _changed: int) -> str:
     with Path(path).open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _files(folder: Path) -> Iterable[Path]:
-    patterns = (*_BESIDE, *(f"{part}/*.safetensors" for part in WEIGHT_FOLDERS))
-    return sorted({file for pattern in patterns for file in folder.glob(pattern)})

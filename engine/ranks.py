@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.single_file import find_single_file
+from engine.weights import deciding_files
 from parallel import collectives
 from parallel.collectives import Trace, ignore_bytes
 from parallel.mesh import SeqMesh
@@ -31,8 +32,8 @@ def fingerprints(config: RunConfig, folder: Path, *, from_hub: bool) -> dict[str
     Of a hub checkpoint the JSON files count, and its commit: one rank may not have downloaded its weights yet.
     """
     # The folder of a hub checkpoint is called after its commit; a local one may be called anything.
-    version, pattern = (folder.resolve().name, "*.json") if from_hub else ("", "*")
-    files = sorted(path for path in folder.rglob(pattern) if path.is_file())
+    version = folder.resolve().name if from_hub else ""
+    files = [path for path in deciding_files(folder) if path.suffix == ".json" or not from_hub]
     single = find_single_file(config.model)
     return setting_prints(config) | {"checkpoint": _digest_checkpoint(folder, version, files, single)}
 

@@ -6,6 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 import resource
 import shutil
 import subprocess
@@ -102,8 +103,17 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 def describe_device(device: torch.device) -> dict[str, Any]:
     """Kind and name of the device, and the threads that torch uses beside it."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {"type": device.type, "name": name, "cpu_threads": torch.get_num_threads()}
+
+
+def _processor() -> str:
+    """The model of the CPU where Linux says it, since Python knows only its architecture there."""
+    try:
+        told = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        told = None
+    return told[1].strip() if told else platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str | None]:

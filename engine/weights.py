@@ -1,4 +1,4 @@
-"""Weight files held against the model that their configuration describes, before anything is loaded from them."""
+"""Which files a checkpoint is, and weight files held against the model that their configuration describes, before anything is loaded."""
 
 import json
 from pathlib import Path
@@ -14,6 +14,19 @@ from engine.errors import UserError
 _HARMLESS = ("rope.",)
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LFS_POINTER = b"version https://git-lfs"
+
+WEIGHT_FOLDERS = ("transformer", "vae", "text_encoder")
+"""Parts of a pipeline that hold weights, and must lie in a checkpoint folder."""
+
+# Files of a checkpoint that decide a video beside its weights.
+_CONFIGURED = (*WEIGHT_FOLDERS, "scheduler", "tokenizer")
+_BESIDE = ("model_index.json", *(f"{part}/*.json" for part in _CONFIGURED), "tokenizer/*.model", "tokenizer/*.txt")
+
+
+def deciding_files(folder: Path) -> list[Path]:
+    """The files of a checkpoint's folder that decide its videos: what is loaded, and not its card, licence or figures."""
+    patterns = (*_BESIDE, *(f"{part}/*.safetensors" for part in WEIGHT_FOLDERS))
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
 def check_part(adapter: ModelAdapter, folder: Path, name: str) -> None:

@@ -22,8 +22,8 @@ class CalibrationPlan:
     trials: Mapping[str, Mapping[str, Any]]
     num_steps: Mapping[Part, int]
     num_seeds: Mapping[Part, int]
-    measures: Path | None = None
-    """Folder of a file of kept measures for each part."""
+    kept_folder: Path | None = None
+    """Where each part has a file of kept measures."""
 
     def compared(self, part: Part, labels: Sequence[str], prompts: list[str]) -> Comparison:
         """The videos of these trials on these prompts."""
@@ -33,7 +33,7 @@ class CalibrationPlan:
             variants=[self._variant(part, label) for label in labels],
             prompts=prompts,
             seeds=[first + number for number in range(self.num_seeds[part])],
-            measures=None if self.measures is None else self.measures / f"{part}.jsonl",
+            kept_file=None if self.kept_folder is None else self.kept_folder / f"{part}.jsonl",
         )
 
     def _variant(self, part: Part, label: str) -> Variant:

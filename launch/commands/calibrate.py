@@ -26,13 +26,12 @@ from launch.calibration.space import END_SHARES, SPACE, START, draw_trials
 from launch.cli import parse_run
 from launch.commands.generate import read_prompts
 from launch.comparison.checks import check_longer, check_output, check_seeds
-from launch.comparison.kept_measures import keep, measure_there
+from launch.comparison.kept_measures import add_kept, check_kept, measure_every
 from launch.comparison.make import check_variants, make_missing, missing_videos, on_first
 from launch.comparison.measure import Measured, not_world
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison
 from launch.comparison.summary import as_json
-from launch.outputs import check_outputs
 from launch.ranks import Party, check_started, open_ranks
 from launch.stopping import Place, Stopped
 
@@ -52,8 +51,6 @@ class Maker:
     def make(self, comparison: Comparison) -> None:
         """Make every video that is not there yet; all ranks call this."""
         self._party.check_on_first(comparison.open)
-        if comparison.measures is not None:
-            self._party.check_on_first(partial(check_outputs, [comparison.measures], overwrite=True, overwrite_flag=""))
         if comparison.folder not in self._own:
             self._own.add(comparison.folder)
             self._party.check_on_first(lambda: self._stack.enter_context(own_shard(comparison.folder, Shard())))
@@ -83,7 +80,7 @@ def main(argv: list[str]) -> None:
             "judged": config.sampler.num_steps,
         },
         num_seeds={"search": namespace.num_seeds, "judged": namespace.num_judge_seeds},
-        measures=None if namespace.measures is None else expand(namespace.measures),
+        kept_folder=None if namespace.measures is None else expand(namespace.measures),
     )
     parts = (plan.compared("search", list(plan.trials), search), plan.compared("judged", [START], held_out))
     for each in parts:
@@ -100,6 +97,8 @@ def main(argv: list[str]) -> None:
         contextlib.ExitStack() as stack,
     ):
         check_variants(parts[0].variants, party)
+        for each in parts:
+            party.check_on_first(partial(check_kept, each))
         maker = Maker(config, party, stack)
         best, told = _search(plan, search, rounds, maker, party, progress=progress)
         judged = plan.compared("judged", [START] if best == START else [START, best], held_out)
@@ -159,12 +158,12 @@ def _judge(judged: Comparison, best: str, settings: dict[str, Any], *, progress:
 
 def _measure(comparison: Comparison, *, progress: bool) -> list[Measured]:
     try:
-        measured = measure_there(comparison, progress=progress)
+        measured = measure_every(comparison, progress=progress)
     except KeyboardInterrupt as error:
         raise Stopped(
             f"while measuring; every video of {comparison.folder} is kept; the same command continues"
         ) from error
-    keep(comparison, measured)
+    add_kept(comparison, measured)
     return measured
 
 

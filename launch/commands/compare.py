@@ -15,7 +15,7 @@ from engine.progress import enabled
 from launch.cli import parse_run
 from launch.commands.generate import read_prompts
 from launch.comparison.checks import check_output, check_seeds
-from launch.comparison.kept_measures import measure_there
+from launch.comparison.kept_measures import check_kept, measure_every
 from launch.comparison.make import check_variants, make_missing, missing_videos
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison
@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
         variants=variants,
         prompts=prompts,
         seeds=seeds,
-        measures=None if namespace.measures is None else expand(namespace.measures),
+        kept_file=None if namespace.measures is None else expand(namespace.measures),
     )
     shard = None if namespace.shard is None else Shard.parse(namespace.shard)
     if shard is not None and namespace.report_only:
@@ -65,7 +65,8 @@ def main(argv: list[str]) -> None:
         print(_unless_stopped(comparison, lambda: _measure_shard(comparison, shard, progress=progress)))
         return
     comparison.check()
-    _check_written(comparison, folder)
+    check_kept(comparison)
+    _check_report(folder)
     print(
         _unless_stopped(
             comparison, lambda: write_report(comparison, folder=folder, baseline=baseline, progress=progress)
@@ -82,8 +83,9 @@ def make_videos(comparison: Comparison, shard: Shard, *, report: Path, verbose: 
     config = comparison.config
     with open_ranks(config, prompts=agree, verbose=verbose) as party, contextlib.ExitStack() as stack:
         check_variants(comparison.variants, party)
+        party.check_on_first(lambda: check_kept(comparison))
         party.check_on_first(comparison.open)
-        party.check_on_first(lambda: _check_written(comparison, report))
+        party.check_on_first(lambda: _check_report(report))
         party.check_on_first(lambda: stack.enter_context(own_shard(comparison.folder, shard)))
         missing = missing_videos(comparison, party, shard)
         if missing:
@@ -91,15 +93,14 @@ def make_videos(comparison: Comparison, shard: Shard, *, report: Path, verbose: 
             make_missing(engine, comparison, missing, party)
 
 
-def _check_written(comparison: Comparison, report: Path) -> None:
-    measures = [] if comparison.measures is None else [comparison.measures]
-    check_outputs([report / "report.json", *measures], overwrite=True, overwrite_flag="")
+def _check_report(folder: Path) -> None:
+    check_outputs([folder / "report.json"], overwrite=True, overwrite_flag="")
 
 
 def _measure_shard(comparison: Comparison, shard: Shard, *, progress: bool) -> str:
     """Measure what this process made, so that the report has nothing left to do but to read."""
     videos = comparison.videos_of(shard)
-    measure_there(comparison, videos, progress=progress)
+    measure_every(comparison, videos, progress=progress)
     return (
         f"{comparison.folder}: {shard.name} is made and measured, {len(videos)} videos; when every shard is, the same "
         "command with --report_only and without --shard writes the report"
@@ -111,7 +112,7 @@ def _unless_stopped(comparison: Comparison, measure: Callable[[], str]) -> str:
         return measure()
     except KeyboardInterrupt as error:
         raise Stopped(
-            f"while measuring; every video is made and lies in {comparison.folder / 'videos'}; "
+            f"while measuring; every video that was made lies in {comparison.folder / 'videos'}; "
             "the same command continues"
         ) from error
 

@@ -1,6 +1,7 @@
 """findings.py: docs/findings.md from the reports of `make findings`, without a number that was typed by hand."""
 
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from launch.comparison.page import number
 from launch.comparison.summary import as_json
 from launch.comparison.transfer import transfer_section
 
-USAGE = "findings.py [--runs FOLDER] [--analysis FOLDER] [--calibration FOLDER] [--page FILE]"
+USAGE = "findings.py [--runs FOLDER] [--kept FOLDER] [--calibration FOLDER] [--page FILE]"
 DESCRIPTION = "Write the page of findings from the reports that `make findings` and launch/calibrate.py left."
 
 INTRO = """# Findings on the embedded model
@@ -30,7 +31,7 @@ Written by `python launch/findings.py` from the reports of
     make findings       # all six methods and the seven ablation rows on held-out prompts; spectra of 20 of them
     make calibrate      # the search for FreeSpec's open settings
 
-do not edit. The measures of every video are in [findings/](findings/), and what they have is not made again;
+do not edit. The measures of every video are in [{kept}]({kept}), and what they have is not made again;
 [compare.md](compare.md#the-full-tables) says how to make all of it anew, and what that costs. Every interval is a 95 % bootstrap interval over prompts, every difference is paired by prompt;
 [compare.md](compare.md#how-to-read-the-numbers) says what each measure is and where it fails. The embedded model is small and its world is
 simple: what holds here need not hold on Wan2.1, and the other way round.
@@ -54,13 +55,14 @@ def main(argv: list[str]) -> None:
     options = _parse(argv)
     runs, page = expand(options.runs), expand(options.page)
     files = {name: runs / name / "report.json" for name in TABLES}
-    files |= {name: expand(getattr(options, name)) / "report.json" for name in ("analysis", "calibration")}
+    kept = expand(options.kept)
+    files |= {"analysis": kept / "analysis/report.json", "calibration": expand(options.calibration) / "report.json"}
     reports = {name: read_report(file, name) for name, file in files.items()}
     refuse_mixed(reports, files)
     clips, progress = runs / "methods/plots/clips.png", files["analysis"].with_name("rank-progress.png")
     text = "\n".join(
         [
-            INTRO,
+            INTRO.format(kept=os.path.relpath(kept.resolve(), page.resolve().parent)),
             *_so_far(reports),
             _concentration(reports["analysis"], _figure(progress, page, "rank-progress")),
             *_claims(reports["methods"]),
@@ -87,7 +89,10 @@ def _parse(argv: Sequence[str]) -> Any:
     parser: ArgumentParser = make_parser("findings.py", USAGE, DESCRIPTION)
     parser.add_argument("--runs", type=str, default="runs/findings", help="folder with methods/, ablation/ and steps/")
     parser.add_argument(
-        "--analysis", type=str, default=str(REPOSITORY / "docs/findings/analysis"), help="folder of analyze.py"
+        "--kept",
+        type=str,
+        default=str(REPOSITORY / "docs" / "findings"),
+        help="folder of what outlives the videos: their measures, and in analysis/ the report of analyze.py",
     )
     parser.add_argument("--calibration", type=str, default="runs/calibration", help="folder of calibrate.py")
     parser.add_argument("--page", type=str, default=str(REPOSITORY / "docs" / "findings.md"), help="the page to write")

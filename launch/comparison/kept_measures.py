@@ -2,49 +2,56 @@
 
 JSON Lines. The first line says what decides the videos, as comparison.json does, and names the measures; the others are one video each:
 
-    {"settings": .., "variants": .., "prompts": .., "measures": [name, ..], "origins": [record, ..]}
+    {"settings": .., "variants": .., "prompts": .., "measures": [name, ..], "origins": [part of a record, ..]}
     {"video": [label, prompt_index, seed], "origin": place in origins, "sha256": .., "values": [..], "by_clip": {..}, ..}
 """
 
+import contextlib
+import fcntl
 import json
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.batch.locks import locked
 from engine.checkpoint import atomic_path
 from engine.errors import UserError
-from launch.comparison.measure import Measured, measure_all, native_frames, not_world
-from launch.comparison.store import Comparison, Video, refuse_changes, widen
+from launch.comparison.measure import Measured, measure_all, native_frames, not_world, units
+from launch.comparison.store import Comparison, Key, Video, refuse_changes, widen
+from launch.outputs import check_outputs
 
-Key = tuple[str, int, int]
 _HEADER = {"settings", "variants", "prompts", "measures", "origins"}
 _ORIGIN = ("device", "parallel", "versions", "git", "model")
 _SECONDS_DIGITS = 4
 
 
+def check_kept(comparison: Comparison) -> None:
+    """Raise UserError, before a folder is taken or a video made, for a file that could not be used in the end."""
+    if comparison.kept_file is not None:
+        check_outputs([comparison.kept_file], overwrite=True, overwrite_flag="")
+        read_kept(comparison)
+
+
 def read_kept(comparison: Comparison) -> dict[Key, Measured]:
     """What the comparison's file has of its videos, by `Video.key`; nothing if it has no file or that is not there yet.
 
-    Raises UserError for a file of another kind, and for one whose videos were made with other settings.
+    Raises UserError for a file of another kind, and for one of videos of other settings or with other measures.
     """
-    path = comparison.measures
+    path = comparison.kept_file
     if path is None or not path.exists():
         return {}
     header, lines = _read(path)
-    refuse_changes(path, header, _header(comparison), flag="--measures")
-    names, origins = header["measures"], header["origins"]
+    _refuse_others(path, header, _header(comparison))
     wanted = {video.key: video for video in comparison.videos}
-    return {
-        key: _measured(wanted[key], names, line, origins[line["origin"]])
-        for key, line in lines.items()
-        if key in wanted
-    }
+    try:
+        return {key: _measured(wanted[key], header, line) for key, line in lines.items() if key in wanted}
+    except (LookupError, TypeError, ValueError) as error:
+        raise UserError(_broken(path)) from error
 
 
 def measure_there(comparison: Comparison, videos: Sequence[Video] | None = None, *, progress: bool) -> list[Measured]:
-    """The measures of the videos (all of the comparison's) that are there or kept, in their order; files come before kept ones."""
+    """The measures of those videos (of the comparison's, if None) that are there or kept, in order; what is there comes first."""
     videos = comparison.videos if videos is None else videos
     there = [video for video in videos if video.is_done]
     world = not_world(comparison) is None
@@ -53,44 +60,73 @@ def measure_there(comparison: Comparison, videos: Sequence[Video] | None = None,
     return [found[video.key] for video in videos if video.key in found]
 
 
-def keep(comparison: Comparison, measured: Sequence[Measured]) -> None:
+def measure_every(comparison: Comparison, videos: Sequence[Video] | None = None, *, progress: bool) -> list[Measured]:
+    """`measure_there`, once all of them were made; UserError if one is gone again, since means would be over other prompts."""
+    videos = comparison.videos if videos is None else videos
+    measured = measure_there(comparison, videos, progress=progress)
+    if len(measured) < len(videos):
+        raise UserError(
+            f"{len(videos) - len(measured)} of {len(videos)} videos of {comparison.folder} are gone since they were made or "
+            "found in the kept measures; the same command makes them again"
+        )
+    return measured
+
+
+def add_kept(comparison: Comparison, measured: Sequence[Measured]) -> None:
     """Add measures to the comparison's file, if it has one, in the order of the videos; what the file has besides stays."""
-    path = comparison.measures
+    path = comparison.kept_file
     if path is None or not measured:
         return
-    names = list(measured[0].values)
-    lock = comparison.folder / "locks" / "measures.lock"
+    header = _header(comparison) | {"origins": []}
     try:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with locked(lock):  # two reports on some of the methods each would each add to what they read
-            header = _header(comparison) | {"measures": names, "origins": []}
-            before: dict[Key, Any] = {}
+        with _alone_in(path.parent):  # two reports on some of the methods each would each add to what they read
+            lines: dict[Key, Any] = {}
             if path.exists():
-                old, before = _read(path)
-                refuse_changes(path, old, header, flag="--measures")
+                old, lines = _read(path)
+                _refuse_others(path, old, header)
                 header = widen(old, header) | {"origins": old["origins"]}
-                if old["measures"] != names:
-                    raise UserError(f"{path} has other measures than are made now; give another --measures")
-            lines = before | {each.video.key: _line(each, names, header["origins"]) for each in measured}
+            lines = lines | {each.video.key: _line(each, header) for each in measured}
             labels = list(header["variants"])
             order = sorted(lines, key=lambda key: (key[2], key[1], labels.index(key[0])))
-            text = "".join(_dump(line) for line in (header, *(lines[key] for key in order)))
             with atomic_path(path) as part:
-                part.write_text(text, encoding="utf-8")
+                part.write_text("".join(_dump(each) for each in (header, *map(lines.get, order))), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Hold the folder itself, which leaves no file there; waits for others as long as it takes."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _header(comparison: Comparison) -> dict[str, Any]:
     told = comparison.describe()
-    return told | {"settings": told["settings"] | {"clip_frames": native_frames(comparison)}}
+    settings = told["settings"] | {"clip_frames": native_frames(comparison)}
+    return told | {"settings": settings, "measures": list(units(world=not_world(comparison) is None))}
 
 
-def _line(each: Measured, names: Sequence[str], origins: list[dict[str, Any]]) -> dict[str, Any]:
-    record = each.record
+def _refuse_others(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    refuse_changes(path, before, now, flag="--measures")
+    if before["measures"] != now["measures"]:
+        others = sorted(set(before["measures"]) ^ set(now["measures"])) or ["their order"]
+        raise UserError(
+            f"{path} has {len(before['measures'])} measures of each video, and {len(now['measures'])} are made of these "
+            f"(what differs: {', '.join(others)}); give another --measures"
+        )
+
+
+def _line(each: Measured, header: dict[str, Any]) -> dict[str, Any]:
+    record, origins = each.record, header["origins"]
     origin = {key: record[key] for key in _ORIGIN} | {"measured_by": each.version}
     if origin not in origins:
         origins.append(origin)
+    values = [each.values[name] for name in header["measures"]]
     return {
         "video": list(each.video.key),
         "origin": origins.index(origin),
@@ -98,31 +134,38 @@ def _line(each: Measured, names: Sequence[str], origins: list[dict[str, Any]]) -
         "resumed_at": record["resumed_at"],
         "seconds": {key: round(record["seconds"][key], _SECONDS_DIGITS) for key in ("denoise", "decode")},
         "steps": [[step["mode"], round(step["seconds"], _SECONDS_DIGITS)] for step in record["steps"]],
-        "values": [each.values[name] if math.isfinite(each.values[name]) else None for name in names],
+        "values": [value if math.isfinite(value) else None for value in values],
         "by_clip": each.by_clip,
     }
 
 
-def _measured(video: Video, names: Sequence[str], line: dict[str, Any], origin: dict[str, Any]) -> Measured:
+def _measured(video: Video, header: dict[str, Any], line: dict[str, Any]) -> Measured:
+    origin = header["origins"][line["origin"]]
     record = {key: origin[key] for key in _ORIGIN} | {key: line[key] for key in ("resumed_at", "seconds")}
     record |= {
         "video": {"sha256": line["sha256"]},
         "steps": [{"mode": mode, "seconds": seconds} for mode, seconds in line["steps"]],
     }
-    values = {name: math.nan if value is None else value for name, value in zip(names, line["values"], strict=True)}
+    found = zip(header["measures"], line["values"], strict=True)
+    values = {name: math.nan if value is None else float(value) for name, value in found}
     return Measured(video=video, record=record, values=values, by_clip=line["by_clip"], version=origin["measured_by"])
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]]]:
     try:
-        header, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        # Not splitlines: a prompt may hold one of the other ends of line that Unicode has.
+        header, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
         if header.keys() >= _HEADER:
             return header, {tuple(line["video"]): line for line in lines}
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, AttributeError, KeyError, TypeError):
+    except (ValueError, AttributeError, LookupError, TypeError):
         pass  # said below, with the same words
-    raise UserError(f"{path} does not hold kept measures, or not the whole of them; give another --measures")
+    raise UserError(_broken(path))
+
+
+def _broken(path: Path) -> str:
+    return f"{path} does not hold kept measures, or not the whole of them; give another --measures"
 
 
 def _dump(tree: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from engine.supported_layouts import check_layout
 from launch.commands.decode import read_record
 from launch.commands.generate import make_video, summary
 from launch.comparison.kept_measures import read_kept
-from launch.comparison.store import Comparison, Video
+from launch.comparison.store import Comparison, Key, Video
 from launch.comparison.variants import Variant
 from launch.ranks import Party
 from launch.render import render
@@ -40,7 +40,7 @@ def check_variants(variants: Sequence[Variant], party: Party) -> None:
 def missing_videos(comparison: Comparison, party: Party, shard: Shard | None = None) -> list[Video]:
     """The videos (of a shard) that are neither there nor kept by their measures, as rank 0 sees it, on every rank."""
     videos = comparison.videos_of(shard or Shard())
-    kept: set[Any] = set()
+    kept: set[Key] = set()
     party.check_on_first(lambda: kept.update(read_kept(comparison)))
     done = on_first(party, [video.is_done or video.key in kept for video in videos])
     return [video for video, is_done in zip(videos, done, strict=True) if not is_done]

@@ -69,7 +69,9 @@ def _measure(video: Video, *, clip_frames: int, world: bool, version: str) -> Me
     record = _read_json(video.files.record)
     digest = hashlib.sha256(video.files.video.read_bytes()).hexdigest()
     if digest != record["video"]["sha256"]:
-        raise UserError(f"{video.files.video} is not the file that its record tells of; delete both to make it again")
+        raise UserError(
+            f"{video.files.video} is not the file that its record tells of; delete both, and its line of kept measures, to make it again"
+        )
     key = {"video": digest, "version": version, "clip_frames": clip_frames, "world": world, "prompt": video.prompt}
     kept = _read_json(video.measures) if video.measures.is_file() else {}
     if kept.get("key") != key:

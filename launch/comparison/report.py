@@ -13,7 +13,7 @@ from engine.checkpoint import atomic_path
 from engine.errors import UserError
 from launch.comparison import markdown
 from launch.comparison.checks import is_native
-from launch.comparison.kept_measures import keep, measure_there
+from launch.comparison.kept_measures import add_kept, measure_there
 from launch.comparison.measure import Measured, native_frames, not_world, units
 from launch.comparison.page import write_page
 from launch.comparison.plots import draw_clips, draw_metrics, draw_times, save_figure
@@ -41,7 +41,7 @@ def write_report(comparison: Comparison, *, folder: Path, baseline: str, progres
     clip_frames = native_frames(comparison)
     labels = [variant.label for variant in comparison.variants]
     found = measure_there(comparison, progress=progress)
-    keep(comparison, found)
+    add_kept(comparison, found)
     measured = comparable(found, labels)
     if not measured:
         raise UserError(
@@ -123,8 +123,9 @@ def _notes(
 def _kept(comparison: Comparison, measured: Sequence[Measured]) -> list[str]:
     """Sentences on videos of which only the measures are here."""
     gone = sum(not each.video.is_done for each in measured)
-    older = sum(each.version != source_digest() for each in measured)
-    notes = [f"{gone} of the videos are not here: their measures are kept in {comparison.measures}."] if gone else []
+    here = source_digest()
+    older = sum(each.version != here for each in measured)
+    notes = [f"{gone} of the videos are not here: their measures are kept in {comparison.kept_file}."] if gone else []
     if older:
         notes.append(f"{older} videos were measured by another version of metrics/ or of its libraries than is here.")
     return notes
@@ -180,7 +181,7 @@ def _mixed_weights(measured: Sequence[Measured]) -> list[str]:
         return []
     return [
         f"The videos were made with different weights and must not be compared: {'; '.join(mixed)} videos; "
-        "delete those of one checkpoint, records too, and make them again."
+        "delete those of one checkpoint, records and kept measures too, and make them again."
     ]
 
 

@@ -30,6 +30,9 @@ from launch.outputs import OutputFiles, check_outputs, latents_beside
 _NOT_SHARED = (*MAY_DIFFER, "parallel.", "output.", "sampler.seed", "model.path", "model.device", "model.dtype")
 _SHOWN_KEYS = 6
 
+Key = tuple[str, int, int]
+"""Label, prompt and seed of a video."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Video:
@@ -52,7 +55,7 @@ class Video:
         return self.files.video.with_suffix(".metrics.json")
 
     @property
-    def key(self) -> tuple[str, int, int]:
+    def key(self) -> Key:
         """What tells it from the other videos of a comparison."""
         return self.label, self.prompt_index, self.seed
 
@@ -65,8 +68,8 @@ class Comparison:
     variants: list[Variant]
     prompts: list[str]
     seeds: list[int]
-    measures: Path | None = None
-    """File that keeps the measures when the videos are gone (kept_measures.py)."""
+    kept_file: Path | None = None
+    """Where the measures are kept when the videos are gone (kept_measures.py)."""
 
     @property
     def config(self) -> RunConfig:

@@ -207,6 +207,25 @@ def test_weights_that_change_anywhere_are_another_checkpoint(
         assert print_of(with_zeros(start, 512)) != sampled
 
 
+def test_a_checkpoint_is_what_is_loaded_of_its_folder(folder: Path, tmp_path: Path) -> None:
+    """A card that is written again makes no other videos; a configuration does."""
+    copied = tmp_path / "copied"
+    shutil.copytree(folder, copied)
+
+    def print_of() -> bytes:
+        return fingerprints(run_config(ModelConfig(path=str(copied))), copied, from_hub=False)["checkpoint"]
+
+    before, said = print_of(), describe_weights(ModelConfig(path=str(copied)))["sha256"]
+    for name in ("README.md", "figures.json", "transformer/notes.txt", "samples/a.json"):
+        (copied / name).parent.mkdir(exist_ok=True)
+        (copied / name).write_text("{}")
+    assert print_of() == before
+    assert describe_weights(ModelConfig(path=str(copied)))["sha256"] == said
+    config = copied / "scheduler/scheduler_config.json"
+    config.write_text(config.read_text() + "\n")
+    assert print_of() != before
+
+
 def test_a_single_file_is_recorded_and_tells_checkpoints_apart(folder: Path, tmp_path: Path) -> None:
     tensors = safetensors.torch.load_file(next((folder / "transformer").glob("*.safetensors")))
     prints = {}

@@ -135,10 +135,14 @@ def test_make_findings_makes_six_methods_and_the_seven_rows_of_the_table() -> No
     assert "--num_seeds 2 --sampler.num_steps 10 --measures docs/findings/videos.jsonl" in shown
     assert "--num_prompts 12" in shown
     # Of somebody else's own, nothing is taken from the repository.
-    own = ["make", "-n", "findings", "KEPT=runs/kept", "TABLES=runs/again"]
+    places = {"KEPT": "runs/again/kept", "TABLES": "runs/again", "SEARCH": "runs/again/search", "PAGE": "runs/again.md"}
+    own = ["make", "-n", "findings", "calibrate", *(f"{name}={place}" for name, place in places.items())]
     anew = subprocess.run(own, check=True, capture_output=True, text=True, cwd=REPOSITORY).stdout
-    assert "docs/findings/" not in anew
-    assert "runs/findings" not in anew
+    assert not re.findall(r"docs/findings|runs/findings|runs/calibration", anew)
+    pages = re.findall(r"launch/findings\.py (.*)", anew)
+    assert (
+        pages == ["--runs runs/again --calibration runs/again/search --kept runs/again/kept --page runs/again.md"] * 2
+    )
     assert "launch/analyze.py" in anew
     # What a search is judged with is what the preset has.
     searched = subprocess.run(

@@ -129,8 +129,12 @@ def findings_of(run: Callable[..., Run], tmp_path: Path) -> Callable[[], Run]:
     """Runs the command on the reports that were put there."""
     page = tmp_path / "docs/findings.md"
     page.parent.mkdir()
-    words = {"runs": tmp_path / "runs", "analysis": tmp_path / "runs/analysis", "page": page}
-    words |= {"calibration": tmp_path / "calibration"}
+    words = {
+        "runs": tmp_path / "runs",
+        "kept": tmp_path / "runs",
+        "page": page,
+        "calibration": tmp_path / "calibration",
+    }
     return lambda: run(findings.main, *(f"--{key}={value}" for key, value in words.items()))
 
 
@@ -158,7 +162,9 @@ def test_the_page_says_what_the_numbers_say(write: Callable[..., str], tmp_path:
     assert "![" not in page
     plot = tmp_path / "runs/analysis/rank-progress.png"
     plot.write_bytes(b"a plot")
-    assert "each window](figures/findings-rank-progress.png)" in write()
+    shown = write()
+    assert "each window](figures/findings-rank-progress.png)" in shown
+    assert "measures of every video are in [../runs](../runs)" in shown
     assert (tmp_path / "docs/figures/findings-rank-progress.png").read_bytes() == b"a plot"
     rises = write(analysis=analysis_of(0.5))
     assert "In 0 of 1 of the stages and windows the effective rank: falls, 1 rises." in rises
@@ -306,9 +312,11 @@ def test_a_plot_that_lies_beside_the_page_is_not_copied(run: Callable[..., Run],
     kept.mkdir(parents=True)
     (kept / "report.json").write_text(json.dumps(analysis_of(-1.0)))
     (kept / "rank-progress.png").write_bytes(b"a plot")
-    words = {"runs": tmp_path / "runs", "analysis": kept, "calibration": tmp_path, "page": tmp_path / "docs/a.md"}
+    words = {"runs": tmp_path / "runs", "kept": kept.parent, "calibration": tmp_path, "page": tmp_path / "docs/a.md"}
     assert run(findings.main, *(f"--{key}={value}" for key, value in words.items())).code == 0
-    assert "each window](findings/analysis/rank-progress.png)" in (tmp_path / "docs/a.md").read_text()
+    page = (tmp_path / "docs/a.md").read_text()
+    assert "each window](findings/analysis/rank-progress.png)" in page
+    assert "measures of every video are in [findings](findings)" in page
     assert not (tmp_path / "docs/figures").exists()
 
 

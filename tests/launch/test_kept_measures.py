@@ -3,13 +3,14 @@
 import json
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launch.commands import compare
-from launch.comparison import report
+from launch.comparison import kept_measures, report
 from tests.launch.conftest import Run
 from tests.launch.forked import run_forked
 from tests.launch.test_compare import References, words
@@ -43,6 +44,10 @@ def compare_in(run: Callable[..., Run], wan_folder: Path, tmp_path: Path) -> Com
 def no_loading(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From the call on, whoever loads the model fails."""
     return lambda: monkeypatch.setattr("engine.engine.load_pipeline", lambda *_, **__: pytest.fail("loaded"))
+
+
+def as_text(lines: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(line) + "\n" for line in lines)
 
 
 def report_of(folder: Path) -> dict[str, Any]:
@@ -115,13 +120,64 @@ def test_measures_of_other_settings_are_not_mixed_in(
     assert "choose another --measures" in steps.error
     alpha = compare_in(out="third", num_seeds=1, methods="direct", **{"method.freespec.alpha": 2})
     assert "direct: method.freespec.alpha was 5.0, now 2" in alpha.error
-    for broken in (before[:-20], b'{"a": 1}\n', b"", b"[]\n", bytes(range(128, 255))):
+    window = compare_in(out="fifth", num_seeds=1, methods="sliding_window", **{"method.window_frames": 4})
+    assert "clip_frames was 9, now 13" in window.error
+    star = compare_in("--prompt", "a blue star", out="sixth", num_seeds=1, methods="direct")
+    assert "prompt 0 was a red circle, now a blue star" in star.error
+    lines = [json.loads(line) for line in before.decode().splitlines()]
+    fewer = [lines[0] | {"measures": lines[0]["measures"][1:]}, lines[1] | {"values": lines[1]["values"][1:]}]
+    path.write_text(as_text(fewer))
+    refused = compare_in(out="third", num_seeds=2, methods="direct")
+    assert f"{path} has 7 measures of each video, and 8 are made of these (what differs: flow_mean)" in refused.error
+    odd = [
+        lines[1] | {"origin": 7},
+        lines[1] | {"values": [*lines[1]["values"], 1.0]},
+        lines[1] | {"values": ["a"] * 8},
+    ]
+    broken_lines = [as_text([lines[0], line]).encode() for line in odd]
+    for broken in (*broken_lines, before[:-20], b'{"a": 1}\n', b"", b"[]\n", bytes(range(128, 255))):
         path.write_bytes(broken)
         refused = compare_in(out="fourth", num_seeds=1, methods="direct")
         assert f"{path} does not hold kept measures, or not the whole of them" in refused.error
         assert path.read_bytes() == broken
+    # Nothing that was refused has taken a folder for itself, which the corrected command would then be refused in.
+    assert sorted(entry.name for entry in tmp_path.iterdir() if entry.is_dir()) == ["kept", "out"]
     assert "is a folder" in compare_in(num_seeds=1, measures=tmp_path).error
     assert "cannot write" in compare_in(num_seeds=1, measures="/dev/null/x.jsonl").error
+
+
+def test_a_prompt_may_hold_any_letter(compare_in: Compare, no_loading: Callable[[], None]) -> None:
+    """JSON is not lines to everybody: Unicode has ends of line of its own."""
+    given = ("--prompt", "a red\u2028circle\u0085")
+    assert compare_in(*given, num_seeds=1, methods="direct").code == 0
+    no_loading()
+    assert compare_in(*given, out="other", num_seeds=1, methods="direct").code == 0
+
+
+def test_a_shard_that_lost_a_video_does_not_say_that_it_is_measured(
+    compare_in: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "missing_videos", lambda *_: [])
+    said = compare_in("--shard", "1/1").error
+    assert f"4 of 4 videos of {tmp_path / 'out'} are gone since they were made" in said
+
+
+def test_two_that_add_to_one_file_wait_for_each_other(
+    compare_in: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They hold the folder of the file, not that of the videos, of which each may have its own."""
+    added: list[Any] = []
+    monkeypatch.setattr(report, "add_kept", lambda *arguments: added.extend(arguments))
+    (tmp_path / "kept").mkdir()
+    assert compare_in(num_seeds=1, methods="direct").code == 0
+    path = tmp_path / "kept/videos.jsonl"
+    with ThreadPoolExecutor() as pool:
+        with kept_measures._alone_in(path.parent):
+            adding = pool.submit(kept_measures.add_kept, *added)
+            with pytest.raises(TimeoutError):
+                adding.result(timeout=0.3)
+        adding.result(timeout=60)
+    assert [entry.name for entry in path.parent.iterdir()] == ["videos.jsonl"]
 
 
 def test_other_versions_and_weights_of_kept_videos_are_told(compare_in: Compare, tmp_path: Path) -> None:
@@ -147,10 +203,15 @@ def test_other_versions_and_weights_of_kept_videos_are_told(compare_in: Compare,
 def test_ranks_take_what_the_first_has_kept(compare_in: Compare, wan_folder: Path, tmp_path: Path) -> None:
     assert compare_in(num_seeds=1).code == 0
     kept = tmp_path / "kept/videos.jsonl"
-    elsewhere = tmp_path / "nowhere.jsonl"  # as on another machine, where the file is not
+    elsewhere = tmp_path / "elsewhere.jsonl"  # as on another machine, where another file is
+    elsewhere.write_text("nothing")
     argv = [words(wan_folder, tmp_path / "ranks", *PROMPT, num_seeds=2, measures=path) for path in (kept, elsewhere)]
     ended = run_forked(argv, tmp_path, script="compare", fault=no_plots_in)
     assert [rank.code for rank in ended] == [0, 0], ended
     assert ended[0].out.splitlines()[0].startswith("1 of 2, ")
-    assert not elsewhere.exists()
+    assert elsewhere.read_text() == "nothing"
     assert len(kept.read_text().splitlines()) == 5
+    # What is wrong with the first rank's file ends both.
+    ended = run_forked(argv[::-1], tmp_path, script="compare")
+    assert [rank.code for rank in ended] == [2, 2], ended
+    assert "elsewhere.jsonl does not hold kept measures" in ended[0].err
