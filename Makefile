@@ -88,10 +88,10 @@ $(KEPT)/analysis/report.json: | setup
 		--prompt_file configs/prompts/world-heldout-40.txt --num_prompts 20 --out $(TABLES)/analysis --output.progress off
 	mkdir -p $(@D) && cp $(TABLES)/analysis/rank-progress.png $(@D) && cp $(TABLES)/analysis/report.json $@
 
-# FreeSpec's open settings, searched on one list of prompts with half of the preset's steps, and judged on the other with all; KEPT as above.
+# FreeSpec's open settings, searched on one list of prompts and judged on the other; KEPT as above.
 calibrate: setup
 	$(ONE_CORE) $(BIN)/python launch/calibrate.py --prompt_file configs/prompts/world-calibration-20.txt \
-		--judge_prompt_file configs/prompts/world-heldout-40.txt --search_num_steps 10 --measures $(KEPT)/calibration \
+		--judge_prompt_file configs/prompts/world-heldout-40.txt --sampler.num_steps 10 --measures $(KEPT)/calibration \
 		--out $(SEARCH) --output.progress off
 	$(WRITE_PAGE)
 

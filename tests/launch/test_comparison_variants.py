@@ -144,11 +144,11 @@ def test_make_findings_makes_six_methods_and_the_seven_rows_of_the_table() -> No
         pages == ["--runs runs/again --calibration runs/again/search --kept runs/again/kept --page runs/again.md"] * 2
     )
     assert "launch/analyze.py" in anew
-    # What a search is judged with is what the preset has.
+    # What a search is made and judged with is what the tables have.
     searched = subprocess.run(
         ["make", "-n", "calibrate"], check=True, capture_output=True, text=True, cwd=REPOSITORY
     ).stdout
-    assert "--search_num_steps 10" in searched
-    assert "--sampler.num_steps" not in searched
+    assert "--sampler.num_steps 10 --measures docs/findings/calibration" in searched
+    assert "--search_num_steps" not in searched
     assert "world-heldout-40.txt" in shown
     assert rows[0].config.sampler.num_steps == 20
