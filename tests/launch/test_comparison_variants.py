@@ -1,6 +1,7 @@
 """Variants of a comparison: labels, presets, import paths, and which settings each has."""
 
 import dataclasses
+import math
 import re
 import subprocess
 from pathlib import Path
@@ -12,8 +13,12 @@ from engine.config import FreeSpec
 from engine.errors import UserError
 from freespec.methods import METHODS
 from launch.cli import REPOSITORY
+from launch.commands.generate import read_prompts
 from launch.comparison.claims import CLAIMS
+from launch.comparison.kept_measures import read_kept
+from launch.comparison.store import Comparison
 from launch.comparison.variants import Variant, read_variants
+from metrics.video import VIDEO_UNITS
 from tests.launch.test_presets import ROWS as TABLE_3
 
 
@@ -108,12 +113,31 @@ ROWS = {  # labels in the tables, and presets; freespec is T-GR itself
 }
 
 
-def test_make_findings_makes_six_methods_and_the_seven_rows_of_the_table() -> None:
-    """The committed command itself, as make would run it; the last row is freespec and is not made twice."""
+def lists_of_findings() -> tuple[str, list[list[str]]]:
+    """What `make findings` would run, and of each of its comparisons the list of methods and the option behind it."""
     shown = subprocess.run(
         ["make", "-n", "findings"], check=True, capture_output=True, text=True, cwd=REPOSITORY
     ).stdout
-    lists = [found.split() for found in re.findall(r"compare\.py .*?--methods (\S+ --\w+)", shown)]
+    return shown, [found.split() for found in re.findall(r"compare\.py .*?--methods (\S+ --\w+)", shown)]
+
+
+@pytest.mark.parametrize(("place", "name", "steps"), [(0, "videos", "10"), (1, "steps", "20")])
+def test_what_the_repository_keeps_is_of_today_s_settings(tmp_path: Path, place: int, name: str, steps: str) -> None:
+    """Or `make findings` of a fresh clone would refuse hours of work: settings, weights and measures must be those."""
+    variants = read(lists_of_findings()[1][place][0], f"--sampler.num_steps={steps}", "--model.device=cpu")
+    prompts = read_prompts(None, "configs/prompts/world-heldout-40.txt")
+    path = REPOSITORY / f"docs/findings/{name}.jsonl"
+    kept = read_kept(Comparison(folder=tmp_path, variants=variants, prompts=prompts, seeds=[0, 1], kept_file=path))
+    assert len(kept) == len(path.read_text().splitlines()) - 1 >= len(variants) * 12
+    for each in kept.values():
+        modes = [step["mode"] for step in each.record["steps"]]
+        assert len(modes) == int(steps) - each.record["resumed_at"]
+        assert all(math.isfinite(each.values[metric]) for metric in VIDEO_UNITS)
+
+
+def test_make_findings_makes_six_methods_and_the_seven_rows_of_the_table() -> None:
+    """The committed command itself, as make would run it; the last row is freespec and is not made twice."""
+    shown, lists = lists_of_findings()
     made, few, methods, rows, again = (read(text) for text, _ in lists)
     assert [option for _, option in lists] == ["--shard", "--measures", "--report_only", "--baseline", "--measures"]
     assert [variant.settings for variant in again] == [variant.settings for variant in few]
