@@ -69,7 +69,7 @@ PAGE := docs/findings.md
 FINDINGS := $(COMPARE) --num_seeds 2 --sampler.num_steps 10 --measures $(KEPT)/videos.jsonl --out $(TABLES)
 # What twice the steps change: some of the same prompts, one seed, and the methods of which the page speaks.
 STEPS := $(COMPARE) --num_prompts 12 --methods direct,sliding_window,freespec --measures $(KEPT)/steps.jsonl --out $(TABLES)/steps
-WRITE_PAGE := $(BIN)/python launch/findings.py --runs $(TABLES) --calibration $(SEARCH) --kept $(KEPT) --page $(PAGE)
+WRITE_PAGE := $(BIN)/python launch/findings.py --runs $(TABLES) --kept $(KEPT) --page $(PAGE)
 findings: setup $(KEPT)/analysis/report.json
 	$(call in_shards,$(FINDINGS) --methods $(SIX)$(comma)$(ROWS))
 	$(call in_shards,$(STEPS))
@@ -93,6 +93,7 @@ calibrate: setup
 	$(ONE_CORE) $(BIN)/python launch/calibrate.py --prompt_file configs/prompts/world-calibration-20.txt \
 		--judge_prompt_file configs/prompts/world-heldout-40.txt --sampler.num_steps 10 --measures $(KEPT)/calibration \
 		--out $(SEARCH) --output.progress off
+	cp $(SEARCH)/report.json $(KEPT)/calibration/report.json
 	$(WRITE_PAGE)
 
 # Twelve small videos on two replicas of a Ray of this machine, then their report; started again it makes only what is missing.

@@ -21,7 +21,7 @@ from launch.comparison.page import number
 from launch.comparison.summary import as_json
 from launch.comparison.transfer import transfer_section
 
-USAGE = "findings.py [--runs FOLDER] [--kept FOLDER] [--calibration FOLDER] [--page FILE]"
+USAGE = "findings.py [--runs FOLDER] [--kept FOLDER] [--page FILE]"
 DESCRIPTION = "Write the page of findings from the reports that `make findings` and launch/calibrate.py left."
 
 INTRO = """# Findings on the embedded model
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
     runs, page = expand(options.runs), expand(options.page)
     files = {name: runs / name / "report.json" for name in TABLES}
     kept = expand(options.kept)
-    files |= {"analysis": kept / "analysis/report.json", "calibration": expand(options.calibration) / "report.json"}
+    files |= {name: kept / name / "report.json" for name in ("analysis", "calibration")}
     reports = {name: read_report(file, name) for name, file in files.items()}
     refuse_mixed(reports, files)
     clips, progress = runs / "methods/plots/clips.png", files["analysis"].with_name("rank-progress.png")
@@ -92,9 +92,8 @@ def _parse(argv: Sequence[str]) -> Any:
         "--kept",
         type=str,
         default=str(REPOSITORY / "docs" / "findings"),
-        help="folder of what outlives the videos: their measures, and in analysis/ the report of analyze.py",
+        help="folder of what outlives the videos: their measures, and in analysis/ and calibration/ the reports of these",
     )
-    parser.add_argument("--calibration", type=str, default="runs/calibration", help="folder of calibrate.py")
     parser.add_argument("--page", type=str, default=str(REPOSITORY / "docs" / "findings.md"), help="the page to write")
     return parse(parser, arrange(argv, Keys.of(parser)))
 

@@ -155,8 +155,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]]]:
     try:
         # Not splitlines: a prompt may hold one of the other ends of line that Unicode has.
         header, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
-        if header.keys() >= _HEADER:
-            return header, {tuple(line["video"]): line for line in lines}
+        found = {tuple(line["video"]): line for line in lines}
+        if header.keys() >= _HEADER and {label for label, _, _ in found} <= header["variants"].keys():
+            return header, found
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, AttributeError, LookupError, TypeError):

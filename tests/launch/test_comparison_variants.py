@@ -164,9 +164,8 @@ def test_make_findings_makes_six_methods_and_the_seven_rows_of_the_table() -> No
     anew = subprocess.run(own, check=True, capture_output=True, text=True, cwd=REPOSITORY).stdout
     assert not re.findall(r"docs/findings|runs/findings|runs/calibration", anew)
     pages = re.findall(r"launch/findings\.py (.*)", anew)
-    assert (
-        pages == ["--runs runs/again --calibration runs/again/search --kept runs/again/kept --page runs/again.md"] * 2
-    )
+    assert pages == ["--runs runs/again --kept runs/again/kept --page runs/again.md"] * 2
+    assert "cp runs/again/search/report.json runs/again/kept/calibration/report.json" in anew
     assert "launch/analyze.py" in anew
     # What a search is made and judged with is what the tables have.
     searched = subprocess.run(

@@ -117,7 +117,7 @@ def put(tmp_path: Path) -> Callable[..., None]:
 
     def call(**reports: Any) -> None:
         for name, report in reports.items():
-            folder = tmp_path / (name if name == "calibration" else f"runs/{name}")
+            folder = tmp_path / f"runs/{name}"
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "report.json").write_text(json.dumps(report))
 
@@ -133,7 +133,6 @@ def findings_of(run: Callable[..., Run], tmp_path: Path) -> Callable[[], Run]:
         "runs": tmp_path / "runs",
         "kept": tmp_path / "runs",
         "page": page,
-        "calibration": tmp_path / "calibration",
     }
     return lambda: run(findings.main, *(f"--{key}={value}" for key, value in words.items()))
 
@@ -312,7 +311,7 @@ def test_a_plot_that_lies_beside_the_page_is_not_copied(run: Callable[..., Run],
     kept.mkdir(parents=True)
     (kept / "report.json").write_text(json.dumps(analysis_of(-1.0)))
     (kept / "rank-progress.png").write_bytes(b"a plot")
-    words = {"runs": tmp_path / "runs", "kept": kept.parent, "calibration": tmp_path, "page": tmp_path / "docs/a.md"}
+    words = {"runs": tmp_path / "runs", "kept": kept.parent, "page": tmp_path / "docs/a.md"}
     assert run(findings.main, *(f"--{key}={value}" for key, value in words.items())).code == 0
     page = (tmp_path / "docs/a.md").read_text()
     assert "each window](findings/analysis/rank-progress.png)" in page

@@ -133,6 +133,8 @@ def test_measures_of_other_settings_are_not_mixed_in(
         lines[1] | {"origin": 7},
         lines[1] | {"values": [*lines[1]["values"], 1.0]},
         lines[1] | {"values": ["a"] * 8},
+        lines[1] | {"video": ["freelong", 0, 0]},
+        lines[1] | {"video": ["direct"]},
     ]
     broken_lines = [as_text([lines[0], line]).encode() for line in odd]
     for broken in (*broken_lines, before[:-20], b'{"a": 1}\n', b"", b"[]\n", bytes(range(128, 255))):
