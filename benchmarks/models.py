@@ -38,7 +38,7 @@ LOADING = """
 Only safetensors are read. Pickles (`.bin`, `.pt`, `.pth`, `.ckpt`, `.pkl`) are refused by name, and never downloaded. Before anything is
 loaded, every tensor of every part is held against the part's `config.json`: a missing or surplus tensor, another shape, a file that is
 cut short, a shard that is not there, a download that did not finish and a pointer of git-lfs are one line each. The record of a run
-has the commit of a hub checkpoint, or the SHA-256 of every file of a folder, and that of a single file; for the latter two the files
+has the commit of a hub checkpoint, or the SHA-256 of every file that is loaded of a folder, and that of a single file; for the latter two the files
 are read once more when they are loaded.
 
 A single file takes its configuration, scheduler, tokenizer and text encoder from `model.path`, and on the hub its name is

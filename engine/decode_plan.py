@@ -283,9 +283,13 @@ def _peaks(vae: Any, way: _Way, num_latents: int) -> Iterator[int]:
     """Bytes of each rank while it decodes its tiles: the states of all of them, and the work on the largest."""
     # Without the name of the checkpoint, which may be a Path.
     config = json.dumps({key: value for key, value in vae.config.items() if not key.startswith("_")}, sort_keys=True)
+    latents = torch.empty(1, 1, num_latents, 1, 1, device="meta")
+    chunks = open_decoder(vae, latents, replace(way.time, noise_scale=0.0)).chunks
+    # What comes after adds nothing, and without it videos of many lengths have one trace, which takes seconds.
+    shown = chunks[:_SHOWN_CHUNKS][-1][1]
     for share in way.shares:
         sizes = [way.grid.latent_size(tile) for tile in share]
-        parts = [tile_bytes(adapter_of(vae), config, (num_latents, *size), way.time) for size in sizes]
+        parts = [tile_bytes(adapter_of(vae), config, (shown, *size), way.time) for size in sizes]
         work, kept = max((work for work, _ in parts), default=0), sum(kept for _, kept in parts)
         yield int(_UNCOUNTED * (work + kept))
 

@@ -19,7 +19,7 @@ from engine.adapters.ltx import LTX, _ChunkDecoder, layer_noise_seed
 from engine.adapters.ltx_published import PUBLISHED
 from engine.config import DecodeConfig
 from engine.decode import stream_decode
-from engine.decode_plan import GIB, plan_decode, tile_bytes
+from engine.decode_plan import GIB, plan_decode, tile_bytes, tiled_share
 from engine.errors import UserError
 from engine.group_of_one import GROUP_OF_ONE
 from engine.live_bytes import LiveBytes
@@ -257,6 +257,22 @@ def test_the_estimate_is_what_a_decode_takes(alone):
         settings = settings_of(vae, config, 8)
         estimate = sum(tile_bytes(LTX, json.dumps(dict(vae.config)), (8, 5, 4), settings))
         assert estimate == pytest.approx(peak_bytes(config, 8, alone), rel=0.1)
+
+
+@pytest.mark.parametrize("family", ["ltx", "wan"])
+def test_videos_of_many_lengths_are_estimated_from_one_trace(family):
+    """What chunks after the third would add is nothing; a planner that looks for a length that fits asks for dozens."""
+    vae, size = (vae_of("0.9.0"), (5, 4)) if family == "ltx" else (random_wan().vae, (40, 24))
+    found, traces = {}, {}
+    for shown in (1, 3, 7):
+        tile_bytes.cache_clear()
+        with mock.patch.object(decode_plan, "_SHOWN_CHUNKS", shown):
+            found[shown] = [tiled_share(TILED, vae, (frames, *size), world_size=2) for frames in (5, 7)]
+        traces[shown] = tile_bytes.cache_info().misses
+    tile_bytes.cache_clear()  # of what is patched
+    assert found[3] == found[7] == 2 * found[3][:1]
+    assert found[1] != found[3]
+    assert traces[7] == 2 * traces[3]
 
 
 def test_auto_takes_the_most_exact_that_fits(alone):
