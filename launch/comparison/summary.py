@@ -52,8 +52,9 @@ def summarise(measured: Sequence[Measured], labels: Sequence[str], units: dict[s
 def times(measured: Sequence[Measured], labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Seconds of each variant: a whole denoising run, and one step of each kind.
 
-    `denoise` is the mean over videos that were made in one go, `runs` how many those are; `steps` holds for each kind
-    the median of all its steps, and how many steps of it a whole run has.
+    `denoise` and `decode` are medians, the first over videos that were made in one go, `runs` how many those are; `steps` holds
+    for each kind the median of all its steps, and how many steps of it a whole run has. A mean would be that of one video
+    whose machine slept.
     """
     return {label: _time([each.record for each in measured if each.video.label == label]) for label in labels}
 
@@ -100,8 +101,8 @@ def _time(records: list[dict[str, Any]]) -> dict[str, Any]:
     counts = Counter(step["mode"] for step in whole[0]["steps"]) if whole else {}
     return {
         "runs": len(whole),
-        "denoise": statistics.fmean(record["seconds"]["denoise"] for record in whole) if whole else None,
-        "decode": statistics.fmean(record["seconds"]["decode"] for record in records) if records else None,
+        "denoise": statistics.median(record["seconds"]["denoise"] for record in whole) if whole else None,
+        "decode": statistics.median(record["seconds"]["decode"] for record in records) if records else None,
         "steps": {
             kind: {"median": statistics.median(seconds), "per_run": counts.get(kind)} for kind, seconds in kinds.items()
         },

@@ -85,7 +85,10 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
             clip[21:] = render(dataclasses.replace(scene, shape="star" if scene.shape != "star" else "square"), FRAMES)[
                 21:
             ]
-        write_video(video, clip, seconds=3.0 if video.label == "true" else 4.0, resumed_at=int(video.prompt_index == 2))
+        seconds = 3.0 if video.label == "true" else 4.0
+        if video.prompt_index == video.seed == 0:
+            seconds = 1000.0  # its machine slept
+        write_video(video, clip, seconds=seconds, resumed_at=int(video.prompt_index == 2))
     return made
 
 
@@ -121,7 +124,7 @@ def test_an_unfinished_pair_counts_for_no_method(report: dict[str, Any]) -> None
     assert {each["label"] for each in report["videos"] if each["prompt_index"] == 6} == {"true", "changed"}
 
 
-def test_times_are_by_kind_of_step_and_of_runs_in_one_go(report: dict[str, Any]) -> None:
+def test_times_are_medians_by_kind_of_step_and_of_runs_in_one_go(report: dict[str, Any]) -> None:
     times = report["times"]
     assert times["true"] == {
         "runs": 11,
