@@ -169,7 +169,7 @@ def test_make_findings_makes_six_methods_and_the_seven_rows_of_the_table() -> No
     assert pages == ["--runs runs/again --kept runs/again/kept --page runs/again.md"] * 2
     assert "cp runs/again/search/report.json runs/again/kept/calibration/report.json" in anew
     assert "launch/analyze.py" in anew
-    # What a search is made and judged with is what the tables have.
+    # A search is made and judged with half of the steps that the tables have.
     searched = subprocess.run(
         ["make", "-n", "calibrate"], check=True, capture_output=True, text=True, cwd=REPOSITORY
     ).stdout
