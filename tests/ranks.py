@@ -1,5 +1,6 @@
 """Run a test body on several ranks: processes on this machine, gloo on CPU, a rendezvous file, errors that name their rank."""
 
+import faulthandler
 import multiprocessing
 import tempfile
 import warnings
@@ -23,6 +24,8 @@ PRELOAD = [
     "tests.ranks",
     "launch.commands.generate",
 ]
+# Collectives end by themselves in a minute; a rank that hangs elsewhere is ended with its stacks before pytest's limit, which has none.
+CASE_SECONDS = 150
 
 
 def run_ranks(
@@ -32,16 +35,24 @@ def run_ranks(
     tmp_path: Path,
     *,
     timeout: timedelta = timedelta(seconds=60),
+    case_seconds: float = CASE_SECONDS,
 ) -> list[list[Any]]:
     """Call fn(rank, case) for every case on every rank, in one start; returns results[case][rank].
 
     `fn` must be importable, cases and results must pickle. The first error of any rank ends all ranks and is raised
-    here with the rank, the case and the traceback. Warnings are errors there too.
+    here with the rank, the case and the traceback. Warnings are errors there too. A case of more than `case_seconds`
+    is an error as well, with the stack of every thread of its rank.
     """
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
-    job = _Job(num_ranks=num_ranks, fn=fn, cases=cases, folder=folder, timeout=timeout)
-    mp.start_processes(_rank_main, (job,), num_ranks, start_method="forkserver")
+    job = _Job(num_ranks=num_ranks, fn=fn, cases=cases, folder=folder, timeout=timeout, case_seconds=case_seconds)
+    try:
+        mp.start_processes(_rank_main, (job,), num_ranks, start_method="forkserver")
+    except mp.ProcessExitedException as error:
+        stacks = [
+            f"{file.name}:\n{file.read_text()}" for file in sorted(folder.glob("*.stacks")) if file.stat().st_size
+        ]
+        raise AssertionError("\n".join([str(error), *stacks])) from error
     by_rank = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(num_ranks)]
     return [list(of_case) for of_case in zip(*by_rank, strict=True)]
 
@@ -53,16 +64,20 @@ class _Job:
     cases: Sequence[Any]
     folder: Path
     timeout: timedelta
+    case_seconds: float
 
 
 def _rank_main(rank: int, job: _Job) -> None:
     warnings.simplefilter("error")
     torch.set_num_threads(1)
+    stacks = (job.folder / f"rank{rank}.stacks").open("w")
+    faulthandler.dump_traceback_later(job.case_seconds, exit=True, file=stacks)
     rendezvous = f"file://{job.folder / 'rendezvous'}"
     dist.init_process_group("gloo", rendezvous, rank=rank, world_size=job.num_ranks, timeout=job.timeout)
     results = []
     try:
         for case in job.cases:
+            faulthandler.dump_traceback_later(job.case_seconds, exit=True, file=stacks)
             try:
                 results.append(job.fn(rank, case))
             except Exception as error:

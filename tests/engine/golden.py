@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 import engine.engine
+from engine.apply import Ranks
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.load import load_pipeline
@@ -42,11 +43,25 @@ def all_degrees(ranks: int) -> list[Degrees]:
     ]
 
 
+@functools.cache
 def mesh_of(degrees: Degrees) -> SeqMesh:
-    """The mesh of a rank that runs many cases, and reads a checkpoint once for all of them."""
-    engine.engine.load_pipeline = functools.cache(load_pipeline)
+    """The mesh of a rank that runs many cases."""
     cfg, ring, ulysses = degrees
     return build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=torch.device("cpu"), timeout=TIMEOUT)
+
+
+def latents_of(config: RunConfig, ranks: Ranks | None = None) -> Tensor:
+    """This rank's latents, or those of a process alone, from a pipeline that all cases of this process share."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.engine, "load_pipeline", _load_once)
+        made = LongVideoEngine(config, ranks)
+    try:
+        return made.denoise(PROMPT).latents
+    finally:
+        made.close()
+
+
+_load_once = functools.cache(load_pipeline)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -70,21 +85,16 @@ def attend_in_chunks(kernel: Kernel) -> Kernel:
 @functools.cache
 def on_one_rank(config: RunConfig) -> Tensor:
     """The latents of a process alone."""
-    made = LongVideoEngine(config)
-    latents = made.denoise(PROMPT).latents
-    made.close()
-    return latents
+    return latents_of(config)
 
 
 @functools.cache
 def noise_floor(config: RunConfig) -> float:
     """Relative change of one rank's latents when each attention call takes its keys in three chunks."""
-    made = LongVideoEngine(config)
     select: Callable[..., Kernel] = engine.engine.select_kernel
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("engine.hooks.select_kernel", lambda *arguments: attend_in_chunks(select(*arguments)))
-        latents = made.denoise(PROMPT).latents
-    made.close()
+        latents = latents_of(config)
     return relative(latents, on_one_rank(config))
 
 

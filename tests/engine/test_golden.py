@@ -8,9 +8,8 @@ from torch import Tensor
 
 from engine.apply import Ranks
 from engine.config import RunConfig
-from engine.engine import LongVideoEngine
 from launch.cli import parse_run
-from tests.engine.golden import PROMPT, Case, all_degrees, assert_same_video, mesh_of, on_one_rank, relative
+from tests.engine.golden import Case, all_degrees, assert_same_video, latents_of, mesh_of, on_one_rank, relative
 from tests.engine.test_ranks import METHODS, WHOLE_HEADS
 from tests.ranks import run_ranks
 
@@ -34,9 +33,7 @@ def config_of(method: str, family: str = "wan") -> RunConfig:
 
 def latents_on_ranks(rank: int, case: Case) -> Tensor:
     """This rank's latents; runs on every rank."""
-    return (
-        LongVideoEngine(config_of(case.method, case.folder), Ranks(mesh=mesh_of(case.degrees))).denoise(PROMPT).latents
-    )
+    return latents_of(config_of(case.method, case.folder), Ranks(mesh=mesh_of(case.degrees)))
 
 
 @pytest.mark.timeout(900)

@@ -8,11 +8,10 @@ from torch import Tensor
 from engine.adapters.ltx import LtxAdapter
 from engine.apply import Ranks
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
-from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.supported_layouts import check_layout
 from freespec.methods import METHODS, FreeSpec
-from tests.engine.golden import PROMPT, Case, all_degrees, assert_same_video, mesh_of, on_one_rank, relative
+from tests.engine.golden import Case, all_degrees, assert_same_video, latents_of, mesh_of, on_one_rank, relative
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import save_random_ltx
 
@@ -30,9 +29,6 @@ def config_of(folder: str, method: str) -> RunConfig:
 
 def latents_on_ranks(rank: int, case: Case) -> Tensor:
     """This rank's latents; runs on every rank."""
-    made = LongVideoEngine(
-        config_of(case.folder, case.method), Ranks(mesh=mesh_of(case.degrees), local_route=case.route)
-    )
     with pytest.MonkeyPatch.context() as patch:
         if case.fault == "rotary of the first tokens":
             patch.setattr(
@@ -41,9 +37,9 @@ def latents_on_ranks(rank: int, case: Case) -> Tensor:
         if case.fault == "swapped passes":
             guide = LtxAdapter.guide
             patch.setattr(LtxAdapter, "guide", lambda self, parts, scale: guide(self, parts[::-1], scale))
-        latents = made.denoise(PROMPT).latents
-    made.close()
-    return latents
+        return latents_of(
+            config_of(case.folder, case.method), Ranks(mesh=mesh_of(case.degrees), local_route=case.route)
+        )
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from tests.engine.golden import (
     Case,
     all_degrees,
     assert_same_video,
+    latents_of,
     mesh_of,
     on_one_rank,
     relative,
@@ -66,8 +67,14 @@ def methods_on(degrees: tuple[int, int, int]) -> tuple[str, ...]:
     return METHODS + WHOLE_HEADS if degrees[:2] == (1, 1) or degrees == (2, 1, 2) else METHODS
 
 
-def latents_on_ranks(rank: int, case: Case) -> Tensor | str:
+def latents_on_ranks(rank: int, case: Case) -> Tensor:
     """This rank's latents; runs on every rank."""
+    ranks = Ranks(mesh=mesh_of(case.degrees), local_route=case.route)
+    return latents_of(config_of(case.folder, case.method), ranks)
+
+
+def broken_on_ranks(rank: int, case: Case) -> Tensor | str:
+    """This rank's latents or its one line; runs on every rank."""
     mesh = mesh_of(case.degrees)
     config = config_of(case.folder, case.method)
     if case.fault == "seed" and rank == 1:
@@ -130,13 +137,13 @@ def test_any_arrangement_of_ranks_makes_the_same_video(folder, ranks, tmp_path):
 
 def test_a_wrong_sum_over_ranks_is_seen(folder, tmp_path):
     cases = [Case(folder, (1, 2, 1), "freespec", fault="unreduced Grams")]
-    [[first, _]] = run_ranks(2, latents_on_ranks, cases, tmp_path)
+    [[first, _]] = run_ranks(2, broken_on_ranks, cases, tmp_path)
     assert relative(first, on_one_rank(config_of(folder, "freespec"))) > 1e-4  # ten times the tolerance
 
 
 def test_components_that_each_rank_chooses_for_itself_are_seen(folder, tmp_path):
     cases = [Case(folder, (1, 1, 2), "freepca", fault="heads not summed")]
-    [[first, _]] = run_ranks(2, latents_on_ranks, cases, tmp_path)
+    [[first, _]] = run_ranks(2, broken_on_ranks, cases, tmp_path)
     assert relative(first, on_one_rank(config_of(folder, "freepca"))) > 1e-4
 
 
@@ -150,7 +157,7 @@ def test_riflex_makes_another_video(folder):
 @pytest.mark.parametrize("method", ["freenoise", "freelong", "freepca"])
 def test_a_layout_that_a_method_cannot_have_is_refused_by_all_ranks(folder, method, tmp_path):
     cases = [Case(folder, (1, 2, 1), method)]
-    [[first, second]] = run_ranks(2, latents_on_ranks, cases, tmp_path)
+    [[first, second]] = run_ranks(2, broken_on_ranks, cases, tmp_path)
     assert first == second
     assert re.fullmatch(
         f"{method} cannot be shared out as cfg 1 x ring 2 x ulysses 1: ring must be 1, as its [a-z -]+ all tokens of a "
@@ -161,7 +168,7 @@ def test_a_layout_that_a_method_cannot_have_is_refused_by_all_ranks(folder, meth
 
 def test_ranks_that_disagree_all_say_so(folder, tmp_path):
     cases = [Case(folder, (1, 1, 2), "freespec", fault="seed"), Case(folder, (1, 1, 2), "freespec", fault="no weights")]
-    seeds, weights = run_ranks(2, latents_on_ranks, cases, tmp_path)
+    seeds, weights = run_ranks(2, broken_on_ranks, cases, tmp_path)
     expected = "rank 1 has another seed than rank 0; start all ranks with the same command and files"
     assert seeds == [expected, expected]
     assert weights[0] == weights[1]
@@ -198,7 +205,7 @@ def test_a_fault_of_one_rank_reaches_all_whole(tmp_path):
 
 def test_a_cache_that_each_rank_would_decide_for_itself_is_refused(folder, tmp_path):
     cases = [Case(folder, degrees, "freespec", fault="first block cache") for degrees in ((1, 1, 2), (2, 1, 1))]
-    for by_rank in run_ranks(2, latents_on_ranks, cases, tmp_path):
+    for by_rank in run_ranks(2, broken_on_ranks, cases, tmp_path):
         for message in by_rank:
             assert message.startswith("FirstBlockCache: not known to decide the same on every rank"), message
 
@@ -207,6 +214,6 @@ def test_latents_that_are_not_finite_end_all_ranks_with_one_line(folder, tmp_pat
     """Values of the last head only: over ulysses another rank's, which must not leave the others waiting for it."""
     cases = [Case(folder, (1, 1, 2), method, fault="overflow") for method in ("freespec", "freepca")]
     cases += [Case(folder, degrees, "freespec", fault="overflow") for degrees in ((1, 2, 1), (2, 1, 1))]
-    for first, second in run_ranks(2, latents_on_ranks, cases, tmp_path):
+    for first, second in run_ranks(2, broken_on_ranks, cases, tmp_path):
         assert first == second
         assert re.match(r"\d+ of 7680 numbers of the latents are not finite after step 1 of 4 in float32; take", first)
