@@ -58,6 +58,7 @@ analyze: setup
 
 # The tables of docs/findings.md. Stopped or killed, the same command goes on; and what KEPT has the measures of is not made again:
 # elsewhere (KEPT, TABLES, SEARCH and PAGE) everything is, which takes hours. T-GR, the published row, is freespec itself.
+# What is kept was made on a CPU, and videos of a GPU are no part of it: DEVICE goes with a KEPT of your own.
 comma := ,
 ROW = $(1)=freespec:configs/ablation/$(2).yaml
 SIX := direct,sliding_window,freenoise,freelong,freepca,freespec
@@ -66,10 +67,11 @@ TABLES := runs/findings
 SEARCH := runs/calibration
 KEPT := docs/findings
 PAGE := docs/findings.md
-FINDINGS := $(COMPARE) --num_seeds 2 --measures $(KEPT)/videos.jsonl --out $(TABLES)
+DEVICE := cpu
+FINDINGS := $(COMPARE) --model.device $(DEVICE) --num_seeds 2 --measures $(KEPT)/videos.jsonl --out $(TABLES)
 # What half of the steps change: the same prompts, one seed, and the methods of which the page speaks.
-STEPS := $(COMPARE) --sampler.num_steps 10 --methods direct,sliding_window,freespec --measures $(KEPT)/steps.jsonl --out $(TABLES)/steps
-WRITE_PAGE := $(BIN)/python launch/findings.py --runs $(TABLES) --kept $(KEPT) --page $(PAGE)
+STEPS := $(COMPARE) --model.device $(DEVICE) --sampler.num_steps 10 --methods direct,sliding_window,freespec --measures $(KEPT)/steps.jsonl --out $(TABLES)/steps
+is_made = test -e $(KEPT)/$(1).jsonl || test -e $(TABLES)/$(2)/comparison.json
 findings: setup $(KEPT)/analysis/report.json
 	$(call in_shards,$(FINDINGS) --methods $(SIX)$(comma)$(ROWS))
 	$(call in_shards,$(STEPS))
@@ -77,24 +79,25 @@ findings: setup $(KEPT)/analysis/report.json
 
 # The reports on what is made so far, and the page.
 findings-page: setup
-	$(FINDINGS) --methods $(SIX) --report_only --report $(TABLES)/methods
-	$(FINDINGS) --methods $(ROWS),freespec --baseline freespec --report_only --report $(TABLES)/ablation
-	if test -e $(KEPT)/steps.jsonl || test -e $(TABLES)/steps/comparison.json; then $(STEPS) --report_only; fi
-	$(WRITE_PAGE)
+	if $(call is_made,videos,.); then $(FINDINGS) --methods $(SIX) --report_only --report $(TABLES)/methods; fi
+	if $(call is_made,videos,.); then $(FINDINGS) --methods $(ROWS),freespec --baseline freespec --report_only --report $(TABLES)/ablation; fi
+	if $(call is_made,steps,steps); then $(STEPS) --report_only; fi
+	$(BIN)/python launch/findings.py --runs $(TABLES) --kept $(KEPT) --page $(PAGE)
 
-# 141 frames are four native lengths of the embedded model.
 $(KEPT)/analysis/report.json: | setup
-	$(ONE_CORE) $(BIN)/python launch/analyze.py --method.name direct --video.num_frames 141 --sampler.num_steps 10 \
-		--prompt_file configs/prompts/world-heldout-40.txt --num_prompts 20 --out $(TABLES)/analysis --output.progress off
+	$(ONE_CORE) $(BIN)/python launch/analyze.py --model.device $(DEVICE) --method.name direct --video.num_frames 141 --sampler.num_steps 10 \
+		--prompt_file configs/prompts/world-heldout-40.txt --num_prompts 20 --num_reconstructed 8 --out $(TABLES)/analysis --output.progress off
 	mkdir -p $(@D) && cp $(TABLES)/analysis/rank-progress.png $(@D) && cp $(TABLES)/analysis/report.json $@
 
-# FreeSpec's open settings, searched on one list of prompts and judged on the other; KEPT as above.
+# FreeSpec's open settings, searched on one list of prompts and judged on the other; KEPT and DEVICE as above. A wider search goes on from
+# this one: SEARCHED='--num_trials 24 --rounds 5,10,20 --num_judge_seeds 2'.
+SEARCHED := --num_trials 12 --rounds 4,8 --num_judge_seeds 1
 calibrate: setup
 	$(ONE_CORE) $(BIN)/python launch/calibrate.py --prompt_file configs/prompts/world-calibration-20.txt \
-		--judge_prompt_file configs/prompts/world-heldout-40.txt --sampler.num_steps 10 --measures $(KEPT)/calibration \
-		--out $(SEARCH) --output.progress off
+		--judge_prompt_file configs/prompts/world-heldout-40.txt --model.device $(DEVICE) --sampler.num_steps 10 $(SEARCHED) \
+		--measures $(KEPT)/calibration --out $(SEARCH) --output.progress off
 	cp $(SEARCH)/report.json $(KEPT)/calibration/report.json
-	$(WRITE_PAGE)
+	$(MAKE) findings-page
 
 # Twelve small videos on two replicas of a Ray of this machine, then their report; started again it makes only what is missing.
 batch-demo: setup

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from engine.record import describe_device
 from freespec.methods import Grid
 
 ROOT = Path(__file__).parent.parent
@@ -137,7 +138,7 @@ def environment(device: torch.device, note: str) -> dict[str, Any]:
     cuda = device.type == "cuda"
     return {
         "device": device.type,
-        "device_name": torch.cuda.get_device_name(device) if cuda else _cpu_name(),
+        "device_name": torch.cuda.get_device_name(device) if cuda else describe_device(device)["name"],
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -148,13 +149,6 @@ def environment(device: torch.device, note: str) -> dict[str, Any]:
         "load_average": os.getloadavg()[0],
         "note": note,
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _git_revision() -> str | None:

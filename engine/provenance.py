@@ -1,4 +1,4 @@
-"""Where a run's weights came from, for its record: the commit of a hub checkpoint, the SHA-256 of every local file."""
+"""Where a run's weights came from, for its record: the commit of a hub checkpoint, the SHA-256 of every local file that is loaded."""
 
 import functools
 import hashlib

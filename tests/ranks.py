@@ -2,6 +2,7 @@
 
 import faulthandler
 import multiprocessing
+import signal
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,7 +25,7 @@ PRELOAD = [
     "tests.ranks",
     "launch.commands.generate",
 ]
-# Collectives end by themselves in a minute; a rank that hangs elsewhere is ended with its stacks before pytest's limit, which has none.
+# Collectives end by themselves in a minute or two; a rank that hangs elsewhere is ended with its stacks before pytest's limit, which has none.
 CASE_SECONDS = 150
 
 
@@ -41,18 +42,19 @@ def run_ranks(
 
     `fn` must be importable, cases and results must pickle. The first error of any rank ends all ranks and is raised
     here with the rank, the case and the traceback. Warnings are errors there too. A case of more than `case_seconds`
-    is an error as well, with the stack of every thread of its rank.
+    is an error as well. The error has a note with the stacks of every rank that was still running: one that hangs is often
+    ended because the others lost patience in a collective.
     """
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOAD)
     job = _Job(num_ranks=num_ranks, fn=fn, cases=cases, folder=folder, timeout=timeout, case_seconds=case_seconds)
     try:
         mp.start_processes(_rank_main, (job,), num_ranks, start_method="forkserver")
-    except mp.ProcessExitedException as error:
-        stacks = [
-            f"{file.name}:\n{file.read_text()}" for file in sorted(folder.glob("*.stacks")) if file.stat().st_size
-        ]
-        raise AssertionError("\n".join([str(error), *stacks])) from error
+    except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+        for file in sorted(folder.glob("*.stacks")):
+            if file.stat().st_size:
+                error.add_note(f"{file.name}:\n{file.read_text()}")
+        raise
     by_rank = [torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in range(num_ranks)]
     return [list(of_case) for of_case in zip(*by_rank, strict=True)]
 
@@ -72,6 +74,7 @@ def _rank_main(rank: int, job: _Job) -> None:
     torch.set_num_threads(1)
     stacks = (job.folder / f"rank{rank}.stacks").open("w")
     faulthandler.dump_traceback_later(job.case_seconds, exit=True, file=stacks)
+    faulthandler.register(signal.SIGTERM, file=stacks, chain=True)  # how another rank's error ends this one
     rendezvous = f"file://{job.folder / 'rendezvous'}"
     dist.init_process_group("gloo", rendezvous, rank=rank, world_size=job.num_ranks, timeout=job.timeout)
     results = []

@@ -1,16 +1,28 @@
-"""The tests' own ranks: one that hangs ends all of them with its stacks."""
+"""The tests' own ranks: one that hangs is ended, and the error has its stacks."""
 
 import time
+from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from tests.ranks import run_ranks
 
 
-def sleep_on_rank_1(rank: int, seconds: float) -> None:
-    time.sleep(seconds * rank)
+def hang(rank: int, others_wait: bool) -> None:
+    """Rank 1 sleeps, and rank 0 is done or waits for it."""
+    if rank == 1:
+        time.sleep(60)
+    if others_wait:
+        dist.barrier()
 
 
-def test_a_rank_that_hangs_is_ended_with_its_stacks(tmp_path):
-    with pytest.raises(AssertionError, match=r"(?s)process 1 terminated.*rank1\.stacks.*in sleep_on_rank_1"):
-        run_ranks(2, sleep_on_rank_1, [0.1, 60.0], tmp_path, case_seconds=5)
+@pytest.mark.parametrize(
+    ("others_wait", "case_seconds", "error"),
+    [(False, 5, mp.ProcessExitedException), (True, 50, mp.ProcessRaisedException)],
+)
+def test_a_rank_that_hangs_is_ended_with_its_stacks(tmp_path, others_wait, case_seconds, error):
+    with pytest.raises(error) as caught:
+        run_ranks(2, hang, [others_wait], tmp_path, timeout=timedelta(seconds=5), case_seconds=case_seconds)
+    assert any(note.startswith("rank1.stacks") and " in hang" in note for note in caught.value.__notes__)

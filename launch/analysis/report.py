@@ -17,6 +17,7 @@ from launch.analysis.spectra import Rows, SpectraStore, concentration, mean_and_
 from launch.comparison.measure import Measured, measure_all, native_frames
 from launch.comparison.plots import save_figure
 from launch.comparison.store import Comparison
+from metrics.bootstrap import paired_interval
 from metrics.video import VIDEO_UNITS
 
 _SHOWN = ("flow_mean", "flow_strongest", "laplacian_variance", "interpolation_error")
@@ -61,7 +62,9 @@ def _write_spectra(folder: Path, rows: Rows) -> dict[str, Any]:
         folder / "spectra-progress.csv",
         over_prompts(rows, ("multiple", "window_frames", "step", "progress", "timestep")),
     )
-    write_csv(folder / "spectra-heads.csv", over_prompts(rows, ("layer", "head", "multiple", "window_frames")))
+    heads = ("layer", "head", "multiple", "window_frames")
+    write_csv(folder / "spectra-heads.csv", over_prompts(rows, heads))
+    write_csv(folder / "spectra-heads-progress.csv", over_prompts(rows, (*heads, "step", "progress", "timestep")))
     save_figure(draw_progress(rows), folder / "rank-progress")
     save_figure(draw_windows(rows), folder / "rank-windows")
     save_figure(draw_heads(rows), folder / "rank-heads")
@@ -76,22 +79,7 @@ def _write_low_rank(
         for each in measured
     ]
     write_csv(folder / "low-rank.csv", table)
-    summary: Rows = []
-    for ratio in ratios.values():
-        for metric, unit in VIDEO_UNITS.items():
-            values = [row[metric] for row in table if row["ratio"] == ratio and np.isfinite(row[metric])]
-            if values:
-                mean, error = mean_and_error(values)
-                summary.append(
-                    {
-                        "ratio": ratio,
-                        "metric": metric,
-                        "unit": unit,
-                        "mean": mean,
-                        "error": error,
-                        "prompts": len(values),
-                    }
-                )
+    summary = low_rank_summary(table)
     write_csv(folder / "low-rank-summary.csv", summary)
     save_figure(draw_low_rank(summary, [(name, VIDEO_UNITS[name]) for name in _SHOWN]), folder / "low-rank-measures")
     for index, prompt in enumerate(comparison.prompts):
@@ -100,6 +88,29 @@ def _write_low_rank(
         save_figure(draw_frames(strips, moments, title=prompt), folder / f"low-rank-frames-{index:03d}")
         save_figure(draw_flows(strips, moments, title=prompt), folder / f"low-rank-flows-{index:03d}")
     return [{key: _plain_number(value) for key, value in row.items()} for row in summary]
+
+
+def low_rank_summary(table: Rows) -> Rows:
+    """Mean and standard error of each measure at each ratio, and its difference from the largest ratio, paired by prompt.
+
+    `difference`, `low` and `high` are nan where no prompt has both, the last two for fewer than six prompts. `table` has one row
+    for each prompt and ratio.
+    """
+    prompts = list(dict.fromkeys(row["prompt"] for row in table))
+    ratios = sorted({row["ratio"] for row in table}, reverse=True)
+    at = {(row["prompt"], row["ratio"]): row for row in table}
+    summary: Rows = []
+    for ratio in ratios:
+        for metric, unit in VIDEO_UNITS.items():
+            values, whole = (np.array([at[prompt, each][metric] for prompt in prompts]) for each in (ratio, ratios[0]))
+            found = values[np.isfinite(values)].tolist()
+            if not found:
+                continue
+            mean, error = mean_and_error(found)
+            paired = paired_interval(values, whole)
+            row = {"ratio": ratio, "metric": metric, "unit": unit, "mean": mean, "error": error, "prompts": len(found)}
+            summary.append(row | {"difference": paired.mean, "low": paired.low, "high": paired.high})
+    return summary
 
 
 def _strip(each: Measured, ratios: dict[str, float]) -> Strip:

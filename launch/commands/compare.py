@@ -80,7 +80,7 @@ def make_videos(comparison: Comparison, shard: Shard, *, report: Path, verbose: 
     UserError before anything is loaded if `report`, the folder that is to tell of them, cannot be written to.
     """
     agree = [json.dumps(comparison.describe(), sort_keys=True), str(comparison.seeds), str(shard)]
-    config = comparison.config
+    config = comparison.arranged_for
     with open_ranks(config, prompts=agree, verbose=verbose) as party, contextlib.ExitStack() as stack:
         check_variants(comparison.variants, party)
         party.check_on_first(lambda: check_kept(comparison))

@@ -14,15 +14,24 @@ from engine.errors import UserError
 from engine.paths import expand
 from launch.calibration.score import PARTS
 from launch.cli import REPOSITORY, Keys, arrange, make_parser, parse
-from launch.comparison.claims import CLAIMS, Answer, Claim, answers, changes, not_made
+from launch.comparison.claims import CLAIMS, Answer, Claim, Sign, answers, changes, not_made, read
 from launch.comparison.kept_reports import TABLES, Report, read_report, refuse_mixed
 from launch.comparison.markdown import estimate, table, tables
 from launch.comparison.page import number
 from launch.comparison.summary import as_json
 from launch.comparison.transfer import transfer_section
+from metrics.bootstrap import Estimate
 
 USAGE = "findings.py [--runs FOLDER] [--kept FOLDER] [--page FILE]"
 DESCRIPTION = "Write the page of findings from the reports that `make findings` and launch/calibrate.py left."
+
+PROMPTS = "configs/prompts/world-heldout-40.txt"
+REPORT_ONLY = (
+    f"python launch/compare.py --model.device cpu --prompt_file {PROMPTS} --num_seeds 2 --measures docs/findings/videos.jsonl "
+    "--out runs/findings --report_only --report runs/claim"
+)
+
+LOW_RANK_MEASURES: dict[str, Sign] = {"flow_mean": "less", "flow_strongest": "less", "laplacian_variance": "less"}
 
 INTRO = """# Findings on the embedded model
 
@@ -42,7 +51,10 @@ WHY_NOT = {
 rank at any window; the world is one object before an even background, so that tokens far away in time are much like those near by, and a
 wider window adds little that is new; and the windows see the states of one generation, those of `direct`, while the paper does not say
 whether its curves come from one generation or one per window.""",
-    "claims": """Where a row is not decided or the opposite, these are the reasons to think of first. The pictures are 64 pixels wide: optical
+    "low_rank": """Where it is not weaker or smoother: directions are taken from every layer at every step, and what the next layers and steps make of
+an output that none of them was trained on need not be a smooth picture. A model of few dimensions a head that keeps a tenth of them
+has four or five directions left, and may flicker, which counts as motion and detail.""",
+    "claims": """Where a row above is not decided or the opposite, these are the reasons to think of besides those of its section. The pictures are 64 pixels wide: optical
 flow and sharpness of a plain shape are its outline and little else, and flicker and morphing count as motion and detail. A model this small
 errs at native length already (its card has the figures), and that error is in every method. The object of the world returns at the
 other edge and its motions are even, so that full attention over four native lengths may find the phase of the motion, which
@@ -59,14 +71,16 @@ def main(argv: list[str]) -> None:
     files |= {name: kept / name / "report.json" for name in ("analysis", "calibration")}
     reports = {name: read_report(file, name) for name, file in files.items()}
     refuse_mixed(reports, files)
-    clips, progress = runs / "methods/plots/clips.png", files["analysis"].with_name("rank-progress.png")
+    plots = {"methods": runs / "methods/plots/clips.png", "analysis": kept / "analysis/rank-progress.png"}
+    figures = {name: None if reports[name] is None else _figure(plot, page) for name, plot in plots.items()}
     text = "\n".join(
         [
             INTRO.format(kept=os.path.relpath(kept.resolve(), page.resolve().parent)),
             *_so_far(reports),
-            _concentration(reports["analysis"], _figure(progress, page, "rank-progress")),
+            _concentration(reports["analysis"], figures["analysis"]),
+            _low_rank(reports["analysis"]),
             *_claims(reports["methods"]),
-            _tables("All six methods", reports["methods"], _figure(clips, page, "clips")),
+            _tables("All six methods", reports["methods"], figures["methods"]),
             _tables(
                 "The ablation: rows of the paper's Table 3 (`freespec` is LB + RA + TA + T-GR)", reports["ablation"]
             ),
@@ -111,13 +125,13 @@ def _so_far(reports: Mapping[str, Report | None]) -> list[str]:
     return [f"**Not all is measured yet**: {'; '.join(parts)}.\n"] if parts else []
 
 
-def _figure(plot: Path, page: Path, name: str) -> str | None:
+def _figure(plot: Path, page: Path) -> str | None:
     """The address of a plot from the page, beside which it is copied unless it lies in a folder there; None without a plot."""
     if not plot.is_file():
         return None
     if plot.resolve().is_relative_to(page.parent.resolve()):
         return plot.resolve().relative_to(page.parent.resolve()).as_posix()
-    copied = page.parent / "figures" / f"findings-{name}.png"
+    copied = page.parent / "figures" / f"findings-{plot.name}"
     try:
         copied.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(copied) as part:
@@ -133,7 +147,12 @@ def _concentration(analysis: Report | None, figure: str | None) -> str:
         return "\n".join([*lines, "Not measured yet.", ""])
     told, settings = analysis["spectra"], analysis["comparison"]["settings"]
     lines += [
-        f"{len(analysis['comparison']['prompts'])} prompts, each beside a video of `{settings['method.name']}`; {_made_with(settings)}.",
+        f"{len(analysis['comparison']['prompts'])} prompts, each beside a video of `{settings['method.name']}`; {_made_with(settings)}. "
+        "Anew, which takes a while:",
+        "",
+        f"    python launch/analyze.py --model.device cpu --method.name {settings['method.name']} --video.num_frames {settings['video.num_frames']} "
+        f"--sampler.num_steps {settings['sampler.num_steps']} --prompt_file {PROMPTS} --num_prompts {len(analysis['comparison']['prompts'])} "
+        "--out runs/analysis",
         "",
     ]
     rows, verdicts = [], []
@@ -158,17 +177,58 @@ def _concentration(analysis: Report | None, figure: str | None) -> str:
         lines += [f"![Effective rank over the run at each window]({figure})", ""]
     if set(verdicts) != {"falls"}:
         lines += [WHY_NOT["concentration"], ""]
-    if analysis.get("low_rank"):
-        lines += [
-            "Videos of low rank, whose every attention output is its strongest directions alone (mean over prompts):",
-            "",
-        ]
-        shown = ("flow_mean", "flow_strongest", "laplacian_variance", "interpolation_error")
-        ratios = list(dict.fromkeys(row["ratio"] for row in analysis["low_rank"]))
-        mean = {(row["metric"], row["ratio"]): row["mean"] for row in analysis["low_rank"]}
-        body = [[f"`{name}`", *(number(mean.get((name, ratio), math.nan)) for ratio in ratios)] for name in shown]
-        lines += [table(["share kept", *(f"{100 * ratio:g} %" for ratio in ratios)], body)]
     return "\n".join(lines)
+
+
+def _low_rank(analysis: Report | None) -> str:
+    lines = ["## Low rank: do the strongest directions keep layout and lose motion and detail?", ""]
+    if analysis is None or not analysis.get("low_rank"):
+        return "\n".join([*lines, "Not measured yet.", ""])
+    rows = {(row["metric"], row["ratio"]): row for row in analysis["low_rank"]}
+    whole, *shares = sorted({ratio for _, ratio in rows}, reverse=True)
+    verdicts, body = [], []
+    for metric, sign in LOW_RANK_MEASURES.items():
+        found = [rows[metric, share] for share in shares]
+        differences = [
+            Estimate(
+                mean=_or_nan(row["difference"]),
+                low=_or_nan(row["low"]),
+                high=_or_nan(row["high"]),
+                count=row["prompts"],
+            )
+            for row in found
+        ]
+        verdict = read(differences[-1], sign)
+        verdicts.append(verdict)
+        first = rows[metric, whole]
+        cells = [f"`{metric}` ({first['unit']})", sign, number(first["mean"])]
+        body.append([*cells, *(estimate(as_json(each), signed=True) for each in differences), verdict])
+    count = rows[next(iter(LOW_RANK_MEASURES)), whole]["prompts"]
+    settings = analysis["comparison"]["settings"]
+    lines += [
+        f"Every attention output of these videos is its strongest directions alone (Fig. 2c, 2d); {count} of the prompts above, "
+        f"{_made_with(settings)}. The paper finds layout and weaker, less detailed motion. Differences from the videos with "
+        f"{100 * whole:g} % of the directions, paired by prompt, judged at the smallest share. "
+        f"{_count(verdicts, 'as the paper says', 'of the measures')}",
+        "",
+        table(
+            [
+                "measure",
+                "expected",
+                f"{100 * whole:g} %",
+                *(f"{100 * share:g} % − {100 * whole:g} %" for share in shares),
+                "reads",
+            ],
+            body,
+        ),
+    ]
+    if set(verdicts) != {"as the paper says"}:
+        lines += [WHY_NOT["low_rank"], ""]
+    return "\n".join(lines)
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 def _falls(difference: dict[str, Any]) -> str:
@@ -218,7 +278,11 @@ def _claim(claim: Claim, found: Sequence[Answer]) -> str:
     ]
     header = ["measure", "expected", f"{claim.method} − {claim.other}", "reads"]
     count = _count(verdicts, "as the paper says", "of the measures")
-    return "\n".join([f"## {claim.title}", "", f"{claim.text} {count}", "", table(header, rows)])
+    lines = [f"## {claim.title}", "", f"{claim.text} {count}", "", table(header, rows)]
+    if set(verdicts) != {"as the paper says"}:
+        lines += [claim.why_not, ""]
+    methods = f"--methods {claim.method},{claim.other} --baseline {claim.other}"
+    return "\n".join([*lines, "In moments, from the measures that are kept:", "", f"    {REPORT_ONLY} {methods}", ""])
 
 
 def _count(verdicts: Sequence[str], wanted: str, what: str) -> str:
@@ -282,7 +346,7 @@ def _step_count(tables: Report | None, rerun: Report | None) -> str:
     verdicts = [each.verdict for each in found]
     lines += [
         f"The tables above are of {here} denoising steps. {len(rerun['videos'])} videos were made with {there} as well. For every difference "
-        f"that the sections above speak of, both on the {found[0].change.count} prompts that have both, and what becomes of it, paired by "
+        f"that the sections above speak of, both on the prompts that have all four values, and what becomes of it, paired by "
         f"prompt. {_count(verdicts, 'no change seen', 'of the differences')}",
         "",
     ]
@@ -290,12 +354,13 @@ def _step_count(tables: Report | None, rerun: Report | None) -> str:
         [
             f"{each.method} − {each.other}",
             f"`{each.metric}` ({each.unit})",
+            str(each.change.count),
             *(estimate(as_json(told), signed=True) for told in (each.tables, each.rerun, each.change)),
             each.verdict,
         ]
         for each in found
     ]
-    header = ["difference", "measure", f"{here} steps", f"{there} steps", f"{there} − {here}", "reads"]
+    header = ["difference", "measure", "prompts", f"{here} steps", f"{there} steps", f"{there} − {here}", "reads"]
     return "\n".join([*lines, table(header, rows)])
 
 

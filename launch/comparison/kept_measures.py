@@ -21,7 +21,7 @@ from launch.comparison.measure import Measured, measure_all, native_frames, not_
 from launch.comparison.store import Comparison, Key, Video, refuse_changes, widen
 from launch.outputs import check_outputs
 
-_HEADER = {"settings", "variants", "prompts", "measures", "origins"}
+_HEADER = {"settings": dict, "variants": dict, "prompts": list, "measures": list, "origins": list}
 _ORIGIN = ("device", "parallel", "versions", "git", "model")
 _SECONDS_DIGITS = 4
 
@@ -73,8 +73,12 @@ def measure_every(comparison: Comparison, videos: Sequence[Video] | None = None,
 
 
 def add_kept(comparison: Comparison, measured: Sequence[Measured]) -> None:
-    """Add measures to the comparison's file, if it has one, in the order of the videos; what the file has besides stays."""
+    """Add what was measured here to the comparison's file, if it has one, in the order of the videos; what it has besides stays.
+
+    Measures that came from the file itself are not written back: another report may have put newer ones there meanwhile.
+    """
     path = comparison.kept_file
+    measured = [each for each in measured if each.video.is_done]
     if path is None or not measured:
         return
     header = _header(comparison) | {"origins": []}
@@ -140,6 +144,8 @@ def _line(each: Measured, header: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measured(video: Video, header: dict[str, Any], line: dict[str, Any]) -> Measured:
+    if line["origin"] < 0:  # which Python would count from the end
+        raise LookupError(line["origin"])
     origin = header["origins"][line["origin"]]
     record = {key: origin[key] for key in _ORIGIN} | {key: line[key] for key in ("resumed_at", "seconds")}
     record |= {
@@ -156,7 +162,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]]]:
         # Not splitlines: a prompt may hold one of the other ends of line that Unicode has.
         header, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
         found = {tuple(line["video"]): line for line in lines}
-        if header.keys() >= _HEADER and {label for label, _, _ in found} <= header["variants"].keys():
+        typed = all(isinstance(header[name], kind) for name, kind in _HEADER.items())
+        if typed and {label for label, _, _ in found} <= header["variants"].keys():
             return header, found
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error

@@ -70,7 +70,7 @@ def _measure(video: Video, *, clip_frames: int, world: bool, version: str) -> Me
     digest = hashlib.sha256(video.files.video.read_bytes()).hexdigest()
     if digest != record["video"]["sha256"]:
         raise UserError(
-            f"{video.files.video} is not the file that its record tells of; delete both, and its line of kept measures, to make it again"
+            f"{video.files.video} is not the file that its record tells of; delete both to make it again, and its line in the file of --measures if there is one"
         )
     key = {"video": digest, "version": version, "clip_frames": clip_frames, "world": world, "prompt": video.prompt}
     kept = _read_json(video.measures) if video.measures.is_file() else {}

@@ -77,6 +77,14 @@ class Comparison:
         return self.variants[0].config
 
     @property
+    def arranged_for(self) -> RunConfig:
+        """The settings that ranks are arranged for: those of the method that the fewest layouts serve.
+
+        A layout of its serves the others, but for methods that refuse different axes, which share cfg alone.
+        """
+        return max((each.config for each in self.variants), key=lambda config: len(config.method.method.refused_axes))
+
+    @property
     def videos(self) -> list[Video]:
         """Every video, seed after seed and method after method for each prompt.
 

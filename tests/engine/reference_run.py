@@ -1,4 +1,4 @@
-"""A whole run by masks and SVDs on a stock pipeline: the simple twin of every model's fast path."""
+"""A whole run on a stock pipeline whose attention is a twin, such as masks and SVDs: the simple form of every model's fast path."""
 
 import math
 from collections.abc import Callable
@@ -11,17 +11,20 @@ from engine.adapters import ModelAdapter
 from freespec.attention import masked_ref
 from freespec.methods import FreeSpec, Grid
 from freespec.spectrum import svd_fusion_ref
+from tests.freespec.layers import QKV
+
+Layer = Callable[[QKV, int], Tensor]
 
 
 class ReferenceProcessor:
-    """Both branches by mask and the fusion by SVD, in fp64: shares no code with the fast path but the model's projections.
+    """Attention by `layer`, a twin in fp64: shares no code with the fast path but the model's projections.
 
     Those are the adapter's, which tests of `direct` hold against the stock pipeline.
     """
 
-    def __init__(self, adapter: ModelAdapter, grid: Grid) -> None:
-        self.adapter, self.grid = adapter, grid
-        self.weights: tuple[Tensor, float] | None = None  # g [D] and lam of a dual step
+    def __init__(self, adapter: ModelAdapter, layer: Layer) -> None:
+        self.adapter, self.layer = adapter, layer
+        self.step = 0
 
     def __call__(
         self,
@@ -32,13 +35,22 @@ class ReferenceProcessor:
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         q, k, v = self.adapter.qkv(attn, hidden_states, rotary_emb)
-        frame_tokens = self.grid.frame_tokens
-        out = masked_ref(q, k, v, frame_tokens=frame_tokens, window_frames=self.grid.window_frames)
-        if self.weights is not None:
-            wide = masked_ref(q, k, v, frame_tokens=frame_tokens, window_frames=None)
-            g, lam = self.weights
-            out = svd_fusion_ref(out, wide, g, lam)
-        return self.adapter.project_out(attn, out.to(q.dtype))
+        return self.adapter.project_out(attn, self.layer((q, k, v), self.step).to(q.dtype))
+
+
+def latents_by(
+    pipe: DiffusionPipeline, adapter: ModelAdapter, latents_of: Callable[..., Tensor], layer: Layer
+) -> Tensor:
+    """What `latents_of(pipe)` returns when every self-attention is `layer` of its q, k, v [B, S, N, D] and the step."""
+    processor = ReferenceProcessor(adapter, layer)
+    for attn in adapter.attention_modules(pipe.transformer):
+        attn.set_processor(processor)
+
+    def next_step(_pipe: DiffusionPipeline, index: int, _timestep: Tensor, _kwargs: dict) -> dict:
+        processor.step = index + 1
+        return {}
+
+    return latents_of(pipe, callback_on_step_end=next_step)
 
 
 def weights_by_equations(method: FreeSpec, step: int, num_steps: int, head_dim: int) -> tuple[Tensor, float] | None:
@@ -63,18 +75,15 @@ def latents_by_masks(
     num_steps: int,
     grid: Grid,
 ) -> Tensor:
-    """What `latents_of(pipe)` returns in so many steps when every self-attention is the reference."""
-    processor = ReferenceProcessor(adapter, grid)
-    for attn in adapter.attention_modules(pipe.transformer):
-        attn.set_processor(processor)
+    """`latents_by` FreeSpec in so many steps: both branches by mask and the fusion by SVD."""
     head_dim = pipe.transformer.config.attention_head_dim
 
-    def begin(step: int) -> None:
-        processor.weights = weights_by_equations(method, step, num_steps, head_dim)
+    def layer(qkv: QKV, step: int) -> Tensor:
+        out = masked_ref(*qkv, frame_tokens=grid.frame_tokens, window_frames=grid.window_frames)
+        weights = weights_by_equations(method, step, num_steps, head_dim)
+        if weights is None:
+            return out
+        wide = masked_ref(*qkv, frame_tokens=grid.frame_tokens, window_frames=None)
+        return svd_fusion_ref(out, wide, *weights)
 
-    def next_step(_pipe: DiffusionPipeline, index: int, _timestep: Tensor, _kwargs: dict) -> dict:
-        begin(index + 1)
-        return {}
-
-    begin(0)
-    return latents_of(pipe, callback_on_step_end=next_step)
+    return latents_by(pipe, adapter, latents_of, layer)

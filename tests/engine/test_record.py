@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import platform
 import subprocess
 from pathlib import Path
 
@@ -70,10 +71,27 @@ def test_memory_device_and_versions_are_of_this_process() -> None:
     assert 2**20 < before <= after < 2**40
     assert after >= block.nbytes
     assert describe_device(cpu)["type"] == "cpu"
+    told = Path("/proc/cpuinfo")
+    if told.is_file() and "model name" in told.read_text():
+        assert f": {describe_device(cpu)['name']}\n" in told.read_text()
     assert describe_device(cpu)["cpu_threads"] == torch.get_num_threads()
     found = versions()
     assert found["torch"] == torch.__version__
     assert all(found[name] for name in ("python", "diffusers", "transformers", "av"))
+
+
+def test_a_cpu_without_a_model_s_name_is_called_by_its_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    for told in ("processor\t: 0\n", OSError()):
+
+        def read_text(_path: Path, told: str | OSError = told, **_how: str) -> str:
+            if isinstance(told, OSError):
+                raise told
+            return told
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", read_text)
+            name = describe_device(torch.device("cpu"))["name"]
+        assert name == (platform.processor() or platform.machine())
 
 
 def test_a_package_that_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:

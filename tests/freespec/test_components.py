@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from freespec import components
 from freespec.methods import FreePCA, Grid, StepPlan
 from tests.freespec.cases import assert_low_precision, assert_same_math
-from tests.freespec.layers import QKV, attend, draw_qkv, run_layer
+from tests.freespec.layers import attend, draw_qkv, run_layer
+from tests.freespec.published import freepca as published
+from tests.freespec.published import token_scale
 
 # frames, window, stride: divides, misses frames, odd and even windows, windows of few components, of one frame and none
 CASES = [(14, 5, 3), (11, 4, 3), (12, 6, 2), (7, 3, 1), (5, 2, 1), (5, 1, 1)]
@@ -19,52 +20,6 @@ FUSED, LATE = StepPlan(mode="views_global"), StepPlan(mode="views")
 
 def grid_of(frames: int, window: int) -> Grid:
     return Grid(frames=frames, rows=2, columns=3, window_frames=window)
-
-
-def fuse_view(local: Tensor, wide: Tensor, window: int, count: int, *, compat: bool) -> Tensor:
-    """One view of one batch item, [W * H*W, N, D]: rows are pixels and channels, columns are frames."""
-    rows_l, rows_g = (x.unflatten(0, (window, -1)).flatten(1).T for x in (local, wide))
-    mean_l, mean_g = rows_l.mean(1, keepdim=True), rows_g.mean(1, keepdim=True)
-    x_l, x_g = rows_l - mean_l, rows_g - mean_g
-    values, vectors = torch.linalg.eigh(x_g.T @ x_g / rows_g.shape[0])
-    p_l, p_g = x_l @ vectors, x_g @ vectors
-    cosine = torch.nn.functional.cosine_similarity(p_l, p_g, dim=0)
-    null = values <= 1e-12 * values.max()  # what is left of the vector of ones
-    assert null.sum() == 1
-    cosine[null] = 0.0 if compat else -math.inf
-    chosen = cosine.argsort(descending=True)[:count]
-    fused = p_l.clone()
-    fused[:, chosen] = p_g[:, chosen]
-    if not compat:
-        fused[:, null] = p_l[:, null]
-    return (fused @ vectors.T + mean_g).T.unflatten(1, (-1, *local.shape[1:])).flatten(0, 1)
-
-
-def published(qkv: QKV, grid: Grid, stride: int, **how: Any) -> Tensor:
-    """FreePCA's loop over views, components in fp64; the last frames that the stride misses have a view of their own but with compat."""
-    q, k, v = qkv
-    compat, scale = how.get("compat", False), how.get("scale", 1.0)
-    most, fused = how.get("most", 3), how.get("fused", True)
-    window, frame = grid.window_frames, grid.frame_tokens
-    starts = list(range(0, grid.frames - window + 1, stride))
-    if not compat and starts[-1] + window < grid.frames:
-        starts.append(grid.frames - window)
-    wide = attend(q, k, v, scale)
-    value, count = torch.zeros_like(q), torch.zeros(grid.frames, dtype=q.dtype)
-    for m, start in enumerate(starts):
-        rows = slice(start * frame, (start + window) * frame)
-        out = attend(q[:, rows], k[:, rows], v[:, rows])
-        if fused and m > 0:
-            pairs = zip(out.double(), wide[:, rows].double(), strict=True)
-            fused_items = [fuse_view(a, b, window, min(m, most), compat=compat) for a, b in pairs]
-            out = torch.stack(fused_items).to(q.dtype)
-        value[:, rows] += out
-        count[start : start + window] += 1
-    return value / count.clamp_min(1).repeat_interleave(frame)[None, :, None, None]
-
-
-def token_scale(grid: Grid) -> float:
-    return math.sqrt(math.log(grid.tokens) / math.log(grid.window_frames * grid.frame_tokens))
 
 
 @pytest.mark.parametrize(("frames", "window", "stride"), CASES)

@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from torch import Tensor
 
 from freespec import lowpass
 from freespec.methods import FreeLong, Grid, StepPlan
 from tests.freespec.cases import assert_low_precision, assert_same_math
-from tests.freespec.layers import attend, draw_qkv, run_layer
+from tests.freespec.layers import draw_qkv, run_layer
+from tests.freespec.published import branches_of
+from tests.freespec.published import freelong as published
 
 # frames, rows, columns, window: odd and even axes, one of a single token, one shorter than 11 taps
 CASES = [(8, 6, 4, 3), (9, 5, 7, 4), (13, 4, 3, 5), (7, 1, 2, 3)]
@@ -16,39 +17,6 @@ DUAL = StepPlan(mode="dual")
 
 def grid_of(frames: int, rows: int, columns: int, window: int) -> Grid:
     return Grid(frames=frames, rows=rows, columns=columns, window_frames=window)
-
-
-def published(
-    o_local: Tensor, o_wide: Tensor, grid: Grid, *, uncentred: bool, d_s: float = 0.25, d_t: float = 0.25
-) -> Tensor:
-    """FreeLong's mix in fp64: 3D FFT of both outputs, low frequencies of one and high ones of the other, back, real part.
-
-    `uncentred` is the published grid arange(n) * 2/n - 1 after a shift; without it zero lies on a bin for odd n as well.
-    """
-    sizes = (grid.frames, grid.rows, grid.columns)
-    axes = []
-    for size, cutoff in zip(sizes, (d_t, d_s, d_s), strict=True):
-        f = torch.arange(size, dtype=torch.float64) * 2 / size - 1
-        axes.append((f if uncentred else f + (1 / size if size % 2 else 0)) / cutoff)
-    t, h, w = torch.meshgrid(*axes, indexing="ij")
-    mask = torch.exp(-0.5 * (t**2 + h**2 + w**2))[None, :, :, :, None, None]
-    dims = (1, 2, 3)
-    local, wide = (
-        torch.fft.fftshift(torch.fft.fftn(x.unflatten(1, sizes), dim=dims), dim=dims) for x in (o_local, o_wide)
-    )
-    mixed = wide * mask + local * (1 - mask)
-    return torch.fft.ifftn(torch.fft.ifftshift(mixed, dim=dims), dim=dims).real.flatten(1, 3)
-
-
-def branches_of(grid: Grid, qkv: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Both branches in a loop over frames: each sees the frames [clamp(f - W // 2), + W)."""
-    q, k, v = qkv
-    frame, window, local = grid.frame_tokens, grid.window_frames, torch.zeros_like(q)
-    for f in range(grid.frames):
-        a = min(max(f - window // 2, 0), grid.frames - window)
-        keys, rows = slice(a * frame, (a + window) * frame), slice(f * frame, (f + 1) * frame)
-        local[:, rows] = attend(q[:, rows], k[:, keys], v[:, keys])
-    return local, attend(q, k, v)
 
 
 @pytest.mark.parametrize("sizes", CASES)

@@ -8,7 +8,8 @@ from engine.config import MethodConfig
 from freespec.methods import FreeNoise, FreePCA, Grid, StepPlan
 from freespec.views import default_stride, triangle, view_starts, view_weights
 from tests.freespec.cases import assert_same_math
-from tests.freespec.layers import QKV, attend, draw_qkv, run_layer
+from tests.freespec.layers import draw_qkv, run_layer
+from tests.freespec.published import freenoise as published
 
 # frames, window, stride: the stride divides, misses one frame, misses several, odd and even windows, one view, stride 1
 CASES = [(12, 4, 2), (11, 4, 3), (13, 5, 3), (9, 5, 5), (6, 5, 4), (7, 3, 1), (8, 1, 3)]
@@ -17,31 +18,6 @@ VIEWS = StepPlan(mode="views")
 
 def grid_of(frames: int, window: int) -> Grid:
     return Grid(frames=frames, rows=2, columns=3, window_frames=window)
-
-
-def published(qkv: QKV, grid: Grid, stride: int, tail: str) -> Tensor:
-    """FreeNoise's loop in fp64: each view's attention times its weights is added up, then divided by the added weights."""
-    q, k, v = qkv
-    window, frame = grid.window_frames, grid.frame_tokens
-    half = list(range(1, window // 2 + 1))
-    weights = half + half[::-1] if window % 2 == 0 else [*half, window // 2 + 1, *half[::-1]]
-    spans = [(start, start + window) for start in range(0, grid.frames - window + 1, stride)]
-    fresh_from = dict.fromkeys(spans, 0)
-    covered = spans[-1][1]
-    if tail != "none" and covered < grid.frames:
-        last = (grid.frames - window, grid.frames)
-        fresh_from[last] = covered - last[0] if tail == "new_frames" else 0
-        spans.append(last)
-    value, count = torch.zeros_like(q), torch.zeros(grid.frames, dtype=q.dtype)
-    for a, b in spans:
-        rows = slice(a * frame, b * frame)
-        out = attend(q[:, rows], k[:, rows], v[:, rows])
-        for index in range(fresh_from[a, b], window):
-            tokens = slice((a + index) * frame, (a + index + 1) * frame)
-            value[:, tokens] += weights[index] * out[:, index * frame : (index + 1) * frame]
-            count[a + index] += weights[index]
-    count = count.repeat_interleave(frame)[None, :, None, None]
-    return torch.where(count > 0, value / count.clamp_min(1), 0.0)
 
 
 @pytest.mark.parametrize(("frames", "window", "stride"), CASES)

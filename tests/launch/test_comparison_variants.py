@@ -1,6 +1,7 @@
 """Variants of a comparison: labels, presets, import paths, and which settings each has."""
 
 import dataclasses
+import json
 import math
 import re
 import subprocess
@@ -11,7 +12,12 @@ from jsonargparse import ArgumentParser
 
 from engine.config import FreeSpec
 from engine.errors import UserError
+from engine.parallelism import choose_degrees
+from engine.planner.model import read_model
+from engine.supported_layouts import check_layout
 from freespec.methods import METHODS
+from launch.calibration.plan import CalibrationPlan, Part
+from launch.calibration.space import START, draw_trials
 from launch.cli import REPOSITORY
 from launch.commands.generate import read_prompts
 from launch.comparison.claims import CLAIMS
@@ -135,6 +141,46 @@ def test_what_the_repository_keeps_is_of_today_s_settings(tmp_path: Path, name: 
         assert all(math.isfinite(each.values[metric]) for metric in VIDEO_UNITS)
 
 
+def test_ranks_are_arranged_for_the_method_that_the_fewest_layouts_serve(tmp_path: Path) -> None:
+    """Three ranks do not divide four heads, and the rule for `direct` is a ring, which three of the methods cannot have."""
+    variants = read("direct,freenoise,freespec", "--model.device=cpu")
+    compared = Comparison(folder=tmp_path, variants=variants, prompts=["a"], seeds=[0])
+    spec = read_model(compared.config.model)
+    degrees = [choose_degrees(config, spec, 3, None)[0] for config in (compared.arranged_for, compared.config)]
+    assert degrees == [(1, 1, 3), (1, 3, 1)]
+    for variant in variants:
+        check_layout(variant.label, variant.config.method.method, degrees[0])
+    with pytest.raises(UserError, match="freenoise cannot be shared out as cfg 1 x ring 3"):
+        check_layout("freenoise", variants[1].config.method.method, degrees[1])
+    same = Comparison(folder=tmp_path, variants=read("direct,freespec"), prompts=["a"], seeds=[0])
+    assert same.arranged_for is same.config
+
+
+@pytest.mark.parametrize("part", ["search", "judged"])
+def test_what_the_repository_keeps_of_the_search_is_of_today_s_settings(tmp_path: Path, part: Part) -> None:
+    """Or `make calibrate` would refuse it: settings, lists of values, their draw, weights and measures must be those."""
+    (variant,) = read("freespec", "--sampler.num_steps=10", "--model.device=cpu")
+    folder = REPOSITORY / "docs/findings/calibration"
+    report = json.loads((folder / "report.json").read_text())
+    trials = draw_trials(12, 0, dataclasses.asdict(variant.config.method.freespec))
+    assert trials == report["trials"]
+    plan = CalibrationPlan(
+        folder=tmp_path,
+        config=variant.config,
+        trials=trials,
+        num_steps={"search": 10, "judged": 10},
+        num_seeds={"search": 1, "judged": 1},
+        kept_folder=folder,
+    )
+    lists = {"search": "world-calibration-20", "judged": "world-heldout-40"}
+    labels = list(trials) if part == "search" else [START, report["best"]]
+    prompts = read_prompts(None, f"configs/prompts/{lists[part]}.txt")
+    kept = read_kept(plan.compared(part, labels, prompts))
+    assert (
+        len(kept) == len((folder / f"{part}.jsonl").read_text().splitlines()) - 1 == {"search": 68, "judged": 80}[part]
+    )
+
+
 def test_make_findings_makes_six_methods_and_the_seven_rows_of_the_table() -> None:
     """The committed command itself, as make would run it; the last row is freespec and is not made twice."""
     shown, lists = lists_of_findings()
@@ -167,13 +213,18 @@ def test_make_findings_makes_six_methods_and_the_seven_rows_of_the_table() -> No
     assert not re.findall(r"docs/findings|runs/findings|runs/calibration", anew)
     pages = re.findall(r"launch/findings\.py (.*)", anew)
     assert pages == ["--runs runs/again --kept runs/again/kept --page runs/again.md"] * 2
+    # Nor is anything reported that was not made.
+    assert anew.count("if test -e runs/again/kept/videos.jsonl || test -e runs/again/./comparison.json; then") == 4
     assert "cp runs/again/search/report.json runs/again/kept/calibration/report.json" in anew
     assert "launch/analyze.py" in anew
     # A search is made and judged with half of the steps that the tables have.
     searched = subprocess.run(
         ["make", "-n", "calibrate"], check=True, capture_output=True, text=True, cwd=REPOSITORY
     ).stdout
-    assert "--sampler.num_steps 10 --measures docs/findings/calibration" in searched
+    assert "--sampler.num_steps 10 --num_trials 12 --rounds 4,8 --num_judge_seeds 1" in searched
+    assert "--measures docs/findings/calibration" in searched
+    # The page is of all reports, also in a clone that has the kept measures alone.
+    assert "--measures docs/findings/videos.jsonl --out runs/findings" in searched
     assert "--search_num_steps" not in searched
     assert "world-heldout-40.txt" in shown
     assert rows[0].config.sampler.num_steps == 20

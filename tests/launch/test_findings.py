@@ -16,7 +16,9 @@ from launch.comparison.measure import units
 from metrics.bootstrap import Estimate
 from tests.launch.conftest import Run
 
-CLAIM = Claim(title="t", text="x.", method="a", other="b", measures={"up": "more", "down": "less", "none": "more"})
+CLAIM = Claim(
+    title="t", text="x.", method="a", other="b", measures={"up": "more", "down": "less", "none": "more"}, why_not=""
+)
 SETTINGS = {"checkpoint": "abc", "video.num_frames": 129, "sampler.num_steps": 20, "method.name": "direct"}
 NOTHING = {"mean": None, "low": None, "high": None, "count": 0}
 
@@ -91,7 +93,7 @@ def test_claims_speak_of_measures_and_methods_that_exist() -> None:
         assert set(claim.measures) <= set(units(world=True))
 
 
-def analysis_of(difference: float) -> dict[str, Any]:
+def analysis_of(difference: float, low_rank_change: float = -0.5) -> dict[str, Any]:
     def window(multiple: int) -> dict[str, Any]:
         mean = {"mean": 9.0 + difference * (multiple > 1), "low": 8.0, "high": 10.0, "count": 8}
         moved = difference * (multiple > 1)
@@ -103,8 +105,9 @@ def analysis_of(difference: float) -> dict[str, Any]:
 
     stages = {"late": {"progress": 0.9, "windows": [window(1), window(4)]}}
     low_rank = [
-        {"ratio": ratio, "metric": name, "unit": "px", "mean": ratio, "error": 0.1, "prompts": 2}
-        for ratio in (1.0, 0.25)
+        {"ratio": ratio, "metric": name, "unit": "px", "mean": ratio, "error": 0.1, "prompts": 8}
+        | {"difference": change, "low": change - 0.1, "high": change + 0.1}
+        for ratio, change in ((1.0, 0.0), (0.25, low_rank_change))
         for name in ("flow_mean", "flow_strongest", "laplacian_variance", "interpolation_error")
     ]
     told = {"stages": stages, "heads_that_fall": 0.75}
@@ -156,7 +159,10 @@ def test_the_page_says_what_the_numbers_say(write: Callable[..., str], tmp_path:
     assert "in 75 % of the heads" in page
     assert "Where it does not fall" not in page
     assert "| late | 0.90 | 4 x | 9 [8, 10] | 8 [8, 10] | −1 [−1.1, −0.9] | falls |" in page
-    assert "| `flow_mean` | 1 | 0.25 |" in page
+    assert "| `flow_mean` (px) | less | 1 | −0.5 [−0.6, −0.4] | as the paper says |" in page
+    assert "8 of the prompts above" in page
+    assert "In 3 of 3 of the measures: as the paper says." in page
+    assert "Where it is not weaker" not in page
     assert "Not measured yet: the defaults are start values." in page
     assert "![" not in page
     plot = tmp_path / "runs/analysis/rank-progress.png"
@@ -165,9 +171,11 @@ def test_the_page_says_what_the_numbers_say(write: Callable[..., str], tmp_path:
     assert "each window](figures/findings-rank-progress.png)" in shown
     assert "measures of every video are in [../runs](../runs)" in shown
     assert (tmp_path / "docs/figures/findings-rank-progress.png").read_bytes() == b"a plot"
-    rises = write(analysis=analysis_of(0.5))
+    rises = write(analysis=analysis_of(0.5, low_rank_change=0.5))
     assert "In 0 of 1 of the stages and windows the effective rank: falls, 1 rises." in rises
     assert "Where it does not fall" in rises
+    assert "In 0 of 3 of the measures: as the paper says, 3 the opposite." in rises
+    assert "Where it is not weaker" in rises
     assert "| not decided |" in write(analysis=analysis_of(0.05))
 
     smooth = {
@@ -179,7 +187,10 @@ def test_the_page_says_what_the_numbers_say(write: Callable[..., str], tmp_path:
     page = write(methods=report)
     assert "In 1 of 2 of the measures: as the paper says, 1 the opposite." in page
     assert "| `laplacian_variance` (px) | less | −2 [−2, −2] | as the paper says |" in page
-    assert "these are the reasons to think of first" in page
+    assert "these are the reasons to think of besides those of its section" in page
+    by_title = {claim.title: claim for claim in CLAIMS}
+    assert by_title["Over-smoothing of `direct`"].why_not in page
+    assert "--methods direct,sliding_window --baseline sliding_window" in page
     assert "| direct | 1 | 0.5 | dual 0.1 (20) |" in page
 
 
@@ -203,6 +214,20 @@ def test_another_number_of_steps_is_held_against_the_tables_on_the_videos_that_b
         each["prompt_index"] = 9
         each["values"]["speed"] = 100.0
     assert {each.metric: each.verdict for each in changes(tables, rerun)} == names
+    assert {each.change.count for each in changes(tables, rerun)} == {7}
+    # A prompt that lost a value in one of the four counts in none of the three numbers, or they would not add up.
+    lost = copy.deepcopy(rerun)
+    for each in lost["videos"]:
+        if each["label"] == "direct" and each["prompt_index"] == 0:
+            each["values"]["speed"] = None
+    first = copy.deepcopy(tables)
+    for each in first["videos"]:
+        if each["prompt_index"] == 0:
+            each["values"]["speed"] *= 50.0
+    (speed,) = (each for each in changes(first, lost) if each.metric == "speed")
+    assert (speed.tables.count, speed.rerun.count, speed.change.count) == (6, 6, 6)
+    assert speed.change.mean == pytest.approx(speed.rerun.mean - speed.tables.mean)
+    assert speed.tables.mean == pytest.approx(-2.0)
     tables["videos"] += [each | {"label": "freespec"} for each in tables["videos"]]  # not in the rerun: not asked
     rerun["summary"].append(
         rerun["summary"][0] | {"metric": "flow_strongest"}
@@ -212,7 +237,7 @@ def test_another_number_of_steps_is_held_against_the_tables_on_the_videos_that_b
     page = write(methods=tables, steps=rerun)
     assert "The tables above are of 20 denoising steps. 32 videos were made with 10 as well." in page
     assert "In 1 of 3 of the differences: no change seen, 1 changes in size, 1 turns round." in page
-    assert "| `flow_mean` (px) | −2 [−2, −2] | +1 [+1, +1] | +3 [+3, +3] | turns round |" in page
+    assert "| `flow_mean` (px) | 7 | −2 [−2, −2] | +1 [+1, +1] | +3 [+3, +3] | turns round |" in page
 
 
 def calibration_of(**judged: Any) -> dict[str, Any]:
@@ -250,7 +275,7 @@ def test_a_calibration_that_is_not_supported_leaves_the_defaults(write: Callable
 
 def test_a_page_of_nothing_says_so_and_counts_what_needs_no_report(write: Callable[..., str]) -> None:
     page = write()
-    assert page.count("Not measured yet") == 6
+    assert page.count("Not measured yet") == 7
     # tests/freespec/test_schedule.py has the timesteps of these shifts.
     assert "split 0.5 fuses of 50 steps 84 % at shift 5, 90 % at shift 8, and " in page
     assert "128 of a head of Wan" in page
@@ -273,7 +298,7 @@ def test_a_claim_on_what_was_not_made_is_not_undecided(write: Callable[..., str]
     by_title = {claim.title: claim for claim in CLAIMS}
     assert not_made(by_title["Drift of `sliding_window`"], report) == ["sliding_window"]
     page = write(methods=report)
-    assert page.count("Not made: the report has no videos of `sliding_window`.") == 3
+    assert page.count("Not made: the report has no videos of `sliding_window`.") == 4
     assert "Not made: the report has no measures that this asks for." in page  # freespec against direct: no speed there
     assert "not decided" not in page
     assert "Initial noise: iid of `direct`; freenoise of `freespec`. A difference between methods of two kinds" in page
