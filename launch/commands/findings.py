@@ -52,8 +52,8 @@ rank at any window; the world is one object before an even background, so that t
 wider window adds little that is new; and the windows see the states of one generation, those of `direct`, while the paper does not say
 whether its curves come from one generation or one per window.""",
     "low_rank": """Where it is not weaker or smoother: directions are taken from every layer at every step, and what the next layers and steps make of
-an output that none of them was trained on need not be a smooth picture. A model of few dimensions a head that keeps a tenth of them
-has four or five directions left, and may flicker, which counts as motion and detail.""",
+an output that none of them was trained on need not be a smooth picture. A head of the embedded model has few dimensions: with a small share
+of them it may flicker, which counts as motion and detail.""",
     "claims": """Where a row above is not decided or the opposite, these are the reasons to think of besides those of its section. The pictures are 64 pixels wide: optical
 flow and sharpness of a plain shape are its outline and little else, and flicker and morphing count as motion and detail. A model this small
 errs at native length already (its card has the figures), and that error is in every method. The object of the world returns at the
@@ -182,10 +182,10 @@ def _concentration(analysis: Report | None, figure: str | None) -> str:
 
 def _low_rank(analysis: Report | None) -> str:
     lines = ["## Low rank: do the strongest directions keep layout and lose motion and detail?", ""]
-    if analysis is None or not analysis.get("low_rank"):
+    rows = {(row["metric"], row["ratio"]): row for row in (analysis or {}).get("low_rank", ())}
+    whole, *shares = sorted({ratio for _, ratio in rows}, reverse=True) or [1.0]
+    if analysis is None or not shares:
         return "\n".join([*lines, "Not measured yet.", ""])
-    rows = {(row["metric"], row["ratio"]): row for row in analysis["low_rank"]}
-    whole, *shares = sorted({ratio for _, ratio in rows}, reverse=True)
     verdicts, body = [], []
     for metric, sign in LOW_RANK_MEASURES.items():
         found = [rows[metric, share] for share in shares]

@@ -33,6 +33,7 @@ _NEEDED = dict.fromkeys(TABLES, _OF_TABLES) | {
         *("search_seed", "space", "trials", "rounds", "best", "judged"),
     ),
 }
+_OF_LOW_RANK = ("metric", "ratio", "unit", "prompts", "mean", "difference", "low", "high")
 _NOTHING = object()
 
 
@@ -84,6 +85,10 @@ def _lacking(report: Any, name: str) -> Iterator[str]:
             found = found.get(key, _NOTHING) if isinstance(found, dict) else _NOTHING
         if found is _NOTHING:
             yield path
+    if name == "analysis" and isinstance(report, dict):
+        yield from (
+            f"{key} of low_rank" for row in report.get("low_rank", ()) for key in _OF_LOW_RANK if key not in row
+        )
     if name in TABLES and isinstance(report, dict):
         metrics = {row["metric"] for row in report.get("summary", ())}
         for video in report.get("videos", ()):

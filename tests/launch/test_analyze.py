@@ -12,8 +12,10 @@ import pytest
 
 from engine.engine import LongVideoEngine
 from engine.video import count_frames
+from launch.analysis.report import low_rank_summary
 from launch.analysis.spectra import by_layer_and_head, concentration, mean_and_error, over_prompts
 from launch.commands import analyze
+from metrics.video import VIDEO_UNITS
 from tests.launch.conftest import LTX, SMALL, Run
 from tests.launch.test_interruptions import interrupted_at_forward
 
@@ -107,6 +109,13 @@ def check_tables(out: Path) -> None:
     ]
     assert float(line["effective_rank_mean"]) == pytest.approx(statistics.fmean(by_prompt))
     assert float(line["effective_rank_error"]) == pytest.approx(abs(by_prompt[0] - by_prompt[1]) / 2)
+    with (out / "spectra-heads-progress.csv").open() as file:
+        of_heads = list(csv.DictReader(file))
+    assert len(of_heads) == len(rows) / 2  # mean and error of two prompts each
+    keys = ("layer", "head", "multiple", "progress")
+    first = [float(row["effective_rank"]) for row in rows if all(row[key] == of_heads[0][key] for key in keys)]
+    assert float(of_heads[0]["effective_rank_mean"]) == pytest.approx(statistics.fmean(first))
+    assert float(of_heads[0]["effective_rank_error"]) == pytest.approx(abs(first[0] - first[1]) / 2)
     with (out / "low-rank.csv").open() as file:
         assert {row["ratio"] for row in csv.DictReader(file)} == {"1.0", "0.25"}
     report = json.loads((out / "report.json").read_text())
@@ -116,6 +125,22 @@ def check_tables(out: Path) -> None:
     assert "2.5 x native (5 latent frames)" in (out / "rank-progress.svg").read_text()
     assert set(report["spectra"]["stages"]) == {"early", "middle", "late"}
     assert {row["metric"] for row in report["low_rank"]} >= {"flow_mean", "laplacian_variance"}
+
+
+def test_low_rank_is_held_against_the_largest_ratio_prompt_by_prompt() -> None:
+    """What a prompt adds at both ratios, up to 7 here, cancels; a prompt without a value is left out of both."""
+
+    def row(prompt: int, ratio: float) -> dict[str, float]:
+        missing = prompt == 7 and ratio < 1.0
+        return dict.fromkeys(VIDEO_UNITS, math.nan if missing else prompt + ratio) | {"prompt": prompt, "ratio": ratio}
+
+    table = [row(prompt, ratio) for prompt in range(8) for ratio in (0.25, 1.0)]
+    found = {each["ratio"]: each for each in low_rank_summary(table) if each["metric"] == "flow_mean"}
+    assert (found[0.25]["difference"], found[0.25]["low"], found[0.25]["high"]) == pytest.approx((-0.75,) * 3)
+    assert (found[1.0]["difference"], found[1.0]["prompts"], found[0.25]["prompts"]) == (0.0, 8, 7)
+    assert found[0.25]["mean"] - found[1.0]["mean"] == pytest.approx(-1.25)  # the control: means of unequal prompts
+    few = low_rank_summary(table[:10])
+    assert all(math.isnan(each["low"]) for each in few)
 
 
 def test_errors_are_over_prompts_and_not_over_heads() -> None:

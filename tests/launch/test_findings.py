@@ -363,3 +363,16 @@ def test_a_video_without_a_measure_of_the_table_is_one_line(
     del report["videos"][-1]["values"]["speed"]
     put(methods=report)
     assert "methods/report.json lacks speed of freespec" in findings_of().error
+
+
+def test_low_rank_of_an_older_report_is_one_line_and_of_one_ratio_is_not_measured(
+    put: Callable[..., None], write: Callable[..., str], findings_of: Callable[[], Run]
+) -> None:
+    report = analysis_of(-1.0)
+    report["low_rank"] = [row for row in report["low_rank"] if row["ratio"] == 1.0]
+    assert "lose motion and detail?\n\nNot measured yet." in write(analysis=report)
+    del report["low_rank"][0]["difference"]
+    put(analysis=report)
+    assert (
+        "analysis/report.json lacks difference of low_rank: it is of another command or an older" in findings_of().error
+    )
