@@ -152,7 +152,7 @@ def _concentration(analysis: Report | None, figure: str | None) -> str:
         "",
         f"    python launch/analyze.py --model.device cpu --method.name {settings['method.name']} --video.num_frames {settings['video.num_frames']} "
         f"--sampler.num_steps {settings['sampler.num_steps']} --prompt_file {PROMPTS} --num_prompts {len(analysis['comparison']['prompts'])} "
-        "--out runs/analysis",
+        f"--num_reconstructed {max((row['prompts'] for row in analysis.get('low_rank', ())), default=0)} --out runs/analysis",
         "",
     ]
     rows, verdicts = [], []
