@@ -50,6 +50,8 @@ def number(value: float) -> str:
     """A number with three significant digits, without exponents where they can be done without."""
     if math.isnan(value):
         return "–"
+    if abs(value) < 1e-12:  # what rounding leaves of a sum that cancels
+        return "0"
     return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 

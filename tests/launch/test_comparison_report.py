@@ -206,6 +206,7 @@ def test_a_prompt_cannot_break_the_page() -> None:
 
 
 def test_numbers_in_tables() -> None:
-    assert [number(x) for x in (0.12345, 12.345, 12345.6, math.nan)] == ["0.123", "12.3", "12346", "–"]
+    shown = [number(x) for x in (0.12345, 12.345, 12345.6, math.nan, -5e-18, 1e-9)]
+    assert shown == ["0.123", "12.3", "12346", "–", "0", "1e-09"]
     assert interval(mean_interval(np.full(8, 2.0)), signed=True) == "+2 [2, 2]"
     assert interval(mean_interval(np.full(2, 2.0))) == "2"
