@@ -136,8 +136,7 @@ def test_what_the_repository_keeps_is_of_today_s_settings(tmp_path: Path, name: 
     kept = read_kept(Comparison(folder=tmp_path, variants=variants, prompts=prompts, seeds=[0, 1], kept_file=path))
     assert len(kept) == len(path.read_text().splitlines()) - 1 >= len(variants) * 12
     for each in kept.values():
-        modes = [step["mode"] for step in each.record["steps"]]
-        assert len(modes) == int(steps) - each.record["resumed_at"]
+        assert len(each.record["steps"]) == int(steps)  # also of a video that was continued
         assert all(math.isfinite(each.values[metric]) for metric in VIDEO_UNITS)
 
 
