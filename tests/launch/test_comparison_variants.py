@@ -19,6 +19,7 @@ from freespec.methods import METHODS
 from launch.calibration.plan import CalibrationPlan, Part
 from launch.calibration.space import START, draw_trials
 from launch.cli import REPOSITORY
+from launch.commands.findings import REPORT_ONLY
 from launch.commands.generate import read_prompts
 from launch.comparison.claims import CLAIMS
 from launch.comparison.kept_measures import read_kept
@@ -202,6 +203,8 @@ def test_make_findings_makes_six_methods_and_the_seven_rows_of_the_table() -> No
     assert published.settings == by_label["freespec"].settings
     assert {claim.method for claim in CLAIMS} | {claim.other for claim in CLAIMS} == {variant.label for variant in few}
     assert "--num_seeds 2 --measures docs/findings/videos.jsonl" in shown
+    # The command of a claim on the page is a report on the same videos, if it says what the tables' own says.
+    assert set(REPORT_ONLY.removesuffix("--report runs/claim").split()[1:]) <= {*shown.split()}
     assert (
         "--sampler.num_steps 10 --methods direct,sliding_window,freespec --measures docs/findings/steps.jsonl" in shown
     )

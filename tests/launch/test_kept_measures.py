@@ -131,12 +131,14 @@ def test_measures_of_other_settings_are_not_mixed_in(
     assert f"{path} has 7 measures of each video, and 8 are made of these (what differs: flow_mean)" in refused.error
     odd = [
         lines[1] | {"origin": 7},
+        lines[1] | {"origin": -1},
         lines[1] | {"values": [*lines[1]["values"], 1.0]},
         lines[1] | {"values": ["a"] * 8},
         lines[1] | {"video": ["freelong", 0, 0]},
         lines[1] | {"video": ["direct"]},
     ]
     broken_lines = [as_text([lines[0], line]).encode() for line in odd]
+    broken_lines += [as_text([lines[0] | {name: 3}, lines[1]]).encode() for name in ("settings", "variants", "origins")]
     for broken in (*broken_lines, before[:-20], b'{"a": 1}\n', b"", b"[]\n", bytes(range(128, 255))):
         path.write_bytes(broken)
         refused = compare_in(out="fourth", num_seeds=1, methods="direct")
@@ -180,6 +182,26 @@ def test_two_that_add_to_one_file_wait_for_each_other(
                 adding.result(timeout=0.3)
         adding.result(timeout=60)
     assert [entry.name for entry in path.parent.iterdir()] == ["videos.jsonl"]
+
+
+def test_what_was_read_is_not_written_back_over_what_another_has_measured_meanwhile(
+    compare_in: Compare, no_loading: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert compare_in(num_seeds=1, methods="direct").code == 0
+    path = tmp_path / "kept/videos.jsonl"
+    header, line = (json.loads(text) for text in path.read_text().splitlines())
+    newer = as_text([header, line | {"sha256": "0" * 64}])
+    no_loading()
+
+    def meanwhile(*arguments: Any) -> None:
+        path.write_text(newer)
+        kept_measures.add_kept(*arguments)
+
+    monkeypatch.setattr(report, "add_kept", meanwhile)
+    assert compare_in(out="other", num_seeds=1, methods="direct").code == 0  # its video is kept, and not there
+    assert path.read_text() == newer
+    assert compare_in(num_seeds=1, methods="direct").code == 0  # the control: here it is there, and is measured
+    assert json.loads(path.read_text().splitlines()[1])["sha256"] == line["sha256"]
 
 
 def test_other_versions_and_weights_of_kept_videos_are_told(compare_in: Compare, tmp_path: Path) -> None:
