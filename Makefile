@@ -62,6 +62,8 @@ analyze: setup
 comma := ,
 ROW = $(1)=freespec:configs/ablation/$(2).yaml
 SIX := direct,sliding_window,freenoise,freelong,freepca,freespec
+# The three that bring noise of their own, with the noise that the other three have: freenoise-iid, freelong-iid, freepca-iid.
+IID := freenoise:configs/noise/iid.yaml,freelong:configs/noise/iid.yaml,freepca:configs/noise/iid.yaml
 ROWS := $(call ROW,GB,gb),$(call ROW,LB-fixed,lb_fixed),$(call ROW,RA,ra),$(call ROW,TA,ta),$(call ROW,RA+TA,ra_ta),$(call ROW,F-GR,f_gr)
 TABLES := runs/findings
 SEARCH := runs/calibration
@@ -73,19 +75,20 @@ FINDINGS := $(COMPARE) --model.device $(DEVICE) --num_seeds 2 --measures $(KEPT)
 STEPS := $(COMPARE) --model.device $(DEVICE) --sampler.num_steps 10 --methods direct,sliding_window,freespec --measures $(KEPT)/steps.jsonl --out $(TABLES)/steps
 is_made = test -e $(KEPT)/$(1).jsonl || test -e $(TABLES)/$(2)/comparison.json
 findings: setup $(KEPT)/analysis/report.json
-	$(call in_shards,$(FINDINGS) --methods $(SIX)$(comma)$(ROWS))
+	$(call in_shards,$(FINDINGS) --methods $(SIX)$(comma)$(ROWS)$(comma)$(IID))
 	$(call in_shards,$(STEPS))
 	$(MAKE) findings-page
 
 # The reports on what is made so far, and the page.
 findings-page: setup
 	if $(call is_made,videos,.); then $(FINDINGS) --methods $(SIX) --report_only --report $(TABLES)/methods; fi
+	if $(call is_made,videos,.); then $(FINDINGS) --methods direct,sliding_window,$(IID),freespec --report_only --report $(TABLES)/noise; fi
 	if $(call is_made,videos,.); then $(FINDINGS) --methods $(ROWS),freespec --baseline freespec --report_only --report $(TABLES)/ablation; fi
 	if $(call is_made,steps,steps); then $(STEPS) --report_only; fi
 	$(BIN)/python launch/findings.py --runs $(TABLES) --kept $(KEPT) --page $(PAGE)
 
 $(KEPT)/analysis/report.json: | setup
-	$(ONE_CORE) $(BIN)/python launch/analyze.py --model.device $(DEVICE) --method.name direct --video.num_frames 141 --sampler.num_steps 10 \
+	$(ONE_CORE) $(BIN)/python launch/analyze.py --model.device $(DEVICE) --method.name direct --video.num_frames 141 \
 		--prompt_file configs/prompts/world-heldout-40.txt --num_prompts 20 --num_reconstructed 8 --out $(TABLES)/analysis --output.progress off
 	mkdir -p $(@D) && cp $(TABLES)/analysis/rank-progress.png $(@D) && cp $(TABLES)/analysis/report.json $@
 
@@ -94,7 +97,7 @@ $(KEPT)/analysis/report.json: | setup
 SEARCHED := --num_trials 12 --rounds 4,8 --num_judge_seeds 1
 calibrate: setup
 	$(ONE_CORE) $(BIN)/python launch/calibrate.py --prompt_file configs/prompts/world-calibration-20.txt \
-		--judge_prompt_file configs/prompts/world-heldout-40.txt --model.device $(DEVICE) --sampler.num_steps 10 $(SEARCHED) \
+		--judge_prompt_file configs/prompts/world-heldout-40.txt --model.device $(DEVICE) $(SEARCHED) \
 		--measures $(KEPT)/calibration --out $(SEARCH) --output.progress off
 	cp $(SEARCH)/report.json $(KEPT)/calibration/report.json
 	$(MAKE) findings-page

@@ -14,7 +14,7 @@ from engine.errors import UserError
 from engine.paths import expand
 from launch.calibration.score import PARTS
 from launch.cli import REPOSITORY, Keys, arrange, make_parser, parse
-from launch.comparison.claims import CLAIMS, Answer, Claim, Sign, answers, changes, not_made, read
+from launch.comparison.claims import CLAIMS, Answer, Claim, Sign, answers, changes, not_made, read, remaining
 from launch.comparison.kept_reports import TABLES, Report, read_report, refuse_mixed
 from launch.comparison.markdown import estimate, table, tables
 from launch.comparison.page import number
@@ -30,6 +30,8 @@ REPORT_ONLY = (
     f"python launch/compare.py --model.device cpu --prompt_file {PROMPTS} --num_seeds 2 --measures docs/findings/videos.jsonl "
     "--out runs/findings --report_only --report runs/claim"
 )
+
+SAME_NOISE = "All six methods from the same noise"
 
 LOW_RANK_MEASURES: dict[str, Sign] = {"flow_mean": "less", "flow_strongest": "less", "laplacian_variance": "less"}
 
@@ -81,6 +83,7 @@ def main(argv: list[str]) -> None:
             _low_rank(reports["analysis"]),
             *_claims(reports["methods"]),
             _tables("All six methods", reports["methods"], figures["methods"]),
+            _same_noise(reports["methods"], reports["noise"]),
             _tables(
                 "The ablation: rows of the paper's Table 3 (`freespec` is LB + RA + TA + T-GR)", reports["ablation"]
             ),
@@ -292,12 +295,14 @@ def _count(verdicts: Sequence[str], wanted: str, what: str) -> str:
     return f"In {verdicts.count(wanted)} of {len(verdicts)} {what}: {wanted}{rest}."
 
 
-def _tables(title: str, report: Report | None, clips: str | None = None) -> str:
+def _tables(title: str, report: Report | None, clips: str | None = None, more: str = "") -> str:
     if report is None:
         return f"## {title}\n\nNot measured yet.\n"
     settings = report["comparison"]["settings"]
     lines = [f"## {title}", "", f"{' '.join(report['notes'])} Checkpoint `{settings['checkpoint']}`.", ""]
     lines += [_noises(report["noise"]), ""]
+    if more:
+        lines += [more, ""]
     times = [
         [
             label,
@@ -314,6 +319,24 @@ def _tables(title: str, report: Report | None, clips: str | None = None) -> str:
     return "\n".join(lines)
 
 
+def _same_noise(own: Report | None, same: Report | None) -> str:
+    """The methods with one kind of noise, and what becomes of the differences that they have each with its own."""
+    told = []
+    if own is not None and same is not None and own["baseline"] == same["baseline"]:
+        for label, settings in same["comparison"]["variants"].items():
+            method = settings["method.name"]
+            if method in own["noise"] and label in same["noise"] and own["noise"][method] != same["noise"][label]:
+                counts = remaining(own, method, same, label)
+                found = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count) or "none"
+                told.append(f"`{method}` {sum(counts.values())}: {found}")
+    more = (
+        f"Differences from the baseline that are decided above, and what they are here: {'; '.join(told)}."
+        if told
+        else ""
+    )
+    return _tables(SAME_NOISE, same, more=more)
+
+
 def _noises(noise: dict[str, str]) -> str:
     """Which methods began with which kind of noise, and what that means for a difference."""
     labels = {
@@ -323,8 +346,8 @@ def _noises(noise: dict[str, str]) -> str:
         return f"Initial noise: {next(iter(labels))} for every method."
     told = "; ".join(f"{kind} of {', '.join(found)}" for kind, found in labels.items())
     return (
-        f"Initial noise: {told}. A difference between methods of two kinds is one of noise as well; "
-        "`--sampler.noise iid` gives all the same."
+        f"Initial noise: {told}. A difference between methods of two kinds is one of noise as well: "
+        f'"{SAME_NOISE}" has all from the same.'
     )
 
 

@@ -200,6 +200,20 @@ def changes(tables: Mapping[str, Any], rerun: Mapping[str, Any]) -> list[Change]
     return found
 
 
+def remaining(own: Mapping[str, Any], label: str, other: Mapping[str, Any], other_label: str) -> dict[str, int]:
+    """How the differences of `label` from the baseline that are decided in one report read for `other_label` in another of the same baseline."""
+    there = {row["metric"]: row for row in other["summary"] if row["label"] == other_label}
+    counts = {"decided with the same sign": 0, "with the opposite sign": 0, "not decided": 0}
+    for row in own["summary"]:
+        if row["label"] == label and row["differs"] and row["metric"] in there:
+            found = there[row["metric"]]
+            same = found["difference"]["mean"] * row["difference"]["mean"] > 0 if found["differs"] else None
+            counts[
+                {True: "decided with the same sign", False: "with the opposite sign", None: "not decided"}[same]
+            ] += 1
+    return counts
+
+
 def _units(report: Mapping[str, Any]) -> dict[str, str]:
     """The measures of a report, with their units."""
     return {row["metric"]: row["unit"] for row in report["summary"]}

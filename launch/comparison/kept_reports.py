@@ -10,7 +10,7 @@ from engine.errors import UserError
 from launch.comparison.variants import flatten
 
 Report = dict[str, Any]
-TABLES = ("methods", "ablation", "steps")
+TABLES = ("methods", "noise", "ablation", "steps")
 """Reports of compare.py; the others are `analysis` and `calibration`, of the commands that are called alike."""
 
 _STEPS = "sampler.num_steps"

@@ -159,7 +159,7 @@ def test_ranks_are_arranged_for_the_method_that_the_fewest_layouts_serve(tmp_pat
 @pytest.mark.parametrize("part", ["search", "judged"])
 def test_what_the_repository_keeps_of_the_search_is_of_today_s_settings(tmp_path: Path, part: Part) -> None:
     """Or `make calibrate` would refuse it: settings, lists of values, their draw, weights and measures must be those."""
-    (variant,) = read("freespec", "--sampler.num_steps=10", "--model.device=cpu")
+    (variant,) = read("freespec", "--model.device=cpu")
     folder = REPOSITORY / "docs/findings/calibration"
     report = json.loads((folder / "report.json").read_text())
     trials = draw_trials(12, 0, dataclasses.asdict(variant.config.method.freespec))
@@ -168,7 +168,7 @@ def test_what_the_repository_keeps_of_the_search_is_of_today_s_settings(tmp_path
         folder=tmp_path,
         config=variant.config,
         trials=trials,
-        num_steps={"search": 10, "judged": 10},
+        num_steps={"search": 20, "judged": 20},
         num_seeds={"search": 1, "judged": 1},
         kept_folder=folder,
     )
@@ -184,14 +184,20 @@ def test_what_the_repository_keeps_of_the_search_is_of_today_s_settings(tmp_path
 def test_make_findings_makes_six_methods_and_the_seven_rows_of_the_table() -> None:
     """The committed command itself, as make would run it; the last row is freespec and is not made twice."""
     shown, lists = lists_of_findings()
-    made, few, methods, rows, again = (read(text) for text, _ in lists)
-    assert [option for _, option in lists] == ["--shard", "--measures", "--report_only", "--baseline", "--measures"]
+    made, few, methods, same, rows, again = (read(text) for text, _ in lists)
+    options = ["--shard", "--measures", "--report_only", "--report_only", "--baseline", "--measures"]
+    assert [option for _, option in lists] == options
     assert [variant.settings for variant in again] == [variant.settings for variant in few]
     assert [variant.label for variant in methods] == list(METHODS)
     assert [variant.label for variant in rows] == list(ROWS)
-    assert [variant.label for variant in made] == [*METHODS, *(label for label in ROWS if label != "freespec")]
+    of_iid = [variant.label for variant in same if variant.label not in METHODS]
+    assert [variant.label for variant in made] == [*METHODS, *(label for label in ROWS if label != "freespec"), *of_iid]
+    # The same six methods, all from the draw itself.
+    assert [variant.config.method.name for variant in same] == list(METHODS)
+    assert of_iid == ["freenoise-iid", "freelong-iid", "freepca-iid"]
+    assert {variant.config.noise[0] for variant in same} == {"iid"}
     by_label = {variant.label: variant for variant in made}
-    for variant in [*methods, *rows, *few]:
+    for variant in [*methods, *same, *rows, *few]:
         assert variant.settings == by_label[variant.label].settings
     switches = ("basis", "rank", "time", "residual")
     for row in rows:
@@ -208,7 +214,11 @@ def test_make_findings_makes_six_methods_and_the_seven_rows_of_the_table() -> No
     assert (
         "--sampler.num_steps 10 --methods direct,sliding_window,freespec --measures docs/findings/steps.jsonl" in shown
     )
-    # Of somebody else's own, nothing is taken from the repository.
+    assert "world-heldout-40.txt" in shown
+    assert rows[0].config.sampler.num_steps == 20
+
+
+def test_tables_and_search_of_your_own_take_nothing_from_the_repository() -> None:
     places = {"KEPT": "runs/again/kept", "TABLES": "runs/again", "SEARCH": "runs/again/search", "PAGE": "runs/again.md"}
     own = ["make", "-n", "findings", "calibrate", *(f"{name}={place}" for name, place in places.items())]
     anew = subprocess.run(own, check=True, capture_output=True, text=True, cwd=REPOSITORY).stdout
@@ -216,17 +226,16 @@ def test_make_findings_makes_six_methods_and_the_seven_rows_of_the_table() -> No
     pages = re.findall(r"launch/findings\.py (.*)", anew)
     assert pages == ["--runs runs/again --kept runs/again/kept --page runs/again.md"] * 2
     # Nor is anything reported that was not made.
-    assert anew.count("if test -e runs/again/kept/videos.jsonl || test -e runs/again/./comparison.json; then") == 4
+    assert anew.count("if test -e runs/again/kept/videos.jsonl || test -e runs/again/./comparison.json; then") == 6
     assert "cp runs/again/search/report.json runs/again/kept/calibration/report.json" in anew
     assert "launch/analyze.py" in anew
-    # A search is made and judged with half of the steps that the tables have.
+    # A search is made and judged with the steps that the tables have, and so are the spectra.
+    assert "--sampler.num_steps" not in next(line for line in anew.splitlines() if "launch/analyze.py" in line)
     searched = subprocess.run(
         ["make", "-n", "calibrate"], check=True, capture_output=True, text=True, cwd=REPOSITORY
     ).stdout
-    assert "--sampler.num_steps 10 --num_trials 12 --rounds 4,8 --num_judge_seeds 1" in searched
+    assert "--model.device cpu --num_trials 12 --rounds 4,8 --num_judge_seeds 1" in searched
     assert "--measures docs/findings/calibration" in searched
     # The page is of all reports, also in a clone that has the kept measures alone.
     assert "--measures docs/findings/videos.jsonl --out runs/findings" in searched
     assert "--search_num_steps" not in searched
-    assert "world-heldout-40.txt" in shown
-    assert rows[0].config.sampler.num_steps == 20

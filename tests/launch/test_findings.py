@@ -11,7 +11,7 @@ import pytest
 
 from freespec.methods import METHODS
 from launch.commands import findings
-from launch.comparison.claims import CLAIMS, Claim, answers, changes, not_made, read
+from launch.comparison.claims import CLAIMS, Claim, answers, changes, not_made, read, remaining
 from launch.comparison.measure import units
 from metrics.bootstrap import Estimate
 from tests.launch.conftest import Run
@@ -275,7 +275,7 @@ def test_a_calibration_that_is_not_supported_leaves_the_defaults(write: Callable
 
 def test_a_page_of_nothing_says_so_and_counts_what_needs_no_report(write: Callable[..., str]) -> None:
     page = write()
-    assert page.count("Not measured yet") == 7
+    assert page.count("Not measured yet") == 8
     # tests/freespec/test_schedule.py has the timesteps of these shifts.
     assert "split 0.5 fuses of 50 steps 84 % at shift 5, 90 % at shift 8, and " in page
     assert "128 of a head of Wan" in page
@@ -285,7 +285,7 @@ def test_a_page_of_nothing_says_so_and_counts_what_needs_no_report(write: Callab
 def test_the_page_says_first_what_is_not_made_yet(write: Callable[..., str]) -> None:
     whole = report_of({"speed": {"direct": 2.0, "freespec": 1.0}}, ("direct", "freespec"))
     part = whole | {"pairs": {"made": 6, "asked": 16}}
-    rest = "nothing is measured of `steps`, `analysis`, `calibration`."
+    rest = "nothing is measured of `noise`, `steps`, `analysis`, `calibration`."
     assert f"**Not all is measured yet**: {rest}" in write(methods=whole, ablation=whole)
     assert f"**Not all is measured yet**: `ablation` stands on 6 of 16 pairs of prompt and seed; {rest}" in write(
         methods=whole, ablation=part
@@ -306,6 +306,31 @@ def test_a_claim_on_what_was_not_made_is_not_undecided(write: Callable[..., str]
     assert "Initial noise: iid for every method." in write(methods=same)
     alone = report_of({"speed": {"direct": 2.0}}, ("direct",))
     assert "Not made: the two reports have no prompt with two methods" in write(steps=alone)
+
+
+def test_what_a_method_s_own_noise_has_to_do_with_its_differences(write: Callable[..., str]) -> None:
+    names = ("speed", "flow_mean", "laplacian_variance", "repetition")
+    own = report_of({name: {"direct": 1.0, "freelong": 2.0} for name in names}, ("direct", "freelong"))
+    same = report_of({name: {"direct": 1.0, "freelong-iid": 2.0} for name in names}, ("direct", "freelong-iid"))
+    own["noise"]["freelong"] = "freenoise"
+    same["comparison"]["variants"]["freelong-iid"]["method.name"] = "freelong"
+
+    def differ(report: dict[str, Any], *differences: float | None) -> None:
+        rows = [row for row in report["summary"] if row["label"] != "direct"]
+        for row, difference in zip(rows, differences, strict=True):
+            row["differs"] = difference is not None
+            row["difference"] = {"mean": difference or 0.1, "low": None, "high": None, "count": 8}
+
+    differ(own, -1.0, 1.0, 2.0, None)
+    differ(same, -0.5, -1.0, None, 3.0)
+    counts = {"decided with the same sign": 1, "with the opposite sign": 1, "not decided": 1}
+    assert remaining(own, "freelong", same, "freelong-iid") == counts
+    told = "`freelong` 3: 1 decided with the same sign, 1 with the opposite sign, 1 not decided."
+    page = write(methods=own, noise=same)
+    assert f"Differences from the baseline that are decided above, and what they are here: {told}" in page
+    assert 'of two kinds is one of noise as well: "All six methods from the same noise" has' in page
+    # From another baseline they are other differences.
+    assert told not in write(noise=same | {"baseline": "freelong-iid"})
 
 
 def other_settings(report: dict[str, Any], **settings: Any) -> dict[str, Any]:
@@ -344,7 +369,7 @@ def test_a_plot_that_lies_beside_the_page_is_not_copied(run: Callable[..., Run],
     assert not (tmp_path / "docs/figures").exists()
 
 
-@pytest.mark.parametrize("name", ["methods", "ablation", "steps", "analysis", "calibration"])
+@pytest.mark.parametrize("name", ["methods", "noise", "ablation", "steps", "analysis", "calibration"])
 def test_mistakes_are_one_line(
     put: Callable[..., None], findings_of: Callable[[], Run], tmp_path: Path, name: str
 ) -> None:
