@@ -150,14 +150,15 @@ def _possible_degrees(config: RunConfig, spec: ModelSpec, world: int, fixed: Fix
         return SequencePlan(tokens=tokens, heads=spec.heads, ring=degrees[1], ulysses=degrees[2])
 
     every, possible = degrees_of(world, ()), degrees_of(world)
+    served = [degrees for degrees in possible if provider.reason(plan_of(degrees)) is None]
     if not every:
         raise UserError(f"{tokens} tokens cannot be split over {world} ranks; start fewer ranks")
-    wanted = [degrees for degrees in possible if keeps(degrees, fixed) and provider.reason(plan_of(degrees)) is None]
+    wanted = [degrees for degrees in served if keeps(degrees, fixed)]
     if wanted:
         return wanted
     for degrees in every:
         if keeps(degrees, fixed):  # it is the method that cannot have them
-            check_layout(name, method, degrees)
+            check_layout(name, method, degrees, served)
     provider.check(world, fixed, degrees_of=degrees_of, plan_of=plan_of)
     asked = ", ".join(
         f"{axis} {degree}" for axis, degree in zip(("cfg", "ring", "ulysses"), fixed, strict=True) if degree

@@ -14,14 +14,20 @@ def refused_axes(refused: Collection[str], degrees: Degrees) -> list[str]:
     return [axis for axis, degree in (("ring", ring), ("ulysses", ulysses)) if degree > 1 and axis in refused]
 
 
-def check_layout(name: str, method: Method, degrees: Degrees) -> None:
-    """Raise UserError for degrees that the method cannot have: the reason, and the nearest layout that works."""
+def check_layout(name: str, method: Method, degrees: Degrees, possible: Collection[Degrees] | None = None) -> None:
+    """Raise UserError for degrees that the method cannot have: the reason, and the nearest layout that works.
+
+    Of `possible` alone, if given: what the provider can have too.
+    """
     reasons = method.refused_axes
     axes = refused_axes(reasons, degrees)
     if not axes:
         return
     why = " and ".join(f"{axis} must be 1, as {reasons[axis]}" for axis in axes)
     nearest = nearest_layout(reasons, degrees)
+    if possible is not None and nearest not in possible:
+        cfg = degrees[0]
+        nearest = min(possible, key=lambda each: (abs(each[0] - cfg), each), default=None)
     advice = (
         "use cfg alone, or one rank" if nearest is None else f"the nearest layout that works is {describe(nearest)}"
     )

@@ -122,6 +122,22 @@ def test_nearest_layouts() -> None:
         check_layout("x", AllHeads(heads_only=True), (2, 2, 3))
 
 
+def test_the_nearest_layout_is_one_that_the_provider_can_have_too(folder: Path) -> None:
+    """Four heads on three ranks are uneven shares, which DeepSpeed cannot have; on eight ranks it needs cfg 2."""
+    cases = {
+        (3, "torch"): "the nearest layout that works is cfg 1 x ring 1 x ulysses 3",
+        (3, "deepspeed"): "use cfg alone, or one rank",
+        (8, "torch"): "the nearest layout that works is cfg 1 x ring 1 x ulysses 8",
+        (8, "deepspeed"): "the nearest layout that works is cfg 2 x ring 1 x ulysses 4",
+    }
+    for (world, provider), advice in cases.items():
+        config = config_of(folder, "freelong", ring=world)
+        config = replace(config, parallel=replace(config.parallel, provider=provider))
+        with pytest.raises(UserError) as refused:
+            choose_degrees(config, read_model(config.model), world, None)
+        assert str(refused.value).endswith(f"; {advice}")
+
+
 def test_which_methods_can_split_tokens() -> None:
     assert {name for name in METHODS if make_method(name).refused_axes} == RING_ONLY_ONE
     assert not make_method("freenoise", attention="window").refused_axes
