@@ -81,10 +81,10 @@ findings: setup $(KEPT)/analysis/report.json
 
 # The reports on what is made so far, and the page.
 findings-page: setup
-	if $(call is_made,videos,.); then $(FINDINGS) --methods $(SIX) --report_only --report $(TABLES)/methods; fi
-	if $(call is_made,videos,.); then $(FINDINGS) --methods direct,sliding_window,$(IID),freespec --report_only --report $(TABLES)/noise; fi
-	if $(call is_made,videos,.); then $(FINDINGS) --methods $(ROWS),freespec --baseline freespec --report_only --report $(TABLES)/ablation; fi
-	if $(call is_made,steps,steps); then $(STEPS) --report_only; fi
+	if $(call is_made,videos,.); then $(FINDINGS) --methods $(SIX) --report_only --report_if_any --report $(TABLES)/methods; fi
+	if $(call is_made,videos,.); then $(FINDINGS) --methods direct,sliding_window,$(IID),freespec --report_only --report_if_any --report $(TABLES)/noise; fi
+	if $(call is_made,videos,.); then $(FINDINGS) --methods $(ROWS),freespec --baseline freespec --report_only --report_if_any --report $(TABLES)/ablation; fi
+	if $(call is_made,steps,steps); then $(STEPS) --report_only --report_if_any; fi
 	$(BIN)/python launch/findings.py --runs $(TABLES) --kept $(KEPT) --page $(PAGE)
 
 $(KEPT)/analysis/report.json: | setup

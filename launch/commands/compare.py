@@ -17,7 +17,7 @@ from launch.commands.generate import read_prompts
 from launch.comparison.checks import check_output, check_seeds
 from launch.comparison.kept_measures import check_kept, measure_every
 from launch.comparison.make import check_variants, make_missing, missing_videos
-from launch.comparison.report import write_report
+from launch.comparison.report import NothingToReportError, write_report
 from launch.comparison.store import Comparison
 from launch.comparison.variants import read_variants
 from launch.outputs import check_outputs
@@ -67,11 +67,15 @@ def main(argv: list[str]) -> None:
     comparison.check()
     check_kept(comparison)
     _check_report(folder)
-    print(
-        _unless_stopped(
+    try:
+        told = _unless_stopped(
             comparison, lambda: write_report(comparison, folder=folder, baseline=baseline, progress=progress)
         )
-    )
+    except NothingToReportError as error:
+        if not namespace.report_if_any:
+            raise
+        told = str(error)
+    print(told)
 
 
 def make_videos(comparison: Comparison, shard: Shard, *, report: Path, verbose: bool) -> None:
@@ -145,6 +149,9 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=str, default="runs/compare", help="folder of the videos and the report")
     parser.add_argument("--baseline", type=str, help="method that differences are from (default: the first)")
     parser.add_argument("--report_only", type=bool, default=False, help="make no video; report on those that are there")
+    parser.add_argument(
+        "--report_if_any", type=bool, default=False, help="it is no error if no prompt has a video of every method yet"
+    )
     parser.add_argument(
         "--report", type=str, help="folder of the report, such as one on some of the methods (default: --out)"
     )

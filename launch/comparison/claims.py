@@ -35,12 +35,17 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One measure of a claim: the difference method - other, and how it reads."""
+    """One measure of a claim: the difference method - other, and how it reads.
+
+    Attributes:
+        agreeing: prompts whose own difference has the sign of the mean: a mean that few prompts decide has half of them or less.
+    """
 
     metric: str
     unit: str
     sign: Sign
     difference: Estimate
+    agreeing: int
     verdict: Verdict
 
 
@@ -131,7 +136,16 @@ def answers(claim: Claim, report: Mapping[str, Any]) -> list[Answer]:
             values, others = (_by_prompt(report, label, metric) for label in (claim.method, claim.other))
             difference = paired_interval(values, others)
             verdict = read(difference, sign)
-            found.append(Answer(metric=metric, unit=units[metric], sign=sign, difference=difference, verdict=verdict))
+            found.append(
+                Answer(
+                    metric=metric,
+                    unit=units[metric],
+                    sign=sign,
+                    difference=difference,
+                    agreeing=int(np.sum((values - others) * difference.mean > 0)),
+                    verdict=verdict,
+                )
+            )
     return found
 
 
@@ -164,12 +178,7 @@ def changes(tables: Mapping[str, Any], rerun: Mapping[str, Any]) -> list[Change]
 
     That is methods, measures, and pairs of prompt and seed; a prompt without a value in one of the four counts in none.
     """
-    pairs = [{(each["prompt_index"], each["seed"]) for each in report["videos"]} for report in (tables, rerun)]
-    both = pairs[0] & pairs[1]
-    tables, rerun = (
-        {**report, "videos": [each for each in report["videos"] if (each["prompt_index"], each["seed"]) in both]}
-        for report in (tables, rerun)
-    )
+    tables, rerun = _of_shared_pairs(tables, rerun)
     units = {metric: unit for metric, unit in _units(rerun).items() if metric in _units(tables)}
     labels = _labels(tables) & _labels(rerun)
     asked = dict.fromkeys(
@@ -200,18 +209,50 @@ def changes(tables: Mapping[str, Any], rerun: Mapping[str, Any]) -> list[Change]
     return found
 
 
-def remaining(own: Mapping[str, Any], label: str, other: Mapping[str, Any], other_label: str) -> dict[str, int]:
-    """How the differences of `label` from the baseline that are decided in one report read for `other_label` in another of the same baseline."""
-    there = {row["metric"]: row for row in other["summary"] if row["label"] == other_label}
-    counts = {"decided with the same sign": 0, "with the opposite sign": 0, "not decided": 0}
-    for row in own["summary"]:
-        if row["label"] == label and row["differs"] and row["metric"] in there:
-            found = there[row["metric"]]
-            same = found["difference"]["mean"] * row["difference"]["mean"] > 0 if found["differs"] else None
-            counts[
-                {True: "decided with the same sign", False: "with the opposite sign", None: "not decided"}[same]
-            ] += 1
-    return counts
+@dataclass(frozen=True, kw_only=True)
+class NoiseEffect:
+    """What a method's own initial noise changes in one measure: with it - with the noise of the others, paired by prompt."""
+
+    method: str
+    metric: str
+    unit: str
+    difference: Estimate
+
+    @property
+    def differs(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return _decided(self.difference)
+
+
+def noise_effects(own: Mapping[str, Any], same: Mapping[str, Any]) -> list[NoiseEffect]:
+    """Of each method of `own` that has another kind of noise in `same`: its measures there and here, on what both reports have."""
+    own, same = _of_shared_pairs(own, same)
+    units = {metric: unit for metric, unit in _units(own).items() if metric in _units(same)}
+    found = []
+    for label, settings in same["comparison"]["variants"].items():
+        method = settings["method.name"]
+        if label in _labels(same) and method in _labels(own) and own["noise"][method] != same["noise"][label]:
+            found += [
+                NoiseEffect(
+                    method=method,
+                    metric=metric,
+                    unit=unit,
+                    difference=paired_interval(_by_prompt(own, method, metric), _by_prompt(same, label, metric)),
+                )
+                for metric, unit in units.items()
+            ]
+    return found
+
+
+def _of_shared_pairs(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two reports with the videos of those pairs of prompt and seed alone that both have."""
+    pairs = [{(each["prompt_index"], each["seed"]) for each in report["videos"]} for report in (first, second)]
+    both = pairs[0] & pairs[1]
+    kept = [
+        {**report, "videos": [each for each in report["videos"] if (each["prompt_index"], each["seed"]) in both]}
+        for report in (first, second)
+    ]
+    return kept[0], kept[1]
 
 
 def _units(report: Mapping[str, Any]) -> dict[str, str]:

@@ -17,6 +17,7 @@ _STEPS = "sampler.num_steps"
 _SETTINGS = tuple(f"comparison/settings/{key}" for key in ("checkpoint", "video.num_frames", _STEPS))
 _OF_TABLES = (
     "comparison/variants",
+    "comparison/prompts",
     "pairs/made",
     "pairs/asked",
     "notes",
@@ -52,9 +53,10 @@ def read_report(path: Path, name: str) -> Report | None:
 
 
 def refuse_mixed(reports: Mapping[str, Report | None], files: Mapping[str, Path]) -> None:
-    """Raise UserError, naming two files, if the reports are of different weights, or tables of different settings.
+    """Raise UserError, naming two files, if the reports are of different weights, or tables of different settings or prompts.
 
-    What may differ between tables is the number of steps, which is what `steps` is for, and which variants they are on.
+    What may differ between tables is the number of steps, which is what `steps` is for, which variants they are on, and how
+    many of the prompts: videos are paired by their places in the list.
     """
     there = [(name, report) for name, report in reports.items() if report is not None]
     for (one, first), (other, second) in itertools.combinations(there, 2):
@@ -68,6 +70,15 @@ def refuse_mixed(reports: Mapping[str, Report | None], files: Mapping[str, Path]
                 f"{files[one]} and {files[other]} are of different runs: {key} is {before[key]} in the first and "
                 f"{now[key]} in the second; make one of them again"
             )
+        if {one, other} <= {*TABLES}:
+            for number, prompts in enumerate(
+                zip(*(report["comparison"]["prompts"] for report in (first, second)), strict=False)
+            ):
+                if prompts[0] != prompts[1]:
+                    raise UserError(
+                        f"{files[one]} and {files[other]} are of different prompts: number {number} is {prompts[0]!r} in the first "
+                        f"and {prompts[1]!r} in the second; make one of them again"
+                    )
 
 
 def _decisive(report: Report, *, both_tables: bool) -> dict[str, Any]:

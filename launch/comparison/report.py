@@ -32,10 +32,14 @@ _CLIP_TITLES = {
 SHOWN_VALUES = 4
 
 
+class NothingToReportError(UserError):
+    """No prompt and seed has a video of every method yet."""
+
+
 def write_report(comparison: Comparison, *, folder: Path, baseline: str, progress: bool) -> str:
     """Measure what is there, keep the measures, and write the report into `folder`; returns a line that says what it stands on.
 
-    Files are named relative to that folder, so that both may be moved together. Compared are the prompts and seeds that every variant has a video of; UserError if there are none yet.
+    Files are named relative to that folder, so that both may be moved together. Compared are the prompts and seeds that every variant has a video of; NothingToReportError if there are none yet.
     """
     reason = not_world(comparison)
     clip_frames = native_frames(comparison)
@@ -44,7 +48,7 @@ def write_report(comparison: Comparison, *, folder: Path, baseline: str, progres
     add_kept(comparison, found)
     measured = comparable(found, labels)
     if not measured:
-        raise UserError(
+        raise NothingToReportError(
             f"{comparison.folder} has no prompt and seed with a video of every method yet; nothing to report"
         )
     rows = summarise(measured, labels, units(world=reason is None), baseline)

@@ -223,6 +223,11 @@ def test_a_checkpoint_is_what_is_loaded_of_its_folder(folder: Path, tmp_path: Pa
     assert describe_weights(ModelConfig(path=str(copied)))["sha256"] == said
     config = copied / "scheduler/scheduler_config.json"
     config.write_text(config.read_text() + "\n")
+    seen = {before, print_of()}
+    for name in ("spiece.model", "merges.txt"):  # of the tokenizers of others
+        (copied / "tokenizer" / name).write_text("another")
+        seen.add(print_of())
+    assert len(seen) == 4
     assert print_of() != before
 
 

@@ -182,6 +182,21 @@ def test_a_search_from_start_to_judgement(
     assert "no trial was better than the settings that the search began with" in calibrate_in().out
 
 
+def test_trials_have_the_steps_of_the_judgement_unless_told_otherwise(
+    calibrate_in: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def plan(*, num_steps: dict[str, int], **others: object) -> None:
+        seen.append(num_steps)
+        raise UserError("seen")
+
+    monkeypatch.setattr(calibrate, "CalibrationPlan", plan)
+    assert calibrate_in(search_num_steps=None).error
+    assert calibrate_in().error
+    assert seen == [{"search": 3, "judged": 3}, {"search": 2, "judged": 3}]
+
+
 def check_kept(calibrate_in: Callable[..., Run], out: Path, kept: Path) -> None:
     """Without its videos the search finds the same, and makes none again."""
     before = (out / "report.json").read_text()

@@ -11,7 +11,7 @@ import pytest
 
 from freespec.methods import METHODS
 from launch.commands import findings
-from launch.comparison.claims import CLAIMS, Claim, answers, changes, not_made, read, remaining
+from launch.comparison.claims import CLAIMS, Claim, answers, changes, noise_effects, not_made, read
 from launch.comparison.measure import units
 from metrics.bootstrap import Estimate
 from tests.launch.conftest import Run
@@ -19,7 +19,13 @@ from tests.launch.conftest import Run
 CLAIM = Claim(
     title="t", text="x.", method="a", other="b", measures={"up": "more", "down": "less", "none": "more"}, why_not=""
 )
-SETTINGS = {"checkpoint": "abc", "video.num_frames": 129, "sampler.num_steps": 20, "method.name": "direct"}
+SETTINGS = {
+    "checkpoint": "abc",
+    "video.num_frames": 129,
+    "sampler.num_steps": 20,
+    "method.name": "direct",
+    "device": "cpu",
+}
 NOTHING = {"mean": None, "low": None, "high": None, "count": 0}
 
 
@@ -51,7 +57,11 @@ def report_of(values: dict[str, dict[str, float]], labels: tuple[str, str]) -> d
         label: {"denoise": 1.0, "decode": 0.5, "steps": {"dual": {"median": 0.1, "per_run": 20}}} for label in labels
     }
     return {
-        "comparison": {"settings": dict(SETTINGS), "variants": {label: {"method.name": label} for label in labels}},
+        "comparison": {
+            "settings": dict(SETTINGS),
+            "prompts": [*"abcdefgh"],
+            "variants": {label: {"method.name": label} for label in labels},
+        },
         "pairs": {"made": 16, "asked": 16},
         "noise": dict.fromkeys(labels, "iid"),
         "summary": summary,
@@ -107,7 +117,7 @@ def analysis_of(difference: float, low_rank_change: float = -0.5) -> dict[str, A
     low_rank = [
         {"ratio": ratio, "metric": name, "unit": "px", "mean": ratio, "error": 0.1, "prompts": 8}
         | {"difference": change, "low": change - 0.1, "high": change + 0.1}
-        for ratio, change in ((1.0, 0.0), (0.25, low_rank_change))
+        for ratio, change in ((1.0, 0.0), (0.5, -low_rank_change), (0.25, low_rank_change))
         for name in ("flow_mean", "flow_strongest", "laplacian_variance", "interpolation_error")
     ]
     told = {"stages": stages, "heads_that_fall": 0.75}
@@ -159,7 +169,7 @@ def test_the_page_says_what_the_numbers_say(write: Callable[..., str], tmp_path:
     assert "in 75 % of the heads" in page
     assert "Where it does not fall" not in page
     assert "| late | 0.90 | 4 x | 9 [8, 10] | 8 [8, 10] | −1 [−1.1, −0.9] | falls |" in page
-    assert "| `flow_mean` (px) | less | 1 | −0.5 [−0.6, −0.4] | as the paper says |" in page
+    assert "| `flow_mean` (px) | less | 1 | +0.5 [+0.4, +0.6] | −0.5 [−0.6, −0.4] | as the paper says |" in page
     assert "8 of the prompts above" in page
     assert "In 3 of 3 of the measures: as the paper says." in page
     assert "Where it is not weaker" not in page
@@ -186,7 +196,7 @@ def test_the_page_says_what_the_numbers_say(write: Callable[..., str], tmp_path:
     report["videos"] += [each | {"label": "freespec"} for each in copy.deepcopy(report["videos"][:16])]
     page = write(methods=report)
     assert "In 1 of 2 of the measures: as the paper says, 1 the opposite." in page
-    assert "| `laplacian_variance` (px) | less | −2 [−2, −2] | as the paper says |" in page
+    assert "| `laplacian_variance` (px) | less | −2 [−2, −2] | 8 of 8 | as the paper says |" in page
     assert "these are the reasons to think of besides those of its section" in page
     by_title = {claim.title: claim for claim in CLAIMS}
     assert by_title["Over-smoothing of `direct`"].why_not in page
@@ -308,29 +318,27 @@ def test_a_claim_on_what_was_not_made_is_not_undecided(write: Callable[..., str]
     assert "Not made: the two reports have no prompt with two methods" in write(steps=alone)
 
 
-def test_what_a_method_s_own_noise_has_to_do_with_its_differences(write: Callable[..., str]) -> None:
-    names = ("speed", "flow_mean", "laplacian_variance", "repetition")
-    own = report_of({name: {"direct": 1.0, "freelong": 2.0} for name in names}, ("direct", "freelong"))
-    same = report_of({name: {"direct": 1.0, "freelong-iid": 2.0} for name in names}, ("direct", "freelong-iid"))
+def test_what_a_method_s_own_noise_changes(write: Callable[..., str]) -> None:
+    """Paired by prompt, on the pairs of prompt and seed that both reports have, against the same method without it."""
+    values = {"speed": {"direct": 1.0, "freelong": 2.5}, "flow_mean": {"direct": 1.0, "freelong": 2.0}}
+    own = report_of(values, ("direct", "freelong"))
     own["noise"]["freelong"] = "freenoise"
+    values = {name: {"direct": 9.0, "freelong-iid": 2.0} for name in ("flow_mean", "speed", "repetition")}
+    same = report_of(values, ("direct", "freelong-iid"))
     same["comparison"]["variants"]["freelong-iid"]["method.name"] = "freelong"
-
-    def differ(report: dict[str, Any], *differences: float | None) -> None:
-        rows = [row for row in report["summary"] if row["label"] != "direct"]
-        for row, difference in zip(rows, differences, strict=True):
-            row["differs"] = difference is not None
-            row["difference"] = {"mean": difference or 0.1, "low": None, "high": None, "count": 8}
-
-    differ(own, -1.0, 1.0, 2.0, None)
-    differ(same, -0.5, -1.0, None, 3.0)
-    counts = {"decided with the same sign": 1, "with the opposite sign": 1, "not decided": 1}
-    assert remaining(own, "freelong", same, "freelong-iid") == counts
-    told = "`freelong` 3: 1 decided with the same sign, 1 with the opposite sign, 1 not decided."
+    for each in same["videos"]:
+        if (each["prompt_index"], each["seed"]) == (3, 1):  # not in the other report: it would move the mean
+            each["seed"] = 5
+            each["values"]["speed"] = 100.0
+    found = {each.metric: each for each in noise_effects(own, same)}
+    assert found.keys() == {"speed", "flow_mean"}  # of what both measured, and of no method whose noise is one
+    assert found["speed"].method == "freelong"
+    assert (found["speed"].difference.mean, found["speed"].difference.count) == (0.5, 8)
+    assert (found["speed"].differs, found["flow_mean"].differs) == (True, False)
     page = write(methods=own, noise=same)
-    assert f"Differences from the baseline that are decided above, and what they are here: {told}" in page
-    assert 'of two kinds is one of noise as well: "All six methods from the same noise" has' in page
-    # From another baseline they are other differences.
-    assert told not in write(noise=same | {"baseline": "freelong-iid"})
+    assert "In 1 of 2 the interval leaves out 0" in page
+    assert "| `speed` (px) | **+0.5 [+0.5, +0.5]** |\n| `flow_mean` (px) | 0 [0, 0] |" in page
+    assert page.count("| direct | 1 | 0.5 |") == 1  # no second table of times
 
 
 def other_settings(report: dict[str, Any], **settings: Any) -> dict[str, Any]:
@@ -354,6 +362,26 @@ def test_reports_of_different_runs_are_not_mixed(put: Callable[..., None], findi
     tables["comparison"]["variants"]["freespec"]["method.freespec.alpha"] = 5.0
     put(methods=tables, ablation=changed)
     assert "freespec.method.freespec.alpha is 5.0 in the first and 2.0 in the second" in findings_of().error
+
+
+def test_tables_of_other_prompts_are_not_paired(put: Callable[..., None], findings_of: Callable[[], Run]) -> None:
+    tables = report_of({"speed": {"direct": 2.0, "freespec": 1.0}}, ("direct", "freespec"))
+    fewer = tables | {"comparison": tables["comparison"] | {"prompts": [*"abc"]}}
+    put(methods=tables, ablation=fewer)
+    assert findings_of().code == 0
+    put(ablation=tables | {"comparison": tables["comparison"] | {"prompts": [*"abX"]}})
+    error = findings_of().error
+    assert "ablation/report.json are of different prompts: number 2 is 'c' in the first and 'X' in the second" in error
+
+
+def test_agreeing_prompts_are_counted_beside_a_mean_that_few_decide() -> None:
+    report = report_of({"up": {"a": 0.0, "b": 0.0}}, ("a", "b"))
+    for each in report["videos"]:
+        if each["label"] == "a" and each["values"]["up"] is not None:
+            each["values"]["up"] += 100.0 if each["prompt_index"] == 0 else -1.0 if each["prompt_index"] < 3 else 0.0
+    (answer,) = answers(CLAIM, report)
+    assert answer.difference.mean > 0
+    assert (answer.agreeing, answer.difference.count) == (1, 8)
 
 
 def test_a_plot_that_lies_beside_the_page_is_not_copied(run: Callable[..., Run], tmp_path: Path) -> None:
