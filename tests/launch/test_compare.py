@@ -188,7 +188,7 @@ def test_what_is_there_is_not_made_again_and_may_be_widened(
     # A narrower command does not make the folder forget what it holds.
     assert compare_in(num_seeds=1, methods="sliding_window").code == 0
     (tmp_path / "others.txt").write_text("a red circle\na green star\n")
-    others = compare_in(num_seeds=1, methods="sliding_window", prompt_file=tmp_path / "others.txt", prompt=None)
+    others = compare_in("--prompt_file", tmp_path / "others.txt", num_seeds=1, methods="sliding_window")
     assert "prompt 1 was a blue star, now a green star" in others.error
 
     # A file that was changed afterwards is not measured as if it were the one made.
