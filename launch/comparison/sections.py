@@ -279,8 +279,8 @@ def _noises(noise: dict[str, str]) -> str:
         return f"Initial noise: {next(iter(labels))} for every method."
     told = "; ".join(f"{kind} of {', '.join(found)}" for kind, found in labels.items())
     return (
-        f"Initial noise: {told}. A difference between methods of two kinds is one of noise as well: "
-        f'"{SAME_NOISE}" has all from the same.'
+        f"Initial noise: {told}. A difference between methods of two kinds is one of noise as well; "
+        "`--sampler.noise iid` gives all the same."
     )
 
 
