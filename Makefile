@@ -85,6 +85,7 @@ findings-page: setup
 	if $(call is_made,videos,.); then $(FINDINGS) --methods direct,sliding_window,$(IID),freespec --report_only --report_if_any --report $(TABLES)/noise; fi
 	if $(call is_made,videos,.); then $(FINDINGS) --methods $(ROWS),freespec --baseline freespec --report_only --report_if_any --report $(TABLES)/ablation; fi
 	if $(call is_made,steps,steps); then $(STEPS) --report_only --report_if_any; fi
+	mkdir -p $(TABLES) $(KEPT)
 	$(BIN)/python launch/findings.py --runs $(TABLES) --kept $(KEPT) --page $(PAGE)
 
 $(KEPT)/analysis/report.json: | setup

@@ -17,7 +17,7 @@ class Riflex:
 
     Attributes:
         enabled: whether the table is changed where the video is longer than the native length and the frequency's period.
-        index: which temporal frequency, 1 is the fastest; None takes the one whose period is nearest to `repetition`.
+        index: which temporal frequency, 1 is the fastest; None takes the one whose period is nearest to `repetition`; not both.
         repetition: latent frames after which long videos of the model were seen to repeat; None takes the shortest period
             that holds the native length.
     """
@@ -33,6 +33,10 @@ class Riflex:
                 raise ValueError(
                     f"riflex: {name} {getattr(self, name)} does nothing while enabled is false; set enabled true, or {name} null"
                 )
+        if self.index is not None and self.repetition is not None:
+            raise ValueError(
+                f"riflex: index {self.index} and repetition {self.repetition} both name the frequency; leave one of them null"
+            )
         if self.index is not None and self.index < 1:
             raise ValueError(f"riflex: index must be 1 or more, got {self.index}")
         if self.repetition is not None and not 0.0 < self.repetition < math.inf:

@@ -38,8 +38,11 @@ def main(argv: list[str]) -> None:
     """Read what is there and write the page, with `Not measured yet` for what is not; UserError if a file is no report."""
     options = _parse(argv)
     runs, page = expand(options.runs), expand(options.page)
-    files = {name: runs / name / "report.json" for name in TABLES}
     kept = expand(options.kept)
+    for flag, folder in (("--runs", runs), ("--kept", kept)):
+        if not folder.is_dir():  # a name that was mistyped would make a page of nothing, over one of everything
+            raise UserError(f"{flag} {folder} is no folder; name the one of `make findings`")
+    files = {name: runs / name / "report.json" for name in TABLES}
     files |= {name: kept / name / "report.json" for name in ("analysis", "calibration")}
     reports = {name: read_report(file, name) for name, file in files.items()}
     refuse_mixed(reports, files)

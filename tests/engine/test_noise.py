@@ -46,6 +46,12 @@ def test_every_method_has_the_noise_that_it_was_published_with() -> None:
     assert config_of("", "direct", noise="freenoise", noise_stride=3).noise == ("freenoise", 3)
 
 
+@pytest.mark.parametrize(("window", "stride"), [(21, 5), (16, 4)])
+def test_without_a_stride_it_is_a_quarter_of_the_window(window: int, stride: int) -> None:
+    config = config_of("", "direct", noise="freenoise")
+    assert replace(config, method=replace(config.method, window_frames=window)).noise == ("freenoise", stride)
+
+
 def test_the_noise_has_the_method_s_stride_as_published() -> None:
     assert config_of("", "freenoise", stride=3).noise == ("freenoise", 3)
     assert config_of("", "freenoise", stride=3, noise_stride=2).noise == ("freenoise", 2)

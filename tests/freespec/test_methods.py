@@ -1,6 +1,7 @@
 """The methods as the engine sees them: plans, weights of every row of the ablation, errors of wrong settings."""
 
 import math
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -9,7 +10,19 @@ from hypothesis import given
 
 from freespec.attention import WindowedAttention
 from freespec.kernels import cpu_flash
-from freespec.methods import METHODS, Branches, Direct, FreeSpec, Grid, Layer, SlidingWindow, StepPlan, make_method
+from freespec.methods import (
+    METHODS,
+    Branches,
+    Direct,
+    FreeNoise,
+    FreePCA,
+    FreeSpec,
+    Grid,
+    Layer,
+    SlidingWindow,
+    StepPlan,
+    make_method,
+)
 from freespec.methods.freespec import FusionWeights
 from freespec.spectrum import svd_fusion_ref
 from tests.freespec.cases import Video, assert_same_math, drawn, features, seeds, videos
@@ -23,6 +36,31 @@ GRID = Grid(frames=23, rows=1, columns=1, window_frames=5)  # FreeSpec does not 
 
 def weights(progress: float, dim: int = 3, **settings: Any) -> FusionWeights:
     return FreeSpec(**settings).weights(StepPlan(mode="dual", progress=progress), GRID, dim, CPU)
+
+
+def test_defaults_are_the_published_numbers_and_where_none_are_public_the_documented_ones() -> None:
+    """As literals: a default that changes by accident makes plausible videos of another method."""
+    assert asdict(FreeSpec()) == {
+        "domain": "timestep",
+        "split": 0.5,
+        "basis": "local",
+        "time": True,
+        "rank": True,
+        "fixed": 0.5,
+        "alpha": 5.0,
+        "beta": 3.0,
+        "residual": "time",
+        "residual_form": "lerp",
+        "lam_start": 0.2,
+        "lam_end": 0.05,
+        "lam_fixed": 0.1,
+    }
+    # A quarter of the window: 5 of Wan's 21 latent frames, 4 of LTX-Video's 16, with a last view at the end.
+    wan, ltx = (Grid(frames=f, rows=1, columns=1, window_frames=window) for f, window in ((81, 21), (61, 16)))
+    for method in (FreeNoise(), FreePCA()):
+        assert method.view_starts(wan) == tuple(range(0, 61, 5))
+        assert method.view_starts(ltx) == (*range(0, 45, 4), 45)
+    assert [step.mode for step in FreePCA(domain="step", split=0.29).plan([0.0] * 100)].count("views") == 29
 
 
 def test_plans() -> None:

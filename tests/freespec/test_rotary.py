@@ -72,6 +72,7 @@ def test_the_table_is_the_one_written_by_hand() -> None:
     ("settings", "message"),
     [
         ({"index": 0}, "riflex: index must be 1 or more, got 0"),
+        ({"index": 2, "repetition": 6.0}, "riflex: index 2 and repetition 6.0 both name the frequency; leave one"),
         ({"repetition": 0.0}, "riflex: repetition must be a finite number of frames, more than 0, got 0.0"),
         ({"repetition": float("nan")}, "got nan"),
     ],

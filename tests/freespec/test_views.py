@@ -70,7 +70,7 @@ def test_starts_and_strides() -> None:
     assert view_starts(11, 4, 3, cover=False) == (0, 3, 6)
     assert view_starts(4, 4, 3, cover=True) == view_starts(3, 4, 1, cover=True) == (0,)
     assert view_starts(5, 4, 9, cover=True) == (0, 1)
-    assert [default_stride(window) for window in (16, 21, 9, 3, 1)] == [4, 5, 2, 1, 1]
+    assert [default_stride(window) for window in (16, 21, 9, 7, 3, 1)] == [4, 5, 2, 2, 1, 1]
     assert triangle(4) == [1, 2, 2, 1]
     assert triangle(5) == [1, 2, 3, 2, 1]
 

@@ -142,6 +142,7 @@ def findings_of(run: Callable[..., Run], tmp_path: Path) -> Callable[[], Run]:
     """Runs the command on the reports that were put there."""
     page = tmp_path / "docs/findings.md"
     page.parent.mkdir()
+    (tmp_path / "runs").mkdir(exist_ok=True)
     words = {
         "runs": tmp_path / "runs",
         "kept": tmp_path / "runs",
@@ -387,6 +388,7 @@ def test_agreeing_prompts_are_counted_beside_a_mean_that_few_decide() -> None:
 def test_a_plot_that_lies_beside_the_page_is_not_copied(run: Callable[..., Run], tmp_path: Path) -> None:
     kept = tmp_path / "docs/findings/analysis"
     kept.mkdir(parents=True)
+    (tmp_path / "runs").mkdir()
     (kept / "report.json").write_text(json.dumps(analysis_of(-1.0)))
     (kept / "rank-progress.png").write_bytes(b"a plot")
     words = {"runs": tmp_path / "runs", "kept": kept.parent, "page": tmp_path / "docs/a.md"}
@@ -407,6 +409,17 @@ def test_mistakes_are_one_line(
         assert f"{name}/report.json lacks comparison/settings/checkpoint: it is of another command or an older" in error
     next(tmp_path.rglob("report.json")).write_text("{")
     assert "make it again" in findings_of().error
+
+
+def test_a_folder_that_is_mistyped_does_not_empty_the_page(run: Callable[..., Run], tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("hours of work")
+    words = {"runs": tmp_path, "kept": tmp_path, "page": page}
+    for flag in ("runs", "kept"):
+        mistyped = words | {flag: tmp_path / "typo"}
+        shown = run(findings.main, *(f"--{key}={value}" for key, value in mistyped.items()))
+        assert shown.error == f"--{flag} {tmp_path / 'typo'} is no folder; name the one of `make findings`"
+    assert page.read_text() == "hours of work"
 
 
 def test_a_video_without_a_measure_of_the_table_is_one_line(
