@@ -71,6 +71,33 @@ def test_a_draw_of_another_kind_begins_with_the_same_frames() -> None:
         assert torch.equal(draw_noise(shape, 5, kind, window_frames=11, stride=2), plain)
 
 
+def test_the_order_of_the_frames_is_the_seed_s() -> None:
+    def order(seed: int) -> tuple[int, ...]:
+        noise = draw_noise((1, 1, 16, 8, 8), seed, "freenoise", window_frames=8, stride=8)
+        return tuple(int((noise[:, :, :8] - noise[:, :, [t]]).abs().amax((0, 1, 3, 4)).argmin()) for t in range(8, 16))
+
+    orders = [order(seed) for seed in range(8)]
+    assert all(sorted(each) == [*range(8)] for each in orders)
+    assert len(set(orders)) == 8
+
+
+@pytest.mark.parametrize("noise", ["iid", "freenoise", "mean_reuse"])
+def test_an_engine_s_first_latents_are_the_draw_of_its_window_and_stride(folder: Path, noise: str) -> None:
+    config = config_of(folder, "freenoise", noise=noise, noise_stride=2 if noise == "freenoise" else None)
+    seeds = range(4)  # one alone may happen to have the same order with another stride
+    with contextlib.closing(LongVideoEngine(config)) as made:
+        found = [made._first_latents(29, seed, None, "") for seed in seeds]
+    assert {done for _, done, _ in found} == {0}
+
+    def equal(**settings: int) -> bool:
+        pairs = zip(seeds, found, strict=True)
+        return all(torch.equal(it, draw_noise(tuple(it.shape), seed, noise, **settings)) for seed, (it, _, _) in pairs)
+
+    assert equal(window_frames=4, stride=2)
+    assert equal(window_frames=5, stride=2) == (noise == "iid")
+    assert equal(window_frames=4, stride=1) == (noise != "freenoise")
+
+
 def test_a_run_starts_from_the_noise_of_the_setting_and_says_so(folder: Path) -> None:
     latents, ids = {}, set()
     for noise in ("method", "iid", "freenoise", "mean_reuse"):
