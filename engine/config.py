@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from engine.errors import UserError
@@ -196,8 +196,12 @@ class MethodConfig:
 
     @property
     def _groups(self) -> dict[str, Method]:
-        values = {each.name: getattr(self, each.name) for each in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Method)}
+        return {
+            "freenoise": self.freenoise,
+            "freelong": self.freelong,
+            "freepca": self.freepca,
+            "freespec": self.freespec,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

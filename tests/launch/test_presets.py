@@ -1,5 +1,6 @@
 """The rows of the ablation table as presets laid over a model's, and settings of a method of the user's own."""
 
+import dataclasses
 import datetime
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from engine.config import MethodConfig, RunConfig
 from engine.errors import UserError
-from freespec.methods import FreeSpec
+from freespec.methods import METHODS, FreeSpec, make_method
 from launch.cli import parse_run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -135,3 +136,12 @@ def test_settings_that_nothing_would_read() -> None:
         parse("--method.name", "freelong", "--method.settings.taps", "11")
     with pytest.raises(UserError, match=r"those of direct are none"):
         parse("--method.name", "direct", "--method.settings.taps", "11")
+
+
+def test_settings_of_every_method_of_the_repository_are_read() -> None:
+    """Or those of one that is added would be taken and change nothing."""
+    config = parse("--config", "configs/tiny-wan.yaml").method
+    with_settings = {name for name in METHODS if dataclasses.fields(make_method(name))}
+    assert with_settings == set(config._groups)
+    for name in with_settings:
+        assert dataclasses.replace(config, name=name).method is getattr(config, name)
