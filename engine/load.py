@@ -269,13 +269,17 @@ def _faults_of(part: Path) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except (ImportError, PermissionError) as error:  # not the files' fault: they need not be fetched again
-        raise UserError(f"cannot load the {part.name} from {part}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"cannot load the {part.name} from {part}: {_first_line(error)}") from error
     except Exception as error:  # KeyError, TypeError, ..; the library of the tokenizers raises Exception itself
         files = ", ".join(sorted(file.name for file in part.glob("*") if file.is_file()))
-        first = next(iter(str(error).strip().splitlines()), "")
         raise UserError(
-            f"cannot load the {part.name} from {part} ({files}): {type(error).__name__}: {first}; fetch the checkpoint again"
+            f"cannot load the {part.name} from {part} ({files}): {type(error).__name__}: {_first_line(error)}; fetch the "
+            "checkpoint again"
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import engine.load
 from engine.config import ModelConfig
 from engine.errors import UserError
 from engine.load import load_pipeline, pick_dtype
@@ -181,3 +182,17 @@ def test_an_old_transformers_and_an_embedding_of_its_own_are_refused(folder, mon
     monkeypatch.setattr("transformers.UMT5EncoderModel.get_input_embeddings", untie)
     with pytest.raises(UserError, match="embedding is not the checkpoint's shared one"):
         load_pipeline(ModelConfig(path=str(folder), device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ImportError("sentencepiece is required\n\nsee its page"), "sentencepiece is required"),
+        (ImportError(), "ImportError"),
+        (PermissionError(13, "Permission denied"), "[Errno 13] Permission denied"),
+    ],
+)
+def test_what_is_not_the_files_fault_does_not_ask_for_them_again(tmp_path: Path, error: Exception, told: str) -> None:
+    with pytest.raises(UserError) as refused, engine.load._faults_of(tmp_path / "tokenizer"):
+        raise error
+    assert str(refused.value) == f"cannot load the tokenizer from {tmp_path / 'tokenizer'}: {told}"
