@@ -16,7 +16,7 @@ from engine.hooks import BranchProcessor, RunState, StepHook, refuse_context_par
 from engine.supported_layouts import Degrees, check_layout
 from freespec.kernels import select_complement, select_dual, select_kernel
 from freespec.methods import Direct, Method, make_method
-from freespec.rotary import Riflex, lowered_frequency
+from freespec.riflex import Riflex, lowered_frequency
 from parallel.attention import TORCH_EXCHANGE, HeadExchange, HybridAttention
 from parallel.mesh import SeqMesh
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from engine.errors import UserError
-from freespec.kernels import COMPLEMENTS, DUALS, NAMES
+from freespec.kernel_names import COMPLEMENTS, DUALS, NAMES
 from freespec.methods import (
     METHODS,
     FreeLong,
@@ -18,8 +18,8 @@ from freespec.methods import (
     find_method,
     make_method,
 )
-from freespec.rotary import Riflex
-from freespec.views import default_stride
+from freespec.riflex import Riflex
+from freespec.windows import default_stride
 
 # Of a collective, in seconds. Backends count milliseconds, some of them in 32 bits, which end after 24 days.
 MOST_TIMEOUT = 7 * 24 * 3600

@@ -1,6 +1,6 @@
 """The error of a user's mistake, which commands print as one line and nothing else, and what is said when memory is short."""
 
-import torch
+import sys
 
 
 class UserError(ValueError):
@@ -9,9 +9,9 @@ class UserError(ValueError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or a CPU; torch raises a plain RuntimeError for a CPU's."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    torch = sys.modules.get("torch")  # not imported here: until something is computed, errors need no torch
+    kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def describe_out_of_memory(error: BaseException, *, when: str) -> str:

@@ -16,7 +16,8 @@ from engine.trace import Trace
 from freespec.attention import WindowedAttention
 from freespec.kernels import select_complement, select_dual, select_kernel
 from freespec.methods import Branches, Grid, Layer, Method, Mode, StepPlan
-from freespec.rotary import Riflex, lowered_frequency, with_frequency
+from freespec.riflex import Riflex, lowered_frequency
+from freespec.rotary import with_frequency
 from parallel.attention import HeadExchange, HybridAttention, SequenceLayout
 from parallel.collectives import ignore_bytes
 from parallel.mesh import SeqMesh

@@ -6,6 +6,8 @@ linear in the frames, so all of it is two n x n matrices that mix frames, made f
 and heads: no row is ever projected.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,11 @@ def temporal_grams(x_local: Tensor, x_wide: Tensor, num_frames: int) -> Tensor:
             x, y = (_centred(each[:, :, rows, head].to(wide).flatten(2)) for each in (local, far))
             total += torch.stack((x @ x.mT, x @ y.mT, y @ y.mT))
     return total
+
+
+def grams_of_views(views: Sequence[tuple[Tensor, Tensor]], num_frames: int) -> Tensor:
+    """[3, V, B, n, n] fp64: `temporal_grams` of each view's (local, global) outputs."""
+    return torch.stack([temporal_grams(local, far, num_frames) for local, far in views], dim=1)
 
 
 def shared_projection(grams: Tensor, counts: Tensor, *, compat: bool = False) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from freespec.kernel_names import COMPLEMENTS, DUALS, FA3, NAMES
 from freespec.sage import load_sage
 
 Kernel = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -62,9 +63,6 @@ KERNELS: dict[str, Kernel] = {
     "cuda_efficient": cuda_efficient,
 }
 
-
-FA3 = "cuda_fa3"  # an optional package
-NAMES = (*KERNELS, FA3)
 HALF = (torch.float16, torch.bfloat16)
 
 
@@ -118,10 +116,6 @@ def select_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Kernel
     return load_fa3() if name == FA3 else KERNELS[name]
 
 
-# What attends to the keys outside the windows in a dual step: the kernel of everything else, or one that quantises.
-COMPLEMENTS = ("same", "sage")
-
-
 def select_complement(name: str, device: torch.device, dtype: torch.dtype, *, dual: str) -> Kernel | None:
     """The kernel for the keys outside the windows, where `dual` is how both branches are computed; None is the same kernel.
 
@@ -141,10 +135,6 @@ def select_complement(name: str, device: torch.device, dtype: torch.dtype, *, du
     if dtype not in HALF:
         raise ValueError(f"attention.complement {name} takes fp16 or bf16, not {dtype}; use same")
     return load_sage()
-
-
-# How a dual step computes its branches: dense calls on strided views, or one Triton kernel.
-DUALS = ("strided", "triton")
 
 
 def resolve_dual(name: str) -> str:

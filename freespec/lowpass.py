@@ -43,6 +43,22 @@ def low_pass(x_BFHWD: Tensor, matrices: tuple[Tensor, Tensor, Tensor]) -> Tensor
     return x.real if x.is_complex() else x
 
 
+def exchange_low(
+    o_local: Tensor, o_global: Tensor, matrices: tuple[Tensor, Tensor, Tensor], *, size: tuple[int, int, int]
+) -> Tensor:
+    """O_l + LPF(O_g - O_l), [B, F*H*W, N, D] in the dtype of O_l, with `size` (F, H, W).
+
+    Computed in fp32 at least, head by head, as the fp32 copies are larger than the branches.
+    """
+    wide = torch.promote_types(o_local.dtype, torch.float32)
+    out = torch.empty_like(o_local)
+    for head in range(o_local.shape[2]):
+        near = o_local[:, :, head].to(wide)
+        far = (o_global[:, :, head].to(wide) - near).unflatten(1, size)
+        out[:, :, head] = (near + low_pass(far, matrices).flatten(1, 3)).to(out.dtype)
+    return out
+
+
 def _frequencies(size: int) -> Tensor:
     """Frequency of each bin of an FFT of n, over Nyquist: 0, 2/n, .. and the negative ones."""
     return 2.0 * torch.fft.fftfreq(size, dtype=torch.float64, device="cpu")

@@ -45,6 +45,11 @@ def gram(o_BSND: Tensor) -> Tensor:
     return total
 
 
+def grams(o_local: Tensor, o_global: Tensor) -> Tensor:
+    """Gram matrices of both branches, [2, B, N, D, D] fp64, so that one message sums both over ranks."""
+    return torch.stack((gram(o_local), gram(o_global)))
+
+
 def product_of_halves(o_NSD: Tensor) -> Tensor:
     """OᵀO, [N, S, D] -> [N, D, D], for a device that the operations keep busy: of a symmetric matrix half is enough."""
     dim = o_NSD.shape[-1]

@@ -10,11 +10,6 @@ import torch
 from torch import Tensor
 
 
-def default_stride(window_frames: int) -> int:
-    """The published stride, 4 frames for views of 16, at another native length: a quarter of it, 1 at least."""
-    return max(1, round(window_frames / 4))
-
-
 def view_starts(num_frames: int, window_frames: int, stride: int, *, cover: bool) -> tuple[int, ...]:
     """First frames 0, s, 2s, ... of the views; with `cover` also that of a last view which ends with the video."""
     last = max(num_frames - window_frames, 0)

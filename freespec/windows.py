@@ -33,6 +33,11 @@ class QueryGroup:
         return self.k_start + (self.batch - 1) * self.q_tokens + self.k_tokens
 
 
+def default_stride(window_frames: int) -> int:
+    """Frames from one view to the next: 4 for views of 16, as published, a quarter of any other native length, at least 1."""
+    return max(1, round(window_frames / 4))
+
+
 def window_start(frame: int, num_frames: int, window_frames: int) -> int:
     """First frame that a query of `frame` sees: clamp(f - F0 // 2, 0, F - F0), and 0 where F <= F0."""
     return min(max(frame - window_frames // 2, 0), max(num_frames - window_frames, 0))

@@ -1,12 +1,16 @@
 """What a method tells the engine: its noise, the branches of each denoising step, and how they become one."""
 
+from __future__ import annotations
+
 import abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
 
 Mode = Literal["global", "local", "dual", "views", "views_global"]
 Noise = Literal["iid", "freenoise", "mean_reuse"]

@@ -1,16 +1,19 @@
 """`freelong`: low frequencies of the global branch, high ones of the local branch (arXiv 2407.19918)."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
-import torch
-from torch import Tensor
-
-from freespec import lowpass
+import freespec
 from freespec.methods.base import Branches, Grid, Layer, Method, Noise, StepPlan
 
-Matrices = tuple[Tensor, Tensor, Tensor]
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    Matrices = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,20 +65,15 @@ class FreeLong(Method):
         )
 
     def fuse(self, branches: Branches, weights: Matrices, layer: Layer) -> Tensor:
-        """O_l + LPF(O_g - O_l), in fp32 at least; head by head, as the fp32 copies are larger than the branches."""
-        o_local, o_wide, grid = branches.local, branches.wide, layer.grid
-        assert o_local is not None and o_wide is not None, "freelong fuses two branches"
-        wide = torch.promote_types(o_local.dtype, torch.float32)
-        out = torch.empty_like(o_local)
-        for head in range(o_local.shape[2]):
-            near = o_local[:, :, head].to(wide)
-            far = (o_wide[:, :, head].to(wide) - near).unflatten(1, (grid.frames, grid.rows, grid.columns))
-            out[:, :, head] = (near + lowpass.low_pass(far, weights).flatten(1, 3)).to(out.dtype)
-        return out
+        """O_l + LPF(O_g - O_l), [B, s, N, D]."""
+        o_local, o_global, grid = branches.local, branches.wide, layer.grid
+        assert o_local is not None and o_global is not None, "freelong fuses two branches"
+        size = (grid.frames, grid.rows, grid.columns)
+        return freespec.lowpass.exchange_low(o_local, o_global, weights, size=size)
 
     def _matrix(self, size: int, cutoff: float) -> Tensor:
         if self.compat:
-            return lowpass.uncentred_blur_matrix(size, cutoff)
+            return freespec.lowpass.uncentred_blur_matrix(size, cutoff)
         if self.taps is not None:
-            return lowpass.tap_matrix(size, cutoff, self.taps)
-        return lowpass.blur_matrix(size, cutoff)
+            return freespec.lowpass.tap_matrix(size, cutoff, self.taps)
+        return freespec.lowpass.blur_matrix(size, cutoff)

@@ -1,13 +1,12 @@
 """`freenoise`: reshuffled noise, and attention inside overlapping views with triangular weights (arXiv 2310.15169)."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-import torch
-from torch import Tensor
-
-from freespec import views
+import freespec
 from freespec.methods.base import (
     Branches,
     Grid,
@@ -19,6 +18,11 @@ from freespec.methods.base import (
     check_stride,
     check_stride_covers,
 )
+from freespec.windows import default_stride
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,17 +79,17 @@ class FreeNoise(Method):
 
     def view_starts(self, grid: Grid) -> tuple[int, ...]:
         """Every `stride` frames, and one at the end where they miss it."""
-        stride = self.stride or views.default_stride(grid.window_frames)
-        return views.view_starts(grid.frames, grid.window_frames, stride, cover=not self.compat)
+        stride = self.stride or default_stride(grid.window_frames)
+        return freespec.views.view_starts(grid.frames, grid.window_frames, stride, cover=not self.compat)
 
     def weights(self, step: StepPlan, grid: Grid, head_dim: int, device: torch.device) -> Tensor:
         """Triangular weights of each view, [V, W] fp64, normalised over the views of a frame."""
         starts = self.view_starts(grid)
-        stride = self.stride or views.default_stride(grid.window_frames)
+        stride = self.stride or default_stride(grid.window_frames)
         new_only = self.last_view == "new_frames" and starts[-1] % stride != 0
-        profile = views.triangle(grid.window_frames)
-        return views.view_weights(starts, grid.frames, profile, last_new_only=new_only).to(device)
+        profile = freespec.views.triangle(grid.window_frames)
+        return freespec.views.view_weights(starts, grid.frames, profile, last_new_only=new_only).to(device)
 
     def fuse(self, branches: Branches, weights: Tensor, layer: Layer) -> Tensor:
         """Weighted mean over the views of each frame."""
-        return views.merge_views(branches.views, weights, self.view_starts(layer.grid), layer.grid.frames)
+        return freespec.views.merge_views(branches.views, weights, self.view_starts(layer.grid), layer.grid.frames)

@@ -1,14 +1,13 @@
 """`freepca`: shared principal components over time from the global branch, the rest from views (arXiv 2505.01172)."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
-from freespec import components, views
+import freespec
 from freespec.methods.base import (
     Branches,
     Grid,
@@ -20,6 +19,11 @@ from freespec.methods.base import (
     check_stride,
     check_stride_covers,
 )
+from freespec.windows import default_stride
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class ViewWeights(NamedTuple):
@@ -86,8 +90,8 @@ class FreePCA(Method):
 
     def view_starts(self, grid: Grid) -> tuple[int, ...]:
         """Every `stride` frames, and one at the end where they miss it."""
-        stride = self.stride or views.default_stride(grid.window_frames)
-        return views.view_starts(grid.frames, grid.window_frames, stride, cover=not self.compat)
+        stride = self.stride or default_stride(grid.window_frames)
+        return freespec.views.view_starts(grid.frames, grid.window_frames, stride, cover=not self.compat)
 
     def query_scale(self, grid: Grid) -> float:
         """sqrt(log keys / log native keys): longer sets of keys spread attention, larger queries sharpen it again."""
@@ -102,9 +106,9 @@ class FreePCA(Method):
     def weights(self, step: StepPlan, grid: Grid, head_dim: int, device: torch.device) -> ViewWeights:
         """Equal weights over the views of a frame, and min(m, components) components for view m = 0, 1, .."""
         starts = self.view_starts(grid)
-        merge = views.view_weights(starts, grid.frames, [1] * grid.window_frames)
-        counts = torch.arange(len(starts), device="cpu").clamp_max(self.components)
-        return ViewWeights(merge=merge.to(device), counts=counts.to(device))
+        merge = freespec.views.view_weights(starts, grid.frames, [1] * grid.window_frames)
+        counts = [min(index, self.components) for index in range(len(starts))]
+        return ViewWeights(merge=merge.to(device), counts=merge.new_tensor(counts).long().to(device))
 
     def fuse(self, branches: Branches, weights: ViewWeights, layer: Layer) -> Tensor:
         """The mean over views, each but the first fused first in steps that have a global branch."""
@@ -112,7 +116,7 @@ class FreePCA(Method):
         outputs: Iterable[Tensor] = branches.views
         if branches.wide is not None:
             outputs = self._fused(list(branches.views), branches.wide, weights, layer)
-        return views.merge_views(outputs, weights.merge, starts, grid.frames)
+        return freespec.views.merge_views(outputs, weights.merge, starts, grid.frames)
 
     def _fused(self, outputs: list[Tensor], wide: Tensor, weights: ViewWeights, layer: Layer) -> Iterable[Tensor]:
         """The views with their shared components exchanged, in place of a global slice each.
@@ -123,12 +127,11 @@ class FreePCA(Method):
         window = grid.window_frames
         slices = [wide[:, a * grid.frame_tokens :][:, : window * grid.frame_tokens] for a in self.view_starts(grid)]
         pairs = list(zip(outputs, slices, strict=True))
-        grams = [components.temporal_grams(view, part, window) for view, part in pairs[1:]]
         yield outputs[0]
-        if not grams:
+        if not pairs[1:]:
             return
-        total = layer.sum_heads(torch.stack(grams, dim=1))
-        projection = components.shared_projection(total, weights.counts[1:], compat=self.compat)
-        local, far = components.mixing_matrices(projection)
+        total = layer.sum_heads(freespec.components.grams_of_views(pairs[1:], window))
+        projection = freespec.components.shared_projection(total, weights.counts[1:], compat=self.compat)
+        local, far = freespec.components.mixing_matrices(projection)
         for index, (view, part) in enumerate(pairs[1:]):
-            yield components.mix_frames(view, part, (local[index], far[index]))
+            yield freespec.components.mix_frames(view, part, (local[index], far[index]))

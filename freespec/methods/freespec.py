@@ -1,14 +1,17 @@
 """`freespec`: singular-spectrum reconstruction in the early steps, the local branch alone after (method.md, eq. 4-13)."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
-import torch
-from torch import Tensor
-
-from freespec import schedule, spectrum
+import freespec
 from freespec.methods.base import Branches, Grid, Layer, Method, StepPlan
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 
 class FusionWeights(NamedTuple):
@@ -72,31 +75,32 @@ class FreeSpec(Method):
 
     def plan(self, timesteps: Sequence[float]) -> list[StepPlan]:
         """Dual while the fusion stage lasts, local after."""
-        progress = schedule.fusion_progress(timesteps, domain=self.domain, split=self.split)
+        progress = freespec.schedule.fusion_progress(timesteps, domain=self.domain, split=self.split)
         return [StepPlan(mode="local") if p is None else StepPlan(mode="dual", progress=p) for p in progress]
 
     def weights(self, step: StepPlan, grid: Grid, head_dim: int, device: torch.device) -> FusionWeights:
         """g_r (eq. 8) and lam (eq. 12) of one dual step."""
-        g = schedule.rank_weight(head_dim, self.beta if self.rank else 0.0, device)
+        g = freespec.schedule.rank_weight(head_dim, self.beta if self.rank else 0.0, device)
         if self.time:
-            g = g * schedule.time_weight(step.progress, self.alpha)
+            g = g * freespec.schedule.time_weight(step.progress, self.alpha)
         elif not self.rank:
             g = g * self.fixed
         lam = {
-            "time": schedule.residual_weight(step.progress, start=self.lam_start, end=self.lam_end, alpha=self.alpha),
+            "time": freespec.schedule.residual_weight(
+                step.progress, start=self.lam_start, end=self.lam_end, alpha=self.alpha
+            ),
             "fixed": self.lam_fixed,
             "none": 0.0,
         }[self.residual]
-        return FusionWeights(rank=g, residual=torch.tensor(lam, dtype=torch.float64, device=device))
+        return FusionWeights(rank=g, residual=g.new_tensor(lam))
 
     def fuse(self, branches: Branches, weights: FusionWeights, layer: Layer) -> Tensor:
         """Eq. 9-13 on [B, s, N, D]; the Gram matrices of both branches are summed over the tokens in one call."""
         o_local, o_global = branches.local, branches.wide
         assert o_local is not None and o_global is not None, "freespec fuses two branches"
-        grams = torch.stack((spectrum.gram(o_local), spectrum.gram(o_global)))
-        gram_local, gram_global = layer.sum_tokens(grams).unbind(0)
+        gram_local, gram_global = layer.sum_tokens(freespec.spectrum.grams(o_local, o_global)).unbind(0)
         if self.basis == "local":
-            matrix, base = spectrum.local_basis_matrix(gram_local, gram_global, weights.rank), o_local
+            matrix, base = freespec.spectrum.local_basis_matrix(gram_local, gram_global, weights.rank), o_local
         else:
-            matrix, base = spectrum.global_basis_matrix(gram_local, gram_global, weights.rank), o_global
-        return spectrum.reconstruct(base, matrix, o_global, weights.residual, self.residual_form)
+            matrix, base = freespec.spectrum.global_basis_matrix(gram_local, gram_global, weights.rank), o_global
+        return freespec.spectrum.reconstruct(base, matrix, o_global, weights.residual, self.residual_form)

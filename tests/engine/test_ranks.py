@@ -23,7 +23,7 @@ from engine.errors import UserError
 from engine.ranks import together
 from engine.supported_layouts import refused_axes
 from freespec.methods import FreePCA, FreeSpec, make_method
-from freespec.rotary import Riflex
+from freespec.riflex import Riflex
 from tests.engine.golden import (
     PROMPT,
     Case,

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from freespec.rotary import Riflex, lowered_frequency, with_frequency
+from freespec.riflex import Riflex, lowered_frequency
+from freespec.rotary import with_frequency
 
 # Wan2.1: 44 temporal channels, theta 10000. Periods of the first nine in latent frames: 6.3, 9.5, 14.5, 22.1, 33.5, 51.0, ..
 WAN = [10000.0 ** (-2 * pair / 44) for pair in range(22)]

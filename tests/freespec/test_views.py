@@ -6,7 +6,8 @@ from torch import Tensor
 
 from engine.config import MethodConfig
 from freespec.methods import FreeNoise, FreePCA, Grid, StepPlan
-from freespec.views import default_stride, triangle, view_starts, view_weights
+from freespec.views import triangle, view_starts, view_weights
+from freespec.windows import default_stride
 from tests.freespec.cases import assert_same_math
 from tests.freespec.layers import draw_qkv, run_layer
 from tests.freespec.published import freenoise as published
