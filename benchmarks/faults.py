@@ -28,7 +28,8 @@ import torch
 
 from benchmarks.measure import environment, print_table, write
 from engine.batch.files import BatchFiles
-from engine.batch.store import file_sha256, read_lines
+from engine.files.trees import read_lines
+from engine.files.whole import file_sha256
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_STARTS = 6

@@ -1,12 +1,6 @@
-"""Latents and half-finished runs on disk: safetensors files that appear under their name only when they are whole."""
+"""Save and load latents and unfinished runs as safetensors files, written whole or not at all."""
 
-import contextlib
-import glob
 import json
-import os
-import secrets
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +11,10 @@ from torch import Tensor
 
 from engine.denoise import SchedulerState, restore_scheduler
 from engine.errors import UserError
+from engine.files.whole import atomic_path
 
 History = dict[str, list[dict[str, Any]]]
 """Rows about finished steps, in JSON's types, by what wrote them; each row has a `step`."""
-
-
-# A process that is alive writes to its temporary file more often; older ones belong to processes that were killed.
-DEAD_SECONDS = 24 * 3600.0
-
-
-@contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its name when the block ends, and is deleted if the block fails.
-
-    No two processes share one, as a rank that has lost its driver may still be writing when its successor begins. What
-    killed processes have left of `path` is deleted once it is a day old.
-    """
-    _delete_dead(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
-    try:
-        yield part
-        with part.open("rb+") as file:
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _delete_dead(path: Path) -> None:
-    before = time.time() - DEAD_SECONDS
-    for part in path.parent.glob(f"{glob.escape(path.name)}.*.part"):
-        with contextlib.suppress(FileNotFoundError):  # another process has just deleted it, or given it its name
-            if part.stat().st_mtime < before:
-                part.unlink()
 
 
 def save_latents(path: Path, latents: Tensor, metadata: dict[str, str]) -> None:

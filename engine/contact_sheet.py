@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from engine.checkpoint import atomic_path
+from engine.files.whole import atomic_path
 
 PAPER = (255, 255, 255)
 INK = (28, 30, 34)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engine.checkpoint import atomic_path
+from engine.files.whole import atomic_path
 from engine.load import REPOSITORY
 from freespec.kernels import resolve_dual
 

@@ -12,7 +12,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from engine.adapters.base import Text
-from engine.checkpoint import atomic_path
+from engine.files.whole import atomic_path
 
 Encode = Callable[[list[str]], list[Text]]
 

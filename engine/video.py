@@ -7,7 +7,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from engine.checkpoint import atomic_path
+from engine.files.whole import atomic_path
 
 # ITU-R BT.709 in ffmpeg's numbering of matrix, primaries and transfer, and of limited range. Written into the file:
 # players guess otherwise, by the picture's size, and colours would shift.

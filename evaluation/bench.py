@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.batch.store import file_sha256, read_json
 from engine.errors import UserError
+from engine.files.trees import read_json
+from engine.files.whole import file_sha256
 from evaluation.process import run_process
 from evaluation.suites import checkout_commit
 from evaluation.weights import missing_weights

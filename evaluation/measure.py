@@ -8,8 +8,9 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from engine.batch.store import read_tree, write_json
 from engine.errors import UserError
+from engine.files.trees import read_tree
+from engine.files.whole import write_json
 from evaluation import world
 from evaluation.proxies import PROXIES, measure_file, version
 from evaluation.videos import Video

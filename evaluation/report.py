@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.batch.store import write_json, write_text
+from engine.files.whole import write_json, write_text
 from evaluation.dimensions import DIMENSIONS
 from evaluation.parse import DimensionScores
 from evaluation.proxies import PROXIES

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.batch.store import Shape, file_sha256, read_json, read_tree, write_json
 from engine.errors import UserError
+from engine.files.trees import Shape, read_json, read_tree
+from engine.files.whole import file_sha256, write_json
 from evaluation import stage as staging
 from evaluation.bench import Bench, Evaluator, driver, environment
 from evaluation.parse import DimensionScores, read_results

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.batch.store import read_json, write_json
 from engine.errors import UserError
+from engine.files.trees import read_json
+from engine.files.whole import write_json
 from evaluation.dimensions import CONSISTENCY
 from evaluation.videos import Video
 

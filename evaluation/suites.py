@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
-from engine.batch.store import file_sha256
 from engine.batch.suite import Prompt, Suite
 from engine.errors import UserError
+from engine.files.whole import file_sha256
 
 PREFIX = "vbench:"
 SELECTION = "longer-100"

@@ -13,8 +13,10 @@ from typing import Any
 import av
 
 from engine.batch.plan import asked_items
-from engine.batch.store import Shape, beside, check_tree, file_sha256, read_json
+from engine.batch.store import beside
 from engine.errors import UserError
+from engine.files.trees import Shape, check_tree, read_json
+from engine.files.whole import file_sha256
 from engine.paths import expand
 
 _COLUMNS = ("method", "prompt", "seed", "path")

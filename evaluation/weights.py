@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.batch.store import file_sha256
+from engine.files.whole import file_sha256
 
 _TORCH = Path(".cache/torch")
 _VBENCH = Path(".cache/vbench")

@@ -8,21 +8,10 @@ from typing import Any
 
 from engine.batch.locks import Shard, locked
 from engine.batch.plan import FILE, Item
-from engine.batch.store import (
-    Manifest,
-    Shape,
-    Verify,
-    check_tree,
-    compile_manifest,
-    is_done,
-    read_json,
-    read_tree,
-    sweep,
-    write_json,
-    write_text,
-)
-from engine.checkpoint import DEAD_SECONDS
+from engine.batch.store import Manifest, Verify, compile_manifest, is_done
 from engine.errors import UserError
+from engine.files.trees import Shape, check_tree, read_json, read_tree
+from engine.files.whole import sweep, write_json, write_text
 
 MANIFEST = "manifest.jsonl"
 
@@ -151,7 +140,7 @@ class BatchFiles:
             folder, config = part.parts[-4:-2]
             if (folder, config, part.name.partition(".")[0]) in folders:
                 part.unlink(missing_ok=True)
-        sweep(self.text_cache, older_than=DEAD_SECONDS)
+        sweep(self.text_cache)
 
     def quarantined(self, item: Item) -> dict[str, Any] | None:
         """Why an item was given up, or None if it was not."""

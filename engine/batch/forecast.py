@@ -9,9 +9,9 @@ import torch
 
 from engine.batch.files import SIDECAR, BatchFiles
 from engine.batch.plan import Item, with_method
-from engine.batch.store import lacking, read_json, read_tree
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.files.trees import lacking, read_json, read_tree
 from engine.load import fetch, find_checkpoint, pick_dtype, read_spec
 from engine.parallelism import Arrangement, arrange_ranks, choose_degrees
 from engine.planner import Options, choose, read_gpu, read_model

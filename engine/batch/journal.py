@@ -13,7 +13,8 @@ from typing import IO, Any, Protocol
 
 from engine.batch.driver import Driver
 from engine.batch.locks import ALIVE_SECONDS
-from engine.batch.store import Shape, read_tree, write_json
+from engine.files.trees import Shape, read_tree
+from engine.files.whole import write_json
 
 STATUS_SECONDS = 1.0
 LAST_FAILURES = 5

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from engine.batch.store import read_tree
 from engine.errors import UserError
+from engine.files.trees import read_tree
 
 # A driver on another machine whose status is younger than this is alive, even where the file system's locks do not reach.
 ALIVE_SECONDS = 60.0

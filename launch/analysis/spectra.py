@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from engine.checkpoint import atomic_path
 from engine.contact_sheet import spaced
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.files.whole import atomic_path
 from engine.window_spectra import WindowSpectra
 from launch.comparison.summary import as_json
 from metrics.bootstrap import mean_interval, paired_interval

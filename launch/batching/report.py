@@ -11,9 +11,9 @@ from engine.batch.forecast import disk_forecast, gpu_hours
 from engine.batch.journal import columns, report
 from engine.batch.locks import Shard
 from engine.batch.plan import Batch, Item
-from engine.batch.store import Shape, read_tree
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.files.trees import Shape, read_tree
 from launch.batching.options import Options
 from launch.batching.work import Work
 from launch.command import LostRankError

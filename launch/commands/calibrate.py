@@ -14,10 +14,10 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 
 from engine.batch.locks import Shard, own_shard
-from engine.checkpoint import atomic_path
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.files.whole import atomic_path
 from engine.paths import expand
 from engine.progress import enabled
 from launch.calibration.plan import CalibrationPlan

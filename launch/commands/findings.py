@@ -8,8 +8,8 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from engine.checkpoint import atomic_path
 from engine.errors import UserError
+from engine.files.whole import atomic_path
 from engine.paths import expand
 from launch.cli import REPOSITORY, Keys, arrange, make_parser, parse
 from launch.comparison import sections

@@ -15,8 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint import atomic_path
 from engine.errors import UserError
+from engine.files.whole import atomic_path
 from launch.comparison.measure import Measured, measure_all, native_frames, not_world, units
 from launch.comparison.store import Comparison, Key, Video, refuse_changes, widen
 from launch.outputs import check_outputs

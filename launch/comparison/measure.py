@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from engine.checkpoint import atomic_path
 from engine.errors import UserError
+from engine.files.whole import atomic_path
 from engine.video import read_video
 from launch.comparison.checks import read_video_spec
 from launch.comparison.store import Comparison, Video

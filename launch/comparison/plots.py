@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from engine.checkpoint import atomic_path
+from engine.files.whole import atomic_path
 from launch.comparison.summary import Row
 from metrics.bootstrap import Estimate
 

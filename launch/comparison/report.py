@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.checkpoint import atomic_path
 from engine.errors import UserError
+from engine.files.whole import atomic_path
 from launch.comparison import markdown
 from launch.comparison.checks import is_native
 from launch.comparison.kept_measures import add_kept, measure_there

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.batch.locks import Shard, locked
-from engine.checkpoint import atomic_path
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.files.whole import atomic_path
 from engine.load import fetch, find_checkpoint, pick_device, pick_dtype
 from engine.ranks import fingerprints
 from launch.comparison.variants import MAY_DIFFER, Variant, flatten

@@ -25,10 +25,11 @@ from engine.batch.check import check_video
 from engine.batch.files import BatchFiles, ItemFiles, item_files
 from engine.batch.plan import with_method
 from engine.batch.queue import Kind
-from engine.batch.store import DISK_ERRORS, publish, write_json
+from engine.batch.store import DISK_ERRORS, publish
 from engine.checkpoint import save_latents
 from engine.engine import Denoised, LongVideoEngine
 from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
+from engine.files.whole import write_json
 from engine.record import build_record, peak_memory
 from engine.video import open_video
 from launch.command import LostRankError, run_command
@@ -174,7 +175,7 @@ class Worker:
             "ended": _now(),
             "run": run | {"peak_memory": peak_memory(engine.device)},
         }
-        write_json(files.sidecar, record, token=task["token"])
+        write_json(files.sidecar, record)
         return record
 
     def _tell_step(self, item: str, finished: int, total: int) -> None:

@@ -24,9 +24,9 @@ from engine.batch.files import BatchFiles
 from engine.batch.identity import item_id
 from engine.batch.locks import Shard
 from engine.batch.plan import with_method
-from engine.batch.store import read_lines
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
+from engine.files.trees import read_lines
 from launch.cli import parse_run
 from launch.start import run_script
 from tests.engine.batch import cases

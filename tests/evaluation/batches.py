@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.batch.store import file_sha256
+from engine.files.whole import file_sha256
 from engine.video import open_video
 
 PROMPTS = ("a red circle", "a blue | square")

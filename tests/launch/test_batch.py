@@ -23,11 +23,12 @@ from engine.batch.journal import table
 from engine.batch.locks import Shard, own_shard
 from engine.batch.plan import Batch, claim_folder, with_method
 from engine.batch.queue import Failure, Queue
-from engine.batch.store import file_sha256, read_lines
 from engine.checkpoint import load_latents
 from engine.config import ModelConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.files.trees import read_lines
+from engine.files.whole import file_sha256
 from launch import stopping
 from launch.batching.options import Options, add_arguments
 from launch.batching.replicas import check_cluster

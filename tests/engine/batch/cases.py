@@ -12,9 +12,10 @@ from engine.batch.driver import Done, Event, Failed, Ready, Step
 from engine.batch.files import BatchFiles, identity_of
 from engine.batch.plan import Batch, Item, plan_batch
 from engine.batch.queue import Failure
-from engine.batch.store import publish, write_json
+from engine.batch.store import publish
 from engine.batch.suite import Prompt, Suite
 from engine.config import MethodConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig
+from engine.files.whole import write_json
 
 
 def config(**sampler: Any) -> RunConfig:
@@ -62,7 +63,7 @@ def write_item(files: BatchFiles, item: Item, token: str = "t") -> None:
     video = {"num_frames": 17, "fps": 16, "height": 32, "width": 32}
     latents = {"sha256": hashlib.sha256(content(item)).hexdigest()}
     record = identity_of(item) | {"status": "done", "output": output, "video": video, "latents": latents}
-    write_json(of.sidecar, record, token=token)
+    write_json(of.sidecar, record)
     of.checkpoint.unlink(missing_ok=True)
 
 

@@ -13,18 +13,10 @@ from engine.batch import store
 from engine.batch.files import BatchFiles
 from engine.batch.locks import Shard, locked, own_shard
 from engine.batch.plan import asked_items, check_folder, claim_folder
-from engine.batch.store import (
-    compile_manifest,
-    file_sha256,
-    is_done,
-    publish,
-    read_json,
-    sweep,
-    write_json,
-    writing_to,
-)
-from engine.checkpoint import atomic_path
+from engine.batch.store import compile_manifest, is_done, publish, writing_to
 from engine.errors import UserError
+from engine.files.trees import read_json
+from engine.files.whole import file_sha256, write_json
 from tests.engine.batch.cases import batch, check_bytes, content, write_item
 from tests.ranks import PRELOAD
 
@@ -153,19 +145,6 @@ def test_a_file_that_fails_its_check_gets_no_name(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="is not whole"):
         publish(part, tmp_path / "a.mp4", check=check_bytes)
     assert not (tmp_path / "a.mp4").exists()
-    assert sweep(tmp_path, older_than=60.0) == []  # somebody may be writing it
-    os.utime(part, (0, 0))
-    assert sweep(tmp_path, older_than=60.0) == [part]
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_json_that_cannot_be_written_leaves_the_old(tmp_path: Path) -> None:
-    path = tmp_path / "a.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(ValueError, match="Out of range"):
-        write_json(path, {"a": float("nan")})
-    assert json.loads(path.read_text()) == {"a": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
 def test_a_disk_that_takes_nothing_is_one_line_and_other_errors_pass(tmp_path: Path) -> None:
@@ -265,22 +244,6 @@ def test_everything_that_was_asked_for_is_remembered(tmp_path: Path) -> None:
     claim_folder(tmp_path, batch("a", "b", seeds=(1,)))
     labels = {f"{m}/{name}" for m in ("freespec", "direct") for name in ("p0000-s0", "p0000-s1", "p0001-s1")}
     assert set(asked_items(tmp_path)) == labels
-
-
-def test_an_unfinished_file_is_one_process_s_and_old_ones_go(tmp_path: Path) -> None:
-    """A rank that has lost its driver may still be writing when its successor begins."""
-    path, strange = tmp_path / "p0000-s0.checkpoint.safetensors", tmp_path / "other.checkpoint.safetensors.1-a.part"
-    old = path.with_name(f"{path.name}.1-a.part")
-    for left in (old, strange):
-        left.touch()
-        os.utime(left, (0, 0))
-    with atomic_path(path) as first:
-        first.write_bytes(b"first")
-        with atomic_path(path) as second:
-            second.write_bytes(b"second")
-        assert path.read_bytes() == b"second"
-    assert path.read_bytes() == b"first"
-    assert sorted(tmp_path.iterdir()) == sorted([path, strange])
 
 
 def test_what_is_left_of_texts_goes_with_the_next_start(tmp_path: Path) -> None:

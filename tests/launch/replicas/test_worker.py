@@ -18,11 +18,11 @@ from engine.adapters import wan
 from engine.batch.check import check_video
 from engine.batch.files import BatchFiles, ItemFiles, identity_of
 from engine.batch.plan import Batch, plan_batch
-from engine.batch.store import file_sha256
 from engine.checkpoint import load_latents
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.files.whole import file_sha256
 from engine.video import VideoWriter, read_video
 from launch.cli import REPOSITORY
 from launch.command import LostRankError

@@ -1,0 +1,144 @@
+"""Write a file whole or not at all: under a temporary name beside it, flushed to the disk, then published under its own."""
+
+import contextlib
+import filecmp
+import glob
+import hashlib
+import json
+import os
+import re
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from engine.files.processes import is_running, this_place
+
+# A live process writes to its temporary file more often than this; older ones belong to processes that were killed.
+DEAD_SECONDS = 24 * 3600.0
+
+# How a temporary file says which process writes it.
+_OWNER = re.compile(r"\.(\d+)-([0-9a-f]{8})-[0-9a-f]{6}\.part$")
+
+
+class WriteError(OSError):
+    """A file that could not be written: `filename` is its final name, `errno` and `strerror` say why."""
+
+    def __str__(self) -> str:
+        return f"cannot write {self.filename}: {self.strerror}"
+
+
+class TakenError(WriteError):
+    """A file of this name has appeared, and may not be replaced."""
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
+    """Yield a temporary path beside `path`, published when the block ends and deleted if it fails.
+
+    Every call has a temporary path of its own, so that two processes never write to one. What killed processes left of
+    `path` is deleted, see `sweep`. Without `replace`, see `publish`.
+
+    Raises:
+        WriteError: the file system does not take the file.
+        TakenError: without `replace`, another file has the name.
+    """
+    sweep(path.parent, f"{glob.escape(path.name)}.*.part")
+    part = part_path(path)
+    try:
+        yield part
+        publish(part, path, replace=replace)
+    except OSError as error:
+        # An error that names another file, such as one that was read from, is not about this one.
+        if isinstance(error, WriteError) or error.filename not in (None, str(part), part):
+            raise
+        raise WriteError(error.errno, error.strerror or str(error) or type(error).__name__, str(path)) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def part_path(path: Path) -> Path:
+    """Return a temporary path for `path` that no other call returns."""
+    return path.with_name(f"{path.name}.{os.getpid()}-{this_place()}-{secrets.token_hex(3)}.part")
+
+
+def publish(part: Path, path: Path, *, replace: bool = True) -> None:
+    """Flush a written file in the same folder as `path` and give it that name.
+
+    The bytes are on the disk before the name is, so that a power cut leaves no empty file behind. Without `replace`, a file
+    that has the name is left alone: TakenError, unless it holds the same bytes.
+    """
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+    if replace:
+        part.replace(path)
+    else:
+        _publish_new(part, path)
+    sync_folder(path.parent)
+
+
+def _publish_new(part: Path, path: Path) -> None:
+    try:
+        os.link(part, path)  # which fails if the name exists, where rename() would replace it
+    except FileExistsError as error:
+        _refuse_other(part, path, error)
+    except OSError as error:
+        # A file system without hard links. Claims (engine.files.claims) keep our own runs apart in the moment between.
+        if os.path.lexists(path):
+            _refuse_other(part, path, error)
+        else:
+            part.replace(path)
+
+
+def _refuse_other(part: Path, path: Path, error: OSError) -> None:
+    if not path.is_file() or not filecmp.cmp(part, path, shallow=False):
+        raise TakenError(error.errno, "another file of this name appeared meanwhile", str(path)) from error
+
+
+def sweep(folder: Path, pattern: str = "*.part") -> list[Path]:
+    """Delete the temporary files in a folder whose process has ended; returns them.
+
+    Those of processes of another machine, of which nothing is known, count as such once they are a day old.
+    """
+    swept = []
+    for part in sorted(folder.glob(pattern)):
+        with contextlib.suppress(FileNotFoundError):  # another process has just published or deleted it
+            if _is_dead(part):
+                part.unlink()
+                swept.append(part)
+    return swept
+
+
+def _is_dead(part: Path) -> bool:
+    owner = _OWNER.search(part.name)
+    if owner is not None and owner[2] == this_place() and not is_running(int(owner[1])):
+        return True
+    return part.stat().st_mtime < time.time() - DEAD_SECONDS
+
+
+def write_json(path: Path, tree: Any, *, replace: bool = True) -> None:
+    """Write JSON, whole or not at all; nan and infinity are a ValueError."""
+    write_text(path, json.dumps(tree, indent=2, allow_nan=False, ensure_ascii=False) + "\n", replace=replace)
+
+
+def write_text(path: Path, text: str, *, replace: bool = True) -> None:
+    """Write a text in UTF-8, whole or not at all."""
+    with atomic_path(path, replace=replace) as part:
+        part.write_text(text, encoding="utf-8")
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's names to the disk; file systems that cannot are left alone."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
