@@ -171,7 +171,7 @@ def predict_with_links(results: list[dict[str, Any]], gpu: GpuSpec) -> None:
     """
     alone = {(row["shape"], row["mode"]): row["ms"] for row in results if row["ranks"] == 1}
     for row in results:
-        rate = link_rate(row["ranks"], gpu)
+        rate = link_rate(row["ranks"], gpu, world=row["ranks"])
         seconds = dict.fromkeys((*EXPOSED, "ring"), 0.0)
         seconds |= {PLANNER_NAMES.get(kind, kind): count / rate for kind, count in row["bytes"].items()}
         row["with_links_ms"] = row["ms"] + 1e3 * waiting_seconds(seconds, row["ms"] / 1e3, blocks=row["ring"])

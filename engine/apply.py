@@ -32,6 +32,7 @@ class Ranks:
         exchange: who exchanges heads against tokens.
         hybrid: who computes the whole of `direct` over the ranks instead, exchange included; None is nobody.
         why: the reason for these degrees, for the record.
+        nodes: name of the node of each rank, for the record.
     """
 
     mesh: SeqMesh
@@ -39,6 +40,7 @@ class Ranks:
     exchange: HeadExchange = TORCH_EXCHANGE
     hybrid: HybridAttention | None = None
     why: str = "given"
+    nodes: tuple[str, ...] = ()
 
     @property
     def degrees(self) -> Degrees:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -83,7 +84,7 @@ class LongVideoEngine:
         self.config = config
         self.device = pick_device(config.model.device)
         self._alone = ranks is None
-        self.ranks = ranks or Ranks(mesh=GROUP_OF_ONE.acquire(), why="one process")
+        self.ranks = ranks or Ranks(mesh=GROUP_OF_ONE.acquire(), why="one process", nodes=(socket.gethostname(),))
         if self.is_first:
             running_revision()  # now, for every record to come
         started = time.perf_counter()
@@ -163,7 +164,11 @@ class LongVideoEngine:
         mesh, config = self.mesh, self.config.parallel
         degrees = {"cfg": mesh.cfg.size, "ring": mesh.ring.size, "ulysses": mesh.ulysses.size}
         chosen = {"local_route": config.local_route, "provider": config.provider, "why": self.ranks.why}
-        return {"ranks": mesh.world.size, **degrees, **chosen}
+        nodes: dict[str, list[int]] = {}
+        for rank, node in enumerate(self.ranks.nodes):
+            nodes.setdefault(node, []).append(rank)
+        placed = [{"node": node, "ranks": ranks} for node, ranks in nodes.items()]
+        return {"ranks": mesh.world.size, **degrees, **chosen, "nodes": placed}
 
     def keep_texts(self, folder: Path) -> None:
         """From now on, look for text embeddings in this folder before computing them, and keep new ones there."""

@@ -1,6 +1,7 @@
 """From the number of ranks to a mesh: the degrees that the configuration or the planner chooses, and who exchanges heads."""
 
 import itertools
+import math
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
@@ -43,17 +44,30 @@ class Arrangement:
     why: str
 
 
-def arrange_ranks(config: RunConfig, world: int, device: torch.device, gpu: GpuSpec | None = None) -> Arrangement:
+def arrange_ranks(
+    config: RunConfig,
+    world: int,
+    device: torch.device,
+    gpu: GpuSpec | None = None,
+    *,
+    nodes: Sequence[str] | None = None,
+) -> Arrangement:
     """The arrangement that the configuration and the planner choose, before any rank is heard of.
 
-    `gpu` describes the ranks' GPUs where they are not those of this machine; None looks at this machine's.
+    `gpu` describes the ranks' GPUs where they are not those of this machine; None looks at this machine's. `nodes` names
+    the node of each rank; None assumes that neighbouring ranks fill nodes of the size that the GPU's description says.
 
     Raises UserError for degrees that do not fit the number of ranks or the guidance, and for those that the provider cannot
     have. Here and not when the ranks have joined: whoever ends first then would take the store from the others.
     """
     spec = read_model(config.model)
     check_settings(config, spec)
-    degrees, why = choose_degrees(config, spec, world, gpu or _find_gpu(device))
+    gpu, span = gpu or _find_gpu(device), node_span(nodes) if nodes is not None else None
+    if gpu is not None and span is not None:
+        gpu = replace(gpu, gpus_per_node=span)
+    degrees, why = choose_degrees(config, spec, world, gpu, span=span)
+    if span is not None and span % degrees[2]:
+        why += f"; ulysses groups of {degrees[2]} cross nodes"
     video = config.video
     frames, frame_tokens = spec.grid(video.num_frames, video.height, video.width)
     plan = SequencePlan(tokens=frames * frame_tokens, heads=spec.heads, ring=degrees[1], ulysses=degrees[2])
@@ -112,8 +126,21 @@ def describe_place(ranks: Ranks, plan: SequencePlan, device: torch.device) -> st
     )
 
 
-def choose_degrees(config: RunConfig, spec: ModelSpec, world: int, gpu: GpuSpec | None) -> tuple[Degrees, str]:
+def node_span(nodes: Sequence[str]) -> int:
+    """How many neighbouring ranks share a node, for ranks on these nodes: groups whose size divides it never cross nodes.
+
+    Groups of consecutive ranks tile the world, so no group crosses a boundary if every boundary is a multiple of its
+    size: the answer is the greatest common divisor of the runs of ranks on one node.
+    """
+    return math.gcd(*(len(list(run)) for _, run in itertools.groupby(nodes)))
+
+
+def choose_degrees(
+    config: RunConfig, spec: ModelSpec, world: int, gpu: GpuSpec | None, *, span: int | None = None
+) -> tuple[Degrees, str]:
     """(cfg, ring, ulysses) and the reason: what the configuration sets stays, the planner or a rule sets the rest.
+
+    `span` is the `node_span` of the ranks, where their nodes are known.
 
     Where there is nothing to choose, as for a process alone, the planner still says whether the video fits the GPU;
     `parallel.plan manual` does not ask it.
@@ -124,7 +151,7 @@ def choose_degrees(config: RunConfig, spec: ModelSpec, world: int, gpu: GpuSpec 
         if gpu is not None and config.parallel.plan == "auto":
             choose_by_memory(Case.of(config, spec, gpu=gpu, world_size=world), wanted, wanted[0])
         return wanted[0], "the only arrangement that the configuration allows"
-    by_rule = sorted(wanted, key=lambda degrees: _rule(degrees, spec.heads))
+    by_rule = sorted(wanted, key=lambda degrees: _rule(degrees, spec.heads, span or world))
     if gpu is None:  # `parallel.plan manual` comes with all degrees
         return by_rule[0], f"no description of this device in configs/gpus; {_RULE}"
     case = Case.of(config, spec, gpu=gpu, world_size=world)
@@ -170,13 +197,13 @@ def _possible_degrees(config: RunConfig, spec: ModelSpec, world: int, fixed: Fix
     )
 
 
-_RULE = "cfg first, then ulysses as far as it divides the heads, then ring"
+_RULE = "cfg first, then ulysses as far as it divides the heads and stays within a node, then ring"
 
 
-def _rule(degrees: Degrees, heads: int) -> tuple[bool, bool, int]:
-    """Sorts arrangements: fewest bytes on any device come first, without a description of the device."""
+def _rule(degrees: Degrees, heads: int, span: int) -> tuple[bool, bool, bool, int]:
+    """Sort arrangements without a description of the device: fewest bytes on any device, and no all-to-all between nodes."""
     cfg, ring, ulysses = degrees
-    return (cfg == 1, heads % ulysses != 0, ring)
+    return (cfg == 1, heads % ulysses != 0, span % ulysses != 0, ring)
 
 
 def _find_gpu(device: torch.device) -> GpuSpec | None:

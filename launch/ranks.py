@@ -1,6 +1,7 @@
 """One process of a run among the others: they meet, make sure that they do the same thing, and join to one mesh."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from engine.parallelism import Arrangement, arrange_ranks, describe_place, join_
 from engine.ranks import choose_failure, digest, refuse_different, setting_prints, together
 from launch.command import LostRankError
 from launch.launcher import STORE
+from launch.replicas.place import NODE
 from launch.stopping import LAUNCHER, SIGNALS, Place, say_for_first
 from parallel.collectives import CollectiveError
 
@@ -94,12 +96,13 @@ def open_ranks(config: RunConfig, *, prompts: Sequence[str], verbose: bool) -> I
         return
     store = _meet(place, config.parallel.timeout)
     try:
-        device, arrangement = _agree(store, place, config, prompts)
+        nodes = _name_nodes(store, place)
+        device, arrangement = _agree(store, place, config, prompts, nodes)
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=config.parallel.timeout)
         with _only_first_is_stopped(place):
             dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout)
-            ranks = join_ranks(config, arrangement, device)
+            ranks = dataclasses.replace(join_ranks(config, arrangement, device), nodes=nodes)
             if verbose:
                 print(describe_place(ranks, arrangement.plan, device), file=sys.stderr, flush=True)
             yield Party(ranks=ranks, store=store)
@@ -188,8 +191,14 @@ def _call_roll(store: dist.Store, place: Place, timeout: float) -> None:
         time.sleep(_ROLL_CALL_SECONDS)
 
 
+def _name_nodes(store: dist.Store, place: Place) -> tuple[str, ...]:
+    """The node of each rank: as Ray names it for a rank that it has placed, else the host's name."""
+    store.set(f"node/{place.rank}", os.environ.get(NODE, socket.gethostname()))
+    return tuple(store.get(f"node/{rank}").decode() for rank in range(place.world))
+
+
 def _agree(
-    store: dist.Store, place: Place, config: RunConfig, prompts: Sequence[str]
+    store: dist.Store, place: Place, config: RunConfig, prompts: Sequence[str], nodes: Sequence[str]
 ) -> tuple[torch.device, Arrangement]:
     """This rank's device, and the arrangement, if no rank has a fault to report and all want to do the same.
 
@@ -198,7 +207,7 @@ def _agree(
     message, prints, result = None, {}, None
     try:
         device = _claim_device(place, config)
-        arrangement = arrange_ranks(config, place.world, device)
+        arrangement = arrange_ranks(config, place.world, device, nodes=nodes)
         prints = setting_prints(config) | {
             "prompt": digest(json.dumps(list(prompts))),
             "checkpoint or GPU": digest(f"{arrangement.degrees} {arrangement.plan}"),

@@ -131,16 +131,23 @@ def gpu_hours(config: RunConfig, items: Sequence[Item], *, gpu: str | None, rank
 
 
 def arrange_replica(
-    config: RunConfig, methods: Sequence[str], ranks: int, device: torch.device, *, gpu: str | None
+    config: RunConfig,
+    methods: Sequence[str],
+    ranks: int,
+    device: torch.device,
+    *,
+    gpu: str | None,
+    nodes: Sequence[str] | None = None,
 ) -> Arrangement:
     """How the ranks of every replica lie over a video; one arrangement for all methods, as a replica makes any item.
 
-    `gpu` names the replicas' GPUs, which need not be those of the driver's machine.
+    `gpu` names the replicas' GPUs, which need not be those of the driver's machine; `nodes` the node of each rank, where
+    it is known before they are placed.
 
     Raises UserError if the methods want different ones.
     """
     described = read_gpu(gpu) if gpu is not None and device.type == "cuda" else None
-    found = {name: arrange_ranks(with_method(config, name), ranks, device, described) for name in methods}
+    found = {name: arrange_ranks(with_method(config, name), ranks, device, described, nodes=nodes) for name in methods}
     if len({arrangement.degrees for arrangement in found.values()}) > 1:
         wishes = "; ".join(f"{name}: {' x '.join(map(str, found[name].degrees))}" for name in methods)
         raise UserError(

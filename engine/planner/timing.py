@@ -1,6 +1,7 @@
 """Predicted seconds of a step: operations at assumed rates, passes over memory, and the messages that nothing hides."""
 
 from collections.abc import Mapping
+from math import prod
 
 from engine.planner.flops import ATTENTION, FP32, GEMM, forward_flops
 from engine.planner.gpu import EIGH_DIM, GpuSpec
@@ -40,7 +41,7 @@ def step_seconds(layout: Layout, mode: Mode, gpu: GpuSpec, kernel: str) -> dict[
 def communication_seconds(layout: Layout, mode: Mode, gpu: GpuSpec, attention: float) -> float:
     """Seconds of one step in which a rank only waits for messages; `attention` is what it computes while the ring turns."""
     num_bytes = layout.step_bytes(mode)
-    seconds = {kind: num_bytes[kind] / link_rate(layout.axis_span(kind, mode), gpu) for kind in num_bytes}
+    seconds = {kind: num_bytes[kind] / _rate(layout, kind, mode, gpu) for kind in num_bytes}
     return waiting_seconds(seconds, attention, blocks=layout.attention_plan(mode).ring)
 
 
@@ -55,14 +56,23 @@ def waiting_seconds(seconds: Mapping[str, float], attention: float, *, blocks: i
 
 def weight_seconds(layout: Layout, mode: Mode, gpu: GpuSpec, computing: float) -> float:
     """Seconds of one step that a rank waits for layers of shared weights: each is gathered while the one before it runs."""
-    seconds = layout.step_bytes(mode)["weights"] / link_rate(layout.axis_span("weights", mode), gpu)
+    seconds = layout.step_bytes(mode)["weights"] / _rate(layout, "weights", mode, gpu)
     return max(0.0, seconds - computing * (1 - 1 / layout.spec.layers))
 
 
-def link_rate(span: int, gpu: GpuSpec) -> float:
-    """Bytes per second between neighbours `span` ranks wide: the slower link as soon as a machine is too small for them."""
-    rate = gpu.intra_node_gb_s if span <= gpu.gpus_per_node else gpu.inter_node_gb_s
+def link_rate(span: int, gpu: GpuSpec, *, world: int) -> float:
+    """Bytes per second inside groups of `span` neighbouring ranks, of the slowest group among `world` ranks.
+
+    Nodes hold `gpu.gpus_per_node` neighbours each. A group crosses nodes unless its size divides that number: of three
+    groups of 8 on nodes of 12 the middle one does.
+    """
+    within = world <= gpu.gpus_per_node or gpu.gpus_per_node % span == 0
+    rate = gpu.intra_node_gb_s if within else gpu.inter_node_gb_s
     return rate * GIGA * gpu.link_fraction
+
+
+def _rate(layout: Layout, kind: str, mode: Mode, gpu: GpuSpec) -> float:
+    return link_rate(layout.axis_span(kind, mode), gpu, world=prod(layout.degrees))
 
 
 def pass_bytes(layout: Layout, mode: Mode) -> int:

@@ -14,7 +14,8 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.load import pick_device, pick_dtype
 from engine.paths import expand
-from launch.replicas.ray_pool import NoRayError, check_ray
+from launch.replicas.place import PlacementStrategy
+from launch.replicas.ray_pool import PLACEMENT_HELP, NoRayError, check_placement, check_ray
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +33,20 @@ class Options:
     on_cpu: bool
     shard: Shard
     ray: str | None
+    strategy: PlacementStrategy
     limits: Limits
     checkpoint_every: int
     keep_latents: bool
     verify: Verify
     retry_quarantined: bool
     gpu: str | None
+
+    @property
+    def nodes(self) -> list[str] | None:
+        """The node of each rank of a replica, where it is known before Ray has placed them; else None."""
+        if self.ray in (None, "local") or self.strategy == "STRICT_PACK":
+            return ["one"] * self.ranks
+        return list(map(str, range(self.ranks))) if self.strategy == "STRICT_SPREAD" else None
 
     @classmethod
     def of(cls, given: Namespace, config: RunConfig) -> "Options":
@@ -68,6 +77,7 @@ class Options:
             on_cpu=config.model.device == "cpu",
             shard=Shard.parse(given.shard),
             ray=given.ray,
+            strategy=given.placement_strategy,
             limits=Limits(item=given.item_timeout, start=given.start_timeout),
             checkpoint_every=given.checkpoint_every,
             keep_latents=given.keep_latents,
@@ -117,12 +127,13 @@ def fix_degrees(config: RunConfig, degrees: tuple[int, int, int]) -> RunConfig:
 
 def check_devices(config: RunConfig, options: Options) -> None:
     """Raise UserError for more ranks on this machine than it has GPUs, and for a Ray that cannot be used."""
-    if options.ray is not None:
-        try:
+    try:
+        check_placement(options.strategy, address=options.ray, num_ranks=options.ranks)
+        if options.ray is not None:
             check_ray(options.ray)
-        except NoRayError as error:
-            raise UserError(str(error)) from error
-    else:
+    except NoRayError as error:
+        raise UserError(str(error)) from error
+    if options.ray is None:
         device = pick_device(config.model.device)
         wanted = options.ranks * options.replicas
         if device.type == "cuda" and wanted > torch.cuda.device_count():
@@ -147,6 +158,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         ("dry_run", bool, False, "say what would be made, how, and what it takes; make nothing"),
         ("status", str, None, "say how the batch in this folder goes, and end"),
         ("ray", str, None, "start replicas on a Ray cluster: auto, HOST:PORT, or local for a Ray of this run's own"),
+        ("placement_strategy", PlacementStrategy, "PACK", PLACEMENT_HELP),
         ("item_timeout", float, None, "seconds an item may take (default: 10 x the middle one, 10 minutes at least)"),
         ("start_timeout", float, 1800.0, "seconds a replica may take to load"),
         ("checkpoint_every", int, 5, "steps between checkpoints of an item; 0 writes none"),

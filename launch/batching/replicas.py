@@ -14,7 +14,7 @@ from engine.errors import UserError
 from launch.batching.options import Options
 from launch.replicas.group import Group
 from launch.replicas.local import WORKER, LocalRanks
-from launch.replicas.ray_pool import NoRayError, RayPool, RayRanks
+from launch.replicas.ray_pool import NoRayError, RayPool, RayRanks, Start
 
 
 @contextlib.contextmanager
@@ -46,15 +46,15 @@ def check_cluster(options: Options, gpus: float) -> None:
 
 
 def _on_ray(pool: RayPool, options: Options, files: BatchFiles, name: str) -> RayRanks:
-    return pool.ranks(
-        name,
-        options.ranks,
+    start = Start(
         gpus=options.gpus,
+        strategy=options.strategy,
         command=WORKER,
         environment={},
         logs=[str(files.rank_log(options.shard, name, rank)) for rank in range(options.ranks)],
         cwd=str(Path.cwd()),
     )
+    return pool.ranks(name, options.ranks, start)
 
 
 def _local(options: Options, files: BatchFiles, index: int, name: str, wake: threading.Event) -> LocalRanks:

@@ -49,7 +49,7 @@ def main(argv: list[str]) -> int:
     batch = read_batch(config, options)
     mine = [item for item in batch.items if options.shard.owns(item.item_id)]
     device = torch.device(config.model.device)
-    arrangement = arrange_replica(config, options.methods, options.ranks, device, gpu=options.gpu)
+    arrangement = arrange_replica(config, options.methods, options.ranks, device, gpu=options.gpu, nodes=options.nodes)
     config = fix_degrees(config, arrangement.degrees)
     files = BatchFiles(root=options.out)
     check_devices(config, options)

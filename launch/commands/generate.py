@@ -21,6 +21,8 @@ from launch.command import LostRankError
 from launch.outputs import OutputFiles, check_outputs, plan_outputs
 from launch.ranks import check_started, open_ranks
 from launch.render import describe_kept, render
+from launch.replicas.place import PlacementStrategy
+from launch.replicas.ray_pool import PLACEMENT_HELP, NoRayError, check_placement
 from launch.stopping import Stopped
 from parallel.collectives import CollectiveError
 
@@ -33,6 +35,10 @@ def main(argv: list[str]) -> None:
     check_started(namespace.nproc)
     if namespace.ray is not None:
         raise UserError("--ray starts ranks itself, from the command line; leave it out, or torchrun")
+    try:
+        check_placement(namespace.placement_strategy, address=None, num_ranks=1)
+    except NoRayError as error:
+        raise UserError(str(error)) from error
     prompts = read_prompts(namespace.prompt, namespace.prompt_file)
     outputs = plan_outputs(config.output, len(prompts))
     with open_ranks(config, prompts=prompts, verbose=namespace.verbose) as party:
@@ -112,6 +118,7 @@ def _add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--ray", type=str, help="start the ranks as actors of a Ray cluster instead: auto, HOST:PORT, or local"
     )
+    parser.add_argument("--placement_strategy", type=PlacementStrategy, default="PACK", help=PLACEMENT_HELP)
     parser.add_argument("--verbose", type=bool, default=False, help="show what every rank says, with its number")
 
 

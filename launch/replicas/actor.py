@@ -1,5 +1,6 @@
 """One rank as a Ray actor: a host of the rank's process, on whatever node Ray has placed it. Imports nothing slow."""
 
+import socket
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,10 +20,13 @@ class RankActor:
         self._host = RankHost()
 
     def describe(self) -> dict[str, Any]:
-        """Node and its address, and the GPUs that Ray has reserved for this rank."""
-        context = ray.get_runtime_context()
+        """Node and its address, and the GPUs that Ray has reserved for this rank.
+
+        A node is named by its host and the first digits of Ray's id: several Ray nodes may have one host.
+        """
+        node = f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}"
         gpus = [str(gpu) for gpu in ray.get_gpu_ids()]
-        return {"node": context.get_node_id(), "address": ray.util.get_node_ip_address(), "gpus": gpus}
+        return {"node": node, "address": ray.util.get_node_ip_address(), "gpus": gpus}
 
     def listen(self, address: str) -> int:
         """See `RankHost.listen`."""

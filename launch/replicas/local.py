@@ -37,7 +37,9 @@ class LocalRanks:
         self._hosts = [RankHost(self._wake) for _ in range(self.count)]
         port = self._hosts[0].listen("127.0.0.1") if self.count > 1 else 0
         for rank, host in enumerate(self._hosts):
-            place = rank_environment(rank, self.count, local_rank=rank, address="127.0.0.1", port=port)
+            place = rank_environment(
+                rank, self.count, local_rank=rank, local_size=self.count, address="127.0.0.1", port=port
+            )
             host.start(self._command, self._environment | place, log=str(self._log(rank)))
         self.send(json.dumps(setup))
 

@@ -1,18 +1,65 @@
-"""What a rank of a replica finds in its environment. Standard library only."""
+"""Which rank of a replica a process is, and what it finds of that in its environment. Standard library only."""
 
 import os
 import sys
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+# How Ray spreads the bundles of a placement group over nodes.
+PlacementStrategy = Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"]
+STRATEGIES: tuple[str, ...] = get_args(PlacementStrategy)
+
+# In the environment of a rank that Ray has placed: the name of its node.
+NODE = "FREESPEC_NODE"
 
 
-def rank_environment(rank: int, num_ranks: int, *, local_rank: int, address: str, port: int) -> dict[str, str]:
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """What a rank runs on.
+
+    Attributes:
+        bundle: index of its bundle in the placement group.
+        node: its node.
+        local_rank: its number among the ranks of that node.
+        local_size: ranks on that node.
+    """
+
+    bundle: int
+    node: str
+    local_rank: int
+    local_size: int
+
+
+def number_ranks(nodes: Sequence[str]) -> list[Slot]:
+    """Slots in rank order for bundles that were placed on `nodes`: by node, then by bundle.
+
+    A mesh takes neighbouring ranks for neighbours on a node, and Ray places the bundles of a group in no such order. Nodes
+    with most ranks come first, so that whole nodes are not offset by a part of one; of equal nodes the one of the
+    earliest bundle.
+    """
+    sizes = Counter(nodes)
+    order = sorted(sizes, key=lambda node: -sizes[node])
+    bundles = [[bundle for bundle, other in enumerate(nodes) if other == node] for node in order]
+    return [
+        Slot(bundle=bundle, node=node, local_rank=local_rank, local_size=len(mine))
+        for node, mine in zip(order, bundles, strict=True)
+        for local_rank, bundle in enumerate(mine)
+    ]
+
+
+def rank_environment(
+    rank: int, num_ranks: int, *, local_rank: int, local_size: int, address: str, port: int
+) -> dict[str, str]:
     """Where the ranks of a replica meet, and which of them this is; a rank that is alone needs none of it.
 
     Ranks of one machine talk over its loopback device: nothing listens where others could reach it.
     """
     if num_ranks == 1:
         return {}
-    found = {"RANK": str(rank), "WORLD_SIZE": str(num_ranks), "LOCAL_RANK": str(local_rank)}
+    found = {"RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+    found |= {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(local_size)}
     found |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     if address == "127.0.0.1" and sys.platform.startswith("linux"):
         found |= {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
@@ -21,6 +68,6 @@ def rank_environment(rank: int, num_ranks: int, *, local_rank: int, address: str
 
 def without_place(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment without what another launcher set for this process, or the ranks would join its rendezvous."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", NODE)
     prefixes = ("TORCHELASTIC_", "GROUP_", "ROLE_")
     return {name: value for name, value in environment.items() if name not in names and not name.startswith(prefixes)}

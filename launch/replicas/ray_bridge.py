@@ -3,7 +3,7 @@
 Ray writes on its driver's terminal when anything of it dies, and may end the driver with it. Here it has a process of its
 own to write and to die in: the driver notices, puts the items in flight back, and starts another bridge.
 
-Orders: `start` (replica, generation, count, gpus, command, environment, logs, cwd, lines), `send` (replica, line),
+Orders: `start` (replica, generation, count, strategy, gpus, command, environment, logs, cwd, lines), `send` (replica, line),
 `interrupt` and `kill` (replica). Events: `open` (address, and the number of GPUs of the cluster), `refused` (message), and
 `rank` (replica, generation, rank, of: the event).
 """
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launch.replicas.host import EVENTS
-from launch.replicas.place import rank_environment
+from launch.replicas.place import NODE, number_ranks, rank_environment
 from launch.stopping import die_with_parent
 
 # These decide how Ray starts, so they stand before its import. A Ray of our own is for this machine alone: it listens on
@@ -170,7 +170,8 @@ class RayReplica:
     def _place(self) -> PlacementGroup | None:
         """A bundle for each rank, on one node where it fits; None if the replica was killed while it waited."""
         bundle = {"CPU": 1, "GPU": 1} if self.order["gpus"] else {"CPU": 1}
-        group = placement_group([bundle] * self.order["count"], strategy="PACK")
+        strategy = self.order["strategy"]
+        group = placement_group([bundle] * self.order["count"], strategy=strategy)
         started, noted = time.monotonic(), False
         while not group.wait(1):
             if self._killed.is_set():
@@ -178,8 +179,7 @@ class RayReplica:
                 return None
             if not noted and time.monotonic() - started > NOTE_SECONDS:
                 noted = True
-                have = {name: ray.cluster_resources().get(name, 0) for name in bundle}
-                text = f"waits for {self.order['count']} x {bundle} in the cluster, which has {have} in all"
+                text = f"waits for {self.order['count']} x {bundle} ({strategy}); {describe_cluster(bundle)}"
                 self._tell_rank(0, {"event": "note", "text": text})
         return group
 
@@ -193,16 +193,25 @@ class RayReplica:
         ]
         if self._killed.is_set():
             self.kill()
-        places = ray.get([actor.describe.remote() for actor in self._actors])
-        address = "127.0.0.1" if len({place["node"] for place in places}) == 1 else places[0]["address"]
+        found = ray.get([actor.describe.remote() for actor in self._actors])
+        slots = number_ranks([place["node"] for place in found])
+        self._actors = [self._actors[slot.bundle] for slot in slots]
+        places = [found[slot.bundle] for slot in slots]
+        address = "127.0.0.1" if slots[0].local_size == order["count"] else places[0]["address"]
         port = ray.get(self._actors[0].listen.remote(address)) if order["count"] > 1 else 0
         starts = []
-        for rank, (actor, place) in enumerate(zip(self._actors, places, strict=True)):
-            # All GPUs of the replica on this node are visible to its ranks there, so that they can reach each other.
-            mates = [other for other in places if other["node"] == place["node"]]
-            visible = [gpu for other in mates for gpu in other["gpus"]]
-            local_rank = visible.index(place["gpus"][0]) if place["gpus"] else mates.index(place)
-            environment = rank_environment(rank, order["count"], local_rank=local_rank, address=address, port=port)
+        for rank, (actor, slot) in enumerate(zip(self._actors, slots, strict=True)):
+            environment = {NODE: slot.node} | rank_environment(
+                rank,
+                order["count"],
+                local_rank=slot.local_rank,
+                local_size=slot.local_size,
+                address=address,
+                port=port,
+            )
+            # All GPUs of the replica on this node are visible to its ranks there, so that they can reach each other; in
+            # the order of the ranks, so that LOCAL_RANK is the number of a rank's own.
+            visible = [gpu for other in places if other["node"] == slot.node for gpu in other["gpus"]]
             if visible:
                 environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
             log = order["logs"][rank] if order["logs"] else None
@@ -238,6 +247,14 @@ class RayReplica:
     def _tell_rank(self, rank: int, event: Mapping[str, Any]) -> None:
         fields = {"replica": self.order["replica"], "generation": self.order["generation"]}
         self.tell("rank", rank=rank, of=event, **fields)
+
+
+def describe_cluster(bundle: Mapping[str, int]) -> str:
+    """What the cluster has of a bundle's resources, in all and at most on one node."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    have = {name: ray.cluster_resources().get(name, 0) for name in bundle}
+    most = {name: max((node.get(name, 0) for node in nodes), default=0) for name in bundle}
+    return f"the cluster has {have} in all and at most {most} on a node"
 
 
 def _gone(why: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 from launch.launcher import GRACE_SECONDS, KEPT_LINES, STOP_SECONDS, asked_value, judge
 from launch.replicas.host import Event
-from launch.replicas.ray_pool import NoRayError, RayPool, RayRanks
+from launch.replicas.ray_pool import NoRayError, RayPool, RayRanks, Start, check_placement
 from launch.stopping import LAUNCHER, Place, StopSignals, show
 
 POLL_SECONDS = 0.05
@@ -35,24 +35,26 @@ def start_on_ray(address: str, command: Sequence[str], *, num_ranks: int, signal
     signals.leave()
     verbose = asked_value(command, "--verbose") not in (None, "false")
     on_cpu = asked_value(command, "--model.device") == "cpu"
-    words = without(command, "--ray")
+    strategy = asked_value(command, "--placement_strategy") or "PACK"
+    words = without(without(command, "--ray"), "--placement_strategy")
     if sys.stderr.isatty() and asked_value(command, "--output.progress") is None:
         words.append("--output.progress=on")  # an actor has no terminal, and this one is
     try:
+        check_placement(strategy, address=address, num_ranks=num_ranks)
         with RayPool(address, cpus=num_ranks, log=None) as pool:
             if (refused := too_few_gpus(pool.gpus, num_ranks, on_cpu=on_cpu)) is not None:
                 show(f"error: {refused}")
                 return 2
             threads = {} if "OMP_NUM_THREADS" not in os.environ else {"OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"]}
-            ranks = pool.ranks(
-                "ranks",
-                num_ranks,
+            start = Start(
                 gpus=pool.gpus > 0 and not on_cpu,
+                strategy=strategy,
                 command=words,
                 environment=threads,
                 logs=None,
                 cwd=str(Path.cwd()),
             )
+            ranks = pool.ranks("ranks", num_ranks, start)
             children = [Child(rank) for rank in range(num_ranks)]
             ranks.start(None)
             watch(ranks, children, signals, verbose=verbose)

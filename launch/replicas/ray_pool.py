@@ -5,10 +5,12 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from launch.replicas.host import Event, RankHost
+from launch.replicas.place import STRATEGIES, PlacementStrategy
 
 BRIDGE = ("-m", "launch.replicas.ray_bridge")
 # How long a cluster that was lost may take to answer again, and how long the first answer may take.
@@ -16,8 +18,14 @@ PATIENCE_SECONDS = 120.0
 OPEN_SECONDS = 180.0
 
 
+PLACEMENT_HELP = (
+    "how Ray spreads the ranks of a video over nodes: PACK (few nodes), STRICT_PACK (one node, waiting for it), SPREAD or "
+    "STRICT_SPREAD (a node for each)"
+)
+
+
 class NoRayError(ValueError):
-    """Ray is not installed, or no cluster answers; one line for the user."""
+    """Ray is not installed, cannot do what is asked for, or no cluster answers; one line for the user."""
 
 
 def check_ray(address: str) -> None:
@@ -28,6 +36,21 @@ def check_ray(address: str) -> None:
         raise NoRayError(
             f"--ray {address} is a Ray client's address; run this on a machine of the cluster with --ray auto, or hand it in "
             "with: ray job submit"
+        )
+
+
+def check_placement(strategy: str, *, address: str | None, num_ranks: int) -> None:
+    """Raise NoRayError for a strategy that Ray does not know, that has no Ray to follow it, or that one node cannot follow."""
+    if strategy not in STRATEGIES:
+        raise NoRayError(f"--placement_strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    if address is None and strategy != "PACK":
+        raise NoRayError(
+            f"--placement_strategy {strategy} is for ranks that --ray starts; give both on the command line"
+        )
+    if address == "local" and strategy == "STRICT_SPREAD" and num_ranks > 1:
+        raise NoRayError(
+            f"--placement_strategy STRICT_SPREAD wants {num_ranks} nodes for {num_ranks} ranks, and --ray local has one; "
+            "leave it out"
         )
 
 
@@ -66,9 +89,9 @@ class RayPool:
         """Let go of the cluster; whatever still runs there for this driver ends."""
         self._close()
 
-    def ranks(self, name: str, count: int, **start: Any) -> "RayRanks":
-        """The ranks of a replica; for `start` see `RayRanks`."""
-        self._ranks[name] = RayRanks(self, name, count, **start)
+    def ranks(self, name: str, count: int, start: "Start") -> "RayRanks":
+        """The ranks of a replica."""
+        self._ranks[name] = RayRanks(self, name, count, start)
         return self._ranks[name]
 
     def order(self, do: str, **fields: Any) -> None:
@@ -141,32 +164,35 @@ class RayPool:
         return f"no Ray cluster answers at {self._address} ({why}); {hint}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """How every rank of a replica is started.
+
+    Attributes:
+        gpus: whether each gets a GPU.
+        strategy: how Ray spreads them over nodes.
+        command: of Python.
+        environment: beside what the node has.
+        logs: a file for each rank; None sends what it prints as events.
+        cwd: folder.
+    """
+
+    gpus: bool
+    strategy: PlacementStrategy
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    logs: Sequence[str] | None
+    cwd: str
+
+
 class RayRanks:
     """The ranks of one replica; see `launch.replicas.group.Ranks`."""
 
-    def __init__(
-        self,
-        pool: RayPool,
-        name: str,
-        count: int,
-        *,
-        gpus: bool,
-        command: Sequence[str],
-        environment: Mapping[str, str],
-        logs: Sequence[str] | None,
-        cwd: str,
-    ) -> None:
-        """`gpus` is whether every rank gets one; `logs` a file for each rank."""
+    def __init__(self, pool: RayPool, name: str, count: int, start: Start) -> None:
         self.count = count
         self._pool = pool
         self._name = name
-        self._start = {
-            "gpus": gpus,
-            "command": list(command),
-            "environment": dict(environment),
-            "logs": logs,
-            "cwd": cwd,
-        }
+        self._start = start
         self._generation = 0
         self._events: list[tuple[int, Event]] = []
         self._open: set[int] = set()
@@ -178,7 +204,7 @@ class RayRanks:
         self._events, self._open, self._killed = [], set(range(self.count)), False
         lines = [] if setup is None else [json.dumps(setup)]
         fields = {"replica": self._name, "generation": self._generation, "count": self.count, "lines": lines}
-        self._pool.order("start", **fields, **self._start)
+        self._pool.order("start", **fields, **asdict(self._start))
 
     def send(self, line: str) -> None:
         """See `Ranks`."""

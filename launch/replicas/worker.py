@@ -67,7 +67,9 @@ def _work(pipe: IO[str]) -> None:
                 tell=tell,
             )
             engine.keep_texts(BatchFiles(root=worker.root).text_cache)
-            place = f"{engine.device} on {socket.gethostname()}, {engine.layout['ranks']} ranks, {engine.layout['why']}"
+            layout = engine.layout
+            nodes = ", ".join(f"{each['node']} ({len(each['ranks'])})" for each in layout["nodes"])
+            place = f"{engine.device} on {nodes}, {layout['ranks']} ranks, {layout['why']}"
             tell("ready", seconds=time.perf_counter() - started, place=place)
             for line in sys.stdin:
                 worker.run(json.loads(line))

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,7 @@ def test_result_and_record(engine):
         "local_route": "auto",
         "provider": "torch",
         "why": "one process",
+        "nodes": [{"node": socket.gethostname(), "ranks": [0]}],
     }
 
 

@@ -133,7 +133,7 @@ def test_degrees_of_a_kernel_of_unknown_speed_come_from_the_rule_and_the_memory(
     assert arrangement.degrees == (2, 1, 2)  # guidance first, then heads
     assert arrangement.why.startswith(f"no time can be predicted (attention_fraction of H100 has no {kernel}, it has ")
     assert arrangement.why.endswith(
-        "; the first that fits the memory by the rule cfg first, then ulysses as far as it divides the heads, then ring"
+        "; the first that fits the memory by the rule cfg first, then ulysses as far as it divides the heads and stays within a node, then ring"
     )
     # The rule's second needs less: a run is not refused where it fits.
     first, second = peak(4, (2, 1, 2)), peak(4, (2, 2, 1))

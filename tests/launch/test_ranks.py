@@ -94,6 +94,7 @@ def test_three_ranks_make_the_videos_of_one(make: Callable[..., Run], wan_folder
         "ulysses": 1,
     }
     assert layout["why"] == "the only arrangement that the configuration allows"
+    assert layout["nodes"] == [{"node": socket.gethostname(), "ranks": [0, 1, 2]}]
     assert record["decode"]["mode"] == "tiled"
     assert sum(record["decode"]["tiles_by_rank"]) == record["decode"]["tiles"] == 9
 

@@ -1,5 +1,7 @@
 """Ray clusters of more than one node, and jobs that are handed in: a node is lost, and the rest makes everything."""
 
+import itertools
+import json
 import os
 import secrets
 import subprocess
@@ -13,8 +15,11 @@ import pytest
 
 from engine.batch.files import BatchFiles
 from launch.commands import batch
+from launch.replicas.place import PlacementStrategy
+from launch.replicas.ray_pool import RayPool, Start
 from tests.launch.conftest import Run
 from tests.launch.test_batch import assert_whole, events_of, made_in_a_loop, words
+from tests.launch.test_ranks import SCRIPT, prompted
 
 pytest.importorskip("ray", reason="the extra `ray` is not installed")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -38,6 +43,27 @@ for line in sys.stdin:
     cluster.remove_node(nodes.pop(), allow_graceful=False)
     print("lost", flush=True)
 cluster.shutdown()
+"""
+
+# Four nodes of two to three slots, on loopback.
+UNEVEN = """
+import sys
+from ray.cluster_utils import Cluster
+small = {"object_store_memory": 80 * 2**20}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, **small})
+for slots in (3, 2, 3):
+    cluster.add_node(num_cpus=slots, **small)
+cluster.wait_for_nodes()
+print("at", cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+# Says where the rank is. Imports nothing slow.
+WHERE = """
+import os
+names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "FREESPEC_NODE")
+print(*(os.environ[name] for name in names), flush=True)
 """
 
 # One node with the dashboard, which takes jobs.
@@ -142,6 +168,60 @@ def test_auto_is_the_cluster_of_the_environment(
     shown = run(batch.main, *words(wan_folder, tmp_path / "prompts.txt", tmp_path / "out", settings))
     assert (shown.code, shown.err) == (0, ""), shown
     assert "1 of 1 items done (1 now), 0 in quarantine" in shown.out
+
+
+def print_places(address: str, count: int, strategy: PlacementStrategy) -> list[tuple[int, int, int, str]]:
+    """Rank, LOCAL_RANK, LOCAL_WORLD_SIZE and node, as each of `count` real ranks finds them, in rank order."""
+    printed = dict.fromkeys(range(count), "")
+    with RayPool(address, cpus=count, log=None) as pool:
+        start = Start(gpus=False, strategy=strategy, command=["-c", WHERE], environment={}, logs=None, cwd=str(ROOT))
+        ranks = pool.ranks("ranks", count, start)
+        ranks.start(None)
+        until, ended = time.monotonic() + PATIENCE_SECONDS, set()
+        while len(ended) < count:
+            assert time.monotonic() < until, printed
+            for rank, event in ranks.drain():
+                printed[rank] += event["text"] if event["event"] == "stdout" else ""
+                ended |= {rank} if event["event"] == "exit" else set()
+            time.sleep(0.05)
+    found = [printed[rank].split() for rank in range(count)]
+    return [(int(rank), int(local), int(size), node) for rank, local, size, node in found]
+
+
+def test_ranks_are_numbered_by_node(start: Callable[[str], Cluster]) -> None:
+    """Nine real ranks on four uneven nodes, dealt out by turns: neighbours share a node, and each knows its number there."""
+    found = print_places(start(UNEVEN).said[0], 9, "SPREAD")
+    assert [rank for rank, *_ in found] == [*range(9)]
+    nodes = [node for *_, node in found]
+    runs = [(node, len(list(run))) for node, run in itertools.groupby(nodes)]
+    assert len(runs) == len(set(nodes)) == 4, found
+    assert max(size for _, size in runs) <= 3
+    at = 0
+    for _, size in runs:
+        assert [place[1:3] for place in found[at : at + size]] == [(local, size) for local in range(size)], found
+        at += size
+
+
+def test_a_placement_strategy_is_followed_and_the_record_names_every_node(
+    run: Callable[..., Run], start: Callable[[str], Cluster], wan_folder: Path, tmp_path: Path
+) -> None:
+    """One node, two nodes: for one video and for the replicas of a batch."""
+    address = start(UNEVEN).said[0]
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    for strategy, sizes in (("STRICT_PACK", [2]), ("STRICT_SPREAD", [1, 1])):
+        given = {"ray": address, "nproc": 2, "methods": "direct", "placement_strategy": strategy}
+        out, video = tmp_path / strategy, tmp_path / f"{strategy}.mp4"
+        shown = run(batch.main, *words(wan_folder, tmp_path / "prompts.txt", out, given))
+        assert (shown.code, shown.err) == (0, ""), shown
+        sidecar = next(out.glob("direct/*/videos/*.json"))
+        command = [*prompted(wan_folder, video), "--nproc=2", f"--ray={address}", f"--placement_strategy={strategy}"]
+        ended = subprocess.run([sys.executable, str(SCRIPT), *command], capture_output=True, text=True, check=False)
+        assert (ended.returncode, ended.stderr) == (0, ""), ended
+        records = json.loads(sidecar.read_text())["run"], json.loads(video.with_suffix(".json").read_text())
+        for record in records:
+            nodes = record["parallel"]["nodes"]
+            assert [len(node["ranks"]) for node in nodes] == sizes, nodes
+            assert len({node["node"] for node in nodes}) == len(sizes)
 
 
 def test_a_job_that_is_handed_in(start: Callable[[str], Cluster], wan_folder: Path, tmp_path: Path) -> None:
