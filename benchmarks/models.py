@@ -54,14 +54,27 @@ both layouts, and, by names and shapes alone, with the real configurations of Wa
 ## Attention kernels
 
 `attention.kernel` names one of torch's own (`cuda_flash`, `cuda_cudnn`, `cuda_efficient`, `cpu_flash`, `plain`) or `cuda_fa3`, FlashAttention 3
-where it is installed. `auto`, the default, is measured where there is a choice, which is on CUDA in bf16 and fp16: when an engine starts, rank 0
-runs `cuda_flash`, `cuda_cudnn` and, where installed, `cuda_fa3` for a moment on a part of a layer at the video's own shape, global and dual,
-strided windows included. A kernel that differs from plain attention by more than rounding cannot win. `cuda_flash` stays unless another takes
+where it is installed. `auto`, the default, has these candidates on CUDA in bf16 and fp16, in torch's own order:
+
+| GPU | candidates |
+| --- | --- |
+| compute capability 9.0 and 10.0 (H100, H200, B200) | `cuda_cudnn`, `cuda_flash`, `cuda_fa3` |
+| others from 8.0 on | `cuda_flash`, `cuda_cudnn`, `cuda_fa3` |
+| older | `cuda_efficient` |
+
+cuDNN is one of them, and may be named, from version 9.15.1 on: older ones read out of bounds where 128 does not divide the number of tokens.
+When an engine starts, rank 0 runs each candidate for a moment on a part of a layer at the video's own shape, global and dual, strided windows
+included. One that differs from plain attention by more than rounding cannot win. The first stays unless another takes
 less than 0.9 of its time: near a tie two processes would choose by chance, and their videos differ by rounding. All ranks use rank 0's choice,
 and the record has its name, every time and every refusal (`attention`); a batch whose replicas are to agree to the bit on different
-machines names its kernel. On a CPU and in fp32 there is one kernel to choose from.
-`apply_method` on a pipeline of your own knows no shape beforehand: there `auto` is `cuda_flash`, which every GPU of compute capability 8.0 and up
-runs. FlexAttention is a baseline of `benchmarks/gpu.py` and no kernel: it wants a block mask of the whole sequence where strided views need
+machines names its kernel. On a CPU and in fp32 there is one kernel to choose from. `launch/plan.py` predicts with the same candidates and
+the same rule, from the rates in `configs/gpus/`. `apply_method` on a pipeline of your own knows no shape beforehand: there `auto` is the first
+candidate.
+
+A video of native length is computed by torch's `scaled_dot_product_attention` itself, whatever the kernel: the result is the stock pipeline's,
+bit for bit, under any backend that torch takes or a `torch.nn.attention.sdpa_kernel` context asks for.
+
+FlexAttention is a baseline of `benchmarks/gpu.py` and no kernel: it wants a block mask of the whole sequence where strided views need
 none, and is fast only when it is compiled for each shape. The choice was tested on CPUs, and not yet run on a GPU.
 
 `model.compile true` puts the transformer's blocks through torch.compile, once for each kind of step (two for freespec), also after another

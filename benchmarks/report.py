@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_report
+from benchmarks import gpu_report, published
 from benchmarks.measure import RESULTS, ROOT
 from engine.config import RunConfig
 from engine.planner import predicted_table, read_gpu
@@ -371,6 +371,10 @@ def page() -> str:
         "**Predicted, not measured**, by `launch/plan.py`'s model from datasheets and assumed fractions of their peaks "
         "(`configs/gpus/`). Minutes of denoising with default settings; efficiency against one GPU.",
         predictions(),
+        "### Predicted beside published",
+        "Dense attention with both passes on one GPU; the same model predicts what others have published. A figure that is off by "
+        f"more than {published.BAND:.0%} fails `tests/benchmarks/test_published.py`.",
+        table(["run", "kernel", "predicted", "published", "ratio", "source"], published.rows()),
     ]
     return "\n\n".join(parts) + "\n"
 

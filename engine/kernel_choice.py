@@ -19,7 +19,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.ranks import hand_out_bytes, together
 from freespec.attention import WindowedAttention
-from freespec.kernels import candidates, select_kernel
+from freespec.kernels import candidates, preferred, select_kernel
 from parallel.mesh import SeqMesh
 
 # Part of a layer: all of its keys for some queries and heads. Enough for a GPU to be busy, and 0.3 GB at 126,360 tokens.
@@ -29,8 +29,6 @@ CALLS = 3
 CHECKED = 8
 ROUNDINGS = 4  # that an output may be off by; sums over many keys round as well, by far less than half precision does
 SUM_ROUNDING = 2**-18
-# Of the usual kernel's time, for another to win: near a tie, processes of one batch would choose by chance, and differ in bits.
-DECISIVE = 0.9
 LSE_ERROR = 1e-2  # absolute; logits are of the order of 1 here
 Parts = tuple[Tensor, ...]
 
@@ -127,10 +125,7 @@ def fastest(names: tuple[str, ...], part: LayerPart, device: torch.device, dtype
             left_out[name] = difference
     if not seconds:
         raise UserError(f"no attention kernel runs here: {left_out}; choose one as attention.kernel, like plain")
-    usual, best = next(iter(seconds)), min(seconds, key=lambda name: seconds[name])
-    if seconds[best] > DECISIVE * seconds[usual]:
-        best = usual
-    return KernelChoice(kernel=best, why="measured", seconds=seconds, left_out=left_out)
+    return KernelChoice(kernel=preferred(seconds), why="measured", seconds=seconds, left_out=left_out)
 
 
 def draw(part: LayerPart, device: torch.device, dtype: torch.dtype) -> tuple[Parts, int]:

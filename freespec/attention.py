@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from freespec.kernels import DualKernel, Kernel
+from freespec.kernels import DualKernel, Kernel, sdpa
 from freespec.windows import QueryGroup, query_groups, window_range
 
 # Parts are merged in eighths of their tokens: the fp32 copies of half-precision outputs are three quarters of one output, and
@@ -79,6 +79,16 @@ class WindowedAttention:
     def dense(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Every query sees every key: out [B, S, N, D], lse [B, S, N]."""
         return _dense(self.kernel, q, k, v)
+
+    def whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`dense` of all keys of the video, whose log-sum-exp nobody needs: out [B, S, N, D].
+
+        At native length by torch's `scaled_dot_product_attention` itself, as diffusers computes it: equal bit for bit, whatever
+        backend torch takes or a context asks for.
+        """
+        if self.num_frames > self.window_frames or q.numel() == 0:
+            return self.dense(q, k, v)[0]
+        return sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
 
     def far(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
         """`dense` over keys that lie in no query's window, beside a local branch: by `rest_kernel`."""

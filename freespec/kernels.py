@@ -8,7 +8,7 @@ The fast ones are torch's own operators, called directly because the public func
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -47,6 +47,11 @@ def cuda_cudnn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """cuDNN's fused attention: fp16 and bf16, compute capability 8.0 and up."""
     out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
     return out, lse.squeeze(-1) if lse.dim() == q.dim() else lse  # torch >= 2.9 keeps a trailing 1
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """out [B, N, S, D] of torch's public function, which diffusers calls: the backend is torch's choice, or the caller's context's."""
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
 
 def cuda_efficient(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,11 +95,48 @@ def fa3_kernel(flash_attn_func: Callable[..., Any]) -> Kernel:
     return kernel
 
 
+# torch's own order (sdp_utils.cpp, check_prefer_cudnn_attention): cuDNN before FlashAttention on these compute capabilities.
+CUDNN_FIRST = ((9, 0), (10, 0))
+# 9.15.1, as cudnnGetVersion has it since cuDNN 9: major * 10000 + minor * 100 + patch. Older ones read out of bounds where 128 does
+# not divide a length, and lengths here are frames x tokens of a frame.
+CUDNN_SINCE = 91501
+# Of the first candidate's time, for another one to be taken: near a tie, processes of one batch would differ by chance.
+DECISIVE = 0.9
+
+
+def cuda_candidates(capability: tuple[int, int], cudnn: int | None) -> tuple[str, ...]:
+    """What `auto` may mean for fp16 and bf16 on a GPU of this compute capability, in the order in which torch takes them.
+
+    `cudnn` is the version as `torch.backends.cudnn.version()` gives it; None is no cuDNN.
+    """
+    if capability < (8, 0):
+        return ("cuda_efficient",)
+    with_cudnn = cudnn is not None and cudnn >= CUDNN_SINCE
+    if with_cudnn and capability in CUDNN_FIRST:
+        return ("cuda_cudnn", "cuda_flash", FA3)
+    return ("cuda_flash", "cuda_cudnn", FA3) if with_cudnn else ("cuda_flash", FA3)
+
+
+def preferred(seconds: Mapping[str, float]) -> str:
+    """Of measured or predicted seconds by kernel, in the order of candidates: the first, or one that is clearly faster."""
+    first, fastest = next(iter(seconds)), min(seconds, key=lambda name: seconds[name])
+    return fastest if seconds[fastest] <= DECISIVE * seconds[first] else first
+
+
 def candidates(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
-    """What `auto` may mean on a device: the first serves every one of the kind, and is taken where nothing is measured."""
+    """What `auto` may mean on a device of this process; the first is taken where nothing is measured."""
     if device.type == "cpu":
         return ("cpu_flash",)
-    return ("cuda_flash", "cuda_cudnn", FA3) if dtype in HALF else ("cuda_efficient",)
+    if device.type != "cuda":
+        raise ValueError(f"attention kernel 'auto' does not run on {device.type}; use plain")
+    if dtype not in HALF:
+        return ("cuda_efficient",)
+    return cuda_candidates(torch.cuda.get_device_capability(device), cudnn_version())
+
+
+def cudnn_version() -> int | None:
+    """cuDNN's version in this process; None without it, or where torch is built for another vendor's library."""
+    return torch.backends.cudnn.version() if torch.version.cuda else None
 
 
 def select_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Kernel:
@@ -113,6 +155,11 @@ def select_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Kernel
         raise ValueError(f"attention kernel {name!r} takes fp16 or bf16, not {dtype}; use cuda_efficient or plain")
     if name == "cuda_efficient" and dtype == torch.float64:
         raise ValueError("attention kernel 'cuda_efficient' does not take float64; use plain")
+    if name == "cuda_cudnn" and (cudnn_version() or 0) < CUDNN_SINCE:
+        raise ValueError(
+            f"attention kernel 'cuda_cudnn' needs cuDNN 9.15.1 or newer (version {CUDNN_SINCE}), this is {cudnn_version()}: "
+            "older ones read out of bounds; use cuda_flash"
+        )
     return load_fa3() if name == FA3 else KERNELS[name]
 
 

@@ -32,6 +32,10 @@ class BranchKernels(Protocol):
         """Every query sees every key of k."""
         ...
 
+    def whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The output of `dense` alone, where k and v are all keys of the sequence."""
+        ...
+
     def far(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
         """`dense` over keys outside every query's window, beside a local branch; it may be less exact."""
         ...
@@ -197,6 +201,8 @@ class SequenceLayout:
             for _ in far:
                 pass
             return (None if mode == "global" else q), (None if mode == "local" else q)
+        if mode == "global" and self.mesh.ring.size == 1:
+            return None, kernels.whole(q, near.k, near.v)
         # Merged in fp32, if anything is: many bf16 parts add up to one rounding, not to one each.
         wide = q.dtype if self.mesh.ring.size == 1 else torch.promote_types(q.dtype, torch.float32)
         if mode == "local":

@@ -8,6 +8,7 @@ from typing import Any
 from engine.errors import UserError
 from engine.load import REPOSITORY
 from engine.paths import expand
+from freespec.kernels import CUDNN_SINCE, cuda_candidates, cudnn_version, preferred
 
 FOLDER = REPOSITORY / "configs" / "gpus"
 MOST = 1e15
@@ -22,6 +23,7 @@ class GpuSpec:
 
     Attributes:
         name: what it is called in tables.
+        compute_capability: as NVIDIA writes it, such as 9.0: it decides which attention kernels there are, and their order.
         memory_gib: memory that a program sees, GiB.
         reserved_gib: of that, what no tensor can have: CUDA context, communication buffers, workspaces, fragments.
         bf16_tflops: dense bf16 peak, TFLOP/s.
@@ -44,6 +46,7 @@ class GpuSpec:
     """
 
     name: str
+    compute_capability: float
     memory_gib: float
     reserved_gib: float
     bf16_tflops: float
@@ -95,23 +98,35 @@ class GpuSpec:
         """Memory that tensors can have, GiB."""
         return self.memory_gib - self.reserved_gib
 
+    def kernel(self, setting: str) -> str:
+        """The attention kernel that a setting means on this GPU in bf16: for `auto`, the one that an engine will take.
+
+        The engine chooses among the same candidates by the same rule, from times that it measures; here from the rates that are
+        described. cuDNN is the one of this process, or, where torch is built without CUDA, one that torch's CUDA builds bring.
+        """
+        if setting != "auto":
+            return setting
+        major, minor = divmod(round(10 * self.compute_capability), 10)
+        names = cuda_candidates((major, minor), cudnn_version() or CUDNN_SINCE)
+        known = {name: 1 / self.attention_fraction[name] for name in names if name in self.attention_fraction}
+        return preferred(known) if known else names[0]
+
     def attention_rate(self, kernel: str) -> float:
-        """Assumed share of the peak of a kernel from freespec.kernels; `auto` is what bf16 takes on CUDA."""
+        """Assumed share of the peak of a kernel from freespec.kernels; `auto` as `kernel` has it."""
         missing = self.missing_rate(kernel)
         if missing is not None:
             raise UserError(
                 f"no time can be predicted: {missing}; plan with one of these as attention.kernel, or give a JSON file of your own "
                 f"as the GPU, with the kernel's share of the peak in attention_fraction (like {FOLDER / 'h200.json'})"
             )
-        return self.attention_fraction[_name_of(kernel)]
+        return self.attention_fraction[self.kernel(kernel)]
 
     def missing_rate(self, kernel: str) -> str | None:
         """What is not known of a kernel's speed on this GPU, in words; None if it is known."""
-        if _name_of(kernel) in self.attention_fraction:
+        name = self.kernel(kernel)
+        if name in self.attention_fraction:
             return None
-        return (
-            f"attention_fraction of {self.name} has no {_name_of(kernel)}, it has {', '.join(self.attention_fraction)}"
-        )
+        return f"attention_fraction of {self.name} has no {name}, it has {', '.join(self.attention_fraction)}"
 
 
 def _check_number(name: str, value: Any) -> None:
@@ -129,11 +144,6 @@ def _check_number(name: str, value: Any) -> None:
 def _short(value: float) -> str:
     """A number in a line, however many digits it has."""
     return f"{value:g}" if isinstance(value, float) else f"a number of {value.bit_length()} bits"
-
-
-def _name_of(kernel: str) -> str:
-    """The kernel that a setting means on a GPU in bf16."""
-    return "cuda_flash" if kernel == "auto" else kernel
 
 
 def read_gpu(name: str) -> GpuSpec:

@@ -51,6 +51,11 @@ class Options:
     provider: Literal["torch", "deepspeed", "xfuser"] = "torch"
     decode: DecodeConfig = field(default_factory=DecodeConfig)
 
+    @property
+    def timed_kernel(self) -> str:
+        """The kernel whose rate decides: with `auto` xfuser takes its own default, the flash-attn package."""
+        return "cuda_flash" if self.provider == "xfuser" and self.kernel == "auto" else self.kernel
+
     @classmethod
     def of(cls, config: RunConfig) -> "Options":
         """Read them from a configuration; `model.dtype: auto` is what it is on CUDA."""
@@ -312,7 +317,7 @@ def plan_case(case: Case) -> list[Plan]:
 
 
 def _seconds(case: Case, layout: Layout) -> dict[str, dict[str, float]]:
-    return {mode: step_seconds(layout, mode, case.gpu, case.options.kernel) for mode in _modes_of(layout)}
+    return {mode: step_seconds(layout, mode, case.gpu, case.options.timed_kernel) for mode in _modes_of(layout)}
 
 
 def _modes_of(layout: Layout) -> list[Mode]:

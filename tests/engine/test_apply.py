@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine import apply_method
 from engine.adapters.wan import WAN
@@ -51,6 +52,19 @@ def test_native_length_is_the_stock_pipeline_bit_for_bit(method):
     expected = latents_of(pipe, num_frames=9)
     with apply_method(pipe, method=method, window_frames=3):
         assert torch.equal(latents_of(pipe, num_frames=9), expected)
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_native_length_is_the_stock_pipeline_under_any_backend_and_kernel(backend):
+    """It is torch's own function, whose backend a context decides, and not the kernel of long videos."""
+    pipe = random_wan()
+    with sdpa_kernel(backend):
+        expected = latents_of(pipe)
+        with apply_method(pipe, method="freespec", window_frames=8, kernel="plain"):
+            assert torch.equal(latents_of(pipe), expected)
+        # The negative control: a longer video is computed by the kernel.
+        with apply_method(pipe, method="direct", window_frames=3, kernel="plain"):
+            assert not torch.equal(latents_of(pipe), expected)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,7 +1,10 @@
 """On a GPU: the methods in bf16 with every kernel against the same run in fp32 on the CPU."""
 
+import contextlib
+
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine import apply_method
 from freespec.methods import FreeSpec
@@ -46,12 +49,27 @@ def test_every_kernel_in_bf16_is_no_further_from_fp32_than_plain_twice(name, ker
     assert errors[kernel] <= 2 * errors["plain"]
 
 
-def test_direct_with_the_kernel_of_the_stock_pipeline_is_the_stock_pipeline():
+BACKENDS = {"cuda_flash": SDPBackend.FLASH_ATTENTION, "cuda_cudnn": SDPBackend.CUDNN_ATTENTION}
+
+
+@pytest.mark.parametrize("kernel", ["auto", *BACKENDS])
+@pytest.mark.parametrize("window", [3, 8])  # a long video, and one of native length
+def test_direct_under_the_backend_of_its_kernel_is_the_stock_pipeline(kernel, window):
     pipe = random_wan(head_dim=16).to("cuda", torch.bfloat16)
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.FLASH_ATTENTION):
+    with sdpa_kernel(BACKENDS[kernel]) if kernel in BACKENDS else contextlib.nullcontext():
         expected = latents_of(pipe)
-    with apply_method(pipe, method="direct", window_frames=3, kernel="cuda_flash"):
-        assert torch.equal(latents_of(pipe), expected)
+        with apply_method(pipe, method="direct", window_frames=window, kernel=kernel):
+            assert torch.equal(latents_of(pipe), expected)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS.values(), SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
+def test_native_length_is_the_stock_pipeline_under_any_backend(backend):
+    """Whatever kernel was chosen: the choice is for what torch's function cannot do."""
+    pipe = random_wan(head_dim=16).to("cuda", torch.bfloat16)
+    with sdpa_kernel(backend):
+        expected = latents_of(pipe)
+        with apply_method(pipe, method="freespec", window_frames=8, kernel="cuda_flash"):
+            assert torch.equal(latents_of(pipe), expected)
 
 
 def test_model_offload_keeps_the_method():

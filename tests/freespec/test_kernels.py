@@ -12,14 +12,18 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from freespec.kernels import (
+    CUDNN_FIRST,
+    CUDNN_SINCE,
     KERNELS,
     Kernel,
     candidates,
     cpu_flash,
+    cuda_candidates,
     cuda_cudnn,
     cuda_efficient,
     cuda_flash,
     plain,
+    preferred,
     select_kernel,
 )
 from tests.freespec.cases import assert_low_precision, assert_same_math, drawn, seeds
@@ -109,12 +113,25 @@ def test_cpu_flash_is_what_the_public_function_runs(dtype: torch.dtype) -> None:
     assert torch.equal(cpu_flash(q, k, v)[0], torch.nn.functional.scaled_dot_product_attention(q, k, v))
 
 
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that sees an H100 and a cuDNN that is new enough."""
+    see_gpu(monkeypatch, (9, 0), CUDNN_SINCE)
+
+
+def see_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], cudnn: int | None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
+
+
+@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize(
     ("name", "device", "dtype", "expected"),
     [
         ("auto", CPU, torch.float32, "cpu_flash"),
         ("auto", CPU, torch.float64, "cpu_flash"),
-        ("auto", CUDA, torch.bfloat16, "cuda_flash"),
+        ("auto", CUDA, torch.bfloat16, "cuda_cudnn"),
         ("auto", CUDA, torch.float32, "cuda_efficient"),
         ("plain", CPU, torch.float64, "plain"),
         ("plain", CUDA, torch.float64, "plain"),
@@ -176,7 +193,49 @@ def test_flash_attn_3_as_a_kernel(function: Callable[..., Any], monkeypatch: pyt
         assert torch.equal(actual, expected)
 
 
-def test_every_device_has_a_kernel_to_begin_with() -> None:
-    assert candidates(CPU, torch.bfloat16) == ("cpu_flash",)
-    assert candidates(CUDA, torch.bfloat16) == ("cuda_flash", "cuda_cudnn", "cuda_fa3")
+@pytest.mark.parametrize(
+    ("capability", "cudnn", "expected"),
+    [
+        ((9, 0), 91501, ("cuda_cudnn", "cuda_flash", "cuda_fa3")),
+        ((10, 0), 92000, ("cuda_cudnn", "cuda_flash", "cuda_fa3")),
+        ((10, 3), 92000, ("cuda_flash", "cuda_cudnn", "cuda_fa3")),
+        ((8, 0), 91501, ("cuda_flash", "cuda_cudnn", "cuda_fa3")),
+        ((12, 0), 91501, ("cuda_flash", "cuda_cudnn", "cuda_fa3")),
+        ((9, 0), 91500, ("cuda_flash", "cuda_fa3")),
+        ((9, 0), 8902, ("cuda_flash", "cuda_fa3")),
+        ((9, 0), None, ("cuda_flash", "cuda_fa3")),
+        ((7, 5), 91501, ("cuda_efficient",)),
+    ],
+)
+def test_candidates_are_in_the_order_of_torch(
+    capability: tuple[int, int], cudnn: int | None, expected: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert cuda_candidates(capability, cudnn) == expected
+    see_gpu(monkeypatch, capability, cudnn)
+    assert candidates(CUDA, torch.bfloat16) == expected
     assert candidates(CUDA, torch.float32) == ("cuda_efficient",)
+    assert candidates(CPU, torch.bfloat16) == ("cpu_flash",)
+    assert select_kernel("auto", CUDA, torch.bfloat16) is KERNELS[expected[0]]
+
+
+def test_a_cudnn_that_reads_out_of_bounds_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    see_gpu(monkeypatch, (9, 0), 91002)
+    with pytest.raises(ValueError, match=r"needs cuDNN 9.15.1 or newer .*, this is 91002: .*; use cuda_flash"):
+        select_kernel("cuda_cudnn", CUDA, torch.bfloat16)
+    monkeypatch.setattr(torch.version, "cuda", None)  # a build for another vendor reports that vendor's library
+    with pytest.raises(ValueError, match="this is None"):
+        select_kernel("cuda_cudnn", CUDA, torch.bfloat16)
+
+
+def test_another_kernel_than_the_first_must_be_clearly_faster() -> None:
+    assert preferred({"a": 1.0, "b": 0.95, "c": 2.0}) == "a"
+    assert preferred({"a": 1.0, "b": 0.85, "c": 0.8}) == "c"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_first_candidate_is_what_the_public_function_runs() -> None:
+    q, k, v = sliding_views(torch.bfloat16, "cuda")
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert torch.equal(select_kernel("auto", CUDA, torch.bfloat16)(q, k, v)[0], expected)
+    assert (torch.cuda.get_device_capability() in CUDNN_FIRST) == (candidates(CUDA, q.dtype)[0] == "cuda_cudnn")
