@@ -1,17 +1,16 @@
 """Text embeddings by the hash of what decides them: a prompt is encoded once, whoever asks for it again."""
 
-import contextlib
-import fcntl
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import safetensors.torch
 from safetensors import SafetensorError
 
 from engine.adapters.base import Text
+from engine.files.locks import locked
 from engine.files.whole import atomic_path
 
 Encode = Callable[[list[str]], list[Text]]
@@ -62,7 +61,7 @@ class TextCache:
         if (found := _read(path)) is not None:
             return found
         self._folder.mkdir(parents=True, exist_ok=True)
-        with _turn(self._folder / f"{name}.lock"):
+        with locked(self._folder / f"{name}.lock"):
             if (found := _read(path)) is not None:  # another process has just made it
                 return found
             text = _on_cpu(encode([prompt])[0])
@@ -70,17 +69,6 @@ class TextCache:
             with atomic_path(path) as part:
                 part.write_bytes(safetensors.torch.save(tensors))
         return text
-
-
-@contextlib.contextmanager
-def _turn(path: Path) -> Iterator[None]:
-    """One process at a time; the kernel's lock ends with a process that is killed."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> Text | None:

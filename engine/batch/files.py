@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.batch.locks import Shard, locked
+from engine.batch.locks import Shard
 from engine.batch.plan import FILE, Item
 from engine.batch.store import Manifest, Verify, compile_manifest, is_done
 from engine.errors import UserError
+from engine.files.locks import locked
 from engine.files.trees import Shape, check_tree, read_json, read_tree
 from engine.files.whole import sweep, write_json, write_text
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from engine.batch.driver import Driver
-from engine.batch.locks import ALIVE_SECONDS
+from engine.batch.locks import lock_file
+from engine.files.locks import holder_of
 from engine.files.trees import Shape, read_tree
 from engine.files.whole import write_json
 
@@ -134,7 +135,7 @@ def read_status(root: Path) -> list[tuple[str, dict[str, Any]]]:
         tree = read_tree(path, STATUS, what="the status of a batch")
         if tree is None:  # it has just been taken away
             continue
-        if tree["state"] == "running" and not _alive(tree):
+        if tree["state"] == "running" and holder_of(lock_file(root, path.stem)) is None:
             tree = tree | {"state": "lost", "eta": None}
         found.append((path.stem, tree))
     return found
@@ -214,9 +215,3 @@ def report(sidecars: Sequence[Mapping[str, Any]]) -> list[str]:
             ]
         )
     return columns(rows)
-
-
-def _alive(tree: Mapping[str, Any]) -> bool:
-    if tree["host"] == socket.gethostname() and not Path(f"/proc/{tree['pid']}").exists() and Path("/proc").is_dir():
-        return False
-    return time.time() - tree["time"] < ALIVE_SECONDS

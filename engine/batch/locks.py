@@ -1,22 +1,16 @@
-"""Who may work in an output folder: one driver per shard, and one writer of the manifest."""
+"""Who may work in an output folder: one driver per shard."""
 
 import contextlib
-import fcntl
-import json
-import os
 import re
 import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 from engine.errors import UserError
+from engine.files.locks import HeldError, Say, hold, holder_of, locked, say_on_stderr
 from engine.files.trees import read_tree
-
-# A driver on another machine whose status is younger than this is alive, even where the file system's locks do not reach.
-ALIVE_SECONDS = 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,74 +43,49 @@ class Shard:
 
 
 @contextlib.contextmanager
-def own_shard(root: Path, shard: Shard) -> Iterator[None]:
-    """Hold one shard of an output folder for the block; UserError if a driver has it, or splits the folder otherwise.
+def own_shard(root: Path, shard: Shard, *, say: Say = say_on_stderr) -> Iterator[None]:
+    """Hold one shard of an output folder for the block, see `engine.files.locks.hold`.
 
-    The kernel's lock ends with the process that holds it, however it ends.
+    Raises:
+        UserError: another driver has it, or works on the folder with another number of shards.
     """
     folder = root / "locks"
     folder.mkdir(parents=True, exist_ok=True)
+    path = lock_file(root, shard.name)
     with contextlib.ExitStack() as stack:
         with locked(folder / "all.lock"):  # drivers that start together look at each other's locks one by one
-            for path in sorted(folder.glob("shard-*.lock")):
-                if not path.stem.endswith(f"-of-{shard.count}") and (holder := _holder(path)):
+            for other in sorted(folder.glob("shard-*.lock")):
+                if not other.stem.endswith(f"-of-{shard.count}") and (holder := holder_of(other, say=say)):
                     raise UserError(
-                        f"{root} is being worked on as {path.stem} by {holder}; all drivers of a folder need the same n "
+                        f"{root} is being worked on as {other.stem} by {holder}; all drivers of a folder need the same n "
                         f"in --shard i/n, and this one has {shard.count}"
                     )
-            path = folder / f"{shard.name}.lock"
-            file = stack.enter_context(path.open("a+", encoding="utf-8"))
-            if not _try_lock(file) or _alive_elsewhere(root, shard):
+            if not path.exists():
+                _say_who_left(root, shard, say)
+            try:
+                stack.enter_context(hold(path, say=say))
+            except HeldError as error:
                 raise UserError(
-                    f"another driver works on {shard.name} of {root}: {_who(path)}; wait for it, or give this one another "
+                    f"another driver works on {shard.name} of {root}: {error.who}; wait for it, or give this one another "
                     "--shard or --out"
-                )
-            file.truncate(0)
-            file.write(json.dumps(_me()))
-            file.flush()
+                ) from error
         yield
 
 
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file for the block, waiting for it as long as it takes."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def lock_file(root: Path, name: str) -> Path:
+    """The lock file of the shard of this name."""
+    return root / "locks" / f"{name}.lock"
 
 
-def _try_lock(file: IO[str]) -> bool:
+def _say_who_left(root: Path, shard: Shard, say: Say) -> None:
+    """Say that a driver on another machine has ended without a word, which its status shows and its lock does not."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _holder(path: Path) -> str | None:
-    """Who holds a lock file, in words; None if nobody does."""
-    if not path.is_file():
-        return None
-    with path.open("a") as file:
-        return None if _try_lock(file) else _who(path)
-
-
-def _who(path: Path) -> str:
-    try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {tree['pid']} on {tree['host']}"
-    except (ValueError, KeyError, TypeError):  # it is just writing it
-        return "another process"
-
-
-def _alive_elsewhere(root: Path, shard: Shard) -> bool:
-    """Whether a driver of another machine wrote its status a moment ago, on a file system whose locks end at the machine."""
-    shape = {"host": str, "state": str, "time": int | float}
-    status = read_tree(root / "status" / f"{shard.name}.json", shape, what="the status of a batch")
-    if status is None or status["host"] == socket.gethostname() or status["state"] != "running":
-        return False
-    return time.time() - status["time"] < ALIVE_SECONDS
-
-
-def _me() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": socket.gethostname(), "time": time.time()}
+        shape = {"host": str, "pid": int, "state": str, "time": int | float}
+        status = read_tree(root / "status" / f"{shard.name}.json", shape, what="the status of a batch")
+    except UserError:  # it is written anew each second
+        return
+    if status is None or status["state"] != "running" or status["host"] == socket.gethostname():
+        return
+    ahead = status["time"] - time.time()
+    clock = f", with a clock {ahead:.0f} s ahead of this one" if ahead > 1 else ""
+    say(f"taking over {shard.name} from process {status['pid']} on {status['host']}, which ended without a word{clock}")

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.batch.identity import changes, config_id, config_tree, item_id
-from engine.batch.locks import locked
 from engine.batch.suite import Prompt, Suite
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.files.locks import locked
 from engine.files.trees import Shape, check_tree, read_tree
 from engine.files.whole import write_json
 

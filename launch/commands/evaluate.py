@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from engine.batch.store import writing_to
 from engine.errors import UserError
+from engine.files.locks import HeldError, hold
 from engine.paths import expand
 from evaluation.bench import Bench, Evaluator, PreflightError, preflight
 from evaluation.dimensions import DIMENSIONS, check_total, parse_dimensions
@@ -242,16 +242,16 @@ def _out(options: Namespace) -> Path:
 @contextlib.contextmanager
 def _own(out: Path) -> Iterator[None]:
     """Hold the folder for the block; UserError if another evaluation does, or it cannot be written to."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        file = (out / "lock").open("a")
-    except OSError as error:
-        raise UserError(f"cannot write to the folder {out}: {error.strerror}") from error
-    with file:
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another evaluation works in {out}; wait for it, or choose another --out") from error
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(hold(out / "lock"))
+        except HeldError as error:
+            raise UserError(
+                f"another evaluation works in {out}: {error.who}; wait for it, or choose another --out"
+            ) from error
+        except OSError as error:
+            raise UserError(f"cannot write to the folder {out}: {error.strerror}") from error
         yield
 
 

@@ -6,16 +6,14 @@ JSON Lines. The first line says what decides the videos, as comparison.json does
     {"video": [label, prompt_index, seed], "origin": place in origins, "sha256": .., "values": [..], "by_clip": {..}, ..}
 """
 
-import contextlib
-import fcntl
 import json
 import math
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
+from engine.files.locks import locked
 from engine.files.whole import atomic_path
 from launch.comparison.measure import Measured, measure_all, native_frames, not_world, units
 from launch.comparison.store import Comparison, Key, Video, refuse_changes, widen
@@ -83,7 +81,9 @@ def add_kept(comparison: Comparison, measured: Sequence[Measured]) -> None:
         return
     header = _header(comparison) | {"origins": []}
     try:
-        with _alone_in(path.parent):  # two reports on some of the methods each would each add to what they read
+        with locked(
+            path.with_name(f".{path.name}.lock")
+        ):  # two reports on some of the methods each would each add to what they read
             lines: dict[Key, Any] = {}
             if path.exists():
                 old, lines = _read(path)
@@ -96,17 +96,6 @@ def add_kept(comparison: Comparison, measured: Sequence[Measured]) -> None:
                 part.write_text("".join(_dump(each) for each in (header, *map(lines.get, order))), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Hold the folder itself, which leaves no file there; waits for others as long as it takes."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _header(comparison: Comparison) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.batch.locks import Shard, locked
+from engine.batch.locks import Shard
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.files.locks import locked
 from engine.files.whole import atomic_path
 from engine.load import fetch, find_checkpoint, pick_device, pick_dtype
 from engine.ranks import fingerprints

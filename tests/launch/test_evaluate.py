@@ -2,7 +2,6 @@
 
 import csv
 import errno
-import fcntl
 import json
 import os
 import signal
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from engine.files.locks import hold
 from evaluation import measure
 from evaluation.dimensions import DIMENSIONS
 from evaluation.proxies import PROXIES
@@ -234,9 +234,9 @@ def test_a_full_disk_is_one_line(
 
 def test_two_evaluations_of_one_folder(run: Callable[..., Run], runs: Path) -> None:
     (runs / "evaluation").mkdir()
-    with (runs / "evaluation" / "lock").open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert run(evaluate.main, "--runs", runs).error.startswith("another evaluation works in ")
+    with hold(runs / "evaluation" / "lock"):
+        line = run(evaluate.main, "--runs", runs).error
+    assert line.startswith(f"another evaluation works in {runs / 'evaluation'}: process {os.getpid()} on ")
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from engine.files.locks import locked
 from launch.commands import compare
 from launch.comparison import kept_measures, report
 from tests.launch.conftest import Run
@@ -169,14 +170,14 @@ def test_a_shard_that_lost_a_video_does_not_say_that_it_is_measured(
 def test_two_that_add_to_one_file_wait_for_each_other(
     compare_in: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They hold the folder of the file, not that of the videos, of which each may have its own."""
+    """They hold a lock beside the file, not in the folder of the videos, of which each may have its own."""
     added: list[Any] = []
     monkeypatch.setattr(report, "add_kept", lambda *arguments: added.extend(arguments))
     (tmp_path / "kept").mkdir()
     assert compare_in(num_seeds=1, methods="direct").code == 0
     path = tmp_path / "kept/videos.jsonl"
     with ThreadPoolExecutor() as pool:
-        with kept_measures._alone_in(path.parent):
+        with locked(path.with_name(".videos.jsonl.lock")):
             adding = pool.submit(kept_measures.add_kept, *added)
             with pytest.raises(TimeoutError):
                 adding.result(timeout=0.3)

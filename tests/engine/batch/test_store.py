@@ -5,13 +5,15 @@ import json
 import multiprocessing
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from engine.batch import store
 from engine.batch.files import BatchFiles
-from engine.batch.locks import Shard, locked, own_shard
+from engine.batch.journal import read_status
+from engine.batch.locks import Shard, lock_file, own_shard
 from engine.batch.plan import asked_items, check_folder, claim_folder
 from engine.batch.store import compile_manifest, is_done, publish, writing_to
 from engine.errors import UserError
@@ -319,21 +321,51 @@ def test_one_driver_per_shard(tmp_path: Path) -> None:
         pass
 
 
-def test_a_driver_on_another_machine_is_seen_by_its_status(tmp_path: Path) -> None:
-    """Where a file system's locks end at the machine."""
+ELSEWHERE = {"pid": 12, "host": "other", "place": "elsewhere", "started": 5}
+
+
+@pytest.mark.parametrize("is_alive", [True, False])
+def test_a_driver_on_another_machine_is_heard_by_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_alive: bool
+) -> None:
+    """Where the kernel's locks end at the machine, and a pod that is started again has another name."""
+    monkeypatch.setattr("engine.files.locks._beats", lambda *_: is_alive)
+    lock = lock_file(tmp_path, "shard-1-of-1")
+    lock.parent.mkdir()
+    lock.write_text(json.dumps(ELSEWHERE))
+    said: list[str] = []
+    if is_alive:
+        with pytest.raises(UserError, match=r"another driver works on shard-1-of-1 of .*: process 12 on other; wait"):
+            with own_shard(tmp_path, Shard(), say=said.append):
+                pass
+        return
+    with own_shard(tmp_path, Shard(), say=said.append):
+        pass
+    assert said[-1] == "taking over shard-1-of-1.lock from process 12 on other, of which nothing is heard any more"
+
+
+@pytest.mark.parametrize(("ahead", "words"), [(3600, ", with a clock 3600 s ahead of this one"), (-3600, "")])
+def test_a_status_of_another_machine_blocks_nothing(tmp_path: Path, ahead: float, words: str) -> None:
     (tmp_path / "status").mkdir()
-    status = {"host": "other", "state": "running", "time": 2**40, "pid": 1}
+    status = {"host": "other", "state": "running", "time": time.time() + ahead + 0.5, "pid": 1}
     write_json(tmp_path / "status/shard-1-of-1.json", status)
-    with pytest.raises(UserError, match="another driver works on"):
-        with own_shard(tmp_path, Shard()):
-            pass
-    write_json(tmp_path / "status/shard-1-of-1.json", status | {"time": 0})
+    said: list[str] = []
+    with own_shard(tmp_path, Shard(), say=said.append):
+        pass
+    assert said == [f"taking over shard-1-of-1 from process 1 on other, which ended without a word{words}"]
+    (tmp_path / "status/shard-1-of-1.json").write_text("half of {")
+    with own_shard(tmp_path, Shard(), say=said.append):
+        pass
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("state", ["running", "done"])
+def test_a_batch_that_died_ahead_of_this_clock_is_lost(tmp_path: Path, state: str) -> None:
+    (tmp_path / "status").mkdir()
+    status = {"host": "other", "state": state, "time": time.time() + 3600, "pid": 1, "seconds": 1.0, "eta": 3.0}
+    write_json(tmp_path / "status/shard-1-of-1.json", status | {"counts": {"done": 1}, "replicas": [], "failures": []})
+    [(_, found)] = read_status(tmp_path)
+    assert found["state"] == ("lost" if state == "running" else "done")
     with own_shard(tmp_path, Shard()):
-        pass
-
-
-def test_a_lock_is_one_at_a_time(tmp_path: Path) -> None:
-    with locked(tmp_path / "a.lock"):
-        pass
-    with locked(tmp_path / "a.lock"):
-        pass
+        [(_, found)] = read_status(tmp_path)
+        assert found["state"] == state

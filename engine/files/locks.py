@@ -1,0 +1,329 @@
+"""Hold a lock file: one process at a time, known by name to the others, on any file system and across machines.
+
+A lock file exists under its name only with its holder in it. The kernel's lock on it (flock) says at once whether that
+process still runs, and ends with it, however it ends. Where there is no such lock, or it ends at the machine, as on some
+shared file systems, the holder is known by its process number on its own machine and by its heartbeat elsewhere: it touches
+the file every few seconds. Whose clock says what is never compared: times of files are those of the file system.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from engine.errors import UserError
+from engine.files.processes import is_running, start_time, this_place
+from engine.files.whole import part_path
+
+Say = Callable[[str], None]
+
+BEAT_SECONDS = 1.5
+# A holder elsewhere whose last heartbeat is older than this has ended; of a younger one this is how long the next is waited for.
+ALIVE_SECONDS = 60.0
+WATCH_SECONDS = 15.0
+_POLL_SECONDS = 0.05
+_READ_SECONDS = 5.0
+
+_NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
+
+
+def say_on_stderr(line: str) -> None:
+    """Tell a person something while a command works."""
+    sys.stderr.write(f"{line}\n")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Holder:
+    """The process that holds a lock file.
+
+    Attributes:
+        pid: its number.
+        host: name of its machine.
+        place: where that number means something, see `engine.files.processes.this_place`.
+        started: when it started, see `engine.files.processes.start_time`.
+        files: names of what it claims, see `engine.files.claims`.
+    """
+
+    pid: int
+    host: str
+    place: str = ""
+    started: int | None = None
+    files: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+    @property
+    def is_here(self) -> bool:
+        """Whether it is, or was, a process of this machine."""
+        return self.place == this_place() or (not self.place and self.host == socket.gethostname())
+
+
+class HeldError(UserError):
+    """Another process holds a lock file: `who` in words, `holder` None if it has not written yet who it is."""
+
+    def __init__(self, path: Path, holder: Holder | None) -> None:
+        self.who = str(holder or "another process")
+        self.holder = holder
+        super().__init__(f"{self.who} holds {path}")
+
+
+@contextlib.contextmanager
+def hold(path: Path, *, say: Say = say_on_stderr, files: Sequence[str] = ()) -> Iterator[None]:
+    """Hold the lock file `path` for the block. The file is deleted at the end; one that a dead process left is taken over.
+
+    Args:
+        path: the lock file; its folder must exist.
+        say: is told in a line that locks do not work here, and that a holder on another machine is waited for or taken over.
+        files: names that are written into it.
+
+    Raises:
+        HeldError: a live process holds it.
+        OSError: it cannot be written.
+    """
+    descriptor = _take(path, tuple(files), say)
+    stop = threading.Event()
+    beat = threading.Thread(target=_beat, args=(descriptor, stop), daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        beat.join()
+        _release(path, descriptor)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """`hold`, waiting for whoever holds the file as long as it takes."""
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(hold(path, say=lambda _: None))
+                break
+            except HeldError:
+                time.sleep(_POLL_SECONDS)
+        yield
+
+
+def holder_of(path: Path, *, say: Say | None = None) -> Holder | None:
+    """Return the live process that holds a lock file, or None.
+
+    With `say`, a holder on another machine whose last heartbeat is recent is waited for, to hear the next; without, it counts
+    as live.
+
+    Raises:
+        HeldError: a live process holds it that has not written yet who it is.
+    """
+    found = _look(path, say)
+    return found.holder if found is not None and found.is_live else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Found:
+    """A lock file that exists: whom it names, and whether that process runs."""
+
+    holder: Holder | None
+    is_live: bool
+
+
+def _look(path: Path, say: Say | None) -> _Found | None:
+    until = time.monotonic() + _READ_SECONDS
+    while True:
+        try:
+            with _opened(path) as descriptor:
+                is_free, holder = _flock(descriptor), _read(descriptor)
+        except FileNotFoundError:
+            return None
+        is_known = holder is not None and not (is_free is False and holder.is_here and not _runs(holder))
+        if is_known or is_free:
+            return _Found(holder=holder, is_live=is_free is False or _is_alive(path, holder, is_free=is_free, say=say))
+        # It is being made, or taken over from the process that it names: whoever does that writes its own name next.
+        if time.monotonic() > until:
+            if is_free is False:
+                raise HeldError(path, None)
+            return _Found(holder=None, is_live=False)
+        time.sleep(_POLL_SECONDS)
+
+
+def _take(path: Path, files: tuple[str, ...], say: Say) -> int:
+    """Make the lock file, with this process in it; returns its descriptor, which has the kernel's lock where there is one."""
+    me = Holder(
+        pid=os.getpid(), host=socket.gethostname(), place=this_place(), started=start_time(os.getpid()), files=files
+    )
+    content = json.dumps(asdict(me) | {"time": time.time()}).encode()
+    while True:
+        found = _look(path, say)
+        if found is not None and found.is_live:
+            raise HeldError(path, found.holder)
+        if found is not None:
+            _remove_dead(path, found.holder, say)
+            continue
+        if (descriptor := _create(path, content)) is not None:
+            if _flock(descriptor) is None:
+                say(f"{path.parent} is on a file system without locks: who works there is known by a heartbeat instead")
+            return descriptor
+
+
+def _create(path: Path, content: bytes) -> int | None:
+    """Make the lock file with its content in it; None if another process was faster."""
+    part = part_path(path)
+    descriptor = _write_new(part, content)
+    try:
+        os.link(part, path)
+        return descriptor
+    except FileExistsError:
+        os.close(descriptor)
+        return None
+    except OSError:  # a file system without hard links
+        os.close(descriptor)
+        with contextlib.suppress(FileExistsError):
+            return _write_new(path, content)
+        return None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_new(path: Path, content: bytes) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        while _flock(descriptor) is False:  # another process is looking whether it is free
+            time.sleep(_POLL_SECONDS)
+        os.write(descriptor, content)
+    except BaseException:
+        os.close(descriptor)
+        path.unlink(missing_ok=True)
+        raise
+    return descriptor
+
+
+def _remove_dead(path: Path, dead: Holder | None, say: Say) -> None:
+    """Delete a lock file that a dead process left, unless it is another one by now."""
+    try:
+        with _opened(path) as descriptor:
+            # The kernel's lock on it keeps the other processes of this machine from doing the same.
+            is_free = _flock(descriptor)
+            if is_free is False or not _has_name(descriptor, path) or _read(descriptor) != dead:
+                return
+            if dead is not None and not dead.is_here:
+                say(f"taking over {path.name} from {dead}, of which nothing is heard any more")
+            if is_free:
+                path.unlink()
+                return
+            # Without it the file is renamed first, and put back if it is a new one.
+            old = part_path(path)
+            path.rename(old)
+            if not _has_name(descriptor, old):
+                with contextlib.suppress(FileExistsError):
+                    os.link(old, path)
+            old.unlink()
+    except FileNotFoundError:
+        pass
+
+
+def _release(path: Path, descriptor: int) -> None:
+    try:
+        if _has_name(descriptor, path):
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _has_name(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _flock(descriptor: int) -> bool | None:
+    """Whether the kernel's lock was free, which is taken then; None on a file system without locks."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_FLOCK:
+            raise
+        return None
+    return True
+
+
+def _read(descriptor: int) -> Holder | None:
+    """Who a lock file names; None for one that names nobody."""
+    try:
+        tree = json.loads(os.pread(descriptor, 1 << 26, 0))
+        return Holder(
+            pid=int(tree["pid"]),
+            host=str(tree["host"]),
+            place=str(tree.get("place", "")),
+            started=tree.get("started"),
+            files=tuple(tree.get("files", ())),
+        )
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def _is_alive(path: Path, holder: Holder | None, *, is_free: bool | None, say: Say | None) -> bool:
+    """Whether the process that a lock file names still runs, whose kernel's lock is free (True) or does not exist (None)."""
+    if holder is None:
+        return False
+    if holder.is_here:
+        return is_free is None and _runs(holder)
+    try:
+        seen = path.stat().st_mtime
+        age = _file_system_time(path.parent) - seen
+    except FileNotFoundError:
+        return False
+    if say is None or age > ALIVE_SECONDS:
+        return 0 <= age <= ALIVE_SECONDS
+    say(f"waiting up to {WATCH_SECONDS:.0f} s to hear whether {holder}, which holds {path.name}, still works")
+    return _beats(path, seen)
+
+
+def _beats(path: Path, seen: float) -> bool:
+    """Whether a lock file is touched again; it is opened each time, as a network's file system looks anew only then."""
+    until = time.monotonic() + WATCH_SECONDS
+    while time.monotonic() < until:
+        time.sleep(min(BEAT_SECONDS / 3, WATCH_SECONDS / 10))
+        try:
+            with path.open("rb") as file:
+                if os.fstat(file.fileno()).st_mtime != seen:
+                    return True
+        except FileNotFoundError:
+            return False
+    return False
+
+
+def _runs(holder: Holder) -> bool:
+    return is_running(holder.pid, holder.started)
+
+
+def _file_system_time(folder: Path) -> float:
+    """Now, by the clock that times the files of a folder, which on a network is not this machine's."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return os.fstat(file.fileno()).st_mtime
+
+
+def _beat(descriptor: int, stop: threading.Event) -> None:
+    while not stop.wait(BEAT_SECONDS):
+        with contextlib.suppress(OSError):  # a server that does not answer for a moment; the next may be in time
+            os.utime(descriptor)
