@@ -286,18 +286,21 @@ class DecodeConfig:
         mode: `whole` decodes each frame in one piece on rank 0, exactly; `tiled` in overlapping tiles over all ranks, which
             is faster on many and differs a little; `framewise`, for LTX-Video, whose exact decode takes all frames at once,
             a few latent frames at a time, also when tiled; `auto` is the most exact whose memory fits.
+        tiles: where tiles and pieces of the video lie. `full`: all of the size below, spread evenly with at least the overlap that
+            the strides leave. `diffusers`: at multiples of the stride, cut at the border and blended as diffusers does, bit for bit.
         tile_height: pixels, a multiple of the VAE's spatial compression; a frame no larger than a tile is decoded whole.
         tile_width: pixels, likewise.
-        stride_height: pixels from one tile to the next, at most a tile; the rest of it is blended.
+        stride_height: most pixels from one tile to the next, at most a tile; the rest of it is blended.
         stride_width: pixels, likewise.
         tile_frames: video frames that are decoded at a time where the mode cuts the video, a multiple of the VAE's temporal
             compression; a video no longer than that is not cut. Wan, which streams exactly, has no use for it.
-        stride_frames: video frames from one such piece to the next, likewise, at most a piece; the rest of it is blended.
+        stride_frames: most video frames from one such piece to the next, likewise, at most a piece; the rest of it is blended.
         timestep: what a VAE that is conditioned on a timestep is told (LTX-Video from 0.9.1 on); others ignore it.
         noise_scale: share of noise, drawn from the run's seed, that such a VAE finds in its latents.
     """
 
     mode: Literal["auto", "whole", "framewise", "tiled"] = "auto"
+    tiles: Literal["full", "diffusers"] = "full"
     tile_height: int = 256
     tile_width: int = 256
     stride_height: int = 192

@@ -13,6 +13,7 @@ import torch
 
 from engine.adapters import ModelAdapter, VideoSpec, adapter_of
 from engine.adapters.base import DecodeMode, TimeSettings
+from engine.blend import cover
 from engine.config import DecodeConfig
 from engine.decode import clamp, decode_step, make_ready, open_decoder
 from engine.errors import UserError
@@ -31,21 +32,28 @@ _SHOWN_CHUNKS = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TileGrid:
-    """Overlapping tiles of a latent frame, numbered row by row; the last of a row or column may be cut by the border.
+    """Overlapping tiles of a latent frame, numbered row by row.
 
     Attributes:
         rows: latent rows of each row of tiles.
         columns: latent columns of each column of tiles.
-        stride: pixels (height, width) of a tile that are its own.
-        blend: pixels (height, width) at the beginning of a tile that fade in over the end of the one before.
         scale: pixels per latent row or column.
+        diffusers: for tiles that are blended as in diffusers, the stride and the blended extent in pixels (height, width).
     """
 
     rows: tuple[Range, ...]
     columns: tuple[Range, ...]
-    stride: tuple[int, int]
-    blend: tuple[int, int]
     scale: int
+    diffusers: tuple[tuple[int, int], tuple[int, int]] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the frame in pixels."""
+        return self.rows[-1][1] * self.scale, self.columns[-1][1] * self.scale
+
+    def in_pixels(self, latents: Range) -> Range:
+        """A range of latent rows or columns as one of pixels."""
+        return latents[0] * self.scale, latents[1] * self.scale
 
     @property
     def tiles(self) -> tuple[tuple[Range, Range], ...]:
@@ -117,7 +125,7 @@ def check_tiles(config: DecodeConfig, spec: VideoSpec) -> None:
 
 
 def make_grid(config: DecodeConfig, size: tuple[int, int], scale: int) -> TileGrid:
-    """The tiles that `vae.tiled_decode` cuts from a latent frame of `size` rows and columns.
+    """The tiles of a latent frame of `size` rows and columns: those of `blend.cover` in each direction.
 
     A frame that is no larger than a tile is one tile, although a stride may be smaller: it is not tiled.
     """
@@ -125,29 +133,25 @@ def make_grid(config: DecodeConfig, size: tuple[int, int], scale: int) -> TileGr
     stride = config.stride_height // scale, config.stride_width // scale
     if size[0] <= tile[0] and size[1] <= tile[1]:
         return whole_frame(size, scale)
-    rows, columns = (
-        tuple((start, min(start + tile[dim], size[dim])) for start in range(0, size[dim], stride[dim]))
-        for dim in (0, 1)
-    )
+    rows, columns = (cover(size[dim], tile[dim], stride[dim], config.tiles) for dim in (0, 1))
+    if config.tiles == "full":
+        return TileGrid(rows=rows, columns=columns, scale=scale)
     blend = config.tile_height - config.stride_height, config.tile_width - config.stride_width
-    return TileGrid(
-        rows=rows, columns=columns, stride=(config.stride_height, config.stride_width), blend=blend, scale=scale
-    )
+    strides = config.stride_height, config.stride_width
+    return TileGrid(rows=rows, columns=columns, scale=scale, diffusers=(strides, blend))
 
 
 def whole_frame(size: tuple[int, int], scale: int) -> TileGrid:
     """A latent frame of `size` rows and columns as the only tile."""
     rows, columns = size
-    return TileGrid(
-        rows=((0, rows),), columns=((0, columns),), stride=(rows * scale, columns * scale), blend=(0, 0), scale=scale
-    )
+    return TileGrid(rows=((0, rows),), columns=((0, columns),), scale=scale)
 
 
 def share_tiles(sizes: Sequence[int], num_ranks: int) -> tuple[tuple[int, ...], ...]:
     """The tiles of each rank, in order: the largest tile that is left goes to the rank that has the least.
 
-    Tiles at the border are smaller, so equal numbers of them would be unequal work. Among equals the last rank comes
-    first: rank 0 blends and writes the video as well.
+    Tiles of `decode.tiles diffusers` are smaller at the border, so equal numbers of them would be unequal work. Among equal
+    loads the last rank comes first: rank 0 blends and writes the video as well.
     """
     loads = [0] * num_ranks
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
@@ -284,9 +288,12 @@ def _peaks(vae: Any, way: _Way, num_latents: int) -> Iterator[int]:
     # Without the name of the checkpoint, which may be a Path.
     config = json.dumps({key: value for key, value in vae.config.items() if not key.startswith("_")}, sort_keys=True)
     latents = torch.empty(1, 1, num_latents, 1, 1, device="meta")
-    chunks = open_decoder(vae, latents, replace(way.time, noise_scale=0.0)).chunks
     # What comes after adds nothing, and without it videos of many lengths have one trace, which takes seconds.
-    shown = chunks[:_SHOWN_CHUNKS][-1][1]
+    if way.time.chunk is not None:
+        stride, chunk = way.time.chunk
+        shown = min(num_latents, chunk + (_SHOWN_CHUNKS - 1) * stride)
+    else:
+        shown = open_decoder(vae, latents, replace(way.time, noise_scale=0.0)).chunks[:_SHOWN_CHUNKS][-1][1]
     for share in way.shares:
         sizes = [way.grid.latent_size(tile) for tile in share]
         parts = [tile_bytes(adapter_of(vae), config, (shown, *size), way.time) for size in sizes]

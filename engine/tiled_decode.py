@@ -1,4 +1,4 @@
-"""Latents to frames in overlapping tiles, shared over ranks: streamed, and equal to `vae.tiled_decode` on one rank."""
+"""Latents to frames in overlapping tiles, sharded over ranks and streamed; with `decode.tiles diffusers` equal to `vae.tiled_decode`."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.adapters.base import LatentDecoder
-from engine.blend import fade_in
+from engine.blend import fade_in, lay_over, overlap_share
 from engine.decode import clamp, decode_step, open_decoder
 from engine.decode_plan import DecodePlan, TileGrid
 from parallel.collectives import Trace, collect, ignore_bytes
@@ -70,20 +70,37 @@ def tile_shape(grid: TileGrid, tile: int, num_frames: int) -> torch.Size:
 
 
 def blend_tiles(tiles: Sequence[Tensor], grid: TileGrid) -> Tensor:
-    """Decoded tiles [1, 3, t, H of the tile, W of the tile], which are changed, to the frame [1, 3, t, H, W].
+    """Decoded tiles [1, 3, t, H of the tile, W of the tile], which may be changed, to the frame [1, 3, t, H, W]."""
+    if grid.diffusers is not None:
+        return _blend_as_diffusers(tiles, grid, *grid.diffusers)
+    num_columns, (height, width) = len(grid.columns), grid.size
+    rows, columns = ([grid.in_pixels(each) for each in ranges] for ranges in (grid.rows, grid.columns))
+    frame = tiles[0].new_zeros(*tiles[0].shape[:-2], height, width)
+    for i, row in enumerate(rows):
+        of_row = tiles[i * num_columns : (i + 1) * num_columns]
+        band = frame.new_zeros(*of_row[0].shape[:-1], width)
+        for j, (tile, column) in enumerate(zip(of_row, columns, strict=True)):
+            below = band[..., slice(*column)]
+            below.copy_(lay_over(below, tile, overlap_share(columns, j), dim=-1))
+        below = frame[..., slice(*row), :]
+        below.copy_(lay_over(below, band, overlap_share(rows, i), dim=-2))
+    return frame
 
-    A tile fades in over the one above and then over the one to its left, both of which have already done so themselves.
-    """
+
+def _blend_as_diffusers(
+    tiles: Sequence[Tensor], grid: TileGrid, stride: tuple[int, int], blend: tuple[int, int]
+) -> Tensor:
+    """A tile fades in over the one above and then over the one to its left, both of which have already done so themselves."""
     num_columns = len(grid.columns)
-    height, width = grid.stride
+    height, width = stride
     bands = []
     for i in range(len(grid.rows)):
         band = tiles[i * num_columns : (i + 1) * num_columns]
         for j, tile in enumerate(band):
             if i > 0:
-                fade_in(tile, tiles[(i - 1) * num_columns + j], extent=grid.blend[0], dim=-2)
+                fade_in(tile, tiles[(i - 1) * num_columns + j], extent=blend[0], dim=-2)
             if j > 0:
-                fade_in(tile, band[j - 1], extent=grid.blend[1], dim=-1)
+                fade_in(tile, band[j - 1], extent=blend[1], dim=-1)
         bands.append(torch.cat([tile[..., :height, :width] for tile in band], dim=-1))
     return torch.cat(bands, dim=-2)
 

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from engine.blend import Tiles
 from engine.config import DecodeConfig
 from engine.errors import UserError
 
@@ -138,15 +139,15 @@ class TimeSettings:
     """How a decode goes through time; the same on every rank, since it decides the frames.
 
     Attributes:
-        chunk: latent frames that a chunk advances by, and that it sees; None is the model's exact way.
-        overlap: pixel frames over which a chunk fades in over the one before.
+        chunk: latent frames that a chunk advances by (at most), and that it sees; None is the model's exact way.
+        tiles: where chunks lie and how they are blended, as `blend.cover` has it.
         timestep: what a decoder that is conditioned on a timestep is told; None for one that is not.
         noise_scale: share of noise that such a decoder finds in its latents.
         seed: of the CPU generator of that noise; None for a decoder that takes none.
     """
 
     chunk: tuple[int, int] | None = None
-    overlap: int = 0
+    tiles: Tiles = "full"
     timestep: float | None = None
     noise_scale: float = 0.0
     seed: int | None = None

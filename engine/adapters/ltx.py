@@ -21,13 +21,12 @@ from engine.adapters.base import (
     LatentDecoder,
     ModelAdapter,
     ModelNumbers,
-    Range,
     Text,
     TimeSettings,
     VideoSpec,
 )
 from engine.adapters.prompts import refuse_long_prompts
-from engine.blend import fade_in
+from engine.blend import cover, fade_in, lay_over, overlap_share
 from engine.config import DecodeConfig
 from engine.errors import UserError
 
@@ -243,11 +242,11 @@ class LtxAdapter(ModelAdapter):
         }
         factor = _compression(vae, "temporal", vae.get("patch_size_t", 1))
         size = config.tile_frames // factor
-        if mode == "whole" or num_latents <= size:
+        # A chunk sees one more latent frame than its frames need: the first of a decode stands for one frame only.
+        longest = size if config.tiles == "diffusers" else size + 1
+        if mode == "whole" or num_latents <= longest:
             return TimeSettings(**told)
-        # One more latent frame than a chunk's frames need: the first of a decode stands for one frame only.
-        chunk = (config.stride_frames // factor, size + 1)
-        return TimeSettings(chunk=chunk, overlap=config.tile_frames - config.stride_frames, **told)
+        return TimeSettings(chunk=(config.stride_frames // factor, size + 1), tiles=config.tiles, **told)
 
     def open_decoder(self, vae: AutoencoderKLLTXVideo, latents: Tensor, settings: TimeSettings) -> LatentDecoder:
         """See the base class."""
@@ -318,7 +317,8 @@ class _ChunkDecoder(LatentDecoder):
         )
         self._noise = _decode_noise(latents.shape, settings) if settings.noise_scale else None
         self._injects = any(vae.config.decoder_inject_noise)
-        self.chunks = _chunks(latents.shape[2], settings.chunk)
+        stride, size = settings.chunk or (latents.shape[2], latents.shape[2])
+        self.chunks = cover(latents.shape[2], size, stride, settings.tiles)
 
     def latents(self, index: int) -> Tensor:
         """See the base class; with its share of noise, where the decoder wants that."""
@@ -334,14 +334,20 @@ class _ChunkDecoder(LatentDecoder):
         """Chunks know nothing of each other before they are joined."""
 
     def step(self, latents: Tensor, state: Any, *, index: int, tile: int) -> Tensor:
-        """See the base class. Every chunk but the first loses its last frame, as in the VAE's own framewise decode."""
+        """See the base class. Every chunk but the first loses one frame.
+
+        Frame f of a chunk that starts at latent frame s is the video's frame s * factor + f. The first is the one that the decoder
+        makes of a single latent frame, and the chunk before has it already: it goes. diffusers drops the last frame instead, so
+        that its framewise decode shows everything after the first chunk one frame late.
+        """
         vae, settings = self._vae, self._settings
         told = None
         if settings.timestep is not None:
             told = torch.tensor([settings.timestep], device=vae.device, dtype=vae.dtype)
         with self._layer_noise(index, tile):
             frames = vae.decoder(latents, told)
-        return frames[:, :, : self.num_frames(index)]
+        count = self.num_frames(index)
+        return frames[:, :, :count] if settings.tiles == "diffusers" else frames[:, :, frames.shape[2] - count :]
 
     def num_frames(self, index: int) -> int:
         """See the base class."""
@@ -349,13 +355,34 @@ class _ChunkDecoder(LatentDecoder):
         return (stop - start - 1) * self._factor + (1 if index == 0 else 0)
 
     def join(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Each chunk fades in over the end of the one before; what the next one covers is left to it."""
+        """Each chunk is blended with the end of those before; what the next one covers too is left to it."""
+        if self._settings.tiles == "diffusers":
+            yield from self._join_as_diffusers(pieces)
+            return
+        frames = [
+            (start * self._factor + (index > 0), (stop - 1) * self._factor + 1)
+            for index, (start, stop) in enumerate(self.chunks)
+        ]
+        below = None  # what chunks so far made of frames that the next one covers too
+        for index, piece in enumerate(pieces):
+            if below is not None and (num_blended := below.shape[2]):
+                first = piece[:, :, :num_blended]
+                first.copy_(lay_over(below, first, overlap_share(frames, index)[:num_blended], dim=-3))
+            begin, end = frames[index]
+            num_done = (end if index + 1 == len(frames) else frames[index + 1][0]) - begin
+            below = piece[:, :, num_done:]
+            yield piece[:, :, :num_done]
+
+    def _join_as_diffusers(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         left = (self._latents.shape[2] - 1) * self._factor + 1
+        chunk = self._settings.chunk
+        # Of the chunk's latent frames one more than it stands for; see `time_settings`.
+        overlap = 0 if chunk is None else (chunk[1] - 1 - chunk[0]) * self._factor
         before = None
         for index, piece in enumerate(pieces):
             if before is not None:
-                fade_in(piece, before, extent=self._settings.overlap, dim=-3)
-            keep = left if self._settings.chunk is None else self._settings.chunk[0] * self._factor + (index == 0)
+                fade_in(piece, before, extent=overlap, dim=-3)
+            keep = left if chunk is None else chunk[0] * self._factor + (index == 0)
             part = piece[:, :, : min(keep, left)]
             left -= part.shape[2]
             before = piece
@@ -387,14 +414,6 @@ def _decode_noise(shape: Sequence[int], settings: TimeSettings) -> Tensor:
     generator = torch.Generator("cpu").manual_seed(settings.seed or 0)
     torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float32)
-
-
-def _chunks(num_latents: int, chunk: tuple[int, int] | None) -> tuple[Range, ...]:
-    """Latent frames of each chunk; the last ones of a video may be shorter."""
-    if chunk is None:
-        return ((0, num_latents),)
-    stride, size = chunk
-    return tuple((start, min(start + size, num_latents)) for start in range(0, num_latents, stride))
 
 
 def _compression(vae: Mapping[str, Any], axis: str, patch: int) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ from engine import decode_plan, tiled_decode
 from engine.adapters.base import TimeSettings
 from engine.adapters.ltx import LTX, _ChunkDecoder, layer_noise_seed
 from engine.adapters.ltx_published import PUBLISHED
+from engine.blend import fade_in
 from engine.config import DecodeConfig
 from engine.decode import stream_decode
 from engine.decode_plan import GIB, plan_decode, tile_bytes, tiled_share
@@ -28,7 +30,8 @@ from parallel.mesh import Axis
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import random_ltx_vae, random_wan
 
-FRAMEWISE = DecodeConfig(mode="framewise")  # 16 and 8 frames: 3 latent frames at a time, one further each time
+FULL = DecodeConfig(mode="framewise")  # 16 and 8 frames: 3 latent frames at a time, one further each time
+FRAMEWISE = dataclasses.replace(FULL, tiles="diffusers")
 WIDE = dataclasses.replace(FRAMEWISE, tile_frames=32, stride_frames=24)
 APART = dataclasses.replace(FRAMEWISE, tile_frames=16, stride_frames=16)  # nothing is blended
 TILES = {"tile_height": 64, "tile_width": 48, "stride_height": 48, "stride_width": 32}
@@ -51,7 +54,9 @@ def settings_of(vae: AutoencoderKLLTXVideo, config: DecodeConfig, num_latents: i
 
 
 @torch.no_grad()
-def decoded_by_diffusers(vae: AutoencoderKLLTXVideo, latents: Tensor, config: DecodeConfig) -> Tensor:
+def decoded_by_diffusers(
+    vae: AutoencoderKLLTXVideo, latents: Tensor, config: DecodeConfig, *, clamp: bool = True
+) -> Tensor:
     """Frames [1, 3, T, H, W] of `vae.decode` with its own tiling, after what LTXPipeline does to the latents before."""
     mean, std = (x.view(1, -1, 1, 1, 1) for x in (vae.latents_mean, vae.latents_std))
     latents, told = latents * std / vae.config.scaling_factor + mean, None
@@ -69,9 +74,48 @@ def decoded_by_diffusers(vae: AutoencoderKLLTXVideo, latents: Tensor, config: De
     vae.use_tiling = config.mode == "tiled"
     vae.use_framewise_decoding = config.mode != "whole"
     try:
-        return vae.decode(latents, told).sample.clamp(-1.0, 1.0)
+        frames = vae.decode(latents, told).sample
+        return frames.clamp(-1.0, 1.0) if clamp else frames
     finally:
         vae.use_tiling = vae.use_framewise_decoding = False
+
+
+def full_by_hand(vae: AutoencoderKLLTXVideo, latents: Tensor, config: DecodeConfig) -> Tensor:
+    """Frames [1, 3, T, H, W] of full chunks: each decoded by itself, its frames weighed one by one at their place in the video."""
+    num_latents, size, stride = latents.shape[2], config.tile_frames // 8 + 1, config.stride_frames // 8
+    gap = max(num_latents - size, 0)
+    steps = -(-gap // stride)
+    frames = torch.zeros(1, 3, 8 * num_latents - 7, *(8 * 2 * n for n in latents.shape[3:]), dtype=torch.float64)
+    total = torch.zeros(frames.shape[2], dtype=torch.float64)
+    for step in range(steps + 1):
+        start = gap * step // max(steps, 1)
+        stop = min(start + size, num_latents)
+        piece = decoded_by_diffusers(vae, latents[:, :, start:stop], DecodeConfig(mode="whole"), clamp=False)
+        begin, end = 8 * start + (step > 0), 8 * stop - 7  # of the video's frames
+        for frame in range(begin, end):
+            before = math.inf if step == 0 else frame + 0.5 - begin
+            after = math.inf if step == steps else end - frame - 0.5
+            weight = min(before, after, 1000) ** 2
+            frames[:, :, frame] += weight * piece[:, :, frame - 8 * start].double()
+            total[frame] += weight
+    return (frames / total.view(-1, 1, 1)).clamp(-1.0, 1.0)
+
+
+@pytest.mark.parametrize("tile_frames", [16, 32])
+@pytest.mark.parametrize("stride_frames", [8, 16])
+def test_full_chunks_lie_where_their_frames_belong(tile_frames, stride_frames):
+    vae, config = vae_of("0.9.0"), dataclasses.replace(FULL, tile_frames=tile_frames, stride_frames=stride_frames)
+    for num_latents in (1, 3, 4, 5, 6, 8, 9):
+        latents = draw((num_latents, 4, 3))
+        settings = settings_of(vae, config, num_latents)
+        frames = torch.cat(list(stream_decode(vae, latents, settings)), dim=2)
+        expected = full_by_hand(vae, latents, config)
+        assert torch.allclose(frames.double(), expected, rtol=0, atol=2e-6), num_latents
+        if settings.chunk:  # the negative control: diffusers puts later chunks one frame late
+            late = decoded_by_diffusers(vae, latents, dataclasses.replace(config, tiles="diffusers"))
+            assert not torch.allclose(late.double(), expected, atol=1e-3)
+        else:
+            assert torch.equal(frames, decoded_by_diffusers(vae, latents, DecodeConfig(mode="whole")))
 
 
 @pytest.mark.parametrize(
@@ -93,13 +137,12 @@ def test_a_stream_is_the_vaes_own_decode(kind, config):
 def test_what_is_broken_is_seen(fault):
     vae, latents = vae_of("0.9.5"), draw((6, 4, 3))
     settings, expected = settings_of(vae, FRAMEWISE, 6), decoded_by_diffusers(vae, latents, FRAMEWISE)
-    if fault == "no blend":
-        settings = dataclasses.replace(settings, overlap=0)
     if fault == "noise of another seed":
         settings = dataclasses.replace(settings, seed=4)
     frames = _ChunkDecoder.num_frames
     changed = (lambda self, index: frames(self, index) + 1) if fault == "last frame kept" else frames
-    with mock.patch.object(_ChunkDecoder, "num_frames", changed):
+    blend = (lambda *_, **__: None) if fault == "no blend" else fade_in
+    with mock.patch.object(_ChunkDecoder, "num_frames", changed), mock.patch("engine.adapters.ltx.fade_in", blend):
         ours = torch.cat(list(stream_decode(vae, latents, settings)), dim=2)
     if fault == "last frame kept":  # it is cut off again unless it is blended with
         assert not torch.equal(ours, expected)
@@ -246,14 +289,14 @@ def peak_bytes(config: DecodeConfig, num_latents: int, alone: Axis) -> int:
 def test_memory_does_not_grow_with_length_unless_whole(alone):
     whole = [peak_bytes(DecodeConfig(mode="whole"), num_latents, alone) for num_latents in (5, 10)]
     assert whole[1] > 1.8 * whole[0]
-    for config in (FRAMEWISE, TILED):
+    for config in (FRAMEWISE, TILED, FULL, dataclasses.replace(TILED, tiles="full")):
         peaks = [peak_bytes(config, num_latents, alone) for num_latents in (5, 10)]
         assert peaks[0] == peaks[1] < whole[1], config.mode
 
 
 def test_the_estimate_is_what_a_decode_takes(alone):
     vae = vae_of("0.9.0")
-    for config in (DecodeConfig(mode="whole"), FRAMEWISE):
+    for config in (DecodeConfig(mode="whole"), FRAMEWISE, FULL):
         settings = settings_of(vae, config, 8)
         estimate = sum(tile_bytes(LTX, json.dumps(dict(vae.config)), (8, 5, 4), settings))
         assert estimate == pytest.approx(peak_bytes(config, 8, alone), rel=0.1)

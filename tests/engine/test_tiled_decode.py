@@ -1,9 +1,10 @@
-"""Tiles over any number of ranks are the VAE's own `tiled_decode` on one, bit for bit, with one latent frame in memory."""
+"""Tiles over any number of ranks are those of one, and with `decode.tiles diffusers` the VAE's own, bit for bit; one latent frame in memory."""
 
 import dataclasses
 import functools
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,8 +39,10 @@ from tests.ranks import run_ranks
 from tests.tiny_pipelines import random_wan, save_random_wan
 
 NUM_RANKS = (1, 2, 3, 4)
-TILED = DecodeConfig(mode="tiled", tile_height=16, tile_width=16, stride_height=12, stride_width=12)
+FULL = DecodeConfig(mode="tiled", tile_height=16, tile_width=16, stride_height=12, stride_width=12)
+TILED = dataclasses.replace(FULL, tiles="diffusers")
 EQUAL_TILES = dataclasses.replace(TILED, stride_height=16, stride_width=16)
+MUCH_OVERLAP = dataclasses.replace(TILED, tile_width=24, stride_height=4, stride_width=20)
 
 
 class Case(NamedTuple):
@@ -56,11 +59,18 @@ CASES = [
     Case((2, 5, 4), 4),  # cut to 2 rows and 1 column at the border
     Case((1, 9, 3), 3),  # narrower than a tile
     Case((2, 4, 5), 2, EQUAL_TILES),  # no overlap, ranks without tiles
-    Case((2, 7, 9), 14, dataclasses.replace(TILED, tile_width=24, stride_height=4, stride_width=20)),  # much overlap
+    Case((2, 7, 9), 14, MUCH_OVERLAP),
     Case((2, 4, 4), 1),  # one tile: decoded whole, although the stride is smaller
+    Case((3, 8, 12), 12, FULL),
+    Case((2, 5, 4), 2, FULL),
+    Case((1, 9, 3), 3, FULL),
+    Case((2, 4, 5), 2, dataclasses.replace(EQUAL_TILES, tiles="full")),
+    Case((2, 7, 9), 8, dataclasses.replace(MUCH_OVERLAP, tiles="full")),  # up to four tiles over one row
 ]
 FAULTS = [
     Case((3, 8, 12), 12, fault="no blend"),
+    Case((3, 8, 12), 12, FULL, fault="first tile only"),
+    Case((3, 8, 12), 12, FULL, fault="swapped tiles"),
     Case((3, 8, 12), 12, fault="swapped tiles"),
     Case((3, 8, 8), 4, EQUAL_TILES, fault="one cache for all"),
 ]
@@ -100,6 +110,40 @@ def tiled_by_diffusers(vae: AutoencoderKLWan, latents: Tensor, config: DecodeCon
     return whole
 
 
+def tiled_by_hand(vae: AutoencoderKLWan, latents: Tensor, config: DecodeConfig) -> Tensor:
+    """Frames [1, 3, T, H, W] of full tiles: each decoded whole, weighed line by line, and divided by the sum of the weights."""
+
+    def ranges(size: int, tile: int, stride: int) -> list[tuple[int, int]]:
+        count = 1
+        while (size - tile) > (count - 1) * stride:
+            count += 1
+        gap = max(size - tile, 0)
+        return [(gap * i // max(count - 1, 1), gap * i // max(count - 1, 1) + min(tile, size)) for i in range(count)]
+
+    def weight(line: int, start: int, stop: int, size: int) -> float:
+        left = math.inf if start == 0 else line + 0.5 - start
+        right = math.inf if stop == size else stop - line - 0.5
+        return min(left, right, size) ** 2
+
+    rows, columns = latents.shape[-2:]
+    frames = torch.zeros(1, 3, 4 * latents.shape[2] - 3, rows * 4, columns * 4, dtype=torch.float64)
+    total = torch.zeros(rows * 4, columns * 4, dtype=torch.float64)
+    for top, bottom in ranges(rows, config.tile_height // 4, config.stride_height // 4):
+        for left, right in ranges(columns, config.tile_width // 4, config.stride_width // 4):
+            down = [weight(y, 4 * top, 4 * bottom, 4 * rows) for y in range(4 * top, 4 * bottom)]
+            across = [weight(x, 4 * left, 4 * right, 4 * columns) for x in range(4 * left, 4 * right)]
+            weights = torch.tensor(down, dtype=torch.float64)[:, None] * torch.tensor(across, dtype=torch.float64)
+            tile = torch.cat(list(stream_decode_unclamped(vae, latents[..., top:bottom, left:right])), dim=2)
+            frames[..., 4 * top : 4 * bottom, 4 * left : 4 * right] += tile * weights
+            total[4 * top : 4 * bottom, 4 * left : 4 * right] += weights
+    return (frames / total).clamp(-1.0, 1.0)
+
+
+def stream_decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Iterator[Tensor]:
+    with mock.patch("engine.decode.clamp", lambda frames: frames):
+        yield from stream_decode(vae, latents)
+
+
 @contextmanager
 def broken(fault: str) -> Iterator[None]:
     """Break one thing of the tiled decode."""
@@ -111,6 +155,11 @@ def broken(fault: str) -> Iterator[None]:
 
     faults = {
         "": (tiled_decode, "cut_tile", cut),
+        "first tile only": (
+            tiled_decode,
+            "lay_over",
+            lambda below, tile, share, dim: torch.where(below == 0, tile, below),
+        ),
         "no blend": (tiled_decode, "fade_in", lambda *_, **__: None),
         "swapped tiles": (tiled_decode, "cut_tile", lambda latent, grid, i: cut(latent, grid, {0: 1, 1: 0}.get(i, i))),
         "one cache for all": (tiled_decode, "decode_step", step_with_one_cache),
@@ -120,7 +169,7 @@ def broken(fault: str) -> Iterator[None]:
 
 
 def compare(rank: int, case: Case, world: Axis) -> bool | None:
-    """Whether rank 0's frames are those of diffusers; None on the others, which get no frames."""
+    """Whether rank 0's frames are those of diffusers, or of the tiles by hand; None on the others, which get no frames."""
     vae, latents = random_vae(), draw(case.size)
     plan = plan_decode(case.config, vae, case.size, world=world)
     assert plan.record["tiles"] == sum(plan.record["tiles_by_rank"]) == case.tiles
@@ -132,7 +181,10 @@ def compare(rank: int, case: Case, world: Axis) -> bool | None:
         assert parts == []
         return None
     assert [part.shape[2] for part in parts] == [1] + [4] * (case.size[0] - 1)
-    return torch.equal(torch.cat(parts, dim=2), tiled_by_diffusers(vae, latents, case.config))
+    frames = torch.cat(parts, dim=2)
+    if case.config.tiles == "diffusers":
+        return torch.equal(frames, tiled_by_diffusers(vae, latents, case.config))
+    return torch.allclose(frames.double(), tiled_by_hand(vae, latents, case.config), rtol=0, atol=2e-6)
 
 
 class Job(NamedTuple):
@@ -230,9 +282,9 @@ def test_the_engine_decodes_as_configured_and_says_how(results, folder):
     assert idle == [([], whole_plan)] * 3
 
 
-def peak_bytes(world: Axis, num_latents: int) -> int:
+def peak_bytes(world: Axis, num_latents: int, config: DecodeConfig) -> int:
     vae, latents = random_vae(), draw((num_latents, 8, 12))
-    plan = plan_decode(TILED, vae, (num_latents, 8, 12), world=world)
+    plan = plan_decode(config, vae, (num_latents, 8, 12), world=world)
     with LiveBytes() as live:
         for frames in stream_tiles(vae, latents, plan, world=world):
             del frames
@@ -240,8 +292,9 @@ def peak_bytes(world: Axis, num_latents: int) -> int:
     return live.peak
 
 
-def test_memory_does_not_grow_with_length(alone):
-    peaks = {num_latents: peak_bytes(alone, num_latents) for num_latents in (3, 5, 8)}
+@pytest.mark.parametrize("config", [TILED, FULL], ids=["diffusers", "full"])
+def test_memory_does_not_grow_with_length(alone, config):
+    peaks = {num_latents: peak_bytes(alone, num_latents, config) for num_latents in (3, 5, 8)}
     assert len(set(peaks.values())) == 1, peaks
 
 
@@ -272,7 +325,7 @@ def test_tiles_are_shared_evenly(num_tiles, ranks):
         if num_tiles < ranks:
             assert loads[0] == 0  # rank 0 blends and writes
     # The frame of Wan2.1 at 480p on 8 ranks: equal numbers of tiles in order would be 2048.
-    grid = make_grid(DecodeConfig(), (60, 104), 8)
+    grid = make_grid(DecodeConfig(tiles="diffusers"), (60, 104), 8)
     sizes = [rows * columns for rows, columns in map(grid.latent_size, range(15))]
     assert max(sum(sizes[tile] for tile in share) for share in share_tiles(sizes, 8)) == 1408
 
@@ -311,7 +364,7 @@ def test_auto_weighs_a_real_vae_against_free_memory(alone):
             plans[gib] = plan_decode(DecodeConfig(), vae, (81, 60, 104), world=world)
     assert plans[80].mode == "whole"
     assert plans[6].mode == "tiled"
-    assert plans[6].record["tiles_by_rank"] == [1, 2, 2, 2, 2, 2, 2, 2]
+    assert plans[6].record["tiles_by_rank"] == [1, 1, 1, 1, 2, 2, 2, 2]
     assert "9.1 GiB of the 6.0 GiB" in plans[6].why
 
 
@@ -350,6 +403,8 @@ def test_a_mode_that_the_model_lacks_is_refused_before_weights_are_read(folder):
 def test_tiles_on_a_gpu(alone):
     vae = random_wan().vae.to("cuda")
     for case in CASES:
+        if case.config.tiles != "diffusers":
+            continue
         latents = draw(case.size).cuda()
         plan = plan_decode(case.config, vae, case.size, world=alone)
         frames = torch.cat(list(stream_tiles(vae, latents, plan, world=alone)), dim=2)
