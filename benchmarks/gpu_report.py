@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import RESULTS, SHAPES
-from engine.planner import read_gpu
-from engine.planner.gpu import EIGH_DIM
+from engine.planner.gpu import EIGH_DIM, read_gpu
 
 FOLDER = RESULTS / "gpu"
 NOT_MEASURED = "not measured"

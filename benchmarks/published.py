@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 from engine.adapters.wan_published import PUBLISHED as CONFIGS
 from engine.config import MethodConfig, SamplerConfig, VideoConfig
-from engine.planner import ModelSpec, Options, plan, read_gpu
+from engine.planner.gpu import read_gpu
+from engine.planner.model import ModelSpec
+from engine.planner.plan import Options, plan
 
 SMALL, LARGE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 STEPS = 50

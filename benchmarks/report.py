@@ -11,7 +11,8 @@ from typing import Any
 from benchmarks import gpu_report, published
 from benchmarks.measure import RESULTS, ROOT
 from engine.config import RunConfig
-from engine.planner import predicted_table, read_gpu
+from engine.planner.gpu import read_gpu
+from engine.planner.table import predicted_table
 from freespec.methods import METHODS
 from launch.cli import parse_run
 

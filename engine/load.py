@@ -1,7 +1,6 @@
 """Checkpoints in Diffusers layout, from a folder or the hub, with every fault of theirs as one clear line."""
 
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +18,12 @@ from engine.adapters import ModelAdapter, VideoSpec, adapter_named
 from engine.config import ModelConfig
 from engine.convolutions import use_onednn
 from engine.errors import UserError
+from engine.paths import find_checkpoint, is_pickle
 from engine.progress import no_library_bars
 from engine.sharded_weights import check_placement
 from engine.single_file import SingleFile, open_single_file
-from engine.weights import WEIGHT_FOLDERS, check_part, is_pickle, lfs_pointer, read_json, unfinished
+from engine.weights import WEIGHT_FOLDERS, check_part, lfs_pointer, read_json, unfinished
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Of newer versions of the hub's client; older ones return what there is, and the checks of the folder say what is missing.
 _INCOMPLETE: tuple[type[Exception], ...] = tuple(filter(None, [getattr(hub_errors, "IncompleteSnapshotError", None)]))
 
@@ -44,26 +42,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
-def find_checkpoint(path: str) -> Path | str:
-    """A folder (from the working directory, then from the repository), or a hub name."""
-    try:
-        for folder in (Path(path).expanduser(), REPOSITORY / path):
-            if folder.is_dir():
-                return folder
-        is_file = Path(path).expanduser().is_file()
-    except (OSError, RuntimeError) as error:  # no permission, a name too long, ~ of an unknown user
-        raise UserError(f"cannot look for model.path {path!r}: {error}") from error
-    if is_file and is_pickle(path):
-        raise UserError(f"model.path {path} is a pickle, which can run code and is not read; give .safetensors files")
-    if is_file:
-        raise UserError(
-            f"model.path {path} is one file; give it as model.single_file, and a folder or hub name as model.path"
-        )
-    if not _HUB_NAME.fullmatch(path):
-        raise UserError(f"model.path {path!r} is no folder here and no hub name; give a folder in Diffusers layout")
-    return path
 
 
 def fetch(

@@ -14,10 +14,10 @@ from engine.apply import Ranks, check_riflex, check_shift
 from engine.config import RunConfig
 from engine.decode_plan import check_tiles
 from engine.errors import UserError
-from engine.planner import ModelSpec, read_gpu, read_model
 from engine.planner.choose import choose_by_memory, choose_from
-from engine.planner.gpu import FOLDER, GpuSpec
+from engine.planner.gpu import FOLDER, GpuSpec, read_gpu
 from engine.planner.layout import Degrees, feasible_degrees, num_passes
+from engine.planner.model import ModelSpec, read_model
 from engine.planner.plan import Case, plan_case
 from engine.planner.providers import FixedDegrees, Provider, keeps
 from engine.single_file import open_single_file

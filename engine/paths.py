@@ -1,8 +1,14 @@
 """Paths as users write them."""
 
+import re
 from pathlib import Path
 
 from engine.errors import UserError
+
+# The checkout, or the folder of installed packages, which has configs/ and tiny/ as well.
+REPOSITORY = Path(__file__).resolve().parent.parent
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def expand(path: str) -> Path:
@@ -11,3 +17,28 @@ def expand(path: str) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"cannot resolve {path!r}: {error}") from error
+
+
+def find_checkpoint(path: str) -> Path | str:
+    """A folder (from the working directory, then from the repository), or a hub name."""
+    try:
+        for folder in (Path(path).expanduser(), REPOSITORY / path):
+            if folder.is_dir():
+                return folder
+        is_file = Path(path).expanduser().is_file()
+    except (OSError, RuntimeError) as error:  # no permission, a name too long, ~ of an unknown user
+        raise UserError(f"cannot look for model.path {path!r}: {error}") from error
+    if is_file and is_pickle(path):
+        raise UserError(f"model.path {path} is a pickle, which can run code and is not read; give .safetensors files")
+    if is_file:
+        raise UserError(
+            f"model.path {path} is one file; give it as model.single_file, and a folder or hub name as model.path"
+        )
+    if not _HUB_NAME.fullmatch(path):
+        raise UserError(f"model.path {path!r} is no folder here and no hub name; give a folder in Diffusers layout")
+    return path
+
+
+def is_pickle(name: str) -> bool:
+    """Whether a file's name says that it is a pickle, which can run code when it is read."""
+    return name.lower().endswith(_PICKLES)

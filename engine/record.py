@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from engine.files.whole import atomic_path
-from engine.load import REPOSITORY
+from engine.paths import REPOSITORY
 from freespec.kernels import resolve_dual
 
 if TYPE_CHECKING:

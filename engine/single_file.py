@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from engine.adapters import ModelAdapter
 from engine.config import ModelConfig
 from engine.errors import UserError
-from engine.paths import expand
-from engine.weights import broken_file, compare_part, is_pickle, read_json
+from engine.paths import expand, is_pickle
+from engine.weights import broken_file, compare_part, read_json
 
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/(.+)")
 # Others hold numbers that mean something only together with scales that diffusers would not apply.

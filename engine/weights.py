@@ -12,7 +12,6 @@ from engine.errors import UserError
 
 # Buffers that other versions of the libraries save and the models compute anew.
 _HARMLESS = ("rope.",)
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _LFS_POINTER = b"version https://git-lfs"
 
 WEIGHT_FOLDERS = ("transformer", "vae", "text_encoder")
@@ -64,11 +63,6 @@ def compare_part(
             more = f" and {len(keys) - 1} more tensors" if len(keys) > 1 else ""
             by = "its config.json" if where == part else part / "config.json"
             raise UserError(f"{where} {what} {keys[0]}{more}, by {by}; fetch the checkpoint again")
-
-
-def is_pickle(name: str) -> bool:
-    """Whether a file's name says that it is a pickle, which can run code when it is read."""
-    return name.lower().endswith(_PICKLES)
 
 
 def broken_file(file: Path, error: Exception) -> UserError:

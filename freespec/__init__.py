@@ -8,9 +8,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from freespec import components, lowpass, schedule, spectrum, views
+    from freespec import components, kernels, lowpass, schedule, spectrum, views
 
-__all__ = ["components", "lowpass", "schedule", "spectrum", "views"]
+__all__ = ["components", "kernels", "lowpass", "schedule", "spectrum", "views"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,9 @@
 """Spectra of attention windows and low-rank reconstructions of one model: `python launch/analyze.py --prompt_file FILE`."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, wherever it is started from
 
 from launch.start import run_script
 

@@ -1,8 +1,11 @@
 """Makes a suite of prompts with several methods and seeds, on this machine or a Ray cluster; `--help` lists every setting."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, wherever it is started from
 
 from launch.start import run_script
 
 if __name__ == "__main__":
-    sys.exit(run_script("batch", ranks_by_script=False))
+    sys.exit(run_script("batch"))

@@ -1,6 +1,9 @@
 """Searches FreeSpec's open settings on one list of prompts and judges them on another; `--help` lists every setting."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, wherever it is started from
 
 from launch.start import run_script
 

@@ -13,9 +13,8 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.paths import expand
+from engine.paths import REPOSITORY, expand
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 DEFAULT_CONFIG = "configs/tiny-wan.yaml"
 
 _NO_VALUE = ("--help", "-h", "--print_config")

@@ -1,6 +1,9 @@
 """Compares methods on the same prompts and seeds: `python launch/compare.py --methods direct,freespec --prompt_file FILE`."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, wherever it is started from
 
 from launch.start import run_script
 

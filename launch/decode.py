@@ -1,6 +1,9 @@
 """Makes the video of saved latents: `python launch/decode.py LATENTS --output PATH`."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, wherever it is started from
 
 from launch.start import run_script
 

@@ -1,6 +1,9 @@
 """The demonstration: one prompt and seed with each method, and one picture of all three: `python launch/demo.py`."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, wherever it is started from
 
 from launch.start import run_script
 

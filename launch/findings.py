@@ -1,8 +1,11 @@
 """Writes docs/findings.md from what `make findings` measured: `python launch/findings.py --runs runs/findings`."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, wherever it is started from
 
 from launch.start import run_script
 
 if __name__ == "__main__":
-    sys.exit(run_script("findings", ranks_by_script=False))
+    sys.exit(run_script("findings"))

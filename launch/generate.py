@@ -1,8 +1,11 @@
 """Makes long videos from prompts: `python launch/generate.py --prompt "..."`; `--help` lists every setting."""
 
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, wherever it is started from
 
 from launch.start import run_script
 
 if __name__ == "__main__":
-    sys.exit(run_script("generate", on_ray=True))
+    sys.exit(run_script("generate"))

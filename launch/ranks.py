@@ -60,20 +60,6 @@ class Party:
             raise LostRankError(f"rank {rank} lost rank 0 while it finished {what} ({_first_line(error)})") from error
 
 
-def check_started(num_ranks: int | None) -> None:
-    """Raise UserError if `--nproc` asks for ranks that nobody has started: the launcher has started what it could."""
-    place = Place.of_environment()
-    if num_ranks is None or LAUNCHER in os.environ:
-        return
-    if num_ranks < 1:
-        raise UserError(f"--nproc must be 1 or more, got {num_ranks}")
-    if place is not None and place.world > 1:
-        raise UserError(
-            f"torchrun has started {place.world} ranks, and --nproc asks for {num_ranks} more of each; give one of them"
-        )
-    raise UserError("nproc is given on the command line, not in a file")
-
-
 @contextlib.contextmanager
 def open_ranks(config: RunConfig, *, prompts: Sequence[str], verbose: bool) -> Iterator[Party]:
     """Join this process to the others of its run: the mesh that `config.parallel` and the planner ask for.

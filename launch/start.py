@@ -1,24 +1,58 @@
-"""The beginning and end of every script. It imports nothing slow, so that a Ctrl-C is one quiet line from the start."""
+"""The beginning and end of every command. It imports nothing slow, so that a Ctrl-C is one quiet line from the start."""
 
 import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TextIO
 
+from engine.errors import UserError
+from launch.command import run_command
 from launch.launcher import asked_ranks, asked_value, start_ranks
 from launch.replicas.ray_generate import asked_ray, start_on_ray
-from launch.stopping import LAUNCHER, Place, PlaceError, StopSignals, die_with_parent, say, show
+from launch.stopping import LAUNCHER, Place, PlaceError, StopSignals, die_with_parent, show
 
 
-def run_script(name: str, *, ranks_by_script: bool = True, on_ray: bool = False) -> int:
-    """Run `main` of launch/commands/<name>.py, on as many ranks as `--nproc` asks for; returns the exit code.
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """How a command runs.
 
-    Without `ranks_by_script` the command starts its ranks itself, and `--nproc` is its own; with `on_ray` the ranks are
-    actors of the cluster that `--ray` names, if it does.
-    A rank that fails ends at once: to take its process group down it would have to wait for the others.
+    Attributes:
+        what: a few words on it, for the list of commands.
+        starts_ranks: whether `--nproc` asks for ranks of the command itself; some start theirs in another way, or have none.
+        on_ray: whether `--ray` starts those ranks on a cluster.
+    """
+
+    what: str
+    starts_ranks: bool = False
+    on_ray: bool = False
+
+
+COMMANDS = {
+    "generate": Kind(
+        what="make a video from a prompt, or one from each line of a file", starts_ranks=True, on_ray=True
+    ),
+    "plan": Kind(what="predict memory and time of every layout before a weight is loaded"),
+    "batch": Kind(what="make prompts x seeds x methods, on replicas that may die"),
+    "decode": Kind(what="make the video of saved latents"),
+    "compare": Kind(what="compare methods on the same prompts and seeds, with a page of videos", starts_ranks=True),
+    "analyze": Kind(what="measure attention's singular spectra, and videos of low rank", starts_ranks=True),
+    "evaluate": Kind(what="score a batch with VBench-Long or measures that need no network"),
+    "calibrate": Kind(what="search FreeSpec's settings, and judge them on other prompts", starts_ranks=True),
+    "findings": Kind(what="write docs/findings.md from the reports of `make findings`"),
+    "demo": Kind(what="make one prompt with three methods, and a picture of all"),
+}
+
+
+def run_script(name: str, argv: Sequence[str] | None = None) -> int:
+    """Run a command with `argv`, by default that of the process, on as many ranks as it asks for; returns the exit code.
+
+    A mistake in `argv` ends it before a rank is started or torch imported. A rank that fails ends at once: to take its process
+    group down it would have to wait for the others.
     """
     die_with_parent()
     # Of torch's own log, which would come before our one line, only errors.
@@ -30,8 +64,13 @@ def run_script(name: str, *, ranks_by_script: bool = True, on_ray: bool = False)
     except PlaceError as error:
         show(f"error: {error}")
         return 2
-    with prefixed_stderr(sys.argv[1:], place):
-        code = _run(name, sys.argv[1:], signals, ranks_by_script=ranks_by_script, on_ray=on_ray)
+    words = sys.argv[1:] if argv is None else list(argv)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(prefixed_stderr(words, place))
+        if place is not None and place.rank > 0:  # rank 0 alone prints
+            nowhere = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        code = run_command(lambda given: _run(name, given, signals), words, signals=signals)
     if code and place is not None:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -69,25 +108,34 @@ def prefixed_stderr(argv: Sequence[str], place: Place | None) -> contextlib.Abst
     return contextlib.redirect_stderr(RankLines(sys.stderr, place.rank))
 
 
-def _run(name: str, argv: Sequence[str], signals: StopSignals, *, ranks_by_script: bool, on_ray: bool) -> int:
+def _run(name: str, argv: list[str], signals: StopSignals) -> int | None:
+    given = _import(f"launch.arguments.{name}").read(argv)
+    kind = COMMANDS[name]
+    command = [*sys.argv[: len(sys.argv) - len(argv)], *argv]
+    num_ranks = asked_ranks(argv) if kind.starts_ranks else None
+    cluster = asked_ray(argv) if kind.on_ray else None
+    if cluster is not None:
+        return start_on_ray(cluster, command, num_ranks=num_ranks or 1, signals=signals)
+    if num_ranks is not None:
+        return start_ranks(num_ranks, command, signals=signals)
+    return _import(f"launch.commands.{getattr(given, 'command', name)}").run(given)
+
+
+def _import(module: str) -> ModuleType:
+    """Import one of our modules; UserError if this Python lacks a package that it needs."""
     try:
-        num_ranks = asked_ranks(argv) if ranks_by_script else None
-        cluster = asked_ray(argv) if on_ray else None
-        if cluster is not None:
-            return start_on_ray(cluster, [sys.argv[0], *argv], num_ranks=num_ranks or 1, signals=signals)
-        if num_ranks is not None:
-            return start_ranks(num_ranks, [sys.argv[0], *argv], signals=signals)
-        module = importlib.import_module(f"launch.commands.{name}")
-        run_command = importlib.import_module("launch.command").run_command
-        place = Place.of_environment()
-        with contextlib.ExitStack() as stack:
-            if place is not None and place.rank > 0:  # rank 0 alone prints
-                nowhere = stack.enter_context(Path(os.devnull).open("w"))
-                stack.enter_context(contextlib.redirect_stdout(nowhere))
-            return run_command(module.main, list(argv), signals=signals)
-    except KeyboardInterrupt:
-        signals.leave()
-        say("stopped")
-        return signals.code
-    finally:
-        signals.leave()
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        raise UserError(f"{sys.executable} has no package {missing!r}; {right_python(Path(sys.argv[0]))}") from error
+
+
+def right_python(script: Path) -> str:
+    """Which Python has the packages: that of the checkout's own environment, if there is one."""
+    checkout = Path(__file__).resolve().parent.parent
+    if not (checkout / "Makefile").exists():
+        return "install it with: pip install freespec-engine"
+    python = checkout / ".venv" / "bin" / "python"
+    shown = os.path.relpath(python) if Path.cwd().is_relative_to(checkout) else str(python)
+    setup = "" if python.exists() else f"run `make setup` in {checkout}, then "
+    return f"{setup}use {shown} {script} ..., or activate {checkout / '.venv'}"

@@ -2,11 +2,13 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from freespec import kernels
 from freespec.kernel_names import FA3, NAMES
+from launch.start import COMMANDS
 
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "matplotlib")
 
@@ -30,3 +32,64 @@ def test_torch_would_be_seen() -> None:
 
 def test_every_kernel_has_a_name() -> None:
     assert (*kernels.KERNELS, FA3) == NAMES
+
+
+# What is wrong, and how it is said. Each is one line, and no torch was imported to say it.
+MISTAKES = {
+    "generate --nonsense": "unknown setting nonsense",
+    "generate": "give one of --prompt TEXT and --prompt_file FILE",
+    "generate --prompt x --video.num_frames many": "video.num_frames must be a whole number, got 'many'",
+    "generate --prompt x --method.name magic": "unknown method 'magic'",
+    "generate --prompt x --method.freespec.alpha -1": "alpha must be a finite number, 0 or more, got -1",
+    "generate --prompt x --config nowhere.yaml": "--config nowhere.yaml does not exist",
+    "generate --prompt x --model.path /nowhere": "model.path '/nowhere' is no folder here",
+    "generate --prompt x --nproc 0": "--nproc must be 1 or more",
+    "generate --prompt x --nproc 2 --video.fps 0": "video.fps must be 1 or more",
+    "generate --prompt x --ray local --video.fps 0": "video.fps must be 1 or more",
+    "generate --prompt_file /nowhere": "cannot read --prompt_file /nowhere",
+    "generate --prompt x --output.path a.avi": "output.path must end in .mp4",
+    "plan --gpu abacus": "unknown GPU 'abacus'",
+    "plan --gpus many": "gpus must be a whole number",
+    "batch": "--suite is missing",
+    "batch --suite /nowhere --out o": "cannot read --suite /nowhere",
+    "batch --suite /nowhere --out o --methods magic": "unknown method 'magic'",
+    "batch --status /nowhere": "/nowhere holds no batch",
+    "decode": "give the file of the latents",
+    "decode a.safetensors": "give the file of the video: --output PATH",
+    "compare": "give one of --prompt TEXT and --prompt_file FILE",
+    "compare --prompt x --methods direct,magic": "unknown method 'magic'",
+    "analyze --prompt x --ratios many": "--ratios must be numbers",
+    "calibrate --rounds 1": "--prompt_file is needed",
+    "evaluate": "give either --runs FOLDER",
+    "evaluate --runs a --dimensions beauty": "beauty",
+    "findings --runs /nowhere": "--runs /nowhere is no folder",
+    "demo --prompt": "--prompt needs a value",
+}
+
+
+def run_here(name: str, argv: list[str], tmp_path: Path) -> tuple[str, str, str]:
+    """Output and errors of a command, and its exit code with those of HEAVY that it has imported."""
+    code = (
+        "import sys\nfrom launch.console import run\n"
+        f"try:\n    code = run({[name, *argv]!r})\nexcept SystemExit as error:\n    code = error.code\n"
+        f"print(code, *(name for name in {HEAVY!r} if name in sys.modules), file=open({str(tmp_path / 'end')!r}, 'w'))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path)
+    return ended.stdout, ended.stderr, (tmp_path / "end").read_text().strip()
+
+
+@pytest.mark.parametrize("command", MISTAKES)
+def test_a_mistake_is_answered_without_torch(command: str, tmp_path: Path) -> None:
+    name, *argv = command.split()
+    out, err, end = run_here(name, argv, tmp_path)
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert MISTAKES[command] in err
+    assert (out, end) == ("", "2")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_needs_no_torch(name: str, tmp_path: Path) -> None:
+    out, err, end = run_here(name, ["--help"], tmp_path)
+    assert "usage:" in out
+    assert (err, end) == ("", "0")

@@ -14,7 +14,10 @@ from engine.errors import UserError
 from engine.files.trees import lacking, read_json, read_tree
 from engine.load import fetch, find_checkpoint, pick_dtype, read_spec
 from engine.parallelism import Arrangement, arrange_ranks, choose_degrees
-from engine.planner import Options, choose, read_gpu, read_model
+from engine.planner.choose import choose
+from engine.planner.gpu import read_gpu
+from engine.planner.model import read_model
+from engine.planner.plan import Options
 from engine.ranks import fingerprints
 from engine.text_cache import cache_key, cached_name
 

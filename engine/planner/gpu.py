@@ -5,10 +5,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import freespec
 from engine.errors import UserError
-from engine.load import REPOSITORY
-from engine.paths import expand
-from freespec.kernels import CUDNN_SINCE, cuda_candidates, cudnn_version, preferred
+from engine.paths import REPOSITORY, expand
 
 FOLDER = REPOSITORY / "configs" / "gpus"
 MOST = 1e15
@@ -106,10 +105,11 @@ class GpuSpec:
         """
         if setting != "auto":
             return setting
+        kernels = freespec.kernels
         major, minor = divmod(round(10 * self.compute_capability), 10)
-        names = cuda_candidates((major, minor), cudnn_version() or CUDNN_SINCE)
+        names = kernels.cuda_candidates((major, minor), kernels.cudnn_version() or kernels.CUDNN_SINCE)
         known = {name: 1 / self.attention_fraction[name] for name in names if name in self.attention_fraction}
-        return preferred(known) if known else names[0]
+        return kernels.preferred(known) if known else names[0]
 
     def attention_rate(self, kernel: str) -> float:
         """Assumed share of the peak of a kernel from freespec.kernels; `auto` as `kernel` has it."""

@@ -1,16 +1,11 @@
 """What a method tells the engine: its noise, the branches of each denoising step, and how they become one."""
 
-from __future__ import annotations
-
 import abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
+from freespec.types import Device, Tensor
 
 Mode = Literal["global", "local", "dual", "views", "views_global"]
 Noise = Literal["iid", "freenoise", "mean_reuse"]
@@ -114,7 +109,7 @@ class Method(metaclass=abc.ABCMeta):
         """Factor of the queries of the global branch in mode `views_global`."""
         return 1.0
 
-    def weights(self, step: StepPlan, grid: Grid, head_dim: int, device: torch.device) -> Any:
+    def weights(self, step: StepPlan, grid: Grid, head_dim: int, device: Device) -> Any:
         """Tensors that `fuse` needs in this step. Made once per step, because numbers would recompile a compiled block."""
         return None
 

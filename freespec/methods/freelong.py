@@ -1,19 +1,14 @@
 """`freelong`: low frequencies of the global branch, high ones of the local branch (arXiv 2407.19918)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import freespec
 from freespec.methods.base import Branches, Grid, Layer, Method, Noise, StepPlan
+from freespec.types import Device, Tensor
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    Matrices = tuple[Tensor, Tensor, Tensor]
+Matrices = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +51,7 @@ class FreeLong(Method):
         """Both branches in every step."""
         return [StepPlan(mode="dual") for _ in timesteps]
 
-    def weights(self, step: StepPlan, grid: Grid, head_dim: int, device: torch.device) -> Matrices:
+    def weights(self, step: StepPlan, grid: Grid, head_dim: int, device: Device) -> Matrices:
         """One matrix per axis: over frames, rows and columns."""
         return (
             self._matrix(grid.frames, self.cutoff_time).to(device),

@@ -1,10 +1,8 @@
 """`freenoise`: reshuffled noise, and attention inside overlapping views with triangular weights (arXiv 2310.15169)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import freespec
 from freespec.methods.base import (
@@ -18,11 +16,8 @@ from freespec.methods.base import (
     check_stride,
     check_stride_covers,
 )
+from freespec.types import Device, Tensor
 from freespec.windows import default_stride
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +77,7 @@ class FreeNoise(Method):
         stride = self.stride or default_stride(grid.window_frames)
         return freespec.views.view_starts(grid.frames, grid.window_frames, stride, cover=not self.compat)
 
-    def weights(self, step: StepPlan, grid: Grid, head_dim: int, device: torch.device) -> Tensor:
+    def weights(self, step: StepPlan, grid: Grid, head_dim: int, device: Device) -> Tensor:
         """Triangular weights of each view, [V, W] fp64, normalised over the views of a frame."""
         starts = self.view_starts(grid)
         stride = self.stride or default_stride(grid.window_frames)

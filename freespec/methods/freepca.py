@@ -1,11 +1,9 @@
 """`freepca`: shared principal components over time from the global branch, the rest from views (arXiv 2505.01172)."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import freespec
 from freespec.methods.base import (
@@ -19,11 +17,8 @@ from freespec.methods.base import (
     check_stride,
     check_stride_covers,
 )
+from freespec.types import Device, Tensor
 from freespec.windows import default_stride
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
 
 
 class ViewWeights(NamedTuple):
@@ -103,7 +98,7 @@ class FreePCA(Method):
             return 1.0
         return math.sqrt(math.log(grid.frames * per_frame) / math.log(native))
 
-    def weights(self, step: StepPlan, grid: Grid, head_dim: int, device: torch.device) -> ViewWeights:
+    def weights(self, step: StepPlan, grid: Grid, head_dim: int, device: Device) -> ViewWeights:
         """Equal weights over the views of a frame, and min(m, components) components for view m = 0, 1, .."""
         starts = self.view_starts(grid)
         merge = freespec.views.view_weights(starts, grid.frames, [1] * grid.window_frames)

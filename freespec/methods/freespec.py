@@ -1,17 +1,12 @@
 """`freespec`: singular-spectrum reconstruction in the early steps, the local branch alone after (method.md, eq. 4-13)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import freespec
 from freespec.methods.base import Branches, Grid, Layer, Method, StepPlan
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+from freespec.types import Device, Tensor
 
 
 class FusionWeights(NamedTuple):
@@ -78,7 +73,7 @@ class FreeSpec(Method):
         progress = freespec.schedule.fusion_progress(timesteps, domain=self.domain, split=self.split)
         return [StepPlan(mode="local") if p is None else StepPlan(mode="dual", progress=p) for p in progress]
 
-    def weights(self, step: StepPlan, grid: Grid, head_dim: int, device: torch.device) -> FusionWeights:
+    def weights(self, step: StepPlan, grid: Grid, head_dim: int, device: Device) -> FusionWeights:
         """g_r (eq. 8) and lam (eq. 12) of one dual step."""
         g = freespec.schedule.rank_weight(head_dim, self.beta if self.rank else 0.0, device)
         if self.time:

@@ -1,10 +1,8 @@
-"""The settings of batch.py: what they are, whether they go with each other, and what they make of the configuration."""
+"""The settings of batch.py: what they are, and whether they go with each other."""
 
-import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
 
 from engine.batch.driver import Limits
@@ -12,10 +10,9 @@ from engine.batch.locks import Shard
 from engine.batch.store import Verify
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.load import pick_device, pick_dtype
 from engine.paths import expand
 from launch.replicas.place import PlacementStrategy
-from launch.replicas.ray_pool import PLACEMENT_HELP, NoRayError, check_placement, check_ray
+from launch.replicas.ray_pool import PLACEMENT_HELP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,52 +92,6 @@ def check_texts(given: Namespace) -> None:
     for name in ("suite", "vbench", "out", "methods", "seeds", "shard", "ray", "gpu"):
         if given[name] is not None and not given[name].strip():
             raise UserError(f"--{name} is empty; give a value, or leave it out")
-
-
-def resolve_model(config: RunConfig, options: Options) -> RunConfig:
-    """The same run with device and dtype by name: a driver need not have the GPUs that its replicas have."""
-    name = config.model.device
-    if name == "auto":
-        here = options.ray is None and torch.cuda.is_available()
-        name = "cuda" if here or (options.ray is not None and options.gpus) else "cpu"
-    if options.gpus and name == "cpu":
-        raise UserError(
-            "--gpus_per_replica asks for GPUs, but the model would run on the CPU "
-            + ("(model.device cpu); leave one of them out" if config.model.device == "cpu" else "here: torch sees none")
-        )
-    if name == "cuda" and options.ray is not None and not options.gpus:
-        raise UserError("model.device is cuda: give --gpus_per_replica, so that Ray reserves the GPUs")
-    dtype = str(pick_dtype(config.model.dtype, torch.device(name))).removeprefix("torch.")
-    model = dataclasses.replace(config.model, device=name, dtype=dtype)
-    # Bars of several replicas would be written over each other; the table shows the steps.
-    output = dataclasses.replace(config.output, progress="off")
-    return dataclasses.replace(config, model=model, output=output)
-
-
-def fix_degrees(config: RunConfig, degrees: tuple[int, int, int]) -> RunConfig:
-    """The same run with the arrangement written down, so that every replica has the same."""
-    names = ("cfg", "ring", "ulysses")
-    return dataclasses.replace(
-        config, parallel=dataclasses.replace(config.parallel, **dict(zip(names, degrees, strict=True)))
-    )
-
-
-def check_devices(config: RunConfig, options: Options) -> None:
-    """Raise UserError for more ranks on this machine than it has GPUs, and for a Ray that cannot be used."""
-    try:
-        check_placement(options.strategy, address=options.ray, num_ranks=options.ranks)
-        if options.ray is not None:
-            check_ray(options.ray)
-    except NoRayError as error:
-        raise UserError(str(error)) from error
-    if options.ray is None:
-        device = pick_device(config.model.device)
-        wanted = options.ranks * options.replicas
-        if device.type == "cuda" and wanted > torch.cuda.device_count():
-            raise UserError(
-                f"{options.replicas} replicas of {options.ranks} ranks need {wanted} GPUs, and this machine has "
-                f"{torch.cuda.device_count()}; use fewer"
-            )
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -6,66 +6,54 @@ import json
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.paths import expand
-from engine.planner import read_model
+from engine.planner.model import read_model
 from engine.progress import enabled
 from launch.analysis.report import write_analysis
 from launch.analysis.spectra import SpectraStore
-from launch.cli import parse_run
-from launch.commands.compare import choose_prompts
-from launch.comparison.checks import check_longer, check_output
+from launch.arguments.analyze import Arguments, read
+from launch.comparison.checks import check_longer
 from launch.comparison.make import check_variants, make_missing, missing_videos, on_first
 from launch.comparison.store import Comparison, as_read, decisive_settings, open_folder
 from launch.comparison.variants import Variant
-from launch.ranks import Party, check_started, open_ranks
+from launch.ranks import Party, open_ranks
 from launch.stopping import Place, Stopped
 
-NAME = "analyze.py"
-DESCRIPTION = "Measure how attention's singular spectra change with the window, and what low rank does to a video."
 LOW_RANK = "freespec.methods.low_rank:LowRank"
 
 
 def main(argv: list[str]) -> None:
-    """Read the settings, run what is missing on all ranks, then write tables and plots on rank 0."""
-    namespace, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=_add_arguments)
-    check_started(namespace.nproc)
-    prompts = choose_prompts(namespace)
+    """Read the command line, run what is missing, and report."""
+    run(read(argv))
+
+
+def run(asked: Arguments) -> None:
+    """Run what is missing on all ranks, then write tables and plots on rank 0."""
+    given, config, prompts = asked.given, asked.config, asked.prompts
     check_longer(config, "windows can only grow in a longer video")
-    check_output(config.output, NAME)
-    if namespace.num_points < 2:
-        raise UserError(f"--num_points must be 2 or more, got {namespace.num_points}")
-    if namespace.num_reconstructed < 0:
-        raise UserError(f"--num_reconstructed must be 0 or more, got {namespace.num_reconstructed}")
-    folder = expand(namespace.out)
-    spectra = SpectraStore(folder=folder, prompts=prompts, seed=config.sampler.seed, num_points=namespace.num_points)
-    variants, ratios = low_rank_variants(config, namespace.ratios)
+    folder = expand(given.out)
+    spectra = SpectraStore(folder=folder, prompts=prompts, seed=config.sampler.seed, num_points=given.num_points)
+    variants, ratios = low_rank_variants(config, asked.shares)
     low_rank = Comparison(
         folder=folder / "low-rank",
         variants=variants,
-        prompts=prompts[: namespace.num_reconstructed],
+        prompts=prompts[: given.num_reconstructed],
         seeds=[config.sampler.seed],
     )
     now = describe(config, spectra)
-    run(config, spectra, low_rank, now, verbose=namespace.verbose)
+    make(config, spectra, low_rank, now, verbose=given.verbose)
     place = Place.of_environment()
     if place is not None and place.rank > 0:
         return
     print(write_analysis(folder, spectra, low_rank, ratios, made_with=now, progress=enabled(config.output.progress)))
 
 
-def low_rank_variants(config: RunConfig, text: str) -> tuple[list[Variant], dict[str, float]]:
+def low_rank_variants(config: RunConfig, shares: list[float]) -> tuple[list[Variant], dict[str, float]]:
     """A variant for each share of `--ratios`, most directions first, and the share by label."""
-    try:
-        shares = sorted({float(word) for word in text.split(",") if word.strip()}, reverse=True)
-    except ValueError as error:
-        raise UserError(f"--ratios must be numbers with commas between them, got {text!r}") from error
-    if not shares:
-        raise UserError("--ratios is empty; give shares such as --ratios 1,0.5,0.25,0.1")
     variants = []
     for share in shares:
         try:
@@ -108,7 +96,7 @@ def describe(config: RunConfig, spectra: SpectraStore) -> dict[str, Any]:
     )
 
 
-def run(config: RunConfig, spectra: SpectraStore, low_rank: Comparison, now: dict[str, Any], *, verbose: bool) -> None:
+def make(config: RunConfig, spectra: SpectraStore, low_rank: Comparison, now: dict[str, Any], *, verbose: bool) -> None:
     """Run whatever is not kept yet; all ranks call this. `now` is what `describe` says."""
     with open_ranks(config, prompts=[json.dumps(now, sort_keys=True), str(low_rank.seeds)], verbose=verbose) as party:
         check_variants(low_rank.variants, party)
@@ -143,21 +131,3 @@ def observe(engine: LongVideoEngine, spectra: SpectraStore, unseen: list[int], p
                 f"{number + 1} of {len(unseen)}, {spectra.file(index)}: spectra of {spectra.prompts[index]!r}",
                 flush=True,
             )
-
-
-def _add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--prompt", type=str, help="what the video shows")
-    parser.add_argument("--prompt_file", type=str, help="text file with one prompt a line, instead of --prompt")
-    parser.add_argument(
-        "--num_prompts", type=int, help="how many of its prompts are used, the first ones (default: all)"
-    )
-    parser.add_argument("--num_points", type=int, default=10, help="steps whose spectra are taken, evenly spaced")
-    parser.add_argument("--ratios", type=str, default="1,0.5,0.25,0.1", help="shares of singular directions to keep")
-    parser.add_argument(
-        "--num_reconstructed", type=int, default=2, help="prompts, the first of all, that low-rank videos are made of"
-    )
-    parser.add_argument("--out", type=str, default="runs/analysis", help="folder of tables, plots and videos")
-    parser.add_argument(
-        "--nproc", type=int, help="ranks to start on this machine, one per GPU; torchrun starts its own"
-    )
-    parser.add_argument("--verbose", type=bool, default=False, help="show what every rank says, with its number")

@@ -18,35 +18,33 @@ from engine.batch.locks import own_shard
 from engine.batch.plan import Batch, Item, check_folder, claim_folder, plan_batch
 from engine.batch.queue import Queue
 from engine.batch.store import writing_to
-from engine.batch.suite import Suite, read_suite
 from engine.config import RunConfig
 from engine.decode_plan import check_tiles
 from engine.errors import UserError
 from engine.load import fetch, find_checkpoint, read_spec
-from engine.paths import expand
 from engine.ranks import fingerprints
-from evaluation.suites import PREFIX, read_vbench_suite, to_batch
-from launch.batching.options import Options, add_arguments, check_devices, fix_degrees, resolve_model
+from launch.arguments.batch import Arguments, Status, read
+from launch.batching.devices import check_devices, fix_degrees, resolve_model
+from launch.batching.options import Options
 from launch.batching.replicas import open_replicas
 from launch.batching.report import SUPPORT, halted, say_end, say_given_up, say_plan, say_start
-from launch.batching.terminal import Terminal, show_status
+from launch.batching.terminal import Terminal
 from launch.batching.work import Prepare, Work
-from launch.cli import parse_run
+from launch.commands import status
 from launch.stopping import Stopped
-
-DESCRIPTION = "Make every prompt of a suite with every method and seed. Started again, it makes only what is missing."
 
 
 def main(argv: list[str]) -> int:
+    """Read the command line and make the batch, or say how it goes; returns the exit code."""
+    given = read(argv)
+    return status.run(given) if isinstance(given, Status) else run(given)
+
+
+def run(given: Arguments) -> int:
     """Plan, claim the output folder, make what is missing, and say what became of it; returns the exit code."""
-    namespace, config = parse_run(argv, name="batch.py", description=DESCRIPTION, add_arguments=add_arguments)
-    if namespace.status is not None:
-        if not namespace.status.strip():
-            raise UserError("--status is empty; give the folder that was --out")
-        return show_status(expand(namespace.status))
-    options = Options.of(namespace, config)
-    config = resolve_model(config, options)
-    batch = read_batch(config, options)
+    options = given.options
+    config = resolve_model(given.config, options)
+    batch = read_batch(config, given)
     mine = [item for item in batch.items if options.shard.owns(item.item_id)]
     device = torch.device(config.model.device)
     arrangement = arrange_replica(config, options.methods, options.ranks, device, gpu=options.gpu, nodes=options.nodes)
@@ -55,7 +53,7 @@ def main(argv: list[str]) -> int:
     check_devices(config, options)
     files.check()
     check_folder(options.out, batch)
-    if namespace.dry_run:
+    if given.dry_run:
         say_plan(config, options, batch, mine, f"{arrangement.degrees}: {arrangement.why}")
         return 0
     make_folder(options.out)
@@ -66,12 +64,12 @@ def main(argv: list[str]) -> int:
         work = find_work(files, mine, options)
         say_start(options, files, batch, mine, work)
         if work.todo:
-            return run(config, options, batch, files, work)
+            return make(config, options, batch, files, work)
         claim_folder(options.out, batch)
         return finish(options, files, config, work, None)
 
 
-def read_batch(config: RunConfig, options: Options) -> Batch:
+def read_batch(config: RunConfig, given: Arguments) -> Batch:
     """The items, named by what decides them."""
     source = find_checkpoint(config.model.path)
     folder = fetch(source, config.model.revision, parts=(), offline=config.model.offline)
@@ -82,24 +80,12 @@ def read_batch(config: RunConfig, options: Options) -> Batch:
     checkpoint = fingerprints(config, folder, from_hub=isinstance(source, str))["checkpoint"].hex()
     return plan_batch(
         config,
-        read_prompts(options),
-        methods=options.methods,
-        seeds=options.seeds,
+        given.suite,
+        methods=given.options.methods,
+        seeds=given.options.seeds,
         checkpoint=checkpoint,
         dtype=config.model.dtype,
     )
-
-
-def read_prompts(options: Options) -> Suite:
-    """The prompts of a file, or of a VBench checkout if the suite is called `vbench:NAME`."""
-    name = str(options.suite)
-    if not name.startswith(PREFIX):
-        if options.vbench is not None:
-            raise UserError(f"--vbench is for --suite {PREFIX}NAME, and --suite is the file {name}")
-        return read_suite(options.suite)
-    if options.vbench is None:
-        raise UserError(f"--suite {name} needs --vbench, the folder of a VBench checkout")
-    return to_batch(read_vbench_suite(name, options.vbench))
 
 
 def make_folder(root: Path) -> None:
@@ -130,7 +116,7 @@ def find_work(files: BatchFiles, mine: Sequence[Item], options: Options) -> Work
     return Work(done=tuple(done), given_up=tuple(given_up), todo=tuple(todo))
 
 
-def run(config: RunConfig, options: Options, batch: Batch, files: BatchFiles, work: Work) -> int:
+def make(config: RunConfig, options: Options, batch: Batch, files: BatchFiles, work: Work) -> int:
     """Make what is to be made; returns the exit code."""
     wake = threading.Event()
     setup = {

@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import dataclasses
-import itertools
 import json
 import math
 from functools import partial
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace
 
 from engine.batch.locks import Shard, own_shard
 from engine.config import RunConfig
@@ -20,23 +18,20 @@ from engine.errors import UserError
 from engine.files.whole import atomic_path
 from engine.paths import expand
 from engine.progress import enabled
+from launch.arguments.calibrate import NAME, Arguments, read
 from launch.calibration.plan import CalibrationPlan
 from launch.calibration.score import PARTS, judge, mean_parts, scores, survivors
 from launch.calibration.space import END_SHARES, SPACE, START, draw_trials
-from launch.cli import parse_run
-from launch.commands.generate import read_prompts
-from launch.comparison.checks import check_longer, check_output, check_seeds
+from launch.comparison.checks import check_longer
 from launch.comparison.kept_measures import add_kept, check_kept, measure_every
 from launch.comparison.make import check_variants, make_missing, missing_videos, on_first
 from launch.comparison.measure import Measured, not_world
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison
 from launch.comparison.summary import as_json
-from launch.ranks import Party, check_started, open_ranks
+from launch.ranks import Party, open_ranks
 from launch.stopping import Place, Stopped
 
-NAME = "calibrate.py"
-DESCRIPTION = "Search FreeSpec's open settings on one list of prompts, and judge what was found on another."
 KEPT_SHARE = 3  # of the trials of a round, one in so many goes on to the next
 
 
@@ -64,25 +59,26 @@ class Maker:
 
 
 def main(argv: list[str]) -> None:
-    """Read the settings, search round after round on all ranks, judge, and report on rank 0."""
-    namespace, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=_add_arguments)
-    check_started(namespace.nproc)
-    rounds = _check(namespace, config)
-    search, held_out = (read_prompts(None, file) for file in (namespace.prompt_file, namespace.judge_prompt_file))
-    _check_lists(search, held_out, rounds)
+    """Read the command line, search, judge, and report."""
+    run(read(argv))
+
+
+def run(asked: Arguments) -> None:
+    """Search round after round on all ranks, judge, and report on rank 0."""
+    given, config, rounds = asked.given, asked.config, asked.rounds
     check_longer(config, "at that length every trial makes the video of the base model; search on a longer one")
     plan = CalibrationPlan(
-        folder=expand(namespace.out),
+        folder=expand(given.out),
         config=config,
-        trials=draw_trials(namespace.num_trials, namespace.search_seed, dataclasses.asdict(config.method.freespec)),
+        trials=draw_trials(given.num_trials, given.search_seed, dataclasses.asdict(config.method.freespec)),
         num_steps={
-            "search": namespace.search_num_steps or config.sampler.num_steps,
+            "search": given.search_num_steps or config.sampler.num_steps,
             "judged": config.sampler.num_steps,
         },
-        num_seeds={"search": namespace.num_seeds, "judged": namespace.num_judge_seeds},
-        kept_folder=None if namespace.measures is None else expand(namespace.measures),
+        num_seeds={"search": given.num_seeds, "judged": given.num_judge_seeds},
+        kept_folder=None if given.measures is None else expand(given.measures),
     )
-    parts = (plan.compared("search", list(plan.trials), search), plan.compared("judged", [START], held_out))
+    parts = (plan.compared("search", list(plan.trials), asked.search), plan.compared("judged", [START], asked.held_out))
     for each in parts:
         reason = not_world(each)
         if reason is not None:
@@ -92,7 +88,7 @@ def main(argv: list[str]) -> None:
     progress = enabled(config.output.progress)
     with (
         open_ranks(
-            config, prompts=[*agree, str((rounds, config.sampler.seed, plan.num_seeds))], verbose=namespace.verbose
+            config, prompts=[*agree, str((rounds, config.sampler.seed, plan.num_seeds))], verbose=given.verbose
         ) as party,
         contextlib.ExitStack() as stack,
     ):
@@ -100,8 +96,8 @@ def main(argv: list[str]) -> None:
         for each in parts:
             party.check_on_first(partial(check_kept, each))
         maker = Maker(config, party, stack)
-        best, told = _search(plan, search, rounds, maker, party, progress=progress)
-        judged = plan.compared("judged", [START] if best == START else [START, best], held_out)
+        best, told = _search(plan, asked.search, rounds, maker, party, progress=progress)
+        judged = plan.compared("judged", [START] if best == START else [START, best], asked.held_out)
         if best != START:
             maker.make(judged)
     if not _is_first():
@@ -110,7 +106,7 @@ def main(argv: list[str]) -> None:
         "comparison": described[1] | {"variants": {each.label: each.settings for each in judged.variants}},
         "num_steps": plan.num_steps,
         "space": SPACE | {"lam_end / lam_start": END_SHARES},
-        "search_seed": namespace.search_seed,
+        "search_seed": given.search_seed,
         "score": PARTS,
         "trials": plan.trials,
         "rounds": told,
@@ -213,68 +209,3 @@ def _preset(config: RunConfig, checkpoint: str) -> str:
 def _is_first() -> bool:
     place = Place.of_environment()
     return place is None or place.rank == 0
-
-
-def _check(namespace: Namespace, config: RunConfig) -> list[int]:
-    """The numbers of prompts of the rounds, once every argument is right."""
-    if config.method.name != "freespec":
-        raise UserError(
-            f"{NAME} searches the settings of freespec, not of {config.method.name}; leave --method.name out"
-        )
-    for name, least in (("num_trials", 2), ("num_seeds", 1), ("num_judge_seeds", 1), ("search_seed", 0)):
-        if getattr(namespace, name) < least:
-            raise UserError(f"--{name} must be {least} or more, got {getattr(namespace, name)}")
-    if namespace.search_num_steps is not None and namespace.search_num_steps < 1:
-        raise UserError(f"--search_num_steps must be 1 or more, got {namespace.search_num_steps}")
-    check_output(config.output, NAME)
-    for name in ("num_seeds", "num_judge_seeds"):
-        check_seeds(config.sampler.seed, getattr(namespace, name), f"--{name}")
-    for name in ("prompt_file", "judge_prompt_file"):
-        if getattr(namespace, name) is None:
-            raise UserError(f"--{name} is needed: settings are searched on one list of prompts and judged on another")
-    try:
-        rounds = [int(word) for word in namespace.rounds.split(",") if word.strip()]
-    except ValueError as error:
-        raise UserError(f"--rounds must be whole numbers with commas between them, got {namespace.rounds!r}") from error
-    if not rounds or rounds[0] < 1 or any(a >= b for a, b in itertools.pairwise(rounds)):
-        raise UserError(f"--rounds must be numbers of prompts that grow, such as 5,10,20, got {namespace.rounds!r}")
-    return rounds
-
-
-def _check_lists(search: list[str], held_out: list[str], rounds: list[int]) -> None:
-    if rounds[-1] > len(search):
-        raise UserError(f"--rounds asks for {rounds[-1]} prompts, and --prompt_file has {len(search)}")
-    for name, prompts in (("prompt_file", search), ("judge_prompt_file", held_out)):
-        twice = next((prompt for index, prompt in enumerate(prompts) if prompt in prompts[:index]), None)
-        if twice is not None:
-            raise UserError(f"a prompt of --{name} is there twice, and would count as two: {twice!r}")
-    both = next((prompt for prompt in search if prompt in held_out), None)
-    if both is not None:
-        raise UserError(f"a prompt is in both lists, and what was found on it would be judged on it: {both!r}")
-
-
-def _add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--prompt_file", type=str, help="prompts that are searched on, one a line")
-    parser.add_argument("--judge_prompt_file", type=str, help="other prompts, that what was found is judged on")
-    parser.add_argument("--num_trials", type=int, default=24, help="settings that are tried, those given among them")
-    parser.add_argument("--search_seed", type=int, default=0, help="seed of the draws of settings")
-    parser.add_argument(
-        "--rounds", type=str, default="5,10,20", help="prompts of each round; the best third goes on to the next"
-    )
-    parser.add_argument(
-        "--search_num_steps",
-        type=int,
-        help="denoising steps of the searched videos (default: sampler.num_steps, which the judged ones always have)",
-    )
-    parser.add_argument("--num_seeds", type=int, default=1, help="seeds per searched prompt, from sampler.seed on")
-    parser.add_argument("--num_judge_seeds", type=int, default=2, help="seeds per prompt that is judged on, likewise")
-    parser.add_argument("--out", type=str, default="runs/calibration", help="folder of the videos and the report")
-    parser.add_argument(
-        "--measures",
-        type=str,
-        help="folder of files that keep every measure: a video that is in them is not made again",
-    )
-    parser.add_argument(
-        "--nproc", type=int, help="ranks to start on this machine, one per GPU; torchrun starts its own"
-    )
-    parser.add_argument("--verbose", type=bool, default=False, help="show what every rank says, with its number")

@@ -3,45 +3,38 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentError
 from torch import Tensor
 
 from engine.checkpoint import load_latents
-from engine.config import DecodeConfig, ModelConfig, OutputConfig, RunConfig
+from engine.config import RunConfig
 from engine.decoder import open_decoder
 from engine.denoise import check_finite
 from engine.errors import UserError
 from engine.paths import expand
-from launch.cli import Keys, arrange, make_parser, parse
+from launch.arguments.decode import Arguments, read
+from launch.cli import make_parser
 from launch.outputs import OutputFiles, check_outputs
 from launch.render import render
 
-USAGE = "decode.py LATENTS --output PATH [--overwrite] [--model.path PATH] [--SETTING VALUE ...]"
 # Of a run's configuration, what decoding reads.
 PARTS = ("model", "video", "decode", "output")
-_MODEL_KEYS = ("path", "revision", "device")
-DESCRIPTION = "Make the video of latents that launch/generate.py saved. The model and the rate are those of the run."
 
 
 def main(argv: list[str]) -> None:
+    """Read the command line and decode."""
+    run(read(argv))
+
+
+def run(given: Arguments) -> None:
     """Read the latents and the record in them, check the outputs, load the VAE and decode."""
-    parser = make_parser("decode.py", USAGE, DESCRIPTION)
-    _add_arguments(parser)
-    words = arrange(argv, Keys.of(parser), num_positionals=1)
-    if "-h" not in words and "--help" not in words and (not words or words[-1].startswith("--")):
-        raise UserError("give the file of the latents: decode.py LATENTS --output PATH")
-    # The file says what its settings are, and the file is one of the arguments: so they are read twice.
-    parser.set_defaults({"model.path": ""})
-    source = expand(parse(parser, words).latents)
+    source = given.latents
     latents, metadata = load_latents(source)
     check_finite(latents, where=f"in {source}", remedy="make them again with launch/generate.py")
     record = read_record(metadata, source)
-    config = restore_config(decoding_part(record["config"]), source)
-    parser.set_defaults({f"model.{key}": getattr(config.model, key) for key in _MODEL_KEYS})
-    parser.set_defaults({f"decode.{key}": value for key, value in dataclasses.asdict(config.decode).items()})
-    config = override(config, parse(parser, words))
+    config = given.over(restore_config(decoding_part(record["config"]), source))
 
     files = OutputFiles(video=expand(config.output.path), latents=source, keep_latents=True)
     check_outputs(
@@ -80,7 +73,7 @@ def check_shape(latents: Tensor, channels: int, source: Path) -> None:
 
 def restore_config(tree: dict[str, Any], source: Path) -> RunConfig:
     """The RunConfig that a record was saved with; UserError if this version does not know one of its settings."""
-    parser = make_parser("decode.py", USAGE, DESCRIPTION)
+    parser = make_parser("decode.py", "", "")
     parser.add_class_arguments(RunConfig, nested_key=None)
     try:
         namespace = parser.instantiate(parser.parse_object(tree))
@@ -100,36 +93,3 @@ def decoding_part(tree: dict[str, Any]) -> dict[str, Any]:
 def decoded_by(config: RunConfig) -> dict[str, Any]:
     """The parts of a configuration that decoding reads, as plain values."""
     return {part: dataclasses.asdict(getattr(config, part)) for part in PARTS}
-
-
-def override(config: RunConfig, namespace: Namespace) -> RunConfig:
-    """The configuration with what was given to decode.py; what was not given stays as the run had it."""
-    if namespace.output is None:
-        raise UserError("give the file of the video: --output PATH")
-    given = {key: namespace[key] for key in ("sheet_frames", "crf", "progress") if namespace[key] is not None}
-    output = dataclasses.asdict(config.output) | given | {"path": namespace.output, "overwrite": namespace.overwrite}
-    fps = config.video.fps if namespace.fps is None else namespace.fps
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(config.model, **{key: getattr(namespace.model, key) for key in _MODEL_KEYS}),
-        decode=namespace.decode,
-        output=OutputConfig(**output),
-        video=dataclasses.replace(config.video, fps=fps),
-    )
-
-
-def _add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("latents", type=str, help="safetensors file that launch/generate.py saved")
-    parser.add_argument("--output", type=str, help="the mp4; its record and contact sheet get the same stem")
-    parser.add_argument("--overwrite", type=bool, default=False, help="replace existing files")
-    for name, kind, text in (
-        ("fps", int, "frames per second of the file"),
-        ("crf", int, "H.264 quality, 0 (lossless) to 51"),
-        ("sheet_frames", int, "evenly spaced frames on the contact sheet"),
-        ("progress", Literal["auto", "on", "off"], "bars on stderr: auto, on or off"),
-    ):
-        parser.add_argument(f"--{name}", type=kind, help=f"{text}; by default as in the run")
-    # The VAE is always in float32 and on its device, so there is no dtype and no offload to choose.
-    left_out = {field.name for field in dataclasses.fields(ModelConfig)} - {*_MODEL_KEYS}
-    parser.add_class_arguments(ModelConfig, nested_key="model", skip=left_out)
-    parser.add_class_arguments(DecodeConfig, nested_key="decode")

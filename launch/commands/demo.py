@@ -6,26 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jsonargparse import ArgumentParser
 
 from engine.config import RunConfig
 from engine.contact_sheet import Row, comparison, spaced, write_picture
 from engine.engine import LongVideoEngine
-from engine.paths import expand
 from engine.video import read_video
-from launch.cli import parse_run
+from launch.arguments.demo import Arguments, read
 from launch.commands.generate import make_video, summary
 from launch.outputs import OutputFiles, check_outputs, plan_outputs
 
-DESCRIPTION = "Make the same video with every method, and one picture that shows them one above the other."
-PROMPT = "a red circle bounces over a blue background"
 NOTES = {"direct": "full attention", "sliding_window": "native window", "freespec": "both, fused"}
 
 
 def main(argv: list[str]) -> None:
-    """Load the model once, make the three videos in runs/demo, then the picture."""
-    namespace, config = parse_run(argv, name="demo.py", description=DESCRIPTION, add_arguments=_add_arguments)
-    folder = expand(namespace.folder)
+    """Read the command line and make the demonstration."""
+    run(read(argv))
+
+
+def run(given: Arguments) -> None:
+    """Load the model once, make the three videos, then the picture."""
+    config, folder = given.config, given.folder
     configs = {name: for_method(config, name, folder) for name in NOTES}
     outputs = {name: plan_outputs(each.output, 1)[0] for name, each in configs.items()}
     picture = folder / "comparison.png"
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     with contextlib.closing(LongVideoEngine(config)) as engine:
         for name, files in outputs.items():
             engine.use_method(configs[name].method, configs[name].output)
-            records[name] = make_video(engine, configs[name], namespace.prompt, files)
+            records[name] = make_video(engine, configs[name], given.prompt, files)
             print(summary(records[name], files))
     write_picture(picture, compare(records, outputs, num_columns=8))
     print(f"{picture}: the three videos, one above the other")
@@ -73,8 +73,3 @@ def pick_frames(video: Path, indices: list[int]) -> list[np.ndarray]:
     """Frames of a file by number."""
     wanted = set(indices)
     return [frame for i, frame in enumerate(read_video(video)) if i in wanted]
-
-
-def _add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--prompt", type=str, default=PROMPT, help="what the videos show")
-    parser.add_argument("--folder", type=str, default="runs/demo", help="folder of the videos and the picture")

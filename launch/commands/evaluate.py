@@ -7,14 +7,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from engine.batch.store import writing_to
 from engine.errors import UserError
 from engine.files.locks import HeldError, hold
 from engine.paths import expand
 from evaluation.bench import Bench, Evaluator, PreflightError, preflight
-from evaluation.dimensions import DIMENSIONS, check_total, parse_dimensions
+from evaluation.dimensions import parse_dimensions
 from evaluation.measure import measure_all, measure_all_world
 from evaluation.report import Evaluation, write_report
 from evaluation.run import Outcome, evaluate, failures
@@ -22,23 +22,18 @@ from evaluation.stage import View, plan_view
 from evaluation.tables import Scored
 from evaluation.videos import Video, groups, read_batches, read_list, what_is_missing
 from evaluation.world import why_not
-from launch.cli import Keys, arrange, make_parser, parse
+from launch.arguments.evaluate import read
 from launch.stopping import Stopped
-
-USAGE = "evaluate.py --runs FOLDER[,FOLDER...] [--vbench CHECKOUT --python PYTHON] [--SETTING VALUE ...]"
-DESCRIPTION = (
-    "Score the finished videos of a batch and write report.md, report.csv and report.json. With --vbench and --python, "
-    "VBench-Long scores them in its own environment (docs/vbench.md); without, weight-free proxies are reported, and "
-    "exact measures of videos of the embedded world."
-)
 
 
 def main(argv: list[str]) -> int:
+    """Read the command line and evaluate."""
+    return run(read(argv))
+
+
+def run(options: Namespace) -> int:
     """Find the videos, check everything, score what is missing, and report; 1 if something of VBench failed."""
-    options = _parse(argv)
     dimensions = parse_dimensions(options.dimensions)
-    if options.total:
-        check_total(dimensions)
     evaluator = _evaluator(options)
     videos = _videos(options)
     missing = _missing(options)
@@ -144,53 +139,6 @@ def _measures(
 
 def _of(video: Video, *measured: Mapping[Path, dict[str, float]]) -> dict[str, float]:
     return {name: value for found in measured for name, value in found.get(video.path, {}).items()}
-
-
-def _parse(argv: list[str]) -> Namespace:
-    parser = make_parser("evaluate.py", USAGE, DESCRIPTION)
-    _add_arguments(parser)
-    options = parse(parser, arrange(argv, Keys.of(parser)))
-    if bool(options.runs) == bool(options.videos):
-        raise UserError("give either --runs FOLDER, the --out of launch/batch.py, or --videos LIST.csv")
-    if bool(options.vbench) != bool(options.python):
-        given, missing = ("vbench", "python") if options.vbench else ("python", "vbench")
-        raise UserError(f"--{given} needs --{missing}: VBench-Long is run by its own environment, see docs/vbench.md")
-    if not options.vbench and not options.proxies:
-        raise UserError("nothing to do: give --vbench and --python, or leave --proxies on")
-    if options.native_frames is not None and options.native_frames < 1:
-        raise UserError(f"--native_frames must be 1 or more, got {options.native_frames}")
-    if "," in options.runs and not options.out:
-        raise UserError("--runs names several folders: give --out, the folder of the report")
-    if options.workers < 1 or options.time_limit <= 0:
-        raise UserError(f"--workers and --time_limit must be above 0, got {options.workers} and {options.time_limit:g}")
-    return options
-
-
-def _add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--runs", type=str, default="", help="output folders of launch/batch.py, with commas")
-    parser.add_argument("--videos", type=str, default="", help="instead: CSV with the columns method,prompt,seed,path")
-    parser.add_argument("--out", type=str, default="", help="folder of the report (default: `evaluation` in --runs)")
-    parser.add_argument("--vbench", type=str, default="", help="folder of a VBench checkout")
-    parser.add_argument("--python", type=str, default="", help="Python of the environment that VBench runs in")
-    parser.add_argument("--weights", type=str, default="~", help="folder that is HOME for VBench, with .cache in it")
-    parser.add_argument("--dimensions", type=str, default=",".join(DIMENSIONS), help="dimensions, with commas")
-    parser.add_argument("--device", type=str, default="cuda", help="cuda or cpu, for VBench")
-    parser.add_argument("--gpus", type=str, default="", help="GPUs that dimensions are spread over, such as 0,1,2")
-    parser.add_argument("--time_limit", type=float, default=21600.0, help="seconds that one process of VBench may take")
-    parser.add_argument(
-        "--baseline", type=str, default="", help="method that others are compared with (default: direct)"
-    )
-    parser.add_argument("--proxies", type=bool, default=True, help="measure what needs no weights")
-    parser.add_argument("--workers", type=int, default=1, help="processes that measure what needs no weights")
-    parser.add_argument(
-        "--native_frames",
-        type=int,
-        default=None,
-        help="frames that the model was trained on, for exact measures of videos whose sidecar does not say it",
-    )
-    parser.add_argument("--keep_views", type=bool, default=False, help="keep the staged videos and clips")
-    parser.add_argument("--check", type=bool, default=False, help="only look whether everything is there")
-    parser.add_argument("--total", type=bool, default=False, help="refused: six dimensions make no VBench total")
 
 
 def _evaluator(options: Namespace) -> Evaluator | None:

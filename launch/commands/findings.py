@@ -2,22 +2,18 @@
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import Namespace
 
 from engine.errors import UserError
 from engine.files.whole import atomic_path
 from engine.paths import expand
-from launch.cli import REPOSITORY, Keys, arrange, make_parser, parse
+from launch.arguments.findings import read
 from launch.comparison import sections
 from launch.comparison.kept_reports import TABLES, Report, read_report, refuse_mixed
 from launch.comparison.transfer import transfer_section
-
-USAGE = "findings.py [--runs FOLDER] [--kept FOLDER] [--page FILE]"
-DESCRIPTION = "Write the page of findings from the reports that `make findings` and launch/calibrate.py left."
 
 INTRO = """# Findings on the embedded model
 
@@ -35,13 +31,14 @@ simple: what holds here need not hold on Wan2.1, and the other way round.
 
 
 def main(argv: list[str]) -> None:
+    """Read the command line and write the page."""
+    run(read(argv))
+
+
+def run(options: Namespace) -> None:
     """Read what is there and write the page, with `Not measured yet` for what is not; UserError if a file is no report."""
-    options = _parse(argv)
     runs, page = expand(options.runs), expand(options.page)
     kept = expand(options.kept)
-    for flag, folder in (("--runs", runs), ("--kept", kept)):
-        if not folder.is_dir():  # a name that was mistyped would make a page of nothing, over one of everything
-            raise UserError(f"{flag} {folder} is no folder; name the one of `make findings`")
     files = {name: runs / name / "report.json" for name in TABLES}
     files |= {name: kept / name / "report.json" for name in ("analysis", "calibration")}
     reports = {name: read_report(file, name) for name, file in files.items()}
@@ -75,21 +72,6 @@ def main(argv: list[str]) -> None:
         raise UserError(f"cannot write {page}: {error.strerror or error}") from error
     missing = [name for name, report in reports.items() if report is None]
     print(f"{page}: written" + (f"; not measured yet: {', '.join(missing)}" if missing else ""))
-
-
-def _parse(argv: Sequence[str]) -> Any:
-    parser: ArgumentParser = make_parser("findings.py", USAGE, DESCRIPTION)
-    parser.add_argument(
-        "--runs", type=str, default="runs/findings", help="folder with methods/, noise/, ablation/ and steps/"
-    )
-    parser.add_argument(
-        "--kept",
-        type=str,
-        default=str(REPOSITORY / "docs" / "findings"),
-        help="folder of what outlives the videos: their measures, and in analysis/ and calibration/ the reports of these",
-    )
-    parser.add_argument("--page", type=str, default=str(REPOSITORY / "docs" / "findings.md"), help="the page to write")
-    return parse(parser, arrange(argv, Keys.of(parser)))
 
 
 def _so_far(reports: Mapping[str, Report | None]) -> list[str]:

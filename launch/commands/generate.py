@@ -5,44 +5,34 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from jsonargparse import ArgumentParser
 from safetensors import safe_open
 
 from engine.checkpoint import save_latents
 from engine.config import RunConfig
 from engine.engine import Denoised, LongVideoEngine
 from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
-from engine.paths import expand
 from engine.record import build_record
 from engine.trace import Trace
 from engine.trace_plot import write_trace
-from launch.cli import parse_run
+from launch.arguments.generate import Arguments, check_free, read
 from launch.command import LostRankError
-from launch.outputs import OutputFiles, check_outputs, plan_outputs
-from launch.ranks import check_started, open_ranks
+from launch.outputs import OutputFiles
+from launch.ranks import open_ranks
 from launch.render import describe_kept, render
-from launch.replicas.place import PlacementStrategy
-from launch.replicas.ray_pool import PLACEMENT_HELP, NoRayError, check_placement
 from launch.stopping import Stopped
 from parallel.collectives import CollectiveError
 
-DESCRIPTION = "Make a long video from a prompt, or one from each line of a file."
-
 
 def main(argv: list[str]) -> None:
-    """Read the settings, meet the other ranks if there are any, check the outputs, load the model once, make every video."""
-    namespace, config = parse_run(argv, name="generate.py", description=DESCRIPTION, add_arguments=_add_arguments)
-    check_started(namespace.nproc)
-    if namespace.ray is not None:
-        raise UserError("--ray starts ranks itself, from the command line; leave it out, or torchrun")
-    try:
-        check_placement(namespace.placement_strategy, address=None, num_ranks=1)
-    except NoRayError as error:
-        raise UserError(str(error)) from error
-    prompts = read_prompts(namespace.prompt, namespace.prompt_file)
-    outputs = plan_outputs(config.output, len(prompts))
-    with open_ranks(config, prompts=prompts, verbose=namespace.verbose) as party:
-        party.check_on_first(lambda: _check_outputs(outputs, config))
+    """Read the command line and make the videos."""
+    run(read(argv))
+
+
+def run(given: Arguments) -> None:
+    """Meet the other ranks if there are any, check the outputs, load the model once, make every video."""
+    config, prompts, outputs = given.config, given.prompts, given.outputs
+    with open_ranks(config, prompts=prompts, verbose=given.verbose) as party:
+        party.check_on_first(lambda: check_free(outputs, config.output))
         with contextlib.closing(LongVideoEngine(config, party.ranks)) as engine:
             for index, (prompt, files) in enumerate(zip(prompts, outputs, strict=True)):
                 if index > 0:
@@ -76,26 +66,6 @@ def make_video(engine: LongVideoEngine, config: RunConfig, prompt: str, files: O
     return record
 
 
-def read_prompts(prompt: str | None, prompt_file: str | None) -> list[str]:
-    """The prompt, or every line of the file that is not blank."""
-    if (prompt is None) == (prompt_file is None):
-        raise UserError("give one of --prompt TEXT and --prompt_file FILE")
-    if prompt_file is None:
-        if not prompt.strip():
-            raise UserError("--prompt is empty")
-        return [prompt]
-    try:
-        lines = expand(prompt_file).read_text(encoding="utf-8-sig").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read --prompt_file {prompt_file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"--prompt_file {prompt_file} is not UTF-8 text (byte {error.start})") from error
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"--prompt_file {prompt_file} has no prompt; write one a line")
-    return prompts
-
-
 def summary(record: dict[str, Any], files: OutputFiles) -> str:
     """One line for the person who waited."""
     modes = [step["mode"] for step in record["steps"]]
@@ -107,24 +77,6 @@ def summary(record: dict[str, Any], files: OutputFiles) -> str:
         f"denoised in {seconds['denoise']:.1f} s, steps: {counts or 'none left'}{resumed}; "
         f"decoded in {seconds['decode']:.1f} s"
     )
-
-
-def _add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--prompt", type=str, help="what the video shows")
-    parser.add_argument("--prompt_file", type=str, help="text file with one prompt a line, instead of --prompt")
-    parser.add_argument(
-        "--nproc", type=int, help="ranks to start on this machine, one per GPU; torchrun starts its own"
-    )
-    parser.add_argument(
-        "--ray", type=str, help="start the ranks as actors of a Ray cluster instead: auto, HOST:PORT, or local"
-    )
-    parser.add_argument("--placement_strategy", type=PlacementStrategy, default="PACK", help=PLACEMENT_HELP)
-    parser.add_argument("--verbose", type=bool, default=False, help="show what every rank says, with its number")
-
-
-def _check_outputs(outputs: list[OutputFiles], config: RunConfig) -> None:
-    paths = [path for files in outputs for path in files.all]
-    check_outputs(paths, overwrite=config.output.overwrite, overwrite_flag="--output.overwrite")
 
 
 def _denoise(engine: LongVideoEngine, prompt: str, files: OutputFiles, trace: Trace | None) -> Denoised:

@@ -4,37 +4,33 @@ import dataclasses
 import json
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
 from engine.config import RunConfig
-from engine.errors import UserError
 from engine.parallelism import check_settings
 from engine.planner.choose import choose_from
-from engine.planner.gpu import GpuSpec, read_gpu
+from engine.planner.gpu import GpuSpec
 from engine.planner.memory import GIB
 from engine.planner.model import ModelSpec, read_model
 from engine.planner.plan import MODES, Case, Plan, plan_case
-from launch.cli import parse_run
+from launch.arguments.plan import Arguments, read
 
-DESCRIPTION = "List every way to lay a video over GPUs, with memory and predicted time, before any weight is loaded."
 NOTE = "Every time is predicted from datasheets and assumed fractions of them (see `sources` in the GPU's file)."
 
 
 def main(argv: list[str]) -> None:
-    """Read the settings, plan, and print the chosen plan first."""
-    namespace, config = parse_run(argv, name="plan.py", description=DESCRIPTION, add_arguments=_add_arguments)
-    gpu, spec = read_gpu(namespace.gpu), read_model(config.model)
+    """Read the command line and print the plans."""
+    run(read(argv))
+
+
+def run(given: Arguments) -> None:
+    """Plan, and print the chosen plan first."""
+    config, spec = given.config, read_model(given.config.model)
     check_settings(config, spec)
-    if namespace.gpus == 1 and config.parallel.provider != "torch":
-        raise UserError(
-            f"parallel.provider {config.parallel.provider} is for several ranks; give --gpus, or leave it out"
-        )
-    case = Case.of(config, spec, gpu=gpu, world_size=namespace.gpus)
+    case = Case.of(config, spec, gpu=given.gpu, world_size=given.gpus)
     plans = plan_case(case)
     parallel = config.parallel
     best = choose_from(plans, case, (parallel.cfg, parallel.ring, parallel.ulysses))
     plans = [best, *(p for p in plans if p is not best)]
-    print(json.dumps(as_json(case, plans), indent=2) if namespace.json else as_text(case, config, plans))
+    print(json.dumps(as_json(case, plans), indent=2) if given.json else as_text(case, config, plans))
 
 
 def as_json(case: Case, plans: list[Plan]) -> dict[str, Any]:
@@ -154,9 +150,3 @@ def _table(plans: list[Plan]) -> list[str]:
 
 def _span(sizes: list[int]) -> str:
     return str(sizes[0]) if min(sizes) == max(sizes) else f"{min(sizes)}-{max(sizes)}"
-
-
-def _add_arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs")
-    parser.add_argument("--gpu", type=str, default="h200", help="one of configs/gpus, or a JSON file of your own")
-    parser.add_argument("--json", type=bool, default=False, help="print everything as JSON")

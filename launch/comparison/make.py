@@ -13,7 +13,7 @@ from engine.checkpoint import load_latents
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.parallelism import check_settings
-from engine.planner import read_model
+from engine.planner.model import read_model
 from engine.ranks import hand_out_bytes
 from engine.supported_layouts import check_layout
 from launch.commands.decode import read_record

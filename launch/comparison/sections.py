@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.paths import expand
+from engine.paths import REPOSITORY, expand
 from launch.calibration.score import PARTS
-from launch.cli import REPOSITORY
 from launch.comparison.claims import (
     CLAIMS,
     Answer,

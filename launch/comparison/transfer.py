@@ -3,7 +3,7 @@
 import dataclasses
 
 from engine.config import FreeSpec, ModelConfig, SamplerConfig
-from engine.planner import ModelSpec, read_model
+from engine.planner.model import ModelSpec, read_model
 
 _TEXT = """## What transfers to Wan2.1, and what cannot be known without its weights
 

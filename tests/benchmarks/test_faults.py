@@ -107,7 +107,7 @@ def drive(words: list[str], log: Path, environment: dict[str, str]) -> None:
             os.dup2(file.fileno(), descriptor)
     sys.argv = ["batch.py", *words]
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
-    os._exit(run_script("batch", ranks_by_script=False))
+    os._exit(run_script("batch"))
 
 
 def count(out: Path, name: str) -> int:

@@ -8,7 +8,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from benchmarks.memory import GIB, peaks
 from engine.adapters.wan_published import PUBLISHED
-from engine.planner import ModelSpec
+from engine.planner.model import ModelSpec
 from freespec import attention
 
 LIMIT = 1.15

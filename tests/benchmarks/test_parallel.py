@@ -11,7 +11,7 @@ import pytest
 from benchmarks import collectives, parallel, report
 from benchmarks.collectives import GRAMS, MESSAGE_MIB, busiest_share, measure_collectives, predict_seconds
 from benchmarks.measure import complete, parser
-from engine.planner import read_gpu
+from engine.planner.gpu import read_gpu
 from parallel.plan import SequencePlan
 from tests.ranks import run_ranks
 

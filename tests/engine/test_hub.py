@@ -17,7 +17,7 @@ from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, Sa
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.load import fetch, load_pipeline
-from engine.planner import read_model
+from engine.planner.model import read_model
 from engine.provenance import describe_weights, sha256_of
 from engine.ranks import fingerprints
 from tests.original_layout import wan_transformer

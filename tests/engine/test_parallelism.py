@@ -23,8 +23,10 @@ from engine.config import (
 )
 from engine.errors import UserError
 from engine.parallelism import arrange_ranks
-from engine.planner import plan, read_gpu, read_model
+from engine.planner.gpu import read_gpu
 from engine.planner.memory import GIB
+from engine.planner.model import read_model
+from engine.planner.plan import plan
 from launch.ranks import open_ranks
 from parallel.plan import length
 

@@ -28,11 +28,14 @@ from engine.config import DecodeConfig, MethodConfig, ModelConfig, RunConfig, Sa
 from engine.decode import stream_decode
 from engine.errors import UserError
 from engine.hooks import BranchProcessor, RunState, StepHook, shard_hooks
-from engine.planner import ModelSpec, Options, choose, plan, predicted_table, read_gpu, read_model
+from engine.planner.choose import choose
 from engine.planner.flops import forward_flops
-from engine.planner.gpu import FOLDER
+from engine.planner.gpu import FOLDER, read_gpu
 from engine.planner.layout import Layout, feasible_degrees, latent_bytes, lay_out
 from engine.planner.memory import GIB, PREDICTION_TENSORS, decode_cost, denoise_peak
+from engine.planner.model import ModelSpec, read_model
+from engine.planner.plan import Options, plan
+from engine.planner.table import predicted_table
 from engine.planner.timing import communication_seconds
 from freespec import spectrum
 from freespec.attention import WindowedAttention

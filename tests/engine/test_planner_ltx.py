@@ -20,10 +20,13 @@ from engine.apply import apply_method
 from engine.config import DecodeConfig, MethodConfig, ModelConfig, SamplerConfig, VideoConfig
 from engine.decode import stream_decode, to_uint8
 from engine.hooks import BranchProcessor, RunState, StepHook, shard_hooks
-from engine.planner import ModelSpec, Options, plan, predicted_table, read_gpu, read_model
 from engine.planner.flops import forward_flops
+from engine.planner.gpu import read_gpu
 from engine.planner.layout import Layout, lay_out
 from engine.planner.memory import decode_cost
+from engine.planner.model import ModelSpec, read_model
+from engine.planner.plan import Options, plan
+from engine.planner.table import predicted_table
 from freespec.attention import WindowedAttention
 from freespec.kernels import KERNELS
 from freespec.methods import Grid, StepPlan, make_method

@@ -18,8 +18,8 @@ from engine.config import DecodeConfig, MethodConfig, ModelConfig, ParallelConfi
 from engine.errors import UserError
 from engine.hooks import BranchProcessor
 from engine.parallelism import choose_degrees
-from engine.planner import ModelSpec
 from engine.planner.layout import feasible_degrees
+from engine.planner.model import ModelSpec
 from parallel.plan import SequencePlan, length
 
 NATIVE = {"WanPipeline": (21, 321), "LTXPipeline": (16, 481)}  # window and long video

@@ -18,7 +18,7 @@ from engine.apply import Ranks
 from engine.config import ModelConfig, ParallelConfig, RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.planner import read_model
+from engine.planner.model import read_model
 from engine.sharded_weights import check_placement
 from parallel.deepspeed import quiet_import
 from parallel.mesh import build_mesh

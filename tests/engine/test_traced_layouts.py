@@ -25,7 +25,7 @@ from engine.config import MethodConfig, ModelConfig, ParallelConfig, RunConfig, 
 from engine.errors import UserError
 from engine.hooks import BranchProcessor, StepHook
 from engine.parallelism import choose_degrees
-from engine.planner import ModelSpec
+from engine.planner.model import ModelSpec
 from freespec import attention
 from freespec.windows import window_range
 from parallel import collectives

@@ -11,6 +11,8 @@ from jsonargparse import ArgumentParser
 
 from engine.config import RunConfig
 from engine.errors import UserError
+from launch.arguments import generate as arguments
+from launch.arguments.prompts import read_prompts
 from launch.cli import nearest_key, parse_run
 from launch.commands import decode, demo, generate
 from tests.launch.conftest import Run
@@ -193,7 +195,7 @@ def test_the_printed_configuration_is_a_preset_that_gives_the_same(run: Callable
     (tmp_path / "printed.yaml").write_text(shown.out)
 
     def add(parser: ArgumentParser) -> None:
-        generate._add_arguments(parser)
+        arguments.add_arguments(parser)
 
     again = parse_run(["--config", str(tmp_path / "printed.yaml")], name="x", description="", add_arguments=add)[1]
     assert again == parse(*words)
@@ -202,8 +204,8 @@ def test_the_printed_configuration_is_a_preset_that_gives_the_same(run: Callable
 def test_prompts_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa red circle\r\n\n  ein grüner Stern \n\n".encode())
-    assert generate.read_prompts(None, str(path)) == ["a red circle", "ein grüner Stern"]
-    assert generate.read_prompts("a: b", None) == ["a: b"]
+    assert read_prompts(None, str(path)) == ["a red circle", "ein grüner Stern"]
+    assert read_prompts("a: b", None) == ["a: b"]
 
 
 @pytest.mark.parametrize(
@@ -222,11 +224,11 @@ def test_a_mistake_in_the_prompts(tmp_path: Path, prompt: str | None, content: b
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(UserError) as error:
-        generate.read_prompts(prompt, str(path) if content is not None else None)
+        read_prompts(prompt, str(path) if content is not None else None)
     assert words in str(error.value)
 
 
 def test_a_prompt_file_that_is_missing_or_a_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "none.txt", tmp_path):
         with pytest.raises(UserError, match="cannot read --prompt_file"):
-            generate.read_prompts(None, str(path))
+            read_prompts(None, str(path))

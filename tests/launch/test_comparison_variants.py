@@ -14,13 +14,13 @@ from jsonargparse import ArgumentParser
 from engine.config import FreeSpec
 from engine.errors import UserError
 from engine.parallelism import choose_degrees
+from engine.paths import REPOSITORY
 from engine.planner.model import read_model
 from engine.supported_layouts import check_layout
 from freespec.methods import METHODS
+from launch.arguments.prompts import read_prompts
 from launch.calibration.plan import CalibrationPlan, Part
 from launch.calibration.space import START, draw_trials
-from launch.cli import REPOSITORY
-from launch.commands.generate import read_prompts
 from launch.comparison.claims import CLAIMS
 from launch.comparison.kept_measures import read_kept
 from launch.comparison.sections import report_command

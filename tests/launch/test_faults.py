@@ -21,9 +21,9 @@ import torch
 import engine.engine
 import engine.tiled_decode
 from engine.hooks import BranchProcessor
+from engine.paths import REPOSITORY
 from engine.video import VideoWriter
 from launch import stopping
-from launch.cli import REPOSITORY
 from launch.commands import decode
 from launch.start import RankLines, run_script
 from tests.launch.conftest import Run

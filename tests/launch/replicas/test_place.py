@@ -14,7 +14,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import engine.parallelism
 from engine.config import ParallelConfig
 from engine.parallelism import arrange_ranks, node_span
-from engine.planner import read_gpu
+from engine.planner.gpu import read_gpu
 from engine.planner.timing import link_rate
 from launch.replicas.place import STRATEGIES, number_ranks, rank_environment
 from launch.replicas.ray_pool import NoRayError, check_placement

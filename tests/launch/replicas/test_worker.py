@@ -23,8 +23,8 @@ from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.files.whole import file_sha256
+from engine.paths import REPOSITORY
 from engine.video import VideoWriter, read_video
-from launch.cli import REPOSITORY
 from launch.command import LostRankError
 from launch.replicas.worker import Worker, describe, kind_of
 from parallel.collectives import CollectiveError

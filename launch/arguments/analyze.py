@@ -1,0 +1,64 @@
+"""Command line of analyze.py."""
+
+from dataclasses import dataclass
+
+from jsonargparse import ArgumentParser, Namespace
+
+from engine.config import RunConfig
+from engine.errors import UserError
+from launch.arguments.many_videos import check_output
+from launch.arguments.prompts import add_num_prompts, add_prompts, choose_prompts
+from launch.arguments.ranks import add_ranks, check_model, check_started
+from launch.cli import parse_run
+
+NAME = "analyze.py"
+DESCRIPTION = "Measure how attention's singular spectra change with the window, and what low rank does to a video."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What analyze.py was asked for: `given` as it was parsed, and what is made of it."""
+
+    given: Namespace
+    config: RunConfig
+    prompts: list[str]
+    shares: list[float]
+
+
+def read(argv: list[str]) -> Arguments:
+    """Parse and check; UserError for a mistake."""
+    given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments)
+    check_started(given.nproc, argv)
+    prompts = choose_prompts(given)
+    check_output(config.output, NAME)
+    if given.num_points < 2:
+        raise UserError(f"--num_points must be 2 or more, got {given.num_points}")
+    if given.num_reconstructed < 0:
+        raise UserError(f"--num_reconstructed must be 0 or more, got {given.num_reconstructed}")
+    shares = read_shares(given.ratios)
+    check_model(config)
+    return Arguments(given=given, config=config, prompts=prompts, shares=shares)
+
+
+def read_shares(text: str) -> list[float]:
+    """The shares of singular directions that are kept, largest first."""
+    try:
+        shares = sorted({float(word) for word in text.split(",") if word.strip()}, reverse=True)
+    except ValueError as error:
+        raise UserError(f"--ratios must be numbers with commas between them, got {text!r}") from error
+    if not shares:
+        raise UserError("--ratios is empty; give shares such as --ratios 1,0.5,0.25,0.1")
+    return shares
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The options of the command beside the settings of a run."""
+    add_prompts(parser)
+    add_num_prompts(parser)
+    parser.add_argument("--num_points", type=int, default=10, help="steps whose spectra are taken, evenly spaced")
+    parser.add_argument("--ratios", type=str, default="1,0.5,0.25,0.1", help="shares of singular directions to keep")
+    parser.add_argument(
+        "--num_reconstructed", type=int, default=2, help="prompts, the first of all, that low-rank videos are made of"
+    )
+    parser.add_argument("--out", type=str, default="runs/analysis", help="folder of tables, plots and videos")
+    add_ranks(parser)

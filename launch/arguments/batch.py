@@ -1,0 +1,64 @@
+"""Command line of batch.py."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from engine.batch.plan import with_method
+from engine.batch.suite import Suite, read_suite
+from engine.config import RunConfig
+from engine.errors import UserError
+from engine.paths import expand, find_checkpoint
+from engine.planner.gpu import read_gpu
+from evaluation.suites import PREFIX, read_vbench_suite, to_batch
+from launch.batching.options import Options, add_arguments
+from launch.cli import parse_run
+
+DESCRIPTION = "Make every prompt of a suite with every method and seed. Started again, it makes only what is missing."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """`--status`: the folder of a batch whose state is shown, by a command that needs no torch."""
+
+    command: ClassVar[str] = "status"
+
+    folder: Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What batch.py was asked for."""
+
+    config: RunConfig
+    options: Options
+    suite: Suite
+    dry_run: bool
+
+
+def read(argv: list[str]) -> Arguments | Status:
+    """Parse and check; UserError for a mistake."""
+    namespace, config = parse_run(argv, name="batch.py", description=DESCRIPTION, add_arguments=add_arguments)
+    if namespace.status is not None:
+        if not namespace.status.strip():
+            raise UserError("--status is empty; give the folder that was --out")
+        return Status(folder=expand(namespace.status))
+    options = Options.of(namespace, config)
+    for method in options.methods:
+        with_method(config, method)  # raises for one that there is not
+    if options.gpu is not None:
+        read_gpu(options.gpu)
+    find_checkpoint(config.model.path)
+    return Arguments(config=config, options=options, suite=read_prompts(options), dry_run=namespace.dry_run)
+
+
+def read_prompts(options: Options) -> Suite:
+    """The prompts of a file, or of a VBench checkout if the suite is called `vbench:NAME`."""
+    name = str(options.suite)
+    if not name.startswith(PREFIX):
+        if options.vbench is not None:
+            raise UserError(f"--vbench is for --suite {PREFIX}NAME, and --suite is the file {name}")
+        return read_suite(options.suite)
+    if options.vbench is None:
+        raise UserError(f"--suite {name} needs --vbench, the folder of a VBench checkout")
+    return to_batch(read_vbench_suite(name, options.vbench))

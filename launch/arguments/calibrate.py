@@ -1,0 +1,109 @@
+"""Command line of calibrate.py."""
+
+import itertools
+from dataclasses import dataclass
+
+from jsonargparse import ArgumentParser, Namespace
+
+from engine.config import RunConfig
+from engine.errors import UserError
+from launch.arguments.many_videos import check_output, check_seeds
+from launch.arguments.prompts import read_prompts
+from launch.arguments.ranks import add_ranks, check_model, check_started
+from launch.cli import parse_run
+
+NAME = "calibrate.py"
+DESCRIPTION = "Search FreeSpec's open settings on one list of prompts, and judge what was found on another."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What calibrate.py was asked for: `given` as it was parsed, and what is made of it.
+
+    Attributes:
+        given: the options.
+        config: the run that is searched for.
+        search: prompts of the search.
+        held_out: prompts that its result is judged on.
+        rounds: how many of `search` each round uses.
+    """
+
+    given: Namespace
+    config: RunConfig
+    search: list[str]
+    held_out: list[str]
+    rounds: list[int]
+
+
+def read(argv: list[str]) -> Arguments:
+    """Parse and check; UserError for a mistake."""
+    given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments)
+    check_started(given.nproc, argv)
+    rounds = _check(given, config)
+    search, held_out = (read_prompts(None, file) for file in (given.prompt_file, given.judge_prompt_file))
+    _check_lists(search, held_out, rounds)
+    check_model(config)
+    return Arguments(given=given, config=config, search=search, held_out=held_out, rounds=rounds)
+
+
+def _check(given: Namespace, config: RunConfig) -> list[int]:
+    """The numbers of prompts of the rounds, once every argument is right."""
+    if config.method.name != "freespec":
+        raise UserError(
+            f"{NAME} searches the settings of freespec, not of {config.method.name}; leave --method.name out"
+        )
+    for name, least in (("num_trials", 2), ("num_seeds", 1), ("num_judge_seeds", 1), ("search_seed", 0)):
+        if getattr(given, name) < least:
+            raise UserError(f"--{name} must be {least} or more, got {getattr(given, name)}")
+    if given.search_num_steps is not None and given.search_num_steps < 1:
+        raise UserError(f"--search_num_steps must be 1 or more, got {given.search_num_steps}")
+    check_output(config.output, NAME)
+    for name in ("num_seeds", "num_judge_seeds"):
+        check_seeds(config.sampler.seed, getattr(given, name), f"--{name}")
+    for name in ("prompt_file", "judge_prompt_file"):
+        if getattr(given, name) is None:
+            raise UserError(f"--{name} is needed: settings are searched on one list of prompts and judged on another")
+    try:
+        rounds = [int(word) for word in given.rounds.split(",") if word.strip()]
+    except ValueError as error:
+        raise UserError(f"--rounds must be whole numbers with commas between them, got {given.rounds!r}") from error
+    if not rounds or rounds[0] < 1 or any(a >= b for a, b in itertools.pairwise(rounds)):
+        raise UserError(f"--rounds must be numbers of prompts that grow, such as 5,10,20, got {given.rounds!r}")
+    return rounds
+
+
+def _check_lists(search: list[str], held_out: list[str], rounds: list[int]) -> None:
+    if rounds[-1] > len(search):
+        raise UserError(f"--rounds asks for {rounds[-1]} prompts, and --prompt_file has {len(search)}")
+    for name, prompts in (("prompt_file", search), ("judge_prompt_file", held_out)):
+        twice = next((prompt for index, prompt in enumerate(prompts) if prompt in prompts[:index]), None)
+        if twice is not None:
+            raise UserError(f"a prompt of --{name} is there twice, and would count as two: {twice!r}")
+    both = next((prompt for prompt in search if prompt in held_out), None)
+    if both is not None:
+        raise UserError(f"a prompt is in both lists, and what was found on it would be judged on it: {both!r}")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The options of the command beside the settings of a run."""
+    parser.add_argument("--prompt_file", type=str, help="prompts that are searched on, one a line")
+    parser.add_argument("--judge_prompt_file", type=str, help="other prompts, that what was found is judged on")
+    parser.add_argument("--num_trials", type=int, default=24, help="settings that are tried, those given among them")
+    parser.add_argument("--search_seed", type=int, default=0, help="seed of the draws of settings")
+    parser.add_argument(
+        "--rounds", type=str, default="5,10,20", help="prompts of each round; the best third goes on to the next"
+    )
+    parser.add_argument(
+        "--search_num_steps",
+        type=int,
+        help="denoising steps of the searched videos (default: sampler.num_steps, which the judged ones always have)",
+    )
+    parser.add_argument("--num_seeds", type=int, default=1, help="seeds per searched prompt, from sampler.seed on")
+    parser.add_argument("--num_judge_seeds", type=int, default=2, help="seeds per prompt that is judged on, likewise")
+    parser.add_argument("--out", type=str, default="runs/calibration", help="folder of the videos and the report")
+    parser.add_argument(
+        "--measures",
+        type=str,
+        help="folder of files that keep every measure: a video that is in them is not made again",
+    )
+    add_ranks(parser)

@@ -1,0 +1,96 @@
+"""Command line of compare.py."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from jsonargparse import ArgumentParser, Namespace
+
+from engine.batch.locks import Shard
+from engine.config import RunConfig
+from engine.errors import UserError
+from engine.paths import expand
+from launch.arguments.many_videos import check_output, check_seeds
+from launch.arguments.prompts import add_num_prompts, add_prompts, choose_prompts
+from launch.arguments.ranks import add_ranks, check_model, check_started
+from launch.cli import parse_run
+from launch.comparison.variants import Variant, read_variants
+
+NAME = "compare.py"
+DESCRIPTION = "Make the same prompts and seeds with several methods, measure the videos, and write a report."
+METHODS = "direct,sliding_window,freenoise,freelong,freepca,freespec"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What compare.py was asked for: `given` as it was parsed, and what is made of it."""
+
+    given: Namespace
+    config: RunConfig
+    prompts: list[str]
+    variants: list[Variant]
+    baseline: str
+    shard: Shard | None
+
+    @property
+    def seeds(self) -> list[int]:
+        """From sampler.seed on."""
+        return [self.config.sampler.seed + number for number in range(self.given.num_seeds)]
+
+    @property
+    def report(self) -> Path:
+        """Folder of the report."""
+        return expand(self.given.out if self.given.report is None else self.given.report)
+
+
+def read(argv: list[str]) -> Arguments:
+    """Parse and check; UserError for a mistake."""
+    given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments)
+    check_started(given.nproc, argv)
+    if given.num_seeds < 1:
+        raise UserError(f"--num_seeds must be 1 or more, got {given.num_seeds}")
+    check_seeds(config.sampler.seed, given.num_seeds, "--num_seeds")
+    check_output(config.output, NAME)
+    prompts = choose_prompts(given)
+    variants = read_variants(given.methods, argv, name=NAME, add_arguments=add_arguments)
+    labels = [variant.label for variant in variants]
+    baseline = given.baseline or labels[0]
+    if baseline not in labels:
+        raise UserError(f"--baseline {baseline} is none of the compared: {', '.join(labels)}")
+    shard = None if given.shard is None else Shard.parse(given.shard)
+    if shard is not None and given.report_only:
+        raise UserError("--report_only reports on every shard's videos; leave --shard out")
+    check_model(config)
+    return Arguments(given=given, config=config, prompts=prompts, variants=variants, baseline=baseline, shard=shard)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The options of the command beside the settings of a run."""
+    parser.add_argument(
+        "--methods",
+        type=str,
+        default=METHODS,
+        help="comma-separated: METHOD, or METHOD:PRESET.yaml with settings of its own, or NAME=METHOD:PRESET.yaml",
+    )
+    add_prompts(parser)
+    add_num_prompts(parser)
+    parser.add_argument("--num_seeds", type=int, default=1, help="seeds per prompt, from sampler.seed on")
+    parser.add_argument("--out", type=str, default="runs/compare", help="folder of the videos and the report")
+    parser.add_argument("--baseline", type=str, help="method that differences are from (default: the first)")
+    parser.add_argument("--report_only", type=bool, default=False, help="make no video; report on those that are there")
+    parser.add_argument(
+        "--report_if_any", type=bool, default=False, help="it is no error if no prompt has a video of every method yet"
+    )
+    parser.add_argument(
+        "--report", type=str, help="folder of the report, such as one on some of the methods (default: --out)"
+    )
+    parser.add_argument(
+        "--measures",
+        type=str,
+        help="file that keeps every measure: a video that is in it is not made again, and the report adds its own",
+    )
+    parser.add_argument(
+        "--shard",
+        type=str,
+        help="i/n: make and measure the i-th of n shares of the pairs of prompt and seed, one process each, without a report",
+    )
+    add_ranks(parser)

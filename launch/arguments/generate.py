@@ -1,0 +1,63 @@
+"""Command line of generate.py."""
+
+from dataclasses import dataclass
+
+from jsonargparse import ArgumentParser
+
+from engine.config import OutputConfig, RunConfig
+from engine.errors import UserError
+from engine.paths import find_checkpoint
+from launch.arguments.prompts import add_prompts, read_prompts
+from launch.arguments.ranks import add_ranks, check_started
+from launch.cli import parse_run
+from launch.outputs import OutputFiles, check_outputs, plan_outputs
+from launch.replicas.place import PlacementStrategy
+from launch.replicas.ray_pool import PLACEMENT_HELP, NoRayError, check_placement
+from launch.stopping import Place
+
+DESCRIPTION = "Make a long video from a prompt, or one from each line of a file."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What generate.py was asked for: the configuration, and a prompt and the files of each video."""
+
+    config: RunConfig
+    prompts: list[str]
+    outputs: list[OutputFiles]
+    verbose: bool
+
+
+def read(argv: list[str]) -> Arguments:
+    """Parse and check; UserError for a mistake."""
+    namespace, config = parse_run(argv, name="generate.py", description=DESCRIPTION, add_arguments=add_arguments)
+    check_started(namespace.nproc, argv)
+    prompts = read_prompts(namespace.prompt, namespace.prompt_file)
+    place = Place.of_environment()
+    if namespace.ray is not None and place is not None:
+        raise UserError("--ray starts ranks itself, from the command line; leave it out, or torchrun")
+    try:
+        check_placement(namespace.placement_strategy, address=namespace.ray, num_ranks=namespace.nproc or 1)
+    except NoRayError as error:
+        raise UserError(str(error)) from error
+    outputs = plan_outputs(config.output, len(prompts))
+    if namespace.ray is None and place is None:  # else it is rank 0, maybe on another machine, that looks at files
+        check_free(outputs, config.output)
+        find_checkpoint(config.model.path)
+    return Arguments(config=config, prompts=prompts, outputs=outputs, verbose=namespace.verbose)
+
+
+def check_free(outputs: list[OutputFiles], output: OutputConfig) -> None:
+    """Raise UserError if a file of the run exists and may not be replaced, or cannot be written."""
+    paths = [path for files in outputs for path in files.all]
+    check_outputs(paths, overwrite=output.overwrite, overwrite_flag="--output.overwrite")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The options of the command beside the settings of a run."""
+    add_prompts(parser)
+    add_ranks(parser)
+    parser.add_argument(
+        "--ray", type=str, help="start the ranks as actors of a Ray cluster instead: auto, HOST:PORT, or local"
+    )
+    parser.add_argument("--placement_strategy", type=PlacementStrategy, default="PACK", help=PLACEMENT_HELP)

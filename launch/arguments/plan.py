@@ -1,0 +1,42 @@
+"""Command line of plan.py."""
+
+from dataclasses import dataclass
+
+from jsonargparse import ArgumentParser
+
+from engine.config import RunConfig
+from engine.errors import UserError
+from engine.paths import find_checkpoint
+from engine.planner.gpu import GpuSpec, read_gpu
+from launch.cli import parse_run
+
+DESCRIPTION = "List every way to lay a video over GPUs, with memory and predicted time, before any weight is loaded."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What plan.py was asked for."""
+
+    config: RunConfig
+    gpu: GpuSpec
+    gpus: int
+    json: bool
+
+
+def read(argv: list[str]) -> Arguments:
+    """Parse and check; UserError for a mistake."""
+    given, config = parse_run(argv, name="plan.py", description=DESCRIPTION, add_arguments=add_arguments)
+    gpu = read_gpu(given.gpu)
+    if given.gpus == 1 and config.parallel.provider != "torch":
+        raise UserError(
+            f"parallel.provider {config.parallel.provider} is for several ranks; give --gpus, or leave it out"
+        )
+    find_checkpoint(config.model.path)
+    return Arguments(config=config, gpu=gpu, gpus=given.gpus, json=given.json)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The options of the command beside the settings of a run."""
+    parser.add_argument("--gpus", type=int, default=1, help="number of GPUs")
+    parser.add_argument("--gpu", type=str, default="h200", help="one of configs/gpus, or a JSON file of your own")
+    parser.add_argument("--json", type=bool, default=False, help="print everything as JSON")

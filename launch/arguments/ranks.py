@@ -1,0 +1,43 @@
+"""The options of a command that runs on several ranks, and what cannot be asked of them."""
+
+import os
+
+from jsonargparse import ArgumentParser
+
+from engine.config import RunConfig
+from engine.errors import UserError
+from engine.paths import find_checkpoint
+from launch.launcher import asked_value
+from launch.stopping import LAUNCHER, Place
+
+
+def add_ranks(parser: ArgumentParser) -> None:
+    """`--nproc` and `--verbose`."""
+    parser.add_argument(
+        "--nproc", type=int, help="ranks to start on this machine, one per GPU; torchrun starts its own"
+    )
+    parser.add_argument("--verbose", type=bool, default=False, help="show what every rank says, with its number")
+
+
+def check_started(num_ranks: int | None, argv: list[str]) -> None:
+    """Raise UserError for a `--nproc` that nobody can start: too small, beside ranks of torchrun, or in a file."""
+    place = Place.of_environment()
+    if num_ranks is None or LAUNCHER in os.environ:
+        return
+    if num_ranks < 1:
+        raise UserError(f"--nproc must be 1 or more, got {num_ranks}")
+    if place is not None and place.world > 1:
+        raise UserError(
+            f"torchrun has started {place.world} ranks, and --nproc asks for {num_ranks} more of each; give one of them"
+        )
+    if asked_value(argv, "--nproc") is None:
+        raise UserError("nproc is given on the command line, not in a file")
+
+
+def check_model(config: RunConfig) -> None:
+    """Raise UserError if `model.path` is not there.
+
+    Nothing is checked on a rank of several, whose machine may be the only one without it: ranks say so once they have met.
+    """
+    if Place.of_environment() is None:
+        find_checkpoint(config.model.path)
