@@ -245,6 +245,9 @@ class Silent:
     def status(self, tree: Any) -> None:
         """Nothing."""
 
+    def warn(self, message: str) -> None:
+        """Nothing."""
+
 
 def simulate(folder: Path, items: int, replicas: int) -> dict[str, Any]:
     """Real seconds that the driver needs for so many items on so many replicas, and of all around it."""

@@ -68,6 +68,16 @@ def load_run(
     return tensors["latents"].to(device), int(metadata["step"]), json.loads(metadata.get("history", "{}"))
 
 
+def kept_steps(path: Path) -> int:
+    """The number of finished steps in a `save_run` file; 0 if there is none, or none that is whole."""
+    try:
+        with path.open("rb") as file:  # the library's own errors have no errno
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return int(header["__metadata__"]["step"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
+        return 0
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
         raise UserError(f"{path} does not exist")

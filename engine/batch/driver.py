@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol
 
 from engine.batch.plan import Item
 from engine.batch.queue import Failure, Queue
+from engine.files.storage import is_storage_fault
 
 # Without --item_timeout: an item that takes ten times as long as the middle one hangs, but not within ten minutes.
 TIMEOUT_FACTOR = 10.0
@@ -149,6 +150,8 @@ class Driver:
         prepare: the task of an item's attempt, for the replica of this name.
         hopeless: whether an item that failed like this would fail again.
         keep: called with an item that is given up and its attempts.
+        release: called with an item that was given up and waits again.
+        kept: the steps of an item that lie on the disk.
         journal: who hears what happens.
         limits: time limits.
         wait: waits a moment, or until something happens.
@@ -164,6 +167,8 @@ class Driver:
     hopeless: Callable[[Item, Failure], bool]
     keep: Callable[[Item, list[dict[str, Any]]], None]
     journal: Journal
+    release: Callable[[Item], None] = lambda item: None
+    kept: Callable[[Item], int] = lambda item: 0
     limits: Limits = field(default_factory=Limits)
     wait: Callable[[], None] = lambda: time.sleep(0.05)
     clock: Callable[[], float] = time.monotonic
@@ -248,18 +253,36 @@ class Driver:
         item = seat.item
         assert item is not None
         seat.item, seat.step, seat.total = None, 0, 0
-        fields = {"item": item.label, "id": item.item_id, "kind": failure.kind, "message": failure.message}
+        self._set(seat, "stopping" if broken else "idle")
+        name = seat.replica.name
         if failure.kind == "disk":  # every other item would end the same way
             self.queue.put_back(item)
-            self.halted = self.halted or failure
-            self.journal.event("halted", replica=seat.replica.name, **fields)
-        else:
-            hopeless = self.hopeless(item, failure)
-            verdict = self.queue.fail(item, failure, replica=seat.replica.name, hopeless=hopeless)
-            self.journal.event("failed", replica=seat.replica.name, verdict=verdict, **fields)
+            self._halt(failure, item, name)
+            return
+        fields = {"item": item.label, "id": item.item_id, "kind": failure.kind, "message": failure.message}
+        try:
+            hopeless, kept = self.hopeless(item, failure), self.kept(item)
+            given_up = [other for other in self.queue.alike if other.item_id in self.queue.given_up]
+            verdict = self.queue.fail(item, failure, replica=name, hopeless=hopeless, kept=kept)
+            self.journal.event("failed", replica=name, verdict=verdict, **fields)
             if verdict == "quarantine":
                 self.keep(item, self.queue.attempts[item.item_id])
-        self._set(seat, "stopping" if broken else "idle")
+            elif verdict == "halt":
+                message = f"{self.queue.num_alike} items failed alike, one after the other: {failure.message}"
+                self._halt(Failure("alike", message, failure.traceback), item, name)
+                for other in given_up:
+                    self.release(other)
+        except OSError as error:
+            if not is_storage_fault(error):
+                raise
+            self.queue.put_back(item)
+            self._halt(Failure("disk", str(error)), item, name)
+
+    def _halt(self, failure: Failure, item: Item, replica: str) -> None:
+        """Hand out nothing more, because of how an item failed."""
+        self.halted = self.halted or failure
+        fields = {"item": item.label, "id": item.item_id, "kind": failure.kind, "message": failure.message}
+        self.journal.event("halted", replica=replica, traceback=failure.traceback, **fields)
 
     def _ended(self, seat: Seat, failure: Failure, *, final: bool) -> None:
         self.journal.event("ended", replica=seat.replica.name, kind=failure.kind, message=failure.message)

@@ -1,5 +1,6 @@
 """What a batch tells while it runs: a log of JSON lines, a status file for other terminals, and a table of both for a person."""
 
+import contextlib
 import json
 import os
 import socket
@@ -9,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from engine.batch.driver import Driver
 from engine.batch.locks import lock_file
@@ -41,10 +42,15 @@ class Terminal(Protocol):
     def status(self, tree: Mapping[str, Any]) -> None:
         """A status."""
 
+    def warn(self, message: str) -> None:
+        """One line about what does not work, and ends nothing."""
+
 
 @dataclass
 class FileJournal:
     """A `Journal` of the driver that writes `log` (appending) and `status` (anew each second).
+
+    Both are for whoever looks: a file that cannot be written is told once, tried again the next time, and ends nothing.
 
     Attributes:
         log: file of JSON lines, one per event.
@@ -57,30 +63,30 @@ class FileJournal:
     status: Path
     already: tuple[int, int]
     terminal: Terminal
-    _file: IO[str] | None = None
+    _log: int | None = None
     _written: float = 0.0
     _failures: list[dict[str, Any]] = field(default_factory=list)
+    _warned: set[Path] = field(default_factory=set)
 
     def __enter__(self) -> "FileJournal":
-        """Open the log."""
-        for path in (self.log, self.status):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.log.open("a", encoding="utf-8")
+        """Nothing yet: the log is opened with its first event."""
         return self
 
     def __exit__(self, *exc: object) -> None:
         """Close the log."""
-        if self._file is not None:
-            self._file.close()
+        self._close()
 
     def event(self, name: str, **fields: Any) -> None:
         """One line in the log."""
-        assert self._file is not None
         tree = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": name, **fields}
         if name in ("failed", "halted", "ended"):
-            self._failures = [*self._failures, {"time": tree["time"], **fields}][-LAST_FAILURES:]
-        self._file.write(json.dumps(tree, ensure_ascii=False) + "\n")
-        self._file.flush()
+            shown = {key: value for key, value in fields.items() if key != "traceback"}
+            self._failures = [*self._failures, {"time": tree["time"], **shown}][-LAST_FAILURES:]
+        try:
+            self._append(json.dumps(tree, ensure_ascii=False) + "\n")
+        except OSError as error:
+            self._close()  # a handle that has gone stale stays so
+            self._warn(self.log, error)
         self.terminal.event(tree)
 
     def tick(self, driver: Driver) -> None:
@@ -92,8 +98,37 @@ class FileJournal:
         """The status now; `state` is running, done or stopped."""
         self._written = time.monotonic()
         tree = self.tree(driver, state)
-        write_json(self.status, tree)
+        try:
+            self.status.parent.mkdir(exist_ok=True)
+            write_json(self.status, tree)
+        except OSError as error:
+            self._warn(self.status, error)
         self.terminal.status(tree)
+
+    def _append(self, line: str) -> None:
+        data = line.encode()
+        if self._log is None:
+            self.log.parent.mkdir(exist_ok=True)
+            self._log = os.open(self.log, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            size = os.fstat(self._log).st_size
+            if size and os.pread(self._log, 1, size - 1) != b"\n":  # a driver that was killed left half a line
+                data = b"\n" + data
+        while data:  # a disk that is nearly full takes a part
+            data = data[os.write(self._log, data) :]
+
+    def _close(self) -> None:
+        if self._log is not None:
+            with contextlib.suppress(OSError):
+                os.close(self._log)
+            self._log = None
+
+    def _warn(self, path: Path, error: OSError) -> None:
+        if path not in self._warned:
+            self._warned.add(path)
+            why = error.strerror or str(error)
+            self.terminal.warn(
+                f"cannot write {path}: {why}; the batch goes on, and --status and the log may lack what happens"
+            )
 
     def tree(self, driver: Driver, state: str) -> dict[str, Any]:
         """What the status file holds."""

@@ -1,5 +1,6 @@
 """Which item is next, and what becomes of one that failed: no files, no clock, no processes."""
 
+import re
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -8,11 +9,17 @@ from typing import Any, Literal
 from engine.batch.plan import Item
 
 MOST_ATTEMPTS = 3
+# So many items that fail alike, one after the other, have one cause, which the next item would meet too. Of lost ranks and
+# hanging items more are needed: where nodes are taken away often, several in a row are no sign.
+MOST_ALIKE = 3
+MOST_ALIKE_LOST = 10
 
-# Why an attempt failed. `mistake`: the same would happen again (a prompt that is too long). `disk`: no attempt of this
-# item's own, as every other one would end the same way. `lost`: a rank or a replica ended. `time`: it took too long.
-Kind = Literal["mistake", "disk", "memory", "lost", "time", "fault"]
-Verdict = Literal["again", "quarantine"]
+# Why an attempt failed. `mistake`: the same would happen again (a prompt that is too long). `disk`: a fault of the storage,
+# and no attempt of this item's own. `lost`: a rank or a replica ended. `time`: it took too long. `alike`: several items
+# failed in the same way.
+Kind = Literal["mistake", "disk", "memory", "lost", "time", "fault", "alike"]
+# What becomes of the item: it waits again, it is given up, or it waits and nothing more should be handed out.
+Verdict = Literal["again", "quarantine", "halt"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,16 @@ class Failure:
     kind: Kind
     message: str
     traceback: str = ""
+
+    @property
+    def cause(self) -> str:
+        """What failures of different items have alike: the message without numbers, addresses and paths.
+
+        A mistake keeps its numbers: prompts of other lengths are other mistakes.
+        """
+        if self.kind == "mistake":
+            return self.message
+        return re.sub(r"0x[0-9a-f]+|'[^']*'|\"[^\"]*\"|(?<!\w)/\S+|\d+", "", f"{self.kind}: {self.message}")
 
 
 @dataclass
@@ -34,6 +51,8 @@ class Queue:
         done: item_ids.
         given_up: item_ids.
         attempts: what was tried and failed, by item_id.
+        alike: items that failed alike, one after the other, with no item done in between.
+        num_alike: how many of these count.
     """
 
     waiting: deque[Item]
@@ -41,6 +60,13 @@ class Queue:
     done: set[str] = field(default_factory=set)
     given_up: set[str] = field(default_factory=set)
     attempts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    alike: list[Item] = field(default_factory=list)
+    num_alike: int = 0
+    _cause: str = ""
+    _handed: int = 0
+    _alike_since: int = 0
+    _counted: set[str] = field(default_factory=set)
+    _turn: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, items: Iterable[Item]) -> "Queue":
@@ -58,6 +84,8 @@ class Queue:
             return None
         item = self.waiting.popleft()
         self.running[item.item_id] = item
+        self._handed += 1
+        self._turn[item.item_id] = self._handed
         return item
 
     def attempt_of(self, item: Item) -> int:
@@ -68,15 +96,24 @@ class Queue:
         """A running item is whole."""
         del self.running[item.item_id]
         self.done.add(item.item_id)
+        self.alike, self.num_alike, self._alike_since = [], 0, 0
 
     def put_back(self, item: Item) -> None:
-        """A running item waits again, first of all, as if it had not been tried."""
-        self.waiting.appendleft(self.running.pop(item.item_id))
+        """An item that was handed out waits again, first of all, as if it had not been tried."""
+        self.running.pop(item.item_id, None)
+        self.given_up.discard(item.item_id)
+        if item not in self.waiting:
+            self.waiting.appendleft(item)
 
-    def fail(self, item: Item, failure: Failure, *, replica: str, hopeless: bool = False) -> Verdict:
-        """Note a failed attempt; the item waits again, unless it was the third or the same would happen again."""
+    def fail(self, item: Item, failure: Failure, *, replica: str, hopeless: bool = False, kept: int = 0) -> Verdict:
+        """Note a failed attempt of an item of which `kept` steps lie on the disk, and say what becomes of it.
+
+        An attempt counts unless a rank was lost, as by preemption, and the item had got further than ever before. The third
+        that counts is the last, and so is one that would end the same way again (`hopeless`).
+        """
         del self.running[item.item_id]
         tried = self.attempts.setdefault(item.item_id, [])
+        advanced = failure.kind == "lost" and kept > max((attempt["kept"] for attempt in tried), default=0)
         tried.append(
             {
                 "attempt": len(tried) + 1,
@@ -84,10 +121,41 @@ class Queue:
                 "message": failure.message,
                 "traceback": failure.traceback,
                 "replica": replica,
+                "kept": kept,
+                "counts": not advanced,
             }
         )
-        if hopeless or len(tried) >= MOST_ATTEMPTS:
+        if not advanced and self._is_last_alike(item, failure):
+            self._take_back(item)
+            return "halt"
+        if hopeless or sum(attempt["counts"] for attempt in tried) >= MOST_ATTEMPTS:
             self.given_up.add(item.item_id)
             return "quarantine"
         self.waiting.append(item)
         return "again"
+
+    def _is_last_alike(self, item: Item, failure: Failure) -> bool:
+        """Add the item to those that failed alike; whether these are enough.
+
+        Items that were handed out before the last that counted had failed may have met the same moment, such as the end of
+        a node with several replicas, and do not count. Neither does an item that has counted before, as when the bad ones
+        are tried again after all others, or another item of a prompt with a mistake in it.
+        """
+        if failure.cause != self._cause:
+            self.alike, self.num_alike, self._cause, self._alike_since = [], 0, failure.cause, 0
+        self.alike.append(item)
+        name = item.prompt.prompt_id if failure.kind == "mistake" else item.item_id
+        if name in self._counted or self._turn[item.item_id] <= self._alike_since:
+            return False
+        self._counted.add(name)
+        self.num_alike += 1
+        self._alike_since = self._handed
+        return self.num_alike >= (MOST_ALIKE_LOST if failure.kind in ("lost", "time") else MOST_ALIKE)
+
+    def _take_back(self, item: Item) -> None:
+        """Let those that failed alike wait again, as none of them is at fault."""
+        for other in self.alike:
+            if other.item_id in self.given_up:
+                self.given_up.discard(other.item_id)
+                self.waiting.append(other)
+        self.waiting.append(item)

@@ -5,11 +5,8 @@ follows in the same way. Whatever moment a process is killed at, a sidecar only 
 result without a sidecar counts as missing.
 """
 
-import contextlib
-import errno
 import json
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,9 +17,6 @@ from engine.files.trees import read_tree
 from engine.files.whole import file_sha256, write_text
 
 Verify = Literal["size", "full"]
-
-# A disk that takes nothing more: full, over a quota, or read-only by now.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,15 +90,3 @@ def compile_manifest(path: Path, sidecars: Iterable[Path], row: Callable[[Path],
             left_out.append(str(error))
     write_text(path, "".join(f"{line}\n" for line in sorted(lines)))
     return Manifest(rows=len(lines), left_out=tuple(sorted(left_out)))
-
-
-@contextlib.contextmanager
-def writing_to(root: Path, *, after: str) -> Iterator[None]:
-    """Turn an OSError of a disk that takes nothing more into a UserError of one line, which ends with `after`."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        free = shutil.disk_usage(root).free
-        raise UserError(f"cannot write to {root}: {error.strerror} ({free} bytes are free); {after}") from error

@@ -23,13 +23,15 @@ def open_replicas(
 ) -> Iterator[list[Group]]:
     """The replicas: processes of this machine, or actors of a Ray cluster."""
     names = [f"replica-{index}" for index in range(count)]
+    logs = files.log(options.shard).with_suffix("")
+    with contextlib.suppress(OSError):  # a rank whose log cannot be opened says so
+        logs.mkdir(parents=True, exist_ok=True)
     if options.ray is None:
         local = (_local(options, files, index, name, wake) for index, name in enumerate(names))
         yield [Group(name=name, ranks=ranks, setup=setup) for name, ranks in zip(names, local, strict=True)]
         return
-    log = files.log(options.shard).with_suffix("") / "ray.log"
     try:
-        with RayPool(options.ray, cpus=count * options.ranks, log=log, wake=wake.set) as pool:
+        with RayPool(options.ray, cpus=count * options.ranks, log=logs / "ray.log", wake=wake.set) as pool:
             check_cluster(options, pool.gpus)
             yield [Group(name=name, ranks=_on_ray(pool, options, files, name), setup=setup) for name in names]
     except NoRayError as error:

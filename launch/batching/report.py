@@ -1,5 +1,6 @@
 """What a person is told before and after a batch: its plan, its beginning, how it went, and why it could not go on."""
 
+import contextlib
 import dataclasses
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from engine.batch.locks import Shard
 from engine.batch.plan import Batch, Item
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.files.storage import REMEDY_FULL, describe_remedy
 from engine.files.trees import Shape, read_tree
 from launch.batching.options import Options
 from launch.batching.work import Work
@@ -110,10 +112,20 @@ def halted(driver: Driver, files: BatchFiles, config: RunConfig, *, keep_latents
     """Why nothing more could be made, as the error that the command ends with."""
     failure, left = driver.halted, driver.queue.left
     assert failure is not None
-    if failure.kind == "disk":
-        disk = describe_disk(files, driver, config, keep_latents=keep_latents)
-        return UserError(f"{failure.message}; {left} items are left; {disk}; {SUPPORT}")
-    return LostRankError(f"{failure.message}; {left} items are left; {SUPPORT}")
+    message = f"{failure.message}; {left} items are left"
+    match failure.kind:
+        case "mistake":
+            return UserError(failure.message)
+        case "disk":
+            remedy = describe_remedy(failure.message)
+            with contextlib.suppress(OSError, UserError):  # it may not even say how much is free
+                if remedy == REMEDY_FULL:
+                    remedy = f"{describe_disk(files, driver, config, keep_latents=keep_latents)}: {remedy}"
+            return UserError(f"{message}; {remedy}; {SUPPORT}")
+        case "alike":
+            return LostRankError(f"{message}; {files.root / 'logs'} has the traceback; mend the cause; {SUPPORT}")
+        case _:
+            return LostRankError(f"{message}; {SUPPORT}")
 
 
 def describe_disk(files: BatchFiles, driver: Driver, config: RunConfig, *, keep_latents: bool) -> str:
@@ -122,7 +134,7 @@ def describe_disk(files: BatchFiles, driver: Driver, config: RunConfig, *, keep_
     disk = disk_forecast(files, config, left, replicas=len(driver.seats), keep_latents=keep_latents)
     return (
         f"they need about {_size(disk.videos + disk.texts)} ({disk.how}) and {_size(disk.work)} for checkpoints, and {files.root} has "
-        f"{_size(disk.free)}: free some space"
+        f"{_size(disk.free)}"
     )
 
 

@@ -1,5 +1,6 @@
 """batch.py: prompts x seeds x methods to videos, on replicas that may die, with nothing lost and nothing made twice."""
 
+import contextlib
 import dataclasses
 import os
 import socket
@@ -17,10 +18,11 @@ from engine.batch.journal import FileJournal
 from engine.batch.locks import own_shard
 from engine.batch.plan import Batch, Item, check_folder, claim_folder, plan_batch
 from engine.batch.queue import Queue
-from engine.batch.store import writing_to
+from engine.checkpoint import kept_steps
 from engine.config import RunConfig
 from engine.decode_plan import check_tiles
 from engine.errors import UserError
+from engine.files.storage import writing_to
 from engine.load import fetch, find_checkpoint, read_spec
 from engine.ranks import fingerprints
 from launch.arguments.batch import Arguments, Status, read
@@ -58,7 +60,7 @@ def run(given: Arguments) -> int:
         return 0
     make_folder(options.out)
     with (
-        writing_to(options.out, after=f"free some space or choose another --out; {SUPPORT}"),
+        writing_to(options.out, after=SUPPORT),
         own_shard(options.out, options.shard),
     ):
         work = find_work(files, mine, options)
@@ -143,6 +145,8 @@ def make(config: RunConfig, options: Options, batch: Batch, files: BatchFiles, w
             prepare=prepare,
             hopeless=lambda item, failure: failure.kind == "mistake" and not files.drop_checkpoint(item),
             keep=lambda item, attempts: keep(files, item, attempts),
+            release=files.release,
+            kept=lambda item: kept_steps(files.of(item).checkpoint),
             journal=journal,
             limits=options.limits,
             wait=lambda: _wait(wake),
@@ -154,7 +158,8 @@ def make(config: RunConfig, options: Options, batch: Batch, files: BatchFiles, w
             driver.stop(gently=True)
             journal.event("stopped")
             journal.write(driver, "stopped")
-            files.write_manifest()
+            with contextlib.suppress(OSError):  # the next start writes it again
+                files.write_manifest()
             left = len(work.todo) - len(driver.queue.done)
             raise Stopped(f"{left} of {len(work.todo)} items are left; {SUPPORT}") from error
         except BaseException:
@@ -173,21 +178,31 @@ def keep(files: BatchFiles, item: Item, attempts: list[dict[str, Any]]) -> None:
 
 def finish(options: Options, files: BatchFiles, config: RunConfig, work: Work, driver: Driver | None) -> int:
     """Compile the manifest and say how it went: 0 if every item of this shard is done, 1 or an error if not."""
-    files.tidy(done=work.done, todo=work.todo)  # of attempts that were killed in this run
-    manifest = files.write_manifest()
-    for line in manifest.left_out:
-        print(f"left out of {MANIFEST}: {line}")
-    if driver is not None and driver.halted is not None and driver.halted.kind == "mistake":
-        raise UserError(driver.halted.message)
-    queue = driver.queue if driver else Queue.of(())
-    everything = (*work.done, *(item for item in work.todo if item.item_id in queue.done))
-    given_up = [*work.given_up, *(item for item in work.todo if item.item_id in queue.given_up)]
-    say_end(files, driver, done=everything, given_up=given_up, num_lines=manifest.rows)
-    if driver is not None and driver.halted is not None:
+    cause = driver.halted if driver is not None else None
+    try:
+        given_up = summarise(files, work, driver)
+    except (OSError, UserError):
+        if cause is None or cause.kind != "disk":
+            raise  # else the storage that halted the batch does not let itself be read either
+    if driver is not None and cause is not None:
         raise halted(driver, files, config, keep_latents=options.keep_latents)
     if given_up:
         say_given_up(files, given_up)
     return 1 if given_up else 0
+
+
+def summarise(files: BatchFiles, work: Work, driver: Driver | None) -> list[Item]:
+    """Tidy up, compile the manifest and print what was made; returns the items that were given up, before or now."""
+    files.tidy(done=work.done, todo=work.todo)  # of attempts that were killed in this run
+    manifest = files.write_manifest()
+    for line in manifest.left_out:
+        print(f"left out of {MANIFEST}: {line}")
+    queue = driver.queue if driver else Queue.of(())
+    everything = (*work.done, *(item for item in work.todo if item.item_id in queue.done))
+    given_up = [*work.given_up, *(item for item in work.todo if item.item_id in queue.given_up)]
+    if driver is None or driver.halted is None or driver.halted.kind != "mistake":
+        say_end(files, driver, done=everything, given_up=given_up, num_lines=manifest.rows)
+    return given_up
 
 
 def _wait(wake: threading.Event) -> None:

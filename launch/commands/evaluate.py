@@ -9,9 +9,9 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from engine.batch.store import writing_to
 from engine.errors import UserError
 from engine.files.locks import HeldError, hold
+from engine.files.storage import writing_to
 from engine.paths import expand
 from evaluation.bench import Bench, Evaluator, PreflightError, preflight
 from evaluation.dimensions import parse_dimensions
@@ -42,7 +42,7 @@ def run(options: Namespace) -> int:
     by_label = groups(videos)
     baseline = _baseline(options.baseline, list(by_label))
     out = _out(options)
-    with writing_to(out, after="free some space; the same command goes on from there"), _own(out):
+    with writing_to(out, after="the same command goes on from there"), _own(out):
         views = [plan_view(label, group, out / "views") for label, group in by_label.items()] if evaluator else []
         bench = _preflight(evaluator, dimensions, out) if evaluator else None
         if options.check:

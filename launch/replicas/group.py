@@ -8,10 +8,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from engine.batch.driver import Done, Ended, Event, Failed, Note, Ready, Step
-from engine.batch.queue import Failure
+from engine.batch.queue import Failure, Kind
 
 # How long the ranks that are left get to answer after the first has failed: to notice a lost connection by themselves.
 GRACE_SECONDS = 5.0
+
+# Signals of a fault in the rank's own code.
+_CRASHES = ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE")
 
 RankEvent = tuple[int, dict[str, Any]]
 
@@ -162,7 +165,9 @@ class Group:
         if code is not None and code < 0:
             name = signal.Signals(-code).name
             hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
-            return "ended", Failure("lost", f"{who} was ended by {name}{hint}", tail)
+            kind: Kind = "fault" if name in _CRASHES else "lost"  # of its own, or from outside
+            return "ended", Failure(kind, f"{who} was ended by {name}{hint}", tail)
         if said:
             return "lost", Failure("lost", said, tail)
-        return "ended", Failure("lost", f"{who} ended with exit code {code}", tail)
+        last = next((line.strip() for line in reversed(event["tail"]) if line.strip()), "")
+        return "ended", Failure("lost", f"{who} ended with exit code {code}" + (f" ({last})" if last else ""), tail)

@@ -54,7 +54,8 @@ class RankHost:
     ) -> None:
         """Start `python COMMAND` in the folder `cwd`.
 
-        What it prints goes to the end of the file `log`, or comes as events `stdout` and `stderr` if that is None.
+        What it prints goes to the end of the file `log`, whose folder exists, or comes as events `stdout` and `stderr` if that
+        is None.
         """
         # The kernel ends a rank when the thread that started it ends: so that thread stays until the rank has ended.
         thread = threading.Thread(target=self._keep, args=(list(command), dict(environment), log, cwd), daemon=True)
@@ -151,10 +152,15 @@ class RankHost:
         self._tell({"event": "exit", "code": code, "pid": self._process.pid, "said": said, "tail": tail})
 
     def _open_log(self, log: str | None) -> tuple[Any, int]:
+        """Where the process prints to, and how much is there already. A log that cannot be opened costs what it would hold."""
         if log is None:
             return subprocess.PIPE, 0
-        Path(log).parent.mkdir(parents=True, exist_ok=True)
-        output = Path(log).open("ab")
+        try:
+            output = Path(log).open("ab")
+        except OSError as error:
+            why = error.strerror or str(error)
+            self._tell({"event": "note", "text": f"cannot write {log}: {why}; what this rank prints is lost"})
+            return Path(os.devnull).open("wb"), 0
         return output, output.tell()
 
     def _popen(

@@ -5,6 +5,7 @@ The others are tasks: `identity`, `suite`, `attempt`, `replica`. What happens is
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -23,12 +24,13 @@ import torch.distributed as dist
 
 from engine.batch.check import check_video
 from engine.batch.files import BatchFiles, ItemFiles, item_files
-from engine.batch.plan import with_method
+from engine.batch.plan import FILE, with_method
 from engine.batch.queue import Kind
-from engine.batch.store import DISK_ERRORS, publish
+from engine.batch.store import publish
 from engine.checkpoint import save_latents
 from engine.engine import Denoised, LongVideoEngine
 from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
+from engine.files.storage import FolderGoneError, is_storage_fault, names_storage_fault
 from engine.files.whole import write_json
 from engine.record import build_record, peak_memory
 from engine.video import open_video
@@ -58,6 +60,7 @@ def _work(pipe: IO[str]) -> None:
         return
     config = restore_config(setup["config"], Path(setup["root"]))
     with open_ranks(config, prompts=[setup["root"]], verbose=False) as party:
+        party.check_on_first(lambda: refuse_unshared(Path(setup["root"])))
         with contextlib.closing(LongVideoEngine(config, party.ranks)) as engine:
             worker = Worker(
                 engine=engine,
@@ -109,6 +112,7 @@ class Worker:
         if engine.config.method.name != identity["method"]:
             engine.use_method(with_method(engine.config, identity["method"]).method)
         if engine.is_first:
+            check_root(self.root)
             files.make_folders()
         denoised = engine.denoise(
             identity["prompt"],
@@ -202,12 +206,27 @@ class _FrameHashes:
         self.count += len(frames)
 
 
+def refuse_unshared(root: Path) -> None:
+    """Raise UserError if this machine does not see the batch's folder, which its driver has written to already."""
+    if not (root / FILE).is_file():
+        raise UserError(
+            f"{root} does not hold the batch's {FILE} on {socket.gethostname()}; --out must lie on a file system that all "
+            "nodes share"
+        )
+
+
+def check_root(root: Path) -> None:
+    """Raise FolderGoneError if the batch's folder is not there any more: what is written now would land beside it."""
+    if not (root / FILE).is_file():
+        raise FolderGoneError(errno.ENOENT, "the folder of the batch is gone", str(root / FILE))
+
+
 def kind_of(error: BaseException) -> Kind:
     """Which sort of failure an exception is."""
-    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+    if is_storage_fault(error):
         return "disk"
     if isinstance(error, UserError):  # the engine turns an OSError of one rank into one line for all
-        return "disk" if any(os.strerror(number) in str(error) for number in DISK_ERRORS) else "mistake"
+        return "disk" if names_storage_fault(str(error)) else "mistake"
     if is_out_of_memory(error):
         return "memory"
     if isinstance(error, CollectiveError | LostRankError | dist.DistError):

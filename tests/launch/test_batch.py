@@ -1,5 +1,6 @@
 """batch.py on a small model: a batch that a replica dies in, one that is started again, and everything that is refused."""
 
+import errno
 import io
 import json
 import os
@@ -23,7 +24,7 @@ from engine.batch.journal import table
 from engine.batch.locks import Shard, own_shard
 from engine.batch.plan import Batch, claim_folder, with_method
 from engine.batch.queue import Failure, Queue
-from engine.checkpoint import load_latents
+from engine.checkpoint import kept_steps, load_latents
 from engine.config import ModelConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
@@ -35,7 +36,7 @@ from launch.batching.replicas import check_cluster
 from launch.batching.report import halted
 from launch.batching.terminal import Terminal
 from launch.batching.work import Work
-from launch.cli import parse_run
+from launch.cli import REPOSITORY, parse_run
 from launch.commands import batch
 from launch.replicas.ray_generate import too_few_gpus
 from launch.replicas.ray_pool import NoRayError, RayPool
@@ -490,17 +491,165 @@ def test_an_output_folder_that_cannot_be_written(make_batch: Callable[..., Run],
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
-def test_a_disk_that_is_full_when_the_driver_writes_is_one_line(make_batch: Callable[..., Run], tmp_path: Path) -> None:
+def test_a_log_and_a_status_that_cannot_be_written_end_nothing(
+    make_batch: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do the logs of ranks; each is told once."""
+    out = tmp_path / "out"
+    log = out / "logs/shard-1-of-1.jsonl"
+    log.parent.mkdir(parents=True)
+    log.symlink_to("/dev/full")
+    (out / "logs/shard-1-of-1").write_text("where a rank's folder should be")
+
+    def stale(path: Path, tree: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr("engine.batch.journal.write_json", stale)
+    shown = make_batch({"methods": "direct"})
+    assert shown.code == 0, shown
+    assert "2 of 2 items done (2 now), 0 in quarantine" in shown.out
+    warnings = sorted(shown.err.splitlines())
+    assert [line.split(";")[0] for line in warnings] == [
+        f"warning: cannot write {log}: No space left on device",
+        f"warning: cannot write {out / 'status/shard-1-of-1.json'}: Stale file handle",
+    ], shown
+    assert f"cannot write {out / 'logs/shard-1-of-1/replica-0-rank0.log'}: Not a directory; what this rank" in shown.out
+
+
+def test_a_disk_that_is_full_when_the_driver_writes_is_one_line(
+    make_batch: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not only a video can be what no longer fits; nothing is started then."""
-    path = tmp_path / "out/logs/shard-1-of-1.jsonl"
-    path.parent.mkdir(parents=True)
-    path.symlink_to("/dev/full")
+
+    def full(path: Path, tree: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("engine.batch.plan.write_json", full)
     shown = make_batch()
     assert shown.code == 2, shown
     assert shown.err.startswith(f"error: cannot write to {tmp_path / 'out'}: No space left on device ("), shown
-    assert shown.err.endswith("; free some space or choose another --out; the same command goes on\n"), shown
+    assert shown.err.endswith("; free some space, or choose another folder; the same command goes on\n"), shown
     assert shown.err.count("\n") == 1
     assert ranks_of(os.getpid()) == []
+
+
+# Whatever Python does first: from two finished items on, nothing is flushed to the disk any more, until the file `mended` is there.
+FAULTY = """
+import errno, glob, os
+flush, number, root = os.fsync, int(os.environ["FAULT"]), os.environ["FAULT_ROOT"]
+def fsync(descriptor):
+    if len(glob.glob(root + "/*/*/videos/*.json")) >= 2 and not os.path.exists(root + "/mended"):
+        raise OSError(number, os.strerror(number))
+    return flush(descriptor)
+os.fsync = fsync
+"""
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["ESTALE", *(pytest.param(name, marks=pytest.mark.slow) for name in ("EPERM", "EACCES", "EIO", "ETIMEDOUT"))],
+)
+def test_storage_that_fails_for_a_while_halts_a_batch_and_the_same_command_goes_on(
+    wan_folder: Path, suite: Path, undisturbed: dict[str, torch.Tensor], tmp_path: Path, name: str
+) -> None:
+    """Driver and ranks are real processes; no item is given up, no attempt is counted, and nothing is lost."""
+    out, number = tmp_path / "out", getattr(errno, name)
+    (tmp_path / "sitecustomize.py").write_text(FAULTY)
+    command = [sys.executable, "-m", "launch.batch", *words(wan_folder, suite, out, {"keep_latents": True})]
+    faulty = os.environ | {"FAULT": str(number), "FAULT_ROOT": str(out), "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run(command, cwd=REPOSITORY, env=faulty, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2, ended
+    *warnings, line = ended.stderr.splitlines()
+    assert line.startswith("error: "), ended
+    assert os.strerror(number) in line
+    assert line.endswith(
+        "; 2 items are left; see that the folder can be read and written again; the same command goes on"
+    )
+    assert [warning.split(":")[0] for warning in warnings] == ["warning"] * len(warnings)
+    assert len(warnings) <= 2  # the log and the status, once each
+    assert list((out / "quarantine").glob("*")) == []
+    assert len(events_of(out, "ready")) == 1  # no replica was rebuilt for it
+    (out / "mended").touch()
+    ended = subprocess.run(command, cwd=REPOSITORY, env=faulty, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, ""), ended
+    (out / "mended").unlink()
+    assert_whole(out, undisturbed)
+    assert {json.loads(path.read_text())["attempt"] for path in BatchFiles(root=out).sidecars()} == {1}
+
+
+@pytest.mark.slow
+def test_folders_that_may_not_be_changed_for_a_while(
+    make_batch: Callable[..., Run], undisturbed: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """As an administrator's `chattr +i` has it, after one of four items."""
+    out = tmp_path / "out"
+    out.mkdir()
+    if subprocess.run(["chattr", "+i", out], capture_output=True, check=False).returncode:
+        pytest.skip("needs a superuser and a file system with attributes")
+    subprocess.run(["chattr", "-i", out], check=True)
+    kept: list[Path] = []
+
+    def forbid() -> None:
+        while not (found := list(out.glob("*/*/videos/*.json"))):
+            time.sleep(0.01)
+        kept.extend(out.glob("*/*/videos"))
+        assert found
+        subprocess.run(["chattr", "+i", *kept], check=True)
+
+    thread = threading.Thread(target=forbid, daemon=True)
+    thread.start()
+    try:
+        shown = make_batch({"keep_latents": True, "methods": "direct,freespec"})
+        thread.join()
+    finally:
+        subprocess.run(["chattr", "-i", *out.glob("*/*/videos")], check=True)
+    assert shown.code == 2, shown
+    assert shown.err.count("\n") == 1
+    assert "Operation not permitted" in shown.err
+    assert shown.err.endswith("; the same command goes on\n")
+    assert list((out / "quarantine").glob("*")) == []
+    assert make_batch({"keep_latents": True, "methods": "direct,freespec"}).code == 0
+    assert_whole(out, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_taken_away_again_and_again_costs_its_item_nothing(
+    make_batch: Callable[..., Run], suite: Path, wan_folder: Path, tmp_path: Path
+) -> None:
+    """SIGKILL after 1, 4 and 7 of the 20 steps of one item, as on a node that may be taken away."""
+    suite.write_text(f"{PROMPTS[0]}\n")
+    out, killed = tmp_path / "out", []
+    given = {"methods": "direct", "keep_latents": True, "checkpoint_every": 1, "sampler.num_steps": 20}
+
+    def kill() -> None:
+        for steps in (1, 4, 7):
+            while not any(kept_steps(path) >= steps for path in out.glob("*/*/unfinished/*.checkpoint.safetensors")):
+                time.sleep(0.005)
+            for process in ranks_of(os.getpid()):
+                os.kill(process, signal.SIGKILL)
+                killed.append(process)
+            while set(killed) & set(ranks_of(os.getpid())):
+                time.sleep(0.005)
+
+    killer = threading.Thread(target=kill, daemon=True)
+    killer.start()
+    shown = make_batch(given)
+    killer.join()
+    assert (shown.code, len(killed)) == (0, 3), shown
+    assert [event["verdict"] for event in events_of(out, "failed")] == ["again"] * 3
+    _, config = parse_run(
+        [
+            f"--{name}={value}"
+            for name, value in ({"model.path": wan_folder} | SETTINGS | {"sampler.num_steps": 20}).items()
+        ],
+        name="test",
+        description="",
+        add_arguments=lambda parser: None,
+    )
+    engine = LongVideoEngine(with_method(config, "direct"))
+    expected = engine.denoise(PROMPTS[0], seed=3).latents
+    engine.close()
+    assert_whole(out, {"direct/p0000-s3": expected})
 
 
 FULL = """

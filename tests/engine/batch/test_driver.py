@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -37,15 +38,26 @@ def prepare(item: Item, attempt: int, replica: str) -> dict[str, Any]:
     return {"identity": {"item_id": item.item_id}, "attempt": attempt}
 
 
-def drive(script: Script = succeed, *, replicas: int = 2, limits: Limits | None = None, **fields: Any) -> Any:
-    clock, kept = Clock(), []
+def drive(
+    script: Script = succeed,
+    *,
+    replicas: int = 2,
+    limits: Limits | None = None,
+    steps: Callable[[int], int] = lambda tried: 0,
+    release: Callable[[Item], None] = lambda item: None,
+    **fields: Any,
+) -> Any:
+    """`steps(tried)` lie on the disk of an item that failed `tried` times before."""
+    clock, kept, queue = Clock(), [], Queue.of(ITEMS)
     fakes = [FakeReplica(f"replica-{i}", clock, script, **fields) for i in range(replicas)]
     driver = Driver(
-        queue=Queue.of(ITEMS),
+        queue=queue,
         replicas=fakes,
         prepare=prepare,
         hopeless=lambda item, failure: failure.kind == "mistake",
         keep=lambda item, attempts: kept.append((item.item_id, len(attempts))),
+        release=release,
+        kept=lambda item: steps(len(queue.attempts.get(item.item_id, ()))),
         journal=Memory(),
         limits=limits or Limits(),
         wait=clock.wait,
@@ -275,3 +287,112 @@ def test_random_deaths_lose_and_repeat_nothing(seed: int) -> None:
     assert driver.queue.done == set(finished) == {item.item_id for item in ITEMS}
     assert set(finished.values()) == {1}
     assert kept == []
+
+
+def fault(message: str = "KeyError: 'x'") -> Failed:
+    return Failed(failure=Failure("fault", message, "Traceback"), broken=True)
+
+
+def test_a_rank_that_is_lost_is_no_fault_of_its_item_while_the_item_advances() -> None:
+    """Ended from outside after 1, 4, 7, 11 and 15 of its 20 steps, as where nodes are taken away."""
+    victim, kept = ITEMS[0].item_id, [1, 4, 7, 11, 15]
+
+    def script(item_id: str, attempt: int) -> tuple[float, Event]:
+        return (4.0, lost()) if item_id == victim and attempt <= len(kept) else succeed(item_id, attempt)
+
+    driver, fakes, given_up = drive(script, steps=kept.__getitem__)
+    assert driver.queue.done == {item.item_id for item in ITEMS}
+    assert given_up == []
+    assert sum(fake.made.count(victim) for fake in fakes) == len(kept) + 1
+    assert [attempt["counts"] for attempt in driver.queue.attempts[victim]] == [False] * len(kept)
+
+
+def test_attempts_that_do_not_advance_count() -> None:
+    victim, kept = ITEMS[0].item_id, [4, 4, 8, 8, 3, 12]
+
+    def script(item_id: str, attempt: int) -> tuple[float, Event]:
+        return (4.0, lost()) if item_id == victim else succeed(item_id, attempt)
+
+    driver, _, given_up = drive(script, steps=kept.__getitem__)
+    assert [attempt["counts"] for attempt in driver.queue.attempts[victim]] == [False, True, False, True, True]
+    assert given_up == [(victim, 5)]
+
+
+def test_other_failures_count_though_the_item_advances() -> None:
+    victim = ITEMS[0].item_id
+
+    def script(item_id: str, attempt: int) -> tuple[float, Event]:
+        return (4.0, fault()) if item_id == victim else succeed(item_id, attempt)
+
+    _, _, given_up = drive(script, steps=lambda tried: 5 * (tried + 1))
+    assert given_up == [(victim, MOST_ATTEMPTS)]
+
+
+@pytest.mark.parametrize("replicas", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["fault", "memory"])
+def test_items_that_fail_alike_in_a_row_halt_and_none_is_given_up(replicas: int, kind: str) -> None:
+    """Whatever numbers, paths and names the messages have."""
+
+    def script(item_id: str, attempt: int) -> tuple[float, Event]:
+        message = f"KeyError: '{item_id}' at 0x{item_id[:6]} in /out/{item_id}.mp4, line {attempt}"
+        return 10.0, Failed(failure=Failure(kind, message, "Traceback"), broken=True)
+
+    driver, fakes, given_up = drive(script, replicas=replicas)
+    assert driver.halted.kind == "alike"
+    assert driver.halted.message.startswith("3 items failed alike, one after the other: KeyError: ")
+    assert driver.halted.traceback == "Traceback"
+    assert (given_up, driver.queue.given_up, driver.queue.left) == ([], set(), len(ITEMS))
+    assert sum(len(fake.made) for fake in fakes) <= 3 * replicas
+
+
+def test_mistakes_alike_halt_and_what_was_given_up_for_them_waits_again() -> None:
+    released: list[str] = []
+
+    def script(item_id: str, attempt: int) -> tuple[float, Event]:
+        return 1.0, Failed(failure=Failure("mistake", "numbers of the latents are not finite"), broken=False)
+
+    driver, _, given_up = drive(script, replicas=1, release=lambda item: released.append(item.item_id))
+    assert driver.halted.kind == "alike"
+    # The items of a prompt count once, as the prompt may be the mistake.
+    prompts = {item.item_id: item.prompt.prompt_id for item in ITEMS}
+    assert [prompts[item_id] for item_id in released] == ["p0000"] * 4 + ["p0001"] * 4
+    assert released == [item_id for item_id, _ in given_up]
+    assert (driver.queue.given_up, driver.queue.left) == (set(), len(ITEMS))
+
+
+def test_mistakes_of_single_prompts_halt_nothing() -> None:
+    def script(item_id: str, attempt: int) -> tuple[float, Event]:
+        tokens = 100 + next(item for item in ITEMS if item.item_id == item_id).prompt.line
+        return 1.0, Failed(failure=Failure("mistake", f"a prompt has {tokens} tokens"), broken=False)
+
+    driver, _, given_up = drive(script)
+    assert driver.halted is None
+    assert len(given_up) == len(ITEMS)
+
+
+def test_failures_with_something_done_in_between_halt_nothing() -> None:
+    """Nor do they when the bad items are tried again one after the other, after all others."""
+    failing = {item.item_id for item in ITEMS[::2]}
+
+    def script(item_id: str, attempt: int) -> tuple[float, Event]:
+        return (1.0, fault()) if item_id in failing else succeed(item_id, attempt)
+
+    driver, _, given_up = drive(script, replicas=1)
+    assert driver.halted is None
+    assert {item_id for item_id, _ in given_up} == failing
+    assert len(driver.queue.done) == len(ITEMS) - len(failing)
+
+
+def test_a_node_that_takes_all_replicas_along_halts_nothing() -> None:
+    """They fail alike and at once, every second time."""
+
+    def script(item_id: str, attempt: int) -> tuple[float, Event]:
+        return (10.0, lost()) if attempt < MOST_ATTEMPTS else succeed(item_id, attempt)
+
+    driver, _, given_up = drive(script, replicas=len(ITEMS))
+    assert (driver.halted, given_up) == (None, [])
+    driver, _, given_up = drive(
+        lambda item_id, attempt: (10.0, fault()) if attempt < MOST_ATTEMPTS else succeed(item_id, attempt),
+        replicas=len(ITEMS),
+    )
+    assert (driver.halted, given_up) == (None, [])

@@ -1,6 +1,5 @@
 """Files that are whole or absent, whatever moment a process is killed at."""
 
-import errno
 import json
 import multiprocessing
 import os
@@ -15,7 +14,7 @@ from engine.batch.files import BatchFiles
 from engine.batch.journal import read_status
 from engine.batch.locks import Shard, lock_file, own_shard
 from engine.batch.plan import asked_items, check_folder, claim_folder
-from engine.batch.store import compile_manifest, is_done, publish, writing_to
+from engine.batch.store import compile_manifest, is_done, publish
 from engine.errors import UserError
 from engine.files.trees import read_json
 from engine.files.whole import file_sha256, write_json
@@ -147,17 +146,6 @@ def test_a_file_that_fails_its_check_gets_no_name(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="is not whole"):
         publish(part, tmp_path / "a.mp4", check=check_bytes)
     assert not (tmp_path / "a.mp4").exists()
-
-
-def test_a_disk_that_takes_nothing_is_one_line_and_other_errors_pass(tmp_path: Path) -> None:
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        with pytest.raises(UserError, match=rf"cannot write to {tmp_path}: .* bytes are free\); go on") as caught:
-            with writing_to(tmp_path, after="go on"):
-                raise OSError(number, os.strerror(number))
-        assert "\n" not in str(caught.value)
-    with pytest.raises(PermissionError):
-        with writing_to(tmp_path, after="go on"):
-            raise OSError(errno.EACCES, "Permission denied")
 
 
 def test_a_manifest_does_not_depend_on_the_order(tmp_path: Path) -> None:

@@ -17,12 +17,12 @@ import torch
 from engine.adapters import wan
 from engine.batch.check import check_video
 from engine.batch.files import BatchFiles, ItemFiles, identity_of
-from engine.batch.plan import Batch, plan_batch
+from engine.batch.plan import FILE, Batch, plan_batch
 from engine.checkpoint import load_latents
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.files.whole import file_sha256
+from engine.files.whole import WriteError, file_sha256
 from engine.paths import REPOSITORY
 from engine.video import VideoWriter, read_video
 from launch.command import LostRankError
@@ -68,6 +68,7 @@ def worker(engine: LongVideoEngine, told: list[dict[str, Any]], tmp_path: Path) 
     def tell(event: str, **fields: Any) -> None:
         told.append({"event": event, **fields})
 
+    (tmp_path / FILE).write_text("{}")
     return Worker(engine=engine, root=tmp_path, checkpoint_every=EVERY, keep_latents=True, tell=tell)
 
 
@@ -99,7 +100,7 @@ def test_an_item_s_files_and_steps(worker: Worker, batch: Batch, told: list[dict
     latents = load_latents(files.latents)[0]
     assert record["latents"]["shape"] == list(latents.shape)
     written = {path.name for path in worker.root.rglob("*") if path.is_file()}
-    assert written == {"p0000-s3.mp4", "p0000-s3.json", "p0000-s3.safetensors"}
+    assert written == {FILE, "p0000-s3.mp4", "p0000-s3.json", "p0000-s3.safetensors"}
     assert BatchFiles(root=worker.root).is_done(batch.items[0], "full")
 
 
@@ -125,6 +126,8 @@ def test_noise_of_the_decoder_comes_from_the_item_s_seed(tmp_path: Path) -> None
     with contextlib.closing(LongVideoEngine(config)) as engine:
         expected = engine.generate("a red circle", seed=3).frames
         other = np.concatenate(list(engine.decode(engine.denoise("a red circle", seed=3).latents)))
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / FILE).write_text("{}")
         worker = Worker(
             engine=engine, root=tmp_path / "out", checkpoint_every=EVERY, keep_latents=False, tell=lambda *_, **__: None
         )
@@ -266,6 +269,7 @@ def test_memory_that_runs_out_ends_the_item_with_what_would_fit(told: list[dict[
         def tell(event: str, **fields: Any) -> None:
             told.append({"event": event, **fields})
 
+        (tmp_path / FILE).write_text("{}")
         worker = Worker(engine=engine, root=tmp_path, checkpoint_every=EVERY, keep_latents=True, tell=tell)
         with pytest.raises(RuntimeError, match="can't allocate memory"):
             worker.run(task_of(planned))
@@ -273,7 +277,7 @@ def test_memory_that_runs_out_ends_the_item_with_what_would_fit(told: list[dict[
     assert (failed["event"], failed["kind"], failed["whole"]) == ("failed", "memory", False)
     assert failed["message"].startswith("out of memory while making an item (")
     assert "a shorter or smaller video would fit" in failed["message"]
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [FILE]
 
 
 @pytest.mark.parametrize(
@@ -281,6 +285,16 @@ def test_memory_that_runs_out_ends_the_item_with_what_would_fit(told: list[dict[
     [
         (OSError(errno.ENOSPC, "No space left on device"), "disk", "No space left"),
         (UserError("[Errno 28] No space left on device: 'x'"), "disk", "No space left"),
+        (WriteError(errno.EPERM, "Operation not permitted", "a.mp4"), "disk", "cannot write a.mp4: Operation not"),
+        (PermissionError(errno.EACCES, "Permission denied", "a"), "disk", "Permission denied: 'a'"),
+        (OSError(errno.EIO, "Input/output error"), "disk", "Input/output"),
+        (OSError(errno.ESTALE, "Stale file handle"), "disk", "Stale"),
+        (TimeoutError(errno.ETIMEDOUT, "Connection timed out"), "disk", "timed out"),
+        (OSError(errno.ENOTCONN, "Transport endpoint is not connected"), "disk", "Transport endpoint"),
+        (OSError("I/O error: Stale file handle (os error 116)"), "disk", "Stale"),  # of a library, without errno
+        (UserError("rank 1: [Errno 116] Stale file handle: 'x'"), "disk", "Stale"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "a"), "fault", "Is a directory"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "a"), "fault", "too long"),
         (UserError("too long"), "mistake", "too long"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried"), "memory", "would fit"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "memory", ".weights cpu_offload"),
