@@ -25,6 +25,16 @@ MOST_STARTS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
+class Placing:
+    """A replica waits until a cluster has room for it; `Placed` follows. Nothing has been started yet."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """A replica has its place, and begins to load."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ready:
     """A replica has loaded its model, in so many seconds; `place` says where its ranks are."""
 
@@ -70,7 +80,7 @@ class Note:
     text: str
 
 
-Event = Note | Ready | Step | Done | Failed | Ended
+Event = Note | Placing | Placed | Ready | Step | Done | Failed | Ended
 
 
 class Replica(Protocol):
@@ -79,7 +89,7 @@ class Replica(Protocol):
     name: str
 
     def start(self) -> None:
-        """Begin to load; `Ready` or `Ended` follows."""
+        """Begin to load; `Ready` or `Ended` follows, and `Placing` and `Placed` before, where there is room to wait for."""
 
     def make(self, task: dict[str, Any]) -> None:
         """Begin an item; `Step`s, and `Done` or `Failed` follow."""
@@ -91,7 +101,7 @@ class Replica(Protocol):
         """Make all ranks end, at once or with a moment to keep what they have; returns whether all have ended. May be repeated."""
 
 
-State = Literal["waiting", "loading", "idle", "busy", "stopping", "gone"]
+State = Literal["waiting", "placing", "loading", "idle", "busy", "stopping", "gone"]
 
 
 @dataclass
@@ -123,7 +133,7 @@ class Limits:
 
     Attributes:
         item: that an item may take.
-        start: that a replica may take to load.
+        start: that a replica may take to load, once it has its place.
     """
 
     item: float | None = None
@@ -225,8 +235,12 @@ class Driver:
             match event:
                 case Note():
                     self.journal.event("note", replica=seat.replica.name, message=event.text)
-                # What comes late, from a replica that was told to stop, is nobody's any more.
-                case Ready() if seat.state == "loading":
+                # Events that come late, from a replica that was told to stop, are dropped.
+                case Placing() if seat.state == "loading":
+                    self._set(seat, "placing")
+                case Placed() if seat.state == "placing":
+                    self._set(seat, "loading")
+                case Ready() if seat.state in ("placing", "loading"):
                     self._set(seat, "idle")
                     seat.place, seat.starts, self.proven = event.place, 0, True
                     self.journal.event("ready", replica=seat.replica.name, seconds=event.seconds, place=event.place)
@@ -236,7 +250,7 @@ class Driver:
                     self._done(seat, resumed=is_resumed(event.record))
                 case Failed() if seat.state == "busy":
                     self._failed(seat, event.failure, broken=event.broken)
-                case Ended() if seat.state in ("loading", "idle"):
+                case Ended() if seat.state in ("placing", "loading", "idle"):
                     self._ended(seat, event.failure, final=event.final)
 
     def _done(self, seat: Seat, *, resumed: bool) -> None:
@@ -320,7 +334,7 @@ class Driver:
         """Whether there are more items waiting than replicas before this one that could take them."""
         if self.halted or (self.refused and not self.proven):
             return False
-        ready = sum(other.state in ("idle", "loading") for other in self.seats if other is not seat)
+        ready = sum(other.state in ("idle", "loading", "placing") for other in self.seats if other is not seat)
         return len(self.queue.waiting) > ready
 
     def _hand_out(self) -> None:
@@ -342,7 +356,7 @@ class Driver:
         if self.halted or not self.queue.left:
             return
         states = {seat.state for seat in self.seats}
-        if self.refused and not self.proven and not states & {"loading", "stopping"}:
+        if self.refused and not self.proven and not states & {"placing", "loading", "stopping"}:
             self.halted = self.refused
         elif states == {"gone"}:
             failure = self.seats[-1].failure

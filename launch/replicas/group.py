@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from engine.batch.driver import Done, Ended, Event, Failed, Note, Ready, Step
+from engine.batch.driver import Done, Ended, Event, Failed, Note, Placed, Placing, Ready, Step
 from engine.batch.queue import Failure, Kind
 
 # How long the ranks that are left get to answer after the first has failed: to notice a lost connection by themselves.
@@ -105,6 +105,10 @@ class Group:
                     found.append(Step(finished=event["finished"], total=event["total"]))
                 case "note":
                     found.append(Note(text=event["text"]))
+                case "placing":
+                    found.append(Placing())
+                case "placed":
+                    found.append(Placed())
                 case "ready":
                     self._answers[rank] = event
                 case "done" | "failed" if event["item"] == self._item:

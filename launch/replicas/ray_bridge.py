@@ -194,6 +194,9 @@ class RayReplica:
         if self._killed.is_set():
             self.kill()
         found = ray.get([actor.describe.remote() for actor in self._actors])
+        self._tell_rank(
+            0, {"event": "placed"}
+        )  # not before every actor runs: a node may go, and its bundles wait again
         slots = number_ranks([place["node"] for place in found])
         self._actors = [self._actors[slot.bundle] for slot in slots]
         places = [found[slot.bundle] for slot in slots]

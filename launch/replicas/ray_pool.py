@@ -201,7 +201,7 @@ class RayRanks:
     def start(self, setup: Mapping[str, Any] | None) -> None:
         """See `Ranks`; without a setup the ranks get no line."""
         self._generation += 1
-        self._events, self._open, self._killed = [], set(range(self.count)), False
+        self._events, self._open, self._killed = [(0, {"event": "placing"})], set(range(self.count)), False
         lines = [] if setup is None else [json.dumps(setup)]
         fields = {"replica": self._name, "generation": self._generation, "count": self.count, "lines": lines}
         self._pool.order("start", **fields, **asdict(self._start))
@@ -229,7 +229,7 @@ class RayRanks:
             self._pool.order("kill", replica=self._name)
 
     def hear(self, event: Mapping[str, Any]) -> None:
-        """An event of a rank; one of a former start is nobody's any more."""
+        """Queue an event of a rank; events from an earlier start are dropped."""
         if event["generation"] == self._generation and event["rank"] in self._open:
             self._events.append((event["rank"], event["of"]))
             if event["of"]["event"] == "exit":

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.batch.driver import MOST_STARTS, Done, Driver, Ended, Event, Failed, Limits
+from engine.batch.driver import MOST_STARTS, Done, Driver, Ended, Event, Failed, Limits, Placed, Placing
 from engine.batch.plan import Item
 from engine.batch.queue import MOST_ATTEMPTS, Failure, Queue
 from tests.engine.batch.cases import Clock, FakeReplica, Script, batch, lost, succeed
@@ -396,3 +396,37 @@ def test_a_node_that_takes_all_replicas_along_halts_nothing() -> None:
         replicas=len(ITEMS),
     )
     assert (driver.halted, given_up) == (None, [])
+
+
+class PlacedReplica(FakeReplica):
+    """A replica that waits a day for its place on a cluster."""
+
+    def start(self) -> None:
+        self.loads += 1
+        for seconds, event in ((1.0, Placing()), (86_400.0, Placed()), (86_400.0 + self.loads_in, self.loading)):
+            self._later(seconds, event)
+
+
+def drive_placed(loads_in: float) -> Driver:
+    clock = Clock()
+    driver = Driver(
+        queue=Queue.of(ITEMS),
+        replicas=[PlacedReplica("replica-0", clock, loads_in=loads_in)],
+        prepare=prepare,
+        hopeless=lambda item, failure: False,
+        keep=lambda item, attempts: None,
+        journal=Memory(),
+        wait=lambda: setattr(clock, "now", clock.now + 10.0),
+        clock=clock,
+    )
+    driver.run()
+    return driver
+
+
+def test_waiting_for_a_place_does_not_count_as_starting() -> None:
+    driver = drive_placed(1000.0)
+    assert driver.queue.done == {item.item_id for item in ITEMS}
+    assert not driver.journal.named("ended")
+    driver = drive_placed(2000.0)  # longer than a replica may take to load
+    assert len(driver.journal.named("ended")) == MOST_STARTS
+    assert driver.halted.message.endswith("the last: replica-0 had not loaded after 1800 s")

@@ -1,10 +1,11 @@
 """A replica out of ranks: one event of what all of them say, and the cause before its consequences."""
 
+import signal
 from typing import Any
 
 import pytest
 
-from engine.batch.driver import Done, Ended, Failed, Note, Ready, Step
+from engine.batch.driver import Done, Ended, Failed, Note, Placed, Placing, Ready, Step
 from launch.replicas.group import GRACE_SECONDS, Group
 from tests.engine.batch.cases import Clock
 
@@ -71,9 +72,11 @@ def busy(group: Group, ranks: FakeRanks) -> Group:
 
 
 def test_ready_and_done_need_every_rank(group: Group, ranks: FakeRanks) -> None:
+    ranks.say(0, "placing")
     ranks.say(0, "note", text="waits")
+    ranks.say(0, "placed")
     ranks.say(0, "ready", seconds=2.0, place="here")
-    assert group.events() == [Note(text="waits")]
+    assert group.events() == [Placing(), Note(text="waits"), Placed()]
     ranks.say(1, "ready", seconds=3.0, place="there")
     assert group.events() == [Ready(seconds=2.0, place="here")]
     group.make(TASK)
@@ -145,3 +148,23 @@ def test_stopping_waits_for_every_rank(busy: Group, ranks: FakeRanks) -> None:
     ranks.exit(1, -9)
     assert busy.stop(gently=True)
     assert busy.events() == []
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "words"),
+    [
+        (-signal.SIGKILL, "lost", "was ended by SIGKILL, as the system does when memory runs out"),
+        (-signal.SIGTERM, "lost", "was ended by SIGTERM"),
+        (-signal.SIGSEGV, "fault", "was ended by SIGSEGV"),
+        (1, "lost", "ended with exit code 1 (last words)"),
+        (None, "lost", "node is gone"),
+    ],
+)
+def test_a_rank_that_crashes_is_told_from_one_that_is_taken_away(
+    busy: Group, ranks: FakeRanks, code: int | None, kind: str, words: str
+) -> None:
+    ranks.exit(1, code, "node is gone" if code is None else "")
+    ranks.exit(0, -signal.SIGKILL if code is None else code)
+    (event,) = busy.events()
+    assert event.failure.kind == kind
+    assert words in event.failure.message

@@ -177,13 +177,15 @@ def print_places(address: str, count: int, strategy: PlacementStrategy) -> list[
         start = Start(gpus=False, strategy=strategy, command=["-c", WHERE], environment={}, logs=None, cwd=str(ROOT))
         ranks = pool.ranks("ranks", count, start)
         ranks.start(None)
-        until, ended = time.monotonic() + PATIENCE_SECONDS, set()
+        until, ended, placing = time.monotonic() + PATIENCE_SECONDS, set(), []
         while len(ended) < count:
             assert time.monotonic() < until, printed
             for rank, event in ranks.drain():
                 printed[rank] += event["text"] if event["event"] == "stdout" else ""
                 ended |= {rank} if event["event"] == "exit" else set()
+                placing += [event["event"]] if rank == 0 else []
             time.sleep(0.05)
+    assert placing[:2] == ["placing", "placed"]
     found = [printed[rank].split() for rank in range(count)]
     return [(int(rank), int(local), int(size), node) for rank, local, size, node in found]
 
