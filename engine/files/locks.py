@@ -231,10 +231,10 @@ def _remove_dead(path: Path, dead: Holder | None, say: Say) -> None:
 
 
 def _release(path: Path, descriptor: int) -> None:
-    try:
+    with contextlib.suppress(OSError):  # storage that has failed; the file names a process that has ended, as after a kill
         if _has_name(descriptor, path):
             path.unlink(missing_ok=True)
-    finally:
+    with contextlib.suppress(OSError):
         os.close(descriptor)
 
 

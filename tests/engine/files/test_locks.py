@@ -296,3 +296,23 @@ def test_waiting_for_a_lock_that_is_freed(tmp_path: Path) -> None:
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+def test_storage_that_fails_at_the_end_hides_no_error_of_the_block(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the next process takes the file over."""
+    path = tmp_path / "a.lock"
+
+    def stale(*_: object, **__: object) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with pytest.raises(ValueError, match="the cause"):
+        with hold(path):
+            monkeypatch.setattr(Path, "unlink", stale)
+            raise ValueError("the cause")
+    assert path.exists()
+    monkeypatch.undo()
+    with hold(path):
+        assert holder_of(path) is not None
+    assert not path.exists()
