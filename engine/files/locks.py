@@ -231,7 +231,9 @@ def _remove_dead(path: Path, dead: Holder | None, say: Say) -> None:
 
 
 def _release(path: Path, descriptor: int) -> None:
-    with contextlib.suppress(OSError):  # storage that has failed; the file names a process that has ended, as after a kill
+    with contextlib.suppress(
+        OSError
+    ):  # storage that has failed; the file names a process that has ended, as after a kill
         if _has_name(descriptor, path):
             path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
