@@ -112,6 +112,7 @@ def apply_method(
     """
     adapter = adapter_of(pipe)
     adapter.check_pipeline(pipe)
+    adapter.check_scheduler(pipe.scheduler)
     transformer = pipe.transformer
     modules = adapter.attention_modules(transformer)
     _check_free(transformer, modules)

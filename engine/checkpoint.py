@@ -9,9 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from engine.denoise import SchedulerState, restore_scheduler
 from engine.errors import UserError
 from engine.files.whole import atomic_path
+from engine.schedulers import SchedulerState, restore_scheduler
 
 History = dict[str, list[dict[str, Any]]]
 """Rows about finished steps, in JSON's types, by what wrote them; each row has a `step`."""
@@ -49,9 +49,9 @@ def save_run(
 
 
 def load_run(
-    data: bytes, *, path: Path, run_id: str, scheduler: Any, device: torch.device
+    data: bytes, *, path: Path, run_id: str, scheduler: Any, generator: torch.Generator, device: torch.device
 ) -> tuple[Tensor, int, History]:
-    """Latents, number of finished steps and their history from a `save_run` file's bytes; puts the scheduler in its state.
+    """Latents, number of finished steps and their history from a `save_run` file's bytes; puts scheduler and generator in their state.
 
     Bytes, because rank 0 reads the file for all ranks. UserError, which names `path`, for another run's or a broken file.
     """
@@ -64,7 +64,7 @@ def load_run(
     if metadata.get("run_id") != run_id:
         raise UserError(f"{path} belongs to another run (other prompt, seed or setting); delete it or move it away")
     state = {name.removeprefix("scheduler."): value for name, value in tensors.items() if name != "latents"}
-    restore_scheduler(scheduler, (state, json.loads(metadata["scheduler"])), device)
+    restore_scheduler(scheduler, (state, json.loads(metadata["scheduler"])), device, generator)
     return tensors["latents"].to(device), int(metadata["step"]), json.loads(metadata.get("history", "{}"))
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from engine.adapters.base import Text
 from engine.checkpoint import History, save_run
-from engine.denoise import NotFiniteError, SchedulerState, check_finite, denoise, scheduler_state
+from engine.denoise import NotFiniteError, check_finite, denoise
+from engine.schedulers import SchedulerState, scheduler_state
 from engine.trace import Trace
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ class DenoiseLoop:
     Attributes:
         engine: the model, its method and its scheduler with the timesteps set.
         text: text of each pass by its name, `cond` first, and `uncond` with guidance.
+        generator: has drawn the first noise, and draws that of a scheduler that adds some in its steps.
         trace: hears the conditional pass, if given.
         path: where a run that ends early leaves its state; None keeps none.
         run_id: whose state that is.
@@ -36,6 +38,7 @@ class DenoiseLoop:
 
     engine: "LongVideoEngine"
     text: dict[str, Text]
+    generator: torch.Generator
     trace: Trace | None
     path: Path | None
     run_id: str
@@ -53,7 +56,7 @@ class DenoiseLoop:
         """Denoise from `done` finished steps on."""
         scheduler = self.engine.pipe.scheduler
         total = len(scheduler.timesteps)
-        reached = (done, latents, scheduler_state(scheduler))
+        reached = (done, latents, scheduler_state(scheduler, self.generator))
         with self.engine.progress("denoise", total=total, initial=done) as bar:
             started = time.perf_counter()
 
@@ -67,7 +70,7 @@ class DenoiseLoop:
                 timestep = float(scheduler.timesteps[finished - 1])
                 now = time.perf_counter()
                 self.steps.append({"step": finished - 1, "timestep": timestep, "mode": mode, "seconds": now - started})
-                started, reached = now, (finished, latents, scheduler_state(scheduler))
+                started, reached = now, (finished, latents, scheduler_state(scheduler, self.generator))
                 bar.set_postfix(mode=mode)
                 bar.update()
                 if self.checkpoint_every and (finished % self.checkpoint_every == 0 or finished == total):
@@ -77,7 +80,14 @@ class DenoiseLoop:
 
             self.engine.handle.state.trace = self.trace
             try:
-                return denoise(latents, scheduler, self.predict, start_step=done, after_step=after_step)
+                return denoise(
+                    latents,
+                    scheduler,
+                    self.predict,
+                    generator=self.generator,
+                    start_step=done,
+                    after_step=after_step,
+                )
             except NotFiniteError:  # the steps before would only lead there again
                 raise
             except BaseException:

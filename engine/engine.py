@@ -23,7 +23,7 @@ from engine.checkpoint import History, load_run
 from engine.config import COMPILED_TRACE, MethodConfig, OutputConfig, RunConfig
 from engine.decode_plan import check_tiles
 from engine.decoder import VideoDecoder
-from engine.denoise import draw_noise, make_scheduler, shifting_tokens
+from engine.denoise import draw_noise
 from engine.denoise_loop import DenoiseLoop
 from engine.errors import UserError
 from engine.group_of_one import GROUP_OF_ONE
@@ -34,6 +34,7 @@ from engine.progress import enabled, progress_bar
 from engine.provenance import describe_weights
 from engine.ranks import check_agreement, fingerprints, hand_out, hand_out_bytes, together
 from engine.record import build_record, running_revision
+from engine.schedulers import make_scheduler, shifting_tokens
 from engine.sharded_weights import Encode, encode_on_all, shard_pipeline, shards_text
 from engine.supported_layouts import check_layout
 from engine.text_cache import TextCache, cache_key
@@ -222,13 +223,15 @@ class LongVideoEngine:
 
         run_id = self._run_id(prompt=prompt, negative_prompt=negative_prompt, seed=seed, num_frames=num_frames)
         schedule = self._set_timesteps(num_frames)
-        latents, done, history = self._first_latents(num_frames, seed, checkpoint, run_id)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        latents, done, history = self._first_latents(num_frames, generator, checkpoint, run_id)
 
         started = time.perf_counter()
         passes = dict(zip(("cond", "uncond"), text, strict=False))  # no unconditional one without guidance
         loop = DenoiseLoop(
             engine=self,
             text=passes,
+            generator=generator,
             trace=trace,
             path=checkpoint,
             run_id=run_id,
@@ -396,17 +399,27 @@ class LongVideoEngine:
         return schedule
 
     def _first_latents(
-        self, num_frames: int, seed: int, checkpoint: Path | None, run_id: str
+        self, num_frames: int, generator: torch.Generator, checkpoint: Path | None, run_id: str
     ) -> tuple[Tensor, int, History]:
-        """Noise and 0, or an interrupted run's latents, the number of its finished steps and what was noted of them."""
+        """Noise and 0, or an interrupted run's latents, the number of its finished steps and what was noted of them.
+
+        Scheduler and generator are left in the state of that many steps.
+        """
         found = checkpoint is not None and self.is_first and checkpoint.exists()
         data = hand_out_bytes(self.mesh, checkpoint.read_bytes() if found else b"", "checkpoint")
         if data:
-            return load_run(data, path=checkpoint, run_id=run_id, scheduler=self.pipe.scheduler, device=self.device)
+            return load_run(
+                data,
+                path=checkpoint,
+                run_id=run_id,
+                scheduler=self.pipe.scheduler,
+                generator=generator,
+                device=self.device,
+            )
         shape = self.spec.latent_shape(num_frames, self.config.video.height, self.config.video.width)
         kind, stride = self.config.noise
         window = self.config.method.window_frames * self.spec.patch[0]
-        noise = draw_noise(shape, seed, kind, window_frames=window, stride=stride * self.spec.patch[0])
+        noise = draw_noise(shape, generator, kind, window_frames=window, stride=stride * self.spec.patch[0])
         return noise.to(self.device), 0, {}
 
     def _run_id(self, **what: Any) -> str:

@@ -135,7 +135,8 @@ def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: s
             given["transformer"] = single.load(adapter, folder, "transformer", dtype)
         pipe = adapter.pipeline_class.from_pretrained(folder, vae=vae, dtype=dtype, use_safetensors=True, **given)
     adapter.check_pipeline(pipe)
-    _try_scheduler(adapter, pipe.scheduler, folder)
+    with _faults_of(folder / "scheduler"):
+        adapter.try_scheduler(pipe.scheduler)
     if with_text:
         _check_text_encoder(pipe)
     pipe.set_progress_bar_config(disable=True)
@@ -229,14 +230,6 @@ def _load_beside(adapter: ModelAdapter, folder: Path, name: str) -> Any:
     others = dict.fromkeys({*WEIGHT_FOLDERS, "scheduler", "tokenizer"} - {name})
     with _faults_of(folder / name):
         return getattr(adapter.pipeline_class.from_pretrained(folder, **others), name)
-
-
-def _try_scheduler(adapter: ModelAdapter, scheduler: Any, folder: Path) -> None:
-    """One step of a copy: what its configuration cannot do would otherwise show after the first forward."""
-    with _faults_of(folder / "scheduler"):
-        copy = type(scheduler).from_config(scheduler.config)
-        adapter.set_timesteps(copy, 2, num_tokens=1, shift="native", device=None)
-        copy.step(torch.zeros(1), copy.timesteps[0], torch.zeros(1), return_dict=False)
 
 
 @contextmanager

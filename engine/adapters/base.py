@@ -4,6 +4,7 @@ The engine asks nothing of a model but through here: no other file names a pipel
 through the questions in order.
 """
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from engine.blend import Tiles
 from engine.config import DecodeConfig
 from engine.errors import UserError
+from engine.schedulers import ADVICE, check_flow
 
 Range = tuple[int, int]
 # Text of one pass as the transformer takes it: embeddings [1, K, C], and for a model that masks its padding [1, K] of 0 and 1.
@@ -247,7 +249,28 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def check_pipeline(self, pipe: Any) -> None:
-        """Raise UserError for pipelines of this class that would run and give a wrong video."""
+        """Raise UserError for pipelines of this class that would run and give a wrong video, whatever their scheduler."""
+
+    def try_scheduler(self, scheduler: Any) -> bool:
+        """Whether the scheduler draws noise while it steps, from a trial as `engine.schedulers.check_flow` describes it.
+
+        UserError for one that the model's pipeline cannot use, or with which it would run and give a wrong video; other errors
+        are the scheduler's own, for a value of its configuration.
+        """
+        set_timesteps = functools.partial(self.set_timesteps, num_tokens=1, shift="native", device=None)
+        return check_flow(scheduler, set_timesteps, model=self.name.split()[0])
+
+    def check_scheduler(self, scheduler: Any) -> bool:
+        """`try_scheduler`, with every error as a UserError."""
+        try:
+            return self.try_scheduler(scheduler)
+        except UserError:
+            raise
+        except Exception as error:  # whatever a scheduler raises for a value that it does not expect
+            first = next(iter(str(error).strip().splitlines()), "")
+            raise UserError(
+                f"the scheduler {type(scheduler).__name__} cannot be used ({type(error).__name__}: {first}); {ADVICE}"
+            ) from error
 
     def build(self, part: str, config: dict[str, Any]) -> nn.Module:
         """A part of the pipeline (transformer, vae or text_encoder) with random weights, from its configuration."""

@@ -1,5 +1,6 @@
 """LTX-Video text-to-video (2B, 0.9.0 to 0.9.6) inside diffusers: where its tokens are made, mixed and put together again."""
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -7,12 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKLLTXVideo,
-    FlowMatchEulerDiscreteScheduler,
-    LTXPipeline,
-    LTXVideoTransformer3DModel,
-)
+from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
@@ -29,6 +25,7 @@ from engine.adapters.prompts import refuse_long_prompts
 from engine.blend import cover, fade_in, lay_over, overlap_share
 from engine.config import DecodeConfig
 from engine.errors import UserError
+from engine.schedulers import ADVICE, fixed_shift
 
 FP32_BYTES = 4
 # What LTXVideoTransformer3DModel and AutoencoderKLLTXVideo fix in code, or have as the default of a key.
@@ -99,22 +96,11 @@ class LtxAdapter(ModelAdapter):
         )
 
     def check_pipeline(self, pipe: LTXPipeline) -> None:
-        """Patches and schedulers that the stock pipeline itself would handle in another way are refused."""
+        """Patches that the stock pipeline itself would handle in another way are refused."""
         patch = (pipe.transformer.config.patch_size_t, pipe.transformer.config.patch_size)
         if patch != (1, 1):
             raise UserError(
                 f"the transformer has patches of {patch[0]} x {patch[1]}; LTX-Video has one latent per token"
-            )
-        scheduler = pipe.scheduler
-        if not isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
-            raise UserError(
-                f"LTX-Video is sampled with a FlowMatchEulerDiscreteScheduler, and the scheduler is a "
-                f"{type(scheduler).__name__}; use the checkpoint's own"
-            )
-        if scheduler.config.stochastic_sampling:
-            raise UserError(
-                "the scheduler draws noise in each step (stochastic_sampling), which ranks would draw differently; set it "
-                "to false in scheduler_config.json"
             )
 
     def attention_modules(self, transformer: LTXVideoTransformer3DModel) -> list[nn.Module]:
@@ -186,17 +172,19 @@ class LtxAdapter(ModelAdapter):
     ) -> dict[str, Any]:
         """Evenly spaced sigmas, shifted by exp(mu) with mu linear in the tokens (0.9.0, 0.9.1), or by a fixed number (later)."""
         config = scheduler.config
-        if config.shift_terminal and num_steps == 1:
+        if not {"sigmas", "mu"} <= inspect.signature(scheduler.set_timesteps).parameters.keys():
+            raise UserError(
+                f"LTX-Video gives its scheduler sigmas and their shift mu, which {type(scheduler).__name__} does not take; {ADVICE}"
+            )
+        if config.get("shift_terminal") and num_steps == 1:
             raise UserError(
                 f"one step cannot end at the scheduler's shift_terminal {config.shift_terminal} and begin at 1; "
                 "use sampler.num_steps 2 or more"
             )
-        sigmas = np.linspace(1.0, 1 / num_steps, num_steps)
-        if not config.use_dynamic_shifting:
-            scheduler.set_timesteps(sigmas=sigmas, device=device)
-            return {"shift": "fixed", "value": config.shift}
         mu = shift_exponent(config, num_tokens)
-        scheduler.set_timesteps(sigmas=sigmas, mu=mu, device=device)
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), mu=mu, device=device)
+        if not config.get("use_dynamic_shifting"):
+            return {"shift": "fixed", "value": fixed_shift(scheduler)}
         return {"shift": shift, "value": float(np.exp(mu)), "mu": mu, "tokens": num_tokens}
 
     def predict(

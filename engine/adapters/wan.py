@@ -1,6 +1,5 @@
 """Wan2.1 text-to-video inside diffusers: where its tokens are made, mixed and put together again."""
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
@@ -15,6 +14,7 @@ from engine.adapters.base import DecodeMode, LatentDecoder, ModelAdapter, ModelN
 from engine.adapters.prompts import refuse_long_prompts
 from engine.config import DecodeConfig
 from engine.errors import UserError
+from engine.schedulers import fixed_shift
 
 FP32_BYTES = 4
 
@@ -82,8 +82,7 @@ class WanAdapter(ModelAdapter):
         return made
 
     def check_pipeline(self, pipe: WanPipeline) -> None:
-        """Image-to-video, Wan2.2 and two-transformer checkpoints are refused, and schedulers that know no flow."""
-        _check_scheduler(pipe.scheduler)
+        """Image-to-video, Wan2.2 and two-transformer checkpoints are refused."""
         config = pipe.transformer.config
         if config.added_kv_proj_dim is not None or config.image_dim is not None:
             raise UserError("this is an image-to-video checkpoint; use a text-to-video one")
@@ -165,7 +164,7 @@ class WanAdapter(ModelAdapter):
     ) -> dict[str, Any]:
         """The shift is a number of the scheduler, whatever the length."""
         scheduler.set_timesteps(num_steps, device=device)
-        return {"shift": "fixed", "value": scheduler.config.get("flow_shift", scheduler.config.get("shift"))}
+        return {"shift": "fixed", "value": fixed_shift(scheduler)}
 
     def predict(
         self, pipe: WanPipeline, latents: Tensor, timestep: Tensor, texts: dict[str, Text], *, fps: int
@@ -275,21 +274,6 @@ def _check_statistics(vae: Mapping[str, Any]) -> None:
         for value in values:
             if not isinstance(value, int | float) or not least < value < math.inf:
                 raise ValueError(f"{name} must be finite numbers{', more than 0' if least == 0 else ''}, got {value!r}")
-
-
-def _check_scheduler(scheduler: Any) -> None:
-    """Wan predicts a velocity; a scheduler that takes it for noise gives a wrong video, or ends in the first step."""
-    kind, config = type(scheduler), scheduler.config
-    if kind.__name__.startswith("FlowMatch"):
-        return
-    advice = "use the checkpoint's own, UniPCMultistepScheduler, or FlowMatchEulerDiscreteScheduler"
-    if "use_flow_sigmas" not in inspect.signature(kind.__init__).parameters:
-        raise UserError(f"Wan2.1 predicts a flow, which the scheduler {kind.__name__} does not know; {advice}")
-    for name, wanted in (("prediction_type", "flow_prediction"), ("use_flow_sigmas", True)):
-        if config.get(name) != wanted:
-            raise UserError(
-                f"Wan2.1 predicts a flow, and the {kind.__name__} has {name} {config.get(name)}, not {wanted}; {advice}"
-            )
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

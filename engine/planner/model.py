@@ -17,9 +17,9 @@ from engine.adapters import ModelAdapter, VideoSpec, adapter_named
 from engine.adapters.base import ModelNumbers
 from engine.adapters.published import PUBLISHED, SOURCES
 from engine.config import ModelConfig, SamplerConfig
-from engine.denoise import make_scheduler, shifting_tokens
 from engine.errors import UserError
 from engine.load import find_checkpoint, quiet_hub
+from engine.schedulers import make_scheduler, shifting_tokens
 from parallel.zero3 import LIVE_LAYERS, repeated_layers
 
 FP32_BYTES = 4

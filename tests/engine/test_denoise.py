@@ -5,8 +5,9 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from engine.checkpoint import load_latents, load_run, save_latents, save_run
-from engine.denoise import denoise, draw_noise, make_scheduler, scheduler_state
+from engine.denoise import denoise, draw_noise
 from engine.errors import UserError
+from engine.schedulers import make_scheduler, scheduler_state
 
 SCHEDULERS = {
     "unipc": lambda: UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
@@ -19,6 +20,11 @@ SCHEDULERS = {
 
 def predict(latents, timestep, step):
     return torch.sin(latents * 2 + timestep / 300) + 0.1 * step
+
+
+def no_noise() -> torch.Generator:
+    """The generator of schedulers that draw none."""
+    return torch.Generator()
 
 
 def ready(name: str, num_steps: int = 7):
@@ -38,7 +44,7 @@ def test_noise_is_the_stock_draw():
 @pytest.mark.parametrize("stop", [1, 2, 4, 6])
 def test_a_resumed_run_is_bit_equal(name, stop, tmp_path):
     noise = draw_noise((1, 4, 3, 2, 2), 5)
-    whole = denoise(noise, ready(name), predict)
+    whole = denoise(noise, ready(name), predict, generator=no_noise())
 
     class StoppedError(Exception):
         pass
@@ -47,35 +53,38 @@ def test_a_resumed_run_is_bit_equal(name, stop, tmp_path):
 
     def interrupt(done, latents):
         if done == stop:
-            state = scheduler_state(scheduler)
+            state = scheduler_state(scheduler, no_noise())
             save_run(tmp_path / "run.safetensors", latents, step=done, run_id="a", state=state)
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        denoise(noise, scheduler, predict, after_step=interrupt)
+        denoise(noise, scheduler, predict, generator=no_noise(), after_step=interrupt)
     fresh = ready(name)
     latents, step, _ = load_run(
         (tmp_path / "run.safetensors").read_bytes(),
         path=tmp_path,
         run_id="a",
         scheduler=fresh,
+        generator=no_noise(),
         device=torch.device("cpu"),
     )
     assert step == stop
-    assert torch.equal(denoise(latents, fresh, predict, start_step=step), whole)
+    assert torch.equal(denoise(latents, fresh, predict, generator=no_noise(), start_step=step), whole)
     if name != "euler" and 1 < stop < 6:  # negative control: a multistep solver without its history goes elsewhere
         forgetful = ready(name)
         forgetful.set_begin_index(step)
-        assert not torch.equal(denoise(latents, forgetful, predict, start_step=step), whole)
+        assert not torch.equal(denoise(latents, forgetful, predict, generator=no_noise(), start_step=step), whole)
 
 
 def test_another_runs_checkpoint_is_refused(tmp_path):
     path = tmp_path / "run.safetensors"
-    save_run(path, torch.zeros(1), step=1, run_id="a", state=scheduler_state(ready("unipc")))
+    scheduler, generator = ready("unipc"), no_noise()
+    save_run(path, torch.zeros(1), step=1, run_id="a", state=scheduler_state(scheduler, generator))
+    arguments = {"path": path, "scheduler": scheduler, "generator": generator, "device": torch.device("cpu")}
     with pytest.raises(UserError, match="belongs to another run"):
-        load_run(path.read_bytes(), path=path, run_id="b", scheduler=ready("unipc"), device=torch.device("cpu"))
+        load_run(path.read_bytes(), run_id="b", **arguments)
     with pytest.raises(UserError, match="not a whole safetensors file"):
-        load_run(path.read_bytes()[:-1], path=path, run_id="a", scheduler=ready("unipc"), device=torch.device("cpu"))
+        load_run(path.read_bytes()[:-1], run_id="a", **arguments)
 
 
 def test_latents_file(tmp_path):

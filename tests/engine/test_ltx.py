@@ -12,7 +12,12 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, LTXPipeline, UniPCMultistepScheduler
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    FlowMatchHeunDiscreteScheduler,
+    LTXPipeline,
+    UniPCMultistepScheduler,
+)
 from torch import Tensor
 
 from engine import apply_method
@@ -308,10 +313,14 @@ def test_settings_that_would_be_ignored_are_refused(folder):
 def test_unsafe_pipelines_are_refused():
     pipe = random_ltx()
     pipe.scheduler = UniPCMultistepScheduler()
-    with pytest.raises(UserError, match="the scheduler is a UniPCMultistepScheduler; use the checkpoint's own"):
+    with pytest.raises(
+        UserError, match="LTX-Video predicts a flow, and the UniPCMultistepScheduler has prediction_type"
+    ):
         apply_method(pipe, window_frames=WINDOW)
-    pipe.scheduler = FlowMatchEulerDiscreteScheduler(stochastic_sampling=True)
-    with pytest.raises(UserError, match="stochastic_sampling"):
+    pipe.scheduler = FlowMatchHeunDiscreteScheduler()
+    with pytest.raises(
+        UserError, match="sigmas and their shift mu, which FlowMatchHeunDiscreteScheduler does not take"
+    ):
         apply_method(pipe, window_frames=WINDOW)
     pipe = random_ltx()
     pipe.transformer.register_to_config(patch_size=2)

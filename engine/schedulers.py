@@ -1,0 +1,186 @@
+"""Diffusers schedulers: which of them integrate a flow, who decides the noise that some draw, and their state in a checkpoint."""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+from engine.errors import UserError
+
+# Tensors by name (`name` or `name.index`), and plain values for JSON.
+SchedulerState = tuple[dict[str, Tensor], dict[str, Any]]
+
+# Attributes of a diffusers scheduler that are no state: its configuration.
+_NOT_STATE = ("_internal_dict",)
+_GENERATOR = "step generator"  # no attribute has a space in its name
+ADVICE = "use the checkpoint's own, UniPCMultistepScheduler, or FlowMatchEulerDiscreteScheduler"
+
+# The trial of a scheduler: enough steps for a solver of third order to take one of its own.
+TRIAL_STEPS = 5
+TRAINED_TIMESTEPS = 1000  # at sigma 1, of Wan2.1 and LTX-Video
+TIMESTEP_ERROR = 2.0  # some schedulers round timesteps to whole numbers
+SAMPLE_ERROR = 1e-3
+
+
+def make_scheduler(scheduler: Any, flow_shift: float | None) -> Any:
+    """A fresh scheduler of the same class and configuration, with another timestep shift unless that is None."""
+    overrides: dict[str, float] = {}
+    if flow_shift is not None:
+        if scheduler.config.get("use_dynamic_shifting"):
+            raise UserError(
+                f"sampler.flow_shift {flow_shift} would be ignored: this checkpoint's shift follows from the number of "
+                "tokens; leave it unset, and choose with sampler.shift which number that is"
+            )
+        key = next((key for key in ("flow_shift", "shift") if key in scheduler.config), None)
+        if key is None:
+            raise UserError(f"sampler.flow_shift: {type(scheduler).__name__} has no shift; leave it unset")
+        overrides[key] = flow_shift
+    return type(scheduler).from_config(scheduler.config, **overrides)
+
+
+def fixed_shift(scheduler: Any) -> float | None:
+    """The timestep shift of a scheduler whose shift does not follow from the number of tokens."""
+    return scheduler.config.get("flow_shift", scheduler.config.get("shift"))
+
+
+def shifting_tokens(shift: Literal["native", "actual"], frames: int, frame_tokens: int, *, window_frames: int) -> int:
+    """Tokens whose timestep shift a video of `frames` x `frame_tokens` takes, by the setting `sampler.shift`.
+
+    `native` never takes more than those of the native length, `window_frames`: there the shift that grows with the number of
+    tokens was trained, and far beyond it nearly all steps would be at almost pure noise.
+    """
+    return (min(frames, window_frames) if shift == "native" else frames) * frame_tokens
+
+
+def step_noise(scheduler: Any, generator: torch.Generator) -> dict[str, torch.Generator]:
+    """Arguments of `scheduler.step` that let `generator` draw its noise; none for a scheduler that draws none."""
+    return {"generator": generator} if _takes_generator(type(scheduler)) else {}
+
+
+@functools.cache
+def _takes_generator(kind: type) -> bool:
+    return "generator" in inspect.signature(kind.step).parameters
+
+
+def check_flow(scheduler: Any, set_timesteps: Callable[[Any, int], Any], *, model: str) -> bool:
+    """Whether the scheduler draws noise while it steps; UserError unless it integrates a flow as `model` predicts it.
+
+    Found by a trial of a copy on x_sigma = (1 - sigma) x_0 + sigma n, whose velocity (x - x_0) / sigma every such
+    scheduler integrates to the x_0 of its last sigma, whatever noise it draws, at timesteps 1000 sigma.
+
+    Args:
+        scheduler: a diffusers scheduler; neither its state nor torch's generators are changed.
+        set_timesteps: `(copy, num_steps)` as the model's pipeline sets them.
+        model: what messages call the model.
+
+    Raises:
+        UserError: for a scheduler that the pipeline cannot use, or that takes the prediction for something else.
+        Exception: whatever the scheduler raises for a value of its configuration.
+    """
+    kind, config = type(scheduler).__name__, scheduler.config
+    if "use_flow_sigmas" in inspect.signature(type(scheduler).__init__).parameters:
+        for name, wanted in (("prediction_type", "flow_prediction"), ("use_flow_sigmas", True)):
+            if config.get(name) != wanted:
+                raise UserError(
+                    f"{model} predicts a flow, and the {kind} has {name} {config.get(name)}, not {wanted}; {ADVICE}"
+                )
+    unknown = UserError(f"{model} predicts a flow, which the scheduler {kind} does not know; {ADVICE}")
+    if not hasattr(scheduler, "set_begin_index"):
+        raise unknown
+    generator = functools.partial(torch.Generator("cpu").manual_seed, 0)
+    with warnings.catch_warnings(), torch.no_grad(), _disable_current_modes():  # real numbers, also among fake tensors
+        warnings.simplefilter("ignore")  # what it says of itself, it says in the run
+        one, other = (_trial(scheduler, set_timesteps, seed=seed) for seed in (1, 2))
+        if one is None or other is None:
+            raise unknown
+        if torch.equal(one, other):
+            return False
+        told, again = (_trial(scheduler, set_timesteps, seed=seed, generator=generator()) for seed in (1, 2))
+    if told is None or again is None or not torch.equal(told, again):
+        raise UserError(
+            f"the {kind} draws noise that no generator decides, so no seed would give the same video; {ADVICE}"
+        )
+    return True
+
+
+def _trial(
+    scheduler: Any,
+    set_timesteps: Callable[[Any, int], Any],
+    *,
+    seed: int,
+    generator: torch.Generator | None = None,
+) -> Tensor | None:
+    """Samples [steps, 1, 1, 4, 8, 8] after each step of a copy, with torch's own generator at `seed`; None if it lost the flow."""
+    copy = type(scheduler).from_config(scheduler.config)
+    set_timesteps(copy, TRIAL_STEPS)
+    copy.set_begin_index(0)
+    draw = torch.Generator("cpu").manual_seed(0)
+    x0, sample = torch.randn(2, 1, 1, 4, 8, 8, generator=draw, device="cpu")
+    noise = {} if generator is None else step_noise(copy, generator)
+    sigmas = getattr(copy, "sigmas", None)
+    if sigmas is None or len(sigmas) <= len(copy.timesteps):
+        return None
+    samples = []
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for sigma, timestep in zip(sigmas.tolist(), copy.timesteps, strict=False):
+            if abs(float(timestep) - TRAINED_TIMESTEPS * sigma) > TIMESTEP_ERROR:
+                return None
+            velocity = (sample - x0) / sigma
+            sample = copy.step(velocity, timestep, sample, return_dict=False, **noise)[0]
+            samples.append(sample)
+    last = float(sigmas[-1])
+    left = (sample - (1 - last) * x0).square().mean().sqrt()
+    # Of sigma_last n, with room for the noise of few numbers; not a number is more.
+    return torch.stack(samples) if float(left) <= 1.5 * last + SAMPLE_ERROR else None
+
+
+def scheduler_state(scheduler: Any, generator: torch.Generator) -> SchedulerState:
+    """What a scheduler has learnt so far, and where the generator of its noise stands.
+
+    Tensors are not copied: schedulers replace theirs, they do not write into them.
+    """
+    tensors: dict[str, Tensor] = {_GENERATOR: generator.get_state()}
+    values: dict[str, Any] = {}
+    for name, value in vars(scheduler).items():
+        if name in _NOT_STATE or callable(value):  # functions follow from the configuration
+            continue
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(value, list | tuple):
+            values[name] = [None if isinstance(item, Tensor) else item for item in value]
+            tensors |= {f"{name}.{i}": item for i, item in enumerate(value) if isinstance(item, Tensor)}
+        elif value is None or isinstance(value, bool | int | float | str):
+            values[name] = value
+        else:
+            raise UserError(
+                f"{type(scheduler).__name__} keeps {name} as {type(value).__name__}, which cannot be saved; "
+                "use UniPCMultistepScheduler or FlowMatchEulerDiscreteScheduler"
+            )
+    return tensors, values
+
+
+def restore_scheduler(scheduler: Any, state: SchedulerState, device: torch.device, generator: torch.Generator) -> None:
+    """Put a state from `scheduler_state` back; the scheduler must have the same configuration and number of steps.
+
+    Tensors that the model makes go to `device`; those that the scheduler holds now stay on the device where it has them.
+    """
+    tensors, values = state
+    if _GENERATOR in tensors:  # not in a state that was saved before any scheduler's noise was
+        generator.set_state(tensors[_GENERATOR].cpu())
+    for name, value in values.items():
+        setattr(scheduler, name, list(value) if isinstance(value, list) else value)
+    for name, tensor in tensors.items():
+        if name == _GENERATOR:
+            continue
+        owner, _, index = name.partition(".")
+        if index:
+            getattr(scheduler, owner)[int(index)] = tensor.to(device)
+        else:
+            now = getattr(scheduler, owner)
+            setattr(scheduler, owner, tensor.to(now.device if isinstance(now, Tensor) else device))
