@@ -8,6 +8,7 @@ import av
 import numpy as np
 
 from engine.files.whole import atomic_path
+from engine.read_video import count_frames
 
 # ITU-R BT.709 in ffmpeg's numbering of matrix, primaries and transfer, and of limited range. Written into the file:
 # players guess otherwise, by the picture's size, and colours would shift.
@@ -59,16 +60,3 @@ def open_video(path: Path, *, fps: int, height: int, width: int, crf: int) -> It
         found = count_frames(part)
         if found != writer.num_frames:
             raise OSError(f"{path} holds {found} of {writer.num_frames} frames after writing")
-
-
-def count_frames(path: Path) -> int:
-    """Frames in a video file, from its packets; nothing is decoded."""
-    with av.open(str(path), format="mp4") as container:
-        return sum(1 for packet in container.demux(video=0) if packet.size)
-
-
-def read_video(path: Path) -> Iterator[np.ndarray]:
-    """Frames of a video file, uint8 [H, W, 3], one at a time."""
-    with av.open(str(path), format="mp4") as container:
-        for frame in container.decode(video=0):
-            yield frame.reformat(format="rgb24", src_colorspace="ITU709", src_color_range="MPEG").to_ndarray()

@@ -11,14 +11,17 @@ import hashlib
 import importlib.metadata
 import itertools
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import av
 import cv2
 import numpy as np
 from skimage.measure import blur_effect
 from skimage.metrics import structural_similarity
+
+import engine.read_video
+from engine.read_video import read_video
 
 PROXIES = {
     "vbench.temporal_flickering_unfiltered": "VBench's temporal_flickering formula on all frames: 1 if still",
@@ -72,25 +75,21 @@ def proxies(frames: np.ndarray, fps: int) -> dict[str, float]:
 
 
 def measure_file(path: Path, fps: int) -> dict[str, float]:
-    """`proxies` of an mp4, on one thread."""
+    """`proxies` of a video file, on one thread."""
     cv2.setNumThreads(1)
     return proxies(read_frames(path), fps)
 
 
 def read_frames(path: Path) -> np.ndarray:
-    """All frames of an mp4, uint8 [T, H, W, 3], as `engine.video.read_video` decodes them, without what that imports."""
-    with av.open(str(path), format="mp4") as container:
-        decoded = (
-            frame.reformat(format="rgb24", src_colorspace="ITU709", src_color_range="MPEG")
-            for frame in container.decode(video=0)
-        )
-        return np.stack([frame.to_ndarray() for frame in decoded])
+    """All frames of a video file, uint8 [T, H, W, 3], by its own colour tags; UserError if it does not decode."""
+    return np.stack(list(read_video(path)))
 
 
 def version() -> str:
-    """SHA-256 over this file and the versions of its libraries: what a kept value belongs to, beside its video."""
+    """SHA-256 over this code and the versions of its libraries: what a kept value belongs to, beside its video."""
     versions = "".join(f"{package} {importlib.metadata.version(package)}\n" for package in _PACKAGES)
-    return hashlib.sha256(Path(__file__).read_bytes() + versions.encode()).hexdigest()
+    sources = b"".join(Path(module.__file__).read_bytes() for module in (sys.modules[__name__], engine.read_video))
+    return hashlib.sha256(sources + versions.encode()).hexdigest()
 
 
 def flow_between(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -18,6 +18,7 @@ from engine.errors import UserError
 from engine.files.trees import Shape, check_tree, read_json
 from engine.files.whole import file_sha256
 from engine.paths import expand
+from engine.read_video import check_colours, open_file
 
 _COLUMNS = ("method", "prompt", "seed", "path")
 _SIDECAR: Shape = {
@@ -230,9 +231,10 @@ def _settings(tree: Mapping[str, Any], method: str) -> tuple[tuple[str, Any], ..
 
 
 def _probe(path: Path) -> dict[str, Any]:
-    """What the file itself says; from its packets, nothing is decoded."""
+    """What the file itself says: of its first frame, which is decoded, and of its packets."""
     try:
-        with av.open(str(path), format="mp4") as container:
+        check_colours(path)
+        with open_file(path) as container:
             stream = container.streams.video[0]
             size, fps = (stream.height, stream.width), stream.average_rate
             num_frames = sum(1 for packet in container.demux(stream) if packet.size)
@@ -240,7 +242,7 @@ def _probe(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except (OSError, av.FFmpegError, IndexError) as error:
-        raise UserError(f"{path} is not an mp4 video that can be read") from error
+        raise UserError(f"{path} is not a video that can be read") from error
     if not fps or not num_frames:
         raise UserError(f"{path} has {num_frames} frames at {fps} frames per second")
     return {"sha256": digest, "num_frames": num_frames, "fps": Fraction(fps), "size": size}

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-import av
-
-from engine.video import read_video
+from engine.errors import UserError
+from engine.read_video import read_video
 
 
 def check_video(path: Path, *, num_frames: int, height: int, width: int) -> None:
@@ -15,7 +14,7 @@ def check_video(path: Path, *, num_frames: int, height: int, width: int) -> None
             if frame.shape != (height, width, 3):
                 raise OSError(f"{path}: frame {count} is {frame.shape[0]} x {frame.shape[1]}, not {height} x {width}")
             count += 1
-    except (av.FFmpegError, ValueError) as error:
-        raise OSError(f"{path} does not decode after frame {count}: {error}") from error
+    except UserError as error:
+        raise OSError(str(error)) from error
     if count != num_frames:
         raise OSError(f"{path} decodes to {count} frames, not {num_frames}")

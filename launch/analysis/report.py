@@ -11,7 +11,7 @@ import numpy as np
 from engine.contact_sheet import spaced
 from engine.errors import UserError
 from engine.files.whole import atomic_path
-from engine.video import read_video
+from engine.read_video import read_video
 from launch.analysis.plots import Strip, draw_flows, draw_frames, draw_heads, draw_low_rank, draw_progress, draw_windows
 from launch.analysis.spectra import Rows, SpectraStore, concentration, mean_and_error, over_prompts
 from launch.comparison.measure import Measured, measure_all, native_frames

@@ -10,7 +10,7 @@ import numpy as np
 from engine.config import RunConfig
 from engine.contact_sheet import Row, comparison, spaced, write_picture
 from engine.engine import LongVideoEngine
-from engine.video import read_video
+from engine.read_video import read_video
 from launch.arguments.demo import Arguments, read
 from launch.commands.generate import make_video, summary
 from launch.outputs import OutputFiles, check_outputs, plan_outputs

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from engine.errors import UserError
 from engine.files.whole import atomic_path
-from engine.video import read_video
+from engine.read_video import read_video
 from launch.comparison.checks import read_video_spec
 from launch.comparison.store import Comparison, Video
 from metrics.version import source_digest

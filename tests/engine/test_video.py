@@ -9,7 +9,8 @@ import av
 import numpy as np
 import pytest
 
-from engine.video import count_frames, open_video, read_video
+from engine.read_video import count_frames, read_video
+from engine.video import open_video
 
 
 def moving_bars(num_frames: int, *, height: int = 32, width: int = 48) -> np.ndarray:
@@ -80,7 +81,7 @@ def test_a_video_that_fails_midway_leaves_nothing(tmp_path: Path, error: BaseExc
         with open_video(tmp_path / "a.mp4", fps=16, height=32, width=48, crf=12) as video:
             video.write(moving_bars(90))
             (part,) = tmp_path.iterdir()
-            assert re.fullmatch(rf"a\.mp4\.{os.getpid()}-[0-9a-f]{{8}}\.part", part.name)
+            assert re.fullmatch(rf"a\.mp4\.{os.getpid()}-[0-9a-f]{{8}}-[0-9a-f]{{6}}\.part", part.name)
             raise error
 
     with pytest.raises(type(error)):

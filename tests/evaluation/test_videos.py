@@ -4,10 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine.errors import UserError
+from evaluation.proxies import read_frames
 from evaluation.videos import groups, read_batch, read_batches, read_list, what_is_missing
+from tests.engine.test_read_video import LIMITED, picture, write, ycbcr
 from tests.evaluation.batches import FPS, PROMPTS, SIZE, SWITCHES, make_batch, write_sidecar, write_video
 
 
@@ -72,7 +75,7 @@ def test_a_video_that_is_not_its_sidecars_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         read_batch(root)
     first.write_bytes(b"text")
-    with pytest.raises(UserError, match="is not an mp4 video"):
+    with pytest.raises(UserError, match="is not a video that can be read"):
         read_batch(root)
     first.with_suffix(".json").write_text(json.dumps({"status": "done"}))
     with pytest.raises(UserError, match=r"is not a sidecar of launch/batch\.py: it has no method; move it away"):
@@ -172,3 +175,16 @@ def test_two_configurations_of_a_method_are_two_rows(tmp_path: Path) -> None:
     for path in (root / "direct" / ("f" * 12)).rglob("*.json"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"config_id": "f" * 12}))
     assert list(groups(read_batch(root))) == ["direct@000000000000", "direct@ffffffffffff"]
+
+
+def test_a_list_takes_files_of_other_tools_by_their_own_tags(tmp_path: Path) -> None:
+    expected = picture()
+    write(tmp_path / "a.webm", ycbcr(expected, 6, full=True), matrix=6, color_range=2)
+    (tmp_path / "list.csv").write_text("method,prompt,seed,path\nother,red,0,a.webm\n")
+    (video,) = read_list(tmp_path / "list.csv")
+    assert (video.num_frames, video.size) == (3, expected.shape[:2])
+    assert np.abs(read_frames(video.path)[:, 16, 16].astype(int) - expected[16, 16]).max() <= 4
+    write(tmp_path / "b.mp4", ycbcr(expected, 9, full=False), matrix=9, color_range=LIMITED, transfer=16)
+    (tmp_path / "list.csv").write_text("method,prompt,seed,path\nother,red,0,b.mp4\n")
+    with pytest.raises(UserError, match=r"b\.mp4 is an HDR video"):
+        read_list(tmp_path / "list.csv")

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.video import open_video, read_video
+from engine.read_video import read_video
+from engine.video import open_video
 from evaluation.measure import measure_all_world
 from evaluation.videos import Video, read_list
 from evaluation.world import WORLD, measure_world, why_not

@@ -24,7 +24,8 @@ from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.files.whole import WriteError, file_sha256
 from engine.paths import REPOSITORY
-from engine.video import VideoWriter, read_video
+from engine.read_video import read_video
+from engine.video import VideoWriter
 from launch.command import LostRankError
 from launch.replicas.worker import Worker, describe, kind_of
 from parallel.collectives import CollectiveError
