@@ -58,22 +58,24 @@ BOUNDS = {
 def predicted_fusion() -> dict[str, str]:
     """What the planner's numbers of an H200 make of fusion / dual attention, for each kernel that they describe.
 
-    Grams of both branches and the product with M in fp32, and the eigendecompositions, over one full attention.
+    Grams of both branches on tensor cores, the product with M in fp32, and the eigendecompositions, over one full attention.
     """
     gpu = read_gpu("h200")
     rows = {}
     for what, name in (("fusion / dual attention", "wan"), ("fusion / dual attention, LTX layer", "ltx")):
         shape = SHAPES[name]
         per_head = shape.num_tokens * shape.head_dim
-        products = 3 * 2 * per_head * shape.head_dim * shape.heads / (gpu.fp32_tflops * 1e12 * gpu.fp32_fraction)
-        fusion = products + gpu.eigh_seconds * shape.head_dim / EIGH_DIM
+        product = 2 * per_head * shape.head_dim * shape.heads
+        grams = 2 * product / (gpu.bf16_tflops * 1e12 * gpu.gemm_fraction)
+        applied = product / (gpu.fp32_tflops * 1e12 * gpu.fp32_fraction)
+        fusion = grams + applied + gpu.eigh_seconds * shape.head_dim / EIGH_DIM
         dual = 4 * shape.num_tokens * per_head * shape.heads / (gpu.bf16_tflops * 1e12)
         found = ", ".join(
             f"{fusion * rate / dual:.3f} with {kernel} at {rate:g} of the peak"
             for kernel, rate in gpu.attention_fraction.items()
         )
         rows[what] = (
-            f"{found}; fp32 products at {gpu.fp32_fraction:g} of theirs, eigendecompositions "
+            f"{found}; Grams at {gpu.gemm_fraction:g} of it, fp32 products at {gpu.fp32_fraction:g} of theirs, eigendecompositions "
             f"{gpu.eigh_seconds * shape.head_dim / EIGH_DIM * 1e3:.0f} ms: assumed, configs/gpus/h200.json"
         )
     return rows

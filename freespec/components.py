@@ -15,25 +15,24 @@ from freespec import eigen
 
 # A component of less than this share of the largest energy is rounding noise, and so is its cosine: as in the Gram form.
 EPS = 1e-8
-# Values per frame and head in one product: bounds the fp32 copies of half-precision outputs to tens of MB.
-CHUNK_VALUES = 1 << 18
+# Values per frame and head in one product: bounds the fp64 copies of outputs to tens of MB.
+CHUNK_VALUES = 1 << 17
 
 
 def temporal_grams(x_local: Tensor, x_wide: Tensor, num_frames: int) -> Tensor:
     """[3, B, n, n] fp64: X_l X_lᵀ, X_l X_gᵀ and X_g X_gᵀ of the centred outputs [B, n * H*W, N, D], rows are frames.
 
-    Centred over the frames before the product, since a mean is large beside what varies. Products in fp32 at least, sums of
-    chunks and heads in fp64, so that the split of the heads over ranks shows in the last bits only.
+    Centred over the frames before the product, since a mean is large beside what varies. All in fp64, which resolves EPS and
+    holds the squares of any outputs; the split of the heads over ranks shows in the last bits only.
     """
     batch, _, heads, dim = x_local.shape
-    wide = torch.promote_types(x_local.dtype, torch.float32)
     total = torch.zeros(3, batch, num_frames, num_frames, dtype=torch.float64, device=x_local.device)
     local, far = (x.unflatten(1, (num_frames, -1)) for x in (x_local, x_wide))
     pixels = max(1, CHUNK_VALUES // dim)
     for head in range(heads):
         for start in range(0, local.shape[2], pixels):
             rows = slice(start, start + pixels)
-            x, y = (_centred(each[:, :, rows, head].to(wide).flatten(2)) for each in (local, far))
+            x, y = (_centred(each[:, :, rows, head].double().flatten(2)) for each in (local, far))
             total += torch.stack((x @ x.mT, x @ y.mT, y @ y.mT))
     return total
 

@@ -10,23 +10,34 @@ from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from freespec import eigen
 
-# Singular values below this share of the largest are noise of the Gram form: such directions stay as they are.
+# Singular values up to this share of the largest are noise: such directions stay as they are. Grams whose products are fp64
+# resolve far smaller ones; those of half-precision outputs on a GPU are summed in fp32, which resolves the square root of 1e-6.
 EPS = 1e-4
+EPS_HALF = 1e-3
+# The last tenth below is faded in, so that a rounding error that moves a singular value past EPS moves the result no further.
+FADE = 0.9
+HALF = (torch.bfloat16, torch.float16)
 # Of a chunk of tokens in fp32, which outputs in half precision are copied to. Few heads are taken in longer chunks: on a CPU each
 # product of a short one is over before its threads are awake.
 CHUNK_BYTES = 48 * 2**20
-# Tokens whose products are summed in fp32 at most.
 CHUNK_TOKENS = 32768
-# A GPU takes a chunk in pieces, as a batch: the product of a whole chunk is one tile for each of 12 heads, and it has 132 places.
+# Copies in fp64 are of so many times fewer tokens: they stay in a CPU's cache until they are multiplied.
+FEWER_IN_FP64 = 4
+# Tokens whose products are summed in fp32 at most. A GPU also needs the pieces to be busy: the product of a whole chunk is one
+# tile for each of 12 heads, and it has 132 places.
 PIECE_TOKENS = 512
 # Rows of a symmetric product that a CPU computes at a time, from the diagonal on.
 BLOCK_ROWS = 32
 
 Reduce = Callable[[Tensor], Tensor]
+
+
+def guard(dtype: torch.dtype) -> float:
+    """eps of the definition for outputs in `dtype`: sigma up to eps sigma_1 is noise."""
+    return EPS_HALF if dtype in HALF else EPS
 
 
 def chunk_tokens(heads: int, head_dim: int) -> int:
@@ -35,19 +46,57 @@ def chunk_tokens(heads: int, head_dim: int) -> int:
 
 
 def gram(o_BSND: Tensor) -> Tensor:
-    """OᵀO per batch item and head: [B, S, N, D] -> [B, N, D, D] fp64. Products in fp32 at least, partial sums in fp64."""
-    batch, _, heads, dim = o_BSND.shape
-    wide = torch.promote_types(o_BSND.dtype, torch.float32)
-    product = product_of_halves if o_BSND.device.type == "cpu" else product_in_pieces
-    total = torch.zeros(batch, heads, dim, dim, dtype=torch.float64, device=o_BSND.device)
-    for item, chunk in itertools.product(range(batch), o_BSND.split(chunk_tokens(heads, dim), dim=1)):
-        total[item] += product(chunk[item].transpose(0, 1).to(wide, memory_format=torch.contiguous_format))
-    return total
+    """OᵀO per batch item and head: [B, S, N, D] -> [B, N, D, D] fp64."""
+    on_gpu = o_BSND.device.type != "cpu"
+    return gram_of_half(o_BSND) if on_gpu and o_BSND.dtype in HALF else gram_in_fp64(o_BSND)
 
 
 def grams(o_local: Tensor, o_global: Tensor) -> Tensor:
     """Gram matrices of both branches, [2, B, N, D, D] fp64, so that one message sums both over ranks."""
     return torch.stack((gram(o_local), gram(o_global)))
+
+
+def gram_in_fp64(o_BSND: Tensor) -> Tensor:
+    """`gram` with products and sums in fp64: whatever fp32 and half precision can hold, fp64 holds the square of."""
+    batch, _, heads, dim = o_BSND.shape
+    total = torch.zeros(batch, heads, dim, dim, dtype=torch.float64, device=o_BSND.device)
+    size = -(-chunk_tokens(heads, dim) // FEWER_IN_FP64)
+    for item, chunk in itertools.product(range(batch), o_BSND.split(size, dim=1)):
+        o_SND = chunk[item]
+        if o_SND.device.type == "cpu":
+            total[item] += product_of_halves(
+                o_SND.transpose(0, 1).to(torch.float64, memory_format=torch.contiguous_format)
+            )
+        else:
+            total[item] += product_in_pieces(o_SND.double(), torch.bmm)
+    return total
+
+
+def gram_of_half(o_BSND: Tensor) -> Tensor:
+    """`gram` of half precision on tensor cores: exact products, summed in fp32 over PIECE_TOKENS tokens and in fp64 over pieces.
+
+    bf16 has the exponents of fp32, where squares overflow from 1e19 on and vanish below 1e-19: heads are brought near 1 by a
+    power of two, which is exact. fp16 has no such values.
+    """
+    batch, _, heads, dim = o_BSND.shape
+    scaled = o_BSND.dtype == torch.bfloat16 and o_BSND.numel() > 0  # a rank may have no tokens or heads
+    scale_BN = range_scale(o_BSND) if scaled else None
+    total = torch.zeros(batch, heads, dim, dim, dtype=torch.float64, device=o_BSND.device)
+    for item, chunk in itertools.product(range(batch), o_BSND.split(chunk_tokens(heads, dim), dim=1)):
+        o_SND = chunk[item] if scale_BN is None else chunk[item] * scale_BN[item, :, None]
+        total[item] += product_in_pieces(o_SND, multiply_half)
+    return total if scale_BN is None else total / scale_BN.double()[..., None, None] ** 2
+
+
+def range_scale(o_BSND: Tensor) -> Tensor:
+    """Power of two for each item and head, [B, N] in o's dtype, that takes its largest value to [0.5, 1), from 2**±128 nearly."""
+    largest = torch.linalg.vector_norm(o_BSND, torch.inf, dim=(1, 3), dtype=torch.float32).clamp(2.0**-120, 2.0**120)
+    return (torch.frexp(largest).mantissa / largest).to(o_BSND.dtype)
+
+
+def multiply_half(a: Tensor, b: Tensor) -> Tensor:
+    """a b, [P, D, K] x [P, K, D] -> [P, D, D] fp32 of half-precision a and b: exact products, summed in fp32. CUDA only."""
+    return torch.bmm(a, b, out_dtype=torch.float32)
 
 
 def product_of_halves(o_NSD: Tensor) -> Tensor:
@@ -60,12 +109,23 @@ def product_of_halves(o_NSD: Tensor) -> Tensor:
     return upper.triu() + upper.triu(1).mT
 
 
-def product_in_pieces(o_NSD: Tensor) -> Tensor:
-    """OᵀO, [N, S, D] -> [N, D, D] fp64, for a device that few products cannot fill: a batch of pieces, summed in order."""
-    tokens = o_NSD.shape[1]
+def product_in_pieces(o_SND: Tensor, multiply: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """OᵀO, [S, N, D] -> [N, D, D] fp64, for a device that few products cannot fill: a batch of pieces, summed in order.
+
+    Piece p of P takes every P-th token from p on. Piece and head are then one dimension of one stride, so that the batch is a
+    view of the outputs; the S mod P tokens that are left are one more product.
+    """
+    tokens, heads, dim = o_SND.shape
     count = -(-tokens // PIECE_TOKENS)
-    pieces = pad(o_NSD, (0, 0, 0, count * PIECE_TOKENS - tokens)).unflatten(1, (count, PIECE_TOKENS))
-    return (pieces.mT @ pieces).sum(1, dtype=torch.float64)
+    total = torch.zeros(heads, dim, dim, dtype=torch.float64, device=o_SND.device)
+    if count:
+        whole = tokens // count * count
+        pieces = o_SND[:whole].unflatten(0, (-1, count)).flatten(1, 2).transpose(0, 1)
+        total += multiply(pieces.mT, pieces).unflatten(0, (count, heads)).sum(0, dtype=torch.float64)
+        if whole < tokens:
+            left = o_SND[whole:].transpose(0, 1)
+            total += multiply(left.mT, left)
+    return total
 
 
 def spectrum(gram_BNDD: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,21 +171,34 @@ def _one_thread() -> Iterator[None]:
 def local_basis_matrix(gram_local: Tensor, gram_global: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
     """M with O_local M = U_l diag(g sigma_g + (1 - g) sigma_l) V_lᵀ (eq. 9-11): [B, N, D, D] fp64.
 
-    `weight` is g [D], strongest singular direction first. Where sigma_l,r <= eps sigma_l,1 the direction stays as it is. Grams
-    that are not finite give an M that is not a number.
+    `weight` is g [D], strongest singular direction first. A direction of sigma_l,r <= eps sigma_l,1 is noise and stays as it is,
+    the last tenth below eps in part (`resolved`). Grams that are not finite give an M that is not a number.
     """
     sigma_l, vectors, sigma_g = spectra(gram_local, gram_global)
-    noise = sigma_l <= eps * sigma_l[..., :1]
-    gain = weight.double() * (sigma_g / sigma_l.masked_fill(noise, 1.0) - 1.0)
-    return _identity_plus(vectors, gain.masked_fill(noise, 0.0))
+    return _identity_plus(vectors, weight.double() * _gain(sigma_g, sigma_l, eps))
 
 
 def global_basis_matrix(gram_local: Tensor, gram_global: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
     """M with O_global M = U_g diag(g sigma_g + (1 - g) sigma_l) V_gᵀ, the ablation's global basis: [B, N, D, D] fp64."""
     sigma_g, vectors, sigma_l = spectra(gram_global, gram_local)
-    noise = sigma_g <= eps * sigma_g[..., :1]
-    gain = (1.0 - weight.double()) * (sigma_l / sigma_g.masked_fill(noise, 1.0) - 1.0)
-    return _identity_plus(vectors, gain.masked_fill(noise, 0.0))
+    return _identity_plus(vectors, (1.0 - weight.double()) * _gain(sigma_l, sigma_g, eps))
+
+
+def resolved(sigma: Tensor, eps: float) -> Tensor:
+    """Share in [0, 1] in which a direction is changed: 1 where sigma_r > eps sigma_1, 0 up to FADE eps sigma_1, linear between.
+
+    sigma [..., D], largest first. A step at eps would move the result by as much as the direction's change, however small the
+    rounding error that moved sigma across it.
+    """
+    largest = sigma[..., :1]
+    share = (sigma / largest.masked_fill(largest == 0, torch.inf) - FADE * eps) / (eps - FADE * eps)
+    return share.clamp(0.0, 1.0)
+
+
+def _gain(sigma_new: Tensor, sigma_kept: Tensor, eps: float) -> Tensor:
+    """new / kept - 1 where the kept branch's direction is resolved."""
+    share = resolved(sigma_kept, eps)
+    return share * (sigma_new / sigma_kept.masked_fill(share == 0, torch.inf) - 1.0)
 
 
 def _identity_plus(vectors: Tensor, gain: Tensor) -> Tensor:
@@ -165,21 +238,32 @@ def svd_fusion_ref(
     *,
     basis: str = "local",
     form: str = "lerp",
-    eps: float = 1e-4,
+    eps: float | None = None,
 ) -> Tensor:
     """Reference of the whole fusion by explicit SVD in fp64: [B, S, N, D] fp64. Shares nothing with the Gram form.
 
-    `eps` is the definition's, written out, so that another EPS of the Gram form would show.
+    `eps` is the definition's for the dtype of the branches, written out, so that another EPS of the Gram form would show.
     """
+    if eps is None:
+        eps = 1e-3 if o_local.dtype in (torch.bfloat16, torch.float16) else 1e-4
     local, wide = o_local.double().permute(0, 2, 1, 3), o_global.double().permute(0, 2, 1, 3)
     u_l, s_l, vh_l = torch.linalg.svd(local, full_matrices=False)
     u_g, s_g, vh_g = torch.linalg.svd(wide, full_matrices=False)
     g = weight.double()[: s_l.shape[-1]].expand_as(s_l)
     if basis == "local":
-        g = torch.where(s_l <= eps * s_l[..., :1], 0.0, g)
+        g = g * _changed_ref(s_l, eps)
         rebuilt = torch.einsum("bnsr,bnr,bnrd->bnsd", u_l, g * s_g + (1 - g) * s_l, vh_l)
     else:
-        g = torch.where(s_g <= eps * s_g[..., :1], 1.0, g)
+        g = 1 - (1 - g) * _changed_ref(s_g, eps)
         rebuilt = torch.einsum("bnsr,bnr,bnrd->bnsd", u_g, g * s_g + (1 - g) * s_l, vh_g)
     fused = (1 - lam) * rebuilt + lam * wide if form == "lerp" else rebuilt + lam * wide
     return fused.permute(0, 2, 1, 3)
+
+
+def _changed_ref(sigma: Tensor, eps: float) -> Tensor:
+    """Reference of `resolved`, singular value by singular value."""
+    shares = []
+    for row in sigma.flatten(0, -2).tolist():
+        relative = [value / row[0] if row[0] > 0 else 0.0 for value in row]
+        shares.append([1.0 if x > eps else 0.0 if x <= 0.9 * eps else 10 * (x / eps - 0.9) for x in relative])
+    return torch.tensor(shares, dtype=sigma.dtype, device=sigma.device).view_as(sigma)

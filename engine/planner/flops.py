@@ -31,14 +31,15 @@ class Share:
     window_frames: int = 1
 
 
-# Which parts run at which rate: products of bf16 matrices, attention kernels, products of fp32 matrices.
+# Which parts run at which rate: products of matrices in the transformer's precision, attention kernels, products in fp32 and fp64.
 GEMM = ("embeddings", "projections", "cross_projections", "feed_forward", "output")
 ATTENTION = ("attention_local", "attention_rest", "attention_global", "attention_views", "attention_cross")
-FP32 = ("grams", "fusion")
+GRAMS = ("grams",)
+FP32 = ("temporal_grams", "fusion")
 
 
 def forward_flops(spec: ModelSpec, share: Share, mode: Mode) -> dict[str, int]:
-    """Operations of one forward by part; GEMM, ATTENTION and FP32 group their names.
+    """Operations of one forward by part; GEMM, ATTENTION, GRAMS and FP32 group their names.
 
     Patch embedding and the embeddings of time and text are computed whole on every rank.
     """
@@ -63,6 +64,7 @@ def forward_flops(spec: ModelSpec, share: Share, mode: Mode) -> dict[str, int]:
         "attention_cross": layers * 4 * share.shard * share.text * width,
         "feed_forward": layers * 2 * 2 * share.shard * width * numbers.ffn_dim,
         "output": 2 * share.shard * width * numbers.out_values,
-        "grams": 2 * 2 * share.queries * square * dual + 3 * 2 * mixed,
+        "grams": 2 * 2 * share.queries * square * dual,
+        "temporal_grams": 3 * 2 * mixed,
         "fusion": (2 * share.queries * square + 2 * square * head_dim) * dual + 2 * 2 * mixed,
     }

@@ -27,7 +27,7 @@ class GpuSpec:
         reserved_gib: of that, what no tensor can have: CUDA context, communication buffers, workspaces, fragments.
         bf16_tflops: dense bf16 peak, TFLOP/s.
         tf32_tflops: dense TF32 peak, which convolutions in fp32 use.
-        fp32_tflops: fp32 peak without tensor cores, which the Gram matrices use.
+        fp32_tflops: fp32 peak without tensor cores, which the product with the fusion matrix uses.
         memory_gb_s: memory bandwidth, GB/s.
         intra_node_gb_s: one direction of one GPU's link to others in its machine, GB/s.
         inter_node_gb_s: one direction of one GPU's share of the network, GB/s.
@@ -35,7 +35,7 @@ class GpuSpec:
         attention_fraction: by kernel, see freespec.kernels; of bf16_tflops.
         gemm_fraction: of matrix products, likewise.
         conv_fraction: of the VAE's convolutions, of tf32_tflops.
-        fp32_fraction: of the Gram and fusion products, of fp32_tflops.
+        fp32_fraction: of the product with the fusion matrix, of fp32_tflops.
         memory_fraction: of passes that only read and write, of memory_gb_s.
         link_fraction: of messages, of either link.
         eigh_seconds: both eigendecompositions (fp64, batched over heads) of one layer with heads of `EIGH_DIM` channels, on one GPU.

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from math import prod
 
-from engine.planner.flops import ATTENTION, FP32, GEMM, forward_flops
+from engine.planner.flops import ATTENTION, FP32, GEMM, GRAMS, forward_flops
 from engine.planner.gpu import EIGH_DIM, GpuSpec
 from engine.planner.layout import Layout
 from engine.planner.model import FP32_BYTES
@@ -22,16 +22,18 @@ def step_seconds(layout: Layout, mode: Mode, gpu: GpuSpec, kernel: str) -> dict[
     """
     flops = forward_flops(layout.spec, layout.share(mode), mode)
     peak = (gpu.bf16_tflops if layout.itemsize < FP32_BYTES else gpu.fp32_tflops) * TERA
-    fp32 = gpu.fp32_tflops * TERA * gpu.fp32_fraction
+    gemm, fp32 = peak * gpu.gemm_fraction, gpu.fp32_tflops * TERA * gpu.fp32_fraction
     forwards = layout.forwards
     attention = forwards * sum(flops[part] for part in ATTENTION) / (peak * gpu.attention_rate(kernel))
     eigh = 0.0
     if mode in ("dual", "views_global"):  # heads lie side by side, and so does a batch of both passes
         eigh = layout.calls * layout.spec.layers * gpu.eigh_seconds * layout.spec.head_dim / EIGH_DIM
     seconds = {
-        "matrices": forwards * sum(flops[part] for part in GEMM) / (peak * gpu.gemm_fraction),
+        "matrices": forwards * sum(flops[part] for part in GEMM) / gemm,
         "attention": attention,
-        "spectrum": forwards * sum(flops[part] for part in FP32) / fp32 + eigh,
+        # Grams of half precision are products on tensor cores.
+        "spectrum": forwards * (sum(flops[part] for part in GRAMS) / gemm + sum(flops[part] for part in FP32) / fp32)
+        + eigh,
         "memory": forwards * pass_bytes(layout, mode) / (gpu.memory_gb_s * GIGA * gpu.memory_fraction),
     }
     waits = communication_seconds(layout, mode, gpu, attention)
@@ -95,7 +97,9 @@ def attention_passes(layout: Layout, mode: Mode) -> float:
     if mode in ("local", "dual"):
         total += 3 * e * (2 if mode == "dual" else 1)  # zeros, and groups copied to their rows
     if mode == "dual":
-        total += 2 * (cast + 4) + 2 * cast + 8 + 20 + (4 + e)  # both Grams; O M, lam O_g, their sum
+        total += (
+            2 * (4 * e if cast else 20) + 2 * cast + 8 + 20 + (4 + e)
+        )  # both Grams, scaled or in fp64; O M, lam O_g, their sum
         total += 4 * e  # k and v written a second time
     if mode in ("views", "views_global"):
         total += views * (e + 3 * FP32_BYTES) + FP32_BYTES + e  # weighted, added up in fp32

@@ -94,8 +94,9 @@ class FreeSpec(Method):
         o_local, o_global = branches.local, branches.wide
         assert o_local is not None and o_global is not None, "freespec fuses two branches"
         gram_local, gram_global = layer.sum_tokens(freespec.spectrum.grams(o_local, o_global)).unbind(0)
+        eps = freespec.spectrum.guard(o_local.dtype)
         if self.basis == "local":
-            matrix, base = freespec.spectrum.local_basis_matrix(gram_local, gram_global, weights.rank), o_local
+            matrix, base = freespec.spectrum.local_basis_matrix(gram_local, gram_global, weights.rank, eps), o_local
         else:
-            matrix, base = freespec.spectrum.global_basis_matrix(gram_local, gram_global, weights.rank), o_global
+            matrix, base = freespec.spectrum.global_basis_matrix(gram_local, gram_global, weights.rank, eps), o_global
         return freespec.spectrum.reconstruct(base, matrix, o_global, weights.residual, self.residual_form)

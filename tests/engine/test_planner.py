@@ -204,9 +204,9 @@ def test_flops_of_views_are_what_torch_counts(specs: dict[str, ModelSpec], mode:
     flops = forward_flops(spec, share, mode)
     assert layout.num_views == 6
     uncounted = counted_flops(fake_forward(layout, mode, "plain", layers=2)) - sum(flops.values())
-    assert 0 <= uncounted <= flops["grams"] / 100  # nothing for `views`, which has no such sums
+    assert 0 <= uncounted <= flops["temporal_grams"] / 100  # nothing for `views`, which has no such sums
     fewer = forward_flops(spec, replace(share, num_views=5), mode)
-    assert sum(flops.values()) - sum(fewer.values()) > flops["grams"] / 100  # so a view less is seen
+    assert sum(flops.values()) - sum(fewer.values()) > flops["temporal_grams"] / 100  # so a view less is seen
 
 
 def _with_layers(spec: ModelSpec, layers: int) -> dict[str, Any]:

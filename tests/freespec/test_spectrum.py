@@ -1,6 +1,7 @@
 """The fusion by one D x D matrix per head against the explicit SVD, and what must hold of it whatever the numbers."""
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -128,17 +129,43 @@ def test_guard(basis: Basis) -> None:
         check_guard(basis, 0.0)
 
 
-def test_the_guard_is_the_definition_s_in_the_gram_form_and_in_the_twin() -> None:
-    """A second singular value of 1.1e-4 of the first becomes that of the other branch, and one of 0.9e-4 stays as it is."""
-    frame = torch.linalg.qr(torch.randn(20, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64))[0]
-    wide = (frame * torch.tensor([1.0, 0.5], dtype=torch.float64))[None, :, None]
-    for second, expected in ((1.1e-4, 0.5), (0.9e-4, 0.9e-4)):
-        local = (frame * torch.tensor([1.0, second], dtype=torch.float64))[None, :, None]
-        g = torch.ones(2, dtype=torch.float64)
-        matrix = local_basis_matrix(gram(local), gram(wide), g)
-        fused = reconstruct(local, matrix, wide, torch.zeros((), dtype=torch.float64), "lerp")
-        for made in (fused, svd_fusion_ref(local, wide, g, 0.0)):
-            assert torch.linalg.svdvals(made[0, :, 0])[1].item() == pytest.approx(expected, rel=1e-6)
+def near_the_guard(second: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Branches of two directions, the local one's second `second` times its first, the global one's half of it."""
+    local, wide = torch.zeros(2, 20, 2, dtype=torch.float64)
+    local[0, 0], wide[0, 0], local[1, 1], wide[1, 1] = 1.0, 1.0, second, 0.5
+    return local.to(dtype)[None, :, None], wide.to(dtype)[None, :, None]
+
+
+def second_of(fused: Tensor) -> float:
+    return torch.linalg.svdvals(fused[0, :, 0].double())[1].item()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "eps"), [(torch.float64, 1e-4), (torch.float32, 1e-4), (torch.bfloat16, 1e-3), (torch.float16, 1e-3)]
+)
+def test_the_guard_is_the_definition_s_in_the_gram_form_and_in_the_twin(dtype: torch.dtype, eps: float) -> None:
+    """A second singular value above eps becomes that of the other branch, and one of 0.89 eps stays as it is."""
+    g = torch.ones(2, dtype=torch.float64)
+    for second, expected in ((1.02 * eps, 0.5), (0.89 * eps, 0.89 * eps)):
+        branches = near_the_guard(second, dtype)
+        for made in (fuse(*branches, g, 0.0), svd_fusion_ref(*branches, g, 0.0)):
+            assert second_of(made) == pytest.approx(expected, rel=1e-2)
+
+
+def test_the_guard_has_no_step() -> None:
+    """Between 0.9 eps and eps the change fades in, in both forms; rounding of 1e-7 sigma_1 moves the result 1e3 times that at most."""
+    g = torch.full((2,), 0.5, dtype=torch.float64)
+    shares = []
+    for second in (0.9e-4, 0.925e-4, 0.95e-4, 1e-4, 1.0001e-4):
+        branches = near_the_guard(second)
+        fused, twin = fuse(*branches, g, 0.0), svd_fusion_ref(*branches, g, 0.0)
+        assert_same_math(fused, twin)
+        shares.append((second_of(fused) - second) / (0.5 * (0.5 - second)))
+    assert shares == pytest.approx([0, 0.25, 0.5, 1, 1], abs=1e-6)
+    sigma = torch.tensor([1.0, 1e-4], dtype=torch.float64)
+    moved = spectrum.resolved(sigma, 1e-4) - spectrum.resolved(sigma - torch.tensor([0.0, 1e-7]), 1e-4)
+    assert moved[1].item() == pytest.approx(1e-2)  # a step moves it by 1
+    assert spectrum.resolved(torch.zeros(3), 1e-4).tolist() == [0.0, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -328,16 +355,23 @@ def test_the_branches_are_reduced_in_one_call_and_not_changed() -> None:
 # How a CPU and a GPU compute it.
 
 
-@pytest.mark.parametrize("product", [spectrum.product_of_halves, spectrum.product_in_pieces])
+def halves(o_SND: Tensor) -> Tensor:
+    return spectrum.product_of_halves(o_SND.transpose(0, 1))
+
+
+def pieces(o_SND: Tensor) -> Tensor:
+    return spectrum.product_in_pieces(o_SND, torch.bmm)
+
+
+@pytest.mark.parametrize("product", [halves, pieces])
 @pytest.mark.parametrize("sizes", [(3, 0, 8), (1, 7, 33), (2, 1029, 40), (3, 512, 128)])
 def test_both_ways_of_a_product_with_itself(product: Callable[[Tensor], Tensor], sizes: tuple[int, int, int]) -> None:
-    o_NSD = features(0, (1, *sizes))[0]
-    exact = torch.einsum("nsd,nse->nde", o_NSD, o_NSD)
-    actual = product(o_NSD)
-    assert_same_math(actual, exact)
+    o_SND = features(0, (1, sizes[1], sizes[0], sizes[2]))[0]
+    exact = torch.einsum("snd,sne->nde", o_SND, o_SND)
+    assert_same_math(product(o_SND), exact)
     if sizes[1]:
         with pytest.raises(AssertionError):  # the control: a token that is left out
-            assert_same_math(product(o_NSD[:, 1:]), exact)
+            assert_same_math(product(o_SND[1:]), exact)
 
 
 def test_a_cpu_computes_little_more_than_half_of_a_gram_matrix() -> None:
@@ -347,20 +381,134 @@ def test_a_cpu_computes_little_more_than_half_of_a_gram_matrix() -> None:
     assert counted.get_total_flops() == 2 * 300 * 2 * 128**2 * 5 / 8
 
 
-def test_a_gpu_is_given_pieces_whose_sums_are_fp64() -> None:
-    """Twelve heads of 8,192 tokens as 192 products; a sum of their fp32 results would round at every piece."""
-    with Calls() as calls, torch.device("meta"):
-        total = gram(torch.empty(1, 8192, 12, 128, dtype=torch.bfloat16))
-    assert total.dtype == torch.float64
-    assert [out for name, out in calls if name == "bmm"] == [(12 * 16, 128, 128)]
-    ones = torch.full((1, 4096, 1), 2.0**12 + 1)  # a piece sums exactly in fp32, all of them do not
-    assert spectrum.product_in_pieces(ones).item() == 4096 * (2.0**12 + 1) ** 2 + spectrum_error(ones)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_products_of_fp32_outputs_resolve_what_the_guard_keeps(dtype: torch.dtype) -> None:
+    """Singular values down to the guard are those of the SVD; products in fp32 miss the smallest by more than themselves."""
+    eps = spectrum.guard(dtype)
+    turn = rotation(0, 1, 16)[0]
+    o = (
+        torch.randn(4096, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        * torch.logspace(0, -6, 16)
+    ) @ turn
+    o = o.to(dtype)[None, :, None]
+    exact = torch.linalg.svdvals(o[0, :, 0].double())
+    kept = exact > eps * exact[0]
+    found = spectrum.spectrum(gram(o))[0][0, 0]
+    torch.testing.assert_close(found[kept], exact[kept], rtol=1e-6, atol=0.0)
+    if dtype == torch.float32:  # the control
+        short = torch.linalg.eigvalsh((o[0, :, 0].mT @ o[0, :, 0]).double()).clamp_min(0).sqrt().flip(0)
+        assert ((short - exact).abs() > 1e-2 * exact)[kept].any()
 
 
-def spectrum_error(ones: Tensor) -> float:
-    """What fp32 loses inside the pieces alone."""
-    parts = ones.split(spectrum.PIECE_TOKENS, dim=1)
-    return sum(float((part.mT @ part).double() - (part.double().mT @ part.double())) for part in parts)
+# What a GPU does with half precision, on a CPU by a product that is exact as well and sums in fp32.
+
+
+def half_product(a: Tensor, b: Tensor) -> Tensor:
+    assert a.dtype == b.dtype
+    assert a.dtype in spectrum.HALF
+    return a.float() @ b.float()
+
+
+@pytest.fixture
+def tensor_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spectrum, "multiply_half", half_product)
+
+
+@pytest.mark.usefixtures("tensor_cores")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_tensor_cores_resolve_the_guard_of_half_precision(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At uneven sizes; sums of all tokens in fp32 are the control."""
+    turn = rotation(0, 3, 16)
+    drawn = torch.randn(2, 20000, 3, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    o = torch.einsum("bsnd,nde->bsne", drawn * torch.logspace(0, -3, 16), turn).to(dtype)
+    exact = spectrum.spectrum(torch.einsum("bsnd,bsne->bnde", o.double(), o.double()))[0]
+    kept = exact > spectrum.guard(dtype) * exact[..., :1]
+    assert kept.sum() > 60
+
+    def error() -> float:
+        found = spectrum.spectrum(spectrum.gram_of_half(o))[0]
+        return ((found - exact).abs() / exact)[kept].max().item()
+
+    assert error() < 1e-2
+    monkeypatch.setattr(spectrum, "PIECE_TOKENS", 4)  # fp64 sums of fp32 products, nearly
+    assert error() < 1e-3
+
+
+@pytest.mark.usefixtures("tensor_cores")
+@pytest.mark.parametrize("exponent", [-125, -70, 66, 120])
+def test_the_range_of_bf16_is_no_limit(exponent: int) -> None:
+    """Outputs times a power of two have the Gram matrix times its square: to the bit, as powers of two are exact."""
+    o = features(0, TALL).bfloat16()
+    o[..., 1, :] *= 2.0**-40  # heads are scaled one by one
+    moved = (o.double() * 2.0**exponent).bfloat16()
+    assert torch.equal(spectrum.gram_of_half(moved), gram_of_moved(moved, exponent))
+    with pytest.raises(AssertionError):  # the control: fp32 products as they are
+        short = moved.float().transpose(1, 2)
+        torch.testing.assert_close((short.mT @ short).double(), spectrum.gram_of_half(moved), rtol=1e-4, atol=0.0)
+
+
+def gram_of_moved(moved: Tensor, exponent: int) -> Tensor:
+    return spectrum.gram_of_half((moved.double() * 2.0**-exponent).bfloat16()) * 4.0**exponent
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_multiplied_where_it_lies(dtype: torch.dtype) -> None:
+    """On a GPU: 12 heads of 8,192 tokens are 192 products with fp32 results; nothing of the outputs' size but bf16's scaling."""
+    for tokens, left in ((8192, 0), (8190, 14)):
+        with Calls() as calls:
+            total = gram(torch.empty(1, tokens, 12, 128, dtype=dtype, device="meta"))
+        assert total.dtype == torch.float64
+        assert [out for name, out in calls if name == "bmm"] == [(12 * 16, 128, 128)] + [(12, 128, 128)] * (left > 0)
+        large = [name for name, out in calls if math.prod(out) >= 8000 * 12 * 128 and name not in VIEWS]
+        assert large == ["empty", *["mul"] * (dtype == torch.bfloat16)]
+
+
+VIEWS = (
+    "view",
+    "transpose",
+    "split",
+    "select",
+    "slice",
+    "unsafe_split",
+    "_unsafe_view",
+    "detach",
+    "expand",
+    "unsqueeze",
+    "squeeze",
+    "permute",
+    "alias",
+    "as_strided",
+)
+
+
+def test_a_rank_without_tokens_or_heads_has_sums_of_zero() -> None:
+    for shape in ((1, 0, 2, 8), (1, 5, 0, 8)):
+        o = torch.zeros(shape, dtype=torch.bfloat16)
+        for made in (gram(o), spectrum.gram_of_half(o) if shape[1] == 0 else gram(o)):
+            assert made.shape == (1, shape[2], 8, 8)
+            assert not made.any()
+
+
+def test_sums_over_pieces_are_fp64() -> None:
+    ones = torch.full((4096, 1, 1), 2.0**12 + 1)  # a piece sums exactly in fp32, all of them do not
+    right = 4096 * (2.0**12 + 1) ** 2
+    assert spectrum.product_in_pieces(ones, torch.bmm).item() == pytest.approx(right, rel=2**-23)
+    inside = sum(float((x.mT @ x).double() - (x.double().mT @ x.double())) for x in ones[:, 0].split(512))
+    assert spectrum.product_in_pieces(ones, torch.bmm).item() == right + inside
+
+
+# The range of values.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("basis", ["local", "global"])
+def test_scaled_branches_give_the_scaled_result(basis: Basis, dtype: torch.dtype) -> None:
+    """Times 2**±100, beyond what squares in fp32 can hold, to the bit."""
+    branches = tuple(o.to(dtype) for o in pair(0, TALL))
+    whole = fuse(*branches, rank_weights(8), 0.15, basis=basis)
+    for factor in (2.0**100, 2.0**-100):
+        scaled = fuse(*(o * factor for o in branches), rank_weights(8), 0.15, basis=basis)
+        assert torch.equal(scaled, whole * factor)
 
 
 @pytest.mark.parametrize("basis", ["local", "global"])
