@@ -12,7 +12,15 @@ from torch.utils.hooks import RemovableHandle
 from engine.adapters import ModelAdapter, adapter_of
 from engine.errors import UserError
 from engine.group_of_one import GROUP_OF_ONE
-from engine.hooks import BranchProcessor, RunState, StepHook, refuse_context_parallel, riflex_hook, shard_hooks
+from engine.hooks import (
+    BranchProcessor,
+    RunState,
+    StepHook,
+    finite_hook,
+    refuse_context_parallel,
+    riflex_hook,
+    shard_hooks,
+)
 from engine.supported_layouts import Degrees, check_layout
 from freespec.kernels import select_complement, select_dual, select_kernel
 from freespec.methods import Direct, Method, make_method
@@ -108,7 +116,8 @@ def apply_method(
         **settings: settings of the method, for example `alpha=3.0` for freespec.
 
     Raises:
-        UserError: for a pipeline that the method cannot serve, an unknown method, kernel or setting.
+        UserError: for a pipeline that the method cannot serve, an unknown method, kernel or setting. A call of the pipeline
+            raises it for latents or predictions with NaN or infinity.
     """
     adapter = adapter_of(pipe)
     adapter.check_pipeline(pipe)
@@ -157,7 +166,7 @@ def apply_method(
     for layer, attn in enumerate(modules):
         attn.set_processor(BranchProcessor(state, layer))
     step_hook = transformer.register_forward_pre_hook(StepHook(state, lambda: pipe.scheduler), with_kwargs=True)
-    hooks = [step_hook, *lowers, *shard_hooks(state, transformer)]
+    hooks = [step_hook, *lowers, *shard_hooks(state, transformer), finite_hook(state, transformer)]
     return MethodHandle(state, hooks, originals, alone=ranks is None)
 
 

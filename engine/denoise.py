@@ -56,7 +56,7 @@ def denoise(
 
 
 class NotFiniteError(UserError):
-    """Latents that hold numbers which are none."""
+    """Latents contain NaN or infinity."""
 
 
 def check_finite(latents: Tensor, *, where: str, remedy: str) -> None:

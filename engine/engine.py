@@ -299,6 +299,7 @@ class LongVideoEngine:
             ranks=self.ranks,
             riflex=config.attention.riflex,
         )
+        handle.state.checks_finite = False  # the denoising loop does, after each step
         if config.model.compile:
             torch.compiler.reset()  # graphs of a method that was taken off count towards the most that a block may have
             self.pipe.transformer.compile_repeated_blocks()

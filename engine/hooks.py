@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from engine.adapters import ModelAdapter
+from engine.denoise import check_finite
 from engine.errors import UserError
 from engine.trace import Trace
 from freespec.attention import WindowedAttention
@@ -50,6 +51,8 @@ class RunState:
     attention_layout: SequenceLayout | None = None
     step: int = 0
     layer: int = 0
+    num_steps: int = 0
+    checks_finite: bool = True  # False where the loop around the transformer looks at each step's latents
     trace: Trace | None = None
 
     def __str__(self) -> str:
@@ -141,6 +144,9 @@ class StepHook:
         if state.mesh.world.size > 1:
             _refuse_caches_of_one_rank(transformer)
         state.step = self._find_step(float(timestep[0]))
+        state.num_steps = len(self._timesteps)
+        if state.checks_finite:
+            refuse_not_finite(state, latents, "before")
         frames, rows, columns = state.adapter.grid(transformer, inputs)
         state.grid = Grid(frames=frames, rows=rows, columns=columns, window_frames=state.window_frames)
         state.attention = WindowedAttention(
@@ -191,6 +197,25 @@ class StepHook:
             route = choose_local_route(plan, shape=shape, halo=state.attention.halo).route
         by_halo = state.mode == "local" and route == "halo"
         state.attention_layout = state.layout.on_shards() if by_halo else state.layout
+
+
+def finite_hook(state: RunState, transformer: nn.Module) -> RemovableHandle:
+    """Refuse predictions that are not finite: after the last step no further forward would see what they made of the latents."""
+
+    def check(_module: nn.Module, _args: tuple, output: Any) -> None:
+        if state.checks_finite:
+            refuse_not_finite(state, output[0], "after")
+
+    return transformer.register_forward_hook(check)
+
+
+def refuse_not_finite(state: RunState, latents: Tensor, when: str) -> None:
+    """Raise UserError for latents or predictions with NaN or infinity, on all ranks together, as all have the same ones."""
+    check_finite(
+        latents,
+        where=f"{when} the transformer of step {state.step + 1} of {state.num_steps} in {str(latents.dtype).removeprefix('torch.')}",
+        remedy="load the pipeline in another dtype, take a lower guidance_scale, or fetch the weights again",
+    )
 
 
 @functools.cache

@@ -123,6 +123,29 @@ def test_late_steps_after_dual_ones_are_sliding_window_bit_for_bit():
     assert not torch.equal(run("sliding_window"), whole)  # and so do the dual ones
 
 
+@pytest.mark.parametrize("num_frames", [9, 29])
+@pytest.mark.parametrize("method", METHODS)
+def test_latents_that_are_not_finite_are_refused(method, num_frames):
+    """Those that come in, and those that a broken weight makes, at the last step too, which no forward follows."""
+    pipe = random_wan()
+    shape = WAN.video_spec(pipe.transformer.config, pipe.vae.config).latent_shape(num_frames, 32, 48)
+    latents = torch.zeros(shape).index_fill(2, torch.tensor([1]), torch.nan)
+    where = r"of \d+ numbers of the latents are not finite"
+    with apply_method(pipe, method=method, window_frames=3):
+        with pytest.raises(UserError, match=f"{where} before the transformer of step 1 of 3 in float32; load"):
+            latents_of(pipe, num_frames=num_frames, latents=latents)
+        latents_of(pipe, num_frames=num_frames)
+        bias = pipe.transformer.proj_out.bias
+
+        def break_last(_pipe, index, _timestep, _kwargs):
+            if index == 1:
+                bias.data[0] = torch.inf
+            return {}
+
+        with pytest.raises(UserError, match=f"{where} after the transformer of step 3 of 3 in float32; load"):
+            latents_of(pipe, num_frames=num_frames, callback_on_step_end=break_last)
+
+
 def test_late_steps_are_sliding_window_bit_for_bit():
     pipe = random_wan()
     with apply_method(pipe, method="sliding_window", window_frames=3):
