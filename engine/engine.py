@@ -350,6 +350,11 @@ class LongVideoEngine:
     def _shards_text(self) -> bool:
         return shards_text(self.config.model, self.config.parallel.text_device)
 
+    @property
+    def _text_device(self) -> torch.device:
+        """Where the text encoder runs."""
+        return torch.device("cpu") if self.config.parallel.text_device == "cpu" else self.device
+
     def _describe_weights(self) -> dict[str, Any]:
         """Where the weights came from, on rank 0, which writes the record; now, as files may change while they are used."""
         return describe_weights(self.config.model) if self.is_first else {}
@@ -360,7 +365,7 @@ class LongVideoEngine:
             checkpoint=self._prints["checkpoint"].hex(),
             dtype=str(self.pipe.transformer.dtype),
             max_text_tokens=self.config.sampler.max_text_tokens,
-            device="cpu" if self.config.parallel.text_device == "cpu" else self.device.type,
+            device=self._text_device.type,
         )
         return TextCache(key, folder)
 
@@ -369,7 +374,7 @@ class LongVideoEngine:
         max_tokens = self.config.sampler.max_text_tokens
 
         def encode(new: list[str]) -> list[Text]:
-            return self.adapter.encode_text(self.pipe, new, max_tokens, self.device)
+            return self.adapter.encode_text(self.pipe, new, max_tokens, self._text_device)
 
         def look_up(encode: Encode) -> list[Text]:
             return self.text_cache.texts(prompts, encode)

@@ -331,7 +331,10 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def encode_text(self, pipe: Any, prompts: Sequence[str], max_tokens: int, device: torch.device) -> list[Text]:
-        """Text of each prompt, in the transformer's dtype; UserError for a prompt that would be cut."""
+        """Text of each prompt, in the transformer's dtype; UserError for a prompt that would be cut.
+
+        `device` is the one that the text encoder runs on, which need not be the transformer's.
+        """
 
     @abstractmethod
     def empty_text(self, transformer: Any, max_tokens: int, device: torch.device) -> Text:

@@ -1,0 +1,209 @@
+"""Whole runs on a pretended CUDA device, which refuses what CUDA refuses: no tensor is on another device than it should be."""
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import LTXPipeline, WanPipeline
+from torch import Tensor
+
+from engine import apply_method
+from engine.config import (
+    DecodeConfig,
+    MethodConfig,
+    ModelConfig,
+    OutputConfig,
+    ParallelConfig,
+    RunConfig,
+    SamplerConfig,
+    VideoConfig,
+)
+from engine.decoder import open_decoder
+from engine.engine import LongVideoEngine
+from engine.trace import Trace
+from engine.window_spectra import WindowSpectra
+from freespec.methods import METHODS, FreeSpec
+from tests.pretend_cuda import MixedDevicesError, OnCuda, pretend_cuda
+from tests.tiny_pipelines import save_random_ltx, save_random_wan
+
+PROMPT = "a red circle"
+ADAPTERS = ("wan", "ltx")
+SIZES = {
+    "wan": VideoConfig(num_frames=29, height=32, width=48),
+    "ltx": VideoConfig(num_frames=57, height=64, width=96),
+}
+TILES = {
+    "wan": DecodeConfig(mode="tiled", tile_height=24, tile_width=24, stride_height=16, stride_width=16),
+    "ltx": DecodeConfig(mode="tiled", tile_height=64, tile_width=64, stride_height=32, stride_width=32),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {
+        "wan": save_random_wan(tmp_path_factory.mktemp("wan")),
+        "ltx": save_random_ltx(tmp_path_factory.mktemp("ltx"), conditioned=True, inject_noise=True),
+    }
+
+
+def config_of(folder: Path, name: str, device: str = "cuda", **changes: Any) -> RunConfig:
+    config = RunConfig(
+        model=ModelConfig(path=str(folder), device=device, dtype="float32"),
+        video=SIZES[name],
+        sampler=SamplerConfig(num_steps=4, guidance_scale=4.0, seed=3, negative_prompt="bad", max_text_tokens=20),
+        method=MethodConfig(name="freespec", window_frames=3, freespec=FreeSpec(domain="step", split=0.5)),
+        output=OutputConfig(progress="off"),
+    )
+    return dataclasses.replace(config, **changes)
+
+
+def assert_close(actual: Tensor, expected: Tensor) -> None:
+    assert type(actual) is Tensor  # handed out on the CPU
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-3 * float(expected.abs().max()))
+
+
+def test_the_device_refuses_what_cuda_refuses() -> None:
+    with pretend_cuda():
+        there, here = torch.ones(2, 3, device="cuda"), torch.ones(2, 3)
+        assert there.device == torch.device("cuda", 0)
+        assert torch.equal((2 * there + torch.tensor(1.0)).cpu(), torch.full((2, 3), 3.0))
+        for mix in (
+            lambda: there + here,
+            lambda: here @ there.mT,
+            lambda: torch.cat((there, here)),
+            lambda: torch.nn.functional.embedding(torch.zeros(1, dtype=torch.long), there),
+            lambda: torch.randn(2, device="cuda", generator=torch.Generator().manual_seed(0)),
+        ):
+            with pytest.raises(MixedDevicesError):
+                mix()
+        with pytest.raises(TypeError, match="can't convert cuda:0"):
+            there.numpy()
+        layer = torch.nn.Linear(3, 2)
+        with pytest.raises(MixedDevicesError):
+            layer(there)
+        assert isinstance(layer.to("cuda")(there), OnCuda)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_every_method_makes_the_video_of_the_cpu(folders: dict[str, Path], name: str) -> None:
+    def run(device: str) -> dict[str, Tensor]:
+        made = {}
+        with contextlib.closing(LongVideoEngine(config_of(folders[name], name, device))) as engine:
+            for method in METHODS:
+                freespec = FreeSpec(domain="step", split=0.5)
+                engine.use_method(MethodConfig(name=method, window_frames=3, freespec=freespec))
+                made[method] = engine.denoise(PROMPT).latents
+            made["native"] = engine.denoise(PROMPT, num_frames=17).latents
+        return made
+
+    expected = run("cpu")
+    with pretend_cuda():
+        actual = run("cuda")
+    for method, latents in expected.items():
+        assert_close(actual[method], latents)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("mode", ["whole", "tiled", "auto"])
+def test_decoding_with_a_trace_and_a_record(folders: dict[str, Path], name: str, mode: str) -> None:
+    decode = TILES[name] if mode == "tiled" else DecodeConfig(mode=mode)
+    trace = Trace()
+    with pretend_cuda(), contextlib.closing(LongVideoEngine(config_of(folders[name], name, decode=decode))) as engine:
+        result = engine.generate(PROMPT, trace=trace)
+    assert result.frames.shape[0] == SIZES[name].num_frames
+    assert result.record["decode"]["mode"] == ("whole" if mode == "auto" else mode)
+    assert result.record["device"]["type"] == "cuda"
+    assert {row["branch"] for row in trace.rows} == {"local", "global"}
+
+
+def test_ltx_decodes_in_chunks(folders: dict[str, Path]) -> None:
+    decode = DecodeConfig(mode="framewise", tile_frames=16, stride_frames=8)
+    with pretend_cuda(), contextlib.closing(LongVideoEngine(config_of(folders["ltx"], "ltx", decode=decode))) as engine:
+        assert engine.generate(PROMPT).frames.shape[0] == SIZES["ltx"].num_frames
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_spectra_of_windows(folders: dict[str, Path], name: str) -> None:
+    trace = WindowSpectra()
+    with pretend_cuda(), contextlib.closing(LongVideoEngine(config_of(folders[name], name))) as engine:
+        engine.denoise(PROMPT, trace=trace)
+    assert {row["multiple"] for row in trace.rows} >= {1, 2}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_interrupted_run_continues(folders: dict[str, Path], name: str, tmp_path: Path) -> None:
+    class Stop(BaseException):
+        pass
+
+    def stop(finished: int, _total: int) -> None:
+        if finished == 3:
+            raise Stop
+
+    path = tmp_path / "state.safetensors"
+    with pretend_cuda(), contextlib.closing(LongVideoEngine(config_of(folders[name], name))) as engine:
+        whole = engine.denoise(PROMPT).latents
+        with pytest.raises(Stop):
+            engine.denoise(PROMPT, checkpoint=path, on_step=stop)
+        denoised = engine.denoise(PROMPT, checkpoint=path, checkpoint_every=1)
+    assert denoised.resumed_at == 3
+    assert torch.equal(denoised.latents, whole)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_text_encoder_may_stay_on_the_cpu_and_texts_be_kept(
+    folders: dict[str, Path], name: str, tmp_path: Path
+) -> None:
+    made = []
+    with pretend_cuda():
+        for text_device in ("model", "cpu"):
+            config = config_of(folders[name], name, parallel=ParallelConfig(text_device=text_device))
+            with contextlib.closing(LongVideoEngine(config)) as engine:
+                assert engine.pipe.text_encoder.device.type == ("cpu" if text_device == "cpu" else "cuda")
+                engine.keep_texts(tmp_path)
+                made += [engine.denoise(PROMPT).latents, engine.denoise(PROMPT).latents]
+    assert torch.equal(made[0], made[1])  # found in the cache
+    assert torch.equal(made[2], made[3])
+    assert_close(made[2], made[0])
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_kernel_is_measured_in_bf16(folders: dict[str, Path], name: str) -> None:
+    model = ModelConfig(path=str(folders[name]), device="cuda")
+    with pretend_cuda(), contextlib.closing(LongVideoEngine(config_of(folders[name], name, model=model))) as engine:
+        assert engine.pipe.transformer.dtype == torch.bfloat16
+        assert list(engine.kernel.seconds) == ["cuda_cudnn", "cuda_flash"]
+        assert list(engine.kernel.left_out) == ["cuda_fa3"]
+        assert torch.isfinite(engine.denoise(PROMPT).latents).all()
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_latents_are_decoded_alone(folders: dict[str, Path], name: str) -> None:
+    with pretend_cuda():
+        config = config_of(folders[name], name)
+        with contextlib.closing(LongVideoEngine(config)) as engine:
+            latents = engine.denoise(PROMPT).latents
+        with open_decoder(config) as decoder:
+            frames = sum(len(part) for part in decoder.decode(latents))
+    assert frames == SIZES[name].num_frames
+
+
+@pytest.mark.parametrize(("name", "kind"), [("wan", WanPipeline), ("ltx", LTXPipeline)])
+@pytest.mark.parametrize("method", ["direct", "freespec", "freepca"])
+def test_a_pipeline_of_ones_own(folders: dict[str, Path], name: str, kind: Any, method: str) -> None:
+    pipe = kind.from_pretrained(folders[name], dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    video = SIZES[name]
+    call = {"prompt": PROMPT, "height": video.height, "width": video.width, "num_frames": video.num_frames}
+    call |= {"num_inference_steps": 3, "max_sequence_length": 20, "output_type": "latent"}
+
+    def run() -> Tensor:
+        with apply_method(pipe, method=method, window_frames=3):
+            return pipe(**call, generator=torch.Generator().manual_seed(0)).frames.cpu()
+
+    expected = run()
+    with pretend_cuda():
+        pipe.to("cuda")
+        assert_close(run(), expected)

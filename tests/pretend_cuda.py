@@ -1,0 +1,234 @@
+"""A CUDA device that computes on the CPU and refuses what CUDA refuses: tensors of two devices in one operation, and copies to NumPy.
+
+Tensors on it are `OnCuda` around a CPU tensor; they say that they are on `cuda:0`. A `PretendCuda` mode sees every operator, asks where
+its tensors are, and runs it on the CPU. So a whole run can be followed on a machine without a GPU, with numbers that are the CPU's.
+What it does not model: memory, streams, speed, and kernels that exist on one device only.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_leaves, tree_map
+
+aten = torch.ops.aten
+DEVICE = torch.device("cuda", 0)
+
+
+class MixedDevicesError(RuntimeError):
+    """What CUDA would have refused."""
+
+
+class OnCuda(torch.Tensor):
+    """A tensor of the device, around its CPU tensor `inner`."""
+
+    inner: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "OnCuda":
+        made = torch.Tensor._make_wrapper_subclass(
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=DEVICE,
+            requires_grad=False,
+        )
+        made.inner = inner
+        return made
+
+    def __init__(self, inner: Tensor) -> None:
+        pass
+
+    def __repr__(self) -> str:
+        return f"OnCuda({self.inner!r})"
+
+    def numpy(self, *, force: bool = False) -> Any:
+        raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+
+    # Answered here, since torch's own would ask for the device's guard, which a build for the CPU does not have.
+    def tolist(self) -> Any:
+        return self.inner.tolist()
+
+    def item(self) -> Any:
+        return self.inner.item()
+
+    def __float__(self) -> float:
+        return float(self.inner)
+
+    def __int__(self) -> int:
+        return int(self.inner)
+
+    def __bool__(self) -> bool:
+        return bool(self.inner)
+
+    def __index__(self) -> int:
+        return self.inner.__index__()
+
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return dispatch(func, args, kwargs or {})
+
+
+class CudaGenerator(torch.Generator):
+    """A generator of the device; its numbers are the CPU's."""
+
+
+def make_generator(device: Any = "cpu") -> torch.Generator:
+    """`torch.Generator`, also of the device."""
+    return CudaGenerator() if torch.device(device).type == "cuda" else GENERATOR(device)
+
+
+GENERATOR = torch.Generator
+# Operators that take tensors of two devices: copies, and indexing, whose indices may lie on the CPU.
+COPIES = (aten.copy_.default, aten._to_copy.default, aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
+# CUDA's attention operators, by the CPU's; what else they return is not looked at here.
+ATTENTION = (
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+)
+
+
+def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """One operator: where it runs, whether its tensors may go together, and its result on the device that it is on."""
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    there = [x for x in tensors if isinstance(x, OnCuda)]
+    check_devices(func, tensors, there)
+    asked = kwargs.get("device")
+    on_cuda = torch.device(asked).type == "cuda" if asked is not None else bool(there)
+    plain_args, plain_kwargs = unwrapped(args), unwrapped(kwargs)
+    if asked is not None:
+        plain_kwargs["device"] = torch.device("cpu") if on_cuda else asked
+    if on_cuda and plain_kwargs.get("pin_memory"):
+        raise MixedDevicesError(f"{func}: only dense CPU tensors can be pinned")
+    plain_kwargs.pop("pin_memory", None)
+    if func in ATTENTION:
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*plain_args[:3])
+        others = [OnCuda(torch.empty(0)) if "Tensor" in str(x.type) else 0 for x in func._schema.returns[2:]]
+        return OnCuda(out), OnCuda(lse), *others
+    out = func(*plain_args, **plain_kwargs)
+    made = tree_map(lambda x: OnCuda(x) if isinstance(x, Tensor) and on_cuda else x, out)
+    return return_and_correct_aliasing(func, args, kwargs, made) if there else made
+
+
+def unwrapped(tree: Any) -> Any:
+    """The CPU's tensors in place of the device's."""
+    return tree_map(lambda x: x.inner if isinstance(x, OnCuda) else x, tree)
+
+
+def check_devices(func: Any, tensors: list[Tensor], there: list[Tensor]) -> None:
+    """Raise MixedDevicesError where CUDA would."""
+    here = [x for x in tensors if not isinstance(x, OnCuda) and x.device.type == "cpu"]
+    if func.namespace == "c10d" and here and PretendCuda.nccl:
+        raise MixedDevicesError(f"{func}: No backend type associated with device type cpu")
+    if not there or not here or func in COPIES:
+        return
+    scalars = torch.Tag.pointwise in func.tags or func in (aten.fill_.Tensor, aten.masked_fill.Tensor)
+    if scalars and all(x.dim() == 0 for x in here):
+        return
+    shapes = [tuple(x.shape) for x in here]
+    raise MixedDevicesError(
+        f"{func}: expected all tensors on one device, found cuda:0 and cpu; those on the CPU have shapes {shapes}"
+    )
+
+
+class PretendCuda(TorchDispatchMode):
+    """While it is on, `cuda` is the pretended device."""
+
+    nccl = False  # whether the process group is to be NCCL's, which moves tensors of the device only
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return dispatch(func, args, kwargs or {})
+
+
+# Bindings that take the device's guard before they dispatch, by the operator behind them.
+GUARDED = {
+    torch.Tensor.contiguous: aten.contiguous,
+    torch.Tensor.copy_: aten.copy_,
+    torch.Tensor.nonzero: aten.nonzero,
+    torch.Tensor.__invert__: aten.bitwise_not,
+    torch.Tensor.float: lambda x: x.to(torch.float32),
+    torch.Tensor.double: lambda x: x.to(torch.float64),
+    torch.Tensor.bfloat16: lambda x: x.to(torch.bfloat16),
+    torch.Tensor.half: lambda x: x.to(torch.float16),
+    torch.Tensor.long: lambda x: x.to(torch.int64),
+    torch.Tensor.int: lambda x: x.to(torch.int32),
+    torch.Tensor.bool: lambda x: x.to(torch.bool),
+    torch.Tensor.new_tensor: lambda x, data: OnCuda(x.inner.new_tensor(data)),
+}
+
+
+class NoDriver(TorchFunctionMode):
+    """Answers what torch's bindings would ask the driver: which GPU `cuda` is, and the guard under which they index."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.device:
+            return func(*args, **kwargs or {})
+        args, kwargs = tree_map(
+            lambda x: DEVICE if isinstance(x, str | torch.device) and str(x) == "cuda" else x, (args, kwargs or {})
+        )
+        if func is torch.Tensor.__getitem__ and isinstance(args[0], OnCuda):
+            return OnCuda(args[0].inner[unwrapped(args[1])])
+        if func is torch.Tensor.__setitem__ and isinstance(args[0], OnCuda):
+            args[0].inner[unwrapped(args[1])] = unwrapped(args[2])
+            return None
+        generator = kwargs.get("generator")
+        if generator is not None and isinstance(generator, CudaGenerator) != (kwargs.get("device") == DEVICE):
+            raise MixedDevicesError(f"{func}: the generator is of another device than the numbers")
+        if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == DEVICE:
+            return func(*args, **kwargs | {"device": "cpu"}).to(DEVICE)
+        if func in GUARDED and isinstance(args[0], OnCuda):
+            return GUARDED[func](*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def pretend_cuda() -> Iterator[None]:
+    """A process that sees one GPU."""
+    properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=80 * 2**30, major=9, minor=0)
+    answers: dict[str, Any] = {
+        "is_available": True,
+        "is_initialized": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_name": properties.name,
+        "get_device_properties": properties,
+        "get_device_capability": (9, 0),
+        "max_memory_allocated": 0,
+        "memory_allocated": 0,
+        "memory_reserved": 0,
+        "mem_get_info": (40 * 2**30, 80 * 2**30),
+        "synchronize": None,
+        "empty_cache": None,
+        "reset_peak_memory_stats": None,
+        "set_device": None,
+        "get_rng_state": torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": None,
+    }
+    swapped = torch.__future__.get_swap_module_params_on_conversion()
+    with ExitStack() as stack:
+        for name, answer in answers.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_args, answer=answer: answer))
+        stack.enter_context(mock.patch.object(torch.version, "cuda", "13.0"))
+        stack.enter_context(mock.patch.object(torch.backends.cudnn, "version", lambda: 92000))
+        stack.enter_context(mock.patch.object(torch, "Generator", make_generator))
+        stack.enter_context(mock.patch.object(torch.cuda, "Stream", lambda *_args: None))
+        stack.enter_context(mock.patch.object(torch.cuda, "stream", lambda _stream: nullcontext()))
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        stack.callback(torch.__future__.set_swap_module_params_on_conversion, swapped)
+        stack.enter_context(torch.no_grad())  # torch's autograd would ask for the device's guard
+        stack.enter_context(PretendCuda())
+        stack.enter_context(NoDriver())
+        yield
