@@ -16,6 +16,7 @@ from engine.group_of_one import GROUP_OF_ONE
 from engine.load import fetch, find_checkpoint, load_vae_alone, pick_device, read_spec
 from engine.progress import enabled, progress_bar
 from engine.tiled_decode import stream_tiles
+from engine.waiting import wait_for
 from parallel.mesh import Axis
 
 
@@ -58,6 +59,7 @@ class VideoDecoder:
         num_frames = self.spec.num_frames(latents.shape[2])
         with progress_bar(total=num_frames, desc="decode", enabled=show) as bar:
             for frames in stream:
+                wait_for(frames.device)
                 yield to_uint8(frames)
                 bar.update(frames.shape[2])
 

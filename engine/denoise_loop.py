@@ -15,6 +15,7 @@ from engine.checkpoint import History, save_run
 from engine.denoise import NotFiniteError, check_finite, denoise
 from engine.schedulers import SchedulerState, scheduler_state
 from engine.trace import Trace
+from engine.waiting import wait_for
 
 if TYPE_CHECKING:
     from engine.engine import LongVideoEngine
@@ -62,9 +63,7 @@ class DenoiseLoop:
 
             def after_step(finished: int, latents: Tensor) -> None:
                 nonlocal started, reached
-                # Reading the clock is honest only once the device has done the step.
-                if latents.is_cuda:
-                    torch.cuda.synchronize(latents.device)
+                wait_for(latents.device)  # the clock is read once the device has done the step
                 self.check(latents, finished, total)
                 mode = self.engine.handle.state.mode
                 timestep = float(scheduler.timesteps[finished - 1])
@@ -117,7 +116,9 @@ class DenoiseLoop:
         else:
             batches = [passes] if adapter.batches_guidance else [[name] for name in passes]
             predictions = [part for batch in batches for part in self.forward(latents, timestep, batch)]
-        return adapter.guide(predictions, self.engine.config.sampler.guidance_scale)
+        guided = adapter.guide(predictions, self.engine.config.sampler.guidance_scale)
+        wait_for(guided.device)  # here, as schedulers copy numbers to the device, which waits for it in C
+        return guided
 
     def forward(self, latents: Tensor, timestep: Tensor, passes: list[str]) -> list[Tensor]:
         """One forward of the transformer with these passes in it; the trace hears the conditional one."""
@@ -131,7 +132,8 @@ class DenoiseLoop:
         """Keep what was computed."""
         if self.path is None or done == 0 or not self.engine.is_first:
             return
-        # The usual stream may wait for ever, for a collective whose other ranks have ended; these tensors need no wait.
+        # The usual stream is still busy with the step that was interrupted, or waits for ever for ranks that have ended; these
+        # tensors were finished before it.
         beside = torch.cuda.stream(torch.cuda.Stream(latents.device)) if latents.is_cuda else contextlib.nullcontext()
         with beside:
             history = {"steps": self.steps, "trace": self.trace.rows if self.trace is not None else []}

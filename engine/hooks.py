@@ -130,8 +130,10 @@ class StepHook:
     def __init__(self, state: RunState, scheduler: Callable[[], Any]) -> None:
         self.state = state
         self._scheduler = scheduler
+        self._read: tuple[Tensor, int] | None = None
         self._timesteps: list[float] = []
         self._plan: list[StepPlan] = []
+        self._made_for: tuple[int, Grid, torch.device] | None = None
 
     def __call__(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Fill the state for this forward."""
@@ -143,7 +145,7 @@ class StepHook:
         refuse_context_parallel(transformer)  # again: it may have been switched on since
         if state.mesh.world.size > 1:
             _refuse_caches_of_one_rank(transformer)
-        state.step = self._find_step(float(timestep[0]))
+        state.step = self._find_step(timestep)
         state.num_steps = len(self._timesteps)
         if state.checks_finite:
             refuse_not_finite(state, latents, "before")
@@ -163,21 +165,43 @@ class StepHook:
         head_dim = transformer.config.attention_head_dim
         self._lay_out(state.grid.tokens, transformer.config.num_attention_heads, head_dim, latents)
         fuses = state.mode not in ("global", "local")
-        state.weights = state.method.weights(step, state.grid, head_dim, latents.device) if fuses else None
+        made_for = (state.step, state.grid, latents.device) if fuses else None
+        if (
+            made_for != self._made_for
+        ):  # once a step: making them copies numbers to the device, which waits for the pass before
+            state.weights = state.method.weights(step, state.grid, head_dim, latents.device) if fuses else None
+            self._made_for = made_for
 
-    def _find_step(self, timestep: float) -> int:
+    def _find_step(self, timestep: Tensor) -> int:
         """Index of this forward in the scheduler's timesteps; an error if the forward belongs to another step."""
         scheduler = self._scheduler()
-        timesteps = [float(t) for t in scheduler.timesteps.tolist()]
-        if timesteps != self._timesteps:
-            self._timesteps, self._plan = timesteps, self.state.method.plan(timesteps)
+        self._read_timesteps(scheduler.timesteps)
+        timesteps, value = self._timesteps, self._value(timestep, scheduler.timesteps)
         step = scheduler.step_index if scheduler.step_index is not None else scheduler.begin_index or 0
-        if step >= len(timesteps) or timesteps[step] != timestep:
+        if step >= len(timesteps) or timesteps[step] != value:
             raise ValueError(
-                f"the transformer was called at timestep {timestep}, but its scheduler stands at step {step} of "
+                f"the transformer was called at timestep {value}, but its scheduler stands at step {step} of "
                 f"{len(timesteps)}; call it through its pipeline, which sets the scheduler"
             )
         return step
+
+    def _read_timesteps(self, timesteps: Tensor) -> None:
+        """Copy them to Python once for each tensor: on a GPU the copy waits for all that is queued there."""
+        if self._read is not None and self._read[0] is timesteps and self._read[1] == timesteps._version:
+            return
+        self._read = timesteps, timesteps._version
+        values = [float(t) for t in timesteps.tolist()]
+        if values != self._timesteps:
+            self._timesteps, self._plan, self._made_for = values, self.state.method.plan(values), None
+
+    def _value(self, timestep: Tensor, timesteps: Tensor) -> float:
+        """The number in `timestep`; known without reading it where it is a view of the scheduler's, as pipelines hand on."""
+        whole = timesteps if timesteps._base is None else timesteps._base
+        at = timestep.storage_offset() - timesteps.storage_offset()
+        same = timestep._base is whole and timestep.dtype == timesteps.dtype
+        if same and timesteps.is_contiguous() and 0 <= at < len(self._timesteps):
+            return self._timesteps[at]
+        return float(timestep[0])
 
     def _lay_out(self, num_tokens: int, num_heads: int, head_dim: int, latents: Tensor) -> None:
         """The layout of this video's tokens over the ranks, and the one that this mode's attention uses."""

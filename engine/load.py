@@ -141,7 +141,7 @@ def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: s
         _check_text_encoder(pipe)
     pipe.set_progress_bar_config(disable=True)
     if config.weights == "cpu_offload":
-        pipe.enable_model_cpu_offload(gpu_id=torch.cuda.current_device())
+        pipe.enable_model_cpu_offload(device=torch.device("cuda", torch.cuda.current_device()))
         return pipe
     # One by one: a text encoder that stays on the CPU must never have been on the device.
     pipe.vae.to(device)

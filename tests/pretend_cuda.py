@@ -8,7 +8,7 @@ What it does not model: memory, streams, speed, and kernels that exist on one de
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 from unittest import mock
 
 import torch
@@ -23,6 +23,12 @@ DEVICE = torch.device("cuda", 0)
 
 class MixedDevicesError(RuntimeError):
     """What CUDA would have refused."""
+
+
+def crossing(name: str, value: Any) -> Any:
+    """A number that the host reads from the device."""
+    PretendCuda.crossings.append(name)
+    return value
 
 
 class OnCuda(torch.Tensor):
@@ -56,22 +62,22 @@ class OnCuda(torch.Tensor):
 
     # Answered here, since torch's own would ask for the device's guard, which a build for the CPU does not have.
     def tolist(self) -> Any:
-        return self.inner.tolist()
+        return crossing("tolist", self.inner.tolist())
 
     def item(self) -> Any:
-        return self.inner.item()
+        return crossing("item", self.inner.item())
 
     def __float__(self) -> float:
-        return float(self.inner)
+        return crossing("float", float(self.inner))
 
     def __int__(self) -> int:
-        return int(self.inner)
+        return crossing("int", int(self.inner))
 
     def __bool__(self) -> bool:
-        return bool(self.inner)
+        return crossing("bool", bool(self.inner))
 
     def __index__(self) -> int:
-        return self.inner.__index__()
+        return crossing("index", self.inner.__index__())
 
     def data_ptr(self) -> int:
         return self.inner.data_ptr()
@@ -81,16 +87,17 @@ class OnCuda(torch.Tensor):
         return dispatch(func, args, kwargs or {})
 
 
-class CudaGenerator(torch.Generator):
-    """A generator of the device; its numbers are the CPU's."""
+class Generator(torch.Generator):
+    """`torch.Generator`, also of the device; the numbers are the CPU's."""
+
+    on_cuda: bool
+
+    def __new__(cls, device: Any = "cpu") -> "Generator":
+        made = super().__new__(cls)
+        made.on_cuda = torch.device(device).type == "cuda"
+        return made
 
 
-def make_generator(device: Any = "cpu") -> torch.Generator:
-    """`torch.Generator`, also of the device."""
-    return CudaGenerator() if torch.device(device).type == "cuda" else GENERATOR(device)
-
-
-GENERATOR = torch.Generator
 # Operators that take tensors of two devices: copies, and indexing, whose indices may lie on the CPU.
 COPIES = (aten.copy_.default, aten._to_copy.default, aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
 # CUDA's attention operators, by the CPU's; what else they return is not looked at here.
@@ -108,6 +115,8 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     check_devices(func, tensors, there)
     asked = kwargs.get("device")
     on_cuda = torch.device(asked).type == "cuda" if asked is not None else bool(there)
+    if (func in COPIES and bool(there) != on_cuda) or (func is aten.copy_.default and len(there) == 1):
+        PretendCuda.crossings.append(str(func))
     plain_args, plain_kwargs = unwrapped(args), unwrapped(kwargs)
     if asked is not None:
         plain_kwargs["device"] = torch.device("cpu") if on_cuda else asked
@@ -118,7 +127,10 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(*plain_args[:3])
         others = [OnCuda(torch.empty(0)) if "Tensor" in str(x.type) else 0 for x in func._schema.returns[2:]]
         return OnCuda(out), OnCuda(lse), *others
-    out = func(*plain_args, **plain_kwargs)
+    if func is aten.bmm.dtype:  # of half precision with sums in fp32, which the CPU has no operator for
+        out = torch.bmm(*(x.to(plain_args[2]) for x in plain_args[:2]))
+    else:
+        out = func(*plain_args, **plain_kwargs)
     made = tree_map(lambda x: OnCuda(x) if isinstance(x, Tensor) and on_cuda else x, out)
     return return_and_correct_aliasing(func, args, kwargs, made) if there else made
 
@@ -147,6 +159,7 @@ def check_devices(func: Any, tensors: list[Tensor], there: list[Tensor]) -> None
 class PretendCuda(TorchDispatchMode):
     """While it is on, `cuda` is the pretended device."""
 
+    crossings: ClassVar[list[str]] = []  # copies between host and device, for each of which CUDA makes the host wait
     nccl = False  # whether the process group is to be NCCL's, which moves tensors of the device only
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -166,7 +179,7 @@ GUARDED = {
     torch.Tensor.long: lambda x: x.to(torch.int64),
     torch.Tensor.int: lambda x: x.to(torch.int32),
     torch.Tensor.bool: lambda x: x.to(torch.bool),
-    torch.Tensor.new_tensor: lambda x, data: OnCuda(x.inner.new_tensor(data)),
+    torch.Tensor.new_tensor: lambda x, data: crossing("new_tensor", OnCuda(x.inner.new_tensor(data))),
 }
 
 
@@ -185,7 +198,7 @@ class NoDriver(TorchFunctionMode):
             args[0].inner[unwrapped(args[1])] = unwrapped(args[2])
             return None
         generator = kwargs.get("generator")
-        if generator is not None and isinstance(generator, CudaGenerator) != (kwargs.get("device") == DEVICE):
+        if generator is not None and getattr(generator, "on_cuda", False) != (kwargs.get("device") == DEVICE):
             raise MixedDevicesError(f"{func}: the generator is of another device than the numbers")
         if func in (torch.tensor, torch.as_tensor) and kwargs.get("device") == DEVICE:
             return func(*args, **kwargs | {"device": "cpu"}).to(DEVICE)
@@ -194,15 +207,26 @@ class NoDriver(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+class Event:
+    """A CUDA event whose work is done."""
+
+    def record(self, stream: Any = None) -> None:
+        """Nothing is queued here."""
+
+    def query(self) -> bool:
+        return True
+
+
 @contextmanager
-def pretend_cuda() -> Iterator[None]:
-    """A process that sees one GPU."""
+def pretend_cuda(*, nccl: bool = False) -> Iterator[None]:
+    """A process that sees one GPU; with `nccl` its process group refuses tensors of the CPU, as NCCL does."""
     properties = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=80 * 2**30, major=9, minor=0)
     answers: dict[str, Any] = {
         "is_available": True,
         "is_initialized": True,
         "device_count": 1,
         "current_device": 0,
+        "current_stream": None,
         "get_device_name": properties.name,
         "get_device_properties": properties,
         "get_device_capability": (9, 0),
@@ -223,7 +247,11 @@ def pretend_cuda() -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_args, answer=answer: answer))
         stack.enter_context(mock.patch.object(torch.version, "cuda", "13.0"))
         stack.enter_context(mock.patch.object(torch.backends.cudnn, "version", lambda: 92000))
-        stack.enter_context(mock.patch.object(torch, "Generator", make_generator))
+        stack.enter_context(mock.patch.object(torch, "Generator", Generator))
+        if nccl:
+            stack.enter_context(mock.patch.object(PretendCuda, "nccl", True))
+            stack.enter_context(mock.patch.object(torch.distributed, "get_backend", lambda _group=None: "nccl"))
+        stack.enter_context(mock.patch.object(torch.cuda, "Event", Event))
         stack.enter_context(mock.patch.object(torch.cuda, "Stream", lambda *_args: None))
         stack.enter_context(mock.patch.object(torch.cuda, "stream", lambda _stream: nullcontext()))
         torch.__future__.set_swap_module_params_on_conversion(True)

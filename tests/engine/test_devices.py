@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import signal
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from diffusers import LTXPipeline, WanPipeline
 from torch import Tensor
 
 from engine import apply_method
+from engine.apply import Ranks
 from engine.config import (
     DecodeConfig,
     MethodConfig,
@@ -26,7 +29,9 @@ from engine.engine import LongVideoEngine
 from engine.trace import Trace
 from engine.window_spectra import WindowSpectra
 from freespec.methods import METHODS, FreeSpec
-from tests.pretend_cuda import MixedDevicesError, OnCuda, pretend_cuda
+from parallel.mesh import build_mesh
+from tests.pretend_cuda import Event, MixedDevicesError, OnCuda, PretendCuda, dispatch, pretend_cuda
+from tests.ranks import run_ranks
 from tests.tiny_pipelines import save_random_ltx, save_random_wan
 
 PROMPT = "a red circle"
@@ -153,6 +158,66 @@ def test_an_interrupted_run_continues(folders: dict[str, Path], name: str, tmp_p
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
+def test_ctrl_c_is_heard_while_the_device_works(
+    folders: dict[str, Path], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Waiting is Python's, so that the signal of the third wait ends it, though the device would never be done."""
+    path, waits, looks = tmp_path / "state.safetensors", [], []
+
+    class Working(Event):
+        def record(self, stream: Any = None) -> None:
+            waits.append(self)
+
+        def query(self) -> bool:
+            if len(waits) < 3:
+                return True
+            looks.append(self)
+            if len(looks) == 2:
+                signal.raise_signal(signal.SIGINT)
+            return False
+
+    def synchronize(*_args: Any) -> None:
+        raise AssertionError("this would wait in C")
+
+    with pretend_cuda(), contextlib.closing(LongVideoEngine(config_of(folders[name], name))) as engine:
+        whole = engine.denoise(PROMPT).latents
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "Event", Working)
+            patch.setattr(torch.cuda, "synchronize", synchronize)
+            with pytest.raises(KeyboardInterrupt):
+                engine.denoise(PROMPT, checkpoint=path)
+        denoised = engine.denoise(PROMPT, checkpoint=path)
+    assert (len(waits), len(looks)) == (3, 2)  # two for each step: before the scheduler's and after it
+    assert denoised.resumed_at == 1
+    assert torch.equal(denoised.latents, whole)
+
+
+@pytest.mark.parametrize("method", ["direct", "sliding_window", "freenoise", "freelong", "freespec"])
+def test_the_second_pass_is_queued_without_waiting_for_the_first(folders: dict[str, Path], method: str) -> None:
+    """A number that goes from the device to the host, or back, waits for all that is queued before it."""
+    crossings: list[list[str]] = []
+    with pretend_cuda(), contextlib.closing(LongVideoEngine(config_of(folders["wan"], "wan"))) as engine:
+        engine.use_method(MethodConfig(name=method, window_frames=3, freespec=FreeSpec(domain="step", split=0.5)))
+        transformer = engine.pipe.transformer
+        transformer.register_forward_pre_hook(lambda *_args: PretendCuda.crossings.clear(), prepend=True)
+        transformer.register_forward_hook(lambda *_args: crossings.append(list(PretendCuda.crossings)))
+        engine.denoise(PROMPT)
+        assert crossings[1::2] == [[]] * 4
+        assert "tolist" in crossings[0]  # the timesteps, once a video
+        assert not any({"tolist", "float"} & set(each) for each in crossings[1:])
+        # The negative control: a timestep that is no view of the scheduler's must be read.
+        hook = transformer.register_forward_pre_hook(
+            lambda _module, args, inputs: (args, inputs | {"timestep": inputs["timestep"].clone()}),
+            with_kwargs=True,
+            prepend=True,
+        )
+        crossings.clear()
+        engine.denoise(PROMPT)
+        hook.remove()
+        assert all("float" in each for each in crossings)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
 def test_the_text_encoder_may_stay_on_the_cpu_and_texts_be_kept(
     folders: dict[str, Path], name: str, tmp_path: Path
 ) -> None:
@@ -167,6 +232,19 @@ def test_the_text_encoder_may_stay_on_the_cpu_and_texts_be_kept(
     assert torch.equal(made[0], made[1])  # found in the cache
     assert torch.equal(made[2], made[3])
     assert_close(made[2], made[0])
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_parts_that_are_offloaded_meet_their_inputs(folders: dict[str, Path], name: str) -> None:
+    model = ModelConfig(path=str(folders[name]), device="cuda", dtype="float32", weights="cpu_offload")
+    with pretend_cuda():
+        with contextlib.closing(LongVideoEngine(config_of(folders[name], name))) as engine:
+            expected = engine.generate(PROMPT)
+        with contextlib.closing(LongVideoEngine(config_of(folders[name], name, model=model))) as engine:
+            for _ in range(2):  # the second video finds the parts where the first one left them
+                result = engine.generate(PROMPT)
+                assert torch.equal(result.latents, expected.latents)
+                assert (result.frames == expected.frames).all()
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
@@ -207,3 +285,34 @@ def test_a_pipeline_of_ones_own(folders: dict[str, Path], name: str, kind: Any, 
     with pretend_cuda():
         pipe.to("cuda")
         assert_close(run(), expected)
+
+
+def on_ranks(_rank: int, case: tuple[str, Path, tuple[int, int, int]]) -> tuple[Tensor, int]:
+    """Latents of this rank, and the number of frames that it decoded in tiles with the others."""
+    name, folder, (cfg, ring, ulysses) = case
+    with pretend_cuda(nccl=True):
+        device, timeout = torch.device("cuda"), timedelta(seconds=60)
+        mesh = build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=device, timeout=timeout)
+        with pytest.raises(MixedDevicesError, match="No backend type associated with device type cpu"):
+            dispatch(torch.ops.c10d.allreduce_.default, ([torch.ones(1)], mesh.world.group), {})
+        config = config_of(folder, name, decode=TILES[name])
+        with contextlib.closing(LongVideoEngine(config, Ranks(mesh=mesh))) as engine:
+            latents = engine.denoise(PROMPT).latents
+            frames = sum(len(part) for part in engine.decode(latents))
+        assert mesh.monitor is not None
+        mesh.monitor.close()
+    return latents, frames
+
+
+def test_ranks_over_nccl_send_tensors_of_the_device(folders: dict[str, Path], tmp_path: Path) -> None:
+    degrees = [(2, 1, 1), (1, 2, 1), (1, 1, 2)]
+    cases = [(name, folders[name], each) for name in ADAPTERS for each in degrees]
+    expected = {}
+    for name in ADAPTERS:
+        with contextlib.closing(LongVideoEngine(config_of(folders[name], name, "cpu"))) as engine:
+            expected[name] = engine.denoise(PROMPT).latents
+    for (name, *_), by_rank in zip(cases, run_ranks(2, on_ranks, cases, tmp_path), strict=True):
+        for rank, (latents, frames) in enumerate(by_rank):
+            assert torch.equal(latents, by_rank[0][0])
+            assert_close(latents, expected[name])
+            assert frames == (SIZES[name].num_frames if rank == 0 else 0)

@@ -229,8 +229,8 @@ def cpu_in_the_gpu_s_place(patch: pytest.MonkeyPatch) -> list[int]:
     """Let parts be offloaded from a CPU to a CPU; the list is filled with the GPUs that are asked for."""
     offload, asked = DiffusionPipeline.enable_model_cpu_offload, []
 
-    def onto_the_cpu(pipe, gpu_id):
-        asked.append(gpu_id)
+    def onto_the_cpu(pipe, device):
+        asked.append(device.index)
         offload(pipe, device="cpu")
 
     patch.setattr(DiffusionPipeline, "enable_model_cpu_offload", onto_the_cpu)
