@@ -18,6 +18,9 @@ from torch import Tensor
 
 from parallel.plan import Range, halo_receives, halo_sends, length, ring_order
 
+# torch 2.13 has a new name for it, and warns of the old one.
+ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+
 
 class CollectiveError(RuntimeError):
     """A collective that timed out or lost a peer: which rank noticed, in which operation, and what the caller was doing."""
@@ -72,7 +75,12 @@ def watch(operation: str, *, group: dist.ProcessGroup, trace: Trace) -> Iterator
 
 
 def meet(*, group: dist.ProcessGroup, device: torch.device, trace: Trace) -> None:
-    """Wait until every rank of the group is here. A sum of one number, as NCCL's barrier guesses a device."""
+    """Wait until every rank of the group is here. A sum of one number, as NCCL's barrier guesses a device.
+
+    A group of one rank has nobody to wait for: NCCL would set up a communicator for it, and its memory on the device.
+    """
+    if dist.get_world_size(group) == 1:
+        return
     number = torch.ones(1, device=device)
     with watch("meeting", group=group, trace=trace):
         dist.all_reduce(number, group=group)
@@ -142,9 +150,11 @@ def gather_tokens(x_BsC: Tensor, *, token_sizes: Sequence[int], group: dist.Proc
     """
     if dist.get_world_size(group) == 1:
         return x_BsC
+    if min(token_sizes) == max(token_sizes):
+        return _all_gather(x_BsC.contiguous(), "gather", group=group, trace=trace).transpose(0, 1).flatten(1, 2)
     padded = x_BsC.new_zeros(x_BsC.shape[0], max(token_sizes), *x_BsC.shape[2:])
     padded[:, : x_BsC.shape[1]] = x_BsC
-    gathered = _all_gather(padded, "gather", group=group, trace=trace)
+    gathered = _all_gather(padded, "gather", group=group, trace=trace).unbind(0)
     return torch.cat([part[:, :size] for part, size in zip(gathered, token_sizes, strict=True)], dim=1)
 
 
@@ -152,7 +162,7 @@ def gather_copies(x: Tensor, kind: str, *, group: dist.ProcessGroup, trace: Trac
     """Any shape -> one tensor of that shape per rank of the group, in rank order, the same on every rank."""
     if dist.get_world_size(group) == 1:
         return (x,)
-    return _all_gather(x.contiguous(), kind, group=group, trace=trace)
+    return _all_gather(x.contiguous(), kind, group=group, trace=trace).unbind(0)
 
 
 def sum_over_ranks(x: Tensor, *, group: dist.ProcessGroup, trace: Trace) -> Tensor:
@@ -322,13 +332,14 @@ def _start_all_to_all(
     return [room.view(shape) for room, shape in zip(received.split(receive_splits), shapes, strict=True)], work
 
 
-def _all_gather(x: Tensor, kind: str, *, group: dist.ProcessGroup, trace: Trace) -> tuple[Tensor, ...]:
+def _all_gather(x: Tensor, kind: str, *, group: dist.ProcessGroup, trace: Trace) -> Tensor:
+    """Any shape -> [P, ...], x of every rank in rank order: one tensor, as NCCL would copy a list of them once more."""
     size = dist.get_world_size(group)
-    gathered = x.new_empty(size, *x.shape).unbind(0)
+    gathered = x.new_empty(size, *x.shape)
     if x.numel() == 0:  # as everywhere in the group
         return gathered
     with watch(f"all-gather ({kind})", group=group, trace=trace):
-        dist.all_gather(list(gathered), x, group=group)
+        getattr(dist, ALL_GATHER)(gathered.view(-1, *x.shape[1:]), x.view(x.shape or (1,)), group=group)
     trace.on_bytes(kind, x.nbytes * (size - 1))
     return gathered
 

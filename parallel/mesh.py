@@ -95,16 +95,17 @@ def _trace(monitor: Monitor | None, label: object, on_bytes: Callable[[str, int]
 def _axis_maker(timeout: timedelta) -> Callable[[str, Tensor], Axis]:
     """Make axes whose groups are shared where their ranks are the same, such as ring and sequence without ulysses.
 
-    A process group exists only if all ranks of the world make all groups in one order, so every rank makes every line.
+    A process group exists only if all ranks of the world make all groups in one order, so every rank makes every line. The group of
+    a rank by itself concerns no other: each rank makes its own, which never communicates.
     """
     groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
     world_rank = dist.get_rank(dist.group.WORLD)
 
     def make_axis(name: str, lines: Tensor) -> Axis:
-        for line in map(tuple, lines.tolist()):
-            if line not in groups:
-                groups[line] = dist.new_group(list(line), timeout=timeout)
         mine = next(line for line in map(tuple, lines.tolist()) if world_rank in line)
+        for line in map(tuple, lines.tolist()):
+            if line not in groups and (len(line) > 1 or line == mine):
+                groups[line] = dist.new_group(list(line), timeout=timeout, use_local_synchronization=len(line) == 1)
         return Axis(name=name, group=groups[mine], ranks=mine, rank=mine.index(world_rank))
 
     return make_axis

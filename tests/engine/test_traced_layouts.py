@@ -127,6 +127,7 @@ def forward(name: str, degrees: Degrees, method: str) -> Mode:
         latents = torch.empty(1, 16, FRAMES, ROWS, COLUMNS, dtype=torch.bfloat16)
         text = torch.empty(1, 512, 4096, dtype=torch.bfloat16)
         with apply_method(pipe, method=method, window_frames=WINDOW, kernel="cpu_flash", ranks=ranks) as handle:
+            handle.state.checks_finite = False  # there are no numbers
             out = transformer(latents, torch.tensor([first]), text, return_dict=False)[0]
         assert out.shape == latents.shape
         assert out.dtype == latents.dtype

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel import collectives, plan
-from parallel.collectives import CollectiveError
+from parallel.collectives import ALL_GATHER, CollectiveError
 from tests.parallel.masked import MaskedKernels
 from tests.parallel.worlds import ByteCount, bytes_at_torch, seeded, small_mesh
 from tests.ranks import run_ranks
@@ -236,15 +236,13 @@ def skip_all_to_all(out: Tensor, x: Tensor, *splits: object, **_: object) -> Sim
     return SimpleNamespace(wait=lambda: None)
 
 
-def shift_by_one_token(out: list[Tensor], x: Tensor, *, group: dist.ProcessGroup) -> None:
-    all_gather = dist.distributed_c10d.all_gather
-    all_gather(out, x.roll(1, dims=-3), group=group)
+def shift_by_one_token(out: Tensor, x: Tensor, *, group: dist.ProcessGroup) -> None:
+    getattr(dist.distributed_c10d, ALL_GATHER)(out, x.roll(1, dims=-3), group=group)
 
 
-def forget_the_others(out: list[Tensor], x: Tensor, *, group: dist.ProcessGroup) -> None:
-    for part in out:
-        part.zero_()
-    out[dist.get_rank(group)].copy_(x)
+def forget_the_others(out: Tensor, x: Tensor, *, group: dist.ProcessGroup) -> None:
+    out.zero_()
+    out.view(-1, *x.shape)[dist.get_rank(group)].copy_(x)
 
 
 def keep_to_oneself(x: Tensor, **_: object) -> None:
@@ -263,11 +261,11 @@ def drop_a_row(ops: list[dist.P2POp]) -> list[dist.Work]:
 CONTROLS: list[tuple[Movement, str, Callable[..., object]]] = [
     (all_to_all_round_trip, "all_to_all_single", skip_all_to_all),
     (started_early, "all_to_all_single", skip_all_to_all),
-    (gather, "all_gather", shift_by_one_token),
-    (copies, "all_gather", shift_by_one_token),
+    (gather, ALL_GATHER, shift_by_one_token),
+    (copies, ALL_GATHER, shift_by_one_token),
     (hand_out, "broadcast", keep_to_oneself),
     (collecting, "batch_isend_irecv", drop_a_row),
-    (ordered_sum, "all_gather", forget_the_others),
+    (ordered_sum, ALL_GATHER, forget_the_others),
     (halo, "batch_isend_irecv", drop_a_row),
     (ring, "batch_isend_irecv", drop_a_row),
 ]

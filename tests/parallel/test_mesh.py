@@ -2,9 +2,12 @@
 
 import itertools
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch.distributed as dist
+from torch import Tensor
 
 from tests.parallel.worlds import small_mesh
 from tests.ranks import run_ranks
@@ -41,6 +44,36 @@ def check_mesh(rank: int, degrees: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("num_ranks", DEGREES)
 def test_every_rank_is_where_the_mesh_says(num_ranks: int, tmp_path: Path) -> None:
     run_ranks(num_ranks, check_mesh, DEGREES[num_ranks], tmp_path)
+
+
+def groups_made(rank: int, degrees: tuple[int, int, int]) -> tuple[list[list[int]], int]:
+    """The ranks of every group that this rank makes, and in how many collectives it takes part."""
+    made, calls = [], 0
+    new_group, all_reduce = dist.new_group, dist.all_reduce
+
+    def record(ranks: list[int], **settings: Any) -> dist.ProcessGroup:
+        made.append(ranks)
+        return new_group(ranks, **settings)
+
+    def count(x: Tensor, *, group: dist.ProcessGroup) -> None:
+        nonlocal calls
+        assert dist.get_world_size(group) > 1
+        calls += 1
+        all_reduce(x, group=group)
+
+    with mock.patch.object(dist, "new_group", record), mock.patch.object(dist, "all_reduce", count):
+        small_mesh(cfg=degrees[0], ring=degrees[1], ulysses=degrees[2])
+    return made, calls
+
+
+def test_a_rank_makes_no_other_rank_s_group_of_one_and_uses_its_own_for_nothing(tmp_path: Path) -> None:
+    """On NCCL a group that communicates has a communicator, which takes memory of the device and time at the start."""
+    [ring, hybrid] = run_ranks(4, groups_made, [(1, 4, 1), (1, 2, 2)], tmp_path)
+    for rank in range(4):
+        assert ring[rank] == ([[rank], [0, 1, 2, 3]], 3)  # ring, sequence and world meet in one group
+        assert hybrid[rank] == ([[rank], [0, 2], [1, 3], [0, 1], [2, 3], [0, 1, 2, 3]], 4)
+    [[alone]] = run_ranks(1, groups_made, [(1, 1, 1)], tmp_path)
+    assert alone == ([[0]], 0)
 
 
 def refuse_mesh(rank: int, case: tuple[int, int, int]) -> None:

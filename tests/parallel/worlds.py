@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.collectives import Trace
+from parallel.collectives import ALL_GATHER, Trace
 from parallel.mesh import SeqMesh, build_mesh
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ class ByteCount:
 def bytes_at_torch() -> Iterator[Counter[str]]:
     """Bytes handed to torch.distributed for other ranks, by function, whatever the collectives report."""
     sent: Counter[str] = Counter()
-    all_to_all, all_gather, batch = dist.all_to_all_single, dist.all_gather, dist.batch_isend_irecv
+    all_to_all, all_gather, batch = dist.all_to_all_single, getattr(dist, ALL_GATHER), dist.batch_isend_irecv
     broadcast = dist.broadcast
 
     def count_all_to_all(
@@ -55,7 +55,7 @@ def bytes_at_torch() -> Iterator[Counter[str]]:
         sent["all_to_all_single"] += others * x.element_size()
         return all_to_all(out, x, out_splits, in_splits, group=group, async_op=async_op)
 
-    def count_all_gather(out: list[Tensor], x: Tensor, *, group: Any) -> Any:
+    def count_all_gather(out: Tensor, x: Tensor, *, group: Any) -> Any:
         sent["all_gather"] += x.nbytes * (dist.get_world_size(group) - 1)
         return all_gather(out, x, group=group)
 
@@ -71,7 +71,7 @@ def bytes_at_torch() -> Iterator[Counter[str]]:
     with (
         mock.patch.object(dist, "broadcast", count_broadcast),
         mock.patch.object(dist, "all_to_all_single", count_all_to_all),
-        mock.patch.object(dist, "all_gather", count_all_gather),
+        mock.patch.object(dist, ALL_GATHER, count_all_gather),
         mock.patch.object(dist, "batch_isend_irecv", count_batch),
     ):
         yield sent
