@@ -1,6 +1,8 @@
 """Save and load latents and unfinished runs as safetensors files, written whole or not at all."""
 
 import json
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +13,23 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.files.whole import atomic_path
+from engine.identity import describe_differences
 from engine.schedulers import SchedulerState, restore_scheduler
 
 History = dict[str, list[dict[str, Any]]]
 """Rows about finished steps, in JSON's types, by what wrote them; each row has a `step`."""
 
 
-def save_latents(path: Path, latents: Tensor, metadata: dict[str, str]) -> None:
-    """Write latents [1, z, F, h, w] and what they belong to; OSError if the disk does not take them.
+def save_latents(path: Path, latents: Tensor, metadata: dict[str, str], *, replace: bool = True) -> None:
+    """Write latents [1, z, F, h, w] and what they belong to.
 
     As bytes, because the library's own writer raises errors of another class and makes files that only their owner reads.
+
+    Raises:
+        WriteError: the disk does not take them, or, without `replace`, another file has the name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as part:
+    with atomic_path(path, replace=replace) as part:
         part.write_bytes(safetensors.torch.save({"latents": latents.cpu().contiguous()}, metadata))
 
 
@@ -35,21 +41,49 @@ def load_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
     return tensors["latents"], metadata
 
 
+def read_metadata(path: Path) -> dict[str, str] | None:
+    """The metadata of a safetensors file, without its tensors; None if there is no file, UserError if it is another kind."""
+    if not os.path.lexists(path):
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); delete it or move it away") from error
+
+
 def save_run(
-    path: Path, latents: Tensor, *, step: int, run_id: str, state: SchedulerState, history: History | None = None
+    path: Path,
+    latents: Tensor,
+    *,
+    step: int,
+    run_id: str,
+    state: SchedulerState,
+    history: History | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a run that has finished `step` steps: its latents, its scheduler's state and what was noted of its steps."""
+    """Write a run that has finished `step` steps: its latents, its scheduler's state and what was noted of its steps.
+
+    `run_id` says whose it is, and `settings` in words, see `engine.identity`.
+    """
     tensors, values = state
     tensors = {f"scheduler.{name}": tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
     metadata = {"run_id": run_id, "step": str(step), "scheduler": json.dumps(values)}
-    metadata["history"] = json.dumps(history or {})
+    metadata |= {"history": json.dumps(history or {}), "settings": json.dumps(settings or {})}
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(path) as part:
         part.write_bytes(safetensors.torch.save({"latents": latents.cpu().contiguous()} | tensors, metadata))
 
 
 def load_run(
-    data: bytes, *, path: Path, run_id: str, scheduler: Any, generator: torch.Generator, device: torch.device
+    data: bytes,
+    *,
+    path: Path,
+    run_id: str,
+    scheduler: Any,
+    generator: torch.Generator,
+    device: torch.device,
+    settings: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, int, History]:
     """Latents, number of finished steps and their history from a `save_run` file's bytes; puts scheduler and generator in their state.
 
@@ -61,8 +95,7 @@ def load_run(
     except SafetensorError as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}); delete it to start anew") from error
     metadata = header.get("__metadata__", {})
-    if metadata.get("run_id") != run_id:
-        raise UserError(f"{path} belongs to another run (other prompt, seed or setting); delete it or move it away")
+    check_run(metadata, path=path, run_id=run_id, settings=settings)
     state = {name.removeprefix("scheduler."): value for name, value in tensors.items() if name != "latents"}
     restore_scheduler(scheduler, (state, json.loads(metadata["scheduler"])), device, generator)
     return tensors["latents"].to(device), int(metadata["step"]), json.loads(metadata.get("history", "{}"))

@@ -331,6 +331,8 @@ class OutputConfig:
             is added to the stem.
         overwrite: whether existing files are replaced; otherwise they are an error before anything is computed.
         save_latents: safetensors file that keeps the latents; None keeps them beside the video until it is whole.
+        checkpoint_every: steps after which the state of the run is written beside the video, so that a run that is killed
+            continues from there; 0 writes it only when a run is stopped or fails.
         trace: also write effective rank and fusion weights per step and layer, and a plot of them.
         sheet_frames: evenly spaced frames on the contact sheet.
         crf: H.264 quality, 0 (lossless) to 51.
@@ -340,6 +342,7 @@ class OutputConfig:
     path: str = "runs/video.mp4"
     overwrite: bool = False
     save_latents: str | None = None
+    checkpoint_every: int = 5
     trace: bool = False
     sheet_frames: int = 12
     crf: int = 12
@@ -348,6 +351,10 @@ class OutputConfig:
     def __post_init__(self) -> None:
         """Reject what no file could be written from."""
         _check(self.path.endswith(".mp4"), f"output.path must end in .mp4, got {self.path!r}")
+        _check(
+            self.checkpoint_every >= 0,
+            f"output.checkpoint_every must be 0 (only when stopped) or more, got {self.checkpoint_every}",
+        )
         _check(self.sheet_frames >= 1, f"output.sheet_frames must be 1 or more, got {self.sheet_frames}")
         _check(0 <= self.crf <= 51, f"output.crf must lie in [0, 51], got {self.crf}")
 

@@ -116,9 +116,9 @@ def comparison(rows: Sequence[Row], times: Sequence[float], *, title: str, subti
     return picture
 
 
-def write_picture(path: Path, picture: Image.Image) -> None:
+def write_picture(path: Path, picture: Image.Image, *, replace: bool = True) -> None:
     """Write a PNG, whole or not at all."""
-    with atomic_path(path) as part:
+    with atomic_path(path, replace=replace) as part:
         picture.save(part, format="png", optimize=True)
 
 

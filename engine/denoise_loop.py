@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.adapters.base import Text
 from engine.checkpoint import History, save_run
 from engine.denoise import NotFiniteError, check_finite, denoise
+from engine.identity import settings_id
 from engine.schedulers import SchedulerState, scheduler_state
 from engine.trace import Trace
 from engine.waiting import wait_for
@@ -31,7 +32,7 @@ class DenoiseLoop:
         generator: has drawn the first noise, and draws that of a scheduler that adds some in its steps.
         trace: hears the conditional pass, if given.
         path: where a run that ends early leaves its state; None keeps none.
-        run_id: whose state that is.
+        settings: what decides the latents, which says whose state that is.
         checkpoint_every: steps after which the state is also written; 0 writes it at an early end only.
         on_step: called with the finished steps and their total after each.
         steps: what is noted of each finished step, see `engine.engine.Denoised`.
@@ -42,7 +43,7 @@ class DenoiseLoop:
     generator: torch.Generator
     trace: Trace | None
     path: Path | None
-    run_id: str
+    settings: dict[str, Any]
     checkpoint_every: int
     on_step: Callable[[int, int], None] | None
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -138,4 +139,12 @@ class DenoiseLoop:
         with beside:
             history = {"steps": self.steps, "trace": self.trace.rows if self.trace is not None else []}
             finished = {name: [row for row in rows if row["step"] < done] for name, rows in history.items()}
-            save_run(self.path, latents, step=done, run_id=self.run_id, state=state, history=finished)
+            save_run(
+                self.path,
+                latents,
+                step=done,
+                run_id=settings_id(self.settings),
+                settings=self.settings,
+                state=state,
+                history=finished,
+            )

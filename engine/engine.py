@@ -1,8 +1,5 @@
 """The engine: one loaded model that makes videos from prompts, in stages that can be stopped and continued."""
 
-import dataclasses
-import hashlib
-import json
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -27,9 +24,9 @@ from engine.denoise import draw_noise
 from engine.denoise_loop import DenoiseLoop
 from engine.errors import UserError
 from engine.group_of_one import GROUP_OF_ONE
+from engine.identity import latents_settings, settings_id
 from engine.kernel_choice import KernelChoice, choose_on_ranks
 from engine.load import fetch, find_adapter, find_checkpoint, load_pipeline, pick_device, pick_dtype, read_spec
-from engine.method_tree import method_tree
 from engine.progress import enabled, progress_bar
 from engine.provenance import describe_weights
 from engine.ranks import check_agreement, fingerprints, hand_out, hand_out_bytes, together
@@ -55,6 +52,7 @@ class Denoised:
         schedule: the timestep shift: `shift` (fixed, native or actual) and its value, and how they came about.
         seconds: time of the stages `text` and `denoise`.
         resumed_at: steps that an earlier, interrupted run had finished; 0 for a run from noise.
+        settings: what decides the latents, see `engine.identity`.
     """
 
     latents: Tensor
@@ -62,6 +60,7 @@ class Denoised:
     schedule: dict[str, Any]
     seconds: dict[str, float]
     resumed_at: int
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,10 +220,10 @@ class LongVideoEngine:
         text = self._encode([prompt, negative_prompt] if sampler.guidance_scale > 1.0 else [prompt])
         seconds = {"text": time.perf_counter() - started}
 
-        run_id = self._run_id(prompt=prompt, negative_prompt=negative_prompt, seed=seed, num_frames=num_frames)
+        settings = self._settings(prompt=prompt, negative_prompt=negative_prompt, seed=seed, num_frames=num_frames)
         schedule = self._set_timesteps(num_frames)
         generator = torch.Generator("cpu").manual_seed(seed)
-        latents, done, history = self._first_latents(num_frames, generator, checkpoint, run_id)
+        latents, done, history = self._first_latents(num_frames, generator, checkpoint, settings)
 
         started = time.perf_counter()
         passes = dict(zip(("cond", "uncond"), text, strict=False))  # no unconditional one without guidance
@@ -234,7 +233,7 @@ class LongVideoEngine:
             generator=generator,
             trace=trace,
             path=checkpoint,
-            run_id=run_id,
+            settings=settings,
             checkpoint_every=checkpoint_every,
             on_step=on_step,
         )
@@ -242,7 +241,12 @@ class LongVideoEngine:
         latents = loop.run(latents, done)
         seconds["denoise"] = time.perf_counter() - started
         return Denoised(
-            latents=latents.float().cpu(), steps=loop.steps, schedule=schedule, seconds=seconds, resumed_at=done
+            latents=latents.float().cpu(),
+            steps=loop.steps,
+            schedule=schedule,
+            seconds=seconds,
+            resumed_at=done,
+            settings=settings,
         )
 
     def decode(self, latents: Tensor, *, seed: int | None = None) -> Iterator[np.ndarray]:
@@ -405,7 +409,7 @@ class LongVideoEngine:
         return schedule
 
     def _first_latents(
-        self, num_frames: int, generator: torch.Generator, checkpoint: Path | None, run_id: str
+        self, num_frames: int, generator: torch.Generator, checkpoint: Path | None, settings: dict[str, Any]
     ) -> tuple[Tensor, int, History]:
         """Noise and 0, or an interrupted run's latents, the number of its finished steps and what was noted of them.
 
@@ -417,7 +421,8 @@ class LongVideoEngine:
             return load_run(
                 data,
                 path=checkpoint,
-                run_id=run_id,
+                run_id=settings_id(settings),
+                settings=settings,
                 scheduler=self.pipe.scheduler,
                 generator=generator,
                 device=self.device,
@@ -429,16 +434,16 @@ class LongVideoEngine:
         return noise.to(self.device), 0, {}
 
     def _run_id(self, **what: Any) -> str:
-        """Hash of all that decides the latents: two runs with the same one have the same latents, but for rounding.
+        """Hash of all that decides the latents, see `engine.identity`."""
+        return settings_id(self._settings(**what))
 
-        Not the ranks, nor where the weights lie: another number of ranks, or offload, continues the same run. Nor the
-        settings of methods that are not used.
-        """
-        tree = dataclasses.asdict(self.config)
-        decides = {key: tree[key] for key in ("sampler", "attention")} | {"method": method_tree(self.config.method)}
-        size = {key: tree["video"][key] for key in ("height", "width")}
-        model = {"checkpoint": self._prints["checkpoint"].hex(), "dtype": str(self.pipe.transformer.dtype)}
-        what |= {"device": self.device.type, "noise": self.config.noise}
-        what |= {"fps": self.config.video.fps} if self.adapter.frame_rate_matters else {}
-        text = json.dumps({**decides, **size, **model, **what}, sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
+    def _settings(self, **what: Any) -> dict[str, Any]:
+        model = self.config.model
+        return latents_settings(
+            self.config,
+            checkpoint=self._prints["checkpoint"].hex(),
+            dtype=str(pick_dtype(model.dtype, self.device)),
+            device=self.device.type,
+            with_rate=self.adapter.frame_rate_matters,
+            **what,
+        )

@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-import hashlib
 import importlib.metadata
-import json
 import platform
 import re
 import resource
@@ -16,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engine.files.whole import atomic_path
+from engine.files.whole import file_sha256, write_json
+from engine.identity import settings_id
 from engine.paths import REPOSITORY
 from freespec.kernels import resolve_dual
 
@@ -51,6 +50,7 @@ def build_record(
         "negative_prompt": config["sampler"]["negative_prompt"],
         "seed": config["sampler"]["seed"],
         "config": config,
+        "identity": {"id": settings_id(denoised.settings), "settings": denoised.settings},
         "attention": dataclasses.asdict(engine.kernel),
         "dual": resolve_dual(config["attention"]["dual"]),
         "complement": config["attention"]["complement"],
@@ -70,20 +70,16 @@ def build_record(
     }
 
 
-def write_record(path: Path, record: dict[str, Any]) -> None:
+def write_record(path: Path, record: dict[str, Any], *, replace: bool = True) -> None:
     """Write a record as JSON, whole or not at all. A number that JSON cannot hold (nan, infinity) is a ValueError."""
-    text = json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False)
-    with atomic_path(path) as part:
-        part.write_text(text + "\n", encoding="utf-8")
+    write_json(path, record, replace=replace)
 
 
 def describe_video(path: Path, *, num_frames: int, fps: int) -> dict[str, Any]:
     """What a record says of a finished video file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {
         "file": path.name,
-        "sha256": digest,
+        "sha256": file_sha256(path),
         "bytes": path.stat().st_size,
         "num_frames": num_frames,
         "fps": fps,

@@ -21,14 +21,14 @@ _WEIGHTS = (
 )
 
 
-def write_trace(rows: Sequence[dict[str, Any]], table: Path, plot: Path) -> None:
+def write_trace(rows: Sequence[dict[str, Any]], table: Path, plot: Path, *, replace: bool = True) -> None:
     """Write the rows of a `Trace` as CSV, and their plot as PNG."""
-    with atomic_path(table) as part, part.open("w", newline="", encoding="utf-8") as file:
+    with atomic_path(table, replace=replace) as part, part.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
     figure = draw_trace(rows)
-    with atomic_path(plot) as part:
+    with atomic_path(plot, replace=replace) as part:
         figure.savefig(part, format="png", dpi=120)
 
 

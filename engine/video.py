@@ -46,12 +46,15 @@ class VideoWriter:
 
 
 @contextlib.contextmanager
-def open_video(path: Path, *, fps: int, height: int, width: int, crf: int) -> Iterator[VideoWriter]:
+def open_video(
+    path: Path, *, fps: int, height: int, width: int, crf: int, replace: bool = True
+) -> Iterator[VideoWriter]:
     """A writer of the mp4 `path`, which exists once the block has ended well, and not at all if it fails.
 
-    Raises OSError if the file cannot be written, or does not hold every frame that was given.
+    Raises WriteError if the file cannot be written, does not hold every frame that was given, or, without `replace`, if
+    another file has the name.
     """
-    with atomic_path(path) as part:
+    with atomic_path(path, replace=replace) as part:
         # faststart: the index comes first, so that a browser plays the file while it loads.
         with av.open(str(part), "w", format="mp4", options={"movflags": "faststart"}) as container:
             writer = VideoWriter(container, fps=fps, height=height, width=width, crf=crf)
@@ -59,4 +62,4 @@ def open_video(path: Path, *, fps: int, height: int, width: int, crf: int) -> It
             writer.finish()
         found = count_frames(part)
         if found != writer.num_frames:
-            raise OSError(f"{path} holds {found} of {writer.num_frames} frames after writing")
+            raise OSError(f"it holds {found} of {writer.num_frames} frames after writing")

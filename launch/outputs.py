@@ -1,13 +1,21 @@
 """Which files a run writes, and the checks that they can be written, made before anything is loaded or computed."""
 
-import tempfile
+import contextlib
+import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.config import OutputConfig
+from engine.adapters import VideoSpec
+from engine.config import OutputConfig, RunConfig
 from engine.errors import UserError
+from engine.files.checks import check_places, check_space
+from engine.files.claims import claim
 from engine.paths import expand
+
+# H.264 of a picture with hardly any motion: what a video takes at least.
+_LEAST_BITS_PER_PIXEL = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,18 +27,16 @@ class OutputFiles:
         latents: safetensors file of the latents.
         keep_latents: whether that file stays once the video is whole.
         trace: whether effective rank and fusion weights are written.
-        of_several: whether the run makes other videos too.
     """
 
     video: Path
     latents: Path
     keep_latents: bool = False
     trace: bool = False
-    of_several: bool = False
 
     @property
     def record(self) -> Path:
-        """JSON record of the run."""
+        """JSON record of the run, written last."""
         return self.video.with_suffix(".json")
 
     @property
@@ -40,7 +46,7 @@ class OutputFiles:
 
     @property
     def checkpoint(self) -> Path:
-        """State of a denoising run that was interrupted."""
+        """State of a run that is denoising."""
         return self.video.with_suffix(".checkpoint.safetensors")
 
     @property
@@ -54,10 +60,19 @@ class OutputFiles:
         return self.video.with_suffix(".trace.png")
 
     @property
+    def traces(self) -> list[Path]:
+        """Table and plot of the trace, if they are written."""
+        return [self.trace_table, self.trace_plot] if self.trace else []
+
+    @property
+    def decoded(self) -> list[Path]:
+        """What is made from latents alone."""
+        return [self.video, self.sheet, self.record]
+
+    @property
     def all(self) -> list[Path]:
-        """Every file that the run writes except its checkpoint, which it may find and continue from."""
-        traces = [self.trace_table, self.trace_plot] if self.trace else []
-        return [self.video, self.record, self.sheet, self.latents, *traces]
+        """Every file that the run writes."""
+        return [*self.decoded, self.latents, self.checkpoint, *self.traces]
 
 
 def plan_outputs(config: OutputConfig, num_videos: int) -> list[OutputFiles]:
@@ -72,12 +87,11 @@ def plan_outputs(config: OutputConfig, num_videos: int) -> list[OutputFiles]:
             latents=latents.with_stem(latents.stem + suffix) if config.save_latents else latents_beside(video, suffix),
             keep_latents=config.save_latents is not None,
             trace=config.trace,
-            of_several=num_videos > 1,
         )
         for suffix in ([f"-{i:03d}" for i in range(num_videos)] if num_videos > 1 else [""])
     ]
     for files in outputs:
-        others = {files.video, files.record, files.sheet, files.checkpoint, files.trace_table, files.trace_plot}
+        others = {*files.decoded, files.checkpoint, files.trace_table, files.trace_plot}
         if files.latents in others:
             raise UserError(
                 f"output.save_latents {files.latents} is also another file of this video; choose another name"
@@ -90,29 +104,48 @@ def latents_beside(video: Path, suffix: str = "") -> Path:
     return video.with_name(f"{video.stem}{suffix}.latents.safetensors")
 
 
+@contextlib.contextmanager
+def claim_outputs(paths: Sequence[Path], *, flag: str) -> Iterator[None]:
+    """Check that files can be written, and keep other runs from writing them during the block; `flag` names others.
+
+    Raises:
+        UserError: a folder cannot be made or written to, a name is too long, or another run writes one of the files.
+    """
+    check_places(paths)
+    with claim(paths, advice=f"choose another {flag}"):
+        yield
+
+
 def check_outputs(paths: Sequence[Path], *, overwrite: bool, overwrite_flag: str) -> None:
     """Raise UserError if a file exists that may not be replaced, or a folder cannot be made or written to."""
+    if not overwrite:
+        refuse_existing(paths, overwrite_flag)
+    check_places(paths)
+
+
+def refuse_existing(paths: Sequence[Path], overwrite_flag: str) -> None:
+    """Raise UserError if one of the files exists."""
     for path in paths:
-        try:
-            _check_free(path, overwrite, overwrite_flag)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}") from error
-    for folder in _folders(paths):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise UserError(f"cannot write to the folder {folder}: {error.strerror}") from error
+        if os.path.lexists(path):
+            raise UserError(describe_existing(path, overwrite_flag))
 
 
-def _check_free(path: Path, overwrite: bool, overwrite_flag: str) -> None:
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give the name of a file")
-    if path.exists() and not overwrite:
-        latents = ", or make the video from it with launch/decode.py" if path.suffix == ".safetensors" else ""
-        raise UserError(f"{path} exists already; choose another name or add {overwrite_flag}{latents}")
+def describe_existing(path: Path, overwrite_flag: str, differences: str | None = None) -> str:
+    """Why a run cannot begin: a file is there, made with settings that differ so."""
+    latents = ", or make the video from it with launch/decode.py" if path.suffix == ".safetensors" else ""
+    other = f"; it was made with other settings: {differences}" if differences else ""
+    return f"{path} exists already; choose another name or add {overwrite_flag}{latents}{other}"
 
 
-def _folders(paths: Sequence[Path]) -> Iterator[Path]:
-    yield from dict.fromkeys(path.parent for path in paths)
+def check_free_space(outputs: Sequence[OutputFiles], config: RunConfig, spec: VideoSpec) -> None:
+    """Raise UserError unless the disks have what these videos take at least, and the work on one of them."""
+    video = config.video
+    latents = 4 * math.prod(spec.latent_shape(video.num_frames, video.height, video.width))
+    pixels = video.num_frames * video.height * video.width
+    needed = {files.video: round(_LEAST_BITS_PER_PIXEL / 8 * pixels) for files in outputs}
+    needed |= {files.latents: latents for files in outputs if files.keep_latents}
+    for files in outputs[:1]:
+        # A checkpoint is written beside the one before, and holds what the solver remembers besides.
+        needed |= {files.latents: latents, files.checkpoint: 2 * latents if config.output.checkpoint_every else 0}
+    what = "the video and the work on it" if len(outputs) == 1 else f"{len(outputs)} videos and the work on one"
+    check_space(needed, what=what)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.load import pick_device
 from engine.parallelism import Arrangement, arrange_ranks, describe_place, join_ranks
-from engine.ranks import choose_failure, digest, refuse_different, setting_prints, together
+from engine.ranks import choose_failure, digest, hand_out_bytes, refuse_different, setting_prints, together
 from launch.command import LostRankError
 from launch.launcher import STORE
 from launch.replicas.place import NODE
@@ -29,6 +30,8 @@ from parallel.collectives import CollectiveError
 
 _ROLL_CALL_SECONDS = 0.05
 _FOR_EVER = timedelta(days=365)
+
+Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,14 @@ class Party:
         else:
             is_first = self.ranks.mesh.world.rank == 0
             together(self.ranks.mesh, check if is_first else lambda: None)
+
+    def ask_first(self, ask: Callable[[], Answer]) -> Answer:
+        """What `ask` returns on rank 0, in JSON's types, on every rank, which may see other files; a UserError ends every rank."""
+        if self.ranks is None:
+            return ask()
+        mesh = self.ranks.mesh
+        found = together(mesh, ask if mesh.world.rank == 0 else lambda: None)
+        return json.loads(hand_out_bytes(mesh, json.dumps(found).encode(), "what rank 0 finds"))
 
     def wait_for_first(self, what: str) -> None:
         """The others wait here until rank 0 has finished `what`; as long as it takes, as no collective's timeout could."""

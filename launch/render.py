@@ -11,6 +11,7 @@ from engine.contact_sheet import FrameSampler, contact_sheet, write_picture
 from engine.decoder import VideoDecoder
 from engine.engine import LongVideoEngine
 from engine.errors import UserError, is_out_of_memory
+from engine.files.whole import describe_error
 from engine.record import describe_video, peak_memory, write_record
 from engine.video import open_video
 from launch.command import LostRankError
@@ -27,21 +28,25 @@ def render(
     *,
     output: OutputConfig,
     fps: int,
+    replace: bool,
 ) -> dict[str, Any]:
     """Decode latents that lie in `files.latents`, made with the seed of `record`; write video, contact sheet and whole record.
 
     Rank 0 calls this, while the other ranks run `engine.decode` of the same latents to its end.
     If it is stopped or the disk is full, no file is left under its final name before it is whole, and the message says how
-    to go on from the latents.
+    to go on from the latents. Without `replace` a file that is there already is left, and is an error unless it has the
+    bytes that these latents give, which an earlier run has written then.
     """
     try:
-        return _render(engine, latents, record, files, output=output, fps=fps)
+        return _render(engine, latents, record, files, output=output, fps=fps, replace=replace)
     except KeyboardInterrupt as error:
         raise Stopped(f"while decoding; {describe_kept(files)}") from error
     except CollectiveError as error:
         raise LostRankError(f"{error}; {describe_kept(files)}") from error
     except OSError as error:
-        raise UserError(f"cannot write {files.video}: {error.strerror or error}; {describe_kept(files)}") from error
+        is_whole = files.video.exists() and str(error.filename) != str(files.video)
+        whole = f"{files.video} is whole; " if is_whole else ""
+        raise UserError(f"{describe_error(error, files.video)}; {whole}{describe_kept(files)}") from error
     except BaseException as error:
         if is_out_of_memory(error):
             raise UserError(
@@ -52,11 +57,14 @@ def render(
 
 
 def describe_kept(files: OutputFiles) -> str:
-    """Where the latents are, and the command that makes the video of them."""
+    """Say where the latents are, and how the video is made of them."""
     command = ["python", "launch/decode.py", str(files.latents), "--output", str(files.video)]
     if any(path.exists() for path in (files.video, files.sheet, files.record)):
         command.append("--overwrite")
-    return f"the latents are kept in {files.latents}; make the video with: {shlex.join(command)}"
+    return (
+        f"the latents are kept in {files.latents}; the same command goes on from them, or make the video with: "
+        f"{shlex.join(command)}"
+    )
 
 
 def _render(
@@ -67,24 +75,26 @@ def _render(
     *,
     output: OutputConfig,
     fps: int,
+    replace: bool,
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    # An old record must not stand beside the new video.
-    files.record.unlink(missing_ok=True)
     frames, rows, columns = latents.shape[2:]
     num_frames = engine.spec.num_frames(frames)
     height, width = rows * engine.spec.spatial_factor, columns * engine.spec.spatial_factor
     sampler = FrameSampler(total=num_frames, count=output.sheet_frames)
-    with open_video(files.video, fps=fps, height=height, width=width, crf=output.crf) as video:
+    with open_video(files.video, fps=fps, height=height, width=width, crf=output.crf, replace=replace) as video:
         for piece in engine.decode(latents, seed=record["seed"]):
             video.write(piece)
             sampler.add(piece)
-    write_picture(files.sheet, contact_sheet(sampler.frames, [i / fps for i in sampler.indices]))
+        if replace:  # an old record must not stand beside the new video
+            files.record.unlink(missing_ok=True)
+    sheet = contact_sheet(sampler.frames, [i / fps for i in sampler.indices])
+    write_picture(files.sheet, sheet, replace=replace)
     record = record | {
         "seconds": record["seconds"] | {"decode": time.perf_counter() - started},
         "peak_memory": peak_memory(engine.device),
         "decode": engine.decode_plan,
         "video": describe_video(files.video, num_frames=num_frames, fps=fps),
     }
-    write_record(files.record, record)
+    write_record(files.record, record, replace=replace)
     return record

@@ -2,14 +2,13 @@
 
 import contextlib
 import filecmp
-import glob
 import hashlib
 import json
 import os
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from engine.files.processes import is_running, this_place
 DEAD_SECONDS = 24 * 3600.0
 
 # How a temporary file says which process writes it.
+_ENDING = re.compile(r"\.[^.]*\.part$")
 _OWNER = re.compile(r"\.(\d+)-([0-9a-f]{8})-[0-9a-f]{6}\.part$")
 
 
@@ -33,6 +33,14 @@ class TakenError(WriteError):
     """A file of this name has appeared, and may not be replaced."""
 
 
+def describe_error(error: OSError, path: Path) -> str:
+    """One line for a person: which file could not be written, or read, and why; `path` if the error does not say which."""
+    if isinstance(error, WriteError):
+        return str(error)
+    reason = error.strerror or str(error) or type(error).__name__
+    return f"cannot write {path}: {reason}" if error.filename is None else f"{error.filename}: {reason}"
+
+
 @contextlib.contextmanager
 def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`, published when the block ends and deleted if it fails.
@@ -44,7 +52,7 @@ def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
         WriteError: the file system does not take the file.
         TakenError: without `replace`, another file has the name.
     """
-    sweep(path.parent, f"{glob.escape(path.name)}.*.part")
+    sweep(path.parent, (path.name,))
     part = part_path(path)
     try:
         yield part
@@ -96,13 +104,15 @@ def _refuse_other(part: Path, path: Path, error: OSError) -> None:
         raise TakenError(error.errno, "another file of this name appeared meanwhile", str(path)) from error
 
 
-def sweep(folder: Path, pattern: str = "*.part") -> list[Path]:
-    """Delete the temporary files in a folder whose process has ended; returns them.
+def sweep(folder: Path, names: Collection[str] | None = None) -> list[Path]:
+    """Delete the temporary files in a folder (of files of these names) whose process has ended; returns them.
 
     Those of processes of another machine, of which nothing is known, count as such once they are a day old.
     """
     swept = []
-    for part in sorted(folder.glob(pattern)):
+    for part in sorted(folder.glob("*.part")):
+        if names is not None and _ENDING.sub("", part.name) not in names:
+            continue
         with contextlib.suppress(FileNotFoundError):  # another process has just published or deleted it
             if _is_dead(part):
                 part.unlink()

@@ -14,6 +14,7 @@ from engine.batch.locks import Shard
 from engine.batch.plan import Batch, Item
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.files.checks import describe_size
 from engine.files.storage import REMEDY_FULL, describe_remedy
 from engine.files.trees import Shape, read_tree
 from launch.batching.options import Options
@@ -58,7 +59,10 @@ def say_plan(config: RunConfig, options: Options, batch: Batch, mine: Sequence[I
         ],
         ["plan of each", f"cfg x ring x ulysses {arrangement}"],
         ["GPU-hours", f"{hours:.2f} ({how})" if hours is not None else how],
-        ["bytes", f"{_size(disk.needed)} ({disk.how}), {_size(disk.texts)} of it text; {_size(disk.free)} free"],
+        [
+            "bytes",
+            f"{describe_size(disk.needed)} ({disk.how}), {describe_size(disk.texts)} of it text; {describe_size(disk.free)} free",
+        ],
     ]
     rows += [["configuration", f"{tree['method']['name']} {config_id}"] for config_id, tree in batch.trees.items()]
     rows += [["note", note] for note in [*batch.suite.notes, *_without_latents(files, done, options)]]
@@ -133,8 +137,8 @@ def describe_disk(files: BatchFiles, driver: Driver, config: RunConfig, *, keep_
     left = [*driver.queue.waiting, *driver.queue.running.values()]
     disk = disk_forecast(files, config, left, replicas=len(driver.seats), keep_latents=keep_latents)
     return (
-        f"they need about {_size(disk.videos + disk.texts)} ({disk.how}) and {_size(disk.work)} for checkpoints, and {files.root} has "
-        f"{_size(disk.free)}"
+        f"they need about {describe_size(disk.videos + disk.texts)} ({disk.how}) and {describe_size(disk.work)} for checkpoints, and {files.root} has "
+        f"{describe_size(disk.free)}"
     )
 
 
@@ -163,10 +167,3 @@ def _sidecar(files: BatchFiles, item: Item) -> dict[str, Any]:
     if tree is None:
         raise UserError(f"{files.of(item).sidecar} was there a moment ago and is gone; start the same command again")
     return tree
-
-
-def _size(num_bytes: float) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.1f} {unit}"
-    return f"{num_bytes:.0f} bytes"

@@ -17,7 +17,7 @@ from launch.analysis.report import write_analysis
 from launch.analysis.spectra import SpectraStore
 from launch.arguments.analyze import Arguments, read
 from launch.comparison.checks import check_longer
-from launch.comparison.make import check_variants, make_missing, missing_videos, on_first
+from launch.comparison.make import check_variants, make_missing, missing_videos
 from launch.comparison.store import Comparison, as_read, decisive_settings, open_folder
 from launch.comparison.variants import Variant
 from launch.ranks import Party, open_ranks
@@ -102,7 +102,7 @@ def make(config: RunConfig, spectra: SpectraStore, low_rank: Comparison, now: di
         check_variants(low_rank.variants, party)
         party.check_on_first(lambda: open_folder(spectra.folder, "analysis.json", now))
         party.check_on_first(low_rank.open)
-        unseen = [index for index, done in enumerate(on_first(party, spectra.done)) if not done]
+        unseen = [index for index, done in enumerate(party.ask_first(lambda: spectra.done)) if not done]
         missing = missing_videos(low_rank, party)
         if not unseen and not missing:
             return

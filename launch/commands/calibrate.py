@@ -24,7 +24,7 @@ from launch.calibration.score import PARTS, judge, mean_parts, scores, survivors
 from launch.calibration.space import END_SHARES, SPACE, START, draw_trials
 from launch.comparison.checks import check_longer
 from launch.comparison.kept_measures import add_kept, check_kept, measure_every
-from launch.comparison.make import check_variants, make_missing, missing_videos, on_first
+from launch.comparison.make import check_variants, make_missing, missing_videos
 from launch.comparison.measure import Measured, not_world
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison
@@ -131,7 +131,7 @@ def _search(
             told.append({"prompts": count, "scores": {x: float(by_label[x].mean()) for x in labels}})
             labels = survivors(by_label, keep=keep, always=START)
         party.wait_for_first(f"scores on {count} prompts")  # measuring may take longer than a collective waits
-        labels = on_first(party, labels)
+        labels = party.ask_first(lambda labels=labels: labels)
     return labels[0], told
 
 

@@ -16,8 +16,10 @@ from engine.errors import UserError
 from engine.paths import expand
 from launch.arguments.decode import Arguments, read
 from launch.cli import make_parser
-from launch.outputs import OutputFiles, check_outputs
+from launch.outputs import OutputFiles, claim_outputs, refuse_existing
 from launch.render import render
+from launch.stages import check_decoded, describe_finished
+from launch.stages import read_record as read_finished
 
 # Of a run's configuration, what decoding reads.
 PARTS = ("model", "video", "decode", "output")
@@ -37,14 +39,28 @@ def run(given: Arguments) -> None:
     config = given.over(restore_config(decoding_part(record["config"]), source))
 
     files = OutputFiles(video=expand(config.output.path), latents=source, keep_latents=True)
-    check_outputs(
-        [files.video, files.record, files.sheet], overwrite=config.output.overwrite, overwrite_flag="--overwrite"
-    )
-    record = record | {"config": record["config"] | decoded_by(config), "decoded_from": source.name}
-    with open_decoder(config) as decoder:
-        check_shape(latents, decoder.spec.channels, source)
-        record = render(decoder, latents, record, files, output=config.output, fps=config.video.fps)
+    with claim_outputs(files.decoded, flag="--output"):
+        if not config.output.overwrite and (finished := describe_decoded(files, record, config)) is not None:
+            print(finished)
+            return
+        record = record | {"config": record["config"] | decoded_by(config), "decoded_from": source.name}
+        with open_decoder(config) as decoder:
+            check_shape(latents, decoder.spec.channels, source)
+            fps, replace = config.video.fps, config.output.overwrite
+            record = render(decoder, latents, record, files, output=config.output, fps=fps, replace=replace)
     print(f"{files.video}: {record['video']['num_frames']} frames; decoded in {record['seconds']['decode']:.1f} s")
+
+
+def describe_decoded(files: OutputFiles, record: dict[str, Any], config: RunConfig) -> str | None:
+    """A line for a video that is decoded already; None if there are no files yet, UserError if others are there."""
+    flag = "--overwrite"
+    before = read_finished(files.record)
+    settings = record.get("identity", {}).get("settings")
+    if before is None or settings is None:
+        refuse_existing(files.decoded, flag)
+        return None
+    check_decoded(files, before, config, settings, flag)
+    return describe_finished(files, before, flag)
 
 
 def read_record(metadata: dict[str, str], source: Path) -> dict[str, Any]:

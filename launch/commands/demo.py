@@ -13,7 +13,7 @@ from engine.engine import LongVideoEngine
 from engine.read_video import read_video
 from launch.arguments.demo import Arguments, read
 from launch.commands.generate import make_video, summary
-from launch.outputs import OutputFiles, check_outputs, plan_outputs
+from launch.outputs import OutputFiles, claim_outputs, plan_outputs
 
 NOTES = {"direct": "full attention", "sliding_window": "native window", "freespec": "both, fused"}
 
@@ -29,16 +29,14 @@ def run(given: Arguments) -> None:
     configs = {name: for_method(config, name, folder) for name in NOTES}
     outputs = {name: plan_outputs(each.output, 1)[0] for name, each in configs.items()}
     picture = folder / "comparison.png"
-    check_outputs(
-        [picture, *(path for files in outputs.values() for path in files.all)], overwrite=True, overwrite_flag=""
-    )
+    paths = [picture, *(path for files in outputs.values() for path in files.all)]
     records = {}
-    with contextlib.closing(LongVideoEngine(config)) as engine:
+    with claim_outputs(paths, flag="--folder"), contextlib.closing(LongVideoEngine(config)) as engine:
         for name, files in outputs.items():
             engine.use_method(configs[name].method, configs[name].output)
-            records[name] = make_video(engine, configs[name], given.prompt, files)
+            records[name] = make_video(engine, configs[name], given.prompt, files, replace=True)
             print(summary(records[name], files))
-    write_picture(picture, compare(records, outputs, num_columns=8))
+        write_picture(picture, compare(records, outputs, num_columns=8))
     print(f"{picture}: the three videos, one above the other")
 
 

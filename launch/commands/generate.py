@@ -1,24 +1,33 @@
 """generate.py: prompts to videos, on one rank or several."""
 
 import contextlib
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
 
-from safetensors import safe_open
+import safetensors.torch
+from torch import Tensor
 
-from engine.checkpoint import save_latents
+from engine.checkpoint import load_latents, read_metadata, save_latents
 from engine.config import RunConfig
 from engine.engine import Denoised, LongVideoEngine
 from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
+from engine.files.whole import describe_error
+from engine.identity import planned_settings
+from engine.load import fetch, find_checkpoint, read_spec
+from engine.ranks import hand_out_bytes
 from engine.record import build_record
 from engine.trace import Trace
 from engine.trace_plot import write_trace
 from launch.arguments.generate import Arguments, check_free, read
 from launch.command import LostRankError
-from launch.outputs import OutputFiles
+from launch.commands.decode import decoded_by
+from launch.commands.decode import read_record as read_record_of_latents
+from launch.outputs import OutputFiles, claim_outputs
 from launch.ranks import open_ranks
 from launch.render import describe_kept, render
+from launch.stages import Stage, describe_finished, find_stage, read_record, remove_leftovers
 from launch.stopping import Stopped
 from parallel.collectives import CollectiveError
 
@@ -29,27 +38,98 @@ def main(argv: list[str]) -> None:
 
 
 def run(given: Arguments) -> None:
-    """Meet the other ranks if there are any, check the outputs, load the model once, make every video."""
+    """Meet the other ranks if there are any, claim the files, load the model once, make what is missing of every video."""
     config, prompts, outputs = given.config, given.prompts, given.outputs
-    with open_ranks(config, prompts=prompts, verbose=given.verbose) as party:
-        party.check_on_first(lambda: check_free(outputs, config.output))
-        with contextlib.closing(LongVideoEngine(config, party.ranks)) as engine:
-            for index, (prompt, files) in enumerate(zip(prompts, outputs, strict=True)):
-                if index > 0:
-                    party.wait_for_first(f"video {index - 1}")
-                record = make_video(engine, config, prompt, files)
-                if record is not None:
-                    print(summary(record, files), flush=True)
+    with open_ranks(config, prompts=prompts, verbose=given.verbose) as party, contextlib.ExitStack() as stack:
+        every = [path for files in outputs for path in files.all]
+        party.check_on_first(lambda: stack.enter_context(claim_outputs(every, flag="--output.path")))
+        stages = party.ask_first(lambda: find_stages(prompts, outputs, config))
+        left = [each for each in zip(prompts, outputs, stages, strict=True) if each[2] != "finished"]
+        if not left:
+            return
+        engine = stack.enter_context(contextlib.closing(LongVideoEngine(config, party.ranks)))
+        for index, (prompt, files, stage) in enumerate(left):
+            if index > 0:
+                party.wait_for_first(f"video {index - 1}")
+            record = make_video(engine, config, prompt, files, stage=stage, replace=config.output.overwrite)
+            if record is not None:
+                print(summary(record, files), flush=True)
 
 
-def make_video(engine: LongVideoEngine, config: RunConfig, prompt: str, files: OutputFiles) -> dict[str, Any] | None:
-    """One prompt from noise to its files; returns the record, on rank 0, which writes them. Every rank calls this."""
+def find_stages(prompts: list[str], outputs: list[OutputFiles], config: RunConfig) -> list[Stage]:
+    """What is left to make of each video, see `launch.stages`; says which are finished, and checks the space for the others."""
+
+    @functools.cache
+    def settings() -> dict[str, Any]:
+        return planned_settings(config, "")
+
+    def settings_of(prompt: str) -> dict[str, Any]:
+        return settings() | {"prompt": prompt}
+
+    stages = [
+        find_stage(files, config, functools.partial(settings_of, prompt))
+        for prompt, files in zip(prompts, outputs, strict=True)
+    ]
+    left = [files for files, stage in zip(outputs, stages, strict=True) if stage != "finished"]
+    for files in outputs:
+        if files not in left and (record := read_record(files.record)) is not None:
+            remove_leftovers(files, record)
+            print(describe_finished(files, record), flush=True)
+    if left:
+        source, video = find_checkpoint(config.model.path), config.video
+        spec = read_spec(fetch(source, config.model.revision, parts=(), offline=config.model.offline))
+        spec.check_video(video.num_frames, video.height, video.width)
+        check_free_space(left, config, spec)
+    return stages
+
+
+def make_video(
+    engine: LongVideoEngine,
+    config: RunConfig,
+    prompt: str,
+    files: OutputFiles,
+    *,
+    stage: Stage = "denoise",
+    replace: bool,
+) -> dict[str, Any] | None:
+    """One prompt to its files, from its stage on; returns the record, on rank 0, which writes them. Every rank calls this.
+
+    `replace`: whether files that are there are replaced.
+    """
+    if stage == "decode":
+        latents, record = _read_latents(engine, config, files)
+    else:
+        latents, record = _make_latents(engine, prompt, files, replace=replace, replace_latents=stage == "trace")
+    if not engine.is_first:
+        for _ in engine.decode(latents, seed=config.sampler.seed):  # its share of the tiles, if there are any
+            pass
+        return None
+    record = render(engine, latents, record, files, output=config.output, fps=config.video.fps, replace=replace)
+    for path in (files.checkpoint, *(() if files.keep_latents else (files.latents,))):
+        path.unlink(missing_ok=True)
+    return record
+
+
+def _read_latents(engine: LongVideoEngine, config: RunConfig, files: OutputFiles) -> tuple[Tensor, dict[str, Any]]:
+    """Latents that an earlier run has left, on every rank, and their record on rank 0."""
+    record: dict[str, Any] = {}
+    data = b""
+    if engine.is_first:
+        record = read_record_of_latents(load_latents(files.latents)[1], files.latents)
+        record = record | {"config": record["config"] | decoded_by(config)}
+        data = files.latents.read_bytes()
+    data = hand_out_bytes(engine.mesh, data, "latents")
+    return safetensors.torch.load(data)["latents"], record
+
+
+def _make_latents(
+    engine: LongVideoEngine, prompt: str, files: OutputFiles, *, replace: bool, replace_latents: bool
+) -> tuple[Tensor, dict[str, Any]]:
+    """Latents, and the record so far on rank 0, where both are written, and the trace if there is one."""
     trace = Trace() if files.trace else None
     denoised = _denoise(engine, prompt, files, trace)
     if not engine.is_first:
-        for _ in engine.decode(denoised.latents, seed=config.sampler.seed):  # its share of the tiles, if there are any
-            pass
-        return None
+        return denoised.latents, {}
     seconds = {"load": engine.load_seconds, **denoised.seconds}
     record = _keep_latents(
         lambda: build_record(
@@ -57,13 +137,13 @@ def make_video(engine: LongVideoEngine, config: RunConfig, prompt: str, files: O
         ),
         denoised,
         files,
+        replace=replace,
+        replace_latents=replace_latents,
     )
     if trace is not None:
-        _write_trace(trace, files)
-    record = render(engine, denoised.latents, record, files, output=config.output, fps=config.video.fps)
-    if not files.keep_latents:
-        files.latents.unlink()
-    return record
+        _write_trace(trace, files, replace=replace)
+    files.checkpoint.unlink(missing_ok=True)  # the steps have served
+    return denoised.latents, record
 
 
 def summary(record: dict[str, Any], files: OutputFiles) -> str:
@@ -81,32 +161,39 @@ def summary(record: dict[str, Any], files: OutputFiles) -> str:
 
 def _denoise(engine: LongVideoEngine, prompt: str, files: OutputFiles, trace: Trace | None) -> Denoised:
     try:
-        return engine.denoise(prompt, checkpoint=files.checkpoint, trace=trace)
+        return engine.denoise(
+            prompt, checkpoint=files.checkpoint, checkpoint_every=engine.config.output.checkpoint_every, trace=trace
+        )
     except KeyboardInterrupt as error:
-        raise Stopped(_describe_checkpoint(files)) from error
+        raise Stopped(_describe_checkpoint(files, "before the first step was done; nothing was kept")) from error
     except CollectiveError as error:
         kept = f"; {_describe_checkpoint(files)}" if engine.is_first else ""
         raise LostRankError(f"{error}{kept}") from error
     except OSError as error:
-        raise UserError(f"cannot write {files.checkpoint}: {error.strerror or error}") from error
+        raise UserError(f"{describe_error(error, files.checkpoint)}; {_describe_checkpoint(files)}") from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UserError(describe_out_of_memory(error, when=f"denoising on {engine.device}")) from error
+        kept = f"; {_describe_checkpoint(files)}" if engine.is_first and files.checkpoint.exists() else ""
+        raise UserError(f"{describe_out_of_memory(error, when=f'denoising on {engine.device}')}{kept}") from error
 
 
-def _describe_checkpoint(files: OutputFiles) -> str:
-    """What was kept of a run that ended while denoising, and how to go on."""
+def _describe_checkpoint(files: OutputFiles, otherwise: str = "nothing was kept") -> str:
+    """What was kept of a run that ended while denoising, and how to go on; `otherwise` if there is no checkpoint."""
     if not files.checkpoint.exists():
-        return "before the first step was done; nothing was kept"
-    with safe_open(files.checkpoint, framework="pt") as file:
-        step = file.metadata()["step"]
-    # The same command would find the videos of earlier prompts, and not replace them.
-    how = f"this prompt alone, with --output.path {files.video}," if files.of_several else "the same command"
-    return f"after step {step}, which is kept in {files.checkpoint}; {how} continues from there"
+        return otherwise
+    step = (read_metadata(files.checkpoint) or {})["step"]
+    return f"after step {step}, which is kept in {files.checkpoint}; the same command continues from there"
 
 
-def _keep_latents(make_record: Callable[[], dict[str, Any]], denoised: Denoised, files: OutputFiles) -> dict[str, Any]:
+def _keep_latents(
+    make_record: Callable[[], dict[str, Any]],
+    denoised: Denoised,
+    files: OutputFiles,
+    *,
+    replace: bool,
+    replace_latents: bool,
+) -> dict[str, Any]:
     """Write the latents before anything is decoded, since they are what took long; returns the record so far.
 
     The record lies in the file too, so that a video decoded from it later has its whole record.
@@ -114,8 +201,10 @@ def _keep_latents(make_record: Callable[[], dict[str, Any]], denoised: Denoised,
 
     def write() -> dict[str, Any]:
         record = make_record()
-        save_latents(files.latents, denoised.latents, {"record": json.dumps(record, allow_nan=False)})
-        files.checkpoint.unlink(missing_ok=True)  # the steps have served
+        if replace:  # the record of a finished run says that there is nothing left to make
+            files.record.unlink(missing_ok=True)
+        metadata = {"record": json.dumps(record, allow_nan=False)}
+        save_latents(files.latents, denoised.latents, metadata, replace=replace or replace_latents)
         return record
 
     try:
@@ -124,13 +213,11 @@ def _keep_latents(make_record: Callable[[], dict[str, Any]], denoised: Denoised,
         write()  # interruptions wait while one is handled, so this time it is written
         raise Stopped(f"before decoding; {describe_kept(files)}") from error
     except OSError as error:
-        raise UserError(f"cannot write {files.latents}: {error.strerror or error}") from error
+        raise UserError(f"{describe_error(error, files.latents)}; {_describe_checkpoint(files)}") from error
 
 
-def _write_trace(trace: Trace, files: OutputFiles) -> None:
+def _write_trace(trace: Trace, files: OutputFiles, *, replace: bool) -> None:
     try:
-        write_trace(trace.rows, files.trace_table, files.trace_plot)
+        write_trace(trace.rows, files.trace_table, files.trace_plot, replace=replace)
     except OSError as error:
-        raise UserError(
-            f"cannot write {files.trace_table}: {error.strerror or error}; {describe_kept(files)}"
-        ) from error
+        raise UserError(f"{describe_error(error, files.trace_table)}; {describe_kept(files)}") from error

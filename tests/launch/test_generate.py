@@ -228,12 +228,17 @@ def test_a_full_disk_keeps_the_latents_and_says_how_to_go_on(
 def test_a_full_disk_before_decoding_is_one_line(
     make: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fill_disk(*args: object) -> None:
+    def fill_disk(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("launch.commands.generate.save_latents", fill_disk)
-    assert "a.latents.safetensors: No space left on device" in make().error
-    assert names(tmp_path) == set()
+    with monkeypatch.context() as patch:
+        patch.setattr("launch.commands.generate.save_latents", fill_disk)
+        error = make().error
+    assert "a.latents.safetensors: No space left on device; after step 4, which is kept in " in error
+    assert error.endswith("; the same command continues from there")
+    assert names(tmp_path) == {"a.checkpoint.safetensors"}
+    assert "(continued after step 4)" in make().out
+    assert names(tmp_path) == {"a.mp4", "a.png", "a.json"}
 
 
 def test_latents_of_another_origin(run: Callable[..., Run], wan_folder: Path, tmp_path: Path) -> None:

@@ -123,13 +123,18 @@ def test_while_decoding_the_latents_are_kept(  # noqa: PLR0917
     assert shown.code == 130
     assert shown.stopped.startswith("while decoding; the latents are kept in ")
     assert names(tmp_path) == {"a.latents.safetensors"}
-    # generate.py does not throw them away either.
-    assert "a.latents.safetensors exists already" in make(model).error
+    assert "the same command goes on from them, or make the video with: " in shown.stopped
 
     command = shlex.split(shown.stopped.partition("make the video with: ")[2])
-    assert run(decode.main, *command[2:]).code == 0
+    assert run(decode.main, *(tmp_path / "b.mp4" if word.endswith("a.mp4") else word for word in command[2:])).code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(LongVideoEngine, "denoise", lambda *_, **__: pytest.fail("denoised again"))
+        assert make(model).code == 0
+    assert names(tmp_path) == {f"{name}.{kind}" for name in "ab" for kind in ("mp4", "png", "json")}
     assert make(model | {"output.path": tmp_path / "whole.mp4"}).code == 0
-    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    for name in "ab":
+        for kind in ("mp4", "png"):
+            assert (tmp_path / f"{name}.{kind}").read_bytes() == (tmp_path / f"whole.{kind}").read_bytes()
 
 
 def test_while_the_latents_are_written_they_are_kept(
@@ -137,17 +142,19 @@ def test_while_the_latents_are_written_they_are_kept(
 ) -> None:
     from_engine, calls = sys.modules["engine.checkpoint"].save_latents, []
 
-    def stop_first(*args: object) -> None:
+    def stop_first(*args: object, **kwargs: object) -> None:
         calls.append(args)
         if len(calls) == 1:
             signal.raise_signal(signal.SIGINT)
-        from_engine(*args)
+        from_engine(*args, **kwargs)
 
     monkeypatch.setattr("launch.commands.generate.save_latents", stop_first)
     shown = make()
     assert shown.code == 130
     assert "the latents are kept in" in shown.stopped
-    assert names(tmp_path) == {"a.latents.safetensors"}
+    assert names(tmp_path) == {"a.latents.safetensors", "a.checkpoint.safetensors"}
+    assert make().code == 0
+    assert names(tmp_path) == {"a.mp4", "a.png", "a.json"}
 
 
 def test_a_process_that_is_interrupted_says_so_in_one_line_and_continues(

@@ -1,0 +1,72 @@
+"""Check before anything is computed that files can be written where they shall lie: folders, names and free space."""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from engine.errors import UserError
+from engine.files.whole import part_path
+
+
+def check_places(paths: Iterable[Path]) -> None:
+    """Make the folders of files, and write and delete a temporary file for each, under its longest name.
+
+    Raises:
+        UserError: a folder cannot be made or written to, a name is too long, or a folder has the place of a file.
+    """
+    for path in paths:
+        folder, part = path.parent, part_path(path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to the folder {folder}: {error.strerror}") from error
+        _check_name(path, part)
+        try:
+            if path.is_dir():
+                raise UserError(f"{path} is a folder; give the name of a file")
+            try:
+                part.touch(exist_ok=False)
+            finally:
+                with contextlib.suppress(OSError):
+                    part.unlink()
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _check_name(path: Path, part: Path) -> None:
+    try:
+        most = os.pathconf(path.parent, "PC_NAME_MAX")
+    except (OSError, ValueError):  # the file system does not say; writing will
+        return
+    size = len(os.fsencode(part.name))
+    if size > most:
+        raise UserError(
+            f"cannot write {path}: File name too long: with the ending of a temporary file it has {size} bytes, and names in "
+            f"{path.parent} have at most {most}; choose a name that is {size - most} bytes shorter"
+        )
+
+
+def check_space(needed: Mapping[Path, int], *, what: str) -> None:
+    """Raise UserError unless the disks have the bytes that files in existing folders need at least; `what` they are."""
+    by_disk: dict[int, tuple[Path, int]] = {}
+    for path, size in needed.items():
+        disk = path.parent.stat().st_dev
+        first, total = by_disk.get(disk, (path.parent, 0))
+        by_disk[disk] = first, total + size
+    for folder, total in by_disk.values():
+        free = shutil.disk_usage(folder).free
+        if free < total:
+            raise UserError(
+                f"{what} need at least {describe_size(total)} in {folder}, which has {describe_size(free)} free; free some "
+                "space, or choose another folder"
+            )
+
+
+def describe_size(num_bytes: float) -> str:
+    """`1.5 GiB`, `20.0 MiB`, `3.2 KiB`, `17 bytes`."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes:.0f} bytes"

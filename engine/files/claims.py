@@ -1,0 +1,59 @@
+"""Claim the files that a run will write, so that a second run of the same files ends before it computes anything.
+
+Each folder has one claim file per run, with the names in it; it is a lock file (engine.files.locks), so that claims of dead
+processes are taken over. A file is claimed in the folder where it lies, so every path to that folder leads to the same claim.
+"""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from engine.errors import UserError
+from engine.files.locks import HeldError, Say, hold, holder_of, locked, say_on_stderr
+from engine.files.whole import sweep
+
+
+@contextlib.contextmanager
+def claim(paths: Sequence[Path], *, advice: str, say: Say = say_on_stderr) -> Iterator[None]:
+    """Claim files for the block, in folders that exist. Temporary files of them that killed processes left are deleted.
+
+    Args:
+        paths: the files, which need not exist.
+        advice: what to do instead, for the error.
+        say: see `engine.files.locks.hold`.
+
+    Raises:
+        UserError: another process has claimed one of them, or a folder cannot be written to.
+    """
+    folders: dict[Path, set[str]] = {}
+    for path in paths:
+        folders.setdefault(path.parent.resolve(), set()).add(path.name)
+    shown = {(path.parent.resolve(), path.name): path for path in paths}
+    with contextlib.ExitStack() as stack:
+        for folder, names in sorted(folders.items()):
+            try:
+                with locked(folder / ".claims.lock"):
+                    _check_free(folder, names, shown, advice, say)
+                    own = folder / f".{os.getpid()}-{secrets.token_hex(4)}.claim"
+                    stack.enter_context(hold(own, say=say, files=sorted(names)))
+                sweep(folder, names)
+            except OSError as error:
+                raise UserError(f"cannot write to the folder {folder}: {error.strerror}") from error
+        yield
+
+
+def _check_free(folder: Path, names: set[str], shown: dict[tuple[Path, str], Path], advice: str, say: Say) -> None:
+    """Raise UserError if a live process has claimed one of the names; delete the claims of dead ones."""
+    for other in sorted(folder.glob(".*.claim")):
+        try:
+            if (holder := holder_of(other)) is not None and names & {*holder.files}:
+                holder = holder_of(other, say=say)  # one on another machine is listened to only if it matters
+        except HeldError as error:  # it has not written yet which files it wants
+            raise UserError(f"{error.who} is starting in {folder}; try again in a moment, or {advice}") from error
+        if holder is None:
+            other.unlink(missing_ok=True)
+        elif both := names & {*holder.files}:
+            path = shown[folder, min(both)]
+            raise UserError(f"{path} is being made by {holder}; wait for it, or {advice}")

@@ -1,0 +1,113 @@
+"""What decides the latents of a run: the same settings give the same latents, but for rounding, on any number of ranks."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from engine.config import RunConfig
+from engine.load import fetch, find_adapter, find_checkpoint, pick_device, pick_dtype
+from engine.method_tree import method_tree
+from engine.ranks import fingerprints
+
+# Where a setting stands in the configuration; its own value in `latents_settings` is the one that a call was given.
+_GIVEN = {
+    "seed": "sampler.seed",
+    "negative_prompt": "sampler.negative_prompt",
+    "num_frames": "video.num_frames",
+    "height": "video.height",
+    "width": "video.width",
+    "fps": "video.fps",
+    "dtype": "model.dtype",
+    "device": "model.device",
+    "noise": "sampler.noise",
+}
+_SHOWN = 6
+
+
+def latents_settings(
+    config: RunConfig, *, checkpoint: str, dtype: str, device: str, with_rate: bool, **given: Any
+) -> dict[str, Any]:
+    """All that decides the latents, in JSON's types.
+
+    Not the ranks, nor where the weights lie: another number of ranks, or offload, continues the same run. Nor the settings of
+    methods that are not used.
+
+    Args:
+        config: the run.
+        checkpoint: digest of the checkpoint, in hex.
+        dtype: of the transformer.
+        device: kind of the device.
+        with_rate: whether the frame rate decides the latents (`ModelAdapter.frame_rate_matters`).
+        given: what a call says otherwise than the configuration: prompt, negative_prompt, seed, num_frames.
+    """
+    tree = dataclasses.asdict(config)
+    decides = {key: tree[key] for key in ("sampler", "attention")} | {"method": method_tree(config.method)}
+    decides |= {key: tree["video"][key] for key in ("height", "width")}
+    decides |= {"checkpoint": checkpoint, "dtype": dtype, "device": device, "noise": config.noise}
+    decides |= {"fps": config.video.fps} if with_rate else {}
+    return json.loads(json.dumps(decides | given))
+
+
+def settings_id(settings: Mapping[str, Any]) -> str:
+    """SHA-256 of `latents_settings`, in hex."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def planned_settings(config: RunConfig, prompt: str) -> dict[str, Any]:
+    """`latents_settings` of a run that nothing is loaded for yet; UserError if its checkpoint cannot be found."""
+    source = find_checkpoint(config.model.path)
+    folder = fetch(source, config.model.revision, parts=(), offline=config.model.offline)
+    device = pick_device(config.model.device)
+    return latents_settings(
+        config,
+        checkpoint=fingerprints(config, folder, from_hub=isinstance(source, str))["checkpoint"].hex(),
+        dtype=str(pick_dtype(config.model.dtype, device)),
+        device=device.type,
+        with_rate=find_adapter(folder).frame_rate_matters,
+        prompt=prompt,
+        negative_prompt=config.sampler.negative_prompt,
+        seed=config.sampler.seed,
+        num_frames=config.video.num_frames,
+    )
+
+
+def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
+    """In words, how two sets of settings differ, by dotted name; None if they do not."""
+    old, new = (_by_name(settings) for settings in (before, now))
+    found = [
+        f"{name} was {_short(old, name)}, now {_short(new, name)}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, _UNSET) != new.get(name, _UNSET)
+    ]
+    more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return "; ".join(found[:_SHOWN]) + more if found else None
+
+
+_UNSET = object()
+
+
+def _by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
+    flat = _flatten(settings, "")
+    given = {name: flat.pop(key) for key, name in _GIVEN.items() if key in flat}
+    return flat | given
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        inner = (
+            _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
+        )
+        flat |= inner
+    return flat
+
+
+def _short(settings: Mapping[str, Any], name: str) -> str:
+    if name not in settings:
+        return "unset"
+    text = repr(settings[name])
+    if name == "checkpoint":
+        return "another one" if len(text) < 12 else text[1:13]
+    return text if len(text) <= 60 else f"{text[:57]}..."

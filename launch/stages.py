@@ -1,0 +1,149 @@
+"""What is left to make of a video, by the files that an earlier run of the same command has left."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.checkpoint import check_run, read_metadata
+from engine.config import RunConfig
+from engine.errors import UserError
+from engine.files.trees import DamagedError, Shape, read_tree
+from engine.files.whole import file_sha256
+from engine.identity import describe_differences, settings_id
+from launch.outputs import OutputFiles, describe_existing, refuse_existing
+
+Stage = Literal["finished", "decode", "trace", "denoise"]
+"""`trace`: the latents are there, and what was noted of their steps is still in the checkpoint only."""
+
+Settings = dict[str, Any]
+
+_RECORD: Shape = {
+    "identity.id": str,
+    "identity.settings": dict,
+    "config.decode": dict,
+    "config.output": dict,
+    "config.video": dict,
+    "video.sha256": str,
+    "video.num_frames": int,
+}
+_FLAG = "--output.overwrite"
+
+
+def find_stage(files: OutputFiles, config: RunConfig, settings: Callable[[], Settings]) -> Stage:
+    """What is left to make of a video. Nothing is computed or changed.
+
+    Args:
+        files: where its files lie; they are claimed.
+        config: the run.
+        settings: what decides its latents, see `engine.identity`; called if there is a file that says the same of itself.
+
+    Raises:
+        UserError: a file is there that may not be replaced: of a run with other settings, which says what differs, or of
+            another origin.
+    """
+    overwrite = config.output.overwrite
+    record = read_record(files.record)
+    if record is not None and not overwrite:
+        check_decoded(files, record, config, settings(), _FLAG)
+        return "finished"
+    if not overwrite:
+        refuse_existing([files.record], _FLAG)
+    latents = _latents_settings(files.latents, overwrite=overwrite)
+    differences = None if latents is None else describe_differences(latents, settings())
+    if differences is not None and not overwrite:
+        raise UserError(describe_existing(files.latents, _FLAG, differences))
+    _check_checkpoint(files.checkpoint, settings)
+    # Of a finished run that shall be made again the latents are made again too.
+    if latents is not None and differences is None and record is None:
+        has_trace = all(path.exists() for path in files.traces)
+        return "decode" if has_trace or not files.checkpoint.exists() else "trace"
+    if not overwrite:
+        refuse_existing([*files.decoded, *files.traces], _FLAG)
+    return "denoise"
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record of a finished video; None if there is none, or it is another file or of an older version."""
+    try:
+        return read_tree(path, _RECORD, what="the record of a video")
+    except DamagedError:
+        return None
+
+
+def check_decoded(
+    files: OutputFiles, record: Mapping[str, Any], config: RunConfig, settings: Settings, flag: str
+) -> None:
+    """Raise UserError unless a record is that of this very video, which is whole; `flag` is the one that replaces files."""
+    before = record["identity"]["settings"] | _decoding(record["config"])
+    differences = describe_differences(before, settings | _decoding(dataclasses.asdict(config)))
+    if differences is not None:
+        raise UserError(describe_existing(files.video, flag, differences))
+    if not files.video.is_file() or file_sha256(files.video) != record["video"]["sha256"]:
+        raise UserError(
+            f"{files.record} exists already, and its {files.video.name} is "
+            f"{'another file by now' if files.video.exists() else 'gone'}; delete both, choose another name or add {flag}"
+        )
+
+
+def describe_finished(files: OutputFiles, record: Mapping[str, Any], flag: str = _FLAG) -> str:
+    """A line for a run that finds everything made, and what of it only another run would make."""
+    lacks = []
+    if files.keep_latents and not files.latents.exists():
+        lacks.append("its latents were not kept")
+    if not all(path.exists() for path in files.traces):
+        lacks.append("it was made without a trace")
+    if not files.sheet.exists():
+        lacks.append("its contact sheet is gone")
+    return f"{files.video}: finished already, {record['video']['num_frames']} frames{''.join(f'; {x}' for x in lacks)}; {flag} makes it again"
+
+
+def remove_leftovers(files: OutputFiles, record: Mapping[str, Any]) -> None:
+    """Delete what a run that was killed right after its end has left: latents that were not to be kept, and its checkpoint."""
+    identity = record["identity"]["id"]
+    was_kept = record["config"]["output"].get("save_latents") is not None or "decoded_from" in record
+    if not was_kept and not files.keep_latents:
+        found = _latents_settings(files.latents, overwrite=True)
+        if found is not None and settings_id(found) == identity:
+            files.latents.unlink(missing_ok=True)
+    if files.checkpoint.exists() and _run_id(files.checkpoint) == identity:
+        files.checkpoint.unlink(missing_ok=True)
+
+
+def _decoding(config: Mapping[str, Any]) -> Settings:
+    """Of a configuration what decides the files that are made from latents."""
+    output = config["output"]
+    return {
+        "video": {"fps": config["video"].get("fps")},
+        "decode": config["decode"],
+        "output": {key: output.get(key) for key in ("crf", "sheet_frames")},
+    }
+
+
+def _latents_settings(path: Path, *, overwrite: bool) -> Settings | None:
+    """What decided the latents in a file; None if there is none, or, with `overwrite`, a file that does not say."""
+    try:
+        metadata = read_metadata(path)
+        if metadata is None:
+            return None
+        return dict(json.loads(metadata["record"])["identity"]["settings"])
+    except (UserError, KeyError, TypeError, ValueError):
+        if not overwrite:
+            refuse_existing([path], _FLAG)
+        return None
+
+
+def _check_checkpoint(path: Path, settings: Callable[[], Settings]) -> None:
+    """Raise UserError for a checkpoint of another run, which `overwrite` does not replace: it holds steps that are not done."""
+    metadata = read_metadata(path)
+    if metadata is not None:
+        wanted = settings()
+        check_run(metadata, path=path, run_id=settings_id(wanted), settings=wanted)
+
+
+def _run_id(path: Path) -> str | None:
+    try:
+        return (read_metadata(path) or {}).get("run_id")
+    except UserError:
+        return None
