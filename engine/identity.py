@@ -90,6 +90,9 @@ _UNSET = object()
 
 def _by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
     flat = _flatten(settings, "")
+    method = str(flat.get("method.name"))
+    if ":" not in method:  # a class of the user's own has its settings in method.settings
+        flat = {name.replace("method.settings.", f"method.{method}.", 1): value for name, value in flat.items()}
     given = {name: flat.pop(key) for key, name in _GIVEN.items() if key in flat}
     return flat | given
 

@@ -30,12 +30,11 @@ def claim(paths: Sequence[Path], *, advice: str, say: Say = say_on_stderr) -> It
     folders: dict[Path, set[str]] = {}
     for path in paths:
         folders.setdefault(path.parent.resolve(), set()).add(path.name)
-    shown = {(path.parent.resolve(), path.name): path for path in paths}
     with contextlib.ExitStack() as stack:
         for folder, names in sorted(folders.items()):
             try:
                 with locked(folder / ".claims.lock"):
-                    _check_free(folder, names, shown, advice, say)
+                    _check_free(folder, names, paths, advice, say)
                     own = folder / f".{os.getpid()}-{secrets.token_hex(4)}.claim"
                     stack.enter_context(hold(own, say=say, files=sorted(names)))
                 sweep(folder, names)
@@ -44,7 +43,7 @@ def claim(paths: Sequence[Path], *, advice: str, say: Say = say_on_stderr) -> It
         yield
 
 
-def _check_free(folder: Path, names: set[str], shown: dict[tuple[Path, str], Path], advice: str, say: Say) -> None:
+def _check_free(folder: Path, names: set[str], paths: Sequence[Path], advice: str, say: Say) -> None:
     """Raise UserError if a live process has claimed one of the names; delete the claims of dead ones."""
     for other in sorted(folder.glob(".*.claim")):
         try:
@@ -55,5 +54,5 @@ def _check_free(folder: Path, names: set[str], shown: dict[tuple[Path, str], Pat
         if holder is None:
             other.unlink(missing_ok=True)
         elif both := names & {*holder.files}:
-            path = shown[folder, min(both)]
+            path = next(path for path in paths if path.name in both and path.parent.resolve() == folder)
             raise UserError(f"{path} is being made by {holder}; wait for it, or {advice}")
