@@ -1,7 +1,6 @@
 """Save and load latents and unfinished runs as safetensors files, written whole or not at all."""
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.files.tensors import read_metadata
+from engine.files.trees import DamagedError
 from engine.files.whole import atomic_path
-from engine.identity import describe_differences
+from engine.identity import check_run
 from engine.schedulers import SchedulerState, restore_scheduler
 
 History = dict[str, list[dict[str, Any]]]
@@ -39,17 +40,6 @@ def load_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
     if "latents" not in tensors:
         raise UserError(f"{path} holds no latents but {len(tensors)} other tensors; give a file that generate.py saved")
     return tensors["latents"], metadata
-
-
-def read_metadata(path: Path) -> dict[str, str] | None:
-    """The metadata of a safetensors file, without its tensors; None if there is no file, UserError if it is another kind."""
-    if not os.path.lexists(path):
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); delete it or move it away") from error
 
 
 def save_run(
@@ -102,12 +92,10 @@ def load_run(
 
 
 def kept_steps(path: Path) -> int:
-    """The number of finished steps in a `save_run` file; 0 if there is none, or none that is whole."""
+    """The number of finished steps in a `save_run` file; 0 if there is none, or none that is whole. OSError if it cannot be read."""
     try:
-        with path.open("rb") as file:  # the library's own errors have no errno
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        return int(header["__metadata__"]["step"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError, OverflowError, MemoryError):
+        return int((read_metadata(path) or {})["step"])
+    except (DamagedError, KeyError, ValueError):
         return 0
 
 

@@ -4,12 +4,12 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from engine.config import RunConfig
-from engine.load import fetch, find_adapter, find_checkpoint, pick_device, pick_dtype
+from engine.errors import UserError
 from engine.method_tree import method_tree
-from engine.ranks import fingerprints
 
 # Where a setting stands in the configuration; its own value in `latents_settings` is the one that a call was given.
 _GIVEN = {
@@ -55,24 +55,6 @@ def settings_id(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def planned_settings(config: RunConfig, prompt: str) -> dict[str, Any]:
-    """`latents_settings` of a run that nothing is loaded for yet; UserError if its checkpoint cannot be found."""
-    source = find_checkpoint(config.model.path)
-    folder = fetch(source, config.model.revision, parts=(), offline=config.model.offline)
-    device = pick_device(config.model.device)
-    return latents_settings(
-        config,
-        checkpoint=fingerprints(config, folder, from_hub=isinstance(source, str))["checkpoint"].hex(),
-        dtype=str(pick_dtype(config.model.dtype, device)),
-        device=device.type,
-        with_rate=find_adapter(folder).frame_rate_matters,
-        prompt=prompt,
-        negative_prompt=config.sampler.negative_prompt,
-        seed=config.sampler.seed,
-        num_frames=config.video.num_frames,
-    )
-
-
 def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """In words, how two sets of settings differ, by dotted name; None if they do not."""
     old, new = (_by_name(settings) for settings in (before, now))
@@ -83,6 +65,25 @@ def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> s
     ]
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return "; ".join(found[:_SHOWN]) + more if found else None
+
+
+def check_run(
+    metadata: Mapping[str, str], *, path: Path, run_id: str, settings: Mapping[str, Any] | None = None
+) -> None:
+    """Raise UserError, which says what differs, unless the metadata of a checkpoint are of the run with this id.
+
+    `settings` are those that `run_id` was made of.
+    """
+    if metadata.get("run_id") == run_id:
+        return
+    try:
+        before = json.loads(metadata.get("settings", "{}"))
+    except json.JSONDecodeError:
+        before = {}
+    told = describe_differences(before, settings) if before and settings else None
+    raise UserError(
+        f"{path} belongs to another run ({told or 'other prompt, seed or setting'}); delete it or move it away"
+    )
 
 
 _UNSET = object()

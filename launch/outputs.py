@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.adapters import VideoSpec
 from engine.config import OutputConfig, RunConfig
 from engine.errors import UserError
 from engine.files.checks import check_places, check_space
@@ -137,10 +136,13 @@ def describe_existing(path: Path, overwrite_flag: str, differences: str | None =
     return f"{path} exists already; choose another name or add {overwrite_flag}{latents}{other}"
 
 
-def check_free_space(outputs: Sequence[OutputFiles], config: RunConfig, spec: VideoSpec) -> None:
-    """Raise UserError unless the disks have what these videos take at least, and the work on one of them."""
+def check_free_space(outputs: Sequence[OutputFiles], config: RunConfig, latent_shape: Sequence[int]) -> None:
+    """Raise UserError unless the disks have what these videos take at least, and the work on one of them.
+
+    `latent_shape` is that of one video's latents, which are kept in fp32.
+    """
     video = config.video
-    latents = 4 * math.prod(spec.latent_shape(video.num_frames, video.height, video.width))
+    latents = 4 * math.prod(latent_shape)
     pixels = video.num_frames * video.height * video.width
     needed = {files.video: round(_LEAST_BITS_PER_PIXEL / 8 * pixels) for files in outputs}
     needed |= {files.latents: latents for files in outputs if files.keep_latents}

@@ -3,15 +3,16 @@
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from engine.checkpoint import check_run, read_metadata
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.files.tensors import read_metadata
 from engine.files.trees import DamagedError, Shape, read_tree
 from engine.files.whole import file_sha256
-from engine.identity import describe_differences, settings_id
+from engine.identity import check_run, describe_differences, settings_id
 from launch.outputs import OutputFiles, describe_existing, refuse_existing
 
 Stage = Literal["finished", "decode", "trace", "denoise"]
@@ -31,6 +32,36 @@ _RECORD: Shape = {
 _FLAG = "--output.overwrite"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What the files of a video say of themselves.
+
+    Attributes:
+        record: of a finished video; None if there is none.
+        latents: what decided the latents that are there; None if there are none.
+        checkpoint: metadata of the state of an unfinished run; None if there is none.
+    """
+
+    record: dict[str, Any] | None
+    latents: Settings | None
+    checkpoint: dict[str, str] | None
+
+
+def look(files: OutputFiles, *, overwrite: bool) -> Found:
+    """Read what the files of a video say of themselves.
+
+    Raises:
+        UserError: a file of another origin is there that may not be replaced. A checkpoint may never be: it holds steps.
+    """
+    record = read_record(files.record)
+    if record is None and not overwrite:
+        refuse_existing([files.record], _FLAG)
+    latents = _latents_settings(files.latents, overwrite=overwrite)
+    if record is None and latents is None and not overwrite:
+        refuse_existing([*files.decoded, *files.traces], _FLAG)
+    return Found(record=record, latents=latents, checkpoint=read_metadata(files.checkpoint))
+
+
 def find_stage(files: OutputFiles, config: RunConfig, settings: Callable[[], Settings]) -> Stage:
     """What is left to make of a video. Nothing is computed or changed.
 
@@ -40,28 +71,26 @@ def find_stage(files: OutputFiles, config: RunConfig, settings: Callable[[], Set
         settings: what decides its latents, see `engine.identity`; called if there is a file that says the same of itself.
 
     Raises:
-        UserError: a file is there that may not be replaced: of a run with other settings, which says what differs, or of
-            another origin.
+        UserError: as `look`, and for a file of a run with other settings, which says what differs.
     """
     overwrite = config.output.overwrite
-    record = read_record(files.record)
-    if record is not None and not overwrite:
-        check_decoded(files, record, config, settings(), _FLAG)
+    found = look(files, overwrite=overwrite)
+    if found.record is not None and not overwrite:
+        check_decoded(files, found.record, config, settings(), _FLAG)
         return "finished"
-    if not overwrite:
-        refuse_existing([files.record], _FLAG)
-    latents = _latents_settings(files.latents, overwrite=overwrite)
-    differences = None if latents is None else describe_differences(latents, settings())
+    if found.checkpoint is not None:
+        wanted = settings()
+        check_run(found.checkpoint, path=files.checkpoint, run_id=settings_id(wanted), settings=wanted)
+    if found.latents is None:
+        return "denoise"
+    differences = describe_differences(found.latents, settings())
     if differences is not None and not overwrite:
         raise UserError(describe_existing(files.latents, _FLAG, differences))
-    _check_checkpoint(files.checkpoint, settings)
-    # Of a finished run that shall be made again the latents are made again too.
-    if latents is not None and differences is None and record is None:
-        has_trace = all(path.exists() for path in files.traces)
-        return "decode" if has_trace or not files.checkpoint.exists() else "trace"
-    if not overwrite:
-        refuse_existing([*files.decoded, *files.traces], _FLAG)
-    return "denoise"
+    # With `overwrite` the latents of a finished run are made again too.
+    if differences is not None or found.record is not None:
+        return "denoise"
+    has_trace = all(path.exists() for path in files.traces)
+    return "decode" if has_trace or found.checkpoint is None else "trace"
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -107,7 +136,7 @@ def remove_leftovers(files: OutputFiles, record: Mapping[str, Any]) -> None:
         found = _latents_settings(files.latents, overwrite=True)
         if found is not None and settings_id(found) == identity:
             files.latents.unlink(missing_ok=True)
-    if files.checkpoint.exists() and _run_id(files.checkpoint) == identity:
+    if _run_id(files.checkpoint) == identity:
         files.checkpoint.unlink(missing_ok=True)
 
 
@@ -132,14 +161,6 @@ def _latents_settings(path: Path, *, overwrite: bool) -> Settings | None:
         if not overwrite:
             refuse_existing([path], _FLAG)
         return None
-
-
-def _check_checkpoint(path: Path, settings: Callable[[], Settings]) -> None:
-    """Raise UserError for a checkpoint of another run, which `overwrite` does not replace: it holds steps that are not done."""
-    metadata = read_metadata(path)
-    if metadata is not None:
-        wanted = settings()
-        check_run(metadata, path=path, run_id=settings_id(wanted), settings=wanted)
 
 
 def _run_id(path: Path) -> str | None:

@@ -6,13 +6,15 @@ from jsonargparse import ArgumentParser
 
 from engine.config import OutputConfig, RunConfig
 from engine.errors import UserError
+from engine.files.checks import check_places
 from engine.paths import find_checkpoint
 from launch.arguments.prompts import add_prompts, read_prompts
 from launch.arguments.ranks import add_ranks, check_started
 from launch.cli import parse_run
-from launch.outputs import OutputFiles, check_outputs, plan_outputs
+from launch.outputs import OutputFiles, plan_outputs
 from launch.replicas.place import PlacementStrategy
 from launch.replicas.ray_pool import PLACEMENT_HELP, NoRayError, check_placement
+from launch.stages import look
 from launch.stopping import Place
 
 DESCRIPTION = "Make a long video from a prompt, or one from each line of a file."
@@ -48,9 +50,10 @@ def read(argv: list[str]) -> Arguments:
 
 
 def check_free(outputs: list[OutputFiles], output: OutputConfig) -> None:
-    """Raise UserError if a file of the run exists and may not be replaced, or cannot be written."""
-    paths = [path for files in outputs for path in files.all]
-    check_outputs(paths, overwrite=output.overwrite, overwrite_flag="--output.overwrite")
+    """Raise UserError if a file cannot be written, or one of another origin is there that may not be replaced."""
+    check_places([path for files in outputs for path in files.all])
+    for files in outputs:
+        look(files, overwrite=output.overwrite)
 
 
 def add_arguments(parser: ArgumentParser) -> None:

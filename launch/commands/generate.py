@@ -9,22 +9,23 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor
 
-from engine.checkpoint import load_latents, read_metadata, save_latents
+from engine.checkpoint import kept_steps, load_latents, save_latents
 from engine.config import RunConfig
 from engine.engine import Denoised, LongVideoEngine
 from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
 from engine.files.whole import describe_error
-from engine.identity import planned_settings
-from engine.load import fetch, find_checkpoint, read_spec
-from engine.ranks import hand_out_bytes
+from engine.identity import latents_settings
+from engine.load import fetch, find_adapter, pick_device, pick_dtype, read_spec
+from engine.paths import find_checkpoint
+from engine.ranks import fingerprints, hand_out_bytes
 from engine.record import build_record
 from engine.trace import Trace
 from engine.trace_plot import write_trace
-from launch.arguments.generate import Arguments, check_free, read
+from launch.arguments.generate import Arguments, read
 from launch.command import LostRankError
 from launch.commands.decode import decoded_by
 from launch.commands.decode import read_record as read_record_of_latents
-from launch.outputs import OutputFiles, claim_outputs
+from launch.outputs import OutputFiles, check_free_space, claim_outputs
 from launch.ranks import open_ranks
 from launch.render import describe_kept, render
 from launch.stages import Stage, describe_finished, find_stage, read_record, remove_leftovers
@@ -79,8 +80,26 @@ def find_stages(prompts: list[str], outputs: list[OutputFiles], config: RunConfi
         source, video = find_checkpoint(config.model.path), config.video
         spec = read_spec(fetch(source, config.model.revision, parts=(), offline=config.model.offline))
         spec.check_video(video.num_frames, video.height, video.width)
-        check_free_space(left, config, spec)
+        check_free_space(left, config, spec.latent_shape(video.num_frames, video.height, video.width))
     return stages
+
+
+def planned_settings(config: RunConfig, prompt: str) -> dict[str, Any]:
+    """What decides the latents of a prompt (engine.identity), before anything is loaded."""
+    source = find_checkpoint(config.model.path)
+    folder = fetch(source, config.model.revision, parts=(), offline=config.model.offline)
+    device, sampler = pick_device(config.model.device), config.sampler
+    return latents_settings(
+        config,
+        checkpoint=fingerprints(config, folder, from_hub=isinstance(source, str))["checkpoint"].hex(),
+        dtype=str(pick_dtype(config.model.dtype, device)),
+        device=device.type,
+        with_rate=find_adapter(folder).frame_rate_matters,
+        prompt=prompt,
+        negative_prompt=sampler.negative_prompt,
+        seed=sampler.seed,
+        num_frames=config.video.num_frames,
+    )
 
 
 def make_video(
@@ -182,8 +201,7 @@ def _describe_checkpoint(files: OutputFiles, otherwise: str = "nothing was kept"
     """What was kept of a run that ended while denoising, and how to go on; `otherwise` if there is no checkpoint."""
     if not files.checkpoint.exists():
         return otherwise
-    step = (read_metadata(files.checkpoint) or {})["step"]
-    return f"after step {step}, which is kept in {files.checkpoint}; the same command continues from there"
+    return f"after step {kept_steps(files.checkpoint)}, which is kept in {files.checkpoint}; the same command continues from there"
 
 
 def _keep_latents(

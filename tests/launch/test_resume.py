@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import launch.render
-from engine.checkpoint import read_metadata
 from engine.denoise_loop import DenoiseLoop
 from engine.engine import LongVideoEngine
 from engine.files.claims import claim
+from engine.files.tensors import read_metadata
 from launch.commands import decode, generate
 from tests.launch.conftest import SMALL, Run
 from tests.launch.forked import run_forked

@@ -1,0 +1,35 @@
+"""Read what a safetensors file says of itself, without its tensors and without torch."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from engine.files.trees import DamagedError
+
+_MOST_HEADER_BYTES = 100 << 20  # as the library has it
+
+
+def read_metadata(path: Path) -> dict[str, str] | None:
+    """Return the metadata of a safetensors file, or None if there is no file.
+
+    Raises:
+        DamagedError: the file is of another kind, or was cut.
+        OSError: it cannot be read.
+    """
+    if not os.path.lexists(path):
+        return None
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > _MOST_HEADER_BYTES:
+                raise ValueError("its header is too long")
+            header: dict[str, Any] = json.loads(file.read(length))
+            metadata = header.pop("__metadata__", {})
+            end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+            if os.fstat(file.fileno()).st_size != 8 + length + end:
+                raise ValueError(f"it has {os.fstat(file.fileno()).st_size} of {8 + length + end} bytes")
+            return {str(key): str(value) for key, value in metadata.items()}
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, FileNotFoundError) as error:
+        why = error if isinstance(error, ValueError) and not isinstance(error, UnicodeDecodeError) else "no header"
+        raise DamagedError(f"{path} is not a whole safetensors file ({why}); delete it or move it away") from error

@@ -1,0 +1,52 @@
+"""What a safetensors file says of itself, read without torch, and files that are none or were cut."""
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from engine.files.tensors import read_metadata
+from engine.files.trees import DamagedError
+
+
+def test_the_metadata_are_those_that_were_saved(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    assert read_metadata(path) is None
+    path.write_bytes(safetensors.torch.save({"x": torch.zeros(3), "y": torch.ones(2, 2)}, {"step": "5", "é": "ü"}))
+    assert read_metadata(path) == {"step": "5", "é": "ü"}
+    path.write_bytes(safetensors.torch.save({"x": torch.zeros(0)}))
+    assert read_metadata(path) == {}
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 30, -1])
+def test_a_file_that_was_cut_is_damaged(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(safetensors.torch.save({"x": torch.zeros(3)}, {"step": "5"})[:size])
+    with pytest.raises(DamagedError, match="is not a whole safetensors file"):
+        read_metadata(path)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"mine",
+        b"\0" * 100,
+        b"\xff" * 100,
+        b"\x02\0\0\0\0\0\0\0[]",
+        b"\x04\0\0\0\0\0\0\0null",
+        b"\x07\0\0\0\0\0\0\0" + b'{"x":3}',
+    ],
+)
+def test_a_file_of_another_kind_is_damaged(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(DamagedError, match="is not a whole safetensors file"):
+        read_metadata(path)
+
+
+def test_a_link_that_leads_nowhere_is_no_file_that_could_be_written(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(DamagedError):
+        read_metadata(path)
