@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from engine.errors import UserError
 from launch.command import run_command
 from launch.launcher import asked_ranks, asked_value, start_ranks
+from launch.replicas.place import without_place
 from launch.replicas.ray_generate import asked_ray, start_on_ray
 from launch.stopping import LAUNCHER, Place, PlaceError, StopSignals, die_with_parent, show
 
@@ -55,6 +56,8 @@ def run_script(name: str, argv: Sequence[str] | None = None) -> int:
     group down it would have to wait for the others.
     """
     die_with_parent()
+    if not COMMANDS[name].starts_ranks:
+        ignore_place(name)
     # Of torch's own log, which would come before our one line, only errors.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     signals = StopSignals()
@@ -76,6 +79,20 @@ def run_script(name: str, argv: Sequence[str] | None = None) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def ignore_place(name: str) -> None:
+    """Forget which rank another launcher made of this process, and say so: the command starts its own ranks, or has none.
+
+    As that rank it would print nothing, not even its errors.
+    """
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    kept = without_place(os.environ)
+    for variable in os.environ.keys() - kept.keys():
+        del os.environ[variable]
+    if rank is not None and world not in (None, "1"):
+        own = "starts its own ranks (--nproc, --replicas)" if name == "batch" else "is one process"
+        show(f"RANK {rank} and WORLD_SIZE {world} of the environment are ignored: {name} {own}")
 
 
 class RankLines:
@@ -115,7 +132,8 @@ def _run(name: str, argv: list[str], signals: StopSignals) -> int | None:
     num_ranks = asked_ranks(argv) if kind.starts_ranks else None
     cluster = asked_ray(argv) if kind.on_ray else None
     if cluster is not None:
-        return start_on_ray(cluster, command, num_ranks=num_ranks or 1, signals=signals)
+        device = given.config.model.device
+        return start_on_ray(cluster, command, num_ranks=num_ranks or 1, device=device, signals=signals)
     if num_ranks is not None:
         return start_ranks(num_ranks, command, signals=signals)
     return _import(f"launch.commands.{getattr(given, 'command', name)}").run(given)

@@ -14,6 +14,7 @@ from engine.errors import UserError
 from launch.batching.options import Options
 from launch.replicas.group import Group
 from launch.replicas.local import WORKER, LocalRanks
+from launch.replicas.place import carried
 from launch.replicas.ray_pool import NoRayError, RayPool, RayRanks, Start
 
 
@@ -32,17 +33,21 @@ def open_replicas(
         return
     try:
         with RayPool(options.ray, cpus=count * options.ranks, log=logs / "ray.log", wake=wake.set) as pool:
-            check_cluster(options, pool.gpus)
+            check_cluster(options, pool.gpus, most=pool.most_gpus)
             yield [Group(name=name, ranks=_on_ray(pool, options, files, name), setup=setup) for name in names]
     except NoRayError as error:
         raise UserError(str(error)) from error
 
 
-def check_cluster(options: Options, gpus: float) -> None:
-    """Raise UserError for a batch that would run on the CPUs of a cluster with GPUs, unless that is what was asked for."""
-    if gpus and not options.gpus and not options.on_cpu:
+def check_cluster(options: Options, gpus: float, *, most: float | None = None) -> None:
+    """Raise UserError for a batch that would run on the CPUs of a cluster with GPUs, unless that is what was asked for.
+
+    `gpus` are there now; `most` is what the cluster's autoscaler may make of that.
+    """
+    if (gpus or most) and not options.gpus and not options.on_cpu:
+        has = f"has {gpus:g} GPUs" if gpus else "may bring GPUs"
         raise UserError(
-            f"the Ray cluster at {options.ray} has {gpus:g} GPUs, and this batch would run on CPUs; give "
+            f"the Ray cluster at {options.ray} {has}, and this batch would run on CPUs; give "
             "--gpus_per_replica N to use them, or --model.device cpu if that is what you want"
         )
 
@@ -52,7 +57,7 @@ def _on_ray(pool: RayPool, options: Options, files: BatchFiles, name: str) -> Ra
         gpus=options.gpus,
         strategy=options.strategy,
         command=WORKER,
-        environment={},
+        environment=carried(os.environ),
         logs=[str(files.rank_log(options.shard, name, rank)) for rank in range(options.ranks)],
         cwd=str(Path.cwd()),
     )

@@ -15,6 +15,21 @@ STRATEGIES: tuple[str, ...] = get_args(PlacementStrategy)
 NODE = "FREESPEC_NODE"
 
 
+# Of a driver's environment, what decides how its ranks talk, compute and find models: variables that begin like this, or have
+# one of these names. Devices (CUDA_VISIBLE_DEVICES) and paths of a machine (PATH, LD_LIBRARY_PATH) are each node's own.
+CARRIED = (
+    *("NCCL_", "GLOO_", "UCX_", "FI_"),
+    *("TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32_"),
+    *("OMP_", "MKL_", "KMP_", "ATEN_", "ONEDNN_", "DNNL_"),
+    *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "DIFFUSERS_", "SAFETENSORS_", "XFUSER_"),
+)
+CARRIED_NAMES = (
+    *("CUDA_LAUNCH_BLOCKING", "CUDA_MODULE_LOADING", "CUDA_DEVICE_MAX_CONNECTIONS"),
+    *("TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_IMPLICIT_TOKEN"),
+)
+_SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIALS")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Slot:
     """What a rank runs on.
@@ -64,6 +79,18 @@ def rank_environment(
     if address == "127.0.0.1" and sys.platform.startswith("linux"):
         found |= {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
     return found
+
+
+def carried(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a driver that its ranks on a cluster get, in place of what their nodes have: see CARRIED.
+
+    Secrets stay behind: they would cross the network as they are. What a node needs of them is set where Ray is started.
+    """
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in CARRIED_NAMES or (name.startswith(CARRIED) and not name.endswith(_SECRETS))
+    }
 
 
 def without_place(environment: Mapping[str, str]) -> dict[str, str]:

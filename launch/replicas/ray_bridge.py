@@ -4,8 +4,8 @@ Ray writes on its driver's terminal when anything of it dies, and may end the dr
 own to write and to die in: the driver notices, puts the items in flight back, and starts another bridge.
 
 Orders: `start` (replica, generation, count, strategy, gpus, command, environment, logs, cwd, lines), `send` (replica, line),
-`interrupt` and `kill` (replica). Events: `open` (address, and the number of GPUs of the cluster), `refused` (message), and
-`rank` (replica, generation, rank, of: the event).
+`interrupt` and `kill` (replica). Events: `open` (address, the GPUs of the cluster, and the most that its autoscaler may bring
+it to), `refused` (message), and `rank` (replica, generation, rank, of: the event).
 """
 
 import contextlib
@@ -65,7 +65,8 @@ def main() -> None:
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
         tell("refused", message=next(iter(str(error).strip().splitlines()), type(error).__name__))
         return
-    tell("open", address=info["gcs_address"], gpus=ray.cluster_resources().get("GPU", 0))
+    gpus = ray.cluster_resources().get("GPU", 0)
+    tell("open", address=info["gcs_address"], gpus=gpus, most_gpus=max(gpus, gpus_to_come()))
     threading.Thread(target=watch_node, args=(info["raylet_socket_name"],), daemon=True).start()
     replicas: dict[str, RayReplica] = {}
     for line in sys.stdin:
@@ -250,6 +251,13 @@ class RayReplica:
     def _tell_rank(self, rank: int, event: Mapping[str, Any]) -> None:
         fields = {"replica": self.order["replica"], "generation": self.order["generation"]}
         self.tell("rank", rank=rank, of=event, **fields)
+
+
+def gpus_to_come() -> float:
+    """The most GPUs that the cluster's autoscaler may bring it to; 0 without one."""
+    # Ray has no public name for it; its own libraries (Train, Data) ask the same way.
+    config = ray._private.state.state.get_max_resources_from_cluster_config()
+    return (config or {}).get("GPU", 0)
 
 
 def describe_cluster(bundle: Mapping[str, int]) -> str:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 from launch.launcher import GRACE_SECONDS, KEPT_LINES, STOP_SECONDS, asked_value, judge
 from launch.replicas.host import Event
+from launch.replicas.place import carried
 from launch.replicas.ray_pool import NoRayError, RayPool, RayRanks, Start, check_placement
 from launch.stopping import LAUNCHER, Place, StopSignals, show
 
@@ -26,15 +27,16 @@ def asked_ray(argv: Sequence[str]) -> str | None:
     return asked_value(argv, "--ray")
 
 
-def start_on_ray(address: str, command: Sequence[str], *, num_ranks: int, signals: StopSignals) -> int:
+def start_on_ray(address: str, command: Sequence[str], *, num_ranks: int, device: str, signals: StopSignals) -> int:
     """Run `python COMMAND` as so many ranks on a cluster, show what rank 0 prints, and return the exit code.
+
+    `device` is model.device: with `auto` ranks get GPUs if the cluster has some, or its autoscaler may bring some.
 
     As with local ranks: if one fails, the others end within seconds and one line names the first failure; an interruption
     goes to rank 0 alone, which keeps what was computed.
     """
     signals.leave()
     verbose = asked_value(command, "--verbose") not in (None, "false")
-    on_cpu = asked_value(command, "--model.device") == "cpu"
     strategy = asked_value(command, "--placement_strategy") or "PACK"
     words = without(without(command, "--ray"), "--placement_strategy")
     if sys.stderr.isatty() and asked_value(command, "--output.progress") is None:
@@ -42,15 +44,14 @@ def start_on_ray(address: str, command: Sequence[str], *, num_ranks: int, signal
     try:
         check_placement(strategy, address=address, num_ranks=num_ranks)
         with RayPool(address, cpus=num_ranks, log=None) as pool:
-            if (refused := too_few_gpus(pool.gpus, num_ranks, on_cpu=on_cpu)) is not None:
+            if (refused := too_few_gpus(pool.most_gpus, num_ranks, on_cpu=device == "cpu")) is not None:
                 show(f"error: {refused}")
                 return 2
-            threads = {} if "OMP_NUM_THREADS" not in os.environ else {"OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"]}
             start = Start(
-                gpus=pool.gpus > 0 and not on_cpu,
+                gpus=device == "cuda" or (device == "auto" and pool.most_gpus > 0),
                 strategy=strategy,
                 command=words,
-                environment=threads,
+                environment=carried(os.environ),
                 logs=None,
                 cwd=str(Path.cwd()),
             )
@@ -65,7 +66,7 @@ def start_on_ray(address: str, command: Sequence[str], *, num_ranks: int, signal
 
 
 def too_few_gpus(gpus: float, num_ranks: int, *, on_cpu: bool) -> str | None:
-    """Why so many ranks cannot have a GPU each on a cluster that has some; None if they can, need none, or there are none."""
+    """Why so many ranks cannot have a GPU each on a cluster that may have so many; None if they can, need none, or none come."""
     if on_cpu or not 0 < gpus < num_ranks:
         return None
     return (

@@ -60,9 +60,10 @@ class RayPool:
     def __init__(self, address: str, *, cpus: int, log: Path | None, wake: Callable[[], None] | None = None) -> None:
         """`address` is auto, HOST:PORT, or local for a Ray of our own with `cpus` slots; `log` gets what Ray says.
 
-        Once it is open, `gpus` is the number of GPUs that the cluster has in all.
+        Once it is open, `gpus` is the number of GPUs that the cluster has in all, and `most_gpus` what its autoscaler may make
+        of that.
         """
-        self.gpus = 0.0
+        self.gpus = self.most_gpus = 0.0
         self._address = address
         self._cpus = cpus
         self._log = log
@@ -125,7 +126,7 @@ class RayPool:
         while self._bridge is not None and time.monotonic() < until:
             for event in self._bridge.poll(0.5):
                 if event["event"] == "open":
-                    self.gpus = event["gpus"]
+                    self.gpus, self.most_gpus = event["gpus"], event["most_gpus"]
                     return
                 if event["event"] == "refused":
                     self._said.append(event["message"])

@@ -441,6 +441,27 @@ def test_a_table_fits_its_terminal_and_the_last_note_stays_in_it(monkeypatch: py
     assert screen.getvalue()[len("\n".join(first)) + 1 :].startswith("\x1b[9F\x1b[J")  # over the last one
 
 
+def test_a_driver_is_no_rank_of_the_environment(wan_folder: Path, suite: Path, tmp_path: Path) -> None:
+    """As a pod of a training operator has it: the batch is made, and told, by this one process."""
+    suite.write_text(f"{PROMPTS[0]}\n")
+    as_rank = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}
+    ignored = (
+        "RANK 1 and WORLD_SIZE 2 of the environment are ignored: batch starts its own ranks (--nproc, --replicas)\n"
+    )
+    command = [sys.executable, "-m", "launch.batch", *words(wan_folder, suite, tmp_path / "out", {"methods": "direct"})]
+    ended = subprocess.run(command, cwd=REPOSITORY, env=as_rank, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, ignored), ended
+    assert "1 of 1 items done (1 now), 0 in quarantine" in ended.stdout
+    for name, own in (("batch", ignored), ("plan", "ignored: plan is one process\n")):
+        words_of = [sys.executable, "-m", f"launch.{name}", "--nonsense"]
+        ended = subprocess.run(words_of, cwd=REPOSITORY, env=as_rank, capture_output=True, text=True, check=False)
+        assert ended.returncode == 2
+        assert f"{own}error: unknown setting nonsense; " in ended.stderr, ended
+    alone = os.environ | {"RANK": "0", "WORLD_SIZE": "1"}
+    ended = subprocess.run(words_of, cwd=REPOSITORY, env=alone, capture_output=True, text=True, check=False)
+    assert ended.stderr.startswith("error: "), ended
+
+
 def test_two_drivers_on_one_shard(make_batch: Callable[..., Run], tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

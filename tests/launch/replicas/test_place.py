@@ -16,7 +16,7 @@ from engine.config import ParallelConfig
 from engine.parallelism import arrange_ranks, node_span
 from engine.planner.gpu import read_gpu
 from engine.planner.timing import link_rate
-from launch.replicas.place import STRATEGIES, number_ranks, rank_environment
+from launch.replicas.place import STRATEGIES, carried, number_ranks, rank_environment
 from launch.replicas.ray_pool import NoRayError, check_placement
 from parallel.mesh import build_mesh
 from tests.engine.test_parallelism import CONFIG
@@ -133,3 +133,21 @@ def test_a_placement_that_cannot_be_is_one_line() -> None:
         with pytest.raises(NoRayError, match=words):
             check_placement(strategy, address=address, num_ranks=2)
     check_placement("STRICT_SPREAD", address="local", num_ranks=1)
+
+
+def test_what_decides_how_ranks_talk_and_compute_reaches_them_and_secrets_do_not() -> None:
+    given = {
+        "NCCL_SOCKET_IFNAME": "eth1",
+        "GLOO_SOCKET_IFNAME": "eth1",
+        "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",
+        "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+        "HF_HOME": "/shared/hf",
+        "HF_HUB_OFFLINE": "1",
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+        "OMP_NUM_THREADS": "2",
+        "DIFFUSERS_ATTN_BACKEND": "native",
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    }
+    kept = {"HF_TOKEN": "hf_x", "HUGGING_FACE_HUB_TOKEN": "hf_x", "HUGGINGFACE_API_KEY": "x", "NCCL_SECRET": "x"}
+    own = {"CUDA_VISIBLE_DEVICES": "3", "PATH": "/bin", "HOME": "/root", "RANK": "1", "TORCHELASTIC_RUN_ID": "x"}
+    assert carried(given | kept | own) == given

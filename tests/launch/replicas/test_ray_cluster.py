@@ -15,7 +15,7 @@ import pytest
 
 from engine.batch.files import BatchFiles
 from launch.commands import batch
-from launch.replicas.place import PlacementStrategy
+from launch.replicas.place import PlacementStrategy, carried
 from launch.replicas.ray_pool import RayPool, Start
 from tests.launch.conftest import Run
 from tests.launch.test_batch import assert_whole, events_of, made_in_a_loop, words
@@ -59,9 +59,32 @@ sys.stdin.read()
 cluster.shutdown()
 """
 
+# A cluster without a GPU, of which an autoscaler says that there may be two; a line on stdin brings a node with one.
+GROWING = """
+import sys
+import ray
+from ray.cluster_utils import Cluster
+from ray.core.generated import autoscaler_pb2
+small = {"object_store_memory": 80 * 2**20}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **small})
+group = autoscaler_pb2.NodeGroupConfig(name="gpus", resources={"CPU": 1, "GPU": 1}, max_count=2)
+config = autoscaler_pb2.ClusterConfig(node_group_configs=[group])
+client = ray._raylet.GcsClient(address=cluster.address)
+client.internal_kv_put(
+    ray._raylet.GCS_AUTOSCALER_CLUSTER_CONFIG_KEY.encode(), config.SerializeToString(), True,
+    ray._raylet.GCS_AUTOSCALER_STATE_NAMESPACE.encode(),
+)
+print("at", cluster.address, flush=True)
+for line in sys.stdin:
+    cluster.add_node(num_cpus=1, num_gpus=1, **small)
+    print("grown", flush=True)
+cluster.shutdown()
+"""
+
 # Says where the rank is. Imports nothing slow.
 WHERE = """
 import os
+assert (os.environ.get("NCCL_DEBUG"), os.environ.get("HF_TOKEN")) == ("WARN", None)
 names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "FREESPEC_NODE")
 print(*(os.environ[name] for name in names), flush=True)
 """
@@ -174,7 +197,14 @@ def print_places(address: str, count: int, strategy: PlacementStrategy) -> list[
     """Rank, LOCAL_RANK, LOCAL_WORLD_SIZE and node, as each of `count` real ranks finds them, in rank order."""
     printed = dict.fromkeys(range(count), "")
     with RayPool(address, cpus=count, log=None) as pool:
-        start = Start(gpus=False, strategy=strategy, command=["-c", WHERE], environment={}, logs=None, cwd=str(ROOT))
+        start = Start(
+            gpus=False,
+            strategy=strategy,
+            command=["-c", WHERE],
+            environment=carried(os.environ),
+            logs=None,
+            cwd=str(ROOT),
+        )
         ranks = pool.ranks("ranks", count, start)
         ranks.start(None)
         until, ended, placing = time.monotonic() + PATIENCE_SECONDS, set(), []
@@ -190,9 +220,15 @@ def print_places(address: str, count: int, strategy: PlacementStrategy) -> list[
     return [(int(rank), int(local), int(size), node) for rank, local, size, node in found]
 
 
-def test_ranks_are_numbered_by_node(start: Callable[[str], Cluster]) -> None:
-    """Nine real ranks on four uneven nodes, dealt out by turns: neighbours share a node, and each knows its number there."""
-    found = print_places(start(UNEVEN).said[0], 9, "SPREAD")
+def test_ranks_are_numbered_by_node(start: Callable[[str], Cluster], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nine real ranks on four uneven nodes, dealt out by turns: neighbours share a node, and each knows its number there.
+
+    Variables that are set after the cluster was started reach them, and a secret does not.
+    """
+    cluster = start(UNEVEN)
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    found = print_places(cluster.said[0], 9, "SPREAD")
     assert [rank for rank, *_ in found] == [*range(9)]
     nodes = [node for *_, node in found]
     runs = [(node, len(list(run))) for node, run in itertools.groupby(nodes)]
@@ -224,6 +260,30 @@ def test_a_placement_strategy_is_followed_and_the_record_names_every_node(
             nodes = record["parallel"]["nodes"]
             assert [len(node["ranks"]) for node in nodes] == sizes, nodes
             assert len({node["node"] for node in nodes}) == len(sizes)
+
+
+def test_gpus_that_an_autoscaler_may_bring_are_waited_for(
+    run: Callable[..., Run], start: Callable[[str], Cluster], wan_folder: Path, tmp_path: Path
+) -> None:
+    """One video waits for its GPU in place of a CPU that is free; a batch, or a video for three GPUs, is one line."""
+    cluster, video = start(GROWING), tmp_path / "a.mp4"
+    command = [*prompted(wan_folder, video), f"--ray={cluster.said[0]}"]
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *command], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    assert line.startswith("waits for 1 x {'CPU': 1, 'GPU': 1} (PACK); the cluster has {'CPU': 1"), line
+    assert "'GPU': 0} in all" in line
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    given = words(wan_folder, tmp_path / "prompts.txt", tmp_path / "out", {"ray": cluster.said[0]})
+    assert " may bring GPUs, and this batch would run on CPUs; give --gpus_per_replica N" in run(batch.main, *given).err
+    wide = [sys.executable, str(SCRIPT), *prompted(wan_folder, tmp_path / "b.mp4"), "--nproc=3", command[-1]]
+    refused = subprocess.run(wide, capture_output=True, text=True, check=False)
+    assert refused.stderr.startswith("error: 3 ranks need 3 GPUs, and the cluster has 2; give --nproc 2"), refused
+    assert (process.poll(), video.exists()) == (None, False)
+    cluster.process.stdin.write("grow\n")
+    cluster.process.stdin.flush()
+    _, rest = process.communicate(timeout=PATIENCE_SECONDS)
+    assert (process.returncode, rest, video.exists()) == (0, "", True)
 
 
 def test_a_job_that_is_handed_in(start: Callable[[str], Cluster], wan_folder: Path, tmp_path: Path) -> None:
