@@ -18,7 +18,7 @@ def run_command(
     """Run `main(argv)` (of the process by default) and return the exit code, which is what `main` returned if it did.
 
     0: done. 1: another rank was lost, as one line on stderr. 2: something that the user can mend, likewise. 130: Ctrl-C,
-    143: SIGTERM, each with one line that says what was kept. Any other exception is a fault of the program and passes
+    143: SIGTERM, 129: SIGHUP, each with one line that says what was kept. Any other exception is a fault of the program and passes
     with its traceback. `signals` are those that are heard already; else they are heard here, until the end.
     """
     heard = signals or StopSignals()

@@ -198,6 +198,9 @@ def judge(children: Sequence[_Child], signals: StopSignals, *, verbose: bool) ->
     if not failed:
         return 0
     cause = min(failed, key=_blame)
+    if first.code == 0:  # it has made everything, for which it needed the others
+        show(f"note: rank {cause.rank} of {len(children)} {_describe_end(cause)} after everything was made")
+        return 0
     if cause.said:
         show(cause.said)
         return cause.code
@@ -217,17 +220,19 @@ def _blame(child: _Child) -> tuple[int, float]:
 
 
 def _describe(cause: _Child, children: Sequence[_Child]) -> str:
-    if cause.code < 0:
-        end = f"was ended by {signal.Signals(-cause.code).name}"
-        if cause.code == -signal.SIGKILL:
-            end += ", as the system does when memory runs out"
-    else:
-        last = next((line.strip() for line in reversed(cause.lines) if line.strip()), "")
-        end = f"failed with exit code {cause.code}" + (f" ({last})" if last else "")
     others = "; the other ranks were stopped" if len(children) > 1 else ""
     first = children[0]
     noticed = f"; {first.said.removeprefix('error: ')}" if first.code == _LOST and first.said else ""
-    return f"error: rank {cause.rank} of {len(children)} (process {cause.process.pid}) {end}{others}{noticed}"
+    where = f"rank {cause.rank} of {len(children)} (process {cause.process.pid})"
+    return f"error: {where} {_describe_end(cause)}{others}{noticed}"
+
+
+def _describe_end(cause: _Child) -> str:
+    if cause.code < 0:
+        memory = ", as the system does when memory runs out" if cause.code == -signal.SIGKILL else ""
+        return f"was ended by {signal.Signals(-cause.code).name}{memory}"
+    last = next((line.strip() for line in reversed(cause.lines) if line.strip()), "")
+    return f"failed with exit code {cause.code}" + (f" ({last})" if last else "")
 
 
 def asked_value(argv: Sequence[str], name: str) -> str | None:

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import signal
 import socket
 import sys
 import time
@@ -25,7 +24,7 @@ from engine.ranks import choose_failure, digest, hand_out_bytes, refuse_differen
 from launch.command import LostRankError
 from launch.launcher import STORE
 from launch.replicas.place import NODE
-from launch.stopping import LAUNCHER, SIGNALS, Place, say_for_first
+from launch.stopping import LAUNCHER, Place, ignore_signals, say_for_first
 from parallel.collectives import CollectiveError
 
 _ROLL_CALL_SECONDS = 0.05
@@ -78,7 +77,7 @@ def open_ranks(config: RunConfig, *, prompts: Sequence[str], verbose: bool) -> I
     Raises UserError, on every rank, if a rank does not come within `parallel.timeout`, if one has other settings, and if
     the degrees do not fit the number of ranks; LostRankError if one is lost later, in here or in the block.
 
-    Once joined, only rank 0 hears SIGINT and SIGTERM: it keeps what was computed, and the others end when it does. Were
+    Once joined, only rank 0 hears signals, until the end: it keeps what was computed, and the others end when it does. Were
     they to end first, rank 0 would wait for them in the middle of a step, on a GPU for ever.
     """
     place = Place.of_environment()
@@ -97,14 +96,15 @@ def open_ranks(config: RunConfig, *, prompts: Sequence[str], verbose: bool) -> I
         device, arrangement = _agree(store, place, config, prompts, nodes)
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=config.parallel.timeout)
-        with _only_first_is_stopped(place):
-            dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout)
-            ranks = dataclasses.replace(join_ranks(config, arrangement, device), nodes=nodes)
-            if verbose:
-                print(describe_place(ranks, arrangement.plan, device), file=sys.stderr, flush=True)
-            yield Party(ranks=ranks, store=store)
-            if ranks.mesh.monitor is not None:
-                ranks.mesh.monitor.close()
+        if place.rank > 0:
+            ignore_signals()
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout)
+        ranks = dataclasses.replace(join_ranks(config, arrangement, device), nodes=nodes)
+        if verbose:
+            print(describe_place(ranks, arrangement.plan, device), file=sys.stderr, flush=True)
+        yield Party(ranks=ranks, store=store)
+        if ranks.mesh.monitor is not None:
+            ranks.mesh.monitor.close()
     except (CollectiveError, dist.DistError) as error:
         raise LostRankError(str(error) if isinstance(error, CollectiveError) else _lost(place, error)) from error
     # Not after an error: it would wait for the other ranks, and the process is about to end.
@@ -241,16 +241,6 @@ def _claim_device(place: Place, config: RunConfig) -> torch.device:
             )
         torch.cuda.set_device(place.local_rank)
     return device
-
-
-@contextlib.contextmanager
-def _only_first_is_stopped(place: Place) -> Iterator[None]:
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS} if place.rank > 0 else {}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _lost(place: Place, error: Exception) -> str:

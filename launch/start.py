@@ -53,7 +53,7 @@ def run_script(name: str, argv: Sequence[str] | None = None) -> int:
     """Run a command with `argv`, by default that of the process, on as many ranks as it asks for; returns the exit code.
 
     A mistake in `argv` ends it before a rank is started or torch imported. A rank that fails ends at once: to take its process
-    group down it would have to wait for the others.
+    group down it would have to wait for the others. So do the ranks after the first, which have nothing left to do.
     """
     die_with_parent()
     if not COMMANDS[name].starts_ranks:
@@ -74,7 +74,7 @@ def run_script(name: str, argv: Sequence[str] | None = None) -> int:
             nowhere = stack.enter_context(Path(os.devnull).open("w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         code = run_command(lambda given: _run(name, given, signals), words, signals=signals)
-    if code and place is not None:
+    if place is not None and (code or place.rank > 0):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

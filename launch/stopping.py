@@ -1,13 +1,15 @@
 """How a process stops: its signals, the one line that it ends with, and its end if its parent dies. Standard library only."""
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # In the environment of a rank: the process id of the launcher that started it, and the pipe for its last line.
 LAUNCHER = "FREESPEC_LAUNCHER"
@@ -21,7 +23,10 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignals:
-    """SIGINT and SIGTERM as KeyboardInterrupt; those that come while one is being handled, or after `leave()`, wait for ever."""
+    """SIGINT, SIGTERM and SIGHUP as KeyboardInterrupt; those that come while one is being handled, or after `leave()`, do nothing.
+
+    SIGHUP, which a terminal sends when it closes, is left alone in a process that was started to ignore it (nohup).
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
@@ -29,13 +34,14 @@ class StopSignals:
 
     @property
     def code(self) -> int:
-        """The exit code of a process that was stopped: 130 for Ctrl-C, 143 for SIGTERM."""
+        """The exit code of a process that was stopped: 130 for Ctrl-C, 143 for SIGTERM, 129 for SIGHUP."""
         return 128 + (self.received or signal.SIGINT)
 
     def install(self) -> dict[signal.Signals, object]:
         """Hear the signals from now on; returns the handlers before."""
-        before = {number: signal.signal(number, self._hear) for number in SIGNALS}
-        # A launcher starts its ranks with both blocked, so that none comes before this.
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        before = {number: signal.signal(number, self._hear) for number in SIGNALS if number not in ignored}
+        # A launcher starts its ranks with all of them blocked, so that none comes before this.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return before
 
@@ -48,6 +54,22 @@ class StopSignals:
             self.received = signal.Signals(number)
             raise KeyboardInterrupt
         self.received = self.received or signal.Signals(number)
+
+
+def ignore_signals() -> dict[signal.Signals, object]:
+    """Hear no signals from now on; returns the handlers before."""
+    return {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
+
+
+@contextlib.contextmanager
+def all_is_made() -> Iterator[None]:
+    """Hear no signals in the block: everything is made, and being stopped while the process tidies up is no failure."""
+    before = ignore_signals()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class PlaceError(ValueError):

@@ -1,5 +1,6 @@
 """decode.py: saved latents to a video."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -20,6 +21,7 @@ from launch.outputs import OutputFiles, claim_outputs, refuse_existing
 from launch.render import render
 from launch.stages import check_decoded, describe_finished
 from launch.stages import read_record as read_finished
+from launch.stopping import all_is_made
 
 # Of a run's configuration, what decoding reads.
 PARTS = ("model", "video", "decode", "output")
@@ -39,7 +41,7 @@ def run(given: Arguments) -> None:
     config = given.over(restore_config(decoding_part(record["config"]), source))
 
     files = OutputFiles(video=expand(config.output.path), latents=source, keep_latents=True)
-    with claim_outputs(files.decoded, flag="--output"):
+    with contextlib.ExitStack() as last, claim_outputs(files.decoded, flag="--output"):
         if not config.output.overwrite and (finished := describe_decoded(files, record, config)) is not None:
             print(finished)
             return
@@ -48,6 +50,7 @@ def run(given: Arguments) -> None:
             check_shape(latents, decoder.spec.channels, source)
             fps, replace = config.video.fps, config.output.overwrite
             record = render(decoder, latents, record, files, output=config.output, fps=fps, replace=replace)
+            last.enter_context(all_is_made())
     print(f"{files.video}: {record['video']['num_frames']} frames; decoded in {record['seconds']['decode']:.1f} s")
 
 

@@ -29,7 +29,7 @@ from launch.outputs import OutputFiles, check_free_space, claim_outputs
 from launch.ranks import open_ranks
 from launch.render import describe_kept, render
 from launch.stages import Stage, describe_finished, find_stage, read_record, remove_leftovers
-from launch.stopping import Stopped
+from launch.stopping import Stopped, all_is_made
 from parallel.collectives import CollectiveError
 
 
@@ -41,7 +41,11 @@ def main(argv: list[str]) -> None:
 def run(given: Arguments) -> None:
     """Meet the other ranks if there are any, claim the files, load the model once, make what is missing of every video."""
     config, prompts, outputs = given.config, given.prompts, given.outputs
-    with open_ranks(config, prompts=prompts, verbose=given.verbose) as party, contextlib.ExitStack() as stack:
+    with (
+        contextlib.ExitStack() as last,
+        open_ranks(config, prompts=prompts, verbose=given.verbose) as party,
+        contextlib.ExitStack() as stack,
+    ):
         every = [path for files in outputs for path in files.all]
         party.check_on_first(lambda: stack.enter_context(claim_outputs(every, flag="--output.path")))
         stages = party.ask_first(lambda: find_stages(prompts, outputs, config))
@@ -55,6 +59,7 @@ def run(given: Arguments) -> None:
             record = make_video(engine, config, prompt, files, stage=stage, replace=config.output.overwrite)
             if record is not None:
                 print(summary(record, files), flush=True)
+        last.enter_context(all_is_made())
 
 
 def find_stages(prompts: list[str], outputs: list[OutputFiles], config: RunConfig) -> list[Stage]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
-from launch.stopping import Stopped
+from launch.stopping import Stopped, all_is_made
 from tests.launch.conftest import Run
 
 
@@ -35,7 +35,31 @@ def test_our_own_faults_keep_their_traceback(run: Callable[..., Run]) -> None:
         run(main)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.usefixtures("hangup")
+def test_a_process_that_was_started_to_ignore_sighup_does(run: Callable[..., Run]) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    def main(argv: list[str]) -> None:
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    assert run(main) == Run(0, "", "")
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_once_all_is_made_no_signal_makes_it_a_failure(run: Callable[..., Run]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def main(argv: list[str]) -> None:
+        with all_is_made():
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert run(main) == Run(0, "", "")
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.usefixtures("hangup")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_in_one_line_and_its_code(run: Callable[..., Run], number: signal.Signals, code: int) -> None:
     before = signal.getsignal(number)
 

@@ -20,12 +20,11 @@ import torch
 
 import engine.engine
 import engine.tiled_decode
-import launch.commands.generate
 from engine.hooks import BranchProcessor
 from engine.paths import REPOSITORY
 from engine.video import VideoWriter
 from launch import stopping
-from launch.commands import decode
+from launch.commands import decode, generate
 from launch.start import RankLines, run_script
 from tests.launch.conftest import Run
 from tests.launch.forked import PATIENCE_SECONDS, run_forked
@@ -103,7 +102,7 @@ def interrupt_while_decoding(rank: int) -> None:
 def limit_memory(_rank: int) -> None:
     """So that nothing is promised which is not there, whatever the machine's rule of overcommitment; the disk has room."""
     resource.setrlimit(resource.RLIMIT_AS, (64 << 30, 64 << 30))
-    launch.commands.generate.check_free_space = lambda *_: None
+    generate.check_free_space = lambda *_: None
 
 
 def sleep_long() -> None:
@@ -267,6 +266,25 @@ def test_an_interruption_keeps_the_steps(wan_folder: Path, whole: torch.Tensor, 
     assert torch.equal(latents_of(folder / "a.mp4"), whole)
 
 
+def stop_at_the_end(rank: int) -> None:
+    """SIGTERM as this rank takes its process group down, when every file is whole; the same again as it exits."""
+    destroy = torch.distributed.destroy_process_group
+
+    def stop(*args: object, **kwargs: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        destroy(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    torch.distributed.destroy_process_group = stop
+
+
+def test_a_rank_that_is_stopped_at_the_very_end_is_no_failure(wan_folder: Path, tmp_path: Path) -> None:
+    command = prompted(wan_folder, tmp_path / "out" / "a.mp4")
+    ended = run_forked([command] * 3, tmp_path, fault=stop_at_the_end)
+    assert [(rank.code, rank.err) for rank in ended] == [(0, "")] * 3, ended
+    assert {"a.mp4", "a.png", "a.json"} <= names(tmp_path / "out")
+
+
 def test_an_interruption_while_decoding_keeps_the_latents(
     wan_folder: Path, whole: torch.Tensor, tmp_path: Path
 ) -> None:
@@ -312,6 +330,7 @@ except KeyboardInterrupt:
 """
 LAUNCHER = """
 import resource
+import signal
 import sys
 from launch import launcher
 from launch.stopping import StopSignals
@@ -320,6 +339,7 @@ from launch.stopping import StopSignals
 launcher.GRACE_SECONDS, launcher.STOP_SECONDS = (1.0 if "wait" in sys.argv else 30.0), 2.0
 if "files" in sys.argv:
     resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
+signal.signal(signal.SIGHUP, signal.SIG_IGN if "nohup" in sys.argv else signal.SIG_DFL)
 signals = StopSignals()
 signals.install()
 sys.exit(launcher.start_ranks(len(sys.argv) - 2, sys.argv[1:], signals=signals))
@@ -380,6 +400,9 @@ def wait_until_started(process: subprocess.Popen, ranks: int) -> None:
         ),
         (["lost", "killed"], 1, ["SIGKILL", "; the other ranks were stopped; rank 0, step 1 layer 0: lost a peer"]),
         (["lost", "fault"], 1, ["[rank 1] Traceback", "failed with exit code 1 (ValueError: a bug)", "lost a peer"]),
+        # Rank 0 ends well once everything is made; what happens to another one then is no failure.
+        (["done", "killed", "done"], 0, ["note: rank 1 of 3 was ended by SIGKILL", " after everything was made"]),
+        (["done", "fault"], 0, ["note: rank 1 of 2 failed with exit code 1 (ValueError: a bug) after everything was"]),
     ],
 )
 def test_how_a_run_ends(
@@ -406,13 +429,24 @@ def test_more_ranks_than_the_machine_lets_start(launch: Callable[..., subprocess
     assert_none_left(str(tmp_path / "rank.py"))
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_to_the_launcher(launch: Callable[..., subprocess.Popen], number: signal.Signals, code: int) -> None:
     process = launch("wait", "stubborn")
     wait_until_started(process, 2)
     process.send_signal(number)
     _, err = process.communicate(timeout=PATIENCE_SECONDS)
     assert (process.returncode, err) == (code, "stopped: kept\n")
+
+
+def test_under_nohup_a_terminal_that_closes_ends_nothing(launch: Callable[..., subprocess.Popen]) -> None:
+    process = launch("wait", "wait", "nohup")
+    wait_until_started(process, 3)
+    os.killpg(process.pid, signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=0.5)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=PATIENCE_SECONDS)
+    assert (process.returncode, err) == (143, "stopped: kept\n")
 
 
 def test_a_terminal_s_ctrl_c_twice(launch: Callable[..., subprocess.Popen]) -> None:

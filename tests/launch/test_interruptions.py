@@ -59,11 +59,17 @@ def test_before_the_first_step_is_done_nothing_is_left(make: Callable[..., Run],
     assert names(tmp_path) == set()
 
 
+@pytest.mark.usefixtures("hangup")
 # Wan takes two forwards a step (guidance): in the middle of its third step, and in the second of LTX-Video's.
 @pytest.mark.parametrize(
     ("which", "code", "model", "forwards", "done_steps"),
-    [(signal.SIGINT, 130, {}, 5, 2), (signal.SIGTERM, 143, {}, 5, 2), (signal.SIGINT, 130, LTX, 2, 1)],
-    ids=["interrupted", "terminated", "interrupted-ltx"],
+    [
+        (signal.SIGINT, 130, {}, 5, 2),
+        (signal.SIGTERM, 143, {}, 5, 2),
+        (signal.SIGHUP, 129, {}, 5, 2),
+        (signal.SIGINT, 130, LTX, 2, 1),
+    ],
+    ids=["interrupted", "terminated", "hung-up", "interrupted-ltx"],
 )
 def test_while_denoising_the_same_command_continues_to_the_same_bits(  # noqa: PLR0917
     make: Callable[..., Run],
