@@ -23,14 +23,17 @@ Place = tuple[int, slice]  # batch item and rows of it
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the union of two disjoint key sets: (e^za A + e^zb B) / (e^za + e^zb), in fp32 at least.
 
-    out [B, S, N, D] of any float dtype, lse [B, S, N]. Two empty sets give out = 0, lse = -inf.
+    out [B, S, N, D] of any float dtype, lse [B, S, N]. Two empty sets give out = 0, lse = -inf. The weights come from the
+    difference of the two, not from their log-sum-exp, whose rounding would be in them; and exp and log are operators whose CPU
+    kernels give the same bits wherever a number stands, which logaddexp does not, so that heads may be split in any way.
     """
-    lse = torch.logaddexp(lse_a, lse_b)
-    empty = torch.isneginf(lse)
-    weight_a = torch.exp(lse_a - lse).masked_fill(empty, 0.0)[..., None]
-    weight_b = torch.exp(lse_b - lse).masked_fill(empty, 0.0)[..., None]
-    out = out_a.to(lse.dtype) * weight_a + out_b.to(lse.dtype) * weight_b
-    return out.to(out_a.dtype), lse
+    largest = torch.maximum(lse_a, lse_b)
+    base = largest.masked_fill(torch.isneginf(largest), 0.0)
+    weight_a, weight_b = torch.exp(lse_a - base), torch.exp(lse_b - base)
+    total = weight_a + weight_b  # 1 to 2, or 0 for two empty sets
+    weight_a, weight_b = ((weight / total.clamp_min(1.0))[..., None] for weight in (weight_a, weight_b))
+    out = out_a.to(total.dtype) * weight_a + out_b.to(total.dtype) * weight_b
+    return out.to(out_a.dtype), largest + torch.log(total)
 
 
 def merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:

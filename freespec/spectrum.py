@@ -24,8 +24,8 @@ HALF = (torch.bfloat16, torch.float16)
 # product of a short one is over before its threads are awake.
 CHUNK_BYTES = 48 * 2**20
 CHUNK_TOKENS = 32768
-# Copies in fp64 are of so many times fewer tokens: they stay in a CPU's cache until they are multiplied.
-FEWER_IN_FP64 = 4
+# Tokens that are copied to fp64 at a time: as many for any share of the heads, so that each head's sum has the same bits in all.
+FP64_TOKENS = 2048
 # Tokens whose products are summed in fp32 at most. A GPU also needs the pieces to be busy: the product of a whole chunk is one
 # tile for each of 12 heads, and it has 132 places.
 PIECE_TOKENS = 512
@@ -60,8 +60,7 @@ def gram_in_fp64(o_BSND: Tensor) -> Tensor:
     """`gram` with products and sums in fp64: whatever fp32 and half precision can hold, fp64 holds the square of."""
     batch, _, heads, dim = o_BSND.shape
     total = torch.zeros(batch, heads, dim, dim, dtype=torch.float64, device=o_BSND.device)
-    size = -(-chunk_tokens(heads, dim) // FEWER_IN_FP64)
-    for item, chunk in itertools.product(range(batch), o_BSND.split(size, dim=1)):
+    for item, chunk in itertools.product(range(batch), o_BSND.split(FP64_TOKENS, dim=1)):
         o_SND = chunk[item]
         if o_SND.device.type == "cpu":
             total[item] += product_of_halves(
