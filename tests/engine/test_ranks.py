@@ -25,6 +25,7 @@ from engine.supported_layouts import refused_axes
 from freespec.methods import FreePCA, FreeSpec, make_method
 from freespec.riflex import Riflex
 from tests.engine.golden import (
+    PRESETS,
     PROMPT,
     Case,
     all_degrees,
@@ -33,24 +34,25 @@ from tests.engine.golden import (
     mesh_of,
     on_one_rank,
     relative,
+    with_method,
 )
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import save_random_wan
 
 METHODS = ("direct", "sliding_window", "freespec")  # in any arrangement
+ROWS = tuple(f"freespec:{path.stem}" for path in sorted(PRESETS.glob("*.yaml")))
 WHOLE_HEADS = ("freenoise", "freelong", "freepca")  # where ring is 1
 
 
 def config_of(folder: str, method: str) -> RunConfig:
     method, _, riflex = method.partition("+")
-    return RunConfig(
+    config = RunConfig(
         model=ModelConfig(path=folder, device="cpu"),
         # 8 latent frames of 5 x 3 tokens: no number of ranks below divides the 120 tokens into whole frames.
         video=VideoConfig(num_frames=29, height=80, width=48),
         sampler=SamplerConfig(num_steps=4, guidance_scale=4.0, seed=3, negative_prompt="bad", max_text_tokens=20),
         # FreePCA's default stride of 1 gives 6 views; half of the steps fuse them.
         method=MethodConfig(
-            name=method,
             window_frames=3,
             freespec=FreeSpec(domain="step", split=0.5),
             freepca=FreePCA(domain="step", split=0.5),
@@ -58,6 +60,7 @@ def config_of(folder: str, method: str) -> RunConfig:
         attention=AttentionConfig(riflex=Riflex(enabled=True, index=1) if riflex else Riflex()),
         output=OutputConfig(progress="off"),
     )
+    return with_method(config, method)
 
 
 def methods_on(degrees: tuple[int, int, int]) -> tuple[str, ...]:
@@ -129,6 +132,8 @@ def test_any_arrangement_of_ranks_makes_the_same_video(folder, ranks, tmp_path):
     every = all_degrees(ranks)
     cases = [Case(folder, degrees, method) for degrees in every for method in methods_on(degrees)]
     cases += [Case(folder, every[0], "freespec", route) for route in ("halo", "all_to_all")]
+    rings = {2: [(1, 2, 1)], 3: [(1, 3, 1)], 4: [(1, 4, 1), (1, 2, 2), (2, 2, 1)]}.get(ranks, [])
+    cases += [Case(folder, degrees, row) for degrees in rings for row in ROWS]
     if ranks == 2:
         cases += [Case(folder, degrees, "freespec+riflex") for degrees in ((1, 1, 2), (1, 2, 1))]
     for case, by_rank in zip(cases, run_ranks(ranks, latents_on_ranks, cases, tmp_path), strict=True):
@@ -138,7 +143,7 @@ def test_any_arrangement_of_ranks_makes_the_same_video(folder, ranks, tmp_path):
 def test_a_wrong_sum_over_ranks_is_seen(folder, tmp_path):
     cases = [Case(folder, (1, 2, 1), "freespec", fault="unreduced Grams")]
     [[first, _]] = run_ranks(2, broken_on_ranks, cases, tmp_path)
-    assert relative(first, on_one_rank(config_of(folder, "freespec"))) > 1e-4  # ten times the tolerance
+    assert relative(first, on_one_rank(config_of(folder, "freespec"))) > 1e-4  # thirty times the tolerance
 
 
 def test_components_that_each_rank_chooses_for_itself_are_seen(folder, tmp_path):

@@ -201,6 +201,26 @@ def test_merge_of_two_empty_sets_is_empty_and_keeps_the_dtype() -> None:
     assert merged.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("size", [1.0, 100.0])
+def test_merge_does_not_round_by_the_size_of_the_logits(size: float) -> None:
+    """fp32 weights are exact to some roundings of 1; those from a log-sum-exp near 100 are off by 4e-6."""
+    generator = torch.Generator().manual_seed(0)
+    out_a, out_b = torch.randn(2, 1, 500, 3, 8, generator=generator).unbind(0)
+    lse_a, lse_b = (size + torch.randn(2, 1, 500, 3, generator=generator)).unbind(0)
+    exact, exact_lse = merge(out_a.double(), lse_a.double(), out_b.double(), lse_b.double())
+    out, lse = merge(out_a, lse_a, out_b, lse_b)
+    assert relative_error(out, exact) < 2**-22
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=2**-22, atol=2**-22)
+    if size == 100.0:  # the control
+        total = torch.logaddexp(lse_a, lse_b)
+        rounded = out_a * torch.exp(lse_a - total)[..., None] + out_b * torch.exp(lse_b - total)[..., None]
+        assert relative_error(rounded, exact) > 2**-20
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    return ((actual.double() - expected).norm() / expected.norm()).item()
+
+
 def test_merge_of_far_apart_logits_is_finite() -> None:
     out = torch.ones(1, 1, 1, 2)
     merged, lse = merge(out, torch.full((1, 1, 1), 300.0), 3 * out, torch.full((1, 1, 1), -300.0))
