@@ -113,7 +113,7 @@ class SamplerConfig:
             native length, method.window_frames, for any longer video; `actual` takes the video's own, as the stock pipeline.
             Others, like Wan's, have one shift for any length.
         seed: of the CPU generator that draws the noise, the same for any device and number of ranks.
-        negative_prompt: text of the unconditional pass.
+        negative_prompt: text of the unconditional pass; on the command line and in presets `@FILE` is the one line of a text file.
         max_text_tokens: tokens that a prompt is padded to; a longer prompt is an error.
         noise: `iid` is fresh in every frame, `freenoise` repeats the frames of the first window in another order, `mean_reuse`
             repeats their mean over time; `method` is what the method was published with (iid for direct, sliding_window

@@ -28,6 +28,7 @@ from engine.identity import latents_settings, settings_id
 from engine.kernel_choice import KernelChoice, choose_on_ranks
 from engine.load import fetch, find_adapter, find_checkpoint, load_pipeline, pick_device, pick_dtype, read_spec
 from engine.progress import enabled, progress_bar
+from engine.prompts import NEGATIVE, Named, refuse_long_prompts
 from engine.provenance import describe_weights
 from engine.ranks import check_agreement, fingerprints, hand_out, hand_out_bytes, together
 from engine.record import build_record, running_revision
@@ -217,7 +218,8 @@ class LongVideoEngine:
         self.decoder.decode_plan = None  # of the video before
 
         started = time.perf_counter()
-        text = self._encode([prompt, negative_prompt] if sampler.guidance_scale > 1.0 else [prompt])
+        named = [("the prompt", prompt), (NEGATIVE, negative_prompt)]
+        text = self._encode(named if sampler.guidance_scale > 1.0 else named[:1])
         seconds = {"text": time.perf_counter() - started}
 
         settings = self._settings(prompt=prompt, negative_prompt=negative_prompt, seed=seed, num_frames=num_frames)
@@ -373,14 +375,15 @@ class LongVideoEngine:
         )
         return TextCache(key, folder)
 
-    def _encode(self, prompts: list[str]) -> list[Text]:
+    def _encode(self, named: list[Named]) -> list[Text]:
         """Text of each prompt as the transformer takes it, made by rank 0, or with it by all ranks that share the encoder."""
-        max_tokens = self.config.sampler.max_text_tokens
+        max_tokens, prompts = self.config.sampler.max_text_tokens, [text for _, text in named]
 
         def encode(new: list[str]) -> list[Text]:
             return self.adapter.encode_text(self.pipe, new, max_tokens, self._text_device)
 
         def look_up(encode: Encode) -> list[Text]:
+            refuse_long_prompts(self.adapter, self.pipe.tokenizer, named, max_tokens)
             return self.text_cache.texts(prompts, encode)
 
         def texts_or_empty() -> list[Text]:

@@ -27,6 +27,10 @@ from engine.weights import WEIGHT_FOLDERS, check_part, lfs_pointer, read_json, u
 # Of newer versions of the hub's client; older ones return what there is, and the checks of the folder say what is missing.
 _INCOMPLETE: tuple[type[Exception], ...] = tuple(filter(None, [getattr(hub_errors, "IncompleteSnapshotError", None)]))
 
+# The part that lies beside the weights of another, and the files of which a part must have one.
+_BESIDE = {"transformer": "scheduler", "text_encoder": "tokenizer"}
+_SMALL_FILES = {"scheduler": ("scheduler_config.json",), "tokenizer": ("tokenizer.json", "spiece.model")}
+
 
 def pick_device(name: str) -> torch.device:
     """The device of a `model.device` setting."""
@@ -60,7 +64,7 @@ def fetch(
             )
         return source
     patterns = ["*.json", *(f"{part}/*.safetensors" for part in parts)]
-    patterns += ["tokenizer/*.model", "tokenizer/*.txt"] if "text_encoder" in parts else []
+    patterns += ["tokenizer/*.model", "tokenizer/*.txt"] if {"text_encoder", "tokenizer"} & set(parts) else []
     try:
         with quiet_hub():
             return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, local_files_only=offline))
@@ -192,19 +196,33 @@ def check_folder(folder: Path, parts: Sequence[str] = WEIGHT_FOLDERS, *, elsewhe
     Of parts whose weights are `elsewhere` the folder holds the configurations only.
     """
     adapter = find_adapter(folder)
-    # Without its files transformers makes a tokenizer that knows no word, and every prompt would be ignored.
-    needed = {"transformer": ("scheduler", ("scheduler_config.json",))}
-    needed["text_encoder"] = ("tokenizer", ("tokenizer.json", "spiece.model"))
     for name in parts:
         if name not in elsewhere:
             check_files(folder, name)
             check_part(adapter, folder, name)
-        beside, files = needed.get(name, (name, ("config.json",)))
-        if not any((folder / beside / file).is_file() for file in files):
-            raise UserError(f"{folder / beside} has no {' or '.join(files)}; fetch the checkpoint again")
-        for file in sorted((folder / beside).glob("*.*")):
-            if pointer := lfs_pointer(file):
-                raise UserError(pointer)
+        check_small_files(folder, _BESIDE.get(name, name))
+
+
+def check_small_files(folder: Path, part: str) -> None:
+    """Raise UserError unless the folder of a part holds its configuration, or of a tokenizer its words, as files of their own.
+
+    Without its files transformers makes a tokenizer that knows no word, and every prompt would be ignored.
+    """
+    files = _SMALL_FILES.get(part, ("config.json",))
+    if not any((folder / part / file).is_file() for file in files):
+        raise UserError(f"{folder / part} has no {' or '.join(files)}; fetch the checkpoint again")
+    for file in sorted((folder / part).glob("*.*")):
+        if pointer := lfs_pointer(file):
+            raise UserError(pointer)
+
+
+def load_tokenizer(config: ModelConfig) -> tuple[ModelAdapter, Path, Any]:
+    """What the engine knows of the model of `config`, its folder, and its tokenizer; no weights are fetched or read."""
+    folder = fetch(find_checkpoint(config.path), config.revision, parts=("tokenizer",), offline=config.offline)
+    adapter = find_adapter(folder)
+    check_small_files(folder, "tokenizer")
+    with no_library_bars():
+        return adapter, folder, _load_beside(adapter, folder, "tokenizer")
 
 
 def check_files(folder: Path, name: str) -> None:

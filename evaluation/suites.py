@@ -15,7 +15,7 @@ from pathlib import Path
 
 from engine.batch.suite import Prompt, Suite
 from engine.errors import UserError
-from engine.files.whole import file_sha256
+from engine.prompt_files import split_lines
 
 PREFIX = "vbench:"
 SELECTION = "longer-100"
@@ -189,11 +189,13 @@ class _Reader:
         self.files: dict[str, str] = {}
 
     def lines(self, path: Path) -> list[str]:
-        text = self._text(path)
-        lines = [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
+        whole = self._checkout / path
+        lines = split_lines(self._bytes(path), str(whole))
+        while lines and not lines[-1]:
+            lines.pop()
         empty = next((number for number, line in enumerate(lines, 1) if not line), None)
         if empty is not None or not lines:
-            raise UserError(f"{self._checkout / path}, line {empty or 1} is empty; lists are joined line by line")
+            raise UserError(f"{whole}, line {empty or 1} is empty; lists are joined line by line")
         return lines
 
     def dimensions(self) -> list[tuple[str, tuple[str, ...]]]:
@@ -202,20 +204,18 @@ class _Reader:
         if path is None:
             raise UserError(f"{self._checkout} has neither {_FULL_INFO[0]} nor {_FULL_INFO[1]}")
         try:
-            return [(entry["prompt_en"], tuple(sorted(entry["dimension"]))) for entry in json.loads(self._text(path))]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            return [(entry["prompt_en"], tuple(sorted(entry["dimension"]))) for entry in json.loads(self._bytes(path))]
+        except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self._checkout / path} is not VBench's list of prompts and dimensions") from error
 
-    def _text(self, path: Path) -> str:
+    def _bytes(self, path: Path) -> bytes:
         whole = self._checkout / path
         try:
-            text = whole.read_text(encoding="utf-8-sig")
+            data = whole.read_bytes()
         except OSError as error:
             raise UserError(f"cannot read {whole}: {error.strerror}; is the VBench checkout whole?") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{whole} is not UTF-8 text") from error
-        self.files[path.as_posix()] = file_sha256(whole)
-        return text
+        self.files[path.as_posix()] = hashlib.sha256(data).hexdigest()
+        return data
 
 
 def _known_lists(checkout: Path) -> dict[str, _Lists]:

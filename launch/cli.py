@@ -4,7 +4,7 @@ import difflib
 import glob
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import REPOSITORY, expand
+from engine.prompt_files import resolve_negative_prompt
 
 DEFAULT_CONFIG = "configs/tiny-wan.yaml"
 
@@ -93,7 +94,9 @@ def parse_run(
     # As files of defaults rather than as arguments, so that --help shows the values of the preset.
     parser.default_config_files = [glob.escape(str(file)) for file in files]
     namespace = parse(parser, [word for word in words if not word.startswith("--config=")])
-    return namespace, RunConfig(**{field.name: namespace[field.name] for field in fields(RunConfig)})
+    config = RunConfig(**{field.name: namespace[field.name] for field in fields(RunConfig)})
+    negative_prompt = resolve_negative_prompt(config.sampler.negative_prompt)
+    return namespace, replace(config, sampler=replace(config.sampler, negative_prompt=negative_prompt))
 
 
 def make_parser(name: str, usage: str, description: str) -> ArgumentParser:

@@ -329,9 +329,13 @@ class ModelAdapter(ABC):
 
     # A run.
 
+    def clean_prompt(self, prompt: str) -> str:
+        """A prompt as the stock pipeline hands it to the tokenizer."""
+        return prompt
+
     @abstractmethod
     def encode_text(self, pipe: Any, prompts: Sequence[str], max_tokens: int, device: torch.device) -> list[Text]:
-        """Text of each prompt, in the transformer's dtype; UserError for a prompt that would be cut.
+        """Text of each prompt, in the transformer's dtype; none of them has more than `max_tokens` tokens.
 
         `device` is the one that the text encoder runs on, which need not be the transformer's.
         """

@@ -21,7 +21,6 @@ from engine.adapters.base import (
     TimeSettings,
     VideoSpec,
 )
-from engine.adapters.prompts import refuse_long_prompts
 from engine.blend import cover, fade_in, lay_over, overlap_share
 from engine.config import DecodeConfig
 from engine.errors import UserError
@@ -151,7 +150,6 @@ class LtxAdapter(ModelAdapter):
         self, pipe: LTXPipeline, prompts: Sequence[str], max_tokens: int, device: torch.device
     ) -> list[Text]:
         """Embeddings, and which of them are words: cross-attention must not see the padding."""
-        refuse_long_prompts(pipe.tokenizer, prompts, max_tokens)
         texts = []
         for prompt in prompts:
             embed, mask, _, _ = pipe.encode_prompt(

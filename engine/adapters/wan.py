@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from engine.adapters.base import DecodeMode, LatentDecoder, ModelAdapter, ModelNumbers, Text, TimeSettings, VideoSpec
-from engine.adapters.prompts import refuse_long_prompts
 from engine.config import DecodeConfig
 from engine.errors import UserError
 from engine.schedulers import fixed_shift
@@ -141,11 +141,14 @@ class WanAdapter(ModelAdapter):
         q, k = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k)))
         return _rotate(q, *rotary), _rotate(k, *rotary), v
 
+    def clean_prompt(self, prompt: str) -> str:
+        """Mended characters, no HTML escapes, single spaces."""
+        return prompt_clean(prompt)
+
     def encode_text(
         self, pipe: WanPipeline, prompts: Sequence[str], max_tokens: int, device: torch.device
     ) -> list[Text]:
         """Embeddings alone: the model sees zeros where a prompt is padded."""
-        refuse_long_prompts(pipe.tokenizer, prompts, max_tokens)
         embeds = []
         for prompt in prompts:
             embed, _ = pipe.encode_prompt(

@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.batch.identity import text_sha256
 from engine.errors import UserError
+from engine.prompt_files import read_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,10 @@ class Prompt:
     text: str
     source: str | None = None
     prompt_en: str | None = None
+
+    def where(self, suite: str) -> str:
+        """What messages call it: its line in its list, or in the suite of this name."""
+        return f"line {self.line} of {self.source or suite}"
 
     @property
     def sha256(self) -> str:
@@ -57,28 +62,11 @@ def read_suite(path: Path) -> Suite:
 
     Raises UserError for a file that cannot be read, is not UTF-8 (naming the line), or has no prompt.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read --suite {path}: {error.strerror}") from error
-    # Not str.splitlines, which also cuts at characters that a prompt may hold, such as U+2028.
-    lines = [_decode(line, path, number) for number, line in enumerate(data.split(b"\n"), start=1)]
+    lines = read_lines(path, f"--suite {path}")
     prompts, notes = _number(lines)
     if not prompts:
         raise UserError(f"--suite {path} has no prompt; write one a line")
     return Suite(name=path.name, sha256=text_sha256("\n".join(lines)), prompts=tuple(prompts), notes=tuple(notes))
-
-
-def _decode(line: bytes, path: Path, number: int) -> str:
-    try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"--suite {path}, line {number}: not UTF-8 text (byte {error.start + 1} of the line)"
-        ) from error
-    if "\0" in text:
-        raise UserError(f"--suite {path}, line {number}: has a zero byte; is this a text file?")
-    return text.strip()
 
 
 def _number(lines: Sequence[str]) -> tuple[list[Prompt], list[str]]:

@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser, Namespace
 from engine.config import RunConfig
 from engine.errors import UserError
 from launch.arguments.many_videos import check_output
-from launch.arguments.prompts import add_num_prompts, add_prompts, choose_prompts
+from launch.arguments.prompts import Prompts, add_num_prompts, add_prompts, choose_prompts
 from launch.arguments.ranks import add_ranks, check_model, check_started
 from launch.cli import parse_run
 
@@ -21,7 +21,7 @@ class Arguments:
 
     given: Namespace
     config: RunConfig
-    prompts: list[str]
+    prompts: Prompts
     shares: list[float]
 
 

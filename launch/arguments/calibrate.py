@@ -8,7 +8,7 @@ from jsonargparse import ArgumentParser, Namespace
 from engine.config import RunConfig
 from engine.errors import UserError
 from launch.arguments.many_videos import check_output, check_seeds
-from launch.arguments.prompts import read_prompts
+from launch.arguments.prompts import Prompts, read_prompts
 from launch.arguments.ranks import add_ranks, check_model, check_started
 from launch.cli import parse_run
 
@@ -30,8 +30,8 @@ class Arguments:
 
     given: Namespace
     config: RunConfig
-    search: list[str]
-    held_out: list[str]
+    search: Prompts
+    held_out: Prompts
     rounds: list[int]
 
 
@@ -40,8 +40,8 @@ def read(argv: list[str]) -> Arguments:
     given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments)
     check_started(given.nproc, argv)
     rounds = _check(given, config)
-    search, held_out = (read_prompts(None, file) for file in (given.prompt_file, given.judge_prompt_file))
-    _check_lists(search, held_out, rounds)
+    search, held_out = (read_prompts(None, given[name], f"--{name}") for name in ("prompt_file", "judge_prompt_file"))
+    _check_lists(search.texts, held_out.texts, rounds)
     check_model(config)
     return Arguments(given=given, config=config, search=search, held_out=held_out, rounds=rounds)
 

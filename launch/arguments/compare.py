@@ -10,7 +10,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import expand
 from launch.arguments.many_videos import check_output, check_seeds
-from launch.arguments.prompts import add_num_prompts, add_prompts, choose_prompts
+from launch.arguments.prompts import Prompts, add_num_prompts, add_prompts, choose_prompts
 from launch.arguments.ranks import add_ranks, check_model, check_started
 from launch.cli import parse_run
 from launch.comparison.variants import Variant, read_variants
@@ -26,7 +26,7 @@ class Arguments:
 
     given: Namespace
     config: RunConfig
-    prompts: list[str]
+    prompts: Prompts
     variants: list[Variant]
     baseline: str
     shard: Shard | None

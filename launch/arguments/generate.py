@@ -8,7 +8,7 @@ from engine.config import OutputConfig, RunConfig
 from engine.errors import UserError
 from engine.files.checks import check_places
 from engine.paths import find_checkpoint
-from launch.arguments.prompts import add_prompts, read_prompts
+from launch.arguments.prompts import Prompts, add_prompts, read_prompts
 from launch.arguments.ranks import add_ranks, check_started
 from launch.cli import parse_run
 from launch.outputs import OutputFiles, plan_outputs
@@ -25,7 +25,7 @@ class Arguments:
     """What generate.py was asked for: the configuration, and a prompt and the files of each video."""
 
     config: RunConfig
-    prompts: list[str]
+    prompts: Prompts
     outputs: list[OutputFiles]
     verbose: bool
 
@@ -42,7 +42,7 @@ def read(argv: list[str]) -> Arguments:
         check_placement(namespace.placement_strategy, address=namespace.ray, num_ranks=namespace.nproc or 1)
     except NoRayError as error:
         raise UserError(str(error)) from error
-    outputs = plan_outputs(config.output, len(prompts))
+    outputs = plan_outputs(config.output, len(prompts.texts))
     if namespace.ray is None and place is None:  # else it is rank 0, maybe on another machine, that looks at files
         check_free(outputs, config.output)
         find_checkpoint(config.model.path)

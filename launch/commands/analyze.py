@@ -20,6 +20,7 @@ from launch.comparison.checks import check_longer
 from launch.comparison.make import check_variants, make_missing, missing_videos
 from launch.comparison.store import Comparison, as_read, decisive_settings, open_folder
 from launch.comparison.variants import Variant
+from launch.prompts import look_at_prompts
 from launch.ranks import Party, open_ranks
 from launch.stopping import Place, Stopped
 
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> None:
 
 def run(asked: Arguments) -> None:
     """Run what is missing on all ranks, then write tables and plots on rank 0."""
-    given, config, prompts = asked.given, asked.config, asked.prompts
+    given, config, prompts = asked.given, asked.config, asked.prompts.texts
     check_longer(config, "windows can only grow in a longer video")
     folder = expand(given.out)
     spectra = SpectraStore(folder=folder, prompts=prompts, seed=config.sampler.seed, num_points=given.num_points)
@@ -45,7 +46,7 @@ def run(asked: Arguments) -> None:
         seeds=[config.sampler.seed],
     )
     now = describe(config, spectra)
-    make(config, spectra, low_rank, now, verbose=given.verbose)
+    make(asked, spectra, low_rank, now)
     place = Place.of_environment()
     if place is not None and place.rank > 0:
         return
@@ -96,10 +97,12 @@ def describe(config: RunConfig, spectra: SpectraStore) -> dict[str, Any]:
     )
 
 
-def make(config: RunConfig, spectra: SpectraStore, low_rank: Comparison, now: dict[str, Any], *, verbose: bool) -> None:
+def make(asked: Arguments, spectra: SpectraStore, low_rank: Comparison, now: dict[str, Any]) -> None:
     """Run whatever is not kept yet; all ranks call this. `now` is what `describe` says."""
-    with open_ranks(config, prompts=[json.dumps(now, sort_keys=True), str(low_rank.seeds)], verbose=verbose) as party:
+    config, agree = asked.config, [json.dumps(now, sort_keys=True), str(low_rank.seeds)]
+    with open_ranks(config, prompts=agree, verbose=asked.given.verbose) as party:
         check_variants(low_rank.variants, party)
+        look_at_prompts(config, asked.prompts.named, party)
         party.check_on_first(lambda: open_folder(spectra.folder, "analysis.json", now))
         party.check_on_first(low_rank.open)
         unseen = [index for index, done in enumerate(party.ask_first(lambda: spectra.done)) if not done]

@@ -33,6 +33,7 @@ from launch.batching.report import SUPPORT, halted, say_end, say_given_up, say_p
 from launch.batching.terminal import Terminal
 from launch.batching.work import Prepare, Work
 from launch.commands import status
+from launch.prompts import look_at_prompts
 from launch.stopping import Stopped
 
 
@@ -55,6 +56,7 @@ def run(given: Arguments) -> int:
     check_devices(config, options)
     files.check()
     check_folder(options.out, batch)
+    look_at_prompts(config, [(prompt.where(batch.suite.name), prompt.text) for prompt in batch.suite.prompts])
     if given.dry_run:
         say_plan(config, options, batch, mine, f"{arrangement.degrees}: {arrangement.why}")
         return 0

@@ -29,6 +29,7 @@ from launch.comparison.measure import Measured, not_world
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison
 from launch.comparison.summary import as_json
+from launch.prompts import look_at_prompts
 from launch.ranks import Party, open_ranks
 from launch.stopping import Place, Stopped
 
@@ -66,6 +67,7 @@ def main(argv: list[str]) -> None:
 def run(asked: Arguments) -> None:
     """Search round after round on all ranks, judge, and report on rank 0."""
     given, config, rounds = asked.given, asked.config, asked.rounds
+    search, held_out = asked.search.texts, asked.held_out.texts
     check_longer(config, "at that length every trial makes the video of the base model; search on a longer one")
     plan = CalibrationPlan(
         folder=expand(given.out),
@@ -78,7 +80,7 @@ def run(asked: Arguments) -> None:
         num_seeds={"search": given.num_seeds, "judged": given.num_judge_seeds},
         kept_folder=None if given.measures is None else expand(given.measures),
     )
-    parts = (plan.compared("search", list(plan.trials), asked.search), plan.compared("judged", [START], asked.held_out))
+    parts = (plan.compared("search", list(plan.trials), search), plan.compared("judged", [START], held_out))
     for each in parts:
         reason = not_world(each)
         if reason is not None:
@@ -93,11 +95,12 @@ def run(asked: Arguments) -> None:
         contextlib.ExitStack() as stack,
     ):
         check_variants(parts[0].variants, party)
+        look_at_prompts(config, [*asked.search.named, *asked.held_out.named], party)
         for each in parts:
             party.check_on_first(partial(check_kept, each))
         maker = Maker(config, party, stack)
-        best, told = _search(plan, asked.search, rounds, maker, party, progress=progress)
-        judged = plan.compared("judged", [START] if best == START else [START, best], asked.held_out)
+        best, told = _search(plan, search, rounds, maker, party, progress=progress)
+        judged = plan.compared("judged", [START] if best == START else [START, best], held_out)
         if best != START:
             maker.make(judged)
     if not _is_first():

@@ -10,11 +10,13 @@ from engine.engine import LongVideoEngine
 from engine.paths import expand
 from engine.progress import enabled
 from launch.arguments.compare import Arguments, read
+from launch.arguments.prompts import Prompts
 from launch.comparison.kept_measures import check_kept, measure_every
 from launch.comparison.make import check_variants, make_missing, missing_videos
 from launch.comparison.report import NothingToReportError, write_report
 from launch.comparison.store import Comparison
 from launch.outputs import check_outputs
+from launch.prompts import look_at_prompts
 from launch.ranks import open_ranks
 from launch.stopping import Place, Stopped
 
@@ -30,12 +32,12 @@ def run(asked: Arguments) -> None:
     comparison = Comparison(
         folder=expand(given.out),
         variants=asked.variants,
-        prompts=asked.prompts,
+        prompts=asked.prompts.texts,
         seeds=asked.seeds,
         kept_file=None if given.measures is None else expand(given.measures),
     )
     if not given.report_only:
-        make_videos(comparison, shard or Shard(), report=folder, verbose=given.verbose)
+        make_videos(comparison, asked.prompts, shard or Shard(), report=folder, verbose=given.verbose)
     place = Place.of_environment()
     if place is not None and place.rank > 0:
         return
@@ -57,7 +59,7 @@ def run(asked: Arguments) -> None:
     print(told)
 
 
-def make_videos(comparison: Comparison, shard: Shard, *, report: Path, verbose: bool) -> None:
+def make_videos(comparison: Comparison, prompts: Prompts, shard: Shard, *, report: Path, verbose: bool) -> None:
     """Make every video of a comparison's shard that is not there yet; all ranks call this.
 
     UserError before anything is loaded if `report`, the folder that is to tell of them, cannot be written to.
@@ -66,6 +68,7 @@ def make_videos(comparison: Comparison, shard: Shard, *, report: Path, verbose: 
     config = comparison.arranged_for
     with open_ranks(config, prompts=agree, verbose=verbose) as party, contextlib.ExitStack() as stack:
         check_variants(comparison.variants, party)
+        look_at_prompts(config, prompts.named, party)
         party.check_on_first(lambda: check_kept(comparison))
         party.check_on_first(comparison.open)
         party.check_on_first(lambda: _check_report(report))

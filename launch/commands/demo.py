@@ -14,6 +14,7 @@ from engine.read_video import read_video
 from launch.arguments.demo import Arguments, read
 from launch.commands.generate import make_video, summary
 from launch.outputs import OutputFiles, claim_outputs, plan_outputs
+from launch.prompts import look_at_prompts
 
 NOTES = {"direct": "full attention", "sliding_window": "native window", "freespec": "both, fused"}
 
@@ -30,6 +31,7 @@ def run(given: Arguments) -> None:
     outputs = {name: plan_outputs(each.output, 1)[0] for name, each in configs.items()}
     picture = folder / "comparison.png"
     paths = [picture, *(path for files in outputs.values() for path in files.all)]
+    look_at_prompts(config, [("the prompt", given.prompt)])
     records = {}
     with claim_outputs(paths, flag="--folder"), contextlib.closing(LongVideoEngine(config)) as engine:
         for name, files in outputs.items():

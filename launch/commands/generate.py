@@ -26,6 +26,7 @@ from launch.command import LostRankError
 from launch.commands.decode import decoded_by
 from launch.commands.decode import read_record as read_record_of_latents
 from launch.outputs import OutputFiles, check_free_space, claim_outputs
+from launch.prompts import look_at_prompts
 from launch.ranks import open_ranks
 from launch.render import describe_kept, render
 from launch.stages import Stage, describe_finished, find_stage, read_record, remove_leftovers
@@ -43,17 +44,18 @@ def run(given: Arguments) -> None:
     config, prompts, outputs = given.config, given.prompts, given.outputs
     with (
         contextlib.ExitStack() as last,
-        open_ranks(config, prompts=prompts, verbose=given.verbose) as party,
+        open_ranks(config, prompts=prompts.texts, verbose=given.verbose) as party,
         contextlib.ExitStack() as stack,
     ):
         every = [path for files in outputs for path in files.all]
         party.check_on_first(lambda: stack.enter_context(claim_outputs(every, flag="--output.path")))
-        stages = party.ask_first(lambda: find_stages(prompts, outputs, config))
-        left = [each for each in zip(prompts, outputs, stages, strict=True) if each[2] != "finished"]
+        stages = party.ask_first(lambda: find_stages(prompts.texts, outputs, config))
+        left = [each for each in zip(prompts.named, outputs, stages, strict=True) if each[2] != "finished"]
         if not left:
             return
+        look_at_prompts(config, [named for named, _, _ in left], party)
         engine = stack.enter_context(contextlib.closing(LongVideoEngine(config, party.ranks)))
-        for index, (prompt, files, stage) in enumerate(left):
+        for index, ((_, prompt), files, stage) in enumerate(left):
             if index > 0:
                 party.wait_for_first(f"video {index - 1}")
             record = make_video(engine, config, prompt, files, stage=stage, replace=config.output.overwrite)

@@ -191,8 +191,11 @@ def test_trace_hears_every_layer_of_the_conditional_pass(engine):
 
 
 def test_a_prompt_that_would_be_cut_is_refused(engine):
-    with pytest.raises(UserError, match=r"a prompt has \d+ tokens, and sampler.max_text_tokens is 20; shorten it"):
-        engine.denoise("a red circle bounces over a blue background")
+    long = "a red circle bounces over a blue background"
+    with pytest.raises(UserError, match=r"^the prompt has \d+ tokens, and sampler.max_text_tokens is 20; shorten it"):
+        engine.denoise(long)
+    with pytest.raises(UserError, match=r"^the negative prompt has \d+ tokens, and sampler.max_text_tokens is 20"):
+        engine.denoise("a red circle", negative_prompt=long)
 
 
 @pytest.mark.parametrize(

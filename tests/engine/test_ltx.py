@@ -305,7 +305,7 @@ def test_settings_that_would_be_ignored_are_refused(folder):
     engine = LongVideoEngine(config_of(folder, sampler={"num_steps": 1}))
     with pytest.raises(UserError, match=r"one step cannot end at .* use sampler.num_steps 2 or more"):
         engine.denoise(PROMPT)
-    with pytest.raises(UserError, match=r"a prompt has \d+ tokens, and sampler.max_text_tokens is 20"):
+    with pytest.raises(UserError, match=r"the prompt has \d+ tokens, and sampler.max_text_tokens is 20"):
         engine.denoise("a red circle bounces over a blue background")
     engine.close()
 

@@ -185,7 +185,7 @@ def test_lists_that_do_not_fit_together(checkout: Path, tmp_path_factory: pytest
     with pytest.raises(UserError, match="has no scene prompt 'an unknown place'"):
         read_vbench_suite("scene", checkout)
     scene.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match="is not UTF-8"):
+    with pytest.raises(UserError, match="line 1: not UTF-8 text"):
         read_vbench_suite("vbench:longer-100", checkout)
     whole = checkout / "prompts/all_dimension.txt"
     write(whole, whole.read_text().split("\n")[::-1])

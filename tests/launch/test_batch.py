@@ -170,14 +170,19 @@ def make_with_a_kill(make_batch: Callable[..., Run], out: Path) -> Run:
 
 
 def test_a_replica_is_killed_and_everything_is_made(
-    make_batch: Callable[..., Run], suite: Path, undisturbed: dict[str, torch.Tensor], tmp_path: Path
+    make_batch: Callable[..., Run],
+    suite: Path,
+    undisturbed: dict[str, torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With a prompt among them that no attempt can make; then three more starts."""
+    """With a prompt among them that no attempt can make, and that the driver overlooks; then three more starts."""
+    monkeypatch.setattr(batch, "look_at_prompts", lambda *_: None)
     suite.write_text("\n".join([*PROMPTS, LONG]) + "\n")
     out, files = tmp_path / "out", BatchFiles(root=tmp_path / "out")
     shown = make_with_a_kill(make_batch, out)
     assert shown.code == 1, shown
-    assert shown.err.startswith("error: 2 items failed for good, first freespec/p0002-s3: a prompt has "), shown.err
+    assert shown.err.startswith("error: 2 items failed for good, first freespec/p0002-s3: the prompt has "), shown.err
     assert shown.err.count("\n") == 1
     assert "4 of 6 items done (4 now), 2 in quarantine" in shown.out
     assert_whole(out, undisturbed)

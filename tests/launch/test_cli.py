@@ -204,8 +204,11 @@ def test_the_printed_configuration_is_a_preset_that_gives_the_same(run: Callable
 def test_prompts_of_a_file(tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_bytes("\ufeffa red circle\r\n\n  ein grüner Stern \n\n".encode())
-    assert read_prompts(None, str(path)) == ["a red circle", "ein grüner Stern"]
-    assert read_prompts("a: b", None) == ["a: b"]
+    assert read_prompts(None, str(path)).named == [
+        ("line 1 of prompts.txt", "a red circle"),
+        ("line 3 of prompts.txt", "ein grüner Stern"),
+    ]
+    assert read_prompts("a: b", None).named == [("the prompt", "a: b")]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +219,7 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
         ("  ", None, "--prompt is empty"),
         (None, b"", "has no prompt"),
         (None, b"\n  \n", "has no prompt"),
-        (None, b"a \xff", "is not UTF-8 text (byte 2)"),
+        (None, b"a \xff", "prompts.txt, line 1: not UTF-8 text (byte 3 of the line)"),
     ],
 )
 def test_a_mistake_in_the_prompts(tmp_path: Path, prompt: str | None, content: bytes | None, words: str) -> None:

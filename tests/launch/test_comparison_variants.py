@@ -133,7 +133,7 @@ def lists_of_findings() -> tuple[str, list[list[str]]]:
 def test_what_the_repository_keeps_is_of_today_s_settings(tmp_path: Path, name: str, steps: str) -> None:
     """Or `make findings` of a fresh clone would refuse hours of work: settings, weights and measures must be those."""
     variants = read(lists_of_findings()[1][0][0], f"--sampler.num_steps={steps}", "--model.device=cpu")
-    prompts = read_prompts(None, "configs/prompts/world-heldout-40.txt")
+    prompts = read_prompts(None, "configs/prompts/world-heldout-40.txt").texts
     path = REPOSITORY / f"docs/findings/{name}.jsonl"
     kept = read_kept(Comparison(folder=tmp_path, variants=variants, prompts=prompts, seeds=[0, 1], kept_file=path))
     assert len(kept) == len(path.read_text().splitlines()) - 1
@@ -182,7 +182,7 @@ def test_what_the_repository_keeps_of_the_search_is_of_today_s_settings(tmp_path
         "no trial was better: nothing is judged, and this test has nothing to hold against it"
     )
     labels = list(trials) if part == "search" else [START, report["best"]]
-    prompts = read_prompts(None, f"configs/prompts/{lists[part]}.txt")
+    prompts = read_prompts(None, f"configs/prompts/{lists[part]}.txt").texts
     kept = read_kept(plan.compared(part, labels, prompts))
     videos = {
         (label, prompt) for each in report["rounds"] for label in each["scores"] for prompt in range(each["prompts"])

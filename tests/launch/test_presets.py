@@ -145,3 +145,14 @@ def test_settings_of_every_method_of_the_repository_are_read() -> None:
     assert with_settings == set(config._groups)
     for name in with_settings:
         assert dataclasses.replace(config, name=name).method is getattr(config, name)
+
+
+def test_prompts_of_vbench_fit_and_wan_s_negative_prompt_names_stillness() -> None:
+    assert parse("--config", "configs/ltx-video-2b.yaml").sampler.max_text_tokens == 256
+    for size in ("1.3b", "14b"):
+        sampler = parse("--config", f"configs/wan2.1-t2v-{size}.yaml").sampler
+        assert sampler.max_text_tokens == 512
+        assert sampler.guidance_scale > 1
+        assert "\n" not in sampler.negative_prompt
+        for word in ("static", "still", "blurred", "overexposed", "malformed", "subtitles", "low quality"):
+            assert word in sampler.negative_prompt

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from engine.checkpoint import load_latents
-from engine.video import count_frames
+from engine.read_video import count_frames
 from launch import launcher, stopping
 from launch.commands import generate
 from launch.launcher import asked_ranks

@@ -1,0 +1,142 @@
+"""What every command says of its prompts before it loads a model: too long ones by line, unknown words, what nobody reads."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.paths import REPOSITORY
+from launch.cli import parse_run
+from launch.commands import analyze, batch, calibrate, compare, demo, generate
+from tests.launch.conftest import SMALL, Run
+
+TINY = SMALL | {"video.height": 64, "video.width": 64, "sampler.num_steps": 1, "method.window_frames": 3}
+KNOWN = "a red circle bounces over a blue background"
+LONG = " ".join(["circle"] * 40)
+
+
+class LoadedError(Exception):
+    """The model would be loaded now."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise LoadedError
+
+    for module in (analyze, calibrate, compare, demo, generate):
+        monkeypatch.setattr(module, "LongVideoEngine", load)
+    monkeypatch.setattr(batch, "make", load)
+
+
+@pytest.fixture
+def commands(run: Callable[..., Run], tmp_path: Path) -> dict[str, Callable[..., Run]]:
+    """Each command on the lines of a file, which it may have to be given twice."""
+    out, file = tmp_path / "out", tmp_path / "prompts.txt"
+    (tmp_path / "judge.txt").write_text("a blue star moves up over a green background\n")
+
+    def call(main: Callable[..., Any], *words: str) -> Callable[..., Run]:
+        def start(lines: list[str], **settings: object) -> Run:
+            file.write_text("\n".join(lines) + "\n")
+            return run(main, *words, *(f"--{key}={value}" for key, value in (TINY | settings).items()))
+
+        return start
+
+    from_file = f"--prompt_file={file}"
+    searched = ["--num_trials=2", "--rounds=1", f"--judge_prompt_file={tmp_path / 'judge.txt'}"]
+    return {
+        "generate": call(generate.main, from_file, f"--output.path={out}/a.mp4"),
+        "compare": call(compare.main, from_file, f"--out={out}", "--methods=direct,freespec"),
+        "analyze": call(analyze.main, from_file, f"--out={out}"),
+        "calibrate": call(calibrate.main, from_file, f"--out={out}", *searched),
+        "batch": call(batch.main, f"--suite={file}", f"--out={out}"),
+        "batch --dry_run": call(batch.main, f"--suite={file}", f"--out={out}", "--dry_run"),
+    }
+
+
+NAMES = ["generate", "compare", "analyze", "calibrate", "batch", "batch --dry_run"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_all_that_are_too_long_are_named_at_the_start(
+    commands: dict[str, Callable[..., Run]], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name == "calibrate":  # its prompts must be captions, which are short
+        monkeypatch.setattr(calibrate, "not_world", lambda comparison: None)
+    line = commands[name]([KNOWN, "", LONG, f"{LONG} {LONG}"]).error
+    assert line == (
+        "2 prompts have more tokens than sampler.max_text_tokens, which is 32: line 3 of prompts.txt (41), line 4 of prompts.txt "
+        "(81); shorten them or raise the setting"
+    )
+    assert not list((tmp_path / "out").rglob("*.mp4"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_negative_prompt_that_is_too_long_is_called_so(commands: dict[str, Callable[..., Run]], name: str) -> None:
+    line = commands[name]([KNOWN], **{"sampler.negative_prompt": LONG}).error
+    assert line.startswith("the negative prompt has 41 tokens, and sampler.max_text_tokens is 32; shorten it or raise")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_negative_prompt_without_guidance_is_said_to_be_unread(
+    commands: dict[str, Callable[..., Run]], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    settings = {"sampler.negative_prompt": "a red star", "sampler.guidance_scale": 1}
+    out = start(commands[name], capsys, [KNOWN], settings)
+    assert out.count("note: ") == 1
+    assert (
+        "note: sampler.negative_prompt is not read: with sampler.guidance_scale 1 there is no unconditional pass\n"
+        in out
+    )
+    assert "note: " not in start(commands[name], capsys, [KNOWN], {"sampler.negative_prompt": "a red star"})
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "calibrate"])
+def test_words_that_the_model_does_not_know_are_named(
+    commands: dict[str, Callable[..., Run]], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    out = start(commands[name], capsys, [KNOWN, "a dragon flies over a castle"], {})
+    [note] = [line for line in out.splitlines() if line.startswith("note: ")]
+    assert note.startswith(
+        "note: 3 words are unknown to the model, which reads past them: 'dragon' (line 2 of prompts.txt), 'flies' "
+    )
+    assert note.endswith("tiny/wan/README.md")
+
+
+def test_the_demonstration_says_so_too(
+    run: Callable[..., Run], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [f"--{key}={value}" for key, value in TINY.items()]
+    with pytest.raises(LoadedError):
+        run(demo.main, *words, f"--folder={tmp_path}", "--prompt=a dragon")
+    assert capsys.readouterr().out.startswith(
+        "note: 1 word is unknown to the model, which reads past them: 'dragon' (the"
+    )
+
+
+def test_a_negative_prompt_of_a_file_is_recorded_as_its_text(
+    commands: dict[str, Callable[..., Run]], tmp_path: Path
+) -> None:
+    (tmp_path / "negative.txt").write_text(f"{LONG}\n")
+    line = commands["generate"]([KNOWN], **{"sampler.negative_prompt": f"@{tmp_path / 'negative.txt'}"}).error
+    assert line.startswith("the negative prompt has 41 tokens")
+    preset = (REPOSITORY / "configs/tiny-wan.yaml").read_text()
+    preset = preset.replace("sampler:\n", f"sampler:\n  negative_prompt: '@{tmp_path / 'gone.txt'}'\n")
+    (tmp_path / "preset.yaml").write_text(preset)
+    line = commands["batch"]([KNOWN], config=tmp_path / "preset.yaml").error
+    assert line.startswith(f"cannot read --sampler.negative_prompt {tmp_path / 'gone.txt'}: No such file")
+    (tmp_path / "gone.txt").write_text("blurred\n")
+    words = [f"--config={tmp_path / 'preset.yaml'}"]
+    _, config = parse_run(words, name="test", description="", add_arguments=lambda parser: None)
+    assert config.sampler.negative_prompt == "blurred"
+
+
+def start(
+    command: Callable[..., Run], capsys: pytest.CaptureFixture[str], lines: list[str], settings: dict[str, object]
+) -> str:
+    """What a command says on stdout until it would load the model; a dry run ends by itself."""
+    try:
+        return command(lines, **settings).out
+    except LoadedError:
+        return capsys.readouterr().out
