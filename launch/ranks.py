@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import secrets
 import socket
 import sys
 import time
@@ -145,9 +146,7 @@ def _meet(place: Place, timeout: float) -> dist.Store:
             wait_for_workers=False,
             master_listen_fd=None if listening is None else int(listening),
         )
-        # A store of torchrun outlives an attempt of its ranks.
-        store = dist.PrefixStore(f"freespec/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        _call_roll(store, place, timeout)
+        store = gather_ranks(store, place, timeout)
     except dist.DistError as error:
         raise UserError(_unreachable(place, f"{host}:{port}", timeout, error)) from error
     return store
@@ -179,10 +178,30 @@ def _unreachable(place: Place, address: str, timeout: float, error: Exception) -
     )
 
 
-def _call_roll(store: dist.Store, place: Place, timeout: float) -> None:
-    store.add("came", 1)
+def gather_ranks(store: dist.Store, place: Place, timeout: float) -> dist.Store:
+    """Wait until all ranks have come to the store; returns a part of it that belongs to this start of theirs alone.
+
+    A store of torchrun outlives its ranks, and its agents do not count restarts alike: one that takes another's place begins
+    at 0. So every rank leaves a name that is new, rank 0 lists the names that it finds, and the list is valid once every
+    rank has found its own in it: ranks that have ended cannot.
+
+    Raises UserError if they do not come within `timeout` seconds.
+    """
+    name = secrets.token_hex(8)
+    keys = [f"name/{rank}" for rank in range(place.world)]
+    store.set(keys[place.rank], name)
     until = time.monotonic() + timeout
-    while (came := store.add("came", 0)) < place.world:
+    while True:
+        if place.rank == 0 and store.check(keys):
+            store.set("names", json.dumps([store.get(key).decode() for key in keys]))
+        names = json.loads(store.get("names")) if store.check(["names"]) else []
+        came = sum(store.check([key]) for key in keys)
+        if len(names) == place.world and names[place.rank] == name:
+            start = f"start/{digest(json.dumps(names)).hex()}"
+            store.set(f"{start}/{place.rank}", "here")
+            came = sum(store.check([f"{start}/{rank}"]) for rank in range(place.world))
+            if came == place.world:
+                return dist.PrefixStore(start, store)
         if time.monotonic() > until:
             raise UserError(f"only {came} of {place.world} ranks came within {timeout:g} s; rank {place.rank} waited")
         time.sleep(_ROLL_CALL_SECONDS)
