@@ -1,5 +1,6 @@
 """Settings are read and checked without torch, which takes seconds to import: a mistake is answered at once."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -92,4 +93,15 @@ def test_a_mistake_is_answered_without_torch(command: str, tmp_path: Path) -> No
 def test_help_needs_no_torch(name: str, tmp_path: Path) -> None:
     out, err, end = run_here(name, ["--help"], tmp_path)
     assert "usage:" in out
+    assert (err, end) == ("", "0")
+
+
+def test_the_status_of_a_batch_needs_no_torch(tmp_path: Path) -> None:
+    status = {"time": 0, "host": "x", "pid": 1, "state": "done", "seconds": 5.0, "eta": None, "failures": []}
+    replica = {"name": "replica-0", "state": "placing", "seconds": 4.0, "item": None, "step": 0, "total": 0, "done": 2}
+    status |= {"counts": {"done": 2, "running": 0}, "replicas": [replica]}
+    (tmp_path / "status").mkdir()
+    (tmp_path / "status/shard-1-of-1.json").write_text(json.dumps(status))
+    out, err, end = run_here("batch", ["--status", str(tmp_path)], tmp_path)
+    assert out.startswith("shard-1-of-1: done; 2 items: 2 done, 0 running; 5.0 s so far")
     assert (err, end) == ("", "0")

@@ -11,6 +11,7 @@ from engine.errors import UserError
 from engine.paths import expand, find_checkpoint
 from engine.planner.gpu import read_gpu
 from evaluation.suites import PREFIX, read_vbench_suite, to_batch
+from launch.arguments.environment import check_environment
 from launch.batching.options import Options, add_arguments
 from launch.cli import parse_run
 
@@ -43,6 +44,7 @@ def read(argv: list[str]) -> Arguments | Status:
         if not namespace.status.strip():
             raise UserError("--status is empty; give the folder that was --out")
         return Status(folder=expand(namespace.status))
+    check_environment()
     options = Options.of(namespace, config)
     for method in options.methods:
         with_method(config, method)  # raises for one that there is not

@@ -7,6 +7,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from engine.config import RunConfig
 from engine.errors import UserError
+from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import check_output, check_seeds
 from launch.arguments.prompts import Prompts, read_prompts
 from launch.arguments.ranks import add_ranks, check_model, check_started
@@ -38,6 +39,7 @@ class Arguments:
 def read(argv: list[str]) -> Arguments:
     """Parse and check; UserError for a mistake."""
     given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments)
+    check_environment()
     check_started(given.nproc, argv)
     rounds = _check(given, config)
     search, held_out = (read_prompts(None, given[name], f"--{name}") for name in ("prompt_file", "judge_prompt_file"))

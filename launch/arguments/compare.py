@@ -9,6 +9,7 @@ from engine.batch.locks import Shard
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import expand
+from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import check_output, check_seeds
 from launch.arguments.prompts import Prompts, add_num_prompts, add_prompts, choose_prompts
 from launch.arguments.ranks import add_ranks, check_model, check_started
@@ -45,6 +46,7 @@ class Arguments:
 def read(argv: list[str]) -> Arguments:
     """Parse and check; UserError for a mistake."""
     given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments)
+    check_environment()
     check_started(given.nproc, argv)
     if given.num_seeds < 1:
         raise UserError(f"--num_seeds must be 1 or more, got {given.num_seeds}")

@@ -7,6 +7,7 @@ from jsonargparse import ArgumentParser
 
 from engine.config import RunConfig
 from engine.paths import expand, find_checkpoint
+from launch.arguments.environment import check_environment
 from launch.cli import parse_run
 
 DESCRIPTION = "Make the same video with every method, and one picture that shows them one above the other."
@@ -25,6 +26,7 @@ class Arguments:
 def read(argv: list[str]) -> Arguments:
     """Parse and check; UserError for a mistake."""
     namespace, config = parse_run(argv, name="demo.py", description=DESCRIPTION, add_arguments=add_arguments)
+    check_environment()
     find_checkpoint(config.model.path)
     return Arguments(config=config, prompt=namespace.prompt, folder=expand(namespace.folder))
 

@@ -8,6 +8,7 @@ from engine.config import OutputConfig, RunConfig
 from engine.errors import UserError
 from engine.files.checks import check_places
 from engine.paths import find_checkpoint
+from launch.arguments.environment import check_environment
 from launch.arguments.prompts import Prompts, add_prompts, read_prompts
 from launch.arguments.ranks import add_ranks, check_started
 from launch.cli import parse_run
@@ -33,6 +34,7 @@ class Arguments:
 def read(argv: list[str]) -> Arguments:
     """Parse and check; UserError for a mistake."""
     namespace, config = parse_run(argv, name="generate.py", description=DESCRIPTION, add_arguments=add_arguments)
+    check_environment()
     check_started(namespace.nproc, argv)
     prompts = read_prompts(namespace.prompt, namespace.prompt_file)
     place = Place.of_environment()
