@@ -79,6 +79,12 @@ bit for bit, under any backend that torch takes or a `torch.nn.attention.sdpa_ke
 FlexAttention is a baseline of `benchmarks/gpu.py` and no kernel: it wants a block mask of the whole sequence where strided views need
 none, and is fast only when it is compiled for each shape. The choice was tested on CPUs, and not yet run on a GPU.
 
+The eigendecompositions of the fusion are torch's. From torch 2.12 on, which the package asks for, a GPU does them in one batch; before, one by
+one, which took 0.6 s for 128 matrices of 128 x 128 (pytorch issue 175585). A torch 2.11 that is there anyway is used: at the start the loop,
+LAPACK on several threads of the host and cuSOLVER's batched Jacobi through CuPy, where that is installed, are timed on the run's own shape, and
+a line on stderr and the record (`eigensolver`) say which was taken. On a GPU every decomposition is checked: vectors that are not orthonormal,
+or are not those of their matrix (pytorch issue 192483 reports such), end the run on all ranks with one line.
+
 `model.compile true` puts the transformer's blocks through torch.compile, once for each kind of step (two for freespec), also after another
 method was put on; tested with graphs that run as they are, and not timed on a GPU.
 

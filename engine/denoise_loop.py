@@ -14,9 +14,11 @@ from engine.adapters.base import Text
 from engine.checkpoint import History, save_run
 from engine.denoise import NotFiniteError, check_finite, denoise
 from engine.identity import settings_id
+from engine.ranks import first_failure
 from engine.schedulers import SchedulerState, scheduler_state
 from engine.trace import Trace
 from engine.waiting import wait_for
+from freespec import eigen
 
 if TYPE_CHECKING:
     from engine.engine import LongVideoEngine
@@ -79,6 +81,7 @@ class DenoiseLoop:
                     self.on_step(finished, total)
 
             self.engine.handle.state.trace = self.trace
+            eigen.take_failure()  # of a video before
             try:
                 return denoise(
                     latents,
@@ -100,12 +103,18 @@ class DenoiseLoop:
         """Raise UserError for latents that overflowed, before more steps, or a video, are made of them."""
         dtype = str(self.engine.pipe.transformer.dtype).removeprefix("torch.")
         others = " or ".join(name for name in ("float32", "bfloat16") if name != dtype)
-        check_finite(
-            latents,
-            where=f"after step {finished} of {total} in {dtype}",
-            remedy=f"take model.dtype {others}, a sampler.guidance_scale below "
-            f"{self.engine.config.sampler.guidance_scale}, or fetch the weights again",
-        )
+        try:
+            check_finite(
+                latents,
+                where=f"after step {finished} of {total} in {dtype}",
+                remedy=f"take model.dtype {others}, a sampler.guidance_scale below "
+                f"{self.engine.config.sampler.guidance_scale}, or fetch the weights again",
+            )
+        except NotFiniteError as error:
+            cause = first_failure(self.engine.mesh, eigen.take_failure())
+            if cause is None:
+                raise
+            raise NotFiniteError(f"step {finished} of {total} failed: {cause}; use another version of torch") from error
 
     def predict(self, latents: Tensor, timestep: Tensor, step: int) -> Tensor:
         """Velocity with classifier-free guidance, as the model's own pipeline combines it."""

@@ -24,8 +24,9 @@ from engine.denoise import draw_noise
 from engine.denoise_loop import DenoiseLoop
 from engine.errors import UserError
 from engine.group_of_one import GROUP_OF_ONE
+from engine.hooks import choose_eigensolver
 from engine.identity import latents_settings, settings_id
-from engine.kernel_choice import KernelChoice, choose_on_ranks
+from engine.kernel_choice import KernelChoice, SolverChoice, choose_on_ranks
 from engine.load import fetch, find_adapter, find_checkpoint, load_pipeline, pick_device, pick_dtype, read_spec
 from engine.progress import enabled, progress_bar
 from engine.prompts import NEGATIVE, Named, refuse_long_prompts
@@ -158,6 +159,11 @@ class LongVideoEngine:
             "parameters": {name: num_parameters(part) for name, part in parts.items()},
             "resident_bytes": {name: device_bytes(part, self.device) for name, part in parts.items()},
         }
+
+    @property
+    def eigensolver(self) -> SolverChoice | None:
+        """What decomposes Gram matrices on this GPU, for the record; None on a CPU, where it is LAPACK."""
+        return self.handle.state.eigensolver
 
     @property
     def layout(self) -> dict[str, Any]:
@@ -306,6 +312,7 @@ class LongVideoEngine:
             riflex=config.attention.riflex,
         )
         handle.state.checks_finite = False  # the denoising loop does, after each step
+        choose_eigensolver(handle.state, self.pipe.transformer, self.device)
         if config.model.compile:
             torch.compiler.reset()  # graphs of a method that was taken off count towards the most that a block may have
             self.pipe.transformer.compile_repeated_blocks()

@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from engine.adapters import ModelAdapter
 from engine.denoise import check_finite
 from engine.errors import UserError
+from engine.kernel_choice import SolverChoice, choose_solver
 from engine.trace import Trace
 from freespec.attention import WindowedAttention
 from freespec.kernels import select_complement, select_dual, select_kernel
@@ -54,6 +55,7 @@ class RunState:
     num_steps: int = 0
     checks_finite: bool = True  # False where the loop around the transformer looks at each step's latents
     trace: Trace | None = None
+    eigensolver: SolverChoice | None = None  # None until the device is known
 
     def __str__(self) -> str:
         """Where the run is, as the errors of collectives say it."""
@@ -164,6 +166,8 @@ class StepHook:
         state.mode = "global" if frames <= state.window_frames else step.mode
         head_dim = transformer.config.attention_head_dim
         self._lay_out(state.grid.tokens, transformer.config.num_attention_heads, head_dim, latents)
+        if state.eigensolver is None:  # of a pipeline of one's own; an engine chooses when it starts
+            choose_eigensolver(state, transformer, latents.device)
         fuses = state.mode not in ("global", "local")
         made_for = (state.step, state.grid, latents.device) if fuses else None
         if (
@@ -221,6 +225,21 @@ class StepHook:
             route = choose_local_route(plan, shape=shape, halo=state.attention.halo).route
         by_halo = state.mode == "local" and route == "halo"
         state.attention_layout = state.layout.on_shards() if by_halo else state.layout
+
+
+def choose_eigensolver(state: RunState, transformer: nn.Module, device: torch.device) -> None:
+    """Choose what decomposes the Gram matrices of a layer's two branches; on a CPU there is nothing to choose.
+
+    Raises UserError, on all ranks together, if a rank's device has no solver that is right.
+    """
+    if device.type == "cpu":
+        return
+    config, mesh = transformer.config, state.mesh
+    heads = -(-config.num_attention_heads // mesh.ulysses.size)
+    passes = 2 if state.adapter.batches_guidance and mesh.cfg.size == 1 else 1
+    state.eigensolver = choose_solver(
+        mesh, num_matrices=2 * passes * heads, rows=config.attention_head_dim, device=device
+    )
 
 
 def finite_hook(state: RunState, transformer: nn.Module) -> RemovableHandle:

@@ -1,7 +1,7 @@
-"""Which dense kernel `attention.kernel auto` means: the one clearly fastest that is right, on this device and at this video's own shape.
+"""Which attention kernel `auto` means and which eigensolver a GPU takes: the clearly fastest one that is right, on this device.
 
-Measured once, when an engine starts, where there is more than one to choose from, which is on CUDA in half precision. Rank 0
-measures and hands its choice out, so that all ranks compute alike.
+Measured once a process, at the video's own shape, where there is more than one to choose from: kernels on CUDA in half precision,
+solvers before torch 2.12. All ranks take rank 0's choice, so that they compute alike.
 """
 
 import dataclasses
@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,9 @@ from torch import Tensor
 from engine.adapters import VideoSpec
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.progress import note
 from engine.ranks import hand_out_bytes, together
+from freespec import eigen
 from freespec.attention import WindowedAttention
 from freespec.kernels import candidates, preferred, select_kernel
 from parallel.mesh import SeqMesh
@@ -30,6 +33,8 @@ CHECKED = 8
 ROUNDINGS = 4  # that an output may be off by; sums over many keys round as well, by far less than half precision does
 SUM_ROUNDING = 2**-18
 LSE_ERROR = 1e-2  # absolute; logits are of the order of 1 here
+# What torch and packages raise for what a device, a dtype or a layout cannot do.
+UNSUPPORTED = (RuntimeError, ValueError, TypeError, AssertionError, ImportError)
 Parts = tuple[Tensor, ...]
 
 
@@ -68,6 +73,23 @@ class LayerPart:
             window_frames=self.window_frames,
             kernel=select_kernel(name, device, dtype),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverChoice:
+    """The eigensolver of this process on its device, for the record.
+
+    Attributes:
+        solver: one of freespec.eigen.SOLVERS.
+        why: `the only one here`, or `measured`.
+        seconds: of one fusion's matrices, by solver.
+        left_out: solvers that do not run here, or are wrong, and why.
+    """
+
+    solver: str
+    why: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def choose_on_ranks(
@@ -119,8 +141,8 @@ def fastest(names: tuple[str, ...], part: LayerPart, device: torch.device, dtype
             difference = wrong(check_rows(layer, qkv, q_start), expected, dtype)
             if difference is None:
                 seconds[name] = seconds_of(lambda layer=layer: both_kinds(layer, qkv, q_start), device)  # type: ignore[misc]
-        except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # for what a device does not do
-            difference = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+        except UNSUPPORTED as error:
+            difference = first_line(error)
         if difference is not None:
             left_out[name] = difference
     if not seconds:
@@ -184,3 +206,66 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - started)
     return min(times[1:])
+
+
+def choose_solver(mesh: SeqMesh, *, num_matrices: int, rows: int, device: torch.device) -> SolverChoice:
+    """The eigensolver for the matrices of one fusion, [num_matrices, rows, rows] fp64; from now on the one of this process.
+
+    Every rank measures at the same time, as they share the host's cores, and takes rank 0's choice; every rank checks it on its
+    own device. Raises UserError, on all ranks together, if one of them has no solver that is right.
+    """
+    if device.type == "cpu":
+        return SolverChoice(solver="torch", why="the only one here")
+    names, first = eigen.candidates(device, rows), mesh.world.rank == 0
+    mine = together(mesh, lambda: fastest_solver(names, num_matrices, rows, device, first))
+    data = hand_out_bytes(mesh, json.dumps(dataclasses.asdict(mine)).encode(), "eigensolver")
+    chosen = SolverChoice(**json.loads(data))
+    if mesh.world.size > 1:
+        together(mesh, lambda: fastest_solver((chosen.solver,), num_matrices, rows, device, False))
+    eigen.use(chosen.solver)
+    return chosen
+
+
+@functools.cache  # once a process: methods and engines of one shape share it
+def fastest_solver(
+    names: tuple[str, ...], num_matrices: int, rows: int, device: torch.device, tells: bool
+) -> SolverChoice:
+    """The first of these solvers, or one that is clearly faster, among those that are right; with `tells` a line says so."""
+    matrices = draw_grams(num_matrices, rows).to(device)
+    seconds, left_out = {}, {}
+    for name in names:
+        solver = eigen.SOLVERS[name]
+        try:
+            reason = eigen.fault(matrices, *solver(matrices))
+            if reason is None:
+                timed = len(names) > 1
+                seconds[name] = seconds_of(partial(solver, matrices), device) if timed else 0.0
+        except UNSUPPORTED as error:
+            reason = first_line(error)
+        if reason is not None:
+            left_out[name] = reason
+    if not seconds:
+        raise UserError(f"no eigensolver is right on {device}: {left_out}; use another version of torch or of its CUDA")
+    if len(names) == 1:
+        return SolverChoice(solver=names[0], why="the only one here")
+    solver = preferred(seconds)
+    if tells:
+        times = ", ".join(f"{name} {value * 1e3:.3g} ms" for name, value in seconds.items())
+        note(
+            f"torch {torch.__version__} decomposes a batch of matrices on a GPU one by one; a fusion's {num_matrices} of {rows} rows "
+            f"take {times}: using {solver}. torch 2.12 and later do not need this"
+        )
+    return SolverChoice(solver=solver, why="measured", seconds=seconds, left_out=left_out)
+
+
+def draw_grams(num_matrices: int, rows: int) -> Tensor:
+    """Gram matrices of features whose singular values fall to a hundredth, [num_matrices, rows, rows] fp64, on the CPU."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    falling = torch.logspace(0, -2, rows, dtype=torch.float64)
+    features = falling * torch.randn(num_matrices, 4 * rows, rows, generator=generator, dtype=torch.float64)
+    return features.mT @ features
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its kind."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

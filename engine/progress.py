@@ -1,4 +1,4 @@
-"""Progress bars on stderr for the stages of a run."""
+"""What a run shows on stderr while it works: progress bars for its stages, and single lines."""
 
 import sys
 from collections.abc import Iterator
@@ -26,6 +26,11 @@ def progress_bar(*, total: int, desc: str, enabled: bool, initial: int = 0) -> t
         smoothing=0.1,  # local steps are much faster than dual ones; the estimate should follow soon
         bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
     )
+
+
+def note(line: str) -> None:
+    """Write a line to stderr, above a bar that may be there."""
+    tqdm.write(line, file=sys.stderr)
 
 
 @contextmanager

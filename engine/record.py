@@ -52,6 +52,7 @@ def build_record(
         "config": config,
         "identity": {"id": settings_id(denoised.settings), "settings": denoised.settings},
         "attention": dataclasses.asdict(engine.kernel),
+        "eigensolver": None if engine.eigensolver is None else dataclasses.asdict(engine.eigensolver),
         "dual": resolve_dual(config["attention"]["dual"]),
         "complement": config["attention"]["complement"],
         "model": engine.loaded,

@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import re
 import signal
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,10 @@ from engine.config import (
 )
 from engine.decoder import open_decoder
 from engine.engine import LongVideoEngine
+from engine.errors import UserError
 from engine.trace import Trace
 from engine.window_spectra import WindowSpectra
+from freespec import eigen
 from freespec.methods import METHODS, FreeSpec
 from parallel.mesh import build_mesh
 from tests.pretend_cuda import Event, MixedDevicesError, OnCuda, PretendCuda, dispatch, pretend_cuda
@@ -316,3 +320,35 @@ def test_ranks_over_nccl_send_tensors_of_the_device(folders: dict[str, Path], tm
             assert torch.equal(latents, by_rank[0][0])
             assert_close(latents, expected[name])
             assert frames == (SIZES[name].num_frames if rank == 0 else 0)
+
+
+def with_a_solver_that_fails(rank: int, case: tuple[Path, tuple[int, int, int]]) -> tuple[str, bool]:
+    """The error of this rank, when rank 1's eigensolver is wrong in the second step; and whether it warned."""
+    folder, (cfg, ring, ulysses) = case
+    config, finished = config_of(folder, "wan"), []
+
+    def solve(matrices: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(matrices)
+        return values, vectors * (2 if rank == 1 and finished else 1)
+
+    with pretend_cuda(), pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        patch.setitem(eigen.SOLVERS, "torch", solve)
+        device, timeout = torch.device("cuda"), timedelta(seconds=60)
+        mesh = build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=device, timeout=timeout)
+        with contextlib.closing(LongVideoEngine(config, Ranks(mesh=mesh))) as engine:
+            try:
+                engine.denoise(PROMPT, on_step=lambda *_steps: finished.append(True))
+            except UserError as error:
+                return str(error), any("eigensolver torch on" in str(each.message) for each in warned)
+    return "", False
+
+
+def test_a_solver_that_fails_on_one_rank_ends_all(folders: dict[str, Path], tmp_path: Path) -> None:
+    cases = [(folders["wan"], each) for each in [(1, 1, 2), (1, 2, 1), (2, 1, 1)]]
+    for by_rank in run_ranks(2, with_a_solver_that_fails, cases, tmp_path):
+        [error] = {error for error, _ in by_rank}
+        assert re.fullmatch(
+            r"step 2 of 4 failed: rank 1: eigensolver torch on .* are off by .*; use another version .*", error
+        )
+        assert [warned for _, warned in by_rank] == [False, True]

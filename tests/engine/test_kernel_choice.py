@@ -1,6 +1,7 @@
 """What `attention.kernel auto` becomes: the fastest kernel that is right, rank 0's choice on every rank."""
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -12,10 +13,20 @@ from torch import Tensor
 from engine import kernel_choice
 from engine.config import AttentionConfig, MethodConfig, ModelConfig, RunConfig, VideoConfig
 from engine.errors import UserError
-from engine.kernel_choice import KernelChoice, LayerPart, choose_kernel, choose_on_ranks, fastest
-from freespec import kernels
+from engine.group_of_one import GROUP_OF_ONE
+from engine.kernel_choice import (
+    KernelChoice,
+    LayerPart,
+    choose_kernel,
+    choose_on_ranks,
+    choose_solver,
+    fastest,
+    fastest_solver,
+)
+from freespec import eigen, kernels
 from freespec.kernels import cpu_flash
 from tests.engine.golden import mesh_of
+from tests.pretend_cuda import pretend_cuda
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -135,3 +146,85 @@ def test_rank_0_chooses_for_all(tmp_path: Path) -> None:
     chosen, failed = run_ranks(2, choose, ["auto", "plain"], tmp_path)
     assert chosen == [KernelChoice(kernel="that of rank 0", why="measured", seconds={"a": 1.0})] * 2
     assert [choice.why for choice in failed] == ["rank 0: none"] * 2
+
+
+CUDA = torch.device("cuda", 0)
+EVERY = ("torch", "host", "cupy")
+
+
+@pytest.fixture
+def solvers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Torch before 2.12 on a pretended GPU, and the process's solver put back."""
+    fastest_solver.cache_clear()
+    monkeypatch.setattr(eigen, "candidates", lambda *_where: EVERY)
+    with pretend_cuda():
+        yield
+    eigen.use("torch")
+    fastest_solver.cache_clear()
+
+
+@pytest.mark.usefixtures("solvers")
+def test_the_fastest_right_solver_is_taken_and_a_line_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    took = iter([0.108, 0.0031])
+    monkeypatch.setattr(kernel_choice, "seconds_of", lambda _call, _device: next(took))
+    mesh = GROUP_OF_ONE.acquire()
+    chosen = choose_solver(mesh, num_matrices=6, rows=8, device=CUDA)
+    assert (chosen.solver, chosen.why, chosen.seconds) == ("host", "measured", {"torch": 0.108, "host": 0.0031})
+    assert chosen.left_out == {"cupy": "No module named 'cupy'"}
+    assert eigen.used() == "host"
+    [line] = capsys.readouterr().err.splitlines()
+    assert "a fusion's 6 of 8 rows take torch 108 ms, host 3.1 ms: using host." in line
+    assert choose_solver(mesh, num_matrices=6, rows=8, device=CUDA) == chosen  # once a process
+    GROUP_OF_ONE.release()
+
+
+@pytest.mark.usefixtures("solvers")
+def test_a_wrong_solver_is_never_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = torch.linalg.eigh
+
+    def wrong_solver(matrices: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = right(matrices)
+        return values, vectors.roll(1, 0)
+
+    monkeypatch.setattr(eigen, "SOLVERS", {"torch": wrong_solver, "host": right, "cupy": wrong_solver})
+    chosen = fastest_solver(EVERY, 6, 8, CUDA, False)
+    assert chosen.solver == "host"
+    assert set(chosen.left_out) == {"torch", "cupy"}
+    with pytest.raises(UserError, match=r"no eigensolver is right on cuda:0: {'torch': 'eigenvectors of 6 matrices"):
+        fastest_solver(("torch",), 6, 8, CUDA, False)
+
+
+def solver_on_ranks(rank: int, fault: str) -> tuple[str, str]:
+    """The solver of this rank, or its error: rank 0 finds `host` fastest, rank 1 `torch`, or has none that is right."""
+    fastest_solver.cache_clear()
+    times = {"torch": 1.0 - 0.5 * rank, "host": 0.6}
+    took = iter(times.values())
+
+    def wrong_solver(matrices: Tensor) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(matrices)
+        return values, 2 * vectors
+
+    solvers = dict.fromkeys(EVERY, torch.linalg.eigh)
+    solvers["cupy"] = wrong_solver
+    if rank == 1 and fault:
+        solvers |= dict.fromkeys(("torch", "host") if fault == "all" else ("host",), wrong_solver)
+    with (
+        pretend_cuda(),
+        mock.patch.object(eigen, "candidates", lambda *_where: EVERY),
+        mock.patch.object(eigen, "SOLVERS", solvers),
+        mock.patch.object(kernel_choice, "seconds_of", lambda _call, _device: next(took)),
+    ):
+        try:
+            chosen = choose_solver(mesh_of((1, 1, 2)), num_matrices=6, rows=8, device=CUDA)
+        except (UserError, StopIteration) as error:
+            return "", str(error)
+        return chosen.solver, eigen.used()
+
+
+def test_rank_0_chooses_the_solver_and_a_fault_of_one_rank_is_all_ranks(tmp_path: Path) -> None:
+    agreed, broken, other = run_ranks(2, solver_on_ranks, ["", "all", "chosen"], tmp_path)
+    assert agreed == [("host", "host")] * 2
+    assert {error.split(" cuda")[0] for _, error in broken + other} == {"rank 1: no eigensolver is right on"}
+    assert all(solver == "" for solver, _ in broken + other)

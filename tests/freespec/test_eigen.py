@@ -1,7 +1,11 @@
-"""Matrices that are not finite: not a number out, no error, and nothing else changed."""
+"""Matrices that are not finite and solvers that are wrong: not a number out, no error; and the solvers of a GPU, on a CPU."""
 
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,3 +43,101 @@ def test_a_head_that_overflowed_is_not_a_number_after_the_fusion(basis: str, bra
     fused = fuse_spectra(method, *outputs, weights)
     assert fused[:, :, 1].isnan().all()
     assert torch.equal(fused[:, :, ::2], whole[:, :, ::2])
+
+
+def grams_of(num_matrices: int = 5, rows: int = 12) -> torch.Tensor:
+    return spectrum.gram(features(1, (1, 40, num_matrices, rows)))[0]
+
+
+def off_in_one(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A solver whose vectors of one matrix are those of another, as a batched one was reported to return."""
+    values, vectors = torch.linalg.eigh(matrices)
+    vectors[1] = vectors[2]
+    return values, vectors
+
+
+def not_orthonormal(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A solver with a vector that is too long by a millionth."""
+    values, vectors = torch.linalg.eigh(matrices)
+    vectors[..., 3] *= 1 + 1e-6
+    return values, vectors
+
+
+def gives_up(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A solver that does not converge."""
+    raise torch.linalg.LinAlgError("linalg.eigh: (Batch element 1): failed to converge.")
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-200, 1e200])
+def test_a_decomposition_is_checked_against_its_matrices(scale: float) -> None:
+    matrices = scale * grams_of()
+    values, vectors = torch.linalg.eigh(matrices)
+    assert eigen.fault(matrices, values, vectors) is None
+    assert eigen.fault(torch.zeros_like(matrices), torch.zeros_like(values), vectors) is None
+    assert eigen.fault(matrices[:0], values[:0], vectors[:0]) is None
+    for solver in (off_in_one, not_orthonormal):
+        assert "are off by" in str(eigen.fault(matrices, *solver(matrices)))
+    assert "are off by" in str(eigen.fault(matrices, values.flip(-1), vectors))
+    assert "nan" in str(eigen.fault(matrices, values, vectors * torch.nan))
+
+
+@pytest.mark.parametrize("solver", [off_in_one, not_orthonormal, gives_up])
+def test_a_wrong_solver_gives_no_numbers_and_a_warning(solver: eigen.Solver, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a GPU goes through, on the CPU; every rank meets the NaN in its latents."""
+    matrices = grams_of()
+    expected = torch.linalg.eigh(matrices)
+    for actual, right in zip(eigen._eigh(matrices, "torch"), expected, strict=True):
+        assert torch.equal(actual, right)
+    monkeypatch.setitem(eigen.SOLVERS, "wrong", solver)
+    with pytest.warns(UserWarning, match=r"eigensolver wrong on cpu: .*; the result is not a number"):
+        values, vectors = eigen._eigh(matrices, "wrong")
+    assert values.isnan().all()
+    assert vectors.isnan().all()
+    assert str(eigen.take_failure()).startswith("eigensolver wrong on cpu: ")
+    assert eigen.take_failure() is None
+    assert (values.shape, vectors.shape) == (matrices.shape[:-1], matrices.shape)
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (3, 16), (1, 16)])
+def test_the_host_decomposes_on_several_threads(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eigen, "_host_threads", lambda: 4)
+    eigen._pool.cache_clear()
+    matrices = grams_of(*shape).unflatten(0, (1, -1))
+    threads = torch.get_num_threads()
+    for actual, expected in zip(eigen.on_host(matrices), torch.linalg.eigh(matrices), strict=True):
+        assert torch.equal(actual, expected)
+    assert torch.get_num_threads() == threads
+
+
+def test_cupy_decomposes_on_the_current_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its interface by NumPy: what is handed over and taken back is ours to get right."""
+    seen: list[object] = []
+    cuda = SimpleNamespace(
+        ExternalStream=lambda pointer: seen.append(pointer) or nullcontext(),
+        Device=lambda index: seen.append(index) or nullcontext(),
+    )
+    cupy = SimpleNamespace(cuda=cuda, linalg=np.linalg, from_dlpack=np.from_dlpack)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: SimpleNamespace(cuda_stream=77))
+    matrices = grams_of().unflatten(0, (1, -1))
+    values, vectors = eigen.by_cupy(matrices)
+    assert eigen.fault(matrices, values, vectors) is None
+    assert seen == [77, 0]
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    with pytest.raises(ImportError):
+        eigen.by_cupy(matrices)
+
+
+def test_solvers_are_chosen_among_only_where_torch_would_loop() -> None:
+    gpu, every = torch.device("cuda"), ("torch", "host", "cupy")
+    assert eigen.candidates(gpu, 128, "2.11.0+cu130") == every
+    assert eigen.candidates(gpu, 32, "2.11.0+cu130") == ("torch",)
+    for version in ("2.12.0", "2.13.0a0+git1234567", "3.0.0"):
+        assert eigen.candidates(gpu, 128, version) == ("torch",)
+    assert eigen.candidates(torch.device("cpu"), 128, "2.11.0+cpu") == ("torch",)
+    with pytest.raises(ValueError, match="unknown eigensolver 'magma'; choose one of torch, host, cupy"):
+        eigen.use("magma")
+
+
+def test_it_is_one_operator_for_a_compiled_block() -> None:
+    torch.library.opcheck(torch.ops.freespec.eigh.default, (grams_of(), "torch"))
