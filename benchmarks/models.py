@@ -86,7 +86,8 @@ a line on stderr and the record (`eigensolver`) say which was taken. On a GPU ev
 or are not those of their matrix (pytorch issue 192483 reports such), end the run on all ranks with one line.
 
 `model.compile true` puts the transformer's blocks through torch.compile, once for each kind of step (two for freespec), also after another
-method was put on; tested with graphs that run as they are, and not timed on a GPU.
+method was put on. Each branch of attention and the eigendecomposition are one operator of their own in it, so that no window is written out;
+tests run the graphs and read Inductor's code for a CPU. Not timed on a GPU.
 
 `model.weights cpu_offload` was tested with a CPU in the GPU's place (which parts move, in what order, and that the video is the same, on one rank and on two); its
 memory and time on GPUs are not measured.

@@ -5,12 +5,12 @@ An empty set of keys gives out = 0 and lse = -inf, and no kernel is called for i
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from freespec.kernels import DualKernel, Kernel, sdpa
+from freespec.kernels import DualKernel, Kernel, kernel_at, key_of, sdpa
 from freespec.windows import QueryGroup, query_groups, window_range
 
 # Parts are merged in eighths of their tokens: the fp32 copies of half-precision outputs are three quarters of one output, and
@@ -60,6 +60,9 @@ class WindowedAttention:
     their first tokens, so that the same calls serve one device and the shard of a rank. `dual_kernel` computes both
     branches in one call; None is the way of this module, by dense calls of `kernel`. `rest_kernel` takes the place of
     `kernel` where keys outside the windows are attended beside the windows; None is `kernel` there too.
+
+    A compiled block takes `dense`, `far`, `local` and `dual` as one operator each: of views that overlap a compiler would write
+    out every window.
     """
 
     num_frames: int
@@ -68,6 +71,10 @@ class WindowedAttention:
     kernel: Kernel
     dual_kernel: DualKernel | None = None
     rest_kernel: Kernel | None = None
+    keys: tuple[str, str] = field(init=False, repr=False, compare=False)  # of kernel and rest_kernel, for the operators
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keys", (key_of(self.kernel), key_of(self.rest_kernel or self.kernel)))
 
     def halo(self, q_start: int, q_stop: int) -> tuple[int, int]:
         """Token range [start, stop) of all keys that the windows of the queries [q_start, q_stop) hold."""
@@ -81,6 +88,8 @@ class WindowedAttention:
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Every query sees every key: out [B, S, N, D], lse [B, S, N]."""
+        if torch.compiler.is_compiling():
+            return dense_op(q, k, v, self.keys[0])
         return _dense(self.kernel, q, k, v)
 
     def whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -95,10 +104,14 @@ class WindowedAttention:
 
     def far(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
         """`dense` over keys that lie in no query's window, beside a local branch: by `rest_kernel`."""
+        if torch.compiler.is_compiling():
+            return dense_op(q, k, v, self.keys[1])
         return _dense(self.rest_kernel or self.kernel, q, k, v)
 
     def local(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int) -> Partial:
         """Local branch (eq. 1): each query sees its own window, which k and v must cover."""
+        if torch.compiler.is_compiling():
+            return local_op(q, k, v, self.keys[0], [*self._geometry, q_start, k_start])
         out, lse = _empty_keys(q)
         for group in self._groups(q, q_start):
             self._check_cover(group, k_start, k_start + k.shape[1])
@@ -124,6 +137,9 @@ class WindowedAttention:
         """
         if self.dual_kernel is not None and q.numel() > 0:
             return self._by_one_kernel(self.dual_kernel, (q, k, v), (q_start, k_start), dtype)
+        if torch.compiler.is_compiling():
+            parts = dual_op(q, k, v, *self.keys, [*self._geometry, q_start, k_start], dtype)
+            return (parts[0], parts[1]), (parts[2], parts[3])
         local = self.local(q, k, v, q_start, k_start)
         out, lse = local[0].to(dtype, copy=True), local[1].clone()
         for place, part, part_lse in self._rest_parts(q, (k, v), q_start, k_start):
@@ -148,6 +164,10 @@ class WindowedAttention:
         """Local and global branch of the whole sequence: (out_local, out_global), [B, S, N, D]."""
         (out_local, _), (out_global, _) = self.dual(q, k, v, 0, 0, dtype=q.dtype)
         return out_local, out_global
+
+    @property
+    def _geometry(self) -> tuple[int, int, int]:
+        return self.num_frames, self.frame_tokens, self.window_frames
 
     def _by_one_kernel(
         self, kernel: DualKernel, qkv: tuple[Tensor, Tensor, Tensor], starts: tuple[int, int], dtype: torch.dtype
@@ -226,6 +246,62 @@ class WindowedAttention:
             q_bnsd = q[item, rows].unflatten(0, (group.batch, group.q_tokens)).transpose(1, 2)
             part, part_lse = kernel(q_bnsd, k_bnkd, v_bnkd)
             yield (item, rows), part.transpose(1, 2).flatten(0, 1), part_lse.transpose(1, 2).flatten(0, 1)
+
+
+@torch.library.custom_op("freespec::dense", mutates_args=())
+def dense_op(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+    """`WindowedAttention.dense` as an operator; `kernel` is a key of freespec.kernels."""
+    out, lse = _dense(kernel_at(kernel), q, k, v)
+    return out.contiguous(), lse.contiguous()
+
+
+@torch.library.custom_op("freespec::local", mutates_args=())
+def local_op(q: Tensor, k: Tensor, v: Tensor, kernel: str, numbers: list[int]) -> tuple[Tensor, Tensor]:
+    """`WindowedAttention.local` as an operator; `numbers` are frames, tokens of a frame, window, and where q and k begin."""
+    out, lse = _attention_of(numbers, kernel, kernel).local(q, k, v, *numbers[3:])
+    return out.contiguous(), lse.contiguous()
+
+
+@torch.library.custom_op("freespec::branches", mutates_args=())
+def dual_op(  # noqa: PLR0917 - operators have no keyword-only arguments
+    q: Tensor, k: Tensor, v: Tensor, kernel: str, rest_kernel: str, numbers: list[int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`WindowedAttention.dual` as an operator: out and lse of the local branch, and of both sets of keys in `dtype`."""
+    attention = _attention_of(numbers, kernel, rest_kernel)
+    local, wide = attention.dual(q, k, v, *numbers[3:], dtype=dtype)
+    return local[0].contiguous(), local[1].contiguous(), wide[0].contiguous(), wide[1].contiguous()
+
+
+@dense_op.register_fake
+def _dense_shapes(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), _lse_shape(q)
+
+
+@local_op.register_fake
+def _local_shapes(q: Tensor, k: Tensor, v: Tensor, kernel: str, numbers: list[int]) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), _lse_shape(q)
+
+
+@dual_op.register_fake
+def _dual_shapes(  # noqa: PLR0917
+    q: Tensor, k: Tensor, v: Tensor, kernel: str, rest_kernel: str, numbers: list[int], dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), _lse_shape(q), q.new_empty(q.shape, dtype=dtype), _lse_shape(q)
+
+
+def _lse_shape(q: Tensor) -> Tensor:
+    return q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _attention_of(numbers: list[int], kernel: str, rest_kernel: str) -> WindowedAttention:
+    frames, frame_tokens, window_frames, _, _ = numbers
+    return WindowedAttention(
+        num_frames=frames,
+        frame_tokens=frame_tokens,
+        window_frames=window_frames,
+        kernel=kernel_at(kernel),
+        rest_kernel=kernel_at(rest_kernel),
+    )
 
 
 def masked_ref(q: Tensor, k: Tensor, v: Tensor, *, frame_tokens: int, window_frames: int | None) -> Tensor:

@@ -8,6 +8,7 @@ The fast ones are torch's own operators, called directly because the public func
 import functools
 import importlib
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,6 +70,24 @@ KERNELS: dict[str, Kernel] = {
 }
 
 HALF = (torch.float16, torch.bfloat16)
+
+
+# Kernels that an operator may be asked for, by `key_of`; those that nobody else holds any more are forgotten.
+_BY_KEY: "weakref.WeakValueDictionary[str, Kernel]" = weakref.WeakValueDictionary(KERNELS)
+
+
+def key_of(kernel: Kernel) -> str:
+    """A text by which `kernel_at` finds the kernel again in this process: torch's operators take no functions."""
+    key = getattr(kernel, "__name__", type(kernel).__name__)
+    if _BY_KEY.get(key) is not kernel:
+        key = f"{key} {id(kernel)}"
+        _BY_KEY[key] = kernel
+    return key
+
+
+def kernel_at(key: str) -> Kernel:
+    """The kernel of a key."""
+    return _BY_KEY[key]
 
 
 def load_fa3() -> Kernel:

@@ -3,8 +3,9 @@
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,14 +13,17 @@ from diffusers import WanTransformer3DModel
 from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounter
 
+from engine import apply_method
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.trace import Trace
-from freespec.methods import FreeSpec
-from tests.tiny_pipelines import save_random_wan
+from freespec.methods import METHODS, FreeSpec
+from tests.inductor import buffers, code_of
+from tests.tiny_pipelines import random_ltx, random_wan, save_random_wan
 
 PROMPT = "a red circle"
+LTX_VIDEO = {"height": 64, "width": 96, "num_frames": 121}
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +91,44 @@ def test_methods_may_change_more_often_than_a_block_may_be_compiled(
         monkeypatch.setattr(torch.compiler, "reset", lambda: None)
         with pytest.raises(FailOnRecompileLimitHit):  # the control: graphs of the methods before would be kept
             change_methods()
+
+
+class Stop(Exception):  # noqa: N818 - how a run ends here
+    """The first block has its inputs."""
+
+
+@pytest.mark.parametrize("make", [random_wan, random_ltx])
+@pytest.mark.parametrize("method", METHODS)
+def test_no_block_writes_windows_out(make: Callable[[], Any], method: str) -> None:
+    """Inductor's code for the first block of the first step: no buffer is larger than the feed-forward part's."""
+    pipe = make()
+    video = {"height": 32, "width": 48, "num_frames": 29} if make is random_wan else LTX_VIDEO
+    call = video | {"prompt": PROMPT, "num_inference_steps": 2, "max_sequence_length": 20, "guidance_scale": 1.0}
+    inputs: dict[str, Any] = {}
+
+    def keep(_module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        inputs.update(args=args, kwargs=kwargs)
+        raise Stop
+
+    blocks = pipe.transformer.blocks if make is random_wan else pipe.transformer.transformer_blocks
+    window = 3 if make is random_wan else 7
+    with torch.no_grad(), apply_method(pipe, method=method, window_frames=window) as handle:
+        hook = blocks[0].register_forward_pre_hook(keep, with_kwargs=True)
+        with pytest.raises(Stop):
+            pipe(**call)
+        hook.remove()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            code = code_of(lambda args, kwargs: blocks[0](*args, **kwargs), inputs["args"], inputs["kwargs"])
+        grid = handle.state.grid
+    operator = {"global": "dense", "local": "local", "dual": "branches"}.get(handle.state.mode, "dense")
+    assert f"torch.ops.freespec.{operator}.default(" in code
+    width = pipe.transformer.config.num_attention_heads * pipe.transformer.config.attention_head_dim
+    widest = 4 * width if make is random_ltx else width
+    assert max(buffers(code)) <= grid.tokens * widest
+    assert (
+        grid.window_frames * (grid.frames - 2) * grid.frame_tokens * width > grid.tokens * widest
+    )  # all windows are more
 
 
 def test_what_cannot_be_compiled_is_refused(folder: Path) -> None:

@@ -183,6 +183,9 @@ def test_ctrl_c_is_heard_while_the_device_works(
     def synchronize(*_args: Any) -> None:
         raise AssertionError("this would wait in C")
 
+    before = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a job in the background is started with it ignored
     with pretend_cuda(), contextlib.closing(LongVideoEngine(config_of(folders[name], name))) as engine:
         whole = engine.denoise(PROMPT).latents
         with monkeypatch.context() as patch:
@@ -190,6 +193,7 @@ def test_ctrl_c_is_heard_while_the_device_works(
             patch.setattr(torch.cuda, "synchronize", synchronize)
             with pytest.raises(KeyboardInterrupt):
                 engine.denoise(PROMPT, checkpoint=path)
+        signal.signal(signal.SIGINT, before)
         denoised = engine.denoise(PROMPT, checkpoint=path)
     assert (len(waits), len(looks)) == (3, 2)  # two for each step: before the scheduler's and after it
     assert denoised.resumed_at == 1
