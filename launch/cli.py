@@ -1,24 +1,27 @@
 """Settings from the command line: YAML presets and dotted overrides become a RunConfig, and every mistake one line."""
 
-import difflib
 import glob
 import re
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from argparse import Action
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import REPOSITORY, expand
 from engine.prompt_files import resolve_negative_prompt
+from launch.suggestions import describe_unknown
 
 DEFAULT_CONFIG = "configs/tiny-wan.yaml"
 
-_NO_VALUE = ("--help", "-h", "--print_config")
+_HELP = ("-h", "--help", "--help_all")
+_NO_VALUE = (*_HELP, "--print_config")
 _TYPE_ERROR = re.compile(
     r'Parser key "(?P<key>[^"]+)":\s+Expected an? (?P<type>.+)\. Got value: (?P<value>.*)', re.DOTALL
 )
@@ -28,18 +31,15 @@ _UNION_ERROR = re.compile(
 _TYPE_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
 
 
-# What other commands, older versions and other programs call a setting; letters alone would lead elsewhere.
-_OTHER_NAMES = {
-    "nproc": "gpus",
-    "model.offload": "model.weights",
-    "model.cpu_offload": "model.weights",
-    "parallel.degrees": "parallel.plan",
-    "parallel.tp": "parallel.ulysses",
-    "seed": "sampler.seed",
-    "steps": "sampler.num_steps",
-}
-# What many commands have and some have no use for: the likest of the others' names would be nonsense.
-_OF_OTHER_COMMANDS = frozenset({"prompt", "prompt_file", "verbose", "ray"})
+# A group given one word is the setting of it that everybody sets.
+_SHORT = {"output": "output.path", "model": "model.path", "method": "method.name"}
+
+# Of the settings of a run, those that `--help` shows beside the command's own options; `--help_all` shows all.
+_EVERYDAY = frozenset(
+    "model.path model.device model.dtype model.weights video.num_frames video.height video.width video.fps sampler.num_steps "
+    "sampler.guidance_scale sampler.seed sampler.negative_prompt method.name method.window_frames output.path output.overwrite".split()
+)
+_SELDOM = ("print_config", "placement_strategy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +72,18 @@ class Keys:
 
 
 def parse_run(
-    argv: Sequence[str], *, name: str, description: str, add_arguments: Callable[[ArgumentParser], None]
+    argv: Sequence[str],
+    *,
+    name: str,
+    description: str,
+    add_arguments: Callable[[ArgumentParser], None],
+    unread: Collection[str] = (),
 ) -> tuple[Namespace, RunConfig]:
     """The command's own arguments and the RunConfig of `argv`.
 
     Presets (`--config FILE`, several are merged in order, configs/tiny-wan.yaml if there is none) are read first, and
-    `--a.b value` overrides them wherever it stands. Raises UserError, in one line, for whatever is wrong.
+    `--a.b value` overrides them wherever it stands. `unread` are settings that the command refuses, which help leaves out.
+    Raises UserError, in one line, for whatever is wrong.
     """
     parser = make_parser(name, f"{name} [--config FILE ...] [--SETTING VALUE ...]", description)
     add_arguments(parser)
@@ -93,7 +99,7 @@ def parse_run(
         check_config_file(file, keys)
     # As files of defaults rather than as arguments, so that --help shows the values of the preset.
     parser.default_config_files = [glob.escape(str(file)) for file in files]
-    namespace = parse(parser, [word for word in words if not word.startswith("--config=")])
+    namespace = parse(parser, [word for word in words if not word.startswith("--config=")], unread=unread)
     config = RunConfig(**{field.name: namespace[field.name] for field in fields(RunConfig)})
     negative_prompt = resolve_negative_prompt(config.sampler.negative_prompt)
     return namespace, replace(config, sampler=replace(config.sampler, negative_prompt=negative_prompt))
@@ -101,11 +107,25 @@ def parse_run(
 
 def make_parser(name: str, usage: str, description: str) -> ArgumentParser:
     """A parser that raises instead of printing its usage, and takes no abbreviations."""
-    return ArgumentParser(prog=name, usage=usage, description=description, exit_on_error=False, allow_abbrev=False)
+    parser = ArgumentParser(
+        prog=name,
+        usage=usage,
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+        add_help=False,
+    )
+    parser.add_argument("-h", "--help", action="help", help="show what is set every day, and exit")
+    parser.add_argument("--help_all", action="help", help="show every setting, and exit")
+    return parser
 
 
-def parse(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
-    """Parse arranged words and make the dataclasses; UserError for what is wrong."""
+def parse(parser: ArgumentParser, words: Sequence[str], *, unread: Collection[str] = ()) -> Namespace:
+    """Parse arranged words and make the dataclasses; UserError for what is wrong. Help leaves out settings that are `unread`."""
+    if asks_help(words):
+        show_help(parser, everything="--help_all" in words, unread=unread)
+        sys.exit(0)
     try:
         return parser.instantiate(parser.parse_args(list(words)))
     except ArgumentError as error:
@@ -114,10 +134,40 @@ def parse(parser: ArgumentParser, words: Sequence[str]) -> Namespace:
         raise UserError(str(error)) from error
 
 
+def asks_help(words: Sequence[str]) -> bool:
+    """Whether the words ask for help, and nothing else."""
+    return any(word in _HELP for word in words)
+
+
+def show_help(parser: ArgumentParser, *, everything: bool, unread: Collection[str]) -> None:
+    """Print the options of a command and the settings of a run that are set every day, or all that it reads."""
+    for action in parser._actions:
+        name = action.dest
+        is_group = type(action).__name__ == "_ActionConfigLoad"  # `--model FILE`, which is read as `--model.path`
+        if (
+            is_group
+            or name in unread
+            or (not everything and ("." in name or name in _SELDOM) and name not in _EVERYDAY)
+        ):
+            action.help = SUPPRESS
+    text = parser.format_help()
+    print(re.sub(r"default config file locations:\n.*?\n\n", "", text, flags=re.DOTALL), end="")
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """What a setting means and its default, without what the list of its values or the preset says already."""
+
+    def _expand_help(self, action: Action) -> str:
+        text = super()._expand_help(action)
+        text = re.sub(r"\((?:required, )?type: (?:Literal\[.*?\]|bool), ", "(", text)
+        return text.replace("(required, type", "(type").replace(", default: null)", ")").replace(", default: )", ")")
+
+
 def arrange(argv: Sequence[str], keys: Keys, *, num_positionals: int = 0) -> list[str]:
     """Every option as `--name=value`, positional arguments last; UserError for unknown names and missing values.
 
-    `--switch` alone means `--switch=true`, and a value may begin with a dash.
+    `--switch` alone means `--switch=true`, a value may begin with a dash, and `--output`, `--model` and `--method` are the
+    settings of these groups that everybody sets.
     """
     check_text(argv)
     options, positionals, words = [], [], list(argv)
@@ -126,26 +176,34 @@ def arrange(argv: Sequence[str], keys: Keys, *, num_positionals: int = 0) -> lis
         name, equals, value = word.partition("=")
         if name in _NO_VALUE:
             options.append(word)
-            continue
-        if not word.startswith("--"):
+        elif re.match(r"--|-[a-zA-Z]", word):
+            follows = not equals and bool(words) and not words[0].startswith("--")
+            options.append(_option(name, words.pop(0) if follows else value if equals else None, keys))
+        else:
             positionals.append(word)
-            continue
-        key = name.removeprefix("--")
-        check_key(key, keys)
-        if key in keys.groups:
-            inner = min(leaf for leaf in keys.leaves if leaf.startswith(f"{key}."))
-            raise UserError(f"{name} is a group of settings; give them one by one, such as --{inner}")
-        if not equals:
-            if words and not words[0].startswith("--"):
-                value = words.pop(0)
-            elif key in keys.switches:
-                value = "true"
-            else:
-                raise UserError(f"{name} needs a value")
-        options.append(f"{name}={value}")
     if len(positionals) > num_positionals:
         raise UserError(f"unexpected argument {positionals[num_positionals]!r}; settings are given as --name value")
     return options + positionals
+
+
+def _option(name: str, value: str | None, keys: Keys) -> str:
+    """`--name=value`; UserError for an unknown name, a group of settings, and a value that is missing."""
+    key = name.removeprefix("--")
+    if key in keys.groups and _SHORT.get(key) in keys.leaves:
+        key = _SHORT[key]
+    if key.startswith("-"):
+        raise UserError(
+            describe_unknown(key.removeprefix("-"), keys.leaves | keys.groups, value=value).replace(
+                "setting ", "setting -"
+            )
+        )
+    check_key(key, keys, value=value)
+    if key in keys.groups:
+        inner = min(leaf for leaf in keys.leaves if leaf.startswith(f"{key}."))
+        raise UserError(f"{name} is a group of settings; give them one by one, such as --{inner}")
+    if value is None and key not in keys.switches:
+        raise UserError(f"{name} needs a value")
+    return f"--{key}={'true' if value is None else value}"
 
 
 def check_text(argv: Sequence[str]) -> None:
@@ -159,31 +217,10 @@ def check_text(argv: Sequence[str]) -> None:
             ) from error
 
 
-def check_key(key: str, keys: Keys, where: str = "") -> None:
-    """Raise UserError for an unknown dotted key, naming the nearest valid one."""
-    if keys.knows(key):
-        return
-    if key in _OF_OTHER_COMMANDS:
-        raise UserError(f"unknown setting {key}{where}; this command has no use for it, leave it out")
-    nearest = nearest_key(key, keys.leaves | keys.groups)
-    raise UserError(f"unknown setting {key}{where}" + (f"; did you mean {nearest}?" if nearest else "; see --help"))
-
-
-def nearest_key(key: str, keys: Iterable[str]) -> str | None:
-    """The valid key that looks most like `key`, as a whole and in its last part; None if none looks like it."""
-
-    if _OTHER_NAMES.get(key) in keys:
-        return _OTHER_NAMES[key]
-
-    def likeness(other: str) -> float:
-        parts = zip((key, key.rpartition(".")[2]), (other, other.rpartition(".")[2]), strict=True)
-        return (
-            max(difflib.SequenceMatcher(None, a, b).ratio() for a, b in parts)
-            + 0.1 * difflib.SequenceMatcher(None, key, other).ratio()
-        )
-
-    best = max(sorted(keys), key=likeness)
-    return best if likeness(best) >= 0.6 else None
+def check_key(key: str, keys: Keys, where: str = "", value: str | None = None) -> None:
+    """Raise UserError for an unknown dotted key, naming the one that was meant if that is clear."""
+    if not keys.knows(key):
+        raise UserError(describe_unknown(key, keys.leaves | keys.groups, value=value, where=where))
 
 
 def check_config_file(path: Path, keys: Keys) -> None:
@@ -213,16 +250,26 @@ def _check_tree(tree: dict[Any, Any], keys: Keys, prefix: str, path: Path) -> No
         check_key(key, keys, f" in {path}")
         if key in keys.groups:
             if not isinstance(value, dict):
-                raise UserError(f"{key} in {path} is a group of settings, got {value!r}")
+                advice = (
+                    f"; write {_SHORT[key].replace('.', ': {')}: {value}}}"
+                    if key in _SHORT and isinstance(value, str)
+                    else ""
+                )
+                raise UserError(f"{key} in {path} is a group of settings, got {value!r}{advice}")
             _check_tree(value, keys, f"{key}.", path)
 
 
 def find_config(name: str) -> Path:
-    """A file from the working directory, or else from the repository."""
-    for path in (expand(name), REPOSITORY / name):
-        if path.is_file():
-            return path
-    raise UserError(f"--config {name} does not exist; presets lie in {REPOSITORY / 'configs'}")
+    """A preset: a file from the working directory, or one of those that come with the program, with or without `.yaml`."""
+    folder = REPOSITORY / "configs"
+    for place in (expand(name), REPOSITORY / name, folder / name):
+        for path in (place, place.with_name(f"{place.name}.yaml")):
+            if path.is_file():
+                return path
+    presets = sorted(path.stem for path in folder.glob("*.yaml"))
+    raise UserError(
+        f"--config {name} does not exist; give a file, or one of the presets {', '.join(presets)} of {folder}"
+    )
 
 
 def _plain(message: str) -> str:

@@ -7,13 +7,14 @@ from jsonargparse import ArgumentParser, Namespace
 from engine.config import RunConfig
 from engine.errors import UserError
 from launch.arguments.environment import check_environment
-from launch.arguments.many_videos import check_output
+from launch.arguments.many_videos import OF_ONE_VIDEO, check_output
 from launch.arguments.prompts import Prompts, add_num_prompts, add_prompts, choose_prompts
 from launch.arguments.ranks import add_ranks, check_model, check_started
 from launch.cli import parse_run
 
 NAME = "analyze.py"
 DESCRIPTION = "Measure how attention's singular spectra change with the window, and what low rank does to a video."
+UNREAD = OF_ONE_VIDEO
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Arguments:
 
 def read(argv: list[str]) -> Arguments:
     """Parse and check; UserError for a mistake."""
-    given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments)
+    given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments, unread=UNREAD)
     check_environment()
     check_started(given.nproc, argv)
     prompts = choose_prompts(given)

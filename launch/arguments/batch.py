@@ -12,6 +12,7 @@ from engine.paths import expand, find_checkpoint
 from engine.planner.gpu import read_gpu
 from evaluation.suites import PREFIX, read_vbench_suite, to_batch
 from launch.arguments.environment import check_environment
+from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_method_name
 from launch.batching.options import Options, add_arguments
 from launch.cli import parse_run
 
@@ -39,12 +40,21 @@ class Arguments:
 
 def read(argv: list[str]) -> Arguments | Status:
     """Parse and check; UserError for a mistake."""
-    namespace, config = parse_run(argv, name="batch.py", description=DESCRIPTION, add_arguments=add_arguments)
+    namespace, config = parse_run(
+        argv,
+        name="batch.py",
+        description=DESCRIPTION,
+        add_arguments=add_arguments,
+        unread=(*OF_ONE_VIDEO, "output.progress"),
+    )
     if namespace.status is not None:
         if not namespace.status.strip():
             raise UserError("--status is empty; give the folder that was --out")
         return Status(folder=expand(namespace.status))
     check_environment()
+    check_output(config.output, "batch.py")
+    if namespace.methods is not None:
+        refuse_method_name(argv)
     options = Options.of(namespace, config)
     for method in options.methods:
         with_method(config, method)  # raises for one that there is not

@@ -8,13 +8,14 @@ from jsonargparse import ArgumentParser, Namespace
 from engine.config import RunConfig
 from engine.errors import UserError
 from launch.arguments.environment import check_environment
-from launch.arguments.many_videos import check_output, check_seeds
+from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, check_seeds
 from launch.arguments.prompts import Prompts, read_prompts
 from launch.arguments.ranks import add_ranks, check_model, check_started
 from launch.cli import parse_run
 
 NAME = "calibrate.py"
 DESCRIPTION = "Search FreeSpec's open settings on one list of prompts, and judge what was found on another."
+UNREAD = (*OF_ONE_VIDEO, "method.name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +39,7 @@ class Arguments:
 
 def read(argv: list[str]) -> Arguments:
     """Parse and check; UserError for a mistake."""
-    given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments)
+    given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments, unread=UNREAD)
     check_environment()
     check_started(given.nproc, argv)
     rounds = _check(given, config)

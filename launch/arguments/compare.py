@@ -10,7 +10,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import expand
 from launch.arguments.environment import check_environment
-from launch.arguments.many_videos import check_output, check_seeds
+from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, check_seeds
 from launch.arguments.prompts import Prompts, add_num_prompts, add_prompts, choose_prompts
 from launch.arguments.ranks import add_ranks, check_model, check_started
 from launch.cli import parse_run
@@ -18,6 +18,7 @@ from launch.comparison.variants import Variant, read_variants
 
 NAME = "compare.py"
 DESCRIPTION = "Make the same prompts and seeds with several methods, measure the videos, and write a report."
+UNREAD = (*OF_ONE_VIDEO, "method.name")
 METHODS = "direct,sliding_window,freenoise,freelong,freepca,freespec"
 
 
@@ -45,7 +46,7 @@ class Arguments:
 
 def read(argv: list[str]) -> Arguments:
     """Parse and check; UserError for a mistake."""
-    given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments)
+    given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments, unread=UNREAD)
     check_environment()
     check_started(given.nproc, argv)
     if given.num_seeds < 1:

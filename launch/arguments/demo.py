@@ -6,12 +6,16 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from engine.config import RunConfig
+from engine.errors import UserError
 from engine.paths import expand, find_checkpoint
 from launch.arguments.environment import check_environment
+from launch.arguments.many_videos import OF_ONE_VIDEO, check_output
+from launch.arguments.prompts import EXAMPLE
 from launch.cli import parse_run
+from launch.launcher import asked_value
 
 DESCRIPTION = "Make the same video with every method, and one picture that shows them one above the other."
-PROMPT = "a red circle bounces over a blue background"
+UNREAD = (*OF_ONE_VIDEO, "method.name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +29,12 @@ class Arguments:
 
 def read(argv: list[str]) -> Arguments:
     """Parse and check; UserError for a mistake."""
-    namespace, config = parse_run(argv, name="demo.py", description=DESCRIPTION, add_arguments=add_arguments)
+    namespace, config = parse_run(
+        argv, name="demo.py", description=DESCRIPTION, add_arguments=add_arguments, unread=UNREAD
+    )
+    check_output(config.output, "demo.py")
+    if asked_value(argv, "--method.name") or asked_value(argv, "--method"):
+        raise UserError("demo.py makes one video with each of its methods; leave --method.name out")
     check_environment()
     find_checkpoint(config.model.path)
     return Arguments(config=config, prompt=namespace.prompt, folder=expand(namespace.folder))
@@ -33,5 +42,5 @@ def read(argv: list[str]) -> Arguments:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The options of the command beside the settings of a run."""
-    parser.add_argument("--prompt", type=str, default=PROMPT, help="what the videos show")
+    parser.add_argument("--prompt", type=str, default=EXAMPLE, help="what the videos show")
     parser.add_argument("--folder", type=str, default="runs/demo", help="folder of the videos and the picture")

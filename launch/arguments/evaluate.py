@@ -1,6 +1,6 @@
 """Command line of evaluate.py."""
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import SUPPRESS, ArgumentParser, Namespace
 
 from engine.errors import UserError
 from evaluation.dimensions import DIMENSIONS, check_total, parse_dimensions
@@ -63,4 +63,4 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--keep_views", type=bool, default=False, help="keep the staged videos and clips")
     parser.add_argument("--check", type=bool, default=False, help="only look whether everything is there")
-    parser.add_argument("--total", type=bool, default=False, help="refused: six dimensions make no VBench total")
+    parser.add_argument("--total", type=bool, default=False, help=SUPPRESS)

@@ -9,9 +9,10 @@ from engine.errors import UserError
 from engine.files.checks import check_places
 from engine.paths import find_checkpoint
 from launch.arguments.environment import check_environment
-from launch.arguments.prompts import Prompts, add_prompts, read_prompts
+from launch.arguments.prompts import EXAMPLE, Prompts, add_prompts, read_prompts
 from launch.arguments.ranks import add_ranks, check_started
 from launch.cli import parse_run
+from launch.launcher import asked_value
 from launch.outputs import OutputFiles, plan_outputs
 from launch.replicas.place import PlacementStrategy
 from launch.replicas.ray_pool import PLACEMENT_HELP, NoRayError, check_placement
@@ -23,12 +24,16 @@ DESCRIPTION = "Make a long video from a prompt, or one from each line of a file.
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What generate.py was asked for: the configuration, and a prompt and the files of each video."""
+    """What generate.py was asked for: the configuration, and a prompt and the files of each video.
+
+    `is_example`: nobody gave a prompt, a preset or a model, so the embedded model makes its example.
+    """
 
     config: RunConfig
     prompts: Prompts
     outputs: list[OutputFiles]
     verbose: bool
+    is_example: bool
 
 
 def read(argv: list[str]) -> Arguments:
@@ -36,7 +41,8 @@ def read(argv: list[str]) -> Arguments:
     namespace, config = parse_run(argv, name="generate.py", description=DESCRIPTION, add_arguments=add_arguments)
     check_environment()
     check_started(namespace.nproc, argv)
-    prompts = read_prompts(namespace.prompt, namespace.prompt_file)
+    is_example = namespace.prompt is None and namespace.prompt_file is None and not _names_model(argv)
+    prompts = read_prompts(EXAMPLE if is_example else namespace.prompt, namespace.prompt_file)
     place = Place.of_environment()
     if namespace.ray is not None and place is not None:
         raise UserError("--ray starts ranks itself, from the command line; leave it out, or torchrun")
@@ -48,7 +54,12 @@ def read(argv: list[str]) -> Arguments:
     if namespace.ray is None and place is None:  # else it is rank 0, maybe on another machine, that looks at files
         check_free(outputs, config.output)
         find_checkpoint(config.model.path)
-    return Arguments(config=config, prompts=prompts, outputs=outputs, verbose=namespace.verbose)
+    return Arguments(config=config, prompts=prompts, outputs=outputs, verbose=namespace.verbose, is_example=is_example)
+
+
+def _names_model(argv: list[str]) -> bool:
+    """Whether the command line chooses a preset or a model: then it is not the embedded one, whose world the example shows."""
+    return any(asked_value(argv, name) is not None for name in ("--config", "--model", "--model.path"))
 
 
 def check_free(outputs: list[OutputFiles], output: OutputConfig) -> None:

@@ -8,6 +8,9 @@ from engine.errors import UserError
 from engine.paths import expand
 from engine.prompt_files import read_prompt_lines
 
+# What the embedded model shows where nobody says what.
+EXAMPLE = "a red circle bounces over a blue background"
+
 
 def add_prompts(parser: ArgumentParser) -> None:
     """The options that give prompts."""

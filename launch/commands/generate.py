@@ -42,6 +42,8 @@ def main(argv: list[str]) -> None:
 def run(given: Arguments) -> None:
     """Meet the other ranks if there are any, claim the files, load the model once, make what is missing of every video."""
     config, prompts, outputs = given.config, given.prompts, given.outputs
+    if given.is_example:
+        print(f"no --prompt and no --config: the embedded model makes its example, {prompts.texts[0]!r}", flush=True)
     with (
         contextlib.ExitStack() as last,
         open_ranks(config, prompts=prompts.texts, verbose=given.verbose) as party,

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 
 from engine.config import RunConfig
 from engine.errors import UserError
+from launch.arguments.many_videos import refuse_method_name
 from launch.cli import DEFAULT_CONFIG, find_config, parse_run
 
 MAY_DIFFER = ("method.", "sampler.noise", "attention.riflex")
@@ -50,8 +51,7 @@ def read_variants(
     for an unknown method, a preset that changes more than MAY_DIFFER, and two variants with one label or the same
     settings of what their methods read.
     """
-    if any(word.split("=")[0] == "--method.name" for word in argv):
-        raise UserError("--methods names the methods; leave --method.name out")
+    refuse_method_name(argv)
     items = [item.strip() for item in text.split(",") if item.strip()]
     if not items:
         raise UserError("--methods is empty; name methods, such as --methods direct,sliding_window,freespec")

@@ -1,7 +1,9 @@
 """Settings: presets, overrides, and a clear line for each way to get them wrong. No model is loaded here."""
 
 import dataclasses
+import importlib
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +15,10 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from launch.arguments import generate as arguments
 from launch.arguments.prompts import read_prompts
-from launch.cli import nearest_key, parse_run
+from launch.cli import parse_run
 from launch.commands import decode, demo, generate
+from launch.start import COMMANDS
+from launch.suggestions import nearest_key
 from tests.launch.conftest import Run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -66,6 +70,21 @@ def test_overrides_win_wherever_they_stand_and_later_presets_win_over_earlier_on
     assert config.video.height == 64
 
 
+def test_presets_by_name_from_any_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    whole = parse("--config", ROOT / "configs/wan2.1-t2v-1.3b.yaml")
+    monkeypatch.chdir(tmp_path)
+    for name in ("wan2.1-t2v-1.3b", "wan2.1-t2v-1.3b.yaml", "configs/wan2.1-t2v-1.3b", "configs/wan2.1-t2v-1.3b.yaml"):
+        assert parse("--config", name) == whole
+    assert parse("--config", "tiny-wan", "--config", "ablation/gb").method.freespec.basis == "global"
+    Path("tiny-wan.yaml").write_text((ROOT / "configs/tiny-ltx.yaml").read_text())
+    assert parse("--config", "tiny-wan").model.path == "tiny/ltx"  # a file of one's own is nearer
+
+
+def test_a_group_given_one_word_is_the_setting_that_everybody_sets() -> None:
+    config = parse("--output", "a.mp4", "--model=b/c", "--method", "direct")
+    assert (config.output.path, config.model.path, config.method.name) == ("a.mp4", "b/c", "direct")
+
+
 def test_values_of_every_kind() -> None:
     config = parse(
         *(
@@ -108,6 +127,9 @@ MISTAKES = {
     "--model.dtype int8": "model.dtype must be one of auto, float32, bfloat16, float16, got 'int8'",
     "--method.freespec.basis both": "method.freespec.basis must be one of local, global, got 'both'",
     "--video 3": "--video is a group of settings; give them one by one",
+    "--output": "--output needs a value",
+    "--output a.avi": "output.path must end in .mp4, got 'a.avi'",
+    "--help_al": "unknown setting help_al; see --help",
     "stray": "unexpected argument 'stray'",
     "--sampler.num_steps -3": "sampler.num_steps must be 1 or more, got -3",
     "--sampler.num_steps 0": "sampler.num_steps must be 1 or more, got 0",
@@ -146,6 +168,7 @@ FILES = {
     b"video:\n  num_frames: many\n": "video.num_frames must be a whole number, got 'many'",
     b"video: 3\n": "video in {path} is a group of settings, got 3",
     b"sampler:\n": "sampler in {path} is a group of settings, got None",
+    b"method: direct\n": "method in {path} is a group of settings, got 'direct'; write method: {{name: direct}}",
     b"video: [1\n": "{path}, line 2: not YAML",
     b"": "{path} holds no settings",
     b"only words": "{path} holds no settings",
@@ -169,14 +192,48 @@ def test_the_nearest_key_is_found_for_every_key_with_one_letter_missing() -> Non
     assert nearest_key("qqqqqq", keys) is None
 
 
-def test_help_shows_every_setting_with_its_meaning_and_the_preset_s_value(run: Callable[..., Run]) -> None:
-    shown = run(generate.main, "--help", "--config", "configs/wan2.1-t2v-1.3b.yaml")
+def options_shown(text: str) -> list[str]:
+    """The options that a help text has an entry for."""
+    return re.findall(r"^  (?:-h, )?--([\w.]+)", text, re.MULTILINE)
+
+
+def test_help_is_short_and_shows_nothing_that_is_refused(run: Callable[..., Run]) -> None:
+    shown = run(generate.main, "--help").out
+    assert {"prompt", "prompt_file", "config", "nproc", "help_all", "model.path", "video.num_frames"} <= {
+        *options_shown(shown)
+    }
+    assert {"sampler.seed", "method.name", "output.path", "output.overwrite"} <= {*options_shown(shown)}
+    assert len(options_shown(shown)) <= 26
+    assert "attention.kernel" not in shown
+    for word in ("CONFIG", "default config file"):  # `--model CONFIG` is what a parser of groups offers
+        assert word not in shown.replace("--config CONFIG", "")
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_only_what_the_command_takes(run: Callable[..., Run], name: str) -> None:
+    """Each option that is shown is given alone: it is never unknown or unread."""
+    command = importlib.import_module(f"launch.commands.{name}")
+    shown = options_shown(run(command.main, "--help").out)
+    every = options_shown(run(command.main, "--help_all").out)
+    assert {*shown} <= {*every}
+    for option in {*shown, *(each for each in every if each.startswith("output."))} - {
+        "help",
+        "help_all",
+        "print_config",
+    }:
+        said = run(command.main, f"--{option}=?", *(["--config=/nowhere"] if "config" in every else [])).err
+        for word in ("unknown setting", "group of settings", "refused", "is not read", "leave --method.name out"):
+            assert word not in said
+
+
+def test_help_all_shows_every_setting_with_its_meaning_and_the_preset_s_value(run: Callable[..., Run]) -> None:
+    shown = run(generate.main, "--help_all", "--config", "wan2.1-t2v-1.3b")
     assert (shown.code, shown.err) == (0, "")
     for key in [*dotted(dataclasses.asdict(parse())), "prompt", "prompt_file", "config"]:
         assert f"--{key} " in shown.out
     words = " ".join(shown.out.split())
-    assert "frames of the video, 4k + 1 for Wan and 8k + 1 for LTX-Video. (required, type: int, default: 321)" in words
-    assert "pixels, a multiple of 16 for Wan, of 32 for LTX-Video. (required, type: int, default: 480)" in words
+    assert "frames of the video, 4k + 1 for Wan and 8k + 1 for LTX-Video. (type: int, default: 321)" in words
+    assert "pixels, a multiple of 16 for Wan, of 32 for LTX-Video. (type: int, default: 480)" in words
     assert "frames per second of the file. (type: int, default: 16)" in words
 
 

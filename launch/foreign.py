@@ -1,0 +1,205 @@
+"""Options of other programs and what they are here: Wan's generate.py, LTX-Video's inference.py, diffusers, xDiT, FastVideo, SGLang.
+
+Names are written with underscores; those that differ from ours in nothing but a group (`--seed`, `--height`) are not listed.
+"""
+
+import re
+from collections.abc import Callable
+
+_FILE = ("out", "folder", "page", "output.path", "output")
+_RANKS = ("gpus_per_replica", "nproc", "gpus")
+_MODEL = ("model.path",)
+
+# The settings that mean the same, of which a command has one or none; the value stays as it is.
+RENAMED: dict[str, tuple[str, ...]] = {
+    name: targets
+    for names, targets in {
+        "frame_num frames n_frames num_frame nframes video_length length infer_frames num_video_frames": (
+            "video.num_frames",
+        ),
+        "frame_rate framerate save_fps output_fps": ("video.fps",),
+        "sample_steps num_inference_steps infer_steps inference_steps denoising_steps num_sampling_steps steps": (
+            "sampler.num_steps",
+        ),
+        "sample_guide_scale guide_scale cfg_scale guidance text_guidance_scale": ("sampler.guidance_scale",),
+        "sample_shift shift time_shift timestep_shift": ("sampler.flow_shift",),
+        "base_seed random_seed manual_seed generator_seed": ("sampler.seed",),
+        "neg_prompt n_prompt uncond_prompt sample_neg_prompt": ("sampler.negative_prompt",),
+        "max_sequence_length text_len max_length": ("sampler.max_text_tokens",),
+        "ckpt_dir model_path pretrained_model_name_or_path pretrained_model model_id model_dir model_name checkpoint_dir "
+        "checkpoint ckpt model_base repo_id": _MODEL,
+        "text text_prompt caption": ("prompt",),
+        "prompts prompt_path prompt_list prompts_file prompt_txt txt_file input_file prompt_file suite": (
+            "prompt_file",
+            "suite",
+        ),
+        "save_file save_path save_result_path output_path output_file output_file_name output_dir outfile out_file out_dir "
+        "out o save_dir result_path video_path": _FILE,
+        "gpus num_gpus n_gpus ngpus num_gpu gpu_num nproc nproc_per_node num_processes world_size gpu_count": _RANKS,
+        "ulysses_size ulysses_degree sp_ulysses_degree parallel.tp": ("parallel.ulysses",),
+        "ring_size ring_degree sp_ring_degree": ("parallel.ring",),
+        "sp_size sp_degree sequence_parallel_degree sequence_parallel_size context_parallel_size cp_size": (
+            "parallel.ulysses",
+        ),
+        "cfg_degree cfg_size cfg_parallel_size": ("parallel.cfg",),
+        "decode_timestep": ("decode.timestep",),
+        "decode_noise_scale": ("decode.noise_scale",),
+        "attention_backend attn_backend attention_type attn_mode": ("attention.kernel",),
+        "window_size window context_length context_frames native_length": ("method.window_frames",),
+        "ray_address cluster": ("ray",),
+        "model.offload model.cpu_offload": ("model.weights",),
+        "parallel.degrees degrees": ("parallel.plan",),
+        "methods": ("methods", "method.name"),
+        "model_dtype weight_dtype": ("model.dtype",),
+        "safetensors checkpoint_file": ("model.single_file",),
+    }.items()
+    for name in names.split()
+}
+
+# Switches, and what is set here instead.
+FLAGS: dict[str, dict[str, str]] = {
+    name: settings
+    for names, settings in {
+        "offload_model offload_to_cpu cpu_offload enable_model_cpu_offload enable_sequential_cpu_offload low_vram use_cpu_offload "
+        "dit_cpu_offload offload": {"model.weights": "cpu_offload"},
+        "dit_fsdp t5_fsdp use_fsdp_inference use_fsdp fsdp zero3": {"model.weights": "zero3"},
+        "t5_cpu text_encoder_cpu_offload text_encoder_cpu": {"parallel.text_device": "cpu"},
+        "use_torch_compile enable_torch_compile torch_compile use_compile compile_model": {"model.compile": "true"},
+        "use_parallel_vae enable_vae_tiling enable_tiling vae_tiling vae_tiled": {"decode.mode": "tiled"},
+        "use_cfg_parallel enable_cfg_parallel cfg_parallel": {"parallel.cfg": "2"},
+        "cpu no_cuda force_cpu": {"model.device": "cpu"},
+        "cuda gpu": {"model.device": "cuda"},
+        "bfloat16 bf16 use_bf16": {"model.dtype": "bfloat16"},
+        "fp16 half float16": {"model.dtype": "float16"},
+        "fp32 float32": {"model.dtype": "float32"},
+        "force yes y overwrite_output": {"output.overwrite": "true"},
+        "quiet q silent disable_progress_bar no_progress": {"output.progress": "off"},
+        "local_files_only offline_mode": {"model.offline": "true"},
+    }.items()
+    for name in names.split()
+}
+
+_TEXT_ONLY = "videos are made from text alone here"
+_OWN_PIPELINE = "load it into a diffusers pipeline of your own, and add the method with apply_method (README.md)"
+_RANKS_SHARE = "ranks share a video by Ulysses and ring attention, see docs/parallel.md"
+
+# What cannot be asked for here, or in another way than by an option.
+ANSWERS: dict[str, str] = {
+    name: reason
+    for names, reason in {
+        "lora loras lora_path lora_paths lora_dir lora_weights lora_scale lora_alpha lora_nickname use_relighting_lora": (
+            f"not supported: no LoRA is loaded here; {_OWN_PIPELINE}"
+        ),
+        "image images image_path img first_frame last_frame input_image input_image_path init_image start_image end_image "
+        "image_or_video_path i2v conditioning_media_paths conditioning_strengths conditioning_start_frames input_media_path "
+        "image_cond_noise_scale src_ref_images ref_image reference_image": f"not supported: {_TEXT_ONLY}, not from images",
+        "video_input input_video input_video_path src_video src_mask src_root_path video2video v2v strength denoise_strength "
+        "pose_video control_video refert_num replace_flag": f"not supported: {_TEXT_ONLY}, not from videos",
+        "audio audio_path enable_tts tts_prompt_audio tts_prompt_text tts_text num_clip start_from_ref": (
+            f"not supported: {_TEXT_ONLY}, without audio"
+        ),
+        "use_prompt_extend prompt_extend_method prompt_extend_model prompt_extend_target_lang prompt_enhancer rewrite_prompt "
+        "enhance_prompt use_prompt_enhancer": "not supported: prompts are taken as they are; write the longer prompt into --prompt",
+        "use_teacache enable_teacache teacache teacache_thresh use_fbcache fbcache use_cache cache_dit first_block_cache": (
+            f"not supported: no cache of steps is built in; {_OWN_PIPELINE}"
+        ),
+        "fp8 int8 nf4 gguf quantization quantize quant use_fp8 use_fp8_t5_encoder load_in_8bit load_in_4bit": (
+            f"not supported: no quantised model is loaded here; {_OWN_PIPELINE}"
+        ),
+        "sample_solver scheduler scheduler_type solver sampler_name sample_method": (
+            "not supported: a video is sampled with the checkpoint's own scheduler"
+        ),
+        "stg_scale stg_rescale stg_mode stg_skip_layers guidance_rescale embedded_cfg_scale embedded_guidance_scale cfg_trunc": (
+            "not supported: guidance is classifier-free, with sampler.guidance_scale"
+        ),
+        "pipefusion_parallel_degree num_pipeline_patch attn_layer_num_for_pp pp_size": f"not supported: {_RANKS_SHARE}",
+        "tensor_parallel_degree tp_size tp_degree tp tensor_parallel_size": (
+            "not supported: ranks share a video; model.weights zero3 shares out the weights (docs/parallel.md)"
+        ),
+        "data_parallel_degree dp_size dp_degree data_parallel_size dp": "batch.py --replicas makes several videos at once",
+        "nnodes node_rank master_addr master_port rdzv_backend rdzv_endpoint rdzv_id rank local_rank standalone": (
+            "it is an option of torchrun, and stands before the script (README.md)"
+        ),
+        "num_videos num_videos_per_prompt num_samples n_samples num_images_per_prompt batch_size": (
+            "a prompt makes one video; batch.py --seeds 0,1 makes one for each seed"
+        ),
+        "enable_slicing enable_vae_slicing vae_slicing enable_xformers pin_cpu_memory trust_remote_code warmup_steps": (
+            "nothing here needs it, leave it out"
+        ),
+        "resume resume_from resume_from_checkpoint continue": "the same command continues by itself, leave it out",
+        "task": "not supported: of Wan's tasks text-to-video is, with --config wan2.1-t2v-1.3b or wan2.1-t2v-14b",
+        "token hf_token use_auth_token": "set HF_TOKEN in the environment",
+        "cache_dir hf_home hf_cache": "set HF_HOME in the environment",
+        "output_type save_type format": "the end of output.path says the kind of file",
+        "cfg": "give sampler.guidance_scale for classifier-free guidance, or parallel.cfg for its two passes on two groups of ranks",
+        "model_cls pipeline_config config_json model_type": (
+            "give a preset of the model instead, such as --config wan2.1-t2v-1.3b"
+        ),
+    }.items()
+    for name in names.split()
+}
+
+_SIZES = {"480p": ("832", "480"), "720p": ("1280", "720")}
+_DTYPES = {
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "float16": "float16",
+    "fp32": "float32",
+    "float": "float32",
+    "float32": "float32",
+}
+_TASKS = {"t2v-1.3b": "wan2.1-t2v-1.3b", "t2v-14b": "wan2.1-t2v-14b"}
+
+
+def converted(name: str, value: str | None) -> dict[str, str] | None:
+    """Settings by name for an option whose value is written otherwise here; a value is "" where it is not known. None for others."""
+    convert = _CONVERTED.get(name)
+    return None if convert is None else convert(value or "")
+
+
+def as_video(name: str, value: str) -> str:
+    """The file of a video for what another program calls the file, or the folder, of its output."""
+    if name.endswith("_dir"):
+        return f"{value.rstrip('/')}/video.mp4"
+    return value if "." in value.rpartition("/")[2] else f"{value}.mp4"
+
+
+def _size(value: str) -> dict[str, str]:
+    found = re.fullmatch(r"(\d+)\s*[*xX×]\s*(\d+)", value)
+    width, height = found.groups() if found else _SIZES.get(value.lower(), ("", ""))
+    return {"video.width": width, "video.height": height}
+
+
+def _dtype(value: str) -> dict[str, str]:
+    return {"model.dtype": _DTYPES.get(value.lower().removeprefix("torch."), "")}
+
+
+def _task(value: str) -> dict[str, str] | None:
+    preset = _TASKS.get(value.lower())
+    return None if preset is None else {"config": preset}
+
+
+def _checkpoint_file(value: str) -> dict[str, str]:
+    return {"model.single_file" if value.endswith(".safetensors") else "model.path": value}
+
+
+def _duration(value: str) -> dict[str, str]:
+    return {"video.num_frames": ""}
+
+
+_CONVERTED: dict[str, Callable[[str], dict[str, str] | None]] = {
+    "size": _size,
+    "resolution": _size,
+    "image_size": _size,
+    "video_size": _size,
+    "torch_dtype": _dtype,
+    "precision": _dtype,
+    "dit_precision": _dtype,
+    "task": _task,
+    "ckpt_path": _checkpoint_file,
+    "checkpoint_path": _checkpoint_file,
+    "duration": _duration,
+    "seconds": _duration,
+}
