@@ -38,7 +38,7 @@ def test_every_kernel_has_a_name() -> None:
 # What is wrong, and how it is said. Each is one line, and no torch was imported to say it.
 MISTAKES = {
     "generate --nonsense": "unknown setting nonsense",
-    "generate": "give one of --prompt TEXT and --prompt_file FILE",
+    "generate --config tiny-ltx": "give one of --prompt TEXT and --prompt_file FILE",
     "generate --prompt x --video.num_frames many": "video.num_frames must be a whole number, got 'many'",
     "generate --prompt x --method.name magic": "unknown method 'magic'",
     "generate --prompt x --method.freespec.alpha -1": "alpha must be a finite number, 0 or more, got -1",

@@ -16,6 +16,7 @@ import torch
 from engine.checkpoint import load_latents
 from engine.read_video import count_frames
 from launch import launcher, stopping
+from launch.arguments.prompts import EXAMPLE
 from launch.commands import generate
 from launch.launcher import asked_ranks
 from tests.launch.conftest import SMALL, Run
@@ -118,6 +119,32 @@ def test_the_preset_of_the_embedded_ltx_video_on_one_rank_and_four(tmp_path: Pat
         assert [rank.code for rank in ended] == [0] * ranks, ended
         assert count_frames(target) == 129
     assert_same(targets[4], latents_of(targets[1]))
+
+
+def test_without_a_prompt_or_a_preset_the_embedded_model_makes_its_example(tmp_path: Path) -> None:
+    """As `torchrun launch/generate.py --nproc 8` does, which is tried with one frame more than native and one step."""
+    small = ["--video.num_frames=37", "--sampler.num_steps=1", "--model.device=cpu"]
+    ended = subprocess.run(
+        [sys.executable, str(SCRIPT), "--nproc=2", *small],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert (ended.returncode, ended.stderr) == (0, ""), ended
+    said, summary = ended.stdout.splitlines()
+    assert said == f"no --prompt and no --config: the embedded model makes its example, {EXAMPLE!r}"
+    assert summary.startswith("runs/video.mp4: 37 frames")
+    record = json.loads((tmp_path / "runs/video.json").read_text())
+    assert (record["prompt"], record["parallel"]["ranks"]) == (EXAMPLE, 2)
+    assert record["config"]["model"]["path"] == "tiny/wan"
+
+
+@pytest.mark.parametrize("chosen", [["--config", "tiny-ltx"], ["--model.path", "tiny/ltx"], ["--model", "tiny/ltx"]])
+def test_another_model_has_no_example(run: Callable[..., Run], chosen: list[str]) -> None:
+    assert run(generate.main, *chosen).error == "give one of --prompt TEXT and --prompt_file FILE"
 
 
 def started_by_torchrun_of_two_machines(command: list[str]) -> list[list[str]]:
