@@ -4,7 +4,8 @@ python -m benchmarks.gpu --out benchmarks/results/gpu
 python -m benchmarks.gpu --small --out /tmp/small    # the same code in tiny sizes, on a CPU
 
 Each section is a process of its own with a time of its own, and writes OUT/SECTION.json after every figure: what fails, or
-takes too long, costs what was still to come of that section. Weights are random, of the published configurations.
+takes too long, costs what was still to come of that section. Within a section what compiles for the device or needs another
+package (Triton, FlexAttention, xfuser) comes last. Weights are random, of the published configurations.
 """
 
 import argparse

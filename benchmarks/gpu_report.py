@@ -171,7 +171,7 @@ def _layer(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
         rows = [
             [
                 variant,
-                f"{row['wall_s']['median'] * 1e3:.3g}",
+                f"{row['wall_s']['median'] * 1e3:.3g}" if "wall_s" in row else "",
                 f"{row['tflops']:.0f}" if row.get("tflops") else "",
                 f"{row['peak_extra_mib']:.0f}" if "peak_extra_mib" in row else "",
                 ", ".join(f"{branch} {error:.1e}" for branch, error in row.get("error", {}).items()),
@@ -234,7 +234,7 @@ def _ranks(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
                     f"{row['wall_s']['median'] * 1e3:.3g}",
                     f"{row['tflops']:.0f}" if "tflops" in row else "",
                     f"{row['peak_extra_mib']:.0f}",
-                    f"{row['efficiency']:.2f}",
+                    f"{row['efficiency']:.2f}" if "efficiency" in row else "",
                 ]
                 for key, row in found["rows"].items()
             ]

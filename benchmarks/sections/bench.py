@@ -6,14 +6,16 @@ import json
 import subprocess
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from benchmarks.measure import SHAPES, Shape, environment, rounded
+from benchmarks.measure import SHAPES, Shape, environment, in_turn, rounded
+from engine.group_of_one import GROUP_OF_ONE
+from engine.kernel_choice import choose_solver
 from freespec.kernels import NAMES, Kernel, select_kernel
 
 # Sizes of --small: the same code on a CPU, in seconds.
@@ -146,6 +148,19 @@ class Bench:
         found = {name: variants.get(f"global {name}", {}).get("wall_s", {}).get("median") for name in NAMES}
         measured = {name: seconds for name, seconds in found.items() if seconds is not None}
         return min(measured, key=lambda name: measured[name]) if measured else "auto"
+
+    def rounds(self, calls: Mapping[str, Callable[[], Any]], heard: Callable[[str, float], None]) -> None:
+        """Time every call once a round, in rounds A B C C B A; `heard(name, seconds)` is told of each at once."""
+        for round_ in range(self.repeats):
+            for name, call in in_turn(calls.items(), round_):
+                heard(name, self.seconds_and_peak(call)["seconds"])
+
+    def choose_solver(self, shape: Shape) -> None:
+        """Take the eigensolver that an engine would take for this layer; on a CPU there is one."""
+        mesh = GROUP_OF_ONE.acquire()
+        sizes = {"num_matrices": 2 * shape.heads, "rows": shape.head_dim}
+        self.about["eigensolver"] = choose_solver(mesh, **sizes, device=self.device).solver
+        GROUP_OF_ONE.release()
 
     def synchronize(self) -> None:
         """Wait for the device."""

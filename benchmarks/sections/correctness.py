@@ -1,4 +1,4 @@
-"""Every kernel path at full size against fp64: overlapping views, log-sum-exp, merge, Grams, eigh, fusion."""
+"""Every kernel path at full size against fp64: overlapping views, log-sum-exp, merge, Grams, eigh, fusion; Triton last."""
 
 from typing import Any
 
@@ -24,11 +24,13 @@ SUMS, VECTORS = 1e-5, 1e-10
 
 
 def run(bench: Bench) -> None:
-    """Both models' layers with every kernel, then the parts of the fusion; ValueError, at the end, if any of it is wrong."""
+    """Both models' layers with every kernel, the parts of the fusion, Triton; ValueError, at the end, if any of it is wrong."""
     for name, shape in bench.shapes.items():
-        bench.record(f"attention, {name}", attention(bench, shape, inputs(bench, shape, HEADS)))
+        attention(bench, f"attention, {name}", shape)
     for name, shape in bench.shapes.items():
         bench.record(f"fusion, {name}", fusion(bench, shape))
+    for name, shape in bench.shapes.items():
+        triton(bench, f"attention, {name}", shape)
     refuse_wrong(bench.results)
 
 
@@ -42,22 +44,31 @@ def refuse_wrong(results: dict[str, Any]) -> None:
         raise ValueError(f"not within rounding of fp64: {'; '.join(wrong)}")
 
 
-def attention(bench: Bench, shape: Shape, qkv: QKV) -> dict[str, Any]:
+def attention(bench: Bench, name: str, shape: Shape) -> None:
     """Errors of each kernel's branches, their log-sum-exps and a merge, and whether they are within rounding."""
-    queries = torch.linspace(0, shape.num_tokens - 1, min(QUERIES, shape.num_tokens), device=bench.device).long()
-    exact = exact_parts(shape, qkv, queries)
     kernels, refused = bench.kernels()
-    layers = {name: windowed(shape, kernel) for name, kernel in kernels.items()}
+    bench.record(name, {"left_out": refused})
+    compare(bench, name, shape, {each: windowed(shape, kernel) for each, kernel in kernels.items()})
+
+
+def triton(bench: Bench, name: str, shape: Shape) -> None:
+    """The same of the Triton kernel."""
     dual, why = bench.attempt(lambda: select_dual("triton", bench.device, bench.dtype))
     if dual is None:
-        refused["triton"] = why
+        bench.results[name]["left_out"]["triton"] = why
+        bench.record(name, bench.results[name])
     else:
-        layers["triton"] = windowed(shape, dual, dual)
-    result: dict[str, Any] = {}
-    for name, layer in layers.items():
+        compare(bench, name, shape, {"triton": windowed(shape, dual, dual)})
+
+
+def compare(bench: Bench, name: str, shape: Shape, layers: dict[str, WindowedAttention]) -> None:
+    """Add the errors of each layer to the figures called `name`, as soon as they are known."""
+    qkv = inputs(bench, shape, HEADS)
+    queries = torch.linspace(0, shape.num_tokens - 1, min(QUERIES, shape.num_tokens), device=bench.device).long()
+    exact = exact_parts(shape, qkv, queries)
+    for each, layer in layers.items():
         found, why = bench.attempt(lambda layer=layer: errors(layer, qkv, queries, exact))
-        result[name] = found if found is not None else {"does not run": why}
-    return result | {"left_out": refused}
+        bench.record(name, bench.results[name] | {each: found if found is not None else {"does not run": why}})
 
 
 def exact_parts(shape: Shape, qkv: QKV, queries: Tensor) -> dict[str, Tensor]:

@@ -1,12 +1,14 @@
-"""One self-attention layer at full size: each kernel's global, local and dual call, Triton, FlexAttention, and the fusion.
+"""One self-attention layer at full size: each kernel's global, local and dual call, the fusion, Triton and FlexAttention.
 
-Every variant runs once per round, so that each ratio compares calls of the same minute. The dense rate is set beside the
-rate of a large matrix product of the same rounds.
+Every variant runs once per round, so that each ratio compares calls of the same minute, and is written down as soon as it is
+measured. The dense rate is set beside the rate of a large matrix product of the same rounds. What compiles for this device first,
+Triton and FlexAttention, comes last, in rounds of its own with the strided call that it is compared with.
 """
 
 import importlib
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -27,21 +29,150 @@ MATRIX = 8192  # rows and columns of the product that gives the device's rate
 SVD_SECONDS = 20.0  # that the SVDs of one model may take
 SVD_HEADS = 2  # the SVD of all heads takes seconds: it and ours are compared on this many
 PROGRESS = 0.2
+FLEX = "local FlexAttention, masked"
 QKV = tuple[Tensor, Tensor, Tensor]
 Calls = dict[str, Callable[[], Any]]
 
 
 def run(bench: Bench) -> None:
-    """Both models' layers, the one of the goals first; then, of both, the SVDs, the slowest and the least like the rest."""
-    for name, shape in bench.shapes.items():
-        bench.record(name, measure(bench, shape))
-        bench.empty_cache()
-    for name, shape in bench.shapes.items():
-        svd, why = {}, f"less than {SVD_SECONDS:.0f} s are left"
-        if bench.has_time(SVD_SECONDS):
-            svd, why = bench.attempt(lambda shape=shape: svd_against_grams(bench, shape))
-        found = bench.results[name]
-        bench.record(name, found | ({"svd": svd} if svd else {"left_out": found["left_out"] | {"literal SVD": why}}))
+    """Both models' layers, the one of the goals first; of both the SVDs, the slowest; of both Triton and FlexAttention."""
+    layers = [LayerRun(bench=bench, name=name, shape=shape) for name, shape in bench.shapes.items()]
+    for measure in (dense_and_fusion, long_svd, triton_and_flex):
+        for layer in layers:
+            measure(layer)
+            bench.empty_cache()
+
+
+@dataclass(kw_only=True)
+class LayerRun:
+    """What is known of one model's layer so far.
+
+    Attributes:
+        bench: the section.
+        name: the model.
+        shape: its layer.
+        times: seconds of each round, by variant.
+        beside: seconds of the strided call in the rounds of a variant that has rounds of its own.
+        checked: peak memory, and errors against fp64, by variant.
+        left_out: what does not run here, or was not begun, and why.
+        svd: the long SVDs against ours.
+    """
+
+    bench: Bench
+    name: str
+    shape: Shape
+    times: dict[str, list[float]] = field(default_factory=dict)
+    beside: dict[str, list[float]] = field(default_factory=dict)
+    checked: dict[str, dict[str, Any]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+    svd: dict[str, Any] = field(default_factory=dict)
+
+    def write(self) -> None:
+        """All of it, to the section's file."""
+        names = dict.fromkeys((*self.checked, *self.times))
+        work = operations(self.bench, self.shape)
+        variants = {}
+        for name in names:
+            seconds = self.times.get(name, [])
+            timed = {"wall_s": spread(seconds), "tflops": rate(work, name, seconds)} if seconds else {}
+            variants[name] = timed | self.checked.get(name, {})
+        strided = {branch: quickest(self.times, f"{branch} ") for branch in ("global", "local", "dual")}
+        found = {
+            "sizes": str(self.shape),
+            "heads": self.shape.heads,
+            "head_dim": self.shape.head_dim,
+            "fastest": {branch: name.removeprefix(f"{branch} ") for branch, name in strided.items() if name},
+            "variants": variants,
+            "ratios": ratios(self, {branch: name for branch, name in strided.items() if name}, work),
+            "left_out": self.left_out,
+        }
+        self.bench.record(self.name, found | ({"svd": self.svd} if self.svd else {}))
+
+    def heard(self, name: str, seconds: float) -> None:
+        """A call was timed."""
+        self.times.setdefault(name, []).append(seconds)
+        self.write()
+
+    def check(self, name: str, call: Callable[[], Any], exact: tuple[Any, Any], queries: Tensor) -> bool:
+        """Note peak memory and errors against fp64 of a variant, or why it does not run; True if it does."""
+        first, why = self.bench.attempt(call)  # compiles, and picks algorithms
+        if first is None:
+            self.left_out[name] = why
+            self.write()
+            return False
+        del first
+        peak, out = peak_memory(call, self.bench.device)
+        pairs = [(branch, *x) for branch, *x in zip(("local", "global"), out, exact, strict=True) if x[0] is not None]
+        error = {branch: relative_error(actual[:, queries], right) for branch, actual, right in pairs}
+        self.checked[name] = {"peak_extra_mib": peak, "error": error}
+        self.write()
+        return True
+
+
+def dense_and_fusion(layer: LayerRun) -> None:
+    """Each dense kernel's calls and the parts of the fusion, in the same rounds."""
+    bench, shape = layer.bench, layer.shape
+    qkv = inputs(bench, shape, shape.heads)
+    kernels, refused = bench.kernels()
+    layer.left_out |= refused
+    kernels = {name: kernel for name, kernel in kernels.items() if name != "cuda_efficient" or len(kernels) == 1}
+    calls = dense_calls(shape, qkv, kernels)
+    queries, exact = exact_at(bench, shape, qkv)
+    calls = {name: call for name, call in calls.items() if layer.check(name, call, exact, queries)}
+    bench.choose_solver(shape)
+    parts, why = bench.attempt(lambda: fusion_calls(bench, shape, calls))
+    if parts is None:
+        layer.left_out["fusion"], parts = why, {}
+    for name, call in (parts | {"matrix product": matrix_product(bench)}).items():
+        peak, why = bench.attempt(lambda call=call: (call(), peak_memory(call, bench.device)[0])[1])
+        if peak is None:
+            layer.left_out[name] = why
+        else:
+            calls[name], layer.checked[name] = call, {"peak_extra_mib": peak}
+        layer.write()
+    bench.rounds(calls, layer.heard)
+
+
+def long_svd(layer: LayerRun) -> None:
+    """The paper's fusion as it is written, if there is time for it."""
+    svd, why = None, f"less than {SVD_SECONDS:.0f} s are left"
+    if layer.bench.has_time(SVD_SECONDS):
+        svd, why = layer.bench.attempt(lambda: svd_against_grams(layer.bench, layer.shape))
+    if svd is None:
+        layer.left_out["literal SVD"] = why
+    else:
+        layer.svd = svd
+    layer.write()
+
+
+def triton_and_flex(layer: LayerRun) -> None:
+    """What compiles first, one after the other, each beside the strided call that it stands against."""
+    bench, shape = layer.bench, layer.shape
+    qkv = inputs(bench, shape, shape.heads)
+    queries, exact = exact_at(bench, shape, qkv)
+    kernels, _ = bench.kernels()
+    strided = dense_calls(shape, qkv, kernels)
+    for name, make in (triton_calls(bench, shape, qkv, layer.left_out) | {FLEX: flex_call(bench, shape, qkv)}).items():
+        other = quickest(layer.times, f"{name.split()[0]} ")
+        if other is None or not layer.check(name, make, exact, queries):
+            continue
+
+        def heard(which: str, seconds: float, name: str = name) -> None:
+            if which == name:
+                layer.heard(name, seconds)
+            else:
+                layer.beside.setdefault(name, []).append(seconds)
+
+        bench.rounds({other: strided[other], name: make}, heard)
+    layer.write()
+
+
+def exact_at(bench: Bench, shape: Shape, qkv: QKV) -> tuple[Tensor, tuple[Any, Any]]:
+    """Some queries, and both branches of them in fp64."""
+    queries = torch.linspace(
+        0, shape.num_tokens - 1, min(CHECKED_QUERIES, shape.num_tokens), device=bench.device
+    ).long()
+    return queries, exact_branches(shape, qkv, queries)
 
 
 def inputs(bench: Bench, shape: Shape, heads: int) -> QKV:
@@ -64,37 +195,6 @@ def windowed(
         dual_kernel=dual_kernel,
         rest_kernel=rest_kernel,
     )
-
-
-def measure(bench: Bench, shape: Shape) -> dict[str, Any]:
-    """All variants that this device can do: time, rate, peak memory, error, and the ratios of the goals."""
-    qkv = inputs(bench, shape, shape.heads)
-    kernels, refused = bench.kernels()
-    kernels = {name: kernel for name, kernel in kernels.items() if name != "cuda_efficient" or len(kernels) == 1}
-    calls = dense_calls(shape, qkv, kernels) | triton_calls(bench, shape, qkv, refused)
-    calls |= other_calls(bench, shape, qkv, refused)
-    checked = check(bench, shape, qkv, calls, refused)
-    calls = {name: call for name, call in calls.items() if name in checked}
-    fusion = fusion_calls(bench, shape, calls)
-    fusion["matrix product"] = matrix_product(bench)
-    for name, call in fusion.items():
-        call()
-        checked[name] = {"peak_extra_mib": peak_memory(call, bench.device)[0]}
-    times = {name: row["wall_s"] for name, row in round_robin(calls | fusion, bench.device, bench.repeats).items()}
-    fastest = {branch: quickest(times, f"{branch} ") for branch in ("global", "local", "dual")}
-    work = operations(bench, shape)
-    return {
-        "sizes": str(shape),
-        "heads": shape.heads,
-        "head_dim": shape.head_dim,
-        "fastest": {branch: name.removeprefix(f"{branch} ") for branch, name in fastest.items()},
-        "variants": {
-            name: {"wall_s": spread(seconds), "tflops": rate(work, name, seconds)} | checked.get(name, {})
-            for name, seconds in times.items()
-        },
-        "ratios": ratios(times, fastest, work),
-        "left_out": refused,
-    }
 
 
 def dense_calls(shape: Shape, qkv: QKV, kernels: dict[str, Kernel]) -> Calls:
@@ -132,52 +232,28 @@ def triton_calls(bench: Bench, shape: Shape, qkv: QKV, refused: dict[str, str]) 
     return calls
 
 
-def other_calls(bench: Bench, shape: Shape, qkv: QKV, refused: dict[str, str]) -> Calls:
+def flex_call(bench: Bench, shape: Shape, qkv: QKV) -> Callable[[], tuple[Tensor, None]]:
     """FlexAttention with the window as a block mask: what the local branch would be without strided views."""
     q, k, v = (x.transpose(1, 2) for x in qkv)
     frame, window, last = shape.frame_tokens, shape.window_frames, shape.num_frames - shape.window_frames
+    attend = flex_attention if bench.small else torch.compile(flex_attention, dynamic=False)
+    masks: list[Any] = []
 
     def in_window(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         first = (query // frame - window // 2).clamp(0, last)
         return (key // frame >= first) & (key // frame < first + window)
 
     def flex() -> tuple[Tensor, None]:
+        if not masks:  # in the first call, which is not timed; uncompiled it writes out S x S numbers
+            size = shape.num_tokens
+            masks.append(
+                create_block_mask(in_window, None, None, size, size, device=bench.device, _compile=not bench.small)
+            )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # uncompiled, on a CPU, it says that it is slow
-            return attend(q, k, v, block_mask=mask).transpose(1, 2), None
+            return attend(q, k, v, block_mask=masks[0]).transpose(1, 2), None
 
-    attend = flex_attention if bench.small else torch.compile(flex_attention, dynamic=False)
-    size = shape.num_tokens
-    # Uncompiled, making the block mask writes out S x S numbers.
-    mask, why = bench.attempt(
-        lambda: create_block_mask(in_window, None, None, size, size, device=bench.device, _compile=not bench.small)
-    )
-    calls: Calls = {}
-    if mask is None:
-        refused["local FlexAttention, masked"] = why
-    else:
-        calls["local FlexAttention, masked"] = flex
-    return calls
-
-
-def check(bench: Bench, shape: Shape, qkv: QKV, calls: Calls, refused: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Peak memory and errors against fp64 of every variant that runs; what does not run is written down and left out."""
-    queries = torch.linspace(
-        0, shape.num_tokens - 1, min(CHECKED_QUERIES, shape.num_tokens), device=bench.device
-    ).long()
-    exact = exact_branches(shape, qkv, queries)
-    checked = {}
-    for name, call in calls.items():
-        first, why = bench.attempt(call)  # compiles, and picks algorithms
-        if first is None:
-            refused[name] = why
-            continue
-        peak, out = peak_memory(call, bench.device)
-        pairs = [(branch, *x) for branch, *x in zip(("local", "global"), out, exact, strict=True) if x[0] is not None]
-        error = {branch: relative_error(actual[:, queries], right) for branch, actual, right in pairs}
-        checked[name] = {"peak_extra_mib": peak, "error": error}
-        del first, out
-    return checked
+    return flex
 
 
 def fusion_calls(bench: Bench, shape: Shape, calls: Calls) -> Calls:
@@ -226,34 +302,43 @@ def rate(work: dict[str, float], name: str, seconds: list[float]) -> float | Non
     return work[kind] / spread(seconds)["median"] if kind else None
 
 
-def quickest(times: dict[str, list[float]], prefix: str) -> str:
-    """The variant with the smallest median among those whose name starts so."""
-    found = {name: spread(seconds)["median"] for name, seconds in times.items() if name.startswith(prefix)}
-    return min(found, key=lambda name: found[name])
-
-
-def ratios(times: dict[str, list[float]], fastest: dict[str, str], work: dict[str, float]) -> dict[str, Any]:
-    """The ratios that the goals are stated in, each within the same rounds."""
-    wide, near, dual = (times[fastest[branch]] for branch in ("global", "local", "dual"))
+def quickest(times: dict[str, list[float]], prefix: str) -> str | None:
+    """The strided variant with the smallest median among those whose name starts so; None before one is timed."""
+    aside = ("triton", "FlexAttention")
     found = {
-        "dual / global": ratio(dual, wide),
-        "local / global": ratio(near, wide),
-        "fusion / dual": ratio(times["fusion"], dual),
-        "merge / dual": ratio(times["merge"], dual),
-        "dual / two calls": ratio(dual, [a + b for a, b in zip(wide, near, strict=True)]),
-        "dense rate / matrix rate": ratio(
-            [work["global"] / s for s in wide], [work["matrix product"] / s for s in times["matrix product"]]
+        name: spread(seconds)["median"]
+        for name, seconds in times.items()
+        if name.startswith(prefix) and not any(word in name for word in aside)
+    }
+    return min(found, key=lambda name: found[name]) if found else None
+
+
+def ratios(layer: LayerRun, strided: dict[str, str], work: dict[str, float]) -> dict[str, Any]:
+    """The ratios that the goals are stated in, each within the same rounds, of what is timed so far."""
+    times = layer.times
+    none: list[float] = []
+    wide, near, dual = (times.get(strided.get(branch, ""), none) for branch in ("global", "local", "dual"))
+    pairs = {
+        "dual / global": (dual, wide),
+        "local / global": (near, wide),
+        "fusion / dual": (times.get("fusion", none), dual),
+        "merge / dual": (times.get("merge", none), dual),
+        "dual / two calls": (dual, [a + b for a, b in zip(wide, near, strict=False)]),
+        "dense rate / matrix rate": (
+            [work["global"] / s for s in wide],
+            [work["matrix product"] / s for s in times.get("matrix product", none)],
         ),
     }
     for name in [name.removeprefix("dual ") for name in times if name.startswith("dual ") and "triton" not in name]:
-        found[f"dual / global, {name}"] = ratio(times[f"dual {name}"], times[f"global {name}"])
-    strided = [name for name in times if name.startswith("dual ") and "triton" not in name]
-    tritons = [name for name in times if name.startswith("dual triton")]
-    if tritons and strided:
-        best = min(strided, key=lambda name: spread(times[name])["median"])
-        quick = min(tritons, key=lambda name: spread(times[name])["median"])
-        found["dual triton / dual strided"] = ratio(times[quick], times[best])
-    return found
+        pairs[f"dual / global, {name}"] = (times[f"dual {name}"], times.get(f"global {name}", none))
+    tritons = [name for name in layer.beside if name.startswith("dual triton")]
+    if tritons:
+        quick = min(tritons, key=lambda name: spread(times.get(name) or layer.beside[name])["median"])
+        pairs["dual triton / dual strided"] = (times.get(quick, none), layer.beside[quick])
+    if FLEX in layer.beside:
+        pairs["local FlexAttention / local strided"] = (times.get(FLEX, none), layer.beside[FLEX])
+    whole = {name: [side[: min(map(len, sides))] for side in sides] for name, sides in pairs.items()}
+    return {name: ratio(*sides) for name, sides in whole.items() if sides[0]}
 
 
 def svd_against_grams(bench: Bench, shape: Shape) -> dict[str, Any]:

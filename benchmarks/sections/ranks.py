@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from benchmarks.attention import peak_memory
-from benchmarks.measure import Shape, round_robin, spread
+from benchmarks.measure import Shape, spread
 from benchmarks.sections.bench import Bench
 from benchmarks.sections.layer import PROGRESS, QKV, inputs, windowed
 from freespec.attention import WindowedAttention, merge_into
@@ -26,10 +26,10 @@ def run(bench: Bench) -> None:
         bench.record("kernel", f"auto ({name}: {why})")
         kernel = select_kernel("auto", bench.device, bench.dtype)
     for model, shape in bench.shapes.items():
-        bench.record(model, measure(bench, shape, windowed(shape, kernel)))
+        measure(bench, model, shape, windowed(shape, kernel))
 
 
-def measure(bench: Bench, shape: Shape, layer: WindowedAttention) -> dict[str, Any]:
+def measure(bench: Bench, model: str, shape: Shape, layer: WindowedAttention) -> None:
     """Each share's seconds, rate and memory, and what it is of the P-th part of the whole: 1 is perfect, before communication."""
     calls: dict[str, Callable[[], Any]] = {}
     for ranks in RANKS:
@@ -37,20 +37,41 @@ def measure(bench: Bench, shape: Shape, layer: WindowedAttention) -> dict[str, A
             calls |= ulysses_calls(layer, inputs(bench, shape, -(-shape.heads // ranks)), ranks)
         if ranks > 1:
             calls |= ring_calls(layer, inputs(bench, shape, shape.heads), shape, ranks)
+    bench.choose_solver(shape)
     calls |= {name: fusion_call(bench, shape, *share) for name, share in fusion_shares(shape).items()}
-    for call in calls.values():
+    peaks: dict[str, float] = {}
+    times: dict[str, list[float]] = {}
+
+    def heard(name: str, seconds: float) -> None:
+        times.setdefault(name, []).append(seconds)
+        bench.record(model, {"sizes": str(shape), "rows": rows(shape, times, peaks)})
+
+    for name, call in calls.items():
         call()
-    peaks = {name: peak_memory(call, bench.device)[0] for name, call in calls.items()}
-    times = {name: spread(row["wall_s"]) for name, row in round_robin(calls, bench.device, bench.repeats).items()}
-    rows = {}
+        peaks[name] = peak_memory(call, bench.device)[0]
+    bench.rounds(calls, heard)
+
+
+def rows(shape: Shape, times: dict[str, list[float]], peaks: dict[str, float]) -> dict[str, Any]:
+    """A row for each share that was timed; its part of the whole once that is."""
+    found: dict[str, Any] = {}
     for name, seconds in times.items():
         kind, ranks, mode = name.split()
-        whole = times[f"ulysses 1 {mode}"]["median"]
-        rows[name] = {"axis": kind, "ranks": int(ranks), "mode": mode, "wall_s": seconds, "peak_extra_mib": peaks[name]}
-        rows[name]["efficiency"] = whole / (int(ranks) * seconds["median"])
+        median = spread(seconds)["median"]
+        row = {
+            "axis": kind,
+            "ranks": int(ranks),
+            "mode": mode,
+            "wall_s": spread(seconds),
+            "peak_extra_mib": peaks[name],
+        }
+        whole = times.get(f"ulysses 1 {mode}")
+        if whole:
+            row["efficiency"] = spread(whole)["median"] / (int(ranks) * median)
         if mode != "fusion":  # which is bound by memory and latency
-            rows[name]["tflops"] = operations(shape, kind, int(ranks), mode) / seconds["median"]
-    return {"sizes": str(shape), "rows": rows}
+            row["tflops"] = operations(shape, kind, int(ranks), mode) / median
+        found[name] = row
+    return found
 
 
 def operations(shape: Shape, kind: str, ranks: int, mode: str) -> float:

@@ -8,7 +8,7 @@ the solver, doubled.
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -81,53 +81,87 @@ def variants() -> dict[str, Step]:
 
 
 def run(bench: Bench) -> None:
-    """A round of all variants, the literal fusion, and a second round of what there is time for, backwards."""
+    """A round of all variants, the literal fusion, a second round of what there is time for; then xfuser and Triton."""
     subject = make_subject(bench)
     mesh = GROUP_OF_ONE.acquire()
+    runs = StepRuns(bench=bench, subject=subject, short=make_subject(bench, layers=1), kernel=bench.best_kernel())
     try:
-        measure_all(bench, subject, variants() | _triton_dual(bench) | _xfuser(bench, subject, mesh))
+        in_rounds(runs, variants())
+        for find in (lambda: _xfuser(bench, subject, mesh), lambda: _triton_dual(bench)):
+            one_by_one(runs, find())
     finally:
         GROUP_OF_ONE.release()
 
 
-def measure_all(bench: Bench, subject: Subject, steps: Mapping[str, Step]) -> None:
-    """The rounds, and what is recorded after every step, so that a step that ends the process loses itself alone."""
-    kernel = bench.best_kernel()
-    layers = len(subject.pipe.transformer.blocks)
-    duals = sorted({step.dual for step in steps.values()})
-    bench.record("about", {"kernel": kernel, "duals": duals, "layers": layers})
-    short = make_subject(bench, layers=1)
-    for step in steps.values():  # loads kernels and picks algorithms without the time of a whole step
-        bench.attempt(lambda step=step: measure(bench, short, step, kernel=kernel, passes=1))
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    peaks: dict[str, float] = {}
+@dataclass(kw_only=True)
+class StepRuns:
+    """What was measured so far, recorded after every step, so that a step that ends the process loses itself alone.
+
+    Attributes:
+        bench: the section.
+        subject: the model.
+        short: the same with one layer: loads kernels and picks algorithms without the time of a whole step.
+        kernel: of the methods.
+        times: seconds of a step with both passes, by variant.
+        peaks: GiB, by variant.
+    """
+
+    bench: Bench
+    subject: Subject
+    short: Subject
+    kernel: str
+    times: dict[str, list[float]] = field(default_factory=dict)
+    peaks: dict[str, float] = field(default_factory=dict)
+
+    def warm_up(self, step: Step) -> None:
+        """One pass of one layer."""
+        self.bench.attempt(lambda: measure(self.bench, self.short, step, kernel=self.kernel, passes=1))
+
+    def take(self, name: str, step: Step, round_: int) -> None:
+        """One step, if there is time for it or a goal needs it."""
+        bench, passes, times = self.bench, 1 if name in HALF else 2, self.times.setdefault(name, [])
+        longest = max(max(seconds, default=0.0) for seconds in self.times.values())
+        expected = 1.2 * max(times or [2 * longest]) * passes / 2
+        if not bench.has_time(expected) and (name not in NEEDED or times):
+            bench.record(
+                f"{name}, round {round_ + 1}",
+                f"left out: less than the {expected:.0f} s that it may take were left",
+            )
+            return
+        bench.empty_cache()
+        measured, why = bench.attempt(lambda: measure(bench, self.subject, step, kernel=self.kernel, passes=passes))
+        if measured is None:
+            bench.record(f"{name} does not run", why)
+            return
+        times.append(measured["seconds"] * 2 / passes)
+        self.peaks[name] = measured.get("peak_gib", 0.0)
+        bench.record("steps", rows(self.times, self.peaks))
+        bench.record("ratios", ratios(self.times, self.peaks))
+        bench.record("runs", whole_runs(self.subject, self.times))
+
+
+def in_rounds(runs: StepRuns, steps: Mapping[str, Step]) -> None:
+    """Every variant once a round, backwards in every other one; the literal fusion after the first."""
+    bench, layers = runs.bench, len(runs.subject.pipe.transformer.blocks)
+    bench.record("about", {"kernel": runs.kernel, "layers": layers})
+    for step in steps.values():
+        runs.warm_up(step)
     for round_ in range(ROUNDS):
         for name, step in in_turn(steps.items(), round_):
-            passes = 1 if name in HALF else 2
-            longest = max(max(seconds, default=0.0) for seconds in times.values())
-            expected = 1.2 * max(times[name] or [2 * longest]) * passes / 2
-            if not bench.has_time(expected) and (name not in NEEDED or times[name]):
-                bench.record(
-                    f"{name}, round {round_ + 1}",
-                    f"left out: less than the {expected:.0f} s that it may take were left",
-                )
-                continue
-            bench.empty_cache()
-            measured, why = bench.attempt(
-                lambda step=step, passes=passes: measure(bench, subject, step, kernel=kernel, passes=passes)
-            )
-            if measured is None:
-                bench.record(f"{name} does not run", why)
-                continue
-            times[name].append(measured["seconds"] * 2 / passes)
-            peaks[name] = measured.get("peak_gib", 0.0)
-            bench.record("steps", rows(times, peaks))
-            bench.record("ratios", ratios(times, peaks))
-            bench.record("runs", whole_runs(subject, times))
+            runs.take(name, step, round_)
         if round_ == 0:
             bench.empty_cache()
-            found, why = bench.attempt(lambda: literal(bench, short, kernel, times["freespec dual"], layers=layers))
+            dual = runs.times.get("freespec dual", [])
+            found, why = bench.attempt(lambda dual=dual: literal(bench, runs.short, runs.kernel, dual, layers=layers))
             bench.record("literal", found or {"does not run": why})
+
+
+def one_by_one(runs: StepRuns, steps: Mapping[str, Step]) -> None:
+    """What may not run, or compiles for long: after all others, so that it costs none of them."""
+    for name, step in steps.items():
+        runs.warm_up(step)
+        for round_ in range(ROUNDS):
+            runs.take(name, step, round_)
 
 
 def measure(bench: Bench, subject: Subject, step: Step, *, kernel: str, passes: int) -> dict[str, float]:
@@ -174,7 +208,7 @@ def ratios(times: dict[str, list[float]], peaks: dict[str, float]) -> dict[str, 
     for over, under in [(name, "direct") for name in times if name not in ("direct", "stock diffusers")] + [
         ("direct", "stock diffusers")
     ]:
-        pairs = list(zip(times[over], times[under], strict=False))
+        pairs = list(zip(times.get(over, []), times.get(under, []), strict=False))
         if pairs:
             found[f"{over} / {under}"] = ratio(*zip(*pairs, strict=True))
     if peaks.get("direct") and peaks.get("freespec dual"):
