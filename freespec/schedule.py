@@ -8,24 +8,36 @@ from torch import Tensor
 
 
 def fusion_progress(
-    timesteps: Sequence[float], *, domain: str, split: float, max_timestep: float = 1000.0
+    timesteps: Sequence[float], *, domain: str, fused_share: float, max_timestep: float = 1000.0
 ) -> list[float | None]:
     """Progress p of each denoising step in the fusion stage, 0 at its start; None for a late step (local branch only).
 
-    `timestep`: with s = split * T, step t fuses if t >= s, at p = (T - t) / (T - s) (eq. 6).
-    `step`: of n steps the first n_d = ceil(split * n) fuse, step i at p = i / n_d.
+    The fusion stage is `fused_share` of the run, counted from noise.
+    `timestep`: with s = (1 - fused_share) T, step t fuses if t >= s, at p = (T - t) / (T - s) (eq. 6).
+    `step`: of n steps the first n_d = `first_steps` fuse, step i at p = i / n_d.
     """
-    if not 0.0 <= split <= 1.0:
-        raise ValueError(f"split must lie in [0, 1], got {split}")
+    if not 0.0 <= fused_share <= 1.0:
+        raise ValueError(f"fused_share must lie in [0, 1], got {fused_share}")
     if domain == "step":
-        # The product is rounded before ceil, or 0.56 * 50 = 28.000000000000004 would make a 29th fusion step.
-        num_dual = math.ceil(round(split * len(timesteps), 9))
+        num_dual = first_steps(fused_share, len(timesteps))
         return [i / num_dual if i < num_dual else None for i in range(len(timesteps))]
     if domain != "timestep":
         raise ValueError(f"unknown domain {domain!r}; choose timestep or step")
-    stop = split * max_timestep
+    if fused_share == 0.0:
+        return [None] * len(timesteps)
+    stop = last_timestep(fused_share, max_timestep)
     span = max_timestep - stop
     return [((max_timestep - t) / span if span else 0.0) if t >= stop else None for t in timesteps]
+
+
+def first_steps(share: float, num_steps: int) -> int:
+    """ceil(share n) steps; the product is rounded first, or 0.56 * 50 = 28.000000000000004 would make a 29th."""
+    return math.ceil(round(share * num_steps, 9))
+
+
+def last_timestep(share: float, max_timestep: float = 1000.0) -> float:
+    """(1 - share) T: where the noisy share of the timesteps ends; rounded, or 1 - 0.9 would let a step at 100 go."""
+    return round((1.0 - share) * max_timestep, 9)
 
 
 def time_weight(progress: float, alpha: float) -> float:

@@ -45,7 +45,7 @@ def test_the_example_runs_by_its_import_path(example: Path, tmp_path: Path) -> N
             model=ModelConfig(path=str(folder), device="cpu"),
             video=VideoConfig(num_frames=29, height=32, width=32),
             sampler=SamplerConfig(num_steps=4, guidance_scale=1.0, max_text_tokens=20),
-            method=MethodConfig(name="blend:Blend", window_frames=3, settings={"alpha": alpha, "split": 1.0}),
+            method=MethodConfig(name="blend:Blend", window_frames=3, settings={"alpha": alpha, "fused_share": 1.0}),
             output=OutputConfig(progress="off"),
         )
         made = LongVideoEngine(config)

@@ -72,10 +72,10 @@ def variants() -> dict[str, Step]:
         "direct": Direct(),
         "sliding_window": SlidingWindow(),
         "freespec dual": FreeSpec(),
-        "freespec late": FreeSpec(domain="step", split=0.0),
+        "freespec late": FreeSpec(domain="step", fused_share=0.0),
         "freelong": FreeLong(),
         "freepca": FreePCA(),
-        "freepca late": FreePCA(domain="step", split=1.0),
+        "freepca late": FreePCA(domain="step", fused_share=0),
     }
     return {name: Step(method=method) for name, method in methods.items()}
 

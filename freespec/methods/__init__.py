@@ -31,6 +31,7 @@ __all__ = [
     "Noise",
     "SlidingWindow",
     "StepPlan",
+    "describe_split",
     "find_method",
     "make_method",
 ]
@@ -49,7 +50,9 @@ def make_method(name: str, **settings: Any) -> Method:
     """The method called `name` with these settings; ValueError names the nearest valid word for an unknown one."""
     kind = find_method(name)
     known: list[str] = [field.name for field in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
-    for key in settings:
+    for key, value in settings.items():
+        if key == "split" and name in SPLIT_BEFORE:
+            raise ValueError(f"method {name!r}: {describe_split(name, value, settings.get('domain', 'timestep'))}")
         if key not in known:
             what = f"has the settings {', '.join(known)}" if known else "has no settings"
             raise ValueError(f"method {name!r} does not know {key!r}{_nearest(key, known)}; it {what}")
@@ -57,6 +60,23 @@ def make_method(name: str, **settings: Any) -> Method:
         return kind(**settings)
     except TypeError as error:  # no plan, a field without a default, or a value of another type
         raise ValueError(f"method {name!r} cannot be made: {error}") from error
+
+
+# Methods whose `split`, in older versions, counted from clean video in these domains, and from noise in others.
+SPLIT_BEFORE = {"freespec": ("timestep",), "freepca": ("timestep", "step")}
+
+
+def describe_split(name: str, split: object, domain: str | None = None) -> str:
+    """What says the same as the `split` of a method in SPLIT_BEFORE; for both domains if it is not known."""
+    text = "split is now fused_share, the share of the run that fuses, counted from noise"
+    try:
+        value = float(str(split))
+    except ValueError:
+        return text
+    shares = {key: f"{1.0 - value if key in SPLIT_BEFORE[name] else value:.9g}" for key in ("timestep", "step")}
+    if domain in shares or len(set(shares.values())) == 1:
+        return f"{text}: fused_share {shares.get(domain or 'step')}"
+    return f"{text}: fused_share {shares['timestep']} with domain timestep, {shares['step']} with domain step"
 
 
 def find_method(name: str) -> type[Method]:

@@ -36,8 +36,8 @@ class FreePCA(Method):
     is `freespec.noise.reuse_mean`, a switch of its own (`sampler.noise`).
 
     Attributes:
-        domain: whether `split` is a share of the `timestep` (1000 = pure noise), as published, or of the `step` numbers.
-        split: share of the run, at its clean end, in which nothing is fused (published: t <= 250 of 1000).
+        domain: whether `fused_share` is of the `timestep` (1000 = pure noise), as published, or of the `step` numbers.
+        fused_share: share of the run that fuses, counted from noise (published: while t > 250 of 1000).
         components: most components that a view takes.
         stride: latent frames from one view to the next; None is a quarter of the view (published: 4 for 16).
         query_scale_by: entropy factor sqrt(log keys / log native keys) of the global branch's queries, with keys counted in
@@ -49,7 +49,7 @@ class FreePCA(Method):
     noise: ClassVar[Noise] = "mean_reuse"
 
     domain: Literal["timestep", "step"] = "timestep"
-    split: float = 0.25
+    fused_share: float = 0.75
     components: int = 3
     stride: int | None = None
     query_scale_by: Literal["tokens", "frames", "none"] = "tokens"
@@ -60,8 +60,8 @@ class FreePCA(Method):
         check_stride("freepca", self.stride)
         check_choice("freepca", "domain", self.domain, ("timestep", "step"))
         check_choice("freepca", "query_scale_by", self.query_scale_by, ("tokens", "frames", "none"))
-        if not 0.0 <= self.split <= 1.0:
-            raise ValueError(f"freepca: split must lie in [0, 1], got {self.split}")
+        if not 0.0 <= self.fused_share <= 1.0:
+            raise ValueError(f"freepca: fused_share must lie in [0, 1], got {self.fused_share}")
         if self.components < 0:
             raise ValueError(f"freepca: components must be 0 or more, got {self.components}")
 
@@ -75,12 +75,13 @@ class FreePCA(Method):
         check_stride_covers("freepca", self.stride, window_frames)
 
     def plan(self, timesteps: Sequence[float]) -> list[StepPlan]:
-        """Views and the global branch while t > 1000 * split (or in all but the last `split` of the steps), then views."""
-        num_late = math.floor(round(self.split * len(timesteps), 9))
-        fused = [
-            t > 1000.0 * self.split if self.domain == "timestep" else index < len(timesteps) - num_late
-            for index, t in enumerate(timesteps)
-        ]
+        """Views and the global branch while t > 1000 (1 - fused_share), or in the first ceil(fused_share n) of n steps; then views."""
+        if self.domain == "timestep":
+            stop = freespec.schedule.last_timestep(self.fused_share)
+            fused = [t > stop for t in timesteps]
+        else:
+            num_fused = freespec.schedule.first_steps(self.fused_share, len(timesteps))
+            fused = [index < num_fused for index in range(len(timesteps))]
         return [StepPlan(mode="views_global" if each else "views") for each in fused]
 
     def view_starts(self, grid: Grid) -> tuple[int, ...]:

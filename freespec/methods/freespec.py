@@ -21,8 +21,8 @@ class FreeSpec(Method):
     """Settings of FreeSpec; the switches give every row of the paper's ablation table.
 
     Attributes:
-        domain: whether progress and split are measured in `timestep` (1000 = pure noise) or in `step` numbers.
-        split: share of the domain, counted from clean video for `timestep` and from noise for `step`, where fusion ends.
+        domain: whether progress and `fused_share` are measured in `timestep` (1000 = pure noise) or in `step` numbers.
+        fused_share: share of the run that fuses, counted from noise; the rest is the local branch alone.
         basis: singular vectors that are kept: `local` (LB) or `global` (GB).
         time: time-aware weight exp(-alpha p) (TA); off: 1.
         rank: rank-aware weight exp(-beta (r - 1) / (R - 1)) (RA); off: 1.
@@ -37,7 +37,7 @@ class FreeSpec(Method):
     """
 
     domain: Literal["timestep", "step"] = "timestep"
-    split: float = 0.5
+    fused_share: float = 0.5
     basis: Literal["local", "global"] = "local"
     time: bool = True
     rank: bool = True
@@ -52,7 +52,7 @@ class FreeSpec(Method):
 
     def __post_init__(self) -> None:
         """Check every number and word, since a wrong one would give a plausible video."""
-        for name in ("split", "fixed", "lam_start", "lam_end", "lam_fixed"):
+        for name in ("fused_share", "fixed", "lam_start", "lam_end", "lam_fixed"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"freespec: {name} must lie in [0, 1], got {getattr(self, name)}")
         for name in ("alpha", "beta"):
@@ -70,7 +70,7 @@ class FreeSpec(Method):
 
     def plan(self, timesteps: Sequence[float]) -> list[StepPlan]:
         """Dual while the fusion stage lasts, local after."""
-        progress = freespec.schedule.fusion_progress(timesteps, domain=self.domain, split=self.split)
+        progress = freespec.schedule.fusion_progress(timesteps, domain=self.domain, fused_share=self.fused_share)
         return [StepPlan(mode="local") if p is None else StepPlan(mode="dual", progress=p) for p in progress]
 
     def weights(self, step: StepPlan, grid: Grid, head_dim: int, device: Device) -> FusionWeights:

@@ -10,7 +10,7 @@ from engine.errors import UserError
 
 SPACE: dict[str, tuple[Any, ...]] = {
     "domain": ("timestep", "step"),
-    "split": (0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9),
+    "fused_share": (0.1, 0.25, 0.4, 0.5, 0.6, 0.75, 0.9),
     "alpha": (0.0, 1.0, 2.0, 3.0, 5.0, 8.0),
     "beta": (0.0, 1.0, 3.0, 5.0, 8.0),
     "residual_form": ("lerp", "add"),
@@ -39,6 +39,8 @@ def draw_trials(count: int, seed: int, start: Mapping[str, Any]) -> dict[str, di
         raise UserError(f"--num_trials {count} is more than the {most} different settings that there are to try")
     while len(trials) < count:
         drawn = {name: values[int(rng.integers(len(values)))] for name, values in SPACE.items()}
+        if drawn["domain"] == "timestep":  # the mirrored value, which is one of them too: the trials whose measures are kept
+            drawn["fused_share"] = round(1.0 - drawn["fused_share"], 9)
         drawn["lam_end"] = _lam_end(drawn["lam_start"], END_SHARES[int(rng.integers(len(END_SHARES)))])
         if tuple(drawn.values()) not in seen:
             seen.add(tuple(drawn.values()))

@@ -11,8 +11,8 @@ What is a property of the method and not of a model transfers: the equality of e
 each kind in attention calls, that all ranks make the same video, that a difference between two rows of the ablation is that of their settings
 alone. The commands transfer as they are: `--config configs/wan2.1-t2v-1.3b.yaml` makes the same tables, without the exact measures.
 
-Which settings are best does not transfer by itself. The share of fused steps that a `split` means depends on the scheduler's shift (with
-`domain: timestep`, split {split:g} fuses {fused}), and `alpha` is read along
+Which settings are best does not transfer by itself. The share of the steps that a `fused_share` means depends on the scheduler's shift (with
+`domain: timestep`, fused_share {fused_share:g} fuses {fused}), and `alpha` is read along
 that same axis. `beta` acts along a spectrum of D directions, {head_dim} of a head of Wan. How strongly the global branch over-smooths, and so how
 much of it helps, is a matter of training data and length. Unknown without Wan's weights: the level of every measure, whether the
 spectra concentrate as in the paper's Fig. 2, whether the order of the methods is that of its Table 1, and its VBench scores
@@ -35,4 +35,4 @@ def transfer_section() -> str:
 
     told = [f"{share(wan, shift)} at shift {shift:g}" for shift in _SHIFTS]
     fused = f"of {sampler.num_steps} steps {', '.join(told)}, and {share(embedded, None)} on the embedded model"
-    return _TEXT.format(split=method.split, fused=fused, head_dim=wan.head_dim)
+    return _TEXT.format(fused_share=method.fused_share, fused=fused, head_dim=wan.head_dim)

@@ -58,7 +58,7 @@ def weights_by_equations(method: FreeSpec, step: int, num_steps: int, head_dim: 
     assert (method.domain, method.basis, method.residual, method.residual_form) == ("step", "local", "time", "lerp")
     assert method.time
     assert method.rank
-    num_dual = math.ceil(method.split * num_steps)
+    num_dual = math.ceil(method.fused_share * num_steps)
     if step >= num_dual:
         return None
     decay = math.exp(-method.alpha * step / num_dual)  # p = i / n_d

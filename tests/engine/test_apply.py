@@ -81,14 +81,14 @@ def test_remove_restores_the_pipeline_bit_for_bit(method, stock):
     assert not any(module._forward_hooks for module in pipe.transformer.modules())
 
 
-@pytest.mark.parametrize(("split", "agrees"), [(0.6, True), (0.9, False)])
-def test_freespec_run_equals_a_run_with_masks_and_svd(split, agrees):
-    method = FreeSpec(domain="step", split=0.6)
+@pytest.mark.parametrize(("fused_share", "agrees"), [(0.6, True), (0.9, False)])
+def test_freespec_run_equals_a_run_with_masks_and_svd(fused_share, agrees):
+    method = FreeSpec(domain="step", fused_share=0.6)
     fast = random_wan().to(torch.float64)
     with apply_method(fast, method=method, window_frames=3):
         ours = latents_of(fast)
 
-    method = dataclasses.replace(method, split=split)  # negative control: one dual step more
+    method = dataclasses.replace(method, fused_share=fused_share)  # negative control: one dual step more
     grid = Grid(frames=8, rows=4, columns=6, window_frames=3)
     theirs = latents_by_masks(random_wan().to(torch.float64), WAN, latents_of, method, num_steps=3, grid=grid)
     assert (torch.linalg.norm(ours - theirs) < 1e-9 * torch.linalg.norm(theirs)).item() == agrees
@@ -98,11 +98,11 @@ def test_late_steps_after_dual_ones_are_sliding_window_bit_for_bit():
     """From the latents and the scheduler's state after the dual steps, the late ones are the sliding window's."""
     pipe = random_wan()
     modes: list[str] = []
-    split = {"domain": "step", "split": 0.5}
+    half = {"domain": "step", "fused_share": 0.5}
 
     def run(method: str, then: str | None = None) -> Tensor:
         """The run with `method`; after its two dual steps of three with `then`."""
-        handle = apply_method(pipe, method=method, window_frames=3, **split if method == "freespec" else {})
+        handle = apply_method(pipe, method=method, window_frames=3, **half if method == "freespec" else {})
 
         def swap(_pipe, index: int, _timestep, _kwargs) -> dict:
             nonlocal handle
@@ -150,9 +150,9 @@ def test_late_steps_are_sliding_window_bit_for_bit():
     pipe = random_wan()
     with apply_method(pipe, method="sliding_window", window_frames=3):
         expected = latents_of(pipe)
-    with apply_method(pipe, method=FreeSpec(domain="step", split=0.0), window_frames=3):
+    with apply_method(pipe, method=FreeSpec(domain="step", fused_share=0.0), window_frames=3):
         assert torch.equal(latents_of(pipe), expected)
-    with apply_method(pipe, method=FreeSpec(domain="step", split=0.5), window_frames=3):
+    with apply_method(pipe, method=FreeSpec(domain="step", fused_share=0.5), window_frames=3):
         assert not torch.equal(latents_of(pipe), expected)  # half of the steps are dual
 
 
@@ -166,7 +166,7 @@ def test_fused_projections(method):
         assert pipe.transformer.blocks[0].attn1.fused_projections
 
 
-@pytest.mark.parametrize("method", [FreeSpec(domain="step", split=0.5), FreePCA(domain="step", split=0.5)])
+@pytest.mark.parametrize("method", [FreeSpec(domain="step", fused_share=0.5), FreePCA(domain="step", fused_share=0.5)])
 def test_compiled_blocks(method):
     torch.compiler.reset()
     pipe = random_wan(layers=10)  # more layers than dynamo's recompile limit

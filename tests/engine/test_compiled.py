@@ -36,7 +36,7 @@ def config_of(folder: Path, *, compiled: bool) -> RunConfig:
         model=ModelConfig(path=str(folder), device="cpu", compile=compiled),
         video=VideoConfig(num_frames=21, height=32, width=32),
         sampler=SamplerConfig(num_steps=4, guidance_scale=4.0, max_text_tokens=20),
-        method=MethodConfig(name="freespec", window_frames=3, freespec=FreeSpec(domain="step", split=0.5)),
+        method=MethodConfig(name="freespec", window_frames=3, freespec=FreeSpec(domain="step", fused_share=0.5)),
         output=OutputConfig(progress="off"),
     )
 

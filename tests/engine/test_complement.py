@@ -63,7 +63,7 @@ def config_of(folder: Path, complement: str, method: str = "freespec") -> RunCon
         model=ModelConfig(path=str(folder), device="cpu"),
         video=VideoConfig(num_frames=29, height=48, width=32),
         sampler=SamplerConfig(num_steps=4, guidance_scale=3.0, seed=3, max_text_tokens=20),
-        method=MethodConfig(name=method, window_frames=3, freespec=FreeSpec(domain="step", split=0.5)),
+        method=MethodConfig(name=method, window_frames=3, freespec=FreeSpec(domain="step", fused_share=0.5)),
         attention=AttentionConfig(complement=complement),
         output=OutputConfig(progress="off"),
     )

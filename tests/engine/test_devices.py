@@ -63,7 +63,7 @@ def config_of(folder: Path, name: str, device: str = "cuda", **changes: Any) -> 
         model=ModelConfig(path=str(folder), device=device, dtype="float32"),
         video=SIZES[name],
         sampler=SamplerConfig(num_steps=4, guidance_scale=4.0, seed=3, negative_prompt="bad", max_text_tokens=20),
-        method=MethodConfig(name="freespec", window_frames=3, freespec=FreeSpec(domain="step", split=0.5)),
+        method=MethodConfig(name="freespec", window_frames=3, freespec=FreeSpec(domain="step", fused_share=0.5)),
         output=OutputConfig(progress="off"),
     )
     return dataclasses.replace(config, **changes)
@@ -102,7 +102,7 @@ def test_every_method_makes_the_video_of_the_cpu(folders: dict[str, Path], name:
         made = {}
         with contextlib.closing(LongVideoEngine(config_of(folders[name], name, device))) as engine:
             for method in METHODS:
-                freespec = FreeSpec(domain="step", split=0.5)
+                freespec = FreeSpec(domain="step", fused_share=0.5)
                 engine.use_method(MethodConfig(name=method, window_frames=3, freespec=freespec))
                 made[method] = engine.denoise(PROMPT).latents
             made["native"] = engine.denoise(PROMPT, num_frames=17).latents
@@ -205,7 +205,7 @@ def test_the_second_pass_is_queued_without_waiting_for_the_first(folders: dict[s
     """A number that goes from the device to the host, or back, waits for all that is queued before it."""
     crossings: list[list[str]] = []
     with pretend_cuda(), contextlib.closing(LongVideoEngine(config_of(folders["wan"], "wan"))) as engine:
-        engine.use_method(MethodConfig(name=method, window_frames=3, freespec=FreeSpec(domain="step", split=0.5)))
+        engine.use_method(MethodConfig(name=method, window_frames=3, freespec=FreeSpec(domain="step", fused_share=0.5)))
         transformer = engine.pipe.transformer
         transformer.register_forward_pre_hook(lambda *_args: PretendCuda.crossings.clear(), prepend=True)
         transformer.register_forward_hook(lambda *_args: crossings.append(list(PretendCuda.crossings)))

@@ -34,7 +34,7 @@ def config_of(folder: Path, **changes) -> RunConfig:
         model=ModelConfig(path=str(folder), device="cpu"),
         video=VideoConfig(num_frames=29, height=32, width=48),
         sampler=SamplerConfig(num_steps=4, guidance_scale=4.0, seed=3, negative_prompt="bad", max_text_tokens=20),
-        method=MethodConfig(name="freespec", window_frames=3, freespec=FreeSpec(domain="step", split=0.5)),
+        method=MethodConfig(name="freespec", window_frames=3, freespec=FreeSpec(domain="step", fused_share=0.5)),
         output=OutputConfig(progress="off"),
     )
     return dataclasses.replace(config, **changes)
@@ -117,7 +117,7 @@ def test_result_and_record(engine):
     assert [step["mode"] for step in record["steps"]] == ["dual", "dual", "local", "local"]
     assert record["seed"] == 3
     assert record["attention"] == {"kernel": "cpu_flash", "why": "the only one here", "seconds": {}, "left_out": {}}
-    assert record["config"]["method"]["freespec"]["split"] == 0.5
+    assert record["config"]["method"]["freespec"]["fused_share"] == 0.5
     assert set(record["seconds"]) == {"load", "text", "denoise", "decode"}
     assert record["parallel"] == {
         "ranks": 1,

@@ -16,8 +16,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 METHODS = {
     "direct": "direct",
     "sliding_window": "sliding_window",
-    "freespec": FreeSpec(domain="step", split=0.6),
-    "freespec, global basis": FreeSpec(domain="step", split=0.6, basis="global", time=False, rank=False),
+    "freespec": FreeSpec(domain="step", fused_share=0.6),
+    "freespec, global basis": FreeSpec(domain="step", fused_share=0.6, basis="global", time=False, rank=False),
 }
 
 

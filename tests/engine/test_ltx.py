@@ -75,7 +75,7 @@ def config_of(folder: Path, *, sampler: dict[str, Any] | None = None, **changes:
         model=ModelConfig(path=str(folder), device="cpu"),
         video=VideoConfig(num_frames=57, height=64, width=32, fps=24),
         sampler=SamplerConfig(**(settings | (sampler or {}))),
-        method=MethodConfig(name="freespec", window_frames=WINDOW, freespec=FreeSpec(domain="step", split=0.5)),
+        method=MethodConfig(name="freespec", window_frames=WINDOW, freespec=FreeSpec(domain="step", fused_share=0.5)),
         decode=DecodeConfig(mode="whole"),
         output=OutputConfig(progress="off"),
     )
@@ -115,14 +115,14 @@ def test_native_length_is_the_stock_pipeline_and_remove_restores_it(method, stoc
     assert not any(module._forward_hooks for module in pipe.transformer.modules())
 
 
-@pytest.mark.parametrize(("split", "agrees"), [(0.6, True), (0.9, False)])
-def test_freespec_run_equals_a_run_with_masks_and_svd(split, agrees):
-    method = FreeSpec(domain="step", split=0.6)
+@pytest.mark.parametrize(("fused_share", "agrees"), [(0.6, True), (0.9, False)])
+def test_freespec_run_equals_a_run_with_masks_and_svd(fused_share, agrees):
+    method = FreeSpec(domain="step", fused_share=0.6)
     fast = random_ltx().to(torch.float64)
     with apply_method(fast, method=method, window_frames=WINDOW):
         ours = latents_of(fast)
 
-    method = dataclasses.replace(method, split=split)  # negative control: one dual step more
+    method = dataclasses.replace(method, fused_share=fused_share)  # negative control: one dual step more
     grid = Grid(frames=8, rows=4, columns=2, window_frames=WINDOW)
     theirs = latents_by_masks(random_ltx().to(torch.float64), LTX, latents_of, method, num_steps=4, grid=grid)
     # The stock pipeline rounds the prediction to fp32, whatever the model's precision.

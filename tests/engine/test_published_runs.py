@@ -48,7 +48,7 @@ def freelong(qkv: QKV, grid: Grid, step: int, *, d_t: float = 0.25) -> Tensor:
 
 
 def freepca(qkv: QKV, grid: Grid, step: int, *, scale: float | None = None, late: int = 2) -> Tensor:
-    """With split 0.6 the last of three steps is late, and of four the last two."""
+    """With a fused share of 0.4 the last of three steps is late, and of four the last two."""
     scale = published.token_scale(grid) if scale is None else scale
     return published.freepca(qkv, grid, STRIDE, scale=scale, fused=step < late)
 
@@ -56,8 +56,8 @@ def freepca(qkv: QKV, grid: Grid, step: int, *, scale: float | None = None, late
 CASES = [
     (FreeNoise(stride=STRIDE), freenoise, {"tail": "none"}),
     (FreeLong(), freelong, {"d_t": 0.3}),
-    (FreePCA(stride=STRIDE, domain="step", split=0.6), freepca, {"scale": 1.0}),
-    (FreePCA(stride=STRIDE, domain="step", split=0.6), freepca, {"late": 1}),
+    (FreePCA(stride=STRIDE, domain="step", fused_share=0.4), freepca, {"scale": 1.0}),
+    (FreePCA(stride=STRIDE, domain="step", fused_share=0.4), freepca, {"late": 1}),
 ]
 
 

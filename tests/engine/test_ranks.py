@@ -54,8 +54,8 @@ def config_of(folder: str, method: str) -> RunConfig:
         # FreePCA's default stride of 1 gives 6 views; half of the steps fuse them.
         method=MethodConfig(
             window_frames=3,
-            freespec=FreeSpec(domain="step", split=0.5),
-            freepca=FreePCA(domain="step", split=0.5),
+            freespec=FreeSpec(domain="step", fused_share=0.5),
+            freepca=FreePCA(domain="step", fused_share=0.5),
         ),
         attention=AttentionConfig(riflex=Riflex(enabled=True, index=1) if riflex else Riflex()),
         output=OutputConfig(progress="off"),
@@ -103,9 +103,9 @@ def break_on_purpose(made: LongVideoEngine, fault: str) -> None:
         channel = torch.tensor([values.out_features - 1])
         values.register_forward_hook(lambda _module, _args, out: out.index_fill(2, channel, torch.inf))
     if fault == "unreduced Grams":
-        made.handle.state.method = UnreducedFreeSpec(domain="step", split=0.5)
+        made.handle.state.method = UnreducedFreeSpec(domain="step", fused_share=0.5)
     if fault == "heads not summed":
-        made.handle.state.method = UnsummedFreePCA(domain="step", split=0.5)
+        made.handle.state.method = UnsummedFreePCA(domain="step", fused_share=0.5)
 
 
 class UnreducedFreeSpec(FreeSpec):

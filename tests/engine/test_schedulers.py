@@ -141,7 +141,7 @@ def config_of(adapter: ModelAdapter, folder: Path, method: str = "direct") -> Ru
         sampler=SamplerConfig(
             num_steps=4, guidance_scale=4.0, seed=3, negative_prompt="bad", max_text_tokens=20, shift="native"
         ),
-        method=MethodConfig(name=method, window_frames=3, freespec=FreeSpec(domain="step", split=0.5)),
+        method=MethodConfig(name=method, window_frames=3, freespec=FreeSpec(domain="step", fused_share=0.5)),
         output=OutputConfig(progress="off"),
     )
 

@@ -117,9 +117,9 @@ def test_a_low_precision_is_as_good_as_the_published_form_in_it() -> None:
 def test_plans_scale_and_settings() -> None:
     times = [1000.0, 600.0, 251.0, 250.0, 100.0]
     assert [step.mode for step in FreePCA().plan(times)] == ["views_global"] * 3 + ["views"] * 2
-    by_step = FreePCA(domain="step", split=0.4).plan(times)
+    by_step = FreePCA(domain="step", fused_share=0.6).plan(times)
     assert [step.mode for step in by_step] == ["views_global"] * 3 + ["views"] * 2
-    assert [step.mode for step in FreePCA(split=0.0).plan([1.0])] == ["views_global"]
+    assert [step.mode for step in FreePCA(fused_share=1.0).plan([1.0])] == ["views_global"]
     assert FreePCA.noise == "mean_reuse"
     assert FreePCA().refused_axes.keys() == {"ring"}
     grid = Grid(frames=81, rows=30, columns=52, window_frames=21)
@@ -132,7 +132,7 @@ def test_plans_scale_and_settings() -> None:
         ({"stride": 0}, "freepca: stride must be 1 or more frames, got 0"),
         ({"domain": "sigma"}, "freepca: domain must be one of timestep, step, got 'sigma'"),
         ({"query_scale_by": "pixels"}, "freepca: query_scale_by must be one of tokens, frames, none"),
-        ({"split": 1.5}, r"freepca: split must lie in \[0, 1\], got 1.5"),
+        ({"fused_share": 1.5}, r"freepca: fused_share must lie in \[0, 1\], got 1.5"),
         ({"components": -1}, "freepca: components must be 0 or more, got -1"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -42,7 +42,7 @@ def test_defaults_are_the_published_numbers_and_where_none_are_public_the_docume
     """As literals: a default that changes by accident makes plausible videos of another method."""
     assert asdict(FreeSpec()) == {
         "domain": "timestep",
-        "split": 0.5,
+        "fused_share": 0.5,
         "basis": "local",
         "time": True,
         "rank": True,
@@ -60,7 +60,7 @@ def test_defaults_are_the_published_numbers_and_where_none_are_public_the_docume
     for method in (FreeNoise(), FreePCA()):
         assert method.view_starts(wan) == tuple(range(0, 61, 5))
         assert method.view_starts(ltx) == (*range(0, 45, 4), 45)
-    assert [step.mode for step in FreePCA(domain="step", split=0.29).plan([0.0] * 100)].count("views") == 29
+    assert [step.mode for step in FreePCA(domain="step", fused_share=0.71).plan([0.0] * 100)].count("views") == 29
 
 
 def test_plans() -> None:
@@ -169,7 +169,7 @@ def test_every_row_of_the_ablation_is_its_svd(
 @pytest.mark.parametrize(
     ("setting", "value", "message"),
     [
-        ("split", 1.5, r"freespec: split must lie in \[0, 1\], got 1.5"),
+        ("fused_share", 1.5, r"freespec: fused_share must lie in \[0, 1\], got 1.5"),
         ("fixed", -0.1, r"fixed must lie in \[0, 1\], got -0.1"),
         ("lam_start", 2.0, r"lam_start must lie in \[0, 1\], got 2.0"),
         ("lam_end", float("nan"), r"lam_end must lie in \[0, 1\], got nan"),

@@ -37,11 +37,11 @@ def weights_over_steps(method: FreeSpec, num_steps: int, shift: float, dim: int)
 
 @drawn
 @given(
-    num_steps=st.integers(2, 30), shift=st.sampled_from([1.0, 3.0, 8.0]), dim=st.integers(2, 16), split=st.floats(0, 1)
+    num_steps=st.integers(2, 30), shift=st.sampled_from([1.0, 3.0, 8.0]), dim=st.integers(2, 16), fused_share=st.floats(0, 1)
 )
 @pytest.mark.parametrize("domain", ["timestep", "step"])
-def test_weight_falls_in_rank_and_time(domain: str, num_steps: int, shift: float, dim: int, split: float) -> None:
-    weights = weights_over_steps(FreeSpec(domain=domain, split=split), num_steps, shift, dim)
+def test_weight_falls_in_rank_and_time(domain: str, num_steps: int, shift: float, dim: int, fused_share: float) -> None:
+    weights = weights_over_steps(FreeSpec(domain=domain, fused_share=fused_share), num_steps, shift, dim)
     if weights:
         check_falling(weights)
 
@@ -54,41 +54,41 @@ def test_negative_control_of_falling_weights(switch: str) -> None:
 
 def test_progress_by_timestep() -> None:
     """p = (T - t) / (T - s), and t = s still fuses."""
-    assert fusion_progress([1000, 900, 750, 500, 499, 0], domain="timestep", split=0.5) == [0, 0.2, 0.5, 1, None, None]
-    assert fusion_progress([1000, 200], domain="timestep", split=0.2) == [0, 1]
-    assert fusion_progress([1000, 999], domain="timestep", split=1.0) == [0, None]
-    assert fusion_progress([1000, 0], domain="timestep", split=0.0) == [0, 1]
+    assert fusion_progress([1000, 900, 750, 500, 499, 0], domain="timestep", fused_share=0.5) == [0, 0.2, 0.5, 1, None, None]
+    assert fusion_progress([1000, 200], domain="timestep", fused_share=0.8) == [0, 1]
+    assert fusion_progress([1000, 999], domain="timestep", fused_share=0.0) == [None, None]
+    assert fusion_progress([1000, 0], domain="timestep", fused_share=1.0) == [0, 1]
 
 
 def test_progress_by_step() -> None:
-    """The first ceil(split n) steps fuse, step i at p = i / n_d."""
-    assert fusion_progress([9, 8, 7, 6, 5], domain="step", split=0.5) == [0, 1 / 3, 2 / 3, None, None]
-    assert fusion_progress([9, 8], domain="step", split=0.0) == [None, None]
-    assert fusion_progress([9, 8], domain="step", split=1.0) == [0, 0.5]
+    """The first ceil(fused_share n) steps fuse, step i at p = i / n_d."""
+    assert fusion_progress([9, 8, 7, 6, 5], domain="step", fused_share=0.5) == [0, 1 / 3, 2 / 3, None, None]
+    assert fusion_progress([9, 8], domain="step", fused_share=0.0) == [None, None]
+    assert fusion_progress([9, 8], domain="step", fused_share=1.0) == [0, 0.5]
 
 
 @pytest.mark.parametrize(
-    ("split", "num_steps", "num_dual"), [(0.56, 50, 28), (0.07, 100, 7), (0.29, 100, 29), (0.5, 3, 2)]
+    ("fused_share", "num_steps", "num_dual"), [(0.56, 50, 28), (0.07, 100, 7), (0.29, 100, 29), (0.5, 3, 2)]
 )
-def test_rounding_makes_no_extra_step(split: float, num_steps: int, num_dual: int) -> None:
-    progress = fusion_progress([0.0] * num_steps, domain="step", split=split)
+def test_rounding_makes_no_extra_step(fused_share: float, num_steps: int, num_dual: int) -> None:
+    progress = fusion_progress([0.0] * num_steps, domain="step", fused_share=fused_share)
     assert sum(p is not None for p in progress) == num_dual
 
 
 def test_a_large_shift_makes_most_steps_dual() -> None:
     """Wan with shift 8: about 90 % of the steps lie above half of T, against half of the steps by number."""
     shifted = wan_timesteps(50, 8.0)
-    assert sum(p is not None for p in fusion_progress(shifted, domain="timestep", split=0.5)) in range(43, 47)
-    assert sum(p is not None for p in fusion_progress(shifted, domain="step", split=0.5)) == 25
+    assert sum(p is not None for p in fusion_progress(shifted, domain="timestep", fused_share=0.5)) in range(43, 47)
+    assert sum(p is not None for p in fusion_progress(shifted, domain="step", fused_share=0.5)) == 25
 
 
 @pytest.mark.parametrize(
-    ("domain", "split", "message"),
+    ("domain", "fused_share", "message"),
     [("sigma", 0.5, "unknown domain 'sigma'; choose timestep or step"), ("step", 1.5, r"\[0, 1\], got 1.5")],
 )
-def test_progress_errors(domain: str, split: float, message: str) -> None:
+def test_progress_errors(domain: str, fused_share: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        fusion_progress([1000.0], domain=domain, split=split)
+        fusion_progress([1000.0], domain=domain, fused_share=fused_share)
 
 
 def test_time_weight() -> None:

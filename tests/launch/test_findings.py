@@ -288,7 +288,7 @@ def test_a_page_of_nothing_says_so_and_counts_what_needs_no_report(write: Callab
     page = write()
     assert page.count("Not measured yet") == 8
     # tests/freespec/test_schedule.py has the timesteps of these shifts.
-    assert "split 0.5 fuses of 50 steps 84 % at shift 5, 90 % at shift 8, and " in page
+    assert "fused_share 0.5 fuses of 50 steps 84 % at shift 5, 90 % at shift 8, and " in page
     assert "128 of a head of Wan" in page
     assert page.endswith("how they are made).\n")
 
