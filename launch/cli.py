@@ -247,7 +247,7 @@ def _check_tree(tree: dict[Any, Any], keys: Keys, prefix: str, path: Path) -> No
             # Name the whole key: the nearest to `vidoe.num_frames` is surer than the nearest to `vidoe`.
             inner = next((f"{key}.{inner}" for inner in value), key)
             check_key(inner, keys, f" in {path}")
-        check_key(key, keys, f" in {path}")
+        check_key(key, keys, f" in {path}", None if isinstance(value, dict | list) else str(value))
         if key in keys.groups:
             if not isinstance(value, dict):
                 advice = (

@@ -5,6 +5,7 @@ import importlib
 import shlex
 from collections.abc import Collection
 
+from freespec.methods import SPLIT_BEFORE, describe_split
 from launch.foreign import ANSWERS, FLAGS, RENAMED, as_video, converted
 
 # How alike two names must be for one to be offered for the other.
@@ -20,6 +21,10 @@ def describe_unknown(key: str, keys: Collection[str], *, value: str | None = Non
 def _advice(key: str, keys: Collection[str], value: str | None) -> str:
     if key in keys:
         return f"did you mean {key}?"
+    group, _, last = key.rpartition(".")
+    method = group.removeprefix("method.")
+    if last == "split" and method in SPLIT_BEFORE and f"{group}.fused_share" in keys:
+        return describe_split(method, value)
     other = foreign(key, keys, value)
     if other is not None:
         return other

@@ -39,7 +39,9 @@ def draw_trials(count: int, seed: int, start: Mapping[str, Any]) -> dict[str, di
         raise UserError(f"--num_trials {count} is more than the {most} different settings that there are to try")
     while len(trials) < count:
         drawn = {name: values[int(rng.integers(len(values)))] for name, values in SPACE.items()}
-        if drawn["domain"] == "timestep":  # the mirrored value, which is one of them too: the trials whose measures are kept
+        if (
+            drawn["domain"] == "timestep"
+        ):  # the mirrored value, which is one of them too: the trials whose measures are kept
             drawn["fused_share"] = round(1.0 - drawn["fused_share"], 9)
         drawn["lam_end"] = _lam_end(drawn["lam_start"], END_SHARES[int(rng.integers(len(END_SHARES)))])
         if tuple(drawn.values()) not in seen:

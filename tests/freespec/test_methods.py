@@ -63,6 +63,32 @@ def test_defaults_are_the_published_numbers_and_where_none_are_public_the_docume
     assert [step.mode for step in FreePCA(domain="step", fused_share=0.71).plan([0.0] * 100)].count("views") == 29
 
 
+@pytest.mark.parametrize("domain", ["timestep", "step"])
+@pytest.mark.parametrize("kind", [FreeSpec, FreePCA])
+def test_a_larger_share_fuses_more_from_noise_on(kind: type[FreeSpec | FreePCA], domain: str) -> None:
+    """The first steps fuse, none at 0 and all at 1; on equally spaced timesteps as many as the share says, by either domain."""
+    times = [1000.0 - 10 * i for i in range(100)]
+    for share, number in ((0.0, 0), (0.25, 25), (0.3, 30), (0.9, 90), (1.0, 100)):
+        modes = [step.mode in ("dual", "views_global") for step in kind(domain=domain, fused_share=share).plan(times)]
+        at_the_end = kind is FreeSpec and domain == "timestep" and 0 < share < 1  # t = s still fuses
+        assert modes == [i < number + at_the_end for i in range(100)]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "share"),
+    [
+        ("freespec", {"split": 0.4}, "fused_share 0.6"),
+        ("freespec", {"split": "0.4", "domain": "step"}, "fused_share 0.4"),
+        ("freepca", {"split": 0.25, "domain": "step"}, "fused_share 0.75"),
+    ],
+)
+def test_split_of_older_versions_is_refused_with_what_says_the_same(
+    name: str, settings: dict[str, Any], share: str
+) -> None:
+    with pytest.raises(ValueError, match=f"split is now fused_share, the share .* counted from noise: {share}$"):
+        make_method(name, **settings)
+
+
 def test_plans() -> None:
     assert Direct().plan(TIMESTEPS) == [StepPlan(mode="global")] * 6
     assert SlidingWindow().plan(TIMESTEPS) == [StepPlan(mode="local")] * 6

@@ -37,7 +37,10 @@ def weights_over_steps(method: FreeSpec, num_steps: int, shift: float, dim: int)
 
 @drawn
 @given(
-    num_steps=st.integers(2, 30), shift=st.sampled_from([1.0, 3.0, 8.0]), dim=st.integers(2, 16), fused_share=st.floats(0, 1)
+    num_steps=st.integers(2, 30),
+    shift=st.sampled_from([1.0, 3.0, 8.0]),
+    dim=st.integers(2, 16),
+    fused_share=st.floats(0, 1),
 )
 @pytest.mark.parametrize("domain", ["timestep", "step"])
 def test_weight_falls_in_rank_and_time(domain: str, num_steps: int, shift: float, dim: int, fused_share: float) -> None:
@@ -54,7 +57,14 @@ def test_negative_control_of_falling_weights(switch: str) -> None:
 
 def test_progress_by_timestep() -> None:
     """p = (T - t) / (T - s), and t = s still fuses."""
-    assert fusion_progress([1000, 900, 750, 500, 499, 0], domain="timestep", fused_share=0.5) == [0, 0.2, 0.5, 1, None, None]
+    assert fusion_progress([1000, 900, 750, 500, 499, 0], domain="timestep", fused_share=0.5) == [
+        0,
+        0.2,
+        0.5,
+        1,
+        None,
+        None,
+    ]
     assert fusion_progress([1000, 200], domain="timestep", fused_share=0.8) == [0, 1]
     assert fusion_progress([1000, 999], domain="timestep", fused_share=0.0) == [None, None]
     assert fusion_progress([1000, 0], domain="timestep", fused_share=1.0) == [0, 1]

@@ -44,6 +44,8 @@ def test_draws_are_seeded_different_and_all_of_the_space() -> None:
     drawn = [settings for label, settings in trials.items() if label != START and settings["lam_start"]]
     assert {round(each["lam_end"] / each["lam_start"], 6) for each in drawn} == set(END_SHARES)
     assert draw_trials(200, 0, DEFAULTS) == trials
+    kept = json.loads((Path(__file__).parents[2] / "docs" / "findings" / "calibration" / "report.json").read_text())
+    assert draw_trials(len(kept["trials"]), kept["search_seed"], DEFAULTS) == kept["trials"]
     assert (
         list(draw_trials(50, 0, DEFAULTS).items()) == list(trials.items())[:50]
     )  # more trials go on where fewer stopped

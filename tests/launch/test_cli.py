@@ -115,6 +115,8 @@ MISTAKES = {
     "--video.num_frame 3": "did you mean video.num_frames?",
     "--method.freespec.betta 3": "did you mean method.freespec.beta?",
     "--method.windw=3": "did you mean method.window_frames?",
+    "--method.freespec.split 0.4": "fused_share 0.6 with domain timestep, 0.4 with domain step",
+    "--method.freepca.split=0.25": "counted from noise: fused_share 0.75",
     "--zzz 3": "unknown setting zzz; see --help",
     "--model.offload true": "unknown setting model.offload; did you mean model.weights?",
     "--video.num_frames": "--video.num_frames needs a value",
@@ -166,6 +168,8 @@ FILES = {
     b"video:\n  num_frame: 3\n": "unknown setting video.num_frame in {path}; did you mean video.num_frames?",
     b"vidoe:\n  num_frames: 3\n": "unknown setting vidoe.num_frames in {path}; did you mean video.num_frames?",
     b"video:\n  num_frames: many\n": "video.num_frames must be a whole number, got 'many'",
+    b"method:\n  freepca:\n    split: 0.25\n": "unknown setting method.freepca.split in {path}; split is now fused_share, the share "
+    "of the run that fuses, counted from noise: fused_share 0.75",
     b"video: 3\n": "video in {path} is a group of settings, got 3",
     b"sampler:\n": "sampler in {path} is a group of settings, got None",
     b"method: direct\n": "method in {path} is a group of settings, got 'direct'; write method: {{name: direct}}",
