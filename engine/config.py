@@ -9,12 +9,14 @@ from engine.errors import UserError
 from freespec.kernel_names import COMPLEMENTS, DUALS, NAMES
 from freespec.methods import (
     METHODS,
+    SPLIT_BEFORE,
     FreeLong,
     FreeNoise,
     FreePCA,
     FreeSpec,
     Method,
     Noise,
+    describe_split,
     find_method,
     make_method,
 )
@@ -417,6 +419,12 @@ class RunConfig:
         if self.sampler.noise_stride is not None:
             return "sampler.noise_stride"
         return f"noise_stride of {self.method.name}" if ":" in self.method.name else f"method.{self.method.name}.stride"
+
+
+def describe_old_setting(key: str, value: object) -> str | None:
+    """What says the same as a setting of older versions whose meaning has changed; None for any other name."""
+    name = key.removeprefix("method.").removesuffix(".split")
+    return describe_split(name, value) if key == f"method.{name}.split" and name in SPLIT_BEFORE else None
 
 
 def _check_plain(settings: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ import importlib
 import shlex
 from collections.abc import Collection
 
-from freespec.methods import SPLIT_BEFORE, describe_split
+from engine.config import describe_old_setting
 from launch.foreign import ANSWERS, FLAGS, RENAMED, as_video, converted
 
 # How alike two names must be for one to be offered for the other.
@@ -21,10 +21,9 @@ def describe_unknown(key: str, keys: Collection[str], *, value: str | None = Non
 def _advice(key: str, keys: Collection[str], value: str | None) -> str:
     if key in keys:
         return f"did you mean {key}?"
-    group, _, last = key.rpartition(".")
-    method = group.removeprefix("method.")
-    if last == "split" and method in SPLIT_BEFORE and f"{group}.fused_share" in keys:
-        return describe_split(method, value)
+    old = describe_old_setting(key, value)
+    if old is not None:
+        return old
     other = foreign(key, keys, value)
     if other is not None:
         return other

@@ -18,6 +18,7 @@ from freespec.methods.sliding_window import SlidingWindow
 
 __all__ = [
     "METHODS",
+    "SPLIT_BEFORE",
     "Branches",
     "Direct",
     "FreeLong",
