@@ -1,27 +1,21 @@
 """`apply_method`: a method for long videos on a user's own pipeline, in one line, and taken off again."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from engine.adapters import ModelAdapter, adapter_of
+from engine.adapters import ModelAdapter, adapter_of_pipeline
 from engine.errors import UserError
 from engine.group_of_one import GROUP_OF_ONE
-from engine.hooks import (
-    BranchProcessor,
-    RunState,
-    StepHook,
-    finite_hook,
-    refuse_context_parallel,
-    riflex_hook,
-    shard_hooks,
-)
+from engine.hooks import BranchProcessor, RunState, StepHook, TokenHooks
+from engine.in_force import Installed, Uncopyable, backend_problem, guard_of, layer_problem, parallel_problem, tried
 from engine.supported_layouts import Degrees, check_layout
+from engine.weights import read_json
 from freespec.kernels import select_complement, select_dual, select_kernel
 from freespec.methods import Direct, Method, make_method
 from freespec.riflex import Riflex, lowered_frequency
@@ -56,26 +50,51 @@ class Ranks:
         return self.mesh.cfg.size, self.mesh.ring.size, self.mesh.ulysses.size
 
 
-class MethodHandle:
+class MethodHandle(Uncopyable):
     """A method that is on a pipeline; `remove()` takes it off and leaves the pipeline as it was, bit for bit."""
 
     def __init__(
-        self, state: RunState, hooks: list[RemovableHandle], originals: list[tuple[nn.Module, Any]], alone: bool
+        self,
+        state: RunState,
+        installed: Installed,
+        *,
+        originals: Sequence[tuple[nn.Module, Any]],
+        alone: bool,
     ) -> None:
         self.state = state
-        self._hooks = hooks
+        self._installed = installed
         self._originals = originals
         self._alone = alone
 
+    @property
+    def in_force(self) -> bool:
+        """Whether the next call of the pipeline has the method; `check` says why not."""
+        return self._installed.problem() is None
+
+    def check(self) -> None:
+        """Raise UserError, with the reason and what to do, unless the method is in force.
+
+        Each call of the pipeline and each forward of its transformer ask the same.
+        """
+        self._installed.check()
+
     def remove(self) -> None:
-        """Put the pipeline's own processors back; a second call does nothing."""
-        for hook in self._hooks:
+        """Put the pipeline's own processors back; a second call does nothing.
+
+        Whatever happened to the pipeline since, the modules that had the method are as before it. Another transformer or
+        scheduler that was put into the pipeline stays there.
+        """
+        installed = self._installed
+        if installed.removed:
+            return
+        for hook in installed.hooks:
             hook.remove()
+        installed.token_hooks.remove()
         for attn, processor in self._originals:
             attn.set_processor(processor)
-        if self._alone:
+        installed.leave()
+        if self._alone and installed.mesh.is_alive:
             GROUP_OF_ONE.release()
-        self._hooks, self._originals, self._alone = [], [], False
 
     def __enter__(self) -> "MethodHandle":
         """Use as a context manager that removes the method at its end."""
@@ -119,34 +138,24 @@ def apply_method(
         UserError: for a pipeline that the method cannot serve, an unknown method, kernel or setting. A call of the pipeline
             raises it for latents or predictions with NaN or infinity.
     """
-    adapter = adapter_of(pipe)
+    adapter = adapter_of_pipeline(pipe)
     adapter.check_pipeline(pipe)
-    adapter.check_scheduler(pipe.scheduler)
-    transformer = pipe.transformer
+    transformer = adapter.transformer_of(pipe)
     modules = adapter.attention_modules(transformer)
-    _check_free(transformer, modules)
+    _check_free(pipe, transformer, modules)
+    _check_folders(adapter, pipe, transformer)
     if window_frames < 1:
         raise UserError(f"window_frames must be 1 or more, got {window_frames}")
-    if settings and not isinstance(method, str):
-        raise UserError("settings go with a method's name; a method object has its own")
     riflex = riflex or Riflex()
-    check_riflex(adapter, riflex)
-    try:
-        made = make_method(method, **settings) if isinstance(method, str) else method
-        made.check_window(window_frames)
-        where = get_module_execution_device(transformer), transformer.dtype
-        for select, name in ((select_kernel, kernel), (select_dual, dual)):
-            select(name, *where)
-        select_complement(complement, *where, dual=dual)
-        if riflex.enabled:
-            frequencies = [frequency for frequency, _ in adapter.temporal_frequencies(transformer)]
-            lowered_frequency(riflex, frequencies, num_frames=1, window_frames=window_frames)  # raises if there is none
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    made = _make(
+        adapter, transformer, method, window_frames, kernels=(kernel, dual, complement), riflex=riflex, **settings
+    )
+    name = method if isinstance(method, str) else type(made).__name__
     if ranks is not None:
-        check_layout(method if isinstance(method, str) else type(made).__name__, made, ranks.degrees)
+        check_layout(name, made, ranks.degrees)
         if ranks.hybrid is not None and not isinstance(made, Direct):
             raise UserError(f"{type(ranks.hybrid).__name__} computes full attention only, which is the method direct")
+    draws_noise = adapter.check_scheduler(pipe.scheduler)
     shared = ranks or Ranks(mesh=GROUP_OF_ONE.acquire())
     state = RunState(
         adapter=adapter,
@@ -160,14 +169,55 @@ def apply_method(
         hybrid=shared.hybrid,
         local_route=shared.local_route,
     )
-    # First of the hooks on the rotary table, since those of the ranks cut it.
-    lowers = [riflex_hook(state, transformer, riflex)] if riflex.enabled else []
+    installed = Installed(
+        pipe=pipe,
+        adapter=adapter,
+        transformer=transformer,
+        method=name,
+        mesh=shared.mesh,
+        processors=tuple(BranchProcessor(state, layer) for layer in range(len(modules))),
+        token_hooks=TokenHooks(state, transformer, riflex),
+        tried=tried(pipe.scheduler),
+        draws_noise=draws_noise,
+    )
     originals = [(attn, attn.processor) for attn in modules]
-    for layer, attn in enumerate(modules):
-        attn.set_processor(BranchProcessor(state, layer))
-    step_hook = transformer.register_forward_pre_hook(StepHook(state, lambda: pipe.scheduler), with_kwargs=True)
-    hooks = [step_hook, *lowers, *shard_hooks(state, transformer), finite_hook(state, transformer)]
-    return MethodHandle(state, hooks, originals, alone=ranks is None)
+    for attn, processor in zip(modules, installed.processors, strict=True):
+        attn.set_processor(processor)
+    step_hook = StepHook(
+        state, lambda: pipe.scheduler, before_forward=installed.before_forward, processors=installed.processors
+    )
+    installed.watch(step_hook)
+    return MethodHandle(state, installed, originals=originals, alone=ranks is None)
+
+
+def _make(
+    adapter: ModelAdapter,
+    transformer: nn.Module,
+    method: str | Method,
+    window_frames: int,
+    *,
+    kernels: tuple[str, str, str],
+    riflex: Riflex,
+    **settings: Any,
+) -> Method:
+    """The method, after all that can be wrong about it, its kernels (dense, dual, complement) and RIFLEx."""
+    if settings and not isinstance(method, str):
+        raise UserError("settings go with a method's name; a method object has its own")
+    check_riflex(adapter, riflex)
+    kernel, dual, complement = kernels
+    try:
+        made = make_method(method, **settings) if isinstance(method, str) else method
+        made.check_window(window_frames)
+        where = get_module_execution_device(transformer), transformer.dtype
+        for select, name in ((select_kernel, kernel), (select_dual, dual)):
+            select(name, *where)
+        select_complement(complement, *where, dual=dual)
+        if riflex.enabled:
+            frequencies = [frequency for frequency, _ in adapter.temporal_frequencies(transformer)]
+            lowered_frequency(riflex, frequencies, num_frames=1, window_frames=window_frames)  # raises if there is none
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return made
 
 
 def check_riflex(adapter: ModelAdapter, riflex: Riflex) -> None:
@@ -191,15 +241,21 @@ def check_shift(scheduler: Mapping[str, Any], shift: str) -> None:
         )
 
 
-def _check_free(transformer: nn.Module, modules: list[nn.Module]) -> None:
+def _check_free(pipe: DiffusionPipeline, transformer: nn.Module, modules: Sequence[nn.Module]) -> None:
     """Refuse what would be ignored or would make attention wrong without a word."""
-    refuse_context_parallel(transformer)
-    for attn in modules:
-        if isinstance(attn.processor, BranchProcessor):
-            raise UserError("the pipeline already has a method; call its handle's remove() first")
-        backend = getattr(attn.processor, "_attention_backend", None)
-        if backend is not None:
-            raise UserError(
-                f"attention backend {backend} is set on the transformer, and a method chooses its own kernel; "
-                "call transformer.reset_attention_backend() and pass kernel=... instead"
-            )
+    hooked = any(isinstance(hook, StepHook) for hook in transformer._forward_pre_hooks.values())
+    if guard_of(pipe) or hooked or any(isinstance(attn.processor, BranchProcessor) for attn in modules):
+        raise UserError("the pipeline already has a method; call its handle's remove() first")
+    problem = parallel_problem(transformer) or backend_problem()
+    for layer, attn in enumerate(modules):
+        problem = problem or layer_problem(layer, attn)
+    if problem:
+        raise UserError(problem)
+
+
+def _check_folders(adapter: ModelAdapter, pipe: DiffusionPipeline, transformer: nn.Module) -> None:
+    """Ask the checkpoints that pipeline and transformer were loaded from, where they are folders here, what else is in them."""
+    loaded = Path(transformer.config.get("_name_or_path") or "").parent, Path(pipe.config.get("_name_or_path") or "")
+    for folder in loaded:
+        if (folder / "model_index.json").is_file():
+            adapter.check_folder(folder, read_json(folder / "model_index.json"))

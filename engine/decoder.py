@@ -73,7 +73,7 @@ def open_decoder(config: RunConfig) -> Iterator[VideoDecoder]:
     device, model = pick_device(config.model.device), config.model
     # Before the VAE is fetched and read.
     folder = fetch(find_checkpoint(model.path), model.revision, parts=(), offline=model.offline)
-    check_tiles(config.decode, read_spec(folder))
+    check_tiles(config.decode, read_spec(folder, denoises=False))
     spec, vae = load_vae_alone(model)
     world = GROUP_OF_ONE.acquire().world
     try:

@@ -118,6 +118,7 @@ class DenoiseLoop:
 
     def predict(self, latents: Tensor, timestep: Tensor, step: int) -> Tensor:
         """Velocity with classifier-free guidance, as the model's own pipeline combines it."""
+        self.engine.handle.check()  # of another transformer in its place no hook would hear
         adapter, cfg = self.engine.adapter, self.engine.mesh.cfg
         passes = list(self.text)
         if cfg.size > 1:  # each half of the ranks runs one pass

@@ -1,8 +1,8 @@
-"""What is installed on a frozen transformer: a processor on every attn1, a hook that finds the step, three that share tokens."""
+"""What is installed on a frozen transformer: a processor on every attn1, hooks that find the step, and hooks that shard tokens."""
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from engine.adapters import ModelAdapter
 from engine.denoise import check_finite
 from engine.errors import UserError
+from engine.in_force import Uncopyable, refuse_caches_of_one_rank, skips_layers
 from engine.kernel_choice import SolverChoice, choose_solver
 from engine.trace import Trace
 from freespec.attention import WindowedAttention
@@ -25,12 +26,18 @@ from parallel.collectives import ignore_bytes
 from parallel.mesh import SeqMesh
 from parallel.plan import LayerShape, SequencePlan, choose_local_route, length
 
+NO_FORWARD = (
+    "was called without the hooks of its transformer: they were removed, or a part of it was called by hand; call the handle's "
+    "remove(), then apply_method again"
+)
+
 
 @dataclass
-class RunState:
+class RunState(Uncopyable):
     """What every attn1 of one transformer shares. The root hook writes it before each forward; processors only read.
 
     The processors read strings and tensors, not numbers: a compiled block is compiled once per mode, not once per step.
+    `attention_layout` is None between forwards, so that no block runs on what is left of the last one.
     """
 
     adapter: ModelAdapter
@@ -62,12 +69,17 @@ class RunState:
         return f"step {self.step} layer {self.layer}"
 
 
-class BranchProcessor:
-    """Attention processor of one attn1: the step's branches and their fusion in place of full attention."""
+class BranchProcessor(Uncopyable):
+    """Attention processor of one attn1: the step's branches and their fusion in place of full attention.
+
+    Attributes:
+        called: whether this forward has called it; set to False before each.
+    """
 
     def __init__(self, state: RunState, layer: int) -> None:
         self.state = state
         self.layer = layer
+        self.called = False
 
     def __call__(
         self,
@@ -83,7 +95,10 @@ class BranchProcessor:
         state = self.state
         if not torch.compiler.is_compiling():  # a number per layer would compile every layer by itself
             state.layer = self.layer
+        self.called = True
         layout = state.attention_layout
+        if layout is None:
+            raise UserError(f"layer {self.layer} {NO_FORWARD}")
         if state.hybrid is not None:  # only with the method direct, whose steps are all global
             out = state.hybrid(*state.adapter.qkv(attn, hidden_states, rotary_emb), layout=layout)
             return state.adapter.project_out(attn, out)
@@ -126,28 +141,48 @@ class BranchProcessor:
         return Branches(wide=wide, views=views)
 
 
-class StepHook:
-    """Forward pre-hook of the transformer: finds the step, the grid and the mode, and checks that they belong together."""
+class StepHook(Uncopyable):
+    """Forward hooks of the transformer: before, find the step, the grid and the mode; after, see that every layer ran.
 
-    def __init__(self, state: RunState, scheduler: Callable[[], Any]) -> None:
+    Args:
+        state: written before each forward.
+        scheduler: returns the pipeline's scheduler of this moment.
+        before_forward: raises UserError unless the method is in force.
+        processors: those of the self-attentions.
+    """
+
+    def __init__(
+        self,
+        state: RunState,
+        scheduler: Callable[[], Any],
+        *,
+        before_forward: Callable[[], None] = lambda: None,
+        processors: Sequence[BranchProcessor] = (),
+    ) -> None:
         self.state = state
         self._scheduler = scheduler
+        self._before_forward = before_forward
+        self._processors = processors
         self._read: tuple[Tensor, int] | None = None
         self._timesteps: list[float] = []
         self._plan: list[StepPlan] = []
         self._made_for: tuple[int, Grid, torch.device] | None = None
+        self._steps: list[int] = []  # of this run, in order
+        self._complete: object = None  # the forward functions with which a forward of this run has called every layer
+        self._in_call = False
 
+    # Compiled with the rest of a transformer, the hooks would be traced: they read numbers off tensors, and decide by them.
+    @torch.compiler.disable
     def __call__(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Fill the state for this forward."""
+        self._before_forward()
         inputs = _signature(type(transformer)).bind(transformer, *args, **kwargs).arguments
         latents, timestep = inputs["hidden_states"], inputs["timestep"]
-        if timestep.dim() != 1:
-            raise ValueError(f"expected one timestep per video, got a tensor of shape {tuple(timestep.shape)}")
         state = self.state
-        refuse_context_parallel(transformer)  # again: it may have been switched on since
         if state.mesh.world.size > 1:
-            _refuse_caches_of_one_rank(transformer)
-        state.step = self._find_step(timestep)
+            refuse_caches_of_one_rank(transformer)
+        state.step = self._find_step(_one_per_batch(timestep))
+        self._note(state.step)
         state.num_steps = len(self._timesteps)
         if state.checks_finite:
             refuse_not_finite(state, latents, "before")
@@ -170,24 +205,84 @@ class StepHook:
             choose_eigensolver(state, transformer, latents.device)
         fuses = state.mode not in ("global", "local")
         made_for = (state.step, state.grid, latents.device) if fuses else None
-        if (
-            made_for != self._made_for
-        ):  # once a step: making them copies numbers to the device, which waits for the pass before
+        # Once a step: making them copies numbers to the device, which waits for the pass before.
+        if made_for != self._made_for:
             state.weights = state.method.weights(step, state.grid, head_dim, latents.device) if fuses else None
             self._made_for = made_for
+        for processor in self._processors:
+            processor.called = False
+
+    @torch.compiler.disable
+    def after(self, transformer: nn.Module, _args: tuple, output: Any) -> None:
+        """Close the state; raise UserError for a prediction that is not finite, or if the method was not in every layer.
+
+        After the last step no further forward would see what a prediction made of the latents. Caches skip layers, but none
+        does in the first forward of a run, and what has called every layer there may skip some later.
+        """
+        state = self.state
+        state.attention_layout = None
+        if state.checks_finite:
+            refuse_not_finite(state, output[0], "after")
+        missing = [processor.layer for processor in self._processors if not processor.called]
+        forward = vars(transformer).get("forward"), type(transformer).forward
+        if missing and forward != self._complete and not skips_layers(transformer):
+            raise UserError(
+                f"the attention of {len(missing)} of {len(self._processors)} layers (the first is {missing[0]}) was computed without the "
+                "method: the forward of the transformer, a block or an attention was replaced; undo that, or call the handle's remove()"
+            )
+        self._complete = forward
+
+    def begin_call(self) -> None:
+        """The pipeline is called."""
+        self._in_call = True
+        self._begin_run()
+
+    def end_call(self) -> None:
+        """The call has ended, well or not."""
+        self._in_call = False
+
+    def check_call(self, *, interrupted: bool) -> None:
+        """Raise UserError unless the transformer was called in every step of this call; a pipeline may begin in the middle."""
+        steps, total = self._steps, len(self._timesteps)
+        if not interrupted and (not steps or steps != list(range(steps[0], total))):
+            raise UserError(
+                f"the transformer with the method was called in {len(steps)} of the {total} steps of this call: another was in its place "
+                "for the others; leave pipe.transformer alone until the call ends"
+            )
+
+    def _begin_run(self) -> None:
+        self._steps, self._complete = [], None
+
+    def _note(self, step: int) -> None:
+        """Add a step to those of this run, or begin another run."""
+        if self._steps and step < self._steps[-1]:
+            self._begin_run()
+        if step not in self._steps[-1:]:
+            self._steps.append(step)
 
     def _find_step(self, timestep: Tensor) -> int:
-        """Index of this forward in the scheduler's timesteps; an error if the forward belongs to another step."""
+        """Index of this forward in the scheduler's timesteps; UserError if the forward belongs to another step."""
         scheduler = self._scheduler()
+        if getattr(scheduler, "num_inference_steps", None) is None:  # its timesteps are those of training
+            raise UserError(f"the transformer was called before its scheduler's set_timesteps: {self._whose()}")
         self._read_timesteps(scheduler.timesteps)
         timesteps, value = self._timesteps, self._value(timestep, scheduler.timesteps)
         step = scheduler.step_index if scheduler.step_index is not None else scheduler.begin_index or 0
         if step >= len(timesteps) or timesteps[step] != value:
-            raise ValueError(
-                f"the transformer was called at timestep {value}, but its scheduler stands at step {step} of "
-                f"{len(timesteps)}; call it through its pipeline, which sets the scheduler"
+            raise UserError(
+                f"the transformer was called at timestep {value}, but its scheduler stands at step {step} of {len(timesteps)}: "
+                f"{self._whose()}"
             )
         return step
+
+    def _whose(self) -> str:
+        """Who called the transformer at a step that is not its scheduler's."""
+        if self._in_call:
+            return "the scheduler was replaced or set anew during a call; leave it alone until the call ends"
+        return (
+            "another pipeline shares this transformer, or it was called by hand; call it through the pipeline that the method was "
+            "applied to, which sets the scheduler, or call the handle's remove() first"
+        )
 
     def _read_timesteps(self, timesteps: Tensor) -> None:
         """Copy them to Python once for each tensor: on a GPU the copy waits for all that is queued there."""
@@ -197,6 +292,7 @@ class StepHook:
         values = [float(t) for t in timesteps.tolist()]
         if values != self._timesteps:
             self._timesteps, self._plan, self._made_for = values, self.state.method.plan(values), None
+            self._begin_run()
 
     def _value(self, timestep: Tensor, timesteps: Tensor) -> float:
         """The number in `timestep`; known without reading it where it is a view of the scheduler's, as pipelines hand on."""
@@ -242,14 +338,14 @@ def choose_eigensolver(state: RunState, transformer: nn.Module, device: torch.de
     )
 
 
-def finite_hook(state: RunState, transformer: nn.Module) -> RemovableHandle:
-    """Refuse predictions that are not finite: after the last step no further forward would see what they made of the latents."""
-
-    def check(_module: nn.Module, _args: tuple, output: Any) -> None:
-        if state.checks_finite:
-            refuse_not_finite(state, output[0], "after")
-
-    return transformer.register_forward_hook(check)
+def _one_per_batch(timestep: Tensor) -> Tensor:
+    """The timestep, if it is one number for all videos of a batch. One that is expanded needs no reading, which waits for a GPU."""
+    if timestep.dim() == 1 and (len(timestep) == 1 or timestep.stride() == (0,) or len(set(timestep.tolist())) == 1):
+        return timestep
+    raise UserError(
+        f"expected one timestep per video, the same for a whole batch, got a tensor of shape {tuple(timestep.shape)}; if an image- or "
+        "video-to-video pipeline shares this transformer, call the handle's remove() first"
+    )
 
 
 def refuse_not_finite(state: RunState, latents: Tensor, when: str) -> None:
@@ -267,81 +363,73 @@ def _signature(transformer_class: type[nn.Module]) -> inspect.Signature:
     return inspect.signature(transformer_class.forward)
 
 
-def riflex_hook(state: RunState, transformer: nn.Module, riflex: Riflex) -> RemovableHandle:
-    """Lower one temporal frequency of every rotary table of a long video (freespec.rotary), before ranks take their rows."""
-    pairs = state.adapter.temporal_frequencies(transformer)
-    frequencies = [frequency for frequency, _ in pairs]
+class TokenHooks(Uncopyable):
+    """Forward hooks where tokens are made: this rank's tokens after patch embedding and rotary table, all after the projection.
 
-    def lower(_module: nn.Module, _args: tuple, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        grid = state.grid
-        change = lowered_frequency(riflex, frequencies, num_frames=grid.frames, window_frames=grid.window_frames)
+    Attributes:
+        registered: the hooks, on the modules that have these names now.
+    """
+
+    def __init__(self, state: RunState, transformer: nn.Module, riflex: Riflex | None = None) -> None:
+        self._state = state
+        self._transformer = transformer
+        self._riflex = riflex if riflex is not None and riflex.enabled else None
+        self._points: tuple[nn.Module, ...] = ()
+        self.registered: list[RemovableHandle] = []
+        self.follow()
+
+    def follow(self) -> None:
+        """Move the hooks to modules that took the place of others, such as a LoRA around a projection."""
+        points = self._state.adapter.shard_points(self._transformer)
+        if self._points and all(now is before for now, before in zip(points, self._points, strict=True)):
+            return
+        self.remove()
+        self._points = embedding, rotary, output = points
+        # A table is lowered whole, before ranks take their rows of it.
+        lower = [] if self._riflex is None else [rotary.register_forward_hook(self.lower_frequency)]
+        self.registered = [
+            *lower,
+            embedding.register_forward_hook(self.shard_embedding),
+            rotary.register_forward_hook(self.shard_rotary),
+            output.register_forward_hook(self.gather_output),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for hook in self.registered:
+            hook.remove()
+        self.registered = []
+
+    @property
+    def _layout(self) -> SequenceLayout:
+        if self._state.attention_layout is None:
+            raise UserError(f"a part of the transformer {NO_FORWARD}")
+        return self._state.layout
+
+    @torch.compiler.disable
+    def lower_frequency(self, _module: nn.Module, _args: tuple, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Lower one temporal frequency of the rotary table of a long video (freespec.riflex)."""
+        grid, pairs = self._state.grid, self._state.adapter.temporal_frequencies(self._transformer)
+        frequencies = [frequency for frequency, _ in pairs]
+        change = lowered_frequency(self._riflex, frequencies, num_frames=grid.frames, window_frames=grid.window_frames)
         if change is None:
             return tables
         pair, frequency = change
         return with_frequency(tables, frequency, columns=pairs[pair][1], frame_tokens=grid.frame_tokens)
 
-    _, rotary, _ = state.adapter.shard_points(transformer)
-    return rotary.register_forward_hook(lower)
+    @torch.compiler.disable
+    def shard_embedding(self, _module: nn.Module, _args: tuple, embedded: Tensor) -> Tensor:
+        """This rank's tokens of all."""
+        shard = self._layout.shard
+        return self._state.adapter.shard_embedding(embedded, shard[0], length(shard))
 
+    @torch.compiler.disable
+    def shard_rotary(self, _module: nn.Module, _args: tuple, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """This rank's rows of the rotary tables."""
+        shard = self._layout.shard
+        return self._state.adapter.shard_rotary(tables, shard[0], length(shard))
 
-# Hooks of diffusers that do the same on every rank: these caches decide by the step alone, and where weights lie, or in which
-# type, decides nothing. Others may skip blocks by what one rank sees of its own tokens: the ranks would part, and wait for each
-# other for ever. By whole name, so that no subclass and nothing new passes unseen.
-_SAFE_HOOKS = frozenset(
-    f"diffusers.hooks.{name}"
-    for name in (
-        "pyramid_attention_broadcast.PyramidAttentionBroadcastHook",
-        "mag_cache.MagCacheHeadHook",
-        "mag_cache.MagCacheBlockHook",
-        "taylorseer_cache.TaylorSeerCacheHook",
-        "layerwise_casting.LayerwiseCastingHook",
-        "layerwise_casting.PeftInputAutocastDisableHook",
-        "group_offloading.GroupOffloadingHook",
-        "group_offloading.LazyPrefetchGroupOffloadingHook",
-        "group_offloading.LayerExecutionTrackerHook",
-    )
-)
-
-
-def refuse_context_parallel(transformer: nn.Module) -> None:
-    """Raise UserError if diffusers' own context parallel splits what a method attends to."""
-    if getattr(transformer, "_parallel_config", None) is not None:
-        raise UserError(
-            "the transformer already has diffusers' context parallel, which cannot be combined with a method"
-        )
-
-
-def _refuse_caches_of_one_rank(transformer: nn.Module) -> None:
-    """Raise UserError for a hook of diffusers that may be unsafe over ranks; asked in each forward, as one may be added later."""
-    registries = [module._diffusers_hook for module in transformer.modules() if hasattr(module, "_diffusers_hook")]
-    kinds = {type(hook) for registry in registries for hook in registry.hooks.values()}
-    unknown = sorted(kind.__name__ for kind in kinds if f"{kind.__module__}.{kind.__qualname__}" not in _SAFE_HOOKS)
-    if unknown:
-        config = getattr(transformer, "_cache_config", None)
-        name = ", ".join(unknown) if config is None else type(config).__name__.removesuffix("Config")
-        raise UserError(
-            f"{name}: not known to decide the same on every rank; by one rank's tokens it would skip blocks in which others wait "
-            "for it. Call transformer.disable_cache(), or use one rank"
-        )
-
-
-def shard_hooks(state: RunState, transformer: nn.Module) -> list[RemovableHandle]:
-    """Give this rank its tokens after patch embedding and rotary table, and all ranks all tokens after the projection."""
-
-    def share_embedding(_module: nn.Module, _args: tuple, embedded: Tensor) -> Tensor:
-        shard = state.layout.shard
-        return state.adapter.shard_embedding(embedded, shard[0], length(shard))
-
-    def share_rotary(_module: nn.Module, _args: tuple, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        shard = state.layout.shard
-        return state.adapter.shard_rotary(tables, shard[0], length(shard))
-
-    def gather_output(_module: nn.Module, _args: tuple, projected: Tensor) -> Tensor:
-        return state.layout.gather_tokens(projected)
-
-    embedding, rotary, output = state.adapter.shard_points(transformer)
-    return [
-        embedding.register_forward_hook(share_embedding),
-        rotary.register_forward_hook(share_rotary),
-        output.register_forward_hook(gather_output),
-    ]
+    @torch.compiler.disable
+    def gather_output(self, _module: nn.Module, _args: tuple, projected: Tensor) -> Tensor:
+        """All tokens, of the ranks' own."""
+        return self._layout.gather_tokens(projected)

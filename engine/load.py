@@ -106,9 +106,14 @@ def find_adapter(folder: Path) -> ModelAdapter:
     return adapter_named(index.get("_class_name") if isinstance(index, dict) else None, folder)
 
 
-def read_spec(folder: Path) -> VideoSpec:
-    """The numbers of a checkpoint without its weights, from three JSON files of its folder."""
+def read_spec(folder: Path, *, denoises: bool = True) -> VideoSpec:
+    """The numbers of a checkpoint without its weights, from three JSON files of its folder.
+
+    UserError for a checkpoint that cannot be run, unless only its VAE is used: `denoises` False.
+    """
     adapter = find_adapter(folder)
+    if denoises:
+        adapter.check_folder(folder, read_json(folder / "model_index.json"))
     transformer, vae = (read_json(folder / part / "config.json") for part in ("transformer", "vae"))
     return adapter.video_spec(transformer, vae)
 
@@ -161,7 +166,7 @@ def load_vae_alone(config: ModelConfig) -> tuple[VideoSpec, Any]:
     """The numbers of a checkpoint and its VAE, in float32 on the CPU; no other weights are fetched, looked at or read."""
     folder, single = open_checkpoint(config, ("vae",))
     with _faults_as_lines(config.path), no_library_bars():
-        return read_spec(folder), load_vae(folder, single)
+        return read_spec(folder, denoises=False), load_vae(folder, single)
 
 
 def open_checkpoint(config: ModelConfig, parts: Sequence[str]) -> tuple[Path, SingleFile | None]:

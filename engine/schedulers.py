@@ -1,5 +1,6 @@
 """Diffusers schedulers: which of them integrate a flow, who decides the noise that some draw, and their state in a checkpoint."""
 
+import copy
 import functools
 import inspect
 import warnings
@@ -116,23 +117,23 @@ def _trial(
     generator: torch.Generator | None = None,
 ) -> Tensor | None:
     """Samples [steps, 1, 1, 4, 8, 8] after each step of a copy, with torch's own generator at `seed`; None if it lost the flow."""
-    copy = type(scheduler).from_config(scheduler.config)
-    set_timesteps(copy, TRIAL_STEPS)
-    copy.set_begin_index(0)
+    tried = copy.deepcopy(scheduler)  # from_config would forget what was changed of its configuration since
+    set_timesteps(tried, TRIAL_STEPS)
+    tried.set_begin_index(0)
     draw = torch.Generator("cpu").manual_seed(0)
     x0, sample = torch.randn(2, 1, 1, 4, 8, 8, generator=draw, device="cpu")
-    noise = {} if generator is None else step_noise(copy, generator)
-    sigmas = getattr(copy, "sigmas", None)
-    if sigmas is None or len(sigmas) <= len(copy.timesteps):
+    noise = {} if generator is None else step_noise(tried, generator)
+    sigmas = getattr(tried, "sigmas", None)
+    if sigmas is None or len(sigmas) <= len(tried.timesteps):
         return None
     samples = []
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for sigma, timestep in zip(sigmas.tolist(), copy.timesteps, strict=False):
+        torch.default_generator.manual_seed(seed)  # the CPU's alone; manual_seed would seed those of GPUs as well
+        for sigma, timestep in zip(sigmas.tolist(), tried.timesteps, strict=False):
             if abs(float(timestep) - TRAINED_TIMESTEPS * sigma) > TIMESTEP_ERROR:
                 return None
             velocity = (sample - x0) / sigma
-            sample = copy.step(velocity, timestep, sample, return_dict=False, **noise)[0]
+            sample = tried.step(velocity, timestep, sample, return_dict=False, **noise)[0]
             samples.append(sample)
     last = float(sigmas[-1])
     left = (sample - (1 - last) * x0).square().mean().sqrt()

@@ -340,7 +340,7 @@ def _all_gather(x: Tensor, kind: str, *, group: dist.ProcessGroup, trace: Trace)
         return gathered
     with watch(f"all-gather ({kind})", group=group, trace=trace):
         getattr(dist, ALL_GATHER)(gathered.view(-1, *x.shape[1:]), x.view(x.shape or (1,)), group=group)
-    trace.on_bytes(kind, x.nbytes * (size - 1))
+    trace.on_bytes(kind, x.numel() * x.element_size() * (size - 1))
     return gathered
 
 
@@ -356,7 +356,7 @@ def _start_messages(
     ops = [dist.P2POp(dist.isend, x, group=group, group_peer=peer) for peer, x in sends if x.numel()]
     ops += [dist.P2POp(dist.irecv, x, group=group, group_peer=peer) for peer, x in receives if x.numel()]
     works = dist.batch_isend_irecv(ops) if ops else []
-    trace.on_bytes(kind, sum(x.nbytes for _, x in sends))
+    trace.on_bytes(kind, sum(x.numel() * x.element_size() for _, x in sends))
     return works
 
 

@@ -51,6 +51,17 @@ class SeqMesh:
         """The same ranks with every rank of the sequence on the ring and no heads split."""
         return replace(self, ring=self.sequence, ulysses=self.alone)
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the process groups of this mesh still exist."""
+        if not dist.is_initialized():
+            return False
+        try:
+            dist.get_group_rank(self.world.group, self.world.ranks[0])
+        except ValueError:  # a group of a default group that was destroyed since
+            return False
+        return True
+
     def trace(self, label: object, on_bytes: Callable[[str, int], None]) -> Trace:
         """A trace for collectives of this mesh, which its monitor follows, if there is one."""
         return _trace(self.monitor, label, on_bytes)

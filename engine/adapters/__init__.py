@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from engine.adapters.base import ModelAdapter, VideoSpec
+from engine.adapters.base import ModelAdapter, VideoSpec, unwrap
 from engine.adapters.ltx import LTX
 from engine.adapters.wan import WAN
 from engine.errors import UserError
 
 ADAPTERS: tuple[ModelAdapter, ...] = (WAN, LTX)
 
-__all__ = ["ADAPTERS", "ModelAdapter", "VideoSpec", "adapter_named", "adapter_of"]
+__all__ = ["ADAPTERS", "ModelAdapter", "VideoSpec", "adapter_named", "adapter_of", "adapter_of_pipeline"]
 
 
 def adapter_named(class_name: object, where: object) -> ModelAdapter:
@@ -19,6 +19,17 @@ def adapter_named(class_name: object, where: object) -> ModelAdapter:
             return adapter
     known = ", ".join(f"{adapter.pipeline_class.__name__} ({adapter.name})" for adapter in ADAPTERS)
     raise UserError(f"{where} is a {class_name}; only {known} is supported")
+
+
+def adapter_of_pipeline(pipe: Any) -> ModelAdapter:
+    """The adapter of a pipeline; UserError for anything else, such as a part of one."""
+    for adapter in ADAPTERS:
+        if isinstance(unwrap(pipe), (adapter.transformer_class, adapter.vae_class)):
+            name = adapter.pipeline_class.__name__
+            raise UserError(
+                f"a method goes on a whole pipeline: give the {name}, not its {type(unwrap(pipe)).__name__}"
+            )
+    return adapter_of(pipe)
 
 
 def adapter_of(part: Any) -> ModelAdapter:

@@ -9,6 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -192,6 +193,19 @@ class LatentDecoder(ABC):
         """Whole frames of each chunk, in order -> the video's, as many parts as chunks; a part may be empty."""
 
 
+def two_transformers(found: str) -> UserError:
+    """The error for a checkpoint in which something of a second transformer was found."""
+    return UserError(
+        f"this checkpoint has {found}: it denoises with two transformers, each for some of the steps (as Wan2.2 A14B does), and either of "
+        "them alone gives a wrong video; use a checkpoint with one transformer, such as Wan2.1"
+    )
+
+
+def unwrap(module: Any) -> Any:
+    """The module itself, of one that torch.compile may have wrapped."""
+    return getattr(module, "_orig_mod", module)
+
+
 class ModelAdapter(ABC):
     """One family of models inside diffusers. Its instances hold no state: everything is an argument.
 
@@ -250,6 +264,21 @@ class ModelAdapter(ABC):
     @abstractmethod
     def check_pipeline(self, pipe: Any) -> None:
         """Raise UserError for pipelines of this class that would run and give a wrong video, whatever their scheduler."""
+
+    def check_folder(self, folder: Path, index: Mapping[str, Any]) -> None:
+        """Raise UserError for a checkpoint of two transformers, even if its model_index.json does not say so any more."""
+        if index.get("boundary_ratio") is not None:
+            raise two_transformers(f"boundary_ratio {index['boundary_ratio']}")
+        if index.get("transformer_2") not in (None, [None, None]) or (folder / "transformer_2").exists():
+            raise two_transformers("a transformer_2")
+
+    def transformer_of(self, pipe: Any) -> nn.Module:
+        """The pipeline's transformer, without the wrapper of torch.compile; UserError if it is none of this model."""
+        transformer = unwrap(getattr(pipe, "transformer", None))
+        if not isinstance(transformer, self.transformer_class):
+            found = "no transformer" if transformer is None else f"a {type(transformer).__name__} as transformer"
+            raise UserError(f"the {type(pipe).__name__} has {found}; give it a {self.transformer_class.__name__}")
+        return transformer
 
     def try_scheduler(self, scheduler: Any) -> bool:
         """Whether the scheduler draws noise while it steps, from a trial as `engine.schedulers.check_flow` describes it.

@@ -96,7 +96,8 @@ class LtxAdapter(ModelAdapter):
 
     def check_pipeline(self, pipe: LTXPipeline) -> None:
         """Patches that the stock pipeline itself would handle in another way are refused."""
-        patch = (pipe.transformer.config.patch_size_t, pipe.transformer.config.patch_size)
+        config = self.transformer_of(pipe).config
+        patch = (config.patch_size_t, config.patch_size)
         if patch != (1, 1):
             raise UserError(
                 f"the transformer has patches of {patch[0]} x {patch[1]}; LTX-Video has one latent per token"

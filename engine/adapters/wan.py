@@ -11,7 +11,16 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
-from engine.adapters.base import DecodeMode, LatentDecoder, ModelAdapter, ModelNumbers, Text, TimeSettings, VideoSpec
+from engine.adapters.base import (
+    DecodeMode,
+    LatentDecoder,
+    ModelAdapter,
+    ModelNumbers,
+    Text,
+    TimeSettings,
+    VideoSpec,
+    two_transformers,
+)
 from engine.config import DecodeConfig
 from engine.errors import UserError
 from engine.schedulers import fixed_shift
@@ -83,17 +92,14 @@ class WanAdapter(ModelAdapter):
 
     def check_pipeline(self, pipe: WanPipeline) -> None:
         """Image-to-video, Wan2.2 and two-transformer checkpoints are refused."""
-        config = pipe.transformer.config
+        ratio = pipe.config.boundary_ratio
+        if ratio is not None or getattr(pipe, "transformer_2", None) is not None:
+            raise two_transformers("a transformer_2" if ratio is None else f"boundary_ratio {ratio}")
+        config = self.transformer_of(pipe).config
         if config.added_kv_proj_dim is not None or config.image_dim is not None:
             raise UserError("this is an image-to-video checkpoint; use a text-to-video one")
         if getattr(pipe.config, "expand_timesteps", False):
             raise UserError("this checkpoint uses a timestep per token (Wan2.2 TI2V); use a Wan2.1 text-to-video one")
-        if pipe.config.boundary_ratio is not None:
-            found = "no" if pipe.transformer_2 is None else "a"
-            raise UserError(
-                f"model_index.json sets boundary_ratio {pipe.config.boundary_ratio} and there is {found} second "
-                "transformer; Wan2.1 has one transformer and no boundary_ratio: remove that key"
-            )
 
     def attention_modules(self, transformer: WanTransformer3DModel) -> list[nn.Module]:
         """See the base class."""

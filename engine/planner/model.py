@@ -152,7 +152,9 @@ def read_model(config: ModelConfig) -> ModelSpec:
     """
     source = find_checkpoint(config.path)
     if isinstance(source, Path):
-        return ModelSpec(name=config.path, source=f"JSON files of {source}", configs=_read_folder(source))
+        spec = ModelSpec(name=config.path, source=f"JSON files of {source}", configs=_read_folder(source))
+        spec.adapter.check_folder(source, spec.configs["model_index"])
+        return spec
     try:
         configs, how = _read_hub(source, config.revision, local=True), "JSON files of the hub's local copy"
     except OSError as error:

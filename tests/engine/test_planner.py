@@ -27,7 +27,7 @@ from engine.apply import apply_method
 from engine.config import DecodeConfig, MethodConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.decode import stream_decode
 from engine.errors import UserError
-from engine.hooks import BranchProcessor, RunState, StepHook, shard_hooks
+from engine.hooks import BranchProcessor, RunState, StepHook, TokenHooks
 from engine.planner.choose import choose
 from engine.planner.flops import forward_flops
 from engine.planner.gpu import FOLDER, read_gpu
@@ -122,7 +122,7 @@ def fake_forward(layout: Layout, mode: Mode, kernel: str, *, layers: int) -> Cal
             state.weights = method.weights(StepPlan(mode=mode), state.grid, spec.head_dim, CPU)
     for layer, block in enumerate(model.blocks):
         block.attn1.set_processor(BranchProcessor(state, layer))
-    shard_hooks(state, model)
+    TokenHooks(state, model)
     return lambda: model(latents, timestep, text, return_dict=False)[0]
 
 

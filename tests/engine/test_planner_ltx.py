@@ -19,7 +19,7 @@ from engine.adapters.ltx_published import PUBLISHED
 from engine.apply import apply_method
 from engine.config import DecodeConfig, MethodConfig, ModelConfig, SamplerConfig, VideoConfig
 from engine.decode import stream_decode, to_uint8
-from engine.hooks import BranchProcessor, RunState, StepHook, shard_hooks
+from engine.hooks import BranchProcessor, RunState, StepHook, TokenHooks
 from engine.planner.flops import forward_flops
 from engine.planner.gpu import read_gpu
 from engine.planner.layout import Layout, lay_out
@@ -112,7 +112,7 @@ def fake_forward(layout: Layout, mode: Mode, kernel: str, *, layers: int) -> Cal
             state.weights = method.weights(StepPlan(mode="dual"), state.grid, spec.head_dim, CPU)
     for layer, attn in enumerate(spec.adapter.attention_modules(model)):
         attn.set_processor(BranchProcessor(state, layer))
-    shard_hooks(state, model)
+    TokenHooks(state, model)
     return lambda: model(**inputs)[0]
 
 

@@ -101,8 +101,9 @@ def test_every_attention_is_found_and_every_hook_placed_and_removed(spec: ModelS
         assert len(replaced) == spec.layers == len(processors) // 2  # and every attn2 is as it was
         assert len(transformer._forward_pre_hooks) == 1
         hooked = [module for module in transformer.modules() if module._forward_hooks]
-        assert hooked == [m for m in transformer.modules() if m in adapter.shard_points(transformer)]
-        assert len(hooked) == 3
+        places = (transformer, *adapter.shard_points(transformer))
+        assert hooked == [module for module in transformer.modules() if module in places]
+        assert len(hooked) == 4
     assert transformer.attn_processors == processors
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in transformer.modules())
 
