@@ -117,7 +117,7 @@ def _trial(
     generator: torch.Generator | None = None,
 ) -> Tensor | None:
     """Samples [steps, 1, 1, 4, 8, 8] after each step of a copy, with torch's own generator at `seed`; None if it lost the flow."""
-    tried = copy.deepcopy(scheduler)  # from_config would forget what was changed of its configuration since
+    tried = _copy_on_cpu(scheduler)
     set_timesteps(tried, TRIAL_STEPS)
     tried.set_begin_index(0)
     draw = torch.Generator("cpu").manual_seed(0)
@@ -139,6 +139,12 @@ def _trial(
     left = (sample - (1 - last) * x0).square().mean().sqrt()
     # Of sigma_last n, with room for the noise of few numbers; not a number is more.
     return torch.stack(samples) if float(left) <= 1.5 * last + SAMPLE_ERROR else None
+
+
+def _copy_on_cpu(scheduler: Any) -> Any:
+    """A copy whose tensors, those of a run included, are on the CPU; from_config would forget what was changed of it since."""
+    held = [x for value in vars(scheduler).values() for x in (value if isinstance(value, list | tuple) else [value])]
+    return copy.deepcopy(scheduler, {id(x): x.to("cpu", copy=True) for x in held if isinstance(x, Tensor)})
 
 
 def scheduler_state(scheduler: Any, generator: torch.Generator) -> SchedulerState:
