@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -94,6 +95,8 @@ def open_ranks(config: RunConfig, *, prompts: Sequence[str], verbose: bool) -> I
     store = _meet(place, config.parallel.timeout)
     try:
         nodes = _name_nodes(store, place)
+        if _share_loopback(store, place):
+            listen_on_loopback()
         device, arrangement = _agree(store, place, config, prompts, nodes)
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=config.parallel.timeout)
@@ -134,6 +137,7 @@ def _meet(place: Place, timeout: float) -> dist.Store:
     if not (port.isascii() and port.isdecimal() and len(port) < 6 and 0 < int(port) < 1 << 16):
         raise UserError(f"MASTER_PORT must be the number of a port, 1 to 65535, got {port!r}")
     of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_master = place.rank == 0 and not of_torchrun
     listening = os.environ.get(STORE)
     if (place.rank > 0 or of_torchrun) and LAUNCHER not in os.environ:  # our launcher listens before it starts a rank
         _wait_for_listener(host, int(port), place, timeout)
@@ -141,15 +145,25 @@ def _meet(place: Place, timeout: float) -> dist.Store:
         store: dist.Store = dist.TCPStore(
             host,
             int(port),
-            is_master=place.rank == 0 and not of_torchrun,
+            is_master=is_master,
             timeout=timedelta(seconds=timeout),
             wait_for_workers=False,
-            master_listen_fd=None if listening is None else int(listening),
+            master_listen_fd=int(listening) if listening is not None else _listen(host, int(port), is_master=is_master),
         )
         store = gather_ranks(store, place, timeout)
     except dist.DistError as error:
         raise UserError(_unreachable(place, f"{host}:{port}", timeout, error)) from error
     return store
+
+
+def _listen(host: str, port: int, *, is_master: bool) -> int | None:
+    """A listening socket for a store that is for this machine alone; None where the store's own, on every interface, is right."""
+    if not is_master or host not in ("127.0.0.1", "localhost"):
+        return None
+    try:
+        return socket.create_server(("127.0.0.1", port), backlog=socket.SOMAXCONN).detach()
+    except OSError as error:
+        raise UserError(f"cannot listen at {host}:{port}, MASTER_ADDR and MASTER_PORT: {error.strerror}") from error
 
 
 def _wait_for_listener(host: str, port: int, place: Place, timeout: float) -> None:
@@ -211,6 +225,28 @@ def _name_nodes(store: dist.Store, place: Place) -> tuple[str, ...]:
     """The node of each rank: as Ray names it for a rank that it has placed, else the host's name."""
     store.set(f"node/{place.rank}", os.environ.get(NODE, socket.gethostname()))
     return tuple(store.get(f"node/{rank}").decode() for rank in range(place.world))
+
+
+def _share_loopback(store: dist.Store, place: Place) -> bool:
+    """Whether all ranks have the same network interfaces: one machine, and one network namespace of it."""
+    store.set(f"network/{place.rank}", describe_network())
+    found = {store.get(f"network/{rank}") for rank in range(place.world)}
+    return len(found) == 1 and found != {b""}
+
+
+def describe_network() -> str:
+    """The machine's boot and the network namespace of this process; empty where the system does not say."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {Path('/proc/self/ns/net').readlink()}"
+    except OSError:
+        return ""
+
+
+def listen_on_loopback() -> None:
+    """Have backends listen on the loopback device alone, where no other machine can connect; an interface that is set stays."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.setdefault(name, "lo")
 
 
 def _agree(

@@ -1,7 +1,5 @@
 """Which rank of a replica a process is, and what it finds of that in its environment. Standard library only."""
 
-import os
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,17 +65,12 @@ def number_ranks(nodes: Sequence[str]) -> list[Slot]:
 def rank_environment(
     rank: int, num_ranks: int, *, local_rank: int, local_size: int, address: str, port: int
 ) -> dict[str, str]:
-    """Where the ranks of a replica meet, and which of them this is; a rank that is alone needs none of it.
-
-    Ranks of one machine talk over its loopback device: nothing listens where others could reach it.
-    """
+    """Where the ranks of a replica meet, and which of them this is; a rank that is alone needs none of it."""
     if num_ranks == 1:
         return {}
     found = {"RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     found |= {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(local_size)}
     found |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-    if address == "127.0.0.1" and sys.platform.startswith("linux"):
-        found |= {name: os.environ.get(name, "lo") for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
     return found
 
 
