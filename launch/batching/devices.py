@@ -47,11 +47,15 @@ def check_devices(config: RunConfig, options: Options) -> None:
             check_ray(options.ray)
     except NoRayError as error:
         raise UserError(str(error)) from error
-    if options.ray is None:
-        device = pick_device(config.model.device)
-        wanted = options.ranks * options.replicas
-        if device.type == "cuda" and wanted > torch.cuda.device_count():
-            raise UserError(
-                f"{options.replicas} replicas of {options.ranks} ranks need {wanted} GPUs, and this machine has "
-                f"{torch.cuda.device_count()}; use fewer"
-            )
+    # A Ray of this run's own has no other machine, now or later, and its replicas would wait for GPUs for ever.
+    if options.ray == "local" and options.gpus:
+        kind = "cuda"
+    else:
+        kind = pick_device(config.model.device).type if options.ray is None else "cpu"
+    wanted, there = options.ranks * options.replicas, torch.cuda.device_count()
+    if kind == "cuda" and wanted > there:
+        less = "use fewer" if there else "leave --gpus_per_replica out to run on the CPU"
+        raise UserError(
+            f"{options.replicas} replicas of {options.ranks} ranks need {wanted} GPUs, and this machine has {there}; {less}"
+            + (", or give the address of a cluster as --ray" if options.ray == "local" else "")
+        )

@@ -44,6 +44,8 @@ def start_on_ray(address: str, command: Sequence[str], *, num_ranks: int, device
     try:
         check_placement(strategy, address=address, num_ranks=num_ranks)
         with RayPool(address, cpus=num_ranks, log=None) as pool:
+            if device == "cuda":
+                pool.refuse_never(num_ranks)
             if (refused := too_few_gpus(pool.most_gpus, num_ranks, on_cpu=device == "cpu")) is not None:
                 show(f"error: {refused}")
                 return 2

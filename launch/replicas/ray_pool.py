@@ -90,6 +90,14 @@ class RayPool:
         """Let go of the cluster; whatever still runs there for this driver ends."""
         self._close()
 
+    def refuse_never(self, gpus: int) -> None:
+        """Raise NoRayError for more GPUs than a Ray of this run's own has: no other machine joins it, and ranks would wait for ever."""
+        if self._address == "local" and gpus > self.gpus:
+            raise NoRayError(
+                f"{gpus} ranks need {gpus} GPUs, and --ray local is a Ray of this machine alone, which has {self.gpus:g}; ask for "
+                "fewer, give --model.device cpu, or the address of a cluster as --ray"
+            )
+
     def ranks(self, name: str, count: int, start: "Start") -> "RayRanks":
         """The ranks of a replica."""
         self._ranks[name] = RayRanks(self, name, count, start)

@@ -3,8 +3,10 @@
 import math
 import random
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,10 +18,12 @@ from engine.config import ParallelConfig
 from engine.parallelism import arrange_ranks, node_span
 from engine.planner.gpu import read_gpu
 from engine.planner.timing import link_rate
+from launch.commands import batch
 from launch.replicas.place import STRATEGIES, carried, number_ranks, rank_environment
-from launch.replicas.ray_pool import NoRayError, check_placement
+from launch.replicas.ray_pool import NoRayError, RayPool, check_placement
 from parallel.mesh import build_mesh
 from tests.engine.test_parallelism import CONFIG
+from tests.launch.conftest import Run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 # Where Ray placed the bundles of a PACK group of 24 on nodes of 8.
@@ -151,3 +155,27 @@ def test_what_decides_how_ranks_talk_and_compute_reaches_them_and_secrets_do_not
     kept = {"HF_TOKEN": "hf_x", "HUGGING_FACE_HUB_TOKEN": "hf_x", "HUGGINGFACE_API_KEY": "x", "NCCL_SECRET": "x"}
     own = {"CUDA_VISIBLE_DEVICES": "3", "PATH": "/bin", "HOME": "/root", "RANK": "1", "TORCHELASTIC_RUN_ID": "x"}
     assert carried(given | kept | own) == given
+
+
+def test_gpus_that_a_ray_of_this_machine_can_never_have() -> None:
+    """A cluster may grow; a Ray of the run's own has what this machine has."""
+    pool = RayPool("local", cpus=2, log=None)
+    pool.refuse_never(0)
+    with pytest.raises(
+        NoRayError, match="2 ranks need 2 GPUs, and --ray local is a Ray of this machine alone, which has 0"
+    ):
+        pool.refuse_never(2)
+    RayPool("auto", cpus=2, log=None).refuse_never(2)
+
+
+@pytest.mark.parametrize("more", [(), ("--dry_run",)])
+def test_a_batch_on_gpus_that_this_machine_has_not(
+    run: Callable[..., Run], tmp_path: Path, more: Sequence[str]
+) -> None:
+    """Refused before anything is started or written."""
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    words = ["--suite", tmp_path / "prompts.txt", "--out", tmp_path / "out", "--ray", "local", "--gpus_per_replica", 64]
+    said = run(batch.main, *words, *more).error
+    assert said.startswith("1 replicas of 64 ranks need 64 GPUs, and this machine has ")
+    assert said.endswith(", or give the address of a cluster as --ray")
+    assert not (tmp_path / "out").exists()
