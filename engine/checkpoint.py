@@ -12,10 +12,15 @@ from torch import Tensor
 
 from engine.errors import UserError
 from engine.files.tensors import read_metadata
-from engine.files.trees import DamagedError
+from engine.files.trees import DamagedError, parse_json
 from engine.files.whole import atomic_path
 from engine.identity import check_run
 from engine.schedulers import SchedulerState, restore_scheduler
+
+# What latents are computed and kept in.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# What safetensors raises for a damaged file; the last four for a dtype or a shape that torch does not have.
+_DAMAGED = (SafetensorError, ValueError, LookupError, AttributeError, TypeError)
 
 History = dict[str, list[dict[str, Any]]]
 """Rows about finished steps, in JSON's types, by what wrote them; each row has a `step`."""
@@ -39,7 +44,13 @@ def load_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
     tensors, metadata = _read(path)
     if "latents" not in tensors:
         raise UserError(f"{path} holds no latents but {len(tensors)} other tensors; give a file that generate.py saved")
-    return tensors["latents"], metadata
+    latents = tensors["latents"]
+    if latents.dtype not in _DTYPES:
+        kind = str(latents.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{path} holds latents of {kind}, and those that generate.py saves are of float32; give such a file"
+        )
+    return latents, metadata
 
 
 def save_run(
@@ -79,16 +90,26 @@ def load_run(
 
     Bytes, because rank 0 reads the file for all ranks. UserError, which names `path`, for another run's or a broken file.
     """
+    remedy = "delete it to start anew"
     try:
         tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except SafetensorError as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); delete it to start anew") from error
+    except _DAMAGED as error:
+        raise UserError(f"{path} is not a whole safetensors file ({error}); {remedy}") from error
+    header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], str(path), remedy=remedy)
     metadata = header.get("__metadata__", {})
     check_run(metadata, path=path, run_id=run_id, settings=settings)
     state = {name.removeprefix("scheduler."): value for name, value in tensors.items() if name != "latents"}
-    restore_scheduler(scheduler, (state, json.loads(metadata["scheduler"])), device, generator)
-    return tensors["latents"].to(device), int(metadata["step"]), json.loads(metadata.get("history", "{}"))
+    try:
+        values, history = (
+            parse_json(metadata.get(name, "{}"), f"{name} in {path}", remedy=remedy)
+            for name in ("scheduler", "history")
+        )
+        restore_scheduler(scheduler, (state, values), device, generator)
+        return tensors["latents"].to(device), int(metadata["step"]), history
+    except (RuntimeError, *_DAMAGED) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path} is not the state of a run ({type(error).__name__}: {error}); {remedy}") from error
 
 
 def kept_steps(path: Path) -> int:
@@ -105,5 +126,5 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (SafetensorError, OSError) as error:
+    except (OSError, *_DAMAGED) as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}); delete it or fetch it again") from error

@@ -23,6 +23,12 @@ from freespec.methods import (
 from freespec.riflex import Riflex
 from freespec.windows import default_stride
 
+# Larger numbers are slips, and would end in an error of a library, or in no memory, after everything is loaded.
+MOST_FRAMES = 1_000_000
+MOST_SIDE = 16_384
+MOST_FPS = 1000
+MOST_STEPS = 10_000
+MOST_TOKENS = 65_536
 # Of a collective, in seconds. Backends count milliseconds, some of them in 32 bits, which end after 24 days.
 MOST_TIMEOUT = 7 * 24 * 3600
 COMPILED_TRACE = "with model.compile blocks run whole, and hand out no branches for a trace (output.trace, analyze.py)"
@@ -88,7 +94,7 @@ class VideoConfig:
         num_frames: frames of the video, 4k + 1 for Wan and 8k + 1 for LTX-Video.
         height: pixels, a multiple of 16 for Wan, of 32 for LTX-Video.
         width: pixels, likewise.
-        fps: frames per second of the file.
+        fps: frames per second of the file, at most 1000.
     """
 
     num_frames: int
@@ -98,9 +104,9 @@ class VideoConfig:
 
     def __post_init__(self) -> None:
         """Numbers that no model could take; what depends on the model is checked once it is loaded."""
-        _check(self.num_frames >= 1, f"video.num_frames must be 1 or more, got {self.num_frames}")
-        _check(self.fps >= 1, f"video.fps must be 1 or more, got {self.fps}")
-        _check(min(self.height, self.width) >= 1, f"video size must be positive, got {self.height} x {self.width}")
+        for name, most in (("num_frames", MOST_FRAMES), ("fps", MOST_FPS), ("height", MOST_SIDE), ("width", MOST_SIDE)):
+            value = getattr(self, name)
+            _check(1 <= value <= most, f"video.{name} must lie in [1, {most}], got {_short(value)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,14 +142,15 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         """Reject what would denoise nothing or denoise wrongly."""
-        _check(self.num_steps >= 1, f"sampler.num_steps must be 1 or more, got {self.num_steps}")
+        for name, most in (("num_steps", MOST_STEPS), ("max_text_tokens", MOST_TOKENS)):
+            value = getattr(self, name)
+            _check(1 <= value <= most, f"sampler.{name} must lie in [1, {most}], got {_short(value)}")
         _check(math.isfinite(self.guidance_scale), f"sampler.guidance_scale must be finite, got {self.guidance_scale}")
         _check(
             self.flow_shift is None or (math.isfinite(self.flow_shift) and self.flow_shift > 0),
             f"sampler.flow_shift must be more than 0, got {self.flow_shift}",
         )
         _check(0 <= self.seed < 2**63, f"sampler.seed must lie in [0, 2**63), got {self.seed}")
-        _check(self.max_text_tokens >= 1, f"sampler.max_text_tokens must be 1 or more, got {self.max_text_tokens}")
         _check(
             self.noise_stride is None or self.noise_stride >= 1,
             f"sampler.noise_stride must be 1 or more frames, got {self.noise_stride}",
@@ -433,6 +440,11 @@ def _check_plain(settings: dict[str, Any]) -> None:
         json.dumps(settings, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise UserError(f"method.settings must be numbers, words, lists and maps: {error}") from error
+
+
+def _short(value: int) -> str:
+    """A number in a line, however many digits it has."""
+    return str(value) if abs(value) < 10**20 else f"a number of {value.bit_length()} bits"
 
 
 def _check(holds: bool, message: str) -> None:

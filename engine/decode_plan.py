@@ -321,8 +321,22 @@ def tile_bytes(adapter: ModelAdapter, config: str, size: tuple[int, int, int], t
     """Bytes of tensors while a tile of latent `size` (frames, rows, columns) is decoded by the VAE of a JSON `config`.
 
     The first number is the work on one chunk, which passes, the second the tile's state, which stays. The decoder runs on
-    the meta device, where tensors have sizes only; from the third chunk on its peak is constant.
+    the meta device, where tensors have sizes only; from the third chunk on its peak is constant. UserError for a configuration
+    whose decoder does not run.
     """
+    try:
+        return _traced_bytes(adapter, config, size, time)
+    except (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"the VAE's configuration describes no decoder of {adapter.name} that runs ({error})"
+        ) from error
+
+
+def _traced_bytes(
+    adapter: ModelAdapter, config: str, size: tuple[int, int, int], time: TimeSettings
+) -> tuple[int, int]:
     with torch.device("meta"):
         twin = adapter.build("vae", json.loads(config)).eval()
         latents = torch.empty(1, adapter.latent_channels(twin.config), *size)

@@ -38,7 +38,7 @@ from engine.sharded_weights import Encode, encode_on_all, shard_pipeline, shards
 from engine.supported_layouts import check_layout
 from engine.text_cache import TextCache, cache_key
 from engine.trace import Trace
-from engine.weights import read_json
+from engine.weights import read_config
 from freespec.kernels import select_complement, select_dual, select_kernel
 from parallel.mesh import SeqMesh
 from parallel.zero3 import device_bytes, num_parameters
@@ -343,7 +343,7 @@ class LongVideoEngine:
         folder = fetch(source, config.model.revision, parts=(), offline=config.model.offline)
         spec = read_spec(folder)
         check_riflex(find_adapter(folder), config.attention.riflex)
-        check_shift(read_json(folder / "scheduler" / "scheduler_config.json"), config.sampler.shift)
+        check_shift(read_config(folder / "scheduler" / "scheduler_config.json"), config.sampler.shift)
         spec.check_video(config.video.num_frames, config.video.height, config.video.width)
         check_tiles(config.decode, spec)
         return spec, fingerprints(config, folder, from_hub=isinstance(source, str))

@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.files.trees import DamagedError, parse_json
 from engine.method_tree import method_tree
 
 # Where a setting stands in the configuration; its own value in `latents_settings` is the one that a call was given.
@@ -77,10 +78,10 @@ def check_run(
     if metadata.get("run_id") == run_id:
         return
     try:
-        before = json.loads(metadata.get("settings", "{}"))
-    except json.JSONDecodeError:
+        before = parse_json(metadata.get("settings", "{}"), str(path))
+    except DamagedError:
         before = {}
-    told = describe_differences(before, settings) if before and settings else None
+    told = describe_differences(before, settings) if before and settings and isinstance(before, dict) else None
     raise UserError(
         f"{path} belongs to another run ({told or 'other prompt, seed or setting'}); delete it or move it away"
     )

@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from engine.adapters import ModelAdapter, VideoSpec, adapter_named
 from engine.config import ModelConfig
 from engine.convolutions import use_onednn
-from engine.errors import UserError
+from engine.errors import UserError, is_out_of_memory
 from engine.paths import find_checkpoint, is_pickle
 from engine.progress import no_library_bars
 from engine.sharded_weights import check_placement
 from engine.single_file import SingleFile, open_single_file
-from engine.weights import WEIGHT_FOLDERS, check_part, lfs_pointer, read_json, unfinished
+from engine.weights import WEIGHT_FOLDERS, check_part, lfs_pointer, read_config, unfinished
 
 # Of newer versions of the hub's client; older ones return what there is, and the checks of the folder say what is missing.
 _INCOMPLETE: tuple[type[Exception], ...] = tuple(filter(None, [getattr(hub_errors, "IncompleteSnapshotError", None)]))
@@ -102,8 +102,7 @@ def find_adapter(folder: Path) -> ModelAdapter:
     """What the engine knows of the model in a folder, by its model_index.json; UserError if it is none that is known."""
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{folder} has no model_index.json; give the folder that holds transformer/, vae/ and the rest")
-    index = read_json(folder / "model_index.json")
-    return adapter_named(index.get("_class_name") if isinstance(index, dict) else None, folder)
+    return adapter_named(read_config(folder / "model_index.json"), folder / "model_index.json")
 
 
 def read_spec(folder: Path, *, denoises: bool = True) -> VideoSpec:
@@ -113,9 +112,19 @@ def read_spec(folder: Path, *, denoises: bool = True) -> VideoSpec:
     """
     adapter = find_adapter(folder)
     if denoises:
-        adapter.check_folder(folder, read_json(folder / "model_index.json"))
-    transformer, vae = (read_json(folder / part / "config.json") for part in ("transformer", "vae"))
-    return adapter.video_spec(transformer, vae)
+        adapter.check_folder(folder, read_config(folder / "model_index.json"))
+    transformer, vae = (read_config(folder / part / "config.json") for part in ("transformer", "vae"))
+    return spec_of(adapter, transformer, vae, folder)
+
+
+def spec_of(adapter: ModelAdapter, transformer: dict[str, Any], vae: dict[str, Any], where: object) -> VideoSpec:
+    """`ModelAdapter.video_spec`; UserError, which says `where` the configurations were read, for numbers that are none of a model."""
+    try:
+        return adapter.video_spec(transformer, vae)
+    except (TypeError, ValueError, ArithmeticError, MemoryError) as error:
+        raise UserError(
+            f"the configurations of transformer and VAE in {where} describe no {adapter.name} ({error}); fetch the checkpoint again"
+        ) from error
 
 
 def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: str = "model") -> DiffusionPipeline:
@@ -144,7 +153,7 @@ def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: s
             given["transformer"] = single.load(adapter, folder, "transformer", dtype)
         pipe = adapter.pipeline_class.from_pretrained(folder, vae=vae, dtype=dtype, use_safetensors=True, **given)
     adapter.check_pipeline(pipe)
-    with _faults_of(folder / "scheduler"):
+    with faults_of(folder / "scheduler"):
         adapter.try_scheduler(pipe.scheduler)
     if with_text:
         _check_text_encoder(pipe)
@@ -217,7 +226,7 @@ def check_small_files(folder: Path, part: str) -> None:
     if not any((folder / part / file).is_file() for file in files):
         raise UserError(f"{folder / part} has no {' or '.join(files)}; fetch the checkpoint again")
     for file in sorted((folder / part).glob("*.*")):
-        if pointer := lfs_pointer(file):
+        if file.is_file() and (pointer := lfs_pointer(file)):
             raise UserError(pointer)
 
 
@@ -241,8 +250,10 @@ def check_files(folder: Path, name: str) -> None:
         found = f"only {', '.join(others)}, which can run code and is not read" if others else "no weights"
         raise UserError(f"{part} has {found}{told}; fetch the .safetensors files of this checkpoint")
     for shard_index in part.glob("*.safetensors.index.json"):
-        content = read_json(shard_index)
-        shards = set(content["weight_map"].values()) if isinstance(content, dict) and "weight_map" in content else set()
+        weight_map = read_config(shard_index).get("weight_map")
+        shards = (
+            {name for name in weight_map.values() if isinstance(name, str)} if isinstance(weight_map, dict) else set()
+        )
         missing = sorted(shards - {file.name for file in files})
         if missing:
             raise UserError(f"{part} lacks {', '.join(missing)} of {len(shards)} shards{told}; finish the download")
@@ -251,12 +262,12 @@ def check_files(folder: Path, name: str) -> None:
 def _load_beside(adapter: ModelAdapter, folder: Path, name: str) -> Any:
     """The scheduler or the tokenizer alone, so that it is known which of them a fault is of."""
     others = dict.fromkeys({*WEIGHT_FOLDERS, "scheduler", "tokenizer"} - {name})
-    with _faults_of(folder / name):
+    with faults_of(folder / name):
         return getattr(adapter.pipeline_class.from_pretrained(folder, **others), name)
 
 
 @contextmanager
-def _faults_of(part: Path) -> Iterator[None]:
+def faults_of(part: Path) -> Iterator[None]:
     """Any error about the small files of a folder as a UserError that names them."""
     try:
         yield
@@ -283,9 +294,11 @@ def _faults_as_lines(path: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, SafetensorError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"cannot load {path!r}: {first}") from error
+    except Exception as error:  # two libraries raise many classes for a damaged file
+        if is_out_of_memory(error):
+            raise
+        kind = "" if isinstance(error, OSError | SafetensorError | ValueError) else f"{type(error).__name__}: "
+        raise UserError(f"cannot load {path!r}: {kind}{_first_line(error)}") from error
 
 
 def _check_text_encoder(pipe: DiffusionPipeline) -> None:

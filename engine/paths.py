@@ -12,7 +12,9 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def expand(path: str) -> Path:
-    """A path of the user's, with ~ resolved; UserError for the ~ of a user that does not exist."""
+    """A path of the user's, with ~ resolved; UserError for the ~ of a user that does not exist, and for a zero byte."""
+    if "\0" in path:
+        raise UserError(f"the path {path[:60]!r} has a zero byte, which no file name has")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
@@ -22,11 +24,11 @@ def expand(path: str) -> Path:
 def find_checkpoint(path: str) -> Path | str:
     """A folder (from the working directory, then from the repository), or a hub name."""
     try:
-        for folder in (Path(path).expanduser(), REPOSITORY / path):
+        for folder in (expand(path), REPOSITORY / path):
             if folder.is_dir():
                 return folder
-        is_file = Path(path).expanduser().is_file()
-    except (OSError, RuntimeError) as error:  # no permission, a name too long, ~ of an unknown user
+        is_file = expand(path).is_file()
+    except OSError as error:  # no permission, a name too long
         raise UserError(f"cannot look for model.path {path!r}: {error}") from error
     if is_file and is_pickle(path):
         raise UserError(f"model.path {path} is a pickle, which can run code and is not read; give .safetensors files")

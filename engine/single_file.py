@@ -19,7 +19,7 @@ from engine.adapters import ModelAdapter
 from engine.config import ModelConfig
 from engine.errors import UserError
 from engine.paths import expand, is_pickle
-from engine.weights import broken_file, compare_part, read_json
+from engine.weights import broken_file, compare_part, read_config
 
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/(.+)")
 # Others hold numbers that mean something only together with scales that diffusers would not apply.
@@ -44,7 +44,7 @@ class SingleFile:
         """Raise UserError unless it holds every tensor of its parts, as the folder's configurations describe them."""
         for part in self.parts:
             tensors = {key: torch.empty(shape, device="meta") for key, shape in self.shapes.items()}
-            config = read_json(folder / part / "config.json")
+            config = read_config(folder / part / "config.json")
             kind = _class_of(adapter, part)
             try:
                 converted = SINGLE_FILE_LOADABLE_CLASSES[kind.__name__]["checkpoint_mapping_fn"](

@@ -1,18 +1,26 @@
 """Which files a checkpoint is, and weight files held against the model that their configuration describes, before anything is loaded."""
 
-import json
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from engine.adapters import ModelAdapter
 from engine.errors import UserError
+from engine.files.trees import parse_json
 
 # Buffers that other versions of the libraries save and the models compute anew.
 _HARMLESS = ("rope.",)
 _LFS_POINTER = b"version https://git-lfs"
+
+_FETCH = "fetch the checkpoint again"
+# Settings that say how often something is repeated, and the most of any model.
+_REPEATS = re.compile(r"layers|blocks")
+_MOST_LAYERS = 1000
 
 WEIGHT_FOLDERS = ("transformer", "vae", "text_encoder")
 """Parts of a pipeline that hold weights, and must lie in a checkpoint folder."""
@@ -44,14 +52,7 @@ def compare_part(
 
     `where` is what messages call the place of the tensors.
     """
-    config = read_json(part / "config.json")
-    if not isinstance(config, dict):
-        raise UserError(f"{part / 'config.json'} is no configuration; fetch the checkpoint again")
-    try:
-        with torch.device("meta"):
-            model = adapter.build(name, config)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{part / 'config.json'} describes no {name} of {adapter.name} ({error})") from error
+    model = build_part(adapter, name, read_config(part / "config.json"), part / "config.json")
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     # A tied tensor may lie there under either of its names, or under both.
     tied = dict(getattr(model, "_tied_weights_keys", None) or {})
@@ -87,14 +88,39 @@ def unfinished(folder: Path, name: str) -> list[str]:
     return sorted(file.name for place in places for ending in endings for file in place.glob(ending))
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file, or UserError that names it."""
+def read_config(path: Path) -> dict[str, Any]:
+    """A JSON object of a checkpoint, or UserError that names it."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; fetch the checkpoint again") from error
-    except ValueError as error:  # of JSON and of UTF-8
-        raise UserError(f"{path} is not JSON ({error}); fetch the checkpoint again") from error
+        raise UserError(f"cannot read {path}: {error.strerror}; {_FETCH}") from error
+    tree = parse_json(data, str(path), remedy=_FETCH)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds {tree!r:.40} and no settings; {_FETCH}")
+    return tree
+
+
+def build_part(adapter: ModelAdapter, name: str, config: Mapping[str, Any], where: object) -> nn.Module:
+    """A part of a pipeline on the meta device, from its configuration; UserError, which says `where` that was read, if it describes none."""
+    for key, value in config.items():
+        # A model of so many layers would be built for hours.
+        if _REPEATS.search(key) and (most := _largest(value)) > _MOST_LAYERS:
+            raise UserError(f"{where} has {key} {most:g}, and no {name} has more than {_MOST_LAYERS}; {_FETCH}")
+    try:
+        with torch.device("meta"):
+            return adapter.build(name, dict(config))
+    except (MemoryError, ImportError):
+        raise
+    except Exception as error:  # the constructors of two libraries raise many classes for a wrong value
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise UserError(
+            f"{where} describes no {name} of {adapter.name} ({type(error).__name__}: {first}); {_FETCH}"
+        ) from error
+
+
+def _largest(value: Any) -> float:
+    numbers = value if isinstance(value, list) else [value]
+    return max((each for each in numbers if isinstance(each, int | float)), default=0)
 
 
 def _shapes_in(part: Path) -> dict[str, tuple[int, ...]]:

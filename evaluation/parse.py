@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from engine.errors import UserError
+from engine.files.trees import parse_json
 from evaluation.dimensions import CONSISTENCY, DIMENSIONS, ROW_SCALE
 from evaluation.stage import CLIPS
 
@@ -92,11 +93,9 @@ def read_results(path: Path, dimension: str, clips: Mapping[str, int]) -> Dimens
 def _read(path: Path, dimension: str) -> tuple[float, list[_Row], list[_Row]]:
     try:
         # VBench writes nan and infinity as JSON does not know them; they are found below, by name of the video.
-        tree = json.loads(path.read_text(encoding="utf-8"))
+        tree = parse_json(path.read_bytes(), str(path), remedy="evaluate again")
     except OSError as error:
         raise UserError(f"VBench wrote no {path.name} in {path.parent} ({error.strerror})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not whole JSON ({error})") from error
     if dimension not in DIMENSIONS:
         raise ValueError(f"{dimension} is none of {', '.join(DIMENSIONS)}")
     if not isinstance(tree, dict) or dimension not in tree:

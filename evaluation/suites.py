@@ -6,7 +6,6 @@ files are those of Vchitect/VBench at commit 45e79ec.
 
 import difflib
 import hashlib
-import json
 import shutil
 import subprocess
 from dataclasses import dataclass, replace
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from engine.batch.suite import Prompt, Suite
 from engine.errors import UserError
+from engine.files.trees import parse_json
 from engine.prompt_files import split_lines
 
 PREFIX = "vbench:"
@@ -204,7 +204,10 @@ class _Reader:
         if path is None:
             raise UserError(f"{self._checkout} has neither {_FULL_INFO[0]} nor {_FULL_INFO[1]}")
         try:
-            return [(entry["prompt_en"], tuple(sorted(entry["dimension"]))) for entry in json.loads(self._bytes(path))]
+            return [
+                (entry["prompt_en"], tuple(sorted(entry["dimension"])))
+                for entry in parse_json(self._bytes(path), str(self._checkout / path))
+            ]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{self._checkout / path} is not VBench's list of prompts and dimensions") from error
 

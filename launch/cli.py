@@ -1,19 +1,21 @@
 """Settings from the command line: YAML presets and dotted overrides become a RunConfig, and every mistake one line."""
 
+import functools
 import glob
 import re
 import sys
 from argparse import Action
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.files.trees import MOST_SETTINGS, absurd
 from engine.paths import REPOSITORY, expand
 from engine.prompt_files import resolve_negative_prompt
 from launch.suggestions import describe_unknown
@@ -127,7 +129,9 @@ def parse(parser: ArgumentParser, words: Sequence[str], *, unread: Collection[st
         show_help(parser, everything="--help_all" in words, unread=unread)
         sys.exit(0)
     try:
-        return parser.instantiate(parser.parse_args(list(words)))
+        namespace = parser.parse_args(list(words))
+        refuse_null(namespace)
+        return parser.instantiate(namespace)
     except ArgumentError as error:
         raise UserError(_plain(str(error))) from error
     except ValueError as error:  # from the checks of the dataclasses
@@ -137,6 +141,25 @@ def parse(parser: ArgumentParser, words: Sequence[str], *, unread: Collection[st
 def asks_help(words: Sequence[str]) -> bool:
     """Whether the words ask for help, and nothing else."""
     return any(word in _HELP for word in words)
+
+
+def refuse_null(namespace: Namespace) -> None:
+    """Raise UserError for a setting of a run that is null and may not be; the parser lets null pass in files."""
+    for key, value in namespace.items():
+        if value is None and key in _never_null(RunConfig):
+            raise UserError(f"{key} must not be null")
+
+
+@functools.cache
+def _never_null(kind: type, prefix: str = "") -> frozenset[str]:
+    """Dotted names of a dataclass's fields whose type does not include None."""
+    keys: set[str] = set()
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            keys |= _never_null(hint, f"{prefix}{name}.")
+        elif type(None) not in get_args(hint):
+            keys.add(f"{prefix}{name}")
+    return frozenset(keys)
 
 
 def show_help(parser: ArgumentParser, *, everything: bool, unread: Collection[str]) -> None:
@@ -225,6 +248,11 @@ def check_key(key: str, keys: Keys, where: str = "", value: str | None = None) -
 
 def check_config_file(path: Path, keys: Keys) -> None:
     """Raise UserError unless the file is YAML whose keys are all known."""
+    _check_tree(read_yaml(path), keys, "", path)
+
+
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """The settings in a YAML file; UserError for one that is no YAML, holds none, or is too deep or too large to be walked."""
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -235,9 +263,15 @@ def check_config_file(path: Path, keys: Keys) -> None:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{where}: not YAML ({getattr(error, 'problem', None) or error})") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply; configs/ has examples") from error
+    except ValueError as error:  # an integer of thousands of digits, a date that there is not
+        raise UserError(f"{path} holds a value that is none ({str(error).partition(';')[0]})") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds no settings; configs/ has examples")
-    _check_tree(tree, keys, "", path)
+    if (wrong := absurd(tree, most_values=MOST_SETTINGS)) is not None:
+        raise UserError(f"{path} {wrong}; configs/ has examples")
+    return tree
 
 
 def _check_tree(tree: dict[Any, Any], keys: Keys, prefix: str, path: Path) -> None:
@@ -260,12 +294,15 @@ def _check_tree(tree: dict[Any, Any], keys: Keys, prefix: str, path: Path) -> No
 
 
 def find_config(name: str) -> Path:
-    """A preset: a file from the working directory, or one of those that come with the program, with or without `.yaml`."""
+    """Return a preset's file: from the working directory, or from those that come with the program, with or without `.yaml`."""
     folder = REPOSITORY / "configs"
-    for place in (expand(name), REPOSITORY / name, folder / name):
-        for path in (place, place.with_name(f"{place.name}.yaml")):
-            if path.is_file():
-                return path
+    try:
+        for place in (expand(name), REPOSITORY / name, folder / name):
+            for path in (place, place.parent / f"{place.name}.yaml"):
+                if path.is_file():
+                    return path
+    except OSError as error:  # no permission, a name too long
+        raise UserError(f"cannot look for --config {name[:60]}: {error.strerror}") from error
     presets = sorted(path.stem for path in folder.glob("*.yaml"))
     raise UserError(
         f"--config {name} does not exist; give a file, or one of the presets {', '.join(presets)} of {folder}"

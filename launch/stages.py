@@ -1,7 +1,6 @@
 """What is left to make of a video, by the files that an earlier run of the same command has left."""
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any, Literal
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files.tensors import read_metadata
-from engine.files.trees import DamagedError, Shape, read_tree
+from engine.files.trees import DamagedError, Shape, parse_json, read_tree
 from engine.files.whole import file_sha256
 from engine.identity import check_run, describe_differences, settings_id
 from launch.outputs import OutputFiles, describe_existing, refuse_existing
@@ -156,7 +155,7 @@ def _latents_settings(path: Path, *, overwrite: bool) -> Settings | None:
         metadata = read_metadata(path)
         if metadata is None:
             return None
-        return dict(json.loads(metadata["record"])["identity"]["settings"])
+        return dict(parse_json(metadata["record"], str(path))["identity"]["settings"])
     except (UserError, KeyError, TypeError, ValueError):
         if not overwrite:
             refuse_existing([path], _FLAG)

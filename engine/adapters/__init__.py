@@ -1,5 +1,6 @@
 """The models that the engine serves: one file each, all of them instances of `base.ModelAdapter`, found by name or class."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from engine.adapters.base import ModelAdapter, VideoSpec, unwrap
@@ -12,13 +13,16 @@ ADAPTERS: tuple[ModelAdapter, ...] = (WAN, LTX)
 __all__ = ["ADAPTERS", "ModelAdapter", "VideoSpec", "adapter_named", "adapter_of", "adapter_of_pipeline"]
 
 
-def adapter_named(class_name: object, where: object) -> ModelAdapter:
-    """The adapter of a model_index.json's `_class_name`; UserError, which says `where` it was found, for another class."""
+def adapter_named(index: Mapping[str, Any], where: object) -> ModelAdapter:
+    """The adapter for the pipeline that a model_index.json names; UserError, which says `where` that was read, for another one."""
+    class_name = index.get("_class_name")
     for adapter in ADAPTERS:
         if class_name in adapter.index_names:
             return adapter
-    known = ", ".join(f"{adapter.pipeline_class.__name__} ({adapter.name})" for adapter in ADAPTERS)
-    raise UserError(f"{where} is a {class_name}; only {known} is supported")
+    known = " or ".join(f"{adapter.pipeline_class.__name__} ({adapter.name})" for adapter in ADAPTERS)
+    if not class_name or not isinstance(class_name, str):
+        raise UserError(f"{where} names no pipeline; its _class_name must be {known}")
+    raise UserError(f"{where} names a {class_name}; only {known} is supported")
 
 
 def adapter_of_pipeline(pipe: Any) -> ModelAdapter:

@@ -8,7 +8,7 @@ import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -24,6 +24,7 @@ Range = tuple[int, int]
 # Text of one pass as the transformer takes it: embeddings [1, K, C], and for a model that masks its padding [1, K] of 0 and 1.
 Text = tuple[Tensor, ...]
 DecodeMode = Literal["whole", "framewise", "tiled"]
+MOST_SIZE = 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +48,17 @@ class VideoSpec:
     pipeline_multiple: int
     max_positions: int | None = None
     cuts_time: bool = False
+
+    def __post_init__(self) -> None:
+        """ValueError for numbers that no model has; configurations come from files."""
+        numbers = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "cuts_time"}
+        for name, value in numbers.items():
+            sizes = value if isinstance(value, tuple) else (value,)
+            optional = name == "max_positions" and value is None
+            if not optional and not all(type(size) is int and 1 <= size <= MOST_SIZE for size in sizes):
+                raise ValueError(f"{name} is {value!r:.60}")
+        if len(self.patch) != 3:
+            raise ValueError(f"patch is {self.patch!r:.60}")
 
     @property
     def size_multiples(self) -> tuple[int, int]:
@@ -130,6 +142,14 @@ class ModelNumbers:
     in_values: int
     out_values: int
     rotary_values: int
+
+    def __post_init__(self) -> None:
+        """ValueError for numbers that no model has."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            sizes = value if isinstance(value, tuple) else (value,)
+            if not all(type(size) is int and 1 <= size <= MOST_SIZE for size in sizes):
+                raise ValueError(f"{field.name} is {value!r:.60}")
 
     @property
     def width(self) -> int:

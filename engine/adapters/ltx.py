@@ -406,7 +406,7 @@ def _decode_noise(shape: Sequence[int], settings: TimeSettings) -> Tensor:
 def _compression(vae: Mapping[str, Any], axis: str, patch: int) -> int:
     """Pixels or frames per latent: given, or a doubling for every level of the encoder that scales."""
     given = vae.get(f"{axis}_compression_ratio")
-    return patch * 2 ** sum(vae.get("spatio_temporal_scaling", SCALING)) if given is None else given
+    return patch * 2 ** sum(map(bool, vae.get("spatio_temporal_scaling", SCALING))) if given is None else given
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from engine.batch.suite import Prompt, Suite
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files.locks import locked
-from engine.files.trees import Shape, check_tree, read_tree
+from engine.files.trees import DamagedError, Shape, check_tree, lacking, read_tree
 from engine.files.whole import write_json
 
 SCHEMA = 1
@@ -128,8 +128,21 @@ def check_folder(root: Path, batch: Batch) -> dict[str, Any]:
     if before["schema"] != SCHEMA:
         raise UserError(f"{path} was written by another version of this program; choose another --out")
     check_tree(path, before, SHAPE, what="a batch's description")
+    if (wrong := _lacking_inside(before)) is not None:
+        raise DamagedError(f"{path} is not a batch's description: {wrong}; move it away")
     check_same(root, before, batch)
     return before
+
+
+def _lacking_inside(tree: Mapping[str, Any]) -> str | None:
+    for name, config in tree["configs"].items():
+        if (wrong := lacking(config, {"method.name": str})) is not None:
+            return f"of the configuration {name}, {wrong}"
+    for kind in ("prompts", "items"):
+        entries = tree.get(kind, {})
+        if not isinstance(entries, dict) or not all(isinstance(value, str) for value in entries.values()):
+            return f"{kind} is {entries!r:.60}"
+    return None
 
 
 def check_same(root: Path, before: Mapping[str, Any], batch: Batch) -> None:

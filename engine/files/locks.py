@@ -280,7 +280,7 @@ def _read(descriptor: int) -> Holder | None:
             started=tree.get("started"),
             files=tuple(tree.get("files", ())),
         )
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 

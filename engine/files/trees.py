@@ -1,4 +1,4 @@
-"""Read the JSON files of results and check that they hold what they are taken for."""
+"""Parse JSON of any origin, read the JSON files of results, and check that they hold what they are taken for."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -12,8 +12,61 @@ from engine.errors import UserError
 Shape = dict[str, type | UnionType]
 
 
+# Code that walks deeper trees would run out of stack.
+_MOST_DEPTH = 100
+# More values are no settings, and a walk over them would not end.
+MOST_SETTINGS = 100_000
+
+
 class DamagedError(UserError):
     """A file whose content is not what its name promises: cut, overwritten, or of another kind."""
+
+
+def parse_json(data: str | bytes, name: str, *, remedy: str = "move it away") -> Any:
+    """Return the content of a JSON text, which messages call `name` and end with `remedy`.
+
+    Raises:
+        DamagedError: it is not UTF-8 or not JSON, is nested more than 100 deep, or holds a number of thousands of digits or
+            text that UTF-8 does not have.
+    """
+    try:
+        text = data.decode("utf-8") if isinstance(data, bytes) else data
+        tree = json.loads(text)
+        if "\\u" in text:  # half of a surrogate pair can be neither printed nor written
+            json.dumps(tree, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        raise DamagedError(f"{name} is not UTF-8 text; {remedy}") from error
+    except UnicodeEncodeError as error:
+        raise DamagedError(f"{name} holds text that is not Unicode; {remedy}") from error
+    except json.JSONDecodeError as error:
+        raise DamagedError(f"{name} is not JSON ({error}); {remedy}") from error
+    except RecursionError as error:
+        raise DamagedError(f"{name} is nested too deeply; {remedy}") from error
+    except ValueError as error:  # an integer of thousands of digits
+        raise DamagedError(
+            f"{name} holds a number that is too long ({str(error).partition(';')[0]}); {remedy}"
+        ) from error
+    if (wrong := absurd(tree)) is not None:
+        raise DamagedError(f"{name} {wrong}; {remedy}")
+    return tree
+
+
+def absurd(tree: Any, *, most_values: int | None = None) -> str | None:
+    """Say what makes a tree of dicts and lists too deep or too large to walk; None if nothing does. Walks without recursion.
+
+    YAML can refer from one place to another, even in a circle, so that a small file may be a tree without end: for YAML give
+    `most_values`.
+    """
+    level, count = [tree], 0
+    for _ in range(_MOST_DEPTH):
+        inner = [each for each in level if isinstance(each, dict | list)]
+        count += sum(map(len, inner))
+        if most_values is not None and count > most_values:
+            return f"holds more than {most_values} values"
+        level = [value for each in inner for value in (each.values() if isinstance(each, dict) else each)]
+        if not level:
+            return None
+    return f"is nested more than {_MOST_DEPTH} deep"
 
 
 def read_json(path: Path) -> Any:
@@ -41,19 +94,12 @@ _MISSING = object()
 
 def _load(path: Path) -> Any:
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
     except FileNotFoundError:
         return _MISSING
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; mend it, or give another place") from error
-    except UnicodeDecodeError as error:
-        raise DamagedError(f"{path} is not UTF-8 text; move it away") from error
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DamagedError(f"{path} is not JSON ({error}); move it away") from error
-    except (RecursionError, ValueError) as error:  # nested thousands deep; an integer of thousands of digits
-        raise DamagedError(f"{path} is not JSON of a result ({error}); move it away") from error
+    return parse_json(data, str(path))
 
 
 def check_tree(path: Path, tree: Any, shape: Shape, *, what: str) -> None:

@@ -1,12 +1,12 @@
 """A GPU as its datasheet and a few assumed fractions describe it, read from a JSON file that names every source."""
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any
 
 import freespec
 from engine.errors import UserError
+from engine.files.trees import parse_json
 from engine.paths import REPOSITORY, expand
 
 FOLDER = REPOSITORY / "configs" / "gpus"
@@ -151,13 +151,10 @@ def read_gpu(name: str) -> GpuSpec:
     known = sorted(path.stem for path in FOLDER.glob("*.json"))
     path = FOLDER / f"{name}.json" if name in known else expand(name)
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also bytes that are no text, and a number of more digits than Python reads
-        raise UserError(f"{path} is not JSON: {error}") from error
-    except RecursionError as error:
-        raise UserError(f"{path} is not the JSON of a GPU: brackets within brackets, too many to read") from error
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"unknown GPU {name!r}; choose one of {', '.join(known)}, or give a JSON file") from error
+    tree = parse_json(data, str(path), remedy=f"{FOLDER} has examples")
     if not isinstance(tree, dict):
         raise UserError(f"{path} must be an object with the keys of {FOLDER / 'h200.json'}")
     fields = {field.name for field in dataclasses.fields(GpuSpec)}

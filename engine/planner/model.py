@@ -1,7 +1,5 @@
 """What the planner knows of a checkpoint: numbers from its JSON files, or published ones. No weights, no network needed."""
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +16,9 @@ from engine.adapters.base import ModelNumbers
 from engine.adapters.published import PUBLISHED, SOURCES
 from engine.config import ModelConfig, SamplerConfig
 from engine.errors import UserError
-from engine.load import find_checkpoint, quiet_hub
+from engine.load import faults_of, find_checkpoint, quiet_hub, spec_of
 from engine.schedulers import make_scheduler, shifting_tokens
+from engine.weights import build_part, read_config
 from parallel.zero3 import LIVE_LAYERS, repeated_layers
 
 FP32_BYTES = 4
@@ -49,17 +48,22 @@ class ModelSpec:
     @cached_property
     def adapter(self) -> ModelAdapter:
         """What the engine knows of models of this class."""
-        return adapter_named(self.configs["model_index"].get("_class_name"), self.name)
+        return adapter_named(self.configs["model_index"], f"model_index.json of {self.name}")
 
     @cached_property
     def numbers(self) -> ModelNumbers:
         """What decides operations and bytes of one forward."""
-        return self.adapter.numbers(self._transformer.config)
+        try:
+            return self.adapter.numbers(self._transformer.config)
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"the transformer's configuration of {self.name} describes no {self.adapter.name} ({error})"
+            ) from error
 
     @cached_property
     def video(self) -> VideoSpec:
         """What decides lengths and sizes."""
-        return self.adapter.video_spec(self.configs["transformer"], self.configs["vae"])
+        return spec_of(self.adapter, self.configs["transformer"], self.configs["vae"], self.name)
 
     @property
     def heads(self) -> int:
@@ -118,31 +122,35 @@ class ModelSpec:
     def timesteps(self, sampler: SamplerConfig, latent: tuple[int, int, int], *, window_frames: int) -> list[float]:
         """The scheduler's real timesteps, first step first, for latents of (frames, rows, columns)."""
         config = self.configs["scheduler"]
-        scheduler_class = getattr(diffusers, config.get("_class_name", ""), None)
+        scheduler_class = getattr(diffusers, str(config.get("_class_name")), None)
         if scheduler_class is None:
-            raise UserError(f"{self.name}: diffusers has no scheduler {config.get('_class_name')!r}")
-        scheduler = make_scheduler(scheduler_class.from_config(config), sampler.flow_shift)
+            raise UserError(f"{self.name}: diffusers has no scheduler {config.get('_class_name')!r:.60}")
         frames, rows, columns = latent
         tokens = shifting_tokens(
             sampler.shift, frames, rows * columns, window_frames=window_frames * self.numbers.patch[0]
         )
-        self.adapter.set_timesteps(
-            scheduler, sampler.num_steps, num_tokens=tokens, shift=sampler.shift, device=torch.device("cpu")
-        )
-        return [float(t) for t in scheduler.timesteps.tolist()]
+        with faults_of(Path(self.name) / "scheduler"):
+            scheduler = make_scheduler(scheduler_class.from_config(config), sampler.flow_shift)
+            self.adapter.set_timesteps(
+                scheduler, sampler.num_steps, num_tokens=tokens, shift=sampler.shift, device=torch.device("cpu")
+            )
+            return [float(t) for t in scheduler.timesteps.tolist()]
 
     @cached_property
     def vae(self) -> Any:
         """The VAE without weights: tensors on the meta device have shapes only."""
-        return _on_meta(lambda: self.adapter.build("vae", self.configs["vae"]))
+        return self._build("vae")
 
     @cached_property
     def _transformer(self) -> Any:
-        return _on_meta(lambda: self.adapter.build("transformer", self.configs["transformer"]))
+        return self._build("transformer")
 
     @cached_property
     def _text_encoder(self) -> Any:
-        return _on_meta(lambda: self.adapter.build("text_encoder", self.configs["text_encoder"]))
+        return self._build("text_encoder")
+
+    def _build(self, part: str) -> Any:
+        return build_part(self.adapter, part, self.configs[part], f"the {part}'s configuration of {self.name}").eval()
 
 
 def read_model(config: ModelConfig) -> ModelSpec:
@@ -171,8 +179,8 @@ def read_model(config: ModelConfig) -> ModelSpec:
 
 def _read_folder(folder: Path) -> dict[str, dict[str, Any]]:
     try:
-        return {part: json.loads((folder / file).read_text(encoding="utf-8")) for part, file in _FILES.items()}
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        return {part: read_config(folder / file) for part, file in _FILES.items()}
+    except UserError as error:
         raise UserError(f"{folder} is no whole checkpoint in Diffusers layout: {error}") from error
 
 
@@ -180,7 +188,7 @@ def _fetch(name: str, revision: str | None) -> dict[str, dict[str, Any]]:
     try:
         with quiet_hub():
             return _read_hub(name, revision, local=False)
-    except (OSError, json.JSONDecodeError) as error:
+    except OSError as error:
         first = str(error).strip().splitlines()[0]
         known = ", ".join(PUBLISHED)
         raise UserError(
@@ -192,7 +200,7 @@ def _read_hub(name: str, revision: str | None, *, local: bool) -> dict[str, dict
     paths = {
         part: hf_hub_download(name, file, revision=revision, local_files_only=local) for part, file in _FILES.items()
     }
-    return {part: json.loads(Path(path).read_text(encoding="utf-8")) for part, path in paths.items()}
+    return {part: read_config(Path(path)) for part, path in paths.items()}
 
 
 def _bytes(whole: nn.Module, piece: nn.Module, itemsize: int, ranks: int = 1) -> int:
@@ -211,8 +219,3 @@ def _pieces(part: nn.Module) -> list[nn.Module]:
     layers = repeated_layers(part)
     inside = {id(module) for layer in layers for module in layer.modules()}
     return layers + [module for module in part.modules() if id(module) not in inside and not list(module.children())]
-
-
-def _on_meta(make: Callable[[], nn.Module]) -> Any:
-    with torch.device("meta"):
-        return make().eval()

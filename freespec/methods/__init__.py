@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import importlib
 import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,10 @@ def make_method(name: str, **settings: Any) -> Method:
             raise ValueError(f"method {name!r} does not know {key!r}{_nearest(key, known)}; it {what}")
     try:
         return kind(**settings)
-    except TypeError as error:  # no plan, a field without a default, or a value of another type
-        raise ValueError(f"method {name!r} cannot be made: {error}") from error
+    except ValueError:
+        raise
+    except Exception as error:  # a value of another type, or whatever a user's class raises
+        raise ValueError(f"method {name!r} cannot be made: {_in_a_line(error)}") from error
 
 
 # Methods whose `split`, in older versions, counted from clean video in these domains, and from noise in others.
@@ -112,11 +115,18 @@ def _import(module_name: str, name: str) -> Any:
         raise ValueError(
             f"method {name!r}: cannot import {module_name!r} from {here} or Python's path: {error}"
         ) from error
-    except (ValueError, TypeError, SyntaxError) as error:
-        raise ValueError(f"method {name!r}: {module_name!r} does not import: {error}") from error
+    except (Exception, SystemExit) as error:  # a user's module may raise anything
+        raise ValueError(f"method {name!r}: {module_name!r} does not import: {_in_a_line(error)}") from error
     finally:
         if added:
             sys.path.remove(here)
+
+
+def _in_a_line(error: BaseException) -> str:
+    """An exception and where it was raised, in one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
 
 
 def _nearest(word: str, words: Iterable[str]) -> str:

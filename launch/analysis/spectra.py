@@ -13,6 +13,7 @@ import numpy as np
 from engine.contact_sheet import spaced
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.files.trees import Shape, lacking, parse_json
 from engine.files.whole import atomic_path
 from engine.window_spectra import WindowSpectra
 from launch.comparison.summary import as_json
@@ -22,6 +23,9 @@ Rows = list[dict[str, Any]]
 STAGES = {"early": 0.1, "middle": 0.5, "late": 0.9}
 """Stages of Fig. 2b, as shares of the steps: the rank rises, nears its plateau, and has reached it."""
 
+_ROW: Shape = dict.fromkeys(("prompt", "step", "layer", "head", "multiple"), int) | dict.fromkeys(
+    ("progress", "effective_rank", "first_share"), int | float
+)
 _NUMBERS = ("effective_rank", "first_share")
 
 
@@ -64,10 +68,15 @@ class SpectraStore:
         """The rows of all prompts."""
         rows: Rows = []
         for index in range(len(self.prompts)):
+            file, remedy = self.file(index), "delete it to make it again"
             try:
-                rows += json.loads(self.file(index).read_text(encoding="utf-8"))
-            except (OSError, ValueError) as error:
-                raise UserError(f"cannot read {self.file(index)} ({error}); delete it to make it again") from error
+                data = file.read_bytes()
+            except OSError as error:
+                raise UserError(f"cannot read {file} ({error}); {remedy}") from error
+            found = parse_json(data, str(file), remedy=remedy)
+            if not isinstance(found, list) or any(lacking(row, _ROW) is not None for row in found):
+                raise UserError(f"{file} holds no spectra; {remedy}")
+            rows += found
         return rows
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from engine.config import RunConfig
 from engine.decoder import open_decoder
 from engine.denoise import check_finite
 from engine.errors import UserError
+from engine.files.trees import parse_json
 from engine.paths import expand
 from launch.arguments.decode import Arguments, read
-from launch.cli import make_parser
+from launch.cli import make_parser, refuse_null
 from launch.outputs import OutputFiles, claim_outputs, refuse_existing
 from launch.render import render
 from launch.stages import check_decoded, describe_finished
@@ -69,10 +69,9 @@ def describe_decoded(files: OutputFiles, record: dict[str, Any], config: RunConf
 def read_record(metadata: dict[str, str], source: Path) -> dict[str, Any]:
     """The record that generate.py put into its latents; UserError for latents of another origin."""
     advice = "give latents that launch/generate.py saved"
-    try:
-        record = json.loads(metadata["record"])
-    except (KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"{source} does not say how it was made; {advice}") from error
+    if "record" not in metadata:
+        raise UserError(f"{source} does not say how it was made; {advice}")
+    record = parse_json(metadata["record"], f"the record in {source}", remedy=advice)
     if not isinstance(record, dict):
         raise UserError(f"the record in {source} is {record!r:.40} and no map; {advice}")
     for name, kind in (("config", dict), ("seed", int), ("seconds", dict)):
@@ -95,7 +94,12 @@ def restore_config(tree: dict[str, Any], source: Path) -> RunConfig:
     parser = make_parser("decode.py", "", "")
     parser.add_class_arguments(RunConfig, nested_key=None)
     try:
-        namespace = parser.instantiate(parser.parse_object(tree))
+        for part, settings in tree.items():
+            if not isinstance(settings, dict):
+                raise UserError(f"{part} is {settings!r:.40}")
+        namespace = parser.parse_object(tree)
+        refuse_null(namespace)
+        namespace = parser.instantiate(namespace)
     except (ArgumentError, ValueError) as error:
         raise UserError(f"{source} was saved with settings that this version does not know: {error}") from error
     return RunConfig(**{field.name: namespace[field.name] for field in dataclasses.fields(RunConfig)})

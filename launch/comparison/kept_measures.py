@@ -14,6 +14,7 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.files.locks import locked
+from engine.files.trees import parse_json
 from engine.files.whole import atomic_path
 from launch.comparison.measure import Measured, measure_all, native_frames, not_world, units
 from launch.comparison.store import Comparison, Key, Video, refuse_changes, widen
@@ -149,7 +150,7 @@ def _measured(video: Video, header: dict[str, Any], line: dict[str, Any]) -> Mea
 def _read(path: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]]]:
     try:
         # Not splitlines: a prompt may hold one of the other ends of line that Unicode has.
-        header, *lines = [json.loads(line) for line in path.read_text(encoding="utf-8").removesuffix("\n").split("\n")]
+        header, *lines = [parse_json(line, str(path)) for line in path.read_bytes().removesuffix(b"\n").split(b"\n")]
         found = {tuple(line["video"]): line for line in lines}
         typed = all(isinstance(header[name], kind) for name, kind in _HEADER.items())
         if typed and {label for label, _, _ in found} <= header["variants"].keys():

@@ -1,12 +1,12 @@
 """The report.json files that findings.py tells of: read, whole, and of the same weights."""
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
+from engine.files.trees import parse_json
 from launch.comparison.variants import flatten
 
 Report = dict[str, Any]
@@ -43,9 +43,10 @@ def read_report(path: Path, name: str) -> Report | None:
     if not path.exists():
         return None
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        data = path.read_bytes()
+    except OSError as error:
         raise UserError(f"cannot read {path} ({error}); make it again") from error
+    report = parse_json(data, str(path), remedy="make it again")
     lacking = next(_lacking(report, name), None)
     if lacking is not None:
         raise UserError(f"{path} lacks {lacking}: it is of another command or an older version; make it again")

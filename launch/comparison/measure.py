@@ -11,6 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.errors import UserError
+from engine.files.trees import parse_json
 from engine.files.whole import atomic_path
 from engine.read_video import read_video
 from launch.comparison.checks import read_video_spec
@@ -95,10 +96,15 @@ def _measures(
 
 
 def _read_json(path: Any) -> dict[str, Any]:
+    remedy = "delete it to make it again"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}); delete it to make it again") from error
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error}); {remedy}") from error
+    tree = parse_json(data, str(path), remedy=remedy)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no keys; {remedy}")
+    return tree
 
 
 def _json(value: float) -> float | None:

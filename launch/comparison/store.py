@@ -20,6 +20,7 @@ from engine.batch.locks import Shard
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files.locks import locked
+from engine.files.trees import lacking, parse_json
 from engine.files.whole import atomic_path
 from engine.load import fetch, find_checkpoint, pick_device, pick_dtype
 from engine.ranks import fingerprints
@@ -178,15 +179,18 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     """What a folder's videos were made with; None for a new folder, UserError for a foreign file."""
     if not path.exists():
         return None
+    remedy = "choose another --out"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        if {"settings", "variants", "prompts"} <= manifest.keys():
-            return manifest
-    except (ValueError, AttributeError):
-        pass  # said below, with the same words
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    raise UserError(f"{path} was not written by compare.py; choose another --out")
+    manifest = parse_json(data, str(path), remedy=remedy)
+    wrong = lacking(manifest, {"settings": dict, "variants": dict, "prompts": list})
+    if wrong is None and not all(isinstance(settings, dict) for settings in manifest["variants"].values()):
+        wrong = "its variants have no settings"
+    if wrong is not None:
+        raise UserError(f"{path} was not written by compare.py or analyze.py ({wrong}); {remedy}")
+    return manifest
 
 
 def widen(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

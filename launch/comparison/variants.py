@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
 
 from engine.config import RunConfig
 from engine.errors import UserError
 from launch.arguments.many_videos import refuse_method_name
-from launch.cli import DEFAULT_CONFIG, find_config, parse_run
+from launch.cli import DEFAULT_CONFIG, find_config, parse_run, read_yaml
 
 MAY_DIFFER = ("method.", "sampler.noise", "attention.riflex")
 """Settings that a preset of a variant may change: the model stays loaded, and all else must be equal to be compared."""
@@ -121,11 +120,7 @@ def _split(text: str) -> tuple[str, str]:
 
 def _check_name(preset: str, method: str) -> None:
     """A preset may name its method, but then it must be the one it is used for."""
-    try:
-        tree = yaml.safe_load(find_config(preset).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return  # parse_run has the words for it
-    group = tree.get("method") if isinstance(tree, dict) else None
+    group = read_yaml(find_config(preset)).get("method")
     told = group.get("name") if isinstance(group, dict) else None
     if told not in (None, method):
         raise UserError(f"{preset} is a preset of {told}, not of {method}; write {told}:{preset}")

@@ -67,8 +67,39 @@ def change_scheduler(**changes: object) -> Callable[[Path], None]:
 
 BROKEN = {
     "no model index": (lambda folder: (folder / "model_index.json").unlink(), "has no model_index.json"),
-    "index of another class": (write("model_index.json", '{"_class_name": "FluxPipeline"}'), "is a FluxPipeline; only"),
-    "index is a list": (write("model_index.json", "[]"), "is a None; only WanPipeline"),
+    "index of another class": (
+        write("model_index.json", '{"_class_name": "FluxPipeline"}'),
+        "names a FluxPipeline; only",
+    ),
+    "index is a list": (write("model_index.json", "[]"), r"model_index\.json holds \[\] and no settings; fetch"),
+    "index names nothing": (
+        write("model_index.json", "{}"),
+        r"model_index\.json names no pipeline; its _class_name must be",
+    ),
+    "index names a list": (change_json("model_index.json", _class_name=[]), r"model_index\.json names no pipeline"),
+    "index nested": (write("model_index.json", "[" * 3000 + "]" * 3000), r"model_index\.json is nested too deeply"),
+    "a configuration nested": (
+        write("transformer/config.json", '{"a":' * 500 + "1" + "}" * 500),
+        r"transformer/config\.json is nested more than 100 deep",
+    ),
+    "a number of 5,000 digits": (
+        write("vae/config.json", '{"z_dim": ' + "9" * 5000 + "}"),
+        r"vae/config\.json holds a number that is too long",
+    ),
+    "a configuration that is a number": (write("vae/config.json", "5"), r"vae/config\.json holds 5 and no settings"),
+    "more layers than a model has": (
+        change_json("transformer/config.json", num_layers=10**9),
+        r"transformer/config\.json has num_layers 1e\+09, and no transformer has more than 1000",
+    ),
+    "a head of no channels": (
+        change_json("transformer/config.json", attention_head_dim=0),
+        r"transformer/config\.json describes no transformer of .* \(\w+: .*\); fetch",
+    ),
+    "a type that is a map": (
+        change_json("text_encoder/config.json", model_type={}),
+        "TypeError: unhashable type: 'dict'",
+    ),
+    "shards that are a list": (write("transformer/x.safetensors.index.json", "[5]"), "holds \\[5\\] and no settings"),
     "index is no JSON": (write("model_index.json", "{"), "model_index.json is not JSON"),
     "a Wan2.2 index": (change_json("model_index.json", boundary_ratio=0.875), r"boundary_ratio 0\.875"),
     "no weights": (lambda folder: weights(folder, "vae").unlink(), "vae has no weights"),
@@ -157,7 +188,9 @@ def test_the_revision_of_a_folder_is_refused(folder):
 
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "~nosuchuser/wan", "x" * 5000])
 def test_no_folder_is_one_line(path):
-    with pytest.raises(UserError, match=r"is no folder here and no hub name|cannot look for") as caught:
+    with pytest.raises(
+        UserError, match=r"is no folder here and no hub name|cannot look for|cannot resolve '~nosuchuser"
+    ) as caught:
         load_pipeline(ModelConfig(path=path, device="cpu"))
     assert "\n" not in str(caught.value)
 
@@ -193,6 +226,6 @@ def test_an_old_transformers_and_an_embedding_of_its_own_are_refused(folder, mon
     ],
 )
 def test_what_is_not_the_files_fault_does_not_ask_for_them_again(tmp_path: Path, error: Exception, told: str) -> None:
-    with pytest.raises(UserError) as refused, engine.load._faults_of(tmp_path / "tokenizer"):
+    with pytest.raises(UserError) as refused, engine.load.faults_of(tmp_path / "tokenizer"):
         raise error
     assert str(refused.value) == f"cannot load the tokenizer from {tmp_path / 'tokenizer'}: {told}"

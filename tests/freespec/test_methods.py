@@ -1,7 +1,9 @@
 """The methods as the engine sees them: plans, weights of every row of the ablation, errors of wrong settings."""
 
 import math
+import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -241,3 +243,24 @@ def test_make_method() -> None:
 def test_make_method_errors(name: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_method(name, **settings)
+
+
+BODIES = {
+    "raise OSError(2, 'No such file', 'weights.bin')": r"does not import: FileNotFoundError: \[Errno 2\].* \(own\.py, line 1\)",
+    "1 / 0": r"does not import: ZeroDivisionError: division by zero \(own\.py, line 1\)",
+    "raise SystemExit(3)": r"does not import: SystemExit: 3 \(own\.py, line 1\)",
+    "x = (": r"does not import: SyntaxError: ",
+    "from freespec.methods import Direct\nclass Own(Direct):\n    def __init__(self):\n        raise OSError('two\\nlines')": (
+        r"cannot be made: OSError: two lines \(own\.py, line 4\)"
+    ),
+}
+
+
+@pytest.mark.parametrize("body", BODIES)
+def test_a_module_that_raises_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    (tmp_path / "own.py").write_text(body)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    with pytest.raises(ValueError, match=BODIES[body]) as caught:
+        make_method("own:Own")
+    assert "\n" not in str(caught.value)

@@ -133,8 +133,16 @@ MISTAKES = {
     "--output a.avi": "output.path must end in .mp4, got 'a.avi'",
     "--help_al": "unknown setting help_al; see --help",
     "stray": "unexpected argument 'stray'",
-    "--sampler.num_steps -3": "sampler.num_steps must be 1 or more, got -3",
-    "--sampler.num_steps 0": "sampler.num_steps must be 1 or more, got 0",
+    "--sampler.num_steps -3": "sampler.num_steps must lie in [1, 10000], got -3",
+    "--sampler.num_steps 0": "sampler.num_steps must lie in [1, 10000], got 0",
+    f"--sampler.num_steps {10**4000}": "sampler.num_steps must lie in [1, 10000], got a number of 13288 bits",
+    f"--video.fps {2**40}": "video.fps must lie in [1, 1000], got 1099511627776",
+    "--video.num_frames 100000000000": "video.num_frames must lie in [1, 1000000], got 100000000000",
+    "--video.height 1000000": "video.height must lie in [1, 16384], got 1000000",
+    "--sampler.max_text_tokens 1000000": "sampler.max_text_tokens must lie in [1, 65536], got 1000000",
+    f"--config {'x' * 5000}": f"cannot look for --config {'x' * 60}: File name too long",
+    "--config /": "--config / does not exist",
+    "--config a\0b": "has a zero byte, which no file name has",
     "--method.name freespecc": "did you mean 'freespec'?",
     "--method.name magic": "choose one of direct, sliding_window, freenoise, freelong, freepca, freespec",
     "--method.freespec.alpha -1": "alpha must be a finite number, 0 or more, got -1",
@@ -176,16 +184,35 @@ FILES = {
     b"video: [1\n": "{path}, line 2: not YAML",
     b"": "{path} holds no settings",
     b"only words": "{path} holds no settings",
+    b"method: {settings: " + b"[" * 3000 + b"]" * 3000 + b"}": "{path} is nested too deeply",
+    b"method: {settings: " + b"{a: " * 150 + b"1" + b"}" * 151: "{path} is nested more than 100 deep",
+    b"method: {settings: &a {b: *a}}": "{path} is nested more than 100 deep",
+    b"a: &a [1,1,1,1,1,1,1,1,1]\n"
+    + b"".join(
+        b"%c: &%c [%s]\n" % (i, i, b",".join([b"*%c" % (i - 1)] * 9)) for i in range(98, 106)
+    ): "more than 100000 values",
+    b"video: {fps: " + b"9" * 5000 + b"}": "{path} holds a value that is none (Exceeds the limit",
+    b"output: {path: 2020-99-99}": "{path} holds a value that is none (month must be in 1..12)",
     b"\xff\xfe\x00": "{path} is not UTF-8 text",
     b"video:\n  num_frames: 33\n": "model.path",
 }
 
 
-@pytest.mark.parametrize("content", FILES)
+@pytest.mark.parametrize("content", FILES, ids=lambda content: str(content[:30]))
 def test_a_mistake_in_a_preset(run: Callable[..., Run], tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes(content)
     assert FILES[content].format(path=path) in run(generate.main, "--prompt", "x", "--config", path).error
+
+
+@pytest.mark.parametrize("key", ["video.fps", "decode.mode", "sampler.seed", "output.crf", "method.freespec.alpha"])
+def test_null_is_refused_where_it_says_nothing(run: Callable[..., Run], tmp_path: Path, key: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(": {".join(key.split(".")) + ": null" + "}" * key.count("."))
+    words = ("--prompt", "x", "--config", "tiny-wan", "--config", path)
+    assert run(generate.main, *words).error == f"{key} must not be null"
+    path.write_text("sampler: {flow_shift: null}\nparallel: {cfg: null}")
+    assert run(generate.main, *words, "--print_config").code == 0
 
 
 def test_the_nearest_key_is_found_for_every_key_with_one_letter_missing() -> None:
@@ -238,7 +265,7 @@ def test_help_all_shows_every_setting_with_its_meaning_and_the_preset_s_value(ru
     words = " ".join(shown.out.split())
     assert "frames of the video, 4k + 1 for Wan and 8k + 1 for LTX-Video. (type: int, default: 321)" in words
     assert "pixels, a multiple of 16 for Wan, of 32 for LTX-Video. (type: int, default: 480)" in words
-    assert "frames per second of the file. (type: int, default: 16)" in words
+    assert "frames per second of the file, at most 1000. (type: int, default: 16)" in words
 
 
 @pytest.mark.parametrize("command", [generate, decode, demo], ids=lambda module: module.__name__)

@@ -59,6 +59,8 @@ def test_ltx_video_piece_by_piece_and_in_tiles(
     [
         (("--model.dtype", "float16"), "unknown setting"),
         (("--progress", "maybe"), "progress"),
+        (("--fps", str(2**40)), "video.fps must lie in [1, 1000], got 1099511627776"),
+        (("--output", "a\0b.mp4"), "has a zero byte, which no file name has"),
         (("--decode.stride_height", "999"), "decode.stride_height must lie in [1, decode.tile_height]"),
         (("--model.path", "~nosuchuser/model"), "nosuchuser"),
         (("--decode.mode", "framewise"), "decode.mode framewise is for decoders that take the whole video at once"),
@@ -123,8 +125,48 @@ def test_a_record_that_lacks_something_is_refused(decode_other: Callable[..., st
         assert f"has {value!r} for its {name}; give latents" in decode_other(latents, record | {name: value})
     assert "is [1, 2] and no map; give latents" in decode_other(latents, [1, 2])
     assert "has None for its config" in decode_other(latents, {})
+    for group, name in (("model", "device"), ("model", "shards"), ("video", "fps"), ("output", "crf")):
+        config = record["config"] | {group: record["config"][group] | {name: None}}
+        assert "settings that this version does not know" in decode_other(latents, record | {"config": config})
+    for wrong in (None, 5, True, []):
+        error = decode_other(latents, record | {"config": record["config"] | {"decode": wrong}})
+        assert f"settings that this version does not know: decode is {wrong!r}" in error
     record["config"].pop("model")
     assert "settings that this version does not know" in decode_other(latents, record)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int64, torch.bool, torch.complex64])
+def test_latents_of_another_dtype_are_refused(decode_other: Callable[..., str], kept: Path, dtype: torch.dtype) -> None:
+    latents, record = read(kept)
+    name = str(dtype).removeprefix("torch.")
+    assert f"holds latents of {name}, and those that generate.py saves are of float32" in decode_other(
+        latents.to(dtype), record
+    )
+
+
+@pytest.mark.parametrize("dtype", ["F4", "XX", "5", "[]"])
+def test_latents_of_no_dtype_are_one_line(run: Callable[..., Run], kept: Path, tmp_path: Path, dtype: str) -> None:
+    data = kept.read_bytes()
+    header = data[8 : 8 + int.from_bytes(data[:8], "little")].replace(b'"F32"', json.dumps(dtype).encode())
+    (tmp_path / "b.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[-4 * 4 * 5 * 4 * 4 :])
+    error = run(decode.main, tmp_path / "b.safetensors", "--output", tmp_path / "b.mp4").error
+    assert "is not a whole safetensors file" in error
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("[" * 3000 + "]" * 3000, "is nested too deeply; give latents"),
+        ('{"seed": ' + "9" * 5000 + "}", "holds a number that is too long"),
+        ('{"seed": "\\ud800"}', "holds text that is not Unicode"),
+    ],
+    ids=["nested", "digits", "surrogate"],
+)
+def test_a_record_that_nobody_wrote_is_one_line(
+    run: Callable[..., Run], kept: Path, tmp_path: Path, text: str, line: str
+) -> None:
+    save_file({"latents": read(kept)[0]}, tmp_path / "b.safetensors", metadata={"record": text})
+    assert line in run(decode.main, tmp_path / "b.safetensors", "--output", tmp_path / "b.mp4").error
 
 
 def test_latents_that_the_model_does_not_make_are_refused(decode_other: Callable[..., str], kept: Path) -> None:

@@ -211,6 +211,13 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         ("[1]", "it holds no keys"),
         ('{"schema": 1}', "it has no configs"),
         ('{"schema": 1, "configs": []}', "configs is"),
+        ('{"schema": 1, "items": {}, "prompts": {}, "configs": {"x": 5}}', "of the configuration x, it holds no keys"),
+        (
+            '{"schema": 1, "items": {}, "prompts": {}, "configs": {"x": {"method": {"name": []}}}}',
+            r"of the configuration x, method\.name is",
+        ),
+        ('{"schema": 1, "configs": {}, "prompts": {}, "items": [1]}', "items is"),
+        ('{"schema": 1, "configs": {}, "items": {}, "prompts": {"a": 1}}', "prompts is"),
     ],
 )
 def test_a_batch_file_that_is_none_is_one_line(tmp_path: Path, text: str, why: str) -> None:
