@@ -15,7 +15,7 @@ from engine.group_of_one import GROUP_OF_ONE
 from engine.hooks import BranchProcessor, RunState, StepHook, TokenHooks
 from engine.in_force import Installed, Uncopyable, backend_problem, guard_of, layer_problem, parallel_problem, tried
 from engine.supported_layouts import Degrees, check_layout
-from engine.weights import read_json
+from engine.weights import read_config
 from freespec.kernels import select_complement, select_dual, select_kernel
 from freespec.methods import Direct, Method, make_method
 from freespec.riflex import Riflex, lowered_frequency
@@ -258,4 +258,4 @@ def _check_folders(adapter: ModelAdapter, pipe: DiffusionPipeline, transformer: 
     loaded = Path(transformer.config.get("_name_or_path") or "").parent, Path(pipe.config.get("_name_or_path") or "")
     for folder in loaded:
         if (folder / "model_index.json").is_file():
-            adapter.check_folder(folder, read_json(folder / "model_index.json"))
+            adapter.check_folder(folder, read_config(folder / "model_index.json"))
