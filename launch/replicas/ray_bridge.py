@@ -133,6 +133,7 @@ class RayReplica:
     order: Mapping[str, Any]
     tell: Tell
     _actors: list[Any] = field(default_factory=list)
+    _started: threading.Event = field(default_factory=threading.Event)
     _killed: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
@@ -143,7 +144,7 @@ class RayReplica:
             if group is not None:
                 self._start(group)
                 self._poll(open_ranks)
-            why = "stopped before it was placed"
+            why = "stopped while it waited for its place on the cluster"
         except RayError as error:
             why = f"Ray: {_first_line(error)}"
         for rank in sorted(open_ranks):
@@ -157,7 +158,9 @@ class RayReplica:
             actor.send.remote(line)
 
     def interrupt(self) -> None:
-        """Ask rank 0 to keep what it has."""
+        """Ask rank 0 to keep what it has; where no rank has been started yet, end all at once."""
+        if not self._started.is_set():
+            self.kill()
         for actor in self._actors[:1]:
             actor.interrupt.remote()
 
@@ -222,6 +225,7 @@ class RayReplica:
             environment = {**order["environment"], **environment}
             starts.append(actor.start.remote(order["command"], environment, log, order["cwd"], order["lines"]))
         ray.get(starts)
+        self._started.set()
 
     def _poll(self, open_ranks: set[int]) -> None:
         polls = {actor.poll.remote(POLL_SECONDS): rank for rank, actor in enumerate(self._actors)}

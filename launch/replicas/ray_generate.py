@@ -108,7 +108,8 @@ class Child:
                 self.process = SimpleNamespace(pid=event["pid"])
                 self.code = event["code"]
                 if self.code is None:  # its actor is gone, and the host with it
-                    self.code, self.said = 1, f"error: {event['said']}"
+                    said = event["said"]
+                    self.code, self.said = 1, said if said.startswith("stopped") else f"error: {said}"
 
 
 def watch(ranks: RayRanks, children: Sequence[Child], signals: StopSignals, *, verbose: bool) -> None:

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import time
@@ -262,21 +263,32 @@ def test_a_placement_strategy_is_followed_and_the_record_names_every_node(
             assert len({node["node"] for node in nodes}) == len(sizes)
 
 
+def command_of(folder: Path, video: Path, address: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), *prompted(folder, video), f"--ray={address}"]
+
+
 def test_gpus_that_an_autoscaler_may_bring_are_waited_for(
     run: Callable[..., Run], start: Callable[[str], Cluster], wan_folder: Path, tmp_path: Path
 ) -> None:
     """One video waits for its GPU in place of a CPU that is free; a batch, or a video for three GPUs, is one line."""
     cluster, video = start(GROWING), tmp_path / "a.mp4"
-    command = [*prompted(wan_folder, video), f"--ray={cluster.said[0]}"]
-    process = subprocess.Popen([sys.executable, str(SCRIPT), *command], stderr=subprocess.PIPE, text=True)
+    address = cluster.said[0]
+    process = subprocess.Popen(command_of(wan_folder, video, address), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     line = process.stderr.readline()
     assert line.startswith("waits for 1 x {'CPU': 1, 'GPU': 1} (PACK); the cluster has {'CPU': 1"), line
     assert "'GPU': 0} in all" in line
+    with subprocess.Popen(
+        command_of(wan_folder, tmp_path / "c.mp4", address), stderr=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stderr.readline().startswith("waits for ")
+        other.send_signal(signal.SIGINT)
+        _, said = other.communicate(timeout=PATIENCE_SECONDS)  # no rank has anything to keep
+    assert (other.returncode, said) == (130, "stopped while it waited for its place on the cluster\n")
     (tmp_path / "prompts.txt").write_text("a red circle\n")
-    given = words(wan_folder, tmp_path / "prompts.txt", tmp_path / "out", {"ray": cluster.said[0]})
+    given = words(wan_folder, tmp_path / "prompts.txt", tmp_path / "out", {"ray": address})
     assert " may bring GPUs, and this batch would run on CPUs; give --gpus_per_replica N" in run(batch.main, *given).err
-    wide = [sys.executable, str(SCRIPT), *prompted(wan_folder, tmp_path / "b.mp4"), "--nproc=3", command[-1]]
+    wide = [*command_of(wan_folder, tmp_path / "b.mp4", address), "--nproc=3"]
     refused = subprocess.run(wide, capture_output=True, text=True, check=False)
     assert refused.stderr.startswith("error: 3 ranks need 3 GPUs, and the cluster has 2; give --nproc 2"), refused
     assert (process.poll(), video.exists()) == (None, False)
