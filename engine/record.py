@@ -99,9 +99,18 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
-    """Kind and name of the device, and the threads that torch uses beside it."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
-    return {"type": device.type, "name": name, "cpu_threads": torch.get_num_threads()}
+    """Kind and name of the device, the threads that torch uses beside it, and what the environment may have changed of rounding.
+
+    `cpu_capability` are the vector instructions (ATEN_CPU_CAPABILITY); `fp32_matmul` is `high` where products of fp32
+    matrices may be computed in TF32 on a GPU (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE).
+    """
+    return {
+        "type": device.type,
+        "name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "cpu_threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "fp32_matmul": torch.get_float32_matmul_precision(),
+    }
 
 
 def _processor() -> str:

@@ -23,6 +23,7 @@ from engine.errors import UserError
 from engine.load import pick_device
 from engine.parallelism import Arrangement, arrange_ranks, describe_place, join_ranks
 from engine.ranks import choose_failure, digest, hand_out_bytes, refuse_different, setting_prints, together
+from launch.arguments.environment import check_backend
 from launch.command import LostRankError
 from launch.launcher import STORE
 from launch.replicas.place import NODE
@@ -116,6 +117,7 @@ def open_ranks(config: RunConfig, *, prompts: Sequence[str], verbose: bool) -> I
 
 
 def _check_alone(config: RunConfig) -> None:
+    check_backend()
     degrees = config.parallel
     product = (degrees.cfg or 1) * (degrees.ring or 1) * (degrees.ulysses or 1)
     if product > 1:
@@ -258,6 +260,7 @@ def _agree(
     """
     message, prints, result = None, {}, None
     try:
+        check_backend()  # a node may have another than the process that started the ranks
         device = _claim_device(place, config)
         arrangement = arrange_ranks(config, place.world, device, nodes=nodes)
         prints = setting_prints(config) | {

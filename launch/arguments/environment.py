@@ -3,11 +3,18 @@
 import os
 
 from engine.errors import UserError
+from launch.stopping import Place
 
 BACKEND = "DIFFUSERS_ATTN_BACKEND"
 
 
 def check_environment() -> None:
+    """Check the attention backend of a process that is no rank; those of a run have theirs checked together, in `open_ranks`."""
+    if Place.of_environment() is None:
+        check_backend()
+
+
+def check_backend() -> None:
     """Raise UserError if diffusers is told to compute attention by another backend than torch's own.
 
     Methods choose their kernel themselves, and ids and records name that one. Here, before anything is loaded.

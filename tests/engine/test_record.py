@@ -75,6 +75,8 @@ def test_memory_device_and_versions_are_of_this_process() -> None:
     if told.is_file() and "model name" in told.read_text():
         assert f": {describe_device(cpu)['name']}\n" in told.read_text()
     assert describe_device(cpu)["cpu_threads"] == torch.get_num_threads()
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert [describe_device(cpu)[name] for name in ("cpu_capability", "fp32_matmul")] == [capability, "highest"]
     found = versions()
     assert found["torch"] == torch.__version__
     assert all(found[name] for name in ("python", "diffusers", "transformers", "av"))
