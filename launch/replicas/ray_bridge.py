@@ -46,6 +46,7 @@ STORE_BYTES = 100 * 2**20
 CONCURRENCY = 4
 # To connect to a cluster's port, before Ray is asked.
 REACHED_S = 10.0
+STOPPED = "stopped while it waited for its place on the cluster"
 
 Tell = Callable[..., None]
 
@@ -144,9 +145,10 @@ class RayReplica:
             if group is not None:
                 self._start(group)
                 self._poll(open_ranks)
-            why = "stopped while it waited for its place on the cluster"
-        except RayError as error:
-            why = f"Ray: {_first_line(error)}"
+            why = STOPPED
+        except RayError as error:  # which killing an actor that is being started is, too
+            early = self._killed.is_set() and not self._started.is_set()
+            why = STOPPED if early else f"Ray: {_first_line(error)}"
         for rank in sorted(open_ranks):
             self._tell_rank(rank, _gone(why))
         with contextlib.suppress(RayError):

@@ -703,7 +703,7 @@ def test_a_disk_that_fills_up_grows_and_is_read_only_then(wan_folder: Path, suit
     out = tmp_path / "out"
     out.mkdir()
     command = [sys.executable, "-m", "launch.batch", *words(wan_folder, suite, out, {"seeds": "0,1,2"})]
-    shell = [*unshare, "bash", "-c", FULL, "full", "120k", out, *command]
+    shell = [*unshare, "bash", "-c", FULL, "full", "200k", out, *command]
     ended = subprocess.run(list(map(str, shell)), capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended
     full, read_only = ended.stderr.splitlines()
