@@ -193,9 +193,14 @@ class LtxAdapter(ModelAdapter):
         embeds, masks = zip(*reversed(texts.values()), strict=True)
         batch = len(texts)
         frames, rows, columns = latents.shape[2:]
+        hidden = pack(latents)
+        if (
+            batch > 1
+        ):  # alone they stay a view, as in the stock pipeline: a product of another layout may round otherwise
+            hidden = torch.cat([hidden] * batch)
         with pipe.transformer.cache_context("cond_uncond"):
             packed = pipe.transformer(
-                hidden_states=torch.cat([pack(latents)] * batch).to(pipe.transformer.dtype),
+                hidden_states=hidden.to(pipe.transformer.dtype),
                 encoder_hidden_states=torch.cat(embeds),
                 timestep=timestep.expand(batch),
                 encoder_attention_mask=torch.cat(masks),
@@ -282,8 +287,8 @@ def shift_exponent(config: Any, num_tokens: int) -> float:
 
 
 def pack(latents: Tensor) -> Tensor:
-    """[B, z, F, h, w] -> [B, S, z], frame-major."""
-    return latents.flatten(2).transpose(1, 2).contiguous()
+    """[B, z, F, h, w] -> [B, S, z], frame-major; a view."""
+    return latents.flatten(2).transpose(1, 2)
 
 
 def unpack(packed: Tensor, frames: int, rows: int, columns: int) -> Tensor:
