@@ -366,7 +366,7 @@ def test_checkpoints_load_by_their_index(folder, tmp_path):
     with pytest.raises(UserError, match=r"cannot read .*transformer/config\.json"):
         load_pipeline(ModelConfig(path=str(other), device="cpu"))
     (other / "model_index.json").write_text(json.dumps(index | {"_class_name": "LTXImageToVideoPipeline"}))
-    with pytest.raises(UserError, match=r"is a LTXImageToVideoPipeline; only WanPipeline .* LTXPipeline"):
+    with pytest.raises(UserError, match=r"names a LTXImageToVideoPipeline; only WanPipeline .* LTXPipeline"):
         load_pipeline(ModelConfig(path=str(other), device="cpu"))
 
 
