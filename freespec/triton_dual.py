@@ -101,27 +101,28 @@ def _dual(  # noqa: PLR0917 - operators have no keyword-only arguments
     block_queries, block_keys, warps, stages = shape
     run, slots = _slots(num_queries, block_queries, grams)
     outputs = _outputs(q, wide_dtype, slots if grams else 0)
-    _dual_kernel[(slots, heads, batch)](
-        q,
-        k,
-        v,
-        *outputs,
-        *(stride for x in (q, k, v) for stride in x.stride()[:3]),
-        num_queries,
-        k.shape[1],
-        heads,
-        *numbers,
-        dim**-0.5 * LOG2_E,
-        D=dim,
-        BLOCK_D=_padded(dim),
-        BLOCK_M=block_queries,
-        BLOCK_N=block_keys,
-        RUN=run,
-        GRAMS=grams,
-        WIDEN=_interprets() and q.dtype == torch.bfloat16,
-        num_warps=warps,
-        num_stages=stages,
-    )
+    with torch.cuda.device_of(q):  # Triton launches on the current device, which need not be that of the tensors
+        _dual_kernel[(slots, heads, batch)](
+            q,
+            k,
+            v,
+            *outputs,
+            *(stride for x in (q, k, v) for stride in x.stride()[:3]),
+            num_queries,
+            k.shape[1],
+            heads,
+            *numbers,
+            dim**-0.5 * LOG2_E,
+            D=dim,
+            BLOCK_D=_padded(dim),
+            BLOCK_M=block_queries,
+            BLOCK_N=block_keys,
+            RUN=run,
+            GRAMS=grams,
+            WIDEN=_interprets() and q.dtype == torch.bfloat16,
+            num_warps=warps,
+            num_stages=stages,
+        )
     return outputs
 
 

@@ -57,7 +57,7 @@ def shard_weights(
     offload = quiet_import("deepspeed.runtime.zero.parameter_offload")
     start_communication()
     # DeepSpeed asks the environment which GPU of its machine a rank has; without a launcher there is no answer there.
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))
+    os.environ.setdefault("LOCAL_RANK", str(device_index(device)))
     module.requires_grad_(False)
     for owner in module.modules():
         for name, buffer in list(owner.named_buffers(recurse=False)):
@@ -87,6 +87,13 @@ def shard_weights(
         )
     for hook in hooks.backward_hooks:
         hook.remove()
+
+
+def device_index(device: torch.device) -> int:
+    """Which GPU of this machine a device is: `cuda` without a number is the current one. 0 for a CPU."""
+    if device.type == "cuda" and device.index is None:
+        return torch.cuda.current_device()
+    return device.index or 0
 
 
 def keep_shares_in_file(module: nn.Module, folder: Path) -> None:

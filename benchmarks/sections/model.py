@@ -73,9 +73,11 @@ def make_subject(bench: Bench, *, layers: int | None = None) -> Subject:
     torch.manual_seed(0)
     with bench.device:
         transformer = WanTransformer3DModel.from_config(config).eval().requires_grad_(False)
-    for name, parameter in transformer.named_parameters():  # as from_pretrained does it
+    for name, parameter in list(transformer.named_parameters()):  # as from_pretrained does it
+        owner, _, leaf = name.rpartition(".")
         kept = any(part in name.split(".") for part in transformer._keep_in_fp32_modules)
-        parameter.data = parameter.data.to(torch.float32 if kept else bench.dtype)
+        cast = torch.nn.Parameter(parameter.to(torch.float32 if kept else bench.dtype), requires_grad=False)
+        setattr(transformer.get_submodule(owner), leaf, cast)
     scheduler = UniPCMultistepScheduler.from_config(PUBLISHED[MODEL]["scheduler"], flow_shift=FLOW_SHIFT)
     pipe = WanPipeline(tokenizer=None, text_encoder=None, vae=None, transformer=transformer, scheduler=scheduler)
     shape, tokens = (1, 16, 7, 8, 8) if bench.small else LATENTS, 8 if bench.small else TEXT_TOKENS

@@ -1,5 +1,6 @@
 """The GPU benchmark in tiny sizes on the CPU: every section runs and says what it should, and a bad one costs only itself."""
 
+import importlib
 import json
 import math
 import os
@@ -34,6 +35,7 @@ from parallel.xfuser import xfuser_attention
 from tests.freespec import sage_stand_in
 from tests.freespec.test_triton_dual import needs_triton
 from tests.parallel import xfuser_stand_in
+from tests.pretend_cuda import pretend_cuda
 
 
 @pytest.fixture(scope="module")
@@ -330,6 +332,21 @@ def test_every_share_of_a_rank_is_written_as_it_is_measured(tmp_path: Path, monk
     with pytest.raises(Killed):
         ranks_section.run(bench)
     assert set(on_disk(bench)["wan"]["rows"]) == set(seen)
+
+
+@pytest.mark.parametrize("section", ["correctness", "layer", "steps", "ranks", "decode", "compiled", "optional"])
+def test_a_section_runs_on_a_pretended_gpu(section: str, tmp_path: Path) -> None:
+    """In bf16 and with the names of a GPU's kernels; all but the trace, whose profiler asks the driver."""
+    module = importlib.import_module(f"benchmarks.sections.{section}")
+    bench = Bench(section=section, device=torch.device("cuda"), small=True, out=tmp_path, deadline=math.inf)
+    with pretend_cuda():
+        bench.start()
+        module.run(bench)
+    if section == "steps":
+        assert set(bench.results["steps"]) == set(steps.variants())
+    for found in bench.results.values():
+        if isinstance(found, dict):
+            assert not {"cuda_flash", "cuda_cudnn", "fusion", "grams", "eigh"} & set(found.get("left_out", {}))
 
 
 def test_memory_and_rates_are_noted(files: gpu_report.Files) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from engine import apply_method
 from engine.apply import Ranks
 from engine.config import (
+    AttentionConfig,
     DecodeConfig,
     MethodConfig,
     ModelConfig,
@@ -33,6 +34,7 @@ from engine.trace import Trace
 from engine.window_spectra import WindowSpectra
 from freespec import eigen
 from freespec.methods import METHODS, FreeSpec
+from freespec.riflex import Riflex
 from parallel.mesh import build_mesh
 from tests.pretend_cuda import Event, MixedDevicesError, OnCuda, PretendCuda, dispatch, pretend_cuda
 from tests.ranks import run_ranks
@@ -293,6 +295,19 @@ def test_a_pipeline_of_ones_own(folders: dict[str, Path], name: str, kind: Any, 
     with pretend_cuda():
         pipe.to("cuda")
         assert_close(run(), expected)
+
+
+def test_tables_with_a_lower_frequency_and_other_methods(folders: dict[str, Path]) -> None:
+    attention = AttentionConfig(kernel="plain", riflex=Riflex(enabled=True, index=1))
+    made = []
+    for device, context in (("cpu", contextlib.nullcontext()), ("cuda", pretend_cuda())):
+        config = config_of(folders["wan"], "wan", device, attention=attention)
+        with context, contextlib.closing(LongVideoEngine(config)) as engine:
+            made.append(engine.denoise(PROMPT).latents)
+            engine.use_method(MethodConfig(name="freespec.methods.low_rank:LowRank", window_frames=3))
+            made.append(engine.denoise(PROMPT).latents)
+    for actual, expected in zip(made[2:], made[:2], strict=True):
+        assert_close(actual, expected)
 
 
 def on_ranks(_rank: int, case: tuple[str, Path, tuple[int, int, int]]) -> tuple[Tensor, int]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -246,6 +247,26 @@ def test_grams_are_those_of_the_rounded_outputs(
 @needs_triton
 def test_a_compiled_block_has_one_graph_for_all_layers(interpreter: ProcessPoolExecutor) -> None:
     assert interpreter.submit(count_graphs, 10).result() == (1, True)
+
+
+def guards_of_a_launch() -> list[tuple[int, ...]]:
+    """Shapes of the tensors whose device is made the current one, in one call."""
+    seen: list[tuple[int, ...]] = []
+    guard = torch.cuda.device_of
+
+    def record(x: Tensor) -> Any:
+        seen.append(tuple(x.shape))
+        return guard(x)
+
+    with mock.patch.object(torch.cuda, "device_of", record):
+        run(Case(video=WHOLE))
+    return seen
+
+
+@needs_triton
+def test_it_is_launched_on_the_device_of_its_tensors(interpreter: ProcessPoolExecutor) -> None:
+    """Triton takes the current device, whatever the pointers; torch's operators take that of the tensors."""
+    assert interpreter.submit(guards_of_a_launch).result() == [(1, 63, 1, 16)]
 
 
 @needs_triton

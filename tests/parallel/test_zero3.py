@@ -19,6 +19,7 @@ from parallel.zero3 import (
     LIVE_LAYERS,
     check_zero3,
     device_bytes,
+    device_index,
     held_bytes,
     keep_shares_in_file,
     num_parameters,
@@ -215,3 +216,11 @@ def test_another_kind_of_device_is_one_clear_line() -> None:
         ValueError, match="DeepSpeed uses cpu on this machine, and the model is on cuda; set DS_ACCELERATOR"
     ):
         check_zero3(torch.device("cuda"))
+
+
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
+    """DeepSpeed takes LOCAL_RANK for the GPU of a rank; the engine's device is `cuda`, after set_device."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert device_index(torch.device("cuda")) == 3
+    assert device_index(torch.device("cuda", 1)) == 1
+    assert device_index(torch.device("cpu")) == 0
