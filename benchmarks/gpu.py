@@ -51,9 +51,6 @@ def main() -> None:
     rows = []
     for name in args.sections:
         limit = limit_of(name, args.sections, end - time.monotonic())
-        if limit <= 0:
-            rows.append([name, "not started", "0", "the time is up"])
-            continue
         started = time.monotonic()
         rows.append([name, *run_section(name, args, limit), f"{time.monotonic() - started:.1f}"])
         print(f"{name}: {rows[-1][1]}, {rows[-1][-1]} s", flush=True)
@@ -74,11 +71,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="tiny sizes on the CPU")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all sections together")
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS))
-    return parser.parse_args()
+    args = parser.parse_args()
+    if not args.small and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device; --small runs the same code in tiny sizes on a CPU")
+    return args
 
 
 def run_section(name: str, args: argparse.Namespace, limit: float) -> tuple[str, str]:
-    """Status and one line of reason, from a process of its own: a new one for CUDA, which does not survive a fork."""
+    """Status and one line of reason, from a process of its own: a new one for CUDA, which does not survive a fork.
+
+    What an earlier run wrote of the section is removed, also if there is no time to start it: the page shows one run.
+    """
     bench = Bench(
         section=name,
         device=torch.device("cpu" if args.small else "cuda"),
@@ -86,7 +89,9 @@ def run_section(name: str, args: argparse.Namespace, limit: float) -> tuple[str,
         out=args.out,
         deadline=time.monotonic() + limit,
     )
-    (bench.out / f"{name}.json").unlink(missing_ok=True)  # of an earlier run
+    (bench.out / f"{name}.json").unlink(missing_ok=True)
+    if limit <= 0:
+        return "not started", "the time is up"
     process: BaseProcess = multiprocessing.get_context("fork" if args.small else "spawn").Process(
         target=in_process, args=(bench,)
     )

@@ -185,9 +185,14 @@ def _layer(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
             "; ".join(f"{key} {value['median']:.3g}" for key, value in found["ratios"].items())
             + (f"; literal SVD / ours {found['svd']['literal SVD / ours']['median']:.3g}" if "svd" in found else ""),
         ]
-        if found["left_out"]:
-            parts.append("Left out: " + "; ".join(f"{key} ({why})" for key, why in found["left_out"].items()))
+        parts += _left_out(found)
     return parts
+
+
+def _left_out(found: dict[str, Any]) -> list[str]:
+    """A line for what does not run on this device, and why."""
+    reasons = [f"{key} ({why})" for key, why in found["left_out"].items()]
+    return [f"Left out: {'; '.join(reasons)}"] if reasons else []
 
 
 def _steps(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
@@ -239,7 +244,7 @@ def _ranks(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
                 for key, row in found["rows"].items()
             ]
             header = ["share", "ms", "TFLOP/s", "peak MiB beyond its inputs", "efficiency"]
-            parts.append(f"**{name}**\n\n{table(header, rows)}")
+            parts += [f"**{name}**\n\n{table(header, rows)}", *_left_out(found)]
     return parts
 
 

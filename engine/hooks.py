@@ -14,8 +14,9 @@ from engine.adapters import ModelAdapter
 from engine.denoise import check_finite
 from engine.errors import UserError
 from engine.in_force import Uncopyable, refuse_caches_of_one_rank, skips_layers
-from engine.kernel_choice import SolverChoice, choose_solver
+from engine.kernel_choice import SolverChoice, choose_for_pipeline, choose_solver
 from engine.trace import Trace
+from engine.waiting import wait_for
 from freespec.attention import WindowedAttention
 from freespec.kernels import select_complement, select_dual, select_kernel
 from freespec.methods import Branches, Grid, Layer, Method, Mode, StepPlan
@@ -170,6 +171,7 @@ class StepHook(Uncopyable):
         self._steps: list[int] = []  # of this run, in order
         self._complete: object = None  # the forward functions with which a forward of this run has called every layer
         self._in_call = False
+        self._kernels: dict[tuple[torch.device, torch.dtype], str] = {}
 
     # Compiled with the rest of a transformer, the hooks would be traced: they read numbers off tensors, and decide by them.
     @torch.compiler.disable
@@ -188,18 +190,18 @@ class StepHook(Uncopyable):
             refuse_not_finite(state, latents, "before")
         frames, rows, columns = state.adapter.grid(transformer, inputs)
         state.grid = Grid(frames=frames, rows=rows, columns=columns, window_frames=state.window_frames)
+        head_dim = transformer.config.attention_head_dim
         state.attention = WindowedAttention(
             num_frames=frames,
             frame_tokens=state.grid.frame_tokens,
             window_frames=state.window_frames,
-            kernel=select_kernel(state.kernel_name, latents.device, latents.dtype),
+            kernel=select_kernel(self._kernel_name(latents, head_dim), latents.device, latents.dtype),
             dual_kernel=select_dual(state.dual_name, latents.device, latents.dtype),
             rest_kernel=select_complement(state.complement_name, latents.device, latents.dtype, dual=state.dual_name),
         )
         step = self._plan[state.step]
         # At native length both branches are the whole video, and the stock computation is kept bit for bit.
         state.mode = "global" if frames <= state.window_frames else step.mode
-        head_dim = transformer.config.attention_head_dim
         self._lay_out(state.grid.tokens, transformer.config.num_attention_heads, head_dim, latents)
         if state.eigensolver is None:  # of a pipeline of one's own; an engine chooses when it starts
             choose_eigensolver(state, transformer, latents.device)
@@ -259,6 +261,15 @@ class StepHook(Uncopyable):
             self._begin_run()
         if step not in self._steps[-1:]:
             self._steps.append(step)
+
+    def _kernel_name(self, latents: Tensor, head_dim: int) -> str:
+        """The kernel setting; `auto` on a pipeline of one's own (an engine has chosen) is tried out at the first long video."""
+        state, where = self.state, (latents.device, latents.dtype)
+        if state.kernel_name != "auto" or state.hybrid is not None or state.grid.frames <= state.window_frames:
+            return state.kernel_name
+        if where not in self._kernels:
+            self._kernels[where] = choose_for_pipeline(state.mesh, state.grid, head_dim=head_dim, where=where)
+        return self._kernels[where]
 
     def _find_step(self, timestep: Tensor) -> int:
         """Index of this forward in the scheduler's timesteps; UserError if the forward belongs to another step."""
@@ -350,6 +361,7 @@ def _one_per_batch(timestep: Tensor) -> Tensor:
 
 def refuse_not_finite(state: RunState, latents: Tensor, when: str) -> None:
     """Raise UserError for latents or predictions with NaN or infinity, on all ranks together, as all have the same ones."""
+    wait_for(latents.device)  # reading them waits for the device in C, where no signal is heard
     check_finite(
         latents,
         where=f"{when} the transformer of step {state.step + 1} of {state.num_steps} in {str(latents.dtype).removeprefix('torch.')}",

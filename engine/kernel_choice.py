@@ -23,6 +23,7 @@ from engine.ranks import hand_out_bytes, together
 from freespec import eigen
 from freespec.attention import WindowedAttention
 from freespec.kernels import candidates, preferred, select_kernel
+from freespec.methods import Grid
 from parallel.mesh import SeqMesh
 
 # Part of a layer: all of its keys for some queries and heads. Enough for a GPU to be busy, and 0.3 GB at 126,360 tokens.
@@ -44,7 +45,7 @@ class KernelChoice:
 
     Attributes:
         kernel: the name.
-        why: `given`, `the only one here`, or `measured`.
+        why: `given`, `the only one here`, `measured`, or `the first that is right here`.
         seconds: of a part of a layer, global and dual, by kernel.
         left_out: kernels that do not run here, or are wrong, and why.
     """
@@ -111,8 +112,35 @@ def choose_on_ranks(
         heads=min(num_heads, HEADS),
         head_dim=head_dim,
     )
-    first = mesh.world.rank == 0
-    chosen = together(mesh, lambda: choose_kernel(config.attention.kernel, part, *where) if first else None)
+    return _by_rank_0(mesh, lambda: choose_kernel(config.attention.kernel, part, *where))
+
+
+def choose_for_pipeline(mesh: SeqMesh, grid: Grid, *, head_dim: int, where: tuple[torch.device, torch.dtype]) -> str:
+    """The kernel of `auto` on a pipeline of one's own, once its video is known: torch's choice, or the next one that is right.
+
+    Rank 0 chooses for all. On a GPU each candidate is held against plain attention first, as an engine does; a line names those
+    that differ, or do not run. Raises UserError, on all ranks, if none is right.
+    """
+    names = candidates(*where)
+    if len(names) == 1:
+        return names[0]
+    part = LayerPart(
+        num_frames=grid.frames,
+        frame_tokens=grid.frame_tokens,
+        window_frames=min(grid.window_frames, grid.frames),
+        heads=HEADS,
+        head_dim=head_dim,
+    )
+    chosen = _by_rank_0(mesh, lambda: fastest(names, part, *where, timed=False))
+    if chosen.left_out and mesh.world.rank == 0:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in chosen.left_out.items())
+        note(f"attention kernel {chosen.kernel}, as others cannot be used here ({reasons})")
+    return chosen.kernel
+
+
+def _by_rank_0(mesh: SeqMesh, choose: Callable[[], KernelChoice]) -> KernelChoice:
+    """Rank 0's choice on every rank, or its UserError."""
+    chosen = together(mesh, lambda: choose() if mesh.world.rank == 0 else None)
     data = json.dumps(dataclasses.asdict(chosen)).encode() if chosen is not None else b""
     return KernelChoice(**json.loads(hand_out_bytes(mesh, data, "attention kernel")))
 
@@ -130,8 +158,13 @@ def choose_kernel(name: str, part: LayerPart, device: torch.device, dtype: torch
 
 
 @functools.cache  # once a process: engines of one video's shape share it
-def fastest(names: tuple[str, ...], part: LayerPart, device: torch.device, dtype: torch.dtype) -> KernelChoice:
-    """The first of these kernels, or one that is clearly quicker, at global and dual attention together, among those that equal plain attention."""
+def fastest(
+    names: tuple[str, ...], part: LayerPart, device: torch.device, dtype: torch.dtype, *, timed: bool = True
+) -> KernelChoice:
+    """The first of these kernels that equals plain attention, or one that is clearly quicker at global and dual attention together.
+
+    Not `timed`, the first alone.
+    """
     qkv, q_start = draw(part, device, dtype)
     expected = check_rows(part.attention("plain", device, dtype), qkv, q_start)
     seconds, left_out = {}, {}
@@ -139,6 +172,8 @@ def fastest(names: tuple[str, ...], part: LayerPart, device: torch.device, dtype
         try:
             layer = part.attention(name, device, dtype)
             difference = wrong(check_rows(layer, qkv, q_start), expected, dtype)
+            if difference is None and not timed:
+                return KernelChoice(kernel=name, why="the first that is right here", left_out=left_out)
             if difference is None:
                 seconds[name] = seconds_of(lambda layer=layer: both_kinds(layer, qkv, q_start), device)  # type: ignore[misc]
         except UNSUPPORTED as error:

@@ -20,6 +20,8 @@ Solver = Callable[[Tensor], tuple[Tensor, Tensor]]
 # From here on torch hands all matrices of a CUDA batch to cuSOLVER at once; before, those of more than 32 rows one by one.
 BATCHED_SINCE = (2, 12)
 BATCHED_ROWS = 32
+# What solvers raise: torch's and CuPy's are RuntimeErrors, NumPy's LinAlgError is a ValueError.
+FAILURES = (RuntimeError, ValueError)
 HOST_THREADS = 8  # at most: a batch has a few dozen matrices, and several ranks share the host
 ROUNDINGS = 1000  # per row that a decomposition may be off by: Jacobi and QR stay within a few, wrong vectors are off by 0.1 and more
 
@@ -128,11 +130,13 @@ def _eigh_checked(matrices: Tensor) -> tuple[Tensor, Tensor]:
 # An operator of its own: a compiled block takes it as one call, whatever the solver does.
 @torch.library.custom_op("freespec::eigh", mutates_args=())
 def _eigh(matrices: Tensor, solver: str) -> tuple[Tensor, Tensor]:
-    """A decomposition of finite matrices by a solver; NaN, and a warning, if it fails or is wrong."""
+    """A decomposition of finite matrices by a solver; NaN, and a warning, if it fails or is wrong. Memory that runs out is raised."""
     try:
         values, vectors = SOLVERS[solver](matrices)
         reason = fault(matrices, values, vectors)
-    except torch.linalg.LinAlgError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
     if reason is None:
         return values.contiguous(), vectors.contiguous()

@@ -4,6 +4,7 @@ Both sides of a comparison run in the same rounds of one process, or of one grou
 A package that is not installed, or does not run here, is written down as not available.
 """
 
+import json
 import tempfile
 from datetime import timedelta
 from pathlib import Path
@@ -90,7 +91,7 @@ def on_all(bench: Bench, shape: Shape, gpus: int) -> dict[str, Any]:
             mp.spawn(_rank, (bench, shape, plan, folder), nprocs=gpus)
         except (*UNSUPPORTED, mp.ProcessRaisedException, mp.ProcessExitedException) as error:
             return not_available(first_line(error))
-        found: dict[str, Any] = torch.load(Path(folder) / "found.pt", weights_only=False)
+        found: dict[str, Any] = json.loads((Path(folder) / "found.json").read_text())
     return found
 
 
@@ -103,7 +104,7 @@ def _rank(rank: int, bench: Bench, shape: Shape, plan: SequencePlan, folder: str
     bench.device = device
     found = compare(bench, shape, mesh, xfuser_attention(mesh, kernel=KERNEL), kernel=KERNEL)
     if rank == 0:
-        torch.save(found, Path(folder) / "found.pt")
+        (Path(folder) / "found.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 

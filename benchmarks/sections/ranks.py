@@ -41,15 +41,23 @@ def measure(bench: Bench, model: str, shape: Shape, layer: WindowedAttention) ->
     calls |= {name: fusion_call(bench, shape, *share) for name, share in fusion_shares(shape).items()}
     peaks: dict[str, float] = {}
     times: dict[str, list[float]] = {}
+    left_out: dict[str, str] = {}
+
+    def write() -> None:
+        bench.record(model, {"sizes": str(shape), "rows": rows(shape, times, peaks), "left_out": left_out})
 
     def heard(name: str, seconds: float) -> None:
         times.setdefault(name, []).append(seconds)
-        bench.record(model, {"sizes": str(shape), "rows": rows(shape, times, peaks)})
+        write()
 
     for name, call in calls.items():
-        call()
-        peaks[name] = peak_memory(call, bench.device)[0]
-    bench.rounds(calls, heard)
+        peak, why = bench.attempt(lambda call=call: (call(), peak_memory(call, bench.device)[0])[1])
+        if peak is None:
+            left_out[name] = why
+            write()
+        else:
+            peaks[name] = peak
+    bench.rounds({name: calls[name] for name in peaks}, heard)
 
 
 def rows(shape: Shape, times: dict[str, list[float]], peaks: dict[str, float]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The GPU benchmark in tiny sizes on the CPU: every section runs and says what it should, and a bad one costs only itself."""
 
+import argparse
 import importlib
 import json
 import math
@@ -334,9 +335,51 @@ def test_every_share_of_a_rank_is_written_as_it_is_measured(tmp_path: Path, monk
     assert set(on_disk(bench)["wan"]["rows"]) == set(seen)
 
 
+def test_a_share_that_does_not_run_costs_that_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    bench = bench_of("ranks", tmp_path)
+    monkeypatch.setattr(ranks_section, "ring_calls", lambda *_args: {"ring 2 dual": refuse})
+    ranks_section.run(bench)
+    for model in ("wan", "ltx"):
+        assert list(on_disk(bench)[model]["left_out"]) == ["ring 2 dual"]
+        assert {"ulysses 1 dual", "ulysses 2 dual", "ring 2 fusion"} <= set(on_disk(bench)[model]["rows"])
+    assert "Left out: ring 2 dual (OutOfMemoryError" in "".join(gpu_report.SHOWN["ranks"](on_disk(bench), report.table))
+
+
+def test_a_section_without_time_leaves_no_figures_of_an_earlier_run(tmp_path: Path) -> None:
+    (tmp_path / "decode.json").write_text("{}")
+    args = argparse.Namespace(small=True, out=tmp_path)
+    assert gpu.run_section("decode", args, 0.0) == ("not started", "the time is up")
+    assert not (tmp_path / "decode.json").exists()
+
+
+def test_without_a_gpu_it_says_so_before_any_section(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "torch sees no CUDA device; --small runs the same code" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("section", ["correctness", "layer", "steps", "ranks", "decode", "compiled", "optional"])
-def test_a_section_runs_on_a_pretended_gpu(section: str, tmp_path: Path) -> None:
-    """In bf16 and with the names of a GPU's kernels; all but the trace, whose profiler asks the driver."""
+def test_a_section_runs_on_a_pretended_gpu(section: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 and with the names of a GPU's kernels; all but the trace, whose profiler asks the driver.
+
+    The page shows what is on disk after each figure, as if the section had ended there.
+    """
+    record = Bench.record
+
+    def shown(bench: Bench, name: str, value: Any) -> Any:
+        record(bench, name, value)
+        assert gpu_report.SHOWN[section](on_disk(bench), report.table)
+        return value
+
+    monkeypatch.setattr(Bench, "record", shown)
     module = importlib.import_module(f"benchmarks.sections.{section}")
     bench = Bench(section=section, device=torch.device("cuda"), small=True, out=tmp_path, deadline=math.inf)
     with pretend_cuda():

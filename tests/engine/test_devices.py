@@ -14,7 +14,7 @@ import torch
 from diffusers import LTXPipeline, WanPipeline
 from torch import Tensor
 
-from engine import apply_method
+from engine import apply_method, kernel_choice
 from engine.apply import Ranks
 from engine.config import (
     AttentionConfig,
@@ -32,7 +32,7 @@ from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.trace import Trace
 from engine.window_spectra import WindowSpectra
-from freespec import eigen
+from freespec import eigen, kernels
 from freespec.methods import METHODS, FreeSpec
 from freespec.riflex import Riflex
 from parallel.mesh import build_mesh
@@ -295,6 +295,65 @@ def test_a_pipeline_of_ones_own(folders: dict[str, Path], name: str, kind: Any, 
     with pretend_cuda():
         pipe.to("cuda")
         assert_close(run(), expected)
+
+
+@pytest.mark.parametrize("fault", ["refuses", "is wrong"])
+def test_auto_on_a_pipeline_of_ones_own_is_tried_out_first(
+    folders: dict[str, Path], fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torch's first choice, if it equals plain attention on strided windows; else the next one, and a line says so."""
+
+    def cudnn(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if fault == "refuses":
+            raise RuntimeError("cuDNN Frontend error: no valid execution plans")
+        return kernels.cuda_flash(q, k[:1].expand_as(k), v)
+
+    video = SIZES["wan"]
+    call = {"prompt": PROMPT, "height": video.height, "width": video.width, "num_frames": video.num_frames}
+    call |= {"num_inference_steps": 2, "max_sequence_length": 20, "output_type": "latent"}
+
+    def run(kernel: str, **changes: Any) -> Tensor:
+        with apply_method(pipe, method="freespec", window_frames=3, kernel=kernel):
+            return pipe(**call | changes, generator=torch.Generator().manual_seed(0)).frames.cpu()
+
+    with pretend_cuda():
+        pipe = WanPipeline.from_pretrained(folders["wan"], dtype=torch.bfloat16).to("cuda")
+        pipe.set_progress_bar_config(disable=True)
+        kernel_choice.fastest.cache_clear()
+        right = run("auto")
+        assert torch.equal(right, run("cuda_cudnn"))
+        assert "attention kernel" not in capsys.readouterr().err
+        monkeypatch.setitem(kernels.KERNELS, "cuda_cudnn", cudnn)
+        kernel_choice.fastest.cache_clear()
+        run("auto", num_frames=9)  # of native length: needs no kernel
+        assert "attention kernel" not in capsys.readouterr().err
+        assert torch.equal(run("auto"), run("cuda_flash"))
+        [line] = [line for line in capsys.readouterr().err.splitlines() if "attention kernel" in line]
+        assert "attention kernel cuda_flash, as others cannot be used here (cuda_cudnn: " in line
+    kernel_choice.fastest.cache_clear()
+
+
+def test_ctrl_c_is_heard_in_a_pipeline_of_ones_own(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latents are looked at before and after each forward; the wait for them is Python's."""
+    waits = []
+
+    class Working(Event):
+        def record(self, stream: Any = None) -> None:
+            waits.append(self)
+
+        def query(self) -> bool:
+            if len(waits) == 2:
+                raise KeyboardInterrupt
+            return True
+
+    video = SIZES["wan"]
+    with pretend_cuda():
+        pipe = WanPipeline.from_pretrained(folders["wan"], dtype=torch.float32).to("cuda")
+        pipe.set_progress_bar_config(disable=True)
+        monkeypatch.setattr(torch.cuda, "Event", Working)
+        with apply_method(pipe, method="direct", window_frames=3), pytest.raises(KeyboardInterrupt):
+            pipe(PROMPT, height=video.height, width=video.width, num_frames=29, num_inference_steps=2)
+    assert len(waits) == 2
 
 
 def test_tables_with_a_lower_frequency_and_other_methods(folders: dict[str, Path]) -> None:

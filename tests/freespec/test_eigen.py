@@ -1,13 +1,16 @@
 """Matrices that are not finite and solvers that are wrong: not a number out, no error; and the solvers of a GPU, on a CPU."""
 
 import sys
+import tomllib
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from freespec import eigen, spectrum
 from freespec.methods import FreeSpec, Grid, StepPlan
@@ -68,6 +71,16 @@ def gives_up(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     raise torch.linalg.LinAlgError("linalg.eigh: (Batch element 1): failed to converge.")
 
 
+def library_fails(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As torch reports what cuSOLVER could not do: no LinAlgError."""
+    raise RuntimeError("cusolver error: CUSOLVER_STATUS_EXECUTION_FAILED, when calling `cusolverDnXsyevBatched`")
+
+
+def numpy_gives_up(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As CuPy reports it."""
+    raise np.linalg.LinAlgError("The algorithm failed to converge")
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e-200, 1e200])
 def test_a_decomposition_is_checked_against_its_matrices(scale: float) -> None:
     matrices = scale * grams_of()
@@ -81,7 +94,7 @@ def test_a_decomposition_is_checked_against_its_matrices(scale: float) -> None:
     assert "nan" in str(eigen.fault(matrices, values, vectors * torch.nan))
 
 
-@pytest.mark.parametrize("solver", [off_in_one, not_orthonormal, gives_up])
+@pytest.mark.parametrize("solver", [off_in_one, not_orthonormal, gives_up, library_fails, numpy_gives_up])
 def test_a_wrong_solver_gives_no_numbers_and_a_warning(solver: eigen.Solver, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a GPU goes through, on the CPU; every rank meets the NaN in its latents."""
     matrices = grams_of()
@@ -96,6 +109,17 @@ def test_a_wrong_solver_gives_no_numbers_and_a_warning(solver: eigen.Solver, mon
     assert str(eigen.take_failure()).startswith("eigensolver wrong on cpu: ")
     assert eigen.take_failure() is None
     assert (values.shape, vectors.shape) == (matrices.shape[:-1], matrices.shape)
+
+
+def test_memory_that_runs_out_is_no_wrong_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has its own line, which says what would need less."""
+
+    def full(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(eigen.SOLVERS, "wrong", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        eigen._eigh(grams_of(), "wrong")
 
 
 @pytest.mark.parametrize("shape", [(24, 16), (3, 16), (1, 16)])
@@ -141,3 +165,17 @@ def test_solvers_are_chosen_among_only_where_torch_would_loop() -> None:
 
 def test_it_is_one_operator_for_a_compiled_block() -> None:
     torch.library.opcheck(torch.ops.freespec.eigh.default, (grams_of(), "torch"))
+
+
+def test_the_package_asks_for_a_torch_that_decomposes_in_batches() -> None:
+    root = Path(__file__).parents[2]
+    needs = tomllib.loads((root / "pyproject.toml").read_text())["project"]["dependencies"]
+    [allowed] = [need.specifier for need in map(Requirement, needs) if need.name == "torch"]
+    before, since = (".".join(map(str, (eigen.BATCHED_SINCE[0], minor, 0))) for minor in (11, eigen.BATCHED_SINCE[1]))
+    assert since in allowed
+    assert before not in allowed
+    pins = (root / "constraints.txt").read_text().splitlines()
+    [pinned] = [pin.removeprefix("torch==") for pin in pins if pin.startswith("torch==")]
+    assert pinned in allowed
+    assert eigen.candidates(torch.device("cuda"), 128, pinned) == ("torch",)
+    assert eigen.candidates(torch.device("cuda"), 128, before) == ("torch", "host", "cupy")
