@@ -238,13 +238,12 @@ def pretend_cuda(*, nccl: bool = False) -> Iterator[None]:
         "empty_cache": None,
         "reset_peak_memory_stats": None,
         "set_device": None,
-        "get_rng_state": torch.zeros(16, dtype=torch.uint8),
-        "set_rng_state": None,
     }
     swapped = torch.__future__.get_swap_module_params_on_conversion()
     with ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, lambda *_args, answer=answer: answer))
+        stack.enter_context(mock.patch.object(torch.cuda, "default_generators", (torch.default_generator,)))
         stack.enter_context(mock.patch.object(torch.version, "cuda", "13.0"))
         stack.enter_context(mock.patch.object(torch.backends.cudnn, "version", lambda: 92000))
         stack.enter_context(mock.patch.object(torch, "Generator", Generator))

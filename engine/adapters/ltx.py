@@ -383,17 +383,21 @@ class _ChunkDecoder(LatentDecoder):
 
     @contextmanager
     def _layer_noise(self, index: int, tile: int) -> Iterator[None]:
-        """Seed what the layers of the 0.9.1 decoder draw from torch's own generator, and leave that as it was.
+        """Seed what the layers of the 0.9.1 decoder draw from their device's own generator, and leave that as it was.
 
         A tile's noise follows from the run's seed, its chunk and its number, so any rank that decodes it draws the same.
         """
         if not self._injects or self._vae.device.type == "meta":
             yield
             return
-        devices = [self._vae.device] if self._vae.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(layer_noise_seed(self._settings.seed or 0, index, tile))
+        device = self._vae.device  # torch.manual_seed would seed those of all GPUs
+        drawn = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+        before = drawn.get_state()
+        drawn.manual_seed(layer_noise_seed(self._settings.seed or 0, index, tile))
+        try:
             yield
+        finally:
+            drawn.set_state(before)
 
 
 def layer_noise_seed(seed: int, index: int, tile: int) -> int:

@@ -154,8 +154,12 @@ def test_framewise_is_not_whole():
     assert not torch.allclose(*(decoded_by_diffusers(vae, latents, c) for c in (FRAMEWISE, DecodeConfig(mode="whole"))))
 
 
-def test_noise_inside_the_decoder_follows_from_seed_chunk_and_tile():
+def test_noise_inside_the_decoder_follows_from_seed_chunk_and_tile(monkeypatch):
     """The 0.9.1 decoder draws from torch's own generator: seeded alike before each chunk, the VAE makes the same frames."""
+
+    def seed_all(_seed: int) -> None:
+        raise AssertionError("this would seed the generators of all GPUs, and leave them so")
+
     vae, latents = vae_of("0.9.1"), draw((6, 4, 3))
     calls: list[int] = []
 
@@ -168,6 +172,7 @@ def test_noise_inside_the_decoder_follows_from_seed_chunk_and_tile():
     hook.remove()
     torch.manual_seed(11)
     before = torch.random.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seed_all)
     ours = torch.cat(list(stream_decode(vae, latents, settings_of(vae, FRAMEWISE, 6))), dim=2)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert torch.equal(ours, expected)
