@@ -203,10 +203,14 @@ def test_ctrl_c_is_heard_while_the_device_works(
 
 
 @pytest.mark.parametrize("method", ["direct", "sliding_window", "freenoise", "freelong", "freespec"])
-def test_the_second_pass_is_queued_without_waiting_for_the_first(folders: dict[str, Path], method: str) -> None:
+@pytest.mark.parametrize("riflex", [Riflex(), Riflex(enabled=True, index=1)], ids=["", "riflex"])
+def test_the_second_pass_is_queued_without_waiting_for_the_first(
+    folders: dict[str, Path], method: str, riflex: Riflex
+) -> None:
     """A number that goes from the device to the host, or back, waits for all that is queued before it."""
     crossings: list[list[str]] = []
-    with pretend_cuda(), contextlib.closing(LongVideoEngine(config_of(folders["wan"], "wan"))) as engine:
+    config = config_of(folders["wan"], "wan", attention=AttentionConfig(riflex=riflex))
+    with pretend_cuda(), contextlib.closing(LongVideoEngine(config)) as engine:
         engine.use_method(MethodConfig(name=method, window_frames=3, freespec=FreeSpec(domain="step", fused_share=0.5)))
         transformer = engine.pipe.transformer
         transformer.register_forward_pre_hook(lambda *_args: PretendCuda.crossings.clear(), prepend=True)
