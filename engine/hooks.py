@@ -387,6 +387,7 @@ class TokenHooks(Uncopyable):
         self._transformer = transformer
         self._riflex = riflex if riflex is not None and riflex.enabled else None
         self._points: tuple[nn.Module, ...] = ()
+        self._pairs: list[tuple[float, slice]] = []  # temporal frequencies, if one is to be lowered
         self.registered: list[RemovableHandle] = []
         self.follow()
 
@@ -397,8 +398,11 @@ class TokenHooks(Uncopyable):
             return
         self.remove()
         self._points = embedding, rotary, output = points
-        # A table is lowered whole, before ranks take their rows of it.
-        lower = [] if self._riflex is None else [rotary.register_forward_hook(self.lower_frequency)]
+        lower = []
+        if self._riflex is not None:
+            self._pairs = self._state.adapter.temporal_frequencies(self._transformer)  # here, as it waits for a GPU
+            # A table is lowered whole, before ranks take their rows of it.
+            lower = [rotary.register_forward_hook(self.lower_frequency)]
         self.registered = [
             *lower,
             embedding.register_forward_hook(self.shard_embedding),
@@ -421,13 +425,12 @@ class TokenHooks(Uncopyable):
     @torch.compiler.disable
     def lower_frequency(self, _module: nn.Module, _args: tuple, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Lower one temporal frequency of the rotary table of a long video (freespec.riflex)."""
-        grid, pairs = self._state.grid, self._state.adapter.temporal_frequencies(self._transformer)
-        frequencies = [frequency for frequency, _ in pairs]
+        grid, frequencies = self._state.grid, [frequency for frequency, _ in self._pairs]
         change = lowered_frequency(self._riflex, frequencies, num_frames=grid.frames, window_frames=grid.window_frames)
         if change is None:
             return tables
         pair, frequency = change
-        return with_frequency(tables, frequency, columns=pairs[pair][1], frame_tokens=grid.frame_tokens)
+        return with_frequency(tables, frequency, columns=self._pairs[pair][1], frame_tokens=grid.frame_tokens)
 
     @torch.compiler.disable
     def shard_embedding(self, _module: nn.Module, _args: tuple, embedded: Tensor) -> Tensor:

@@ -217,6 +217,13 @@ class Event:
         return True
 
 
+class Stream:
+    """A CUDA stream on which everything is done at once; a class, as diffusers names it in annotations."""
+
+    def __init__(self, *_args: Any) -> None:
+        """Of any device."""
+
+
 @contextmanager
 def pretend_cuda(*, nccl: bool = False) -> Iterator[None]:
     """A process that sees one GPU; with `nccl` its process group refuses tensors of the CPU, as NCCL does."""
@@ -251,7 +258,7 @@ def pretend_cuda(*, nccl: bool = False) -> Iterator[None]:
             stack.enter_context(mock.patch.object(PretendCuda, "nccl", True))
             stack.enter_context(mock.patch.object(torch.distributed, "get_backend", lambda _group=None: "nccl"))
         stack.enter_context(mock.patch.object(torch.cuda, "Event", Event))
-        stack.enter_context(mock.patch.object(torch.cuda, "Stream", lambda *_args: None))
+        stack.enter_context(mock.patch.object(torch.cuda, "Stream", Stream))
         stack.enter_context(mock.patch.object(torch.cuda, "stream", lambda _stream: nullcontext()))
         torch.__future__.set_swap_module_params_on_conversion(True)
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, swapped)
