@@ -62,7 +62,7 @@ where it is installed. `auto`, the default, has these candidates on CUDA in bf16
 | --- | --- |
 | compute capability 9.0 and 10.0 (H100, H200, B200) | `cuda_cudnn`, `cuda_flash`, `cuda_fa3` |
 | others from 8.0 on | `cuda_flash`, `cuda_cudnn`, `cuda_fa3` |
-| older | `cuda_efficient` |
+| older, and any in fp32 | `cuda_efficient` |
 
 cuDNN is one of them, and may be named, from version 9.15.1 on: older ones read out of bounds where 128 does not divide the number of tokens.
 When an engine starts, rank 0 runs each candidate for a moment on a part of a layer at the video's own shape, global and dual, strided windows
@@ -70,8 +70,8 @@ included. One that differs from plain attention by more than rounding cannot win
 less than 0.9 of its time: near a tie two processes would choose by chance, and their videos differ by rounding. All ranks use rank 0's choice,
 and the record has its name, every time and every refusal (`attention`); a batch whose replicas are to agree to the bit on different
 machines names its kernel. On a CPU and in fp32 there is one kernel to choose from. `launch/plan.py` predicts with the same candidates and
-the same rule, from the rates in `configs/gpus/`. `apply_method` on a pipeline of your own knows no shape beforehand: there `auto` is the first
-candidate.
+the same rule, from the rates in `configs/gpus/`. `apply_method` on a pipeline of your own takes the first candidate that is right,
+tried out at its first long video; if that is not torch's choice, a line on stderr says why.
 
 A video of native length is computed by torch's `scaled_dot_product_attention` itself, whatever the kernel: the result is the stock pipeline's,
 bit for bit, under any backend that torch takes or a `torch.nn.attention.sdpa_kernel` context asks for.

@@ -113,7 +113,7 @@ def rows() -> list[list[str]]:
         made.append(
             [
                 what,
-                gpu.kernel(figure.kernel),
+                Options(kernel=figure.kernel).kernel_on(gpu),
                 f"{figure.predicted:.{2 if figure.per_step else 0}f} {unit}",
                 f"{published} {unit}",
                 f"{figure.over_published:.2f}",

@@ -155,7 +155,7 @@ def choose_degrees(
     if gpu is None:  # `parallel.plan manual` comes with all degrees
         return by_rule[0], f"no description of this device in configs/gpus; {_RULE}"
     case = Case.of(config, spec, gpu=gpu, world_size=world)
-    missing = gpu.missing_rate(config.attention.kernel)
+    missing = case.options.missing_rate(gpu)
     if missing is not None:
         degrees = choose_by_memory(case, by_rule, fixed)
         return degrees, f"no time can be predicted ({missing}); the first that fits the memory by the rule {_RULE}"

@@ -123,12 +123,12 @@ CUDNN_SINCE = 91501
 DECISIVE = 0.9
 
 
-def cuda_candidates(capability: tuple[int, int], cudnn: int | None) -> tuple[str, ...]:
-    """What `auto` may mean for fp16 and bf16 on a GPU of this compute capability, in the order in which torch takes them.
+def cuda_candidates(capability: tuple[int, int], cudnn: int | None, *, half: bool = True) -> tuple[str, ...]:
+    """What `auto` may mean on a GPU of this compute capability, in the order in which torch takes them.
 
-    `cudnn` is the version as `torch.backends.cudnn.version()` gives it; None is no cuDNN.
+    `cudnn` is the version as `torch.backends.cudnn.version()` gives it; None is no cuDNN. `half` is for fp16 and bf16.
     """
-    if capability < (8, 0):
+    if capability < (8, 0) or not half:
         return ("cuda_efficient",)
     with_cudnn = cudnn is not None and cudnn >= CUDNN_SINCE
     if with_cudnn and capability in CUDNN_FIRST:
@@ -148,9 +148,7 @@ def candidates(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
         return ("cpu_flash",)
     if device.type != "cuda":
         raise ValueError(f"attention kernel 'auto' does not run on {device.type}; use plain")
-    if dtype not in HALF:
-        return ("cuda_efficient",)
-    return cuda_candidates(torch.cuda.get_device_capability(device), cudnn_version())
+    return cuda_candidates(torch.cuda.get_device_capability(device), cudnn_version(), half=dtype in HALF)
 
 
 def cudnn_version() -> int | None:

@@ -97,6 +97,10 @@ class Generator(torch.Generator):
         made.on_cuda = torch.device(device).type == "cuda"
         return made
 
+    @property
+    def device(self) -> torch.device:
+        return DEVICE if self.on_cuda else torch.device("cpu")
+
 
 # Operators that take tensors of two devices: copies, and indexing, whose indices may lie on the CPU.
 COPIES = (aten.copy_.default, aten._to_copy.default, aten.index.Tensor, aten.index_put_.default, aten.index_put.default)

@@ -110,7 +110,7 @@ def gpu_hours(config: RunConfig, items: Sequence[Item], *, gpu: str | None, rank
         return None, "not known: give the GPU's name in configs/gpus as --gpu"
     spec, described = read_model(config.model), read_gpu(gpu)
     methods = list(dict.fromkeys(item.method for item in items))
-    missing = described.missing_rate(config.attention.kernel)
+    missing = Options.of(config).missing_rate(described)
     if missing is not None:
         asked = replace(config, parallel=replace(config.parallel, plan="auto"))  # `manual` would not ask for the memory
         for method in methods:

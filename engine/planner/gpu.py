@@ -32,10 +32,10 @@ class GpuSpec:
         intra_node_gb_s: one direction of one GPU's link to others in its machine, GB/s.
         inter_node_gb_s: one direction of one GPU's share of the network, GB/s.
         gpus_per_node: GPUs of one machine.
-        attention_fraction: by kernel, see freespec.kernels; of bf16_tflops.
+        attention_fraction: by kernel, see freespec.kernels; in half precision, of bf16_tflops.
         gemm_fraction: of matrix products, likewise.
         conv_fraction: of the VAE's convolutions, of tf32_tflops.
-        fp32_fraction: of the product with the fusion matrix, of fp32_tflops.
+        fp32_fraction: of products in fp32, of fp32_tflops: with the fusion matrix, and of attention where the model is in fp32.
         memory_fraction: of passes that only read and write, of memory_gb_s.
         link_fraction: of messages, of either link.
         eigh_seconds: both eigendecompositions (fp64, batched over heads) of one layer with heads of `EIGH_DIM` channels, on one GPU.
@@ -97,8 +97,8 @@ class GpuSpec:
         """Memory that tensors can have, GiB."""
         return self.memory_gib - self.reserved_gib
 
-    def kernel(self, setting: str) -> str:
-        """The attention kernel that a setting means on this GPU in bf16: for `auto`, the one that an engine will take.
+    def kernel(self, setting: str, *, half: bool = True) -> str:
+        """The attention kernel that a setting means on this GPU, in half precision or fp32: for `auto`, the one that an engine takes.
 
         The engine chooses among the same candidates by the same rule, from times that it measures; here from the rates that are
         described. cuDNN is the one of this process, or, where torch is built without CUDA, one that torch's CUDA builds bring.
@@ -107,26 +107,31 @@ class GpuSpec:
             return setting
         kernels = freespec.kernels
         major, minor = divmod(round(10 * self.compute_capability), 10)
-        names = kernels.cuda_candidates((major, minor), kernels.cudnn_version() or kernels.CUDNN_SINCE)
-        known = {name: 1 / self.attention_fraction[name] for name in names if name in self.attention_fraction}
+        names = kernels.cuda_candidates((major, minor), kernels.cudnn_version() or kernels.CUDNN_SINCE, half=half)
+        rates = self._attention_rates(half=half)
+        known = {name: 1 / rates[name] for name in names if name in rates}
         return kernels.preferred(known) if known else names[0]
 
-    def attention_rate(self, kernel: str) -> float:
+    def attention_rate(self, kernel: str, *, half: bool = True) -> float:
         """Assumed share of the peak of a kernel from freespec.kernels; `auto` as `kernel` has it."""
-        missing = self.missing_rate(kernel)
+        missing = self.missing_rate(kernel, half=half)
         if missing is not None:
+            own = f"; or give a JSON file of your own as the GPU, with its share of the peak in attention_fraction (like {FOLDER / 'h200.json'})"
             raise UserError(
-                f"no time can be predicted: {missing}; plan with one of these as attention.kernel, or give a JSON file of your own "
-                f"as the GPU, with the kernel's share of the peak in attention_fraction (like {FOLDER / 'h200.json'})"
+                f"no time can be predicted: {missing}; plan with one of these as attention.kernel{own if half else ''}"
             )
-        return self.attention_fraction[self.kernel(kernel)]
+        return self._attention_rates(half=half)[self.kernel(kernel, half=half)]
 
-    def missing_rate(self, kernel: str) -> str | None:
+    def missing_rate(self, kernel: str, *, half: bool = True) -> str | None:
         """What is not known of a kernel's speed on this GPU, in words; None if it is known."""
-        name = self.kernel(kernel)
-        if name in self.attention_fraction:
+        name, rates = self.kernel(kernel, half=half), self._attention_rates(half=half)
+        if name in rates:
             return None
-        return f"attention_fraction of {self.name} has no {name}, it has {', '.join(self.attention_fraction)}"
+        whose = f"attention_fraction of {self.name}" if half else f"the description of {self.name} in float32"
+        return f"{whose} has no {name}, it has {', '.join(rates)}"
+
+    def _attention_rates(self, *, half: bool) -> dict[str, float]:
+        return self.attention_fraction if half else {"cuda_efficient": self.fp32_fraction}
 
 
 def _check_number(name: str, value: Any) -> None:

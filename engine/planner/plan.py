@@ -14,7 +14,7 @@ from engine.errors import UserError
 from engine.planner.gpu import GpuSpec
 from engine.planner.layout import VIEW_MODES, Degrees, Layout, feasible_degrees, lay_out, num_passes
 from engine.planner.memory import GIB, decode_cost, denoise_peak
-from engine.planner.model import ModelSpec
+from engine.planner.model import FP32_BYTES, ModelSpec
 from engine.planner.providers import FixedDegrees, Provider
 from engine.planner.timing import TERA, step_seconds
 from engine.supported_layouts import check_layout, refused_axes
@@ -55,6 +55,14 @@ class Options:
     def timed_kernel(self) -> str:
         """The kernel whose rate decides: with `auto` xfuser takes its own default, the flash-attn package."""
         return "cuda_flash" if self.provider == "xfuser" and self.kernel == "auto" else self.kernel
+
+    def kernel_on(self, gpu: GpuSpec) -> str:
+        """The kernel that a GPU is predicted with."""
+        return gpu.kernel(self.timed_kernel, half=self.itemsize < FP32_BYTES)
+
+    def missing_rate(self, gpu: GpuSpec) -> str | None:
+        """What is not known of the speed of attention on a GPU, in words; None if it is known."""
+        return gpu.missing_rate(self.timed_kernel, half=self.itemsize < FP32_BYTES)
 
     @classmethod
     def of(cls, config: RunConfig) -> "Options":

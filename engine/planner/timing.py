@@ -21,10 +21,11 @@ def step_seconds(layout: Layout, mode: Mode, gpu: GpuSpec, kernel: str) -> dict[
     Keys: matrices, attention, spectrum (Grams, fusion, eigh), memory (norms, rotary, merges, copies), communication.
     """
     flops = forward_flops(layout.spec, layout.share(mode), mode)
-    peak = (gpu.bf16_tflops if layout.itemsize < FP32_BYTES else gpu.fp32_tflops) * TERA
+    half = layout.itemsize < FP32_BYTES
+    peak = (gpu.bf16_tflops if half else gpu.fp32_tflops) * TERA
     gemm, fp32 = peak * gpu.gemm_fraction, gpu.fp32_tflops * TERA * gpu.fp32_fraction
     forwards = layout.forwards
-    attention = forwards * sum(flops[part] for part in ATTENTION) / (peak * gpu.attention_rate(kernel))
+    attention = forwards * sum(flops[part] for part in ATTENTION) / (peak * gpu.attention_rate(kernel, half=half))
     eigh = 0.0
     if mode in ("dual", "views_global"):  # heads lie side by side, and so does a batch of both passes
         eigh = layout.calls * layout.spec.layers * gpu.eigh_seconds * layout.spec.head_dim / EIGH_DIM

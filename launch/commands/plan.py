@@ -43,6 +43,7 @@ def as_json(case: Case, plans: list[Plan]) -> dict[str, Any]:
         "video": dataclasses.asdict(case.video),
         "method": case.method.name,
         "options": dataclasses.asdict(case.options),
+        "kernel": case.options.kernel_on(case.gpu),
         "plans": [dataclasses.asdict(p) for p in plans],
     }
 
@@ -55,7 +56,7 @@ def as_text(case: Case, config: RunConfig, plans: list[Plan]) -> str:
         "",
         f"chosen: {best.name}",
         f"  why: {best.why}",
-        *_shares(best),
+        *_shares(best, case),
         *_weights(case),
         *_memory(best, case.gpu),
         *_steps(best),
@@ -80,10 +81,10 @@ def _heading(spec: ModelSpec, config: RunConfig, gpu: GpuSpec, world_size: int) 
     ]
 
 
-def _shares(best: Plan) -> list[str]:
+def _shares(best: Plan, case: Case) -> list[str]:
     return [
         f"  tokens per rank: {_span(best.tokens)}; heads per rank inside attention: {_span(best.heads)}; "
-        f"local steps by {best.local_route}",
+        f"local steps by {best.local_route}; attention by {case.options.kernel_on(case.gpu)}",
     ]
 
 

@@ -37,7 +37,7 @@ from engine.planner.model import ModelSpec, read_model
 from engine.planner.plan import Options, plan
 from engine.planner.table import predicted_table
 from engine.planner.timing import communication_seconds
-from freespec import spectrum
+from freespec import kernels, spectrum
 from freespec.attention import WindowedAttention
 from freespec.kernels import KERNELS
 from freespec.methods import Grid, StepPlan, make_method
@@ -45,6 +45,7 @@ from parallel.attention import TORCH_EXCHANGE
 from parallel.plan import Mode, length
 from tests.parallel.memory import LiveBytes
 from tests.parallel.worlds import small_mesh
+from tests.pretend_cuda import pretend_cuda
 from tests.tiny_pipelines import random_wan, save_random_wan
 
 SMALL, LARGE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"
@@ -398,6 +399,22 @@ def test_auto_is_the_kernel_that_the_engine_takes(
     changed = replace(described, attention_fraction=faster).kernel("auto")
     assert changed == (kernel if other == "cuda_cudnn" and (cudnn or 92000) < 91501 else other)
     assert described.kernel("cuda_flash") == "cuda_flash"
+
+
+def test_a_model_in_float32_is_predicted_with_the_kernel_of_float32(specs: dict[str, ModelSpec]) -> None:
+    """Its kernel is the engine's, at the rate of fp32; one that takes half precision alone has no time, as it cannot run."""
+    gpu, options = read_gpu("h100"), Options(itemsize=4)
+    with pretend_cuda():
+        assert options.kernel_on(gpu) == kernels.candidates(torch.device("cuda"), torch.float32)[0] == "cuda_efficient"
+    assert Options().kernel_on(gpu) == "cuda_cudnn"
+    [single] = plan(specs[SMALL], LONG, SAMPLER, FREESPEC, gpu=gpu, world_size=1, options=options)
+    [half] = plan(specs[SMALL], LONG, SAMPLER, FREESPEC, gpu=gpu, world_size=1)
+    ratio = single.step_seconds["global"]["attention"] / half.step_seconds["global"]["attention"]
+    assert ratio == pytest.approx(gpu.bf16_tflops * 0.6 / (gpu.fp32_tflops * gpu.fp32_fraction))
+    with pytest.raises(UserError, match=r"the description of H100 in float32 has no cuda_flash, it has cuda_efficient"):
+        plan(
+            specs[SMALL], LONG, SAMPLER, FREESPEC, gpu=gpu, world_size=1, options=replace(options, kernel="cuda_flash")
+        )
 
 
 def test_with_xfuser_auto_is_its_own_flash_attention() -> None:
