@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from freespec import kernels
-from freespec.timeline import MAX_PENALTY, Event, Piece, Share, attend, plan, timeline_ref
+from freespec.events import MAX_PENALTY, Event, Piece, Share, plan
+from freespec.timeline import attend, timeline_ref
 
 FRAME_TOKENS = 6
 A, B = (0, None), (1, None)

@@ -1,0 +1,300 @@
+"""A prompt that changes over time: `a red circle [0-4s] | a yellow star [4s-]`, read into events of latent frames.
+
+A timeline is a string like any other prompt, so that ids, records, suites and pages hold it as they hold a prompt. Each part
+ends with its range, in seconds or in frames of the video, and may name the transition from the event before:
+`[4s-, cut]`, `[4s-, fade 0.5s]`, `[64-, relay 8]`.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+
+from engine.errors import UserError
+from freespec.events import TRANSITIONS, Event, Transition, check
+
+Unit = Literal["s", "frames"]
+
+DEFAULT_TRANSITION: Transition = "fade"
+# Seconds: the length of a fade, the deviation of a relay.
+DEFAULT_WIDTH = {"cut": 0.0, "fade": 0.5, "relay": 0.25}
+SYNTAX = (
+    "write 'text [0-4s] | text [4s-]', in seconds or in frames (no unit), each range starting where the one before ends"
+)
+
+_PART = re.compile(r"(?P<text>.*?)\s*\[(?P<range>\s*\d[^\[\]]*)\]\s*", re.DOTALL)
+_NUMBER = r"\d+(?:\.\d+)?"
+_RANGE = re.compile(rf"(?P<start>{_NUMBER})\s*(?P<start_unit>s?)\s*-\s*(?:(?P<stop>{_NUMBER})\s*(?P<stop_unit>s?))?")
+_OPTION = re.compile(rf"(?P<name>[a-z]+)(?:\s+(?P<width>{_NUMBER})\s*(?P<unit>s?))?")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TimedText:
+    """One event: a text, where it starts and stops (None: at the end of the video), and how it begins.
+
+    Numbers are in the timeline's unit. `width` None is the transition's default, or the overlap with the event before.
+    """
+
+    text: str
+    start: float
+    stop: float | None
+    transition: Transition | None = None
+    width: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timeline:
+    """Events in order, in seconds or in frames of the video."""
+
+    unit: Unit
+    events: tuple[TimedText, ...]
+
+    def __str__(self) -> str:
+        """The canonical form, which `parse_timeline` reads back."""
+        return " | ".join(f"{event.text} [{self._range(event)}]" for event in self.events)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The text of each event."""
+        return tuple(event.text for event in self.events)
+
+    def joined(self) -> "Timeline":
+        """The same with neighbours of one text that a cut would part as one event."""
+        events: list[TimedText] = []
+        for event in self.events:
+            same = events and events[-1].text == event.text and events[-1].stop == event.start
+            if same and (event.transition or DEFAULT_TRANSITION) == "cut":
+                events[-1] = replace(events[-1], stop=event.stop)
+            else:
+                events.append(event)
+        return replace(self, events=tuple(events))
+
+    def in_latents(self, *, num_frames: int, fps: int, step: int) -> tuple[Event, ...]:
+        """Latent frames [start, stop) and width of each event, for a video of `num_frames`.
+
+        The first latent frame is one frame of the video, every other `step`. A boundary moves to the nearest start of a
+        latent frame. Raises UserError, with the numbers, for events that do not cover the video in order.
+        """
+        rate = float(fps) if self.unit == "s" else 1.0
+        total = (num_frames - 1) // step + 1
+        one = f"{step / rate:g} {self._words}"
+        spans: list[Event] = []
+        for index, event in enumerate(self.events):
+            last = index + 1 == len(self.events)
+            begin, width, transition = self._boundary(index, fps)
+            end = None if last else self._boundary(index + 1, fps)[0]
+            start = _latent(begin * rate, step)
+            stop = _latent((event.stop if end is None else end) * rate, step) if event.stop is not None else total
+            if start >= total or stop > total:
+                raise UserError(
+                    f"{self.name(index)} goes beyond the video, which ends at {num_frames / rate:g} {self._words} "
+                    f"({num_frames} frames)"
+                )
+            if stop <= start:
+                raise UserError(f"{self.name(index)} is shorter than a latent frame, which is {one}; make it longer")
+            spans.append(Event(start=start, stop=stop, transition=transition, width=width * rate / step))
+        if spans[-1].stop != total:
+            raise UserError(
+                f"{self.name(len(spans) - 1)} is the last, and the video goes on to {num_frames / rate:g} {self._words}; "
+                f"leave its range open: [{self.number(self.events[-1].start)}-]"
+            )
+        try:
+            check(spans, total)
+        except ValueError as error:
+            raise UserError(f"{error}; a latent frame is {one}") from error
+        return tuple(spans)
+
+    def _boundary(self, index: int, fps: int) -> tuple[float, float, Transition]:
+        """Where an event begins, and the width and kind of its transition; an overlap is a fade over it."""
+        event, transition = self.events[index], self.events[index].transition or DEFAULT_TRANSITION
+        before = self.events[index - 1].stop if index else None
+        overlap = 0.0 if before is None else before - event.start
+        if overlap > 0.0:
+            return event.start + overlap / 2, overlap, "fade"
+        unit = 1.0 if self.unit == "s" else float(fps)
+        return event.start, DEFAULT_WIDTH[transition] * unit if event.width is None else event.width, transition
+
+    @property
+    def _words(self) -> str:
+        return "seconds" if self.unit == "s" else "frames"
+
+    def number(self, value: float) -> str:
+        """A number with the unit, as the canonical form has it."""
+        return f"{value:.10g}{'s' if self.unit == 's' else ''}"
+
+    def name(self, index: int) -> str:
+        """What messages call an event."""
+        event = self.events[index]
+        return f"event {index + 1} of the timeline, {event.text!r:.60} [{self._range(event)}],"
+
+    def _range(self, event: TimedText) -> str:
+        stop = "" if event.stop is None else self.number(event.stop)
+        how = "" if event.transition is None else f", {event.transition}"
+        width = "" if event.width is None else f" {self.number(event.width)}"
+        return f"{self.number(event.start)}-{stop}{how}{width}"
+
+
+def parse_timeline(prompt: str) -> Timeline | None:
+    """Read a prompt that is a timeline; None for a plain prompt, in which no part ends with a range in brackets.
+
+    Raises UserError for one that is a timeline in part, or whose ranges have gaps, overlaps without a fade, no order, an
+    empty text, or seconds beside frames.
+    """
+    parts = [_PART.fullmatch(part) for part in prompt.split("|")]
+    if not any(parts):
+        return None
+    events, units = [], set()
+    for index, (part, text) in enumerate(zip(parts, prompt.split("|"), strict=True), start=1):
+        if part is None:
+            raise UserError(f"event {index} of the timeline, {text.strip()!r:.60}, has no range; {SYNTAX}")
+        event, unit = _event(part["text"].strip(), part["range"].strip(), index)
+        events.append(event)
+        units |= unit
+    return _checked(events, units)
+
+
+def read_timeline(value: str) -> tuple[str, str | None]:
+    """A timeline as typed, or a YAML file of one: its canonical form, and that of the negative prompts, if events have any.
+
+    The file holds `events`, each with `text`, `start`, `stop` (a number of frames, or seconds such as 4s), `transition`,
+    `width` and `negative`, and `common`, a text that is added to each.
+    """
+    if not value.lower().endswith((".yaml", ".yml")):
+        timeline = parse_timeline(value)
+        if timeline is None:
+            raise UserError(f"--timeline {value!r:.60} has no range; {SYNTAX}")
+        return str(timeline), None
+    tree = _load(Path(value).expanduser())
+    common = tree.get("common")
+    suffix = "" if common is None else f", {_text(common, f'common of {value}')}"
+    parts, negatives = [], []
+    for index, event in enumerate(tree["events"], start=1):
+        where = f"event {index} of {value}"
+        if not isinstance(event, Mapping) or "text" not in event:
+            raise UserError(f"{where} needs a text")
+        if unknown := sorted(set(event) - _EVENT_KEYS):
+            raise UserError(f"{where} has the unknown key {unknown[0]}; known are {', '.join(sorted(_EVENT_KEYS))}")
+        options = " ".join(str(event[key]) for key in ("transition", "width") if event.get(key) is not None)
+        stop = "" if event.get("stop") is None else event["stop"]
+        bracket = f"[{event.get('start', 0)}-{stop}{', ' if options else ''}{options}]"
+        parts.append(f"{_text(event['text'], where)}{suffix} {bracket}")
+        negatives.append(None if event.get("negative") is None else f"{_text(event['negative'], where)} {bracket}")
+    given = [negative for negative in negatives if negative is not None]
+    if given and len(given) < len(negatives):
+        raise UserError(f"{value}: {len(given)} of {len(negatives)} events have a negative text; give all or none one")
+    timelines = [parse_timeline(" | ".join(texts)) for texts in (parts, given) if texts]
+    assert all(timelines), "each part was given a range"
+    return str(timelines[0]), str(timelines[1]) if given else None
+
+
+def texts_of(prompt: str) -> tuple[str, ...]:
+    """The texts that a prompt is made of: one, or those of a timeline's events."""
+    timeline = parse_timeline(prompt)
+    return (prompt,) if timeline is None else timeline.texts
+
+
+_FILE_KEYS = {"common", "events"}
+_EVENT_KEYS = {"text", "start", "stop", "transition", "width", "negative"}
+
+
+def _load(path: Path) -> Mapping[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"cannot read --timeline {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        first = str(error).splitlines()[0]
+        raise UserError(f"--timeline {path} is not YAML: {first}") from error
+    if not isinstance(tree, Mapping) or not isinstance(tree.get("events"), list) or not tree["events"]:
+        raise UserError(f"--timeline {path} needs a list of events, each with text, start and stop")
+    if unknown := sorted(str(key) for key in set(tree) - _FILE_KEYS):
+        raise UserError(f"--timeline {path} has the unknown key {unknown[0]}; known are common and events")
+    return tree
+
+
+def _text(value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise UserError(f"{where}: a text must be words, got {value!r:.40}")
+    if "|" in value:
+        raise UserError(f"{where}: a text cannot hold '|', which parts the events of a timeline")
+    return " ".join(value.split())
+
+
+def _event(text: str, written: str, index: int) -> tuple[TimedText, set[str]]:
+    """One part, and the units that its numbers have."""
+    where = f"event {index} of the timeline, {text!r:.60} [{written}],"
+    if not text:
+        raise UserError(f"event {index} of the timeline, [{written}], has no text")
+    first, *options = (piece.strip() for piece in written.split(","))
+    found = _RANGE.fullmatch(first)
+    if found is None:
+        raise UserError(f"{where} has no range such as 0-4s or 64-; {SYNTAX}")
+    if len(options) > 1:
+        raise UserError(f"{where} has {len(options)} transitions; give one")
+    # [0-4s]: a start without a unit takes that of the stop.
+    units = {found["stop_unit"] or found["start_unit"]} if found["stop"] else {found["start_unit"]}
+    if found["stop"] and found["start_unit"] and not found["stop_unit"]:
+        units = {"s", ""}
+    if found["stop"] is None and float(found["start"]) == 0.0:
+        units = set()  # [0-] is the same in both
+    transition, width = None, None
+    for option in options:
+        match = _OPTION.fullmatch(option)
+        if match is None or match["name"] not in TRANSITIONS:
+            raise UserError(
+                f"{where} has the unknown transition {option!r}; write {', '.join(TRANSITIONS)}, or fade 0.5s"
+            )
+        transition, width = cast(Transition, match["name"]), None if match["width"] is None else float(match["width"])
+        if width is not None:
+            units.add(match["unit"])
+            if transition == "cut" or not 0.0 < width < math.inf:
+                raise UserError(
+                    f"{where}: {option!r} needs no width" if transition == "cut" else f"{where} has the width {width:g}"
+                )
+    stop = None if found["stop"] is None else float(found["stop"])
+    return TimedText(text=text, start=float(found["start"]), stop=stop, transition=transition, width=width), units
+
+
+def _checked(events: list[TimedText], units: set[str]) -> Timeline:
+    if len(units) > 1:
+        raise UserError(f"the timeline mixes seconds and frames; write all its numbers with s, or none; {SYNTAX}")
+    timeline = Timeline(unit="s" if units == {"s"} else "frames", events=tuple(events))
+    if events[0].start != 0.0:
+        raise UserError(f"{timeline.name(0)} must start at 0")
+    if events[0].transition is not None:
+        raise UserError(f"{timeline.name(0)} is the first; a transition is from the event before")
+    for index, event in enumerate(events):
+        if event.stop is not None and event.stop <= event.start:
+            raise UserError(f"{timeline.name(index)} ends before it starts")
+        if index > 0:
+            _check_follows(timeline, index)
+    return timeline
+
+
+def _check_follows(timeline: Timeline, index: int) -> None:
+    """Raise UserError unless an event begins where the one before ends, or fades in over its end."""
+    before, event = timeline.events[index - 1 : index + 1]
+    name = timeline.name(index)
+    if before.stop is None:
+        raise UserError(f"{timeline.name(index - 1)} has no end, and only the last event may be open")
+    start, stop = timeline.number(event.start), timeline.number(before.stop)
+    if event.start > before.stop:
+        raise UserError(f"nothing covers {stop} to {start}, before {name} {SYNTAX}")
+    if event.start == before.stop:
+        return
+    if event.start <= before.start or (event.stop is not None and event.stop < before.stop):
+        raise UserError(f"{name} does not follow {timeline.name(index - 1)} in time; write events in order")
+    if event.transition != "fade" or event.width is not None:
+        raise UserError(
+            f"{name} overlaps the event before by {timeline.number(before.stop - event.start)}; write [{start}-..., fade] to fade "
+            f"over the overlap, or let it start at {stop}"
+        )
+
+
+def _latent(frame: float, step: int) -> int:
+    """The latent frame that starts nearest to a frame of the video: 0 at frame 0, l at frame (l - 1) step + 1."""
+    return 0 if frame < 0.5 else max(math.floor((frame - 1) / step + 0.5) + 1, 1)
