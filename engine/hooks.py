@@ -178,7 +178,7 @@ class StepHook(Uncopyable):
     def __call__(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Fill the state for this forward."""
         self._before_forward()
-        inputs = _signature(type(transformer)).bind(transformer, *args, **kwargs).arguments
+        inputs = bind_forward(transformer, args, kwargs)
         latents, timestep = inputs["hidden_states"], inputs["timestep"]
         state = self.state
         if state.mesh.world.size > 1:
@@ -373,6 +373,11 @@ def refuse_not_finite(state: RunState, latents: Tensor, when: str) -> None:
 def _signature(transformer_class: type[nn.Module]) -> inspect.Signature:
     """Names of the arguments of a forward; asked of the class, as offload puts another function on the instance."""
     return inspect.signature(transformer_class.forward)
+
+
+def bind_forward(transformer: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The arguments of a forward by name."""
+    return _signature(type(transformer)).bind(transformer, *args, **kwargs).arguments
 
 
 class TokenHooks(Uncopyable):

@@ -7,7 +7,7 @@ ends with its range, in seconds or in frames of the video, and may name the tran
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -62,16 +62,18 @@ class Timeline:
         """The text of each event."""
         return tuple(event.text for event in self.events)
 
-    def joined(self) -> "Timeline":
-        """The same with neighbours of one text that a cut would part as one event."""
+    def joined(self, negatives: Sequence[str]) -> tuple["Timeline", tuple[str, ...]]:
+        """The same, with its negative texts, where neighbours of one text that a cut would part are one event."""
         events: list[TimedText] = []
-        for event in self.events:
-            same = events and events[-1].text == event.text and events[-1].stop == event.start
+        kept: list[str] = []
+        for event, negative in zip(self.events, negatives, strict=True):
+            same = events and (events[-1].text, kept[-1], events[-1].stop) == (event.text, negative, event.start)
             if same and (event.transition or DEFAULT_TRANSITION) == "cut":
                 events[-1] = replace(events[-1], stop=event.stop)
             else:
                 events.append(event)
-        return replace(self, events=tuple(events))
+                kept.append(negative)
+        return replace(self, events=tuple(events)), tuple(kept)
 
     def in_latents(self, *, num_frames: int, fps: int, step: int) -> tuple[Event, ...]:
         """Latent frames [start, stop) and width of each event, for a video of `num_frames`.
@@ -195,6 +197,19 @@ def texts_of(prompt: str) -> tuple[str, ...]:
     """The texts that a prompt is made of: one, or those of a timeline's events."""
     timeline = parse_timeline(prompt)
     return (prompt,) if timeline is None else timeline.texts
+
+
+def negative_texts(timeline: Timeline, negative_prompt: str) -> tuple[str, ...]:
+    """The negative text of each event: one for all, or those of a timeline with the same ranges."""
+    negative = parse_timeline(negative_prompt)
+    if negative is None:
+        return (negative_prompt,) * len(timeline.events)
+    ranges = [[(event.start, event.stop) for event in line.events] for line in (timeline, negative)]
+    if timeline.unit != negative.unit or ranges[0] != ranges[1]:
+        raise UserError(
+            f"the negative prompt is a timeline with other ranges than the prompt: {negative}; give it those of {timeline}"
+        )
+    return negative.texts
 
 
 _FILE_KEYS = {"common", "events"}

@@ -245,6 +245,7 @@ class ModelAdapter(ABC):
         latent_tensors: fp32 tensors of the latents' size that are alive between steps, the scheduler's included.
         single_file_marks: the end of a tensor's name by which a part is known in a single file of the model's authors.
         counts_frames: whether temporal positions are frame numbers that grow beyond those of training, as `riflex` needs.
+        text_arguments: arguments of the pipeline's call that take the tensors of a `Text`, in order.
     """
 
     name: ClassVar[str]
@@ -262,6 +263,7 @@ class ModelAdapter(ABC):
     latent_tensors: ClassVar[int]
     single_file_marks: ClassVar[Mapping[str, str]]
     counts_frames: ClassVar[bool] = False
+    text_arguments: ClassVar[tuple[str, ...]]
 
     # What a checkpoint is, before its weights are read.
 
@@ -329,9 +331,13 @@ class ModelAdapter(ABC):
 
     # Inside a forward: where tokens are made, mixed and put together again.
 
-    @abstractmethod
     def attention_modules(self, transformer: Any) -> list[nn.Module]:
         """The self-attention module of every block, first block first."""
+        return [block.attn1 for block in self.blocks(transformer)]
+
+    @abstractmethod
+    def blocks(self, transformer: Any) -> Iterable[nn.Module]:
+        """The transformer blocks, first block first."""
 
     @abstractmethod
     def grid(self, transformer: Any, inputs: dict[str, Any]) -> tuple[int, int, int]:
@@ -375,6 +381,22 @@ class ModelAdapter(ABC):
     def project_out(self, attn: nn.Module, out: Tensor) -> Tensor:
         """Output projection of [B, s, N, D] to [B, s, C]: diffusers' attention modules keep it, and a dropout, in `to_out`."""
         return attn.to_out[1](attn.to_out[0](out.flatten(2, 3)))
+
+    # Cross-attention to text, which a timeline takes over.
+
+    def cross_attention_modules(self, transformer: Any) -> list[nn.Module]:
+        """The cross-attention module of every block, first block first."""
+        return [block.attn2 for block in self.blocks(transformer)]
+
+    def cross_qkv(self, attn: nn.Module, hidden: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Projected and normalised q [B, s, N, D] of hidden states [B, s, C], and k, v [B, K, N, D] of text [B, K, C]."""
+        if getattr(attn, "fused_projections", False):
+            k, v = attn.to_kv(text).chunk(2, dim=-1)
+        else:
+            k, v = attn.to_k(text), attn.to_v(text)
+        q, k = attn.norm_q(attn.to_q(hidden)), attn.norm_k(k)
+        q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
+        return q, k, v
 
     # A run.
 

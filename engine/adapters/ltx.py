@@ -47,6 +47,7 @@ class LtxAdapter(ModelAdapter):
     vae_class = AutoencoderKLLTXVideo
     text_encoder_class = T5EncoderModel
     text_config_class = T5Config
+    text_arguments = ("prompt_embeds", "prompt_attention_mask")
     batches_guidance = True
     frame_rate_matters = True
     decode_modes = ("whole", "framewise", "tiled")
@@ -103,9 +104,9 @@ class LtxAdapter(ModelAdapter):
                 f"the transformer has patches of {patch[0]} x {patch[1]}; LTX-Video has one latent per token"
             )
 
-    def attention_modules(self, transformer: LTXVideoTransformer3DModel) -> list[nn.Module]:
+    def blocks(self, transformer: LTXVideoTransformer3DModel) -> nn.ModuleList:
         """See the base class."""
-        return [block.attn1 for block in transformer.transformer_blocks]
+        return transformer.transformer_blocks
 
     def grid(self, transformer: LTXVideoTransformer3DModel, inputs: dict[str, Any]) -> tuple[int, int, int]:
         """The latents are packed, [B, S, z], so their sizes are arguments of their own."""

@@ -38,6 +38,7 @@ class WanAdapter(ModelAdapter):
     vae_class = AutoencoderKLWan
     text_encoder_class = UMT5EncoderModel
     text_config_class = UMT5Config
+    text_arguments = ("prompt_embeds",)
     batches_guidance = False
     frame_rate_matters = False
     decode_modes = ("whole", "tiled")
@@ -101,9 +102,9 @@ class WanAdapter(ModelAdapter):
         if getattr(pipe.config, "expand_timesteps", False):
             raise UserError("this checkpoint uses a timestep per token (Wan2.2 TI2V); use a Wan2.1 text-to-video one")
 
-    def attention_modules(self, transformer: WanTransformer3DModel) -> list[nn.Module]:
+    def blocks(self, transformer: WanTransformer3DModel) -> nn.ModuleList:
         """See the base class."""
-        return [block.attn1 for block in transformer.blocks]
+        return transformer.blocks
 
     def grid(self, transformer: WanTransformer3DModel, inputs: dict[str, Any]) -> tuple[int, int, int]:
         """From the latents [B, z, F, h, w]."""

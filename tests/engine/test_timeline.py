@@ -12,7 +12,7 @@ TWO = "a red circle [0-4s] | a yellow star [4s-, cut]"
 def latents(text: str, *, num_frames: int = 129, fps: int = 16, step: int = 4) -> tuple[Event, ...]:
     timeline = parse_timeline(text)
     assert timeline is not None
-    return timeline.joined().in_latents(num_frames=num_frames, fps=fps, step=step)
+    return timeline.joined([""] * len(timeline.events))[0].in_latents(num_frames=num_frames, fps=fps, step=step)
 
 
 @pytest.mark.parametrize("prompt", ["a red circle", "either a cat | or a dog", "a list [of things]", "in 1990-1995"])
@@ -57,6 +57,8 @@ def test_an_overlap_is_a_fade_over_it():
 def test_neighbours_of_one_text_that_a_cut_parts_are_one_event():
     assert latents("a [0-4s] | a [4s-, cut]") == (Event(start=0, stop=33, transition="fade", width=2.0),)
     assert len(latents("a [0-4s] | a [4s-, fade]")) == 2
+    timeline = parse_timeline("a [0-4s] | a [4s-, cut]")
+    assert timeline.joined(["x", "y"]) == (timeline, ("x", "y"))  # the negative texts part them
 
 
 @pytest.mark.parametrize(
@@ -97,7 +99,10 @@ def test_what_is_no_timeline_is_one_line(text, message):
         ("a [0-8.2s] | b [8.2s-]", "goes beyond the video"),
         ("a [0-4s] | b [4s-4.1s] | c [4.1s-]", "is shorter than a latent frame, which is 0.25 seconds"),
         ("a [0-4s] | b [4s-7s]", "is the last, and the video goes on to 8.0625 seconds; leave its range open: [4s-]"),
-        ("a [0-60] | b [60-68, fade 20] | c [68-, fade 20]", "event 2 has 2 latent frames, too few for fades of 5 and 5"),
+        (
+            "a [0-60] | b [60-68, fade 20] | c [68-, fade 20]",
+            "event 2 has 2 latent frames, too few for fades of 5 and 5",
+        ),
     ],
 )
 def test_a_timeline_that_does_not_fit_the_video_is_one_line(text, message):
