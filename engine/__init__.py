@@ -8,15 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.apply import MethodHandle, Ranks, apply_method
+    from engine.apply_timeline import TimelineHandle, apply_timeline
     from engine.engine import LongVideoEngine
 
-__all__ = ["LongVideoEngine", "MethodHandle", "Ranks", "apply_method"]
+__all__ = ["LongVideoEngine", "MethodHandle", "Ranks", "TimelineHandle", "apply_method", "apply_timeline"]
 
 _MODULES = {
     "LongVideoEngine": "engine.engine",
     "MethodHandle": "engine.apply",
     "Ranks": "engine.apply",
+    "TimelineHandle": "engine.apply_timeline",
     "apply_method": "engine.apply",
+    "apply_timeline": "engine.apply_timeline",
 }
 
 

@@ -1,5 +1,6 @@
 """The engine: one loaded model that makes videos from prompts, in stages that can be stopped and continued."""
 
+import contextlib
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from engine.adapters import ModelAdapter, VideoSpec, adapter_of
 from engine.adapters.base import Text
 from engine.apply import MethodHandle, Ranks, apply_method, check_riflex, check_shift
+from engine.apply_timeline import install_timeline, join_texts
 from engine.checkpoint import History, load_run
 from engine.config import COMPILED_TRACE, MethodConfig, OutputConfig, RunConfig
 from engine.decode_plan import check_tiles
@@ -37,6 +39,7 @@ from engine.schedulers import make_scheduler, shifting_tokens
 from engine.sharded_weights import Encode, encode_on_all, shard_pipeline, shards_text
 from engine.supported_layouts import check_layout
 from engine.text_cache import TextCache, cache_key
+from engine.timeline import Direction, read_direction
 from engine.trace import Trace
 from engine.weights import read_config
 from freespec.kernels import select_complement, select_dual, select_kernel
@@ -224,8 +227,14 @@ class LongVideoEngine:
         self.decoder.decode_plan = None  # of the video before
 
         started = time.perf_counter()
-        named = [("the prompt", prompt), (NEGATIVE, negative_prompt)]
-        text = self._encode(named if sampler.guidance_scale > 1.0 else named[:1])
+        direction = read_direction(
+            prompt,
+            negative_prompt,
+            num_frames=num_frames,
+            fps=video.fps,
+            step=self.spec.temporal_factor * self.spec.patch[0],
+        )
+        passes = self._encode_passes(prompt, negative_prompt, direction)
         seconds = {"text": time.perf_counter() - started}
 
         settings = self._settings(prompt=prompt, negative_prompt=negative_prompt, seed=seed, num_frames=num_frames)
@@ -234,7 +243,6 @@ class LongVideoEngine:
         latents, done, history = self._first_latents(num_frames, generator, checkpoint, settings)
 
         started = time.perf_counter()
-        passes = dict(zip(("cond", "uncond"), text, strict=False))  # no unconditional one without guidance
         loop = DenoiseLoop(
             engine=self,
             text=passes,
@@ -246,7 +254,8 @@ class LongVideoEngine:
             on_step=on_step,
         )
         loop.take_up(history)
-        latents = loop.run(latents, done)
+        with self._directed(direction):
+            latents = loop.run(latents, done)
         seconds["denoise"] = time.perf_counter() - started
         return Denoised(
             latents=latents.float().cpu(),
@@ -381,6 +390,27 @@ class LongVideoEngine:
             device=self._text_device.type,
         )
         return TextCache(key, folder)
+
+    def _encode_passes(self, prompt: str, negative_prompt: str, direction: Direction | None) -> dict[str, Text]:
+        """Text of each pass, `cond` first; with guidance `uncond`. The texts of a timeline's events are one after the other."""
+        passes = {"cond": [("the prompt", prompt)], "uncond": [(NEGATIVE, negative_prompt)]}
+        if direction is not None:
+            name = "the text of event {} of the timeline".format
+            passes = {
+                "cond": [(name(index), text) for index, text in enumerate(direction.texts, start=1)],
+                "uncond": [(NEGATIVE, text) for text in direction.negatives],
+            }
+        if self.config.sampler.guidance_scale <= 1.0:
+            del passes["uncond"]
+        texts = iter(self._encode([text for each in passes.values() for text in each]))
+        return {name: join_texts([next(texts) for _ in each]) for name, each in passes.items()}
+
+    def _directed(self, direction: Direction | None) -> contextlib.AbstractContextManager[object]:
+        """The pipeline with the events of a timeline, for a block."""
+        if direction is None:
+            return contextlib.nullcontext()
+        events, num_texts = direction.events, len(direction.texts)
+        return install_timeline(self.pipe.transformer, self.adapter, lambda _frames: events, num_texts=num_texts)
 
     def _encode(self, named: list[Named]) -> list[Text]:
         """Text of each prompt as the transformer takes it, made by rank 0, or with it by all ranks that share the encoder."""

@@ -193,6 +193,32 @@ def read_timeline(value: str) -> tuple[str, str | None]:
     return str(timelines[0]), str(timelines[1]) if given else None
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Direction:
+    """A timeline for one video: the text of each event, its negative text, and its latent frames."""
+
+    texts: tuple[str, ...]
+    negatives: tuple[str, ...]
+    events: tuple[Event, ...]
+
+
+def read_direction(prompt: str, negative_prompt: str, *, num_frames: int, fps: int, step: int) -> Direction | None:
+    """What a prompt that is a timeline asks of a video of `num_frames`; None for a plain prompt.
+
+    Raises UserError for a timeline that does not fit the video, and for a negative prompt that is a timeline by itself.
+    """
+    timeline = parse_timeline(prompt)
+    if timeline is None:
+        if parse_timeline(negative_prompt) is not None:
+            raise UserError(
+                f"the negative prompt is a timeline and the prompt is not: {prompt!r:.60}; give both the same ranges"
+            )
+        return None
+    timeline, negatives = timeline.joined(negative_texts(timeline, negative_prompt))
+    events = timeline.in_latents(num_frames=num_frames, fps=fps, step=step)
+    return Direction(texts=timeline.texts, negatives=negatives, events=events)
+
+
 def texts_of(prompt: str) -> tuple[str, ...]:
     """The texts that a prompt is made of: one, or those of a timeline's events."""
     timeline = parse_timeline(prompt)
