@@ -186,3 +186,5 @@ def test_method_and_timeline_go_on_and_off_in_any_order(order):
     assert pipe.transformer.attn_processors == before
     handles = {name: make[name]() for name in reversed(order)}
     assert torch.equal(latents_of(pipe, "wan", **handles["timeline"].inputs), first)
+    for handle in handles.values():
+        handle.remove()
