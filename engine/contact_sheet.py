@@ -62,13 +62,15 @@ def spaced(total: int, count: int) -> list[int]:
     return [round(i * (total - 1) / (count - 1)) for i in range(count)]
 
 
-def contact_sheet(frames: Sequence[np.ndarray], times: Sequence[float]) -> Image.Image:
-    """Frames [H, W, 3] in reading order, each above its time in seconds."""
+def contact_sheet(
+    frames: Sequence[np.ndarray], times: Sequence[float], captions: Sequence[str] | None = None
+) -> Image.Image:
+    """Frames [H, W, 3] in reading order, each above its time in seconds, and above its caption if there are captions."""
     cells = [_cell(frame, smallest=128, widest=416) for frame in frames]
     width, height = cells[0].size
     columns = _columns(len(cells), width, height)
     rows = math.ceil(len(cells) / columns)
-    label = 24
+    label = 24 if captions is None else 44
     sheet = Image.new(
         "RGB",
         (2 * _MARGIN + columns * (width + _GAP) - _GAP, 2 * _MARGIN + rows * (height + label + _GAP) - _GAP),
@@ -80,6 +82,9 @@ def contact_sheet(frames: Sequence[np.ndarray], times: Sequence[float]) -> Image
         y = _MARGIN + i // columns * (height + label + _GAP)
         sheet.paste(cell, (x, y))
         draw.text((x + width // 2, y + height + 5), f"{time:.2f} s", FAINT, _font(14), anchor="ma")
+        if captions is not None:
+            text = _shortened(captions[i], width, _font(13))
+            draw.text((x + width // 2, y + height + 24), text, INK, _font(13), anchor="ma")
     return sheet
 
 
@@ -145,3 +150,11 @@ def _columns(count: int, width: int, height: int) -> int:
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     return ImageFont.load_default(size=size)
+
+
+def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    """As much of a text as fits into `width` pixels, with dots for the rest."""
+    if font.getlength(text) <= width:
+        return text
+    end = next(end for end in range(len(text) - 1, -1, -1) if end == 0 or font.getlength(f"{text[:end]}...") <= width)
+    return f"{text[:end].rstrip()}..."

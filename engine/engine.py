@@ -31,7 +31,7 @@ from engine.identity import latents_settings, settings_id
 from engine.kernel_choice import KernelChoice, SolverChoice, choose_on_ranks
 from engine.load import fetch, find_adapter, find_checkpoint, load_pipeline, pick_device, pick_dtype, read_spec
 from engine.progress import enabled, progress_bar
-from engine.prompts import NEGATIVE, Named, refuse_long_prompts
+from engine.prompts import PROMPT, Named, refuse_long_prompts, texts_by_pass
 from engine.provenance import describe_weights
 from engine.ranks import check_agreement, fingerprints, hand_out, hand_out_bytes, together
 from engine.record import build_record, running_revision
@@ -58,6 +58,7 @@ class Denoised:
         seconds: time of the stages `text` and `denoise`.
         resumed_at: steps that an earlier, interrupted run had finished; 0 for a run from noise.
         settings: what decides the latents, see `engine.identity`.
+        timeline: the events of a prompt that is a timeline, see `engine.timeline.Direction.described`; None for a plain prompt.
     """
 
     latents: Tensor
@@ -66,6 +67,7 @@ class Denoised:
     seconds: dict[str, float]
     resumed_at: int
     settings: dict[str, Any]
+    timeline: list[dict[str, Any]] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,13 +229,7 @@ class LongVideoEngine:
         self.decoder.decode_plan = None  # of the video before
 
         started = time.perf_counter()
-        direction = read_direction(
-            prompt,
-            negative_prompt,
-            num_frames=num_frames,
-            fps=video.fps,
-            step=self.spec.temporal_factor * self.spec.patch[0],
-        )
+        direction = self._read_direction(prompt, negative_prompt, num_frames)
         passes = self._encode_passes(prompt, negative_prompt, direction)
         seconds = {"text": time.perf_counter() - started}
 
@@ -264,6 +260,7 @@ class LongVideoEngine:
             seconds=seconds,
             resumed_at=done,
             settings=settings,
+            timeline=None if direction is None else direction.described(self._frame_step),
         )
 
     def decode(self, latents: Tensor, *, seed: int | None = None) -> Iterator[np.ndarray]:
@@ -391,17 +388,19 @@ class LongVideoEngine:
         )
         return TextCache(key, folder)
 
+    @property
+    def _frame_step(self) -> int:
+        """Frames of the video per frame of tokens, after the first."""
+        return self.spec.temporal_factor * self.spec.patch[0]
+
+    def _read_direction(self, prompt: str, negative_prompt: str, num_frames: int) -> Direction | None:
+        fps = self.config.video.fps
+        return read_direction(prompt, negative_prompt, num_frames=num_frames, fps=fps, step=self._frame_step)
+
     def _encode_passes(self, prompt: str, negative_prompt: str, direction: Direction | None) -> dict[str, Text]:
         """Text of each pass, `cond` first; with guidance `uncond`. The texts of a timeline's events are one after the other."""
-        passes = {"cond": [("the prompt", prompt)], "uncond": [(NEGATIVE, negative_prompt)]}
-        if direction is not None:
-            name = "the text of event {} of the timeline".format
-            passes = {
-                "cond": [(name(index), text) for index, text in enumerate(direction.texts, start=1)],
-                "uncond": [(NEGATIVE, text) for text in direction.negatives],
-            }
-        if self.config.sampler.guidance_scale <= 1.0:
-            del passes["uncond"]
+        guided = self.config.sampler.guidance_scale > 1.0
+        passes = texts_by_pass((PROMPT, prompt), negative_prompt, direction, guided=guided)
         texts = iter(self._encode([text for each in passes.values() for text in each]))
         return {name: join_texts([next(texts) for _ in each]) for name, each in passes.items()}
 

@@ -6,33 +6,57 @@ from pathlib import Path
 from typing import Any
 
 from engine.adapters import ModelAdapter
-from engine.config import ModelConfig, SamplerConfig
+from engine.config import ModelConfig, SamplerConfig, VideoConfig
 from engine.errors import UserError
-from engine.load import load_tokenizer
+from engine.load import load_tokenizer, read_spec
 from engine.paths import REPOSITORY
+from engine.timeline import Direction, read_direction
 
-# A prompt, and what messages call it: "the prompt", "line 3 of prompts.txt".
+# What messages call a prompt ("the prompt", "line 3 of prompts.txt"), and the prompt.
 Named = tuple[str, str]
+PROMPT = "the prompt"
 NEGATIVE = "the negative prompt"
 
 _SHOWN_WORDS = 10
 _SHOWN_LETTERS = 40
 
 
-def check_prompts(model: ModelConfig, sampler: SamplerConfig, prompts: Sequence[Named]) -> list[str]:
+def check_prompts(
+    model: ModelConfig, sampler: SamplerConfig, video: VideoConfig, prompts: Sequence[Named]
+) -> list[str]:
     """Look at all prompts of a run; returns what a person should know before it starts, a sentence each.
 
     Args:
         model: the checkpoint, of which only the tokenizer is read.
         sampler: the longest prompt, the negative prompt, and whether there is guidance.
+        video: length and rate, which the events of a timeline must fit.
         prompts: (name, text) of each.
 
     Raises:
-        UserError: prompts are longer than `sampler.max_text_tokens`; all of them are named. Or there is no tokenizer.
+        UserError: prompts are longer than `sampler.max_text_tokens`; all of them are named. Or a timeline does not fit the video,
+            or there is no tokenizer.
     """
     adapter, folder, tokenizer = load_tokenizer(model)
     guided = sampler.guidance_scale > 1.0
-    read = [*prompts, (NEGATIVE, sampler.negative_prompt)] if guided else list(prompts)
+    spec = read_spec(folder)
+
+    def texts(prompt: Named) -> dict[str, list[Named]]:
+        name, text = prompt
+        try:
+            direction = read_direction(
+                text,
+                sampler.negative_prompt,
+                num_frames=video.num_frames,
+                fps=video.fps,
+                step=spec.temporal_factor * spec.patch[0],
+            )
+        except UserError as error:
+            raise error if name == PROMPT else UserError(f"{name}: {error}") from error
+        return texts_by_pass(prompt, sampler.negative_prompt, direction, guided=guided)
+
+    passes = [texts(prompt) for prompt in prompts]
+    read = [named for each in passes for named in each["cond"]]
+    read += dict.fromkeys(named for each in passes for named in each.get("uncond", []))
     refuse_long_prompts(adapter, tokenizer, read, sampler.max_text_tokens)
     notes = []
     if sampler.negative_prompt and not guided:
@@ -41,6 +65,18 @@ def check_prompts(model: ModelConfig, sampler: SamplerConfig, prompts: Sequence[
         )
     unknown = unknown_words(adapter, tokenizer, read)
     return [*notes, describe_unknown(unknown, folder)] if unknown else notes
+
+
+def texts_by_pass(
+    prompt: Named, negative_prompt: str, direction: Direction | None, *, guided: bool
+) -> dict[str, list[Named]]:
+    """The texts that the transformer reads in its pass `cond` and, with guidance, in `uncond`: one, or one for each event."""
+    if direction is None:
+        passes = {"cond": [prompt], "uncond": [(NEGATIVE, negative_prompt)]}
+    else:
+        named = [(f"event {index} of {prompt[0]}", text) for index, text in enumerate(direction.texts, start=1)]
+        passes = {"cond": named, "uncond": [(NEGATIVE, text) for text in direction.negatives]}
+    return passes if guided else {"cond": passes["cond"]}
 
 
 def refuse_long_prompts(adapter: ModelAdapter, tokenizer: Any, prompts: Sequence[Named], max_tokens: int) -> None:

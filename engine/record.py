@@ -47,6 +47,7 @@ def build_record(
         config["sampler"]["negative_prompt"] = negative_prompt
     return {
         "prompt": prompt,
+        "timeline": denoised.timeline,
         "negative_prompt": config["sampler"]["negative_prompt"],
         "seed": config["sampler"]["seed"],
         "config": config,

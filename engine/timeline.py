@@ -201,6 +201,20 @@ class Direction:
     negatives: tuple[str, ...]
     events: tuple[Event, ...]
 
+    def described(self, step: int) -> list[dict[str, Any]]:
+        """The events for the record, with the frames of the video that they start and stop at; `step` as in `Timeline.in_latents`."""
+        return [
+            {
+                "text": text,
+                "negative_text": negative,
+                "start": _first_frame(event.start, step),
+                "stop": _first_frame(event.stop, step),
+                "transition": event.transition if index else None,
+                "width": event.width * step if index else 0.0,
+            }
+            for index, (text, negative, event) in enumerate(zip(self.texts, self.negatives, self.events, strict=True))
+        ]
+
 
 def read_direction(prompt: str, negative_prompt: str, *, num_frames: int, fps: int, step: int) -> Direction | None:
     """What a prompt that is a timeline asks of a video of `num_frames`; None for a plain prompt.
@@ -339,3 +353,8 @@ def _check_follows(timeline: Timeline, index: int) -> None:
 def _latent(frame: float, step: int) -> int:
     """The latent frame that starts nearest to a frame of the video: 0 at frame 0, l at frame (l - 1) step + 1."""
     return 0 if frame < 0.5 else max(math.floor((frame - 1) / step + 0.5) + 1, 1)
+
+
+def _first_frame(latent: int, step: int) -> int:
+    """The frame of the video that a latent frame starts at."""
+    return 0 if latent == 0 else (latent - 1) * step + 1

@@ -14,7 +14,7 @@ def look_at_prompts(config: RunConfig, prompts: Sequence[Named], party: Party | 
     """
 
     def look() -> None:
-        for note in check_prompts(config.model, config.sampler, prompts):
+        for note in check_prompts(config.model, config.sampler, config.video, prompts):
             print(f"note: {note}", flush=True)
 
     (party or Party()).check_on_first(look)

@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -88,7 +89,7 @@ def _render(
             sampler.add(piece)
         if replace:  # an old record must not stand beside the new video
             files.record.unlink(missing_ok=True)
-    sheet = contact_sheet(sampler.frames, [i / fps for i in sampler.indices])
+    sheet = contact_sheet(sampler.frames, [i / fps for i in sampler.indices], _events_of(record, sampler.indices))
     write_picture(files.sheet, sheet, replace=replace)
     record = record | {
         "seconds": record["seconds"] | {"decode": time.perf_counter() - started},
@@ -98,3 +99,14 @@ def _render(
     }
     write_record(files.record, record, replace=replace)
     return record
+
+
+def _events_of(record: dict[str, Any], frames: Sequence[int]) -> list[str] | None:
+    """Number and text of the event that each frame belongs to; None for a video without a timeline."""
+    if record.get("timeline") is None:
+        return None
+    events = list(enumerate(record["timeline"], start=1))
+    return [
+        next(f"{index} {event['text']}" for index, event in events if event["start"] <= frame < event["stop"])
+        for frame in frames
+    ]

@@ -38,7 +38,7 @@ def test_every_kernel_has_a_name() -> None:
 # What is wrong, and how it is said. Each is one line, and no torch was imported to say it.
 MISTAKES = {
     "generate --nonsense": "unknown setting nonsense",
-    "generate --config tiny-ltx": "give one of --prompt TEXT and --prompt_file FILE",
+    "generate --config tiny-ltx": "give one of --prompt TEXT, --timeline EVENTS and --prompt_file FILE",
     "generate --prompt x --video.num_frames many": "video.num_frames must be a whole number, got 'many'",
     "generate --prompt x --method.name magic": "unknown method 'magic'",
     "generate --prompt x --method.freespec.alpha -1": "alpha must be a finite number, 0 or more, got -1",
@@ -57,7 +57,7 @@ MISTAKES = {
     "batch --status /nowhere": "/nowhere holds no batch",
     "decode": "give the file of the latents",
     "decode a.safetensors": "give the file of the video: --output PATH",
-    "compare": "give one of --prompt TEXT and --prompt_file FILE",
+    "compare": "give one of --prompt TEXT, --timeline EVENTS and --prompt_file FILE",
     "compare --prompt x --methods direct,magic": "unknown method 'magic'",
     "analyze --prompt x --ratios many": "--ratios must be numbers",
     "calibrate --rounds 1": "--prompt_file is needed",

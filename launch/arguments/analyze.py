@@ -33,6 +33,7 @@ def read(argv: list[str]) -> Arguments:
     check_environment()
     check_started(given.nproc, argv)
     prompts = choose_prompts(given)
+    config = prompts.directed(config, argv)
     check_output(config.output, NAME)
     if given.num_points < 2:
         raise UserError(f"--num_points must be 2 or more, got {given.num_points}")

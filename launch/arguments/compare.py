@@ -54,6 +54,7 @@ def read(argv: list[str]) -> Arguments:
     check_seeds(config.sampler.seed, given.num_seeds, "--num_seeds")
     check_output(config.output, NAME)
     prompts = choose_prompts(given)
+    config = prompts.directed(config, argv)
     variants = read_variants(given.methods, argv, name=NAME, add_arguments=add_arguments)
     labels = [variant.label for variant in variants]
     baseline = given.baseline or labels[0]

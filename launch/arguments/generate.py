@@ -41,8 +41,12 @@ def read(argv: list[str]) -> Arguments:
     namespace, config = parse_run(argv, name="generate.py", description=DESCRIPTION, add_arguments=add_arguments)
     check_environment()
     check_started(namespace.nproc, argv)
-    is_example = namespace.prompt is None and namespace.prompt_file is None and not _names_model(argv)
-    prompts = read_prompts(EXAMPLE if is_example else namespace.prompt, namespace.prompt_file)
+    asked = (namespace.prompt, namespace.timeline, namespace.prompt_file)
+    is_example = asked == (None, None, None) and not _names_model(argv)
+    prompts = read_prompts(
+        EXAMPLE if is_example else namespace.prompt, namespace.prompt_file, timeline=namespace.timeline
+    )
+    config = prompts.directed(config, argv)
     place = Place.of_environment()
     if namespace.ray is not None and place is not None:
         raise UserError("--ray starts ranks itself, from the command line; leave it out, or torchrun")

@@ -1,12 +1,16 @@
-"""The prompts of a command: `--prompt`, or the lines of `--prompt_file`."""
+"""The prompts of a command: `--prompt`, `--timeline`, or the lines of `--prompt_file`."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from jsonargparse import ArgumentParser, Namespace
 
+from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import expand
-from engine.prompt_files import read_prompt_lines
+from engine.prompt_files import NEGATIVE_SETTING, read_prompt_lines
+from engine.timeline import read_timeline
+from launch.launcher import asked_value
 
 # What the embedded model shows where nobody says what.
 EXAMPLE = "a red circle bounces over a blue background"
@@ -15,6 +19,11 @@ EXAMPLE = "a red circle bounces over a blue background"
 def add_prompts(parser: ArgumentParser) -> None:
     """The options that give prompts."""
     parser.add_argument("--prompt", type=str, help="what the video shows")
+    parser.add_argument(
+        "--timeline",
+        type=str,
+        help="what it shows when: 'TEXT [0-4s] | TEXT [4s-]', or a YAML file, instead of --prompt",
+    )
     parser.add_argument("--prompt_file", type=str, help="text file with one prompt a line, instead of --prompt")
 
 
@@ -27,10 +36,17 @@ def add_num_prompts(parser: ArgumentParser) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Prompts in order, and what messages call each of them."""
+    """Prompts in order, and what messages call each of them.
+
+    Attributes:
+        texts: the prompts; a timeline is one of them.
+        names: such as "the prompt", "line 3 of prompts.txt".
+        negative_prompt: that of a timeline whose events have negative texts; None leaves the setting as it is.
+    """
 
     texts: list[str]
     names: list[str]
+    negative_prompt: str | None = None
 
     @property
     def named(self) -> list[tuple[str, str]]:
@@ -39,14 +55,28 @@ class Prompts:
 
     def first(self, count: int | None) -> "Prompts":
         """So many of them; all if None."""
-        return Prompts(texts=self.texts[:count], names=self.names[:count])
+        return replace(self, texts=self.texts[:count], names=self.names[:count])
+
+    def directed(self, config: RunConfig, argv: Sequence[str]) -> RunConfig:
+        """The configuration with the negative prompt of the timeline; UserError if the command line has another."""
+        if self.negative_prompt is None:
+            return config
+        if asked_value(argv, f"--{NEGATIVE_SETTING}") is not None:
+            raise UserError(f"the events of --timeline have negative texts; leave --{NEGATIVE_SETTING} out, or those")
+        return replace(config, sampler=replace(config.sampler, negative_prompt=self.negative_prompt))
 
 
-def read_prompts(prompt: str | None, prompt_file: str | None, flag: str = "--prompt_file") -> Prompts:
-    """The prompt, or every line of the file that is not blank; `flag` is the option that names the file."""
-    if (prompt is None) == (prompt_file is None):
-        raise UserError("give one of --prompt TEXT and --prompt_file FILE")
+def read_prompts(
+    prompt: str | None, prompt_file: str | None, flag: str = "--prompt_file", *, timeline: str | None = None
+) -> Prompts:
+    """The prompt, the timeline, or every line of the file that is not blank; `flag` is the option that names the file."""
+    if (prompt, prompt_file, timeline).count(None) != 2:
+        raise UserError("give one of --prompt TEXT, --timeline EVENTS and --prompt_file FILE")
+    if timeline is not None:
+        text, negative_prompt = read_timeline(timeline)
+        return Prompts(texts=[text], names=["the prompt"], negative_prompt=negative_prompt)
     if prompt_file is None:
+        assert prompt is not None
         if not prompt.strip():
             raise UserError("--prompt is empty")
         return Prompts(texts=[prompt], names=["the prompt"])
@@ -57,7 +87,7 @@ def read_prompts(prompt: str | None, prompt_file: str | None, flag: str = "--pro
 
 def choose_prompts(namespace: Namespace) -> Prompts:
     """The first `--num_prompts` prompts; UserError for one that is there twice, which would count as two."""
-    prompts = read_prompts(namespace.prompt, namespace.prompt_file)
+    prompts = read_prompts(namespace.prompt, namespace.prompt_file, timeline=namespace.timeline)
     first: dict[str, str] = {}
     for name, text in prompts.named:
         if text in first:

@@ -302,8 +302,8 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("prompt", "content", "words"),
     [
-        (None, None, "give one of --prompt TEXT and --prompt_file FILE"),
-        ("x", b"y", "give one of --prompt TEXT and --prompt_file FILE"),
+        (None, None, "give one of --prompt TEXT, --timeline EVENTS and --prompt_file FILE"),
+        ("x", b"y", "give one of --prompt TEXT, --timeline EVENTS and --prompt_file FILE"),
         ("  ", None, "--prompt is empty"),
         (None, b"", "has no prompt"),
         (None, b"\n  \n", "has no prompt"),

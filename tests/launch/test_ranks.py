@@ -144,7 +144,7 @@ def test_without_a_prompt_or_a_preset_the_embedded_model_makes_its_example(tmp_p
 
 @pytest.mark.parametrize("chosen", [["--config", "tiny-ltx"], ["--model.path", "tiny/ltx"], ["--model", "tiny/ltx"]])
 def test_another_model_has_no_example(run: Callable[..., Run], chosen: list[str]) -> None:
-    assert run(generate.main, *chosen).error == "give one of --prompt TEXT and --prompt_file FILE"
+    assert run(generate.main, *chosen).error == "give one of --prompt TEXT, --timeline EVENTS and --prompt_file FILE"
 
 
 def started_by_torchrun_of_two_machines(command: list[str]) -> list[list[str]]:
