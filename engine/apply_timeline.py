@@ -30,6 +30,7 @@ class TimelineState:
         adapter: of the pipeline.
         events: the events of a video of so many frames of tokens.
         num_texts: texts that come concatenated, [B, num_texts K, C].
+        text_tokens: K.
         pieces: what each frame attends to.
         frame_tokens: tokens per frame.
         lengths: tokens of each text that are words, by batch item; None where padding is attended, or no relay needs them.
@@ -39,6 +40,7 @@ class TimelineState:
     adapter: ModelAdapter
     events: Callable[[int], tuple[Event, ...]]
     num_texts: int
+    text_tokens: int
     pieces: tuple[Piece, ...] = ()
     frame_tokens: int = 0
     lengths: list[list[int]] | None = None
@@ -49,7 +51,7 @@ class TimelineState:
         """Forward pre-hook of the transformer: plan the pieces of this video, and check that the texts are the timeline's."""
         inputs = bind_forward(transformer, args, kwargs)
         text, latents = inputs["encoder_hidden_states"], inputs["hidden_states"]
-        if text.shape[1] % self.num_texts:
+        if text.shape[1] != self.num_texts * self.text_tokens:
             raise UserError(
                 f"the pipeline has a timeline of {self.num_texts} texts and was called with {text.shape[1]} text tokens; call "
                 "it with **handle.inputs in place of prompt and negative_prompt"
@@ -85,7 +87,7 @@ class TimelineProcessor:
             raise ValueError("this processor serves cross-attention without a rotary table only")
         state = self.state
         q, k, v = state.adapter.cross_qkv(attn, hidden_states, encoder_hidden_states)
-        size = k.shape[1] // state.num_texts
+        size = state.text_tokens
 
         def one(index: int, rows: Tensor) -> Tensor:
             span = slice(index * size, (index + 1) * size)
@@ -181,7 +183,10 @@ def apply_timeline(
     def events(frames: int) -> tuple[Event, ...]:
         return parsed.in_latents(num_frames=(frames - 1) * step + 1, fps=fps, step=step)
 
-    return install_timeline(pipe.transformer, adapter, events, num_texts=len(parsed.texts), inputs=inputs)
+    text_tokens = encoded[texts[0]][0].shape[1]
+    return install_timeline(
+        pipe.transformer, adapter, events, num_texts=len(parsed.texts), text_tokens=text_tokens, inputs=inputs
+    )
 
 
 def install_timeline(
@@ -190,13 +195,17 @@ def install_timeline(
     events: Callable[[int], tuple[Event, ...]],
     *,
     num_texts: int,
+    text_tokens: int,
     inputs: dict[str, Tensor] | None = None,
 ) -> TimelineHandle:
-    """Put the processors and the hook of a timeline on a transformer, whose texts come concatenated, see `join_texts`."""
+    """Put the processors and the hook of a timeline on a transformer, whose texts come concatenated, see `join_texts`.
+
+    A forward with other than `num_texts` times `text_tokens` text tokens is a UserError.
+    """
     modules = adapter.cross_attention_modules(transformer)
     if any(isinstance(attn.processor, TimelineProcessor) for attn in modules):
         raise UserError("the pipeline already has a timeline; call its handle's remove() first")
-    state = TimelineState(adapter=adapter, events=events, num_texts=num_texts)
+    state = TimelineState(adapter=adapter, events=events, num_texts=num_texts, text_tokens=text_tokens)
     originals = [(attn, attn.processor) for attn in modules]
     for attn, beside in zip(modules, adapter.attention_modules(transformer), strict=True):
         attn.set_processor(TimelineProcessor(state, attn.processor, beside))

@@ -408,8 +408,13 @@ class LongVideoEngine:
         """The pipeline with the events of a timeline, for a block."""
         if direction is None:
             return contextlib.nullcontext()
-        events, num_texts = direction.events, len(direction.texts)
-        return install_timeline(self.pipe.transformer, self.adapter, lambda _frames: events, num_texts=num_texts)
+        return install_timeline(
+            self.pipe.transformer,
+            self.adapter,
+            lambda _frames: direction.events,
+            num_texts=len(direction.texts),
+            text_tokens=self.config.sampler.max_text_tokens,
+        )
 
     def _encode(self, named: list[Named]) -> list[Text]:
         """Text of each prompt as the transformer takes it, made by rank 0, or with it by all ranks that share the encoder."""

@@ -25,6 +25,11 @@ from parallel.mesh import SeqMesh, build_mesh
 PROMPT = "a red circle"
 TIMEOUT = timedelta(seconds=60)
 PRESETS = Path(__file__).parents[2] / "configs" / "ablation"
+# Boundaries inside a shard, and inside the frames of the video that one latent frame holds.
+TIMELINES = (
+    "a red circle [0-11] | a gold star [11-, cut]",
+    "a red circle [0-11] | a gold star [11-, fade 9] | a blue square [22-, relay 5]",
+)
 # Ranks may add so many times what rounding does to `direct` on one rank.
 LIMIT = 3
 Degrees = tuple[int, int, int]
@@ -38,6 +43,7 @@ class Case(NamedTuple):
     method: str
     route: str = "auto"
     fault: str = ""
+    prompt: str = PROMPT
 
 
 def all_degrees(ranks: int) -> list[Degrees]:
@@ -57,13 +63,13 @@ def mesh_of(degrees: Degrees) -> SeqMesh:
     return build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=torch.device("cpu"), timeout=TIMEOUT)
 
 
-def latents_of(config: RunConfig, ranks: Ranks | None = None) -> Tensor:
+def latents_of(config: RunConfig, ranks: Ranks | None = None, prompt: str = PROMPT) -> Tensor:
     """This rank's latents, or those of a process alone, from a pipeline that all cases of this process share."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.engine, "load_pipeline", _load_once)
         made = LongVideoEngine(config, ranks)
     try:
-        return made.denoise(PROMPT).latents
+        return made.denoise(prompt).latents
     finally:
         made.close()
 
@@ -90,9 +96,9 @@ def attend_in_chunks(kernel: Kernel) -> Kernel:
 
 
 @functools.cache
-def on_one_rank(config: RunConfig) -> Tensor:
+def on_one_rank(config: RunConfig, prompt: str = PROMPT) -> Tensor:
     """The latents of a process alone."""
-    return latents_of(config)
+    return latents_of(config, prompt=prompt)
 
 
 @contextmanager
@@ -117,17 +123,17 @@ def with_method(config: RunConfig, name: str) -> RunConfig:
 
 
 @functools.cache
-def rounding_of_direct(config: RunConfig) -> float:
+def rounding_of_direct(config: RunConfig, prompt: str = PROMPT) -> float:
     """Relative change of the latents of `direct` on one rank when each attention call takes its keys in three chunks."""
     config = with_method(config, "direct")
     with keys_in_three_chunks():
-        latents = latents_of(config)
-    return relative(latents, on_one_rank(config))
+        latents = latents_of(config, prompt=prompt)
+    return relative(latents, on_one_rank(config, prompt))
 
 
 def assert_same_video(by_rank: Sequence[Tensor], config: RunConfig, case: Case) -> None:
     """Every rank has the whole video, bit for bit, and it differs from one rank's by at most LIMIT times direct's rounding."""
     for latents in by_rank[1:]:
         assert torch.equal(latents, by_rank[0]), case
-    error, floor = relative(by_rank[0], on_one_rank(config)), rounding_of_direct(config)
+    error, floor = relative(by_rank[0], on_one_rank(config, case.prompt)), rounding_of_direct(config, case.prompt)
     assert error <= LIMIT * floor, (case, error, floor)

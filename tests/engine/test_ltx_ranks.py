@@ -11,7 +11,16 @@ from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, Sa
 from engine.errors import UserError
 from engine.supported_layouts import check_layout
 from freespec.methods import METHODS, FreeSpec
-from tests.engine.golden import Case, all_degrees, assert_same_video, latents_of, mesh_of, on_one_rank, relative
+from tests.engine.golden import (
+    TIMELINES,
+    Case,
+    all_degrees,
+    assert_same_video,
+    latents_of,
+    mesh_of,
+    on_one_rank,
+    relative,
+)
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import save_random_ltx
 
@@ -38,7 +47,7 @@ def latents_on_ranks(rank: int, case: Case) -> Tensor:
             guide = LtxAdapter.guide
             patch.setattr(LtxAdapter, "guide", lambda self, parts, scale: guide(self, parts[::-1], scale))
         return latents_of(
-            config_of(case.folder, case.method), Ranks(mesh=mesh_of(case.degrees), local_route=case.route)
+            config_of(case.folder, case.method), Ranks(mesh=mesh_of(case.degrees), local_route=case.route), case.prompt
         )
 
 
@@ -64,6 +73,9 @@ def test_any_arrangement_of_ranks_makes_the_same_video(folder, ranks, tmp_path):
     ]
     assert {case.method for case in cases} == set(methods)
     cases += [Case(folder, all_degrees(ranks)[0], "freespec", "all_to_all")]
+    cases += [
+        Case(folder, degrees, "freespec", prompt=prompt) for degrees in all_degrees(ranks) for prompt in TIMELINES
+    ]
     for case, by_rank in zip(cases, run_ranks(ranks, latents_on_ranks, cases, tmp_path), strict=True):
         assert_same_video(by_rank, config_of(case.folder, case.method), case)
 

@@ -8,6 +8,7 @@ import torch
 from diffusers import FirstBlockCacheConfig
 from torch import Tensor
 
+import engine.apply_timeline
 from engine.apply import Ranks
 from engine.config import (
     AttentionConfig,
@@ -24,9 +25,11 @@ from engine.ranks import together
 from engine.supported_layouts import refused_axes
 from freespec.methods import FreePCA, FreeSpec, make_method
 from freespec.riflex import Riflex
+from freespec.timeline import attend
 from tests.engine.golden import (
     PRESETS,
     PROMPT,
+    TIMELINES,
     Case,
     all_degrees,
     assert_same_video,
@@ -73,7 +76,12 @@ def methods_on(degrees: tuple[int, int, int]) -> tuple[str, ...]:
 def latents_on_ranks(rank: int, case: Case) -> Tensor:
     """This rank's latents; runs on every rank."""
     ranks = Ranks(mesh=mesh_of(case.degrees), local_route=case.route)
-    return latents_of(config_of(case.folder, case.method), ranks)
+    with pytest.MonkeyPatch.context() as patch:
+        if case.fault == "frames of the first rank":
+            patch.setattr(
+                engine.apply_timeline, "attend", lambda *args, **kwargs: attend(*args, **kwargs | {"q_start": 0})
+            )
+        return latents_of(config_of(case.folder, case.method), ranks, case.prompt)
 
 
 def broken_on_ranks(rank: int, case: Case) -> Tensor | str:
@@ -134,10 +142,21 @@ def test_any_arrangement_of_ranks_makes_the_same_video(folder, ranks, tmp_path):
     cases += [Case(folder, every[0], "freespec", route) for route in ("halo", "all_to_all")]
     rings = {2: [(1, 2, 1)], 3: [(1, 3, 1)], 4: [(1, 4, 1), (1, 2, 2), (2, 2, 1)]}.get(ranks, [])
     cases += [Case(folder, degrees, row) for degrees in rings for row in ROWS]
+    timed = [
+        (degrees, method) for degrees in every for method in METHODS if method == "freespec" or degrees == every[-1]
+    ]
+    cases += [Case(folder, *each, prompt=prompt) for each in timed for prompt in TIMELINES]
     if ranks == 2:
         cases += [Case(folder, degrees, "freespec+riflex") for degrees in ((1, 1, 2), (1, 2, 1))]
     for case, by_rank in zip(cases, run_ranks(ranks, latents_on_ranks, cases, tmp_path), strict=True):
         assert_same_video(by_rank, config_of(case.folder, case.method), case)
+
+
+@pytest.mark.parametrize("prompt", TIMELINES)
+def test_a_rank_that_does_not_know_its_frames_is_seen(folder, tmp_path, prompt):
+    case = Case(folder, (1, 1, 2), "freespec", fault="frames of the first rank", prompt=prompt)
+    [[first, _]] = run_ranks(2, latents_on_ranks, [case], tmp_path)
+    assert relative(first, on_one_rank(config_of(folder, "freespec"), prompt)) > 1e-3
 
 
 def test_a_wrong_sum_over_ranks_is_seen(folder, tmp_path):
