@@ -131,8 +131,8 @@ def test_a_timeline_is_read_by_its_texts() -> None:
 def test_a_timeline_that_does_not_fit_the_video_is_refused_by_name() -> None:
     late = f"{KNOWN} [0-8s] | {KNOWN} [8s-]"
     with pytest.raises(
-        UserError, match=r"^line 4 of a.txt: event 2 .* goes beyond the video, which ends at 2.0625 seconds"
+        UserError, match=r"^line 4 of a.txt: event 1 .* goes beyond the video, which ends at 2.0625 seconds"
     ):
         check_prompts(TINY["wan"], SAMPLER, VIDEO, [("line 4 of a.txt", late)])
-    with pytest.raises(UserError, match=r"^event 2 .* goes beyond the video"):
+    with pytest.raises(UserError, match=r"^event 1 .* goes beyond the video"):
         check_prompts(TINY["wan"], SAMPLER, VIDEO, [("the prompt", late)])
