@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +20,9 @@ from engine.load import load_pipeline
 from freespec.attention import merge
 from freespec.kernels import Kernel
 from parallel.mesh import SeqMesh, build_mesh
+from tests.ranks import PATIENCE
 
 PROMPT = "a red circle"
-TIMEOUT = timedelta(seconds=60)
 PRESETS = Path(__file__).parents[2] / "configs" / "ablation"
 # Boundaries inside a shard, and inside the frames of the video that one latent frame holds.
 TIMELINES = (
@@ -60,7 +59,7 @@ def all_degrees(ranks: int) -> list[Degrees]:
 def mesh_of(degrees: Degrees) -> SeqMesh:
     """The mesh of a rank that runs many cases."""
     cfg, ring, ulysses = degrees
-    return build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=torch.device("cpu"), timeout=TIMEOUT)
+    return build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=torch.device("cpu"), timeout=PATIENCE)
 
 
 def latents_of(config: RunConfig, ranks: Ranks | None = None, prompt: str = PROMPT) -> Tensor:

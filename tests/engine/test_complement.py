@@ -3,7 +3,6 @@
 import dataclasses
 import json
 from collections.abc import Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import ClassVar
 from unittest import mock
@@ -31,7 +30,7 @@ from parallel.collectives import Trace, ignore_bytes
 from parallel.mesh import build_mesh
 from parallel.plan import SequencePlan
 from tests.freespec import sage_stand_in
-from tests.ranks import run_ranks
+from tests.ranks import PATIENCE, run_ranks
 from tests.tiny_pipelines import save_random_wan
 
 PROMPT = "a red circle"
@@ -116,7 +115,7 @@ class Counting(WindowedAttention):
 def error_over_a_ring(_rank: int, case: tuple[str, str]) -> tuple[float, int]:
     """Largest error of this rank's part of the global branch against fp64, and its calls for keys from other ranks."""
     mode, function = case
-    mesh = build_mesh(cfg=1, ring=3, ulysses=1, device=torch.device("cpu"), timeout=timedelta(seconds=60))
+    mesh = build_mesh(cfg=1, ring=3, ulysses=1, device=torch.device("cpu"), timeout=PATIENCE)
     plan = SequencePlan(tokens=77, heads=2, ring=3, ulysses=1)
     trace = Trace(label="test", on_bytes=ignore_bytes)
     layout = SequenceLayout(mesh=mesh, plan=plan, exchange=TORCH_EXCHANGE, trace=trace)

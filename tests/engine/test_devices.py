@@ -5,7 +5,6 @@ import dataclasses
 import re
 import signal
 import warnings
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ from freespec.methods import METHODS, FreeSpec
 from freespec.riflex import Riflex
 from parallel.mesh import build_mesh
 from tests.pretend_cuda import Event, MixedDevicesError, OnCuda, PretendCuda, dispatch, pretend_cuda
-from tests.ranks import run_ranks
+from tests.ranks import PATIENCE, run_ranks
 from tests.tiny_pipelines import save_random_ltx, save_random_wan
 
 PROMPT = "a red circle"
@@ -377,7 +376,7 @@ def on_ranks(_rank: int, case: tuple[str, Path, tuple[int, int, int]]) -> tuple[
     """Latents of this rank, and the number of frames that it decoded in tiles with the others."""
     name, folder, (cfg, ring, ulysses) = case
     with pretend_cuda(nccl=True):
-        device, timeout = torch.device("cuda"), timedelta(seconds=60)
+        device, timeout = torch.device("cuda"), PATIENCE
         mesh = build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=device, timeout=timeout)
         with pytest.raises(MixedDevicesError, match="No backend type associated with device type cpu"):
             dispatch(torch.ops.c10d.allreduce_.default, ([torch.ones(1)], mesh.world.group), {})
@@ -416,7 +415,7 @@ def with_a_solver_that_fails(rank: int, case: tuple[Path, tuple[int, int, int]])
     with pretend_cuda(), pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         patch.setitem(eigen.SOLVERS, "torch", solve)
-        device, timeout = torch.device("cuda"), timedelta(seconds=60)
+        device, timeout = torch.device("cuda"), PATIENCE
         mesh = build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=device, timeout=timeout)
         with contextlib.closing(LongVideoEngine(config, Ranks(mesh=mesh))) as engine:
             try:

@@ -36,7 +36,6 @@ def latents_on_ranks(rank: int, case: Case) -> Tensor:
     return latents_of(config_of(case.method, case.folder), Ranks(mesh=mesh_of(case.degrees)))
 
 
-@pytest.mark.timeout(900)
 # LTX-Video on other numbers of ranks, and the other methods of both, are in test_ltx_ranks and test_ranks, on smaller models.
 @pytest.mark.parametrize(("family", "ranks"), [("wan", 2), ("wan", 3), ("wan", 4), ("wan", 8), ("ltx", 4)])
 def test_any_arrangement_of_ranks_makes_the_same_video(family, ranks, tmp_path):

@@ -25,8 +25,8 @@ from parallel.mesh import build_mesh
 from parallel.zero3 import device_bytes, held_bytes
 from tests.engine import test_ltx_ranks as ltx
 from tests.engine import test_ranks as wan
-from tests.engine.golden import TIMEOUT, all_degrees, relative
-from tests.ranks import run_ranks
+from tests.engine.golden import all_degrees, relative
+from tests.ranks import PATIENCE, run_ranks
 from tests.tiny_pipelines import save_random_ltx, save_random_wan
 
 CPU = torch.device("cpu")
@@ -68,7 +68,7 @@ def resident_on(case: Case) -> torch.Tensor:
 
 def made_with(case: Case, weights: str) -> tuple[LongVideoEngine, torch.Tensor]:
     cfg, ring, ulysses = case.degrees
-    mesh = build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=CPU, timeout=TIMEOUT)
+    mesh = build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=CPU, timeout=PATIENCE)
     made = LongVideoEngine(config_of(case, weights), Ranks(mesh=mesh))
     if case.special == "a share of another rank" and weights == "zero3" and mesh.world.rank == 1:
         made.adapter.attention_modules(made.pipe.transformer)[1].to_q.weight.ds_tensor.mul_(1.5)

@@ -8,7 +8,6 @@ import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -35,7 +34,7 @@ from engine.group_of_one import GROUP_OF_ONE
 from engine.live_bytes import LiveBytes
 from engine.tiled_decode import stream_tiles
 from parallel.mesh import Axis, build_mesh
-from tests.ranks import run_ranks
+from tests.ranks import PATIENCE, run_ranks
 from tests.tiny_pipelines import random_wan, save_random_wan
 
 NUM_RANKS = (1, 2, 3, 4)
@@ -215,7 +214,7 @@ def config_of(folder: Path, decode: DecodeConfig) -> RunConfig:
 
 def decode_by_engine(config: RunConfig) -> tuple[list[np.ndarray], dict[str, Any]]:
     """Frames and plan of an engine on all ranks."""
-    timeout = timedelta(seconds=60)
+    timeout = PATIENCE
     mesh = build_mesh(cfg=1, ring=1, ulysses=max(NUM_RANKS), device=torch.device("cpu"), timeout=timeout)
     engine = LongVideoEngine(config, Ranks(mesh=mesh))
     assert engine.decode_plan is None

@@ -1,7 +1,6 @@
 """Spectra of windows: those of an SVD of masked attention, the same on any ranks, and beside an unchanged video."""
 
 import dataclasses
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from parallel.attention import TORCH_EXCHANGE, SequenceLayout
 from parallel.collectives import Trace, ignore_bytes
 from parallel.mesh import build_mesh
 from parallel.plan import SequencePlan, length
-from tests.ranks import run_ranks
+from tests.ranks import PATIENCE, run_ranks
 from tests.tiny_pipelines import save_random_wan
 
 FRAMES, FRAME_TOKENS, WINDOW, HEADS, DIM = 7, 5, 2, 3, 4
@@ -49,9 +48,7 @@ class Case(NamedTuple):
 
 def rows_on_ranks(rank: int, case: Case) -> list[dict]:
     """What this rank records of one layer; its tokens and heads are those that the layout gives it."""
-    mesh = build_mesh(
-        cfg=1, ring=case.ring, ulysses=case.ulysses, device=torch.device("cpu"), timeout=timedelta(seconds=30)
-    )
+    mesh = build_mesh(cfg=1, ring=case.ring, ulysses=case.ulysses, device=torch.device("cpu"), timeout=PATIENCE)
     plan = SequencePlan(tokens=FRAMES * FRAME_TOKENS, heads=HEADS, ring=case.ring, ulysses=case.ulysses)
     layout = SequenceLayout(
         mesh=mesh, plan=plan, exchange=TORCH_EXCHANGE, trace=Trace(label="test", on_bytes=ignore_bytes)

@@ -1,7 +1,6 @@
 """`direct` over ranks by xfuser's attention is `direct` by ours, and other methods and traces are refused in one line."""
 
 import dataclasses
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from engine.trace import Trace
 from parallel.mesh import build_mesh
 from parallel.xfuser import XfuserAttention, xfuser_attention
 from tests.parallel import xfuser_stand_in
-from tests.ranks import run_ranks
+from tests.ranks import PATIENCE, run_ranks
 from tests.tiny_pipelines import random_wan, save_random_ltx, save_random_wan
 
 PROMPT = "a red circle"
@@ -43,7 +42,7 @@ def config_of(folder: str, provider: str) -> RunConfig:
 
 def latents_on_ranks(_rank: int, case: Case) -> tuple[Tensor, str]:
     cfg, ring, ulysses = case.degrees
-    mesh = build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=torch.device("cpu"), timeout=timedelta(seconds=60))
+    mesh = build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=torch.device("cpu"), timeout=PATIENCE)
     ranks = Ranks(mesh=mesh)
     if case.provider == "xfuser":
         with xfuser_stand_in.installed():
@@ -104,7 +103,7 @@ def test_ranks_that_were_joined_for_another_provider_are_refused() -> None:
 
 
 def refused_method(_rank: int, method: str) -> str:
-    mesh = build_mesh(cfg=1, ring=1, ulysses=1, device=torch.device("cpu"), timeout=timedelta(seconds=60))
+    mesh = build_mesh(cfg=1, ring=1, ulysses=1, device=torch.device("cpu"), timeout=PATIENCE)
     ranks = Ranks(mesh=mesh, hybrid=XfuserAttention(layer=lambda *_args: pytest.fail("it must not be called")))
     with pytest.raises(UserError, match="computes full attention only, which is the method direct") as caught:
         apply_method(random_wan(), method=method, window_frames=3, ranks=ranks)

@@ -89,10 +89,8 @@ def test_a_process_is_offline_at_home_in_the_weights_and_sees_nothing_of_ours(
 
 def test_a_download_fails_at_once(scores: Callable[..., list[Outcome]], tmp_path: Path) -> None:
     set_plan(tmp_path / "home", dynamic_degree="download")
-    started = time.monotonic()
     (outcome,) = scores("dynamic_degree")
-    assert "Connection refused" in outcome.error
-    assert time.monotonic() - started < 15
+    assert "Connection refused" in outcome.error  # and not "timed out"
 
 
 @pytest.mark.parametrize(

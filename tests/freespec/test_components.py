@@ -104,11 +104,13 @@ def test_heads_add_up() -> None:
 
 def test_a_low_precision_is_as_good_as_the_published_form_in_it() -> None:
     grid = grid_of(14, 5)
-    qkv = draw_qkv(grid)
-    q, k, v = (x.float() for x in qkv)
-    made = run_layer(FreePCA(stride=3), grid, (q, k, v), FUSED)
-    plain = published((q, k, v), grid, 3, scale=token_scale(grid))
-    exact = published(qkv, grid, 3, scale=token_scale(grid))
+    triples = []  # of eight draws: in one of them, which of the two rounds better is chance (0.7 to 1.7 times the other's error)
+    for seed in range(8):
+        qkv = draw_qkv(grid, seed=seed)
+        q, k, v = (x.float() for x in qkv)
+        plain, exact = (published(each, grid, 3, scale=token_scale(grid)) for each in ((q, k, v), qkv))
+        triples.append((run_layer(FreePCA(stride=3), grid, (q, k, v), FUSED), plain, exact))
+    made, plain, exact = (torch.stack(each) for each in zip(*triples, strict=True))
     assert_low_precision(made, plain, exact)
     with pytest.raises(AssertionError):  # the control: 1e-5 is seen
         assert_low_precision(made * (1 + 1e-5), plain, exact)

@@ -52,7 +52,7 @@ class Case:
         return (q[:, a:b], k[:, c:d], v[:, c:d]), a, c
 
 
-WHOLE = Video(num_frames=7, frame_tokens=9, window_frames=3, batch=1, heads=1, dim=16)
+WHOLE = Video(num_frames=7, frame_tokens=9, window_frames=3, batch=2, heads=2, dim=16)
 
 
 def windowed(video: Video, dual_kernel: Any) -> WindowedAttention:
@@ -163,15 +163,15 @@ def video(frames: int, tokens: int, window: int, dim: int, *, batch: int = 1, he
     "case",
     [
         pytest.param(Case(video=video(5, 9, 3, 16, batch=2, heads=2)), id="blocks that cross frames"),
-        pytest.param(Case(video=video(5, 9, 3, 16), dtype=torch.bfloat16), id="bf16"),
-        pytest.param(Case(video=video(5, 9, 3, 16), dtype=torch.float16), id="fp16"),
+        pytest.param(Case(video=video(5, 9, 3, 16, batch=2, heads=2), dtype=torch.bfloat16), id="bf16"),
+        pytest.param(Case(video=video(5, 9, 3, 16, batch=2, heads=2), dtype=torch.float16), id="fp16"),
         pytest.param(Case(video=video(5, 23, 2, 64)), id="frames of several blocks, even window"),
-        pytest.param(Case(video=video(13, 3, 4, 128)), id="blocks of more frames than a window"),
+        pytest.param(Case(video=video(13, 3, 4, 128, batch=2, heads=2)), id="blocks of more frames than a window"),
         pytest.param(Case(video=video(4, 16, 3, 24)), id="padded head dim, frames of whole blocks"),
-        pytest.param(Case(video=video(4, 11, 3, 3)), id="head dim below the smallest tile"),
-        pytest.param(Case(video=video(3, 10, 4, 32)), id="shorter than a window"),
-        pytest.param(Case(video=video(3, 10, 3, 32)), id="as long as a window: nothing is left over"),
-        pytest.param(Case(video=video(5, 7, 1, 16)), id="windows of one frame"),
+        pytest.param(Case(video=video(4, 11, 3, 3, batch=2, heads=3)), id="head dim below the smallest tile"),
+        pytest.param(Case(video=video(3, 10, 4, 32, batch=2, heads=2)), id="shorter than a window"),
+        pytest.param(Case(video=video(3, 10, 3, 32, batch=2, heads=2)), id="as long as a window: nothing is left over"),
+        pytest.param(Case(video=video(5, 7, 1, 16, batch=2, heads=3)), id="windows of one frame"),
         pytest.param(Case(video=video(9, 13, 3, 32), heads_first=True, tiles=(32, 16)), id="heads first in memory"),
     ],
 )

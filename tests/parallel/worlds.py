@@ -14,13 +14,14 @@ from torch import Tensor
 
 from parallel.collectives import ALL_GATHER, Trace
 from parallel.mesh import SeqMesh, build_mesh
+from tests.ranks import PATIENCE
 
 CPU = torch.device("cpu")
 
 
-def small_mesh(*, cfg: int = 1, ring: int = 1, ulysses: int = 1, seconds: float = 30) -> SeqMesh:
-    """A mesh on CPU whose collectives time out soon."""
-    return build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=CPU, timeout=timedelta(seconds=seconds))
+def small_mesh(*, cfg: int = 1, ring: int = 1, ulysses: int = 1, timeout: timedelta = PATIENCE) -> SeqMesh:
+    """A mesh on CPU."""
+    return build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=CPU, timeout=timeout)
 
 
 def seeded(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
