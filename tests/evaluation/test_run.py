@@ -99,7 +99,7 @@ def test_a_download_fails_at_once(scores: Callable[..., list[Outcome]], tmp_path
         ("fail", "ended with code 3: CUDA out of memory"),
         ("kill", "was ended by SIGKILL"),
         ("silent", "VBench wrote no dynamic_degree_eval_results.json"),
-        ("cut", "is not whole JSON"),
+        ("cut", "is not JSON"),
         ("nan", "nan, not a number"),
         ("foreign", "has other-0, which is none of the 4 videos"),
         ("drop_clip", "has 2 clips, 3 were expected"),

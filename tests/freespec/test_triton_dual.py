@@ -266,7 +266,7 @@ def guards_of_a_launch() -> list[tuple[int, ...]]:
 @needs_triton
 def test_it_is_launched_on_the_device_of_its_tensors(interpreter: ProcessPoolExecutor) -> None:
     """Triton takes the current device, whatever the pointers; torch's operators take that of the tensors."""
-    assert interpreter.submit(guards_of_a_launch).result() == [(1, 63, 1, 16)]
+    assert interpreter.submit(guards_of_a_launch).result() == [(2, 63, 2, 16)]
 
 
 @needs_triton
