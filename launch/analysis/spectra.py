@@ -23,8 +23,8 @@ Rows = list[dict[str, Any]]
 STAGES = {"early": 0.1, "middle": 0.5, "late": 0.9}
 """Stages of Fig. 2b, as shares of the steps: the rank rises, nears its plateau, and has reached it."""
 
-_ROW: Shape = dict.fromkeys(("prompt", "step", "layer", "head", "multiple"), int) | dict.fromkeys(
-    ("progress", "effective_rank", "first_share"), int | float
+_ROW: Shape = dict.fromkeys(("prompt", "step", "layer", "head"), int) | dict.fromkeys(
+    ("multiple", "progress", "effective_rank", "first_share"), int | float
 )
 _NUMBERS = ("effective_rank", "first_share")
 
