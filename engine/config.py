@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any, Literal
 
 from engine.errors import UserError
@@ -27,6 +28,11 @@ from freespec.windows import default_stride
 MOST_FRAMES = 1_000_000
 MOST_SIDE = 16_384
 MOST_FPS = 1000
+VideoKind = Literal["mp4", "gif", "webp", "png"]
+"""`png` is a folder of them, one for each frame."""
+
+# By the ending of a video. Browsers show frames of 10 ms or less for 100 ms; GIF counts in hundredths of a second.
+MOST_RATES = {".mp4": MOST_FPS, ".gif": 50, ".webp": 90}
 MOST_STEPS = 10_000
 MOST_TOKENS = 65_536
 # Of a collective, in seconds. Backends count milliseconds, some of them in 32 bits, which end after 24 days.
@@ -336,15 +342,16 @@ class OutputConfig:
     """The files of a run.
 
     Attributes:
-        path: the mp4; its record (.json) and contact sheet (.png) get the same stem. With several prompts `-000` and so on
-            is added to the stem.
+        path: the video: a file that ends in .mp4, .gif or .webp, or `NAME/`, a folder of PNG frames. Its record (.json) and
+            contact sheet (.png) get the same stem. With several prompts `-000` and so on is added to the stem.
         overwrite: whether existing files are replaced; otherwise they are an error before anything is computed.
         save_latents: safetensors file that keeps the latents; None keeps them beside the video until it is whole.
         checkpoint_every: steps after which the state of the run is written beside the video, so that a run that is killed
             continues from there; 0 writes it only when a run is stopped or fails.
         trace: also write effective rank and fusion weights per step and layer, and a plot of them.
         sheet_frames: evenly spaced frames on the contact sheet.
-        crf: H.264 quality, 0 (lossless) to 51.
+        crf: quality of mp4 (H.264) and WebP, 0 (lossless) to 51; GIF and PNG have none.
+        metadata: whether the video carries its prompt, seed, method, settings and version.
         progress: bars on stderr for load, denoise and decode; `auto` shows them on a terminal only.
     """
 
@@ -355,11 +362,24 @@ class OutputConfig:
     trace: bool = False
     sheet_frames: int = 12
     crf: int = 12
+    metadata: bool = True
     progress: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
         """Reject what no file could be written from."""
-        _check(self.path.endswith(".mp4"), f"output.path must end in .mp4, got {self.path!r}")
+        name = PurePath(self.path).name
+        if self.path.endswith("/"):
+            # With a dot its record would have the name of another one's.
+            _check(
+                name != "" and "." not in name,
+                f"the folder of output.path must have a name without a dot, got {self.path!r}",
+            )
+        else:
+            ending = PurePath(self.path).suffix
+            _check(
+                ending in MOST_RATES,
+                f"output.path must end in {', '.join(MOST_RATES)}, or in / for a folder of PNG frames, got {self.path!r}",
+            )
         _check(
             self.checkpoint_every >= 0,
             f"output.checkpoint_every must be 0 (only when stopped) or more, got {self.checkpoint_every}",
@@ -399,6 +419,7 @@ class RunConfig:
             kind != "freenoise" or stride <= self.method.window_frames,
             f"{self._noise_stride_name} {stride} is more than the {self.method.window_frames} frames of method.window_frames",
         )
+        self._check_file()
         xfuser = self.parallel.provider == "xfuser"
         _check(
             not xfuser or self.method.name == "direct",
@@ -406,6 +427,19 @@ class RunConfig:
         )
         _check(not self.model.compile or not self.output.trace, f"{COMPILED_TRACE}; switch one of the two off")
         _check(not xfuser or not self.output.trace, "parallel.provider xfuser hands out no branches for output.trace")
+
+    def _check_file(self) -> None:
+        """What the format of the video cannot hold."""
+        ending, video = PurePath(self.output.path).suffix, self.video
+        most = MOST_RATES.get(ending, MOST_FPS)
+        _check(
+            video.fps <= most,
+            f"{ending} takes at most {most} frames per second, and video.fps is {video.fps}; lower it, or write an .mp4",
+        )
+        _check(
+            ending != ".webp" or max(video.height, video.width) < MOST_SIDE,
+            f".webp takes sides of less than {MOST_SIDE} pixels, got {video.height} x {video.width}; write an .mp4",
+        )
 
     @property
     def noise(self) -> tuple[Noise, int]:

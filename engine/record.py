@@ -9,12 +9,13 @@ import resource
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from engine.files.whole import file_sha256, write_json
+from engine.files.whole import content_bytes, content_sha256, write_json
 from engine.identity import settings_id
 from engine.paths import REPOSITORY
 from freespec.kernels import resolve_dual
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from engine.engine import Denoised, LongVideoEngine
 
 PACKAGE = "freespec-engine"
+
+# Settings that a call may say otherwise than the configuration; records and metadata have them once, by themselves.
+_OF_A_CALL = ("seed", "negative_prompt")
 
 
 def build_record(
@@ -77,12 +81,43 @@ def write_record(path: Path, record: dict[str, Any], *, replace: bool = True) ->
     write_json(path, record, replace=replace)
 
 
+def video_facts(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a video says of itself in its metadata, taken from the record of its run, which need not be whole yet.
+
+    Only what any run of the same settings has: equal videos have equal bytes, whenever and on however many ranks they are made.
+    Of the model's path it has the last name.
+    """
+    config, settings = record["config"], _part(_part(record, "identity"), "settings")
+    apart = ("prompt", "method", "sampler", *_OF_A_CALL)
+    return {
+        "prompt": record.get("prompt"),
+        "negative_prompt": record.get("negative_prompt"),
+        "seed": record["seed"],
+        "model": Path(str(_part(config, "model").get("path"))).name,
+        "method": _part(settings, "method") or _part(config, "method"),
+        "settings": {
+            "sampler": {key: value for key, value in _part(settings, "sampler").items() if key not in _OF_A_CALL},
+            **{key: value for key, value in settings.items() if key not in apart},
+            "fps": _part(config, "video").get("fps"),
+            "decode": _part(config, "decode"),
+            "crf": _part(config, "output").get("crf"),
+        },
+        "version": f"{PACKAGE} {_part(record, 'versions').get(PACKAGE)}",
+    }
+
+
+def _part(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A map inside of a record; empty where a record of another version has none."""
+    part = tree.get(key)
+    return part if isinstance(part, Mapping) else {}
+
+
 def describe_video(path: Path, *, num_frames: int, fps: int) -> dict[str, Any]:
-    """What a record says of a finished video file."""
+    """What a record says of a finished video, a file or a folder of frames."""
     return {
         "file": path.name,
-        "sha256": file_sha256(path),
-        "bytes": path.stat().st_size,
+        "sha256": content_sha256(path),
+        "bytes": content_bytes(path),
         "num_frames": num_frames,
         "fps": fps,
         "seconds": num_frames / fps,

@@ -161,7 +161,7 @@ def converted(name: str, value: str | None) -> dict[str, str] | None:
 
 def as_video(name: str, value: str) -> str:
     """The file of a video for what another program calls the file, or the folder, of its output."""
-    if name.endswith("_dir"):
+    if name.endswith("_dir") or value.endswith("/"):
         return f"{value.rstrip('/')}/video.mp4"
     return value if "." in value.rpartition("/")[2] else f"{value}.mp4"
 

@@ -3,18 +3,20 @@
 import contextlib
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.config import OutputConfig, RunConfig
+from engine.config import OutputConfig, RunConfig, VideoKind
 from engine.errors import UserError
 from engine.files.checks import check_places, check_space
 from engine.files.claims import claim
+from engine.files.folders import is_empty_folder
 from engine.paths import expand
 
-# H.264 of a picture with hardly any motion: what a video takes at least.
-_LEAST_BITS_PER_PIXEL = 0.02
+# What a video takes at least, with hardly any motion or detail.
+_LEAST_BITS_PER_PIXEL: dict[VideoKind, float] = {"mp4": 0.02, "webp": 0.02, "gif": 0.1, "png": 0.2}
+_KINDS: dict[str, VideoKind] = {".mp4": "mp4", ".gif": "gif", ".webp": "webp", "": "png"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +24,7 @@ class OutputFiles:
     """The files of one video.
 
     Attributes:
-        video: the mp4, whose stem the other files share.
+        video: the video, whose stem the other files share: a file, or a folder of PNG frames, whose name has no ending.
         latents: safetensors file of the latents.
         keep_latents: whether that file stays once the video is whole.
         trace: whether effective rank and fusion weights are written.
@@ -32,6 +34,16 @@ class OutputFiles:
     latents: Path
     keep_latents: bool = False
     trace: bool = False
+
+    @property
+    def kind(self) -> VideoKind:
+        """What kind of video it is."""
+        return _KINDS[self.video.suffix]
+
+    @property
+    def name(self) -> str:
+        """The video as a command line names it."""
+        return f"{self.video}/" if self.kind == "png" else str(self.video)
 
     @property
     def record(self) -> Path:
@@ -104,15 +116,22 @@ def latents_beside(video: Path, suffix: str = "") -> Path:
 
 
 @contextlib.contextmanager
-def claim_outputs(paths: Sequence[Path], *, flag: str) -> Iterator[None]:
+def claim_outputs(paths: Sequence[Path], *, flag: str, folders: Collection[Path] = ()) -> Iterator[None]:
     """Check that files can be written, and keep other runs from writing them during the block; `flag` names others.
+
+    `folders` are those of the paths that will be folders of frames.
 
     Raises:
         UserError: a folder cannot be made or written to, a name is too long, or another run writes one of the files.
     """
-    check_places(paths)
+    check_places(paths, folders=folders)
     with claim(paths, advice=f"choose another {flag}"):
         yield
+
+
+def frame_folders(outputs: Sequence[OutputFiles]) -> list[Path]:
+    """The videos that are folders of frames."""
+    return [files.video for files in outputs if files.kind == "png"]
 
 
 def check_outputs(paths: Sequence[Path], *, overwrite: bool, overwrite_flag: str) -> None:
@@ -123,9 +142,9 @@ def check_outputs(paths: Sequence[Path], *, overwrite: bool, overwrite_flag: str
 
 
 def refuse_existing(paths: Sequence[Path], overwrite_flag: str) -> None:
-    """Raise UserError if one of the files exists."""
+    """Raise UserError if one of the files exists; an empty folder, which frames may take, does not count."""
     for path in paths:
-        if os.path.lexists(path):
+        if os.path.lexists(path) and not is_empty_folder(path):
             raise UserError(describe_existing(path, overwrite_flag))
 
 
@@ -144,7 +163,7 @@ def check_free_space(outputs: Sequence[OutputFiles], config: RunConfig, latent_s
     video = config.video
     latents = 4 * math.prod(latent_shape)
     pixels = video.num_frames * video.height * video.width
-    needed = {files.video: round(_LEAST_BITS_PER_PIXEL / 8 * pixels) for files in outputs}
+    needed = {files.video: round(_LEAST_BITS_PER_PIXEL[files.kind] / 8 * pixels) for files in outputs}
     needed |= {files.latents: latents for files in outputs if files.keep_latents}
     for files in outputs[:1]:
         # A checkpoint is written beside the one before, and holds what the solver remembers besides.

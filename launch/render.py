@@ -13,7 +13,7 @@ from engine.decoder import VideoDecoder
 from engine.engine import LongVideoEngine
 from engine.errors import UserError, is_out_of_memory
 from engine.files.whole import describe_error
-from engine.record import describe_video, peak_memory, write_record
+from engine.record import describe_video, peak_memory, video_facts, write_record
 from engine.video import open_video
 from launch.command import LostRankError
 from launch.outputs import OutputFiles
@@ -59,7 +59,7 @@ def render(
 
 def describe_kept(files: OutputFiles) -> str:
     """Say where the latents are, and how the video is made of them."""
-    command = ["python", "launch/decode.py", str(files.latents), "--output", str(files.video)]
+    command = ["python", "launch/decode.py", str(files.latents), "--output", files.name]
     if any(path.exists() for path in (files.video, files.sheet, files.record)):
         command.append("--overwrite")
     return (
@@ -83,7 +83,17 @@ def _render(
     num_frames = engine.spec.num_frames(frames)
     height, width = rows * engine.spec.spatial_factor, columns * engine.spec.spatial_factor
     sampler = FrameSampler(total=num_frames, count=output.sheet_frames)
-    with open_video(files.video, fps=fps, height=height, width=width, crf=output.crf, replace=replace) as video:
+    facts = video_facts(record) if output.metadata else None
+    with open_video(
+        files.video,
+        kind=files.kind,
+        fps=fps,
+        height=height,
+        width=width,
+        crf=output.crf,
+        facts=facts,
+        replace=replace,
+    ) as video:
         for piece in engine.decode(latents, seed=record["seed"]):
             video.write(piece)
             sampler.add(piece)

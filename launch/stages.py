@@ -10,7 +10,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files.tensors import read_metadata
 from engine.files.trees import DamagedError, Shape, parse_json, read_tree
-from engine.files.whole import file_sha256
+from engine.files.whole import content_sha256
 from engine.identity import check_run, describe_differences, settings_id
 from launch.outputs import OutputFiles, describe_existing, refuse_existing
 
@@ -108,7 +108,12 @@ def check_decoded(
     differences = describe_differences(before, settings | _decoding(dataclasses.asdict(config)))
     if differences is not None:
         raise UserError(describe_existing(files.video, flag, differences))
-    if not files.video.is_file() or file_sha256(files.video) != record["video"]["sha256"]:
+    made = str(record["video"].get("file", files.video.name))
+    if made != files.video.name:
+        raise UserError(
+            f"{files.record} is the record of {made}; choose another name, whose stem is not that of another video"
+        )
+    if not files.video.exists() or content_sha256(files.video) != record["video"]["sha256"]:
         raise UserError(
             f"{files.record} exists already, and its {files.video.name} is "
             f"{'another file by now' if files.video.exists() else 'gone'}; delete both, choose another name or add {flag}"
@@ -145,7 +150,7 @@ def _decoding(config: Mapping[str, Any]) -> Settings:
     return {
         "video": {"fps": config["video"].get("fps")},
         "decode": config["decode"],
-        "output": {key: output.get(key) for key in ("crf", "sheet_frames")},
+        "output": {key: output.get(key) for key in ("crf", "metadata", "sheet_frames")},
     }
 
 

@@ -3,18 +3,22 @@
 import contextlib
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 
 from engine.errors import UserError
+from engine.files.folders import foreign_entry
 from engine.files.whole import part_path
 
 
-def check_places(paths: Iterable[Path]) -> None:
+def check_places(paths: Iterable[Path], *, folders: Collection[Path] = ()) -> None:
     """Make the folders of files, and write and delete a temporary file for each, under its longest name.
 
+    `folders` are those of the paths that will be folders of frames.
+
     Raises:
-        UserError: a folder cannot be made or written to, a name is too long, or a folder has the place of a file.
+        UserError: a folder cannot be made or written to, a name is too long, a folder has the place of a file, or the folder
+            of frames is a file, a link, or holds other files.
     """
     for path in paths:
         folder, part = path.parent, part_path(path)
@@ -24,7 +28,9 @@ def check_places(paths: Iterable[Path]) -> None:
             raise UserError(f"cannot write to the folder {folder}: {error.strerror}") from error
         _check_name(path, part)
         try:
-            if path.is_dir():
+            if path in folders:
+                _check_folder(path)
+            elif path.is_dir():
                 raise UserError(f"{path} is a folder; give the name of a file")
             try:
                 part.touch(exist_ok=False)
@@ -33,6 +39,15 @@ def check_places(paths: Iterable[Path]) -> None:
                     part.unlink()
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _check_folder(path: Path) -> None:
+    if not os.path.lexists(path):
+        return
+    if path.is_symlink() or not path.is_dir():
+        raise UserError(f"{path} is {'a link' if path.is_symlink() else 'a file'}; give the name of a folder of frames")
+    if (name := foreign_entry(path)) is not None:
+        raise UserError(f"{path} holds {name}, which is no frame of a video; give the name of a new folder")
 
 
 def _check_name(path: Path, part: Path) -> None:

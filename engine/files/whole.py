@@ -1,17 +1,20 @@
-"""Write a file whole or not at all: under a temporary name beside it, flushed to the disk, then published under its own."""
+"""Write a file, or a folder of frames, whole or not at all: under a temporary name beside it, flushed to the disk, then published."""
 
 import contextlib
+import errno
 import filecmp
 import hashlib
 import json
 import os
 import re
 import secrets
+import shutil
 import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
+from engine.files.folders import foreign_entry, is_empty_folder
 from engine.files.processes import is_running, this_place
 
 # A live process writes to its temporary file more often than this; older ones belong to processes that were killed.
@@ -43,7 +46,7 @@ def describe_error(error: OSError, path: Path) -> str:
 
 @contextlib.contextmanager
 def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, published when the block ends and deleted if it fails.
+    """Yield a temporary path beside `path`, published when the block ends and deleted if it fails; the block may make it a folder.
 
     Every call has a temporary path of its own, so that two processes never write to one. What killed processes left of
     `path` is deleted, see `sweep`. Without `replace`, see `publish`.
@@ -59,11 +62,12 @@ def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
         publish(part, path, replace=replace)
     except OSError as error:
         # An error that names another file, such as one that was read from, is not about this one.
-        if isinstance(error, WriteError) or error.filename not in (None, str(part), part):
+        named = part if error.filename is None else Path(os.fsdecode(error.filename))
+        if isinstance(error, WriteError) or part not in (named, named.parent):
             raise
         raise WriteError(error.errno, error.strerror or str(error) or type(error).__name__, str(path)) from error
     finally:
-        part.unlink(missing_ok=True)
+        _remove(part)
 
 
 def part_path(path: Path) -> Path:
@@ -72,11 +76,15 @@ def part_path(path: Path) -> Path:
 
 
 def publish(part: Path, path: Path, *, replace: bool = True) -> None:
-    """Flush a written file in the same folder as `path` and give it that name.
+    """Flush a written file, or folder of frames, beside `path` and give it that name.
 
     The bytes are on the disk before the name is, so that a power cut leaves no empty file behind. Without `replace`, a file
-    that has the name is left alone: TakenError, unless it holds the same bytes.
+    that has the name is left alone: TakenError, unless it holds the same bytes. A folder that holds anything but frames is
+    never replaced.
     """
+    if part.is_dir():
+        _publish_folder(part, path, replace=replace)
+        return
     with part.open("rb+") as file:
         os.fsync(file.fileno())
     if replace:
@@ -84,6 +92,36 @@ def publish(part: Path, path: Path, *, replace: bool = True) -> None:
     else:
         _publish_new(part, path)
     sync_folder(path.parent)
+
+
+def _publish_folder(part: Path, path: Path, *, replace: bool) -> None:
+    for entry in part.iterdir():
+        with entry.open("rb+") as file:
+            os.fsync(file.fileno())
+    sync_folder(part)
+    if not os.path.lexists(path) or is_empty_folder(path):
+        part.rename(path)  # fails if the folder has been filled in the moment between
+    elif not path.is_dir() or path.is_symlink() or (foreign := foreign_entry(path)) is not None:
+        what = (
+            f"it holds {foreign}, which is no frame" if path.is_dir() and not path.is_symlink() else "it is no folder"
+        )
+        raise TakenError(errno.EEXIST, what, str(path))
+    elif replace:
+        old = part_path(path)
+        path.rename(old)
+        part.rename(path)
+        shutil.rmtree(old)
+    elif content_sha256(part) != content_sha256(path):
+        raise TakenError(errno.EEXIST, "another folder of this name appeared meanwhile", str(path))
+    sync_folder(path.parent)
+
+
+def _remove(part: Path) -> None:
+    """Delete a temporary file or folder, if it is there."""
+    if part.is_dir() and not part.is_symlink():
+        shutil.rmtree(part)
+    else:
+        part.unlink(missing_ok=True)
 
 
 def _publish_new(part: Path, path: Path) -> None:
@@ -105,7 +143,7 @@ def _refuse_other(part: Path, path: Path, error: OSError) -> None:
 
 
 def sweep(folder: Path, names: Collection[str] | None = None) -> list[Path]:
-    """Delete the temporary files in a folder (of files of these names) whose process has ended; returns them.
+    """Delete the temporary files and folders in a folder (of these names) whose process has ended; returns them.
 
     Those of processes of another machine, of which nothing is known, count as such once they are a day old.
     """
@@ -113,9 +151,11 @@ def sweep(folder: Path, names: Collection[str] | None = None) -> list[Path]:
     for part in sorted(folder.glob("*.part")):
         if names is not None and _ENDING.sub("", part.name) not in names:
             continue
+        if part.is_dir() and not _OWNER.search(part.name):  # a folder of the user's
+            continue
         with contextlib.suppress(FileNotFoundError):  # another process has just published or deleted it
             if _is_dead(part):
-                part.unlink()
+                _remove(part)
                 swept.append(part)
     return swept
 
@@ -142,6 +182,19 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_sha256(path: Path) -> str:
+    """SHA-256 of a file, or of what `sha256sum *` prints in a folder of files, in hex."""
+    if not path.is_dir():
+        return file_sha256(path)
+    lines = [f"{content_sha256(entry)}  {entry.name}\n" for entry in sorted(path.iterdir())]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def content_bytes(path: Path) -> int:
+    """Size of a file, or of all files in a folder."""
+    return sum(entry.stat().st_size for entry in path.iterdir()) if path.is_dir() else path.stat().st_size
 
 
 def sync_folder(folder: Path) -> None:

@@ -49,7 +49,9 @@ def read(argv: list[str]) -> Arguments:
 
 def override(config: RunConfig, namespace: Namespace) -> RunConfig:
     """The configuration with what was given to decode.py; what was not given stays as the run had it."""
-    given = {key: namespace[key] for key in ("sheet_frames", "crf", "progress") if namespace[key] is not None}
+    given = {
+        key: namespace[key] for key in ("sheet_frames", "crf", "metadata", "progress") if namespace[key] is not None
+    }
     output = dataclasses.asdict(config.output) | given | {"path": namespace.output, "overwrite": namespace.overwrite}
     fps = config.video.fps if namespace.fps is None else namespace.fps
     return dataclasses.replace(
@@ -64,11 +66,16 @@ def override(config: RunConfig, namespace: Namespace) -> RunConfig:
 def add_arguments(parser: ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("latents", type=str, help="safetensors file that launch/generate.py saved")
-    parser.add_argument("--output", type=str, help="the mp4; its record and contact sheet get the same stem")
+    parser.add_argument(
+        "--output",
+        type=str,
+        help="the .mp4, .gif or .webp, or NAME/ for PNG frames; record and contact sheet get the same stem",
+    )
     parser.add_argument("--overwrite", type=bool, default=False, help="replace existing files")
     for name, kind, text in (
         ("fps", int, "frames per second of the file"),
-        ("crf", int, "H.264 quality, 0 (lossless) to 51"),
+        ("crf", int, "quality of mp4 and WebP, 0 (lossless) to 51"),
+        ("metadata", bool, "whether the video carries its prompt, seed, method, settings and version"),
         ("sheet_frames", int, "evenly spaced frames on the contact sheet"),
         ("progress", Literal["auto", "on", "off"], "bars on stderr: auto, on or off"),
     ):

@@ -13,7 +13,7 @@ from launch.arguments.prompts import EXAMPLE, Prompts, add_prompts, read_prompts
 from launch.arguments.ranks import add_ranks, check_started
 from launch.cli import parse_run
 from launch.launcher import asked_value
-from launch.outputs import OutputFiles, plan_outputs
+from launch.outputs import OutputFiles, frame_folders, plan_outputs
 from launch.replicas.place import PlacementStrategy
 from launch.replicas.ray_pool import PLACEMENT_HELP, NoRayError, check_placement
 from launch.stages import look
@@ -68,7 +68,7 @@ def _names_model(argv: list[str]) -> bool:
 
 def check_free(outputs: list[OutputFiles], output: OutputConfig) -> None:
     """Raise UserError if a file cannot be written, or one of another origin is there that may not be replaced."""
-    check_places([path for files in outputs for path in files.all])
+    check_places([path for files in outputs for path in files.all], folders=frame_folders(outputs))
     for files in outputs:
         look(files, overwrite=output.overwrite)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from engine.files.trees import parse_json
 from engine.paths import expand
 from launch.arguments.decode import Arguments, read
 from launch.cli import make_parser, refuse_null
-from launch.outputs import OutputFiles, claim_outputs, refuse_existing
+from launch.outputs import OutputFiles, claim_outputs, frame_folders, refuse_existing
 from launch.render import render
 from launch.stages import check_decoded, describe_finished
 from launch.stages import read_record as read_finished
@@ -41,7 +42,7 @@ def run(given: Arguments) -> None:
     config = given.over(restore_config(decoding_part(record["config"]), source))
 
     files = OutputFiles(video=expand(config.output.path), latents=source, keep_latents=True)
-    with contextlib.ExitStack() as last, claim_outputs(files.decoded, flag="--output"):
+    with contextlib.ExitStack() as last, claim_outputs(files.decoded, flag="--output", folders=frame_folders([files])):
         if not config.output.overwrite and (finished := describe_decoded(files, record, config)) is not None:
             print(finished)
             return
@@ -58,12 +59,19 @@ def describe_decoded(files: OutputFiles, record: dict[str, Any], config: RunConf
     """A line for a video that is decoded already; None if there are no files yet, UserError if others are there."""
     flag = "--overwrite"
     before = read_finished(files.record)
-    settings = record.get("identity", {}).get("settings")
+    settings = _settings_of(record)
     if before is None or settings is None:
         refuse_existing(files.decoded, flag)
         return None
     check_decoded(files, before, config, settings, flag)
     return describe_finished(files, before, flag)
+
+
+def _settings_of(record: dict[str, Any]) -> dict[str, Any] | None:
+    """What decided the latents of a record; None if it does not say."""
+    identity = record.get("identity")
+    settings = identity.get("settings") if isinstance(identity, dict) else None
+    return settings if isinstance(settings, dict) else None
 
 
 def read_record(metadata: dict[str, str], source: Path) -> dict[str, Any]:
@@ -72,6 +80,10 @@ def read_record(metadata: dict[str, str], source: Path) -> dict[str, Any]:
     if "record" not in metadata:
         raise UserError(f"{source} does not say how it was made; {advice}")
     record = parse_json(metadata["record"], f"the record in {source}", remedy=advice)
+    try:
+        json.dumps(record, allow_nan=False)
+    except ValueError as error:
+        raise UserError(f"the record in {source} holds NaN or infinity; {advice}") from error
     if not isinstance(record, dict):
         raise UserError(f"the record in {source} is {record!r:.40} and no map; {advice}")
     for name, kind in (("config", dict), ("seed", int), ("seconds", dict)):

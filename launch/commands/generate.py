@@ -25,7 +25,7 @@ from launch.arguments.generate import Arguments, read
 from launch.command import LostRankError
 from launch.commands.decode import decoded_by
 from launch.commands.decode import read_record as read_record_of_latents
-from launch.outputs import OutputFiles, check_free_space, claim_outputs
+from launch.outputs import OutputFiles, check_free_space, claim_outputs, frame_folders
 from launch.prompts import look_at_prompts
 from launch.ranks import open_ranks
 from launch.render import describe_kept, render
@@ -49,8 +49,8 @@ def run(given: Arguments) -> None:
         open_ranks(config, prompts=prompts.texts, verbose=given.verbose) as party,
         contextlib.ExitStack() as stack,
     ):
-        every = [path for files in outputs for path in files.all]
-        party.check_on_first(lambda: stack.enter_context(claim_outputs(every, flag="--output.path")))
+        every, folders = [path for files in outputs for path in files.all], frame_folders(outputs)
+        party.check_on_first(lambda: stack.enter_context(claim_outputs(every, flag="--output.path", folders=folders)))
         stages = party.ask_first(lambda: find_stages(prompts.texts, outputs, config))
         left = [each for each in zip(prompts.named, outputs, stages, strict=True) if each[2] != "finished"]
         if not left:

@@ -5,6 +5,7 @@ The others are tasks: `identity`, `suite`, `attempt`, `replica`. What happens is
 """
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -32,7 +33,7 @@ from engine.engine import Denoised, LongVideoEngine
 from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
 from engine.files.storage import FolderGoneError, is_storage_fault, names_storage_fault
 from engine.files.whole import write_json
-from engine.record import build_record, peak_memory
+from engine.record import build_record, peak_memory, video_facts
 from engine.video import open_video
 from launch.command import LostRankError, run_command
 from launch.commands.decode import restore_config
@@ -134,38 +135,37 @@ class Worker:
         engine, config = self.engine, self.engine.config
         if self.keep_latents:
             save_latents(files.latents, denoised.latents, {"item_id": task["identity"]["item_id"]})
-        decoding = time.perf_counter()
-        part = files.part(task["token"])
-        size = {"height": config.video.height, "width": config.video.width}
-        frames = _FrameHashes()
-        with open_video(part, fps=config.video.fps, crf=config.output.crf, **size) as video:
-            for piece in engine.decode(denoised.latents, seed=task["identity"]["seed"]):
-                video.write(piece)
-                frames.add(piece)
-        decoded = time.perf_counter()
-        facts = publish(part, files.video, check=lambda path: check_video(path, num_frames=frames.count, **size))
-        seconds = {
-            "load": engine.load_seconds,
-            **denoised.seconds,
-            "decode": decoded - decoding,
-            "publish": time.perf_counter() - decoded,
-        }
-        identity = task["identity"]
+        decoding, identity = time.perf_counter(), task["identity"]
         run = build_record(
             engine,
             prompt=identity["prompt"],
             seed=identity["seed"],
             negative_prompt=None,
             denoised=denoised,
-            seconds=seconds,
+            seconds={"load": engine.load_seconds, **denoised.seconds},
         )
+        facts = video_facts(run) if config.output.metadata else None
+        part = files.part(task["token"])
+        size = {"height": config.video.height, "width": config.video.width}
+        frames = _FrameHashes()
+        with open_video(part, fps=config.video.fps, crf=config.output.crf, facts=facts, **size) as video:
+            for piece in engine.decode(denoised.latents, seed=identity["seed"]):
+                video.write(piece)
+                frames.add(piece)
+        decoded = time.perf_counter()
+        published = publish(part, files.video, check=lambda path: check_video(path, num_frames=frames.count, **size))
+        run |= {
+            "seconds": run["seconds"] | {"decode": decoded - decoding, "publish": time.perf_counter() - decoded},
+            "decode": engine.decode_plan,
+            "peak_memory": peak_memory(engine.device),
+        }
         record = {
             "schema": 1,
             "status": "done",
             **identity,
             "suite": task["suite"],
             "negative_prompt": run["negative_prompt"],
-            "output": {"file": facts.file, "bytes": facts.bytes, "sha256": facts.sha256},
+            "output": dataclasses.asdict(published),
             "video": {
                 "num_frames": frames.count,
                 "native_frames": engine.spec.native_frames(config.method.window_frames),
@@ -179,7 +179,7 @@ class Worker:
             "host": socket.gethostname(),
             "started": started,
             "ended": _now(),
-            "run": run | {"peak_memory": peak_memory(engine.device)},
+            "run": run,
         }
         write_json(files.sidecar, record)
         return record

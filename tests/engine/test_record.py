@@ -11,12 +11,14 @@ import torch
 
 from engine import record as module
 from engine.record import (
+    PACKAGE,
     describe_device,
     describe_video,
     git_revision,
     peak_memory,
     running_revision,
     versions,
+    video_facts,
     write_record,
 )
 
@@ -61,6 +63,52 @@ def test_what_is_said_of_a_video(tmp_path: Path) -> None:
         "fps": 16,
         "seconds": 129 / 16,
     }
+
+
+def test_what_a_video_says_of_itself_is_what_any_run_of_its_settings_has(tmp_path: Path) -> None:
+    settings = {
+        "prompt": "a red circle",
+        "negative_prompt": "blur",
+        "seed": 3,
+        "sampler": {"num_steps": 4, "seed": 0, "negative_prompt": ""},
+        "method": {"name": "freespec", "settings": {"alpha": 5.0}},
+        "height": 32,
+    }
+    record = {
+        "prompt": "a red circle",
+        "negative_prompt": "blur",
+        "seed": 3,
+        "config": {
+            "model": {"path": "/home/somebody/models/wan"},
+            "video": {"fps": 16},
+            "decode": {"mode": "auto"},
+            "output": {"path": "/home/somebody/a.mp4", "crf": 12},
+        },
+        "identity": {"id": "0", "settings": settings},
+        "versions": {PACKAGE: "0.1.0"},
+    }
+    facts = video_facts(record)
+    assert facts == {
+        "prompt": "a red circle",
+        "negative_prompt": "blur",
+        "seed": 3,
+        "model": "wan",
+        "method": {"name": "freespec", "settings": {"alpha": 5.0}},
+        "settings": {
+            "sampler": {"num_steps": 4},
+            "height": 32,
+            "fps": 16,
+            "decode": {"mode": "auto"},
+            "crf": 12,
+        },
+        "version": f"{PACKAGE} 0.1.0",
+    }
+    elsewhere = record | {"seconds": {"denoise": 3.0}, "parallel": {"ranks": 4}, "device": {"name": "a CPU"}}
+    elsewhere["config"] = elsewhere["config"] | {"model": {"path": "wan"}, "parallel": {"ring": 2}}
+    assert video_facts(elsewhere) == facts
+    assert video_facts(record | {"seed": 4}) != facts  # negative control
+    # Records of other versions and origins.
+    assert video_facts({"seed": 3, "config": {}, "identity": 5, "versions": []})["seed"] == 3
 
 
 def test_memory_device_and_versions_are_of_this_process() -> None:

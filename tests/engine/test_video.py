@@ -1,16 +1,21 @@
 """Video files: whole or absent, every frame in them, colours kept, the same bytes for the same frames."""
 
 import errno
+import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
+from PIL import ExifTags, Image, ImageSequence
 
+from engine.config import VideoKind
+from engine.files.whole import WriteError
 from engine.read_video import count_frames, read_video
-from engine.video import open_video
+from engine.video import as_comment, open_video
 
 
 def moving_bars(num_frames: int, *, height: int = 32, width: int = 48) -> np.ndarray:
@@ -23,11 +28,139 @@ def moving_bars(num_frames: int, *, height: int = 32, width: int = 48) -> np.nda
     return frames
 
 
-def write(path: Path, frames: np.ndarray, *, crf: int = 12, pieces: int = 3) -> None:
-    """Write frames [T, H, W, 3] in pieces."""
-    with open_video(path, fps=16, height=frames.shape[1], width=frames.shape[2], crf=crf) as video:
+KINDS: dict[str, VideoKind] = {".mp4": "mp4", ".gif": "gif", ".webp": "webp", "": "png"}
+NAMES = ("a.mp4", "a.gif", "a.webp", "a")
+FACTS = {
+    "prompt": "a red circle \u7ea2\u2028 \udcff",
+    "seed": 3,
+    "settings": {"sampler": {"num_steps": 2}, "long": "x" * 600},
+}
+
+
+def write(path: Path, frames: np.ndarray, *, crf: int = 12, pieces: int = 3, **given: Any) -> None:
+    """Write frames [T, H, W, 3] in pieces, as the path's ending says."""
+    size = {"height": frames.shape[1], "width": frames.shape[2]}
+    with open_video(path, kind=KINDS[path.suffix], fps=16, crf=crf, **size, **given) as video:
         for piece in np.array_split(frames, pieces):
             video.write(piece)
+
+
+def read(path: Path) -> np.ndarray:
+    """Frames [T, H, W, 3] of a video of any kind, by PIL where PyAV does not read it."""
+    if path.is_dir():
+        return np.stack([np.asarray(Image.open(file)) for file in sorted(path.iterdir())])
+    if path.suffix == ".webp":
+        with Image.open(path) as image:
+            return np.stack([np.asarray(frame.convert("RGB")) for frame in ImageSequence.Iterator(image)])
+    return np.stack(list(read_video(path)))
+
+
+def content(path: Path) -> list[tuple[str, bytes]]:
+    """Names and bytes of a file, or of the files in a folder."""
+    return [(each.name, each.read_bytes()) for each in (sorted(path.iterdir()) if path.is_dir() else [path])]
+
+
+def comments(path: Path) -> list[str | None]:
+    """What a video says of itself, as its users' tools read it; of a folder each frame's."""
+    if path.suffix == ".mp4":
+        with av.open(str(path)) as container:
+            return [container.metadata.get("comment")]
+    found = []
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        with Image.open(file) as image:
+            comment = image.info.get("comment", b"").decode() or image.info.get("Comment")
+            found.append(comment or image.getexif().get(ExifTags.Base.ImageDescription))
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_kind_holds_every_frame_and_its_time(tmp_path: Path, name: str) -> None:
+    frames, path = moving_bars(29), tmp_path / name
+    write(path, frames, crf=0, facts=FACTS)
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+    found = read(path)
+    assert found.shape == frames.shape
+    assert np.abs(found.astype(int) - frames).mean() < {".gif": 1, ".mp4": 4}.get(path.suffix, 0.5)
+    assert np.abs(found.astype(int) - frames[::-1]).mean() > 8  # negative control
+    if path.suffix in (".gif", ".webp"):
+        shown = 0
+        with Image.open(path) as image:
+            assert image.info["loop"] == 0  # for ever
+            for frame in ImageSequence.Iterator(image):
+                frame.load()
+                shown += frame.info["duration"]
+        assert abs(shown - 1000 * 29 / 16) <= 10
+
+
+@pytest.mark.parametrize("num_frames", [1, 2])
+@pytest.mark.parametrize("name", NAMES)
+def test_short_videos_and_pictures_that_stand_still(tmp_path: Path, name: str, num_frames: int) -> None:
+    still = np.repeat(moving_bars(1), num_frames, axis=0)
+    write(tmp_path / name, still, facts=FACTS)
+    assert np.abs(read(tmp_path / name)[-1].astype(int) - still[-1]).mean() < 8
+    assert comments(tmp_path / name)[0] == as_comment(FACTS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_facts_are_read_back_and_only_where_they_were_given(tmp_path: Path, name: str) -> None:
+    told, silent = tmp_path / "told" / name, tmp_path / "silent" / name
+    for path, given in ((told, {"facts": FACTS}), (silent, {})):
+        path.parent.mkdir()
+        write(path, moving_bars(5), **given)
+    assert set(comments(told)) == {as_comment(FACTS)}
+    assert json.loads(as_comment(FACTS)) == FACTS
+    assert set(comments(silent)) == {None}
+    assert b"red circle" not in b"".join(data for _, data in content(silent))
+    np.testing.assert_array_equal(read(told), read(silent))
+    if told.suffix == ".mp4":
+        with av.open(str(told)) as container:
+            assert container.metadata["title"] == "a red circle \u7ea2\u2028 ?"
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_the_same_frames_and_facts_give_the_same_bytes_in_each_kind(tmp_path: Path, name: str) -> None:
+    for folder, given in (("a", {"pieces": 1}), ("b", {"pieces": 7}), ("c", {"facts": FACTS | {"seed": 4}})):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / name, moving_bars(20), **({"facts": FACTS} | given))
+    first, second, other = (content(tmp_path / folder / name) for folder in "abc")
+    assert first == second
+    assert first != other
+
+
+def test_webp_is_lossless_at_crf_0_and_smaller_above(tmp_path: Path) -> None:
+    sizes = []
+    for crf in (0, 12, 40):
+        write(tmp_path / f"{crf}.webp", moving_bars(9), crf=crf)
+        sizes.append((tmp_path / f"{crf}.webp").stat().st_size)
+    np.testing.assert_array_equal(read(tmp_path / "0.webp"), moving_bars(9))
+    assert sizes[1] > sizes[2]
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_each_kind_is_whole_or_absent(tmp_path: Path, name: str) -> None:
+    def fail() -> None:
+        with open_video(tmp_path / name, kind=KINDS[Path(name).suffix], fps=16, height=32, width=48, crf=12) as video:
+            video.write(moving_bars(9))
+            assert not (tmp_path / name).exists()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a"])
+def test_a_video_of_any_kind_that_lost_frames_is_no_video(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """The writer believes that it was given a frame more than it encoded."""
+    with (
+        pytest.raises(WriteError, match="holds 9 of 10 frames"),
+        open_video(tmp_path / name, kind=KINDS[Path(name).suffix], fps=16, height=32, width=48, crf=12) as video,
+    ):
+        video.write(moving_bars(9))
+        video.num_frames += 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_every_frame_is_in_the_file_with_its_colours_and_its_rate(tmp_path: Path) -> None:

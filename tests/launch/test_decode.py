@@ -54,6 +54,18 @@ def test_ltx_video_piece_by_piece_and_in_tiles(
         assert record["video"]["sha256"] != first["video"]["sha256"]
 
 
+def test_records_with_absurd_parts(run: Callable[..., Run], kept: Path, tmp_path: Path) -> None:
+    with safe_open(kept, "pt") as file:
+        latents, record = file.get_tensor("latents"), json.loads(file.metadata()["record"])
+    strange = tmp_path / "strange.safetensors"
+    absurd = {"identity": 5, "versions": [], "prompt": {"a": 1}}
+    save_file({"latents": latents}, strange, {"record": json.dumps(record | absurd)})
+    assert run(decode.main, strange, "--output", tmp_path / "b.mp4").code == 0
+    save_file({"latents": latents}, strange, {"record": json.dumps(record | {"note": float("nan")})})
+    error = run(decode.main, strange, "--output", tmp_path / "c.mp4").error
+    assert "holds NaN or infinity; give latents that launch/generate.py saved" in error
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [

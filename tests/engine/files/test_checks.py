@@ -47,6 +47,25 @@ def test_places_that_cannot_be_written_to(tmp_path: Path, path: str, words: str)
         check_places([tmp_path / path])
 
 
+def test_a_folder_of_frames_may_be_new_empty_or_hold_frames(tmp_path: Path) -> None:
+    path = tmp_path / "frames"
+    check_places([path], folders=[path])
+    path.mkdir()
+    check_places([path], folders=[path])
+    (path / "000000.png").touch()
+    check_places([path], folders=[path])
+    (path / "holiday.png").touch()
+    with pytest.raises(
+        UserError, match=r"frames holds holiday\.png, which is no frame of a video; give the name of a new"
+    ):
+        check_places([path], folders=[path])
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(path)
+    for name, what in (("file", "a file"), ("link", "a link")):
+        with pytest.raises(UserError, match=f"{name} is {what}; give the name of a folder"):
+            check_places([tmp_path / name], folders=[tmp_path / name])
+
+
 def test_files_on_one_disk_need_their_sum(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     (tmp_path / "x").mkdir()

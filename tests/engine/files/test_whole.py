@@ -14,7 +14,16 @@ import pytest
 
 from engine.files import whole
 from engine.files.processes import this_place
-from engine.files.whole import TakenError, WriteError, atomic_path, sweep, write_json, write_text
+from engine.files.whole import (
+    TakenError,
+    WriteError,
+    atomic_path,
+    content_bytes,
+    content_sha256,
+    sweep,
+    write_json,
+    write_text,
+)
 
 ROOT = Path(__file__).parent.parent.parent.parent
 
@@ -166,3 +175,85 @@ def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatc
     monkeypatch.setattr(whole, "sync_folder", note("sync_folder"))
     write_text(tmp_path / "a", "mine")
     assert seen == [("fsync", False), ("sync_folder", True), ("fsync", True)]
+
+
+def write_folder(path: Path, *contents: bytes, replace: bool = True) -> None:
+    with atomic_path(path, replace=replace) as part:
+        part.mkdir()
+        for index, content in enumerate(contents):
+            (part / f"{index:06d}.png").write_bytes(content)
+
+
+def in_folder(path: Path) -> dict[str, bytes]:
+    return {entry.name: entry.read_bytes() for entry in path.iterdir()}
+
+
+def test_a_folder_is_whole_or_absent_and_replaced_as_one(tmp_path: Path) -> None:
+    path = tmp_path / "frames"
+    path.mkdir()
+    write_folder(path, b"a", b"b", b"c", replace=False)  # an empty folder is there to be filled
+    write_folder(path, b"d")
+    assert in_folder(path) == {"000000.png": b"d"}
+
+    def fail() -> None:
+        with atomic_path(path) as part:
+            part.mkdir()
+            (part / "000000.png").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert in_folder(path) == {"000000.png": b"d"}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_that_may_not_be_replaced_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "frames"
+    write_folder(path, b"a", b"b")
+    write_folder(path, b"a", b"b", replace=False)  # the same, as an earlier run has left it
+    with pytest.raises(TakenError, match="another folder of this name appeared meanwhile"):
+        write_folder(path, b"a", b"c", replace=False)
+    assert in_folder(path) == {"000000.png": b"a", "000001.png": b"b"}
+    (path / "notes.txt").touch()
+    for replace in (True, False):
+        with pytest.raises(TakenError, match=r"it holds notes\.txt, which is no frame"):
+            write_folder(path, b"a", b"b", replace=replace)
+    for name, make in (("link", lambda each: each.symlink_to(path)), ("file", Path.touch)):
+        make(tmp_path / name)
+        with pytest.raises(TakenError, match="it is no folder"):
+            write_folder(tmp_path / name, b"a")
+    assert len(in_folder(path)) == 3
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "frames", "link"]
+
+
+def test_an_error_in_a_folder_names_the_folder(tmp_path: Path) -> None:
+    def fail() -> None:
+        with atomic_path(tmp_path / "frames") as part:
+            part.mkdir()
+            raise OSError(errno.ENOSPC, "No space left on device", str(part / "000003.png"))
+
+    with pytest.raises(WriteError, match=r"cannot write .*/frames: No space left on device"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folders_of_processes_that_ended_are_swept_and_those_of_users_are_not(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    gone = tmp_path / f"frames.{dead.pid}-{this_place()}-abcdef.part"
+    mine, users = tmp_path / f"frames.{os.getpid()}-{this_place()}-abcdef.part", tmp_path / "frames.old.part"
+    for folder in (gone, mine, users):
+        folder.mkdir()
+        (folder / "000000.png").touch()
+    os.utime(users, (0, 0))
+    assert sweep(tmp_path, ("frames",)) == [gone]
+    assert sorted(tmp_path.iterdir()) == sorted([mine, users])
+
+
+def test_the_content_of_a_folder_is_what_sha256sum_prints(tmp_path: Path) -> None:
+    write_folder(tmp_path / "frames", b"a", b"bc")
+    printed = subprocess.run(
+        "sha256sum * | sha256sum", shell=True, cwd=tmp_path / "frames", capture_output=True, check=True
+    )
+    assert content_sha256(tmp_path / "frames") == printed.stdout.split()[0].decode()
+    assert content_bytes(tmp_path / "frames") == 3

@@ -25,11 +25,13 @@ from engine.errors import UserError
 from engine.files.whole import WriteError, file_sha256
 from engine.paths import REPOSITORY
 from engine.read_video import read_video
-from engine.video import VideoWriter
+from engine.record import video_facts
+from engine.video import VideoWriter, as_comment
 from launch.command import LostRankError
 from launch.replicas.worker import Worker, describe, kind_of
 from parallel.collectives import CollectiveError
 from tests.engine.batch import cases
+from tests.engine.test_video import comments
 from tests.tiny_pipelines import save_random_ltx
 
 EVERY = 2
@@ -103,6 +105,23 @@ def test_an_item_s_files_and_steps(worker: Worker, batch: Batch, told: list[dict
     written = {path.name for path in worker.root.rglob("*") if path.is_file()}
     assert written == {FILE, "p0000-s3.mp4", "p0000-s3.json", "p0000-s3.safetensors"}
     assert BatchFiles(root=worker.root).is_done(batch.items[0], "full")
+
+
+def test_a_video_says_what_its_item_is_unless_told_not_to(
+    worker: Worker, batch: Batch, engine: LongVideoEngine
+) -> None:
+    worker.run(task_of(batch))
+    files = files_of(worker, batch)
+    record = json.loads(files.sidecar.read_text())
+    [comment] = comments(files.video)
+    assert comment == as_comment(video_facts(record["run"]))
+    facts = json.loads(comment)
+    assert (facts["prompt"], facts["seed"], facts["method"]["name"]) == ("a red circle", 3, record["method"])
+    engine.config = dataclasses.replace(engine.config, output=dataclasses.replace(engine.config.output, metadata=False))
+    files.sidecar.unlink()
+    worker.run(task_of(batch))
+    assert comments(files.video) == [None]
+    assert json.loads(files.sidecar.read_text())["item_id"] == record["item_id"]
 
 
 def test_items_do_not_depend_on_their_order(worker: Worker, batch: Batch, engine: LongVideoEngine) -> None:
