@@ -164,7 +164,9 @@ class _Mp4(_Stream):
         context.color_range = _LIMITED_RANGE
         if facts is not None:
             self.container.metadata["comment"] = as_comment(facts)
-            self.container.metadata["title"] = str(facts["prompt"]).encode(errors="replace").decode()
+            # Shown by players and in terminals: without escapes and what UTF-8 does not have.
+            title = (letter if letter.isprintable() else " " for letter in str(facts["prompt"]))
+            self.container.metadata["title"] = "".join(title)
 
     def encode(self, rgb: av.VideoFrame) -> None:
         yuv = rgb.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
