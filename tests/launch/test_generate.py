@@ -139,7 +139,7 @@ SETTINGS = {
         "must be a multiple of 16, got 40; the nearest are 32 and 48",
     ),
     "a length beyond the rotary table": ({"video.num_frames": 401}, "make at most 253 frames"),
-    "negative steps": ({"sampler.num_steps": -3}, "sampler.num_steps must be 1 or more, got -3"),
+    "negative steps": ({"sampler.num_steps": -3}, "sampler.num_steps must lie in [1, 10000], got -3"),
     "an unknown method": ({"method.name": "freespek"}, "unknown method 'freespek' (did you mean 'freespec'?)"),
     "a folder that is none": ({"model.path": "no/such/folder"}, "no/such/folder"),
     "a quantised complement": (

@@ -125,7 +125,7 @@ def test_settings_that_no_record_can_hold(own: str) -> None:
 def test_modules_that_do_not_import(own: str) -> None:
     with pytest.raises(UserError, match=r"cannot import 'no_such_module' from .* or Python's path"):
         parse("--method.name", "no_such_module:Mine")
-    with pytest.raises(UserError, match=f"'{own}_broken' does not import: invalid syntax"):
+    with pytest.raises(UserError, match=f"'{own}_broken' does not import: SyntaxError: invalid syntax"):
         parse("--method.name", f"{own}_broken:Mine")
 
 
