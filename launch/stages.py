@@ -150,7 +150,9 @@ def _decoding(config: Mapping[str, Any]) -> Settings:
     return {
         "video": {"fps": config["video"].get("fps")},
         "decode": config["decode"],
-        "output": {key: output.get(key) for key in ("crf", "metadata", "sheet_frames")},
+        # Videos of versions that wrote no metadata have none.
+        "output": {"metadata": False}
+        | {key: output[key] for key in ("crf", "metadata", "sheet_frames") if key in output},
     }
 
 

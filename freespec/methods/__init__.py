@@ -123,8 +123,8 @@ def _import(module_name: str, name: str) -> Any:
 
 
 def _in_a_line(error: BaseException) -> str:
-    """An exception and where it was raised, in one line."""
-    frames = traceback.extract_tb(error.__traceback__)
+    """An exception, and where in the user's code it was raised, in one line."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     where = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())}{where}"
 
