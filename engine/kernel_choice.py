@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.adapters import VideoSpec
 from engine.config import RunConfig
-from engine.errors import UserError
+from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
 from engine.progress import note
 from engine.ranks import hand_out_bytes, together
 from freespec import eigen
@@ -35,7 +35,7 @@ ROUNDINGS = 4  # that an output may be off by; sums over many keys round as well
 SUM_ROUNDING = 2**-18
 LSE_ERROR = 1e-2  # absolute; logits are of the order of 1 here
 # What torch and packages raise for what a device, a dtype or a layout cannot do.
-UNSUPPORTED = (RuntimeError, ValueError, TypeError, AssertionError, ImportError)
+UNSUPPORTED = (RuntimeError, ValueError, TypeError, AssertionError, ImportError, MemoryError)
 Parts = tuple[Tensor, ...]
 
 
@@ -177,7 +177,7 @@ def fastest(
             if difference is None:
                 seconds[name] = seconds_of(lambda layer=layer: both_kinds(layer, qkv, q_start), device)  # type: ignore[misc]
         except UNSUPPORTED as error:
-            difference = first_line(error)
+            difference = why_not(error, f"attention kernel {name} was tried on {device}")
         if difference is not None:
             left_out[name] = difference
     if not seconds:
@@ -276,7 +276,7 @@ def fastest_solver(
                 timed = len(names) > 1
                 seconds[name] = seconds_of(partial(solver, matrices), device) if timed else 0.0
         except UNSUPPORTED as error:
-            reason = first_line(error)
+            reason = why_not(error, f"eigensolver {name} was tried on {device}")
         if reason is not None:
             left_out[name] = reason
     if not seconds:
@@ -299,6 +299,13 @@ def draw_grams(num_matrices: int, rows: int) -> Tensor:
     falling = torch.logspace(0, -2, rows, dtype=torch.float64)
     features = falling * torch.randn(num_matrices, 4 * rows, rows, generator=generator, dtype=torch.float64)
     return features.mT @ features
+
+
+def why_not(error: Exception, when: str) -> str:
+    """Why a trial failed; UserError for memory that ran out, as what else has memory now must not choose for a whole run."""
+    if is_out_of_memory(error):
+        raise UserError(describe_out_of_memory(error, when=when)) from error
+    return first_line(error)
 
 
 def first_line(error: Exception) -> str:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from freespec import eigen
+from freespec.operators import like_first, one_operator
 
 # A component of less than this share of the largest energy is rounding noise, and so is its cosine: as in the Gram form.
 EPS = 1e-8
@@ -19,6 +20,11 @@ EPS = 1e-8
 CHUNK_VALUES = 1 << 17
 
 
+def _grams_shape(x_local: Tensor, _x_wide: Tensor, num_frames: int) -> Tensor:
+    return x_local.new_empty(3, x_local.shape[0], num_frames, num_frames, dtype=torch.float64)
+
+
+@one_operator("(Tensor x_local, Tensor x_wide, int num_frames) -> Tensor", _grams_shape)
 def temporal_grams(x_local: Tensor, x_wide: Tensor, num_frames: int) -> Tensor:
     """[3, B, n, n] fp64: X_l X_lᵀ, X_l X_gᵀ and X_g X_gᵀ of the centred outputs [B, n * H*W, N, D], rows are frames.
 
@@ -81,6 +87,7 @@ def mixing_matrices(projection: Tensor) -> tuple[Tensor, Tensor]:
     return identity - mean - projection, projection + mean
 
 
+@one_operator("(Tensor x_local, Tensor x_wide, Tensor[] matrices) -> Tensor", like_first)
 def mix_frames(x_local: Tensor, x_wide: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
     """A_l X_l + A_g X_g over the frames of [B, n * H*W, N, D], A [B, n, n]; in fp32 at least, head by head."""
     local, far = matrices

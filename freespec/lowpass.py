@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from freespec.operators import like_first, one_operator
+
 
 def blur_matrix(size: int, cutoff: float) -> Tensor:
     """[n, n] fp64: the circulant matrix that multiplies frequency f (in Nyquists) by exp(-(f/d)^2 / 2)."""
@@ -43,6 +45,7 @@ def low_pass(x_BFHWD: Tensor, matrices: tuple[Tensor, Tensor, Tensor]) -> Tensor
     return x.real if x.is_complex() else x
 
 
+@one_operator("(Tensor o_local, Tensor o_global, Tensor[] matrices, *, int[] size) -> Tensor", like_first)
 def exchange_low(
     o_local: Tensor, o_global: Tensor, matrices: tuple[Tensor, Tensor, Tensor], *, size: tuple[int, int, int]
 ) -> Tensor:

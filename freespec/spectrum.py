@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from freespec import eigen
+from freespec.operators import like_first, one_operator
 
 # Singular values up to this share of the largest are noise: such directions stay as they are. Grams whose products are fp64
 # resolve far smaller ones; those of half-precision outputs on a GPU are summed in fp32, which resolves the square root of 1e-6.
@@ -45,6 +46,12 @@ def chunk_tokens(heads: int, head_dim: int) -> int:
     return min(CHUNK_TOKENS, max(1, CHUNK_BYTES // max(1, 4 * heads * head_dim)))
 
 
+def _gram_shape(o_BSND: Tensor) -> Tensor:
+    batch, _, heads, dim = o_BSND.shape
+    return o_BSND.new_empty(batch, heads, dim, dim, dtype=torch.float64)
+
+
+@one_operator("(Tensor o_BSND) -> Tensor", _gram_shape)
 def gram(o_BSND: Tensor) -> Tensor:
     """OᵀO per batch item and head: [B, S, N, D] -> [B, N, D, D] fp64."""
     on_gpu = o_BSND.device.type != "cpu"
@@ -206,6 +213,7 @@ def _identity_plus(vectors: Tensor, gain: Tensor) -> Tensor:
     return identity + (vectors * gain[..., None, :]) @ vectors.transpose(-1, -2)
 
 
+@one_operator("(Tensor o_base, Tensor matrix, Tensor o_global, Tensor lam, str form) -> Tensor", like_first)
 def reconstruct(o_base: Tensor, matrix: Tensor, o_global: Tensor, lam: Tensor, form: str) -> Tensor:
     """Eq. 12-13: (1 - lam) O M + lam O_global (`lerp`) or O M + lam O_global (`add`): [B, S, N, D] in o_base's dtype.
 

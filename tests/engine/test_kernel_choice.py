@@ -109,6 +109,22 @@ def test_no_right_kernel_is_an_error() -> None:
         fastest(("cpu_nothing",), PART, CPU, torch.float32)
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError()])
+def test_memory_that_runs_out_chooses_nothing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another kernel, or solver, would be taken for what else happens to have the memory: another video by rounding."""
+
+    def runs_out(*_tensors: Tensor) -> tuple[Tensor, Tensor]:
+        raise error
+
+    monkeypatch.setattr(kernels, "KERNELS", kernels.KERNELS | {"cpu_runs_out": runs_out})
+    monkeypatch.setattr(kernels, "NAMES", (*kernels.NAMES, "cpu_runs_out"))
+    with pytest.raises(UserError, match=r"out of memory while attention kernel cpu_runs_out was tried on cpu"):
+        fastest(("cpu_runs_out", "cpu_flash"), PART, CPU, torch.float32)
+    monkeypatch.setattr(eigen, "SOLVERS", {"torch": runs_out, "host": torch.linalg.eigh})
+    with pytest.raises(UserError, match=r"out of memory while eigensolver torch was tried on cpu"):
+        fastest_solver(("torch", "host"), 3, 8, CPU, False)
+
+
 def test_bf16_rounding_is_allowed() -> None:
     assert fastest(("cpu_flash",), PART, CPU, torch.bfloat16).left_out == {}
 
