@@ -148,7 +148,9 @@ def candidates(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
         return ("cpu_flash",)
     if device.type != "cuda":
         raise ValueError(f"attention kernel 'auto' does not run on {device.type}; use plain")
-    return cuda_candidates(torch.cuda.get_device_capability(device), cudnn_version(), half=dtype in HALF)
+    if dtype not in HALF:  # the same on every GPU, so none is asked
+        return cuda_candidates((8, 0), None, half=False)
+    return cuda_candidates(torch.cuda.get_device_capability(device), cudnn_version())
 
 
 def cudnn_version() -> int | None:
