@@ -117,6 +117,16 @@ def test_every_method_makes_the_video_of_the_cpu(folders: dict[str, Path], name:
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("transition", ["cut", "fade 8", "relay 8"])
+def test_a_timeline_makes_the_video_of_the_cpu(folders: dict[str, Path], name: str, transition: str) -> None:
+    prompt, made = f"{PROMPT} [0-12] | a blue star [12-, {transition}]", []
+    for device, context in (("cpu", contextlib.nullcontext()), ("cuda", pretend_cuda())):
+        with context, contextlib.closing(LongVideoEngine(config_of(folders[name], name, device))) as engine:
+            made.append(engine.denoise(prompt).latents)
+    assert_close(made[1], made[0])
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
 @pytest.mark.parametrize("mode", ["whole", "tiled", "auto"])
 def test_decoding_with_a_trace_and_a_record(folders: dict[str, Path], name: str, mode: str) -> None:
     decode = TILES[name] if mode == "tiled" else DecodeConfig(mode=mode)
@@ -300,6 +310,26 @@ def test_a_pipeline_of_ones_own(folders: dict[str, Path], name: str, kind: Any, 
         assert_close(run(), expected)
 
 
+@pytest.mark.parametrize(("name", "kind"), [("wan", WanPipeline), ("ltx", LTXPipeline)])
+@pytest.mark.parametrize("offloaded", ["before", "after"])
+def test_an_offloaded_pipeline_of_ones_own(folders: dict[str, Path], name: str, kind: Any, offloaded: str) -> None:
+    """Whole videos, with noise from the device's generator, before or after the method is put on."""
+    video = SIZES[name]
+    call = {"prompt": PROMPT, "height": video.height, "width": video.width, "num_frames": video.num_frames}
+    call |= {"num_inference_steps": 2, "max_sequence_length": 20, "negative_prompt": "bad", "output_type": "np"}
+    riflex = Riflex(enabled=True, index=1) if name == "wan" else None
+    with pretend_cuda():
+        pipe = kind.from_pretrained(folders[name], dtype=torch.float32)
+        pipe.set_progress_bar_config(disable=True)
+        if offloaded == "before":
+            pipe.enable_model_cpu_offload(device="cuda")
+        with apply_method(pipe, method="freespec", window_frames=3, riflex=riflex):
+            if offloaded == "after":
+                pipe.enable_model_cpu_offload(device="cuda")
+            frames = pipe(**call, generator=torch.Generator("cuda").manual_seed(0)).frames
+    assert frames.shape == (1, video.num_frames, video.height, video.width, 3)
+
+
 @pytest.mark.parametrize("fault", ["refuses", "is wrong"])
 def test_auto_on_a_pipeline_of_ones_own_is_tried_out_first(
     folders: dict[str, Path], fault: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -372,17 +402,30 @@ def test_tables_with_a_lower_frequency_and_other_methods(folders: dict[str, Path
         assert_close(actual, expected)
 
 
-def on_ranks(_rank: int, case: tuple[str, Path, tuple[int, int, int]]) -> tuple[Tensor, int]:
-    """Latents of this rank, and the number of frames that it decoded in tiles with the others."""
+def on_ranks(rank: int, case: tuple[str, Path, tuple[int, int, int]]) -> tuple[Tensor, int]:
+    """Latents of this rank, traced and after an interruption, and the number of frames that it decoded in tiles with the others."""
     name, folder, (cfg, ring, ulysses) = case
+
+    def stop(finished: int, _total: int) -> None:
+        if finished == 2:
+            raise KeyboardInterrupt
+
     with pretend_cuda(nccl=True):
         device, timeout = torch.device("cuda"), PATIENCE
         mesh = build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=device, timeout=timeout)
         with pytest.raises(MixedDevicesError, match="No backend type associated with device type cpu"):
             dispatch(torch.ops.c10d.allreduce_.default, ([torch.ones(1)], mesh.world.group), {})
         config = config_of(folder, name, decode=TILES[name])
+        path = folder / f"state-{cfg}-{ring}-{ulysses}.safetensors"
         with contextlib.closing(LongVideoEngine(config, Ranks(mesh=mesh))) as engine:
-            latents = engine.denoise(PROMPT).latents
+            for trace in (Trace(), WindowSpectra()):
+                latents = engine.denoise(PROMPT, trace=trace).latents
+                assert trace.rows or cfg > 1  # of the ranks that run the pass with the prompt
+            with pytest.raises(KeyboardInterrupt):
+                engine.denoise(PROMPT, checkpoint=path, on_step=stop)
+            denoised = engine.denoise(PROMPT, checkpoint=path)
+            assert denoised.resumed_at == 2
+            assert torch.equal(denoised.latents, latents)
             frames = sum(len(part) for part in engine.decode(latents))
         assert mesh.monitor is not None
         mesh.monitor.close()

@@ -1,0 +1,67 @@
+"""Commands on a pretended CUDA device (tests/pretend_cuda.py): from the noise to the files no tensor is on another device."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.read_video import count_frames
+from launch.commands import analyze, compare, decode, generate
+from tests.launch.conftest import LTX, SMALL, Run
+from tests.pretend_cuda import pretend_cuda
+
+# Videos longer than the window, of frames larger than a tile.
+MODELS = {
+    "wan": SMALL | {"sampler.num_steps": 2, "video.num_frames": 17},
+    "ltx": SMALL | LTX | {"video.num_frames": 41, "video.height": 64, "video.width": 64},
+}
+TILES = {"tile_height": 32, "tile_width": 32, "stride_height": 16, "stride_width": 16}
+
+
+def words(settings: dict[str, object]) -> list[str]:
+    return [f"--{name}={value}" for name, value in settings.items()]
+
+
+@pytest.fixture
+def on_gpu(run: Callable[..., Run], wan_folder: Path) -> Callable[..., str]:
+    """`on_gpu(model, main, settings)`: a command on the pretended device; returns its last line."""
+
+    def call(model: str, main: Callable[[list[str]], None], settings: dict[str, object]) -> str:
+        chosen = {"model.path": wan_folder} | MODELS[model] | {"model.device": "cuda", "prompt": "a red circle"}
+        with pretend_cuda():
+            shown = run(main, *words(chosen | settings))
+        assert shown.code == 0, shown.err
+        return shown.out.splitlines()[-1]
+
+    return call
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("weights", ["resident", "cpu_offload"])
+def test_latents_are_made_traced_decoded_and_decoded_again(
+    model: str, weights: str, on_gpu: Callable[..., str], run: Callable[..., Run], tmp_path: Path
+) -> None:
+    latents, video = tmp_path / "a.safetensors", tmp_path / "a.mp4"
+    asked = {"output.path": video, "output.save_latents": latents, "output.trace": "true", "model.weights": weights}
+    on_gpu(model, generate.main, asked)
+    record = json.loads(video.with_suffix(".json").read_text())
+    assert record["device"]["type"] == "cuda"
+    assert {step["mode"] for step in record["steps"]} >= {"dual"}
+    again = {"output": tmp_path / "b.mp4", "decode.mode": "tiled"}
+    with pretend_cuda():
+        shown = run(decode.main, latents, *words(again | {f"decode.{name}": size for name, size in TILES.items()}))
+    assert shown.code == 0, shown.err
+    assert count_frames(tmp_path / "b.mp4") == MODELS[model]["video.num_frames"]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_methods_are_compared_and_spectra_seen(model: str, on_gpu: Callable[..., str], tmp_path: Path) -> None:
+    last = on_gpu(model, compare.main, {"out": tmp_path / "compared", "methods": "direct,freenoise,freespec"})
+    assert "3 videos: 3 methods on 1 pairs of prompt and seed" in last
+    last = on_gpu(
+        model, analyze.main, {"out": tmp_path / "seen", "ratios": 0.5, "num_reconstructed": 1, "num_points": 2}
+    )
+    assert "effective rank late in the run" in last
+    assert not torch.cuda.is_available()  # or this would be no pretence
