@@ -10,6 +10,7 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from torch import nn
 
 from engine.adapters import ModelAdapter, adapter_of_pipeline
+from engine.adapters.base import refuse_one_of_two
 from engine.errors import UserError
 from engine.group_of_one import GROUP_OF_ONE
 from engine.hooks import BranchProcessor, RunState, StepHook, TokenHooks
@@ -254,8 +255,9 @@ def _check_free(pipe: DiffusionPipeline, transformer: nn.Module, modules: Sequen
 
 
 def _check_folders(adapter: ModelAdapter, pipe: DiffusionPipeline, transformer: nn.Module) -> None:
-    """Ask the checkpoints that pipeline and transformer were loaded from, where they are folders here, what else is in them."""
-    loaded = Path(transformer.config.get("_name_or_path") or "").parent, Path(pipe.config.get("_name_or_path") or "")
-    for folder in loaded:
-        if (folder / "model_index.json").is_file():
-            adapter.check_folder(folder, read_config(folder / "model_index.json"))
+    """Ask the checkpoints that pipeline and transformer were loaded from what else is in them; of hub names, what they say."""
+    for name in filter(None, (part.config.get("_name_or_path") for part in (transformer, pipe))):
+        refuse_one_of_two(name)
+        for folder in (Path(name), Path(name).parent):  # of a whole checkpoint, or of one of its parts
+            if (folder / "model_index.json").is_file():
+                adapter.check_folder(folder, read_config(folder / "model_index.json"))

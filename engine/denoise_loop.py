@@ -59,6 +59,7 @@ class DenoiseLoop:
     def run(self, latents: Tensor, done: int) -> Tensor:
         """Denoise from `done` finished steps on."""
         scheduler = self.engine.pipe.scheduler
+        self.engine.pipe.transformer._reset_stateful_cache()  # of the video before, if diffusers was told to keep one
         total = len(scheduler.timesteps)
         reached = (done, latents, scheduler_state(scheduler, self.generator))
         with self.engine.progress("denoise", total=total, initial=done) as bar:

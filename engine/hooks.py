@@ -164,12 +164,12 @@ class StepHook(Uncopyable):
         self._scheduler = scheduler
         self._before_forward = before_forward
         self._processors = processors
-        self._read: tuple[Tensor, int] | None = None
+        self._read: tuple[Tensor, int | None] | None = None
         self._timesteps: list[float] = []
         self._plan: list[StepPlan] = []
         self._made_for: tuple[int, Grid, torch.device] | None = None
         self._steps: list[int] = []  # of this run, in order
-        self._complete: object = None  # the forward functions with which a forward of this run has called every layer
+        self._complete: object = None  # the `_path` with which a forward of this run has called every layer
         self._in_call = False
         self._kernels: dict[tuple[torch.device, torch.dtype], str] = {}
 
@@ -219,20 +219,20 @@ class StepHook(Uncopyable):
         """Close the state; raise UserError for a prediction that is not finite, or if the method was not in every layer.
 
         After the last step no further forward would see what a prediction made of the latents. Caches skip layers, but none
-        does in the first forward of a run, and what has called every layer there may skip some later.
+        does in the first forward of a run or after it was enabled, and what has called every layer there may skip some later.
         """
         state = self.state
         state.attention_layout = None
         if state.checks_finite:
             refuse_not_finite(state, output[0], "after")
         missing = [processor.layer for processor in self._processors if not processor.called]
-        forward = vars(transformer).get("forward"), type(transformer).forward
-        if missing and forward != self._complete and not skips_layers(transformer):
+        path = self._path(transformer)
+        if missing and path != self._complete and not skips_layers(transformer):
             raise UserError(
                 f"the attention of {len(missing)} of {len(self._processors)} layers (the first is {missing[0]}) was computed without the "
                 "method: the forward of the transformer, a block or an attention was replaced; undo that, or call the handle's remove()"
             )
-        self._complete = forward
+        self._complete = path
 
     def begin_call(self) -> None:
         """The pipeline is called."""
@@ -240,8 +240,9 @@ class StepHook(Uncopyable):
         self._begin_run()
 
     def end_call(self) -> None:
-        """The call has ended, well or not."""
+        """The call has ended, well or not; after an error in a forward `after` was not called."""
         self._in_call = False
+        self.state.attention_layout = None
 
     def check_call(self, *, interrupted: bool) -> None:
         """Raise UserError unless the transformer was called in every step of this call; a pipeline may begin in the middle."""
@@ -251,6 +252,12 @@ class StepHook(Uncopyable):
                 f"the transformer with the method was called in {len(steps)} of the {total} steps of this call: another was in its place "
                 "for the others; leave pipe.transformer alone until the call ends"
             )
+
+    def _path(self, transformer: nn.Module) -> list[tuple[nn.Module, Any, Any]]:
+        """The modules through which the processors are called, and the forward of each: its own, if it has one, and its class's."""
+        blocks = self.state.adapter.blocks(transformer)
+        modules = [transformer, *blocks, *(block.attn1 for block in blocks)]
+        return [(module, vars(module).get("forward"), type(module).forward) for module in modules]
 
     def _begin_run(self) -> None:
         self._steps, self._complete = [], None
@@ -296,10 +303,14 @@ class StepHook(Uncopyable):
         )
 
     def _read_timesteps(self, timesteps: Tensor) -> None:
-        """Copy them to Python once for each tensor: on a GPU the copy waits for all that is queued there."""
-        if self._read is not None and self._read[0] is timesteps and self._read[1] == timesteps._version:
+        """Copy them to Python once for each tensor: on a GPU the copy waits for all that is queued there.
+
+        Tensors made under inference_mode do not count their changes, and are copied in each step.
+        """
+        version = None if timesteps.is_inference() else timesteps._version
+        if version is not None and self._read is not None and self._read[0] is timesteps and self._read[1] == version:
             return
-        self._read = timesteps, timesteps._version
+        self._read = timesteps, version
         values = [float(t) for t in timesteps.tolist()]
         if values != self._timesteps:
             self._timesteps, self._plan, self._made_for = values, self.state.method.plan(values), None
@@ -416,9 +427,11 @@ class TokenHooks(Uncopyable):
         ]
 
     def remove(self) -> None:
-        """Take the hooks off."""
-        for hook in self.registered:
-            hook.remove()
+        """Take the hooks off, copies of them too: torch's quantization puts a module's hooks on the one that takes its place."""
+        for module in self._transformer.modules():
+            for key, hook in list(module._forward_hooks.items()):
+                if getattr(hook, "__self__", None) is self:
+                    del module._forward_hooks[key]
         self.registered = []
 
     @property

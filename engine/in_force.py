@@ -1,7 +1,7 @@
 """Checks that a method on a living pipeline is in force: around each call of the pipeline and before each forward."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -111,7 +111,9 @@ class Installed(Uncopyable):
         """Why the method is not in force, and what to do; None if it is."""
         if self.removed:
             return "it was removed; call apply_method again"
-        current = unwrap(getattr(self.pipe, "transformer", None))
+        current = unwrap(
+            vars(self.pipe).get("transformer")
+        )  # pipe.transformer, if deleted, is asked of its configuration
         if current is not self.transformer:
             kind = "None" if current is None else f"another {type(current).__name__}"
             return f"pipe.transformer is {kind}, not the one that it was applied to; {AGAIN}"
@@ -141,11 +143,11 @@ class Installed(Uncopyable):
 
     def _pipeline(self) -> str | None:
         """Its configuration again, and its scheduler if that is another one now."""
-        now = tried(self.pipe.scheduler)
+        now = tried(vars(self.pipe).get("scheduler"))
         try:
             self.adapter.check_pipeline(self.pipe)
             if now[0] is not self.tried[0] or now[1] != self.tried[1]:
-                self.draws_noise = self.adapter.check_scheduler(self.pipe.scheduler)
+                self.draws_noise = self.adapter.check_scheduler(now[0])
         except UserError as error:
             return str(error)
         self.tried = now
@@ -163,6 +165,7 @@ class Installed(Uncopyable):
                 f"the {type(self.pipe.scheduler).__name__} draws noise in each step, which the {self.mesh.world.size} ranks would "
                 "draw differently in the pipeline's own loop; use LongVideoEngine, or a scheduler without noise"
             )
+        self.transformer._reset_stateful_cache()  # as pipelines do at the end of a call, but not of one that fails
         self.step_hook.begin_call()
         try:
             yield
@@ -182,7 +185,8 @@ class Installed(Uncopyable):
 
 def tried(scheduler: Any) -> tuple[Any, dict[str, Any]]:
     """A scheduler and a copy of its configuration, to see by whether it is another one later."""
-    return scheduler, dict(getattr(scheduler, "config", {}))
+    config = getattr(scheduler, "config", None)
+    return scheduler, dict(config) if isinstance(config, Mapping) else {}
 
 
 def guarded(kind: type, installed: Installed) -> type:

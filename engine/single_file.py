@@ -16,6 +16,7 @@ from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 
 from engine.adapters import ModelAdapter
+from engine.adapters.base import refuse_one_of_two
 from engine.config import ModelConfig
 from engine.errors import UserError
 from engine.paths import expand, is_pickle
@@ -73,7 +74,8 @@ class SingleFile:
 def find_single_file(config: ModelConfig) -> Path | None:
     """The file of `model.single_file`, downloaded if it is a hub name; None if none is asked for.
 
-    Raises UserError for a file that is not there, and for formats that can run code or are not safetensors.
+    Raises UserError for a file that is not there, for formats that can run code or are not safetensors, and for one of two
+    transformers, as far as names tell.
     """
     name = config.single_file
     if name is None:
@@ -84,8 +86,10 @@ def find_single_file(config: ModelConfig) -> Path | None:
         )
     if not name.endswith(".safetensors"):
         raise UserError(f"model.single_file must be a .safetensors file, got {name!r}")
+    refuse_one_of_two(name)
     path = expand(name)
     if path.is_file():
+        refuse_one_of_two(str(path.resolve()))
         return path
     hub = _HUB_FILE.fullmatch(name)
     if hub is None:

@@ -6,6 +6,7 @@ through the questions in order.
 
 import functools
 import math
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -213,12 +214,28 @@ class LatentDecoder(ABC):
         """Whole frames of each chunk, in order -> the video's, as many parts as chunks; a part may be empty."""
 
 
+# Names that the authors and those who repack their weights use, in a file or the folder that it is in.
+_ONE_OF_TWO = re.compile(
+    r"a14b|(high|low)[-_ ]?noise|wan[-_ ]?2[-_.]?2(?!.*5b).*[-_ ](high|low)(?![a-z])", re.IGNORECASE
+)
+
+
 def two_transformers(found: str) -> UserError:
     """The error for a checkpoint in which something of a second transformer was found."""
     return UserError(
         f"this checkpoint has {found}: it denoises with two transformers, each for some of the steps (as Wan2.2 A14B does), and either of "
         "them alone gives a wrong video; use a checkpoint with one transformer, such as Wan2.1"
     )
+
+
+def refuse_one_of_two(name: str) -> None:
+    """Raise UserError for a path or hub name of weights that says they are one of two transformers.
+
+    Nothing else tells: the tensors of a Wan2.2 A14B transformer have the names and shapes of Wan2.1 14B's.
+    """
+    end = "/".join(Path(name).parts[-2:])
+    if _ONE_OF_TWO.search(end):
+        raise two_transformers(f"the name {end}")
 
 
 def unwrap(module: Any) -> Any:

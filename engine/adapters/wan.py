@@ -93,7 +93,7 @@ class WanAdapter(ModelAdapter):
 
     def check_pipeline(self, pipe: WanPipeline) -> None:
         """Image-to-video, Wan2.2 and two-transformer checkpoints are refused."""
-        ratio = pipe.config.boundary_ratio
+        ratio = pipe.config.get("boundary_ratio")
         if ratio is not None or getattr(pipe, "transformer_2", None) is not None:
             raise two_transformers("a transformer_2" if ratio is None else f"boundary_ratio {ratio}")
         config = self.transformer_of(pipe).config

@@ -1,6 +1,7 @@
 """diffusers' caches over ranks: those that decide by the step make one rank's video, and any other is refused by all ranks."""
 
 import pytest
+import torch
 from diffusers import (
     FasterCacheConfig,
     FirstBlockCacheConfig,
@@ -16,7 +17,8 @@ from diffusers.hooks import (
     apply_first_block_cache,
     apply_layer_skip,
 )
-from diffusers.hooks.mag_cache import MagCacheHeadHook
+from diffusers.hooks.hooks import StateManager
+from diffusers.hooks.mag_cache import MagCacheHeadHook, MagCacheState
 from torch import Tensor, nn
 
 from engine.apply import Ranks
@@ -75,7 +77,8 @@ def add_cache(transformer: nn.Module, name: str) -> None:
     if name == UNSAFE_HOOKS[0]:
         apply_first_block_cache(transformer, FirstBlockCacheConfig(threshold=0.1))
     elif name == UNSAFE_HOOKS[1]:
-        HookRegistry.check_if_exists_or_initialize(transformer.blocks[0]).register_hook(MyHook(None, None), "mine")
+        my_hook = MyHook(StateManager(MagCacheState), MagCacheConfig(mag_ratios=[1.0] * STEPS))
+        HookRegistry.check_if_exists_or_initialize(transformer.blocks[0]).register_hook(my_hook, "mine")
     elif name == UNSAFE_HOOKS[2]:
         apply_layer_skip(transformer, LayerSkipConfig(indices=[0], fqn="blocks"))
     elif name:
@@ -139,3 +142,13 @@ def test_any_other_cache_is_refused_by_all_ranks(folder, tmp_path):
         for said in by_rank:
             assert isinstance(said, str), name
             assert said.startswith(f"{name}: not known to decide the same on every rank"), said
+
+
+@pytest.mark.parametrize("name", [*SAFE, "FirstBlockCache"])
+def test_a_second_video_of_an_engine_begins_with_an_empty_cache(folder, name):
+    made = LongVideoEngine(config_of(folder))
+    add_cache(made.pipe.transformer, name)
+    first = made.denoise(PROMPT).latents
+    made.denoise(PROMPT, seed=5)
+    assert torch.equal(made.denoise(PROMPT).latents, first)
+    made.close()

@@ -6,7 +6,7 @@ import inspect
 import pickle
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import diffusers.models.attention_dispatch as dispatch
@@ -24,52 +24,30 @@ from diffusers import (
     WanTransformer3DModel,
     WanVideoToVideoPipeline,
 )
-from diffusers.hooks import LayerSkipConfig, apply_layer_skip
+from diffusers.hooks import FirstBlockCacheConfig, LayerSkipConfig, apply_layer_skip
 from PIL import Image
 from torch import Tensor, nn
 
-from engine import MethodHandle, Ranks, apply_method
+from engine import Ranks
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from freespec.riflex import Riflex
+from tests.engine.applied import (
+    MODELS,
+    SIZE,
+    another,
+    applied,
+    blocks_of,
+    every_model,
+    in_step,
+    latents_of,
+    name_of,
+    refused,
+)
 from tests.engine.golden import mesh_of, relative
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import random_ltx, random_wan, save_random_wan
-
-MODELS = {"wan": random_wan, "ltx": random_ltx}
-SIZE = {"wan": {"num_frames": 29, "height": 32, "width": 48}, "ltx": {"num_frames": 57, "height": 64, "width": 32}}
-every_model = pytest.mark.parametrize("model", MODELS)
-
-
-def name_of(pipe: DiffusionPipeline) -> str:
-    return "wan" if isinstance(pipe, WanPipeline) else "ltx"
-
-
-def latents_of(pipe: DiffusionPipeline, *, call: Callable[..., Any] | None = None, **overrides: Any) -> Tensor:
-    """Latents from given embeddings: of the pipeline's parts only scheduler and transformer are called."""
-    draw = torch.Generator().manual_seed(1)
-    text = {name: torch.randn(1, 12, 16, generator=draw) for name in ("prompt_embeds", "negative_prompt_embeds")}
-    if name_of(pipe) == "ltx":
-        text |= {name: torch.ones(1, 12) for name in ("prompt_attention_mask", "negative_prompt_attention_mask")}
-    arguments = SIZE[name_of(pipe)] | text | {"num_inference_steps": 3, "guidance_scale": 4.0, "output_type": "latent"}
-    arguments |= {"generator": torch.Generator().manual_seed(3)} | overrides
-    return (pipe(**arguments) if call is None else call(pipe, **arguments)).frames
-
-
-def applied(pipe: DiffusionPipeline, **settings: Any) -> MethodHandle:
-    return apply_method(pipe, **{"method": "freespec", "window_frames": 3} | settings)
-
-
-def blocks_of(pipe: DiffusionPipeline) -> nn.ModuleList:
-    return pipe.transformer.blocks if name_of(pipe) == "wan" else pipe.transformer.transformer_blocks
-
-
-def refused(call: Callable[[], Any], *, match: str) -> None:
-    """The call ends in one line that says what was found."""
-    with pytest.raises(UserError, match=match) as caught:
-        call()
-    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +74,6 @@ def nothing_is_left() -> Iterator[None]:
     if dist.is_initialized():
         dist.destroy_process_group()
         pytest.fail("the test left a process group")
-
-
-def another(pipe: DiffusionPipeline) -> nn.Module:
-    return MODELS[name_of(pipe)]().transformer
 
 
 def replace_both(pipe: DiffusionPipeline) -> None:
@@ -157,9 +131,23 @@ def replace_attention_forward(pipe: DiffusionPipeline) -> None:
     attn.forward = forward
 
 
+def replace_block_by_plain(pipe: DiffusionPipeline) -> None:
+    """A block that looks like the one in its place and runs another."""
+
+    class Around(nn.Module):
+        def __init__(self, block: nn.Module, other: nn.Module) -> None:
+            super().__init__()
+            self.attn1 = block.attn1
+            self.forward = other.forward
+
+    name = "blocks" if name_of(pipe) == "wan" else "transformer_blocks"
+    blocks_of(pipe)[1] = Around(blocks_of(pipe)[1], getattr(another(pipe), name)[1])
+
+
 TAKEN_OFF = {
     "another transformer": (lambda pipe: setattr(pipe, "transformer", another(pipe)), "pipe.transformer is another"),
     "another transformer registered": (lambda pipe: pipe.register_modules(transformer=another(pipe)), "is another"),
+    "transformer deleted": (lambda pipe: delattr(pipe, "transformer"), "pipe.transformer is None"),
     "no transformer": (lambda pipe: setattr(pipe, "transformer", None), "pipe.transformer is None"),
     "something else": (
         lambda pipe: setattr(pipe, "transformer", nn.Linear(2, 2)),
@@ -187,6 +175,11 @@ TAKEN_OFF = {
     "a scheduler of noise": (
         lambda pipe: setattr(pipe, "scheduler", EulerDiscreteScheduler()),
         "EulerDiscreteScheduler",
+    ),
+    "scheduler deleted": (lambda pipe: delattr(pipe, "scheduler"), "scheduler NoneType cannot be used"),
+    "a class as scheduler": (
+        lambda pipe: setattr(pipe, "scheduler", type(pipe.scheduler)),
+        "scheduler type cannot be used",
     ),
     "no scheduler": (lambda pipe: setattr(pipe, "scheduler", None), "NoneType cannot be used"),
     "a backend": (
@@ -246,6 +239,7 @@ BYPASSED = {
     "the transformer's forward": (replace_forward, "attention of 2 of 2 layers"),
     "a block's forward": (replace_block_forward, r"attention of 1 of 2 layers \(the first is 1\)"),
     "an attention's forward": (replace_attention_forward, r"attention of 1 of 2 layers \(the first is 0\)"),
+    "a block around a block": (replace_block_by_plain, r"attention of 1 of 2 layers \(the first is 1\)"),
 }
 
 
@@ -261,19 +255,13 @@ def test_a_forward_that_goes_past_the_method_is_an_error(model, accident):
     handle.remove()
 
 
-def in_step(step: int, happen: Callable[[DiffusionPipeline], Any]) -> Callable[..., dict]:
-    def callback(pipe: DiffusionPipeline, index: int, _timestep: Any, _tensors: Any) -> dict:
-        if index == step:
-            happen(pipe)
-        return {}
-
-    return callback
-
-
 DURING = {
     "another transformer": (lambda pipe: setattr(pipe, "transformer", another(pipe)), "pipe.transformer is another"),
     "all processors": (set_all_processors, "layer 0 has another attention processor"),
     "the transformer's forward": (replace_forward, "attention of 2 of 2 layers"),
+    "a block's forward": (replace_block_forward, r"attention of 1 of 2 layers \(the first is 1\)"),
+    "an attention's forward": (replace_attention_forward, r"attention of 1 of 2 layers \(the first is 0\)"),
+    "a block around a block": (replace_block_by_plain, r"attention of 1 of 2 layers \(the first is 1\)"),
     "a fresh scheduler": (
         lambda pipe: setattr(pipe, "scheduler", type(pipe.scheduler).from_config(pipe.scheduler.config)),
         "replaced or set anew during a call",
@@ -294,6 +282,23 @@ def test_what_happens_during_a_call_is_an_error_of_that_call(model, accident):
     pipe = MODELS[model]()
     with applied(pipe):
         refused(lambda: latents_of(pipe, callback_on_step_end=in_step(0, happen)), match=message)
+
+
+@every_model
+def test_the_forward_of_a_class_that_is_replaced_during_a_call_is_an_error(model, monkeypatch):
+    pipe = MODELS[model]()
+    kind = type(blocks_of(pipe)[0].attn1)
+
+    def replace(pipe: DiffusionPipeline) -> None:
+        plain = kind._default_processor_cls()
+
+        def forward(attn: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+            return plain(attn, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "forward", forward)
+
+    with applied(pipe):
+        refused(lambda: latents_of(pipe, callback_on_step_end=in_step(0, replace)), match="attention of 2 of 2 layers")
 
 
 @every_model
@@ -472,7 +477,7 @@ def test_two_transformers_are_refused_before_and_after(change, message):
     refused(lambda: applied(pipe), match=message)
 
 
-@pytest.mark.parametrize("loads", ["pipeline", "transformer"])
+@pytest.mark.parametrize("loads", ["pipeline", "transformer", "subfolder"])
 def test_one_of_two_transformers_is_refused_wherever_it_was_loaded_from(tmp_path, loads):
     pipe = random_wan()
     pipe.register_modules(transformer_2=random_wan().transformer)
@@ -482,8 +487,20 @@ def test_one_of_two_transformers_is_refused_wherever_it_was_loaded_from(tmp_path
         pipe = WanPipeline.from_pretrained(tmp_path, transformer_2=None, boundary_ratio=None)
     else:
         pipe = random_wan()
-        pipe.transformer = WanTransformer3DModel.from_pretrained(tmp_path / "transformer")
+        where = {"transformer": (tmp_path / "transformer", None), "subfolder": (tmp_path, "transformer_2")}
+        folder, subfolder = where[loads]
+        pipe.transformer = WanTransformer3DModel.from_pretrained(folder, subfolder=subfolder)
     refused(lambda: applied(pipe), match="two transformers")
+
+
+@pytest.mark.parametrize("part", ["pipeline", "transformer"])
+def test_one_of_two_transformers_is_refused_by_its_name_on_the_hub(part):
+    pipe = random_wan()
+    where = pipe if part == "pipeline" else pipe.transformer
+    where.register_to_config(_name_or_path="Wan-AI/Wan2.1-T2V-14B-Diffusers")
+    applied(pipe).remove()
+    where.register_to_config(_name_or_path="Wan-AI/Wan2.2-T2V-A14B-Diffusers")
+    refused(lambda: applied(pipe), match="the name Wan-AI/Wan2.2-T2V-A14B-Diffusers: it denoises with two")
 
 
 # What changes a pipeline and leaves the method in force.
@@ -556,6 +573,23 @@ def test_fused_and_unfused_projections(model, right):
 
 
 @every_model
+def test_a_cache_is_empty_when_a_call_begins_after_one_that_failed(model):
+    pipe = MODELS[model]()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=5.0))
+    with applied(pipe):
+        expected = latents_of(pipe)
+
+        def fail(_pipe: Any) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            latents_of(pipe, callback_on_step_end=in_step(1, fail))
+        assert torch.equal(latents_of(pipe), expected)
+        pipe.transformer.disable_cache()
+        assert not torch.equal(latents_of(pipe), expected)
+
+
+@every_model
 def test_layerwise_casting_afterwards(model):
     before, after = MODELS[model](), MODELS[model]()
     types = {"storage_dtype": torch.bfloat16, "compute_dtype": torch.float32}
@@ -618,6 +652,36 @@ def test_a_forward_that_was_wrapped(model, right):
         latents_of(pipe)
         del pipe.transformer.forward
         assert torch.equal(latents_of(pipe), right[model])
+
+
+@every_model
+def test_under_inference_mode(model, right):
+    pipe = MODELS[model]()
+    with applied(pipe), torch.inference_mode():
+        assert torch.equal(latents_of(pipe), right[model])
+
+
+@every_model
+def test_hooks_that_a_library_copies_to_a_module_in_the_place_of_another(model, right, stock):
+    """Tools of quantization do that."""
+    pipe = MODELS[model]()
+    before = pipe.transformer.proj_out
+    handle = applied(pipe)
+    copy_hooks(pipe)
+    assert torch.equal(latents_of(pipe), right[model])
+    assert len(pipe.transformer.proj_out._forward_hooks) == 1
+    handle.remove()
+    assert pipe.transformer.proj_out is not before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipe.transformer.modules())
+    assert torch.equal(latents_of(pipe), stock[model])
+
+
+def copy_hooks(pipe: DiffusionPipeline) -> None:
+    """Another output projection with the same weights and the hooks of the first."""
+    old, new = pipe.transformer.proj_out, MODELS[name_of(pipe)]().transformer.proj_out
+    for hook in old._forward_hooks.values():
+        new.register_forward_hook(hook)
+    pipe.transformer.proj_out = new
 
 
 HOW = ("wrapper", "in place", "blocks", "forward")
@@ -849,6 +913,7 @@ def compile_all(pipe: DiffusionPipeline) -> None:
 EVENTS = {
     "nothing": lambda _pipe: None,
     "a LoRA": put_another_lora,
+    "hooks copied": copy_hooks,
     "compiled": compile_all,
     "blocks compiled": compile_blocks,
     "noise": put_noise,
@@ -862,7 +927,7 @@ def test_over_ranks_all_have_the_method_or_say_the_same(ranks, axes, right, tmp_
     events = [event for event in EVENTS if "compiled" not in event]
     cases = [(model, event, axes) for model in MODELS for event in events]
     for (model, event, _), by_rank in zip(cases, run_ranks(ranks, on_ranks, cases, tmp_path), strict=True):
-        if event in ("nothing", "a LoRA"):
+        if event in ("nothing", "a LoRA", "hooks copied"):
             pipe = MODELS[model]()
             with applied(pipe):
                 EVENTS[event](pipe)

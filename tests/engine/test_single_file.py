@@ -136,6 +136,18 @@ def test_a_file_that_is_cut_short_or_a_pointer_is_one_line(wan: SimpleNamespace,
     [
         ("weights.pth", r"model\.single_file weights\.pth is a pickle, which can run code and is not read"),
         ("A/B/weights.ckpt", "is a pickle"),
+        (
+            "Comfy-Org/Wan_2.2/wan2.2_t2v_high_noise_14B_fp16.safetensors",
+            "high_noise.*either of them alone gives a wrong",
+        ),
+        (
+            "A/Wan2.2-T2V-A14B/low_noise_model/model.safetensors",
+            "low_noise_model/model.safetensors: it denoises with two",
+        ),
+        ("A/B/Wan2_2-T2V-A14B-LOW_bf16.safetensors", "denoises with two transformers"),
+        ("wan22_t2v_14B_HIGH.safetensors", "denoises with two transformers"),
+        ("A/B/wan2.2_ti2v_5B_high.safetensors", r"model\.offline is true"),
+        ("A/B/wan2.1_t2v_14B_highres.safetensors", r"model\.offline is true"),
         ("weights.gguf", r"must be a \.safetensors file, got 'weights\.gguf'"),
         ("~nosuchuser/w.safetensors", r"cannot resolve '~nosuchuser/w\.safetensors'"),
         ("nowhere.safetensors", r"is no file here, and no ORGANISATION/NAME/FILE of the hub"),
@@ -146,6 +158,14 @@ def test_names_that_are_refused(wan: SimpleNamespace, name: str, message: str) -
     with pytest.raises(UserError, match=message) as caught:
         load_pipeline(config_of(wan.bare, name, offline=True))
     assert "\n" not in str(caught.value)
+
+
+def test_a_link_to_one_of_two_transformers_is_refused(wan: SimpleNamespace, tmp_path: Path) -> None:
+    named = tmp_path / "wan2.2_t2v_low_noise_14B_fp16.safetensors"
+    shutil.copy(wan.file, named)
+    (tmp_path / "mine.safetensors").symlink_to(named)
+    with pytest.raises(UserError, match=r"low_noise_14B_fp16\.safetensors: it denoises with two transformers"):
+        load_pipeline(config_of(wan.bare, tmp_path / "mine.safetensors"))
 
 
 def test_a_file_as_model_path_is_told_where_it_belongs(wan: SimpleNamespace, tmp_path: Path) -> None:
