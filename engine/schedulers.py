@@ -189,5 +189,5 @@ def restore_scheduler(scheduler: Any, state: SchedulerState, device: torch.devic
         if index:
             getattr(scheduler, owner)[int(index)] = tensor.to(device)
         else:
-            now = getattr(scheduler, owner)
+            now = getattr(scheduler, owner, None)  # some make an attribute in their first step
             setattr(scheduler, owner, tensor.to(now.device if isinstance(now, Tensor) else device))
