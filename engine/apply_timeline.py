@@ -12,18 +12,20 @@ from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from engine.adapters import ModelAdapter, adapter_of
+from engine.adapters import ModelAdapter, adapter_of_pipeline
 from engine.adapters.base import Text
 from engine.errors import UserError
 from engine.hooks import BranchProcessor, bind_forward
+from engine.in_force import Uncopyable
 from engine.timeline import negative_texts, parse_timeline, read_timeline
+from engine.timeline_in_force import TimelineGuard
 from freespec.events import Event, Piece, plan
 from freespec.kernels import Kernel, select_kernel
 from freespec.timeline import Partial, attend
 
 
 @dataclass(kw_only=True)
-class TimelineState:
+class TimelineState(Uncopyable):
     """What the cross-attentions of one transformer share; the hook writes it before each forward.
 
     Attributes:
@@ -66,7 +68,7 @@ class TimelineState:
         self.lengths = _lengths(mask, self.num_texts) if relays and mask is not None else None
 
 
-class TimelineProcessor:
+class TimelineProcessor(Uncopyable):
     """Attention processor of one cross-attention: each frame attends to the texts of its events."""
 
     def __init__(self, state: TimelineState, stock: Any, self_attention: nn.Module) -> None:
@@ -106,7 +108,7 @@ class TimelineProcessor:
         return state.adapter.project_out(attn, out.to(q.dtype))
 
 
-class TimelineHandle:
+class TimelineHandle(Uncopyable):
     """A timeline that is on a pipeline; `remove()` takes it off and leaves the pipeline as it was, bit for bit.
 
     Attributes:
@@ -119,9 +121,32 @@ class TimelineHandle:
         self.inputs = inputs
         self._hook = hook
         self._originals = originals
+        self._guard: TimelineGuard | None = None
+
+    def watch(self, pipe: DiffusionPipeline, adapter: ModelAdapter) -> None:
+        """Check every call of the pipeline from now on."""
+        self._guard = TimelineGuard(
+            pipe=pipe,
+            adapter=adapter,
+            transformer=adapter.transformer_of(pipe),
+            processors=tuple(attn.processor for attn, _ in self._originals),
+            hook=self._hook,
+        )
+
+    @property
+    def in_force(self) -> bool:
+        """Whether the next call of the pipeline has the timeline; `check` says why not."""
+        return self._guard is not None and self._guard.problem() is None
+
+    def check(self) -> None:
+        """Raise UserError, with the reason and what to do, unless the timeline is in force; each call asks the same."""
+        if self._guard is not None:
+            self._guard.check()
 
     def remove(self) -> None:
         """Put the pipeline's own processors back; a second call does nothing."""
+        if self._guard is not None and not self._guard.removed:
+            self._guard.leave()
         self._hook.remove()
         for attn, processor in self._originals:
             attn.set_processor(processor)
@@ -158,7 +183,7 @@ def apply_timeline(
     Raises:
         UserError: for what is no timeline. One that does not fit the video is refused when the pipeline is called.
     """
-    adapter = adapter_of(pipe)
+    adapter = adapter_of_pipeline(pipe)
     adapter.check_pipeline(pipe)
     prompt, negative = read_timeline(timeline)
     parsed = parse_timeline(prompt)
@@ -184,9 +209,16 @@ def apply_timeline(
         return parsed.in_latents(num_frames=(frames - 1) * step + 1, fps=fps, step=step)
 
     text_tokens = encoded[texts[0]][0].shape[1]
-    return install_timeline(
-        pipe.transformer, adapter, events, num_texts=len(parsed.texts), text_tokens=text_tokens, inputs=inputs
+    handle = install_timeline(
+        adapter.transformer_of(pipe),
+        adapter,
+        events,
+        num_texts=len(parsed.texts),
+        text_tokens=text_tokens,
+        inputs=inputs,
     )
+    handle.watch(pipe, adapter)
+    return handle
 
 
 def install_timeline(

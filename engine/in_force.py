@@ -44,7 +44,7 @@ class Uncopyable:
     def __reduce_ex__(self, _protocol: Any) -> NoReturn:
         """Raise UserError for copy.copy, copy.deepcopy, pickle and torch.save."""
         raise UserError(
-            "a pipeline or model with a method on it cannot be copied or pickled; call the handle's remove() first "
+            "a pipeline or model with a method or a timeline on it cannot be copied or pickled; call the handle's remove() first "
             "(save_pretrained works with it)"
         )
 
@@ -93,9 +93,7 @@ class Installed(Uncopyable):
     def leave(self) -> None:
         """Check no call any more, and give the pipeline its own class back, unless another library has put its own over it."""
         self.removed = True
-        kind = type(self.pipe)
-        if vars(kind).get("guard") is self:
-            self.pipe.__class__ = kind.__base__
+        unguard(self.pipe)
 
     def check(self) -> None:
         """Raise UserError, with the first reason found, unless the next forward of the pipeline has the method."""
@@ -138,7 +136,7 @@ class Installed(Uncopyable):
         return None
 
     def _hooks(self) -> str | None:
-        lost = [hook for hook in [*self.hooks, *self.token_hooks.registered] if not _is_registered(hook)]
+        lost = [hook for hook in [*self.hooks, *self.token_hooks.registered] if not is_registered(hook)]
         return f"{len(lost)} of its hooks were removed from the transformer; {AGAIN}" if lost else None
 
     def _pipeline(self) -> str | None:
@@ -189,8 +187,8 @@ def tried(scheduler: Any) -> tuple[Any, dict[str, Any]]:
     return scheduler, dict(config) if isinstance(config, Mapping) else {}
 
 
-def guarded(kind: type, installed: Installed) -> type:
-    """A class for the one pipeline of `installed`, under the same name as its own and derived from it, whose calls are checked.
+def guarded(kind: type, installed: Any) -> type:
+    """A class for the one pipeline of `installed` (an `Installed` or `TimelineGuard`), under the same name as its own and derived from it, whose calls are checked.
 
     Where another transformer was put into the pipeline, nothing that a hook sits on is called any more, with prompt embeddings
     given and latents asked for; the call itself is. Other loops, and a call of the class's own `__call__`, make their latents first.
@@ -224,10 +222,16 @@ def guarded(kind: type, installed: Installed) -> type:
     return Guarded
 
 
+def unguard(pipe: DiffusionPipeline) -> None:
+    """Give the pipeline its own class back, once what was put over it has left as well."""
+    while getattr(vars(type(pipe)).get("guard"), "removed", False):
+        pipe.__class__ = type(pipe).__base__
+
+
 def guard_of(pipe: DiffusionPipeline) -> Installed | None:
     """The method that is on a pipeline; None without one."""
-    guard = getattr(type(pipe), "guard", None)
-    return guard if isinstance(guard, Installed) and not guard.removed else None
+    guards = [vars(kind).get("guard") for kind in type(pipe).__mro__]
+    return next((guard for guard in guards if isinstance(guard, Installed) and not guard.removed), None)
 
 
 def is_compiled(transformer: nn.Module) -> bool:
@@ -290,6 +294,7 @@ def hook_kinds(transformer: nn.Module) -> set[type]:
     return {type(hook) for registry in registries for hook in registry.hooks.values()}
 
 
-def _is_registered(hook: RemovableHandle) -> bool:
+def is_registered(hook: RemovableHandle) -> bool:
+    """Whether the hook is still on its module."""
     hooks = hook.hooks_dict_ref()
     return hooks is not None and hook.id in hooks

@@ -407,7 +407,7 @@ class ModelAdapter(ABC):
 
     def cross_qkv(self, attn: nn.Module, hidden: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Projected and normalised q [B, s, N, D] of hidden states [B, s, C], and k, v [B, K, N, D] of text [B, K, C]."""
-        if getattr(attn, "fused_projections", False):
+        if getattr(attn, "fused_projections", False) and hasattr(attn, "to_kv"):  # not LTX's, which keeps both
             k, v = attn.to_kv(text).chunk(2, dim=-1)
         else:
             k, v = attn.to_k(text), attn.to_v(text)
