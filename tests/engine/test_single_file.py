@@ -184,7 +184,7 @@ def test_a_folder_without_weights_is_not_enough_alone(wan: SimpleNamespace) -> N
 
 def originals(name: str) -> tuple[ModelAdapter, dict[str, tuple[int, ...]]]:
     """The tensors of a published checkpoint's single file by their authors' names, from the meta device."""
-    adapter = adapter_named(PUBLISHED[name]["model_index"]["_class_name"], name)
+    adapter = adapter_named(PUBLISHED[name]["model_index"], name)
     with torch.device("meta"):
         parts = {part: adapter.build(part, PUBLISHED[name][part]) for part in ("transformer", "vae")}
     shapes = {part: {key: tuple(t.shape) for key, t in model.state_dict().items()} for part, model in parts.items()}
@@ -234,4 +234,4 @@ def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
 
 
 def test_without_a_setting_there_is_no_file(wan: SimpleNamespace) -> None:
-    assert open_single_file(config_of(wan.whole), adapter_named("WanPipeline", "")) is None
+    assert open_single_file(config_of(wan.whole), adapter_named({"_class_name": "WanPipeline"}, "")) is None
