@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, TextIO
 
 from engine.errors import UserError
 from launch.command import run_command
@@ -16,6 +15,7 @@ from launch.launcher import asked_ranks, asked_value, start_ranks
 from launch.replicas.place import without_place
 from launch.replicas.ray_generate import asked_ray, start_on_ray
 from launch.stopping import LAUNCHER, Place, PlaceError, StopSignals, die_with_parent, show
+from launch.streams import RankLines, unfailing_streams
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,18 +26,20 @@ class Kind:
         what: a few words on it, for the list of commands.
         starts_ranks: whether `--nproc` asks for ranks of the command itself; some start theirs in another way, or have none.
         on_ray: whether `--ray` starts those ranks on a cluster.
+        only_prints: whether what it prints is all that it makes.
     """
 
     what: str
     starts_ranks: bool = False
     on_ray: bool = False
+    only_prints: bool = False
 
 
 COMMANDS = {
     "generate": Kind(
         what="make a video from a prompt, or one from each line of a file", starts_ranks=True, on_ray=True
     ),
-    "plan": Kind(what="predict memory and time of every layout before a weight is loaded"),
+    "plan": Kind(what="predict memory and time of every layout before a weight is loaded", only_prints=True),
     "batch": Kind(what="make prompts x seeds x methods, on replicas that may die"),
     "decode": Kind(what="make the video of saved latents"),
     "compare": Kind(what="compare methods on the same prompts and seeds, with a page of videos", starts_ranks=True),
@@ -69,11 +71,14 @@ def run_script(name: str, argv: Sequence[str] | None = None) -> int:
         return 2
     words = sys.argv[1:] if argv is None else list(argv)
     with contextlib.ExitStack() as stack:
+        out = stack.enter_context(unfailing_streams())
         stack.enter_context(prefixed_stderr(words, place))
         if place is not None and place.rank > 0:  # rank 0 alone prints
             nowhere = stack.enter_context(Path(os.devnull).open("w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         code = run_command(lambda given: _run(name, given, signals), words, signals=signals)
+        out.flush()
+        code = code or tell_lost_output(name, out.error)
     if place is not None and (code or place.rank > 0):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -95,26 +100,16 @@ def ignore_place(name: str) -> None:
         show(f"RANK {rank} and WORLD_SIZE {world} of the environment are ignored: {name} {own}")
 
 
-class RankLines:
-    """A stream whose lines begin with a rank; what else is asked of it, the stream itself answers."""
+def tell_lost_output(name: str, error: OSError | None) -> int:
+    """Say that stdout did not take what was printed, unless its reader has left; returns the exit code.
 
-    def __init__(self, stream: TextIO, rank: int) -> None:
-        self._stream, self._prefix, self._at_start = stream, f"[rank {rank}] ", True
-
-    def write(self, text: str) -> int:
-        """Write through, with the prefix before each line; a progress bar's carriage returns begin none."""
-        for line in text.split("\n")[:-1]:
-            self._write_part(f"{line}\n")
-        self._write_part(text.rpartition("\n")[2])
-        return len(text)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def _write_part(self, part: str) -> None:
-        if part:
-            self._stream.write(self._prefix + part if self._at_start else part)
-            self._at_start = part.endswith("\n")
+    Files that were made are whole all the same: that is an error only of a command that makes none.
+    """
+    if error is None or isinstance(error, BrokenPipeError):
+        return 0
+    fails = COMMANDS[name].only_prints
+    show(f"{'error' if fails else 'warning'}: cannot write to stdout: {error.strerror}")
+    return 2 if fails else 0
 
 
 def prefixed_stderr(argv: Sequence[str], place: Place | None) -> contextlib.AbstractContextManager[object]:

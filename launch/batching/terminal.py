@@ -1,7 +1,5 @@
 """What a person sees of a batch while it runs: a line for each item, a live table, or the state from another terminal."""
 
-import contextlib
-import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -32,12 +30,12 @@ class Terminal:
             return
         if event["event"] == "done":
             took = describe_seconds(event["seconds"])
-            _print(f"{event['item']}: done in {took} on {event['replica']} ({self._done} of {self._total})")
+            print(f"{event['item']}: done in {took} on {event['replica']} ({self._done} of {self._total})", flush=True)
         elif event["event"] == "failed":
             after = "given up" if event["verdict"] == "quarantine" else "will be tried again"
-            _print(f"{event['item']}: failed on {event['replica']}, {after}: {event['message']}")
+            print(f"{event['item']}: failed on {event['replica']}, {after}: {event['message']}", flush=True)
         elif event["event"] in ("ended", "note"):
-            _print(f"{event['replica']}: {event['message']}")
+            print(f"{event['replica']}: {event['message']}", flush=True)
 
     def status(self, tree: Mapping[str, Any]) -> None:
         """The table, over the last one."""
@@ -45,7 +43,7 @@ class Terminal:
             return
         text = table("batch", tree, note=self._note, size=shutil.get_terminal_size())
         up = f"\x1b[{self._lines}F\x1b[J" if self._lines else ""
-        _print(up + text)
+        print(up + text, flush=True)
         self._lines = text.count("\n") + 1
 
     def warn(self, message: str) -> None:
@@ -53,16 +51,7 @@ class Terminal:
         if self._live:
             self._note = message
             return
-        with contextlib.suppress(OSError):
-            print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
-def _print(text: str) -> None:
-    """Print, unless nobody reads any more (a closed terminal or pipe, a full disk), which must not end a batch."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def show_status(root: Path) -> int:

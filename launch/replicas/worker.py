@@ -40,6 +40,7 @@ from launch.commands.decode import restore_config
 from launch.ranks import open_ranks
 from launch.replicas.host import EVENTS
 from launch.stopping import StopSignals, die_with_parent
+from launch.streams import unfailing_streams
 from parallel.collectives import CollectiveError
 
 
@@ -47,7 +48,7 @@ def main() -> int:
     """Run until stdin ends, or something that the group of ranks does not survive has happened."""
     signals = StopSignals()
     signals.install()
-    with os.fdopen(int(os.environ[EVENTS]), "w", buffering=1, encoding="utf-8") as pipe:
+    with unfailing_streams(), os.fdopen(int(os.environ[EVENTS]), "w", buffering=1, encoding="utf-8") as pipe:
         return run_command(lambda _: _work(pipe), [], signals=signals)
 
 
