@@ -86,8 +86,8 @@ def calls(home: Path) -> list[dict[str, Any]]:
 
 
 def ends(pid: int) -> bool:
-    """Whether a process is gone within seconds, or waits to be collected; signals take their time on a busy machine."""
-    deadline = time.monotonic() + 20
+    """Whether a process is gone before long, or waits to be collected; signals take their time on a busy machine."""
+    deadline = time.monotonic() + 200
     while time.monotonic() < deadline:
         try:
             if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":

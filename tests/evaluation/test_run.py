@@ -123,8 +123,8 @@ def test_a_dimension_that_fails_costs_itself_alone_and_is_made_again(
 
 def test_a_process_that_hangs_is_ended_with_its_children(scores: Callable[..., list[Outcome]], tmp_path: Path) -> None:
     set_plan(tmp_path / "home", dynamic_degree="hang")
-    (outcome,) = scores("dynamic_degree", time_limit=2.0)
-    assert outcome.error == "took longer than 2 s"
+    (outcome,) = scores("dynamic_degree", time_limit=15.0)  # time to start it and its child on a busy machine
+    assert outcome.error == "took longer than 15 s"
     pids = [int(pid) for pid in (tmp_path / "home" / "pids").read_text().split()]
     assert len(pids) == 2
     assert all(ends(pid) for pid in pids)

@@ -181,7 +181,7 @@ def test_two_that_add_to_one_file_wait_for_each_other(
             adding = pool.submit(kept_measures.add_kept, *added)
             with pytest.raises(TimeoutError):
                 adding.result(timeout=0.3)
-        adding.result(timeout=60)
+        adding.result(timeout=200)
     assert [entry.name for entry in path.parent.iterdir()] == ["videos.jsonl"]
 
 

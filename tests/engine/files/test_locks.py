@@ -121,7 +121,7 @@ def test_a_later_process_of_the_same_number_is_not_the_holder(
 def test_a_holder_on_another_machine_is_heard_or_taken_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, said: list[str], age: float
 ) -> None:
-    monkeypatch.setattr(locks, "WATCH_SECONDS", 60.0)
+    monkeypatch.setattr(locks, "WATCH_SECONDS", 200.0)
     path = tmp_path / "a.lock"
     path.write_text(json.dumps(ELSEWHERE))
     os.utime(path, (time.time() - age,) * 2)
@@ -141,7 +141,7 @@ def test_a_holder_on_another_machine_is_heard_or_taken_over(
     finally:
         stop.set()
         thread.join()
-    assert said == ["waiting up to 60 s to hear whether process 12 on other, which holds a.lock, still works"]
+    assert said == ["waiting up to 200 s to hear whether process 12 on other, which holds a.lock, still works"]
 
     monkeypatch.setattr(locks, "WATCH_SECONDS", 0.3)
     said.clear()
@@ -173,7 +173,7 @@ def test_a_heartbeat_is_told_to_others(tmp_path: Path, monkeypatch: pytest.Monke
     path = tmp_path / "a.lock"
     with hold(path, say=said.append):
         os.utime(path, (0, 0))
-        until = time.monotonic() + 60
+        until = time.monotonic() + 200
         while path.stat().st_mtime == 0:
             assert time.monotonic() < until
             time.sleep(0.01)

@@ -27,7 +27,7 @@ for line in sys.stdin:
 def until(host: RankHost, name: str) -> Event:
     """The first event of that name; what the rank prints comes as events in between."""
     seen: list[Event] = []
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not (found := [event for event in seen if event["event"] == name]):
         assert time.monotonic() < deadline, seen
         seen += host.poll(1.0)
@@ -42,7 +42,7 @@ def gone(process: int) -> bool:
 
 
 def wait_for(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     while not what():
         assert time.monotonic() < deadline
         time.sleep(0.02)

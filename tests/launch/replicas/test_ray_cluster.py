@@ -125,7 +125,7 @@ class Cluster:
 
     def stop(self) -> None:
         """All of it, and wait."""
-        self.process.communicate("", timeout=60)
+        self.process.communicate("", timeout=PATIENCE_SECONDS)
 
 
 @pytest.fixture(autouse=True)
