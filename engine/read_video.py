@@ -44,6 +44,17 @@ def count_frames(path: Path) -> int:
         return sum(1 for packet in container.demux(video=0) if packet.size)
 
 
+def measure(path: Path) -> tuple[int, int, int] | None:
+    """Frames, rows and columns of a video file, from its packets; None for a file that is no video."""
+    try:
+        with open_file(path) as container:
+            stream = container.streams.video[0]
+            size = stream.height, stream.width
+            return sum(1 for packet in container.demux(stream) if packet.size), *size
+    except (av.FFmpegError, OSError, IndexError):
+        return None
+
+
 def read_video(path: Path) -> Iterator[np.ndarray]:
     """Frames of a video file in order, uint8 [H, W, 3].
 

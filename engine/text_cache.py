@@ -75,9 +75,9 @@ def _read(path: Path) -> Text | None:
     """What lies there; None for a file that is missing or broken, which is made anew."""
     try:
         tensors = safetensors.torch.load(path.read_bytes())
-    except (FileNotFoundError, SafetensorError):
+        return tuple(tensors[str(index)] for index in range(len(tensors))) or None
+    except (FileNotFoundError, SafetensorError, KeyError):
         return None
-    return tuple(tensors[str(index)] for index in range(len(tensors)))
 
 
 def _on_cpu(text: Text) -> Text:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from engine.errors import UserError
-from engine.files.trees import read_tree
+from engine.files.trees import read_kept
 from engine.files.whole import write_json
 from evaluation import world
 from evaluation.proxies import PROXIES, measure_file, version
@@ -94,7 +94,7 @@ def _measure(
 
 
 def _read(path: Path, names: Collection[str], code: str) -> dict[str, float] | None:
-    kept = read_tree(path, {"version": str, "values": dict}, what="the measures of a video")
+    kept = read_kept(path, {"version": str, "values": dict}, what="the measures of a video")
     if kept is None or kept["version"] != code or kept["values"].keys() != set(names):
         return None
     return {name: math.nan if value is None else value for name, value in kept["values"].items()}

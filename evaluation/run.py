@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.files.trees import Shape, read_json, read_tree
+from engine.files.trees import Shape, read_kept
 from engine.files.whole import file_sha256, write_json
 from evaluation import stage as staging
 from evaluation.bench import Bench, Evaluator, driver, environment
@@ -105,7 +105,8 @@ def _split(
 ) -> str | None:
     """Have a fresh view cut into clips, unless that was done to the end; what went wrong, or None."""
     marker = view.folder.with_name(f"{view.folder.name}.split.json")
-    if read_json(marker) == {"fingerprint": view.fingerprint} and _is_whole(view):
+    split = read_kept(marker, {"fingerprint": str}, what="the note of a view that was cut into clips")
+    if split == {"fingerprint": view.fingerprint} and _is_whole(view):
         return None
     marker.unlink(missing_ok=True)
     staging.stage(view)
@@ -192,7 +193,7 @@ def _score(
 def _read_done(view: View, dimension: str, bench: Bench, folder: Path) -> Outcome | None:
     """What a run before has finished; None if it did not, or it was about other videos or another VBench."""
     out = results_folder(folder, view) / dimension
-    done = read_tree(out / "done.json", DONE, what="the note of a finished dimension")
+    done = read_kept(out / "done.json", DONE, what="the note of a finished dimension")
     path = _result(out, dimension)
     if (
         done is None

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.files.trees import read_json
 from engine.files.whole import write_json
 from evaluation.dimensions import CONSISTENCY
 from evaluation.videos import Video
@@ -98,8 +97,7 @@ def plan_view(label: str, videos: Sequence[Video], root: Path) -> View:
 
 def stage(view: View) -> None:
     """Make the view's folder new, whatever was there: hard links, or symbolic ones where there are no others."""
-    before = read_json(view.description)
-    if view.folder.exists() and before is None and any(view.folder.iterdir()):
+    if view.folder.exists() and not view.description.exists() and any(view.folder.iterdir()):
         raise UserError(f"{view.folder} is in the way and was not made by this program; move it away")
     view.folder.parent.mkdir(parents=True, exist_ok=True)
     write_json(view.description, describe(view))

@@ -1,5 +1,6 @@
 """Which videos are evaluated: those of a batch's folder, by their sidecars, or those of a list."""
 
+import contextlib
 import csv
 import hashlib
 import re
@@ -15,7 +16,8 @@ import av
 from engine.batch.plan import asked_items
 from engine.batch.store import beside
 from engine.errors import UserError
-from engine.files.trees import Shape, check_tree, read_json
+from engine.files.say import Say, say_on_stderr
+from engine.files.trees import DamagedError, Shape, check_tree, read_json
 from engine.files.whole import file_sha256
 from engine.paths import expand
 from engine.read_video import check_colours, open_file
@@ -77,15 +79,18 @@ class Video:
         return f"{self.method}/{self.prompt_id}-s{self.seed}"
 
 
-def read_batches(roots: Sequence[Path]) -> list[Video]:
+def read_batches(roots: Sequence[Path], say: Say = say_on_stderr) -> list[Video]:
     """Every finished video of several folders, such as one for each row of an ablation; see `read_batch`."""
-    return check_videos([video for root in roots for video in read_batch(root)], "there is no folder to read")
+    return check_videos([video for root in roots for video in read_batch(root, say)], "there is no folder to read")
 
 
-def read_batch(root: Path) -> list[Video]:
+def read_batch(root: Path, say: Say = say_on_stderr) -> list[Video]:
     """Every finished video of a batch's folder, by method, prompt and seed; each file is hashed and compared.
 
-    Raises UserError if there is none, or a file is missing, changed or not a video.
+    One whose sidecar is damaged, or whose file is missing or changed, is left out: `say` is told in a line.
+
+    Raises:
+        UserError: there is none.
     """
     try:
         is_dir = root.is_dir()
@@ -93,24 +98,27 @@ def read_batch(root: Path) -> list[Video]:
         raise UserError(f"cannot look into --runs {root}: {error.strerror}") from error
     if not is_dir:
         raise UserError(f"--runs {root} is not a folder; give the --out of launch/batch.py")
-    videos = [
-        _from_sidecar(sidecar, tree)
-        for sidecar in sorted(root.glob("*/*/videos/*.json"))
-        if (tree := _sidecar(sidecar))["status"] == "done"
-    ]
+    videos = []
+    for sidecar in sorted(root.glob("*/*/videos/*.json")):
+        try:
+            tree = _sidecar(sidecar)
+            if tree["status"] == "done":
+                videos.append(_from_sidecar(sidecar, tree))
+        except DamagedError as error:
+            say(f"{error.reason}; it is left out, and the command that made the batch makes it again")
     return check_videos(
         videos, f"--runs {root} has no finished video; launch/batch.py --status {root} says what is there"
     )
 
 
-def what_is_missing(root: Path) -> str | None:
-    """What a batch's folder was asked for and has not, counted in all and by method; None if everything is there."""
+def what_is_missing(root: Path, videos: Iterable[Video]) -> str | None:
+    """What a batch's folder was asked for and is not among its videos, counted in all and by method; None if all is."""
     asked = asked_items(root)
     if asked is None:
         given_up = len(list((root / "quarantine").glob("*.json")))
         return f"{root}: {given_up} items failed for good" if given_up else None
-    made = {_label(tree) for path in root.glob("*/*/videos/*.json") if (tree := _sidecar(path))["status"] == "done"}
-    given_up = {_label(_sidecar(path)) for path in (root / "quarantine").glob("*.json")} & (asked.keys() - made)
+    made = {video.label for video in videos if video.path.is_relative_to(root.absolute())}
+    given_up = _quarantined(root) & (asked.keys() - made)
     missing = asked.keys() - made
     if not missing:
         return None
@@ -120,6 +128,15 @@ def what_is_missing(root: Path) -> str | None:
         f"{root}: {len(asked) - len(missing)} of {len(asked)} items are made ({methods}), {len(given_up)} failed for good, "
         f"{len(missing) - len(given_up)} are not made yet"
     )
+
+
+def _quarantined(root: Path) -> set[str]:
+    """Labels of the items that were given up; one whose note is damaged is tried again, and counts as not made yet."""
+    labels = set()
+    for path in (root / "quarantine").glob("*.json"):
+        with contextlib.suppress(DamagedError):
+            labels.add(_label(_sidecar(path)))
+    return labels
 
 
 def _label(tree: Mapping[str, Any]) -> str:
@@ -177,9 +194,12 @@ def _from_sidecar(sidecar: Path, tree: Mapping[str, Any]) -> Video:
     check_tree(sidecar, tree, shape, what="a sidecar of launch/batch.py")
     identity = {key: tree[key] for key in ("method", "config_id", "prompt_id", "prompt", "seed")}
     path = beside(sidecar, tree["output"]["file"]).absolute()
-    facts = _probe(path)
-    if facts["sha256"] != tree["output"]["sha256"]:
-        raise UserError(f"{path} is not the file that its sidecar describes; delete both and run the batch again")
+    if not path.is_file():
+        raise DamagedError(f"{path} does not exist, which its sidecar describes")
+    digest = file_sha256(path)
+    if digest != tree["output"]["sha256"]:
+        raise DamagedError(f"{path} is not the file that its sidecar describes")
+    facts = _probe(path, digest)
     return Video(
         **identity,
         path=path,
@@ -230,15 +250,15 @@ def _settings(tree: Mapping[str, Any], method: str) -> tuple[tuple[str, Any], ..
     return tuple(sorted((name, tuple(v) if isinstance(v, list) else v) for name, v in found.items()))
 
 
-def _probe(path: Path) -> dict[str, Any]:
-    """What the file itself says: of its first frame, which is decoded, and of its packets."""
+def _probe(path: Path, digest: str | None = None) -> dict[str, Any]:
+    """What the file itself says: of its first frame, which is decoded, and of its packets; `digest` is its SHA-256, if known."""
     try:
         check_colours(path)
         with open_file(path) as container:
             stream = container.streams.video[0]
             size, fps = (stream.height, stream.width), stream.average_rate
             num_frames = sum(1 for packet in container.demux(stream) if packet.size)
-        digest = file_sha256(path)
+        digest = digest or file_sha256(path)
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist") from error
     except (OSError, av.FFmpegError, IndexError) as error:

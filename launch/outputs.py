@@ -9,13 +9,13 @@ from pathlib import Path
 
 from engine.config import OutputConfig, RunConfig, VideoKind
 from engine.errors import UserError
-from engine.files.checks import check_places, check_space
+from engine.files.checks import check_places, check_space, checkpoint_bytes, least_video_bytes
 from engine.files.claims import claim
 from engine.files.folders import is_empty_folder
+from engine.files.locks import locked
+from engine.files.whole import describe_error
 from engine.paths import expand
 
-# What a video takes at least, with hardly any motion or detail.
-_LEAST_BITS_PER_PIXEL: dict[VideoKind, float] = {"mp4": 0.02, "webp": 0.02, "gif": 0.1, "png": 0.2}
 _KINDS: dict[str, VideoKind] = {".mp4": "mp4", ".gif": "gif", ".webp": "webp", "": "png"}
 
 
@@ -134,11 +134,15 @@ def frame_folders(outputs: Sequence[OutputFiles]) -> list[Path]:
     return [files.video for files in outputs if files.kind == "png"]
 
 
-def check_outputs(paths: Sequence[Path], *, overwrite: bool, overwrite_flag: str) -> None:
-    """Raise UserError if a file exists that may not be replaced, or a folder cannot be made or written to."""
-    if not overwrite:
-        refuse_existing(paths, overwrite_flag)
-    check_places(paths)
+@contextlib.contextmanager
+def writing_report(folder: Path) -> Iterator[None]:
+    """Write the files of a report in the block, one process after the other; UserError for one that cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / ".report.lock"):
+            yield
+    except OSError as error:
+        raise UserError(describe_error(error, folder)) from error
 
 
 def refuse_existing(paths: Sequence[Path], overwrite_flag: str) -> None:
@@ -155,18 +159,26 @@ def describe_existing(path: Path, overwrite_flag: str, differences: str | None =
     return f"{path} exists already; choose another name or add {overwrite_flag}{latents}{other}"
 
 
-def check_free_space(outputs: Sequence[OutputFiles], config: RunConfig, latent_shape: Sequence[int]) -> None:
+def check_free_space(
+    outputs: Sequence[OutputFiles], config: RunConfig, latent_shape: Sequence[int], *, model: Path
+) -> None:
     """Raise UserError unless the disks have what these videos take at least, and the work on one of them.
 
-    `latent_shape` is that of one video's latents, which are kept in fp32.
+    What an earlier run has left is counted as there. `latent_shape` is that of one video's latents, which are kept in fp32,
+    `model` the folder of the checkpoint that makes them.
     """
-    video = config.video
+    video, every = config.video, config.output.checkpoint_every
     latents = 4 * math.prod(latent_shape)
-    pixels = video.num_frames * video.height * video.width
-    needed = {files.video: round(_LEAST_BITS_PER_PIXEL[files.kind] / 8 * pixels) for files in outputs}
-    needed |= {files.latents: latents for files in outputs if files.keep_latents}
+    size = video.num_frames, video.height, video.width
+    needed = {files.video: least_video_bytes(*size, kind=files.kind) for files in outputs}
+    needed |= {files.latents: latents for files in outputs if files.keep_latents and not files.latents.exists()}
     for files in outputs[:1]:
-        # A checkpoint is written beside the one before, and holds what the solver remembers besides.
-        needed |= {files.latents: latents, files.checkpoint: 2 * latents if config.output.checkpoint_every else 0}
+        if files.latents.exists():  # which are decoded
+            continue
+        # Another checkpoint is written beside the one before; the last one is deleted once the latents lie beside it.
+        state = checkpoint_bytes(model, latents) if every else 0
+        first = 0 if files.checkpoint.exists() else state
+        beside = state if config.sampler.num_steps > every else 0
+        needed |= {files.latents: latents, files.checkpoint: first + max(0, beside - latents)}
     what = "the video and the work on it" if len(outputs) == 1 else f"{len(outputs)} videos and the work on one"
     check_space(needed, what=what)

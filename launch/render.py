@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from engine.adapters.base import VideoSpec
 from engine.config import OutputConfig
 from engine.contact_sheet import FrameSampler, contact_sheet, write_picture
 from engine.decoder import VideoDecoder
@@ -57,6 +58,12 @@ def render(
         raise
 
 
+def video_size(latents: Tensor, spec: VideoSpec) -> tuple[int, int, int]:
+    """Frames, rows and columns of the video of latents [B, z, F, h, w]."""
+    frames, rows, columns = latents.shape[2:]
+    return spec.num_frames(frames), rows * spec.spatial_factor, columns * spec.spatial_factor
+
+
 def describe_kept(files: OutputFiles) -> str:
     """Say where the latents are, and how the video is made of them."""
     command = ["python", "launch/decode.py", str(files.latents), "--output", files.name]
@@ -79,9 +86,7 @@ def _render(
     replace: bool,
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    frames, rows, columns = latents.shape[2:]
-    num_frames = engine.spec.num_frames(frames)
-    height, width = rows * engine.spec.spatial_factor, columns * engine.spec.spatial_factor
+    num_frames, height, width = video_size(latents, engine.spec)
     sampler = FrameSampler(total=num_frames, count=output.sheet_frames)
     facts = video_facts(record) if output.metadata else None
     with open_video(

@@ -11,7 +11,7 @@ from engine.batch.plan import FILE, Item
 from engine.batch.store import Manifest, Verify, compile_manifest, is_done
 from engine.errors import UserError
 from engine.files.locks import locked
-from engine.files.trees import Shape, check_tree, read_json, read_tree
+from engine.files.trees import Shape, check_tree, read_json, read_kept
 from engine.files.whole import sweep, write_json, write_text
 
 MANIFEST = "manifest.jsonl"
@@ -128,7 +128,7 @@ class BatchFiles:
 
     def is_done(self, item: Item, verify: Verify) -> bool:
         """Whether the item's video is whole; UserError if another video has its place."""
-        return is_done(self.of(item).sidecar, item.item_id, verify=verify)
+        return is_done(self.of(item).sidecar, item.item_id, verify=verify, shape=SIDECAR)
 
     def tidy(self, *, done: Iterable[Item], todo: Iterable[Item]) -> None:
         """Delete what killed processes have left of these items; the steps of those that are not done are kept."""
@@ -144,8 +144,8 @@ class BatchFiles:
         sweep(self.text_cache)
 
     def quarantined(self, item: Item) -> dict[str, Any] | None:
-        """Why an item was given up, or None if it was not."""
-        return read_tree(self._quarantine_file(item, "json"), QUARANTINED, what="an item in quarantine")
+        """Why an item was given up, or None if it was not, or the file that says so is damaged: it is tried again then."""
+        return read_kept(self._quarantine_file(item, "json"), QUARANTINED, what="an item in quarantine")
 
     def put_into_quarantine(self, item: Item, *, error: str, attempts: list[dict[str, Any]]) -> Path:
         """Note an item that failed for good; returns the file with the tracebacks of all attempts."""

@@ -4,6 +4,8 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -11,7 +13,8 @@ from engine.batch.files import SIDECAR, BatchFiles
 from engine.batch.plan import Item, with_method
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.files.trees import lacking, read_json, read_tree
+from engine.files.checks import checkpoint_bytes, least_video_bytes
+from engine.files.trees import DamagedError, read_tree
 from engine.load import fetch, find_checkpoint, pick_dtype, read_spec
 from engine.parallelism import Arrangement, arrange_ranks, choose_degrees
 from engine.planner.choose import choose
@@ -23,8 +26,6 @@ from engine.text_cache import cache_key, cached_name
 
 # H.264 at the default quality: an assumption, replaced by the mean of the folder's own videos once there are any.
 ASSUMED_BITS_PER_PIXEL = 0.15
-# Beside the latents a checkpoint holds what the solver remembers: at most the last sample and two predictions.
-CHECKPOINT_TENSORS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class DiskForecast:
         texts: of the embeddings of the prompts that are not in the cache yet.
         work: checkpoints of the items that are being made at once.
         free: that the output folder's disk has.
+        least: what the first items cannot do without, those that are made at once.
         how: where the size of a video is taken from.
     """
 
@@ -43,6 +45,7 @@ class DiskForecast:
     texts: int
     work: int
     free: int
+    least: int
     how: str
 
     @property
@@ -59,9 +62,8 @@ def disk_forecast(
     `config.model.device` is a device by name: a driver need not have it.
     """
     video, sidecars = config.video, sorted(files.sidecars())[:100]
-    found = [(read_json(path), path.stat().st_size) for path in sidecars]
-    # On a disk that is nearly full the sidecars of small videos count too. What is no sidecar the manifest names.
-    sizes = [tree["output"]["bytes"] + size for tree, size in found if lacking(tree, SIDECAR) is None]
+    # On a disk that is nearly full the sidecars of small videos count too.
+    sizes = [tree["output"]["bytes"] + path.stat().st_size for path in sidecars if (tree := _sidecar(path))]
     if sizes:
         each, how = sum(sizes) / len(sizes), f"the mean of {len(sizes)} videos in the folder"
     else:
@@ -77,11 +79,17 @@ def disk_forecast(
     spec = read_spec(folder)
     latents = 4 * math.prod(spec.latent_shape(video.num_frames, video.height, video.width))
     existing = next(path for path in (files.root, *files.root.resolve().parents) if path.is_dir())
+    kept, at_once = latents if keep_latents else 0, min(replicas, len(left))
+    texts = _text_bytes(files, config, left, width=encoder["d_model"], checkpoint=checkpoint)
+    begun = sum(path.stat().st_size for path in (files.of(item).checkpoint for item in left) if path.exists())
+    work = 2 * checkpoint_bytes(folder, latents) * at_once  # one is written beside the one before
+    each_least = kept + least_video_bytes(video.num_frames, video.height, video.width)
     return DiskForecast(
-        videos=round((each + (latents if keep_latents else 0)) * len(left)),
-        texts=_text_bytes(files, config, left, width=encoder["d_model"], checkpoint=checkpoint),
-        work=CHECKPOINT_TENSORS * latents * min(replicas, len(left)),
+        videos=round((each + kept) * len(left)),
+        texts=texts,
+        work=work,
         free=shutil.disk_usage(existing).free,
+        least=each_least * at_once + max(0, work - begun),
         how=how,
     )
 
@@ -158,3 +166,11 @@ def arrange_replica(
             "--parallel.ring and --parallel.ulysses, or run the methods one by one"
         )
     return found[methods[0]]
+
+
+def _sidecar(path: Path) -> dict[str, Any] | None:
+    """A sidecar; None for a file that is none, which the manifest names."""
+    try:
+        return read_tree(path, SIDECAR, what="the sidecar of a video")
+    except DamagedError:
+        return None

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from engine.batch.driver import Driver
 from engine.batch.locks import lock_file
 from engine.files.locks import holder_of
-from engine.files.trees import Shape, read_tree
+from engine.files.trees import DamagedError, Shape, read_tree
 from engine.files.whole import write_json
 
 STATUS_SECONDS = 1.0
@@ -163,11 +163,18 @@ class FileJournal:
         }
 
 
+_UNREADABLE = {"seconds": 0.0, "eta": None, "counts": {}, "replicas": [], "failures": []}
+
+
 def read_status(root: Path) -> list[tuple[str, dict[str, Any]]]:
     """The status of every shard of a folder, by its name; one whose driver has died without a word is `lost`."""
     found = []
     for path in sorted((root / "status").glob("*.json")):
-        tree = read_tree(path, STATUS, what="the status of a batch")
+        try:
+            tree = read_tree(path, STATUS, what="the status of a batch")
+        except DamagedError as error:
+            found.append((path.stem, _UNREADABLE | {"state": f"its status cannot be read ({error.reason})"}))
+            continue
         if tree is None:  # it has just been taken away
             continue
         if tree["state"] == "running" and holder_of(lock_file(root, path.stem)) is None:

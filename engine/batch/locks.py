@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.files.locks import HeldError, Say, hold, holder_of, locked, say_on_stderr
+from engine.files.locks import HeldError, hold, holder_of, locked
+from engine.files.say import Say, say_on_stderr
 from engine.files.trees import read_tree
 
 

@@ -129,7 +129,7 @@ def check_folder(root: Path, batch: Batch) -> dict[str, Any]:
         raise UserError(f"{path} was written by another version of this program; choose another --out")
     check_tree(path, before, SHAPE, what="a batch's description")
     if (wrong := _lacking_inside(before)) is not None:
-        raise DamagedError(f"{path} is not a batch's description: {wrong}; move it away")
+        raise DamagedError(f"{path} is not a batch's description: {wrong}")
     check_same(root, before, batch)
     return before
 

@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from engine.errors import UserError
 from engine.files import whole
-from engine.files.trees import read_tree
+from engine.files.say import Say, say_on_stderr
+from engine.files.trees import DamagedError, Shape, read_kept
 from engine.files.whole import file_sha256, write_text
 
 Verify = Literal["size", "full"]
@@ -39,15 +40,26 @@ def publish(part: Path, final: Path, *, check: Callable[[Path], None]) -> FileFa
     return facts
 
 
-def is_done(sidecar: Path, identity: str, *, verify: Verify = "size", key: str = "item_id") -> bool:
+def is_done(
+    sidecar: Path,
+    identity: str,
+    *,
+    verify: Verify = "size",
+    key: str = "item_id",
+    shape: Shape | None = None,
+    say: Say = say_on_stderr,
+) -> bool:
     """Whether a sidecar says that this very result is whole, and the file beside it is the one that it means.
 
     `sidecar[key]` is the identity by content, `sidecar["output"]` the `FileFacts` of a file in the same folder; `size`
-    compares its length, `full` its SHA-256 as well. A file that is missing or differs counts as not done. Raises UserError
-    if the sidecar belongs to another result: the place is taken, and nothing of it is replaced.
+    compares its length, `full` its SHA-256 as well. A file that is missing or differs counts as not done, and so does a
+    sidecar that is damaged or lacks something of `shape`; a line tells of what is there and is made again.
+
+    Raises:
+        UserError: the sidecar belongs to another result: the place is taken, and nothing of it is replaced.
     """
-    shape = {key: str, "output.file": str, "output.bytes": int, "output.sha256": str}
-    tree = read_tree(sidecar, shape, what="the sidecar of a result")
+    needed = {key: str, "output.file": str, "output.bytes": int, "output.sha256": str} | (shape or {})
+    tree = read_kept(sidecar, needed, what="the sidecar of a result", say=say)
     if tree is None:
         return False
     if tree[key] != identity:
@@ -55,16 +67,24 @@ def is_done(sidecar: Path, identity: str, *, verify: Verify = "size", key: str =
             f"{sidecar} belongs to another result ({key} {tree[key]}, not {identity}); choose another output folder"
         )
     output = tree["output"]
-    path = beside(sidecar, output["file"])
-    if not path.is_file() or path.stat().st_size != output["bytes"]:
+    try:
+        path = beside(sidecar, output["file"])
+    except DamagedError as error:
+        say(f"{error.reason}; it is made again")
         return False
-    return verify == "size" or file_sha256(path) == output["sha256"]
+    if not path.is_file():
+        return False
+    same_size = path.stat().st_size == output["bytes"]
+    if same_size and (verify == "size" or file_sha256(path) == output["sha256"]):
+        return True
+    say(f"{path} is not the file that its sidecar describes; it is made again")
+    return False
 
 
 def beside(sidecar: Path, name: str) -> Path:
-    """The file that a sidecar names, which lies in its folder; UserError for a name that leads out of it."""
+    """The file that a sidecar names, which lies in its folder; DamagedError for a name that leads out of it."""
     if Path(name).name != name:
-        raise UserError(f"{sidecar} names the file {name!r:.60}, which is not beside it; move it away")
+        raise DamagedError(f"{sidecar} names the file {name!r:.60}, which is not beside it")
     return sidecar.with_name(name)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from engine.errors import UserError
 from engine.files.folders import foreign_entry
+from engine.files.trees import read_json
 from engine.files.whole import part_path
 
 
@@ -63,6 +64,27 @@ def _check_name(path: Path, part: Path) -> None:
         )
 
 
+# What a video takes at least, with hardly any motion or detail.
+_LEAST_BITS_PER_PIXEL = {"mp4": 0.02, "webp": 0.02, "gif": 0.1, "png": 0.2}
+
+
+def least_video_bytes(num_frames: int, height: int, width: int, *, kind: str = "mp4") -> int:
+    """What the file of a video, or its folder of frames, takes at least."""
+    return round(_LEAST_BITS_PER_PIXEL[kind] / 8 * num_frames * height * width)
+
+
+def checkpoint_bytes(model: Path, latents: int) -> int:
+    """What a checkpoint of a run takes: latents of so many bytes, and the samples and predictions that the solver remembers.
+
+    The scheduler's configuration in the folder of the model says how many these are.
+    """
+    config = read_json(model / "scheduler/scheduler_config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("solver_order"), int):
+        return latents  # a solver of single steps
+    samples = 2 if "UniPC" in str(config.get("_class_name")) else 1
+    return latents * (samples + max(1, config["solver_order"]))
+
+
 def check_space(needed: Mapping[Path, int], *, what: str) -> None:
     """Raise UserError unless the disks have the bytes that files in existing folders need at least; `what` they are."""
     by_disk: dict[int, tuple[Path, int]] = {}
@@ -74,7 +96,7 @@ def check_space(needed: Mapping[Path, int], *, what: str) -> None:
         free = shutil.disk_usage(folder).free
         if free < total:
             raise UserError(
-                f"{what} need at least {describe_size(total)} in {folder}, which has {describe_size(free)} free; free some "
+                f"{folder} has {describe_size(free)} free, and at least {describe_size(total)} are needed for {what}; free some "
                 "space, or choose another folder"
             )
 

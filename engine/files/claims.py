@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.files.locks import HeldError, Say, hold, holder_of, locked, say_on_stderr
+from engine.files.locks import HeldError, hold, holder_of, locked
+from engine.files.say import Say, say_on_stderr
 from engine.files.whole import sweep
 
 

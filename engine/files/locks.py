@@ -12,19 +12,17 @@ import fcntl
 import json
 import os
 import socket
-import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from engine.errors import UserError
 from engine.files.processes import is_running, start_time, this_place
+from engine.files.say import Say, say_on_stderr
 from engine.files.whole import part_path
-
-Say = Callable[[str], None]
 
 BEAT_SECONDS = 1.5
 # A holder elsewhere whose last heartbeat is older than this has ended; of a younger one this is how long the next is waited for.
@@ -34,11 +32,6 @@ _POLL_SECONDS = 0.05
 _READ_SECONDS = 5.0
 
 _NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL)
-
-
-def say_on_stderr(line: str) -> None:
-    """Tell a person something while a command works."""
-    sys.stderr.write(f"{line}\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +171,8 @@ def _create(path: Path, content: bytes) -> int | None:
     """Make the lock file with its content in it; None if another process was faster."""
     part = part_path(path)
     descriptor = _write_new(part, content)
+    if descriptor is None:
+        return None
     try:
         os.link(part, path)
         return descriptor
@@ -193,11 +188,15 @@ def _create(path: Path, content: bytes) -> int | None:
         part.unlink(missing_ok=True)
 
 
-def _write_new(path: Path, content: bytes) -> int:
+def _write_new(path: Path, content: bytes) -> int | None:
+    """Make a file that does not exist, with the kernel's lock on it; None if another process took it for a dead one's."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         while _flock(descriptor) is False:  # another process is looking whether it is free
             time.sleep(_POLL_SECONDS)
+        if not _has_name(descriptor, path):
+            os.close(descriptor)
+            return None
         os.write(descriptor, content)
     except BaseException:
         os.close(descriptor)

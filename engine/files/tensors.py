@@ -32,4 +32,4 @@ def read_metadata(path: Path) -> dict[str, str] | None:
             return {str(key): str(value) for key, value in metadata.items()}
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, FileNotFoundError) as error:
         why = error if isinstance(error, ValueError) and not isinstance(error, UnicodeDecodeError) else "no header"
-        raise DamagedError(f"{path} is not a whole safetensors file ({why}); delete it or move it away") from error
+        raise DamagedError(f"{path} is not a whole safetensors file ({why})") from error

@@ -7,6 +7,7 @@ from types import UnionType
 from typing import Any
 
 from engine.errors import UserError
+from engine.files.say import Say, say_on_stderr
 
 # What a JSON file must hold to be what it is taken for: the type at each dotted key.
 Shape = dict[str, type | UnionType]
@@ -19,7 +20,11 @@ MOST_SETTINGS = 100_000
 
 
 class DamagedError(UserError):
-    """A file whose content is not what its name promises: cut, overwritten, or of another kind."""
+    """A file whose content is not what its name promises: cut, overwritten, or of another kind; `reason` without advice."""
+
+    def __init__(self, reason: str, remedy: str = "move it away") -> None:
+        super().__init__(f"{reason}; {remedy}")
+        self.reason = reason
 
 
 def parse_json(data: str | bytes, name: str, *, remedy: str = "move it away") -> Any:
@@ -35,19 +40,18 @@ def parse_json(data: str | bytes, name: str, *, remedy: str = "move it away") ->
         if "\\u" in text:  # half of a surrogate pair can be neither printed nor written
             json.dumps(tree, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
-        raise DamagedError(f"{name} is not UTF-8 text; {remedy}") from error
+        raise DamagedError(f"{name} is not UTF-8 text", remedy) from error
     except UnicodeEncodeError as error:
-        raise DamagedError(f"{name} holds text that is not Unicode; {remedy}") from error
+        raise DamagedError(f"{name} holds text that is not Unicode", remedy) from error
     except json.JSONDecodeError as error:
-        raise DamagedError(f"{name} is not JSON ({error}); {remedy}") from error
+        raise DamagedError(f"{name} is not JSON ({error})", remedy) from error
     except RecursionError as error:
-        raise DamagedError(f"{name} is nested too deeply; {remedy}") from error
+        raise DamagedError(f"{name} is nested too deeply", remedy) from error
     except ValueError as error:  # an integer of thousands of digits
-        raise DamagedError(
-            f"{name} holds a number that is too long ({str(error).partition(';')[0]}); {remedy}"
-        ) from error
+        why = str(error).partition(";")[0]
+        raise DamagedError(f"{name} holds a number that is too long ({why})", remedy) from error
     if (wrong := absurd(tree)) is not None:
-        raise DamagedError(f"{name} {wrong}; {remedy}")
+        raise DamagedError(f"{name} {wrong}", remedy)
     return tree
 
 
@@ -89,6 +93,15 @@ def read_tree(path: Path, shape: Shape, *, what: str) -> dict[str, Any] | None:
     return tree
 
 
+def read_kept(path: Path, shape: Shape, *, what: str, say: Say = say_on_stderr) -> dict[str, Any] | None:
+    """`read_tree` of a file that can be made again: None, and a line that says so, for one that is damaged."""
+    try:
+        return read_tree(path, shape, what=what)
+    except DamagedError as error:
+        say(f"{error.reason}; it is made again")
+        return None
+
+
 _MISSING = object()
 
 
@@ -97,6 +110,8 @@ def _load(path: Path) -> Any:
         data = path.read_bytes()
     except FileNotFoundError:
         return _MISSING
+    except IsADirectoryError as error:
+        raise DamagedError(f"{path} is a folder, where a file should be") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; mend it, or give another place") from error
     return parse_json(data, str(path))
@@ -105,7 +120,7 @@ def _load(path: Path) -> Any:
 def check_tree(path: Path, tree: Any, shape: Shape, *, what: str) -> None:
     """Raise DamagedError, which names the file and says it is not `what`, unless the tree read from it holds `shape`."""
     if (wrong := lacking(tree, shape)) is not None:
-        raise DamagedError(f"{path} is not {what}: {wrong}; move it away")
+        raise DamagedError(f"{path} is not {what}: {wrong}")
 
 
 def lacking(tree: Any, shape: Shape) -> str | None:

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from engine.contact_sheet import spaced
-from engine.errors import UserError
-from engine.files.whole import atomic_path
+from engine.files.whole import atomic_path, write_text
 from engine.read_video import read_video
 from launch.analysis.plots import Strip, draw_flows, draw_frames, draw_heads, draw_low_rank, draw_progress, draw_windows
 from launch.analysis.spectra import Rows, SpectraStore, concentration, mean_and_error, over_prompts
 from launch.comparison.measure import Measured, measure_all, native_frames
 from launch.comparison.plots import save_figure
 from launch.comparison.store import Comparison
+from launch.outputs import writing_report
 from metrics.bootstrap import paired_interval
 from metrics.video import VIDEO_UNITS
 
@@ -37,17 +37,14 @@ def write_analysis(
 
     `made_with` are the settings, method, checkpoint and prompts, which stand in report.json.
     """
-    try:
+    with writing_report(folder):
         told = _write_spectra(folder, spectra.read())
         report: dict[str, Any] = {"comparison": made_with, "spectra": told}
         if low_rank.prompts:
             measured = measure_all(low_rank.videos, clip_frames=native_frames(low_rank), world=False, progress=progress)
             report["low_rank"] = _write_low_rank(folder, low_rank, measured, ratios)
         text = json.dumps(report, indent=2, allow_nan=False)
-        with atomic_path(folder / "report.json") as part:
-            part.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+        write_text(folder / "report.json", text + "\n")
     late = told["stages"]["late"]["windows"]
     native, widest = late[0]["mean"]["mean"], late[-1]["mean"]["mean"]
     return (

@@ -13,8 +13,9 @@ import numpy as np
 from engine.contact_sheet import spaced
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.files.trees import Shape, lacking, parse_json
-from engine.files.whole import atomic_path
+from engine.files.say import say_on_stderr
+from engine.files.trees import DamagedError, Shape, lacking, read_json
+from engine.files.whole import write_text
 from engine.window_spectra import WindowSpectra
 from launch.comparison.summary import as_json
 from metrics.bootstrap import mean_interval, paired_interval
@@ -44,14 +45,33 @@ class SpectraStore:
 
     @property
     def done(self) -> list[bool]:
-        """Which prompts have their rows."""
-        return [self.file(index).is_file() for index in range(len(self.prompts))]
+        """Which prompts have their rows; a line for each whose file is damaged."""
+        return [self._rows(index) is not None for index in range(len(self.prompts))]
+
+    def _rows(self, index: int) -> Rows | None:
+        """The rows of one prompt; None if they are not there, or damaged."""
+        try:
+            rows = read_json(self.file(index))
+            if rows is None or (isinstance(rows, list) and rows and all(lacking(row, _ROW) is None for row in rows)):
+                return rows
+            reason = f"{self.file(index)} holds no spectra"
+        except DamagedError as error:
+            reason = error.reason
+        say_on_stderr(f"{reason}; it is made again")
+        return None
 
     def observe(self, engine: LongVideoEngine, index: int) -> None:
         """Denoise one prompt and keep the spectra that were seen beside it; all ranks call this, rank 0 writes."""
         steps = spaced(engine.config.sampler.num_steps, self.num_points)
         spectra = WindowSpectra(steps=frozenset(steps))
-        denoised = engine.denoise(self.prompts[index], seed=self.seed, trace=spectra)
+        checkpoint = self.file(index).with_suffix(".checkpoint.safetensors")
+        denoised = engine.denoise(
+            self.prompts[index],
+            seed=self.seed,
+            checkpoint=checkpoint,
+            checkpoint_every=engine.config.output.checkpoint_every,
+            trace=spectra,
+        )
         if not engine.is_first:
             return
         total = len(denoised.steps)
@@ -61,21 +81,15 @@ class SpectraStore:
             for row in spectra.rows
         ]
         self.file(index).parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(self.file(index)) as part:
-            part.write_text(json.dumps(rows, allow_nan=False), encoding="utf-8")
+        write_text(self.file(index), json.dumps(rows, allow_nan=False))
+        checkpoint.unlink(missing_ok=True)
 
     def read(self) -> Rows:
         """The rows of all prompts."""
         rows: Rows = []
         for index in range(len(self.prompts)):
-            file, remedy = self.file(index), "delete it to make it again"
-            try:
-                data = file.read_bytes()
-            except OSError as error:
-                raise UserError(f"cannot read {file} ({error}); {remedy}") from error
-            found = parse_json(data, str(file), remedy=remedy)
-            if not isinstance(found, list) or any(lacking(row, _ROW) is not None for row in found):
-                raise UserError(f"{file} holds no spectra; {remedy}")
+            if (found := self._rows(index)) is None:
+                raise UserError(f"{self.file(index)} cannot be read any more; start the same command again")
             rows += found
         return rows
 

@@ -15,7 +15,8 @@ from launch.cli import parse_run
 from launch.launcher import asked_value
 
 DESCRIPTION = "Make the same video with every method, and one picture that shows them one above the other."
-UNREAD = (*OF_ONE_VIDEO, "method.name")
+_NAMED_HERE = tuple(key for key in OF_ONE_VIDEO if key != "output.overwrite")
+UNREAD = (*_NAMED_HERE, "method.name")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +33,7 @@ def read(argv: list[str]) -> Arguments:
     namespace, config = parse_run(
         argv, name="demo.py", description=DESCRIPTION, add_arguments=add_arguments, unread=UNREAD
     )
-    check_output(config.output, "demo.py")
+    check_output(config.output, "demo.py", unread=_NAMED_HERE)
     if asked_value(argv, "--method.name") or asked_value(argv, "--method"):
         raise UserError("demo.py makes one video with each of its methods; leave --method.name out")
     check_environment()

@@ -11,9 +11,9 @@ _NUM_SEEDS = 2**63  # what a seed must be less than (SamplerConfig)
 OF_ONE_VIDEO = ("output.path", "output.overwrite", "output.save_latents", "output.trace")
 
 
-def check_output(output: OutputConfig, name: str) -> None:
+def check_output(output: OutputConfig, name: str, *, unread: Sequence[str] = OF_ONE_VIDEO) -> None:
     """Raise UserError for settings of `output` that the command would not read."""
-    default, keys = OutputConfig(), [name.partition(".")[2] for name in OF_ONE_VIDEO]
+    default, keys = OutputConfig(), [name.partition(".")[2] for name in unread]
     given = [f"output.{key}" for key in keys if getattr(output, key) != getattr(default, key)]
     if given:
         verb = "is" if len(given) == 1 else "are"

@@ -114,7 +114,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         ("start_timeout", float, 1800.0, "seconds a replica may take to load"),
         ("checkpoint_every", int, 5, "steps between checkpoints of an item; 0 writes none"),
         ("keep_latents", bool, False, "keep the latents of every video"),
-        ("verify", Verify, "size", "how finished videos are looked at: their sizes, or their SHA-256"),
+        ("verify", Verify, "full", "how finished videos are looked at: full, their SHA-256, or size alone"),
         ("retry_quarantined", bool, False, "try items again that failed for good"),
         ("gpu", str, None, "one of configs/gpus, for the prediction of --dry_run"),
     ):

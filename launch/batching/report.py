@@ -16,7 +16,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files.checks import describe_size
 from engine.files.storage import REMEDY_FULL, describe_remedy
-from engine.files.trees import Shape, read_tree
+from engine.files.trees import DamagedError, Shape, read_tree
 from launch.batching.options import Options
 from launch.batching.work import Work
 from launch.command import LostRankError
@@ -84,11 +84,28 @@ def say_start(options: Options, files: BatchFiles, batch: Batch, mine: Sequence[
     )
 
 
+def check_room(options: Options, files: BatchFiles, config: RunConfig, work: Work) -> None:
+    """Raise UserError for a disk without room for the first items; say so of one that the others may fill."""
+    disk = disk_forecast(files, config, work.todo, replicas=options.replicas, keep_latents=options.keep_latents)
+    if disk.free < disk.least:
+        raise UserError(
+            f"{files.root} has {describe_size(disk.free)} free, and at least {describe_size(disk.least)} are needed for what is "
+            f"made at once; {REMEDY_FULL}, or choose another --out; {SUPPORT}"
+        )
+    if disk.free < disk.needed:
+        print(
+            f"{files.root} has {describe_size(disk.free)} free, and {len(work.todo)} items take about "
+            f"{describe_size(disk.needed)} ({disk.how})",
+            flush=True,
+        )
+
+
 def say_end(
     files: BatchFiles, driver: Driver | None, *, done: Sequence[Item], given_up: Sequence[Item], num_lines: int
 ) -> None:
     """How it went: times, replicas that were given up, and how many items are done; `num_lines` is of the manifest."""
-    for line in report([_sidecar(files, item) for item in done]) if done else []:
+    made = [tree for item in done if (tree := _sidecar(files, item)) is not None]
+    for line in report(made) if made else []:
         print(line)
     for seat in driver.seats if driver else ():
         if seat.state == "gone" and seat.failure is not None:
@@ -162,8 +179,10 @@ def _without_latents(files: BatchFiles, done: Sequence[Item], options: Options) 
     ]
 
 
-def _sidecar(files: BatchFiles, item: Item) -> dict[str, Any]:
-    tree = read_tree(files.of(item).sidecar, REPORTED, what="the sidecar of a video")
-    if tree is None:
-        raise UserError(f"{files.of(item).sidecar} was there a moment ago and is gone; start the same command again")
-    return tree
+def _sidecar(files: BatchFiles, item: Item) -> dict[str, Any] | None:
+    """The sidecar of a finished item; None, and a line, for one that the summary has to do without."""
+    try:
+        return read_tree(files.of(item).sidecar, REPORTED, what="the sidecar of a video")
+    except DamagedError as error:
+        print(f"left out of the summary: {error}")
+        return None

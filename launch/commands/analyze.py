@@ -10,6 +10,7 @@ import torch
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.files.whole import describe_error
 from engine.paths import expand
 from engine.planner.model import read_model
 from engine.progress import enabled
@@ -20,6 +21,7 @@ from launch.comparison.checks import check_longer
 from launch.comparison.make import check_variants, make_missing, missing_videos
 from launch.comparison.store import Comparison, as_read, decisive_settings, open_folder
 from launch.comparison.variants import Variant
+from launch.outputs import claim_outputs
 from launch.prompts import look_at_prompts
 from launch.ranks import Party, open_ranks
 from launch.stopping import Place, Stopped
@@ -46,11 +48,13 @@ def run(asked: Arguments) -> None:
         seeds=[config.sampler.seed],
     )
     now = describe(config, spectra)
-    make(asked, spectra, low_rank, now)
-    place = Place.of_environment()
-    if place is not None and place.rank > 0:
-        return
-    print(write_analysis(folder, spectra, low_rank, ratios, made_with=now, progress=enabled(config.output.progress)))
+    with contextlib.ExitStack() as stack:
+        make(asked, spectra, low_rank, now, stack)
+        place = Place.of_environment()
+        if place is not None and place.rank > 0:
+            return
+        progress = enabled(config.output.progress)
+        print(write_analysis(folder, spectra, low_rank, ratios, made_with=now, progress=progress))
 
 
 def low_rank_variants(config: RunConfig, shares: list[float]) -> tuple[list[Variant], dict[str, float]]:
@@ -97,12 +101,16 @@ def describe(config: RunConfig, spectra: SpectraStore) -> dict[str, Any]:
     )
 
 
-def make(asked: Arguments, spectra: SpectraStore, low_rank: Comparison, now: dict[str, Any]) -> None:
-    """Run whatever is not kept yet; all ranks call this. `now` is what `describe` says."""
+def make(
+    asked: Arguments, spectra: SpectraStore, low_rank: Comparison, now: dict[str, Any], stack: contextlib.ExitStack
+) -> None:
+    """Run whatever is not kept yet; all ranks call this. `now` is what `describe` says; `stack` holds the folder's claim."""
     config, agree = asked.config, [json.dumps(now, sort_keys=True), str(low_rank.seeds)]
     with open_ranks(config, prompts=agree, verbose=asked.given.verbose) as party:
         check_variants(low_rank.variants, party)
         look_at_prompts(config, asked.prompts.named, party)
+        report = [spectra.folder / "report.json", low_rank.folder / "comparison.json"]
+        party.check_on_first(lambda: stack.enter_context(claim_outputs(report, flag="--out")))
         party.check_on_first(lambda: open_folder(spectra.folder, "analysis.json", now))
         party.check_on_first(low_rank.open)
         unseen = [index for index, done in enumerate(party.ask_first(lambda: spectra.done)) if not done]
@@ -128,7 +136,7 @@ def observe(engine: LongVideoEngine, spectra: SpectraStore, unseen: list[int], p
                 "and the same command continues"
             ) from error
         except OSError as error:
-            raise UserError(f"cannot write {spectra.file(index)}: {error.strerror or error}") from error
+            raise UserError(describe_error(error, spectra.file(index))) from error
         if engine.is_first:
             print(
                 f"{number + 1} of {len(unseen)}, {spectra.file(index)}: spectra of {spectra.prompts[index]!r}",

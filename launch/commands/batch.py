@@ -29,7 +29,7 @@ from launch.arguments.batch import Arguments, Status, read
 from launch.batching.devices import check_devices, fix_degrees, resolve_model
 from launch.batching.options import Options
 from launch.batching.replicas import open_replicas
-from launch.batching.report import SUPPORT, halted, say_end, say_given_up, say_plan, say_start
+from launch.batching.report import SUPPORT, check_room, halted, say_end, say_given_up, say_plan, say_start
 from launch.batching.terminal import Terminal
 from launch.batching.work import Prepare, Work
 from launch.commands import status
@@ -66,6 +66,8 @@ def run(given: Arguments) -> int:
         own_shard(options.out, options.shard),
     ):
         work = find_work(files, mine, options)
+        if work.todo:
+            check_room(options, files, config, work)
         say_start(options, files, batch, mine, work)
         if work.todo:
             return make(config, options, batch, files, work)

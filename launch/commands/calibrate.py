@@ -15,7 +15,7 @@ from engine.batch.locks import Shard, own_shard
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.files.whole import atomic_path
+from engine.files.whole import atomic_path, write_json, write_text
 from engine.paths import expand
 from engine.progress import enabled
 from launch.arguments.calibrate import NAME, Arguments, read
@@ -29,6 +29,7 @@ from launch.comparison.measure import Measured, not_world
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison
 from launch.comparison.summary import as_json
+from launch.outputs import writing_report
 from launch.prompts import look_at_prompts
 from launch.ranks import Party, open_ranks
 from launch.stopping import Place, Stopped
@@ -171,7 +172,7 @@ def _write(folder: Path, report: dict[str, Any], best: RunConfig) -> str:
 
     The preset has every setting of the judged run's method, so that it says the same whatever the defaults become.
     """
-    try:
+    with writing_report(folder):
         with atomic_path(folder / "trials.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
             counts = [each["prompts"] for each in report["rounds"]]
             names = [f"score_{count}_prompts" for count in counts]
@@ -180,17 +181,13 @@ def _write(folder: Path, report: dict[str, Any], best: RunConfig) -> str:
             for label, settings in report["trials"].items():
                 found = [each["scores"].get(label) for each in report["rounds"]]
                 writer.writerow({"trial": label} | settings | dict(zip(names, found, strict=True)))
-        with atomic_path(folder / "report.json") as part:
-            part.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(folder / "report.json", report)
         judged, preset = report["judged"], folder / "calibrated.yaml"
         preset.unlink(missing_ok=True)  # of an earlier, narrower search
         if judged is None:
             return f"{folder}: no trial was better than the settings that the search began with; they stay"
         if judged["supported"]:
-            with atomic_path(preset) as part:
-                part.write_text(_preset(best, report["comparison"]["settings"]["checkpoint"]))
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
+            write_text(preset, _preset(best, report["comparison"]["settings"]["checkpoint"]))
     found = judged["difference"]
     interval = "no interval" if found["low"] is None else f"95 % interval {found['low']:+.3f} to {found['high']:+.3f}"
     verdict = f"supported, see {preset}" if judged["supported"] else "not supported: the settings stay as they are"

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine.batch.locks import Shard, own_shard
 from engine.engine import LongVideoEngine
+from engine.files.checks import check_places
 from engine.paths import expand
 from engine.progress import enabled
 from launch.arguments.compare import Arguments, read
@@ -15,7 +16,6 @@ from launch.comparison.kept_measures import check_kept, measure_every
 from launch.comparison.make import check_variants, make_missing, missing_videos
 from launch.comparison.report import NothingToReportError, write_report
 from launch.comparison.store import Comparison
-from launch.outputs import check_outputs
 from launch.prompts import look_at_prompts
 from launch.ranks import open_ranks
 from launch.stopping import Place, Stopped
@@ -47,7 +47,7 @@ def run(asked: Arguments) -> None:
         return
     comparison.check()
     check_kept(comparison)
-    _check_report(folder)
+    check_places([folder / "report.json"])
     try:
         told = _unless_stopped(
             comparison, lambda: write_report(comparison, folder=folder, baseline=asked.baseline, progress=progress)
@@ -71,16 +71,12 @@ def make_videos(comparison: Comparison, prompts: Prompts, shard: Shard, *, repor
         look_at_prompts(config, prompts.named, party)
         party.check_on_first(lambda: check_kept(comparison))
         party.check_on_first(comparison.open)
-        party.check_on_first(lambda: _check_report(report))
+        party.check_on_first(lambda: check_places([report / "report.json"]))
         party.check_on_first(lambda: stack.enter_context(own_shard(comparison.folder, shard)))
         missing = missing_videos(comparison, party, shard)
         if missing:
             engine = stack.enter_context(contextlib.closing(LongVideoEngine(config, party.ranks)))
             make_missing(engine, comparison, missing, party)
-
-
-def _check_report(folder: Path) -> None:
-    check_outputs([folder / "report.json"], overwrite=True, overwrite_flag="")
 
 
 def _measure_shard(comparison: Comparison, shard: Shard, *, progress: bool) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,15 @@ from engine.config import RunConfig
 from engine.decoder import open_decoder
 from engine.denoise import check_finite
 from engine.errors import UserError
+from engine.files.checks import check_space, least_video_bytes
 from engine.files.trees import parse_json
+from engine.load import fetch, find_checkpoint, read_spec
 from engine.paths import expand
+from engine.read_video import measure
 from launch.arguments.decode import Arguments, read
 from launch.cli import make_parser, refuse_null
 from launch.outputs import OutputFiles, claim_outputs, frame_folders, refuse_existing
-from launch.render import render
+from launch.render import render, video_size
 from launch.stages import check_decoded, describe_finished
 from launch.stages import read_record as read_finished
 from launch.stopping import all_is_made
@@ -43,25 +47,36 @@ def run(given: Arguments) -> None:
 
     files = OutputFiles(video=expand(config.output.path), latents=source, keep_latents=True)
     with contextlib.ExitStack() as last, claim_outputs(files.decoded, flag="--output", folders=frame_folders([files])):
-        if not config.output.overwrite and (finished := describe_decoded(files, record, config)) is not None:
+        model = config.model
+        spec = read_spec(fetch(find_checkpoint(model.path), model.revision, parts=(), offline=model.offline))
+        check_shape(latents, spec.channels, source)
+        size = video_size(latents, spec)
+        if not config.output.overwrite and (finished := describe_decoded(files, record, config, size)) is not None:
             print(finished)
             return
+        check_space({files.video: least_video_bytes(*size, kind=files.kind)}, what="the video")
         record = record | {"config": record["config"] | decoded_by(config), "decoded_from": source.name}
         with open_decoder(config) as decoder:
-            check_shape(latents, decoder.spec.channels, source)
             fps, replace = config.video.fps, config.output.overwrite
             record = render(decoder, latents, record, files, output=config.output, fps=fps, replace=replace)
             last.enter_context(all_is_made())
     print(f"{files.video}: {record['video']['num_frames']} frames; decoded in {record['seconds']['decode']:.1f} s")
 
 
-def describe_decoded(files: OutputFiles, record: dict[str, Any], config: RunConfig) -> str | None:
-    """A line for a video that is decoded already; None if there are no files yet, UserError if others are there."""
+def describe_decoded(
+    files: OutputFiles, record: dict[str, Any], config: RunConfig, size: tuple[int, int, int]
+) -> str | None:
+    """A line for a video that is decoded already; None if there is none yet, UserError if other files are there.
+
+    A video of these frames, rows and columns without a record is what an interrupted run may have left: it is decoded again,
+    and stays if it is another one.
+    """
     flag = "--overwrite"
     before = read_finished(files.record)
     settings = _settings_of(record)
     if before is None or settings is None:
-        refuse_existing(files.decoded, flag)
+        is_left = not os.path.lexists(files.record) and files.video.is_file() and measure(files.video) == size
+        refuse_existing([] if is_left else files.decoded, flag)
         return None
     check_decoded(files, before, config, settings, flag)
     return describe_finished(files, before, flag)

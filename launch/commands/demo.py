@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 from engine.config import RunConfig
 from engine.contact_sheet import Row, comparison, spaced, write_picture
 from engine.engine import LongVideoEngine
+from engine.errors import UserError
+from engine.files.whole import describe_error
 from engine.read_video import read_video
 from launch.arguments.demo import Arguments, read
-from launch.commands.generate import make_video, summary
-from launch.outputs import OutputFiles, claim_outputs, plan_outputs
+from launch.commands.generate import find_stages, make_video, summary
+from launch.outputs import OutputFiles, claim_outputs, plan_outputs, refuse_existing
 from launch.prompts import look_at_prompts
 
 NOTES = {"direct": "full attention", "sliding_window": "native window", "freespec": "both, fused"}
@@ -25,29 +28,46 @@ def main(argv: list[str]) -> None:
 
 
 def run(given: Arguments) -> None:
-    """Load the model once, make the three videos, then the picture."""
-    config, folder = given.config, given.folder
+    """Make what is missing of the three videos with one load of the model, then the picture."""
+    config, folder, prompt = given.config, given.folder, given.prompt
     configs = {name: for_method(config, name, folder) for name in NOTES}
     outputs = {name: plan_outputs(each.output, 1)[0] for name, each in configs.items()}
     picture = folder / "comparison.png"
     paths = [picture, *(path for files in outputs.values() for path in files.all)]
-    look_at_prompts(config, [("the prompt", given.prompt)])
-    records = {}
-    with claim_outputs(paths, flag="--folder"), contextlib.closing(LongVideoEngine(config)) as engine:
+    look_at_prompts(config, [("the prompt", prompt)])
+    with claim_outputs(paths, flag="--folder"), contextlib.ExitStack() as stack:
+        stages = {name: find_stages([prompt], [files], configs[name])[0] for name, files in outputs.items()}
+        left = [name for name, stage in stages.items() if stage != "finished"]
+        if not left and picture.exists():
+            return
+        if not config.output.overwrite:
+            refuse_existing([picture], "--output.overwrite")
+        engine = stack.enter_context(contextlib.closing(LongVideoEngine(config))) if left else None
+        records = {}
         for name, files in outputs.items():
-            engine.use_method(configs[name].method, configs[name].output)
-            records[name] = make_video(engine, configs[name], given.prompt, files, replace=True)
-            print(summary(records[name], files))
-        write_picture(picture, compare(records, outputs, num_columns=8))
+            if name not in left or engine is None:
+                records[name] = json.loads(files.record.read_text(encoding="utf-8"))
+                continue
+            chosen = configs[name]
+            engine.use_method(chosen.method, chosen.output)
+            replace = chosen.output.overwrite
+            records[name] = make_video(engine, chosen, prompt, files, stage=stages[name], replace=replace)
+            print(summary(records[name], files), flush=True)
+        try:
+            write_picture(picture, compare(records, outputs, num_columns=8), replace=config.output.overwrite)
+        except OSError as error:
+            raise UserError(
+                f"{describe_error(error, picture)}; the videos are whole, and the same command makes it of them"
+            ) from error
     print(f"{picture}: the three videos, one above the other")
 
 
 def for_method(config: RunConfig, name: str, folder: Path) -> RunConfig:
-    """The same run with another method, written to its own files; what a former demonstration left is replaced."""
+    """The same run with another method, written to its own files."""
     return dataclasses.replace(
         config,
         method=dataclasses.replace(config.method, name=name),
-        output=dataclasses.replace(config.output, path=str(folder / f"{name}.mp4"), overwrite=True),
+        output=dataclasses.replace(config.output, path=str(folder / f"{name}.mp4")),
     )
 
 

@@ -11,6 +11,7 @@ from jsonargparse import Namespace
 
 from engine.errors import UserError
 from engine.files.locks import HeldError, hold
+from engine.files.say import Say
 from engine.files.storage import writing_to
 from engine.paths import expand
 from evaluation.bench import Bench, Evaluator, PreflightError, preflight
@@ -35,8 +36,9 @@ def run(options: Namespace) -> int:
     """Find the videos, check everything, score what is missing, and report; 1 if something of VBench failed."""
     dimensions = parse_dimensions(options.dimensions)
     evaluator = _evaluator(options)
-    videos = _videos(options)
-    missing = _missing(options)
+    left_out: list[str] = []
+    videos = _videos(options, left_out.append)
+    missing = [*left_out, *_missing(options, videos)]
     for sentence in missing:
         _say(f"not everything is there: {sentence}")
     by_label = groups(videos)
@@ -107,9 +109,9 @@ def _run(
     return 1 if evaluation.failures else 0
 
 
-def _videos(options: Namespace) -> list[Video]:
+def _videos(options: Namespace, say: Say) -> list[Video]:
     """Those of the folders or of the list, with the native length that is given for them, if one is."""
-    videos = read_batches(_roots(options)) if options.runs else read_list(expand(options.videos))
+    videos = read_batches(_roots(options), say) if options.runs else read_list(expand(options.videos))
     if options.native_frames is None:
         return videos
     return [dataclasses.replace(video, native_frames=options.native_frames) for video in videos]
@@ -119,9 +121,9 @@ def _roots(options: Namespace) -> list[Path]:
     return [expand(word.strip()) for word in options.runs.split(",") if word.strip()]
 
 
-def _missing(options: Namespace) -> list[str]:
+def _missing(options: Namespace, videos: Sequence[Video]) -> list[str]:
     """What the folders were asked for and have not; nothing is known of what a list might have had."""
-    return [sentence for root in _roots(options) if (sentence := what_is_missing(root)) is not None]
+    return [sentence for root in _roots(options) if (sentence := what_is_missing(root, videos)) is not None]
 
 
 def _measures(

@@ -8,12 +8,13 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from engine.errors import UserError
-from engine.files.whole import atomic_path
+from engine.files.whole import atomic_path, describe_error, write_text
 from engine.paths import expand
 from launch.arguments.findings import read
 from launch.comparison import sections
 from launch.comparison.kept_reports import TABLES, Report, read_report, refuse_mixed
 from launch.comparison.transfer import transfer_section
+from launch.outputs import claim_outputs
 
 INTRO = """# Findings on the embedded model
 
@@ -44,6 +45,16 @@ def run(options: Namespace) -> None:
     reports = {name: read_report(file, name) for name, file in files.items()}
     refuse_mixed(reports, files)
     plots = {"methods": runs / "methods/plots/clips.png", "analysis": kept / "analysis/rank-progress.png"}
+    with claim_outputs([page], flag="--page"):
+        _write(page, reports, plots, options, kept)
+    missing = [name for name, report in reports.items() if report is None]
+    print(f"{page}: written" + (f"; not measured yet: {', '.join(missing)}" if missing else ""))
+
+
+def _write(
+    page: Path, reports: Mapping[str, Report | None], plots: Mapping[str, Path], options: Namespace, kept: Path
+) -> None:
+    """The page, and the plots that it shows; UserError if one cannot be written."""
     figures = {name: None if reports[name] is None else _figure(plot, page) for name, plot in plots.items()}
     text = "\n".join(
         [
@@ -66,12 +77,9 @@ def run(options: Namespace) -> None:
         ]
     )
     try:
-        with atomic_path(page) as part:
-            part.write_text(text, encoding="utf-8")
+        write_text(page, text)
     except OSError as error:
-        raise UserError(f"cannot write {page}: {error.strerror or error}") from error
-    missing = [name for name, report in reports.items() if report is None]
-    print(f"{page}: written" + (f"; not measured yet: {', '.join(missing)}" if missing else ""))
+        raise UserError(describe_error(error, page)) from error
 
 
 def _so_far(reports: Mapping[str, Report | None]) -> list[str]:

@@ -87,9 +87,10 @@ def find_stages(prompts: list[str], outputs: list[OutputFiles], config: RunConfi
             print(describe_finished(files, record), flush=True)
     if left:
         source, video = find_checkpoint(config.model.path), config.video
-        spec = read_spec(fetch(source, config.model.revision, parts=(), offline=config.model.offline))
-        spec.check_video(video.num_frames, video.height, video.width)
-        check_free_space(left, config, spec.latent_shape(video.num_frames, video.height, video.width))
+        folder = fetch(source, config.model.revision, parts=(), offline=config.model.offline)
+        spec, size = read_spec(folder), (video.num_frames, video.height, video.width)
+        spec.check_video(*size)
+        check_free_space(left, config, spec.latent_shape(*size), model=folder)
     return stages
 
 

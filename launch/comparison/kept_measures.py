@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
+from engine.files.checks import check_places
 from engine.files.locks import locked
 from engine.files.trees import parse_json
 from engine.files.whole import atomic_path
 from launch.comparison.measure import Measured, measure_all, native_frames, not_world, units
 from launch.comparison.store import Comparison, Key, Video, refuse_changes, widen
-from launch.outputs import check_outputs
 
 _HEADER = {"settings": dict, "variants": dict, "prompts": list, "measures": list, "origins": list}
 _ORIGIN = ("device", "parallel", "versions", "git", "model")
@@ -28,7 +28,7 @@ _SECONDS_DIGITS = 4
 def check_kept(comparison: Comparison) -> None:
     """Raise UserError, before a folder is taken or a video made, for a file that could not be used in the end."""
     if comparison.kept_file is not None:
-        check_outputs([comparison.kept_file], overwrite=True, overwrite_flag="")
+        check_places([comparison.kept_file, _lock(comparison.kept_file)])
         read_kept(comparison)
 
 
@@ -82,9 +82,7 @@ def add_kept(comparison: Comparison, measured: Sequence[Measured]) -> None:
         return
     header = _header(comparison) | {"origins": []}
     try:
-        with locked(
-            path.with_name(f".{path.name}.lock")
-        ):  # two reports on some of the methods each would each add to what they read
+        with locked(_lock(path)):  # two reports on some of the methods each would each add to what they read
             lines: dict[Key, Any] = {}
             if path.exists():
                 old, lines = _read(path)
@@ -97,6 +95,10 @@ def add_kept(comparison: Comparison, measured: Sequence[Measured]) -> None:
                 part.write_text("".join(_dump(each) for each in (header, *map(lines.get, order))), encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _lock(path: Path) -> Path:
+    return path.with_name(f".{path.name}.lock")
 
 
 def _header(comparison: Comparison) -> dict[str, Any]:

@@ -6,6 +6,10 @@ from typing import Any
 
 from engine.batch.locks import Shard
 from engine.engine import LongVideoEngine
+from engine.files.say import say_on_stderr
+from engine.files.tensors import read_metadata
+from engine.files.trees import DamagedError
+from engine.load import fetch, find_checkpoint, read_spec
 from engine.parallelism import check_settings
 from engine.planner.model import read_model
 from engine.supported_layouts import check_layout
@@ -13,6 +17,7 @@ from launch.commands.generate import make_video, summary
 from launch.comparison.kept_measures import read_kept
 from launch.comparison.store import Comparison, Video
 from launch.comparison.variants import Variant
+from launch.outputs import check_free_space
 from launch.ranks import Party
 from launch.stages import Stage
 from launch.stopping import Stopped
@@ -30,12 +35,20 @@ def check_variants(variants: Sequence[Variant], party: Party) -> None:
 
 
 def missing_videos(comparison: Comparison, party: Party, shard: Shard | None = None) -> list[Video]:
-    """The videos (of a shard) that are neither there nor kept by their measures, as rank 0 sees it, on every rank."""
+    """The videos (of a shard) that are neither whole nor kept by their measures, as rank 0 sees it, on every rank."""
     videos = comparison.videos_of(shard or Shard())
 
     def look() -> list[bool]:
         kept = read_kept(comparison)
-        return [video.is_done or video.key in kept for video in videos]
+        done = [video.key in kept or video.check() for video in videos]
+        config = comparison.config
+        size = config.video.num_frames, config.video.height, config.video.width
+        missing = [video.files for video, is_done in zip(videos, done, strict=True) if not is_done]
+        if missing:
+            source, model = find_checkpoint(config.model.path), config.model
+            folder = fetch(source, model.revision, parts=(), offline=model.offline)
+            check_free_space(missing, config, read_spec(folder).latent_shape(*size), model=folder)
+        return done
 
     done = party.ask_first(look)
     return [video for video, is_done in zip(videos, done, strict=True) if not is_done]
@@ -46,10 +59,21 @@ def make_missing(engine: LongVideoEngine, comparison: Comparison, missing: Seque
     for index, video in enumerate(missing):
         if index > 0:
             party.wait_for_first(f"{missing[index - 1].files.video} made")
-        stage: Stage = party.ask_first(lambda video=video: "decode" if video.files.latents.exists() else "denoise")
+        stage = party.ask_first(lambda video=video: _stage(video))
         record = _make(engine, comparison, video, stage)
         if record is not None:
             print(f"{index + 1} of {len(missing)}, {summary(record, video.files)}", flush=True)
+
+
+def _stage(video: Video) -> Stage:
+    """Whether latents are there to be decoded; what a failing disk has damaged of the work on a video is deleted."""
+    for path in (video.files.latents, video.files.checkpoint):
+        try:
+            read_metadata(path)
+        except DamagedError as error:
+            say_on_stderr(f"{error.reason}; it is made again")
+            path.unlink()
+    return "decode" if video.files.latents.exists() else "denoise"
 
 
 def _make(engine: LongVideoEngine, comparison: Comparison, video: Video, stage: Stage) -> dict[str, Any] | None:

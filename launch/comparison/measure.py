@@ -1,7 +1,6 @@
 """Measures of the videos of a comparison, from the files that a reader sees, each kept beside its video."""
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.errors import UserError
-from engine.files.trees import parse_json
-from engine.files.whole import atomic_path
+from engine.files.trees import Shape, read_kept
+from engine.files.whole import write_json
 from engine.read_video import read_video
 from launch.comparison.checks import read_video_spec
 from launch.comparison.store import Comparison, Video
@@ -67,20 +66,22 @@ def measure_all(videos: Iterable[Video], *, clip_frames: int, world: bool, progr
 
 
 def _measure(video: Video, *, clip_frames: int, world: bool, version: str) -> Measured:
-    record = _read_json(video.files.record)
+    record = video.record
+    if record is None:
+        raise UserError(f"{video.files.record} was there a moment ago and is gone; start the same command again")
     digest = hashlib.sha256(video.files.video.read_bytes()).hexdigest()
     if digest != record["video"]["sha256"]:
         raise UserError(
             f"{video.files.video} is not the file that its record tells of; delete both to make it again, and its line in the file of --measures if there is one"
         )
     key = {"video": digest, "version": version, "clip_frames": clip_frames, "world": world, "prompt": video.prompt}
-    kept = _read_json(video.measures) if video.measures.is_file() else {}
-    if kept.get("key") != key:
+    shape: Shape = {"key": dict, "values": dict, "by_clip": dict}
+    kept = read_kept(video.measures, shape, what="the measures of a video")
+    if kept is None or kept["key"] != key:
         frames = np.stack(list(read_video(video.files.video)))
         values, by_clip = _measures(frames, video.prompt, clip_frames=clip_frames, world=world)
         kept = {"key": key, "values": {name: _json(value) for name, value in values.items()}, "by_clip": by_clip}
-        with atomic_path(video.measures) as part:
-            part.write_text(json.dumps(kept, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(video.measures, kept)
     values = {name: math.nan if value is None else value for name, value in kept["values"].items()}
     return Measured(video=video, record=record, values=values, by_clip=kept["by_clip"], version=version)
 
@@ -93,18 +94,6 @@ def _measures(
         return found.values, found.by_clip
     exact = world_metrics(frames, prompt, clip_frames)
     return found.values | exact.values, found.by_clip | {"identity_kept": exact.identity_by_clip}
-
-
-def _read_json(path: Any) -> dict[str, Any]:
-    remedy = "delete it to make it again"
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error}); {remedy}") from error
-    tree = parse_json(data, str(path), remedy=remedy)
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds no keys; {remedy}")
-    return tree
 
 
 def _json(value: float) -> float | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.files.whole import atomic_path
+from engine.files.whole import atomic_path, write_text
 from launch.comparison import markdown
 from launch.comparison.checks import is_native
 from launch.comparison.kept_measures import add_kept, measure_there
@@ -19,6 +19,7 @@ from launch.comparison.page import write_page
 from launch.comparison.plots import draw_clips, draw_metrics, draw_times, save_figure
 from launch.comparison.store import Comparison
 from launch.comparison.summary import Row, as_json, clips, comparable, summarise, times
+from launch.outputs import writing_report
 from metrics.bootstrap import LEVEL, RESAMPLES
 from metrics.version import source_digest
 
@@ -60,8 +61,7 @@ def write_report(comparison: Comparison, *, folder: Path, baseline: str, progres
     }
     series = {metric: found for metric, found in series.items() if any(found.values())}
     notes = _notes(comparison, measured, reason=reason, clip_frames=clip_frames, baseline=baseline)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing_report(folder):
         plots = _write_plots(folder / "plots", rows, labels, time, series)
         _write_tables(folder, rows, measured)
         report = {
@@ -80,7 +80,7 @@ def write_report(comparison: Comparison, *, folder: Path, baseline: str, progres
             },
             "videos": [_video(each, folder) for each in measured],
         }
-        _write(folder / "report.json", json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+        write_text(folder / "report.json", json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
         page = write_page(
             title=f"{len(labels)} methods, {comparison.config.video.num_frames} frames: {', '.join(labels)}",
             notes=notes,
@@ -89,10 +89,8 @@ def write_report(comparison: Comparison, *, folder: Path, baseline: str, progres
             times=time,
             plots=[(path.relative_to(folder).as_posix(), text) for path, text in plots],
         )
-        _write(folder / "index.html", page)
-        _write(folder / "summary.md", markdown.tables(report))
-    except OSError as error:
-        raise UserError(f"cannot write the report in {folder}: {error.strerror or error}") from error
+        write_text(folder / "index.html", page)
+        write_text(folder / "summary.md", markdown.tables(report))
     return f"{folder / 'index.html'}: {notes[0]}"
 
 
@@ -279,8 +277,3 @@ def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator=os.linesep)
         writer.writeheader()
         writer.writerows(rows)
-
-
-def _write(path: Path, text: str) -> None:
-    with atomic_path(path) as part:
-        part.write_text(text, encoding="utf-8")

@@ -19,18 +19,23 @@ from typing import Any
 from engine.batch.locks import Shard
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.files.checks import check_places
 from engine.files.locks import locked
-from engine.files.trees import lacking, parse_json
+from engine.files.say import Say, say_on_stderr
+from engine.files.trees import DamagedError, Shape, lacking, parse_json, read_kept, read_tree
 from engine.files.whole import atomic_path
 from engine.load import fetch, find_checkpoint, pick_device, pick_dtype
 from engine.ranks import fingerprints
 from launch.comparison.variants import MAY_DIFFER, Variant, flatten
-from launch.outputs import OutputFiles, check_outputs, latents_beside
+from launch.outputs import OutputFiles, latents_beside
 
 # Settings that do not decide what a video shows: any number of ranks makes the same one. Methods, noise and seeds are
 # kept per variant and per file.
 _NOT_SHARED = (*MAY_DIFFER, "parallel.", "output.", "sampler.seed", "model.path", "model.device", "model.dtype")
 _SHOWN_KEYS = 6
+
+# What a comparison reads of a record.
+RECORD: Shape = {"video.sha256": str, "resumed_at": int, "seconds": dict, "steps": list}
 
 Key = tuple[str, int, int]
 """Label, prompt and seed of a video."""
@@ -48,8 +53,21 @@ class Video:
 
     @property
     def is_done(self) -> bool:
-        """Whether the video is whole."""
-        return self.files.record.is_file() and self.files.video.is_file()
+        """Whether the video is whole, by its record, which is written last."""
+        return self.files.video.is_file() and self.record is not None
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        """Its record; None if there is none, or it is damaged."""
+        try:
+            return read_tree(self.files.record, RECORD, what="the record of a video")
+        except DamagedError:
+            return None
+
+    def check(self, say: Say = say_on_stderr) -> bool:
+        """`is_done`, and a line for a record that is damaged, with which the video is made again."""
+        record = read_kept(self.files.record, RECORD, what="the record of a video", say=say)
+        return record is not None and self.files.video.is_file()
 
     @property
     def measures(self) -> Path:
@@ -117,8 +135,9 @@ class Comparison:
     def open(self) -> None:
         """Make the folder and write what decides its videos; UserError if it holds videos of other settings."""
         open_folder(self.folder, "comparison.json", self.describe())
-        for variant in self.variants:
-            (self.folder / "videos" / variant.label).mkdir(parents=True, exist_ok=True)
+        # A name that is too long is found now.
+        firsts = {video.label: video.files for video in reversed(self.videos)}
+        check_places([path for files in firsts.values() for path in files.all])
 
     def check(self) -> None:
         """Raise UserError if the folder's videos were made with other settings than these, which a report would tell of."""
@@ -164,7 +183,7 @@ def open_folder(folder: Path, name: str, now: dict[str, Any]) -> None:
     and are not asked for now, stay known.
     """
     manifest = folder / name
-    check_outputs([manifest], overwrite=True, overwrite_flag="")
+    check_places([manifest])
     (folder / "locks").mkdir(exist_ok=True)
     with locked(folder / "locks" / "manifest.lock"):  # shards that start together would each widen what they read
         before = read_manifest(manifest)

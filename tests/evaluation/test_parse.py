@@ -170,7 +170,7 @@ def test_files_of_another_kind(tmp_path: Path) -> None:
         read([{"prompt_en": "a"}], tmp_path, dimension="dynamic_degree")  # the _full_info file
     path = tmp_path / "cut.json"
     path.write_text(json.dumps(SMOOTH)[:-5])
-    with pytest.raises(UserError, match="is not whole JSON"):
+    with pytest.raises(UserError, match="is not JSON"):
         read_results(path, "motion_smoothness", CLIPS)
     with pytest.raises(UserError, match=r"wrote no missing\.json"):
         read_results(tmp_path / "missing.json", "motion_smoothness", CLIPS)

@@ -1,6 +1,7 @@
 """Which videos a batch's folder or a list has, and every way in which they are not what they should be."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -65,23 +66,40 @@ def test_unfinished_and_quarantined_items_are_left_out(tmp_path: Path) -> None:
     assert [found.prompt_id for found in read_batch(root)] == ["p0000"]
 
 
-def test_a_video_that_is_not_its_sidecars_is_refused(tmp_path: Path) -> None:
+def test_a_video_that_is_not_its_sidecar_s_is_left_out(tmp_path: Path) -> None:
     root = make_batch(tmp_path / "runs", methods=("direct",), seeds=(0,))
     first, second = sorted(root.glob("*/*/videos/*.mp4"))
+    (root / "batch.json").write_text(
+        json.dumps({"schema": 1, "items": {"direct/p0000-s0": "0", "direct/p0001-s0": "1"}})
+    )
+
+    def look(words: str) -> None:
+        said: list[str] = []
+        videos = read_batch(root, said.append)
+        assert [video.path for video in videos] == [second]
+        assert [line.partition("; ")[2] for line in said] == [
+            "it is left out, and the command that made the batch makes it again"
+        ]
+        assert words in said[0]
+        assert "1 of 2 items are made (direct 1 of 2), 0 failed for good, 1 are not" in what_is_missing(root, videos)
+
     shutil.copy(second, first)
-    with pytest.raises(UserError, match="is not the file that its sidecar describes"):
-        read_batch(root)
+    look(f"{first} is not the file that its sidecar describes; ")
     first.unlink()
-    with pytest.raises(UserError, match="does not exist"):
-        read_batch(root)
+    look(f"{first} does not exist, which its sidecar describes; ")
     first.write_bytes(b"text")
-    with pytest.raises(UserError, match="is not a video that can be read"):
-        read_batch(root)
-    first.with_suffix(".json").write_text(json.dumps({"status": "done"}))
-    with pytest.raises(UserError, match=r"is not a sidecar of launch/batch\.py: it has no method; move it away"):
-        read_batch(root)
-    first.with_suffix(".json").write_text("[]")
-    with pytest.raises(UserError, match="is not a sidecar"):
+    look(f"{first} is not the file that its sidecar describes; ")
+    sidecar = first.with_suffix(".json")
+    for content, words in (
+        (json.dumps({"status": "done"}), "is not a sidecar of launch/batch.py: it has no method; "),
+        ("[]", "is not a sidecar of launch/batch.py: it holds no keys; "),
+        ("", "is not JSON ("),
+        ("\0" * 50, "is not JSON ("),
+    ):
+        sidecar.write_text(content)
+        look(f"{sidecar} {words}")
+    second.unlink()
+    with pytest.raises(UserError, match="has no finished video"):
         read_batch(root)
 
 
@@ -97,12 +115,14 @@ def test_a_video_that_is_not_its_sidecars_is_refused(tmp_path: Path) -> None:
         {"status": None},
     ],
 )
-def test_a_broken_sidecar_is_named(tmp_path: Path, changes: dict) -> None:
+def test_a_broken_sidecar_is_named(tmp_path: Path, changes: dict, capsys: pytest.CaptureFixture[str]) -> None:
     root = make_batch(tmp_path / "runs", methods=("direct",), seeds=(0,))
     sidecar = sorted(root.glob("*/*/videos/*.json"))[0]
     sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | changes))
-    with pytest.raises(UserError, match=f"{sidecar} (is not a sidecar|names the file).*; move it away"):
-        read_batch(root)
+    assert len(read_batch(root)) == 1
+    assert re.fullmatch(
+        rf"{sidecar} (is not a sidecar|names the file).*; it is left out, .*\n", capsys.readouterr().err
+    )
 
 
 def test_what_a_batch_was_asked_for_and_has_not_is_counted(tmp_path: Path) -> None:
@@ -110,7 +130,7 @@ def test_what_a_batch_was_asked_for_and_has_not_is_counted(tmp_path: Path) -> No
     labels = [f"{m}/p000{i}-s{seed}" for m in ("direct", "sliding_window") for i in (0, 1) for seed in (0, 7)]
     batch = {"schema": 1, "items": dict.fromkeys(labels, "0")}
     (root / "batch.json").write_text(json.dumps(batch))
-    assert what_is_missing(root) is None
+    assert what_is_missing(root, read_batch(root)) is None
     gone = sorted(root.glob("direct/*/videos/*.mp4"))[:3]
     (root / "quarantine").mkdir()
     for path in gone:
@@ -120,11 +140,12 @@ def test_what_a_batch_was_asked_for_and_has_not_is_counted(tmp_path: Path) -> No
     (root / "quarantine/a.json").write_text(json.dumps(failed))
     # One that was made after all, by a start that was told to try again, is no failure.
     (root / "quarantine/b.json").write_text(json.dumps(failed | {"method": "sliding_window"}))
-    assert what_is_missing(root) == (
+    (root / "quarantine/c.json").write_text("{")
+    assert what_is_missing(root, read_batch(root)) == (
         f"{root}: 5 of 8 items are made (direct 1 of 4, sliding_window 4 of 4), 1 failed for good, 2 are not made yet"
     )
     (root / "batch.json").unlink()
-    assert what_is_missing(root) == f"{root}: 2 items failed for good"
+    assert what_is_missing(root, []) == f"{root}: 3 items failed for good"
 
 
 def test_a_folder_without_videos(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from engine.engine import LongVideoEngine
+from engine.files.claims import claim
 from engine.read_video import count_frames
 from launch.analysis.report import low_rank_summary
 from launch.analysis.spectra import by_layer_and_head, concentration, mean_and_error, over_prompts
@@ -70,6 +72,38 @@ def test_an_interrupted_analysis_goes_on_and_writes_every_table_and_plot(
     assert analyze_in().code == 0
     assert "sampler.num_steps was 3, now 4" in analyze_in(**{"sampler.num_steps": 4}).error
     assert "num_points was 2, now 3" in analyze_in(num_points=3).error
+
+
+def test_a_prompt_that_is_watched_keeps_its_steps_and_a_damaged_file_costs_its_prompt(
+    analyze_in: Callable[..., Run], tmp_path: Path
+) -> None:
+    given = {"output.checkpoint_every": 1}
+    assert analyze_in(**given, out=tmp_path / "whole").code == 0
+    with interrupted_at_forward(11):  # in the third step of the second prompt
+        stopped = analyze_in(**given)
+    assert stopped.code == 130
+    shown = analyze_in(**given)
+    assert (shown.code, shown.err) == (0, "")
+    files = [tmp_path / folder / "spectra" / f"00{n}-seed0.json" for n in range(2) for folder in ("whole", "out")]
+    for whole, resumed in (files[:2], files[2:]):
+        assert whole.read_text() == resumed.read_text()
+    assert not list(tmp_path.rglob("*.checkpoint.safetensors"))
+
+    files[1].write_text("[{}]")
+    shown = analyze_in(**given)
+    assert (shown.code, shown.err) == (0, f"{files[1]} holds no spectra; it is made again\n")
+    assert files[0].read_text() == files[1].read_text()
+
+
+def test_of_two_analyses_of_one_folder_the_second_is_refused(
+    analyze_in: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LongVideoEngine, "__init__", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "out").mkdir()
+    with claim([tmp_path / "out/report.json"], advice="-"):
+        error = analyze_in().error
+    assert error.startswith(f"{tmp_path / 'out/report.json'} is being made by process {os.getpid()} on ")
+    assert error.endswith("; wait for it, or choose another --out")
 
 
 def test_ltx_video_is_analysed_with_both_passes_in_a_batch(analyze_in: Callable[..., Run], tmp_path: Path) -> None:

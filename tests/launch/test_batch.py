@@ -321,9 +321,9 @@ def test_a_dry_run_looks_at_finished_videos_as_the_run_would(make_batch: Callabl
     assert "2 done, 2 to make" in make_batch({}, "--dry_run").out
     path = next(out.glob("*/*/videos/*.mp4"))
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    assert "2 done, 2 to make" in make_batch({}, "--dry_run").out
-    assert "1 done, 3 to make" in make_batch({"verify": "full"}, "--dry_run").out
-    shown = make_batch({}, "--dry_run", "--keep_latents")
+    assert "2 done, 2 to make" in make_batch({"verify": "size"}, "--dry_run").out
+    assert "1 done, 3 to make" in make_batch({}, "--dry_run").out
+    shown = make_batch({"verify": "size"}, "--dry_run", "--keep_latents")
     assert "2 of 2 finished items were made without --keep_latents and stay without latents" in shown.out
 
 
@@ -719,3 +719,86 @@ def test_without_ray_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPat
     with pytest.raises(NoRayError, match=r"not installed; install it with: pip install '.\[ray\]'"):
         with RayPool("auto", cpus=1, log=None):
             pass
+
+
+def test_a_disk_without_room_is_found_before_anything_is_loaded(
+    make_batch: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("launch.commands.batch.make", lambda *_: 0)
+    free = [1000]
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    error = make_batch({}).error
+    assert error.startswith(f"{tmp_path / 'out'} has 1000 bytes free, and at least ")
+    assert error.endswith(
+        " are needed for what is made at once; free some space, or choose another --out; the same command goes on"
+    )
+    # Enough for one item, and not for all four.
+    free[0] = round(1024 * float(error.split("at least ")[1].split(" KiB")[0])) + 100
+    shown = make_batch({})
+    assert (shown.code, shown.err) == (0, "")
+    assert re.match(rf"{tmp_path / 'out'} has [\d.]+ KiB free, and 4 items take about ", shown.out)
+
+
+def test_damaged_sidecars_and_a_flipped_byte_cost_their_items_alone(
+    make_batch: Callable[..., Run], undisturbed: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """Whatever a failing disk does to a folder, the same command makes those items again, and says so."""
+    out, kept = tmp_path / "out", {"keep_latents": True}
+    assert make_batch(kept).code == 0
+    sidecars = sorted(out.glob("*/*/videos/*.json"))
+    expected = {path: path.with_suffix(".mp4").read_bytes() for path in sidecars}
+    data = sidecars[0].read_bytes()
+    sidecars[0].write_bytes(data[: len(data) // 2])
+    sidecars[1].write_bytes(b"\0" * len(data))
+    flipped = bytearray(expected[sidecars[2]])
+    flipped[len(flipped) // 2] ^= 1
+    sidecars[2].with_suffix(".mp4").write_bytes(flipped)
+    before = sidecars[3].stat().st_mtime_ns
+    shown = make_batch(
+        kept | {"verify": "size"}
+    )  # the flipped byte costs the reading of every video, and is found by default
+    assert "4 items: 2 done, 2 to make" in shown.out, shown
+    again = make_batch(kept)
+    assert "4 items: 3 done, 1 to make" in again.out, again
+    lines = [line.partition("; it is made again")[0] for line in (shown.err + again.err).splitlines()]
+    assert [line.partition(" is not ")[0] for line in lines] == [
+        *map(str, sidecars[:2]),
+        str(sidecars[2].with_suffix(".mp4")),
+    ]
+    assert {path: path.with_suffix(".mp4").read_bytes() for path in sidecars} == expected
+    assert sidecars[3].stat().st_mtime_ns == before
+    assert_whole(out, undisturbed)
+
+
+def test_a_driver_that_died_ahead_of_this_clock_blocks_nothing(make_batch: Callable[..., Run], tmp_path: Path) -> None:
+    """All that it has left is a status of another host, which says that it runs."""
+    out = tmp_path / "out"
+    (out / "status").mkdir(parents=True)
+    status = {"time": time.time() + 3600.4, "host": "other", "pid": 12, "state": "running", "seconds": 1.0, "eta": 9.0}
+    (out / "status/shard-1-of-1.json").write_text(
+        json.dumps(status | {"counts": {"done": 1}, "replicas": [], "failures": []})
+    )
+    assert make_batch({"status": out}).out.startswith("shard-1-of-1: lost; ")
+    shown = make_batch({"methods": "direct", "dry_run": "false"})
+    assert shown.code == 0, shown
+    assert shown.err.startswith(
+        "taking over shard-1-of-1 from process 12 on other, which ended without a word, with a clock 3"
+    )
+    assert list((out / "locks").iterdir()) == []
+
+
+def test_without_locks_a_batch_says_so_once_and_a_second_is_refused(
+    make_batch: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr("fcntl.flock", fail)
+    out = tmp_path / "out"
+    shown = make_batch({"methods": "direct"})
+    assert shown.code == 0, shown
+    assert shown.err == (
+        f"{out / 'locks'} is on a file system without locks: who works there is known by a heartbeat instead\n"
+    )
+    with own_shard(out, Shard(), say=lambda _: None):
+        assert f"another driver works on shard-1-of-1 of {out}: process {os.getpid()} on " in make_batch().error

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -254,6 +255,50 @@ def test_shards_make_every_video_once_and_the_report_is_of_all(
     monkeypatch.setattr("launch.comparison.measure.video_metrics", lambda *_: pytest.fail("measured again"))
     shown = compare_in("--report_only", **given)
     assert shown.out.startswith(f"{out / 'index.html'}: 6 videos: 2 methods on 3 pairs")
+
+
+def test_what_a_failing_disk_has_damaged_is_made_again_alone(
+    compare_in: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record, measures, latents that wait to be decoded, and the state of a video that was cut off."""
+    out = tmp_path / "out"
+    assert compare_in().code == 0
+    records = sorted(path for path in out.glob("videos/*/*.json") if path.suffixes == [".json"])
+    expected = {path: path.with_suffix(".mp4").read_bytes() for path in records}
+    times = {path: path.stat().st_mtime_ns for path in records}
+    records[0].write_bytes(records[0].read_bytes()[:100])
+    records[1].unlink()
+    records[1].with_suffix(".latents.safetensors").write_bytes(b"\0" * 100)
+    records[1].with_suffix(".checkpoint.safetensors").write_text("half")
+    records[2].with_suffix(".metrics.json").write_text("[]")
+    shown = compare_in()
+    assert shown.code == 0
+    assert [line.partition(".")[0] for line in shown.out.splitlines()[:2]] == [
+        f"{n} of 2, {path.with_suffix('')}" for n, path in enumerate(records[:2], start=1)
+    ]
+    lines = shown.err.splitlines()
+    assert all(line.endswith("; it is made again") for line in lines)
+    assert [Path(line.partition(" ")[0]).name.partition(".")[2] for line in lines] == [
+        "json",
+        "latents.safetensors",
+        "checkpoint.safetensors",
+        "metrics.json",
+    ]
+    assert {path: path.with_suffix(".mp4").read_bytes() for path in records} == expected
+    assert [records[i].stat().st_mtime_ns == times[records[i]] for i in (2, 3)] == [True, True]
+    assert not list(out.rglob("*.safetensors"))
+
+
+def test_a_label_that_is_too_long_for_a_name_is_one_line(compare_in: Compare, no_loading: None) -> None:
+    error = compare_in(methods=f"{'x' * 300}=direct,freespec").error
+    assert "File name too long" in error
+
+
+def test_a_disk_without_room_is_found_before_the_model_is_loaded(
+    compare_in: Compare, no_loading: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert " are needed for 4 videos and the work on one; " in compare_in().error
 
 
 def test_one_process_works_on_a_shard(compare_in: Compare, no_loading: None, tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
-"""demo.py: three videos of one prompt and seed from one load, one picture, and the same again over the old files."""
+"""demo.py: three videos of one prompt and seed from one load, one picture; what is there is not made again."""
 
 import json
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -10,6 +13,7 @@ from PIL import Image
 from launch.commands import demo
 from tests.launch.conftest import SMALL, Run
 from tests.launch.test_generate import names
+from tests.launch.test_interruptions import interrupted_at_forward
 
 
 def test_the_demo_makes_each_method_s_video_and_one_picture(
@@ -37,7 +41,77 @@ def test_the_demo_makes_each_method_s_video_and_one_picture(
     with Image.open(tmp_path / "demo" / "comparison.png") as picture:
         assert 1000 <= picture.width <= 1400
 
-    assert run(demo.main, *words).code == 0
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "demo").iterdir()}
+    shown = run(demo.main, *words)
+    assert (shown.code, shown.err, shown.out.count("finished already, 17 frames")) == (0, "", 3)
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "demo").iterdir()} == before
+    assert len(loads) == 1
+    error = run(demo.main, *words, "--prompt", "a blue star").error
+    assert error.startswith(
+        f"{tmp_path / 'demo/direct.mp4'} exists already; choose another name or add --output.overwrite"
+    )
+    assert error.endswith(
+        "; it was made with other settings: prompt was 'a red circle bounces over a blue background', now 'a blue star'"
+    )
+    shown = run(demo.main, *words, "--prompt", "a blue star", "--output.overwrite")
+    assert (shown.code, shown.out.count("\n")) == (0, 4)
     assert names(tmp_path) == wanted
-    again = json.loads((tmp_path / "demo" / "freespec.json").read_text())
-    assert again["video"]["sha256"] == records["freespec"]["video"]["sha256"]
+    assert {json.loads((tmp_path / f"demo/{name}.json").read_text())["prompt"] for name in methods} == {"a blue star"}
+
+
+@pytest.mark.parametrize("stage", ["denoise", "decode", "picture"])
+def test_a_demo_that_was_stopped_goes_on(
+    run: Callable[..., Run], wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
+) -> None:
+    """In the second video, or before the picture; what is finished is not made again."""
+    settings = SMALL | {"model.path": wan_folder, "sampler.max_text_tokens": 64}
+    words = [f"--{key}={value}" for key, value in settings.items()]
+    if stage == "denoise":
+        with interrupted_at_forward(2 * SMALL["sampler.num_steps"] + 3):
+            stopped = run(demo.main, *words, "--folder", tmp_path / "demo")
+    else:
+        where = {"decode": "launch.commands.generate.render", "picture": "launch.commands.demo.write_picture"}[stage]
+        name = {"decode": "sliding_window.mp4", "picture": "comparison.png"}[stage]
+        with monkeypatch.context() as patch:
+            patch.setattr(where, stopping_at(name, where))
+            stopped = run(demo.main, *words, "--folder", tmp_path / "demo")
+    assert (stopped.code, stopped.out.count("\n")) == (130, 3 if stage == "picture" else 1)
+    before = (tmp_path / "demo/direct.json").stat().st_mtime_ns
+    shown = run(demo.main, *words, "--folder", tmp_path / "demo")
+    assert (shown.code, shown.err) == (0, ""), shown
+    assert ("(continued after step 1)" in shown.out) == (stage == "denoise")
+    assert shown.out.count("finished already") == (3 if stage == "picture" else 1)
+    assert (tmp_path / "demo/direct.json").stat().st_mtime_ns == before
+    assert run(demo.main, *words, "--folder", tmp_path / "whole").code == 0
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {
+        path.name for path in (tmp_path / "whole").iterdir()
+    }
+    for name in ("direct", "sliding_window", "freespec"):
+        assert (tmp_path / f"demo/{name}.mp4").read_bytes() == (tmp_path / f"whole/{name}.mp4").read_bytes()
+
+
+def stopping_at(name: str, where: str) -> Callable[..., Any]:
+    """The function of this name, with an interruption in place of the call that is about this file."""
+    module, _, attribute = where.rpartition(".")
+    whole = getattr(sys.modules[module], attribute)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if any(name in str(each) for each in args):
+            signal.raise_signal(signal.SIGINT)
+        return whole(*args, **kwargs)
+
+    return call
+
+
+def test_a_file_of_another_origin_is_not_replaced(
+    run: Callable[..., Run], wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo.LongVideoEngine, "__init__", lambda *_: pytest.fail("the model was loaded"))
+    settings = SMALL | {"model.path": wan_folder, "folder": tmp_path, "sampler.max_text_tokens": 64}
+    words = [f"--{key}={value}" for key, value in settings.items()]
+    for name in ("comparison.png", "freespec.mp4"):
+        (tmp_path / name).write_text("mine")
+        error = run(demo.main, *words).error
+        assert error == f"{tmp_path / name} exists already; choose another name or add --output.overwrite"
+        assert (tmp_path / name).read_text() == "mine"
+        (tmp_path / name).unlink()

@@ -84,6 +84,16 @@ def test_an_unfinished_batch_says_so_first(run: Callable[..., Run], runs: Path, 
     assert lines[4] == f"- {said}"
 
 
+def test_a_damaged_sidecar_costs_its_video_alone(run: Callable[..., Run], runs: Path, quick: None) -> None:
+    sidecar = sorted(runs.glob("*/*/videos/*.json"))[0]
+    sidecar.write_text("")
+    ended = run(evaluate.main, "--runs", runs)
+    assert (ended.code, ended.out.startswith("7 videos of 2 methods: ")) == (0, True)
+    [said] = tree(runs)["missing"]
+    assert ended.err.splitlines()[0] == f"not everything is there: {said}"
+    assert said.startswith(f"{sidecar} is not JSON (")
+
+
 def test_with_vbench_every_video_has_every_dimension(
     run: Callable[..., Run], runs: Path, vbench: list[str], tmp_path: Path, quick: None
 ) -> None:

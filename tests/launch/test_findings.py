@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.files import claims
 from freespec.methods import METHODS
 from launch.commands import findings
 from launch.comparison.claims import CLAIMS, Claim, answers, changes, noise_effects, not_made, read
@@ -442,3 +444,16 @@ def test_low_rank_of_an_older_report_is_one_line_and_of_one_ratio_is_not_measure
     assert (
         "analysis/report.json lacks difference of low_rank: it is of another command or an older" in findings_of().error
     )
+
+
+def test_a_page_is_written_by_one_run_at_a_time(run: Callable[..., Run], tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    (tmp_path / "runs").mkdir()
+    command = (findings.main, "--runs", tmp_path / "runs", "--kept", tmp_path, "--page", page)
+    with claims.claim([page], advice="-"):
+        error = run(*command).error
+    assert error.startswith(f"{page} is being made by process {os.getpid()} on ")
+    assert error.endswith("; wait for it, or choose another --page")
+    assert not page.exists()
+    assert run(*command).code == 0
+    assert page.exists()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from engine.files.locks import locked
+from engine.files.whole import part_path
 from launch.commands import compare
 from launch.comparison import kept_measures, report
 from tests.launch.conftest import Run
@@ -165,6 +166,15 @@ def test_a_shard_that_lost_a_video_does_not_say_that_it_is_measured(
     monkeypatch.setattr(compare, "missing_videos", lambda *_: [])
     said = compare_in("--shard", "1/1").error
     assert f"4 of 4 videos of {tmp_path / 'out'} are gone since they were made" in said
+
+
+def test_a_name_that_only_its_lock_is_too_long_for_is_refused_first(
+    compare_in: Compare, no_loading: Callable[[], None], tmp_path: Path
+) -> None:
+    no_loading()
+    longest = 255 - len(part_path(tmp_path / "x").name) + 1
+    error = compare_in(measures=tmp_path / f"{'x' * (longest - 3)}").error
+    assert "File name too long: with the ending of a temporary file it has 258 bytes" in error
 
 
 def test_two_that_add_to_one_file_wait_for_each_other(

@@ -10,20 +10,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 import launch.render
+from engine.checkpoint import load_latents
 from engine.denoise_loop import DenoiseLoop
 from engine.engine import LongVideoEngine
+from engine.files.checks import checkpoint_bytes
 from engine.files.claims import claim
 from engine.files.tensors import read_metadata
 from launch.commands import decode, generate
 from tests.launch.conftest import SMALL, Run
 from tests.launch.forked import run_forked
 from tests.launch.test_generate import names
+from tests.launch.test_interruptions import interrupted_at_forward
 
 Make = Callable[..., Run]
 MADE = {"a.mp4", "a.png", "a.json"}
@@ -461,6 +465,37 @@ def test_a_disk_that_fills_up_names_what_could_not_be_written(
     assert names(tmp_path) == MADE
 
 
+def test_space_is_needed_for_what_is_not_there_yet(
+    make: Make, run: Callable[..., Run], wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Latents and checkpoint that fill a disk do not keep the same command from going on with them."""
+    settings = {"output.save_latents": tmp_path / "z.safetensors", "sampler.num_steps": 30}
+    assert stop_in(monkeypatch, make, "render", settings).code == 130
+    free: list[int] = []
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free[0]))
+    free.append(40)
+    assert f"{tmp_path} has 40 bytes free, and at least 44 bytes are needed for the video" in make(settings).error
+    error = run(decode.main, tmp_path / "z.safetensors", "--output", tmp_path / "b.mp4").error
+    assert "has 40 bytes free, and at least 44 bytes are needed for the video; free some space" in error
+    assert names(tmp_path) == {"z.safetensors"}
+    free[0] = 50
+    assert make(settings).code == 0
+
+    settings = {"output.path": tmp_path / "c.mp4", "sampler.num_steps": 30}
+    free[0] = 10**9
+    with interrupted_at_forward(13):
+        assert make(settings).code == 130
+    latents = 4 * load_latents(tmp_path / "z.safetensors")[0].numel()
+    kept = (tmp_path / "c.checkpoint.safetensors").stat().st_size
+    # The solver remembers a sample and two predictions; the rest is what is noted of the steps.
+    assert 4 * latents == checkpoint_bytes(wan_folder, latents) < kept < 4 * latents + 50_000
+    # One checkpoint is written beside the one before.
+    free[0] = 8 * latents
+    assert "are needed for the video and the work on it" in make(settings | {"output.path": tmp_path / "b.mp4"}).error
+    free[0] = 4 * latents + 1000
+    assert "(continued after step 6)" in make(settings).out
+
+
 def test_decoding_again_says_that_it_is_done(make: Make, run: Callable[..., Run], tmp_path: Path) -> None:
     assert make({"output.save_latents": tmp_path / "z.safetensors"}).code == 0
     command = (tmp_path / "z.safetensors", "--output", tmp_path / "b.mp4")
@@ -480,6 +515,31 @@ def test_decoding_again_says_that_it_is_done(make: Make, run: Callable[..., Run]
     )
     error = run(decode.main, tmp_path / "y.safetensors", "--output", tmp_path / "b.mp4").error
     assert "sampler.seed was 0, now 3" in error
+
+
+@pytest.mark.parametrize("name", ["write_picture", "write_record"])
+def test_decoding_that_was_stopped_between_its_files_goes_on(
+    make: Make, run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    assert make({"output.save_latents": tmp_path / "z.safetensors"}).code == 0
+    command = (tmp_path / "z.safetensors", "--output", tmp_path / "b.mp4")
+    with monkeypatch.context() as patch:
+        patch.setattr(launch.render, name, lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        assert run(decode.main, *command).code == 130
+    assert "b.mp4" in names(tmp_path)
+    assert "b.json" not in names(tmp_path)
+    # One that these latents do not give is not replaced.
+    error = run(decode.main, *command, "--crf", "40").error
+    assert error.startswith(f"cannot write {tmp_path / 'b.mp4'}: another file of this name appeared meanwhile; ")
+    assert run(decode.main, *command).code == 0
+    for kind in ("mp4", "png"):
+        assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
+    # A file that is no video of this size is refused before anything is decoded.
+    (tmp_path / "b.json").unlink()
+    (tmp_path / "b.mp4").write_bytes(b"mine")
+    monkeypatch.setattr(decode, "open_decoder", lambda *_: pytest.fail("the decoder was loaded"))
+    error = run(decode.main, *command).error
+    assert error == f"{tmp_path / 'b.mp4'} exists already; choose another name or add --overwrite"
 
 
 def test_decoding_claims_its_files(make: Make, run: Callable[..., Run], tmp_path: Path) -> None:

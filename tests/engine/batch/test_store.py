@@ -11,7 +11,7 @@ import pytest
 
 from engine.batch import store
 from engine.batch.files import BatchFiles
-from engine.batch.journal import read_status
+from engine.batch.journal import read_status, table
 from engine.batch.locks import Shard, lock_file, own_shard
 from engine.batch.plan import asked_items, check_folder, claim_folder
 from engine.batch.store import compile_manifest, is_done, publish
@@ -135,9 +135,6 @@ def test_done_means_this_item_and_this_file(tmp_path: Path) -> None:
     assert not is_done(sidecar, item.item_id)
     with pytest.raises(UserError, match="belongs to another result"):
         is_done(sidecar, "other")
-    sidecar.write_text("{")
-    with pytest.raises(UserError, match="is not JSON"):
-        is_done(sidecar, item.item_id)
 
 
 def test_a_file_that_fails_its_check_gets_no_name(tmp_path: Path) -> None:
@@ -178,24 +175,67 @@ def test_what_is_no_sidecar_costs_no_line_of_the_manifest(tmp_path: Path, place:
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("[]", "it holds no keys"),
-        ("{}", "it has no item_id"),
-        ('{"item_id": 3}', "item_id is 3"),
-        ('{"item_id": "x", "output": []}', "it has no output.file"),
+        ("", "is not JSON (Expecting value: "),
+        ("{", "is not JSON (Expecting property name"),
+        ("\0" * 50, "is not JSON ("),
+        ("null", "is not the sidecar of a result: it holds no keys"),
+        ("[]", "is not the sidecar of a result: it holds no keys"),
+        ("{}", "is not the sidecar of a result: it has no item_id"),
+        ('{"item_id": 3}', "is not the sidecar of a result: item_id is 3"),
+        ('{"item_id": "x", "output": []}', "is not the sidecar of a result: it has no output.file"),
         ('{"item_id": "x", "output": {"file": "a", "bytes": "b"}}', "output.bytes is 'b'"),
+        (
+            '{"item_id": "x", "output": {"file": "/etc/passwd", "bytes": 1, "sha256": ""}}',
+            "names the file '/etc/passwd'",
+        ),
+        ("[" * 5000, "is nested too deeply"),
+        ("9" * 5000, "holds a number that is too long"),
     ],
 )
-def test_a_broken_sidecar_is_one_line(tmp_path: Path, text: str, why: str) -> None:
-    (tmp_path / "a.json").write_text(text)
-    with pytest.raises(UserError, match=rf"a.json is not the sidecar of a result: {why}; move it away"):
-        is_done(tmp_path / "a.json", "x")
+def test_a_damaged_sidecar_costs_its_item_alone(tmp_path: Path, text: str, why: str) -> None:
+    sidecar, said = tmp_path / "a.json", []
+    sidecar.write_text(text)
+    assert not is_done(sidecar, "x", say=said.append)
+    (line,) = said
+    assert line.startswith(
+        f"{sidecar} {why if why.startswith(('is', 'names', 'holds')) else 'is not the sidecar of a result: '}"
+    )
+    assert why in line
+    assert line.endswith("; it is made again")
 
 
-def test_a_sidecar_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> None:
-    output = {"file": "/etc/passwd", "bytes": 1, "sha256": ""}
-    write_json(tmp_path / "a.json", {"item_id": "x", "output": output})
-    with pytest.raises(UserError, match="names the file '/etc/passwd', which is not beside it"):
-        is_done(tmp_path / "a.json", "x")
+def test_so_does_one_that_is_no_text_or_no_file(tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "a.json").write_bytes(b"\xff\xfe")
+    (tmp_path / "b.json").mkdir()
+    for name in "ab":
+        assert not is_done(tmp_path / f"{name}.json", "x", say=said.append)
+    assert [line.partition(".json ")[2] for line in said] == [
+        "is not UTF-8 text; it is made again",
+        "is a folder, where a file should be; it is made again",
+    ]
+
+
+def test_a_sidecar_without_what_an_item_s_has_is_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files, item = BatchFiles(root=tmp_path), batch().items[0]
+    write_item(files, item)
+    sidecar = files.of(item).sidecar
+    write_json(sidecar, json.loads(sidecar.read_text()) | {"latents": 3})
+    assert not files.is_done(item, "full")
+    assert capsys.readouterr().err == (
+        f"{sidecar} is not the sidecar of a result: it has no latents.sha256; it is made again\n"
+    )
+
+
+def test_an_item_whose_note_of_failure_is_damaged_is_tried_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files, item = BatchFiles(root=tmp_path), batch().items[0]
+    files.put_into_quarantine(item, error="m", attempts=[])
+    (note,) = files.quarantine.glob("*.json")
+    note.write_text("{")
+    assert files.quarantined(item) is None
+    assert capsys.readouterr().err.endswith("; it is made again\n")
 
 
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
@@ -361,6 +401,10 @@ def test_a_batch_that_died_ahead_of_this_clock_is_lost(tmp_path: Path, state: st
     write_json(tmp_path / "status/shard-1-of-1.json", status | {"counts": {"done": 1}, "replicas": [], "failures": []})
     [(_, found)] = read_status(tmp_path)
     assert found["state"] == ("lost" if state == "running" else "done")
+    (tmp_path / "status/shard-2-of-2.json").write_text("{")
+    _, (name, found) = read_status(tmp_path)
+    assert table(name, found).startswith("shard-2-of-2: its status cannot be read (")
+    (tmp_path / "status/shard-2-of-2.json").unlink()
     with own_shard(tmp_path, Shard()):
         [(_, found)] = read_status(tmp_path)
         assert found["state"] == state

@@ -70,7 +70,7 @@ def test_files_on_one_disk_need_their_sum(tmp_path: Path) -> None:
     free = shutil.disk_usage(tmp_path).free
     (tmp_path / "x").mkdir()
     check_space({tmp_path / "a": free // 4, tmp_path / "x/b": free // 4}, what="the video")
-    with pytest.raises(UserError, match=r"^the video need at least .* in .*, which has .* free; free some space, or"):
+    with pytest.raises(UserError, match=r" has .* free, and at least .* are needed for the video; free some space, or"):
         check_space({tmp_path / "a": free, tmp_path / "x/b": free}, what="the video")
 
 

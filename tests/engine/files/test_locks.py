@@ -190,6 +190,26 @@ def test_a_lock_file_with_anything_in_it_is_taken_over(
         assert holder_of(path).pid == os.getpid()
 
 
+def test_without_links_a_file_that_is_still_empty_is_not_held_by_two(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]
+) -> None:
+    """Another process finds the new file before its maker has locked it, and takes it for one that a dead process left."""
+    monkeypatch.setattr(os, "link", fail)
+    path, flock = tmp_path / "a.lock", locks._flock
+    removed: list[bool] = []
+
+    def late(descriptor: int) -> bool | None:
+        if not removed and path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            removed.append(True)
+            path.unlink()
+        return flock(descriptor)
+
+    monkeypatch.setattr(locks, "_flock", late)
+    with hold(path, say=said.append):
+        assert removed == [True]
+        assert holder_of(path).pid == os.getpid()
+
+
 def test_a_lock_of_a_former_version_is_taken_over(tmp_path: Path, said: list[str]) -> None:
     """It stays in the folder when its driver has ended."""
     path = tmp_path / "a.lock"
