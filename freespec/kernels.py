@@ -28,7 +28,8 @@ def plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(q.dtype, torch.float32)
     logits = torch.einsum("bnsd,bnkd->bnsk", q.to(wide), k.to(wide)) * q.shape[-1] ** -0.5
     lse = torch.logsumexp(logits, dim=-1)
-    out = torch.einsum("bnsk,bnkd->bnsd", torch.exp(logits - lse[..., None]), v.to(wide))
+    # Not exp(logits - lse): an error of lse, which grows with the logits, is in the whole row.
+    out = torch.einsum("bnsk,bnkd->bnsd", logits.softmax(-1), v.to(wide))
     return out.to(q.dtype), lse
 
 

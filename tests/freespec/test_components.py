@@ -104,7 +104,7 @@ def test_heads_add_up() -> None:
 
 def test_a_low_precision_is_as_good_as_the_published_form_in_it() -> None:
     grid = grid_of(14, 5)
-    triples = []  # of eight draws: in one of them, which of the two rounds better is chance (0.7 to 1.7 times the other's error)
+    triples = []  # of eight draws, so that chance does not decide
     for seed in range(8):
         qkv = draw_qkv(grid, seed=seed)
         q, k, v = (x.float() for x in qkv)
