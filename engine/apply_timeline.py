@@ -1,5 +1,6 @@
 """`apply_timeline`: a prompt that changes over time on a pipeline, by a processor on every cross-attention."""
 
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -63,9 +64,20 @@ class TimelineState(Uncopyable):
             self._plans[frames] = plan(self.events(frames), frames)
         self.pieces, self.frame_tokens = self._plans[frames], rows * columns
         self.kernel = select_kernel("auto", latents.device, latents.dtype)
+        self._set_scenes(transformer, tuple(e.start for e in self.events(frames)[1:] if e.transition == "scene"))
         relays = any(len(share.events) > 1 for piece in self.pieces for share in piece.shares)
         mask = inputs.get("encoder_attention_mask")
         self.lengths = _lengths(mask, self.num_texts) if relays and mask is not None else None
+
+    def _set_scenes(self, transformer: nn.Module, starts: tuple[int, ...]) -> None:
+        """Tell the method, if there is one, where windows end; its own hook, which comes after this one, makes them."""
+        for attn in self.adapter.attention_modules(transformer):
+            if isinstance(attn.processor, BranchProcessor):
+                attn.processor.state.scenes = starts
+
+    def leave(self, transformer: nn.Module) -> None:
+        """Windows end at no scene any more."""
+        self._set_scenes(transformer, ())
 
 
 class TimelineProcessor(Uncopyable):
@@ -116,10 +128,15 @@ class TimelineHandle(Uncopyable):
     """
 
     def __init__(
-        self, hook: RemovableHandle, originals: list[tuple[nn.Module, Any]], inputs: dict[str, Tensor]
+        self,
+        hook: RemovableHandle,
+        originals: list[tuple[nn.Module, Any]],
+        inputs: dict[str, Tensor],
+        leave: Callable[[], None],
     ) -> None:
         self.inputs = inputs
         self._hook = hook
+        self._leave = leave
         self._originals = originals
         self._guard: TimelineGuard | None = None
 
@@ -148,6 +165,8 @@ class TimelineHandle(Uncopyable):
         if self._guard is not None and not self._guard.removed:
             self._guard.leave()
         self._hook.remove()
+        if self._originals:
+            self._leave()
         for attn, processor in self._originals:
             attn.set_processor(processor)
         self._originals = []
@@ -241,8 +260,9 @@ def install_timeline(
     originals = [(attn, attn.processor) for attn in modules]
     for attn, beside in zip(modules, adapter.attention_modules(transformer), strict=True):
         attn.set_processor(TimelineProcessor(state, attn.processor, beside))
-    hook = transformer.register_forward_pre_hook(state.before_forward, with_kwargs=True)
-    return TimelineHandle(hook, originals, inputs or {})
+    # Before the method's hook, whichever came first, since it says where windows end.
+    hook = transformer.register_forward_pre_hook(state.before_forward, with_kwargs=True, prepend=True)
+    return TimelineHandle(hook, originals, inputs or {}, functools.partial(state.leave, transformer))
 
 
 def join_texts(texts: Sequence[Text]) -> Text:

@@ -42,6 +42,7 @@ from engine.text_cache import TextCache, cache_key
 from engine.timeline import Direction, read_direction
 from engine.trace import Trace
 from engine.weights import read_config
+from freespec.events import Event
 from freespec.kernels import select_complement, select_dual, select_kernel
 from parallel.mesh import SeqMesh
 from parallel.zero3 import device_bytes, num_parameters
@@ -112,6 +113,7 @@ class LongVideoEngine:
         except BaseException:
             self._release_group()
             raise
+        self._compiled_for: tuple[Event, ...] | None = None
         self.load_seconds = time.perf_counter() - started
         self.text_cache = self._open_text_cache(None)
 
@@ -406,6 +408,10 @@ class LongVideoEngine:
 
     def _directed(self, direction: Direction | None) -> contextlib.AbstractContextManager[object]:
         """The pipeline with the events of a timeline, for a block."""
+        events = None if direction is None else direction.events
+        if self.config.model.compile and events != self._compiled_for:
+            torch.compiler.reset()  # graphs of other events count towards the most that a block may have
+        self._compiled_for = events
         if direction is None:
             return contextlib.nullcontext()
         return install_timeline(

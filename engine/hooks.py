@@ -22,6 +22,7 @@ from freespec.kernels import select_complement, select_dual, select_kernel
 from freespec.methods import Branches, Grid, Layer, Method, Mode, StepPlan
 from freespec.riflex import Riflex, lowered_frequency
 from freespec.rotary import with_frequency
+from freespec.scenes import ScenedAttention
 from parallel.attention import HeadExchange, HybridAttention, SequenceLayout
 from parallel.collectives import ignore_bytes
 from parallel.mesh import SeqMesh
@@ -55,7 +56,8 @@ class RunState(Uncopyable):
     mode: Mode = "global"
     weights: Any = None
     grid: Grid | None = None
-    attention: WindowedAttention | None = None
+    scenes: tuple[int, ...] = ()  # frames after the first at which windows end and begin, of a timeline
+    attention: WindowedAttention | ScenedAttention | None = None
     layout: SequenceLayout | None = None
     attention_layout: SequenceLayout | None = None
     step: int = 0
@@ -64,6 +66,11 @@ class RunState(Uncopyable):
     checks_finite: bool = True  # False where the loop around the transformer looks at each step's latents
     trace: Trace | None = None
     eigensolver: SolverChoice | None = None  # None until the device is known
+
+    @property
+    def windows(self) -> WindowedAttention:
+        """The windows of this forward, without the ends of scenes."""
+        return self.attention.video if isinstance(self.attention, ScenedAttention) else self.attention
 
     def __str__(self) -> str:
         """Where the run is, as the errors of collectives say it."""
@@ -105,7 +112,7 @@ class BranchProcessor(Uncopyable):
             return state.adapter.project_out(attn, out)
         q, k, v = self._scatter(attn, hidden_states, rotary_emb, layout)
         if state.trace is not None:
-            state.trace.observe(self.layer, state.step, (q, k, v), state.attention, layout)
+            state.trace.observe(self.layer, state.step, (q, k, v), state.windows, layout)
         branches = self._branches(q, k, v, layout)
         if state.mode in ("global", "local"):
             out = branches.wide if state.mode == "global" else branches.local
@@ -191,7 +198,7 @@ class StepHook(Uncopyable):
         frames, rows, columns = state.adapter.grid(transformer, inputs)
         state.grid = Grid(frames=frames, rows=rows, columns=columns, window_frames=state.window_frames)
         head_dim = transformer.config.attention_head_dim
-        state.attention = WindowedAttention(
+        attention = WindowedAttention(
             num_frames=frames,
             frame_tokens=state.grid.frame_tokens,
             window_frames=state.window_frames,
@@ -199,6 +206,7 @@ class StepHook(Uncopyable):
             dual_kernel=select_dual(state.dual_name, latents.device, latents.dtype),
             rest_kernel=select_complement(state.complement_name, latents.device, latents.dtype, dual=state.dual_name),
         )
+        state.attention = ScenedAttention(video=attention, starts=(0, *state.scenes)) if state.scenes else attention
         step = self._plan[state.step]
         # At native length both branches are the whole video, and the stock computation is kept bit for bit.
         state.mode = "global" if frames <= state.window_frames else step.mode

@@ -11,6 +11,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files.trees import DamagedError, parse_json
 from engine.method_tree import method_tree
+from engine.timeline import parse_timeline
 
 # Where a setting stands in the configuration; its own value in `latents_settings` is the one that a call was given.
 _GIVEN = {
@@ -47,7 +48,8 @@ def latents_settings(
     decides = {key: tree[key] for key in ("sampler", "attention")} | {"method": method_tree(config.method)}
     decides |= {key: tree["video"][key] for key in ("height", "width")}
     decides |= {"checkpoint": checkpoint, "dtype": dtype, "device": device, "noise": config.noise}
-    decides |= {"fps": config.video.fps} if with_rate else {}
+    timed = parse_timeline(given["prompt"])
+    decides |= {"fps": config.video.fps} if with_rate or (timed is not None and timed.unit == "s") else {}
     return json.loads(json.dumps(decides | given))
 
 

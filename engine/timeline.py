@@ -15,13 +15,13 @@ from typing import Any, Literal, cast
 import yaml
 
 from engine.errors import UserError
-from freespec.events import TRANSITIONS, Event, Transition, check
+from freespec.events import TRANSITIONS, WITHOUT_WIDTH, Event, Transition, check
 
 Unit = Literal["s", "frames"]
 
 DEFAULT_TRANSITION: Transition = "fade"
 # Seconds: the length of a fade, the deviation of a relay.
-DEFAULT_WIDTH = {"cut": 0.0, "fade": 0.5, "relay": 0.25}
+DEFAULT_WIDTH = {"cut": 0.0, "scene": 0.0, "fade": 0.5, "relay": 0.25}
 SYNTAX = (
     "write 'text [0-4s] | text [4s-]', in seconds or in frames (no unit), each range starting where the one before ends"
 )
@@ -306,9 +306,11 @@ def _event(text: str, written: str, index: int) -> tuple[TimedText, set[str]]:
         transition, width = cast(Transition, match["name"]), None if match["width"] is None else float(match["width"])
         if width is not None:
             units.add(match["unit"])
-            if transition == "cut" or not 0.0 < width < math.inf:
+            if transition in WITHOUT_WIDTH or not 0.0 < width < math.inf:
                 raise UserError(
-                    f"{where}: {option!r} needs no width" if transition == "cut" else f"{where} has the width {width:g}"
+                    f"{where}: {option!r} needs no width"
+                    if transition in WITHOUT_WIDTH
+                    else f"{where} has the width {width:g}"
                 )
     stop = None if found["stop"] is None else float(found["stop"])
     return TimedText(text=text, start=float(found["start"]), stop=stop, transition=transition, width=width), units

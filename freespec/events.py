@@ -1,8 +1,9 @@
 """Which latent frames attend to which of several texts, as integers and weights: the plan of a timeline.
 
-Between two events lies a boundary, and over it one of three transitions:
+Between two events lies a boundary, and over it one of four transitions:
 
     cut     each frame attends to its own event's text alone
+    scene   a cut, at which the windows of the local branch end too (freespec.scenes)
     fade    the outputs are mixed over `width` frames, with weights that sum to 1
     relay   both texts are attended in one softmax, with relu(|f - m| - w)^2 / (2 width^2) taken off an event's logits, where
             m and w are middle and half length of the event (Prompt Relay, arXiv 2604.10030)
@@ -14,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Transition = Literal["cut", "fade", "relay"]
-TRANSITIONS: tuple[Transition, ...] = ("cut", "fade", "relay")
+Transition = Literal["cut", "scene", "fade", "relay"]
+TRANSITIONS: tuple[Transition, ...] = ("cut", "scene", "fade", "relay")
+WITHOUT_WIDTH = ("cut", "scene")
 # An event whose penalty exceeds this is not attended: its share of the softmax is below e^-20 of an equally fitting text's.
 MAX_PENALTY = 20.0
 
@@ -82,7 +84,7 @@ def check(events: Sequence[Event], num_frames: int) -> None:
             )
         if event.transition not in TRANSITIONS:
             raise ValueError(f"unknown transition {event.transition!r}; choose one of {', '.join(TRANSITIONS)}")
-        if index and event.transition != "cut" and not 0.0 < event.width < math.inf:
+        if index and event.transition not in WITHOUT_WIDTH and not 0.0 < event.width < math.inf:
             raise ValueError(f"a {event.transition} needs a width above 0 frames, got {event.width}")
         stop = event.stop
     if stop != num_frames:

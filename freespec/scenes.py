@@ -6,7 +6,7 @@ scene shorter than the window is its window.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -20,16 +20,26 @@ Range = tuple[int, int]
 class ScenedAttention:
     """`WindowedAttention` of a video whose scenes begin at the frames `starts`, the first at 0.
 
-    `whole` attends across scenes; its window is what a scene's is.
+    `video` attends across scenes; its window is what a scene's is.
     """
 
-    whole: WindowedAttention
+    video: WindowedAttention
     starts: tuple[int, ...]
+    # The attention of each scene, and its tokens [start, stop) in the video; made once, outside compiled blocks.
+    _scenes: tuple[tuple[WindowedAttention, int, int], ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        size = self.video.frame_tokens
+        bounds = itertools.pairwise([*self.starts, self.video.num_frames])
+        scenes = tuple(
+            (replace(self.video, num_frames=stop - start), start * size, stop * size) for start, stop in bounds
+        )
+        object.__setattr__(self, "_scenes", scenes)
 
     def halo(self, q_start: int, q_stop: int) -> Range:
         """Token range [start, stop) of all keys that the windows of the queries [q_start, q_stop) hold."""
         halos = []
-        for scene, offset, stop in self._scenes():
+        for scene, offset, stop in self._scenes:
             first, last = max(q_start, offset), min(q_stop, stop)
             if first < last:
                 start, end = scene.halo(first - offset, last - offset)
@@ -38,11 +48,15 @@ class ScenedAttention:
 
     def dense(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
         """Every query sees every key: out [B, S, N, D], lse [B, S, N]."""
-        return self.whole.dense(q, k, v)
+        return self.video.dense(q, k, v)
+
+    def whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`dense` of all keys, out [B, S, N, D]; see `WindowedAttention.whole`."""
+        return self.video.whole(q, k, v)
 
     def far(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
         """`dense` over keys that lie in no query's window, beside a local branch."""
-        return self.whole.far(q, k, v)
+        return self.video.far(q, k, v)
 
     def local(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int) -> Partial:
         """Local branch: each query sees its own window, which k and v must cover."""
@@ -61,14 +75,14 @@ class ScenedAttention:
             near, (out, lse) = scene.dual(rows, ks, vs, starts[0], starts[1], dtype=dtype)
             for outside in (slice(0, first), slice(last, k.shape[1])):
                 if outside.start < outside.stop:
-                    merge_into(out, lse, *self.whole.far(rows, k[:, outside], v[:, outside]))
+                    merge_into(out, lse, *self.video.far(rows, k[:, outside], v[:, outside]))
             local.append(near)
             wide.append((out, lse))
         return _join(q, local), _join(q, wide)
 
     def views(self, q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int]) -> Iterator[Tensor]:
         """Views are of the whole video, see `WindowedAttention.views`."""
-        return self.whole.views(q, k, v, starts)
+        return self.video.views(q, k, v, starts)
 
     def merge_into(self, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
         """`freespec.attention.merge_into`."""
@@ -79,22 +93,12 @@ class ScenedAttention:
         (out_local, _), (out_global, _) = self.dual(q, k, v, 0, 0, dtype=q.dtype)
         return out_local, out_global
 
-    def _scenes(self) -> Iterator[tuple[WindowedAttention, int, int]]:
-        """The attention of each scene, and its tokens [start, stop) in the video."""
-        whole = self.whole
-        for first, last in itertools.pairwise([*self.starts, whole.num_frames]):
-            yield (
-                replace(whole, num_frames=last - first),
-                first * whole.frame_tokens,
-                last * whole.frame_tokens,
-            )
-
     def _split(
         self, qkv: tuple[Tensor, Tensor, Tensor], q_start: int, k_start: int
     ) -> Iterator[tuple[WindowedAttention, Tensor, tuple[Tensor, Tensor], Range, Range]]:
         """The queries of each scene and the keys inside it, where both start in the scene, and the keys' rows of k."""
         q, k, v = qkv
-        for scene, offset, stop in self._scenes():
+        for scene, offset, stop in self._scenes:
             first, last = max(q_start, offset), min(q_start + q.shape[1], stop)
             if first >= last:
                 continue

@@ -27,6 +27,7 @@ PRESETS = Path(__file__).parents[2] / "configs" / "ablation"
 # Boundaries inside a shard, and inside the frames of the video that one latent frame holds.
 TIMELINES = (
     "a red circle [0-11] | a gold star [11-, cut]",
+    "a red circle [0-11] | a gold star [11-, scene]",
     "a red circle [0-11] | a gold star [11-22, fade 9] | a blue square [22-, relay 5]",
 )
 # Ranks may add so many times what rounding does to `direct` on one rank.

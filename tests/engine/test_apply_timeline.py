@@ -1,6 +1,7 @@
 """A timeline on stock pipelines: equal to them where it must be, to every frame attending to every text where it differs."""
 
 import itertools
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -79,6 +80,37 @@ def test_remove_restores_the_pipeline_bit_for_bit(family, method):
         handle.remove()
     assert pipe.transformer.attn_processors == before
     assert torch.equal(plain(pipe, family), expected)
+
+
+@pytest.mark.parametrize("family", MAKE)
+@pytest.mark.parametrize("first", ["method", "timeline"])
+def test_windows_end_where_a_scene_does(family, first):
+    """Of a video of windows alone nothing of the first scene is in the second; the global branch is in both."""
+    pipe = MAKE[family]()
+
+    def last_frames(text: str, how: str, method: str) -> Tensor:
+        line = f"{text} [0-3s] | a gold star [3s-, {how}]"
+        with ExitStack() as stack:
+            on = [
+                lambda: stack.enter_context(apply_method(pipe, method=method, window_frames=3)),
+                lambda: stack.enter_context(apply_timeline(pipe, line, fps=FPS[family], max_sequence_length=20)),
+            ]
+            method_handle, timeline = [make() for make in on] if first == "method" else [on[1](), on[0]()][::-1]
+            latents = latents_of(pipe, family, **timeline.inputs)
+            assert method_handle.state.scenes == ((4,) if how == "scene" else ())
+            timeline.remove()
+            assert method_handle.state.scenes == ()
+        return latents.unflatten(1, (8, -1))[:, 4:] if family == "ltx" else latents[:, :, 4:]
+
+    for method, how, same in (
+        ("sliding_window", "scene", True),
+        ("sliding_window", "cut", False),
+        ("freespec", "scene", False),
+    ):
+        one, other = (last_frames(text, how, method) for text in ("a red circle", "a blue square"))
+        assert torch.equal(one, other) == same, (method, how)
+    whole = [last_frames("a red circle", how, "direct") for how in ("scene", "cut")]
+    assert torch.equal(*whole)
 
 
 class _EveryText:

@@ -74,6 +74,37 @@ def test_a_kind_of_step_is_compiled_once(folder: Path, counter: CompileCounter) 
             engine.denoise(PROMPT, trace=Trace())
 
 
+def test_timelines_are_compiled_with_their_blocks(folder: Path, counter: CompileCounter) -> None:
+    """A timeline of another plan is another graph; the same one again, with other texts, is not."""
+    lines = [f"{PROMPT} [0-9] | a {{}} star [9-, scene]", f"{PROMPT} [0-9] | a {{}} star [9-, fade 9]"]
+    with contextlib.closing(LongVideoEngine(config_of(folder, compiled=False))) as engine:
+        expected = [engine.denoise(line.format("gold")).latents for line in lines]
+    with contextlib.closing(LongVideoEngine(config_of(folder, compiled=True))) as engine:
+        for graphs, line, latents in zip((2, 4), lines, expected, strict=True):
+            made = engine.denoise(line.format("gold")).latents
+            torch.testing.assert_close(made, latents, rtol=0, atol=1e-5 * float(latents.abs().max()))
+            engine.denoise(line.format("blue"))
+            assert counter.frame_count == graphs
+
+
+@pytest.mark.usefixtures("counter")
+def test_timelines_may_change_more_often_than_a_block_may_be_compiled(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(folder, compiled=True)
+    config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, num_steps=1, guidance_scale=1.0))
+
+    def change_timelines() -> None:
+        for start in (5, 9):
+            engine.denoise(f"{PROMPT} [0-{start}] | a gold star [{start}-, cut]")
+
+    with contextlib.closing(LongVideoEngine(config)) as engine, torch._dynamo.config.patch(recompile_limit=1):
+        change_timelines()
+        monkeypatch.setattr(torch.compiler, "reset", lambda: None)
+        with pytest.raises(FailOnRecompileLimitHit):  # the control: graphs of the events before would be kept
+            change_timelines()
+
+
 @pytest.mark.usefixtures("counter")
 def test_methods_may_change_more_often_than_a_block_may_be_compiled(
     folder: Path, monkeypatch: pytest.MonkeyPatch

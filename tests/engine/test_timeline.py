@@ -1,8 +1,12 @@
 """Timelines as text: what is read from them, which latent frames that are, and one line for each mistake."""
 
+from typing import Any
+
 import pytest
 
+from engine.config import MethodConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.errors import UserError
+from engine.identity import latents_settings, settings_id
 from engine.timeline import parse_timeline, read_timeline, texts_of
 from freespec.events import Event
 
@@ -77,7 +81,7 @@ def test_neighbours_of_one_text_that_a_cut_parts_are_one_event():
         ("a [4-2]", "must start at 0"),
         ("a [0-4s] | b [4s-4s]", "ends before it starts"),
         ("a [0-4s, fade] | b [4s-]", "is the first; a transition is from the event before"),
-        ("a [0-4s] | b [4s-, dissolve]", "unknown transition 'dissolve'; write cut, fade, relay"),
+        ("a [0-4s] | b [4s-, dissolve]", "unknown transition 'dissolve'; write cut, scene, fade, relay"),
         ("a [0-4s] | b [4s-, cut 1s]", "'cut 1s' needs no width"),
         ("a [0-4s] | b [4s-, fade 0s]", "has the width 0"),
         ("a [0-4s] | b [4s-, fade, cut]", "has 2 transitions; give one"),
@@ -154,3 +158,20 @@ def test_a_timeline_that_is_not_there_is_one_line(tmp_path):
         read_timeline(str(tmp_path / "none.yaml"))
     with pytest.raises(UserError, match="has no range"):
         read_timeline("a red circle | a star")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "same"), [("a red circle", True), ("a [0-8] | b [8-]", True), ("a [0-1s] | b [1s-]", False)]
+)
+def test_the_frame_rate_decides_latents_where_a_timeline_counts_in_seconds(prompt, same):
+    def settings(fps: int) -> dict[str, Any]:
+        config = RunConfig(
+            model=ModelConfig(path="tiny/wan"),
+            video=VideoConfig(num_frames=33, height=64, width=64, fps=fps),
+            sampler=SamplerConfig(),
+            method=MethodConfig(window_frames=9),
+        )
+        given = {"prompt": prompt, "negative_prompt": "", "seed": 0, "num_frames": 33}
+        return latents_settings(config, checkpoint="c", dtype="torch.float32", device="cpu", with_rate=False, **given)
+
+    assert (settings_id(settings(16)) == settings_id(settings(8))) == same

@@ -25,7 +25,7 @@ def scened(starts: tuple[int, ...]) -> ScenedAttention:
     whole = WindowedAttention(
         num_frames=FRAMES, frame_tokens=FRAME_TOKENS, window_frames=WINDOW, kernel=kernels.cpu_flash
     )
-    return ScenedAttention(whole=whole, starts=starts)
+    return ScenedAttention(video=whole, starts=starts)
 
 
 @pytest.mark.parametrize("starts", STARTS)
@@ -44,7 +44,7 @@ def test_both_branches_equal_explicit_keys(starts):
 def test_one_scene_is_the_plain_window():
     q, k, v = draw()
     local, wide = scened((0,)).both(q, k, v)
-    plain_local, plain_wide = scened((0,)).whole.both(q, k, v)
+    plain_local, plain_wide = scened((0,)).video.both(q, k, v)
     assert torch.equal(local, plain_local)
     assert torch.equal(wide, plain_wide)
 
