@@ -115,6 +115,7 @@ bench: setup
 	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.fusion --shapes tiny wan-short --no-dual wan-short --repeats 9
 	$(BIN)/python -m benchmarks.parallel --shapes tiny --repeats 3
 	$(BIN)/python -m benchmarks.memory
+	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.timeline --repeats 3
 	$(BIN)/python -m benchmarks.report
 
 # On a GPU, less than nine minutes, without a network.

@@ -18,7 +18,7 @@ from launch.cli import parse_run
 
 PREDICTED = tuple(ROOT / "configs" / f"{name}.yaml" for name in ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "ltx-video-2b"))
 PAGE = ROOT / "docs" / "performance.md"
-BENCHMARKS = ("attention", "fusion", "parallel", "memory")
+BENCHMARKS = ("attention", "fusion", "parallel", "memory", "timeline")
 DEVICES = ("cpu", "cuda")
 Run = dict[str, Any]
 NOT_MEASURED = "not measured"
@@ -29,7 +29,7 @@ INTRO = """# Performance
 
 Written by `python -m benchmarks.report` from the files in `benchmarks/results/`; do not edit. To measure again, on CPU or CUDA:
 
-    make bench        # on a CPU, less than five minutes: attention, fusion, ranks, memory, and this page
+    make bench        # on a CPU, less than five minutes: attention, fusion, ranks, memory, timelines, and this page
     make bench-gpu    # on a GPU, less than nine minutes, without a network: benchmarks/gpu.py, and this page
 
 Every variant runs once per round, so that whatever disturbs the machine hits all alike; times are medians over the rounds, ratios are medians
@@ -66,6 +66,18 @@ EXPECTED = [
         "both branches against two calls, 1560 tokens a frame",
     ),
     ("fusion", "cpu", ("wan", "wan-short"), "fusion / SVD in fp32", 0.2, "Gram form against SVD, 1560 tokens a frame"),
+    *(
+        (
+            "timeline",
+            "cpu",
+            (model,),
+            f"{how} / plain",
+            1.05,
+            "two events against the plain prompt, whole denoising runs",
+        )
+        for model in ("tiny-wan", "tiny-ltx")
+        for how in ("cut", "scene", "fade", "relay")
+    ),
 ]
 
 
