@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
+from engine.known import Known
 from engine.schedulers import step_noise
 from freespec.methods import Noise
 from freespec.noise import relate_frames
@@ -32,6 +33,7 @@ def denoise(
     *,
     generator: torch.Generator,
     start_step: int = 0,
+    known: Known | None = None,
     after_step: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Denoise latents [B, z, F, h, w] (fp32) over `scheduler.timesteps`, from `start_step` on.
@@ -42,17 +44,20 @@ def denoise(
         predict: `(latents, timestep, step) -> model output` of the latents' shape, guidance included.
         generator: draws the noise of a scheduler that adds some in its steps, on the CPU, so that all ranks draw the same.
         start_step: index of the first step that is still to do.
+        known: frames that are put in before each step, at its noise, and after the last.
         after_step: called with the number of finished steps and the latents.
     """
     noise = step_noise(scheduler, generator)
     for step, timestep in enumerate(scheduler.timesteps):
         if step < start_step:
             continue
+        if known is not None:
+            latents = known.put(latents, float(scheduler.sigmas[step]))
         prediction = predict(latents, timestep, step)
         latents = scheduler.step(prediction, timestep, latents, return_dict=False, **noise)[0]
         if after_step is not None:
             after_step(step + 1, latents)
-    return latents
+    return latents if known is None else known.put(latents, 0.0)
 
 
 class NotFiniteError(UserError):

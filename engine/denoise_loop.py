@@ -14,6 +14,7 @@ from engine.adapters.base import Text
 from engine.checkpoint import History, save_run
 from engine.denoise import NotFiniteError, check_finite, denoise
 from engine.identity import settings_id
+from engine.known import Known
 from engine.ranks import first_failure
 from engine.schedulers import SchedulerState, scheduler_state
 from engine.trace import Trace
@@ -35,6 +36,7 @@ class DenoiseLoop:
         trace: hears the conditional pass, if given.
         path: where a run that ends early leaves its state; None keeps none.
         settings: what decides the latents, which says whose state that is.
+        known: frames that are given, with their noise.
         checkpoint_every: steps after which the state is also written; 0 writes it at an early end only.
         on_step: called with the finished steps and their total after each.
         steps: what is noted of each finished step, see `engine.engine.Denoised`.
@@ -46,6 +48,7 @@ class DenoiseLoop:
     trace: Trace | None
     path: Path | None
     settings: dict[str, Any]
+    known: Known | None
     checkpoint_every: int
     on_step: Callable[[int, int], None] | None
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -90,6 +93,7 @@ class DenoiseLoop:
                     self.predict,
                     generator=self.generator,
                     start_step=done,
+                    known=self.known,
                     after_step=after_step,
                 )
             except NotFiniteError:  # the steps before would only lead there again

@@ -1,6 +1,7 @@
 """The engine: one loaded model that makes videos from prompts, in stages that can be stopped and continued."""
 
 import contextlib
+import json
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
@@ -25,10 +27,12 @@ from engine.decoder import VideoDecoder
 from engine.denoise import draw_noise
 from engine.denoise_loop import DenoiseLoop
 from engine.errors import UserError
+from engine.given import GivenFrames
 from engine.group_of_one import GROUP_OF_ONE
 from engine.hooks import choose_eigensolver
 from engine.identity import latents_settings, settings_id
 from engine.kernel_choice import KernelChoice, SolverChoice, choose_on_ranks
+from engine.known import Known, read_known
 from engine.load import fetch, find_adapter, find_checkpoint, load_pipeline, pick_device, pick_dtype, read_spec
 from engine.progress import enabled, progress_bar
 from engine.prompts import PROMPT, Named, refuse_long_prompts, texts_by_pass
@@ -59,6 +63,7 @@ class Denoised:
         seconds: time of the stages `text` and `denoise`.
         resumed_at: steps that an earlier, interrupted run had finished; 0 for a run from noise.
         settings: what decides the latents, see `engine.identity`.
+        given: the files of frames that were given, see `engine.given.GivenFrames.record`; None without any.
         timeline: the events of a prompt that is a timeline, see `engine.timeline.Direction.described`; None for a plain prompt.
     """
 
@@ -69,6 +74,7 @@ class Denoised:
     resumed_at: int
     settings: dict[str, Any]
     timeline: list[dict[str, Any]] | None
+    given: dict[str, Any] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,13 +205,14 @@ class LongVideoEngine:
             self._alone = False
 
     @torch.no_grad()
-    def denoise(
+    def denoise(  # noqa: PLR0913 - all that one video is made of
         self,
         prompt: str,
         *,
         seed: int | None = None,
         negative_prompt: str | None = None,
         num_frames: int | None = None,
+        given: GivenFrames | None = None,
         checkpoint: Path | None = None,
         checkpoint_every: int = 0,
         trace: Trace | None = None,
@@ -217,7 +224,7 @@ class LongVideoEngine:
         it; the file of another run is a UserError. Remove it once the latents are kept. With `checkpoint_every` the state
         is also written after every so many steps and after the last, for processes that may end without a word. A step
         whose latents are not finite is a UserError, on all ranks together, and leaves no state.
-        `on_step(finished, total)` is called after each step.
+        `on_step(finished, total)` is called after each step. `given` are frames of the video that are there already.
         """
         if trace is not None and self.ranks.hybrid is not None:
             raise UserError("parallel.provider xfuser hands out no branches to trace")
@@ -235,7 +242,11 @@ class LongVideoEngine:
         passes = self._encode_passes(prompt, negative_prompt, direction)
         seconds = {"text": time.perf_counter() - started}
 
-        settings = self._settings(prompt=prompt, negative_prompt=negative_prompt, seed=seed, num_frames=num_frames)
+        known = None if given is None else self._read_known(given, num_frames, seed)
+        facts = {} if given is None else {"given": self._describe_given(given, num_frames)}
+        settings = self._settings(
+            prompt=prompt, negative_prompt=negative_prompt, seed=seed, num_frames=num_frames, **facts
+        )
         schedule = self._set_timesteps(num_frames)
         generator = torch.Generator("cpu").manual_seed(seed)
         latents, done, history = self._first_latents(num_frames, generator, checkpoint, settings)
@@ -248,6 +259,7 @@ class LongVideoEngine:
             trace=trace,
             path=checkpoint,
             settings=settings,
+            known=known,
             checkpoint_every=checkpoint_every,
             on_step=on_step,
         )
@@ -263,6 +275,7 @@ class LongVideoEngine:
             resumed_at=done,
             settings=settings,
             timeline=None if direction is None else direction.described(self._frame_step),
+            given=None if known is None else self._record_given(given, known, num_frames),
         )
 
     def decode(self, latents: Tensor, *, seed: int | None = None) -> Iterator[np.ndarray]:
@@ -477,11 +490,44 @@ class LongVideoEngine:
                 generator=generator,
                 device=self.device,
             )
+        return self._draw_noise(num_frames, generator).to(self.device), 0, {}
+
+    def _draw_noise(self, num_frames: int, generator: torch.Generator) -> Tensor:
+        """The first latents, on the CPU."""
         shape = self.spec.latent_shape(num_frames, self.config.video.height, self.config.video.width)
         kind, stride = self.config.noise
         window = self.config.method.window_frames * self.spec.patch[0]
-        noise = draw_noise(shape, generator, kind, window_frames=window, stride=stride * self.spec.patch[0])
-        return noise.to(self.device), 0, {}
+        return draw_noise(shape, generator, kind, window_frames=window, stride=stride * self.spec.patch[0])
+
+    def _read_known(self, given: GivenFrames, num_frames: int, seed: int) -> Known:
+        """The latents of what is given, encoded on rank 0, and on every rank the run's first noise at those frames."""
+        video = self.config.video
+
+        def read() -> Known | None:
+            if not self.is_first:
+                return None
+            sizes = {"num_frames": num_frames, "height": video.height, "width": video.width, "fps": video.fps}
+            return read_known(given, self.adapter, self.pipe.vae, self.spec, **sizes)
+
+        made = together(self.mesh, read)
+        data = b"" if made is None else safetensors.torch.save({"latents": made.latents, "frames": made.frames})
+        known = Known(**safetensors.torch.load(hand_out_bytes(self.mesh, data, "given frames")))
+        return known.with_noise(self._draw_noise(num_frames, torch.Generator("cpu").manual_seed(seed)), self.device)
+
+    def _record_given(self, given: GivenFrames, known: Known, num_frames: int) -> dict[str, Any]:
+        begun = 0 if given.extend is None else self.spec.num_frames(len(known.frames) - len(given.images))
+        return given.record(num_frames=num_frames, fps=self.config.video.fps, step=self._frame_step, begun=begun)
+
+    def _describe_given(self, given: GivenFrames, num_frames: int) -> dict[str, Any]:
+        """What of it decides the latents, from rank 0, which alone may see the files."""
+
+        def describe() -> bytes:
+            if not self.is_first:
+                return b""
+            facts = given.settings(num_frames=num_frames, fps=self.config.video.fps, step=self._frame_step)
+            return json.dumps(facts).encode()
+
+        return json.loads(hand_out_bytes(self.mesh, together(self.mesh, describe), "given frames"))
 
     def _run_id(self, **what: Any) -> str:
         """Hash of all that decides the latents, see `engine.identity`."""

@@ -52,6 +52,7 @@ def build_record(
     return {
         "prompt": prompt,
         "timeline": denoised.timeline,
+        "given": denoised.given,
         "negative_prompt": config["sampler"]["negative_prompt"],
         "seed": config["sampler"]["seed"],
         "config": config,

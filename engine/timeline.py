@@ -207,8 +207,8 @@ class Direction:
             {
                 "text": text,
                 "negative_text": negative,
-                "start": _first_frame(event.start, step),
-                "stop": _first_frame(event.stop, step),
+                "start": first_frame(event.start, step),
+                "stop": first_frame(event.stop, step),
                 "transition": event.transition if index else None,
                 "width": event.width * step if index else 0.0,
             }
@@ -357,6 +357,6 @@ def _latent(frame: float, step: int) -> int:
     return 0 if frame < 0.5 else max(math.floor((frame - 1) / step + 0.5) + 1, 1)
 
 
-def _first_frame(latent: int, step: int) -> int:
+def first_frame(latent: int, step: int) -> int:
     """The frame of the video that a latent frame starts at."""
     return 0 if latent == 0 else (latent - 1) * step + 1

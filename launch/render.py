@@ -86,7 +86,9 @@ def _render(
     replace: bool,
 ) -> dict[str, Any]:
     started = time.perf_counter()
-    num_frames, height, width = video_size(latents, engine.spec)
+    left_out = _left_out(record)
+    total, height, width = video_size(latents, engine.spec)
+    num_frames = total - left_out
     sampler = FrameSampler(total=num_frames, count=output.sheet_frames)
     facts = video_facts(record) if output.metadata else None
     with open_video(
@@ -99,12 +101,17 @@ def _render(
         facts=facts,
         replace=replace,
     ) as video:
+        seen = 0
         for piece in engine.decode(latents, seed=record["seed"]):
-            video.write(piece)
-            sampler.add(piece)
+            new = piece[max(left_out - seen, 0) :]
+            seen += len(piece)
+            video.write(new)
+            sampler.add(new)
         if replace:  # an old record must not stand beside the new video
             files.record.unlink(missing_ok=True)
-    sheet = contact_sheet(sampler.frames, [i / fps for i in sampler.indices], _events_of(record, sampler.indices))
+    sheet = contact_sheet(
+        sampler.frames, [i / fps for i in sampler.indices], _events_of(record, [left_out + i for i in sampler.indices])
+    )
     write_picture(files.sheet, sheet, replace=replace)
     record = record | {
         "seconds": record["seconds"] | {"decode": time.perf_counter() - started},
@@ -114,6 +121,12 @@ def _render(
     }
     write_record(files.record, record, replace=replace)
     return record
+
+
+def _left_out(record: dict[str, Any]) -> int:
+    """Frames at the beginning that are not written: those of the video that this one goes on from, where the new ones are asked for."""
+    given = record.get("given")
+    return given["extend"]["stop"] if given is not None and given["shows"] == "new" else 0
 
 
 def _events_of(record: dict[str, Any], frames: Sequence[int]) -> list[str] | None:

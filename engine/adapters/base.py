@@ -463,7 +463,17 @@ class ModelAdapter(ABC):
         cond, uncond = predictions
         return uncond + scale * (cond - uncond)
 
-    # Latents to frames.
+    # Latents to frames, and back.
+
+    def encode(self, vae: Any, frames: Tensor) -> Tensor:
+        """Frames [1, 3, T, H, W] in [-1, 1] to latents [1, z, F, h, w] as the transformer sees them (normalised)."""
+        latents = vae.encode(frames.to(vae.device, vae.dtype)).latent_dist.mode()
+        mean, std = self.latent_statistics(vae)
+        return (latents - mean) / std
+
+    @abstractmethod
+    def latent_statistics(self, vae: Any) -> tuple[Tensor, Tensor]:
+        """Mean and deviation of the VAE's latents, [1, z, 1, 1, 1] each, which normalised ones have taken off."""
 
     @abstractmethod
     def time_settings(

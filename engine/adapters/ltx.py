@@ -241,6 +241,11 @@ class LtxAdapter(ModelAdapter):
             return TimeSettings(**told)
         return TimeSettings(chunk=(config.stride_frames // factor, size + 1), tiles=config.tiles, **told)
 
+    def latent_statistics(self, vae: AutoencoderKLLTXVideo) -> tuple[Tensor, Tensor]:
+        """See the base class; the deviation holds the scaling factor."""
+        mean, std = (x.view(1, -1, 1, 1, 1).to(vae.device, vae.dtype) for x in (vae.latents_mean, vae.latents_std))
+        return mean, std / vae.config.scaling_factor
+
     def open_decoder(self, vae: AutoencoderKLLTXVideo, latents: Tensor, settings: TimeSettings) -> LatentDecoder:
         """See the base class."""
         return _ChunkDecoder(vae, latents, settings)

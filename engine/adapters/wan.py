@@ -197,6 +197,14 @@ class WanAdapter(ModelAdapter):
         """One latent frame after the other is both exact and small, so there is nothing to choose."""
         return TimeSettings()
 
+    def latent_statistics(self, vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
+        """See the base class."""
+        mean, std = (
+            torch.tensor(values, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
+            for values in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        return mean, std
+
     def open_decoder(self, vae: AutoencoderKLWan, latents: Tensor, settings: TimeSettings) -> LatentDecoder:
         """See the base class."""
         return _CausalDecoder(vae, latents)
@@ -239,10 +247,7 @@ class _CausalDecoder(LatentDecoder):
     def __init__(self, vae: AutoencoderKLWan, latents: Tensor) -> None:
         self._vae = vae
         self._latents = latents
-        self._mean, self._std = (
-            torch.tensor(values, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
-            for values in (vae.config.latents_mean, vae.config.latents_std)
-        )
+        self._mean, self._std = WAN.latent_statistics(vae)
         self.chunks = tuple((frame, frame + 1) for frame in range(latents.shape[2]))
 
     def latents(self, index: int) -> Tensor:

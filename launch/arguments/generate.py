@@ -7,6 +7,7 @@ from jsonargparse import ArgumentParser
 from engine.config import OutputConfig, RunConfig
 from engine.errors import UserError
 from engine.files.checks import check_places
+from engine.given import GivenFrames, Shows, parse_given
 from engine.paths import find_checkpoint
 from launch.arguments.environment import check_environment
 from launch.arguments.prompts import EXAMPLE, Prompts, add_prompts, read_prompts
@@ -24,13 +25,14 @@ DESCRIPTION = "Make a long video from a prompt, or one from each line of a file.
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What generate.py was asked for: the configuration, and a prompt and the files of each video.
+    """What generate.py was asked for: the configuration, frames that every video is given, and a prompt and the files of each.
 
     `is_example`: nobody gave a prompt, a preset or a model, so the embedded model makes its example.
     """
 
     config: RunConfig
     prompts: Prompts
+    given: GivenFrames | None
     outputs: list[OutputFiles]
     verbose: bool
     is_example: bool
@@ -58,7 +60,10 @@ def read(argv: list[str]) -> Arguments:
     if namespace.ray is None and place is None:  # else it is rank 0, maybe on another machine, that looks at files
         check_free(outputs, config.output)
         find_checkpoint(config.model.path)
-    return Arguments(config=config, prompts=prompts, outputs=outputs, verbose=namespace.verbose, is_example=is_example)
+    given = parse_given(namespace.given, namespace.extend, namespace.extend_shows)
+    return Arguments(
+        config=config, prompts=prompts, given=given, outputs=outputs, verbose=namespace.verbose, is_example=is_example
+    )
 
 
 def _names_model(argv: list[str]) -> bool:
@@ -76,6 +81,17 @@ def check_free(outputs: list[OutputFiles], output: OutputConfig) -> None:
 def add_arguments(parser: ArgumentParser) -> None:
     """The options of the command beside the settings of a run."""
     add_prompts(parser)
+    parser.add_argument(
+        "--given",
+        type=str,
+        action="append",
+        default=[],
+        help="a picture that the video shows, WHERE=FILE; WHERE is first, last, seconds (2.5s) or a frame; may come again",
+    )
+    parser.add_argument("--extend", type=str, help="go on from a video, or from latents that were saved of one")
+    parser.add_argument(
+        "--extend_shows", type=Shows, default="whole", help="what the file shows: the whole video, or what is new"
+    )
     add_ranks(parser)
     parser.add_argument(
         "--ray", type=str, help="start the ranks as actors of a Ray cluster instead: auto, HOST:PORT, or local"

@@ -14,6 +14,7 @@ from engine.config import RunConfig
 from engine.engine import Denoised, LongVideoEngine
 from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
 from engine.files.whole import describe_error
+from engine.given import GivenFrames
 from engine.identity import latents_settings
 from engine.load import fetch, find_adapter, pick_device, pick_dtype, read_spec
 from engine.paths import find_checkpoint
@@ -51,30 +52,48 @@ def run(given: Arguments) -> None:
     ):
         every, folders = [path for files in outputs for path in files.all], frame_folders(outputs)
         party.check_on_first(lambda: stack.enter_context(claim_outputs(every, flag="--output.path", folders=folders)))
-        stages = party.ask_first(lambda: find_stages(prompts.texts, outputs, config))
+        stages = party.ask_first(lambda: find_stages(prompts.texts, outputs, config, given.given))
         left = [each for each in zip(prompts.named, outputs, stages, strict=True) if each[2] != "finished"]
         if not left:
             return
         look_at_prompts(config, [named for named, _, _ in left], party)
+        if given.given is not None:
+            party.check_on_first(lambda: look_at_given(config, given.given))
         engine = stack.enter_context(contextlib.closing(LongVideoEngine(config, party.ranks)))
         for index, ((_, prompt), files, stage) in enumerate(left):
             if index > 0:
                 party.wait_for_first(f"video {index - 1}")
-            record = make_video(engine, config, prompt, files, stage=stage, replace=config.output.overwrite)
+            record = make_video(
+                engine, config, prompt, files, given=given.given, stage=stage, replace=config.output.overwrite
+            )
             if record is not None:
                 print(summary(record, files), flush=True)
         last.enter_context(all_is_made())
 
 
-def find_stages(prompts: list[str], outputs: list[OutputFiles], config: RunConfig) -> list[Stage]:
-    """What is left to make of each video, see `launch.stages`; says which are finished, and checks the space for the others."""
+def look_at_given(config: RunConfig, given: GivenFrames) -> None:
+    """Look at the frames that are given before anything is loaded, and say where pictures are shown."""
+    video, step = config.video, read_step(config)
+    given.check(num_frames=video.num_frames, height=video.height, width=video.width, fps=video.fps, step=step)
+    for note in given.describe(num_frames=video.num_frames, fps=video.fps, step=step):
+        print(f"note: {note}", flush=True)
 
-    @functools.cache
-    def settings() -> dict[str, Any]:
-        return planned_settings(config, "")
+
+def read_step(config: RunConfig) -> int:
+    """Frames of the video per latent frame, after the first."""
+    source = find_checkpoint(config.model.path)
+    spec = read_spec(fetch(source, config.model.revision, parts=(), offline=config.model.offline))
+    return spec.temporal_factor * spec.patch[0]
+
+
+def find_stages(
+    prompts: list[str], outputs: list[OutputFiles], config: RunConfig, given: GivenFrames | None = None
+) -> list[Stage]:
+    """What is left to make of each video, see `launch.stages`; says which are finished, and checks the space for the others."""
+    facts = functools.cache(lambda: planned_facts(config, given))
 
     def settings_of(prompt: str) -> dict[str, Any]:
-        return settings() | {"prompt": prompt}
+        return latents_settings(config, prompt=prompt, **facts())
 
     stages = [
         find_stage(files, config, functools.partial(settings_of, prompt))
@@ -94,22 +113,23 @@ def find_stages(prompts: list[str], outputs: list[OutputFiles], config: RunConfi
     return stages
 
 
-def planned_settings(config: RunConfig, prompt: str) -> dict[str, Any]:
-    """What decides the latents of a prompt (engine.identity), before anything is loaded."""
+def planned_facts(config: RunConfig, given: GivenFrames | None) -> dict[str, Any]:
+    """What decides latents beside configuration and prompt, as `latents_settings` takes it, before anything is loaded."""
     source = find_checkpoint(config.model.path)
     folder = fetch(source, config.model.revision, parts=(), offline=config.model.offline)
-    device, sampler = pick_device(config.model.device), config.sampler
-    return latents_settings(
-        config,
-        checkpoint=fingerprints(config, folder, from_hub=isinstance(source, str))["checkpoint"].hex(),
-        dtype=str(pick_dtype(config.model.dtype, device)),
-        device=device.type,
-        with_rate=find_adapter(folder).frame_rate_matters,
-        prompt=prompt,
-        negative_prompt=sampler.negative_prompt,
-        seed=sampler.seed,
-        num_frames=config.video.num_frames,
-    )
+    device, sampler, video = pick_device(config.model.device), config.sampler, config.video
+    facts = {
+        "checkpoint": fingerprints(config, folder, from_hub=isinstance(source, str))["checkpoint"].hex(),
+        "dtype": str(pick_dtype(config.model.dtype, device)),
+        "device": device.type,
+        "with_rate": find_adapter(folder).frame_rate_matters,
+        "negative_prompt": sampler.negative_prompt,
+        "seed": sampler.seed,
+        "num_frames": video.num_frames,
+    }
+    if given is not None:
+        facts["given"] = given.settings(num_frames=video.num_frames, fps=video.fps, step=read_step(config))
+    return facts
 
 
 def make_video(
@@ -118,6 +138,7 @@ def make_video(
     prompt: str,
     files: OutputFiles,
     *,
+    given: GivenFrames | None = None,
     stage: Stage = "denoise",
     replace: bool,
 ) -> dict[str, Any] | None:
@@ -128,7 +149,7 @@ def make_video(
     if stage == "decode":
         latents, record = _read_latents(engine, config, files)
     else:
-        latents, record = _make_latents(engine, prompt, files, replace=replace, replace_latents=stage == "trace")
+        latents, record = _make_latents(engine, prompt, files, given, replace=replace, replace_latents=stage == "trace")
     if not engine.is_first:
         for _ in engine.decode(latents, seed=config.sampler.seed):  # its share of the tiles, if there are any
             pass
@@ -152,11 +173,17 @@ def _read_latents(engine: LongVideoEngine, config: RunConfig, files: OutputFiles
 
 
 def _make_latents(
-    engine: LongVideoEngine, prompt: str, files: OutputFiles, *, replace: bool, replace_latents: bool
+    engine: LongVideoEngine,
+    prompt: str,
+    files: OutputFiles,
+    given: GivenFrames | None,
+    *,
+    replace: bool,
+    replace_latents: bool,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Latents, and the record so far on rank 0, where both are written, and the trace if there is one."""
     trace = Trace() if files.trace else None
-    denoised = _denoise(engine, prompt, files, trace)
+    denoised = _denoise(engine, prompt, files, given, trace)
     if not engine.is_first:
         return denoised.latents, {}
     seconds = {"load": engine.load_seconds, **denoised.seconds}
@@ -188,10 +215,16 @@ def summary(record: dict[str, Any], files: OutputFiles) -> str:
     )
 
 
-def _denoise(engine: LongVideoEngine, prompt: str, files: OutputFiles, trace: Trace | None) -> Denoised:
+def _denoise(
+    engine: LongVideoEngine, prompt: str, files: OutputFiles, given: GivenFrames | None, trace: Trace | None
+) -> Denoised:
     try:
         return engine.denoise(
-            prompt, checkpoint=files.checkpoint, checkpoint_every=engine.config.output.checkpoint_every, trace=trace
+            prompt,
+            given=given,
+            checkpoint=files.checkpoint,
+            checkpoint_every=engine.config.output.checkpoint_every,
+            trace=trace,
         )
     except KeyboardInterrupt as error:
         raise Stopped(_describe_checkpoint(files, "before the first step was done; nothing was kept")) from error

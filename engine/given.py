@@ -1,0 +1,147 @@
+"""Frames that are given: images at moments of the video, or the latents of a video to go on from.
+
+What is given is latent frames, see `engine.known`. Imports no torch.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from engine.errors import UserError
+from engine.files.whole import file_sha256
+from engine.paths import expand
+from engine.timeline import first_frame
+
+Shows = Literal["whole", "new"]
+
+_WHERE = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>s?)")
+# What Pillow calls pictures whose colours need no choice of ours.
+_MODES = ("RGB", "L", "P", "1", "RGBA", "LA", "PA")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GivenImage:
+    """A picture and where it stands: `first`, `last`, seconds (`2.5s`) or a frame of the video."""
+
+    where: str
+    path: Path
+
+    def frame(self, num_frames: int, fps: int) -> float:
+        """The frame of the video, between two of them for seconds; UserError beyond the video."""
+        if self.where in ("first", "last"):
+            return 0.0 if self.where == "first" else num_frames - 1.0
+        match = _WHERE.fullmatch(self.where)
+        assert match is not None, "parse_given checks it"
+        frame = float(match["number"]) * (fps if match["unit"] else 1)
+        if frame > num_frames - 1:
+            last = f"{(num_frames - 1) / fps:g}s" if match["unit"] else num_frames - 1
+            raise UserError(f"--given {self.where}={self.path} is beyond the video, whose last frame is {last}")
+        return frame
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GivenFrames:
+    """What a run is given.
+
+    Attributes:
+        images: pictures, in any order.
+        extend: a video, or latents of one, that the new video begins with.
+        shows: `whole`, or `new` for a file of what follows `extend` alone.
+    """
+
+    images: tuple[GivenImage, ...] = ()
+    extend: Path | None = None
+    shows: Shows = "whole"
+
+    def settings(self, *, num_frames: int, fps: int, step: int) -> dict[str, Any]:
+        """What decides the video, in JSON's types: latent frames and SHA-256 of the files, and what is shown."""
+        images = {str(self.latent(image, num_frames, fps, step)): file_sha256(image.path) for image in self.images}
+        extend = None if self.extend is None else file_sha256(self.extend)
+        return {"images": images, "extend": extend, "shows": self.shows}
+
+    def latent(self, image: GivenImage, num_frames: int, fps: int, step: int) -> int:
+        """The latent frame that an image fills: the one that its frame of the video lies in."""
+        return -(-round(image.frame(num_frames, fps)) // step)
+
+    def check(self, *, num_frames: int, height: int, width: int, fps: int, step: int) -> None:
+        """Raise UserError for files that cannot be read, and for two images in one latent frame."""
+        taken: dict[int, GivenImage] = {}
+        for image in self.images:
+            read_image(image.path, height, width)
+            latent = self.latent(image, num_frames, fps, step)
+            if latent in taken:
+                raise UserError(
+                    f"--given {taken[latent].where} and {image.where} fall into one latent frame (frames {_span(latent, step)}); leave one out"
+                )
+            taken[latent] = image
+        if self.extend is not None and not self.extend.is_file():
+            raise UserError(f"--extend {self.extend} is no file")
+
+    def record(self, *, num_frames: int, fps: int, step: int, begun: int) -> dict[str, Any]:
+        """For the record: each file, and the frames [start, stop) of the video that it fills; `begun` are those of `extend`."""
+        images = []
+        for image in self.images:
+            latent = self.latent(image, num_frames, fps, step)
+            span = {"start": first_frame(latent, step), "stop": first_frame(latent + 1, step)}
+            images.append({"where": image.where, "file": image.path.name, **span})
+        extend = None if self.extend is None else {"file": self.extend.name, "start": 0, "stop": begun}
+        return {"images": images, "extend": extend, "shows": self.shows}
+
+    def describe(self, *, num_frames: int, fps: int, step: int) -> list[str]:
+        """A sentence for each image: which frames of the video show it."""
+        notes = []
+        for image in self.images:
+            latent = self.latent(image, num_frames, fps, step)
+            still = "" if latent == 0 else f", as a still of {step} frames"
+            plural = "" if latent == 0 else "s"
+            notes.append(f"{image.path.name} is given at frame{plural} {_span(latent, step)}{still}")
+        return notes
+
+
+def _span(latent: int, step: int) -> str:
+    first, last = first_frame(latent, step), first_frame(latent + 1, step) - 1
+    return str(first) if first == last else f"{first} to {last}"
+
+
+def parse_given(words: Sequence[str], extend: str | None, shows: Shows = "whole") -> GivenFrames | None:
+    """The values of `--given` (WHERE=FILE each), `--extend` and `--extend_shows`; None without any. UserError for what is none."""
+    images = []
+    for word in words:
+        where, equals, path = word.partition("=")
+        if not equals or not path or (where not in ("first", "last") and not _WHERE.fullmatch(where)):
+            raise UserError(
+                f"--given {word!r} is not WHERE=FILE; WHERE is first, last, seconds such as 2.5s, or a frame"
+            )
+        images.append(GivenImage(where=where, path=expand(path)))
+    if extend is None and shows == "new":
+        raise UserError("--extend_shows new needs --extend")
+    if not images and extend is None:
+        return None
+    return GivenFrames(images=tuple(images), extend=None if extend is None else expand(extend), shows=shows)
+
+
+def read_image(path: Path, height: int, width: int) -> np.ndarray:
+    """A picture as uint8 [height, width, 3]: turned as its EXIF says, resized until it covers the frame, and cropped to its middle.
+
+    UserError for a file that is no picture, an animation, transparent pixels, and colours that are neither RGB nor gray.
+    """
+    try:
+        with Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise UserError(f"{path} has {image.n_frames} frames; give one picture, or a video to --extend")
+            if image.mode not in _MODES:
+                raise UserError(f"{path} has the colours {image.mode}; convert it to RGB with 8 bits first")
+            image.load()
+            whole = ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise UserError(f"cannot read the picture {path}: {reason}") from error
+    rgba = whole.convert("RGBA")
+    if rgba.getchannel("A").getextrema()[0] < 255:
+        raise UserError(f"{path} has transparent pixels; put it on a background first")
+    return np.asarray(ImageOps.fit(rgba.convert("RGB"), (width, height), Image.Resampling.LANCZOS))
