@@ -1,6 +1,6 @@
 """Frames that are given: images at moments of the video, or the latents of a video to go on from.
 
-What is given is latent frames, see `engine.known`. Imports no torch.
+What is given becomes latent frames, see `engine.known`. Imports no torch.
 """
 
 import re
@@ -8,9 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
-from PIL import Image, ImageOps
 
 from engine.errors import UserError
 from engine.files.whole import file_sha256
@@ -20,8 +17,6 @@ from engine.timeline import first_frame
 Shows = Literal["whole", "new"]
 
 _WHERE = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>s?)")
-# What Pillow calls pictures whose colours need no choice of ours.
-_MODES = ("RGB", "L", "P", "1", "RGBA", "LA", "PA")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,20 +63,6 @@ class GivenFrames:
         """The latent frame that an image fills: the one that its frame of the video lies in."""
         return -(-round(image.frame(num_frames, fps)) // step)
 
-    def check(self, *, num_frames: int, height: int, width: int, fps: int, step: int) -> None:
-        """Raise UserError for files that cannot be read, and for two images in one latent frame."""
-        taken: dict[int, GivenImage] = {}
-        for image in self.images:
-            read_image(image.path, height, width)
-            latent = self.latent(image, num_frames, fps, step)
-            if latent in taken:
-                raise UserError(
-                    f"--given {taken[latent].where} and {image.where} fall into one latent frame (frames {_span(latent, step)}); leave one out"
-                )
-            taken[latent] = image
-        if self.extend is not None and not self.extend.is_file():
-            raise UserError(f"--extend {self.extend} is no file")
-
     def record(self, *, num_frames: int, fps: int, step: int, begun: int) -> dict[str, Any]:
         """For the record: each file, and the frames [start, stop) of the video that it fills; `begun` are those of `extend`."""
         images = []
@@ -99,11 +80,12 @@ class GivenFrames:
             latent = self.latent(image, num_frames, fps, step)
             still = "" if latent == 0 else f", as a still of {step} frames"
             plural = "" if latent == 0 else "s"
-            notes.append(f"{image.path.name} is given at frame{plural} {_span(latent, step)}{still}")
+            notes.append(f"{image.path.name} is given at frame{plural} {span_of(latent, step)}{still}")
         return notes
 
 
-def _span(latent: int, step: int) -> str:
+def span_of(latent: int, step: int) -> str:
+    """The frames of the video that a latent frame holds, as words."""
     first, last = first_frame(latent, step), first_frame(latent + 1, step) - 1
     return str(first) if first == last else f"{first} to {last}"
 
@@ -123,25 +105,3 @@ def parse_given(words: Sequence[str], extend: str | None, shows: Shows = "whole"
     if not images and extend is None:
         return None
     return GivenFrames(images=tuple(images), extend=None if extend is None else expand(extend), shows=shows)
-
-
-def read_image(path: Path, height: int, width: int) -> np.ndarray:
-    """A picture as uint8 [height, width, 3]: turned as its EXIF says, resized until it covers the frame, and cropped to its middle.
-
-    UserError for a file that is no picture, an animation, transparent pixels, and colours that are neither RGB nor gray.
-    """
-    try:
-        with Image.open(path) as image:
-            if getattr(image, "n_frames", 1) > 1:
-                raise UserError(f"{path} has {image.n_frames} frames; give one picture, or a video to --extend")
-            if image.mode not in _MODES:
-                raise UserError(f"{path} has the colours {image.mode}; convert it to RGB with 8 bits first")
-            image.load()
-            whole = ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise UserError(f"cannot read the picture {path}: {reason}") from error
-    rgba = whole.convert("RGBA")
-    if rgba.getchannel("A").getextrema()[0] < 255:
-        raise UserError(f"{path} has transparent pixels; put it on a background first")
-    return np.asarray(ImageOps.fit(rgba.convert("RGB"), (width, height), Image.Resampling.LANCZOS))

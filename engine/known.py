@@ -15,7 +15,8 @@ from torch import Tensor
 from engine.adapters import ModelAdapter, VideoSpec
 from engine.checkpoint import load_latents
 from engine.errors import UserError
-from engine.given import GivenFrames, read_image
+from engine.given import GivenFrames, GivenImage, span_of
+from engine.read_image import read_image
 from engine.read_video import read_video
 
 _LATENTS = ".safetensors"
@@ -49,6 +50,21 @@ class Known:
         return latents.index_copy(2, self.frames, here.to(latents.dtype))
 
 
+def check_given(given: GivenFrames, *, num_frames: int, height: int, width: int, fps: int, step: int) -> None:
+    """Raise UserError for files that cannot be read, and for two images in one latent frame."""
+    taken: dict[int, GivenImage] = {}
+    for image in given.images:
+        read_image(image.path, height, width)
+        latent = given.latent(image, num_frames, fps, step)
+        if latent in taken:
+            raise UserError(
+                f"--given {taken[latent].where} and {image.where} fall into one latent frame (frames {span_of(latent, step)}); leave one out"
+            )
+        taken[latent] = image
+    if given.extend is not None and not given.extend.is_file():
+        raise UserError(f"--extend {given.extend} is no file")
+
+
 @torch.no_grad()
 def read_known(
     given: GivenFrames,
@@ -67,12 +83,12 @@ def read_known(
     A video is encoded from its end on, as many frames as latent frames hold; latents are taken as they are.
 
     Raises:
-        UserError: a file cannot be read, has another size or rate, or is as long as the video.
+        UserError: a file cannot be read or has another size, or what is gone on from is as long as the video.
     """
     step = spec.temporal_factor
     by_frame: dict[int, Tensor] = {}
     if given.extend is not None:
-        begun = _read_begun(given.extend, adapter, vae, spec, height=height, width=width, fps=fps)
+        begun = _read_begun(given.extend, adapter, vae, spec, height=height, width=width)
         total = spec.latent_shape(num_frames, height, width)[2]
         if begun.shape[2] >= total:
             raise UserError(
@@ -100,7 +116,6 @@ def _read_begun(
     *,
     height: int,
     width: int,
-    fps: int,
 ) -> Tensor:
     """Latents [1, z, F, h, w] of the video that is gone on from."""
     if path.suffix == _LATENTS:

@@ -16,6 +16,7 @@ from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
 from engine.files.whole import describe_error
 from engine.given import GivenFrames
 from engine.identity import latents_settings
+from engine.known import check_given
 from engine.load import fetch, find_adapter, pick_device, pick_dtype, read_spec
 from engine.paths import find_checkpoint
 from engine.ranks import fingerprints, hand_out_bytes
@@ -74,7 +75,7 @@ def run(given: Arguments) -> None:
 def look_at_given(config: RunConfig, given: GivenFrames) -> None:
     """Look at the frames that are given before anything is loaded, and say where pictures are shown."""
     video, step = config.video, read_step(config)
-    given.check(num_frames=video.num_frames, height=video.height, width=video.width, fps=video.fps, step=step)
+    check_given(given, num_frames=video.num_frames, height=video.height, width=video.width, fps=video.fps, step=step)
     for note in given.describe(num_frames=video.num_frames, fps=video.fps, step=step):
         print(f"note: {note}", flush=True)
 

@@ -17,8 +17,9 @@ from engine.checkpoint import save_latents
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.given import GivenFrames, GivenImage, parse_given, read_image
-from engine.known import Known
+from engine.given import GivenFrames, GivenImage, parse_given
+from engine.known import Known, check_given
+from engine.read_image import read_image
 from engine.video import open_video
 from freespec.methods import FreeSpec
 from tests.engine.golden import mesh_of, relative
@@ -299,7 +300,7 @@ def test_what_does_not_fit_the_video_is_refused(folders, tmp_path):
         def refused(message: str, words: list[str], extend: Path | None = None) -> None:
             with pytest.raises(UserError, match=message):
                 given = parse_given(words, None if extend is None else str(extend))
-                given.check(num_frames=29, height=32, width=48, fps=8, step=4)
+                check_given(given, num_frames=29, height=32, width=48, fps=8, step=4)
                 engine.denoise(PROMPT, given=given)
 
         refused("beyond the video, whose last frame is 28", [f"29={tmp_path / 'a.png'}"])
