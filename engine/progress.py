@@ -8,6 +8,8 @@ import diffusers.utils.logging
 import transformers.utils.logging
 from tqdm import tqdm
 
+from engine.shown import printable
+
 
 def enabled(setting: str) -> bool:
     """Whether `output.progress` shows bars here: `on` and `off` say so, `auto` shows them on a terminal only."""
@@ -30,7 +32,7 @@ def progress_bar(*, total: int, desc: str, enabled: bool, initial: int = 0) -> t
 
 def note(line: str) -> None:
     """Write a line to stderr, above a bar that may be there."""
-    tqdm.write(line, file=sys.stderr)
+    tqdm.write(printable(line), file=sys.stderr)
 
 
 @contextmanager

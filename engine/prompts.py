@@ -10,6 +10,7 @@ from engine.config import ModelConfig, SamplerConfig, VideoConfig
 from engine.errors import UserError
 from engine.load import load_tokenizer, read_spec
 from engine.paths import REPOSITORY
+from engine.shown import quoted
 from engine.timeline import Direction, read_direction
 
 # What messages call a prompt ("the prompt", "line 3 of prompts.txt"), and the prompt.
@@ -88,7 +89,7 @@ def refuse_long_prompts(adapter: ModelAdapter, tokenizer: Any, prompts: Sequence
     if len(too_long) == 1:
         [(name, text, count)] = too_long
         raise UserError(
-            f"{name} has {count} tokens, and sampler.max_text_tokens is {max_tokens}; shorten it or raise the setting: {text[:60]!r}"
+            f"{name} has {count} tokens, and sampler.max_text_tokens is {max_tokens}; shorten it or raise the setting: {quoted(text[:60])}"
         )
     named = ", ".join(f"{name} ({count})" for name, _, count in too_long)
     raise UserError(
@@ -118,7 +119,7 @@ def unknown_words(adapter: ModelAdapter, tokenizer: Any, prompts: Sequence[Named
 
 def describe_unknown(words: dict[str, str], folder: Path) -> str:
     """One sentence: which words the model does not know, and where those that it knows are listed."""
-    shown = [f"{word[:_SHOWN_LETTERS]!r} ({name})" for word, name in list(words.items())[:_SHOWN_WORDS]]
+    shown = [f"{quoted(word[:_SHOWN_LETTERS])} ({name})" for word, name in list(words.items())[:_SHOWN_WORDS]]
     more = f" and {len(words) - len(shown)} more" if len(words) > len(shown) else ""
     card = folder / "README.md"
     embedded = folder.resolve().parent == REPOSITORY / "tiny"

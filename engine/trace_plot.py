@@ -1,6 +1,5 @@
 """The trace of a run as a table and as a plot: effective rank of both branches and fusion weights, per step and layer."""
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from engine.files.tables import write_csv
 from engine.files.whole import atomic_path
 
 COLUMNS = ("step", "layer", "branch", "effective_rank", "weight_first", "weight_last", "residual")
@@ -23,10 +23,7 @@ _WEIGHTS = (
 
 def write_trace(rows: Sequence[dict[str, Any]], table: Path, plot: Path, *, replace: bool = True) -> None:
     """Write the rows of a `Trace` as CSV, and their plot as PNG."""
-    with atomic_path(table, replace=replace) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows)
+    write_csv(table, rows, COLUMNS, replace=replace)
     figure = draw_trace(rows)
     with atomic_path(plot, replace=replace) as part:
         figure.savefig(part, format="png", dpi=120)

@@ -36,7 +36,7 @@ def measure_all(
 def measure_all_world(
     videos: Sequence[Video], folder: Path, *, workers: int, say: Callable[[str], None]
 ) -> dict[Path, dict[str, float]]:
-    """Every exact measure of every video, likewise; `evaluation.world.why_not` says whether they can be."""
+    """Every exact measure of every video, likewise; `evaluation.world.videos_of_world` says which can be."""
     jobs = []
     for video in videos:
         what = hashlib.sha256(f"{video.prompt}\n{video.native_frames}".encode()).hexdigest()[:12]

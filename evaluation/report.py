@@ -1,7 +1,5 @@
 """The report of an evaluation, beside the paper's tables: JSON, Markdown, and CSV with a line per video and measure."""
 
-import csv
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -9,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engine.files.tables import as_csv, markdown_cell
 from engine.files.whole import write_json, write_text
 from evaluation.dimensions import DIMENSIONS
 from evaluation.parse import DimensionScores
@@ -75,7 +74,7 @@ def write_report(evaluation: Evaluation, folder: Path) -> list[Path]:
     tree = as_tree(evaluation)
     paths = [folder / f"report.{kind}" for kind in ("md", "csv", "json")]
     write_text(paths[0], as_markdown(evaluation, tree))
-    write_text(paths[1], as_csv(tree))
+    write_text(paths[1], table_of_videos(tree))
     write_json(paths[2], tree)
     return paths
 
@@ -134,22 +133,20 @@ def kind(evaluation: Evaluation) -> str:
     return f"{what} ({_count(prompts, 'prompt')} x {_count(seeds, 'seed')})"
 
 
-def as_csv(tree: Mapping[str, Any]) -> str:
+def table_of_videos(tree: Mapping[str, Any]) -> str:
     """One line per video and measure; the value is empty where it is not available."""
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow(["label", "config_id", "prompt_id", "seed", "measure", "value", "prompt", "sha256"])
-    for video in tree["videos"]:
-        for measure, value in video["values"].items():
-            shown = "" if value is None else repr(value)
-            head = [video[key] for key in ("label", "config_id", "prompt_id", "seed")]
-            table.writerow([*head, measure, shown, video["prompt"], video["sha256"]])
-    return text.getvalue()
+    columns = ["label", "config_id", "prompt_id", "seed", "measure", "value", "prompt", "sha256"]
+    rows = [
+        video | {"measure": measure, "value": value}
+        for video in tree["videos"]
+        for measure, value in video["values"].items()
+    ]
+    return as_csv(rows, columns)
 
 
 def as_markdown(evaluation: Evaluation, tree: Mapping[str, Any]) -> str:
     """The report for a reader."""
-    lines = [f"# {evaluation.title}", "", *_missing_section(evaluation)]
+    lines = [f"# {markdown_cell(evaluation.title)}", "", *_missing_section(evaluation)]
     lines += [f"{tree['kind']}. {NO_TOTAL}", "", *_videos_section(evaluation)]
     lines += _vbench_section(evaluation, tree) if evaluation.vbench else _without_vbench()
     lines += _paper_section(evaluation, tree)
@@ -157,7 +154,7 @@ def as_markdown(evaluation: Evaluation, tree: Mapping[str, Any]) -> str:
         lines += [*_proxy_section(evaluation, tree), *_world_section(evaluation, tree)]
     for heading, sentences in (("Notes", tree["notes"]), ("Failed", tree["failures"])):
         if sentences:
-            lines += [f"## {heading}", "", *(f"- {sentence}" for sentence in sentences), ""]
+            lines += [f"## {heading}", "", *(f"- {markdown_cell(sentence)}" for sentence in sentences), ""]
     return "\n".join([*lines, "Every value of every video is in `report.csv` and `report.json`.", ""])
 
 
@@ -166,7 +163,7 @@ def _missing_section(evaluation: Evaluation) -> list[str]:
     if not evaluation.missing:
         return []
     heading = "**Not everything that was asked for is here; all figures are over what is.**"
-    return [heading, "", *(f"- {sentence}" for sentence in evaluation.missing), ""]
+    return [heading, "", *(f"- {markdown_cell(sentence)}" for sentence in evaluation.missing), ""]
 
 
 def _videos_section(evaluation: Evaluation) -> list[str]:
@@ -295,7 +292,7 @@ def _proxy_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]
 def _world_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]:
     heading = ["## Exact measures of the embedded world", ""]
     if evaluation.not_world is not None:
-        return [*heading, f"{MISSING[0].upper()}{MISSING[1:]}: {evaluation.not_world}.", ""]
+        return [*heading, f"{MISSING[0].upper()}{MISSING[1:]}: {markdown_cell(evaluation.not_world)}.", ""]
     return [
         *heading,
         "The world's shapes, colours, places and speeds, read from every frame; docs/compare.md says what each measure "
@@ -387,9 +384,5 @@ def _count(number: int, what: str) -> str:
 
 
 def _table(heading: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    shown = [[_escape(str(cell)) for cell in row] for row in rows]
-    return [f"| {' | '.join(heading)} |", f"|{'---|' * len(heading)}", *(f"| {' | '.join(row)} |" for row in shown)]
-
-
-def _escape(text: str) -> str:
-    return text.replace("|", "\\|").replace("\n", " ")
+    head, *shown = [[markdown_cell(str(cell)) for cell in row] for row in (heading, *rows)]
+    return [f"| {' | '.join(head)} |", f"|{'---|' * len(heading)}", *(f"| {' | '.join(row)} |" for row in shown)]

@@ -16,6 +16,7 @@ from engine.batch.suite import Prompt, Suite
 from engine.errors import UserError
 from engine.files.trees import parse_json
 from engine.prompt_files import split_lines
+from engine.shown import quoted
 
 PREFIX = "vbench:"
 SELECTION = "longer-100"
@@ -269,7 +270,7 @@ def _dimensions_of(shorts: list[str], lists: _Lists, reader: _Reader) -> list[tu
     found = {prompt: dimensions for prompt, dimensions in info if lists.dimension in dimensions}
     missing = next((short for short in shorts if short not in found), None)
     if missing is not None:
-        raise UserError(f"the full-info file of this checkout has no {lists.dimension} prompt {missing[:60]!r}")
+        raise UserError(f"the full-info file of this checkout has no {lists.dimension} prompt {quoted(missing[:60])}")
     return [found[short] for short in shorts]
 
 

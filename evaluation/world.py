@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.shown import quoted
 from evaluation.proxies import read_frames
 from metrics.version import source_digest
 from metrics.world import WORLD_UNITS, why_not_world, world_metrics
@@ -15,23 +16,28 @@ WORLD = {f"world.{name}": unit for name, unit in WORLD_UNITS.items()}
 """Every exact measure by the name that it has in reports, with its unit."""
 
 
-def why_not(videos: Sequence["Video"]) -> str | None:
-    """None if these videos can be measured as clips of the world; otherwise the reason, as a sentence.
+def videos_of_world(videos: Sequence["Video"]) -> tuple[list["Video"], str | None]:
+    """The videos that can be measured as clips of the world, and why the others, if there are any, cannot, as a sentence.
 
     They must be of captions of the world, of its size, and all of one known native length, since identity and drift
     are told from the first native length of a video.
     """
-    for size in sorted({video.size for video in videos}):
-        reason = why_not_world([video.prompt for video in videos if video.size == size], *size)
-        if reason is not None:
-            return reason
-    native = {video.native_frames for video in videos}
+    reasons = {video.path: _why_not(video) for video in videos}
+    of_world = [video for video in videos if reasons[video.path] is None]
+    reason = next((reason for reason in reasons.values() if reason is not None), None)
+    native = {video.native_frames for video in of_world}
     if None in native:
-        return "how many frames the model was trained on is not known: --native_frames says it"
+        return [], "how many frames the model was trained on is not known: --native_frames says it"
     if len(native) > 1:
         lengths = ", ".join(map(str, sorted(n for n in native if n is not None)))
-        return f"the videos are of models of different native lengths ({lengths} frames)"
-    return None
+        return [], f"the videos are of models of different native lengths ({lengths} frames)"
+    return of_world, reason
+
+
+def _why_not(video: "Video") -> str | None:
+    if why_not_world([video.prompt], *video.size) is None:
+        return None
+    return why_not_world([], *video.size) or f"this prompt is no caption of the world: {quoted(video.prompt)}"
 
 
 def measure_world(path: Path, prompt: str, native_frames: int) -> dict[str, float]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from engine.errors import UserError
+from engine.shown import PrintableStream
 from launch.command import run_command
 from launch.launcher import asked_ranks, asked_value, start_ranks
 from launch.replicas.place import without_place
@@ -76,6 +77,7 @@ def run_script(name: str, argv: Sequence[str] | None = None) -> int:
         if place is not None and place.rank > 0:  # rank 0 alone prints
             nowhere = stack.enter_context(Path(os.devnull).open("w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
+        stack.enter_context(contextlib.redirect_stdout(PrintableStream(sys.stdout)))
         code = run_command(lambda given: _run(name, given, signals), words, signals=signals)
         out.flush()
         code = code or tell_lost_output(name, out.error)

@@ -1,4 +1,4 @@
-"""How a process stops: its signals, the one line that it ends with, and its end if its parent dies. Standard library only."""
+"""How a process stops: its signals, the one line that it ends with, and its end if its parent dies. Imports nothing slow."""
 
 import contextlib
 import ctypes
@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType
+
+from engine.shown import printable
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -113,7 +115,7 @@ def say(message: str) -> None:
     A rank of our launcher hands it to the launcher, which says one line for all ranks. Of torchrun's ranks the first of
     each machine speaks.
     """
-    line = " ".join(message.split())
+    line = printable(" ".join(message.split()))
     if LAST_LINE in os.environ:
         os.write(int(os.environ[LAST_LINE]), line.encode())
         return
@@ -135,7 +137,7 @@ def say_for_first(message: str) -> None:
 def show(line: str) -> None:
     """A line on stderr; a progress bar may have left a terminal's cursor in the middle of another."""
     lead = "\n" if sys.stderr.isatty() else ""
-    print(lead + line, file=sys.stderr, flush=True)
+    print(lead + printable(line), file=sys.stderr, flush=True)
 
 
 def die_with_parent() -> None:

@@ -17,6 +17,7 @@ from engine.batch.locks import lock_file
 from engine.files.locks import holder_of
 from engine.files.trees import DamagedError, Shape, read_tree
 from engine.files.whole import write_json
+from engine.shown import printable
 
 STATUS_SECONDS = 1.0
 LAST_FAILURES = 5
@@ -206,7 +207,8 @@ def table(name: str, tree: Mapping[str, Any], *, note: str | None = None, size: 
         for failure in tree["failures"]
     ]
     below += [f"  {note}"] if note is not None else []
-    replicas = columns(rows)
+    # Before anything is counted or cut: an escape shown is longer than one sent. A name or message is one line.
+    lines, replicas, below = ([_one_line(line) for line in part] for part in (lines, columns(rows), below))
     if size is None:
         return "\n".join([*lines, *replicas, *below])
     # The last line stays empty: that is where the cursor waits.
@@ -216,6 +218,10 @@ def table(name: str, tree: Mapping[str, Any], *, note: str | None = None, size: 
         rest = ", ".join(f"{count} {state}" for state, count in states.items())
         replicas = [*replicas[: room - 1], f"  and {states.total()} more: {rest}"]
     return "\n".join(line[: size.columns - 1] for line in [*lines, *replicas, *below][: max(size.lines - 1, 1)])
+
+
+def _one_line(text: str) -> str:
+    return printable(text.replace("\n", " ").expandtabs(1))
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:

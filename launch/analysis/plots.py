@@ -122,7 +122,7 @@ def _draw_strips(rows: Sequence[tuple[Strip, list[np.ndarray]]], titles: Sequenc
     figure = Figure(
         figsize=(1.6 + side * columns, 0.6 + (side * height / width + 0.15) * len(rows)), layout="constrained"
     )
-    figure.suptitle(title, fontsize=9)
+    figure.suptitle(title, fontsize=9, parse_math=False)  # a prompt, which may speak of $5
     cells = figure.subplots(len(rows), columns, squeeze=False)
     for number, (line, (strip, pictures)) in enumerate(zip(cells, rows, strict=True)):
         for axes, picture, text in zip(line, pictures, titles, strict=True):

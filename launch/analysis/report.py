@@ -1,6 +1,5 @@
 """Tables and plots of an analysis: CSV for every number, PNG and SVG for every plot, report.json for what they say."""
 
-import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from engine.contact_sheet import spaced
-from engine.files.whole import atomic_path, write_text
+from engine.files.tables import write_csv
+from engine.files.whole import write_text
 from engine.read_video import read_video
 from launch.analysis.plots import Strip, draw_flows, draw_frames, draw_heads, draw_low_rank, draw_progress, draw_windows
 from launch.analysis.spectra import Rows, SpectraStore, concentration, mean_and_error, over_prompts
@@ -114,14 +114,6 @@ def _strip(each: Measured, ratios: dict[str, float]) -> Strip:
     frames = np.stack(list(read_video(each.video.files.video)))
     note = f"flow {each.values['flow_mean']:.2f} px/frame"
     return Strip(name=f"{100 * ratios[each.video.label]:g} % kept", note=note, frames=frames)
-
-
-def write_csv(path: Path, rows: Rows) -> None:
-    """Rows as CSV, whole or not at all; nan is an empty cell."""
-    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows({key: _plain_number(value) for key, value in row.items()} for row in rows)
 
 
 def _plain_number(value: Any) -> Any:

@@ -7,6 +7,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.shown import quoted
 from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, check_seeds
 from launch.arguments.prompts import Prompts, read_prompts
@@ -81,10 +82,10 @@ def _check_lists(search: list[str], held_out: list[str], rounds: list[int]) -> N
     for name, prompts in (("prompt_file", search), ("judge_prompt_file", held_out)):
         twice = next((prompt for index, prompt in enumerate(prompts) if prompt in prompts[:index]), None)
         if twice is not None:
-            raise UserError(f"a prompt of --{name} is there twice, and would count as two: {twice!r}")
+            raise UserError(f"a prompt of --{name} is there twice, and would count as two: {quoted(twice)}")
     both = next((prompt for prompt in search if prompt in held_out), None)
     if both is not None:
-        raise UserError(f"a prompt is in both lists, and what was found on it would be judged on it: {both!r}")
+        raise UserError(f"a prompt is in both lists, and what was found on it would be judged on it: {quoted(both)}")
 
 
 def add_arguments(parser: ArgumentParser) -> None:

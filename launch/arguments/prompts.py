@@ -9,6 +9,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import expand
 from engine.prompt_files import NEGATIVE_SETTING, read_prompt_lines
+from engine.shown import quoted
 from engine.timeline import read_timeline
 from launch.launcher import asked_value
 
@@ -92,7 +93,7 @@ def choose_prompts(namespace: Namespace) -> Prompts:
     for name, text in prompts.named:
         if text in first:
             raise UserError(
-                f"a prompt is there twice ({first[text]} and {name}), and would count as two: {text!r}; leave one out"
+                f"a prompt is there twice ({first[text]} and {name}), and would count as two: {quoted(text)}; leave one out"
             )
         first[text] = name
     count = namespace.num_prompts

@@ -17,6 +17,7 @@ from engine.errors import UserError
 from engine.files.checks import describe_size
 from engine.files.storage import REMEDY_FULL, describe_remedy
 from engine.files.trees import DamagedError, Shape, read_tree
+from engine.shown import printable
 from launch.batching.options import Options
 from launch.batching.work import Work
 from launch.command import LostRankError
@@ -122,11 +123,11 @@ def say_given_up(files: BatchFiles, given_up: Sequence[Item]) -> None:
     """The line about items in quarantine, of which there is at least one."""
     first = files.quarantined(given_up[0])
     assert first is not None
-    print(
+    line = (
         f"error: {len(given_up)} items failed for good, first {given_up[0].label}: {first['error']}; tracebacks are in "
-        f"{files.quarantine}; add --retry_quarantined to try them again",
-        file=sys.stderr,
+        f"{files.quarantine}; add --retry_quarantined to try them again"
     )
+    print(printable(line), file=sys.stderr)
 
 
 def halted(driver: Driver, files: BatchFiles, config: RunConfig, *, keep_latents: bool) -> Exception:

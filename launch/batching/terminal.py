@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.batch.journal import describe_seconds, read_status, table
 from engine.errors import UserError
+from engine.shown import printable
 
 
 class Terminal:
@@ -42,8 +43,9 @@ class Terminal:
         if not self._live:
             return
         text = table("batch", tree, note=self._note, size=shutil.get_terminal_size())
-        up = f"\x1b[{self._lines}F\x1b[J" if self._lines else ""
-        print(up + text, flush=True)
+        if self._lines:
+            _move_up(self._lines)
+        print(text, flush=True)
         self._lines = text.count("\n") + 1
 
     def warn(self, message: str) -> None:
@@ -51,7 +53,12 @@ class Terminal:
         if self._live:
             self._note = message
             return
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+        print(f"warning: {printable(message)}", file=sys.stderr, flush=True)
+
+
+def _move_up(lines: int) -> None:
+    """Put the cursor so many lines up, and clear what is below it: past what shows control characters instead of sending them."""
+    getattr(sys.stdout, "stream", sys.stdout).write(f"\x1b[{lines}F\x1b[J")
 
 
 def show_status(root: Path) -> int:

@@ -14,6 +14,7 @@ from engine.files.whole import describe_error
 from engine.paths import expand
 from engine.planner.model import read_model
 from engine.progress import enabled
+from engine.shown import quoted
 from launch.analysis.report import write_analysis
 from launch.analysis.spectra import SpectraStore
 from launch.arguments.analyze import Arguments, read
@@ -139,6 +140,6 @@ def observe(engine: LongVideoEngine, spectra: SpectraStore, unseen: list[int], p
             raise UserError(describe_error(error, spectra.file(index))) from error
         if engine.is_first:
             print(
-                f"{number + 1} of {len(unseen)}, {spectra.file(index)}: spectra of {spectra.prompts[index]!r}",
+                f"{number + 1} of {len(unseen)}, {spectra.file(index)}: spectra of {quoted(spectra.prompts[index])}",
                 flush=True,
             )

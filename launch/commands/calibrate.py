@@ -1,7 +1,6 @@
 """calibrate.py: FreeSpec's open settings searched on one list of prompts, and what was found judged on another."""
 
 import contextlib
-import csv
 import dataclasses
 import json
 import math
@@ -15,7 +14,8 @@ from engine.batch.locks import Shard, own_shard
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.files.whole import atomic_path, write_json, write_text
+from engine.files.tables import write_csv
+from engine.files.whole import write_json, write_text
 from engine.paths import expand
 from engine.progress import enabled
 from launch.arguments.calibrate import NAME, Arguments, read
@@ -173,14 +173,14 @@ def _write(folder: Path, report: dict[str, Any], best: RunConfig) -> str:
     The preset has every setting of the judged run's method, so that it says the same whatever the defaults become.
     """
     with writing_report(folder):
-        with atomic_path(folder / "trials.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
-            counts = [each["prompts"] for each in report["rounds"]]
-            names = [f"score_{count}_prompts" for count in counts]
-            writer = csv.DictWriter(file, ["trial", *report["trials"][START], *names])
-            writer.writeheader()
-            for label, settings in report["trials"].items():
-                found = [each["scores"].get(label) for each in report["rounds"]]
-                writer.writerow({"trial": label} | settings | dict(zip(names, found, strict=True)))
+        names = [f"score_{each['prompts']}_prompts" for each in report["rounds"]]
+        rows = [
+            {"trial": label}
+            | settings
+            | dict(zip(names, [each["scores"].get(label) for each in report["rounds"]], strict=True))
+            for label, settings in report["trials"].items()
+        ]
+        write_csv(folder / "trials.csv", rows, ["trial", *report["trials"][START], *names])
         write_json(folder / "report.json", report)
         judged, preset = report["judged"], folder / "calibrated.yaml"
         preset.unlink(missing_ok=True)  # of an earlier, narrower search

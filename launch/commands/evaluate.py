@@ -14,6 +14,7 @@ from engine.files.locks import HeldError, hold
 from engine.files.say import Say
 from engine.files.storage import writing_to
 from engine.paths import expand
+from engine.shown import printable
 from evaluation.bench import Bench, Evaluator, PreflightError, preflight
 from evaluation.dimensions import parse_dimensions
 from evaluation.measure import measure_all, measure_all_world
@@ -22,7 +23,7 @@ from evaluation.run import Outcome, evaluate, failures
 from evaluation.stage import View, plan_view
 from evaluation.tables import Scored
 from evaluation.videos import Video, groups, read_batches, read_list, what_is_missing
-from evaluation.world import why_not
+from evaluation.world import videos_of_world
 from launch.arguments.evaluate import read
 from launch.stopping import Stopped
 
@@ -83,7 +84,7 @@ def _run(
             views, dimensions, evaluator=evaluator, bench=bench, folder=out, say=_say, keep_views=options.keep_views
         )
     every = [video for group in by_label.values() for video in group]
-    values, exact, not_world = _measures(options, every, out)
+    values, exact, not_world, left_out = _measures(options, every, out)
     scored = _dimension_values(outcomes)
     evaluation = Evaluation(
         title=f"Evaluation of {options.runs or options.videos}",
@@ -98,7 +99,7 @@ def _run(
         not_world=not_world,
         scores={(o.view.label, o.dimension): o.scores for o in outcomes if o.scores is not None},
         vbench=bench.identity if bench else None,
-        notes=[f"{o.view.label}: {note}" for o in outcomes if o.scores for note in o.scores.notes],
+        notes=left_out + [f"{o.view.label}: {note}" for o in outcomes if o.scores for note in o.scores.notes],
         failures=failures(outcomes),
         missing=missing,
     )
@@ -128,15 +129,17 @@ def _missing(options: Namespace, videos: Sequence[Video]) -> list[str]:
 
 def _measures(
     options: Namespace, videos: Sequence[Video], out: Path
-) -> tuple[dict[Path, dict[str, float]], dict[Path, dict[str, float]], str | None]:
-    """Proxies and exact measures by path, and why there are none of the latter."""
+) -> tuple[dict[Path, dict[str, float]], dict[Path, dict[str, float]], str | None, list[str]]:
+    """Proxies and exact measures by path, why there are none of the latter, and a sentence on videos that have none."""
     if not options.proxies:
-        return {}, {}, "not asked for"
+        return {}, {}, "not asked for", []
     proxies = measure_all(videos, out / "proxies", workers=options.workers, say=_say)
-    not_world = why_not(videos)
-    if not_world is not None:
-        return proxies, {}, not_world
-    return proxies, measure_all_world(videos, out / "world", workers=options.workers, say=_say), None
+    of_world, reason = videos_of_world(videos)
+    if not of_world:
+        return proxies, {}, reason, []
+    exact = measure_all_world(of_world, out / "world", workers=options.workers, say=_say)
+    share = f"The exact measures of the embedded world are of {len(of_world)} of {len(videos)} videos: {reason}."
+    return proxies, exact, None, [] if reason is None else [share]
 
 
 def _of(video: Video, *measured: Mapping[Path, dict[str, float]]) -> dict[str, float]:
@@ -216,4 +219,4 @@ def _dimension_values(outcomes: Sequence[Outcome]) -> dict[Video, dict[str, floa
 
 
 def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)

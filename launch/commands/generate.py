@@ -21,6 +21,7 @@ from engine.load import fetch, find_adapter, pick_device, pick_dtype, read_spec
 from engine.paths import find_checkpoint
 from engine.ranks import fingerprints, hand_out_bytes
 from engine.record import build_record
+from engine.shown import quoted
 from engine.trace import Trace
 from engine.trace_plot import write_trace
 from launch.arguments.generate import Arguments, read
@@ -45,7 +46,9 @@ def run(given: Arguments) -> None:
     """Meet the other ranks if there are any, claim the files, load the model once, make what is missing of every video."""
     config, prompts, outputs = given.config, given.prompts, given.outputs
     if given.is_example:
-        print(f"no --prompt and no --config: the embedded model makes its example, {prompts.texts[0]!r}", flush=True)
+        print(
+            f"no --prompt and no --config: the embedded model makes its example, {quoted(prompts.texts[0])}", flush=True
+        )
     with (
         contextlib.ExitStack() as last,
         open_ranks(config, prompts=prompts.texts, verbose=given.verbose) as party,

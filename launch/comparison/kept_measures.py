@@ -17,7 +17,7 @@ from engine.files.checks import check_places
 from engine.files.locks import locked
 from engine.files.trees import parse_json
 from engine.files.whole import atomic_path
-from launch.comparison.measure import Measured, measure_all, native_frames, not_world, units
+from launch.comparison.measure import Measured, has_world, measure_all, native_frames, units
 from launch.comparison.store import Comparison, Key, Video, refuse_changes, widen
 
 _HEADER = {"settings": dict, "variants": dict, "prompts": list, "measures": list, "origins": list}
@@ -53,8 +53,7 @@ def measure_there(comparison: Comparison, videos: Sequence[Video] | None = None,
     """The measures of those videos (of the comparison's, if None) that are there or kept, in order; what is there comes first."""
     videos = comparison.videos if videos is None else videos
     there = [video for video in videos if video.is_done]
-    world = not_world(comparison) is None
-    fresh = measure_all(there, clip_frames=native_frames(comparison), world=world, progress=progress)
+    fresh = measure_all(there, clip_frames=native_frames(comparison), world=has_world(comparison), progress=progress)
     found = read_kept(comparison) | {each.video.key: each for each in fresh}
     return [found[video.key] for video in videos if video.key in found]
 
@@ -104,7 +103,7 @@ def _lock(path: Path) -> Path:
 def _header(comparison: Comparison) -> dict[str, Any]:
     told = comparison.describe()
     settings = told["settings"] | {"clip_frames": native_frames(comparison)}
-    return told | {"settings": settings, "measures": list(units(world=not_world(comparison) is None))}
+    return told | {"settings": settings, "measures": list(units(world=has_world(comparison)))}
 
 
 def _refuse_others(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:

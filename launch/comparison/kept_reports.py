@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.files.trees import parse_json
+from engine.shown import quoted
 from launch.comparison.variants import flatten
 
 Report = dict[str, Any]
@@ -77,8 +78,8 @@ def refuse_mixed(reports: Mapping[str, Report | None], files: Mapping[str, Path]
             ):
                 if prompts[0] != prompts[1]:
                     raise UserError(
-                        f"{files[one]} and {files[other]} are of different prompts: number {number} is {prompts[0]!r} in the first "
-                        f"and {prompts[1]!r} in the second; make one of them again"
+                        f"{files[one]} and {files[other]} are of different prompts: number {number} is {quoted(prompts[0])} in the first "
+                        f"and {quoted(prompts[1])} in the second; make one of them again"
                     )
 
 

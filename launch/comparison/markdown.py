@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from engine.files.tables import markdown_cell
 from launch.comparison.page import number
 
 Report = dict[str, Any]
@@ -32,8 +33,8 @@ def estimate(found: dict[str, Any] | None, *, signed: bool = False) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    head, *cells = [[markdown_cell(cell) for cell in line] for line in (header, *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *cells)) + "\n"
 
 
 def _table(report: Report, labels: Sequence[str], what: str) -> str:

@@ -13,11 +13,15 @@ from engine.errors import UserError
 from engine.files.trees import Shape, read_kept
 from engine.files.whole import write_json
 from engine.read_video import read_video
+from engine.shown import quoted
 from launch.comparison.checks import read_video_spec
 from launch.comparison.store import Comparison, Video
 from metrics.version import source_digest
 from metrics.video import VIDEO_UNITS, video_metrics
 from metrics.world import WORLD_UNITS, why_not_world, world_metrics
+
+_SHOWN_PROMPTS = 3
+_WORLD_SIZE = (64, 64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +44,29 @@ class Measured:
 
 
 def units(*, world: bool) -> dict[str, str]:
-    """Every measure that is made, with its unit."""
+    """Every measure that is made, with its unit; `world`: whether a video has the exact measures of the embedded world."""
     return VIDEO_UNITS | WORLD_UNITS if world else VIDEO_UNITS
 
 
-def not_world(comparison: Comparison) -> str | None:
-    """None if the exact measures of the embedded world apply; otherwise why they do not."""
+def strange_prompts(comparison: Comparison) -> list[str]:
+    """The prompts whose videos have no exact measures of the embedded world."""
     video = comparison.config.video
-    return why_not_world(comparison.prompts, video.height, video.width)
+    return [prompt for prompt in comparison.prompts if why_not_world([prompt], video.height, video.width) is not None]
+
+
+def not_world(comparison: Comparison) -> str | None:
+    """None if every video has the exact measures of the embedded world; otherwise why some have none."""
+    video, strange = comparison.config.video, strange_prompts(comparison)
+    if not strange:
+        return None
+    prompts = "this prompt is" if len(strange) == 1 else f"{len(strange)} prompts are"
+    named = ", ".join([*map(quoted, strange[:_SHOWN_PROMPTS]), *([".."] if len(strange) > _SHOWN_PROMPTS else [])])
+    return why_not_world([], video.height, video.width) or f"{prompts} no caption of the world: {named}"
+
+
+def has_world(comparison: Comparison) -> bool:
+    """Whether the exact measures of the embedded world apply to a video at least."""
+    return len(strange_prompts(comparison)) < len(comparison.prompts)
 
 
 def native_frames(comparison: Comparison) -> int:
@@ -57,7 +76,10 @@ def native_frames(comparison: Comparison) -> int:
 
 
 def measure_all(videos: Iterable[Video], *, clip_frames: int, world: bool, progress: bool) -> list[Measured]:
-    """Measure every video, or take what was measured before by the same code from the same file."""
+    """Measure every video, or take what was measured before by the same code from the same file.
+
+    With `world`, frames of its size, videos of its captions have exact measures too; of the others these are nan.
+    """
     version = source_digest()
     return [
         _measure(video, clip_frames=clip_frames, world=world, version=version)
@@ -74,6 +96,7 @@ def _measure(video: Video, *, clip_frames: int, world: bool, version: str) -> Me
         raise UserError(
             f"{video.files.video} is not the file that its record tells of; delete both to make it again, and its line in the file of --measures if there is one"
         )
+    names, world = units(world=world), world and not why_not_world([video.prompt], *_WORLD_SIZE)
     key = {"video": digest, "version": version, "clip_frames": clip_frames, "world": world, "prompt": video.prompt}
     shape: Shape = {"key": dict, "values": dict, "by_clip": dict}
     kept = read_kept(video.measures, shape, what="the measures of a video")
@@ -82,7 +105,8 @@ def _measure(video: Video, *, clip_frames: int, world: bool, version: str) -> Me
         values, by_clip = _measures(frames, video.prompt, clip_frames=clip_frames, world=world)
         kept = {"key": key, "values": {name: _json(value) for name, value in values.items()}, "by_clip": by_clip}
         write_json(video.measures, kept)
-    values = {name: math.nan if value is None else value for name, value in kept["values"].items()}
+    values = dict.fromkeys(names, math.nan)
+    values |= {name: value for name, value in kept["values"].items() if value is not None}
     return Measured(video=video, record=record, values=values, by_clip=kept["by_clip"], version=version)
 
 

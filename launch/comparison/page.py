@@ -85,7 +85,7 @@ def _metric_cell(row: Row) -> str:
 
 def _time_table(times: dict[str, dict[str, Any]]) -> str:
     kinds = list(dict.fromkeys(kind for found in times.values() for kind in found["steps"]))
-    head = "".join(f"<th>{kind} step, s</th>" for kind in kinds)
+    head = "".join(f"<th>{html.escape(kind)} step, s</th>" for kind in kinds)
     lines = [f"<tr><th>method</th><th>denoising, s</th><th>runs</th>{head}<th>decoding, s</th></tr>"]
     for label, found in times.items():
         cells = []

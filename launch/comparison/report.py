@@ -1,6 +1,6 @@
 """The report of a comparison: index.html, report.json, summary.csv and .md, videos.csv and plots/, written together."""
 
-import csv
+import itertools
 import json
 import math
 import os
@@ -10,18 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from engine.errors import UserError
-from engine.files.whole import atomic_path, write_text
+from engine.files.tables import write_csv
+from engine.files.whole import write_text
 from launch.comparison import markdown
 from launch.comparison.checks import is_native
 from launch.comparison.kept_measures import add_kept, measure_there
-from launch.comparison.measure import Measured, native_frames, not_world, units
+from launch.comparison.measure import Measured, has_world, native_frames, not_world, strange_prompts, units
 from launch.comparison.page import write_page
 from launch.comparison.plots import draw_clips, draw_metrics, draw_times, save_figure
 from launch.comparison.store import Comparison
 from launch.comparison.summary import Row, as_json, clips, comparable, summarise, times
 from launch.outputs import writing_report
 from metrics.bootstrap import LEVEL, RESAMPLES
+from metrics.similarity import num_clips
 from metrics.version import source_digest
+from metrics.video import VIDEO_UNITS
 
 _CLIP_TITLES = {
     "clip_colour_similarity": "colour similarity to the first clip",
@@ -42,7 +45,7 @@ def write_report(comparison: Comparison, *, folder: Path, baseline: str, progres
 
     Files are named relative to that folder, so that both may be moved together. Compared are the prompts and seeds that every variant has a video of; NothingToReportError if there are none yet.
     """
-    reason = not_world(comparison)
+    world = has_world(comparison)
     clip_frames = native_frames(comparison)
     labels = [variant.label for variant in comparison.variants]
     found = measure_there(comparison, progress=progress)
@@ -52,15 +55,11 @@ def write_report(comparison: Comparison, *, folder: Path, baseline: str, progres
         raise NothingToReportError(
             f"{comparison.folder} has no prompt and seed with a video of every method yet; nothing to report"
         )
-    rows = summarise(measured, labels, units(world=reason is None), baseline)
+    rows = summarise(measured, labels, units(world=world), baseline)
     time = times(measured, labels)
-    series = {
-        metric: clips(measured, labels, metric)
-        for metric in _CLIP_TITLES
-        if metric != "identity_kept" or reason is None
-    }
+    series = {metric: clips(measured, labels, metric) for metric in _CLIP_TITLES if metric != "identity_kept" or world}
     series = {metric: found for metric, found in series.items() if any(found.values())}
-    notes = _notes(comparison, measured, reason=reason, clip_frames=clip_frames, baseline=baseline)
+    notes = _notes(comparison, measured, rows, clip_frames=clip_frames, baseline=baseline)
     with writing_report(folder):
         plots = _write_plots(folder / "plots", rows, labels, time, series)
         _write_tables(folder, rows, measured)
@@ -71,7 +70,7 @@ def write_report(comparison: Comparison, *, folder: Path, baseline: str, progres
             "baseline": baseline,
             "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "unit": "prompt", "seed": 0},
             "noise": {variant.label: variant.config.noise[0] for variant in comparison.variants},
-            "world": reason is None,
+            "world": world,
             "summary": [_row(row) for row in rows],
             "times": time,
             "clips": {
@@ -95,7 +94,7 @@ def write_report(comparison: Comparison, *, folder: Path, baseline: str, progres
 
 
 def _notes(
-    comparison: Comparison, measured: Sequence[Measured], *, reason: str | None, clip_frames: int, baseline: str
+    comparison: Comparison, measured: Sequence[Measured], rows: Sequence[Row], *, clip_frames: int, baseline: str
 ) -> list[str]:
     """What the numbers stand on, in sentences."""
     pairs, prompts = _pairs(comparison, measured), {each.video.prompt_index for each in measured}
@@ -110,9 +109,8 @@ def _notes(
         f"draw for every method; initial noise: {_noises(comparison)}.",
         "Measured on the encoded files. Measures of any video are estimates named as what they compute; "
         "docs/compare.md says how to read each and where it fails.",
-        "The exact measures of the embedded world are included: every prompt is one of its captions."
-        if reason is None
-        else f"The exact measures of the embedded world do not apply: {reason}.",
+        _on_world(comparison),
+        *_without_value(rows, num_frames=video.num_frames, clip_frames=clip_frames),
     ]
     if is_native(comparison.config):
         notes.append(
@@ -120,6 +118,44 @@ def _notes(
             "and rotary table alone."
         )
     return notes + _kept(comparison, measured) + _mixtures(measured)
+
+
+def _on_world(comparison: Comparison) -> str:
+    """Which videos have exact measures of the embedded world, and why others have none."""
+    reason, count = not_world(comparison), len(comparison.prompts)
+    if reason is None:
+        return "The exact measures of the embedded world are included: every prompt is one of its captions."
+    if not has_world(comparison):
+        return f"The exact measures of the embedded world do not apply: {reason}."
+    known = count - len(strange_prompts(comparison))
+    return f"The exact measures of the embedded world are means over {known} of {count} prompts: {reason}."
+
+
+def _without_value(rows: Sequence[Row], *, num_frames: int, clip_frames: int) -> list[str]:
+    """A sentence for the measures that no video has a value of, with the reason."""
+    values: dict[str, bool] = {}
+    for row in rows:
+        values[row.metric] = values.get(row.metric, False) or row.mean.count > 0
+    reasons: dict[str, list[str]] = {}
+    for metric in (metric for metric, has_value in values.items() if not has_value):
+        reasons.setdefault(_why_no_value(metric, num_frames, clip_frames), []).append(metric)
+    return [f"No video has a value of {', '.join(metrics)}: {reason}." for reason, metrics in reasons.items()]
+
+
+def _why_no_value(metric: str, num_frames: int, clip_frames: int) -> str:
+    """Why a video of so many frames, of a model whose native length is `clip_frames`, has none; metrics/ has the definitions."""
+    if metric.startswith("clip_") and num_clips(num_frames, clip_frames) < 2:
+        least = next(count for count in itertools.count(clip_frames) if num_clips(count, clip_frames) > 1)
+        return f"{num_frames} frames are one clip of native length ({clip_frames}); from {least} on there are two to compare"
+    if metric in ("shape_kept", "colour_kept", "rgb_drift", "background_drift") and num_frames <= clip_frames:
+        return f"it is told from the frames after the native length ({clip_frames}), and there are {num_frames} in all"
+    if metric.startswith("repetition") and num_frames <= 2 * clip_frames:
+        return f"it needs more than two native lengths, {2 * clip_frames} frames, and there are {num_frames}"
+    if metric == "repetition_straight":
+        return "no prompt is a caption of straight motion, or the object is seen too seldom"
+    if metric in VIDEO_UNITS:
+        return f"{num_frames} frames are too few to compare"
+    return "no object of the world is seen where it is told from"
 
 
 def _kept(comparison: Comparison, measured: Sequence[Measured]) -> list[str]:
@@ -235,8 +271,8 @@ def _write_plots(
 
 
 def _write_tables(folder: Path, rows: Sequence[Row], measured: Sequence[Measured]) -> None:
-    _write_csv(folder / "summary.csv", [_flat_row(row) for row in rows])
-    _write_csv(folder / "videos.csv", [_flat_video(each, folder) for each in measured])
+    write_csv(folder / "summary.csv", [_flat_row(row) for row in rows])
+    write_csv(folder / "videos.csv", [_flat_video(each, folder) for each in measured])
 
 
 def _flat_row(row: Row) -> dict[str, Any]:
@@ -272,8 +308,3 @@ def _video(each: Measured, folder: Path) -> dict[str, Any]:
     }
 
 
-def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with atomic_path(path) as part, part.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator=os.linesep)
-        writer.writeheader()
-        writer.writerows(rows)

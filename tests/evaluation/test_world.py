@@ -10,7 +10,7 @@ from engine.read_video import read_video
 from engine.video import open_video
 from evaluation.measure import measure_all_world
 from evaluation.videos import Video, read_list
-from evaluation.world import WORLD, measure_world, why_not
+from evaluation.world import WORLD, measure_world, videos_of_world
 from metrics.world import WORLD_UNITS, world_metrics
 from tiny.world import caption, render, sample_scene
 
@@ -67,11 +67,16 @@ def test_another_prompt_or_native_length_is_measured_again(videos: list[Video], 
     [
         ({}, None),
         ({"size": (32, 64)}, "frames of the world are 64 x 64 pixels, these are 32 x 64"),
-        ({"prompt": "a lighthouse in a storm"}, "this prompt is no caption of the world: 'a lighthouse in a storm'"),
+        ({"prompt": "a lighthouse in a storm"}, 'this prompt is no caption of the world: "a lighthouse in a storm"'),
         ({"native_frames": None}, "is not known: --native_frames says it"),
         ({"native_frames": 33}, "different native lengths (9, 33 frames)"),
     ],
 )
 def test_why_videos_are_not_of_the_world(videos: list[Video], changes: dict[str, object], reason: str | None) -> None:
-    found = why_not([*videos[1:], replace(videos[0], **changes)])
+    changed = replace(videos[0], **changes)
+    measured, found = videos_of_world([changed, *videos[1:]])
     assert found is None if reason is None else reason in (found or "")
+    of_models = "native_frames" in changes
+    assert measured == ([] if of_models else [*([changed] if reason is None else []), *videos[1:]])
+    if reason is not None and not of_models:
+        assert videos_of_world([changed])[0] == []

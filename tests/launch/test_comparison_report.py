@@ -205,6 +205,47 @@ def test_a_prompt_cannot_break_the_page() -> None:
     assert page.count("<script") == 2
 
 
+def test_kinds_of_steps_cannot_break_the_page() -> None:
+    """A method names them, and records bring them."""
+    steps = {"<img src=x onerror=alert(1)>": {"median": 1.0, "per_run": 1}}
+    times = {"a": {"runs": 1, "denoise": 1.0, "decode": 1.0, "steps": steps}}
+    page = write_page(title="a", notes=[], videos={"fps": 16, "prompts": []}, rows=[], times=times, plots=[])
+    assert "<img src=x" not in page
+    assert "&lt;img src=x onerror=alert(1)&gt; step, s" in page
+
+
+def test_a_prompt_beyond_the_world_costs_its_own_exact_measures_alone(comparison: Comparison) -> None:
+    strange = "it's a <cat>"
+    mixed = dataclasses.replace(comparison, prompts=[*comparison.prompts[:2], strange], seeds=[0])
+    folder = comparison.folder / "reports" / "strange"
+    write_report(mixed, folder=folder, baseline="true", progress=False)
+    made = json.loads((folder / "report.json").read_text())
+    rows = {(row["label"], row["metric"]): row["mean"] for row in made["summary"]}
+    assert rows["true", "shape_kept"] == {"mean": 1.0, "low": None, "high": None, "count": 2}
+    assert rows["true", "flow_mean"]["count"] == 3
+    assert [each["values"]["shape_kept"] for each in made["videos"] if each["prompt_index"] == 2] == [None, None]
+    notes = " ".join(made["notes"])
+    assert 'are means over 2 of 3 prompts: this prompt is no caption of the world: "it\'s a <cat>".' in notes
+    assert "it&#x27;s a &lt;cat&gt;" in (folder / "index.html").read_text()
+
+
+def test_why_a_measure_has_no_value(comparison: Comparison) -> None:
+    """Of 33 frames, at a native length of 9, nothing is missing; at one of 33 what compares clips is."""
+    config = dataclasses.replace(
+        comparison.config, method=dataclasses.replace(comparison.config.method, window_frames=9)
+    )
+    short = dataclasses.replace(comparison, variants=[Variant(label="true", config=config)], seeds=[0])
+    folder = comparison.folder / "reports" / "short"
+    write_report(short, folder=folder, baseline="true", progress=False)
+    notes = json.loads((folder / "report.json").read_text())["notes"]
+    [clips] = [note for note in notes if "clip_colour_similarity" in note]
+    assert clips.startswith("No video has a value of clip_")
+    assert "33 frames are one clip of native length (33); from " in clips
+    assert any("told from the frames after the native length (33), and there are 33 in all" in note for note in notes)
+    write_report(comparison, folder=folder, baseline="true", progress=False)
+    assert "No video has a value of clip_" not in (folder / "index.html").read_text()
+
+
 def test_numbers_in_tables() -> None:
     shown = [number(x) for x in (0.12345, 12.345, 12345.6, math.nan, -5e-18, 1e-9)]
     assert shown == ["0.123", "12.3", "12346", "–", "0", "1e-09"]

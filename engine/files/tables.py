@@ -1,0 +1,51 @@
+"""Tables of the user's words: CSV files that a spreadsheet reads as they are, and cells of Markdown."""
+
+import csv
+import html
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.files.whole import atomic_path
+
+# What spreadsheets take for the beginning of a formula, also in full width.
+_FORMULA = ("=", "+", "-", "@", "\t", "\n", "＝", "＋", "－", "＠")
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """Rows as CSV, by default with the columns of the first; numbers that are not finite are empty cells.
+
+    A text that begins like a formula gets an apostrophe before it, which spreadsheets take for "this is text": prompts and names are
+    the user's, and would be computed where the file is opened.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    columns = list(rows[0]) if columns is None else list(columns)
+    writer.writerow(map(_cell, columns))
+    writer.writerows([_cell(row.get(column)) for column in columns] for row in rows)
+    return text.getvalue()
+
+
+def write_csv(
+    path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None, *, replace: bool = True
+) -> None:
+    """`as_csv` into a file, whole or not at all; without `replace` another file of this name is an error."""
+    with atomic_path(path, replace=replace) as part:
+        part.write_text(as_csv(rows, columns), encoding="utf-8", newline="")
+
+
+def markdown_cell(text: str) -> str:
+    """A text as a cell of a Markdown table: no other column, no line and no HTML begins in it."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if not isinstance(value, str):
+        return value
+    # csv does not quote a lone carriage return, which readers take for the end of the row.
+    value = value.replace("\r\n", "\n").replace("\r", "\n")
+    return f"'{value}" if value.startswith(_FORMULA) or value.lstrip().startswith(_FORMULA) else value

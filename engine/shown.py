@@ -1,0 +1,37 @@
+"""Text of others, prompts, names and messages, as a terminal may safely show it. Standard library only."""
+
+import re
+from typing import Any, TextIO
+
+# Controls but for tab and newline, what turns the direction of writing, and surrogates, which names that are not UTF-8 hold.
+_UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""The text with control characters as escapes: `\x1b[2J` is shown, and clears no screen."""
+    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def quoted(text: str) -> str:
+    """The text in quotation marks, as it was typed but for control characters."""
+    return f'"{printable(text)}"'
+
+
+class PrintableStream:
+    """A stream that shows control characters instead of sending them; all but `write` is that of `stream`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        """Write the text as `printable` shows it."""
+        self.stream.write(printable(text))
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Write each of them."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)

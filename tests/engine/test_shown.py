@@ -1,0 +1,58 @@
+"""Control characters in the text of others are shown, not sent to the terminal."""
+
+import io
+
+import pytest
+
+from engine.batch.journal import table
+from engine.files.locks import say_on_stderr
+from engine.progress import note
+from engine.shown import PrintableStream, printable, quoted
+from launch.stopping import say, show
+
+CLEAR = "\x1b[2J\x1b]0;title\x07"
+SHOWN = r"\x1b[2J\x1b]0;title\x07"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ('it\'s "a" 雪\tstar\n', 'it\'s "a" 雪\tstar\n'),
+        (CLEAR, SHOWN),
+        ("a\rb\x08\x7f", r"a\rb\x08\x7f"),
+        ("\x9b2J\x85", r"\x9b2J\x85"),
+        ("gp.\u202e4pm\u2066", r"gp.\u202e4pm\u2066"),
+        ("name\udcff", r"name\udcff"),
+    ],
+)
+def test_controls_become_escapes(text: str, shown: str) -> None:
+    assert printable(text) == shown
+    assert quoted(text) == f'"{shown}"'
+    stream = io.StringIO()
+    assert PrintableStream(stream).write(text) == len(text)
+    assert stream.getvalue() == shown
+
+
+@pytest.mark.parametrize("tell", [say, show, note, say_on_stderr])
+def test_lines_on_stderr(tell: object, capsys: pytest.CaptureFixture[str]) -> None:
+    tell(f"error: {CLEAR}")
+    assert capsys.readouterr().err.strip() == f"error: {SHOWN}"
+
+
+def test_the_table_of_a_batch() -> None:
+    """A status file is of another process, perhaps of another machine; each of its texts stays one line."""
+    replica = {"name": f"r{CLEAR}", "state": "a\nb", "seconds": 4.0, "item": CLEAR, "step": 1, "total": 2, "done": 0}
+    failure = {
+        "item": f"x{CLEAR}",
+        "message": f"y\n{CLEAR}",
+        "replica": CLEAR,
+        "kind": CLEAR,
+        "time": "2026-01-01T10:11:12",
+    }
+    tree = {"time": 0.0, "host": CLEAR, "pid": 1, "state": f"run{CLEAR}", "seconds": 5.0, "eta": None}
+    tree |= {"counts": {"done": 2, "running": 0}, "replicas": [replica], "failures": [failure]}
+    plain = table(f"batch{CLEAR}", tree)
+    for character in "\x1b\x07\r":
+        assert character not in plain
+    assert SHOWN in plain
+    assert "a b" in plain
