@@ -3,14 +3,17 @@
 python -m benchmarks.report
 """
 
+import argparse
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_report, published
 from benchmarks.measure import RESULTS, ROOT
 from engine.config import RunConfig
+from engine.files.tables import emptier
 from engine.planner.gpu import read_gpu
 from engine.planner.table import predicted_table
 from freespec.methods import METHODS
@@ -19,6 +22,7 @@ from launch.cli import parse_run
 PREDICTED = tuple(ROOT / "configs" / f"{name}.yaml" for name in ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "ltx-video-2b"))
 PAGE = ROOT / "docs" / "performance.md"
 BENCHMARKS = ("attention", "fusion", "parallel", "memory", "timeline")
+BY_SHAPE = ("attention", "fusion")  # one result for each shape
 DEVICES = ("cpu", "cuda")
 Run = dict[str, Any]
 NOT_MEASURED = "not measured"
@@ -82,13 +86,27 @@ EXPECTED = [
 
 
 def latest() -> dict[tuple[str, str], Run]:
-    """The newest file of each benchmark and device, by the date in its name."""
-    runs = {}
+    """The newest file of each benchmark and device, by the date in its name.
+
+    Shapes that only older files have measured stay, as runs of their own in `older`.
+    """
+    runs: dict[tuple[str, str], Run] = {}
     files = [path for name in BENCHMARKS for path in RESULTS.glob(f"{name}-*.json")]
     for path in sorted(files, key=lambda path: path.stem[-10:]):
-        run = json.loads(path.read_text())
-        runs[run["benchmark"], run["environment"]["device"]] = run | {"file": path.name}
+        run = json.loads(path.read_text()) | {"file": path.name}
+        key = run["benchmark"], run["environment"]["device"]
+        before = [runs[key], *runs[key]["older"]] if key in runs and run["benchmark"] in BY_SHAPE else []
+        runs[key] = run | {"older": _not_in(run["results"], before)}
     return runs
+
+
+def _not_in(results: list[dict[str, Any]], runs: list[Run]) -> list[Run]:
+    shapes, kept = {result["shape"] for result in results}, []
+    for run in runs:
+        rest = [result for result in run["results"] if result["shape"] not in shapes]
+        shapes |= {result["shape"] for result in rest}
+        kept += [run | {"results": rest}] if rest else []
+    return kept
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -101,14 +119,16 @@ def expectations(runs: dict[tuple[str, str], Run]) -> str:
     """The figures to reach, and whether they are reached."""
     rows = []
     for benchmark, device, shapes, name, limit, meaning in EXPECTED:
-        by_shape = {result["shape"]: result for result in runs.get((benchmark, device), {"results": []})["results"]}
+        newest = runs.get((benchmark, device))
+        every = [newest, *newest["older"]] if newest else []
+        by_shape = {result["shape"]: result | {"file": run["file"]} for run in every for result in run["results"]}
         found = [by_shape[shape] for shape in shapes if shape in by_shape and name in by_shape[shape]["ratios"]]
         cells = [NOT_MEASURED, NOT_MEASURED, "", ""]
         if found:
             value = found[0]["ratios"][name]
             wall, cpu = value["wall_s"]["median"], value["cpu_s"]["median"]
             cells = [f"{wall:.3g}", f"{cpu:.3g}" if device == "cpu" else "", verdict(wall, cpu, limit, device)]
-            cells.append(f"`{runs[benchmark, device]['file']}`")
+            cells.append(f"`{found[0]['file']}`")
         where = f"{device.upper()}, {found[0]['shape'] if found else shapes[0]}"
         rows.append([name, meaning, where, f"<= {limit}", *cells])
     header = ["ratio", "what", "where", "expected", "measured (time)", "measured (CPU time)", "holds", "file"]
@@ -142,7 +162,9 @@ def section(
     for device in DEVICES:
         run = runs.get((benchmark, device))
         parts.append(f"### {'GPU' if device == 'cuda' else 'CPU'}")
-        parts += [provenance(run), *(show(result) for result in run["results"])] if run else ["Not measured."]
+        for each in [run, *run["older"]] if run else []:
+            parts += [provenance(each), *(show(result) for result in each["results"])]
+        parts += [] if run else ["Not measured."]
     return parts
 
 
@@ -392,9 +414,19 @@ def page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main() -> None:
-    """Write the page."""
-    PAGE.write_text(page(), encoding="utf-8")
+def main(argv: Sequence[str] | None = None) -> None:
+    """Write the page; with tables fewer than it has, only if `--overwrite` is given."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.report")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a page that has more tables than this one would"
+    )
+    options, text = parser.parse_args(argv), page()
+    lost = emptier(PAGE.read_text(encoding="utf-8"), text) if PAGE.exists() and not options.overwrite else []
+    if lost:
+        sys.exit(
+            f"error: {PAGE} has tables of more than {RESULTS} holds ({'; '.join(lost)}), and stays as it is; add --overwrite to replace it"
+        )
+    PAGE.write_text(text, encoding="utf-8")
     print(f"wrote {PAGE.relative_to(ROOT)}")
 
 

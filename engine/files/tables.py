@@ -4,6 +4,7 @@ import csv
 import html
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from engine.files.whole import atomic_path
 
 # What spreadsheets take for the beginning of a formula, also in full width.
 _FORMULA = ("=", "+", "-", "@", "\t", "\n", "＝", "＋", "－", "＠")
+
+# What a report on a comparison stands on, see launch/comparison/report.py.
+_PAIRS = re.compile(r"methods on (\d+) pairs of prompt and seed")
 
 
 def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
@@ -39,6 +43,31 @@ def write_csv(
 def markdown_cell(text: str) -> str:
     """A text as a cell of a Markdown table: no other column, no line and no HTML begins in it."""
     return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+
+
+def emptier(before: str, after: str) -> list[str]:
+    """Headings of a Markdown page beneath which `after` has fewer table rows, or stands on fewer pairs, than `before`."""
+    old, new = _contents(before), _contents(after)
+    return [
+        heading
+        for heading, found in old.items()
+        if any(a > b for a, b in zip(found, new.get(heading, (0, 0)), strict=True))
+    ]
+
+
+def _contents(page: str) -> dict[str, tuple[int, int]]:
+    """Rows of tables, and pairs of prompt and seed, beneath each heading of a page."""
+    found: dict[str, tuple[int, int]] = {}
+    section = heading = ""
+    for line in page.splitlines():
+        if line.startswith("## "):
+            section = heading = line.removeprefix("## ")
+        elif line.startswith("### "):
+            heading = f"{section}, {line.removeprefix('### ')}"
+        rows, pairs = found.get(heading, (0, 0))
+        told = [int(count) for count in _PAIRS.findall(line)]
+        found[heading] = (rows + line.startswith("|"), max([pairs, *told]))
+    return found
 
 
 def _cell(value: Any) -> Any:

@@ -6,7 +6,7 @@ from engine.errors import UserError
 from engine.paths import REPOSITORY, expand
 from launch.cli import Keys, arrange, make_parser, parse
 
-USAGE = "findings.py [--runs FOLDER] [--kept FOLDER] [--page FILE]"
+USAGE = "findings.py [--runs FOLDER] [--kept FOLDER] [--page FILE] [--overwrite]"
 DESCRIPTION = "Write the page of findings from the reports that `make findings` and launch/calibrate.py left."
 
 
@@ -33,3 +33,6 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="folder of what outlives the videos: their measures, and in analysis/ and calibration/ the reports of these",
     )
     parser.add_argument("--page", type=str, default=str(REPOSITORY / "docs" / "findings.md"), help="the page to write")
+    parser.add_argument(
+        "--overwrite", type=bool, default=False, help="replace a page that has tables of more than the reports hold"
+    )

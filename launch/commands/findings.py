@@ -8,6 +8,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from engine.errors import UserError
+from engine.files.tables import emptier
 from engine.files.whole import atomic_path, describe_error, write_text
 from engine.paths import expand
 from launch.arguments.findings import read
@@ -45,6 +46,7 @@ def run(options: Namespace) -> None:
     reports = {name: read_report(file, name) for name, file in files.items()}
     refuse_mixed(reports, files)
     plots = {"methods": runs / "methods/plots/clips.png", "analysis": kept / "analysis/rank-progress.png"}
+    plots = {name: plot for name, plot in plots.items() if reports[name] is not None and plot.is_file()}
     with claim_outputs([page], flag="--page"):
         _write(page, reports, plots, options, kept)
     missing = [name for name, report in reports.items() if report is None]
@@ -54,8 +56,8 @@ def run(options: Namespace) -> None:
 def _write(
     page: Path, reports: Mapping[str, Report | None], plots: Mapping[str, Path], options: Namespace, kept: Path
 ) -> None:
-    """The page, and the plots that it shows; UserError if one cannot be written."""
-    figures = {name: None if reports[name] is None else _figure(plot, page) for name, plot in plots.items()}
+    """The page, and the plots that it shows; UserError if one cannot be written, or if the page would lose tables."""
+    figures = {name: _address(plots[name], page) if name in plots else None for name in ("methods", "analysis")}
     text = "\n".join(
         [
             INTRO.format(kept=os.path.relpath(kept.resolve(), page.resolve().parent)),
@@ -77,6 +79,10 @@ def _write(
         ]
     )
     try:
+        if page.is_file() and not options.overwrite:
+            _refuse_emptier(page, text)
+        for name, plot in plots.items():
+            _copy(plot, page.parent / str(figures[name]))
         write_text(page, text)
     except OSError as error:
         raise UserError(describe_error(error, page)) from error
@@ -95,17 +101,30 @@ def _so_far(reports: Mapping[str, Report | None]) -> list[str]:
     return [f"**Not all is measured yet**: {'; '.join(parts)}.\n"] if parts else []
 
 
-def _figure(plot: Path, page: Path) -> str | None:
-    """The address of a plot from the page, beside which it is copied unless it lies in a folder there; None without a plot."""
-    if not plot.is_file():
-        return None
+def _refuse_emptier(page: Path, text: str) -> None:
+    """Raise UserError if the page that is there has tables, or videos in them, that the new text lacks."""
+    lost = emptier(page.read_text(encoding="utf-8", errors="replace"), text)
+    if lost:
+        more = f" and {len(lost) - 1} more sections" if len(lost) > 1 else ""
+        raise UserError(
+            f"{page} has tables of more than these reports hold ({lost[0]!r}{more}), and stays as it is; choose another --page, or add "
+            "--overwrite (`make findings-page` makes the reports of what is kept in docs/findings)"
+        )
+
+
+def _address(plot: Path, page: Path) -> str:
+    """The address of a plot from the page, beside which it is copied unless it lies in a folder there."""
     if plot.resolve().is_relative_to(page.parent.resolve()):
         return plot.resolve().relative_to(page.parent.resolve()).as_posix()
-    copied = page.parent / "figures" / f"findings-{plot.name}"
+    return f"figures/findings-{plot.name}"
+
+
+def _copy(plot: Path, copied: Path) -> None:
+    if plot.resolve() == copied.resolve():
+        return
     try:
         copied.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(copied) as part:
             shutil.copyfile(plot, part)
     except OSError as error:
         raise UserError(f"cannot copy {plot} to {copied.parent}: {error.strerror or error}") from error
-    return f"figures/{copied.name}"

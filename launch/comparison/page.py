@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from string import Template
 from typing import Any
+from urllib.parse import quote
 
 from launch.comparison.summary import Row
 from metrics.bootstrap import Estimate
@@ -39,7 +40,7 @@ def write_page(
         metrics=_metric_table(rows),
         times=_time_table(times),
         plots="\n".join(
-            f'<figure class="plot"><img src="{html.escape(file)}" alt="{html.escape(text)}">'
+            f'<figure class="plot"><img src="{html.escape(quote(file))}" alt="{html.escape(text)}">'
             f"<figcaption>{html.escape(text)}</figcaption></figure>"
             for file, text in plots
         ),
@@ -112,8 +113,9 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #1c1e22; max-width: 1400px; 
 h1 { font-size: 1.5em; } h2 { font-size: 1.15em; margin-top: 2em; }
 p { max-width: 60em; margin: .4em 0; color: #565a63; }
 .bar { display: flex; flex-wrap: wrap; gap: .6em; align-items: center; margin: 1em 0; }
-.bar select { max-width: 40em; } .bar input[type=range] { flex: 1; min-width: 12em; }
-#grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 14px; }
+.bar select { max-width: min(40em, 100%); } .bar input[type=range] { flex: 1; min-width: min(12em, 100%); }
+h1, h2, p, figcaption { overflow-wrap: anywhere; }
+#grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(220px, 100%), 1fr)); gap: 14px; }
 #grid figure { margin: 0; } #grid video { width: 100%; display: block; background: #eee; }
 #grid video.small { image-rendering: pixelated; }
 figcaption { font-size: .85em; color: #565a63; padding-top: .3em; }
@@ -121,7 +123,9 @@ table { border-collapse: collapse; font-size: .85em; display: block; overflow-x:
 td, th { padding: .25em .8em .25em 0; text-align: left; white-space: nowrap; vertical-align: top; }
 td, th { border-bottom: 1px solid #e3e5e9; }
 .difference { color: #8b909b; } .differs .difference { color: #b3390e; font-weight: 600; }
-.plot { margin: 1.5em 0; } .plot img { max-width: 100%; }
+.plot { margin: 1.5em 0; overflow-x: auto; } .plot img { max-width: 100%; }
+#missing { color: #b3390e; } #missing:empty { display: none; }
+@media (max-width: 600px) { body { margin: 1em auto; padding: 0 1em; } .plot img { max-width: none; height: auto; width: 800px; } }
 </style>
 </head>
 <body>
@@ -144,6 +148,7 @@ $notes
     <option value="1" selected>x 1</option><option value="2">x 2</option>
   </select>
 </div>
+<p id="missing" role="status"></p>
 <div id="grid"></div>
 </div>
 <h2>Measures</h2>
@@ -160,7 +165,7 @@ $plots
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const element = name => document.getElementById(name);
-let videos = [], playing = false;
+let videos = [], playing = false, loop = 0;
 
 function options(select, texts) {
   select.replaceChildren(...texts.map((text, index) => new Option(text, index)));
@@ -170,9 +175,10 @@ function show() {
   setPlaying(false);
   const cells = chosen().videos.map(each => {
     const [figure, video, text] = ["figure", "video", "figcaption"].map(name => document.createElement(name));
-    video.src = each.file;
+    video.setAttribute("src", each.file.split("/").map(encodeURIComponent).join("/"));
     video.muted = video.playsInline = true;
     video.preload = "auto";
+    video.addEventListener("error", () => { video.failed = true; tellMissing(); });
     video.addEventListener("loadedmetadata", () => video.classList.toggle("small", video.videoWidth < 200));
     text.textContent = each.label;
     figure.append(video, text);
@@ -180,13 +186,24 @@ function show() {
   });
   element("grid").replaceChildren(...cells.map(cell => cell[0]));
   videos = cells.map(cell => cell[1]);
+  tellMissing();
   seek(0);
 }
-function length() { return Math.min(...videos.map(video => video.duration || 0)); }
+// Those that can be played: a file that is not here takes no part.
+function there() { return videos.filter(video => !video.failed); }
+function tellMissing() {
+  const gone = videos.filter(video => video.failed), some = there().length > 0;
+  element("missing").textContent = gone.length
+    ? gone.length + " of " + videos.length + " videos cannot be played, such as " + gone[0].getAttribute("src") + ": they are files beside this page, and move with it."
+    : "";
+  ["play", "back", "forth", "seek"].forEach(name => { element(name).disabled = !some; });
+  if (!some) { setPlaying(false); }
+}
+function length() { return there().length ? Math.min(...there().map(video => video.duration || 0)) : 0; }
 function seek(time) {
   const end = length();
   time = Math.max(0, Math.min(time, end ? end - 0.5 / data.fps : 0));
-  videos.forEach(video => { video.currentTime = time; });
+  there().forEach(video => { video.currentTime = time; });
   tell(time);
 }
 function tell(time) {
@@ -197,24 +214,29 @@ function setPlaying(on) {
   playing = on;
   element("play").textContent = on ? "pause all" : "play all";
   const rate = Number(element("rate").value);
-  videos.forEach(video => { video.playbackRate = rate; if (on) { video.play(); } else { video.pause(); } });
-  if (on) { requestAnimationFrame(keepStep); }
+  there().forEach(video => {
+    video.playbackRate = rate;
+    // What cannot be played says so in its error event; a pause that comes before the start is no fault.
+    if (on) { video.play().catch(() => {}); } else { video.pause(); }
+  });
+  cancelAnimationFrame(loop);
+  if (on) { loop = requestAnimationFrame(keepStep); }
 }
 function keepStep() {
-  if (!playing) { return; }
-  const leader = videos[0];
-  if (leader.ended || leader.currentTime >= length() - 0.5 / data.fps) { seek(0); setPlaying(true); return; }
+  const [leader, ...others] = there();
+  if (!playing || !leader) { return; }
+  if (leader.ended || (length() && leader.currentTime >= length() - 0.5 / data.fps)) { seek(0); setPlaying(true); return; }
   // A video that has drifted by more than a frame and a half is put back in step with the first.
-  videos.slice(1).forEach(video => {
+  others.forEach(video => {
     if (Math.abs(video.currentTime - leader.currentTime) > 1.5 / data.fps) { video.currentTime = leader.currentTime; }
   });
   tell(leader.currentTime);
-  requestAnimationFrame(keepStep);
+  loop = requestAnimationFrame(keepStep);
 }
 function step(by) {
   setPlaying(false);
   // The middle of a frame, so that rounding never shows the one before.
-  seek((Math.floor(videos[0].currentTime * data.fps) + by + 0.5) / data.fps);
+  seek((Math.floor(there()[0].currentTime * data.fps) + by + 0.5) / data.fps);
 }
 options(element("prompt"), data.prompts.map(each => each.text));
 function newPrompt() {

@@ -1,10 +1,14 @@
 """Pages that are written by a command are what the command writes: nobody edited them, and no result is missing from them."""
 
+import json
+import shutil
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 
 from benchmarks import models, report
+from engine.files.tables import emptier
 
 
 @pytest.mark.parametrize("module", [report, models], ids=lambda module: module.PAGE.name)
@@ -19,3 +23,44 @@ def test_another_result_is_another_page(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(fusion, "median", 10 * fusion["median"])
     monkeypatch.setattr(report, "latest", lambda: runs)
     assert report.page() != report.PAGE.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the results, and of the page, that a test may change."""
+    folder = tmp_path / "results"
+    shutil.copytree(report.RESULTS, folder)
+    shutil.copy(report.PAGE, tmp_path)
+    monkeypatch.setattr(report, "RESULTS", folder)
+    monkeypatch.setattr(report, "PAGE", tmp_path / report.PAGE.name)
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    return folder
+
+
+def test_shapes_that_a_newer_run_leaves_out_stay(results: Path) -> None:
+    """`make bench` measures fewer shapes than the page has."""
+    [newest] = results.glob("attention-cpu-*.json")
+    small = json.loads(newest.read_text())
+    kept = {result["shape"] for result in small["results"]}
+    small["results"] = [result for result in small["results"] if result["shape"] in ("tiny", "ltx", "wan-short")]
+    (results / "attention-cpu-2999-01-01.json").write_text(json.dumps(small))
+    run = report.latest()["attention", "cpu"]
+    assert run["file"] == "attention-cpu-2999-01-01.json"
+    assert [(each["file"], [x["shape"] for x in each["results"]]) for each in run["older"]] == [(newest.name, ["wan"])]
+    assert kept == {"tiny", "ltx", "wan-short", "wan"}
+    text = report.page()
+    assert emptier(report.PAGE.read_text(encoding="utf-8"), text) == []
+    assert "| CPU, wan | <= 1.3 |" in text
+    assert f"`{newest.name}`" in text
+
+
+def test_the_page_is_not_replaced_by_an_emptier_one(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = report.PAGE.read_text(encoding="utf-8")
+    [fusion] = results.glob("fusion-cpu-*.json")
+    fusion.unlink()
+    with pytest.raises(SystemExit) as ended:
+        report.main([])
+    assert "performance.md has tables of more than" in str(ended.value)
+    assert report.PAGE.read_text(encoding="utf-8") == before
+    report.main(["--overwrite"])
+    assert report.PAGE.read_text(encoding="utf-8") != before

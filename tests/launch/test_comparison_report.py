@@ -3,6 +3,10 @@
 import dataclasses
 import json
 import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -203,6 +207,40 @@ def test_a_prompt_cannot_break_the_page() -> None:
     page = write_page(title=evil, notes=[evil], videos=data, rows=[], times={}, plots=[])
     assert "alert(1)</script>" not in page
     assert page.count("<script") == 2
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node to run the page's script")
+def test_the_script_of_the_page(tmp_path: Path) -> None:
+    """One animation loop however often the speed is changed, and missing videos are told and left out."""
+    files = ["videos/a/000 #1.mp4", "b.mp4", "c.mp4"]
+    seed = {"seed": 0, "videos": [{"label": "a", "file": file} for file in files]}
+    data = {"fps": 16, "prompts": [{"text": "a", "seeds": [seed]}]}
+    page = tmp_path / "index.html"
+    page.write_text(write_page(title="a", notes=[], videos=data, rows=[], times={}, plots=[]))
+    command = ["node", str(Path(__file__).with_name("comparison_page.js")), str(page)]
+    told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert told["sources"] == ["videos/a/000%20%231.mp4", "b.mp4", "c.mp4"]
+    assert (told["before"], told["loops"], told["playing"]) == ("", 1, [True] * 3)
+    assert told["oneMissing"].startswith(
+        "1 of 3 videos cannot be played, such as videos/a/000%20%231.mp4: they are files"
+    )
+    assert (told["othersPlay"], told["loopsThen"]) == ([True, True], 1)
+    assert told["allMissing"].startswith("3 of 3 videos cannot be played")
+    assert (told["button"], told["disabled"], told["loopsAtEnd"]) == ("play all", True, 0)
+
+
+def test_the_page_fits_a_telephone() -> None:
+    """Nothing of the page's own is wider than the window: what may be wide scrolls in its own box, or is cut to it."""
+    data = {"fps": 16, "prompts": []}
+    page = write_page(title="a", notes=[], videos=data, rows=[], times={}, plots=[("plots/a b.svg", "a")])
+    style = page.partition("<style>")[2].partition("</style>")[0]
+    widths = re.findall(r"(?:max|min)-width: ([^;]+);", style.partition("@media")[0])
+    assert sorted(widths) == ["100%", "1400px", "60em", "min(12em, 100%)", "min(40em, 100%)"]
+    assert "minmax(min(220px, 100%), 1fr)" in style
+    assert all(
+        "overflow-x: auto" in re.findall(rf"^{name} {{.*}}$", style, re.M | re.S)[0] for name in ("table", ".plot")
+    )
+    assert 'src="plots/a%20b.svg"' in page
 
 
 def test_kinds_of_steps_cannot_break_the_page() -> None:

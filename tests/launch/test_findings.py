@@ -140,7 +140,7 @@ def put(tmp_path: Path) -> Callable[..., None]:
 
 
 @pytest.fixture
-def findings_of(run: Callable[..., Run], tmp_path: Path) -> Callable[[], Run]:
+def findings_of(run: Callable[..., Run], tmp_path: Path) -> Callable[..., Run]:
     """Runs the command on the reports that were put there."""
     page = tmp_path / "docs/findings.md"
     page.parent.mkdir()
@@ -150,7 +150,7 @@ def findings_of(run: Callable[..., Run], tmp_path: Path) -> Callable[[], Run]:
         "kept": tmp_path / "runs",
         "page": page,
     }
-    return lambda: run(findings.main, *(f"--{key}={value}" for key, value in words.items()))
+    return lambda *more: run(findings.main, *(f"--{key}={value}" for key, value in words.items()), *more)
 
 
 @pytest.fixture
@@ -159,6 +159,7 @@ def write(put: Callable[..., None], findings_of: Callable[[], Run], tmp_path: Pa
 
     def call(**reports: dict[str, Any]) -> str:
         put(**reports)
+        (tmp_path / "docs/findings.md").unlink(missing_ok=True)
         shown = findings_of()
         assert (shown.code, shown.err) == (0, "")
         return (tmp_path / "docs/findings.md").read_text()
@@ -293,6 +294,34 @@ def test_a_page_of_nothing_says_so_and_counts_what_needs_no_report(write: Callab
     assert "fused_share 0.5 fuses of 50 steps 84 % at shift 5, 90 % at shift 8, and " in page
     assert "128 of a head of Wan" in page
     assert page.endswith("how they are made).\n")
+
+
+def test_a_page_is_not_replaced_by_an_emptier_one(
+    put: Callable[..., None], findings_of: Callable[..., Run], tmp_path: Path
+) -> None:
+    """Reports that are gone, or that stand on fewer pairs, leave the page and its figures as they are, unless asked."""
+    page, figures = tmp_path / "docs/findings.md", tmp_path / "docs/figures"
+    report = report_of({"speed": {"direct": 2.0, "freespec": 1.0}}, ("direct", "freespec"))
+    report["notes"] = ["32 videos: 2 methods on 16 pairs of prompt and seed, 8 prompts"]
+    put(methods=report, analysis=analysis_of(-1.0))
+    (tmp_path / "runs/methods/plots").mkdir()
+    (tmp_path / "runs/methods/plots/clips.png").write_bytes(b"a plot")
+    assert findings_of().code == 0
+    whole = page.read_text()
+    assert findings_of().code == 0  # the same again
+    fewer = report | {"notes": ["6 videos: 2 methods on 3 pairs of prompt and seed, 3 prompts"]}
+    (tmp_path / "runs/methods/plots/clips.png").write_bytes(b"another plot")
+    put(methods=fewer)
+    assert f"{page} has tables of more than these reports hold ('All six methods'" in findings_of().error
+    put(methods=report)
+    (tmp_path / "runs/analysis/report.json").unlink()
+    assert "('Spectral concentration: does the rank fall as the window grows?'" in findings_of().error
+    assert page.read_text() == whole
+    assert (figures / "findings-clips.png").read_bytes() == b"a plot"
+    assert sorted(path.name for path in page.parent.iterdir()) == ["figures", "findings.md"]
+    assert findings_of("--overwrite").code == 0
+    assert page.read_text() != whole
+    assert (figures / "findings-clips.png").read_bytes() == b"another plot"
 
 
 def test_the_page_says_first_what_is_not_made_yet(write: Callable[..., str]) -> None:
