@@ -9,17 +9,38 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from engine.apply import MethodHandle, Ranks, apply_method
     from engine.apply_timeline import TimelineHandle, apply_timeline
-    from engine.engine import LongVideoEngine
+    from engine.config import RunConfig
+    from engine.engine import LongVideoEngine, Result
+    from engine.errors import UserError
+    from engine.presets import read_preset
+    from engine.video import write_video
 
-__all__ = ["LongVideoEngine", "MethodHandle", "Ranks", "TimelineHandle", "apply_method", "apply_timeline"]
+__all__ = [
+    "LongVideoEngine",
+    "MethodHandle",
+    "Ranks",
+    "Result",
+    "RunConfig",
+    "TimelineHandle",
+    "UserError",
+    "apply_method",
+    "apply_timeline",
+    "read_preset",
+    "write_video",
+]
 
 _MODULES = {
     "LongVideoEngine": "engine.engine",
     "MethodHandle": "engine.apply",
     "Ranks": "engine.apply",
+    "Result": "engine.engine",
+    "RunConfig": "engine.config",
     "TimelineHandle": "engine.apply_timeline",
+    "UserError": "engine.errors",
     "apply_method": "engine.apply",
     "apply_timeline": "engine.apply_timeline",
+    "read_preset": "engine.presets",
+    "write_video": "engine.video",
 }
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import safetensors.torch
@@ -193,6 +193,14 @@ class LongVideoEngine:
     def keep_texts(self, folder: Path) -> None:
         """From now on, look for text embeddings in this folder before computing them, and keep new ones there."""
         self.text_cache = self._open_text_cache(folder)
+
+    def __enter__(self) -> Self:
+        """The engine itself, for `with`, which closes it."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
 
     def close(self) -> None:
         """Take the method off the pipeline again."""

@@ -21,6 +21,16 @@ def expand(path: str) -> Path:
         raise UserError(f"cannot resolve {path!r}: {error}") from error
 
 
+def find_file(path: str) -> Path:
+    """A file of the user's, from the working directory, or of that name among those that come with the program (`configs/prompts/...`)."""
+    own = expand(path)
+    try:
+        shipped = REPOSITORY / own
+        return shipped if not own.exists() and shipped.is_file() else own
+    except OSError:  # a name too long, no permission: reading it says so
+        return own
+
+
 def find_checkpoint(path: str) -> Path | str:
     """A folder (from the working directory, then from the repository), or a hub name."""
     try:

@@ -95,6 +95,13 @@ def open_video(
             raise OSError(f"it holds {found} of {writer.num_frames} frames after writing")
 
 
+def write_video(path: str | Path, frames: np.ndarray, *, fps: int, crf: int = 12, replace: bool = True) -> None:
+    """Write frames, uint8 [T, H, W, 3], as an mp4 file, whole or not at all; see `open_video`."""
+    _, height, width, _ = frames.shape
+    with open_video(Path(path), fps=fps, height=height, width=width, crf=crf, replace=replace) as video:
+        video.write(frames)
+
+
 def as_comment(facts: Mapping[str, Any]) -> str:
     """Facts as one line of JSON in ASCII, which every format's comment takes."""
     return json.dumps(facts, allow_nan=False)

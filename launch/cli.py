@@ -1,36 +1,25 @@
 """Settings from the command line: YAML presets and dotted overrides become a RunConfig, and every mistake one line."""
 
-import functools
 import glob
 import re
 import sys
 from argparse import Action
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
-import yaml
 from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
 
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.files.trees import MOST_SETTINGS, absurd
-from engine.paths import REPOSITORY, expand
-from engine.prompt_files import resolve_negative_prompt
+from engine.presets import describe_parser_error, find_config, finished, read_yaml, refuse_null
 from launch.suggestions import describe_unknown
 
 DEFAULT_CONFIG = "configs/tiny-wan.yaml"
 
 _HELP = ("-h", "--help", "--help_all")
 _NO_VALUE = (*_HELP, "--print_config")
-_TYPE_ERROR = re.compile(
-    r'Parser key "(?P<key>[^"]+)":\s+Expected an? (?P<type>.+)\. Got value: (?P<value>.*)', re.DOTALL
-)
-_UNION_ERROR = re.compile(
-    r'Parser key "(?P<key>[^"]+)":.*Subtypes: \[(?P<type>[^\n]*)\].*Given value: (?P<value>.*)', re.DOTALL
-)
-_TYPE_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
 
 
 # A group given one word is the setting of it that everybody sets.
@@ -102,9 +91,7 @@ def parse_run(
     # As files of defaults rather than as arguments, so that --help shows the values of the preset.
     parser.default_config_files = [glob.escape(str(file)) for file in files]
     namespace = parse(parser, [word for word in words if not word.startswith("--config=")], unread=unread)
-    config = RunConfig(**{field.name: namespace[field.name] for field in fields(RunConfig)})
-    negative_prompt = resolve_negative_prompt(config.sampler.negative_prompt)
-    return namespace, replace(config, sampler=replace(config.sampler, negative_prompt=negative_prompt))
+    return namespace, finished(namespace)
 
 
 def make_parser(name: str, usage: str, description: str) -> ArgumentParser:
@@ -133,7 +120,7 @@ def parse(parser: ArgumentParser, words: Sequence[str], *, unread: Collection[st
         refuse_null(namespace)
         return parser.instantiate(namespace)
     except ArgumentError as error:
-        raise UserError(_plain(str(error))) from error
+        raise UserError(describe_parser_error(error)) from error
     except ValueError as error:  # from the checks of the dataclasses
         raise UserError(str(error)) from error
 
@@ -141,25 +128,6 @@ def parse(parser: ArgumentParser, words: Sequence[str], *, unread: Collection[st
 def asks_help(words: Sequence[str]) -> bool:
     """Whether the words ask for help, and nothing else."""
     return any(word in _HELP for word in words)
-
-
-def refuse_null(namespace: Namespace) -> None:
-    """Raise UserError for a setting of a run that is null and may not be; the parser lets null pass in files."""
-    for key, value in namespace.items():
-        if value is None and key in _never_null(RunConfig):
-            raise UserError(f"{key} must not be null")
-
-
-@functools.cache
-def _never_null(kind: type, prefix: str = "") -> frozenset[str]:
-    """Dotted names of a dataclass's fields whose type does not include None."""
-    keys: set[str] = set()
-    for name, hint in get_type_hints(kind).items():
-        if is_dataclass(hint):
-            keys |= _never_null(hint, f"{prefix}{name}.")
-        elif type(None) not in get_args(hint):
-            keys.add(f"{prefix}{name}")
-    return frozenset(keys)
 
 
 def show_help(parser: ArgumentParser, *, everything: bool, unread: Collection[str]) -> None:
@@ -251,29 +219,6 @@ def check_config_file(path: Path, keys: Keys) -> None:
     _check_tree(read_yaml(path), keys, "", path)
 
 
-def read_yaml(path: Path) -> dict[Any, Any]:
-    """The settings in a YAML file; UserError for one that is no YAML, holds none, or is too deep or too large to be walked."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not YAML ({getattr(error, 'problem', None) or error})") from error
-    except RecursionError as error:
-        raise UserError(f"{path} is nested too deeply; configs/ has examples") from error
-    except ValueError as error:  # an integer of thousands of digits, a date that there is not
-        raise UserError(f"{path} holds a value that is none ({str(error).partition(';')[0]})") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds no settings; configs/ has examples")
-    if (wrong := absurd(tree, most_values=MOST_SETTINGS)) is not None:
-        raise UserError(f"{path} {wrong}; configs/ has examples")
-    return tree
-
-
 def _check_tree(tree: dict[Any, Any], keys: Keys, prefix: str, path: Path) -> None:
     for name, value in tree.items():
         key = f"{prefix}{name}"
@@ -291,35 +236,3 @@ def _check_tree(tree: dict[Any, Any], keys: Keys, prefix: str, path: Path) -> No
                 )
                 raise UserError(f"{key} in {path} is a group of settings, got {value!r}{advice}")
             _check_tree(value, keys, f"{key}.", path)
-
-
-def find_config(name: str) -> Path:
-    """Return a preset's file: from the working directory, or from those that come with the program, with or without `.yaml`."""
-    folder = REPOSITORY / "configs"
-    try:
-        for place in (expand(name), REPOSITORY / name, folder / name):
-            for path in (place, place.parent / f"{place.name}.yaml"):
-                if path.is_file():
-                    return path
-    except OSError as error:  # no permission, a name too long
-        raise UserError(f"cannot look for --config {name[:60]}: {error.strerror}") from error
-    presets = sorted(path.stem for path in folder.glob("*.yaml"))
-    raise UserError(
-        f"--config {name} does not exist; give a file, or one of the presets {', '.join(presets)} of {folder}"
-    )
-
-
-def _plain(message: str) -> str:
-    """One of jsonargparse's messages in one line and without Python's names of types."""
-    found = _TYPE_ERROR.search(message) or _UNION_ERROR.search(message)
-    if found is None:
-        return " ".join(message.split())
-    return f"{found['key']} must be {_describe_type(found['type'])}, got {found['value'].strip()!r}"
-
-
-def _describe_type(text: str) -> str:
-    literal = re.search(r"Literal\[(.*)\]", text)
-    if literal:
-        return "one of " + literal[1].replace("'", "")
-    names = re.findall(r"class '(\w+)'", text) or [text]
-    return " or ".join(_TYPE_WORDS.get(name, name) for name in names)

@@ -1,6 +1,7 @@
 """The `freespec` command: `freespec generate`, `freespec plan` and so on, from any folder."""
 
 import difflib
+import os
 import sys
 from importlib.metadata import version
 
@@ -9,8 +10,14 @@ from launch.stopping import show
 
 
 def main() -> None:
-    """Run the command named first; without one, list them."""
-    sys.exit(run(sys.argv[1:]))
+    """Run the command named first; without one, list them. Output that nobody reads any more, as of `| head`, is no fault."""
+    try:
+        code = run(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141  # as a shell says of SIGPIPE
+    sys.exit(code)
 
 
 def run(argv: list[str]) -> int:

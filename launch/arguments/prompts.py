@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.paths import expand
+from engine.paths import find_file
 from engine.prompt_files import NEGATIVE_SETTING, read_prompt_lines
 from engine.shown import quoted
 from engine.timeline import read_timeline
@@ -81,7 +81,7 @@ def read_prompts(
         if not prompt.strip():
             raise UserError("--prompt is empty")
         return Prompts(texts=[prompt], names=["the prompt"])
-    path = expand(prompt_file)
+    path = find_file(prompt_file)
     lines = read_prompt_lines(path, flag)
     return Prompts(texts=[text for _, text in lines], names=[f"line {number} of {path.name}" for number, _ in lines])
 

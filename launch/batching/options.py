@@ -10,7 +10,7 @@ from engine.batch.locks import Shard
 from engine.batch.store import Verify
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.paths import expand
+from engine.paths import expand, find_file
 from launch.replicas.place import PlacementStrategy
 from launch.replicas.ray_pool import PLACEMENT_HELP
 
@@ -63,7 +63,7 @@ class Options:
             if given[name] is not None and not given[name] > 0:
                 raise UserError(f"--{name} must be more than 0 seconds, got {given[name]}")
         return cls(
-            suite=expand(given.suite),
+            suite=find_file(given.suite),
             vbench=expand(given.vbench) if given.vbench is not None else None,
             out=expand(given.out).absolute(),
             methods=tuple(_words(given.methods if given.methods is not None else config.method.name)),

@@ -19,9 +19,10 @@ from engine.files.checks import check_space, least_video_bytes
 from engine.files.trees import parse_json
 from engine.load import fetch, find_checkpoint, read_spec
 from engine.paths import expand
+from engine.presets import refuse_null
 from engine.read_video import measure
 from launch.arguments.decode import Arguments, read
-from launch.cli import make_parser, refuse_null
+from launch.cli import make_parser
 from launch.outputs import OutputFiles, claim_outputs, frame_folders, refuse_existing
 from launch.render import render, video_size
 from launch.stages import check_decoded, describe_finished

@@ -10,8 +10,9 @@ from jsonargparse import ArgumentParser
 
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.presets import find_config, read_yaml
 from launch.arguments.many_videos import refuse_method_name
-from launch.cli import DEFAULT_CONFIG, find_config, parse_run, read_yaml
+from launch.cli import DEFAULT_CONFIG, parse_run
 
 MAY_DIFFER = ("method.", "sampler.noise", "attention.riflex")
 """Settings that a preset of a variant may change: the model stays loaded, and all else must be equal to be compared."""

@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 
+from engine.errors import UserError
 from engine.paths import REPOSITORY
+from launch.arguments.prompts import read_prompts
 from launch.cli import parse_run
 from launch.commands import analyze, batch, calibrate, compare, demo, generate
 from tests.launch.conftest import SMALL, Run
@@ -140,3 +142,18 @@ def start(
         return command(lines, **settings).out
     except LoadedError:
         return capsys.readouterr().out
+
+
+def test_a_list_that_comes_with_the_program_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As its presets are; a file of the working directory comes first."""
+    name = "configs/prompts/batch-demo.txt"
+    shipped = (Path(__file__).parent.parent.parent / name).read_text().split("\n")[0]
+    monkeypatch.chdir(tmp_path)
+    assert read_prompts(None, name).texts[0] == shipped
+    (tmp_path / "configs/prompts").mkdir(parents=True)
+    (tmp_path / name).write_text("a cat\n")
+    assert read_prompts(None, name).texts == ["a cat"]
+    with pytest.raises(UserError, match=r"cannot read --prompt_file nowhere\.txt: No such file"):
+        read_prompts(None, "nowhere.txt")

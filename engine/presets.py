@@ -1,0 +1,147 @@
+"""Presets to a configuration: the YAML files of configs/ and settings by dotted name. The parser of the command line is in launch/."""
+
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from engine.config import RunConfig
+from engine.errors import UserError
+from engine.files.trees import MOST_SETTINGS, absurd
+from engine.paths import REPOSITORY, expand
+from engine.prompt_files import resolve_negative_prompt
+
+_TYPE_ERROR = re.compile(
+    r'Parser key "(?P<key>[^"]+)":\s+Expected an? (?P<type>.+)\. Got value: (?P<value>.*)', re.DOTALL
+)
+_UNION_ERROR = re.compile(
+    r'Parser key "(?P<key>[^"]+)":.*Subtypes: \[(?P<type>[^\n]*)\].*Given value: (?P<value>.*)', re.DOTALL
+)
+_TYPE_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+
+
+def read_preset(*names: str, settings: Mapping[str, Any] | None = None) -> RunConfig:
+    """The configuration of presets, later ones over earlier ones, with `settings` by dotted name over all of them.
+
+    Args:
+        names: presets of configs/ (`wan2.1-t2v-1.3b`, `ablation/gb`), or YAML files.
+        settings: such as `{"video.num_frames": 161}`; docs and `generate.py --help_all` name them.
+
+    Raises UserError, in one line, for whatever is wrong.
+    """
+    tree: dict[Any, Any] = {}
+    for name in names:
+        tree = _laid_over(tree, read_yaml(find_config(name)))
+    for key, value in (settings or {}).items():
+        *groups, last = key.split(".")
+        one: dict[str, Any] = {last: value}
+        for group in reversed(groups):
+            one = {group: one}
+        tree = _laid_over(tree, one)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(RunConfig, nested_key=None)
+    try:
+        namespace = parser.parse_object(tree)
+        refuse_null(namespace)
+        made = parser.instantiate(namespace)
+    except ArgumentError as error:
+        raise UserError(describe_parser_error(error)) from error
+    except ValueError as error:  # from the checks of the dataclasses
+        raise UserError(str(error)) from error
+    return finished(made)
+
+
+def finished(namespace: Namespace) -> RunConfig:
+    """The RunConfig among a parser's results, with the text of a negative prompt that is a file."""
+    config = RunConfig(**{field.name: namespace[field.name] for field in fields(RunConfig)})
+    negative_prompt = resolve_negative_prompt(config.sampler.negative_prompt)
+    return replace(config, sampler=replace(config.sampler, negative_prompt=negative_prompt))
+
+
+def _laid_over(below: dict[Any, Any], above: dict[Any, Any]) -> dict[Any, Any]:
+    both = {
+        key: _laid_over(below[key], value)
+        for key, value in above.items()
+        if isinstance(value, dict) and isinstance(below.get(key), dict)
+    }
+    return below | above | both
+
+
+def refuse_null(namespace: Namespace) -> None:
+    """Raise UserError for a setting of a run that is null and may not be; the parser lets null pass in files."""
+    for key, value in namespace.items():
+        if value is None and key in _never_null(RunConfig):
+            raise UserError(f"{key} must not be null")
+
+
+@functools.cache
+def _never_null(kind: type, prefix: str = "") -> frozenset[str]:
+    """Dotted names of a dataclass's fields whose type does not include None."""
+    keys: set[str] = set()
+    for name, hint in get_type_hints(kind).items():
+        if is_dataclass(hint):
+            keys |= _never_null(hint, f"{prefix}{name}.")
+        elif type(None) not in get_args(hint):
+            keys.add(f"{prefix}{name}")
+    return frozenset(keys)
+
+
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """The settings in a YAML file; UserError for one that is no YAML, holds none, or is too deep or too large to be walked."""
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not YAML ({getattr(error, 'problem', None) or error})") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply; configs/ has examples") from error
+    except ValueError as error:  # an integer of thousands of digits, a date that there is not
+        raise UserError(f"{path} holds a value that is none ({str(error).partition(';')[0]})") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds no settings; configs/ has examples")
+    if (wrong := absurd(tree, most_values=MOST_SETTINGS)) is not None:
+        raise UserError(f"{path} {wrong}; configs/ has examples")
+    return tree
+
+
+def find_config(name: str) -> Path:
+    """Return a preset's file: from the working directory, or from those that come with the program, with or without `.yaml`."""
+    folder = REPOSITORY / "configs"
+    try:
+        for place in (expand(name), REPOSITORY / name, folder / name):
+            for path in (place, place.parent / f"{place.name}.yaml"):
+                if path.is_file():
+                    return path
+    except OSError as error:  # no permission, a name too long
+        raise UserError(f"cannot look for --config {name[:60]}: {error.strerror}") from error
+    presets = sorted(path.stem for path in folder.glob("*.yaml"))
+    raise UserError(
+        f"--config {name} does not exist; give a file, or one of the presets {', '.join(presets)} of {folder}"
+    )
+
+
+def describe_parser_error(error: ArgumentError) -> str:
+    """One of jsonargparse's messages in one line and without Python's names of types."""
+    message = str(error)
+    found = _TYPE_ERROR.search(message) or _UNION_ERROR.search(message)
+    if found is None:
+        return " ".join(message.split())
+    return f"{found['key']} must be {_describe_type(found['type'])}, got {found['value'].strip()!r}"
+
+
+def _describe_type(text: str) -> str:
+    literal = re.search(r"Literal\[(.*)\]", text)
+    if literal:
+        return "one of " + literal[1].replace("'", "")
+    names = re.findall(r"class '(\w+)'", text) or [text]
+    return " or ".join(_TYPE_WORDS.get(name, name) for name in names)

@@ -1,0 +1,44 @@
+"""Presets read from Python are those of the command line."""
+
+from pathlib import Path
+
+import pytest
+
+from engine import read_preset
+from engine.errors import UserError
+from launch.cli import parse_run
+
+SETTINGS = {"video.num_frames": 65, "method.freespec.alpha": 3, "sampler.negative_prompt": "blurred"}
+
+
+@pytest.mark.parametrize("names", [("tiny-wan",), ("wan2.1-t2v-1.3b", "ablation/gb"), ("configs/tiny-ltx.yaml",)])
+def test_the_same_as_on_the_command_line(names: tuple[str, ...]) -> None:
+    words = [f"--config={name}" for name in names] + [f"--{key}={value}" for key, value in SETTINGS.items()]
+    parsed = parse_run(words, name="x", description="", add_arguments=lambda parser: None)[1]
+    assert read_preset(*names, settings=SETTINGS) == parsed
+    assert read_preset(*names) != parsed
+
+
+@pytest.mark.parametrize(
+    ("names", "settings", "said"),
+    [
+        (("nowhere",), {}, "give a file, or one of the presets"),
+        (("tiny-wan",), {"sampler.nosuch": 1}, "does not accept option 'nosuch'"),
+        (("tiny-wan",), {"sampler.num_steps": "many"}, "sampler.num_steps must be a whole number, got 'many'"),
+        (("tiny-wan",), {"sampler.num_steps": None}, "sampler.num_steps must not be null"),
+        (("tiny-wan",), {"method.freespec.alpha": -1}, "alpha must be a finite number, 0 or more"),
+        (("ablation/gb",), {}, "required"),
+        ((), {}, "required"),
+    ],
+)
+def test_a_mistake_is_one_line(names: tuple[str, ...], settings: dict[str, object], said: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_preset(*names, settings=settings)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_negative_prompt_may_be_a_file(tmp_path: Path) -> None:
+    (tmp_path / "negative.txt").write_text("static\n")
+    settings = {"sampler.negative_prompt": f"@{tmp_path / 'negative.txt'}"}
+    assert read_preset("tiny-wan", settings=settings).sampler.negative_prompt == "static"
