@@ -29,8 +29,8 @@ def test_unknown_words_are_named_once_with_where_they_are_and_where_the_list_is(
     ]
     [note] = check_prompts(TINY[family], SAMPLER, VIDEO, prompts)
     assert note.startswith(
-        "3 words are unknown to the model, which reads past them: 'dragon' (line 2 of a.txt), 'flies' (line 2 of a.txt), "
-        "'castle' (line 2 of a.txt); the words that it knows are listed in "
+        '3 words are unknown to the model, which reads past them: "dragon" (line 2 of a.txt), "flies" (line 2 of a.txt), '
+        '"castle" (line 2 of a.txt); the words that it knows are listed in '
     )
     card = Path(note.rpartition("listed in ")[2])
     assert card.name == "README.md"
@@ -47,13 +47,13 @@ def test_many_unknown_words_are_one_sentence() -> None:
     assert "'word9' (the prompt) and 15 more;" in note
     assert "word10" not in note
     [note] = check_prompts(TINY["wan"], SAMPLER, VIDEO, [("the prompt", "日" * 100)])
-    assert f"'{'日' * 40}' (the prompt);" in note
+    assert f'"{"日" * 40}" (the prompt);' in note
 
 
 def test_a_negative_prompt_is_looked_at_where_it_is_read() -> None:
     sampler = dataclasses.replace(SAMPLER, negative_prompt="blurred")
     [note] = check_prompts(TINY["wan"], sampler, VIDEO, [("the prompt", KNOWN)])
-    assert note.startswith("1 word is unknown to the model, which reads past them: 'blurred' (the negative prompt);")
+    assert note.startswith('1 word is unknown to the model, which reads past them: "blurred" (the negative prompt);')
     [note] = check_prompts(
         TINY["wan"], dataclasses.replace(sampler, guidance_scale=1.0), VIDEO, [("the prompt", KNOWN)]
     )

@@ -182,7 +182,7 @@ def test_lists_that_do_not_fit_together(checkout: Path, tmp_path_factory: pytest
     with pytest.raises(UserError, match="line 5 is empty"):
         read_vbench_suite("scene", checkout)
     write(scene, [*lines[:-1], "an unknown place"])
-    with pytest.raises(UserError, match="has no scene prompt 'an unknown place'"):
+    with pytest.raises(UserError, match='has no scene prompt "an unknown place"'):
         read_vbench_suite("scene", checkout)
     scene.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="line 1: not UTF-8 text"):

@@ -403,7 +403,7 @@ def test_tables_of_other_prompts_are_not_paired(put: Callable[..., None], findin
     assert findings_of().code == 0
     put(ablation=tables | {"comparison": tables["comparison"] | {"prompts": [*"abX"]}})
     error = findings_of().error
-    assert "ablation/report.json are of different prompts: number 2 is 'c' in the first and 'X' in the second" in error
+    assert 'ablation/report.json are of different prompts: number 2 is "c" in the first and "X" in the second' in error
 
 
 def test_agreeing_prompts_are_counted_beside_a_mean_that_few_decide() -> None:

@@ -101,7 +101,7 @@ def test_words_that_the_model_does_not_know_are_named(
     out = start(commands[name], capsys, [KNOWN, "a dragon flies over a castle"], {})
     [note] = [line for line in out.splitlines() if line.startswith("note: ")]
     assert note.startswith(
-        "note: 3 words are unknown to the model, which reads past them: 'dragon' (line 2 of prompts.txt), 'flies' "
+        'note: 3 words are unknown to the model, which reads past them: "dragon" (line 2 of prompts.txt), "flies" '
     )
     assert note.endswith("tiny/wan/README.md")
 
@@ -113,7 +113,7 @@ def test_the_demonstration_says_so_too(
     with pytest.raises(LoadedError):
         run(demo.main, *words, f"--folder={tmp_path}", "--prompt=a dragon")
     assert capsys.readouterr().out.startswith(
-        "note: 1 word is unknown to the model, which reads past them: 'dragon' (the"
+        'note: 1 word is unknown to the model, which reads past them: "dragon" (the'
     )
 
 

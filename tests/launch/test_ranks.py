@@ -135,7 +135,7 @@ def test_without_a_prompt_or_a_preset_the_embedded_model_makes_its_example(tmp_p
     )
     assert (ended.returncode, ended.stderr) == (0, ""), ended
     said, summary = ended.stdout.splitlines()
-    assert said == f"no --prompt and no --config: the embedded model makes its example, {EXAMPLE!r}"
+    assert said == f'no --prompt and no --config: the embedded model makes its example, "{EXAMPLE}"'
     assert summary.startswith("runs/video.mp4: 37 frames")
     record = json.loads((tmp_path / "runs/video.json").read_text())
     assert (record["prompt"], record["parallel"]["ranks"]) == (EXAMPLE, 2)
