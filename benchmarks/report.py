@@ -95,8 +95,8 @@ def latest() -> dict[tuple[str, str], Run]:
     for path in sorted(files, key=lambda path: path.stem[-10:]):
         run = json.loads(path.read_text()) | {"file": path.name}
         key = run["benchmark"], run["environment"]["device"]
-        before = [runs[key], *runs[key]["older"]] if key in runs and run["benchmark"] in BY_SHAPE else []
-        runs[key] = run | {"older": _not_in(run["results"], before)}
+        before = [runs[key], *runs[key]["older"]] if key in runs else []
+        runs[key] = run | {"older": _not_in(run["results"], before) if run["benchmark"] in BY_SHAPE else []}
     return runs
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from engine.apply import MethodHandle, Ranks, apply_method
-    from engine.apply_timeline import TimelineHandle, apply_timeline
     from engine.config import RunConfig
     from engine.engine import LongVideoEngine, Result
     from engine.errors import UserError
     from engine.presets import read_preset
+    from engine.timeline_hooks import TimelineHandle, apply_timeline
     from engine.video import write_video
 
 __all__ = [
@@ -35,10 +35,10 @@ _MODULES = {
     "Ranks": "engine.apply",
     "Result": "engine.engine",
     "RunConfig": "engine.config",
-    "TimelineHandle": "engine.apply_timeline",
+    "TimelineHandle": "engine.timeline_hooks",
     "UserError": "engine.errors",
     "apply_method": "engine.apply",
-    "apply_timeline": "engine.apply_timeline",
+    "apply_timeline": "engine.timeline_hooks",
     "read_preset": "engine.presets",
     "write_video": "engine.video",
 }

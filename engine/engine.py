@@ -19,7 +19,6 @@ from tqdm import tqdm
 from engine.adapters import ModelAdapter, VideoSpec, adapter_of
 from engine.adapters.base import Text
 from engine.apply import MethodHandle, Ranks, apply_method, check_riflex, check_shift
-from engine.apply_timeline import install_timeline, join_texts
 from engine.checkpoint import History, load_run
 from engine.config import COMPILED_TRACE, MethodConfig, OutputConfig, RunConfig
 from engine.decode_plan import check_tiles
@@ -44,6 +43,7 @@ from engine.sharded_weights import Encode, encode_on_all, shard_pipeline, shards
 from engine.supported_layouts import check_layout
 from engine.text_cache import TextCache, cache_key
 from engine.timeline import Direction, read_direction
+from engine.timeline_hooks import install_timeline, join_texts
 from engine.trace import Trace
 from engine.weights import read_config
 from freespec.events import Event

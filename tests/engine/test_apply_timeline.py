@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from engine import apply_method
 from engine.adapters import adapter_of
-from engine.apply_timeline import apply_timeline, join_texts
 from engine.errors import UserError
 from engine.hooks import BranchProcessor
+from engine.timeline_hooks import apply_timeline, join_texts
 from freespec.events import Event
 from freespec.timeline import timeline_ref
 from tests.tiny_pipelines import random_ltx, random_wan

@@ -44,7 +44,7 @@ def test_many_unknown_words_are_one_sentence() -> None:
         TINY["wan"], dataclasses.replace(SAMPLER, max_text_tokens=512), VIDEO, [("the prompt", " ".join(words))]
     )
     assert note.startswith("25 words are unknown")
-    assert "'word9' (the prompt) and 15 more;" in note
+    assert '"word9" (the prompt) and 15 more;' in note
     assert "word10" not in note
     [note] = check_prompts(TINY["wan"], SAMPLER, VIDEO, [("the prompt", "日" * 100)])
     assert f'"{"日" * 40}" (the prompt);' in note

@@ -8,7 +8,7 @@ import torch
 from diffusers import FirstBlockCacheConfig
 from torch import Tensor
 
-import engine.apply_timeline
+import engine.timeline_hooks
 from engine.apply import Ranks
 from engine.config import (
     AttentionConfig,
@@ -79,7 +79,7 @@ def latents_on_ranks(rank: int, case: Case) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         if case.fault == "frames of the first rank":
             patch.setattr(
-                engine.apply_timeline, "attend", lambda *args, **kwargs: attend(*args, **kwargs | {"q_start": 0})
+                engine.timeline_hooks, "attend", lambda *args, **kwargs: attend(*args, **kwargs | {"q_start": 0})
             )
         return latents_of(config_of(case.folder, case.method), ranks, case.prompt)
 
