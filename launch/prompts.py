@@ -1,20 +1,26 @@
-"""What a command says of its prompts before it loads anything."""
+"""What a command says of its prompts, and of the time that they take on a CPU, before it loads anything."""
 
 from collections.abc import Sequence
 
 from engine.config import RunConfig
+from engine.planner.processor import describe_expected
 from engine.prompts import Named, check_prompts
 from launch.ranks import Party
 
 
 def look_at_prompts(config: RunConfig, prompts: Sequence[Named], party: Party | None = None) -> None:
-    """Say what there is to know of the prompts, on rank 0; UserError, on all ranks, for prompts that are too long.
+    """Say what there is to know of the prompts, and what a long job on a CPU takes, on rank 0; UserError, on all ranks, for prompts that are too long.
 
     Every rank of `party` calls this.
     """
 
+    ranks = 1 if party is None or party.ranks is None else party.ranks.mesh.world.size
+
     def look() -> None:
         for note in check_prompts(config.model, config.sampler, config.video, prompts):
             print(f"note: {note}", flush=True)
+        expected = describe_expected(config, num_prompts=len(prompts), ranks=ranks)
+        if expected is not None:
+            print(f"note: {expected}", flush=True)
 
     (party or Party()).check_on_first(look)

@@ -8,6 +8,7 @@ import pytest
 
 from engine.errors import UserError
 from engine.paths import REPOSITORY
+from engine.planner import processor
 from launch.arguments.prompts import read_prompts
 from launch.cli import parse_run
 from launch.commands import analyze, batch, calibrate, compare, demo, generate
@@ -157,3 +158,16 @@ def test_a_list_that_comes_with_the_program_is_found_from_any_folder(
     assert read_prompts(None, name).texts == ["a cat"]
     with pytest.raises(UserError, match=r"cannot read --prompt_file nowhere\.txt: No such file"):
         read_prompts(None, "nowhere.txt")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_long_job_on_a_cpu_says_what_it_takes(
+    commands: dict[str, Callable[..., Run]],
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert "on this CPU" not in start(commands[name], capsys, [KNOWN], {"model.device": "cpu"})
+    monkeypatch.setattr(processor, "product_rate", lambda dtype: 1e3)
+    out = start(commands[name], capsys, [KNOWN], {"model.device": "cpu"})
+    assert "note: on this CPU a video of 17 frames of 64 x 64 takes about " in out

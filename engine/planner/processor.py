@@ -1,0 +1,69 @@
+"""How long a video takes on this CPU, before anything is loaded: operations over a measured rate of matrix products."""
+
+import time
+
+import torch
+
+from engine.batch.journal import describe_seconds
+from engine.config import RunConfig
+from engine.load import pick_device, pick_dtype
+from engine.planner.flops import forward_flops
+from engine.planner.gpu import read_gpu
+from engine.planner.model import read_model
+from engine.planner.plan import Case
+
+LONG_SECONDS = 600.0
+# Of the rate of a large matrix product. On one core of an AMD EPYC that does 100 GFLOP/s in those, `direct` denoises 129 frames of the
+# embedded Wan at 47 GFLOP/s (docs/compare.md); attention kernels and small products reach less, and nothing here needs two digits.
+FRACTION = 0.5
+_SIDE = 512
+_TRIES, _SECONDS = 3, 0.05
+
+
+def describe_expected(config: RunConfig, *, num_prompts: int, ranks: int = 1) -> str | None:
+    """One sentence on the time that a long job takes on this CPU; None on a GPU, and for what takes less than `LONG_SECONDS`.
+
+    `ranks` share the CPU, each with as many threads as this process has.
+    """
+    name = config.model.device
+    device = pick_device(name) if name == "auto" else torch.device(name)
+    if device.type != "cpu":
+        return None
+    rate = ranks * FRACTION * product_rate(pick_dtype(config.model.dtype, device))
+    seconds = denoising_operations(config) / rate
+    if seconds * num_prompts < LONG_SECONDS:
+        return None
+    video = config.video
+    prompts = "" if num_prompts == 1 else f", and there are {num_prompts} prompts"
+    return (
+        f"on this CPU a video of {video.num_frames} frames of {video.height} x {video.width} takes about "
+        f"{describe_long(seconds)} to denoise with {config.method.name} in {config.sampler.num_steps} steps{prompts}; predicted from its "
+        f"operations and {rate / 1e9:.3g} GFLOP/s, half of what matrix products reach here"
+    )
+
+
+def denoising_operations(config: RunConfig) -> int:
+    """Floating-point operations of all steps of a video, on one rank."""
+    spec = read_model(config.model)
+    case = Case.of(config, spec, gpu=read_gpu("h200"), world_size=1)  # the GPU decides no count
+    layout = case.layout((1, 1, 1))
+    return sum(
+        count * layout.forwards * sum(forward_flops(spec, layout.share(mode), mode).values())
+        for mode, count in case.count_steps()[config.method.name].items()
+    )
+
+
+def product_rate(dtype: torch.dtype) -> float:
+    """Operations per second of a matrix product on the threads of this process: the best of a few, which takes milliseconds."""
+    a = torch.ones(_SIDE, _SIDE, dtype=dtype)
+    times: list[float] = []
+    while len(times) < _TRIES or sum(times) < _SECONDS:
+        started = time.perf_counter()
+        torch.mm(a, a)
+        times.append(time.perf_counter() - started)
+    return 2 * _SIDE**3 / min(times)
+
+
+def describe_long(seconds: float) -> str:
+    """`35 days` beyond two of them, else as `describe_seconds` has it."""
+    return f"{seconds / 86400:.0f} days" if seconds > 2 * 86400 else describe_seconds(seconds)
