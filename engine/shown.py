@@ -1,6 +1,9 @@
 """Text of others, prompts, names and messages, as a terminal may safely show it. Standard library only."""
 
+import contextlib
+import os
 import re
+from collections.abc import Iterator
 from typing import Any, TextIO
 
 # Controls but for tab and newline, what turns the direction of writing, and surrogates, which names that are not UTF-8 hold.
@@ -18,15 +21,33 @@ def quoted(text: str) -> str:
 
 
 class PrintableStream:
-    """A stream that shows control characters instead of sending them; all but `write` is that of `stream`."""
+    """A stream that shows control characters instead of sending them; what it does not define is that of `stream`.
+
+    Where nobody reads any more, as after `| head`, what is written is dropped: the work that writes it goes on.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
     def write(self, text: str) -> int:
         """Write the text as `printable` shows it."""
-        self.stream.write(printable(text))
+        with self._read_or_not():
+            self.stream.write(printable(text))
         return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        with self._read_or_not():
+            self.stream.flush()
+
+    @contextlib.contextmanager
+    def _read_or_not(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())  # also for what is still buffered, and written as Python ends
+            os.close(nowhere)
 
     def writelines(self, lines: Any) -> None:
         """Write each of them."""

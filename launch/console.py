@@ -1,22 +1,20 @@
 """The `freespec` command: `freespec generate`, `freespec plan` and so on, from any folder."""
 
+import contextlib
 import difflib
-import os
 import sys
 from importlib.metadata import version
 
+from engine.shown import PrintableStream
 from launch.start import COMMANDS, run_script
 from launch.stopping import show
 
 
 def main() -> None:
-    """Run the command named first; without one, list them. Output that nobody reads any more, as of `| head`, is no fault."""
-    try:
+    """Run the command named first; without one, list them."""
+    with contextlib.redirect_stdout(PrintableStream(sys.stdout)):
         code = run(sys.argv[1:])
         sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141  # as a shell says of SIGPIPE
     sys.exit(code)
 
 

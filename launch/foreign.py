@@ -24,7 +24,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
         "sample_guide_scale guide_scale cfg_scale guidance text_guidance_scale": ("sampler.guidance_scale",),
         "sample_shift shift time_shift timestep_shift": ("sampler.flow_shift",),
         "base_seed random_seed manual_seed generator_seed": ("sampler.seed",),
-        "neg_prompt n_prompt uncond_prompt sample_neg_prompt": ("sampler.negative_prompt",),
+        "neg_prompt n_prompt uncond_prompt sample_neg_prompt negative neg": ("sampler.negative_prompt",),
         "max_sequence_length text_len max_length": ("sampler.max_text_tokens",),
         "ckpt_dir model_path pretrained_model_name_or_path pretrained_model model_id model_dir model_name checkpoint_dir "
         "checkpoint ckpt model_base repo_id": _MODEL,
@@ -68,8 +68,8 @@ FLAGS: dict[str, dict[str, str]] = {
         "use_parallel_vae enable_vae_tiling enable_tiling vae_tiling vae_tiled": {"decode.mode": "tiled"},
         "use_cfg_parallel enable_cfg_parallel cfg_parallel": {"parallel.cfg": "2"},
         "cpu no_cuda force_cpu": {"model.device": "cpu"},
-        "cuda gpu": {"model.device": "cuda"},
-        "bfloat16 bf16 use_bf16": {"model.dtype": "bfloat16"},
+        "cuda use_cuda use_gpu": {"model.device": "cuda"},
+        "bfloat16 bf16 use_bf16 convert_model_dtype": {"model.dtype": "bfloat16"},
         "fp16 half float16": {"model.dtype": "float16"},
         "fp32 float32": {"model.dtype": "float32"},
         "force yes y overwrite_output": {"output.overwrite": "true"},
@@ -128,6 +128,18 @@ ANSWERS: dict[str, str] = {
         ),
         "resume resume_from resume_from_checkpoint continue": "the same command continues by itself, leave it out",
         "task": "not supported: of Wan's tasks text-to-video is, with --config wan2.1-t2v-1.3b or wan2.1-t2v-14b",
+        "gpu gpu_id gpu_ids device_id device_ids cuda_device cuda_visible_devices visible_devices": (
+            "set CUDA_VISIBLE_DEVICES in the environment to choose GPUs, and give --nproc for how many"
+        ),
+        "guidance_scale_2 sample_guide_scale_2 boundary boundary_ratio low_noise_checkpoint high_noise_checkpoint": (
+            "not supported: checkpoints of two transformers (Wan2.2 A14B) are not run here"
+        ),
+        "vae_path vae text_encoder_path text_encoder t5_path t5_checkpoint clip_path tokenizer_path transformer_path vae_checkpoint "
+        "dit_path unet_path": "all parts are read from the folder or hub name in model.path, see docs/models.md",
+        "tile tile_size vae_tile_size tile_sample_min_size tile_overlap overlap vae_tile_overlap": (
+            "give decode.mode tiled and the settings decode.* of tiles, see --help_all"
+        ),
+        "aspect_ratio ratio": "give video.height and video.width",
         "token hf_token use_auth_token": "set HF_TOKEN in the environment",
         "cache_dir hf_home hf_cache": "set HF_HOME in the environment",
         "output_type save_type format": "the end of output.path says the kind of file",

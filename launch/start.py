@@ -78,6 +78,7 @@ def run_script(name: str, argv: Sequence[str] | None = None) -> int:
             nowhere = stack.enter_context(Path(os.devnull).open("w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         stack.enter_context(contextlib.redirect_stdout(PrintableStream(sys.stdout)))
+        stack.callback(sys.stdout.flush)
         code = run_command(lambda given: _run(name, given, signals), words, signals=signals)
         out.flush()
         code = code or tell_lost_output(name, out.error)

@@ -1,11 +1,15 @@
 """Control characters in the text of others are shown, not sent to the terminal."""
 
 import io
+import os
+import subprocess
+import sys
 
 import pytest
 
 from engine.batch.journal import table
 from engine.files.locks import say_on_stderr
+from engine.paths import REPOSITORY
 from engine.progress import note
 from engine.shown import PrintableStream, printable, quoted
 from launch.stopping import say, show
@@ -56,3 +60,33 @@ def test_the_table_of_a_batch() -> None:
         assert character not in plain
     assert SHOWN in plain
     assert "a b" in plain
+
+
+def test_what_nobody_reads_ends_nothing() -> None:
+    """After `| head` a command goes on with its work, and ends without a word."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        with pytest.raises(BrokenPipeError):
+            os.write(writing, b"x")
+        stream = PrintableStream(pipe)
+        for _ in range(3):
+            assert stream.write("a line\n" * 10_000) == 70_000
+            stream.flush()
+
+
+@pytest.mark.parametrize("words", [["generate", "--help"], ["generate", "--help_all"], []])
+def test_a_command_whose_output_nobody_reads(words: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-m", "launch", *words],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            cwd=REPOSITORY,
+            check=False,
+        )
+    finally:
+        os.close(writing)
+    assert (ended.returncode, ended.stderr) == (0, b"")
