@@ -7,6 +7,7 @@ from pathlib import PurePath
 from typing import Any, Literal
 
 from engine.errors import UserError
+from engine.paths import is_pickle
 from freespec.kernel_names import COMPLEMENTS, DUALS, NAMES
 from freespec.methods import (
     METHODS,
@@ -71,7 +72,13 @@ class ModelConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        """Reject places that there are not, and shares where nothing is shared out."""
+        """Reject places that there are not, shares where nothing is shared out, and weights that can run code."""
+        single = self.single_file or ".safetensors"
+        _check(
+            not is_pickle(single),
+            f"model.single_file {single} is a pickle, which can run code and is not read; give a .safetensors file",
+        )
+        _check(single.endswith(".safetensors"), f"model.single_file must be a .safetensors file, got {single!r}")
         _check(
             self.shards in ("device", "cpu") or (self.shards_folder is not None and self.shards != "nvme:"),
             f"model.shards must be device, cpu or nvme:FOLDER, got {self.shards!r}",

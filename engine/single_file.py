@@ -19,7 +19,7 @@ from engine.adapters import ModelAdapter
 from engine.adapters.base import refuse_one_of_two
 from engine.config import ModelConfig
 from engine.errors import UserError
-from engine.paths import expand, is_pickle
+from engine.paths import expand
 from engine.weights import broken_file, compare_part, read_config
 
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/(.+)")
@@ -80,12 +80,6 @@ def find_single_file(config: ModelConfig) -> Path | None:
     name = config.single_file
     if name is None:
         return None
-    if is_pickle(name):
-        raise UserError(
-            f"model.single_file {name} is a pickle, which can run code and is not read; give a .safetensors file"
-        )
-    if not name.endswith(".safetensors"):
-        raise UserError(f"model.single_file must be a .safetensors file, got {name!r}")
     refuse_one_of_two(name)
     path = expand(name)
     if path.is_file():

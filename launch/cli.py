@@ -37,20 +37,26 @@ _SELDOM = ("print_config", "placement_strategy")
 class Keys:
     """The dotted names that a parser knows: single settings, groups of them, those that are true or false, and maps.
 
-    A map is a setting whose own keys are the user's: `--method.settings.NAME VALUE`.
+    A map is a setting whose own keys are the user's: `--method.settings.NAME VALUE`. `unread` are settings that the command refuses.
     """
 
     leaves: frozenset[str]
     groups: frozenset[str]
     switches: frozenset[str]
     maps: frozenset[str] = frozenset()
+    unread: frozenset[str] = frozenset()
+
+    @property
+    def offered(self) -> frozenset[str]:
+        """The names that may be suggested for another: what the command refuses is none of them."""
+        return (self.leaves | self.groups) - self.unread
 
     def knows(self, key: str) -> bool:
         """Whether the key is one of these, or one of a map's."""
         return key in self.leaves or key in self.groups or key.rpartition(".")[0] in self.maps
 
     @classmethod
-    def of(cls, parser: ArgumentParser) -> "Keys":
+    def of(cls, parser: ArgumentParser, unread: Collection[str] = ()) -> "Keys":
         """Read them off a parser, before any configuration file is given to it."""
         defaults = parser.get_defaults(skip_validation=True)
         leaves = frozenset(defaults.keys())
@@ -59,6 +65,7 @@ class Keys:
             groups=frozenset(defaults.keys(branches=True)) - leaves,
             switches=frozenset(key for key in leaves if isinstance(defaults[key], bool)),
             maps=frozenset(key for key in leaves if isinstance(defaults[key], dict)),
+            unread=frozenset(unread),
         )
 
 
@@ -82,7 +89,7 @@ def parse_run(
         "--config", action="config", help=f"YAML preset; later ones override earlier ones (default: {DEFAULT_CONFIG})"
     )
     parser.add_class_arguments(RunConfig, nested_key=None)
-    keys = Keys.of(parser)
+    keys = Keys.of(parser, unread)
     words = arrange(argv, keys)
     given = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
     files = [find_config(file) for file in given or [DEFAULT_CONFIG]]
@@ -184,9 +191,7 @@ def _option(name: str, value: str | None, keys: Keys) -> str:
         key = _SHORT[key]
     if key.startswith("-"):
         raise UserError(
-            describe_unknown(key.removeprefix("-"), keys.leaves | keys.groups, value=value).replace(
-                "setting ", "setting -"
-            )
+            describe_unknown(key.removeprefix("-"), keys.offered, value=value).replace("setting ", "setting -")
         )
     check_key(key, keys, value=value)
     if key in keys.groups:
@@ -211,7 +216,7 @@ def check_text(argv: Sequence[str]) -> None:
 def check_key(key: str, keys: Keys, where: str = "", value: str | None = None) -> None:
     """Raise UserError for an unknown dotted key, naming the one that was meant if that is clear."""
     if not keys.knows(key):
-        raise UserError(describe_unknown(key, keys.leaves | keys.groups, value=value, where=where))
+        raise UserError(describe_unknown(key, keys.offered, value=value, where=where))
 
 
 def check_config_file(path: Path, keys: Keys) -> None:

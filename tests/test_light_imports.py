@@ -65,6 +65,18 @@ MISTAKES = {
     "evaluate --runs a --dimensions beauty": "beauty",
     "findings --runs /nowhere": "--runs /nowhere is no folder",
     "demo --prompt": "--prompt needs a value",
+    "demo --methods direct": "unknown setting methods; this command has no use for it, leave it out",
+    "decode nowhere.safetensors --output a.mp4": "nowhere.safetensors does not exist",
+    "evaluate --runs /nowhere": "--runs /nowhere is not a folder",
+    "evaluate --videos /nowhere.csv": "cannot read --videos /nowhere.csv",
+    "evaluate --runs . --vbench . --python x --device gpu": "--device must be cuda or cpu, got 'gpu'",
+    "plan --gpus 0": "cannot plan for 0 GPUs; give 1 to 1024",
+    "batch --suite configs/prompts/batch-demo.txt --out o --seeds 0,0": "--seeds must name each once",
+    "analyze --prompt x --ratios 2": "a ratio must lie in (0, 1], got 2.0",
+    "generate --prompt x --model.single_file a.ckpt": "model.single_file a.ckpt is a pickle",
+    "generate --prompt x --model.single_file a.gguf": "model.single_file must be a .safetensors file",
+    "generate --timeline bad": "--timeline 'bad' has no range",
+    "compare --prompt x --methods direct:nowhere.yaml": "--config nowhere.yaml does not exist",
 }
 
 

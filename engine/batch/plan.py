@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.batch.identity import changes, config_id, config_tree, item_id
-from engine.batch.suite import Prompt, Suite
+from engine.batch.suite import Prompt, Suite, check_once
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files.locks import locked
@@ -64,9 +64,8 @@ def plan_batch(
     `checkpoint` and `dtype` are those of `engine.batch.identity.config_tree`. UserError for an unknown method, and for a
     method, seed or prompt that is given twice.
     """
-    for what, given in (("--methods", methods), ("--seeds", seeds)):
-        if len(set(given)) < len(given) or not given:
-            raise UserError(f"{what} must name each once and at least one, got {','.join(map(str, given)) or 'none'}")
+    check_once("--methods", methods)
+    check_once("--seeds", seeds)
     trees = {name: config_tree(with_method(config, name), checkpoint=checkpoint, dtype=dtype) for name in methods}
     ids = {name: config_id(tree) for name, tree in trees.items()}
     items = [

@@ -10,6 +10,12 @@ from engine.errors import UserError
 from engine.prompt_files import read_lines
 
 
+def check_once(flag: str, given: Sequence[Any]) -> None:
+    """Raise UserError for a list with nothing in it, or something twice; `flag` is the option that gave it."""
+    if len(set(given)) < len(given) or not given:
+        raise UserError(f"{flag} must name each once and at least one, got {','.join(map(str, given)) or 'none'}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
     """One prompt.

@@ -5,11 +5,11 @@ from dataclasses import dataclass, replace
 
 from engine.config import MethodConfig, SamplerConfig, VideoConfig
 from engine.errors import UserError
-from engine.planner.gpu import GpuSpec
+from engine.planner.gpu import MOST_GPUS, GpuSpec
 from engine.planner.layout import Degrees
 from engine.planner.memory import GIB
 from engine.planner.model import ModelSpec
-from engine.planner.plan import MODES, MOST_GPUS, Case, Options, Plan, plan_case
+from engine.planner.plan import MODES, Case, Options, Plan, plan_case
 from engine.planner.providers import FixedDegrees, keeps
 from engine.supported_layouts import check_layout, describe
 

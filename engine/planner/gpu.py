@@ -12,6 +12,8 @@ from engine.paths import REPOSITORY, expand
 FOLDER = REPOSITORY / "configs" / "gpus"
 MOST = 1e15
 """No number of a GPU is as large, and a float holds every whole number below it."""
+MOST_GPUS = 1024
+"""One video has no use for more, and a plan of it would be seconds away."""
 EIGH_DIM = 128
 """Channels of the heads that `eigh_seconds` is for."""
 
@@ -132,6 +134,14 @@ class GpuSpec:
 
     def _attention_rates(self, *, half: bool) -> dict[str, float]:
         return self.attention_fraction if half else {"cuda_efficient": self.fp32_fraction}
+
+
+def check_count(count: int) -> None:
+    """Raise UserError for a number of GPUs that is not planned for."""
+    if not 1 <= count <= MOST_GPUS:
+        raise UserError(
+            f"cannot plan for {count} GPUs; give 1 to {MOST_GPUS} (a run with parallel.plan manual asks for no plan)"
+        )
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -11,7 +11,7 @@ from engine.adapters.base import DecodeMode
 from engine.config import DecodeConfig, MethodConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.decode_plan import tiled_share
 from engine.errors import UserError
-from engine.planner.gpu import GpuSpec
+from engine.planner.gpu import GpuSpec, check_count
 from engine.planner.layout import VIEW_MODES, Degrees, Layout, feasible_degrees, lay_out, num_passes
 from engine.planner.memory import GIB, decode_cost, denoise_peak
 from engine.planner.model import FP32_BYTES, ModelSpec
@@ -22,8 +22,6 @@ from freespec.methods import METHODS, Method, Mode, make_method
 from parallel.plan import SequencePlan, length
 
 MODES: tuple[Mode, ...] = ("dual", "views_global", "global", "views", "local")
-# One video has no use for more, and a plan of it would be seconds away.
-MOST_GPUS = 1024
 ITEMSIZES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -307,10 +305,7 @@ def plan_case(case: Case) -> list[Plan]:
     """`plan` for a case."""
     video, name = case.video, case.method.name
     case.spec.video.check_video(video.num_frames, video.height, video.width)
-    if not 1 <= case.world_size <= MOST_GPUS:
-        raise UserError(
-            f"cannot plan for {case.world_size} GPUs; give 1 to {MOST_GPUS} (a run with parallel.plan manual asks for no plan)"
-        )
+    check_count(case.world_size)
     every = case.degrees()
     if not every:
         for degrees in case.degrees(any_method=True, any_provider=True):

@@ -50,6 +50,8 @@ def read_shares(text: str) -> list[float]:
         shares = sorted({float(word) for word in text.split(",") if word.strip()}, reverse=True)
     except ValueError as error:
         raise UserError(f"--ratios must be numbers with commas between them, got {text!r}") from error
+    if (wrong := next((share for share in shares if not 0 < share <= 1), None)) is not None:
+        raise UserError(f"--ratios: a ratio must lie in (0, 1], got {wrong}")
     if not shares:
         raise UserError("--ratios is empty; give shares such as --ratios 1,0.5,0.25,0.1")
     return shares

@@ -44,7 +44,10 @@ def read(argv: list[str]) -> Arguments:
     if given.output is None:
         raise UserError("give the file of the video: --output PATH")
     OutputConfig(path=given.output)
-    return Arguments(latents=expand(given.latents), parser=parser, words=words)
+    latents = expand(given.latents)
+    if not latents.exists():
+        raise UserError(f"{latents} does not exist")
+    return Arguments(latents=latents, parser=parser, words=words)
 
 
 def override(config: RunConfig, namespace: Namespace) -> RunConfig:

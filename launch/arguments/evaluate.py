@@ -3,6 +3,7 @@
 from jsonargparse import SUPPRESS, ArgumentParser, Namespace
 
 from engine.errors import UserError
+from engine.paths import expand
 from evaluation.dimensions import DIMENSIONS, check_total, parse_dimensions
 from launch.cli import Keys, arrange, make_parser, parse
 
@@ -35,7 +36,36 @@ def read(argv: list[str]) -> Namespace:
     dimensions = parse_dimensions(options.dimensions)
     if options.total:
         check_total(dimensions)
+    if options.vbench:
+        read_gpus(options)
+    check_places(options)
     return options
+
+
+def read_gpus(options: Namespace) -> list[str]:
+    """The GPUs that VBench runs on, by number; UserError for what is none, or contradicts `--device`."""
+    if options.device not in ("cuda", "cpu"):
+        raise UserError(f"--device must be cuda or cpu, got {options.device!r}")
+    gpus = [word.strip() for word in options.gpus.split(",") if word.strip()]
+    if not all(word.isdecimal() for word in gpus) or len(set(gpus)) < len(gpus):
+        raise UserError(f"--gpus must be different numbers with commas, such as 0,1, got {options.gpus!r}")
+    if gpus and options.device == "cpu":
+        raise UserError("--gpus says where to run on, and --device cpu says on none")
+    return gpus
+
+
+def check_places(options: Namespace) -> None:
+    """Raise UserError for a batch or a list of videos that is not there."""
+    for name in ("runs", "videos"):
+        for place in options[name].split(",") if name == "runs" else [options[name]]:
+            try:
+                if not place.strip() or (expand(place.strip()).is_dir() if name == "runs" else expand(place).exists()):
+                    continue
+            except OSError as error:
+                raise UserError(f"cannot look into --{name} {place}: {error.strerror}") from error
+            if name == "runs":
+                raise UserError(f"--runs {place.strip()} is not a folder; give the --out of launch/batch.py")
+            raise UserError(f"cannot read --videos {place}: No such file or directory")
 
 
 def add_arguments(parser: ArgumentParser) -> None:

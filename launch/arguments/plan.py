@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import find_checkpoint
-from engine.planner.gpu import GpuSpec, read_gpu
+from engine.planner.gpu import GpuSpec, check_count, read_gpu
 from launch.cli import parse_run
 
 DESCRIPTION = "List every way to lay a video over GPUs, with memory and predicted time, before any weight is loaded."
@@ -27,6 +27,7 @@ def read(argv: list[str]) -> Arguments:
     """Parse and check; UserError for a mistake."""
     given, config = parse_run(argv, name="plan.py", description=DESCRIPTION, add_arguments=add_arguments)
     gpu = read_gpu(given.gpu)
+    check_count(given.gpus)
     if given.gpus == 1 and config.parallel.provider != "torch":
         raise UserError(
             f"parallel.provider {config.parallel.provider} is for several ranks; give --gpus, or leave it out"

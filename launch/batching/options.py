@@ -8,6 +8,7 @@ from jsonargparse import ArgumentParser, Namespace
 from engine.batch.driver import Limits
 from engine.batch.locks import Shard
 from engine.batch.store import Verify
+from engine.batch.suite import check_once
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import expand, find_file
@@ -62,12 +63,16 @@ class Options:
         for name in ("item_timeout", "start_timeout"):
             if given[name] is not None and not given[name] > 0:
                 raise UserError(f"--{name} must be more than 0 seconds, got {given[name]}")
+        methods = _words(given.methods if given.methods is not None else config.method.name)
+        seeds = _numbers(given.seeds) if given.seeds is not None else [config.sampler.seed]
+        check_once("--methods", methods)
+        check_once("--seeds", seeds)
         return cls(
             suite=find_file(given.suite),
             vbench=expand(given.vbench) if given.vbench is not None else None,
             out=expand(given.out).absolute(),
-            methods=tuple(_words(given.methods if given.methods is not None else config.method.name)),
-            seeds=tuple(_numbers(given.seeds)) if given.seeds is not None else (config.sampler.seed,),
+            methods=tuple(methods),
+            seeds=tuple(seeds),
             ranks=given.nproc or given.gpus_per_replica or 1,
             replicas=given.replicas,
             gpus=given.gpus_per_replica is not None,

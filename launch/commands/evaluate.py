@@ -24,7 +24,7 @@ from evaluation.stage import View, plan_view
 from evaluation.tables import Scored
 from evaluation.videos import Video, groups, read_batches, read_list, what_is_missing
 from evaluation.world import videos_of_world
-from launch.arguments.evaluate import read
+from launch.arguments.evaluate import read, read_gpus
 from launch.stopping import Stopped
 
 
@@ -149,13 +149,7 @@ def _of(video: Video, *measured: Mapping[Path, dict[str, float]]) -> dict[str, f
 def _evaluator(options: Namespace) -> Evaluator | None:
     if not options.vbench:
         return None
-    if options.device not in ("cuda", "cpu"):
-        raise UserError(f"--device must be cuda or cpu, got {options.device!r}")
-    gpus = [word.strip() for word in options.gpus.split(",") if word.strip()]
-    if not all(word.isdecimal() for word in gpus) or len(set(gpus)) < len(gpus):
-        raise UserError(f"--gpus must be different numbers with commas, such as 0,1, got {options.gpus!r}")
-    if gpus and options.device == "cpu":
-        raise UserError("--gpus says where to run on, and --device cpu says on none")
+    gpus = read_gpus(options)
     checkout = expand(options.vbench).absolute()
     if not checkout.is_dir():
         raise UserError(f"--vbench {checkout} is not a folder; clone Vchitect/VBench there")
