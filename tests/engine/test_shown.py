@@ -1,5 +1,6 @@
 """Control characters in the text of others are shown, not sent to the terminal."""
 
+import contextlib
 import io
 import os
 import subprocess
@@ -12,6 +13,7 @@ from engine.files.locks import say_on_stderr
 from engine.paths import REPOSITORY
 from engine.progress import note
 from engine.shown import PrintableStream, printable, quoted
+from launch.batching.terminal import Terminal
 from launch.stopping import say, show
 
 CLEAR = "\x1b[2J\x1b]0;title\x07"
@@ -60,6 +62,36 @@ def test_the_table_of_a_batch() -> None:
         assert character not in plain
     assert SHOWN in plain
     assert "a b" in plain
+
+
+class Screen(io.StringIO):
+    """A terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_table_of_a_terminal_is_drawn_over_and_shows_what_names_hold() -> None:
+    tree = {
+        "time": 0.0,
+        "host": "h",
+        "pid": 1,
+        "state": CLEAR,
+        "seconds": 5.0,
+        "eta": None,
+        "replicas": [],
+        "failures": [],
+    }
+    tree |= {"counts": {"done": 2, "running": 0}}
+    screen = Screen()
+    with contextlib.redirect_stdout(PrintableStream(screen)):
+        terminal = Terminal(total=2)
+        terminal.status(tree)
+        assert "\x1b" not in screen.getvalue()
+        terminal.status(tree)
+    assert screen.getvalue().count("\x1b") == 2  # one line up, and clear what is below
+    assert "\x1b[2F\x1b[J" in screen.getvalue()
+    assert SHOWN in screen.getvalue()
 
 
 def test_what_nobody_reads_ends_nothing() -> None:
