@@ -9,6 +9,8 @@ from collections.abc import Callable
 _FILE = ("out", "folder", "page", "output.path", "output")
 _RANKS = ("gpus_per_replica", "nproc", "gpus")
 _MODEL = ("model.path",)
+# Settings that are something else in a command that has the second as well: evaluate.py's `gpus` are numbers of devices, not how many.
+MEANS_OTHERWISE = {"gpus": "vbench"}
 
 # The settings that mean the same, of which a command has one or none; the value stays as it is.
 RENAMED: dict[str, tuple[str, ...]] = {
@@ -197,6 +199,11 @@ def _checkpoint_file(value: str) -> dict[str, str]:
     return {"model.single_file" if value.endswith(".safetensors") else "model.path": value}
 
 
+def _prompt(value: str) -> dict[str, str]:
+    """A command without `--prompt` that has prompts takes them from a file."""
+    return {"suite": "", "prompt_file": ""}
+
+
 def _duration(value: str) -> dict[str, str]:
     return {"video.num_frames": ""}
 
@@ -212,6 +219,7 @@ _CONVERTED: dict[str, Callable[[str], dict[str, str] | None]] = {
     "task": _task,
     "ckpt_path": _checkpoint_file,
     "checkpoint_path": _checkpoint_file,
+    "prompt": _prompt,
     "duration": _duration,
     "seconds": _duration,
 }

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Collection
 
 from engine.config import describe_old_setting
-from launch.foreign import ANSWERS, FLAGS, RENAMED, as_video, converted
+from launch.foreign import ANSWERS, FLAGS, MEANS_OTHERWISE, RENAMED, as_video, converted
 
 # How alike two names must be for one to be offered for the other.
 _ALIKE = 0.8
@@ -62,7 +62,7 @@ def _written_here(name: str, keys: Collection[str], value: str | None) -> str | 
         return " ".join(f"--{target} {shlex.quote(text)}" for target, text in known.items())
     if name not in RENAMED:
         return None
-    target = next((target for target in RENAMED[name] if target in keys), None)
+    target = next((each for each in RENAMED[name] if each in keys and MEANS_OTHERWISE.get(each) not in keys), None)
     if target is None:
         return ""
     if value is None or "." in name:  # one of ours of old, whose values were others

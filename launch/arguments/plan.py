@@ -1,16 +1,18 @@
 """Command line of plan.py."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from jsonargparse import ArgumentParser
 
-from engine.config import RunConfig
+from engine.config import OutputConfig, RunConfig
 from engine.errors import UserError
 from engine.paths import find_checkpoint
 from engine.planner.gpu import GpuSpec, check_count, read_gpu
 from launch.cli import parse_run
 
 DESCRIPTION = "List every way to lay a video over GPUs, with memory and predicted time, before any weight is loaded."
+
+UNREAD = tuple(f"output.{each.name}" for each in fields(OutputConfig))  # it makes no video
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +27,7 @@ class Arguments:
 
 def read(argv: list[str]) -> Arguments:
     """Parse and check; UserError for a mistake."""
-    given, config = parse_run(argv, name="plan.py", description=DESCRIPTION, add_arguments=add_arguments)
+    given, config = parse_run(argv, name="plan.py", description=DESCRIPTION, add_arguments=add_arguments, unread=UNREAD)
     gpu = read_gpu(given.gpu)
     check_count(given.gpus)
     if given.gpus == 1 and config.parallel.provider != "torch":

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from launch.commands import batch, compare, decode, generate, plan
+from launch.commands import batch, calibrate, compare, decode, evaluate, generate, plan
 from launch.foreign import ANSWERS, FLAGS, RENAMED, converted
 from tests.launch.conftest import Run
 
@@ -96,6 +96,10 @@ def test_generate(run: Callable[..., Run], words: str) -> None:
     [
         (plan, "--nproc 8", "did you mean --gpus 8?"),
         (plan, "--num_gpus 8", "did you mean --gpus 8?"),
+        (plan, "--out a.mp4", "this command has no use for it, leave it out"),
+        (batch, "--prompt x", "did you mean suite?"),
+        (calibrate, "--prompt x", "did you mean prompt_file?"),
+        (evaluate, "--nproc 2", "this command has no use for it, leave it out"),
         (plan, "--seeds 0,1", "it is an option of batch; this command has no use for it"),
         (batch, "--gpus 8", "did you mean --gpus_per_replica 8?"),
         (batch, "--prompt_file a.txt", "did you mean --suite a.txt?"),
