@@ -49,7 +49,8 @@ class Keys:
     @property
     def offered(self) -> frozenset[str]:
         """The names that may be suggested for another: what the command refuses is none of them."""
-        return (self.leaves | self.groups) - self.unread
+        read = self.leaves - self.unread
+        return read | {group for group in self.groups if any(leaf.startswith(f"{group}.") for leaf in read)}
 
     def knows(self, key: str) -> bool:
         """Whether the key is one of these, or one of a map's."""
