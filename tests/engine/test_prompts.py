@@ -118,7 +118,7 @@ def test_a_timeline_is_read_by_its_texts() -> None:
     prompts = [("line 1 of a.txt", KNOWN.replace("red", "crimson") + f" [0-1s] | {KNOWN} [1s-]")]
     [note] = check_prompts(TINY["wan"], sampler, VIDEO, prompts)
     assert note.startswith(
-        "2 words are unknown to the model, which reads past them: 'crimson' (event 1 of line 1 of a.txt), 'blurred' (the "
+        '2 words are unknown to the model, which reads past them: "crimson" (event 1 of line 1 of a.txt), "blurred" (the '
         "negative prompt); "
     )
     long = " ".join(["circle"] * 40)
