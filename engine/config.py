@@ -30,6 +30,8 @@ MOST_FRAMES = 1_000_000
 MOST_SIDE = 16_384
 MOST_FPS = 1000
 VideoKind = Literal["mp4", "gif", "webp", "png"]
+VIDEO_KINDS: dict[str, VideoKind] = {".mp4": "mp4", ".gif": "gif", ".webp": "webp", "": "png"}
+"""What is written, by the end of the name; `png` is a folder of frames."""
 """`png` is a folder of them, one for each frame."""
 
 # By the ending of a video. Browsers show frames of 10 ms or less for 100 ms; GIF counts in hundredths of a second.

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import ExifTags, Image, ImageSequence
 from PIL.PngImagePlugin import PngInfo
 
-from engine.config import VideoKind
+from engine.config import VIDEO_KINDS, VideoKind
+from engine.errors import UserError
 from engine.files.folders import frame_name
 from engine.files.whole import atomic_path
 from engine.read_video import count_frames
@@ -96,9 +97,12 @@ def open_video(
 
 
 def write_video(path: str | Path, frames: np.ndarray, *, fps: int, crf: int = 12, replace: bool = True) -> None:
-    """Write frames, uint8 [T, H, W, 3], as an mp4 file, whole or not at all; see `open_video`."""
-    _, height, width, _ = frames.shape
-    with open_video(Path(path), fps=fps, height=height, width=width, crf=crf, replace=replace) as video:
+    """Write frames, uint8 [T, H, W, 3], to .mp4, .gif, .webp or a new folder of PNG files, whole or not at all; see `open_video`."""
+    path, (_, height, width, _) = Path(path), frames.shape
+    if path.suffix not in VIDEO_KINDS:
+        raise UserError(f"a video must end in .mp4, .gif or .webp, or be the name of a folder, got {path}")
+    kind = VIDEO_KINDS[path.suffix]
+    with open_video(path, kind=kind, fps=fps, height=height, width=width, crf=crf, replace=replace) as video:
         video.write(frames)
 
 

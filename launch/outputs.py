@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.config import OutputConfig, RunConfig, VideoKind
+from engine.config import VIDEO_KINDS, OutputConfig, RunConfig, VideoKind
 from engine.errors import UserError
 from engine.files.checks import check_places, check_space, checkpoint_bytes, least_video_bytes
 from engine.files.claims import claim
@@ -15,8 +15,6 @@ from engine.files.folders import is_empty_folder
 from engine.files.locks import locked
 from engine.files.whole import describe_error
 from engine.paths import expand
-
-_KINDS: dict[str, VideoKind] = {".mp4": "mp4", ".gif": "gif", ".webp": "webp", "": "png"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +36,7 @@ class OutputFiles:
     @property
     def kind(self) -> VideoKind:
         """What kind of video it is."""
-        return _KINDS[self.video.suffix]
+        return VIDEO_KINDS[self.video.suffix]
 
     @property
     def name(self) -> str:

@@ -306,5 +306,3 @@ def _video(each: Measured, folder: Path) -> dict[str, Any]:
         "by_clip": each.by_clip,
         "resumed_at": each.record["resumed_at"],
     }
-
-

@@ -9,7 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from engine.apply_timeline import TimelineHandle, apply_timeline
+from engine.timeline_hooks import TimelineHandle, apply_timeline
 from tests.engine.applied import (
     MODELS,
     SIZE,
