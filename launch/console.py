@@ -12,6 +12,8 @@ from launch.stopping import show
 
 def main() -> None:
     """Run the command named first; without one, list them."""
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        sys.exit(run_script(sys.argv[1], sys.argv[2:]))
     with contextlib.redirect_stdout(PrintableStream(sys.stdout)):
         code = run(sys.argv[1:])
         sys.stdout.flush()
