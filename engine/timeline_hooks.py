@@ -22,7 +22,7 @@ from engine.timeline import negative_texts, parse_timeline, read_timeline
 from engine.timeline_in_force import TimelineGuard
 from freespec.events import Event, Piece, plan
 from freespec.kernels import Kernel, select_kernel
-from freespec.timeline import Partial, attend
+from freespec.timeline import Partial, attend, place
 
 
 @dataclass(kw_only=True)
@@ -48,7 +48,7 @@ class TimelineState(Uncopyable):
     frame_tokens: int = 0
     lengths: list[list[int]] | None = None
     kernel: Kernel | None = None
-    _plans: dict[int, tuple[Piece, ...]] = field(default_factory=dict)
+    _plans: dict[tuple[int, torch.device, torch.dtype], tuple[Piece, ...]] = field(default_factory=dict)
 
     def before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the transformer: plan the pieces of this video, and check that the texts are the timeline's."""
@@ -60,9 +60,10 @@ class TimelineState(Uncopyable):
                 "it with **handle.inputs in place of prompt and negative_prompt"
             )
         frames, rows, columns = self.adapter.grid(transformer, inputs)
-        if frames not in self._plans:
-            self._plans[frames] = plan(self.events(frames), frames)
-        self.pieces, self.frame_tokens = self._plans[frames], rows * columns
+        key = (frames, latents.device, latents.dtype)
+        if key not in self._plans:
+            self._plans[key] = place(plan(self.events(frames), frames), latents.device, latents.dtype)
+        self.pieces, self.frame_tokens = self._plans[key], rows * columns
         self.kernel = select_kernel("auto", latents.device, latents.dtype)
         self._set_scenes(transformer, tuple(e.start for e in self.events(frames)[1:] if e.transition == "scene"))
         relays = any(len(share.events) > 1 for piece in self.pieces for share in piece.shares)

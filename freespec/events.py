@@ -13,7 +13,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Transition = Literal["cut", "scene", "fade", "relay"]
 TRANSITIONS: tuple[Transition, ...] = ("cut", "scene", "fade", "relay")
@@ -43,10 +43,12 @@ class Share:
     Attributes:
         weights: of each frame of the piece; None if every one is 1.
         events: index of each event, and its penalty in each frame of the piece; None if it is the only one.
+
+    Numbers are tuples in a plan, and tensors once `freespec.timeline.place` has put them on a device.
     """
 
-    weights: tuple[float, ...] | None
-    events: tuple[tuple[int, tuple[float, ...] | None], ...]
+    weights: Any
+    events: tuple[tuple[int, Any], ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,6 +6,7 @@ log-sum-exp with each event's lse lowered by its penalty.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,6 +15,31 @@ from freespec.attention import merge
 from freespec.events import Event, Piece, Share
 
 Partial = tuple[Tensor, Tensor]  # out [B, s, N, D], lse [B, s, N]
+
+
+def place(pieces: Sequence[Piece], device: torch.device, dtype: torch.dtype) -> tuple[Piece, ...]:
+    """Pieces whose weights and penalties are tensors [frames of the piece] on a device, in fp32 at least, for outputs of `dtype`.
+
+    Once a video: a number that is copied to a device in a forward makes the host wait for it.
+    """
+    wide = torch.promote_types(dtype, torch.float32)
+
+    def numbers(values: tuple[float, ...] | None) -> Tensor | None:
+        return None if values is None else torch.tensor(values, dtype=wide, device=device)
+
+    return tuple(
+        replace(
+            piece,
+            shares=tuple(
+                Share(
+                    weights=numbers(share.weights),
+                    events=tuple((index, numbers(penalties)) for index, penalties in share.events),
+                )
+                for share in piece.shares
+            ),
+        )
+        for piece in pieces
+    )
 
 
 def attend(
@@ -29,7 +55,7 @@ def attend(
 
     Args:
         q: queries of a contiguous part of the video; it may begin and end inside a frame.
-        pieces: of the whole video, from `plan`.
+        pieces: of the whole video, from `freespec.events.plan` and `place`.
         q_start: absolute token of the first query.
         frame_tokens: tokens per latent frame.
         one: attention of some queries to the text of an event, by its index.
@@ -65,7 +91,7 @@ def _attend_piece(
             out = _relayed(q, share, frames, several)
         if share.weights is None:
             return out
-        weighted = out * _per_token(share.weights, frames, out)
+        weighted = out * share.weights[frames, None, None]
         total = weighted if total is None else total + weighted
     assert total is not None, "a piece has a share"
     return total.to(q.dtype)
@@ -74,19 +100,13 @@ def _attend_piece(
 def _relayed(q: Tensor, share: Share, frames: Tensor, several: Callable[[int, Tensor], Partial]) -> Tensor:
     """One softmax over the texts of several events, from a call for each."""
     parts: Iterator[Partial] = (
-        (out, lse - _per_token(penalties, frames, out)[..., 0])
+        (out, lse - penalties[frames, None])
         for (out, lse), penalties in ((several(index, q), penalties) for index, penalties in share.events)
     )
     merged = next(parts)
     for part in parts:
         merged = merge(*merged, *part)
     return merged[0]
-
-
-def _per_token(numbers: tuple[float, ...] | None, frames: Tensor, like: Tensor) -> Tensor:
-    """A number per frame of a piece as [s, 1, 1] in fp32 at least, for tokens of these frames."""
-    wide = torch.promote_types(like.dtype, torch.float32)
-    return torch.tensor(numbers, dtype=wide, device=like.device)[frames, None, None]
 
 
 def timeline_ref(

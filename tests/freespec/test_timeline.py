@@ -8,7 +8,7 @@ from torch import Tensor
 
 from freespec import kernels
 from freespec.events import MAX_PENALTY, Event, Piece, Share, plan
-from freespec.timeline import attend, timeline_ref
+from freespec.timeline import attend, place, timeline_ref
 
 FRAME_TOKENS = 6
 A, B = (0, None), (1, None)
@@ -50,8 +50,9 @@ def by_pieces(q: Tensor, texts: list[tuple[Tensor, Tensor]], events: list[Event]
     def one(index: int, rows: Tensor) -> Tensor:
         return several(index, rows)[0]
 
+    placed = place(pieces, q.device, q.dtype)
     parts = [
-        attend(q[:, a:b], pieces, q_start=a, frame_tokens=FRAME_TOKENS, one=one, several=several)
+        attend(q[:, a:b], placed, q_start=a, frame_tokens=FRAME_TOKENS, one=one, several=several)
         for a, b in itertools.pairwise(bounds)
     ]
     return torch.cat(parts, dim=1)
