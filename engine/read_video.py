@@ -7,8 +7,10 @@ from pathlib import Path
 import av
 import numpy as np
 from av.container import InputContainer
+from PIL import Image
 
 from engine.errors import UserError
+from engine.files.folders import is_frame
 
 # Containers that are read. A playlist is not among them: it names other files, and addresses.
 _OPTIONS = {"format_whitelist": "mov,mp4,matroska,webm,avi,mpegts,gif", "protocol_whitelist": "file"}
@@ -45,13 +47,20 @@ def count_frames(path: Path) -> int:
 
 
 def measure(path: Path) -> tuple[int, int, int] | None:
-    """Frames, rows and columns of a video file, from its packets; None for a file that is no video."""
+    """Frames, rows and columns of a video file or a folder of frames, without decoding it; None for what is neither."""
     try:
+        if path.is_dir():
+            frames = [file for file in path.iterdir() if is_frame(file)]
+            with Image.open(frames[0]) as image:
+                return len(frames), image.height, image.width
+        if path.suffix == ".webp":  # FFmpeg reads its first picture alone
+            with Image.open(path) as image:
+                return image.n_frames, image.height, image.width
         with open_file(path) as container:
             stream = container.streams.video[0]
             size = stream.height, stream.width
             return sum(1 for packet in container.demux(stream) if packet.size), *size
-    except (av.FFmpegError, OSError, IndexError):
+    except (av.FFmpegError, OSError, IndexError, ValueError, SyntaxError):
         return None
 
 

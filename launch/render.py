@@ -2,7 +2,7 @@
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -58,10 +58,11 @@ def render(
         raise
 
 
-def video_size(latents: Tensor, spec: VideoSpec) -> tuple[int, int, int]:
-    """Frames, rows and columns of the video of latents [B, z, F, h, w]."""
+def video_size(latents: Tensor, spec: VideoSpec, record: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Frames, rows and columns of the video that is written of latents [B, z, F, h, w]."""
     frames, rows, columns = latents.shape[2:]
-    return spec.num_frames(frames), rows * spec.spatial_factor, columns * spec.spatial_factor
+    num_frames = spec.num_frames(frames) - _left_out(record)
+    return num_frames, rows * spec.spatial_factor, columns * spec.spatial_factor
 
 
 def describe_kept(files: OutputFiles) -> str:
@@ -87,8 +88,7 @@ def _render(
 ) -> dict[str, Any]:
     started = time.perf_counter()
     left_out = _left_out(record)
-    total, height, width = video_size(latents, engine.spec)
-    num_frames = total - left_out
+    num_frames, height, width = video_size(latents, engine.spec, record)
     sampler = FrameSampler(total=num_frames, count=output.sheet_frames)
     facts = video_facts(record) if output.metadata else None
     with open_video(
@@ -123,7 +123,7 @@ def _render(
     return record
 
 
-def _left_out(record: dict[str, Any]) -> int:
+def _left_out(record: Mapping[str, Any]) -> int:
     """Frames at the beginning that are not written: those of the video that this one goes on from, where the new ones are asked for."""
     given = record.get("given")
     return given["extend"]["stop"] if given is not None and given["shows"] == "new" else 0
@@ -135,6 +135,6 @@ def _events_of(record: dict[str, Any], frames: Sequence[int]) -> list[str] | Non
         return None
     events = list(enumerate(record["timeline"], start=1))
     return [
-        next(f"{index} {event['text']}" for index, event in events if event["start"] <= frame < event["stop"])
+        next((f"{index} {event['text']}" for index, event in events if event["start"] <= frame < event["stop"]), "")
         for frame in frames
     ]

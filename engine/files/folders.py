@@ -13,10 +13,11 @@ def frame_name(index: int) -> str:
 
 def foreign_entry(folder: Path) -> str | None:
     """The name of something in a folder that is no frame; None if there is none, so that the folder may be replaced."""
-    return next((path.name for path in sorted(folder.iterdir()) if not _is_frame(path)), None)
+    return next((path.name for path in sorted(folder.iterdir()) if not is_frame(path)), None)
 
 
-def _is_frame(path: Path) -> bool:
+def is_frame(path: Path) -> bool:
+    """Whether a path is a file with the name of a frame."""
     return _FRAME.fullmatch(path.name) is not None and path.is_file()
 
 

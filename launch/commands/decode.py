@@ -31,6 +31,7 @@ from launch.stopping import all_is_made
 
 # Of a run's configuration, what decoding reads.
 PARTS = ("model", "video", "decode", "output")
+ADVICE = "give latents that launch/generate.py saved"
 
 
 def main(argv: list[str]) -> None:
@@ -51,7 +52,10 @@ def run(given: Arguments) -> None:
         model = config.model
         spec = read_spec(fetch(find_checkpoint(model.path), model.revision, parts=(), offline=model.offline))
         check_shape(latents, spec.channels, source)
-        size = video_size(latents, spec)
+        size = video_size(latents, spec, record)
+        if size[0] < 1:
+            begun, frames = record["given"]["extend"]["stop"], spec.num_frames(latents.shape[2])
+            raise UserError(f"{source} says that it goes on from {begun} frames, and has {frames}; {ADVICE}")
         if not config.output.overwrite and (finished := describe_decoded(files, record, config, size)) is not None:
             print(finished)
             return
@@ -76,7 +80,7 @@ def describe_decoded(
     before = read_finished(files.record)
     settings = _settings_of(record)
     if before is None or settings is None:
-        is_left = not os.path.lexists(files.record) and files.video.is_file() and measure(files.video) == size
+        is_left = not os.path.lexists(files.record) and measure(files.video) == size
         refuse_existing([] if is_left else files.decoded, flag)
         return None
     check_decoded(files, before, config, settings, flag)
@@ -92,20 +96,42 @@ def _settings_of(record: dict[str, Any]) -> dict[str, Any] | None:
 
 def read_record(metadata: dict[str, str], source: Path) -> dict[str, Any]:
     """The record that generate.py put into its latents; UserError for latents of another origin."""
-    advice = "give latents that launch/generate.py saved"
     if "record" not in metadata:
-        raise UserError(f"{source} does not say how it was made; {advice}")
-    record = parse_json(metadata["record"], f"the record in {source}", remedy=advice)
+        raise UserError(f"{source} does not say how it was made; {ADVICE}")
+    record = parse_json(metadata["record"], f"the record in {source}", remedy=ADVICE)
     try:
         json.dumps(record, allow_nan=False)
     except ValueError as error:
-        raise UserError(f"the record in {source} holds NaN or infinity; {advice}") from error
+        raise UserError(f"the record in {source} holds NaN or infinity; {ADVICE}") from error
     if not isinstance(record, dict):
-        raise UserError(f"the record in {source} is {record!r:.40} and no map; {advice}")
+        raise UserError(f"the record in {source} is {record!r:.40} and no map; {ADVICE}")
     for name, kind in (("config", dict), ("seed", int), ("seconds", dict)):
         if not isinstance(record.get(name), kind) or isinstance(record[name], bool):
-            raise UserError(f"the record in {source} has {record.get(name)!r} for its {name}; {advice}")
+            raise UserError(f"the record in {source} has {record.get(name)!r} for its {name}; {ADVICE}")
+    for name, is_right in (("timeline", is_timeline), ("given", is_given)):
+        if record.get(name) is not None and not is_right(record[name]):
+            raise UserError(f"the record in {source} has {record[name]!r:.60} for its {name}; {ADVICE}")
     return record
+
+
+def is_timeline(value: Any) -> bool:
+    """Whether a value is the events of a record, see `engine.timeline.Direction.described`."""
+    return isinstance(value, list) and all(
+        isinstance(event, dict)
+        and isinstance(event.get("text"), str)
+        and all(type(event.get(name)) is int for name in ("start", "stop"))
+        for event in value
+    )
+
+
+def is_given(value: Any) -> bool:
+    """Whether a value is what a record says of given frames, see `engine.given.GivenFrames.record`."""
+    if not isinstance(value, dict) or value.get("shows") not in ("whole", "new"):
+        return False
+    extend = value.get("extend")
+    return (extend is None and value["shows"] == "whole") or (
+        isinstance(extend, dict) and type(extend.get("stop")) is int and extend["stop"] > 0
+    )
 
 
 def check_shape(latents: Tensor, channels: int, source: Path) -> None:

@@ -135,6 +135,15 @@ def test_a_record_that_lacks_something_is_refused(decode_other: Callable[..., st
     latents, record = read(kept)
     for name, value in (("config", None), ("config", []), ("seed", "3"), ("seed", None), ("seconds", 1.5)):
         assert f"has {value!r} for its {name}; give latents" in decode_other(latents, record | {name: value})
+    wrong = [("timeline", value) for value in (5, [5], [{"text": "a"}], [{"text": 1, "start": 0, "stop": 9}])]
+    given = {"images": [], "extend": {"file": "a", "start": 0, "stop": 9}, "shows": "new"}
+    wrong += [
+        ("given", value) for value in ([], {"shows": 1}, given | {"extend": None}, given | {"extend": {"stop": "9"}})
+    ]
+    for name, value in wrong:
+        assert f"for its {name}; give latents" in decode_other(latents, record | {name: value})
+    error = decode_other(latents, record | {"given": given | {"extend": {"stop": 17}}})
+    assert error.endswith("says that it goes on from 17 frames, and has 17; give latents that launch/generate.py saved")
     assert "is [1, 2] and no map; give latents" in decode_other(latents, [1, 2])
     assert "has None for its config" in decode_other(latents, {})
     for group, name in (("model", "device"), ("model", "shards"), ("video", "fps"), ("output", "crf")):

@@ -542,6 +542,19 @@ def test_decoding_that_was_stopped_between_its_files_goes_on(
     assert error == f"{tmp_path / 'b.mp4'} exists already; choose another name or add --overwrite"
 
 
+@pytest.mark.parametrize("output", ["b.mp4", "b.gif", "b.webp", "b/"])
+def test_every_kind_of_video_is_gone_on_from(
+    make: Make, run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    assert make({"output.save_latents": tmp_path / "z.safetensors"}).code == 0
+    command = (tmp_path / "z.safetensors", "--output", f"{tmp_path}/{output}")
+    with monkeypatch.context() as patch:
+        patch.setattr(launch.render, "write_record", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        assert run(decode.main, *command).code == 130
+    assert run(decode.main, *command).code == 0
+    assert "finished already" in run(decode.main, *command).out
+
+
 def test_decoding_claims_its_files(make: Make, run: Callable[..., Run], tmp_path: Path) -> None:
     assert make({"output.save_latents": tmp_path / "z.safetensors"}).code == 0
     with claim([tmp_path / "b.png"], advice="-"):
