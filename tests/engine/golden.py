@@ -24,12 +24,11 @@ from tests.ranks import PATIENCE
 
 PROMPT = "a red circle"
 PRESETS = Path(__file__).parents[2] / "configs" / "ablation"
-# Boundaries inside a shard, and inside the frames of the video that one latent frame holds.
-TIMELINES = (
-    "a red circle [0-11] | a gold star [11-, cut]",
-    "a red circle [0-11] | a gold star [11-, scene]",
-    "a red circle [0-11] | a gold star [11-22, fade 9] | a blue square [22-, relay 5]",
-)
+# Every transition, with boundaries inside a shard and inside the frames of the video that one latent frame holds.
+TIMELINE = {
+    "wan": "a red circle [0-8] | a star [8-13, cut] | a square [13-18, scene] | a star [18-22, fade 5] | a circle [22-, relay 5]",
+    "ltx": "a red circle [0-16] | a star [16-25, cut] | a square [25-34, scene] | a star [34-41, fade 9] | a circle [41-, relay 9]",
+}
 # Ranks may add so many times what rounding does to `direct` on one rank.
 LIMIT = 3
 Degrees = tuple[int, int, int]
