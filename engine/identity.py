@@ -48,7 +48,7 @@ def latents_settings(
     decides = {key: tree[key] for key in ("sampler", "attention")} | {"method": method_tree(config.method)}
     decides |= {key: tree["video"][key] for key in ("height", "width")}
     decides |= {"checkpoint": checkpoint, "dtype": dtype, "device": device, "noise": config.noise}
-    timed = parse_timeline(given["prompt"])
+    timed = parse_timeline(given.get("prompt", ""))
     decides |= {"fps": config.video.fps} if with_rate or (timed is not None and timed.unit == "s") else {}
     return json.loads(json.dumps(decides | given))
 

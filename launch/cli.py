@@ -30,7 +30,7 @@ _EVERYDAY = frozenset(
     "model.path model.device model.dtype model.weights video.num_frames video.height video.width video.fps sampler.num_steps "
     "sampler.guidance_scale sampler.seed sampler.negative_prompt method.name method.window_frames output.path output.overwrite".split()
 )
-_SELDOM = ("print_config", "placement_strategy")
+_SELDOM = ("print_config", "placement_strategy", "extend_shows")
 
 
 @dataclass(frozen=True, kw_only=True)

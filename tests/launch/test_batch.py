@@ -30,13 +30,14 @@ from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.files.trees import read_lines
 from engine.files.whole import file_sha256
+from engine.paths import REPOSITORY
 from launch import stopping
 from launch.batching.options import Options, add_arguments
 from launch.batching.replicas import check_cluster
 from launch.batching.report import halted
 from launch.batching.terminal import Terminal
 from launch.batching.work import Work
-from launch.cli import REPOSITORY, parse_run
+from launch.cli import parse_run
 from launch.commands import batch
 from launch.replicas.ray_generate import too_few_gpus
 from launch.replicas.ray_pool import NoRayError, RayPool

@@ -242,7 +242,7 @@ def test_help_is_short_and_shows_nothing_that_is_refused(run: Callable[..., Run]
         *options_shown(shown)
     }
     assert {"sampler.seed", "method.name", "output.path", "output.overwrite"} <= {*options_shown(shown)}
-    assert len(options_shown(shown)) <= 26
+    assert len(options_shown(shown)) <= 27
     assert "attention.kernel" not in shown
     for word in ("CONFIG", "default config file"):  # `--model CONFIG` is what a parser of groups offers
         assert word not in shown.replace("--config CONFIG", "")

@@ -103,7 +103,7 @@ def interrupt_while_decoding(rank: int) -> None:
 def limit_memory(_rank: int) -> None:
     """So that nothing is promised which is not there, whatever the machine's rule of overcommitment; the disk has room."""
     resource.setrlimit(resource.RLIMIT_AS, (64 << 30, 64 << 30))
-    generate.check_free_space = lambda *_: None
+    generate.check_free_space = lambda *_, **__: None
 
 
 def sleep_long() -> None:
