@@ -26,7 +26,8 @@ def write_page(
     Args:
         title: heading.
         notes: paragraphs beneath it.
-        videos: {fps, prompts: [{text, seeds: [{seed, videos: [{label, file}]}]}]}, files relative to the page.
+        videos: {fps, prompts: [{text, events, seeds: [{seed, videos: [{label, file}]}]}]}, files relative to the page; `events` of a
+            timeline are {text, start, stop}, in frames.
         rows: of the table of measures.
         times: of the table of times.
         plots: (file relative to the page, caption).
@@ -208,7 +209,9 @@ function seek(time) {
 }
 function tell(time) {
   element("seek").value = length() ? time / length() : 0;
-  element("time").textContent = time.toFixed(2) + " s, frame " + Math.floor(time * data.fps + 0.001);
+  const frame = Math.floor(time * data.fps + 0.001);
+  const event = data.prompts[element("prompt").value].events.find(each => each.start <= frame && frame < each.stop);
+  element("time").textContent = time.toFixed(2) + " s, frame " + frame + (event ? ": " + event.text : "");
 }
 function setPlaying(on) {
   playing = on;

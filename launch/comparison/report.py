@@ -238,17 +238,21 @@ def _beside(path: Path, folder: Path) -> str:
 def _viewer(comparison: Comparison, measured: Sequence[Measured], folder: Path) -> dict[str, Any]:
     """What the page plays, by prompt and seed, files relative to the page; what is not here is left out."""
     prompts: dict[int, dict[int, list[dict[str, str]]]] = {}
+    events: dict[int, list[dict[str, Any]]] = {}
     for each in measured:
         if not each.video.is_done:
             continue
         file = _beside(each.video.files.video, folder)
         of_seed = prompts.setdefault(each.video.prompt_index, {}).setdefault(each.video.seed, [])
         of_seed.append({"label": each.video.label, "file": file})
+        told = each.record.get("timeline") or []
+        events[each.video.prompt_index] = [{name: event[name] for name in ("text", "start", "stop")} for event in told]
     return {
         "fps": comparison.config.video.fps,
         "prompts": [
             {
                 "text": f"{index:03d} {comparison.prompts[index]}",
+                "events": events[index],
                 "seeds": [{"seed": seed, "videos": videos} for seed, videos in sorted(seeds.items())],
             }
             for index, seeds in sorted(prompts.items())

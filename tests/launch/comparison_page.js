@@ -29,7 +29,9 @@ document.getElementById("rate").value = "1";
 const get = name => document.getElementById(name);
 const tick = () => { const now = [...frames.values()]; frames.clear(); now.forEach(call => call()); };
 
-const told = { sources: made.map(video => video.getAttribute("src")), before: get("missing").textContent };
+const told = { sources: made.map(video => video.getAttribute("src")), before: get("missing").textContent, time: get("time").textContent };
+get("forth").onclick();
+told.later = get("time").textContent;
 get("play").onclick();
 tick();
 ["0.5", "2", "0.25"].forEach(rate => { get("rate").value = rate; get("rate").onchange(); tick(); });

@@ -203,7 +203,10 @@ def test_without_a_whole_pair_there_is_no_report(comparison: Comparison) -> None
 
 def test_a_prompt_cannot_break_the_page() -> None:
     evil = "a </script><script>alert(1)</script> & circle"
-    data = {"fps": 16, "prompts": [{"text": evil, "seeds": [{"seed": 0, "videos": [{"label": "a", "file": "a.mp4"}]}]}]}
+    data = {
+        "fps": 16,
+        "prompts": [{"text": evil, "events": [], "seeds": [{"seed": 0, "videos": [{"label": "a", "file": "a.mp4"}]}]}],
+    }
     page = write_page(title=evil, notes=[evil], videos=data, rows=[], times={}, plots=[])
     assert "alert(1)</script>" not in page
     assert page.count("<script") == 2
@@ -214,12 +217,14 @@ def test_the_script_of_the_page(tmp_path: Path) -> None:
     """One animation loop however often the speed is changed, and missing videos are told and left out."""
     files = ["videos/a/000 #1.mp4", "b.mp4", "c.mp4"]
     seed = {"seed": 0, "videos": [{"label": "a", "file": file} for file in files]}
-    data = {"fps": 16, "prompts": [{"text": "a", "seeds": [seed]}]}
+    events = [{"text": "first", "start": 0, "stop": 1}, {"text": "then", "start": 1, "stop": 32}]
+    data = {"fps": 16, "prompts": [{"text": "a", "events": events, "seeds": [seed]}]}
     page = tmp_path / "index.html"
     page.write_text(write_page(title="a", notes=[], videos=data, rows=[], times={}, plots=[]))
     command = ["node", str(Path(__file__).with_name("comparison_page.js")), str(page)]
     told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert told["sources"] == ["videos/a/000%20%231.mp4", "b.mp4", "c.mp4"]
+    assert (told["time"], told["later"]) == ("0.00 s, frame 0: first", "0.09 s, frame 1: then")
     assert (told["before"], told["loops"], told["playing"]) == ("", 1, [True] * 3)
     assert told["oneMissing"].startswith(
         "1 of 3 videos cannot be played, such as videos/a/000%20%231.mp4: they are files"
