@@ -19,9 +19,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python launch/demo.py
 
-# A test file to a process, one thread each: models this small are slower on more. Four on any machine, as many tests wait for ranks.
+# A test file to a process, one thread each: models this small are slower on more, and some tests start ranks of their own.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # What takes minutes: batches on a real Ray.
 test-slow: setup

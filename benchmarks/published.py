@@ -1,5 +1,6 @@
 """Figures that others published of dense runs on GPUs, and what the planner predicts for the same: a check of its assumptions."""
 
+import functools
 from dataclasses import dataclass
 
 from engine.adapters.wan_published import PUBLISHED as CONFIGS
@@ -100,6 +101,7 @@ FIGURES = (
 )
 
 
+@functools.cache
 def rows() -> list[list[str]]:
     """For docs/performance.md: what, kernel, predicted, published, their ratio, source."""
     made = []

@@ -4,6 +4,7 @@ python -m benchmarks.report
 """
 
 import argparse
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -299,6 +300,7 @@ def memory(runs: dict[tuple[str, str], Run]) -> str:
     return table([*header, "weights, GiB", "dual / global with weights"], rows) + f"\n\n(`{run['file']}`)"
 
 
+@functools.cache
 def predicted_ratios() -> dict[str, str]:
     """What the planner says of the ratios that a GPU should show: Wan2.1-1.3B on one H200."""
     step = load_preset(PREDICTED[0], "--method.freespec.domain", "step")
@@ -310,6 +312,7 @@ def predicted_ratios() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def eight_gpus() -> list[list[str]]:
     """The predicted efficiency of eight GPUs, as rows of goals: it stays a prediction on one GPU."""
     rows = []
@@ -323,6 +326,7 @@ def eight_gpus() -> list[list[str]]:
     return rows
 
 
+@functools.cache
 def predictions() -> str:
     """What the planner says of whole runs; nothing in it is measured."""
     configs = [load_preset(path) for path in PREDICTED]

@@ -1,6 +1,7 @@
 """The golden test: one video over any arrangement of ranks is the video of one rank."""
 
 import dataclasses
+import math
 import re
 
 import pytest
@@ -67,9 +68,14 @@ def config_of(folder: str, method: str) -> RunConfig:
 
 
 def methods_on(degrees: tuple[int, int, int]) -> tuple[str, ...]:
-    """The methods that are run on a layout; cfg asks nothing of a method, so the second kind is run with it on 4 ranks only."""
+    """The methods that are run on a layout.
+
+    cfg asks nothing of a method, so the second kind is run with it on 4 ranks only; on 8, the one that has both branches.
+    """
     for method in WHOLE_HEADS:
         assert bool(refused_axes(make_method(method).refused_axes, degrees)) == (degrees[1] > 1)
+    if math.prod(degrees) == 8:
+        return ("freespec",)
     return METHODS + WHOLE_HEADS if degrees[:2] == (1, 1) or degrees == (2, 1, 2) else METHODS
 
 
