@@ -2,9 +2,9 @@
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from diffusers import DiffusionPipeline
@@ -16,8 +16,6 @@ from engine.adapters import ModelAdapter
 from engine.adapters.base import unwrap
 from engine.errors import UserError
 from parallel.mesh import SeqMesh
-
-AGAIN = "call the handle's remove(), then apply_method again"
 
 # Hooks of diffusers that do the same on every rank: these caches decide by the step alone, and where weights lie, or in which
 # type, decides nothing. Others may skip blocks by what one rank sees of its own tokens: the ranks would part, and wait for each
@@ -50,36 +48,133 @@ class Uncopyable:
 
 
 @dataclass(kw_only=True, eq=False)
-class Installed(Uncopyable):
-    """What `apply_method` put where, and whether all of it is still there.
+class Guard(Uncopyable):
+    """What was put on a pipeline's attentions, and whether it is still there; asked around each call and before each forward.
 
     Attributes:
         pipe: the pipeline.
         adapter: of its model.
         transformer: its transformer, not the wrapper of torch.compile.
+        processors: of the attentions that it concerns, first block first.
+        removed: whether it was taken off.
+    """
+
+    APPLY: ClassVar[str]  # the function that puts it on
+    ATTENTION: ClassVar[str]  # the kind of attention that it concerns
+
+    pipe: DiffusionPipeline
+    adapter: ModelAdapter
+    transformer: nn.Module
+    processors: Sequence[Any]
+    removed: bool = False
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        raise NotImplementedError
+
+    @property
+    def again(self) -> str:
+        """What to do where it is not in force any more."""
+        return f"call the handle's remove(), then {self.APPLY} again"
+
+    def modules(self) -> list[nn.Module]:
+        """The attentions that it concerns, as the transformer has them now."""
+        raise NotImplementedError
+
+    def registered(self) -> Sequence[RemovableHandle]:
+        """Its hooks."""
+        raise NotImplementedError
+
+    def leave(self) -> None:
+        """Check no call any more, and give the pipeline its own class back, unless another library has put its own over it."""
+        self.removed = True
+        unguard(self.pipe)
+
+    def check(self) -> None:
+        """Raise UserError, with the first reason found, unless it is in the next forward of the pipeline."""
+        if found := self.problem():
+            raise UserError(f"{self.name} is not in force: {found}")
+
+    def problem(self) -> str | None:
+        """Why it is not in force, and what to do; None if it is."""
+        if self.removed:
+            return f"it was removed; call {self.APPLY} again"
+        # pipe.transformer, if deleted, is asked of its configuration
+        current = unwrap(vars(self.pipe).get("transformer"))
+        if current is not self.transformer:
+            kind = "None" if current is None else f"another {type(current).__name__}"
+            return f"pipe.transformer is {kind}, not the one that it was applied to; {self.again}"
+        return self._layers() or self._hooks() or parallel_problem(self.transformer)
+
+    def _layers(self) -> str | None:
+        try:
+            modules = self.modules()
+        except AttributeError as error:
+            return f"the transformer's blocks were replaced ({error}); {self.again}"
+        if len(modules) != len(self.processors):
+            had = len(self.processors)
+            return f"the transformer has {len(modules)} {self.ATTENTION}s and had {had}; {self.again}"
+        for layer, (attn, processor) in enumerate(zip(modules, self.processors, strict=True)):
+            if attn.processor is not processor:
+                kind = type(attn.processor).__name__
+                return (
+                    f"layer {layer} has another {self.ATTENTION.removeprefix('self-')} processor ({kind}); {self.again}"
+                )
+            if found := self.layer_problem(layer, attn):
+                return found
+        return None
+
+    def layer_problem(self, layer: int, attn: nn.Module) -> str | None:
+        """What else is wrong with an attention that has its processor."""
+        return None
+
+    def _hooks(self) -> str | None:
+        lost = [hook for hook in self.registered() if not is_registered(hook)]
+        return f"{len(lost)} of its hooks were removed from the transformer; {self.again}" if lost else None
+
+    def call(self) -> AbstractContextManager[None]:
+        """One call of the pipeline: raise UserError before it if this is not in force, after it if it was not throughout."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True, eq=False)
+class Installed(Guard):
+    """What `apply_method` put where, and whether all of it is still there.
+
+    Attributes:
         method: name of the method, for messages.
         mesh: the ranks.
-        processors: of the self-attentions, first block first.
         token_hooks: of the modules where tokens are made (`engine.hooks.TokenHooks`).
         tried: the scheduler that was last found right, and its configuration then.
         draws_noise: whether it draws noise while it steps.
         hooks: registered on the transformer.
         step_hook: what they are, and which steps they saw (`engine.hooks.StepHook`).
-        removed: whether the method was taken off.
     """
 
-    pipe: DiffusionPipeline
-    adapter: ModelAdapter
-    transformer: nn.Module
+    APPLY = "apply_method"
+    ATTENTION = "self-attention"
+
     method: str
     mesh: SeqMesh
-    processors: Sequence[Any]
     token_hooks: Any
     tried: tuple[Any, dict[str, Any]]
     draws_noise: bool
     hooks: list[RemovableHandle] = field(default_factory=list)
     step_hook: Any = None
-    removed: bool = False
+
+    @property
+    def name(self) -> str:
+        """See the base class."""
+        return self.method
+
+    def modules(self) -> list[nn.Module]:
+        """See the base class."""
+        return self.adapter.attention_modules(self.transformer)
+
+    def registered(self) -> Sequence[RemovableHandle]:
+        """See the base class."""
+        return [*self.hooks, *self.token_hooks.registered]
 
     def watch(self, step_hook: Any) -> None:
         """Register the transformer's hooks, and check every call of the pipeline from now on."""
@@ -90,54 +185,21 @@ class Installed(Uncopyable):
         ]
         self.pipe.__class__ = guarded(type(self.pipe), self)
 
-    def leave(self) -> None:
-        """Check no call any more, and give the pipeline its own class back, unless another library has put its own over it."""
-        self.removed = True
-        unguard(self.pipe)
-
-    def check(self) -> None:
-        """Raise UserError, with the first reason found, unless the next forward of the pipeline has the method."""
-        if found := self.problem():
-            raise UserError(f"{self.method} is not in force: {found}")
-
     def before_forward(self) -> None:
         """`check`, and hooks on what took the place of the modules that make tokens (a LoRA on one of them does)."""
         self.check()
         self.token_hooks.follow()
 
     def problem(self) -> str | None:
-        """Why the method is not in force, and what to do; None if it is."""
-        if self.removed:
-            return "it was removed; call apply_method again"
-        current = unwrap(
-            vars(self.pipe).get("transformer")
-        )  # pipe.transformer, if deleted, is asked of its configuration
-        if current is not self.transformer:
-            kind = "None" if current is None else f"another {type(current).__name__}"
-            return f"pipe.transformer is {kind}, not the one that it was applied to; {AGAIN}"
-        found = self._layers() or self._hooks() or parallel_problem(self.transformer) or backend_problem()
+        """See the base class; also the attention backend, the ranks, and the pipeline's configuration and scheduler."""
+        found = super().problem() or backend_problem()
         if found is None and not self.mesh.is_alive:
-            found = f"the process group that it was applied with was destroyed; {AGAIN}"
+            found = f"the process group that it was applied with was destroyed; {self.again}"
         return found or self._pipeline()
 
-    def _layers(self) -> str | None:
-        try:
-            modules = self.adapter.attention_modules(self.transformer)
-        except AttributeError as error:
-            return f"the transformer's blocks were replaced ({error}); {AGAIN}"
-        if len(modules) != len(self.processors):
-            return f"the transformer has {len(modules)} self-attentions and had {len(self.processors)}; {AGAIN}"
-        for layer, (attn, processor) in enumerate(zip(modules, self.processors, strict=True)):
-            if attn.processor is not processor:
-                kind = type(attn.processor).__name__
-                return f"layer {layer} has another attention processor ({kind}); {AGAIN}"
-            if found := layer_problem(layer, attn):
-                return found
-        return None
-
-    def _hooks(self) -> str | None:
-        lost = [hook for hook in [*self.hooks, *self.token_hooks.registered] if not is_registered(hook)]
-        return f"{len(lost)} of its hooks were removed from the transformer; {AGAIN}" if lost else None
+    def layer_problem(self, layer: int, attn: nn.Module) -> str | None:
+        """See the base class."""
+        return layer_problem(layer, attn)
 
     def _pipeline(self) -> str | None:
         """Its configuration again, and its scheduler if that is another one now."""
@@ -187,8 +249,8 @@ def tried(scheduler: Any) -> tuple[Any, dict[str, Any]]:
     return scheduler, dict(config) if isinstance(config, Mapping) else {}
 
 
-def guarded(kind: type, installed: Any) -> type:
-    """A class for the one pipeline of `installed` (an `Installed` or `TimelineGuard`), under the same name as its own and derived from it, whose calls are checked.
+def guarded(kind: type, installed: Guard) -> type:
+    """A class for the one pipeline of `installed`, under the same name as its own and derived from it, whose calls are checked.
 
     Where another transformer was put into the pipeline, nothing that a hook sits on is called any more, with prompt embeddings
     given and latents asked for; the call itself is. Other loops, and a call of the class's own `__call__`, make their latents first.

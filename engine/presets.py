@@ -7,12 +7,11 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.files.trees import MOST_SETTINGS, absurd
+from engine.files.trees import read_yaml
 from engine.paths import REPOSITORY, expand
 from engine.prompt_files import resolve_negative_prompt
 
@@ -89,29 +88,6 @@ def _never_null(kind: type, prefix: str = "") -> frozenset[str]:
         elif type(None) not in get_args(hint):
             keys.add(f"{prefix}{name}")
     return frozenset(keys)
-
-
-def read_yaml(path: Path) -> dict[Any, Any]:
-    """The settings in a YAML file; UserError for one that is no YAML, holds none, or is too deep or too large to be walked."""
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text") from error
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not YAML ({getattr(error, 'problem', None) or error})") from error
-    except RecursionError as error:
-        raise UserError(f"{path} is nested too deeply; configs/ has examples") from error
-    except ValueError as error:  # an integer of thousands of digits, a date that there is not
-        raise UserError(f"{path} holds a value that is none ({str(error).partition(';')[0]})") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} holds no settings; configs/ has examples")
-    if (wrong := absurd(tree, most_values=MOST_SETTINGS)) is not None:
-        raise UserError(f"{path} {wrong}; configs/ has examples")
-    return tree
 
 
 def find_config(name: str) -> Path:

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import yaml
-
 from engine.errors import UserError
+from engine.files.trees import read_yaml
+from engine.paths import expand
 from freespec.events import TRANSITIONS, WITHOUT_WIDTH, Event, Transition, check
 
 Unit = Literal["s", "frames"]
@@ -29,6 +29,7 @@ SYNTAX = (
 _PART = re.compile(r"(?P<text>.*?)\s*\[(?P<range>\s*\d[^\[\]]*)\]\s*", re.DOTALL)
 _NUMBER = r"\d+(?:\.\d+)?"
 _RANGE = re.compile(rf"(?P<start>{_NUMBER})\s*(?P<start_unit>s?)\s*-\s*(?:(?P<stop>{_NUMBER})\s*(?P<stop_unit>s?))?")
+_MOMENT = re.compile(rf"{_NUMBER}\s*s?")
 _OPTION = re.compile(rf"(?P<name>[a-z]+)(?:\s+(?P<width>{_NUMBER})\s*(?P<unit>s?))?")
 
 
@@ -170,7 +171,7 @@ def read_timeline(value: str) -> tuple[str, str | None]:
         if timeline is None:
             raise UserError(f"--timeline {value!r:.60} has no range; {SYNTAX}")
         return str(timeline), None
-    tree = _load(Path(value).expanduser())
+    tree = _load(expand(value))
     common = tree.get("common")
     suffix = "" if common is None else f", {_text(common, f'common of {value}')}"
     parts, negatives = [], []
@@ -178,11 +179,15 @@ def read_timeline(value: str) -> tuple[str, str | None]:
         where = f"event {index} of {value}"
         if not isinstance(event, Mapping) or "text" not in event:
             raise UserError(f"{where} needs a text")
-        if unknown := sorted(set(event) - _EVENT_KEYS):
-            raise UserError(f"{where} has the unknown key {unknown[0]}; known are {', '.join(sorted(_EVENT_KEYS))}")
-        options = " ".join(str(event[key]) for key in ("transition", "width") if event.get(key) is not None)
-        stop = "" if event.get("stop") is None else event["stop"]
-        bracket = f"[{event.get('start', 0)}-{stop}{', ' if options else ''}{options}]"
+        _refuse_unknown(event, _EVENT_KEYS, where)
+        start, stop, width = (_moment(event, key, where) for key in ("start", "stop", "width"))
+        transition = event.get("transition")
+        if transition not in (None, *TRANSITIONS):
+            raise UserError(f"{where} has the unknown transition {transition!r:.40}; write {', '.join(TRANSITIONS)}")
+        if width and transition is None:
+            raise UserError(f"{where}: a width needs a transition; add transition: fade or relay")
+        options = " ".join(option for option in (transition, width) if option)
+        bracket = f"[{start or 0}-{stop}{', ' if options else ''}{options}]"
         parts.append(f"{_text(event['text'], where)}{suffix} {bracket}")
         negatives.append(None if event.get("negative") is None else f"{_text(event['negative'], where)} {bracket}")
     given = [negative for negative in negatives if negative is not None]
@@ -257,18 +262,26 @@ _EVENT_KEYS = {"text", "start", "stop", "transition", "width", "negative"}
 
 
 def _load(path: Path) -> Mapping[str, Any]:
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"cannot read --timeline {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        first = str(error).splitlines()[0]
-        raise UserError(f"--timeline {path} is not YAML: {first}") from error
-    if not isinstance(tree, Mapping) or not isinstance(tree.get("events"), list) or not tree["events"]:
+    tree = read_yaml(path, name=f"--timeline {path}", remedy="docs/timeline.yaml is an example")
+    if not isinstance(tree.get("events"), list) or not tree["events"]:
         raise UserError(f"--timeline {path} needs a list of events, each with text, start and stop")
-    if unknown := sorted(str(key) for key in set(tree) - _FILE_KEYS):
-        raise UserError(f"--timeline {path} has the unknown key {unknown[0]}; known are common and events")
+    _refuse_unknown(tree, _FILE_KEYS, f"--timeline {path}")
     return tree
+
+
+def _refuse_unknown(tree: Mapping[Any, Any], known: set[str], where: str) -> None:
+    if unknown := sorted(str(key) for key in tree.keys() - known):
+        raise UserError(f"{where} has the unknown key {unknown[0]:.40}; known are {', '.join(sorted(known))}")
+
+
+def _moment(event: Mapping[str, Any], key: str, where: str) -> str:
+    """A number of frames, or seconds with their unit, as it is written in a range; empty if there is none."""
+    value = event.get(key)
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not _MOMENT.fullmatch(str(value)):
+        raise UserError(f"{where}: {key} must be a frame, or seconds such as 4s, got {value!r:.40}")
+    return str(value)
 
 
 def _text(value: Any, where: str) -> str:

@@ -13,7 +13,8 @@ from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, DefaultHelpFor
 
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.presets import describe_parser_error, find_config, finished, read_yaml, refuse_null
+from engine.files.trees import read_yaml
+from engine.presets import describe_parser_error, find_config, finished, refuse_null
 from launch.suggestions import describe_unknown
 
 DEFAULT_CONFIG = "configs/tiny-wan.yaml"

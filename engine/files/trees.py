@@ -1,10 +1,12 @@
-"""Parse JSON of any origin, read the JSON files of results, and check that they hold what they are taken for."""
+"""Parse JSON and YAML of any origin, read the JSON files of results, and check that they hold what they are taken for."""
 
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any
+
+import yaml
 
 from engine.errors import UserError
 from engine.files.say import Say, say_on_stderr
@@ -16,7 +18,7 @@ Shape = dict[str, type | UnionType]
 # Code that walks deeper trees would run out of stack.
 _MOST_DEPTH = 100
 # More values are no settings, and a walk over them would not end.
-MOST_SETTINGS = 100_000
+_MOST_SETTINGS = 100_000
 
 
 class DamagedError(UserError):
@@ -52,6 +54,33 @@ def parse_json(data: str | bytes, name: str, *, remedy: str = "move it away") ->
         raise DamagedError(f"{name} holds a number that is too long ({why})", remedy) from error
     if (wrong := absurd(tree)) is not None:
         raise DamagedError(f"{name} {wrong}", remedy)
+    return tree
+
+
+def read_yaml(path: Path, *, name: str | None = None, remedy: str = "{remedy}") -> dict[Any, Any]:
+    """The settings in a YAML file, which messages call `name` (default: the path) and end with `remedy`.
+
+    UserError for a file that cannot be read, is no YAML, holds no settings, or is too deep or too large to be walked.
+    """
+    name = str(path) if name is None else name
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {name}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not UTF-8 text") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{name}{where}: not YAML ({getattr(error, 'problem', None) or error})") from error
+    except RecursionError as error:
+        raise UserError(f"{name} is nested too deeply; {remedy}") from error
+    except ValueError as error:  # an integer of thousands of digits, a date that there is not
+        raise UserError(f"{name} holds a value that is none ({str(error).partition(';')[0]})") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{name} holds no settings; {remedy}")
+    if (wrong := absurd(tree, most_values=_MOST_SETTINGS)) is not None:
+        raise UserError(f"{name} {wrong}; {remedy}")
     return tree
 
 

@@ -10,7 +10,8 @@ from jsonargparse import ArgumentParser
 
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.presets import find_config, read_yaml
+from engine.files.trees import read_yaml
+from engine.presets import find_config
 from launch.arguments.many_videos import refuse_method_name
 from launch.cli import DEFAULT_CONFIG, parse_run
 
