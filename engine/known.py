@@ -5,6 +5,7 @@ the run began with, so that they move on the straight line of flow matching. Eve
 x_0 itself. Nothing of the model or the method changes.
 """
 
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,9 +18,11 @@ from engine.checkpoint import load_latents
 from engine.errors import UserError
 from engine.given import GivenFrames, GivenImage, span_of
 from engine.read_image import read_image
-from engine.read_video import read_video
+from engine.read_video import check_colours, frame_rate, measure, read_video
 
 _LATENTS = ".safetensors"
+# A video at 23.976 frames a second goes on at 24.
+_RATE_ERROR = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,19 +53,37 @@ class Known:
         return latents.index_copy(2, self.frames, here.to(latents.dtype))
 
 
-def check_given(given: GivenFrames, *, num_frames: int, height: int, width: int, fps: int, step: int) -> None:
-    """Raise UserError for files that cannot be read, and for two images in one latent frame."""
+def check_given(
+    given: GivenFrames, spec: VideoSpec, *, num_frames: int, height: int, width: int, fps: int
+) -> list[str]:
+    """Look at what is given without a model; returns what a person should know, a sentence each.
+
+    Raises:
+        UserError: a file cannot be read or has another size or rate, what is gone on from is as long as the video, or two things
+            are given for one latent frame.
+    """
+    step, begun, notes = spec.temporal_factor, 0, []
+    if given.extend is not None:
+        begun, notes = _look_at_begun(given.extend, spec, height=height, width=width, fps=fps)
+        if spec.num_frames(begun) >= num_frames:
+            raise UserError(
+                f"--extend {given.extend} has {spec.num_frames(begun)} frames, and video.num_frames, which counts them, is "
+                f"{num_frames}; ask for more"
+            )
     taken: dict[int, GivenImage] = {}
     for image in given.images:
         read_image(image.path, height, width)
         latent = given.latent(image, num_frames, fps, step)
+        if latent < begun:
+            raise UserError(
+                f"--given {image.where}={image.path} lies in the frames of --extend {given.extend}; leave it out"
+            )
         if latent in taken:
             raise UserError(
                 f"--given {taken[latent].where} and {image.where} fall into one latent frame (frames {span_of(latent, step)}); leave one out"
             )
         taken[latent] = image
-    if given.extend is not None and not given.extend.is_file():
-        raise UserError(f"--extend {given.extend} is no file")
+    return [*notes, *given.describe(num_frames=num_frames, fps=fps, step=step)]
 
 
 @torch.no_grad()
@@ -83,60 +104,78 @@ def read_known(
     A video is encoded from its end on, as many frames as latent frames hold; latents are taken as they are.
 
     Raises:
-        UserError: a file cannot be read or has another size, or what is gone on from is as long as the video.
+        UserError: see `check_given`.
     """
+    check_given(given, spec, num_frames=num_frames, height=height, width=width, fps=fps)
     step = spec.temporal_factor
     by_frame: dict[int, Tensor] = {}
     if given.extend is not None:
-        begun = _read_begun(given.extend, adapter, vae, spec, height=height, width=width)
-        total = spec.latent_shape(num_frames, height, width)[2]
-        if begun.shape[2] >= total:
-            raise UserError(
-                f"--extend {given.extend} has {spec.num_frames(begun.shape[2])} frames, and video.num_frames, which counts them, is "
-                f"{num_frames}; ask for more"
-            )
-        by_frame = dict(enumerate(begun.split(1, dim=2)))
+        by_frame = dict(enumerate(_read_begun(given.extend, adapter, vae, spec, size=(height, width)).split(1, dim=2)))
     for image in given.images:
         latent = given.latent(image, num_frames, fps, step)
-        if latent in by_frame:
-            raise UserError(
-                f"--given {image.where}={image.path} lies in the frames of --extend {given.extend}; leave it out"
-            )
         pixels = np.repeat(read_image(image.path, height, width)[None], 1 if latent == 0 else 1 + step, axis=0)
         by_frame[latent] = _encode(adapter, vae, pixels)[:, :, -1:]
     frames = sorted(by_frame)
     return Known(latents=torch.cat([by_frame[frame] for frame in frames], dim=2), frames=torch.tensor(frames))
 
 
+def _look_at_begun(path: Path, spec: VideoSpec, *, height: int, width: int, fps: int) -> tuple[int, list[str]]:
+    """How many latent frames the video that is gone on from has, and a sentence if not all of its frames are taken."""
+    if not path.is_file():
+        raise UserError(f"--extend {path} is no file")
+    if path.suffix == _LATENTS:
+        return _load_begun(path, spec, height, width).shape[2], []
+    size, rate = measure(path), frame_rate(path)
+    if size is None or size[0] == 0 or rate is None:
+        raise UserError(f"--extend {path} is no video that can be read")
+    check_colours(path)
+    frames, rows, columns = size
+    if (rows, columns) != (height, width):
+        raise UserError(
+            f"--extend {path} is {rows} x {columns} pixels, and the video is {height} x {width}; set video.height "
+            "and video.width to its size"
+        )
+    if abs(rate - fps) > _RATE_ERROR * fps:
+        raise UserError(
+            f"--extend {path} has {float(rate):g} frames a second, and video.fps is {fps}; set video.fps to its rate, or convert it"
+        )
+    latents = _whole_latents(frames, spec)
+    left_out = frames - spec.num_frames(latents)
+    notes = [f"of {path.name} the first {left_out} of {frames} frames are left out, which fill no latent frame"]
+    return latents, notes if left_out else []
+
+
+def _whole_latents(frames: int, spec: VideoSpec) -> int:
+    """The most latent frames that the last frames of a video fill: the first of them one, each other `temporal_factor`."""
+    return (frames - 1) // spec.temporal_factor + 1
+
+
+def _load_begun(path: Path, spec: VideoSpec, height: int, width: int) -> Tensor:
+    latents = load_latents(path)[0].float()
+    wanted = spec.latent_shape(spec.num_frames(1), height, width)
+    if (
+        latents.dim() != 5
+        or (*latents.shape[:2], *latents.shape[3:]) != (*wanted[:2], *wanted[3:])
+        or not latents.numel()
+    ):
+        raise UserError(
+            f"--extend {path} holds latents of shape {list(latents.shape)}, and this video's are [{wanted[0]}, {wanted[1]}, F, "
+            f"{wanted[3]}, {wanted[4]}]; give latents of the same model and size"
+        )
+    if not latents.isfinite().all():
+        raise UserError(f"--extend {path} holds numbers that are not finite; make it again")
+    return latents
+
+
 def _read_begun(
-    path: Path,
-    adapter: ModelAdapter,
-    vae: torch.nn.Module,
-    spec: VideoSpec,
-    *,
-    height: int,
-    width: int,
+    path: Path, adapter: ModelAdapter, vae: torch.nn.Module, spec: VideoSpec, *, size: tuple[int, int]
 ) -> Tensor:
     """Latents [1, z, F, h, w] of the video that is gone on from."""
     if path.suffix == _LATENTS:
-        latents = load_latents(path)[0].float()
-        wanted = spec.latent_shape(spec.num_frames(1), height, width)
-        if latents.dim() != 5 or (*latents.shape[:2], *latents.shape[3:]) != (*wanted[:2], *wanted[3:]):
-            raise UserError(
-                f"--extend {path} holds latents of shape {list(latents.shape)}, and this video's are [{wanted[0]}, {wanted[1]}, F, "
-                f"{wanted[3]}, {wanted[4]}]; give latents of the same model and size"
-            )
-        if not latents.isfinite().all():
-            raise UserError(f"--extend {path} holds numbers that are not finite; make it again")
-        return latents
-    pixels = np.stack(list(read_video(path)))
-    if pixels.shape[1:3] != (height, width):
-        raise UserError(
-            f"--extend {path} is {pixels.shape[1]} x {pixels.shape[2]} pixels, and the video is {height} x {width}; set video.height "
-            "and video.width to its size"
-        )
-    keep = (len(pixels) - 1) // spec.temporal_factor * spec.temporal_factor + 1
-    return _encode(adapter, vae, pixels[-keep:])
+        return _load_begun(path, spec, *size)
+    found = measure(path)
+    kept = spec.num_frames(_whole_latents(found[0] if found else 1, spec))
+    return _encode(adapter, vae, np.stack(deque(read_video(path), maxlen=kept)))
 
 
 def _encode(adapter: ModelAdapter, vae: torch.nn.Module, pixels: np.ndarray) -> Tensor:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -61,6 +62,15 @@ def measure(path: Path) -> tuple[int, int, int] | None:
             size = stream.height, stream.width
             return sum(1 for packet in container.demux(stream) if packet.size), *size
     except (av.FFmpegError, OSError, IndexError, ValueError, SyntaxError):
+        return None
+
+
+def frame_rate(path: Path) -> Fraction | None:
+    """Frames per second of a video file, on average; None for a file that is no video or has no time."""
+    try:
+        with open_file(path) as container:
+            return container.streams.video[0].average_rate
+    except (av.FFmpegError, OSError, IndexError):
         return None
 
 

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -56,13 +57,14 @@ def run(given: Arguments) -> None:
     ):
         every, folders = [path for files in outputs for path in files.all], frame_folders(outputs)
         party.check_on_first(lambda: stack.enter_context(claim_outputs(every, flag="--output.path", folders=folders)))
+        notes = party.ask_first(lambda: look_at_given(config, given.given))
         stages = party.ask_first(lambda: find_stages(prompts.texts, outputs, config, given.given))
         left = [each for each in zip(prompts.named, outputs, stages, strict=True) if each[2] != "finished"]
         if not left:
             return
         look_at_prompts(config, [named for named, _, _ in left], party)
-        if given.given is not None:
-            party.check_on_first(lambda: look_at_given(config, given.given))
+        for note in notes:
+            print(f"note: {note}", flush=True)
         engine = stack.enter_context(contextlib.closing(LongVideoEngine(config, party.ranks)))
         for index, ((_, prompt), files, stage) in enumerate(left):
             if index > 0:
@@ -75,19 +77,18 @@ def run(given: Arguments) -> None:
         last.enter_context(all_is_made())
 
 
-def look_at_given(config: RunConfig, given: GivenFrames) -> None:
-    """Look at the frames that are given before anything is loaded, and say where pictures are shown."""
-    video, step = config.video, read_step(config)
-    check_given(given, num_frames=video.num_frames, height=video.height, width=video.width, fps=video.fps, step=step)
-    for note in given.describe(num_frames=video.num_frames, fps=video.fps, step=step):
-        print(f"note: {note}", flush=True)
+def look_at_given(config: RunConfig, given: GivenFrames | None) -> list[str]:
+    """Look at the frames that are given before anything is loaded; returns what there is to say of them, a sentence each."""
+    if given is None:
+        return []
+    video, spec = config.video, read_spec(checkpoint_folder(config))
+    size = {"num_frames": video.num_frames, "height": video.height, "width": video.width}
+    return check_given(given, spec, **size, fps=video.fps)
 
 
-def read_step(config: RunConfig) -> int:
-    """Frames of the video per latent frame, after the first."""
-    source = find_checkpoint(config.model.path)
-    spec = read_spec(fetch(source, config.model.revision, parts=(), offline=config.model.offline))
-    return spec.temporal_factor * spec.patch[0]
+def checkpoint_folder(config: RunConfig) -> Path:
+    """The checkpoint's folder, with the small files that say what it is."""
+    return fetch(find_checkpoint(config.model.path), config.model.revision, parts=(), offline=config.model.offline)
 
 
 def find_stages(
@@ -109,8 +110,7 @@ def find_stages(
             remove_leftovers(files, record)
             print(describe_finished(files, record), flush=True)
     if left:
-        source, video = find_checkpoint(config.model.path), config.video
-        folder = fetch(source, config.model.revision, parts=(), offline=config.model.offline)
+        folder, video = checkpoint_folder(config), config.video
         spec, size = read_spec(folder), (video.num_frames, video.height, video.width)
         spec.check_video(*size)
         check_free_space(left, config, spec.latent_shape(*size), model=folder)
@@ -119,11 +119,11 @@ def find_stages(
 
 def planned_facts(config: RunConfig, given: GivenFrames | None) -> dict[str, Any]:
     """What decides latents beside configuration and prompt, as `latents_settings` takes it, before anything is loaded."""
-    source = find_checkpoint(config.model.path)
-    folder = fetch(source, config.model.revision, parts=(), offline=config.model.offline)
+    folder = checkpoint_folder(config)
+    from_hub = isinstance(find_checkpoint(config.model.path), str)
     device, sampler, video = pick_device(config.model.device), config.sampler, config.video
     facts = {
-        "checkpoint": fingerprints(config, folder, from_hub=isinstance(source, str))["checkpoint"].hex(),
+        "checkpoint": fingerprints(config, folder, from_hub=from_hub)["checkpoint"].hex(),
         "dtype": str(pick_dtype(config.model.dtype, device)),
         "device": device.type,
         "with_rate": find_adapter(folder).frame_rate_matters,
@@ -132,7 +132,8 @@ def planned_facts(config: RunConfig, given: GivenFrames | None) -> dict[str, Any
         "num_frames": video.num_frames,
     }
     if given is not None:
-        facts["given"] = given.settings(num_frames=video.num_frames, fps=video.fps, step=read_step(config))
+        step = read_spec(folder).temporal_factor
+        facts["given"] = given.settings(num_frames=video.num_frames, fps=video.fps, step=step)
     return facts
 
 

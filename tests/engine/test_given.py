@@ -20,6 +20,7 @@ from engine.errors import UserError
 from engine.given import GivenFrames, GivenImage, parse_given
 from engine.known import Known, check_given
 from engine.read_image import read_image
+from engine.read_video import read_video
 from engine.video import open_video
 from freespec.methods import FreeSpec
 from tests.engine.golden import mesh_of, relative
@@ -169,8 +170,15 @@ def test_a_video_is_encoded_from_its_end(folders, tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (7, 32, 48, 3), np.uint8)
     with open_video(tmp_path / "a.mp4", fps=8, height=32, width=48, crf=1) as video:
         video.write(pixels)
+    given = parse_given([], str(tmp_path / "a.mp4"))
     with engine_of(config_of(folders["wan"], "wan")) as engine:
-        made = engine.denoise(PROMPT, given=parse_given([], str(tmp_path / "a.mp4")))
+        made = engine.denoise(PROMPT, given=given)
+        [note] = check_given(given, engine.spec, num_frames=29, height=32, width=48, fps=8)
+        last = torch.from_numpy(np.stack(list(read_video(tmp_path / "a.mp4")))[-5:]).permute(3, 0, 1, 2)[None]
+        with torch.no_grad():
+            expected = engine.adapter.encode(engine.pipe.vae, last.float() / 127.5 - 1)
+    assert torch.equal(made.latents[:, :, :2], expected)
+    assert note == "of a.mp4 the first 2 of 7 frames are left out, which fill no latent frame"
     assert made.given["extend"] == {"file": "a.mp4", "start": 0, "stop": 5}
 
 
@@ -293,14 +301,15 @@ def test_pictures_that_cannot_be_used_are_refused(tmp_path):
     refused(cut, "cannot read the picture")
 
 
-def test_what_does_not_fit_the_video_is_refused(folders, tmp_path):
+def test_what_does_not_fit_the_video_is_refused(folders, tmp_path, monkeypatch):
     picture(tmp_path / "a.png", 32, 48)
     with engine_of(config_of(folders["wan"], "wan")) as engine:
 
         def refused(message: str, words: list[str], extend: Path | None = None) -> None:
+            given = parse_given(words, None if extend is None else str(extend))
             with pytest.raises(UserError, match=message):
-                given = parse_given(words, None if extend is None else str(extend))
-                check_given(given, num_frames=29, height=32, width=48, fps=8, step=4)
+                check_given(given, engine.spec, num_frames=29, height=32, width=48, fps=8)
+            with pytest.raises(UserError, match=message):
                 engine.denoise(PROMPT, given=given)
 
         refused("beyond the video, whose last frame is 28", [f"29={tmp_path / 'a.png'}"])
@@ -322,4 +331,13 @@ def test_what_does_not_fit_the_video_is_refused(folders, tmp_path):
         file.write_bytes(b"junk")
         refused("is not a whole safetensors file", [], file)
         (tmp_path / "c.mp4").write_bytes(b"junk")
-        refused("does not decode", [], tmp_path / "c.mp4")
+        refused("is no video that can be read", [], tmp_path / "c.mp4")
+        (tmp_path / "d.mp4").mkdir()
+        refused("is no file", [], tmp_path / "d.mp4")
+        with open_video(tmp_path / "e.mp4", fps=24, height=32, width=48, crf=20) as video:
+            video.write(np.zeros((5, 32, 48, 3), np.uint8))
+        refused("has 24 frames a second, and video.fps is 8", [], tmp_path / "e.mp4")
+        monkeypatch.setattr(type(engine.adapter), "encode", lambda *_: pytest.fail("it was encoded"))
+        with open_video(tmp_path / "f.mp4", fps=8, height=32, width=48, crf=20) as video:
+            video.write(np.zeros((30, 32, 48, 3), np.uint8))
+        refused("has 29 frames, and video.num_frames, which counts them, is 29; ask for more", [], tmp_path / "f.mp4")

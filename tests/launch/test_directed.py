@@ -112,6 +112,10 @@ def test_given_frames_are_in_the_record_and_decide_the_run(make: Make, tmp_path:
     assert "finished already" in make(given).out
     assert "given.images" in make(given | {"given": given["given"][:1]}).error
     assert "given" in make().error  # none
+    (tmp_path / "two.png").unlink()
+    assert make(given).error == f"cannot read the picture {tmp_path / 'two.png'}: No such file or directory"
+    elsewhere = given | {"output.path": tmp_path / "b.mp4"}
+    assert make(elsewhere).error == f"cannot read the picture {tmp_path / 'two.png'}: No such file or directory"
 
 
 def test_a_video_goes_on_from_kept_latents(make: Make, run: Callable[..., Run], tmp_path: Path) -> None:
