@@ -3,7 +3,6 @@
 import itertools
 import os
 import pickle
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,10 +19,10 @@ from parallel import collectives, plan
 from parallel.collectives import ALL_GATHER, CollectiveError
 from tests.parallel.masked import MaskedKernels
 from tests.parallel.worlds import ByteCount, bytes_at_torch, seeded, small_mesh
-from tests.ranks import PATIENCE, run_ranks
+from tests.ranks import run_ranks
 
 WORLDS = (1, 2, 3, 4, 8)
-SOON = timedelta(seconds=5)  # ranks that have just met are not so far apart
+SOON = timedelta(seconds=15)  # ranks that have just met are not so far apart
 
 
 @dataclass(frozen=True)
@@ -305,13 +304,13 @@ def fail_alone(rank: int, how: str) -> str | None:
             collectives.RingShift(collectives.pack_keys(x, x), sizes=[2, 2], group=mesh.ring.group, trace=trace)
         ),
     }
-    began = time.monotonic()
     with pytest.raises(CollectiveError, match=r"rank 0, step 3 layer 7: .* among ranks \[0, 1\] failed: ") as caught:
         calls[how]()
-    assert time.monotonic() - began < PATIENCE.total_seconds() / 2  # the timeout of the mesh, not that of the world
     error = pickle.loads(pickle.dumps(caught.value))
     assert (error.rank, error.label, str(error)) == (0, "step 3 layer 7", str(caught.value))
     if how == "late":
+        # The timeout of the mesh, not that of the world.
+        assert f"{SOON.total_seconds() * 1000:.0f}ms" in str(error), error
         dist.barrier(dist.group.WORLD)
     return error.operation
 
