@@ -38,8 +38,8 @@ import torch
 from benchmarks.measure import environment, spread, write
 from engine.batch.driver import Done, Driver, Event, Ready
 from engine.batch.files import BatchFiles, identity_of
+from engine.batch.items import plan_batch
 from engine.batch.journal import FileJournal, read_status, table
-from engine.batch.plan import plan_batch
 from engine.batch.queue import Queue
 from engine.batch.store import publish
 from engine.batch.suite import Prompt, Suite
@@ -47,8 +47,8 @@ from engine.checkpoint import save_run
 from engine.engine import LongVideoEngine
 from engine.files.trees import read_lines
 from engine.files.whole import write_json
-from engine.load import fetch, find_checkpoint, read_spec
-from engine.video import open_video
+from engine.load.pipeline import fetch, find_checkpoint, read_spec
+from engine.media.write_video import open_video
 from launch.cli import parse_run
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -13,9 +13,9 @@ import torch
 
 from engine.planner.timing import EXPOSED, GIGA, waiting_seconds
 from parallel import collectives
-from parallel.collectives import Trace
+from parallel.collectives import CollectiveTrace
 from parallel.mesh import SeqMesh, build_mesh
-from parallel.plan import SequencePlan, length
+from parallel.shards import SequencePlan, length
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ def measure_collectives(rank: int, case: tuple[int, int]) -> dict[str, tuple[int
     ranks, repeats = case
     mesh = build_mesh(cfg=1, ring=1, ulysses=ranks, device=CPU, timeout=TIMEOUT)
     sent: Counter[str] = Counter()
-    trace = Trace(label="benchmark", on_bytes=lambda kind, count: sent.update({kind: count}))
+    trace = CollectiveTrace(label="benchmark", on_bytes=lambda kind, count: sent.update({kind: count}))
     found = {}
     for kind, call in calls(mesh, trace).items():
         call()
@@ -55,7 +55,7 @@ def measure_collectives(rank: int, case: tuple[int, int]) -> dict[str, tuple[int
     return found
 
 
-def calls(mesh: SeqMesh, trace: Trace) -> dict[str, Callable[[], object]]:
+def calls(mesh: SeqMesh, trace: CollectiveTrace) -> dict[str, Callable[[], object]]:
     """One call of every collective that a video takes, by the name under which it reports its bytes.
 
     `cfg` is once a step, `gather` once a forward, `broadcast` and `collect` once a video (text and tiles); the others are
@@ -90,7 +90,7 @@ def calls(mesh: SeqMesh, trace: Trace) -> dict[str, Callable[[], object]]:
 
 def timed(call: Callable[[], object], mesh: SeqMesh) -> float:
     """Seconds from when all ranks are ready to when this one is done."""
-    trace = Trace(label="start", on_bytes=collectives.ignore_bytes)
+    trace = CollectiveTrace(label="start", on_bytes=collectives.ignore_bytes)
     collectives.meet(group=mesh.world.group, device=CPU, trace=trace)
     started = time.perf_counter()
     call()

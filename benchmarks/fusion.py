@@ -38,12 +38,12 @@ PROGRESS = 0.2
 
 def svd_fp32(o_local: Tensor, o_global: Tensor, weights: FusionWeights) -> Tensor:
     """Eq. 4-13 as they are written, in fp32: both long SVDs, new singular values, residual."""
-    local, wide = (x.float().transpose(1, 2) for x in (o_local, o_global))
+    local, o_global = (x.float().transpose(1, 2) for x in (o_local, o_global))
     u, sigma_l, vh = torch.linalg.svd(local, full_matrices=False)
-    _, sigma_g, _ = torch.linalg.svd(wide, full_matrices=False)
+    _, sigma_g, _ = torch.linalg.svd(o_global, full_matrices=False)
     g, lam = weights.rank.float(), weights.residual.float()
     rebuilt = (u * (g * sigma_g + (1 - g) * sigma_l)[..., None, :]) @ vh
-    return ((1 - lam) * rebuilt + lam * wide).transpose(1, 2).to(o_local.dtype)
+    return ((1 - lam) * rebuilt + lam * o_global).transpose(1, 2).to(o_local.dtype)
 
 
 def branches(shape: Shape, heads: int, args: argparse.Namespace) -> tuple[Tensor, Tensor]:
@@ -52,9 +52,9 @@ def branches(shape: Shape, heads: int, args: argparse.Namespace) -> tuple[Tensor
     falling = 0.01 ** torch.linspace(0, 1, shape.head_dim)
     made = []
     for scale in (1.0, 0.8):
-        wide = torch.randn(1, shape.num_tokens, heads, shape.head_dim, generator=generator) * (scale * falling)
+        o_global = torch.randn(1, shape.num_tokens, heads, shape.head_dim, generator=generator) * (scale * falling)
         turn = torch.linalg.qr(torch.randn(heads, shape.head_dim, shape.head_dim, generator=generator))[0]
-        made.append(torch.einsum("bsnd,nde->bsne", wide, turn).to(args.device, getattr(torch, args.dtype)))
+        made.append(torch.einsum("bsnd,nde->bsne", o_global, turn).to(args.device, getattr(torch, args.dtype)))
     return made[0], made[1]
 
 
@@ -62,7 +62,7 @@ def fusion_calls(o_local: Tensor, o_global: Tensor, weights: FusionWeights, grid
     """The fusion, its three parts, and the two forms of the SVD."""
     grams = spectrum.gram(o_local), spectrum.gram(o_global)
     matrix = spectrum.local_basis_matrix(*grams, weights.rank)
-    branches = Branches(local=o_local, wide=o_global)
+    branches = Branches(o_local=o_local, o_global=o_global)
     layer = Layer(grid=grid, sum_tokens=lambda total: total, sum_heads=lambda total: total)
     return {
         "fusion": lambda: FreeSpec().fuse(branches, weights, layer),

@@ -19,7 +19,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks.measure import RESULTS, environment, print_table, write
 from engine.adapters.wan_published import PUBLISHED
 from engine.planner.model import ModelSpec
-from parallel.plan import Mode
+from parallel.shards import Mode
 from tests.engine.test_planner import LONG, RANK, fake_forward, make_layout
 from tests.parallel.memory import LiveBytes
 

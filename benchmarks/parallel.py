@@ -31,9 +31,9 @@ from freespec.attention import WindowedAttention
 from freespec.kernels import select_kernel
 from freespec.methods import Branches, FreeSpec, Grid, Layer, StepPlan
 from parallel.attention import TORCH_EXCHANGE, SequenceLayout
-from parallel.collectives import Trace
+from parallel.collectives import CollectiveTrace
 from parallel.mesh import build_mesh
-from parallel.plan import LayerShape, Mode, SequencePlan, layer_bytes, layer_bytes_by_rank
+from parallel.shards import LayerShape, Mode, SequencePlan, layer_bytes, layer_bytes_by_rank
 from tests.ranks import run_ranks
 
 MODES: tuple[Mode, ...] = ("global", "local", "dual")
@@ -69,10 +69,10 @@ def attention_of(shape: Shape, device: torch.device, dtype: torch.dtype, kernel:
 
 def layer(layout: SequenceLayout, attention: WindowedAttention, qkv: tuple[Tensor, ...], mode: Mode) -> Tensor:
     """One self-attention layer of one rank, fusion included: q, k, v [B, s, N, D] -> [B, s, N, D]."""
-    local, wide = layout.branches(*layout.scatter(*qkv), mode, attention)
+    local, o_global = layout.branches(*layout.scatter(*qkv), mode, attention)
     if mode == "dual":
-        return layout.gather(fuse(Branches(local=local, wide=wide), attention, layout.reduce))
-    return layout.gather(wide if local is None else local)
+        return layout.gather(fuse(Branches(o_local=local, o_global=o_global), attention, layout.reduce))
+    return layout.gather(o_global if local is None else local)
 
 
 def fuse(branches: Branches, attention: WindowedAttention, sum_tokens: Callable[[Tensor], Tensor]) -> Tensor:
@@ -80,7 +80,7 @@ def fuse(branches: Branches, attention: WindowedAttention, sum_tokens: Callable[
     grid = Grid(
         frames=attention.num_frames, rows=1, columns=attention.frame_tokens, window_frames=attention.window_frames
     )
-    method, like = FreeSpec(), branches.local
+    method, like = FreeSpec(), branches.o_local
     weights = method.weights(StepPlan(mode="dual", progress=0.3), grid, like.shape[-1], like.device)
     return method.fuse(branches, weights, Layer(grid=grid, sum_tokens=sum_tokens, sum_heads=lambda total: total))
 
@@ -91,7 +91,7 @@ def measure_rank(rank: int, case: Case) -> dict[str, Any]:
     mesh = build_mesh(cfg=1, ring=case.ring, ulysses=case.ulysses, device=CPU, timeout=TIMEOUT)
     plan = SequencePlan(tokens=shape.num_tokens, heads=case.heads, ring=case.ring, ulysses=case.ulysses)
     sent: Counter[str] = Counter()
-    trace = Trace(label="benchmark", on_bytes=lambda kind, count: sent.update({kind: count}))
+    trace = CollectiveTrace(label="benchmark", on_bytes=lambda kind, count: sent.update({kind: count}))
     layout = SequenceLayout(mesh=mesh, plan=plan, exchange=TORCH_EXCHANGE, trace=trace)
     attention = attention_of(shape, CPU, torch.float32, "auto")
     start, stop = layout.shard
@@ -184,8 +184,8 @@ def gpu_seconds(mode: Mode, attention: WindowedAttention, qkv: tuple[Tensor, Ten
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     if mode == "dual":
-        local, wide = attention.both(*qkv)
-        fuse(Branches(local=local, wide=wide), attention, lambda total: total)
+        local, o_global = attention.both(*qkv)
+        fuse(Branches(o_local=local, o_global=o_global), attention, lambda total: total)
     elif mode == "local":
         attention.local(*qkv, 0, 0)
     else:

@@ -7,13 +7,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.apply import MethodHandle, Ranks, apply_method
     from engine.config import RunConfig
     from engine.engine import LongVideoEngine, Result
     from engine.errors import UserError
+    from engine.hooks.apply import MethodHandle, Ranks, apply_method
+    from engine.hooks.cross_attention import TimelineHandle, apply_timeline
+    from engine.media.write_video import write_video
     from engine.presets import read_preset
-    from engine.timeline_hooks import TimelineHandle, apply_timeline
-    from engine.video import write_video
 
 __all__ = [
     "LongVideoEngine",
@@ -31,16 +31,16 @@ __all__ = [
 
 _MODULES = {
     "LongVideoEngine": "engine.engine",
-    "MethodHandle": "engine.apply",
-    "Ranks": "engine.apply",
+    "MethodHandle": "engine.hooks.apply",
+    "Ranks": "engine.hooks.apply",
     "Result": "engine.engine",
     "RunConfig": "engine.config",
-    "TimelineHandle": "engine.timeline_hooks",
+    "TimelineHandle": "engine.hooks.cross_attention",
     "UserError": "engine.errors",
-    "apply_method": "engine.apply",
-    "apply_timeline": "engine.timeline_hooks",
+    "apply_method": "engine.hooks.apply",
+    "apply_timeline": "engine.hooks.cross_attention",
     "read_preset": "engine.presets",
-    "write_video": "engine.video",
+    "write_video": "engine.media.write_video",
 }
 
 

@@ -17,7 +17,7 @@ from engine.identity import settings_id
 from engine.known import Known
 from engine.ranks import first_failure
 from engine.schedulers import SchedulerState, scheduler_state
-from engine.trace import Trace
+from engine.spectra.trace import SpectralTrace
 from engine.waiting import wait_for
 from freespec import eigen
 
@@ -45,7 +45,7 @@ class DenoiseLoop:
     engine: "LongVideoEngine"
     text: dict[str, Text]
     generator: torch.Generator
-    trace: Trace | None
+    trace: SpectralTrace | None
     path: Path | None
     settings: dict[str, Any]
     known: Known | None

@@ -18,34 +18,34 @@ from tqdm import tqdm
 
 from engine.adapters import ModelAdapter, VideoSpec, adapter_of
 from engine.adapters.base import Text
-from engine.apply import MethodHandle, Ranks, apply_method, check_riflex, check_shift
 from engine.checkpoint import History, load_run
 from engine.config import COMPILED_TRACE, MethodConfig, OutputConfig, RunConfig
-from engine.decode_plan import check_tiles
-from engine.decoder import VideoDecoder
+from engine.decode.decoder import VideoDecoder
+from engine.decode.tiling import check_tiles
 from engine.denoise import draw_noise
 from engine.denoise_loop import DenoiseLoop
 from engine.errors import UserError
 from engine.given import GivenFrames
 from engine.group_of_one import GROUP_OF_ONE
-from engine.hooks import choose_eigensolver
+from engine.hooks.apply import MethodHandle, Ranks, apply_method, check_riflex, check_shift
+from engine.hooks.cross_attention import install_timeline, join_texts
+from engine.hooks.self_attention import choose_eigensolver
 from engine.identity import latents_settings, settings_id
 from engine.kernel_choice import KernelChoice, SolverChoice, choose_on_ranks
 from engine.known import Known, read_known
-from engine.load import fetch, find_adapter, find_checkpoint, load_pipeline, pick_device, pick_dtype, read_spec
+from engine.load.pipeline import fetch, find_adapter, find_checkpoint, load_pipeline, pick_device, pick_dtype, read_spec
+from engine.load.provenance import describe_weights
+from engine.load.sharded_weights import Encode, encode_on_all, shard_pipeline, shards_text
+from engine.load.weights import read_config
 from engine.progress import enabled, progress_bar
-from engine.prompts import PROMPT, Named, refuse_long_prompts, texts_by_pass
-from engine.provenance import describe_weights
-from engine.ranks import check_agreement, fingerprints, hand_out, hand_out_bytes, together
+from engine.ranks import broadcast, broadcast_bytes, check_agreement, fingerprints, raise_together
 from engine.record import build_record, running_revision
 from engine.schedulers import make_scheduler, shifting_tokens
-from engine.sharded_weights import Encode, encode_on_all, shard_pipeline, shards_text
+from engine.spectra.trace import SpectralTrace
 from engine.supported_layouts import check_layout
-from engine.text_cache import TextCache, cache_key
-from engine.timeline import Direction, read_direction
-from engine.timeline_hooks import install_timeline, join_texts
-from engine.trace import Trace
-from engine.weights import read_config
+from engine.text.cache import TextCache, cache_key
+from engine.text.prompts import PROMPT, Named, refuse_long_prompts, texts_by_pass
+from engine.text.timeline import Direction, read_direction
 from freespec.events import Event
 from freespec.kernels import select_complement, select_dual, select_kernel
 from parallel.mesh import SeqMesh
@@ -64,7 +64,7 @@ class Denoised:
         resumed_at: steps that an earlier, interrupted run had finished; 0 for a run from noise.
         settings: what decides the latents, see `engine.identity`.
         given: the files of frames that were given, see `engine.given.GivenFrames.record`; None without any.
-        timeline: the events of a prompt that is a timeline, see `engine.timeline.Direction.described`; None for a plain prompt.
+        timeline: the events of a prompt that is a timeline, see `engine.text.timeline.Direction.described`; None for a plain prompt.
     """
 
     latents: Tensor
@@ -104,11 +104,11 @@ class LongVideoEngine:
         started = time.perf_counter()
         try:
             with self.progress("load", total=1) as bar:
-                self.spec, self._prints = together(self.mesh, self._check)
+                self.spec, self._prints = raise_together(self.mesh, self._check)
                 check_agreement(self.mesh, self._prints)
-                self.pipe = together(self.mesh, self._load)
+                self.pipe = raise_together(self.mesh, self._load)
                 self._shard()
-                self._weights = together(self.mesh, self._describe_weights)
+                self._weights = raise_together(self.mesh, self._describe_weights)
                 bar.update()
             self.decoder = VideoDecoder(
                 config, vae=self.pipe.vae, spec=self.spec, device=self.device, world=self.mesh.world
@@ -223,7 +223,7 @@ class LongVideoEngine:
         given: GivenFrames | None = None,
         checkpoint: Path | None = None,
         checkpoint_every: int = 0,
-        trace: Trace | None = None,
+        trace: SpectralTrace | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Denoised:
         """Latents of one video. What is None is taken from the configuration.
@@ -301,7 +301,7 @@ class LongVideoEngine:
         negative_prompt: str | None = None,
         num_frames: int | None = None,
         seed: int | None = None,
-        trace: Trace | None = None,
+        trace: SpectralTrace | None = None,
     ) -> Result:
         """One video in memory: latents, frames and the record. What is None is taken from the configuration."""
         denoised = self.denoise(prompt, negative_prompt=negative_prompt, num_frames=num_frames, seed=seed, trace=trace)
@@ -462,9 +462,9 @@ class LongVideoEngine:
                 texts = look_up(encode)
             return texts or [self.adapter.empty_text(self.pipe.transformer, max_tokens, self.device) for _ in prompts]
 
-        texts = together(self.mesh, texts_or_empty)
+        texts = raise_together(self.mesh, texts_or_empty)
         on_device = [tuple(part.to(self.device) for part in text) for text in texts]
-        return [tuple(hand_out(self.mesh, part, "text embeddings") for part in text) for text in on_device]
+        return [tuple(broadcast(self.mesh, part, "text embeddings") for part in text) for text in on_device]
 
     def _set_timesteps(self, num_frames: int) -> dict[str, Any]:
         """Give the scheduler its timesteps for a video of this length; returns what the record says of their shift."""
@@ -487,7 +487,7 @@ class LongVideoEngine:
         Scheduler and generator are left in the state of that many steps.
         """
         found = checkpoint is not None and self.is_first and checkpoint.exists()
-        data = hand_out_bytes(self.mesh, checkpoint.read_bytes() if found else b"", "checkpoint")
+        data = broadcast_bytes(self.mesh, checkpoint.read_bytes() if found else b"", "checkpoint")
         if data:
             return load_run(
                 data,
@@ -517,9 +517,9 @@ class LongVideoEngine:
             sizes = {"num_frames": num_frames, "height": video.height, "width": video.width, "fps": video.fps}
             return read_known(given, self.adapter, self.pipe.vae, self.spec, **sizes)
 
-        made = together(self.mesh, read)
+        made = raise_together(self.mesh, read)
         data = b"" if made is None else safetensors.torch.save({"latents": made.latents, "frames": made.frames})
-        known = Known(**safetensors.torch.load(hand_out_bytes(self.mesh, data, "given frames")))
+        known = Known(**safetensors.torch.load(broadcast_bytes(self.mesh, data, "given frames")))
         return known.with_noise(self._draw_noise(num_frames, torch.Generator("cpu").manual_seed(seed)), self.device)
 
     def _record_given(self, given: GivenFrames, known: Known, num_frames: int) -> dict[str, Any]:
@@ -535,7 +535,7 @@ class LongVideoEngine:
             facts = given.settings(num_frames=num_frames, fps=self.config.video.fps, step=self._frame_step)
             return json.dumps(facts).encode()
 
-        return json.loads(hand_out_bytes(self.mesh, together(self.mesh, describe), "given frames"))
+        return json.loads(broadcast_bytes(self.mesh, raise_together(self.mesh, describe), "given frames"))
 
     def _run_id(self, **what: Any) -> str:
         """Hash of all that decides the latents, see `engine.identity`."""

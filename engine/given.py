@@ -12,7 +12,7 @@ from typing import Any, Literal
 from engine.errors import UserError
 from engine.files.whole import file_sha256
 from engine.paths import expand
-from engine.timeline import first_frame
+from engine.text.timeline import first_frame
 
 Shows = Literal["whole", "new"]
 

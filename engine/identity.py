@@ -11,7 +11,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files.trees import DamagedError, parse_json
 from engine.method_tree import method_tree
-from engine.timeline import parse_timeline
+from engine.text.timeline import parse_timeline
 
 # Where a setting stands in the configuration; its own value in `latents_settings` is the one that a call was given.
 _GIVEN = {

@@ -19,7 +19,7 @@ from engine.adapters import VideoSpec
 from engine.config import RunConfig
 from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
 from engine.progress import note
-from engine.ranks import hand_out_bytes, together
+from engine.ranks import broadcast_bytes, raise_together
 from freespec import eigen
 from freespec.attention import WindowedAttention
 from freespec.kernels import candidates, preferred, select_kernel
@@ -140,9 +140,9 @@ def choose_for_pipeline(mesh: SeqMesh, grid: Grid, *, head_dim: int, where: tupl
 
 def _by_rank_0(mesh: SeqMesh, choose: Callable[[], KernelChoice]) -> KernelChoice:
     """Rank 0's choice on every rank, or its UserError."""
-    chosen = together(mesh, lambda: choose() if mesh.world.rank == 0 else None)
+    chosen = raise_together(mesh, lambda: choose() if mesh.world.rank == 0 else None)
     data = json.dumps(dataclasses.asdict(chosen)).encode() if chosen is not None else b""
-    return KernelChoice(**json.loads(hand_out_bytes(mesh, data, "attention kernel")))
+    return KernelChoice(**json.loads(broadcast_bytes(mesh, data, "attention kernel")))
 
 
 def choose_kernel(name: str, part: LayerPart, device: torch.device, dtype: torch.dtype) -> KernelChoice:
@@ -202,8 +202,8 @@ def draw(part: LayerPart, device: torch.device, dtype: torch.dtype) -> tuple[Par
 def both_kinds(layer: WindowedAttention, qkv: Parts, q_start: int) -> Parts:
     """A global call, and a dual one: out [1, s, N, D] and lse [1, s, N] of global, local and both."""
     q, k, v = qkv
-    local, wide = layer.dual(q, k, v, q_start, 0, dtype=q.dtype)
-    return (*layer.dense(q, k, v), *local, *wide)
+    local, global_ = layer.dual(q, k, v, q_start, 0, dtype=q.dtype)
+    return (*layer.dense(q, k, v), *local, *global_)
 
 
 def check_rows(layer: WindowedAttention, qkv: Parts, q_start: int) -> Parts:
@@ -252,11 +252,11 @@ def choose_solver(mesh: SeqMesh, *, num_matrices: int, rows: int, device: torch.
     if device.type == "cpu":
         return SolverChoice(solver="torch", why="the only one here")
     names, first = eigen.candidates(device, rows), mesh.world.rank == 0
-    mine = together(mesh, lambda: fastest_solver(names, num_matrices, rows, device, first))
-    data = hand_out_bytes(mesh, json.dumps(dataclasses.asdict(mine)).encode(), "eigensolver")
+    mine = raise_together(mesh, lambda: fastest_solver(names, num_matrices, rows, device, first))
+    data = broadcast_bytes(mesh, json.dumps(dataclasses.asdict(mine)).encode(), "eigensolver")
     chosen = SolverChoice(**json.loads(data))
     if mesh.world.size > 1:
-        together(mesh, lambda: fastest_solver((chosen.solver,), num_matrices, rows, device, False))
+        raise_together(mesh, lambda: fastest_solver((chosen.solver,), num_matrices, rows, device, False))
     eigen.use(chosen.solver)
     return chosen
 

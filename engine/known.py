@@ -17,8 +17,8 @@ from engine.adapters import ModelAdapter, VideoSpec
 from engine.checkpoint import load_latents
 from engine.errors import UserError
 from engine.given import GivenFrames, GivenImage, span_of
-from engine.read_image import read_image
-from engine.read_video import check_colours, frame_rate, measure, read_video
+from engine.media.read_image import read_image
+from engine.media.read_video import check_colours, frame_rate, measure, read_video
 
 _LATENTS = ".safetensors"
 # A video at 23.976 frames a second goes on at 24.

@@ -10,22 +10,22 @@ from pathlib import Path
 
 import torch
 
-from engine.apply import Ranks, check_riflex, check_shift
 from engine.config import RunConfig
-from engine.decode_plan import check_tiles
+from engine.decode.tiling import check_tiles
 from engine.errors import UserError
+from engine.hooks.apply import Ranks, check_riflex, check_shift
+from engine.load.single_file import open_single_file
 from engine.planner.choose import choose_by_memory, choose_from
 from engine.planner.gpu import FOLDER, GpuSpec, read_gpu
 from engine.planner.layout import Degrees, feasible_degrees, num_passes
 from engine.planner.model import ModelSpec, read_model
 from engine.planner.plan import Case, plan_case
 from engine.planner.providers import FixedDegrees, Provider, keeps
-from engine.single_file import open_single_file
 from engine.supported_layouts import check_layout
 from parallel.attention import TORCH_EXCHANGE
 from parallel.deepspeed import check_deepspeed, deepspeed_exchange
 from parallel.mesh import SeqMesh, build_mesh
-from parallel.plan import SequencePlan
+from parallel.shards import SequencePlan
 from parallel.xfuser import XfuserAttention, check_xfuser, xfuser_attention
 
 
@@ -143,16 +143,16 @@ def choose_degrees(
     `span` is the `node_span` of the ranks, where their nodes are known.
 
     Where there is nothing to choose, as for a process alone, the planner still says whether the video fits the GPU;
-    `parallel.plan manual` does not ask it.
+    `parallel.shards manual` does not ask it.
     """
     fixed = (config.parallel.cfg, config.parallel.ring, config.parallel.ulysses)
     wanted = _possible_degrees(config, spec, world, fixed)
     if len(wanted) == 1:
-        if gpu is not None and config.parallel.plan == "auto":
+        if gpu is not None and config.parallel.shards == "auto":
             choose_by_memory(Case.of(config, spec, gpu=gpu, world_size=world), wanted, wanted[0])
         return wanted[0], "the only arrangement that the configuration allows"
     by_rule = sorted(wanted, key=lambda degrees: _rule(degrees, spec.heads, span or world))
-    if gpu is None:  # `parallel.plan manual` comes with all degrees
+    if gpu is None:  # `parallel.shards manual` comes with all degrees
         return by_rule[0], f"no description of this device in configs/gpus; {_RULE}"
     case = Case.of(config, spec, gpu=gpu, world_size=world)
     missing = case.options.missing_rate(gpu)

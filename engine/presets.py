@@ -13,7 +13,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files.trees import read_yaml
 from engine.paths import REPOSITORY, expand
-from engine.prompt_files import resolve_negative_prompt
+from engine.text.prompt_files import resolve_negative_prompt
 
 _TYPE_ERROR = re.compile(
     r'Parser key "(?P<key>[^"]+)":\s+Expected an? (?P<type>.+)\. Got value: (?P<value>.*)', re.DOTALL

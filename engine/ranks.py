@@ -12,10 +12,10 @@ from torch import Tensor
 
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.single_file import find_single_file
-from engine.weights import deciding_files
+from engine.load.single_file import find_single_file
+from engine.load.weights import deciding_files
 from parallel import collectives
-from parallel.collectives import Trace, ignore_bytes
+from parallel.collectives import CollectiveTrace, ignore_bytes
 from parallel.mesh import SeqMesh
 
 Result = TypeVar("Result")
@@ -81,7 +81,7 @@ def choose_failure(messages: Sequence[str | None]) -> str | None:
     return text if text is None or all(other == text for other in messages) else f"rank {rank}: {text}"
 
 
-def together(mesh: SeqMesh, action: Callable[[], Result]) -> Result:
+def raise_together(mesh: SeqMesh, action: Callable[[], Result]) -> Result:
     """What `action` returns; if it is a UserError on any rank, that error on every rank, so that none waits for a lost one."""
     try:
         result, message = action(), None
@@ -93,18 +93,18 @@ def together(mesh: SeqMesh, action: Callable[[], Result]) -> Result:
     return result
 
 
-def hand_out(mesh: SeqMesh, x: Tensor, what: str) -> Tensor:
+def broadcast(mesh: SeqMesh, x: Tensor, what: str) -> Tensor:
     """Rank 0's tensor on every rank; the others pass one of the same shape and dtype to be filled."""
     return collectives.broadcast(x.contiguous(), source=0, group=mesh.world.group, trace=_trace(what))
 
 
-def hand_out_bytes(mesh: SeqMesh, data: bytes, what: str) -> bytes:
+def broadcast_bytes(mesh: SeqMesh, data: bytes, what: str) -> bytes:
     """Rank 0's bytes on every rank."""
-    size = hand_out(mesh, _on_mesh(mesh, torch.tensor([len(data)])), what)
+    size = broadcast(mesh, _on_mesh(mesh, torch.tensor([len(data)])), what)
     buffer = torch.zeros(int(size), dtype=torch.uint8)
     if mesh.world.rank == 0:
         buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else buffer
-    return hand_out(mesh, _on_mesh(mesh, buffer), what).cpu().numpy().tobytes() if int(size) else b""
+    return broadcast(mesh, _on_mesh(mesh, buffer), what).cpu().numpy().tobytes() if int(size) else b""
 
 
 def _gather(mesh: SeqMesh, mine: Tensor) -> list[Tensor]:
@@ -119,8 +119,8 @@ def _on_mesh(mesh: SeqMesh, x: Tensor) -> Tensor:
     return x.to(mesh.device_mesh.device_type)
 
 
-def _trace(what: str) -> Trace:
-    return Trace(label=what, on_bytes=ignore_bytes)
+def _trace(what: str) -> CollectiveTrace:
+    return CollectiveTrace(label=what, on_bytes=ignore_bytes)
 
 
 def digest(text: str) -> bytes:
@@ -133,7 +133,7 @@ def _digest_checkpoint(folder: Path, version: str, files: Sequence[Path], single
 
     Of a file of more than 64 MiB the contents are its first MiB, its last 4 KiB and 4 KiB of every 4 MiB: other weights in any
     stretch of 4 MiB, such as a matrix of 1536 x 1536 in bf16, are seen; a few changed numbers may not be. The records of
-    the videos have the SHA-256 of every whole file (engine/provenance.py).
+    the videos have the SHA-256 of every whole file (engine/load/provenance.py).
     """
     digest = hashlib.sha256(version.encode())
     named = [(str(file.relative_to(folder)), file) for file in files]

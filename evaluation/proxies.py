@@ -20,8 +20,8 @@ import numpy as np
 from skimage.measure import blur_effect
 from skimage.metrics import structural_similarity
 
-import engine.read_video
-from engine.read_video import read_video
+import engine.media.read_video
+from engine.media.read_video import read_video
 
 PROXIES = {
     "vbench.temporal_flickering_unfiltered": "VBench's temporal_flickering formula on all frames: 1 if still",
@@ -88,7 +88,9 @@ def read_frames(path: Path) -> np.ndarray:
 def version() -> str:
     """SHA-256 over this code and the versions of its libraries: what a kept value belongs to, beside its video."""
     versions = "".join(f"{package} {importlib.metadata.version(package)}\n" for package in _PACKAGES)
-    sources = b"".join(Path(module.__file__).read_bytes() for module in (sys.modules[__name__], engine.read_video))
+    sources = b"".join(
+        Path(module.__file__).read_bytes() for module in (sys.modules[__name__], engine.media.read_video)
+    )
     return hashlib.sha256(sources + versions.encode()).hexdigest()
 
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from engine.batch.suite import Prompt, Suite
 from engine.errors import UserError
 from engine.files.trees import parse_json
-from engine.prompt_files import split_lines
 from engine.shown import quoted
+from engine.text.prompt_files import split_lines
 
 PREFIX = "vbench:"
 SELECTION = "longer-100"

@@ -13,14 +13,14 @@ from typing import Any
 
 import av
 
-from engine.batch.plan import asked_items
+from engine.batch.items import asked_items
 from engine.batch.store import beside
 from engine.errors import UserError
 from engine.files.say import Say, say_on_stderr
 from engine.files.trees import DamagedError, Shape, check_tree, read_json
 from engine.files.whole import file_sha256
+from engine.media.read_video import check_colours, open_file
 from engine.paths import expand
-from engine.read_video import check_colours, open_file
 
 _COLUMNS = ("method", "prompt", "seed", "path")
 _SIDECAR: Shape = {

@@ -268,8 +268,8 @@ def dual_op(  # noqa: PLR0917 - operators have no keyword-only arguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`WindowedAttention.dual` as an operator: out and lse of the local branch, and of both sets of keys in `dtype`."""
     attention = _attention_of(numbers, kernel, rest_kernel)
-    local, wide = attention.dual(q, k, v, *numbers[3:], dtype=dtype)
-    return local[0].contiguous(), local[1].contiguous(), wide[0].contiguous(), wide[1].contiguous()
+    local, o_global = attention.dual(q, k, v, *numbers[3:], dtype=dtype)
+    return local[0].contiguous(), local[1].contiguous(), o_global[0].contiguous(), o_global[1].contiguous()
 
 
 @dense_op.register_fake

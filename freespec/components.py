@@ -91,12 +91,12 @@ def mixing_matrices(projection: Tensor) -> tuple[Tensor, Tensor]:
 def mix_frames(x_local: Tensor, x_wide: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
     """A_l X_l + A_g X_g over the frames of [B, n * H*W, N, D], A [B, n, n]; in fp32 at least, head by head."""
     local, far = matrices
-    wide = torch.promote_types(x_local.dtype, torch.float32)
+    compute_dtype = torch.promote_types(x_local.dtype, torch.float32)
     out = torch.empty_like(x_local)
     frames = (local.shape[-1], -1)
     for head in range(x_local.shape[2]):
-        x, y = (each[:, :, head].unflatten(1, frames).to(wide) for each in (x_local, x_wide))
-        mixed = local.to(wide) @ x.flatten(2) + far.to(wide) @ y.flatten(2)
+        x, y = (each[:, :, head].unflatten(1, frames).to(compute_dtype) for each in (x_local, x_wide))
+        mixed = local.to(compute_dtype) @ x.flatten(2) + far.to(compute_dtype) @ y.flatten(2)
         out[:, :, head] = mixed.unflatten(2, x.shape[2:]).flatten(1, 2).to(out.dtype)
     return out
 

@@ -25,11 +25,11 @@ DualKernel = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Any]]
 
 def plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """softmax(q kᵀ / sqrt D) v with the logits written out: any device and dtype, memory S x K."""
-    wide = torch.promote_types(q.dtype, torch.float32)
-    logits = torch.einsum("bnsd,bnkd->bnsk", q.to(wide), k.to(wide)) * q.shape[-1] ** -0.5
+    compute_dtype = torch.promote_types(q.dtype, torch.float32)
+    logits = torch.einsum("bnsd,bnkd->bnsk", q.to(compute_dtype), k.to(compute_dtype)) * q.shape[-1] ** -0.5
     lse = torch.logsumexp(logits, dim=-1)
     # Not exp(logits - lse): an error of lse, which grows with the logits, is in the whole row.
-    out = torch.einsum("bnsk,bnkd->bnsd", logits.softmax(-1), v.to(wide))
+    out = torch.einsum("bnsk,bnkd->bnsd", logits.softmax(-1), v.to(compute_dtype))
     return out.to(q.dtype), lse
 
 

@@ -53,11 +53,11 @@ def exchange_low(
 
     Computed in fp32 at least, head by head, as the fp32 copies are larger than the branches.
     """
-    wide = torch.promote_types(o_local.dtype, torch.float32)
+    compute_dtype = torch.promote_types(o_local.dtype, torch.float32)
     out = torch.empty_like(o_local)
     for head in range(o_local.shape[2]):
-        near = o_local[:, :, head].to(wide)
-        far = (o_global[:, :, head].to(wide) - near).unflatten(1, size)
+        near = o_local[:, :, head].to(compute_dtype)
+        far = (o_global[:, :, head].to(compute_dtype) - near).unflatten(1, size)
         out[:, :, head] = (near + low_pass(far, matrices).flatten(1, 3)).to(out.dtype)
     return out
 

@@ -70,15 +70,15 @@ class ScenedAttention:
         self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int, *, dtype: torch.dtype
     ) -> tuple[Partial, Partial]:
         """Both branches: each query's window, which k and v must cover, and all keys of k, the latter in `dtype`."""
-        local, wide = [], []
+        local, compute_dtype = [], []
         for scene, rows, (ks, vs), starts, (first, last) in self._split((q, k, v), q_start, k_start):
             near, (out, lse) = scene.dual(rows, ks, vs, starts[0], starts[1], dtype=dtype)
             for outside in (slice(0, first), slice(last, k.shape[1])):
                 if outside.start < outside.stop:
                     merge_into(out, lse, *self.video.far(rows, k[:, outside], v[:, outside]))
             local.append(near)
-            wide.append((out, lse))
-        return _join(q, local), _join(q, wide)
+            compute_dtype.append((out, lse))
+        return _join(q, local), _join(q, compute_dtype)
 
     def views(self, q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int]) -> Iterator[Tensor]:
         """Views are of the whole video, see `WindowedAttention.views`."""
@@ -110,8 +110,8 @@ class ScenedAttention:
 
 def _join(q: Tensor, parts: list[Partial]) -> Partial:
     if not parts:
-        wide = torch.promote_types(q.dtype, torch.float32)
-        return torch.zeros_like(q), torch.full(q.shape[:3], float("-inf"), dtype=wide, device=q.device)
+        compute_dtype = torch.promote_types(q.dtype, torch.float32)
+        return torch.zeros_like(q), torch.full(q.shape[:3], float("-inf"), dtype=compute_dtype, device=q.device)
     if len(parts) == 1:
         return parts[0]
     out, lse = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))

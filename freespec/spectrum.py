@@ -219,20 +219,20 @@ def reconstruct(o_base: Tensor, matrix: Tensor, o_global: Tensor, lam: Tensor, f
 
     `matrix` is [B, N, D, D], `lam` a 0-dim tensor. Computed in fp32 at least, a chunk of tokens at a time.
     """
-    wide = torch.promote_types(o_base.dtype, torch.float32)
+    compute_dtype = torch.promote_types(o_base.dtype, torch.float32)
     keep = 1.0 - lam if form == "lerp" else torch.ones_like(lam)
-    matrix = (keep * matrix).to(wide)
-    lam = lam.to(wide)[None]  # one dimension: a number without would not widen what it scales
+    matrix = (keep * matrix).to(compute_dtype)
+    lam = lam.to(compute_dtype)[None]  # one dimension: a number without would not widen what it scales
     out = torch.empty_like(o_base)
     batch, tokens, heads, dim = o_base.shape
     size = chunk_tokens(heads, dim)
     for item, start in itertools.product(range(batch), range(0, tokens, size)):
         rows = item, slice(start, start + size)
-        mixed = out[rows] if out.dtype == wide else torch.empty_like(out[rows], dtype=wide)
+        mixed = out[rows] if out.dtype == compute_dtype else torch.empty_like(out[rows], dtype=compute_dtype)
         torch.mul(lam, o_global[rows], out=mixed)
         # The product is added to it by the kernel that computes it.
-        mixed.transpose(0, 1).baddbmm_(o_base[rows].to(wide).transpose(0, 1), matrix[item])
-        if out.dtype != wide:
+        mixed.transpose(0, 1).baddbmm_(o_base[rows].to(compute_dtype).transpose(0, 1), matrix[item])
+        if out.dtype != compute_dtype:
             out[rows] = mixed
     return out
 
@@ -253,9 +253,9 @@ def svd_fusion_ref(
     """
     if eps is None:
         eps = 1e-3 if o_local.dtype in (torch.bfloat16, torch.float16) else 1e-4
-    local, wide = o_local.double().permute(0, 2, 1, 3), o_global.double().permute(0, 2, 1, 3)
+    local, compute_dtype = o_local.double().permute(0, 2, 1, 3), o_global.double().permute(0, 2, 1, 3)
     u_l, s_l, vh_l = torch.linalg.svd(local, full_matrices=False)
-    u_g, s_g, vh_g = torch.linalg.svd(wide, full_matrices=False)
+    u_g, s_g, vh_g = torch.linalg.svd(compute_dtype, full_matrices=False)
     g = weight.double()[: s_l.shape[-1]].expand_as(s_l)
     if basis == "local":
         g = g * _changed_ref(s_l, eps)
@@ -263,7 +263,7 @@ def svd_fusion_ref(
     else:
         g = 1 - (1 - g) * _changed_ref(s_g, eps)
         rebuilt = torch.einsum("bnsr,bnr,bnrd->bnsd", u_g, g * s_g + (1 - g) * s_l, vh_g)
-    fused = (1 - lam) * rebuilt + lam * wide if form == "lerp" else rebuilt + lam * wide
+    fused = (1 - lam) * rebuilt + lam * compute_dtype if form == "lerp" else rebuilt + lam * compute_dtype
     return fused.permute(0, 2, 1, 3)
 
 

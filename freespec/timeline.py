@@ -22,10 +22,10 @@ def place(pieces: Sequence[Piece], device: torch.device, dtype: torch.dtype) -> 
 
     Once a video: a number that is copied to a device in a forward makes the host wait for it.
     """
-    wide = torch.promote_types(dtype, torch.float32)
+    compute_dtype = torch.promote_types(dtype, torch.float32)
 
     def numbers(values: tuple[float, ...] | None) -> Tensor | None:
-        return None if values is None else torch.tensor(values, dtype=wide, device=device)
+        return None if values is None else torch.tensor(values, dtype=compute_dtype, device=device)
 
     return tuple(
         replace(

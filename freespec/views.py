@@ -48,11 +48,13 @@ def merge_views(views: Iterable[Tensor], weights: Tensor, starts: Sequence[int],
     for start, weight, view in zip(starts, weights.unbind(0), views, strict=True):
         window = weight.shape[0]
         frame_tokens = view.shape[1] // window
-        wide = torch.promote_types(view.dtype, torch.float32)
+        compute_dtype = torch.promote_types(view.dtype, torch.float32)
         if total is None:
             dtype = view.dtype
-            total = view.new_zeros(view.shape[0], num_frames * frame_tokens, *view.shape[2:], dtype=wide)
-        by_frame = view.unflatten(1, (window, frame_tokens)).to(wide) * weight.to(wide)[:, None, None, None]
+            total = view.new_zeros(view.shape[0], num_frames * frame_tokens, *view.shape[2:], dtype=compute_dtype)
+        by_frame = (
+            view.unflatten(1, (window, frame_tokens)).to(compute_dtype) * weight.to(compute_dtype)[:, None, None, None]
+        )
         total[:, start * frame_tokens : (start + window) * frame_tokens] += by_frame.flatten(1, 2)
     assert total is not None and dtype is not None, "a video has at least one view"
     return total.to(dtype)

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from launch.stopping import LAST_LINE, LAUNCHER, SIGNALS, Place, StopSignals, show
+from launch.stopping import LAST_LINE, LAUNCHER, SIGNALS, RankEnv, StopSignals, show
 
 # In the environment of rank 0: the listening socket of the store where the ranks meet, whose port the others know.
 STORE = "FREESPEC_STORE"
@@ -25,7 +25,7 @@ STOP_SECONDS = 120.0
 POLL_SECONDS = 0.05
 KEPT_LINES = 200  # torch's watchdog writes a page of its own after our line
 
-# The exit code of a rank that lost another one; see launch/command.py.
+# The exit code of a rank that lost another one; see launch/exit_codes.py.
 _LOST = 1
 
 
@@ -34,10 +34,10 @@ def asked_ranks(argv: Sequence[str]) -> int | None:
 
     What is wrong with `--nproc` is left to the command itself, which has the words for it.
     """
-    place = Place.of_environment()
+    rank_env = RankEnv.of_environment()
     if (
         LAUNCHER in os.environ
-        or (place is not None and place.world > 1)
+        or (rank_env is not None and rank_env.world > 1)
         or {"-h", "--help", "--print_config"} & {*argv}
     ):
         return None

@@ -4,17 +4,17 @@ from collections.abc import Sequence
 
 from engine.config import RunConfig
 from engine.planner.processor import describe_expected
-from engine.prompts import Named, check_prompts
-from launch.ranks import Party
+from engine.text.prompts import Named, check_prompts
+from launch.ranks import DistContext
 
 
-def look_at_prompts(config: RunConfig, prompts: Sequence[Named], party: Party | None = None) -> None:
+def look_at_prompts(config: RunConfig, prompts: Sequence[Named], context: DistContext | None = None) -> None:
     """Say what there is to know of the prompts, and what a long job on a CPU takes, on rank 0; UserError, on all ranks, for prompts that are too long.
 
     Every rank of `party` calls this.
     """
 
-    ranks = 1 if party is None or party.ranks is None else party.ranks.mesh.world.size
+    ranks = 1 if context is None or context.ranks is None else context.ranks.mesh.world.size
 
     def look() -> None:
         for note in check_prompts(config.model, config.sampler, config.video, prompts):
@@ -23,4 +23,4 @@ def look_at_prompts(config: RunConfig, prompts: Sequence[Named], party: Party | 
         if expected is not None:
             print(f"note: {expected}", flush=True)
 
-    (party or Party()).check_on_first(look)
+    (context or DistContext()).check_on_first(look)

@@ -17,17 +17,17 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from engine.apply import Ranks
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.load import pick_device
+from engine.hooks.apply import Ranks
+from engine.load.pipeline import pick_device
 from engine.parallelism import Arrangement, arrange_ranks, describe_place, join_ranks
-from engine.ranks import choose_failure, digest, hand_out_bytes, refuse_different, setting_prints, together
+from engine.ranks import broadcast_bytes, choose_failure, digest, raise_together, refuse_different, setting_prints
 from launch.arguments.environment import check_backend
-from launch.command import LostRankError
+from launch.exit_codes import LostRankError
 from launch.launcher import STORE
 from launch.replicas.place import NODE
-from launch.stopping import LAUNCHER, Place, ignore_signals, say_for_first
+from launch.stopping import LAUNCHER, RankEnv, ignore_signals, say_for_first
 from parallel.collectives import CollectiveError
 
 _ROLL_CALL_SECONDS = 0.05
@@ -37,7 +37,7 @@ Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Party:
+class DistContext:
     """The processes that make one video together; `ranks` and `store` are None for a process alone."""
 
     ranks: Ranks | None = None
@@ -49,15 +49,15 @@ class Party:
             check()
         else:
             is_first = self.ranks.mesh.world.rank == 0
-            together(self.ranks.mesh, check if is_first else lambda: None)
+            raise_together(self.ranks.mesh, check if is_first else lambda: None)
 
     def ask_first(self, ask: Callable[[], Answer]) -> Answer:
         """What `ask` returns on rank 0, in JSON's types, on every rank, which may see other files; a UserError ends every rank."""
         if self.ranks is None:
             return ask()
         mesh = self.ranks.mesh
-        found = together(mesh, ask if mesh.world.rank == 0 else lambda: None)
-        return json.loads(hand_out_bytes(mesh, json.dumps(found).encode(), "what rank 0 finds"))
+        found = raise_together(mesh, ask if mesh.world.rank == 0 else lambda: None)
+        return json.loads(broadcast_bytes(mesh, json.dumps(found).encode(), "what rank 0 finds"))
 
     def wait_for_first(self, what: str) -> None:
         """The others wait here until rank 0 has finished `what`; as long as it takes, as no collective's timeout could."""
@@ -74,7 +74,7 @@ class Party:
 
 
 @contextlib.contextmanager
-def open_ranks(config: RunConfig, *, prompts: Sequence[str], verbose: bool) -> Iterator[Party]:
+def open_ranks(config: RunConfig, *, prompts: Sequence[str], verbose: bool) -> Iterator[DistContext]:
     """Join this process to the others of its run: the mesh that `config.parallel` and the planner ask for.
 
     Raises UserError, on every rank, if a rank does not come within `parallel.timeout`, if one has other settings, and if
@@ -83,35 +83,35 @@ def open_ranks(config: RunConfig, *, prompts: Sequence[str], verbose: bool) -> I
     Once joined, only rank 0 hears signals, until the end: it keeps what was computed, and the others end when it does. Were
     they to end first, rank 0 would wait for them in the middle of a step, on a GPU for ever.
     """
-    place = Place.of_environment()
-    if place is None:
+    rank_env = RankEnv.of_environment()
+    if rank_env is None:
         _check_alone(config)
         device = pick_device(config.model.device)
         if (
             device.type == "cuda"
         ):  # there is nothing to arrange, but it may not fit; the memory of a CPU is asked of nobody
             arrange_ranks(config, 1, device)
-        yield Party()
+        yield DistContext()
         return
-    store = _meet(place, config.parallel.timeout)
+    store = _meet(rank_env, config.parallel.timeout)
     try:
-        nodes = _name_nodes(store, place)
-        if _share_loopback(store, place):
+        nodes = _name_nodes(store, rank_env)
+        if _share_loopback(store, rank_env):
             listen_on_loopback()
-        device, arrangement = _agree(store, place, config, prompts, nodes)
+        device, arrangement = _agree(store, rank_env, config, prompts, nodes)
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=config.parallel.timeout)
-        if place.rank > 0:
+        if rank_env.rank > 0:
             ignore_signals()
-        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=rank_env.rank, world_size=rank_env.world, timeout=timeout)
         ranks = dataclasses.replace(join_ranks(config, arrangement, device), nodes=nodes)
         if verbose:
             print(describe_place(ranks, arrangement.plan, device), file=sys.stderr, flush=True)
-        yield Party(ranks=ranks, store=store)
+        yield DistContext(ranks=ranks, store=store)
         if ranks.mesh.monitor is not None:
             ranks.mesh.monitor.close()
     except (CollectiveError, dist.DistError) as error:
-        raise LostRankError(str(error) if isinstance(error, CollectiveError) else _lost(place, error)) from error
+        raise LostRankError(str(error) if isinstance(error, CollectiveError) else _lost(rank_env, error)) from error
     # Not after an error: it would wait for the other ranks, and the process is about to end.
     dist.destroy_process_group()
 
@@ -129,7 +129,7 @@ def _check_alone(config: RunConfig) -> None:
         )
 
 
-def _meet(place: Place, timeout: float) -> dist.Store:
+def _meet(rank_env: RankEnv, timeout: float) -> dist.Store:
     """The store that rank 0 or torchrun holds, once every rank has come to it."""
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if not host or not port:
@@ -139,10 +139,12 @@ def _meet(place: Place, timeout: float) -> dist.Store:
     if not (port.isascii() and port.isdecimal() and len(port) < 6 and 0 < int(port) < 1 << 16):
         raise UserError(f"MASTER_PORT must be the number of a port, 1 to 65535, got {port!r}")
     of_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    is_master = place.rank == 0 and not of_torchrun
+    is_master = rank_env.rank == 0 and not of_torchrun
     listening = os.environ.get(STORE)
-    if (place.rank > 0 or of_torchrun) and LAUNCHER not in os.environ:  # our launcher listens before it starts a rank
-        _wait_for_listener(host, int(port), place, timeout)
+    if (
+        rank_env.rank > 0 or of_torchrun
+    ) and LAUNCHER not in os.environ:  # our launcher listens before it starts a rank
+        _wait_for_listener(host, int(port), rank_env, timeout)
     try:
         store: dist.Store = dist.TCPStore(
             host,
@@ -152,9 +154,9 @@ def _meet(place: Place, timeout: float) -> dist.Store:
             wait_for_workers=False,
             master_listen_fd=int(listening) if listening is not None else _listen(host, int(port), is_master=is_master),
         )
-        store = gather_ranks(store, place, timeout)
+        store = gather_ranks(store, rank_env, timeout)
     except dist.DistError as error:
-        raise UserError(_unreachable(place, f"{host}:{port}", timeout, error)) from error
+        raise UserError(_unreachable(rank_env, f"{host}:{port}", timeout, error)) from error
     return store
 
 
@@ -168,7 +170,7 @@ def _listen(host: str, port: int, *, is_master: bool) -> int | None:
         raise UserError(f"cannot listen at {host}:{port}, MASTER_ADDR and MASTER_PORT: {error.strerror}") from error
 
 
-def _wait_for_listener(host: str, port: int, place: Place, timeout: float) -> None:
+def _wait_for_listener(host: str, port: int, rank_env: RankEnv, timeout: float) -> None:
     """Return once somebody listens there; torch's own store logs a page for each try that it gives up.
 
     The rank says itself that rank 0 is missing, as nobody else may be there to say it.
@@ -179,7 +181,7 @@ def _wait_for_listener(host: str, port: int, place: Place, timeout: float) -> No
             socket.create_connection((host, port), timeout=max(until - time.monotonic(), _ROLL_CALL_SECONDS)).close()
         except (OSError, UnicodeError) as error:  # the latter for what can be no name of a host
             if time.monotonic() + _ROLL_CALL_SECONDS > until:
-                message = _unreachable(place, f"{host}:{port}", timeout, error)
+                message = _unreachable(rank_env, f"{host}:{port}", timeout, error)
                 say_for_first(f"error: {message}")
                 raise UserError(message) from error
             time.sleep(_ROLL_CALL_SECONDS)
@@ -187,14 +189,14 @@ def _wait_for_listener(host: str, port: int, place: Place, timeout: float) -> No
             return
 
 
-def _unreachable(place: Place, address: str, timeout: float, error: Exception) -> str:
+def _unreachable(rank_env: RankEnv, address: str, timeout: float, error: Exception) -> str:
     return (
-        f"rank {place.rank} of {place.world} cannot reach rank 0 at {address} within {timeout:g} s ({_first_line(error)}); "
+        f"rank {rank_env.rank} of {rank_env.world} cannot reach rank 0 at {address} within {timeout:g} s ({_first_line(error)}); "
         "start all ranks, with one MASTER_ADDR and MASTER_PORT"
     )
 
 
-def gather_ranks(store: dist.Store, place: Place, timeout: float) -> dist.Store:
+def gather_ranks(store: dist.Store, rank_env: RankEnv, timeout: float) -> dist.Store:
     """Wait until all ranks have come to the store; returns a part of it that belongs to this start of theirs alone.
 
     A store of torchrun outlives its ranks, and its agents do not count restarts alike: one that takes another's place begins
@@ -204,35 +206,37 @@ def gather_ranks(store: dist.Store, place: Place, timeout: float) -> dist.Store:
     Raises UserError if they do not come within `timeout` seconds.
     """
     name = secrets.token_hex(8)
-    keys = [f"name/{rank}" for rank in range(place.world)]
-    store.set(keys[place.rank], name)
+    keys = [f"name/{rank}" for rank in range(rank_env.world)]
+    store.set(keys[rank_env.rank], name)
     until = time.monotonic() + timeout
     while True:
-        if place.rank == 0 and store.check(keys):
+        if rank_env.rank == 0 and store.check(keys):
             store.set("names", json.dumps([store.get(key).decode() for key in keys]))
         names = json.loads(store.get("names")) if store.check(["names"]) else []
         came = sum(store.check([key]) for key in keys)
-        if len(names) == place.world and names[place.rank] == name:
+        if len(names) == rank_env.world and names[rank_env.rank] == name:
             start = f"start/{digest(json.dumps(names)).hex()}"
-            store.set(f"{start}/{place.rank}", "here")
-            came = sum(store.check([f"{start}/{rank}"]) for rank in range(place.world))
-            if came == place.world:
+            store.set(f"{start}/{rank_env.rank}", "here")
+            came = sum(store.check([f"{start}/{rank}"]) for rank in range(rank_env.world))
+            if came == rank_env.world:
                 return dist.PrefixStore(start, store)
         if time.monotonic() > until:
-            raise UserError(f"only {came} of {place.world} ranks came within {timeout:g} s; rank {place.rank} waited")
+            raise UserError(
+                f"only {came} of {rank_env.world} ranks came within {timeout:g} s; rank {rank_env.rank} waited"
+            )
         time.sleep(_ROLL_CALL_SECONDS)
 
 
-def _name_nodes(store: dist.Store, place: Place) -> tuple[str, ...]:
+def _name_nodes(store: dist.Store, rank_env: RankEnv) -> tuple[str, ...]:
     """The node of each rank: as Ray names it for a rank that it has placed, else the host's name."""
-    store.set(f"node/{place.rank}", os.environ.get(NODE, socket.gethostname()))
-    return tuple(store.get(f"node/{rank}").decode() for rank in range(place.world))
+    store.set(f"node/{rank_env.rank}", os.environ.get(NODE, socket.gethostname()))
+    return tuple(store.get(f"node/{rank}").decode() for rank in range(rank_env.world))
 
 
-def _share_loopback(store: dist.Store, place: Place) -> bool:
+def _share_loopback(store: dist.Store, rank_env: RankEnv) -> bool:
     """Whether all ranks have the same network interfaces: one machine, and one network namespace of it."""
-    store.set(f"network/{place.rank}", describe_network())
-    found = {store.get(f"network/{rank}") for rank in range(place.world)}
+    store.set(f"network/{rank_env.rank}", describe_network())
+    found = {store.get(f"network/{rank}") for rank in range(rank_env.world)}
     return len(found) == 1 and found != {b""}
 
 
@@ -252,7 +256,7 @@ def listen_on_loopback() -> None:
 
 
 def _agree(
-    store: dist.Store, place: Place, config: RunConfig, prompts: Sequence[str], nodes: Sequence[str]
+    store: dist.Store, rank_env: RankEnv, config: RunConfig, prompts: Sequence[str], nodes: Sequence[str]
 ) -> tuple[torch.device, Arrangement]:
     """This rank's device, and the arrangement, if no rank has a fault to report and all want to do the same.
 
@@ -261,8 +265,8 @@ def _agree(
     message, prints, result = None, {}, None
     try:
         check_backend()  # a node may have another than the process that started the ranks
-        device = _claim_device(place, config)
-        arrangement = arrange_ranks(config, place.world, device, nodes=nodes)
+        device = _claim_device(rank_env, config)
+        arrangement = arrange_ranks(config, rank_env.world, device, nodes=nodes)
         prints = setting_prints(config) | {
             "prompt": digest(json.dumps(list(prompts))),
             "checkpoint or GPU": digest(f"{arrangement.degrees} {arrangement.plan}"),
@@ -271,9 +275,9 @@ def _agree(
     except UserError as error:
         message = str(error)
     mine = {"message": message, "prints": {name: value.hex() for name, value in prints.items()}}
-    store.set(f"wants/{place.rank}", json.dumps(mine))
-    wants = [json.loads(store.get(f"wants/{rank}")) for rank in range(place.world)]
-    _let_read(store, place, config.parallel.timeout)
+    store.set(f"wants/{rank_env.rank}", json.dumps(mine))
+    wants = [json.loads(store.get(f"wants/{rank}")) for rank in range(rank_env.world)]
+    _let_read(store, rank_env, config.parallel.timeout)
     failure = choose_failure([want["message"] for want in wants])
     if failure is not None:
         raise UserError(failure)
@@ -281,28 +285,28 @@ def _agree(
     return result
 
 
-def _let_read(store: dist.Store, place: Place, timeout: float) -> None:
+def _let_read(store: dist.Store, rank_env: RankEnv, timeout: float) -> None:
     """Rank 0, with which its store ends, goes on only when the others have read all that they wanted of it."""
     store.add("read", 1)
     until = time.monotonic() + timeout
-    while place.rank == 0 and store.add("read", 0) < place.world and time.monotonic() < until:
+    while rank_env.rank == 0 and store.add("read", 0) < rank_env.world and time.monotonic() < until:
         time.sleep(_ROLL_CALL_SECONDS)
 
 
-def _claim_device(place: Place, config: RunConfig) -> torch.device:
+def _claim_device(rank_env: RankEnv, config: RunConfig) -> torch.device:
     device = pick_device(config.model.device)
     if device.type == "cuda":
-        if place.local_rank >= torch.cuda.device_count():
+        if rank_env.local_rank >= torch.cuda.device_count():
             raise UserError(
-                f"rank {place.rank} needs GPU {place.local_rank} of its machine, which has {torch.cuda.device_count()}; "
+                f"rank {rank_env.rank} needs GPU {rank_env.local_rank} of its machine, which has {torch.cuda.device_count()}; "
                 "start fewer ranks"
             )
-        torch.cuda.set_device(place.local_rank)
+        torch.cuda.set_device(rank_env.local_rank)
     return device
 
 
-def _lost(place: Place, error: Exception) -> str:
-    return f"rank {place.rank} of {place.world} lost the others ({_first_line(error)})"
+def _lost(rank_env: RankEnv, error: Exception) -> str:
+    return f"rank {rank_env.rank} of {rank_env.world} lost the others ({_first_line(error)})"
 
 
 def _first_line(error: Exception) -> str:

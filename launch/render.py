@@ -9,14 +9,14 @@ from torch import Tensor
 
 from engine.adapters.base import VideoSpec
 from engine.config import OutputConfig
-from engine.contact_sheet import FrameSampler, contact_sheet, write_picture
-from engine.decoder import VideoDecoder
+from engine.decode.decoder import VideoDecoder
 from engine.engine import LongVideoEngine
 from engine.errors import UserError, is_out_of_memory
 from engine.files.whole import describe_error
+from engine.media.contact_sheet import FrameSampler, contact_sheet, write_picture
+from engine.media.write_video import open_video
 from engine.record import describe_video, peak_memory, video_facts, write_record
-from engine.video import open_video
-from launch.command import LostRankError
+from launch.exit_codes import LostRankError
 from launch.outputs import OutputFiles
 from launch.stopping import Stopped
 from parallel.collectives import CollectiveError
@@ -34,7 +34,7 @@ def render(
 ) -> dict[str, Any]:
     """Decode latents that lie in `files.latents`, made with the seed of `record`; write video, contact sheet and whole record.
 
-    Rank 0 calls this, while the other ranks run `engine.decode` of the same latents to its end.
+    Rank 0 calls this, while the other ranks run `engine.decode.pieces` of the same latents to its end.
     If it is stopped or the disk is full, no file is left under its final name before it is whole, and the message says how
     to go on from the latents. Without `replace` a file that is there already is left, and is an error unless it has the
     bytes that these latents give, which an earlier run has written then.

@@ -11,11 +11,11 @@ from types import ModuleType
 
 from engine.errors import UserError
 from engine.shown import PrintableStream
-from launch.command import run_command
+from launch.exit_codes import run_command
 from launch.launcher import asked_ranks, asked_value, start_ranks
 from launch.replicas.place import without_place
 from launch.replicas.ray_generate import asked_ray, start_on_ray
-from launch.stopping import LAUNCHER, Place, PlaceError, StopSignals, die_with_parent, show
+from launch.stopping import LAUNCHER, RankEnv, RankEnvError, StopSignals, die_with_parent, show
 from launch.streams import RankLines, unfailing_streams
 
 
@@ -66,15 +66,15 @@ def run_script(name: str, argv: Sequence[str] | None = None) -> int:
     signals = StopSignals()
     signals.install()
     try:
-        place = Place.of_environment()
-    except PlaceError as error:
+        rank_env = RankEnv.of_environment()
+    except RankEnvError as error:
         show(f"error: {error}")
         return 2
     words = sys.argv[1:] if argv is None else list(argv)
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(unfailing_streams())
-        stack.enter_context(prefixed_stderr(words, place))
-        if place is not None and place.rank > 0:  # rank 0 alone prints
+        stack.enter_context(prefixed_stderr(words, rank_env))
+        if rank_env is not None and rank_env.rank > 0:  # rank 0 alone prints
             nowhere = stack.enter_context(Path(os.devnull).open("w"))
             stack.enter_context(contextlib.redirect_stdout(nowhere))
         stack.enter_context(contextlib.redirect_stdout(PrintableStream(sys.stdout)))
@@ -82,7 +82,7 @@ def run_script(name: str, argv: Sequence[str] | None = None) -> int:
         code = run_command(lambda given: _run(name, given, signals), words, signals=signals)
         out.flush()
         code = code or tell_lost_output(name, out.error)
-    if place is not None and (code or place.rank > 0):
+    if rank_env is not None and (code or rank_env.rank > 0):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -115,12 +115,12 @@ def tell_lost_output(name: str, error: OSError | None) -> int:
     return 2 if fails else 0
 
 
-def prefixed_stderr(argv: Sequence[str], place: Place | None) -> contextlib.AbstractContextManager[object]:
+def prefixed_stderr(argv: Sequence[str], rank_env: RankEnv | None) -> contextlib.AbstractContextManager[object]:
     """With `--verbose`, a rank's number before each of its lines; our launcher does that itself for its ranks."""
     verbose = asked_value(argv, "--verbose") not in (None, "false")
-    if not verbose or place is None or place.world == 1 or LAUNCHER in os.environ:
+    if not verbose or rank_env is None or rank_env.world == 1 or LAUNCHER in os.environ:
         return contextlib.nullcontext()
-    return contextlib.redirect_stderr(RankLines(sys.stderr, place.rank))
+    return contextlib.redirect_stderr(RankLines(sys.stderr, rank_env.rank))
 
 
 def _run(name: str, argv: list[str], signals: StopSignals) -> int | None:

@@ -74,12 +74,12 @@ def all_is_made() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class PlaceError(ValueError):
+class RankEnvError(ValueError):
     """An environment that says of no rank which one it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class RankEnv:
     """Which rank this process is, from the environment that torchrun and our launcher set."""
 
     rank: int
@@ -87,13 +87,13 @@ class Place:
     local_rank: int
 
     @classmethod
-    def of_environment(cls) -> "Place | None":
-        """None for a process that nobody started as a rank; PlaceError for numbers that are none, or not of one world."""
+    def of_environment(cls) -> "RankEnv | None":
+        """None for a process that nobody started as a rank; RankEnvError for values that are no numbers, or not of one world."""
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return None
         rank, world = _whole_number("RANK"), _whole_number("WORLD_SIZE")
         if rank >= world:
-            raise PlaceError(f"RANK {rank} is none of the ranks of WORLD_SIZE {world}, which count from 0; {_REMEDY}")
+            raise RankEnvError(f"RANK {rank} is none of the ranks of WORLD_SIZE {world}, which count from 0; {_REMEDY}")
         return cls(
             rank=rank, world=world, local_rank=_whole_number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else rank
         )
@@ -105,7 +105,7 @@ _REMEDY = "unset RANK, LOCAL_RANK and WORLD_SIZE, or start with --nproc or torch
 def _whole_number(name: str) -> int:
     text = os.environ[name]
     if not (text.isascii() and text.isdecimal()) or len(text) > 9:  # no machine has a billion ranks
-        raise PlaceError(f"{name} must be a whole number, 0 or more, got {text!r}; {_REMEDY}")
+        raise RankEnvError(f"{name} must be a whole number, 0 or more, got {text!r}; {_REMEDY}")
     return int(text)
 
 
@@ -119,8 +119,8 @@ def say(message: str) -> None:
     if LAST_LINE in os.environ:
         os.write(int(os.environ[LAST_LINE]), line.encode())
         return
-    place = Place.of_environment()
-    if place is None or 0 in (place.rank, place.local_rank):
+    rank_env = RankEnv.of_environment()
+    if rank_env is None or 0 in (rank_env.rank, rank_env.local_rank):
         show(line)
 
 
@@ -129,8 +129,8 @@ def say_for_first(message: str) -> None:
 
     Without LOCAL_RANK no rank knows to be the first of its machine; where it is set, that one speaks anyway.
     """
-    place = Place.of_environment()
-    if place is not None and place.rank > 0 and not {LAST_LINE, "LOCAL_RANK"} & os.environ.keys():
+    rank_env = RankEnv.of_environment()
+    if rank_env is not None and rank_env.rank > 0 and not {LAST_LINE, "LOCAL_RANK"} & os.environ.keys():
         show(" ".join(message.split()))
 
 

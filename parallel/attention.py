@@ -14,9 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from parallel import collectives
-from parallel.collectives import RingShift, Trace, exchange_halo, pack_keys, unpack_keys
+from parallel.collectives import CollectiveTrace, RingShift, exchange_halo, pack_keys, unpack_keys
 from parallel.mesh import SeqMesh
-from parallel.plan import Mode, Range, SequencePlan, halo_needs, length, subtract
+from parallel.shards import Mode, Range, SequencePlan, halo_needs, length, subtract
 
 Partial = tuple[Tensor, Tensor]  # attention over some of the keys: out [B, s, n, D], lse [B, s, n]
 
@@ -69,7 +69,7 @@ class HeadExchange(Protocol):
         token_sizes: Sequence[int],
         head_sizes: Sequence[int],
         group: dist.ProcessGroup,
-        trace: Trace,
+        trace: CollectiveTrace,
     ) -> tuple[Tensor, ...]:
         """Each [B, s, N, D] -> [B, r, n, D]."""
         ...
@@ -81,7 +81,7 @@ class HeadExchange(Protocol):
         token_sizes: Sequence[int],
         head_sizes: Sequence[int],
         group: dist.ProcessGroup,
-        trace: Trace,
+        trace: CollectiveTrace,
     ) -> Tensor:
         """[B, r, n, D] -> [B, s, N, D]."""
         ...
@@ -114,7 +114,7 @@ class SequenceLayout:
     mesh: SeqMesh
     plan: SequencePlan
     exchange: HeadExchange
-    trace: Trace
+    trace: CollectiveTrace
 
     def __post_init__(self) -> None:
         if (self.mesh.ring.size, self.mesh.ulysses.size) != (self.plan.ring, self.plan.ulysses):
@@ -204,16 +204,16 @@ class SequenceLayout:
         if mode == "global" and self.mesh.ring.size == 1:
             return None, kernels.whole(q, near.k, near.v)
         # Merged in fp32, if anything is: many bf16 parts add up to one rounding, not to one each.
-        wide = q.dtype if self.mesh.ring.size == 1 else torch.promote_types(q.dtype, torch.float32)
+        out_dtype = q.dtype if self.mesh.ring.size == 1 else torch.promote_types(q.dtype, torch.float32)
         if mode == "local":
             return kernels.local(q, near.k, near.v, start, near.span[0])[0], None
         if mode == "dual":
-            (local, _), (out, lse) = kernels.dual(q, near.k, near.v, start, near.span[0], dtype=wide)
+            (local, _), (out, lse) = kernels.dual(q, near.k, near.v, start, near.span[0], dtype=out_dtype)
             attend = kernels.far
         else:
             local, (out, lse) = None, kernels.dense(q, near.k, near.v)
             attend = kernels.dense
-            out = out.to(wide)
+            out = out.to(out_dtype)
         for owner, kv in far:
             for keys in _outside(near.span, kv, self.plan.ring_shards[owner]):
                 kernels.merge_into(out, lse, *attend(q, keys.k, keys.v))

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.plan import Range, halo_receives, halo_sends, length, ring_order
+from parallel.shards import Range, halo_receives, halo_sends, length, ring_order
 
 # torch 2.13 has a new name for it, and warns of the old one.
 ALL_GATHER = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
@@ -43,7 +43,7 @@ def ignore_call(operation: str, label: object) -> AbstractContextManager[None]:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Trace:
+class CollectiveTrace:
     """What a collective says about itself: `label` names the caller's step and layer, `on_bytes` hears (kind, bytes sent).
 
     The label is turned into words only if there is an error. Bytes that a rank keeps for itself are not counted. `on_call` is
@@ -60,7 +60,7 @@ def ignore_bytes(kind: str, num_bytes: int) -> None:
 
 
 @contextmanager
-def watch(operation: str, *, group: dist.ProcessGroup, trace: Trace) -> Iterator[None]:
+def watch(operation: str, *, group: dist.ProcessGroup, trace: CollectiveTrace) -> Iterator[None]:
     """Turn the backend's errors (gloo and NCCL raise RuntimeError and its subclasses) into one CollectiveError.
 
     On NCCL an error of a finished call may surface in a later one: its watchdog, not this, ends a hung kernel.
@@ -74,7 +74,7 @@ def watch(operation: str, *, group: dist.ProcessGroup, trace: Trace) -> Iterator
         raise CollectiveError(ranks[dist.get_rank(group)], str(trace.label), operation, ranks, str(error)) from error
 
 
-def meet(*, group: dist.ProcessGroup, device: torch.device, trace: Trace) -> None:
+def barrier(*, group: dist.ProcessGroup, device: torch.device, trace: CollectiveTrace) -> None:
     """Wait until every rank of the group is here. A sum of one number, as NCCL's barrier guesses a device.
 
     A group of one rank has nobody to wait for: NCCL would set up a communicator for it, and its memory on the device.
@@ -93,7 +93,7 @@ def tokens_to_heads(
     token_sizes: Sequence[int],
     head_sizes: Sequence[int],
     group: dist.ProcessGroup,
-    trace: Trace,
+    trace: CollectiveTrace,
 ) -> tuple[Tensor, ...]:
     """Each [B, s, N, D] -> [B, r, n, D], all in one all-to-all: out[:, tokens of i] = (in of rank i)[:, :, my heads].
 
@@ -111,7 +111,7 @@ def start_tokens_to_heads(
     token_sizes: Sequence[int],
     head_sizes: Sequence[int],
     group: dist.ProcessGroup,
-    trace: Trace,
+    trace: CollectiveTrace,
 ) -> Callable[[], Tensor]:
     """`tokens_to_heads` of one tensor, under way when this returns: what is computed next hides it.
 
@@ -131,7 +131,12 @@ def start_tokens_to_heads(
 
 
 def heads_to_tokens(
-    x_BrnD: Tensor, *, token_sizes: Sequence[int], head_sizes: Sequence[int], group: dist.ProcessGroup, trace: Trace
+    x_BrnD: Tensor,
+    *,
+    token_sizes: Sequence[int],
+    head_sizes: Sequence[int],
+    group: dist.ProcessGroup,
+    trace: CollectiveTrace,
 ) -> Tensor:
     """[B, r, n, D] -> [B, s, N, D], the inverse: out[:, :, heads of i] = (in of rank i)[:, my tokens]."""
     if dist.get_world_size(group) == 1:
@@ -143,7 +148,9 @@ def heads_to_tokens(
     return torch.cat(_all_to_all(parts, shapes, group=group, trace=trace), dim=2)
 
 
-def gather_tokens(x_BsC: Tensor, *, token_sizes: Sequence[int], group: dist.ProcessGroup, trace: Trace) -> Tensor:
+def gather_tokens(
+    x_BsC: Tensor, *, token_sizes: Sequence[int], group: dist.ProcessGroup, trace: CollectiveTrace
+) -> Tensor:
     """[B, s, ...] -> [B, S, ...] on every rank: out[:, tokens of i] = in of rank i.
 
     all_gather wants equal sizes, so shards are padded to the largest, which balanced shards miss by one token at most.
@@ -158,14 +165,14 @@ def gather_tokens(x_BsC: Tensor, *, token_sizes: Sequence[int], group: dist.Proc
     return torch.cat([part[:, :size] for part, size in zip(gathered, token_sizes, strict=True)], dim=1)
 
 
-def gather_copies(x: Tensor, kind: str, *, group: dist.ProcessGroup, trace: Trace) -> tuple[Tensor, ...]:
+def gather_copies(x: Tensor, kind: str, *, group: dist.ProcessGroup, trace: CollectiveTrace) -> tuple[Tensor, ...]:
     """Any shape -> one tensor of that shape per rank of the group, in rank order, the same on every rank."""
     if dist.get_world_size(group) == 1:
         return (x,)
     return _all_gather(x.contiguous(), kind, group=group, trace=trace).unbind(0)
 
 
-def sum_over_ranks(x: Tensor, *, group: dist.ProcessGroup, trace: Trace) -> Tensor:
+def sum_over_ranks(x: Tensor, *, group: dist.ProcessGroup, trace: CollectiveTrace) -> Tensor:
     """Any shape -> the same shape: out = x_0 + x_1 + ..., added in rank order on every rank.
 
     Gathered and then added, not all-reduced: with a fixed order every rank, and every run, gets the same bits.
@@ -176,7 +183,7 @@ def sum_over_ranks(x: Tensor, *, group: dist.ProcessGroup, trace: Trace) -> Tens
     return first
 
 
-def broadcast(x: Tensor, *, source: int, group: dist.ProcessGroup, trace: Trace) -> Tensor:
+def broadcast(x: Tensor, *, source: int, group: dist.ProcessGroup, trace: CollectiveTrace) -> Tensor:
     """Any shape, the same on all ranks -> out = x of the group's rank `source`, written into x on the others."""
     size = dist.get_world_size(group)
     if size == 1:
@@ -187,7 +194,9 @@ def broadcast(x: Tensor, *, source: int, group: dist.ProcessGroup, trace: Trace)
     return x
 
 
-def collect(x: Tensor, *, sizes: Sequence[int], target: int, group: dist.ProcessGroup, trace: Trace) -> list[Tensor]:
+def collect(
+    x: Tensor, *, sizes: Sequence[int], target: int, group: dist.ProcessGroup, trace: CollectiveTrace
+) -> list[Tensor]:
     """[size of this rank] -> on the group's rank `target` the [size] of every rank, in rank order; on the others nothing.
 
     Messages of the sizes that they have: one rank needs them, and an all-gather would pad them and give them to all.
@@ -219,7 +228,7 @@ def exchange_halo(
     owned: Sequence[Range],
     needed: Sequence[Range],
     group: dist.ProcessGroup,
-    trace: Trace,
+    trace: CollectiveTrace,
 ) -> Tensor:
     """k, v [B, r, n, D] of the tokens owned[rank] -> kv [h, 2, B, n, D] of the tokens needed[rank].
 
@@ -252,7 +261,9 @@ class RingShift:
     buffers: a block is valid until the next one is asked for.
     """
 
-    def __init__(self, own_kv: Tensor, *, sizes: Sequence[int], group: dist.ProcessGroup, trace: Trace) -> None:
+    def __init__(
+        self, own_kv: Tensor, *, sizes: Sequence[int], group: dist.ProcessGroup, trace: CollectiveTrace
+    ) -> None:
         self._group, self._trace, self._sizes = group, trace, sizes
         self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
         self._owners = ring_order(self._rank, self._size)
@@ -303,7 +314,11 @@ def _by_head_share(
 
 
 def _all_to_all(
-    parts: Sequence[Sequence[Tensor]], shapes: Sequence[tuple[int, ...]], *, group: dist.ProcessGroup, trace: Trace
+    parts: Sequence[Sequence[Tensor]],
+    shapes: Sequence[tuple[int, ...]],
+    *,
+    group: dist.ProcessGroup,
+    trace: CollectiveTrace,
 ) -> list[Tensor]:
     """Send parts[i], one after the other, to rank i; what rank i sent comes back as a tensor of shapes[i]."""
     return _start_all_to_all(parts, shapes, group=group, trace=trace, async_op=False)[0]
@@ -314,7 +329,7 @@ def _start_all_to_all(
     shapes: Sequence[tuple[int, ...]],
     *,
     group: dist.ProcessGroup,
-    trace: Trace,
+    trace: CollectiveTrace,
     async_op: bool = True,
 ) -> tuple[list[Tensor], dist.Work]:
     """`_all_to_all` under way: what comes back is there once the work is done, which keeps hold of what is sent."""
@@ -332,7 +347,7 @@ def _start_all_to_all(
     return [room.view(shape) for room, shape in zip(received.split(receive_splits), shapes, strict=True)], work
 
 
-def _all_gather(x: Tensor, kind: str, *, group: dist.ProcessGroup, trace: Trace) -> Tensor:
+def _all_gather(x: Tensor, kind: str, *, group: dist.ProcessGroup, trace: CollectiveTrace) -> Tensor:
     """Any shape -> [P, ...], x of every rank in rank order: one tensor, as NCCL would copy a list of them once more."""
     size = dist.get_world_size(group)
     gathered = x.new_empty(size, *x.shape)
@@ -350,7 +365,7 @@ def _start_messages(
     receives: Sequence[tuple[int, Tensor]],
     *,
     group: dist.ProcessGroup,
-    trace: Trace,
+    trace: CollectiveTrace,
 ) -> list[dist.Work]:
     """Start point-to-point messages (group rank of the peer, contiguous tensor), empty ones left out on both sides."""
     ops = [dist.P2POp(dist.isend, x, group=group, group_peer=peer) for peer, x in sends if x.numel()]

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.collectives import Trace, watch
-from parallel.plan import SequencePlan, length, refuse_uneven
+from parallel.collectives import CollectiveTrace, watch
+from parallel.shards import SequencePlan, length, refuse_uneven
 
 WHO = "DeepSpeed's all-to-all"
 
@@ -34,7 +34,7 @@ class DeepSpeedExchange:
         token_sizes: Sequence[int],
         head_sizes: Sequence[int],
         group: dist.ProcessGroup,
-        trace: Trace,
+        trace: CollectiveTrace,
     ) -> tuple[Tensor, ...]:
         """Each [B, s, N, D] -> [B, r, n, D]: stacked on the batch, as DeepSpeed exchanges one tensor a call."""
         refuse_uneven(WHO, token_sizes, head_sizes)
@@ -48,13 +48,13 @@ class DeepSpeedExchange:
         token_sizes: Sequence[int],
         head_sizes: Sequence[int],
         group: dist.ProcessGroup,
-        trace: Trace,
+        trace: CollectiveTrace,
     ) -> Tensor:
         """[B, r, n, D] -> [B, s, N, D], the inverse."""
         refuse_uneven(WHO, token_sizes, head_sizes)
         return self._exchange(x_BrnD.contiguous(), scatter_dim=1, group=group, trace=trace)
 
-    def _exchange(self, x: Tensor, *, scatter_dim: int, group: dist.ProcessGroup, trace: Trace) -> Tensor:
+    def _exchange(self, x: Tensor, *, scatter_dim: int, group: dist.ProcessGroup, trace: CollectiveTrace) -> Tensor:
         """Scatter dim 1 (tokens) or 2 (heads) over the group and gather the other one."""
         size = dist.get_world_size(group)
         with watch("all-to-all (deepspeed)", group=group, trace=trace):

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from parallel.collectives import Trace, ignore_bytes, ignore_call, meet
+from parallel.collectives import CollectiveTrace, barrier, ignore_bytes, ignore_call
 from parallel.monitor import Monitor, start_cuda_monitor
 
 AXES = ("cfg", "ring", "ulysses")
@@ -62,7 +62,7 @@ class SeqMesh:
             return False
         return True
 
-    def trace(self, label: object, on_bytes: Callable[[str, int], None]) -> Trace:
+    def trace(self, label: object, on_bytes: Callable[[str, int], None]) -> CollectiveTrace:
         """A trace for collectives of this mesh, which its monitor follows, if there is one."""
         return _trace(self.monitor, label, on_bytes)
 
@@ -93,14 +93,16 @@ def build_mesh(*, cfg: int, ring: int, ulysses: int, device: torch.device, timeo
     if world > 1 and dist.get_backend(dist.group.WORLD) == "nccl":
         monitor = start_cuda_monitor(rank=dist.get_rank(dist.group.WORLD), timeout=timeout)
     for axis in axes.values():
-        meet(group=axis.group, device=device, trace=_trace(monitor, f"start, {axis.name} axis", ignore_bytes))
+        barrier(group=axis.group, device=device, trace=_trace(monitor, f"start, {axis.name} axis", ignore_bytes))
     groups = [axes[name].group for name in AXES]
     device_mesh = DeviceMesh.from_group(groups, device.type, mesh=ranks, mesh_dim_names=AXES)
     return SeqMesh(device_mesh=device_mesh, monitor=monitor, **axes)
 
 
-def _trace(monitor: Monitor | None, label: object, on_bytes: Callable[[str, int], None]) -> Trace:
-    return Trace(label=label, on_bytes=on_bytes, on_call=ignore_call if monitor is None else monitor.following)
+def _trace(monitor: Monitor | None, label: object, on_bytes: Callable[[str, int], None]) -> CollectiveTrace:
+    return CollectiveTrace(
+        label=label, on_bytes=on_bytes, on_call=ignore_call if monitor is None else monitor.following
+    )
 
 
 def _axis_maker(timeout: timedelta) -> Callable[[str, Tensor], Axis]:

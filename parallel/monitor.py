@@ -38,7 +38,7 @@ class _Call:
 class Monitor:
     """Follows the collectives of one process, in the order in which they are begun; a thread looks at the oldest.
 
-    `following` belongs into `parallel.collectives.Trace`. It costs a string and a mark in the device's queue, microseconds beside
+    `following` belongs into `parallel.collectives.CollectiveTrace`. It costs a string and a mark in the device's queue, microseconds beside
     the milliseconds of a layer.
     """
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from parallel.attention import SequenceLayout
 from parallel.collectives import watch
 from parallel.mesh import SeqMesh
-from parallel.plan import SequencePlan, length, refuse_uneven
+from parallel.shards import SequencePlan, length, refuse_uneven
 
 # attention.kernel -> its AttnType. `auto` is xfuser's own default, the flash-attn package; the others are torch's operators.
 TYPES = {"auto": "FA", "cuda_flash": "TORCH_FLASH", "cuda_cudnn": "TORCH_CUDNN", "cuda_efficient": "TORCH_EFFICIENT"}

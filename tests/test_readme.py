@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import engine
-from engine.read_video import read_video
+from engine.media.read_video import read_video
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

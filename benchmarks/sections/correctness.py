@@ -85,8 +85,8 @@ def exact_parts(shape: Shape, qkv: QKV, queries: Tensor) -> dict[str, Tensor]:
 
 def errors(layer: WindowedAttention, qkv: QKV, queries: Tensor, exact: dict[str, Tensor]) -> dict[str, Any]:
     """Relative errors at the queries; `control` is the local branch taken for the global one, which must be seen."""
-    (local, local_lse), (wide, wide_lse) = layer.dual(*qkv, 0, 0, dtype=qkv[0].dtype)
-    actual = {"local out": local, "local lse": local_lse, "global out": wide, "global lse": wide_lse}
+    (local, local_lse), (o_global, wide_lse) = layer.dual(*qkv, 0, 0, dtype=qkv[0].dtype)
+    actual = {"local out": local, "local lse": local_lse, "global out": o_global, "global lse": wide_lse}
     if layer.dual_kernel is None:
         dense, dense_lse = layer.dense(*qkv)
         half = qkv[1].shape[1] // 2
@@ -117,15 +117,15 @@ def fusion(bench: Bench, shape: Shape) -> dict[str, Any]:
     weights = method.weights(StepPlan(mode="dual", progress=PROGRESS), shape.grid, shape.head_dim, bench.device)
     layer = Layer(grid=shape.grid, sum_tokens=lambda total: total, sum_heads=lambda total: total)
     gram = spectrum.gram(o_local)
-    wide = o_local.double().transpose(1, 2)
+    o_global = o_local.double().transpose(1, 2)
     sigma, vectors = spectrum.spectrum(gram)
     identity = torch.eye(shape.head_dim, dtype=torch.float64, device=bench.device)
-    fused = method.fuse(Branches(local=o_local, wide=o_global), weights, layer)
+    fused = method.fuse(Branches(o_local=o_local, o_global=o_global), weights, layer)
     right = spectrum.svd_fusion_ref(o_local, o_global, weights.rank, weights.residual.item())
     found = {
-        "gram": relative_error(gram, wide.transpose(-1, -2) @ wide),
+        "gram": relative_error(gram, o_global.transpose(-1, -2) @ o_global),
         "eigenvectors": (vectors.transpose(-1, -2) @ vectors - identity).abs().max().item(),
-        "singular values": relative_error(sigma, torch.linalg.svdvals(wide)),
+        "singular values": relative_error(sigma, torch.linalg.svdvals(o_global)),
         "fused": relative_error(fused, right),
         "control": relative_error(o_local, right),
     }

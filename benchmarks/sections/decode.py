@@ -9,10 +9,10 @@ from benchmarks.sections.bench import Bench
 from benchmarks.sections.model import make_vae
 from engine.adapters.base import TimeSettings
 from engine.config import DecodeConfig
-from engine.decode import stream_decode
-from engine.decode_plan import DecodePlan, make_grid
+from engine.decode.pieces import stream_decode
+from engine.decode.tiles import stream_tiles
+from engine.decode.tiling import DecodePlan, make_grid
 from engine.group_of_one import GROUP_OF_ONE
-from engine.tiled_decode import stream_tiles
 
 NUM_LATENTS = 9  # of 81: memory is bounded from the third on, and so is the time of each
 

@@ -267,7 +267,7 @@ def fusion_calls(bench: Bench, shape: Shape, calls: Calls) -> Calls:
     lse = torch.zeros(o_local.shape[:3], device=bench.device)
     target, target_lse = o_local.clone(), lse.clone()
     return {
-        "fusion": lambda: method.fuse(Branches(local=o_local, wide=o_global), weights, layer),
+        "fusion": lambda: method.fuse(Branches(o_local=o_local, o_global=o_global), weights, layer),
         "grams": lambda: (spectrum.gram(o_local), spectrum.gram(o_global)),
         "eigh": lambda: spectrum.local_basis_matrix(*grams, weights.rank),
         "apply": lambda: spectrum.reconstruct(o_local, matrix, o_global, weights.residual, "lerp"),
@@ -317,15 +317,15 @@ def ratios(layer: LayerRun, strided: dict[str, str], work: dict[str, float]) -> 
     """The ratios that the goals are stated in, each within the same rounds, of what is timed so far."""
     times = layer.times
     none: list[float] = []
-    wide, near, dual = (times.get(strided.get(branch, ""), none) for branch in ("global", "local", "dual"))
+    o_global, near, dual = (times.get(strided.get(branch, ""), none) for branch in ("global", "local", "dual"))
     pairs = {
-        "dual / global": (dual, wide),
-        "local / global": (near, wide),
+        "dual / global": (dual, o_global),
+        "local / global": (near, o_global),
         "fusion / dual": (times.get("fusion", none), dual),
         "merge / dual": (times.get("merge", none), dual),
-        "dual / two calls": (dual, [a + b for a, b in zip(wide, near, strict=False)]),
+        "dual / two calls": (dual, [a + b for a, b in zip(o_global, near, strict=False)]),
         "dense rate / matrix rate": (
-            [work["global"] / s for s in wide],
+            [work["global"] / s for s in o_global],
             [work["matrix product"] / s for s in times.get("matrix product", none)],
         ),
     }
@@ -352,7 +352,7 @@ def svd_against_grams(bench: Bench, shape: Shape) -> dict[str, Any]:
     layer = Layer(grid=shape.grid, sum_tokens=lambda total: total, sum_heads=lambda total: total)
     calls: Calls = {
         "literal SVD": lambda: svd_fp32(o_local, o_global, weights),
-        "ours": lambda: method.fuse(Branches(local=o_local, wide=o_global), weights, layer),
+        "ours": lambda: method.fuse(Branches(o_local=o_local, o_global=o_global), weights, layer),
     }
     for call in calls.values():
         call()

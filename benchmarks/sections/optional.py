@@ -20,9 +20,9 @@ from benchmarks.sections.layer import inputs, windowed
 from engine.group_of_one import GROUP_OF_ONE
 from freespec.kernels import select_complement, select_kernel
 from parallel.attention import TORCH_EXCHANGE, HybridAttention, SequenceLayout
-from parallel.collectives import Trace, ignore_bytes
+from parallel.collectives import CollectiveTrace, ignore_bytes
 from parallel.mesh import SeqMesh, build_mesh
-from parallel.plan import SequencePlan
+from parallel.shards import SequencePlan
 from parallel.xfuser import check_xfuser, xfuser_attention
 
 KERNEL = "cuda_flash"  # one that both sides have: torch's own FlashAttention
@@ -62,7 +62,7 @@ def on_one(bench: Bench, shape: Shape) -> dict[str, Any]:
 def compare(bench: Bench, shape: Shape, mesh: SeqMesh, hybrid: HybridAttention, *, kernel: str) -> dict[str, Any]:
     """Seconds of both, their ratio, and the difference of their outputs, on the ranks of a mesh."""
     plan = SequencePlan(tokens=shape.num_tokens, heads=shape.heads, ring=mesh.ring.size, ulysses=mesh.ulysses.size)
-    trace = Trace(label="benchmark", on_bytes=ignore_bytes)
+    trace = CollectiveTrace(label="benchmark", on_bytes=ignore_bytes)
     layout = SequenceLayout(mesh=mesh, plan=plan, exchange=TORCH_EXCHANGE, trace=trace)
     q, k, v = (layout.shard_tokens(x, dim=1).contiguous() for x in inputs(bench, shape, shape.heads))
     attention = windowed(shape, select_kernel(kernel, bench.device, bench.dtype))

@@ -12,7 +12,7 @@ from benchmarks.sections.layer import PROGRESS, QKV, inputs, windowed
 from freespec.attention import WindowedAttention, merge_into
 from freespec.kernels import select_kernel
 from freespec.methods import Branches, FreeSpec, Layer, StepPlan
-from parallel.plan import SequencePlan
+from parallel.shards import SequencePlan
 
 RANKS = (1, 2, 4, 8)
 
@@ -119,7 +119,7 @@ def fusion_call(bench: Bench, shape: Shape, tokens: int, heads: int) -> Callable
     method = FreeSpec()
     weights = method.weights(StepPlan(mode="dual", progress=PROGRESS), shape.grid, shape.head_dim, bench.device)
     layer = Layer(grid=shape.grid, sum_tokens=lambda total: total, sum_heads=lambda total: total)
-    return lambda: method.fuse(Branches(local=o_local, wide=o_global), weights, layer)
+    return lambda: method.fuse(Branches(o_local=o_local, o_global=o_global), weights, layer)
 
 
 def ulysses_calls(layer: WindowedAttention, qkv: QKV, ranks: int) -> dict[str, Callable[[], Any]]:

@@ -17,12 +17,12 @@ from benchmarks.fusion import svd_fp32
 from benchmarks.measure import in_turn, ratio, relative_error, spread
 from benchmarks.sections.bench import Bench
 from benchmarks.sections.model import Subject, make_subject, stepping
-from engine.apply import Ranks
 from engine.group_of_one import GROUP_OF_ONE
+from engine.hooks.apply import Ranks
 from freespec.methods import Branches, Direct, FreeLong, FreePCA, FreeSpec, Layer, Method, SlidingWindow
 from freespec.methods.freespec import FusionWeights
 from parallel.mesh import SeqMesh
-from parallel.plan import SequencePlan
+from parallel.shards import SequencePlan
 from parallel.xfuser import XfuserAttention, check_xfuser, xfuser_attention
 
 ROUNDS = 2
@@ -46,8 +46,8 @@ class LiteralFreeSpec(FreeSpec):
 
     def fuse(self, branches: Branches, weights: FusionWeights, layer: Layer) -> Tensor:
         """Eq. 4-13 by torch.linalg.svd."""
-        assert branches.local is not None and branches.wide is not None
-        return svd_fp32(branches.local, branches.wide, weights)
+        assert branches.o_local is not None and branches.o_global is not None
+        return svd_fp32(branches.o_local, branches.o_global, weights)
 
 
 @dataclass(frozen=True, kw_only=True)

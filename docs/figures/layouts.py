@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from freespec.windows import window_range
-from parallel.plan import Range, SequencePlan, halo_needs, length, ring_order, subtract
+from parallel.shards import Range, SequencePlan, halo_needs, length, ring_order, subtract
 
 FOLDER = Path(__file__).parent
 RANKS = ("#d1495b", "#edae49", "#3c896d", "#30638e")

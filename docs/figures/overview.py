@@ -44,12 +44,16 @@ def draw_window(axis: Axes, window: int, color: str, title: str) -> None:
 def draw_spectra(axis: Axes) -> None:
     """Singular values of both branches and of their fusion at half of the fusion stage."""
     rank = np.arange(1, 65)
-    local, wide = 1.0 * np.exp(-rank / 26), 1.5 * np.exp(-rank / 9)
+    local, o_global = 1.0 * np.exp(-rank / 26), 1.5 * np.exp(-rank / 9)
     weight = time_weight(0.15, 5.0) * rank_weight(64, 3.0).numpy()
-    axis.plot(rank, wide, color=GLOBAL, label="global: few strong directions")
+    axis.plot(rank, o_global, color=GLOBAL, label="global: few strong directions")
     axis.plot(rank, local, color=LOCAL, label="local: rich spectrum")
     axis.plot(
-        rank, weight * wide + (1 - weight) * local, color=FUSED, lw=2.6, label=r"fused: $g\,\sigma_g+(1-g)\,\sigma_l$"
+        rank,
+        weight * o_global + (1 - weight) * local,
+        color=FUSED,
+        lw=2.6,
+        label=r"fused: $g\,\sigma_g+(1-g)\,\sigma_l$",
     )
     axis.fill_between(rank, 0, weight * 0.9, color=FUSED, alpha=0.13, label="weight g of the global branch")
     axis.set(

@@ -16,8 +16,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from engine.blend import Tiles
 from engine.config import DecodeConfig
+from engine.decode.blend import Tiles
 from engine.errors import UserError
 from engine.schedulers import ADVICE, check_flow
 

@@ -21,8 +21,8 @@ from engine.adapters.base import (
     TimeSettings,
     VideoSpec,
 )
-from engine.blend import cover, fade_in, lay_over, overlap_share
 from engine.config import DecodeConfig
+from engine.decode.blend import cover, fade_in, lay_over, overlap_share
 from engine.errors import UserError
 from engine.schedulers import ADVICE, fixed_shift
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from engine.errors import UserError
-from engine.read_video import read_video
+from engine.media.read_video import read_video
 
 
 def check_video(path: Path, *, num_frames: int, height: int, width: int) -> None:

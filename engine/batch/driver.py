@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from engine.batch.plan import Item
+from engine.batch.items import Item
 from engine.batch.queue import Failure, Queue
 from engine.files.storage import is_storage_fault
 
@@ -105,7 +105,7 @@ State = Literal["waiting", "placing", "loading", "idle", "busy", "stopping", "go
 
 
 @dataclass
-class Seat:
+class ReplicaState:
     """A replica as the driver sees it: what it does, since when, and what it has done.
 
     Attributes:
@@ -188,17 +188,17 @@ class Driver:
 
     def __post_init__(self) -> None:
         """Nothing is started yet; `seconds` will be those of the items that were made whole, from noise to video."""
-        self.seats = [Seat(replica=replica) for replica in self.replicas]
+        self.entries = [ReplicaState(replica=replica) for replica in self.replicas]
         self.seconds: list[float] = []
         self.started = self.clock()
 
     def run(self) -> None:
         """Until every item is done or given up, or `halted` says why not."""
         while self.queue.left and not (self.halted and not self.queue.running):
-            for seat in self.seats:
-                self._hear(seat)
-                self._enforce(seat)
-            self._hand_out()
+            for entry in self.entries:
+                self._hear(entry)
+                self._enforce(entry)
+            self._dispatch()
             self._check_seats()
             self.journal.tick(self)
             self.wait()
@@ -207,12 +207,12 @@ class Driver:
     def stop(self, *, gently: bool, patience: float = 30.0) -> None:
         """End all replicas; gently, they have so many seconds to keep what they have."""
         until = self.clock() + patience
-        left = [seat for seat in self.seats if seat.state not in ("waiting", "gone")]
+        left = [entry for entry in self.entries if entry.state not in ("waiting", "gone")]
         while left and gently and self.clock() < until:
-            left = [seat for seat in left if not seat.replica.stop(gently=True)]
+            left = [entry for entry in left if not entry.replica.stop(gently=True)]
             self.wait()
-        for seat in left:
-            seat.replica.stop(gently=False)
+        for entry in left:
+            entry.replica.stop(gently=False)
 
     @property
     def item_limit(self) -> float | None:
@@ -224,51 +224,51 @@ class Driver:
     @property
     def eta(self) -> float | None:
         """Seconds until all is done, if items take as long as they did; None before the first."""
-        working = sum(seat.state in ("busy", "idle", "loading") for seat in self.seats)
+        working = sum(entry.state in ("busy", "idle", "loading") for entry in self.entries)
         if not self.seconds or not working:
             return None
         recent = self.seconds[-1000:]
         return self.queue.left * sum(recent) / len(recent) / min(working, max(self.queue.left, 1))
 
-    def _hear(self, seat: Seat) -> None:
-        for event in seat.replica.events():
+    def _hear(self, entry: ReplicaState) -> None:
+        for event in entry.replica.events():
             match event:
                 case Note():
-                    self.journal.event("note", replica=seat.replica.name, message=event.text)
+                    self.journal.event("note", replica=entry.replica.name, message=event.text)
                 # Events that come late, from a replica that was told to stop, are dropped.
-                case Placing() if seat.state == "loading":
-                    self._set(seat, "placing")
-                case Placed() if seat.state == "placing":
-                    self._set(seat, "loading")
-                case Ready() if seat.state in ("placing", "loading"):
-                    self._set(seat, "idle")
-                    seat.place, seat.starts, self.proven = event.place, 0, True
-                    self.journal.event("ready", replica=seat.replica.name, seconds=event.seconds, place=event.place)
-                case Step() if seat.state == "busy":
-                    seat.step, seat.total, seat.heard = event.finished, event.total, self.clock()
-                case Done() if seat.state == "busy":
-                    self._done(seat, resumed=is_resumed(event.record))
-                case Failed() if seat.state == "busy":
-                    self._failed(seat, event.failure, broken=event.broken)
-                case Ended() if seat.state in ("placing", "loading", "idle"):
-                    self._ended(seat, event.failure, final=event.final)
+                case Placing() if entry.state == "loading":
+                    self._set(entry, "placing")
+                case Placed() if entry.state == "placing":
+                    self._set(entry, "loading")
+                case Ready() if entry.state in ("placing", "loading"):
+                    self._set(entry, "idle")
+                    entry.place, entry.starts, self.proven = event.place, 0, True
+                    self.journal.event("ready", replica=entry.replica.name, seconds=event.seconds, place=event.place)
+                case Step() if entry.state == "busy":
+                    entry.step, entry.total, entry.heard = event.finished, event.total, self.clock()
+                case Done() if entry.state == "busy":
+                    self._done(entry, resumed=is_resumed(event.record))
+                case Failed() if entry.state == "busy":
+                    self._failed(entry, event.failure, broken=event.broken)
+                case Ended() if entry.state in ("placing", "loading", "idle"):
+                    self._ended(entry, event.failure, final=event.final)
 
-    def _done(self, seat: Seat, *, resumed: bool) -> None:
-        item, seconds = seat.item, self.clock() - seat.since
+    def _done(self, entry: ReplicaState, *, resumed: bool) -> None:
+        item, seconds = entry.item, self.clock() - entry.since
         assert item is not None
         self.queue.finish(item)
         if not resumed:  # the rest of an item says nothing of how long a whole one takes
             self.seconds.append(seconds)
-        seat.done, seat.item = seat.done + 1, None
-        self._set(seat, "idle")
-        self.journal.event("done", item=item.label, id=item.item_id, replica=seat.replica.name, seconds=seconds)
+        entry.done, entry.item = entry.done + 1, None
+        self._set(entry, "idle")
+        self.journal.event("done", item=item.label, id=item.item_id, replica=entry.replica.name, seconds=seconds)
 
-    def _failed(self, seat: Seat, failure: Failure, *, broken: bool) -> None:
-        item = seat.item
+    def _failed(self, entry: ReplicaState, failure: Failure, *, broken: bool) -> None:
+        item = entry.item
         assert item is not None
-        seat.item, seat.step, seat.total = None, 0, 0
-        self._set(seat, "stopping" if broken else "idle")
-        name = seat.replica.name
+        entry.item, entry.step, entry.total = None, 0, 0
+        self._set(entry, "stopping" if broken else "idle")
+        name = entry.replica.name
         if failure.kind == "disk":  # every other item would end the same way
             self.queue.put_back(item)
             self._halt(failure, item, name)
@@ -298,75 +298,75 @@ class Driver:
         fields = {"item": item.label, "id": item.item_id, "kind": failure.kind, "message": failure.message}
         self.journal.event("halted", replica=replica, traceback=failure.traceback, **fields)
 
-    def _ended(self, seat: Seat, failure: Failure, *, final: bool) -> None:
-        self.journal.event("ended", replica=seat.replica.name, kind=failure.kind, message=failure.message)
-        seat.failure = failure
+    def _ended(self, entry: ReplicaState, failure: Failure, *, final: bool) -> None:
+        self.journal.event("ended", replica=entry.replica.name, kind=failure.kind, message=failure.message)
+        entry.failure = failure
         if final and failure.kind == "disk":
             self.halted = self.halted or failure
         elif final:
             self.refused = self.refused or failure
-        self._set(seat, "stopping")
+        self._set(entry, "stopping")
 
-    def _enforce(self, seat: Seat) -> None:
+    def _enforce(self, entry: ReplicaState) -> None:
         """Time limits, and the way of a replica that must be rebuilt: stopped, and started once all its ranks have ended."""
-        age = self.clock() - seat.since
+        age = self.clock() - entry.since
         limit = self.item_limit
-        if seat.state == "busy" and limit is not None and age > limit:
-            message = f"took longer than {limit:.0f} s and was ended at step {seat.step} of {seat.total}"
-            self._failed(seat, Failure("time", message), broken=True)
-        elif seat.state == "busy" and limit is None and self.clock() - seat.heard > SILENT_LONGEST:
+        if entry.state == "busy" and limit is not None and age > limit:
+            message = f"took longer than {limit:.0f} s and was ended at step {entry.step} of {entry.total}"
+            self._failed(entry, Failure("time", message), broken=True)
+        elif entry.state == "busy" and limit is None and self.clock() - entry.heard > SILENT_LONGEST:
             message = (
-                f"finished no step for {SILENT_LONGEST:.0f} s after step {seat.step} of {seat.total} and was ended"
+                f"finished no step for {SILENT_LONGEST:.0f} s after step {entry.step} of {entry.total} and was ended"
             )
-            self._failed(seat, Failure("time", message), broken=True)
-        elif seat.state == "loading" and age > self.limits.start:
-            message = f"{seat.replica.name} had not loaded after {self.limits.start:.0f} s"
-            self._ended(seat, Failure("time", message), final=False)
-        elif seat.state == "stopping":
-            if seat.replica.stop(gently=False):
-                self._set(seat, "gone" if seat.starts >= MOST_STARTS else "waiting")
-        elif seat.state == "waiting" and self._wanted(seat):
-            seat.starts += 1
-            self._set(seat, "loading")
-            seat.replica.start()
+            self._failed(entry, Failure("time", message), broken=True)
+        elif entry.state == "loading" and age > self.limits.start:
+            message = f"{entry.replica.name} had not loaded after {self.limits.start:.0f} s"
+            self._ended(entry, Failure("time", message), final=False)
+        elif entry.state == "stopping":
+            if entry.replica.stop(gently=False):
+                self._set(entry, "gone" if entry.starts >= MOST_STARTS else "waiting")
+        elif entry.state == "waiting" and self._wanted(entry):
+            entry.starts += 1
+            self._set(entry, "loading")
+            entry.replica.start()
 
-    def _wanted(self, seat: Seat) -> bool:
+    def _wanted(self, entry: ReplicaState) -> bool:
         """Whether there are more items waiting than replicas before this one that could take them."""
         if self.halted or (self.refused and not self.proven):
             return False
-        ready = sum(other.state in ("idle", "loading", "placing") for other in self.seats if other is not seat)
+        ready = sum(other.state in ("idle", "loading", "placing") for other in self.entries if other is not entry)
         return len(self.queue.waiting) > ready
 
-    def _hand_out(self) -> None:
-        for seat in self.seats:
-            if seat.state != "idle" or self.halted:
+    def _dispatch(self) -> None:
+        for entry in self.entries:
+            if entry.state != "idle" or self.halted:
                 continue
             item = self.queue.take()
             if item is None:
                 return
             attempt = self.queue.attempt_of(item)
-            seat.item, seat.step, seat.total, seat.heard = item, 0, 0, self.clock()
-            self._set(seat, "busy")
+            entry.item, entry.step, entry.total, entry.heard = item, 0, 0, self.clock()
+            self._set(entry, "busy")
             fields = {"item": item.label, "id": item.item_id, "attempt": attempt}
-            self.journal.event("started", replica=seat.replica.name, **fields)
-            seat.replica.make(self.prepare(item, attempt, seat.replica.name))
+            self.journal.event("started", replica=entry.replica.name, **fields)
+            entry.replica.make(self.prepare(item, attempt, entry.replica.name))
 
     def _check_seats(self) -> None:
         """Halt if no replica is left that could be started, or all that were started say that none ever will."""
         if self.halted or not self.queue.left:
             return
-        states = {seat.state for seat in self.seats}
+        states = {entry.state for entry in self.entries}
         if self.refused and not self.proven and not states & {"placing", "loading", "stopping"}:
             self.halted = self.refused
         elif states == {"gone"}:
-            failure = self.seats[-1].failure
+            failure = self.entries[-1].failure
             assert failure is not None
             self.halted = Failure(
                 "lost", f"no replica could be started {MOST_STARTS} times in a row; the last: {failure.message}"
             )
 
-    def _set(self, seat: Seat, state: State) -> None:
-        seat.state, seat.since = state, self.clock()
+    def _set(self, entry: ReplicaState, state: State) -> None:
+        entry.state, entry.since = state, self.clock()
 
 
 def is_resumed(record: Mapping[str, Any]) -> bool:

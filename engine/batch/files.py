@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.batch.items import FILE, Item
 from engine.batch.locks import Shard
-from engine.batch.plan import FILE, Item
 from engine.batch.store import Manifest, Verify, compile_manifest, is_done
 from engine.errors import UserError
 from engine.files.locks import locked

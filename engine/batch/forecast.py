@@ -10,19 +10,19 @@ from typing import Any
 import torch
 
 from engine.batch.files import SIDECAR, BatchFiles
-from engine.batch.plan import Item, with_method
+from engine.batch.items import Item, with_method
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files.checks import checkpoint_bytes, least_video_bytes
 from engine.files.trees import DamagedError, read_tree
-from engine.load import fetch, find_checkpoint, pick_dtype, read_spec
+from engine.load.pipeline import fetch, find_checkpoint, pick_dtype, read_spec
 from engine.parallelism import Arrangement, arrange_ranks, choose_degrees
 from engine.planner.choose import choose
 from engine.planner.gpu import read_gpu
 from engine.planner.model import read_model
 from engine.planner.plan import Options
 from engine.ranks import fingerprints
-from engine.text_cache import cache_key, cached_name
+from engine.text.cache import cache_key, cached_name
 
 # H.264 at the default quality: an assumption, replaced by the mean of the folder's own videos once there are any.
 ASSUMED_BITS_PER_PIXEL = 0.15

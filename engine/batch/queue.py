@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from engine.batch.plan import Item
+from engine.batch.items import Item
 
 MOST_ATTEMPTS = 3
 # So many items that fail alike, one after the other, have one cause, which the next item would meet too. Of lost ranks and

@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.batch.identity import text_sha256
 from engine.errors import UserError
-from engine.prompt_files import read_lines
+from engine.text.prompt_files import read_lines
 
 
 def check_once(flag: str, given: Sequence[Any]) -> None:

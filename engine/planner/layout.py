@@ -11,7 +11,7 @@ from engine.planner.model import FP32_BYTES, ModelSpec
 from engine.supported_layouts import Degrees, refused_axes
 from freespec.methods import FreeNoise, Grid, Mode
 from freespec.windows import window_range
-from parallel.plan import (
+from parallel.shards import (
     HaloRange,
     LayerShape,
     Route,

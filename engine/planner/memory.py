@@ -1,6 +1,6 @@
 """Peak memory of one rank, part by part: a list of the moments of a forward and of what is alive in each.
 
-Read off engine/hooks.py and parallel/attention.py; what a model's block needs outside of attention is its adapter's to say.
+Read off engine/hooks/self_attention.py and parallel/attention.py; what a model's block needs outside of attention is its adapter's to say.
 Tests compare it with measured peaks. `e` is the size of a number in the transformer; merges work in fp32.
 """
 
@@ -16,15 +16,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.adapters import ModelAdapter
 from engine.adapters.base import DecodeMode, TimeSettings
 from engine.config import DecodeConfig
-from engine.decode import decode_step
-from engine.live_bytes import LiveBytes
+from engine.decode.live_bytes import LiveBytes
+from engine.decode.pieces import decode_step
 from engine.planner.flops import Share
 from engine.planner.layout import Layout, latent_bytes
 from engine.planner.model import FP32_BYTES, ModelSpec
 from freespec.attention import merge_step
 from freespec.methods import Mode
 from freespec.spectrum import chunk_tokens
-from parallel.plan import length
+from parallel.shards import length
 
 FP64_BYTES = 8
 GIB = 2**30
@@ -67,7 +67,7 @@ def _attention_moments(layout: Layout, share: Share, mode: Mode) -> dict[str, tu
     ring = min(plan.ring - 1, 2) * share.queries * row if mode != "local" else 0  # buffers of blocks on their way
     first = min(plan.ring - 1, 1) * share.queries * row if mode != "local" else 0  # while near keys are attended
     outputs = 2 if mode == "dual" else 1
-    wide = FP32_BYTES if plan.ring > 1 else e  # a number of the wide branch while parts are added to it
+    global_bytes = FP32_BYTES if plan.ring > 1 else e  # a number of the wide branch while parts are added to it
     token = share.heads * layout.spec.head_dim * FP32_BYTES
     merging = 3 * min(merge_step(share.queries), share.queries) * token
     moments = {
@@ -94,13 +94,13 @@ def _attention_moments(layout: Layout, share: Share, mode: Mode) -> dict[str, tu
         rest = max(keys - window, 0)
         # the local output, the wide one and a part of it, merged a chunk at a time; and the circle: the keys outside of a
         # window, written again as far as the windows of the middle frames slide
-        moments["rest"] = (base + (2 * e + wide) * inside + merging + 3 * lse, near + first + 2 * rest)
+        moments["rest"] = (base + (2 * e + global_bytes) * inside + merging + 3 * lse, near + first + 2 * rest)
         matrices = FUSION_MATRICES * share.heads * layout.spec.head_dim**2 * FP64_BYTES
         fusing = 3 * min(chunk_tokens(share.heads, layout.spec.head_dim), share.queries) * token
         moments["fuse"] = (base + 3 * e * inside + fusing + matrices, near)
     if mode in ("dual", "global") and plan.ring > 1:
         # the wide output, a part and, at the end, the rounded sum; the local output is one more
-        merged = wide + e + (e if mode == "dual" else 0)
+        merged = global_bytes + e + (e if mode == "dual" else 0)
         # own keys were packed for the ring's first turn only, a halo stays
         moments["merge"] = (base + merged * inside + merging + 3 * lse, ring + (near if mode == "dual" else 0))
     return moments
@@ -171,7 +171,7 @@ def _decode_trace(
 
         for frames in decoder.join(pieces()):
             shown = frames.clamp(-1.0, 1.0)
-            to_bytes = 9 * shown.nbytes // 4  # engine.decode.to_uint8: scaled, rounded, and a quarter as bytes
+            to_bytes = 9 * shown.nbytes // 4  # engine.decode.pieces.to_uint8: scaled, rounded, and a quarter as bytes
             peak = max(peak, live.peak, live.now + to_bytes)
             totals.append(counter.get_total_flops())
             del frames, shown

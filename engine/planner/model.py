@@ -16,9 +16,9 @@ from engine.adapters.base import ModelNumbers
 from engine.adapters.published import PUBLISHED, SOURCES
 from engine.config import ModelConfig, SamplerConfig
 from engine.errors import UserError
-from engine.load import faults_of, find_checkpoint, quiet_hub, spec_of
+from engine.load.pipeline import faults_of, find_checkpoint, quiet_hub, spec_of
+from engine.load.weights import build_part, read_config
 from engine.schedulers import make_scheduler, shifting_tokens
-from engine.weights import build_part, read_config
 from parallel.zero3 import LIVE_LAYERS, repeated_layers
 
 FP32_BYTES = 4

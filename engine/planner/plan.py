@@ -9,7 +9,7 @@ from typing import Literal
 
 from engine.adapters.base import DecodeMode
 from engine.config import DecodeConfig, MethodConfig, RunConfig, SamplerConfig, VideoConfig
-from engine.decode_plan import tiled_share
+from engine.decode.tiling import tiled_share
 from engine.errors import UserError
 from engine.planner.gpu import GpuSpec, check_count
 from engine.planner.layout import VIEW_MODES, Degrees, Layout, feasible_degrees, lay_out, num_passes
@@ -19,7 +19,7 @@ from engine.planner.providers import FixedDegrees, Provider
 from engine.planner.timing import TERA, step_seconds
 from engine.supported_layouts import check_layout, refused_axes
 from freespec.methods import METHODS, Method, Mode, make_method
-from parallel.plan import SequencePlan, length
+from parallel.shards import SequencePlan, length
 
 MODES: tuple[Mode, ...] = ("dual", "views_global", "global", "views", "local")
 ITEMSIZES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}

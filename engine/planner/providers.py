@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from engine.errors import UserError
 from engine.supported_layouts import Degrees
 from parallel.deepspeed import refuse_deepspeed_plan
-from parallel.plan import SequencePlan
+from parallel.shards import SequencePlan
 from parallel.xfuser import refuse_xfuser_plan
 
 FixedDegrees = tuple[int | None, int | None, int | None]

@@ -48,14 +48,14 @@ class Branches:
     """What one layer computed, as its step's mode asks for.
 
     Attributes:
-        local: the sliding window's output [B, s, N, D] (`dual`).
-        wide: the global branch's output [B, s, N, D] (`dual`, `views_global`).
+        o_local: the sliding window's output [B, s, N, D] (`dual`).
+        o_global: the global branch's output [B, s, N, D] (`dual`, `views_global`).
         views: attention inside each view of `Method.view_starts`, [B, window_frames * frame_tokens, N, D] each. A view is
             computed when it is asked for, once: what is added up at once never needs the memory of all of them.
     """
 
-    local: Tensor | None = None
-    wide: Tensor | None = None
+    o_local: Tensor | None = None
+    o_global: Tensor | None = None
     views: Iterable[Tensor] = ()
 
 

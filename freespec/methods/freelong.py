@@ -61,7 +61,7 @@ class FreeLong(Method):
 
     def fuse(self, branches: Branches, weights: Matrices, layer: Layer) -> Tensor:
         """O_l + LPF(O_g - O_l), [B, s, N, D]."""
-        o_local, o_global, grid = branches.local, branches.wide, layer.grid
+        o_local, o_global, grid = branches.o_local, branches.o_global, layer.grid
         assert o_local is not None and o_global is not None, "freelong fuses two branches"
         size = (grid.frames, grid.rows, grid.columns)
         return freespec.lowpass.exchange_low(o_local, o_global, weights, size=size)

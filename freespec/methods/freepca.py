@@ -110,18 +110,18 @@ class FreePCA(Method):
         """The mean over views, each but the first fused first in steps that have a global branch."""
         starts, grid = self.view_starts(layer.grid), layer.grid
         outputs: Iterable[Tensor] = branches.views
-        if branches.wide is not None:
-            outputs = self._fused(list(branches.views), branches.wide, weights, layer)
+        if branches.o_global is not None:
+            outputs = self._fused(list(branches.views), branches.o_global, weights, layer)
         return freespec.views.merge_views(outputs, weights.merge, starts, grid.frames)
 
-    def _fused(self, outputs: list[Tensor], wide: Tensor, weights: ViewWeights, layer: Layer) -> Iterable[Tensor]:
+    def _fused(self, outputs: list[Tensor], o_global: Tensor, weights: ViewWeights, layer: Layer) -> Iterable[Tensor]:
         """The views with their shared components exchanged, in place of a global slice each.
 
         The sums of all views go over the ranks together: one small message per layer.
         """
         grid = layer.grid
         window = grid.window_frames
-        slices = [wide[:, a * grid.frame_tokens :][:, : window * grid.frame_tokens] for a in self.view_starts(grid)]
+        slices = [o_global[:, a * grid.frame_tokens :][:, : window * grid.frame_tokens] for a in self.view_starts(grid)]
         pairs = list(zip(outputs, slices, strict=True))
         yield outputs[0]
         if not pairs[1:]:

@@ -91,7 +91,7 @@ class FreeSpec(Method):
 
     def fuse(self, branches: Branches, weights: FusionWeights, layer: Layer) -> Tensor:
         """Eq. 9-13 on [B, s, N, D]; the Gram matrices of both branches are summed over the tokens in one call."""
-        o_local, o_global = branches.local, branches.wide
+        o_local, o_global = branches.o_local, branches.o_global
         assert o_local is not None and o_global is not None, "freespec fuses two branches"
         gram_local, gram_global = layer.sum_tokens(freespec.spectrum.grams(o_local, o_global)).unbind(0)
         eps = freespec.spectrum.guard(o_local.dtype)

@@ -48,7 +48,7 @@ class LowRank(Method):
 
     def fuse(self, branches: Branches, weights: Tensor, layer: Layer) -> Tensor:
         """O V_k V_kᵀ of the chosen branch, [B, s, N, D]."""
-        out = branches.wide if self.branch == "global" else branches.local
+        out = branches.o_global if self.branch == "global" else branches.o_local
         assert out is not None, "a dual step has both branches"
         return keep_directions(out, layer.sum_tokens(spectrum.gram(out)), weights)
 

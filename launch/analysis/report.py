@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from engine.contact_sheet import spaced
 from engine.files.tables import write_csv
 from engine.files.whole import write_text
-from engine.read_video import read_video
+from engine.media.contact_sheet import spaced
+from engine.media.read_video import read_video
 from launch.analysis.plots import Strip, draw_flows, draw_frames, draw_heads, draw_low_rank, draw_progress, draw_windows
 from launch.analysis.spectra import Rows, SpectraStore, concentration, mean_and_error, over_prompts
 from launch.comparison.measure import Measured, measure_all, native_frames

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from engine.contact_sheet import spaced
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.files.say import say_on_stderr
 from engine.files.trees import DamagedError, Shape, lacking, read_json
 from engine.files.whole import write_text
-from engine.window_spectra import WindowSpectra
+from engine.media.contact_sheet import spaced
+from engine.spectra.windows import WindowSpectra
 from launch.comparison.summary import as_json
 from metrics.bootstrap import mean_interval, paired_interval
 

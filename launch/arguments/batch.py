@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from engine.batch.plan import with_method
+from engine.batch.items import with_method
 from engine.batch.suite import Suite, read_suite
 from engine.config import RunConfig
 from engine.errors import UserError

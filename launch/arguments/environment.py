@@ -3,14 +3,14 @@
 import os
 
 from engine.errors import UserError
-from launch.stopping import Place
+from launch.stopping import RankEnv
 
 BACKEND = "DIFFUSERS_ATTN_BACKEND"
 
 
 def check_environment() -> None:
     """Check the attention backend of a process that is no rank; those of a run have theirs checked together, in `open_ranks`."""
-    if Place.of_environment() is None:
+    if RankEnv.of_environment() is None:
         check_backend()
 
 

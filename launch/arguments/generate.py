@@ -18,7 +18,7 @@ from launch.outputs import OutputFiles, frame_folders, plan_outputs
 from launch.replicas.place import PlacementStrategy
 from launch.replicas.ray_pool import PLACEMENT_HELP, NoRayError, check_placement
 from launch.stages import look
-from launch.stopping import Place
+from launch.stopping import RankEnv
 
 DESCRIPTION = "Make a long video from a prompt, or one from each line of a file."
 
@@ -49,15 +49,15 @@ def read(argv: list[str]) -> Arguments:
         EXAMPLE if is_example else namespace.prompt, namespace.prompt_file, timeline=namespace.timeline
     )
     config = prompts.directed(config, argv)
-    place = Place.of_environment()
-    if namespace.ray is not None and place is not None:
+    rank_env = RankEnv.of_environment()
+    if namespace.ray is not None and rank_env is not None:
         raise UserError("--ray starts ranks itself, from the command line; leave it out, or torchrun")
     try:
         check_placement(namespace.placement_strategy, address=namespace.ray, num_ranks=namespace.nproc or 1)
     except NoRayError as error:
         raise UserError(str(error)) from error
     outputs = plan_outputs(config.output, len(prompts.texts))
-    if namespace.ray is None and place is None:  # else it is rank 0, maybe on another machine, that looks at files
+    if namespace.ray is None and rank_env is None:  # else it is rank 0, maybe on another machine, that looks at files
         check_free(outputs, config.output)
         find_checkpoint(config.model.path)
     given = parse_given(namespace.given, namespace.extend, namespace.extend_shows)

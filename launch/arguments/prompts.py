@@ -8,9 +8,9 @@ from jsonargparse import ArgumentParser, Namespace
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import find_file
-from engine.prompt_files import NEGATIVE_SETTING, read_prompt_lines
 from engine.shown import quoted
-from engine.timeline import read_timeline
+from engine.text.prompt_files import NEGATIVE_SETTING, read_prompt_lines
+from engine.text.timeline import read_timeline
 from launch.launcher import asked_value
 
 # What the embedded model shows where nobody says what.

@@ -8,7 +8,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import find_checkpoint
 from launch.launcher import asked_value
-from launch.stopping import LAUNCHER, Place
+from launch.stopping import LAUNCHER, RankEnv
 
 
 def add_ranks(parser: ArgumentParser) -> None:
@@ -21,14 +21,14 @@ def add_ranks(parser: ArgumentParser) -> None:
 
 def check_started(num_ranks: int | None, argv: list[str]) -> None:
     """Raise UserError for a `--nproc` that nobody can start: too small, beside ranks of torchrun, or in a file."""
-    place = Place.of_environment()
+    rank_env = RankEnv.of_environment()
     if num_ranks is None or LAUNCHER in os.environ:
         return
     if num_ranks < 1:
         raise UserError(f"--nproc must be 1 or more, got {num_ranks}")
-    if place is not None and place.world > 1:
+    if rank_env is not None and rank_env.world > 1:
         raise UserError(
-            f"torchrun has started {place.world} ranks, and --nproc asks for {num_ranks} more of each; give one of them"
+            f"torchrun has started {rank_env.world} ranks, and --nproc asks for {num_ranks} more of each; give one of them"
         )
     if asked_value(argv, "--nproc") is None:
         raise UserError("nproc is given on the command line, not in a file")
@@ -39,5 +39,5 @@ def check_model(config: RunConfig) -> None:
 
     Nothing is checked on a rank of several, whose machine may be the only one without it: ranks say so once they have met.
     """
-    if Place.of_environment() is None:
+    if RankEnv.of_environment() is None:
         find_checkpoint(config.model.path)

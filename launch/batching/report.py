@@ -9,9 +9,9 @@ from typing import Any
 from engine.batch.driver import Driver
 from engine.batch.files import MANIFEST, SIDECAR, BatchFiles
 from engine.batch.forecast import disk_forecast, gpu_hours
+from engine.batch.items import Batch, Item
 from engine.batch.journal import columns, report
 from engine.batch.locks import Shard
-from engine.batch.plan import Batch, Item
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files.checks import describe_size
@@ -20,7 +20,7 @@ from engine.files.trees import DamagedError, Shape, read_tree
 from engine.shown import printable
 from launch.batching.options import Options
 from launch.batching.work import Work
-from launch.command import LostRankError
+from launch.exit_codes import LostRankError
 
 SUPPORT = "the same command goes on"
 

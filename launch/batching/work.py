@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.batch.files import identity_of
-from engine.batch.plan import Item
+from engine.batch.items import Item
 
 
 @dataclass(frozen=True, kw_only=True)

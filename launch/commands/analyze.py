@@ -24,8 +24,8 @@ from launch.comparison.store import Comparison, as_read, decisive_settings, open
 from launch.comparison.variants import Variant
 from launch.outputs import claim_outputs
 from launch.prompts import look_at_prompts
-from launch.ranks import Party, open_ranks
-from launch.stopping import Place, Stopped
+from launch.ranks import DistContext, open_ranks
+from launch.stopping import RankEnv, Stopped
 
 LOW_RANK = "freespec.methods.low_rank:LowRank"
 
@@ -51,8 +51,8 @@ def run(asked: Arguments) -> None:
     now = describe(config, spectra)
     with contextlib.ExitStack() as stack:
         make(asked, spectra, low_rank, now, stack)
-        place = Place.of_environment()
-        if place is not None and place.rank > 0:
+        rank_env = RankEnv.of_environment()
+        if rank_env is not None and rank_env.rank > 0:
             return
         progress = enabled(config.output.progress)
         print(write_analysis(folder, spectra, low_rank, ratios, made_with=now, progress=progress))
@@ -76,11 +76,11 @@ def _check_different(variants: list[Variant], shares: list[float], head_dim: int
     """Raise UserError for two shares that keep as many directions, or that one label would stand for."""
     cpu = torch.device("cpu")
     counts = [int(each.config.method.method.weights(None, None, head_dim, cpu).sum()) for each in variants]
-    for place in range(1, len(variants)):
-        if counts[place] == counts[place - 1] or variants[place].label == variants[place - 1].label:
+    for index in range(1, len(variants)):
+        if counts[index] == counts[index - 1] or variants[index].label == variants[index - 1].label:
             raise UserError(
-                f"--ratios {shares[place - 1]!r} and {shares[place]!r} keep {counts[place - 1]} and {counts[place]} of {head_dim} "
-                f"directions and are called {variants[place - 1].label} and {variants[place].label}; leave one out"
+                f"--ratios {shares[index - 1]!r} and {shares[index]!r} keep {counts[index - 1]} and {counts[index]} of {head_dim} "
+                f"directions and are called {variants[index - 1].label} and {variants[index].label}; leave one out"
             )
 
 
@@ -107,27 +107,27 @@ def make(
 ) -> None:
     """Run whatever is not kept yet; all ranks call this. `now` is what `describe` says; `stack` holds the folder's claim."""
     config, agree = asked.config, [json.dumps(now, sort_keys=True), str(low_rank.seeds)]
-    with open_ranks(config, prompts=agree, verbose=asked.given.verbose) as party:
-        check_variants(low_rank.variants, party)
-        look_at_prompts(config, asked.prompts.named, party)
+    with open_ranks(config, prompts=agree, verbose=asked.given.verbose) as context:
+        check_variants(low_rank.variants, context)
+        look_at_prompts(config, asked.prompts.named, context)
         report = [spectra.folder / "report.json", low_rank.folder / "comparison.json"]
-        party.check_on_first(lambda: stack.enter_context(claim_outputs(report, flag="--out")))
-        party.check_on_first(lambda: open_folder(spectra.folder, "analysis.json", now))
-        party.check_on_first(low_rank.open)
-        unseen = [index for index, done in enumerate(party.ask_first(lambda: spectra.done)) if not done]
-        missing = missing_videos(low_rank, party)
+        context.check_on_first(lambda: stack.enter_context(claim_outputs(report, flag="--out")))
+        context.check_on_first(lambda: open_folder(spectra.folder, "analysis.json", now))
+        context.check_on_first(low_rank.open)
+        unseen = [index for index, done in enumerate(context.ask_first(lambda: spectra.done)) if not done]
+        missing = missing_videos(low_rank, context)
         if not unseen and not missing:
             return
-        with contextlib.closing(LongVideoEngine(config, party.ranks)) as engine:
-            observe(engine, spectra, unseen, party)
-            make_missing(engine, low_rank, missing, party)
+        with contextlib.closing(LongVideoEngine(config, context.ranks)) as engine:
+            observe(engine, spectra, unseen, context)
+            make_missing(engine, low_rank, missing, context)
 
 
-def observe(engine: LongVideoEngine, spectra: SpectraStore, unseen: list[int], party: Party) -> None:
+def observe(engine: LongVideoEngine, spectra: SpectraStore, unseen: list[int], context: DistContext) -> None:
     """See the spectra of these prompts; rank 0 says a line for each."""
     for number, index in enumerate(unseen):
         if number > 0:
-            party.wait_for_first(f"spectra {number - 1}")
+            context.wait_for_first(f"spectra {number - 1}")
         try:
             spectra.observe(engine, index)
         except KeyboardInterrupt as error:

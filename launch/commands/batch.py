@@ -14,16 +14,16 @@ import torch
 from engine.batch.driver import Driver
 from engine.batch.files import MANIFEST, BatchFiles
 from engine.batch.forecast import arrange_replica
+from engine.batch.items import Batch, Item, check_folder, claim_folder, plan_batch
 from engine.batch.journal import FileJournal
 from engine.batch.locks import own_shard
-from engine.batch.plan import Batch, Item, check_folder, claim_folder, plan_batch
 from engine.batch.queue import Queue
 from engine.checkpoint import kept_steps
 from engine.config import RunConfig
-from engine.decode_plan import check_tiles
+from engine.decode.tiling import check_tiles
 from engine.errors import UserError
 from engine.files.storage import writing_to
-from engine.load import fetch, find_checkpoint, read_spec
+from engine.load.pipeline import fetch, find_checkpoint, read_spec
 from engine.ranks import fingerprints
 from launch.arguments.batch import Arguments, Status, read
 from launch.batching.devices import check_devices, fix_degrees, resolve_model

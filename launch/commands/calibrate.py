@@ -31,8 +31,8 @@ from launch.comparison.store import Comparison
 from launch.comparison.summary import as_json
 from launch.outputs import writing_report
 from launch.prompts import look_at_prompts
-from launch.ranks import Party, open_ranks
-from launch.stopping import Place, Stopped
+from launch.ranks import DistContext, open_ranks
+from launch.stopping import RankEnv, Stopped
 
 KEPT_SHARE = 3  # of the trials of a round, one in so many goes on to the next
 
@@ -40,24 +40,24 @@ KEPT_SHARE = 3  # of the trials of a round, one in so many goes on to the next
 class Maker:
     """Makes the videos of several comparisons with one engine, which is loaded when the first video is missing."""
 
-    def __init__(self, config: RunConfig, party: Party, stack: contextlib.ExitStack) -> None:
-        self._config, self._party, self._stack = config, party, stack
+    def __init__(self, config: RunConfig, context: DistContext, stack: contextlib.ExitStack) -> None:
+        self._config, self._context, self._stack = config, context, stack
         self._engine: LongVideoEngine | None = None
         self._own: set[Path] = set()
 
     def make(self, comparison: Comparison) -> None:
         """Make every video that is not there yet; all ranks call this."""
-        self._party.check_on_first(comparison.open)
+        self._context.check_on_first(comparison.open)
         if comparison.folder not in self._own:
             self._own.add(comparison.folder)
-            self._party.check_on_first(lambda: self._stack.enter_context(own_shard(comparison.folder, Shard())))
-        missing = missing_videos(comparison, self._party)
+            self._context.check_on_first(lambda: self._stack.enter_context(own_shard(comparison.folder, Shard())))
+        missing = missing_videos(comparison, self._context)
         if missing and self._engine is None:
             self._engine = self._stack.enter_context(
-                contextlib.closing(LongVideoEngine(self._config, self._party.ranks))
+                contextlib.closing(LongVideoEngine(self._config, self._context.ranks))
             )
         if missing:
-            make_missing(self._engine, comparison, missing, self._party)
+            make_missing(self._engine, comparison, missing, self._context)
 
 
 def main(argv: list[str]) -> None:
@@ -92,15 +92,15 @@ def run(asked: Arguments) -> None:
     with (
         open_ranks(
             config, prompts=[*agree, str((rounds, config.sampler.seed, plan.num_seeds))], verbose=given.verbose
-        ) as party,
+        ) as context,
         contextlib.ExitStack() as stack,
     ):
-        check_variants(parts[0].variants, party)
-        look_at_prompts(config, [*asked.search.named, *asked.held_out.named], party)
+        check_variants(parts[0].variants, context)
+        look_at_prompts(config, [*asked.search.named, *asked.held_out.named], context)
         for each in parts:
-            party.check_on_first(partial(check_kept, each))
-        maker = Maker(config, party, stack)
-        best, told = _search(plan, search, rounds, maker, party, progress=progress)
+            context.check_on_first(partial(check_kept, each))
+        maker = Maker(config, context, stack)
+        best, told = _search(plan, search, rounds, maker, context, progress=progress)
         judged = plan.compared("judged", [START] if best == START else [START, best], held_out)
         if best != START:
             maker.make(judged)
@@ -121,7 +121,7 @@ def run(asked: Arguments) -> None:
 
 
 def _search(
-    plan: CalibrationPlan, prompts: list[str], rounds: list[int], maker: Maker, party: Party, *, progress: bool
+    plan: CalibrationPlan, prompts: list[str], rounds: list[int], maker: Maker, context: DistContext, *, progress: bool
 ) -> tuple[str, list[dict[str, Any]]]:
     """Round after round on more prompts, with fewer trials; the best label, and on rank 0 what each round said."""
     told: list[dict[str, Any]] = []
@@ -134,8 +134,8 @@ def _search(
             by_label = scores(_measure(comparison, progress=progress), labels)
             told.append({"prompts": count, "scores": {x: float(by_label[x].mean()) for x in labels}})
             labels = survivors(by_label, keep=keep, always=START)
-        party.wait_for_first(f"scores on {count} prompts")  # measuring may take longer than a collective waits
-        labels = party.ask_first(lambda labels=labels: labels)
+        context.wait_for_first(f"scores on {count} prompts")  # measuring may take longer than a collective waits
+        labels = context.ask_first(lambda labels=labels: labels)
     return labels[0], told
 
 
@@ -207,5 +207,5 @@ def _preset(config: RunConfig, checkpoint: str) -> str:
 
 
 def _is_first() -> bool:
-    place = Place.of_environment()
-    return place is None or place.rank == 0
+    rank_env = RankEnv.of_environment()
+    return rank_env is None or rank_env.rank == 0

@@ -18,7 +18,7 @@ from launch.comparison.report import NothingToReportError, write_report
 from launch.comparison.store import Comparison
 from launch.prompts import look_at_prompts
 from launch.ranks import open_ranks
-from launch.stopping import Place, Stopped
+from launch.stopping import RankEnv, Stopped
 
 
 def main(argv: list[str]) -> None:
@@ -38,8 +38,8 @@ def run(asked: Arguments) -> None:
     )
     if not given.report_only:
         make_videos(comparison, asked.prompts, shard or Shard(), report=folder, verbose=given.verbose)
-    place = Place.of_environment()
-    if place is not None and place.rank > 0:
+    rank_env = RankEnv.of_environment()
+    if rank_env is not None and rank_env.rank > 0:
         return
     progress = enabled(asked.config.output.progress)
     if shard is not None:
@@ -66,17 +66,17 @@ def make_videos(comparison: Comparison, prompts: Prompts, shard: Shard, *, repor
     """
     agree = [json.dumps(comparison.describe(), sort_keys=True), str(comparison.seeds), str(shard)]
     config = comparison.arranged_for
-    with open_ranks(config, prompts=agree, verbose=verbose) as party, contextlib.ExitStack() as stack:
-        check_variants(comparison.variants, party)
-        look_at_prompts(config, prompts.named, party)
-        party.check_on_first(lambda: check_kept(comparison))
-        party.check_on_first(comparison.open)
-        party.check_on_first(lambda: check_places([report / "report.json"]))
-        party.check_on_first(lambda: stack.enter_context(own_shard(comparison.folder, shard)))
-        missing = missing_videos(comparison, party, shard)
+    with open_ranks(config, prompts=agree, verbose=verbose) as context, contextlib.ExitStack() as stack:
+        check_variants(comparison.variants, context)
+        look_at_prompts(config, prompts.named, context)
+        context.check_on_first(lambda: check_kept(comparison))
+        context.check_on_first(comparison.open)
+        context.check_on_first(lambda: check_places([report / "report.json"]))
+        context.check_on_first(lambda: stack.enter_context(own_shard(comparison.folder, shard)))
+        missing = missing_videos(comparison, context, shard)
         if missing:
-            engine = stack.enter_context(contextlib.closing(LongVideoEngine(config, party.ranks)))
-            make_missing(engine, comparison, missing, party)
+            engine = stack.enter_context(contextlib.closing(LongVideoEngine(config, context.ranks)))
+            make_missing(engine, comparison, missing, context)
 
 
 def _measure_shard(comparison: Comparison, shard: Shard, *, progress: bool) -> str:

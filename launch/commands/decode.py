@@ -12,15 +12,15 @@ from torch import Tensor
 
 from engine.checkpoint import load_latents
 from engine.config import RunConfig
-from engine.decoder import open_decoder
+from engine.decode.decoder import open_decoder
 from engine.denoise import check_finite
 from engine.errors import UserError
 from engine.files.checks import check_space, least_video_bytes
 from engine.files.trees import parse_json
-from engine.load import fetch, find_checkpoint, read_spec
+from engine.load.pipeline import fetch, find_checkpoint, read_spec
+from engine.media.read_video import measure
 from engine.paths import expand
 from engine.presets import refuse_null
-from engine.read_video import measure
 from launch.arguments.decode import Arguments, read
 from launch.cli import make_parser
 from launch.outputs import OutputFiles, claim_outputs, frame_folders, refuse_existing
@@ -115,7 +115,7 @@ def read_record(metadata: dict[str, str], source: Path) -> dict[str, Any]:
 
 
 def is_timeline(value: Any) -> bool:
-    """Whether a value is the events of a record, see `engine.timeline.Direction.described`."""
+    """Whether a value is the events of a record, see `engine.text.timeline.Direction.described`."""
     return isinstance(value, list) and all(
         isinstance(event, dict)
         and isinstance(event.get("text"), str)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from engine.config import RunConfig
-from engine.contact_sheet import Row, comparison, spaced, write_picture
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.files.whole import describe_error
-from engine.read_video import read_video
+from engine.media.contact_sheet import Row, comparison, spaced, write_picture
+from engine.media.read_video import read_video
 from launch.arguments.demo import Arguments, read
 from launch.commands.generate import find_stages, make_video, summary
 from launch.outputs import OutputFiles, claim_outputs, plan_outputs, refuse_existing

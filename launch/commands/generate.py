@@ -18,17 +18,17 @@ from engine.files.whole import describe_error
 from engine.given import GivenFrames
 from engine.identity import latents_settings
 from engine.known import check_given
-from engine.load import fetch, find_adapter, pick_device, pick_dtype, read_spec
+from engine.load.pipeline import fetch, find_adapter, pick_device, pick_dtype, read_spec
 from engine.paths import find_checkpoint
-from engine.ranks import fingerprints, hand_out_bytes
+from engine.ranks import broadcast_bytes, fingerprints
 from engine.record import build_record
 from engine.shown import quoted
-from engine.trace import Trace
-from engine.trace_plot import write_trace
+from engine.spectra.plot import write_trace
+from engine.spectra.trace import SpectralTrace
 from launch.arguments.generate import Arguments, read
-from launch.command import LostRankError
 from launch.commands.decode import decoded_by
 from launch.commands.decode import read_record as read_record_of_latents
+from launch.exit_codes import LostRankError
 from launch.outputs import OutputFiles, check_free_space, claim_outputs, frame_folders
 from launch.prompts import look_at_prompts
 from launch.ranks import open_ranks
@@ -52,23 +52,23 @@ def run(given: Arguments) -> None:
         )
     with (
         contextlib.ExitStack() as last,
-        open_ranks(config, prompts=prompts.texts, verbose=given.verbose) as party,
+        open_ranks(config, prompts=prompts.texts, verbose=given.verbose) as context,
         contextlib.ExitStack() as stack,
     ):
         every, folders = [path for files in outputs for path in files.all], frame_folders(outputs)
-        party.check_on_first(lambda: stack.enter_context(claim_outputs(every, flag="--output.path", folders=folders)))
-        notes = party.ask_first(lambda: look_at_given(config, given.given))
-        stages = party.ask_first(lambda: find_stages(prompts.texts, outputs, config, given.given))
+        context.check_on_first(lambda: stack.enter_context(claim_outputs(every, flag="--output.path", folders=folders)))
+        notes = context.ask_first(lambda: look_at_given(config, given.given))
+        stages = context.ask_first(lambda: find_stages(prompts.texts, outputs, config, given.given))
         left = [each for each in zip(prompts.named, outputs, stages, strict=True) if each[2] != "finished"]
         if not left:
             return
-        look_at_prompts(config, [named for named, _, _ in left], party)
+        look_at_prompts(config, [named for named, _, _ in left], context)
         for note in notes:
             print(f"note: {note}", flush=True)
-        engine = stack.enter_context(contextlib.closing(LongVideoEngine(config, party.ranks)))
+        engine = stack.enter_context(contextlib.closing(LongVideoEngine(config, context.ranks)))
         for index, ((_, prompt), files, stage) in enumerate(left):
             if index > 0:
-                party.wait_for_first(f"video {index - 1}")
+                context.wait_for_first(f"video {index - 1}")
             record = make_video(
                 engine, config, prompt, files, given=given.given, stage=stage, replace=config.output.overwrite
             )
@@ -173,7 +173,7 @@ def _read_latents(engine: LongVideoEngine, config: RunConfig, files: OutputFiles
         record = read_record_of_latents(load_latents(files.latents)[1], files.latents)
         record = record | {"config": record["config"] | decoded_by(config)}
         data = files.latents.read_bytes()
-    data = hand_out_bytes(engine.mesh, data, "latents")
+    data = broadcast_bytes(engine.mesh, data, "latents")
     return safetensors.torch.load(data)["latents"], record
 
 
@@ -187,7 +187,7 @@ def _make_latents(
     replace_latents: bool,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Latents, and the record so far on rank 0, where both are written, and the trace if there is one."""
-    trace = Trace() if files.trace else None
+    trace = SpectralTrace() if files.trace else None
     denoised = _denoise(engine, prompt, files, given, trace)
     if not engine.is_first:
         return denoised.latents, {}
@@ -221,7 +221,7 @@ def summary(record: dict[str, Any], files: OutputFiles) -> str:
 
 
 def _denoise(
-    engine: LongVideoEngine, prompt: str, files: OutputFiles, given: GivenFrames | None, trace: Trace | None
+    engine: LongVideoEngine, prompt: str, files: OutputFiles, given: GivenFrames | None, trace: SpectralTrace | None
 ) -> Denoised:
     try:
         return engine.denoise(
@@ -282,7 +282,7 @@ def _keep_latents(
         raise UserError(f"{describe_error(error, files.latents)}; {_describe_checkpoint(files)}") from error
 
 
-def _write_trace(trace: Trace, files: OutputFiles, *, replace: bool) -> None:
+def _write_trace(trace: SpectralTrace, files: OutputFiles, *, replace: bool) -> None:
     try:
         write_trace(trace.rows, files.trace_table, files.trace_plot, replace=replace)
     except OSError as error:

@@ -3,7 +3,7 @@
 from engine.adapters import VideoSpec
 from engine.config import ModelConfig, RunConfig
 from engine.errors import UserError
-from engine.load import fetch, find_checkpoint, read_spec
+from engine.load.pipeline import fetch, find_checkpoint, read_spec
 
 
 def read_video_spec(model: ModelConfig) -> VideoSpec:

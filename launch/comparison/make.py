@@ -9,7 +9,7 @@ from engine.engine import LongVideoEngine
 from engine.files.say import say_on_stderr
 from engine.files.tensors import read_metadata
 from engine.files.trees import DamagedError
-from engine.load import fetch, find_checkpoint, read_spec
+from engine.load.pipeline import fetch, find_checkpoint, read_spec
 from engine.parallelism import check_settings
 from engine.planner.model import read_model
 from engine.supported_layouts import check_layout
@@ -18,23 +18,23 @@ from launch.comparison.kept_measures import read_kept
 from launch.comparison.store import Comparison, Video
 from launch.comparison.variants import Variant
 from launch.outputs import check_free_space
-from launch.ranks import Party
+from launch.ranks import DistContext
 from launch.stages import Stage
 from launch.stopping import Stopped
 
 
-def check_variants(variants: Sequence[Variant], party: Party) -> None:
+def check_variants(variants: Sequence[Variant], context: DistContext) -> None:
     """Raise UserError, before a folder is taken or weights are read, for what the model or these ranks cannot run."""
     spec = read_model(variants[0].config.model)
     for variant in variants:
         config, video = variant.config, variant.config.video
         spec.video.check_video(video.num_frames, video.height, video.width)
         check_settings(config, spec)
-        if party.ranks is not None:
-            check_layout(variant.label, config.method.method, party.ranks.degrees)
+        if context.ranks is not None:
+            check_layout(variant.label, config.method.method, context.ranks.degrees)
 
 
-def missing_videos(comparison: Comparison, party: Party, shard: Shard | None = None) -> list[Video]:
+def missing_videos(comparison: Comparison, context: DistContext, shard: Shard | None = None) -> list[Video]:
     """The videos (of a shard) that are neither whole nor kept by their measures, as rank 0 sees it, on every rank."""
     videos = comparison.videos_of(shard or Shard())
 
@@ -50,16 +50,18 @@ def missing_videos(comparison: Comparison, party: Party, shard: Shard | None = N
             check_free_space(missing, config, read_spec(folder).latent_shape(*size), model=folder)
         return done
 
-    done = party.ask_first(look)
+    done = context.ask_first(look)
     return [video for video, is_done in zip(videos, done, strict=True) if not is_done]
 
 
-def make_missing(engine: LongVideoEngine, comparison: Comparison, missing: Sequence[Video], party: Party) -> None:
+def make_missing(
+    engine: LongVideoEngine, comparison: Comparison, missing: Sequence[Video], context: DistContext
+) -> None:
     """Make these videos, one after the other; rank 0 says a line for each."""
     for index, video in enumerate(missing):
         if index > 0:
-            party.wait_for_first(f"{missing[index - 1].files.video} made")
-        stage = party.ask_first(lambda video=video: _stage(video))
+            context.wait_for_first(f"{missing[index - 1].files.video} made")
+        stage = context.ask_first(lambda video=video: _stage(video))
         record = _make(engine, comparison, video, stage)
         if record is not None:
             print(f"{index + 1} of {len(missing)}, {summary(record, video.files)}", flush=True)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from engine.errors import UserError
 from engine.files.trees import Shape, read_kept
 from engine.files.whole import write_json
-from engine.read_video import read_video
+from engine.media.read_video import read_video
 from engine.shown import quoted
 from launch.comparison.checks import read_video_spec
 from launch.comparison.store import Comparison, Video

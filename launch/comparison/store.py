@@ -24,7 +24,7 @@ from engine.files.locks import locked
 from engine.files.say import Say, say_on_stderr
 from engine.files.trees import DamagedError, Shape, lacking, parse_json, read_kept, read_tree
 from engine.files.whole import atomic_path
-from engine.load import fetch, find_checkpoint, pick_device, pick_dtype
+from engine.load.pipeline import fetch, find_checkpoint, pick_device, pick_dtype
 from engine.ranks import fingerprints
 from launch.comparison.variants import MAY_DIFFER, Variant, flatten
 from launch.outputs import OutputFiles, latents_beside

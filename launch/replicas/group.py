@@ -22,7 +22,7 @@ RankEvent = tuple[int, dict[str, Any]]
 _BLAME = ("disk", "memory", "mistake", "fault", "ended", "lost")
 
 
-class Ranks(Protocol):
+class RankProcesses(Protocol):
     """The ranks of one replica, wherever they run. No method waits for anything."""
 
     count: int
@@ -55,7 +55,7 @@ class Group:
     """
 
     name: str
-    ranks: Ranks
+    ranks: RankProcesses
     setup: Mapping[str, Any]
     clock: Callable[[], float] = time.monotonic
     _answers: dict[int, dict[str, Any]] = field(default_factory=dict)

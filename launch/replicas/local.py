@@ -13,7 +13,7 @@ WORKER = ("-m", "launch.replicas.worker")
 
 
 class LocalRanks:
-    """`count` processes that meet on the loopback device; see `launch.replicas.group.Ranks`."""
+    """`count` processes that meet on the loopback device; see `launch.replicas.group.RankProcesses`."""
 
     def __init__(
         self,

@@ -13,16 +13,16 @@ from launch.launcher import GRACE_SECONDS, KEPT_LINES, STOP_SECONDS, asked_value
 from launch.replicas.host import Event
 from launch.replicas.place import carried
 from launch.replicas.ray_pool import NoRayError, RayPool, RayRanks, Start, check_placement
-from launch.stopping import LAUNCHER, Place, StopSignals, show
+from launch.stopping import LAUNCHER, RankEnv, StopSignals, show
 
 POLL_SECONDS = 0.05
 
 
 def asked_ray(argv: Sequence[str]) -> str | None:
     """The cluster that `--ray` asks for; None without it, for a rank, and for what the command itself answers."""
-    nproc, place = asked_value(argv, "--nproc"), Place.of_environment()
+    nproc, rank_env = asked_value(argv, "--nproc"), RankEnv.of_environment()
     wrong = nproc is not None and not (nproc.isdecimal() and int(nproc) > 0)
-    if wrong or LAUNCHER in os.environ or place is not None or {"-h", "--help", "--print_config"} & {*argv}:
+    if wrong or LAUNCHER in os.environ or rank_env is not None or {"-h", "--help", "--print_config"} & {*argv}:
         return None
     return asked_value(argv, "--ray")
 

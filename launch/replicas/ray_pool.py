@@ -195,7 +195,7 @@ class Start:
 
 
 class RayRanks:
-    """The ranks of one replica; see `launch.replicas.group.Ranks`."""
+    """The ranks of one replica; see `launch.replicas.group.RankProcesses`."""
 
     def __init__(self, pool: RayPool, name: str, count: int, start: Start) -> None:
         self.count = count

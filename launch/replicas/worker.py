@@ -25,7 +25,7 @@ import torch.distributed as dist
 
 from engine.batch.check import check_video
 from engine.batch.files import BatchFiles, ItemFiles, item_files
-from engine.batch.plan import FILE, with_method
+from engine.batch.items import FILE, with_method
 from engine.batch.queue import Kind
 from engine.batch.store import publish
 from engine.checkpoint import save_latents
@@ -33,10 +33,10 @@ from engine.engine import Denoised, LongVideoEngine
 from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
 from engine.files.storage import FolderGoneError, is_storage_fault, names_storage_fault
 from engine.files.whole import write_json
+from engine.media.write_video import open_video
 from engine.record import build_record, peak_memory, video_facts
-from engine.video import open_video
-from launch.command import LostRankError, run_command
 from launch.commands.decode import restore_config
+from launch.exit_codes import LostRankError, run_command
 from launch.ranks import open_ranks
 from launch.replicas.host import EVENTS
 from launch.stopping import StopSignals, die_with_parent
@@ -61,9 +61,9 @@ def _work(pipe: IO[str]) -> None:
     if setup is None:
         return
     config = restore_config(setup["config"], Path(setup["root"]))
-    with open_ranks(config, prompts=[setup["root"]], verbose=False) as party:
-        party.check_on_first(lambda: refuse_unshared(Path(setup["root"])))
-        with contextlib.closing(LongVideoEngine(config, party.ranks)) as engine:
+    with open_ranks(config, prompts=[setup["root"]], verbose=False) as context:
+        context.check_on_first(lambda: refuse_unshared(Path(setup["root"])))
+        with contextlib.closing(LongVideoEngine(config, context.ranks)) as engine:
             worker = Worker(
                 engine=engine,
                 root=Path(setup["root"]),

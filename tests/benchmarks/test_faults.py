@@ -22,8 +22,8 @@ import torch
 from benchmarks.faults import family, judge, listeners, on_loopback, one_rank, ray_node, replica_actors, the_driver
 from engine.batch.files import BatchFiles
 from engine.batch.identity import item_id
+from engine.batch.items import with_method
 from engine.batch.locks import Shard
-from engine.batch.plan import with_method
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.files.trees import read_lines

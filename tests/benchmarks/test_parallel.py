@@ -12,7 +12,7 @@ from benchmarks import collectives, parallel, report
 from benchmarks.collectives import GRAMS, MESSAGE_MIB, busiest_share, measure_collectives, predict_seconds
 from benchmarks.measure import complete, parser
 from engine.planner.gpu import read_gpu
-from parallel.plan import SequencePlan
+from parallel.shards import SequencePlan
 from tests.ranks import run_ranks
 
 KINDS = {"all_to_all", "halo", "ring", "reduce", "gather", "cfg", "broadcast", "collect"}

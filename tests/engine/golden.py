@@ -13,10 +13,10 @@ import yaml
 from torch import Tensor
 
 import engine.engine
-from engine.apply import Ranks
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
-from engine.load import load_pipeline
+from engine.hooks.apply import Ranks
+from engine.load.pipeline import load_pipeline
 from freespec.attention import merge
 from freespec.kernels import Kernel
 from parallel.mesh import SeqMesh, build_mesh
@@ -105,7 +105,9 @@ def keys_in_three_chunks() -> Iterator[None]:
     """Engines that are made inside attend to their keys in three chunks."""
     select: Callable[..., Kernel] = engine.engine.select_kernel
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.hooks.select_kernel", lambda *arguments: attend_in_chunks(select(*arguments)))
+        patch.setattr(
+            "engine.hooks.self_attention.select_kernel", lambda *arguments: attend_in_chunks(select(*arguments))
+        )
         yield
 
 

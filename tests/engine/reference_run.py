@@ -83,7 +83,7 @@ def latents_by_masks(
         weights = weights_by_equations(method, step, num_steps, head_dim)
         if weights is None:
             return out
-        wide = masked_ref(*qkv, frame_tokens=grid.frame_tokens, window_frames=None)
-        return svd_fusion_ref(out, wide, *weights)
+        o_global = masked_ref(*qkv, frame_tokens=grid.frame_tokens, window_frames=None)
+        return svd_fusion_ref(out, o_global, *weights)
 
     return latents_by(pipe, adapter, latents_of, layer)

@@ -21,10 +21,10 @@ from diffusers.hooks.hooks import StateManager
 from diffusers.hooks.mag_cache import MagCacheHeadHook, MagCacheState
 from torch import Tensor, nn
 
-from engine.apply import Ranks
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.hooks.apply import Ranks
 from tests.engine.golden import PROMPT, mesh_of, relative
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import save_random_wan

@@ -17,7 +17,7 @@ from engine import apply_method
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.trace import Trace
+from engine.spectra.trace import SpectralTrace
 from freespec.methods import METHODS, FreeSpec
 from tests.inductor import buffers, code_of
 from tests.tiny_pipelines import random_ltx, random_wan, save_random_wan
@@ -71,7 +71,7 @@ def test_a_kind_of_step_is_compiled_once(folder: Path, counter: CompileCounter) 
         engine.denoise(PROMPT)
         assert counter.frame_count == graphs + 1
         with pytest.raises(UserError, match=r"hand out no branches for a trace .*; set model.compile false"):
-            engine.denoise(PROMPT, trace=Trace())
+            engine.denoise(PROMPT, trace=SpectralTrace())
 
 
 def test_timelines_are_compiled_with_their_blocks(folder: Path, counter: CompileCounter) -> None:

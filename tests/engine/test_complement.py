@@ -26,9 +26,9 @@ from freespec.kernels import plain
 from freespec.methods import FreeSpec
 from freespec.sage import sage_kernel
 from parallel.attention import TORCH_EXCHANGE, SequenceLayout
-from parallel.collectives import Trace, ignore_bytes
+from parallel.collectives import CollectiveTrace, ignore_bytes
 from parallel.mesh import build_mesh
-from parallel.plan import SequencePlan
+from parallel.shards import SequencePlan
 from tests.freespec import sage_stand_in
 from tests.ranks import PATIENCE, run_ranks
 from tests.tiny_pipelines import save_random_wan
@@ -51,8 +51,8 @@ def on_any_device() -> Iterator[None]:
 
     with (
         mock.patch("engine.engine.select_complement", select),
-        mock.patch("engine.apply.select_complement", select),
-        mock.patch("engine.hooks.select_complement", select),
+        mock.patch("engine.hooks.apply.select_complement", select),
+        mock.patch("engine.hooks.self_attention.select_complement", select),
     ):
         yield
 
@@ -117,7 +117,7 @@ def error_over_a_ring(_rank: int, case: tuple[str, str]) -> tuple[float, int]:
     mode, function = case
     mesh = build_mesh(cfg=1, ring=3, ulysses=1, device=torch.device("cpu"), timeout=PATIENCE)
     plan = SequencePlan(tokens=77, heads=2, ring=3, ulysses=1)
-    trace = Trace(label="test", on_bytes=ignore_bytes)
+    trace = CollectiveTrace(label="test", on_bytes=ignore_bytes)
     layout = SequenceLayout(mesh=mesh, plan=plan, exchange=TORCH_EXCHANGE, trace=trace)
     q, k, v = torch.randn(3, 1, 77, 2, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     k = k + torch.linspace(-1, 2, 8, dtype=torch.float64)
@@ -126,8 +126,8 @@ def error_over_a_ring(_rank: int, case: tuple[str, str]) -> tuple[float, int]:
     kernels = Counting(num_frames=11, frame_tokens=7, window_frames=3, kernel=plain, rest_kernel=rest)
     Counting.calls.clear()
     mine = [layout.shard_tokens(x, dim=1).contiguous() for x in (q, k, v)]
-    wide = layout.branches(*mine, mode, kernels)[1]
-    return float((wide - layout.shard_tokens(expected, dim=1)).abs().max()), len(Counting.calls)
+    o_global = layout.branches(*mine, mode, kernels)[1]
+    return float((o_global - layout.shard_tokens(expected, dim=1)).abs().max()), len(Counting.calls)
 
 
 def test_keys_from_other_ranks_are_quantised_in_dual_steps_only(tmp_path: Path) -> None:

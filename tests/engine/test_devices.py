@@ -14,7 +14,6 @@ from diffusers import LTXPipeline, WanPipeline
 from torch import Tensor
 
 from engine import apply_method, kernel_choice
-from engine.apply import Ranks
 from engine.config import (
     AttentionConfig,
     DecodeConfig,
@@ -26,11 +25,12 @@ from engine.config import (
     SamplerConfig,
     VideoConfig,
 )
-from engine.decoder import open_decoder
+from engine.decode.decoder import open_decoder
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.trace import Trace
-from engine.window_spectra import WindowSpectra
+from engine.hooks.apply import Ranks
+from engine.spectra.trace import SpectralTrace
+from engine.spectra.windows import WindowSpectra
 from freespec import eigen, kernels
 from freespec.methods import METHODS, FreeSpec
 from freespec.riflex import Riflex
@@ -136,7 +136,7 @@ def test_a_timeline_makes_the_video_of_the_cpu(folders: dict[str, Path], name: s
 @pytest.mark.parametrize("mode", ["whole", "tiled", "auto"])
 def test_decoding_with_a_trace_and_a_record(folders: dict[str, Path], name: str, mode: str) -> None:
     decode = TILES[name] if mode == "tiled" else DecodeConfig(mode=mode)
-    trace = Trace()
+    trace = SpectralTrace()
     with pretend_cuda(), contextlib.closing(LongVideoEngine(config_of(folders[name], name, decode=decode))) as engine:
         result = engine.generate(PROMPT, trace=trace)
     assert result.frames.shape[0] == SIZES[name].num_frames
@@ -424,7 +424,7 @@ def on_ranks(rank: int, case: tuple[str, Path, tuple[int, int, int]]) -> tuple[T
         config = config_of(folder, name, decode=TILES[name])
         path = folder / f"state-{cfg}-{ring}-{ulysses}.safetensors"
         with contextlib.closing(LongVideoEngine(config, Ranks(mesh=mesh))) as engine:
-            for trace in (Trace(), WindowSpectra()):
+            for trace in (SpectralTrace(), WindowSpectra()):
                 latents = engine.denoise(PROMPT, trace=trace).latents
                 assert trace.rows or cfg > 1  # of the ranks that run the pass with the prompt
             with pytest.raises(KeyboardInterrupt):

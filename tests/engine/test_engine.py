@@ -13,11 +13,11 @@ import torch
 from diffusers import WanPipeline
 
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
-from engine.convolutions import use_onednn
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.kernel_choice import KernelChoice
-from engine.trace import Trace
+from engine.load.convolutions import use_onednn
+from engine.spectra.trace import SpectralTrace
 from freespec.methods import METHODS, FreeSpec
 from tests.tiny_pipelines import save_random_wan
 
@@ -148,12 +148,12 @@ class InterruptedPrompt:
 @pytest.mark.parametrize("forward", [3, 4, 6, 8])
 def test_an_interrupted_run_continues_bit_equal(folder, tmp_path, forward):
     engine = LongVideoEngine(config_of(folder))
-    seen, again = Trace(), Trace()
+    seen, again = SpectralTrace(), SpectralTrace()
     whole = engine.denoise(PROMPT, trace=seen)
     path = tmp_path / "run.checkpoint.safetensors"
     InterruptedPrompt(engine, forward)
     with pytest.raises(KeyboardInterrupt):
-        engine.denoise(PROMPT, checkpoint=path, trace=Trace())
+        engine.denoise(PROMPT, checkpoint=path, trace=SpectralTrace())
     assert path.exists()
     with pytest.raises(UserError, match="belongs to another run"):
         engine.denoise("a green circle", checkpoint=path)
@@ -177,7 +177,7 @@ def test_interrupted_in_the_first_step_keeps_nothing(engine, tmp_path):
 
 
 def test_trace_hears_every_layer_of_the_conditional_pass(engine):
-    trace = Trace()
+    trace = SpectralTrace()
     plain = engine.denoise(PROMPT)
     traced = engine.denoise(PROMPT, trace=trace)
     assert torch.equal(plain.latents, traced.latents)

@@ -12,16 +12,16 @@ from PIL import Image
 from torch import Tensor
 
 from engine.adapters import adapter_of
-from engine.apply import Ranks
 from engine.checkpoint import save_latents
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.given import GivenFrames, GivenImage, parse_given
+from engine.hooks.apply import Ranks
 from engine.known import Known, check_given
-from engine.read_image import read_image
-from engine.read_video import read_video
-from engine.video import open_video
+from engine.media.read_image import read_image
+from engine.media.read_video import read_video
+from engine.media.write_video import open_video
 from freespec.methods import FreeSpec
 from tests.engine.golden import mesh_of, relative
 from tests.ranks import run_ranks

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from engine.apply import Ranks
 from engine.config import RunConfig
+from engine.hooks.apply import Ranks
 from launch.cli import parse_run
 from tests.engine.golden import Case, all_degrees, assert_same_video, latents_of, mesh_of, on_one_rank, relative
 from tests.engine.test_ranks import METHODS, WHOLE_HEADS

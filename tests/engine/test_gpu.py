@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from engine import apply_method
 from freespec.kernels import select_kernel
 from freespec.methods import FreeSpec
-from tests.engine.test_apply import latents_of
+from tests.engine.hooks.test_apply import latents_of
 from tests.tiny_pipelines import random_wan
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from engine import apply_method
 from engine.adapters.ltx import LTX, pack, shift_exponent, unpack
 from engine.config import DecodeConfig, MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
-from engine.convolutions import use_onednn
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.load import load_pipeline
-from engine.trace import Trace
+from engine.load.convolutions import use_onednn
+from engine.load.pipeline import load_pipeline
+from engine.spectra.trace import SpectralTrace
 from freespec.methods import METHODS, FreeSpec, Grid
 from tests.engine.reference_run import latents_by_masks
 from tests.tiny_pipelines import random_ltx, save_random_ltx
@@ -277,7 +277,7 @@ def test_the_trace_hears_the_conditional_half_of_the_batch(folder):
     ranks = {}
     for prompt, guidance in ((PROMPT, 4.0), (PROMPT, 1.0), (NEGATIVE, 1.0)):
         engine = LongVideoEngine(config_of(folder, sampler={"guidance_scale": guidance, "negative_prompt": NEGATIVE}))
-        trace = Trace()
+        trace = SpectralTrace()
         engine.denoise(prompt, trace=trace)
         engine.close()
         # The first step sees the same noise with and without guidance; layer 0 comes before the text.

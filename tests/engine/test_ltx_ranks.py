@@ -6,9 +6,9 @@ import pytest
 from torch import Tensor
 
 from engine.adapters.ltx import LtxAdapter
-from engine.apply import Ranks
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.errors import UserError
+from engine.hooks.apply import Ranks
 from engine.supported_layouts import check_layout
 from freespec.methods import METHODS, FreeSpec
 from tests.engine.golden import (

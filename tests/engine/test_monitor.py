@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 
-from engine.apply import Ranks
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
+from engine.hooks.apply import Ranks
 from parallel.monitor import Monitor
 from tests.engine.golden import PROMPT, mesh_of
 from tests.ranks import run_ranks

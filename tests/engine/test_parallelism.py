@@ -28,7 +28,7 @@ from engine.planner.memory import GIB
 from engine.planner.model import read_model
 from engine.planner.plan import plan
 from launch.ranks import open_ranks
-from parallel.plan import length
+from parallel.shards import length
 
 CUDA = torch.device("cuda")  # a name only: which GPU it is comes from the fixture
 CONFIG = RunConfig(
@@ -203,9 +203,9 @@ def test_generate_alone_asks_before_anything_is_loaded(
     ):
         pytest.fail("the block of a run that does not fit was entered")
     with_memory(10**12)
-    with open_ranks(CONFIG, prompts=["a red circle"], verbose=False) as party:
-        assert party.ranks is None
+    with open_ranks(CONFIG, prompts=["a red circle"], verbose=False) as context:
+        assert context.ranks is None
     monkeypatch.setattr("launch.ranks.pick_device", lambda name: torch.device("cpu"))
     with_memory(1)  # which nobody asks for
-    with open_ranks(CONFIG, prompts=["a red circle"], verbose=False) as party:
-        assert party.ranks is None
+    with open_ranks(CONFIG, prompts=["a red circle"], verbose=False) as context:
+        assert context.ranks is None

@@ -23,11 +23,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.adapters.wan_published import PUBLISHED
-from engine.apply import apply_method
 from engine.config import DecodeConfig, MethodConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig
-from engine.decode import stream_decode
+from engine.decode.pieces import stream_decode
 from engine.errors import UserError
-from engine.hooks import BranchProcessor, RunState, StepHook, TokenHooks
+from engine.hooks.apply import apply_method
+from engine.hooks.self_attention import BranchProcessor, RunState, StepHook, TokenHooks
 from engine.planner.choose import choose
 from engine.planner.flops import forward_flops
 from engine.planner.gpu import FOLDER, read_gpu
@@ -42,7 +42,7 @@ from freespec.attention import WindowedAttention
 from freespec.kernels import KERNELS
 from freespec.methods import Grid, StepPlan, make_method
 from parallel.attention import TORCH_EXCHANGE
-from parallel.plan import Mode, length
+from parallel.shards import Mode, length
 from tests.parallel.memory import LiveBytes
 from tests.parallel.worlds import small_mesh
 from tests.pretend_cuda import pretend_cuda
@@ -190,8 +190,8 @@ def test_flops_of_every_branch_in_every_layout_are_exactly_what_torch_counts(
     flops = forward_flops(spec, layout.share(mode), mode)
     assert sum(flops.values()) == counted_flops(fake_forward(layout, mode, "plain", layers=2))
     if mode == "dual":  # both branches for the price of one
-        together = flops["attention_local"] + flops["attention_rest"]
-        assert together == forward_flops(spec, layout.share("global"), "global")["attention_global"]
+        raise_together = flops["attention_local"] + flops["attention_rest"]
+        assert raise_together == forward_flops(spec, layout.share("global"), "global")["attention_global"]
 
 
 @pytest.mark.usefixtures("fake_world")

@@ -16,10 +16,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.adapters.ltx_published import PUBLISHED
-from engine.apply import apply_method
 from engine.config import DecodeConfig, MethodConfig, ModelConfig, SamplerConfig, VideoConfig
-from engine.decode import stream_decode, to_uint8
-from engine.hooks import BranchProcessor, RunState, StepHook, TokenHooks
+from engine.decode.pieces import stream_decode, to_uint8
+from engine.hooks.apply import apply_method
+from engine.hooks.self_attention import BranchProcessor, RunState, StepHook, TokenHooks
 from engine.planner.flops import forward_flops
 from engine.planner.gpu import read_gpu
 from engine.planner.layout import Layout, lay_out
@@ -32,7 +32,7 @@ from freespec.kernels import KERNELS
 from freespec.methods import Grid, StepPlan, make_method
 from launch.cli import parse_run
 from parallel.attention import TORCH_EXCHANGE
-from parallel.plan import Mode
+from parallel.shards import Mode
 from tests.engine.test_planner import CPU, METHOD_OF, RANK, counted_flops, forward_part, profiled_peak
 from tests.parallel.memory import LiveBytes
 from tests.parallel.worlds import small_mesh

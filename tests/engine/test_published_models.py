@@ -13,19 +13,19 @@ import torch
 from torch import nn
 
 from engine.adapters.published import PUBLISHED
-from engine.apply import apply_method
 from engine.config import DecodeConfig, MethodConfig, ModelConfig, ParallelConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.errors import UserError
-from engine.hooks import BranchProcessor
+from engine.hooks.apply import apply_method
+from engine.hooks.self_attention import BranchProcessor
 from engine.parallelism import choose_degrees
 from engine.planner.layout import feasible_degrees
 from engine.planner.model import ModelSpec
-from parallel.plan import SequencePlan, length
+from parallel.shards import SequencePlan, length
 
 NATIVE = {"WanPipeline": (21, 321), "LTXPipeline": (16, 481)}  # window and long video
 WAN_SMALL, WAN_LARGE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 LTX_090, LTX_091, LTX_095 = "Lightricks/LTX-Video", "diffusers/LTX-Video-0.9.1", "Lightricks/LTX-Video-0.9.5"
-LTX = (LTX_090, LTX_091, LTX_095)  # 0.9.6 dev has the parts of 0.9.5: see tests/engine/test_single_file.py
+LTX = (LTX_090, LTX_091, LTX_095)  # 0.9.6 dev has the parts of 0.9.5: see tests/engine/load/test_single_file.py
 HEADS = {WAN_SMALL: 12, WAN_LARGE: 40} | dict.fromkeys(LTX, 32)
 LAYERS = {WAN_SMALL: 30, WAN_LARGE: 40} | dict.fromkeys(LTX, 28)
 # Tensors and parameters of transformer and VAE, as diffusers builds them.

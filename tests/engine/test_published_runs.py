@@ -13,7 +13,8 @@ from engine.adapters import ModelAdapter
 from engine.adapters.ltx import LTX
 from engine.adapters.wan import WAN
 from freespec.methods import FreeLong, FreeNoise, FreePCA, Grid, Method
-from tests.engine import test_apply, test_ltx
+from tests.engine import test_ltx
+from tests.engine.hooks import test_apply
 from tests.engine.reference_run import latents_by
 from tests.freespec import published
 from tests.freespec.layers import QKV

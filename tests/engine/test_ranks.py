@@ -9,8 +9,7 @@ import torch
 from diffusers import FirstBlockCacheConfig
 from torch import Tensor
 
-import engine.timeline_hooks
-from engine.apply import Ranks
+import engine.hooks.cross_attention
 from engine.config import (
     AttentionConfig,
     MethodConfig,
@@ -22,7 +21,8 @@ from engine.config import (
 )
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.ranks import together
+from engine.hooks.apply import Ranks
+from engine.ranks import raise_together
 from engine.supported_layouts import refused_axes
 from freespec.methods import FreePCA, FreeSpec, make_method
 from freespec.riflex import Riflex
@@ -85,7 +85,7 @@ def latents_on_ranks(rank: int, case: Case) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
         if case.fault == "frames of the first rank":
             patch.setattr(
-                engine.timeline_hooks, "attend", lambda *args, **kwargs: attend(*args, **kwargs | {"q_start": 0})
+                engine.hooks.cross_attention, "attend", lambda *args, **kwargs: attend(*args, **kwargs | {"q_start": 0})
             )
         return latents_of(config_of(case.folder, case.method), ranks, case.prompt)
 
@@ -221,7 +221,7 @@ def fail_on_rank_1(rank: int, fault: str) -> str:
         return "nothing"
 
     try:
-        return together(mesh_of((1, 1, 2)), act)
+        return raise_together(mesh_of((1, 1, 2)), act)
     except UserError as error:
         return str(error)
 

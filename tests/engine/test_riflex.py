@@ -9,7 +9,7 @@ from torch import Tensor
 from engine import apply_method
 from engine.errors import UserError
 from freespec.riflex import Riflex
-from tests.engine.test_apply import latents_of
+from tests.engine.hooks.test_apply import latents_of
 from tests.tiny_pipelines import random_ltx, random_wan
 
 RIFLEX = Riflex(enabled=True, index=1)

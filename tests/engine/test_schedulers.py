@@ -31,10 +31,10 @@ from engine import apply_method
 from engine.adapters import ADAPTERS, ModelAdapter
 from engine.adapters.ltx import LTX, pack, unpack
 from engine.adapters.wan import WAN
-from engine.apply import Ranks
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.hooks.apply import Ranks
 from engine.schedulers import SchedulerState, restore_scheduler
 from freespec.methods import FreeSpec
 from tests.engine.golden import PROMPT, mesh_of, relative

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.apply import Ranks, apply_method
 from engine.config import MethodConfig, ModelConfig, OutputConfig, ParallelConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.trace import Trace
+from engine.hooks.apply import Ranks, apply_method
+from engine.spectra.trace import SpectralTrace
 from parallel.mesh import build_mesh
 from parallel.xfuser import XfuserAttention, xfuser_attention
 from tests.parallel import xfuser_stand_in
@@ -62,7 +62,7 @@ def refusals(engine: LongVideoEngine) -> str:
     with pytest.raises(UserError, match=r"use it with method\.name direct, not freespec"):
         engine.use_method(dataclasses.replace(engine.config.method, name="freespec"))
     with pytest.raises(UserError, match="hands out no branches to trace") as caught:
-        engine.denoise(PROMPT, trace=Trace())
+        engine.denoise(PROMPT, trace=SpectralTrace())
     return str(caught.value)
 
 

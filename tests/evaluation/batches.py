@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from engine.files.whole import file_sha256
-from engine.video import open_video
+from engine.media.write_video import open_video
 
 PROMPTS = ("a red circle", "a blue | square")
 SIZE = 32

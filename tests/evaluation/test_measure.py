@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from engine.errors import UserError
-from engine.read_video import read_video
+from engine.media.read_video import read_video
 from evaluation import measure
 from evaluation.measure import measure_all
 from evaluation.proxies import measure_file, proxies, read_frames

@@ -11,7 +11,7 @@ import pytest
 from engine.errors import UserError
 from evaluation.proxies import read_frames
 from evaluation.videos import groups, read_batch, read_batches, read_list, what_is_missing
-from tests.engine.test_read_video import LIMITED, picture, write, ycbcr
+from tests.engine.media.test_read_video import LIMITED, picture, write, ycbcr
 from tests.evaluation.batches import FPS, PROMPTS, SIZE, SWITCHES, make_batch, write_sidecar, write_video
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.read_video import read_video
-from engine.video import open_video
+from engine.media.read_video import read_video
+from engine.media.write_video import open_video
 from evaluation.measure import measure_all_world
 from evaluation.videos import Video, read_list
 from evaluation.world import WORLD, measure_world, videos_of_world
@@ -47,8 +47,8 @@ def test_values_are_those_of_the_frames_in_the_file(videos: list[Video], tmp_pat
         # A clip of the world itself is what its caption says.
         assert found[video.path]["world.colour_as_captioned"] > 0.9
     again = measure_all_world(videos, tmp_path / "kept", workers=2, say=said.append)
-    together = measure_all_world(videos, tmp_path / "others", workers=2, say=said.append)
-    assert str(again) == str(found) == str({path: together[path] for path in found})
+    raise_together = measure_all_world(videos, tmp_path / "others", workers=2, say=said.append)
+    assert str(again) == str(found) == str({path: raise_together[path] for path in found})
     assert said == [f"exact measures: {count} of 3 videos to be measured" for count in (3, 0, 3)]
 
 

@@ -30,12 +30,12 @@ def run_layer(method: Method, grid: Grid, qkv: QKV, step: StepPlan) -> Tensor:
         num_frames=grid.frames, frame_tokens=grid.frame_tokens, window_frames=grid.window_frames, kernel=plain
     )
     if step.mode == "dual":
-        local, wide = attention.both(q, k, v)
-        branches = Branches(local=local, wide=wide)
+        local, o_global = attention.both(q, k, v)
+        branches = Branches(o_local=local, o_global=o_global)
     else:
         fused = step.mode == "views_global"
-        wide = attention.dense(q * method.query_scale(grid), k, v)[0] if fused else None
-        branches = Branches(wide=wide, views=attention.views(q, k, v, method.view_starts(grid)))
+        o_global = attention.dense(q * method.query_scale(grid), k, v)[0] if fused else None
+        branches = Branches(o_global=o_global, views=attention.views(q, k, v, method.view_starts(grid)))
     weights = method.weights(step, grid, q.shape[-1], q.device)
     return method.fuse(branches, weights, Layer(grid=grid, sum_tokens=lambda x: x, sum_heads=lambda x: x))
 
@@ -56,4 +56,4 @@ def fuse_spectra(
     """FreeSpec's fusion of two branches [B, s, N, D], which looks at no grid and sums nothing over heads."""
     grid = Grid(frames=o_local.shape[1], rows=1, columns=1, window_frames=1)
     layer = Layer(grid=grid, sum_tokens=sum_tokens, sum_heads=lambda x: x)
-    return method.fuse(Branches(local=o_local, wide=o_global), weights, layer)
+    return method.fuse(Branches(o_local=o_local, o_global=o_global), weights, layer)

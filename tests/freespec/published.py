@@ -50,10 +50,10 @@ def freelong(
     t, h, w = torch.meshgrid(*axes, indexing="ij")
     mask = torch.exp(-0.5 * (t**2 + h**2 + w**2))[None, :, :, :, None, None]
     dims = (1, 2, 3)
-    local, wide = (
+    local, o_global = (
         torch.fft.fftshift(torch.fft.fftn(x.unflatten(1, sizes), dim=dims), dim=dims) for x in (o_local, o_wide)
     )
-    mixed = wide * mask + local * (1 - mask)
+    mixed = o_global * mask + local * (1 - mask)
     return torch.fft.ifftn(torch.fft.ifftshift(mixed, dim=dims), dim=dims).real.flatten(1, 3)
 
 
@@ -68,9 +68,9 @@ def branches_of(grid: Grid, qkv: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor,
     return local, attend(q, k, v)
 
 
-def _fuse_view(local: Tensor, wide: Tensor, window: int, count: int, *, compat: bool) -> Tensor:
+def _fuse_view(local: Tensor, o_global: Tensor, window: int, count: int, *, compat: bool) -> Tensor:
     """One view of one batch item, [W * H*W, N, D]: rows are pixels and channels, columns are frames."""
-    rows_l, rows_g = (x.unflatten(0, (window, -1)).flatten(1).T for x in (local, wide))
+    rows_l, rows_g = (x.unflatten(0, (window, -1)).flatten(1).T for x in (local, o_global))
     mean_l, mean_g = rows_l.mean(1, keepdim=True), rows_g.mean(1, keepdim=True)
     x_l, x_g = rows_l - mean_l, rows_g - mean_g
     values, vectors = torch.linalg.eigh(x_g.T @ x_g / rows_g.shape[0])
@@ -96,13 +96,13 @@ def freepca(qkv: QKV, grid: Grid, stride: int, **how: Any) -> Tensor:
     starts = list(range(0, grid.frames - window + 1, stride))
     if not compat and starts[-1] + window < grid.frames:
         starts.append(grid.frames - window)
-    wide = attend(q, k, v, scale)
+    o_global = attend(q, k, v, scale)
     value, count = torch.zeros_like(q), torch.zeros(grid.frames, dtype=q.dtype)
     for m, start in enumerate(starts):
         rows = slice(start * frame, (start + window) * frame)
         out = attend(q[:, rows], k[:, rows], v[:, rows])
         if fused and m > 0:
-            pairs = zip(out.double(), wide[:, rows].double(), strict=True)
+            pairs = zip(out.double(), o_global[:, rows].double(), strict=True)
             fused_items = [_fuse_view(a, b, window, min(m, most), compat=compat) for a, b in pairs]
             out = torch.stack(fused_items).to(q.dtype)
         value[:, rows] += out

@@ -61,15 +61,15 @@ def version_1(  # noqa: PLR0917 - the package's own
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, return_lse: bool, *, rounds: bool) -> Any:
-    wide = torch.promote_types(q.dtype, torch.float32)
+    compute_dtype = torch.promote_types(q.dtype, torch.float32)
     mean, scale = k.mean(dim=2, keepdim=True), q.shape[-1] ** -0.5
-    correction = (q @ mean.transpose(-1, -2)).squeeze(-1).to(wide) * scale
-    left, right = (q * scale).to(wide), (k - mean).to(wide)
+    correction = (q @ mean.transpose(-1, -2)).squeeze(-1).to(compute_dtype) * scale
+    left, right = (q * scale).to(compute_dtype), (k - mean).to(compute_dtype)
     if rounds:
         left, right = _round_blocks(left, QUERY_BLOCK), _round_blocks(right, KEY_BLOCK)
     logits = left @ right.transpose(-1, -2)
     lse = logits.logsumexp(-1)
-    out = (torch.exp(logits - lse[..., None]) @ v.to(wide)).to(q.dtype)
+    out = (torch.exp(logits - lse[..., None]) @ v.to(compute_dtype)).to(q.dtype)
     return (out, lse + correction) if return_lse else out
 
 

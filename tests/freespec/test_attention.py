@@ -280,8 +280,8 @@ def test_merging_into_the_first_is_merging(tokens: int, dtype: torch.dtype) -> N
 def test_the_wide_branch_of_a_dual_call_in_fp32_rounds_once() -> None:
     """More keys may follow on a ring: what is merged so far is not rounded to the dtype of q."""
     q, k, v = LONG.qkv(0, torch.bfloat16)
-    (local, _), (wide, lse) = windowed(LONG).dual(q, k, v, 0, 0, dtype=torch.float32)
+    (local, _), (o_global, lse) = windowed(LONG).dual(q, k, v, 0, 0, dtype=torch.float32)
     _, (rounded, _) = windowed(LONG).dual(q, k, v, 0, 0, dtype=torch.bfloat16)
-    assert (local.dtype, wide.dtype, lse.dtype) == (torch.bfloat16, torch.float32, torch.float32)
-    assert torch.equal(wide.to(torch.bfloat16), rounded)
-    assert not torch.equal(wide, rounded.float())
+    assert (local.dtype, o_global.dtype, lse.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    assert torch.equal(o_global.to(torch.bfloat16), rounded)
+    assert not torch.equal(o_global, rounded.float())

@@ -53,8 +53,8 @@ def test_the_first_view_is_local_and_the_mean_of_the_others_global() -> None:
     made = run_layer(FreePCA(stride=5), grid, (q, k, v), FUSED)  # views at 0, 5 and 9: frames 0 to 4 are in one only
     assert_same_math(made[:, :window], attend(q[:, :window], k[:, :window], v[:, :window]))
     alone = run_layer(FreePCA(stride=9), grid, (q, k, v), FUSED)[:, -window:]  # views at 0 and 9
-    wide = attend(q, k, v, token_scale(grid))[:, -window:]
-    assert_same_math(alone.unflatten(1, (5, -1)).mean(1), wide.unflatten(1, (5, -1)).mean(1))
+    o_global = attend(q, k, v, token_scale(grid))[:, -window:]
+    assert_same_math(alone.unflatten(1, (5, -1)).mean(1), o_global.unflatten(1, (5, -1)).mean(1))
 
 
 def test_all_components_are_the_global_branch_and_none_the_local_one() -> None:
@@ -143,18 +143,21 @@ def test_plans_scale_and_settings() -> None:
 
 def test_sums_over_pixels_are_of_fp32_products_and_do_not_depend_on_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of half-precision outputs the sums are those of the same values in fp64; bf16 products would be off by 1e-3."""
-    local, wide = (torch.randn(1, 5 * 12, 2, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
-    half = [x.to(torch.bfloat16) for x in (local, wide)]
+    local, o_global = (torch.randn(1, 5 * 12, 2, 8, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    half = [x.to(torch.bfloat16) for x in (local, o_global)]
     exact = components.temporal_grams(*(x.double() for x in half), 5)
     torch.testing.assert_close(components.temporal_grams(*half, 5), exact, rtol=1e-5, atol=1e-4)
     monkeypatch.setattr(components, "CHUNK_VALUES", 5 * 8)  # 5 of the 12 pixels at a time
     torch.testing.assert_close(
-        components.temporal_grams(local.double(), wide.double(), 5), _grams_of_rows(local, wide), rtol=1e-12, atol=1e-12
+        components.temporal_grams(local.double(), o_global.double(), 5),
+        _grams_of_rows(local, o_global),
+        rtol=1e-12,
+        atol=1e-12,
     )
 
 
-def _grams_of_rows(local: torch.Tensor, wide: torch.Tensor) -> torch.Tensor:
+def _grams_of_rows(local: torch.Tensor, o_global: torch.Tensor) -> torch.Tensor:
     """The literal form: rows of 5 frames, one per pixel, head and channel."""
-    x, y = (each.double().unflatten(1, (5, -1)).flatten(2) for each in (local, wide))
+    x, y = (each.double().unflatten(1, (5, -1)).flatten(2) for each in (local, o_global))
     x, y = (each - each.mean(1, keepdim=True) for each in (x, y))
     return torch.stack((x @ x.mT, x @ y.mT, y @ y.mT))

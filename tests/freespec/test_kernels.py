@@ -52,8 +52,8 @@ def sliding_views(dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tens
     """q of 5 frames and overlapping windows of 3 frames in k and v, cut from [S, N, D] tensors without a copy."""
     frames, tokens, heads, dim, window = 7, 33, 3, 64, 3
     generator = torch.Generator().manual_seed(0)
-    wide = torch.randn(3, frames * tokens, heads, dim, generator=generator)
-    q, k, v = wide.to(device, dtype).unbind(0)
+    o_global = torch.randn(3, frames * tokens, heads, dim, generator=generator)
+    q, k, v = o_global.to(device, dtype).unbind(0)
     k_bnkd, v_bnkd = (x.unfold(0, window * tokens, tokens).transpose(-1, -2) for x in (k, v))
     assert k_bnkd.untyped_storage().data_ptr() == k.untyped_storage().data_ptr()
     return q[: 5 * tokens].unflatten(0, (5, tokens)).transpose(1, 2), k_bnkd, v_bnkd

@@ -52,7 +52,7 @@ def test_sums_over_tokens_are_the_layer_s() -> None:
     def fuse(part: torch.Tensor, summed: bool) -> torch.Tensor:
         layer = Layer(grid=GRID, sum_tokens=lambda x: total if summed else x, sum_heads=lambda x: x)
         weights = method.weights(StepPlan(mode="dual"), GRID, 8, part.device)
-        return method.fuse(Branches(local=part, wide=part), weights, layer)
+        return method.fuse(Branches(o_local=part, o_global=part), weights, layer)
 
     whole = torch.cat([fuse(part, summed=True) for part in shards], dim=1)
     torch.testing.assert_close(whole, keep_directions_ref(out, 4), rtol=0, atol=1e-12)

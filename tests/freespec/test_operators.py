@@ -26,16 +26,16 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Call]] = {
     "gram": (spectrum.gram, lambda function, local, _wide: function(local)),
     "reconstruct": (
         spectrum.reconstruct,
-        lambda function, local, wide: function(local, MATRIX, wide, LAM, "lerp"),
+        lambda function, local, o_global: function(local, MATRIX, o_global, LAM, "lerp"),
     ),
     "exchange_low": (
         lowpass.exchange_low,
-        lambda function, local, wide: function(local, wide, MATRICES, size=SIZE),
+        lambda function, local, o_global: function(local, o_global, MATRICES, size=SIZE),
     ),
-    "temporal_grams": (components.temporal_grams, lambda function, local, wide: function(local, wide, FRAMES)),
+    "temporal_grams": (components.temporal_grams, lambda function, local, o_global: function(local, o_global, FRAMES)),
     "mix_frames": (
         components.mix_frames,
-        lambda function, local, wide: function(local, wide, MIXING),
+        lambda function, local, o_global: function(local, o_global, MIXING),
     ),
 }
 
@@ -54,8 +54,8 @@ def many_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def branches(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Two outputs [1, S, N, D] whose memory is not in that order."""
-    local, wide = small(2, 1, HEADS, TOKENS, DIM).to(dtype).transpose(2, 3).unbind(0)
-    return local, wide
+    local, o_global = small(2, 1, HEADS, TOKENS, DIM).to(dtype).transpose(2, 3).unbind(0)
+    return local, o_global
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -63,11 +63,11 @@ def test_generated_code_keeps_no_pieces(name: str) -> None:
     function, call = CALLS[name]
     made = tuple(x.contiguous() for x in branches(torch.bfloat16))
     with torch.no_grad():
-        code = code_of(lambda local, wide: call(function, local, wide), *made)
+        code = code_of(lambda local, o_global: call(function, local, o_global), *made)
         assert f"torch.ops.freespec.{name}.default(" in code
         assert sum(buffers(code)) <= made[0].numel() // 4  # of matrices that are arguments
         # The negative control: the same function as a compiler would unroll it.
-        unrolled = code_of(lambda local, wide: call(function.__wrapped__, local, wide), *made)  # type: ignore[attr-defined]
+        unrolled = code_of(lambda local, o_global: call(function.__wrapped__, local, o_global), *made)  # type: ignore[attr-defined]
     assert len(unrolled.splitlines()) > 2 * len(code.splitlines())
     if name in ("reconstruct", "exchange_low", "mix_frames"):
         assert sum(buffers(unrolled)) > 2 * made[0].numel()
@@ -78,6 +78,8 @@ def test_generated_code_keeps_no_pieces(name: str) -> None:
 def test_a_compiled_block_has_the_same_numbers(name: str, dtype: torch.dtype) -> None:
     function, call = CALLS[name]
     made = branches(dtype)
-    compiled = torch.compile(lambda local, wide: call(function, local, wide) * 1.0, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(
+        lambda local, o_global: call(function, local, o_global) * 1.0, fullgraph=True, backend="aot_eager"
+    )
     with torch.no_grad():
         assert torch.equal(compiled(*made), call(function, *made))

@@ -31,11 +31,11 @@ def scened(starts: tuple[int, ...]) -> ScenedAttention:
 @pytest.mark.parametrize("starts", STARTS)
 def test_both_branches_equal_explicit_keys(starts):
     q, k, v = draw()
-    local, wide = scened(starts).both(q, k, v)
+    local, o_global = scened(starts).both(q, k, v)
     sizes = {"frame_tokens": FRAME_TOKENS, "window_frames": WINDOW}
     torch.testing.assert_close(local, scenes_ref(q, k, v, **sizes, starts=starts), rtol=0, atol=1e-12)
     whole = masked_ref(q, k, v, frame_tokens=FRAME_TOKENS, window_frames=None)
-    torch.testing.assert_close(wide, whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(o_global, whole, rtol=0, atol=1e-12)
     if len(starts) > 1:  # negative control: windows that cross scenes
         crossing = masked_ref(q, k, v, **sizes)
         assert not torch.allclose(local, crossing, rtol=0, atol=1e-2)
@@ -43,10 +43,10 @@ def test_both_branches_equal_explicit_keys(starts):
 
 def test_one_scene_is_the_plain_window():
     q, k, v = draw()
-    local, wide = scened((0,)).both(q, k, v)
+    local, o_global = scened((0,)).both(q, k, v)
     plain_local, plain_wide = scened((0,)).video.both(q, k, v)
     assert torch.equal(local, plain_local)
-    assert torch.equal(wide, plain_wide)
+    assert torch.equal(o_global, plain_wide)
 
 
 @pytest.mark.parametrize("starts", STARTS)

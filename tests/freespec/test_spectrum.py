@@ -131,9 +131,9 @@ def test_guard(basis: Basis) -> None:
 
 def near_the_guard(second: float, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """Branches of two directions, the local one's second `second` times its first, the global one's half of it."""
-    local, wide = torch.zeros(2, 20, 2, dtype=torch.float64)
-    local[0, 0], wide[0, 0], local[1, 1], wide[1, 1] = 1.0, 1.0, second, 0.5
-    return local.to(dtype)[None, :, None], wide.to(dtype)[None, :, None]
+    local, o_global = torch.zeros(2, 20, 2, dtype=torch.float64)
+    local[0, 0], o_global[0, 0], local[1, 1], o_global[1, 1] = 1.0, 1.0, second, 0.5
+    return local.to(dtype)[None, :, None], o_global.to(dtype)[None, :, None]
 
 
 def second_of(fused: Tensor) -> float:
@@ -184,12 +184,12 @@ def test_low_precision(basis: Basis, dtype: torch.dtype) -> None:
 
 def svd_fp32(o_local: Tensor, o_global: Tensor, weight: Tensor, lam: float, *, basis: str) -> Tensor:
     """Plain torch in fp32: eq. 4-13 as they are written."""
-    local, wide = (x.float().transpose(1, 2) for x in (o_local, o_global))
+    local, o_global = (x.float().transpose(1, 2) for x in (o_local, o_global))
     u_l, s_l, vh_l = torch.linalg.svd(local, full_matrices=False)
-    u_g, s_g, vh_g = torch.linalg.svd(wide, full_matrices=False)
+    u_g, s_g, vh_g = torch.linalg.svd(o_global, full_matrices=False)
     u, vh = (u_l, vh_l) if basis == "local" else (u_g, vh_g)
     g = weight.float()
-    fused = (1 - lam) * (u * (g * s_g + (1 - g) * s_l)[..., None, :]) @ vh + lam * wide
+    fused = (1 - lam) * (u * (g * s_g + (1 - g) * s_l)[..., None, :]) @ vh + lam * o_global
     return fused.transpose(1, 2)
 
 

@@ -73,8 +73,8 @@ def run(case: Case, device: str = "cpu") -> tuple[Tensor, ...]:
     tiles = Tiles(queries=case.tiles[0], keys=case.tiles[1], warps=4, stages=1)
     layer = windowed(case.video, lambda *args, **kwargs: dual(*args, **kwargs, tiles=tiles))
     q, k, v = (x.to(device) for x in qkv)
-    local, wide = layer.dual(q, k, v, q_start, k_start, dtype=case.wide_dtype or case.dtype)
-    return tuple(x.cpu() for x in (*local, *wide))
+    local, o_global = layer.dual(q, k, v, q_start, k_start, dtype=case.wide_dtype or case.dtype)
+    return tuple(x.cpu() for x in (*local, *o_global))
 
 
 def run_grams(case: Case, tiles_of_a_run: int) -> tuple[Tensor, ...]:
@@ -110,14 +110,14 @@ def count_graphs(layers: int) -> tuple[int, bool]:
 
     @torch.compile(backend=counter, fullgraph=True)
     def block(x: Tensor) -> Tensor:
-        local, wide = layer.dual(x, k, v, 0, 0, dtype=x.dtype)
-        return local[0] + wide[0]
+        local, o_global = layer.dual(x, k, v, 0, 0, dtype=x.dtype)
+        return local[0] + o_global[0]
 
     compiled = plainly = q
     for _ in range(layers):
         compiled = block(compiled)
-        local, wide = layer.dual(plainly, k, v, 0, 0, dtype=q.dtype)
-        plainly = local[0] + wide[0]
+        local, o_global = layer.dual(plainly, k, v, 0, 0, dtype=q.dtype)
+        plainly = local[0] + o_global[0]
     return counter.frame_count, torch.equal(compiled, plainly)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.command import run_command
 from launch.commands import generate
+from launch.exit_codes import run_command
 from tests.tiny_pipelines import save_random_wan
 
 SMALL = {

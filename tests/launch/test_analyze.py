@@ -13,7 +13,7 @@ import pytest
 
 from engine.engine import LongVideoEngine
 from engine.files.claims import claim
-from engine.read_video import count_frames
+from engine.media.read_video import count_frames
 from launch.analysis.report import low_rank_summary
 from launch.analysis.spectra import by_layer_and_head, concentration, mean_and_error, over_prompts
 from launch.commands import analyze

@@ -18,11 +18,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from engine.batch.driver import Seat
+from engine.batch.driver import ReplicaState
 from engine.batch.files import BatchFiles
+from engine.batch.items import Batch, claim_folder, with_method
 from engine.batch.journal import table
 from engine.batch.locks import Shard, own_shard
-from engine.batch.plan import Batch, claim_folder, with_method
 from engine.batch.queue import Failure, Queue
 from engine.checkpoint import kept_steps, load_latents
 from engine.config import ModelConfig
@@ -347,7 +347,9 @@ def test_a_replica_that_was_given_up_has_its_line_in_the_summary(
 ) -> None:
     files = BatchFiles(root=tmp_path)
     replica = FakeReplica("replica-1", Clock())
-    seat = Seat(replica=replica, state="gone", starts=3, failure=Failure("mistake", "out of memory while loading"))
+    seat = ReplicaState(
+        replica=replica, state="gone", starts=3, failure=Failure("mistake", "out of memory while loading")
+    )
     driver = SimpleNamespace(halted=None, queue=Queue.of(()), seats=[seat])
     work = Work(done=(), given_up=(), todo=())
     assert batch.finish(SimpleNamespace(keep_latents=False), files, cases.config(), work, driver) == 0
@@ -551,7 +553,7 @@ def test_a_disk_that_is_full_when_the_driver_writes_is_one_line(
     def full(path: Path, tree: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("engine.batch.plan.write_json", full)
+    monkeypatch.setattr("engine.batch.items.write_json", full)
     shown = make_batch()
     assert shown.code == 2, shown
     assert shown.err.startswith(f"error: cannot write to {tmp_path / 'out'}: No space left on device ("), shown

@@ -14,7 +14,7 @@ import pytest
 
 from engine.batch.locks import Shard, own_shard
 from engine.engine import LongVideoEngine
-from engine.read_video import read_video
+from engine.media.read_video import read_video
 from launch.commands import compare, generate
 from metrics.video import VIDEO_UNITS, video_metrics
 from tests.launch.conftest import SMALL, Run

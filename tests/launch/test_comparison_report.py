@@ -14,8 +14,8 @@ import pytest
 
 from engine.config import MethodConfig, ModelConfig, RunConfig, VideoConfig
 from engine.errors import UserError
+from engine.media.write_video import open_video
 from engine.record import describe_video, write_record
-from engine.video import open_video
 from launch.comparison.markdown import estimate
 from launch.comparison.page import interval, number, write_page
 from launch.comparison.report import write_report

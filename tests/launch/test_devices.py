@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.read_video import count_frames
+from engine.media.read_video import count_frames
 from launch.commands import analyze, compare, decode, generate
 from tests.launch.conftest import LTX, SMALL, Run
 from tests.pretend_cuda import pretend_cuda

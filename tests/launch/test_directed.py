@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.read_video import count_frames
+from engine.media.read_video import count_frames
 from launch.commands import decode, generate
 from tests.launch.conftest import SMALL, Run
 

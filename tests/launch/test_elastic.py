@@ -19,7 +19,7 @@ import torch.distributed as dist
 from engine.checkpoint import kept_steps
 from engine.errors import UserError
 from launch.ranks import gather_ranks
-from launch.stopping import Place
+from launch.stopping import RankEnv
 from tests.launch.test_ranks import SCRIPT, TORCHRUN, latents_of, prompted
 
 WORLD = 3
@@ -41,7 +41,7 @@ def gather(port: int, ranks: list[int], world: int, *, timeout: float = 200.0) -
     def come(rank: int) -> None:
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=timeout))
         try:
-            ended[rank] = gather_ranks(store, Place(rank=rank, world=world, local_rank=rank), timeout)
+            ended[rank] = gather_ranks(store, RankEnv(rank=rank, world=world, local_rank=rank), timeout)
         except UserError as error:
             ended[rank] = error
 

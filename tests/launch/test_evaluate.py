@@ -17,8 +17,8 @@ from engine.files.locks import hold
 from evaluation import measure
 from evaluation.dimensions import DIMENSIONS
 from evaluation.proxies import PROXIES
-from launch.command import run_command
 from launch.commands import batch, evaluate
+from launch.exit_codes import run_command
 from tests.evaluation.batches import PROMPTS, make_batch, write_sidecar
 from tests.evaluation.fake_vbench import calls, ends, forget_hashes, make_checkout, make_weights, set_plan
 from tests.evaluation.test_world import write_clip

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 import torch
 
+import engine.decode.tiles
 import engine.engine
-import engine.tiled_decode
-from engine.hooks import BranchProcessor
+from engine.hooks.self_attention import BranchProcessor
+from engine.media.write_video import VideoWriter
 from engine.paths import REPOSITORY
-from engine.video import VideoWriter
 from launch import stopping
 from launch.commands import decode, generate
 from launch.start import run_script
@@ -66,7 +66,7 @@ def die_while_loading(rank: int) -> None:
 
 
 def die_while_decoding(rank: int) -> None:
-    decode_step, calls = engine.tiled_decode.decode_step, []
+    decode_step, calls = engine.decode.tiles.decode_step, []
 
     def fail(*args: object, **kwargs: object) -> object:
         calls.append(args)
@@ -74,7 +74,7 @@ def die_while_decoding(rank: int) -> None:
             kill_myself()
         return decode_step(*args, **kwargs)
 
-    engine.tiled_decode.decode_step = fail
+    engine.decode.tiles.decode_step = fail
 
 
 def fill_disk(rank: int) -> None:

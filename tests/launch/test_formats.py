@@ -11,11 +11,11 @@ import pytest
 
 from engine.files.claims import claim
 from engine.files.whole import content_bytes, content_sha256
-from engine.read_video import read_video
+from engine.media.read_video import read_video
+from engine.media.write_video import VideoWriter, as_comment
 from engine.record import video_facts
-from engine.video import VideoWriter, as_comment
 from launch.commands import decode, demo
-from tests.engine.test_video import comments, content, read
+from tests.engine.media.test_video import comments, content, read
 from tests.launch.conftest import SMALL, Run
 from tests.launch.test_generate import names
 

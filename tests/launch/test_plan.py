@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from launch.command import run_command
 from launch.commands.plan import main
+from launch.exit_codes import run_command
 
 WAN = ["--config", "configs/wan2.1-t2v-1.3b.yaml"]
 

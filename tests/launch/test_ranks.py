@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from engine.checkpoint import load_latents
-from engine.read_video import count_frames
+from engine.media.read_video import count_frames
 from launch import launcher, stopping
 from launch.arguments.prompts import EXAMPLE
 from launch.commands import generate

@@ -78,8 +78,8 @@ def start(wan_folder: Path, tmp_path: Path) -> Iterator[Callable[[str], list[int
         environments: list[dict[str, str]] = [{}]
         if how == "environment":
             with socket.create_server(("127.0.0.1", 0)) as free:
-                place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-            environments = [place | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+                rank_env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+            environments = [rank_env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
         processes = [begin(STARTS[how], environment) for environment in environments]
         until = time.monotonic() + PATIENCE_SECONDS
         while not (tmp_path / "a.checkpoint.safetensors").exists():
@@ -128,8 +128,8 @@ class Store:
 @pytest.mark.parametrize(("other", "shared"), [(None, True), ("another boot", False), ("", False)])
 def test_machines_that_only_share_a_name_keep_their_network(other: str | None, shared: bool) -> None:
     mine = ranks.describe_network()
-    place = ranks.Place(rank=0, world=2, local_rank=0)
-    assert ranks._share_loopback(Store(mine, mine if other is None else other), place) is shared
+    rank_env = ranks.RankEnv(rank=0, world=2, local_rank=0)
+    assert ranks._share_loopback(Store(mine, mine if other is None else other), rank_env) is shared
 
 
 def test_a_listener_beyond_loopback_would_be_seen() -> None:

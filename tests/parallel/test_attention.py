@@ -16,9 +16,9 @@ from torch import Tensor
 
 from freespec.attention import WindowedAttention
 from freespec.kernels import cpu_flash
-from parallel import attention, collectives, plan
+from parallel import attention, collectives, shards
 from parallel.attention import TORCH_EXCHANGE, BranchKernels, HeadExchange, SequenceLayout
-from parallel.plan import LayerShape, SequencePlan
+from parallel.shards import LayerShape, SequencePlan
 from tests.parallel.masked import MaskedKernels, masked_attention
 from tests.parallel.worlds import ByteCount, bytes_at_torch, seeded, small_mesh
 from tests.ranks import run_ranks
@@ -99,7 +99,7 @@ def head_share(layout: SequenceLayout) -> slice:
     return slice(*layout.plan.head_shares[layout.mesh.ulysses.rank])
 
 
-def worst_error(layout: SequenceLayout, video: Video, mode: plan.Mode, kernels: BranchKernels) -> float:
+def worst_error(layout: SequenceLayout, video: Video, mode: shards.Mode, kernels: BranchKernels) -> float:
     """Run one attention layer as the engine does; the largest difference to the reference inside it and after it.
 
     A dual step reduces two Gram matrices per head, and sends one tensor back.
@@ -120,7 +120,7 @@ def worst_error(layout: SequenceLayout, video: Video, mode: plan.Mode, kernels: 
     return max((float((got - want).abs().max()) for got, want in mine if got.numel()), default=0.0)
 
 
-def layouts_of_modes(layout: SequenceLayout) -> Iterator[tuple[plan.Mode, SequenceLayout]]:
+def layouts_of_modes(layout: SequenceLayout) -> Iterator[tuple[shards.Mode, SequenceLayout]]:
     for mode in ("local", "global", "dual"):
         yield mode, layout
     yield "local", layout.on_shards()
@@ -137,7 +137,9 @@ def check_layouts(rank: int, degrees: Degrees) -> None:
             with bytes_at_torch() as sent:
                 error = worst_error(route, video, mode, video.masked)
             assert error < 1e-10, f"{mode} of {video}: {error}"
-            planned = plan.layer_bytes(route.plan, route.mesh.sequence.rank, mode, shape=shape, halo=video.masked.halo)
+            planned = shards.layer_bytes(
+                route.plan, route.mesh.sequence.rank, mode, shape=shape, halo=video.masked.halo
+            )
             assert +count.sent == +Counter(planned), f"{mode} of {video}"
             assert sent.total() == count.sent.total(), f"{mode} of {video}"
             if mode == "dual":  # which calls each of the method's own kernels
@@ -168,11 +170,11 @@ def check_whole_run(rank: int, degrees: Degrees) -> tuple[Tensor, tuple[Tensor, 
     scale = 1 + layout.mesh.cfg.rank
     torch.testing.assert_close(gathered, reference(video)[1].flatten(2) * scale, rtol=0, atol=1e-10)
     token_bytes = video.batch * video.heads * HEAD_DIM * 8
-    assert count.sent["gather"] == plan.gather_bytes(layout.plan, token_bytes=token_bytes)
+    assert count.sent["gather"] == shards.gather_bytes(layout.plan, token_bytes=token_bytes)
     predictions = layout.cfg_exchange(gathered)
     assert len(predictions) == degrees[0]
     assert torch.equal(predictions[layout.mesh.cfg.rank], gathered)
-    assert count.sent["cfg"] == plan.cfg_bytes(degrees[0], prediction_bytes=gathered.nbytes)
+    assert count.sent["cfg"] == shards.cfg_bytes(degrees[0], prediction_bytes=gathered.nbytes)
     return total, predictions
 
 
@@ -229,7 +231,7 @@ class Control:
     """One movement to break in a layout of two ranks, and the mode whose result must show it."""
 
     degrees: Degrees
-    mode: plan.Mode
+    mode: shards.Mode
     exchange: HeadExchange = TORCH_EXCHANGE
     kernels: type[MaskedKernels] = MaskedKernels
     patches: tuple[tuple[str, Any], ...] = ()

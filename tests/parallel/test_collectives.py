@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel import collectives, plan
+from parallel import collectives, shards
 from parallel.collectives import ALL_GATHER, CollectiveError
 from tests.parallel.masked import MaskedKernels
 from tests.parallel.worlds import ByteCount, bytes_at_torch, seeded, small_mesh
@@ -62,20 +62,20 @@ class World:
         return dist.get_rank(self.group)
 
     @property
-    def tokens(self) -> tuple[plan.Range, ...]:
-        return plan.split_ranges(self.case.tokens, self.size)
+    def tokens(self) -> tuple[shards.Range, ...]:
+        return shards.split_ranges(self.case.tokens, self.size)
 
     @property
-    def heads(self) -> tuple[plan.Range, ...]:
-        return plan.split_ranges(self.case.heads, self.size)
+    def heads(self) -> tuple[shards.Range, ...]:
+        return shards.split_ranges(self.case.heads, self.size)
 
     @property
     def token_sizes(self) -> list[int]:
-        return [plan.length(span) for span in self.tokens]
+        return [shards.length(span) for span in self.tokens]
 
     @property
     def head_sizes(self) -> list[int]:
-        return [plan.length(span) for span in self.heads]
+        return [shards.length(span) for span in self.heads]
 
     def whole(self, seed: int) -> Tensor:
         return seeded(self.case.batch, self.case.tokens, self.case.heads, 2, seed=seed, dtype=self.case.dtype)
@@ -126,7 +126,7 @@ def copies(world: World) -> bool:
     return [torch.equal(x, world.whole(rank).transpose(1, 2)) for rank, x in enumerate(got)] == [True] * world.size
 
 
-def hand_out(world: World) -> bool:
+def broadcast(world: World) -> bool:
     right = True
     for source in range(world.size):
         mine = world.whole(world.rank)
@@ -162,7 +162,7 @@ def halo(world: World) -> bool:
     right = True
     for window in (1, 2, 5, world.case.tokens):
         kernels = MaskedKernels(frames=world.case.tokens, frame_tokens=1, window=window)
-        needed = plan.halo_needs(world.tokens, kernels.halo, world.case.tokens)
+        needed = shards.halo_needs(world.tokens, kernels.halo, world.case.tokens)
         kv = collectives.exchange_halo(
             world.my_tokens(k),
             world.my_tokens(v),
@@ -187,7 +187,7 @@ def ring(world: World) -> bool:
         got_k, got_v = collectives.unpack_keys(kv)
         span = slice(*world.tokens[owner])
         right = right and torch.equal(got_k, k[:, span]) and torch.equal(got_v, v[:, span])
-    return right and tuple(owners) == plan.ring_order(world.rank, world.size)
+    return right and tuple(owners) == shards.ring_order(world.rank, world.size)
 
 
 Movement = Callable[[World], bool]
@@ -196,7 +196,7 @@ MOVEMENTS: list[Movement] = [
     started_early,
     gather,
     copies,
-    hand_out,
+    broadcast,
     collecting,
     ordered_sum,
     halo,
@@ -264,7 +264,7 @@ CONTROLS: list[tuple[Movement, str, Callable[..., object]]] = [
     (started_early, "all_to_all_single", skip_all_to_all),
     (gather, ALL_GATHER, shift_by_one_token),
     (copies, ALL_GATHER, shift_by_one_token),
-    (hand_out, "broadcast", keep_to_oneself),
+    (broadcast, "broadcast", keep_to_oneself),
     (collecting, "batch_isend_irecv", drop_a_row),
     (ordered_sum, ALL_GATHER, forget_the_others),
     (halo, "batch_isend_irecv", drop_a_row),
@@ -329,7 +329,7 @@ def miss_the_start(rank: int, case: None) -> None:
         with pytest.raises(CollectiveError, match="rank 0, start, ring axis: meeting among ranks"):
             small_mesh(ring=2, timeout=SOON)
     else:
-        with mock.patch("parallel.mesh.meet", lambda **_: None):
+        with mock.patch("parallel.mesh.barrier", lambda **_: None):
             small_mesh(ring=2, timeout=SOON)
     dist.barrier(dist.group.WORLD)
 

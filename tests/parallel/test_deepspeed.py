@@ -10,7 +10,7 @@ import torch
 
 from parallel.attention import TORCH_EXCHANGE
 from parallel.deepspeed import DeepSpeedExchange, deepspeed_exchange
-from parallel.plan import LayerShape, SequencePlan, layer_bytes, length
+from parallel.shards import LayerShape, SequencePlan, layer_bytes, length
 from tests.parallel.worlds import ByteCount, seeded, small_mesh
 from tests.ranks import run_ranks
 

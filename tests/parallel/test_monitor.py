@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from parallel.collectives import Trace, gather_copies, ignore_bytes
+from parallel.collectives import CollectiveTrace, gather_copies, ignore_bytes
 from parallel.monitor import Monitor
 from tests.parallel.worlds import small_mesh
 from tests.ranks import run_ranks
@@ -110,7 +110,7 @@ def late_to_a_gather(rank: int, told_file: str) -> list[str]:
 
     monitor = Monitor(rank=rank, timeout=timedelta(seconds=1), mark=lambda: lambda: True, tell=tell)
     monitor.start(lambda: None)
-    trace = Trace(label=State(step=5), on_bytes=ignore_bytes, on_call=monitor.following)
+    trace = CollectiveTrace(label=State(step=5), on_bytes=ignore_bytes, on_call=monitor.following)
     if rank == 1:
         while not Path(told_file).exists():
             time.sleep(0.05)

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel import plan
+from parallel import shards
 from parallel.attention import TORCH_EXCHANGE, SequenceLayout
-from parallel.plan import SequencePlan
+from parallel.shards import SequencePlan
 from tests.parallel.masked import MaskedKernels
 from tests.parallel.memory import LiveBytes
 from tests.parallel.worlds import ByteCount, seeded, small_mesh
@@ -57,7 +57,7 @@ def make_layout(tokens: int, ring: int) -> SequenceLayout:
     )
 
 
-def shards(layout: SequenceLayout, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+def own_shards(layout: SequenceLayout, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     whole = seeded(3, 1, layout.plan.tokens, HEADS, HEAD_DIM, dtype=dtype)
     return [layout.shard_tokens(x, dim=1).contiguous() for x in whole]
 
@@ -66,11 +66,11 @@ def check_memory(rank: int, frames: int) -> None:
     """Beyond the q, k, v handed in: the halo, and two buffers of the largest block; nothing grows with the ring."""
     ring = dist.get_world_size(dist.group.WORLD)
     layout, kernels = make_layout(frames, ring), WeightlessKernels(frames=frames, frame_tokens=1, window=5)
-    q, k, v = shards(layout)
-    halo = plan.length(kernels.halo(*layout.ring_shard))
-    block = max(plan.length(span) for span in layout.plan.ring_shards)
-    own = plan.length(layout.ring_shard)
-    expected: dict[plan.Mode, int] = {
+    q, k, v = own_shards(layout)
+    halo = shards.length(kernels.halo(*layout.ring_shard))
+    block = max(shards.length(span) for span in layout.plan.ring_shards)
+    own = shards.length(layout.ring_shard)
+    expected: dict[shards.Mode, int] = {
         "local": halo,
         "global": block + max(own, block if ring > 2 else 0),  # own keys, packed, until they are sent
         "dual": halo + min(2, ring - 1) * block,
@@ -99,7 +99,7 @@ def test_live_bytes_counts_what_is_kept() -> None:
     assert live.peak == first.numel() + third.numel() + fourth.numel() == 220
 
 
-def record_order(rank: int, mode: plan.Mode) -> list[str]:
+def record_order(rank: int, mode: shards.Mode) -> list[str]:
     """Transfers started and kernels called, in order."""
     layout, kernels = make_layout(12, 4), WeightlessKernels(frames=12, frame_tokens=1, window=3)
     batch: Callable[..., Any] = dist.batch_isend_irecv
@@ -109,7 +109,7 @@ def record_order(rank: int, mode: plan.Mode) -> list[str]:
         return batch(ops)
 
     with mock.patch.object(dist, "batch_isend_irecv", log_and_send):
-        layout.branches(*shards(layout), mode, kernels)
+        layout.branches(*own_shards(layout), mode, kernels)
     return kernels.log
 
 
@@ -123,10 +123,10 @@ def test_the_next_transfer_is_under_way_before_a_block_is_attended(tmp_path: Pat
 def check_rounding(rank: int, dtype: torch.dtype) -> tuple[float, float]:
     """Error of a ring of four, and of the same kernel on the whole sequence, against fp64."""
     layout, kernels = make_layout(48, 4), UpcastKernels(frames=48, frame_tokens=1, window=9)
-    wide = seeded(3, 1, 48, HEADS, HEAD_DIM, dtype=dtype)
-    exact, _ = MaskedKernels(frames=48, frame_tokens=1, window=9).dense(*wide.double())
-    one, _ = kernels.dense(*wide)
-    _, ring = layout.branches(*shards(layout, dtype), "dual", kernels)
+    o_global = seeded(3, 1, 48, HEADS, HEAD_DIM, dtype=dtype)
+    exact, _ = MaskedKernels(frames=48, frame_tokens=1, window=9).dense(*o_global.double())
+    one, _ = kernels.dense(*o_global)
+    _, ring = layout.branches(*own_shards(layout, dtype), "dual", kernels)
     assert ring is not None
     assert ring.dtype == dtype
     mine = layout.shard_tokens(exact, dim=1)
@@ -164,7 +164,7 @@ def test_a_ring_in_bf16_errs_at_most_twice_as_much_as_one_device(tmp_path: Path)
 
 def refuse(rank: int, case: None) -> None:
     layout = make_layout(12, 2)
-    q, k, v = shards(layout)
+    q, k, v = own_shards(layout)
     with pytest.raises(ValueError, match="a plan for ring 1 x ulysses 2 on a mesh of ring 2 x ulysses 1"):
         replace(layout, plan=replace(layout.plan, ring=1, ulysses=2))
     with pytest.raises(ValueError, match=r"q \(1, 5, 2, 16\) is not \[B, 6, 2, D\] of tokens"):

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from parallel import plan
+from parallel import shards
 from parallel.attention import TORCH_EXCHANGE, SequenceLayout
-from parallel.plan import LayerShape, SequencePlan
+from parallel.shards import LayerShape, SequencePlan
 from tests.parallel.memory import LiveBytes
 from tests.parallel.worlds import ByteCount, small_mesh
 
@@ -76,7 +76,7 @@ DEGREES = [
 @pytest.mark.parametrize("heads", [12, 40])
 @pytest.mark.parametrize("mode", ["dual", "global", "local"])
 def test_a_layer_of_wan_has_the_right_shapes_and_no_whole_sequence_on_a_ring(
-    mode: plan.Mode, heads: int, degrees: tuple[int, int, int]
+    mode: shards.Mode, heads: int, degrees: tuple[int, int, int]
 ) -> None:
     cfg, ring, ulysses = degrees
     count = ByteCount()
@@ -86,11 +86,11 @@ def test_a_layer_of_wan_has_the_right_shapes_and_no_whole_sequence_on_a_ring(
         exchange=TORCH_EXCHANGE,
         trace=count.trace(),
     )
-    my_heads = plan.length(layout.plan.head_shares[layout.mesh.ulysses.rank])
+    my_heads = shards.length(layout.plan.head_shares[layout.mesh.ulysses.rank])
     with FakeTensorMode(), LiveBytes() as live:
-        x = torch.empty(1, plan.length(layout.shard), heads, HEAD_DIM, dtype=torch.bfloat16)
+        x = torch.empty(1, shards.length(layout.shard), heads, HEAD_DIM, dtype=torch.bfloat16)
         inner = layout.scatter(x, x, x)
-        assert all(part.shape == (1, plan.length(layout.ring_shard), my_heads, HEAD_DIM) for part in inner)
+        assert all(part.shape == (1, shards.length(layout.ring_shard), my_heads, HEAD_DIM) for part in inner)
         branches = layout.branches(*inner, mode, ShapeKernels())
         assert [out is not None for out in branches] == [mode != "global", mode != "local"]
         made = [out for out in branches if out is not None]
@@ -103,5 +103,5 @@ def test_a_layer_of_wan_has_the_right_shapes_and_no_whole_sequence_on_a_ring(
     assert (live.largest >= whole_kv) == (ring == 1)  # the sequence of this rank's keys and values, whole in one tensor
     shape = LayerShape(batch=1, head_dim=HEAD_DIM, itemsize=2)
     rank = layout.mesh.sequence.rank
-    planned = plan.layer_bytes(layout.plan, rank, mode, shape=shape, halo=ShapeKernels().halo)
+    planned = shards.layer_bytes(layout.plan, rank, mode, shape=shape, halo=ShapeKernels().halo)
     assert +count.sent == +Counter(planned)

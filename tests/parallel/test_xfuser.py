@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from parallel.attention import TORCH_EXCHANGE, SequenceLayout
-from parallel.plan import LayerShape, SequencePlan, layer_bytes
+from parallel.shards import LayerShape, SequencePlan, layer_bytes
 from parallel.xfuser import TYPES, check_xfuser, xfuser_attention
 from tests.parallel import xfuser_stand_in
 from tests.parallel.masked import MaskedKernels

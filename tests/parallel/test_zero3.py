@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engine.live_bytes import LiveBytes
+from engine.decode.live_bytes import LiveBytes
 from parallel.zero3 import (
     LIVE_LAYERS,
     check_zero3,

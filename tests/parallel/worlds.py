@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.collectives import ALL_GATHER, Trace
+from parallel.collectives import ALL_GATHER, CollectiveTrace
 from parallel.mesh import SeqMesh, build_mesh
 from tests.ranks import PATIENCE
 
@@ -38,8 +38,8 @@ class ByteCount:
     def __call__(self, kind: str, num_bytes: int) -> None:
         self.sent[kind] += num_bytes
 
-    def trace(self, label: str = "test") -> Trace:
-        return Trace(label=label, on_bytes=self)
+    def trace(self, label: str = "test") -> CollectiveTrace:
+        return CollectiveTrace(label=label, on_bytes=self)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 from engine.batch.driver import Done, Event, Failed, Ready, Step
 from engine.batch.files import BatchFiles, identity_of
-from engine.batch.plan import Batch, Item, plan_batch
+from engine.batch.items import Batch, Item, plan_batch
 from engine.batch.queue import Failure
 from engine.batch.store import publish
 from engine.batch.suite import Prompt, Suite

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from engine.batch.driver import MOST_STARTS, Done, Driver, Ended, Event, Failed, Limits, Placed, Placing
-from engine.batch.plan import Item
+from engine.batch.items import Item
 from engine.batch.queue import MOST_ATTEMPTS, Failure, Queue
 from tests.engine.batch.cases import Clock, FakeReplica, Script, batch, lost, succeed
 
@@ -181,9 +181,9 @@ def test_the_time_left_counts_whole_items_and_the_replicas_that_work() -> None:
     driver, _, _ = drive(replicas=2)
     driver.queue = Queue.of(ITEMS[:6])
     driver.seconds = [90.0, 110.0]
-    assert [seat.state for seat in driver.seats] == ["idle", "idle"]
+    assert [entry.state for entry in driver.entries] == ["idle", "idle"]
     assert driver.eta == pytest.approx(6 * 100.0 / 2)
-    driver.seats[0].state = "gone"
+    driver.entries[0].state = "gone"
     assert driver.eta == pytest.approx(6 * 100.0)
     driver.seconds = []
     assert driver.eta is None
@@ -260,8 +260,8 @@ def test_one_replica_that_cannot_load_costs_itself_alone(place: int, seconds: fl
     assert driver.halted is None
     assert driver.queue.done == {item.item_id for item in ITEMS}
     assert 1 <= fakes[place].loads <= MOST_STARTS
-    assert driver.seats[place].failure.message == "out of memory"
-    assert driver.seats[place].state != "idle"
+    assert driver.entries[place].failure.message == "out of memory"
+    assert driver.entries[place].state != "idle"
 
 
 def test_replicas_that_never_start_are_given_up() -> None:

@@ -11,9 +11,9 @@ import pytest
 
 from engine.batch import store
 from engine.batch.files import BatchFiles
+from engine.batch.items import asked_items, check_folder, claim_folder
 from engine.batch.journal import read_status, table
 from engine.batch.locks import Shard, lock_file, own_shard
-from engine.batch.plan import asked_items, check_folder, claim_folder
 from engine.batch.store import compile_manifest, is_done, publish
 from engine.errors import UserError
 from engine.files.trees import read_json

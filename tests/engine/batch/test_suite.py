@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.batch.plan import claim_folder
+from engine.batch.items import claim_folder
 from engine.batch.suite import read_suite
 from engine.errors import UserError
 from tests.engine.batch.cases import batch

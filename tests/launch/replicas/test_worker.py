@@ -17,21 +17,21 @@ import torch
 from engine.adapters import wan
 from engine.batch.check import check_video
 from engine.batch.files import BatchFiles, ItemFiles, identity_of
-from engine.batch.plan import FILE, Batch, plan_batch
+from engine.batch.items import FILE, Batch, plan_batch
 from engine.checkpoint import load_latents
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.files.whole import WriteError, file_sha256
+from engine.media.read_video import read_video
+from engine.media.write_video import VideoWriter, as_comment
 from engine.paths import REPOSITORY
-from engine.read_video import read_video
 from engine.record import video_facts
-from engine.video import VideoWriter, as_comment
-from launch.command import LostRankError
+from launch.exit_codes import LostRankError
 from launch.replicas.worker import Worker, describe, kind_of
 from parallel.collectives import CollectiveError
 from tests.engine.batch import cases
-from tests.engine.test_video import comments
+from tests.engine.media.test_video import comments
 from tests.tiny_pipelines import save_random_ltx
 
 EVERY = 2

@@ -1,0 +1,1 @@
+"""Latents to frames: in pieces of time, in tiles, on all ranks."""

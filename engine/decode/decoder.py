@@ -1,0 +1,82 @@
+"""A VAE that makes frames of latents, over all ranks of a mesh or alone; no transformer and no text encoder."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.adapters import VideoSpec
+from engine.config import RunConfig
+from engine.decode.pieces import stream_decode, to_uint8
+from engine.decode.tiles import stream_tiles
+from engine.decode.tiling import DecodePlan, check_tiles, plan_decode
+from engine.group_of_one import GROUP_OF_ONE
+from engine.load.pipeline import fetch, find_checkpoint, load_vae_alone, pick_device, read_spec
+from engine.progress import enabled, progress_bar
+from engine.waiting import wait_for
+from parallel.mesh import Axis
+
+
+class VideoDecoder:
+    """Latents to frames with one VAE.
+
+    Attributes:
+        spec: the numbers of the checkpoint.
+        device: where the VAE works.
+        decode_plan: who decodes what, for the record; None before `decode` is called.
+    """
+
+    def __init__(self, config: RunConfig, *, vae: Any, spec: VideoSpec, device: torch.device, world: Axis) -> None:
+        self.config = config
+        self.spec = spec
+        self.device = device
+        self.decode_plan: dict[str, Any] | None = None
+        self._vae = vae
+        self._world = world
+
+    def decode(self, latents: Tensor, *, seed: int | None = None) -> Iterator[np.ndarray]:
+        """Frames of latents [1, z, F, h, w], uint8 [t, H, W, 3] at a time, on rank 0; for Wan t = 1, then 4 per latent frame.
+
+        Every rank calls this with the same latents and runs the iterator to its end: the others do their share, if there
+        is one, and get no frames. `decode_plan` says from the call on who decodes what. `seed` is that of the run, which
+        decides the noise that some decoders want; None is `sampler.seed`.
+        """
+        seed = self.config.sampler.seed if seed is None else seed
+        plan = plan_decode(self.config.decode, self._vae, tuple(latents.shape[2:]), world=self._world, seed=seed)
+        self.decode_plan = plan.record
+        return self._frames(latents, plan)
+
+    def _frames(self, latents: Tensor, plan: DecodePlan) -> Iterator[np.ndarray]:
+        is_first = self._world.rank == 0
+        if plan.mode == "tiled":
+            stream = stream_tiles(self._vae, latents, plan, world=self._world)
+        else:
+            stream = stream_decode(self._vae, latents, plan.time) if is_first else iter(())
+        show = is_first and enabled(self.config.output.progress)
+        num_frames = self.spec.num_frames(latents.shape[2])
+        with progress_bar(total=num_frames, desc="decode", enabled=show) as bar:
+            for frames in stream:
+                wait_for(frames.device)
+                yield to_uint8(frames)
+                bar.update(frames.shape[2])
+
+
+@contextmanager
+def open_decoder(config: RunConfig) -> Iterator[VideoDecoder]:
+    """The decoder of the checkpoint of `config`, in this process alone; no other part of the checkpoint is loaded.
+
+    Raises UserError for a checkpoint or tiles that cannot be used.
+    """
+    device, model = pick_device(config.model.device), config.model
+    # Before the VAE is fetched and read.
+    folder = fetch(find_checkpoint(model.path), model.revision, parts=(), offline=model.offline)
+    check_tiles(config.decode, read_spec(folder, denoises=False))
+    spec, vae = load_vae_alone(model)
+    world = GROUP_OF_ONE.acquire().world
+    try:
+        yield VideoDecoder(config, vae=vae.to(device), spec=spec, device=device, world=world)
+    finally:
+        GROUP_OF_ONE.release()

@@ -1,0 +1,1 @@
+"""What is installed on a pipeline, and the checks that it is in force."""

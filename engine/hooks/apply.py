@@ -1,0 +1,271 @@
+"""`apply_method`: a method for long videos on a user's own pipeline, in one line, and taken off again."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import get_module_execution_device
+from torch import nn
+
+from engine.adapters import ModelAdapter, adapter_of_pipeline
+from engine.adapters.base import refuse_one_of_two
+from engine.errors import UserError
+from engine.group_of_one import GROUP_OF_ONE
+from engine.hooks.in_force import (
+    Installed,
+    Uncopyable,
+    backend_problem,
+    guard_of,
+    layer_problem,
+    parallel_problem,
+    tried,
+)
+from engine.hooks.self_attention import BranchProcessor, RunState, StepHook, TokenHooks
+from engine.load.weights import read_config
+from engine.supported_layouts import Degrees, check_layout
+from freespec.kernels import select_complement, select_dual, select_kernel
+from freespec.methods import Direct, Method, make_method
+from freespec.riflex import Riflex, lowered_frequency
+from parallel.attention import TORCH_EXCHANGE, HeadExchange, HybridAttention
+from parallel.mesh import SeqMesh
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """How a process shares one video with others.
+
+    Attributes:
+        mesh: cfg x ring x ulysses, from `parallel.mesh.build_mesh`. A pipeline's own loop runs both passes of guidance in
+            every rank, so cfg must be 1 there; `LongVideoEngine` uses the axis.
+        local_route: how local steps cross the ulysses axis: `halo`, `all_to_all`, or `auto` for fewer bytes.
+        exchange: who exchanges heads against tokens.
+        hybrid: who computes the whole of `direct` over the ranks instead, exchange included; None is nobody.
+        why: the reason for these degrees, for the record.
+        nodes: name of the node of each rank, for the record.
+    """
+
+    mesh: SeqMesh
+    local_route: str = "auto"
+    exchange: HeadExchange = TORCH_EXCHANGE
+    hybrid: HybridAttention | None = None
+    why: str = "given"
+    nodes: tuple[str, ...] = ()
+
+    @property
+    def degrees(self) -> Degrees:
+        """cfg, ring, ulysses."""
+        return self.mesh.cfg.size, self.mesh.ring.size, self.mesh.ulysses.size
+
+
+class MethodHandle(Uncopyable):
+    """A method that is on a pipeline; `remove()` takes it off and leaves the pipeline as it was, bit for bit."""
+
+    def __init__(
+        self,
+        state: RunState,
+        installed: Installed,
+        *,
+        originals: Sequence[tuple[nn.Module, Any]],
+        alone: bool,
+    ) -> None:
+        self.state = state
+        self._installed = installed
+        self._originals = originals
+        self._alone = alone
+
+    @property
+    def in_force(self) -> bool:
+        """Whether the next call of the pipeline has the method; `check` says why not."""
+        return self._installed.problem() is None
+
+    def check(self) -> None:
+        """Raise UserError, with the reason and what to do, unless the method is in force.
+
+        Each call of the pipeline and each forward of its transformer ask the same.
+        """
+        self._installed.check()
+
+    def remove(self) -> None:
+        """Put the pipeline's own processors back; a second call does nothing.
+
+        Whatever happened to the pipeline since, the modules that had the method are as before it. Another transformer or
+        scheduler that was put into the pipeline stays there.
+        """
+        installed = self._installed
+        if installed.removed:
+            return
+        for hook in installed.hooks:
+            hook.remove()
+        installed.token_hooks.remove()
+        for attn, processor in self._originals:
+            attn.set_processor(processor)
+        installed.leave()
+        if self._alone and installed.mesh.is_alive:
+            GROUP_OF_ONE.release()
+
+    def __enter__(self) -> "MethodHandle":
+        """Use as a context manager that removes the method at its end."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Remove the method."""
+        self.remove()
+
+
+def apply_method(
+    pipe: DiffusionPipeline,
+    *,
+    method: str | Method = "freespec",
+    window_frames: int,
+    kernel: str = "auto",
+    dual: str = "auto",
+    complement: str = "same",
+    ranks: Ranks | None = None,
+    riflex: Riflex | None = None,
+    **settings: Any,
+) -> MethodHandle:
+    """Put a method for long videos on a pipeline: `handle = apply_method(pipe, method="freespec", window_frames=21)`.
+
+    Args:
+        pipe: a WanPipeline or an LTXPipeline (text-to-video), on any device, before or after `fuse_qkv_projections`,
+            layerwise casting, CPU offload or `compile_repeated_blocks`.
+        method: a name (direct, sliding_window, freenoise, freelong, freepca, freespec), a class as package.module:Class, or a
+            method object.
+        window_frames: latent frames that the local branch sees: the native length of the model, 21 for Wan2.1 and 16 for
+            LTX-Video.
+        kernel: dense attention kernel, see `freespec.kernels`; `auto` takes the one for the device and dtype.
+        dual: how dual steps compute both branches: `strided`, `triton`, or `auto`, see `freespec.kernels.select_dual`.
+        complement: what attends to the keys outside the windows in dual steps: `same` or `sage`, see
+            `freespec.kernels.select_complement`.
+        ranks: how this process shares the video's tokens with others; None is a process alone.
+        riflex: lowers one temporal frequency of the rotary table; the default and `Riflex(enabled=False)` leave it alone.
+        **settings: settings of the method, for example `alpha=3.0` for freespec.
+
+    Raises:
+        UserError: for a pipeline that the method cannot serve, an unknown method, kernel or setting. A call of the pipeline
+            raises it for latents or predictions with NaN or infinity.
+    """
+    adapter = adapter_of_pipeline(pipe)
+    adapter.check_pipeline(pipe)
+    transformer = adapter.transformer_of(pipe)
+    modules = adapter.attention_modules(transformer)
+    _check_free(pipe, transformer, modules)
+    _check_folders(adapter, pipe, transformer)
+    if window_frames < 1:
+        raise UserError(f"window_frames must be 1 or more, got {window_frames}")
+    riflex = riflex or Riflex()
+    made = _make(
+        adapter, transformer, method, window_frames, kernels=(kernel, dual, complement), riflex=riflex, **settings
+    )
+    name = method if isinstance(method, str) else type(made).__name__
+    if ranks is not None:
+        check_layout(name, made, ranks.degrees)
+        if ranks.hybrid is not None and not isinstance(made, Direct):
+            raise UserError(f"{type(ranks.hybrid).__name__} computes full attention only, which is the method direct")
+    draws_noise = adapter.check_scheduler(pipe.scheduler)
+    shared = ranks or Ranks(mesh=GROUP_OF_ONE.acquire())
+    state = RunState(
+        adapter=adapter,
+        method=made,
+        window_frames=window_frames,
+        kernel_name=kernel,
+        dual_name=dual,
+        complement_name=complement,
+        mesh=shared.mesh,
+        exchange=shared.exchange,
+        hybrid=shared.hybrid,
+        local_route=shared.local_route,
+    )
+    installed = Installed(
+        pipe=pipe,
+        adapter=adapter,
+        transformer=transformer,
+        method=name,
+        mesh=shared.mesh,
+        processors=tuple(BranchProcessor(state, layer) for layer in range(len(modules))),
+        token_hooks=TokenHooks(state, transformer, riflex),
+        tried=tried(pipe.scheduler),
+        draws_noise=draws_noise,
+    )
+    originals = [(attn, attn.processor) for attn in modules]
+    for attn, processor in zip(modules, installed.processors, strict=True):
+        attn.set_processor(processor)
+    step_hook = StepHook(
+        state, lambda: pipe.scheduler, before_forward=installed.before_forward, processors=installed.processors
+    )
+    installed.watch(step_hook)
+    return MethodHandle(state, installed, originals=originals, alone=ranks is None)
+
+
+def _make(
+    adapter: ModelAdapter,
+    transformer: nn.Module,
+    method: str | Method,
+    window_frames: int,
+    *,
+    kernels: tuple[str, str, str],
+    riflex: Riflex,
+    **settings: Any,
+) -> Method:
+    """The method, after all that can be wrong about it, its kernels (dense, dual, complement) and RIFLEx."""
+    if settings and not isinstance(method, str):
+        raise UserError("settings go with a method's name; a method object has its own")
+    check_riflex(adapter, riflex)
+    kernel, dual, complement = kernels
+    try:
+        made = make_method(method, **settings) if isinstance(method, str) else method
+        made.check_window(window_frames)
+        where = get_module_execution_device(transformer), transformer.dtype
+        for select, name in ((select_kernel, kernel), (select_dual, dual)):
+            select(name, *where)
+        select_complement(complement, *where, dual=dual)
+        if riflex.enabled:
+            frequencies = [frequency for frequency, _ in adapter.temporal_frequencies(transformer)]
+            lowered_frequency(riflex, frequencies, num_frames=1, window_frames=window_frames)  # raises if there is none
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    return made
+
+
+def check_riflex(adapter: ModelAdapter, riflex: Riflex) -> None:
+    """Raise UserError if RIFLEx is asked of a model whose temporal positions do not count frames."""
+    if riflex.enabled and not adapter.counts_frames:
+        raise UserError(
+            f"attention.riflex does nothing for {adapter.name}: its temporal positions are seconds within a range that longer "
+            "videos stay in; set attention.riflex.enabled false"
+        )
+
+
+def check_shift(scheduler: Mapping[str, Any], shift: str) -> None:
+    """Raise UserError if the shift of longer videos is asked of a checkpoint whose scheduler has one shift for any length.
+
+    `scheduler` is the configuration of the checkpoint's scheduler.
+    """
+    if shift == "actual" and not scheduler.get("use_dynamic_shifting"):
+        raise UserError(
+            "sampler.shift actual does nothing for this checkpoint: its scheduler has one shift for any length; leave it out, or "
+            "choose that shift with sampler.flow_shift"
+        )
+
+
+def _check_free(pipe: DiffusionPipeline, transformer: nn.Module, modules: Sequence[nn.Module]) -> None:
+    """Refuse what would be ignored or would make attention wrong without a word."""
+    hooked = any(isinstance(hook, StepHook) for hook in transformer._forward_pre_hooks.values())
+    if guard_of(pipe) or hooked or any(isinstance(attn.processor, BranchProcessor) for attn in modules):
+        raise UserError("the pipeline already has a method; call its handle's remove() first")
+    problem = parallel_problem(transformer) or backend_problem()
+    for layer, attn in enumerate(modules):
+        problem = problem or layer_problem(layer, attn)
+    if problem:
+        raise UserError(problem)
+
+
+def _check_folders(adapter: ModelAdapter, pipe: DiffusionPipeline, transformer: nn.Module) -> None:
+    """Ask the checkpoints that pipeline and transformer were loaded from what else is in them; of hub names, what they say."""
+    for name in filter(None, (part.config.get("_name_or_path") for part in (transformer, pipe))):
+        refuse_one_of_two(name)
+        for folder in (Path(name), Path(name).parent):  # of a whole checkpoint, or of one of its parts
+            if (folder / "model_index.json").is_file():
+                adapter.check_folder(folder, read_config(folder / "model_index.json"))

@@ -1,0 +1,290 @@
+"""`apply_timeline`: a prompt that changes over time on a pipeline, by a processor on every cross-attention."""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.utils.torch_utils import get_module_execution_device
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from engine.adapters import ModelAdapter, adapter_of_pipeline
+from engine.adapters.base import Text
+from engine.errors import UserError
+from engine.hooks.in_force import Uncopyable
+from engine.hooks.self_attention import BranchProcessor, bind_forward
+from engine.hooks.timeline_in_force import TimelineGuard
+from engine.text.timeline import negative_texts, parse_timeline, read_timeline
+from freespec.events import Event, Piece, plan
+from freespec.kernels import Kernel, select_kernel
+from freespec.timeline import Partial, attend, place
+
+
+@dataclass(kw_only=True)
+class TimelineState(Uncopyable):
+    """What the cross-attentions of one transformer share; the hook writes it before each forward.
+
+    Attributes:
+        adapter: of the pipeline.
+        events: the events of a video of so many frames of tokens.
+        num_texts: texts that come concatenated, [B, num_texts K, C].
+        text_tokens: K.
+        pieces: what each frame attends to.
+        frame_tokens: tokens per frame.
+        lengths: tokens of each text that are words, by batch item; None where padding is attended, or no relay needs them.
+        kernel: attention that returns the log-sum-exp.
+    """
+
+    adapter: ModelAdapter
+    events: Callable[[int], tuple[Event, ...]]
+    num_texts: int
+    text_tokens: int
+    pieces: tuple[Piece, ...] = ()
+    frame_tokens: int = 0
+    lengths: list[list[int]] | None = None
+    kernel: Kernel | None = None
+    _plans: dict[tuple[int, torch.device, torch.dtype], tuple[Piece, ...]] = field(default_factory=dict)
+
+    def before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Forward pre-hook of the transformer: plan the pieces of this video, and check that the texts are the timeline's."""
+        inputs = bind_forward(transformer, args, kwargs)
+        text, latents = inputs["encoder_hidden_states"], inputs["hidden_states"]
+        if text.shape[1] != self.num_texts * self.text_tokens:
+            raise UserError(
+                f"the pipeline has a timeline of {self.num_texts} texts and was called with {text.shape[1]} text tokens; call "
+                "it with **handle.inputs in place of prompt and negative_prompt"
+            )
+        frames, rows, columns = self.adapter.grid(transformer, inputs)
+        key = (frames, latents.device, latents.dtype)
+        if key not in self._plans:
+            self._plans[key] = place(plan(self.events(frames), frames), latents.device, latents.dtype)
+        self.pieces, self.frame_tokens = self._plans[key], rows * columns
+        self.kernel = select_kernel("auto", latents.device, latents.dtype)
+        self._set_scenes(transformer, tuple(e.start for e in self.events(frames)[1:] if e.transition == "scene"))
+        relays = any(len(share.events) > 1 for piece in self.pieces for share in piece.shares)
+        mask = inputs.get("encoder_attention_mask")
+        self.lengths = _lengths(mask, self.num_texts) if relays and mask is not None else None
+
+    def _set_scenes(self, transformer: nn.Module, starts: tuple[int, ...]) -> None:
+        """Tell the method, if there is one, where windows end; its own hook, which comes after this one, makes them."""
+        for attn in self.adapter.attention_modules(transformer):
+            if isinstance(attn.processor, BranchProcessor):
+                attn.processor.state.scenes = starts
+
+    def leave(self, transformer: nn.Module) -> None:
+        """Windows end at no scene any more."""
+        self._set_scenes(transformer, ())
+
+
+class TimelineProcessor(Uncopyable):
+    """Attention processor of one cross-attention: each frame attends to the texts of its events."""
+
+    def __init__(self, state: TimelineState, stock: Any, self_attention: nn.Module) -> None:
+        self.state = state
+        self.stock = stock
+        self._self_attention = self_attention
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: Any = None,
+    ) -> Tensor:
+        """Hidden states [B, s, C] and the texts of all events [B, num_texts K, C] -> [B, s, C]."""
+        if encoder_hidden_states is None or rotary_emb is not None:
+            raise ValueError("this processor serves cross-attention without a rotary table only")
+        state = self.state
+        q, k, v = state.adapter.cross_qkv(attn, hidden_states, encoder_hidden_states)
+        size = state.text_tokens
+
+        def one(index: int, rows: Tensor) -> Tensor:
+            span = slice(index * size, (index + 1) * size)
+            mask = None if attention_mask is None else attention_mask[:, None, :, span]
+            return dispatch_attention_fn(
+                rows, k[:, span], v[:, span], attn_mask=mask, backend=getattr(self.stock, "_attention_backend", None)
+            )
+
+        def several(index: int, rows: Tensor) -> Partial:
+            lengths = [size] * len(rows) if state.lengths is None else [row[index] for row in state.lengths]
+            return _with_lse(state.kernel, rows, (k, v), [(index * size, index * size + length) for length in lengths])
+
+        processor = self._self_attention.processor
+        start = processor.state.layout.shard[0] if isinstance(processor, BranchProcessor) else 0
+        out = attend(q, state.pieces, q_start=start, frame_tokens=state.frame_tokens, one=one, several=several)
+        return state.adapter.project_out(attn, out.to(q.dtype))
+
+
+class TimelineHandle(Uncopyable):
+    """A timeline that is on a pipeline; `remove()` takes it off and leaves the pipeline as it was, bit for bit.
+
+    Attributes:
+        inputs: arguments for the pipeline's call in place of prompt and negative_prompt; empty if the texts come otherwise.
+    """
+
+    def __init__(
+        self,
+        hook: RemovableHandle,
+        originals: list[tuple[nn.Module, Any]],
+        inputs: dict[str, Tensor],
+        leave: Callable[[], None],
+    ) -> None:
+        self.inputs = inputs
+        self._hook = hook
+        self._leave = leave
+        self._originals = originals
+        self._guard: TimelineGuard | None = None
+
+    def watch(self, pipe: DiffusionPipeline, adapter: ModelAdapter) -> None:
+        """Check every call of the pipeline from now on."""
+        self._guard = TimelineGuard(
+            pipe=pipe,
+            adapter=adapter,
+            transformer=adapter.transformer_of(pipe),
+            processors=tuple(attn.processor for attn, _ in self._originals),
+            hook=self._hook,
+        )
+
+    @property
+    def in_force(self) -> bool:
+        """Whether the next call of the pipeline has the timeline; `check` says why not."""
+        return self._guard is not None and self._guard.problem() is None
+
+    def check(self) -> None:
+        """Raise UserError, with the reason and what to do, unless the timeline is in force; each call asks the same."""
+        if self._guard is not None:
+            self._guard.check()
+
+    def remove(self) -> None:
+        """Put the pipeline's own processors back; a second call does nothing."""
+        if self._guard is not None and not self._guard.removed:
+            self._guard.leave()
+        self._hook.remove()
+        if self._originals:
+            self._leave()
+        for attn, processor in self._originals:
+            attn.set_processor(processor)
+        self._originals = []
+
+    def __enter__(self) -> "TimelineHandle":
+        """Use as a context manager that removes the timeline at its end."""
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Remove the timeline."""
+        self.remove()
+
+
+def apply_timeline(
+    pipe: DiffusionPipeline,
+    timeline: str,
+    *,
+    fps: int,
+    negative_prompt: str = "",
+    max_sequence_length: int | None = None,
+) -> TimelineHandle:
+    """Put a timeline on a pipeline, with a method or without: `handle = apply_timeline(pipe, "a [0-4s] | b [4s-]", fps=16)`.
+
+    Call the pipeline with `pipe(**handle.inputs, num_frames=...)`; `handle.remove()` restores it.
+
+    Args:
+        pipe: a WanPipeline or an LTXPipeline, before or after `apply_method`.
+        timeline: events as text, or a YAML file, see docs/timeline.md.
+        fps: frames per second that seconds are counted in; for LTX-Video the `frame_rate` of the call.
+        negative_prompt: one for all events, or a timeline of the same number of events.
+        max_sequence_length: text tokens of each event; None is the default of the pipeline's call.
+
+    Raises:
+        UserError: for what is no timeline. One that does not fit the video is refused when the pipeline is called.
+    """
+    adapter = adapter_of_pipeline(pipe)
+    adapter.check_pipeline(pipe)
+    prompt, negative = read_timeline(timeline)
+    parsed = parse_timeline(prompt)
+    assert parsed is not None
+    parsed, negatives = parsed.joined(negative_texts(parsed, negative or negative_prompt))
+    if max_sequence_length is None:
+        max_sequence_length = inspect.signature(pipe.__call__).parameters["max_sequence_length"].default
+    device = get_module_execution_device(pipe.transformer)
+    texts = [*parsed.texts, *negatives]
+    with torch.no_grad():  # as in the pipeline's call: with gradients torch takes other kernels
+        encoded = dict(zip(texts, adapter.encode_text(pipe, texts, max_sequence_length, device), strict=True))
+    inputs = {}
+    for prefix, names in (("", parsed.texts), ("negative_", negatives)):
+        joined = join_texts([encoded[name] for name in names])
+        inputs |= {f"{prefix}{name}": tensor for name, tensor in zip(adapter.text_arguments, joined, strict=True)}
+    step = (
+        pipe.vae_scale_factor_temporal
+        if hasattr(pipe, "vae_scale_factor_temporal")
+        else pipe.vae_temporal_compression_ratio
+    )
+
+    def events(frames: int) -> tuple[Event, ...]:
+        return parsed.in_latents(num_frames=(frames - 1) * step + 1, fps=fps, step=step)
+
+    text_tokens = encoded[texts[0]][0].shape[1]
+    handle = install_timeline(
+        adapter.transformer_of(pipe),
+        adapter,
+        events,
+        num_texts=len(parsed.texts),
+        text_tokens=text_tokens,
+        inputs=inputs,
+    )
+    handle.watch(pipe, adapter)
+    return handle
+
+
+def install_timeline(
+    transformer: nn.Module,
+    adapter: ModelAdapter,
+    events: Callable[[int], tuple[Event, ...]],
+    *,
+    num_texts: int,
+    text_tokens: int,
+    inputs: dict[str, Tensor] | None = None,
+) -> TimelineHandle:
+    """Put the processors and the hook of a timeline on a transformer, whose texts come concatenated, see `join_texts`.
+
+    A forward with other than `num_texts` times `text_tokens` text tokens is a UserError.
+    """
+    modules = adapter.cross_attention_modules(transformer)
+    if any(isinstance(attn.processor, TimelineProcessor) for attn in modules):
+        raise UserError("the pipeline already has a timeline; call its handle's remove() first")
+    state = TimelineState(adapter=adapter, events=events, num_texts=num_texts, text_tokens=text_tokens)
+    originals = [(attn, attn.processor) for attn in modules]
+    for attn, beside in zip(modules, adapter.attention_modules(transformer), strict=True):
+        attn.set_processor(TimelineProcessor(state, attn.processor, beside))
+    # Before the method's hook, whichever came first, since it says where windows end.
+    hook = transformer.register_forward_pre_hook(state.before_forward, with_kwargs=True, prepend=True)
+    return TimelineHandle(hook, originals, inputs or {}, functools.partial(state.leave, transformer))
+
+
+def join_texts(texts: Sequence[Text]) -> Text:
+    """Texts [1, K, C], with masks [1, K] where a model has them, one after the other: [1, num_texts K, C]."""
+    return tuple(torch.cat(parts, dim=1) for parts in zip(*texts, strict=True))
+
+
+def _lengths(mask: Tensor, num_texts: int) -> list[list[int]]:
+    """Words of each text by batch item, of a mask [B, num_texts K] of 1 for words, which come first, and 0 for padding."""
+    per_text = mask.unflatten(1, (num_texts, -1)) > 0.5
+    if bool((per_text[..., 1:] & ~per_text[..., :-1]).any()):
+        raise UserError("a text has padding before its words, which a relay cannot skip; use cut or fade")
+    return per_text.sum(-1).tolist()
+
+
+def _with_lse(kernel: Kernel, q: Tensor, kv: tuple[Tensor, Tensor], spans: Sequence[tuple[int, int]]) -> Partial:
+    """Attention of q [B, s, N, D] to the tokens [start, stop) of k and v that each batch item has, with its lse [B, s, N]."""
+    batches = [slice(None)] if len(set(spans)) == 1 else [slice(i, i + 1) for i in range(len(spans))]
+    parts = []
+    for rows in batches:
+        start, stop = spans[rows.start or 0]
+        out, lse = kernel(*(x.transpose(1, 2) for x in (q[rows], kv[0][rows, start:stop], kv[1][rows, start:stop])))
+        parts.append((out.transpose(1, 2), lse.transpose(1, 2)))
+    return parts[0] if len(parts) == 1 else tuple(torch.cat(x) for x in zip(*parts, strict=True))  # type: ignore[return-value]

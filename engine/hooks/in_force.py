@@ -1,0 +1,362 @@
+"""Checks that a method on a living pipeline is in force: around each call of the pipeline and before each forward."""
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from engine.adapters import ModelAdapter
+from engine.adapters.base import unwrap
+from engine.errors import UserError
+from parallel.mesh import SeqMesh
+
+# Hooks of diffusers that do the same on every rank: these caches decide by the step alone, and where weights lie, or in which
+# type, decides nothing. Others may skip blocks by what one rank sees of its own tokens: the ranks would part, and wait for each
+# other for ever. By whole name, so that no subclass and nothing new passes unseen.
+_SAFE_HOOKS = frozenset(
+    f"diffusers.hooks.{name}"
+    for name in (
+        "pyramid_attention_broadcast.PyramidAttentionBroadcastHook",
+        "mag_cache.MagCacheHeadHook",
+        "mag_cache.MagCacheBlockHook",
+        "taylorseer_cache.TaylorSeerCacheHook",
+        "layerwise_casting.LayerwiseCastingHook",
+        "layerwise_casting.PeftInputAutocastDisableHook",
+        "group_offloading.GroupOffloadingHook",
+        "group_offloading.LazyPrefetchGroupOffloadingHook",
+        "group_offloading.LayerExecutionTrackerHook",
+    )
+)
+
+
+class Uncopyable:
+    """What belongs to one living pipeline: a copy, or a pickle, would share its state and its process groups."""
+
+    def __reduce_ex__(self, _protocol: Any) -> NoReturn:
+        """Raise UserError for copy.copy, copy.deepcopy, pickle and torch.save."""
+        raise UserError(
+            "a pipeline or model with a method or a timeline on it cannot be copied or pickled; call the handle's remove() first "
+            "(save_pretrained works with it)"
+        )
+
+
+@dataclass(kw_only=True, eq=False)
+class Guard(Uncopyable):
+    """What was put on a pipeline's attentions, and whether it is still there; asked around each call and before each forward.
+
+    Attributes:
+        pipe: the pipeline.
+        adapter: of its model.
+        transformer: its transformer, not the wrapper of torch.compile.
+        processors: of the attentions that it concerns, first block first.
+        removed: whether it was taken off.
+    """
+
+    APPLY: ClassVar[str]  # the function that puts it on
+    ATTENTION: ClassVar[str]  # the kind of attention that it concerns
+
+    pipe: DiffusionPipeline
+    adapter: ModelAdapter
+    transformer: nn.Module
+    processors: Sequence[Any]
+    removed: bool = False
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        raise NotImplementedError
+
+    @property
+    def again(self) -> str:
+        """What to do where it is not in force any more."""
+        return f"call the handle's remove(), then {self.APPLY} again"
+
+    def modules(self) -> list[nn.Module]:
+        """The attentions that it concerns, as the transformer has them now."""
+        raise NotImplementedError
+
+    def registered(self) -> Sequence[RemovableHandle]:
+        """Its hooks."""
+        raise NotImplementedError
+
+    def leave(self) -> None:
+        """Check no call any more, and give the pipeline its own class back, unless another library has put its own over it."""
+        self.removed = True
+        unguard(self.pipe)
+
+    def check(self) -> None:
+        """Raise UserError, with the first reason found, unless it is in the next forward of the pipeline."""
+        if found := self.problem():
+            raise UserError(f"{self.name} is not in force: {found}")
+
+    def problem(self) -> str | None:
+        """Why it is not in force, and what to do; None if it is."""
+        if self.removed:
+            return f"it was removed; call {self.APPLY} again"
+        # pipe.transformer, if deleted, is asked of its configuration
+        current = unwrap(vars(self.pipe).get("transformer"))
+        if current is not self.transformer:
+            kind = "None" if current is None else f"another {type(current).__name__}"
+            return f"pipe.transformer is {kind}, not the one that it was applied to; {self.again}"
+        return self._layers() or self._hooks() or parallel_problem(self.transformer)
+
+    def _layers(self) -> str | None:
+        try:
+            modules = self.modules()
+        except AttributeError as error:
+            return f"the transformer's blocks were replaced ({error}); {self.again}"
+        if len(modules) != len(self.processors):
+            had = len(self.processors)
+            return f"the transformer has {len(modules)} {self.ATTENTION}s and had {had}; {self.again}"
+        for layer, (attn, processor) in enumerate(zip(modules, self.processors, strict=True)):
+            if attn.processor is not processor:
+                kind = type(attn.processor).__name__
+                return (
+                    f"layer {layer} has another {self.ATTENTION.removeprefix('self-')} processor ({kind}); {self.again}"
+                )
+            if found := self.layer_problem(layer, attn):
+                return found
+        return None
+
+    def layer_problem(self, layer: int, attn: nn.Module) -> str | None:
+        """What else is wrong with an attention that has its processor."""
+        return None
+
+    def _hooks(self) -> str | None:
+        lost = [hook for hook in self.registered() if not is_registered(hook)]
+        return f"{len(lost)} of its hooks were removed from the transformer; {self.again}" if lost else None
+
+    def call(self) -> AbstractContextManager[None]:
+        """One call of the pipeline: raise UserError before it if this is not in force, after it if it was not throughout."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True, eq=False)
+class Installed(Guard):
+    """What `apply_method` put where, and whether all of it is still there.
+
+    Attributes:
+        method: name of the method, for messages.
+        mesh: the ranks.
+        token_hooks: of the modules where tokens are made (`engine.hooks.self_attention.TokenHooks`).
+        tried: the scheduler that was last found right, and its configuration then.
+        draws_noise: whether it draws noise while it steps.
+        hooks: registered on the transformer.
+        step_hook: what they are, and which steps they saw (`engine.hooks.self_attention.StepHook`).
+    """
+
+    APPLY = "apply_method"
+    ATTENTION = "self-attention"
+
+    method: str
+    mesh: SeqMesh
+    token_hooks: Any
+    tried: tuple[Any, dict[str, Any]]
+    draws_noise: bool
+    hooks: list[RemovableHandle] = field(default_factory=list)
+    step_hook: Any = None
+
+    @property
+    def name(self) -> str:
+        """See the base class."""
+        return self.method
+
+    def modules(self) -> list[nn.Module]:
+        """See the base class."""
+        return self.adapter.attention_modules(self.transformer)
+
+    def registered(self) -> Sequence[RemovableHandle]:
+        """See the base class."""
+        return [*self.hooks, *self.token_hooks.registered]
+
+    def watch(self, step_hook: Any) -> None:
+        """Register the transformer's hooks, and check every call of the pipeline from now on."""
+        self.step_hook = step_hook
+        self.hooks = [
+            self.transformer.register_forward_pre_hook(step_hook, with_kwargs=True),
+            self.transformer.register_forward_hook(step_hook.after),
+        ]
+        self.pipe.__class__ = guarded(type(self.pipe), self)
+
+    def before_forward(self) -> None:
+        """`check`, and hooks on what took the place of the modules that make tokens (a LoRA on one of them does)."""
+        self.check()
+        self.token_hooks.follow()
+
+    def problem(self) -> str | None:
+        """See the base class; also the attention backend, the ranks, and the pipeline's configuration and scheduler."""
+        found = super().problem() or backend_problem()
+        if found is None and not self.mesh.is_alive:
+            found = f"the process group that it was applied with was destroyed; {self.again}"
+        return found or self._pipeline()
+
+    def layer_problem(self, layer: int, attn: nn.Module) -> str | None:
+        """See the base class."""
+        return layer_problem(layer, attn)
+
+    def _pipeline(self) -> str | None:
+        """Its configuration again, and its scheduler if that is another one now."""
+        now = tried(vars(self.pipe).get("scheduler"))
+        try:
+            self.adapter.check_pipeline(self.pipe)
+            if now[0] is not self.tried[0] or now[1] != self.tried[1]:
+                self.draws_noise = self.adapter.check_scheduler(now[0])
+        except UserError as error:
+            return str(error)
+        self.tried = now
+        return None
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """One call of the pipeline: raise UserError before it if the method is not in force, after it if it was not throughout."""
+        if self.removed:
+            yield
+            return
+        self.check()
+        if self.draws_noise and self.mesh.world.size > 1:
+            raise UserError(
+                f"the {type(self.pipe.scheduler).__name__} draws noise in each step, which the {self.mesh.world.size} ranks would "
+                "draw differently in the pipeline's own loop; use LongVideoEngine, or a scheduler without noise"
+            )
+        self.transformer._reset_stateful_cache()  # as pipelines do at the end of a call, but not of one that fails
+        self.step_hook.begin_call()
+        try:
+            yield
+        except torch._dynamo.exc.Unsupported as error:
+            if not is_compiled(self.pipe.transformer):
+                raise
+            raise UserError(
+                "a method cannot go into one graph with the whole transformer (fullgraph=True); compile it without fullgraph, or "
+                "call transformer.compile_repeated_blocks()"
+            ) from error
+        finally:
+            self.step_hook.end_call()
+        if not self.removed:
+            self.check()
+            self.step_hook.check_call(interrupted=bool(getattr(self.pipe, "_interrupt", False)))
+
+
+def tried(scheduler: Any) -> tuple[Any, dict[str, Any]]:
+    """A scheduler and a copy of its configuration, to see by whether it is another one later."""
+    config = getattr(scheduler, "config", None)
+    return scheduler, dict(config) if isinstance(config, Mapping) else {}
+
+
+def guarded(kind: type, installed: Guard) -> type:
+    """A class for the one pipeline of `installed`, under the same name as its own and derived from it, whose calls are checked.
+
+    Where another transformer was put into the pipeline, nothing that a hook sits on is called any more, with prompt embeddings
+    given and latents asked for; the call itself is. Other loops, and a call of the class's own `__call__`, make their latents first.
+    """
+
+    class Guarded(kind):
+        guard = installed
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            """Make a pipeline of the class itself, as `type(pipe)(...)` and `type(pipe).from_pipe(...)` ask for."""
+            return kind(*args, **kwargs)
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Any:
+            with installed.call():
+                return super().__call__(*args, **kwargs)
+
+        def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:
+            if not installed.removed:
+                installed.check()
+            return super().prepare_latents(*args, **kwargs)
+
+        def __reduce_ex__(self, protocol: Any) -> Any:
+            if installed.removed:  # under a class of another library, over this one
+                return super().__reduce_ex__(protocol)
+            return installed.__reduce_ex__(protocol)
+
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        setattr(Guarded, name, getattr(kind, name))
+    for name in ("__call__", "prepare_latents"):
+        functools.update_wrapper(vars(Guarded)[name], getattr(kind, name))  # for inspect.signature
+    return Guarded
+
+
+def unguard(pipe: DiffusionPipeline) -> None:
+    """Give the pipeline its own class back, once what was put over it has left as well."""
+    while getattr(vars(type(pipe)).get("guard"), "removed", False):
+        pipe.__class__ = type(pipe).__base__
+
+
+def guard_of(pipe: DiffusionPipeline) -> Installed | None:
+    """The method that is on a pipeline; None without one."""
+    guards = [vars(kind).get("guard") for kind in type(pipe).__mro__]
+    return next((guard for guard in guards if isinstance(guard, Installed) and not guard.removed), None)
+
+
+def is_compiled(transformer: nn.Module) -> bool:
+    """Whether torch.compile has the whole transformer, as a wrapper or in place."""
+    return unwrap(transformer) is not transformer or transformer._compiled_call_impl is not None
+
+
+def parallel_problem(transformer: nn.Module) -> str | None:
+    """What to say of a transformer whose tokens diffusers' own context parallel splits; None without it."""
+    if getattr(transformer, "_parallel_config", None) is None:
+        return None
+    return "the transformer has diffusers' context parallel, which cannot be combined with a method; load it without"
+
+
+def backend_problem() -> str | None:
+    """What to say of an attention backend that diffusers was told to use everywhere; None for its default, torch's own."""
+    backend = AttentionBackendName(_AttentionBackendRegistry.get_active_backend()[0])
+    if backend is AttentionBackendName.NATIVE:
+        return None
+    return (
+        f"attention backend {backend.value} is chosen for all of diffusers (DIFFUSERS_ATTN_BACKEND, attention_backend() or a model's "
+        "set_attention_backend), and a method chooses its own kernel; leave the context or the variable out, or call "
+        'pipe.transformer.set_attention_backend("native"), and pass kernel=... to apply_method'
+    )
+
+
+def layer_problem(layer: int, attn: nn.Module) -> str | None:
+    """What to say of a self-attention that diffusers was told to compute in another way; None if it was not."""
+    backend = getattr(attn.processor, "_attention_backend", None)
+    if backend is not None and AttentionBackendName(backend) is not AttentionBackendName.NATIVE:
+        return (
+            f"attention backend {AttentionBackendName(backend).value} is set on layer {layer}, and a method chooses its own kernel; "
+            'call pipe.transformer.set_attention_backend("native") and pass kernel=... to apply_method'
+        )
+    return None
+
+
+def refuse_caches_of_one_rank(transformer: nn.Module) -> None:
+    """Raise UserError for a hook of diffusers that may be unsafe over ranks; asked in each forward, as one may be added later."""
+    unknown = sorted(
+        kind.__name__ for kind in hook_kinds(transformer) if f"{kind.__module__}.{kind.__qualname__}" not in _SAFE_HOOKS
+    )
+    if unknown:
+        config = getattr(transformer, "_cache_config", None)
+        name = ", ".join(unknown) if config is None else type(config).__name__.removesuffix("Config")
+        raise UserError(
+            f"{name}: not known to decide the same on every rank; by one rank's tokens it would skip blocks in which others wait "
+            "for it. Call transformer.disable_cache(), or use one rank"
+        )
+
+
+def skips_layers(transformer: nn.Module) -> bool:
+    """Whether diffusers was told to leave out some layers in every step, as the stock pipeline would."""
+    return any(kind.__module__ == "diffusers.hooks.layer_skip" for kind in hook_kinds(transformer))
+
+
+def hook_kinds(transformer: nn.Module) -> set[type]:
+    """Classes of the hooks of diffusers on any part of the transformer."""
+    registries = [module._diffusers_hook for module in transformer.modules() if hasattr(module, "_diffusers_hook")]
+    return {type(hook) for registry in registries for hook in registry.hooks.values()}
+
+
+def is_registered(hook: RemovableHandle) -> bool:
+    """Whether the hook is still on its module."""
+    hooks = hook.hooks_dict_ref()
+    return hooks is not None and hook.id in hooks

@@ -1,0 +1,64 @@
+"""Checks that a timeline on a pipeline is in force: around each call of the pipeline and before each forward."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from engine.hooks.in_force import Guard, guarded
+
+
+@dataclass(kw_only=True, eq=False)
+class TimelineGuard(Guard):
+    """What `apply_timeline` put on the cross-attentions of a pipeline, and whether all of it is still there.
+
+    Attributes:
+        hook: which plans the pieces of a forward.
+    """
+
+    APPLY = "apply_timeline"
+    ATTENTION = "cross-attention"
+
+    hook: RemovableHandle
+    _own_hook: RemovableHandle = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Check every call and forward from now on."""
+        self._own_hook = self.transformer.register_forward_pre_hook(self._before_forward)
+        self.pipe.__class__ = guarded(type(self.pipe), self)
+
+    @property
+    def name(self) -> str:
+        """See the base class."""
+        return "the timeline"
+
+    def modules(self) -> list[nn.Module]:
+        """See the base class."""
+        return self.adapter.cross_attention_modules(self.transformer)
+
+    def registered(self) -> Sequence[RemovableHandle]:
+        """See the base class."""
+        return [self.hook, self._own_hook]
+
+    def leave(self) -> None:
+        """See the base class."""
+        self._own_hook.remove()
+        super().leave()
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """One call of the pipeline: raise UserError before it, or after it, if the timeline is not in force."""
+        if self.removed:
+            yield
+            return
+        self.check()
+        yield
+        if not self.removed:
+            self.check()
+
+    def _before_forward(self, _transformer: nn.Module, _args: tuple) -> None:
+        if not torch.compiler.is_compiling():  # a compiled transformer has guards of its own on its processors
+            self.check()

@@ -1,0 +1,1 @@
+"""Checkpoints: what they are, their weights and where those came from."""

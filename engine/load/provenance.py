@@ -1,0 +1,45 @@
+"""Where a run's weights came from, for its record: the commit of a hub checkpoint, the SHA-256 of every local file that is loaded."""
+
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from engine.config import ModelConfig
+from engine.load.pipeline import fetch, find_checkpoint
+from engine.load.single_file import find_single_file
+from engine.load.weights import deciding_files
+from engine.paths import expand
+
+
+def describe_weights(config: ModelConfig) -> dict[str, Any]:
+    """What a record says of a loaded checkpoint, from its local copy alone.
+
+    `commit` of a hub name; `sha256` by file of a folder; and of a single file its name, its sha256 and, from the hub, commit.
+    Files are read whole, once per process: some seconds for every 10 GB.
+    """
+    source = find_checkpoint(config.path)
+    folder = fetch(source, config.revision, parts=(), offline=True)
+    found: dict[str, Any] = {}
+    if isinstance(source, str):
+        found["commit"] = folder.name  # the hub's local copy is named after it
+    else:
+        found["sha256"] = {str(file.relative_to(folder)): sha256_of(file) for file in deciding_files(folder)}
+    single = find_single_file(config)
+    if single is not None:
+        found["single_file"] = {"name": single.name, "sha256": sha256_of(single)}
+        if not expand(config.single_file or "").is_file():  # then it is the hub's: .../snapshots/COMMIT/...
+            found["single_file"]["commit"] = single.parts[single.parts.index("snapshots") + 1]
+    return found
+
+
+def sha256_of(file: Path) -> str:
+    """SHA-256 of a file in hex, computed again only if its size or time of change is another."""
+    stat = file.stat()
+    return _sha256(str(file.resolve()), stat.st_size, stat.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sha256(path: str, _size: int, _changed: int) -> str:
+    with Path(path).open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -1,0 +1,108 @@
+"""Transformer and text encoder shared out over the ranks (model.weights zero3), and text that all ranks must encode."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from engine.adapters.base import Text
+from engine.config import ModelConfig
+from engine.errors import UserError
+from engine.paths import expand
+from engine.ranks import broadcast_bytes, raise_together
+from parallel.mesh import SeqMesh
+from parallel.zero3 import check_zero3, held_bytes, keep_shares_in_file, shard_weights
+
+GIB = 2**30
+Encode = Callable[[list[str]], list[Text]]
+
+
+def check_placement(config: ModelConfig, device: torch.device, text_device: str) -> None:
+    """Raise UserError for a place of the weights that this machine, or that of the text encoder, does not allow."""
+    if config.weights == "cpu_offload" and device.type != "cuda":
+        raise UserError(
+            "model.weights cpu_offload moves parts between CPU and GPU and needs CUDA, and the model is on the CPU "
+            "already; use model.weights resident"
+        )
+    if config.weights == "cpu_offload" and text_device == "cpu":
+        raise UserError(
+            "parallel.text_device cpu and model.weights cpu_offload exclude each other; offload moves the encoder"
+        )
+    if config.weights == "zero3":
+        try:
+            check_zero3(device)
+        except (ImportError, ValueError) as error:
+            raise UserError(str(error)) from error
+    folder = config.shards_folder
+    if folder is not None and not expand(folder).is_dir():
+        raise UserError(f"model.shards {config.shards}: there is no folder {folder}; make it, on a fast drive")
+
+
+def shards_text(config: ModelConfig, text_device: str) -> bool:
+    """Whether the text encoder is shared out, so that all ranks must encode together."""
+    return config.weights == "zero3" and text_device == "model"
+
+
+def shard_pipeline(
+    pipe: DiffusionPipeline, config: ModelConfig, *, with_text: bool, mesh: SeqMesh, device: torch.device
+) -> None:
+    """Leave on every rank its share of the transformer and, `with_text`, of the text encoder; all ranks call this.
+
+    Over all ranks of the mesh, whatever its axes: both halves of a cfg axis take their texts through the same layers,
+    once a step. Raises UserError, on all ranks together, if a rank has no room for its shares.
+    """
+    keep = "device" if config.shards == "device" else "cpu"
+    for part in (pipe.transformer, pipe.text_encoder) if with_text else (pipe.transformer,):
+        shard_weights(part, group=mesh.world.group, device=device, keep=keep)
+        if config.shards_folder is not None:
+            raise_together(mesh, partial(_into_file, part, expand(config.shards_folder)))
+
+
+def encode_on_all(mesh: SeqMesh, encode: Encode, look_up: Callable[[Encode], list[Text]]) -> list[Text] | None:
+    """Text that rank 0 finds in its cache or, where it finds none, all ranks encode together; None on the other ranks.
+
+    Args:
+        mesh: the ranks, all of which call this.
+        encode: runs the encoder, whose layers are gathered from all ranks.
+        look_up: asks the cache, on rank 0 alone; it is given what encodes the prompts that the cache does not have.
+
+    Raises UserError where `encode` does, on all ranks, and on rank 0 what `look_up` raises.
+    """
+    if mesh.world.rank > 0:
+        failure = None
+        while prompts := broadcast_bytes(mesh, b"", "prompts to encode"):
+            try:
+                encode(json.loads(prompts))
+            except UserError as error:  # rank 0 has the same one, and says when there is no more to do
+                failure = error
+        if failure is not None:
+            raise failure
+        return None
+
+    def encode_with_others(prompts: list[str]) -> list[Text]:
+        broadcast_bytes(mesh, json.dumps(prompts).encode(), "prompts to encode")
+        return encode(prompts)
+
+    try:
+        texts = look_up(encode_with_others)
+    except (
+        UserError,
+        OSError,
+    ):  # what a run ends with on all ranks together; after a lost rank nobody is there to be told
+        broadcast_bytes(mesh, b"", "prompts to encode")
+        raise
+    broadcast_bytes(mesh, b"", "prompts to encode")
+    return texts
+
+
+def _into_file(part: nn.Module, folder: Path) -> None:
+    try:
+        keep_shares_in_file(part, folder)
+    except OSError as error:
+        raise UserError(
+            f"cannot keep {held_bytes(part) / GIB:.1f} GiB of weights in {folder}: {error.strerror or error}"
+        ) from error

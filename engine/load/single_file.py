@@ -1,0 +1,125 @@
+"""Weights in one file, in the layout that a model's authors publish, in place of parts of a checkpoint in Diffusers layout.
+
+diffusers converts the names; it does not look whether every tensor is there, and it rounds parts that it keeps in fp32 when
+it loads a folder. Both are seen to here, so that a file and a folder with the same weights make the same video.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError, safe_open
+
+from engine.adapters import ModelAdapter
+from engine.adapters.base import refuse_one_of_two
+from engine.config import ModelConfig
+from engine.errors import UserError
+from engine.load.weights import broken_file, compare_part, read_config
+from engine.paths import expand
+
+_HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/(.+)")
+# Others hold numbers that mean something only together with scales that diffusers would not apply.
+_DTYPES = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SingleFile:
+    """A file and the parts of a pipeline whose weights are in it.
+
+    Attributes:
+        path: the file.
+        parts: among transformer and vae, those that are read from it.
+        shapes: of its tensors, by the authors' names.
+    """
+
+    path: Path
+    parts: tuple[str, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def check(self, adapter: ModelAdapter, folder: Path) -> None:
+        """Raise UserError unless it holds every tensor of its parts, as the folder's configurations describe them."""
+        for part in self.parts:
+            tensors = {key: torch.empty(shape, device="meta") for key, shape in self.shapes.items()}
+            config = read_config(folder / part / "config.json")
+            kind = _class_of(adapter, part)
+            try:
+                converted = SINGLE_FILE_LOADABLE_CLASSES[kind.__name__]["checkpoint_mapping_fn"](
+                    config=config, checkpoint=tensors
+                )
+            except (KeyError, IndexError, RuntimeError) as error:  # a tensor that the conversion looks at is missing
+                raise UserError(
+                    f"{self.path} is no whole {part} of {adapter.name} ({error!r}); fetch it again"
+                ) from error
+            found = {key: tuple(tensor.shape) for key, tensor in converted.items()}
+            compare_part(adapter, folder / part, part, found=found, where=self.path)
+
+    def load(self, adapter: ModelAdapter, folder: Path, part: str, dtype: torch.dtype) -> Any:
+        """A part in the dtype that `from_pretrained` would give each of its tensors, on the CPU."""
+        kind = _class_of(adapter, part)
+        model = kind.from_single_file(str(self.path), config=str(folder), subfolder=part, local_files_only=True)
+        kept = kind._keep_in_fp32_modules or ()
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(torch.float32 if set(kept) & set(name.split(".")) else dtype)
+        for buffer in model.buffers():
+            if buffer.is_floating_point() and not kept:
+                buffer.data = buffer.data.to(dtype)
+        return model
+
+
+def find_single_file(config: ModelConfig) -> Path | None:
+    """The file of `model.single_file`, downloaded if it is a hub name; None if none is asked for.
+
+    Raises UserError for a file that is not there, for formats that can run code or are not safetensors, and for one of two
+    transformers, as far as names tell.
+    """
+    name = config.single_file
+    if name is None:
+        return None
+    refuse_one_of_two(name)
+    path = expand(name)
+    if path.is_file():
+        refuse_one_of_two(str(path.resolve()))
+        return path
+    hub = _HUB_FILE.fullmatch(name)
+    if hub is None:
+        raise UserError(f"model.single_file {name!r} is no file here, and no ORGANISATION/NAME/FILE of the hub")
+    try:
+        return Path(hf_hub_download(hub[1], hub[2], local_files_only=config.offline))
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        how = "model.offline is true, and it is not in the hub's local copy" if config.offline else first
+        raise UserError(f"model.single_file {name!r} is no file here, and the hub does not give it ({how})") from error
+
+
+def open_single_file(config: ModelConfig, adapter: ModelAdapter) -> SingleFile | None:
+    """What is in the file of `model.single_file`; UserError if it is broken, quantised, or nothing of this model."""
+    path = find_single_file(config)
+    if path is None:
+        return None
+    try:
+        with safe_open(path, framework="pt") as opened:
+            slices = {key: opened.get_slice(key) for key in opened.keys()}
+            shapes = {key: tuple(found.get_shape()) for key, found in slices.items()}
+            dtypes = sorted({found.get_dtype() for found in slices.values()} - set(_DTYPES))
+    except (SafetensorError, OSError) as error:
+        raise broken_file(path, error) from error
+    if dtypes:
+        raise UserError(
+            f"{path} holds tensors of {', '.join(dtypes)}; quantised files are not read, give one in bf16 or fp32"
+        )
+    parts = tuple(part for part, mark in adapter.single_file_marks.items() if any(key.endswith(mark) for key in shapes))
+    if not parts:
+        raise UserError(
+            f"{path} holds nothing of {adapter.name} in its authors' layout (no tensor called "
+            f"{' or '.join(adapter.single_file_marks.values())}); parts in Diffusers layout go into a folder, model.path"
+        )
+    return SingleFile(path=path, parts=parts, shapes=shapes)
+
+
+def _class_of(adapter: ModelAdapter, part: str) -> Any:
+    return {"transformer": adapter.transformer_class, "vae": adapter.vae_class}[part]

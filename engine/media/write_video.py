@@ -1,0 +1,325 @@
+"""Frames to a video, as they come: mp4, GIF, WebP or a folder of PNG files, under a temporary name until it is whole."""
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from PIL import ExifTags, Image, ImageSequence
+from PIL.PngImagePlugin import PngInfo
+
+from engine.config import VIDEO_KINDS, VideoKind
+from engine.errors import UserError
+from engine.files.folders import frame_name
+from engine.files.whole import atomic_path
+from engine.media.read_video import count_frames
+
+# ITU-R BT.709 in ffmpeg's numbering of matrix, primaries and transfer, and of limited range. Written into the file:
+# players guess otherwise, by the picture's size, and colours would shift.
+_BT709 = 1
+_LIMITED_RANGE = 1
+
+
+class VideoWriter:
+    """A video that takes frames; made by `open_video`. The base of one class for each kind."""
+
+    num_frames = 0
+
+    def write(self, frames: np.ndarray) -> None:
+        """Append frames, uint8 [t, H, W, 3]."""
+        for frame in frames:
+            self._add(np.ascontiguousarray(frame))
+            self.num_frames += 1
+
+    def finish(self) -> None:
+        """Write what is held back, and the metadata."""
+
+    def count(self) -> int:
+        """Frames in the finished file."""
+        raise NotImplementedError
+
+    def _add(self, frame: np.ndarray) -> None:
+        raise NotImplementedError
+
+
+@contextlib.contextmanager
+def open_video(
+    path: Path,
+    *,
+    kind: VideoKind = "mp4",
+    fps: int,
+    height: int,
+    width: int,
+    crf: int,
+    facts: Mapping[str, Any] | None = None,
+    replace: bool = True,
+) -> Iterator[VideoWriter]:
+    """A writer of the video `path`, which exists once the block has ended well, and not at all if it fails.
+
+    The same arguments and frames give the same bytes.
+
+    Args:
+        path: the file, or the folder of `png`.
+        kind: what is written, whatever the path ends in.
+        fps: frames per second; a folder has none.
+        height: pixels.
+        width: pixels.
+        crf: quality of mp4 and WebP, 0 (lossless; mp4 keeps colours at half the resolution) to 51; GIF and PNG have none.
+        facts: what the file says of itself (`engine.record.video_facts`), as JSON in its comment; None says nothing.
+        replace: whether a video that is there is replaced, see `engine.files.whole.publish`.
+
+    Raises:
+        WriteError: the file cannot be written, does not hold every frame that was given, or, without `replace`, another has
+            the name.
+    """
+    with atomic_path(path, replace=replace) as part, contextlib.ExitStack() as stack:
+        writer: VideoWriter
+        match kind:
+            case "mp4":
+                writer = _Mp4(part, stack, fps=fps, size=(height, width), crf=crf, facts=facts)
+            case "gif":
+                writer = _Gif(part, stack, fps=fps, size=(height, width), facts=facts)
+            case "webp":
+                writer = _WebP(part, stack, fps=fps, size=(height, width), crf=crf, facts=facts)
+            case "png":
+                writer = _Frames(part, facts)
+        yield writer
+        writer.finish()
+        found = writer.count()
+        if found != writer.num_frames:
+            raise OSError(f"it holds {found} of {writer.num_frames} frames after writing")
+
+
+def write_video(path: str | Path, frames: np.ndarray, *, fps: int, crf: int = 12, replace: bool = True) -> None:
+    """Write frames, uint8 [T, H, W, 3], to .mp4, .gif, .webp or a new folder of PNG files, whole or not at all; see `open_video`."""
+    path, (_, height, width, _) = Path(path), frames.shape
+    if path.suffix not in VIDEO_KINDS:
+        raise UserError(f"a video must end in .mp4, .gif or .webp, or be the name of a folder, got {path}")
+    kind = VIDEO_KINDS[path.suffix]
+    with open_video(path, kind=kind, fps=fps, height=height, width=width, crf=crf, replace=replace) as video:
+        video.write(frames)
+
+
+def as_comment(facts: Mapping[str, Any]) -> str:
+    """Facts as one line of JSON in ASCII, which every format's comment takes."""
+    return json.dumps(facts, allow_nan=False)
+
+
+class _Stream(VideoWriter):
+    """A container that PyAV writes, with one stream of pictures."""
+
+    def __init__(
+        self,
+        part: Path,
+        stack: contextlib.ExitStack,
+        *,
+        container: str,
+        codec: str,
+        fps: int,
+        size: tuple[int, int],
+        options: tuple[dict[str, str], dict[str, str]],
+    ) -> None:
+        """`options` of the container and of the codec; `stack` closes the container if `finish` does not."""
+        self.part = part
+        self.time_base = Fraction(1, fps)
+        self.container = av.open(str(part), "w", format=container, options=options[0])
+        stack.callback(self.container.close)
+        self.stream = self.container.add_stream(codec, rate=fps, options=options[1])
+        self.stream.height, self.stream.width = size
+
+    def _add(self, frame: np.ndarray) -> None:
+        rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
+        rgb.pts, rgb.time_base = self.num_frames, self.time_base
+        self.encode(rgb)
+
+    def encode(self, rgb: av.VideoFrame) -> None:
+        """Encode a frame in RGB, whose time is set."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        self.container.mux(self.stream.encode())
+        self.container.close()
+
+    def count(self) -> int:
+        return count_frames(self.part)
+
+
+class _Mp4(_Stream):
+    """H.264."""
+
+    def __init__(
+        self,
+        part: Path,
+        stack: contextlib.ExitStack,
+        *,
+        fps: int,
+        size: tuple[int, int],
+        crf: int,
+        facts: Mapping[str, Any] | None,
+    ) -> None:
+        # The same frames give the same bytes: with more threads, or without cpu-independent (some of x264's vector code
+        # reads memory that was never written), they would not. The encoder is never what a run waits for.
+        codec = {"crf": str(crf), "preset": "medium", "threads": "1", "x264-params": "cpu-independent=1"}
+        # faststart: the index comes first, so that a browser plays the file while it loads.
+        options = ({"movflags": "faststart"}, codec)
+        super().__init__(part, stack, container="mp4", codec="libx264", fps=fps, size=size, options=options)
+        self.stream.pix_fmt = "yuv420p"
+        context = self.stream.codec_context
+        context.colorspace = context.color_primaries = context.color_trc = _BT709
+        context.color_range = _LIMITED_RANGE
+        if facts is not None:
+            self.container.metadata["comment"] = as_comment(facts)
+            # Shown by players and in terminals: without escapes and what UTF-8 does not have.
+            title = (letter if letter.isprintable() else " " for letter in str(facts["prompt"]))
+            self.container.metadata["title"] = "".join(title)
+
+    def encode(self, rgb: av.VideoFrame) -> None:
+        yuv = rgb.reformat(format="yuv420p", dst_colorspace="ITU709", dst_color_range="MPEG")
+        self.container.mux(self.stream.encode(yuv))
+
+
+class _Gif(_Stream):
+    """A GIF with a palette for each frame, so that it is written as frames come; it plays for ever."""
+
+    def __init__(
+        self,
+        part: Path,
+        stack: contextlib.ExitStack,
+        *,
+        fps: int,
+        size: tuple[int, int],
+        facts: Mapping[str, Any] | None,
+    ) -> None:
+        super().__init__(part, stack, container="gif", codec="gif", fps=fps, size=size, options=({"loop": "0"}, {}))
+        self.stream.pix_fmt = "pal8"
+        self.facts = facts
+        self.graph = graph = av.filter.Graph()  # its filters live as long as it does
+        self.source = graph.add_buffer(width=size[1], height=size[0], format="rgb24", time_base=self.time_base)
+        split = graph.add("split")
+        palette = graph.add("palettegen", "stats_mode=single:reserve_transparent=0")
+        # An ordered pattern stands still where the picture does; diffused errors would flicker.
+        paint = graph.add("paletteuse", "new=1:dither=bayer:bayer_scale=5")
+        self.painted = graph.add("buffersink")
+        self.source.link_to(split)
+        split.link_to(palette, 0)
+        split.link_to(paint, 1, 0)
+        palette.link_to(paint, 0, 1)
+        paint.link_to(self.painted)
+        graph.configure()
+
+    def encode(self, rgb: av.VideoFrame | None) -> None:
+        self.source.push(rgb)
+        with contextlib.suppress(BlockingIOError, EOFError):
+            while True:
+                self.container.mux(self.stream.encode(self.painted.pull()))
+
+    def finish(self) -> None:
+        self.encode(None)
+        super().finish()
+        if self.facts is not None:
+            _insert_gif_comment(self.part, as_comment(self.facts).encode("ascii"))
+
+
+def _insert_gif_comment(path: Path, text: bytes) -> None:
+    """Insert a comment extension before the first frame of a GIF, where readers look for it."""
+    blocks = [text[start : start + 255] for start in range(0, len(text), 255)]
+    extension = b"\x21\xfe" + b"".join(bytes([len(block)]) + block for block in blocks) + b"\0"
+    with path.open("r+b") as file, tempfile.TemporaryFile(dir=path.parent) as rest:
+        flags = file.read(11)[10]
+        after_palette = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+        file.seek(after_palette)
+        shutil.copyfileobj(file, rest)
+        rest.seek(0)
+        file.seek(after_palette)
+        file.write(extension)
+        shutil.copyfileobj(rest, file)
+
+
+class _WebP(_Stream):
+    """An animated WebP that plays for ever. Frames that equal the one before are stored as its longer duration."""
+
+    def __init__(
+        self,
+        part: Path,
+        stack: contextlib.ExitStack,
+        *,
+        fps: int,
+        size: tuple[int, int],
+        crf: int,
+        facts: Mapping[str, Any] | None,
+    ) -> None:
+        # libwebp counts quality upwards, from 0 to 100.
+        codec = {"lossless": "1"} if crf == 0 else {"quality": str(round(100 - 100 * crf / 51))}
+        options = ({"loop": "0"}, codec)
+        super().__init__(part, stack, container="webp", codec="libwebp_anim", fps=fps, size=size, options=options)
+        self.stream.pix_fmt = "bgra"
+        self.facts = facts
+        self.size = size
+
+    def encode(self, rgb: av.VideoFrame) -> None:
+        self.container.mux(self.stream.encode(rgb.reformat(format="bgra")))
+
+    def finish(self) -> None:
+        super().finish()
+        if self.facts is not None:
+            _add_webp_description(self.part, as_comment(self.facts), self.size)
+
+    def count(self) -> int:
+        """Frames by the time that they are shown for, in whole milliseconds; libwebp makes a picture of a video that stands still."""
+        shown = 0
+        with Image.open(self.part) as image:
+            for frame in ImageSequence.Iterator(image):
+                frame.load()  # which sets the duration
+                shown += frame.info.get("duration", 0)
+            if image.n_frames == 1:
+                return self.num_frames
+        expected = self.num_frames * 1000 * self.time_base
+        return self.num_frames if abs(shown - expected) <= 1 else round(shown / 1000 / self.time_base)
+
+
+def _add_webp_description(path: Path, text: str, size: tuple[int, int]) -> None:
+    """Add the EXIF field ImageDescription to a WebP file."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.ImageDescription] = text
+    payload = exif.tobytes().removeprefix(b"Exif\0\0")
+    with path.open("r+b") as file:
+        file.seek(12)
+        if file.read(4) != b"VP8X":  # a still picture: chunks beside the picture want this header
+            file.seek(12)
+            chunks = file.read()
+            height, width = size
+            header = bytes(4) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+            file.seek(12)
+            file.write(b"VP8X" + len(header).to_bytes(4, "little") + header + chunks)
+        file.seek(20)
+        flags = file.read(1)[0]
+        file.seek(20)
+        file.write(bytes([flags | 0x08]))  # there is an EXIF chunk
+        file.seek(0, 2)
+        file.write(b"EXIF" + len(payload).to_bytes(4, "little") + payload + bytes(len(payload) % 2))
+        total = file.tell()
+        file.seek(4)
+        file.write((total - 8).to_bytes(4, "little"))
+
+
+class _Frames(VideoWriter):
+    """A folder of PNG files, 000000.png and so on."""
+
+    def __init__(self, part: Path, facts: Mapping[str, Any] | None) -> None:
+        self.folder = part
+        self.info = PngInfo()
+        if facts is not None:
+            self.info.add_text("Comment", as_comment(facts))
+        part.mkdir()
+
+    def _add(self, frame: np.ndarray) -> None:
+        Image.fromarray(frame).save(self.folder / frame_name(self.num_frames), format="png", pnginfo=self.info)
+
+    def count(self) -> int:
+        return sum(1 for _ in self.folder.iterdir())

@@ -1,0 +1,1 @@
+"""Spectra of attention, recorded while a run goes on."""

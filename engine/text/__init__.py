@@ -1,0 +1,1 @@
+"""Prompts: from files, against a tokenizer, as timelines, and their embeddings."""

@@ -1,0 +1,130 @@
+"""Prompts held against a checkpoint's tokenizer, before its weights are read: their length, words that it does not know."""
+
+import string
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.adapters import ModelAdapter
+from engine.config import ModelConfig, SamplerConfig, VideoConfig
+from engine.errors import UserError
+from engine.load.pipeline import load_tokenizer, read_spec
+from engine.paths import REPOSITORY
+from engine.shown import quoted
+from engine.text.timeline import Direction, read_direction
+
+# What messages call a prompt ("the prompt", "line 3 of prompts.txt"), and the prompt.
+Named = tuple[str, str]
+PROMPT = "the prompt"
+NEGATIVE = "the negative prompt"
+
+_SHOWN_WORDS = 10
+_SHOWN_LETTERS = 40
+
+
+def check_prompts(
+    model: ModelConfig, sampler: SamplerConfig, video: VideoConfig, prompts: Sequence[Named]
+) -> list[str]:
+    """Look at all prompts of a run; returns what a person should know before it starts, a sentence each.
+
+    Args:
+        model: the checkpoint, of which only the tokenizer is read.
+        sampler: the longest prompt, the negative prompt, and whether there is guidance.
+        video: length and rate, which the events of a timeline must fit.
+        prompts: (name, text) of each.
+
+    Raises:
+        UserError: prompts are longer than `sampler.max_text_tokens`; all of them are named. Or a timeline does not fit the video,
+            or there is no tokenizer.
+    """
+    adapter, folder, tokenizer = load_tokenizer(model)
+    guided = sampler.guidance_scale > 1.0
+    spec = read_spec(folder)
+
+    def texts(prompt: Named) -> dict[str, list[Named]]:
+        name, text = prompt
+        try:
+            direction = read_direction(
+                text,
+                sampler.negative_prompt,
+                num_frames=video.num_frames,
+                fps=video.fps,
+                step=spec.temporal_factor * spec.patch[0],
+            )
+        except UserError as error:
+            raise error if name == PROMPT else UserError(f"{name}: {error}") from error
+        return texts_by_pass(prompt, sampler.negative_prompt, direction, guided=guided)
+
+    passes = [texts(prompt) for prompt in prompts]
+    read = [named for each in passes for named in each["cond"]]
+    read += dict.fromkeys(named for each in passes for named in each.get("uncond", []))
+    refuse_long_prompts(adapter, tokenizer, read, sampler.max_text_tokens)
+    notes = []
+    if sampler.negative_prompt and not guided:
+        notes.append(
+            f"sampler.negative_prompt is not read: with sampler.guidance_scale {sampler.guidance_scale:g} there is no unconditional pass"
+        )
+    unknown = unknown_words(adapter, tokenizer, read)
+    return [*notes, describe_unknown(unknown, folder)] if unknown else notes
+
+
+def texts_by_pass(
+    prompt: Named, negative_prompt: str, direction: Direction | None, *, guided: bool
+) -> dict[str, list[Named]]:
+    """The texts that the transformer reads in its pass `cond` and, with guidance, in `uncond`: one, or one for each event."""
+    if direction is None:
+        passes = {"cond": [prompt], "uncond": [(NEGATIVE, negative_prompt)]}
+    else:
+        named = [(f"event {index} of {prompt[0]}", text) for index, text in enumerate(direction.texts, start=1)]
+        passes = {"cond": named, "uncond": [(NEGATIVE, text) for text in direction.negatives]}
+    return passes if guided else {"cond": passes["cond"]}
+
+
+def refuse_long_prompts(adapter: ModelAdapter, tokenizer: Any, prompts: Sequence[Named], max_tokens: int) -> None:
+    """Raise UserError if prompts have more than `max_tokens` tokens: their ends would be cut off without a word."""
+    counts = [(name, text, count_tokens(adapter, tokenizer, text)) for name, text in prompts]
+    too_long = [each for each in counts if each[2] > max_tokens]
+    if not too_long:
+        return
+    if len(too_long) == 1:
+        [(name, text, count)] = too_long
+        raise UserError(
+            f"{name} has {count} tokens, and sampler.max_text_tokens is {max_tokens}; shorten it or raise the setting: {quoted(text[:60])}"
+        )
+    named = ", ".join(f"{name} ({count})" for name, _, count in too_long)
+    raise UserError(
+        f"{len(too_long)} prompts have more tokens than sampler.max_text_tokens, which is {max_tokens}: {named}; shorten them or "
+        "raise the setting"
+    )
+
+
+def count_tokens(adapter: ModelAdapter, tokenizer: Any, text: str) -> int:
+    """Tokens of a prompt as the pipeline reads it, the end token among them."""
+    return len(tokenizer(adapter.clean_prompt(text)).input_ids)
+
+
+def unknown_words(adapter: ModelAdapter, tokenizer: Any, prompts: Sequence[Named]) -> dict[str, str]:
+    """Words for which the tokenizer has no pieces, in order, each with the name of the first prompt that has it."""
+    unknown = tokenizer.unk_token_id
+    found: dict[str, str] = {}
+    for name, text in prompts:
+        clean = adapter.clean_prompt(text)
+        if unknown is None or unknown not in tokenizer(clean).input_ids:
+            continue
+        for word in clean.split():
+            if unknown in tokenizer(word, add_special_tokens=False).input_ids:
+                found.setdefault(word.strip(string.punctuation) or word, name)
+    return found
+
+
+def describe_unknown(words: dict[str, str], folder: Path) -> str:
+    """One sentence: which words the model does not know, and where those that it knows are listed."""
+    shown = [f"{quoted(word[:_SHOWN_LETTERS])} ({name})" for word, name in list(words.items())[:_SHOWN_WORDS]]
+    more = f" and {len(words) - len(shown)} more" if len(words) > len(shown) else ""
+    card = folder / "README.md"
+    embedded = folder.resolve().parent == REPOSITORY / "tiny"
+    where = card if embedded and card.is_file() else folder / "tokenizer"
+    return (
+        f"{len(words)} {'word is' if len(words) == 1 else 'words are'} unknown to the model, which reads past them: "
+        f"{', '.join(shown)}{more}; the words that it knows are listed in {where}"
+    )
