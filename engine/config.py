@@ -298,7 +298,7 @@ class ParallelConfig:
         degrees = (self.cfg, self.ring, self.ulysses)
         _check(
             self.plan == "auto" or None not in degrees,
-            f"parallel.shards manual needs parallel.cfg, ring and ulysses, got {degrees}",
+            f"parallel.plan manual needs parallel.cfg, ring and ulysses, got {degrees}",
         )
 
 

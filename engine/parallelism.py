@@ -143,16 +143,16 @@ def choose_degrees(
     `span` is the `node_span` of the ranks, where their nodes are known.
 
     Where there is nothing to choose, as for a process alone, the planner still says whether the video fits the GPU;
-    `parallel.shards manual` does not ask it.
+    `parallel.plan manual` does not ask it.
     """
     fixed = (config.parallel.cfg, config.parallel.ring, config.parallel.ulysses)
     wanted = _possible_degrees(config, spec, world, fixed)
     if len(wanted) == 1:
-        if gpu is not None and config.parallel.shards == "auto":
+        if gpu is not None and config.parallel.plan == "auto":
             choose_by_memory(Case.of(config, spec, gpu=gpu, world_size=world), wanted, wanted[0])
         return wanted[0], "the only arrangement that the configuration allows"
     by_rule = sorted(wanted, key=lambda degrees: _rule(degrees, spec.heads, span or world))
-    if gpu is None:  # `parallel.shards manual` comes with all degrees
+    if gpu is None:  # `parallel.plan manual` comes with all degrees
         return by_rule[0], f"no description of this device in configs/gpus; {_RULE}"
     case = Case.of(config, spec, gpu=gpu, world_size=world)
     missing = case.options.missing_rate(gpu)

@@ -50,7 +50,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
         "window_size window context_length context_frames native_length": ("method.window_frames",),
         "ray_address cluster": ("ray",),
         "model.offload model.cpu_offload": ("model.weights",),
-        "parallel.degrees degrees": ("parallel.shards",),
+        "parallel.degrees degrees": ("parallel.plan",),
         "methods": ("methods", "method.name"),
         "model_dtype weight_dtype": ("model.dtype",),
         "safetensors checkpoint_file": ("model.single_file",),
