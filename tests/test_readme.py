@@ -1,11 +1,16 @@
-"""What README and docs tell a reader to type: the Python example runs, commands parse, and files that they name are here."""
+"""What README.md and docs/ tell a reader: commands parse, Python compiles and runs, links lead somewhere."""
 
+import argparse
+import ast
+import itertools
 import re
 import shlex
+import sys
 import tomllib
 from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 
@@ -13,66 +18,209 @@ import engine
 from engine.media.read_video import read_video
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMAND = re.compile(r"(?:^ {4}|`)(?:[A-Z_]+=\S+ )*(?:python|torchrun[^`\n]*?) (launch/(\w+)\.py[^`\n]*)", re.M)
-PROMPTS = re.compile(r"--(?:prompt_file|judge_prompt_file|suite)[ =](\S+)")
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+OURS = ("python", "torchrun", "make", "pip")
+OTHERS = ("#", ".", "export", "for", "git", "wget", "ln", "mkdir", "ffprobe", "sha256sum", "srun", "ray", "docker")
 
 
-def commands() -> list[tuple[str, str]]:
-    """(page, command from the script on) of every `python launch/...` line, its continuation lines joined."""
+def read(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def fenced(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", read(page), re.S | re.M)
+
+
+def shell_lines() -> list[tuple[str, str]]:
+    """(page, line) of every line to type, in fences and in blocks of four spaces; continuation lines are joined."""
     found = []
     for page in PAGES:
-        text = re.sub(r" *\\\n *", " ", page.read_text(encoding="utf-8"))
-        found += [(page.name, match[1]) for match in COMMAND.finditer(text)]
+        indented = re.findall(r"^ {4}((?:[A-Z_]+=\S+ )*(?:python|torchrun|make|pip) .*(?:\n {8}.*)*)", read(page), re.M)
+        for block in [*fenced(page, "bash"), *indented]:
+            lines = re.sub(r" *\\\n *", " ", block).splitlines()
+            found += [(page.name, line) for line in lines if line.strip()]
     return found
 
 
-def test_the_example_in_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [example] = [
-        block for block in re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), re.S) if "read_preset" in block
-    ]
+def commands() -> list[tuple[str, list[str]]]:
+    """(page, words) of every command of ours, without variables before it, what follows && and comments."""
+    found = []
+    for page, line in shell_lines():
+        words = shlex.split(line, comments=True)
+        while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+            words.pop(0)
+        if words and Path(words[0]).name in OURS:
+            end = next(
+                (i for i, word in enumerate(words) if word in ("&&", "&", ";") or word.endswith(";")), len(words)
+            )
+            found.append((page, words[:end]))
+    return found
+
+
+ALL = sorted({shlex.join(words) for _, words in commands()})
+
+
+def starting(*names: str) -> list[str]:
+    return [command for command in ALL if shlex.split(command)[0] in names]
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(ALL) > 40
+    assert {"README.md", "CONTRIBUTING.md", "compare.md", "parallel.md", "reliability.md"} <= {
+        page for page, _ in commands()
+    }
+
+
+def test_every_line_begins_with_a_known_program() -> None:
+    """A typo such as `pyhton` would otherwise be a line that nobody checks."""
+    lines = [re.sub(r"^(?:[A-Z_]+=\S+ )*", "", line).strip() for page, line in shell_lines() if page != "vbench.md"]
+    assert [line for line in lines if not line.startswith((*OURS, *OTHERS))] == []
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory that has what readers have by then: our files, and folders that earlier commands left."""
+    for name in ("configs", "tiny", "docs", "benchmarks", "launch"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("batch", "compare", "findings", "analysis", "calibration", "batch-demo"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    (tmp_path / "blend.py").write_text(fenced(ROOT / "docs/adding-a-method.md", "python")[0])
+    monkeypatch.delitem(sys.modules, "blend", raising=False)
+    monkeypatch.chdir(tmp_path)
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+class ParsedError(Exception):
+    """Ends a command once its arguments are parsed."""
+
+
+def parse_and_end(parser: argparse.ArgumentParser, *given: Any) -> NoReturn:
+    parser.parse_known_args(*given)
+    unknown = parser.parse_known_args(*given)[1]
+    assert unknown == []
+    raise ParsedError
+
+
+@pytest.mark.parametrize("command", starting("python", "torchrun"))
+def test_commands_parse(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the parser of torchrun and of the command, with its checks of values; `...` stands for what a reader adds."""
+    program, *words = drop_dots(shlex.split(command))
+    if program == "torchrun":
+        from torch.distributed.run import get_args_parser  # noqa: PLC0415
+
+        options = get_args_parser().parse_args([word for word in words if word != "--"])
+        words = [options.training_script, *options.training_script_args]
+    if words[0] == "-c":
+        compile(words[1], "-c", "exec")
+    elif words[0] == "-m":
+        module = import_module(words[1])
+        with monkeypatch.context() as patched:
+            patched.setattr(sys, "argv", words[1:])
+            patched.setattr(argparse.ArgumentParser, "parse_args", parse_and_end)
+            if words[2:] or "parse_args" in read(Path(str(module.__file__))):
+                with pytest.raises(ParsedError):
+                    module.main()
+    elif words[0].startswith("launch/"):
+        read_launch(Path(words[0]).stem, words[1:], folder)
+    else:
+        assert (ROOT / words[0]).is_file()
+
+
+def drop_dots(words: list[str]) -> list[str]:
+    """Without the `...` that stands for more options; one that stands for a prompt stays."""
+    return [word for before, word in zip(["", *words], words, strict=False) if word != "..." or before == "--prompt"]
+
+
+def read_launch(name: str, words: list[str], folder: Path) -> None:
+    """Read the arguments as the command does, with the files that they name; VBench's own prompts are not here."""
+    for flag, value in itertools.pairwise(words):
+        if flag in ("--given", "--extend", "--videos") or value.startswith("@"):
+            (folder / value.removeprefix("@").rpartition("=")[2]).write_text("blurred\n")
+        if flag == "--runs":
+            for run in value.split(","):
+                (folder / run).mkdir(parents=True, exist_ok=True)
+    if any(word.startswith("vbench:") for word in words):
+        at = words.index("--vbench")
+        words = [*words[:at], *words[at + 2 :]]
+        words = ["configs/prompts/batch-demo.txt" if word.startswith("vbench:") else word for word in words]
+    import_module(f"launch.arguments.{name}").read(words)
+
+
+@pytest.mark.parametrize("wrong", ["--promt x", "--video.num_frames 34x", "--nproc two", "--config configs/none.yaml"])
+def test_a_wrong_command_is_seen(wrong: str, folder: Path) -> None:
+    """The negative control."""
+    with pytest.raises(engine.UserError):
+        read_launch("generate", shlex.split(wrong), folder)
+
+
+@pytest.mark.parametrize("command", starting("make", "pip"))
+def test_targets_and_extras_exist(command: str) -> None:
+    program, *words = shlex.split(command)
+    if program == "make":
+        targets = {word for line in re.findall(r"^([\w -]+):", read(ROOT / "Makefile"), re.M) for word in line.split()}
+        variables = set(re.findall(r"^([A-Z_]+) *\??:?=", read(ROOT / "Makefile"), re.M))
+        assert [
+            word for word in words if word not in targets and word.partition("=")[0] not in variables and word != "..."
+        ] == []
+    else:
+        extras = tomllib.loads(read(ROOT / "pyproject.toml"))["project"]["optional-dependencies"]
+        assert [name for word in words for name in re.findall(r"^\.\[(\w+)\]", word) if name not in extras] == []
+
+
+PYTHON = [(page.name, block) for page in PAGES for block in fenced(page, "python")]
+
+
+@pytest.mark.parametrize(("page", "block"), PYTHON, ids=[f"{page}-{i}" for i, (page, _) in enumerate(PYTHON)])
+def test_python_compiles_and_its_imports_exist(page: str, block: str) -> None:
+    """Examples in README and adding-a-method.md run in tests of their own; others need weights or a GPU."""
+    tree = ast.parse(block, page)
+    imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    if page == "adding-a-method.md":  # the file that it imports is the page's own
+        imports = [node for node in imports if getattr(node, "module", None) != "blend"]
+    exec(compile(ast.Module(imports, []), page, "exec"), {})
+
+
+def test_the_library_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [example] = [block for block in fenced(ROOT / "README.md", "python") if "read_preset" in block]
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
-    videos = [len(list(read_video(tmp_path / f"circle-{seed}.mp4"))) for seed in (0, 1)]
-    assert videos == [65, 65]
+    assert [len(list(read_video(tmp_path / f"circle-{seed}.mp4"))) for seed in (0, 1)] == [65, 65]
 
 
 def test_names_that_the_engine_exports() -> None:
     assert [name for name in engine.__all__ if getattr(engine, name).__name__ != name] == []
 
 
-def test_there_are_commands_to_look_at() -> None:
-    assert len(commands()) > 20
-    assert {"README.md", "compare.md", "reliability.md"} <= {page for page, _ in commands()}
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", read(page), flags=re.S | re.M)
+    titles = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", title) for title in re.findall(r"^#+ (.*)$", text, re.M)]
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@pytest.mark.parametrize("command", [command for _, command in commands()])
-def test_prompt_files_that_pages_name_are_here(command: str) -> None:
-    names = [name for name in PROMPTS.findall(command) if not name.startswith("vbench:")]
-    assert [name for name in names if not (ROOT / name).is_file()] == []
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", read(page), flags=re.S | re.M)
+    wrong = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        if re.match(r"https?:", link):
+            continue
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            wrong.append(link)
+    assert wrong == []
 
 
-@pytest.mark.parametrize("command", sorted({command for _, command in commands()}))
-def test_options_that_pages_name_are_known(command: str) -> None:
-    """Each option of each line; `...` stands for others."""
-    from engine.config import RunConfig  # noqa: PLC0415
-    from launch.cli import Keys, make_parser  # noqa: PLC0415
-
-    script, *words = shlex.split(command.partition("#")[0].split("&&")[0])
-    name = Path(script).stem
-    parser = make_parser(name, "", "")
-    import_module(f"launch.arguments.{name}").add_arguments(parser)
-    if name not in ("decode", "evaluate", "findings"):  # they have no settings of a run
-        parser.add_argument("--config", action="config")
-        parser.add_class_arguments(RunConfig, nested_key=None)
-    keys = Keys.of(parser)
-    options = [word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")]
-    unknown = [
-        key
-        for key in options
-        if not keys.knows(key) and key not in ("help", "help_all", "config", "output", "model", "method")
-    ]
-    assert unknown == []
+def test_paths_in_code_exist() -> None:
+    """`folder/file.py` and the like between backquotes."""
+    rooms = "launch|engine|parallel|freespec|tests|configs|benchmarks|evaluation|metrics|tiny|docs"
+    pattern = re.compile(rf"`((?:{rooms})/[\w./-]*(?:/|\.py|\.yaml|\.md|\.txt|\.json|\.jsonl))`")
+    told = {(page.name, path) for page in PAGES for path in pattern.findall(read(page))}
+    assert len(told) > 20
+    assert sorted((page, path) for page, path in told if not (ROOT / path).exists()) == []
 
 
 def test_files_that_commands_name_are_in_the_wheel() -> None:
