@@ -13,6 +13,7 @@ from engine.files.checks import check_places, check_space, checkpoint_bytes, lea
 from engine.files.claims import claim
 from engine.files.folders import is_empty_folder
 from engine.files.locks import locked
+from engine.files.video import VideoFiles
 from engine.files.whole import describe_error
 from engine.paths import expand
 
@@ -77,6 +78,11 @@ class OutputFiles:
     def decoded(self) -> list[Path]:
         """What is made from latents alone."""
         return [self.video, self.sheet, self.record]
+
+    @property
+    def decoding(self) -> VideoFiles:
+        """The same, as `engine.produce.decode_to_files` takes them."""
+        return VideoFiles(video=self.video, kind=self.kind, sheet=self.sheet, record=self.record)
 
     @property
     def all(self) -> list[Path]:

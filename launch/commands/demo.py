@@ -15,7 +15,8 @@ from engine.files.whole import describe_error
 from engine.media.contact_sheet import Row, comparison, spaced, write_picture
 from engine.media.read_video import read_video
 from launch.arguments.demo import Arguments, read
-from launch.commands.generate import find_stages, make_video, summary
+from launch.commands.generate import find_stages
+from launch.make_video import make_video, summary
 from launch.outputs import OutputFiles, claim_outputs, plan_outputs, refuse_existing
 from launch.prompts import look_at_prompts
 

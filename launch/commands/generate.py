@@ -2,40 +2,25 @@
 
 import contextlib
 import functools
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-from torch import Tensor
-
-from engine.checkpoint import kept_steps, load_latents, save_latents
 from engine.config import RunConfig
-from engine.engine import Denoised, LongVideoEngine
-from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
-from engine.files.whole import describe_error
+from engine.engine import LongVideoEngine
 from engine.given import GivenFrames
 from engine.identity import latents_settings
 from engine.known import check_given
 from engine.load.pipeline import fetch, find_adapter, pick_device, pick_dtype, read_spec
 from engine.paths import find_checkpoint
-from engine.ranks import broadcast_bytes, fingerprints
-from engine.record import build_record
+from engine.ranks import fingerprints
 from engine.shown import quoted
-from engine.spectra.plot import write_trace
-from engine.spectra.trace import SpectralTrace
 from launch.arguments.generate import Arguments, read
-from launch.commands.decode import decoded_by
-from launch.commands.decode import read_record as read_record_of_latents
-from launch.exit_codes import LostRankError
+from launch.make_video import make_video, summary
 from launch.outputs import OutputFiles, check_free_space, claim_outputs, frame_folders
 from launch.prompts import look_at_prompts
 from launch.ranks import open_ranks
-from launch.render import describe_kept, render
 from launch.stages import Stage, describe_finished, find_stage, read_record, remove_leftovers
-from launch.stopping import Stopped, all_is_made
-from parallel.collectives import CollectiveError
+from launch.stopping import all_is_made
 
 
 def main(argv: list[str]) -> None:
@@ -135,155 +120,3 @@ def planned_facts(config: RunConfig, given: GivenFrames | None) -> dict[str, Any
         step = read_spec(folder).temporal_factor
         facts["given"] = given.settings(num_frames=video.num_frames, fps=video.fps, step=step)
     return facts
-
-
-def make_video(
-    engine: LongVideoEngine,
-    config: RunConfig,
-    prompt: str,
-    files: OutputFiles,
-    *,
-    given: GivenFrames | None = None,
-    stage: Stage = "denoise",
-    replace: bool,
-) -> dict[str, Any] | None:
-    """One prompt to its files, from its stage on; returns the record, on rank 0, which writes them. Every rank calls this.
-
-    `replace`: whether files that are there are replaced.
-    """
-    if stage == "decode":
-        latents, record = _read_latents(engine, config, files)
-    else:
-        latents, record = _make_latents(engine, prompt, files, given, replace=replace, replace_latents=stage == "trace")
-    if not engine.is_first:
-        for _ in engine.decode(latents, seed=config.sampler.seed):  # its share of the tiles, if there are any
-            pass
-        return None
-    record = render(engine, latents, record, files, output=config.output, fps=config.video.fps, replace=replace)
-    for path in (files.checkpoint, *(() if files.keep_latents else (files.latents,))):
-        path.unlink(missing_ok=True)
-    return record
-
-
-def _read_latents(engine: LongVideoEngine, config: RunConfig, files: OutputFiles) -> tuple[Tensor, dict[str, Any]]:
-    """Latents that an earlier run has left, on every rank, and their record on rank 0."""
-    record: dict[str, Any] = {}
-    data = b""
-    if engine.is_first:
-        record = read_record_of_latents(load_latents(files.latents)[1], files.latents)
-        record = record | {"config": record["config"] | decoded_by(config)}
-        data = files.latents.read_bytes()
-    data = broadcast_bytes(engine.mesh, data, "latents")
-    return safetensors.torch.load(data)["latents"], record
-
-
-def _make_latents(
-    engine: LongVideoEngine,
-    prompt: str,
-    files: OutputFiles,
-    given: GivenFrames | None,
-    *,
-    replace: bool,
-    replace_latents: bool,
-) -> tuple[Tensor, dict[str, Any]]:
-    """Latents, and the record so far on rank 0, where both are written, and the trace if there is one."""
-    trace = SpectralTrace() if files.trace else None
-    denoised = _denoise(engine, prompt, files, given, trace)
-    if not engine.is_first:
-        return denoised.latents, {}
-    seconds = {"load": engine.load_seconds, **denoised.seconds}
-    record = _keep_latents(
-        lambda: build_record(
-            engine, prompt=prompt, seed=None, negative_prompt=None, denoised=denoised, seconds=seconds
-        ),
-        denoised,
-        files,
-        replace=replace,
-        replace_latents=replace_latents,
-    )
-    if trace is not None:
-        _write_trace(trace, files, replace=replace)
-    files.checkpoint.unlink(missing_ok=True)  # the steps have served
-    return denoised.latents, record
-
-
-def summary(record: dict[str, Any], files: OutputFiles) -> str:
-    """One line for the person who waited."""
-    modes = [step["mode"] for step in record["steps"]]
-    counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in dict.fromkeys(modes))
-    seconds = record["seconds"]
-    resumed = f" (continued after step {record['resumed_at']})" if record["resumed_at"] else ""
-    return (
-        f"{files.video}: {record['video']['num_frames']} frames; "
-        f"denoised in {seconds['denoise']:.1f} s, steps: {counts or 'none left'}{resumed}; "
-        f"decoded in {seconds['decode']:.1f} s"
-    )
-
-
-def _denoise(
-    engine: LongVideoEngine, prompt: str, files: OutputFiles, given: GivenFrames | None, trace: SpectralTrace | None
-) -> Denoised:
-    try:
-        return engine.denoise(
-            prompt,
-            given=given,
-            checkpoint=files.checkpoint,
-            checkpoint_every=engine.config.output.checkpoint_every,
-            trace=trace,
-        )
-    except KeyboardInterrupt as error:
-        raise Stopped(_describe_checkpoint(files, "before the first step was done; nothing was kept")) from error
-    except CollectiveError as error:
-        kept = f"; {_describe_checkpoint(files)}" if engine.is_first else ""
-        raise LostRankError(f"{error}{kept}") from error
-    except OSError as error:
-        raise UserError(f"{describe_error(error, files.checkpoint)}; {_describe_checkpoint(files)}") from error
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        kept = f"; {_describe_checkpoint(files)}" if engine.is_first and files.checkpoint.exists() else ""
-        raise UserError(f"{describe_out_of_memory(error, when=f'denoising on {engine.device}')}{kept}") from error
-
-
-def _describe_checkpoint(files: OutputFiles, otherwise: str = "nothing was kept") -> str:
-    """What was kept of a run that ended while denoising, and how to go on; `otherwise` if there is no checkpoint."""
-    if not files.checkpoint.exists():
-        return otherwise
-    return f"after step {kept_steps(files.checkpoint)}, which is kept in {files.checkpoint}; the same command continues from there"
-
-
-def _keep_latents(
-    make_record: Callable[[], dict[str, Any]],
-    denoised: Denoised,
-    files: OutputFiles,
-    *,
-    replace: bool,
-    replace_latents: bool,
-) -> dict[str, Any]:
-    """Write the latents before anything is decoded, since they are what took long; returns the record so far.
-
-    The record lies in the file too, so that a video decoded from it later has its whole record.
-    """
-
-    def write() -> dict[str, Any]:
-        record = make_record()
-        if replace:  # the record of a finished run says that there is nothing left to make
-            files.record.unlink(missing_ok=True)
-        metadata = {"record": json.dumps(record, allow_nan=False)}
-        save_latents(files.latents, denoised.latents, metadata, replace=replace or replace_latents)
-        return record
-
-    try:
-        return write()
-    except KeyboardInterrupt as error:
-        write()  # interruptions wait while one is handled, so this time it is written
-        raise Stopped(f"before decoding; {describe_kept(files)}") from error
-    except OSError as error:
-        raise UserError(f"{describe_error(error, files.latents)}; {_describe_checkpoint(files)}") from error
-
-
-def _write_trace(trace: SpectralTrace, files: OutputFiles, *, replace: bool) -> None:
-    try:
-        write_trace(trace.rows, files.trace_table, files.trace_plot, replace=replace)
-    except OSError as error:
-        raise UserError(f"{describe_error(error, files.trace_table)}; {describe_kept(files)}") from error

@@ -13,10 +13,10 @@ from engine.load.pipeline import fetch, find_checkpoint, read_spec
 from engine.parallelism import check_settings
 from engine.planner.model import read_model
 from engine.supported_layouts import check_layout
-from launch.commands.generate import make_video, summary
 from launch.comparison.kept_measures import read_kept
 from launch.comparison.store import Comparison, Video
 from launch.comparison.variants import Variant
+from launch.make_video import make_video, summary
 from launch.outputs import check_free_space
 from launch.ranks import DistContext
 from launch.stages import Stage

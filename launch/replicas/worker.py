@@ -22,21 +22,21 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch.distributed as dist
+from torch import Tensor
 
 from engine.batch.check import check_video
-from engine.batch.files import BatchFiles, ItemFiles, item_files
+from engine.batch.files import BatchFiles, item_files
 from engine.batch.items import FILE, with_method
 from engine.batch.queue import Kind
 from engine.batch.store import publish
-from engine.checkpoint import save_latents
-from engine.engine import Denoised, LongVideoEngine
+from engine.engine import LongVideoEngine
 from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
 from engine.files.storage import FolderGoneError, is_storage_fault, names_storage_fault
+from engine.files.video import VideoFiles
 from engine.files.whole import write_json
-from engine.media.write_video import open_video
-from engine.record import build_record, peak_memory, video_facts
-from launch.commands.decode import restore_config
+from engine.produce import LatentsFile, decode_to_files, denoise_to_file, share_decoding
 from launch.exit_codes import LostRankError, run_command
+from launch.latents_record import restore_config
 from launch.ranks import open_ranks
 from launch.replicas.host import EVENTS
 from launch.stopping import StopSignals, die_with_parent
@@ -116,65 +116,41 @@ class Worker:
         if engine.is_first:
             check_root(self.root)
             files.make_folders()
-        denoised = engine.denoise(
+        latents, run = denoise_to_file(
+            engine,
             identity["prompt"],
             seed=identity["seed"],
+            file=LatentsFile(path=files.latents, metadata={"item_id": identity["item_id"]})
+            if self.keep_latents
+            else None,
             checkpoint=files.checkpoint,
             checkpoint_every=self.checkpoint_every,
             on_step=lambda finished, total: self._tell_step(identity["item_id"], finished, total),
         )
         if not engine.is_first:
-            for _ in engine.decode(denoised.latents, seed=identity["seed"]):  # its share of the tiles, if there are any
-                pass
+            share_decoding(engine.decoder, latents, seed=identity["seed"])
             return None
-        record = self._publish(task, files, denoised, started)
-        files.checkpoint.unlink(missing_ok=True)
-        return record
-
-    def _publish(self, task: dict[str, Any], files: ItemFiles, denoised: Denoised, started: str) -> dict[str, Any]:
-        """Decode, write the video, check it, name it, and write its sidecar last."""
-        engine, config = self.engine, self.engine.config
-        if self.keep_latents:
-            save_latents(files.latents, denoised.latents, {"item_id": task["identity"]["item_id"]})
-        decoding, identity = time.perf_counter(), task["identity"]
-        run = build_record(
-            engine,
-            prompt=identity["prompt"],
-            seed=identity["seed"],
-            negative_prompt=None,
-            denoised=denoised,
-            seconds={"load": engine.load_seconds, **denoised.seconds},
-        )
-        facts = video_facts(run) if config.output.metadata else None
-        part = files.part(task["token"])
-        size = {"height": config.video.height, "width": config.video.width}
-        frames = _FrameHashes()
-        with open_video(part, fps=config.video.fps, crf=config.output.crf, facts=facts, **size) as video:
-            for piece in engine.decode(denoised.latents, seed=identity["seed"]):
-                video.write(piece)
-                frames.add(piece)
-        decoded = time.perf_counter()
-        published = publish(part, files.video, check=lambda path: check_video(path, num_frames=frames.count, **size))
-        run |= {
-            "seconds": run["seconds"] | {"decode": decoded - decoding, "publish": time.perf_counter() - decoded},
-            "decode": engine.decode_plan,
-            "peak_memory": peak_memory(engine.device),
-        }
+        frames, part = _FrameHashes(), files.part(task["token"])
+        run = decode_to_files(engine.decoder, latents, run, VideoFiles(video=part), on_frames=frames.add)
+        publishing = time.perf_counter()
+        size = {"height": engine.config.video.height, "width": engine.config.video.width}
+        output = publish(part, files.video, check=lambda path: check_video(path, num_frames=frames.count, **size))
+        run["seconds"] |= {"publish": time.perf_counter() - publishing}
         record = {
             "schema": 1,
             "status": "done",
             **identity,
             "suite": task["suite"],
             "negative_prompt": run["negative_prompt"],
-            "output": dataclasses.asdict(published),
+            "output": dataclasses.asdict(output),
             "video": {
                 "num_frames": frames.count,
-                "native_frames": engine.spec.native_frames(config.method.window_frames),
-                "fps": config.video.fps,
+                "native_frames": engine.spec.native_frames(engine.config.method.window_frames),
+                "fps": engine.config.video.fps,
                 **size,
                 **frames.hashes,
             },
-            "latents": {"shape": list(denoised.latents.shape), "sha256": _latents_sha256(denoised)},
+            "latents": {"shape": list(latents.shape), "sha256": _latents_sha256(latents)},
             "attempt": task["attempt"],
             "replica": task["replica"],
             "host": socket.gethostname(),
@@ -183,6 +159,7 @@ class Worker:
             "run": run,
         }
         write_json(files.sidecar, record)
+        files.checkpoint.unlink(missing_ok=True)
         return record
 
     def _tell_step(self, item: str, finished: int, total: int) -> None:
@@ -248,9 +225,9 @@ def describe(error: BaseException) -> str:
             return first
 
 
-def _latents_sha256(denoised: Denoised) -> str:
-    """Of the fp32 numbers: equal for equal latents, whatever the file format."""
-    return hashlib.sha256(denoised.latents.contiguous().numpy().tobytes()).hexdigest()
+def _latents_sha256(latents: Tensor) -> str:
+    """SHA-256 of the fp32 numbers: equal for equal latents, whatever the file format."""
+    return hashlib.sha256(latents.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _now() -> str:

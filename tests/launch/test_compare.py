@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from engine.batch.locks import Shard, own_shard
+from engine.decode.decoder import VideoDecoder
 from engine.engine import LongVideoEngine
 from engine.media.read_video import read_video
 from launch.commands import compare, generate
@@ -212,16 +213,16 @@ def test_what_is_there_is_not_made_again_and_may_be_widened(
 def test_while_decoding_the_latents_are_kept_and_used(
     compare_in: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = LongVideoEngine.decode
+    whole = VideoDecoder.decode
 
-    def stop_midway(self: LongVideoEngine, latents: object, *, seed: int) -> Iterator[np.ndarray]:
+    def stop_midway(self: VideoDecoder, latents: object, *, seed: int) -> Iterator[np.ndarray]:
         for i, frames in enumerate(whole(self, latents, seed=seed)):
             yield frames
             if i == 2:
                 signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LongVideoEngine, "decode", stop_midway)
+        patch.setattr(VideoDecoder, "decode", stop_midway)
         stopped = compare_in(num_seeds=1, methods="direct")
     assert stopped.code == 130
     # Not how to decode this one by hand, which would leave the others undone.

@@ -15,6 +15,7 @@ from PIL import Image
 
 from engine.checkpoint import load_latents
 from engine.media.read_video import count_frames, read_video
+from engine.files.whole import WriteError
 from engine.media.write_video import VideoWriter
 from launch.commands import decode
 from tests.launch.conftest import Run
@@ -228,11 +229,11 @@ def test_a_full_disk_keeps_the_latents_and_says_how_to_go_on(
 def test_a_full_disk_before_decoding_is_one_line(
     make: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fill_disk(*args: object, **kwargs: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def fill_disk(path: Path, *args: object, **kwargs: object) -> None:
+        raise WriteError(errno.ENOSPC, "No space left on device", str(path))
 
     with monkeypatch.context() as patch:
-        patch.setattr("launch.commands.generate.save_latents", fill_disk)
+        patch.setattr("engine.produce.save_latents", fill_disk)
         error = make().error
     assert "a.latents.safetensors: No space left on device; after step 4, which is kept in " in error
     assert error.endswith("; the same command continues from there")

@@ -16,6 +16,7 @@ from diffusers import LTXVideoTransformer3DModel, WanTransformer3DModel
 from torch import nn
 
 from engine.checkpoint import load_latents
+from engine.decode.decoder import VideoDecoder
 from engine.engine import LongVideoEngine
 from launch.commands import decode
 from tests.launch.conftest import LTX, SMALL, Run
@@ -115,16 +116,16 @@ def test_while_decoding_the_latents_are_kept(  # noqa: PLR0917
     model: dict[str, object],
     piece: int,
 ) -> None:
-    whole = LongVideoEngine.decode
+    whole = VideoDecoder.decode
 
-    def stop_midway(self: LongVideoEngine, latents: torch.Tensor, *, seed: int) -> Iterator[np.ndarray]:
+    def stop_midway(self: VideoDecoder, latents: torch.Tensor, *, seed: int) -> Iterator[np.ndarray]:
         for i, frames in enumerate(whole(self, latents, seed=seed)):
             yield frames
             if i == piece:
                 signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LongVideoEngine, "decode", stop_midway)
+        patch.setattr(VideoDecoder, "decode", stop_midway)
         shown = make(model)
     assert shown.code == 130
     assert shown.stopped.startswith("while decoding; the latents are kept in ")
@@ -154,7 +155,7 @@ def test_while_the_latents_are_written_they_are_kept(
             signal.raise_signal(signal.SIGINT)
         from_engine(*args, **kwargs)
 
-    monkeypatch.setattr("launch.commands.generate.save_latents", stop_first)
+    monkeypatch.setattr("engine.produce.save_latents", stop_first)
     shown = make()
     assert shown.code == 130
     assert "the latents are kept in" in shown.stopped

@@ -16,13 +16,16 @@ from typing import Any
 import pytest
 import torch
 
-import launch.render
+from engine import produce
 from engine.checkpoint import load_latents
+from engine.decode.decoder import VideoDecoder
 from engine.denoise_loop import DenoiseLoop
 from engine.engine import LongVideoEngine
 from engine.files.checks import checkpoint_bytes
 from engine.files.claims import claim
 from engine.files.tensors import read_metadata
+from engine.files.whole import WriteError
+from launch import make_video
 from launch.commands import decode, generate
 from tests.launch.conftest import SMALL, Run
 from tests.launch.forked import run_forked
@@ -191,8 +194,8 @@ def test_no_state_is_kept_if_none_is_wanted(make: Make, words: Callable[..., lis
 
 
 def stop_in(monkeypatch: pytest.MonkeyPatch, make: Make, name: str, *arguments: object) -> Run:
-    """Run with an interruption just before `launch.render` or `launch.commands.generate` calls the function of this name."""
-    module = generate if hasattr(generate, name) else launch.render
+    """Run with an interruption just before `launch.make_video` or `engine.produce` calls the function of this name."""
+    module = make_video if hasattr(make_video, name) else produce
     with monkeypatch.context() as patch:
         patch.setattr(module, name, lambda *_, **__: signal.raise_signal(signal.SIGINT))
         return make(*arguments)
@@ -215,7 +218,7 @@ def test_stopped_between_video_sheet_and_record(
 def test_latents_go_on_with_another_way_to_decode_and_not_with_another_seed(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert stop_in(monkeypatch, make, "render").code == 130
+    assert stop_in(monkeypatch, make, "decode_to_files").code == 130
     assert names(tmp_path) == {"a.latents.safetensors"}
     error = make({"sampler.seed": 1}).error
     assert error.startswith(f"{tmp_path / 'a.latents.safetensors'} exists already; choose another name or add ")
@@ -244,14 +247,14 @@ def test_a_trace_is_not_lost_between_latents_and_its_table(
 def test_a_file_that_appears_while_a_run_works_is_not_replaced(
     make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = LongVideoEngine.decode
+    whole = VideoDecoder.decode
 
-    def appear(self: LongVideoEngine, latents: torch.Tensor, *, seed: int) -> Any:
+    def appear(self: VideoDecoder, latents: torch.Tensor, *, seed: int) -> Any:
         yield from whole(self, latents, seed=seed)
         (tmp_path / "a.mp4").write_text("mine")
 
     with monkeypatch.context() as patch:
-        patch.setattr(LongVideoEngine, "decode", appear)
+        patch.setattr(VideoDecoder, "decode", appear)
         error = make().error
     assert error.startswith(
         f"cannot write {tmp_path / 'a.mp4'}: another file of this name appeared meanwhile; the latents are"
@@ -282,7 +285,7 @@ def test_with_overwrite_all_is_made_again_and_goes_on_where_that_was_stopped(
     settings = {"output.save_latents": tmp_path / "z.safetensors"}
     assert make(settings | {"sampler.seed": 1}).code == 0
     again = settings | {"output.overwrite": "true"}
-    assert stop_in(monkeypatch, make, "render", again).code == 130
+    assert stop_in(monkeypatch, make, "decode_to_files", again).code == 130
     assert names(tmp_path) == {"a.mp4", "a.png", "z.safetensors"}  # the old record would call the new latents finished
     with monkeypatch.context() as patch:
         patch.setattr(LongVideoEngine, "denoise", lambda *_, **__: pytest.fail("denoised again"))
@@ -297,7 +300,7 @@ def test_with_overwrite_all_is_made_again_and_goes_on_where_that_was_stopped(
 
 def test_steps_of_another_run_are_not_thrown_away(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(generate, "save_latents", fill_disk)
+        patch.setattr(produce, "save_latents", fill_disk)
         assert "after step 4" in make().error
     before = (tmp_path / "a.checkpoint.safetensors").read_bytes()
     for more in ({}, {"output.overwrite": "true"}):
@@ -308,8 +311,8 @@ def test_steps_of_another_run_are_not_thrown_away(make: Make, tmp_path: Path, mo
     assert (tmp_path / "a.checkpoint.safetensors").read_bytes() == before
 
 
-def fill_disk(*_: object, **__: object) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
+def fill_disk(path: Path, *_: object, **__: object) -> None:
+    raise WriteError(errno.ENOSPC, "No space left on device", str(path))
 
 
 def test_what_a_run_killed_at_its_very_end_leaves_is_deleted_by_the_next(make: Make, tmp_path: Path) -> None:
@@ -377,15 +380,15 @@ def test_of_a_file_of_prompts_the_finished_are_skipped(
 
 
 def kill_in_video(number: int, rank: int) -> None:
-    render, calls = generate.render, []
+    decode_to_files, calls = make_video.decode_to_files, []
 
     def count(*args: Any, **kwargs: Any) -> Any:
         calls.append(args)
         if len(calls) == number:
             os.kill(os.getpid(), signal.SIGKILL)
-        return render(*args, **kwargs)
+        return decode_to_files(*args, **kwargs)
 
-    generate.render = count
+    make_video.decode_to_files = count
 
 
 def test_of_two_runs_with_one_output_the_second_ends_in_one_line(
@@ -435,7 +438,7 @@ def test_ranks_go_on_from_latents_together(
     """Stopped by one process, continued by three, of which two have no file of the first."""
     tiled = {"decode.mode": "tiled", "decode.tile_height": 16, "decode.tile_width": 16}
     tiled |= {"decode.stride_height": 8, "decode.stride_width": 8}
-    assert stop_in(monkeypatch, make, "render", tiled).code == 130
+    assert stop_in(monkeypatch, make, "decode_to_files", tiled).code == 130
     ended = run_forked([words(tmp_path, tiled)] * 3, tmp_path)
     assert [each.code for each in ended] == [0, 0, 0], ended
     assert MADE <= names(tmp_path)
@@ -470,7 +473,7 @@ def test_space_is_needed_for_what_is_not_there_yet(
 ) -> None:
     """Latents and checkpoint that fill a disk do not keep the same command from going on with them."""
     settings = {"output.save_latents": tmp_path / "z.safetensors", "sampler.num_steps": 30}
-    assert stop_in(monkeypatch, make, "render", settings).code == 130
+    assert stop_in(monkeypatch, make, "decode_to_files", settings).code == 130
     free: list[int] = []
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free[0]))
     free.append(40)
@@ -524,7 +527,7 @@ def test_decoding_that_was_stopped_between_its_files_goes_on(
     assert make({"output.save_latents": tmp_path / "z.safetensors"}).code == 0
     command = (tmp_path / "z.safetensors", "--output", tmp_path / "b.mp4")
     with monkeypatch.context() as patch:
-        patch.setattr(launch.render, name, lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        patch.setattr(produce, name, lambda *_, **__: signal.raise_signal(signal.SIGINT))
         assert run(decode.main, *command).code == 130
     assert "b.mp4" in names(tmp_path)
     assert "b.json" not in names(tmp_path)
@@ -549,7 +552,7 @@ def test_every_kind_of_video_is_gone_on_from(
     assert make({"output.save_latents": tmp_path / "z.safetensors"}).code == 0
     command = (tmp_path / "z.safetensors", "--output", f"{tmp_path}/{output}")
     with monkeypatch.context() as patch:
-        patch.setattr(launch.render, "write_record", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        patch.setattr(produce, "write_record", lambda *_, **__: signal.raise_signal(signal.SIGINT))
         assert run(decode.main, *command).code == 130
     assert run(decode.main, *command).code == 0
     assert "finished already" in run(decode.main, *command).out

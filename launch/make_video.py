@@ -1,0 +1,144 @@
+"""Make the files of one prompt from what an earlier run has left; if that ends early, a line says what was kept."""
+
+import contextlib
+from collections.abc import Iterator
+
+import safetensors.torch
+from torch import Tensor
+
+from engine.checkpoint import kept_steps, load_latents
+from engine.config import RunConfig
+from engine.engine import LongVideoEngine
+from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
+from engine.files.whole import describe_error
+from engine.given import GivenFrames
+from engine.produce import LatentsFile, LatentsKept, Record, decode_to_files, denoise_to_file, share_decoding
+from engine.ranks import broadcast_bytes
+from engine.spectra.plot import write_trace
+from engine.spectra.trace import SpectralTrace
+from launch.decoding import describe_kept, explain_decoding
+from launch.exit_codes import LostRankError
+from launch.latents_record import decoded_by, read_record
+from launch.outputs import OutputFiles
+from launch.stages import Stage
+from launch.stopping import Stopped
+from parallel.collectives import CollectiveError
+
+
+def make_video(
+    engine: LongVideoEngine,
+    config: RunConfig,
+    prompt: str,
+    files: OutputFiles,
+    *,
+    given: GivenFrames | None = None,
+    stage: Stage = "denoise",
+    replace: bool,
+) -> Record | None:
+    """Make the files of one prompt, from its stage on; returns the record on rank 0, which writes them. Every rank calls this.
+
+    `replace`: whether existing files are replaced.
+    """
+    if stage == "decode":
+        latents, record = _read_latents(engine, config, files)
+    else:
+        latents, record = _denoise(engine, prompt, files, given, replace=replace, replace_latents=stage == "trace")
+    if not engine.is_first:
+        share_decoding(engine.decoder, latents, seed=config.sampler.seed)
+        return None
+    with explain_decoding(files, engine.device):
+        record = decode_to_files(engine.decoder, latents, record, files.decoding, replace=replace)
+    for path in (files.checkpoint, *(() if files.keep_latents else (files.latents,))):
+        path.unlink(missing_ok=True)
+    return record
+
+
+def summary(record: Record, files: OutputFiles) -> str:
+    """One line about a finished video."""
+    modes = [step["mode"] for step in record["steps"]]
+    counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in dict.fromkeys(modes))
+    seconds = record["seconds"]
+    resumed = f" (continued after step {record['resumed_at']})" if record["resumed_at"] else ""
+    return (
+        f"{files.video}: {record['video']['num_frames']} frames; "
+        f"denoised in {seconds['denoise']:.1f} s, steps: {counts or 'none left'}{resumed}; "
+        f"decoded in {seconds['decode']:.1f} s"
+    )
+
+
+def _read_latents(engine: LongVideoEngine, config: RunConfig, files: OutputFiles) -> tuple[Tensor, Record]:
+    """Latents that an earlier run has left, on every rank, and their record on rank 0."""
+    record: Record = {}
+    data = b""
+    if engine.is_first:
+        record = read_record(load_latents(files.latents)[1], files.latents)
+        record = record | {"config": record["config"] | decoded_by(config)}
+        data = files.latents.read_bytes()
+    data = broadcast_bytes(engine.mesh, data, "latents")
+    return safetensors.torch.load(data)["latents"], record
+
+
+def _denoise(
+    engine: LongVideoEngine,
+    prompt: str,
+    files: OutputFiles,
+    given: GivenFrames | None,
+    *,
+    replace: bool,
+    replace_latents: bool,
+) -> tuple[Tensor, Record]:
+    """Latents on every rank, and their record on rank 0, which writes both, and the trace if there is one."""
+    trace = SpectralTrace() if files.trace else None
+    # The record of a finished run says that nothing is left to make.
+    outdated = files.record if replace else None
+    kept = LatentsFile(path=files.latents, outdated=outdated, replace=replace or replace_latents)
+    with _explain_denoising(files, engine):
+        latents, record = denoise_to_file(
+            engine,
+            prompt,
+            file=kept,
+            given=given,
+            checkpoint=files.checkpoint,
+            checkpoint_every=engine.config.output.checkpoint_every,
+            trace=trace,
+        )
+    if engine.is_first:
+        if trace is not None:
+            _write_trace(trace, files, replace=replace)
+        files.checkpoint.unlink(missing_ok=True)  # the latents hold all of it
+    return latents, record
+
+
+@contextlib.contextmanager
+def _explain_denoising(files: OutputFiles, engine: LongVideoEngine) -> Iterator[None]:
+    """Say what was kept, and how to go on, if denoising in the block is stopped or fails."""
+    try:
+        yield
+    except LatentsKept as error:
+        raise Stopped(f"before decoding; {describe_kept(files)}") from error
+    except KeyboardInterrupt as error:
+        raise Stopped(_describe_checkpoint(files, "before the first step was done; nothing was kept")) from error
+    except CollectiveError as error:
+        kept = f"; {_describe_checkpoint(files)}" if engine.is_first else ""
+        raise LostRankError(f"{error}{kept}") from error
+    except OSError as error:
+        raise UserError(f"{describe_error(error, files.checkpoint)}; {_describe_checkpoint(files)}") from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        kept = f"; {_describe_checkpoint(files)}" if engine.is_first and files.checkpoint.exists() else ""
+        raise UserError(f"{describe_out_of_memory(error, when=f'denoising on {engine.device}')}{kept}") from error
+
+
+def _describe_checkpoint(files: OutputFiles, otherwise: str = "nothing was kept") -> str:
+    """What was kept of a run that ended while denoising, and how to go on; `otherwise` if there is no checkpoint."""
+    if not files.checkpoint.exists():
+        return otherwise
+    return f"after step {kept_steps(files.checkpoint)}, which is kept in {files.checkpoint}; the same command continues from there"
+
+
+def _write_trace(trace: SpectralTrace, files: OutputFiles, *, replace: bool) -> None:
+    try:
+        write_trace(trace.rows, files.trace_table, files.trace_plot, replace=replace)
+    except OSError as error:
+        raise UserError(f"{describe_error(error, files.trace_table)}; {describe_kept(files)}") from error
