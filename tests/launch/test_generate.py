@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 from engine.checkpoint import load_latents
-from engine.media.read_video import count_frames, read_video
 from engine.files.whole import WriteError
+from engine.media.read_video import count_frames, read_video
 from engine.media.write_video import VideoWriter
 from launch.commands import decode
 from tests.launch.conftest import Run
