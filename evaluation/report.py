@@ -9,10 +9,10 @@ from typing import Any
 
 from engine.files.tables import as_csv, markdown_cell
 from engine.files.whole import write_json, write_text
-from evaluation.dimensions import DIMENSIONS
-from evaluation.parse import DimensionScores
 from evaluation.proxies import PROXIES
 from evaluation.tables import Scored, differences, means
+from evaluation.vbench.dimensions import DIMENSIONS
+from evaluation.vbench.parse import DimensionScores
 from evaluation.videos import as_json
 from evaluation.world import WORLD
 from metrics.bootstrap import MIN_COUNT, Estimate

@@ -11,10 +11,10 @@ from engine.files.tables import write_csv
 from engine.files.whole import write_text
 from engine.media.contact_sheet import spaced
 from engine.media.read_video import read_video
+from evaluation.study.plots import save_figure
 from launch.analysis.plots import Strip, draw_flows, draw_frames, draw_heads, draw_low_rank, draw_progress, draw_windows
 from launch.analysis.spectra import Rows, SpectraStore, concentration, mean_and_error, over_prompts
 from launch.comparison.measure import Measured, measure_all, native_frames
-from launch.comparison.plots import save_figure
 from launch.comparison.store import Comparison
 from launch.outputs import writing_report
 from metrics.bootstrap import paired_interval

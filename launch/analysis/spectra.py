@@ -17,7 +17,7 @@ from engine.files.trees import DamagedError, Shape, lacking, read_json
 from engine.files.whole import write_text
 from engine.media.contact_sheet import spaced
 from engine.spectra.windows import WindowSpectra
-from launch.comparison.summary import as_json
+from evaluation.study.summary import as_json
 from metrics.bootstrap import mean_interval, paired_interval
 
 Rows = list[dict[str, Any]]

@@ -10,7 +10,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import expand, find_checkpoint
 from engine.planner.gpu import read_gpu
-from evaluation.suites import PREFIX, read_vbench_suite, to_batch
+from evaluation.vbench.suites import PREFIX, read_vbench_suite, to_batch
 from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_method_name
 from launch.batching.options import Options, add_arguments

@@ -18,6 +18,7 @@ from engine.files.tables import write_csv
 from engine.files.whole import write_json, write_text
 from engine.paths import expand
 from engine.progress import enabled
+from evaluation.study.summary import as_json
 from launch.arguments.calibrate import NAME, Arguments, read
 from launch.calibration.plan import CalibrationPlan
 from launch.calibration.score import PARTS, judge, mean_parts, scores, survivors
@@ -28,7 +29,6 @@ from launch.comparison.make import check_variants, make_missing, missing_videos
 from launch.comparison.measure import Measured, not_world
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison
-from launch.comparison.summary import as_json
 from launch.outputs import writing_report
 from launch.prompts import look_at_prompts
 from launch.ranks import DistContext, open_ranks

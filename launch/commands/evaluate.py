@@ -15,13 +15,13 @@ from engine.files.say import Say
 from engine.files.storage import writing_to
 from engine.paths import expand
 from engine.shown import printable
-from evaluation.bench import Bench, Evaluator, PreflightError, preflight
-from evaluation.dimensions import parse_dimensions
 from evaluation.measure import measure_all, measure_all_world
 from evaluation.report import Evaluation, write_report
-from evaluation.run import Outcome, evaluate, failures
-from evaluation.stage import View, plan_view
 from evaluation.tables import Scored
+from evaluation.vbench.bench import Bench, Evaluator, PreflightError, preflight
+from evaluation.vbench.dimensions import parse_dimensions
+from evaluation.vbench.run import Outcome, evaluate, failures
+from evaluation.vbench.stage import View, plan_view
 from evaluation.videos import Video, groups, read_batches, read_list, what_is_missing
 from evaluation.world import videos_of_world
 from launch.arguments.evaluate import read, read_gpus

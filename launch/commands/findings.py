@@ -11,8 +11,9 @@ from engine.errors import UserError
 from engine.files.tables import emptier
 from engine.files.whole import atomic_path, describe_error, write_text
 from engine.paths import expand
+from evaluation.study import sections
 from launch.arguments.findings import read
-from launch.comparison import sections
+from launch.calibration.score import PARTS
 from launch.comparison.kept_reports import TABLES, Report, read_report, refuse_mixed
 from launch.comparison.transfer import transfer_section
 from launch.outputs import claim_outputs
@@ -73,7 +74,7 @@ def _write(
                 "The ablation: rows of the paper's Table 3 (`freespec` is LB + RA + TA + T-GR)", reports["ablation"]
             ),
             sections.step_count(reports["methods"], reports["steps"]),
-            sections.calibration(reports["calibration"]),
+            sections.calibration(reports["calibration"], PARTS),
             transfer_section(),
             "",
         ]

@@ -3,8 +3,6 @@
 import hashlib
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -14,6 +12,7 @@ from engine.files.trees import Shape, read_kept
 from engine.files.whole import write_json
 from engine.media.read_video import read_video
 from engine.shown import quoted
+from evaluation.study.measured import Measured
 from launch.comparison.checks import read_video_spec
 from launch.comparison.store import Comparison, Video
 from metrics.version import source_digest
@@ -22,25 +21,6 @@ from metrics.world import WORLD_UNITS, why_not_world, world_metrics
 
 _SHOWN_PROMPTS = 3
 _WORLD_SIZE = (64, 64)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """A video with its record and its measures.
-
-    Attributes:
-        video: which.
-        record: what `launch/generate.py` would write beside it.
-        values: measures by name; nan where a video has none.
-        by_clip: measures per clip of native length.
-        version: what the measures were made by, `metrics.version.source_digest()` of that day.
-    """
-
-    video: Video
-    record: dict[str, Any]
-    values: dict[str, float]
-    by_clip: dict[str, list[float]]
-    version: str
 
 
 def units(*, world: bool) -> dict[str, str]:

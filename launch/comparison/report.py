@@ -12,14 +12,14 @@ from typing import Any
 from engine.errors import UserError
 from engine.files.tables import write_csv
 from engine.files.whole import write_text
-from launch.comparison import markdown
+from evaluation.study import markdown
+from evaluation.study.page import write_page
+from evaluation.study.plots import draw_clips, draw_metrics, draw_times, save_figure
+from evaluation.study.summary import Row, as_json, clips, comparable, summarise, times
 from launch.comparison.checks import is_native
 from launch.comparison.kept_measures import add_kept, measure_there
 from launch.comparison.measure import Measured, has_world, native_frames, not_world, strange_prompts, units
-from launch.comparison.page import write_page
-from launch.comparison.plots import draw_clips, draw_metrics, draw_times, save_figure
 from launch.comparison.store import Comparison
-from launch.comparison.summary import Row, as_json, clips, comparable, summarise, times
 from launch.outputs import writing_report
 from metrics.bootstrap import LEVEL, RESAMPLES
 from metrics.similarity import num_clips

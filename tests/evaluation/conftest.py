@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from evaluation.bench import Evaluator
+from evaluation.vbench.bench import Evaluator
 from tests.evaluation.batches import make_batch
-from tests.evaluation.fake_vbench import forget_hashes, make_checkout, make_weights
+from tests.evaluation.vbench.fake_vbench import forget_hashes, make_checkout, make_weights
 
 
 @pytest.fixture(scope="session")

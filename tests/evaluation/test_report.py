@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from evaluation.dimensions import DIMENSIONS
-from evaluation.parse import DimensionScores, VideoScore
 from evaluation.report import Evaluation, as_markdown, as_tree, read_paper, table_of_videos, write_report
 from evaluation.tables import Scored
+from evaluation.vbench.dimensions import DIMENSIONS
+from evaluation.vbench.parse import DimensionScores, VideoScore
 from evaluation.videos import Video, groups, read_batch
 from evaluation.world import WORLD
 

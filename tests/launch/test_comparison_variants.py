@@ -17,13 +17,13 @@ from engine.parallelism import choose_degrees
 from engine.paths import REPOSITORY
 from engine.planner.model import read_model
 from engine.supported_layouts import check_layout
+from evaluation.study.claims import CLAIMS
+from evaluation.study.sections import report_command
 from freespec.methods import METHODS
 from launch.arguments.prompts import read_prompts
 from launch.calibration.plan import CalibrationPlan, Part
 from launch.calibration.space import START, draw_trials
-from launch.comparison.claims import CLAIMS
 from launch.comparison.kept_measures import read_kept
-from launch.comparison.sections import report_command
 from launch.comparison.store import Comparison
 from launch.comparison.variants import Variant, read_variants
 from metrics.video import VIDEO_UNITS

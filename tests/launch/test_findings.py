@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from engine.files import claims
+from evaluation.study.claims import CLAIMS, Claim, answers, changes, noise_effects, not_made, read
 from freespec.methods import METHODS
 from launch.commands import findings
-from launch.comparison.claims import CLAIMS, Claim, answers, changes, noise_effects, not_made, read
 from launch.comparison.measure import units
 from metrics.bootstrap import Estimate
 from tests.launch.conftest import Run

@@ -9,7 +9,7 @@ import pytest
 from engine.batch.suite import read_suite
 from engine.errors import UserError
 from engine.text.prompt_files import read_prompt_lines, resolve_negative_prompt, split_lines
-from evaluation.suites import read_vbench_suite
+from evaluation.vbench.suites import read_vbench_suite
 from launch.arguments.prompts import read_prompts
 
 # Ends of line in Unicode, and to str.splitlines, that belong to a prompt here.

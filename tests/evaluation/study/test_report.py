@@ -16,8 +16,8 @@ from engine.config import MethodConfig, ModelConfig, RunConfig, VideoConfig
 from engine.errors import UserError
 from engine.media.write_video import open_video
 from engine.record import describe_video, write_record
-from launch.comparison.markdown import estimate
-from launch.comparison.page import interval, number, write_page
+from evaluation.study.markdown import estimate
+from evaluation.study.page import interval, number, write_page
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison, Video
 from launch.comparison.variants import Variant
@@ -221,7 +221,7 @@ def test_the_script_of_the_page(tmp_path: Path) -> None:
     data = {"fps": 16, "prompts": [{"text": "a", "events": events, "seeds": [seed]}]}
     page = tmp_path / "index.html"
     page.write_text(write_page(title="a", notes=[], videos=data, rows=[], times={}, plots=[]))
-    command = ["node", str(Path(__file__).with_name("comparison_page.js")), str(page)]
+    command = ["node", str(Path(__file__).with_name("page.js")), str(page)]
     told = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert told["sources"] == ["videos/a/000%20%231.mp4", "b.mp4", "c.mp4"]
     assert (told["time"], told["later"]) == ("0.00 s, frame 0: first", "0.09 s, frame 1: then")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engine.errors import UserError
-from evaluation.parse import DimensionScores, name_of, read_results
+from evaluation.vbench.parse import DimensionScores, name_of, read_results
 
 CLIPS = {"a cat-0": 2, "p0001-0": 1}
 

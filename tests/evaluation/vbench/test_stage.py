@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
-from evaluation import stage as staging
-from evaluation.stage import View, check, check_place, check_stem, clip_names, plan_view, predict_clips, stage
+from evaluation.vbench import stage as staging
+from evaluation.vbench.stage import View, check, check_place, check_stem, clip_names, plan_view, predict_clips, stage
 from evaluation.videos import Video, groups, read_batch
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from engine.errors import UserError
-from evaluation.dimensions import ALL_DIMENSIONS, DIMENSIONS, check_total, parse_dimensions
+from evaluation.vbench.dimensions import ALL_DIMENSIONS, DIMENSIONS, check_total, parse_dimensions
 
 
 def test_a_total_of_six_dimensions_is_refused() -> None:

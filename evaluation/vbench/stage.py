@@ -17,7 +17,7 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.files.whole import write_json
-from evaluation.dimensions import CONSISTENCY
+from evaluation.vbench.dimensions import CONSISTENCY
 from evaluation.videos import Video
 
 CLIP_SECONDS = 2

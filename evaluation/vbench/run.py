@@ -14,11 +14,11 @@ from typing import Any
 from engine.errors import UserError
 from engine.files.trees import Shape, read_kept
 from engine.files.whole import file_sha256, write_json
-from evaluation import stage as staging
-from evaluation.bench import Bench, Evaluator, driver, environment
-from evaluation.parse import DimensionScores, read_results
-from evaluation.process import run_process
-from evaluation.stage import View
+from evaluation.vbench import stage as staging
+from evaluation.vbench.bench import Bench, Evaluator, driver, environment
+from evaluation.vbench.parse import DimensionScores, read_results
+from evaluation.vbench.process import run_process
+from evaluation.vbench.stage import View
 
 DONE: Shape = {"identity": dict, "result.sha256": str, "seconds": int | float}
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from evaluation.bench import Evaluator, PreflightError, preflight
-from evaluation.dimensions import DIMENSIONS
+from evaluation.vbench.bench import Evaluator, PreflightError, preflight
+from evaluation.vbench.dimensions import DIMENSIONS
 
 FEW = ("subject_consistency", "dynamic_degree")
 

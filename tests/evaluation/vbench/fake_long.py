@@ -1,4 +1,4 @@
-"""What tests/evaluation/fake_vbench.py puts into a checkout as `vbench2_beta_long`: it stands alone, in another interpreter.
+"""What tests/evaluation/vbench/fake_vbench.py puts into a checkout as `vbench2_beta_long`: it stands alone, in another interpreter.
 
 What goes wrong is said in `plan.json` of its home: a dimension, or `split`, to one of the words of `misbehave` and `evaluate`.
 """

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from evaluation import weights
-from evaluation.dimensions import DIMENSIONS
-from evaluation.weights import WEIGHTS, Weight, missing_weights
-from tests.evaluation.fake_vbench import make_weights
+from evaluation.vbench import weights
+from evaluation.vbench.dimensions import DIMENSIONS
+from evaluation.vbench.weights import WEIGHTS, Weight, missing_weights
+from tests.evaluation.vbench.fake_vbench import make_weights
 
 
 def test_on_an_empty_folder_everything_is_missing_once(tmp_path: Path) -> None:

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
-from evaluation import bench, run
-from evaluation.bench import Bench, Evaluator, environment, sources
-from evaluation.dimensions import DIMENSIONS
-from evaluation.run import Outcome, evaluate, failures
-from evaluation.stage import View, plan_view
+from evaluation.vbench import bench, run
+from evaluation.vbench.bench import Bench, Evaluator, environment, sources
+from evaluation.vbench.dimensions import DIMENSIONS
+from evaluation.vbench.run import Outcome, evaluate, failures
+from evaluation.vbench.stage import View, plan_view
 from evaluation.videos import groups, read_batch
-from tests.evaluation.fake_vbench import calls, ends, set_plan
+from tests.evaluation.vbench.fake_vbench import calls, ends, set_plan
 
 FEW = ("subject_consistency", "dynamic_degree")
 

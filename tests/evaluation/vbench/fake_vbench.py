@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from evaluation import weights
-from evaluation.weights import WEIGHTS
+from evaluation.vbench import weights
+from evaluation.vbench.weights import WEIGHTS
 
 DIMENSIONS = (
     "subject_consistency",

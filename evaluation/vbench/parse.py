@@ -13,8 +13,8 @@ from typing import Any
 
 from engine.errors import UserError
 from engine.files.trees import parse_json
-from evaluation.dimensions import CONSISTENCY, DIMENSIONS, ROW_SCALE
-from evaluation.stage import CLIPS
+from evaluation.vbench.dimensions import CONSISTENCY, DIMENSIONS, ROW_SCALE
+from evaluation.vbench.stage import CLIPS
 
 # The headline is a mean over clips or frames; anything further off than this from the mean over clips is another scale.
 HEADLINE_TOLERANCE = 0.02

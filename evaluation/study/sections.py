@@ -1,13 +1,12 @@
 """The sections of the page of findings, each from the report of one command; `Not measured yet` where there is none."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from engine.paths import REPOSITORY, expand
-from launch.calibration.score import PARTS
-from launch.comparison.claims import (
+from evaluation.study.claims import (
     CLAIMS,
     Answer,
     Claim,
@@ -19,10 +18,9 @@ from launch.comparison.claims import (
     not_made,
     read,
 )
-from launch.comparison.kept_reports import Report
-from launch.comparison.markdown import estimate, table, tables
-from launch.comparison.page import number
-from launch.comparison.summary import as_json
+from evaluation.study.markdown import Report, estimate, table, tables
+from evaluation.study.page import number
+from evaluation.study.summary import as_json
 from metrics.bootstrap import Estimate
 
 PROMPTS = "configs/prompts/world-heldout-40.txt"
@@ -320,12 +318,12 @@ def step_count(tables: Report | None, rerun: Report | None) -> str:
     return "\n".join([*lines, table(header, rows)])
 
 
-def calibration(report: Report | None) -> str:
-    """What the search for settings found, and how it was judged."""
+def calibration(report: Report | None, told_parts: Mapping[str, str]) -> str:
+    """What the search for settings found, and how it was judged; `told_parts` says what each part of the score is."""
     lines = ["## Calibration of FreeSpec's open settings", ""]
     if report is None:
         return "\n".join([*lines, "Not measured yet: the defaults are start values.", ""])
-    parts = "; ".join(f"{name}: {what}" for name, what in PARTS.items())
+    parts = "; ".join(f"{name}: {what}" for name, what in told_parts.items())
     rounds = ", ".join(f"{len(each['scores'])} on {each['prompts']} prompts" for each in report["rounds"])
     steps, settings = report["num_steps"], report["comparison"]["settings"]
     lines += [
@@ -344,7 +342,7 @@ def calibration(report: Report | None) -> str:
         return "\n".join([*lines, "None was better than the present settings, which stay.", ""])
     settings = ", ".join(f"`{name}` {value}" for name, value in judged["settings"].items())
     body = [
-        [label, number(judged["score"][label]), *(number(judged["parts"][label][name]) for name in PARTS)]
+        [label, number(judged["score"][label]), *(number(judged["parts"][label][name]) for name in told_parts)]
         for label in judged["score"]
     ]
     verdict = (
@@ -355,7 +353,7 @@ def calibration(report: Report | None) -> str:
     lines += [
         f"The best, {best} ({settings}), on the {judged['prompts']} held-out prompts with seeds {judged['seeds']}:",
         "",
-        table(["settings", "score", *PARTS], body),
+        table(["settings", "score", *told_parts], body),
         f"Difference in score, paired by prompt: {estimate(judged['difference'], signed=True)}. {verdict}",
         "",
     ]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.files.tables import markdown_cell
-from launch.comparison.page import number
+from evaluation.study.page import number
 
 Report = dict[str, Any]
 

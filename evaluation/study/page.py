@@ -8,7 +8,7 @@ from string import Template
 from typing import Any
 from urllib.parse import quote
 
-from launch.comparison.summary import Row
+from evaluation.study.summary import Row
 from metrics.bootstrap import Estimate
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from engine.errors import UserError
-from evaluation import suites
-from evaluation.suites import read_vbench_suite, select_lines, to_batch
+from evaluation.vbench import suites
+from evaluation.vbench.suites import read_vbench_suite, select_lines, to_batch
 
 COUNTS = {"subject_consistency": 72, "scene": 86, "overall_consistency": 93}
 DIMENSIONS = {

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.comparison.measure import Measured
+from evaluation.study.measured import Measured
 from metrics.bootstrap import Estimate, mean_interval, paired_interval
 
 

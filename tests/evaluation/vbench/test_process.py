@@ -5,8 +5,8 @@ import sys
 import threading
 from pathlib import Path
 
-from evaluation.process import run_process
-from tests.evaluation.fake_vbench import ends
+from evaluation.vbench.process import run_process
+from tests.evaluation.vbench.fake_vbench import ends
 
 
 def test_what_a_process_leaves_behind_is_ended_too(tmp_path: Path) -> None:

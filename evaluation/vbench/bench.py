@@ -15,9 +15,9 @@ from typing import Any
 from engine.errors import UserError
 from engine.files.trees import read_json
 from engine.files.whole import file_sha256
-from evaluation.process import run_process
-from evaluation.suites import checkout_commit
-from evaluation.weights import missing_weights
+from evaluation.vbench.process import run_process
+from evaluation.vbench.suites import checkout_commit
+from evaluation.vbench.weights import missing_weights
 
 DRIVER = Path(__file__).with_name("driver.py")
 PROBE_SECONDS = 600.0
@@ -55,7 +55,7 @@ class Evaluator:
     Attributes:
         checkout: folder of the VBench checkout.
         python: interpreter of the environment that has its packages.
-        weights: folder that is HOME while it runs; see `evaluation.weights`.
+        weights: folder that is HOME while it runs; see `evaluation.vbench.weights`.
         device: `cuda` or `cpu`.
         gpus: indices of the GPUs that processes are spread over; if there are none, one process runs at a time.
         time_limit: seconds that one process may take.
