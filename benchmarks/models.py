@@ -112,7 +112,7 @@ Peak GiB is what the busiest GPU must hold: weights in bf16, text encoder (on GP
 preset's steps with guidance; from datasheets and assumed fractions of them, whose sources are in `configs/gpus/`. The time of the fusion's
 eigendecompositions is assumed to grow with a head's channels and not to fall with the heads of a rank, which weighs on LTX-Video: its 20,130
 tokens make attention so cheap that over 8 GPUs the fusion is a third of a predicted dual step.
-What does not fit may with `model.weights zero3`, which shares the weights out: [parallel.md](parallel.md#weights-larger-than-a-gpu).
+What does not fit may with `model.weights zero3`, which shares the weights out: [memory.md](memory.md#weights).
 """
 
 
