@@ -116,7 +116,7 @@ ANSWERS: dict[str, str] = {
         ),
         "pipefusion_parallel_degree num_pipeline_patch attn_layer_num_for_pp pp_size": f"not supported: {_RANKS_SHARE}",
         "tensor_parallel_degree tp_size tp_degree tp tensor_parallel_size": (
-            "not supported: ranks share a video; model.weights zero3 shares out the weights (docs/parallel.md)"
+            "not supported: ranks share a video; model.weights zero3 shares out the weights (docs/memory.md)"
         ),
         "data_parallel_degree dp_size dp_degree data_parallel_size dp": "batch.py --replicas makes several videos at once",
         "nnodes node_rank master_addr master_port rdzv_backend rdzv_endpoint rdzv_id rank local_rank standalone": (
