@@ -91,7 +91,7 @@ def calls(mesh: SeqMesh, trace: CollectiveTrace) -> dict[str, Callable[[], objec
 def timed(call: Callable[[], object], mesh: SeqMesh) -> float:
     """Seconds from when all ranks are ready to when this one is done."""
     trace = CollectiveTrace(label="start", on_bytes=collectives.ignore_bytes)
-    collectives.meet(group=mesh.world.group, device=CPU, trace=trace)
+    collectives.barrier(group=mesh.world.group, device=CPU, trace=trace)
     started = time.perf_counter()
     call()
     return time.perf_counter() - started

@@ -150,15 +150,15 @@ class FileJournal:
             "done_now": len(queue.done),
             "replicas": [
                 {
-                    "name": seat.replica.name,
-                    "state": seat.state,
-                    "seconds": driver.clock() - seat.since,
-                    "item": seat.item.label if seat.item else None,
-                    "step": seat.step,
-                    "total": seat.total,
-                    "done": seat.done,
+                    "name": entry.replica.name,
+                    "state": entry.state,
+                    "seconds": driver.clock() - entry.since,
+                    "item": entry.item.label if entry.item else None,
+                    "step": entry.step,
+                    "total": entry.total,
+                    "done": entry.done,
                 }
-                for seat in driver.seats
+                for entry in driver.entries
             ],
             "failures": self._failures,
         }
@@ -198,10 +198,10 @@ def table(name: str, tree: Mapping[str, Any], *, note: str | None = None, size: 
         + (f", {eta}" if tree["state"] == "running" else "")
     ]
     rows = [["replica", "state", "item", "step", "for", "done"]]
-    for seat in tree["replicas"]:
-        step = f"{seat['step']}/{seat['total']}" if seat["total"] else ""
-        seconds = describe_seconds(seat["seconds"])
-        rows.append([seat["name"], seat["state"], seat["item"] or "", step, seconds, str(seat["done"])])
+    for entry in tree["replicas"]:
+        step = f"{entry['step']}/{entry['total']}" if entry["total"] else ""
+        seconds = describe_seconds(entry["seconds"])
+        rows.append([entry["name"], entry["state"], entry["item"] or "", step, seconds, str(entry["done"])])
     below = [
         f"  {failure['time'][11:19]} {failure.get('item') or failure['replica']}: {failure['kind']}: {failure['message']}"
         for failure in tree["failures"]
@@ -214,7 +214,7 @@ def table(name: str, tree: Mapping[str, Any], *, note: str | None = None, size: 
     # The last line stays empty: that is where the cursor waits.
     room = max(size.lines - 1 - len(lines) - len(below), 2)
     if len(replicas) > room:
-        states = Counter(seat["state"] for seat in tree["replicas"][room - 2 :])
+        states = Counter(entry["state"] for entry in tree["replicas"][room - 2 :])
         rest = ", ".join(f"{count} {state}" for state, count in states.items())
         replicas = [*replicas[: room - 1], f"  and {states.total()} more: {rest}"]
     return "\n".join(line[: size.columns - 1] for line in [*lines, *replicas, *below][: max(size.lines - 1, 1)])

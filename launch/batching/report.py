@@ -108,9 +108,9 @@ def say_end(
     made = [tree for item in done if (tree := _sidecar(files, item)) is not None]
     for line in report(made) if made else []:
         print(line)
-    for seat in driver.seats if driver else ():
-        if seat.state == "gone" and seat.failure is not None:
-            print(f"{seat.replica.name} was given up after {seat.starts} starts: {seat.failure.message}")
+    for entry in driver.entries if driver else ():
+        if entry.state == "gone" and entry.failure is not None:
+            print(f"{entry.replica.name} was given up after {entry.starts} starts: {entry.failure.message}")
     left, now = (driver.queue.left, len(driver.queue.done)) if driver else (0, 0)
     print(
         f"{len(done)} of {len(done) + len(given_up) + left} items done ({now} now), "
@@ -153,7 +153,7 @@ def halted(driver: Driver, files: BatchFiles, config: RunConfig, *, keep_latents
 def describe_disk(files: BatchFiles, driver: Driver, config: RunConfig, *, keep_latents: bool) -> str:
     """What the rest needs, and what there is."""
     left = [*driver.queue.waiting, *driver.queue.running.values()]
-    disk = disk_forecast(files, config, left, replicas=len(driver.seats), keep_latents=keep_latents)
+    disk = disk_forecast(files, config, left, replicas=len(driver.entries), keep_latents=keep_latents)
     return (
         f"they need about {describe_size(disk.videos + disk.texts)} ({disk.how}) and {describe_size(disk.work)} for checkpoints, and {files.root} has "
         f"{describe_size(disk.free)}"
