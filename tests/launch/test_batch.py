@@ -300,7 +300,7 @@ def test_a_dry_run_on_a_driver_without_the_replicas_gpus(make_batch: Callable[..
 def test_a_disk_that_is_full_is_told_by_a_driver_without_the_replicas_gpus(wan_folder: Path, tmp_path: Path) -> None:
     model = ModelConfig(path=str(wan_folder), device="cuda", dtype="bfloat16")
     driver = SimpleNamespace(
-        halted=Failure("disk", "No space left on device"), queue=Queue.of(cases.batch().items), seats=[1]
+        halted=Failure("disk", "No space left on device"), queue=Queue.of(cases.batch().items), entries=[1]
     )
     config = replace(cases.config(), model=model)
     line = str(halted(driver, BatchFiles(root=tmp_path), config, keep_latents=False))
@@ -350,7 +350,7 @@ def test_a_replica_that_was_given_up_has_its_line_in_the_summary(
     seat = ReplicaState(
         replica=replica, state="gone", starts=3, failure=Failure("mistake", "out of memory while loading")
     )
-    driver = SimpleNamespace(halted=None, queue=Queue.of(()), seats=[seat])
+    driver = SimpleNamespace(halted=None, queue=Queue.of(()), entries=[seat])
     work = Work(done=(), given_up=(), todo=())
     assert batch.finish(SimpleNamespace(keep_latents=False), files, cases.config(), work, driver) == 0
     assert "replica-1 was given up after 3 starts: out of memory while loading\n" in capsys.readouterr().out
