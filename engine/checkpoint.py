@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ from engine.errors import UserError
 from engine.files.tensors import read_metadata
 from engine.files.trees import DamagedError, parse_json
 from engine.files.whole import atomic_path
-from engine.identity import check_run
+from engine.identity import check_run, settings_id
+from engine.ranks import broadcast_bytes
 from engine.schedulers import SchedulerState, restore_scheduler
+from parallel.mesh import SeqMesh
 
 # What latents are computed and kept in.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -110,6 +113,53 @@ def load_run(
         if isinstance(error, UserError):
             raise
         raise UserError(f"{path} is not the state of a run ({type(error).__name__}: {error}); {remedy}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFile:
+    """The file of one run's state, which rank 0 reads and writes for all ranks.
+
+    Attributes:
+        path: the file.
+        settings: what decides the run's latents, see `engine.identity`.
+        mesh: the ranks.
+    """
+
+    path: Path
+    settings: Mapping[str, Any]
+    mesh: SeqMesh
+
+    def load(
+        self, scheduler: Any, generator: torch.Generator, device: torch.device
+    ) -> tuple[Tensor, int, History] | None:
+        """`load_run` on every rank; None if there is no file."""
+        found = self.mesh.world.rank == 0 and self.path.exists()
+        data = broadcast_bytes(self.mesh, self.path.read_bytes() if found else b"", "checkpoint")
+        if not data:
+            return None
+        return load_run(
+            data,
+            path=self.path,
+            run_id=settings_id(self.settings),
+            scheduler=scheduler,
+            generator=generator,
+            device=device,
+            settings=self.settings,
+        )
+
+    def save(self, step: int, latents: Tensor, state: SchedulerState, history: History) -> None:
+        """`save_run` on rank 0."""
+        if self.mesh.world.rank == 0:
+            run_id = settings_id(self.settings)
+            save_run(
+                self.path,
+                latents,
+                step=step,
+                run_id=run_id,
+                state=state,
+                history=history,
+                settings=self.settings,
+            )
 
 
 def kept_steps(path: Path) -> int:

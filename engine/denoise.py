@@ -1,6 +1,7 @@
 """Noise and the denoising loop: plain functions that draw the same noise for any device and can start at any step."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,31 @@ from engine.known import Known
 from engine.schedulers import step_noise
 from freespec.methods import Noise
 from freespec.noise import relate_frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class Denoised:
+    """The latents of one video, and how they were made.
+
+    Attributes:
+        latents: [1, z, F, h, w] fp32 on the CPU, normalised as the transformer sees them.
+        steps: one dict per step, also those of an earlier, interrupted run: step, timestep, mode (as in freespec.methods.StepPlan), seconds.
+        schedule: the timestep shift: `shift` (fixed, native or actual) and its value, and how they came about.
+        seconds: time of the stages `text` and `denoise`.
+        resumed_at: steps that an earlier, interrupted run had finished; 0 for a run from noise.
+        settings: what decides the latents, see `engine.identity`.
+        given: the files of given frames, see `engine.given.GivenFrames.record`; None without any.
+        timeline: the events of a prompt that is a timeline, see `engine.text.timeline.Direction.described`; None for a plain prompt.
+    """
+
+    latents: Tensor
+    steps: list[dict[str, Any]]
+    schedule: dict[str, Any]
+    seconds: dict[str, float]
+    resumed_at: int
+    settings: dict[str, Any]
+    timeline: list[dict[str, Any]] | None
+    given: dict[str, Any] | None
 
 
 def draw_noise(
@@ -29,7 +55,7 @@ def draw_noise(
 def denoise(
     latents: Tensor,
     scheduler: Any,
-    predict: Callable[[Tensor, Tensor, int], Tensor],
+    predict: Callable[[Tensor, Tensor], Tensor],
     *,
     generator: torch.Generator,
     start_step: int = 0,
@@ -41,7 +67,7 @@ def denoise(
     Args:
         latents: noise, or the latents after `start_step` steps.
         scheduler: a diffusers scheduler with its timesteps set; for `start_step` > 0, in its state after that many steps.
-        predict: `(latents, timestep, step) -> model output` of the latents' shape, guidance included.
+        predict: `(latents, timestep) -> model output` of the latents' shape, guidance included.
         generator: draws the noise of a scheduler that adds some in its steps, on the CPU, so that all ranks draw the same.
         start_step: index of the first step that is still to do.
         known: frames that are put in before each step, at its noise, and after the last.
@@ -53,7 +79,7 @@ def denoise(
             continue
         if known is not None:
             latents = known.put(latents, float(scheduler.sigmas[step]))
-        prediction = predict(latents, timestep, step)
+        prediction = predict(latents, timestep)
         latents = scheduler.step(prediction, timestep, latents, return_dict=False, **noise)[0]
         if after_step is not None:
             after_step(step + 1, latents)

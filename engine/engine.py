@@ -1,7 +1,6 @@
 """The engine: one loaded model that makes videos from prompts, in stages that can be stopped and continued."""
 
 import contextlib
-import json
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -10,71 +9,43 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import safetensors.torch
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 from tqdm import tqdm
 
 from engine.adapters import ModelAdapter, VideoSpec, adapter_of
-from engine.adapters.base import Text
-from engine.checkpoint import History, load_run
+from engine.checkpoint import RunFile
 from engine.config import COMPILED_TRACE, MethodConfig, OutputConfig, RunConfig
 from engine.decode.decoder import VideoDecoder
 from engine.decode.tiling import check_tiles
-from engine.denoise import draw_noise
+from engine.denoise import Denoised, draw_noise
 from engine.denoise_loop import DenoiseLoop
 from engine.errors import UserError
 from engine.given import GivenFrames
 from engine.group_of_one import GROUP_OF_ONE
+from engine.guided_model import GuidedModel
 from engine.hooks.apply import MethodHandle, Ranks, apply_method, check_riflex, check_shift
-from engine.hooks.cross_attention import install_timeline, join_texts
+from engine.hooks.cross_attention import install_timeline
 from engine.hooks.self_attention import choose_eigensolver
 from engine.identity import latents_settings, settings_id
-from engine.kernel_choice import KernelChoice, SolverChoice, choose_on_ranks
-from engine.known import Known, read_known
+from engine.kernel_choice import KernelChoice, choose_on_ranks
+from engine.known import GivenOnRanks, Known
 from engine.load.pipeline import fetch, find_adapter, find_checkpoint, load_pipeline, pick_device, pick_dtype, read_spec
-from engine.load.provenance import describe_weights
-from engine.load.sharded_weights import Encode, encode_on_all, shard_pipeline, shards_text
+from engine.load.provenance import describe_loaded, describe_weights
+from engine.load.sharded_weights import shard_pipeline, shards_text
 from engine.load.weights import read_config
 from engine.progress import enabled, progress_bar
-from engine.ranks import broadcast, broadcast_bytes, check_agreement, fingerprints, raise_together
-from engine.record import build_record, running_revision
+from engine.ranks import check_agreement, fingerprints, raise_together
+from engine.record import EngineFacts, build_record, running_revision
 from engine.schedulers import make_scheduler, shifting_tokens
 from engine.spectra.trace import SpectralTrace
 from engine.supported_layouts import check_layout
-from engine.text.cache import TextCache, cache_key
-from engine.text.prompts import PROMPT, Named, refuse_long_prompts, texts_by_pass
+from engine.text.encode import PromptEncoder
 from engine.text.timeline import Direction, read_direction
 from freespec.events import Event
 from freespec.kernels import select_complement, select_dual, select_kernel
 from parallel.mesh import SeqMesh
-from parallel.zero3 import device_bytes, num_parameters
-
-
-@dataclass(frozen=True, kw_only=True)
-class Denoised:
-    """What denoising made.
-
-    Attributes:
-        latents: [1, z, F, h, w] fp32 on the CPU, normalised as the transformer sees them.
-        steps: one dict per step, also those of an earlier, interrupted run: step, timestep, mode (as in freespec.methods.StepPlan), seconds.
-        schedule: the timestep shift: `shift` (fixed, native or actual) and its value, and how they came about.
-        seconds: time of the stages `text` and `denoise`.
-        resumed_at: steps that an earlier, interrupted run had finished; 0 for a run from noise.
-        settings: what decides the latents, see `engine.identity`.
-        given: the files of frames that were given, see `engine.given.GivenFrames.record`; None without any.
-        timeline: the events of a prompt that is a timeline, see `engine.text.timeline.Direction.described`; None for a plain prompt.
-    """
-
-    latents: Tensor
-    steps: list[dict[str, Any]]
-    schedule: dict[str, Any]
-    seconds: dict[str, float]
-    resumed_at: int
-    settings: dict[str, Any]
-    timeline: list[dict[str, Any]] | None
-    given: dict[str, Any] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +91,15 @@ class LongVideoEngine:
             self._release_group()
             raise
         self._compiled_for: tuple[Event, ...] | None = None
+        self.text = PromptEncoder(
+            config,
+            pipe=self.pipe,
+            adapter=self.adapter,
+            mesh=self.mesh,
+            device=self.device,
+            checkpoint=self._prints["checkpoint"].hex(),
+        )
         self.load_seconds = time.perf_counter() - started
-        self.text_cache = self._open_text_cache(None)
 
     def use_method(self, method: MethodConfig, output: OutputConfig | None = None) -> None:
         """Take the method off the loaded model and put another one on; `output` is where its video goes, if elsewhere.
@@ -149,11 +127,6 @@ class LongVideoEngine:
         """Whether this is rank 0, which encodes the text, shows progress and writes files."""
         return self.mesh.world.rank == 0
 
-    @property
-    def decode_plan(self) -> dict[str, Any] | None:
-        """Who decodes what, for the record; None before `decode` is called."""
-        return self.decoder.decode_plan
-
     def progress(self, stage: str, *, total: int, initial: int = 0) -> tqdm:
         """A bar of a stage, on rank 0 and where `output.progress` asks for it."""
         show = self.is_first and enabled(self.config.output.progress)
@@ -162,37 +135,25 @@ class LongVideoEngine:
     @property
     def loaded(self) -> dict[str, Any]:
         """What was loaded, for the record: checkpoint, revision, commit or SHA-256 (on rank 0), dtypes and parameter counts."""
-        named = {name: getattr(self.pipe, name) for name in ("transformer", "vae", "text_encoder")}
-        parts = {name: part for name, part in named.items() if part is not None}
-        return {
-            "path": self.config.model.path,
-            "revision": self.config.model.revision,
-            **self._weights,
-            "dtype": {name: str(part.dtype).removeprefix("torch.") for name, part in parts.items()},
-            "parameters": {name: num_parameters(part) for name, part in parts.items()},
-            "resident_bytes": {name: device_bytes(part, self.device) for name, part in parts.items()},
-        }
-
-    @property
-    def eigensolver(self) -> SolverChoice | None:
-        """What decomposes Gram matrices on this GPU, for the record; None on a CPU, where it is LAPACK."""
-        return self.handle.state.eigensolver
+        return describe_loaded(self.config.model, self.pipe, self._weights, self.device)
 
     @property
     def layout(self) -> dict[str, Any]:
-        """How the ranks shared the video, for the record."""
-        mesh, config = self.mesh, self.config.parallel
-        degrees = {"cfg": mesh.cfg.size, "ring": mesh.ring.size, "ulysses": mesh.ulysses.size}
-        chosen = {"local_route": config.local_route, "provider": config.provider, "why": self.ranks.why}
-        nodes: dict[str, list[int]] = {}
-        for rank, node in enumerate(self.ranks.nodes):
-            nodes.setdefault(node, []).append(rank)
-        placed = [{"node": node, "ranks": ranks} for node, ranks in nodes.items()]
-        return {"ranks": mesh.world.size, **degrees, **chosen, "nodes": placed}
+        """How the ranks share the video, for the record."""
+        config = self.config.parallel
+        return self.ranks.described(local_route=config.local_route, provider=config.provider)
 
-    def keep_texts(self, folder: Path) -> None:
-        """From now on, look for text embeddings in this folder before computing them, and keep new ones there."""
-        self.text_cache = self._open_text_cache(folder)
+    @property
+    def facts(self) -> EngineFacts:
+        """What records say of this engine."""
+        return EngineFacts(
+            config=self.config,
+            device=self.device,
+            attention=self.kernel,
+            eigensolver=self.handle.state.eigensolver,
+            model=self.loaded,
+            parallel=self.layout,
+        )
 
     def __enter__(self) -> Self:
         """The engine itself, for `with`, which closes it."""
@@ -243,32 +204,48 @@ class LongVideoEngine:
         negative_prompt = sampler.negative_prompt if negative_prompt is None else negative_prompt
         num_frames = video.num_frames if num_frames is None else num_frames
         self.spec.check_video(num_frames, video.height, video.width)
-        self.decoder.decode_plan = None  # of the video before
 
         started = time.perf_counter()
-        direction = self._read_direction(prompt, negative_prompt, num_frames)
-        passes = self._encode_passes(prompt, negative_prompt, direction)
+        direction = read_direction(
+            prompt, negative_prompt, num_frames=num_frames, fps=video.fps, step=self.spec.token_step
+        )
+        passes = self.text.passes(prompt, negative_prompt, direction)
         seconds = {"text": time.perf_counter() - started}
 
-        known = None if given is None else self._read_known(given, num_frames, seed)
-        facts = {} if given is None else {"given": self._describe_given(given, num_frames)}
+        size = {"num_frames": num_frames, "height": video.height, "width": video.width}
+        shared = None if given is None else GivenOnRanks(given, self.spec, self.mesh, **size, fps=video.fps)
+        known = None if shared is None else self._read_known(shared, seed)
         settings = self._settings(
-            prompt=prompt, negative_prompt=negative_prompt, seed=seed, num_frames=num_frames, **facts
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            num_frames=num_frames,
+            **({} if shared is None else {"given": shared.settings()}),
         )
         schedule = self._set_timesteps(num_frames)
         generator = torch.Generator("cpu").manual_seed(seed)
-        latents, done, history = self._first_latents(num_frames, generator, checkpoint, settings)
+        file = None if checkpoint is None else RunFile(path=checkpoint, settings=settings, mesh=self.mesh)
+        resumed = None if file is None else file.load(self.pipe.scheduler, generator, self.device)
+        latents, done, history = resumed or (self._draw_noise(num_frames, generator).to(self.device), 0, {})
 
         started = time.perf_counter()
         loop = DenoiseLoop(
-            engine=self,
-            text=passes,
+            model=GuidedModel(
+                pipe=self.pipe,
+                adapter=self.adapter,
+                handle=self.handle,
+                mesh=self.mesh,
+                text=passes,
+                guidance_scale=sampler.guidance_scale,
+                fps=video.fps,
+                trace=trace,
+            ),
+            scheduler=self.pipe.scheduler,
             generator=generator,
-            trace=trace,
-            path=checkpoint,
-            settings=settings,
             known=known,
-            checkpoint_every=checkpoint_every,
+            progress=self.progress,
+            save=None if file is None else file.save,
+            save_every=checkpoint_every,
             on_step=on_step,
         )
         loop.take_up(history)
@@ -282,8 +259,8 @@ class LongVideoEngine:
             seconds=seconds,
             resumed_at=done,
             settings=settings,
-            timeline=None if direction is None else direction.described(self._frame_step),
-            given=None if known is None else self._record_given(given, known, num_frames),
+            timeline=None if direction is None else direction.described(self.spec.token_step),
+            given=None if known is None or shared is None else shared.record(known),
         )
 
     def decode(self, latents: Tensor, *, seed: int | None = None) -> Iterator[np.ndarray]:
@@ -309,9 +286,7 @@ class LongVideoEngine:
         none = np.empty((0, self.config.video.height, self.config.video.width, 3), np.uint8)
         frames = np.concatenate([none, *self.decode(denoised.latents, seed=seed)])
         seconds = {"load": self.load_seconds, **denoised.seconds, "decode": time.perf_counter() - started}
-        record = build_record(
-            self, prompt=prompt, seed=seed, negative_prompt=negative_prompt, denoised=denoised, seconds=seconds
-        )
+        record = build_record(self.facts, denoised, seconds=seconds, decode=self.decoder.decode_plan)
         return Result(latents=denoised.latents, frames=frames, record=record)
 
     def _choose_kernel(self) -> KernelChoice:
@@ -379,53 +354,20 @@ class LongVideoEngine:
 
     def _load(self) -> DiffusionPipeline:
         """The pipeline; the text encoder on rank 0 only, unless all ranks share it."""
-        with_text = self.is_first or self._shards_text
-        return load_pipeline(self.config.model, with_text=with_text, text_device=self.config.parallel.text_device)
+        parallel = self.config.parallel
+        with_text = self.is_first or shards_text(self.config.model, parallel.text_device)
+        return load_pipeline(self.config.model, with_text=with_text, text_device=parallel.text_device)
 
     def _shard(self) -> None:
         """Leave each rank its share of the weights, where that is asked for."""
         model = self.config.model
         if model.weights == "zero3":
-            shard_pipeline(self.pipe, model, with_text=self._shards_text, mesh=self.mesh, device=self.device)
-
-    @property
-    def _shards_text(self) -> bool:
-        return shards_text(self.config.model, self.config.parallel.text_device)
-
-    @property
-    def _text_device(self) -> torch.device:
-        """Where the text encoder runs."""
-        return torch.device("cpu") if self.config.parallel.text_device == "cpu" else self.device
+            with_text = shards_text(model, self.config.parallel.text_device)
+            shard_pipeline(self.pipe, model, with_text=with_text, mesh=self.mesh, device=self.device)
 
     def _describe_weights(self) -> dict[str, Any]:
         """Where the weights came from, on rank 0, which writes the record; now, as files may change while they are used."""
         return describe_weights(self.config.model) if self.is_first else {}
-
-    def _open_text_cache(self, folder: Path | None) -> TextCache:
-        """A cache for what decides embeddings beside the prompt: checkpoint, dtype, length, and where the encoder runs."""
-        key = cache_key(
-            checkpoint=self._prints["checkpoint"].hex(),
-            dtype=str(self.pipe.transformer.dtype),
-            max_text_tokens=self.config.sampler.max_text_tokens,
-            device=self._text_device.type,
-        )
-        return TextCache(key, folder)
-
-    @property
-    def _frame_step(self) -> int:
-        """Frames of the video per frame of tokens, after the first."""
-        return self.spec.temporal_factor * self.spec.patch[0]
-
-    def _read_direction(self, prompt: str, negative_prompt: str, num_frames: int) -> Direction | None:
-        fps = self.config.video.fps
-        return read_direction(prompt, negative_prompt, num_frames=num_frames, fps=fps, step=self._frame_step)
-
-    def _encode_passes(self, prompt: str, negative_prompt: str, direction: Direction | None) -> dict[str, Text]:
-        """Text of each pass, `cond` first; with guidance `uncond`. The texts of a timeline's events are one after the other."""
-        guided = self.config.sampler.guidance_scale > 1.0
-        passes = texts_by_pass((PROMPT, prompt), negative_prompt, direction, guided=guided)
-        texts = iter(self._encode([text for each in passes.values() for text in each]))
-        return {name: join_texts([next(texts) for _ in each]) for name, each in passes.items()}
 
     def _directed(self, direction: Direction | None) -> contextlib.AbstractContextManager[object]:
         """The pipeline with the events of a timeline, for a block."""
@@ -443,29 +385,6 @@ class LongVideoEngine:
             text_tokens=self.config.sampler.max_text_tokens,
         )
 
-    def _encode(self, named: list[Named]) -> list[Text]:
-        """Text of each prompt as the transformer takes it, made by rank 0, or with it by all ranks that share the encoder."""
-        max_tokens, prompts = self.config.sampler.max_text_tokens, [text for _, text in named]
-
-        def encode(new: list[str]) -> list[Text]:
-            return self.adapter.encode_text(self.pipe, new, max_tokens, self._text_device)
-
-        def look_up(encode: Encode) -> list[Text]:
-            refuse_long_prompts(self.adapter, self.pipe.tokenizer, named, max_tokens)
-            return self.text_cache.texts(prompts, encode)
-
-        def texts_or_empty() -> list[Text]:
-            texts = None
-            if self._shards_text:
-                texts = encode_on_all(self.mesh, encode, look_up)
-            elif self.is_first:
-                texts = look_up(encode)
-            return texts or [self.adapter.empty_text(self.pipe.transformer, max_tokens, self.device) for _ in prompts]
-
-        texts = raise_together(self.mesh, texts_or_empty)
-        on_device = [tuple(part.to(self.device) for part in text) for text in texts]
-        return [tuple(broadcast(self.mesh, part, "text embeddings") for part in text) for text in on_device]
-
     def _set_timesteps(self, num_frames: int) -> dict[str, Any]:
         """Give the scheduler its timesteps for a video of this length; returns what the record says of their shift."""
         sampler, video, scheduler = self.config.sampler, self.config.video, self.pipe.scheduler
@@ -479,27 +398,6 @@ class LongVideoEngine:
         scheduler.set_begin_index(0)
         return schedule
 
-    def _first_latents(
-        self, num_frames: int, generator: torch.Generator, checkpoint: Path | None, settings: dict[str, Any]
-    ) -> tuple[Tensor, int, History]:
-        """Noise and 0, or an interrupted run's latents, the number of its finished steps and what was noted of them.
-
-        Scheduler and generator are left in the state of that many steps.
-        """
-        found = checkpoint is not None and self.is_first and checkpoint.exists()
-        data = broadcast_bytes(self.mesh, checkpoint.read_bytes() if found else b"", "checkpoint")
-        if data:
-            return load_run(
-                data,
-                path=checkpoint,
-                run_id=settings_id(settings),
-                settings=settings,
-                scheduler=self.pipe.scheduler,
-                generator=generator,
-                device=self.device,
-            )
-        return self._draw_noise(num_frames, generator).to(self.device), 0, {}
-
     def _draw_noise(self, num_frames: int, generator: torch.Generator) -> Tensor:
         """The first latents, on the CPU."""
         shape = self.spec.latent_shape(num_frames, self.config.video.height, self.config.video.width)
@@ -507,35 +405,11 @@ class LongVideoEngine:
         window = self.config.method.window_frames * self.spec.patch[0]
         return draw_noise(shape, generator, kind, window_frames=window, stride=stride * self.spec.patch[0])
 
-    def _read_known(self, given: GivenFrames, num_frames: int, seed: int) -> Known:
-        """The latents of what is given, encoded on rank 0, and on every rank the run's first noise at those frames."""
-        video = self.config.video
-
-        def read() -> Known | None:
-            if not self.is_first:
-                return None
-            sizes = {"num_frames": num_frames, "height": video.height, "width": video.width, "fps": video.fps}
-            return read_known(given, self.adapter, self.pipe.vae, self.spec, **sizes)
-
-        made = raise_together(self.mesh, read)
-        data = b"" if made is None else safetensors.torch.save({"latents": made.latents, "frames": made.frames})
-        known = Known(**safetensors.torch.load(broadcast_bytes(self.mesh, data, "given frames")))
-        return known.with_noise(self._draw_noise(num_frames, torch.Generator("cpu").manual_seed(seed)), self.device)
-
-    def _record_given(self, given: GivenFrames, known: Known, num_frames: int) -> dict[str, Any]:
-        begun = 0 if given.extend is None else self.spec.num_frames(len(known.frames) - len(given.images))
-        return given.record(num_frames=num_frames, fps=self.config.video.fps, step=self._frame_step, begun=begun)
-
-    def _describe_given(self, given: GivenFrames, num_frames: int) -> dict[str, Any]:
-        """What of it decides the latents, from rank 0, which alone may see the files."""
-
-        def describe() -> bytes:
-            if not self.is_first:
-                return b""
-            facts = given.settings(num_frames=num_frames, fps=self.config.video.fps, step=self._frame_step)
-            return json.dumps(facts).encode()
-
-        return json.loads(broadcast_bytes(self.mesh, raise_together(self.mesh, describe), "given frames"))
+    def _read_known(self, shared: GivenOnRanks, seed: int) -> Known:
+        """What is given, with the run's first noise at its frames."""
+        known = shared.read(self.adapter, self.pipe.vae)
+        noise = self._draw_noise(shared.num_frames, torch.Generator("cpu").manual_seed(seed))
+        return known.with_noise(noise, self.device)
 
     def _run_id(self, **what: Any) -> str:
         """Hash of all that decides the latents, see `engine.identity`."""

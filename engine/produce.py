@@ -64,9 +64,7 @@ def denoise_to_file(
     seconds = {"load": engine.load_seconds, **denoised.seconds}
 
     def keep() -> Record:
-        record = build_record(
-            engine, prompt=prompt, seed=seed, negative_prompt=None, denoised=denoised, seconds=seconds
-        )
+        record = build_record(engine.facts, denoised, seconds=seconds)
         if file is not None:
             file.write(denoised.latents, record)
         return record

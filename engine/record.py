@@ -10,68 +10,78 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from engine.config import RunConfig
+from engine.denoise import Denoised
 from engine.files.whole import content_bytes, content_sha256, write_json
 from engine.identity import settings_id
+from engine.kernel_choice import KernelChoice, SolverChoice
 from engine.paths import REPOSITORY
 from freespec.kernels import resolve_dual
 
-if TYPE_CHECKING:
-    from engine.engine import Denoised, LongVideoEngine
-
 PACKAGE = "freespec-engine"
 
-# Settings that a call may say otherwise than the configuration; records and metadata have them once, by themselves.
+# Settings in which a call may differ from the configuration; records and metadata have them once, by themselves.
 _OF_A_CALL = ("seed", "negative_prompt")
 
 
-def build_record(
-    engine: "LongVideoEngine",
-    *,
-    prompt: str,
-    seed: int | None,
-    negative_prompt: str | None,
-    denoised: "Denoised",
-    seconds: dict[str, float],
-) -> dict[str, Any]:
-    """All that is known of a run once its latents are there; `seed` and `negative_prompt` are the configuration's if None.
+@dataclass(frozen=True, kw_only=True)
+class EngineFacts:
+    """What a record says of the engine that made a video.
 
-    `decode` is None until the engine was asked to decode.
+    Attributes:
+        config: the configuration; a call may say otherwise in part.
+        device: where the model was.
+        attention: the dense kernel and why.
+        eigensolver: what decomposes Gram matrices on a GPU; None on a CPU, where it is LAPACK.
+        model: the loaded checkpoint, see `engine.load.provenance.describe_loaded`.
+        parallel: how the ranks shared the video.
     """
-    config = dataclasses.asdict(engine.config)
-    # What the call said otherwise than the configuration.
-    config["video"]["num_frames"] = engine.spec.num_frames(denoised.latents.shape[2])
-    if seed is not None:
-        config["sampler"]["seed"] = seed
-    if negative_prompt is not None:
-        config["sampler"]["negative_prompt"] = negative_prompt
+
+    config: RunConfig
+    device: torch.device
+    attention: KernelChoice
+    eigensolver: SolverChoice | None
+    model: dict[str, Any]
+    parallel: dict[str, Any]
+
+
+def build_record(
+    facts: EngineFacts, denoised: Denoised, *, seconds: dict[str, float], decode: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """All that is known of a run once its latents exist; `decode` says who decodes what, None if nobody has yet."""
+    settings = denoised.settings
+    config = dataclasses.asdict(facts.config)
+    config["video"]["num_frames"] = settings["num_frames"]
+    config["sampler"] |= {name: settings[name] for name in _OF_A_CALL}
     return {
-        "prompt": prompt,
+        "prompt": settings["prompt"],
         "timeline": denoised.timeline,
         "given": denoised.given,
-        "negative_prompt": config["sampler"]["negative_prompt"],
-        "seed": config["sampler"]["seed"],
+        "negative_prompt": settings["negative_prompt"],
+        "seed": settings["seed"],
         "config": config,
-        "identity": {"id": settings_id(denoised.settings), "settings": denoised.settings},
-        "attention": dataclasses.asdict(engine.kernel),
-        "eigensolver": None if engine.eigensolver is None else dataclasses.asdict(engine.eigensolver),
+        "identity": {"id": settings_id(settings), "settings": settings},
+        "attention": dataclasses.asdict(facts.attention),
+        "eigensolver": None if facts.eigensolver is None else dataclasses.asdict(facts.eigensolver),
         "dual": resolve_dual(config["attention"]["dual"]),
         "complement": config["attention"]["complement"],
-        "model": engine.loaded,
-        "noise": dict(zip(("kind", "stride"), engine.config.noise, strict=True)),
+        "model": facts.model,
+        "noise": dict(zip(("kind", "stride"), facts.config.noise, strict=True)),
         "latents": {"shape": list(denoised.latents.shape)},
         "seconds": seconds,
         "resumed_at": denoised.resumed_at,
         "schedule": denoised.schedule,
         "steps": denoised.steps,
-        "peak_memory": peak_memory(engine.device),
-        "parallel": engine.layout,
-        "decode": engine.decode_plan,
-        "device": describe_device(engine.device),
+        "peak_memory": peak_memory(facts.device),
+        "parallel": facts.parallel,
+        "decode": decode,
+        "device": describe_device(facts.device),
         "versions": versions(),
         "git": running_revision(),
     }

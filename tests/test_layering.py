@@ -1,6 +1,7 @@
 """Imports point one way: the floors of the house, and what each may stand on."""
 
 import ast
+from collections.abc import Mapping, Set
 from pathlib import Path
 
 import pytest
@@ -62,3 +63,49 @@ def test_negative_control(floor: str, source: str, bad: str) -> None:
     assert wrong_imports(floor, source) == {bad}
     harmless = "import enginery, json" if floor == "evaluation" else "import torch, enginery, torch.nn.functional"
     assert wrong_imports(floor, harmless) == set()
+
+
+def imported(source: str, modules: Set[str]) -> set[str]:
+    """The modules among these that a source imports, at any depth of the code and under TYPE_CHECKING too."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names} & modules
+            names |= inner or {str(node.module)}
+    return names & modules
+
+
+def find_cycles(sources: Mapping[str, str]) -> list[list[str]]:
+    """Groups of modules that import one another in a circle."""
+    arrows = {name: imported(source, sources.keys()) for name, source in sources.items()}
+    return [sorted(group) for group in strongly_connected(arrows) if len(group) > 1 or group <= arrows[min(group)]]
+
+
+def strongly_connected(arrows: Mapping[str, Set[str]]) -> list[set[str]]:
+    """Groups of nodes that reach one another."""
+    reached = {name: {name} | arrows[name] for name in arrows}
+    grown = True
+    while grown:
+        wider = {name: set().union(*(reached[other] for other in found)) for name, found in reached.items()}
+        reached, grown = wider, wider != reached
+    groups = {frozenset(other for other in found if name in reached[other]) for name, found in reached.items()}
+    return [set(group) for group in groups]
+
+
+def module_name(path: Path) -> str:
+    """The name that a source file is imported by."""
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_modules_import_one_another_in_a_circle() -> None:
+    files = [path for floor in sorted(OURS - {"tests"}) for path in (ROOT / floor).rglob("*.py")]
+    assert find_cycles({module_name(path): path.read_text() for path in files}) == []
+
+
+def test_a_circle_would_be_seen() -> None:
+    hidden = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from engine import record\n"
+    sources = {"engine.engine": "import engine.loop", "engine.loop": hidden, "engine.record": "import engine.engine"}
+    assert find_cycles(sources) == [["engine.engine", "engine.loop", "engine.record"]]
+    assert find_cycles(sources | {"engine.loop": "from engine import errors"}) == []

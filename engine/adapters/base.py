@@ -111,6 +111,11 @@ class VideoSpec:
         """Frames of so many latent frames: the first is one frame, every other as many as the VAE compresses into one."""
         return (latent_frames - 1) * self.temporal_factor + 1
 
+    @property
+    def token_step(self) -> int:
+        """Frames of the video per frame of tokens, after the first."""
+        return self.temporal_factor * self.patch[0]
+
     def native_frames(self, window_frames: int) -> int:
         """Frames of a video of native length, whose window is in frames of tokens."""
         return self.num_frames(window_frames * self.patch[0])

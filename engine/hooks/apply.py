@@ -58,6 +58,23 @@ class Ranks:
         """cfg, ring, ulysses."""
         return self.mesh.cfg.size, self.mesh.ring.size, self.mesh.ulysses.size
 
+    def described(self, *, local_route: str, provider: str) -> dict[str, Any]:
+        """How the ranks share the video, for the record."""
+        cfg, ring, ulysses = self.degrees
+        nodes: dict[str, list[int]] = {}
+        for rank, node in enumerate(self.nodes):
+            nodes.setdefault(node, []).append(rank)
+        return {
+            "ranks": self.mesh.world.size,
+            "cfg": cfg,
+            "ring": ring,
+            "ulysses": ulysses,
+            "local_route": local_route,
+            "provider": provider,
+            "why": self.why,
+            "nodes": [{"node": node, "ranks": ranks} for node, ranks in nodes.items()],
+        }
+
 
 class MethodHandle(Uncopyable):
     """A method that is on a pipeline; `remove()` takes it off and leaves the pipeline as it was, bit for bit."""

@@ -2,14 +2,19 @@
 
 import functools
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
 
 from engine.config import ModelConfig
 from engine.load.pipeline import fetch, find_checkpoint
 from engine.load.single_file import find_single_file
-from engine.load.weights import deciding_files
+from engine.load.weights import WEIGHT_FOLDERS, deciding_files
 from engine.paths import expand
+from parallel.zero3 import device_bytes, num_parameters
 
 
 def describe_weights(config: ModelConfig) -> dict[str, Any]:
@@ -31,6 +36,22 @@ def describe_weights(config: ModelConfig) -> dict[str, Any]:
         if not expand(config.single_file or "").is_file():  # then it is the hub's: .../snapshots/COMMIT/...
             found["single_file"]["commit"] = single.parts[single.parts.index("snapshots") + 1]
     return found
+
+
+def describe_loaded(
+    config: ModelConfig, pipe: DiffusionPipeline, weights: Mapping[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """What was loaded, for the record: path, revision, `weights` (of `describe_weights`), dtypes and parameter counts."""
+    named = {name: getattr(pipe, name) for name in WEIGHT_FOLDERS}
+    parts = {name: part for name, part in named.items() if part is not None}
+    return {
+        "path": config.path,
+        "revision": config.revision,
+        **weights,
+        "dtype": {name: str(part.dtype).removeprefix("torch.") for name, part in parts.items()},
+        "parameters": {name: num_parameters(part) for name, part in parts.items()},
+        "resident_bytes": {name: device_bytes(part, device) for name, part in parts.items()},
+    }
 
 
 def sha256_of(file: Path) -> str:

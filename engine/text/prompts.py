@@ -49,7 +49,7 @@ def check_prompts(
                 sampler.negative_prompt,
                 num_frames=video.num_frames,
                 fps=video.fps,
-                step=spec.temporal_factor * spec.patch[0],
+                step=spec.token_step,
             )
         except UserError as error:
             raise error if name == PROMPT else UserError(f"{name}: {error}") from error

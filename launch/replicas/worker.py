@@ -71,7 +71,7 @@ def _work(pipe: IO[str]) -> None:
                 keep_latents=setup["keep_latents"],
                 tell=tell,
             )
-            engine.keep_texts(BatchFiles(root=worker.root).text_cache)
+            engine.text.keep(BatchFiles(root=worker.root).text_cache)
             layout = engine.layout
             nodes = ", ".join(f"{each['node']} ({len(each['ranks'])})" for each in layout["nodes"])
             place = f"{engine.device} on {nodes}, {layout['ranks']} ranks, {layout['why']}"

@@ -18,8 +18,8 @@ SCHEDULERS = {
 }
 
 
-def predict(latents, timestep, step):
-    return torch.sin(latents * 2 + timestep / 300) + 0.1 * step
+def predict(latents, timestep):
+    return torch.sin(latents * 2 + timestep / 300)
 
 
 def no_noise() -> torch.Generator:

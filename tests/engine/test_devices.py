@@ -256,7 +256,7 @@ def test_the_text_encoder_may_stay_on_the_cpu_and_texts_be_kept(
             config = config_of(folders[name], name, parallel=ParallelConfig(text_device=text_device))
             with contextlib.closing(LongVideoEngine(config)) as engine:
                 assert engine.pipe.text_encoder.device.type == ("cpu" if text_device == "cpu" else "cuda")
-                engine.keep_texts(tmp_path)
+                engine.text.keep(tmp_path)
                 made += [engine.denoise(PROMPT).latents, engine.denoise(PROMPT).latents]
     assert torch.equal(made[0], made[1])  # found in the cache
     assert torch.equal(made[2], made[3])

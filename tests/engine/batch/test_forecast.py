@@ -34,7 +34,7 @@ def test_texts_are_counted_as_they_will_lie_in_the_cache(tmp_path: Path, guidanc
 
     foretold = texts()
     with contextlib.closing(LongVideoEngine(config)) as engine:
-        engine.keep_texts(files.text_cache)
+        engine.text.keep(files.text_cache)
         engine.denoise("a red circle", num_frames=9)
         first = texts()
         engine.denoise("a blue star", num_frames=9)

@@ -37,7 +37,7 @@ def test_only_the_vae_is_read(tmp_path: Path) -> None:
     with open_decoder(config_of(folder)) as decoder:
         assert decoder.decode_plan is None
         frames = np.concatenate(list(decoder.decode(latents)))
-        assert decoder.decode_plan == engine.decode_plan
+        assert decoder.decode_plan == engine.decoder.decode_plan
     assert np.array_equal(frames, expected)
     with pytest.raises(UserError, match="transformer has no weights"):
         LongVideoEngine(config_of(folder))

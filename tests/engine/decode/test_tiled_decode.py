@@ -217,10 +217,10 @@ def decode_by_engine(config: RunConfig) -> tuple[list[np.ndarray], dict[str, Any
     timeout = PATIENCE
     mesh = build_mesh(cfg=1, ring=1, ulysses=max(NUM_RANKS), device=torch.device("cpu"), timeout=timeout)
     engine = LongVideoEngine(config, Ranks(mesh=mesh))
-    assert engine.decode_plan is None
+    assert engine.decoder.decode_plan is None
     frames = list(engine.decode(draw((3, 8, 12))))
     engine.close()
-    return frames, engine.decode_plan
+    return frames, engine.decoder.decode_plan
 
 
 @pytest.fixture(scope="module")

@@ -250,11 +250,11 @@ def test_texts_are_encoded_once_for_all_items_and_processes(
 
     monkeypatch.setattr(adapter, "encode_text", count)
     folder = worker.root / "text"
-    engine.keep_texts(folder)
+    engine.text.keep(folder)
     for index in (0, 1):
         worker.run(task_of(batch, index))
     with contextlib.closing(LongVideoEngine(config_of(wan_folder))) as other:
-        other.keep_texts(folder)
+        other.text.keep(folder)
         again = other.denoise("a red circle", seed=3).latents
     assert sorted(encoded) == ["", "a red circle"]
     assert torch.equal(again, load_latents(files_of(worker, batch).latents)[0])

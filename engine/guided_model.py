@@ -1,0 +1,70 @@
+"""The transformer of a pipeline with its method, text and guidance: latents and a timestep to the velocity that the scheduler takes."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from engine.adapters import ModelAdapter
+from engine.adapters.base import Text
+from engine.hooks.apply import MethodHandle
+from engine.spectra.trace import SpectralTrace
+from engine.waiting import wait_for
+from parallel.mesh import SeqMesh
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedModel:
+    """A model with classifier-free guidance for one video, on all ranks of a mesh.
+
+    Attributes:
+        pipe: the pipeline, whose transformer has the method.
+        adapter: of this model.
+        handle: the method.
+        mesh: its cfg axis shares the passes.
+        text: text of each pass by its name, `cond` first, and `uncond` with guidance.
+        guidance_scale: of classifier-free guidance; 1 or less runs one pass.
+        fps: frames per second of the video.
+        trace: observes the conditional pass, if given.
+    """
+
+    pipe: DiffusionPipeline
+    adapter: ModelAdapter
+    handle: MethodHandle
+    mesh: SeqMesh
+    text: Mapping[str, Text]
+    guidance_scale: float
+    fps: int
+    trace: SpectralTrace | None
+
+    def predict(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        """Velocity with guidance, as the model's own pipeline combines it."""
+        self.handle.check()  # the hooks would not see another transformer in its place
+        cfg, passes = self.mesh.cfg, list(self.text)
+        if cfg.size > 1:  # each half of the ranks runs one pass
+            [mine] = self._forward(latents, timestep, [passes[cfg.rank]])
+            predictions: Sequence[Tensor] = self.handle.state.layout.cfg_exchange(mine)
+        else:
+            batches = [passes] if self.adapter.batches_guidance else [[name] for name in passes]
+            predictions = [part for batch in batches for part in self._forward(latents, timestep, batch)]
+        guided = self.adapter.guide(predictions, self.guidance_scale)
+        wait_for(guided.device)  # here, as schedulers copy numbers to the device, which waits for it in C
+        return guided
+
+    @contextlib.contextmanager
+    def traced(self) -> Iterator[None]:
+        """Let the trace observe the forwards of the block."""
+        self.handle.state.trace = self.trace
+        try:
+            yield
+        finally:
+            self.handle.state.trace = None
+
+    def _forward(self, latents: Tensor, timestep: Tensor, passes: list[str]) -> list[Tensor]:
+        """One forward of the transformer with these passes in it."""
+        if self.trace is not None:
+            self.trace.enabled = "cond" in passes
+        texts = {name: self.text[name] for name in passes}
+        return self.adapter.predict(self.pipe, latents, timestep, texts, fps=self.fps)
