@@ -47,7 +47,7 @@ from engine.checkpoint import save_run
 from engine.engine import LongVideoEngine
 from engine.files.trees import read_lines
 from engine.files.whole import write_json
-from engine.load.pipeline import fetch, find_checkpoint, read_spec
+from engine.load.checkpoint import open_checkpoint
 from engine.media.write_video import open_video
 from launch.cli import parse_run
 
@@ -138,7 +138,7 @@ def time_keeping(path: Path) -> list[float]:
     """Seconds that keeping a step takes, atomically: a preset's latents, and the three tensors of their size that UniPC holds."""
     config = parse_run(SETTING_WORDS, name="benchmark", description="", add_arguments=lambda _: None)[1]
     video, model = config.video, config.model
-    spec = read_spec(fetch(find_checkpoint(model.path), model.revision, parts=(), offline=model.offline))
+    spec = open_checkpoint(model).spec
     latents = torch.zeros(spec.latent_shape(video.num_frames, video.height, video.width))
     state = dict.fromkeys(("model_outputs.0", "model_outputs.1", "last_sample"), latents)
     found = []

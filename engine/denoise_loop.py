@@ -12,11 +12,11 @@ from tqdm import tqdm
 
 from engine.checkpoint import History
 from engine.denoise import NotFiniteError, check_finite, denoise
+from engine.devices import wait_for
 from engine.guided_model import GuidedModel
 from engine.known import Known
 from engine.ranks import first_failure
 from engine.schedulers import SchedulerState, scheduler_state
-from engine.waiting import wait_for
 from freespec import eigen
 
 Save = Callable[[int, Tensor, SchedulerState, History], None]

@@ -21,6 +21,7 @@ from engine.decode.decoder import VideoDecoder
 from engine.decode.tiling import check_tiles
 from engine.denoise import Denoised, draw_noise
 from engine.denoise_loop import DenoiseLoop
+from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError
 from engine.given import GivenFrames
 from engine.group_of_one import GROUP_OF_ONE
@@ -28,15 +29,14 @@ from engine.guided_model import GuidedModel
 from engine.hooks.apply import MethodHandle, Ranks, apply_method, check_riflex, check_shift
 from engine.hooks.cross_attention import install_timeline
 from engine.hooks.self_attention import choose_eigensolver
-from engine.identity import latents_settings, settings_id
 from engine.kernel_choice import KernelChoice, choose_on_ranks
 from engine.known import GivenOnRanks, Known
-from engine.load.pipeline import fetch, find_adapter, find_checkpoint, load_pipeline, pick_device, pick_dtype, read_spec
+from engine.load.checkpoint import Checkpoint, open_checkpoint
+from engine.load.pipeline import load_pipeline
 from engine.load.provenance import describe_loaded, describe_weights
 from engine.load.sharded_weights import shard_pipeline, shards_text
-from engine.load.weights import read_config
 from engine.progress import enabled, progress_bar
-from engine.ranks import check_agreement, fingerprints, raise_together
+from engine.ranks import check_agreement, raise_together, setting_prints
 from engine.record import EngineFacts, build_record, running_revision
 from engine.schedulers import make_scheduler, shifting_tokens
 from engine.spectra.trace import SpectralTrace
@@ -75,8 +75,9 @@ class LongVideoEngine:
         started = time.perf_counter()
         try:
             with self.progress("load", total=1) as bar:
-                self.spec, self._prints = raise_together(self.mesh, self._check)
-                check_agreement(self.mesh, self._prints)
+                self.checkpoint = raise_together(self.mesh, self._check)
+                digest = bytes.fromhex(self.checkpoint.digest)
+                check_agreement(self.mesh, setting_prints(config) | {"checkpoint": digest})
                 self.pipe = raise_together(self.mesh, self._load)
                 self._shard()
                 self._weights = raise_together(self.mesh, self._describe_weights)
@@ -97,7 +98,7 @@ class LongVideoEngine:
             adapter=self.adapter,
             mesh=self.mesh,
             device=self.device,
-            checkpoint=self._prints["checkpoint"].hex(),
+            checkpoint=self.checkpoint.digest,
         )
         self.load_seconds = time.perf_counter() - started
 
@@ -116,6 +117,11 @@ class LongVideoEngine:
     def adapter(self) -> ModelAdapter:
         """What the engine knows of the loaded model."""
         return adapter_of(self.pipe)
+
+    @property
+    def spec(self) -> VideoSpec:
+        """The numbers of the checkpoint."""
+        return self.checkpoint.spec
 
     @property
     def mesh(self) -> SeqMesh:
@@ -215,7 +221,8 @@ class LongVideoEngine:
         size = {"num_frames": num_frames, "height": video.height, "width": video.width}
         shared = None if given is None else GivenOnRanks(given, self.spec, self.mesh, **size, fps=video.fps)
         known = None if shared is None else self._read_known(shared, seed)
-        settings = self._settings(
+        settings = self.checkpoint.settings(
+            self.config,
             prompt=prompt,
             negative_prompt=negative_prompt,
             seed=seed,
@@ -322,8 +329,8 @@ class LongVideoEngine:
             self.pipe.transformer.compile_repeated_blocks()
         return handle
 
-    def _check(self) -> tuple[VideoSpec, dict[str, bytes]]:
-        """All that the configuration shows to be wrong, and what the ranks must agree on."""
+    def _check(self) -> Checkpoint:
+        """The checkpoint, once all that the configuration can get wrong is checked."""
         config = self.config
         try:
             attention, where = config.attention, (self.device, pick_dtype(config.model.dtype, self.device))
@@ -343,14 +350,12 @@ class LongVideoEngine:
                 "configuration (engine.parallelism.join_ranks)"
             )
         check_layout(config.method.name, config.method.method, self.ranks.degrees)
-        source = find_checkpoint(config.model.path)
-        folder = fetch(source, config.model.revision, parts=(), offline=config.model.offline)
-        spec = read_spec(folder)
-        check_riflex(find_adapter(folder), config.attention.riflex)
-        check_shift(read_config(folder / "scheduler" / "scheduler_config.json"), config.sampler.shift)
-        spec.check_video(config.video.num_frames, config.video.height, config.video.width)
-        check_tiles(config.decode, spec)
-        return spec, fingerprints(config, folder, from_hub=isinstance(source, str))
+        checkpoint = open_checkpoint(config.model)
+        checkpoint.spec.check_video(config.video.num_frames, config.video.height, config.video.width)
+        check_riflex(checkpoint.adapter, config.attention.riflex)
+        check_shift(checkpoint.read("scheduler/scheduler_config.json"), config.sampler.shift)
+        check_tiles(config.decode, checkpoint.spec)
+        return checkpoint
 
     def _load(self) -> DiffusionPipeline:
         """The pipeline; the text encoder on rank 0 only, unless all ranks share it."""
@@ -410,18 +415,3 @@ class LongVideoEngine:
         known = shared.read(self.adapter, self.pipe.vae)
         noise = self._draw_noise(shared.num_frames, torch.Generator("cpu").manual_seed(seed))
         return known.with_noise(noise, self.device)
-
-    def _run_id(self, **what: Any) -> str:
-        """Hash of all that decides the latents, see `engine.identity`."""
-        return settings_id(self._settings(**what))
-
-    def _settings(self, **what: Any) -> dict[str, Any]:
-        model = self.config.model
-        return latents_settings(
-            self.config,
-            checkpoint=self._prints["checkpoint"].hex(),
-            dtype=str(pick_dtype(model.dtype, self.device)),
-            device=self.device.type,
-            with_rate=self.adapter.frame_rate_matters,
-            **what,
-        )

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from engine.adapters import ModelAdapter
 from engine.adapters.base import Text
+from engine.devices import wait_for
 from engine.hooks.apply import MethodHandle
 from engine.spectra.trace import SpectralTrace
-from engine.waiting import wait_for
 from parallel.mesh import SeqMesh
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -12,34 +11,15 @@ from torch import Tensor
 
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.load.single_file import find_single_file
-from engine.load.weights import deciding_files
 from parallel import collectives
 from parallel.collectives import CollectiveTrace, ignore_bytes
 from parallel.mesh import SeqMesh
 
 Result = TypeVar("Result")
 
-# A checkpoint of 28 GB takes 15 s or more to hash, on every rank at every start; so of a file that is larger than this, a sample.
-_WHOLE_BYTES = 64 << 20
-_HEAD_BYTES = 1 << 20  # holds the header of a safetensors file
-_SAMPLE_EVERY, _SAMPLE_BYTES = 4 << 20, 4 << 10
-
-
-def fingerprints(config: RunConfig, folder: Path, *, from_hub: bool) -> dict[str, bytes]:
-    """SHA-256 of each thing that all ranks must have alike: seed, path, settings, checkpoint.
-
-    Of a hub checkpoint the JSON files count, and its commit: one rank may not have downloaded its weights yet.
-    """
-    # The folder of a hub checkpoint is called after its commit; a local one may be called anything.
-    version = folder.resolve().name if from_hub else ""
-    files = [path for path in deciding_files(folder) if path.suffix == ".json" or not from_hub]
-    single = find_single_file(config.model)
-    return setting_prints(config) | {"checkpoint": _digest_checkpoint(folder, version, files, single)}
-
 
 def setting_prints(config: RunConfig) -> dict[str, bytes]:
-    """The part of `fingerprints` that needs no checkpoint. Of the output only the trace counts, which all ranks make."""
+    """SHA-256 of what all ranks must have alike: seed, path and settings; of the output only the trace, which all ranks make."""
     tree = dataclasses.asdict(config)
     tree["output"] = {"trace": tree["output"]["trace"]}
     seed, path = tree["sampler"].pop("seed"), tree["model"].pop("path")
@@ -126,27 +106,3 @@ def _trace(what: str) -> CollectiveTrace:
 def digest(text: str) -> bytes:
     """SHA-256 of a text."""
     return hashlib.sha256(text.encode()).digest()
-
-
-def _digest_checkpoint(folder: Path, version: str, files: Sequence[Path], single: Path | None) -> bytes:
-    """The checkpoint's version, and names, sizes and contents of its files, and of the one beside it.
-
-    Of a file of more than 64 MiB the contents are its first MiB, its last 4 KiB and 4 KiB of every 4 MiB: other weights in any
-    stretch of 4 MiB, such as a matrix of 1536 x 1536 in bf16, are seen; a few changed numbers may not be. The records of
-    the videos have the SHA-256 of every whole file (engine/load/provenance.py).
-    """
-    digest = hashlib.sha256(version.encode())
-    named = [(str(file.relative_to(folder)), file) for file in files]
-    named += [(single.name, single)] if single is not None else []
-    for name, file in named:
-        size = file.stat().st_size
-        digest.update(f"{name} {size}\n".encode())
-        with file.open("rb") as opened:
-            if size <= _WHOLE_BYTES:
-                digest.update(opened.read())
-                continue
-            digest.update(opened.read(_HEAD_BYTES))
-            for start in (*range(_SAMPLE_EVERY, size, _SAMPLE_EVERY), size - _SAMPLE_BYTES):
-                opened.seek(start)
-                digest.update(opened.read(_SAMPLE_BYTES))
-    return digest.digest()

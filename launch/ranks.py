@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 
 from engine.config import RunConfig
+from engine.devices import pick_device
 from engine.errors import UserError
 from engine.hooks.apply import Ranks
-from engine.load.pipeline import pick_device
 from engine.parallelism import Arrangement, arrange_ranks, describe_place, join_ranks
 from engine.ranks import broadcast_bytes, choose_failure, digest, raise_together, refuse_different, setting_prints
 from launch.arguments.environment import check_backend

@@ -12,16 +12,16 @@ import torch
 from engine.batch.files import SIDECAR, BatchFiles
 from engine.batch.items import Item, with_method
 from engine.config import RunConfig
+from engine.devices import pick_dtype
 from engine.errors import UserError
 from engine.files.checks import checkpoint_bytes, least_video_bytes
 from engine.files.trees import DamagedError, read_tree
-from engine.load.pipeline import fetch, find_checkpoint, pick_dtype, read_spec
+from engine.load.checkpoint import open_checkpoint
 from engine.parallelism import Arrangement, arrange_ranks, choose_degrees
 from engine.planner.choose import choose
 from engine.planner.gpu import read_gpu
 from engine.planner.model import read_model
 from engine.planner.plan import Options
-from engine.ranks import fingerprints
 from engine.text.cache import cache_key, cached_name
 
 # H.264 at the default quality: an assumption, replaced by the mean of the folder's own videos once there are any.
@@ -69,18 +69,15 @@ def disk_forecast(
     else:
         each = ASSUMED_BITS_PER_PIXEL / 8 * video.num_frames * video.height * video.width
         how = f"assumed {ASSUMED_BITS_PER_PIXEL} bits per pixel"
-    model = config.model
-    source = find_checkpoint(model.path)
-    folder = fetch(source, model.revision, parts=(), offline=model.offline)
-    checkpoint = fingerprints(config, folder, from_hub=isinstance(source, str))["checkpoint"].hex()
+    checkpoint = open_checkpoint(config.model)
+    folder, spec = checkpoint.folder, checkpoint.spec
     encoder = read_tree(folder / "text_encoder/config.json", {"d_model": int}, what="a text encoder's configuration")
     if encoder is None:
         raise UserError(f"{folder} has no text_encoder/config.json; fetch the checkpoint again")
-    spec = read_spec(folder)
     latents = 4 * math.prod(spec.latent_shape(video.num_frames, video.height, video.width))
     existing = next(path for path in (files.root, *files.root.resolve().parents) if path.is_dir())
     kept, at_once = latents if keep_latents else 0, min(replicas, len(left))
-    texts = _text_bytes(files, config, left, width=encoder["d_model"], checkpoint=checkpoint)
+    texts = _text_bytes(files, config, left, width=encoder["d_model"], checkpoint=checkpoint.digest)
     begun = sum(path.stat().st_size for path in (files.of(item).checkpoint for item in left) if path.exists())
     work = 2 * checkpoint_bytes(folder, latents) * at_once  # one is written beside the one before
     each_least = kept + least_video_bytes(video.num_frames, video.height, video.width)

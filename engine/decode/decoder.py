@@ -13,10 +13,11 @@ from engine.config import RunConfig
 from engine.decode.pieces import stream_decode, to_uint8
 from engine.decode.tiles import stream_tiles
 from engine.decode.tiling import DecodePlan, check_tiles, plan_decode
+from engine.devices import pick_device, wait_for
 from engine.group_of_one import GROUP_OF_ONE
-from engine.load.pipeline import fetch, find_checkpoint, load_vae_alone, pick_device, read_spec
+from engine.load.checkpoint import open_checkpoint
+from engine.load.pipeline import load_vae_alone
 from engine.progress import enabled, progress_bar
-from engine.waiting import wait_for
 from parallel.mesh import Axis
 
 
@@ -70,11 +71,9 @@ def open_decoder(config: RunConfig) -> Iterator[VideoDecoder]:
 
     Raises UserError for a checkpoint or tiles that cannot be used.
     """
-    device, model = pick_device(config.model.device), config.model
-    # Before the VAE is fetched and read.
-    folder = fetch(find_checkpoint(model.path), model.revision, parts=(), offline=model.offline)
-    check_tiles(config.decode, read_spec(folder, denoises=False))
-    spec, vae = load_vae_alone(model)
+    device = pick_device(config.model.device)
+    check_tiles(config.decode, open_checkpoint(config.model).vae_spec)  # before the VAE is fetched and read
+    spec, vae = load_vae_alone(config.model)
     world = GROUP_OF_ONE.acquire().world
     try:
         yield VideoDecoder(config, vae=vae.to(device), spec=spec, device=device, world=world)

@@ -12,11 +12,11 @@ from torch.utils.hooks import RemovableHandle
 
 from engine.adapters import ModelAdapter
 from engine.denoise import check_finite
+from engine.devices import wait_for
 from engine.errors import UserError
 from engine.hooks.in_force import Uncopyable, refuse_caches_of_one_rank, skips_layers
 from engine.kernel_choice import SolverChoice, choose_for_pipeline, choose_solver
 from engine.spectra.trace import SpectralTrace
-from engine.waiting import wait_for
 from freespec.attention import WindowedAttention
 from freespec.kernels import select_complement, select_dual, select_kernel
 from freespec.methods import Branches, Grid, Layer, Method, Mode, StepPlan

@@ -1,6 +1,5 @@
 """Checkpoints in Diffusers layout, from a folder or the hub, with every fault of theirs as one clear line."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,122 +8,24 @@ from typing import Any
 import torch
 import transformers
 from diffusers import DiffusionPipeline
-from huggingface_hub import errors as hub_errors
-from huggingface_hub import snapshot_download
 from packaging.version import Version
 from safetensors import SafetensorError
 
-from engine.adapters import ModelAdapter, VideoSpec, adapter_named
+from engine.adapters import ModelAdapter, VideoSpec
 from engine.config import ModelConfig
+from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError, is_out_of_memory
+from engine.load.checkpoint import Checkpoint, find_adapter, open_checkpoint
 from engine.load.convolutions import use_onednn
 from engine.load.sharded_weights import check_placement
 from engine.load.single_file import SingleFile, open_single_file
 from engine.load.weights import WEIGHT_FOLDERS, check_part, lfs_pointer, read_config, unfinished
-from engine.paths import find_checkpoint, is_pickle
+from engine.paths import is_pickle
 from engine.progress import no_library_bars
-
-# Of newer versions of the hub's client; older ones return what there is, and the checks of the folder say what is missing.
-_INCOMPLETE: tuple[type[Exception], ...] = tuple(filter(None, [getattr(hub_errors, "IncompleteSnapshotError", None)]))
 
 # The part that lies beside the weights of another, and the files of which a part must have one.
 _BESIDE = {"transformer": "scheduler", "text_encoder": "tokenizer"}
 _SMALL_FILES = {"scheduler": ("scheduler_config.json",), "tokenizer": ("tokenizer.json", "spiece.model")}
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of a `model.device` setting."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "model.device is cuda, but torch sees no CUDA device; use cpu, or a torch built for your driver"
-        )
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of a `model.dtype` setting: `auto` is bfloat16 on CUDA and float32 on CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
-
-
-def fetch(
-    source: Path | str, revision: str | None, *, parts: Sequence[str] = WEIGHT_FOLDERS, offline: bool = False
-) -> Path:
-    """The folder of a checkpoint: itself, or the local copy of a hub name, downloaded as far as it is missing.
-
-    Only what is read is fetched: JSON files, the weights of `parts`, and with the text encoder its tokenizer. Raises
-    UserError if the hub does not know the name or cannot be reached and there is no local copy; with `offline` the hub
-    is not asked.
-    """
-    if isinstance(source, Path):
-        if revision is not None:
-            raise UserError(
-                f"model.revision {revision!r} goes with a hub name, and {source} is a folder; leave it unset"
-            )
-        return source
-    patterns = ["*.json", *(f"{part}/*.safetensors" for part in parts)]
-    patterns += ["tokenizer/*.model", "tokenizer/*.txt"] if {"text_encoder", "tokenizer"} & set(parts) else []
-    try:
-        with quiet_hub():
-            return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, local_files_only=offline))
-    except (OSError, ValueError) as error:  # what all errors of huggingface_hub and its connections derive from
-        first = str(error).strip().splitlines()[0]
-        at = f" at revision {revision}" if revision else ""
-        if isinstance(error, _INCOMPLETE):
-            raise UserError(
-                f"the local copy of {source!r}{at} is not whole and the hub was not reached; finish the download "
-                f"({type(error).__name__}: {first})"
-            ) from error
-        if offline:
-            raise UserError(
-                f"model.offline is true, and the hub's local copy does not hold {source!r}{at}; download it first"
-            ) from error
-        raise UserError(
-            f"there is no folder {source!r} here, and the hub has no such checkpoint{at} or cannot be reached "
-            f"({type(error).__name__}: {first})"
-        ) from error
-
-
-@contextmanager
-def quiet_hub() -> Iterator[None]:
-    """Without the hub's warnings about retries, which would come before our one line."""
-    log = logging.getLogger("huggingface_hub")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-
-
-def find_adapter(folder: Path) -> ModelAdapter:
-    """What the engine knows of the model in a folder, by its model_index.json; UserError if it is none that is known."""
-    if not (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} has no model_index.json; give the folder that holds transformer/, vae/ and the rest")
-    return adapter_named(read_config(folder / "model_index.json"), folder / "model_index.json")
-
-
-def read_spec(folder: Path, *, denoises: bool = True) -> VideoSpec:
-    """The numbers of a checkpoint without its weights, from three JSON files of its folder.
-
-    UserError for a checkpoint that cannot be run, unless only its VAE is used: `denoises` False.
-    """
-    adapter = find_adapter(folder)
-    if denoises:
-        adapter.check_folder(folder, read_config(folder / "model_index.json"))
-    transformer, vae = (read_config(folder / part / "config.json") for part in ("transformer", "vae"))
-    return spec_of(adapter, transformer, vae, folder)
-
-
-def spec_of(adapter: ModelAdapter, transformer: dict[str, Any], vae: dict[str, Any], where: object) -> VideoSpec:
-    """`ModelAdapter.video_spec`; UserError, which says `where` the configurations were read, for numbers that are none of a model."""
-    try:
-        return adapter.video_spec(transformer, vae)
-    except (TypeError, ValueError, ArithmeticError, MemoryError) as error:
-        raise UserError(
-            f"the configurations of transformer and VAE in {where} describe no {adapter.name} ({error}); fetch the checkpoint again"
-        ) from error
 
 
 def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: str = "model") -> DiffusionPipeline:
@@ -143,11 +44,12 @@ def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: s
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     check_placement(config, device, text_device)
-    folder, single = open_checkpoint(config, WEIGHT_FOLDERS if with_text else ("transformer", "vae"))
+    checkpoint, single = fetch_parts(config, WEIGHT_FOLDERS if with_text else ("transformer", "vae"))
+    adapter, folder = checkpoint.adapter, checkpoint.folder
     without_text: dict[str, Any] = {} if with_text else {"text_encoder": None, "tokenizer": None}
     beside = ("scheduler", "tokenizer") if with_text else ("scheduler",)
     with _faults_as_lines(config.path), no_library_bars():
-        adapter, vae = find_adapter(folder), load_vae(folder, single)
+        vae = load_vae(adapter, folder, single)
         given = without_text | {name: _load_beside(adapter, folder, name) for name in beside}
         if single is not None and "transformer" in single.parts:
             given["transformer"] = single.load(adapter, folder, "transformer", dtype)
@@ -172,30 +74,27 @@ def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: s
 
 
 def load_vae_alone(config: ModelConfig) -> tuple[VideoSpec, Any]:
-    """The numbers of a checkpoint and its VAE, in float32 on the CPU; no other weights are fetched, looked at or read."""
-    folder, single = open_checkpoint(config, ("vae",))
+    """The numbers of a checkpoint and its VAE, in float32 on the CPU; no other weights are fetched, checked or read."""
+    checkpoint, single = fetch_parts(config, ("vae",))
     with _faults_as_lines(config.path), no_library_bars():
-        return read_spec(folder, denoises=False), load_vae(folder, single)
+        return checkpoint.vae_spec, load_vae(checkpoint.adapter, checkpoint.folder, single)
 
 
-def open_checkpoint(config: ModelConfig, parts: Sequence[str]) -> tuple[Path, SingleFile | None]:
-    """The folder of a checkpoint and the single file that takes the place of some of its parts, fetched and checked."""
-    source, single = find_checkpoint(config.path), None
+def fetch_parts(config: ModelConfig, parts: Sequence[str]) -> tuple[Checkpoint, SingleFile | None]:
+    """A checkpoint with its `parts`, and the single file that takes the place of some of them, fetched and checked."""
+    single = None
     if config.single_file is not None:
-        adapter = find_adapter(fetch(source, config.revision, parts=(), offline=config.offline))
-        single = open_single_file(config, adapter)
+        single = open_single_file(config, open_checkpoint(config).adapter)
     elsewhere = single.parts if single is not None else ()
-    wanted = [part for part in parts if part not in elsewhere]
-    folder = fetch(source, config.revision, parts=wanted, offline=config.offline)
-    check_folder(folder, parts, elsewhere=elsewhere)
+    checkpoint = open_checkpoint(config, [part for part in parts if part not in elsewhere])
+    check_folder(checkpoint.folder, parts, elsewhere=elsewhere)
     if single is not None:
-        single.check(find_adapter(folder), folder)
-    return folder, single
+        single.check(checkpoint.adapter, checkpoint.folder)
+    return checkpoint, single
 
 
-def load_vae(folder: Path, single: SingleFile | None = None) -> Any:
+def load_vae(adapter: ModelAdapter, folder: Path, single: SingleFile | None = None) -> Any:
     """The VAE alone, in float32 on the CPU, from the single file if it is in there."""
-    adapter = find_adapter(folder)
     if single is not None and "vae" in single.parts:
         vae = single.load(adapter, folder, "vae", torch.float32)
     else:
@@ -230,13 +129,13 @@ def check_small_files(folder: Path, part: str) -> None:
             raise UserError(pointer)
 
 
-def load_tokenizer(config: ModelConfig) -> tuple[ModelAdapter, Path, Any]:
-    """What the engine knows of the model of `config`, its folder, and its tokenizer; no weights are fetched or read."""
-    folder = fetch(find_checkpoint(config.path), config.revision, parts=("tokenizer",), offline=config.offline)
-    adapter = find_adapter(folder)
+def load_tokenizer(config: ModelConfig) -> tuple[Checkpoint, Any]:
+    """The checkpoint of `config` and its tokenizer; no weights are fetched or read."""
+    checkpoint = open_checkpoint(config, ("tokenizer",))
+    adapter, folder = checkpoint.adapter, checkpoint.folder
     check_small_files(folder, "tokenizer")
     with no_library_bars():
-        return adapter, folder, _load_beside(adapter, folder, "tokenizer")
+        return checkpoint, _load_beside(adapter, folder, "tokenizer")
 
 
 def check_files(folder: Path, name: str) -> None:

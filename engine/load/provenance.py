@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from engine.config import ModelConfig
-from engine.load.pipeline import fetch, find_checkpoint
+from engine.load.checkpoint import open_checkpoint
 from engine.load.single_file import find_single_file
 from engine.load.weights import WEIGHT_FOLDERS, deciding_files
 from engine.paths import expand
@@ -23,10 +23,10 @@ def describe_weights(config: ModelConfig) -> dict[str, Any]:
     `commit` of a hub name; `sha256` by file of a folder; and of a single file its name, its sha256 and, from the hub, commit.
     Files are read whole, once per process: some seconds for every 10 GB.
     """
-    source = find_checkpoint(config.path)
-    folder = fetch(source, config.revision, parts=(), offline=True)
+    checkpoint = open_checkpoint(config, offline=True)
     found: dict[str, Any] = {}
-    if isinstance(source, str):
+    folder = checkpoint.folder
+    if checkpoint.from_hub:
         found["commit"] = folder.name  # the hub's local copy is named after it
     else:
         found["sha256"] = {str(file.relative_to(folder)): sha256_of(file) for file in deciding_files(folder)}

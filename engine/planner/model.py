@@ -16,8 +16,11 @@ from engine.adapters.base import ModelNumbers
 from engine.adapters.published import PUBLISHED, SOURCES
 from engine.config import ModelConfig, SamplerConfig
 from engine.errors import UserError
-from engine.load.pipeline import faults_of, find_checkpoint, quiet_hub, spec_of
+from engine.load.checkpoint import spec_of
+from engine.load.hub import quiet_hub
+from engine.load.pipeline import faults_of
 from engine.load.weights import build_part, read_config
+from engine.paths import find_checkpoint
 from engine.schedulers import make_scheduler, shifting_tokens
 from parallel.zero3 import LIVE_LAYERS, repeated_layers
 

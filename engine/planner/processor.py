@@ -6,7 +6,7 @@ import torch
 
 from engine.batch.journal import describe_seconds
 from engine.config import RunConfig
-from engine.load.pipeline import pick_device, pick_dtype
+from engine.devices import pick_device, pick_dtype
 from engine.planner.flops import forward_flops
 from engine.planner.gpu import read_gpu
 from engine.planner.model import read_model

@@ -8,7 +8,7 @@ from typing import Any
 from engine.adapters import ModelAdapter
 from engine.config import ModelConfig, SamplerConfig, VideoConfig
 from engine.errors import UserError
-from engine.load.pipeline import load_tokenizer, read_spec
+from engine.load.pipeline import load_tokenizer
 from engine.paths import REPOSITORY
 from engine.shown import quoted
 from engine.text.timeline import Direction, read_direction
@@ -37,9 +37,9 @@ def check_prompts(
         UserError: prompts are longer than `sampler.max_text_tokens`; all of them are named. Or a timeline does not fit the video,
             or there is no tokenizer.
     """
-    adapter, folder, tokenizer = load_tokenizer(model)
+    checkpoint, tokenizer = load_tokenizer(model)
+    adapter, spec = checkpoint.adapter, checkpoint.spec
     guided = sampler.guidance_scale > 1.0
-    spec = read_spec(folder)
 
     def texts(prompt: Named) -> dict[str, list[Named]]:
         name, text = prompt
@@ -65,7 +65,7 @@ def check_prompts(
             f"sampler.negative_prompt is not read: with sampler.guidance_scale {sampler.guidance_scale:g} there is no unconditional pass"
         )
     unknown = unknown_words(adapter, tokenizer, read)
-    return [*notes, describe_unknown(unknown, folder)] if unknown else notes
+    return [*notes, describe_unknown(unknown, checkpoint.folder)] if unknown else notes
 
 
 def texts_by_pass(

@@ -5,8 +5,8 @@ import dataclasses
 import torch
 
 from engine.config import RunConfig
+from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError
-from engine.load.pipeline import pick_device, pick_dtype
 from launch.batching.options import Options
 from launch.replicas.ray_pool import NoRayError, check_placement, check_ray
 

@@ -23,8 +23,7 @@ from engine.config import RunConfig
 from engine.decode.tiling import check_tiles
 from engine.errors import UserError
 from engine.files.storage import writing_to
-from engine.load.pipeline import fetch, find_checkpoint, read_spec
-from engine.ranks import fingerprints
+from engine.load.checkpoint import open_checkpoint
 from launch.arguments.batch import Arguments, Status, read
 from launch.batching.devices import check_devices, fix_degrees, resolve_model
 from launch.batching.options import Options
@@ -77,19 +76,17 @@ def run(given: Arguments) -> int:
 
 def read_batch(config: RunConfig, given: Arguments) -> Batch:
     """The items, named by what decides them."""
-    source = find_checkpoint(config.model.path)
-    folder = fetch(source, config.model.revision, parts=(), offline=config.model.offline)
+    checkpoint = open_checkpoint(config.model)
     # What the engine would refuse once it is loaded, now.
-    spec = read_spec(folder)
+    spec = checkpoint.spec
     spec.check_video(config.video.num_frames, config.video.height, config.video.width)
     check_tiles(config.decode, spec)
-    checkpoint = fingerprints(config, folder, from_hub=isinstance(source, str))["checkpoint"].hex()
     return plan_batch(
         config,
         given.suite,
         methods=given.options.methods,
         seeds=given.options.seeds,
-        checkpoint=checkpoint,
+        checkpoint=checkpoint.digest,
         dtype=config.model.dtype,
     )
 

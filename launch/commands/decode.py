@@ -13,7 +13,7 @@ from engine.decode.decoder import open_decoder
 from engine.denoise import check_finite
 from engine.errors import UserError
 from engine.files.checks import check_space, least_video_bytes
-from engine.load.pipeline import fetch, find_checkpoint, read_spec
+from engine.load.checkpoint import open_checkpoint
 from engine.media.read_video import measure
 from engine.paths import expand
 from engine.produce import decode_to_files, video_size
@@ -41,8 +41,7 @@ def run(given: Arguments) -> None:
 
     files = OutputFiles(video=expand(config.output.path), latents=source, keep_latents=True)
     with contextlib.ExitStack() as last, claim_outputs(files.decoded, flag="--output", folders=frame_folders([files])):
-        model = config.model
-        spec = read_spec(fetch(find_checkpoint(model.path), model.revision, parts=(), offline=model.offline))
+        spec = open_checkpoint(config.model).spec
         check_shape(latents, spec.channels, source)
         size = video_size(latents, spec, record)
         if size[0] < 1:

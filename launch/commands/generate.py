@@ -2,17 +2,14 @@
 
 import contextlib
 import functools
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.given import GivenFrames
-from engine.identity import latents_settings
 from engine.known import check_given
-from engine.load.pipeline import fetch, find_adapter, pick_device, pick_dtype, read_spec
-from engine.paths import find_checkpoint
-from engine.ranks import fingerprints
+from engine.load.checkpoint import Checkpoint, open_checkpoint
 from engine.shown import quoted
 from launch.arguments.generate import Arguments, read
 from launch.make_video import make_video, summary
@@ -66,25 +63,16 @@ def look_at_given(config: RunConfig, given: GivenFrames | None) -> list[str]:
     """Look at the frames that are given before anything is loaded; returns what there is to say of them, a sentence each."""
     if given is None:
         return []
-    video, spec = config.video, read_spec(checkpoint_folder(config))
+    video, spec = config.video, open_checkpoint(config.model).spec
     size = {"num_frames": video.num_frames, "height": video.height, "width": video.width}
     return check_given(given, spec, **size, fps=video.fps)
-
-
-def checkpoint_folder(config: RunConfig) -> Path:
-    """The checkpoint's folder, with the small files that say what it is."""
-    return fetch(find_checkpoint(config.model.path), config.model.revision, parts=(), offline=config.model.offline)
 
 
 def find_stages(
     prompts: list[str], outputs: list[OutputFiles], config: RunConfig, given: GivenFrames | None = None
 ) -> list[Stage]:
     """What is left to make of each video, see `launch.stages`; says which are finished, and checks the space for the others."""
-    facts = functools.cache(lambda: planned_facts(config, given))
-
-    def settings_of(prompt: str) -> dict[str, Any]:
-        return latents_settings(config, prompt=prompt, **facts())
-
+    settings_of = planned_settings(config, given)
     stages = [
         find_stage(files, config, functools.partial(settings_of, prompt))
         for prompt, files in zip(prompts, outputs, strict=True)
@@ -95,28 +83,28 @@ def find_stages(
             remove_leftovers(files, record)
             print(describe_finished(files, record), flush=True)
     if left:
-        folder, video = checkpoint_folder(config), config.video
-        spec, size = read_spec(folder), (video.num_frames, video.height, video.width)
-        spec.check_video(*size)
-        check_free_space(left, config, spec.latent_shape(*size), model=folder)
+        checkpoint, video = open_checkpoint(config.model), config.video
+        size = video.num_frames, video.height, video.width
+        checkpoint.spec.check_video(*size)
+        check_free_space(left, config, checkpoint.spec.latent_shape(*size), model=checkpoint.folder)
     return stages
 
 
-def planned_facts(config: RunConfig, given: GivenFrames | None) -> dict[str, Any]:
-    """What decides latents beside configuration and prompt, as `latents_settings` takes it, before anything is loaded."""
-    folder = checkpoint_folder(config)
-    from_hub = isinstance(find_checkpoint(config.model.path), str)
-    device, sampler, video = pick_device(config.model.device), config.sampler, config.video
-    facts = {
-        "checkpoint": fingerprints(config, folder, from_hub=from_hub)["checkpoint"].hex(),
-        "dtype": str(pick_dtype(config.model.dtype, device)),
-        "device": device.type,
-        "with_rate": find_adapter(folder).frame_rate_matters,
-        "negative_prompt": sampler.negative_prompt,
-        "seed": sampler.seed,
-        "num_frames": video.num_frames,
-    }
-    if given is not None:
-        step = read_spec(folder).temporal_factor
-        facts["given"] = given.settings(num_frames=video.num_frames, fps=video.fps, step=step)
-    return facts
+def planned_settings(config: RunConfig, given: GivenFrames | None) -> Callable[[str], dict[str, Any]]:
+    """What decides the latents of a prompt, before anything is loaded; read when it is first asked for."""
+    sampler, video = config.sampler, config.video
+    call = {"negative_prompt": sampler.negative_prompt, "seed": sampler.seed, "num_frames": video.num_frames}
+
+    @functools.cache
+    def read() -> tuple[Checkpoint, dict[str, Any]]:
+        checkpoint = open_checkpoint(config.model)
+        if given is None:
+            return checkpoint, call
+        step = checkpoint.spec.temporal_factor
+        return checkpoint, call | {"given": given.settings(num_frames=video.num_frames, fps=video.fps, step=step)}
+
+    def settings_of(prompt: str) -> dict[str, Any]:
+        checkpoint, facts = read()
+        return checkpoint.settings(config, prompt=prompt, **facts)
+
+    return settings_of

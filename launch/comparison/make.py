@@ -9,7 +9,7 @@ from engine.engine import LongVideoEngine
 from engine.files.say import say_on_stderr
 from engine.files.tensors import read_metadata
 from engine.files.trees import DamagedError
-from engine.load.pipeline import fetch, find_checkpoint, read_spec
+from engine.load.checkpoint import open_checkpoint
 from engine.parallelism import check_settings
 from engine.planner.model import read_model
 from engine.supported_layouts import check_layout
@@ -45,9 +45,8 @@ def missing_videos(comparison: Comparison, context: DistContext, shard: Shard | 
         size = config.video.num_frames, config.video.height, config.video.width
         missing = [video.files for video, is_done in zip(videos, done, strict=True) if not is_done]
         if missing:
-            source, model = find_checkpoint(config.model.path), config.model
-            folder = fetch(source, model.revision, parts=(), offline=model.offline)
-            check_free_space(missing, config, read_spec(folder).latent_shape(*size), model=folder)
+            checkpoint = open_checkpoint(config.model)
+            check_free_space(missing, config, checkpoint.spec.latent_shape(*size), model=checkpoint.folder)
         return done
 
     done = context.ask_first(look)

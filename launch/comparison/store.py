@@ -18,14 +18,14 @@ from typing import Any
 
 from engine.batch.locks import Shard
 from engine.config import RunConfig
+from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError
 from engine.files.checks import check_places
 from engine.files.locks import locked
 from engine.files.say import Say, say_on_stderr
 from engine.files.trees import DamagedError, Shape, lacking, parse_json, read_kept, read_tree
 from engine.files.whole import atomic_path
-from engine.load.pipeline import fetch, find_checkpoint, pick_device, pick_dtype
-from engine.ranks import fingerprints
+from engine.load.checkpoint import open_checkpoint
 from launch.comparison.variants import MAY_DIFFER, Variant, flatten
 from launch.outputs import OutputFiles, latents_beside
 
@@ -160,14 +160,11 @@ def decisive_settings(config: RunConfig) -> dict[str, Any]:
     tree = flatten(dataclasses.asdict(config))
     shared = {key: value for key, value in tree.items() if not key.startswith(_NOT_SHARED)}
     device = pick_device(config.model.device)
-    source = find_checkpoint(config.model.path)
-    folder = fetch(source, config.model.revision, parts=(), offline=config.model.offline)
-    prints = fingerprints(config, folder, from_hub=isinstance(source, str))
     return shared | {
         "output.crf": config.output.crf,
         "device": device.type,
         "dtype": str(pick_dtype(config.model.dtype, device)).removeprefix("torch."),
-        "checkpoint": prints["checkpoint"].hex()[:16],
+        "checkpoint": open_checkpoint(config.model).digest[:16],
     }
 
 

@@ -25,6 +25,7 @@ from engine.adapters.ltx import LTX, pack, shift_exponent, unpack
 from engine.config import DecodeConfig, MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.identity import settings_id
 from engine.load.convolutions import use_onednn
 from engine.load.pipeline import load_pipeline
 from engine.spectra.trace import SpectralTrace
@@ -239,7 +240,7 @@ def test_the_record_says_what_decides_the_latents(folder):
 
 def _run_id_with(engine: LongVideoEngine, fps: int) -> str:
     engine.config = dataclasses.replace(engine.config, video=dataclasses.replace(engine.config.video, fps=fps))
-    return engine._run_id(seed=3)
+    return settings_id(engine.checkpoint.settings(engine.config, seed=3))
 
 
 def test_another_frame_rate_is_another_video(folder):

@@ -11,15 +11,17 @@ import huggingface_hub
 import pytest
 import safetensors.torch
 
-import engine.load.pipeline
+import engine.load.checkpoint
+import engine.load.hub
 import engine.ranks
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.load.pipeline import fetch, load_pipeline
+from engine.load.checkpoint import open_checkpoint
+from engine.load.hub import fetch
+from engine.load.pipeline import load_pipeline
 from engine.load.provenance import describe_weights, sha256_of
 from engine.planner.model import read_model
-from engine.ranks import fingerprints
 from tests.original_layout import wan_transformer
 from tests.tiny_pipelines import save_random_wan
 
@@ -131,7 +133,7 @@ def test_a_copy_that_the_client_knows_to_be_unfinished_is_one_line(monkeypatch: 
     def incomplete(*_args: Any, **_settings: Any) -> str:
         raise kind("2 file(s) are missing (a, b)\nmore", snapshot_path="nowhere")
 
-    monkeypatch.setattr(engine.load.pipeline, "snapshot_download", incomplete)
+    monkeypatch.setattr(engine.load.hub, "snapshot_download", incomplete)
     refusal(MODEL, r"is not whole and the hub was not reached; finish the download .*2 file\(s\) are missing \(a, b\)")
 
 
@@ -144,7 +146,7 @@ def test_only_safetensors_and_their_descriptions_are_asked_of_the_hub(
         asked.update(settings, name=name)
         return str(folder)
 
-    monkeypatch.setattr(engine.load.pipeline, "snapshot_download", download)
+    monkeypatch.setattr(engine.load.hub, "snapshot_download", download)
     fetch(NAME, "v2", parts=("vae", "text_encoder"))
     assert (asked["name"], asked["revision"], asked["local_files_only"]) == (NAME, "v2", False)
     files = ["vae/a.safetensors", "text_encoder/config.json", "tokenizer/spiece.model", "model_index.json"]
@@ -185,22 +187,22 @@ def test_weights_that_change_anywhere_are_another_checkpoint(
     file = next((copied / "transformer").glob("*.safetensors"))
     whole = file.read_bytes()
 
-    def print_of(data: bytes) -> bytes:
+    def print_of(data: bytes) -> str:
         file.write_bytes(data)
-        return fingerprints(run_config(ModelConfig(path=str(copied))), copied, from_hub=False)["checkpoint"]
+        return open_checkpoint(ModelConfig(path=str(copied))).digest
 
-    def with_zeros(start: int, count: int) -> bytes:
+    def with_zeros(start: int, count: int) -> str:
         return whole[:start] + bytes(count) + whole[start + count :]
 
-    monkeypatch.setattr(engine.ranks, "_HEAD_BYTES", 1024)
+    monkeypatch.setattr(engine.load.checkpoint, "_HEAD_BYTES", 1024)
     before = print_of(whole)
     assert before == print_of(whole)
     middle = len(whole) // 2
     assert len({before, print_of(with_zeros(len(whole) - 4, 4)), print_of(with_zeros(middle, 4))}) == 3
     # A large file is sampled: a stretch as long as the distance of two samples is seen wherever it lies.
-    monkeypatch.setattr(engine.ranks, "_WHOLE_BYTES", 1024)
-    monkeypatch.setattr(engine.ranks, "_SAMPLE_EVERY", 512)
-    monkeypatch.setattr(engine.ranks, "_SAMPLE_BYTES", 16)
+    monkeypatch.setattr(engine.load.checkpoint, "_WHOLE_BYTES", 1024)
+    monkeypatch.setattr(engine.load.checkpoint, "_SAMPLE_EVERY", 512)
+    monkeypatch.setattr(engine.load.checkpoint, "_SAMPLE_BYTES", 16)
     sampled = print_of(whole)
     assert sampled != before
     for start in (middle, middle + 100, middle + 300, len(whole) - 512):
@@ -212,8 +214,8 @@ def test_a_checkpoint_is_what_is_loaded_of_its_folder(folder: Path, tmp_path: Pa
     copied = tmp_path / "copied"
     shutil.copytree(folder, copied)
 
-    def print_of() -> bytes:
-        return fingerprints(run_config(ModelConfig(path=str(copied))), copied, from_hub=False)["checkpoint"]
+    def print_of() -> str:
+        return open_checkpoint(ModelConfig(path=str(copied))).digest
 
     before, said = print_of(), describe_weights(ModelConfig(path=str(copied)))["sha256"]
     for name in ("README.md", "figures.json", "transformer/notes.txt", "samples/a.json"):
@@ -241,8 +243,8 @@ def test_a_single_file_is_recorded_and_tells_checkpoints_apart(folder: Path, tmp
         model = ModelConfig(path=str(folder), single_file=str(file), device="cpu")
         said = describe_weights(model)["single_file"]
         assert said == {"name": "wan.safetensors", "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
-        prints[scale] = fingerprints(run_config(model), folder, from_hub=False)["checkpoint"]
-    alone = fingerprints(run_config(ModelConfig(path=str(folder))), folder, from_hub=False)["checkpoint"]
+        prints[scale] = open_checkpoint(model).digest
+    alone = open_checkpoint(ModelConfig(path=str(folder))).digest
     assert len({alone, *prints.values()}) == 3
 
 

@@ -12,8 +12,9 @@ import torch
 
 import engine.load.pipeline
 from engine.config import ModelConfig
+from engine.devices import pick_dtype
 from engine.errors import UserError
-from engine.load.pipeline import load_pipeline, pick_dtype
+from engine.load.pipeline import load_pipeline
 from tests.tiny_pipelines import save_random_wan
 
 

@@ -1,0 +1,127 @@
+"""A checkpoint, a folder or a hub name, by its small files: which model it is, its numbers, and the digest of what decides videos."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from engine.adapters import ModelAdapter, VideoSpec, adapter_named
+from engine.config import ModelConfig, RunConfig
+from engine.devices import pick_device, pick_dtype
+from engine.errors import UserError
+from engine.identity import latents_settings
+from engine.load.hub import fetch
+from engine.load.single_file import find_single_file
+from engine.load.weights import deciding_files, read_config
+from engine.paths import find_checkpoint
+
+# A checkpoint of 28 GB takes 15 s or more to hash, on every rank at every start; so a file larger than this is sampled.
+_WHOLE_BYTES = 64 << 20
+_HEAD_BYTES = 1 << 20  # holds the header of a safetensors file
+_SAMPLE_EVERY, _SAMPLE_BYTES = 4 << 20, 4 << 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint whose small files are here; `open_checkpoint` makes one, and no weights are read for it.
+
+    Attributes:
+        config: the model settings that name it.
+        folder: its folder, or the hub's local copy.
+        from_hub: whether `config.path` is a hub name.
+    """
+
+    config: ModelConfig
+    folder: Path
+    from_hub: bool
+
+    @cached_property
+    def adapter(self) -> ModelAdapter:
+        """The adapter of its model, by its model_index.json; UserError for a model that has none."""
+        return find_adapter(self.folder)
+
+    @cached_property
+    def spec(self) -> VideoSpec:
+        """Its numbers; UserError for a checkpoint that cannot be run."""
+        self.adapter.check_folder(self.folder, self.read("model_index.json"))
+        return self.vae_spec
+
+    @cached_property
+    def vae_spec(self) -> VideoSpec:
+        """Its numbers, also for a checkpoint of which only the VAE can be used."""
+        transformer, vae = (self.read(f"{part}/config.json") for part in ("transformer", "vae"))
+        return spec_of(self.adapter, transformer, vae, self.folder)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 in hex of the checkpoint's version, and the names, sizes and contents of its files and the single file beside it.
+
+        Of a hub checkpoint the JSON files count, and its commit: one rank may not have downloaded its weights yet. Of a file
+        of more than 64 MiB the contents are its first MiB, its last 4 KiB and 4 KiB of every 4 MiB: other weights in any
+        stretch of 4 MiB, such as a matrix of 1536 x 1536 in bf16, are seen; a few changed numbers may not be. The records of
+        the videos have the SHA-256 of every whole file (engine/load/provenance.py).
+        """
+        # The folder of a hub checkpoint is named after its commit; a local one may have any name.
+        digest = hashlib.sha256((self.folder.resolve().name if self.from_hub else "").encode())
+        files = [path for path in deciding_files(self.folder) if path.suffix == ".json" or not self.from_hub]
+        named = [(str(file.relative_to(self.folder)), file) for file in files]
+        single = find_single_file(self.config)
+        named += [(single.name, single)] if single is not None else []
+        for name, file in named:
+            size = file.stat().st_size
+            digest.update(f"{name} {size}\n".encode())
+            _add_sample(digest, file, size)
+        return digest.hexdigest()
+
+    def read(self, file: str) -> dict[str, Any]:
+        """One of its JSON files."""
+        return read_config(self.folder / file)
+
+    def settings(self, config: RunConfig, **given: Any) -> dict[str, Any]:
+        """What decides the latents of a run with this checkpoint, see `engine.identity.latents_settings`."""
+        device = pick_device(config.model.device)
+        return latents_settings(
+            config,
+            checkpoint=self.digest,
+            dtype=str(pick_dtype(config.model.dtype, device)),
+            device=device.type,
+            with_rate=self.adapter.frame_rate_matters,
+            **given,
+        )
+
+
+def open_checkpoint(config: ModelConfig, parts: Sequence[str] = (), *, offline: bool = False) -> Checkpoint:
+    """The checkpoint of the model settings, with its small files and the weights of `parts` fetched; `offline` fetches nothing."""
+    source = find_checkpoint(config.path)
+    folder = fetch(source, config.revision, parts=parts, offline=offline or config.offline)
+    return Checkpoint(config=config, folder=folder, from_hub=isinstance(source, str))
+
+
+def find_adapter(folder: Path) -> ModelAdapter:
+    """The adapter of the model in a folder, by its model_index.json; UserError for a model that has none."""
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} has no model_index.json; give the folder that holds transformer/, vae/ and the rest")
+    return adapter_named(read_config(folder / "model_index.json"), folder / "model_index.json")
+
+
+def spec_of(adapter: ModelAdapter, transformer: dict[str, Any], vae: dict[str, Any], where: object) -> VideoSpec:
+    """`ModelAdapter.video_spec`; UserError, which says `where` the configurations were read, for numbers that no model has."""
+    try:
+        return adapter.video_spec(transformer, vae)
+    except (TypeError, ValueError, ArithmeticError, MemoryError) as error:
+        raise UserError(
+            f"the configurations of transformer and VAE in {where} describe no {adapter.name} ({error}); fetch the checkpoint again"
+        ) from error
+
+
+def _add_sample(digest: Any, file: Path, size: int) -> None:
+    with file.open("rb") as opened:
+        if size <= _WHOLE_BYTES:
+            digest.update(opened.read())
+            return
+        digest.update(opened.read(_HEAD_BYTES))
+        for start in (*range(_SAMPLE_EVERY, size, _SAMPLE_EVERY), size - _SAMPLE_BYTES):
+            opened.seek(start)
+            digest.update(opened.read(_SAMPLE_BYTES))

@@ -1,0 +1,62 @@
+"""A checkpoint's files from the hub, as far as they are read and not here yet."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import errors as hub_errors
+from huggingface_hub import snapshot_download
+
+from engine.errors import UserError
+
+# Of newer versions of the hub's client; older ones return what there is, and the checks of the folder say what is missing.
+_INCOMPLETE: tuple[type[Exception], ...] = tuple(filter(None, [getattr(hub_errors, "IncompleteSnapshotError", None)]))
+
+
+def fetch(source: Path | str, revision: str | None, *, parts: Sequence[str], offline: bool = False) -> Path:
+    """The folder of a checkpoint: itself, or the local copy of a hub name, downloaded as far as it is missing.
+
+    Only what is read is fetched: JSON files, the weights of `parts`, and with the text encoder its tokenizer. Raises
+    UserError if the hub does not know the name or cannot be reached and there is no local copy; with `offline` the hub
+    is not asked.
+    """
+    if isinstance(source, Path):
+        if revision is not None:
+            raise UserError(
+                f"model.revision {revision!r} goes with a hub name, and {source} is a folder; leave it unset"
+            )
+        return source
+    patterns = ["*.json", *(f"{part}/*.safetensors" for part in parts)]
+    patterns += ["tokenizer/*.model", "tokenizer/*.txt"] if {"text_encoder", "tokenizer"} & set(parts) else []
+    try:
+        with quiet_hub():
+            return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, local_files_only=offline))
+    except (OSError, ValueError) as error:  # what all errors of huggingface_hub and its connections derive from
+        first = str(error).strip().splitlines()[0]
+        at = f" at revision {revision}" if revision else ""
+        if isinstance(error, _INCOMPLETE):
+            raise UserError(
+                f"the local copy of {source!r}{at} is not whole and the hub was not reached; finish the download "
+                f"({type(error).__name__}: {first})"
+            ) from error
+        if offline:
+            raise UserError(
+                f"model.offline is true, and the hub's local copy does not hold {source!r}{at}; download it first"
+            ) from error
+        raise UserError(
+            f"there is no folder {source!r} here, and the hub has no such checkpoint{at} or cannot be reached "
+            f"({type(error).__name__}: {first})"
+        ) from error
+
+
+@contextmanager
+def quiet_hub() -> Iterator[None]:
+    """Without the hub's warnings about retries, which would come before our one line."""
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
