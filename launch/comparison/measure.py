@@ -10,10 +10,10 @@ from tqdm import tqdm
 from engine.errors import UserError
 from engine.files.trees import Shape, read_kept
 from engine.files.whole import write_json
+from engine.load.checkpoint import open_checkpoint
 from engine.media.read_video import read_video
 from engine.shown import quoted
 from evaluation.study.measured import Measured
-from launch.comparison.checks import read_video_spec
 from launch.comparison.store import Comparison, Video
 from metrics.version import source_digest
 from metrics.video import VIDEO_UNITS, video_metrics
@@ -51,7 +51,7 @@ def has_world(comparison: Comparison) -> bool:
 
 def native_frames(comparison: Comparison) -> int:
     """Frames of a video of the comparison's native length."""
-    spec = read_video_spec(comparison.config.model)
+    spec = open_checkpoint(comparison.config.model).spec
     return spec.native_frames(comparison.config.method.window_frames)
 
 
