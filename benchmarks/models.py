@@ -3,13 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from benchmarks.predicted import predicted_table
 from benchmarks.report import PREDICTED, load_preset, table
 from engine.adapters import ModelAdapter
 from engine.config import RunConfig
 from engine.planner.gpu import read_gpu
 from engine.planner.layout import feasible_degrees, num_passes
 from engine.planner.model import ModelSpec, read_model
-from engine.planner.table import predicted_table
 
 PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 GPUS = ("h200", "h100", "a100", "rtx4090")

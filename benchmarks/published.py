@@ -7,7 +7,7 @@ from engine.adapters.wan_published import PUBLISHED as CONFIGS
 from engine.config import MethodConfig, SamplerConfig, VideoConfig
 from engine.planner.gpu import read_gpu
 from engine.planner.model import ModelSpec
-from engine.planner.plan import Options, plan
+from engine.planner.plan import Case, Options, plan
 
 SMALL, LARGE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 STEPS = 50
@@ -41,15 +41,16 @@ class Figure:
     def predicted(self) -> float:
         """The planner's seconds for the same."""
         spec = ModelSpec(name=self.model, source="published", configs=CONFIGS[self.model])
-        [only] = plan(
-            spec,
-            self.video,
-            SamplerConfig(guidance_scale=5.0, num_steps=STEPS),
-            MethodConfig(name="direct", window_frames=21),
+        case = Case(
+            spec=spec,
+            video=self.video,
+            sampler=SamplerConfig(guidance_scale=5.0, num_steps=STEPS),
+            method=MethodConfig(name="direct", window_frames=21),
             gpu=read_gpu(self.gpu),
             world_size=1,
             options=Options(kernel=self.kernel),
         )
+        [only] = plan(case)
         return only.run_seconds["direct"] / (STEPS if self.per_step else 1)
 
     @property

@@ -13,10 +13,10 @@ from typing import Any
 
 from benchmarks import gpu_report, published
 from benchmarks.measure import RESULTS, ROOT
+from benchmarks.predicted import predicted_table
 from engine.config import RunConfig
 from engine.files.tables import emptier
 from engine.planner.gpu import read_gpu
-from engine.planner.table import predicted_table
 from freespec.methods import METHODS
 from launch.cli import parse_run
 

@@ -15,11 +15,11 @@ from engine.decode.tiling import check_tiles
 from engine.errors import UserError
 from engine.hooks.apply import Ranks, check_riflex, check_shift
 from engine.load.single_file import open_single_file
-from engine.planner.choose import choose_by_memory, choose_from
+from engine.planner.choose import choose, choose_by_memory
 from engine.planner.gpu import FOLDER, GpuSpec, read_gpu
 from engine.planner.layout import Degrees, feasible_degrees, num_passes
 from engine.planner.model import ModelSpec, read_model
-from engine.planner.plan import Case, plan_case
+from engine.planner.plan import Case
 from engine.planner.providers import FixedDegrees, Provider, keeps
 from engine.supported_layouts import check_layout
 from parallel.attention import TORCH_EXCHANGE
@@ -159,7 +159,7 @@ def choose_degrees(
     if missing is not None:
         degrees = choose_by_memory(case, by_rule, fixed)
         return degrees, f"no time can be predicted ({missing}); the first that fits the memory by the rule {_RULE}"
-    plan = choose_from(plan_case(case), case, fixed)
+    plan = choose(case, fixed)
     return plan.degrees, f"the planner's choice for {gpu.name}: {plan.why}"
 
 

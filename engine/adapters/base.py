@@ -122,48 +122,6 @@ class VideoSpec:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ModelNumbers:
-    """The sizes that decide operations and bytes of one forward, from the transformer's configuration.
-
-    Attributes:
-        heads: N.
-        head_dim: D.
-        layers: transformer blocks.
-        ffn_dim: inner width of the feed-forward part.
-        text_dim: width of the text encoder's output.
-        time_dim: sinusoidal channels of a timestep.
-        patch: latent frames, rows and columns per token.
-        in_values: numbers that one token stands for in the latents.
-        out_values: numbers of the model's output for one token.
-        rotary_values: numbers of both rotary tables for one token of one batch entry.
-    """
-
-    heads: int
-    head_dim: int
-    layers: int
-    ffn_dim: int
-    text_dim: int
-    time_dim: int
-    patch: tuple[int, int, int]
-    in_values: int
-    out_values: int
-    rotary_values: int
-
-    def __post_init__(self) -> None:
-        """ValueError for numbers that no model has."""
-        for field in fields(self):
-            value = getattr(self, field.name)
-            sizes = value if isinstance(value, tuple) else (value,)
-            if not all(type(size) is int and 1 <= size <= MOST_SIZE for size in sizes):
-                raise ValueError(f"{field.name} is {value!r:.60}")
-
-    @property
-    def width(self) -> int:
-        """C = N·D."""
-        return self.heads * self.head_dim
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class TimeSettings:
     """How a decode goes through time; the same on every rank, since it decides the frames.
 
@@ -263,7 +221,6 @@ class ModelAdapter(ABC):
         frame_rate_matters: whether the frame rate decides the latents.
         decode_modes: the ways to decode, the most exact first; `decode.mode` names one of them or `auto`.
         exact_decode_is_bounded: whether the memory of `whole` does not grow with the length of the video.
-        copies_rotary: whether `shard_rotary` returns copies, so that the whole tables go.
         latent_tensors: fp32 tensors of the latents' size that are alive between steps, the scheduler's included.
         single_file_marks: the end of a tensor's name by which a part is known in a single file of the model's authors.
         counts_frames: whether temporal positions are frame numbers that grow beyond those of training, as `riflex` needs.
@@ -281,7 +238,6 @@ class ModelAdapter(ABC):
     frame_rate_matters: ClassVar[bool]
     decode_modes: ClassVar[tuple[DecodeMode, ...]]
     exact_decode_is_bounded: ClassVar[bool]
-    copies_rotary: ClassVar[bool]
     latent_tensors: ClassVar[int]
     single_file_marks: ClassVar[Mapping[str, str]]
     counts_frames: ClassVar[bool] = False
@@ -300,10 +256,6 @@ class ModelAdapter(ABC):
     @abstractmethod
     def latent_channels(self, vae: Mapping[str, Any]) -> int:
         """Latent channels z, from the VAE's configuration."""
-
-    @abstractmethod
-    def numbers(self, transformer: Any) -> ModelNumbers:
-        """Read the transformer's configuration, with the defaults of its class."""
 
     @abstractmethod
     def check_pipeline(self, pipe: Any) -> None:
@@ -489,23 +441,3 @@ class ModelAdapter(ABC):
     @abstractmethod
     def open_decoder(self, vae: Any, latents: Tensor, settings: TimeSettings) -> LatentDecoder:
         """A decode of latents [1, z, F, h, w] as the transformer sees them (normalised)."""
-
-    # What the planner asks: bytes, for `e` bytes in a number of the transformer.
-
-    @abstractmethod
-    def embedding_bytes(self, numbers: ModelNumbers, tokens: int, shard: int, *, batch: int, e: int) -> int:
-        """Bytes at the worst moment before the first block, beside a rank's share of the rotary tables, which stays.
-
-        `tokens` are all of the video's, `shard` are the rank's.
-        """
-
-    @abstractmethod
-    def block_bytes(self, hidden: int, hidden_ffn: int, e: int) -> dict[str, int]:
-        """Bytes at each moment of a block outside attention, by name.
-
-        `hidden` counts the numbers of a hidden state on a rank, `hidden_ffn` those inside its feed-forward part.
-        """
-
-    @abstractmethod
-    def block_passes(self, ffn_ratio: float, e: int) -> float:
-        """Bytes that an eager block reads and writes per token and channel outside matrix products and attention kernels."""

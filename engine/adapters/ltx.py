@@ -16,7 +16,6 @@ from engine.adapters.base import (
     DecodeMode,
     LatentDecoder,
     ModelAdapter,
-    ModelNumbers,
     Text,
     TimeSettings,
     VideoSpec,
@@ -26,10 +25,7 @@ from engine.decode.blend import cover, fade_in, lay_over, overlap_share
 from engine.errors import UserError
 from engine.schedulers import ADVICE, fixed_shift
 
-FP32_BYTES = 4
 # What LTXVideoTransformer3DModel and AutoencoderKLLTXVideo fix in code, or have as the default of a key.
-TIME_CHANNELS = 256
-FFN_RATIO = 4
 SCALING = (True, True, True, False)
 
 
@@ -52,7 +48,6 @@ class LtxAdapter(ModelAdapter):
     frame_rate_matters = True
     decode_modes = ("whole", "framewise", "tiled")
     exact_decode_is_bounded = False
-    copies_rotary = True
     latent_tensors = 2  # before and after a step
     single_file_marks = MappingProxyType(
         {"transformer": "patchify_proj.weight", "vae": "vae.decoder.conv_in.conv.weight"}
@@ -77,23 +72,6 @@ class LtxAdapter(ModelAdapter):
     def latent_channels(self, vae: Mapping[str, Any]) -> int:
         """See the base class."""
         return vae.get("latent_channels", 128)
-
-    def numbers(self, transformer: Any) -> ModelNumbers:
-        """See the base class; the feed-forward part and the timestep's channels are fixed in diffusers' code."""
-        patch = (transformer.patch_size_t, transformer.patch_size, transformer.patch_size)
-        width = transformer.num_attention_heads * transformer.attention_head_dim
-        return ModelNumbers(
-            heads=transformer.num_attention_heads,
-            head_dim=transformer.attention_head_dim,
-            layers=transformer.num_layers,
-            ffn_dim=FFN_RATIO * width,
-            text_dim=transformer.caption_channels,
-            time_dim=TIME_CHANNELS,
-            patch=patch,
-            in_values=transformer.in_channels,
-            out_values=transformer.out_channels or transformer.in_channels,
-            rotary_values=2 * width,
-        )
 
     def check_pipeline(self, pipe: LTXPipeline) -> None:
         """Patches that the stock pipeline itself would handle in another way are refused."""
@@ -249,36 +227,6 @@ class LtxAdapter(ModelAdapter):
     def open_decoder(self, vae: AutoencoderKLLTXVideo, latents: Tensor, settings: TimeSettings) -> LatentDecoder:
         """See the base class."""
         return _ChunkDecoder(vae, latents, settings)
-
-    def embedding_bytes(self, numbers: ModelNumbers, tokens: int, shard: int, *, batch: int, e: int) -> int:
-        """The whole rotary tables while the second gets its padding: angles of half the width, the first, the second twice."""
-        tables = (7 * tokens // 2 - 2 * shard) * FP32_BYTES
-        return batch * numbers.width * max(tables, (tokens + shard) * e)
-
-    def block_bytes(self, hidden: int, hidden_ffn: int, e: int) -> dict[str, int]:
-        """Read off the eager LTXVideoTransformerBlock, which works in the model's precision but for norms and rotation."""
-        cast = FP32_BYTES if e < FP32_BYTES else 0  # an fp32 copy of what is already fp32 costs nothing
-        return {
-            # hidden state, its square in fp32 and the copy it is made of, the norm
-            "norm": hidden * (e + cast + 4 + 4),
-            # hidden state, normed, rotated q, k, k turned and both of its products in fp32
-            "rotary": hidden * (5 * e + 3 * FP32_BYTES),
-            # the block's input, hidden state, normed, cross-attention's output, and both sides of the GELU
-            "feed_forward": hidden * 4 * e + hidden_ffn * 2 * e,
-            # the same four, the feed-forward's output, gated, the sum
-            "residual": hidden * 7 * e,
-        }
-
-    def block_passes(self, ffn_ratio: float, e: int) -> float:
-        """RMS norms are a few passes in fp32; everything else is one pass per operator, as eager torch runs it."""
-        cast = e + FP32_BYTES if e < FP32_BYTES else 0
-        return (
-            2 * (cast + 8 + 8 + 4 + e + 4 * e)  # norm1, norm2: square, mean, product; scale and shift
-            + 3 * 2 * e  # RMS norms of q, k and of the query of cross-attention
-            + 2 * (3 * e + cast + cast + 4 * 12 + e)  # rotary of q and k: turned, both to fp32, two products, sum, back
-            + 2 * 2 * e + 3 * 3 * e  # gates of both parts, residuals of all three
-            + 2 * e * ffn_ratio  # GELU
-        )  # fmt: skip
 
 
 def shift_exponent(config: Any, num_tokens: int) -> float:

@@ -15,7 +15,6 @@ from engine.adapters.base import (
     DecodeMode,
     LatentDecoder,
     ModelAdapter,
-    ModelNumbers,
     Text,
     TimeSettings,
     VideoSpec,
@@ -24,8 +23,6 @@ from engine.adapters.base import (
 from engine.config import DecodeConfig
 from engine.errors import UserError
 from engine.schedulers import fixed_shift
-
-FP32_BYTES = 4
 
 
 class WanAdapter(ModelAdapter):
@@ -44,7 +41,6 @@ class WanAdapter(ModelAdapter):
     decode_modes = ("whole", "tiled")
     exact_decode_is_bounded = True
     counts_frames = True
-    copies_rotary = False
     latent_tensors = 4  # they, two model outputs and the last sample of the multistep solver
     single_file_marks = MappingProxyType({"transformer": "head.modulation"})
 
@@ -66,23 +62,6 @@ class WanAdapter(ModelAdapter):
     def latent_channels(self, vae: Mapping[str, Any]) -> int:
         """See the base class."""
         return vae.get("z_dim", 16)
-
-    def numbers(self, transformer: Any) -> ModelNumbers:
-        """See the base class."""
-        frames, rows, columns = transformer.patch_size
-        volume = frames * rows * columns
-        return ModelNumbers(
-            heads=transformer.num_attention_heads,
-            head_dim=transformer.attention_head_dim,
-            layers=transformer.num_layers,
-            ffn_dim=transformer.ffn_dim,
-            text_dim=transformer.text_dim,
-            time_dim=transformer.freq_dim,
-            patch=(frames, rows, columns),
-            in_values=transformer.in_channels * volume,
-            out_values=transformer.out_channels * volume,
-            rotary_values=2 * transformer.attention_head_dim,
-        )
 
     def build(self, part: str, config: dict[str, Any]) -> nn.Module:
         """See the base class; ValueError if the VAE's mean and deviation are not numbers for each latent channel."""
@@ -208,37 +187,6 @@ class WanAdapter(ModelAdapter):
     def open_decoder(self, vae: AutoencoderKLWan, latents: Tensor, settings: TimeSettings) -> LatentDecoder:
         """See the base class."""
         return _CausalDecoder(vae, latents)
-
-    def embedding_bytes(self, numbers: ModelNumbers, tokens: int, shard: int, *, batch: int, e: int) -> int:
-        """The whole embedded video, and this rank's tokens of it in order."""
-        return (tokens + shard) * numbers.width * batch * e
-
-    def block_bytes(self, hidden: int, hidden_ffn: int, e: int) -> dict[str, int]:
-        """Read off the eager WanTransformerBlock, whose norms and gates work in fp32."""
-        cast = FP32_BYTES if e < FP32_BYTES else 0  # an fp32 copy of what is already fp32 costs nothing
-        return {
-            # hidden state, its fp32 copy, the norm and its product
-            "norm": hidden * (e + max(cast + 4, 8)),
-            # hidden state, normed, q, k, v, both rotated, three halves in fp32
-            "rotary": hidden * (7 * e + 6),
-            # the block's input, hidden state, normed, cross-attention's output, and both sides of the GELU
-            "feed_forward": hidden * 4 * e + hidden_ffn * 2 * e,
-            # the same four, the feed-forward's output, it and the hidden state in fp32, gated, their sum
-            "residual": hidden * (5 * e + 2 * cast + 8),
-        }
-
-    def block_passes(self, ffn_ratio: float, e: int) -> float:
-        """Norms over q and k are one fused kernel; everything else is one pass per operator, as eager torch runs it."""
-        cast = e + FP32_BYTES if e < FP32_BYTES else 0
-        return (
-            2 * (2 * cast + 24)  # norm1, norm3: to fp32, norm, scale, shift, back
-            + 3 * 2 * e  # RMS norms of q, k and of the query of cross-attention
-            + 2 * (3 * e + 24)  # rotary of q and k: four products, two sums, two strided copies
-            + (e + 4) + 2 * cast + 12  # gate and residual of self-attention
-            + 2 * cast + 8 + 3 * e  # norm2, residual of cross-attention
-            + 2 * e * ffn_ratio  # GELU
-            + 3 * cast + 20  # gate and residual of the feed-forward
-        )  # fmt: skip
 
 
 class _CausalDecoder(LatentDecoder):

@@ -21,7 +21,7 @@ from engine.parallelism import Arrangement, arrange_ranks, choose_degrees
 from engine.planner.choose import choose
 from engine.planner.gpu import read_gpu
 from engine.planner.model import read_model
-from engine.planner.plan import Options
+from engine.planner.plan import Case, Options
 from engine.text.cache import cache_key, cached_name
 
 # H.264 at the default quality: an assumption, replaced by the mean of the folder's own videos once there are any.
@@ -123,16 +123,8 @@ def gpu_hours(config: RunConfig, items: Sequence[Item], *, gpu: str | None, rank
         return None, f"not known: {missing}"
     seconds = 0.0
     for method in methods:
-        plan = choose(
-            spec,
-            config.video,
-            config.sampler,
-            with_method(config, method).method,
-            gpu=described,
-            world_size=ranks,
-            options=Options.of(config),
-            fixed=(config.parallel.cfg, config.parallel.ring, config.parallel.ulysses),
-        )
+        case = Case.of(with_method(config, method), spec, gpu=described, world_size=ranks)
+        plan = choose(case, (config.parallel.cfg, config.parallel.ring, config.parallel.ulysses))
         count = sum(item.method == method for item in items)
         seconds += count * (plan.run_seconds[method] + plan.decode_seconds)
     return seconds * ranks / 3600, f"predicted for {described.name} from datasheets, text encoding and loading aside"

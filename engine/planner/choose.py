@@ -3,13 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from engine.config import MethodConfig, SamplerConfig, VideoConfig
+from engine.config import VideoConfig
 from engine.errors import UserError
-from engine.planner.gpu import MOST_GPUS, GpuSpec
+from engine.planner.gpu import MOST_GPUS
 from engine.planner.layout import Degrees
 from engine.planner.memory import GIB
-from engine.planner.model import ModelSpec
-from engine.planner.plan import MODES, Case, Options, Plan, plan_case
+from engine.planner.plan import MODES, Case, Plan, plan
 from engine.planner.providers import FixedDegrees, keeps
 from engine.supported_layouts import check_layout, describe
 
@@ -17,37 +16,14 @@ MOST_DOUBLINGS = 5
 AXES = ("cfg", "ring", "ulysses")
 
 
-def choose(
-    spec: ModelSpec,
-    video: VideoConfig,
-    sampler: SamplerConfig,
-    method: MethodConfig,
-    *,
-    gpu: GpuSpec,
-    world_size: int,
-    options: Options | None = None,
-    fixed: FixedDegrees = (None, None, None),
-) -> Plan:
-    """The best plan that fits and keeps the degrees (cfg, ring, ulysses) that are not None.
+def choose(case: Case, fixed: FixedDegrees = (None, None, None), *, plans: list[Plan] | None = None) -> Plan:
+    """Return the best plan that fits and keeps the degrees (cfg, ring, ulysses) that are not None, of those that `plan` made.
 
     Raises UserError if there is none: what needs how much, what there is, and the smallest change that would fit.
     """
-    case = Case(
-        spec=spec,
-        video=video,
-        sampler=sampler,
-        method=method,
-        gpu=gpu,
-        world_size=world_size,
-        options=options or Options(),
-    )
-    return choose_from(plan_case(case), case, fixed)
-
-
-def choose_from(every: list[Plan], case: Case, fixed: FixedDegrees = (None, None, None)) -> Plan:
-    """`choose` among plans that `plan` has made for this case."""
-    plans = [p for p in every if keeps(p.degrees, fixed)]
-    if not plans:
+    every = plan(case) if plans is None else plans
+    kept = [p for p in every if keeps(p.degrees, fixed)]
+    if not kept:
         for degrees in case.degrees(any_method=True, any_provider=True):
             if keeps(degrees, fixed):
                 check_layout(case.method.name, case.method.method, degrees)
@@ -55,11 +31,11 @@ def choose_from(every: list[Plan], case: Case, fixed: FixedDegrees = (None, None
         wanted = ", ".join(f"parallel.{axis} {degree}" for axis, degree in zip(AXES, fixed, strict=True) if degree)
         possible = "; ".join(p.name for p in every)
         raise UserError(f"{case.world_size} GPUs cannot have {wanted}; possible are {possible}")
-    if not plans[0].fits:
-        smallest = min(plans, key=lambda p: p.peak_bytes)
+    if not kept[0].fits:
+        smallest = min(kept, key=lambda p: p.peak_bytes)
         need = _describe_need(smallest.name, smallest.memory, smallest.peak_bytes, case)
         raise UserError(f"{need}; {describe_changes(case, fixed)}")
-    return plans[0]
+    return kept[0]
 
 
 def choose_by_memory(case: Case, ordered: Sequence[Degrees], fixed: FixedDegrees) -> Degrees:

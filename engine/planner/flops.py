@@ -1,70 +1,35 @@
-"""Floating-point operations of one forward on one rank, part by part: two for each multiplication and its addition."""
+"""Floating-point operations of one call of the transformer on one rank: two for each multiplication and its addition."""
 
-from dataclasses import dataclass
-
-from engine.planner.model import ModelSpec
+from engine.planner.forward import count_forward
+from engine.planner.layout import VIEW_MODES, Layout
 from freespec.methods import Mode
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Share:
-    """What one rank computes of one forward.
+def call_operations(layout: Layout, mode: Mode) -> dict[str, int]:
+    """Operations of one call, its whole batch, on the busiest rank, by what decides their rate.
 
-    Attributes:
-        tokens: S, all tokens of the video.
-        window: tokens that a query of the local branch sees.
-        shard: s, this rank's tokens outside attention.
-        queries: r, its tokens inside attention.
-        heads: n, its heads inside attention.
-        text: K, text tokens, all of them on every rank.
-        num_views: views of a step with views, each of `window` tokens.
-        window_frames: frames of a view.
+    Keys: `matrices`, `attention` (in attention kernels), `grams` (in the model's precision) and `fp32` (the fusion).
     """
-
-    tokens: int
-    window: int
-    shard: int
-    queries: int
-    heads: int
-    text: int
-    num_views: int = 1
-    window_frames: int = 1
+    counted, per_entry = count_forward(layout), _attention_operations(layout, mode)
+    kernels = {kind: layout.batch * layout.spec.layers * num for kind, num in per_entry.items()}
+    return {"matrices": counted.other_operations + layout.spec.layers * counted.block_operations, **kernels}
 
 
-# Which parts run at which rate: products of matrices in the transformer's precision, attention kernels, products in fp32 and fp64.
-GEMM = ("embeddings", "projections", "cross_projections", "feed_forward", "output")
-ATTENTION = ("attention_local", "attention_rest", "attention_global", "attention_views", "attention_cross")
-GRAMS = ("grams",)
-FP32 = ("temporal_grams", "fusion")
-
-
-def forward_flops(spec: ModelSpec, share: Share, mode: Mode) -> dict[str, int]:
-    """Operations of one forward by part; GEMM, ATTENTION, GRAMS and FP32 group their names.
-
-    Patch embedding and the embeddings of time and text are computed whole on every rank.
-    """
-    width, layers, head_dim = spec.width, spec.layers, spec.head_dim
-    numbers = spec.numbers
-    per_key = 4 * share.queries * share.heads * head_dim * layers  # q kᵀ and p v
-    square = share.heads * head_dim**2 * layers
-    dual, views, fused_views = mode == "dual", mode in ("views", "views_global"), mode == "views_global"
-    viewed = share.num_views * share.window * share.heads * head_dim * layers
-    # FreePCA's sums over a view and its mixing of frames, for every view but the first; its n x n algebra counts for nothing.
-    mixed = viewed // share.num_views * (share.num_views - 1) * share.window_frames if fused_views else 0
-    return {
-        "embeddings": 2 * share.tokens * numbers.in_values * width
-        + 2 * (numbers.time_dim * width + 7 * width**2)
-        + 2 * share.text * (numbers.text_dim * width + width**2),
-        "projections": layers * 4 * 2 * share.shard * width**2,
-        "attention_local": per_key * share.window if mode in ("local", "dual") else 0,
-        "attention_rest": per_key * (share.tokens - share.window) if dual else 0,
-        "attention_global": per_key * share.tokens if mode in ("global", "views_global") else 0,
-        "attention_views": 4 * viewed * share.window if views else 0,
-        "cross_projections": layers * 2 * 2 * (share.shard + share.text) * width**2,
-        "attention_cross": layers * 4 * share.shard * share.text * width,
-        "feed_forward": layers * 2 * 2 * share.shard * width * numbers.ffn_dim,
-        "output": 2 * share.shard * width * numbers.out_values,
-        "grams": 2 * 2 * share.queries * square * dual,
-        "temporal_grams": 3 * 2 * mixed,
-        "fusion": (2 * share.queries * square + 2 * square * head_dim) * dual + 2 * 2 * mixed,
-    }
+def _attention_operations(layout: Layout, mode: Mode) -> dict[str, int]:
+    """Operations of the attentions of one block for one entry of the batch."""
+    share, head_dim = layout.share(mode), layout.spec.head_dim
+    keys = {"local": share.window}.get(mode, 0 if mode == "views" else share.tokens)
+    attention = 4 * share.queries * share.heads * head_dim * keys  # q kᵀ and p v; dual merges its parts
+    attention += 4 * share.shard * layout.text * layout.spec.width
+    grams = fp32 = 0
+    if mode == "dual":
+        products = share.queries * share.heads * head_dim**2
+        grams, fp32 = 4 * products, 2 * products + 2 * share.heads * head_dim**3
+    if mode in VIEW_MODES:
+        view = share.window * share.heads * head_dim
+        attention += 4 * layout.num_views * view * share.window
+        if (
+            mode == "views_global"
+        ):  # sums over each view but the first and its mixing of frames, whose n x n algebra is left out
+            fp32 = (3 * 2 + 2 * 2) * (layout.num_views - 1) * view * layout.window_frames
+    return {"attention": attention, "grams": grams, "fp32": fp32}

@@ -6,7 +6,6 @@ from functools import partial
 from math import prod
 
 from engine.config import MethodConfig, SamplerConfig, VideoConfig
-from engine.planner.flops import Share
 from engine.planner.model import FP32_BYTES, ModelSpec
 from engine.supported_layouts import Degrees, refused_axes
 from freespec.methods import FreeNoise, Grid, Mode
@@ -30,6 +29,25 @@ FP64_BYTES = 8
 TEMPORAL_GRAMS = 3  # of both branches and between them, frames x frames
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Share:
+    """What one rank computes of one forward.
+
+    Attributes:
+        tokens: S, all tokens of the video.
+        window: tokens that a query of the local branch sees.
+        shard: s, this rank's tokens outside attention.
+        queries: r, its tokens inside attention.
+        heads: n, its heads inside attention.
+    """
+
+    tokens: int
+    window: int
+    shard: int
+    queries: int
+    heads: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """One video over ranks.
@@ -38,7 +56,8 @@ class Layout:
         spec: the checkpoint.
         degrees: cfg, ring, ulysses.
         frames: F, latent frames.
-        frame_tokens: H·W, tokens of a frame.
+        rows: H, rows of tokens of a frame.
+        columns: W, tokens of a row.
         window_frames: F0, frames of the local window, F at most.
         text: K, text tokens.
         passes: forwards of one step: 2 with guidance.
@@ -51,7 +70,8 @@ class Layout:
     spec: ModelSpec
     degrees: Degrees
     frames: int
-    frame_tokens: int
+    rows: int
+    columns: int
     window_frames: int
     text: int
     passes: int
@@ -59,6 +79,11 @@ class Layout:
     local_route: Route
     num_views: int = 1
     weight_share: int = 0
+
+    @property
+    def frame_tokens(self) -> int:
+        """H·W, tokens of a frame."""
+        return self.rows * self.columns
 
     @property
     def tokens(self) -> int:
@@ -104,9 +129,6 @@ class Layout:
             shard=max(map(length, plan.shards)),
             queries=max(map(length, plan.ring_shards)),
             heads=max(map(length, plan.head_shares)),
-            text=self.text,
-            num_views=self.num_views,
-            window_frames=self.window_frames,
         )
 
     def near_keys(self, mode: Mode) -> int:
@@ -127,14 +149,14 @@ class Layout:
         by_rank = layer_bytes_by_rank(plan, moves, shape=shape, halo=self.halo)
         calls = self.spec.layers * self.forwards
         busiest = {kind: calls * max(of_rank[kind] for of_rank in by_rank) for kind in by_rank[0]}
-        out_values = self.spec.numbers.out_values
+        values = latent_values(self)
         return {
             "all_to_all": busiest["all_to_all"],
             "halo": busiest["halo"],
             "ring": busiest["ring"],
             "grams": calls * self._temporal_gram_bytes() if mode == "views_global" else busiest["reduce"],
-            "gather": self.forwards * gather_bytes(self.sequence, token_bytes=out_values * self.itemsize),
-            "cfg": cfg_bytes(self.degrees[0], prediction_bytes=self.tokens * out_values * self.itemsize),
+            "gather": self.forwards * gather_bytes(self.sequence, token_bytes=values * self.itemsize),
+            "cfg": cfg_bytes(self.degrees[0], prediction_bytes=self.tokens * values * self.itemsize),
             "weights": self.calls * self.weight_share * (prod(self.degrees) - 1),
         }
 
@@ -162,7 +184,8 @@ def lay_out(
     local_route: str,
 ) -> Layout:
     """The layout of a video; `local_route: auto` takes fewer bytes, as the engine does."""
-    frames, frame_tokens = spec.grid(video.num_frames, video.height, video.width)
+    frames, rows, columns = spec.token_grid(video.num_frames, video.height, video.width)
+    frame_tokens = rows * columns
     window_frames = min(method.window_frames, frames)
     if local_route == "auto":
         sequence = SequencePlan(tokens=frames * frame_tokens, heads=spec.heads, ring=degrees[1], ulysses=degrees[2])
@@ -172,7 +195,8 @@ def lay_out(
         spec=spec,
         degrees=degrees,
         frames=frames,
-        frame_tokens=frame_tokens,
+        rows=rows,
+        columns=columns,
         window_frames=window_frames,
         text=sampler.max_text_tokens,
         passes=num_passes(sampler),
@@ -213,9 +237,14 @@ def feasible_degrees(
     ]
 
 
+def latent_values(layout: Layout) -> int:
+    """Numbers that one token stands for, in the latents and in a prediction."""
+    return layout.spec.video.channels * prod(layout.spec.video.patch)
+
+
 def latent_bytes(layout: Layout) -> int:
     """Bytes of the video's latents in fp32."""
-    return layout.tokens * layout.spec.numbers.in_values * FP32_BYTES
+    return layout.tokens * latent_values(layout) * FP32_BYTES
 
 
 def _halo(frames: int, frame_tokens: int, window_frames: int) -> HaloRange:

@@ -1,6 +1,6 @@
 """Peak memory of one rank, part by part: a list of the moments of a forward and of what is alive in each.
 
-Read off engine/hooks/self_attention.py and parallel/attention.py; what a model's block needs outside of attention is its adapter's to say.
+Self-attention is read off engine/hooks/self_attention.py and parallel/attention.py; the rest is counted on the meta device.
 Tests compare it with measured peaks. `e` is the size of a number in the transformer; merges work in fp32.
 """
 
@@ -18,8 +18,8 @@ from engine.adapters.base import DecodeMode, TimeSettings
 from engine.config import DecodeConfig
 from engine.decode.live_bytes import LiveBytes
 from engine.decode.pieces import decode_step
-from engine.planner.flops import Share
-from engine.planner.layout import Layout, latent_bytes
+from engine.planner.forward import count_forward
+from engine.planner.layout import Layout, latent_bytes, latent_values
 from engine.planner.model import FP32_BYTES, ModelSpec
 from freespec.attention import merge_step
 from freespec.methods import Mode
@@ -38,36 +38,37 @@ FUSION_MATRICES = 10
 
 def denoise_peak(layout: Layout, mode: Mode) -> dict[str, int]:
     """Bytes at the worst moment of a forward, without weights: `latents`, `activations`, `kv_copies`."""
-    moments = block_moments(layout, mode) | {"embedding": (_embedding_moment(layout), 0)}
-    activations, copies = max(moments.values(), key=sum)
-    return {"latents": _always(layout), "activations": activations, "kv_copies": copies}
+    counted = count_forward(layout)
+    moments = {
+        name: (counted.at_attention + layout.batch * activations, layout.batch * keys)
+        for name, (activations, keys) in _attention_moments(layout, mode).items()
+    }
+    activations, copies = max(((counted.peak, 0), *moments.values()), key=sum)
+    predictions = PREDICTION_TENSORS * layout.tokens * latent_values(layout) * layout.itemsize
+    latents = layout.spec.adapter.latent_tensors * latent_bytes(layout)
+    return {
+        "latents": latents + predictions + layout.passes * counted.text,
+        "activations": activations,
+        "kv_copies": copies,
+    }
 
 
-def block_moments(layout: Layout, mode: Mode) -> dict[str, tuple[int, int]]:
-    """Moments of one block on the busiest rank: (bytes of activations, bytes of copies of keys and values).
+def _attention_moments(layout: Layout, mode: Mode) -> dict[str, tuple[int, int]]:
+    """Moments of self-attention on the busiest rank, for one entry of the batch: (bytes of activations, of copies of keys and values).
 
-    Everything in a block is there once for each entry of the batch.
+    Exchange, both branches, their merge, the fusion and the way back, beside what is alive when attention starts.
     """
-    spec, share = layout.spec, layout.share(mode)
-    hidden, hidden_ffn = share.shard * spec.width, share.shard * spec.numbers.ffn_dim
-    outside = spec.adapter.block_bytes(hidden, hidden_ffn, layout.itemsize)
-    moments = _attention_moments(layout, share, mode) | {name: (size, 0) for name, size in outside.items()}
-    return {name: (layout.batch * activations, layout.batch * keys) for name, (activations, keys) in moments.items()}
-
-
-def _attention_moments(layout: Layout, share: Share, mode: Mode) -> dict[str, tuple[int, int]]:
-    """Exchange, both branches, their merge, the fusion and the way back."""
-    e, plan = layout.itemsize, layout.attention_plan(mode)
+    e, plan, share = layout.itemsize, layout.attention_plan(mode), layout.share(mode)
     hidden = share.shard * layout.spec.width
     inside = share.queries * share.heads * layout.spec.head_dim  # numbers of q inside attention
     row = 2 * share.heads * layout.spec.head_dim * e  # k and v of one token
     lse = share.queries * share.heads * FP32_BYTES
-    base = 2 * e * hidden + 3 * e * inside  # hidden state, normed, q, k, v
+    base = 3 * e * inside  # q, k, v
     near = layout.near_keys(mode) * row
     ring = min(plan.ring - 1, 2) * share.queries * row if mode != "local" else 0  # buffers of blocks on their way
     first = min(plan.ring - 1, 1) * share.queries * row if mode != "local" else 0  # while near keys are attended
     outputs = 2 if mode == "dual" else 1
-    global_bytes = FP32_BYTES if plan.ring > 1 else e  # a number of the wide branch while parts are added to it
+    global_bytes = FP32_BYTES if plan.ring > 1 else e  # a number of the global branch while parts are added to it
     token = share.heads * layout.spec.head_dim * FP32_BYTES
     merging = 3 * min(merge_step(share.queries), share.queries) * token
     moments = {
@@ -75,9 +76,7 @@ def _attention_moments(layout: Layout, share: Share, mode: Mode) -> dict[str, tu
         "branch": (base + e * inside * (2 if mode in ("local", "dual") else 1) + lse, near + first),
         # q, k, v, the branches, what is fused, gathered and projected
         "project": (
-            2 * e * hidden
-            + e * inside * (3 + outputs + (mode == "dual"))
-            + e * hidden * (1 if plan.ulysses == 1 else 3),
+            e * inside * (3 + outputs + (mode == "dual")) + e * hidden * (1 if plan.ulysses == 1 else 3),
             near,
         ),
     }
@@ -87,42 +86,23 @@ def _attention_moments(layout: Layout, share: Share, mode: Mode) -> dict[str, tu
         scaled = 2 * e * inside if mode == "views_global" else 0  # scaled q and the global branch
         moments["views"] = (base + scaled + (kept + 1) * e * view + FP32_BYTES * (inside + view) + lse, 0)
     if plan.ulysses > 1:  # sent, received, put in order
-        moments["exchange"] = (5 * e * hidden + max(3 * e * (hidden + inside), 6 * e * inside), 0)
+        moments["exchange"] = (3 * e * hidden + max(3 * e * (hidden + inside), 6 * e * inside), 0)
     if mode == "dual":
         keys = (layout.near_keys(mode) or share.queries) * row
         window = share.window * row
         rest = max(keys - window, 0)
-        # the local output, the wide one and a part of it, merged a chunk at a time; and the circle: the keys outside of a
+        # the local output, the global one and a part of it, merged a chunk at a time; and the circle: the keys outside of a
         # window, written again as far as the windows of the middle frames slide
         moments["rest"] = (base + (2 * e + global_bytes) * inside + merging + 3 * lse, near + first + 2 * rest)
         matrices = FUSION_MATRICES * share.heads * layout.spec.head_dim**2 * FP64_BYTES
         fusing = 3 * min(chunk_tokens(share.heads, layout.spec.head_dim), share.queries) * token
         moments["fuse"] = (base + 3 * e * inside + fusing + matrices, near)
     if mode in ("dual", "global") and plan.ring > 1:
-        # the wide output, a part and, at the end, the rounded sum; the local output is one more
+        # the global output, a part and, at the end, the rounded sum; the local output is one more
         merged = global_bytes + e + (e if mode == "dual" else 0)
         # own keys were packed for the ring's first turn only, a halo stays
         moments["merge"] = (base + merged * inside + merging + 3 * lse, ring + (near if mode == "dual" else 0))
     return moments
-
-
-def _embedding_moment(layout: Layout) -> int:
-    """Before the first block, where every rank has all tokens."""
-    return layout.spec.adapter.embedding_bytes(
-        layout.spec.numbers, layout.tokens, layout.share("global").shard, batch=layout.batch, e=layout.itemsize
-    )
-
-
-def _always(layout: Layout) -> int:
-    """Latents and predictions, rotary tables and embedded text."""
-    spec, numbers, e = layout.spec, layout.spec.numbers, layout.itemsize
-    latents = spec.adapter.latent_tensors * latent_bytes(layout)
-    predictions = PREDICTION_TENSORS * layout.tokens * numbers.out_values * e
-    # A share that is a view keeps the whole.
-    kept = layout.share("global").shard if spec.adapter.copies_rotary else layout.tokens
-    rotary = layout.batch * kept * numbers.rotary_values * FP32_BYTES
-    text = layout.text * (layout.passes * numbers.text_dim + layout.batch * spec.width) * e
-    return latents + predictions + rotary + text
 
 
 def decode_cost(

@@ -12,7 +12,6 @@ from huggingface_hub import hf_hub_download
 from torch import nn
 
 from engine.adapters import ModelAdapter, VideoSpec, adapter_named
-from engine.adapters.base import ModelNumbers
 from engine.adapters.published import PUBLISHED, SOURCES
 from engine.config import ModelConfig, SamplerConfig
 from engine.errors import UserError
@@ -54,16 +53,6 @@ class ModelSpec:
         return adapter_named(self.configs["model_index"], f"model_index.json of {self.name}")
 
     @cached_property
-    def numbers(self) -> ModelNumbers:
-        """What decides operations and bytes of one forward."""
-        try:
-            return self.adapter.numbers(self._transformer.config)
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"the transformer's configuration of {self.name} describes no {self.adapter.name} ({error})"
-            ) from error
-
-    @cached_property
     def video(self) -> VideoSpec:
         """What decides lengths and sizes."""
         return spec_of(self.adapter, self.configs["transformer"], self.configs["vae"], self.name)
@@ -71,27 +60,32 @@ class ModelSpec:
     @property
     def heads(self) -> int:
         """N."""
-        return self.numbers.heads
+        return self._transformer.config.num_attention_heads
 
     @property
     def head_dim(self) -> int:
         """D."""
-        return self.numbers.head_dim
+        return self._transformer.config.attention_head_dim
 
     @property
     def width(self) -> int:
         """C = N·D."""
-        return self.numbers.width
+        return self.heads * self.head_dim
 
     @property
     def layers(self) -> int:
         """Transformer blocks."""
-        return self.numbers.layers
+        return self._transformer.config.num_layers
+
+    def token_grid(self, num_frames: int, height: int, width: int) -> tuple[int, int, int]:
+        """Frames F, rows H and columns W of a video's tokens."""
+        sizes = self.video.latent_shape(num_frames, height, width)[2:]
+        frames, rows, columns = (size // step for size, step in zip(sizes, self.video.patch, strict=True))
+        return frames, rows, columns
 
     def grid(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
         """Frames F and tokens per frame H·W of a video's tokens."""
-        sizes = self.video.latent_shape(num_frames, height, width)[2:]
-        frames, rows, columns = (size // step for size, step in zip(sizes, self.numbers.patch, strict=True))
+        frames, rows, columns = self.token_grid(num_frames, height, width)
         return frames, rows * columns
 
     @cached_property
@@ -130,7 +124,7 @@ class ModelSpec:
             raise UserError(f"{self.name}: diffusers has no scheduler {config.get('_class_name')!r:.60}")
         frames, rows, columns = latent
         tokens = shifting_tokens(
-            sampler.shift, frames, rows * columns, window_frames=window_frames * self.numbers.patch[0]
+            sampler.shift, frames, rows * columns, window_frames=window_frames * self.video.patch[0]
         )
         with faults_of(Path(self.name) / "scheduler"):
             scheduler = make_scheduler(scheduler_class.from_config(config), sampler.flow_shift)
@@ -206,13 +200,17 @@ def _read_hub(name: str, revision: str | None, *, local: bool) -> dict[str, dict
     return {part: read_config(Path(path)) for part, path in paths.items()}
 
 
-def _bytes(whole: nn.Module, piece: nn.Module, itemsize: int, ranks: int = 1) -> int:
-    """Bytes of the parameters of a piece of a part, whose class says which modules stay in fp32, or of one rank's share."""
-    kept = getattr(whole, "_keep_in_fp32_modules", None) or []
+def in_fp32(part: nn.Module, name: str) -> bool:
+    """Whether this parameter of a part is loaded in fp32, whatever the precision of the others."""
     # transformers keeps its list in fp32 under fp16 only, diffusers always.
-    kept = kept if isinstance(whole, ModelMixin) else []
+    kept = getattr(part, "_keep_in_fp32_modules", None) if isinstance(part, ModelMixin) else None
+    return any(module in name.split(".") for module in kept or ())
+
+
+def _bytes(whole: nn.Module, piece: nn.Module, itemsize: int, ranks: int = 1) -> int:
+    """Bytes of the parameters of a piece of a part, or of one rank's share of them."""
     return sum(
-        -(-p.numel() // ranks) * (FP32_BYTES if any(part in name.split(".") for part in kept) else itemsize)
+        -(-p.numel() // ranks) * (FP32_BYTES if in_fp32(whole, name) else itemsize)
         for name, p in piece.named_parameters()
     )
 

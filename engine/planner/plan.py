@@ -133,7 +133,7 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is planned for: the arguments of `plan` and `choose`, which name them."""
+    """A video on a number of GPUs: what `plan` and `choose` take."""
 
     spec: ModelSpec
     video: VideoConfig
@@ -141,7 +141,7 @@ class Case:
     method: MethodConfig
     gpu: GpuSpec
     world_size: int
-    options: Options
+    options: Options = field(default_factory=Options)
 
     @classmethod
     def of(cls, config: RunConfig, spec: ModelSpec, *, gpu: GpuSpec, world_size: int) -> "Case":
@@ -274,35 +274,11 @@ class Case:
         return num_bytes <= self.gpu.usable_gib * GIB
 
 
-def plan(
-    spec: ModelSpec,
-    video: VideoConfig,
-    sampler: SamplerConfig,
-    method: MethodConfig,
-    *,
-    gpu: GpuSpec,
-    world_size: int,
-    options: Options | None = None,
-) -> list[Plan]:
-    """Every feasible (cfg, ring, ulysses) of `world_size` ranks, best first: those that fit, by predicted seconds.
+def plan(case: Case) -> list[Plan]:
+    """Every feasible (cfg, ring, ulysses) of the case's ranks, best first: those that fit, by predicted seconds.
 
     Raises UserError for a video that the model cannot make and for a number of ranks that no degrees reach.
     """
-    return plan_case(
-        Case(
-            spec=spec,
-            video=video,
-            sampler=sampler,
-            method=method,
-            gpu=gpu,
-            world_size=world_size,
-            options=options or Options(),
-        )
-    )
-
-
-def plan_case(case: Case) -> list[Plan]:
-    """`plan` for a case."""
     video, name = case.video, case.method.name
     case.spec.video.check_video(video.num_frames, video.height, video.width)
     check_count(case.world_size)

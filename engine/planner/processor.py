@@ -7,7 +7,7 @@ import torch
 from engine.batch.journal import describe_seconds
 from engine.config import RunConfig
 from engine.devices import pick_device, pick_dtype
-from engine.planner.flops import forward_flops
+from engine.planner.flops import call_operations
 from engine.planner.gpu import read_gpu
 from engine.planner.model import read_model
 from engine.planner.plan import Case
@@ -48,7 +48,7 @@ def denoising_operations(config: RunConfig) -> int:
     case = Case.of(config, spec, gpu=read_gpu("h200"), world_size=1)  # the GPU decides no count
     layout = case.layout((1, 1, 1))
     return sum(
-        count * layout.forwards * sum(forward_flops(spec, layout.share(mode), mode).values())
+        count * layout.calls * sum(call_operations(layout, mode).values())
         for mode, count in case.count_steps()[config.method.name].items()
     )
 

@@ -1,11 +1,12 @@
-"""Predicted seconds of a step: operations at assumed rates, passes over memory, and the messages that nothing hides."""
+"""Predicted seconds of a step: operations and bytes over a GPU's assumed rates, and the messages that nothing hides."""
 
 from collections.abc import Mapping
 from math import prod
 
-from engine.planner.flops import ATTENTION, FP32, GEMM, GRAMS, forward_flops
+from engine.planner.flops import call_operations
+from engine.planner.forward import count_forward
 from engine.planner.gpu import EIGH_DIM, GpuSpec
-from engine.planner.layout import Layout
+from engine.planner.layout import VIEW_MODES, Layout
 from engine.planner.model import FP32_BYTES
 from freespec.methods import Mode
 
@@ -13,6 +14,9 @@ TERA = 1e12
 GIGA = 1e9
 # These wait for their messages. Ring blocks travel while the block before is attended, so only the excess is waited for.
 EXPOSED = ("all_to_all", "halo", "grams", "gather", "cfg")
+# Bytes that self-attention reads and writes per token and channel in half precision, its kernels aside, read off the code and rounded:
+# to copy a branch's groups to their rows, merge two parts by log-sum-exp, fuse both branches, add up a view, pack and order an all-to-all.
+COPY, MERGE, FUSE, VIEW, EXCHANGE = 6, 46, 80, 14, 32
 
 
 def step_seconds(layout: Layout, mode: Mode, gpu: GpuSpec, kernel: str) -> dict[str, float]:
@@ -20,25 +24,34 @@ def step_seconds(layout: Layout, mode: Mode, gpu: GpuSpec, kernel: str) -> dict[
 
     Keys: matrices, attention, spectrum (Grams, fusion, eigh), memory (norms, rotary, merges, copies), communication.
     """
-    flops = forward_flops(layout.spec, layout.share(mode), mode)
-    half = layout.itemsize < FP32_BYTES
+    operations, half = call_operations(layout, mode), layout.itemsize < FP32_BYTES
     peak = (gpu.bf16_tflops if half else gpu.fp32_tflops) * TERA
     gemm, fp32 = peak * gpu.gemm_fraction, gpu.fp32_tflops * TERA * gpu.fp32_fraction
-    forwards = layout.forwards
-    attention = forwards * sum(flops[part] for part in ATTENTION) / (peak * gpu.attention_rate(kernel, half=half))
     eigh = 0.0
-    if mode in ("dual", "views_global"):  # heads lie side by side, and so does a batch of both passes
-        eigh = layout.calls * layout.spec.layers * gpu.eigh_seconds * layout.spec.head_dim / EIGH_DIM
-    seconds = {
-        "matrices": forwards * sum(flops[part] for part in GEMM) / gemm,
-        "attention": attention,
+    if mode in ("dual", "views_global"):  # heads are decomposed side by side, and so is a batch of both passes
+        eigh = layout.spec.layers * gpu.eigh_seconds * layout.spec.head_dim / EIGH_DIM
+    call = {
+        "matrices": operations["matrices"] / gemm,
+        "attention": operations["attention"] / (peak * gpu.attention_rate(kernel, half=half)),
         # Grams of half precision are products on tensor cores.
-        "spectrum": forwards * (sum(flops[part] for part in GRAMS) / gemm + sum(flops[part] for part in FP32) / fp32)
-        + eigh,
-        "memory": forwards * pass_bytes(layout, mode) / (gpu.memory_gb_s * GIGA * gpu.memory_fraction),
+        "spectrum": operations["grams"] / gemm + operations["fp32"] / fp32 + eigh,
+        "memory": call_traffic(layout, mode) / (gpu.memory_gb_s * GIGA * gpu.memory_fraction),
     }
-    waits = communication_seconds(layout, mode, gpu, attention)
+    seconds = {part: layout.calls * value for part, value in call.items()}
+    waits = communication_seconds(layout, mode, gpu, seconds["attention"])
     return seconds | {"communication": waits + weight_seconds(layout, mode, gpu, sum(seconds.values()))}
+
+
+def call_traffic(layout: Layout, mode: Mode) -> float:
+    """Bytes that the blocks of one call read and write outside matrix products and attention kernels, on the busiest rank."""
+    share, plan = layout.share(mode), layout.attention_plan(mode)
+    views = layout.num_views * layout.window_frames / layout.frames  # mean number of views that hold a token
+    merges = (plan.ring - 1 if mode != "local" else 0) + (mode == "dual")
+    passes = MERGE * merges + EXCHANGE * (plan.ulysses > 1) + {"local": COPY, "dual": 2 * COPY + FUSE}.get(mode, 0)
+    if mode in VIEW_MODES:
+        passes += views * (VIEW + FUSE * (mode == "views_global"))
+    inside = layout.batch * share.queries * share.heads * layout.spec.head_dim
+    return layout.spec.layers * (count_forward(layout).block_traffic + inside * passes * layout.itemsize / 2)
 
 
 def communication_seconds(layout: Layout, mode: Mode, gpu: GpuSpec, attention: float) -> float:
@@ -76,36 +89,3 @@ def link_rate(span: int, gpu: GpuSpec, *, world: int) -> float:
 
 def _rate(layout: Layout, kind: str, mode: Mode, gpu: GpuSpec) -> float:
     return link_rate(layout.axis_span(kind, mode), gpu, world=prod(layout.degrees))
-
-
-def pass_bytes(layout: Layout, mode: Mode) -> int:
-    """Bytes that one forward reads and writes outside matrix products and attention kernels, on the busiest rank."""
-    e, share = layout.itemsize, layout.share(mode)
-    hidden = share.shard * layout.spec.width
-    inside = share.queries * share.heads * layout.spec.head_dim
-    ratio = layout.spec.numbers.ffn_dim / layout.spec.width
-    per_layer = hidden * layout.spec.adapter.block_passes(ratio, e) + inside * attention_passes(layout, mode)
-    return round(layout.spec.layers * per_layer)
-
-
-def attention_passes(layout: Layout, mode: Mode) -> float:
-    """Bytes per token and channel inside self-attention: copies of outputs, merges, Grams, fusion, packing of messages."""
-    e, plan = layout.itemsize, layout.attention_plan(mode)
-    cast = e + FP32_BYTES if e < FP32_BYTES else 0
-    merges = (plan.ring - 1 if mode != "local" else 0) + (mode == "dual")
-    views = layout.num_views * layout.window_frames / layout.frames  # how many views a token is in, in the mean
-    total = merges * (3 * cast + 28)
-    if mode in ("local", "dual"):
-        total += 3 * e * (2 if mode == "dual" else 1)  # zeros, and groups copied to their rows
-    if mode == "dual":
-        total += (
-            2 * (4 * e if cast else 20) + 2 * cast + 8 + 20 + (4 + e)
-        )  # both Grams, scaled or in fp64; O M, lam O_g, their sum
-        total += 4 * e  # k and v written a second time
-    if mode in ("views", "views_global"):
-        total += views * (e + 3 * FP32_BYTES) + FP32_BYTES + e  # weighted, added up in fp32
-    if mode == "views_global":
-        total += 2 * e + views * (4 * (e + FP32_BYTES) + 4 * FP32_BYTES + e)  # scaled q; Grams; two products, their sum
-    if plan.ulysses > 1:
-        total += 4 * 4 * e  # q, k, v and out: packed, then put in order
-    return total

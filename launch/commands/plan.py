@@ -6,11 +6,11 @@ from typing import Any
 
 from engine.config import RunConfig
 from engine.parallelism import check_settings
-from engine.planner.choose import choose_from
+from engine.planner.choose import choose
 from engine.planner.gpu import GpuSpec
 from engine.planner.memory import GIB
 from engine.planner.model import ModelSpec, read_model
-from engine.planner.plan import MODES, Case, Plan, plan_case
+from engine.planner.plan import MODES, Case, Plan, plan
 from launch.arguments.plan import Arguments, read
 
 NOTE = "Every time is predicted from datasheets and assumed fractions of them (see `sources` in the GPU's file)."
@@ -26,9 +26,9 @@ def run(given: Arguments) -> None:
     config, spec = given.config, read_model(given.config.model)
     check_settings(config, spec)
     case = Case.of(config, spec, gpu=given.gpu, world_size=given.gpus)
-    plans = plan_case(case)
+    plans = plan(case)
     parallel = config.parallel
-    best = choose_from(plans, case, (parallel.cfg, parallel.ring, parallel.ulysses))
+    best = choose(case, (parallel.cfg, parallel.ring, parallel.ulysses), plans=plans)
     plans = [best, *(p for p in plans if p is not best)]
     print(json.dumps(as_json(case, plans), indent=2) if given.json else as_text(case, config, plans))
 

@@ -26,9 +26,9 @@ from engine.parallelism import arrange_ranks
 from engine.planner.gpu import read_gpu
 from engine.planner.memory import GIB
 from engine.planner.model import read_model
-from engine.planner.plan import plan
 from launch.ranks import open_ranks
 from parallel.shards import length
+from tests.engine.planned import plan
 
 CUDA = torch.device("cuda")  # a name only: which GPU it is comes from the fixture
 CONFIG = RunConfig(

@@ -22,20 +22,19 @@ from torch.profiler import ProfilerActivity, profile
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.predicted import predicted_table
 from engine.adapters.wan_published import PUBLISHED
 from engine.config import DecodeConfig, MethodConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.decode.pieces import stream_decode
 from engine.errors import UserError
 from engine.hooks.apply import apply_method
 from engine.hooks.self_attention import BranchProcessor, RunState, StepHook, TokenHooks
-from engine.planner.choose import choose
-from engine.planner.flops import forward_flops
+from engine.planner.flops import call_operations
 from engine.planner.gpu import FOLDER, read_gpu
-from engine.planner.layout import Layout, feasible_degrees, latent_bytes, lay_out
+from engine.planner.layout import Layout, feasible_degrees, latent_bytes, latent_values, lay_out
 from engine.planner.memory import GIB, PREDICTION_TENSORS, decode_cost, denoise_peak
 from engine.planner.model import ModelSpec, read_model
-from engine.planner.plan import Options, plan
-from engine.planner.table import predicted_table
+from engine.planner.plan import Options
 from engine.planner.timing import communication_seconds
 from freespec import kernels, spectrum
 from freespec.attention import WindowedAttention
@@ -43,6 +42,7 @@ from freespec.kernels import KERNELS
 from freespec.methods import Grid, StepPlan, make_method
 from parallel.attention import TORCH_EXCHANGE
 from parallel.shards import Mode, length
+from tests.engine.planned import choose, plan
 from tests.parallel.memory import LiveBytes
 from tests.parallel.worlds import small_mesh
 from tests.pretend_cuda import pretend_cuda
@@ -171,11 +171,12 @@ def test_flops_of_the_stock_model_are_exactly_what_torch_counts(
         inputs = torch.empty(shape), torch.empty(1), torch.empty(1, SAMPLER.max_text_tokens, 4096)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(*inputs, return_dict=False)
-    share = make_layout(spec, video, 1, 1, window=21, itemsize=2).share("global")
-    assert sum(forward_flops(spec, share, "global").values()) == counter.get_total_flops()
-    # Negative control: a token, a text token or a layer less is seen.
-    for wrong in (replace(share, queries=share.queries - 1), replace(share, text=share.text - 1)):
-        assert sum(forward_flops(spec, wrong, "global").values()) != counter.get_total_flops()
+    layout = make_layout(spec, video, 1, 1, window=21, itemsize=2)
+    assert sum(call_operations(layout, "global").values()) == counter.get_total_flops()
+    # Negative control: a row of tokens, a text token or a layer less is seen.
+    fewer = replace(spec, configs=spec.configs | {"transformer": _with_layers(spec, spec.layers - 1)})
+    for wrong in ({"rows": layout.rows - 1}, {"text": layout.text - 1}, {"spec": fewer}):
+        assert sum(call_operations(replace(layout, **wrong), "global").values()) != counter.get_total_flops()
 
 
 @pytest.mark.usefixtures("fake_world")
@@ -186,12 +187,11 @@ def test_flops_of_every_branch_in_every_layout_are_exactly_what_torch_counts(
 ) -> None:
     video = VideoConfig(num_frames=29, height=64, width=64)  # 8 latent frames of 16 tokens
     layout = make_layout(specs[name], video, ring, ulysses, window=3, itemsize=2)
-    spec = replace(specs[name], configs=specs[name].configs | {"transformer": _with_layers(specs[name], 2)})
-    flops = forward_flops(spec, layout.share(mode), mode)
+    layout = replace(layout, spec=_two_layers(specs[name]))
+    flops = call_operations(layout, mode)
     assert sum(flops.values()) == counted_flops(fake_forward(layout, mode, "plain", layers=2))
     if mode == "dual":  # both branches for the price of one
-        raise_together = flops["attention_local"] + flops["attention_rest"]
-        assert raise_together == forward_flops(spec, layout.share("global"), "global")["attention_global"]
+        assert flops["attention"] == call_operations(layout, "global")["attention"]
 
 
 @pytest.mark.usefixtures("fake_world")
@@ -200,51 +200,21 @@ def test_flops_of_views_are_what_torch_counts(specs: dict[str, ModelSpec], mode:
     """To the last one, but for the algebra of FreePCA's frames x frames matrices: a hundredth of what makes them."""
     video = VideoConfig(num_frames=29, height=64, width=64)
     layout = make_layout(specs[LARGE], video, 1, 8, window=3, itemsize=2)
-    spec = replace(specs[LARGE], configs=specs[LARGE].configs | {"transformer": _with_layers(specs[LARGE], 2)})
-    share = layout.share(mode)
-    flops = forward_flops(spec, share, mode)
+    layout = replace(layout, spec=_two_layers(specs[LARGE]))
+    flops = call_operations(layout, mode)
     assert layout.num_views == 6
     uncounted = counted_flops(fake_forward(layout, mode, "plain", layers=2)) - sum(flops.values())
-    assert 0 <= uncounted <= flops["temporal_grams"] / 100  # nothing for `views`, which has no such sums
-    fewer = forward_flops(spec, replace(share, num_views=5), mode)
-    assert sum(flops.values()) - sum(fewer.values()) > flops["temporal_grams"] / 100  # so a view less is seen
+    assert 0 <= uncounted <= flops["fp32"] / 100  # nothing for `views`, which has no such sums
+    fewer = call_operations(replace(layout, num_views=5), mode)
+    assert sum(flops.values()) - sum(fewer.values()) > flops["fp32"] / 100  # so a view less is seen
 
 
 def _with_layers(spec: ModelSpec, layers: int) -> dict[str, Any]:
     return spec.configs["transformer"] | {"num_layers": layers}
 
 
-def test_passes_over_memory_are_about_those_of_the_eager_block(specs: dict[str, ModelSpec]) -> None:
-    """A TorchDispatchMode that adds up what elementwise operators read and write; RMS norms count as the fused kernel."""
-
-    class Traffic(LiveBytes):
-        total = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            name = str(func).split(".")[1]
-            if name in ("_to_copy", "native_layer_norm", "mul", "add", "sub", "gelu", "copy_"):
-                tensors = [*args, *(out if isinstance(out, tuple) else (out,))]
-                self.total += sum(x.nbytes for x in tensors[: 3 if name == "copy_" else None] if isinstance(x, Tensor))
-            return out
-
-    spec, tokens, width = specs[SMALL], 4096, specs[SMALL].width
-    with FakeTensorMode():
-        block = WanTransformer3DModel.from_config(_with_layers(spec, 1)).blocks[0].eval()
-        hidden = torch.empty(1, tokens, width, dtype=torch.bfloat16)
-        text = torch.empty(1, 8, width, dtype=torch.bfloat16)
-        rotary = torch.empty(1, tokens, 1, 128), torch.empty(1, tokens, 1, 128)
-        modulation = torch.empty(1, 6, width)
-        for name, parameter in block.named_parameters():
-            if "norm2" not in name and "scale_shift_table" not in name:
-                parameter.data = parameter.data.bfloat16()
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), Traffic() as traffic:
-        block(hidden, text, modulation, rotary)
-    ratio = spec.numbers.ffn_dim / width
-    # The eager RMS norm of q, k and cross q on the meta device: to fp32, times its inverse root, times weight, back.
-    rms = 3 * (6 + 8 + 8 + 6)
-    measured = traffic.total / (tokens * width)
-    assert spec.adapter.block_passes(ratio, 2) - 3 * 4 + rms == pytest.approx(measured, rel=0.1)
+def _two_layers(spec: ModelSpec) -> ModelSpec:
+    return replace(spec, configs=spec.configs | {"transformer": _with_layers(spec, 2)})
 
 
 # Memory.
@@ -291,7 +261,7 @@ def test_peak_of_decoding_the_embedded_model_is_within_15_percent(embedded: WanP
 
 def forward_part(layout: Layout, mode: Mode) -> int:
     """The predicted peak without what is alive before a forward starts: latents and earlier predictions."""
-    predictions = PREDICTION_TENSORS * layout.tokens * layout.spec.numbers.out_values * layout.itemsize
+    predictions = PREDICTION_TENSORS * layout.tokens * latent_values(layout) * layout.itemsize
     return sum(denoise_peak(layout, mode).values()) - 4 * latent_bytes(layout) - predictions
 
 

@@ -15,24 +15,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.predicted import predicted_table
 from engine.adapters.ltx_published import PUBLISHED
 from engine.config import DecodeConfig, MethodConfig, ModelConfig, SamplerConfig, VideoConfig
 from engine.decode.pieces import stream_decode, to_uint8
 from engine.hooks.apply import apply_method
 from engine.hooks.self_attention import BranchProcessor, RunState, StepHook, TokenHooks
-from engine.planner.flops import forward_flops
+from engine.planner.flops import call_operations
 from engine.planner.gpu import read_gpu
 from engine.planner.layout import Layout, lay_out
 from engine.planner.memory import decode_cost
 from engine.planner.model import ModelSpec, read_model
-from engine.planner.plan import Options, plan
-from engine.planner.table import predicted_table
+from engine.planner.plan import Options
 from freespec.attention import WindowedAttention
 from freespec.kernels import KERNELS
 from freespec.methods import Grid, StepPlan, make_method
 from launch.cli import parse_run
 from parallel.attention import TORCH_EXCHANGE
 from parallel.shards import Mode
+from tests.engine.planned import plan
 from tests.engine.test_planner import CPU, METHOD_OF, RANK, counted_flops, forward_part, profiled_peak
 from tests.parallel.memory import LiveBytes
 from tests.parallel.worlds import small_mesh
@@ -67,10 +68,10 @@ def make_layout(spec: ModelSpec, video: VideoConfig, degrees: tuple[int, int, in
 
 def inputs_of(layout: Layout, dtype: torch.dtype, rows: tuple[int, int]) -> dict[str, Any]:
     """Arguments of a forward of the layout's batch."""
-    numbers, batch = layout.spec.numbers, layout.batch
+    batch, config = layout.batch, layout.spec.configs["transformer"]
     return {
-        "hidden_states": torch.empty(batch, layout.tokens, numbers.in_values, dtype=dtype),
-        "encoder_hidden_states": torch.empty(batch, layout.text, numbers.text_dim, dtype=dtype),
+        "hidden_states": torch.empty(batch, layout.tokens, config["in_channels"], dtype=dtype),
+        "encoder_hidden_states": torch.empty(batch, layout.text, config["caption_channels"], dtype=dtype),
         "timestep": torch.empty(batch),
         "encoder_attention_mask": torch.empty(batch, layout.text, dtype=dtype),
         "num_frames": layout.frames,
@@ -128,11 +129,10 @@ def test_flops_of_the_stock_model_are_exactly_what_torch_counts(spec: ModelSpec,
         inputs = inputs_of(layout, torch.float32, rows)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(**inputs)
-    share = layout.share("global")
-    assert sum(forward_flops(spec, share, "global").values()) == counter.get_total_flops()
-    # Negative control: a token or a text token less is seen.
-    for wrong in (replace(share, queries=share.queries - 1), replace(share, text=share.text - 1)):
-        assert sum(forward_flops(spec, wrong, "global").values()) != counter.get_total_flops()
+    assert sum(call_operations(layout, "global").values()) == counter.get_total_flops()
+    # Negative control: a row of tokens or a text token less is seen.
+    for wrong in (replace(layout, rows=layout.rows - 1), replace(layout, text=layout.text - 1)):
+        assert sum(call_operations(wrong, "global").values()) != counter.get_total_flops()
 
 
 @pytest.mark.usefixtures("fake_world")
@@ -144,53 +144,9 @@ def test_flops_of_every_branch_in_every_layout_are_exactly_what_torch_counts(
     """The batch of both passes is two forwards' worth; with a cfg axis a rank runs one of them."""
     layout = make_layout(spec, SMALL, degrees, window=3, e=2)
     two_layers = replace(spec, configs=spec.configs | {"transformer": spec.configs["transformer"] | {"num_layers": 2}})
-    flops = forward_flops(two_layers, layout.share(mode), mode)
+    flops = call_operations(replace(layout, spec=two_layers), mode)
     assert layout.batch == 2 // degrees[0]
-    assert layout.batch * sum(flops.values()) == counted_flops(fake_forward(layout, mode, "plain", layers=2))
-
-
-def test_passes_over_memory_are_about_those_of_the_eager_block(spec: ModelSpec) -> None:
-    class Traffic(LiveBytes):
-        total = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = func(*args, **(kwargs or {}))
-            name = str(func).split(".")[1]
-            if name in (
-                "_to_copy",
-                "mul",
-                "add",
-                "sub",
-                "neg",
-                "stack",
-                "cat",
-                "gelu",
-                "pow",
-                "rsqrt",
-                "mean",
-                "copy_",
-            ):
-                tensors = [*args, *(args[0] if isinstance(args[0], list | tuple) else ()), out]
-                self.total += sum(x.nbytes for x in tensors if isinstance(x, Tensor))
-            return out
-
-    tokens, width = 4096, spec.width
-    with FakeTensorMode():
-        torch.set_default_dtype(torch.bfloat16)
-        config = spec.configs["transformer"] | {"num_layers": 1}
-        block = LTXVideoTransformer3DModel.from_config(config).transformer_blocks[0].eval()
-        torch.set_default_dtype(torch.float32)
-        hidden = torch.empty(1, tokens, width, dtype=torch.bfloat16)
-        text = torch.empty(1, 8, width, dtype=torch.bfloat16)
-        rotary = torch.empty(1, tokens, width), torch.empty(1, tokens, width)
-        temb = torch.empty(1, 1, 6 * width, dtype=torch.bfloat16)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), Traffic() as traffic:
-        block(hidden, text, temb, rotary, None)
-    measured = traffic.total / (tokens * width)
-    # The RMS norms of q, k and cross q are one kernel, which a fake run takes apart: to fp32, square, products, back.
-    rms = 3 * (6 + 8 + 4 + 8 + 8 + 6)
-    ratio = spec.numbers.ffn_dim / width
-    assert spec.adapter.block_passes(ratio, 2) - 3 * 4 + rms == pytest.approx(measured, rel=0.1)
+    assert sum(flops.values()) == counted_flops(fake_forward(layout, mode, "plain", layers=2))
 
 
 # Memory.

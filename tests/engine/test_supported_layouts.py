@@ -16,12 +16,11 @@ from engine.config import (
 )
 from engine.errors import UserError
 from engine.parallelism import choose_degrees
-from engine.planner.choose import choose
 from engine.planner.gpu import read_gpu
 from engine.planner.model import read_model
-from engine.planner.plan import plan
 from engine.supported_layouts import check_layout, nearest_layout, refused_axes
 from freespec.methods import METHODS, Direct, FreeLong, Method, StepPlan, make_method
+from tests.engine.planned import choose, plan
 from tests.tiny_pipelines import save_random_wan
 
 RING_ONLY_ONE = {"freenoise", "freelong", "freepca"}

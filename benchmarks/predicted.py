@@ -7,7 +7,7 @@ from engine.config import ModelConfig, RunConfig
 from engine.planner.gpu import GpuSpec
 from engine.planner.memory import GIB
 from engine.planner.model import read_model
-from engine.planner.plan import Options, Plan, plan
+from engine.planner.plan import Case, Plan, plan
 
 
 def predicted_table(
@@ -24,10 +24,7 @@ def predicted_table(
         spec = read_model(ModelConfig(path=config.model.path, revision=config.model.revision))
         for gpu in gpus:
             for world_size in world_sizes:
-                options = Options.of(config)
-                plans = plan(
-                    spec, config.video, config.sampler, config.method, gpu=gpu, world_size=world_size, options=options
-                )
+                plans = plan(Case.of(config, spec, gpu=gpu, world_size=world_size))
                 best = plans[0]
                 row = {"model": spec.name, "gpu": gpu.name, "gpus": world_size, "degrees": best.name, "fits": best.fits}
                 row |= {"num_frames": config.video.num_frames, "peak_gib": best.peak_bytes / GIB}
