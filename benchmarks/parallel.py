@@ -24,9 +24,9 @@ from torch import Tensor
 
 from benchmarks.collectives import CPU, PLANNER_NAMES, TIMEOUT, collective_rates, predict_seconds, timed
 from benchmarks.measure import SHAPES, Shape, complete, environment, heads_of, parser, print_table, write
-from engine.parallelism import match_gpu
 from engine.planner.gpu import FOLDER, GpuSpec, read_gpu
 from engine.planner.timing import EXPOSED, link_rate, waiting_seconds
+from engine.ranks.arrange import match_gpu
 from freespec.attention import WindowedAttention
 from freespec.kernels import select_kernel
 from freespec.methods import Branches, FreeSpec, Grid, Layer, StepPlan

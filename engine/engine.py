@@ -15,32 +15,32 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.adapters import ModelAdapter, VideoSpec, adapter_of
-from engine.checkpoint import RunFile
 from engine.config import COMPILED_TRACE, MethodConfig, OutputConfig, RunConfig
 from engine.decode.decoder import VideoDecoder
 from engine.decode.tiling import check_tiles
-from engine.denoise import Denoised, draw_noise
-from engine.denoise_loop import DenoiseLoop
+from engine.denoise.denoise import Denoised, draw_noise
+from engine.denoise.guided_model import GuidedModel
+from engine.denoise.loop import DenoiseLoop
+from engine.denoise.saved import RunFile
+from engine.denoise.schedulers import make_scheduler, shifting_tokens
 from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError
-from engine.given import GivenFrames
-from engine.group_of_one import GROUP_OF_ONE
-from engine.guided_model import GuidedModel
+from engine.given.frames import GivenFrames
+from engine.given.known import GivenOnRanks, Known
 from engine.hooks.apply import MethodHandle, Ranks, apply_method, check_riflex, check_shift
 from engine.hooks.cross_attention import install_timeline
 from engine.hooks.self_attention import choose_eigensolver
 from engine.kernel_choice import KernelChoice, choose_on_ranks
-from engine.known import GivenOnRanks, Known
 from engine.load.checkpoint import Checkpoint, open_checkpoint
 from engine.load.pipeline import load_pipeline
 from engine.load.provenance import describe_loaded, describe_weights
 from engine.load.sharded_weights import shard_pipeline, shards_text
 from engine.progress import enabled, progress_bar
-from engine.ranks import check_agreement, raise_together, setting_prints
+from engine.ranks.agreement import check_agreement, raise_together, setting_prints
+from engine.ranks.group_of_one import GROUP_OF_ONE
+from engine.ranks.layouts import check_layout
 from engine.record import EngineFacts, build_record, running_revision
-from engine.schedulers import make_scheduler, shifting_tokens
 from engine.spectra.trace import SpectralTrace
-from engine.supported_layouts import check_layout
 from engine.text.encode import PromptEncoder
 from engine.text.timeline import Direction, read_direction
 from freespec.events import Event
@@ -347,7 +347,7 @@ class LongVideoEngine:
         if (config.parallel.provider == "xfuser") != (self.ranks.hybrid is not None):
             raise UserError(
                 f"parallel.provider is {config.parallel.provider}, but the ranks were joined for another one; make both from one "
-                "configuration (engine.parallelism.join_ranks)"
+                "configuration (engine.ranks.arrange.join_ranks)"
             )
         check_layout(config.method.name, config.method.method, self.ranks.degrees)
         checkpoint = open_checkpoint(config.model)

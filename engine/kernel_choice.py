@@ -19,7 +19,7 @@ from engine.adapters import VideoSpec
 from engine.config import RunConfig
 from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
 from engine.progress import note
-from engine.ranks import broadcast_bytes, raise_together
+from engine.ranks.agreement import broadcast_bytes, raise_together
 from freespec import eigen
 from freespec.attention import WindowedAttention
 from freespec.kernels import candidates, preferred, select_kernel

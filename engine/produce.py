@@ -11,8 +11,8 @@ import numpy as np
 from torch import Tensor
 
 from engine.adapters.base import VideoSpec
-from engine.checkpoint import save_latents
 from engine.decode.decoder import VideoDecoder
+from engine.denoise.saved import save_latents
 from engine.engine import LongVideoEngine
 from engine.files.video import VideoFiles
 from engine.media.contact_sheet import FrameSampler, contact_sheet, write_picture

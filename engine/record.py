@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from engine.config import RunConfig
-from engine.denoise import Denoised
+from engine.denoise.denoise import Denoised
 from engine.files.whole import content_bytes, content_sha256, write_json
 from engine.identity import settings_id
 from engine.kernel_choice import KernelChoice, SolverChoice

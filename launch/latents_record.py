@@ -50,7 +50,7 @@ def is_timeline(value: Any) -> bool:
 
 
 def is_given(value: Any) -> bool:
-    """Whether a value is what a record says of given frames, see `engine.given.GivenFrames.record`."""
+    """Whether a value is what a record says of given frames, see `engine.given.frames.GivenFrames.record`."""
     if not isinstance(value, dict) or value.get("shows") not in ("whole", "new"):
         return False
     extend = value.get("extend")

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 import safetensors.torch
 from torch import Tensor
 
-from engine.checkpoint import kept_steps, load_latents
 from engine.config import RunConfig
+from engine.denoise.saved import kept_steps, load_latents
 from engine.engine import LongVideoEngine
 from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
 from engine.files.whole import describe_error
-from engine.given import GivenFrames
+from engine.given.frames import GivenFrames
 from engine.produce import LatentsFile, LatentsKept, Record, decode_to_files, denoise_to_file, share_decoding
-from engine.ranks import broadcast_bytes
+from engine.ranks.agreement import broadcast_bytes
 from engine.spectra.plot import write_trace
 from engine.spectra.trace import SpectralTrace
 from launch.decoding import describe_kept, explain_decoding

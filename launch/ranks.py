@@ -21,8 +21,15 @@ from engine.config import RunConfig
 from engine.devices import pick_device
 from engine.errors import UserError
 from engine.hooks.apply import Ranks
-from engine.parallelism import Arrangement, arrange_ranks, describe_place, join_ranks
-from engine.ranks import broadcast_bytes, choose_failure, digest, raise_together, refuse_different, setting_prints
+from engine.ranks.agreement import (
+    broadcast_bytes,
+    choose_failure,
+    digest,
+    raise_together,
+    refuse_different,
+    setting_prints,
+)
+from engine.ranks.arrange import Arrangement, arrange_ranks, describe_place, join_ranks
 from launch.arguments.environment import check_backend
 from launch.exit_codes import LostRankError
 from launch.launcher import STORE

@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 
 from benchmarks.measure import SHAPES, Shape, environment, in_turn, rounded
-from engine.group_of_one import GROUP_OF_ONE
 from engine.kernel_choice import choose_solver
+from engine.ranks.group_of_one import GROUP_OF_ONE
 from freespec.kernels import NAMES, Kernel, select_kernel
 
 # Sizes of --small: the same code on a CPU, in seconds.

@@ -12,7 +12,7 @@ from engine.config import DecodeConfig
 from engine.decode.pieces import stream_decode
 from engine.decode.tiles import stream_tiles
 from engine.decode.tiling import DecodePlan, make_grid
-from engine.group_of_one import GROUP_OF_ONE
+from engine.ranks.group_of_one import GROUP_OF_ONE
 
 NUM_LATENTS = 9  # of 81: memory is bounded from the third on, and so is the time of each
 

@@ -17,7 +17,7 @@ import torch.multiprocessing as mp
 from benchmarks.measure import Shape, ratio, relative_error, round_robin, spread
 from benchmarks.sections.bench import UNSUPPORTED, Bench
 from benchmarks.sections.layer import inputs, windowed
-from engine.group_of_one import GROUP_OF_ONE
+from engine.ranks.group_of_one import GROUP_OF_ONE
 from freespec.kernels import select_complement, select_kernel
 from parallel.attention import TORCH_EXCHANGE, HybridAttention, SequenceLayout
 from parallel.collectives import CollectiveTrace, ignore_bytes

@@ -21,8 +21,8 @@ from engine.adapters.base import (
     two_transformers,
 )
 from engine.config import DecodeConfig
+from engine.denoise.schedulers import fixed_shift
 from engine.errors import UserError
-from engine.schedulers import fixed_shift
 
 
 class WanAdapter(ModelAdapter):

@@ -14,10 +14,10 @@ from engine.decode.pieces import stream_decode, to_uint8
 from engine.decode.tiles import stream_tiles
 from engine.decode.tiling import DecodePlan, check_tiles, plan_decode
 from engine.devices import pick_device, wait_for
-from engine.group_of_one import GROUP_OF_ONE
 from engine.load.checkpoint import open_checkpoint
 from engine.load.pipeline import load_vae_alone
 from engine.progress import enabled, progress_bar
+from engine.ranks.group_of_one import GROUP_OF_ONE
 from parallel.mesh import Axis
 
 

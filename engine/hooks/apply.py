@@ -12,7 +12,6 @@ from torch import nn
 from engine.adapters import ModelAdapter, adapter_of_pipeline
 from engine.adapters.base import refuse_one_of_two
 from engine.errors import UserError
-from engine.group_of_one import GROUP_OF_ONE
 from engine.hooks.in_force import (
     Installed,
     Uncopyable,
@@ -24,7 +23,8 @@ from engine.hooks.in_force import (
 )
 from engine.hooks.self_attention import BranchProcessor, RunState, StepHook, TokenHooks
 from engine.load.weights import read_config
-from engine.supported_layouts import Degrees, check_layout
+from engine.ranks.group_of_one import GROUP_OF_ONE
+from engine.ranks.layouts import Degrees, check_layout
 from freespec.kernels import select_complement, select_dual, select_kernel
 from freespec.methods import Direct, Method, make_method
 from freespec.riflex import Riflex, lowered_frequency

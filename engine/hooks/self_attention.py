@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from engine.adapters import ModelAdapter
-from engine.denoise import check_finite
+from engine.denoise.denoise import check_finite
 from engine.devices import wait_for
 from engine.errors import UserError
 from engine.hooks.in_force import Uncopyable, refuse_caches_of_one_rank, skips_layers

@@ -13,7 +13,7 @@ from engine.adapters.base import Text
 from engine.config import ModelConfig
 from engine.errors import UserError
 from engine.paths import expand
-from engine.ranks import broadcast_bytes, raise_together
+from engine.ranks.agreement import broadcast_bytes, raise_together
 from parallel.mesh import SeqMesh
 from parallel.zero3 import check_zero3, held_bytes, keep_shares_in_file, shard_weights
 

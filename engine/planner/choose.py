@@ -10,7 +10,7 @@ from engine.planner.layout import Degrees
 from engine.planner.memory import GIB
 from engine.planner.plan import MODES, Case, Plan, plan
 from engine.planner.providers import FixedDegrees, keeps
-from engine.supported_layouts import check_layout, describe
+from engine.ranks.layouts import check_layout, describe
 
 MOST_DOUBLINGS = 5
 AXES = ("cfg", "ring", "ulysses")

@@ -7,7 +7,7 @@ from math import prod
 
 from engine.config import MethodConfig, SamplerConfig, VideoConfig
 from engine.planner.model import FP32_BYTES, ModelSpec
-from engine.supported_layouts import Degrees, refused_axes
+from engine.ranks.layouts import Degrees, refused_axes
 from freespec.methods import FreeNoise, Grid, Mode
 from freespec.windows import window_range
 from parallel.shards import (

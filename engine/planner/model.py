@@ -14,13 +14,13 @@ from torch import nn
 from engine.adapters import ModelAdapter, VideoSpec, adapter_named
 from engine.adapters.published import PUBLISHED, SOURCES
 from engine.config import ModelConfig, SamplerConfig
+from engine.denoise.schedulers import make_scheduler, shifting_tokens
 from engine.errors import UserError
 from engine.load.checkpoint import spec_of
 from engine.load.hub import quiet_hub
 from engine.load.pipeline import faults_of
 from engine.load.weights import build_part, read_config
 from engine.paths import find_checkpoint
-from engine.schedulers import make_scheduler, shifting_tokens
 from parallel.zero3 import LIVE_LAYERS, repeated_layers
 
 FP32_BYTES = 4

@@ -17,7 +17,7 @@ from engine.planner.memory import GIB, decode_cost, denoise_peak
 from engine.planner.model import FP32_BYTES, ModelSpec
 from engine.planner.providers import FixedDegrees, Provider
 from engine.planner.timing import TERA, step_seconds
-from engine.supported_layouts import check_layout, refused_axes
+from engine.ranks.layouts import check_layout, refused_axes
 from freespec.methods import METHODS, Method, Mode, make_method
 from parallel.shards import SequencePlan, length
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from engine.errors import UserError
-from engine.supported_layouts import Degrees
+from engine.ranks.layouts import Degrees
 from parallel.deepspeed import refuse_deepspeed_plan
 from parallel.shards import SequencePlan
 from parallel.xfuser import refuse_xfuser_plan

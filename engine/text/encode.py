@@ -10,7 +10,7 @@ from engine.adapters.base import Text
 from engine.config import RunConfig
 from engine.hooks.cross_attention import join_texts
 from engine.load.sharded_weights import Encode, encode_on_all, shards_text
-from engine.ranks import broadcast, raise_together
+from engine.ranks.agreement import broadcast, raise_together
 from engine.text.cache import TextCache, cache_key
 from engine.text.prompts import PROMPT, Named, refuse_long_prompts, texts_by_pass
 from engine.text.timeline import Direction

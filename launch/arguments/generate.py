@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser
 from engine.config import OutputConfig, RunConfig
 from engine.errors import UserError
 from engine.files.checks import check_places
-from engine.given import GivenFrames, Shows, parse_given
+from engine.given.frames import GivenFrames, Shows, parse_given
 from engine.paths import find_checkpoint
 from launch.arguments.environment import check_environment
 from launch.arguments.prompts import EXAMPLE, Prompts, add_prompts, read_prompts

@@ -18,9 +18,9 @@ from engine.batch.items import Batch, Item, check_folder, claim_folder, plan_bat
 from engine.batch.journal import FileJournal
 from engine.batch.locks import own_shard
 from engine.batch.queue import Queue
-from engine.checkpoint import kept_steps
 from engine.config import RunConfig
 from engine.decode.tiling import check_tiles
+from engine.denoise.saved import kept_steps
 from engine.errors import UserError
 from engine.files.storage import writing_to
 from engine.load.checkpoint import open_checkpoint

@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.checkpoint import load_latents
 from engine.config import RunConfig
 from engine.decode.decoder import open_decoder
-from engine.denoise import check_finite
+from engine.denoise.denoise import check_finite
+from engine.denoise.saved import load_latents
 from engine.errors import UserError
 from engine.files.checks import check_space, least_video_bytes
 from engine.load.checkpoint import open_checkpoint

@@ -7,8 +7,8 @@ from typing import Any
 
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
-from engine.given import GivenFrames
-from engine.known import check_given
+from engine.given.frames import GivenFrames
+from engine.given.known import check_given
 from engine.load.checkpoint import Checkpoint, open_checkpoint
 from engine.shown import quoted
 from launch.arguments.generate import Arguments, read

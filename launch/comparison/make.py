@@ -10,9 +10,9 @@ from engine.files.say import say_on_stderr
 from engine.files.tensors import read_metadata
 from engine.files.trees import DamagedError
 from engine.load.checkpoint import open_checkpoint
-from engine.parallelism import check_settings
 from engine.planner.model import read_model
-from engine.supported_layouts import check_layout
+from engine.ranks.arrange import check_settings
+from engine.ranks.layouts import check_layout
 from launch.comparison.kept_measures import read_kept
 from launch.comparison.store import Comparison, Video
 from launch.comparison.variants import Variant

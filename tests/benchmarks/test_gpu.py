@@ -28,7 +28,7 @@ from benchmarks.sections import model as model_section
 from benchmarks.sections import ranks as ranks_section
 from benchmarks.sections.bench import Bench
 from benchmarks.sections.trace import largest
-from engine.group_of_one import GROUP_OF_ONE
+from engine.ranks.group_of_one import GROUP_OF_ONE
 from freespec import spectrum
 from freespec.methods import FreeSpec
 from freespec.sage import sage_kernel

@@ -13,7 +13,6 @@ from torch import Tensor
 from engine import kernel_choice
 from engine.config import AttentionConfig, MethodConfig, ModelConfig, RunConfig, VideoConfig
 from engine.errors import UserError
-from engine.group_of_one import GROUP_OF_ONE
 from engine.kernel_choice import (
     KernelChoice,
     LayerPart,
@@ -23,6 +22,7 @@ from engine.kernel_choice import (
     fastest,
     fastest_solver,
 )
+from engine.ranks.group_of_one import GROUP_OF_ONE
 from freespec import eigen, kernels
 from freespec.kernels import cpu_flash
 from tests.engine.golden import mesh_of

@@ -17,9 +17,9 @@ from engine.config import DecodeConfig, MethodConfig, ModelConfig, ParallelConfi
 from engine.errors import UserError
 from engine.hooks.apply import apply_method
 from engine.hooks.self_attention import BranchProcessor
-from engine.parallelism import choose_degrees
 from engine.planner.layout import feasible_degrees
 from engine.planner.model import ModelSpec
+from engine.ranks.arrange import choose_degrees
 from parallel.shards import SequencePlan, length
 
 NATIVE = {"WanPipeline": (21, 321), "LTXPipeline": (16, 481)}  # window and long video

@@ -24,8 +24,8 @@ from engine.batch.items import Batch, claim_folder, with_method
 from engine.batch.journal import table
 from engine.batch.locks import Shard, own_shard
 from engine.batch.queue import Failure, Queue
-from engine.checkpoint import kept_steps, load_latents
 from engine.config import ModelConfig
+from engine.denoise.saved import kept_steps, load_latents
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.files.trees import read_lines
@@ -311,7 +311,7 @@ def test_a_dry_run_checks_what_a_run_would(make_batch: Callable[..., Run], monke
     """GPUs that are not there, and finished videos by their SHA-256 if that is asked for."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr("engine.parallelism._find_gpu", lambda device: None)
+    monkeypatch.setattr("engine.ranks.arrange._find_gpu", lambda device: None)
     shown = make_batch({"gpus_per_replica": 2, "replicas": 2}, "--dry_run")
     assert "2 replicas of 2 ranks need 4 GPUs, and this machine has 1; use fewer" in shown.error
 

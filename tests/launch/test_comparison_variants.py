@@ -13,10 +13,10 @@ from jsonargparse import ArgumentParser
 
 from engine.config import FreeSpec
 from engine.errors import UserError
-from engine.parallelism import choose_degrees
 from engine.paths import REPOSITORY
 from engine.planner.model import read_model
-from engine.supported_layouts import check_layout
+from engine.ranks.arrange import choose_degrees
+from engine.ranks.layouts import check_layout
 from evaluation.study.claims import CLAIMS
 from evaluation.study.sections import report_command
 from freespec.methods import METHODS

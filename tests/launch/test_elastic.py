@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine.checkpoint import kept_steps
+from engine.denoise.saved import kept_steps
 from engine.errors import UserError
 from launch.ranks import gather_ranks
 from launch.stopping import RankEnv

@@ -15,8 +15,8 @@ import torch
 from diffusers import LTXVideoTransformer3DModel, WanTransformer3DModel
 from torch import nn
 
-from engine.checkpoint import load_latents
 from engine.decode.decoder import VideoDecoder
+from engine.denoise.saved import load_latents
 from engine.engine import LongVideoEngine
 from launch.commands import decode
 from tests.launch.conftest import LTX, SMALL, Run
@@ -147,7 +147,7 @@ def test_while_decoding_the_latents_are_kept(  # noqa: PLR0917
 def test_while_the_latents_are_written_they_are_kept(
     make: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from_engine, calls = sys.modules["engine.checkpoint"].save_latents, []
+    from_engine, calls = sys.modules["engine.denoise.saved"].save_latents, []
 
     def stop_first(*args: object, **kwargs: object) -> None:
         calls.append(args)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.checkpoint import load_latents
+from engine.denoise.saved import load_latents
 from engine.media.read_video import count_frames
 from launch import launcher, stopping
 from launch.arguments.prompts import EXAMPLE

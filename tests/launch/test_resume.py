@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from engine import produce
-from engine.checkpoint import load_latents
 from engine.decode.decoder import VideoDecoder
-from engine.denoise_loop import DenoiseLoop
+from engine.denoise.loop import DenoiseLoop
+from engine.denoise.saved import load_latents
 from engine.engine import LongVideoEngine
 from engine.files.checks import checkpoint_bytes
 from engine.files.claims import claim

@@ -25,7 +25,7 @@ from engine.decode.pieces import stream_decode
 from engine.decode.tiles import stream_tiles
 from engine.decode.tiling import GIB, plan_decode, tile_bytes, tiled_share
 from engine.errors import UserError
-from engine.group_of_one import GROUP_OF_ONE
+from engine.ranks.group_of_one import GROUP_OF_ONE
 from parallel.mesh import Axis
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import random_ltx_vae, random_wan

@@ -18,7 +18,7 @@ from engine.decode.blend import cover, lay_over, overlap_share
 from engine.decode.pieces import stream_decode
 from engine.decode.tiles import stream_tiles
 from engine.decode.tiling import make_grid, plan_decode
-from engine.group_of_one import GROUP_OF_ONE
+from engine.ranks.group_of_one import GROUP_OF_ONE
 from parallel.mesh import Axis
 from tiny.world import render, sample_scene
 

@@ -13,7 +13,6 @@ import safetensors.torch
 
 import engine.load.checkpoint
 import engine.load.hub
-import engine.ranks
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError

@@ -24,8 +24,8 @@ from engine.config import MethodConfig, ModelConfig, ParallelConfig, RunConfig, 
 from engine.errors import UserError
 from engine.hooks.apply import Ranks, apply_method
 from engine.hooks.self_attention import BranchProcessor, StepHook
-from engine.parallelism import choose_degrees
 from engine.planner.model import ModelSpec
+from engine.ranks.arrange import choose_degrees
 from freespec import attention
 from freespec.windows import window_range
 from parallel import collectives

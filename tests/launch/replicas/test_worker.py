@@ -18,8 +18,8 @@ from engine.adapters import wan
 from engine.batch.check import check_video
 from engine.batch.files import BatchFiles, ItemFiles, identity_of
 from engine.batch.items import FILE, Batch, plan_batch
-from engine.checkpoint import load_latents
 from engine.config import RunConfig
+from engine.denoise.saved import load_latents
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.files.whole import WriteError, file_sha256

@@ -11,13 +11,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine.denoise.schedulers import SchedulerState, restore_scheduler
 from engine.errors import UserError
 from engine.files.tensors import read_metadata
 from engine.files.trees import DamagedError, parse_json
 from engine.files.whole import atomic_path
 from engine.identity import check_run, settings_id
-from engine.ranks import broadcast_bytes
-from engine.schedulers import SchedulerState, restore_scheduler
+from engine.ranks.agreement import broadcast_bytes
 from parallel.mesh import SeqMesh
 
 # What latents are computed and kept in.

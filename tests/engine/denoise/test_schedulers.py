@@ -32,10 +32,10 @@ from engine.adapters import ADAPTERS, ModelAdapter
 from engine.adapters.ltx import LTX, pack, unpack
 from engine.adapters.wan import WAN
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
+from engine.denoise.schedulers import SchedulerState, restore_scheduler
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.hooks.apply import Ranks
-from engine.schedulers import SchedulerState, restore_scheduler
 from freespec.methods import FreeSpec
 from tests.engine.golden import PROMPT, mesh_of, relative
 from tests.ranks import run_ranks
@@ -270,7 +270,7 @@ def test_an_interrupted_run_needs_the_state_of_its_generator(folders, tmp_path, 
     def forget(scheduler: SchedulerMixin, state: SchedulerState, device: torch.device, _: torch.Generator) -> None:
         restore_scheduler(scheduler, state, device, torch.Generator())
 
-    monkeypatch.setattr("engine.checkpoint.restore_scheduler", forget)
+    monkeypatch.setattr("engine.denoise.saved.restore_scheduler", forget)
     assert relative(engine.denoise(PROMPT, checkpoint=tmp_path / "run").latents, whole) > 1e-2
     engine.close()
 
@@ -290,7 +290,7 @@ def latents_on_ranks(rank: int, case: RanksCase) -> Tensor:
     with warnings.catch_warnings(), pytest.MonkeyPatch.context() as patch:
         warnings.simplefilter("ignore", DeprecationWarning)
         if case.fault:
-            patch.setattr("engine.denoise.step_noise", lambda *_: {})
+            patch.setattr("engine.denoise.denoise.step_noise", lambda *_: {})
         engine = engine_with(variants()[case.index], Path(case.folder), Ranks(mesh=mesh_of(case.degrees)), "freespec")
         latents = engine.denoise(PROMPT).latents
         engine.close()

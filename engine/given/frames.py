@@ -1,6 +1,6 @@
 """Frames that are given: images at moments of the video, or the latents of a video to go on from.
 
-What is given becomes latent frames, see `engine.known`. Imports no torch.
+What is given becomes latent frames, see `engine.given.known`. Imports no torch.
 """
 
 import re

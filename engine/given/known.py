@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from engine.adapters import ModelAdapter, VideoSpec
-from engine.checkpoint import load_latents
+from engine.denoise.saved import load_latents
 from engine.errors import UserError
-from engine.given import GivenFrames, GivenImage, span_of
-from engine.media.read_image import read_image
+from engine.given.frames import GivenFrames, GivenImage, span_of
+from engine.given.image import read_image
 from engine.media.read_video import check_colours, frame_rate, measure, read_video
-from engine.ranks import broadcast_bytes, raise_together
+from engine.ranks.agreement import broadcast_bytes, raise_together
 from parallel.mesh import SeqMesh
 
 _LATENTS = ".safetensors"

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.checkpoint import History
-from engine.denoise import NotFiniteError, check_finite, denoise
+from engine.denoise.denoise import NotFiniteError, check_finite, denoise
+from engine.denoise.guided_model import GuidedModel
+from engine.denoise.saved import History
+from engine.denoise.schedulers import SchedulerState, scheduler_state
 from engine.devices import wait_for
-from engine.guided_model import GuidedModel
-from engine.known import Known
-from engine.ranks import first_failure
-from engine.schedulers import SchedulerState, scheduler_state
+from engine.given.known import Known
+from engine.ranks.agreement import first_failure
 from freespec import eigen
 
 Save = Callable[[int, Tensor, SchedulerState, History], None]
@@ -24,7 +24,7 @@ Save = Callable[[int, Tensor, SchedulerState, History], None]
 
 @dataclass(kw_only=True)
 class DenoiseLoop:
-    """What surrounds `engine.denoise.denoise` for one video.
+    """What surrounds `engine.denoise.denoise.denoise` for one video.
 
     Attributes:
         model: predicts the velocity.
@@ -36,7 +36,7 @@ class DenoiseLoop:
             the steps; None saves nothing.
         save_every: steps after which the state is saved; 0 saves it at an early end only.
         on_step: called with the finished steps and their total after each.
-        steps: what is noted of each finished step, see `engine.denoise.Denoised`.
+        steps: what is noted of each finished step, see `engine.denoise.denoise.Denoised`.
     """
 
     model: GuidedModel

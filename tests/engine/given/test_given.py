@@ -12,14 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 from engine.adapters import adapter_of
-from engine.checkpoint import save_latents
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
+from engine.denoise.saved import save_latents
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.given import GivenFrames, GivenImage, parse_given
+from engine.given.frames import GivenFrames, GivenImage, parse_given
+from engine.given.image import read_image
+from engine.given.known import Known, check_given
 from engine.hooks.apply import Ranks
-from engine.known import Known, check_given
-from engine.media.read_image import read_image
 from engine.media.read_video import read_video
 from engine.media.write_video import open_video
 from freespec.methods import FreeSpec

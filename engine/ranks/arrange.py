@@ -21,7 +21,7 @@ from engine.planner.layout import Degrees, feasible_degrees, num_passes
 from engine.planner.model import ModelSpec, read_model
 from engine.planner.plan import Case
 from engine.planner.providers import FixedDegrees, Provider, keeps
-from engine.supported_layouts import check_layout
+from engine.ranks.layouts import check_layout
 from parallel.attention import TORCH_EXCHANGE
 from parallel.deepspeed import check_deepspeed, deepspeed_exchange
 from parallel.mesh import SeqMesh, build_mesh

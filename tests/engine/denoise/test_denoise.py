@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
-from engine.checkpoint import load_latents, load_run, save_latents, save_run
-from engine.denoise import denoise, draw_noise
+from engine.denoise.denoise import denoise, draw_noise
+from engine.denoise.saved import load_latents, load_run, save_latents, save_run
+from engine.denoise.schedulers import make_scheduler, scheduler_state
 from engine.errors import UserError
-from engine.schedulers import make_scheduler, scheduler_state
 
 SCHEDULERS = {
     "unipc": lambda: UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.denoise.schedulers import step_noise
 from engine.errors import UserError
-from engine.known import Known
-from engine.schedulers import step_noise
+from engine.given.known import Known
 from freespec.methods import Noise
 from freespec.noise import relate_frames
 
@@ -25,7 +25,7 @@ class Denoised:
         seconds: time of the stages `text` and `denoise`.
         resumed_at: steps that an earlier, interrupted run had finished; 0 for a run from noise.
         settings: what decides the latents, see `engine.identity`.
-        given: the files of given frames, see `engine.given.GivenFrames.record`; None without any.
+        given: the files of given frames, see `engine.given.frames.GivenFrames.record`; None without any.
         timeline: the events of a prompt that is a timeline, see `engine.text.timeline.Direction.described`; None for a plain prompt.
     """
 

@@ -1,0 +1,1 @@
+"""Frames of a video that exist before it is made."""
