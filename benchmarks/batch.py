@@ -44,6 +44,7 @@ from engine.batch.queue import Queue
 from engine.batch.store import publish
 from engine.batch.suite import Prompt, Suite
 from engine.denoise.saved import save_run
+from engine.batch.variants import Variant
 from engine.engine import LongVideoEngine
 from engine.files.trees import read_lines
 from engine.files.whole import write_json
@@ -255,7 +256,8 @@ def simulate(folder: Path, items: int, replicas: int) -> dict[str, Any]:
     prompts = tuple(Prompt(prompt_id=f"p{i:04d}", line=i + 1, text=f"prompt number {i}") for i in range(-(-items // 4)))
     started = time.perf_counter()
     suite = Suite(name="simulated", sha256="0", prompts=prompts)
-    batch = plan_batch(config, suite, methods=("freespec", "direct"), seeds=(0, 1), checkpoint="c", dtype="float32")
+    variants = [Variant.of(config, name) for name in ("freespec", "direct")]
+    batch = plan_batch(variants, suite, seeds=(0, 1), checkpoint="c", dtype="float32")
     every = batch.items[:items]
     planning = time.perf_counter() - started
     files, simulated = BatchFiles(root=folder / "simulated"), Simulated()

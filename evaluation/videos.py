@@ -13,6 +13,7 @@ from typing import Any
 
 import av
 
+from engine.batch.files import variant_of
 from engine.batch.items import asked_items
 from engine.batch.store import beside
 from engine.errors import UserError
@@ -39,7 +40,7 @@ class Video:
     """One finished video.
 
     Attributes:
-        method: name of what made it.
+        method: label of what made it: a method, or a variant of one.
         config_id: hash of the configuration, or of nothing for videos of a list.
         prompt_id: short name of the prompt, unique within the evaluation.
         prompt: its text.
@@ -140,7 +141,7 @@ def _quarantined(root: Path) -> set[str]:
 
 
 def _label(tree: Mapping[str, Any]) -> str:
-    return f"{tree.get('method')}/{tree.get('prompt_id')}-s{tree.get('seed')}"
+    return f"{tree.get('variant', tree.get('method'))}/{tree.get('prompt_id')}-s{tree.get('seed')}"
 
 
 def read_list(path: Path) -> list[Video]:
@@ -192,7 +193,7 @@ def _sidecar(path: Path) -> dict[str, Any]:
 def _from_sidecar(sidecar: Path, tree: Mapping[str, Any]) -> Video:
     shape = _SIDECAR | {key: dict for key in ("video", "run") if tree.get(key) is not None}
     check_tree(sidecar, tree, shape, what="a sidecar of launch/batch.py")
-    identity = {key: tree[key] for key in ("method", "config_id", "prompt_id", "prompt", "seed")}
+    identity = {key: tree[key] for key in ("config_id", "prompt_id", "prompt", "seed")}
     path = beside(sidecar, tree["output"]["file"]).absolute()
     if not path.is_file():
         raise DamagedError(f"{path} does not exist, which its sidecar describes")
@@ -201,11 +202,12 @@ def _from_sidecar(sidecar: Path, tree: Mapping[str, Any]) -> Video:
         raise DamagedError(f"{path} is not the file that its sidecar describes")
     facts = _probe(path, digest)
     return Video(
+        method=variant_of(tree),
         **identity,
         path=path,
         model=_config(tree, "model").get("path"),
         native_frames=(tree.get("video") or {}).get("native_frames"),
-        settings=_settings(tree, identity["method"]),
+        settings=_settings(tree, tree["method"]),
         **facts,
     )
 

@@ -16,7 +16,7 @@ from engine.files.whole import sweep, write_json, write_text
 
 MANIFEST = "manifest.jsonl"
 
-QUARANTINED: Shape = {"item_id": str, "status": str, "error": str}
+QUARANTINED: Shape = {"item_id": str, "method": str, "status": str, "error": str}
 SIDECAR: Shape = {
     "item_id": str,
     "config_id": str,
@@ -54,7 +54,7 @@ _ROW = (
 
 @dataclass(frozen=True, kw_only=True)
 class ItemFiles:
-    """The files of one item, in `METHOD/CONFIG_ID/` of the output folder.
+    """The files of one item, in `VARIANT/CONFIG_ID/` of the output folder.
 
     Attributes:
         folder: that folder.
@@ -102,7 +102,7 @@ class BatchFiles:
 
     def of(self, item: Item) -> ItemFiles:
         """The files of an item."""
-        return item_files(self.root, item.method, item.config_id, item.name)
+        return item_files(self.root, item.variant, item.config_id, item.name)
 
     @property
     def text_cache(self) -> Path:
@@ -135,7 +135,7 @@ class BatchFiles:
         done = list(done)
         for item in done:
             self.of(item).checkpoint.unlink(missing_ok=True)
-        folders = {(method_folder(item.method), item.config_id, item.name) for item in (*done, *todo)}
+        folders = {(variant_folder(item.variant), item.config_id, item.name) for item in (*done, *todo)}
         # All at once: looking for those of each item by itself would read the folder anew for every one of thousands.
         for part in self.root.glob("*/*/*/*.part"):
             folder, config = part.parts[-4:-2]
@@ -201,17 +201,22 @@ class BatchFiles:
             return compile_manifest(self.root / MANIFEST, every, manifest_row)
 
     def _quarantine_file(self, item: Item, kind: str) -> Path:
-        return self.quarantine / f"{method_folder(item.method)}-{item.name}-{item.item_id}.{kind}"
+        return self.quarantine / f"{variant_folder(item.variant)}-{item.name}-{item.item_id}.{kind}"
 
 
-def item_files(root: Path, method: str, config: str, name: str) -> ItemFiles:
+def item_files(root: Path, variant: str, config: str, name: str) -> ItemFiles:
     """The files of an item by what its folder and stem are made of."""
-    return ItemFiles(folder=root / method_folder(method) / config, name=name)
+    return ItemFiles(folder=root / variant_folder(variant) / config, name=name)
 
 
-def method_folder(method: str) -> str:
-    """The folder of a method: its name, or for a class of the user's own, `package.module:Class`, a name without the colon."""
-    return re.sub(r"[^\w.-]", "-", method)
+def variant_folder(label: str) -> str:
+    """The folder of a variant: its label, without the colon of a class by import path, `package.module:Class`."""
+    return re.sub(r"[^\w.+-]", "-", label)
+
+
+def variant_of(tree: Mapping[str, Any]) -> str:
+    """Label of the variant that a sidecar names; those of older versions name its method alone."""
+    return str(tree.get("variant", tree["method"]))
 
 
 def identity_of(item: Item) -> dict[str, Any]:
@@ -219,6 +224,7 @@ def identity_of(item: Item) -> dict[str, Any]:
     return {
         "item_id": item.item_id,
         "config_id": item.config_id,
+        "variant": item.variant,
         "method": item.method,
         "prompt_id": item.prompt.prompt_id,
         **{key: value for key in ("source", "prompt_en") if (value := getattr(item.prompt, key)) is not None},
@@ -236,10 +242,11 @@ def manifest_row(path: Path) -> dict[str, Any]:
         check_tree(path, tree, QUARANTINED, what="an item in quarantine")
     else:
         check_tree(path, tree, SIDECAR, what="the sidecar of a video")
-    row = {key: tree[key] for key in _ROW if key in tree} | {"status": tree["status"]}
+    row = {key: tree[key] for key in _ROW if key in tree}
+    row |= {"variant": variant_of(tree), "status": tree["status"]}
     if tree["status"] != "done":
         return row | {"error": tree["error"]}
-    folder = f"{method_folder(tree['method'])}/{tree['config_id']}/videos"
+    folder = f"{variant_folder(variant_of(tree))}/{tree['config_id']}/videos"
     return row | {
         "path": f"{folder}/{tree['output']['file']}",
         "bytes": tree["output"]["bytes"],

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 import torch
 
 from engine.batch.files import SIDECAR, BatchFiles
-from engine.batch.items import Item, with_method
+from engine.batch.items import Item
+from engine.batch.variants import Variant
 from engine.config import RunConfig
 from engine.devices import pick_dtype
 from engine.errors import UserError
@@ -106,7 +108,9 @@ def _text_bytes(files: BatchFiles, config: RunConfig, left: Sequence[Item], *, w
     return len(missing) * tokens * width * dtype.itemsize
 
 
-def gpu_hours(config: RunConfig, items: Sequence[Item], *, gpu: str | None, ranks: int) -> tuple[float | None, str]:
+def gpu_hours(
+    config: RunConfig, variants: Sequence[Variant], items: Sequence[Item], *, gpu: str | None, ranks: int
+) -> tuple[float | None, str]:
     """Predicted GPU-hours of all items and how that is known, or None and why not: no GPU is named, or the kernel's rate is missing.
 
     Raises UserError for a plan that does not fit the GPU.
@@ -114,47 +118,47 @@ def gpu_hours(config: RunConfig, items: Sequence[Item], *, gpu: str | None, rank
     if gpu is None:
         return None, "not known: give the GPU's name in configs/gpus as --gpu"
     spec, described = read_model(config.model), read_gpu(gpu)
-    methods = list(dict.fromkeys(item.method for item in items))
+    counts = Counter(item.variant for item in items)
+    left = [variant for variant in variants if counts[variant.label]]
     missing = Options.of(config).missing_rate(described)
     if missing is not None:
-        asked = replace(config, parallel=replace(config.parallel, plan="auto"))  # `manual` would not ask for the memory
-        for method in methods:
-            choose_degrees(with_method(asked, method), spec, ranks, described)  # raises, as `choose` does
+        parallel = replace(config.parallel, plan="auto")  # `manual` would not ask for the memory
+        for variant in left:
+            # Raises, as `choose` does.
+            choose_degrees(replace(variant.config, parallel=parallel), spec, ranks, described)
         return None, f"not known: {missing}"
     seconds = 0.0
-    for method in methods:
-        case = Case.of(with_method(config, method), spec, gpu=described, world_size=ranks)
+    for variant in left:
+        case = Case.of(variant.config, spec, gpu=described, world_size=ranks)
         plan = choose(case, (config.parallel.cfg, config.parallel.ring, config.parallel.ulysses))
-        count = sum(item.method == method for item in items)
-        seconds += count * (plan.run_seconds[method] + plan.decode_seconds)
+        seconds += counts[variant.label] * (plan.run_seconds[variant.method] + plan.decode_seconds)
     return seconds * ranks / 3600, f"predicted for {described.name} from datasheets, text encoding and loading aside"
 
 
 def arrange_replica(
-    config: RunConfig,
-    methods: Sequence[str],
+    variants: Sequence[Variant],
     ranks: int,
     device: torch.device,
     *,
     gpu: str | None,
     nodes: Sequence[str] | None = None,
 ) -> Arrangement:
-    """How the ranks of every replica lie over a video; one arrangement for all methods, as a replica makes any item.
+    """How the ranks of every replica lie over a video; one arrangement for all variants, as a replica makes any item.
 
     `gpu` names the replicas' GPUs, which need not be those of the driver's machine; `nodes` the node of each rank, where
     it is known before they are placed.
 
-    Raises UserError if the methods want different ones.
+    Raises UserError if the variants want different ones.
     """
     described = read_gpu(gpu) if gpu is not None and device.type == "cuda" else None
-    found = {name: arrange_ranks(with_method(config, name), ranks, device, described, nodes=nodes) for name in methods}
+    found = {each.label: arrange_ranks(each.config, ranks, device, described, nodes=nodes) for each in variants}
     if len({arrangement.degrees for arrangement in found.values()}) > 1:
-        wishes = "; ".join(f"{name}: {' x '.join(map(str, found[name].degrees))}" for name in methods)
+        wishes = "; ".join(f"{name}: {' x '.join(map(str, found[name].degrees))}" for name in found)
         raise UserError(
             f"the methods want {ranks} ranks arranged differently (cfg x ring x ulysses: {wishes}); set --parallel.cfg, "
             "--parallel.ring and --parallel.ulysses, or run the methods one by one"
         )
-    return found[methods[0]]
+    return found[variants[0].label]
 
 
 def _sidecar(path: Path) -> dict[str, Any] | None:

@@ -59,7 +59,7 @@ def text_sha256(text: str) -> str:
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What differs between two trees, as `video.num_frames 129 -> 257`, sorted by key."""
-    before, after = dict(_flat(old)), dict(_flat(new))
+    before, after = flat(old), flat(new)
     keys = sorted(key for key in before.keys() | after.keys() if before.get(key, _NONE) != after.get(key, _NONE))
     return [f"{key} {before.get(key, _NONE)} -> {after.get(key, _NONE)}" for key in keys]
 
@@ -67,10 +67,14 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 _NONE = "(not set)"
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of settings by dotted name, with lists for tuples, as JSON gives them back."""
+    return dict(_leaves(tree, ""))
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _leaves(value, f"{prefix}{key}.")
         else:
-            # As JSON has it: a tuple that was read back is a list.
             yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value

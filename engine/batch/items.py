@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.batch.identity import changes, config_id, config_tree, item_id
 from engine.batch.suite import Prompt, Suite, check_once
-from engine.config import RunConfig
+from engine.batch.variants import Variant, check_variants
 from engine.errors import UserError
 from engine.files.locks import locked
 from engine.files.trees import DamagedError, Shape, check_tree, lacking, read_tree
@@ -25,6 +25,7 @@ class Item:
     Attributes:
         item_id: what decides its pixels, hashed; see `engine.batch.identity`.
         config_id: the same for its configuration alone.
+        variant: label of the method with its settings.
         method: name of the method.
         prompt: prompt, with its name.
         seed: of the noise, which is the same for every method.
@@ -32,6 +33,7 @@ class Item:
 
     item_id: str
     config_id: str
+    variant: str
     method: str
     prompt: Prompt
     seed: int
@@ -44,43 +46,60 @@ class Item:
     @property
     def label(self) -> str:
         """For a person: `freespec/p0007-s3`."""
-        return f"{self.method}/{self.name}"
+        return f"{self.variant}/{self.name}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """A suite with seeds and methods: `items` in the order in which they are made, `trees` the configurations by their id."""
+    """A suite with seeds and variants.
+
+    Attributes:
+        suite: the prompts.
+        variants: the methods with their settings.
+        config_ids: by label.
+        items: in the order in which they are made.
+        trees: the configurations by their id.
+    """
 
     suite: Suite
+    variants: tuple[Variant, ...]
+    config_ids: Mapping[str, str]
     items: tuple[Item, ...]
     trees: Mapping[str, Mapping[str, Any]]
 
 
 def plan_batch(
-    config: RunConfig, suite: Suite, *, methods: Sequence[str], seeds: Sequence[int], checkpoint: str, dtype: str
+    variants: Sequence[Variant], suite: Suite, *, seeds: Sequence[int], checkpoint: str, dtype: str
 ) -> Batch:
-    """The items of a batch, prompt by prompt, so that all methods of one prompt and seed are there early.
+    """The items of a batch, seed by seed and prompt by prompt, so that all variants of a prompt and seed are made early.
 
-    `checkpoint` and `dtype` are those of `engine.batch.identity.config_tree`. UserError for an unknown method, and for a
-    method, seed or prompt that is given twice.
+    `checkpoint` and `dtype` are those of `engine.batch.identity.config_tree`. UserError for a variant, seed or prompt
+    that is given twice.
     """
-    check_once("--methods", methods)
+    check_variants(variants)
     check_once("--seeds", seeds)
-    trees = {name: config_tree(with_method(config, name), checkpoint=checkpoint, dtype=dtype) for name in methods}
-    ids = {name: config_id(tree) for name, tree in trees.items()}
+    trees = {each.label: config_tree(each.config, checkpoint=checkpoint, dtype=dtype) for each in variants}
+    ids = {label: config_id(tree) for label, tree in trees.items()}
     items = [
         Item(
-            item_id=item_id(ids[method], prompt=prompt.text, seed=seed),
-            config_id=ids[method],
-            method=method,
+            item_id=item_id(ids[variant.label], prompt=prompt.text, seed=seed),
+            config_id=ids[variant.label],
+            variant=variant.label,
+            method=variant.method,
             prompt=prompt,
-            seed=replace(config.sampler, seed=seed).seed,  # which checks it
+            seed=replace(variant.config.sampler, seed=seed).seed,  # which checks it
         )
-        for prompt in suite.prompts
         for seed in seeds
-        for method in methods
+        for prompt in suite.prompts
+        for variant in variants
     ]
-    return Batch(suite=suite, items=tuple(items), trees={ids[name]: trees[name] for name in methods})
+    return Batch(
+        suite=suite,
+        variants=tuple(variants),
+        config_ids=ids,
+        items=tuple(items),
+        trees={ids[label]: tree for label, tree in trees.items()},
+    )
 
 
 def asked_items(root: Path) -> dict[str, str] | None:
@@ -91,14 +110,6 @@ def asked_items(root: Path) -> dict[str, str] | None:
         return None
     check_tree(root / FILE, tree, {"items": dict}, what="a batch's description")
     return items
-
-
-def with_method(config: RunConfig, name: str) -> RunConfig:
-    """The same run with another method; UserError for one that does not exist."""
-    try:
-        return replace(config, method=replace(config.method, name=name))
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def claim_folder(root: Path, batch: Batch) -> None:
@@ -137,21 +148,22 @@ def _lacking_inside(tree: Mapping[str, Any]) -> str | None:
     for name, config in tree["configs"].items():
         if (wrong := lacking(config, {"method.name": str})) is not None:
             return f"of the configuration {name}, {wrong}"
-    for kind in ("prompts", "items"):
+    for kind in ("prompts", "items", "variants"):
         entries = tree.get(kind, {})
         if not isinstance(entries, dict) or not all(isinstance(value, str) for value in entries.values()):
             return f"{kind} is {entries!r:.60}"
+    if not set(known_variants(tree).values()) <= tree["configs"].keys():
+        return "a variant has no configuration"
     return None
 
 
 def check_same(root: Path, before: Mapping[str, Any], batch: Batch) -> None:
     """Raise UserError if a method or a prompt of the batch means something else in the folder."""
-    known = {tree["method"]["name"]: tree for tree in before["configs"].values()}
-    for tree in batch.trees.values():
-        old = known.get(tree["method"]["name"])
-        if old is not None and (different := changes(old, tree)):
+    known = known_variants(before)
+    for label, config in batch.config_ids.items():
+        if label in known and (different := changes(before["configs"][known[label]], batch.trees[config])):
             raise UserError(
-                f"{root} holds {tree['method']['name']} videos of another configuration; changed: {', '.join(different)}; "
+                f"{root} holds {label} videos of another configuration; changed: {', '.join(different)}; "
                 "choose another --out, or the same settings"
             )
     for prompt in batch.suite.prompts:
@@ -164,12 +176,18 @@ def check_same(root: Path, before: Mapping[str, Any], batch: Batch) -> None:
             )
 
 
+def known_variants(before: Mapping[str, Any]) -> dict[str, str]:
+    """The config_id of each variant in a batch's description; folders of older versions name methods alone."""
+    return before.get("variants") or {tree["method"]["name"]: name for name, tree in before["configs"].items()}
+
+
 def _describe(batch: Batch, before: Mapping[str, Any]) -> dict[str, Any]:
     prompts = {prompt.prompt_id: prompt.text for prompt in batch.suite.prompts}
     items = {item.label: item.item_id for item in batch.items}
     return {
         "schema": SCHEMA,
         "configs": dict(sorted({**before["configs"], **batch.trees}.items())),
+        "variants": known_variants(before) | batch.config_ids,
         "prompts": dict(sorted({**before["prompts"], **prompts}.items())),
         "items": dict(sorted({**before.get("items", {}), **items}.items())),
     }

@@ -4,15 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from engine.batch.items import with_method
 from engine.batch.suite import Suite, read_suite
+from engine.batch.variants import Variant
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import expand, find_checkpoint
 from engine.planner.gpu import read_gpu
 from evaluation.vbench.suites import PREFIX, read_vbench_suite, to_batch
 from launch.arguments.environment import check_environment
-from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_method_name
+from launch.arguments.many_videos import OF_ONE_VIDEO, check_output
+from launch.arguments.variants import read_variants
 from launch.batching.options import Options, add_arguments
 from launch.cli import parse_run
 
@@ -33,6 +34,7 @@ class Arguments:
     """What batch.py was asked for."""
 
     config: RunConfig
+    variants: list[Variant]
     options: Options
     suite: Suite
     dry_run: bool
@@ -53,15 +55,15 @@ def read(argv: list[str]) -> Arguments | Status:
         return Status(folder=expand(namespace.status))
     check_environment()
     check_output(config.output, "batch.py")
-    if namespace.methods is not None:
-        refuse_method_name(argv)
     options = Options.of(namespace, config)
-    for method in options.methods:
-        with_method(config, method)  # raises for one that there is not
+    variants = [Variant.of(config, config.method.name)]
+    if namespace.methods is not None:
+        variants = read_variants(namespace.methods, argv, name="batch.py", add_arguments=add_arguments)
     if options.gpu is not None:
         read_gpu(options.gpu)
     find_checkpoint(config.model.path)
-    return Arguments(config=config, options=options, suite=read_prompts(options), dry_run=namespace.dry_run)
+    suite = read_prompts(options)
+    return Arguments(config=config, variants=variants, options=options, suite=suite, dry_run=namespace.dry_run)
 
 
 def read_prompts(options: Options) -> Suite:

@@ -6,6 +6,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser, Namespace
 
 from engine.batch.locks import Shard
+from engine.batch.variants import Variant
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import expand
@@ -13,8 +14,8 @@ from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, check_seeds
 from launch.arguments.prompts import Prompts, add_num_prompts, add_prompts, choose_prompts
 from launch.arguments.ranks import add_ranks, check_model, check_started
+from launch.arguments.variants import METHODS_HELP, read_variants
 from launch.cli import parse_run
-from launch.comparison.variants import Variant, read_variants
 
 NAME = "compare.py"
 DESCRIPTION = "Make the same prompts and seeds with several methods, measure the videos, and write a report."
@@ -69,12 +70,7 @@ def read(argv: list[str]) -> Arguments:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The options of the command beside the settings of a run."""
-    parser.add_argument(
-        "--methods",
-        type=str,
-        default=METHODS,
-        help="comma-separated: METHOD, or METHOD:PRESET.yaml with settings of its own, or NAME=METHOD:PRESET.yaml",
-    )
+    parser.add_argument("--methods", type=str, default=METHODS, help=METHODS_HELP)
     add_prompts(parser)
     add_num_prompts(parser)
     parser.add_argument("--num_seeds", type=int, default=1, help="seeds per prompt, from sampler.seed on")

@@ -12,6 +12,7 @@ from engine.batch.suite import check_once
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import expand, find_file
+from launch.arguments.variants import METHODS_HELP
 from launch.replicas.place import PlacementStrategy
 from launch.replicas.ray_pool import PLACEMENT_HELP
 
@@ -23,7 +24,6 @@ class Options:
     suite: Path
     vbench: Path | None
     out: Path
-    methods: tuple[str, ...]
     seeds: tuple[int, ...]
     ranks: int
     replicas: int
@@ -63,15 +63,12 @@ class Options:
         for name in ("item_timeout", "start_timeout"):
             if given[name] is not None and not given[name] > 0:
                 raise UserError(f"--{name} must be more than 0 seconds, got {given[name]}")
-        methods = _words(given.methods if given.methods is not None else config.method.name)
         seeds = _numbers(given.seeds) if given.seeds is not None else [config.sampler.seed]
-        check_once("--methods", methods)
         check_once("--seeds", seeds)
         return cls(
             suite=find_file(given.suite),
             vbench=expand(given.vbench) if given.vbench is not None else None,
             out=expand(given.out).absolute(),
-            methods=tuple(methods),
             seeds=tuple(seeds),
             ranks=given.nproc or given.gpus_per_replica or 1,
             replicas=given.replicas,
@@ -104,7 +101,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     for name, kind, default, text in (
         ("suite", str, None, "text file with one prompt a line, or vbench:NAME (docs/vbench.md)"),
         ("vbench", str, None, "folder of a VBench checkout, for --suite vbench:NAME"),
-        ("methods", str, None, "names with commas between them (default: method.name)"),
+        ("methods", str, None, f"{METHODS_HELP} (default: method.name)"),
         ("seeds", str, None, "whole numbers with commas between them (default: sampler.seed)"),
         ("out", str, None, "folder of the videos; may hold a part of them already"),
         ("nproc", int, None, "ranks of each replica, which share one video"),

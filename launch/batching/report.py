@@ -41,13 +41,13 @@ def say_plan(config: RunConfig, options: Options, batch: Batch, mine: Sequence[I
     left = [item for item in undone if options.retry_quarantined or files.quarantined(item) is None]
     disk = disk_forecast(files, config, left, replicas=options.replicas, keep_latents=options.keep_latents)
     given_up = f", {len(undone) - len(left)} failed before (--retry_quarantined)" if len(undone) > len(left) else ""
-    hours, how = gpu_hours(config, left, gpu=options.gpu, ranks=options.ranks)
+    hours, how = gpu_hours(config, batch.variants, left, gpu=options.gpu, ranks=options.ranks)
     video = config.video
     where = "this machine" if options.ray is None else f"Ray at {options.ray}"
     frames = len(left) * video.num_frames
     rows = [
         ["suite", f"{batch.suite.name}, {len(batch.suite.prompts)} prompts, sha256 {batch.suite.sha256[:12]}"],
-        ["items", f"{len(batch.items)} = prompts x {len(options.seeds)} seeds x {len(options.methods)} methods"],
+        ["items", f"{len(batch.items)} = prompts x {len(options.seeds)} seeds x {len(batch.variants)} methods"],
         [
             "this shard",
             f"{len(mine)} items in {options.shard.name}, {len(mine) - len(undone)} done, {len(left)} to make{given_up}"
@@ -65,7 +65,7 @@ def say_plan(config: RunConfig, options: Options, batch: Batch, mine: Sequence[I
             f"{describe_size(disk.needed)} ({disk.how}), {describe_size(disk.texts)} of it text; {describe_size(disk.free)} free",
         ],
     ]
-    rows += [["configuration", f"{tree['method']['name']} {config_id}"] for config_id, tree in batch.trees.items()]
+    rows += [["configuration", f"{label} {config_id}"] for label, config_id in batch.config_ids.items()]
     rows += [["note", note] for note in [*batch.suite.notes, *_without_latents(files, done, options)]]
     print("\n".join(columns(rows)))
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.batch.variants import Variant
 from engine.config import RunConfig
 from launch.comparison.store import Comparison
-from launch.comparison.variants import Variant
 
 Part = Literal["search", "judged"]
 

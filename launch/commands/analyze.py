@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from engine.batch.variants import Variant
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
@@ -21,7 +22,6 @@ from launch.arguments.analyze import Arguments, read
 from launch.comparison.checks import check_longer
 from launch.comparison.make import check_variants, make_missing, missing_videos
 from launch.comparison.store import Comparison, as_read, decisive_settings, open_folder
-from launch.comparison.variants import Variant
 from launch.outputs import claim_outputs
 from launch.prompts import look_at_prompts
 from launch.ranks import DistContext, open_ranks

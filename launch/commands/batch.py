@@ -18,6 +18,7 @@ from engine.batch.items import Batch, Item, check_folder, claim_folder, plan_bat
 from engine.batch.journal import FileJournal
 from engine.batch.locks import own_shard
 from engine.batch.queue import Queue
+from engine.batch.variants import Variant
 from engine.config import RunConfig
 from engine.decode.tiling import check_tiles
 from engine.denoise.saved import kept_steps
@@ -46,11 +47,12 @@ def run(given: Arguments) -> int:
     """Plan, claim the output folder, make what is missing, and say what became of it; returns the exit code."""
     options = given.options
     config = resolve_model(given.config, options)
-    batch = read_batch(config, given)
-    mine = [item for item in batch.items if options.shard.owns(item.item_id)]
+    variants = [variant.sharing(config) for variant in given.variants]
     device = torch.device(config.model.device)
-    arrangement = arrange_replica(config, options.methods, options.ranks, device, gpu=options.gpu, nodes=options.nodes)
+    arrangement = arrange_replica(variants, options.ranks, device, gpu=options.gpu, nodes=options.nodes)
     config = fix_degrees(config, arrangement.degrees)
+    batch = read_batch(config, [variant.sharing(config) for variant in variants], given)
+    mine = [item for item in batch.items if options.shard.owns(item.item_id)]
     files = BatchFiles(root=options.out)
     check_devices(config, options)
     files.check()
@@ -74,7 +76,7 @@ def run(given: Arguments) -> int:
         return finish(options, files, config, work, None)
 
 
-def read_batch(config: RunConfig, given: Arguments) -> Batch:
+def read_batch(config: RunConfig, variants: Sequence[Variant], given: Arguments) -> Batch:
     """The items, named by what decides them."""
     checkpoint = open_checkpoint(config.model)
     # What the engine would refuse once it is loaded, now.
@@ -82,9 +84,8 @@ def read_batch(config: RunConfig, given: Arguments) -> Batch:
     spec.check_video(config.video.num_frames, config.video.height, config.video.width)
     check_tiles(config.decode, spec)
     return plan_batch(
-        config,
+        variants,
         given.suite,
-        methods=given.options.methods,
         seeds=given.options.seeds,
         checkpoint=checkpoint.digest,
         dtype=config.model.dtype,
@@ -123,7 +124,7 @@ def make(config: RunConfig, options: Options, batch: Batch, files: BatchFiles, w
     """Make what is to be made; returns the exit code."""
     wake = threading.Event()
     setup = {
-        "config": dataclasses.asdict(config),
+        "configs": {variant.label: dataclasses.asdict(variant.config) for variant in batch.variants},
         "root": str(options.out),
         "checkpoint_every": options.checkpoint_every,
         "keep_latents": options.keep_latents,

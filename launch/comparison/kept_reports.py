@@ -5,10 +5,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.batch.identity import flat
 from engine.errors import UserError
 from engine.files.trees import parse_json
 from engine.shown import quoted
-from launch.comparison.variants import flatten
 
 Report = dict[str, Any]
 TABLES = ("methods", "noise", "ablation", "steps")
@@ -87,7 +87,7 @@ def _decisive(report: Report, *, both_tables: bool) -> dict[str, Any]:
     settings = report["comparison"]["settings"]
     if not both_tables:
         return {"checkpoint": settings["checkpoint"]}
-    return settings | flatten(report["comparison"]["variants"])
+    return settings | flat(report["comparison"]["variants"])
 
 
 def _lacking(report: Any, name: str) -> Iterator[str]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from engine.batch.locks import Shard
+from engine.batch.variants import Variant
 from engine.engine import LongVideoEngine
 from engine.files.say import say_on_stderr
 from engine.files.tensors import read_metadata
@@ -15,7 +16,6 @@ from engine.ranks.arrange import check_settings
 from engine.ranks.layouts import check_layout
 from launch.comparison.kept_measures import read_kept
 from launch.comparison.store import Comparison, Video
-from launch.comparison.variants import Variant
 from launch.make_video import make_video, summary
 from launch.outputs import check_free_space
 from launch.ranks import DistContext

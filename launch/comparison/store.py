@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.batch.identity import flat
 from engine.batch.locks import Shard
+from engine.batch.variants import MAY_DIFFER, Variant
 from engine.config import RunConfig
 from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError
@@ -26,7 +28,6 @@ from engine.files.say import Say, say_on_stderr
 from engine.files.trees import DamagedError, Shape, lacking, parse_json, read_kept, read_tree
 from engine.files.whole import atomic_path
 from engine.load.checkpoint import open_checkpoint
-from launch.comparison.variants import MAY_DIFFER, Variant, flatten
 from launch.outputs import OutputFiles, latents_beside
 
 # Settings that do not decide what a video shows: any number of ranks makes the same one. Methods, noise and seeds are
@@ -157,7 +158,7 @@ class Comparison:
 
 def decisive_settings(config: RunConfig) -> dict[str, Any]:
     """What decides a video but for method, noise, prompt and seed, by dotted name; the checkpoint as a hash."""
-    tree = flatten(dataclasses.asdict(config))
+    tree = flat(dataclasses.asdict(config))
     shared = {key: value for key, value in tree.items() if not key.startswith(_NOT_SHARED)}
     device = pick_device(config.model.device)
     return shared | {

@@ -1,6 +1,7 @@
 """A rank of a replica: loads the model once, then makes the items that come on stdin, one JSON line each.
 
-The first line is the setup: `config` (a whole RunConfig), `root` (the batch's folder), `checkpoint_every`, `keep_latents`.
+The first line is the setup: `configs` (a whole RunConfig for each variant by its label, which differ in
+`engine.batch.variants.MAY_DIFFER` alone), `root` (the batch's folder), `checkpoint_every`, `keep_latents`.
 The others are tasks: `identity`, `suite`, `attempt`, `replica`. What happens is told on the pipe of `launch.replicas.host`.
 """
 
@@ -15,7 +16,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,9 +27,10 @@ from torch import Tensor
 
 from engine.batch.check import check_video
 from engine.batch.files import BatchFiles, item_files
-from engine.batch.items import FILE, with_method
+from engine.batch.items import FILE
 from engine.batch.queue import Kind
 from engine.batch.store import publish
+from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
 from engine.files.storage import FolderGoneError, is_storage_fault, names_storage_fault
@@ -60,12 +62,14 @@ def _work(pipe: IO[str]) -> None:
     setup = json.loads(sys.stdin.readline() or "null")
     if setup is None:
         return
-    config = restore_config(setup["config"], Path(setup["root"]))
+    configs = {label: restore_config(tree, Path(setup["root"])) for label, tree in setup["configs"].items()}
+    config = next(iter(configs.values()))
     with open_ranks(config, prompts=[setup["root"]], verbose=False) as context:
         context.check_on_first(lambda: refuse_unshared(Path(setup["root"])))
         with contextlib.closing(LongVideoEngine(config, context.ranks)) as engine:
             worker = Worker(
                 engine=engine,
+                configs=configs,
                 root=Path(setup["root"]),
                 checkpoint_every=setup["checkpoint_every"],
                 keep_latents=setup["keep_latents"],
@@ -85,6 +89,7 @@ class Worker:
     """What a rank makes items with; `tell` hands an event to the driver."""
 
     engine: LongVideoEngine
+    configs: Mapping[str, RunConfig]
     root: Path
     checkpoint_every: int
     keep_latents: bool
@@ -110,9 +115,8 @@ class Worker:
         """One item from noise to its sidecar, which is returned on rank 0. Every rank calls this with the same task."""
         started, identity = _now(), task["identity"]
         engine = self.engine
-        files = item_files(self.root, identity["method"], identity["config_id"], task["name"])
-        if engine.config.method.name != identity["method"]:
-            engine.use_method(with_method(engine.config, identity["method"]).method)
+        files = item_files(self.root, identity["variant"], identity["config_id"], task["name"])
+        self._use(self.configs[identity["variant"]])
         if engine.is_first:
             check_root(self.root)
             files.make_folders()
@@ -161,6 +165,18 @@ class Worker:
         write_json(files.sidecar, record)
         files.checkpoint.unlink(missing_ok=True)
         return record
+
+    def _use(self, config: RunConfig) -> None:
+        """Denoise with the settings of a variant from now on; all that is loaded stays."""
+        engine, before = self.engine, self.engine.config
+        if before == config:
+            return
+        engine.config = config
+        try:
+            engine.use_method(config.method)
+        except UserError:
+            engine.config = before
+            raise
 
     def _tell_step(self, item: str, finished: int, total: int) -> None:
         if self.engine.is_first:

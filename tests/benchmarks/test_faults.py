@@ -22,8 +22,8 @@ import torch
 from benchmarks.faults import family, judge, listeners, on_loopback, one_rank, ray_node, replica_actors, the_driver
 from engine.batch.files import BatchFiles
 from engine.batch.identity import item_id
-from engine.batch.items import with_method
 from engine.batch.locks import Shard
+from engine.batch.variants import Variant
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.files.trees import read_lines
@@ -58,7 +58,7 @@ def latents(wan_folder: Path) -> dict[tuple[str, str, int], str]:
     config, found = config_of(wan_folder), {}
     with contextlib.closing(LongVideoEngine(config)) as engine:
         for method in METHODS:
-            engine.use_method(with_method(config, method).method)
+            engine.use_method(Variant.of(config, method).config.method)
             for prompt in PROMPTS:
                 for seed in SEEDS:
                     made = engine.denoise(prompt, seed=seed).latents

@@ -20,10 +20,11 @@ import torch
 
 from engine.batch.driver import ReplicaState
 from engine.batch.files import BatchFiles
-from engine.batch.items import Batch, claim_folder, with_method
+from engine.batch.items import Batch, claim_folder
 from engine.batch.journal import table
 from engine.batch.locks import Shard, own_shard
 from engine.batch.queue import Failure, Queue
+from engine.batch.variants import Variant
 from engine.config import ModelConfig
 from engine.denoise.saved import kept_steps, load_latents
 from engine.engine import LongVideoEngine
@@ -139,7 +140,7 @@ def made_in_a_loop(wan_folder: Path, **settings: object) -> dict[str, torch.Tens
     _, config = parse_run(given, name="test", description="", add_arguments=lambda parser: None)
     engine, found = LongVideoEngine(config), {}
     for method in ("freespec", "direct"):
-        engine.use_method(with_method(config, method).method)
+        engine.use_method(Variant.of(config, method).config.method)
         for index, prompt in enumerate(PROMPTS):
             found[f"{method}/p000{index}-s3"] = engine.denoise(prompt, seed=3).latents
     engine.close()
@@ -272,6 +273,15 @@ def test_a_dry_run_counts_and_makes_nothing(make_batch: Callable[..., Run], tmp_
     assert "assumed 0.15 bits per pixel" in table["bytes"]
     assert "not known: give the GPU's name" in make_batch({}, "--dry_run").out
     assert not (tmp_path / "out").exists()
+
+
+def test_variants_of_one_method_are_planned_as_such(make_batch: Callable[..., Run]) -> None:
+    shown = make_batch({"methods": "freespec,GB=freespec:configs/ablation/gb.yaml"}, "--dry_run")
+    assert "4 = prompts x 1 seeds x 2 methods" in shown.out, shown
+    found = dict(re.findall(r"configuration +(\S+) (\w+)", shown.out))
+    assert list(found) == ["freespec", "GB"]
+    assert found["freespec"] != found["GB"]
+    assert "changes video.num_frames" in make_batch({"methods": "freespec:configs/tiny-wan.yaml"}, "--dry_run").error
 
 
 def test_a_dry_run_counts_latents_that_are_kept_and_looks_at_the_folder(
@@ -675,7 +685,7 @@ def test_a_rank_that_is_taken_away_again_and_again_costs_its_item_nothing(
         description="",
         add_arguments=lambda parser: None,
     )
-    engine = LongVideoEngine(with_method(config, "direct"))
+    engine = LongVideoEngine(Variant.of(config, "direct").config)
     expected = engine.denoise(PROMPTS[0], seed=3).latents
     engine.close()
     assert_whole(out, {"direct/p0000-s3": expected})

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from jsonargparse import ArgumentParser
 
+from engine.batch.variants import Variant
 from engine.config import FreeSpec
 from engine.errors import UserError
 from engine.paths import REPOSITORY
@@ -21,11 +22,11 @@ from evaluation.study.claims import CLAIMS
 from evaluation.study.sections import report_command
 from freespec.methods import METHODS
 from launch.arguments.prompts import read_prompts
+from launch.arguments.variants import read_variants
 from launch.calibration.plan import CalibrationPlan, Part
 from launch.calibration.space import START, draw_trials
 from launch.comparison.kept_measures import read_kept
 from launch.comparison.store import Comparison
-from launch.comparison.variants import Variant, read_variants
 from metrics.video import VIDEO_UNITS
 from tests.launch.test_presets import ROWS as TABLE_3
 
@@ -43,7 +44,12 @@ def test_methods_presets_and_names(tmp_path: Path) -> None:
     found = read(
         f"direct,freespec:{preset},mine=freespec,freespec.methods.low_rank:LowRank", "--sampler.num_steps", "7"
     )
-    assert [variant.label for variant in found] == ["direct", "freespec-ra", "mine", "LowRank"]
+    assert [variant.label for variant in found] == [
+        "direct",
+        "freespec-ra",
+        "mine",
+        "freespec.methods.low_rank:LowRank",
+    ]
     assert [variant.config.method.name for variant in found] == [
         "direct", "freespec", "freespec", "freespec.methods.low_rank:LowRank"
     ]  # fmt: skip

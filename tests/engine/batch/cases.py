@@ -14,6 +14,7 @@ from engine.batch.items import Batch, Item, plan_batch
 from engine.batch.queue import Failure
 from engine.batch.store import publish
 from engine.batch.suite import Prompt, Suite
+from engine.batch.variants import Variant
 from engine.config import MethodConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.files.whole import write_json
 
@@ -36,7 +37,8 @@ def batch(
     *texts: str, methods: tuple[str, ...] = ("freespec", "direct"), seeds: tuple[int, ...] = (0, 1), **sampler: Any
 ) -> Batch:
     given = suite(*(texts or ("a red circle", "a blue star")))
-    return plan_batch(config(**sampler), given, methods=methods, seeds=seeds, checkpoint="c" * 64, dtype="float32")
+    variants = [Variant.of(config(**sampler), name) for name in methods]
+    return plan_batch(variants, given, seeds=seeds, checkpoint="c" * 64, dtype="float32")
 
 
 def check_bytes(path: Path) -> None:

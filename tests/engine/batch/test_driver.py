@@ -355,7 +355,7 @@ def test_mistakes_alike_halt_and_what_was_given_up_for_them_waits_again() -> Non
     assert driver.halted.kind == "alike"
     # The items of a prompt count once, as the prompt may be the mistake.
     prompts = {item.item_id: item.prompt.prompt_id for item in ITEMS}
-    assert [prompts[item_id] for item_id in released] == ["p0000"] * 4 + ["p0001"] * 4
+    assert [prompts[item_id] for item_id in released] == ["p0000", "p0000", "p0001", "p0001"]
     assert released == [item_id for item_id, _ in given_up]
     assert (driver.queue.given_up, driver.queue.left) == (set(), len(ITEMS))
 

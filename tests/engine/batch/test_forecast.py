@@ -11,6 +11,7 @@ import torch
 
 from engine.batch.files import BatchFiles
 from engine.batch.forecast import DiskForecast, disk_forecast, gpu_hours
+from engine.batch.variants import Variant
 from engine.config import AttentionConfig, ModelConfig, ParallelConfig, RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
@@ -82,6 +83,12 @@ def test_a_driver_needs_no_gpu_to_foretell_what_replicas_with_one_take(tmp_path:
     assert on_gpu * 2 == on_cpu  # bfloat16 and float32
 
 
+def hours_of(kernel: str, *, gpu: str = "h200", ranks: int = 1, **parallel: object) -> tuple[float | None, str]:
+    config = planned(kernel, **parallel)
+    variants = [Variant.of(config, name) for name in ("freespec", "direct")]
+    return gpu_hours(config, variants, cases.batch().items, gpu=gpu, ranks=ranks)
+
+
 def planned(kernel: str, **parallel: object) -> RunConfig:
     return dataclasses.replace(
         cases.config(),
@@ -93,11 +100,10 @@ def planned(kernel: str, **parallel: object) -> RunConfig:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_hours_of_a_kernel_of_unknown_speed_are_not_known_and_no_mistake(ranks: int) -> None:
-    items = cases.batch().items
-    hours, how = gpu_hours(planned("cuda_flash"), items, gpu="h200", ranks=ranks)
+    hours, how = hours_of("cuda_flash", ranks=ranks)
     assert hours > 0
     assert how.startswith("predicted for H200")
-    hours, how = gpu_hours(planned("plain"), items, gpu="h200", ranks=ranks)
+    hours, how = hours_of("plain", ranks=ranks)
     assert hours is None
     assert re.fullmatch(r"not known: attention_fraction of H200 has no plain, it has [\w, ]+", how)
 
@@ -111,9 +117,9 @@ def test_a_plan_that_does_not_fit_is_refused_whether_or_not_the_speed_is_known(
     path = tmp_path / "small.json"
     path.write_text(json.dumps(gpu))
     with pytest.raises(UserError, match=r"^does not fit: cfg 1 x ring 1 x ulysses 1 needs .* on one H200, "):
-        gpu_hours(planned(kernel, **parallel), cases.batch().items, gpu=str(path), ranks=1)
+        hours_of(kernel, gpu=str(path), **parallel)
 
 
 def test_degrees_that_cannot_be_had_are_refused_at_an_unknown_speed_too() -> None:
     with pytest.raises(UserError, match=r"^2 ranks cannot be arranged with cfg 1, ring 1, ulysses 1; possible are "):
-        gpu_hours(planned("plain", cfg=1, ring=1, ulysses=1), cases.batch().items, gpu="h200", ranks=2)
+        hours_of("plain", ranks=2, cfg=1, ring=1, ulysses=1)

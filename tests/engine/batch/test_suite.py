@@ -1,13 +1,16 @@
 """Prompt files as people have them: each line is made, left out with a word, or one line says what is wrong."""
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from engine.batch.items import claim_folder
+from engine.batch.items import FILE, Batch, claim_folder, plan_batch
 from engine.batch.suite import read_suite
+from engine.batch.variants import Variant
 from engine.errors import UserError
-from tests.engine.batch.cases import batch
+from tests.engine.batch.cases import batch, config, suite
 
 
 def test_odd_lines_are_made_under_safe_names(tmp_path: Path) -> None:
@@ -61,3 +64,47 @@ def test_a_folder_takes_nothing_else(tmp_path: Path) -> None:
         batch("a", seeds=(1, 1))
     with pytest.raises(UserError, match=r"sampler\.seed must lie in"):
         batch("a", seeds=(-1,))
+
+
+def test_a_folder_tells_variants_of_one_method_apart(tmp_path: Path) -> None:
+    plain, other = variants("alpha", 5.0, 1.0)
+    both = planned(plain, other)
+    claim_folder(tmp_path, both)
+    assert [item.label for item in both.items] == ["freespec/p0000-s0", "other/p0000-s0"]
+    assert len({item.item_id for item in both.items}) == 2
+    claim_folder(tmp_path, planned(other))
+    with pytest.raises(
+        UserError, match=r"holds other videos of another configuration; changed: method.settings.alpha 1.0 -> 5.0"
+    ):
+        claim_folder(tmp_path, planned(replace(plain, label="other")))
+    for twice, why in (
+        (replace(plain, label="x"), "have the same settings"),
+        (replace(other, label="FreeSpec"), "two variants"),
+    ):
+        with pytest.raises(UserError, match=why):
+            planned(plain, twice)
+
+
+def test_a_folder_of_an_older_version_names_methods_alone(tmp_path: Path) -> None:
+    plain, other = variants("alpha", 5.0, 1.0)
+    claim_folder(tmp_path, planned(plain))
+    tree = json.loads((tmp_path / FILE).read_text())
+    assert tree.pop("variants") == planned(plain).config_ids
+    (tmp_path / FILE).write_text(json.dumps(tree))
+    claim_folder(tmp_path, planned(plain, other))
+    (tmp_path / FILE).write_text(json.dumps(tree))
+    with pytest.raises(UserError, match="holds freespec videos of another configuration"):
+        claim_folder(tmp_path, planned(replace(other, label="freespec")))
+
+
+def variants(setting: str, *values: float) -> list[Variant]:
+    method = config().method
+    found = [replace(method, freespec=replace(method.freespec, **{setting: value})) for value in values]
+    labels = ("freespec", "other")
+    return [
+        Variant(label=label, config=replace(config(), method=each)) for label, each in zip(labels, found, strict=True)
+    ]
+
+
+def planned(*given: Variant) -> Batch:
+    return plan_batch(given, suite("a red circle"), seeds=(0,), checkpoint="c", dtype="float32")

@@ -11,6 +11,7 @@ import torch
 
 import engine.ranks.arrange
 from engine.batch.forecast import arrange_replica
+from engine.batch.variants import Variant
 from engine.config import (
     AttentionConfig,
     DecodeConfig,
@@ -101,12 +102,12 @@ def test_fixed_degrees_of_several_ranks_are_asked_about_too(with_memory: Callabl
 
 def test_the_driver_of_a_cluster_plans_for_the_gpus_that_it_is_told_of() -> None:
     batch = replace(CONFIG, video=replace(CONFIG.video, num_frames=321))
-    told = arrange_replica(batch, ["freespec", "direct"], 8, CUDA, gpu="h200")
+    variants = [Variant.of(batch, name) for name in ("freespec", "direct")]
+    told = arrange_replica(variants, 8, CUDA, gpu="h200")
     assert told.why.startswith("the planner's choice for H200")
     with pytest.raises(UserError, match=r"does not fit: .* on each of 2 RTX4090"):
-        arrange_replica(
-            replace(batch, video=replace(batch.video, num_frames=2561)), ["freespec"], 2, CUDA, gpu="rtx4090"
-        )
+        longer = replace(batch, video=replace(batch.video, num_frames=2561))
+        arrange_replica([Variant.of(longer, "freespec")], 2, CUDA, gpu="rtx4090")
 
 
 def test_a_plan_made_by_hand_is_not_asked_about(with_memory: Callable[[int], None]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.batch.variants import Variant
 from engine.config import MethodConfig, ModelConfig, RunConfig, VideoConfig
 from engine.errors import UserError
 from engine.media.write_video import open_video
@@ -20,7 +21,6 @@ from evaluation.study.markdown import estimate
 from evaluation.study.page import interval, number, write_page
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison, Video
-from launch.comparison.variants import Variant
 from metrics.bootstrap import mean_interval
 from tiny.world import Scene, caption, render, sample_scene
 

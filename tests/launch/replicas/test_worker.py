@@ -18,6 +18,7 @@ from engine.adapters import wan
 from engine.batch.check import check_video
 from engine.batch.files import BatchFiles, ItemFiles, identity_of
 from engine.batch.items import FILE, Batch, plan_batch
+from engine.batch.variants import Variant
 from engine.config import RunConfig
 from engine.denoise.saved import load_latents
 from engine.engine import LongVideoEngine
@@ -51,8 +52,15 @@ def config_of(folder: Path) -> RunConfig:
 @pytest.fixture
 def batch(wan_folder: Path) -> Batch:
     suite = cases.suite("a red circle")
-    methods = ("freespec", "direct")
-    return plan_batch(config_of(wan_folder), suite, methods=methods, seeds=(3,), checkpoint="c", dtype="float32")
+    return plan_batch(variants_of(config_of(wan_folder)), suite, seeds=(3,), checkpoint="c", dtype="float32")
+
+
+def variants_of(config: RunConfig) -> list[Variant]:
+    return [Variant.of(config, name) for name in ("freespec", "direct")]
+
+
+def configs_of(config: RunConfig) -> dict[str, RunConfig]:
+    return {variant.label: variant.config for variant in variants_of(config)}
 
 
 @pytest.fixture
@@ -72,7 +80,14 @@ def worker(engine: LongVideoEngine, told: list[dict[str, Any]], tmp_path: Path) 
         told.append({"event": event, **fields})
 
     (tmp_path / FILE).write_text("{}")
-    return Worker(engine=engine, root=tmp_path, checkpoint_every=EVERY, keep_latents=True, tell=tell)
+    return Worker(
+        engine=engine,
+        configs=configs_of(engine.config),
+        root=tmp_path,
+        checkpoint_every=EVERY,
+        keep_latents=True,
+        tell=tell,
+    )
 
 
 def task_of(batch: Batch, index: int = 0) -> dict[str, Any]:
@@ -117,7 +132,8 @@ def test_a_video_says_what_its_item_is_unless_told_not_to(
     assert comment == as_comment(video_facts(record["run"]))
     facts = json.loads(comment)
     assert (facts["prompt"], facts["seed"], facts["method"]["name"]) == ("a red circle", 3, record["method"])
-    engine.config = dataclasses.replace(engine.config, output=dataclasses.replace(engine.config.output, metadata=False))
+    silent = dataclasses.replace(engine.config, output=dataclasses.replace(engine.config.output, metadata=False))
+    worker = dataclasses.replace(worker, configs=configs_of(silent))
     files.sidecar.unlink()
     worker.run(task_of(batch))
     assert comments(files.video) == [None]
@@ -136,12 +152,35 @@ def test_items_do_not_depend_on_their_order(worker: Worker, batch: Batch, engine
     assert not torch.equal(load_latents(files_of(worker, batch, 1).latents)[0], alone)
 
 
+def test_variants_of_one_method_are_made_with_their_own_settings(
+    worker: Worker, engine: LongVideoEngine, tmp_path: Path
+) -> None:
+    """Settings of the method, and the initial noise, which is not the method's; and back."""
+    plain, method, sampler = engine.config, engine.config.method, engine.config.sampler
+    other = dataclasses.replace(
+        plain,
+        method=dataclasses.replace(method, freespec=dataclasses.replace(method.freespec, fused_share=1.0)),
+        sampler=dataclasses.replace(sampler, noise="freenoise"),
+    )
+    variants = [Variant(label="freespec", config=plain), Variant(label="other", config=other)]
+    batch = plan_batch(variants, cases.suite("a red circle"), seeds=(3,), checkpoint="c", dtype="float32")
+    worker = dataclasses.replace(worker, configs={each.label: each.config for each in variants})
+    alone = engine.denoise("a red circle", seed=3).latents
+    for index in (1, 0):
+        worker.run(task_of(batch, index))
+    found = [load_latents(files_of(worker, batch, index).latents)[0] for index in (0, 1)]
+    assert torch.equal(found[0], alone)
+    with contextlib.closing(LongVideoEngine(other)) as fresh:
+        assert torch.equal(found[1], fresh.denoise("a red circle", seed=3).latents)
+    assert not torch.equal(*found)
+
+
 def test_noise_of_the_decoder_comes_from_the_item_s_seed(tmp_path: Path) -> None:
     """An autoencoder of LTX-Video 0.9.5 draws noise: the frames are those of one video made with that seed, not with the batch's."""
     config = config_of(save_random_ltx(tmp_path / "ltx", conditioned=True))
     config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, max_text_tokens=16))
     suite = cases.suite("a red circle")
-    batch = plan_batch(config, suite, methods=("direct",), seeds=(3,), checkpoint="c", dtype="float32")
+    batch = plan_batch(variants_of(config)[1:], suite, seeds=(3,), checkpoint="c", dtype="float32")
     assert config.sampler.seed != 3
     with contextlib.closing(LongVideoEngine(config)) as engine:
         expected = engine.generate("a red circle", seed=3).frames
@@ -149,7 +188,12 @@ def test_noise_of_the_decoder_comes_from_the_item_s_seed(tmp_path: Path) -> None
         (tmp_path / "out").mkdir()
         (tmp_path / "out" / FILE).write_text("{}")
         worker = Worker(
-            engine=engine, root=tmp_path / "out", checkpoint_every=EVERY, keep_latents=False, tell=lambda *_, **__: None
+            engine=engine,
+            configs=configs_of(config),
+            root=tmp_path / "out",
+            checkpoint_every=EVERY,
+            keep_latents=False,
+            tell=lambda *_, **__: None,
         )
         record = worker.make(task_of(batch))
     assert record is not None
@@ -281,16 +325,22 @@ def test_memory_that_runs_out_ends_the_item_with_what_would_fit(told: list[dict[
     config = dataclasses.replace(
         config, video=dataclasses.replace(config.video, height=8192, width=8192, num_frames=4093)
     )
-    planned = plan_batch(
-        config, cases.suite("a red circle"), methods=("direct",), seeds=(3,), checkpoint="c", dtype="float32"
-    )
+    variants, suite = variants_of(config)[1:], cases.suite("a red circle")
+    planned = plan_batch(variants, suite, seeds=(3,), checkpoint="c", dtype="float32")
     with contextlib.closing(LongVideoEngine(config)) as engine:
 
         def tell(event: str, **fields: Any) -> None:
             told.append({"event": event, **fields})
 
         (tmp_path / FILE).write_text("{}")
-        worker = Worker(engine=engine, root=tmp_path, checkpoint_every=EVERY, keep_latents=True, tell=tell)
+        worker = Worker(
+            engine=engine,
+            configs=configs_of(config),
+            root=tmp_path,
+            checkpoint_every=EVERY,
+            keep_latents=True,
+            tell=tell,
+        )
         with pytest.raises(RuntimeError, match="can't allocate memory"):
             worker.run(task_of(planned))
     (failed,) = told
