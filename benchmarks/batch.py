@@ -43,8 +43,8 @@ from engine.batch.journal import FileJournal, read_status, table
 from engine.batch.queue import Queue
 from engine.batch.store import publish
 from engine.batch.suite import Prompt, Suite
-from engine.denoise.saved import save_run
 from engine.batch.variants import Variant
+from engine.denoise.saved import save_run
 from engine.engine import LongVideoEngine
 from engine.files.trees import read_lines
 from engine.files.whole import write_json
