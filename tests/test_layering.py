@@ -65,6 +65,48 @@ def test_negative_control(floor: str, source: str, bad: str) -> None:
     assert wrong_imports(floor, harmless) == set()
 
 
+def bound(source: str) -> set[str]:
+    """Names that a module binds anywhere, and the strings in it, such as those of a lazy package."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.FunctionDef() | ast.ClassDef():
+                names.add(node.name)
+            case ast.Name():
+                names.add(node.id)
+            case ast.alias():
+                names.add(node.asname or node.name)
+            case ast.Constant(value=str()):
+                names.add(node.value)
+    return names
+
+
+def unknown_imports(source: str, modules: Mapping[str, Set[str]]) -> set[str]:
+    """Imports from the project's packages of a module or a name that is not there; `modules` are names by module."""
+    unknown = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            unknown |= {alias.name for alias in node.names} - modules.keys()
+        elif isinstance(node, ast.ImportFrom):
+            module = str(node.module)
+            names = {alias.name for alias in node.names}
+            found = modules.get(module, set()) | {name for name in names if f"{module}.{name}" in modules}
+            unknown |= {f"{module}.{name}" for name in names - found}
+    return {name for name in unknown if name.partition(".")[0] in OURS}
+
+
+def test_every_import_of_the_project_s_exists() -> None:
+    sources = {module_name(path): path.read_text() for floor in OURS for path in (ROOT / floor).rglob("*.py")}
+    modules = {name: bound(text) for name, text in sources.items()}
+    assert {name: bad for name, text in sources.items() if (bad := unknown_imports(text, modules))} == {}
+
+
+def test_an_unknown_module_or_name_would_be_seen() -> None:
+    source = "from engine.nowhere import a\nimport engine.errors, torch\nfrom engine.errors import UserError, b\nfrom engine import errors"
+    modules = {"engine": set(), "engine.errors": {"UserError"}}
+    assert unknown_imports(source, modules) == {"engine.nowhere.a", "engine.errors.b"}
+
+
 def imported(source: str, modules: Set[str]) -> set[str]:
     """The modules among these that a source imports, at any depth of the code and under TYPE_CHECKING too."""
     names = set()
