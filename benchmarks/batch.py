@@ -50,7 +50,7 @@ from engine.files.trees import read_lines
 from engine.files.whole import write_json
 from engine.load.checkpoint import open_checkpoint
 from engine.media.write_video import open_video
-from launch.cli import parse_run
+from launch.cli.parser import parse_run
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGET_SECONDS = 10.0

@@ -294,7 +294,7 @@ def on_loopback(address: str) -> bool:
 
 def _workers(driver: int) -> list[int]:
     """The ranks of a driver's replicas; those of its own Ray are its descendants too."""
-    return [process for process in family(driver) if "launch.replicas.worker" in _command(process)]
+    return [process for process in family(driver) if "launch.batching.worker" in _command(process)]
 
 
 def _processes() -> list[int]:

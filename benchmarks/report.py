@@ -18,7 +18,7 @@ from engine.config import RunConfig
 from engine.files.tables import emptier
 from engine.planner.gpu import read_gpu
 from freespec.methods import METHODS
-from launch.cli import parse_run
+from launch.cli.parser import parse_run
 
 PREDICTED = tuple(ROOT / "configs" / f"{name}.yaml" for name in ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "ltx-video-2b"))
 PAGE = ROOT / "docs" / "performance.md"

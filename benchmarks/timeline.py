@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.measure import RESULTS, environment, print_table, ratio, round_robin, spread, write
 from engine.engine import LongVideoEngine
-from launch.cli import parse_run
+from launch.cli.parser import parse_run
 
 MODELS = ("tiny-wan", "tiny-ltx")
 FIRST, SECOND = "a red circle moves right over a blue background", "a yellow star moves right over a blue background"

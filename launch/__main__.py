@@ -1,6 +1,6 @@
 """`python -m launch COMMAND`, the same as `freespec COMMAND`."""
 
-from launch.console import main
+from launch.cli.console import main
 
 if __name__ == "__main__":
     main()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout, wherever it is started from
 
-from launch.start import run_script
+from launch.cli.start import run_script
 
 if __name__ == "__main__":
     sys.exit(run_script("compare"))

@@ -11,7 +11,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files.trees import parse_json
 from engine.presets import refuse_null
-from launch.cli import make_parser
+from launch.cli.parser import make_parser
 
 ADVICE = "give latents that launch/generate.py saved"
 

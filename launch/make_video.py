@@ -17,11 +17,11 @@ from engine.ranks.agreement import broadcast_bytes
 from engine.spectra.plot import write_trace
 from engine.spectra.trace import SpectralTrace
 from launch.decoding import describe_kept, explain_decoding
-from launch.exit_codes import LostRankError
 from launch.latents_record import decoded_by, read_record
 from launch.outputs import OutputFiles
+from launch.process.exit_codes import LostRankError
+from launch.process.stopping import Stopped
 from launch.stages import Stage
-from launch.stopping import Stopped
 from parallel.collectives import CollectiveError
 
 

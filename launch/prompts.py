@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from engine.config import RunConfig
 from engine.planner.processor import describe_expected
 from engine.text.prompts import Named, check_prompts
-from launch.ranks import DistContext
+from launch.ranks.join import DistContext
 
 
 def look_at_prompts(config: RunConfig, prompts: Sequence[Named], context: DistContext | None = None) -> None:

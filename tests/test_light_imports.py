@@ -9,7 +9,7 @@ import pytest
 
 from freespec import kernels
 from freespec.kernel_names import FA3, NAMES
-from launch.start import COMMANDS
+from launch.cli.start import COMMANDS
 
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "matplotlib")
 
@@ -21,7 +21,7 @@ def loaded_by(code: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["engine", "engine.config", "engine.errors", "freespec", "freespec.methods", "launch.cli"]
+    "module", ["engine", "engine.config", "engine.errors", "freespec", "freespec.methods", "launch.cli.parser"]
 )
 def test_settings_need_no_torch(module: str) -> None:
     assert loaded_by(f"import {module}") == []
@@ -83,7 +83,7 @@ MISTAKES = {
 def run_here(name: str, argv: list[str], tmp_path: Path) -> tuple[str, str, str]:
     """Output and errors of a command, and its exit code with those of HEAVY that it has imported."""
     code = (
-        "import sys\nfrom launch.console import run\n"
+        "import sys\nfrom launch.cli.console import run\n"
         f"try:\n    code = run({[name, *argv]!r})\nexcept SystemExit as error:\n    code = error.code\n"
         f"print(code, *(name for name in {HEAVY!r} if name in sys.modules), file=open({str(tmp_path / 'end')!r}, 'w'))"
     )

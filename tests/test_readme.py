@@ -17,7 +17,7 @@ import pytest
 import engine
 from engine.config import RunConfig
 from engine.media.read_video import read_video
-from launch.cli import Keys, make_parser
+from launch.cli.parser import Keys, make_parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]

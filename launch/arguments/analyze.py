@@ -10,7 +10,7 @@ from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output
 from launch.arguments.prompts import Prompts, add_num_prompts, add_prompts, choose_prompts
 from launch.arguments.ranks import add_ranks, check_model, check_started
-from launch.cli import parse_run
+from launch.cli.parser import parse_run
 
 NAME = "analyze.py"
 DESCRIPTION = "Measure how attention's singular spectra change with the window, and what low rank does to a video."

@@ -15,7 +15,7 @@ from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output
 from launch.arguments.variants import read_variants
 from launch.batching.options import Options, add_arguments
-from launch.cli import parse_run
+from launch.cli.parser import parse_run
 
 DESCRIPTION = "Make every prompt of a suite with every method and seed. Started again, it makes only what is missing."
 

@@ -12,7 +12,7 @@ from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, check_seeds
 from launch.arguments.prompts import Prompts, read_prompts
 from launch.arguments.ranks import add_ranks, check_model, check_started
-from launch.cli import parse_run
+from launch.cli.parser import parse_run
 
 NAME = "calibrate.py"
 DESCRIPTION = "Search FreeSpec's open settings on one list of prompts, and judge what was found on another."

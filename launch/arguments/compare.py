@@ -15,7 +15,7 @@ from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, check_seeds
 from launch.arguments.prompts import Prompts, add_num_prompts, add_prompts, choose_prompts
 from launch.arguments.ranks import add_ranks, check_model, check_started
 from launch.arguments.variants import METHODS_HELP, read_variants
-from launch.cli import parse_run
+from launch.cli.parser import parse_run
 
 NAME = "compare.py"
 DESCRIPTION = "Make the same prompts and seeds with several methods, measure the videos, and write a report."

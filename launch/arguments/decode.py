@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from engine.config import DecodeConfig, ModelConfig, OutputConfig, RunConfig
 from engine.errors import UserError
 from engine.paths import expand
-from launch.cli import Keys, arrange, asks_help, make_parser, parse
+from launch.cli.parser import Keys, arrange, asks_help, make_parser, parse
 
 USAGE = "decode.py LATENTS --output PATH [--overwrite] [--model.path PATH] [--SETTING VALUE ...]"
 DESCRIPTION = "Make the video of latents that launch/generate.py saved. The model and the rate are those of the run."

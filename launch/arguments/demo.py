@@ -11,8 +11,8 @@ from engine.paths import expand, find_checkpoint
 from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output
 from launch.arguments.prompts import EXAMPLE
-from launch.cli import parse_run
-from launch.launcher import asked_value
+from launch.cli.argv import asked_value
+from launch.cli.parser import parse_run
 
 DESCRIPTION = "Make the same video with every method, and one picture that shows them one above the other."
 _NAMED_HERE = tuple(key for key in OF_ONE_VIDEO if key != "output.overwrite")

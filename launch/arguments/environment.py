@@ -3,7 +3,7 @@
 import os
 
 from engine.errors import UserError
-from launch.stopping import RankEnv
+from launch.ranks.environment import RankEnv
 
 BACKEND = "DIFFUSERS_ATTN_BACKEND"
 

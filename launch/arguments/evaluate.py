@@ -5,7 +5,7 @@ from jsonargparse import SUPPRESS, ArgumentParser, Namespace
 from engine.errors import UserError
 from engine.paths import expand
 from evaluation.vbench.dimensions import DIMENSIONS, check_total, parse_dimensions
-from launch.cli import Keys, arrange, make_parser, parse
+from launch.cli.parser import Keys, arrange, make_parser, parse
 
 USAGE = "evaluate.py --runs FOLDER[,FOLDER...] [--vbench CHECKOUT --python PYTHON] [--SETTING VALUE ...]"
 DESCRIPTION = (

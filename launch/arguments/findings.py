@@ -4,7 +4,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from engine.errors import UserError
 from engine.paths import REPOSITORY, expand
-from launch.cli import Keys, arrange, make_parser, parse
+from launch.cli.parser import Keys, arrange, make_parser, parse
 
 USAGE = "findings.py [--runs FOLDER] [--kept FOLDER] [--page FILE] [--overwrite]"
 DESCRIPTION = "Write the page of findings from the reports that `make findings` and launch/calibrate.py left."

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from engine.config import OutputConfig
 from engine.errors import UserError
-from launch.launcher import asked_value
+from launch.cli.argv import asked_value
 
 _NUM_SEEDS = 2**63  # what a seed must be less than (SamplerConfig)
 # Settings of one video's files; here every video has a name of its own, and one that is there is not made again.

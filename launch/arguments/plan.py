@@ -8,7 +8,7 @@ from engine.config import OutputConfig, RunConfig
 from engine.errors import UserError
 from engine.paths import find_checkpoint
 from engine.planner.gpu import GpuSpec, check_count, read_gpu
-from launch.cli import parse_run
+from launch.cli.parser import parse_run
 
 DESCRIPTION = "List every way to lay a video over GPUs, with memory and predicted time, before any weight is loaded."
 

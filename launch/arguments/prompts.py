@@ -11,7 +11,7 @@ from engine.paths import find_file
 from engine.shown import quoted
 from engine.text.prompt_files import NEGATIVE_SETTING, read_prompt_lines
 from engine.text.timeline import read_timeline
-from launch.launcher import asked_value
+from launch.cli.argv import asked_value
 
 # What the embedded model shows where nobody says what.
 EXAMPLE = "a red circle bounces over a blue background"

@@ -7,8 +7,8 @@ from jsonargparse import ArgumentParser
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import find_checkpoint
-from launch.launcher import asked_value
-from launch.stopping import LAUNCHER, RankEnv
+from launch.cli.argv import asked_value
+from launch.ranks.environment import LAUNCHER, RankEnv
 
 
 def add_ranks(parser: ArgumentParser) -> None:

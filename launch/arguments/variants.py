@@ -13,7 +13,7 @@ from engine.errors import UserError
 from engine.files.trees import read_yaml
 from engine.presets import find_config
 from launch.arguments.many_videos import refuse_method_name
-from launch.cli import DEFAULT_CONFIG, parse_run
+from launch.cli.parser import DEFAULT_CONFIG, parse_run
 
 METHODS_HELP = "comma-separated: METHOD, or METHOD:PRESET.yaml with its settings, or NAME=METHOD:PRESET.yaml"
 

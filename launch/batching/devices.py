@@ -8,7 +8,7 @@ from engine.config import RunConfig
 from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError
 from launch.batching.options import Options
-from launch.replicas.ray_pool import NoRayError, check_placement, check_ray
+from launch.ranks.ray_pool import NoRayError, check_placement, check_ray
 
 
 def resolve_model(config: RunConfig, options: Options) -> RunConfig:

@@ -13,8 +13,8 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import expand, find_file
 from launch.arguments.variants import METHODS_HELP
-from launch.replicas.place import PlacementStrategy
-from launch.replicas.ray_pool import PLACEMENT_HELP
+from launch.ranks.environment import PlacementStrategy
+from launch.ranks.ray_pool import PLACEMENT_HELP
 
 
 @dataclass(frozen=True, kw_only=True)

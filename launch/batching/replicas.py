@@ -11,11 +11,11 @@ import torch
 
 from engine.batch.files import BatchFiles
 from engine.errors import UserError
+from launch.batching.group import Group
 from launch.batching.options import Options
-from launch.replicas.group import Group
-from launch.replicas.local import WORKER, LocalRanks
-from launch.replicas.place import carried
-from launch.replicas.ray_pool import NoRayError, RayPool, RayRanks, Start
+from launch.ranks.environment import carried
+from launch.ranks.local import WORKER, LocalRanks
+from launch.ranks.ray_pool import NoRayError, RayPool, RayRanks, Start
 
 
 @contextlib.contextmanager

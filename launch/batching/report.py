@@ -20,7 +20,7 @@ from engine.files.trees import DamagedError, Shape, read_tree
 from engine.shown import printable
 from launch.batching.options import Options
 from launch.batching.work import Work
-from launch.exit_codes import LostRankError
+from launch.process.exit_codes import LostRankError
 
 SUPPORT = "the same command goes on"
 

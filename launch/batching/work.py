@@ -25,7 +25,7 @@ class Prepare:
     suite: Mapping[str, Any]
 
     def __call__(self, item: Item, attempt: int, replica: str) -> dict[str, Any]:
-        """See `launch.replicas.worker`; the token names this attempt's unfinished file, for ever."""
+        """See `launch.batching.worker`; the token names this attempt's unfinished file, for ever."""
         return {
             "identity": identity_of(item),
             "name": item.name,

@@ -23,9 +23,10 @@ from launch.comparison.checks import check_longer
 from launch.comparison.make import check_variants, make_missing, missing_videos
 from launch.comparison.store import Comparison, as_read, decisive_settings, open_folder
 from launch.outputs import claim_outputs
+from launch.process.stopping import Stopped
 from launch.prompts import look_at_prompts
-from launch.ranks import DistContext, open_ranks
-from launch.stopping import RankEnv, Stopped
+from launch.ranks.environment import RankEnv
+from launch.ranks.join import DistContext, open_ranks
 
 LOW_RANK = "freespec.methods.low_rank:LowRank"
 

@@ -33,8 +33,8 @@ from launch.batching.report import SUPPORT, check_room, halted, say_end, say_giv
 from launch.batching.terminal import Terminal
 from launch.batching.work import Prepare, Work
 from launch.commands import status
+from launch.process.stopping import Stopped
 from launch.prompts import look_at_prompts
-from launch.stopping import Stopped
 
 
 def main(argv: list[str]) -> int:

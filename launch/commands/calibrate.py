@@ -30,9 +30,10 @@ from launch.comparison.measure import Measured, not_world
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison
 from launch.outputs import writing_report
+from launch.process.stopping import Stopped
 from launch.prompts import look_at_prompts
-from launch.ranks import DistContext, open_ranks
-from launch.stopping import RankEnv, Stopped
+from launch.ranks.environment import RankEnv
+from launch.ranks.join import DistContext, open_ranks
 
 KEPT_SHARE = 3  # of the trials of a round, one in so many goes on to the next
 

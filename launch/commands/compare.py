@@ -16,9 +16,10 @@ from launch.comparison.kept_measures import check_kept, measure_every
 from launch.comparison.make import check_variants, make_missing, missing_videos
 from launch.comparison.report import NothingToReportError, write_report
 from launch.comparison.store import Comparison
+from launch.process.stopping import Stopped
 from launch.prompts import look_at_prompts
-from launch.ranks import open_ranks
-from launch.stopping import RankEnv, Stopped
+from launch.ranks.environment import RankEnv
+from launch.ranks.join import open_ranks
 
 
 def main(argv: list[str]) -> None:

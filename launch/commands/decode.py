@@ -21,9 +21,9 @@ from launch.arguments.decode import Arguments, read
 from launch.decoding import explain_decoding
 from launch.latents_record import ADVICE, decoded_by, decoding_part, read_record, restore_config
 from launch.outputs import OutputFiles, claim_outputs, frame_folders, refuse_existing
+from launch.process.stopping import all_is_made
 from launch.stages import check_decoded, describe_finished
 from launch.stages import read_record as read_finished
-from launch.stopping import all_is_made
 
 
 def main(argv: list[str]) -> None:

@@ -25,7 +25,7 @@ from evaluation.vbench.stage import View, plan_view
 from evaluation.videos import Video, groups, read_batches, read_list, what_is_missing
 from evaluation.world import videos_of_world
 from launch.arguments.evaluate import read, read_gpus
-from launch.stopping import Stopped
+from launch.process.stopping import Stopped
 
 
 def main(argv: list[str]) -> int:

@@ -18,9 +18,9 @@ from launch.comparison.kept_measures import read_kept
 from launch.comparison.store import Comparison, Video
 from launch.make_video import make_video, summary
 from launch.outputs import check_free_space
-from launch.ranks import DistContext
+from launch.process.stopping import Stopped
+from launch.ranks.join import DistContext
 from launch.stages import Stage
-from launch.stopping import Stopped
 
 
 def check_variants(variants: Sequence[Variant], context: DistContext) -> None:

@@ -27,8 +27,8 @@ from engine.batch.variants import Variant
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.files.trees import read_lines
-from launch.cli import parse_run
-from launch.start import run_script
+from launch.cli.parser import parse_run
+from launch.cli.start import run_script
 from tests.engine.batch import cases
 from tests.launch.conftest import SMALL, wan_folder
 from tests.launch.forked import PATIENCE_SECONDS

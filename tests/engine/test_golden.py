@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.config import RunConfig
 from engine.hooks.apply import Ranks
-from launch.cli import parse_run
+from launch.cli.parser import parse_run
 from tests.engine.golden import Case, all_degrees, assert_same_video, latents_of, mesh_of, on_one_rank, relative
 from tests.engine.test_ranks import METHODS, WHOLE_HEADS
 from tests.ranks import run_ranks

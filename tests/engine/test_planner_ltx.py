@@ -30,7 +30,7 @@ from engine.planner.plan import Options
 from freespec.attention import WindowedAttention
 from freespec.kernels import KERNELS
 from freespec.methods import Grid, StepPlan, make_method
-from launch.cli import parse_run
+from launch.cli.parser import parse_run
 from parallel.attention import TORCH_EXCHANGE
 from parallel.shards import Mode
 from tests.engine.planned import plan

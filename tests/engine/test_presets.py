@@ -6,7 +6,7 @@ import pytest
 
 from engine import read_preset
 from engine.errors import UserError
-from launch.cli import parse_run
+from launch.cli.parser import parse_run
 
 SETTINGS = {"video.num_frames": 65, "method.freespec.alpha": 3, "sampler.negative_prompt": "blurred"}
 

@@ -14,7 +14,7 @@ from engine.paths import REPOSITORY
 from engine.progress import note
 from engine.shown import PrintableStream, printable, quoted
 from launch.batching.terminal import Terminal
-from launch.stopping import say, show
+from launch.process.stopping import say, show
 
 CLEAR = "\x1b[2J\x1b]0;title\x07"
 SHOWN = r"\x1b[2J\x1b]0;title\x07"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from launch.commands import generate
-from launch.exit_codes import run_command
+from launch.process.exit_codes import run_command
 from tests.tiny_pipelines import save_random_wan
 
 SMALL = {

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from launch.start import run_script
+from launch.cli.start import run_script
 from tests.ranks import PRELOAD
 
 # For machines that are busy; on a quiet one every rank ends within seconds.

@@ -32,16 +32,16 @@ from engine.errors import UserError
 from engine.files.trees import read_lines
 from engine.files.whole import file_sha256
 from engine.paths import REPOSITORY
-from launch import stopping
 from launch.batching.options import Options, add_arguments
 from launch.batching.replicas import check_cluster
 from launch.batching.report import halted
 from launch.batching.terminal import Terminal
 from launch.batching.work import Work
-from launch.cli import parse_run
+from launch.cli.parser import parse_run
 from launch.commands import batch
-from launch.replicas.ray_generate import too_few_gpus
-from launch.replicas.ray_pool import NoRayError, RayPool
+from launch.ranks.environment import LAUNCHER
+from launch.ranks.ray_generate import too_few_gpus
+from launch.ranks.ray_pool import NoRayError, RayPool
 from tests.engine.batch import cases
 from tests.engine.batch.cases import Clock, FakeReplica
 from tests.launch.conftest import SMALL, Run
@@ -101,7 +101,7 @@ def ranks_of(driver: int) -> list[int]:
             variables = path.read_bytes().decode(errors="replace").split("\0")
         except OSError:  # it has just ended
             continue
-        if f"{stopping.LAUNCHER}={driver}" in variables:
+        if f"{LAUNCHER}={driver}" in variables:
             found.append(int(path.parent.name))
     return found
 

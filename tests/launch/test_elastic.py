@@ -18,8 +18,8 @@ import torch.distributed as dist
 
 from engine.denoise.saved import kept_steps
 from engine.errors import UserError
-from launch.ranks import gather_ranks
-from launch.stopping import RankEnv
+from launch.ranks.environment import RankEnv
+from launch.ranks.join import gather_ranks
 from tests.launch.test_ranks import SCRIPT, TORCHRUN, latents_of, prompted
 
 WORLD = 3

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
-from launch.ranks import open_ranks
-from launch.start import COMMANDS
+from launch.cli.start import COMMANDS
+from launch.ranks.join import open_ranks
 from tests.engine.batch import cases
 from tests.launch.forked import run_forked
 from tests.launch.test_ranks import one_line, prompted

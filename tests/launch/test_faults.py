@@ -23,10 +23,11 @@ import engine.engine
 from engine.hooks.self_attention import BranchProcessor
 from engine.media.write_video import VideoWriter
 from engine.paths import REPOSITORY
-from launch import stopping
+from launch.cli.start import run_script
 from launch.commands import decode, generate
-from launch.start import run_script
-from launch.streams import RankLines
+from launch.process import stopping
+from launch.process.streams import RankLines
+from launch.ranks.environment import LAUNCHER
 from tests.launch.conftest import Run
 from tests.launch.forked import PATIENCE_SECONDS, run_forked
 from tests.launch.test_generate import names
@@ -301,7 +302,7 @@ def test_an_interruption_while_decoding_keeps_the_latents(
 
 RANK = """
 import os, signal, sys, time
-from launch.stopping import StopSignals, die_with_parent, say
+from launch.process.stopping import StopSignals, die_with_parent, say
 
 die_with_parent()
 signals = StopSignals()
@@ -329,12 +330,12 @@ except KeyboardInterrupt:
     say("stopped: kept")
     sys.exit(signals.code)
 """
-LAUNCHER = """
+LAUNCHER_SCRIPT = """
 import resource
 import signal
 import sys
-from launch import launcher
-from launch.stopping import StopSignals
+from launch.ranks import launcher
+from launch.process.stopping import StopSignals
 
 # Long enough for ranks that end by themselves, on a busy machine too; short for those that do not.
 launcher.GRACE_SECONDS, launcher.STOP_SECONDS = (1.0 if "wait" in sys.argv else 200.0), (10.0 if "stubborn" in sys.argv else 200.0)
@@ -354,7 +355,7 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
     started = []
 
     def start(*actions: str) -> subprocess.Popen:
-        command = [sys.executable, "-c", LAUNCHER, str(tmp_path / "rank.py"), *actions]
+        command = [sys.executable, "-c", LAUNCHER_SCRIPT, str(tmp_path / "rank.py"), *actions]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         started.append(subprocess.Popen(command, **pipes, text=True, start_new_session=True))
         return started[-1]
@@ -500,7 +501,7 @@ def child_of(process: subprocess.Popen, rank: int) -> int:
     while time.monotonic() < until:
         for path in Path("/proc").glob("[0-9]*/environ"):
             variables = _read(path).split("\0")
-            if f"{stopping.LAUNCHER}={process.pid}" in variables and f"RANK={rank}" in variables:
+            if f"{LAUNCHER}={process.pid}" in variables and f"RANK={rank}" in variables:
                 return int(path.parent.name)
     raise AssertionError("no such rank")
 
@@ -545,7 +546,9 @@ def test_a_run_whose_rank_is_killed_and_that_is_then_interrupted(wan_folder: Pat
 
 def test_a_script_begins_without_slow_imports() -> None:
     """Or a Ctrl-C in the first seconds would show a traceback, and a launcher would hold hundreds of megabytes."""
-    code = "import launch.start, sys; sys.exit(len({'torch', 'numpy', 'diffusers', 'jsonargparse'} & {*sys.modules}))"
+    code = (
+        "import launch.cli.start, sys; sys.exit(len({'torch', 'numpy', 'diffusers', 'jsonargparse'} & {*sys.modules}))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

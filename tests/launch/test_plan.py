@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from launch.commands.plan import main
-from launch.exit_codes import run_command
+from launch.process.exit_codes import run_command
 
 WAN = ["--config", "configs/wan2.1-t2v-1.3b.yaml"]
 

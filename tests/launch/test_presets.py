@@ -9,7 +9,7 @@ import pytest
 from engine.config import MethodConfig, RunConfig
 from engine.errors import UserError
 from freespec.methods import METHODS, FreeSpec, make_method
-from launch.cli import parse_run
+from launch.cli.parser import parse_run
 
 ROOT = Path(__file__).parent.parent.parent
 # Table 3 of the paper: basis, rank-aware, time-aware, residual.

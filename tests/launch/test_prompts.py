@@ -10,7 +10,7 @@ from engine.errors import UserError
 from engine.paths import REPOSITORY
 from engine.planner import processor
 from launch.arguments.prompts import read_prompts
-from launch.cli import parse_run
+from launch.cli.parser import parse_run
 from launch.commands import analyze, batch, calibrate, compare, demo, generate
 from tests.launch.conftest import SMALL, Run
 

@@ -15,10 +15,10 @@ import torch
 
 from engine.denoise.saved import load_latents
 from engine.media.read_video import count_frames
-from launch import launcher, stopping
 from launch.arguments.prompts import EXAMPLE
+from launch.cli.argv import asked_ranks
 from launch.commands import generate
-from launch.launcher import asked_ranks
+from launch.ranks.environment import LAUNCHER
 from tests.launch.conftest import SMALL, Run
 from tests.launch.forked import Ended, run_forked
 from tests.launch.test_generate import names
@@ -326,11 +326,11 @@ def test_ranks_without_an_address(make: Callable[..., Run], monkeypatch: pytest.
             8,
         ),  # the one process of `torchrun -- generate.py --nproc 8`
         (["--nproc", "8"], {"RANK": "0", "WORLD_SIZE": "2"}, None),
-        (["--nproc", "8"], {"RANK": "0", "WORLD_SIZE": "8", stopping.LAUNCHER: "1"}, None),
+        (["--nproc", "8"], {"RANK": "0", "WORLD_SIZE": "8", LAUNCHER: "1"}, None),
     ],
 )
 def test_how_many_ranks_are_asked_for(
     argv: list[str], environment: dict[str, str], expected: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launcher.os, "environ", environment)
+    monkeypatch.setattr(os, "environ", environment)
     assert asked_ranks(argv) == expected

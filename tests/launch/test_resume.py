@@ -414,7 +414,7 @@ def start_a_second(command: list[str], told: Path, rank: int) -> None:
     load = LongVideoEngine.__init__
 
     def start(self: LongVideoEngine, *args: Any, **kwargs: Any) -> None:
-        code = "import sys; from launch.start import run_script; sys.exit(run_script('generate'))"
+        code = "import sys; from launch.cli.start import run_script; sys.exit(run_script('generate'))"
         place = ("RANK", "WORLD_SIZE")
         environment = {key: value for key, value in os.environ.items() if key not in place}
         arguments = [sys.executable, "-c", code, *command]

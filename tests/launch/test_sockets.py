@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import ranks
+from launch.ranks import join as ranks
 from tests.launch.test_faults import PATIENCE_SECONDS
 from tests.launch.test_ranks import SCRIPT, TORCHRUN, prompted
 

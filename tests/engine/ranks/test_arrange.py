@@ -27,7 +27,7 @@ from engine.planner.gpu import read_gpu
 from engine.planner.memory import GIB
 from engine.planner.model import read_model
 from engine.ranks.arrange import arrange_ranks
-from launch.ranks import open_ranks
+from launch.ranks.join import open_ranks
 from parallel.shards import length
 from tests.engine.planned import plan
 
@@ -196,7 +196,7 @@ def test_generate_alone_asks_before_anything_is_loaded(
 ) -> None:
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr("launch.ranks.pick_device", lambda name: CUDA)
+    monkeypatch.setattr("launch.ranks.join.pick_device", lambda name: CUDA)
     with_memory(1)
     with (
         pytest.raises(UserError, match="does not fit: cfg 1 x ring 1 x ulysses 1 needs"),
@@ -206,7 +206,7 @@ def test_generate_alone_asks_before_anything_is_loaded(
     with_memory(10**12)
     with open_ranks(CONFIG, prompts=["a red circle"], verbose=False) as context:
         assert context.ranks is None
-    monkeypatch.setattr("launch.ranks.pick_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr("launch.ranks.join.pick_device", lambda name: torch.device("cpu"))
     with_memory(1)  # which nobody asks for
     with open_ranks(CONFIG, prompts=["a red circle"], verbose=False) as context:
         assert context.ranks is None

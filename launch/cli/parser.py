@@ -1,0 +1,245 @@
+"""Settings from the command line: YAML presets and dotted overrides become a RunConfig, and every mistake one line."""
+
+import glob
+import re
+import sys
+from argparse import Action
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, DefaultHelpFormatter, Namespace
+
+from engine.config import RunConfig
+from engine.errors import UserError
+from engine.files.trees import read_yaml
+from engine.presets import describe_parser_error, find_config, finished, refuse_null
+from launch.cli.suggestions import describe_unknown
+
+DEFAULT_CONFIG = "configs/tiny-wan.yaml"
+
+_HELP = ("-h", "--help", "--help_all")
+_NO_VALUE = (*_HELP, "--print_config")
+
+
+# A group given one word is the setting of it that everybody sets.
+_SHORT = {"output": "output.path", "model": "model.path", "method": "method.name"}
+
+# Of the settings of a run, those that `--help` shows beside the command's own options; `--help_all` shows all.
+_EVERYDAY = frozenset(
+    "model.path model.device model.dtype model.weights video.num_frames video.height video.width video.fps sampler.num_steps "
+    "sampler.guidance_scale sampler.seed sampler.negative_prompt method.name method.window_frames output.path output.overwrite".split()
+)
+_SELDOM = ("print_config", "placement_strategy", "extend_shows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Keys:
+    """The dotted names that a parser knows: single settings, groups of them, those that are true or false, and maps.
+
+    A map is a setting whose own keys are the user's: `--method.settings.NAME VALUE`. `unread` are settings that the command refuses.
+    """
+
+    leaves: frozenset[str]
+    groups: frozenset[str]
+    switches: frozenset[str]
+    maps: frozenset[str] = frozenset()
+    unread: frozenset[str] = frozenset()
+
+    @property
+    def offered(self) -> frozenset[str]:
+        """The names that may be suggested for another: what the command refuses is none of them."""
+        read = self.leaves - self.unread
+        return read | {group for group in self.groups if any(leaf.startswith(f"{group}.") for leaf in read)}
+
+    def knows(self, key: str) -> bool:
+        """Whether the key is one of these, or one of a map's."""
+        return key in self.leaves or key in self.groups or key.rpartition(".")[0] in self.maps
+
+    @classmethod
+    def of(cls, parser: ArgumentParser, unread: Collection[str] = ()) -> "Keys":
+        """Read them off a parser, before any configuration file is given to it."""
+        defaults = parser.get_defaults(skip_validation=True)
+        leaves = frozenset(defaults.keys())
+        return cls(
+            leaves=leaves,
+            groups=frozenset(defaults.keys(branches=True)) - leaves,
+            switches=frozenset(key for key in leaves if isinstance(defaults[key], bool)),
+            maps=frozenset(key for key in leaves if isinstance(defaults[key], dict)),
+            unread=frozenset(unread),
+        )
+
+
+def parse_run(
+    argv: Sequence[str],
+    *,
+    name: str,
+    description: str,
+    add_arguments: Callable[[ArgumentParser], None],
+    unread: Collection[str] = (),
+) -> tuple[Namespace, RunConfig]:
+    """The command's own arguments and the RunConfig of `argv`.
+
+    Presets (`--config FILE`, several are merged in order, configs/tiny-wan.yaml if there is none) are read first, and
+    `--a.b value` overrides them wherever it stands. `unread` are settings that the command refuses, which help leaves out.
+    Raises UserError, in one line, for whatever is wrong.
+    """
+    parser = make_parser(name, f"{name} [--config FILE ...] [--SETTING VALUE ...]", description)
+    add_arguments(parser)
+    parser.add_argument(
+        "--config", action="config", help=f"YAML preset; later ones override earlier ones (default: {DEFAULT_CONFIG})"
+    )
+    parser.add_class_arguments(RunConfig, nested_key=None)
+    keys = Keys.of(parser, unread)
+    words = arrange(argv, keys)
+    given = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
+    files = [find_config(file) for file in given or [DEFAULT_CONFIG]]
+    for file in files:
+        check_config_file(file, keys)
+    # As files of defaults rather than as arguments, so that --help shows the values of the preset.
+    parser.default_config_files = [glob.escape(str(file)) for file in files]
+    namespace = parse(parser, [word for word in words if not word.startswith("--config=")], unread=unread)
+    return namespace, finished(namespace)
+
+
+def make_parser(name: str, usage: str, description: str) -> ArgumentParser:
+    """A parser that raises instead of printing its usage, and takes no abbreviations."""
+    parser = ArgumentParser(
+        prog=name,
+        usage=usage,
+        description=description,
+        exit_on_error=False,
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+        add_help=False,
+    )
+    parser.add_argument("-h", "--help", action="help", help="show what is set every day, and exit")
+    parser.add_argument("--help_all", action="help", help="show every setting, and exit")
+    return parser
+
+
+def parse(parser: ArgumentParser, words: Sequence[str], *, unread: Collection[str] = ()) -> Namespace:
+    """Parse arranged words and make the dataclasses; UserError for what is wrong. Help leaves out settings that are `unread`."""
+    if asks_help(words):
+        show_help(parser, everything="--help_all" in words, unread=unread)
+        sys.exit(0)
+    try:
+        namespace = parser.parse_args(list(words))
+        refuse_null(namespace)
+        return parser.instantiate(namespace)
+    except ArgumentError as error:
+        raise UserError(describe_parser_error(error)) from error
+    except ValueError as error:  # from the checks of the dataclasses
+        raise UserError(str(error)) from error
+
+
+def asks_help(words: Sequence[str]) -> bool:
+    """Whether the words ask for help, and nothing else."""
+    return any(word in _HELP for word in words)
+
+
+def show_help(parser: ArgumentParser, *, everything: bool, unread: Collection[str]) -> None:
+    """Print the options of a command and the settings of a run that are set every day, or all that it reads."""
+    for action in parser._actions:
+        name = action.dest
+        is_group = type(action).__name__ == "_ActionConfigLoad"  # `--model FILE`, which is read as `--model.path`
+        if (
+            is_group
+            or name in unread
+            or (not everything and ("." in name or name in _SELDOM) and name not in _EVERYDAY)
+        ):
+            action.help = SUPPRESS
+    text = parser.format_help()
+    print(re.sub(r"default config file locations:\n.*?\n\n", "", text, flags=re.DOTALL), end="")
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """What a setting means and its default, without what the list of its values or the preset says already."""
+
+    def _expand_help(self, action: Action) -> str:
+        text = super()._expand_help(action)
+        text = re.sub(r"\((?:required, )?type: (?:Literal\[.*?\]|bool), ", "(", text)
+        return text.replace("(required, type", "(type").replace(", default: null)", ")").replace(", default: )", ")")
+
+
+def arrange(argv: Sequence[str], keys: Keys, *, num_positionals: int = 0) -> list[str]:
+    """Every option as `--name=value`, positional arguments last; UserError for unknown names and missing values.
+
+    `--switch` alone means `--switch=true`, a value may begin with a dash, and `--output`, `--model` and `--method` are the
+    settings of these groups that everybody sets.
+    """
+    check_text(argv)
+    options, positionals, words = [], [], list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.partition("=")
+        if name in _NO_VALUE:
+            options.append(word)
+        elif re.match(r"--|-[a-zA-Z]", word):
+            follows = not equals and bool(words) and not words[0].startswith("--")
+            options.append(_option(name, words.pop(0) if follows else value if equals else None, keys))
+        else:
+            positionals.append(word)
+    if len(positionals) > num_positionals:
+        raise UserError(f"unexpected argument {positionals[num_positionals]!r}; settings are given as --name value")
+    return options + positionals
+
+
+def _option(name: str, value: str | None, keys: Keys) -> str:
+    """`--name=value`; UserError for an unknown name, a group of settings, and a value that is missing."""
+    key = name.removeprefix("--")
+    if key in keys.groups and _SHORT.get(key) in keys.leaves:
+        key = _SHORT[key]
+    if key.startswith("-"):
+        raise UserError(
+            describe_unknown(key.removeprefix("-"), keys.offered, value=value).replace("setting ", "setting -")
+        )
+    check_key(key, keys, value=value)
+    if key in keys.groups:
+        inner = min(leaf for leaf in keys.leaves if leaf.startswith(f"{key}."))
+        raise UserError(f"{name} is a group of settings; give them one by one, such as --{inner}")
+    if value is None and key not in keys.switches:
+        raise UserError(f"{name} needs a value")
+    return f"--{key}={'true' if value is None else value}"
+
+
+def check_text(argv: Sequence[str]) -> None:
+    """Raise UserError for bytes that are no text: a prompt of them cannot be encoded, nor a path written into a record."""
+    for word in argv:
+        try:
+            word.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"the argument {word!r} is not UTF-8 text; write it, or rename the file, in UTF-8"
+            ) from error
+
+
+def check_key(key: str, keys: Keys, where: str = "", value: str | None = None) -> None:
+    """Raise UserError for an unknown dotted key, naming the one that was meant if that is clear."""
+    if not keys.knows(key):
+        raise UserError(describe_unknown(key, keys.offered, value=value, where=where))
+
+
+def check_config_file(path: Path, keys: Keys) -> None:
+    """Raise UserError unless the file is YAML whose keys are all known."""
+    _check_tree(read_yaml(path), keys, "", path)
+
+
+def _check_tree(tree: dict[Any, Any], keys: Keys, prefix: str, path: Path) -> None:
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and key not in keys.leaves | keys.groups:
+            # Name the whole key: the nearest to `vidoe.num_frames` is surer than the nearest to `vidoe`.
+            inner = next((f"{key}.{inner}" for inner in value), key)
+            check_key(inner, keys, f" in {path}")
+        check_key(key, keys, f" in {path}", None if isinstance(value, dict | list) else str(value))
+        if key in keys.groups:
+            if not isinstance(value, dict):
+                advice = (
+                    f"; write {_SHORT[key].replace('.', ': {')}: {value}}}"
+                    if key in _SHORT and isinstance(value, str)
+                    else ""
+                )
+                raise UserError(f"{key} in {path} is a group of settings, got {value!r}{advice}")
+            _check_tree(value, keys, f"{key}.", path)

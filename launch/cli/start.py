@@ -1,0 +1,159 @@
+"""The beginning and end of every command. It imports nothing slow, so that a Ctrl-C is one quiet line from the start."""
+
+import contextlib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from engine.errors import UserError
+from engine.paths import REPOSITORY
+from engine.shown import PrintableStream
+from launch.cli.argv import asked_ranks, asked_ray, asked_value
+from launch.process.exit_codes import run_command
+from launch.process.stopping import StopSignals, die_with_parent, show
+from launch.process.streams import RankLines, unfailing_streams
+from launch.ranks.environment import LAUNCHER, RankEnv, RankEnvError, without_place
+from launch.ranks.launcher import start_ranks
+from launch.ranks.ray_generate import start_on_ray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """How a command runs.
+
+    Attributes:
+        what: a few words on it, for the list of commands.
+        starts_ranks: whether `--nproc` asks for ranks of the command itself; some start theirs in another way, or have none.
+        on_ray: whether `--ray` starts those ranks on a cluster.
+        only_prints: whether what it prints is all that it makes.
+    """
+
+    what: str
+    starts_ranks: bool = False
+    on_ray: bool = False
+    only_prints: bool = False
+
+
+COMMANDS = {
+    "generate": Kind(
+        what="make a video from a prompt, or one from each line of a file", starts_ranks=True, on_ray=True
+    ),
+    "plan": Kind(what="predict memory and time of every layout before a weight is loaded", only_prints=True),
+    "batch": Kind(what="make prompts x seeds x methods, on replicas that may die"),
+    "decode": Kind(what="make the video of saved latents"),
+    "compare": Kind(what="compare methods on the same prompts and seeds, with a page of videos", starts_ranks=True),
+    "analyze": Kind(what="measure attention's singular spectra, and videos of low rank", starts_ranks=True),
+    "evaluate": Kind(what="score a batch with VBench-Long or measures that need no network"),
+    "calibrate": Kind(what="search FreeSpec's settings, and judge them on other prompts", starts_ranks=True),
+    "findings": Kind(what="write docs/findings.md from the reports of `make findings`"),
+    "demo": Kind(what="make one prompt with three methods, and a picture of all"),
+}
+
+
+def run_script(name: str, argv: Sequence[str] | None = None) -> int:
+    """Run a command with `argv`, by default that of the process, on as many ranks as it asks for; returns the exit code.
+
+    A mistake in `argv` ends it before a rank is started or torch imported. A rank that fails ends at once: to take its process
+    group down it would have to wait for the others. So do the ranks after the first, which have nothing left to do.
+    """
+    die_with_parent()
+    if not COMMANDS[name].starts_ranks:
+        ignore_place(name)
+    # Of torch's own log, which would come before our one line, only errors.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    signals = StopSignals()
+    signals.install()
+    try:
+        rank_env = RankEnv.of_environment()
+    except RankEnvError as error:
+        show(f"error: {error}")
+        return 2
+    words = sys.argv[1:] if argv is None else list(argv)
+    with contextlib.ExitStack() as stack:
+        out = stack.enter_context(unfailing_streams())
+        stack.enter_context(prefixed_stderr(words, rank_env))
+        if rank_env is not None and rank_env.rank > 0:  # rank 0 alone prints
+            nowhere = stack.enter_context(Path(os.devnull).open("w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        stack.enter_context(contextlib.redirect_stdout(PrintableStream(sys.stdout)))
+        stack.callback(sys.stdout.flush)
+        code = run_command(lambda given: _run(name, given, signals), words, signals=signals)
+        out.flush()
+        code = code or tell_lost_output(name, out.error)
+    if rank_env is not None and (code or rank_env.rank > 0):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def ignore_place(name: str) -> None:
+    """Forget which rank another launcher made of this process, and say so: the command starts its own ranks, or has none.
+
+    As that rank it would print nothing, not even its errors.
+    """
+    rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    kept = without_place(os.environ)
+    for variable in os.environ.keys() - kept.keys():
+        del os.environ[variable]
+    if rank is not None and world not in (None, "1"):
+        own = "starts its own ranks (--nproc, --replicas)" if name == "batch" else "is one process"
+        show(f"RANK {rank} and WORLD_SIZE {world} of the environment are ignored: {name} {own}")
+
+
+def tell_lost_output(name: str, error: OSError | None) -> int:
+    """Say that stdout did not take what was printed, unless its reader has left; returns the exit code.
+
+    Files that were made are whole all the same: that is an error only of a command that makes none.
+    """
+    if error is None or isinstance(error, BrokenPipeError):
+        return 0
+    fails = COMMANDS[name].only_prints
+    show(f"{'error' if fails else 'warning'}: cannot write to stdout: {error.strerror}")
+    return 2 if fails else 0
+
+
+def prefixed_stderr(argv: Sequence[str], rank_env: RankEnv | None) -> contextlib.AbstractContextManager[object]:
+    """With `--verbose`, a rank's number before each of its lines; our launcher does that itself for its ranks."""
+    verbose = asked_value(argv, "--verbose") not in (None, "false")
+    if not verbose or rank_env is None or rank_env.world == 1 or LAUNCHER in os.environ:
+        return contextlib.nullcontext()
+    return contextlib.redirect_stderr(RankLines(sys.stderr, rank_env.rank))
+
+
+def _run(name: str, argv: list[str], signals: StopSignals) -> int | None:
+    given = _import(f"launch.arguments.{name}").read(argv)
+    kind = COMMANDS[name]
+    command = [*sys.argv[: len(sys.argv) - len(argv)], *argv]
+    num_ranks = asked_ranks(argv) if kind.starts_ranks else None
+    cluster = asked_ray(argv) if kind.on_ray else None
+    if cluster is not None:
+        device = given.config.model.device
+        return start_on_ray(cluster, command, num_ranks=num_ranks or 1, device=device, signals=signals)
+    if num_ranks is not None:
+        return start_ranks(num_ranks, command, signals=signals)
+    return _import(f"launch.commands.{getattr(given, 'command', name)}").run(given)
+
+
+def _import(module: str) -> ModuleType:
+    """Import one of our modules; UserError if this Python lacks a package that it needs."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        raise UserError(f"{sys.executable} has no package {missing!r}; {right_python(Path(sys.argv[0]))}") from error
+
+
+def right_python(script: Path) -> str:
+    """Which Python has the packages: that of the checkout's own environment, if there is one."""
+    checkout = REPOSITORY
+    if not (checkout / "Makefile").exists():
+        return "install it with: pip install freespec-engine"
+    python = checkout / ".venv" / "bin" / "python"
+    shown = os.path.relpath(python) if Path.cwd().is_relative_to(checkout) else str(python)
+    setup = "" if python.exists() else f"run `make setup` in {checkout}, then "
+    return f"{setup}use {shown} {script} ..., or activate {checkout / '.venv'}"

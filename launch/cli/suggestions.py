@@ -1,0 +1,107 @@
+"""What an unknown option is answered with: the setting that it is called here, that it is not supported, or nothing."""
+
+import difflib
+import importlib
+import shlex
+from collections.abc import Collection
+
+from engine.config import describe_old_setting
+from launch.cli.foreign import ANSWERS, FLAGS, MEANS_OTHERWISE, RENAMED, as_video, converted
+
+# How alike two names must be for one to be offered for the other.
+_ALIKE = 0.8
+
+
+def describe_unknown(key: str, keys: Collection[str], *, value: str | None = None, where: str = "") -> str:
+    """One line for a name that is not among `keys`; with `value`, how another program's option is written here."""
+    advice = _advice(key.replace("-", "_").lower(), keys, value)
+    return f"unknown setting {key}{where}; {advice}"
+
+
+def _advice(key: str, keys: Collection[str], value: str | None) -> str:
+    if key in keys:
+        return f"did you mean {key}?"
+    old = describe_old_setting(key, value)
+    if old is not None:
+        return old
+    other = foreign(key, keys, value)
+    if other is not None:
+        return other
+    likely = _same_last_part(key, keys)
+    owners = [] if likely else commands_with(key)
+    if owners:
+        whose = f"it is an option of {' and '.join(owners)}; " if len(owners) < 3 else ""
+        return f"{whose}this command has no use for it, leave it out"
+    likely = likely or [near for near in [nearest_key(key, keys)] if near]
+    return f"did you mean {' or '.join(likely)}?" if likely else "see --help"
+
+
+def _same_last_part(key: str, keys: Collection[str]) -> list[str]:
+    """The names that end in `key`, which has no group of its own; none where they are too many to choose from."""
+    found = [each for each in sorted(keys) if each.rpartition(".")[2] == key]
+    return found if len(found) < 4 else []
+
+
+def foreign(key: str, keys: Collection[str], value: str | None) -> str | None:
+    """The answer to an option of another program; None if no known program has it."""
+    words = _written_here(key, keys, value)
+    if words is None:
+        return ANSWERS.get(key)
+    return f"did you mean {words}?" if words else "this command has no use for it, leave it out"
+
+
+def _written_here(name: str, keys: Collection[str], value: str | None) -> str | None:
+    """The options that say the same here, with the value where it is known; "" if this command has none of them."""
+    told = converted(name, value)
+    if told is None and name in FLAGS:
+        told = {} if value is not None and value.lower() in ("false", "0", "no") else FLAGS[name]
+    if told is not None:
+        known = {target: text for target, text in told.items() if target in keys}
+        if "" in known.values() or (value is None and name not in FLAGS):
+            return " and ".join(known)
+        return " ".join(f"--{target} {shlex.quote(text)}" for target, text in known.items())
+    if name not in RENAMED:
+        return None
+    target = next((each for each in RENAMED[name] if each in keys and MEANS_OTHERWISE.get(each) not in keys), None)
+    if target is None:
+        return ""
+    if value is None or "." in name:  # one of ours of old, whose values were others
+        return target
+    return f"--{target} {shlex.quote(as_video(name, value) if target in ('output.path', 'output') else value)}"
+
+
+def nearest_key(key: str, keys: Collection[str]) -> str | None:
+    """The name that looks most like `key`, as a whole or in its last part; None if none looks enough like it."""
+    group, _, last = key.rpartition(".")
+
+    def likeness(other: str) -> tuple[float, float]:
+        other_group, _, other_last = other.rpartition(".")
+        whole = _ratio(key, other)
+        scores = [whole, _ratio(last, other_last) if not group or _ratio(group, other_group) >= _ALIKE else 0.0]
+        if group and group == other_group:  # `method.windw`: a word of the name is enough where the group is right
+            scores += [_ratio(last, word) for word in other_last.split("_")]
+        return max(scores), whole
+
+    best = max(sorted(keys), key=likeness, default=None)
+    return best if best is not None and likeness(best)[0] >= _ALIKE else None
+
+
+def _ratio(one: str, other: str) -> float:
+    # Of two letters or three, one in common would do.
+    if min(len(one), len(other)) < 3:
+        return float(one == other)
+    return difflib.SequenceMatcher(None, one, other).ratio()
+
+
+def commands_with(key: str) -> list[str]:
+    """The commands that have an option of this name of their own."""
+    from launch.cli.parser import Keys, make_parser  # noqa: PLC0415
+    from launch.cli.start import COMMANDS  # noqa: PLC0415
+
+    found = []
+    for name in COMMANDS:
+        parser = make_parser(name, "", "")
+        importlib.import_module(f"launch.arguments.{name}").add_arguments(parser)
+        if key in Keys.of(parser).leaves:
+            found.append(name)
+    return found

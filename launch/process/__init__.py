@@ -1,0 +1,1 @@
+"""One process of a command: its signals, its streams and its exit code."""

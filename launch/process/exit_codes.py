@@ -1,0 +1,49 @@
+"""What all commands share: how they stop. One line for a mistake, one for an interruption, and the exit code."""
+
+import signal
+import sys
+from collections.abc import Callable
+
+from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
+from launch.process.stopping import Stopped, StopSignals, say
+
+
+class LostRankError(RuntimeError):
+    """Another rank of the run has died, hangs or has left; how that was noticed, and what was kept."""
+
+
+def run_command(
+    main: Callable[[list[str]], int | None], argv: list[str] | None = None, *, signals: StopSignals | None = None
+) -> int:
+    """Run `main(argv)` (of the process by default) and return the exit code, which is what `main` returned if it did.
+
+    0: done. 1: another rank was lost, as one line on stderr. 2: something that the user can mend, likewise. 130: Ctrl-C,
+    143: SIGTERM, 129: SIGHUP, each with one line that says what was kept. Any other exception is a fault of the program and passes
+    with its traceback. `signals` are those that are heard already; else they are heard here, until the end.
+    """
+    heard = signals or StopSignals()
+    before = heard.install() if signals is None else {}
+    try:
+        return main(sys.argv[1:] if argv is None else argv) or 0
+    except UserError as error:
+        heard.leave()
+        say(f"error: {error}")
+        return 2
+    except LostRankError as error:
+        heard.leave()
+        say(f"error: {error}")
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        heard.leave()
+        say(f"error: {describe_out_of_memory(error, when='loading or working')}")
+        return 2
+    except KeyboardInterrupt as error:
+        heard.leave()
+        say(f"stopped: {error}" if isinstance(error, Stopped) else "stopped")
+        return heard.code
+    finally:
+        heard.leave()
+        for number, handler in before.items():
+            signal.signal(number, handler)

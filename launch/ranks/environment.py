@@ -1,0 +1,139 @@
+"""Which rank of a replica a process is, and what it finds of that in its environment. Standard library only."""
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+# How Ray spreads the bundles of a placement group over nodes.
+PlacementStrategy = Literal["PACK", "STRICT_PACK", "SPREAD", "STRICT_SPREAD"]
+STRATEGIES: tuple[str, ...] = get_args(PlacementStrategy)
+
+# In the environment of a rank: the process id of the launcher that started it, and the pipe for its last line.
+LAUNCHER = "FREESPEC_LAUNCHER"
+LAST_LINE = "FREESPEC_LAST_LINE"
+
+# In the environment of a rank: the pipe for what it tells.
+EVENTS = "FREESPEC_EVENTS"
+
+# In the environment of rank 0: the listening socket of the store where the ranks meet, whose port the others know.
+STORE = "FREESPEC_STORE"
+
+# In the environment of a rank that Ray has placed: the name of its node.
+NODE = "FREESPEC_NODE"
+
+
+# Of a driver's environment, what decides how its ranks talk, compute and find models: variables that begin like this, or have
+# one of these names. Devices (CUDA_VISIBLE_DEVICES) and paths of a machine (PATH, LD_LIBRARY_PATH) are each node's own.
+CARRIED = (
+    *("NCCL_", "GLOO_", "UCX_", "FI_"),
+    *("TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32_"),
+    *("OMP_", "MKL_", "KMP_", "ATEN_", "ONEDNN_", "DNNL_"),
+    *("HF_", "HUGGINGFACE_", "TRANSFORMERS_", "DIFFUSERS_", "SAFETENSORS_", "XFUSER_"),
+)
+CARRIED_NAMES = (
+    *("CUDA_LAUNCH_BLOCKING", "CUDA_MODULE_LOADING", "CUDA_DEVICE_MAX_CONNECTIONS"),
+    *("TOKENIZERS_PARALLELISM", "HF_HUB_DISABLE_IMPLICIT_TOKEN"),
+)
+_SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIALS")
+
+
+class RankEnvError(ValueError):
+    """An environment that says of no rank which one it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankEnv:
+    """Which rank this process is, from the environment that torchrun and our launcher set."""
+
+    rank: int
+    world: int
+    local_rank: int
+
+    @classmethod
+    def of_environment(cls) -> "RankEnv | None":
+        """None for a process that nobody started as a rank; RankEnvError for values that are no numbers, or not of one world."""
+        if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+            return None
+        rank, world = _whole_number("RANK"), _whole_number("WORLD_SIZE")
+        if rank >= world:
+            raise RankEnvError(f"RANK {rank} is none of the ranks of WORLD_SIZE {world}, which count from 0; {_REMEDY}")
+        return cls(
+            rank=rank, world=world, local_rank=_whole_number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else rank
+        )
+
+
+_REMEDY = "unset RANK, LOCAL_RANK and WORLD_SIZE, or start with --nproc or torchrun"
+
+
+def _whole_number(name: str) -> int:
+    text = os.environ[name]
+    if not (text.isascii() and text.isdecimal()) or len(text) > 9:  # no machine has a billion ranks
+        raise RankEnvError(f"{name} must be a whole number, 0 or more, got {text!r}; {_REMEDY}")
+    return int(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """What a rank runs on.
+
+    Attributes:
+        bundle: index of its bundle in the placement group.
+        node: its node.
+        local_rank: its number among the ranks of that node.
+        local_size: ranks on that node.
+    """
+
+    bundle: int
+    node: str
+    local_rank: int
+    local_size: int
+
+
+def number_ranks(nodes: Sequence[str]) -> list[Slot]:
+    """Slots in rank order for bundles that were placed on `nodes`: by node, then by bundle.
+
+    A mesh takes neighbouring ranks for neighbours on a node, and Ray places the bundles of a group in no such order. Nodes
+    with most ranks come first, so that whole nodes are not offset by a part of one; of equal nodes the one of the
+    earliest bundle.
+    """
+    sizes = Counter(nodes)
+    order = sorted(sizes, key=lambda node: -sizes[node])
+    bundles = [[bundle for bundle, other in enumerate(nodes) if other == node] for node in order]
+    return [
+        Slot(bundle=bundle, node=node, local_rank=local_rank, local_size=len(mine))
+        for node, mine in zip(order, bundles, strict=True)
+        for local_rank, bundle in enumerate(mine)
+    ]
+
+
+def rank_environment(
+    rank: int, num_ranks: int, *, local_rank: int, local_size: int, address: str, port: int
+) -> dict[str, str]:
+    """Where the ranks of a replica meet, and which of them this is; a rank that is alone needs none of it."""
+    if num_ranks == 1:
+        return {}
+    found = {"RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
+    found |= {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(local_size)}
+    found |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    return found
+
+
+def carried(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a driver that its ranks on a cluster get, in place of what their nodes have: see CARRIED.
+
+    Secrets stay behind: they would cross the network as they are. What a node needs of them is set where Ray is started.
+    """
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in CARRIED_NAMES or (name.startswith(CARRIED) and not name.endswith(_SECRETS))
+    }
+
+
+def without_place(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what another launcher set for this process, or the ranks would join its rendezvous."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", NODE)
+    prefixes = ("TORCHELASTIC_", "GROUP_", "ROLE_")
+    return {name: value for name, value in environment.items() if name not in names and not name.startswith(prefixes)}

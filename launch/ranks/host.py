@@ -1,0 +1,210 @@
+"""One rank as a process of this machine, spoken with in JSON lines, and never outliving who started it. Standard library only."""
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from engine.paths import REPOSITORY
+from launch.process.stopping import SIGNALS
+from launch.ranks.environment import EVENTS, LAST_LINE, LAUNCHER, STORE, without_place
+
+TAIL_LINES = 60
+TAIL_BYTES = 20_000
+
+Event = dict[str, Any]
+
+
+class RankHost:
+    """Starts a rank, hands it lines, and collects what it tells, up to `exit`, which is always the last event.
+
+    A rank that is a process of its own can be killed whatever it does, dies with its host (the kernel sees to it), and is
+    the same on this machine as in a Ray actor.
+    """
+
+    def __init__(self, wake: Callable[[], None] | None = None) -> None:
+        """`wake` is called, from another thread, whenever there is a new event."""
+        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._wake = wake or (lambda: None)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._started = threading.Event()
+        self._listening: socket.socket | None = None
+        self._seen = time.monotonic()
+
+    def listen(self, address: str) -> int:
+        """Open the port at which the ranks will meet; the process that is started next takes it over."""
+        self._listening = socket.create_server((address, 0))
+        return self._listening.getsockname()[1]
+
+    def start(
+        self, command: Sequence[str], environment: Mapping[str, str], *, log: str | None = None, cwd: str | None = None
+    ) -> None:
+        """Start `python COMMAND` in the folder `cwd`.
+
+        What it prints goes to the end of the file `log`, whose folder exists, or comes as events `stdout` and `stderr` if that
+        is None.
+        """
+        # The kernel ends a rank when the thread that started it ends: so that thread stays until the rank has ended.
+        thread = threading.Thread(target=self._keep, args=(list(command), dict(environment), log, cwd), daemon=True)
+        thread.start()
+        self._started.wait()
+
+    def send(self, line: str) -> None:
+        """Hand the rank one line; one that has ended gets none, which its `exit` tells."""
+        if self._process is not None and self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError, ValueError):
+                self._process.stdin.write(f"{line}\n".encode())
+                self._process.stdin.flush()
+
+    def drain(self) -> list[Event]:
+        """The events since the last call."""
+        found = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                found.append(self._events.get_nowait())
+        return found
+
+    def poll(self, seconds: float) -> list[Event]:
+        """Likewise, waiting for the first."""
+        self._seen = time.monotonic()
+        try:
+            first = self._events.get(timeout=seconds)
+        except queue.Empty:
+            return []
+        finally:
+            self._seen = time.monotonic()
+        return [first, *self.drain()]
+
+    def die_unless_polled(self, seconds: float) -> None:
+        """Kill the rank if nobody polls for so long: the driver is gone, and another one may be making the same item."""
+
+        def watch() -> None:
+            while time.monotonic() - self._seen < seconds:
+                time.sleep(1.0)
+            self.kill()
+
+        threading.Thread(target=watch, daemon=True).start()
+
+    def interrupt(self) -> None:
+        """Ask the rank to keep what it has and to end."""
+        self._signal(signal.SIGINT)
+
+    def kill(self) -> None:
+        """End the rank at once."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def _tell(self, event: Event) -> None:
+        self._events.put(event)
+        self._wake()
+
+    def _keep(self, command: list[str], environment: dict[str, str], log: str | None, cwd: str | None) -> None:
+        """Start the process, pass its events on until it has closed the pipe, and tell how it ended."""
+        reading, writing = os.pipe()
+        last_reading, last_writing = os.pipe()
+        try:
+            output, start = self._open_log(log)
+            self._process = self._popen(command, environment, output, (writing, last_writing), cwd)
+        except OSError as error:
+            self._tell(
+                {"event": "exit", "code": 1, "pid": 0, "said": f"error: cannot start a rank: {error}", "tail": []}
+            )
+            for descriptor in (reading, last_reading):
+                os.close(descriptor)
+            return
+        finally:
+            for descriptor in (writing, last_writing):
+                os.close(descriptor)
+            self._started.set()
+        readers = [threading.Thread(target=self._relay, args=(kind,), daemon=True) for kind in ("stdout", "stderr")]
+        for reader in readers if log is None else []:
+            reader.start()
+        with os.fdopen(reading, encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if line.endswith("\n"):  # a killed rank may leave half a line
+                    self._tell(json.loads(line))
+        code = self._process.wait()
+        for reader in readers if log is None else []:
+            reader.join(timeout=5)
+        for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+        with os.fdopen(last_reading, encoding="utf-8", errors="replace") as pipe:
+            said = pipe.read()
+        tail = _tail(Path(log), start) if log is not None else []
+        self._tell({"event": "exit", "code": code, "pid": self._process.pid, "said": said, "tail": tail})
+
+    def _open_log(self, log: str | None) -> tuple[Any, int]:
+        """Where the process prints to, and how much is there already. A log that cannot be opened costs what it would hold."""
+        if log is None:
+            return subprocess.PIPE, 0
+        try:
+            output = Path(log).open("ab")
+        except OSError as error:
+            why = error.strerror or str(error)
+            self._tell({"event": "note", "text": f"cannot write {log}: {why}; what this rank prints is lost"})
+            return Path(os.devnull).open("wb"), 0
+        return output, output.tell()
+
+    def _popen(
+        self, command: list[str], environment: dict[str, str], output: Any, pipes: tuple[int, int], cwd: str | None
+    ) -> subprocess.Popen[bytes]:
+        variables = {
+            **without_place(os.environ),
+            **environment,
+            EVENTS: str(pipes[0]),
+            LAST_LINE: str(pipes[1]),
+            LAUNCHER: str(os.getpid()),
+        }
+        variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+        passed = list(pipes)
+        if self._listening is not None:
+            passed.append(self._listening.fileno())
+            variables[STORE] = str(self._listening.fileno())
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited, until the rank can handle them
+        try:
+            return subprocess.Popen(
+                [sys.executable, *command],
+                env=variables,
+                cwd=cwd,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                pass_fds=passed,
+                start_new_session=True,  # a terminal's Ctrl-C reaches the driver alone
+            )
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if self._listening is not None:
+                self._listening.close()
+                self._listening = None
+            if output is not subprocess.PIPE:
+                output.close()
+
+    def _relay(self, kind: str) -> None:
+        stream = getattr(self._process, kind)
+        while data := os.read(stream.fileno(), 1 << 16):
+            self._tell({"event": kind, "text": data.decode(errors="replace")})
+
+
+def _tail(path: Path, start: int) -> list[str]:
+    """The last lines that were added to a file since it had `start` bytes."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(start, path.stat().st_size - TAIL_BYTES))
+            return file.read().decode(errors="replace").splitlines()[-TAIL_LINES:]
+    except OSError:
+        return []

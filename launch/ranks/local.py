@@ -1,0 +1,62 @@
+"""Ranks of a replica on this machine."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.batching.group import RankEvent
+from launch.ranks.environment import rank_environment
+from launch.ranks.host import RankHost
+
+WORKER = ("-m", "launch.batching.worker")
+
+
+class LocalRanks:
+    """`count` processes that meet on the loopback device; see `launch.batching.group.RankProcesses`."""
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        log: Callable[[int], Path],
+        environment: Mapping[str, str],
+        wake: Callable[[], None],
+        command: Sequence[str] = WORKER,
+    ) -> None:
+        """`log(rank)` is the file of a rank's stderr, `environment` what all ranks get beside their places."""
+        self.count = count
+        self._log = log
+        self._environment = dict(environment)
+        self._wake = wake
+        self._command = command
+        self._hosts: list[RankHost] = []
+
+    def start(self, setup: Mapping[str, Any]) -> None:
+        """See `Ranks`."""
+        self._hosts = [RankHost(self._wake) for _ in range(self.count)]
+        port = self._hosts[0].listen("127.0.0.1") if self.count > 1 else 0
+        for rank, host in enumerate(self._hosts):
+            place = rank_environment(
+                rank, self.count, local_rank=rank, local_size=self.count, address="127.0.0.1", port=port
+            )
+            host.start(self._command, self._environment | place, log=str(self._log(rank)))
+        self.send(json.dumps(setup))
+
+    def send(self, line: str) -> None:
+        """See `Ranks`."""
+        for host in self._hosts:
+            host.send(line)
+
+    def drain(self) -> list[RankEvent]:
+        """See `Ranks`."""
+        return [(rank, event) for rank, host in enumerate(self._hosts) for event in host.drain()]
+
+    def interrupt(self) -> None:
+        """See `Ranks`."""
+        self._hosts[0].interrupt()
+
+    def kill(self) -> None:
+        """See `Ranks`."""
+        for host in self._hosts:
+            host.kill()

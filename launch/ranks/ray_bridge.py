@@ -1,0 +1,287 @@
+"""A process of its own that holds the connection to Ray for a driver: orders on stdin, events on a pipe, JSON lines both.
+
+Ray writes on its driver's terminal when anything of it dies, and may end the driver with it. Here it has a process of its
+own to write and to die in: the driver notices, puts the items in flight back, and starts another bridge.
+
+Orders: `start` (replica, generation, count, strategy, gpus, command, environment, logs, cwd, lines), `send` (replica, line),
+`interrupt` and `kill` (replica). Events: `open` (address, the GPUs of the cluster, and the most that its autoscaler may bring
+it to), `refused` (message), and `rank` (replica, generation, rank, of: the event).
+"""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from launch.process.stopping import die_with_parent
+from launch.ranks.environment import EVENTS, NODE, number_ranks, rank_environment
+
+# These decide how Ray starts, so they stand before its import. A Ray of our own is for this machine alone: it listens on
+# loopback, which Ray calls by the name of the systems where that is its default, and reports to nobody.
+ADDRESS = sys.argv[1]
+if ADDRESS == "local":
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.pop("RAY_ADDRESS", None)
+
+import ray  # noqa: E402
+from ray.exceptions import GetTimeoutError, RayError  # noqa: E402
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group  # noqa: E402
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # noqa: E402
+
+from launch.ranks.actor import RankActor  # noqa: E402
+
+POLL_SECONDS = 5.0
+NOTE_SECONDS = 5.0
+# Nothing of ours goes through Ray's object store.
+STORE_BYTES = 100 * 2**20
+# A driver's calls beside a poll that waits.
+CONCURRENCY = 4
+# To connect to a cluster's port, before Ray is asked.
+REACHED_S = 10.0
+STOPPED = "stopped while it waited for its place on the cluster"
+
+Tell = Callable[..., None]
+
+
+def main() -> None:
+    """Connect, then follow orders until stdin ends or Ray does."""
+    _, address, cpus, patience = sys.argv
+    lock = threading.Lock()
+    pipe = os.fdopen(int(os.environ[EVENTS]), "w", buffering=1, encoding="utf-8")
+
+    def tell(event: str, **fields: Any) -> None:
+        with lock:
+            pipe.write(json.dumps({"event": event, **fields}) + "\n")
+
+    try:
+        info = connect(address, int(cpus), float(patience))
+    except (ConnectionError, RayError, RuntimeError, ValueError) as error:
+        tell("refused", message=next(iter(str(error).strip().splitlines()), type(error).__name__))
+        return
+    gpus = ray.cluster_resources().get("GPU", 0)
+    tell("open", address=info["gcs_address"], gpus=gpus, most_gpus=max(gpus, gpus_to_come()))
+    threading.Thread(target=watch_node, args=(info["raylet_socket_name"],), daemon=True).start()
+    replicas: dict[str, RayReplica] = {}
+    for line in sys.stdin:
+        order = json.loads(line)
+        name = order["replica"]
+        if order["do"] == "start":
+            replicas[name] = RayReplica(order=order, tell=tell)
+            threading.Thread(target=replicas[name].run, daemon=True).start()
+        elif order["do"] == "send":
+            replicas[name].send(order["line"])
+        elif order["do"] == "interrupt":
+            replicas[name].interrupt()
+        else:
+            replicas[name].kill()
+    for replica in replicas.values():
+        replica.kill()
+    ray.shutdown()
+
+
+def connect(address: str, cpus: int, patience: float) -> Mapping[str, Any]:
+    """Connect to the cluster, trying for `patience` seconds, or start a Ray with so many CPU slots."""
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
+    if address == "local":
+        return ray.init(
+            "local", num_cpus=cpus, include_dashboard=False, object_store_memory=STORE_BYTES, **quiet
+        ).address_info
+    until = time.monotonic() + patience
+    while True:
+        try:
+            refuse_silent(address)
+            return ray.init(address, **quiet).address_info
+        except ConnectionError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(2.0)
+
+
+def refuse_silent(address: str) -> None:
+    """Raise ConnectionError if nothing listens at HOST:PORT, which Ray itself says after three minutes; others are Ray's to find."""
+    host, _, port = address.rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACHED_S).close()
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(str(error)) from error
+
+
+def watch_node(path: str) -> None:
+    """End this process when this machine's Ray node process has ended: nothing could be started through it any more."""
+    while True:
+        time.sleep(0.5)
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(path)
+            except OSError:
+                os._exit(3)
+
+
+@dataclass
+class RayReplica:
+    """One start of a replica: a placement group, an actor per rank, and a thread that passes on what they tell."""
+
+    order: Mapping[str, Any]
+    tell: Tell
+    _actors: list[Any] = field(default_factory=list)
+    _started: threading.Event = field(default_factory=threading.Event)
+    _killed: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> None:
+        """Place, start, and pass on events until every rank has ended. Whatever goes wrong is told as the ranks' end."""
+        group, open_ranks = None, set(range(self.order["count"]))
+        try:
+            group = self._place()
+            if group is not None:
+                self._start(group)
+                self._poll(open_ranks)
+            why = STOPPED
+        except RayError as error:  # which killing an actor that is being started is, too
+            early = self._killed.is_set() and not self._started.is_set()
+            why = STOPPED if early else f"Ray: {_first_line(error)}"
+        for rank in sorted(open_ranks):
+            self._tell_rank(rank, _gone(why))
+        with contextlib.suppress(RayError):
+            self._release(group)
+
+    def send(self, line: str) -> None:
+        """Hand every rank a line; an actor that has died has said so already."""
+        for actor in self._actors:
+            actor.send.remote(line)
+
+    def interrupt(self) -> None:
+        """Ask rank 0 to keep what it has; where no rank has been started yet, end all at once."""
+        if not self._started.is_set():
+            self.kill()
+        for actor in self._actors[:1]:
+            actor.interrupt.remote()
+
+    def kill(self) -> None:
+        """End all ranks: their hosts die, and they with them."""
+        self._killed.set()
+        for actor in self._actors:
+            with contextlib.suppress(RayError):
+                ray.kill(actor)
+
+    def _place(self) -> PlacementGroup | None:
+        """A bundle for each rank, on one node where it fits; None if the replica was killed while it waited."""
+        bundle = {"CPU": 1, "GPU": 1} if self.order["gpus"] else {"CPU": 1}
+        strategy = self.order["strategy"]
+        group = placement_group([bundle] * self.order["count"], strategy=strategy)
+        started, noted = time.monotonic(), False
+        while not group.wait(1):
+            if self._killed.is_set():
+                remove_placement_group(group)
+                return None
+            if not noted and time.monotonic() - started > NOTE_SECONDS:
+                noted = True
+                text = f"waits for {self.order['count']} x {bundle} ({strategy}); {describe_cluster(bundle)}"
+                self._tell_rank(0, {"event": "note", "text": text})
+        return group
+
+    def _start(self, group: PlacementGroup) -> None:
+        order = self.order
+        gpus = 1 if order["gpus"] else 0
+        kind = ray.remote(num_cpus=1, num_gpus=gpus, max_concurrency=CONCURRENCY, max_restarts=0)(RankActor)
+        self._actors = [
+            kind.options(scheduling_strategy=PlacementGroupSchedulingStrategy(group, index)).remote()
+            for index in range(order["count"])
+        ]
+        if self._killed.is_set():
+            self.kill()
+        found = ray.get([actor.describe.remote() for actor in self._actors])
+        self._tell_rank(
+            0, {"event": "placed"}
+        )  # not before every actor runs: a node may go, and its bundles wait again
+        slots = number_ranks([place["node"] for place in found])
+        self._actors = [self._actors[slot.bundle] for slot in slots]
+        places = [found[slot.bundle] for slot in slots]
+        address = "127.0.0.1" if slots[0].local_size == order["count"] else places[0]["address"]
+        port = ray.get(self._actors[0].listen.remote(address)) if order["count"] > 1 else 0
+        starts = []
+        for rank, (actor, slot) in enumerate(zip(self._actors, slots, strict=True)):
+            environment = {NODE: slot.node} | rank_environment(
+                rank,
+                order["count"],
+                local_rank=slot.local_rank,
+                local_size=slot.local_size,
+                address=address,
+                port=port,
+            )
+            # All GPUs of the replica on this node are visible to its ranks there, so that they can reach each other; in
+            # the order of the ranks, so that LOCAL_RANK is the number of a rank's own.
+            visible = [gpu for other in places if other["node"] == slot.node for gpu in other["gpus"]]
+            if visible:
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
+            log = order["logs"][rank] if order["logs"] else None
+            environment = {**order["environment"], **environment}
+            starts.append(actor.start.remote(order["command"], environment, log, order["cwd"], order["lines"]))
+        ray.get(starts)
+        self._started.set()
+
+    def _poll(self, open_ranks: set[int]) -> None:
+        polls = {actor.poll.remote(POLL_SECONDS): rank for rank, actor in enumerate(self._actors)}
+        while polls:
+            ready, _ = ray.wait(list(polls), num_returns=1, timeout=1.0)
+            for ref in ready:
+                rank = polls.pop(ref)
+                try:
+                    events = ray.get(ref, timeout=0)
+                except GetTimeoutError:  # it was ready, and its node has just died
+                    events = [_gone(f"the Ray actor of rank {rank} of {self.order['count']} is lost")]
+                except RayError as error:
+                    events = [_gone(f"the Ray actor of rank {rank} of {self.order['count']}: {_first_line(error)}")]
+                for event in events:
+                    self._tell_rank(rank, event)
+                if any(event["event"] == "exit" for event in events):
+                    open_ranks.discard(rank)
+                else:
+                    polls[self._actors[rank].poll.remote(POLL_SECONDS)] = rank
+
+    def _release(self, group: PlacementGroup | None) -> None:
+        for actor in self._actors:
+            ray.kill(actor)
+        if group is not None:
+            remove_placement_group(group)
+
+    def _tell_rank(self, rank: int, event: Mapping[str, Any]) -> None:
+        fields = {"replica": self.order["replica"], "generation": self.order["generation"]}
+        self.tell("rank", rank=rank, of=event, **fields)
+
+
+def gpus_to_come() -> float:
+    """The most GPUs that the cluster's autoscaler may bring it to; 0 without one."""
+    # Ray has no public name for it; its own libraries (Train, Data) ask the same way.
+    config = ray._private.state.state.get_max_resources_from_cluster_config()
+    return (config or {}).get("GPU", 0)
+
+
+def describe_cluster(bundle: Mapping[str, int]) -> str:
+    """What the cluster has of a bundle's resources, in all and at most on one node."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    have = {name: ray.cluster_resources().get(name, 0) for name in bundle}
+    most = {name: max((node.get(name, 0) for node in nodes), default=0) for name in bundle}
+    return f"the cluster has {have} in all and at most {most} on a node"
+
+
+def _gone(why: str) -> dict[str, Any]:
+    """The end of a rank whose host can tell no more."""
+    return {"event": "exit", "code": None, "pid": 0, "said": why, "tail": []}
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+if __name__ == "__main__":
+    die_with_parent()
+    main()

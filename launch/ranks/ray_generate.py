@@ -1,0 +1,123 @@
+"""The ranks of one command as Ray actors instead of local processes: same options, same output, same errors. Imports nothing slow."""
+
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+
+from launch.cli.argv import asked_value, without
+from launch.process.stopping import StopSignals, show
+from launch.ranks.environment import carried
+from launch.ranks.host import Event
+from launch.ranks.launcher import GRACE_SECONDS, KEPT_LINES, STOP_SECONDS, judge
+from launch.ranks.ray_pool import NoRayError, RayPool, RayRanks, Start, check_placement
+
+POLL_SECONDS = 0.05
+
+
+def start_on_ray(address: str, command: Sequence[str], *, num_ranks: int, device: str, signals: StopSignals) -> int:
+    """Run `python COMMAND` as so many ranks on a cluster, show what rank 0 prints, and return the exit code.
+
+    `device` is model.device: with `auto` ranks get GPUs if the cluster has some, or its autoscaler may bring some.
+
+    As with local ranks: if one fails, the others end within seconds and one line names the first failure; an interruption
+    goes to rank 0 alone, which keeps what was computed.
+    """
+    signals.leave()
+    verbose = asked_value(command, "--verbose") not in (None, "false")
+    strategy = asked_value(command, "--placement_strategy") or "PACK"
+    words = without(without(command, "--ray"), "--placement_strategy")
+    if sys.stderr.isatty() and asked_value(command, "--output.progress") is None:
+        words.append("--output.progress=on")  # an actor has no terminal, and this one is
+    try:
+        check_placement(strategy, address=address, num_ranks=num_ranks)
+        with RayPool(address, cpus=num_ranks, log=None) as pool:
+            if device == "cuda":
+                pool.refuse_never(num_ranks)
+            if (refused := too_few_gpus(pool.most_gpus, num_ranks, on_cpu=device == "cpu")) is not None:
+                show(f"error: {refused}")
+                return 2
+            start = Start(
+                gpus=device == "cuda" or (device == "auto" and pool.most_gpus > 0),
+                strategy=strategy,
+                command=words,
+                environment=carried(os.environ),
+                logs=None,
+                cwd=str(Path.cwd()),
+            )
+            ranks = pool.ranks("ranks", num_ranks, start)
+            children = [Child(rank) for rank in range(num_ranks)]
+            ranks.start(None)
+            watch(ranks, children, signals, verbose=verbose)
+    except NoRayError as error:
+        show(f"error: {error}")
+        return 2
+    return judge(children, signals, verbose=verbose)
+
+
+def too_few_gpus(gpus: float, num_ranks: int, *, on_cpu: bool) -> str | None:
+    """Why so many ranks cannot have a GPU each on a cluster that may have so many; None if they can, need none, or none come."""
+    if on_cpu or not 0 < gpus < num_ranks:
+        return None
+    return (
+        f"{num_ranks} ranks need {num_ranks} GPUs, and the cluster has {gpus:g}; give --nproc {max(int(gpus), 1)}, or "
+        "--model.device cpu to run on CPUs"
+    )
+
+
+@dataclass
+class Child:
+    """One rank: what `launch.ranks.launcher.judge` wants to know of it."""
+
+    rank: int
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
+    code: int | None = None
+    ended: float = 0.0
+    said: str = ""
+    process: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(pid=0))
+    _rest: str = ""
+
+    def hear(self, event: Event, *, verbose: bool) -> None:
+        """Show what rank 0 prints, keep the last lines of the others, and note the end."""
+        match event["event"]:
+            case "stdout" if self.rank == 0:
+                print(event["text"], end="", flush=True)
+            case "stderr" if self.rank == 0 and not verbose:
+                print(event["text"], end="", file=sys.stderr, flush=True)
+            case "stderr":
+                *whole, self._rest = (self._rest + event["text"]).split("\n")
+                self.lines.extend(whole)
+                for line in whole if verbose else ():
+                    print(f"[rank {self.rank}] {line}", file=sys.stderr, flush=True)
+            case "note":
+                show(event["text"])
+            case "exit":
+                self.ended, self.said = time.monotonic(), event["said"]
+                self.process = SimpleNamespace(pid=event["pid"])
+                self.code = event["code"]
+                if self.code is None:  # its actor is gone, and the host with it
+                    said = event["said"]
+                    self.code, self.said = 1, said if said.startswith("stopped") else f"error: {said}"
+
+
+def watch(ranks: RayRanks, children: Sequence[Child], signals: StopSignals, *, verbose: bool) -> None:
+    """Return once all ranks have ended, or have had their time after a failure or an interruption."""
+    deadline, forwarded = None, False
+    while any(child.code is None for child in children):
+        for rank, event in ranks.drain():
+            children[rank].hear(event, verbose=verbose)
+        now = time.monotonic()
+        if signals.received and not forwarded:
+            forwarded, deadline = True, now + STOP_SECONDS
+            ranks.interrupt()
+        elif any(child.code for child in children) and deadline is None:
+            deadline = now + GRACE_SECONDS
+        if forwarded and children[0].code is not None:
+            return
+        if deadline is not None and now > deadline:
+            return
+        time.sleep(POLL_SECONDS)

@@ -1,0 +1,251 @@
+"""Replicas on a Ray cluster, as a driver sees them: ranks whose orders and events go through a bridge. Imports nothing slow."""
+
+import importlib.util
+import json
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.ranks.environment import STRATEGIES, PlacementStrategy
+from launch.ranks.host import Event, RankHost
+
+BRIDGE = ("-m", "launch.ranks.ray_bridge")
+# How long a cluster that was lost may take to answer again, and how long the first answer may take.
+PATIENCE_SECONDS = 120.0
+OPEN_SECONDS = 180.0
+
+
+PLACEMENT_HELP = (
+    "how Ray spreads the ranks of a video over nodes: PACK (few nodes), STRICT_PACK (one node, waiting for it), SPREAD or "
+    "STRICT_SPREAD (a node for each)"
+)
+
+
+class NoRayError(ValueError):
+    """Ray is not installed, cannot do what is asked for, or no cluster answers; one line for the user."""
+
+
+def check_ray(address: str) -> None:
+    """Raise NoRayError if Ray is not installed, or the address is one that no driver can be started from."""
+    if importlib.util.find_spec("ray") is None:
+        raise NoRayError("--ray needs Ray, which is not installed; install it with: pip install '.[ray]'")
+    if address.startswith("ray://"):
+        raise NoRayError(
+            f"--ray {address} is a Ray client's address; run this on a machine of the cluster with --ray auto, or hand it in "
+            "with: ray job submit"
+        )
+
+
+def check_placement(strategy: str, *, address: str | None, num_ranks: int) -> None:
+    """Raise NoRayError for a strategy that Ray does not know, that has no Ray to follow it, or that one node cannot follow."""
+    if strategy not in STRATEGIES:
+        raise NoRayError(f"--placement_strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
+    if address is None and strategy != "PACK":
+        raise NoRayError(
+            f"--placement_strategy {strategy} is for ranks that --ray starts; give both on the command line"
+        )
+    if address == "local" and strategy == "STRICT_SPREAD" and num_ranks > 1:
+        raise NoRayError(
+            f"--placement_strategy STRICT_SPREAD wants {num_ranks} nodes for {num_ranks} ranks, and --ray local has one; "
+            "leave it out"
+        )
+
+
+class RayPool:
+    """The connection to a cluster: a bridge process, and another one when that has died. A context manager."""
+
+    def __init__(self, address: str, *, cpus: int, log: Path | None, wake: Callable[[], None] | None = None) -> None:
+        """`address` is auto, HOST:PORT, or local for a Ray of our own with `cpus` slots; `log` gets what Ray says.
+
+        Once it is open, `gpus` is the number of GPUs that the cluster has in all, and `most_gpus` what its autoscaler may make
+        of that.
+        """
+        self.gpus = self.most_gpus = 0.0
+        self._address = address
+        self._cpus = cpus
+        self._log = log
+        self._wake = wake
+        self._bridge: RankHost | None = None
+        self._ranks: dict[str, RayRanks] = {}
+        self._said: list[str] = []
+        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+
+    def __enter__(self) -> "RayPool":
+        """Connect; NoRayError if that cannot be."""
+        check_ray(self._address)
+        self._temporary = tempfile.TemporaryDirectory(prefix="freespec-ray-")
+        try:
+            self._log = self._log or Path(self._temporary.name) / "ray.log"
+            self._open(patience=0.0)
+            self._wait_until_open()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        """Let go of the cluster; whatever still runs there for this driver ends."""
+        self._close()
+
+    def refuse_never(self, gpus: int) -> None:
+        """Raise NoRayError for more GPUs than a Ray of this run's own has: no other machine joins it, and ranks would wait for ever."""
+        if self._address == "local" and gpus > self.gpus:
+            raise NoRayError(
+                f"{gpus} ranks need {gpus} GPUs, and --ray local is a Ray of this machine alone, which has {self.gpus:g}; ask for "
+                "fewer, give --model.device cpu, or the address of a cluster as --ray"
+            )
+
+    def ranks(self, name: str, count: int, start: "Start") -> "RayRanks":
+        """The ranks of a replica."""
+        self._ranks[name] = RayRanks(self, name, count, start)
+        return self._ranks[name]
+
+    def order(self, do: str, **fields: Any) -> None:
+        """Hand the bridge an order; the first after it has died starts another."""
+        if self._bridge is None:
+            self._open(patience=PATIENCE_SECONDS)
+        assert self._bridge is not None
+        self._bridge.send(json.dumps({"do": do, **fields}))
+
+    def pump(self) -> None:
+        """Pass on what has come; if the bridge has died, the ranks that it served have ended."""
+        if self._bridge is None:
+            return
+        for event in self._bridge.drain():
+            if event["event"] == "rank":
+                self._ranks[event["replica"]].hear(event)
+            elif event["event"] == "refused":
+                self._said.append(event["message"])
+            elif event["event"] == "exit":
+                why = (
+                    self._said[-1]
+                    if self._said
+                    else "the Ray node process of this machine, or the connection, has ended"
+                )
+                self._bridge, self._said = None, []
+                for ranks in self._ranks.values():
+                    ranks.lose(f"lost Ray: {why}")
+
+    def _wait_until_open(self) -> None:
+        until = time.monotonic() + OPEN_SECONDS
+        while self._bridge is not None and time.monotonic() < until:
+            for event in self._bridge.poll(0.5):
+                if event["event"] == "open":
+                    self.gpus, self.most_gpus = event["gpus"], event["most_gpus"]
+                    return
+                if event["event"] == "refused":
+                    self._said.append(event["message"])
+                if event["event"] == "exit":
+                    raise NoRayError(self._refusal(event))
+        if self._address == "local":
+            raise NoRayError(f"a Ray of this run's own did not start within {OPEN_SECONDS:.0f} s")
+        raise NoRayError(self._nobody_answers(f"nothing heard for {OPEN_SECONDS:.0f} s"))
+
+    def _open(self, *, patience: float) -> None:
+        self._bridge = RankHost(self._wake)
+        words = [*BRIDGE, self._address, str(self._cpus), str(patience)]
+        self._bridge.start(words, {}, log=str(self._log))
+
+    def _close(self) -> None:
+        if self._bridge is not None:
+            self._bridge.kill()
+            self._bridge = None
+        if self._temporary is not None:
+            self._temporary.cleanup()
+
+    def _refusal(self, event: Event) -> str:
+        # Ray says no more than that it cannot connect; why stands in its log.
+        if any("Unauthenticated" in line for line in event["tail"]):
+            return (
+                f"the Ray cluster at {self._address} wants its token, and with an address Ray sends none by itself; set "
+                "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH unless the token lies in ~/.ray/auth_token"
+            )
+        if self._said:
+            return self._nobody_answers(self._said[-1])
+        last = next((line.strip() for line in reversed(event["tail"]) if line.strip()), f"exit code {event['code']}")
+        return f"cannot use Ray: {last}"
+
+    def _nobody_answers(self, why: str) -> str:
+        hint = "start one with: ray start --head, or use --ray local for one of this run's own"
+        return f"no Ray cluster answers at {self._address} ({why}); {hint}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """How every rank of a replica is started.
+
+    Attributes:
+        gpus: whether each gets a GPU.
+        strategy: how Ray spreads them over nodes.
+        command: of Python.
+        environment: beside what the node has.
+        logs: a file for each rank; None sends what it prints as events.
+        cwd: folder.
+    """
+
+    gpus: bool
+    strategy: PlacementStrategy
+    command: Sequence[str]
+    environment: Mapping[str, str]
+    logs: Sequence[str] | None
+    cwd: str
+
+
+class RayRanks:
+    """The ranks of one replica; see `launch.batching.group.RankProcesses`."""
+
+    def __init__(self, pool: RayPool, name: str, count: int, start: Start) -> None:
+        self.count = count
+        self._pool = pool
+        self._name = name
+        self._start = start
+        self._generation = 0
+        self._events: list[tuple[int, Event]] = []
+        self._open: set[int] = set()
+        self._killed = False
+
+    def start(self, setup: Mapping[str, Any] | None) -> None:
+        """See `Ranks`; without a setup the ranks get no line."""
+        self._generation += 1
+        self._events, self._open, self._killed = [(0, {"event": "placing"})], set(range(self.count)), False
+        lines = [] if setup is None else [json.dumps(setup)]
+        fields = {"replica": self._name, "generation": self._generation, "count": self.count, "lines": lines}
+        self._pool.order("start", **fields, **asdict(self._start))
+
+    def send(self, line: str) -> None:
+        """See `Ranks`."""
+        if self._open:
+            self._pool.order("send", replica=self._name, line=line)
+
+    def drain(self) -> list[tuple[int, Event]]:
+        """See `Ranks`."""
+        self._pool.pump()
+        found, self._events = self._events, []
+        return found
+
+    def interrupt(self) -> None:
+        """See `Ranks`."""
+        if self._open:
+            self._pool.order("interrupt", replica=self._name)
+
+    def kill(self) -> None:
+        """See `Ranks`."""
+        if self._open and not self._killed:
+            self._killed = True
+            self._pool.order("kill", replica=self._name)
+
+    def hear(self, event: Mapping[str, Any]) -> None:
+        """Queue an event of a rank; events from an earlier start are dropped."""
+        if event["generation"] == self._generation and event["rank"] in self._open:
+            self._events.append((event["rank"], event["of"]))
+            if event["of"]["event"] == "exit":
+                self._open.discard(event["rank"])
+
+    def lose(self, why: str) -> None:
+        """The bridge is gone, and all ranks with it."""
+        for rank in sorted(self._open):
+            self._events.append((rank, {"event": "exit", "code": None, "pid": 0, "said": why, "tail": []}))
+        self._open = set()

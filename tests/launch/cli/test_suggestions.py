@@ -1,0 +1,130 @@
+"""Options of other programs, and slips: the setting's name, "not supported", or no suggestion at all."""
+
+from collections.abc import Callable
+
+import pytest
+
+from launch.cli.foreign import ANSWERS, FLAGS, RENAMED, converted
+from launch.commands import batch, calibrate, compare, decode, evaluate, generate, plan
+from tests.launch.conftest import Run
+
+GENERATE = {
+    # the table of Wan's generate.py
+    "--task t2v-1.3B": "did you mean --config wan2.1-t2v-1.3b?",
+    "--task i2v-14B": "not supported: of Wan's tasks text-to-video is",
+    "--size 832*480": "did you mean --video.width 832 --video.height 480?",
+    "--size huge": "did you mean video.width and video.height?",
+    "--frame_num 81": "did you mean --video.num_frames 81?",
+    "--ckpt_dir ./Wan2.1": "did you mean --model.path ./Wan2.1?",
+    "--offload_model True": "did you mean --model.weights cpu_offload?",
+    "--offload_model False": "leave it out",
+    "--ulysses_size 4": "did you mean --parallel.ulysses 4?",
+    "--ring_size 2": "did you mean --parallel.ring 2?",
+    "--t5_fsdp": "did you mean --model.weights zero3?",
+    "--t5_cpu": "did you mean --parallel.text_device cpu?",
+    "--dit_fsdp": "did you mean --model.weights zero3?",
+    "--save_file a b": "did you mean --output.path 'a b.mp4'?",
+    "--use_prompt_extend": "not supported: prompts are taken as they are",
+    "--base_seed 42": "did you mean --sampler.seed 42?",
+    "--image a.png": "not supported: videos are made from text alone here, not from images",
+    "--sample_solver unipc": "not supported: a video is sampled with the checkpoint's own scheduler",
+    "--sample_steps 50": "did you mean --sampler.num_steps 50?",
+    "--sample_shift 5": "did you mean --sampler.flow_shift 5?",
+    "--sample_guide_scale 6": "did you mean --sampler.guidance_scale 6?",
+    # LTX-Video's inference.py
+    "--output_path outputs": "did you mean --output.path outputs.mp4?",
+    "--ckpt_path a/ltxv.safetensors": "did you mean --model.single_file a/ltxv.safetensors?",
+    "--ckpt_path a/ltxv": "did you mean --model.path a/ltxv?",
+    "--num_inference_steps 40": "did you mean --sampler.num_steps 40?",
+    "--frame_rate 25": "did you mean --video.fps 25?",
+    "--bfloat16": "did you mean --model.dtype bfloat16?",
+    "--stg_scale 1": "not supported: guidance is classifier-free",
+    "--conditioning_media_paths a": "not supported: videos are made from text alone here",
+    "--pipeline_config x.yaml": "such as --config wan2.1-t2v-1.3b",
+    # diffusers, xDiT, FastVideo, SGLang
+    "--num-inference-steps 30": "did you mean --sampler.num_steps 30?",
+    "--model-path a/b": "did you mean --model.path a/b?",
+    "--torch_dtype torch.float16": "did you mean --model.dtype float16?",
+    "--enable-model-cpu-offload": "did you mean --model.weights cpu_offload?",
+    "--ulysses_degree 2": "did you mean --parallel.ulysses 2?",
+    "--use_cfg_parallel": "did you mean --parallel.cfg 2?",
+    "--pipefusion_parallel_degree 2": "not supported: ranks share a video by Ulysses and ring",
+    "--tp-size 2": "not supported: ranks share a video; model.weights zero3",
+    "--sp-size 4": "did you mean --parallel.ulysses 4?",
+    "--num-gpus 8": "did you mean --nproc 8?",
+    "--gpus 2": "did you mean --nproc 2?",
+    "--enable-torch-compile": "did you mean --model.compile true?",
+    "--attention-backend fa": "did you mean --attention.kernel fa?",
+    "--lora x": "not supported: no LoRA is loaded here",
+    "--output_dir out/": "did you mean --output.path out/video.mp4?",
+    "--out x.mp4": "did you mean --output.path x.mp4?",
+    "-o x.mp4": "unknown setting -o; did you mean --output.path x.mp4?",
+    "--cfg 7": "sampler.guidance_scale for classifier-free guidance, or parallel.cfg",
+    "--nnodes 2": "an option of torchrun",
+    # our own, in other words or of other commands
+    "--seed 3": "did you mean sampler.seed?",
+    "--negative-prompt x": "did you mean sampler.negative_prompt?",
+    "--video.num-frames 3": "did you mean video.num_frames?",
+    "--path x": "did you mean model.path or output.path?",
+    "--suite a.txt": "did you mean --prompt_file a.txt?",
+    "--num_seeds 2": "it is an option of compare and calibrate; this command has no use for it",
+    "--shard 1/2": "it is an option of batch and compare; this command has no use for it",
+    "--methods direct": "did you mean --method.name direct?",
+    "--guidance_scale_2 3": "not supported: checkpoints of two transformers",
+    "--convert_model_dtype": "did you mean --model.dtype bfloat16?",
+    "--gpu 0": "set CUDA_VISIBLE_DEVICES in the environment",
+    "--gpu_ids 0,1": "set CUDA_VISIBLE_DEVICES in the environment",
+    "--vae_path a": "all parts are read from the folder or hub name in model.path",
+    "--tile 256": "give decode.mode tiled and the settings decode.* of tiles",
+    "--aspect_ratio 16:9": "give video.height and video.width",
+    "--negative x": "did you mean --sampler.negative_prompt x?",
+    # nothing is better than a wrong one
+    "--nonsense 3": "unknown setting nonsense; see --help",
+    "--temperature 3": "unknown setting temperature; see --help",
+    "--top_k 3": "unknown setting top_k; see --help",
+    "-x 3": "unknown setting -x; see --help",
+}
+
+
+@pytest.mark.parametrize("words", GENERATE)
+def test_generate(run: Callable[..., Run], words: str) -> None:
+    assert GENERATE[words] in run(generate.main, "--prompt", "x", *words.split(" ", 1)).error
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "said"),
+    [
+        (plan, "--nproc 8", "did you mean --gpus 8?"),
+        (plan, "--num_gpus 8", "did you mean --gpus 8?"),
+        (plan, "--out a.mp4", "this command has no use for it, leave it out"),
+        (batch, "--prompt x", "did you mean suite?"),
+        (calibrate, "--prompt x", "did you mean prompt_file?"),
+        (evaluate, "--nproc 2", "this command has no use for it, leave it out"),
+        (plan, "--seeds 0,1", "it is an option of batch; this command has no use for it"),
+        (batch, "--gpus 8", "did you mean --gpus_per_replica 8?"),
+        (batch, "--prompt_file a.txt", "did you mean --suite a.txt?"),
+        (batch, "--output_dir a", "did you mean --out a?"),
+        (compare, "--output_dir a", "did you mean --out a?"),
+        (decode, "--out a.mp4", "did you mean --output a.mp4?"),
+        (decode, "--num_inference_steps 3", "this command has no use for it, leave it out"),
+    ],
+)
+def test_the_command_s_own_name_of_it(run: Callable[..., Run], command: object, words: str, said: str) -> None:
+    assert said in run(command.main, *words.split()).error
+
+
+def test_a_name_stands_in_one_table() -> None:
+    tables = (RENAMED, FLAGS, ANSWERS)
+    for index, table in enumerate(tables):
+        for other in tables[index + 1 :]:
+            assert not table.keys() & other.keys()
+    assert not [name for name in (*RENAMED, *FLAGS) if converted(name, "1") is not None]
+
+
+def test_every_answer_names_settings_that_there_are(run: Callable[..., Run]) -> None:
+    """`--help_all` of some command has every option that a table leads to."""
+    shown = "".join(run(command.main, "--help_all").out for command in (generate, plan, batch, decode, compare))
+    targets = {target for targets in RENAMED.values() for target in targets} | {
+        key for flag in FLAGS.values() for key in flag
+    }
+    assert [target for target in targets - {"folder", "page"} if f"--{target} " not in shown] == []

@@ -1,0 +1,103 @@
+"""A rank as a process: lines in, events out, its end told last, and gone when its host is."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from launch.ranks.environment import rank_environment, without_place
+from launch.ranks.host import Event, RankHost
+
+# A rank that imports nothing slow: says what it finds, echoes lines, and does as it is told.
+RANK = """
+import json, os, sys
+tell = os.fdopen(int(os.environ["FREESPEC_EVENTS"]), "w", buffering=1)
+tell.write(json.dumps({"event": "ready", "rank": os.environ.get("RANK"), "pid": os.getpid()}) + "\\n")
+print("to the log", file=sys.stderr, flush=True)
+for line in sys.stdin:
+    if line.strip() == "end":
+        os.write(int(os.environ["FREESPEC_LAST_LINE"]), b"error: a mistake")
+        sys.exit(2)
+    tell.write(json.dumps({"event": "echo", "line": line.strip()}) + "\\n")
+"""
+
+
+def until(host: RankHost, name: str) -> Event:
+    """The first event of that name; what the rank prints comes as events in between."""
+    seen: list[Event] = []
+    deadline = time.monotonic() + 200
+    while not (found := [event for event in seen if event["event"] == name]):
+        assert time.monotonic() < deadline, seen
+        seen += host.poll(1.0)
+    return found[0]
+
+
+def gone(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 200
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_lines_events_and_the_end(tmp_path: Path) -> None:
+    host = RankHost()
+    host.start(["-c", RANK], {"RANK": "1"}, log=str(tmp_path / "a.log"))
+    ready = until(host, "ready")
+    assert ready["rank"] == "1"
+    host.send("hello")
+    assert until(host, "echo")["line"] == "hello"
+    host.send("end")
+    end = until(host, "exit")
+    assert (end["code"], end["said"], end["tail"]) == (2, "error: a mistake", ["to the log"])
+    assert end["pid"] == ready["pid"]
+    host.send("nobody hears this")
+    assert host.drain() == []
+
+
+def test_a_kill_is_told_and_output_can_be_events() -> None:
+    host = RankHost()
+    host.start(["-c", RANK], {})
+    until(host, "stderr")
+    host.kill()
+    assert until(host, "exit")["code"] == -signal.SIGKILL
+
+
+def test_a_rank_that_nobody_polls_is_killed() -> None:
+    host = RankHost()
+    host.start(["-c", RANK], {})
+    pid = until(host, "ready")["pid"]
+    host.die_unless_polled(0.2)
+    wait_for(lambda: gone(pid))
+
+
+def test_a_rank_does_not_outlive_its_host() -> None:
+    """The host's process is killed; the kernel ends the rank, as it asked for when it started."""
+    code = (
+        "import sys, time; from launch.ranks.host import RankHost\n"
+        "host = RankHost(); host.start(['-c', sys.argv[1]], {}, log='/dev/null'); print(host.poll(60)[0]['pid'], flush=True)\n"
+        "time.sleep(600)"
+    )
+    rank = "from launch.process.stopping import die_with_parent; die_with_parent()\n" + RANK
+    process = subprocess.Popen([sys.executable, "-c", code, rank], stdout=subprocess.PIPE, text=True)
+    pid = int(process.stdout.readline())
+    assert not gone(pid)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: gone(pid))
+
+
+def test_a_rank_meets_the_others_of_its_replica_and_nobody_else() -> None:
+    found = rank_environment(1, 2, local_rank=0, local_size=2, address="127.0.0.1", port=5)
+    numbers = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    assert found.items() >= (numbers | {"MASTER_PORT": "5"}).items()
+    assert rank_environment(0, 1, local_rank=0, local_size=2, address="127.0.0.1", port=0) == {}
+    assert without_place({"RANK": "0", "TORCHELASTIC_RUN_ID": "x", "HOME": "/"}) == {"HOME": "/"}
