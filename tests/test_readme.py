@@ -54,6 +54,8 @@ def commands() -> list[tuple[str, list[str]]]:
         words = shlex.split(line, comments=True)
         while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
             words.pop(0)
+        if words[:1] == ["ray"] and "--" in words:
+            words = words[words.index("--") + 1 :]
         if words and Path(words[0]).name in OURS:
             end = next(
                 (i for i, word in enumerate(words) if word in ("&&", "&", ";") or word.endswith(";")), len(words)
