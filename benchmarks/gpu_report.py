@@ -74,10 +74,7 @@ def predicted_fusion() -> dict[str, str]:
             f"{fusion * rate / dual:.3f} with {kernel} at {rate:g} of the peak"
             for kernel, rate in gpu.attention_fraction.items()
         )
-        rows[what] = (
-            f"{found}; Grams at {gpu.gemm_fraction:g} of it, fp32 products at {gpu.fp32_fraction:g} of theirs, eigendecompositions "
-            f"{gpu.eigh_seconds * shape.head_dim / EIGH_DIM * 1e3:.0f} ms: assumed, configs/gpus/h200.json"
-        )
+        rows[what] = f"{found}; eigendecompositions {gpu.eigh_seconds * shape.head_dim / EIGH_DIM * 1e3:.0f} ms"
     return rows
 
 

@@ -27,50 +27,36 @@ BY_SHAPE = ("attention", "fusion")  # one result for each shape
 DEVICES = ("cpu", "cuda")
 Run = dict[str, Any]
 NOT_MEASURED = "not measured"
+PEAKS = ("global", "dual", "masked")
+PARTS = ("grams", "eigh", "apply")  # of a fusion
 EFFICIENCY_GOAL = 0.9
 MARKS = "abcdefgh"  # of footnotes
 
 INTRO = """# Performance
 
-Written by `python -m benchmarks.report` from the files in `benchmarks/results/`; do not edit. To measure again, on CPU or CUDA:
+Written by `python -m benchmarks.report` from the files in `benchmarks/results/`, which have every variant and spread; do not edit.
 
-    make bench        # on a CPU, less than five minutes: attention, fusion, ranks, memory, timelines, and this page
-    make bench-gpu    # on a GPU, less than nine minutes, without a network: benchmarks/gpu.py, and this page
+```bash
+make bench        # on a CPU, less than five minutes: attention, fusion, ranks, memory, timelines, and this page
+make bench-gpu    # on a GPU, less than nine minutes, without a network: benchmarks/gpu.py, and this page
+```
 
-Every variant runs once per round, so that whatever disturbs the machine hits all alike; times are medians over the rounds, ratios are medians
-of the ratios within a round. CPU time counts the threads of the process alone and is the fairer ratio on a machine that does other work;
-there, `OMP_WAIT_POLICY=passive` keeps threads that wait for each other from counting.
-"""
-
-TRIED = """## Tried and dropped, or kept back
-
-- **Merging both branches at once.** Local and rest as two whole outputs, merged in fp32, held six fp32 copies: a dual step of Wan
-  14B took 18.3 GiB beside its weights, 1.255 of a global step. The rest is now merged into the wide branch group by group, an
-  eighth of its tokens at a time: 14.6 GiB, 1.000. Over four ranks (ulysses) 4.67 GiB became 3.74; on a ring of eight a dual
-  step 3.92 became 3.35 and a global one 3.00 became 2.06; 1.3B was at 1.000 before, on a ring of eight 1.26 became 1.09.
-- **One Triton kernel for both branches** (`attention.dual triton`): equal to the masked reference in its interpreter and compiled for
-  compute capability 8.0 and 9.0 without a device; not timed anywhere yet, so `auto` is the strided way. With 128 queries and 64 keys a
-  tile, 8 warps and 3 stages it spills no registers on 9.0 for head dims 64 and 128; 4 warps spill 412 bytes at head dim 64 and 3,804 at 128.
-- **Gram matrices on the way** in that kernel: a partial sum per block of 128 queries would take 777 MB a branch on Wan, so a program
-  does several blocks and keeps one sum; at head dim 128 the accumulation spills 336 bytes. Benchmarked beside the plain form, not used.
-- **Eigendecompositions of one pass beside the attention of the other**: not done. It needs both passes in flight at once, which doubles the
-  activations of a step, to hide at most the 4 ms a layer that `configs/gpus/h200.json` assumes; no profile shows yet that they are waited for.
-- **All Gram matrices whole on a CPU**: the upper block rows alone are 5/8 of the operations; with eigenproblems on one thread and the sum written
-  in place, fusion / SVD went from 0.215 to 0.186 (CPU time of one thread).
+Every variant runs once per round. Times are medians over rounds, ratios medians of the ratios within a round. CPU time is the fairer ratio on a
+machine that does other work. What was tried and dropped is in [decisions.md](decisions.md).
 """
 
 # What must hold: benchmark, device, shapes (the first that was measured counts), ratio, largest value, what it says.
 EXPECTED = [
-    ("attention", "cpu", ("wan", "wan-short"), "dual / global", 1.3, "both branches against one, 1560 tokens a frame"),
+    ("attention", "cpu", ("wan", "wan-short"), "dual / global", 1.3, "both branches against one"),
     (
         "attention",
         "cpu",
         ("wan", "wan-short"),
         "dual / two calls",
         1.0,
-        "both branches against two calls, 1560 tokens a frame",
+        "both branches against two calls",
     ),
-    ("fusion", "cpu", ("wan", "wan-short"), "fusion / SVD in fp32", 0.2, "Gram form against SVD, 1560 tokens a frame"),
+    ("fusion", "cpu", ("wan", "wan-short"), "fusion / SVD in fp32", 0.2, "Gram form against SVD"),
     *(
         (
             "timeline",
@@ -78,7 +64,7 @@ EXPECTED = [
             (model,),
             f"{how} / plain",
             1.05,
-            "two events against the plain prompt, whole denoising runs",
+            "denoising of two events against one",
         )
         for model in ("tiny-wan", "tiny-ltx")
         for how in ("cut", "scene", "fade", "relay")
@@ -155,25 +141,52 @@ def provenance(run: Run) -> str:
     return f"{text}{'; ' + at['note'] if at['note'] else ''} (`{run['file']}`)."
 
 
-def section(
-    title: str, benchmark: str, runs: dict[tuple[str, str], Run], show: Callable[[dict[str, Any]], str]
-) -> list[str]:
+def section(title: str, benchmark: str, runs: dict[tuple[str, str], Run], show: Callable[[Run], str]) -> list[str]:
     """All devices of one benchmark."""
     parts = [f"## {title}"]
     for device in DEVICES:
         run = runs.get((benchmark, device))
-        parts.append(f"### {'GPU' if device == 'cuda' else 'CPU'}")
         for each in [run, *run["older"]] if run else []:
-            parts += [provenance(each), *(show(result) for result in each["results"])]
-        parts += [] if run else ["Not measured."]
+            parts += [show(each), provenance(each)]
+        if run is None:
+            parts.append(f"{'GPU' if device == 'cuda' else 'CPU'}: {NOT_MEASURED}.")
     return parts
 
 
-def times(row: dict[str, Any]) -> list[str]:
-    """Median and spread of the time, and CPU time."""
-    wall = row["wall_s"]
-    median, low, high = (milliseconds(wall[key]) for key in ("median", "min", "max"))
-    return [f"{median} ({low}-{high})", milliseconds(row["cpu_s"]["median"])]
+def layer(result: dict[str, Any]) -> list[str]:
+    """Which layer was measured, as cells of a row."""
+    return [result["shape"], result["sizes"], f"{result['heads']} x {result['head_dim']}"]
+
+
+def ratios(result: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """Ratios of times, and of CPU times in parentheses."""
+    found = [result["ratios"].get(name) for name in names]
+    return [f"{each['wall_s']['median']:.3g} ({each['cpu_s']['median']:.3g})" if each else "" for each in found]
+
+
+def attention(run: Run) -> str:
+    """Every shape of the attention benchmark in a row."""
+    names = ["local / global", "two calls / global", "dual / global", "dual / two calls"]
+    rows = []
+    for result in run["results"]:
+        variants = result["variants"]
+        peaks = " / ".join(f"{variants[name]['peak_extra_mib']:.0f}" for name in PEAKS)
+        error = max(variants["dual"]["error"].values())
+        rows.append([*layer(result), *ratios(result, names), peaks, f"{error:.1e}"])
+    header = ["layer", "frames x tokens", "heads x D", *names, f"MiB beyond q, k, v: {' / '.join(PEAKS)}"]
+    return table([*header, "error of dual against fp64"], rows)
+
+
+def fusion(run: Run) -> str:
+    """Every shape of the fusion benchmark in a row."""
+    names = ["fusion / SVD in fp32", "fusion / SVD in fp64", "fusion / dual attention"]
+    rows = []
+    for result in run["results"]:
+        parts = " + ".join(milliseconds(result["variants"][name]["wall_s"]["median"]) for name in PARTS)
+        errors = [f"{result['variants'][name]['error']:.1e}" for name in ("fusion", "SVD in fp32")]
+        rows.append([*layer(result), parts, *ratios(result, names), *errors])
+    header = ["layer", "frames x tokens", "heads x D", f"ms: {' + '.join(PARTS)}", *names]
+    return table([*header, "error against the SVD in fp64", "error of the SVD in fp32"], rows)
 
 
 def milliseconds(seconds: float) -> str:
@@ -181,76 +194,34 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
 
 
-def heading(result: dict[str, Any]) -> str:
-    """Which layer was measured."""
-    return f"**{result['shape']}**: frames x tokens {result['sizes']}, {result['heads']} head(s) x {result['head_dim']}"
-
-
-def ratios(result: dict[str, Any]) -> str:
-    """Every ratio of one shape in a line."""
-    return "; ".join(
-        f"{name} {value['wall_s']['median']:.3g} (CPU time {value['cpu_s']['median']:.3g})"
-        for name, value in result["ratios"].items()
-    )
-
-
-def attention(result: dict[str, Any]) -> str:
-    """One shape of the attention benchmark."""
-    rows = []
-    for name, row in result["variants"].items():
-        error = ", ".join(f"{branch} {value:.1e}" for branch, value in row["error"].items())
-        rows.append([name, *times(row), f"{row['tflops']:.3g}", f"{row['peak_extra_mib']:.0f}", error])
-    header = ["variant", "ms (spread)", "CPU ms", "TFLOP/s", "peak MiB beyond q, k, v", "error against fp64"]
-    return (
-        f"{heading(result)}; one output is {result['output_mib']:.0f} MiB.\n\n{table(header, rows)}\n\n{ratios(result)}"
-    )
-
-
-def fusion(result: dict[str, Any]) -> str:
-    """One shape of the fusion benchmark."""
-    rows = [
-        [name, *times(row), f"{row['error']:.1e}" if row["error"] is not None else ""]
-        for name, row in result["variants"].items()
-    ]
-    header = ["variant", "ms (spread)", "CPU ms", "error against the SVD in fp64"]
-    return f"{heading(result)}.\n\n{table(header, rows)}\n\n{ratios(result)}"
-
-
 def parallel(runs: dict[tuple[str, str], Run], device: str) -> str:
-    """Bytes and times of every layout."""
+    """Times of every layout, the rates of every collective, and whether the planned bytes were sent."""
     run = runs.get(("parallel", device))
     if run is None:
-        return "Not measured."
-    rows = [
-        [
-            f"{row['shape']} {row['mode']}",
-            str(row["ranks"]),
-            f"{row['ring']} x {row['ulysses']}",
-            f"{row['ms']:.3g}",
-            # files from before the predictions have none
-            *(
-                f"{row[key]:.3g}" if row.get(key) else ""
-                for key in ("predicted_ms", "measured_over_predicted", "speedup")
-            ),
-            ", ".join(f"{kind} {count:,}" for kind, count in row.get("bytes", {}).items() if count) or "none",
-            {True: "exactly", False: "**no**", None: ""}[row.get("bytes_as_planned")],
-        ]
-        for row in run["results"]
-    ]
-    header = ["layer", "ranks", "ring x ulysses", "ms", "predicted ms", "measured / predicted", "times one rank"]
-    header += ["bytes the busiest rank sent", "as planned"]
+        return f"{'GPU' if device == 'cuda' else 'CPU'}: {NOT_MEASURED}."
+    modes = list(dict.fromkeys(row["mode"] for row in run["results"]))
+    layouts: dict[tuple[Any, ...], dict[str, str]] = {}
+    for row in run["results"]:
+        # files from before the predictions have none
+        ratio = f" ({row['measured_over_predicted']:.2g})" if row.get("measured_over_predicted") else ""
+        layout = row["shape"], row["ranks"], f"{row['ring']} x {row['ulysses']}"
+        layouts.setdefault(layout, {})[row["mode"]] = f"{row['ms']:.3g}{ratio}"
+    rows = [[*map(str, layout), *(found.get(mode, "") for mode in modes)] for layout, found in layouts.items()]
+    header = ["layer", "ranks", "ring x ulysses", *(f"{mode}, ms (of predicted)" for mode in modes)]
+    planned = [row.get("bytes_as_planned") for row in run["results"]]
+    sent = f"Bytes that were sent as planned, exactly: {planned.count(True)} of {len(planned)} rows."
     by_ranks = run["settings"]["gb_per_second"]
     kinds = list(next(iter(by_ranks.values()), {}))
     rates = [[ranks, *(f"{by_kind[kind]:.2f}" for kind in kinds)] for ranks, by_kind in by_ranks.items()]
     links = table(["ranks", *(f"{kind.replace('_', '-')} GB/s" for kind in kinds)], rates) if rates else ""
-    return "\n\n".join(part for part in (provenance(run), table(header, rows), links) if part)
+    return "\n\n".join(part for part in (table(header, rows), sent, links, provenance(run)) if part)
 
 
 def scaling(runs: dict[tuple[str, str], Run]) -> str:
     """What several GPUs would reach by one GPU's measured compute and the links that its description states."""
     run = runs.get(("parallel", "cuda"))
     if run is None:
-        return "Not measured."
+        return ""
     links = run["settings"].get("links")
     if links is None:
         return f"The links of this GPU are not described in `configs/gpus/`, so nothing is predicted (`{run['file']}`)."
@@ -330,12 +301,12 @@ def eight_gpus() -> list[list[str]]:
 def predictions() -> str:
     """What the planner says of whole runs; nothing in it is measured."""
     configs = [load_preset(path) for path in PREDICTED]
-    found = predicted_table(configs, [read_gpu("h200"), read_gpu("a100")])
+    found = predicted_table(configs, [read_gpu("h200"), read_gpu("a100")], world_sizes=(1, 8))
     others = dict.fromkeys(degrees for row in found for degrees, _ in row["elsewhere"].values())
     marks = dict(zip(others, MARKS, strict=False))
     rows = [
         [
-            f"{row['model'].partition('/')[2]}, {row['num_frames']}",
+            f"{row['model'].partition('/')[2].removesuffix('-Diffusers')}, {row['num_frames']}",
             row["gpu"],
             str(row["gpus"]),
             row["degrees"] if row["fits"] else f"{row['degrees']} (does not fit)",
@@ -375,7 +346,8 @@ def page() -> str:
     parts = [
         INTRO.strip(),
         "## Goals on a GPU",
-        "Wan2.1-1.3B at 321 frames (81 latent frames of 1,560 tokens, 30 layers, both passes), each a ratio within one run.",
+        "Wan2.1-1.3B at 321 frames (81 latent frames of 1,560 tokens, 30 layers, both passes), each a ratio within one run. "
+        "Predictions are sums from `configs/gpus/h200.json`.",
         table(
             ["what", "goal", "predicted", "measured", "holds", "file"],
             [*gpu_report.goals(gpu, predicted_ratios()), *eight_gpus()],
@@ -383,39 +355,31 @@ def page() -> str:
         "## Expected and measured",
         expectations(runs),
         *section("Attention", "attention", runs, attention),
-        "TFLOP/s count 4 S K D per head: the whole square for `global`, `dual` and `masked`, the window's keys for `local`. A mask that would "
-        "take more than 1 GiB with its float copy is made in parts of the queries, within the call.",
         *section("Fusion", "fusion", runs, fusion),
-        "`grams`, `eigh` and `apply` are the parts of `fusion`.",
         "## Ranks",
-        "### CPU",
-        "Processes of one machine over gloo: bytes are those of any machine, times show overhead, not scaling, once there "
-        "are more ranks than cores. Predicted is one rank's time, times the busiest rank's share of queries and heads (no less than "
-        "the machine's cores allow), and bytes over the measured rate of each collective; nothing is hidden where every core "
-        "computes. The rates, below, are of 16 MiB a rank, and for `reduce` of the Gram matrices of Wan2.1-1.3B.",
+        "Processes of one machine over gloo: bytes are those of any machine; with more ranks than cores times show overhead, not scaling. "
+        "Predicted is one rank's time, times the busiest rank's share (no less than the cores allow), plus bytes over the measured rates, which "
+        "are of 16 MiB a rank, and for `reduce` of the Gram matrices of Wan2.1-1.3B.",
         parallel(runs, "cpu"),
-        "### GPU",
         parallel(runs, "cuda"),
-        "### Several GPUs, from one GPU's compute and stated links",
         scaling(runs),
         "## Memory",
-        "Peak of a forward of one block, counted on tensors that have shapes and no numbers; inputs are not in it. The blocks are "
-        "alike and free their buffers, so it is the peak of all of them. With the sequence split (ring 8) a dual step also holds "
-        "the keys of its windows, from the neighbours.",
+        "Peak of a forward of one block beyond its inputs, counted on meta tensors; blocks are alike and free their buffers. On a ring a dual "
+        "step also holds the keys of its windows.",
         memory(runs),
         "## GPU, section by section",
         *gpu_report.sections(gpu, table),
-        TRIED.strip(),
         "## Predicted whole runs",
-        "**Predicted, not measured**, by `launch/plan.py`'s model from datasheets and assumed fractions of their peaks "
-        "(`configs/gpus/`). Minutes of denoising with default settings; efficiency against one GPU.",
+        "**Predicted, not measured**, from datasheets and assumed fractions of their peaks (`configs/gpus/`). Minutes of denoising with default "
+        "settings; peak GiB on the busiest GPU: weights in bf16, the text encoder (GPU 0), and the worst moment of a forward or of decoding. "
+        "`launch/plan.py` prints the same for your video, GPU and every layout.",
         predictions(),
         "### Predicted beside published",
         "Dense attention with both passes on one GPU; the same model predicts what others have published. A figure that is off by "
         f"more than {published.BAND:.0%} fails `tests/benchmarks/test_published.py`.",
         table(["run", "kernel", "predicted", "published", "ratio", "source"], published.rows()),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
