@@ -117,15 +117,15 @@ def fusion(bench: Bench, shape: Shape) -> dict[str, Any]:
     weights = method.weights(StepPlan(mode="dual", progress=PROGRESS), shape.grid, shape.head_dim, bench.device)
     layer = Layer(grid=shape.grid, sum_tokens=lambda total: total, sum_heads=lambda total: total)
     gram = spectrum.gram(o_local)
-    o_global = o_local.double().transpose(1, 2)
+    exact = o_local.double().transpose(1, 2)
     sigma, vectors = spectrum.spectrum(gram)
     identity = torch.eye(shape.head_dim, dtype=torch.float64, device=bench.device)
     fused = method.fuse(Branches(o_local=o_local, o_global=o_global), weights, layer)
     right = spectrum.svd_fusion_ref(o_local, o_global, weights.rank, weights.residual.item())
     found = {
-        "gram": relative_error(gram, o_global.transpose(-1, -2) @ o_global),
+        "gram": relative_error(gram, exact.transpose(-1, -2) @ exact),
         "eigenvectors": (vectors.transpose(-1, -2) @ vectors - identity).abs().max().item(),
-        "singular values": relative_error(sigma, torch.linalg.svdvals(o_global)),
+        "singular values": relative_error(sigma, torch.linalg.svdvals(exact)),
         "fused": relative_error(fused, right),
         "control": relative_error(o_local, right),
     }
