@@ -1,0 +1,152 @@
+"""Make one item of a batch: noise to a video that was checked, and its sidecar, which is written last."""
+
+import dataclasses
+import errno
+import hashlib
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from engine.batch.check import check_video
+from engine.batch.files import item_files
+from engine.batch.items import FILE
+from engine.batch.store import publish
+from engine.config import RunConfig
+from engine.engine import LongVideoEngine
+from engine.errors import UserError
+from engine.files.storage import FolderGoneError
+from engine.files.video import VideoFiles
+from engine.files.whole import write_json
+from engine.produce import LatentsFile, decode_to_files, denoise_to_file, share_decoding
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemMaker:
+    """Makes items with one loaded engine; every rank has one.
+
+    Attributes:
+        engine: the engine, whose configuration is that of a variant.
+        configs: the configuration of each variant by its label.
+        root: the batch's folder.
+        checkpoint_every: steps between checkpoints of an item; 0 writes none.
+        keep_latents: whether latents are kept.
+    """
+
+    engine: LongVideoEngine
+    configs: Mapping[str, RunConfig]
+    root: Path
+    checkpoint_every: int
+    keep_latents: bool
+
+    def make(self, task: dict[str, Any]) -> dict[str, Any] | None:
+        """One item from noise to its sidecar, which is returned on rank 0. Every rank calls this with the same task."""
+        started, identity, engine = _now(), task["identity"], self.engine
+        files = item_files(self.root, identity["variant"], identity["config_id"], task["name"])
+        self._use(self.configs[identity["variant"]])
+        if engine.is_first:
+            _check_root(self.root)
+            files.make_folders()
+        latents, run = denoise_to_file(
+            engine,
+            identity["prompt"],
+            seed=identity["seed"],
+            file=LatentsFile(path=files.latents, metadata={"item_id": identity["item_id"]})
+            if self.keep_latents
+            else None,
+            checkpoint=files.checkpoint,
+            checkpoint_every=self.checkpoint_every,
+            on_step=lambda finished, total: self.on_step(identity["item_id"], finished, total),
+        )
+        if not engine.is_first:
+            share_decoding(engine.decoder, latents, seed=identity["seed"])
+            return None
+        frames, part = _FrameHashes(), files.part(task["token"])
+        run = decode_to_files(
+            engine.decoder,
+            latents,
+            run,
+            VideoFiles(video=part),
+            on_frames=frames.add,
+        )
+        publishing = time.perf_counter()
+        size = {"height": engine.config.video.height, "width": engine.config.video.width}
+        output = publish(part, files.video, check=lambda path: check_video(path, num_frames=frames.count, **size))
+        run["seconds"] |= {"publish": time.perf_counter() - publishing}
+        record = {
+            "schema": 1,
+            "status": "done",
+            **identity,
+            "suite": task["suite"],
+            "negative_prompt": run["negative_prompt"],
+            "output": dataclasses.asdict(output),
+            "video": {
+                "num_frames": frames.count,
+                "native_frames": engine.spec.native_frames(engine.config.method.window_frames),
+                "fps": engine.config.video.fps,
+                **size,
+                **frames.hashes,
+            },
+            "latents": {"shape": list(latents.shape), "sha256": _latents_sha256(latents)},
+            "attempt": task["attempt"],
+            "replica": task["replica"],
+            "host": socket.gethostname(),
+            "started": started,
+            "ended": _now(),
+            "run": run,
+        }
+        write_json(files.sidecar, record)
+        files.checkpoint.unlink(missing_ok=True)
+        return record
+
+    def _use(self, config: RunConfig) -> None:
+        """Denoise with the settings of a variant from now on; all that is loaded stays."""
+        engine, before = self.engine, self.engine.config
+        if before == config:
+            return
+        engine.config = config
+        try:
+            engine.use_method(config.method)
+        except UserError:
+            engine.config = before
+            raise
+
+    def on_step(self, item: str, finished: int, total: int) -> None:
+        """A step of an item is done; called on every rank."""
+
+
+class _FrameHashes:
+    """Counts frames, and hashes the first and the last of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.hashes: dict[str, str] = {}
+
+    def add(self, frames: Any) -> None:
+        """Frames, uint8 [t, H, W, 3]."""
+        if len(frames) == 0:
+            return
+        if self.count == 0:
+            self.hashes["first_frame_sha256"] = hashlib.sha256(frames[0].tobytes()).hexdigest()
+        self.hashes["last_frame_sha256"] = hashlib.sha256(frames[-1].tobytes()).hexdigest()
+        self.count += len(frames)
+
+
+def _check_root(root: Path) -> None:
+    """Raise FolderGoneError if the batch's folder is not there any more: what is written now would land beside it."""
+    if not (root / FILE).is_file():
+        raise FolderGoneError(errno.ENOENT, "the folder of the batch is gone", str(root / FILE))
+
+
+def _latents_sha256(latents: Tensor) -> str:
+    """SHA-256 of the fp32 numbers: equal for equal latents, whatever the file format."""
+    return hashlib.sha256(latents.contiguous().numpy().tobytes()).hexdigest()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
