@@ -231,6 +231,13 @@ def test_paths_in_code_exist() -> None:
     assert sorted((page, path) for page, path in told if not (ROOT / path).exists()) == []
 
 
+def test_pages_are_short() -> None:
+    """README has at most 900 words, a page at most 1,500; lists of changes, decisions and results may have more."""
+    lists = ("CHANGELOG.md", "decisions.md", "findings.md", "performance.md")
+    counts = {page.name: len(read(page).replace("|", " ").split()) for page in PAGES if page.name not in lists}
+    assert {name: count for name, count in counts.items() if count > (900 if name == "README.md" else 1500)} == {}
+
+
 def test_settings_and_flags_in_code_exist() -> None:
     """`group.setting` and `--flag` between backquotes are those of a command."""
     keys = [
