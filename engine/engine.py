@@ -29,7 +29,7 @@ from engine.given.frames import GivenFrames
 from engine.given.known import GivenOnRanks, Known
 from engine.hooks.apply import MethodHandle, Ranks, apply_method, check_riflex, check_shift
 from engine.hooks.cross_attention import install_timeline
-from engine.hooks.self_attention import choose_eigensolver
+from engine.hooks.step_hook import choose_eigensolver
 from engine.kernel_choice import KernelChoice, choose_on_ranks
 from engine.load.checkpoint import Checkpoint, open_checkpoint
 from engine.load.pipeline import load_pipeline

@@ -45,7 +45,7 @@ class GuidedModel:
         cfg, passes = self.mesh.cfg, list(self.text)
         if cfg.size > 1:  # each half of the ranks runs one pass
             [mine] = self._forward(latents, timestep, [passes[cfg.rank]])
-            predictions: Sequence[Tensor] = self.handle.state.layout.cfg_exchange(mine)
+            predictions: Sequence[Tensor] = self.handle.state.last.layout.cfg_exchange(mine)
         else:
             batches = [passes] if self.adapter.batches_guidance else [[name] for name in passes]
             predictions = [part for batch in batches for part in self._forward(latents, timestep, batch)]

@@ -67,7 +67,7 @@ class DenoiseLoop:
                 nonlocal started, reached
                 wait_for(latents.device)  # the clock is read once the device has done the step
                 self.check(latents, finished, total)
-                mode = self.model.handle.state.mode
+                mode = self.model.handle.state.last.mode
                 timestep = float(self.scheduler.timesteps[finished - 1])
                 now = time.perf_counter()
                 self.steps.append({"step": finished - 1, "timestep": timestep, "mode": mode, "seconds": now - started})

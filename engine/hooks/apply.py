@@ -21,7 +21,10 @@ from engine.hooks.in_force import (
     parallel_problem,
     tried,
 )
-from engine.hooks.self_attention import BranchProcessor, RunState, StepHook, TokenHooks
+from engine.hooks.self_attention import BranchProcessor
+from engine.hooks.state import MethodSetup, RunState
+from engine.hooks.step_hook import StepHook
+from engine.hooks.token_hooks import TokenHooks
 from engine.load.weights import read_config
 from engine.ranks.group_of_one import GROUP_OF_ONE
 from engine.ranks.layouts import Degrees, check_layout
@@ -184,16 +187,18 @@ def apply_method(
     draws_noise = adapter.check_scheduler(pipe.scheduler)
     shared = ranks or Ranks(mesh=GROUP_OF_ONE.acquire())
     state = RunState(
-        adapter=adapter,
-        method=made,
-        window_frames=window_frames,
-        kernel_name=kernel,
-        dual_name=dual,
-        complement_name=complement,
-        mesh=shared.mesh,
-        exchange=shared.exchange,
-        hybrid=shared.hybrid,
-        local_route=shared.local_route,
+        MethodSetup(
+            adapter=adapter,
+            method=made,
+            window_frames=window_frames,
+            kernel=kernel,
+            dual=dual,
+            complement=complement,
+            mesh=shared.mesh,
+            exchange=shared.exchange,
+            hybrid=shared.hybrid,
+            local_route=shared.local_route,
+        )
     )
     installed = Installed(
         pipe=pipe,

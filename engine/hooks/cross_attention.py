@@ -17,7 +17,8 @@ from engine.adapters import ModelAdapter, adapter_of_pipeline
 from engine.adapters.base import Text
 from engine.errors import UserError
 from engine.hooks.in_force import Uncopyable
-from engine.hooks.self_attention import BranchProcessor, bind_forward
+from engine.hooks.self_attention import BranchProcessor
+from engine.hooks.step_hook import bind_forward
 from engine.hooks.timeline_in_force import TimelineGuard
 from engine.text.timeline import negative_texts, parse_timeline, read_timeline
 from freespec.events import Event, Piece, plan
@@ -116,7 +117,7 @@ class TimelineProcessor(Uncopyable):
             return _with_lse(state.kernel, rows, (k, v), [(index * size, index * size + length) for length in lengths])
 
         processor = self._self_attention.processor
-        start = processor.state.layout.shard[0] if isinstance(processor, BranchProcessor) else 0
+        start = processor.state.last.layout.shard[0] if isinstance(processor, BranchProcessor) else 0
         out = attend(q, state.pieces, q_start=start, frame_tokens=state.frame_tokens, one=one, several=several)
         return state.adapter.project_out(attn, out.to(q.dtype))
 

@@ -145,11 +145,11 @@ class Installed(Guard):
     Attributes:
         method: name of the method, for messages.
         mesh: the ranks.
-        token_hooks: of the modules where tokens are made (`engine.hooks.self_attention.TokenHooks`).
+        token_hooks: of the modules where tokens are made (`engine.hooks.token_hooks.TokenHooks`).
         tried: the scheduler that was last found right, and its configuration then.
         draws_noise: whether it draws noise while it steps.
         hooks: registered on the transformer.
-        step_hook: what they are, and which steps they saw (`engine.hooks.self_attention.StepHook`).
+        step_hook: what they are, and which steps they saw (`engine.hooks.step_hook.StepHook`).
     """
 
     APPLY = "apply_method"

@@ -105,9 +105,7 @@ def keys_in_three_chunks() -> Iterator[None]:
     """Engines that are made inside attend to their keys in three chunks."""
     select: Callable[..., Kernel] = engine.engine.select_kernel
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "engine.hooks.self_attention.select_kernel", lambda *arguments: attend_in_chunks(select(*arguments))
-        )
+        patch.setattr("engine.hooks.step_hook.select_kernel", lambda *arguments: attend_in_chunks(select(*arguments)))
         yield
 
 

@@ -151,8 +151,8 @@ def test_no_block_writes_windows_out(make: Callable[[], Any], method: str) -> No
         hook = blocks[0].register_forward_pre_hook(keep, with_kwargs=True)
         with pytest.raises(Stop):
             pipe(**call)
-        grid = handle.state.grid
-    operator = {"global": "dense", "local": "local", "dual": "branches"}.get(handle.state.mode, "dense")
+        grid = handle.state.last.grid
+    operator = {"global": "dense", "local": "local", "dual": "branches"}.get(handle.state.last.mode, "dense")
     assert f"torch.ops.freespec.{operator}.default(" in code
     width = pipe.transformer.config.num_attention_heads * pipe.transformer.config.attention_head_dim
     widest = 4 * width if make is random_ltx else width

@@ -52,7 +52,7 @@ def on_any_device() -> Iterator[None]:
     with (
         mock.patch("engine.engine.select_complement", select),
         mock.patch("engine.hooks.apply.select_complement", select),
-        mock.patch("engine.hooks.self_attention.select_complement", select),
+        mock.patch("engine.hooks.step_hook.select_complement", select),
     ):
         yield
 

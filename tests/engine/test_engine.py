@@ -102,9 +102,9 @@ def test_the_chosen_kernel_stays_on_the_pipeline(folder, monkeypatch):
     choice = KernelChoice(kernel="plain", why="measured", seconds={"plain": 1.0, "cpu_flash": 2.0})
     monkeypatch.setattr("engine.engine.choose_on_ranks", lambda *_args, **_where: choice)
     with contextlib.closing(LongVideoEngine(config_of(folder))) as engine:
-        assert engine.handle.state.kernel_name == "plain"
+        assert engine.handle.state.setup.kernel == "plain"
         engine.use_method(MethodConfig(name="direct", window_frames=3))
-        assert engine.handle.state.kernel_name == "plain"
+        assert engine.handle.state.setup.kernel == "plain"
         assert engine.generate(PROMPT, num_frames=9).record["attention"]["seconds"] == {"plain": 1.0, "cpu_flash": 2.0}
 
 

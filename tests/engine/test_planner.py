@@ -28,7 +28,10 @@ from engine.config import DecodeConfig, MethodConfig, ModelConfig, RunConfig, Sa
 from engine.decode.pieces import stream_decode
 from engine.errors import UserError
 from engine.hooks.apply import apply_method
-from engine.hooks.self_attention import BranchProcessor, RunState, StepHook, TokenHooks
+from engine.hooks.self_attention import BranchProcessor
+from engine.hooks.state import Forward, MethodSetup, RunState
+from engine.hooks.step_hook import share_tokens
+from engine.hooks.token_hooks import TokenHooks
 from engine.planner.flops import call_operations
 from engine.planner.gpu import FOLDER, read_gpu
 from engine.planner.layout import Layout, feasible_degrees, latent_bytes, latent_values, lay_out
@@ -39,8 +42,9 @@ from engine.planner.timing import communication_seconds
 from freespec import kernels, spectrum
 from freespec.attention import WindowedAttention
 from freespec.kernels import KERNELS
-from freespec.methods import Grid, StepPlan, make_method
+from freespec.methods import Grid, Method, StepPlan, make_method
 from parallel.attention import TORCH_EXCHANGE
+from parallel.mesh import SeqMesh
 from parallel.shards import Mode, length
 from tests.engine.planned import choose, plan
 from tests.parallel.memory import LiveBytes
@@ -104,27 +108,52 @@ def fake_forward(layout: Layout, mode: Mode, kernel: str, *, layers: int) -> Cal
         timestep = torch.empty(1)
     method, (_, ring, ulysses) = make_method(METHOD_OF[mode]), layout.degrees
     mesh = small_mesh(cfg=8 // (ring * ulysses), ring=ring, ulysses=ulysses)
-    state = RunState(
-        adapter=spec.adapter,
-        method=method,
-        window_frames=layout.window_frames,
-        kernel_name=kernel,
-        mesh=mesh,
-        exchange=TORCH_EXCHANGE,
-    )
-    state.mode = mode
-    state.grid = Grid(frames=frames, rows=1, columns=frame_tokens, window_frames=layout.window_frames)
-    state.attention = WindowedAttention(
-        num_frames=frames, frame_tokens=frame_tokens, window_frames=layout.window_frames, kernel=KERNELS[kernel]
-    )
-    StepHook(state, lambda: None)._lay_out(layout.tokens, spec.heads, spec.head_dim, latents)
-    if mode not in ("global", "local"):
-        with FakeTensorMode():
-            state.weights = method.weights(StepPlan(mode=mode), state.grid, spec.head_dim, CPU)
+    grid = Grid(frames=frames, rows=1, columns=frame_tokens, window_frames=layout.window_frames)
+    state = in_forward(spec, mesh, method, grid, mode=mode, kernel=kernel, model=model.config, latents=latents)
     for layer, block in enumerate(model.blocks):
         block.attn1.set_processor(BranchProcessor(state, layer))
     TokenHooks(state, model)
     return lambda: model(latents, timestep, text, return_dict=False)[0]
+
+
+def in_forward(
+    spec: ModelSpec,
+    mesh: SeqMesh,
+    method: Method,
+    grid: Grid,
+    *,
+    mode: Mode,
+    kernel: str,
+    model: Any,
+    latents: Tensor,
+) -> RunState:
+    """The state in a forward of this mode, as the step hook would leave it; `model` is the transformer's configuration."""
+    setup = MethodSetup(
+        adapter=spec.adapter,
+        method=method,
+        window_frames=grid.window_frames,
+        kernel=kernel,
+        mesh=mesh,
+        exchange=TORCH_EXCHANGE,
+    )
+    state, sizes = RunState(setup, running=True), {"num_frames": grid.frames, "frame_tokens": grid.frame_tokens}
+    attention = WindowedAttention(**sizes, window_frames=grid.window_frames, kernel=KERNELS[kernel])
+    layout, attention_layout = share_tokens(state, model, grid.tokens, latents=latents, mode=mode, halo=attention.halo)
+    weights = None
+    if mode not in ("global", "local"):
+        with FakeTensorMode():
+            weights = method.weights(StepPlan(mode=mode), grid, spec.head_dim, CPU)
+    state.forward = Forward(
+        step=0,
+        num_steps=1,
+        grid=grid,
+        mode=mode,
+        attention=attention,
+        layout=layout,
+        attention_layout=attention_layout,
+        weights=weights,
+    )
+    return state
 
 
 def added_product(_onto: list[int], a: list[int], b: list[int], **_out: Any) -> int:

@@ -20,21 +20,19 @@ from engine.adapters.ltx_published import PUBLISHED
 from engine.config import DecodeConfig, MethodConfig, ModelConfig, SamplerConfig, VideoConfig
 from engine.decode.pieces import stream_decode, to_uint8
 from engine.hooks.apply import apply_method
-from engine.hooks.self_attention import BranchProcessor, RunState, StepHook, TokenHooks
+from engine.hooks.self_attention import BranchProcessor
+from engine.hooks.token_hooks import TokenHooks
 from engine.planner.flops import call_operations
 from engine.planner.gpu import read_gpu
 from engine.planner.layout import Layout, lay_out
 from engine.planner.memory import decode_cost
 from engine.planner.model import ModelSpec, read_model
 from engine.planner.plan import Options
-from freespec.attention import WindowedAttention
-from freespec.kernels import KERNELS
-from freespec.methods import Grid, StepPlan, make_method
+from freespec.methods import Grid, make_method
 from launch.cli.parser import parse_run
-from parallel.attention import TORCH_EXCHANGE
 from parallel.shards import Mode
 from tests.engine.planned import plan
-from tests.engine.test_planner import CPU, METHOD_OF, RANK, counted_flops, forward_part, profiled_peak
+from tests.engine.test_planner import METHOD_OF, RANK, counted_flops, forward_part, in_forward, profiled_peak
 from tests.parallel.memory import LiveBytes
 from tests.parallel.worlds import small_mesh
 from tests.tiny_pipelines import random_ltx, random_ltx_vae, save_random_ltx
@@ -91,26 +89,10 @@ def fake_forward(layout: Layout, mode: Mode, kernel: str, *, layers: int) -> Cal
         torch.set_default_dtype(torch.float32)
         inputs = inputs_of(layout, torch.bfloat16, rows)
     method, (_, ring, ulysses) = make_method(METHOD_OF[mode]), layout.degrees
-    state = RunState(
-        adapter=spec.adapter,
-        method=method,
-        window_frames=layout.window_frames,
-        kernel_name=kernel,
-        mesh=small_mesh(cfg=8 // (ring * ulysses), ring=ring, ulysses=ulysses),
-        exchange=TORCH_EXCHANGE,
-    )
-    state.mode = mode
-    state.grid = Grid(frames=layout.frames, rows=rows[0], columns=rows[1], window_frames=layout.window_frames)
-    state.attention = WindowedAttention(
-        num_frames=layout.frames,
-        frame_tokens=layout.frame_tokens,
-        window_frames=layout.window_frames,
-        kernel=KERNELS[kernel],
-    )
-    StepHook(state, lambda: None)._lay_out(layout.tokens, spec.heads, spec.head_dim, inputs["hidden_states"])
-    if mode == "dual":
-        with FakeTensorMode():
-            state.weights = method.weights(StepPlan(mode="dual"), state.grid, spec.head_dim, CPU)
+    mesh = small_mesh(cfg=8 // (ring * ulysses), ring=ring, ulysses=ulysses)
+    grid = Grid(frames=layout.frames, rows=rows[0], columns=rows[1], window_frames=layout.window_frames)
+    latents = inputs["hidden_states"]
+    state = in_forward(spec, mesh, method, grid, mode=mode, kernel=kernel, model=model.config, latents=latents)
     for layer, attn in enumerate(spec.adapter.attention_modules(model)):
         attn.set_processor(BranchProcessor(state, layer))
     TokenHooks(state, model)

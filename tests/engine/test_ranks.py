@@ -24,7 +24,7 @@ from engine.errors import UserError
 from engine.hooks.apply import Ranks
 from engine.ranks.agreement import raise_together
 from engine.ranks.layouts import refused_axes
-from freespec.methods import FreePCA, FreeSpec, make_method
+from freespec.methods import FreePCA, FreeSpec, Method, make_method
 from freespec.riflex import Riflex
 from freespec.timeline import attend
 from tests.engine.golden import (
@@ -117,9 +117,14 @@ def break_on_purpose(made: LongVideoEngine, fault: str) -> None:
         channel = torch.tensor([values.out_features - 1])
         values.register_forward_hook(lambda _module, _args, out: out.index_fill(2, channel, torch.inf))
     if fault == "unreduced Grams":
-        made.handle.state.method = UnreducedFreeSpec(domain="step", fused_share=0.5)
+        replace_method(made, UnreducedFreeSpec(domain="step", fused_share=0.5))
     if fault == "heads not summed":
-        made.handle.state.method = UnsummedFreePCA(domain="step", fused_share=0.5)
+        replace_method(made, UnsummedFreePCA(domain="step", fused_share=0.5))
+
+
+def replace_method(made: LongVideoEngine, method: Method) -> None:
+    state = made.handle.state
+    state.setup = dataclasses.replace(state.setup, method=method)
 
 
 class UnreducedFreeSpec(FreeSpec):

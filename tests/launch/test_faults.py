@@ -54,7 +54,7 @@ class InAttention:
         attend = BranchProcessor.__call__
 
         def fail(processor: BranchProcessor, *args: object, **kwargs: object) -> object:
-            if rank == self.rank and (processor.state.step, processor.layer) == (2, 1):
+            if rank == self.rank and (processor.state.last.step, processor.layer) == (2, 1):
                 self.what()
             return attend(processor, *args, **kwargs)
 

@@ -106,7 +106,7 @@ def test_late_steps_after_dual_ones_are_sliding_window_bit_for_bit():
 
         def swap(_pipe, index: int, _timestep, _kwargs) -> dict:
             nonlocal handle
-            modes.append(handle.state.mode)
+            modes.append(handle.state.last.mode)
             if index == 1 and then is not None:
                 handle.remove()
                 handle = apply_method(pipe, method=then, window_frames=3)

@@ -23,7 +23,8 @@ from engine.adapters.wan_published import PUBLISHED
 from engine.config import MethodConfig, ModelConfig, ParallelConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.errors import UserError
 from engine.hooks.apply import Ranks, apply_method
-from engine.hooks.self_attention import BranchProcessor, StepHook
+from engine.hooks.self_attention import BranchProcessor
+from engine.hooks.step_hook import StepHook
 from engine.planner.model import ModelSpec
 from engine.ranks.arrange import choose_degrees
 from freespec import attention
@@ -131,7 +132,7 @@ def forward(name: str, degrees: Degrees, method: str) -> Mode:
             out = transformer(latents, torch.tensor([first]), text, return_dict=False)[0]
         assert out.shape == latents.shape
         assert out.dtype == latents.dtype
-    return handle.state.mode
+    return handle.state.last.mode
 
 
 def held_tokens(layout: SequenceLayout, mode: Mode) -> int:

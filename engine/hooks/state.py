@@ -1,0 +1,108 @@
+"""What the hooks and processors of one transformer share: a method's setup, and the forward that runs."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from engine.adapters import ModelAdapter
+from engine.hooks.in_force import Uncopyable
+from engine.kernel_choice import SolverChoice
+from engine.spectra.trace import SpectralTrace
+from freespec.attention import WindowedAttention
+from freespec.methods import Grid, Method, Mode
+from freespec.scenes import ScenedAttention
+from parallel.attention import HeadExchange, HybridAttention, SequenceLayout
+from parallel.mesh import SeqMesh
+
+NO_FORWARD = (
+    "was called without the hooks of its transformer: they were removed, or a part of it was called by hand; call the handle's "
+    "remove(), then apply_method again"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSetup:
+    """A method as it was put on a transformer; nothing of it changes until it is removed.
+
+    Attributes:
+        adapter: of the model.
+        method: the method.
+        window_frames: frames of tokens that the local branch sees.
+        kernel: setting of the dense kernel.
+        dual: setting of the kernel of dual steps.
+        complement: setting of the kernel for keys outside the windows.
+        mesh: the ranks that share the video.
+        exchange: exchanges heads against tokens.
+        hybrid: computes the whole of `direct` instead, if not None.
+        local_route: how local steps cross the ulysses axis.
+    """
+
+    adapter: ModelAdapter
+    method: Method
+    window_frames: int
+    kernel: str
+    dual: str = "auto"
+    complement: str = "same"
+    mesh: SeqMesh
+    exchange: HeadExchange
+    hybrid: HybridAttention | None = None
+    local_route: str = "auto"
+
+
+@dataclass(kw_only=True)
+class Forward(Uncopyable):
+    """One forward of the transformer, as the step hook finds it and the processors read it.
+
+    Not frozen: a compiled block would be compiled again for every new number in a frozen dataclass, read or not.
+    """
+
+    step: int
+    num_steps: int
+    grid: Grid
+    mode: Mode
+    attention: WindowedAttention | ScenedAttention
+    layout: SequenceLayout
+    attention_layout: SequenceLayout
+    weights: Any = None
+    layer: int = 0
+
+    @property
+    def windows(self) -> WindowedAttention:
+        """The windows without the ends of scenes."""
+        return self.attention.video if isinstance(self.attention, ScenedAttention) else self.attention
+
+
+@dataclass
+class RunState(Uncopyable):
+    """What every attn1 of one transformer shares; the step hook writes it, processors only read.
+
+    The processors read strings and tensors, not numbers: a compiled block is compiled once per mode, not once per step.
+
+    Attributes:
+        setup: what does not change.
+        forward: the forward that runs, or ran last; None before the first.
+        running: whether it runs, so that no block runs on what is left of the last one.
+        scenes: frames after the first at which windows end and begin, of a timeline.
+        checks_finite: whether each forward checks its latents and its prediction; False for a loop that checks after each step.
+        trace: observes the branches, if given.
+        eigensolver: what decomposes Gram matrices on a GPU; None until the device is known, and on a CPU.
+    """
+
+    setup: MethodSetup
+    forward: Forward | None = None
+    running: bool = False
+    scenes: tuple[int, ...] = ()
+    checks_finite: bool = True
+    trace: SpectralTrace | None = None
+    eigensolver: SolverChoice | None = None
+
+    @property
+    def last(self) -> Forward:
+        """The forward that runs, or ran last."""
+        assert self.forward is not None, "no forward yet"
+        return self.forward
+
+    def __str__(self) -> str:
+        """Where the run is, as the errors of collectives say it."""
+        return (
+            "before the first step" if self.forward is None else f"step {self.forward.step} layer {self.forward.layer}"
+        )

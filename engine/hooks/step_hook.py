@@ -1,0 +1,302 @@
+"""The forward hooks of a transformer: before, they find the step, its grid and its mode; after, they check that every layer ran."""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.denoise.denoise import check_finite
+from engine.devices import wait_for
+from engine.errors import UserError
+from engine.hooks.in_force import Uncopyable, refuse_caches_of_one_rank, skips_layers
+from engine.hooks.self_attention import BranchProcessor
+from engine.hooks.state import Forward, RunState
+from engine.kernel_choice import choose_for_pipeline, choose_solver
+from freespec.attention import WindowedAttention
+from freespec.kernels import select_complement, select_dual, select_kernel
+from freespec.methods import Grid, Mode, StepPlan
+from freespec.scenes import ScenedAttention
+from parallel.attention import SequenceLayout
+from parallel.collectives import ignore_bytes
+from parallel.shards import HaloRange, LayerShape, SequencePlan, choose_local_route
+
+
+class StepHook(Uncopyable):
+    """Forward hooks of the transformer: before, find the step, the grid and the mode; after, see that every layer ran.
+
+    Args:
+        state: written before each forward.
+        scheduler: returns the pipeline's scheduler of this moment.
+        before_forward: raises UserError unless the method is in force.
+        processors: those of the self-attentions.
+    """
+
+    def __init__(
+        self,
+        state: RunState,
+        scheduler: Callable[[], Any],
+        *,
+        before_forward: Callable[[], None] = lambda: None,
+        processors: Sequence[BranchProcessor] = (),
+    ) -> None:
+        self.state = state
+        self._scheduler = scheduler
+        self._before_forward = before_forward
+        self._processors = processors
+        self._read: tuple[Tensor, int | None] | None = None
+        self._timesteps: list[float] = []
+        self._plan: list[StepPlan] = []
+        self._made_for: tuple[int, Grid, torch.device] | None = None
+        self._made: Any = None  # the fusion weights
+        self._steps: list[int] = []  # of this run, in order
+        self._complete: object = None  # the `_path` with which a forward of this run has called every layer
+        self._in_call = False
+        self._kernels: dict[tuple[torch.device, torch.dtype], str] = {}
+
+    # Compiled with the rest of a transformer, the hooks would be traced: they read numbers off tensors, and decide by them.
+    @torch.compiler.disable
+    def __call__(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Fill the state for this forward."""
+        self._before_forward()
+        inputs = bind_forward(transformer, args, kwargs)
+        latents, timestep = inputs["hidden_states"], inputs["timestep"]
+        state, setup = self.state, self.state.setup
+        if setup.mesh.world.size > 1:
+            refuse_caches_of_one_rank(transformer)
+        step = self._find_step(_one_per_batch(timestep))
+        self._note(step)
+        if state.checks_finite:
+            refuse_not_finite(latents, f"before the transformer of step {step + 1} of {len(self._timesteps)}")
+        frames, rows, columns = setup.adapter.grid(transformer, inputs)
+        grid = Grid(frames=frames, rows=rows, columns=columns, window_frames=setup.window_frames)
+        plan = self._plan[step]
+        # At native length both branches are the whole video, and the stock computation is kept bit for bit.
+        mode = "global" if frames <= setup.window_frames else plan.mode
+        attention = self._attention(transformer, grid, latents)
+        layout, attention_layout = share_tokens(
+            state, transformer.config, grid.tokens, latents=latents, mode=mode, halo=attention.halo
+        )
+        if state.eigensolver is None:  # of a pipeline of one's own; an engine chooses when it starts
+            choose_eigensolver(state, transformer, latents.device)
+        for processor in self._processors:
+            processor.called = False
+        state.forward = Forward(
+            step=step,
+            num_steps=len(self._timesteps),
+            grid=grid,
+            mode=mode,
+            attention=attention,
+            layout=layout,
+            attention_layout=attention_layout,
+            weights=None
+            if mode in ("global", "local")
+            else self._weights(plan, grid, step, transformer, latents.device),
+        )
+        state.running = True
+
+    @torch.compiler.disable
+    def after(self, transformer: nn.Module, _args: tuple, output: Any) -> None:
+        """Close the state; raise UserError for a prediction that is not finite, or if the method was not in every layer.
+
+        After the last step no further forward would see what a prediction made of the latents. Caches skip layers, but none
+        does in the first forward of a run or after it was enabled, and what has called every layer there may skip some later.
+        """
+        state = self.state
+        state.running = False
+        if state.checks_finite:
+            step = f"step {state.last.step + 1} of {state.last.num_steps}"
+            refuse_not_finite(output[0], f"after the transformer of {step}")
+        missing = [processor.layer for processor in self._processors if not processor.called]
+        path = self._path(transformer)
+        if missing and path != self._complete and not skips_layers(transformer):
+            raise UserError(
+                f"the attention of {len(missing)} of {len(self._processors)} layers (the first is {missing[0]}) was computed without the "
+                "method: the forward of the transformer, a block or an attention was replaced; undo that, or call the handle's remove()"
+            )
+        self._complete = path
+
+    def begin_call(self) -> None:
+        """The pipeline is called."""
+        self._in_call = True
+        self._begin_run()
+
+    def end_call(self) -> None:
+        """The call has ended, well or not; after an error in a forward `after` was not called."""
+        self._in_call = False
+        self.state.running = False
+
+    def check_call(self, *, interrupted: bool) -> None:
+        """Raise UserError unless the transformer was called in every step of this call; a pipeline may begin in the middle."""
+        steps, total = self._steps, len(self._timesteps)
+        if not interrupted and (not steps or steps != list(range(steps[0], total))):
+            raise UserError(
+                f"the transformer with the method was called in {len(steps)} of the {total} steps of this call: another was in its place "
+                "for the others; leave pipe.transformer alone until the call ends"
+            )
+
+    def _path(self, transformer: nn.Module) -> list[tuple[nn.Module, Any, Any]]:
+        """The modules through which the processors are called, and the forward of each: its own, if it has one, and its class's."""
+        blocks = self.state.setup.adapter.blocks(transformer)
+        modules = [transformer, *blocks, *(block.attn1 for block in blocks)]
+        return [(module, vars(module).get("forward"), type(module).forward) for module in modules]
+
+    def _begin_run(self) -> None:
+        self._steps, self._complete = [], None
+
+    def _note(self, step: int) -> None:
+        """Add a step to those of this run, or begin another run."""
+        if self._steps and step < self._steps[-1]:
+            self._begin_run()
+        if step not in self._steps[-1:]:
+            self._steps.append(step)
+
+    def _attention(self, transformer: nn.Module, grid: Grid, latents: Tensor) -> WindowedAttention | ScenedAttention:
+        """The windows of this video, with the kernels for its device and dtype."""
+        setup, where = self.state.setup, (latents.device, latents.dtype)
+        attention = WindowedAttention(
+            num_frames=grid.frames,
+            frame_tokens=grid.frame_tokens,
+            window_frames=grid.window_frames,
+            kernel=select_kernel(self._kernel_name(grid, transformer.config.attention_head_dim, where), *where),
+            dual_kernel=select_dual(setup.dual, *where),
+            rest_kernel=select_complement(setup.complement, *where, dual=setup.dual),
+        )
+        scenes = self.state.scenes
+        return ScenedAttention(video=attention, starts=(0, *scenes)) if scenes else attention
+
+    def _kernel_name(self, grid: Grid, head_dim: int, where: tuple[torch.device, torch.dtype]) -> str:
+        """The kernel setting; `auto` on a pipeline of one's own (an engine has chosen) is tried out at the first long video."""
+        setup = self.state.setup
+        if setup.kernel != "auto" or setup.hybrid is not None or grid.frames <= grid.window_frames:
+            return setup.kernel
+        if where not in self._kernels:
+            self._kernels[where] = choose_for_pipeline(setup.mesh, grid, head_dim=head_dim, where=where)
+        return self._kernels[where]
+
+    def _weights(self, plan: StepPlan, grid: Grid, step: int, transformer: nn.Module, device: torch.device) -> Any:
+        """The fusion weights, made once a step: making them copies numbers to the device, which waits for the pass before."""
+        made_for = (step, grid, device)
+        if made_for != self._made_for:
+            self._made = self.state.setup.method.weights(plan, grid, transformer.config.attention_head_dim, device)
+            self._made_for = made_for
+        return self._made
+
+    def _find_step(self, timestep: Tensor) -> int:
+        """Index of this forward in the scheduler's timesteps; UserError if the forward belongs to another step."""
+        scheduler = self._scheduler()
+        if getattr(scheduler, "num_inference_steps", None) is None:  # its timesteps are those of training
+            raise UserError(f"the transformer was called before its scheduler's set_timesteps: {self._whose()}")
+        self._read_timesteps(scheduler.timesteps)
+        timesteps, value = self._timesteps, self._value(timestep, scheduler.timesteps)
+        step = scheduler.step_index if scheduler.step_index is not None else scheduler.begin_index or 0
+        if step >= len(timesteps) or timesteps[step] != value:
+            raise UserError(
+                f"the transformer was called at timestep {value}, but its scheduler stands at step {step} of {len(timesteps)}: "
+                f"{self._whose()}"
+            )
+        return step
+
+    def _whose(self) -> str:
+        """Who called the transformer at a step that is not its scheduler's."""
+        if self._in_call:
+            return "the scheduler was replaced or set anew during a call; leave it alone until the call ends"
+        return (
+            "another pipeline shares this transformer, or it was called by hand; call it through the pipeline that the method was "
+            "applied to, which sets the scheduler, or call the handle's remove() first"
+        )
+
+    def _read_timesteps(self, timesteps: Tensor) -> None:
+        """Copy them to Python once for each tensor: on a GPU the copy waits for all that is queued there.
+
+        Tensors made under inference_mode do not count their changes, and are copied in each step.
+        """
+        version = None if timesteps.is_inference() else timesteps._version
+        if version is not None and self._read is not None and self._read[0] is timesteps and self._read[1] == version:
+            return
+        self._read = timesteps, version
+        values = [float(t) for t in timesteps.tolist()]
+        if values != self._timesteps:
+            self._timesteps, self._plan, self._made_for = values, self.state.setup.method.plan(values), None
+            self._begin_run()
+
+    def _value(self, timestep: Tensor, timesteps: Tensor) -> float:
+        """The number in `timestep`; known without reading it where it is a view of the scheduler's, as pipelines hand on."""
+        whole = timesteps if timesteps._base is None else timesteps._base
+        at = timestep.storage_offset() - timesteps.storage_offset()
+        same = timestep._base is whole and timestep.dtype == timesteps.dtype
+        if same and timesteps.is_contiguous() and 0 <= at < len(self._timesteps):
+            return self._timesteps[at]
+        return float(timestep[0])
+
+
+def choose_eigensolver(state: RunState, transformer: nn.Module, device: torch.device) -> None:
+    """Choose what decomposes the Gram matrices of a layer's two branches; on a CPU there is nothing to choose.
+
+    Raises UserError, on all ranks together, if a rank's device has no solver that is right.
+    """
+    if device.type == "cpu":
+        return
+    config, mesh = transformer.config, state.setup.mesh
+    heads = -(-config.num_attention_heads // mesh.ulysses.size)
+    passes = 2 if state.setup.adapter.batches_guidance and mesh.cfg.size == 1 else 1
+    state.eigensolver = choose_solver(
+        mesh, num_matrices=2 * passes * heads, rows=config.attention_head_dim, device=device
+    )
+
+
+def _one_per_batch(timestep: Tensor) -> Tensor:
+    """The timestep, if it is one number for all videos of a batch. One that is expanded needs no reading, which waits for a GPU."""
+    if timestep.dim() == 1 and (len(timestep) == 1 or timestep.stride() == (0,) or len(set(timestep.tolist())) == 1):
+        return timestep
+    raise UserError(
+        f"expected one timestep per video, the same for a whole batch, got a tensor of shape {tuple(timestep.shape)}; if an image- or "
+        "video-to-video pipeline shares this transformer, call the handle's remove() first"
+    )
+
+
+def refuse_not_finite(latents: Tensor, where: str) -> None:
+    """Raise UserError for latents or predictions with NaN or infinity, on all ranks together, as all have the same ones."""
+    wait_for(latents.device)  # reading them waits for the device in C, where no signal is heard
+    check_finite(
+        latents,
+        where=f"{where} in {str(latents.dtype).removeprefix('torch.')}",
+        remedy="load the pipeline in another dtype, take a lower guidance_scale, or fetch the weights again",
+    )
+
+
+@functools.cache
+def _signature(transformer_class: type[nn.Module]) -> inspect.Signature:
+    """Names of the arguments of a forward; asked of the class, as offload puts another function on the instance."""
+    return inspect.signature(transformer_class.forward)
+
+
+def bind_forward(transformer: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The arguments of a forward by name."""
+    return _signature(type(transformer)).bind(transformer, *args, **kwargs).arguments
+
+
+def share_tokens(
+    state: RunState, model: Any, num_tokens: int, *, latents: Tensor, mode: Mode, halo: HaloRange
+) -> tuple[SequenceLayout, SequenceLayout]:
+    """The layout of a video's tokens over the ranks, and the one that a mode's attention uses, with windows of this `halo`.
+
+    `model` is the transformer's configuration.
+    """
+    setup, mesh = state.setup, state.setup.mesh
+    if num_tokens < mesh.sequence.size:
+        raise UserError(
+            f"cannot split {num_tokens} tokens over {mesh.sequence.size} ranks; use fewer ranks or a larger video"
+        )
+    heads = model.num_attention_heads
+    plan = SequencePlan(tokens=num_tokens, heads=heads, ring=mesh.ring.size, ulysses=mesh.ulysses.size)
+    trace = mesh.trace(state, ignore_bytes)
+    layout = SequenceLayout(mesh=mesh, plan=plan, exchange=setup.exchange, trace=trace)
+    route = setup.local_route
+    if mode == "local" and route == "auto":
+        shape = LayerShape(batch=latents.shape[0], head_dim=model.attention_head_dim, itemsize=latents.element_size())
+        route = choose_local_route(plan, shape=shape, halo=halo).route
+    by_halo = mode == "local" and route == "halo"
+    return layout, layout.on_shards() if by_halo else layout

@@ -1,0 +1,92 @@
+"""Forward hooks that share tokens among the ranks, and lower a frequency of the rotary table of a long video."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from engine.errors import UserError
+from engine.hooks.in_force import Uncopyable
+from engine.hooks.state import NO_FORWARD, RunState
+from freespec.riflex import Riflex, lowered_frequency
+from freespec.rotary import with_frequency
+from parallel.attention import SequenceLayout
+from parallel.shards import length
+
+
+class TokenHooks(Uncopyable):
+    """Forward hooks where tokens are made: this rank's tokens after patch embedding and rotary table, all after the projection.
+
+    Attributes:
+        registered: the hooks, on the modules that have these names now.
+    """
+
+    def __init__(self, state: RunState, transformer: nn.Module, riflex: Riflex | None = None) -> None:
+        self._state = state
+        self._transformer = transformer
+        self._riflex = riflex if riflex is not None and riflex.enabled else None
+        self._points: tuple[nn.Module, ...] = ()
+        self._pairs: list[tuple[float, slice]] = []  # temporal frequencies, if one is to be lowered
+        self.registered: list[RemovableHandle] = []
+        self.follow()
+
+    def follow(self) -> None:
+        """Move the hooks to modules that took the place of others, such as a LoRA around a projection."""
+        points = self._state.setup.adapter.shard_points(self._transformer)
+        if self._points and all(now is before for now, before in zip(points, self._points, strict=True)):
+            return
+        self.remove()
+        self._points = embedding, rotary, output = points
+        lower = []
+        if self._riflex is not None:
+            self._pairs = self._state.setup.adapter.temporal_frequencies(
+                self._transformer
+            )  # here, as it waits for a GPU
+            # A table is lowered whole, before ranks take their rows of it.
+            lower = [rotary.register_forward_hook(self.lower_frequency)]
+        self.registered = [
+            *lower,
+            embedding.register_forward_hook(self.shard_embedding),
+            rotary.register_forward_hook(self.shard_rotary),
+            output.register_forward_hook(self.gather_output),
+        ]
+
+    def remove(self) -> None:
+        """Take the hooks off, copies of them too: torch's quantization puts a module's hooks on the one that takes its place."""
+        for module in self._transformer.modules():
+            for key, hook in list(module._forward_hooks.items()):
+                if getattr(hook, "__self__", None) is self:
+                    del module._forward_hooks[key]
+        self.registered = []
+
+    @property
+    def _layout(self) -> SequenceLayout:
+        if not self._state.running:
+            raise UserError(f"a part of the transformer {NO_FORWARD}")
+        return self._state.last.layout
+
+    @torch.compiler.disable
+    def lower_frequency(self, _module: nn.Module, _args: tuple, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Lower one temporal frequency of the rotary table of a long video (freespec.riflex)."""
+        grid, frequencies = self._state.last.grid, [frequency for frequency, _ in self._pairs]
+        change = lowered_frequency(self._riflex, frequencies, num_frames=grid.frames, window_frames=grid.window_frames)
+        if change is None:
+            return tables
+        pair, frequency = change
+        return with_frequency(tables, frequency, columns=self._pairs[pair][1], frame_tokens=grid.frame_tokens)
+
+    @torch.compiler.disable
+    def shard_embedding(self, _module: nn.Module, _args: tuple, embedded: Tensor) -> Tensor:
+        """This rank's tokens of all."""
+        shard = self._layout.shard
+        return self._state.setup.adapter.shard_embedding(embedded, shard[0], length(shard))
+
+    @torch.compiler.disable
+    def shard_rotary(self, _module: nn.Module, _args: tuple, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """This rank's rows of the rotary tables."""
+        shard = self._layout.shard
+        return self._state.setup.adapter.shard_rotary(tables, shard[0], length(shard))
+
+    @torch.compiler.disable
+    def gather_output(self, _module: nn.Module, _args: tuple, projected: Tensor) -> Tensor:
+        """All tokens, of the ranks' own."""
+        return self._layout.gather_tokens(projected)
