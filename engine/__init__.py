@@ -1,5 +1,11 @@
 """Long videos from pretrained pipelines: configuration, loading, hooks, denoising, decoding and output.
 
+    from engine import LongVideoEngine, MethodConfig, ModelConfig, RunConfig
+
+    config = RunConfig(model=ModelConfig(path="tiny/wan"), method=MethodConfig(name="freespec", window_frames=9))
+    with LongVideoEngine(config) as engine:
+        frames = engine.generate("a red circle").frames
+
 Names are imported when they are first used, so that `engine.config` can be read without torch or diffusers.
 """
 
@@ -7,22 +13,43 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.config import RunConfig
+    from engine.config import (
+        AttentionConfig,
+        DecodeConfig,
+        MethodConfig,
+        ModelConfig,
+        OutputConfig,
+        ParallelConfig,
+        RunConfig,
+        SamplerConfig,
+        VideoConfig,
+    )
+    from engine.denoise.denoise import Denoised
     from engine.engine import LongVideoEngine, Result
     from engine.errors import UserError
-    from engine.hooks.apply import MethodHandle, Ranks, apply_method
+    from engine.hooks.apply import MethodHandle, apply_method
     from engine.hooks.cross_attention import TimelineHandle, apply_timeline
     from engine.media.write_video import write_video
     from engine.presets import read_preset
+    from engine.ranks.layouts import Ranks
 
 __all__ = [
+    "AttentionConfig",
+    "DecodeConfig",
+    "Denoised",
     "LongVideoEngine",
+    "MethodConfig",
     "MethodHandle",
+    "ModelConfig",
+    "OutputConfig",
+    "ParallelConfig",
     "Ranks",
     "Result",
     "RunConfig",
+    "SamplerConfig",
     "TimelineHandle",
     "UserError",
+    "VideoConfig",
     "apply_method",
     "apply_timeline",
     "read_preset",
@@ -30,11 +57,11 @@ __all__ = [
 ]
 
 _MODULES = {
+    "Denoised": "engine.denoise.denoise",
     "LongVideoEngine": "engine.engine",
     "MethodHandle": "engine.hooks.apply",
-    "Ranks": "engine.hooks.apply",
+    "Ranks": "engine.ranks.layouts",
     "Result": "engine.engine",
-    "RunConfig": "engine.config",
     "TimelineHandle": "engine.hooks.cross_attention",
     "UserError": "engine.errors",
     "apply_method": "engine.hooks.apply",
@@ -45,6 +72,6 @@ _MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_MODULES[name]), name)
+    return getattr(importlib.import_module(_MODULES.get(name, "engine.config")), name)

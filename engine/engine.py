@@ -15,9 +15,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.adapters import ModelAdapter, VideoSpec, adapter_of
+from engine.checks import check_kernels, check_model, check_ranks
 from engine.config import COMPILED_TRACE, MethodConfig, OutputConfig, RunConfig
 from engine.decode.decoder import VideoDecoder
-from engine.decode.tiling import check_tiles
 from engine.denoise.denoise import Denoised, draw_noise
 from engine.denoise.guided_model import GuidedModel
 from engine.denoise.loop import DenoiseLoop
@@ -27,10 +27,10 @@ from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError
 from engine.given.frames import GivenFrames
 from engine.given.known import GivenOnRanks, Known
-from engine.hooks.apply import MethodHandle, Ranks, apply_method, check_riflex, check_shift
+from engine.hooks.apply import MethodHandle, apply_method
 from engine.hooks.cross_attention import install_timeline
 from engine.hooks.step_hook import choose_eigensolver
-from engine.kernel_choice import KernelChoice, choose_on_ranks
+from engine.kernel_choice import choose_on_ranks
 from engine.load.checkpoint import Checkpoint, open_checkpoint
 from engine.load.pipeline import load_pipeline
 from engine.load.provenance import describe_loaded, describe_weights
@@ -38,13 +38,12 @@ from engine.load.sharded_weights import shard_pipeline, shards_text
 from engine.progress import enabled, progress_bar
 from engine.ranks.agreement import check_agreement, raise_together, setting_prints
 from engine.ranks.group_of_one import GROUP_OF_ONE
-from engine.ranks.layouts import check_layout
+from engine.ranks.layouts import Ranks, check_layout
 from engine.record import EngineFacts, build_record, running_revision
 from engine.spectra.trace import SpectralTrace
 from engine.text.encode import PromptEncoder
 from engine.text.timeline import Direction, read_direction
 from freespec.events import Event
-from freespec.kernels import select_complement, select_dual, select_kernel
 from parallel.mesh import SeqMesh
 
 
@@ -85,7 +84,7 @@ class LongVideoEngine:
             self.decoder = VideoDecoder(
                 config, vae=self.pipe.vae, spec=self.spec, device=self.device, world=self.mesh.world
             )
-            self.kernel = self._choose_kernel()
+            self.kernel = choose_on_ranks(config, self.spec, self.pipe.transformer, self.ranks, self.device)
             self.handle = self._apply_method()
             self.pipe.scheduler = make_scheduler(self.pipe.scheduler, config.sampler.flow_shift)
         except BaseException:
@@ -296,20 +295,6 @@ class LongVideoEngine:
         record = build_record(self.facts, denoised, seconds=seconds, decode=self.decoder.decode_plan)
         return Result(latents=denoised.latents, frames=frames, record=record)
 
-    def _choose_kernel(self) -> KernelChoice:
-        """The dense kernel; with parallel.provider xfuser, which has its own, the setting as it is."""
-        if self.ranks.hybrid is not None:
-            return KernelChoice(kernel=self.config.attention.kernel, why="xfuser's")
-        model = self.pipe.transformer.config
-        return choose_on_ranks(
-            self.config,
-            self.spec,
-            num_heads=model.num_attention_heads,
-            head_dim=model.attention_head_dim,
-            mesh=self.mesh,
-            where=(self.device, self.pipe.transformer.dtype),
-        )
-
     def _apply_method(self) -> MethodHandle:
         config = self.config
         handle = apply_method(
@@ -331,30 +316,13 @@ class LongVideoEngine:
 
     def _check(self) -> Checkpoint:
         """The checkpoint, once all that the configuration can get wrong is checked."""
-        config = self.config
-        try:
-            attention, where = config.attention, (self.device, pick_dtype(config.model.dtype, self.device))
-            for select, name in ((select_kernel, attention.kernel), (select_dual, attention.dual)):
-                select(name, *where)
-            select_complement(attention.complement, *where, dual=attention.dual)
-        except ValueError as error:
-            raise UserError(str(error)) from error
-        if self.mesh.cfg.size > 1 and config.sampler.guidance_scale <= 1.0:
-            raise UserError(
-                f"parallel.cfg is {self.mesh.cfg.size}, but sampler.guidance_scale {config.sampler.guidance_scale} runs "
-                "one pass only; use parallel.cfg 1"
-            )
-        if (config.parallel.provider == "xfuser") != (self.ranks.hybrid is not None):
-            raise UserError(
-                f"parallel.provider is {config.parallel.provider}, but the ranks were joined for another one; make both from one "
-                "configuration (engine.ranks.arrange.join_ranks)"
-            )
-        check_layout(config.method.name, config.method.method, self.ranks.degrees)
+        config, video = self.config, self.config.video
+        check_kernels(config, self.device, pick_dtype(config.model.dtype, self.device))
+        check_ranks(config, self.ranks)
         checkpoint = open_checkpoint(config.model)
-        checkpoint.spec.check_video(config.video.num_frames, config.video.height, config.video.width)
-        check_riflex(checkpoint.adapter, config.attention.riflex)
-        check_shift(checkpoint.read("scheduler/scheduler_config.json"), config.sampler.shift)
-        check_tiles(config.decode, checkpoint.spec)
+        checkpoint.spec.check_video(video.num_frames, video.height, video.width)
+        scheduler = checkpoint.read("scheduler/scheduler_config.json")
+        check_model(config, checkpoint.adapter, checkpoint.spec, scheduler)
         return checkpoint
 
     def _load(self) -> DiffusionPipeline:

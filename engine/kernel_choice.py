@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +21,10 @@ from engine.config import RunConfig
 from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
 from engine.progress import note
 from engine.ranks.agreement import broadcast_bytes, raise_together
+from engine.ranks.layouts import Ranks
 from freespec import eigen
 from freespec.attention import WindowedAttention
-from freespec.kernels import candidates, preferred, select_kernel
+from freespec.kernels import candidates, preferred, select_complement, select_dual, select_kernel
 from freespec.methods import Grid
 from parallel.mesh import SeqMesh
 
@@ -93,26 +95,33 @@ class SolverChoice:
     left_out: dict[str, str] = field(default_factory=dict)
 
 
+def select_kernels(
+    device: torch.device, dtype: torch.dtype, *, kernel: str, dual: str, complement: str
+) -> dict[str, Any]:
+    """The kernels of `freespec.attention.WindowedAttention`, by their settings; ValueError for one that does not run here."""
+    return {
+        "kernel": select_kernel(kernel, device, dtype),
+        "dual_kernel": select_dual(dual, device, dtype),
+        "rest_kernel": select_complement(complement, device, dtype, dual=dual),
+    }
+
+
 def choose_on_ranks(
-    config: RunConfig,
-    spec: VideoSpec,
-    *,
-    num_heads: int,
-    head_dim: int,
-    mesh: SeqMesh,
-    where: tuple[torch.device, torch.dtype],
+    config: RunConfig, spec: VideoSpec, transformer: Any, ranks: Ranks, device: torch.device
 ) -> KernelChoice:
-    """`choose_kernel` for the video of a configuration, by rank 0 for all; `where` is the device and dtype of the model."""
+    """`choose_kernel` for the video of a configuration, by rank 0 for all; parallel.provider xfuser has a kernel of its own."""
+    if ranks.hybrid is not None:
+        return KernelChoice(kernel=config.attention.kernel, why="xfuser's")
     _, _, *latents = spec.latent_shape(config.video.num_frames, config.video.height, config.video.width)
     frames, rows, columns = (size // patch for size, patch in zip(latents, spec.patch, strict=True))
     part = LayerPart(
         num_frames=frames,
         frame_tokens=rows * columns,
         window_frames=min(config.method.window_frames, frames),
-        heads=min(num_heads, HEADS),
-        head_dim=head_dim,
+        heads=min(transformer.config.num_attention_heads, HEADS),
+        head_dim=transformer.config.attention_head_dim,
     )
-    return _by_rank_0(mesh, lambda: choose_kernel(config.attention.kernel, part, *where))
+    return _by_rank_0(ranks.mesh, lambda: choose_kernel(config.attention.kernel, part, device, transformer.dtype))
 
 
 def choose_for_pipeline(mesh: SeqMesh, grid: Grid, *, head_dim: int, where: tuple[torch.device, torch.dtype]) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 from benchmarks.sections.bench import Bench
 from engine import apply_method
 from engine.adapters.wan_published import PUBLISHED
-from engine.hooks.apply import Ranks
+from engine.ranks.layouts import Ranks
 from freespec.methods import Method
 
 MODEL = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"

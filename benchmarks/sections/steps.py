@@ -17,8 +17,8 @@ from benchmarks.fusion import svd_fp32
 from benchmarks.measure import in_turn, ratio, relative_error, spread
 from benchmarks.sections.bench import Bench
 from benchmarks.sections.model import Subject, make_subject, stepping
-from engine.hooks.apply import Ranks
 from engine.ranks.group_of_one import GROUP_OF_ONE
+from engine.ranks.layouts import Ranks
 from freespec.methods import Branches, Direct, FreeLong, FreePCA, FreeSpec, Layer, Method, SlidingWindow
 from freespec.methods.freespec import FusionWeights
 from parallel.mesh import SeqMesh

@@ -1,7 +1,6 @@
 """`apply_method`: a method for long videos on a user's own pipeline, in one line, and taken off again."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from engine.adapters import ModelAdapter, adapter_of_pipeline
 from engine.adapters.base import refuse_one_of_two
+from engine.checks import check_riflex
 from engine.errors import UserError
 from engine.hooks.in_force import (
     Installed,
@@ -25,58 +25,12 @@ from engine.hooks.self_attention import BranchProcessor
 from engine.hooks.state import MethodSetup, RunState
 from engine.hooks.step_hook import StepHook
 from engine.hooks.token_hooks import TokenHooks
+from engine.kernel_choice import select_kernels
 from engine.load.weights import read_config
 from engine.ranks.group_of_one import GROUP_OF_ONE
-from engine.ranks.layouts import Degrees, check_layout
-from freespec.kernels import select_complement, select_dual, select_kernel
+from engine.ranks.layouts import Ranks, check_layout
 from freespec.methods import Direct, Method, make_method
 from freespec.riflex import Riflex, lowered_frequency
-from parallel.attention import TORCH_EXCHANGE, HeadExchange, HybridAttention
-from parallel.mesh import SeqMesh
-
-
-@dataclass(frozen=True, kw_only=True)
-class Ranks:
-    """How a process shares one video with others.
-
-    Attributes:
-        mesh: cfg x ring x ulysses, from `parallel.mesh.build_mesh`. A pipeline's own loop runs both passes of guidance in
-            every rank, so cfg must be 1 there; `LongVideoEngine` uses the axis.
-        local_route: how local steps cross the ulysses axis: `halo`, `all_to_all`, or `auto` for fewer bytes.
-        exchange: who exchanges heads against tokens.
-        hybrid: who computes the whole of `direct` over the ranks instead, exchange included; None is nobody.
-        why: the reason for these degrees, for the record.
-        nodes: name of the node of each rank, for the record.
-    """
-
-    mesh: SeqMesh
-    local_route: str = "auto"
-    exchange: HeadExchange = TORCH_EXCHANGE
-    hybrid: HybridAttention | None = None
-    why: str = "given"
-    nodes: tuple[str, ...] = ()
-
-    @property
-    def degrees(self) -> Degrees:
-        """cfg, ring, ulysses."""
-        return self.mesh.cfg.size, self.mesh.ring.size, self.mesh.ulysses.size
-
-    def described(self, *, local_route: str, provider: str) -> dict[str, Any]:
-        """How the ranks share the video, for the record."""
-        cfg, ring, ulysses = self.degrees
-        nodes: dict[str, list[int]] = {}
-        for rank, node in enumerate(self.nodes):
-            nodes.setdefault(node, []).append(rank)
-        return {
-            "ranks": self.mesh.world.size,
-            "cfg": cfg,
-            "ring": ring,
-            "ulysses": ulysses,
-            "local_route": local_route,
-            "provider": provider,
-            "why": self.why,
-            "nodes": [{"node": node, "ranks": ranks} for node, ranks in nodes.items()],
-        }
 
 
 class MethodHandle(Uncopyable):
@@ -240,36 +194,13 @@ def _make(
         made = make_method(method, **settings) if isinstance(method, str) else method
         made.check_window(window_frames)
         where = get_module_execution_device(transformer), transformer.dtype
-        for select, name in ((select_kernel, kernel), (select_dual, dual)):
-            select(name, *where)
-        select_complement(complement, *where, dual=dual)
+        select_kernels(*where, kernel=kernel, dual=dual, complement=complement)
         if riflex.enabled:
             frequencies = [frequency for frequency, _ in adapter.temporal_frequencies(transformer)]
             lowered_frequency(riflex, frequencies, num_frames=1, window_frames=window_frames)  # raises if there is none
     except ValueError as error:
         raise UserError(str(error)) from error
     return made
-
-
-def check_riflex(adapter: ModelAdapter, riflex: Riflex) -> None:
-    """Raise UserError if RIFLEx is asked of a model whose temporal positions do not count frames."""
-    if riflex.enabled and not adapter.counts_frames:
-        raise UserError(
-            f"attention.riflex does nothing for {adapter.name}: its temporal positions are seconds within a range that longer "
-            "videos stay in; set attention.riflex.enabled false"
-        )
-
-
-def check_shift(scheduler: Mapping[str, Any], shift: str) -> None:
-    """Raise UserError if the shift of longer videos is asked of a checkpoint whose scheduler has one shift for any length.
-
-    `scheduler` is the configuration of the checkpoint's scheduler.
-    """
-    if shift == "actual" and not scheduler.get("use_dynamic_shifting"):
-        raise UserError(
-            "sampler.shift actual does nothing for this checkpoint: its scheduler has one shift for any length; leave it out, or "
-            "choose that shift with sampler.flow_shift"
-        )
 
 
 def _check_free(pipe: DiffusionPipeline, transformer: nn.Module, modules: Sequence[nn.Module]) -> None:

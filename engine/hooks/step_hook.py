@@ -14,9 +14,8 @@ from engine.errors import UserError
 from engine.hooks.in_force import Uncopyable, refuse_caches_of_one_rank, skips_layers
 from engine.hooks.self_attention import BranchProcessor
 from engine.hooks.state import Forward, RunState
-from engine.kernel_choice import choose_for_pipeline, choose_solver
+from engine.kernel_choice import choose_for_pipeline, choose_solver, select_kernels
 from freespec.attention import WindowedAttention
-from freespec.kernels import select_complement, select_dual, select_kernel
 from freespec.methods import Grid, Mode, StepPlan
 from freespec.scenes import ScenedAttention
 from parallel.attention import SequenceLayout
@@ -156,13 +155,12 @@ class StepHook(Uncopyable):
     def _attention(self, transformer: nn.Module, grid: Grid, latents: Tensor) -> WindowedAttention | ScenedAttention:
         """The windows of this video, with the kernels for its device and dtype."""
         setup, where = self.state.setup, (latents.device, latents.dtype)
+        kernel = self._kernel_name(grid, transformer.config.attention_head_dim, where)
         attention = WindowedAttention(
             num_frames=grid.frames,
             frame_tokens=grid.frame_tokens,
             window_frames=grid.window_frames,
-            kernel=select_kernel(self._kernel_name(grid, transformer.config.attention_head_dim, where), *where),
-            dual_kernel=select_dual(setup.dual, *where),
-            rest_kernel=select_complement(setup.complement, *where, dual=setup.dual),
+            **select_kernels(*where, kernel=kernel, dual=setup.dual, complement=setup.complement),
         )
         scenes = self.state.scenes
         return ScenedAttention(video=attention, starts=(0, *scenes)) if scenes else attention

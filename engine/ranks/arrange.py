@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 
+from engine.checks import check_model
 from engine.config import RunConfig
-from engine.decode.tiling import check_tiles
 from engine.errors import UserError
-from engine.hooks.apply import Ranks, check_riflex, check_shift
 from engine.load.single_file import open_single_file
 from engine.planner.choose import choose, choose_by_memory
 from engine.planner.gpu import FOLDER, GpuSpec, read_gpu
@@ -21,7 +20,7 @@ from engine.planner.layout import Degrees, feasible_degrees, num_passes
 from engine.planner.model import ModelSpec, read_model
 from engine.planner.plan import Case
 from engine.planner.providers import FixedDegrees, Provider, keeps
-from engine.ranks.layouts import check_layout
+from engine.ranks.layouts import Ranks, check_layout
 from parallel.attention import TORCH_EXCHANGE
 from parallel.deepspeed import check_deepspeed, deepspeed_exchange
 from parallel.mesh import SeqMesh, build_mesh
@@ -87,9 +86,7 @@ def check_settings(config: RunConfig, spec: ModelSpec) -> None:
 
     launch/plan.py asks the same, so that it plans nothing that is not made. The video's own size is `Case`'s to check.
     """
-    check_tiles(config.decode, spec.video)
-    check_riflex(spec.adapter, config.attention.riflex)
-    check_shift(spec.configs["scheduler"], config.sampler.shift)
+    check_model(config, spec.adapter, spec.video, spec.configs["scheduler"])
     name = config.model.single_file
     if name is None:
         return

@@ -1,11 +1,59 @@
-"""Which layouts a method can have, and what to say of one that it cannot."""
+"""How ranks share a video: the ranks, and which layouts a method can have."""
 
 from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
 
 from engine.errors import UserError
 from freespec.methods import Method
+from parallel.attention import TORCH_EXCHANGE, HeadExchange, HybridAttention
+from parallel.mesh import SeqMesh
 
 Degrees = tuple[int, int, int]  # cfg, ring, ulysses
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranks:
+    """How a process shares one video with others.
+
+    Attributes:
+        mesh: cfg x ring x ulysses, from `parallel.mesh.build_mesh`. A pipeline's own loop runs both passes of guidance in
+            every rank, so cfg must be 1 there; `LongVideoEngine` uses the axis.
+        local_route: how local steps cross the ulysses axis: `halo`, `all_to_all`, or `auto` for fewer bytes.
+        exchange: who exchanges heads against tokens.
+        hybrid: who computes the whole of `direct` over the ranks instead, exchange included; None is nobody.
+        why: the reason for these degrees, for the record.
+        nodes: name of the node of each rank, for the record.
+    """
+
+    mesh: SeqMesh
+    local_route: str = "auto"
+    exchange: HeadExchange = TORCH_EXCHANGE
+    hybrid: HybridAttention | None = None
+    why: str = "given"
+    nodes: tuple[str, ...] = ()
+
+    @property
+    def degrees(self) -> Degrees:
+        """cfg, ring, ulysses."""
+        return self.mesh.cfg.size, self.mesh.ring.size, self.mesh.ulysses.size
+
+    def described(self, *, local_route: str, provider: str) -> dict[str, Any]:
+        """How the ranks share the video, for the record."""
+        cfg, ring, ulysses = self.degrees
+        nodes: dict[str, list[int]] = {}
+        for rank, node in enumerate(self.nodes):
+            nodes.setdefault(node, []).append(rank)
+        return {
+            "ranks": self.mesh.world.size,
+            "cfg": cfg,
+            "ring": ring,
+            "ulysses": ulysses,
+            "local_route": local_route,
+            "provider": provider,
+            "why": self.why,
+            "nodes": [{"node": node, "ranks": ranks} for node, ranks in nodes.items()],
+        }
 
 
 def refused_axes(refused: Collection[str], degrees: Degrees) -> list[str]:

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from engine.config import RunConfig
 from engine.devices import pick_device
 from engine.errors import UserError
-from engine.hooks.apply import Ranks
 from engine.ranks.agreement import (
     broadcast_bytes,
     choose_failure,
@@ -30,6 +29,7 @@ from engine.ranks.agreement import (
     setting_prints,
 )
 from engine.ranks.arrange import Arrangement, arrange_ranks, describe_place, join_ranks
+from engine.ranks.layouts import Ranks
 from launch.arguments.environment import check_backend
 from launch.process.exit_codes import LostRankError
 from launch.process.stopping import ignore_signals, say_for_first

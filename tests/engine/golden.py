@@ -12,11 +12,11 @@ import torch
 import yaml
 from torch import Tensor
 
-import engine.engine
+import engine.kernel_choice
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
-from engine.hooks.apply import Ranks
 from engine.load.pipeline import load_pipeline
+from engine.ranks.layouts import Ranks
 from freespec.attention import merge
 from freespec.kernels import Kernel
 from parallel.mesh import SeqMesh, build_mesh
@@ -103,9 +103,9 @@ def on_one_rank(config: RunConfig, prompt: str = PROMPT) -> Tensor:
 @contextmanager
 def keys_in_three_chunks() -> Iterator[None]:
     """Engines that are made inside attend to their keys in three chunks."""
-    select: Callable[..., Kernel] = engine.engine.select_kernel
+    select: Callable[..., Kernel] = engine.kernel_choice.select_kernel
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.hooks.step_hook.select_kernel", lambda *arguments: attend_in_chunks(select(*arguments)))
+        patch.setattr("engine.kernel_choice.select_kernel", lambda *arguments: attend_in_chunks(select(*arguments)))
         yield
 
 

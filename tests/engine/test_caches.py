@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.hooks.apply import Ranks
+from engine.ranks.layouts import Ranks
 from tests.engine.golden import PROMPT, mesh_of, relative
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import save_random_wan

@@ -50,9 +50,7 @@ def on_any_device() -> Iterator[None]:
         return None if name == "same" else sage_kernel(sage_stand_in.sageattn)
 
     with (
-        mock.patch("engine.engine.select_complement", select),
-        mock.patch("engine.hooks.apply.select_complement", select),
-        mock.patch("engine.hooks.step_hook.select_complement", select),
+        mock.patch("engine.kernel_choice.select_complement", select),
     ):
         yield
 

@@ -28,7 +28,7 @@ from engine.config import (
 from engine.decode.decoder import open_decoder
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.hooks.apply import Ranks
+from engine.ranks.layouts import Ranks
 from engine.spectra.trace import SpectralTrace
 from engine.spectra.windows import WindowSpectra
 from freespec import eigen, kernels

@@ -7,7 +7,7 @@ import pytest
 from torch import Tensor
 
 from engine.config import RunConfig
-from engine.hooks.apply import Ranks
+from engine.ranks.layouts import Ranks
 from launch.cli.parser import parse_run
 from tests.engine.golden import Case, all_degrees, assert_same_video, latents_of, mesh_of, on_one_rank, relative
 from tests.engine.test_ranks import METHODS, WHOLE_HEADS

@@ -8,8 +8,7 @@ from torch import Tensor
 from engine.adapters.ltx import LtxAdapter
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.errors import UserError
-from engine.hooks.apply import Ranks
-from engine.ranks.layouts import check_layout
+from engine.ranks.layouts import Ranks, check_layout
 from freespec.methods import METHODS, FreeSpec
 from tests.engine.golden import (
     TIMELINE,

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
-from engine.hooks.apply import Ranks
+from engine.ranks.layouts import Ranks
 from parallel.monitor import Monitor
 from tests.engine.golden import PROMPT, mesh_of
 from tests.ranks import run_ranks

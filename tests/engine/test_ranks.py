@@ -21,9 +21,8 @@ from engine.config import (
 )
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.hooks.apply import Ranks
 from engine.ranks.agreement import raise_together
-from engine.ranks.layouts import refused_axes
+from engine.ranks.layouts import Ranks, refused_axes
 from freespec.methods import FreePCA, FreeSpec, Method, make_method
 from freespec.riflex import Riflex
 from freespec.timeline import attend

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
-from engine.hooks.apply import Ranks
+from engine.ranks.layouts import Ranks
 from freespec import spectrum
 from tests.engine.golden import LIMIT, PRESETS, Degrees, keys_in_three_chunks, mesh_of, relative, with_method
 from tests.ranks import run_ranks

@@ -11,7 +11,8 @@ from torch import Tensor
 from engine.config import MethodConfig, ModelConfig, OutputConfig, ParallelConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.hooks.apply import Ranks, apply_method
+from engine.hooks.apply import apply_method
+from engine.ranks.layouts import Ranks
 from engine.spectra.trace import SpectralTrace
 from parallel.mesh import build_mesh
 from parallel.xfuser import XfuserAttention, xfuser_attention

@@ -31,8 +31,8 @@ from engine.decode.tiles import stream_tiles
 from engine.decode.tiling import GIB, check_tiles, choose_mode, make_grid, plan_decode, share_tiles, tile_bytes
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.hooks.apply import Ranks
 from engine.ranks.group_of_one import GROUP_OF_ONE
+from engine.ranks.layouts import Ranks
 from parallel.mesh import Axis, build_mesh
 from tests.ranks import PATIENCE, run_ranks
 from tests.tiny_pipelines import random_wan, save_random_wan

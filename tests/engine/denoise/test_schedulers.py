@@ -35,7 +35,7 @@ from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, Sa
 from engine.denoise.schedulers import SchedulerState, restore_scheduler
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.hooks.apply import Ranks
+from engine.ranks.layouts import Ranks
 from freespec.methods import FreeSpec
 from tests.engine.golden import PROMPT, mesh_of, relative
 from tests.ranks import run_ranks

@@ -19,9 +19,9 @@ from engine.errors import UserError
 from engine.given.frames import GivenFrames, GivenImage, parse_given
 from engine.given.image import read_image
 from engine.given.known import Known, check_given
-from engine.hooks.apply import Ranks
 from engine.media.read_video import read_video
 from engine.media.write_video import open_video
+from engine.ranks.layouts import Ranks
 from freespec.methods import FreeSpec
 from tests.engine.golden import mesh_of, relative
 from tests.ranks import run_ranks

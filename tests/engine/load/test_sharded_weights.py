@@ -17,9 +17,9 @@ from diffusers import DiffusionPipeline
 from engine.config import ModelConfig, ParallelConfig, RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.hooks.apply import Ranks
 from engine.load.sharded_weights import check_placement
 from engine.planner.model import read_model
+from engine.ranks.layouts import Ranks
 from parallel.deepspeed import quiet_import
 from parallel.mesh import build_mesh
 from parallel.zero3 import device_bytes, held_bytes

@@ -22,11 +22,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.adapters.wan_published import PUBLISHED
 from engine.config import MethodConfig, ModelConfig, ParallelConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.errors import UserError
-from engine.hooks.apply import Ranks, apply_method
+from engine.hooks.apply import apply_method
 from engine.hooks.self_attention import BranchProcessor
 from engine.hooks.step_hook import StepHook
 from engine.planner.model import ModelSpec
 from engine.ranks.arrange import choose_degrees
+from engine.ranks.layouts import Ranks
 from freespec import attention
 from freespec.windows import window_range
 from parallel import collectives
