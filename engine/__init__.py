@@ -1,10 +1,9 @@
 """Long videos from pretrained pipelines: configuration, loading, hooks, denoising, decoding and output.
 
-    from engine import LongVideoEngine, MethodConfig, ModelConfig, RunConfig
+    from engine import LongVideoEngine, read_preset, write_video
 
-    config = RunConfig(model=ModelConfig(path="tiny/wan"), method=MethodConfig(name="freespec", window_frames=9))
-    with LongVideoEngine(config) as engine:
-        frames = engine.generate("a red circle").frames
+    with LongVideoEngine(read_preset("tiny-wan", settings={"video.num_frames": 65})) as engine:
+        write_video("circle.mp4", engine.generate("a red circle bounces over a blue background").frames, fps=16)
 
 Names are imported when they are first used, so that `engine.config` can be read without torch or diffusers.
 """
