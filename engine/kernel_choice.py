@@ -176,7 +176,8 @@ def fastest(
     """
     qkv, q_start = draw(part, device, dtype)
     expected = check_rows(part.attention("plain", device, dtype), qkv, q_start)
-    seconds, left_out = {}, {}
+    seconds: dict[str, float] = {}
+    left_out: dict[str, str] = {}
     for name in names:
         try:
             layer = part.attention(name, device, dtype)
@@ -276,7 +277,8 @@ def fastest_solver(
 ) -> SolverChoice:
     """The first of these solvers, or one that is clearly faster, among those that are right; with `tells` a line says so."""
     matrices = draw_grams(num_matrices, rows).to(device)
-    seconds, left_out = {}, {}
+    seconds: dict[str, float] = {}
+    left_out: dict[str, str] = {}
     for name in names:
         solver = eigen.SOLVERS[name]
         try:
@@ -292,14 +294,14 @@ def fastest_solver(
         raise UserError(f"no eigensolver is right on {device}: {left_out}; use another version of torch or of its CUDA")
     if len(names) == 1:
         return SolverChoice(solver=names[0], why="the only one here")
-    solver = preferred(seconds)
+    chosen = preferred(seconds)
     if tells:
         times = ", ".join(f"{name} {value * 1e3:.3g} ms" for name, value in seconds.items())
         note(
             f"torch {torch.__version__} decomposes a batch of matrices on a GPU one by one; a fusion's {num_matrices} of {rows} rows "
-            f"take {times}: using {solver}. torch 2.12 and later do not need this"
+            f"take {times}: using {chosen}. torch 2.12 and later do not need this"
         )
-    return SolverChoice(solver=solver, why="measured", seconds=seconds, left_out=left_out)
+    return SolverChoice(solver=chosen, why="measured", seconds=seconds, left_out=left_out)
 
 
 def draw_grams(num_matrices: int, rows: int) -> Tensor:

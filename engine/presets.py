@@ -79,11 +79,11 @@ def refuse_null(namespace: Namespace) -> None:
 
 
 @functools.cache
-def _never_null(kind: type, prefix: str = "") -> frozenset[str]:
+def _never_null(kind: Any, prefix: str = "") -> frozenset[str]:
     """Dotted names of a dataclass's fields whose type does not include None."""
     keys: set[str] = set()
     for name, hint in get_type_hints(kind).items():
-        if is_dataclass(hint):
+        if isinstance(hint, type) and is_dataclass(hint):
             keys |= _never_null(hint, f"{prefix}{name}.")
         elif type(None) not in get_args(hint):
             keys.add(f"{prefix}{name}")

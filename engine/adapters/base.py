@@ -268,7 +268,7 @@ class ModelAdapter(ABC):
         if index.get("transformer_2") not in (None, [None, None]) or (folder / "transformer_2").exists():
             raise two_transformers("a transformer_2")
 
-    def transformer_of(self, pipe: Any) -> nn.Module:
+    def transformer_of(self, pipe: Any) -> Any:
         """The pipeline's transformer, without the wrapper of torch.compile; UserError if it is none of this model."""
         transformer = unwrap(getattr(pipe, "transformer", None))
         if not isinstance(transformer, self.transformer_class):
@@ -297,7 +297,7 @@ class ModelAdapter(ABC):
                 f"the scheduler {type(scheduler).__name__} cannot be used ({type(error).__name__}: {first}); {ADVICE}"
             ) from error
 
-    def build(self, part: str, config: dict[str, Any]) -> nn.Module:
+    def build(self, part: str, config: dict[str, Any]) -> Any:
         """A part of the pipeline (transformer, vae or text_encoder) with random weights, from its configuration."""
         if part == "text_encoder":
             return self.text_encoder_class(self.text_config_class(**config))
@@ -305,12 +305,12 @@ class ModelAdapter(ABC):
 
     # Inside a forward: where tokens are made, mixed and put together again.
 
-    def attention_modules(self, transformer: Any) -> list[nn.Module]:
+    def attention_modules(self, transformer: Any) -> list[Any]:
         """The self-attention module of every block, first block first."""
         return [block.attn1 for block in self.blocks(transformer)]
 
     @abstractmethod
-    def blocks(self, transformer: Any) -> Iterable[nn.Module]:
+    def blocks(self, transformer: Any) -> Iterable[Any]:
         """The transformer blocks, first block first."""
 
     @abstractmethod
@@ -342,7 +342,7 @@ class ModelAdapter(ABC):
     @abstractmethod
     def qkv(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden: Tensor,
         rotary: tuple[Tensor, Tensor],
         on_value: Callable[[Tensor], None] | None = None,
@@ -352,17 +352,17 @@ class ModelAdapter(ABC):
         `on_value` is called with v as soon as there is one, so that it can travel while q and k are normalised and rotated.
         """
 
-    def project_out(self, attn: nn.Module, out: Tensor) -> Tensor:
+    def project_out(self, attn: Any, out: Tensor) -> Tensor:
         """Output projection of [B, s, N, D] to [B, s, C]: diffusers' attention modules keep it, and a dropout, in `to_out`."""
         return attn.to_out[1](attn.to_out[0](out.flatten(2, 3)))
 
     # Cross-attention to text, which a timeline takes over.
 
-    def cross_attention_modules(self, transformer: Any) -> list[nn.Module]:
+    def cross_attention_modules(self, transformer: Any) -> list[Any]:
         """The cross-attention module of every block, first block first."""
         return [block.attn2 for block in self.blocks(transformer)]
 
-    def cross_qkv(self, attn: nn.Module, hidden: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def cross_qkv(self, attn: Any, hidden: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Projected and normalised q [B, s, N, D] of hidden states [B, s, C], and k, v [B, K, N, D] of text [B, K, C]."""
         if getattr(attn, "fused_projections", False) and hasattr(attn, "to_kv"):  # not LTX's, which keeps both
             k, v = attn.to_kv(text).chunk(2, dim=-1)

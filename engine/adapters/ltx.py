@@ -112,7 +112,7 @@ class LtxAdapter(ModelAdapter):
 
     def qkv(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden: Tensor,
         rotary: tuple[Tensor, Tensor],
         on_value: Callable[[Tensor], None] | None = None,
@@ -130,7 +130,7 @@ class LtxAdapter(ModelAdapter):
         self, pipe: LTXPipeline, prompts: Sequence[str], max_tokens: int, device: torch.device
     ) -> list[Text]:
         """Embeddings, and which of them are words: cross-attention must not see the padding."""
-        texts = []
+        texts: list[Text] = []
         for prompt in prompts:
             embed, mask, _, _ = pipe.encode_prompt(
                 prompt, do_classifier_free_guidance=False, max_sequence_length=max_tokens, device=device
@@ -206,7 +206,7 @@ class LtxAdapter(ModelAdapter):
         """A video no longer than `decode.tile_frames` is not cut, nor is any in mode `whole`."""
         conditioned = bool(vae.get("timestep_conditioning", False))
         noisy = conditioned or any(vae.get("decoder_inject_noise", ()))
-        told = {
+        told: dict[str, Any] = {
             "timestep": config.timestep if conditioned else None,
             "noise_scale": config.noise_scale if conditioned else 0.0,
             "seed": seed if noisy else None,

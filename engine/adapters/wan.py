@@ -63,7 +63,7 @@ class WanAdapter(ModelAdapter):
         """See the base class."""
         return vae.get("z_dim", 16)
 
-    def build(self, part: str, config: dict[str, Any]) -> nn.Module:
+    def build(self, part: str, config: dict[str, Any]) -> Any:
         """See the base class; ValueError if the VAE's mean and deviation are not numbers for each latent channel."""
         made = super().build(part, config)
         if part == "vae":
@@ -112,7 +112,7 @@ class WanAdapter(ModelAdapter):
 
     def qkv(
         self,
-        attn: nn.Module,
+        attn: Any,
         hidden: Tensor,
         rotary: tuple[Tensor, Tensor],
         on_value: Callable[[Tensor], None] | None = None,
@@ -135,7 +135,7 @@ class WanAdapter(ModelAdapter):
         self, pipe: WanPipeline, prompts: Sequence[str], max_tokens: int, device: torch.device
     ) -> list[Text]:
         """Embeddings alone: the model sees zeros where a prompt is padded."""
-        embeds = []
+        embeds: list[Text] = []
         for prompt in prompts:
             embed, _ = pipe.encode_prompt(
                 prompt, do_classifier_free_guidance=False, max_sequence_length=max_tokens, device=device

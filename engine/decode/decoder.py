@@ -46,7 +46,8 @@ class VideoDecoder:
         decides the noise that some decoders want; None is `sampler.seed`.
         """
         seed = self.config.sampler.seed if seed is None else seed
-        plan = plan_decode(self.config.decode, self._vae, tuple(latents.shape[2:]), world=self._world, seed=seed)
+        frames, rows, columns = latents.shape[2:]
+        plan = plan_decode(self.config.decode, self._vae, (frames, rows, columns), world=self._world, seed=seed)
         self.decode_plan = plan.record
         return self._frames(latents, plan)
 

@@ -250,7 +250,7 @@ def choose_mode(needs: Mapping[DecodeMode, int], *, free: Sequence[int]) -> tupl
     fitting = next((mode for mode in needs if needs[mode] <= room[mode]), None)
     if fitting == first:
         return first, f"exact, and it fits: {numbers}"
-    chosen = fitting or min(needs, key=needs.__getitem__)  # among equals the most exact
+    chosen = min(needs, key=needs.__getitem__) if fitting is None else fitting  # among equals the most exact
     if chosen == first:
         return first, f"it may not fit, but tiles over so few ranks need no less: {numbers}"
     return chosen, f"{_WORDS[first]} do not fit: {numbers}"

@@ -60,12 +60,8 @@ def shifting_tokens(shift: Literal["native", "actual"], frames: int, frame_token
 
 def step_noise(scheduler: Any, generator: torch.Generator) -> dict[str, torch.Generator]:
     """Arguments of `scheduler.step` that let `generator` draw its noise; none for a scheduler that draws none."""
-    return {"generator": generator} if _takes_generator(type(scheduler)) else {}
-
-
-@functools.cache
-def _takes_generator(kind: type) -> bool:
-    return "generator" in inspect.signature(kind.step).parameters
+    takes_one = "generator" in inspect.signature(type(scheduler).step).parameters
+    return {"generator": generator} if takes_one else {}
 
 
 def check_flow(scheduler: Any, set_timesteps: Callable[[Any, int], Any], *, model: str) -> bool:

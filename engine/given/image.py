@@ -18,8 +18,9 @@ def read_image(path: Path, height: int, width: int) -> np.ndarray:
     """
     try:
         with Image.open(path) as image:
-            if getattr(image, "n_frames", 1) > 1:
-                raise UserError(f"{path} has {image.n_frames} frames; give one picture, or a video to --extend")
+            num_frames = getattr(image, "n_frames", 1)
+            if num_frames > 1:
+                raise UserError(f"{path} has {num_frames} frames; give one picture, or a video to --extend")
             if image.mode not in _MODES:
                 raise UserError(f"{path} has the colours {image.mode}; convert it to RGB with 8 bits first")
             image.load()
@@ -28,6 +29,6 @@ def read_image(path: Path, height: int, width: int) -> np.ndarray:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UserError(f"cannot read the picture {path}: {reason}") from error
     rgba = whole.convert("RGBA")
-    if rgba.getchannel("A").getextrema()[0] < 255:
+    if np.asarray(rgba.getchannel("A")).min() < 255:
         raise UserError(f"{path} has transparent pixels; put it on a background first")
     return np.asarray(ImageOps.fit(rgba.convert("RGB"), (width, height), Image.Resampling.LANCZOS))

@@ -67,7 +67,8 @@ def check_given(
         UserError: a file cannot be read or has another size or rate, what is gone on from is as long as the video, or two things
             are given for one latent frame.
     """
-    step, begun, notes = spec.temporal_factor, 0, []
+    step, begun = spec.temporal_factor, 0
+    notes: list[str] = []
     if given.extend is not None:
         begun, notes = _look_at_begun(given.extend, spec, height=height, width=width, fps=fps)
         if spec.num_frames(begun) >= num_frames:

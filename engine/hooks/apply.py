@@ -6,7 +6,6 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
-from torch import nn
 
 from engine.adapters import ModelAdapter, adapter_of_pipeline
 from engine.adapters.base import refuse_one_of_two
@@ -41,7 +40,7 @@ class MethodHandle(Uncopyable):
         state: RunState,
         installed: Installed,
         *,
-        originals: Sequence[tuple[nn.Module, Any]],
+        originals: Sequence[tuple[Any, Any]],
         alone: bool,
     ) -> None:
         self.state = state
@@ -177,7 +176,7 @@ def apply_method(
 
 def _make(
     adapter: ModelAdapter,
-    transformer: nn.Module,
+    transformer: Any,
     method: str | Method,
     window_frames: int,
     *,
@@ -203,7 +202,7 @@ def _make(
     return made
 
 
-def _check_free(pipe: DiffusionPipeline, transformer: nn.Module, modules: Sequence[nn.Module]) -> None:
+def _check_free(pipe: DiffusionPipeline, transformer: Any, modules: Sequence[Any]) -> None:
     """Refuse what would be ignored or would make attention wrong without a word."""
     hooked = any(isinstance(hook, StepHook) for hook in transformer._forward_pre_hooks.values())
     if guard_of(pipe) or hooked or any(isinstance(attn.processor, BranchProcessor) for attn in modules):
@@ -215,7 +214,7 @@ def _check_free(pipe: DiffusionPipeline, transformer: nn.Module, modules: Sequen
         raise UserError(problem)
 
 
-def _check_folders(adapter: ModelAdapter, pipe: DiffusionPipeline, transformer: nn.Module) -> None:
+def _check_folders(adapter: ModelAdapter, pipe: DiffusionPipeline, transformer: Any) -> None:
     """Ask the checkpoints that pipeline and transformer were loaded from what else is in them; of hub names, what they say."""
     for name in filter(None, (part.config.get("_name_or_path") for part in (transformer, pipe))):
         refuse_one_of_two(name)

@@ -113,6 +113,7 @@ class TimelineProcessor(Uncopyable):
             )
 
         def several(index: int, rows: Tensor) -> Partial:
+            assert state.kernel is not None, "the hook sets it before each forward"
             lengths = [size] * len(rows) if state.lengths is None else [row[index] for row in state.lengths]
             return _with_lse(state.kernel, rows, (k, v), [(index * size, index * size + length) for length in lengths])
 
@@ -132,7 +133,7 @@ class TimelineHandle(Uncopyable):
     def __init__(
         self,
         hook: RemovableHandle,
-        originals: list[tuple[nn.Module, Any]],
+        originals: list[tuple[Any, Any]],
         inputs: dict[str, Tensor],
         leave: Callable[[], None],
     ) -> None:
@@ -216,7 +217,7 @@ def apply_timeline(
     texts = [*parsed.texts, *negatives]
     with torch.no_grad():  # as in the pipeline's call: with gradients torch takes other kernels
         encoded = dict(zip(texts, adapter.encode_text(pipe, texts, max_sequence_length, device), strict=True))
-    inputs = {}
+    inputs: dict[str, Tensor] = {}
     for prefix, names in (("", parsed.texts), ("negative_", negatives)):
         joined = join_texts([encoded[name] for name in names])
         inputs |= {f"{prefix}{name}": tensor for name, tensor in zip(adapter.text_arguments, joined, strict=True)}

@@ -64,7 +64,7 @@ class Guard(Uncopyable):
 
     pipe: DiffusionPipeline
     adapter: ModelAdapter
-    transformer: nn.Module
+    transformer: Any
     processors: Sequence[Any]
     removed: bool = False
 
@@ -352,8 +352,8 @@ def skips_layers(transformer: nn.Module) -> bool:
 
 def hook_kinds(transformer: nn.Module) -> set[type]:
     """Classes of the hooks of diffusers on any part of the transformer."""
-    registries = [module._diffusers_hook for module in transformer.modules() if hasattr(module, "_diffusers_hook")]
-    return {type(hook) for registry in registries for hook in registry.hooks.values()}
+    registries = (getattr(module, "_diffusers_hook", None) for module in transformer.modules())
+    return {type(hook) for registry in registries if registry is not None for hook in registry.hooks.values()}
 
 
 def is_registered(hook: RemovableHandle) -> bool:

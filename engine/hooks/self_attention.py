@@ -43,17 +43,17 @@ class BranchProcessor(Uncopyable):
         self.called = True
         layout = forward.attention_layout
         if setup.hybrid is not None:  # only with the method direct, whose steps are all global
-            out = setup.hybrid(*setup.adapter.qkv(attn, hidden_states, rotary_emb), layout=layout)
-            return setup.adapter.project_out(attn, out)
+            whole = setup.hybrid(*setup.adapter.qkv(attn, hidden_states, rotary_emb), layout=layout)
+            return setup.adapter.project_out(attn, whole)
         q, k, v = self._scatter(attn, hidden_states, rotary_emb, layout)
         if state.trace is not None:
             state.trace.observe(self.layer, forward.step, (q, k, v), forward.windows, layout)
         branches = self._branches(q, k, v, forward)
-        if forward.mode in ("global", "local"):
-            out = branches.o_global if forward.mode == "global" else branches.o_local
-        else:
+        out = branches.o_global if forward.mode == "global" else branches.o_local
+        if forward.mode not in ("global", "local"):
             layer = Layer(grid=forward.grid, sum_tokens=layout.reduce, sum_heads=layout.sum_heads)
             out = setup.method.fuse(branches, forward.weights, layer)
+        assert out is not None
         if state.trace is not None:
             local = out if forward.mode == "views" else branches.o_local  # the views as one are a local branch
             state.trace.record(self.layer, forward.step, (local, branches.o_global), forward.weights, layout)
@@ -73,12 +73,14 @@ class BranchProcessor(Uncopyable):
     def _branches(self, q: Tensor, k: Tensor, v: Tensor, forward: Forward) -> Branches:
         """What the step's mode asks for, of q, k, v [B, r, n, D]. With views a rank has all tokens of its heads: r = S."""
         method, layout, attention = self.state.setup.method, forward.attention_layout, forward.attention
-        if forward.mode not in ("views", "views_global"):
-            local, o_global = layout.branches(q, k, v, forward.mode, attention)
-            return Branches(o_local=local, o_global=o_global)
-        o_global = None
-        if forward.mode == "views_global":
-            scaled = q * method.query_scale(forward.grid)
-            o_global = layout.branches(scaled, k, v, "global", attention)[1]
-        views = attention.views(q, k, v, method.view_starts(forward.grid))
-        return Branches(o_global=o_global, views=views)
+        match forward.mode:
+            case "views" | "views_global":
+                o_global = None
+                if forward.mode == "views_global":
+                    scaled = q * method.query_scale(forward.grid)
+                    o_global = layout.branches(scaled, k, v, "global", attention)[1]
+                views = attention.views(q, k, v, method.view_starts(forward.grid))
+                return Branches(o_global=o_global, views=views)
+            case mode:
+                local, o_global = layout.branches(q, k, v, mode, attention)
+                return Branches(o_local=local, o_global=o_global)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.denoise.denoise import check_finite
 from engine.devices import wait_for
@@ -57,7 +57,7 @@ class StepHook(Uncopyable):
 
     # Compiled with the rest of a transformer, the hooks would be traced: they read numbers off tensors, and decide by them.
     @torch.compiler.disable
-    def __call__(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
+    def __call__(self, transformer: Any, args: tuple, kwargs: dict) -> None:
         """Fill the state for this forward."""
         self._before_forward()
         inputs = bind_forward(transformer, args, kwargs)
@@ -97,7 +97,7 @@ class StepHook(Uncopyable):
         state.running = True
 
     @torch.compiler.disable
-    def after(self, transformer: nn.Module, _args: tuple, output: Any) -> None:
+    def after(self, transformer: Any, _args: tuple, output: Any) -> None:
         """Close the state; raise UserError for a prediction that is not finite, or if the method was not in every layer.
 
         After the last step no further forward would see what a prediction made of the latents. Caches skip layers, but none
@@ -136,7 +136,7 @@ class StepHook(Uncopyable):
                 "for the others; leave pipe.transformer alone until the call ends"
             )
 
-    def _path(self, transformer: nn.Module) -> list[tuple[nn.Module, Any, Any]]:
+    def _path(self, transformer: Any) -> list[tuple[Any, Any, Any]]:
         """The modules through which the processors are called, and the forward of each: its own, if it has one, and its class's."""
         blocks = self.state.setup.adapter.blocks(transformer)
         modules = [transformer, *blocks, *(block.attn1 for block in blocks)]
@@ -152,7 +152,7 @@ class StepHook(Uncopyable):
         if step not in self._steps[-1:]:
             self._steps.append(step)
 
-    def _attention(self, transformer: nn.Module, grid: Grid, latents: Tensor) -> WindowedAttention | ScenedAttention:
+    def _attention(self, transformer: Any, grid: Grid, latents: Tensor) -> WindowedAttention | ScenedAttention:
         """The windows of this video, with the kernels for its device and dtype."""
         setup, where = self.state.setup, (latents.device, latents.dtype)
         kernel = self._kernel_name(grid, transformer.config.attention_head_dim, where)
@@ -174,7 +174,7 @@ class StepHook(Uncopyable):
             self._kernels[where] = choose_for_pipeline(setup.mesh, grid, head_dim=head_dim, where=where)
         return self._kernels[where]
 
-    def _weights(self, plan: StepPlan, grid: Grid, step: int, transformer: nn.Module, device: torch.device) -> Any:
+    def _weights(self, plan: StepPlan, grid: Grid, step: int, transformer: Any, device: torch.device) -> Any:
         """The fusion weights, made once a step: making them copies numbers to the device, which waits for the pass before."""
         made_for = (step, grid, device)
         if made_for != self._made_for:
@@ -230,7 +230,7 @@ class StepHook(Uncopyable):
         return float(timestep[0])
 
 
-def choose_eigensolver(state: RunState, transformer: nn.Module, device: torch.device) -> None:
+def choose_eigensolver(state: RunState, transformer: Any, device: torch.device) -> None:
     """Choose what decomposes the Gram matrices of a layer's two branches; on a CPU there is nothing to choose.
 
     Raises UserError, on all ranks together, if a rank's device has no solver that is right.
@@ -266,14 +266,15 @@ def refuse_not_finite(latents: Tensor, where: str) -> None:
 
 
 @functools.cache
-def _signature(transformer_class: type[nn.Module]) -> inspect.Signature:
+def _signature(transformer_class: Any) -> inspect.Signature:
     """Names of the arguments of a forward; asked of the class, as offload puts another function on the instance."""
     return inspect.signature(transformer_class.forward)
 
 
-def bind_forward(transformer: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+def bind_forward(transformer: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
     """The arguments of a forward by name."""
-    return _signature(type(transformer)).bind(transformer, *args, **kwargs).arguments
+    kind: Any = type(transformer)
+    return _signature(kind).bind(transformer, *args, **kwargs).arguments
 
 
 def share_tokens(

@@ -67,6 +67,7 @@ class TokenHooks(Uncopyable):
     @torch.compiler.disable
     def lower_frequency(self, _module: nn.Module, _args: tuple, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Lower one temporal frequency of the rotary table of a long video (freespec.riflex)."""
+        assert self._riflex is not None, "registered only with RIFLEx"
         grid, frequencies = self._state.last.grid, [frequency for frequency, _ in self._pairs]
         change = lowered_frequency(self._riflex, frequencies, num_frames=grid.frames, window_frames=grid.window_frames)
         if change is None:

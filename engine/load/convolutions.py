@@ -1,5 +1,6 @@
 """Convolutions over time and space on a CPU, by the kernel that is fast for them."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -22,7 +23,10 @@ def use_onednn(module: nn.Module) -> None:
             convolution._conv_forward = partial(_convolve, convolution, convolution._conv_forward)  # type: ignore[method-assign]
 
 
-def _convolve(module: nn.Conv3d, otherwise: partial, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _convolve(
+    module: nn.Conv3d, otherwise: Callable[..., Tensor], x: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
     if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
         return otherwise(x, weight, bias)
+    assert not isinstance(module.padding, str), "use_onednn leaves such a module alone"
     return torch.mkldnn_convolution(x, weight, bias, module.padding, module.stride, module.dilation, module.groups)

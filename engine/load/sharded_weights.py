@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -55,7 +56,7 @@ def shard_pipeline(
     Over all ranks of the mesh, whatever its axes: both halves of a cfg axis take their texts through the same layers,
     once a step. Raises UserError, on all ranks together, if a rank has no room for its shares.
     """
-    keep = "device" if config.shards == "device" else "cpu"
+    keep: Literal["device", "cpu"] = "device" if config.shards == "device" else "cpu"
     for part in (pipe.transformer, pipe.text_encoder) if with_text else (pipe.transformer,):
         shard_weights(part, group=mesh.world.group, device=device, keep=keep)
         if config.shards_folder is not None:

@@ -56,7 +56,7 @@ def measure(path: Path) -> tuple[int, int, int] | None:
                 return len(frames), image.height, image.width
         if path.suffix == ".webp":  # FFmpeg reads its first picture alone
             with Image.open(path) as image:
-                return image.n_frames, image.height, image.width
+                return getattr(image, "n_frames", 1), image.height, image.width
         with open_file(path) as container:
             stream = container.streams.video[0]
             size = stream.height, stream.width

@@ -130,7 +130,9 @@ class _Stream(VideoWriter):
         self.time_base = Fraction(1, fps)
         self.container = av.open(str(part), "w", format=container, options=options[0])
         stack.callback(self.container.close)
-        self.stream = self.container.add_stream(codec, rate=fps, options=options[1])
+        stream = self.container.add_stream(codec, rate=fps, options=options[1])
+        assert isinstance(stream, av.VideoStream)
+        self.stream = stream
         self.stream.height, self.stream.width = size
 
     def _add(self, frame: np.ndarray) -> None:
@@ -200,7 +202,7 @@ class _Gif(_Stream):
         self.stream.pix_fmt = "pal8"
         self.facts = facts
         self.graph = graph = av.filter.Graph()  # its filters live as long as it does
-        self.source = graph.add_buffer(width=size[1], height=size[0], format="rgb24", time_base=self.time_base)
+        self.source = graph.add_buffer(width=size[1], height=size[0], format="rgb24", time_base=self.time_base)  # type: ignore[arg-type]
         split = graph.add("split")
         palette = graph.add("palettegen", "stats_mode=single:reserve_transparent=0")
         # An ordered pattern stands still where the picture does; diffused errors would flicker.
@@ -217,7 +219,9 @@ class _Gif(_Stream):
         self.source.push(rgb)
         with contextlib.suppress(BlockingIOError, EOFError):
             while True:
-                self.container.mux(self.stream.encode(self.painted.pull()))
+                painted = self.painted.pull()
+                assert isinstance(painted, av.VideoFrame)
+                self.container.mux(self.stream.encode(painted))
 
     def finish(self) -> None:
         self.encode(None)
@@ -277,7 +281,7 @@ class _WebP(_Stream):
             for frame in ImageSequence.Iterator(image):
                 frame.load()  # which sets the duration
                 shown += frame.info.get("duration", 0)
-            if image.n_frames == 1:
+            if getattr(image, "n_frames", 1) == 1:
                 return self.num_frames
         expected = self.num_frames * 1000 * self.time_base
         return self.num_frames if abs(shown - expected) <= 1 else round(shown / 1000 / self.time_base)

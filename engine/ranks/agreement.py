@@ -63,14 +63,15 @@ def choose_failure(messages: Sequence[str | None]) -> str | None:
 
 def raise_together(mesh: SeqMesh, action: Callable[[], Result]) -> Result:
     """What `action` returns; if it is a UserError on any rank, that error on every rank, so that none waits for a lost one."""
+    results, message = [], None
     try:
-        result, message = action(), None
+        results.append(action())
     except (UserError, OSError) as error:  # OSError: a file that this rank may not read
-        result, message = None, str(error) or type(error).__name__  # without words it would count as no fault
+        message = str(error) or type(error).__name__  # without words it would count as no fault
     failure = first_failure(mesh, message)
     if failure is not None:
         raise UserError(failure)
-    return result
+    return results[0]
 
 
 def broadcast(mesh: SeqMesh, x: Tensor, what: str) -> Tensor:

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from engine.files.tables import write_csv
 from engine.files.whole import atomic_path
@@ -61,8 +63,8 @@ def _draw_grid(axes: Axes, grid: np.ndarray, branch: str, low: float, high: floa
     axes.set_title(f"{branch} branch", loc="left", color=_COLOURS[branch], fontweight="bold")
     axes.set_xlabel("step")
     axes.set_ylabel("layer")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    _count_by_ones(axes.xaxis)
+    _count_by_ones(axes.yaxis)
     if np.isnan(grid).all():
         _say(axes, "not computed in this run")
     return axes.imshow(grid, aspect="auto", origin="lower", vmin=low, vmax=high, interpolation="nearest")
@@ -97,9 +99,16 @@ def _draw_weights(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
         _say(axes, "no step of this run fused the branches")
 
 
+def _count_by_ones(axis: Axis) -> None:
+    """Put ticks at whole numbers only."""
+    locator = axis.get_major_locator()
+    assert isinstance(locator, MaxNLocator)
+    locator.set_params(integer=True)
+
+
 def _finish(axes: Axes) -> None:
     axes.set_xlabel("step")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    _count_by_ones(axes.xaxis)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False)

@@ -12,7 +12,7 @@ from freespec import spectrum
 from freespec.attention import WindowedAttention
 from freespec.methods.freespec import FusionWeights
 from parallel.attention import SequenceLayout
-from parallel.shards import length
+from parallel.shards import Mode, length
 
 MULTIPLES = (1, 2, 3, 4)
 
@@ -64,9 +64,11 @@ class WindowSpectra(SpectralTrace):
                 continue
             window = min(multiple * attention.window_frames, attention.num_frames)
             kernels = replace(attention, window_frames=window)
-            mode = "global" if window == attention.num_frames else "local"
+            mode: Mode = "global" if window == attention.num_frames else "local"
             local, o_global = layout.branches(q, k, v, mode, kernels)
-            ranks, shares = head_spectra(o_global if mode == "global" else local, layout)
+            out = o_global if mode == "global" else local
+            assert out is not None
+            ranks, shares = head_spectra(out, layout)
             self.rows += [
                 {
                     "step": step,

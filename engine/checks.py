@@ -1,0 +1,66 @@
+"""What a configuration gets wrong about its checkpoint, device or ranks, found before weights are read."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from engine.adapters import ModelAdapter, VideoSpec
+from engine.config import RunConfig
+from engine.decode.tiling import check_tiles
+from engine.errors import UserError
+from engine.kernel_choice import select_kernels
+from engine.ranks.layouts import Ranks, check_layout
+from freespec.riflex import Riflex
+
+
+def check_model(config: RunConfig, adapter: ModelAdapter, spec: VideoSpec, scheduler: Mapping[str, Any]) -> None:
+    """Raise UserError for settings that this model cannot serve; `scheduler` is the configuration of its scheduler."""
+    check_tiles(config.decode, spec)
+    check_riflex(adapter, config.attention.riflex)
+    check_shift(scheduler, config.sampler.shift)
+
+
+def check_kernels(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise UserError for attention kernels that do not run on this device and dtype."""
+    attention = config.attention
+    try:
+        select_kernels(device, dtype, kernel=attention.kernel, dual=attention.dual, complement=attention.complement)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def check_ranks(config: RunConfig, ranks: Ranks) -> None:
+    """Raise UserError for ranks that cannot make the videos of a configuration."""
+    cfg, scale, provider = ranks.mesh.cfg.size, config.sampler.guidance_scale, config.parallel.provider
+    if cfg > 1 and scale <= 1.0:
+        raise UserError(
+            f"parallel.cfg is {cfg}, but sampler.guidance_scale {scale} runs one pass only; use parallel.cfg 1"
+        )
+    if (provider == "xfuser") != (ranks.hybrid is not None):
+        raise UserError(
+            f"parallel.provider is {provider}, but the ranks were joined for another one; make both from one configuration "
+            "(engine.ranks.arrange.join_ranks)"
+        )
+    check_layout(config.method.name, config.method.method, ranks.degrees)
+
+
+def check_riflex(adapter: ModelAdapter, riflex: Riflex) -> None:
+    """Raise UserError if RIFLEx is asked of a model whose temporal positions do not count frames."""
+    if riflex.enabled and not adapter.counts_frames:
+        raise UserError(
+            f"attention.riflex does nothing for {adapter.name}: its temporal positions are seconds within a range that longer "
+            "videos stay in; set attention.riflex.enabled false"
+        )
+
+
+def check_shift(scheduler: Mapping[str, Any], shift: str) -> None:
+    """Raise UserError if the shift of longer videos is asked of a checkpoint whose scheduler has one shift for any length.
+
+    `scheduler` is the configuration of the checkpoint's scheduler.
+    """
+    if shift == "actual" and not scheduler.get("use_dynamic_shifting"):
+        raise UserError(
+            "sampler.shift actual does nothing for this checkpoint: its scheduler has one shift for any length; leave it out, or "
+            "choose that shift with sampler.flow_shift"
+        )
