@@ -87,9 +87,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
     def watched(processor: BranchProcessor, attn: nn.Module, hidden: Tensor, *others: Any, **named: Any) -> Tensor:
         state = processor.state
-        assert hidden.shape[1] == length(state.layout.shard)
+        assert hidden.shape[1] == length(state.last.layout.shard)
         noted.layers += 1
-        noted.layouts.append(state.attention_layout)
+        noted.layouts.append(state.last.attention_layout)
         with Watch(noted):
             out = attend(processor, attn, hidden, *others, **named)
         assert out.shape == hidden.shape
