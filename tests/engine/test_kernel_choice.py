@@ -23,6 +23,7 @@ from engine.kernel_choice import (
     fastest_solver,
 )
 from engine.ranks.group_of_one import GROUP_OF_ONE
+from engine.ranks.layouts import Ranks
 from freespec import eigen, kernels
 from freespec.kernels import cpu_flash
 from tests.engine.golden import mesh_of
@@ -149,11 +150,13 @@ def choose(rank: int, name: str) -> KernelChoice:
         attention=AttentionConfig(kernel=name),
     )
     spec = SimpleNamespace(latent_shape=lambda *_size: (1, 16, 8, 4, 6), patch=(1, 2, 2))
-    mesh = mesh_of((1, 1, 2))
+    transformer = SimpleNamespace(
+        config=SimpleNamespace(num_attention_heads=12, attention_head_dim=8), dtype=torch.float32
+    )
+    ranks = Ranks(mesh=mesh_of((1, 1, 2)))
     with mock.patch.object(kernel_choice, "choose_kernel", by_rank):
         try:
-            where = CPU, torch.float32
-            return choose_on_ranks(config, spec, num_heads=12, head_dim=8, mesh=mesh, where=where)  # type: ignore[arg-type]
+            return choose_on_ranks(config, spec, transformer, ranks, CPU)  # type: ignore[arg-type]
         except UserError as error:
             return KernelChoice(kernel="", why=str(error))
 
