@@ -231,6 +231,13 @@ def test_paths_in_code_exist() -> None:
     assert sorted((page, path) for page, path in told if not (ROOT / path).exists()) == []
 
 
+def test_structure_has_a_line_for_each_room() -> None:
+    text = read(ROOT / "docs/structure.md")
+    tops = ("launch", "engine", "parallel", "freespec", "evaluation", "metrics", "tiny", "benchmarks")
+    rooms = [file.parent.relative_to(ROOT) for top in tops for file in (ROOT / top).rglob("__init__.py")]
+    assert [str(room) for room in rooms if f"`{room.as_posix()}/`" not in text] == []
+
+
 def test_pages_are_short() -> None:
     """README has at most 900 words, a page at most 1,500; lists of changes, decisions and results may have more."""
     lists = ("CHANGELOG.md", "decisions.md", "findings.md", "performance.md")
