@@ -1,15 +1,13 @@
 """Both branches for the price of one? Global, local, two calls, dual and masked attention: time, memory, error.
 
 python -m benchmarks.attention
-python -m benchmarks.attention --device cuda
 """
 
 import argparse
 import itertools
 import json
-import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,54 +16,48 @@ from torch import Tensor
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import tables
 from benchmarks.measure import (
+    CPU,
+    QKV,
     SHAPES,
     Shape,
-    complete,
-    environment,
-    heads_of,
-    parser,
-    print_table,
-    ratio,
+    layer_parser,
+    over_and_under,
     relative_error,
     round_robin,
+    run,
     spread,
-    write,
 )
-from freespec.attention import WindowedAttention
-from freespec.kernels import select_kernel
+from freespec.kernels import Kernel, select_kernel
 
 # A masked call needs the mask, and on CPU its float copy: 5 bytes per query and key. What needs more goes in parts of the queries.
 MASK_LIMIT_BYTES = 2**30
 MASK_BYTES = 5
 CHECKED_QUERIES = 64
 Branches = tuple[Tensor | None, Tensor | None]  # out_local, out_global
+Calls = dict[str, Callable[[], Branches]]
 
 
-def variants(shape: Shape, qkv: tuple[Tensor, Tensor, Tensor], kernel: str) -> dict[str, Callable[[], Branches]]:
-    """What is compared: each call returns the branches that it computes."""
-    q, k, v = qkv
-    layer = WindowedAttention(
-        num_frames=shape.num_frames,
-        frame_tokens=shape.frame_tokens,
-        window_frames=shape.window_frames,
-        kernel=select_kernel(kernel, q.device, q.dtype),
-    )
-    calls: dict[str, Callable[[], Branches]] = {
-        "global": lambda: (None, layer.dense(q, k, v)[0]),
-        "local": lambda: (layer.local(q, k, v, 0, 0)[0], None),
-        "two calls": lambda: (layer.local(q, k, v, 0, 0)[0], layer.dense(q, k, v)[0]),
-        "dual": lambda: layer.both(q, k, v),
+def strided_calls(shape: Shape, qkv: QKV, kernel: Kernel) -> Calls:
+    """Each branch alone, both by two calls, and both by one, on strided views; a call returns the branches that it computes."""
+    layer = shape.windowed(kernel)
+    return {
+        "global": lambda: (None, layer.dense(*qkv)[0]),
+        "local": lambda: (layer.local(*qkv, 0, 0)[0], None),
+        "two calls": lambda: (layer.local(*qkv, 0, 0)[0], layer.dense(*qkv)[0]),
+        "dual": lambda: layer.both(*qkv),
     }
-    parts = torch.arange(shape.num_tokens, device=q.device).split(
-        max(MASK_LIMIT_BYTES // MASK_BYTES // shape.num_tokens, 1)
-    )
+
+
+def masked_call(shape: Shape, qkv: QKV) -> Callable[[], Branches]:
+    """The local branch by a mask over all keys, which is made within the call if it goes in parts."""
+    parts = torch.arange(shape.num_tokens).split(max(MASK_LIMIT_BYTES // MASK_BYTES // shape.num_tokens, 1))
     mask = window_mask(shape, parts[0]) if len(parts) == 1 else None
-    calls["masked"] = lambda: (torch.cat([masked(shape, qkv, part, mask) for part in parts], dim=1), None)
-    return calls
+    return lambda: (torch.cat([masked(shape, qkv, part, mask) for part in parts], dim=1), None)
 
 
-def masked(shape: Shape, qkv: tuple[Tensor, Tensor, Tensor], queries: Tensor, mask: Tensor | None) -> Tensor:
+def masked(shape: Shape, qkv: QKV, queries: Tensor, mask: Tensor | None) -> Tensor:
     """The local branch of these queries with every key outside of their windows masked; the mask is made anew if it is not given."""
     q, k, v = (x.transpose(1, 2) for x in (qkv[0][:, queries], *qkv[1:]))
     seen = window_mask(shape, queries) if mask is None else mask
@@ -86,15 +78,12 @@ def tera_operations(shape: Shape, heads: int) -> dict[str, float]:
     return {"global": whole, "local": window, "two calls": whole + window, "dual": whole, "masked": whole}
 
 
-def inputs(shape: Shape, heads: int, args: argparse.Namespace) -> tuple[Tensor, Tensor, Tensor]:
-    """Normal q, k, v [1, S, N, D] on the device."""
-    generator = torch.Generator().manual_seed(0)
-    sizes = (1, shape.num_tokens, heads, shape.head_dim)
-    q, k, v = (torch.randn(sizes, generator=generator).to(args.device, getattr(torch, args.dtype)) for _ in range(3))
-    return q, k, v
+def spread_queries(shape: Shape, device: torch.device, most: int = CHECKED_QUERIES) -> Tensor:
+    """Some queries over the whole video, at which errors are measured."""
+    return torch.linspace(0, shape.num_tokens - 1, min(most, shape.num_tokens), device=device).long()
 
 
-def exact_branches(shape: Shape, qkv: tuple[Tensor, Tensor, Tensor], queries: Tensor) -> Branches:
+def exact_branches(shape: Shape, qkv: QKV, queries: Tensor) -> Branches:
     """Both branches of these queries in fp64."""
     q, k, v = qkv[0][:, queries].double(), qkv[1].double(), qkv[2].double()
     logits = torch.einsum("bsnd,bknd->bnsk", q, k) / shape.head_dim**0.5
@@ -121,91 +110,50 @@ def peak_memory(call: Callable[[], Branches], device: torch.device) -> tuple[flo
 
 
 def memory_and_error(
-    shape: Shape, qkv: tuple[Tensor, Tensor, Tensor], calls: dict[str, Callable[[], Branches]]
-) -> dict[str, dict[str, Any]]:
-    """Peak memory of each variant, and relative errors against fp64 on queries spread over the video."""
-    queries = torch.linspace(0, shape.num_tokens - 1, CHECKED_QUERIES, device=qkv[0].device).long()
-    exact = exact_branches(shape, qkv, queries)
-    result: dict[str, dict[str, Any]] = {}
-    for name, call in calls.items():
-        peak, out = peak_memory(call, qkv[0].device)
-        pairs = [(branch, *x) for branch, *x in zip(("local", "global"), out, exact, strict=True) if x[0] is not None]
-        error = {branch: relative_error(actual[:, queries], right) for branch, actual, right in pairs}
-        result[name] = {"peak_extra_mib": peak, "error": error}
-    return result
+    call: Callable[[], Branches], exact: Sequence[Tensor], queries: Tensor, device: torch.device
+) -> dict[str, Any]:
+    """Peak memory of a variant, and relative errors against fp64 at these queries."""
+    peak, out = peak_memory(call, device)
+    pairs = [(branch, *x) for branch, *x in zip(("local", "global"), out, exact, strict=True) if x[0] is not None]
+    error = {branch: relative_error(actual[:, queries], right) for branch, actual, right in pairs}
+    return {"peak_extra_mib": peak, "error": error}
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """Everything about one shape."""
     shape = SHAPES[name]
-    heads = heads_of(shape, args)
-    qkv = inputs(shape, heads, args)
-    calls = variants(shape, qkv, args.kernel)
-    checked = memory_and_error(shape, qkv, calls)  # also warms up
-    times = round_robin(calls, torch.device(args.device), args.repeats)
+    heads = args.heads or shape.cpu_heads
+    qkv = shape.draw(CPU, torch.float32, heads)
+    calls = strided_calls(shape, qkv, select_kernel(args.kernel, CPU, torch.float32))
+    calls["masked"] = masked_call(shape, qkv)
+    queries = spread_queries(shape, CPU)
+    exact = exact_branches(shape, qkv, queries)
+    checked = {variant: memory_and_error(call, exact, queries, CPU) for variant, call in calls.items()}  # also warms up
+    times = round_robin(calls, CPU, args.repeats)
     work = tera_operations(shape, heads)
-    ratios = {
-        f"{over} / {under}": {unit: ratio(times[over][unit], times[under][unit]) for unit in ("wall_s", "cpu_s")}
-        for over, under in (("local", "global"), ("two calls", "global"), ("dual", "global"), ("dual", "two calls"))
-    }
-    rows = {
-        variant: {
-            **{unit: spread(seconds) for unit, seconds in times[variant].items()},
-            "tflops": work[variant] / spread(times[variant]["wall_s"])["median"],
-            **checked[variant],
-        }
-        for variant in calls
-    }
+    pairs = (("local", "global"), ("two calls", "global"), ("dual", "global"), ("dual", "two calls"))
     return {
         "shape": name,
         "sizes": str(shape),
         "heads": heads,
         "head_dim": shape.head_dim,
         "output_mib": qkv[0].nbytes / 2**20,
-        "variants": rows,
-        "ratios": ratios,
+        "variants": {
+            variant: {
+                **{unit: spread(seconds) for unit, seconds in times[variant].items()},
+                "tflops": work[variant] / spread(times[variant]["wall_s"])["median"],
+                **checked[variant],
+            }
+            for variant in calls
+        },
+        "ratios": {f"{over} / {under}": over_and_under(times, over, under) for over, under in pairs},
     }
 
 
-def show(result: dict[str, Any]) -> None:
-    """One shape as a table."""
-    print(f"\n{result['shape']}: {result['sizes']}, {result['heads']} heads x {result['head_dim']}")
-    rows = []
-    for name, row in result["variants"].items():
-        wall = row["wall_s"]
-        error = ", ".join(f"{branch} {value:.1e}" for branch, value in row["error"].items())
-        rows.append(
-            [
-                name,
-                f"{wall['median'] * 1e3:.1f}",
-                f"{wall['min'] * 1e3:.1f}-{wall['max'] * 1e3:.1f}",
-                f"{row['cpu_s']['median'] * 1e3:.1f}",
-                f"{row['tflops']:.3f}",
-                f"{row['peak_extra_mib']:.0f}",
-                error,
-            ]
-        )
-    print_table(["variant", "ms", "min-max", "CPU ms", "TFLOP/s", "extra MiB", "error against fp64"], rows)
-    for name, value in result["ratios"].items():
-        wall, cpu = value["wall_s"], value["cpu_s"]
-        print(f"{name}: {wall['median']:.3f} ({wall['min']:.3f}-{wall['max']:.3f}); in CPU time {cpu['median']:.3f}")
-
-
 def main() -> None:
-    """Measure the shapes and write the file."""
-    args = complete(parser(__doc__).parse_args())
-    where = environment(torch.device(args.device), args.note)
-    print(where)
-    settings = {"dtype": args.dtype, "kernel": args.kernel, "repeats": args.repeats}
-    results: list[dict[str, Any]] = []
-    for name in args.shapes:
-        results.append(measure(name, args))
-        show(results[-1])
-        where["load_average_end"] = os.getloadavg()[0]
-        path = write(
-            args.results, "attention", where, settings, results
-        )  # after every shape: a long one may be stopped
-    print(f"\nwrote {path}")
+    """Measure the shapes, print and write."""
+    args = layer_parser(__doc__).parse_args()
+    run("attention", args, (measure(name, args) for name in args.shapes), tables.attention)
 
 
 if __name__ == "__main__":

@@ -28,14 +28,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from benchmarks.measure import environment, spread, write
+from benchmarks.measure import CPU, RESULTS, ROOT, environment, spread, write
 from engine.batch.driver import Done, Driver, Event, Ready
 from engine.batch.files import BatchFiles, identity_of
 from engine.batch.items import plan_batch
@@ -52,7 +52,6 @@ from engine.load.checkpoint import open_checkpoint
 from engine.media.write_video import open_video
 from launch.cli.parser import parse_run
 
-ROOT = Path(__file__).resolve().parent.parent
 TARGET_SECONDS = 10.0
 
 
@@ -64,11 +63,11 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=256, help="simulated replicas")
     parser.add_argument("--videos", type=int, default=8, help="real items of the first part, in each round")
     parser.add_argument("--rounds", type=int, default=3, help="of the first part")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder of the JSON file")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     parser.add_argument("--note", default="", help="what a reader should know of the machine, such as other work on it")
     arguments = parser.parse_args()
     found: dict[str, Any] = {}
-    where = environment(torch.device("cpu"), arguments.note)  # with the load before this adds to it
+    where = environment(CPU, arguments.note)  # with the load before this adds to it
     with tempfile.TemporaryDirectory() as folder:
         if arguments.part in ("all", "overhead"):
             found["overhead"] = measure_overhead(Path(folder), arguments.videos, arguments.rounds)
@@ -237,19 +236,6 @@ class FakeReplica:
         return True
 
 
-class Silent:
-    """A terminal that nobody looks at."""
-
-    def event(self, event: Any) -> None:
-        """Nothing."""
-
-    def status(self, tree: Any) -> None:
-        """Nothing."""
-
-    def warn(self, message: str) -> None:
-        """Nothing."""
-
-
 def simulate(folder: Path, items: int, replicas: int) -> dict[str, Any]:
     """Real seconds that the driver needs for so many items on so many replicas, and of all around it."""
     config = parse_run([], name="benchmark", description="", add_arguments=lambda _: None)[1]
@@ -265,7 +251,10 @@ def simulate(folder: Path, items: int, replicas: int) -> dict[str, Any]:
     by_id = {item.item_id: item for item in every}
     turns: list[tuple[float, float, float]] = []
     journal = FileJournal(
-        log=files.root / "log", status=files.root / "status/shard-1-of-1.json", already=(0, 0), terminal=Silent()
+        log=files.root / "log",
+        status=files.root / "status/shard-1-of-1.json",
+        already=(0, 0),
+        terminal=SimpleNamespace(**dict.fromkeys(("event", "status", "warn"), lambda *_: None)),
     )
     fakes = [FakeReplica(f"replica-{i}", simulated, files, by_id) for i in range(replicas)]
 
@@ -313,18 +302,13 @@ def simulate(folder: Path, items: int, replicas: int) -> dict[str, Any]:
         "busy_share_of_the_driver": running / simulated.now,
         "turn_milliseconds": {
             "median": 1e3 * statistics.median(lasted),
-            "p99": 1e3 * quantile(lasted, 0.99),
+            "p99": 1e3 * lasted[int(0.99 * len(lasted))],
             "most": 1e3 * lasted[-1],
         },
         **timed,
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         "done": len(driver.queue.done),
     }
-
-
-def quantile(ordered: Sequence[float], share: float) -> float:
-    """The number below which this share of ordered numbers lies."""
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def _seconds(text: str) -> float:

@@ -10,6 +10,8 @@ its file, the latents must equal those of a batch that nothing happened to, and 
 """
 
 import argparse
+import contextlib
+import ipaddress
 import json
 import os
 import random
@@ -24,17 +26,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import torch
+import psutil
 
-from benchmarks.measure import environment, print_table, write
+from benchmarks.measure import CPU, RESULTS, ROOT, environment, write
+from benchmarks.tables import table
 from engine.batch.files import BatchFiles
 from engine.files.trees import read_lines
 from engine.files.whole import file_sha256
 
-ROOT = Path(__file__).resolve().parent.parent
 MOST_STARTS = 6
 ROUND_SECONDS = 900.0
-LISTENS = "0A"  # of a socket, in the kernel's tables
 SETTINGS = {
     "video.num_frames": 33,
     "video.height": 32,
@@ -100,11 +101,11 @@ def main() -> int:
             judged["well"] = judged["well"] and result["killed"] is not None
             ended.append({"round": number, "kind": kind, **result, **judged})
             print(json.dumps(ended[-1]), flush=True)
-    where = environment(torch.device("cpu"), arguments.note)
+    where = environment(CPU, arguments.note)
     settings = {"items": batch.items, "replicas": batch.replicas, "ranks": batch.ranks, "ray": batch.ray, **SETTINGS}
     settings |= {"seed": arguments.seed, "working_seconds": working}
     print(write(arguments.out, "faults", where, settings, ended))
-    print_table(*summary(ended))
+    print(table(*summary(ended)))
     return 0 if ended and all(result["well"] for result in ended) else 1
 
 
@@ -167,9 +168,10 @@ def replica_actors(driver: int, rng: random.Random) -> list[int]:
     """The hosts of all ranks of one replica: its Ray actors, or without Ray its ranks."""
     groups: dict[str, list[int]] = {}
     for rank in _workers(driver):
-        port = _environment(rank).get("MASTER_PORT", str(rank))
-        host = _stat(rank)[1]
-        groups.setdefault(port, []).append(rank if host == driver else host)
+        with contextlib.suppress(psutil.Error):
+            started = psutil.Process(rank)
+            port, host = started.environ().get("MASTER_PORT", str(rank)), started.ppid()
+            groups.setdefault(port, []).append(rank if host == driver else host)
     return groups[rng.choice(sorted(groups))] if groups else []
 
 
@@ -180,7 +182,7 @@ def the_driver(driver: int, rng: random.Random) -> list[int]:
 
 def ray_node(driver: int, rng: random.Random) -> list[int]:
     """The raylet of the driver's Ray."""
-    return [process for process in family(driver) if "/raylet/raylet" in _command(process).split("\0")[0]]
+    return [process for process in family(driver) if "/raylet/raylet" in next(iter(_command(process)), "")]
 
 
 KILLS: dict[str, Callable[[int, random.Random], list[int]]] = {
@@ -257,72 +259,38 @@ def _time(event: dict[str, Any]) -> float:
 
 def family(process: int) -> list[int]:
     """All descendants of a process."""
-    parents = {pid: _stat(pid)[1] for pid in _processes()}
-    found, grown = {process}, True
-    while grown:
-        more = {pid for pid, parent in parents.items() if parent in found} - found
-        grown = bool(more)
-        found |= more
-    return sorted(found - {process})
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return sorted(child.pid for child in psutil.Process(process).children(recursive=True))
+    return []
 
 
 def listeners(processes: Iterable[int]) -> dict[str, str]:
-    """Addresses, as the kernel writes them (`0100007F:1F90`), at which processes listen for others, and whose they are."""
-    sockets = {}
-    for process in processes:
-        for descriptor in Path(f"/proc/{process}/fd").glob("*"):
-            try:
-                sockets[descriptor.readlink().name] = _command(process).replace("\0", " ")[:200]
-            except OSError:  # it has just been closed
-                continue
+    """Addresses at which processes listen for others, and whose they are."""
     found = {}
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
-            words = line.split()
-            if words[3] == LISTENS and (name := f"socket:[{words[9]}]") in sockets:
-                found[words[1]] = sockets[name]
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for socket in psutil.Process(process).net_connections("tcp"):
+                if socket.status == psutil.CONN_LISTEN:
+                    found[f"{socket.laddr.ip} {socket.laddr.port}"] = " ".join(_command(process))[:200]
     return found
 
 
 def on_loopback(address: str) -> bool:
     """Whether one of these addresses is this machine's own: 127.0.0.0/8, ::1, or the first as the second writes it."""
-    host = address.partition(":")[0]
-    if len(host) == 8:
-        return host.endswith("7F")
-    return host == "0" * 24 + "01000000" or (host.startswith("0" * 16 + "FFFF0000") and host.endswith("7F"))
+    host = ipaddress.ip_address(address.partition(" ")[0])
+    return (getattr(host, "ipv4_mapped", None) or host).is_loopback
 
 
 def _workers(driver: int) -> list[int]:
     """The ranks of a driver's replicas; those of its own Ray are its descendants too."""
-    return [process for process in family(driver) if "launch.batching.worker" in _command(process)]
+    return [process for process in family(driver) if "launch.batching.worker" in " ".join(_command(process))]
 
 
-def _processes() -> list[int]:
-    return [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-
-
-def _stat(process: int) -> tuple[str, int]:
-    """State and parent."""
+def _command(process: int) -> list[str]:
     try:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "X", 0
-    return fields[0], int(fields[1])
-
-
-def _command(process: int) -> str:
-    try:
-        return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace")
-    except OSError:
-        return ""
-
-
-def _environment(process: int) -> dict[str, str]:
-    try:
-        text = Path(f"/proc/{process}/environ").read_bytes().decode(errors="replace")
-    except OSError:
-        return {}
-    return dict(line.partition("=")[::2] for line in text.split("\0") if line)
+        return psutil.Process(process).cmdline()
+    except psutil.Error:
+        return []
 
 
 def _arguments() -> argparse.Namespace:
@@ -334,7 +302,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--ray", default="local", help="empty for processes of this machine")
     parser.add_argument("--seed", type=int, default=0, help="of the times and victims")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--note", default="", help="what a reader should know of the machine, such as other work on it")
     return parser.parse_args()
 

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import print_table
 from benchmarks.sections.bench import Bench, clocks
+from benchmarks.tables import table
 
 # Name and seconds that a section has for sure, in order: later sections read what `layer` found. What earlier ones leave is
 # added. With the grace of each they fit into MINUTES.
@@ -54,7 +54,7 @@ def main() -> None:
         started = time.monotonic()
         rows.append([name, *run_section(name, args, limit), f"{time.monotonic() - started:.1f}"])
         print(f"{name}: {rows[-1][1]}, {rows[-1][-1]} s", flush=True)
-    print_table(["section", "status", "what happened", "seconds"], rows)
+    print(table(["section", "status", "what happened", "seconds"], rows))
     sys.exit(any(row[1] != "done" for row in rows))
 
 

@@ -2,14 +2,18 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import RESULTS, SHAPES
-from engine.planner.gpu import EIGH_DIM, read_gpu
+from benchmarks.measure import RESULTS, SHAPES, Shape
+from benchmarks.tables import NOT_MEASURED, errors, median_ms, table, verdict
+from engine.planner.gpu import EIGH_DIM, GpuSpec, read_gpu
+from engine.planner.timing import EXPOSED, link_rate, waiting_seconds
+from freespec.windows import window_range
+from parallel.shards import LayerShape, SequencePlan, layer_bytes_by_rank
 
 FOLDER = RESULTS / "gpu"
-NOT_MEASURED = "not measured"
 Files = dict[str, dict[str, Any]]
 
 # What must hold: what it says, section, path to the figure, at most or at least, limit.
@@ -97,7 +101,7 @@ def goals(files: Files, predicted: dict[str, str]) -> list[list[str]]:
     rows = []
     for what, section, path, sign, limit in GOALS:
         value = look_up(files, section, path)
-        holds = "" if value is None else "yes" if (value <= limit) == (sign == "<=") else "**no**"
+        holds = "" if value is None else verdict((value <= limit) == (sign == "<="))
         rows.append([what, f"{sign} {limit:g}", bounds.get(what, ""), *_measured(files, section, value, holds)])
     for what, section, path in BESIDE:
         value = look_up(files, section, path)
@@ -111,14 +115,14 @@ def _measured(files: Files, section: str, value: float | None, holds: str) -> li
     return [f"{value:.3g}", holds, f"`gpu/{files[section]['file']}`"]
 
 
-def sections(files: Files, table: Callable[[list[str], list[list[str]]], str]) -> list[str]:
+def sections(files: Files) -> list[str]:
     """What every section found; one line if there is no file at all."""
     if not files:
         return ["No file of `benchmarks/gpu.py` is here: not measured."]
     parts = []
     for name, show in SHOWN.items():
         if name in files:
-            parts += [f"### {name}", _provenance(files[name]), *show(files[name]["results"], table)]
+            parts += [f"### {name}", _provenance(files[name]), *show(files[name]["results"])]
         else:
             parts += [f"### {name}", "Not measured."]
     return parts
@@ -139,7 +143,7 @@ def _provenance(content: dict[str, Any]) -> str:
     )
 
 
-def _correctness(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
+def _correctness(results: dict[str, Any]) -> list[str]:
     parts = []
     for name, found in results.items():
         if name.startswith("attention"):
@@ -148,7 +152,7 @@ def _correctness(results: dict[str, Any], table: Callable[..., str]) -> list[str
                     kernel,
                     *(f"{row[key]:.1e}" if key in row else "" for key in ("local out", "global out", "global lse")),
                     f"{row['control']:.2g}" if "control" in row else "",
-                    {True: "yes", False: "**no**", None: row.get("does not run", "")}[row.get("within rounding")],
+                    row["does not run"] if "does not run" in row else verdict(row["within rounding"]),
                 ]
                 for kernel, row in found.items()
                 if kernel != "left_out"
@@ -157,21 +161,20 @@ def _correctness(results: dict[str, Any], table: Callable[..., str]) -> list[str
             parts.append(f"**{name}**, relative errors against fp64:\n\n{table(header, rows)}")
         else:
             figures = "; ".join(f"{key} {value:.1e}" for key, value in found.items() if not isinstance(value, bool))
-            within = {True: "yes", False: "**no**"}[found["within rounding"]]
-            parts.append(f"**{name}**: {figures}; within rounding: {within}")
+            parts.append(f"**{name}**: {figures}; within rounding: {verdict(found['within rounding'])}")
     return parts
 
 
-def _layer(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
+def _layer(results: dict[str, Any]) -> list[str]:
     parts = []
     for name, found in results.items():
         rows = [
             [
                 variant,
-                f"{row['wall_s']['median'] * 1e3:.3g}" if "wall_s" in row else "",
+                median_ms(row) if "wall_s" in row else "",
                 f"{row['tflops']:.0f}" if row.get("tflops") else "",
                 f"{row['peak_extra_mib']:.0f}" if "peak_extra_mib" in row else "",
-                ", ".join(f"{branch} {error:.1e}" for branch, error in row.get("error", {}).items()),
+                errors(row),
             ]
             for variant, row in found["variants"].items()
         ]
@@ -192,7 +195,7 @@ def _left_out(found: dict[str, Any]) -> list[str]:
     return [f"Left out: {'; '.join(reasons)}"] if reasons else []
 
 
-def _steps(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
+def _steps(results: dict[str, Any]) -> list[str]:
     rows = [
         [
             name,
@@ -226,26 +229,59 @@ def _steps(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
     ]
 
 
-def _ranks(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
-    parts = ["What one rank computes, without communication; 1 is a P-th part of the whole."]
+def _ranks(results: dict[str, Any]) -> list[str]:
+    gpu = read_gpu("h200")
+    parts = [
+        "What one rank computes; 1 is a P-th part of the whole. With its messages: at the bandwidth that `configs/gpus/` states for "
+        f"{gpu.name} within a machine, {gpu.intra_node_gb_s:g} GB/s x {gpu.link_fraction:g}, none of them hidden."
+    ]
     for name, found in results.items():
         if isinstance(found, dict):
             rows = [
                 [
                     key,
-                    f"{row['wall_s']['median'] * 1e3:.3g}",
+                    median_ms(row),
                     f"{row['tflops']:.0f}" if "tflops" in row else "",
                     f"{row['peak_extra_mib']:.0f}",
                     f"{row['efficiency']:.2f}" if "efficiency" in row else "",
+                    f"{efficiency_with_messages(row, SHAPES[name], gpu):.2f}" if "efficiency" in row else "",
                 ]
                 for key, row in found["rows"].items()
             ]
-            header = ["share", "ms", "TFLOP/s", "peak MiB beyond its inputs", "efficiency"]
+            header = [
+                "share",
+                "ms",
+                "TFLOP/s",
+                "peak MiB beyond its inputs",
+                "efficiency",
+                "with its messages (predicted)",
+            ]
             parts += [f"**{name}**\n\n{table(header, rows)}", *_left_out(found)]
     return parts
 
 
-def _decode(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
+def efficiency_with_messages(row: dict[str, Any], shape: Shape, gpu: GpuSpec) -> float:
+    """The measured efficiency of a share, with what its rank sends of a full layer in bf16 over the GPU's links; a ring hides its blocks."""
+    ranks, seconds, mode = row["ranks"], row["wall_s"]["median"], row["mode"]
+    degrees = {"ring": 1, "ulysses": 1} | {row["axis"]: ranks}
+    plan = SequencePlan(tokens=shape.num_tokens, heads=shape.heads, **degrees)
+    halo = partial(
+        window_range,
+        num_frames=shape.num_frames,
+        frame_tokens=shape.frame_tokens,
+        window_frames=shape.window_frames,
+    )
+    weight = LayerShape(batch=1, head_dim=shape.head_dim, itemsize=2)
+    by_rank = layer_bytes_by_rank(plan, "dual" if mode == "fusion" else mode, shape=weight, halo=halo)
+    kinds = ("reduce",) if mode == "fusion" else ("all_to_all", "halo", "ring")
+    rate = link_rate(ranks, gpu, world=ranks)
+    sends = dict.fromkeys((*EXPOSED, "ring"), 0.0)
+    sends |= {kind: max(of_rank[kind] for of_rank in by_rank) / rate for kind in kinds}
+    waits = waiting_seconds(sends, seconds, blocks=plan.ring) + sends.get("reduce", 0.0)
+    return row["efficiency"] * seconds / (seconds + waits)
+
+
+def _decode(results: dict[str, Any]) -> list[str]:
     rows = [
         [
             name,
@@ -259,7 +295,7 @@ def _decode(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
     return [table(["way", "latent frames", "tiles", "s per latent frame", "peak GiB"], rows)]
 
 
-def _trace(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
+def _trace(results: dict[str, Any]) -> list[str]:
     rows = [
         [f"`{row['name']}`", str(row["calls"]), f"{row['ms']:.3g}", f"{row['share']:.1%}"]
         for row in results.get("operators", [])[:10]
@@ -267,7 +303,7 @@ def _trace(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
     return [table(["operator or kernel", "calls", "ms", "share"], rows)]
 
 
-def _compiled(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
+def _compiled(results: dict[str, Any]) -> list[str]:
     rows = [
         [name, str(row["graphs"]), str(row["layers"]), f"{row['compiled / eager']['median']:.3g}"]
         for name, row in results.items()
@@ -275,7 +311,7 @@ def _compiled(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
     return [table(["step", "graphs", "layers", "compiled / eager"], rows)]
 
 
-def _optional(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
+def _optional(results: dict[str, Any]) -> list[str]:
     rows = []
     for name, found in results.items():
         if isinstance(found, str):
@@ -284,14 +320,14 @@ def _optional(results: dict[str, Any], table: Callable[..., str]) -> list[str]:
             rows.append([name, "not available", "", "", found["not available"]])
             continue
         ours, other = ("ours", "xfuser") if "xfuser" in found else ("same", "sage")
-        seconds = [f"{found[key]['wall_s']['median'] * 1e3:.3g}" for key in (ours, other)]
+        seconds = [median_ms(found[key]) for key in (ours, other)]
         ratio = f"{found[f'{other} / {ours}']['median']:.3g}"
         rows.append([name, *seconds, ratio, f"relative difference {found['relative difference']:.1e}"])
     compared = [f"Compared: {results['compared']}."] if "compared" in results else []
     return [*compared, table(["package, layer", "ours, ms", "with the package, ms", "ratio", ""], rows)]
 
 
-SHOWN: dict[str, Callable[[dict[str, Any], Callable[..., str]], list[str]]] = {
+SHOWN: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "correctness": _correctness,
     "layer": _layer,
     "steps": _steps,

@@ -11,22 +11,27 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from engine.record import describe_device
+from freespec.attention import WindowedAttention
+from freespec.kernels import Kernel
 from freespec.methods import Grid
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
+CPU = torch.device("cpu")
+QKV = tuple[Tensor, Tensor, Tensor]
 Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shape:
-    """One self-attention layer over a long video; a CPU measures `cpu_heads` of the heads."""
+    """One self-attention layer over a long video; a CPU measures `cpu_heads` of its heads."""
 
     num_frames: int
     frame_tokens: int
@@ -45,6 +50,23 @@ class Shape:
         """Its tokens; the fusion that is measured does not ask for rows and columns."""
         return Grid(frames=self.num_frames, rows=1, columns=self.frame_tokens, window_frames=self.window_frames)
 
+    def windowed(self, kernel: Kernel, **kernels: Any) -> WindowedAttention:
+        """The geometry of the layer around a kernel; `kernels` are WindowedAttention's others."""
+        return WindowedAttention(
+            num_frames=self.num_frames,
+            frame_tokens=self.frame_tokens,
+            window_frames=self.window_frames,
+            kernel=kernel,
+            **kernels,
+        )
+
+    def draw(self, device: torch.device, dtype: torch.dtype, heads: int | None = None) -> QKV:
+        """Normal q, k, v [1, S, N, D], the same on every call."""
+        draw = torch.Generator(device).manual_seed(0)
+        sizes = (3, 1, self.num_tokens, heads or self.heads, self.head_dim)
+        q, k, v = torch.randn(sizes, generator=draw, device=device, dtype=dtype).unbind(0)
+        return q, k, v
+
     def __str__(self) -> str:
         return f"{self.num_frames} x {self.frame_tokens}, window {self.window_frames}"
 
@@ -59,31 +81,47 @@ SHAPES = {
 ON_CPU = ("tiny", "ltx", "wan-short")
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """The arguments that every benchmark has."""
-    result = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    result.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    result.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="bfloat16 on CUDA, float32 on CPU")
-    result.add_argument("--kernel", default="auto", help="attention kernel")
-    result.add_argument("--shapes", nargs="+", choices=list(SHAPES), help=f"all on CUDA, {' '.join(ON_CPU)} on CPU")
-    result.add_argument("--heads", type=int, help="heads to measure instead of the shape's own number")
-    result.add_argument("--repeats", type=int, default=7, help="rounds, each of which runs every variant once")
+def parser(description: str, *, repeats: int = 7) -> argparse.ArgumentParser:
+    """The arguments of every CPU benchmark."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--repeats", type=int, default=repeats, help="rounds, each of which runs every variant once")
     result.add_argument("--note", default="", help="what else the machine was doing; kept in the file")
     result.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file")
     return result
 
 
-def complete(args: argparse.Namespace) -> argparse.Namespace:
-    """Fill in what depends on the device."""
-    cuda = torch.device(args.device).type == "cuda"
-    args.dtype = args.dtype or ("bfloat16" if cuda else "float32")
-    args.shapes = args.shapes or list(SHAPES if cuda else ON_CPU)
-    return args
+def layer_parser(description: str) -> argparse.ArgumentParser:
+    """Those of a benchmark of attention layers."""
+    result = parser(description)
+    result.add_argument("--kernel", default="auto", help="attention kernel")
+    result.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(ON_CPU))
+    result.add_argument("--heads", type=int, help="heads to measure instead of the shape's own number")
+    return result
 
 
-def heads_of(shape: Shape, args: argparse.Namespace) -> int:
-    """Heads that are measured here."""
-    return args.heads or (shape.heads if torch.device(args.device).type == "cuda" else shape.cpu_heads)
+def run(
+    benchmark: str,
+    args: argparse.Namespace,
+    measurements: Iterable[Any],
+    show: Callable[[dict[str, Any]], str],
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Write the file of a CPU benchmark after every measurement, since a long one may be stopped, and print its tables.
+
+    `settings` are read at each writing: a measurement may add to them.
+    """
+    where, results = environment(CPU, args.note), []
+    for found in measurements:
+        results.append(found)
+        where["load_average_end"] = os.getloadavg()[0]
+        own = {"dtype": "float32", "kernel": getattr(args, "kernel", "auto"), "repeats": args.repeats, **settings}
+        path = write(args.results, benchmark, where, own, results)
+    print(f"{show({'settings': own, 'results': results})}\n\nwrote {path}")
+
+
+def over_and_under(times: Mapping[str, Mapping[str, Sequence[float]]], over: str, under: str) -> dict[str, Any]:
+    """The ratio of two variants of `round_robin` on both clocks."""
+    return {unit: ratio(times[over][unit], times[under][unit]) for unit in ("wall_s", "cpu_s")}
 
 
 def round_robin(
@@ -181,11 +219,3 @@ def rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     return [rounded(item) for item in value] if isinstance(value, list) else value
-
-
-def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as their widest cell, the first to the left."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    for row in (header, ["-" * width for width in widths], *rows):
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        print("  ".join([row[0].ljust(widths[0]), *cells[1:]]), flush=True)

@@ -1,4 +1,4 @@
-"""Peak memory of a dual step against a global step, at full size, on tensors that have shapes and no numbers.
+"""Peak memory of a dual step against a global step, at full size, on tensors without values.
 
 python -m benchmarks.memory
 
@@ -6,9 +6,7 @@ What is counted is what the step's operators make: inputs and weights are given 
 block's buffers are free when the next one starts, so one block shows the peak of all.
 """
 
-import argparse
-import os
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,7 +14,8 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks.measure import RESULTS, environment, print_table, write
+from benchmarks import tables
+from benchmarks.measure import parser, run
 from engine.adapters.wan_published import PUBLISHED
 from engine.planner.model import ModelSpec
 from parallel.shards import Mode
@@ -40,9 +39,8 @@ def peaks(spec: ModelSpec, ring: int, ulysses: int, modes: tuple[Mode, ...] = MO
     return found
 
 
-def measure() -> list[dict[str, Any]]:
+def measure() -> Iterator[dict[str, Any]]:
     """Both Wan models in three layouts."""
-    rows = []
     dist.init_process_group("fake", store=FakeStore(), rank=RANK, world_size=8)
     try:
         for name, configs in PUBLISHED.items():
@@ -50,48 +48,26 @@ def measure() -> list[dict[str, Any]]:
             weights = spec.weight_bytes(2)["transformer"] / GIB
             for ring, ulysses in LAYOUTS:
                 found = peaks(spec, ring, ulysses)
-                ratio = {
-                    "dual / global": found["dual"] / found["global"],
-                    "with weights": (weights + found["dual"]) / (weights + found["global"]),
+                yield {
+                    "model": name,
+                    "ring": ring,
+                    "ulysses": ulysses,
+                    "weights_gib": weights,
+                    "gib": found,
+                    "ratios": {
+                        "dual / global": found["dual"] / found["global"],
+                        "with weights": (weights + found["dual"]) / (weights + found["global"]),
+                    },
                 }
-                rows.append(
-                    {
-                        "model": name,
-                        "ring": ring,
-                        "ulysses": ulysses,
-                        "weights_gib": weights,
-                        "gib": found,
-                        "ratios": ratio,
-                    }
-                )
     finally:
         dist.destroy_process_group()
-    return rows
 
 
 def main() -> None:
     """Count, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file")
-    args = parser.parse_args()
-    where = environment(torch.device("cpu"), "tensors without numbers: the same on any machine")
-    rows = measure()
-    print_table(
-        ["model", "ring x ulysses", "global GiB", "local GiB", "dual GiB", "dual / global", "with weights"],
-        [
-            [
-                row["model"],
-                f"{row['ring']} x {row['ulysses']}",
-                *(f"{row['gib'][mode]:.2f}" for mode in MODES),
-                *(f"{value:.3f}" for value in row["ratios"].values()),
-            ]
-            for row in rows
-        ],
-    )
-    where["load_average_end"] = os.getloadavg()[0]
-    print(
-        f"wrote {write(args.results, 'memory', where, {'dtype': 'bfloat16', 'kernel': 'cpu_flash', 'repeats': 1}, rows)}"
-    )
+    args = parser(__doc__, repeats=1).parse_args()
+    args.note = args.note or "tensors without values: the same on any machine"
+    run("memory", args, measure(), tables.memory, {"dtype": "bfloat16", "kernel": "cpu_flash", "repeats": 1})
 
 
 if __name__ == "__main__":

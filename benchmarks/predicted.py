@@ -1,13 +1,25 @@
-"""The table of predictions that the documentation shows: models, GPUs, numbers of ranks."""
+"""What the planner predicts of whole runs, for docs/performance.md: nothing in it is measured."""
 
+import functools
+import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from benchmarks.measure import ROOT
+from benchmarks.tables import table, verdict
 from engine.config import ModelConfig, RunConfig
-from engine.planner.gpu import GpuSpec
+from engine.planner.gpu import GpuSpec, read_gpu
 from engine.planner.memory import GIB
 from engine.planner.model import read_model
 from engine.planner.plan import Case, Plan, plan
+from freespec.methods import METHODS
+from launch.cli.parser import parse_run
+
+PRESETS = tuple(ROOT / "configs" / f"{name}.yaml" for name in ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "ltx-video-2b"))
+GPUS = ("h200", "a100")
+EFFICIENCY_GOAL = 0.9
+MARKS = "abcdefgh"  # of footnotes
 
 
 def predicted_table(
@@ -44,3 +56,81 @@ def _served_elsewhere(plans: Sequence[Plan]) -> dict[str, tuple[str, float]]:
             if name not in found or p.run_seconds[name] < found[name][1]:
                 found[name] = p.name, p.run_seconds[name]
     return found
+
+
+@functools.cache
+def predicted_ratios() -> dict[str, str]:
+    """What the planner says of the ratios that a GPU should show: Wan2.1-1.3B on one H200."""
+    step = load_preset(PRESETS[0], "--method.freespec.domain", "step")
+    found = {}
+    for name, config in (("step, 0.5", step), ("default: timestep", load_preset(PRESETS[0]))):
+        [row] = predicted_table([config], [read_gpu("h200")], world_sizes=(1,))
+        found[f"FreeSpec ({name}) / direct, 50 steps"] = f"{row['seconds_freespec'] / row['seconds_direct']:.2f}"
+        found["sliding_window / direct, 50 steps"] = f"{row['seconds_sliding_window'] / row['seconds_direct']:.2f}"
+    return found
+
+
+@functools.cache
+def eight_gpus() -> list[list[str]]:
+    """The predicted efficiency of eight GPUs, as rows of goals: it stays a prediction on one GPU."""
+    rows = []
+    for preset, what in ((PRESETS[0], ""), (PRESETS[2], ", LTX-Video 2B at 481 frames")):
+        [row] = predicted_table([load_preset(preset)], [read_gpu("h200")], world_sizes=(8,))
+        efficiency = row["efficiency_freespec"]
+        predicted = f"{efficiency:.2f} ({row['degrees']})"
+        name = f"efficiency of 8 GPUs, FreeSpec{what}"
+        rows.append(
+            [
+                name,
+                f">= {EFFICIENCY_GOAL}",
+                predicted,
+                "predicted only",
+                f"{verdict(efficiency >= EFFICIENCY_GOAL)}, as predicted",
+                "",
+            ]
+        )
+    return rows
+
+
+@functools.cache
+def predictions() -> str:
+    """The best layout of each preset on one and eight GPUs, and minutes of denoising by each method."""
+    found = predicted_table(
+        [load_preset(path) for path in PRESETS], [read_gpu(name) for name in GPUS], world_sizes=(1, 8)
+    )
+    others = dict.fromkeys(degrees for row in found for degrees, _ in row["elsewhere"].values())
+    marks = dict(zip(others, MARKS, strict=False))
+    rows = [
+        [
+            f"{row['model'].partition('/')[2].removesuffix('-Diffusers')}, {row['num_frames']}",
+            row["gpu"],
+            str(row["gpus"]),
+            " x ".join(re.findall(r"\d+", row["degrees"])) + ("" if row["fits"] else " (does not fit)"),
+            f"{row['peak_gib']:.1f}",
+            *(predicted_minutes(row, name, marks) for name in METHODS),
+            f"{row['efficiency_freespec']:.0%}",
+        ]
+        for row in found
+    ]
+    header = ["model, frames", "GPU", "GPUs", "cfg x ring x ulysses", "peak GiB"]
+    header += [f"{name}, min" for name in METHODS] + ["efficiency, freespec"]
+    notes = [f"{mark}: on {degrees}, the fastest that the method can have." for degrees, mark in marks.items()]
+    return "\n\n".join([table(header, rows), *notes])
+
+
+def predicted_minutes(row: dict[str, Any], name: str, marks: dict[str, str]) -> str:
+    """A method's minutes on the row's layout, or with a mark on the best that it can have instead."""
+    if f"seconds_{name}" in row:
+        return f"{row[f'seconds_{name}'] / 60:.1f}"
+    if name not in row["elsewhere"]:
+        return "-"
+    degrees, seconds = row["elsewhere"][name]
+    return f"{seconds / 60:.1f} ({marks[degrees]})"
+
+
+def load_preset(path: Path, *overrides: str) -> RunConfig:
+    """A preset as the commands read it."""
+    _, config = parse_run(
+        ["--config", str(path), *overrides], name="report", description="", add_arguments=lambda parser: None
+    )
+    return config

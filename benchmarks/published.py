@@ -3,6 +3,7 @@
 import functools
 from dataclasses import dataclass
 
+from benchmarks.tables import table
 from engine.adapters.wan_published import PUBLISHED as CONFIGS
 from engine.config import MethodConfig, SamplerConfig, VideoConfig
 from engine.planner.gpu import read_gpu
@@ -103,8 +104,8 @@ FIGURES = (
 
 
 @functools.cache
-def rows() -> list[list[str]]:
-    """For docs/performance.md: what, kernel, predicted, published, their ratio, source."""
+def published_table() -> str:
+    """Each figure beside what the planner predicts."""
     made = []
     for figure in FIGURES:
         video, gpu = figure.video, read_gpu(figure.gpu)
@@ -123,4 +124,4 @@ def rows() -> list[list[str]]:
                 figure.source,
             ]
         )
-    return made
+    return table(["run", "kernel", "predicted", "published", "ratio", "source"], made)

@@ -3,14 +3,10 @@
 python -m benchmarks.timeline
 """
 
-import argparse
-import os
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from benchmarks.measure import RESULTS, environment, print_table, ratio, round_robin, spread, write
+from benchmarks import tables
+from benchmarks.measure import over_and_under, parser, round_robin, run, spread
 from engine.engine import LongVideoEngine
 from launch.cli.parser import parse_run
 
@@ -39,30 +35,16 @@ def measure(model: str, repeats: int) -> dict[str, Any]:
         times = round_robin(runs, engine.device, repeats)
     finally:
         engine.close()
-    ratios = {
-        f"{how} / plain": {key: ratio(times[how][key], times["plain"][key]) for key in ("wall_s", "cpu_s")}
-        for how in TRANSITIONS
-    }
+    ratios = {f"{how} / plain": over_and_under(times, how, "plain") for how in TRANSITIONS}
     seconds = {name: {key: spread(values) for key, values in found.items()} for name, found in times.items()}
     return {"shape": model, "seconds": seconds, "ratios": ratios}
 
 
 def main() -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=5, help="rounds, each of which runs every variant once")
-    parser.add_argument("--note", default="", help="what else the machine was doing; kept in the file")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON file")
-    args = parser.parse_args()
-    where = environment(torch.device("cpu"), args.note)
-    rows = [measure(model, args.repeats) for model in MODELS]
-    print_table(
-        ["model", *(f"{how} / plain" for how in TRANSITIONS)],
-        [[row["shape"], *(f"{found['cpu_s']['median']:.3f}" for found in row["ratios"].values())] for row in rows],
-    )
-    where["load_average_end"] = os.getloadavg()[0]
-    settings = {"dtype": "float32", "kernel": "auto", "repeats": args.repeats, "num_frames": 129, "num_steps": STEPS}
-    print(f"wrote {write(args.results, 'timeline', where, settings, rows)}")
+    args = parser(__doc__, repeats=5).parse_args()
+    settings = {"num_frames": 129, "num_steps": STEPS}
+    run("timeline", args, (measure(model, args.repeats) for model in MODELS), tables.timeline, settings)
 
 
 if __name__ == "__main__":

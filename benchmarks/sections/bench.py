@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from benchmarks.attention import peak_memory
 from benchmarks.measure import SHAPES, Shape, environment, in_turn, rounded
 from engine.kernel_choice import choose_solver
 from engine.ranks.group_of_one import GROUP_OF_ONE
@@ -185,6 +186,56 @@ class Bench:
         if cuda:
             result["peak_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return result
+
+
+@dataclass(kw_only=True)
+class ShapeRun:
+    """What a section knows of one shape's variants so far, written after every figure.
+
+    Attributes:
+        bench: the section.
+        name: the model.
+        shape: its layer.
+        times: seconds of each round, by variant.
+        checked: peak memory, and for some errors against fp64, by variant.
+        left_out: what does not run here, or was not begun, and why.
+    """
+
+    bench: Bench
+    name: str
+    shape: Shape
+    times: dict[str, list[float]] = field(default_factory=dict)
+    checked: dict[str, dict[str, Any]] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def found(self) -> dict[str, Any]:
+        """The results of the shape."""
+        raise NotImplementedError
+
+    def write(self) -> None:
+        """All of it, to the section's file."""
+        self.bench.record(self.name, self.found() | {"left_out": self.left_out})
+
+    def heard(self, name: str, seconds: float) -> None:
+        """Note the time of a call."""
+        self.times.setdefault(name, []).append(seconds)
+        self.write()
+
+    def check(self, name: str, call: Callable[[], Any], look: Callable[[Callable[[], Any]], dict[str, Any]]) -> bool:
+        """Call a variant once and `look` at it, or note why it does not run; True if it does."""
+        found, why = self.bench.attempt(
+            lambda: (call(), look(call))[1]
+        )  # the first call compiles, and picks algorithms
+        if found is None:
+            self.left_out[name] = why
+        else:
+            self.checked[name] = found
+        self.write()
+        return found is not None
+
+    def peak(self, call: Callable[[], Any]) -> dict[str, Any]:
+        """The memory of a call, for `check`."""
+        return {"peak_extra_mib": peak_memory(call, self.bench.device)[0]}
 
 
 def versions() -> dict[str, str | None]:

@@ -5,14 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.attention import window_mask
-from benchmarks.measure import Shape, relative_error
+from benchmarks.attention import spread_queries, window_mask
+from benchmarks.fusion import falling_branches, fuse_call, weights_of
+from benchmarks.measure import QKV, Shape, relative_error
 from benchmarks.sections.bench import Bench
-from benchmarks.sections.layer import PROGRESS, QKV, inputs, windowed
 from freespec import spectrum
 from freespec.attention import WindowedAttention, merge
 from freespec.kernels import select_dual
-from freespec.methods import Branches, FreeSpec, Layer, StepPlan
 
 HEADS = 2  # of a layer: fp64 on a GPU is slow
 QUERIES = 96  # spread over the video, so that every query group is met
@@ -48,7 +47,7 @@ def attention(bench: Bench, name: str, shape: Shape) -> None:
     """Errors of each kernel's branches, their log-sum-exps and a merge, and whether they are within rounding."""
     kernels, refused = bench.kernels()
     bench.record(name, {"left_out": refused})
-    compare(bench, name, shape, {each: windowed(shape, kernel) for each, kernel in kernels.items()})
+    compare(bench, name, shape, {each: shape.windowed(kernel) for each, kernel in kernels.items()})
 
 
 def triton(bench: Bench, name: str, shape: Shape) -> None:
@@ -58,13 +57,13 @@ def triton(bench: Bench, name: str, shape: Shape) -> None:
         bench.results[name]["left_out"]["triton"] = why
         bench.record(name, bench.results[name])
     else:
-        compare(bench, name, shape, {"triton": windowed(shape, dual, dual)})
+        compare(bench, name, shape, {"triton": shape.windowed(dual, dual_kernel=dual)})
 
 
 def compare(bench: Bench, name: str, shape: Shape, layers: dict[str, WindowedAttention]) -> None:
     """Add the errors of each layer to the figures called `name`, as soon as they are known."""
-    qkv = inputs(bench, shape, HEADS)
-    queries = torch.linspace(0, shape.num_tokens - 1, min(QUERIES, shape.num_tokens), device=bench.device).long()
+    qkv = shape.draw(bench.device, bench.dtype, HEADS)
+    queries = spread_queries(shape, bench.device, QUERIES)
     exact = exact_parts(shape, qkv, queries)
     for each, layer in layers.items():
         found, why = bench.attempt(lambda layer=layer: errors(layer, qkv, queries, exact))
@@ -85,8 +84,8 @@ def exact_parts(shape: Shape, qkv: QKV, queries: Tensor) -> dict[str, Tensor]:
 
 def errors(layer: WindowedAttention, qkv: QKV, queries: Tensor, exact: dict[str, Tensor]) -> dict[str, Any]:
     """Relative errors at the queries; `control` is the local branch taken for the global one, which must be seen."""
-    (local, local_lse), (o_global, wide_lse) = layer.dual(*qkv, 0, 0, dtype=qkv[0].dtype)
-    actual = {"local out": local, "local lse": local_lse, "global out": o_global, "global lse": wide_lse}
+    (local, local_lse), (o_global, global_lse) = layer.dual(*qkv, 0, 0, dtype=qkv[0].dtype)
+    actual = {"local out": local, "local lse": local_lse, "global out": o_global, "global lse": global_lse}
     if layer.dual_kernel is None:
         dense, dense_lse = layer.dense(*qkv)
         half = qkv[1].shape[1] // 2
@@ -109,18 +108,13 @@ def errors(layer: WindowedAttention, qkv: QKV, queries: Tensor, exact: dict[str,
 
 def fusion(bench: Bench, shape: Shape) -> dict[str, Any]:
     """Grams against fp64, eigenvectors, and the fused output against the long SVD in fp64."""
-    torch.manual_seed(0)
-    falling = 0.01 ** torch.linspace(0, 1, shape.head_dim, device=bench.device)
-    sizes = (2, 1, shape.num_tokens, HEADS, shape.head_dim)
-    o_local, o_global = (torch.randn(sizes, device=bench.device) * falling).to(bench.dtype).unbind(0)
-    method = FreeSpec()
-    weights = method.weights(StepPlan(mode="dual", progress=PROGRESS), shape.grid, shape.head_dim, bench.device)
-    layer = Layer(grid=shape.grid, sum_tokens=lambda total: total, sum_heads=lambda total: total)
+    branches = falling_branches(shape, bench.device, bench.dtype, heads=HEADS)
+    o_local, o_global, weights = branches.o_local, branches.o_global, weights_of(shape, bench.device)
     gram = spectrum.gram(o_local)
     exact = o_local.double().transpose(1, 2)
     sigma, vectors = spectrum.spectrum(gram)
     identity = torch.eye(shape.head_dim, dtype=torch.float64, device=bench.device)
-    fused = method.fuse(Branches(o_local=o_local, o_global=o_global), weights, layer)
+    fused = fuse_call(shape, branches, weights)()
     right = spectrum.svd_fusion_ref(o_local, o_global, weights.rank, weights.residual.item())
     found = {
         "gram": relative_error(gram, exact.transpose(-1, -2) @ exact),

@@ -16,21 +16,24 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from benchmarks.attention import CHECKED_QUERIES, exact_branches, peak_memory
-from benchmarks.fusion import svd_fp32
-from benchmarks.measure import Shape, ratio, relative_error, round_robin, spread
-from benchmarks.sections.bench import Bench
-from freespec import spectrum
-from freespec.attention import WindowedAttention, merge_into
-from freespec.kernels import DualKernel, Kernel, select_dual
-from freespec.methods import Branches, FreeSpec, Layer, StepPlan
+from benchmarks.attention import (
+    exact_branches,
+    memory_and_error,
+    spread_queries,
+    strided_calls,
+    tera_operations,
+)
+from benchmarks.fusion import falling_branches, fuse_call, part_calls, svd_fp32, weights_of
+from benchmarks.measure import QKV, Shape, ratio, round_robin, spread
+from benchmarks.sections.bench import Bench, ShapeRun
+from freespec.attention import merge_into
+from freespec.kernels import Kernel, select_dual
+from freespec.methods import Branches
 
 MATRIX = 8192  # rows and columns of the product that gives the device's rate
 SVD_SECONDS = 20.0  # that the SVDs of one model may take
 SVD_HEADS = 2  # the SVD of all heads takes seconds: it and ours are compared on this many
-PROGRESS = 0.2
 FLEX = "local FlexAttention, masked"
-QKV = tuple[Tensor, Tensor, Tensor]
 Calls = dict[str, Callable[[], Any]]
 
 
@@ -44,92 +47,55 @@ def run(bench: Bench) -> None:
 
 
 @dataclass(kw_only=True)
-class LayerRun:
+class LayerRun(ShapeRun):
     """What is known of one model's layer so far.
 
     Attributes:
-        bench: the section.
-        name: the model.
-        shape: its layer.
-        times: seconds of each round, by variant.
         beside: seconds of the strided call in the rounds of a variant that has rounds of its own.
-        checked: peak memory, and errors against fp64, by variant.
-        left_out: what does not run here, or was not begun, and why.
         svd: the long SVDs against ours.
     """
 
-    bench: Bench
-    name: str
-    shape: Shape
-    times: dict[str, list[float]] = field(default_factory=dict)
     beside: dict[str, list[float]] = field(default_factory=dict)
-    checked: dict[str, dict[str, Any]] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
     svd: dict[str, Any] = field(default_factory=dict)
 
-    def write(self) -> None:
-        """All of it, to the section's file."""
-        names = dict.fromkeys((*self.checked, *self.times))
+    def found(self) -> dict[str, Any]:
+        """Variants, the fastest of each branch, and the ratios of the goals."""
         work = operations(self.bench, self.shape)
         variants = {}
-        for name in names:
+        for name in dict.fromkeys((*self.checked, *self.times)):
             seconds = self.times.get(name, [])
             timed = {"wall_s": spread(seconds), "tflops": rate(work, name, seconds)} if seconds else {}
             variants[name] = timed | self.checked.get(name, {})
-        strided = {branch: quickest(self.times, f"{branch} ") for branch in ("global", "local", "dual")}
+        branches = {branch: quickest(self.times, f"{branch} ") for branch in ("global", "local", "dual")}
+        strided = {branch: name for branch, name in branches.items() if name}
         found = {
             "sizes": str(self.shape),
             "heads": self.shape.heads,
             "head_dim": self.shape.head_dim,
-            "fastest": {branch: name.removeprefix(f"{branch} ") for branch, name in strided.items() if name},
+            "fastest": {branch: name.removeprefix(f"{branch} ") for branch, name in strided.items()},
             "variants": variants,
-            "ratios": ratios(self, {branch: name for branch, name in strided.items() if name}, work),
-            "left_out": self.left_out,
+            "ratios": ratios(self, strided, work),
         }
-        self.bench.record(self.name, found | ({"svd": self.svd} if self.svd else {}))
-
-    def heard(self, name: str, seconds: float) -> None:
-        """A call was timed."""
-        self.times.setdefault(name, []).append(seconds)
-        self.write()
-
-    def check(self, name: str, call: Callable[[], Any], exact: tuple[Any, Any], queries: Tensor) -> bool:
-        """Note peak memory and errors against fp64 of a variant, or why it does not run; True if it does."""
-        first, why = self.bench.attempt(call)  # compiles, and picks algorithms
-        if first is None:
-            self.left_out[name] = why
-            self.write()
-            return False
-        del first
-        peak, out = peak_memory(call, self.bench.device)
-        pairs = [(branch, *x) for branch, *x in zip(("local", "global"), out, exact, strict=True) if x[0] is not None]
-        error = {branch: relative_error(actual[:, queries], right) for branch, actual, right in pairs}
-        self.checked[name] = {"peak_extra_mib": peak, "error": error}
-        self.write()
-        return True
+        return found | ({"svd": self.svd} if self.svd else {})
 
 
 def dense_and_fusion(layer: LayerRun) -> None:
     """Each dense kernel's calls and the parts of the fusion, in the same rounds."""
     bench, shape = layer.bench, layer.shape
-    qkv = inputs(bench, shape, shape.heads)
+    qkv = shape.draw(bench.device, bench.dtype)
     kernels, refused = bench.kernels()
     layer.left_out |= refused
     kernels = {name: kernel for name, kernel in kernels.items() if name != "cuda_efficient" or len(kernels) == 1}
     calls = dense_calls(shape, qkv, kernels)
-    queries, exact = exact_at(bench, shape, qkv)
-    calls = {name: call for name, call in calls.items() if layer.check(name, call, exact, queries)}
+    errors = errors_against_exact(bench, shape, qkv)
+    calls = {name: call for name, call in calls.items() if layer.check(name, call, errors)}
     bench.choose_solver(shape)
     parts, why = bench.attempt(lambda: fusion_calls(bench, shape, calls))
     if parts is None:
         layer.left_out["fusion"], parts = why, {}
     for name, call in (parts | {"matrix product": matrix_product(bench)}).items():
-        peak, why = bench.attempt(lambda call=call: (call(), peak_memory(call, bench.device)[0])[1])
-        if peak is None:
-            layer.left_out[name] = why
-        else:
-            calls[name], layer.checked[name] = call, {"peak_extra_mib": peak}
-        layer.write()
+        if layer.check(name, call, layer.peak):
+            calls[name] = call
     bench.rounds(calls, layer.heard)
 
 
@@ -148,13 +114,13 @@ def long_svd(layer: LayerRun) -> None:
 def triton_and_flex(layer: LayerRun) -> None:
     """What compiles first, one after the other, each beside the strided call that it stands against."""
     bench, shape = layer.bench, layer.shape
-    qkv = inputs(bench, shape, shape.heads)
-    queries, exact = exact_at(bench, shape, qkv)
+    qkv = shape.draw(bench.device, bench.dtype)
+    errors = errors_against_exact(bench, shape, qkv)
     kernels, _ = bench.kernels()
     strided = dense_calls(shape, qkv, kernels)
     for name, make in (triton_calls(bench, shape, qkv, layer.left_out) | {FLEX: flex_call(bench, shape, qkv)}).items():
         other = quickest(layer.times, f"{name.split()[0]} ")
-        if other is None or not layer.check(name, make, exact, queries):
+        if other is None or not layer.check(name, make, errors):
             continue
 
         def heard(which: str, seconds: float, name: str = name) -> None:
@@ -167,46 +133,20 @@ def triton_and_flex(layer: LayerRun) -> None:
     layer.write()
 
 
-def exact_at(bench: Bench, shape: Shape, qkv: QKV) -> tuple[Tensor, tuple[Any, Any]]:
-    """Some queries, and both branches of them in fp64."""
-    queries = torch.linspace(
-        0, shape.num_tokens - 1, min(CHECKED_QUERIES, shape.num_tokens), device=bench.device
-    ).long()
-    return queries, exact_branches(shape, qkv, queries)
-
-
-def inputs(bench: Bench, shape: Shape, heads: int) -> QKV:
-    """Normal q, k, v [1, S, N, D]."""
-    torch.manual_seed(0)
-    sizes = (3, 1, shape.num_tokens, heads, shape.head_dim)
-    q, k, v = torch.randn(sizes, device=bench.device, dtype=bench.dtype).unbind(0)
-    return q, k, v
-
-
-def windowed(
-    shape: Shape, kernel: Kernel, dual_kernel: DualKernel | None = None, rest_kernel: Kernel | None = None
-) -> WindowedAttention:
-    """The geometry of a shape around a kernel."""
-    return WindowedAttention(
-        num_frames=shape.num_frames,
-        frame_tokens=shape.frame_tokens,
-        window_frames=shape.window_frames,
-        kernel=kernel,
-        dual_kernel=dual_kernel,
-        rest_kernel=rest_kernel,
-    )
+def errors_against_exact(bench: Bench, shape: Shape, qkv: QKV) -> Callable[[Callable[[], Any]], dict[str, Any]]:
+    """What looks at a call's memory, and at its errors against fp64 at some queries."""
+    queries = spread_queries(shape, bench.device)
+    exact = exact_branches(shape, qkv, queries)
+    return lambda call: memory_and_error(call, exact, queries, bench.device)
 
 
 def dense_calls(shape: Shape, qkv: QKV, kernels: dict[str, Kernel]) -> Calls:
     """Global, local, dual and two calls by dense kernels on strided views."""
-    calls: Calls = {}
-    for name, kernel in kernels.items():
-        layer = windowed(shape, kernel)
-        calls[f"global {name}"] = lambda layer=layer: (None, layer.dense(*qkv)[0])
-        calls[f"local {name}"] = lambda layer=layer: (layer.local(*qkv, 0, 0)[0], None)
-        calls[f"two calls {name}"] = lambda layer=layer: (layer.local(*qkv, 0, 0)[0], layer.dense(*qkv)[0])
-        calls[f"dual {name}"] = lambda layer=layer: layer.both(*qkv)
-    return calls
+    return {
+        f"{kind} {name}": call
+        for name, kernel in kernels.items()
+        for kind, call in strided_calls(shape, qkv, kernel).items()
+    }
 
 
 def triton_calls(bench: Bench, shape: Shape, qkv: QKV, refused: dict[str, str]) -> Calls:
@@ -222,13 +162,13 @@ def triton_calls(bench: Bench, shape: Shape, qkv: QKV, refused: dict[str, str]) 
             tiles(queries=128, keys=128, warps=8, stages=2 if shape.head_dim > 64 else 3),
             tiles(queries=64, keys=64, warps=4, stages=3),
         ]
-    calls: Calls = {"dual triton": lambda: windowed(shape, dual, dual).both(*qkv)}
+    calls: Calls = {"dual triton": lambda: shape.windowed(dual, dual_kernel=dual).both(*qkv)}
     for tile in others:
         other = partial(dual, tiles=tile)
         name = f"dual triton {tile.queries}x{tile.keys}, {tile.warps} warps, {tile.stages} stages"
-        calls[name] = lambda other=other: windowed(shape, dual, other).both(*qkv)
+        calls[name] = lambda other=other: shape.windowed(dual, dual_kernel=other).both(*qkv)
     with_grams = partial(dual, grams=True)
-    calls["dual triton with Grams"] = lambda: windowed(shape, dual, with_grams).both(*qkv)
+    calls["dual triton with Grams"] = lambda: shape.windowed(dual, dual_kernel=with_grams).both(*qkv)
     return calls
 
 
@@ -259,20 +199,11 @@ def flex_call(bench: Bench, shape: Shape, qkv: QKV) -> Callable[[], tuple[Tensor
 def fusion_calls(bench: Bench, shape: Shape, calls: Calls) -> Calls:
     """The fusion and its parts on the branches of a dual call, and the merge of two of them."""
     o_local, o_global = next(call for name, call in calls.items() if name.startswith("dual "))()
-    method = FreeSpec()
-    weights = method.weights(StepPlan(mode="dual", progress=PROGRESS), shape.grid, shape.head_dim, bench.device)
-    layer = Layer(grid=shape.grid, sum_tokens=lambda total: total, sum_heads=lambda total: total)
-    grams = spectrum.gram(o_local), spectrum.gram(o_global)
-    matrix = spectrum.local_basis_matrix(*grams, weights.rank)
+    branches = Branches(o_local=o_local, o_global=o_global)
     lse = torch.zeros(o_local.shape[:3], device=bench.device)
     target, target_lse = o_local.clone(), lse.clone()
-    return {
-        "fusion": lambda: method.fuse(Branches(o_local=o_local, o_global=o_global), weights, layer),
-        "grams": lambda: (spectrum.gram(o_local), spectrum.gram(o_global)),
-        "eigh": lambda: spectrum.local_basis_matrix(*grams, weights.rank),
-        "apply": lambda: spectrum.reconstruct(o_local, matrix, o_global, weights.residual, "lerp"),
-        "merge": lambda: merge_into(target, target_lse, o_global, lse),
-    }
+    parts = part_calls(shape, branches, weights_of(shape, bench.device))
+    return parts | {"merge": lambda: merge_into(target, target_lse, o_global, lse)}
 
 
 def matrix_product(bench: Bench) -> Callable[[], Tensor]:
@@ -283,17 +214,9 @@ def matrix_product(bench: Bench) -> Callable[[], Tensor]:
 
 
 def operations(bench: Bench, shape: Shape) -> dict[str, float]:
-    """Multiply-adds x 2 of each kind of call, in 10^12: 4 S K D per head."""
-    whole = 4 * shape.num_tokens**2 * shape.head_dim * shape.heads / 1e12
-    window = whole * shape.window_frames / shape.num_frames
+    """Multiply-adds x 2 of each kind of call, in 10^12."""
     size = 256 if bench.small else MATRIX
-    return {
-        "global": whole,
-        "local": window,
-        "two calls": whole + window,
-        "dual": whole,
-        "matrix product": 2 * size**3 / 1e12,
-    }
+    return tera_operations(shape, shape.heads) | {"matrix product": 2 * size**3 / 1e12}
 
 
 def rate(work: dict[str, float], name: str, seconds: list[float]) -> float | None:
@@ -343,16 +266,11 @@ def ratios(layer: LayerRun, strided: dict[str, str], work: dict[str, float]) -> 
 
 def svd_against_grams(bench: Bench, shape: Shape) -> dict[str, Any]:
     """The paper's fusion as it is written, by two long SVDs, against ours, on the same few heads."""
-    torch.manual_seed(0)
-    falling = 0.01 ** torch.linspace(0, 1, shape.head_dim, device=bench.device)
-    sizes = (2, 1, shape.num_tokens, SVD_HEADS, shape.head_dim)
-    o_local, o_global = (torch.randn(sizes, device=bench.device) * falling).to(bench.dtype).unbind(0)
-    method = FreeSpec()
-    weights = method.weights(StepPlan(mode="dual", progress=PROGRESS), shape.grid, shape.head_dim, bench.device)
-    layer = Layer(grid=shape.grid, sum_tokens=lambda total: total, sum_heads=lambda total: total)
+    branches = falling_branches(shape, bench.device, bench.dtype, heads=SVD_HEADS)
+    weights = weights_of(shape, bench.device)
     calls: Calls = {
-        "literal SVD": lambda: svd_fp32(o_local, o_global, weights),
-        "ours": lambda: method.fuse(Branches(o_local=o_local, o_global=o_global), weights, layer),
+        "literal SVD": lambda: svd_fp32(branches.o_local, branches.o_global, weights),
+        "ours": fuse_call(shape, branches, weights),
     }
     for call in calls.values():
         call()

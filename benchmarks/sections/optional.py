@@ -6,6 +6,7 @@ A package that is not installed, or does not run here, is written down as not av
 
 import json
 import tempfile
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch import Tensor
 
 from benchmarks.measure import Shape, ratio, relative_error, round_robin, spread
 from benchmarks.sections.bench import UNSUPPORTED, Bench
-from benchmarks.sections.layer import inputs, windowed
 from engine.ranks.group_of_one import GROUP_OF_ONE
 from freespec.kernels import select_complement, select_kernel
 from parallel.attention import TORCH_EXCHANGE, HybridAttention, SequenceLayout
@@ -64,20 +65,25 @@ def compare(bench: Bench, shape: Shape, mesh: SeqMesh, hybrid: HybridAttention, 
     plan = SequencePlan(tokens=shape.num_tokens, heads=shape.heads, ring=mesh.ring.size, ulysses=mesh.ulysses.size)
     trace = CollectiveTrace(label="benchmark", on_bytes=ignore_bytes)
     layout = SequenceLayout(mesh=mesh, plan=plan, exchange=TORCH_EXCHANGE, trace=trace)
-    q, k, v = (layout.shard_tokens(x, dim=1).contiguous() for x in inputs(bench, shape, shape.heads))
-    attention = windowed(shape, select_kernel(kernel, bench.device, bench.dtype))
+    q, k, v = (layout.shard_tokens(x, dim=1).contiguous() for x in shape.draw(bench.device, bench.dtype))
+    attention = shape.windowed(select_kernel(kernel, bench.device, bench.dtype))
     calls = {
         "ours": lambda: layout.gather(layout.branches(*layout.scatter(q, k, v), "global", attention)[1]),
         "xfuser": lambda: hybrid(q, k, v, layout=layout),
     }
+    degrees = {"ring": mesh.ring.size, "ulysses": mesh.ulysses.size}
+    return {"degrees": degrees, "kernel": kernel, **side_by_side(bench, calls)}
+
+
+def side_by_side(bench: Bench, calls: dict[str, Callable[[], Tensor]]) -> dict[str, Any]:
+    """Seconds of our call and of the other, their ratio, and the difference of their outputs."""
+    ours, other = calls
     outs = {name: call() for name, call in calls.items()}
     times = {name: row["wall_s"] for name, row in round_robin(calls, bench.device, bench.repeats).items()}
     return {
-        "degrees": {"ring": mesh.ring.size, "ulysses": mesh.ulysses.size},
-        "kernel": kernel,
         **{name: {"wall_s": spread(seconds)} for name, seconds in times.items()},
-        "xfuser / ours": ratio(times["xfuser"], times["ours"]),
-        "relative difference": relative_error(outs["xfuser"], outs["ours"]),
+        f"{other} / {ours}": ratio(times[other], times[ours]),
+        "relative difference": relative_error(outs[other], outs[ours]),
     }
 
 
@@ -113,21 +119,14 @@ def complement(bench: Bench, shape: Shape) -> dict[str, Any]:
     name = bench.best_kernel()
     try:
         rest = select_complement("sage", bench.device, bench.dtype, dual="strided")
-        qkv = inputs(bench, shape, shape.heads)
-        plain = windowed(shape, select_kernel(name, bench.device, bench.dtype))
-        mixed = windowed(shape, plain.kernel, rest_kernel=rest)
-        calls = {"same": lambda: plain.both(*qkv), "sage": lambda: mixed.both(*qkv)}
-        outs = {kind: call()[1] for kind, call in calls.items()}
+        qkv = shape.draw(bench.device, bench.dtype)
+        plain = shape.windowed(select_kernel(name, bench.device, bench.dtype))
+        mixed = shape.windowed(plain.kernel, rest_kernel=rest)
+        calls = {"same": lambda: plain.both(*qkv)[1], "sage": lambda: mixed.both(*qkv)[1]}
+        return {"kernel": name, **side_by_side(bench, calls)}
     except UNSUPPORTED as error:
         bench.empty_cache()
         return not_available(first_line(error))
-    times = {kind: row["wall_s"] for kind, row in round_robin(calls, bench.device, bench.repeats).items()}
-    return {
-        "kernel": name,
-        **{kind: {"wall_s": spread(seconds)} for kind, seconds in times.items()},
-        "sage / same": ratio(times["sage"], times["same"]),
-        "relative difference": relative_error(outs["sage"], outs["same"]),
-    }
 
 
 def first_line(error: Exception) -> str:

@@ -3,16 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from benchmarks.attention import peak_memory
-from benchmarks.measure import Shape, spread
-from benchmarks.sections.bench import Bench
-from benchmarks.sections.layer import PROGRESS, QKV, inputs, windowed
+from benchmarks.fusion import falling_branches, fuse_call
+from benchmarks.measure import QKV, Shape, spread
+from benchmarks.sections.bench import Bench, ShapeRun
 from freespec.attention import WindowedAttention, merge_into
 from freespec.kernels import select_kernel
-from freespec.methods import Branches, FreeSpec, Layer, StepPlan
-from parallel.shards import SequencePlan
+from parallel.shards import SequencePlan, length
 
 RANKS = (1, 2, 4, 8)
 
@@ -26,70 +22,48 @@ def run(bench: Bench) -> None:
         bench.record("kernel", f"auto ({name}: {why})")
         kernel = select_kernel("auto", bench.device, bench.dtype)
     for model, shape in bench.shapes.items():
-        measure(bench, model, shape, windowed(shape, kernel))
+        measure(RankRun(bench=bench, name=model, shape=shape), shape.windowed(kernel))
 
 
-def measure(bench: Bench, model: str, shape: Shape, layer: WindowedAttention) -> None:
-    """Each share's seconds, rate and memory, and what it is of the P-th part of the whole: 1 is perfect, before communication."""
+class RankRun(ShapeRun):
+    """The shares of one model's layer."""
+
+    def found(self) -> dict[str, Any]:
+        """A row for each share that was timed; its part of the whole once that is: 1 is perfect, before communication."""
+        rows: dict[str, Any] = {}
+        for name, seconds in self.times.items():
+            axis, ranks, mode = name.split()
+            median, whole = spread(seconds)["median"], self.times.get(f"ulysses 1 {mode}")
+            row = {"axis": axis, "ranks": int(ranks), "mode": mode, "wall_s": spread(seconds), **self.checked[name]}
+            if whole:
+                row["efficiency"] = spread(whole)["median"] / (int(ranks) * median)
+            if mode != "fusion":  # which is bound by memory and latency
+                row["tflops"] = operations(self.shape, axis, int(ranks), mode) / median
+            rows[name] = row
+        return {"sizes": str(self.shape), "rows": rows}
+
+
+def measure(run: RankRun, layer: WindowedAttention) -> None:
+    """Each share's seconds, rate and memory."""
+    bench, shape = run.bench, run.shape
     calls: dict[str, Callable[[], Any]] = {}
     for ranks in RANKS:
         if ranks <= shape.heads:
-            calls |= ulysses_calls(layer, inputs(bench, shape, -(-shape.heads // ranks)), ranks)
+            calls |= ulysses_calls(layer, shape.draw(bench.device, bench.dtype, -(-shape.heads // ranks)), ranks)
         if ranks > 1:
-            calls |= ring_calls(layer, inputs(bench, shape, shape.heads), shape, ranks)
+            calls |= ring_calls(layer, shape.draw(bench.device, bench.dtype), shape, ranks)
     bench.choose_solver(shape)
-    calls |= {name: fusion_call(bench, shape, *share) for name, share in fusion_shares(shape).items()}
-    peaks: dict[str, float] = {}
-    times: dict[str, list[float]] = {}
-    left_out: dict[str, str] = {}
-
-    def write() -> None:
-        bench.record(model, {"sizes": str(shape), "rows": rows(shape, times, peaks), "left_out": left_out})
-
-    def heard(name: str, seconds: float) -> None:
-        times.setdefault(name, []).append(seconds)
-        write()
-
-    for name, call in calls.items():
-        peak, why = bench.attempt(lambda call=call: (call(), peak_memory(call, bench.device)[0])[1])
-        if peak is None:
-            left_out[name] = why
-            write()
-        else:
-            peaks[name] = peak
-    bench.rounds({name: calls[name] for name in peaks}, heard)
-
-
-def rows(shape: Shape, times: dict[str, list[float]], peaks: dict[str, float]) -> dict[str, Any]:
-    """A row for each share that was timed; its part of the whole once that is."""
-    found: dict[str, Any] = {}
-    for name, seconds in times.items():
-        kind, ranks, mode = name.split()
-        median = spread(seconds)["median"]
-        row = {
-            "axis": kind,
-            "ranks": int(ranks),
-            "mode": mode,
-            "wall_s": spread(seconds),
-            "peak_extra_mib": peaks[name],
-        }
-        whole = times.get(f"ulysses 1 {mode}")
-        if whole:
-            row["efficiency"] = spread(whole)["median"] / (int(ranks) * median)
-        if mode != "fusion":  # which is bound by memory and latency
-            row["tflops"] = operations(shape, kind, int(ranks), mode) / median
-        found[name] = row
-    return found
+    for name, (tokens, heads) in fusion_shares(shape).items():
+        branches = falling_branches(shape, bench.device, bench.dtype, heads=heads, tokens=tokens)
+        calls[name] = fuse_call(shape, branches)  # without the sum of Grams over ranks
+    bench.rounds({name: call for name, call in calls.items() if run.check(name, call, run.peak)}, run.heard)
 
 
 def operations(shape: Shape, kind: str, ranks: int, mode: str) -> float:
     """Multiply-adds x 2 of attention in a share, in 10^12: 4 S K D per head, of the window's keys alone if local."""
-    heads, queries = shape.heads, shape.num_tokens
-    if kind == "ulysses":
-        heads = -(-heads // ranks)
-    else:
-        start, stop = ring_shard(shape, ranks)
-        queries = stop - start
+    heads, queries = -(-shape.heads // ranks), shape.num_tokens
+    if kind == "ring":
+        heads, queries = shape.heads, length(ring_shard(shape, ranks))
     keys = shape.window_frames * shape.frame_tokens if mode == "local" else shape.num_tokens
     return 4 * queries * keys * shape.head_dim * heads / 1e12
 
@@ -106,20 +80,8 @@ def fusion_shares(shape: Shape) -> dict[str, tuple[int, int]]:
         if ranks <= shape.heads:
             shares[f"ulysses {ranks} fusion"] = shape.num_tokens, -(-shape.heads // ranks)
         if ranks > 1:
-            start, stop = ring_shard(shape, ranks)
-            shares[f"ring {ranks} fusion"] = stop - start, shape.heads
+            shares[f"ring {ranks} fusion"] = length(ring_shard(shape, ranks)), shape.heads
     return shares
-
-
-def fusion_call(bench: Bench, shape: Shape, tokens: int, heads: int) -> Callable[[], Any]:
-    """The fusion of a share, without the sum of Grams over ranks."""
-    torch.manual_seed(0)
-    sizes = (2, 1, tokens, heads, shape.head_dim)
-    o_local, o_global = torch.randn(sizes, device=bench.device, dtype=bench.dtype).unbind(0)
-    method = FreeSpec()
-    weights = method.weights(StepPlan(mode="dual", progress=PROGRESS), shape.grid, shape.head_dim, bench.device)
-    layer = Layer(grid=shape.grid, sum_tokens=lambda total: total, sum_heads=lambda total: total)
-    return lambda: method.fuse(Branches(o_local=o_local, o_global=o_global), weights, layer)
 
 
 def ulysses_calls(layer: WindowedAttention, qkv: QKV, ranks: int) -> dict[str, Callable[[], Any]]:

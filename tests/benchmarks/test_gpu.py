@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd import DeviceType
 
-from benchmarks import gpu, gpu_report, report
+from benchmarks import gpu, gpu_report
 from benchmarks.measure import ROOT, round_robin
 from benchmarks.sections import correctness, optional, steps
 from benchmarks.sections import layer as layer_section
@@ -345,7 +345,7 @@ def test_a_share_that_does_not_run_costs_that_alone(tmp_path: Path, monkeypatch:
     for model in ("wan", "ltx"):
         assert list(on_disk(bench)[model]["left_out"]) == ["ring 2 dual"]
         assert {"ulysses 1 dual", "ulysses 2 dual", "ring 2 fusion"} <= set(on_disk(bench)[model]["rows"])
-    assert "Left out: ring 2 dual (OutOfMemoryError" in "".join(gpu_report.SHOWN["ranks"](on_disk(bench), report.table))
+    assert "Left out: ring 2 dual (OutOfMemoryError" in "".join(gpu_report.SHOWN["ranks"](on_disk(bench)))
 
 
 def test_a_section_without_time_leaves_no_figures_of_an_earlier_run(tmp_path: Path) -> None:
@@ -376,7 +376,7 @@ def test_a_section_runs_on_a_pretended_gpu(section: str, tmp_path: Path, monkeyp
 
     def shown(bench: Bench, name: str, value: Any) -> Any:
         record(bench, name, value)
-        assert gpu_report.SHOWN[section](on_disk(bench), report.table)
+        assert gpu_report.SHOWN[section](on_disk(bench))
         return value
 
     monkeypatch.setattr(Bench, "record", shown)
@@ -484,14 +484,14 @@ def test_packages_that_are_not_here_are_not_available(files: gpu_report.Files) -
     for name, found in results.items():
         what = "runs on CUDA only" if name.startswith("xfuser") else "does not run on cpu"
         assert what in found["not available"]
-    assert "not available" in "".join(gpu_report.sections(files, report.table))
+    assert "not available" in "".join(gpu_report.sections(files))
 
 
 def test_whole_steps_say_that_xfuser_is_not_here(files: gpu_report.Files) -> None:
     results = files["steps"]["results"]
     assert re.match(r"not available: ValueError: xfuser runs on CUDA only", results["direct, xfuser"])
     assert "direct, xfuser" not in results["steps"]
-    assert "- direct, xfuser: not available" in "\n".join(gpu_report.sections(files, report.table))
+    assert "- direct, xfuser: not available" in "\n".join(gpu_report.sections(files))
 
 
 @pytest.mark.parametrize("factor", [1.0, 1.01])
@@ -536,14 +536,12 @@ def test_a_package_that_is_here_is_compared_in_the_same_rounds(tmp_path: Path) -
         "status": "done",
         "file": "optional.json",
     }
-    page = gpu_report.sections(
-        {"optional": content | {"results": {"xfuser, wan": found, "sage, wan": quantised}}}, report.table
-    )
+    page = gpu_report.sections({"optional": content | {"results": {"xfuser, wan": found, "sage, wan": quantised}}})
     assert any("sage, wan" in part and "relative difference" in part for part in page)
 
 
 def test_the_page_shows_every_section_and_warns_of_tiny_sizes(files: gpu_report.Files) -> None:
-    page = "\n\n".join(gpu_report.sections(files, report.table))
+    page = "\n\n".join(gpu_report.sections(files))
     assert page.count("a check of the code and no measurement") == len(gpu.SECTIONS)
     for name in gpu.SECTIONS:
         assert f"### {name}" in page
@@ -555,7 +553,7 @@ def test_without_files_nothing_is_claimed() -> None:
     rows = gpu_report.goals({}, {})
     assert rows
     assert all(row[3:] == ["not measured", "", ""] for row in rows)
-    assert gpu_report.sections({}, report.table) == ["No file of `benchmarks/gpu.py` is here: not measured."]
+    assert gpu_report.sections({}) == ["No file of `benchmarks/gpu.py` is here: not measured."]
 
 
 @pytest.mark.parametrize(("value", "holds"), [(1.05, "yes"), (1.2, "**no**")])

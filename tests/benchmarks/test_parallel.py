@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import collectives, parallel, report
+from benchmarks import collectives, parallel, predicted, tables
 from benchmarks.collectives import GRAMS, MESSAGE_MIB, busiest_share, measure_collectives, predict_seconds
-from benchmarks.measure import complete, parser
+from benchmarks.gpu_report import efficiency_with_messages
+from benchmarks.measure import SHAPES
 from engine.planner.gpu import read_gpu
 from parallel.shards import SequencePlan
 from tests.ranks import run_ranks
@@ -27,7 +28,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """The file of a short run on 1 and 2 ranks."""
     folder = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
-        words = ["--device", "cpu", "--shapes", "tiny", "--ranks", "1", "2", "--repeats", "1", "--results", str(folder)]
+        words = ["--shapes", "tiny", "--ranks", "1", "2", "--repeats", "1", "--results", str(folder)]
         patch.setattr(sys, "argv", ["benchmarks.parallel", *words])
         parallel.main()
     [path] = folder.iterdir()
@@ -56,7 +57,7 @@ def test_every_row_has_a_prediction_from_the_same_run(written: dict[str, Any]) -
 
 
 def test_the_page_shows_measured_and_predicted(written: dict[str, Any]) -> None:
-    page = report.parallel({("parallel", "cpu"): written}, "cpu")
+    page = tables.parallel(written)
     assert "| global, ms (of predicted) | local, ms (of predicted) | dual, ms (of predicted) |" in page
     assert "| ranks | all-to-all GB/s | halo GB/s | ring GB/s | reduce GB/s |" in page
     rows = [row for row in written["results"] if (row["ranks"], row["ulysses"]) == (2, 2)]
@@ -70,7 +71,7 @@ def test_the_page_shows_measured_and_predicted(written: dict[str, Any]) -> None:
 def test_a_page_of_a_file_without_predictions_leaves_them_blank(written: dict[str, Any]) -> None:
     new = ("predicted_ms", "measured_over_predicted")
     old = [{key: value for key, value in row.items() if key not in new} for row in written["results"]]
-    page = report.parallel({("parallel", "cpu"): written | {"results": old}}, "cpu")
+    page = tables.parallel(written | {"results": old})
     assert f"| tiny | 1 | 1 x 1 | {old[0]['ms']:.3g} |" in page
 
 
@@ -121,60 +122,21 @@ def test_a_message_of_unknown_rate_is_an_error() -> None:
         predict_seconds(PLAN, 3.0, {"halo": 1}, {"ring": 1.0}, devices=4)
 
 
-@pytest.fixture
-def of_one_gpu(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Rows of a GPU that takes 16 ms for a layer and a P-th part of it for a P-th part of the heads."""
-    words = ["--device", "cpu", "--dtype", "bfloat16", "--shapes", "tiny", "--heads", "8", "--repeats", "1"]
-    command = parser("test")
-    command.add_argument("--ranks", nargs="+", type=int, default=parallel.RANKS)
-    monkeypatch.setattr(parallel, "gpu_seconds", lambda mode, attention, qkv: 0.016 * qkv[0].shape[2] / 8)
-    return parallel.on_one_gpu(complete(command.parse_args(words)))
-
-
-def test_rows_of_one_gpu_have_the_bytes_of_their_ranks(of_one_gpu: list[dict[str, Any]]) -> None:
-    assert [(row["ranks"], row["mode"]) for row in of_one_gpu] == [
-        (ranks, mode) for ranks in (1, 2, 4, 8) for mode in parallel.MODES
-    ]
-    for row in of_one_gpu:
-        assert row["ms"] == pytest.approx(16 / row["ranks"])
-        # q, k, v and the output in bf16, of 33 x 64 tokens of 8 heads of 32 channels: what leaves a P-th part of them.
-        sent = 4 * 33 * 64 * 8 * 32 * 2 // row["ranks"] * (row["ranks"] - 1) // row["ranks"]
-        assert row["bytes"] == {"all_to_all": sent, "halo": 0, "ring": 0, "reduce": 0}
-
-
-def test_several_gpus_are_predicted_from_measured_compute_and_stated_links(of_one_gpu: list[dict[str, Any]]) -> None:
-    gpu = replace(read_gpu("h100"), intra_node_gb_s=4.0, link_fraction=0.5, gpus_per_node=8)  # 2 GB/s
-    parallel.predict_with_links(of_one_gpu, gpu)
-    for row in of_one_gpu:
-        assert row["with_links_ms"] == pytest.approx(row["ms"] + row["bytes"]["all_to_all"] / 2e9 * 1e3)
-        assert row["efficiency"] == pytest.approx(16 / row["ranks"] / row["with_links_ms"])
-    assert [row["efficiency"] for row in of_one_gpu if row["ranks"] == 1] == [1.0] * 3
-    slow = [dict(row) for row in of_one_gpu]
-    parallel.predict_with_links(slow, replace(gpu, intra_node_gb_s=2.0))
-    assert all(a["efficiency"] < b["efficiency"] for a, b in zip(slow, of_one_gpu, strict=True) if a["ranks"] > 1)
-    without_one = [row for row in of_one_gpu if row["ranks"] > 1]
-    parallel.predict_with_links(without_one, gpu)
-    assert {row["efficiency"] for row in without_one} == {None}
-
-
-def test_the_page_shows_what_several_gpus_would_reach(of_one_gpu: list[dict[str, Any]]) -> None:
-    assert report.scaling({}) == ""
-    run = {"file": "parallel-cuda-x.json", "settings": {}, "results": of_one_gpu}
-    assert "so nothing is predicted" in report.scaling({("parallel", "cuda"): run})
-    gpu = read_gpu("h200")
-    parallel.predict_with_links(of_one_gpu, gpu)
-    parallel.compare(of_one_gpu, {}, 8)
-    links = {"gpu": gpu.name, "intra_node_gb_s": gpu.intra_node_gb_s, "link_fraction": gpu.link_fraction}
-    page = report.scaling({("parallel", "cuda"): run | {"settings": {"links": links}}})
-    row = next(row for row in of_one_gpu if (row["ranks"], row["mode"]) == (8, "dual"))
-    assert f"| tiny dual | 8 | 2 | {row['bytes']['all_to_all'] / 1e6:.1f} | {row['with_links_ms']:.3g} |" in page
-    assert (
-        f"Messages at {gpu.intra_node_gb_s:g} GB/s x {gpu.link_fraction:g}, as `configs/gpus/` states for H200" in page
-    )
+def test_messages_lower_the_efficiency_of_a_share() -> None:
+    """By the bytes of a share over the stated bandwidth: 2 GB/s here."""
+    shape, gpu = SHAPES["tiny"], replace(read_gpu("h100"), intra_node_gb_s=4.0, link_fraction=0.5, gpus_per_node=8)
+    row = {"axis": "ulysses", "ranks": 2, "mode": "global", "wall_s": {"median": 0.004}, "efficiency": 1.0}
+    sent = 4 * 33 * 64 * 6 * 32 * 2 // 4  # q, k, v and the output in bf16: half of a rank's half leaves
+    found = efficiency_with_messages(row, shape, gpu)
+    assert found == pytest.approx(0.004 / (0.004 + sent / 2e9))
+    assert efficiency_with_messages(row, shape, replace(gpu, intra_node_gb_s=2.0)) < found
+    ring = row | {"axis": "ring"}
+    assert efficiency_with_messages(ring, shape, gpu) == 1.0  # blocks travel while others are attended
+    assert efficiency_with_messages(ring | {"mode": "fusion"}, shape, gpu) < 1.0
 
 
 def test_the_goals_have_a_row_of_eight_gpus_for_each_family() -> None:
-    wan, ltx = report.eight_gpus()
+    wan, ltx = predicted.eight_gpus()
     assert (wan[0], wan[4]) == ("efficiency of 8 GPUs, FreeSpec", "yes, as predicted")
     assert (ltx[0], ltx[4]) == ("efficiency of 8 GPUs, FreeSpec, LTX-Video 2B at 481 frames", "**no**, as predicted")
 
@@ -182,5 +144,5 @@ def test_the_goals_have_a_row_of_eight_gpus_for_each_family() -> None:
 def test_methods_that_cannot_have_the_row_s_layout_have_their_best() -> None:
     row = {"seconds_direct": 60.0, "elsewhere": {"freepca": ("cfg 2 x ring 1 x ulysses 2", 90.0)}}
     marks = {"cfg 2 x ring 1 x ulysses 2": "a"}
-    cells = [report.predicted_minutes(row, name, marks) for name in ("direct", "freepca", "freenoise")]
+    cells = [predicted.predicted_minutes(row, name, marks) for name in ("direct", "freepca", "freenoise")]
     assert cells == ["1.0", "1.5 (a)", "-"]

@@ -1,0 +1,125 @@
+"""Markdown of what was measured: printed when a CPU benchmark ends, and written into docs/performance.md."""
+
+from collections.abc import Sequence
+from typing import Any
+
+Run = dict[str, Any]
+NOT_MEASURED = "not measured"
+PEAKS = ("global", "dual", "masked")
+PARTS = ("grams", "eigh", "apply")  # of a fusion
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def verdict(holds: bool) -> str:
+    """Whether something holds."""
+    return "yes" if holds else "**no**"
+
+
+def milliseconds(seconds: float) -> str:
+    """Three digits, and no exponent."""
+    return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
+
+
+def median_ms(row: dict[str, Any]) -> str:
+    """Median time of a variant."""
+    return f"{row['wall_s']['median'] * 1e3:.3g}"
+
+
+def errors(row: dict[str, Any]) -> str:
+    """Relative error of each branch."""
+    return ", ".join(f"{branch} {value:.1e}" for branch, value in row.get("error", {}).items())
+
+
+def layer(result: dict[str, Any]) -> list[str]:
+    """Which layer was measured, as cells of a row."""
+    return [result["shape"], result["sizes"], f"{result['heads']} x {result['head_dim']}"]
+
+
+def ratios(result: dict[str, Any], names: Sequence[str]) -> list[str]:
+    """Ratios of times, and of CPU times in parentheses."""
+    found = [result["ratios"].get(name) for name in names]
+    return [f"{each['wall_s']['median']:.3g} ({each['cpu_s']['median']:.3g})" if each else "" for each in found]
+
+
+def attention(run: Run) -> str:
+    """Every shape of the attention benchmark in a row."""
+    names = ["local / global", "two calls / global", "dual / global", "dual / two calls"]
+    rows = []
+    for result in run["results"]:
+        variants = result["variants"]
+        peaks = " / ".join(f"{variants[name]['peak_extra_mib']:.0f}" for name in PEAKS)
+        error = max(variants["dual"]["error"].values())
+        rows.append([*layer(result), *ratios(result, names), peaks, f"{error:.1e}"])
+    header = ["layer", "frames x tokens", "heads x D", *names, f"MiB beyond q, k, v: {' / '.join(PEAKS)}"]
+    return table([*header, "error of dual against fp64"], rows)
+
+
+def fusion(run: Run) -> str:
+    """Every shape of the fusion benchmark in a row."""
+    names = ["fusion / SVD in fp32", "fusion / SVD in fp64", "fusion / dual attention"]
+    rows = []
+    for result in run["results"]:
+        parts = " + ".join(milliseconds(result["variants"][name]["wall_s"]["median"]) for name in PARTS)
+        errors = [f"{result['variants'][name]['error']:.1e}" for name in ("fusion", "SVD in fp32")]
+        rows.append([*layer(result), parts, *ratios(result, names), *errors])
+    header = ["layer", "frames x tokens", "heads x D", f"ms: {' + '.join(PARTS)}", *names]
+    return table([*header, "error against the SVD in fp64", "error of the SVD in fp32"], rows)
+
+
+def parallel(run: Run) -> str:
+    """Times of every layout, the rates of every collective, and whether the planned bytes were sent."""
+    modes = list(dict.fromkeys(row["mode"] for row in run["results"]))
+    layouts: dict[tuple[Any, ...], dict[str, str]] = {}
+    for row in run["results"]:
+        # files from before the predictions have none
+        ratio = f" ({row['measured_over_predicted']:.2g})" if row.get("measured_over_predicted") else ""
+        layout = row["shape"], row["ranks"], f"{row['ring']} x {row['ulysses']}"
+        layouts.setdefault(layout, {})[row["mode"]] = f"{row['ms']:.3g}{ratio}"
+    rows = [[*map(str, layout), *(found.get(mode, "") for mode in modes)] for layout, found in layouts.items()]
+    header = ["layer", "ranks", "ring x ulysses", *(f"{mode}, ms (of predicted)" for mode in modes)]
+    planned = [row["bytes_as_planned"] for row in run["results"]]
+    sent = f"Bytes that were sent as planned, exactly: {planned.count(True)} of {len(planned)} rows."
+    by_ranks = run["settings"]["gb_per_second"]
+    kinds = list(next(iter(by_ranks.values()), {}))
+    rates = [[ranks, *(f"{by_kind[kind]:.2f}" for kind in kinds)] for ranks, by_kind in by_ranks.items()]
+    links = table(["ranks", *(f"{kind.replace('_', '-')} GB/s" for kind in kinds)], rates) if rates else ""
+    return "\n\n".join(part for part in (table(header, rows), sent, links) if part)
+
+
+def memory(run: Run) -> str:
+    """Peaks of a step, counted on tensors without values."""
+    rows = [
+        [
+            row["model"].partition("/")[2],
+            f"{row['ring']} x {row['ulysses']}",
+            *(f"{row['gib'][mode]:.2f}" for mode in ("global", "local", "dual")),
+            f"{row['ratios']['dual / global']:.3f}",
+            f"{row['weights_gib']:.1f}",
+            f"{row['ratios']['with weights']:.3f}",
+        ]
+        for row in run["results"]
+    ]
+    header = ["model, 321 frames", "ring x ulysses", "global, GiB", "local, GiB", "dual, GiB", "dual / global"]
+    return table([*header, "weights, GiB", "dual / global with weights"], rows)
+
+
+def timeline(run: Run) -> str:
+    """What each transition costs over the plain prompt."""
+    names = list(run["results"][0]["ratios"])
+    return table(["model", *names], [[result["shape"], *ratios(result, names)] for result in run["results"]])
+
+
+def provenance(run: Run) -> str:
+    """One paragraph: device, versions, date and load."""
+    at, settings = run["environment"], run["settings"]
+    text = (
+        f"{at['device_name']}, {at['threads']} threads on {at['cores']} cores; torch {at['torch']}, {settings['dtype']}, "
+        f"{settings['repeats']} rounds; {at['date']}, revision {at['git_revision'] or 'unknown'}; load average "
+        f"{at['load_average']:.1f} to {at['load_average_end']:.1f}"
+    )
+    return f"{text}{'; ' + at['note'] if at['note'] else ''} (`{run['file']}`)."
