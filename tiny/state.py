@@ -1,10 +1,13 @@
 """The state of a training run in one safetensors file: weights, averaged weights, the optimizers' moments and the step.
 
-Randomness is no part of it: every step draws from generators seeded by its own number, so a resumed run repeats an unbroken one.
+It holds no random state: every step draws from generators seeded by its number, so that a resumed run repeats an uninterrupted one.
 """
 
+import logging
 import platform
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +15,41 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step", "momentum_buffer")
-"""What AdamW (the first three) and Muon keep for a weight."""
+"""Optimizer state of a weight: AdamW has the first three, Muon the last."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagePlan:
+    """How one stage is trained.
+
+    Attributes:
+        phases: (frames per clip, clips per batch, steps) of each phase; the transformer's frames are latent frames.
+        lr: peak learning rate.
+        save_every: steps between saved states.
+        compiled: whether torch compiles the transformer's blocks, once per phase and length of text.
+    """
+
+    phases: tuple[tuple[int, int, int], ...]
+    lr: float = 1.5e-3
+    save_every: int = 100
+    compiled: bool = True
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all phases."""
+        return sum(steps for _, _, steps in self.phases)
 
 
 class Trainee:
     """A module under training with its optimizers and the exponential moving average (EMA) of its weights.
 
-    Weights whose name holds one of the strings in `muon` are trained with Muon, which needs about half the steps on the matrices of a
-    transformer; all others with AdamW. Both take the same learning rate.
+    Matrices whose name contains one of the strings in `muon` are trained with Muon, which needs about half the steps; all other weights
+    with AdamW. Both take the same learning rate.
     """
 
     def __init__(self, module: nn.Module, *, lr: float, ema_decay: float, muon: tuple[str, ...] = ()) -> None:
@@ -44,7 +72,7 @@ class Trainee:
             self.optimizers.append(torch.optim.Muon(matrices, weight_decay=0.01, momentum=0.95, **muon_lr))
 
     def update(self, loss: Tensor, *, lr_scale: float) -> None:
-        """One optimizer step on a scalar loss, with clipped gradients; then the average follows the weights."""
+        """One optimizer step on a scalar loss, with clipped gradients, and an update of the average."""
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -62,7 +90,7 @@ class Trainee:
         torch._foreach_lerp_(averages, weights, 1 - decay)
 
     def save(self, path: Path) -> None:
-        """Writes the state under a temporary name first, so that a kill leaves the last whole state."""
+        """Write the state under a temporary name and rename it, so that a killed run leaves the last complete state."""
         tensors = {f"weight.{name}": value.detach().contiguous() for name, value in self.named.items()}
         tensors |= {f"ema.{name}": value.contiguous() for name, value in self.ema.items()}
         names = {value: name for name, value in self.named.items()}
@@ -77,7 +105,7 @@ class Trainee:
 
     @torch.no_grad()
     def load(self, path: Path) -> None:
-        """Continues from a state written by `save`."""
+        """Continue from a state that `save` wrote."""
         with safe_open(path, "pt") as state:
             self.step, self.seconds = int(state.metadata()["step"]), float(state.metadata()["seconds"])
             for name, value in self.named.items():
@@ -92,16 +120,45 @@ class Trainee:
                     optimizer.state[value] = {k: m if k == "step" else m.to(value.device) for k, m in moments.items()}
 
 
+def train_steps(
+    trainee: Trainee,
+    path: Path,
+    plan: StagePlan,
+    loss_of: Callable[[int, int, int], tuple[Tensor, float]],
+    *,
+    warmup: int,
+    describe: Callable[[float], str],
+) -> None:
+    """Train from the state in `path`, if there is one, to the end of the plan, and save the state on the way.
+
+    `loss_of` takes a step, its frames and its clips, and returns the loss and a number, whose running mean `describe` puts into words.
+    """
+    if path.exists():
+        trainee.load(path)
+    stage, mean = path.stem, 0.0
+    begun = trainee.step
+    progress = tqdm(range(begun, plan.num_steps), desc=stage, initial=begun, total=plan.num_steps)
+    for step in progress:
+        num_frames, num_clips = phase_at(plan.phases, step)
+        loss, shown = loss_of(step, num_frames, num_clips)
+        trainee.update(loss, lr_scale=warm_and_decay(step, plan.num_steps, warmup=warmup, decay_from=0.6))
+        mean += max(0.03, 1 / (step - begun + 1)) * (shown - mean)
+        progress.set_postfix_str(f"{describe(mean)}, {num_frames} frames", refresh=False)
+        if trainee.step % plan.save_every == 0 or trainee.step == plan.num_steps:
+            trainee.save(path)
+            logger.info("%s step %d: %s after %.0f s", stage, trainee.step, describe(mean), trainee.seconds)
+
+
 @torch.no_grad()
 def load_average(module: nn.Module, path: Path) -> None:
-    """Fills a module with the averaged weights of a saved state."""
+    """Fill a module with the averaged weights of a saved state."""
     with safe_open(path, "pt") as state:
         for name, value in module.named_parameters():
             value.copy_(state.get_tensor(f"ema.{name}"))
 
 
 def device_name() -> str:
-    """The device that trains here, for the model card."""
+    """Name the training device for the model card."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{torch.get_num_threads()} CPU cores ({platform.machine()})"
@@ -115,7 +172,7 @@ def training_record(path: Path) -> dict[str, str | float]:
 
 
 def numpy_rng(*key: int) -> np.random.Generator:
-    """A numpy generator for one purpose and step, e.g. `numpy_rng(stage, step)`."""
+    """A numpy generator for one purpose and step, such as `numpy_rng(stage, step)`."""
     return np.random.default_rng(key)
 
 

@@ -1,14 +1,13 @@
-"""Trains an embedded model from nothing: `python -m tiny.train wan`, or continues where the last run was stopped.
+"""Train an embedded model from scratch, or continue a stopped run: `python -m tiny.train wan`.
 
 Four stages, each with its state in the work folder: the autoencoder, the cached latents, the transformer with its text encoder,
-and the decoder of the autoencoder once more. The last needs the first alone: `--stage decoder` may run beside `--stage flow`, and gives the
-same weights.
-The result is a checkpoint in Diffusers layout that the family's pipeline loads.
+and the decoder of the autoencoder again. The last depends on the first alone, so that `--stage decoder` may run beside `--stage flow`
+and gives the same weights. The result is a checkpoint in Diffusers layout that the family's pipeline loads.
 """
 
 import argparse
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,8 +15,9 @@ import torch
 from tiny.export import export
 from tiny.families import FAMILIES, Family
 from tiny.latents import cache_latents
-from tiny.train_flow import FlowPlan, train_flow
-from tiny.train_vae import DECODER_PLAN, VaePlan, train_decoder, train_vae
+from tiny.state import StagePlan
+from tiny.train_flow import FLOW_PLAN, train_flow
+from tiny.train_vae import DECODER_PLAN, VAE_PLAN, train_decoder, train_vae
 
 ROOT = Path(__file__).resolve().parent
 
@@ -28,35 +28,27 @@ STAGES = ("vae", "latents", "flow", "decoder")
 class Plan:
     """All sizes of a training run."""
 
-    vae: VaePlan = field(default_factory=VaePlan)
+    vae: StagePlan = VAE_PLAN
     num_clips: int = 5120
     clips_per_file: int = 256
-    flow: FlowPlan = field(default_factory=FlowPlan)
-    decoder: VaePlan = DECODER_PLAN
+    flow: StagePlan = FLOW_PLAN
+    decoder: StagePlan = DECODER_PLAN
 
 
-# A step of LTX-Video's autoencoder is cheaper, since it works on patches of pixels. Its transformer meets the world as it is now, from the
-# first step, and words are learned from stills.
+# A step of LTX-Video's autoencoder is cheaper, since it works on patches of pixels. Its transformer learns words from stills.
 PLANS = {
     "wan": Plan(),
     "ltx": Plan(
-        vae=VaePlan(phases=((1, 8, 1000), (9, 4, 2500))),
-        flow=FlowPlan(phases=((1, 32, 1000), (5, 12, 1000), (9, 8, 3000))),
-        decoder=VaePlan(phases=((9, 4, 500),), lr=5e-4),
+        vae=StagePlan(phases=((1, 8, 1000), (9, 4, 2500)), save_every=200),
+        flow=StagePlan(phases=((1, 32, 1000), (5, 12, 1000), (9, 8, 3000))),
+        decoder=StagePlan(phases=((9, 4, 500),), lr=5e-4, save_every=200),
     ),
 }
-"""The plans that made the shipped weights, and those that are still on their way."""
-
-
-def train(family: Family, work: Path, target: Path, plan: Plan, device: torch.device) -> None:
-    """Runs what is left of the four stages in `work`, and writes the checkpoint to `target`."""
-    for stage in STAGES:
-        run_stage(stage, family, work, plan, device)
-    export(family, work, target)
+"""The plans of the shipped weights."""
 
 
 def run_stage(stage: str, family: Family, work: Path, plan: Plan, device: torch.device) -> None:
-    """Runs what is left of one stage; the earlier ones must be done, but the decoder needs the autoencoder alone."""
+    """Run what is left of one stage; the earlier ones must be done, except that the decoder needs only the autoencoder."""
     work.mkdir(parents=True, exist_ok=True)
     if stage == "vae":
         train_vae(family, work, plan.vae, device)
@@ -81,10 +73,10 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", filename=work / "train.log")
     family, plan, device = FAMILIES[args.family], PLANS[args.family], torch.device(args.device)
-    if args.stage:
-        run_stage(args.stage, family, work, plan, device)
-    else:
-        train(family, work, args.out or ROOT / args.family, plan, device)
+    for stage in [args.stage] if args.stage else STAGES:
+        run_stage(stage, family, work, plan, device)
+    if not args.stage:
+        export(family, work, args.out or ROOT / args.family)
 
 
 if __name__ == "__main__":

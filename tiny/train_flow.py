@@ -3,51 +3,30 @@
 With s the noise level, x_s = (1 - s) x_0 + s noise, the model is given x_s, 1000 s and the text, and learns the velocity noise - x_0.
 """
 
-import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from tiny.attention import cpu_attention
 from tiny.families import Denoiser, Family
 from tiny.families.base import FLOW_SHIFT, TEXT_LENGTH, build_tokenizer
 from tiny.latents import load_latents, training_scene
-from tiny.state import Trainee, numpy_rng, phase_at, torch_rng, warm_and_decay
+from tiny.state import StagePlan, Trainee, numpy_rng, torch_rng, train_steps
 from tiny.world import caption
-
-logger = logging.getLogger(__name__)
 
 SEED = 3
 
 MUON_WEIGHTS = ("blocks.",)
-"""Part of the names of all weights of a transformer's blocks, and of no others."""
+"""Substring of the names of all weights of a transformer's blocks, and of no others."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FlowPlan:
-    """Phases of (latent frames, clips per batch, steps), the peak learning rate, and steps between saved states.
-
-    `compiled` lets torch compile the blocks, once per phase and length of text.
-
-    The autoencoder is causal, so the first latent frames of a clip are the latents of a shorter clip: what shapes and colours are called
-    is learned from stills, at a tenth of the cost of a clip.
-    """
-
-    phases: tuple[tuple[int, int, int], ...] = ((1, 32, 1500), (5, 12, 1500), (9, 8, 5000))
-    lr: float = 1.5e-3
-    compiled: bool = True
-    save_every: int = 100
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of all phases."""
-        return sum(steps for _, _, steps in self.phases)
+# The autoencoder is causal, so the first latent frames of a clip are the latents of a shorter clip: what shapes and colours are called
+# is learned from stills, at a tenth of the cost of a clip.
+FLOW_PLAN = StagePlan(phases=((1, 32, 1500), (5, 12, 1500), (9, 8, 5000)))
 
 
 def training_caption(index: int, rng: np.random.Generator) -> str:
@@ -56,7 +35,7 @@ def training_caption(index: int, rng: np.random.Generator) -> str:
         return ""
     words = caption(training_scene(index), rng).split(" ")
     if rng.random() < 0.1:
-        # Any word outside the vocabulary becomes the same `<unk>`, which teaches to pass over it.
+        # Every word outside the vocabulary becomes `<unk>`; the model learns to ignore it.
         words.insert(int(rng.integers(len(words) + 1)), "shiny")
     text = " ".join(words)
     return text[0].upper() + text[1:] + "." if rng.random() < 0.15 else text
@@ -89,8 +68,8 @@ def flow_loss(
     return mse_loss(predicted.float(), velocity)
 
 
-def train_flow(family: Family, work: Path, plan: FlowPlan, device: torch.device) -> None:
-    """Trains, or continues, transformer and text encoder; their state is `work/flow.safetensors`."""
+def train_flow(family: Family, work: Path, plan: StagePlan, device: torch.device) -> None:
+    """Train transformer and text encoder, or continue; their state is `work/flow.safetensors`."""
     latents, mean, std = load_latents(work)
     mean, std = (part[None, :, None, None, None] for part in (mean, std))
     tokenizer = build_tokenizer(family.pipeline_text_length)
@@ -98,24 +77,17 @@ def train_flow(family: Family, work: Path, plan: FlowPlan, device: torch.device)
     trainee = Trainee(
         family.build_denoiser(len(tokenizer)).to(device).train(), lr=plan.lr, ema_decay=0.998, muon=MUON_WEIGHTS
     )
-    path = work / "flow.safetensors"
-    if path.exists():
-        trainee.load(path)
     if plan.compiled:
         for block in family.blocks(trainee.module):
             block.compile(dynamic=False)
-    average = 2.0
-    progress = tqdm(range(trainee.step, plan.num_steps), desc="flow", initial=trainee.step, total=plan.num_steps)
-    for step in progress:
+
+    def loss_of(step: int, num_frames: int, num_clips: int) -> tuple[Tensor, float]:
         rng = numpy_rng(SEED, step)
-        num_frames, num_clips = phase_at(plan.phases, step)
         indices = rng.integers(len(latents), size=num_clips)
         captions = [training_caption(int(index), rng) for index in indices]
         batch = (latents[indices, :, :num_frames].float() - mean) / std
         loss = flow_loss(trainee.module, batch, captions, tokenizer, step)
-        trainee.update(loss, lr_scale=warm_and_decay(step, plan.num_steps, warmup=200, decay_from=0.6))
-        average += max(0.02, 1 / (step + 1)) * (loss.item() - average)
-        progress.set_postfix(loss=f"{average:.4f}", frames=num_frames, refresh=False)
-        if trainee.step % plan.save_every == 0 or trainee.step == plan.num_steps:
-            trainee.save(path)
-            logger.info("flow step %d: loss %.4f after %.0f s", trainee.step, average, trainee.seconds)
+        return loss, loss.item()
+
+    path = work / "flow.safetensors"
+    train_steps(trainee, path, plan, loss_of, warmup=200, describe=lambda loss: f"loss {loss:.4f}")

@@ -3,42 +3,24 @@
 Its decoder alone can be trained further at any time, since the cached latents come from the encoder.
 """
 
-import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss
-from tqdm import tqdm
 
 from tiny.families import Family
-from tiny.state import Trainee, load_average, numpy_rng, phase_at, torch_rng, warm_and_decay
+from tiny.state import StagePlan, Trainee, load_average, numpy_rng, torch_rng, train_steps
 from tiny.world import Scene, render, sample_scene
-
-logger = logging.getLogger(__name__)
 
 KL_WEIGHT = 3e-4
 SEED = 1
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VaePlan:
-    """Phases of (frames per clip, clips per batch, steps), the peak learning rate, and steps between saved states."""
-
-    phases: tuple[tuple[int, int, int], ...] = ((1, 8, 1000), (9, 3, 2000))
-    lr: float = 1.5e-3
-    save_every: int = 200
-
-    @property
-    def num_steps(self) -> int:
-        """Steps of all phases."""
-        return sum(steps for _, _, steps in self.phases)
-
-
-DECODER_PLAN = VaePlan(phases=((9, 3, 2500),), lr=1e-3, save_every=100)
+VAE_PLAN = StagePlan(phases=((1, 8, 1000), (9, 3, 2000)), save_every=200)
+DECODER_PLAN = StagePlan(phases=((9, 3, 2500),), lr=1e-3)
 
 
 def to_video(clips: list[np.ndarray]) -> Tensor:
@@ -52,7 +34,7 @@ def world_batch(rng: np.random.Generator, *, num_clips: int, num_frames: int, he
 
 
 def scene_of_stars(rng: np.random.Generator) -> Scene:
-    """A random scene, in half of all cases one of a small star: its notches are what the decoder learns last."""
+    """A random scene, in half of all cases one of a small star, whose notches the decoder learns last."""
     wanted = rng.random() < 0.5
     while True:
         scene = sample_scene(rng)
@@ -65,8 +47,8 @@ def clip_with_cuts(
 ) -> np.ndarray:
     """A clip uint8 [F, H, W, 3] whose scene changes before a quarter of its latent frames.
 
-    Without cuts the decoder can learn to remember the colours of frame 0 in its causal cache; the latents then stop telling them, and clips
-    longer than those of training fade to gray.
+    Without cuts the decoder can learn to remember the colours of frame 0 in its causal cache; the latents then stop encoding them,
+    and clips longer than those of training fade to gray.
     """
     clip = render(draw(rng), num_frames)
     for start in range(1, num_frames, 4):
@@ -76,7 +58,7 @@ def clip_with_cuts(
 
 
 def vae_loss(vae: nn.Module, video: Tensor, noise_rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(loss, mean squared error) of a batch [B, 3, F, H, W]; errors of edges count extra, so that shapes come out sharp."""
+    """(loss, mean squared error) of a batch [B, 3, F, H, W]; errors at edges have extra weight, for sharp shapes."""
     posterior = vae.encode(video).latent_dist
     noise = torch.randn(posterior.mean.shape, generator=noise_rng).to(video.device)
     decoded = vae.decode(posterior.mean + posterior.std * noise, return_dict=False)[0].float()
@@ -92,14 +74,14 @@ def psnr(mse: float) -> float:
     return float(10 * np.log10(4 / mse))
 
 
-def train_vae(family: Family, work: Path, plan: VaePlan, device: torch.device) -> None:
-    """Trains, or continues, the autoencoder; its state is `work/vae.safetensors`."""
+def train_vae(family: Family, work: Path, plan: StagePlan, device: torch.device) -> None:
+    """Train the autoencoder, or continue; its state is `work/vae.safetensors`."""
     torch.manual_seed(SEED)
     _train(family.build_vae(), work / "vae.safetensors", plan, device, sample_scene)
 
 
-def train_decoder(family: Family, work: Path, plan: VaePlan, device: torch.device) -> None:
-    """Trains the decoder alone, as long as one likes: cached latents stay valid. Its state is `work/decoder.safetensors`."""
+def train_decoder(family: Family, work: Path, plan: StagePlan, device: torch.device) -> None:
+    """Train the decoder alone, which leaves cached latents valid; its state is `work/decoder.safetensors`."""
     vae = family.build_vae()
     load_average(vae, work / "vae.safetensors")
     for part in family.encoder_parts:
@@ -108,23 +90,16 @@ def train_decoder(family: Family, work: Path, plan: VaePlan, device: torch.devic
 
 
 def _train(
-    vae: nn.Module, path: Path, plan: VaePlan, device: torch.device, draw: Callable[[np.random.Generator], Scene]
+    vae: nn.Module, path: Path, plan: StagePlan, device: torch.device, draw: Callable[[np.random.Generator], Scene]
 ) -> None:
-    """Trains what is not frozen on scenes that `draw` gives, from the state in `path` if there is one."""
+    """Train what is not frozen on scenes that `draw` gives, from the state in `path` if there is one."""
     trainee = Trainee(vae.to(device).train(), lr=plan.lr, ema_decay=0.998)
-    if path.exists():
-        trainee.load(path)
-    error, stage = 0.1, path.stem
-    progress = tqdm(range(trainee.step, plan.num_steps), desc=stage, initial=trainee.step, total=plan.num_steps)
-    for step in progress:
-        num_frames, num_clips = phase_at(plan.phases, step)
+
+    def loss_of(step: int, num_frames: int, num_clips: int) -> tuple[Tensor, float]:
         rng = numpy_rng(SEED, step)
         video = to_video([clip_with_cuts(rng, num_frames, draw) for _ in range(num_clips)]).to(device)
         with torch.autocast(device.type, torch.bfloat16):
             loss, mse = vae_loss(trainee.module, video, torch_rng(SEED, step))
-        trainee.update(loss, lr_scale=warm_and_decay(step, plan.num_steps, warmup=50, decay_from=0.6))
-        error += max(0.05, 1 / (step + 1)) * (mse.item() - error)
-        progress.set_postfix(psnr=f"{psnr(error):.1f}", frames=num_frames, refresh=False)
-        if trainee.step % plan.save_every == 0 or trainee.step == plan.num_steps:
-            trainee.save(path)
-            logger.info("%s step %d: psnr %.2f dB after %.0f s", stage, trainee.step, psnr(error), trainee.seconds)
+        return loss, mse.item()
+
+    train_steps(trainee, path, plan, loss_of, warmup=50, describe=lambda mse: f"psnr {psnr(mse):.2f} dB")

@@ -6,18 +6,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tiny import train_flow, train_vae
+from tiny import state
 from tiny.attention import cpu_attention
 from tiny.export import export
 from tiny.families import FAMILIES
 from tiny.families.base import TEXT_LENGTH, load_pipeline
+from tiny.state import StagePlan
 from tiny.train import STAGES, Plan, run_stage
-from tiny.train_flow import FlowPlan
-from tiny.train_vae import VaePlan
 
-VAE_PLAN = VaePlan(phases=((1, 1, 1), (5, 1, 1)), save_every=1)
-FLOW_PLAN = FlowPlan(phases=((1, 2, 1), (2, 2, 1)), save_every=1, compiled=False)
-DECODER_PLAN = VaePlan(phases=((1, 1, 1), (1, 1, 1)), save_every=1)
+VAE_PLAN = StagePlan(phases=((1, 1, 1), (5, 1, 1)), save_every=1)
+FLOW_PLAN = StagePlan(phases=((1, 2, 1), (2, 2, 1)), save_every=1, compiled=False)
+DECODER_PLAN = StagePlan(phases=((1, 1, 1), (1, 1, 1)), save_every=1)
 PLAN = Plan(vae=VAE_PLAN, num_clips=2, clips_per_file=1, flow=FLOW_PLAN, decoder=DECODER_PLAN)
 WITH_WEIGHTS = ("vae", "flow", "decoder")
 CPU = torch.device("cpu")
@@ -37,11 +36,16 @@ def train_all(family, work, stages=STAGES):
         run_stage(stage, family, work, PLAN, CPU)
 
 
-def killed_at_step_one(phases, step):
-    """Stands in for `phase_at`, which every step calls first."""
-    if step == 1:
-        raise KilledError
-    return phases[0][:2]
+def killed_in(plan):
+    """Stands in for `phase_at`, which every step calls first: ends the second step of the stage with this plan."""
+    phase_at = state.phase_at
+
+    def killed_at_step_one(phases, step):
+        if phases == plan.phases and step == 1:
+            raise KilledError
+        return phase_at(phases, step)
+
+    return killed_at_step_one
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
@@ -57,9 +61,9 @@ def unbroken(family, tmp_path_factory):
 
 
 def test_a_resumed_run_has_the_same_bits(family, unbroken, tmp_path, monkeypatch):
-    for module in (train_vae, train_flow, train_vae):
+    for plan in (VAE_PLAN, FLOW_PLAN, DECODER_PLAN):
         with monkeypatch.context() as patch:
-            patch.setattr(module, "phase_at", killed_at_step_one)
+            patch.setattr(state, "phase_at", killed_in(plan))
             with pytest.raises(KilledError):
                 train_all(family, tmp_path)
     train_all(family, tmp_path)
