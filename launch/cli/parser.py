@@ -1,6 +1,7 @@
 """Settings from the command line: YAML presets and dotted overrides become a RunConfig, and every mistake one line."""
 
 import glob
+import importlib
 import re
 import sys
 from argparse import Action
@@ -192,9 +193,7 @@ def _option(name: str, value: str | None, keys: Keys) -> str:
     if key in keys.groups and _SHORT.get(key) in keys.leaves:
         key = _SHORT[key]
     if key.startswith("-"):
-        raise UserError(
-            describe_unknown(key.removeprefix("-"), keys.offered, value=value).replace("setting ", "setting -")
-        )
+        raise UserError(_describe_unknown(key.removeprefix("-"), keys, value=value).replace("setting ", "setting -"))
     check_key(key, keys, value=value)
     if key in keys.groups:
         inner = min(leaf for leaf in keys.leaves if leaf.startswith(f"{key}."))
@@ -218,7 +217,24 @@ def check_text(argv: Sequence[str]) -> None:
 def check_key(key: str, keys: Keys, where: str = "", value: str | None = None) -> None:
     """Raise UserError for an unknown dotted key, naming the one that was meant if that is clear."""
     if not keys.knows(key):
-        raise UserError(describe_unknown(key, keys.offered, value=value, where=where))
+        raise UserError(_describe_unknown(key, keys, value=value, where=where))
+
+
+def _describe_unknown(key: str, keys: Keys, *, value: str | None, where: str = "") -> str:
+    return describe_unknown(key, keys.offered, commands_with=commands_with, value=value, where=where)
+
+
+def commands_with(key: str) -> list[str]:
+    """The commands that have an option of this name of their own."""
+    from launch.cli.start import COMMANDS  # noqa: PLC0415
+
+    found = []
+    for name in COMMANDS:
+        parser = make_parser(name, "", "")
+        importlib.import_module(f"launch.arguments.{name}").add_arguments(parser)
+        if key in Keys.of(parser).leaves:
+            found.append(name)
+    return found
 
 
 def check_config_file(path: Path, keys: Keys) -> None:

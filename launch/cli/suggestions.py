@@ -1,9 +1,8 @@
 """What an unknown option is answered with: the setting that it is called here, that it is not supported, or nothing."""
 
 import difflib
-import importlib
 import shlex
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from engine.config import describe_old_setting
 from launch.cli.foreign import ANSWERS, FLAGS, MEANS_OTHERWISE, RENAMED, as_video, converted
@@ -11,14 +10,19 @@ from launch.cli.foreign import ANSWERS, FLAGS, MEANS_OTHERWISE, RENAMED, as_vide
 # How alike two names must be for one to be offered for the other.
 _ALIKE = 0.8
 
+CommandsWith = Callable[[str], list[str]]
+"""The commands that have an option of this name."""
 
-def describe_unknown(key: str, keys: Collection[str], *, value: str | None = None, where: str = "") -> str:
+
+def describe_unknown(
+    key: str, keys: Collection[str], *, commands_with: CommandsWith, value: str | None = None, where: str = ""
+) -> str:
     """One line for a name that is not among `keys`; with `value`, how another program's option is written here."""
-    advice = _advice(key.replace("-", "_").lower(), keys, value)
+    advice = _advice(key.replace("-", "_").lower(), keys, value, commands_with)
     return f"unknown setting {key}{where}; {advice}"
 
 
-def _advice(key: str, keys: Collection[str], value: str | None) -> str:
+def _advice(key: str, keys: Collection[str], value: str | None, commands_with: CommandsWith) -> str:
     if key in keys:
         return f"did you mean {key}?"
     old = describe_old_setting(key, value)
@@ -91,17 +95,3 @@ def _ratio(one: str, other: str) -> float:
     if min(len(one), len(other)) < 3:
         return float(one == other)
     return difflib.SequenceMatcher(None, one, other).ratio()
-
-
-def commands_with(key: str) -> list[str]:
-    """The commands that have an option of this name of their own."""
-    from launch.cli.parser import Keys, make_parser  # noqa: PLC0415
-    from launch.cli.start import COMMANDS  # noqa: PLC0415
-
-    found = []
-    for name in COMMANDS:
-        parser = make_parser(name, "", "")
-        importlib.import_module(f"launch.arguments.{name}").add_arguments(parser)
-        if key in Keys.of(parser).leaves:
-            found.append(name)
-    return found
