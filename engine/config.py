@@ -25,7 +25,7 @@ from freespec.methods import (
 from freespec.riflex import Riflex
 from freespec.windows import default_stride
 
-# Larger numbers are slips, and would end in an error of a library, or in no memory, after everything is loaded.
+# Larger numbers are typing errors; a library would fail on them, or memory run out, after everything is loaded.
 MOST_FRAMES = 1_000_000
 MOST_SIDE = 16_384
 MOST_FPS = 1000
@@ -38,14 +38,14 @@ VIDEO_KINDS: dict[str, VideoKind] = {".mp4": "mp4", ".gif": "gif", ".webp": "web
 MOST_RATES = {".mp4": MOST_FPS, ".gif": 50, ".webp": 90}
 MOST_STEPS = 10_000
 MOST_TOKENS = 65_536
-# Of a collective, in seconds. Backends count milliseconds, some of them in 32 bits, which end after 24 days.
+# Timeout of a collective, in seconds. Some backends count milliseconds in 32 bits, which overflow after 24 days.
 MOST_TIMEOUT = 7 * 24 * 3600
 COMPILED_TRACE = "with model.compile blocks run whole, and hand out no branches for a trace (output.trace, analyze.py)"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which checkpoint is loaded, and how.
+    """The checkpoint to load, and how to load it.
 
     Attributes:
         path: folder in Diffusers layout (relative to the working directory, then to the repository) or a hub name.
@@ -55,12 +55,12 @@ class ModelConfig:
             transformer, and for LTX-Video VAE, take the place of those of `path`; configurations stay those of `path`.
         dtype: of transformer and text encoder: `auto` is bfloat16 on CUDA and float32 on CPU; the VAE is always float32.
         device: `auto` is CUDA where there is one.
-        weights: where they lie. `resident`: whole, on the device of every rank. `cpu_offload`: each part on the CPU until it is
-            used, then whole on the device (CUDA only). `zero3`: transformer and text encoder shared out over the ranks by
+        weights: where they are kept. `resident`: whole, on the device of every rank. `cpu_offload`: each part on the CPU until
+            it is used, then whole on the device (CUDA only). `zero3`: transformer and text encoder sharded over the ranks by
             DeepSpeed's ZeRO-3 (pip install '.[deepspeed]'); a layer is gathered while it runs.
         shards: where a rank keeps its share with `zero3`: `device`, `cpu`, or `nvme:FOLDER`, a file on a fast drive.
-        compile: whether the transformer's blocks go through torch.compile: once for each kind of step, which the first of them
-            waits for, and not for each layer or step. Not with zero3, nor with output.trace.
+        compile: whether the transformer's blocks go through torch.compile: once for each kind of step, not for each layer or
+            step; the first step of a kind waits for it. Not with zero3, nor with output.trace.
     """
 
     path: str
@@ -74,7 +74,7 @@ class ModelConfig:
     compile: bool = False
 
     def __post_init__(self) -> None:
-        """Reject places that there are not, shares where nothing is shared out, and weights that can run code."""
+        """Reject unknown places, shards without sharding, and weight files that can run code."""
         single = self.single_file or ".safetensors"
         _check(
             not is_pickle(single),
@@ -118,7 +118,7 @@ class VideoConfig:
     fps: int = 16
 
     def __post_init__(self) -> None:
-        """Numbers that no model could take; what depends on the model is checked once it is loaded."""
+        """Reject sizes that no model supports; what depends on the model is checked once it is loaded."""
         for name, most in (("num_frames", MOST_FRAMES), ("fps", MOST_FPS), ("height", MOST_SIDE), ("width", MOST_SIDE)):
             value = getattr(self, name)
             _check(1 <= value <= most, f"video.{name} must lie in [1, {most}], got {_short(value)}")
@@ -156,7 +156,7 @@ class SamplerConfig:
     noise_stride: int | None = None
 
     def __post_init__(self) -> None:
-        """Reject what would denoise nothing or denoise wrongly."""
+        """Reject settings that would denoise nothing, or denoise wrongly."""
         for name, most in (("num_steps", MOST_STEPS), ("max_text_tokens", MOST_TOKENS)):
             value = getattr(self, name)
             _check(1 <= value <= most, f"sampler.{name} must lie in [1, {most}], got {_short(value)}")
@@ -170,7 +170,7 @@ class SamplerConfig:
             self.noise_stride is None or self.noise_stride >= 1,
             f"sampler.noise_stride must be 1 or more frames, got {self.noise_stride}",
         )
-        # With `method` it is the method that says whether there is a stride, and one command may be for several methods.
+        # With `method` the method decides whether there is a stride, and one command may run several methods.
         _check(
             self.noise_stride is None or self.noise in ("method", "freenoise"),
             f"sampler.noise_stride {self.noise_stride} goes with the noise freenoise, and sampler.noise is {self.noise}; "
@@ -230,7 +230,7 @@ class MethodConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """The dense attention kernel, and the positions that it is given.
+    """The dense attention kernel, and rotary positions.
 
     Attributes:
         kernel: auto, plain, cpu_flash, cuda_flash, cuda_cudnn, cuda_efficient or cuda_fa3; one that cannot run is an error.
@@ -262,7 +262,7 @@ class AttentionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """How one video lies over the ranks; their number is the product of the three degrees.
+    """How ranks share one video; their number is the product of the three degrees.
 
     Attributes:
         plan: `auto` lets the planner choose the degrees that are null, `manual` wants all three to be given.
@@ -286,7 +286,7 @@ class ParallelConfig:
     text_device: Literal["model", "cpu"] = "model"
 
     def __post_init__(self) -> None:
-        """Reject degrees that no number of ranks has."""
+        """Reject degrees below 1 and a cfg degree above 2."""
         for name in ("cfg", "ring", "ulysses"):
             degree = getattr(self, name)
             _check(degree is None or degree >= 1, f"parallel.{name} must be 1 or more, got {degree}")
@@ -310,17 +310,17 @@ class DecodeConfig:
         mode: `whole` decodes each frame in one piece on rank 0, exactly; `tiled` in overlapping tiles over all ranks, which
             is faster on many and differs a little; `framewise`, for LTX-Video, whose exact decode takes all frames at once,
             a few latent frames at a time, also when tiled; `auto` is the most exact whose memory fits.
-        tiles: where tiles and pieces of the video lie. `full`: all of the size below, spread evenly with at least the overlap that
+        tiles: how tiles and chunks of the video are placed. `full`: all of the size below, spread evenly with at least the overlap that
             the strides leave. `diffusers`: at multiples of the stride, cut at the border and blended as diffusers does, bit for bit.
         tile_height: pixels, a multiple of the VAE's spatial compression; a frame no larger than a tile is decoded whole.
         tile_width: pixels, likewise.
         stride_height: most pixels from one tile to the next, at most a tile; the rest of it is blended.
         stride_width: pixels, likewise.
         tile_frames: video frames that are decoded at a time where the mode cuts the video, a multiple of the VAE's temporal
-            compression; a video no longer than that is not cut. Wan, which streams exactly, has no use for it.
+            compression; a video no longer than that is not cut. Unused by Wan, whose exact decode streams.
         stride_frames: most video frames from one such piece to the next, likewise, at most a piece; the rest of it is blended.
-        timestep: what a VAE that is conditioned on a timestep is told (LTX-Video from 0.9.1 on); others ignore it.
-        noise_scale: share of noise, drawn from the run's seed, that such a VAE finds in its latents.
+        timestep: timestep given to a VAE that is conditioned on one (LTX-Video from 0.9.1 on); others ignore it.
+        noise_scale: share of noise, drawn from the run's seed, added to the latents of such a VAE.
     """
 
     mode: Literal["auto", "whole", "framewise", "tiled"] = "auto"
@@ -375,10 +375,10 @@ class OutputConfig:
     progress: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
-        """Reject what no file could be written from."""
+        """Reject settings from which no file could be written."""
         name = PurePath(self.path).name
         if self.path.endswith("/"):
-            # With a dot its record would have the name of another one's.
+            # With a dot, its record would have the name of another video's record.
             _check(
                 name != "" and "." not in name,
                 f"the folder of output.path must have a name without a dot, got {self.path!r}",
@@ -422,7 +422,7 @@ class RunConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
-        """What two groups must agree on."""
+        """Check what two groups of settings must agree on."""
         kind, stride = self.noise
         _check(
             kind != "freenoise" or stride <= self.method.window_frames,
@@ -438,7 +438,7 @@ class RunConfig:
         _check(not xfuser or not self.output.trace, "parallel.provider xfuser hands out no branches for output.trace")
 
     def _check_file(self) -> None:
-        """What the format of the video cannot hold."""
+        """Reject what the format of the video cannot hold."""
         ending, video = PurePath(self.output.path).suffix, self.video
         most = MOST_RATES.get(ending, MOST_FPS)
         _check(
@@ -465,20 +465,20 @@ class RunConfig:
 
     @property
     def _noise_stride_name(self) -> str:
-        """The setting that `noise_stride` came from."""
+        """Name of the setting that `noise_stride` came from."""
         if self.sampler.noise_stride is not None:
             return "sampler.noise_stride"
         return f"noise_stride of {self.method.name}" if ":" in self.method.name else f"method.{self.method.name}.stride"
 
 
 def describe_old_setting(key: str, value: object) -> str | None:
-    """What says the same as a setting of older versions whose meaning has changed; None for any other name."""
+    """The current settings that replace one of older versions; None for any other name."""
     name = key.removeprefix("method.").removesuffix(".split")
     return describe_split(name, value) if key == f"method.{name}.split" and name in SPLIT_BEFORE else None
 
 
 def _check_plain(settings: dict[str, Any]) -> None:
-    """Settings go into the record and the run's id, as JSON."""
+    """Check that settings can go into the record and the run's id, as JSON."""
     try:
         json.dumps(settings, allow_nan=False)
     except (TypeError, ValueError) as error:
@@ -486,7 +486,7 @@ def _check_plain(settings: dict[str, Any]) -> None:
 
 
 def _short(value: int) -> str:
-    """A number in a line, however many digits it has."""
+    """A number for a message, shortened if it has many digits."""
     return str(value) if abs(value) < 10**20 else f"a number of {value.bit_length()} bits"
 
 

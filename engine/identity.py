@@ -1,4 +1,4 @@
-"""What decides the latents of a run: the same settings give the same latents, but for rounding, on any number of ranks."""
+"""The settings that determine the latents of a run: equal settings give equal latents, up to rounding, on any number of ranks."""
 
 import dataclasses
 import hashlib
@@ -13,7 +13,7 @@ from engine.files.trees import DamagedError, parse_json
 from engine.method_tree import method_tree
 from engine.text.timeline import parse_timeline
 
-# Where a setting stands in the configuration; its own value in `latents_settings` is the one that a call was given.
+# Configuration key of each setting that a call may override; `latents_settings` holds the value of the call.
 _GIVEN = {
     "seed": "sampler.seed",
     "negative_prompt": "sampler.negative_prompt",
@@ -31,10 +31,10 @@ _SHOWN = 6
 def latents_settings(
     config: RunConfig, *, checkpoint: str, dtype: str, device: str, with_rate: bool, **given: Any
 ) -> dict[str, Any]:
-    """All that decides the latents, in JSON's types.
+    """Return all settings that determine the latents, in JSON types.
 
-    Not the ranks, nor where the weights lie: another number of ranks, or offload, continues the same run. Nor the settings of
-    methods that are not used.
+    Left out are ranks and the placement of weights, since a run may continue on another number of ranks or with offload, and
+    the settings of unused methods.
 
     Args:
         config: the run.
@@ -42,7 +42,7 @@ def latents_settings(
         dtype: of the transformer.
         device: kind of the device.
         with_rate: whether the frame rate decides the latents (`ModelAdapter.frame_rate_matters`).
-        given: what a call says otherwise than the configuration: prompt, negative_prompt, seed, num_frames.
+        given: values of the call that override the configuration: prompt, negative_prompt, seed, num_frames.
     """
     tree = dataclasses.asdict(config)
     decides = {key: tree[key] for key in ("sampler", "attention")} | {"method": method_tree(config.method)}
@@ -59,7 +59,7 @@ def settings_id(settings: Mapping[str, Any]) -> str:
 
 
 def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """In words, how two sets of settings differ, by dotted name; None if they do not."""
+    """Describe how two sets of settings differ, by dotted name; None if they are equal."""
     old, new = (_by_name(settings) for settings in (before, now))
     found = [
         f"{name} was {_short(old, name)}, now {_short(new, name)}"
@@ -73,9 +73,9 @@ def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> s
 def check_run(
     metadata: Mapping[str, str], *, path: Path, run_id: str, settings: Mapping[str, Any] | None = None
 ) -> None:
-    """Raise UserError, which says what differs, unless the metadata of a checkpoint are of the run with this id.
+    """Raise UserError, naming what differs, unless the metadata of a run's state have this id.
 
-    `settings` are those that `run_id` was made of.
+    `settings` are those that `run_id` was computed from.
     """
     if metadata.get("run_id") == run_id:
         return
@@ -95,7 +95,7 @@ _UNSET = object()
 def _by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
     flat = _flatten(settings, "")
     method = str(flat.get("method.name"))
-    if ":" not in method:  # a class of the user's own has its settings in method.settings
+    if ":" not in method:  # a user's own class has its settings in method.settings
         flat = {name.replace("method.settings.", f"method.{method}.", 1): value for name, value in flat.items()}
     given = {name: flat.pop(key) for key, name in _GIVEN.items() if key in flat}
     return flat | given

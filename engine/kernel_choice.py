@@ -1,7 +1,7 @@
-"""Which attention kernel `auto` means and which eigensolver a GPU takes: the clearly fastest one that is right, on this device.
+"""Choose the attention kernel of `auto`, and the eigensolver on a GPU: the fastest one that is correct on this device.
 
-Measured once a process, at the video's own shape, where there is more than one to choose from: kernels on CUDA in half precision,
-solvers before torch 2.12. All ranks take rank 0's choice, so that they compute alike.
+Candidates are timed once per process at the video's shape if there are several: kernels on CUDA in half precision, solvers
+before torch 2.12. All ranks use rank 0's choice, so that they compute the same.
 """
 
 import dataclasses
@@ -28,28 +28,28 @@ from freespec.kernels import candidates, preferred, select_complement, select_du
 from freespec.methods import Grid
 from parallel.mesh import SeqMesh
 
-# Part of a layer: all of its keys for some queries and heads. Enough for a GPU to be busy, and 0.3 GB at 126,360 tokens.
+# Part of a layer: all keys for some queries and heads. Enough to saturate a GPU, and 0.3 GB at 126,360 tokens.
 QUERY_FRAMES, HEADS = 4, 4
 CALLS = 3
-# Queries that are held against plain attention, which writes its logits out: the last ones, of the last of the strided windows.
+# Queries that are compared with plain attention, which materialises its logits: the last ones, of the last strided window.
 CHECKED = 8
-ROUNDINGS = 4  # that an output may be off by; sums over many keys round as well, by far less than half precision does
+ROUNDINGS = 4  # tolerance of an output; sums over many keys add far less rounding than half precision does
 SUM_ROUNDING = 2**-18
 LSE_ERROR = 1e-2  # absolute; logits are of the order of 1 here
-# What torch and packages raise for what a device, a dtype or a layout cannot do.
+# What torch and kernel packages raise for an unsupported device, dtype or layout.
 UNSUPPORTED = (RuntimeError, ValueError, TypeError, AssertionError, ImportError, MemoryError)
 Parts = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class KernelChoice:
-    """What was chosen, for the record.
+    """The chosen kernel, for the record.
 
     Attributes:
         kernel: the name.
         why: `given`, `the only one here`, `measured`, or `the first that is right here`.
-        seconds: of a part of a layer, global and dual, by kernel.
-        left_out: kernels that do not run here, or are wrong, and why.
+        seconds: time of part of a layer, global and dual, by kernel.
+        left_out: kernels that do not run here, or are wrong, with the reason.
     """
 
     kernel: str
@@ -60,7 +60,7 @@ class KernelChoice:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerPart:
-    """The shape that kernels are measured at."""
+    """The shape at which kernels are timed."""
 
     num_frames: int
     frame_tokens: int
@@ -69,7 +69,7 @@ class LayerPart:
     head_dim: int
 
     def attention(self, name: str, device: torch.device, dtype: torch.dtype) -> WindowedAttention:
-        """The layer around a kernel; ValueError for one that is not there."""
+        """The layer with this kernel; ValueError for an unavailable kernel."""
         return WindowedAttention(
             num_frames=self.num_frames,
             frame_tokens=self.frame_tokens,
@@ -85,8 +85,8 @@ class SolverChoice:
     Attributes:
         solver: one of freespec.eigen.SOLVERS.
         why: `the only one here`, or `measured`.
-        seconds: of one fusion's matrices, by solver.
-        left_out: solvers that do not run here, or are wrong, and why.
+        seconds: time for the matrices of one fusion, by solver.
+        left_out: solvers that do not run here, or are wrong, with the reason.
     """
 
     solver: str
@@ -125,10 +125,10 @@ def choose_on_ranks(
 
 
 def choose_for_pipeline(mesh: SeqMesh, grid: Grid, *, head_dim: int, where: tuple[torch.device, torch.dtype]) -> str:
-    """The kernel of `auto` on a pipeline of one's own, once its video is known: torch's choice, or the next one that is right.
+    """Choose the kernel of `auto` for a user's pipeline, once its video is known: the first candidate that is correct.
 
-    Rank 0 chooses for all. On a GPU each candidate is held against plain attention first, as an engine does; a line names those
-    that differ, or do not run. Raises UserError, on all ranks, if none is right.
+    Rank 0 chooses for all ranks. On a GPU each candidate is compared with plain attention first; a note names those that
+    differ or do not run. Raises UserError, on all ranks, if none is correct.
     """
     names = candidates(*where)
     if len(names) == 1:
@@ -155,7 +155,7 @@ def _by_rank_0(mesh: SeqMesh, choose: Callable[[], KernelChoice]) -> KernelChoic
 
 
 def choose_kernel(name: str, part: LayerPart, device: torch.device, dtype: torch.dtype) -> KernelChoice:
-    """What `name` means here. UserError if it is `auto` and no kernel is right."""
+    """Resolve a kernel setting; UserError if it is `auto` and no kernel is correct."""
     if name != "auto":
         return KernelChoice(kernel=name, why="given")
     names = candidates(device, dtype)
@@ -170,9 +170,9 @@ def choose_kernel(name: str, part: LayerPart, device: torch.device, dtype: torch
 def fastest(
     names: tuple[str, ...], part: LayerPart, device: torch.device, dtype: torch.dtype, *, timed: bool = True
 ) -> KernelChoice:
-    """The first of these kernels that equals plain attention, or one that is clearly quicker at global and dual attention together.
+    """Return the first kernel that equals plain attention, or one that is clearly faster at global and dual attention together.
 
-    Not `timed`, the first alone.
+    Without `timed`, only the first correct one.
     """
     qkv, q_start = draw(part, device, dtype)
     expected = check_rows(part.attention("plain", device, dtype), qkv, q_start)
@@ -196,7 +196,7 @@ def fastest(
 
 
 def draw(part: LayerPart, device: torch.device, dtype: torch.dtype) -> tuple[Parts, int]:
-    """Normal q of some frames in the middle and k, v of all, [1, s, N, D]; and the first token of q."""
+    """Draw normal q for some frames in the middle and k, v for all, [1, s, N, D]; and return the first token of q."""
     frames = min(QUERY_FRAMES, part.num_frames)
     q_start = (part.num_frames - frames) // 2 * part.frame_tokens
     generator = torch.Generator(device).manual_seed(0)
@@ -210,7 +210,7 @@ def draw(part: LayerPart, device: torch.device, dtype: torch.dtype) -> tuple[Par
 
 
 def both_kinds(layer: WindowedAttention, qkv: Parts, q_start: int) -> Parts:
-    """A global call, and a dual one: out [1, s, N, D] and lse [1, s, N] of global, local and both."""
+    """Run a global and a dual call: out [1, s, N, D] and lse [1, s, N] of global, local and both."""
     q, k, v = qkv
     local, global_ = layer.dual(q, k, v, q_start, 0, dtype=q.dtype)
     return (*layer.dense(q, k, v), *local, *global_)
@@ -226,7 +226,7 @@ def check_rows(layer: WindowedAttention, qkv: Parts, q_start: int) -> Parts:
 
 
 def wrong(actual: Parts, expected: Parts, dtype: torch.dtype) -> str | None:
-    """How outputs and log-sum-exps differ from plain attention's by more than rounding; None if they do not."""
+    """Describe outputs or log-sum-exps that differ from plain attention by more than rounding; None if none does."""
     for got, right in zip(actual, expected, strict=True):
         difference = got.float() - right.float()
         if got.dim() == 4:
@@ -236,13 +236,13 @@ def wrong(actual: Parts, expected: Parts, dtype: torch.dtype) -> str | None:
             )
         else:
             error, limit = float(difference.abs().max()), LSE_ERROR
-        if not error <= limit:  # not a number is wrong as well
+        if not error <= limit:  # NaN counts as wrong
             return f"is off by {error:.1e} from plain attention, where rounding is {limit:.1e}"
     return None
 
 
 def seconds_of(call: Callable[[], object], device: torch.device) -> float:
-    """The shortest of some calls, after one that is not counted."""
+    """Return the shortest time of some calls, after one warm-up call."""
     times = []
     for _ in range(1 + CALLS):
         started = time.perf_counter()
@@ -254,10 +254,10 @@ def seconds_of(call: Callable[[], object], device: torch.device) -> float:
 
 
 def choose_solver(mesh: SeqMesh, *, num_matrices: int, rows: int, device: torch.device) -> SolverChoice:
-    """The eigensolver for the matrices of one fusion, [num_matrices, rows, rows] fp64; from now on the one of this process.
+    """Choose the eigensolver for the matrices of one fusion, [num_matrices, rows, rows] fp64, and set it for this process.
 
-    Every rank measures at the same time, as they share the host's cores, and takes rank 0's choice; every rank checks it on its
-    own device. Raises UserError, on all ranks together, if one of them has no solver that is right.
+    All ranks time at once, since they share the host's cores, and use rank 0's choice; each checks it on its own device.
+    Raises UserError, on all ranks together, if one of them has no correct solver.
     """
     if device.type == "cpu":
         return SolverChoice(solver="torch", why="the only one here")
@@ -275,7 +275,7 @@ def choose_solver(mesh: SeqMesh, *, num_matrices: int, rows: int, device: torch.
 def fastest_solver(
     names: tuple[str, ...], num_matrices: int, rows: int, device: torch.device, tells: bool
 ) -> SolverChoice:
-    """The first of these solvers, or one that is clearly faster, among those that are right; with `tells` a line says so."""
+    """Return the first correct solver, or one that is clearly faster; `tells` prints a note."""
     matrices = draw_grams(num_matrices, rows).to(device)
     seconds: dict[str, float] = {}
     left_out: dict[str, str] = {}
@@ -305,7 +305,7 @@ def fastest_solver(
 
 
 def draw_grams(num_matrices: int, rows: int) -> Tensor:
-    """Gram matrices of features whose singular values fall to a hundredth, [num_matrices, rows, rows] fp64, on the CPU."""
+    """Draw Gram matrices of features whose singular values fall to a hundredth, [num_matrices, rows, rows] fp64, on the CPU."""
     generator = torch.Generator("cpu").manual_seed(0)
     falling = torch.logspace(0, -2, rows, dtype=torch.float64)
     features = falling * torch.randn(num_matrices, 4 * rows, rows, generator=generator, dtype=torch.float64)
@@ -313,12 +313,12 @@ def draw_grams(num_matrices: int, rows: int) -> Tensor:
 
 
 def why_not(error: Exception, when: str) -> str:
-    """Why a trial failed; UserError for memory that ran out, as what else has memory now must not choose for a whole run."""
+    """Return why a trial failed; UserError for exhausted memory, which says nothing about the kernel."""
     if is_out_of_memory(error):
         raise UserError(describe_out_of_memory(error, when=when)) from error
     return first_line(error)
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its kind."""
+    """The first line of an error's message, or its class name."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]

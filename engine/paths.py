@@ -12,7 +12,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def expand(path: str) -> Path:
-    """A path of the user's, with ~ resolved; UserError for the ~ of a user that does not exist, and for a zero byte."""
+    """Expand ~ in a user's path; UserError for the ~ of an unknown user, and for a zero byte."""
     if "\0" in path:
         raise UserError(f"the path {path[:60]!r} has a zero byte, which no file name has")
     try:
@@ -22,23 +22,23 @@ def expand(path: str) -> Path:
 
 
 def find_file(path: str) -> Path:
-    """A file of the user's, from the working directory, or of that name among those that come with the program (`configs/prompts/...`)."""
+    """Find a file in the working directory, or among those that come with the program (`configs/prompts/...`)."""
     own = expand(path)
     try:
         shipped = REPOSITORY / own
         return shipped if not own.exists() and shipped.is_file() else own
-    except OSError:  # a name too long, no permission: reading it says so
+    except OSError:  # name too long, no permission: reading the file reports it
         return own
 
 
 def find_checkpoint(path: str) -> Path | str:
-    """A folder (from the working directory, then from the repository), or a hub name."""
+    """Resolve `model.path`: a folder (of the working directory, then of the repository), or a hub name."""
     try:
         for folder in (expand(path), REPOSITORY / path):
             if folder.is_dir():
                 return folder
         is_file = expand(path).is_file()
-    except OSError as error:  # no permission, a name too long
+    except OSError as error:  # no permission, name too long
         raise UserError(f"cannot look for model.path {path!r}: {error}") from error
     if is_file and is_pickle(path):
         raise UserError(f"model.path {path} is a pickle, which can run code and is not read; give .safetensors files")
@@ -52,5 +52,5 @@ def find_checkpoint(path: str) -> Path | str:
 
 
 def is_pickle(name: str) -> bool:
-    """Whether a file's name says that it is a pickle, which can run code when it is read."""
+    """Whether a file name ends like a pickle, which can run code when it is loaded."""
     return name.lower().endswith(_PICKLES)

@@ -1,4 +1,4 @@
-"""Presets to a configuration: the YAML files of configs/ and settings by dotted name. The parser of the command line is in launch/."""
+"""Read presets, the YAML files of configs/, and settings by dotted name into a configuration."""
 
 import functools
 import re
@@ -25,13 +25,13 @@ _TYPE_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or fa
 
 
 def read_preset(*names: str, settings: Mapping[str, Any] | None = None) -> RunConfig:
-    """The configuration of presets, later ones over earlier ones, with `settings` by dotted name over all of them.
+    """Merge presets, later ones over earlier ones, and `settings` by dotted name over all of them, into a configuration.
 
     Args:
         names: presets of configs/ (`wan2.1-t2v-1.3b`, `ablation/gb`), or YAML files.
         settings: such as `{"video.num_frames": 161}`; docs and `generate.py --help_all` name them.
 
-    Raises UserError, in one line, for whatever is wrong.
+    Raises UserError for unknown settings and invalid values.
     """
     tree: dict[Any, Any] = {}
     for name in names:
@@ -56,7 +56,7 @@ def read_preset(*names: str, settings: Mapping[str, Any] | None = None) -> RunCo
 
 
 def finished(namespace: Namespace) -> RunConfig:
-    """The RunConfig among a parser's results, with the text of a negative prompt that is a file."""
+    """Build the RunConfig from a parser's results; a negative prompt in a file is read."""
     config = RunConfig(**{field.name: namespace[field.name] for field in fields(RunConfig)})
     negative_prompt = resolve_negative_prompt(config.sampler.negative_prompt)
     return replace(config, sampler=replace(config.sampler, negative_prompt=negative_prompt))
@@ -72,7 +72,7 @@ def _laid_over(below: dict[Any, Any], above: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def refuse_null(namespace: Namespace) -> None:
-    """Raise UserError for a setting of a run that is null and may not be; the parser lets null pass in files."""
+    """Raise UserError for null where a setting does not allow it; the parser accepts null in files."""
     for key, value in namespace.items():
         if value is None and key in _never_null(RunConfig):
             raise UserError(f"{key} must not be null")
@@ -91,14 +91,14 @@ def _never_null(kind: Any, prefix: str = "") -> frozenset[str]:
 
 
 def find_config(name: str) -> Path:
-    """Return a preset's file: from the working directory, or from those that come with the program, with or without `.yaml`."""
+    """Find a preset's file in the working directory, or among those that come with the program, with or without `.yaml`."""
     folder = REPOSITORY / "configs"
     try:
         for place in (expand(name), REPOSITORY / name, folder / name):
             for path in (place, place.parent / f"{place.name}.yaml"):
                 if path.is_file():
                     return path
-    except OSError as error:  # no permission, a name too long
+    except OSError as error:  # no permission, name too long
         raise UserError(f"cannot look for --config {name[:60]}: {error.strerror}") from error
     presets = sorted(path.stem for path in folder.glob("*.yaml"))
     raise UserError(
@@ -107,7 +107,7 @@ def find_config(name: str) -> Path:
 
 
 def describe_parser_error(error: ArgumentError) -> str:
-    """One of jsonargparse's messages in one line and without Python's names of types."""
+    """Shorten a message of jsonargparse to one line without Python type names."""
     message = str(error)
     found = _TYPE_ERROR.search(message) or _UNION_ERROR.search(message)
     if found is None:

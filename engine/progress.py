@@ -1,4 +1,4 @@
-"""What a run shows on stderr while it works: progress bars for its stages, and single lines."""
+"""Progress bars of a run's stages, and notes, on stderr."""
 
 import sys
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from engine.shown import printable
 
 
 def enabled(setting: str) -> bool:
-    """Whether `output.progress` shows bars here: `on` and `off` say so, `auto` shows them on a terminal only."""
+    """Whether `output.progress` shows bars: `auto` shows them on a terminal only."""
     return setting == "on" or (setting == "auto" and sys.stderr.isatty())
 
 
 def progress_bar(*, total: int, desc: str, enabled: bool, initial: int = 0) -> tqdm:
-    """A bar with the stage's name, its share, its rate and the time that is left; a context manager."""
+    """A context manager with a bar of the stage's name, share, rate and remaining time."""
     return tqdm(
         total=total,
         initial=initial,
@@ -25,19 +25,19 @@ def progress_bar(*, total: int, desc: str, enabled: bool, initial: int = 0) -> t
         disable=not enabled,
         file=sys.stderr,
         dynamic_ncols=True,
-        smoothing=0.1,  # local steps are much faster than dual ones; the estimate should follow soon
+        smoothing=0.1,  # local steps are much faster than dual ones, so the estimate follows quickly
         bar_format="{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} [{elapsed}, {remaining} left{postfix}]",
     )
 
 
 def note(line: str) -> None:
-    """Write a line to stderr, above a bar that may be there."""
+    """Write a line to stderr, above a progress bar if there is one."""
     tqdm.write(printable(line), file=sys.stderr)
 
 
 @contextmanager
 def no_library_bars() -> Iterator[None]:
-    """Silence the loading bars of diffusers and transformers, which know nothing of `output.progress`, for a block."""
+    """Silence the loading bars of diffusers and transformers in the block, since they ignore `output.progress`."""
     libraries = [
         library
         for library in (diffusers.utils.logging, transformers.utils.logging)

@@ -1,4 +1,4 @@
-"""The record of a run: a JSON file beside the video that says what made it, where, how fast and with what memory."""
+"""The record of a run: a JSON file beside the video with its settings, machine, times and memory."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ class EngineFacts:
     """What a record says of the engine that made a video.
 
     Attributes:
-        config: the configuration; a call may say otherwise in part.
+        config: the configuration; a call may override parts of it.
         device: where the model was.
         attention: the dense kernel and why.
         eigensolver: what decomposes Gram matrices on a GPU; None on a CPU, where it is LAPACK.
@@ -54,7 +54,7 @@ class EngineFacts:
 def build_record(
     facts: EngineFacts, denoised: Denoised, *, seconds: dict[str, float], decode: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """All that is known of a run once its latents exist; `decode` says who decodes what, None if nobody has yet."""
+    """Build the record of a run whose latents exist; `decode` is the decode plan, None before decoding."""
     settings = denoised.settings
     config = dataclasses.asdict(facts.config)
     config["video"]["num_frames"] = settings["num_frames"]
@@ -93,10 +93,10 @@ def write_record(path: Path, record: dict[str, Any], *, replace: bool = True) ->
 
 
 def video_facts(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a video says of itself in its metadata, taken from the record of its run, which need not be whole yet.
+    """Select the metadata of a video file from the record of its run, which may be incomplete.
 
-    Only what any run of the same settings has: equal videos have equal bytes, whenever and on however many ranks they are made.
-    Of the model's path it has the last name.
+    Only facts that every run of the same settings shares, so that equal videos have equal bytes on any date and number of
+    ranks. Of the model's path only the last name is kept.
     """
     config, settings = record["config"], _part(_part(record, "identity"), "settings")
     apart = ("prompt", "method", "sampler", *_OF_A_CALL)
@@ -118,13 +118,13 @@ def video_facts(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _part(tree: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    """A map inside of a record; empty where a record of another version has none."""
+    """A mapping inside a record; empty if a record of another version lacks it."""
     part = tree.get(key)
     return part if isinstance(part, Mapping) else {}
 
 
 def describe_video(path: Path, *, num_frames: int, fps: int) -> dict[str, Any]:
-    """What a record says of a finished video, a file or a folder of frames."""
+    """The part of a record about a finished video, a file or a folder of frames."""
     return {
         "file": path.name,
         "sha256": content_sha256(path),
@@ -136,7 +136,7 @@ def describe_video(path: Path, *, num_frames: int, fps: int) -> dict[str, Any]:
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """Largest memory of this process so far, in bytes: resident on the host, and allocated by torch on a GPU."""
+    """Peak memory of this process, in bytes: resident on the host, and allocated by torch on a GPU."""
     # ru_maxrss is in KiB on Linux and in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     peak = {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
@@ -146,7 +146,7 @@ def peak_memory(device: torch.device) -> dict[str, int]:
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:
-    """Kind and name of the device, the threads that torch uses beside it, and what the environment may have changed of rounding.
+    """Type and name of the device, torch's CPU threads, and environment settings that affect rounding.
 
     `cpu_capability` are the vector instructions (ATEN_CPU_CAPABILITY); `fp32_matmul` is `high` where products of fp32
     matrices may be computed in TF32 on a GPU (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE).
@@ -161,7 +161,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """The model of the CPU where Linux says it, since Python knows only its architecture there."""
+    """The CPU model from /proc/cpuinfo on Linux, where Python reports only the architecture."""
     try:
         told = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
@@ -170,7 +170,7 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what decides the result; None for a package that is not installed."""
+    """Versions of the packages that affect the result; None for a package that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
     for package in (PACKAGE, "diffusers", "transformers", "av", "flash-attn-3", "sageattention", "xfuser"):
         try:
@@ -182,7 +182,7 @@ def versions() -> dict[str, str | None]:
 
 @functools.cache
 def running_revision() -> dict[str, Any] | None:
-    """`git_revision` as it was when this process asked first: what is committed while a batch runs is not what it runs."""
+    """`git_revision` at the first call of this process, since commits made later are not what runs."""
     return git_revision()
 
 

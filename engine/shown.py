@@ -1,4 +1,4 @@
-"""Text of others, prompts, names and messages, as a terminal may safely show it. Standard library only."""
+"""Escape foreign text, such as prompts, names and messages, for a terminal. Standard library only."""
 
 import contextlib
 import os
@@ -6,24 +6,24 @@ import re
 from collections.abc import Iterator
 from typing import Any, TextIO
 
-# Controls but for tab and newline, what turns the direction of writing, and surrogates, which names that are not UTF-8 hold.
+# Control characters except tab and newline, marks of writing direction, and surrogates (from names that are not UTF-8).
 _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str) -> str:
-    r"""The text with control characters as escapes: `\x1b[2J` is shown, and clears no screen."""
+    r"""The text with control characters escaped: `\x1b[2J` is shown instead of clearing the screen."""
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def quoted(text: str) -> str:
-    """The text in quotation marks, as it was typed but for control characters."""
+    """The text in quotation marks, with control characters escaped."""
     return f'"{printable(text)}"'
 
 
 class PrintableStream:
-    """A stream that shows control characters instead of sending them; what it does not define is that of `stream`.
+    """A stream that escapes control characters; other attributes are those of `stream`.
 
-    Where nobody reads any more, as after `| head`, what is written is dropped: the work that writes it goes on.
+    After a broken pipe, such as `| head`, writes are dropped, so that the work continues.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -46,7 +46,7 @@ class PrintableStream:
             yield
         except BrokenPipeError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, self.stream.fileno())  # also for what is still buffered, and written as Python ends
+            os.dup2(nowhere, self.stream.fileno())  # also for what is still buffered and flushed when Python exits
             os.close(nowhere)
 
     def writelines(self, lines: Any) -> None:

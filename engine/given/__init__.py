@@ -1,1 +1,1 @@
-"""Frames of a video that exist before it is made."""
+"""Frames that a video is given: images at moments of it, or a video to continue."""

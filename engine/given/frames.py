@@ -1,6 +1,6 @@
-"""Frames that are given: images at moments of the video, or the latents of a video to go on from.
+"""The given frames of a run: images at moments of the video, or a video to continue.
 
-What is given becomes latent frames, see `engine.given.known`. Imports no torch.
+They become latent frames, see `engine.given.known`. Imports no torch.
 """
 
 import re
@@ -21,13 +21,13 @@ _WHERE = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>s?)")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GivenImage:
-    """A picture and where it stands: `first`, `last`, seconds (`2.5s`) or a frame of the video."""
+    """An image and its place: `first`, `last`, seconds (`2.5s`) or a frame of the video."""
 
     where: str
     path: Path
 
     def frame(self, num_frames: int, fps: int) -> float:
-        """The frame of the video, between two of them for seconds; UserError beyond the video."""
+        """The frame of the video, fractional for seconds; UserError if it lies beyond the video."""
         if self.where in ("first", "last"):
             return 0.0 if self.where == "first" else num_frames - 1.0
         match = _WHERE.fullmatch(self.where)
@@ -41,12 +41,12 @@ class GivenImage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GivenFrames:
-    """What a run is given.
+    """The frames that a run is given.
 
     Attributes:
-        images: pictures, in any order.
+        images: in any order.
         extend: a video, or latents of one, that the new video begins with.
-        shows: `whole`, or `new` for a file of what follows `extend` alone.
+        shows: `whole`, or `new` for a file without the frames of `extend`.
     """
 
     images: tuple[GivenImage, ...] = ()
@@ -54,17 +54,17 @@ class GivenFrames:
     shows: Shows = "whole"
 
     def settings(self, *, num_frames: int, fps: int, step: int) -> dict[str, Any]:
-        """What decides the video, in JSON's types: latent frames and SHA-256 of the files, and what is shown."""
+        """The settings for the run's id, in JSON types: latent frames and SHA-256 of the files, and what is shown."""
         images = {str(self.latent(image, num_frames, fps, step)): file_sha256(image.path) for image in self.images}
         extend = None if self.extend is None else file_sha256(self.extend)
         return {"images": images, "extend": extend, "shows": self.shows}
 
     def latent(self, image: GivenImage, num_frames: int, fps: int, step: int) -> int:
-        """The latent frame that an image fills: the one that its frame of the video lies in."""
+        """The latent frame that an image fills: the one that contains its frame of the video."""
         return -(-round(image.frame(num_frames, fps)) // step)
 
     def record(self, *, num_frames: int, fps: int, step: int, begun: int) -> dict[str, Any]:
-        """For the record: each file, and the frames [start, stop) of the video that it fills; `begun` are those of `extend`."""
+        """The entry of the record: each file and the frames [start, stop) of the video that it fills; `begun` is the length of `extend`."""
         images = []
         for image in self.images:
             latent = self.latent(image, num_frames, fps, step)
@@ -74,7 +74,7 @@ class GivenFrames:
         return {"images": images, "extend": extend, "shows": self.shows}
 
     def describe(self, *, num_frames: int, fps: int, step: int) -> list[str]:
-        """A sentence for each image: which frames of the video show it."""
+        """One sentence per image that names the frames of the video that show it."""
         notes = []
         for image in self.images:
             latent = self.latent(image, num_frames, fps, step)
@@ -85,13 +85,13 @@ class GivenFrames:
 
 
 def span_of(latent: int, step: int) -> str:
-    """The frames of the video that a latent frame holds, as words."""
+    """The frames of the video in a latent frame, in words."""
     first, last = first_frame(latent, step), first_frame(latent + 1, step) - 1
     return str(first) if first == last else f"{first} to {last}"
 
 
 def parse_given(words: Sequence[str], extend: str | None, shows: Shows = "whole") -> GivenFrames | None:
-    """The values of `--given` (WHERE=FILE each), `--extend` and `--extend_shows`; None without any. UserError for what is none."""
+    """Parse the values of `--given` (WHERE=FILE each), `--extend` and `--extend_shows`; None if all are unset."""
     images = []
     for word in words:
         where, equals, path = word.partition("=")

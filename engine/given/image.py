@@ -1,4 +1,4 @@
-"""A picture as one frame of a video. Imports no torch."""
+"""Read an image as one frame of a video. Imports no torch."""
 
 from pathlib import Path
 
@@ -7,14 +7,14 @@ from PIL import Image, ImageOps
 
 from engine.errors import UserError
 
-# What Pillow calls pictures whose colours need no choice of ours.
+# Modes of Pillow that convert to RGB without a choice of colour space.
 _MODES = ("RGB", "L", "P", "1", "RGBA", "LA", "PA")
 
 
 def read_image(path: Path, height: int, width: int) -> np.ndarray:
-    """A picture as uint8 [height, width, 3]: turned as its EXIF says, resized until it covers the frame, and cropped to its middle.
+    """Read an image as uint8 [height, width, 3]: rotated by its EXIF, resized to cover the frame, and cropped to its centre.
 
-    UserError for a file that is no picture, an animation, transparent pixels, and colours that are neither RGB nor gray.
+    Raises UserError for a file that is not an image, for animations, transparent pixels, and colours other than RGB and gray.
     """
     try:
         with Image.open(path) as image:

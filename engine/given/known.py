@@ -1,8 +1,8 @@
-"""Latent frames that are known before a video is denoised, and keep their value.
+"""Latent frames that are known before denoising and keep their value.
 
-At every step they are put in place of what was denoised, at the step's noise: x_t = (1 - sigma) x_0 + sigma n, with the noise n that
-the run began with, so that they move on the straight line of flow matching. Every other frame attends to them, and at the end they are
-x_0 itself. Nothing of the model or the method changes.
+Before every step they replace what was denoised, at the noise of the step: x_t = (1 - sigma) x_0 + sigma n, with the initial noise
+n, so that they follow the straight path of flow matching. All other frames attend to them, and at the end they equal x_0. Model and
+method are unchanged.
 """
 
 import json
@@ -26,13 +26,13 @@ from engine.ranks.agreement import broadcast_bytes, raise_together
 from parallel.mesh import SeqMesh
 
 _LATENTS = ".safetensors"
-# A video at 23.976 frames a second goes on at 24.
+# A video at 23.976 frames a second may be continued at 24.
 _RATE_ERROR = 0.01
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Known:
-    """Latent frames that are known.
+    """Known latent frames.
 
     Attributes:
         latents: [1, z, K, h, w] fp32 of the known frames, in order.
@@ -45,14 +45,14 @@ class Known:
     noise: Tensor | None = None
 
     def with_noise(self, noise: Tensor, device: torch.device) -> "Known":
-        """The same on a device, with noise [1, z, F, h, w] of the whole video."""
+        """Move to a device and select the noise of the known frames from that of the whole video, [1, z, F, h, w]."""
         frames = self.frames.to(device)
         return Known(
             latents=self.latents.to(device), frames=frames, noise=noise.to(device).index_select(2, frames).contiguous()
         )
 
     def put(self, latents: Tensor, sigma: float) -> Tensor:
-        """Latents [1, z, F, h, w] with the known frames at the noise sigma."""
+        """Replace the known frames in latents [1, z, F, h, w], at noise level sigma."""
         assert self.noise is not None
         here = self.latents if sigma == 0.0 else (1.0 - sigma) * self.latents + sigma * self.noise
         return latents.index_copy(2, self.frames, here.to(latents.dtype))
@@ -61,11 +61,11 @@ class Known:
 def check_given(
     given: GivenFrames, spec: VideoSpec, *, num_frames: int, height: int, width: int, fps: int
 ) -> list[str]:
-    """Look at what is given without a model; returns what a person should know, a sentence each.
+    """Check the given files without a model; returns notes for the user, one sentence each.
 
     Raises:
-        UserError: a file cannot be read or has another size or rate, what is gone on from is as long as the video, or two things
-            are given for one latent frame.
+        UserError: a file cannot be read or has another size or rate, the video to continue is as long as the new one, or two
+            files fill one latent frame.
     """
     step, begun = spec.temporal_factor, 0
     notes: list[str] = []
@@ -104,10 +104,10 @@ def read_known(
     width: int,
     fps: int,
 ) -> Known:
-    """The latents of what is given, on the CPU, without noise.
+    """Encode the given frames to latents, on the CPU, without noise.
 
-    A picture at the first frame is one latent frame; elsewhere it is encoded as a still, of which the second latent frame is taken.
-    A video is encoded from its end on, as many frames as latent frames hold; latents are taken as they are.
+    An image at the first frame is one latent frame; elsewhere it is encoded as a still video, whose second latent frame is used.
+    Of a video the last frames that fill whole latent frames are encoded; latents are used as they are.
 
     Raises:
         UserError: see `check_given`.
@@ -127,7 +127,7 @@ def read_known(
 
 @dataclass(frozen=True, slots=True)
 class GivenOnRanks:
-    """What one run is given, on all ranks of a mesh, of which rank 0 alone may see the files.
+    """The given frames of one run on all ranks of a mesh; only rank 0 reads the files.
 
     Attributes:
         given: the files.
@@ -157,7 +157,7 @@ class GivenOnRanks:
         return Known(**safetensors.torch.load(broadcast_bytes(self.mesh, data, "given frames")))
 
     def record(self, known: Known) -> dict[str, Any]:
-        """`GivenFrames.record` of what was read."""
+        """`GivenFrames.record` for the frames that were read."""
         begun = 0 if self.given.extend is None else self.spec.num_frames(len(known.frames) - len(self.given.images))
         return self.given.record(num_frames=self.num_frames, fps=self.fps, step=self.spec.temporal_factor, begun=begun)
 
@@ -176,7 +176,7 @@ class GivenOnRanks:
 
 
 def _look_at_begun(path: Path, spec: VideoSpec, *, height: int, width: int, fps: int) -> tuple[int, list[str]]:
-    """How many latent frames the video that is gone on from has, and a sentence if not all of its frames are taken."""
+    """Latent frames of the video to continue, and a note if some of its frames are left out."""
     if not path.is_file():
         raise UserError(f"--extend {path} is no file")
     if path.suffix == _LATENTS:
@@ -202,7 +202,7 @@ def _look_at_begun(path: Path, spec: VideoSpec, *, height: int, width: int, fps:
 
 
 def _whole_latents(frames: int, spec: VideoSpec) -> int:
-    """The most latent frames that the last frames of a video fill: the first of them one, each other `temporal_factor`."""
+    """The number of latent frames that the last frames of a video fill: one frame for the first, `temporal_factor` for each other."""
     return (frames - 1) // spec.temporal_factor + 1
 
 
@@ -226,7 +226,7 @@ def _load_begun(path: Path, spec: VideoSpec, height: int, width: int) -> Tensor:
 def _read_begun(
     path: Path, adapter: ModelAdapter, vae: torch.nn.Module, spec: VideoSpec, *, size: tuple[int, int]
 ) -> Tensor:
-    """Latents [1, z, F, h, w] of the video that is gone on from."""
+    """Latents [1, z, F, h, w] of the video to continue."""
     if path.suffix == _LATENTS:
         return _load_begun(path, spec, *size)
     found = measure(path)
@@ -235,6 +235,6 @@ def _read_begun(
 
 
 def _encode(adapter: ModelAdapter, vae: torch.nn.Module, pixels: np.ndarray) -> Tensor:
-    """uint8 [T, H, W, 3] to latents [1, z, F, h, w], fp32 on the CPU."""
+    """Encode uint8 [T, H, W, 3] to latents [1, z, F, h, w], fp32 on the CPU."""
     frames = torch.from_numpy(pixels.copy()).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
     return adapter.encode(vae, frames).float().cpu()

@@ -1,4 +1,4 @@
-"""What the ranks of a run must agree on, and what rank 0 hands to the others, over all ranks of a mesh."""
+"""Agreement of all ranks of a mesh, errors raised together, and broadcasts from rank 0."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 
 def setting_prints(config: RunConfig) -> dict[str, bytes]:
-    """SHA-256 of what all ranks must have alike: seed, path and settings; of the output only the trace, which all ranks make."""
+    """SHA-256 of what must be equal on all ranks: seed, path and settings; of the output only the trace, which all ranks make."""
     tree = dataclasses.asdict(config)
     tree["output"] = {"trace": tree["output"]["trace"]}
     seed, path = tree["sampler"].pop("seed"), tree["model"].pop("path")
@@ -44,8 +44,8 @@ def refuse_different(prints: Sequence[Mapping[str, bytes]]) -> None:
 
 
 def first_failure(mesh: SeqMesh, message: str | None) -> str | None:
-    """The message of the first rank that has one, on every rank: a rank's fault ends all ranks together."""
-    encoded = (message or "").encode(errors="replace")  # names of files may be no text
+    """Return the message of the first rank that has one, on every rank, so that a failing rank ends all ranks together."""
+    encoded = (message or "").encode(errors="replace")  # file names need not be valid text
     sizes = [int(size) for size in _gather(mesh, torch.tensor([len(encoded)]))]
     if not any(sizes):
         return None
@@ -56,18 +56,18 @@ def first_failure(mesh: SeqMesh, message: str | None) -> str | None:
 
 
 def choose_failure(messages: Sequence[str | None]) -> str | None:
-    """The first of the ranks' messages, with its rank unless all ranks say the same; None if there is none."""
+    """The first of the ranks' messages, with its rank unless all are equal; None without any."""
     rank, text = next(((rank, text) for rank, text in enumerate(messages) if text), (0, None))
     return text if text is None or all(other == text for other in messages) else f"rank {rank}: {text}"
 
 
 def raise_together(mesh: SeqMesh, action: Callable[[], Result]) -> Result:
-    """What `action` returns; if it is a UserError on any rank, that error on every rank, so that none waits for a lost one."""
+    """Return the result of `action`; if it raises UserError on any rank, raise it on every rank, so that none waits for another."""
     results, message = [], None
     try:
         results.append(action())
-    except (UserError, OSError) as error:  # OSError: a file that this rank may not read
-        message = str(error) or type(error).__name__  # without words it would count as no fault
+    except (UserError, OSError) as error:  # OSError: a file that this rank cannot read
+        message = str(error) or type(error).__name__  # an empty message would count as success
     failure = first_failure(mesh, message)
     if failure is not None:
         raise UserError(failure)
@@ -75,12 +75,12 @@ def raise_together(mesh: SeqMesh, action: Callable[[], Result]) -> Result:
 
 
 def broadcast(mesh: SeqMesh, x: Tensor, what: str) -> Tensor:
-    """Rank 0's tensor on every rank; the others pass one of the same shape and dtype to be filled."""
+    """Return rank 0's tensor on every rank; the others pass one of the same shape and dtype to fill."""
     return collectives.broadcast(x.contiguous(), source=0, group=mesh.world.group, trace=_trace(what))
 
 
 def broadcast_bytes(mesh: SeqMesh, data: bytes, what: str) -> bytes:
-    """Rank 0's bytes on every rank."""
+    """Return rank 0's bytes on every rank."""
     size = broadcast(mesh, _on_mesh(mesh, torch.tensor([len(data)])), what)
     buffer = torch.zeros(int(size), dtype=torch.uint8)
     if mesh.world.rank == 0:
@@ -96,7 +96,7 @@ def _gather(mesh: SeqMesh, mine: Tensor) -> list[Tensor]:
 
 
 def _on_mesh(mesh: SeqMesh, x: Tensor) -> Tensor:
-    """NCCL moves tensors of its own device only."""
+    """Move to the mesh's device, since NCCL takes no other tensors."""
     return x.to(mesh.device_mesh.device_type)
 
 

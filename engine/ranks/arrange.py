@@ -1,4 +1,4 @@
-"""From the number of ranks to a mesh: the degrees that the configuration or the planner chooses, and who exchanges heads."""
+"""Arrange ranks as a mesh: the degrees that the configuration or the planner chooses, and the provider of the head exchange."""
 
 import itertools
 import math
@@ -30,11 +30,11 @@ from parallel.xfuser import XfuserAttention, check_xfuser, xfuser_attention
 
 @dataclass(frozen=True, kw_only=True)
 class Arrangement:
-    """How `world` ranks lie over the video, and why; the same on all ranks.
+    """How `world` ranks share the video, and why; the same on all ranks.
 
     Attributes:
         degrees: cfg, ring and ulysses.
-        plan: the tokens and heads of each rank of a sequence.
+        plan: tokens and heads of each rank of a sequence.
         why: the reason for the degrees.
     """
 
@@ -51,13 +51,13 @@ def arrange_ranks(
     *,
     nodes: Sequence[str] | None = None,
 ) -> Arrangement:
-    """The arrangement that the configuration and the planner choose, before any rank is heard of.
+    """Choose the arrangement from the configuration and the planner, before process groups exist.
 
-    `gpu` describes the ranks' GPUs where they are not those of this machine; None looks at this machine's. `nodes` names
-    the node of each rank; None assumes that neighbouring ranks fill nodes of the size that the GPU's description says.
+    `gpu` describes the ranks' GPUs if they are not those of this machine; None looks at this machine's. `nodes` names the
+    node of each rank; None assumes that consecutive ranks fill nodes of the size in the GPU's description.
 
-    Raises UserError for degrees that do not fit the number of ranks or the guidance, and for those that the provider cannot
-    have. Here and not when the ranks have joined: whoever ends first then would take the store from the others.
+    Raises UserError for degrees that do not fit the number of ranks or the guidance, or that the provider does not support.
+    This is checked before the ranks join, since the first rank to exit then would take the store from the others.
     """
     spec = read_model(config.model)
     check_settings(config, spec)
@@ -82,25 +82,25 @@ def arrange_ranks(
 
 
 def check_settings(config: RunConfig, spec: ModelSpec) -> None:
-    """Raise UserError for settings that the checkpoint's JSON files show to be wrong: what the engine would refuse later.
+    """Raise UserError for settings that contradict the checkpoint's JSON files, which the engine would refuse later.
 
-    launch/plan.py asks the same, so that it plans nothing that is not made. The video's own size is `Case`'s to check.
+    `plan` calls this too, so that it plans only what can be made. The video's size is checked by `Case`.
     """
     check_model(config, spec.adapter, spec.video, spec.configs["scheduler"])
     name = config.model.single_file
     if name is None:
         return
     path = Path(name)
-    # ORGANISATION/NAME/FILE of the hub, which nobody should wait for here: the engine fetches it.
+    # ORGANISATION/NAME/FILE of the hub: the engine fetches it later.
     of_hub = len(path.parts) > 2 and not path.is_absolute() and not name.startswith("~") and not path.is_file()
     if not of_hub or config.model.offline or not name.endswith(".safetensors"):
         open_single_file(config.model, spec.adapter)
 
 
 def join_ranks(config: RunConfig, arrangement: Arrangement, device: torch.device) -> Ranks:
-    """The mesh of all ranks of the process group; every rank calls this with the same arrangement.
+    """Build the mesh over all ranks of the process group; every rank calls this with the same arrangement.
 
-    Raises UserError, on every rank alike, for a provider that cannot serve it.
+    Raises UserError, on every rank, for a provider that does not support it.
     """
     exchange = deepspeed_exchange(arrangement.plan) if config.parallel.provider == "deepspeed" else TORCH_EXCHANGE
     cfg, ring, ulysses = arrangement.degrees
@@ -113,7 +113,7 @@ def join_ranks(config: RunConfig, arrangement: Arrangement, device: torch.device
 
 
 def describe_place(ranks: Ranks, plan: SequencePlan, device: torch.device) -> str:
-    """This rank's coordinates and its share of the video, in one line, before which its number stands."""
+    """One line with this rank's coordinates and its share of the video, to follow its number."""
     mesh = ranks.mesh
     places = ", ".join(f"{axis.name} {axis.rank} of {axis.size}" for axis in (mesh.cfg, mesh.ring, mesh.ulysses))
     tokens, heads = plan.shards[mesh.sequence.rank], plan.head_shares[mesh.ulysses.rank]
@@ -124,7 +124,7 @@ def describe_place(ranks: Ranks, plan: SequencePlan, device: torch.device) -> st
 
 
 def node_span(nodes: Sequence[str]) -> int:
-    """How many neighbouring ranks share a node, for ranks on these nodes: groups whose size divides it never cross nodes.
+    """The number of consecutive ranks that share a node: groups whose size divides it never cross nodes.
 
     Groups of consecutive ranks tile the world, so no group crosses a boundary if every boundary is a multiple of its
     size: the answer is the greatest common divisor of the runs of ranks on one node.
@@ -135,12 +135,12 @@ def node_span(nodes: Sequence[str]) -> int:
 def choose_degrees(
     config: RunConfig, spec: ModelSpec, world: int, gpu: GpuSpec | None, *, span: int | None = None
 ) -> tuple[Degrees, str]:
-    """(cfg, ring, ulysses) and the reason: what the configuration sets stays, the planner or a rule sets the rest.
+    """Choose (cfg, ring, ulysses), with the reason: the configuration's degrees are kept, the planner or a rule sets the rest.
 
-    `span` is the `node_span` of the ranks, where their nodes are known.
+    `span` is the `node_span` of the ranks, if their nodes are known.
 
-    Where there is nothing to choose, as for a process alone, the planner still says whether the video fits the GPU;
-    `parallel.plan manual` does not ask it.
+    With a single choice, as on one rank, the planner still checks that the video fits the GPU, unless `parallel.plan` is
+    manual.
     """
     fixed = (config.parallel.cfg, config.parallel.ring, config.parallel.ulysses)
     wanted = _possible_degrees(config, spec, world, fixed)
@@ -149,7 +149,7 @@ def choose_degrees(
             choose_by_memory(Case.of(config, spec, gpu=gpu, world_size=world), wanted, wanted[0])
         return wanted[0], "the only arrangement that the configuration allows"
     by_rule = sorted(wanted, key=lambda degrees: _rule(degrees, spec.heads, span or world))
-    if gpu is None:  # `parallel.plan manual` comes with all degrees
+    if gpu is None:  # `parallel.plan manual` sets all degrees
         return by_rule[0], f"no description of this device in configs/gpus; {_RULE}"
     case = Case.of(config, spec, gpu=gpu, world_size=world)
     missing = case.options.missing_rate(gpu)
@@ -161,7 +161,7 @@ def choose_degrees(
 
 
 def _possible_degrees(config: RunConfig, spec: ModelSpec, world: int, fixed: FixedDegrees) -> list[Degrees]:
-    """Every (cfg, ring, ulysses) that configuration, method and provider allow; UserError, with what is possible, if none."""
+    """Every (cfg, ring, ulysses) that configuration, method and provider allow; UserError, naming possible ones, if none."""
     frames, frame_tokens = spec.grid(config.video.num_frames, config.video.height, config.video.width)
     tokens, method, name = frames * frame_tokens, config.method.method, config.method.name
     provider = Provider(name=config.parallel.provider, kernel=config.attention.kernel)
@@ -181,7 +181,7 @@ def _possible_degrees(config: RunConfig, spec: ModelSpec, world: int, fixed: Fix
     if wanted:
         return wanted
     for degrees in every:
-        if keeps(degrees, fixed):  # it is the method that cannot have them
+        if keeps(degrees, fixed):  # the method refuses them
             check_layout(name, method, degrees, served)
     provider.check(world, fixed, degrees_of=degrees_of, plan_of=plan_of)
     asked = ", ".join(
@@ -198,15 +198,15 @@ _RULE = "cfg first, then ulysses as far as it divides the heads and stays within
 
 
 def _rule(degrees: Degrees, heads: int, span: int) -> tuple[bool, bool, bool, int]:
-    """Sort arrangements without a description of the device: fewest bytes on any device, and no all-to-all between nodes."""
+    """Sort key of arrangements if the device is unknown: fewest bytes first, and no all-to-all between nodes."""
     cfg, ring, ulysses = degrees
     return (cfg == 1, heads % ulysses != 0, span % ulysses != 0, ring)
 
 
 def _find_gpu(device: torch.device) -> GpuSpec | None:
-    """The description in configs/gpus of this device, with the memory that it really has; None if there is none.
+    """The description of this device in configs/gpus, with its actual memory; None if there is none.
 
-    A driver of a cluster may have no GPU itself.
+    A driver process of a cluster may have no GPU.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         return None
@@ -216,7 +216,7 @@ def _find_gpu(device: torch.device) -> GpuSpec | None:
 
 
 def match_gpu(name: str, known: Sequence[str]) -> str | None:
-    """Which of the known GPUs a device's own name means, by whole words: "NVIDIA GeForce RTX 4090" is rtx4090."""
+    """Match a device name to a known GPU by whole words: "NVIDIA GeForce RTX 4090" is rtx4090."""
     words = re.findall(r"[a-z0-9]+", name.lower())
     spoken = {*words, *(a + b for a, b in itertools.pairwise(words))}
     return next((gpu for gpu in known if gpu in spoken), None)

@@ -1,4 +1,4 @@
-"""The process group of a process that is alone: the same code path as many ranks, made on first use, removed after the last."""
+"""The process group of a single process, so that one rank takes the code path of many: created on first use, destroyed after the last."""
 
 from datetime import timedelta
 
@@ -12,14 +12,14 @@ TIMEOUT = timedelta(minutes=1)
 
 
 class GroupOfOne:
-    """Counts who uses the default process group that this object made; torch has one such group per process."""
+    """Counts the users of the default process group that this object created; torch has one per process."""
 
     def __init__(self) -> None:
         self._users = 0
         self._made: dist.ProcessGroup | None = None
 
     def acquire(self) -> SeqMesh:
-        """A mesh of one rank. UserError if the process already belongs to a group of several, which needs its own mesh."""
+        """Return a mesh of one rank; UserError if the process already belongs to a group of several ranks."""
         if not self._is_current():
             self._users = 0
         if not dist.is_initialized():
@@ -29,12 +29,12 @@ class GroupOfOne:
             self._users += 1
         elif (world := dist.get_world_size(dist.group.WORLD)) > 1:
             raise UserError(f"this process is one of {world} ranks; pass ranks=engine.Ranks(mesh=build_mesh(...))")
-        # A group of one that the process had already may be NCCL's, which takes tensors of a GPU only.
+        # An existing group of one may use NCCL, which takes tensors of a GPU only.
         device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
         return build_mesh(cfg=1, ring=1, ulysses=1, device=device, timeout=TIMEOUT)
 
     def release(self) -> None:
-        """The counterpart of `acquire`: the last user removes the group, unless somebody else had made it, or destroyed it."""
+        """Undo `acquire`: the last user destroys the group, unless other code created or destroyed it."""
         if not self._is_current():
             self._users = 0
         if self._users:
@@ -44,7 +44,7 @@ class GroupOfOne:
                 dist.destroy_process_group()
 
     def _is_current(self) -> bool:
-        """Whether the process's default group is the one that was made here; it may have been destroyed, and another made."""
+        """Whether the process's default group is still the one that was created here."""
         return self._made is not None and dist.is_initialized() and dist.group.WORLD is self._made
 
 

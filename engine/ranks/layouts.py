@@ -20,8 +20,8 @@ class Ranks:
         mesh: cfg x ring x ulysses, from `parallel.mesh.build_mesh`. A pipeline's own loop runs both passes of guidance in
             every rank, so cfg must be 1 there; `LongVideoEngine` uses the axis.
         local_route: how local steps cross the ulysses axis: `halo`, `all_to_all`, or `auto` for fewer bytes.
-        exchange: who exchanges heads against tokens.
-        hybrid: who computes the whole of `direct` over the ranks instead, exchange included; None is nobody.
+        exchange: exchanges heads for tokens.
+        hybrid: computes all of `direct` over the ranks instead, including the exchange, if not None.
         why: the reason for these degrees, for the record.
         nodes: name of the node of each rank, for the record.
     """
@@ -39,7 +39,7 @@ class Ranks:
         return self.mesh.cfg.size, self.mesh.ring.size, self.mesh.ulysses.size
 
     def described(self, *, local_route: str, provider: str) -> dict[str, Any]:
-        """How the ranks share the video, for the record."""
+        """The entry of the record about the ranks."""
         cfg, ring, ulysses = self.degrees
         nodes: dict[str, list[int]] = {}
         for rank, node in enumerate(self.nodes):
@@ -63,9 +63,9 @@ def refused_axes(refused: Collection[str], degrees: Degrees) -> list[str]:
 
 
 def check_layout(name: str, method: Method, degrees: Degrees, possible: Collection[Degrees] | None = None) -> None:
-    """Raise UserError for degrees that the method cannot have: the reason, and the nearest layout that works.
+    """Raise UserError for degrees that the method does not support, with the reason and the nearest layout that works.
 
-    Of `possible` alone, if given: what the provider can have too.
+    `possible`, if given, restricts that layout to those that the provider supports too.
     """
     reasons = method.refused_axes
     axes = refused_axes(reasons, degrees)
@@ -83,7 +83,7 @@ def check_layout(name: str, method: Method, degrees: Degrees, possible: Collecti
 
 
 def nearest_layout(refused: Collection[str], degrees: Degrees) -> Degrees | None:
-    """The same ranks with what the method refuses on the other axis, which any number of ranks can be; None if it has none."""
+    """The same number of ranks moved to the axis that the method supports; None if it supports neither."""
     cfg, ring, ulysses = degrees
     if "ring" in refused and "ulysses" in refused:
         return None
