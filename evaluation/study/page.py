@@ -116,13 +116,14 @@ p { max-width: 60em; margin: .4em 0; color: #565a63; }
 .bar { display: flex; flex-wrap: wrap; gap: .6em; align-items: center; margin: 1em 0; }
 .bar select { max-width: min(40em, 100%); } .bar input[type=range] { flex: 1; min-width: min(12em, 100%); }
 h1, h2, p, figcaption { overflow-wrap: anywhere; }
-#grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(220px, 100%), 1fr)); gap: 14px; }
+#grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(190px, 45%), 1fr)); gap: 14px; }
 #grid figure { margin: 0; } #grid video { width: 100%; display: block; background: #eee; }
 #grid video.small { image-rendering: pixelated; }
 figcaption { font-size: .85em; color: #565a63; padding-top: .3em; }
 table { border-collapse: collapse; font-size: .85em; display: block; overflow-x: auto; }
 td, th { padding: .25em .8em .25em 0; text-align: left; white-space: nowrap; vertical-align: top; }
 td, th { border-bottom: 1px solid #e3e5e9; }
+td:first-child, th:first-child { position: sticky; left: 0; background: #fff; }
 .difference { color: #8b909b; } .differs .difference { color: #b3390e; font-weight: 600; }
 .plot { margin: 1.5em 0; overflow-x: auto; } .plot img { max-width: 100%; }
 #missing { color: #b3390e; } #missing:empty { display: none; }

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.paths import REPOSITORY, expand
+from engine.paths import REPOSITORY
 from evaluation.study.claims import (
     CLAIMS,
     Answer,
@@ -151,20 +151,20 @@ def _made_with(settings: dict[str, Any]) -> str:
     )
 
 
-def report_command(report: Report | None, *, runs: str, kept: str) -> str:
+def report_command(report: Report | None, *, runs: Path, kept: Path) -> str:
     """The command that reports on two of the methods from the measures that the tables stand on, but for its --methods."""
     if report is None:
         return ""
     device, seeds = report["comparison"]["settings"]["device"], {each["seed"] for each in report["videos"]}
     return (
         f"python launch/compare.py --model.device {device} --prompt_file {PROMPTS} --num_seeds {len(seeds)} "
-        f"--measures {_shown(Path(kept) / 'videos.jsonl')} --out {_shown(Path(runs))} --report_only --report runs/claim"
+        f"--measures {_shown(kept / 'videos.jsonl')} --out {_shown(runs)} --report_only --report runs/claim"
     )
 
 
 def _shown(path: Path) -> str:
     """A path as a command in the repository's folder names it."""
-    full = expand(str(path)).absolute()
+    full = path.absolute()
     return str(full.relative_to(REPOSITORY) if full.is_relative_to(REPOSITORY) else full)
 
 

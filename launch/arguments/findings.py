@@ -1,38 +1,69 @@
 """Command line of findings.py."""
 
-from jsonargparse import ArgumentParser, Namespace
+from dataclasses import dataclass
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
 
 from engine.errors import UserError
-from engine.paths import REPOSITORY, expand
 from launch.cli.parser import Keys, arrange, make_parser, parse
+from launch.study import PLACES, Study, read_study
 
-USAGE = "findings.py [--runs FOLDER] [--kept FOLDER] [--page FILE] [--overwrite]"
-DESCRIPTION = "Write the page of findings from the reports that `make findings` and launch/calibrate.py left."
+STUDY = "configs/study/findings.yaml"
+USAGE = "findings.py [--study FILE] [--make PART,PART] [--SETTING VALUE ...]"
+DESCRIPTION = "Make the parts of a study, report on what is made of it, and write its page."
 
 
-def read(argv: list[str]) -> Namespace:
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """What findings.py was asked for."""
+
+    study: Study
+    make: list[str]
+    overwrite: bool
+
+    def place(self, name: str) -> Path:
+        """One of the study's places."""
+        return self.study.places[name]
+
+
+def read(argv: list[str]) -> Arguments:
     """Parse and check; UserError for a mistake."""
     parser = make_parser("findings.py", USAGE, DESCRIPTION)
     add_arguments(parser)
     given = parse(parser, arrange(argv, Keys.of(parser)))
-    for name in ("runs", "kept"):
-        if not expand(given[name]).is_dir():  # of a mistyped folder the page would have nothing, over one of everything
-            raise UserError(f"--{name} {given[name]} is no folder; name the one of `make findings`")
-    return given
+    study = read_study(given.study, {name: given[name] for name in (*PLACES, "device", "shards")})
+    names = [word.strip() for word in given.make.split(",") if word.strip()]
+    unknown = [name for name in names if name not in study.parts]
+    if unknown:
+        raise UserError(f"--make {unknown[0]} is not a part of the study: {', '.join(study.parts)}")
+    asked = Arguments(study=study, make=names, overwrite=given.overwrite)
+    if not names:
+        _check_folders(asked)
+    return asked
+
+
+def _check_folders(asked: Arguments) -> None:
+    """Raise UserError for a folder that is not there: the page of a mistyped one would replace a page with tables."""
+    reported = any(part.is_made for part in asked.study.parts.values() if part.reports)
+    for name in ("kept", "runs"):
+        place = asked.place(name)
+        if not place.is_dir() and not (name == "runs" and reported):
+            raise UserError(f"--{name} {place} is not a folder; name the one of `make findings`")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The options of the command."""
+    parser.add_argument("--study", type=str, default=STUDY, help="YAML file of the study")
     parser.add_argument(
-        "--runs", type=str, default="runs/findings", help="folder with methods/, noise/, ablation/ and steps/"
+        "--make", type=str, default="", help="parts of it to make first, with commas, such as videos,steps"
     )
-    parser.add_argument(
-        "--kept",
-        type=str,
-        default=str(REPOSITORY / "docs" / "findings"),
-        help="folder of what outlives the videos: their measures, and in analysis/ and calibration/ the reports of these",
-    )
-    parser.add_argument("--page", type=str, default=str(REPOSITORY / "docs" / "findings.md"), help="the page to write")
+    parser.add_argument("--runs", type=str, help="folder of videos and reports, instead of the study's")
+    parser.add_argument("--search", type=str, help="folder of the calibration, likewise")
+    parser.add_argument("--kept", type=str, help="folder of measures and reports that outlive the videos, likewise")
+    parser.add_argument("--page", type=str, help="the page to write, likewise")
+    parser.add_argument("--device", type=str, help="device to make videos on, likewise")
+    parser.add_argument("--shards", type=int, help="processes that share the videos of a comparison, likewise")
     parser.add_argument(
         "--overwrite", type=bool, default=False, help="replace a page that has tables of more than the reports hold"
     )

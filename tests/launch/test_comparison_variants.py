@@ -21,12 +21,14 @@ from engine.ranks.layouts import check_layout
 from evaluation.study.claims import CLAIMS
 from evaluation.study.sections import report_command
 from freespec.methods import METHODS
+from launch.arguments.findings import read as read_arguments
 from launch.arguments.prompts import read_prompts
 from launch.arguments.variants import read_variants
 from launch.calibration.plan import CalibrationPlan, Part
 from launch.calibration.space import START, draw_trials
 from launch.comparison.kept_measures import read_kept
 from launch.comparison.store import Comparison
+from launch.study import read_study
 from metrics.video import VIDEO_UNITS
 from tests.launch.test_presets import ROWS as TABLE_3
 
@@ -127,18 +129,19 @@ ROWS = {  # labels in the tables, and presets; freespec is T-GR itself
 }
 
 
-def lists_of_findings() -> tuple[str, list[list[str]]]:
-    """What `make findings` would run, and of each of its comparisons the list of methods and the option behind it."""
-    shown = subprocess.run(
-        ["make", "-n", "findings"], check=True, capture_output=True, text=True, cwd=REPOSITORY
-    ).stdout
-    return shown, [found.split() for found in re.findall(r"compare\.py .*?--methods (\S+ --\w+)", shown)]
+STUDY = read_study("configs/study/findings.yaml", {})
+
+
+def methods_of(part: str, report: str | None = None) -> str:
+    """The list of methods that a part of the study makes, or that one of its reports is on."""
+    settings = STUDY.parts[part].settings
+    return (settings if report is None else settings | STUDY.parts[part].reports[report])["methods"]
 
 
 @pytest.mark.parametrize(("name", "steps"), [("videos", "20"), ("steps", "10")])
 def test_what_the_repository_keeps_is_of_today_s_settings(tmp_path: Path, name: str, steps: str) -> None:
     """Or `make findings` of a fresh clone would refuse hours of work: settings, weights and measures must be those."""
-    variants = read(lists_of_findings()[1][0][0], f"--sampler.num_steps={steps}", "--model.device=cpu")
+    variants = read(methods_of("videos"), f"--sampler.num_steps={steps}", "--model.device=cpu")
     prompts = read_prompts(None, "configs/prompts/world-heldout-40.txt").texts
     path = REPOSITORY / f"docs/findings/{name}.jsonl"
     kept = read_kept(Comparison(folder=tmp_path, variants=variants, prompts=prompts, seeds=[0, 1], kept_file=path))
@@ -197,13 +200,10 @@ def test_what_the_repository_keeps_of_the_search_is_of_today_s_settings(tmp_path
     assert len(kept) == len((folder / f"{part}.jsonl").read_text().splitlines()) - 1 == count
 
 
-def test_make_findings_makes_six_methods_and_the_seven_rows_of_the_table() -> None:
-    """The committed command itself, as make would run it; the last row is freespec and is not made twice."""
-    shown, lists = lists_of_findings()
-    made, few, methods, same, rows, again = (read(text) for text, _ in lists)
-    options = ["--shard", "--measures", "--report_only", "--report_only", "--baseline", "--measures"]
-    assert [option for _, option in lists] == options
-    assert [variant.settings for variant in again] == [variant.settings for variant in few]
+def test_the_study_makes_six_methods_and_the_seven_rows_of_the_table() -> None:
+    """The committed study itself; the last row is freespec and is not made twice."""
+    made, few = (read(methods_of(part)) for part in ("videos", "steps"))
+    methods, same, rows = (read(methods_of("videos", report)) for report in ("methods", "noise", "ablation"))
     assert [variant.label for variant in methods] == list(METHODS)
     assert [variant.label for variant in rows] == list(ROWS)
     of_iid = [variant.label for variant in same if variant.label not in METHODS]
@@ -224,38 +224,34 @@ def test_make_findings_makes_six_methods_and_the_seven_rows_of_the_table() -> No
     (published,) = read("freespec:configs/ablation/t_gr.yaml")
     assert published.settings == by_label["freespec"].settings
     assert {claim.method for claim in CLAIMS} | {claim.other for claim in CLAIMS} == {variant.label for variant in few}
-    assert "--num_seeds 2 --measures docs/findings/videos.jsonl" in shown
     # The command of a claim on the page is a report on the same videos, if it says what the tables' own says.
     report = {"comparison": {"settings": {"device": "cpu"}}, "videos": [{"seed": 0}, {"seed": 1}, {"seed": 0}]}
-    command = report_command(report, runs=f"{REPOSITORY}/runs/findings", kept=f"{REPOSITORY}/docs/findings")
-    assert set(command.removesuffix("--report runs/claim").split()[1:]) <= {*shown.split()}
-    of_your_own = report_command(report, runs="/elsewhere/runs", kept="/elsewhere/kept")
+    command = report_command(report, runs=REPOSITORY / "runs/findings", kept=REPOSITORY / "docs/findings")
+    first = next(STUDY.reports())
+    assert set(command.removesuffix("--report runs/claim").split()[2:]) <= {*first}
+    of_your_own = report_command(report, runs=Path("/elsewhere/runs"), kept=Path("/elsewhere/kept"))
     assert "--measures /elsewhere/kept/videos.jsonl --out /elsewhere/runs " in of_your_own
-    assert (
-        "--sampler.num_steps 10 --methods direct,sliding_window,freespec --measures docs/findings/steps.jsonl" in shown
-    )
-    assert "world-heldout-40.txt" in shown
+    settings = STUDY.parts["steps"].settings
+    assert (settings["sampler.num_steps"], settings["measures"]) == ("10", "docs/findings/steps.jsonl")
+    assert STUDY.parts["videos"].settings["prompt_file"] == "configs/prompts/world-heldout-40.txt"
     assert rows[0].config.sampler.num_steps == 20
 
 
 def test_tables_and_search_of_your_own_take_nothing_from_the_repository() -> None:
     places = {"KEPT": "runs/again/kept", "TABLES": "runs/again", "SEARCH": "runs/again/search", "PAGE": "runs/again.md"}
     own = ["make", "-n", "findings", "calibrate", *(f"{name}={place}" for name, place in places.items())]
-    anew = subprocess.run(own, check=True, capture_output=True, text=True, cwd=REPOSITORY).stdout
-    assert not re.findall(r"docs/findings|runs/findings|runs/calibration", anew)
-    pages = re.findall(r"launch/findings\.py (.*)", anew)
-    assert pages == ["--runs runs/again --kept runs/again/kept --page runs/again.md"] * 2
+    shown = subprocess.run(own, check=True, capture_output=True, text=True, cwd=REPOSITORY).stdout
+    commands = [line.split()[2:] for line in shown.splitlines() if "launch/findings.py" in line]
+    assert [command[-2:] for command in commands] == [["--make", "analysis,videos,steps"], ["--make", "calibration"]]
+    study = read_arguments(commands[0]).study
+    settings = {name: part.settings for name, part in study.parts.items()}
+    assert not re.findall(r"docs/findings|runs/findings|runs/calibration", str(settings) + str(study.places))
+    assert [str(place) for place in study.places.values()] == [
+        places[name] for name in ("TABLES", "SEARCH", "KEPT", "PAGE")
+    ]
     # Nor is anything reported that was not made.
-    assert anew.count("if test -e runs/again/kept/videos.jsonl || test -e runs/again/./comparison.json; then") == 6
-    assert "cp runs/again/search/report.json runs/again/kept/calibration/report.json" in anew
-    assert "launch/analyze.py" in anew
+    assert list(study.reports()) == []
     # A search is made and judged with the steps that the tables have, and so are the spectra.
-    assert "--sampler.num_steps" not in next(line for line in anew.splitlines() if "launch/analyze.py" in line)
-    searched = subprocess.run(
-        ["make", "-n", "calibrate"], check=True, capture_output=True, text=True, cwd=REPOSITORY
-    ).stdout
-    assert "--model.device cpu --num_trials 12 --rounds 4,8 --num_judge_seeds 1" in searched
-    assert "--measures docs/findings/calibration" in searched
-    # The page is of all reports, also in a clone that has the kept measures alone.
-    assert "--measures docs/findings/videos.jsonl --out runs/findings" in searched
-    assert "--search_num_steps" not in searched
+    assert not {"sampler.num_steps", "search_num_steps"} & {*settings["analysis"], *settings["calibration"]}
+    trials = {name: settings["calibration"][name] for name in ("num_trials", "rounds", "num_judge_seeds")}
+    assert trials == {"num_trials": "12", "rounds": "4,8", "num_judge_seeds": "1"}

@@ -449,7 +449,7 @@ def test_a_folder_that_is_mistyped_does_not_empty_the_page(run: Callable[..., Ru
     for flag in ("runs", "kept"):
         mistyped = words | {flag: tmp_path / "typo"}
         shown = run(findings.main, *(f"--{key}={value}" for key, value in mistyped.items()))
-        assert shown.error == f"--{flag} {tmp_path / 'typo'} is no folder; name the one of `make findings`"
+        assert shown.error == f"--{flag} {tmp_path / 'typo'} is not a folder; name the one of `make findings`"
     assert page.read_text() == "hours of work"
 
 

@@ -11,8 +11,10 @@ import pytest
 
 from engine.files.locks import locked
 from engine.files.whole import part_path
+from evaluation.study import report
 from launch.commands import compare
-from launch.comparison import kept_measures, report
+from launch.comparison import kept_measures
+from launch.comparison import report as comparison_report
 from tests.launch.conftest import Run
 from tests.launch.forked import run_forked
 from tests.launch.test_compare import References, words
@@ -182,7 +184,7 @@ def test_two_that_add_to_one_file_wait_for_each_other(
 ) -> None:
     """They hold a lock beside the file, not in the folder of the videos, of which each may have its own."""
     added: list[Any] = []
-    monkeypatch.setattr(report, "add_kept", lambda *arguments: added.extend(arguments))
+    monkeypatch.setattr(comparison_report, "add_kept", lambda *arguments: added.extend(arguments))
     (tmp_path / "kept").mkdir()
     assert compare_in(num_seeds=1, methods="direct").code == 0
     path = tmp_path / "kept/videos.jsonl"
@@ -208,7 +210,7 @@ def test_what_was_read_is_not_written_back_over_what_another_has_measured_meanwh
         path.write_text(newer)
         kept_measures.add_kept(*arguments)
 
-    monkeypatch.setattr(report, "add_kept", meanwhile)
+    monkeypatch.setattr(comparison_report, "add_kept", meanwhile)
     assert compare_in(out="other", num_seeds=1, methods="direct").code == 0  # its video is kept, and not there
     assert path.read_text() == newer
     assert compare_in(num_seeds=1, methods="direct").code == 0  # the control: here it is there, and is measured

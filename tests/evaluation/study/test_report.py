@@ -241,7 +241,7 @@ def test_the_page_fits_a_telephone() -> None:
     style = page.partition("<style>")[2].partition("</style>")[0]
     widths = re.findall(r"(?:max|min)-width: ([^;]+);", style.partition("@media")[0])
     assert sorted(widths) == ["100%", "1400px", "60em", "min(12em, 100%)", "min(40em, 100%)"]
-    assert "minmax(min(220px, 100%), 1fr)" in style
+    assert "minmax(min(190px, 45%), 1fr)" in style
     assert all(
         "overflow-x: auto" in re.findall(rf"^{name} {{.*}}$", style, re.M | re.S)[0] for name in ("table", ".plot")
     )

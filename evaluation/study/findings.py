@@ -1,0 +1,121 @@
+"""The page of findings: sections from the reports of a study, without a number that was typed by hand."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from engine.errors import UserError
+from engine.files.tables import emptier
+from engine.files.whole import atomic_path, describe_error, write_text
+from evaluation.study import sections
+from evaluation.study.markdown import Report
+
+INTRO = """# Findings on the embedded model
+
+Written by `python launch/findings.py` from the reports of
+
+    make findings       # all six methods, also from the same noise, and the seven ablation rows on held-out prompts; spectra of 20 of them
+    make calibrate      # the search for FreeSpec's open settings
+
+do not edit. The measures of every video are in [{kept}]({kept}), and what they have is not made again;
+[compare.md](compare.md#the-full-tables) says how to make all of it anew, and what that costs. Every interval is a 95 % bootstrap interval over prompts, every difference is paired by prompt, and
+`prompts with that sign` are those whose own difference has the sign of the mean: few of them, and the mean is that of some prompts;
+[compare.md](compare.md#how-to-read-the-numbers) says what each measure is and where it fails. The embedded model is small and its world is
+simple: what holds here need not hold on Wan2.1, and the other way round.
+"""
+
+
+def write_findings(
+    page: Path,
+    reports: Mapping[str, Report | None],
+    *,
+    runs: Path,
+    kept: Path,
+    score_parts: Mapping[str, str],
+    transfer: str,
+    overwrite: bool,
+) -> None:
+    """Write the page, and copy the plots that it shows; `Not measured yet` stands for a report that is None.
+
+    UserError if a file cannot be written, or, unless `overwrite`, if the page would lose tables.
+
+    Args:
+        page: the Markdown file.
+        reports: report.json by name.
+        runs: folder of the comparisons' reports.
+        kept: folder of the measures and of the analysis.
+        score_parts: what each part of the calibration's score is.
+        transfer: the last section.
+        overwrite: whether a page may lose tables.
+    """
+    plots = {"methods": runs / "methods/plots/clips.png", "analysis": kept / "analysis/rank-progress.png"}
+    plots = {name: plot for name, plot in plots.items() if reports[name] is not None and plot.is_file()}
+    figures = {name: _address(plots[name], page) if name in plots else None for name in ("methods", "analysis")}
+    text = "\n".join(
+        [
+            INTRO.format(kept=os.path.relpath(kept.resolve(), page.resolve().parent)),
+            *_so_far(reports),
+            sections.concentration(reports["analysis"], figures["analysis"]),
+            sections.low_rank(reports["analysis"]),
+            *sections.claims(reports["methods"], sections.report_command(reports["methods"], runs=runs, kept=kept)),
+            sections.method_tables("All six methods", reports["methods"], figures["methods"]),
+            sections.same_noise(reports["methods"], reports["noise"]),
+            sections.method_tables(
+                "The ablation: rows of the paper's Table 3 (`freespec` is LB + RA + TA + T-GR)", reports["ablation"]
+            ),
+            sections.step_count(reports["methods"], reports["steps"]),
+            sections.calibration(reports["calibration"], score_parts),
+            transfer,
+            "",
+        ]
+    )
+    try:
+        if page.is_file() and not overwrite:
+            _refuse_emptier(page, text)
+        for name, plot in plots.items():
+            _copy(plot, page.parent / str(figures[name]))
+        write_text(page, text)
+    except OSError as error:
+        raise UserError(describe_error(error, page)) from error
+
+
+def _so_far(reports: Mapping[str, Report | None]) -> list[str]:
+    """A sentence on what is not made yet, so that nobody takes half of a table for the whole; none if all is there."""
+    parts = []
+    for name, report in reports.items():
+        if report is not None and "pairs" in report and report["pairs"]["made"] < report["pairs"]["asked"]:
+            parts.append("`{}` stands on {made} of {asked} pairs of prompt and seed".format(name, **report["pairs"]))
+    missing = [f"`{name}`" for name, report in reports.items() if report is None]
+    if missing:
+        parts.append(f"nothing is measured of {', '.join(missing)}")
+    return [f"**Not all is measured yet**: {'; '.join(parts)}.\n"] if parts else []
+
+
+def _refuse_emptier(page: Path, text: str) -> None:
+    """Raise UserError if the page that is there has tables, or videos in them, that the new text lacks."""
+    lost = emptier(page.read_text(encoding="utf-8", errors="replace"), text)
+    if lost:
+        more = f" and {len(lost) - 1} more sections" if len(lost) > 1 else ""
+        raise UserError(
+            f"{page} has tables of more than these reports hold ({lost[0]!r}{more}), and stays as it is; choose another --page, or add "
+            "--overwrite (`make findings-page` makes the reports of what is kept in docs/findings)"
+        )
+
+
+def _address(plot: Path, page: Path) -> str:
+    """The address of a plot from the page, beside which it is copied unless it lies in a folder there."""
+    if plot.resolve().is_relative_to(page.parent.resolve()):
+        return plot.resolve().relative_to(page.parent.resolve()).as_posix()
+    return f"figures/findings-{plot.name}"
+
+
+def _copy(plot: Path, copied: Path) -> None:
+    if plot.resolve() == copied.resolve():
+        return
+    try:
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(copied) as part:
+            shutil.copyfile(plot, part)
+    except OSError as error:
+        raise UserError(f"cannot copy {plot} to {copied.parent}: {error.strerror or error}") from error

@@ -1,0 +1,164 @@
+"""A study: a YAML file of comparisons, an analysis and a calibration, made by the commands and reported on one page."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.errors import UserError
+from engine.files.trees import Shape, lacking, read_yaml
+from engine.files.whole import atomic_path
+from engine.paths import REPOSITORY, expand, find_file
+
+PLACES = ("runs", "search", "kept", "page")
+_STUDY: Shape = {**dict.fromkeys((*PLACES, "device"), str), "shards": int, "make": dict}
+_PART: Shape = {"command": str, "settings.out": str}
+_OPTIONAL: Shape = {"reports": dict, "keep": list, "once": bool}
+_COMMANDS = ("analyze", "calibrate", "compare")
+
+# glibc returns large temporaries to the system at every free and asks for them again, which costs some 5 % of a CPU run; 32 MiB is the
+# most that older versions take. Other C libraries do not read the two.
+_ONE_CORE = {
+    "OMP_NUM_THREADS": "1",
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": "2000000000",
+}
+
+
+class PartFailedError(UserError):
+    """A command of the study failed and said why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One command of a study.
+
+    Attributes:
+        name: name in the file.
+        command: `compare`, `analyze` or `calibrate`.
+        settings: its options, as words of a command line.
+        reports: for each report on some of its videos, the options that replace those of `settings`.
+        keep: files of its folder that are copied to `kept`/NAME.
+        once: whether it is left as it is if all of `keep` are there.
+    """
+
+    name: str
+    command: str
+    settings: Mapping[str, str]
+    reports: Mapping[str, Mapping[str, str]]
+    keep: Sequence[str]
+    once: bool
+
+    @property
+    def is_made(self) -> bool:
+        """Whether there is something to report on: measures that are kept, or a comparison's folder."""
+        files = [self.settings.get("measures"), f"{self.settings['out']}/comparison.json"]
+        return any(expand(file).exists() for file in files if file is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """The parts of a study by name, and where they keep what they make."""
+
+    places: Mapping[str, Path]
+    shards: int
+    parts: Mapping[str, Part]
+
+    def make(self, names: Sequence[str]) -> None:
+        """Run these parts, each going on from what is kept or made of it; PartFailedError if one fails."""
+        for part in (self.parts[name] for name in names):
+            kept = [self.places["kept"] / part.name / file for file in part.keep]
+            if part.once and all(path.exists() for path in kept):
+                continue
+            shards = [["--shard", f"{shard}/{self.shards}"] for shard in range(1, self.shards + 1)]
+            _run(part, shards if part.command == "compare" else [[]])
+            for path in kept:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with atomic_path(path) as file_there:
+                    shutil.copyfile(expand(part.settings["out"]) / path.name, file_there)
+
+    def reports(self) -> Iterator[list[str]]:
+        """The command line of compare.py for each report on what is made."""
+        for part in self.parts.values():
+            for name, changed in part.reports.items() if part.is_made else ():
+                settings = {**part.settings, **changed, "report": str(self.places["runs"] / name)}
+                yield [*words(settings), "--report_only", "--report_if_any"]
+
+
+def read_study(path: str, own: Mapping[str, Any]) -> Study:
+    """The study of a YAML file, with places, device and shards of `own` where they are not None; UserError for a mistake."""
+    file = find_file(path)
+    tree = read_yaml(file, name=f"--study {path}", remedy="configs/study/findings.yaml is an example")
+    tree |= {key: value for key, value in own.items() if value is not None}
+    if (wrong := lacking(tree, _STUDY)) is not None:
+        raise UserError(f"--study {path} is no study ({wrong}); configs/study/findings.yaml is an example")
+    if tree["shards"] < 1:
+        raise UserError(f"shards must be 1 or more, got {tree['shards']}")
+    places = {name: _there(tree[name]) for name in PLACES}
+    parts = {name: _part(path, name, part, places, tree["device"]) for name, part in tree["make"].items()}
+    return Study(places=places, shards=tree["shards"], parts=parts)
+
+
+def words(settings: Mapping[str, str]) -> list[str]:
+    """Settings as a command line."""
+    return [word for key, value in settings.items() for word in (f"--{key}", value)]
+
+
+def _there(place: str) -> Path:
+    """A place from the working directory, or that of the checkout if it is only there."""
+    own, shipped = expand(place), REPOSITORY / place
+    return shipped if shipped.exists() and not own.exists() else own
+
+
+def _part(path: str, name: str, tree: Any, places: Mapping[str, Path], device: str) -> Part:
+    known = {"command", "settings", *_OPTIONAL}
+    wrong = lacking(tree, _PART) or lacking(tree, {key: _OPTIONAL[key] for key in _OPTIONAL.keys() & tree.keys()})
+    if wrong is None and tree["command"] not in _COMMANDS:
+        wrong = f"command is {tree['command']}, not one of {', '.join(_COMMANDS)}"
+    if wrong is None and (unknown := sorted(tree.keys() - known)):
+        wrong = f"unknown key {unknown[0]}"
+    if wrong is not None:
+        raise UserError(f"--study {path}, {name}: {wrong}; configs/study/findings.yaml is an example")
+    return Part(
+        name=name,
+        command=tree["command"],
+        settings={"model.device": device, **_as_words(tree["settings"], places)},
+        reports={report: _as_words(changed, places) for report, changed in tree.get("reports", {}).items()},
+        keep=tree.get("keep", []),
+        once=tree.get("once", False),
+    )
+
+
+def _as_words(settings: Mapping[str, Any], places: Mapping[str, Path]) -> dict[str, str]:
+    """Values as words: lists, which may hold lists, with commas; `{kept}` stands for a place."""
+
+    def word(value: Any) -> str:
+        if isinstance(value, list):
+            return ",".join(map(word, value))
+        text = str(value)
+        for name, place in places.items():
+            text = text.replace(f"{{{name}}}", str(place))
+        return text
+
+    return {key: word(value) for key, value in settings.items()}
+
+
+def _run(part: Part, shares: Sequence[Sequence[str]]) -> None:
+    """Run the command once for each of `shares`, at the same time, and wait for all; PartFailedError if one fails."""
+    command = [sys.executable, str(REPOSITORY / "launch" / f"{part.command}.py"), *words(part.settings)]
+    running = [subprocess.Popen([*command, *share], env=os.environ | _ONE_CORE) for share in shares]
+    try:
+        codes = [process.wait() for process in running]
+    except BaseException:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+        raise
+    if any(codes):
+        failed = sum(map(bool, codes))
+        raise PartFailedError(f"{part.name}: {failed} of {len(codes)} processes of {part.command}.py failed, see above")

@@ -1,0 +1,105 @@
+"""A study's file: places, lists and parts, what is made again, and every mistake in one line."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from engine.errors import UserError
+from launch import study as study_module
+from launch.study import PartFailedError, read_study
+
+
+def study_of(tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    """A study of one comparison and one analysis in a folder."""
+    places = {name: str(tmp_path / name) for name in ("runs", "search", "kept", "page")}
+    parts = {
+        "videos": {
+            "command": "compare",
+            "settings": {"methods": ["a", ["b", "c"]], "measures": "{kept}/videos.jsonl", "out": "{runs}"},
+            "reports": {"all": {}, "some": {"methods": ["a"]}},
+        },
+        "spectra": {"command": "analyze", "settings": {"out": "{runs}/a"}, "keep": ["plot.png"], "once": True},
+    }
+    return places | {"device": "cpu", "shards": 3, "make": parts} | changes
+
+
+def read(tmp_path: Path, tree: dict[str, Any], **own: Any) -> study_module.Study:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(tree, sort_keys=False))
+    return read_study(str(file), own)
+
+
+def test_reports_are_on_what_is_kept_or_made(tmp_path: Path) -> None:
+    study = read(tmp_path, study_of(tmp_path), device="cuda", runs=str(tmp_path / "own"))
+    assert list(study.reports()) == []
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/videos.jsonl").write_text("")
+    first, second = study.reports()
+    asked = ["--model.device", "cuda", "--methods", "a,b,c", "--measures", f"{tmp_path}/kept/videos.jsonl"]
+    asked += ["--out", f"{tmp_path}/own"]
+    assert first == [*asked, "--report", f"{tmp_path}/own/all", "--report_only", "--report_if_any"]
+    assert second[second.index("--methods") + 1] == "a"
+    assert second[second.index("--report") + 1] == f"{tmp_path}/own/some"
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout whose commands write down their arguments and a plot; `compare.py` fails on its second shard if told to."""
+    (tmp_path / "launch").mkdir()
+    script = (
+        "import json, pathlib, sys\n"
+        f"log = pathlib.Path({str(tmp_path / 'log')!r})\n"
+        "log.mkdir(exist_ok=True)\n"
+        "(log / f'{len(sys.argv)}-{sys.argv[-1].replace(chr(47), chr(45))[-20:]}.json').write_text(json.dumps(sys.argv[1:]))\n"
+        "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
+        "out.mkdir(parents=True, exist_ok=True)\n"
+        "(out / 'plot.png').write_text('a plot')\n"
+        f"sys.exit(3 if sys.argv[-1] == '2/3' and pathlib.Path({str(tmp_path / 'fail')!r}).exists() else 0)\n"
+    )
+    for name in ("compare", "analyze"):
+        (tmp_path / f"launch/{name}.py").write_text(script)
+    monkeypatch.setattr(study_module, "REPOSITORY", tmp_path)
+    return tmp_path / "log"
+
+
+def test_a_comparison_is_made_in_shards_and_an_analysis_once(tmp_path: Path, commands: Path) -> None:
+    study = read(tmp_path, study_of(tmp_path))
+    study.make(["spectra", "videos"])
+    made = [json.loads(path.read_text()) for path in commands.iterdir()]
+    assert sorted(words[-1] for words in made if "--shard" in words) == ["1/3", "2/3", "3/3"]
+    assert len(made) == 4
+    assert (tmp_path / "kept/spectra/plot.png").read_text() == "a plot"
+    for path in commands.iterdir():
+        path.unlink()
+    study.make(["spectra"])
+    assert list(commands.iterdir()) == []
+
+
+def test_a_shard_that_fails_is_told(tmp_path: Path, commands: Path) -> None:
+    (tmp_path / "fail").touch()
+    with pytest.raises(PartFailedError, match=r"videos: 1 of 3 processes of compare.py failed, see above"):
+        read(tmp_path, study_of(tmp_path)).make(["videos"])
+    assert len(list(commands.iterdir())) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"make": 3}, r"is no study \(make is 3\)"),
+        ({"kept": None}, r"is no study \(kept is None\)"),
+        ({"shards": 0}, "shards must be 1 or more, got 0"),
+        ({"make": {"a": {"command": "compare", "settings": {}}}}, "a: it has no settings.out"),
+        (
+            {"make": {"a": {"command": "rm", "settings": {"out": "x"}}}},
+            "a: command is rm, not one of analyze, calibrate",
+        ),
+        ({"make": {"a": {"command": "compare", "settings": {"out": "x"}, "twice": 1}}}, "a: unknown key twice"),
+        ({"make": {"a": {"command": "compare", "settings": {"out": "x"}, "keep": 1}}}, "a: keep is 1"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path: Path, changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        read(tmp_path, study_of(tmp_path, **changes))
