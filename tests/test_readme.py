@@ -167,7 +167,7 @@ def test_targets_and_extras_exist(command: str) -> None:
     program, *words = shlex.split(command)
     if program == "make":
         targets = {word for line in re.findall(r"^([\w -]+):", read(ROOT / "Makefile"), re.M) for word in line.split()}
-        variables = set(re.findall(r"^([A-Z_]+) *\??:?=", read(ROOT / "Makefile"), re.M))
+        variables = set(re.findall(r"\$\(([A-Z_]+)\)", read(ROOT / "Makefile")))  # those that it reads
         assert [
             word for word in words if word not in targets and word.partition("=")[0] not in variables and word != "..."
         ] == []
