@@ -7,7 +7,7 @@ from launch.commands import compare
 from launch.comparison.kept_reports import TABLES, read_report, refuse_mixed
 from launch.comparison.transfer import transfer_section
 from launch.outputs import claim_outputs
-from launch.stopping import Stopped
+from launch.process.stopping import Stopped
 
 
 def main(argv: list[str]) -> None:
