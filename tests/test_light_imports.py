@@ -27,6 +27,14 @@ def test_settings_need_no_torch(module: str) -> None:
     assert loaded_by(f"import {module}") == []
 
 
+@pytest.mark.parametrize(
+    "module",
+    ["evaluation", "evaluation.report", "evaluation.measure", "evaluation.study.findings", "evaluation.vbench.run"],
+)
+def test_evaluation_needs_no_model(module: str) -> None:
+    assert not {"torch", "diffusers", "transformers"} & {*loaded_by(f"import {module}")}
+
+
 def test_torch_would_be_seen() -> None:
     assert "torch" in loaded_by("from engine import apply_method")
 

@@ -10,10 +10,11 @@ from engine.files.tables import emptier
 from engine.files.whole import atomic_path, describe_error, write_text
 from evaluation.study import sections
 from evaluation.study.markdown import Report
+from evaluation.study.overview import can_tell, draw_parts, overview
 
-INTRO = """# Findings on the embedded model
-
-Written by `python launch/findings.py` from the reports of
+_PICTURE = "figures/findings-parts.png"
+TITLE = "# Findings on the embedded model\n"
+INTRO = """Written by `python launch/findings.py` from the reports of
 
     make findings       # all six methods, also from the same noise, and the seven ablation rows on held-out prompts; spectra of 20 of them
     make calibrate      # the search for FreeSpec's open settings
@@ -52,8 +53,11 @@ def write_findings(
     plots = {"methods": runs / "methods/plots/clips.png", "analysis": kept / "analysis/rank-progress.png"}
     plots = {name: plot for name, plot in plots.items() if reports[name] is not None and plot.is_file()}
     figures = {name: _address(plots[name], page) if name in plots else None for name in ("methods", "analysis")}
+    short = can_tell(reports)
     text = "\n".join(
         [
+            TITLE,
+            *([overview(reports, _PICTURE)] if short else []),
             INTRO.format(kept=os.path.relpath(kept.resolve(), page.resolve().parent)),
             *_so_far(reports),
             sections.concentration(reports["analysis"], figures["analysis"]),
@@ -75,6 +79,8 @@ def write_findings(
             _refuse_emptier(page, text)
         for name, plot in plots.items():
             _copy(plot, page.parent / str(figures[name]))
+        if short:
+            draw_parts(reports, page.parent / _PICTURE.removesuffix(".png"))
         write_text(page, text)
     except OSError as error:
         raise UserError(describe_error(error, page)) from error

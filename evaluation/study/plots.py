@@ -23,11 +23,11 @@ def colour_of(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 
 
-def save_figure(figure: Figure, stem: Path) -> list[Path]:
-    """Write a figure as STEM.png and STEM.svg, each whole or not at all; returns both."""
+def save_figure(figure: Figure, stem: Path, *, kinds: Sequence[str] = ("png", "svg")) -> list[Path]:
+    """Write a figure as STEM.png and STEM.svg, or as `kinds` say, each whole or not at all; return the files."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     paths = []
-    for kind in ("png", "svg"):
+    for kind in kinds:
         path = stem.with_name(f"{stem.name}.{kind}")
         with atomic_path(path) as part:
             # No date in the file: the same numbers give the same bytes.

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,11 @@ def as_json(estimate: Estimate | None) -> dict[str, Any] | None:
     if estimate is None:
         return None
     return {key: None if math.isnan(value) else value for key, value in dataclasses.asdict(estimate).items()}
+
+
+def from_json(tree: Mapping[str, Any]) -> Estimate:
+    """An estimate of `as_json`."""
+    return Estimate(**{key: math.nan if value is None else value for key, value in tree.items()})
 
 
 def _by_prompt(measured: Sequence[Measured], label: str, metrics: Sequence[str]) -> np.ndarray:

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from engine.files import claims
+from evaluation.study import overview
 from evaluation.study.claims import CLAIMS, Claim, answers, changes, noise_effects, not_made, read
+from evaluation.study.overview import can_tell
 from freespec.methods import METHODS
 from launch.commands import findings
 from launch.comparison.measure import units
@@ -486,3 +488,26 @@ def test_a_page_is_written_by_one_run_at_a_time(run: Callable[..., Run], tmp_pat
     assert not page.exists()
     assert run(*command).code == 0
     assert page.exists()
+
+
+def test_the_page_begins_with_what_the_rows_of_the_ablation_say(write: Callable[..., str], tmp_path: Path) -> None:
+    """Means, marks and readings are those of the tables below; without one of its rows the section is left out."""
+    labels = {"methods": ("direct", "sliding_window", "freespec"), "ablation": (*overview.ROWS, "freespec")}
+    reports = {}
+    for name, of in labels.items():
+        made = report_of({metric: dict.fromkeys(of, 1.0) for metric in overview.METRICS}, of)
+        for place, row in enumerate(made["summary"]):
+            value = float(place)
+            row["mean"] = {"mean": value, "low": value, "high": value, "count": 8}
+            row |= {"difference": row["mean"] | {"mean": -value}, "differs": row["label"] == "RA+TA"}
+        reports[name] = made
+    page = write(**reports)
+    assert page.startswith(
+        "# Findings on the embedded model\n\n**In short**, on 16 videos of each method (129 frames, 20 steps;"
+    )
+    assert "| RA+TA: and weights by rank and time | **2 [2, 2]** | **7 [7, 7]** | **12 [12, 12]** |" in page
+    assert "(GB to LB-fixed): `speed_error` 0 to 1, `repetition` 5 to 6," in page
+    assert "without it less `speed_error` and `repetition` and `motion_as_captioned` and `rgb_drift`." in page
+    assert "FreeSpec**, against `direct`: not decided: `speed_error`" in page
+    assert (tmp_path / "docs/figures/findings-parts.png").is_file()
+    assert not can_tell({**reports, "ablation": None})
