@@ -1,4 +1,4 @@
-"""Devices and number formats by the names of settings, and waiting for a GPU without keeping signals from Python."""
+"""Devices and dtypes by the names of settings, and waiting for a GPU without blocking signals."""
 
 import time
 
@@ -26,10 +26,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def wait_for(device: torch.device) -> None:
-    """Return once the device has done what is queued on its current stream; at once for a CPU.
+    """Return once the device has finished the work on its current stream; at once for a CPU.
 
-    `torch.cuda.synchronize` waits in C, where Ctrl-C and SIGTERM are heard only when it returns: after a step of minutes. Here
-    Python looks at an event again and again, and a signal is handled between two looks.
+    `torch.cuda.synchronize` waits in C, where Ctrl-C and SIGTERM are handled only when it returns, after a step of minutes.
+    This polls an event from Python, which handles signals between two polls.
     """
     if device.type != "cuda":
         return

@@ -1,4 +1,4 @@
-"""The engine: one loaded model that makes videos from prompts, in stages that can be stopped and continued."""
+"""The engine: a loaded model that makes videos from prompts, in stages that can be stopped and continued."""
 
 import contextlib
 import socket
@@ -49,7 +49,7 @@ from parallel.mesh import SeqMesh
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """A finished video: latents [1, z, F, h, w] fp32, frames uint8 [T, H, W, 3] (none but on rank 0), and the record."""
+    """A finished video: latents [1, z, F, h, w] fp32, frames uint8 [T, H, W, 3] (on rank 0 only), and the record."""
 
     latents: Tensor
     frames: np.ndarray
@@ -57,20 +57,20 @@ class Result:
 
 
 class LongVideoEngine:
-    """A model from a configuration, ready to make videos; the method is on the pipeline as long as the engine lives."""
+    """A loaded model with a method, ready to make videos; `close` removes the method from the pipeline."""
 
     def __init__(self, config: RunConfig, ranks: Ranks | None = None) -> None:
         """Load the checkpoint of `config`; with `ranks`, every rank makes its engine from the same configuration.
 
-        Raises UserError, on all ranks together, for whatever the user can mend, before weights are read if the
-        configuration alone shows it.
+        Raises UserError, on all ranks together, for mistakes of the user, and before weights are read for those that the
+        configuration alone reveals.
         """
         self.config = config
         self.device = pick_device(config.model.device)
         self._alone = ranks is None
         self.ranks = ranks or Ranks(mesh=GROUP_OF_ONE.acquire(), why="one process", nodes=(socket.gethostname(),))
         if self.is_first:
-            running_revision()  # now, for every record to come
+            running_revision()  # now, as the commit may change before the first record
         started = time.perf_counter()
         try:
             with self.progress("load", total=1) as bar:
@@ -102,9 +102,9 @@ class LongVideoEngine:
         self.load_seconds = time.perf_counter() - started
 
     def use_method(self, method: MethodConfig, output: OutputConfig | None = None) -> None:
-        """Take the method off the loaded model and put another one on; `output` is where its video goes, if elsewhere.
+        """Replace the method on the loaded model; `output` replaces the settings of its files, if given.
 
-        Raises UserError, and keeps the method, for one that these ranks cannot run.
+        Raises UserError, and keeps the current method, for one that these ranks cannot run.
         """
         check_layout(method.name, method.method, self.ranks.degrees)
         config = replace(self.config, method=method, output=output or self.config.output)
@@ -114,7 +114,7 @@ class LongVideoEngine:
 
     @property
     def adapter(self) -> ModelAdapter:
-        """What the engine knows of the loaded model."""
+        """The adapter of the loaded model."""
         return adapter_of(self.pipe)
 
     @property
@@ -133,18 +133,18 @@ class LongVideoEngine:
         return self.mesh.world.rank == 0
 
     def progress(self, stage: str, *, total: int, initial: int = 0) -> tqdm:
-        """A bar of a stage, on rank 0 and where `output.progress` asks for it."""
+        """Open the progress bar of a stage, on rank 0 and if `output.progress` shows it."""
         show = self.is_first and enabled(self.config.output.progress)
         return progress_bar(total=total, initial=initial, desc=stage, enabled=show)
 
     @property
     def loaded(self) -> dict[str, Any]:
-        """What was loaded, for the record: checkpoint, revision, commit or SHA-256 (on rank 0), dtypes and parameter counts."""
+        """The entry of the record about the model: checkpoint, revision, commit or SHA-256 (on rank 0), dtypes and parameter counts."""
         return describe_loaded(self.config.model, self.pipe, self._weights, self.device)
 
     @property
     def layout(self) -> dict[str, Any]:
-        """How the ranks share the video, for the record."""
+        """The entry of the record about the ranks."""
         config = self.config.parallel
         return self.ranks.described(local_route=config.local_route, provider=config.provider)
 
@@ -169,7 +169,7 @@ class LongVideoEngine:
         self.close()
 
     def close(self) -> None:
-        """Take the method off the pipeline again."""
+        """Remove the method from the pipeline."""
         self.handle.remove()
         self._release_group()
 
@@ -179,7 +179,7 @@ class LongVideoEngine:
             self._alone = False
 
     @torch.no_grad()
-    def denoise(  # noqa: PLR0913 - all that one video is made of
+    def denoise(  # noqa: PLR0913 - the inputs of one video
         self,
         prompt: str,
         *,
@@ -192,13 +192,13 @@ class LongVideoEngine:
         trace: SpectralTrace | None = None,
         on_step: Callable[[int, int], None] | None = None,
     ) -> Denoised:
-        """Latents of one video. What is None is taken from the configuration.
+        """Make the latents of one video. Arguments that are None are taken from the configuration.
 
-        With `checkpoint`, a run that is interrupted or fails leaves its state there, and the same run continues from
-        it; the file of another run is a UserError. Remove it once the latents are kept. With `checkpoint_every` the state
-        is also written after every so many steps and after the last, for processes that may end without a word. A step
-        whose latents are not finite is a UserError, on all ranks together, and leaves no state.
-        `on_step(finished, total)` is called after each step. `given` are frames of the video that are there already.
+        With `checkpoint`, an interrupted or failed run saves its state there, and the same run continues from it; the file
+        of another run is a UserError. Delete it once the latents are saved. `checkpoint_every` also saves the state after
+        every so many steps and after the last, for processes that may be killed. Latents that are not finite raise UserError,
+        on all ranks together, and save no state. `on_step(finished, total)` is called after each step. `given` are given
+        frames of the video.
         """
         if trace is not None and self.ranks.hybrid is not None:
             raise UserError("parallel.provider xfuser hands out no branches to trace")
@@ -270,10 +270,9 @@ class LongVideoEngine:
         )
 
     def decode(self, latents: Tensor, *, seed: int | None = None) -> Iterator[np.ndarray]:
-        """Frames of latents [1, z, F, h, w], uint8 [t, H, W, 3] at a time, on rank 0; for Wan t = 1, then 4 per latent frame.
+        """Decode latents [1, z, F, h, w] to frames, uint8 [t, H, W, 3] at a time, on rank 0; see `VideoDecoder.decode`.
 
-        Every rank calls this with the same latents and runs the iterator to its end: the others do their share, if there
-        is one, and get no frames. `decode_plan` says from the call on who decodes what. `seed` is the one of `denoise`.
+        Every rank calls this with the same latents and exhausts the iterator. `seed` is the one of `denoise`.
         """
         return self.decoder.decode(latents, seed=seed)
 
@@ -286,7 +285,7 @@ class LongVideoEngine:
         seed: int | None = None,
         trace: SpectralTrace | None = None,
     ) -> Result:
-        """One video in memory: latents, frames and the record. What is None is taken from the configuration."""
+        """Make one video in memory: latents, frames and the record. Arguments that are None are taken from the configuration."""
         denoised = self.denoise(prompt, negative_prompt=negative_prompt, num_frames=num_frames, seed=seed, trace=trace)
         started = time.perf_counter()
         none = np.empty((0, self.config.video.height, self.config.video.width, 3), np.uint8)
@@ -310,12 +309,12 @@ class LongVideoEngine:
         handle.state.checks_finite = False  # the denoising loop does, after each step
         choose_eigensolver(handle.state, self.pipe.transformer, self.device)
         if config.model.compile:
-            torch.compiler.reset()  # graphs of a method that was taken off count towards the most that a block may have
+            torch.compiler.reset()  # graphs of a removed method count towards the recompile limit of a block
             self.pipe.transformer.compile_repeated_blocks()
         return handle
 
     def _check(self) -> Checkpoint:
-        """The checkpoint, once all that the configuration can get wrong is checked."""
+        """Check the configuration against device, ranks and checkpoint; returns the checkpoint."""
         config, video = self.config, self.config.video
         check_kernels(config, self.device, pick_dtype(config.model.dtype, self.device))
         check_ranks(config, self.ranks)
@@ -326,27 +325,27 @@ class LongVideoEngine:
         return checkpoint
 
     def _load(self) -> DiffusionPipeline:
-        """The pipeline; the text encoder on rank 0 only, unless all ranks share it."""
+        """Load the pipeline; the text encoder on rank 0 only, unless it is sharded."""
         parallel = self.config.parallel
         with_text = self.is_first or shards_text(self.config.model, parallel.text_device)
         return load_pipeline(self.config.model, with_text=with_text, text_device=parallel.text_device)
 
     def _shard(self) -> None:
-        """Leave each rank its share of the weights, where that is asked for."""
+        """Shard the weights over the ranks, with model.weights zero3."""
         model = self.config.model
         if model.weights == "zero3":
             with_text = shards_text(model, self.config.parallel.text_device)
             shard_pipeline(self.pipe, model, with_text=with_text, mesh=self.mesh, device=self.device)
 
     def _describe_weights(self) -> dict[str, Any]:
-        """Where the weights came from, on rank 0, which writes the record; now, as files may change while they are used."""
+        """Describe the weights on rank 0, which writes records; at load time, since files may change later."""
         return describe_weights(self.config.model) if self.is_first else {}
 
     def _directed(self, direction: Direction | None) -> contextlib.AbstractContextManager[object]:
-        """The pipeline with the events of a timeline, for a block."""
+        """Put the events of a timeline on the pipeline for a block."""
         events = None if direction is None else direction.events
         if self.config.model.compile and events != self._compiled_for:
-            torch.compiler.reset()  # graphs of other events count towards the most that a block may have
+            torch.compiler.reset()  # graphs of other events count towards the recompile limit of a block
         self._compiled_for = events
         if direction is None:
             return contextlib.nullcontext()
@@ -359,7 +358,7 @@ class LongVideoEngine:
         )
 
     def _set_timesteps(self, num_frames: int) -> dict[str, Any]:
-        """Give the scheduler its timesteps for a video of this length; returns what the record says of their shift."""
+        """Set the scheduler's timesteps for a video of this length; returns the entry of the record about their shift."""
         sampler, video, scheduler = self.config.sampler, self.config.video, self.pipe.scheduler
         *_, frames, rows, columns = self.spec.latent_shape(num_frames, video.height, video.width)
         tokens = shifting_tokens(
@@ -372,14 +371,14 @@ class LongVideoEngine:
         return schedule
 
     def _draw_noise(self, num_frames: int, generator: torch.Generator) -> Tensor:
-        """The first latents, on the CPU."""
+        """Draw the initial noise, on the CPU."""
         shape = self.spec.latent_shape(num_frames, self.config.video.height, self.config.video.width)
         kind, stride = self.config.noise
         window = self.config.method.window_frames * self.spec.patch[0]
         return draw_noise(shape, generator, kind, window_frames=window, stride=stride * self.spec.patch[0])
 
     def _read_known(self, shared: GivenOnRanks, seed: int) -> Known:
-        """What is given, with the run's first noise at its frames."""
+        """Encode the given frames, with the initial noise at their places."""
         known = shared.read(self.adapter, self.pipe.vae)
         noise = self._draw_noise(shared.num_frames, torch.Generator("cpu").manual_seed(seed))
         return known.with_noise(noise, self.device)

@@ -23,7 +23,7 @@ Record = dict[str, Any]
 
 
 class LatentsKept(KeyboardInterrupt):
-    """An interruption while latents were being written, which are whole now."""
+    """An interruption before decoding, raised once the latents are written."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +55,8 @@ def denoise_to_file(
 ) -> tuple[Tensor, Record]:
     """Denoise one video; every rank calls this. Returns its latents and, on rank 0, which writes them, its record so far.
 
-    `options` are those of `LongVideoEngine.denoise`. The latents are written before anything is decoded, since they are what
-    took long; `file` None keeps none.
+    `options` are those of `LongVideoEngine.denoise`. The latents, which take long, are written before anything is decoded;
+    `file` None writes none.
     """
     denoised = engine.denoise(prompt, seed=seed, **options)
     if not engine.is_first:
@@ -89,9 +89,9 @@ def decode_to_files(
 ) -> Record:
     """Decode latents and write the files of their video, on rank 0; returns the record with what decoding adds to it.
 
-    Frame rate, quality, metadata and contact sheet are those of the record's configuration, the seed is the record's. Each file
-    is whole before it has its name. Without `replace` a file that exists is left, and is an error unless it holds the
-    same bytes, which an earlier run has written then. `on_frames` gets the frames that are written, uint8 [t, H, W, 3].
+    Frame rate, quality, metadata and contact sheet follow the record's configuration, and the seed is the record's. Every file
+    is complete before it gets its name. Without `replace` an existing file is kept, and is an error unless it holds the
+    same bytes, as from an earlier run. `on_frames` gets the written frames, uint8 [t, H, W, 3].
     """
     started = time.perf_counter()
     output, fps = record["config"]["output"], record["config"]["video"]["fps"]
@@ -141,14 +141,14 @@ def share_decoding(decoder: VideoDecoder, latents: Tensor, *, seed: int) -> None
 
 
 def video_size(latents: Tensor, spec: VideoSpec, record: Mapping[str, Any]) -> tuple[int, int, int]:
-    """Frames, rows and columns of the video that is written of latents [B, z, F, h, w]."""
+    """Frames, rows and columns of the video that is written for latents [B, z, F, h, w]."""
     frames, rows, columns = latents.shape[2:]
     num_frames = spec.num_frames(frames) - _num_skipped(record)
     return num_frames, rows * spec.spatial_factor, columns * spec.spatial_factor
 
 
 def _num_skipped(record: Mapping[str, Any]) -> int:
-    """Leading frames that are not written: those of the video that was continued, if only the new ones are asked for."""
+    """Leading frames that are not written: those of the continued video, if only new ones are shown."""
     given = record.get("given")
     return given["extend"]["stop"] if given is not None and given["shows"] == "new" else 0
 

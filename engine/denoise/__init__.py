@@ -1,1 +1,1 @@
-"""From noise to latents: schedulers, the loop over their steps, and what is saved of a run."""
+"""From noise to latents: schedulers, the denoising loop, and saved latents and runs."""

@@ -42,10 +42,10 @@ class Denoised:
 def draw_noise(
     shape: tuple[int, ...], seed: int | torch.Generator, kind: Noise = "iid", *, window_frames: int = 1, stride: int = 1
 ) -> Tensor:
-    """Standard normal noise [1, z, F, h, w], fp32 on the CPU, from a CPU generator: the draw of the stock pipelines.
+    """Draw standard normal noise [1, z, F, h, w], fp32 on the CPU, from a CPU generator, as the stock pipelines do.
 
-    Another kind than `iid` relates the frames after the first `window_frames` to those (freespec.noise); what it draws to
-    do so comes from the same generator, after the noise. A generator in place of a seed goes on from where it stands.
+    Kinds other than `iid` relate the frames after the first `window_frames` to those (freespec.noise), with further draws from
+    the same generator. A generator in place of a seed continues from its state.
     """
     generator = seed if isinstance(seed, torch.Generator) else torch.Generator("cpu").manual_seed(seed)
     noise = torch.randn(shape, generator=generator, dtype=torch.float32)
@@ -68,9 +68,9 @@ def denoise(
         latents: noise, or the latents after `start_step` steps.
         scheduler: a diffusers scheduler with its timesteps set; for `start_step` > 0, in its state after that many steps.
         predict: `(latents, timestep) -> model output` of the latents' shape, guidance included.
-        generator: draws the noise of a scheduler that adds some in its steps, on the CPU, so that all ranks draw the same.
-        start_step: index of the first step that is still to do.
-        known: frames that are put in before each step, at its noise, and after the last.
+        generator: draws the noise that a scheduler adds in its steps, on the CPU, so that all ranks draw the same.
+        start_step: index of the first step to do.
+        known: frames that are inserted before each step, at its noise level, and after the last.
         after_step: called with the number of finished steps and the latents.
     """
     noise = step_noise(scheduler, generator)
@@ -91,7 +91,7 @@ class NotFiniteError(UserError):
 
 
 def check_finite(latents: Tensor, *, where: str, remedy: str) -> None:
-    """Raise NotFiniteError unless all latents are finite; all ranks have the same ones, and so raise together."""
+    """Raise NotFiniteError unless all latents are finite; all ranks hold the same latents, and so raise together."""
     finite = torch.isfinite(latents)
     if not finite.all():
         bad = finite.numel() - int(finite.sum())

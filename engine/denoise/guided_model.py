@@ -1,4 +1,4 @@
-"""The transformer of a pipeline with its method, text and guidance: latents and a timestep to the velocity that the scheduler takes."""
+"""A transformer with its method, text and guidance: predicts the velocity that the scheduler integrates."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,7 +50,7 @@ class GuidedModel:
             batches = [passes] if self.adapter.batches_guidance else [[name] for name in passes]
             predictions = [part for batch in batches for part in self._forward(latents, timestep, batch)]
         guided = self.adapter.guide(predictions, self.guidance_scale)
-        wait_for(guided.device)  # here, as schedulers copy numbers to the device, which waits for it in C
+        wait_for(guided.device)  # now, as schedulers copy numbers to the device, which blocks in C
         return guided
 
     @contextlib.contextmanager

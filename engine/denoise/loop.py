@@ -24,19 +24,19 @@ Save = Callable[[int, Tensor, SchedulerState, History], None]
 
 @dataclass(kw_only=True)
 class DenoiseLoop:
-    """What surrounds `engine.denoise.denoise.denoise` for one video.
+    """Runs `engine.denoise.denoise.denoise` for one video.
 
     Attributes:
         model: predicts the velocity.
         scheduler: with its timesteps set.
-        generator: has drawn the first noise, and draws that of a scheduler that adds some in its steps.
+        generator: has drawn the initial noise, and draws the noise that a scheduler adds in its steps.
         known: given frames, with their noise.
         progress: opens a bar of `total` steps, `initial` of which are done.
-        save: writes the finished steps, the latents after them, the scheduler's state then, and what was noted of
-            the steps; None saves nothing.
-        save_every: steps after which the state is saved; 0 saves it at an early end only.
+        save: saves the number of finished steps, the latents after them, the scheduler's state, and the history of the
+            steps; None saves nothing.
+        save_every: steps between saves; 0 saves only when the run ends early.
         on_step: called with the finished steps and their total after each.
-        steps: what is noted of each finished step, see `engine.denoise.denoise.Denoised`.
+        steps: history of the finished steps, see `engine.denoise.denoise.Denoised`.
     """
 
     model: GuidedModel
@@ -50,14 +50,14 @@ class DenoiseLoop:
     steps: list[dict[str, Any]] = field(default_factory=list)
 
     def take_up(self, history: History) -> None:
-        """Begin with what an interrupted run noted of its steps, so that record and trace cover all of them."""
+        """Start with the history of an interrupted run, so that record and trace cover all steps."""
         self.steps += history.get("steps", [])
         if self.model.trace is not None:
             self.model.trace.rows += history.get("trace", [])
 
     def run(self, latents: Tensor, done: int) -> Tensor:
         """Denoise from `done` finished steps on."""
-        self.model.pipe.transformer._reset_stateful_cache()  # of the video before, if diffusers was told to keep one
+        self.model.pipe.transformer._reset_stateful_cache()  # left from the last video, if a diffusers cache is enabled
         total = len(self.scheduler.timesteps)
         reached = (done, latents, scheduler_state(self.scheduler, self.generator))
         with self.progress("denoise", total=total, initial=done) as bar, self.model.traced():
@@ -65,7 +65,7 @@ class DenoiseLoop:
 
             def after_step(finished: int, latents: Tensor) -> None:
                 nonlocal started, reached
-                wait_for(latents.device)  # the clock is read once the device has done the step
+                wait_for(latents.device)  # so that the clock is read after the step
                 self.check(latents, finished, total)
                 mode = self.model.handle.state.last.mode
                 timestep = float(self.scheduler.timesteps[finished - 1])
@@ -79,7 +79,7 @@ class DenoiseLoop:
                 if self.on_step is not None:
                     self.on_step(finished, total)
 
-            eigen.take_failure()  # of a video before
+            eigen.take_failure()  # left from the last video
             try:
                 return denoise(
                     latents,
@@ -90,14 +90,14 @@ class DenoiseLoop:
                     known=self.known,
                     after_step=after_step,
                 )
-            except NotFiniteError:  # the steps before would only lead there again
+            except NotFiniteError:  # continuing from the last state would fail again
                 raise
             except BaseException:
                 self._save(*reached)
                 raise
 
     def check(self, latents: Tensor, finished: int, total: int) -> None:
-        """Raise UserError for latents that overflowed, before more steps, or a video, are made of them."""
+        """Raise UserError for latents that are not finite, before more steps or a video are computed from them."""
         dtype = str(self.model.pipe.transformer.dtype).removeprefix("torch.")
         others = " or ".join(name for name in ("float32", "bfloat16") if name != dtype)
         try:
@@ -114,11 +114,11 @@ class DenoiseLoop:
             raise NotFiniteError(f"step {finished} of {total} failed: {cause}; use another version of torch") from error
 
     def _save(self, done: int, latents: Tensor, state: SchedulerState) -> None:
-        """Save what was computed, if anything was."""
+        """Save the state after the finished steps, if there are any."""
         if self.save is None or done == 0:
             return
-        # The usual stream is still busy with the step that was interrupted, or waits for ever for ranks that have ended; these
-        # tensors were finished before it.
+        # On another stream: the current one is busy with the interrupted step, or waits for ranks that have ended, and these
+        # tensors are complete.
         beside = torch.cuda.stream(torch.cuda.Stream(latents.device)) if latents.is_cuda else contextlib.nullcontext()
         with beside:
             trace = self.model.trace

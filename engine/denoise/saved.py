@@ -20,9 +20,9 @@ from engine.identity import check_run, settings_id
 from engine.ranks.agreement import broadcast_bytes
 from parallel.mesh import SeqMesh
 
-# What latents are computed and kept in.
+# Dtypes of saved latents.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# What safetensors raises for a damaged file; the last four for a dtype or a shape that torch does not have.
+# Raised by safetensors for a damaged file; the last four for a dtype or shape that torch lacks.
 _DAMAGED = (SafetensorError, ValueError, LookupError, AttributeError, TypeError)
 
 History = dict[str, list[dict[str, Any]]]
@@ -30,9 +30,9 @@ History = dict[str, list[dict[str, Any]]]
 
 
 def save_latents(path: Path, latents: Tensor, metadata: dict[str, str], *, replace: bool = True) -> None:
-    """Write latents [1, z, F, h, w] and what they belong to.
+    """Write latents [1, z, F, h, w] with their metadata.
 
-    As bytes, because the library's own writer raises errors of another class and makes files that only their owner reads.
+    Serialised to bytes first, because the library's writer raises errors of another class and makes files private to their owner.
 
     Raises:
         WriteError: the disk does not take them, or, without `replace`, another file has the name.
@@ -43,7 +43,7 @@ def save_latents(path: Path, latents: Tensor, metadata: dict[str, str], *, repla
 
 
 def load_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
-    """Latents and metadata of `save_latents`; UserError if the file is missing, broken or another kind of file."""
+    """Read the latents and metadata of `save_latents`; UserError if the file is missing, broken or of another kind."""
     tensors, metadata = _read(path)
     if "latents" not in tensors:
         raise UserError(f"{path} holds no latents but {len(tensors)} other tensors; give a file that generate.py saved")
@@ -66,9 +66,9 @@ def save_run(
     history: History | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write a run that has finished `step` steps: its latents, its scheduler's state and what was noted of its steps.
+    """Write the state of a run after `step` steps: latents, scheduler state and history.
 
-    `run_id` says whose it is, and `settings` in words, see `engine.identity`.
+    `run_id` identifies the run, and `settings` are what it was computed from, see `engine.identity`.
     """
     tensors, values = state
     tensors = {f"scheduler.{name}": tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
@@ -89,9 +89,9 @@ def load_run(
     device: torch.device,
     settings: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, int, History]:
-    """Latents, number of finished steps and their history from a `save_run` file's bytes; puts scheduler and generator in their state.
+    """Read a `save_run` file's bytes: latents, number of finished steps, history; restores scheduler and generator.
 
-    Bytes, because rank 0 reads the file for all ranks. UserError, which names `path`, for another run's or a broken file.
+    Takes bytes, because rank 0 reads the file for all ranks. UserError, naming `path`, for another run's or a broken file.
     """
     remedy = "delete it to start anew"
     try:
@@ -163,7 +163,7 @@ class RunFile:
 
 
 def kept_steps(path: Path) -> int:
-    """The number of finished steps in a `save_run` file; 0 if there is none, or none that is whole. OSError if it cannot be read."""
+    """The number of finished steps in a `save_run` file; 0 if it is missing or damaged. OSError if it cannot be read."""
     try:
         return int((read_metadata(path) or {})["step"])
     except (DamagedError, KeyError, ValueError):

@@ -1,4 +1,4 @@
-"""Diffusers schedulers: which of them integrate a flow, who decides the noise that some draw, and their state in a checkpoint."""
+"""Diffusers schedulers: checks that they integrate a flow, the noise that some draw, and their state in a saved run."""
 
 import copy
 import functools
@@ -16,12 +16,12 @@ from engine.errors import UserError
 # Tensors by name (`name` or `name.index`), and plain values for JSON.
 SchedulerState = tuple[dict[str, Tensor], dict[str, Any]]
 
-# Attributes of a diffusers scheduler that are no state: its configuration.
+# Attributes of a diffusers scheduler that are configuration, not state.
 _NOT_STATE = ("_internal_dict",)
 _GENERATOR = "step generator"  # no attribute has a space in its name
 ADVICE = "use the checkpoint's own, UniPCMultistepScheduler, or FlowMatchEulerDiscreteScheduler"
 
-# The trial of a scheduler: enough steps for a solver of third order to take one of its own.
+# Steps of a trial: enough for a solver of third order to reach it.
 TRIAL_STEPS = 5
 TRAINED_TIMESTEPS = 1000  # at sigma 1, of Wan2.1 and LTX-Video
 TIMESTEP_ERROR = 2.0  # some schedulers round timesteps to whole numbers
@@ -29,7 +29,7 @@ SAMPLE_ERROR = 1e-3
 
 
 def make_scheduler(scheduler: Any, flow_shift: float | None) -> Any:
-    """A fresh scheduler of the same class and configuration, with another timestep shift unless that is None."""
+    """Make a new scheduler of the same class and configuration, with another timestep shift unless it is None."""
     overrides: dict[str, float] = {}
     if flow_shift is not None:
         if scheduler.config.get("use_dynamic_shifting"):
@@ -50,10 +50,10 @@ def fixed_shift(scheduler: Any) -> float | None:
 
 
 def shifting_tokens(shift: Literal["native", "actual"], frames: int, frame_tokens: int, *, window_frames: int) -> int:
-    """Tokens whose timestep shift a video of `frames` x `frame_tokens` takes, by the setting `sampler.shift`.
+    """The token count from which the timestep shift of a video of `frames` x `frame_tokens` is computed, by `sampler.shift`.
 
-    `native` never takes more than those of the native length, `window_frames`: there the shift that grows with the number of
-    tokens was trained, and far beyond it nearly all steps would be at almost pure noise.
+    `native` takes at most the native length, `window_frames`, for which the shift was trained; far beyond it nearly all steps
+    would be at almost pure noise.
     """
     return (min(frames, window_frames) if shift == "native" else frames) * frame_tokens
 
@@ -65,10 +65,10 @@ def step_noise(scheduler: Any, generator: torch.Generator) -> dict[str, torch.Ge
 
 
 def check_flow(scheduler: Any, set_timesteps: Callable[[Any, int], Any], *, model: str) -> bool:
-    """Whether the scheduler draws noise while it steps; UserError unless it integrates a flow as `model` predicts it.
+    """Return whether the scheduler draws noise in its steps; UserError unless it integrates a flow as `model` predicts it.
 
-    Found by a trial of a copy on x_sigma = (1 - sigma) x_0 + sigma n, whose velocity (x - x_0) / sigma every such
-    scheduler integrates to the x_0 of its last sigma, whatever noise it draws, at timesteps 1000 sigma.
+    Runs a copy on x_sigma = (1 - sigma) x_0 + sigma n, whose velocity (x - x_0) / sigma every such scheduler integrates to
+    the x_0 of its last sigma, whatever noise it draws, at timesteps 1000 sigma.
 
     Args:
         scheduler: a diffusers scheduler; neither its state nor torch's generators are changed.
@@ -76,8 +76,8 @@ def check_flow(scheduler: Any, set_timesteps: Callable[[Any, int], Any], *, mode
         model: what messages call the model.
 
     Raises:
-        UserError: for a scheduler that the pipeline cannot use, or that takes the prediction for something else.
-        Exception: whatever the scheduler raises for a value of its configuration.
+        UserError: for a scheduler that the pipeline cannot use, or that expects another kind of prediction.
+        Exception: any error of the scheduler about its configuration.
     """
     kind, config = type(scheduler).__name__, scheduler.config
     if "use_flow_sigmas" in inspect.signature(type(scheduler).__init__).parameters:
@@ -91,7 +91,7 @@ def check_flow(scheduler: Any, set_timesteps: Callable[[Any, int], Any], *, mode
         raise unknown
     generator = functools.partial(torch.Generator("cpu").manual_seed, 0)
     with warnings.catch_warnings(), torch.no_grad(), _disable_current_modes():  # real numbers, also among fake tensors
-        warnings.simplefilter("ignore")  # what it says of itself, it says in the run
+        warnings.simplefilter("ignore")  # warnings are shown in the run itself
         one, other = (_trial(scheduler, set_timesteps, seed=seed) for seed in (1, 2))
         if one is None or other is None:
             raise unknown
@@ -112,7 +112,7 @@ def _trial(
     seed: int,
     generator: torch.Generator | None = None,
 ) -> Tensor | None:
-    """Samples [steps, 1, 1, 4, 8, 8] after each step of a copy, with torch's own generator at `seed`; None if it lost the flow."""
+    """Samples [steps, 1, 1, 4, 8, 8] after each step of a copy, with torch's generator at `seed`; None if they leave the flow."""
     tried = _copy_on_cpu(scheduler)
     set_timesteps(tried, TRIAL_STEPS)
     tried.set_begin_index(0)
@@ -124,7 +124,7 @@ def _trial(
         return None
     samples = []
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # the CPU's alone; manual_seed would seed those of GPUs as well
+        torch.default_generator.manual_seed(seed)  # the CPU's generator only; torch.manual_seed would seed GPUs as well
         for sigma, timestep in zip(sigmas.tolist(), tried.timesteps, strict=False):
             if abs(float(timestep) - TRAINED_TIMESTEPS * sigma) > TIMESTEP_ERROR:
                 return None
@@ -133,20 +133,20 @@ def _trial(
             samples.append(sample)
     last = float(sigmas[-1])
     left = (sample - (1 - last) * x0).square().mean().sqrt()
-    # Of sigma_last n, with room for the noise of few numbers; not a number is more.
+    # Compared with sigma_last n, with a margin for so few numbers; NaN fails.
     return torch.stack(samples) if float(left) <= 1.5 * last + SAMPLE_ERROR else None
 
 
 def _copy_on_cpu(scheduler: Any) -> Any:
-    """A copy whose tensors, those of a run included, are on the CPU; from_config would forget what was changed of it since."""
+    """A copy with all tensors on the CPU; from_config would lose changes made since."""
     held = [x for value in vars(scheduler).values() for x in (value if isinstance(value, list | tuple) else [value])]
     return copy.deepcopy(scheduler, {id(x): x.to("cpu", copy=True) for x in held if isinstance(x, Tensor)})
 
 
 def scheduler_state(scheduler: Any, generator: torch.Generator) -> SchedulerState:
-    """What a scheduler has learnt so far, and where the generator of its noise stands.
+    """The state of a scheduler and of the generator of its noise.
 
-    Tensors are not copied: schedulers replace theirs, they do not write into them.
+    Tensors are not copied, since schedulers replace theirs instead of writing into them.
     """
     tensors: dict[str, Tensor] = {_GENERATOR: generator.get_state()}
     values: dict[str, Any] = {}
@@ -171,10 +171,10 @@ def scheduler_state(scheduler: Any, generator: torch.Generator) -> SchedulerStat
 def restore_scheduler(scheduler: Any, state: SchedulerState, device: torch.device, generator: torch.Generator) -> None:
     """Put a state from `scheduler_state` back; the scheduler must have the same configuration and number of steps.
 
-    Tensors that the model makes go to `device`; those that the scheduler holds now stay on the device where it has them.
+    Model outputs go to `device`; tensors that the scheduler already holds stay on their device.
     """
     tensors, values = state
-    if _GENERATOR in tensors:  # not in a state that was saved before any scheduler's noise was
+    if _GENERATOR in tensors:  # absent from states that older versions saved
         generator.set_state(tensors[_GENERATOR].cpu())
     for name, value in values.items():
         setattr(scheduler, name, list(value) if isinstance(value, list) else value)
@@ -185,5 +185,5 @@ def restore_scheduler(scheduler: Any, state: SchedulerState, device: torch.devic
         if index:
             getattr(scheduler, owner)[int(index)] = tensor.to(device)
         else:
-            now = getattr(scheduler, owner, None)  # some make an attribute in their first step
+            now = getattr(scheduler, owner, None)  # some schedulers create an attribute in their first step
             setattr(scheduler, owner, tensor.to(now.device if isinstance(now, Tensor) else device))

@@ -1,1 +1,1 @@
-"""Checkpoints: what they are, their weights and where those came from."""
+"""Checkpoints: identification, checks, loading and provenance of weights."""

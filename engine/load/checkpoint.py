@@ -1,4 +1,4 @@
-"""A checkpoint, a folder or a hub name, by its small files: which model it is, its numbers, and the digest of what decides videos."""
+"""A checkpoint by its small files: a folder or hub name, the model's adapter, its numbers, and a digest of its content."""
 
 import hashlib
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ _SAMPLE_EVERY, _SAMPLE_BYTES = 4 << 20, 4 << 10
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A checkpoint whose small files are here; `open_checkpoint` makes one, and no weights are read for it.
+    """A checkpoint whose small files are local, from `open_checkpoint`; no weights are read.
 
     Attributes:
         config: the model settings that name it.
@@ -50,7 +50,7 @@ class Checkpoint:
 
     @cached_property
     def vae_spec(self) -> VideoSpec:
-        """Its numbers, also for a checkpoint of which only the VAE can be used."""
+        """Its numbers, also for a checkpoint whose transformer cannot be run."""
         transformer, vae = (self.read(f"{part}/config.json") for part in ("transformer", "vae"))
         return spec_of(self.adapter, transformer, vae, self.folder)
 
@@ -58,10 +58,10 @@ class Checkpoint:
     def digest(self) -> str:
         """SHA-256 in hex of the checkpoint's version, and the names, sizes and contents of its files and the single file beside it.
 
-        Of a hub checkpoint the JSON files count, and its commit: one rank may not have downloaded its weights yet. Of a file
-        of more than 64 MiB the contents are its first MiB, its last 4 KiB and 4 KiB of every 4 MiB: other weights in any
-        stretch of 4 MiB, such as a matrix of 1536 x 1536 in bf16, are seen; a few changed numbers may not be. The records of
-        the videos have the SHA-256 of every whole file (engine/load/provenance.py).
+        For a hub checkpoint only the commit and the JSON files are hashed, since a rank may not have its weights yet. Of a file
+        above 64 MiB the first MiB, the last 4 KiB and 4 KiB of every 4 MiB are hashed: this detects other weights in any
+        stretch of 4 MiB, such as a matrix of 1536 x 1536 in bf16, but not every changed number. Records of videos hold the
+        SHA-256 of every whole file (engine/load/provenance.py).
         """
         # The folder of a hub checkpoint is named after its commit; a local one may have any name.
         digest = hashlib.sha256((self.folder.resolve().name if self.from_hub else "").encode())
@@ -80,7 +80,7 @@ class Checkpoint:
         return read_config(self.folder / file)
 
     def settings(self, config: RunConfig, **given: Any) -> dict[str, Any]:
-        """What decides the latents of a run with this checkpoint, see `engine.identity.latents_settings`."""
+        """`engine.identity.latents_settings` of a run with this checkpoint."""
         device = pick_device(config.model.device)
         return latents_settings(
             config,
@@ -107,7 +107,7 @@ def find_adapter(folder: Path) -> ModelAdapter:
 
 
 def spec_of(adapter: ModelAdapter, transformer: dict[str, Any], vae: dict[str, Any], where: object) -> VideoSpec:
-    """`ModelAdapter.video_spec`; UserError, which says `where` the configurations were read, for numbers that no model has."""
+    """`ModelAdapter.video_spec`; UserError, naming `where` the configurations were read, for invalid numbers."""
     try:
         return adapter.video_spec(transformer, vae)
     except (TypeError, ValueError, ArithmeticError, MemoryError) as error:

@@ -1,4 +1,4 @@
-"""Convolutions over time and space on a CPU, by the kernel that is fast for them."""
+"""Run 3D convolutions on a CPU with oneDNN."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 
 def use_onednn(module: nn.Module) -> None:
-    """Let every Conv3d of a module take oneDNN's kernel wherever it is on a CPU in float32, for inference only.
+    """Make every Conv3d of a module use oneDNN's kernel on a CPU in float32, for inference only.
 
-    torch gives a batch of one to oneDNN only above 20,480 elements of batch x channels x frames x height, and else to a loop of
-    its own, which takes 3 to 7 times as long: a streamed decode works on such sizes. The sums are in another order, so frames
-    differ from those of torch's loop by rounding (2e-6 of 1 for the embedded VAE).
+    torch uses oneDNN for a batch of one only above 20,480 elements of batch x channels x frames x height, and otherwise a loop
+    that takes 3 to 7 times as long; a streamed decode has such sizes. Sums are in another order, so frames differ by rounding
+    (2e-6 of 1 for the embedded VAE).
     """
     if not torch.backends.mkldnn.is_available():
         return

@@ -1,4 +1,4 @@
-"""A checkpoint's files from the hub, as far as they are read and not here yet."""
+"""Download a checkpoint's files from the hub."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -10,16 +10,15 @@ from huggingface_hub import snapshot_download
 
 from engine.errors import UserError
 
-# Of newer versions of the hub's client; older ones return what there is, and the checks of the folder say what is missing.
+# Raised by newer versions of the hub's client; older ones return a partial folder, which the checks of the folder report.
 _INCOMPLETE: tuple[type[Exception], ...] = tuple(filter(None, [getattr(hub_errors, "IncompleteSnapshotError", None)]))
 
 
 def fetch(source: Path | str, revision: str | None, *, parts: Sequence[str], offline: bool = False) -> Path:
-    """The folder of a checkpoint: itself, or the local copy of a hub name, downloaded as far as it is missing.
+    """Return the folder of a checkpoint: a local folder as it is, or the local copy of a hub name, completed by a download.
 
-    Only what is read is fetched: JSON files, the weights of `parts`, and with the text encoder its tokenizer. Raises
-    UserError if the hub does not know the name or cannot be reached and there is no local copy; with `offline` the hub
-    is not asked.
+    Fetches JSON files, the weights of `parts`, and with the text encoder its tokenizer; nothing with `offline`. Raises
+    UserError if the hub does not know the name, or cannot be reached and there is no local copy.
     """
     if isinstance(source, Path):
         if revision is not None:
@@ -32,7 +31,7 @@ def fetch(source: Path | str, revision: str | None, *, parts: Sequence[str], off
     try:
         with quiet_hub():
             return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, local_files_only=offline))
-    except (OSError, ValueError) as error:  # what all errors of huggingface_hub and its connections derive from
+    except (OSError, ValueError) as error:  # base classes of all errors of huggingface_hub and its connections
         first = str(error).strip().splitlines()[0]
         at = f" at revision {revision}" if revision else ""
         if isinstance(error, _INCOMPLETE):
@@ -52,7 +51,7 @@ def fetch(source: Path | str, revision: str | None, *, parts: Sequence[str], off
 
 @contextmanager
 def quiet_hub() -> Iterator[None]:
-    """Without the hub's warnings about retries, which would come before our one line."""
+    """Silence the hub's warnings about retries, which would precede the one line of our error."""
     log = logging.getLogger("huggingface_hub")
     level = log.level
     log.setLevel(logging.ERROR)

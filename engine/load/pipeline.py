@@ -1,4 +1,4 @@
-"""Checkpoints in Diffusers layout, from a folder or the hub, with every fault of theirs as one clear line."""
+"""Load checkpoints in Diffusers layout; every fault of their files is a UserError of one line."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,19 +23,19 @@ from engine.load.weights import WEIGHT_FOLDERS, check_part, lfs_pointer, read_co
 from engine.paths import is_pickle
 from engine.progress import no_library_bars
 
-# The part that lies beside the weights of another, and the files of which a part must have one.
+# The folder that belongs to the weights of a part, and the files of which a folder must have one.
 _BESIDE = {"transformer": "scheduler", "text_encoder": "tokenizer"}
 _SMALL_FILES = {"scheduler": ("scheduler_config.json",), "tokenizer": ("tokenizer.json", "spiece.model")}
 
 
 def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: str = "model") -> DiffusionPipeline:
-    """The pipeline on its device: transformer and text encoder in `config.dtype`, VAE in float32.
+    """Load the pipeline to its device: transformer and text encoder in `config.dtype`, VAE in float32.
 
     With `config.weights` zero3 transformer and text encoder are left on the CPU, for `shard_pipeline` to take.
 
     Args:
         config: the checkpoint.
-        with_text: whether the text encoder is loaded; ranks that receive the embeddings have no need of its memory.
+        with_text: whether the text encoder is loaded; ranks that receive embeddings do without it.
         text_device: `model`, or `cpu` to keep the text encoder off the device.
 
     Raises UserError for missing or broken files, for checkpoints of a model without an adapter, and for library versions
@@ -63,7 +63,7 @@ def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: s
     if config.weights == "cpu_offload":
         pipe.enable_model_cpu_offload(device=torch.device("cuda", torch.cuda.current_device()))
         return pipe
-    # One by one: a text encoder that stays on the CPU must never have been on the device.
+    # One by one, so that a text encoder for the CPU is never moved to the device.
     pipe.vae.to(device)
     if config.weights == "zero3":
         return pipe
@@ -74,14 +74,14 @@ def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: s
 
 
 def load_vae_alone(config: ModelConfig) -> tuple[VideoSpec, Any]:
-    """The numbers of a checkpoint and its VAE, in float32 on the CPU; no other weights are fetched, checked or read."""
+    """Load the VAE in float32 on the CPU, with the checkpoint's numbers; no other weights are fetched, checked or read."""
     checkpoint, single = fetch_parts(config, ("vae",))
     with _faults_as_lines(config.path), no_library_bars():
         return checkpoint.vae_spec, load_vae(checkpoint.adapter, checkpoint.folder, single)
 
 
 def fetch_parts(config: ModelConfig, parts: Sequence[str]) -> tuple[Checkpoint, SingleFile | None]:
-    """A checkpoint with its `parts`, and the single file that takes the place of some of them, fetched and checked."""
+    """Fetch and check the `parts` of a checkpoint, and the single file that replaces some of them."""
     single = None
     if config.single_file is not None:
         single = open_single_file(config, open_checkpoint(config).adapter)
@@ -94,7 +94,7 @@ def fetch_parts(config: ModelConfig, parts: Sequence[str]) -> tuple[Checkpoint, 
 
 
 def load_vae(adapter: ModelAdapter, folder: Path, single: SingleFile | None = None) -> Any:
-    """The VAE alone, in float32 on the CPU, from the single file if it is in there."""
+    """Load the VAE in float32 on the CPU, from the single file if that contains it."""
     if single is not None and "vae" in single.parts:
         vae = single.load(adapter, folder, "vae", torch.float32)
     else:
@@ -104,9 +104,9 @@ def load_vae(adapter: ModelAdapter, folder: Path, single: SingleFile | None = No
 
 
 def check_folder(folder: Path, parts: Sequence[str] = WEIGHT_FOLDERS, *, elsewhere: Sequence[str] = ()) -> None:
-    """Raise UserError unless the folder holds a known model whose `parts` are whole: every file, every tensor in its shape.
+    """Raise UserError unless the folder holds a known model with complete `parts`: every file, and every tensor in its shape.
 
-    Of parts whose weights are `elsewhere` the folder holds the configurations only.
+    For parts whose weights are `elsewhere` only the configurations are checked.
     """
     adapter = find_adapter(folder)
     for name in parts:
@@ -117,9 +117,9 @@ def check_folder(folder: Path, parts: Sequence[str] = WEIGHT_FOLDERS, *, elsewhe
 
 
 def check_small_files(folder: Path, part: str) -> None:
-    """Raise UserError unless the folder of a part holds its configuration, or of a tokenizer its words, as files of their own.
+    """Raise UserError unless the folder of a part holds its configuration, or for a tokenizer its vocabulary.
 
-    Without its files transformers makes a tokenizer that knows no word, and every prompt would be ignored.
+    Without these files transformers builds a tokenizer without words, and every prompt would be ignored.
     """
     files = _SMALL_FILES.get(part, ("config.json",))
     if not any((folder / part / file).is_file() for file in files):
@@ -130,7 +130,7 @@ def check_small_files(folder: Path, part: str) -> None:
 
 
 def load_tokenizer(config: ModelConfig) -> tuple[Checkpoint, Any]:
-    """The checkpoint of `config` and its tokenizer; no weights are fetched or read."""
+    """Load the tokenizer of a checkpoint; no weights are fetched or read."""
     checkpoint = open_checkpoint(config, ("tokenizer",))
     adapter, folder = checkpoint.adapter, checkpoint.folder
     check_small_files(folder, "tokenizer")
@@ -139,7 +139,7 @@ def load_tokenizer(config: ModelConfig) -> tuple[Checkpoint, Any]:
 
 
 def check_files(folder: Path, name: str) -> None:
-    """Raise UserError unless a part's weights are there, as safetensors, with all of its shards."""
+    """Raise UserError unless a part has safetensors weights with all shards."""
     part = folder / name
     files = sorted(part.glob("*.safetensors"))
     begun = unfinished(folder, name)
@@ -159,7 +159,7 @@ def check_files(folder: Path, name: str) -> None:
 
 
 def _load_beside(adapter: ModelAdapter, folder: Path, name: str) -> Any:
-    """The scheduler or the tokenizer alone, so that it is known which of them a fault is of."""
+    """Load the scheduler or the tokenizer alone, so that an error names the right one."""
     others = dict.fromkeys({*WEIGHT_FOLDERS, "scheduler", "tokenizer"} - {name})
     with faults_of(folder / name):
         return getattr(adapter.pipeline_class.from_pretrained(folder, **others), name)
@@ -167,14 +167,14 @@ def _load_beside(adapter: ModelAdapter, folder: Path, name: str) -> Any:
 
 @contextmanager
 def faults_of(part: Path) -> Iterator[None]:
-    """Any error about the small files of a folder as a UserError that names them."""
+    """Turn any error about the small files of a folder into a UserError that names them."""
     try:
         yield
     except (UserError, MemoryError):
         raise
-    except (ImportError, PermissionError) as error:  # not the files' fault: they need not be fetched again
+    except (ImportError, PermissionError) as error:  # not caused by the files, so fetching them again would not help
         raise UserError(f"cannot load the {part.name} from {part}: {_first_line(error)}") from error
-    except Exception as error:  # KeyError, TypeError, ..; the library of the tokenizers raises Exception itself
+    except Exception as error:  # KeyError, TypeError, ..; tokenizers raises Exception itself
         files = ", ".join(sorted(file.name for file in part.glob("*") if file.is_file()))
         raise UserError(
             f"cannot load the {part.name} from {part} ({files}): {type(error).__name__}: {_first_line(error)}; fetch the "
@@ -188,7 +188,7 @@ def _first_line(error: Exception) -> str:
 
 @contextmanager
 def _faults_as_lines(path: str) -> Iterator[None]:
-    """What a library says of files that are not what they should be, as a UserError."""
+    """Turn a library's error about damaged files into a UserError."""
     try:
         yield
     except UserError:

@@ -1,4 +1,4 @@
-"""Where a run's weights came from, for its record: the commit of a hub checkpoint, the SHA-256 of every local file that is loaded."""
+"""The provenance of weights, for records: the commit of a hub checkpoint, the SHA-256 of every loaded local file."""
 
 import functools
 import hashlib
@@ -18,10 +18,10 @@ from parallel.zero3 import device_bytes, num_parameters
 
 
 def describe_weights(config: ModelConfig) -> dict[str, Any]:
-    """What a record says of a loaded checkpoint, from its local copy alone.
+    """Describe the files of a loaded checkpoint, from its local copy.
 
-    `commit` of a hub name; `sha256` by file of a folder; and of a single file its name, its sha256 and, from the hub, commit.
-    Files are read whole, once per process: some seconds for every 10 GB.
+    Returns the `commit` of a hub name, or `sha256` by file of a folder; and for a single file its name, sha256 and, from the
+    hub, commit. Files are read whole, once per process: some seconds per 10 GB.
     """
     checkpoint = open_checkpoint(config, offline=True)
     found: dict[str, Any] = {}
@@ -55,7 +55,7 @@ def describe_loaded(
 
 
 def sha256_of(file: Path) -> str:
-    """SHA-256 of a file in hex, computed again only if its size or time of change is another."""
+    """SHA-256 of a file in hex, cached by size and time of change."""
     stat = file.stat()
     return _sha256(str(file.resolve()), stat.st_size, stat.st_mtime_ns)
 

@@ -1,4 +1,4 @@
-"""Transformer and text encoder shared out over the ranks (model.weights zero3), and text that all ranks must encode."""
+"""Transformer and text encoder sharded over the ranks (model.weights zero3), and text that all ranks encode together."""
 
 import json
 from collections.abc import Callable
@@ -23,7 +23,7 @@ Encode = Callable[[list[str]], list[Text]]
 
 
 def check_placement(config: ModelConfig, device: torch.device, text_device: str) -> None:
-    """Raise UserError for a place of the weights that this machine, or that of the text encoder, does not allow."""
+    """Raise UserError for a placement of weights that the device or the text encoder's placement does not allow."""
     if config.weights == "cpu_offload" and device.type != "cuda":
         raise UserError(
             "model.weights cpu_offload moves parts between CPU and GPU and needs CUDA, and the model is on the CPU "
@@ -44,17 +44,17 @@ def check_placement(config: ModelConfig, device: torch.device, text_device: str)
 
 
 def shards_text(config: ModelConfig, text_device: str) -> bool:
-    """Whether the text encoder is shared out, so that all ranks must encode together."""
+    """Whether the text encoder is sharded, so that all ranks must encode together."""
     return config.weights == "zero3" and text_device == "model"
 
 
 def shard_pipeline(
     pipe: DiffusionPipeline, config: ModelConfig, *, with_text: bool, mesh: SeqMesh, device: torch.device
 ) -> None:
-    """Leave on every rank its share of the transformer and, `with_text`, of the text encoder; all ranks call this.
+    """Shard the transformer and, `with_text`, the text encoder over all ranks of the mesh; all ranks call this.
 
-    Over all ranks of the mesh, whatever its axes: both halves of a cfg axis take their texts through the same layers,
-    once a step. Raises UserError, on all ranks together, if a rank has no room for its shares.
+    All axes share the weights, since both halves of a cfg axis run the same layers once a step. Raises UserError, on all ranks
+    together, if a rank has no room for its shares.
     """
     keep: Literal["device", "cpu"] = "device" if config.shards == "device" else "cpu"
     for part in (pipe.transformer, pipe.text_encoder) if with_text else (pipe.transformer,):
@@ -64,21 +64,21 @@ def shard_pipeline(
 
 
 def encode_on_all(mesh: SeqMesh, encode: Encode, look_up: Callable[[Encode], list[Text]]) -> list[Text] | None:
-    """Text that rank 0 finds in its cache or, where it finds none, all ranks encode together; None on the other ranks.
+    """Return rank 0's cached text, or text that all ranks encode together; None on the other ranks.
 
     Args:
         mesh: the ranks, all of which call this.
         encode: runs the encoder, whose layers are gathered from all ranks.
-        look_up: asks the cache, on rank 0 alone; it is given what encodes the prompts that the cache does not have.
+        look_up: reads the cache on rank 0; its argument encodes prompts that are not in the cache.
 
-    Raises UserError where `encode` does, on all ranks, and on rank 0 what `look_up` raises.
+    Raises the UserError of `encode` on all ranks, and on rank 0 that of `look_up`.
     """
     if mesh.world.rank > 0:
         failure = None
         while prompts := broadcast_bytes(mesh, b"", "prompts to encode"):
             try:
                 encode(json.loads(prompts))
-            except UserError as error:  # rank 0 has the same one, and says when there is no more to do
+            except UserError as error:  # rank 0 has the same error, and ends the loop
                 failure = error
         if failure is not None:
             raise failure
@@ -93,7 +93,7 @@ def encode_on_all(mesh: SeqMesh, encode: Encode, look_up: Callable[[Encode], lis
     except (
         UserError,
         OSError,
-    ):  # what a run ends with on all ranks together; after a lost rank nobody is there to be told
+    ):  # errors that end a run on all ranks together; after a lost rank there is nobody to tell
         broadcast_bytes(mesh, b"", "prompts to encode")
         raise
     broadcast_bytes(mesh, b"", "prompts to encode")

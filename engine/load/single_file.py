@@ -1,7 +1,7 @@
 """Weights in one file, in the layout that a model's authors publish, in place of parts of a checkpoint in Diffusers layout.
 
-diffusers converts the names; it does not look whether every tensor is there, and it rounds parts that it keeps in fp32 when
-it loads a folder. Both are seen to here, so that a file and a folder with the same weights make the same video.
+diffusers converts the names, but does not check that every tensor is present, and rounds modules that it keeps in fp32 when it
+loads a folder. This module does both, so that a file and a folder with the same weights make the same video.
 """
 
 import re
@@ -23,7 +23,7 @@ from engine.load.weights import broken_file, compare_part, read_config
 from engine.paths import expand
 
 _HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/(.+)")
-# Others hold numbers that mean something only together with scales that diffusers would not apply.
+# Tensors of other dtypes need scales that diffusers would not apply.
 _DTYPES = ("F64", "F32", "F16", "BF16")
 
 
@@ -42,7 +42,7 @@ class SingleFile:
     shapes: Mapping[str, tuple[int, ...]]
 
     def check(self, adapter: ModelAdapter, folder: Path) -> None:
-        """Raise UserError unless it holds every tensor of its parts, as the folder's configurations describe them."""
+        """Raise UserError unless the file holds every tensor of its parts, as the folder's configurations describe them."""
         for part in self.parts:
             tensors = {key: torch.empty(shape, device="meta") for key, shape in self.shapes.items()}
             config = read_config(folder / part / "config.json")
@@ -51,7 +51,7 @@ class SingleFile:
                 converted = SINGLE_FILE_LOADABLE_CLASSES[kind.__name__]["checkpoint_mapping_fn"](
                     config=config, checkpoint=tensors
                 )
-            except (KeyError, IndexError, RuntimeError) as error:  # a tensor that the conversion looks at is missing
+            except (KeyError, IndexError, RuntimeError) as error:  # a tensor that the conversion reads is missing
                 raise UserError(
                     f"{self.path} is no whole {part} of {adapter.name} ({error!r}); fetch it again"
                 ) from error
@@ -59,7 +59,7 @@ class SingleFile:
             compare_part(adapter, folder / part, part, found=found, where=self.path)
 
     def load(self, adapter: ModelAdapter, folder: Path, part: str, dtype: torch.dtype) -> Any:
-        """A part in the dtype that `from_pretrained` would give each of its tensors, on the CPU."""
+        """Load a part on the CPU, each tensor in the dtype that `from_pretrained` would give it."""
         kind = _class_of(adapter, part)
         model = kind.from_single_file(str(self.path), config=str(folder), subfolder=part, local_files_only=True)
         kept = kind._keep_in_fp32_modules or ()
@@ -72,10 +72,10 @@ class SingleFile:
 
 
 def find_single_file(config: ModelConfig) -> Path | None:
-    """The file of `model.single_file`, downloaded if it is a hub name; None if none is asked for.
+    """Find the file of `model.single_file`, downloaded if it is a hub name; None if the setting is unset.
 
-    Raises UserError for a file that is not there, for formats that can run code or are not safetensors, and for one of two
-    transformers, as far as names tell.
+    Raises UserError for a missing file, for formats that can run code or are not safetensors, and for a file name of one of
+    two transformers.
     """
     name = config.single_file
     if name is None:
@@ -97,7 +97,7 @@ def find_single_file(config: ModelConfig) -> Path | None:
 
 
 def open_single_file(config: ModelConfig, adapter: ModelAdapter) -> SingleFile | None:
-    """What is in the file of `model.single_file`; UserError if it is broken, quantised, or nothing of this model."""
+    """Read the tensor names of `model.single_file`; UserError if it is broken, quantised, or of another model."""
     path = find_single_file(config)
     if path is None:
         return None

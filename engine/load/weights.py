@@ -1,4 +1,4 @@
-"""Which files a checkpoint is, and weight files held against the model that their configuration describes, before anything is loaded."""
+"""The files of a checkpoint, and checks of weight files against the model that their configuration describes, before loading."""
 
 import re
 from collections.abc import Mapping
@@ -13,34 +13,34 @@ from engine.adapters import ModelAdapter
 from engine.errors import UserError
 from engine.files.trees import parse_json
 
-# Buffers that other versions of the libraries save and the models compute anew.
+# Buffers that other versions of the libraries save, and models compute themselves.
 _HARMLESS = ("rope.",)
 _LFS_POINTER = b"version https://git-lfs"
 
 _FETCH = "fetch the checkpoint again"
-# Settings that say how often something is repeated, and the most of any model.
+# Settings that count repeated layers, and the largest count of any model.
 _REPEATS = re.compile(r"layers|blocks")
 _MOST_LAYERS = 1000
 
 WEIGHT_FOLDERS = ("transformer", "vae", "text_encoder")
 """Parts of a pipeline that hold weights, and must lie in a checkpoint folder."""
 
-# Files of a checkpoint that decide a video beside its weights.
+# Files of a checkpoint that affect a video beside its weights.
 _CONFIGURED = (*WEIGHT_FOLDERS, "scheduler", "tokenizer")
 _BESIDE = ("model_index.json", *(f"{part}/*.json" for part in _CONFIGURED), "tokenizer/*.model", "tokenizer/*.txt")
 
 
 def deciding_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint's folder that decide its videos: what is loaded, and not its card, licence or figures."""
+    """The files of a checkpoint's folder that are loaded, without its card, licence or figures."""
     patterns = (*_BESIDE, *(f"{part}/*.safetensors" for part in WEIGHT_FOLDERS))
     return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
 
 
 def check_part(adapter: ModelAdapter, folder: Path, name: str) -> None:
-    """Raise UserError unless the safetensors files of one part hold every tensor of its model, in its shape, and no other.
+    """Raise UserError unless the safetensors files of a part hold every tensor of its model, in its shape, and no other.
 
-    The libraries fill a missing tensor with random numbers, or end in an error about meta tensors; a video made with
-    either would be worthless, and the first would look plausible.
+    The libraries fill a missing tensor with random numbers, which gives a plausible but wrong video, or fail with an error
+    about meta tensors.
     """
     compare_part(adapter, folder / name, name, found=_shapes_in(folder / name), where=folder / name)
 
@@ -48,13 +48,13 @@ def check_part(adapter: ModelAdapter, folder: Path, name: str) -> None:
 def compare_part(
     adapter: ModelAdapter, part: Path, name: str, *, found: dict[str, tuple[int, ...]], where: Path
 ) -> None:
-    """Raise UserError unless `found`, shapes by name, is what the configuration in the folder `part` asks for.
+    """Raise UserError unless `found`, shapes by name, matches the configuration in the folder `part`.
 
-    `where` is what messages call the place of the tensors.
+    `where` names the place of the tensors in messages.
     """
     model = build_part(adapter, name, read_config(part / "config.json"), part / "config.json")
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    # A tied tensor may lie there under either of its names, or under both.
+    # A tied tensor may be stored under either of its names, or under both.
     tied = dict(getattr(model, "_tied_weights_keys", None) or {})
     missing = [key for key in expected if key not in found and not _has_tied(key, tied, found)]
     wrong = [key for key in expected if key in found and found[key] != expected[key]]
@@ -67,12 +67,12 @@ def compare_part(
 
 
 def broken_file(file: Path, error: Exception) -> UserError:
-    """What to say of a safetensors file that does not open."""
+    """The error for a safetensors file that does not open."""
     return UserError(lfs_pointer(file) or f"{file} is broken or cut short ({error}); fetch it again")
 
 
 def lfs_pointer(file: Path) -> str | None:
-    """What to say of a file that git left in place of the real one; None if it is not such a file."""
+    """The message for a pointer file of git-lfs in place of the real one; None for any other file."""
     with file.open("rb") as opened:
         if opened.read(len(_LFS_POINTER)) != _LFS_POINTER:
             return None
@@ -80,16 +80,16 @@ def lfs_pointer(file: Path) -> str | None:
 
 
 def unfinished(folder: Path, name: str) -> list[str]:
-    """Names of downloads for a part of a checkpoint that were begun and not ended, of the hub's client and of others."""
+    """Names of unfinished downloads for a part of a checkpoint, by the hub's client and other programs."""
     places = [folder / name, folder / ".cache" / "huggingface" / "download" / name]
-    if folder.parent.name == "snapshots":  # the hub's local copy keeps files by their hash
+    if folder.parent.name == "snapshots":  # the hub's local copy names files by their hash
         places.append(folder.parent.parent / "blobs")
     endings = ("*.incomplete", "*.part", "*.aria2", "*.crdownload")
     return sorted(file.name for place in places for ending in endings for file in place.glob(ending))
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint, or UserError that names it."""
+    """Read a JSON object of a checkpoint; UserError, naming the file, if that fails."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -101,9 +101,9 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def build_part(adapter: ModelAdapter, name: str, config: Mapping[str, Any], where: object) -> nn.Module:
-    """A part of a pipeline on the meta device, from its configuration; UserError, which says `where` that was read, if it describes none."""
+    """Build a part of a pipeline on the meta device; UserError, naming `where` the configuration was read, if it is invalid."""
     for key, value in config.items():
-        # A model of so many layers would be built for hours.
+        # Building a model with more layers would take hours.
         if _REPEATS.search(key) and (most := _largest(value)) > _MOST_LAYERS:
             raise UserError(f"{where} has {key} {most:g}, and no {name} has more than {_MOST_LAYERS}; {_FETCH}")
     try:
@@ -111,7 +111,7 @@ def build_part(adapter: ModelAdapter, name: str, config: Mapping[str, Any], wher
             return adapter.build(name, dict(config))
     except (MemoryError, ImportError):
         raise
-    except Exception as error:  # the constructors of two libraries raise many classes for a wrong value
+    except Exception as error:  # constructors of two libraries raise many classes for a wrong value
         first = next(iter(str(error).strip().splitlines()), "")
         raise UserError(
             f"{where} describes no {name} of {adapter.name} ({type(error).__name__}: {first}); {_FETCH}"
