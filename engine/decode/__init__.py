@@ -1,1 +1,1 @@
-"""Latents to frames: in pieces of time, in tiles, on all ranks."""
+"""Decoding of latents to frames: in chunks of time, in tiles, over all ranks."""

@@ -1,4 +1,4 @@
-"""Overlapping pieces of a line of latents or frames: where they lie, and how they are blended. Used for tiles and for chunks of time."""
+"""Placement and blending of overlapping pieces along one dimension, for tiles and for chunks of time."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -28,7 +28,7 @@ def cover(size: int, piece: int, stride: int, tiles: Tiles) -> tuple[Range, ...]
 
 
 def overlap_share(ranges: Sequence[Range], index: int) -> Tensor:
-    """Share [lines] (float64) of piece `index` in each of its lines when it is laid over what the pieces before it made there.
+    """Weight [lines] (float64) of piece `index` in each of its lines when it is blended over the pieces before it.
 
     A piece weighs the square of a line's distance from its nearest inner border, where the VAE lacks context. Laid over one
     another in order, pieces get weights that sum to 1 on every line; where a piece is alone or the first, its share is 1.
@@ -50,7 +50,7 @@ def _weight(ranges: Sequence[Range], index: int, lines: Tensor) -> Tensor:
 
 
 def lay_over(below: Tensor, piece: Tensor, share: Tensor, *, dim: int) -> Tensor:
-    """below (1 - share) + piece share, for `share` [lines] along the negative dimension `dim`; equal values stay as they are."""
+    """below (1 - share) + piece share, for `share` [lines] along the negative dimension `dim`; equal values are kept exactly."""
     return torch.lerp(below, piece, share.to(piece).view((-1,) + (1,) * (-dim - 1)))
 
 

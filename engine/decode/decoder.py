@@ -1,4 +1,4 @@
-"""A VAE that makes frames of latents, over all ranks of a mesh or alone; no transformer and no text encoder."""
+"""Decode latents with a VAE, over all ranks of a mesh or in one process, without transformer and text encoder."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,12 +22,12 @@ from parallel.mesh import Axis
 
 
 class VideoDecoder:
-    """Latents to frames with one VAE.
+    """Decodes latents to frames with one VAE.
 
     Attributes:
         spec: the numbers of the checkpoint.
         device: where the VAE works.
-        decode_plan: who decodes what, for the record; None before `decode` is called.
+        decode_plan: the work of each rank, for the record; None before `decode` is called.
     """
 
     def __init__(self, config: RunConfig, *, vae: Any, spec: VideoSpec, device: torch.device, world: Axis) -> None:
@@ -39,11 +39,10 @@ class VideoDecoder:
         self._world = world
 
     def decode(self, latents: Tensor, *, seed: int | None = None) -> Iterator[np.ndarray]:
-        """Frames of latents [1, z, F, h, w], uint8 [t, H, W, 3] at a time, on rank 0; for Wan t = 1, then 4 per latent frame.
+        """Decode latents [1, z, F, h, w] to frames, uint8 [t, H, W, 3] at a time, on rank 0; for Wan t = 1, then 4 per latent frame.
 
-        Every rank calls this with the same latents and runs the iterator to its end: the others do their share, if there
-        is one, and get no frames. `decode_plan` says from the call on who decodes what. `seed` is that of the run, which
-        decides the noise that some decoders want; None is `sampler.seed`.
+        Every rank calls this with the same latents and exhausts the iterator: the others decode their tiles, if any, and get
+        no frames. Sets `decode_plan`. `seed` is that of the run, for decoders that take noise; None is `sampler.seed`.
         """
         seed = self.config.sampler.seed if seed is None else seed
         frames, rows, columns = latents.shape[2:]
@@ -68,7 +67,7 @@ class VideoDecoder:
 
 @contextmanager
 def open_decoder(config: RunConfig) -> Iterator[VideoDecoder]:
-    """The decoder of the checkpoint of `config`, in this process alone; no other part of the checkpoint is loaded.
+    """Open the decoder of a checkpoint in this process; no other part of the checkpoint is loaded.
 
     Raises UserError for a checkpoint or tiles that cannot be used.
     """

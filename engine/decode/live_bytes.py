@@ -1,4 +1,4 @@
-"""Bytes of tensors that are alive, counted while code runs: on the meta device a whole decode costs no memory to try."""
+"""Count the bytes of live tensors while code runs; on the meta device this costs no memory."""
 
 import weakref
 from typing import Any
@@ -9,9 +9,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operators make while the mode is on; `peak` is the most that were alive at once, in bytes.
+    """Counts storages that operators create while the mode is on; `peak` is the most bytes that were alive at once.
 
-    What an operator allocates inside itself is not seen.
+    Allocations inside an operator are not seen.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class LiveBytes(TorchDispatchMode):
         self._alive: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Run the operator and look at what it returns; views share the storage of what they view."""
+        """Run the operator and count its outputs; views share their storage."""
         out = func(*args, **(kwargs or {}))
         known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         for x in tree_leaves(out):

@@ -1,4 +1,4 @@
-"""Latents to frames in overlapping tiles, sharded over ranks and streamed; with `decode.tiles diffusers` equal to `vae.tiled_decode`."""
+"""Decode latents in overlapping tiles, sharded over ranks and streamed; with `decode.tiles diffusers` equal to `vae.tiled_decode`."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -17,12 +17,12 @@ COLOURS = 3
 
 
 def stream_tiles(vae: Any, latents: Tensor, plan: DecodePlan, *, world: Axis) -> Iterator[Tensor]:
-    """Frames [1, 3, t, H, W] in [-1, 1] of each chunk of latents [1, z, F, h, w], on rank 0; t as `stream_decode` has it.
+    """Decode each chunk of latents [1, z, F, h, w] to frames [1, 3, t, H, W] in [-1, 1], on rank 0; t as in `stream_decode`.
 
-    Every rank of `world` calls this with the same latents and runs it to its end; the others decode their tiles, send
-    them and yield nothing. All tiles of a rank move on by one chunk together, each with a state of its own, so memory is
-    bounded by two chunks and the states (for Wan: causal caches) of the rank's tiles. Who stops early leaves no trace in
-    the VAE, but ranks that do not stop wait for it until their group's timeout.
+    Every rank of `world` calls this with the same latents and exhausts it; the others decode their tiles, send them and yield
+    nothing. All tiles of a rank advance by one chunk together, each with its own state, so memory is bounded by two chunks
+    and the states (for Wan: causal caches) of the rank's tiles. A rank that stops early leaves the VAE unchanged, but the
+    others wait for it until their group's timeout.
     """
     decoder = open_decoder(vae, latents, plan.time)
     pieces = _whole_frames(decoder, plan, world)
@@ -35,7 +35,7 @@ def stream_tiles(vae: Any, latents: Tensor, plan: DecodePlan, *, world: Axis) ->
 
 @torch.no_grad()
 def _whole_frames(decoder: LatentDecoder, plan: DecodePlan, world: Axis) -> Iterator[Tensor]:
-    """Each chunk's frames, not clamped, blended of all tiles, on rank 0; an empty tensor on the others."""
+    """Yield each chunk's frames, not clamped, blended from all tiles, on rank 0; an empty tensor on the others."""
     mine = plan.shares[world.rank]
     states = {tile: decoder.start() for tile in mine}
     for index, (first, _) in enumerate(decoder.chunks):
@@ -65,12 +65,12 @@ def cut_tile(latents: Tensor, grid: TileGrid, tile: int) -> Tensor:
 
 
 def tile_shape(grid: TileGrid, tile: int, num_frames: int) -> torch.Size:
-    """Shape [1, 3, t, H of the tile, W of the tile] of what the decoder makes of a tile."""
+    """Shape [1, 3, t, H of the tile, W of the tile] of a decoded tile."""
     return torch.Size((1, COLOURS, num_frames, *grid.pixels(tile)))
 
 
 def blend_tiles(tiles: Sequence[Tensor], grid: TileGrid) -> Tensor:
-    """Decoded tiles [1, 3, t, H of the tile, W of the tile], which may be changed, to the frame [1, 3, t, H, W]."""
+    """Blend decoded tiles [1, 3, t, H of the tile, W of the tile], which may be changed, to the frame [1, 3, t, H, W]."""
     if grid.diffusers is not None:
         return _blend_as_diffusers(tiles, grid, *grid.diffusers)
     num_columns, (height, width) = len(grid.columns), grid.size
@@ -90,7 +90,7 @@ def blend_tiles(tiles: Sequence[Tensor], grid: TileGrid) -> Tensor:
 def _blend_as_diffusers(
     tiles: Sequence[Tensor], grid: TileGrid, stride: tuple[int, int], blend: tuple[int, int]
 ) -> Tensor:
-    """A tile fades in over the one above and then over the one to its left, both of which have already done so themselves."""
+    """Fade each tile in over the one above and then the one to its left, both of which are blended already."""
     num_columns = len(grid.columns)
     height, width = stride
     bands = []
@@ -108,7 +108,7 @@ def _blend_as_diffusers(
 def _in_order(
     parts: Sequence[Tensor], shapes: Sequence[Sequence[torch.Size]], shares: Sequence[Sequence[int]]
 ) -> list[Tensor]:
-    """Flat tiles of each rank -> all tiles in their shapes, in the order of their numbers."""
+    """Flat tiles of each rank -> all tiles in their shapes, in order."""
     tiles = {}
     for part, of_rank, share in zip(parts, shapes, shares, strict=True):
         rooms = part.split([shape.numel() for shape in of_rank]) if share else ()

@@ -1,4 +1,4 @@
-"""Who decodes which piece of a frame: the whole frame on rank 0, or overlapping tiles over all ranks; integers, and why."""
+"""Plan which rank decodes what: whole frames on rank 0, or overlapping tiles over all ranks; integers, and the reason."""
 
 import functools
 import json
@@ -23,10 +23,9 @@ from parallel.mesh import Axis
 from parallel.shards import Range, length
 
 GIB = 2**30
-# Tensors are counted exactly. This is for what is not: workspaces of convolutions, fragments, blending (a guess until it
-# is measured on a GPU).
+# Margin over the exactly counted tensors: workspaces of convolutions, fragmentation, blending (not measured on a GPU yet).
 _UNCOUNTED = 1.25
-# After so many chunks a decode has shown its peak.
+# Chunks after which a decode has reached its peak.
 _SHOWN_CHUNKS = 3
 
 
@@ -73,7 +72,7 @@ class TileGrid:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecodePlan:
-    """How the frames of one video are decoded; the same on every rank.
+    """The decode of one video; the same on every rank.
 
     Attributes:
         mode: `whole` is the exact decode on rank 0, of one tile; `framewise` a few latent frames at a time, on rank 0;
@@ -92,7 +91,7 @@ class DecodePlan:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the record of a run says: mode, number of tiles, of tiles on each rank, why, and what time adds to it."""
+        """The entry of the record: mode, number of tiles, tiles on each rank, reason, and settings of time."""
         return {
             "mode": self.mode,
             "tiles": len(self.grid.tiles),
@@ -102,9 +101,9 @@ class DecodePlan:
 
 
 def check_tiles(config: DecodeConfig, spec: VideoSpec) -> None:
-    """Raise UserError for a mode that the model's decoder does not have, and for tiles that the VAE cannot cut.
+    """Raise UserError for a mode that the model's decoder lacks, and for tile sizes that the VAE does not support.
 
-    Asked before weights are read; `plan_decode` comes when the video is denoised.
+    Called before weights are read; `plan_decode` runs once the video is denoised.
     """
     if config.mode == "framewise" and not spec.cuts_time:
         raise UserError(
@@ -142,16 +141,16 @@ def make_grid(config: DecodeConfig, size: tuple[int, int], scale: int) -> TileGr
 
 
 def whole_frame(size: tuple[int, int], scale: int) -> TileGrid:
-    """A latent frame of `size` rows and columns as the only tile."""
+    """A latent frame of `size` rows and columns as one tile."""
     rows, columns = size
     return TileGrid(rows=((0, rows),), columns=((0, columns),), scale=scale)
 
 
 def share_tiles(sizes: Sequence[int], num_ranks: int) -> tuple[tuple[int, ...], ...]:
-    """The tiles of each rank, in order: the largest tile that is left goes to the rank that has the least.
+    """Assign tiles to ranks, in order: the largest remaining tile goes to the rank with the least work.
 
-    Tiles of `decode.tiles diffusers` are smaller at the border, so equal numbers of them would be unequal work. Among equal
-    loads the last rank comes first: rank 0 blends and writes the video as well.
+    Tiles of `decode.tiles diffusers` are smaller at the border, so equal counts would be unequal work. Ties go to the last
+    rank, since rank 0 also blends and writes the video.
     """
     loads = [0] * num_ranks
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
@@ -164,7 +163,7 @@ def share_tiles(sizes: Sequence[int], num_ranks: int) -> tuple[tuple[int, ...], 
 
 @dataclass(frozen=True, kw_only=True)
 class _Way:
-    """One way to decode a video: its tiles, who has them, and how it goes through time."""
+    """One way to decode a video: its tiles, their ranks, and its chunks of time."""
 
     grid: TileGrid
     shares: tuple[tuple[int, ...], ...]
@@ -174,10 +173,9 @@ class _Way:
 def plan_decode(
     config: DecodeConfig, vae: Any, size: tuple[int, int, int], *, world: Axis, seed: int = 0
 ) -> DecodePlan:
-    """The plan for latents of `size` frames, rows and columns; every rank of `world` calls this alike.
+    """Plan the decode of latents of `size` frames, rows and columns; every rank of `world` calls this alike.
 
-    `seed` is of what noise the decoder may want. Only `auto` communicates, and only where memory is a bound: each rank's free
-    memory.
+    `seed` is for decoders that take noise. Only `auto` communicates: each rank's free memory, where memory is a bound.
     """
     adapter = adapter_of(vae)
     if config.mode not in ("auto", *adapter.decode_modes):
@@ -193,7 +191,7 @@ def plan_decode(
 def _possible_ways(
     config: DecodeConfig, vae: Any, size: tuple[int, int, int], *, world_size: int, seed: int
 ) -> dict[DecodeMode, _Way]:
-    """The model's ways to decode that differ from one another on this video, the most exact first."""
+    """The model's distinct ways to decode this video, the most exact first."""
     adapter, num_latents = adapter_of(vae), size[0]
     scale = adapter.spatial_factor(vae.config)
     whole, grid = whole_frame(size[1:], scale), make_grid(config, size[1:], scale)
@@ -215,7 +213,7 @@ _SMALL = {"framewise": "the video is no longer than a chunk", "tiled": "a frame 
 def _choose(
     config: DecodeConfig, vae: Any, ways: Mapping[DecodeMode, _Way], *, world: Axis, num_latents: int
 ) -> tuple[DecodeMode, str]:
-    """One of the ways, and why."""
+    """Choose one of the ways, with the reason."""
     adapter = adapter_of(vae)
     if len(ways) == 1:
         return "whole", " and ".join(_SMALL[mode] for mode in adapter.decode_modes if mode != "whole")
@@ -235,9 +233,9 @@ _WORDS = {"whole": "whole frames", "framewise": "whole frames, a few at a time,"
 
 
 def choose_mode(needs: Mapping[DecodeMode, int], *, free: Sequence[int]) -> tuple[DecodeMode, str]:
-    """The mode of `auto`, and why: the first whose busiest rank has the bytes that it `needs`, of each rank's `free` ones.
+    """Choose the mode of `auto`, with the reason: the first whose busiest rank has the bytes that it `needs` free.
 
-    Whole frames are decoded on rank 0 alone, so its memory decides. If none fits, the mode that needs least.
+    Whole frames are decoded on rank 0 alone, so its memory decides. If none fits, the mode that needs least is chosen.
     """
     room = {mode: min(free) if mode == "tiled" else free[0] for mode in needs}
     first, *others = needs
@@ -250,18 +248,18 @@ def choose_mode(needs: Mapping[DecodeMode, int], *, free: Sequence[int]) -> tupl
     fitting = next((mode for mode in needs if needs[mode] <= room[mode]), None)
     if fitting == first:
         return first, f"exact, and it fits: {numbers}"
-    chosen = min(needs, key=needs.__getitem__) if fitting is None else fitting  # among equals the most exact
+    chosen = min(needs, key=needs.__getitem__) if fitting is None else fitting  # on ties the most exact
     if chosen == first:
         return first, f"it may not fit, but tiles over so few ranks need no less: {numbers}"
     return chosen, f"{_WORDS[first]} do not fit: {numbers}"
 
 
 def _free_bytes(vae: Any, world: Axis) -> list[int] | None:
-    """Bytes that torch can still have on each rank's GPU, or a process on each rank's CPU.
+    """Bytes that torch can still allocate on each rank's GPU, or a process on each rank's CPU.
 
     None on a CPU if the memory of the exact decode does not grow with the video.
     """
-    make_ready(vae)  # offload makes room for the VAE
+    make_ready(vae)  # offload frees memory for the VAE
     if vae.device.type == "cuda":
         unused = torch.cuda.memory_reserved(vae.device) - torch.cuda.memory_allocated(vae.device)
         free = torch.cuda.mem_get_info(vae.device)[0] + unused
@@ -275,7 +273,7 @@ def _free_bytes(vae: Any, world: Axis) -> list[int] | None:
 
 
 def _free_host_bytes() -> int:
-    """What Linux calls available, or elsewhere the pages that nobody uses."""
+    """Available memory on Linux, or free pages elsewhere."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         lines = dict(line.split(":", 1) for line in meminfo.read_text(encoding="ascii").splitlines())
@@ -284,11 +282,11 @@ def _free_host_bytes() -> int:
 
 
 def _peaks(vae: Any, way: _Way, num_latents: int) -> Iterator[int]:
-    """Bytes of each rank while it decodes its tiles: the states of all of them, and the work on the largest."""
-    # Without the name of the checkpoint, which may be a Path.
+    """Peak bytes of each rank while it decodes its tiles: all their states, and the work on the largest."""
+    # Without the name of the checkpoint, which may be a Path and not JSON.
     config = json.dumps({key: value for key, value in vae.config.items() if not key.startswith("_")}, sort_keys=True)
     latents = torch.empty(1, 1, num_latents, 1, 1, device="meta")
-    # What comes after adds nothing, and without it videos of many lengths have one trace, which takes seconds.
+    # Later chunks add nothing; without them, videos of many lengths share one trace, which takes seconds.
     if way.time.chunk is not None:
         stride, chunk = way.time.chunk
         shown = min(num_latents, chunk + (_SHOWN_CHUNKS - 1) * stride)
@@ -304,10 +302,10 @@ def _peaks(vae: Any, way: _Way, num_latents: int) -> Iterator[int]:
 def tiled_share(
     config: DecodeConfig, vae: Any, size: tuple[int, int, int], *, world_size: int
 ) -> tuple[int, float] | None:
-    """What decoding in tiles costs the busiest of so many ranks: its bytes without weights, and its part of a frame's work.
+    """The cost of tiled decoding on the busiest of so many ranks: bytes without weights, and its share of a frame's work.
 
-    `size` is frames, rows and columns of the latents; tiles overlap, so the part of a rank alone is more than 1. None where
-    the model has no tiles, or a frame is no larger than one. `vae` may be on the meta device.
+    `size` is frames, rows and columns of the latents; tiles overlap, so the share of a single rank is more than 1. None if the
+    model has no tiles, or a frame is no larger than one. `vae` may be on the meta device.
     """
     way = _possible_ways(config, vae, size, world_size=world_size, seed=0).get("tiled")
     if way is None:
@@ -320,9 +318,8 @@ def tiled_share(
 def tile_bytes(adapter: ModelAdapter, config: str, size: tuple[int, int, int], time: TimeSettings) -> tuple[int, int]:
     """Bytes of tensors while a tile of latent `size` (frames, rows, columns) is decoded by the VAE of a JSON `config`.
 
-    The first number is the work on one chunk, which passes, the second the tile's state, which stays. The decoder runs on
-    the meta device, where tensors have sizes only; from the third chunk on its peak is constant. UserError for a configuration
-    whose decoder does not run.
+    Returns the temporary bytes of one chunk, and the bytes of the tile's state. The decoder runs on the meta device, where
+    tensors have no data; from the third chunk on its peak is constant. UserError if the configured decoder does not run.
     """
     try:
         return _traced_bytes(adapter, config, size, time)

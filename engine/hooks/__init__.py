@@ -1,1 +1,1 @@
-"""What is installed on a pipeline, and the checks that it is in force."""
+"""Hooks and processors on a pipeline, and the checks that they are in force."""

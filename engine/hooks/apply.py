@@ -1,4 +1,4 @@
-"""`apply_method`: a method for long videos on a user's own pipeline, in one line, and taken off again."""
+"""`apply_method`: put a method for long videos on a user's pipeline, and remove it again."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,7 +33,7 @@ from freespec.riflex import Riflex, lowered_frequency
 
 
 class MethodHandle(Uncopyable):
-    """A method that is on a pipeline; `remove()` takes it off and leaves the pipeline as it was, bit for bit."""
+    """A method on a pipeline; `remove()` restores the pipeline bit for bit."""
 
     def __init__(
         self,
@@ -56,15 +56,15 @@ class MethodHandle(Uncopyable):
     def check(self) -> None:
         """Raise UserError, with the reason and what to do, unless the method is in force.
 
-        Each call of the pipeline and each forward of its transformer ask the same.
+        Each call of the pipeline and each forward of its transformer make the same check.
         """
         self._installed.check()
 
     def remove(self) -> None:
-        """Put the pipeline's own processors back; a second call does nothing.
+        """Restore the pipeline's own processors; a second call does nothing.
 
-        Whatever happened to the pipeline since, the modules that had the method are as before it. Another transformer or
-        scheduler that was put into the pipeline stays there.
+        Modules that had the method are restored whatever else was changed since. Another transformer or scheduler that was
+        put into the pipeline stays there.
         """
         installed = self._installed
         if installed.removed:
@@ -112,7 +112,7 @@ def apply_method(
         dual: how dual steps compute both branches: `strided`, `triton`, or `auto`, see `freespec.kernels.select_dual`.
         complement: what attends to the keys outside the windows in dual steps: `same` or `sage`, see
             `freespec.kernels.select_complement`.
-        ranks: how this process shares the video's tokens with others; None is a process alone.
+        ranks: how this process shares the video's tokens with others; None for a single process.
         riflex: lowers one temporal frequency of the rotary table; the default and `Riflex(enabled=False)` leave it alone.
         **settings: settings of the method, for example `alpha=3.0` for freespec.
 
@@ -184,7 +184,7 @@ def _make(
     riflex: Riflex,
     **settings: Any,
 ) -> Method:
-    """The method, after all that can be wrong about it, its kernels (dense, dual, complement) and RIFLEx."""
+    """Make the method, after checking it, its kernels (dense, dual, complement) and RIFLEx."""
     if settings and not isinstance(method, str):
         raise UserError("settings go with a method's name; a method object has its own")
     check_riflex(adapter, riflex)
@@ -203,7 +203,7 @@ def _make(
 
 
 def _check_free(pipe: DiffusionPipeline, transformer: Any, modules: Sequence[Any]) -> None:
-    """Refuse what would be ignored or would make attention wrong without a word."""
+    """Refuse a pipeline on which the method would be ignored, or attention silently wrong."""
     hooked = any(isinstance(hook, StepHook) for hook in transformer._forward_pre_hooks.values())
     if guard_of(pipe) or hooked or any(isinstance(attn.processor, BranchProcessor) for attn in modules):
         raise UserError("the pipeline already has a method; call its handle's remove() first")
@@ -215,7 +215,7 @@ def _check_free(pipe: DiffusionPipeline, transformer: Any, modules: Sequence[Any
 
 
 def _check_folders(adapter: ModelAdapter, pipe: DiffusionPipeline, transformer: Any) -> None:
-    """Ask the checkpoints that pipeline and transformer were loaded from what else is in them; of hub names, what they say."""
+    """Check the folders, or hub names, that pipeline and transformer were loaded from for a second transformer."""
     for name in filter(None, (part.config.get("_name_or_path") for part in (transformer, pipe))):
         refuse_one_of_two(name)
         for folder in (Path(name), Path(name).parent):  # of a whole checkpoint, or of one of its parts

@@ -1,4 +1,4 @@
-"""`apply_timeline`: a prompt that changes over time on a pipeline, by a processor on every cross-attention."""
+"""`apply_timeline`: a prompt that changes over time, by a processor on every cross-attention of a pipeline."""
 
 import functools
 import inspect
@@ -28,7 +28,7 @@ from freespec.timeline import Partial, attend, place
 
 @dataclass(kw_only=True)
 class TimelineState(Uncopyable):
-    """What the cross-attentions of one transformer share; the hook writes it before each forward.
+    """State shared by the cross-attentions of one transformer; the hook writes it before each forward.
 
     Attributes:
         adapter: of the pipeline.
@@ -37,7 +37,7 @@ class TimelineState(Uncopyable):
         text_tokens: K.
         pieces: what each frame attends to.
         frame_tokens: tokens per frame.
-        lengths: tokens of each text that are words, by batch item; None where padding is attended, or no relay needs them.
+        lengths: tokens without padding of each text, by batch item; None if padding is attended, or no relay needs them.
         kernel: attention that returns the log-sum-exp.
     """
 
@@ -72,13 +72,13 @@ class TimelineState(Uncopyable):
         self.lengths = _lengths(mask, self.num_texts) if relays and mask is not None else None
 
     def _set_scenes(self, transformer: nn.Module, starts: tuple[int, ...]) -> None:
-        """Tell the method, if there is one, where windows end; its own hook, which comes after this one, makes them."""
+        """Set where the windows of a method end, if there is one; its own hook, which runs after this one, makes them."""
         for attn in self.adapter.attention_modules(transformer):
             if isinstance(attn.processor, BranchProcessor):
                 attn.processor.state.scenes = starts
 
     def leave(self, transformer: nn.Module) -> None:
-        """Windows end at no scene any more."""
+        """Clear the ends of windows at scenes."""
         self._set_scenes(transformer, ())
 
 
@@ -124,10 +124,10 @@ class TimelineProcessor(Uncopyable):
 
 
 class TimelineHandle(Uncopyable):
-    """A timeline that is on a pipeline; `remove()` takes it off and leaves the pipeline as it was, bit for bit.
+    """A timeline on a pipeline; `remove()` restores the pipeline bit for bit.
 
     Attributes:
-        inputs: arguments for the pipeline's call in place of prompt and negative_prompt; empty if the texts come otherwise.
+        inputs: arguments of the pipeline's call in place of prompt and negative_prompt; empty if the caller has the texts.
     """
 
     def __init__(
@@ -159,12 +159,12 @@ class TimelineHandle(Uncopyable):
         return self._guard is not None and self._guard.problem() is None
 
     def check(self) -> None:
-        """Raise UserError, with the reason and what to do, unless the timeline is in force; each call asks the same."""
+        """Raise UserError, with the reason and what to do, unless the timeline is in force; each call checks this too."""
         if self._guard is not None:
             self._guard.check()
 
     def remove(self) -> None:
-        """Put the pipeline's own processors back; a second call does nothing."""
+        """Restore the pipeline's own processors; a second call does nothing."""
         if self._guard is not None and not self._guard.removed:
             self._guard.leave()
         self._hook.remove()
@@ -203,7 +203,7 @@ def apply_timeline(
         max_sequence_length: text tokens of each event; None is the default of the pipeline's call.
 
     Raises:
-        UserError: for what is no timeline. One that does not fit the video is refused when the pipeline is called.
+        UserError: for an invalid timeline. One that does not fit the video is refused when the pipeline is called.
     """
     adapter = adapter_of_pipeline(pipe)
     adapter.check_pipeline(pipe)
@@ -252,9 +252,9 @@ def install_timeline(
     text_tokens: int,
     inputs: dict[str, Tensor] | None = None,
 ) -> TimelineHandle:
-    """Put the processors and the hook of a timeline on a transformer, whose texts come concatenated, see `join_texts`.
+    """Put the processors and the hook of a timeline on a transformer, whose texts are concatenated, see `join_texts`.
 
-    A forward with other than `num_texts` times `text_tokens` text tokens is a UserError.
+    A forward with any other number of text tokens than `num_texts` times `text_tokens` raises UserError.
     """
     modules = adapter.cross_attention_modules(transformer)
     if any(isinstance(attn.processor, TimelineProcessor) for attn in modules):
@@ -263,18 +263,18 @@ def install_timeline(
     originals = [(attn, attn.processor) for attn in modules]
     for attn, beside in zip(modules, adapter.attention_modules(transformer), strict=True):
         attn.set_processor(TimelineProcessor(state, attn.processor, beside))
-    # Before the method's hook, whichever came first, since it says where windows end.
+    # Before the method's hook, in any order of installation, since it sets where windows end.
     hook = transformer.register_forward_pre_hook(state.before_forward, with_kwargs=True, prepend=True)
     return TimelineHandle(hook, originals, inputs or {}, functools.partial(state.leave, transformer))
 
 
 def join_texts(texts: Sequence[Text]) -> Text:
-    """Texts [1, K, C], with masks [1, K] where a model has them, one after the other: [1, num_texts K, C]."""
+    """Concatenate texts [1, K, C], and masks [1, K] if the model has them, to [1, num_texts K, C]."""
     return tuple(torch.cat(parts, dim=1) for parts in zip(*texts, strict=True))
 
 
 def _lengths(mask: Tensor, num_texts: int) -> list[list[int]]:
-    """Words of each text by batch item, of a mask [B, num_texts K] of 1 for words, which come first, and 0 for padding."""
+    """Lengths of each text by batch item, from a mask [B, num_texts K] of 1 for tokens, which come first, and 0 for padding."""
     per_text = mask.unflatten(1, (num_texts, -1)) > 0.5
     if bool((per_text[..., 1:] & ~per_text[..., :-1]).any()):
         raise UserError("a text has padding before its words, which a relay cannot skip; use cut or fade")

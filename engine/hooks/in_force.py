@@ -1,4 +1,4 @@
-"""Checks that a method on a living pipeline is in force: around each call of the pipeline and before each forward."""
+"""Checks that a method on a pipeline is in force: around each call of the pipeline and before each forward."""
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +17,9 @@ from engine.adapters.base import unwrap
 from engine.errors import UserError
 from parallel.mesh import SeqMesh
 
-# Hooks of diffusers that do the same on every rank: these caches decide by the step alone, and where weights lie, or in which
-# type, decides nothing. Others may skip blocks by what one rank sees of its own tokens: the ranks would part, and wait for each
-# other for ever. By whole name, so that no subclass and nothing new passes unseen.
+# Hooks of diffusers that act the same on every rank: these caches decide by the step alone, and placement and dtype of weights
+# decide nothing. Others may skip blocks by the tokens of one rank, and the ranks would wait for each other for ever. Listed by
+# full name, so that subclasses and new hooks are refused.
 _SAFE_HOOKS = frozenset(
     f"diffusers.hooks.{name}"
     for name in (
@@ -37,7 +37,7 @@ _SAFE_HOOKS = frozenset(
 
 
 class Uncopyable:
-    """What belongs to one living pipeline: a copy, or a pickle, would share its state and its process groups."""
+    """Base of objects that belong to one pipeline: a copy or pickle would share its state and process groups."""
 
     def __reduce_ex__(self, _protocol: Any) -> NoReturn:
         """Raise UserError for copy.copy, copy.deepcopy, pickle and torch.save."""
@@ -49,14 +49,14 @@ class Uncopyable:
 
 @dataclass(kw_only=True, eq=False)
 class Guard(Uncopyable):
-    """What was put on a pipeline's attentions, and whether it is still there; asked around each call and before each forward.
+    """Processors and hooks that were put on a pipeline, and the check that they are still there.
 
     Attributes:
         pipe: the pipeline.
         adapter: of its model.
         transformer: its transformer, not the wrapper of torch.compile.
-        processors: of the attentions that it concerns, first block first.
-        removed: whether it was taken off.
+        processors: those of its attentions, first block first.
+        removed: whether they were removed.
     """
 
     APPLY: ClassVar[str]  # the function that puts it on
@@ -70,16 +70,16 @@ class Guard(Uncopyable):
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         raise NotImplementedError
 
     @property
     def again(self) -> str:
-        """What to do where it is not in force any more."""
+        """What to do if it is no longer in force."""
         return f"call the handle's remove(), then {self.APPLY} again"
 
     def modules(self) -> list[nn.Module]:
-        """The attentions that it concerns, as the transformer has them now."""
+        """The attentions that have its processors, as the transformer has them now."""
         raise NotImplementedError
 
     def registered(self) -> Sequence[RemovableHandle]:
@@ -87,12 +87,12 @@ class Guard(Uncopyable):
         raise NotImplementedError
 
     def leave(self) -> None:
-        """Check no call any more, and give the pipeline its own class back, unless another library has put its own over it."""
+        """Stop checking calls, and restore the pipeline's class, unless another library has derived its own from it."""
         self.removed = True
         unguard(self.pipe)
 
     def check(self) -> None:
-        """Raise UserError, with the first reason found, unless it is in the next forward of the pipeline."""
+        """Raise UserError, with the first reason found, unless it is in force for the next forward."""
         if found := self.problem():
             raise UserError(f"{self.name} is not in force: {found}")
 
@@ -100,7 +100,7 @@ class Guard(Uncopyable):
         """Why it is not in force, and what to do; None if it is."""
         if self.removed:
             return f"it was removed; call {self.APPLY} again"
-        # pipe.transformer, if deleted, is asked of its configuration
+        # a deleted pipe.transformer would be looked up in the configuration
         current = unwrap(vars(self.pipe).get("transformer"))
         if current is not self.transformer:
             kind = "None" if current is None else f"another {type(current).__name__}"
@@ -126,7 +126,7 @@ class Guard(Uncopyable):
         return None
 
     def layer_problem(self, layer: int, attn: nn.Module) -> str | None:
-        """What else is wrong with an attention that has its processor."""
+        """What else is wrong with an attention that has its processor; None if nothing."""
         return None
 
     def _hooks(self) -> str | None:
@@ -134,22 +134,22 @@ class Guard(Uncopyable):
         return f"{len(lost)} of its hooks were removed from the transformer; {self.again}" if lost else None
 
     def call(self) -> AbstractContextManager[None]:
-        """One call of the pipeline: raise UserError before it if this is not in force, after it if it was not throughout."""
+        """Wrap one call of the pipeline: raise UserError unless this is in force before it, and was throughout."""
         raise NotImplementedError
 
 
 @dataclass(kw_only=True, eq=False)
 class Installed(Guard):
-    """What `apply_method` put where, and whether all of it is still there.
+    """What `apply_method` installed on a pipeline, and the check that all of it is still there.
 
     Attributes:
         method: name of the method, for messages.
         mesh: the ranks.
-        token_hooks: of the modules where tokens are made (`engine.hooks.token_hooks.TokenHooks`).
-        tried: the scheduler that was last found right, and its configuration then.
+        token_hooks: on the modules where tokens are made (`engine.hooks.token_hooks.TokenHooks`).
+        tried: the scheduler that last passed its check, and its configuration then.
         draws_noise: whether it draws noise while it steps.
         hooks: registered on the transformer.
-        step_hook: what they are, and which steps they saw (`engine.hooks.step_hook.StepHook`).
+        step_hook: their object, which counts the steps (`engine.hooks.step_hook.StepHook`).
     """
 
     APPLY = "apply_method"
@@ -186,7 +186,7 @@ class Installed(Guard):
         self.pipe.__class__ = guarded(type(self.pipe), self)
 
     def before_forward(self) -> None:
-        """`check`, and hooks on what took the place of the modules that make tokens (a LoRA on one of them does)."""
+        """Run `check`, and move the token hooks to modules that replaced theirs, such as a LoRA."""
         self.check()
         self.token_hooks.follow()
 
@@ -202,7 +202,7 @@ class Installed(Guard):
         return layer_problem(layer, attn)
 
     def _pipeline(self) -> str | None:
-        """Its configuration again, and its scheduler if that is another one now."""
+        """Check its configuration again, and its scheduler if that was replaced."""
         now = tried(vars(self.pipe).get("scheduler"))
         try:
             self.adapter.check_pipeline(self.pipe)
@@ -215,7 +215,7 @@ class Installed(Guard):
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """One call of the pipeline: raise UserError before it if the method is not in force, after it if it was not throughout."""
+        """Wrap one call of the pipeline: raise UserError unless the method is in force before it, and was throughout."""
         if self.removed:
             yield
             return
@@ -244,23 +244,23 @@ class Installed(Guard):
 
 
 def tried(scheduler: Any) -> tuple[Any, dict[str, Any]]:
-    """A scheduler and a copy of its configuration, to see by whether it is another one later."""
+    """A scheduler and a copy of its configuration, to detect a replacement."""
     config = getattr(scheduler, "config", None)
     return scheduler, dict(config) if isinstance(config, Mapping) else {}
 
 
 def guarded(kind: type, installed: Guard) -> type:
-    """A class for the one pipeline of `installed`, under the same name as its own and derived from it, whose calls are checked.
+    """Derive a class of the same name for the one pipeline of `installed`, whose calls are checked.
 
-    Where another transformer was put into the pipeline, nothing that a hook sits on is called any more, with prompt embeddings
-    given and latents asked for; the call itself is. Other loops, and a call of the class's own `__call__`, make their latents first.
+    If another transformer was put into the pipeline, no hooked module may be called, with prompt embeddings given and latents
+    asked for, but the call itself is checked.
     """
 
     class Guarded(kind):
         guard = installed
 
         def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-            """Make a pipeline of the class itself, as `type(pipe)(...)` and `type(pipe).from_pipe(...)` ask for."""
+            """Make a pipeline of the original class, for `type(pipe)(...)` and `type(pipe).from_pipe(...)`."""
             return kind(*args, **kwargs)
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -273,7 +273,7 @@ def guarded(kind: type, installed: Guard) -> type:
             return super().prepare_latents(*args, **kwargs)
 
         def __reduce_ex__(self, protocol: Any) -> Any:
-            if installed.removed:  # under a class of another library, over this one
+            if installed.removed:  # under a class that another library derived from this one
                 return super().__reduce_ex__(protocol)
             return installed.__reduce_ex__(protocol)
 
@@ -285,31 +285,31 @@ def guarded(kind: type, installed: Guard) -> type:
 
 
 def unguard(pipe: DiffusionPipeline) -> None:
-    """Give the pipeline its own class back, once what was put over it has left as well."""
+    """Restore the pipeline's class, once classes derived from it are gone too."""
     while getattr(vars(type(pipe)).get("guard"), "removed", False):
         pipe.__class__ = type(pipe).__base__
 
 
 def guard_of(pipe: DiffusionPipeline) -> Installed | None:
-    """The method that is on a pipeline; None without one."""
+    """The method on a pipeline; None without one."""
     guards = [vars(kind).get("guard") for kind in type(pipe).__mro__]
     return next((guard for guard in guards if isinstance(guard, Installed) and not guard.removed), None)
 
 
 def is_compiled(transformer: nn.Module) -> bool:
-    """Whether torch.compile has the whole transformer, as a wrapper or in place."""
+    """Whether torch.compile wraps the whole transformer, or compiles it in place."""
     return unwrap(transformer) is not transformer or transformer._compiled_call_impl is not None
 
 
 def parallel_problem(transformer: nn.Module) -> str | None:
-    """What to say of a transformer whose tokens diffusers' own context parallel splits; None without it."""
+    """The message for a transformer with diffusers' own context parallel; None without it."""
     if getattr(transformer, "_parallel_config", None) is None:
         return None
     return "the transformer has diffusers' context parallel, which cannot be combined with a method; load it without"
 
 
 def backend_problem() -> str | None:
-    """What to say of an attention backend that diffusers was told to use everywhere; None for its default, torch's own."""
+    """The message for a global attention backend of diffusers; None for its default, torch's own."""
     backend = AttentionBackendName(_AttentionBackendRegistry.get_active_backend()[0])
     if backend is AttentionBackendName.NATIVE:
         return None
@@ -321,7 +321,7 @@ def backend_problem() -> str | None:
 
 
 def layer_problem(layer: int, attn: nn.Module) -> str | None:
-    """What to say of a self-attention that diffusers was told to compute in another way; None if it was not."""
+    """The message for a self-attention that diffusers was told to compute in another way; None otherwise."""
     backend = getattr(attn.processor, "_attention_backend", None)
     if backend is not None and AttentionBackendName(backend) is not AttentionBackendName.NATIVE:
         return (
@@ -332,7 +332,7 @@ def layer_problem(layer: int, attn: nn.Module) -> str | None:
 
 
 def refuse_caches_of_one_rank(transformer: nn.Module) -> None:
-    """Raise UserError for a hook of diffusers that may be unsafe over ranks; asked in each forward, as one may be added later."""
+    """Raise UserError for a hook of diffusers that may be unsafe over ranks; checked in each forward, as one may be added later."""
     unknown = sorted(
         kind.__name__ for kind in hook_kinds(transformer) if f"{kind.__module__}.{kind.__qualname__}" not in _SAFE_HOOKS
     )
@@ -346,7 +346,7 @@ def refuse_caches_of_one_rank(transformer: nn.Module) -> None:
 
 
 def skips_layers(transformer: nn.Module) -> bool:
-    """Whether diffusers was told to leave out some layers in every step, as the stock pipeline would."""
+    """Whether diffusers was told to skip some layers in every step, which the stock pipeline would do too."""
     return any(kind.__module__ == "diffusers.hooks.layer_skip" for kind in hook_kinds(transformer))
 
 

@@ -1,4 +1,4 @@
-"""What the hooks and processors of one transformer share: a method's setup, and the forward that runs."""
+"""State shared by the hooks and processors of one transformer: a method's setup, and the current forward."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ NO_FORWARD = (
 
 @dataclass(frozen=True, kw_only=True)
 class MethodSetup:
-    """A method as it was put on a transformer; nothing of it changes until it is removed.
+    """A method as it was put on a transformer; constant until it is removed.
 
     Attributes:
         adapter: of the model.
@@ -50,9 +50,9 @@ class MethodSetup:
 
 @dataclass(kw_only=True)
 class Forward(Uncopyable):
-    """One forward of the transformer, as the step hook finds it and the processors read it.
+    """One forward of the transformer, written by the step hook and read by the processors.
 
-    Not frozen: a compiled block would be compiled again for every new number in a frozen dataclass, read or not.
+    Not frozen: torch.compile guards every field of a frozen dataclass, and would recompile a block for each new number.
     """
 
     step: int
@@ -73,14 +73,14 @@ class Forward(Uncopyable):
 
 @dataclass
 class RunState(Uncopyable):
-    """What every attn1 of one transformer shares; the step hook writes it, processors only read.
+    """State shared by every attn1 of one transformer; the step hook writes it, processors only read.
 
     The processors read strings and tensors, not numbers: a compiled block is compiled once per mode, not once per step.
 
     Attributes:
-        setup: what does not change.
-        forward: the forward that runs, or ran last; None before the first.
-        running: whether it runs, so that no block runs on what is left of the last one.
+        setup: the constant part.
+        forward: the current or last forward; None before the first.
+        running: whether it is current, so that no block runs on the state of the last one.
         scenes: frames after the first at which windows end and begin, of a timeline.
         checks_finite: whether each forward checks its latents and its prediction; False for a loop that checks after each step.
         trace: observes the branches, if given.
@@ -97,7 +97,7 @@ class RunState(Uncopyable):
 
     @property
     def last(self) -> Forward:
-        """The forward that runs, or ran last."""
+        """The current or last forward."""
         assert self.forward is not None, "no forward yet"
         return self.forward
 

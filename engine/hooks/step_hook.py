@@ -24,11 +24,11 @@ from parallel.shards import HaloRange, LayerShape, SequencePlan, choose_local_ro
 
 
 class StepHook(Uncopyable):
-    """Forward hooks of the transformer: before, find the step, the grid and the mode; after, see that every layer ran.
+    """Forward hooks of the transformer: before, find the step, the grid and the mode; after, check that every layer ran.
 
     Args:
         state: written before each forward.
-        scheduler: returns the pipeline's scheduler of this moment.
+        scheduler: returns the pipeline's current scheduler.
         before_forward: raises UserError unless the method is in force.
         processors: those of the self-attentions.
     """
@@ -55,7 +55,7 @@ class StepHook(Uncopyable):
         self._in_call = False
         self._kernels: dict[tuple[torch.device, torch.dtype], str] = {}
 
-    # Compiled with the rest of a transformer, the hooks would be traced: they read numbers off tensors, and decide by them.
+    # Not traced when a transformer is compiled: the hooks read numbers from tensors and branch on them.
     @torch.compiler.disable
     def __call__(self, transformer: Any, args: tuple, kwargs: dict) -> None:
         """Fill the state for this forward."""
@@ -78,7 +78,7 @@ class StepHook(Uncopyable):
         layout, attention_layout = share_tokens(
             state, transformer.config, grid.tokens, latents=latents, mode=mode, halo=attention.halo
         )
-        if state.eigensolver is None:  # of a pipeline of one's own; an engine chooses when it starts
+        if state.eigensolver is None:  # on a user's pipeline; an engine chooses when it starts
             choose_eigensolver(state, transformer, latents.device)
         for processor in self._processors:
             processor.called = False
@@ -98,10 +98,10 @@ class StepHook(Uncopyable):
 
     @torch.compiler.disable
     def after(self, transformer: Any, _args: tuple, output: Any) -> None:
-        """Close the state; raise UserError for a prediction that is not finite, or if the method was not in every layer.
+        """End the forward; raise UserError for a prediction that is not finite, or a layer without the method.
 
-        After the last step no further forward would see what a prediction made of the latents. Caches skip layers, but none
-        does in the first forward of a run or after it was enabled, and what has called every layer there may skip some later.
+        Predictions are checked as well as latents, since no further forward follows the last step. Caches skip layers, but
+        never in the first forward of a run or after being enabled, so a path that has called every layer once may skip some.
         """
         state = self.state
         state.running = False
@@ -118,17 +118,17 @@ class StepHook(Uncopyable):
         self._complete = path
 
     def begin_call(self) -> None:
-        """The pipeline is called."""
+        """Begin a call of the pipeline."""
         self._in_call = True
         self._begin_run()
 
     def end_call(self) -> None:
-        """The call has ended, well or not; after an error in a forward `after` was not called."""
+        """End a call of the pipeline, also after an error, for which `after` is not called."""
         self._in_call = False
         self.state.running = False
 
     def check_call(self, *, interrupted: bool) -> None:
-        """Raise UserError unless the transformer was called in every step of this call; a pipeline may begin in the middle."""
+        """Raise UserError unless the transformer was called in every step of this call, from any first step on."""
         steps, total = self._steps, len(self._timesteps)
         if not interrupted and (not steps or steps != list(range(steps[0], total))):
             raise UserError(
@@ -137,7 +137,7 @@ class StepHook(Uncopyable):
             )
 
     def _path(self, transformer: Any) -> list[tuple[Any, Any, Any]]:
-        """The modules through which the processors are called, and the forward of each: its own, if it has one, and its class's."""
+        """The modules that lead to the processors, and the forward of each: of the instance, if set, and of its class."""
         blocks = self.state.setup.adapter.blocks(transformer)
         modules = [transformer, *blocks, *(block.attn1 for block in blocks)]
         return [(module, vars(module).get("forward"), type(module).forward) for module in modules]
@@ -146,7 +146,7 @@ class StepHook(Uncopyable):
         self._steps, self._complete = [], None
 
     def _note(self, step: int) -> None:
-        """Add a step to those of this run, or begin another run."""
+        """Add a step to this run, or begin another run."""
         if self._steps and step < self._steps[-1]:
             self._begin_run()
         if step not in self._steps[-1:]:
@@ -166,7 +166,7 @@ class StepHook(Uncopyable):
         return ScenedAttention(video=attention, starts=(0, *scenes)) if scenes else attention
 
     def _kernel_name(self, grid: Grid, head_dim: int, where: tuple[torch.device, torch.dtype]) -> str:
-        """The kernel setting; `auto` on a pipeline of one's own (an engine has chosen) is tried out at the first long video."""
+        """The kernel setting; `auto` on a user's pipeline is resolved at the first long video (an engine has resolved it)."""
         setup = self.state.setup
         if setup.kernel != "auto" or setup.hybrid is not None or grid.frames <= grid.window_frames:
             return setup.kernel
@@ -175,7 +175,7 @@ class StepHook(Uncopyable):
         return self._kernels[where]
 
     def _weights(self, plan: StepPlan, grid: Grid, step: int, transformer: Any, device: torch.device) -> Any:
-        """The fusion weights, made once a step: making them copies numbers to the device, which waits for the pass before."""
+        """The fusion weights, made once a step, since making them copies numbers to the device and blocks."""
         made_for = (step, grid, device)
         if made_for != self._made_for:
             self._made = self.state.setup.method.weights(plan, grid, transformer.config.attention_head_dim, device)
@@ -185,7 +185,7 @@ class StepHook(Uncopyable):
     def _find_step(self, timestep: Tensor) -> int:
         """Index of this forward in the scheduler's timesteps; UserError if the forward belongs to another step."""
         scheduler = self._scheduler()
-        if getattr(scheduler, "num_inference_steps", None) is None:  # its timesteps are those of training
+        if getattr(scheduler, "num_inference_steps", None) is None:  # its timesteps are still those of training
             raise UserError(f"the transformer was called before its scheduler's set_timesteps: {self._whose()}")
         self._read_timesteps(scheduler.timesteps)
         timesteps, value = self._timesteps, self._value(timestep, scheduler.timesteps)
@@ -198,7 +198,7 @@ class StepHook(Uncopyable):
         return step
 
     def _whose(self) -> str:
-        """Who called the transformer at a step that is not its scheduler's."""
+        """What may have called the transformer at a step other than its scheduler's, and what to do."""
         if self._in_call:
             return "the scheduler was replaced or set anew during a call; leave it alone until the call ends"
         return (
@@ -207,9 +207,9 @@ class StepHook(Uncopyable):
         )
 
     def _read_timesteps(self, timesteps: Tensor) -> None:
-        """Copy them to Python once for each tensor: on a GPU the copy waits for all that is queued there.
+        """Copy timesteps to Python once per tensor, since on a GPU the copy waits for all queued work.
 
-        Tensors made under inference_mode do not count their changes, and are copied in each step.
+        Tensors made under inference_mode have no version counter, and are copied in each step.
         """
         version = None if timesteps.is_inference() else timesteps._version
         if version is not None and self._read is not None and self._read[0] is timesteps and self._read[1] == version:
@@ -221,7 +221,7 @@ class StepHook(Uncopyable):
             self._begin_run()
 
     def _value(self, timestep: Tensor, timesteps: Tensor) -> float:
-        """The number in `timestep`; known without reading it where it is a view of the scheduler's, as pipelines hand on."""
+        """The number in `timestep`, without reading the tensor if it is a view of the scheduler's, as pipelines pass it."""
         whole = timesteps if timesteps._base is None else timesteps._base
         at = timestep.storage_offset() - timesteps.storage_offset()
         same = timestep._base is whole and timestep.dtype == timesteps.dtype
@@ -231,9 +231,9 @@ class StepHook(Uncopyable):
 
 
 def choose_eigensolver(state: RunState, transformer: Any, device: torch.device) -> None:
-    """Choose what decomposes the Gram matrices of a layer's two branches; on a CPU there is nothing to choose.
+    """Choose the eigensolver for the Gram matrices of a layer's two branches; on a CPU it is LAPACK.
 
-    Raises UserError, on all ranks together, if a rank's device has no solver that is right.
+    Raises UserError, on all ranks together, if a rank's device has no correct solver.
     """
     if device.type == "cpu":
         return
@@ -246,7 +246,7 @@ def choose_eigensolver(state: RunState, transformer: Any, device: torch.device) 
 
 
 def _one_per_batch(timestep: Tensor) -> Tensor:
-    """The timestep, if it is one number for all videos of a batch. One that is expanded needs no reading, which waits for a GPU."""
+    """Return the timestep if it is equal for all videos of a batch; an expanded tensor is not read, which would block on a GPU."""
     if timestep.dim() == 1 and (len(timestep) == 1 or timestep.stride() == (0,) or len(set(timestep.tolist())) == 1):
         return timestep
     raise UserError(
@@ -256,8 +256,8 @@ def _one_per_batch(timestep: Tensor) -> Tensor:
 
 
 def refuse_not_finite(latents: Tensor, where: str) -> None:
-    """Raise UserError for latents or predictions with NaN or infinity, on all ranks together, as all have the same ones."""
-    wait_for(latents.device)  # reading them waits for the device in C, where no signal is heard
+    """Raise UserError for latents or predictions with NaN or infinity, on all ranks together, as all hold the same."""
+    wait_for(latents.device)  # reading them would block in C, where no signal is handled
     check_finite(
         latents,
         where=f"{where} in {str(latents.dtype).removeprefix('torch.')}",
@@ -267,7 +267,7 @@ def refuse_not_finite(latents: Tensor, where: str) -> None:
 
 @functools.cache
 def _signature(transformer_class: Any) -> inspect.Signature:
-    """Names of the arguments of a forward; asked of the class, as offload puts another function on the instance."""
+    """The signature of a forward, from the class, since offload puts another function on the instance."""
     return inspect.signature(transformer_class.forward)
 
 
@@ -280,7 +280,7 @@ def bind_forward(transformer: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
 def share_tokens(
     state: RunState, model: Any, num_tokens: int, *, latents: Tensor, mode: Mode, halo: HaloRange
 ) -> tuple[SequenceLayout, SequenceLayout]:
-    """The layout of a video's tokens over the ranks, and the one that a mode's attention uses, with windows of this `halo`.
+    """Return the layout of a video's tokens over the ranks, and the one for the attention of a mode with windows of this `halo`.
 
     `model` is the transformer's configuration.
     """

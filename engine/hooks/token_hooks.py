@@ -1,4 +1,4 @@
-"""Forward hooks that share tokens among the ranks, and lower a frequency of the rotary table of a long video."""
+"""Forward hooks that shard tokens over the ranks, and lower a frequency of the rotary table of a long video."""
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,10 @@ from parallel.shards import length
 
 
 class TokenHooks(Uncopyable):
-    """Forward hooks where tokens are made: this rank's tokens after patch embedding and rotary table, all after the projection.
+    """Forward hooks that shard tokens after patch embedding and rotary table, and gather them after the output projection.
 
     Attributes:
-        registered: the hooks, on the modules that have these names now.
+        registered: the hooks, on the current modules.
     """
 
     def __init__(self, state: RunState, transformer: nn.Module, riflex: Riflex | None = None) -> None:
@@ -30,7 +30,7 @@ class TokenHooks(Uncopyable):
         self.follow()
 
     def follow(self) -> None:
-        """Move the hooks to modules that took the place of others, such as a LoRA around a projection."""
+        """Move the hooks to modules that replaced theirs, such as a LoRA around a projection."""
         points = self._state.setup.adapter.shard_points(self._transformer)
         if self._points and all(now is before for now, before in zip(points, self._points, strict=True)):
             return
@@ -40,8 +40,8 @@ class TokenHooks(Uncopyable):
         if self._riflex is not None:
             self._pairs = self._state.setup.adapter.temporal_frequencies(
                 self._transformer
-            )  # here, as it waits for a GPU
-            # A table is lowered whole, before ranks take their rows of it.
+            )  # here, not in a forward, as it waits for a GPU
+            # The whole table is lowered, before ranks take their rows.
             lower = [rotary.register_forward_hook(self.lower_frequency)]
         self.registered = [
             *lower,
@@ -51,7 +51,7 @@ class TokenHooks(Uncopyable):
         ]
 
     def remove(self) -> None:
-        """Take the hooks off, copies of them too: torch's quantization puts a module's hooks on the one that takes its place."""
+        """Remove the hooks and their copies, which torch's quantization puts on modules that replace others."""
         for module in self._transformer.modules():
             for key, hook in list(module._forward_hooks.items()):
                 if getattr(hook, "__self__", None) is self:
@@ -77,17 +77,17 @@ class TokenHooks(Uncopyable):
 
     @torch.compiler.disable
     def shard_embedding(self, _module: nn.Module, _args: tuple, embedded: Tensor) -> Tensor:
-        """This rank's tokens of all."""
+        """Select this rank's tokens."""
         shard = self._layout.shard
         return self._state.setup.adapter.shard_embedding(embedded, shard[0], length(shard))
 
     @torch.compiler.disable
     def shard_rotary(self, _module: nn.Module, _args: tuple, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """This rank's rows of the rotary tables."""
+        """Select this rank's rows of the rotary tables."""
         shard = self._layout.shard
         return self._state.setup.adapter.shard_rotary(tables, shard[0], length(shard))
 
     @torch.compiler.disable
     def gather_output(self, _module: nn.Module, _args: tuple, projected: Tensor) -> Tensor:
-        """All tokens, of the ranks' own."""
+        """Gather the tokens of all ranks."""
         return self._layout.gather_tokens(projected)

@@ -1,4 +1,4 @@
-"""Pictures of videos: a contact sheet of one, and several one above the other at the same moments."""
+"""Images of videos: a contact sheet of one, and several one above the other at the same times."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ _GAP = 8
 
 @dataclass
 class FrameSampler:
-    """Evenly spaced frames of a video that passes by in pieces; only the chosen ones are kept.
+    """Keeps evenly spaced frames of a video that is written in pieces.
 
     Attributes:
         total: frames of the video.

@@ -13,7 +13,7 @@ from PIL import Image
 from engine.errors import UserError
 from engine.files.folders import is_frame
 
-# Containers that are read. A playlist is not among them: it names other files, and addresses.
+# Containers that are read. Playlists are not, since they name other files and addresses.
 _OPTIONS = {"format_whitelist": "mov,mp4,matroska,webm,avi,mpegts,gif", "protocol_whitelist": "file"}
 
 # FFmpeg's numbers (AVColorSpace, AVColorRange, AVColorTransferCharacteristic).
@@ -30,7 +30,7 @@ _MATRICES = {
 _OTHER_MATRICES = {8: "YCgCo", 10: "BT.2020 constant luminance", 11: "SMPTE 2085", 12: "chroma-derived", 14: "ICtCp"}
 _LIMITED, _FULL = 1, 2
 _HDR = {16: "PQ", 18: "HLG"}
-# Untagged pictures of more lines are taken for BT.709, others for BT.601, as players do.
+# Untagged frames of more lines are read as BT.709, others as BT.601, as players do.
 _MOST_LINES_OF_SD = 576
 
 
@@ -48,13 +48,13 @@ def count_frames(path: Path) -> int:
 
 
 def measure(path: Path) -> tuple[int, int, int] | None:
-    """Frames, rows and columns of a video file or a folder of frames, without decoding it; None for what is neither."""
+    """Frames, rows and columns of a video file or a folder of frames, without decoding; None for anything else."""
     try:
         if path.is_dir():
             frames = [file for file in path.iterdir() if is_frame(file)]
             with Image.open(frames[0]) as image:
                 return len(frames), image.height, image.width
-        if path.suffix == ".webp":  # FFmpeg reads its first picture alone
+        if path.suffix == ".webp":  # FFmpeg reads only its first frame
             with Image.open(path) as image:
                 return getattr(image, "n_frames", 1), image.height, image.width
         with open_file(path) as container:

@@ -1,4 +1,4 @@
-"""Frames to a video, as they come: mp4, GIF, WebP or a folder of PNG files, under a temporary name until it is whole."""
+"""Write frames to a video as they arrive: mp4, GIF, WebP or a folder of PNG files, under a temporary name until complete."""
 
 import contextlib
 import json
@@ -20,14 +20,14 @@ from engine.files.folders import frame_name
 from engine.files.whole import atomic_path
 from engine.media.read_video import count_frames
 
-# ITU-R BT.709 in ffmpeg's numbering of matrix, primaries and transfer, and of limited range. Written into the file:
-# players guess otherwise, by the picture's size, and colours would shift.
+# ITU-R BT.709 in ffmpeg's numbering of matrix, primaries and transfer, and of limited range. Tagged in the file, since players
+# guess by the frame's size otherwise, and colours would shift.
 _BT709 = 1
 _LIMITED_RANGE = 1
 
 
 class VideoWriter:
-    """A video that takes frames; made by `open_video`. The base of one class for each kind."""
+    """Base class of the writers that `open_video` returns, one for each kind of video."""
 
     num_frames = 0
 
@@ -38,7 +38,7 @@ class VideoWriter:
             self.num_frames += 1
 
     def finish(self) -> None:
-        """Write what is held back, and the metadata."""
+        """Flush the encoder, and write the metadata."""
 
     def count(self) -> int:
         """Frames in the finished file."""
@@ -60,7 +60,7 @@ def open_video(
     facts: Mapping[str, Any] | None = None,
     replace: bool = True,
 ) -> Iterator[VideoWriter]:
-    """A writer of the video `path`, which exists once the block has ended well, and not at all if it fails.
+    """Open a writer of the video `path`, which exists once the block has succeeded, and not at all if it fails.
 
     The same arguments and frames give the same bytes.
 
@@ -71,12 +71,11 @@ def open_video(
         height: pixels.
         width: pixels.
         crf: quality of mp4 and WebP, 0 (lossless; mp4 keeps colours at half the resolution) to 51; GIF and PNG have none.
-        facts: what the file says of itself (`engine.record.video_facts`), as JSON in its comment; None says nothing.
-        replace: whether a video that is there is replaced, see `engine.files.whole.publish`.
+        facts: metadata (`engine.record.video_facts`), as JSON in the file's comment; None writes none.
+        replace: whether an existing video is replaced, see `engine.files.whole.publish`.
 
     Raises:
-        WriteError: the file cannot be written, does not hold every frame that was given, or, without `replace`, another has
-            the name.
+        WriteError: the file cannot be written, does not hold every frame, or, without `replace`, another file has the name.
     """
     with atomic_path(path, replace=replace) as part, contextlib.ExitStack() as stack:
         writer: VideoWriter
@@ -165,8 +164,8 @@ class _Mp4(_Stream):
         crf: int,
         facts: Mapping[str, Any] | None,
     ) -> None:
-        # The same frames give the same bytes: with more threads, or without cpu-independent (some of x264's vector code
-        # reads memory that was never written), they would not. The encoder is never what a run waits for.
+        # For equal bytes from equal frames: one thread, and cpu-independent, as some of x264's vector code reads uninitialised
+        # memory. Encoding is never the bottleneck of a run.
         codec = {"crf": str(crf), "preset": "medium", "threads": "1", "x264-params": "cpu-independent=1"}
         # faststart: the index comes first, so that a browser plays the file while it loads.
         options = ({"movflags": "faststart"}, codec)
@@ -177,7 +176,7 @@ class _Mp4(_Stream):
         context.color_range = _LIMITED_RANGE
         if facts is not None:
             self.container.metadata["comment"] = as_comment(facts)
-            # Shown by players and in terminals: without escapes and what UTF-8 does not have.
+            # Shown by players and in terminals, so without control characters and surrogates.
             title = (letter if letter.isprintable() else " " for letter in str(facts["prompt"]))
             self.container.metadata["title"] = "".join(title)
 
@@ -187,7 +186,7 @@ class _Mp4(_Stream):
 
 
 class _Gif(_Stream):
-    """A GIF with a palette for each frame, so that it is written as frames come; it plays for ever."""
+    """A looping GIF with a palette for each frame, so that it is written as frames arrive."""
 
     def __init__(
         self,
@@ -201,11 +200,11 @@ class _Gif(_Stream):
         super().__init__(part, stack, container="gif", codec="gif", fps=fps, size=size, options=({"loop": "0"}, {}))
         self.stream.pix_fmt = "pal8"
         self.facts = facts
-        self.graph = graph = av.filter.Graph()  # its filters live as long as it does
+        self.graph = graph = av.filter.Graph()  # kept, as its filters live only as long as it does
         self.source = graph.add_buffer(width=size[1], height=size[0], format="rgb24", time_base=self.time_base)  # type: ignore[arg-type]
         split = graph.add("split")
         palette = graph.add("palettegen", "stats_mode=single:reserve_transparent=0")
-        # An ordered pattern stands still where the picture does; diffused errors would flicker.
+        # An ordered dither is stable over time; error diffusion would flicker.
         paint = graph.add("paletteuse", "new=1:dither=bayer:bayer_scale=5")
         self.painted = graph.add("buffersink")
         self.source.link_to(split)
@@ -246,7 +245,7 @@ def _insert_gif_comment(path: Path, text: bytes) -> None:
 
 
 class _WebP(_Stream):
-    """An animated WebP that plays for ever. Frames that equal the one before are stored as its longer duration."""
+    """A looping animated WebP. Frames equal to the one before are stored as a longer duration of that."""
 
     def __init__(
         self,
@@ -275,7 +274,7 @@ class _WebP(_Stream):
             _add_webp_description(self.part, as_comment(self.facts), self.size)
 
     def count(self) -> int:
-        """Frames by the time that they are shown for, in whole milliseconds; libwebp makes a picture of a video that stands still."""
+        """Count frames by their duration in whole milliseconds; libwebp writes a still image for a video without changes."""
         shown = 0
         with Image.open(self.part) as image:
             for frame in ImageSequence.Iterator(image):
@@ -294,7 +293,7 @@ def _add_webp_description(path: Path, text: str, size: tuple[int, int]) -> None:
     payload = exif.tobytes().removeprefix(b"Exif\0\0")
     with path.open("r+b") as file:
         file.seek(12)
-        if file.read(4) != b"VP8X":  # a still picture: chunks beside the picture want this header
+        if file.read(4) != b"VP8X":  # a still image: further chunks need this header
             file.seek(12)
             chunks = file.read()
             height, width = size
