@@ -1,7 +1,7 @@
 """FreeSpec as pure functions on tensors: windows, attention branches, spectra and their fusion. Knows no ranks, models or files.
 
-Methods are settings too, and a command line checks settings without importing torch: what methods compute with is imported when
-it is first used, as `freespec.spectrum` and so on.
+Methods are also settings, which a command line checks without importing torch: submodules such as `freespec.spectrum` are imported on
+first use.
 """
 
 import importlib

@@ -39,7 +39,7 @@ def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[T
 def merge_into(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """`merge` of out [..., S, N, D], lse [..., S, N] and a part of the same shape, written over the first two.
 
-    The one change of an argument on this floor: both branches of a long video are the largest tensors of a step.
+    The only function of this package that changes an argument: both branches of a long video are the largest tensors of a step.
     """
     step = merge_step(out.shape[-3])
     for start in range(0, out.shape[-3], step):
@@ -58,11 +58,10 @@ class WindowedAttention:
 
     Queries and keys may be any contiguous part of the sequence: `q_start` and `k_start` are the absolute positions of
     their first tokens, so that the same calls serve one device and the shard of a rank. `dual_kernel` computes both
-    branches in one call; None is the way of this module, by dense calls of `kernel`. `rest_kernel` takes the place of
-    `kernel` where keys outside the windows are attended beside the windows; None is `kernel` there too.
+    branches in one call; None takes dense calls of `kernel`. `rest_kernel` takes the place of `kernel` where keys
+    outside the windows are attended beside the windows; None is `kernel` there too.
 
-    A compiled block takes `dense`, `far`, `local` and `dual` as one operator each: of views that overlap a compiler would write
-    out every window.
+    In a compiled block `dense`, `far`, `local` and `dual` are one operator each: a compiler would materialise every overlapping window.
     """
 
     num_frames: int
@@ -93,10 +92,9 @@ class WindowedAttention:
         return _dense(self.kernel, q, k, v)
 
     def whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """`dense` of all keys of the video, whose log-sum-exp nobody needs: out [B, S, N, D].
+        """`dense` over all keys of the video, without the log-sum-exp: out [B, S, N, D].
 
-        At native length by torch's `scaled_dot_product_attention` itself, as diffusers computes it: equal bit for bit, whatever
-        backend torch takes or a context asks for.
+        At native length it calls torch's `scaled_dot_product_attention`, as diffusers does: equal bit for bit under any backend.
         """
         if self.num_frames > self.window_frames or q.numel() == 0:
             return self.dense(q, k, v)[0]
@@ -131,9 +129,9 @@ class WindowedAttention:
     def dual(
         self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int, *, dtype: torch.dtype
     ) -> tuple[Partial, Partial]:
-        """Both branches for the price of one: each query's window, which k and v must cover, and all keys of k.
+        """Both branches for the cost of one: each query's window, which k and v must cover, and all keys of k.
 
-        The second's out comes in `dtype`: fp32 where more keys follow, so that many parts round once.
+        The global output has `dtype`: fp32 where more keys follow, so that many parts are rounded once.
         """
         if self.dual_kernel is not None and q.numel() > 0:
             return self._by_one_kernel(self.dual_kernel, (q, k, v), (q_start, k_start), dtype)
@@ -157,7 +155,7 @@ class WindowedAttention:
             yield self.dense(q[:, rows], k[:, rows], v[:, rows])[0]
 
     def merge_into(self, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-        """`merge_into` of this module, so that one object is all that attention over ranks is handed."""
+        """`merge_into` of this module, so that attention over ranks needs this object alone."""
         merge_into(out, lse, part, part_lse)
 
     def both(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,16 +173,16 @@ class WindowedAttention:
         q, k, _ = qkv
         for group in self._groups(q, starts[0]):
             self._check_cover(group, starts[1], starts[1] + k.shape[1])
-        out_local, lse_local, out_wide, lse_wide, _ = kernel(
+        out_local, lse_local, out_global, lse_global, _ = kernel(
             qkv,
             q_start=starts[0],
             k_start=starts[1],
             num_frames=self.num_frames,
             frame_tokens=self.frame_tokens,
             window_frames=self.window_frames,
-            wide_dtype=dtype,
+            global_dtype=dtype,
         )
-        return (out_local, lse_local), (out_wide, lse_wide)
+        return (out_local, lse_local), (out_global, lse_global)
 
     def _rest_parts(
         self, q: Tensor, kv: tuple[Tensor, Tensor], q_start: int, k_start: int

@@ -20,12 +20,12 @@ EPS = 1e-8
 CHUNK_VALUES = 1 << 17
 
 
-def _grams_shape(x_local: Tensor, _x_wide: Tensor, num_frames: int) -> Tensor:
+def _grams_shape(x_local: Tensor, _x_global: Tensor, num_frames: int) -> Tensor:
     return x_local.new_empty(3, x_local.shape[0], num_frames, num_frames, dtype=torch.float64)
 
 
-@one_operator("(Tensor x_local, Tensor x_wide, int num_frames) -> Tensor", _grams_shape)
-def temporal_grams(x_local: Tensor, x_wide: Tensor, num_frames: int) -> Tensor:
+@one_operator("(Tensor x_local, Tensor x_global, int num_frames) -> Tensor", _grams_shape)
+def temporal_grams(x_local: Tensor, x_global: Tensor, num_frames: int) -> Tensor:
     """[3, B, n, n] fp64: X_l X_lᵀ, X_l X_gᵀ and X_g X_gᵀ of the centred outputs [B, n * H*W, N, D], rows are frames.
 
     Centred over the frames before the product, since a mean is large beside what varies. All in fp64, which resolves EPS and
@@ -33,7 +33,7 @@ def temporal_grams(x_local: Tensor, x_wide: Tensor, num_frames: int) -> Tensor:
     """
     batch, _, heads, dim = x_local.shape
     total = torch.zeros(3, batch, num_frames, num_frames, dtype=torch.float64, device=x_local.device)
-    local, far = (x.unflatten(1, (num_frames, -1)) for x in (x_local, x_wide))
+    local, far = (x.unflatten(1, (num_frames, -1)) for x in (x_local, x_global))
     pixels = max(1, CHUNK_VALUES // dim)
     for head in range(heads):
         for start in range(0, local.shape[2], pixels):
@@ -53,12 +53,12 @@ def shared_projection(grams: Tensor, counts: Tensor, *, compat: bool = False) ->
 
     `counts` [V] says how many components a view takes. The eigenvectors of the global covariance X_g X_gᵀ are compared by
     cos = vᵀ C_lg v / sqrt(vᵀ C_ll v · vᵀ C_gg v). Centring makes the vector of ones a null direction, whose cosine is 0/0:
-    it is left out by working in the n - 1 dimensions across it. Components without energy in a branch are never taken.
+    it is left out by working in the n - 1 dimensions orthogonal to it. Components without energy in a branch are never taken.
 
     `compat`: the null direction stands in the order with cosine 0, which is what the rounding errors of the published code
-    come to over many rows; where it is taken, one component less is.
+    come to over many rows; where it is selected, one component fewer is exchanged.
 
-    One frame is its own mean and has no component. The P of sums that are not finite is not a number.
+    One frame is its own mean and has no component. Sums that are not finite give a P of NaN.
     """
     num_frames = grams.shape[-1]
     if num_frames == 1:
@@ -87,15 +87,15 @@ def mixing_matrices(projection: Tensor) -> tuple[Tensor, Tensor]:
     return identity - mean - projection, projection + mean
 
 
-@one_operator("(Tensor x_local, Tensor x_wide, Tensor[] matrices) -> Tensor", like_first)
-def mix_frames(x_local: Tensor, x_wide: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
+@one_operator("(Tensor x_local, Tensor x_global, Tensor[] matrices) -> Tensor", like_first)
+def mix_frames(x_local: Tensor, x_global: Tensor, matrices: tuple[Tensor, Tensor]) -> Tensor:
     """A_l X_l + A_g X_g over the frames of [B, n * H*W, N, D], A [B, n, n]; in fp32 at least, head by head."""
     local, far = matrices
     compute_dtype = torch.promote_types(x_local.dtype, torch.float32)
     out = torch.empty_like(x_local)
     frames = (local.shape[-1], -1)
     for head in range(x_local.shape[2]):
-        x, y = (each[:, :, head].unflatten(1, frames).to(compute_dtype) for each in (x_local, x_wide))
+        x, y = (each[:, :, head].unflatten(1, frames).to(compute_dtype) for each in (x_local, x_global))
         mixed = local.to(compute_dtype) @ x.flatten(2) + far.to(compute_dtype) @ y.flatten(2)
         out[:, :, head] = mixed.unflatten(2, x.shape[2:]).flatten(1, 2).to(out.dtype)
     return out

@@ -1,8 +1,7 @@
-"""Eigenvalues and eigenvectors of symmetric matrices: not a number where they cannot be had, and several ways on a GPU.
+"""Eigendecompositions of symmetric matrices, by one of several solvers on a GPU; a failure gives NaN.
 
-A matrix that is not finite, a solver that does not converge, and vectors that are wrong would be an error of one rank, while the
-others wait for it in a collective. Not a number reaches every rank alike instead, and whoever looks at each step's latents says it
-once for all of them.
+A matrix that is not finite, a solver that does not converge and wrong vectors would raise on one rank while the others wait in a
+collective. NaN reaches every rank, and the check of each step's latents raises on all of them together.
 """
 
 import importlib
@@ -39,7 +38,7 @@ def eigh(matrices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def eigvalsh(matrices: Tensor) -> Tensor:
-    """The eigenvalues of `eigh` alone, which cost a CPU less."""
+    """The eigenvalues of `eigh` alone, which are cheaper on a CPU."""
     finite, broken = _finite_or_identity(matrices)
     return torch.linalg.eigvalsh(finite).masked_fill(broken[..., None], torch.nan)
 
@@ -73,7 +72,7 @@ SOLVERS: dict[str, Solver] = {"torch": torch.linalg.eigh, "host": on_host, "cupy
 
 
 def candidates(device: torch.device, rows: int, torch_version: str = torch.__version__) -> tuple[str, ...]:
-    """Solvers for matrices of so many rows, the usual one first: all where torch would decompose them one by one."""
+    """Solvers for matrices of this many rows, the default first; all of them where torch would decompose one matrix at a time."""
     release = tuple(int(part) for part in torch_version.split("+", maxsplit=1)[0].split(".")[:2])
     batched = device.type == "cpu" or rows <= BATCHED_ROWS or release >= BATCHED_SINCE
     return ("torch",) if batched else tuple(SOLVERS)
@@ -87,7 +86,7 @@ class _Process:
 
 
 def use(solver: str) -> None:
-    """Take this one of SOLVERS on GPUs from now on, in the whole process. Ranks of one video take the same."""
+    """Set the solver on GPUs for the whole process, one of SOLVERS. All ranks of a video must set the same."""
     if solver not in SOLVERS:
         raise ValueError(f"unknown eigensolver {solver!r}; choose one of {', '.join(SOLVERS)}")
     _Process.solver = solver
@@ -99,13 +98,13 @@ def used() -> str:
 
 
 def take_failure() -> str | None:
-    """Why a decomposition of this process gave NaN since this was last asked, for the error of whoever meets the NaN."""
+    """Return and clear why a decomposition of this process gave NaN, for the error that reports the NaN."""
     failure, _Process.failure = _Process.failure, None
     return failure
 
 
 def fault(matrices: Tensor, values: Tensor, vectors: Tensor) -> str | None:
-    """Why these are no eigendecomposition of the matrices, all finite; None if V is orthonormal and A V = V diag(values)."""
+    """Describe why this is not an eigendecomposition of the finite matrices; None if V is orthonormal and A V = V diag(values)."""
     if matrices.numel() == 0:
         return None
     rows = matrices.shape[-1]
@@ -115,7 +114,7 @@ def fault(matrices: Tensor, values: Tensor, vectors: Tensor) -> str | None:
     moved = ((matrices / largest) @ vectors - vectors * (values[..., None, :] / largest)).abs().amax()
     errors = torch.stack((turned, moved)).tolist()  # one wait for the device
     limit = ROUNDINGS * rows * torch.finfo(matrices.dtype).eps
-    if all(error <= limit for error in errors):  # not a number is wrong as well
+    if all(error <= limit for error in errors):  # NaN is wrong as well
         return None
     return (
         f"eigenvectors of {matrices.numel() // rows**2} matrices of {rows} rows are off by {errors[0]:.1e} from orthonormal and "
@@ -130,7 +129,7 @@ def _eigh_checked(matrices: Tensor) -> tuple[Tensor, Tensor]:
 # An operator of its own: a compiled block takes it as one call, whatever the solver does.
 @torch.library.custom_op("freespec::eigh", mutates_args=())
 def _eigh(matrices: Tensor, solver: str) -> tuple[Tensor, Tensor]:
-    """A decomposition of finite matrices by a solver; NaN, and a warning, if it fails or is wrong. Memory that runs out is raised."""
+    """Decompose finite matrices; NaN and a warning if the solver fails or is wrong. Out of memory is raised."""
     try:
         values, vectors = SOLVERS[solver](matrices)
         reason = fault(matrices, values, vectors)

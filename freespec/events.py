@@ -38,7 +38,7 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
-    """What a piece takes of one run of relayed events.
+    """The part of a piece in one run of relayed events.
 
     Attributes:
         weights: of each frame of the piece; None if every one is 1.
@@ -106,7 +106,7 @@ def _runs(events: Sequence[Event]) -> list[range]:
 
 
 def _shares(events: Sequence[Event], runs: list[range], frame: int) -> list[tuple[float, dict[int, float]]]:
-    """Weight of each run in a frame, and the penalty of each of its events; without what does not count."""
+    """Weight of each run in a frame, and the penalty of each of its events; runs and events that count for nothing are left out."""
     shares = []
     for run in runs:
         weight = _ramp(events, run.start, frame) * (1.0 - _ramp(events, run.stop, frame))
@@ -141,12 +141,12 @@ def _penalty(events: Sequence[Event], run: range, index: int, frame: int) -> flo
 
 
 def _attended(shares: list[tuple[float, dict[int, float]]]) -> tuple:
-    """Which events a frame attends to, and whether it mixes: what frames of one piece have in common."""
+    """Which events a frame attends to, and whether it mixes them: equal for all frames of a piece."""
     return tuple((weight == 1.0, tuple(penalties)) for weight, penalties in shares)
 
 
 def _joined(rows: list[list[tuple[float, dict[int, float]]]]) -> tuple[Share, ...]:
-    """Frames that attend alike, as one."""
+    """Join consecutive frames with equal attention."""
     shares = []
     for position, (weight, penalties) in enumerate(rows[0]):
         weights = None if weight == 1.0 else tuple(row[position][0] for row in rows)

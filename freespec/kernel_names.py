@@ -1,4 +1,4 @@
-"""The words that choose an attention kernel, apart from the kernels: settings are checked without importing torch."""
+"""Names of the attention kernels, apart from the kernels, so that settings are checked without importing torch."""
 
 FA3 = "cuda_fa3"  # an optional package
 NAMES = ("plain", "cpu_flash", "cuda_flash", "cuda_cudnn", "cuda_efficient", FA3)

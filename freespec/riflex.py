@@ -24,7 +24,7 @@ class Riflex:
     repetition: float | None = None
 
     def __post_init__(self) -> None:
-        """Reject numbers that name no frequency, and those that nothing would read."""
+        """Reject invalid numbers, and settings that would have no effect."""
         for name in ("index", "repetition"):
             if getattr(self, name) is not None and not self.enabled:
                 raise ValueError(
@@ -65,7 +65,7 @@ def _choose_pair(riflex: Riflex, periods: Sequence[float], window_frames: int) -
     if riflex.repetition is not None:
         near = riflex.repetition
         return min(range(len(periods)), key=lambda pair: abs(periods[pair] - near))
-    # A period shorter than the native length came round within the videos that the model was trained on.
+    # A period shorter than the native length repeated within the training videos.
     holding = [pair for pair in range(len(periods)) if periods[pair] >= window_frames]
     if not holding:
         raise ValueError(

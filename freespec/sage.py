@@ -1,6 +1,6 @@
 """SageAttention as a kernel of freespec.kernels: products of queries and keys in int8. An optional package, GPUs only.
 
-It subtracts the mean key before it quantises, which leaves the output as it is and moves every logit of a query by
+It subtracts the mean key before it quantises, which leaves the output unchanged and shifts every logit of a query by
 q · mean(k) / sqrt D. Version 2 adds that to the log-sum-exp that it returns, so that parts can be merged: with z' the
 log-sum-exp of the smoothed logits, z = z' + q · mean(k) / sqrt D, natural logarithm.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Keys of which it makes quantised copies at a time. Windows of a video are overlapping views, whose copies would not overlap:
+# Keys that are quantised at a time. Windows of a video are overlapping views, whose copies would not overlap:
 # all of a layer's at once would be dozens of times the layer's keys.
 KEYS_AT_ONCE = 1 << 17
 MOST_CHANNELS = 128  # of a head; fewer are padded inside
@@ -26,7 +26,7 @@ def load_sage() -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
         function = importlib.import_module("sageattention").sageattn
     except (ImportError, OSError) as error:  # OSError: a library of another CUDA
         raise ValueError(f"attention.complement sage needs the package sageattention ({error}); use same") from error
-    # Version 1, all that the package index has, swallows the argument, and subtracts the mean from its caller's keys.
+    # Version 1, the only one on the package index, ignores the argument, and subtracts the mean from its caller's keys.
     if "return_lse" not in inspect.signature(function).parameters:
         raise ValueError(
             "attention.complement sage needs sageattention 2 or newer, which returns the log-sum-exp, and the installed one "

@@ -28,7 +28,7 @@ CHUNK_TOKENS = 32768
 # Tokens that are copied to fp64 at a time: as many for any share of the heads, so that each head's sum has the same bits in all.
 FP64_TOKENS = 2048
 # Tokens whose products are summed in fp32 at most. A GPU also needs the pieces to be busy: the product of a whole chunk is one
-# tile for each of 12 heads, and it has 132 places.
+# tile for each of 12 heads, and an H200 has 132 multiprocessors.
 PIECE_TOKENS = 512
 # Rows of a symmetric product that a CPU computes at a time, from the diagonal on.
 BLOCK_ROWS = 32
@@ -158,14 +158,14 @@ def spectra(gram_kept: Tensor, gram_other: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def spectra_at_once(gram_kept: Tensor, gram_other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`spectra` by one call: each call of torch.linalg makes the host wait for the device, to see whether it went well."""
+    """`spectra` by one call: each call of torch.linalg makes the host wait for the device, to check its status."""
     sigmas, vectors = spectrum(torch.stack((gram_kept, gram_other)))
     return sigmas[0], vectors[0], sigmas[1]
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """LAPACK on one thread: D x D is so small that several wait for each other longer than one computes."""
+    """Run LAPACK on one thread: with matrices of D x D, several threads wait for each other longer than one computes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -178,7 +178,7 @@ def local_basis_matrix(gram_local: Tensor, gram_global: Tensor, weight: Tensor, 
     """M with O_local M = U_l diag(g sigma_g + (1 - g) sigma_l) V_lᵀ (eq. 9-11): [B, N, D, D] fp64.
 
     `weight` is g [D], strongest singular direction first. A direction of sigma_l,r <= eps sigma_l,1 is noise and stays as it is,
-    the last tenth below eps in part (`resolved`). Grams that are not finite give an M that is not a number.
+    the last tenth below eps in part (`resolved`). Grams that are not finite give an M of NaN.
     """
     sigma_l, vectors, sigma_g = spectra(gram_local, gram_global)
     return _identity_plus(vectors, weight.double() * _gain(sigma_g, sigma_l, eps))

@@ -20,7 +20,7 @@ Partial = tuple[Tensor, Tensor]  # out [B, s, N, D], lse [B, s, N]
 def place(pieces: Sequence[Piece], device: torch.device, dtype: torch.dtype) -> tuple[Piece, ...]:
     """Pieces whose weights and penalties are tensors [frames of the piece] on a device, in fp32 at least, for outputs of `dtype`.
 
-    Once a video: a number that is copied to a device in a forward makes the host wait for it.
+    Called once a video: copying a number to a device within a forward makes the host wait.
     """
     compute_dtype = torch.promote_types(dtype, torch.float32)
 

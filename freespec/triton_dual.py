@@ -43,15 +43,15 @@ TILES = {64: Tiles(queries=128, keys=64, warps=8, stages=3), 128: Tiles(queries=
 
 
 class DualOutput(NamedTuple):
-    """out_local [B, S, N, D] in q's dtype, out_wide [B, S, N, D], their lse [B, S, N] fp32, and their Grams if asked for.
+    """out_local [B, S, N, D] in q's dtype, out_global [B, S, N, D], their lse [B, S, N] fp32, and their Grams if asked for.
 
     `grams` is [2, B, N, D, D] fp64: O_lᵀO_l and O_gᵀO_g of the outputs as they were rounded.
     """
 
     out_local: Tensor
     lse_local: Tensor
-    out_wide: Tensor
-    lse_wide: Tensor
+    out_global: Tensor
+    lse_global: Tensor
     grams: Tensor | None
 
 
@@ -63,14 +63,14 @@ def dual(  # noqa: PLR0913 - the numbers of a shard and of a video
     num_frames: int,
     frame_tokens: int,
     window_frames: int,
-    wide_dtype: torch.dtype,
+    global_dtype: torch.dtype,
     grams: bool = False,
     tiles: Tiles | None = None,
 ) -> DualOutput:
     """Each query's window, and all keys that are given: softmax(q kᵀ / sqrt D) v over either set, natural lse.
 
     q [B, S, N, D] begins with token `q_start`, k and v [B, K, N, D] with `k_start`, and these cover all windows; S, K, N
-    and D are 1 or more, strides are free but for the last dimension's. Out of the wide branch comes in `wide_dtype`.
+    and D are 1 or more, strides are free but for the last dimension's. Out of the global branch comes in `global_dtype`.
 
     Raises ValueError for a dtype or a layout that the kernel does not take.
     """
@@ -80,9 +80,9 @@ def dual(  # noqa: PLR0913 - the numbers of a shard and of a video
     window = min(window_frames, num_frames)
     numbers = [q_start, k_start, frame_tokens, window, num_frames - window]
     shape = [tiles.queries, tiles.keys, tiles.warps, tiles.stages]
-    out_local, out_wide, lse, partial = _dual(q, k, v, numbers, wide_dtype, grams, shape)
+    out_local, out_global, lse, partial = _dual(q, k, v, numbers, global_dtype, grams, shape)
     total = partial.sum(dim=3, dtype=torch.float64) if grams else None
-    return DualOutput(out_local, lse[0], out_wide, lse[1], total)
+    return DualOutput(out_local, lse[0], out_global, lse[1], total)
 
 
 # An operator of its own: a compiled block takes it as one call, and its numbers do not depend on the layer or the step.
@@ -92,15 +92,15 @@ def _dual(  # noqa: PLR0917 - operators have no keyword-only arguments
     k: Tensor,
     v: Tensor,
     numbers: list[int],
-    wide_dtype: torch.dtype,
+    global_dtype: torch.dtype,
     grams: bool,
     shape: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out_local, out_wide [B, S, N, D], lse [2, B, S, N] and partial Grams [2, B, N, slots, D, D] (or one zero)."""
+    """out_local, out_global [B, S, N, D], lse [2, B, S, N] and partial Grams [2, B, N, slots, D, D] (or one zero)."""
     batch, num_queries, heads, dim = q.shape
     block_queries, block_keys, warps, stages = shape
     run, slots = _slots(num_queries, block_queries, grams)
-    outputs = _outputs(q, wide_dtype, slots if grams else 0)
+    outputs = _outputs(q, global_dtype, slots if grams else 0)
     with torch.cuda.device_of(q):  # Triton launches on the current device, which need not be that of the tensors
         _dual_kernel[(slots, heads, batch)](
             q,
@@ -128,18 +128,18 @@ def _dual(  # noqa: PLR0917 - operators have no keyword-only arguments
 
 @_dual.register_fake
 def _dual_shapes(  # noqa: PLR0917
-    q: Tensor, k: Tensor, v: Tensor, numbers: list[int], wide_dtype: torch.dtype, grams: bool, shape: list[int]
+    q: Tensor, k: Tensor, v: Tensor, numbers: list[int], global_dtype: torch.dtype, grams: bool, shape: list[int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _, slots = _slots(q.shape[1], shape[0], grams)
-    return _outputs(q, wide_dtype, slots if grams else 0)
+    return _outputs(q, global_dtype, slots if grams else 0)
 
 
-def _outputs(q: Tensor, wide_dtype: torch.dtype, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _outputs(q: Tensor, global_dtype: torch.dtype, slots: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, _, heads, dim = q.shape
     partial = (2, batch, heads, slots, dim, dim) if slots else (1,)
     return (
         q.new_empty(q.shape),
-        q.new_empty(q.shape, dtype=wide_dtype),
+        q.new_empty(q.shape, dtype=global_dtype),
         q.new_empty((2, *q.shape[:3]), dtype=torch.float32),
         q.new_zeros(partial, dtype=torch.float32),
     )
@@ -274,7 +274,7 @@ def _dual_kernel(  # noqa: PLR0913, PLR0915, PLR0917
     k_ptr,
     v_ptr,
     local_ptr,
-    wide_ptr,
+    global_ptr,
     lse_ptr,
     gram_ptr,
     stride_qb,
@@ -351,5 +351,7 @@ def _dual_kernel(  # noqa: PLR0913, PLR0915, PLR0917
         running = _walk(core_stop, after, q, running, rows, keys, scale, 2, D, BLOCK_D, BLOCK_N, WIDEN)
         running = _walk(after, after_whole, q, running, rows, keys, scale, 0, D, BLOCK_D, BLOCK_N, WIDEN)
         running = _walk(after_whole, num_keys, q, running, rows, keys, scale, 2, D, BLOCK_D, BLOCK_N, WIDEN)
-        wide_lse, wide_gram = lse_base + branch_lse, gram_base + branch_gram
-        _finish(wide_ptr + out_base, wide_lse, wide_gram, running, row, num_queries, heads, D, BLOCK_D, GRAMS, WIDEN)
+        global_lse, global_gram = lse_base + branch_lse, gram_base + branch_gram
+        _finish(
+            global_ptr + out_base, global_lse, global_gram, running, row, num_queries, heads, D, BLOCK_D, GRAMS, WIDEN
+        )

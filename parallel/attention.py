@@ -1,4 +1,4 @@
-"""Self-attention over ranks: a sequence layout, and both branches of it in any layout, around kernels handed in.
+"""Self-attention over ranks: a sequence layout, and both branches of it in any layout, around kernels that are passed in.
 
     q, k, v [B, s, N, D] --scatter--> [B, r, n, D] --branches--> local, global [B, r, n, D] --gather--> [B, s, N, D]
 
@@ -51,7 +51,7 @@ class BranchKernels(Protocol):
         ...
 
     def merge_into(self, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-        """Make of attention over some keys, and a part over others, attention over both: written over out and lse."""
+        """Merge attention over some keys with a part over others, written over out and lse."""
         ...
 
     def halo(self, q_start: int, q_stop: int) -> Range:

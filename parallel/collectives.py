@@ -1,6 +1,6 @@
 """Tensors between ranks: heads against tokens, gathers, halo, ring, ordered sum. Each takes the group it uses.
 
-Sizes are handed in as integers that all ranks know (see plan.py), so they may be uneven and even zero: a rank without
+Sizes are integers that all ranks know (see shards.py), so they may be uneven or zero: a rank without
 tokens or heads takes part with empty tensors, and point-to-point messages of no bytes are not sent on either side.
 Shapes: B batch, N heads, D head dim, S all tokens; s tokens of this rank, r tokens of its ring shard, n heads of this
 rank; h tokens of its halo, which include its own. Keys and values travel packed as kv [tokens, 2, B, n, D]: with the
@@ -26,7 +26,7 @@ class CollectiveError(RuntimeError):
     """A collective that timed out or lost a peer: which rank noticed, in which operation, and what the caller was doing."""
 
     def __init__(self, rank: int, label: str, operation: str, ranks: tuple[int, ...], reason: str) -> None:
-        super().__init__(rank, label, operation, ranks, reason)  # all of them, or the error does not survive pickling
+        super().__init__(rank, label, operation, ranks, reason)  # all arguments, so that the error can be pickled
         self.rank = rank
         self.label = label
         self.operation = operation
@@ -38,16 +38,16 @@ class CollectiveError(RuntimeError):
 
 
 def ignore_call(operation: str, label: object) -> AbstractContextManager[None]:
-    """The observer of a run whose calls nobody follows: those of gloo return when they are done, or with an error."""
+    """Do not follow calls: those of gloo return when they are done, or raise."""
     return nullcontext()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CollectiveTrace:
-    """What a collective says about itself: `label` names the caller's step and layer, `on_bytes` hears (kind, bytes sent).
+    """How a collective is reported: `label` names the caller's step and layer, `on_bytes` receives (kind, bytes sent).
 
-    The label is turned into words only if there is an error. Bytes that a rank keeps for itself are not counted. `on_call` is
-    told (operation, label) and entered around every call: parallel/monitor.py.
+    The label is formatted only for an error. Bytes that a rank keeps are not counted. `on_call` gives a context around every call of
+    (operation, label): parallel/monitor.py.
     """
 
     label: object
@@ -56,7 +56,7 @@ class CollectiveTrace:
 
 
 def ignore_bytes(kind: str, num_bytes: int) -> None:
-    """The observer of a run that does not count."""
+    """Do not count bytes."""
 
 
 @contextmanager
@@ -75,9 +75,9 @@ def watch(operation: str, *, group: dist.ProcessGroup, trace: CollectiveTrace) -
 
 
 def barrier(*, group: dist.ProcessGroup, device: torch.device, trace: CollectiveTrace) -> None:
-    """Wait until every rank of the group is here. A sum of one number, as NCCL's barrier guesses a device.
+    """Wait for every rank of the group, by a sum of one number, since NCCL's barrier guesses a device.
 
-    A group of one rank has nobody to wait for: NCCL would set up a communicator for it, and its memory on the device.
+    A group of one rank returns at once: NCCL would create a communicator, with its memory on the device.
     """
     if dist.get_world_size(group) == 1:
         return
@@ -115,7 +115,7 @@ def start_tokens_to_heads(
 ) -> Callable[[], Tensor]:
     """`tokens_to_heads` of one tensor, under way when this returns: what is computed next hides it.
 
-    Call the result to wait for [B, r, n, D], once. Every rank starts its collectives in the same order, as ever.
+    Call the result to wait for [B, r, n, D], once. Every rank must start its collectives in the same order.
     """
     if dist.get_world_size(group) == 1:
         return lambda: x_BsND
@@ -232,7 +232,7 @@ def exchange_halo(
 ) -> Tensor:
     """k, v [B, r, n, D] of the tokens owned[rank] -> kv [h, 2, B, n, D] of the tokens needed[rank].
 
-    kv[t - start] = (k, v)[t] of whichever rank owns token t. needed[rank] contains owned[rank] (plan.halo_needs checks):
+    kv[t - start] = (k, v)[t] of whichever rank owns token t. needed[rank] contains owned[rank] (shards.halo_needs checks):
     own keys are copied to their place, sent from there, and others are received beside them, with no further buffer.
     """
     rank = dist.get_rank(group)
@@ -332,7 +332,7 @@ def _start_all_to_all(
     trace: CollectiveTrace,
     async_op: bool = True,
 ) -> tuple[list[Tensor], dist.Work]:
-    """`_all_to_all` under way: what comes back is there once the work is done, which keeps hold of what is sent."""
+    """`_all_to_all` under way: its results are ready once the work is done, which keeps the sent tensors alive."""
     first = parts[0][0]
     send_splits = [sum(x.numel() for x in part) for part in parts]
     receive_splits = [torch.Size(shape).numel() for shape in shapes]

@@ -1,6 +1,6 @@
 """DeepSpeed's Ulysses all-to-all as a provider beside torch's own. Even shards and even heads only; an optional extra.
 
-Also what every use of DeepSpeed needs: its modules without its remarks, and its communication layer.
+Also quiet imports of DeepSpeed and the start of its communication layer, which every use needs.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ WHO = "DeepSpeed's all-to-all"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DeepSpeedExchange:
-    """parallel.attention.HeadExchange by deepspeed.sequence.layer, which is handed in as `layer`."""
+    """parallel.attention.HeadExchange by deepspeed.sequence.layer, passed in as `layer`."""
 
     layer: ModuleType
 
@@ -64,7 +64,7 @@ class DeepSpeedExchange:
 
 
 def check_deepspeed(plan: SequencePlan) -> ModuleType:
-    """Its module for sequences, before any rank is heard of.
+    """Import DeepSpeed's sequence module before process groups exist.
 
     Raises ImportError without DeepSpeed, and ValueError for shards or heads of a plan that are not even.
     """
@@ -91,13 +91,13 @@ def deepspeed_exchange(plan: SequencePlan) -> DeepSpeedExchange:
 
 
 def start_communication() -> None:
-    """DeepSpeed's own communication layer, on the process group that runs.
+    """Start DeepSpeed's communication layer on the existing process group.
 
-    On a CPU it would first compile an extension in C++, for a minute or two and an all-reduce that nothing here calls.
+    On a CPU it would first compile a C++ extension, which takes minutes, for an all-reduce that is not used here.
     """
     comm, ops = quiet_import("deepspeed.comm"), quiet_import("deepspeed.ops")
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # It calls torch by a name that torch 2.13 has given up, in every forward.
+    # In every forward it uses a name that torch 2.13 has deprecated.
     warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor. is deprecated", category=FutureWarning)
     if not comm.is_initialized():
         with quiet():
@@ -105,14 +105,14 @@ def start_communication() -> None:
 
 
 def quiet_import(name: str) -> ModuleType:
-    """A module of DeepSpeed; ImportError where that is not installed."""
+    """Import a module of DeepSpeed without its messages; ImportError if it is not installed."""
     with quiet():
         return importlib.import_module(name)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without DeepSpeed's remarks on stdout, which belongs to our commands."""
+    """Keep DeepSpeed's messages off stdout, which belongs to the commands."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

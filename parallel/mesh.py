@@ -34,8 +34,8 @@ class Axis:
 class SeqMesh:
     """All axes of this rank. `sequence` is ring x ulysses, ring-major: all ranks that share one video's tokens.
 
-    `alone` is this rank by itself: the ulysses axis of a layout that splits no heads. `world` is all ranks, cfg-major. `monitor`
-    follows the collectives where the backend does not say who waits in which; None elsewhere.
+    `alone` is this rank by itself: the ulysses axis of a layout that splits no heads. `world` is all ranks, cfg-major. `monitor` follows the
+    collectives where the backend does not report which one a rank waits in; None elsewhere.
     """
 
     device_mesh: DeviceMesh
@@ -58,7 +58,7 @@ class SeqMesh:
             return False
         try:
             dist.get_group_rank(self.world.group, self.world.ranks[0])
-        except ValueError:  # a group of a default group that was destroyed since
+        except ValueError:  # the default group was destroyed
             return False
         return True
 
@@ -68,10 +68,10 @@ class SeqMesh:
 
 
 def build_mesh(*, cfg: int, ring: int, ulysses: int, device: torch.device, timeout: timedelta) -> SeqMesh:
-    """Arrange the world as cfg x ring x ulysses, ulysses innermost; every rank of the world calls this alike.
+    """Arrange the world as cfg x ring x ulysses, ulysses innermost; every rank calls this with the same arguments.
 
     The groups are made here and handed to DeviceMesh, as DeviceMesh itself would give them its backend's default
-    timeout of 10 or 30 minutes. Each group meets once: a missing peer is found now, and NCCL allows point-to-point
+    timeout of 10 or 30 minutes. Each group runs one barrier: a missing peer is found now, and NCCL allows point-to-point
     between some members of a group only after all of them have communicated.
     """
     world = dist.get_world_size(dist.group.WORLD)

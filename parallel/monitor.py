@@ -21,7 +21,7 @@ _MARGIN_SECONDS = 5.0
 _MARGIN_SHARE = 0.1  # of a short timeout
 _LOOKS_PER_MARGIN = 5
 
-# Asked after a call was queued: the point that the device's queue has reached by now -> whether it has passed that point.
+# Called after a call was queued: marks the end of the device's queue, and returns whether the device has passed the mark.
 Mark = Callable[[], Callable[[], bool]]
 
 
@@ -80,11 +80,11 @@ class Monitor:
         )
 
     def start(self, prepare: Callable[[], None]) -> None:
-        """Look from now on, in a thread that `prepare` is called in first."""
+        """Start a thread that calls `prepare` and then looks repeatedly."""
         threading.Thread(target=self._watch, args=(prepare,), name="monitor of collectives", daemon=True).start()
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop the thread."""
         self._closed.set()
 
     def _watch(self, prepare: Callable[[], None]) -> None:
@@ -113,6 +113,6 @@ def start_cuda_monitor(*, rank: int, timeout: timedelta) -> Monitor:
         sys.stderr.flush()
 
     monitor = Monitor(rank=rank, timeout=timeout, mark=mark, tell=tell)
-    # A thread begins on device 0, and would take some of its memory.
+    # A thread starts on device 0, and would take memory there.
     monitor.start(lambda: torch.cuda.set_device(device))
     return monitor

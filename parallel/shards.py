@@ -61,7 +61,7 @@ def refuse_uneven(who: str, tokens: Sequence[int], heads: Sequence[int]) -> None
 
 
 def _few(sizes: Sequence[int]) -> str:
-    """Sizes as a list that a line has room for."""
+    """The sizes, shortened to fit a line."""
     return str(list(sizes)) if len(sizes) <= 16 else f"{min(sizes)} to {max(sizes)}"
 
 

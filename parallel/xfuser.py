@@ -19,7 +19,7 @@ from parallel.shards import SequencePlan, length, refuse_uneven
 # attention.kernel -> its AttnType. `auto` is xfuser's own default, the flash-attn package; the others are torch's operators.
 TYPES = {"auto": "FA", "cuda_flash": "TORCH_FLASH", "cuda_cudnn": "TORCH_CUDNN", "cuda_efficient": "TORCH_EFFICIENT"}
 # Those whose log-sum-exp a ring can be merged by: for cuDNN's yunchang 0.6 returns zeros, and for the memory-efficient kernel
-# rows that are padded to a multiple of 32. Parts merged with either would be wrong without a word.
+# rows that are padded to a multiple of 32. Parts merged with either would be silently wrong.
 RING_TYPES = ("FA", "TORCH_FLASH")
 
 
@@ -32,7 +32,7 @@ class XfuserAttention:
     def __call__(self, q_BsND: Tensor, k_BsND: Tensor, v_BsND: Tensor, *, layout: SequenceLayout) -> Tensor:
         """q, k, v [B, s, N, D] of this rank's tokens -> out [B, s, N, D]: every query sees every key of the sequence.
 
-        Raises ValueError for uneven shards or heads, which the layer would cut without a word.
+        Raises ValueError for uneven shards or heads, which the layer would truncate silently.
         """
         _refuse_uneven(layout.plan)
         with watch("hybrid attention (xfuser)", group=layout.mesh.sequence.group, trace=layout.trace):
@@ -63,7 +63,7 @@ def check_xfuser(plan: SequencePlan, *, device_type: str, kernel: str) -> None:
 
 
 def refuse_xfuser_plan(plan: SequencePlan, *, kernel: str) -> None:
-    """Raise ValueError for shares and kernels that xfuser cannot serve, on whatever machine."""
+    """Raise ValueError for shares and kernels that xfuser cannot serve on any machine."""
     _refuse_uneven(plan)
     if kernel not in TYPES:
         raise ValueError(f"attention.kernel {kernel} has no counterpart in xfuser; choose one of {', '.join(TYPES)}")
@@ -77,7 +77,7 @@ def refuse_xfuser_plan(plan: SequencePlan, *, kernel: str) -> None:
 def xfuser_attention(mesh: SeqMesh, *, kernel: str) -> XfuserAttention:
     """xfuser's attention on the ring and ulysses groups of a mesh. Every rank calls this, after `check_xfuser`.
 
-    Its groups are module-wide state of yunchang, which the layer reads once, when it is made. Raises ImportError for
+    Its groups are module globals of yunchang, which the layer reads when it is made. Raises ImportError for
     versions of the two that do not go together: xfuser 0.5 to 0.7 want names that yunchang 0.6.4 does not have.
     """
     try:

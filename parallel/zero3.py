@@ -1,4 +1,4 @@
-"""Weights shared out over ranks by DeepSpeed's ZeRO-3: a rank keeps its share, and a layer is whole while it runs.
+"""Weights sharded over ranks by DeepSpeed's ZeRO-3: a rank keeps its share, and a layer is gathered while it runs.
 
 An optional extra. Every rank gathers the same layers in the same order, whatever its tokens and heads are, since the
 order is that of the model's layers; DeepSpeed compares the order over all ranks in the first two forwards.
@@ -48,7 +48,7 @@ def shard_weights(
 
     Args:
         module: any module, for inference only.
-        group: who shares it.
+        group: the ranks that hold its shares.
         device: where it runs.
         keep: where the share stays; on the CPU it is pinned if the device is a GPU.
     """
@@ -99,7 +99,7 @@ def device_index(device: torch.device) -> int:
 def keep_shares_in_file(module: nn.Module, folder: Path) -> None:
     """Move this rank's shares from the CPU's memory into a file of the folder, which the system reads when needed.
 
-    The file has no name, so it goes with the process. Raises OSError if there is no room for it.
+    The file has no name and disappears with the process. Raises OSError if there is no room for it.
     """
     shares = [share for parameter in module.parameters() if (share := _share(parameter)) is not None]
     starts = [0]
@@ -114,19 +114,19 @@ def keep_shares_in_file(module: nn.Module, folder: Path) -> None:
 
 
 def repeated_layers(module: nn.Module) -> list[nn.Module]:
-    """What a model is a stack of: the members of its outermost lists of modules, in order."""
+    """The repeated layers of a model: the members of its outermost module lists, in order."""
     lists = [child for child in module.children() if isinstance(child, nn.ModuleList)]
     inner = [layer for child in module.children() if child not in lists for layer in repeated_layers(child)]
     return [layer for members in lists for layer in members] + inner
 
 
 def num_parameters(module: nn.Module) -> int:
-    """Numbers in a module's parameters, as if none were shared out."""
+    """Number of parameters of a module before sharding."""
     return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
 
 
 def held_bytes(module: nn.Module) -> int:
-    """Bytes of parameters that this process holds now: whole ones, and its shares, wherever they lie."""
+    """Bytes of parameters that this process holds: whole ones and its shares, on any device."""
     return sum(tensor.nbytes for parameter in module.parameters() for tensor in _tensors(parameter))
 
 

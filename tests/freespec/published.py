@@ -36,7 +36,7 @@ def freenoise(qkv: QKV, grid: Grid, stride: int, tail: str) -> Tensor:
 
 
 def freelong(
-    o_local: Tensor, o_wide: Tensor, grid: Grid, *, uncentred: bool, d_s: float = 0.25, d_t: float = 0.25
+    o_local: Tensor, o_global: Tensor, grid: Grid, *, uncentred: bool, d_s: float = 0.25, d_t: float = 0.25
 ) -> Tensor:
     """FreeLong's mix in fp64: 3D FFT of both outputs, low frequencies of one and high ones of the other, back, real part.
 
@@ -51,7 +51,7 @@ def freelong(
     mask = torch.exp(-0.5 * (t**2 + h**2 + w**2))[None, :, :, :, None, None]
     dims = (1, 2, 3)
     local, o_global = (
-        torch.fft.fftshift(torch.fft.fftn(x.unflatten(1, sizes), dim=dims), dim=dims) for x in (o_local, o_wide)
+        torch.fft.fftshift(torch.fft.fftn(x.unflatten(1, sizes), dim=dims), dim=dims) for x in (o_local, o_global)
     )
     mixed = o_global * mask + local * (1 - mask)
     return torch.fft.ifftn(torch.fft.ifftshift(mixed, dim=dims), dim=dims).real.flatten(1, 3)

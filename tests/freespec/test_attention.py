@@ -277,7 +277,7 @@ def test_merging_into_the_first_is_merging(tokens: int, dtype: torch.dtype) -> N
     assert not torch.equal(out, part)
 
 
-def test_the_wide_branch_of_a_dual_call_in_fp32_rounds_once() -> None:
+def test_the_global_branch_of_a_dual_call_in_fp32_rounds_once() -> None:
     """More keys may follow on a ring: what is merged so far is not rounded to the dtype of q."""
     q, k, v = LONG.qkv(0, torch.bfloat16)
     (local, _), (o_global, lse) = windowed(LONG).dual(q, k, v, 0, 0, dtype=torch.float32)

@@ -59,9 +59,9 @@ def test_negative_control_an_uncorrected_log_sum_exp_is_seen() -> None:
 
 def test_rounding_moves_the_global_branch_by_what_int8_costs_and_the_local_branch_not_at_all() -> None:
     qkv = biased_qkv()
-    (local, o_global), (exact_local, exact_wide) = layer(sage_stand_in.sageattn).both(*qkv), layer().both(*qkv)
+    (local, o_global), (exact_local, exact_global) = layer(sage_stand_in.sageattn).both(*qkv), layer().both(*qkv)
     assert torch.equal(local, exact_local)
-    error = (o_global - exact_wide).norm() / exact_wide.norm()
+    error = (o_global - exact_global).norm() / exact_global.norm()
     assert 1e-4 < error < 2e-2  # 127 steps to the largest of 16 normal numbers: a hundredth of a logit
     assert torch.equal(layer(sage_stand_in.sageattn).dense(*qkv)[0], layer().dense(*qkv)[0])
     assert torch.equal(layer(sage_stand_in.sageattn).local(*qkv, 0, 0)[0], exact_local)

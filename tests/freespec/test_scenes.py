@@ -44,9 +44,9 @@ def test_both_branches_equal_explicit_keys(starts):
 def test_one_scene_is_the_plain_window():
     q, k, v = draw()
     local, o_global = scened((0,)).both(q, k, v)
-    plain_local, plain_wide = scened((0,)).video.both(q, k, v)
+    plain_local, plain_global = scened((0,)).video.both(q, k, v)
     assert torch.equal(local, plain_local)
-    assert torch.equal(o_global, plain_wide)
+    assert torch.equal(o_global, plain_global)
 
 
 @pytest.mark.parametrize("starts", STARTS)
@@ -55,8 +55,8 @@ def test_shards_with_their_halo_equal_the_whole(starts, bounds):
     """A shard holds the keys of its halo alone; what lies outside is merged in afterwards, as a ring does."""
     q, k, v = draw()
     attention = scened(starts)
-    expected_local, expected_wide = attention.both(q, k, v)
-    locals_, wides = [], []
+    expected_local, expected_global = attention.both(q, k, v)
+    locals_, globals_ = [], []
     for a, b in itertools.pairwise(bounds):
         rows = q[:, a:b]
         start, stop = attention.halo(a, b)
@@ -65,7 +65,7 @@ def test_shards_with_their_halo_equal_the_whole(starts, bounds):
         for outside in (slice(0, start), slice(stop, q.shape[1])):
             attention.merge_into(out, lse, *attention.far(rows, k[:, outside], v[:, outside]))
         locals_.append(local)
-        wides.append(out)
+        globals_.append(out)
         assert torch.equal(attention.local(rows, k[:, near], v[:, near], a, start)[0], local)
     torch.testing.assert_close(torch.cat(locals_, 1), expected_local, rtol=0, atol=1e-12)
-    torch.testing.assert_close(torch.cat(wides, 1), expected_wide, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.cat(globals_, 1), expected_global, rtol=0, atol=1e-12)

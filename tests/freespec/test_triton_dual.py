@@ -38,7 +38,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     queries: tuple[int, int] | None = None
     keys: tuple[int, int] | None = None
-    wide_dtype: torch.dtype | None = None
+    global_dtype: torch.dtype | None = None
     tiles: tuple[int, int] = SMALL_TILES
     heads_first: bool = False  # [B, N, S, D] in memory, as some kernels leave it
 
@@ -66,14 +66,14 @@ def windowed(video: Video, dual_kernel: Any) -> WindowedAttention:
 
 
 def run(case: Case, device: str = "cpu") -> tuple[Tensor, ...]:
-    """What the kernel makes of a case: out_local, lse_local, out_wide, lse_wide."""
+    """What the kernel makes of a case: out_local, lse_local, out_global, lse_global."""
     from freespec.triton_dual import Tiles, dual  # noqa: PLC0415 - in the process with the interpreter
 
     qkv, q_start, k_start = case.parts()
     tiles = Tiles(queries=case.tiles[0], keys=case.tiles[1], warps=4, stages=1)
     layer = windowed(case.video, lambda *args, **kwargs: dual(*args, **kwargs, tiles=tiles))
     q, k, v = (x.to(device) for x in qkv)
-    local, o_global = layer.dual(q, k, v, q_start, k_start, dtype=case.wide_dtype or case.dtype)
+    local, o_global = layer.dual(q, k, v, q_start, k_start, dtype=case.global_dtype or case.dtype)
     return tuple(x.cpu() for x in (*local, *o_global))
 
 
@@ -91,11 +91,11 @@ def run_grams(case: Case, tiles_of_a_run: int) -> tuple[Tensor, ...]:
         q_start=q_start,
         k_start=k_start,
         **dict(zip(names, sizes, strict=True)),
-        wide_dtype=case.dtype,
+        global_dtype=case.dtype,
         grams=True,
         tiles=triton_dual.Tiles(queries=case.tiles[0], keys=case.tiles[1], warps=4, stages=1),
     )
-    return out.out_local, out.out_wide, out.grams
+    return out.out_local, out.out_global, out.grams
 
 
 def count_graphs(layers: int) -> tuple[int, bool]:
@@ -133,7 +133,7 @@ def interpreter() -> Iterator[ProcessPoolExecutor]:
 
 
 def exact(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The case by explicit masks in `dtype`: out_local, lse_local, out_wide, lse_wide."""
+    """The case by explicit masks in `dtype`: out_local, lse_local, out_global, lse_global."""
     (q, k, v), q_start, k_start = case.parts()
     video = case.video
     frame = (q_start + torch.arange(q.shape[1])) // video.frame_tokens
@@ -200,10 +200,10 @@ def test_a_shard_of_the_queries_and_keys(interpreter: ProcessPoolExecutor, shard
 
 
 @needs_triton
-def test_the_wide_branch_in_fp32_of_bf16_inputs(interpreter: ProcessPoolExecutor) -> None:
+def test_the_global_branch_in_fp32_of_bf16_inputs(interpreter: ProcessPoolExecutor) -> None:
     case = Case(video=WHOLE, dtype=torch.bfloat16)
     rounded = interpreter.submit(run, case).result()[2]
-    kept = interpreter.submit(run, Case(video=WHOLE, dtype=torch.bfloat16, wide_dtype=torch.float32)).result()[2]
+    kept = interpreter.submit(run, Case(video=WHOLE, dtype=torch.bfloat16, global_dtype=torch.float32)).result()[2]
     assert (rounded.dtype, kept.dtype) == (torch.bfloat16, torch.float32)
     right = exact(case, torch.float64)[2]
     assert (kept.double() - right).norm() < (rounded.double() - right).norm()
