@@ -23,9 +23,9 @@ def plain_attention(
     scale: float | None = None,
     **others: Any,
 ) -> Tensor:
-    """softmax(scale q k') v for q, k, v [B, N, S, D]; a mask of numbers is added, one of truths says what is seen.
+    """softmax(scale q k') v for q, k, v [B, N, S, D]; a float mask is added, a bool mask selects the keys.
 
-    The scale is 1 / sqrt(D) unless given: T5 gives 1. What it cannot do raises ValueError.
+    The scale is 1 / sqrt(D) unless given: T5 gives 1. Unsupported arguments raise ValueError.
     """
     if dropout_p or is_causal or any(others.values()):
         raise ValueError(f"dropout {dropout_p}, causal {is_causal} and {others} are not served")
@@ -37,7 +37,7 @@ def plain_attention(
 
 @contextmanager
 def cpu_attention(device: torch.device) -> Iterator[None]:
-    """On a CPU, lets everything that calls `scaled_dot_product_attention` take `plain_attention`; elsewhere does nothing."""
+    """On a CPU, replace `scaled_dot_product_attention` by `plain_attention`; elsewhere do nothing."""
     stock = functional.scaled_dot_product_attention
     if device.type == "cpu":
         functional.scaled_dot_product_attention = plain_attention

@@ -71,14 +71,14 @@ of what it was trained on and degrade, which is what it is for.{bounces}
 
 _ARCS = """ Bounces are its hardest motion: it turns back at a wall in an arc, and the measure,
 which wants the turn at once, counts that as circling."""
-"""For a model of which less than half of the bounces are read as such."""
+"""For a model with less than half of its bounces recognised."""
 
 _HISTORY = {
     "ltx": """The world has changed since in one thing: a bounce met the right wall anywhere between frames 10 and 18, and at a wider range of angles.
 A run of the plan today learns the bounces of `tiny/world.py` as it is.
 """
 }
-"""What a card must say about a training run that was not one run of its plan."""
+"""Notes on training runs that differ from one run of the plan."""
 
 _ROWS = (
     ("shape and colour as captioned", "shape_and_colour"),
@@ -102,7 +102,7 @@ _STAGES = (
 
 
 def write_card(name: str, folder: Path) -> None:
-    """Writes `README.md` in a checkpoint of the family `name` that holds `figures.json` and `training.json`."""
+    """Write `README.md` in a checkpoint of the family `name` that holds `figures.json` and `training.json`."""
     family = FAMILIES[name]
     figures = json.loads((folder / "figures.json").read_text())
     record = json.loads((folder / "training.json").read_text())

@@ -1,7 +1,7 @@
-"""Measures a checkpoint on combinations it was never trained on: `python -m tiny.evaluate wan`.
+"""Measure a checkpoint on combinations outside its training: `python -m tiny.evaluate wan`.
 
-Writes `figures.json` beside the weights, and the model card from it. Every clip is made by the stock pipeline and read by
-`tiny.measure`, which knows nothing of the caption.
+It writes `figures.json` beside the weights, and the model card from it. Every clip is made by the stock pipeline and read by
+`tiny.measure`, which does not see the caption.
 """
 
 import argparse
@@ -79,7 +79,7 @@ def match_rates(scenes: list[Scene], readings: list[Reading]) -> dict[str, float
 def long_rates(
     family: Family, pipe: DiffusionPipeline, scenes: list[tuple[Scene, str]], num_frames: int
 ) -> dict[str, float]:
-    """Share of frames, 0..1, with the captioned shape and colour in long clips made as they are, without any method."""
+    """Share of frames, 0..1, with the captioned shape and colour in long clips of the stock pipeline."""
     hits = []
     for index, (scene, text) in enumerate(scenes):
         seen = track(sample(family, pipe, [text], [index], num_frames=num_frames)[0])

@@ -1,4 +1,4 @@
-"""Writes the trained parts as a checkpoint in Diffusers layout."""
+"""Write the trained parts as a checkpoint in Diffusers layout."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ def build_pipeline(family: Family, work: Path) -> DiffusionPipeline:
 
 
 def export(family: Family, work: Path, target: Path) -> None:
-    """Saves the checkpoint with bfloat16 weights; a folder that was there is replaced only by a whole new one."""
+    """Save the checkpoint with bfloat16 weights; an existing folder is replaced only by a complete new one."""
     pipe = build_pipeline(family, work)
     for part in (pipe.vae, pipe.text_encoder, pipe.transformer):
         for parameter in part.parameters():
@@ -36,7 +36,7 @@ def export(family: Family, work: Path, target: Path) -> None:
     record = {stage: training_record(work / f"{stage}.safetensors") for stage in ("vae", "flow", "decoder")}
     (fresh / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     for path in fresh.rglob("*.safetensors"):
-        path.chmod(0o644)  # safetensors writes files that only their owner can read
+        path.chmod(0o644)  # safetensors creates files that only their owner can read
     if target.exists():
         target.rename(old)
     fresh.rename(target)

@@ -39,7 +39,7 @@ def encode(vae: nn.Module, video: Tensor) -> Tensor:
 
 
 def cache_latents(family: Family, work: Path, *, num_clips: int, clips_per_file: int, device: torch.device) -> None:
-    """Encodes `num_clips` scenes into `work/latents-*.safetensors`; files that exist are kept."""
+    """Encode `num_clips` scenes into `work/latents-*.safetensors`; files that exist are kept."""
     vae = trained_vae(family, work, device)
     for start in tqdm(range(0, num_clips, clips_per_file), desc="latents"):
         path = work / f"latents-{start:06d}.safetensors"

@@ -1,7 +1,7 @@
-"""Writes lists of held-out captions: `python -m tiny.prompts` makes the files of configs/prompts.
+"""Write the lists of held-out captions in configs/prompts: `python -m tiny.prompts`.
 
-Settings are searched on one list and judged on the other, so the two share no combination of shape, colour and motion,
-and neither holds a combination that the embedded model was trained on.
+Settings are searched on one list and judged on the other, so that the two share no combination of shape, colour and motion,
+and neither contains a combination of the training.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def split_combinations(rng: np.random.Generator) -> tuple[list[Combination], lis
 
 
 def captions(combinations: list[Combination], count: int, rng: np.random.Generator) -> list[str]:
-    """`count` different captions that take the combinations in turn; all else is chance."""
+    """`count` different captions that take the combinations in turn; everything else is random."""
     found: list[str] = []
     while len(found) < count:
         wanted = combinations[len(found) % len(combinations)]
@@ -48,7 +48,7 @@ def write_lists(folder: Path) -> None:
     report, calibration = split_combinations(rng)
     folder.mkdir(parents=True, exist_ok=True)
     for name, combinations, count in ((REPORT, report, 40), (CALIBRATION, calibration, 20)):
-        # The first few of a list stand for the whole, so that a short run sees every kind of motion.
+        # The first few captions of a list have every kind of motion, for short runs.
         order = [combinations[i] for i in _by_motion_in_turn(combinations)]
         (folder / name).write_text("\n".join(captions(order, count, rng)) + "\n", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""The best plan that fits, or one line that says what needs how much and the smallest change that would fit."""
+"""Choose the best plan that fits, or raise one line with what is needed, what there is and the smallest change that would fit."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ AXES = ("cfg", "ring", "ulysses")
 def choose(case: Case, fixed: FixedDegrees = (None, None, None), *, plans: list[Plan] | None = None) -> Plan:
     """Return the best plan that fits and keeps the degrees (cfg, ring, ulysses) that are not None, of those that `plan` made.
 
-    Raises UserError if there is none: what needs how much, what there is, and the smallest change that would fit.
+    Raises UserError if there is none, with what is needed, what there is, and the smallest change that would fit.
     """
     every = plan(case) if plans is None else plans
     kept = [p for p in every if keeps(p.degrees, fixed)]
@@ -39,10 +39,9 @@ def choose(case: Case, fixed: FixedDegrees = (None, None, None), *, plans: list[
 
 
 def choose_by_memory(case: Case, ordered: Sequence[Degrees], fixed: FixedDegrees) -> Degrees:
-    """The first of these degrees that fits the GPU; no time is predicted.
+    """Return the first of these degrees that fits the GPU, without predicting time.
 
-    For where there is nothing to choose, and for a kernel whose speed on this GPU nobody has described. Raises UserError, as
-    `choose` does, if none of them fits.
+    For a single candidate, and for a kernel whose speed on this GPU is not described. Raises UserError, as `choose` does, if none fits.
     """
     case.spec.video.check_video(case.video.num_frames, case.video.height, case.video.width)
     steps = case.count_steps()[case.method.name]
@@ -57,10 +56,10 @@ def choose_by_memory(case: Case, ordered: Sequence[Degrees], fixed: FixedDegrees
 
 
 def describe_changes(case: Case, fixed: FixedDegrees) -> str:
-    """The smallest change that makes the case fit, and the other single ones, as words for a person."""
+    """Describe the smallest change that makes the case fit, and other single changes that do."""
     trial = _Trial(case=case, fixed=fixed, modes=tuple(case.count_steps()[case.method.name]))
     changes = list(_changes(trial))
-    for weights in ("cpu_offload", "zero3"):  # with everything off the GPU that can be
+    for weights in ("cpu_offload", "zero3"):  # with as little on the GPU as possible
         if not changes and case.options.weights == "resident":
             lean = replace(case, options=replace(case.options, weights=weights))
             changes = [f"model.weights {weights} with {change}" for change in _changes(replace(trial, case=lean))]
@@ -85,7 +84,7 @@ class _Trial:
     modes: tuple[str, ...]
 
     def fits(self, **change: object) -> bool:
-        """Try the case with this change; memory alone is looked at."""
+        """Whether the case with this change fits, by memory alone."""
         case = replace(self.case, **change)
         fixed = self.fixed if case.world_size == self.case.world_size else (None, None, None)
         native = case.grid()[0] <= case.method.window_frames
@@ -94,7 +93,7 @@ class _Trial:
 
 
 def _changes(trial: _Trial) -> Iterator[str]:
-    """Single changes that fit, the smallest first: nothing of the video is lost by those before the shorter one."""
+    """Single changes that fit, the smallest first; a shorter and a smaller video come last."""
     case, options = trial.case, trial.case.options
     if options.text_device == "model" and options.weights != "cpu_offload":
         if trial.fits(options=replace(options, text_device="cpu")):
@@ -116,7 +115,7 @@ def _changes(trial: _Trial) -> Iterator[str]:
 
 
 def _describe_need(name: str, memory: Mapping[str, int], peak_bytes: int, case: Case) -> str:
-    """What needs how many GiB, and what there is, for the degrees called `name`."""
+    """Describe what the degrees called `name` need in GiB, and what there is."""
     parts = ", ".join(f"{part.replace('_', ' ')} {num / GIB:.1f}" for part, num in memory.items() if num)
     gpus = f"one {case.gpu.name}" if case.world_size == 1 else f"each of {case.world_size} {case.gpu.name}"
     return (
@@ -133,7 +132,7 @@ def _shorter(case: Case) -> list[VideoConfig]:
 
 
 def _smaller(case: Case) -> list[VideoConfig]:
-    """About the same shape in smaller sizes, smallest first."""
+    """Smaller videos of about the same aspect ratio, smallest first."""
     video, (rows, columns) = case.video, case.spec.video.size_multiples
     sizes = [
         (video.height * share // 100 // rows, video.width * share // 100 // columns) for share in range(20, 100, 5)
@@ -146,7 +145,7 @@ def _smaller(case: Case) -> list[VideoConfig]:
 
 
 def _largest(videos: list[VideoConfig], trial: _Trial) -> VideoConfig | None:
-    """The largest of these videos, which ascend, that fits."""
+    """The largest of these videos, in ascending order, that fits."""
     low, high = 0, len(videos)  # all of videos[:low] fit, none of videos[high:] does
     while low < high:
         middle = (low + high) // 2

@@ -1,4 +1,4 @@
-"""A GPU as its datasheet and a few assumed fractions describe it, read from a JSON file that names every source."""
+"""A GPU's datasheet and a few assumed fractions of its peaks, read from a JSON file that names every source."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -11,22 +11,22 @@ from engine.paths import REPOSITORY, expand
 
 FOLDER = REPOSITORY / "configs" / "gpus"
 MOST = 1e15
-"""No number of a GPU is as large, and a float holds every whole number below it."""
+"""Above any number of a GPU; a float represents every integer below it."""
 MOST_GPUS = 1024
-"""One video has no use for more, and a plan of it would be seconds away."""
+"""More than one video can use; planning takes seconds at this number."""
 EIGH_DIM = 128
-"""Channels of the heads that `eigh_seconds` is for."""
+"""Channels of the heads that `eigh_seconds` was stated for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GpuSpec:
-    """One GPU and its links. The `_fraction`s are the share of the peak beside them that programs are assumed to reach.
+    """One GPU and its links. Each `_fraction` is the share of a peak that programs are assumed to reach.
 
     Attributes:
-        name: what it is called in tables.
-        compute_capability: as NVIDIA writes it, such as 9.0: it decides which attention kernels there are, and their order.
+        name: its name in tables.
+        compute_capability: as NVIDIA writes it, such as 9.0: it decides the available attention kernels and their order.
         memory_gib: memory that a program sees, GiB.
-        reserved_gib: of that, what no tensor can have: CUDA context, communication buffers, workspaces, fragments.
+        reserved_gib: the part of it that is not available to tensors: CUDA context, communication buffers, workspaces, fragments.
         bf16_tflops: dense bf16 peak, TFLOP/s.
         tf32_tflops: dense TF32 peak, which convolutions in fp32 use.
         fp32_tflops: fp32 peak without tensor cores, which the product with the fusion matrix uses.
@@ -43,7 +43,7 @@ class GpuSpec:
         eigh_seconds: both eigendecompositions (fp64, batched over heads) of one layer with heads of `EIGH_DIM` channels, on one GPU.
             A head is decomposed in about as many dependent passes as it has channels, and heads side by side, so that the time
             grows with a head's channels and not with the number of heads.
-        sources: for each of the numbers above, where it comes from.
+        sources: the source of each number above.
     """
 
     name: str
@@ -67,7 +67,7 @@ class GpuSpec:
     sources: dict[str, str]
 
     def __post_init__(self) -> None:
-        """Reject numbers that no GPU has, and numbers without a source."""
+        """Reject invalid numbers, and numbers without a source."""
         if not isinstance(self.name, str) or not self.name.strip():
             raise UserError(f"name must be a text, got {self.name!r}")
         if not self.attention_fraction:
@@ -96,11 +96,11 @@ class GpuSpec:
 
     @property
     def usable_gib(self) -> float:
-        """Memory that tensors can have, GiB."""
+        """Memory available to tensors, GiB."""
         return self.memory_gib - self.reserved_gib
 
     def kernel(self, setting: str, *, half: bool = True) -> str:
-        """The attention kernel that a setting means on this GPU, in half precision or fp32: for `auto`, the one that an engine takes.
+        """Resolve attention.kernel on this GPU, in half precision or fp32; `auto` is the kernel that the engine takes.
 
         The engine chooses among the same candidates by the same rule, from times that it measures; here from the rates that are
         described. cuDNN is the one of this process, or, where torch is built without CUDA, one that torch's CUDA builds bring.
@@ -125,7 +125,7 @@ class GpuSpec:
         return self._attention_rates(half=half)[self.kernel(kernel, half=half)]
 
     def missing_rate(self, kernel: str, *, half: bool = True) -> str | None:
-        """What is not known of a kernel's speed on this GPU, in words; None if it is known."""
+        """Describe what is missing to know a kernel's speed on this GPU; None if nothing is."""
         name, rates = self.kernel(kernel, half=half), self._attention_rates(half=half)
         if name in rates:
             return None
@@ -137,7 +137,7 @@ class GpuSpec:
 
 
 def check_count(count: int) -> None:
-    """Raise UserError for a number of GPUs that is not planned for."""
+    """Raise UserError for a number of GPUs out of range."""
     if not 1 <= count <= MOST_GPUS:
         raise UserError(
             f"cannot plan for {count} GPUs; give 1 to {MOST_GPUS} (a run with parallel.plan manual asks for no plan)"
@@ -145,10 +145,10 @@ def check_count(count: int) -> None:
 
 
 def _check_number(name: str, value: Any) -> None:
-    """Raise UserError for what is no number, or none that the field of this name can be."""
+    """Raise UserError unless the value is a number in this field's range."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"{name} must be a number, got {value!r}")
-    if not abs(value) < MOST:  # also what is no number
+    if not abs(value) < MOST:  # NaN as well
         raise UserError(f"{name} must be finite and less than {MOST:g}, got {_short(value)}")
     if not (0 <= value if name in ("reserved_gib", "eigh_seconds") else 0 < value):
         raise UserError(f"{name} must be more than 0, got {value}")
@@ -157,12 +157,12 @@ def _check_number(name: str, value: Any) -> None:
 
 
 def _short(value: float) -> str:
-    """A number in a line, however many digits it has."""
+    """A number, shortened to fit a line."""
     return f"{value:g}" if isinstance(value, float) else f"a number of {value.bit_length()} bits"
 
 
 def read_gpu(name: str) -> GpuSpec:
-    """One of configs/gpus by its name, or a JSON file of the same keys. UserError for what is wrong with it."""
+    """Read one of configs/gpus by name, or a JSON file with the same keys; UserError if it is invalid."""
     known = sorted(path.stem for path in FOLDER.glob("*.json"))
     path = FOLDER / f"{name}.json" if name in known else expand(name)
     try:

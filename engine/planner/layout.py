@@ -1,4 +1,4 @@
-"""A video on cfg x ring x ulysses ranks, as integers: which degrees are possible, what the busiest rank holds and sends."""
+"""A video on cfg x ring x ulysses ranks in integers: possible degrees, and what the busiest rank holds and sends."""
 
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -108,7 +108,7 @@ class Layout:
 
     @property
     def calls(self) -> int:
-        """Times that one rank runs the transformer in one step."""
+        """Number of times that one rank calls the transformer in one step."""
         return 1 if self.spec.adapter.batches_guidance else self.forwards
 
     @property
@@ -207,7 +207,7 @@ def lay_out(
 
 
 def _count_views(method: MethodConfig, frames: int, frame_tokens: int) -> int:
-    """Views of the method if it has any, or else those of FreeNoise's published stride, which it is compared with."""
+    """Number of views of the method, or of FreeNoise's published stride for a method without views."""
     grid = Grid(frames=frames, rows=1, columns=frame_tokens, window_frames=min(method.window_frames, frames))
     made = method.method
     has_views = any(step.mode in VIEW_MODES for step in made.plan([1000.0, 1.0]))
@@ -238,7 +238,7 @@ def feasible_degrees(
 
 
 def latent_values(layout: Layout) -> int:
-    """Numbers that one token stands for, in the latents and in a prediction."""
+    """Numbers per token, in the latents and in a prediction."""
     return layout.spec.video.channels * prod(layout.spec.video.patch)
 
 

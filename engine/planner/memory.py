@@ -1,6 +1,6 @@
-"""Peak memory of one rank, part by part: a list of the moments of a forward and of what is alive in each.
+"""Peak memory of one rank by part: the largest sum over the moments of a forward.
 
-Self-attention is read off engine/hooks/self_attention.py and parallel/attention.py; the rest is counted on the meta device.
+The moments of self-attention follow engine/hooks/self_attention.py and parallel/attention.py; the rest is counted on the meta device.
 Tests compare it with measured peaks. `e` is the size of a number in the transformer; merges work in fp32.
 """
 
@@ -28,9 +28,9 @@ from parallel.shards import length
 
 FP64_BYTES = 8
 GIB = 2**30
-# The first pass's prediction, the second one and the sum of both in the transformer's precision.
+# Both passes' predictions and their combination, in the transformer's precision.
 PREDICTION_TENSORS = 3
-# A decode has shown its peak after so many chunks.
+# A decode has reached its peak after this many chunks.
 SHOWN_CHUNKS = 3
 # D x D matrices of a head alive at once while M is made from both Grams: those, eigenvectors, identity, products.
 FUSION_MATRICES = 10
@@ -110,9 +110,8 @@ def decode_cost(
 ) -> tuple[int, int]:
     """Peak bytes without weights, and operations, of decoding whole frames of `num_latents` latent frames on one device.
 
-    From running the decoder on the meta device. A decode in chunks shows its peak in three of them, since memory is bounded
-    from then on; the shorter ones at the end are taken to need operations by their length. What a convolution kernel takes
-    for itself is not in it.
+    Counted by running the decoder on the meta device. Memory of a decode in chunks is bounded from the third chunk on; operations of later
+    chunks are scaled by their length. Workspaces of convolution kernels are not counted.
     """
     vae = spec.configs["vae"]
     time = spec.adapter.time_settings(vae, mode, decode, num_latents=num_latents, seed=0)

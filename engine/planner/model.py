@@ -1,4 +1,4 @@
-"""What the planner knows of a checkpoint: numbers from its JSON files, or published ones. No weights, no network needed."""
+"""A checkpoint's configurations, from its JSON files or as published, without weights and without a network."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,12 +49,12 @@ class ModelSpec:
 
     @cached_property
     def adapter(self) -> ModelAdapter:
-        """What the engine knows of models of this class."""
+        """The adapter of this class of models."""
         return adapter_named(self.configs["model_index"], f"model_index.json of {self.name}")
 
     @cached_property
     def video(self) -> VideoSpec:
-        """What decides lengths and sizes."""
+        """The numbers that decide lengths and sizes."""
         return spec_of(self.adapter, self.configs["transformer"], self.configs["vae"], self.name)
 
     @property
@@ -106,10 +106,9 @@ class ModelSpec:
         }
 
     def gathered_bytes(self, itemsize: int) -> dict[str, int]:
-        """Most bytes of transformer and text encoder that are whole at a time while a forward gathers what is shared out.
+        """Most bytes of transformer and text encoder that a forward with sharded weights holds gathered at a time.
 
-        Two layers, the one that runs and the next, or one module outside of the layers, such as an embedding of words: as it
-        comes, in one piece, and once more as tensors.
+        Two layers, the one that runs and the next, or one module outside the layers, such as an embedding, once as received and once as tensors.
         """
         return {
             name: LIVE_LAYERS * max(_bytes(part, piece, itemsize) for piece in _pieces(part))
@@ -151,9 +150,9 @@ class ModelSpec:
 
 
 def read_model(config: ModelConfig) -> ModelSpec:
-    """The numbers of `config.path`: its folder's JSON files, the hub's local copy, or what is published about it.
+    """Read the configurations of `config.path`: its folder's JSON files, the hub's local copy, or the published ones.
 
-    The network is asked only for a hub name of which nothing is known here.
+    The network is used only for a hub name of which none of these exists.
     """
     source = find_checkpoint(config.path)
     if isinstance(source, Path):
@@ -201,7 +200,7 @@ def _read_hub(name: str, revision: str | None, *, local: bool) -> dict[str, dict
 
 
 def in_fp32(part: nn.Module, name: str) -> bool:
-    """Whether this parameter of a part is loaded in fp32, whatever the precision of the others."""
+    """Whether this parameter of a part is loaded in fp32 in any dtype of the others."""
     # transformers keeps its list in fp32 under fp16 only, diffusers always.
     kept = getattr(part, "_keep_in_fp32_modules", None) if isinstance(part, ModelMixin) else None
     return any(module in name.split(".") for module in kept or ())
@@ -216,7 +215,7 @@ def _bytes(whole: nn.Module, piece: nn.Module, itemsize: int, ranks: int = 1) ->
 
 
 def _pieces(part: nn.Module) -> list[nn.Module]:
-    """What is gathered at once: the repeated layers, and each module outside of them by itself."""
+    """The units that are gathered: the repeated layers, and each module outside them."""
     layers = repeated_layers(part)
     inside = {id(module) for layer in layers for module in layer.modules()}
     return layers + [module for module in part.modules() if id(module) not in inside and not list(module.children())]

@@ -27,7 +27,7 @@ ITEMSIZES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a run chooses beside video, sampler and method; the names are those of the configuration.
+    """Settings of a run besides video, sampler and method, by their names in the configuration.
 
     Attributes:
         itemsize: bytes of a number in transformer and text encoder.
@@ -51,20 +51,20 @@ class Options:
 
     @property
     def timed_kernel(self) -> str:
-        """The kernel whose rate decides: with `auto` xfuser takes its own default, the flash-attn package."""
+        """The kernel whose rate counts: with `auto` xfuser takes its default, the flash-attn package."""
         return "cuda_flash" if self.provider == "xfuser" and self.kernel == "auto" else self.kernel
 
     def kernel_on(self, gpu: GpuSpec) -> str:
-        """The kernel that a GPU is predicted with."""
+        """The kernel that is assumed on a GPU."""
         return gpu.kernel(self.timed_kernel, half=self.itemsize < FP32_BYTES)
 
     def missing_rate(self, gpu: GpuSpec) -> str | None:
-        """What is not known of the speed of attention on a GPU, in words; None if it is known."""
+        """Describe what is missing to predict attention's speed on a GPU; None if nothing is."""
         return gpu.missing_rate(self.timed_kernel, half=self.itemsize < FP32_BYTES)
 
     @classmethod
     def of(cls, config: RunConfig) -> "Options":
-        """Read them from a configuration; `model.dtype: auto` is what it is on CUDA."""
+        """Read them from a configuration; `model.dtype: auto` is bf16, as on CUDA."""
         return cls(
             itemsize=ITEMSIZES[config.model.dtype],
             kernel=config.attention.kernel,
@@ -79,7 +79,7 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """One way to lay the video over the ranks. Seconds are predicted; bytes are of the rank that has or sends most.
+    """One way to lay the video over the ranks. Seconds are predicted; bytes are those of the busiest rank.
 
     Attributes:
         cfg: ranks along the cfg axis.
@@ -89,15 +89,15 @@ class Plan:
         heads: heads of each member of the ulysses axis.
         local_route: how local steps cross the ulysses axis.
         bytes_per_step: by mode and kind.
-        memory: bytes by part: weights, text_encoder, gathered (layers of shared weights that are whole at a time), latents,
+        memory: bytes by part: weights, text_encoder, gathered (sharded layers that are whole at a time), latents,
             activations, kv_copies, vae_decode.
-        peak_bytes: the most that is on the GPU at once.
+        peak_bytes: the most at any time.
         fits: whether that is within the GPU's usable memory.
         steps: by method that these degrees serve, how many steps of each mode the sampler's timesteps give.
         step_seconds: by mode that these degrees serve, and there by what takes the time.
         run_seconds: denoising, by method.
         decode_mode: how latents become frames: whole frames on one rank, or tiles on all.
-        decode_seconds: that decoding.
+        decode_seconds: of that decoding.
         efficiency: by method, seconds of one GPU / (ranks x seconds of these ranks), memory of the one aside.
         why: one sentence for a person.
     """
@@ -157,7 +157,7 @@ class Case:
         )
 
     def degrees(self, *, any_method: bool = False, any_provider: bool = False) -> list[Degrees]:
-        """Every (cfg, ring, ulysses) that method and provider, or any, can have; none where the ranks are more than the tokens."""
+        """Every (cfg, ring, ulysses) that method and provider support; none if there are more ranks than tokens."""
         frames, frame_tokens = self.grid()
         found = feasible_degrees(
             self.world_size,
@@ -172,7 +172,7 @@ class Case:
         return [degrees for degrees in found if provider.reason(self.sequence(degrees)) is None]
 
     def check_provider(self, fixed: FixedDegrees = (None, None, None)) -> None:
-        """Raise UserError if the provider can serve none of the degrees that the method can have and that keep the fixed ones."""
+        """Raise UserError if the provider supports none of the method's degrees that keep the fixed ones."""
         self._provider.check(
             self.world_size,
             fixed,
@@ -206,7 +206,7 @@ class Case:
     def decode_cost(self) -> tuple[DecodeMode, int, int]:
         """Mode, peak bytes and operations of decoding on the busiest GPU: the most exact mode that fits beside the weights.
 
-        Whole frames are decoded by one GPU, tiles by all. If nothing fits, the way of `decode.mode auto` that needs least.
+        Whole frames are decoded by one GPU, tiles by all. If none fits, the mode that needs least.
         """
         adapter, decode, video = self.spec.adapter, self.options.decode, self.video
         whole: list[DecodeMode] = [mode for mode in adapter.decode_modes if mode != "tiled"]
@@ -228,7 +228,7 @@ class Case:
 
     @property
     def methods(self) -> dict[str, Method]:
-        """The methods that are predicted: all with their defaults, the one that is planned for with its settings."""
+        """The methods to predict: the planned one with its settings, the others with defaults."""
         return {name: make_method(name) for name in METHODS} | {self.method.name: self.method.method}
 
     def count_steps(self) -> dict[str, dict[str, int]]:
@@ -251,7 +251,7 @@ class Case:
         return kept if options.text_device == "model" else kept | {"text_encoder": 0}
 
     def gathered(self) -> dict[str, int]:
-        """Bytes of transformer and text encoder that are whole at a time with zero3."""
+        """Bytes of transformer and text encoder that zero3 gathers at a time."""
         gathered = self.spec.gathered_bytes(self.options.itemsize)
         on_gpu = {"transformer": True, "text_encoder": self.options.text_device == "model"}
         shared = self.options.weights == "zero3"
@@ -270,7 +270,7 @@ class Case:
         return memory, memory["weights"] + text + max(denoising, decoding, gathered["text_encoder"])
 
     def fits(self, num_bytes: int) -> bool:
-        """Whether the GPU has as much for tensors."""
+        """Whether this many bytes fit the GPU."""
         return num_bytes <= self.gpu.usable_gib * GIB
 
 
@@ -300,7 +300,7 @@ def _seconds(case: Case, layout: Layout) -> dict[str, dict[str, float]]:
 
 
 def _modes_of(layout: Layout) -> list[Mode]:
-    """The modes that these degrees serve: attention inside views needs whole heads."""
+    """The modes that these degrees support: attention inside views needs ring 1."""
     return [mode for mode in MODES if mode not in VIEW_MODES or layout.degrees[1] == 1]
 
 
@@ -339,7 +339,7 @@ def _make_plan(
 
 
 def _why(p: Plan, plans: list[Plan], case: Case) -> str:
-    """Why this plan stands where it does, against the first one or the second."""
+    """Why this plan has its place, compared with the first or the second."""
     best, method = plans[0], case.method.name
     if not p.fits:
         return f"needs {p.peak_bytes / GIB:.1f} GiB of {case.gpu.usable_gib:.1f}"

@@ -1,4 +1,4 @@
-"""How long a video takes on this CPU, before anything is loaded: operations over a measured rate of matrix products."""
+"""Predict how long a video takes on this CPU before anything is loaded: operations over a measured rate of matrix products."""
 
 import time
 
@@ -13,15 +13,15 @@ from engine.planner.model import read_model
 from engine.planner.plan import Case
 
 LONG_SECONDS = 600.0
-# Of the rate of a large matrix product. On one core of an AMD EPYC that does 100 GFLOP/s in those, `direct` denoises 129 frames of the
-# embedded Wan at 47 GFLOP/s (docs/compare.md); attention kernels and small products reach less, and nothing here needs two digits.
+# Share of the rate of a large matrix product that a run reaches. On one core of an AMD EPYC with 100 GFLOP/s, `direct` denoises 129 frames
+# of the embedded Wan at 47 GFLOP/s; attention kernels and small products are slower.
 FRACTION = 0.5
 _SIDE = 512
 _TRIES, _SECONDS = 3, 0.05
 
 
 def describe_expected(config: RunConfig, *, num_prompts: int, ranks: int = 1) -> str | None:
-    """One sentence on the time that a long job takes on this CPU; None on a GPU, and for what takes less than `LONG_SECONDS`.
+    """Describe the time that a long job takes on this CPU; None on a GPU, and below `LONG_SECONDS`.
 
     `ranks` share the CPU, each with as many threads as this process has.
     """
@@ -45,7 +45,7 @@ def describe_expected(config: RunConfig, *, num_prompts: int, ranks: int = 1) ->
 def denoising_operations(config: RunConfig) -> int:
     """Floating-point operations of all steps of a video, on one rank."""
     spec = read_model(config.model)
-    case = Case.of(config, spec, gpu=read_gpu("h200"), world_size=1)  # the GPU decides no count
+    case = Case.of(config, spec, gpu=read_gpu("h200"), world_size=1)  # no count depends on the GPU
     layout = case.layout((1, 1, 1))
     return sum(
         count * layout.calls * sum(call_operations(layout, mode).values())
@@ -54,7 +54,7 @@ def denoising_operations(config: RunConfig) -> int:
 
 
 def product_rate(dtype: torch.dtype) -> float:
-    """Operations per second of a matrix product on the threads of this process: the best of a few, which takes milliseconds."""
+    """Operations per second of a matrix product on the threads of this process: the best of a few, within milliseconds."""
     a = torch.ones(_SIDE, _SIDE, dtype=dtype)
     times: list[float] = []
     while len(times) < _TRIES or sum(times) < _SECONDS:

@@ -1,4 +1,4 @@
-"""Which arrangements of ranks `parallel.provider` can have, from their integers alone; packages and devices are asked later."""
+"""Which layouts `parallel.provider` supports, from their integers alone; packages and devices are checked later."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ FixedDegrees = tuple[int | None, int | None, int | None]
 
 @dataclass(frozen=True, kw_only=True)
 class Provider:
-    """A provider as the configuration names it, with the kernel that it is to use.
+    """A provider and the kernel that it is to use.
 
     Attributes:
         name: parallel.provider.
@@ -25,7 +25,7 @@ class Provider:
     kernel: str
 
     def reason(self, plan: SequencePlan) -> str | None:
-        """Why it cannot serve these shares; None if it can."""
+        """Why it does not support these shares; None if it does."""
         try:
             if self.name == "xfuser":
                 refuse_xfuser_plan(plan, kernel=self.kernel)
@@ -43,9 +43,9 @@ class Provider:
         degrees_of: Callable[[int], list[Degrees]],
         plan_of: Callable[[Degrees], SequencePlan],
     ) -> None:
-        """Raise UserError if it can serve none of the degrees that keep the `fixed` ones, with what it can serve.
+        """Raise UserError if it supports none of the degrees that keep the `fixed` ones, with those it supports.
 
-        `degrees_of` lists what the method can have of a number of ranks, `plan_of` gives the shares of one of them.
+        `degrees_of` lists the method's degrees for a number of ranks, `plan_of` gives the shares of one of them.
         """
         every = degrees_of(world)
         wanted = [degrees for degrees in every if keeps(degrees, fixed)]
@@ -67,5 +67,5 @@ class Provider:
 
 
 def keeps(degrees: Sequence[int], fixed: Sequence[int | None]) -> bool:
-    """Whether these are the fixed degrees, where one is fixed."""
+    """Whether these degrees equal the fixed ones that are not None."""
     return all(want in (None, have) for want, have in zip(fixed, degrees, strict=True))

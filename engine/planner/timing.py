@@ -1,4 +1,4 @@
-"""Predicted seconds of a step: operations and bytes over a GPU's assumed rates, and the messages that nothing hides."""
+"""Predicted seconds of a step: operations and bytes over a GPU's assumed rates, and messages that no computation hides."""
 
 from collections.abc import Mapping
 from math import prod
@@ -12,7 +12,7 @@ from freespec.methods import Mode
 
 TERA = 1e12
 GIGA = 1e9
-# These wait for their messages. Ring blocks travel while the block before is attended, so only the excess is waited for.
+# Kinds of messages that are waited for. Ring blocks travel while the block before is attended, so only the excess is waited for.
 EXPOSED = ("all_to_all", "halo", "grams", "gather", "cfg")
 # Bytes that self-attention reads and writes per token and channel in half precision, its kernels aside, read off the code and rounded:
 # to copy a branch's groups to their rows, merge two parts by log-sum-exp, fuse both branches, add up a view, pack and order an all-to-all.
@@ -20,7 +20,7 @@ COPY, MERGE, FUSE, VIEW, EXCHANGE = 6, 46, 80, 14, 32
 
 
 def step_seconds(layout: Layout, mode: Mode, gpu: GpuSpec, kernel: str) -> dict[str, float]:
-    """Predicted seconds of one denoising step by what takes them, on the rank that takes longest.
+    """Predicted seconds of one denoising step on the slowest rank, by part.
 
     Keys: matrices, attention, spectrum (Grams, fusion, eigh), memory (norms, rotary, merges, copies), communication.
     """
@@ -55,14 +55,14 @@ def call_traffic(layout: Layout, mode: Mode) -> float:
 
 
 def communication_seconds(layout: Layout, mode: Mode, gpu: GpuSpec, attention: float) -> float:
-    """Seconds of one step in which a rank only waits for messages; `attention` is what it computes while the ring turns."""
+    """Seconds of one step that a rank waits for messages; `attention` are the seconds that hide the ring."""
     num_bytes = layout.step_bytes(mode)
     seconds = {kind: num_bytes[kind] / _rate(layout, kind, mode, gpu) for kind in num_bytes}
     return waiting_seconds(seconds, attention, blocks=layout.attention_plan(mode).ring)
 
 
 def waiting_seconds(seconds: Mapping[str, float], attention: float, *, blocks: int) -> float:
-    """Seconds that a rank only waits, of the `seconds` that its messages of each kind take.
+    """Seconds that a rank waits, given the `seconds` that its messages of each kind take.
 
     The ring has so many blocks, and each of its transfers runs beside the attention of one of them.
     """
@@ -71,7 +71,7 @@ def waiting_seconds(seconds: Mapping[str, float], attention: float, *, blocks: i
 
 
 def weight_seconds(layout: Layout, mode: Mode, gpu: GpuSpec, computing: float) -> float:
-    """Seconds of one step that a rank waits for layers of shared weights: each is gathered while the one before it runs."""
+    """Seconds of one step that a rank waits for sharded layers: each is gathered while the one before it runs."""
     seconds = layout.step_bytes(mode)["weights"] / _rate(layout, "weights", mode, gpu)
     return max(0.0, seconds - computing * (1 - 1 / layout.spec.layers))
 

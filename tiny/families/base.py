@@ -1,4 +1,4 @@
-"""What training, export and evaluation ask of a model family; everything else about the embedded models is shared."""
+"""The interface of a model family for training, export and evaluation."""
 
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,7 +53,7 @@ class Family(Protocol):
     Attributes:
         title: its name in the model card.
         pipeline: the class of the pipeline that is exported.
-        classes: the classes a user will find in the checkpoint.
+        classes: the classes in the checkpoint.
         pipeline_text_length: tokens the stock pipeline pads a prompt to.
         latent_grid: rows and columns of a latent frame.
         encoder_parts: modules of the autoencoder that the cached latents come from.
@@ -90,7 +90,7 @@ def build_tokenizer(max_length: int) -> T5Tokenizer:
 
 
 def load_pipeline(family: Family, folder: Path) -> DiffusionPipeline:
-    """A checkpoint in float32, quiet."""
+    """Load a checkpoint in float32, without progress bars."""
     pipe = family.pipeline.from_pretrained(str(folder), dtype=torch.float32)
     pipe.set_progress_bar_config(disable=True)
     return pipe

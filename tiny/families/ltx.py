@@ -116,5 +116,5 @@ class Ltx:
         )
 
     def sampling_arguments(self) -> dict[str, Any]:
-        """Texts of the length that was trained most, and the rate that was trained."""
+        """The most frequent text length of the training, and its frame rate."""
         return {"max_sequence_length": TEXT_LENGTH, "frame_rate": FRAME_RATE}

@@ -83,7 +83,7 @@ class Wan:
         return denoiser.transformer.blocks
 
     def build_pipeline(self, vae: nn.Module, denoiser: Denoiser) -> WanPipeline:
-        """With the scheduler class of Wan2.1, and the shift that noise levels are drawn with in training."""
+        """With the scheduler class of Wan2.1, and the shift of the noise levels in training."""
         return WanPipeline(
             tokenizer=build_tokenizer(self.pipeline_text_length),
             text_encoder=denoiser.text_encoder.eval(),
@@ -95,16 +95,16 @@ class Wan:
         )
 
     def sampling_arguments(self) -> dict[str, Any]:
-        """Texts of the length that was trained most."""
+        """The most frequent text length of the training."""
         return {"max_sequence_length": TEXT_LENGTH}
 
 
 @torch.no_grad()
 def _inflate(vae: AutoencoderKLWan) -> None:
-    """Makes a new autoencoder treat each frame as a still, and a latent frame as the mean of its frames.
+    """Make a new autoencoder treat each frame as a still, and a latent frame as the mean of its frames.
 
     Stills train only the last tap over time of a causal kernel [out, in, 3, h, w] (the others see padding) and no convolution between frame
-    rates. With random values there, clips would begin as noise, and colours would have to be learned a second time.
+    rates. With random values there, clips would start as noise, and colours would be learned twice.
     """
     for name, module in vae.named_modules():
         if not isinstance(module, nn.Conv3d) or module.kernel_size[0] == 1:
