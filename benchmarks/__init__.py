@@ -1,1 +1,1 @@
-"""What is measured. Each script runs on CPU and CUDA, prints a table and writes a JSON file to benchmarks/results/."""
+"""Benchmarks: scripts for a CPU, and `benchmarks.gpu` for a GPU. Each prints tables and writes JSON files to benchmarks/results/."""

@@ -1,4 +1,4 @@
-"""Both branches for the price of one? Global, local, two calls, dual and masked attention: time, memory, error.
+"""Attention of a layer: global, local, two calls, dual and masked; time, memory and error.
 
 python -m benchmarks.attention
 """
@@ -31,7 +31,7 @@ from benchmarks.measure import (
 )
 from freespec.kernels import Kernel, select_kernel
 
-# A masked call needs the mask, and on CPU its float copy: 5 bytes per query and key. What needs more goes in parts of the queries.
+# A masked call needs the mask, and on CPU its float copy: 5 bytes per query and key. Larger ones are split over the queries.
 MASK_LIMIT_BYTES = 2**30
 MASK_BYTES = 5
 CHECKED_QUERIES = 64
@@ -51,14 +51,14 @@ def strided_calls(shape: Shape, qkv: QKV, kernel: Kernel) -> Calls:
 
 
 def masked_call(shape: Shape, qkv: QKV) -> Callable[[], Branches]:
-    """The local branch by a mask over all keys, which is made within the call if it goes in parts."""
+    """The local branch by a mask over all keys, which is made within the call if it is split."""
     parts = torch.arange(shape.num_tokens).split(max(MASK_LIMIT_BYTES // MASK_BYTES // shape.num_tokens, 1))
     mask = window_mask(shape, parts[0]) if len(parts) == 1 else None
     return lambda: (torch.cat([masked(shape, qkv, part, mask) for part in parts], dim=1), None)
 
 
 def masked(shape: Shape, qkv: QKV, queries: Tensor, mask: Tensor | None) -> Tensor:
-    """The local branch of these queries with every key outside of their windows masked; the mask is made anew if it is not given."""
+    """The local branch of these queries with every key outside of their windows masked; the mask is made here unless it is given."""
     q, k, v = (x.transpose(1, 2) for x in (qkv[0][:, queries], *qkv[1:]))
     seen = window_mask(shape, queries) if mask is None else mask
     return functional.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(1, 2)
@@ -79,7 +79,7 @@ def tera_operations(shape: Shape, heads: int) -> dict[str, float]:
 
 
 def spread_queries(shape: Shape, device: torch.device, most: int = CHECKED_QUERIES) -> Tensor:
-    """Some queries over the whole video, at which errors are measured."""
+    """Queries spread over the video, at which errors are measured."""
     return torch.linspace(0, shape.num_tokens - 1, min(most, shape.num_tokens), device=device).long()
 
 
@@ -93,7 +93,7 @@ def exact_branches(shape: Shape, qkv: QKV, queries: Tensor) -> Branches:
 
 
 def peak_memory(call: Callable[[], Branches], device: torch.device) -> tuple[float, Branches]:
-    """MiB that one call allocates at its peak, beyond q, k, v and the mask, by the allocator's own count; and its output."""
+    """MiB that one call allocates at its peak, beyond q, k, v and the mask, by the allocator's count, and its output."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -120,7 +120,7 @@ def memory_and_error(
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Everything about one shape."""
+    """Measure one shape."""
     shape = SHAPES[name]
     heads = args.heads or shape.cpu_heads
     qkv = shape.draw(CPU, torch.float32, heads)

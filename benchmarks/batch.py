@@ -1,17 +1,15 @@
-"""What the batch runner costs: per item against the engine in a plain loop, and with a cluster's worth of pretended replicas.
+"""Overhead of the batch runner: per item against a plain loop, and of the driver with simulated replicas.
 
     python -m benchmarks.batch                  both parts, JSON to benchmarks/results
     python -m benchmarks.batch --part driver    the simulation alone: no model, no GPU
 
-The first part makes the same items with batch.py on one replica and with the engine in a plain loop, in rounds, one after the
-other. What the runner adds is what lies between the start of an item and that of the next beside the text, the denoising and
-the decoding of the item, whose seconds are in its sidecar: the loop does these as well and nothing else, and its items vary by
-more than what the runner adds. Items are as large as the preset's and have a tenth of its steps, since what the runner
-adds does not depend on the steps; the share is told of an item that takes ten seconds. The runner decodes what it has
-written, hashes it, flushes it, writes a sidecar and asks for the next item. That it keeps steps belongs to the denoising; one
-such step is timed by itself, on latents of the preset, and counted as often as an item with all of the preset's steps keeps one.
-The second part runs the
-real driver, queue, journal and files, with replicas that finish an item when a simulated clock says so.
+The first part makes the same items with batch.py on one replica and with the engine in a plain loop, in alternating rounds. The overhead
+of an item is the time between its start and the start of the next, without the seconds of text, denoising and decoding in its sidecar: the
+runner decodes the written file, hashes and flushes it, writes a sidecar and takes the next item. Items have the preset's size and a tenth
+of its steps, since the overhead does not depend on steps; the share is stated for an item of ten seconds. Saving a checkpoint is part of
+the denoising: it is timed separately and counted as often as a run with all of the preset's steps does it.
+
+The second part runs the real driver, queue, journal and files, with replicas that finish an item by a simulated clock.
 """
 
 import argparse
@@ -56,7 +54,7 @@ TARGET_SECONDS = 10.0
 
 
 def main() -> None:
-    """Run the parts that are asked for, print their figures, write them."""
+    """Run the requested parts, print and write their figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=["all", "overhead", "driver"], default="all")
     parser.add_argument("--items", type=int, default=10_000, help="simulated items")
@@ -67,7 +65,7 @@ def main() -> None:
     parser.add_argument("--note", default="", help="what a reader should know of the machine, such as other work on it")
     arguments = parser.parse_args()
     found: dict[str, Any] = {}
-    where = environment(CPU, arguments.note)  # with the load before this adds to it
+    where = environment(CPU, arguments.note)  # with the load before the benchmark
     with tempfile.TemporaryDirectory() as folder:
         if arguments.part in ("all", "overhead"):
             found["overhead"] = measure_overhead(Path(folder), arguments.videos, arguments.rounds)
@@ -87,7 +85,7 @@ PROMPT = "a red circle bounces over a blue background"
 
 
 def measure_overhead(folder: Path, videos: int, rounds: int) -> dict[str, Any]:
-    """What an item costs in a loop and in the runner, and how much of the latter the runner adds, with the steps that it keeps."""
+    """Seconds of an item in a loop and in the runner, and the runner's overhead, checkpoints included."""
     loop: list[float] = []
     runner: dict[str, list[float]] = {"wall_s": [], "added_s": []}
     for number in range(rounds):
@@ -111,7 +109,7 @@ def measure_overhead(folder: Path, videos: int, rounds: int) -> dict[str, Any]:
 
 
 def run_batch(root: Path, videos: int) -> list[tuple[float, float]]:
-    """Of each item of a batch but the first, the seconds to the start of the next, and those of them that the runner added."""
+    """For each item of a batch but the first: seconds to the start of the next, and the overhead in them."""
     suite = root.with_suffix(".txt")
     suite.write_text(f"{PROMPT}\n")
     own = {"suite": suite, "out": root, "seeds": ",".join(map(str, range(videos))), "methods": "direct"}
@@ -130,12 +128,12 @@ def run_batch(root: Path, videos: int) -> list[tuple[float, float]]:
 
 
 def kept_steps(num_steps: int, every: int) -> int:
-    """How often an item keeps its state: after every so many steps, and after the last."""
+    """Number of checkpoints of an item: after every `every` steps, and after the last."""
     return -(-num_steps // every)
 
 
 def time_keeping(path: Path) -> list[float]:
-    """Seconds that keeping a step takes, atomically: a preset's latents, and the three tensors of their size that UniPC holds."""
+    """Seconds of an atomic checkpoint: a preset's latents, and the three tensors of their size that UniPC holds."""
     config = parse_run(SETTING_WORDS, name="benchmark", description="", add_arguments=lambda _: None)[1]
     video, model = config.video, config.model
     spec = open_checkpoint(model).spec
@@ -150,7 +148,7 @@ def time_keeping(path: Path) -> list[float]:
 
 
 def loop_items(root: Path, videos: int) -> list[float]:
-    """Seconds of each of the same items but the first, in a loop as short as it can be."""
+    """Seconds of each of the same items but the first, in a minimal loop."""
     _, config = parse_run(
         [*SETTING_WORDS, "--method.name=direct"], name="benchmark", description="", add_arguments=lambda _: None
     )
@@ -170,7 +168,7 @@ def loop_items(root: Path, videos: int) -> list[float]:
 
 @dataclasses.dataclass
 class Simulated:
-    """Time that passes when the driver waits, what is due in it, and real seconds that replicas have spent on files."""
+    """A clock that advances when the driver waits, its pending events, and real seconds that replicas spent on files."""
 
     now: float = 0.0
     due: list[tuple[float, int, "FakeReplica", Event]] = dataclasses.field(default_factory=list)
@@ -179,12 +177,12 @@ class Simulated:
     writing_cpu: float = 0.0
 
     def later(self, seconds: float, replica: "FakeReplica", event: Event) -> None:
-        """An event of a replica, so many seconds from now."""
+        """Schedule an event of a replica in so many seconds."""
         self.count += 1
         heapq.heappush(self.due, (self.now + seconds, self.count, replica, event))
 
     def wait(self) -> None:
-        """Go on by the driver's longest wait, and hand out what is due."""
+        """Advance by the driver's longest wait, and deliver what is due."""
         self.now += 0.2
         while self.due and self.due[0][0] <= self.now:
             _, _, replica, event = heapq.heappop(self.due)
@@ -192,7 +190,7 @@ class Simulated:
 
 
 class FakeReplica:
-    """Finishes an item after 5 to 15 simulated seconds, and writes the files of a tiny one."""
+    """Finish an item after 5 to 15 simulated seconds, with the files of a tiny video."""
 
     def __init__(self, name: str, simulated: Simulated, files: BatchFiles, items: dict[str, Any]) -> None:
         self.name = name
@@ -202,11 +200,11 @@ class FakeReplica:
         self._items = items
 
     def start(self) -> None:
-        """Loads for a minute."""
+        """Load for a minute."""
         self._simulated.later(60.0, self, Ready(seconds=60.0, place="simulated"))
 
     def make(self, task: dict[str, Any]) -> None:
-        """Writes at once, is done later."""
+        """Write the files at once and finish later."""
         started, cpu = time.perf_counter(), time.process_time()
         item = self._items[task["identity"]["item_id"]]
         of = self._files.of(item)
@@ -221,23 +219,23 @@ class FakeReplica:
             "latents": {"sha256": "0"},
         }
         write_json(of.sidecar, record)
-        # On a cluster that is the replica's, not the driver's.
+        # On a cluster the replica does this, not the driver.
         self._simulated.writing += time.perf_counter() - started
         self._simulated.writing_cpu += time.process_time() - cpu
         self._simulated.later(5.0 + int(item.item_id[:4], 16) / 0xFFFF * 10.0, self, Done(record=record))
 
     def events(self) -> list[Event]:
-        """What is due."""
+        """Events that are due."""
         told, self.told = self.told, []
         return told
 
     def stop(self, *, gently: bool) -> bool:
-        """At once."""
+        """Stop at once."""
         return True
 
 
 def simulate(folder: Path, items: int, replicas: int) -> dict[str, Any]:
-    """Real seconds that the driver needs for so many items on so many replicas, and of all around it."""
+    """Real seconds of the driver for so many items on so many replicas, and of planning, status and manifest."""
     config = parse_run([], name="benchmark", description="", add_arguments=lambda _: None)[1]
     prompts = tuple(Prompt(prompt_id=f"p{i:04d}", line=i + 1, text=f"prompt number {i}") for i in range(-(-items // 4)))
     started = time.perf_counter()
@@ -287,7 +285,7 @@ def simulate(folder: Path, items: int, replicas: int) -> dict[str, Any]:
         started = time.perf_counter()
         call()
         timed[f"{name}_seconds"] = time.perf_counter() - started
-    # Of a turn, what the replicas spent on files is not the driver's.
+    # The replicas' seconds on files are not the driver's.
     lasted = sorted(b[0] - a[0] - (b[2] - a[2]) for a, b in itertools.pairwise(turns))
     shutil.rmtree(files.root)
     return {

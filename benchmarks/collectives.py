@@ -1,4 +1,4 @@
-"""How fast each collective of parallel/collectives.py is over the ranks of this machine, and what that predicts for a layer."""
+"""Rates of the collectives of parallel/collectives.py over ranks of this machine, and the layer time that they predict."""
 
 import statistics
 import time
@@ -23,7 +23,7 @@ TIMEOUT = timedelta(seconds=600)
 MESSAGE_MIB = 16  # of each rank, in all but `reduce`
 HEAD_DIM = 64
 GRAMS = (2, 1, 12, 128, 128)  # both branches' Gram matrices of a layer of Wan2.1-1.3B on a ring, fp64
-# How the planner calls what the collectives report by another name.
+# Kinds of messages that the planner names differently.
 PLANNER_NAMES = {"reduce": "grams"}
 
 
@@ -56,7 +56,7 @@ def measure_collectives(rank: int, case: tuple[int, int]) -> dict[str, tuple[int
 
 
 def calls(mesh: SeqMesh, trace: CollectiveTrace) -> dict[str, Callable[[], object]]:
-    """One call of every collective that a video takes, by the name under which it reports its bytes.
+    """One call of every collective that a video uses, by the kind under which it reports its bytes.
 
     `cfg` is once a step, `gather` once a forward, `broadcast` and `collect` once a video (text and tiles); the others are
     in every layer.
@@ -103,8 +103,8 @@ def predict_seconds(
     """Predicted seconds of an attention layer over the ranks of a plan, of which one rank alone takes `alone`.
 
     The busiest rank's share of queries times heads, on so many devices (cores, or GPUs) for all ranks; and the bytes
-    `sent` of each kind at its measured rate in GB/s, as far as the planner's model says that a rank waits for them. Where
-    every core computes, none is left to move the ring's blocks meanwhile, so all of it is waited for.
+    `sent` of each kind at its measured rate in GB/s, as far as the planner's model says that a rank waits for them.
+    Where every core computes, the ring's blocks are not hidden.
     """
     compute = alone * max(busiest_share(plan), 1 / min(plan.ranks, devices))
     seconds = dict.fromkeys((*EXPOSED, "ring"), 0.0)

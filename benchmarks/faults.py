@@ -1,12 +1,12 @@
-"""Rounds of faults: a real batch on a real Ray of this machine, something is killed in the middle, and everything must be there.
+"""Rounds of faults: a batch on a local Ray, from which processes are killed, must be complete and correct in the end.
 
     python -m benchmarks.faults --rounds 20            writes benchmarks/results/faults-cpu-DATE.json
     python -m benchmarks.faults --rounds 4 --minutes 10
 
 A round is a batch of small videos of the embedded model on replicas of two ranks. At a random time, in turn, SIGKILL goes
-to one rank, to all actors of a replica, to the driver, or to the Ray node process (raylet) of the driver's Ray. If the
-driver ends, it is started again, as a person would. At the end every item must exist exactly once, every SHA-256 must match
-its file, the latents must equal those of a batch that nothing happened to, and no unfinished file may be left.
+to one rank, to all actors of a replica, to the driver, or to the Ray node process (raylet) of the driver's Ray. If the driver
+ends, it is started again. At the end every item must exist exactly once, every SHA-256 must match
+its file, the latents must equal those of an undisturbed batch, and no unfinished file may be left.
 """
 
 import argparse
@@ -134,8 +134,8 @@ def kill_once_it_works(
 ) -> dict[str, Any] | None:
     """Kill after a random half or less of the items and a random part of another; None if the driver ended before.
 
-    Items are counted, since an hour's mean of their seconds says little where other work comes and goes: with `working`, the seconds that
-    all items took undisturbed, as the only clock, a batch could be over before its kill.
+    Progress is counted in items: by `working`, the seconds of the undisturbed batch, alone, a batch on a busy machine could be over
+    before its kill.
     """
     log, wanted = out / "logs/shard-1-of-1.jsonl", rng.randint(0, items // 2)
     while driver.poll() is None:
@@ -194,7 +194,7 @@ KILLS: dict[str, Callable[[int, random.Random], list[int]]] = {
 
 
 def judge(out: Path, expected: dict[str, str]) -> dict[str, Any]:
-    """Whether everything is there, once and right."""
+    """Whether every item exists once and is correct."""
     files = BatchFiles(root=out)
     records = [json.loads(path.read_text()) for path in files.sidecars()]
     found = [record["item_id"] for record in records]
@@ -265,7 +265,7 @@ def family(process: int) -> list[int]:
 
 
 def listeners(processes: Iterable[int]) -> dict[str, str]:
-    """Addresses at which processes listen for others, and whose they are."""
+    """Addresses at which processes listen, and their command lines."""
     found = {}
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -276,7 +276,7 @@ def listeners(processes: Iterable[int]) -> dict[str, str]:
 
 
 def on_loopback(address: str) -> bool:
-    """Whether one of these addresses is this machine's own: 127.0.0.0/8, ::1, or the first as the second writes it."""
+    """Whether one of these addresses is this machine's own: 127.0.0.0/8, ::1, or an IPv4 one mapped to IPv6."""
     host = ipaddress.ip_address(address.partition(" ")[0])
     return (getattr(host, "ipv4_mapped", None) or host).is_loopback
 

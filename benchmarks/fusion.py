@@ -87,7 +87,7 @@ def part_calls(shape: Shape, branches: Branches, weights: FusionWeights) -> dict
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Everything about one shape."""
+    """Measure one shape."""
     shape = SHAPES[name]
     heads = args.heads or shape.cpu_heads
     branches, weights = falling_branches(shape, CPU, torch.float32, heads=heads), weights_of(shape, CPU)

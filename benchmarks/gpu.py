@@ -1,11 +1,11 @@
-"""Everything that only a GPU can tell, in one command of less than nine minutes, without a network.
+"""All GPU benchmarks in one command of less than nine minutes, without a network.
 
 python -m benchmarks.gpu --out benchmarks/results/gpu
 python -m benchmarks.gpu --small --out /tmp/small    # the same code in tiny sizes, on a CPU
 
-Each section is a process of its own with a time of its own, and writes OUT/SECTION.json after every figure: what fails, or
-takes too long, costs what was still to come of that section. Within a section what compiles for the device or needs another
-package (Triton, FlexAttention, xfuser) comes last. Weights are random, of the published configurations.
+Each section is a process with a time limit, and writes OUT/SECTION.json after every figure: a failure or a timeout costs only the rest of
+that section. Within a section what compiles for the device or needs another package (Triton, FlexAttention, xfuser) comes last.
+Weights are random, of the published configurations.
 """
 
 import argparse
@@ -24,8 +24,8 @@ import torch
 from benchmarks.sections.bench import Bench, clocks
 from benchmarks.tables import table
 
-# Name and seconds that a section has for sure, in order: later sections read what `layer` found. What earlier ones leave is
-# added. With the grace of each they fit into MINUTES.
+# Sections in order, and their guaranteed seconds, to which unused seconds of earlier ones are added; with the grace of each they fit into
+# MINUTES. Later sections read the results of `layer`.
 SECTIONS = {
     "correctness": 45.0,
     "layer": 115.0,
@@ -36,14 +36,14 @@ SECTIONS = {
     "compiled": 50.0,
     "optional": 25.0,
 }
-GRACE = 5.0  # seconds from a section's deadline, which it minds by itself, to its end
+GRACE = 5.0  # seconds from a section's deadline, which it observes itself, until it is killed
 MINUTES = 8.9
 
 
 def main() -> None:
-    """Run the sections, print what became of them; the exit status is 1 if one of them was not finished."""
+    """Run the sections and print their status; the exit status is 1 if any was not finished."""
     args = parse()
-    if args.small:  # sections are forked from a process that has the imports done
+    if args.small:  # sections are forked, with the imports done
         torch.set_num_threads(1)
         for name in SECTIONS:
             importlib.import_module(f"benchmarks.sections.{name}")
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def limit_of(name: str, sections: Sequence[str], left: float) -> float:
-    """Seconds that a section may take of those that are left: all but what the sections after it have for sure."""
+    """Seconds that a section may take of those left: all but the guaranteed ones of later sections."""
     later = sections[sections.index(name) + 1 :]
     return left - GRACE - sum(SECTIONS[other] + GRACE for other in later)
 
@@ -78,9 +78,9 @@ def parse() -> argparse.Namespace:
 
 
 def run_section(name: str, args: argparse.Namespace, limit: float) -> tuple[str, str]:
-    """Status and one line of reason, from a process of its own: a new one for CUDA, which does not survive a fork.
+    """Run a section in a process and return its status and a line of reason; spawned for CUDA, which does not survive a fork.
 
-    What an earlier run wrote of the section is removed, also if there is no time to start it: the page shows one run.
+    An earlier run's file of the section is removed in any case: the page shows one run.
     """
     bench = Bench(
         section=name,
@@ -108,7 +108,7 @@ def run_section(name: str, args: argparse.Namespace, limit: float) -> tuple[str,
 
 
 def in_process(bench: Bench) -> None:
-    """One section; whatever it raises is written to its file, and to stderr whole."""
+    """Run one section; an exception is written to its file, with its traceback to stderr."""
     started = time.perf_counter()
     try:
         bench.start()
@@ -124,7 +124,7 @@ def in_process(bench: Bench) -> None:
 
 
 def amend(bench: Bench, status: str, reason: str) -> None:
-    """Keep what a process wrote that could not end its file itself; a reason of its own is better than ours."""
+    """Set the status of a file that its process could not finish; a status that it wrote itself stays."""
     path = bench.out / f"{bench.section}.json"
     if not path.exists():
         bench.write(status, error=reason)

@@ -16,7 +16,7 @@ from parallel.shards import LayerShape, SequencePlan, layer_bytes_by_rank
 FOLDER = RESULTS / "gpu"
 Files = dict[str, dict[str, Any]]
 
-# What must hold: what it says, section, path to the figure, at most or at least, limit.
+# Goals: name, section, path to the figure, comparison, limit.
 GOALS: list[tuple[str, str, tuple[str, ...], str, float]] = [
     ("dual / global attention, full Wan layer", "layer", ("wan", "ratios", "dual / global"), "<=", 1.08),
     ("fusion / dual attention", "layer", ("wan", "ratios", "fusion / dual"), "<=", 0.03),
@@ -40,7 +40,7 @@ GOALS: list[tuple[str, str, tuple[str, ...], str, float]] = [
         1.15,
     ),
 ]
-# Beside the goals, without a limit.
+# Figures without a limit.
 BESIDE: list[tuple[str, str, tuple[str, ...]]] = [
     (
         "FreeSpec (default: timestep) / direct, 50 steps",
@@ -50,7 +50,7 @@ BESIDE: list[tuple[str, str, tuple[str, ...]]] = [
     ("dual / global attention, LTX layer", "layer", ("ltx", "ratios", "dual / global")),
     ("fusion / dual attention, LTX layer", "layer", ("ltx", "ratios", "fusion / dual")),
 ]
-# From arithmetic alone, before any run, for the row of that name; `predicted_fusion` adds to them.
+# Predictions from arithmetic, by goal; `predicted_fusion` adds to them.
 BOUNDS = {
     "dual / global attention, full Wan layer": "1.07 (1,560 tokens in query tiles of 128: 13 for 12.2)",
     "dual / global attention, LTX layer": "1.16 (330 tokens in query tiles of 128: 3 for 2.6)",
@@ -60,7 +60,7 @@ BOUNDS = {
 
 
 def predicted_fusion() -> dict[str, str]:
-    """What the planner's numbers of an H200 make of fusion / dual attention, for each kernel that they describe.
+    """Predict fusion / dual attention from the planner's description of an H200, for each of its kernels.
 
     Grams of both branches on tensor cores, the product with M in fp32, and the eigendecompositions, over one full attention.
     """
@@ -83,7 +83,7 @@ def predicted_fusion() -> dict[str, str]:
 
 
 def read(folder: Path = FOLDER) -> Files:
-    """Section -> its file; {} where nothing was run."""
+    """Read the file of each section; {} without any."""
     return {path.stem: json.loads(path.read_text()) | {"file": path.name} for path in sorted(folder.glob("*.json"))}
 
 
@@ -116,7 +116,7 @@ def _measured(files: Files, section: str, value: float | None, holds: str) -> li
 
 
 def sections(files: Files) -> list[str]:
-    """What every section found; one line if there is no file at all."""
+    """The tables of every section; one line if there are no files."""
     if not files:
         return ["No file of `benchmarks/gpu.py` is here: not measured."]
     parts = []
@@ -190,7 +190,7 @@ def _layer(results: dict[str, Any]) -> list[str]:
 
 
 def _left_out(found: dict[str, Any]) -> list[str]:
-    """A line for what does not run on this device, and why."""
+    """A line with what does not run on this device, and why."""
     reasons = [f"{key} ({why})" for key, why in found["left_out"].items()]
     return [f"Left out: {'; '.join(reasons)}"] if reasons else []
 

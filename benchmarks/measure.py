@@ -1,4 +1,4 @@
-"""Shapes, interleaved timing and the record of where and when something was measured."""
+"""Shapes, interleaved timing, and the file of a benchmark with its environment."""
 
 import argparse
 import json
@@ -47,11 +47,11 @@ class Shape:
 
     @property
     def grid(self) -> Grid:
-        """Its tokens; the fusion that is measured does not ask for rows and columns."""
+        """Its grid in one row; the fusion does not depend on rows and columns."""
         return Grid(frames=self.num_frames, rows=1, columns=self.frame_tokens, window_frames=self.window_frames)
 
     def windowed(self, kernel: Kernel, **kernels: Any) -> WindowedAttention:
-        """The geometry of the layer around a kernel; `kernels` are WindowedAttention's others."""
+        """The layer's attention with this kernel; `kernels` are other arguments of WindowedAttention."""
         return WindowedAttention(
             num_frames=self.num_frames,
             frame_tokens=self.frame_tokens,
@@ -91,7 +91,7 @@ def parser(description: str, *, repeats: int = 7) -> argparse.ArgumentParser:
 
 
 def layer_parser(description: str) -> argparse.ArgumentParser:
-    """Those of a benchmark of attention layers."""
+    """The arguments of a benchmark of attention layers."""
     result = parser(description)
     result.add_argument("--kernel", default="auto", help="attention kernel")
     result.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(ON_CPU))
@@ -127,10 +127,10 @@ def over_and_under(times: Mapping[str, Mapping[str, Sequence[float]]], over: str
 def round_robin(
     variants: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int
 ) -> dict[str, dict[str, list[float]]]:
-    """Wall and CPU seconds of each variant, in rounds A B C C B A, so that whatever disturbs the machine hits all alike.
+    """Wall and CPU seconds of each variant, in rounds A B C C B A, so that other load on the machine affects all of them.
 
-    Every other round runs backwards: none is always after the one that heats the device or empties its caches. Warming up is
-    the caller's. CPU seconds count the threads of this process alone.
+    Every other round runs backwards, so that no variant always follows the one that heats the device or empties its caches. The caller warms up.
+    CPU seconds count the threads of this process alone.
     """
     times: dict[str, dict[str, list[float]]] = {name: {"wall_s": [], "cpu_s": []} for name in variants}
     for round_ in range(repeats):
@@ -172,7 +172,7 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def environment(device: torch.device, note: str) -> dict[str, Any]:
-    """Where this runs: all that a reader needs to judge the numbers."""
+    """Hardware, versions, date, revision and load."""
     cuda = device.type == "cuda"
     return {
         "device": device.type,
@@ -190,7 +190,7 @@ def environment(device: torch.device, note: str) -> dict[str, Any]:
 
 
 def _git_revision() -> str | None:
-    """The commit; `-dirty` if files differ from it, but for those that benchmarks write themselves."""
+    """The commit, with `-dirty` if files other than results and the page differ from it."""
     own = (":(exclude)benchmarks/results", ":(exclude)docs/performance.md")
     try:
         commit = _git("rev-parse", "--short=12", "HEAD").strip()

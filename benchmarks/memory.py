@@ -2,8 +2,8 @@
 
 python -m benchmarks.memory
 
-What is counted is what the step's operators make: inputs and weights are given apart. Wan's blocks are all alike, and a
-block's buffers are free when the next one starts, so one block shows the peak of all.
+Tensors that the step creates are counted; inputs and weights are not. The blocks are alike and free their buffers, so that one block has the
+peak of all.
 """
 
 from collections.abc import Iterator

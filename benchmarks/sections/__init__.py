@@ -1,1 +1,1 @@
-"""What benchmarks/gpu.py measures, a file per section: each runs in a process of its own and writes its own JSON."""
+"""The sections of benchmarks/gpu.py, one file each: each runs in a process and writes a JSON file."""

@@ -1,4 +1,4 @@
-"""What a section is given: device, sizes, time left, and a file that is written again after every figure."""
+"""The context of a section: device, sizes, time left, and a file that is rewritten after every figure."""
 
 import importlib.metadata
 import importlib.util
@@ -24,13 +24,13 @@ SMALL_SHAPES = {
     "wan": Shape(num_frames=5, frame_tokens=10, window_frames=3, heads=2, head_dim=16, cpu_heads=2),
     "ltx": Shape(num_frames=6, frame_tokens=5, window_frames=4, heads=2, head_dim=8, cpu_heads=2),
 }
-# What torch, Triton and packages raise for what a device, a dtype or a layout cannot do.
+# What torch, Triton and other packages raise for an unsupported device, dtype or layout.
 UNSUPPORTED: tuple[type[Exception], ...] = (
     RuntimeError,
     ValueError,
     TypeError,
     ImportError,
-    AssertionError,  # how packages, and torch's own compiler, refuse a shape
+    AssertionError,  # raised by packages and torch's compiler for a shape
     torch.OutOfMemoryError,
 )
 if importlib.util.find_spec("triton") is not None:
@@ -64,7 +64,7 @@ class Bench:
 
     @property
     def dtype(self) -> torch.dtype:
-        """bf16 on a GPU; fp32 on a CPU, whose bf16 is another machine's business."""
+        """bf16 on a GPU, fp32 on a CPU."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     @property
@@ -78,16 +78,16 @@ class Bench:
         return SMALL_SHAPES if self.small else {name: SHAPES[name] for name in ("wan", "ltx")}
 
     def has_time(self, seconds: float) -> bool:
-        """Whether something that takes so long still fits."""
+        """Whether this many seconds are left."""
         return self.deadline - time.monotonic() > seconds
 
     def start(self) -> None:
-        """Write down where this runs."""
+        """Record the environment."""
         self.about = environment(self.device, "") | {"packages": versions(), "clocks_before": clocks()}
         self.write("running")
 
     def record(self, name: str, value: Any) -> Any:
-        """Keep a figure, at once on disk."""
+        """Add a result and write the file."""
         self.results[name] = value
         self.write("running")
         return value
@@ -108,10 +108,10 @@ class Bench:
         path = self.out / f"{self.section}.json"
         part = path.with_suffix(".part")
         part.write_text(text)
-        part.replace(path)  # a section that is ended leaves a whole file
+        part.replace(path)  # a section that is killed leaves a complete file
 
     def attempt(self, call: Callable[[], Result]) -> tuple[Result | None, str]:
-        """The result; or nothing, and in a line why this device does not do it. Memory that it took is given back."""
+        """Return the result, or None and a line with why this device does not support it; its memory is freed."""
         try:
             return call(), ""
         except UNSUPPORTED as error:
@@ -121,7 +121,7 @@ class Bench:
             return None, f"{type(error).__name__}: {line[:200]} ({Path(where.filename).name}:{where.lineno})"
 
     def kernels(self) -> tuple[dict[str, Kernel], dict[str, str]]:
-        """Every dense kernel of this device but the plain one on a GPU, and why others are left out."""
+        """The dense kernels of this device, without the plain one on a GPU, and why others are left out."""
         found, refused = {}, {}
         for name in NAMES:
             if name == "plain" and not self.small:
@@ -144,20 +144,20 @@ class Bench:
         return content["results"] if same else {}
 
     def best_kernel(self) -> str:
-        """The dense kernel of ours that the section `layer` found to be fastest here; `auto` if it was not measured."""
+        """The dense kernel that was fastest in section `layer`; `auto` if it was not measured."""
         variants = self.earlier("layer").get("wan", {}).get("variants", {})
         found = {name: variants.get(f"global {name}", {}).get("wall_s", {}).get("median") for name in NAMES}
         measured = {name: seconds for name, seconds in found.items() if seconds is not None}
         return min(measured, key=lambda name: measured[name]) if measured else "auto"
 
     def rounds(self, calls: Mapping[str, Callable[[], Any]], heard: Callable[[str, float], None]) -> None:
-        """Time every call once a round, in rounds A B C C B A; `heard(name, seconds)` is told of each at once."""
+        """Time every call once a round, in rounds A B C C B A; `heard(name, seconds)` is called after each."""
         for round_ in range(self.repeats):
             for name, call in in_turn(calls.items(), round_):
                 heard(name, self.seconds_and_peak(call)["seconds"])
 
     def choose_solver(self, shape: Shape) -> None:
-        """Take the eigensolver that an engine would take for this layer; on a CPU there is one."""
+        """Choose the eigensolver as an engine would for this layer; a CPU has one."""
         mesh = GROUP_OF_ONE.acquire()
         sizes = {"num_matrices": 2 * shape.heads, "rows": shape.head_dim}
         self.about["eigensolver"] = choose_solver(mesh, **sizes, device=self.device).solver
@@ -190,7 +190,7 @@ class Bench:
 
 @dataclass(kw_only=True)
 class ShapeRun:
-    """What a section knows of one shape's variants so far, written after every figure.
+    """Results of one shape's variants so far, written after every figure.
 
     Attributes:
         bench: the section.
@@ -198,7 +198,7 @@ class ShapeRun:
         shape: its layer.
         times: seconds of each round, by variant.
         checked: peak memory, and for some errors against fp64, by variant.
-        left_out: what does not run here, or was not begun, and why.
+        left_out: variants that do not run here or were not started, and why.
     """
 
     bench: Bench
@@ -222,7 +222,7 @@ class ShapeRun:
         self.write()
 
     def check(self, name: str, call: Callable[[], Any], look: Callable[[Callable[[], Any]], dict[str, Any]]) -> bool:
-        """Call a variant once and `look` at it, or note why it does not run; True if it does."""
+        """Call a variant once and keep what `look` finds, or why it does not run; True if it runs."""
         found, why = self.bench.attempt(
             lambda: (call(), look(call))[1]
         )  # the first call compiles, and picks algorithms
@@ -239,7 +239,7 @@ class ShapeRun:
 
 
 def versions() -> dict[str, str | None]:
-    """Installed versions of what decides speed; None for what is not there."""
+    """Versions of the packages that decide speed; None if not installed."""
     found: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
@@ -250,7 +250,7 @@ def versions() -> dict[str, str | None]:
 
 
 def clocks() -> dict[str, str] | None:
-    """What nvidia-smi says of the first GPU's clocks, power and temperature, as found; None without it."""
+    """The first GPU's clocks, power and temperature from nvidia-smi; None without it."""
     command: Sequence[str] = ("nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader")
     try:
         lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()

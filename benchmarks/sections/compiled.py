@@ -13,7 +13,7 @@ from benchmarks.sections.bench import Bench
 from benchmarks.sections.model import Subject, make_subject, stepping
 from freespec.methods import Direct, FreeSpec, Method, SlidingWindow
 
-LAYERS = 3  # more than one, so that a graph per layer would show; a whole model takes no longer to compile
+LAYERS = 3  # more than one, so that a graph per layer would be seen
 ROUNDS = 3
 
 
@@ -36,7 +36,7 @@ def compare(bench: Bench, subjects: dict[str, Subject], method: Method, *, kerne
         before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
         started = time.perf_counter()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # dynamo's about torch's own code
+            warnings.simplefilter("ignore")  # of dynamo about torch's code
             for call in calls.values():
                 call()
         bench.synchronize()

@@ -14,8 +14,8 @@ from freespec.attention import WindowedAttention, merge
 from freespec.kernels import select_dual
 
 HEADS = 2  # of a layer: fp64 on a GPU is slow
-QUERIES = 96  # spread over the video, so that every query group is met
-# A dtype rounds to this: an output may be off by a few roundings, and another branch is off by far more.
+QUERIES = 96  # spread over the video, to cover every query group
+# Rounding units: an output may be off by a few of them; another branch differs by far more.
 UNIT = {torch.bfloat16: 2**-8, torch.float32: 2**-23}
 LIMIT = {"out": 4.0, "lse": 4.0}  # roundings; lse is fp32 everywhere, and counted in those
 # Of the fusion, whose singular values fall to a hundredth: fp32 Grams lose no more than SUMS, and eigenvectors are fp64.
@@ -23,7 +23,7 @@ SUMS, VECTORS = 1e-5, 1e-10
 
 
 def run(bench: Bench) -> None:
-    """Both models' layers with every kernel, the parts of the fusion, Triton; ValueError, at the end, if any of it is wrong."""
+    """Both models' layers with every kernel, the parts of the fusion, Triton; ValueError at the end if anything is wrong."""
     for name, shape in bench.shapes.items():
         attention(bench, f"attention, {name}", shape)
     for name, shape in bench.shapes.items():
@@ -34,7 +34,7 @@ def run(bench: Bench) -> None:
 
 
 def refuse_wrong(results: dict[str, Any]) -> None:
-    """Raise ValueError that names what is further from fp64 than rounding: figures of speed are worth nothing then."""
+    """Raise ValueError with the names of what is further from fp64 than rounding."""
     rows = {name: found for name, found in results.items() if name.startswith("fusion")}
     for name, found in results.items():
         rows |= {} if name in rows else {f"{name}, {kernel}": row for kernel, row in found.items()}
@@ -83,7 +83,7 @@ def exact_parts(shape: Shape, qkv: QKV, queries: Tensor) -> dict[str, Tensor]:
 
 
 def errors(layer: WindowedAttention, qkv: QKV, queries: Tensor, exact: dict[str, Tensor]) -> dict[str, Any]:
-    """Relative errors at the queries; `control` is the local branch taken for the global one, which must be seen."""
+    """Relative errors at the queries; `control` compares the local branch with the global one, which must be far off."""
     (local, local_lse), (o_global, global_lse) = layer.dual(*qkv, 0, 0, dtype=qkv[0].dtype)
     actual = {"local out": local, "local lse": local_lse, "global out": o_global, "global lse": global_lse}
     if layer.dual_kernel is None:

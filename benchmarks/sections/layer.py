@@ -1,8 +1,7 @@
 """One self-attention layer at full size: each kernel's global, local and dual call, the fusion, Triton and FlexAttention.
 
-Every variant runs once per round, so that each ratio compares calls of the same minute, and is written down as soon as it is
-measured. The dense rate is set beside the rate of a large matrix product of the same rounds. What compiles for this device first,
-Triton and FlexAttention, comes last, in rounds of its own with the strided call that it is compared with.
+Every variant runs once per round, and is recorded at once. The dense rate is compared with that of a large matrix product in the same rounds.
+Triton and FlexAttention, which compile first, come last, in separate rounds with the strided call that each is compared with.
 """
 
 import importlib
@@ -38,7 +37,7 @@ Calls = dict[str, Callable[[], Any]]
 
 
 def run(bench: Bench) -> None:
-    """Both models' layers, the one of the goals first; of both the SVDs, the slowest; of both Triton and FlexAttention."""
+    """Kernels and fusion of both models' layers, then their SVDs, then Triton and FlexAttention."""
     layers = [LayerRun(bench=bench, name=name, shape=shape) for name, shape in bench.shapes.items()]
     for measure in (dense_and_fusion, long_svd, triton_and_flex):
         for layer in layers:
@@ -48,7 +47,7 @@ def run(bench: Bench) -> None:
 
 @dataclass(kw_only=True)
 class LayerRun(ShapeRun):
-    """What is known of one model's layer so far.
+    """Results of one model's layer so far.
 
     Attributes:
         beside: seconds of the strided call in the rounds of a variant that has rounds of its own.
@@ -100,7 +99,7 @@ def dense_and_fusion(layer: LayerRun) -> None:
 
 
 def long_svd(layer: LayerRun) -> None:
-    """The paper's fusion as it is written, if there is time for it."""
+    """The paper's fusion by SVD, if there is time."""
     svd, why = None, f"less than {SVD_SECONDS:.0f} s are left"
     if layer.bench.has_time(SVD_SECONDS):
         svd, why = layer.bench.attempt(lambda: svd_against_grams(layer.bench, layer.shape))
@@ -112,7 +111,7 @@ def long_svd(layer: LayerRun) -> None:
 
 
 def triton_and_flex(layer: LayerRun) -> None:
-    """What compiles first, one after the other, each beside the strided call that it stands against."""
+    """The variants that compile first, each in rounds with the strided call that it is compared with."""
     bench, shape = layer.bench, layer.shape
     qkv = shape.draw(bench.device, bench.dtype)
     errors = errors_against_exact(bench, shape, qkv)
@@ -134,7 +133,7 @@ def triton_and_flex(layer: LayerRun) -> None:
 
 
 def errors_against_exact(bench: Bench, shape: Shape, qkv: QKV) -> Callable[[Callable[[], Any]], dict[str, Any]]:
-    """What looks at a call's memory, and at its errors against fp64 at some queries."""
+    """A function that measures a call's memory, and its errors against fp64 at some queries."""
     queries = spread_queries(shape, bench.device)
     exact = exact_branches(shape, qkv, queries)
     return lambda call: memory_and_error(call, exact, queries, bench.device)
@@ -190,7 +189,7 @@ def flex_call(bench: Bench, shape: Shape, qkv: QKV) -> Callable[[], tuple[Tensor
                 create_block_mask(in_window, None, None, size, size, device=bench.device, _compile=not bench.small)
             )
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # uncompiled, on a CPU, it says that it is slow
+            warnings.simplefilter("ignore")  # uncompiled on a CPU it warns that it is slow
             return attend(q, k, v, block_mask=masks[0]).transpose(1, 2), None
 
     return flex
@@ -207,7 +206,7 @@ def fusion_calls(bench: Bench, shape: Shape, calls: Calls) -> Calls:
 
 
 def matrix_product(bench: Bench) -> Callable[[], Tensor]:
-    """The product of two large matrices in the dtype of the run: the most that this device reaches."""
+    """The product of two large matrices in the dtype of the run: the highest rate of this device."""
     size = 256 if bench.small else MATRIX
     a, b = torch.randn(2, size, size, device=bench.device, dtype=bench.dtype).unbind(0)
     return lambda: a @ b
@@ -226,7 +225,7 @@ def rate(work: dict[str, float], name: str, seconds: list[float]) -> float | Non
 
 
 def quickest(times: dict[str, list[float]], prefix: str) -> str | None:
-    """The strided variant with the smallest median among those whose name starts so; None before one is timed."""
+    """The strided variant with this prefix and the smallest median; None before one is timed."""
     aside = ("triton", "FlexAttention")
     found = {
         name: spread(seconds)["median"]
@@ -237,7 +236,7 @@ def quickest(times: dict[str, list[float]], prefix: str) -> str | None:
 
 
 def ratios(layer: LayerRun, strided: dict[str, str], work: dict[str, float]) -> dict[str, Any]:
-    """The ratios that the goals are stated in, each within the same rounds, of what is timed so far."""
+    """The ratios of the goals, each within the same rounds, of what is timed so far."""
     times = layer.times
     none: list[float] = []
     o_global, near, dual = (times.get(strided.get(branch, ""), none) for branch in ("global", "local", "dual"))
@@ -265,7 +264,7 @@ def ratios(layer: LayerRun, strided: dict[str, str], work: dict[str, float]) -> 
 
 
 def svd_against_grams(bench: Bench, shape: Shape) -> dict[str, Any]:
-    """The paper's fusion as it is written, by two long SVDs, against ours, on the same few heads."""
+    """The paper's fusion by two long SVDs against the Gram form, on the same few heads."""
     branches = falling_branches(shape, bench.device, bench.dtype, heads=SVD_HEADS)
     weights = weights_of(shape, bench.device)
     calls: Calls = {

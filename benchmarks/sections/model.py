@@ -44,7 +44,7 @@ class Subject:
     window_frames: int
 
     def timesteps(self) -> list[float]:
-        """Those of a whole run, noisiest first."""
+        """Timesteps of a whole run, noisiest first."""
         self.pipe.scheduler.set_timesteps(NUM_STEPS)
         return [float(t) for t in self.pipe.scheduler.timesteps]
 
@@ -96,7 +96,7 @@ def stepping(
     passes: int = 2,
     ranks: Ranks | None = None,
 ) -> Iterator[Callable[[], Tensor]]:
-    """One step by a method, which is on the pipeline meanwhile, so that no step is timed with it; None is diffusers alone."""
+    """One step by a method, which is applied outside the timed call; None is stock diffusers."""
     with ExitStack() as stack:
         if method is not None:
             window = subject.window_frames

@@ -1,7 +1,7 @@
-"""What optional packages do in our place: xDiT's hybrid attention for `direct`, SageAttention for a dual step's complement.
+"""Optional packages compared: xDiT's hybrid attention for `direct`, SageAttention for a dual step's complement.
 
 Both sides of a comparison run in the same rounds of one process, or of one group of processes where there are several GPUs.
-A package that is not installed, or does not run here, is written down as not available.
+A package that is not installed or does not run here is recorded as not available.
 """
 
 import json
@@ -26,13 +26,13 @@ from parallel.mesh import SeqMesh, build_mesh
 from parallel.shards import SequencePlan
 from parallel.xfuser import check_xfuser, xfuser_attention
 
-KERNEL = "cuda_flash"  # one that both sides have: torch's own FlashAttention
+KERNEL = "cuda_flash"  # torch's FlashAttention, which both sides have
 TIMEOUT = timedelta(seconds=60)
 COMPARED = "one self-attention layer; whole steps of Wan2.1-1.3B with xfuser are among the steps"
 
 
 def run(bench: Bench) -> None:
-    """Both models' layers: xfuser on this GPU, then on all there are, then the quantised complement."""
+    """Both models' layers: xfuser on this GPU, then on all GPUs, then the quantised complement."""
     bench.record("compared", COMPARED)
     for name, shape in bench.shapes.items():
         bench.record(f"xfuser, {name}", on_one(bench, shape))
@@ -43,7 +43,7 @@ def run(bench: Bench) -> None:
 
 
 def not_available(why: str) -> dict[str, str]:
-    """What stands in place of figures."""
+    """The result in place of figures."""
     return {"not available": why}
 
 
@@ -130,5 +130,5 @@ def complement(bench: Bench, shape: Shape) -> dict[str, Any]:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message that says something."""
+    """The first line of an error's message, or its type."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,4 +1,4 @@
-"""What one rank of 2, 4 and 8 computes of a layer, on one device and without the others: Ulysses' and ring's shares."""
+"""The share of a layer that one rank of 2, 4 and 8 computes, on one device without the others: Ulysses and ring."""
 
 from collections.abc import Callable
 from typing import Any
@@ -94,7 +94,7 @@ def ulysses_calls(layer: WindowedAttention, qkv: QKV, ranks: int) -> dict[str, C
 
 
 def ring_calls(layer: WindowedAttention, qkv: QKV, shape: Shape, ranks: int) -> dict[str, Callable[[], Any]]:
-    """All heads, the tokens of a rank in the middle: its halo, then the blocks that come round, as parallel/ does it."""
+    """All heads, the tokens of a rank in the middle: its halo, then the ring's blocks, as in parallel/."""
     shards = SequencePlan(tokens=shape.num_tokens, heads=shape.heads, ring=ranks, ulysses=1).ring_shards
     start, stop = shards[ranks // 2]
     q, k, v = qkv

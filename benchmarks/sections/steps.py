@@ -1,8 +1,7 @@
 """Whole denoising steps of Wan2.1-1.3B, 30 layers, both passes of guidance: every method beside stock diffusers.
 
-The time of a run of 50 steps is the sum over its modes of how many steps it has of each, by the method's own plan, times the
-measured step. Nothing else is in the loop but the solver, which is in the step. Rows whose `passes` is 1 are of one pass and
-the solver, doubled.
+The time of a run of 50 steps is the number of steps of each mode, by the method's plan, times the measured step, which includes the solver.
+Rows whose `passes` is 1 are one pass and the solver, doubled.
 """
 
 import math
@@ -32,17 +31,17 @@ NEEDED = (
     "sliding_window",
     "freespec dual",
     "freespec late",
-)  # what the goals are stated in
-# With torch's own FlashAttention, which needs no package beside xfuser; `direct` has the kernel that is fastest here.
+)  # for the goals
+# With torch's FlashAttention, which needs no package besides xfuser; `direct` has the fastest kernel.
 XFUSER = "direct, xfuser"
 XFUSER_KERNEL = "cuda_flash"
-# Measured for one pass and doubled: the slowest steps, which no goal needs, would be lost where attention is slow.
+# Measured for one pass and doubled: the slowest steps, which no goal needs.
 HALF = ("freelong", "freepca", "freepca late")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LiteralFreeSpec(FreeSpec):
-    """The paper's fusion as it is written: two long SVDs in each layer."""
+    """The paper's fusion by two long SVDs in each layer."""
 
     def fuse(self, branches: Branches, weights: FusionWeights, layer: Layer) -> Tensor:
         """Eq. 4-13 by torch.linalg.svd."""
@@ -52,12 +51,12 @@ class LiteralFreeSpec(FreeSpec):
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """What is measured: a method, whose first step is of the mode that is meant; None is stock diffusers.
+    """A measured step: a method, whose first step has the mode to measure; None is stock diffusers.
 
     Attributes:
-        method: see above.
+        method: the method.
         dual: how a dual step computes both branches.
-        ranks: with whom, if another package computes the attention of `direct`.
+        ranks: the mesh, if another package computes the attention of `direct`.
     """
 
     method: Method | None
@@ -66,7 +65,7 @@ class Step:
 
 
 def variants() -> dict[str, Step]:
-    """What every machine can measure."""
+    """The steps that every machine can measure."""
     methods = {
         "stock diffusers": None,
         "direct": Direct(),
@@ -81,7 +80,7 @@ def variants() -> dict[str, Step]:
 
 
 def run(bench: Bench) -> None:
-    """A round of all variants, the literal fusion, a second round of what there is time for; then xfuser and Triton."""
+    """A round of all variants, the literal fusion, a second round as time allows; then xfuser and Triton."""
     subject = make_subject(bench)
     mesh = GROUP_OF_ONE.acquire()
     runs = StepRuns(bench=bench, subject=subject, short=make_subject(bench, layers=1), kernel=bench.best_kernel())
@@ -95,12 +94,12 @@ def run(bench: Bench) -> None:
 
 @dataclass(kw_only=True)
 class StepRuns:
-    """What was measured so far, recorded after every step, so that a step that ends the process loses itself alone.
+    """Results so far, recorded after every step.
 
     Attributes:
         bench: the section.
         subject: the model.
-        short: the same with one layer: loads kernels and picks algorithms without the time of a whole step.
+        short: the model with one layer, for warming up.
         kernel: of the methods.
         times: seconds of a step with both passes, by variant.
         peaks: GiB, by variant.
@@ -118,7 +117,7 @@ class StepRuns:
         self.bench.attempt(lambda: measure(self.bench, self.short, step, kernel=self.kernel, passes=1))
 
     def take(self, name: str, step: Step, round_: int) -> None:
-        """One step, if there is time for it or a goal needs it."""
+        """Measure one step, if there is time or a goal needs it."""
         bench, passes, times = self.bench, 1 if name in HALF else 2, self.times.setdefault(name, [])
         longest = max(max(seconds, default=0.0) for seconds in self.times.values())
         expected = 1.2 * max(times or [2 * longest]) * passes / 2
@@ -157,7 +156,7 @@ def in_rounds(runs: StepRuns, steps: Mapping[str, Step]) -> None:
 
 
 def one_by_one(runs: StepRuns, steps: Mapping[str, Step]) -> None:
-    """What may not run, or compiles for long: after all others, so that it costs none of them."""
+    """Steps that may not run or compile for long, after all others."""
     for name, step in steps.items():
         runs.warm_up(step)
         for round_ in range(ROUNDS):
@@ -165,13 +164,13 @@ def one_by_one(runs: StepRuns, steps: Mapping[str, Step]) -> None:
 
 
 def measure(bench: Bench, subject: Subject, step: Step, *, kernel: str, passes: int) -> dict[str, float]:
-    """Seconds and peak memory of a step; putting the method on and taking it off is not in them."""
+    """Seconds and peak memory of a step; applying and removing the method is not included."""
     with stepping(subject, step.method, kernel=kernel, dual=step.dual, passes=passes, ranks=step.ranks) as call:
         return bench.seconds_and_peak(call)
 
 
 def literal(bench: Bench, short: Subject, kernel: str, dual: list[float], *, layers: int) -> dict[str, Any]:
-    """The fusion by SVD, one pass of a model of one layer: what it takes longer than ours, for all layers and both passes."""
+    """The fusion by SVD: its excess in one pass of one layer, for all layers and both passes."""
     if not dual:
         return {"not measured": "our step, which it is compared with, does not run"}
     seconds = {
@@ -217,7 +216,7 @@ def ratios(times: dict[str, list[float]], peaks: dict[str, float]) -> dict[str, 
 
 
 def whole_runs(subject: Subject, times: dict[str, list[float]]) -> dict[str, Any]:
-    """Seconds of 50 steps by the method's own plan, and the ratio to direct."""
+    """Seconds of 50 steps by the method's plan, and the ratio to direct."""
     step = {name: spread(seconds)["median"] for name, seconds in times.items() if seconds}
     timesteps = subject.timesteps()
     mixes: dict[str, tuple[Method, dict[str, str]]] = {
@@ -247,7 +246,7 @@ def _triton_dual(bench: Bench) -> dict[str, Step]:
 
 
 def _xfuser(bench: Bench, subject: Subject, mesh: SeqMesh) -> dict[str, Step]:
-    """`direct` with xfuser's attention, where it is installed; it comes last, since nothing is known of it."""
+    """`direct` with xfuser's attention, where it is installed."""
     config, latents = subject.pipe.transformer.config, subject.latents
     tokens = latents[0, 0].numel() // math.prod(config.patch_size)
     plan = SequencePlan(tokens=tokens, heads=config.num_attention_heads, ring=1, ulysses=1)
@@ -266,7 +265,7 @@ def _xfuser(bench: Bench, subject: Subject, mesh: SeqMesh) -> dict[str, Step]:
 
 
 def _difference(bench: Bench, step: Step) -> float | str:
-    """Of what the first layer's attention adds from the same by our own `direct`; or why it does not run."""
+    """Relative difference of the first layer's attention from `direct`'s, or why it does not run."""
     subject = make_subject(bench, layers=1)
     outs: list[Tensor] = []
     hook = subject.pipe.transformer.blocks[0].attn1.register_forward_hook(lambda _attn, _args, out: outs.append(out))

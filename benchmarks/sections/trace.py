@@ -34,8 +34,7 @@ def run(bench: Bench) -> None:
 def largest(events: Iterable[Any], *, cuda: bool) -> list[dict[str, Any]]:
     """The rows that take the most time, and what share of all each is.
 
-    On CUDA those of kernels and copies alone: an operator has the time of the kernels that it starts as well, and a region
-    that somebody named has that of everything inside, so that shares of all rows would count each kernel more than once.
+    On CUDA only kernels and copies count: operators and named regions include the time of the kernels that they start.
     """
     kind, key = (DeviceType.CUDA, "self_device_time_total") if cuda else (DeviceType.CPU, "self_cpu_time_total")
     counted = [event for event in events if event.device_type == kind and not event.is_user_annotation]
