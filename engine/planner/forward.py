@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.adapters import ModelAdapter
 from engine.adapters.base import VideoSpec
 from engine.decode.live_bytes import LiveBytes
+from engine.errors import UserError
 from engine.planner.layout import Layout
 from engine.planner.model import FP32_BYTES, in_fp32
 
@@ -45,21 +46,29 @@ class Forward:
 
 
 def count_forward(layout: Layout) -> Forward:
-    """Count the forward of the busiest rank of a layout."""
+    """Count the forward of the busiest rank of a layout; UserError for a configuration whose model does not run."""
     spec = layout.spec
     config = json.dumps(spec.configs["transformer"], sort_keys=True)
     grid = (layout.frames, layout.rows, layout.columns)
     size = tuple(num * step for num, step in zip(grid, spec.video.patch, strict=True))
-    return _count(
-        spec.adapter,
-        config,
-        spec.video,
-        size=size,
-        shard=layout.share("global").shard,
-        batch=layout.batch,
-        text_tokens=layout.text,
-        itemsize=layout.itemsize,
-    )
+    try:
+        return _count(
+            spec.adapter,
+            config,
+            spec.video,
+            size=size,
+            shard=layout.share("global").shard,
+            batch=layout.batch,
+            text_tokens=layout.text,
+            itemsize=layout.itemsize,
+        )
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        if isinstance(error, UserError):
+            raise
+        first = next(iter(str(error).strip().splitlines()), "")
+        raise UserError(
+            f"the transformer's configuration of {spec.name} describes no {spec.adapter.name} that runs ({first})"
+        ) from error
 
 
 @functools.lru_cache(maxsize=4096)

@@ -242,6 +242,13 @@ def _with_layers(spec: ModelSpec, layers: int) -> dict[str, Any]:
     return spec.configs["transformer"] | {"num_layers": layers}
 
 
+def test_a_configuration_whose_model_does_not_run_is_refused_in_one_line(specs: dict[str, ModelSpec]) -> None:
+    config = specs[SMALL].configs["transformer"] | {"eps": "small"}
+    broken = replace(specs[SMALL], configs=specs[SMALL].configs | {"transformer": config})
+    with pytest.raises(UserError, match=r"describes no Wan2.1 text-to-video that runs \("):
+        call_operations(make_layout(broken, LONG, 1, 1, window=21, itemsize=2), "global")
+
+
 def _two_layers(spec: ModelSpec) -> ModelSpec:
     return replace(spec, configs=spec.configs | {"transformer": _with_layers(spec, 2)})
 
