@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import safetensors.torch
 from torch import Tensor
 
+from engine.batch.files import ItemFiles
 from engine.config import RunConfig
 from engine.denoise.saved import kept_steps, load_latents
 from engine.engine import LongVideoEngine
@@ -53,7 +54,7 @@ def make_video(
     return record
 
 
-def summary(record: Record, files: OutputFiles) -> str:
+def summary(record: Record, files: OutputFiles | ItemFiles) -> str:
     """One line about a finished video."""
     modes = [step["mode"] for step in record["steps"]]
     counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in dict.fromkeys(modes))
@@ -92,7 +93,7 @@ def _denoise(
     # The record of a finished run says that nothing is left to make.
     outdated = files.record if replace else None
     kept = LatentsFile(path=files.latents, outdated=outdated, replace=replace or replace_latents)
-    with _explain_denoising(files, engine):
+    with explain_denoising(files, engine):
         latents, record = denoise_to_file(
             engine,
             prompt,
@@ -110,7 +111,7 @@ def _denoise(
 
 
 @contextlib.contextmanager
-def _explain_denoising(files: OutputFiles, engine: LongVideoEngine) -> Iterator[None]:
+def explain_denoising(files: OutputFiles | ItemFiles, engine: LongVideoEngine) -> Iterator[None]:
     """Say what was kept, and how to go on, if denoising in the block is stopped or fails."""
     try:
         yield
@@ -130,7 +131,7 @@ def _explain_denoising(files: OutputFiles, engine: LongVideoEngine) -> Iterator[
         raise UserError(f"{describe_out_of_memory(error, when=f'denoising on {engine.device}')}{kept}") from error
 
 
-def _describe_checkpoint(files: OutputFiles, otherwise: str = "nothing was kept") -> str:
+def _describe_checkpoint(files: OutputFiles | ItemFiles, otherwise: str = "nothing was kept") -> str:
     """What was kept of a run that ended while denoising, and how to go on; `otherwise` if there is no checkpoint."""
     if not files.checkpoint.exists():
         return otherwise

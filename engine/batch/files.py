@@ -75,6 +75,16 @@ class ItemFiles:
         return self.folder / "videos" / f"{self.name}.json"
 
     @property
+    def sheet(self) -> Path:
+        """Contact sheet, where one is written."""
+        return self.video.with_suffix(".png")
+
+    @property
+    def measures(self) -> Path:
+        """Measures of the video, once they were made."""
+        return self.folder / "measures" / f"{self.name}.json"
+
+    @property
     def latents(self) -> Path:
         """Latents, where they are kept."""
         return self.folder / "latents" / f"{self.name}.safetensors"

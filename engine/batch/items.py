@@ -16,6 +16,8 @@ from engine.files.whole import write_json
 SCHEMA = 1
 FILE = "batch.json"
 SHAPE: Shape = {"configs": dict, "prompts": dict}
+NOTHING: Mapping[str, Any] = {"schema": SCHEMA, "configs": {}, "prompts": {}}
+"""The description of a folder that holds nothing yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,7 @@ class Batch:
         config_ids: by label.
         items: in the order in which they are made.
         trees: the configurations by their id.
+        device: kind of device that all videos of the folder must be made on; None lets them differ.
     """
 
     suite: Suite
@@ -66,10 +69,17 @@ class Batch:
     config_ids: Mapping[str, str]
     items: tuple[Item, ...]
     trees: Mapping[str, Mapping[str, Any]]
+    device: str | None = None
 
 
 def plan_batch(
-    variants: Sequence[Variant], suite: Suite, *, seeds: Sequence[int], checkpoint: str, dtype: str
+    variants: Sequence[Variant],
+    suite: Suite,
+    *,
+    seeds: Sequence[int],
+    checkpoint: str,
+    dtype: str,
+    device: str | None = None,
 ) -> Batch:
     """The items of a batch, seed by seed and prompt by prompt, so that all variants of a prompt and seed are made early.
 
@@ -99,6 +109,7 @@ def plan_batch(
         config_ids=ids,
         items=tuple(items),
         trees={ids[label]: tree for label, tree in trees.items()},
+        device=device,
     )
 
 
@@ -122,29 +133,27 @@ def claim_folder(root: Path, batch: Batch) -> None:
     (root / "locks").mkdir(exist_ok=True)
     with locked(root / "locks" / "batch.lock"):  # drivers of other shards may start at the same time
         before = check_folder(root, batch)
-        after = _describe(batch, before)
+        items = before.get("items", {}) | {item.label: item.item_id for item in batch.items}
+        after = describe(batch, before) | {"items": dict(sorted(items.items()))}
         if after != before:
             write_json(path, after)
 
 
-def check_folder(root: Path, batch: Batch) -> dict[str, Any]:
+def check_folder(root: Path, batch: Batch) -> Mapping[str, Any]:
     """What `batch.json` says of the folder, if anything; UserError if the batch cannot go on in it. Changes nothing."""
     path = root / FILE
-    before = read_tree(path, {"schema": int}, what="a batch's description") or {
-        "schema": SCHEMA,
-        "configs": {},
-        "prompts": {},
-    }
+    before = read_tree(path, {"schema": int}, what="a batch's description") or NOTHING
     if before["schema"] != SCHEMA:
         raise UserError(f"{path} was written by another version of this program; choose another --out")
     check_tree(path, before, SHAPE, what="a batch's description")
-    if (wrong := _lacking_inside(before)) is not None:
+    if (wrong := lacking_inside(before)) is not None:
         raise DamagedError(f"{path} is not a batch's description: {wrong}")
     check_same(root, before, batch)
     return before
 
 
-def _lacking_inside(tree: Mapping[str, Any]) -> str | None:
+def lacking_inside(tree: Mapping[str, Any]) -> str | None:
+    """Say what a description that has the `SHAPE` of one lacks; None if nothing."""
     for name, config in tree["configs"].items():
         if (wrong := lacking(config, {"method.name": str})) is not None:
             return f"of the configuration {name}, {wrong}"
@@ -157,20 +166,25 @@ def _lacking_inside(tree: Mapping[str, Any]) -> str | None:
     return None
 
 
-def check_same(root: Path, before: Mapping[str, Any], batch: Batch) -> None:
-    """Raise UserError if a method or a prompt of the batch means something else in the folder."""
+def check_same(place: Path, before: Mapping[str, Any], batch: Batch, *, flag: str = "--out") -> None:
+    """Raise UserError if a variant or a prompt of the batch means something else in a folder or file, which `flag` names."""
+    device = before.get("device", batch.device)
+    if batch.device not in (None, device):
+        raise UserError(
+            f"{place} holds videos made on {device}, and these are made on {batch.device}; choose another {flag}"
+        )
     known = known_variants(before)
     for label, config in batch.config_ids.items():
         if label in known and (different := changes(before["configs"][known[label]], batch.trees[config])):
             raise UserError(
-                f"{root} holds {label} videos of another configuration; changed: {', '.join(different)}; "
-                "choose another --out, or the same settings"
+                f"{place} holds {label} videos of another configuration; changed: {', '.join(different)}; "
+                f"choose another {flag}, or the same settings"
             )
     for prompt in batch.suite.prompts:
         old_text = before["prompts"].get(prompt.prompt_id, prompt.text)
         if old_text != prompt.text:
             raise UserError(
-                f"{root} holds another prompt {prompt.prompt_id} (line {prompt.line} of "
+                f"{place} holds another prompt {prompt.prompt_id} (line {prompt.line} of "
                 f"{prompt.source or batch.suite.name} is "
                 f"{_short(prompt.text)}, before it was {_short(old_text)}); lines may be added at the end only"
             )
@@ -181,16 +195,16 @@ def known_variants(before: Mapping[str, Any]) -> dict[str, str]:
     return before.get("variants") or {tree["method"]["name"]: name for name, tree in before["configs"].items()}
 
 
-def _describe(batch: Batch, before: Mapping[str, Any]) -> dict[str, Any]:
+def describe(batch: Batch, before: Mapping[str, Any]) -> dict[str, Any]:
+    """What decides the videos of a batch, added to what is known `before`; variants keep their order, new ones last."""
     prompts = {prompt.prompt_id: prompt.text for prompt in batch.suite.prompts}
-    items = {item.label: item.item_id for item in batch.items}
+    device = before.get("device", batch.device)
     return {
         "schema": SCHEMA,
         "configs": dict(sorted({**before["configs"], **batch.trees}.items())),
         "variants": known_variants(before) | batch.config_ids,
         "prompts": dict(sorted({**before["prompts"], **prompts}.items())),
-        "items": dict(sorted({**before.get("items", {}), **items}.items())),
-    }
+    } | ({} if device is None else {"device": device})
 
 
 def _short(text: str) -> str:

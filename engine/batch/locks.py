@@ -34,13 +34,9 @@ class Shard:
         """For file names."""
         return f"shard-{self.index}-of-{self.count}"
 
-    def holds(self, position: int) -> bool:
-        """Whether what stands at this place (from 0) of a list that all shards have alike is this shard's."""
-        return position % self.count == self.index - 1
-
     def owns(self, item_id: str) -> bool:
         """Whether an item of a batch is this shard's: its id alone says so, so that drivers need not have equal lists."""
-        return self.holds(int(item_id, 16))
+        return int(item_id, 16) % self.count == self.index - 1
 
 
 @contextlib.contextmanager

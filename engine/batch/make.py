@@ -36,6 +36,7 @@ class ItemMaker:
         root: the batch's folder.
         checkpoint_every: steps between checkpoints of an item; 0 writes none.
         keep_latents: whether latents are kept.
+        sheets: whether a contact sheet is written beside each video.
     """
 
     engine: LongVideoEngine
@@ -43,6 +44,7 @@ class ItemMaker:
     root: Path
     checkpoint_every: int
     keep_latents: bool
+    sheets: bool = False
 
     def make(self, task: dict[str, Any]) -> dict[str, Any] | None:
         """One item from noise to its sidecar, which is returned on rank 0. Every rank calls this with the same task."""
@@ -71,7 +73,7 @@ class ItemMaker:
             engine.decoder,
             latents,
             run,
-            VideoFiles(video=part),
+            VideoFiles(video=part, sheet=files.sheet if self.sheets else None),
             on_frames=frames.add,
         )
         publishing = time.perf_counter()

@@ -1,5 +1,6 @@
 """Effective rank of attention outputs at several windows: rows of each prompt, kept as they come, and their means."""
 
+import dataclasses
 import json
 import math
 import statistics
@@ -10,14 +11,17 @@ from typing import Any
 
 import numpy as np
 
+from engine.batch.items import FILE, claim_folder
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.files.checks import check_places
 from engine.files.say import say_on_stderr
 from engine.files.trees import DamagedError, Shape, lacking, read_json
 from engine.files.whole import write_text
 from engine.media.contact_sheet import spaced
 from engine.spectra.windows import WindowSpectra
 from evaluation.study.summary import as_json
+from launch.comparison.store import Comparison
 from metrics.bootstrap import mean_interval, paired_interval
 
 Rows = list[dict[str, Any]]
@@ -32,16 +36,48 @@ _NUMBERS = ("effective_rank", "first_share")
 
 @dataclass(frozen=True, kw_only=True)
 class SpectraStore:
-    """The rows of each prompt, one file each: `spectra/PPP-seedS.json`."""
+    """The rows of each prompt, one file each: `spectra/p0000-sS-POINTS.json` in the folder of the videos that are watched.
 
-    folder: Path
-    prompts: list[str]
-    seed: int
+    Attributes:
+        watched: the videos, of one variant and seed, which are denoised and not kept.
+        num_points: steps whose spectra are taken.
+    """
+
+    watched: Comparison
     num_points: int
+
+    @property
+    def folder(self) -> Path:
+        """The output folder."""
+        return self.watched.folder
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts."""
+        return self.watched.prompts
+
+    @property
+    def seed(self) -> int:
+        """The seed of all prompts."""
+        return self.watched.seeds[0]
+
+    def open(self) -> None:
+        """Make the folder and note whose spectra it holds; UserError if those are others."""
+        self.watched.check()
+        check_places([self.folder / FILE, *(self.file(index) for index in range(len(self.prompts)))])
+        claim_folder(self.folder, dataclasses.replace(self.watched.batch, items=()))
 
     def file(self, index: int) -> Path:
         """File of one prompt."""
-        return self.folder / "spectra" / f"{index:03d}-seed{self.seed}.json"
+        video = self.watched.videos[index]
+        return video.files.folder / "spectra" / f"{video.item.name}-{self.num_points}.json"
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the spectra, as `Comparison.describe` says it of videos."""
+        told, config = self.watched.describe(), self.watched.config
+        (method,) = told["variants"].values()
+        own = {"sampler.noise": config.noise[0], "sampler.seed": self.seed, "num_points": self.num_points}
+        return told | {"settings": told["settings"] | method | own, "variants": {}}
 
     @property
     def done(self) -> list[bool]:

@@ -85,9 +85,11 @@ def say_start(options: Options, files: BatchFiles, batch: Batch, mine: Sequence[
     )
 
 
-def check_room(options: Options, files: BatchFiles, config: RunConfig, work: Work) -> None:
+def check_room(
+    files: BatchFiles, config: RunConfig, left: Sequence[Item], *, replicas: int, keep_latents: bool
+) -> None:
     """Raise UserError for a disk without room for the first items; say so of one that the others may fill."""
-    disk = disk_forecast(files, config, work.todo, replicas=options.replicas, keep_latents=options.keep_latents)
+    disk = disk_forecast(files, config, left, replicas=replicas, keep_latents=keep_latents)
     if disk.free < disk.least:
         raise UserError(
             f"{files.root} has {describe_size(disk.free)} free, and at least {describe_size(disk.least)} are needed for what is "
@@ -95,7 +97,7 @@ def check_room(options: Options, files: BatchFiles, config: RunConfig, work: Wor
         )
     if disk.free < disk.needed:
         print(
-            f"{files.root} has {describe_size(disk.free)} free, and {len(work.todo)} items take about "
+            f"{files.root} has {describe_size(disk.free)} free, and {len(left)} items take about "
             f"{describe_size(disk.needed)} ({disk.how})",
             flush=True,
         )

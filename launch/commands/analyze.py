@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from engine.batch.items import FILE
 from engine.batch.variants import Variant
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
@@ -21,7 +22,7 @@ from launch.analysis.spectra import SpectraStore
 from launch.arguments.analyze import Arguments, read
 from launch.comparison.checks import check_longer
 from launch.comparison.make import check_variants, make_missing, missing_videos
-from launch.comparison.store import Comparison, as_read, decisive_settings, open_folder
+from launch.comparison.store import Comparison
 from launch.outputs import claim_outputs
 from launch.process.stopping import Stopped
 from launch.prompts import look_at_prompts
@@ -41,7 +42,13 @@ def run(asked: Arguments) -> None:
     given, config, prompts = asked.given, asked.config, asked.prompts.texts
     check_longer(config, "windows can only grow in a longer video")
     folder = expand(given.out)
-    spectra = SpectraStore(folder=folder, prompts=prompts, seed=config.sampler.seed, num_points=given.num_points)
+    watched = Comparison(
+        folder=folder,
+        variants=[Variant(label=config.method.name, config=config)],
+        prompts=prompts,
+        seeds=[config.sampler.seed],
+    )
+    spectra = SpectraStore(watched=watched, num_points=given.num_points)
     variants, ratios = low_rank_variants(config, asked.shares)
     low_rank = Comparison(
         folder=folder / "low-rank",
@@ -49,7 +56,7 @@ def run(asked: Arguments) -> None:
         prompts=prompts[: given.num_reconstructed],
         seeds=[config.sampler.seed],
     )
-    now = describe(config, spectra)
+    now = spectra.describe()
     with contextlib.ExitStack() as stack:
         make(asked, spectra, low_rank, now, stack)
         rank_env = RankEnv.of_environment()
@@ -85,35 +92,17 @@ def _check_different(variants: list[Variant], shares: list[float], head_dim: int
             )
 
 
-def describe(config: RunConfig, spectra: SpectraStore) -> dict[str, Any]:
-    """What decides the spectra, as `Comparison.describe` says it of videos."""
-    return as_read(
-        {
-            "settings": decisive_settings(config)
-            | {f"method.{key}": value for key, value in dataclasses.asdict(config.method).items()}
-            | {
-                "sampler.noise": config.noise[0],
-                "sampler.noise_stride": config.noise_stride,
-                "sampler.seed": spectra.seed,
-                "num_points": spectra.num_points,
-            },
-            "variants": {},
-            "prompts": spectra.prompts,
-        }
-    )
-
-
 def make(
     asked: Arguments, spectra: SpectraStore, low_rank: Comparison, now: dict[str, Any], stack: contextlib.ExitStack
 ) -> None:
-    """Run whatever is not kept yet; all ranks call this. `now` is what `describe` says; `stack` holds the folder's claim."""
+    """Run whatever is not kept yet; all ranks call this. `now` is what `SpectraStore.describe` says; `stack` holds the folder's claim."""
     config, agree = asked.config, [json.dumps(now, sort_keys=True), str(low_rank.seeds)]
     with open_ranks(config, prompts=agree, verbose=asked.given.verbose) as context:
         check_variants(low_rank.variants, context)
         look_at_prompts(config, asked.prompts.named, context)
-        report = [spectra.folder / "report.json", low_rank.folder / "comparison.json"]
+        report = [spectra.folder / "report.json", low_rank.folder / FILE]
         context.check_on_first(lambda: stack.enter_context(claim_outputs(report, flag="--out")))
-        context.check_on_first(lambda: open_folder(spectra.folder, "analysis.json", now))
+        context.check_on_first(spectra.open)
         context.check_on_first(low_rank.open)
         unseen = [index for index, done in enumerate(context.ask_first(lambda: spectra.done)) if not done]
         missing = missing_videos(low_rank, context)

@@ -68,7 +68,7 @@ def run(given: Arguments) -> int:
     ):
         work = find_work(files, mine, options)
         if work.todo:
-            check_room(options, files, config, work)
+            check_room(files, config, work.todo, replicas=options.replicas, keep_latents=options.keep_latents)
         say_start(options, files, batch, mine, work)
         if work.todo:
             return make(config, options, batch, files, work)

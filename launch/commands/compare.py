@@ -1,7 +1,6 @@
 """compare.py: methods on the same prompts and seeds, one load of the model, and a report."""
 
 import contextlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -65,7 +64,7 @@ def make_videos(comparison: Comparison, prompts: Prompts, shard: Shard, *, repor
 
     UserError before anything is loaded if `report`, the folder that is to tell of them, cannot be written to.
     """
-    agree = [json.dumps(comparison.describe(), sort_keys=True), str(comparison.seeds), str(shard)]
+    agree = [*comparison.batch.config_ids.values(), *comparison.prompts, str(comparison.seeds), str(shard)]
     config = comparison.arranged_for
     with open_ranks(config, prompts=agree, verbose=verbose) as context, contextlib.ExitStack() as stack:
         check_variants(comparison.variants, context)
@@ -95,6 +94,5 @@ def _unless_stopped(comparison: Comparison, measure: Callable[[], str]) -> str:
         return measure()
     except KeyboardInterrupt as error:
         raise Stopped(
-            f"while measuring; every video that was made lies in {comparison.folder / 'videos'}; "
-            "the same command continues"
+            f"while measuring; every video that was made lies in {comparison.folder}; the same command continues"
         ) from error

@@ -1,26 +1,27 @@
 """The measures of a comparison in one small file, so that they outlive its videos: a video that is in it is not made again.
 
-JSON Lines. The first line says what decides the videos, as comparison.json does, and names the measures; the others are one video each:
+JSON Lines. The first line says what decides the videos, as batch.json does, and names the measures; the others are one video each:
 
-    {"settings": .., "variants": .., "prompts": .., "measures": [name, ..], "origins": [part of a record, ..]}
+    {"configs": .., "variants": .., "prompts": .., "clip_frames": .., "measures": [name, ..], "origins": [part of a record, ..]}
     {"video": [label, prompt_index, seed], "origin": place in origins, "sha256": .., "values": [..], "by_clip": {..}, ..}
 """
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.batch.items import NOTHING, SHAPE, check_same, describe, lacking_inside
 from engine.errors import UserError
 from engine.files.checks import check_places
 from engine.files.locks import locked
-from engine.files.trees import parse_json
+from engine.files.trees import Shape, lacking, parse_json
 from engine.files.whole import atomic_path
 from launch.comparison.measure import Measured, has_world, measure_all, native_frames, units
-from launch.comparison.store import Comparison, Key, Video, refuse_changes, widen
+from launch.comparison.store import Comparison, Key, Video
 
-_HEADER = {"settings": dict, "variants": dict, "prompts": list, "measures": list, "origins": list}
+_HEADER: Shape = SHAPE | {"variants": dict, "clip_frames": int, "measures": list, "origins": list}
 _ORIGIN = ("device", "parallel", "versions", "git", "model")
 _SECONDS_DIGITS = 4
 
@@ -41,7 +42,7 @@ def read_kept(comparison: Comparison) -> dict[Key, Measured]:
     if path is None or not path.exists():
         return {}
     header, lines = _read(path)
-    _refuse_others(path, header, _header(comparison))
+    _refuse_others(path, header, comparison)
     wanted = {video.key: video for video in comparison.videos}
     try:
         return {key: _measured(wanted[key], header, line) for key, line in lines.items() if key in wanted}
@@ -79,14 +80,14 @@ def add_kept(comparison: Comparison, measured: Sequence[Measured]) -> None:
     measured = [each for each in measured if each.video.is_done]
     if path is None or not measured:
         return
-    header = _header(comparison) | {"origins": []}
+    header = _header(comparison, NOTHING)
     try:
         with locked(_lock(path)):  # two reports on some of the methods each would each add to what they read
             lines: dict[Key, Any] = {}
             if path.exists():
                 old, lines = _read(path)
-                _refuse_others(path, old, header)
-                header = widen(old, header) | {"origins": old["origins"]}
+                _refuse_others(path, old, comparison)
+                header = _header(comparison, old)
             lines = lines | {each.video.key: _line(each, header) for each in measured}
             labels = list(header["variants"])
             order = sorted(lines, key=lambda key: (key[2], key[1], labels.index(key[0])))
@@ -100,14 +101,22 @@ def _lock(path: Path) -> Path:
     return path.with_name(f".{path.name}.lock")
 
 
-def _header(comparison: Comparison) -> dict[str, Any]:
-    told = comparison.describe()
-    settings = told["settings"] | {"clip_frames": native_frames(comparison)}
-    return told | {"settings": settings, "measures": list(units(world=has_world(comparison)))}
+def _header(comparison: Comparison, before: Mapping[str, Any]) -> dict[str, Any]:
+    return describe(comparison.batch, before) | {
+        "clip_frames": native_frames(comparison),
+        "measures": list(units(world=has_world(comparison))),
+        "origins": before.get("origins", []),
+    }
 
 
-def _refuse_others(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    refuse_changes(path, before, now, flag="--measures")
+def _refuse_others(path: Path, before: dict[str, Any], comparison: Comparison) -> None:
+    check_same(path, before, comparison.batch, flag="--measures")
+    now = _header(comparison, before)
+    if before["clip_frames"] != now["clip_frames"]:
+        raise UserError(
+            f"{path} has measures of clips of {before['clip_frames']} frames, and these are of {now['clip_frames']}; "
+            "give another --measures"
+        )
     if before["measures"] != now["measures"]:
         others = sorted(set(before["measures"]) ^ set(now["measures"])) or ["their order"]
         raise UserError(
@@ -153,7 +162,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]]]:
         # Not splitlines: a prompt may hold one of the other ends of line that Unicode has.
         header, *lines = [parse_json(line, str(path)) for line in path.read_bytes().removesuffix(b"\n").split(b"\n")]
         found = {tuple(line["video"]): line for line in lines}
-        typed = all(isinstance(header[name], kind) for name, kind in _HEADER.items())
+        typed = lacking(header, _HEADER) is None and lacking_inside(header) is None
         if typed and {label for label, _, _ in found} <= header["variants"].keys():
             return header, found
     except OSError as error:

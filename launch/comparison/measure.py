@@ -70,21 +70,22 @@ def measure_all(videos: Iterable[Video], *, clip_frames: int, world: bool, progr
 def _measure(video: Video, *, clip_frames: int, world: bool, version: str) -> Measured:
     record = video.record
     if record is None:
-        raise UserError(f"{video.files.record} was there a moment ago and is gone; start the same command again")
+        raise UserError(f"{video.files.sidecar} was there a moment ago and is gone; start the same command again")
     digest = hashlib.sha256(video.files.video.read_bytes()).hexdigest()
     if digest != record["video"]["sha256"]:
         raise UserError(
-            f"{video.files.video} is not the file that its record tells of; delete both to make it again, and its line in the file of --measures if there is one"
+            f"{video.files.video} is not the file that its sidecar describes; delete both to make it again, and its line in the file of --measures if there is one"
         )
     names, world = units(world=world), world and not why_not_world([video.prompt], *_WORLD_SIZE)
     key = {"video": digest, "version": version, "clip_frames": clip_frames, "world": world, "prompt": video.prompt}
     shape: Shape = {"key": dict, "values": dict, "by_clip": dict}
-    kept = read_kept(video.measures, shape, what="the measures of a video")
+    kept = read_kept(video.files.measures, shape, what="the measures of a video")
     if kept is None or kept["key"] != key:
         frames = np.stack(list(read_video(video.files.video)))
         values, by_clip = _measures(frames, video.prompt, clip_frames=clip_frames, world=world)
         kept = {"key": key, "values": {name: _json(value) for name, value in values.items()}, "by_clip": by_clip}
-        write_json(video.measures, kept)
+        video.files.measures.parent.mkdir(parents=True, exist_ok=True)
+        write_json(video.files.measures, kept)
     values = dict.fromkeys(names, math.nan)
     values |= {name: value for name, value in kept["values"].items() if value is not None}
     return Measured(video=video, record=record, values=values, by_clip=kept["by_clip"], version=version)

@@ -63,15 +63,14 @@ def test_an_interrupted_analysis_goes_on_and_writes_every_table_and_plot(
     ]
     assert {f"{plot}.{kind}" for plot in plots for kind in ("png", "svg")} <= names
     check_tables(out)
-    videos = sorted((out / "low-rank/videos").rglob("*.mp4"))
-    assert [path.parent.name for path in videos] == ["ratio-0.25", "ratio-1"]
+    videos = sorted((out / "low-rank").rglob("*.mp4"))
+    assert [path.parents[2].name for path in videos] == ["ratio-0.25", "ratio-1"]
     assert {count_frames(path) for path in videos} == {17}
     assert videos[0].read_bytes() != videos[1].read_bytes()
 
     monkeypatch.setattr(LongVideoEngine, "__init__", lambda *_: pytest.fail("the model was loaded"))
     assert analyze_in().code == 0
-    assert "sampler.num_steps was 3, now 4" in analyze_in(**{"sampler.num_steps": 4}).error
-    assert "num_points was 2, now 3" in analyze_in(num_points=3).error
+    assert "changed: sampler.num_steps 3 -> 4" in analyze_in(**{"sampler.num_steps": 4}).error
 
 
 def test_a_prompt_that_is_watched_keeps_its_steps_and_a_damaged_file_costs_its_prompt(
@@ -84,7 +83,12 @@ def test_a_prompt_that_is_watched_keeps_its_steps_and_a_damaged_file_costs_its_p
     assert stopped.code == 130
     shown = analyze_in(**given)
     assert (shown.code, shown.err) == (0, "")
-    files = [tmp_path / folder / "spectra" / f"00{n}-seed0.json" for n in range(2) for folder in ("whole", "out")]
+    files = [
+        path
+        for n in range(2)
+        for folder in ("whole", "out")
+        for path in (tmp_path / folder).glob(f"direct/*/spectra/p000{n}-s0-2.json")
+    ]
     for whole, resumed in (files[:2], files[2:]):
         assert whole.read_text() == resumed.read_text()
     assert not list(tmp_path.rglob("*.checkpoint.safetensors"))
@@ -153,7 +157,8 @@ def check_tables(out: Path) -> None:
     with (out / "low-rank.csv").open() as file:
         assert {row["ratio"] for row in csv.DictReader(file)} == {"1.0", "0.25"}
     report = json.loads((out / "report.json").read_text())
-    assert report["comparison"] == json.loads((out / "analysis.json").read_text())
+    assert report["comparison"]["prompts"] == list(json.loads((out / "batch.json").read_text())["prompts"].values())
+    assert report["comparison"]["settings"]["num_points"] == 2
     assert report["comparison"]["settings"]["method.name"] == "direct"
     assert [each["multiple"] for each in report["spectra"]["stages"]["late"]["windows"]] == [1, 2, 2.5]
     assert "2.5 x native (5 latent frames)" in (out / "rank-progress.svg").read_text()

@@ -209,15 +209,20 @@ def check_kept(calibrate_in: Callable[..., Run], out: Path, kept: Path) -> None:
     assert not list(out.rglob("*.mp4"))
 
 
+def made_in(out: Path) -> list[str]:
+    """The videos of a search: part, label and name."""
+    paths = [path.relative_to(out).with_suffix("") for path in out.rglob("*.mp4")]
+    return [f"{path.parts[0]}/{path.parts[1]}/{path.name}" for path in paths]
+
+
 def check_search(out: Path) -> None:
     """Its files, when trial-02 was the best."""
     # Three trials on one prompt; of them the best, with the start, on the second; both on the two others.
-    found = sorted(path.relative_to(out).as_posix() for path in out.rglob("*.mp4"))
-    assert found == [
-        *(f"judged/videos/{label}/{index:03d}-seed0.mp4" for label in (START, "trial-02") for index in (0, 1)),
-        *(f"search/videos/{START}/{index:03d}-seed0.mp4" for index in (0, 1)),
-        "search/videos/trial-01/000-seed0.mp4",
-        *(f"search/videos/trial-02/{index:03d}-seed0.mp4" for index in (0, 1)),
+    assert sorted(made_in(out)) == [
+        *(f"judged/{label}/p{index:04d}-s0" for label in (START, "trial-02") for index in (0, 1)),
+        *(f"search/{START}/p{index:04d}-s0" for index in (0, 1)),
+        "search/trial-01/p0000-s0",
+        *(f"search/trial-02/p{index:04d}-s0" for index in (0, 1)),
     ]
     report = json.loads((out / "report.json").read_text())
     assert [len(each["scores"]) for each in report["rounds"]] == [3, 2]
@@ -226,14 +231,17 @@ def check_search(out: Path) -> None:
     assert report["num_steps"] == {"search": 2, "judged": 3}
     for part, steps in (("search", 2), ("judged", 3)):
         records = [json.loads(path.with_suffix(".json").read_text()) for path in (out / part).rglob("*.mp4")]
-        assert {len(record["steps"]) for record in records} == {steps}
+        assert {len(record["run"]["steps"]) for record in records} == {steps}
     told = report["comparison"]
-    assert told["settings"] == json.loads((out / "judged/comparison.json").read_text())["settings"]
+    configs = json.loads((out / "judged/batch.json").read_text())["configs"].values()
+    assert {told["settings"]["checkpoint"]} == {config["model"]["checkpoint"][:16] for config in configs}
+    assert {told["settings"]["sampler.num_steps"]} == {config["sampler"]["num_steps"] for config in configs} == {3}
     assert list(told["variants"]) == [START, "trial-02"]
     # The preset is the method of the judged videos, not only what was searched: laid over another base it says the same.
     text = (out / "calibrated.yaml").read_text()
     assert text.startswith(f"# Judged with 3 steps, 17 frames, checkpoint {told['settings']['checkpoint']}. Laid over")
-    made = json.loads((out / "judged/videos/trial-02/000-seed0.json").read_text())["config"]["method"]
+    (sidecar,) = out.glob("judged/trial-02/*/videos/p0000-s0.json")
+    made = json.loads(sidecar.read_text())["run"]["config"]["method"]
     assert yaml.safe_load(text) == {"method": {key: made[key] for key in ("name", "window_frames", "freespec")}}
     assert made["freespec"] == asdict(FreeSpec(rank=False)) | report["trials"]["trial-02"]
 
@@ -256,9 +264,9 @@ def test_two_ranks_search_together_and_the_first_scores(settings: dict[str, obje
     assert [rank.code for rank in ended] == [0, 0], ended
     assert ended[1].out == ""
     assert "trial-01 scores +1.000 against start on 2 other prompts" in ended[0].out
-    made = {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*.mp4")}
+    made = set(made_in(tmp_path / "out"))
     pairs = [("search", 0), ("judged", 0), ("judged", 1)]
-    assert made == {f"{part}/videos/{label}/{i:03d}-seed0.mp4" for part, i in pairs for label in (START, "trial-01")}
+    assert made == {f"{part}/{label}/p{i:04d}-s0" for part, i in pairs for label in (START, "trial-01")}
 
 
 @pytest.mark.parametrize(

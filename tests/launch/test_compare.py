@@ -33,6 +33,12 @@ def words(wan_folder: Path, out: Path, *argv: object, **settings: object) -> lis
     return [*(f"--{key}={value}" for key, value in chosen.items()), *map(str, argv)]
 
 
+def video_of(out: Path, label: str, *, index: int = 0, seed: int = 0) -> Path:
+    """The video of a prompt and seed in a folder, which holds it."""
+    (found,) = out.glob(f"{label}/*/videos/p{index:04d}-s{seed}.mp4")
+    return found
+
+
 @pytest.fixture
 def compare_in(run: Callable[..., Run], wan_folder: Path, tmp_path: Path) -> Compare:
     def call(*argv: object, **settings: object) -> Run:
@@ -110,7 +116,7 @@ def test_an_interrupted_comparison_goes_on_and_reports_what_it_measured(
 
     # The noise of a seed is the same for every method, and that of generate.py.
     assert make({"sampler.num_steps": 2, "method.name": "direct", "sampler.seed": 1}).code == 0
-    assert (out / "videos/direct/000-seed1.mp4").read_bytes() == (tmp_path / "a.mp4").read_bytes()
+    assert video_of(out, "direct", seed=1).read_bytes() == (tmp_path / "a.mp4").read_bytes()
 
     check_report(out)
     check_page(out)
@@ -167,7 +173,7 @@ def test_what_is_there_is_not_made_again_and_may_be_widened(
 ) -> None:
     out = tmp_path / "out"
     assert compare_in(num_seeds=1, methods="sliding_window").code == 0
-    video = out / "videos/sliding_window/000-seed0.mp4"
+    video = video_of(out, "sliding_window")
     before = video.stat().st_mtime_ns
     measured = []
     monkeypatch.setattr(
@@ -191,26 +197,35 @@ def test_what_is_there_is_not_made_again_and_may_be_widened(
     assert compare_in(num_seeds=1, methods="sliding_window").code == 0
     (tmp_path / "others.txt").write_text("a red circle\na green star\n")
     others = compare_in("--prompt_file", tmp_path / "others.txt", num_seeds=1, methods="sliding_window")
-    assert "prompt 1 was a blue star, now a green star" in others.error
+    assert "another prompt p0001 (line 2 of the prompts is 'a green star', before it was 'a blue star')" in others.error
 
     # A file that was changed afterwards is not measured as if it were the one made.
-    video.write_bytes(video.read_bytes() + b"x")
-    assert (
-        "is not the file that its record tells of"
-        in compare_in("--prompt_file", tmp_path / "prompts.txt", **more).error
-    )
+    whole = video.read_bytes()
+    video.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    error = compare_in("--prompt_file", tmp_path / "prompts.txt", **more).error
+    assert "is not the file that its sidecar describes; delete both" in error
+    video.write_bytes(whole)
 
-    changed = compare_in(**{"sampler.num_steps": 3, "video.fps": 8, "method.freespec.alpha": 2}, num_seeds=1)
-    assert "sampler.num_steps was 2, now 3" in changed.error
-    assert "video.fps was 16, now 8" in changed.error
+    changed = compare_in(**{"sampler.num_steps": 3, "video.fps": 8}, num_seeds=1, methods="direct")
+    assert "holds direct videos of another configuration; changed: sampler.num_steps 2 -> 3, video.fps 16 -> 8" in (
+        changed.error
+    )
     assert "choose another --out" in changed.error
     other = compare_in("--prompt", "a blue star", num_seeds=1)
-    assert "prompt 0 was a red circle, now a blue star" in other.error
-    alpha = compare_in(**{"method.freespec.alpha": 2}, num_seeds=1, methods="direct")
-    assert "direct: method.freespec.alpha was 5.0, now 2" in alpha.error
+    assert "another prompt p0000 (line 1 of the prompts is 'a blue star', before it was 'a red circle')" in other.error
+    # What a method does not read is nothing of its videos.
+    assert compare_in(**{"method.freespec.alpha": 2}, num_seeds=1, methods="direct").code == 0
 
 
-def test_while_decoding_the_latents_are_kept_and_used(
+def test_a_folder_of_an_older_version_is_refused_in_a_line(
+    compare_in: Compare, no_loading: None, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/comparison.json").write_text("{}")
+    assert "comparison.json is of an older version, which kept its videos elsewhere" in compare_in().error
+
+
+def test_while_decoding_the_steps_are_kept_and_not_made_again(
     compare_in: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = VideoDecoder.decode
@@ -225,15 +240,14 @@ def test_while_decoding_the_latents_are_kept_and_used(
         patch.setattr(VideoDecoder, "decode", stop_midway)
         stopped = compare_in(num_seeds=1, methods="direct")
     assert stopped.code == 130
-    # Not how to decode this one by hand, which would leave the others undone.
-    assert "its latents are kept, and the same command continues from them" in stopped.stopped
-    assert (tmp_path / "out/videos/direct/000-seed0.latents.safetensors").exists()
-    with monkeypatch.context() as patch:
-        patch.setattr(LongVideoEngine, "denoise", lambda *_, **__: pytest.fail("denoised again"))
-        assert compare_in(num_seeds=1, methods="direct").code == 0
-    assert {path.name for path in (tmp_path / "out/videos/direct").iterdir()} == {
-        f"000-seed0.{kind}" for kind in ("mp4", "json", "png", "metrics.json")
-    }
+    assert "after step 2, which is kept in" in stopped.stopped
+    assert "the same command continues from there" in stopped.stopped
+    shown = compare_in(num_seeds=1, methods="direct")
+    assert shown.code == 0
+    assert "(continued after step 2)" in shown.out
+    found = video_of(tmp_path / "out", "direct")
+    files = {path.relative_to(found.parents[1]).as_posix() for path in found.parents[1].rglob("*") if path.is_file()}
+    assert files == {"videos/p0000-s0.mp4", "videos/p0000-s0.json", "videos/p0000-s0.png", "measures/p0000-s0.json"}
 
 
 def test_shards_make_every_video_once_and_the_report_is_of_all(
@@ -241,16 +255,17 @@ def test_shards_make_every_video_once_and_the_report_is_of_all(
 ) -> None:
     out = tmp_path / "out"
     given = {"methods": "direct,sliding_window", "num_seeds": 3}
-    made: list[Path] = []
-    for index, seeds in ((1, (0, 2)), (2, (1,))):
+    made: set[Path] = set()
+    for index in (1, 2):
         shown = compare_in("--shard", f"{index}/2", **given)
         assert (shown.code, shown.err) == (0, "")
-        assert f"{out}: shard-{index}-of-2 is made and measured, {2 * len(seeds)} videos" in shown.out
-        new = sorted(set(out.rglob("*.mp4")) - set(made))
-        # Whole comparisons: every method of the same pairs of prompt and seed.
-        assert new == [out / f"videos/{m}/000-seed{s}.mp4" for m in ("direct", "sliding_window") for s in seeds]
-        made += new
+        new = set(out.rglob("*.mp4")) - made
+        assert f"{out}: shard-{index}-of-2 is made and measured, {len(new)} videos" in shown.out
+        made |= new
         assert not (out / "index.html").exists()
+    items = json.loads((out / "batch.json").read_text())["items"]
+    assert {video_of(out, method, seed=seed) for method in ("direct", "sliding_window") for seed in range(3)} == made
+    assert len(items) == 6
     assert "leave --shard out" in compare_in("--shard", "1/2", "--report_only", **given).error
     monkeypatch.setattr("engine.engine.load_pipeline", lambda *_, **__: pytest.fail("the model was loaded"))
     monkeypatch.setattr("launch.comparison.measure.video_metrics", lambda *_: pytest.fail("measured again"))
@@ -261,17 +276,18 @@ def test_shards_make_every_video_once_and_the_report_is_of_all(
 def test_what_a_failing_disk_has_damaged_is_made_again_alone(
     compare_in: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A record, measures, latents that wait to be decoded, and the state of a video that was cut off."""
+    """A sidecar, measures, and the state of a video that was cut off."""
     out = tmp_path / "out"
     assert compare_in().code == 0
-    records = sorted(path for path in out.glob("videos/*/*.json") if path.suffixes == [".json"])
+    order = [(label, seed) for seed in (0, 1) for label in ("direct", "freespec")]
+    records = [video_of(out, label, seed=seed).with_suffix(".json") for label, seed in order]
     expected = {path: path.with_suffix(".mp4").read_bytes() for path in records}
     times = {path: path.stat().st_mtime_ns for path in records}
     records[0].write_bytes(records[0].read_bytes()[:100])
     records[1].unlink()
-    records[1].with_suffix(".latents.safetensors").write_bytes(b"\0" * 100)
-    records[1].with_suffix(".checkpoint.safetensors").write_text("half")
-    records[2].with_suffix(".metrics.json").write_text("[]")
+    unfinished = records[1].parents[1] / "unfinished" / "p0000-s0.checkpoint.safetensors"
+    unfinished.write_text("half")
+    (records[2].parents[1] / "measures" / "p0000-s1.json").write_text("[]")
     shown = compare_in()
     assert shown.code == 0
     assert [line.partition(".")[0] for line in shown.out.splitlines()[:2]] == [
@@ -279,11 +295,10 @@ def test_what_a_failing_disk_has_damaged_is_made_again_alone(
     ]
     lines = shown.err.splitlines()
     assert all(line.endswith("; it is made again") for line in lines)
-    assert [Path(line.partition(" ")[0]).name.partition(".")[2] for line in lines] == [
-        "json",
-        "latents.safetensors",
-        "checkpoint.safetensors",
-        "metrics.json",
+    assert [Path(line.partition(" ")[0]).relative_to(out).parts[2] for line in lines] == [
+        "videos",
+        "unfinished",
+        "measures",
     ]
     assert {path: path.with_suffix(".mp4").read_bytes() for path in records} == expected
     assert [records[i].stat().st_mtime_ns == times[records[i]] for i in (2, 3)] == [True, True]
@@ -299,7 +314,7 @@ def test_a_disk_without_room_is_found_before_the_model_is_loaded(
     compare_in: Compare, no_loading: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    assert " are needed for 4 videos and the work on one; " in compare_in().error
+    assert " are needed for what is made at once; " in compare_in().error
 
 
 def test_one_process_works_on_a_shard(compare_in: Compare, no_loading: None, tmp_path: Path) -> None:
@@ -318,7 +333,7 @@ def test_a_report_alone_does_not_tell_of_settings_that_made_no_video(
     assert compare_in(num_seeds=1, methods="direct").code == 0
     assert not any("native window" in note for note in json.loads((tmp_path / "out/report.json").read_text())["notes"])
     refused = compare_in("--report_only", num_seeds=1, methods="direct", **{"sampler.num_steps": 3})
-    assert "sampler.num_steps was 2, now 3" in refused.error
+    assert "sampler.num_steps 2 -> 3" in refused.error
     other = {"num_seeds": 1, "methods": "direct", "report": tmp_path / "elsewhere"}
     before = (tmp_path / "out/index.html").stat().st_mtime_ns
     assert compare_in("--report_only", **other).out.startswith(f"{tmp_path / 'elsewhere/index.html'}: 1 videos")
@@ -330,7 +345,7 @@ def test_a_report_at_native_length_says_that_no_method_acts(compare_in: Compare,
     notes = json.loads((tmp_path / "out/report.json").read_text())["notes"]
     assert any(note.startswith("No video is longer than the native window, where every method") for note in notes)
     direct, freespec = (  # pixels, as each file names its method
-        list(read_video(tmp_path / f"out/videos/{name}/000-seed0.mp4")) for name in ("direct", "freespec")
+        list(read_video(video_of(tmp_path / "out", name))) for name in ("direct", "freespec")
     )
     assert np.array_equal(direct, freespec)
 
@@ -345,7 +360,7 @@ def test_two_ranks_make_what_is_missing_and_one_reports(compare_in: Compare, wan
     assert compare_in(num_seeds=1).code == 0
     for method in ("direct", "freespec"):
         one, two = (
-            np.stack(list(read_video(folder / f"out/videos/{method}/000-seed0.mp4"))).astype(int)
+            np.stack(list(read_video(video_of(folder / "out", method)))).astype(int)
             for folder in (tmp_path, tmp_path / "ranks")
         )
         assert np.abs(one - two).max() <= 8  # the same frames but for a rounding that the encoder may spread
@@ -402,7 +417,7 @@ def test_settings_that_are_refused_do_not_take_the_folder(
 ) -> None:
     """Else the same --out with the right ones would be refused as well."""
     assert message in compare_in(**settings).error
-    assert not list(tmp_path.rglob("comparison.json"))
+    assert not list(tmp_path.rglob("batch.json"))
 
 
 def test_the_last_seed_that_there_is_may_be_used(compare_in: Compare) -> None:

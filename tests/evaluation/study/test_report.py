@@ -1,6 +1,7 @@
 """The report on rendered clips of the world, whose measures are known: tables, intervals, what is left out."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -15,8 +16,8 @@ import pytest
 from engine.batch.variants import Variant
 from engine.config import MethodConfig, ModelConfig, RunConfig, VideoConfig
 from engine.errors import UserError
+from engine.files.whole import write_json
 from engine.media.write_video import open_video
-from engine.record import describe_video, write_record
 from evaluation.study.markdown import estimate
 from evaluation.study.page import interval, number, write_page
 from launch.comparison.report import write_report
@@ -38,28 +39,33 @@ def scenes() -> list[tuple[Scene, str]]:
 
 
 def write_video(video: Video, clip: np.ndarray, *, seconds: float, resumed_at: int = 0) -> None:
-    """A video with the part of its record that a report reads."""
+    """A video with the part of its sidecar that a report reads."""
     video.files.video.parent.mkdir(parents=True, exist_ok=True)
     with open_video(video.files.video, fps=16, height=64, width=64, crf=4) as file:
         file.write(clip)
     mode = {"true": "global", "changed": "dual"}[video.label]
-    write_record(
-        video.files.record,
-        {
-            "video": describe_video(video.files.video, num_frames=len(clip), fps=16),
-            "seconds": {"denoise": 2 * seconds, "decode": 1.0},
-            "steps": [{"step": i, "timestep": 900.0 - i, "mode": mode, "seconds": seconds} for i in range(2)][
-                resumed_at:
-            ],
-            "resumed_at": resumed_at,
-            "device": {"name": "a device", "cpu_threads": 1},
-            "parallel": {"ranks": 1},
-            "versions": {"torch": "2"},
-            "git": None,
-            "model": {
-                "path": "tiny/wan",
-                "sha256": {"vae/a.safetensors": "a" * 64, "transformer/b.safetensors": "b" * 64},
-            },
+    data = video.files.video.read_bytes()
+    output = {"file": video.files.video.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    sidecar = {"item_id": video.item.item_id, "output": output, "video": {"num_frames": len(clip)}}
+    write_json(
+        video.files.sidecar,
+        sidecar
+        | {
+            "run": {
+                "seconds": {"denoise": 2 * seconds, "decode": 1.0},
+                "steps": [{"step": i, "timestep": 900.0 - i, "mode": mode, "seconds": seconds} for i in range(2)][
+                    resumed_at:
+                ],
+                "resumed_at": resumed_at,
+                "device": {"name": "a device", "cpu_threads": 1},
+                "parallel": {"ranks": 1},
+                "versions": {"torch": "2"},
+                "git": None,
+                "model": {
+                    "path": "tiny/wan",
+                    "sha256": {"vae/a.safetensors": "a" * 64, "transformer/b.safetensors": "b" * 64},
+                },
+            }
         },
     )
 
@@ -157,7 +163,8 @@ def test_a_report_on_some_methods_lies_elsewhere_and_finds_the_videos(
     assert (comparison.folder / "report.json").read_bytes() == before
     made = json.loads((folder / "report.json").read_text())
     assert all((folder / each["file"]).resolve().is_file() for each in made["videos"])
-    assert '"file": "../../videos/true/000-seed0.mp4"' in (folder / "index.html").read_text()
+    config = comparison.batch.config_ids["true"]
+    assert f'"file": "../../true/{config}/videos/p0000-s0.mp4"' in (folder / "index.html").read_text()
     assert "Difference" not in (folder / "summary.md").read_text()
 
 
@@ -174,10 +181,10 @@ def test_the_tables_in_markdown(comparison: Comparison, report: dict[str, Any]) 
 
 
 def test_videos_of_different_weights_are_named(comparison: Comparison) -> None:
-    record = comparison.videos[0].files.record
+    record = comparison.videos[0].files.sidecar
     before = record.read_text()
     other = json.loads(before)
-    other["model"]["sha256"]["transformer/b.safetensors"] = "c" * 64
+    other["run"]["model"]["sha256"]["transformer/b.safetensors"] = "c" * 64
     folder = comparison.folder / "reports" / "mixed"
 
     def notes(record_text: str) -> str:
@@ -190,7 +197,8 @@ def test_videos_of_different_weights_are_named(comparison: Comparison) -> None:
     assert "vae/a.safetensors" not in mixed
     assert "weights" not in notes(before)
     # A checkpoint of the hub is told by its commit.
-    hub = json.loads(before) | {"model": {"path": "a/b", "commit": "d" * 40}}
+    hub = json.loads(before)
+    hub["run"]["model"] = {"path": "a/b", "commit": "d" * 40}
     assert "commit dddddddddddd of 1, none of 25" in notes(json.dumps(hub))
     record.write_text(before)
 
