@@ -19,7 +19,7 @@ from launch.batching.work import Prepare
 from launch.comparison.kept_measures import read_kept
 from launch.comparison.store import Comparison, Video, record_of
 from launch.make_video import explain_denoising, summary
-from launch.ranks import DistContext
+from launch.ranks.join import DistContext
 
 
 def check_variants(variants: Sequence[Variant], context: DistContext) -> None:

@@ -32,7 +32,9 @@ def interrupted_at_forward(number: int, which: signal.Signals = signal.SIGINT) -
 
     def after(module: nn.Module, args: tuple, output: object) -> None:
         nonlocal count
-        if isinstance(module, WanTransformer3DModel | LTXVideoTransformer3DModel):
+        # A forward on the meta device is one that the planner counts.
+        is_model = isinstance(module, WanTransformer3DModel | LTXVideoTransformer3DModel)
+        if is_model and not next(module.parameters()).is_meta:
             count += 1
             if count == number:
                 signal.raise_signal(which)
