@@ -137,7 +137,7 @@ def test_a_search_from_start_to_judgement(
         found = {}
         for label in labels:
             mine = [each.video for each in measured if each.video.label == label]
-            where = mine[0].files.video.parents[2].name
+            where = mine[0].files.video.parents[3].name
             # Copies of each prompt's number, since two prompts have no interval.
             numbers = [0.5 + 0.1 * video.prompt_index + gain[where] * (label == "trial-02") for video in mine]
             found[label] = np.array(numbers * 4)
