@@ -56,7 +56,7 @@ class Part:
     @property
     def is_made(self) -> bool:
         """Whether there is something to report on: measures that are kept, or a comparison's folder."""
-        files = [self.settings.get("measures"), f"{self.settings['out']}/comparison.json"]
+        files = [self.settings.get("measures"), f"{self.settings['out']}/batch.json"]
         return any(expand(file).exists() for file in files if file is not None)
 
 
