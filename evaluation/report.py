@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.files.tables import as_csv, markdown_cell
+from engine.files.tables import as_csv, markdown_cell, markdown_table
 from engine.files.whole import write_json, write_text
 from evaluation.proxies import PROXIES
 from evaluation.tables import Scored, differences, means
@@ -173,7 +173,7 @@ def _videos_section(evaluation: Evaluation) -> list[str]:
         shapes = sorted({f"{v.num_frames} frames of {v.size[0]} x {v.size[1]} at {float(v.fps):g} fps" for v in videos})
         prompts = len({v.prompt for v in videos})
         rows.append([label, len(videos), prompts, "; ".join(shapes)])
-    return [*_table(["method", "videos", "prompts", "each"], rows), ""]
+    return [markdown_table(["method", "videos", "prompts", "each"], rows)]
 
 
 def _vbench_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]:
@@ -191,8 +191,7 @@ def _vbench_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str
         f"where there are {MIN_COUNT} prompts or more. A still video has high "
         "consistency: read both consistencies together with dynamic_degree.",
         "",
-        *_estimates(evaluation, tree["means"], DIMENSIONS),
-        "",
+        _estimates(evaluation, tree["means"], DIMENSIONS),
     ]
     if len(evaluation.labels) > 1:
         lines += [
@@ -200,20 +199,18 @@ def _vbench_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str
             "interval leaves "
             "out 0:",
             "",
-            *_estimates(evaluation, tree["differences"], DIMENSIONS, signed=True),
-            "",
+            _estimates(evaluation, tree["differences"], DIMENSIONS, signed=True),
         ]
     lines += [
         "VBench's own headline, in which every clip counts the same:",
         "",
-        *_table(
+        markdown_table(
             ["method", *DIMENSIONS],
             [
                 [label, *(_plain(tree["headlines"][label].get(d, {}).get("score_upstream")) for d in DIMENSIONS)]
                 for label in evaluation.labels
             ],
         ),
-        "",
     ]
     return lines
 
@@ -222,8 +219,7 @@ def _without_vbench() -> list[str]:
     return [
         "## VBench-Long",
         "",
-        *_table(["dimension", "value"], [[dimension, MISSING] for dimension in DIMENSIONS]),
-        "",
+        markdown_table(["dimension", "value"], [[dimension, MISSING] for dimension in DIMENSIONS]),
         "It was not run: `launch/evaluate.py --vbench CHECKOUT --python PYTHON` does, see docs/vbench.md.",
         "",
     ]
@@ -248,7 +244,7 @@ def _paper_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]
                 rows.append([f"{label} (here)", *(_plain((found[d] or {}).get("mean")) for d in paper["columns"])])
             if not ours:
                 rows.append([f"{row['name']} (here)", *("not made" for _ in paper["columns"])])
-        lines += [*_table(["method", *paper["columns"]], rows), ""]
+        lines += [markdown_table(["method", *paper["columns"]], rows)]
     return lines
 
 
@@ -307,14 +303,14 @@ def _by_measure(evaluation: Evaluation, tree: Mapping[str, Any], names: Mapping[
     rows = [
         [words, *(_cell(tree["means"][label][name]) for label in evaluation.labels)] for name, words in names.items()
     ]
-    lines = [*_table(["measure", *evaluation.labels], rows), ""]
+    lines = [markdown_table(["measure", *evaluation.labels], rows)]
     others = [label for label in evaluation.labels if label != evaluation.baseline]
     if others:
         rows = [
             [words, *(_cell(tree["differences"][label][name], signed=True) for label in others)]
             for name, words in names.items()
         ]
-        lines += [f"Differences from {evaluation.baseline}:", "", *_table(["measure", *others], rows), ""]
+        lines += [f"Differences from {evaluation.baseline}:", "", markdown_table(["measure", *others], rows)]
     return lines
 
 
@@ -345,13 +341,13 @@ def _differing(evaluation: Evaluation) -> list[str]:
 
 def _estimates(
     evaluation: Evaluation, found: Mapping[str, Mapping[str, Any]], measures: Sequence[str], *, signed: bool = False
-) -> list[str]:
+) -> str:
     rows = [
         [label, *(_cell(found[label][m], signed=signed) for m in measures)]
         for label in evaluation.labels
         if label in found
     ]
-    return _table(["method", *measures], rows)
+    return markdown_table(["method", *measures], rows)
 
 
 def _cell(found: Mapping[str, Any] | None, *, signed: bool = False) -> str:
@@ -381,8 +377,3 @@ def _number(value: float | None) -> float | None:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _table(heading: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    head, *shown = [[markdown_cell(str(cell)) for cell in row] for row in (heading, *rows)]
-    return [f"| {' | '.join(head)} |", f"|{'---|' * len(heading)}", *(f"| {' | '.join(row)} |" for row in shown)]

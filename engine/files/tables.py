@@ -14,7 +14,7 @@ from engine.files.whole import atomic_path
 # What spreadsheets take for the beginning of a formula, also in full width.
 _FORMULA = ("=", "+", "-", "@", "\t", "\n", "＝", "＋", "－", "＠")
 
-# What a report on a comparison stands on, see launch/comparison/report.py.
+# What a report on a comparison stands on, see evaluation/study/report.py.
 _PAIRS = re.compile(r"methods on (\d+) pairs of prompt and seed")
 
 
@@ -43,6 +43,12 @@ def write_csv(
 def markdown_cell(text: str) -> str:
     """A text as a cell of a Markdown table: no other column, no line and no HTML begins in it."""
     return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+
+
+def markdown_table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    """A Markdown table."""
+    head, *cells = [[markdown_cell(str(cell)) for cell in line] for line in (header, *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *cells)) + "\n"
 
 
 def emptier(before: str, after: str) -> list[str]:

@@ -1,11 +1,11 @@
-"""Tables of a comparison in Markdown, from its report.json: means with intervals, and differences from the baseline."""
+"""Numbers and estimates as pages show them, and the tables of a comparison in Markdown, from its report.json."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from engine.files.tables import markdown_cell
-from evaluation.study.page import number
+from engine.files.tables import markdown_table
+from metrics.bootstrap import Estimate
 
 Report = dict[str, Any]
 
@@ -21,20 +21,22 @@ def tables(report: Report) -> str:
     return f"{means}\nDifference from {baseline}, paired by prompt:\n\n{_table(report, others, 'difference')}"
 
 
-def estimate(found: dict[str, Any] | None, *, signed: bool = False) -> str:
-    """`mean [low, high]` of an estimate as report.json has it; the mean alone where there is no interval."""
-    if found is None or found["mean"] is None:
+def number(value: float | None) -> str:
+    """A number with three significant digits, without exponents where they can be done without."""
+    if value is None or math.isnan(value):
         return "–"
-    text = _number(found["mean"], signed)
-    return (
-        text if found["low"] is None else f"{text} [{_number(found['low'], signed)}, {_number(found['high'], signed)}]"
-    )
+    if abs(value) < 1e-12:  # what rounding leaves of a sum that cancels
+        return "0"
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    head, *cells = [[markdown_cell(cell) for cell in line] for line in (header, *rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *cells)) + "\n"
+def estimate(found: Estimate | dict[str, Any] | None, *, signed: bool = False) -> str:
+    """`mean [low, high]` of an estimate, which may be as report.json has it; the mean alone where there is no interval."""
+    if found is None:
+        return "–"
+    ends = [found[key] if isinstance(found, dict) else getattr(found, key) for key in ("mean", "low", "high")]
+    mean, low, high = (_number(end, signed) for end in ends)
+    return mean if low == "–" else f"{mean} [{low}, {high}]"
 
 
 def _table(report: Report, labels: Sequence[str], what: str) -> str:
@@ -48,12 +50,14 @@ def _table(report: Report, labels: Sequence[str], what: str) -> str:
         if signed:
             texts = [f"**{text}**" if row["differs"] else text for row, text in zip(line, texts, strict=True)]
         rows.append([f"`{metric}` ({unit})", *texts])
-    return table(["measure", *labels], rows)
+    return markdown_table(["measure", *labels], rows)
 
 
-def _number(value: float, signed: bool) -> str:
-    """As the page shows it, with a sign that a reader sees."""
+def _number(value: float | None, signed: bool) -> str:
+    """`number` with a minus sign in place of the hyphen, and a plus sign if `signed`."""
     text = number(value)
+    if value is None or math.isnan(value):
+        return text
     if math.copysign(1.0, value) < 0:
         return text.replace("-", "−", 1)
     return f"+{text}" if signed and value > 0 else text

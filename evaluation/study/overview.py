@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evaluation.study.markdown import Report, estimate, table
-from evaluation.study.page import number
+from engine.files.tables import markdown_table
+from evaluation.study.markdown import Report, estimate, number
 from evaluation.study.plots import draw_metrics, save_figure
 from evaluation.study.summary import Row, from_json
 
@@ -105,7 +105,9 @@ def _table(methods: Report, ablation: Report) -> str:
         differ = [label in ROWS and summary[label, metric]["differs"] for metric in METRICS]
         rows.append([word, *(f"**{text}**" if bold else text for text, bold in zip(texts, differ, strict=True))])
     units = _summary(ablation)
-    return table(["method", *(f"`{metric}` ({units['freespec', metric]['unit']})" for metric in METRICS)], rows)
+    return markdown_table(
+        ["method", *(f"`{metric}` ({units['freespec', metric]['unit']})" for metric in METRICS)], rows
+    )
 
 
 def _summary(report: Report) -> dict[tuple[str, str], dict[str, Any]]:

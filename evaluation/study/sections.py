@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.files.tables import markdown_table
 from engine.paths import REPOSITORY
 from evaluation.study.claims import (
     CLAIMS,
@@ -18,9 +19,7 @@ from evaluation.study.claims import (
     not_made,
     read,
 )
-from evaluation.study.markdown import Report, estimate, table, tables
-from evaluation.study.page import number
-from evaluation.study.summary import as_json
+from evaluation.study.markdown import Report, estimate, number, tables
 from metrics.bootstrap import Estimate
 
 PROMPTS = "configs/prompts/world-heldout-40.txt"
@@ -77,7 +76,7 @@ def concentration(analysis: Report | None, figure: str | None) -> str:
     lines += [_count(verdicts, "falls", "of the stages and windows the effective rank")]
     share = 100 * told["heads_that_fall"]
     lines += [f"Over the whole run it is lower at the widest window in {share:.0f} % of the heads.", ""]
-    lines += [table(header, rows)]
+    lines += [markdown_table(header, rows)]
     if figure is not None:
         lines += [f"![Effective rank over the run at each window]({figure})", ""]
     if set(verdicts) != {"falls"}:
@@ -108,7 +107,7 @@ def low_rank(analysis: Report | None) -> str:
         verdicts.append(verdict)
         first = rows[metric, whole]
         cells = [f"`{metric}` ({first['unit']})", sign, number(first["mean"])]
-        body.append([*cells, *(estimate(as_json(each), signed=True) for each in differences), verdict])
+        body.append([*cells, *(estimate(each, signed=True) for each in differences), verdict])
     count = rows[next(iter(LOW_RANK_MEASURES)), whole]["prompts"]
     settings = analysis["comparison"]["settings"]
     lines += [
@@ -117,7 +116,7 @@ def low_rank(analysis: Report | None) -> str:
         f"{100 * whole:g} % of the directions, paired by prompt, judged at the smallest share. "
         f"{_count(verdicts, 'as the paper says', 'of the measures')}",
         "",
-        table(
+        markdown_table(
             [
                 "measure",
                 "expected",
@@ -195,7 +194,7 @@ def _claim(claim: Claim, found: Sequence[Answer], command: str) -> str:
         [
             f"`{line.metric}` ({line.unit})",
             line.sign,
-            estimate(as_json(line.difference), signed=True),
+            estimate(line.difference, signed=True),
             f"{line.agreeing} of {line.difference.count}",
             line.verdict,
         ]
@@ -203,7 +202,7 @@ def _claim(claim: Claim, found: Sequence[Answer], command: str) -> str:
     ]
     header = ["measure", "expected", f"{claim.method} − {claim.other}", "prompts with that sign", "reads"]
     count = _count(verdicts, "as the paper says", "of the measures")
-    lines = [f"## {claim.title}", "", f"{claim.text} {count}", "", table(header, rows)]
+    lines = [f"## {claim.title}", "", f"{claim.text} {count}", "", markdown_table(header, rows)]
     if set(verdicts) != {"as the paper says"}:
         lines += [claim.why_not, ""]
     methods = f"--methods {claim.method},{claim.other} --baseline {claim.other}"
@@ -237,7 +236,7 @@ def method_tables(title: str, report: Report | None, clips: str | None = None, *
             for label, found in report["times"].items()
         ]
         lines += ["Seconds, on the machine that the notes name or the one that all videos were made on:", ""]
-        lines += [table(["method", "denoising", "decoding", "a step (number of them)"], rows)]
+        lines += [markdown_table(["method", "denoising", "decoding", "a step (number of them)"], rows)]
     return "\n".join(lines)
 
 
@@ -257,13 +256,13 @@ def same_noise(own: Report | None, same: Report | None) -> str:
             f"What a method's own noise changes: with it − with the noise of the others, paired by prompt. In {differ} of {len(found)} "
             f"the interval leaves out 0; by chance alone it would in some {round(0.05 * len(found))}.",
             "",
-            table(["measure", *methods], rows),
+            markdown_table(["measure", *methods], rows),
         ]
     return "\n".join(lines)
 
 
 def _marked(effect: NoiseEffect) -> str:
-    told = estimate(as_json(effect.difference), signed=True)
+    told = estimate(effect.difference, signed=True)
     return f"**{told}**" if effect.differs else told
 
 
@@ -309,13 +308,13 @@ def step_count(tables: Report | None, rerun: Report | None) -> str:
             f"{each.method} − {each.other}",
             f"`{each.metric}` ({each.unit})",
             str(each.change.count),
-            *(estimate(as_json(told), signed=True) for told in (each.tables, each.rerun, each.change)),
+            *(estimate(told, signed=True) for told in (each.tables, each.rerun, each.change)),
             each.verdict,
         ]
         for each in found
     ]
     header = ["difference", "measure", "prompts", f"{here} steps", f"{there} steps", f"{there} − {here}", "reads"]
-    return "\n".join([*lines, table(header, rows)])
+    return "\n".join([*lines, markdown_table(header, rows)])
 
 
 def calibration(report: Report | None, told_parts: Mapping[str, str]) -> str:
@@ -332,7 +331,7 @@ def calibration(report: Report | None, told_parts: Mapping[str, str]) -> str:
         f"is the mean of four shares, 0 to 1 ({parts}). Searched with videos of {steps['search']} steps, judged with {steps['judged']}; "
         f"{settings['video.num_frames']} frames, checkpoint `{settings['checkpoint']}`.",
         "",
-        table(
+        markdown_table(
             ["setting", "values"],
             [[f"`{name}`", ", ".join(map(str, values))] for name, values in report["space"].items()],
         ),
@@ -353,7 +352,7 @@ def calibration(report: Report | None, told_parts: Mapping[str, str]) -> str:
     lines += [
         f"The best, {best} ({settings}), on the {judged['prompts']} held-out prompts with seeds {judged['seeds']}:",
         "",
-        table(["settings", "score", *told_parts], body),
+        markdown_table(["settings", "score", *told_parts], body),
         f"Difference in score, paired by prompt: {estimate(judged['difference'], signed=True)}. {verdict}",
         "",
     ]

@@ -18,8 +18,8 @@ from engine.config import MethodConfig, ModelConfig, RunConfig, VideoConfig
 from engine.errors import UserError
 from engine.files.whole import write_json
 from engine.media.write_video import open_video
-from evaluation.study.markdown import estimate
-from evaluation.study.page import interval, number, write_page
+from evaluation.study.markdown import estimate, number
+from evaluation.study.page import write_page
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison, Video
 from metrics.bootstrap import mean_interval
@@ -147,7 +147,7 @@ def test_times_are_medians_by_kind_of_step_and_of_runs_in_one_go(report: dict[st
 
 def test_the_page_has_the_table_and_every_pair(comparison: Comparison, report: dict[str, Any]) -> None:
     page = (comparison.folder / "index.html").read_text()
-    assert '<td class="differs">0.5 [0.5, 0.5]<br><span class="difference">-0.5 [-0.5, -0.5]</span></td>' in page
+    assert '<td class="differs">0.5 [0.5, 0.5]<br><span class="difference">−0.5 [−0.5, −0.5]</span></td>' in page
     assert page.count("-s1.mp4") == 12
     assert "3 x 2" in page
 
@@ -290,7 +290,7 @@ def test_a_prompt_beyond_the_world_costs_its_own_exact_measures_alone(comparison
     assert [each["values"]["shape_kept"] for each in made["videos"] if each["prompt_index"] == 2] == [None, None]
     notes = " ".join(made["notes"])
     assert 'are means over 2 of 3 prompts: this prompt is no caption of the world: "it\'s a <cat>".' in notes
-    assert "it&#x27;s a &lt;cat&gt;" in (folder / "index.html").read_text()
+    assert "it&#39;s a &lt;cat&gt;" in (folder / "index.html").read_text()
 
 
 def test_why_a_measure_has_no_value(comparison: Comparison) -> None:
@@ -314,5 +314,5 @@ def test_why_a_measure_has_no_value(comparison: Comparison) -> None:
 def test_numbers_in_tables() -> None:
     shown = [number(x) for x in (0.12345, 12.345, 12345.6, math.nan, -5e-18, 1e-9)]
     assert shown == ["0.123", "12.3", "12346", "–", "0", "1e-09"]
-    assert interval(mean_interval(np.full(8, 2.0)), signed=True) == "+2 [2, 2]"
-    assert interval(mean_interval(np.full(2, 2.0))) == "2"
+    assert estimate(mean_interval(np.full(8, 2.0)), signed=True) == "+2 [+2, +2]"
+    assert estimate(mean_interval(np.full(2, 2.0))) == "2"
