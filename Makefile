@@ -37,7 +37,7 @@ check: setup
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
 # Small: a few prompts and steps, in two processes of one thread each. docs/compare.md has the commands of the full tables.
-HELDOUT := --prompt_file configs/prompts/world-heldout-40.txt --num_prompts 6
+HELDOUT := --prompts configs/prompts/world-heldout-40.txt --num_prompts 6
 SMALL := OMP_NUM_THREADS=1 $(BIN)/python launch/compare.py $(HELDOUT) --output.progress off --sampler.num_steps 8 --out runs/compare-small
 compare: setup
 	$(SMALL) --shard 1/2 & $(SMALL) --shard 2/2; status=$$?; wait $$! && exit $$status
@@ -62,7 +62,7 @@ calibrate: setup
 
 # Twelve small videos on two replicas of a Ray of this machine, then their report; started again it makes only what is missing.
 batch-demo: setup
-	OMP_NUM_THREADS=1 $(BIN)/python launch/batch.py --ray local --replicas 2 --suite configs/prompts/batch-demo.txt \
+	OMP_NUM_THREADS=1 $(BIN)/python launch/batch.py --ray local --replicas 2 --prompts configs/prompts/batch-demo.txt \
 		--methods direct,sliding_window,freespec --seeds 0,1 --video.num_frames 65 --sampler.num_steps 10 --out runs/batch-demo
 	OMP_NUM_THREADS=1 $(BIN)/python launch/evaluate.py --runs runs/batch-demo
 

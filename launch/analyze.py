@@ -1,4 +1,4 @@
-"""Spectra of attention windows and low-rank reconstructions of one model: `python launch/analyze.py --prompt_file FILE`."""
+"""Spectra of attention windows and low-rank reconstructions of one model: `python launch/analyze.py --prompts FILE`."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Compares methods on the same prompts and seeds: `python launch/compare.py --methods direct,freespec --prompt_file FILE`."""
+"""Compares methods on the same prompts and seeds: `python launch/compare.py --methods direct,freespec --prompts FILE`."""
 
 import sys
 from pathlib import Path

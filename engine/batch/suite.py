@@ -68,10 +68,10 @@ def read_suite(path: Path) -> Suite:
 
     Raises UserError for a file that cannot be read, is not UTF-8 (naming the line), or has no prompt.
     """
-    lines = read_lines(path, f"--suite {path}")
+    lines = read_lines(path, f"--prompts {path}")
     prompts, notes = _number(lines)
     if not prompts:
-        raise UserError(f"--suite {path} has no prompt; write one a line")
+        raise UserError(f"--prompts {path} has no prompt; write one a line")
     return Suite(name=path.name, sha256=text_sha256("\n".join(lines)), prompts=tuple(prompts), notes=tuple(notes))
 
 

@@ -55,7 +55,7 @@ def concentration(analysis: Report | None, figure: str | None) -> str:
         "Anew, which takes a while:",
         "",
         f"    python launch/analyze.py --model.device cpu --method.name {settings['method.name']} --video.num_frames {settings['video.num_frames']} "
-        f"--sampler.num_steps {settings['sampler.num_steps']} --prompt_file {PROMPTS} --num_prompts {len(analysis['comparison']['prompts'])} "
+        f"--sampler.num_steps {settings['sampler.num_steps']} --prompts {PROMPTS} --num_prompts {len(analysis['comparison']['prompts'])} "
         f"--num_reconstructed {max((row['prompts'] for row in analysis.get('low_rank', ())), default=0)} --out runs/analysis",
         "",
     ]
@@ -154,9 +154,10 @@ def report_command(report: Report | None, *, runs: Path, kept: Path) -> str:
     """The command that reports on two of the methods from the measures that the tables stand on, but for its --methods."""
     if report is None:
         return ""
-    device, seeds = report["comparison"]["settings"]["device"], {each["seed"] for each in report["videos"]}
+    device = report["comparison"]["settings"]["device"]
+    seeds = ",".join(map(str, sorted({each["seed"] for each in report["videos"]})))
     return (
-        f"python launch/compare.py --model.device {device} --prompt_file {PROMPTS} --num_seeds {len(seeds)} "
+        f"python launch/compare.py --model.device {device} --prompts {PROMPTS} --seeds {seeds} "
         f"--measures {_shown(kept / 'videos.jsonl')} --out {_shown(runs)} --report_only --report runs/claim"
     )
 

@@ -68,11 +68,11 @@ def read(argv: list[str]) -> Arguments | Status:
 
 def read_prompts(options: Options) -> Suite:
     """The prompts of a file, or of a VBench checkout if the suite is called `vbench:NAME`."""
-    name = str(options.suite)
+    name = str(options.prompts)
     if not name.startswith(PREFIX):
         if options.vbench is not None:
-            raise UserError(f"--vbench is for --suite {PREFIX}NAME, and --suite is the file {name}")
-        return read_suite(options.suite)
+            raise UserError(f"--vbench is for --prompts {PREFIX}NAME, and --prompts is the file {name}")
+        return read_suite(options.prompts)
     if options.vbench is None:
-        raise UserError(f"--suite {name} needs --vbench, the folder of a VBench checkout")
+        raise UserError(f"--prompts {name} needs --vbench, the folder of a VBench checkout")
     return to_batch(read_vbench_suite(name, options.vbench))

@@ -9,10 +9,10 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.shown import quoted
 from launch.arguments.environment import check_environment
-from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, check_seeds
+from launch.arguments.many_videos import OF_ONE_VIDEO, add_seeds, check_output, read_seeds
 from launch.arguments.prompts import Prompts, read_prompts
 from launch.arguments.ranks import add_ranks, check_model, check_started
-from launch.cli.parser import parse_run
+from launch.cli.parser import add_former_name, parse_run
 
 NAME = "calibrate.py"
 DESCRIPTION = "Search FreeSpec's open settings on one list of prompts, and judge what was found on another."
@@ -29,6 +29,7 @@ class Arguments:
         search: prompts of the search.
         held_out: prompts that its result is judged on.
         rounds: how many of `search` each round uses.
+        seeds: of the search and of the judgement.
     """
 
     given: Namespace
@@ -36,6 +37,7 @@ class Arguments:
     search: Prompts
     held_out: Prompts
     rounds: list[int]
+    seeds: dict[str, tuple[int, ...]]
 
 
 def read(argv: list[str]) -> Arguments:
@@ -44,10 +46,15 @@ def read(argv: list[str]) -> Arguments:
     check_environment()
     check_started(given.nproc, argv)
     rounds = _check(given, config)
-    search, held_out = (read_prompts(None, given[name], f"--{name}") for name in ("prompt_file", "judge_prompt_file"))
+    first = config.sampler.seed
+    seeds = {
+        "search": read_seeds(given.seeds, first),
+        "judged": read_seeds(given.judge_seeds, first, "--judge_seeds", default=2),
+    }
+    search, held_out = (read_prompts(None, given[name], f"--{name}") for name in ("prompts", "judge_prompts"))
     _check_lists(search.texts, held_out.texts, rounds)
     check_model(config)
-    return Arguments(given=given, config=config, search=search, held_out=held_out, rounds=rounds)
+    return Arguments(given=given, config=config, search=search, held_out=held_out, rounds=rounds, seeds=seeds)
 
 
 def _check(given: Namespace, config: RunConfig) -> list[int]:
@@ -56,15 +63,13 @@ def _check(given: Namespace, config: RunConfig) -> list[int]:
         raise UserError(
             f"{NAME} searches the settings of freespec, not of {config.method.name}; leave --method.name out"
         )
-    for name, least in (("num_trials", 2), ("num_seeds", 1), ("num_judge_seeds", 1), ("search_seed", 0)):
+    for name, least in (("num_trials", 2), ("search_seed", 0)):
         if getattr(given, name) < least:
             raise UserError(f"--{name} must be {least} or more, got {getattr(given, name)}")
     if given.search_num_steps is not None and given.search_num_steps < 1:
         raise UserError(f"--search_num_steps must be 1 or more, got {given.search_num_steps}")
     check_output(config.output, NAME)
-    for name in ("num_seeds", "num_judge_seeds"):
-        check_seeds(config.sampler.seed, getattr(given, name), f"--{name}")
-    for name in ("prompt_file", "judge_prompt_file"):
+    for name in ("prompts", "judge_prompts"):
         if getattr(given, name) is None:
             raise UserError(f"--{name} is needed: settings are searched on one list of prompts and judged on another")
     try:
@@ -78,8 +83,8 @@ def _check(given: Namespace, config: RunConfig) -> list[int]:
 
 def _check_lists(search: list[str], held_out: list[str], rounds: list[int]) -> None:
     if rounds[-1] > len(search):
-        raise UserError(f"--rounds asks for {rounds[-1]} prompts, and --prompt_file has {len(search)}")
-    for name, prompts in (("prompt_file", search), ("judge_prompt_file", held_out)):
+        raise UserError(f"--rounds asks for {rounds[-1]} prompts, and --prompts has {len(search)}")
+    for name, prompts in (("prompts", search), ("judge_prompts", held_out)):
         twice = next((prompt for index, prompt in enumerate(prompts) if prompt in prompts[:index]), None)
         if twice is not None:
             raise UserError(f"a prompt of --{name} is there twice, and would count as two: {quoted(twice)}")
@@ -90,8 +95,10 @@ def _check_lists(search: list[str], held_out: list[str], rounds: list[int]) -> N
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The options of the command beside the settings of a run."""
-    parser.add_argument("--prompt_file", type=str, help="prompts that are searched on, one a line")
-    parser.add_argument("--judge_prompt_file", type=str, help="other prompts, that what was found is judged on")
+    parser.add_argument("--prompts", type=str, help="text file of the prompts of the search, one a line")
+    parser.add_argument("--judge_prompts", type=str, help="text file of other prompts, to judge the result on")
+    add_former_name(parser, "prompt_file", "prompts")
+    add_former_name(parser, "judge_prompt_file", "judge_prompts")
     parser.add_argument("--num_trials", type=int, default=24, help="settings that are tried, those given among them")
     parser.add_argument("--search_seed", type=int, default=0, help="seed of the draws of settings")
     parser.add_argument(
@@ -102,8 +109,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=int,
         help="denoising steps of the searched videos (default: sampler.num_steps, which the judged ones always have)",
     )
-    parser.add_argument("--num_seeds", type=int, default=1, help="seeds per searched prompt, from sampler.seed on")
-    parser.add_argument("--num_judge_seeds", type=int, default=2, help="seeds per prompt that is judged on, likewise")
+    add_seeds(parser, of="seeds of the search (default: sampler.seed)")
+    add_seeds(parser, "judge_seeds", of="seeds of the judgement (default: sampler.seed and the next)")
     parser.add_argument("--out", type=str, default="runs/calibration", help="folder of the videos and the report")
     parser.add_argument(
         "--measures",

@@ -11,7 +11,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import expand
 from launch.arguments.environment import check_environment
-from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, check_seeds
+from launch.arguments.many_videos import OF_ONE_VIDEO, add_seeds, check_output, read_seeds
 from launch.arguments.prompts import Prompts, add_num_prompts, add_prompts, choose_prompts
 from launch.arguments.ranks import add_ranks, check_model, check_started
 from launch.arguments.variants import METHODS_HELP, read_variants
@@ -36,8 +36,8 @@ class Arguments:
 
     @property
     def seeds(self) -> list[int]:
-        """From sampler.seed on."""
-        return [self.config.sampler.seed + number for number in range(self.given.num_seeds)]
+        """Those of `--seeds`, or sampler.seed."""
+        return list(read_seeds(self.given.seeds, self.config.sampler.seed))
 
     @property
     def report(self) -> Path:
@@ -50,9 +50,7 @@ def read(argv: list[str]) -> Arguments:
     given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments, unread=UNREAD)
     check_environment()
     check_started(given.nproc, argv)
-    if given.num_seeds < 1:
-        raise UserError(f"--num_seeds must be 1 or more, got {given.num_seeds}")
-    check_seeds(config.sampler.seed, given.num_seeds, "--num_seeds")
+    read_seeds(given.seeds, config.sampler.seed)
     check_output(config.output, NAME)
     prompts = choose_prompts(given)
     config = prompts.directed(config, argv)
@@ -73,7 +71,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--methods", type=str, default=METHODS, help=METHODS_HELP)
     add_prompts(parser)
     add_num_prompts(parser)
-    parser.add_argument("--num_seeds", type=int, default=1, help="seeds per prompt, from sampler.seed on")
+    add_seeds(parser)
     parser.add_argument("--out", type=str, default="runs/compare", help="folder of the videos and the report")
     parser.add_argument("--baseline", type=str, help="method that differences are from (default: the first)")
     parser.add_argument("--report_only", type=bool, default=False, help="make no video; report on those that are there")

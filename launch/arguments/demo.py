@@ -12,7 +12,7 @@ from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output
 from launch.arguments.prompts import EXAMPLE
 from launch.cli.argv import asked_value
-from launch.cli.parser import parse_run
+from launch.cli.parser import add_former_name, parse_run
 
 DESCRIPTION = "Make the same video with every method, and one picture that shows them one above the other."
 _NAMED_HERE = tuple(key for key in OF_ONE_VIDEO if key != "output.overwrite")
@@ -38,10 +38,11 @@ def read(argv: list[str]) -> Arguments:
         raise UserError("demo.py makes one video with each of its methods; leave --method.name out")
     check_environment()
     find_checkpoint(config.model.path)
-    return Arguments(config=config, prompt=namespace.prompt, folder=expand(namespace.folder))
+    return Arguments(config=config, prompt=namespace.prompt, folder=expand(namespace.out))
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The options of the command beside the settings of a run."""
     parser.add_argument("--prompt", type=str, default=EXAMPLE, help="what the videos show")
-    parser.add_argument("--folder", type=str, default="runs/demo", help="folder of the videos and the picture")
+    parser.add_argument("--out", type=str, default="runs/demo", help="folder of the videos and the picture")
+    add_former_name(parser, "folder", "out")

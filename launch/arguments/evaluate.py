@@ -5,7 +5,7 @@ from jsonargparse import SUPPRESS, ArgumentParser, Namespace
 from engine.errors import UserError
 from engine.paths import expand
 from evaluation.vbench.dimensions import DIMENSIONS, check_total, parse_dimensions
-from launch.cli.parser import Keys, arrange, make_parser, parse
+from launch.cli.parser import Keys, add_former_name, arrange, make_parser, parse
 
 USAGE = "evaluate.py --runs FOLDER[,FOLDER...] [--vbench CHECKOUT --python PYTHON] [--SETTING VALUE ...]"
 DESCRIPTION = (
@@ -31,8 +31,8 @@ def read(argv: list[str]) -> Namespace:
         raise UserError(f"--native_frames must be 1 or more, got {options.native_frames}")
     if "," in options.runs and not options.out:
         raise UserError("--runs names several folders: give --out, the folder of the report")
-    if options.workers < 1 or options.time_limit <= 0:
-        raise UserError(f"--workers and --time_limit must be above 0, got {options.workers} and {options.time_limit:g}")
+    if options.nproc < 1 or options.time_limit <= 0:
+        raise UserError(f"--nproc and --time_limit must be above 0, got {options.nproc} and {options.time_limit:g}")
     dimensions = parse_dimensions(options.dimensions)
     if options.total:
         check_total(dimensions)
@@ -84,7 +84,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--baseline", type=str, default="", help="method that others are compared with (default: direct)"
     )
     parser.add_argument("--proxies", type=bool, default=True, help="measure what needs no weights")
-    parser.add_argument("--workers", type=int, default=1, help="processes that measure what needs no weights")
+    parser.add_argument("--nproc", type=int, default=1, help="processes that measure what needs no weights")
+    add_former_name(parser, "workers", "nproc", int)
     parser.add_argument(
         "--native_frames",
         type=int,

@@ -42,11 +42,9 @@ def read(argv: list[str]) -> Arguments:
     namespace, config = parse_run(argv, name="generate.py", description=DESCRIPTION, add_arguments=add_arguments)
     check_environment()
     check_started(namespace.nproc, argv)
-    asked = (namespace.prompt, namespace.timeline, namespace.prompt_file)
+    asked = (namespace.prompt, namespace.timeline, namespace.prompts)
     is_example = asked == (None, None, None) and not _names_model(argv)
-    prompts = read_prompts(
-        EXAMPLE if is_example else namespace.prompt, namespace.prompt_file, timeline=namespace.timeline
-    )
+    prompts = read_prompts(EXAMPLE if is_example else namespace.prompt, namespace.prompts, timeline=namespace.timeline)
     config = prompts.directed(config, argv)
     rank_env = RankEnv.of_environment()
     if namespace.ray is not None and rank_env is not None:

@@ -2,9 +2,13 @@
 
 from collections.abc import Sequence
 
+from jsonargparse import ArgumentParser
+
+from engine.batch.suite import check_once
 from engine.config import OutputConfig
 from engine.errors import UserError
 from launch.cli.argv import asked_value
+from launch.cli.parser import add_former_name
 
 _NUM_SEEDS = 2**63  # what a seed must be less than (SamplerConfig)
 # Settings of one video's files; here every video has a name of its own, and one that is there is not made again.
@@ -20,13 +24,30 @@ def check_output(output: OutputConfig, name: str, *, unread: Sequence[str] = OF_
         raise UserError(f"{', '.join(given)} {verb} not read by {name}, which names its files itself; leave them out")
 
 
-def check_seeds(first: int, count: int, flag: str) -> None:
-    """Raise UserError if the last of `count` seeds from `first` on is one that there is not."""
-    if first + count > _NUM_SEEDS:
-        raise UserError(
-            f"{flag} {count} from sampler.seed {first} on ends at {first + count - 1}, and seeds are less than 2**63; "
-            f"begin at {_NUM_SEEDS - count} or less"
-        )
+def add_seeds(parser: ArgumentParser, name: str = "seeds", of: str = "seeds (default: sampler.seed)") -> None:
+    """`--seeds 0,1`, and for one release `--num_seeds 2`: two seeds, from sampler.seed on."""
+    parser.add_argument(f"--{name}", type=str, help=f"comma-separated {of}")
+    add_former_name(parser, f"num_{name}", name, int, convert=lambda count, given: _from(given.sampler.seed, count))
+
+
+def _from(first: int, count: int) -> str:
+    if count < 1:
+        raise UserError(f"give the seeds themselves, at least one, such as --seeds {first}; got {count}")
+    return ",".join(str(first + number) for number in range(count))
+
+
+def read_seeds(text: str | None, first: int, flag: str = "--seeds", *, default: int = 1) -> tuple[int, ...]:
+    """The seeds of a comma-separated list; without one so many as `default`, from `first` (sampler.seed) on."""
+    if text is None:
+        text = _from(first, default)
+    try:
+        seeds = [int(word) for word in text.split(",") if word.strip()]
+    except ValueError as error:
+        raise UserError(f"{flag} must be whole numbers with commas between them, got {text!r}") from error
+    check_once(flag, seeds)
+    if (wrong := next((seed for seed in seeds if not 0 <= seed < _NUM_SEEDS), None)) is not None:
+        raise UserError(f"{flag}: a seed must lie in [0, 2**63), got {wrong}")
+    return tuple(seeds)
 
 
 def refuse_method_name(argv: Sequence[str]) -> None:

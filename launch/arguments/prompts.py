@@ -1,4 +1,4 @@
-"""The prompts of a command: `--prompt`, `--timeline`, or the lines of `--prompt_file`."""
+"""The prompts of a command: `--prompt`, `--timeline`, or the lines of `--prompts`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +12,7 @@ from engine.shown import quoted
 from engine.text.prompt_files import NEGATIVE_SETTING, read_prompt_lines
 from engine.text.timeline import read_timeline
 from launch.cli.argv import asked_value
+from launch.cli.parser import add_former_name
 
 # What the embedded model shows where nobody says what.
 EXAMPLE = "a red circle bounces over a blue background"
@@ -25,7 +26,8 @@ def add_prompts(parser: ArgumentParser) -> None:
         type=str,
         help="what it shows when: 'TEXT [0-4s] | TEXT [4s-]', or a YAML file, instead of --prompt",
     )
-    parser.add_argument("--prompt_file", type=str, help="text file with one prompt a line, instead of --prompt")
+    parser.add_argument("--prompts", type=str, help="text file with one prompt a line, instead of --prompt")
+    add_former_name(parser, "prompt_file", "prompts")
 
 
 def add_num_prompts(parser: ArgumentParser) -> None:
@@ -68,27 +70,27 @@ class Prompts:
 
 
 def read_prompts(
-    prompt: str | None, prompt_file: str | None, flag: str = "--prompt_file", *, timeline: str | None = None
+    prompt: str | None, file: str | None, flag: str = "--prompts", *, timeline: str | None = None
 ) -> Prompts:
     """The prompt, the timeline, or every line of the file that is not blank; `flag` is the option that names the file."""
-    if (prompt, prompt_file, timeline).count(None) != 2:
-        raise UserError("give one of --prompt TEXT, --timeline EVENTS and --prompt_file FILE")
+    if (prompt, file, timeline).count(None) != 2:
+        raise UserError("give one of --prompt TEXT, --timeline EVENTS and --prompts FILE")
     if timeline is not None:
         text, negative_prompt = read_timeline(timeline)
         return Prompts(texts=[text], names=["the prompt"], negative_prompt=negative_prompt)
-    if prompt_file is None:
+    if file is None:
         assert prompt is not None
         if not prompt.strip():
             raise UserError("--prompt is empty")
         return Prompts(texts=[prompt], names=["the prompt"])
-    path = find_file(prompt_file)
+    path = find_file(file)
     lines = read_prompt_lines(path, flag)
     return Prompts(texts=[text for _, text in lines], names=[f"line {number} of {path.name}" for number, _ in lines])
 
 
 def choose_prompts(namespace: Namespace) -> Prompts:
     """The first `--num_prompts` prompts; UserError for one that is there twice, which would count as two."""
-    prompts = read_prompts(namespace.prompt, namespace.prompt_file, timeline=namespace.timeline)
+    prompts = read_prompts(namespace.prompt, namespace.prompts, timeline=namespace.timeline)
     first: dict[str, str] = {}
     for name, text in prompts.named:
         if text in first:

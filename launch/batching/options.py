@@ -8,11 +8,12 @@ from jsonargparse import ArgumentParser, Namespace
 from engine.batch.driver import Limits
 from engine.batch.locks import Shard
 from engine.batch.store import Verify
-from engine.batch.suite import check_once
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import expand, find_file
+from launch.arguments.many_videos import read_seeds
 from launch.arguments.variants import METHODS_HELP
+from launch.cli.parser import add_former_name
 from launch.ranks.environment import PlacementStrategy
 from launch.ranks.ray_pool import PLACEMENT_HELP
 
@@ -21,7 +22,7 @@ from launch.ranks.ray_pool import PLACEMENT_HELP
 class Options:
     """The command's own settings, checked; their meaning is in `add_arguments`."""
 
-    suite: Path
+    prompts: Path
     vbench: Path | None
     out: Path
     seeds: tuple[int, ...]
@@ -63,13 +64,12 @@ class Options:
         for name in ("item_timeout", "start_timeout"):
             if given[name] is not None and not given[name] > 0:
                 raise UserError(f"--{name} must be more than 0 seconds, got {given[name]}")
-        seeds = _numbers(given.seeds) if given.seeds is not None else [config.sampler.seed]
-        check_once("--seeds", seeds)
+        seeds = read_seeds(given.seeds, config.sampler.seed)
         return cls(
-            suite=find_file(given.suite),
+            prompts=find_file(given.prompts),
             vbench=expand(given.vbench) if given.vbench is not None else None,
             out=expand(given.out).absolute(),
-            seeds=tuple(seeds),
+            seeds=seeds,
             ranks=given.nproc or given.gpus_per_replica or 1,
             replicas=given.replicas,
             gpus=given.gpus_per_replica is not None,
@@ -88,10 +88,10 @@ class Options:
 
 def check_texts(given: Namespace) -> None:
     """Raise UserError for a setting that is missing, or there without a value."""
-    for name in ("suite", "out"):
+    for name in ("prompts", "out"):
         if given[name] is None:
             raise UserError(f"--{name} is missing; see --help")
-    for name in ("suite", "vbench", "out", "methods", "seeds", "shard", "ray", "gpu"):
+    for name in ("prompts", "vbench", "out", "methods", "seeds", "shard", "ray", "gpu"):
         if given[name] is not None and not given[name].strip():
             raise UserError(f"--{name} is empty; give a value, or leave it out")
 
@@ -99,8 +99,8 @@ def check_texts(given: Namespace) -> None:
 def add_arguments(parser: ArgumentParser) -> None:
     """The settings of the command beside those of a run."""
     for name, kind, default, text in (
-        ("suite", str, None, "text file with one prompt a line, or vbench:NAME (docs/vbench.md)"),
-        ("vbench", str, None, "folder of a VBench checkout, for --suite vbench:NAME"),
+        ("prompts", str, None, "text file with one prompt a line, or vbench:NAME (docs/vbench.md)"),
+        ("vbench", str, None, "folder of a VBench checkout, for --prompts vbench:NAME"),
         ("methods", str, None, f"{METHODS_HELP} (default: method.name)"),
         ("seeds", str, None, "whole numbers with commas between them (default: sampler.seed)"),
         ("out", str, None, "folder of the videos; may hold a part of them already"),
@@ -121,14 +121,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         ("gpu", str, None, "one of configs/gpus, for the prediction of --dry_run"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    add_former_name(parser, "suite", "prompts")
 
 
 def _words(text: str) -> list[str]:
     return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def _numbers(text: str) -> list[int]:
-    try:
-        return [int(word) for word in _words(text)]
-    except ValueError as error:
-        raise UserError(f"--seeds must be whole numbers with commas between them, got {text!r}") from error

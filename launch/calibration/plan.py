@@ -15,24 +15,23 @@ Part = Literal["search", "judged"]
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationPlan:
-    """The trials by label, and how many steps and seeds each part has; `config` is that of the judgement."""
+    """The trials by label, and the steps and seeds of each part; `config` is that of the judgement."""
 
     folder: Path
     config: RunConfig
     trials: Mapping[str, Mapping[str, Any]]
     num_steps: Mapping[Part, int]
-    num_seeds: Mapping[Part, int]
+    seeds: Mapping[Part, Sequence[int]]
     kept_folder: Path | None = None
     """Where each part has a file of kept measures."""
 
     def compared(self, part: Part, labels: Sequence[str], prompts: list[str]) -> Comparison:
         """The videos of these trials on these prompts."""
-        first = self.config.sampler.seed
         return Comparison(
             folder=self.folder / part,
             variants=[self._variant(part, label) for label in labels],
             prompts=prompts,
-            seeds=[first + number for number in range(self.num_seeds[part])],
+            seeds=list(self.seeds[part]),
             kept_file=None if self.kept_folder is None else self.kept_folder / f"{part}.jsonl",
         )
 

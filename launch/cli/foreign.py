@@ -6,11 +6,11 @@ Names are written with underscores; those that differ from ours in nothing but a
 import re
 from collections.abc import Callable
 
-_FILE = ("out", "folder", "page", "output.path", "output")
+_FILE = ("out", "page", "output.path", "output")
 _RANKS = ("gpus_per_replica", "nproc", "gpus")
 _MODEL = ("model.path",)
 # Settings that are something else in a command that has the second as well: evaluate.py's `gpus` are numbers of devices, not how many.
-MEANS_OTHERWISE = {"gpus": "vbench"}
+MEANS_OTHERWISE = {"gpus": "vbench", "nproc": "vbench"}
 
 # The settings that mean the same, of which a command has one or none; the value stays as it is.
 RENAMED: dict[str, tuple[str, ...]] = {
@@ -31,10 +31,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
         "ckpt_dir model_path pretrained_model_name_or_path pretrained_model model_id model_dir model_name checkpoint_dir "
         "checkpoint ckpt model_base repo_id": _MODEL,
         "text text_prompt caption": ("prompt",),
-        "prompts prompt_path prompt_list prompts_file prompt_txt txt_file input_file prompt_file suite": (
-            "prompt_file",
-            "suite",
-        ),
+        "prompt_path prompt_list prompts_file prompt_txt txt_file input_file prompt_file suite": ("prompts",),
         "save_file save_path save_result_path output_path output_file output_file_name output_dir outfile out_file out_dir "
         "out o save_dir result_path video_path": _FILE,
         "gpus num_gpus n_gpus ngpus num_gpu gpu_num nproc nproc_per_node num_processes world_size gpu_count": _RANKS,
@@ -201,7 +198,7 @@ def _checkpoint_file(value: str) -> dict[str, str]:
 
 def _prompt(value: str) -> dict[str, str]:
     """A command without `--prompt` that has prompts takes them from a file."""
-    return {"suite": "", "prompt_file": ""}
+    return {"prompts": ""}
 
 
 def _duration(value: str) -> dict[str, str]:

@@ -1,7 +1,9 @@
 """Settings from the command line: YAML presets and dotted overrides become a RunConfig, and every mistake one line."""
 
+import functools
 import glob
 import importlib
+import os
 import re
 import sys
 from argparse import Action
@@ -17,6 +19,8 @@ from engine.errors import UserError
 from engine.files.trees import read_yaml
 from engine.presets import describe_parser_error, find_config, finished, refuse_null
 from launch.cli.suggestions import describe_unknown
+from launch.process.stopping import show
+from launch.ranks.environment import LAUNCHER, RankEnv
 
 DEFAULT_CONFIG = "configs/tiny-wan.yaml"
 
@@ -24,8 +28,9 @@ _HELP = ("-h", "--help", "--help_all")
 _NO_VALUE = (*_HELP, "--print_config")
 
 
-# A group given one word is the setting of it that everybody sets.
+# Short names of settings: a group given one word, and `--out` where the command has no folder of its own.
 _SHORT = {"output": "output.path", "model": "model.path", "method": "method.name"}
+_OUT = ("output.path", "output")
 
 # Of the settings of a run, those that `--help` shows beside the command's own options; `--help_all` shows all.
 _EVERYDAY = frozenset(
@@ -39,7 +44,8 @@ _SELDOM = ("print_config", "placement_strategy", "extend_shows")
 class Keys:
     """The dotted names that a parser knows: single settings, groups of them, those that are true or false, and maps.
 
-    A map is a setting whose own keys are the user's: `--method.settings.NAME VALUE`. `unread` are settings that the command refuses.
+    A map is a setting whose own keys are the user's: `--method.settings.NAME VALUE`. `unread` are settings that the command refuses,
+    `former` are old names that it still accepts.
     """
 
     leaves: frozenset[str]
@@ -47,11 +53,12 @@ class Keys:
     switches: frozenset[str]
     maps: frozenset[str] = frozenset()
     unread: frozenset[str] = frozenset()
+    former: frozenset[str] = frozenset()
 
     @property
     def offered(self) -> frozenset[str]:
         """The names that may be suggested for another: what the command refuses is none of them."""
-        read = self.leaves - self.unread
+        read = self.leaves - self.unread - self.former
         return read | {group for group in self.groups if any(leaf.startswith(f"{group}.") for leaf in read)}
 
     def knows(self, key: str) -> bool:
@@ -69,6 +76,7 @@ class Keys:
             switches=frozenset(key for key in leaves if isinstance(defaults[key], bool)),
             maps=frozenset(key for key in leaves if isinstance(defaults[key], dict)),
             unread=frozenset(unread),
+            former=frozenset(_former_names(parser)),
         )
 
 
@@ -128,11 +136,47 @@ def parse(parser: ArgumentParser, words: Sequence[str], *, unread: Collection[st
     try:
         namespace = parser.parse_args(list(words))
         refuse_null(namespace)
-        return parser.instantiate(namespace)
+        return _use_new_names(parser, parser.instantiate(namespace))
     except ArgumentError as error:
         raise UserError(describe_parser_error(error)) from error
     except ValueError as error:  # from the checks of the dataclasses
         raise UserError(str(error)) from error
+
+
+def add_former_name(
+    parser: ArgumentParser,
+    old: str,
+    new: str,
+    kind: type = str,
+    convert: Callable[[Any, Namespace], Any] = lambda value, _: value,
+) -> None:
+    """Accept `--old` for `--new` for one release; `convert(value, namespace)` makes the new option's value."""
+    parser.add_argument(f"--{old}", type=kind, help=SUPPRESS)
+    parser.former_names = _former_names(parser) | {old: (new, convert)}
+
+
+def _former_names(parser: ArgumentParser) -> dict[str, tuple[str, Callable[[Any, Namespace], Any]]]:
+    return getattr(parser, "former_names", {})
+
+
+def _use_new_names(parser: ArgumentParser, namespace: Namespace) -> Namespace:
+    for old, (new, convert) in _former_names(parser).items():
+        value = namespace.pop(old, None)
+        if value is None:
+            continue
+        if namespace[new] != parser.get_default(new):
+            raise UserError(f"--{old} is the former name of --{new}; give --{new} alone")
+        _say_renamed(old, new)
+        namespace[new] = convert(value, namespace)
+    return namespace
+
+
+@functools.cache
+def _say_renamed(old: str, new: str) -> None:
+    """One line on stderr, once for all ranks."""
+    rank_env = RankEnv.of_environment()
+    if LAUNCHER not in os.environ and (rank_env is None or rank_env.rank == 0):
+        show(f"note: --{old} is now --{new}; the old name works until the next release")
 
 
 def asks_help(words: Sequence[str]) -> bool:
@@ -190,6 +234,8 @@ def arrange(argv: Sequence[str], keys: Keys, *, num_positionals: int = 0) -> lis
 def _option(name: str, value: str | None, keys: Keys) -> str:
     """`--name=value`; UserError for an unknown name, a group of settings, and a value that is missing."""
     key = name.removeprefix("--")
+    if key == "out" and key not in keys.leaves:
+        key = next((target for target in _OUT if target in keys.offered), key)
     if key in keys.groups and _SHORT.get(key) in keys.leaves:
         key = _SHORT[key]
     if key.startswith("-"):

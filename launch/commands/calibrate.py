@@ -79,7 +79,7 @@ def run(asked: Arguments) -> None:
             "search": given.search_num_steps or config.sampler.num_steps,
             "judged": config.sampler.num_steps,
         },
-        num_seeds={"search": given.num_seeds, "judged": given.num_judge_seeds},
+        seeds=asked.seeds,
         kept_folder=None if given.measures is None else expand(given.measures),
     )
     parts = (plan.compared("search", list(plan.trials), search), plan.compared("judged", [START], held_out))
@@ -91,9 +91,7 @@ def run(asked: Arguments) -> None:
     agree = [json.dumps(each, sort_keys=True) for each in described]
     progress = enabled(config.output.progress)
     with (
-        open_ranks(
-            config, prompts=[*agree, str((rounds, config.sampler.seed, plan.num_seeds))], verbose=given.verbose
-        ) as context,
+        open_ranks(config, prompts=[*agree, str((rounds, plan.seeds))], verbose=given.verbose) as context,
         contextlib.ExitStack() as stack,
     ):
         check_variants(parts[0].variants, context)

@@ -36,7 +36,7 @@ def run(given: Arguments) -> None:
     picture = folder / "comparison.png"
     paths = [picture, *(path for files in outputs.values() for path in files.all)]
     look_at_prompts(config, [("the prompt", prompt)])
-    with claim_outputs(paths, flag="--folder"), contextlib.ExitStack() as stack:
+    with claim_outputs(paths, flag="--out"), contextlib.ExitStack() as stack:
         stages = {name: find_stages([prompt], [files], configs[name])[0] for name, files in outputs.items()}
         left = [name for name, stage in stages.items() if stage != "finished"]
         if not left and picture.exists():

@@ -133,11 +133,11 @@ def _measures(
     """Proxies and exact measures by path, why there are none of the latter, and a sentence on videos that have none."""
     if not options.proxies:
         return {}, {}, "not asked for", []
-    proxies = measure_all(videos, out / "proxies", workers=options.workers, say=_say)
+    proxies = measure_all(videos, out / "proxies", workers=options.nproc, say=_say)
     of_world, reason = videos_of_world(videos)
     if not of_world:
         return proxies, {}, reason, []
-    exact = measure_all_world(of_world, out / "world", workers=options.workers, say=_say)
+    exact = measure_all_world(of_world, out / "world", workers=options.nproc, say=_say)
     share = f"The exact measures of the embedded world are of {len(of_world)} of {len(videos)} videos: {reason}."
     return proxies, exact, None, [] if reason is None else [share]
 

@@ -74,7 +74,7 @@ def start(wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("RAY_worker_niceness", "0")  # 15 by default: beside other tests its workers would get no time
     (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS))
     own = {
-        "suite": tmp_path / "prompts.txt",
+        "prompts": tmp_path / "prompts.txt",
         "out": tmp_path / "out",
         "methods": ",".join(METHODS),
         "seeds": ",".join(map(str, SEEDS)),

@@ -30,7 +30,7 @@ def analyze_in(run: Callable[..., Run], wan_folder: Path, tmp_path: Path) -> Cal
     (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
 
     def call(**settings: object) -> Run:
-        chosen = {"model.path": wan_folder, "prompt_file": tmp_path / "prompts.txt", "out": tmp_path / "out"}
+        chosen = {"model.path": wan_folder, "prompts": tmp_path / "prompts.txt", "out": tmp_path / "out"}
         chosen |= SETTINGS | {"ratios": "0.25,1", "num_reconstructed": 1} | settings
         return run(analyze.main, *(f"--{key}={value}" for key, value in chosen.items()))
 
@@ -113,7 +113,7 @@ def test_of_two_analyses_of_one_folder_the_second_is_refused(
 def test_ltx_video_is_analysed_with_both_passes_in_a_batch(analyze_in: Callable[..., Run], tmp_path: Path) -> None:
     """One prompt; its heads are told once, those of the conditional pass."""
     (tmp_path / "one.txt").write_text("a red circle\n")
-    shown = analyze_in(**LTX, prompt_file=tmp_path / "one.txt", ratios="1", num_reconstructed=0)
+    shown = analyze_in(**LTX, prompts=tmp_path / "one.txt", ratios="1", num_reconstructed=0)
     assert (shown.code, shown.err) == (0, "")
     with (tmp_path / "out" / "spectra.csv").open() as file:
         rows = list(csv.DictReader(file))

@@ -77,7 +77,7 @@ def make_batch(run: Callable[..., Run], wan_folder: Path, suite: Path, tmp_path:
 
 
 def words(folder: Path, suite: Path, out: Path, settings: dict[str, object] | None = None) -> list[str]:
-    own = {"suite": suite, "out": out, "methods": "freespec,direct", "seeds": 3, "checkpoint_every": 2}
+    own = {"prompts": suite, "out": out, "methods": "freespec,direct", "seeds": 3, "checkpoint_every": 2}
     chosen = {"model.path": folder} | SETTINGS | own | (settings or {})
     return [f"--{name}={value}" for name, value in chosen.items() if value is not None]
 
@@ -399,7 +399,7 @@ def test_a_rank_that_hangs_costs_one_attempt(
 
 def test_a_cluster_with_gpus_is_not_used_without_them_in_silence(wan_folder: Path) -> None:
     def options(*words: str) -> Options:
-        given = ["--suite=x", "--out=y", "--ray=auto", f"--model.path={wan_folder}", *words]
+        given = ["--prompts=x", "--out=y", "--ray=auto", f"--model.path={wan_folder}", *words]
         return Options.of(*parse_run(given, name="t", description="", add_arguments=add_arguments))
 
     with pytest.raises(
@@ -491,13 +491,13 @@ def test_two_drivers_on_one_shard(make_batch: Callable[..., Run], tmp_path: Path
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"suite": None}, "--suite is missing; see --help"),
+        ({"prompts": None}, "--prompts is missing; see --help"),
         ({"out": None}, "--out is missing; see --help"),
-        ({"suite": "nowhere.txt"}, "cannot read --suite nowhere.txt: No such file or directory"),
+        ({"prompts": "nowhere.txt"}, "cannot read --prompts nowhere.txt: No such file or directory"),
         ({"methods": "freespec,freespec"}, "--methods must name each once and at least one, got freespec,freespec"),
         ({"methods": "freespek"}, "freespek"),
         ({"seeds": "0,x"}, "--seeds must be whole numbers with commas between them, got '0,x'"),
-        ({"seeds": "-1"}, "sampler.seed must lie in [0, 2**63), got -1"),
+        ({"seeds": "-1"}, "--seeds: a seed must lie in [0, 2**63), got -1"),
         ({"nproc": 0}, "--nproc must be 1 or more, got 0"),
         ({"nproc": 2, "gpus_per_replica": 4}, "contradict each other: every rank has one GPU; give one of them"),
         ({"gpus_per_replica": 1, "model.device": "cpu"}, "asks for GPUs, but the model would run on the CPU"),

@@ -29,7 +29,7 @@ SETTINGS = SMALL | {"sampler.num_steps": 2}
 
 
 def words(wan_folder: Path, out: Path, *argv: object, **settings: object) -> list[str]:
-    chosen = {"model.path": wan_folder, "methods": "direct,freespec", "num_seeds": 2, "out": out} | SETTINGS | settings
+    chosen = {"model.path": wan_folder, "methods": "direct,freespec", "seeds": "0,1", "out": out} | SETTINGS | settings
     return [*(f"--{key}={value}" for key, value in chosen.items()), *map(str, argv)]
 
 
@@ -172,7 +172,7 @@ def test_what_is_there_is_not_made_again_and_may_be_widened(
     compare_in: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    assert compare_in(num_seeds=1, methods="sliding_window").code == 0
+    assert compare_in(seeds=0, methods="sliding_window").code == 0
     video = video_of(out, "sliding_window")
     before = video.stat().st_mtime_ns
     measured = []
@@ -181,8 +181,8 @@ def test_what_is_there_is_not_made_again_and_may_be_widened(
     )
     # Another method and prompt beside the first.
     (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
-    more = {"num_seeds": 1, "methods": "sliding_window,direct", "prompt_file": tmp_path / "prompts.txt"}
-    shown = compare_in("--prompt_file", tmp_path / "prompts.txt", **more)
+    more = {"seeds": 0, "methods": "sliding_window,direct", "prompts": tmp_path / "prompts.txt"}
+    shown = compare_in("--prompts", tmp_path / "prompts.txt", **more)
     assert shown.code == 0
     assert shown.out.startswith("1 of 3, ")
     assert video.stat().st_mtime_ns == before
@@ -190,31 +190,31 @@ def test_what_is_there_is_not_made_again_and_may_be_widened(
 
     # And all of it again: no model, no measure.
     monkeypatch.setattr("engine.engine.load_pipeline", lambda *_, **__: pytest.fail("the model was loaded"))
-    assert compare_in("--prompt_file", tmp_path / "prompts.txt", **more).code == 0
+    assert compare_in("--prompts", tmp_path / "prompts.txt", **more).code == 0
     assert len(measured) == 3
 
     # A narrower command does not make the folder forget what it holds.
-    assert compare_in(num_seeds=1, methods="sliding_window").code == 0
+    assert compare_in(seeds=0, methods="sliding_window").code == 0
     (tmp_path / "others.txt").write_text("a red circle\na green star\n")
-    others = compare_in("--prompt_file", tmp_path / "others.txt", num_seeds=1, methods="sliding_window")
+    others = compare_in("--prompts", tmp_path / "others.txt", seeds=0, methods="sliding_window")
     assert "another prompt p0001 (line 2 of the prompts is 'a green star', before it was 'a blue star')" in others.error
 
     # A file that was changed afterwards is not measured as if it were the one made.
     whole = video.read_bytes()
     video.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    error = compare_in("--prompt_file", tmp_path / "prompts.txt", **more).error
+    error = compare_in("--prompts", tmp_path / "prompts.txt", **more).error
     assert "is not the file that its sidecar describes; delete both" in error
     video.write_bytes(whole)
 
-    changed = compare_in(**{"sampler.num_steps": 3, "video.fps": 8}, num_seeds=1, methods="direct")
+    changed = compare_in(**{"sampler.num_steps": 3, "video.fps": 8}, seeds=0, methods="direct")
     assert "holds direct videos of another configuration; changed: sampler.num_steps 2 -> 3, video.fps 16 -> 8" in (
         changed.error
     )
     assert "choose another --out" in changed.error
-    other = compare_in("--prompt", "a blue star", num_seeds=1)
+    other = compare_in("--prompt", "a blue star", seeds=0)
     assert "another prompt p0000 (line 1 of the prompts is 'a blue star', before it was 'a red circle')" in other.error
     # What a method does not read is nothing of its videos.
-    assert compare_in(**{"method.freespec.alpha": 2}, num_seeds=1, methods="direct").code == 0
+    assert compare_in(**{"method.freespec.alpha": 2}, seeds=0, methods="direct").code == 0
 
 
 def test_a_folder_of_an_older_version_is_refused_in_a_line(
@@ -238,11 +238,11 @@ def test_while_decoding_the_steps_are_kept_and_not_made_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(VideoDecoder, "decode", stop_midway)
-        stopped = compare_in(num_seeds=1, methods="direct")
+        stopped = compare_in(seeds=0, methods="direct")
     assert stopped.code == 130
     assert "after step 2, which is kept in" in stopped.stopped
     assert "the same command continues from there" in stopped.stopped
-    shown = compare_in(num_seeds=1, methods="direct")
+    shown = compare_in(seeds=0, methods="direct")
     assert shown.code == 0
     assert "(continued after step 2)" in shown.out
     found = video_of(tmp_path / "out", "direct")
@@ -254,7 +254,7 @@ def test_shards_make_every_video_once_and_the_report_is_of_all(
     compare_in: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    given = {"methods": "direct,sliding_window", "num_seeds": 3}
+    given = {"methods": "direct,sliding_window", "seeds": "0,1,2"}
     made: set[Path] = set()
     for index in (1, 2):
         shown = compare_in("--shard", f"{index}/2", **given)
@@ -330,18 +330,18 @@ def test_one_process_works_on_a_shard(compare_in: Compare, no_loading: None, tmp
 def test_a_report_alone_does_not_tell_of_settings_that_made_no_video(
     compare_in: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert compare_in(num_seeds=1, methods="direct").code == 0
+    assert compare_in(seeds=0, methods="direct").code == 0
     assert not any("native window" in note for note in json.loads((tmp_path / "out/report.json").read_text())["notes"])
-    refused = compare_in("--report_only", num_seeds=1, methods="direct", **{"sampler.num_steps": 3})
+    refused = compare_in("--report_only", seeds=0, methods="direct", **{"sampler.num_steps": 3})
     assert "sampler.num_steps 2 -> 3" in refused.error
-    other = {"num_seeds": 1, "methods": "direct", "report": tmp_path / "elsewhere"}
+    other = {"seeds": 0, "methods": "direct", "report": tmp_path / "elsewhere"}
     before = (tmp_path / "out/index.html").stat().st_mtime_ns
     assert compare_in("--report_only", **other).out.startswith(f"{tmp_path / 'elsewhere/index.html'}: 1 videos")
     assert (tmp_path / "out/index.html").stat().st_mtime_ns == before
 
 
 def test_a_report_at_native_length_says_that_no_method_acts(compare_in: Compare, tmp_path: Path) -> None:
-    assert compare_in(num_seeds=1, **{"video.num_frames": 9}).code == 0
+    assert compare_in(seeds=0, **{"video.num_frames": 9}).code == 0
     notes = json.loads((tmp_path / "out/report.json").read_text())["notes"]
     assert any(note.startswith("No video is longer than the native window, where every method") for note in notes)
     direct, freespec = (  # pixels, as each file names its method
@@ -352,12 +352,12 @@ def test_a_report_at_native_length_says_that_no_method_acts(compare_in: Compare,
 
 def test_two_ranks_make_what_is_missing_and_one_reports(compare_in: Compare, wan_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "ranks").mkdir()
-    argv = words(wan_folder, tmp_path / "ranks" / "out", "--prompt", "a red circle", num_seeds=1)
+    argv = words(wan_folder, tmp_path / "ranks" / "out", "--prompt", "a red circle", seeds=0)
     ended = run_forked([argv, argv], tmp_path, script="compare")
     assert [rank.code for rank in ended] == [0, 0], ended
     assert ended[1].out == ""
     assert ended[0].out.splitlines()[-1].startswith(f"{tmp_path / 'ranks/out/index.html'}: 2 videos")
-    assert compare_in(num_seeds=1).code == 0
+    assert compare_in(seeds=0).code == 0
     for method in ("direct", "freespec"):
         one, two = (
             np.stack(list(read_video(video_of(folder / "out", method)))).astype(int)
@@ -383,11 +383,9 @@ def test_reports_alone_are_on_what_is_there(compare_in: Compare, no_loading: Non
         ({"methods": "direct:configs/tiny-wan.yaml"}, "is a preset of freespec, not of direct"),
         ({"methods": "freespec:none.yaml"}, "--config none.yaml does not exist"),
         ({"baseline": "freelong"}, "--baseline freelong is none of the compared: direct, freespec"),
-        ({"num_seeds": 0}, "--num_seeds must be 1 or more, got 0"),
-        (
-            {"sampler.seed": 2**63 - 1},
-            "--num_seeds 2 from sampler.seed 9223372036854775807 on ends at 9223372036854775808",
-        ),
+        ({"seeds": "-1"}, "--seeds: a seed must lie in [0, 2**63), got -1"),
+        ({"seeds": 2**63}, "--seeds: a seed must lie in [0, 2**63), got 9223372036854775808"),
+        ({"num_seeds": 2}, "--num_seeds is the former name of --seeds; give --seeds alone"),
         ({"report": "/dev/null/x"}, "cannot write"),
         (
             {"output.path": "a.mp4", "output.overwrite": "true"},
@@ -426,7 +424,7 @@ def test_the_last_seed_that_there_is_may_be_used(compare_in: Compare) -> None:
 
 def test_a_prompt_counts_once(compare_in: Compare, no_loading: None, tmp_path: Path) -> None:
     (tmp_path / "twice.txt").write_text("a red circle\na red circle\n")
-    assert "would count as two" in compare_in("--prompt_file", tmp_path / "twice.txt").error
+    assert "would count as two" in compare_in("--prompts", tmp_path / "twice.txt").error
     (tmp_path / "two.txt").write_text("a red circle\na blue star\n")
-    error = compare_in("--prompt_file", tmp_path / "two.txt", num_prompts=3).error
+    error = compare_in("--prompts", tmp_path / "two.txt", num_prompts=3).error
     assert "--num_prompts must lie in [1, 2], the number of prompts, got 3" in error

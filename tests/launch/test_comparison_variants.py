@@ -183,7 +183,7 @@ def test_what_the_repository_keeps_of_the_search_is_of_today_s_settings(tmp_path
         config=variant.config,
         trials=trials,
         num_steps={"search": 20, "judged": 20},
-        num_seeds={"search": 1, "judged": 1},
+        seeds={"search": (0,), "judged": (0,)},
         kept_folder=folder,
     )
     lists = {"search": "world-calibration-20", "judged": "world-heldout-40"}
@@ -233,7 +233,7 @@ def test_the_study_makes_six_methods_and_the_seven_rows_of_the_table() -> None:
     assert "--measures /elsewhere/kept/videos.jsonl --out /elsewhere/runs " in of_your_own
     settings = STUDY.parts["steps"].settings
     assert (settings["sampler.num_steps"], settings["measures"]) == ("10", "docs/findings/steps.jsonl")
-    assert STUDY.parts["videos"].settings["prompt_file"] == "configs/prompts/world-heldout-40.txt"
+    assert STUDY.parts["videos"].settings["prompts"] == "configs/prompts/world-heldout-40.txt"
     assert rows[0].config.sampler.num_steps == 20
 
 
@@ -253,5 +253,5 @@ def test_tables_and_search_of_your_own_take_nothing_from_the_repository() -> Non
     assert list(study.reports()) == []
     # A search is made and judged with the steps that the tables have, and so are the spectra.
     assert not {"sampler.num_steps", "search_num_steps"} & {*settings["analysis"], *settings["calibration"]}
-    trials = {name: settings["calibration"][name] for name in ("num_trials", "rounds", "num_judge_seeds")}
-    assert trials == {"num_trials": "12", "rounds": "4,8", "num_judge_seeds": "1"}
+    trials = {name: settings["calibration"][name] for name in ("num_trials", "rounds", "judge_seeds")}
+    assert trials == {"num_trials": "12", "rounds": "4,8", "judge_seeds": "0"}

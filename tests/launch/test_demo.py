@@ -68,21 +68,21 @@ def test_a_demo_that_was_stopped_goes_on(
     words = [f"--{key}={value}" for key, value in settings.items()]
     if stage == "denoise":
         with interrupted_at_forward(2 * SMALL["sampler.num_steps"] + 3):
-            stopped = run(demo.main, *words, "--folder", tmp_path / "demo")
+            stopped = run(demo.main, *words, "--out", tmp_path / "demo")
     else:
         where = {"decode": "launch.make_video.decode_to_files", "picture": "launch.commands.demo.write_picture"}[stage]
         name = {"decode": "sliding_window.mp4", "picture": "comparison.png"}[stage]
         with monkeypatch.context() as patch:
             patch.setattr(where, stopping_at(name, where))
-            stopped = run(demo.main, *words, "--folder", tmp_path / "demo")
+            stopped = run(demo.main, *words, "--out", tmp_path / "demo")
     assert (stopped.code, stopped.out.count("\n")) == (130, 3 if stage == "picture" else 1)
     before = (tmp_path / "demo/direct.json").stat().st_mtime_ns
-    shown = run(demo.main, *words, "--folder", tmp_path / "demo")
+    shown = run(demo.main, *words, "--out", tmp_path / "demo")
     assert (shown.code, shown.err) == (0, ""), shown
     assert ("(continued after step 1)" in shown.out) == (stage == "denoise")
     assert shown.out.count("finished already") == (3 if stage == "picture" else 1)
     assert (tmp_path / "demo/direct.json").stat().st_mtime_ns == before
-    assert run(demo.main, *words, "--folder", tmp_path / "whole").code == 0
+    assert run(demo.main, *words, "--out", tmp_path / "whole").code == 0
     assert {path.name for path in (tmp_path / "demo").iterdir()} == {
         path.name for path in (tmp_path / "whole").iterdir()
     }

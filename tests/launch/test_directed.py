@@ -28,7 +28,7 @@ def make(run: Callable[..., Run], wan_folder: Path, tmp_path: Path) -> Make:
 
     def call(settings: dict[str, object] | None = None) -> Run:
         chosen = {"model.path": wan_folder, "output.path": tmp_path / "a.mp4"} | SMALL | (settings or {})
-        if not chosen.keys() & {"prompt", "timeline", "prompt_file"}:
+        if not chosen.keys() & {"prompt", "timeline", "prompts"}:
             chosen["prompt"] = "a red circle"
         several = {key: value if isinstance(value, list) else [value] for key, value in chosen.items()}
         return run(generate.main, *(f"--{key}={value}" for key, values in several.items() for value in values))
@@ -71,11 +71,11 @@ def test_a_timeline_in_a_file_has_negative_texts(make: Make, tmp_path: Path) -> 
 
 def test_lines_of_a_prompt_file_may_be_timelines(make: Make, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text(f"a red circle\n{TWO}\n")
-    assert make({"prompt_file": tmp_path / "prompts.txt"}).code == 0
+    assert make({"prompts": tmp_path / "prompts.txt"}).code == 0
     kept = [json.loads(path.read_text())["timeline"] for path in sorted(tmp_path.glob("*.json"))]
     assert [events is None for events in kept] == [True, False]
     (tmp_path / "prompts.txt").write_text(f"a red circle\n{TWO.replace('0.5s', '8s')}\n")
-    error = make({"prompt_file": tmp_path / "prompts.txt", "output.path": tmp_path / "b.mp4"}).error
+    error = make({"prompts": tmp_path / "prompts.txt", "output.path": tmp_path / "b.mp4"}).error
     assert error.startswith(
         "line 2 of prompts.txt: event 1 of the timeline, 'a red circle' [0s-8s], goes beyond the video"
     )

@@ -280,7 +280,7 @@ def test_a_batch_is_made_of_a_suite_of_the_checkout(run: Callable[..., Run], tmp
     prompts = tmp_path / "VBench" / "prompts" / "prompts_per_category"
     prompts.mkdir(parents=True)
     (prompts / "animal.txt").write_text("a red circle\na blue square\na red circle")
-    words = ["--out", tmp_path / "out", "--dry_run", "--suite"]
+    words = ["--out", tmp_path / "out", "--dry_run", "--prompts"]
     shown = run(batch.main, *words, "vbench:animal", "--vbench", tmp_path / "VBench")
     assert shown.code == 0
     assert "vbench:animal, 2 prompts, sha256 " in shown.out
@@ -289,7 +289,7 @@ def test_a_batch_is_made_of_a_suite_of_the_checkout(run: Callable[..., Run], tmp
     assert (
         "did you mean vbench:animal" in run(batch.main, *words, "vbench:anmal", "--vbench", tmp_path / "VBench").error
     )
-    assert "--vbench is for --suite vbench:NAME" in run(batch.main, *words, "a.txt", "--vbench", tmp_path).error
+    assert "--vbench is for --prompts vbench:NAME" in run(batch.main, *words, "a.txt", "--vbench", tmp_path).error
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_a_batch_is_made_of_a_suite_of_the_checkout(run: Callable[..., Run], tmp
             "--baseline freespec is none of the methods: direct, sliding_window",
         ),
         (["--runs", "{runs}", "--native_frames", "0"], "--native_frames must be 1 or more, got 0"),
-        (["--runs", "{runs}", "--workers", "0"], "--workers and --time_limit must be above 0, got 0 and 21600"),
+        (["--runs", "{runs}", "--nproc", "0"], "--nproc and --time_limit must be above 0, got 0 and 21600"),
         (["--runs", "{runs}", "--proxies", "false"], "nothing to do"),
         (["--runs", "{runs}", "--out", "{runs}/direct/000000000000/videos/p0000-s0.mp4"], "cannot write to the folder"),
         (["--runs", "{runs}", "--wieghts", "x"], "unknown setting wieghts; did you mean weights?"),

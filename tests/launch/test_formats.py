@@ -74,7 +74,7 @@ def test_without_metadata_a_video_says_nothing(make: Make, run: Make, tmp_path: 
 
 def test_two_prompts_are_two_folders(make: Make, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
-    assert make({"output.path": f"{tmp_path}/v/"}, "--prompt_file", tmp_path / "prompts.txt").code == 0
+    assert make({"output.path": f"{tmp_path}/v/"}, "--prompts", tmp_path / "prompts.txt").code == 0
     assert len(names(tmp_path / "v-000")) == len(names(tmp_path / "v-001")) == 17
     for index, prompt in enumerate(("a red circle", "a blue star")):
         assert json.loads(str(comments(tmp_path / f"v-00{index}")[-1]))["prompt"] == prompt

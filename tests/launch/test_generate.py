@@ -87,7 +87,7 @@ def test_latents_that_are_kept_decode_to_the_same_video(
 
 def test_several_prompts_are_numbered(make: Callable[..., Run], tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red circle\n\na blue star\n")
-    shown = make({"output.save_latents": tmp_path / "z.safetensors"}, "--prompt_file", tmp_path / "prompts.txt")
+    shown = make({"output.save_latents": tmp_path / "z.safetensors"}, "--prompts", tmp_path / "prompts.txt")
     assert shown.code == 0
     assert shown.out.count("\n") == 2
     wanted = {f"a-00{i}.{kind}" for i in range(2) for kind in ("mp4", "png", "json")}

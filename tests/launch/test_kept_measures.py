@@ -89,14 +89,14 @@ def test_a_report_without_videos_says_what_the_report_with_them_said(
 
 
 def test_only_what_is_not_kept_is_made_and_what_is_here_counts_first(compare_in: Compare, tmp_path: Path) -> None:
-    assert compare_in(num_seeds=1).code == 0
+    assert compare_in(seeds=0).code == 0
     path = tmp_path / "kept/videos.jsonl"
     header, direct, freespec = path.read_text().splitlines()
     lie = json.loads(direct)
     lie["values"] = [value if value is None else value + 1.0 for value in lie["values"]]
     path.write_text("\n".join((header, json.dumps(lie), freespec)) + "\n")
     # Elsewhere the kept number is all there is.
-    shown = compare_in(out="other", num_seeds=2)
+    shown = compare_in(out="other", seeds="0,1")
     assert shown.out.splitlines()[0].startswith(f"1 of 2, {video_of(tmp_path / 'other', 'direct', seed=1)}")
     values = {(each["label"], each["seed"]): each["values"] for each in report_of(tmp_path / "other")["videos"]}
     honest = report_of(tmp_path / "out")["videos"][0]["values"]
@@ -104,7 +104,7 @@ def test_only_what_is_not_kept_is_made_and_what_is_here_counts_first(compare_in:
     lines = [json.loads(line)["video"] for line in path.read_text().splitlines()[1:]]
     assert lines == [["direct", 0, 0], ["freespec", 0, 0], ["direct", 0, 1], ["freespec", 0, 1]]
     # Where the video is, it is measured; and a report on one method leaves the others in the file.
-    assert compare_in("--report_only", num_seeds=1, methods="direct").code == 0
+    assert compare_in("--report_only", seeds=0, methods="direct").code == 0
     assert report_of(tmp_path / "out")["videos"][0]["values"] == honest
     lines = path.read_text().splitlines()
     assert json.loads(lines[1])["values"] == json.loads(direct)["values"]
@@ -115,21 +115,21 @@ def test_only_what_is_not_kept_is_made_and_what_is_here_counts_first(compare_in:
 def test_measures_of_other_settings_are_not_mixed_in(
     compare_in: Compare, no_loading: Callable[[], None], tmp_path: Path
 ) -> None:
-    assert compare_in(num_seeds=1, methods="direct").code == 0
+    assert compare_in(seeds=0, methods="direct").code == 0
     path = tmp_path / "kept/videos.jsonl"
     before = path.read_bytes()
     no_loading()
-    steps = compare_in(out="other", num_seeds=1, methods="direct", **{"sampler.num_steps": 3})
+    steps = compare_in(out="other", seeds=0, methods="direct", **{"sampler.num_steps": 3})
     assert f"{path} holds direct videos of another configuration; changed: sampler.num_steps 2 -> 3" in steps.error
     assert "choose another --measures" in steps.error
-    window = compare_in(out="fifth", num_seeds=1, methods="sliding_window", **{"method.window_frames": 4})
+    window = compare_in(out="fifth", seeds=0, methods="sliding_window", **{"method.window_frames": 4})
     assert "measures of clips of 9 frames, and these are of 13" in window.error
-    star = compare_in("--prompt", "a blue star", out="sixth", num_seeds=1, methods="direct")
+    star = compare_in("--prompt", "a blue star", out="sixth", seeds=0, methods="direct")
     assert "another prompt p0000 (line 1 of the prompts is 'a blue star'" in star.error
     lines = [json.loads(line) for line in before.decode().splitlines()]
     fewer = [lines[0] | {"measures": lines[0]["measures"][1:]}, lines[1] | {"values": lines[1]["values"][1:]}]
     path.write_text(as_text(fewer))
-    refused = compare_in(out="third", num_seeds=2, methods="direct")
+    refused = compare_in(out="third", seeds="0,1", methods="direct")
     assert f"{path} has 7 measures of each video, and 8 are made of these (what differs: flow_mean)" in refused.error
     odd = [
         lines[1] | {"origin": 7},
@@ -143,21 +143,21 @@ def test_measures_of_other_settings_are_not_mixed_in(
     broken_lines += [as_text([lines[0] | {name: 3}, lines[1]]).encode() for name in ("configs", "variants", "origins")]
     for broken in (*broken_lines, before[:-20], b'{"a": 1}\n', b"", b"[]\n", bytes(range(128, 255))):
         path.write_bytes(broken)
-        refused = compare_in(out="fourth", num_seeds=1, methods="direct")
+        refused = compare_in(out="fourth", seeds=0, methods="direct")
         assert f"{path} does not hold kept measures, or not the whole of them" in refused.error
         assert path.read_bytes() == broken
     # Nothing that was refused has taken a folder for itself, which the corrected command would then be refused in.
     assert sorted(entry.name for entry in tmp_path.iterdir() if entry.is_dir()) == ["kept", "out"]
-    assert "is a folder" in compare_in(num_seeds=1, measures=tmp_path).error
-    assert "cannot write" in compare_in(num_seeds=1, measures="/dev/null/x.jsonl").error
+    assert "is a folder" in compare_in(seeds=0, measures=tmp_path).error
+    assert "cannot write" in compare_in(seeds=0, measures="/dev/null/x.jsonl").error
 
 
 def test_a_prompt_may_hold_any_letter(compare_in: Compare, no_loading: Callable[[], None]) -> None:
     """JSON is not lines to everybody: Unicode has ends of line of its own."""
     given = ("--prompt", "a red\u2028circle\u0085")
-    assert compare_in(*given, num_seeds=1, methods="direct").code == 0
+    assert compare_in(*given, seeds=0, methods="direct").code == 0
     no_loading()
-    assert compare_in(*given, out="other", num_seeds=1, methods="direct").code == 0
+    assert compare_in(*given, out="other", seeds=0, methods="direct").code == 0
 
 
 def test_a_shard_that_lost_a_video_does_not_say_that_it_is_measured(
@@ -184,7 +184,7 @@ def test_two_that_add_to_one_file_wait_for_each_other(
     added: list[Any] = []
     monkeypatch.setattr(comparison_report, "add_kept", lambda *arguments: added.extend(arguments))
     (tmp_path / "kept").mkdir()
-    assert compare_in(num_seeds=1, methods="direct").code == 0
+    assert compare_in(seeds=0, methods="direct").code == 0
     path = tmp_path / "kept/videos.jsonl"
     with ThreadPoolExecutor() as pool:
         with locked(path.with_name(".videos.jsonl.lock")):
@@ -198,7 +198,7 @@ def test_two_that_add_to_one_file_wait_for_each_other(
 def test_what_was_read_is_not_written_back_over_what_another_has_measured_meanwhile(
     compare_in: Compare, no_loading: Callable[[], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert compare_in(num_seeds=1, methods="direct").code == 0
+    assert compare_in(seeds=0, methods="direct").code == 0
     path = tmp_path / "kept/videos.jsonl"
     header, line = (json.loads(text) for text in path.read_text().splitlines())
     newer = as_text([header, line | {"sha256": "0" * 64}])
@@ -209,14 +209,14 @@ def test_what_was_read_is_not_written_back_over_what_another_has_measured_meanwh
         kept_measures.add_kept(*arguments)
 
     monkeypatch.setattr(comparison_report, "add_kept", meanwhile)
-    assert compare_in(out="other", num_seeds=1, methods="direct").code == 0  # its video is kept, and not there
+    assert compare_in(out="other", seeds=0, methods="direct").code == 0  # its video is kept, and not there
     assert path.read_text() == newer
-    assert compare_in(num_seeds=1, methods="direct").code == 0  # the control: here it is there, and is measured
+    assert compare_in(seeds=0, methods="direct").code == 0  # the control: here it is there, and is measured
     assert json.loads(path.read_text().splitlines()[1])["sha256"] == line["sha256"]
 
 
 def test_other_versions_and_weights_of_kept_videos_are_told(compare_in: Compare, tmp_path: Path) -> None:
-    assert compare_in(num_seeds=1, methods="direct").code == 0
+    assert compare_in(seeds=0, methods="direct").code == 0
     path = tmp_path / "kept/videos.jsonl"
     header, line = path.read_text().splitlines()
     origin = json.loads(header)["origins"][0]
@@ -224,7 +224,7 @@ def test_other_versions_and_weights_of_kept_videos_are_told(compare_in: Compare,
     sha256 = dict.fromkeys(origin["model"]["sha256"], "0" * 64)
     other = origin | {"measured_by": "0" * 64, "model": origin["model"] | {"sha256": sha256}}
     path.write_text("\n".join((json.dumps(json.loads(header) | {"origins": [other]}), line)) + "\n")
-    shown = compare_in(out="other", num_seeds=2, methods="direct")
+    shown = compare_in(out="other", seeds="0,1", methods="direct")
     assert shown.code == 0
     notes = " ".join(report_of(tmp_path / "other")["notes"])
     assert "1 videos were measured by another version of metrics/ or of its libraries than is here" in notes
@@ -236,11 +236,11 @@ def test_other_versions_and_weights_of_kept_videos_are_told(compare_in: Compare,
 
 
 def test_ranks_take_what_the_first_has_kept(compare_in: Compare, wan_folder: Path, tmp_path: Path) -> None:
-    assert compare_in(num_seeds=1).code == 0
+    assert compare_in(seeds=0).code == 0
     kept = tmp_path / "kept/videos.jsonl"
     elsewhere = tmp_path / "elsewhere.jsonl"  # as on another machine, where another file is
     elsewhere.write_text("nothing")
-    argv = [words(wan_folder, tmp_path / "ranks", *PROMPT, num_seeds=2, measures=path) for path in (kept, elsewhere)]
+    argv = [words(wan_folder, tmp_path / "ranks", *PROMPT, seeds="0,1", measures=path) for path in (kept, elsewhere)]
     ended = run_forked(argv, tmp_path, script="compare", fault=no_plots_in)
     assert [rank.code for rank in ended] == [0, 0], ended
     assert ended[0].out.splitlines()[0].startswith("1 of 2, ")

@@ -46,15 +46,15 @@ def commands(run: Callable[..., Run], tmp_path: Path) -> dict[str, Callable[...,
 
         return start
 
-    from_file = f"--prompt_file={file}"
-    searched = ["--num_trials=2", "--rounds=1", f"--judge_prompt_file={tmp_path / 'judge.txt'}"]
+    from_file = f"--prompts={file}"
+    searched = ["--num_trials=2", "--rounds=1", f"--judge_prompts={tmp_path / 'judge.txt'}"]
     return {
         "generate": call(generate.main, from_file, f"--output.path={out}/a.mp4"),
         "compare": call(compare.main, from_file, f"--out={out}", "--methods=direct,freespec"),
         "analyze": call(analyze.main, from_file, f"--out={out}"),
         "calibrate": call(calibrate.main, from_file, f"--out={out}", *searched),
-        "batch": call(batch.main, f"--suite={file}", f"--out={out}"),
-        "batch --dry_run": call(batch.main, f"--suite={file}", f"--out={out}", "--dry_run"),
+        "batch": call(batch.main, f"--prompts={file}", f"--out={out}"),
+        "batch --dry_run": call(batch.main, f"--prompts={file}", f"--out={out}", "--dry_run"),
     }
 
 
@@ -112,7 +112,7 @@ def test_the_demonstration_says_so_too(
 ) -> None:
     words = [f"--{key}={value}" for key, value in TINY.items()]
     with pytest.raises(LoadedError):
-        run(demo.main, *words, f"--folder={tmp_path}", "--prompt=a dragon")
+        run(demo.main, *words, f"--out={tmp_path}", "--prompt=a dragon")
     assert capsys.readouterr().out.startswith(
         'note: 1 word is unknown to the model, which reads past them: "dragon" (the'
     )
@@ -156,7 +156,7 @@ def test_a_list_that_comes_with_the_program_is_found_from_any_folder(
     (tmp_path / "configs/prompts").mkdir(parents=True)
     (tmp_path / name).write_text("a cat\n")
     assert read_prompts(None, name).texts == ["a cat"]
-    with pytest.raises(UserError, match=r"cannot read --prompt_file nowhere\.txt: No such file"):
+    with pytest.raises(UserError, match=r"cannot read --prompts nowhere\.txt: No such file"):
         read_prompts(None, "nowhere.txt")
 
 

@@ -76,7 +76,7 @@ def test_three_ranks_make_the_videos_of_one(make: Callable[..., Run], wan_folder
     (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
     (tmp_path / "one").mkdir()
     (tmp_path / "three").mkdir()
-    more = ["--prompt_file", tmp_path / "prompts.txt", "--output.trace", "--verbose"]
+    more = ["--prompts", tmp_path / "prompts.txt", "--output.trace", "--verbose"]
     one, three = (words(wan_folder, tmp_path / name / "a.mp4", TILED) for name in ("one", "three"))
     generate.main([*one, *map(str, more)])
     ended = run_forked([[*three, *more, "--parallel.ring=3"]] * 3, tmp_path)
@@ -144,7 +144,7 @@ def test_without_a_prompt_or_a_preset_the_embedded_model_makes_its_example(tmp_p
 
 @pytest.mark.parametrize("chosen", [["--config", "tiny-ltx"], ["--model.path", "tiny/ltx"], ["--model", "tiny/ltx"]])
 def test_another_model_has_no_example(run: Callable[..., Run], chosen: list[str]) -> None:
-    assert run(generate.main, *chosen).error == "give one of --prompt TEXT, --timeline EVENTS and --prompt_file FILE"
+    assert run(generate.main, *chosen).error == "give one of --prompt TEXT, --timeline EVENTS and --prompts FILE"
 
 
 def started_by_torchrun_of_two_machines(command: list[str]) -> list[list[str]]:

@@ -54,7 +54,7 @@ def words(wan_folder: Path) -> Callable[..., list[str]]:
     def call(folder: Path, settings: dict[str, object] | None = None) -> list[str]:
         chosen = {"model.path": wan_folder, "output.path": folder / "a.mp4", "prompt": "a red circle"}
         chosen |= SMALL | (settings or {})
-        if "prompt_file" in chosen:
+        if "prompts" in chosen:
             del chosen["prompt"]
         return [f"--{key}={value}" for key, value in chosen.items()]
 
@@ -357,28 +357,26 @@ def test_of_a_file_of_prompts_the_finished_are_skipped(
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue star\na green square\n")
-    settings = {"prompt_file": prompts, "output.path": tmp_path / "out" / "a.mp4"}
+    settings = {"prompts": prompts, "output.path": tmp_path / "out" / "a.mp4"}
     [ended] = run_forked([words(tmp_path, settings)], tmp_path, fault=partial(kill_in_video, 2))
     assert ended.code == -signal.SIGKILL
     left = names(tmp_path / "out")
     assert {"a-000.json", "a-001.latents.safetensors"} <= left
     assert "a-001.json" not in left
     first = (tmp_path / "out/a-000.json").read_bytes()
-    shown = make({"output.path": tmp_path / "out" / "a.mp4"}, "--prompt_file", prompts)
+    shown = make({"output.path": tmp_path / "out" / "a.mp4"}, "--prompts", prompts)
     lines = shown.out.splitlines()
     assert [line.partition(": ")[0].rpartition("/")[2] for line in lines] == ["a-000.mp4", "a-001.mp4", "a-002.mp4"]
     assert ["finished already" in line for line in lines] == [True, False, False]
     assert (tmp_path / "out/a-000.json").read_bytes() == first
     assert names(tmp_path / "out") == {f"a-00{n}.{kind}" for n in range(3) for kind in ("mp4", "png", "json")}
     no_loading()
-    assert (
-        make({"output.path": tmp_path / "out" / "a.mp4"}, "--prompt_file", prompts).out.count("finished already") == 3
-    )
+    assert make({"output.path": tmp_path / "out" / "a.mp4"}, "--prompts", prompts).out.count("finished already") == 3
     # A prompt in another place is another video.
     prompts.write_text("a red circle\na green square\n")
     assert (
         "prompt was 'a blue star', now 'a green square'"
-        in make({"output.path": tmp_path / "out" / "a.mp4"}, "--prompt_file", prompts).error
+        in make({"output.path": tmp_path / "out" / "a.mp4"}, "--prompts", prompts).error
     )
 
 

@@ -42,7 +42,7 @@ def test_files_that_are_no_suites(tmp_path: Path, data: bytes, message: str) -> 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nothing"):
-        with pytest.raises(UserError, match="cannot read --suite"):
+        with pytest.raises(UserError, match="cannot read --prompts"):
             read_suite(path)
 
 

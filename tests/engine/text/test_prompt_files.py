@@ -76,9 +76,9 @@ def test_a_list_of_vbench_is_read_in_the_same_way(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named_with_its_option(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"cannot read --prompt_file .*gone\.txt: No such file"):
+    with pytest.raises(UserError, match=r"cannot read --prompts .*gone\.txt: No such file"):
         read_prompts(None, str(tmp_path / "gone.txt"))
-    with pytest.raises(UserError, match=r"cannot read --prompt_file .*: Is a directory"):
+    with pytest.raises(UserError, match=r"cannot read --prompts .*: Is a directory"):
         read_prompts(None, str(tmp_path))
 
 

@@ -238,7 +238,7 @@ def options_shown(text: str) -> list[str]:
 
 def test_help_is_short_and_shows_nothing_that_is_refused(run: Callable[..., Run]) -> None:
     shown = run(generate.main, "--help").out
-    assert {"prompt", "prompt_file", "config", "nproc", "help_all", "model.path", "video.num_frames"} <= {
+    assert {"prompt", "prompts", "config", "nproc", "help_all", "model.path", "video.num_frames"} <= {
         *options_shown(shown)
     }
     assert {"sampler.seed", "method.name", "output.path", "output.overwrite"} <= {*options_shown(shown)}
@@ -268,7 +268,7 @@ def test_help_shows_only_what_the_command_takes(run: Callable[..., Run], name: s
 def test_help_all_shows_every_setting_with_its_meaning_and_the_preset_s_value(run: Callable[..., Run]) -> None:
     shown = run(generate.main, "--help_all", "--config", "wan2.1-t2v-1.3b")
     assert (shown.code, shown.err) == (0, "")
-    for key in [*dotted(dataclasses.asdict(parse())), "prompt", "prompt_file", "config"]:
+    for key in [*dotted(dataclasses.asdict(parse())), "prompt", "prompts", "config"]:
         assert f"--{key} " in shown.out
     words = " ".join(shown.out.split())
     assert "frames of the video, 4k + 1 for Wan and 8k + 1 for LTX-Video. (type: int, default: 321)" in words
@@ -310,8 +310,8 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("prompt", "content", "words"),
     [
-        (None, None, "give one of --prompt TEXT, --timeline EVENTS and --prompt_file FILE"),
-        ("x", b"y", "give one of --prompt TEXT, --timeline EVENTS and --prompt_file FILE"),
+        (None, None, "give one of --prompt TEXT, --timeline EVENTS and --prompts FILE"),
+        ("x", b"y", "give one of --prompt TEXT, --timeline EVENTS and --prompts FILE"),
         ("  ", None, "--prompt is empty"),
         (None, b"", "has no prompt"),
         (None, b"\n  \n", "has no prompt"),
@@ -329,5 +329,5 @@ def test_a_mistake_in_the_prompts(tmp_path: Path, prompt: str | None, content: b
 
 def test_a_prompt_file_that_is_missing_or_a_folder(tmp_path: Path) -> None:
     for path in (tmp_path / "none.txt", tmp_path):
-        with pytest.raises(UserError, match="cannot read --prompt_file"):
+        with pytest.raises(UserError, match="cannot read --prompts"):
             read_prompts(None, str(path))

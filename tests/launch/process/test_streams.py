@@ -81,7 +81,7 @@ def test_every_prompt_is_made_though_nothing_can_be_printed(
     (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
     given = SMALL | {
         "model.path": wan_folder,
-        "prompt_file": tmp_path / "prompts.txt",
+        "prompts": tmp_path / "prompts.txt",
         "output.path": tmp_path / "a.mp4",
     }
     (ended,) = run_forked([[f"--{name}={value}" for name, value in given.items()]], tmp_path, fault=lose)
@@ -96,7 +96,7 @@ def test_a_batch_is_made_though_nothing_can_be_printed(
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     of_one = {"output.sheet_frames"}
     given = {name: value for name, value in SMALL.items() if name not in of_one} | {"model.path": wan_folder}
-    given |= {"suite": tmp_path / "prompts.txt", "out": tmp_path / "out"}
+    given |= {"prompts": tmp_path / "prompts.txt", "out": tmp_path / "out"}
     words = [f"--{name}={value}" for name, value in given.items()]
     (ended,) = run_forked([words], tmp_path, fault=lose, script="batch")
     assert (ended.code, ended.err) == (0, said), ended

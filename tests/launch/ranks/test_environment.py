@@ -174,7 +174,16 @@ def test_a_batch_on_gpus_that_this_machine_has_not(
 ) -> None:
     """Refused before anything is started or written."""
     (tmp_path / "prompts.txt").write_text("a red circle\n")
-    words = ["--suite", tmp_path / "prompts.txt", "--out", tmp_path / "out", "--ray", "local", "--gpus_per_replica", 64]
+    words = [
+        "--prompts",
+        tmp_path / "prompts.txt",
+        "--out",
+        tmp_path / "out",
+        "--ray",
+        "local",
+        "--gpus_per_replica",
+        64,
+    ]
     said = run(batch.main, *words, *more).error
     assert said.startswith("1 replicas of 64 ranks need 64 GPUs, and this machine has ")
     assert said.endswith(", or give the address of a cluster as --ray")

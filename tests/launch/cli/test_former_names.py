@@ -1,0 +1,74 @@
+"""Options under their former names: accepted for one release, with one line on stderr."""
+
+import pytest
+
+from engine.errors import UserError
+from launch.arguments import analyze, batch, calibrate, compare, demo, generate
+from launch.cli import parser
+from launch.ranks.environment import LAUNCHER
+
+PROMPTS = "configs/prompts/batch-demo.txt"
+
+
+@pytest.fixture(autouse=True)
+def _nothing_said() -> None:
+    parser._say_renamed.cache_clear()
+
+
+def test_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+    now, then = (generate.read([name, PROMPTS]) for name in ("--prompts", "--prompt_file"))
+    assert now == then
+    said = "note: --prompt_file is now --prompts; the old name works until the next release\n"
+    assert capsys.readouterr().err == said
+    assert generate.read([f"--prompt_file={PROMPTS}"]) == now
+    assert capsys.readouterr().err == ""  # once
+    assert analyze.read(["--prompts", PROMPTS]).prompts == now.prompts
+
+
+def test_a_rank_of_the_launcher_says_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LAUNCHER, "1")
+    generate.read(["--prompt_file", PROMPTS])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_number_of_seeds_is_a_list_of_seeds(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--prompt", "a red circle", "--sampler.seed", "3"]
+    assert compare.read(given).seeds == [3]
+    assert compare.read([*given, "--seeds", "5,1"]).seeds == [5, 1]
+    assert compare.read([*given, "--num_seeds", "2"]).seeds == [3, 4]
+    assert capsys.readouterr().err.startswith("note: --num_seeds is now --seeds; ")
+    with pytest.raises(UserError, match="at least one, such as --seeds 3; got 0"):
+        compare.read([*given, "--num_seeds", "0"])
+
+
+def test_both_lists_of_a_calibration() -> None:
+    lists = ("configs/prompts/world-calibration-20.txt", "configs/prompts/world-heldout-40.txt")
+    now = calibrate.read(["--prompts", lists[0], "--judge_prompts", lists[1], "--seeds", "0,1"])
+    then = calibrate.read(["--prompt_file", lists[0], "--judge_prompt_file", lists[1], "--num_seeds", "2"])
+    assert now.search == then.search
+    assert now.held_out == then.held_out
+    assert now.seeds == then.seeds == {"search": (0, 1), "judged": (0, 1)}
+
+
+def test_the_suite_of_a_batch(tmp_path: object) -> None:
+    words = ["--out", str(tmp_path)]
+    assert batch.read(["--suite", PROMPTS, *words]) == batch.read(["--prompts", PROMPTS, *words])
+    with pytest.raises(UserError, match="--suite is the former name of --prompts; give --prompts alone"):
+        batch.read(["--suite", PROMPTS, "--prompts", PROMPTS, *words])
+
+
+def test_out_names_the_files_of_every_command() -> None:
+    video = generate.read(["--prompt", "x", "--out", "a.mp4"]).config.output.path
+    assert video == generate.read(["--prompt", "x", "--output", "a.mp4"]).config.output.path == "a.mp4"
+    assert demo.read(["--folder", "runs/x"]).folder == demo.read(["--out", "runs/x"]).folder
+
+
+def test_former_names_are_in_no_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        calibrate.read(["--help_all"])
+    shown = capsys.readouterr().out
+    assert "--judge_prompts" in shown
+    assert "prompt_file" not in shown
+    assert "num_seeds" not in shown
