@@ -8,13 +8,17 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import cv2
+
 from engine.errors import UserError
 from engine.files.trees import read_kept
 from engine.files.whole import write_json
-from evaluation import world
-from evaluation.proxies import PROXIES, measure_file, version
+from engine.media import read_video
 from evaluation.videos import Video
 from evaluation.world import WORLD, measure_world
+from metrics import proxies
+from metrics.proxies import PROXIES
+from metrics.version import source_digest
 
 
 def measure_all(
@@ -30,7 +34,9 @@ def measure_all(
     jobs = [
         _Job(video.path, (video.path, int(video.fps)), folder / f"{video.sha256}-{video.fps}.json") for video in videos
     ]
-    return _measure_kept(jobs, measure_file, "proxies", PROXIES, code=version(), workers=workers, say=say)
+    # What a kept value belongs to, beside its video: the code of the proxies and of the reader.
+    code = source_digest(*(Path(module.__file__) for module in (proxies, read_video)), packages=("av",))
+    return _measure_kept(jobs, measure_file, "proxies", PROXIES, code=code, workers=workers, say=say)
 
 
 def measure_all_world(
@@ -42,8 +48,13 @@ def measure_all_world(
         what = hashlib.sha256(f"{video.prompt}\n{video.native_frames}".encode()).hexdigest()[:12]
         given = (video.path, video.prompt, video.native_frames)
         jobs.append(_Job(video.path, given, folder / f"{video.sha256}-{what}.json"))
-    code = world.version()
-    return _measure_kept(jobs, measure_world, "exact measures", WORLD, code=code, workers=workers, say=say)
+    return _measure_kept(jobs, measure_world, "exact measures", WORLD, code=source_digest(), workers=workers, say=say)
+
+
+def measure_file(path: Path, fps: int) -> dict[str, float]:
+    """Every proxy of a video file, on one thread."""
+    cv2.setNumThreads(1)
+    return proxies.proxies(read_video.read_frames(path), fps)
 
 
 class _Job(NamedTuple):
@@ -81,7 +92,7 @@ def _measure(
         for job in given:
             yield job, call(*job.given)
         return
-    # Spawned, because OpenCV and PyAV hold threads and locks that a fork would copy; evaluation.proxies imports little.
+    # Spawned, because OpenCV and PyAV hold threads and locks that a fork would copy; this module imports little.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(given)), mp_context=context) as pool:
         jobs = {pool.submit(call, *job.given): job for job in given}

@@ -9,13 +9,13 @@ from typing import Any
 
 from engine.files.tables import as_csv, markdown_cell, markdown_table
 from engine.files.whole import write_json, write_text
-from evaluation.proxies import PROXIES
 from evaluation.tables import Scored, differences, means
 from evaluation.vbench.dimensions import DIMENSIONS
 from evaluation.vbench.parse import DimensionScores
 from evaluation.videos import as_json
 from evaluation.world import WORLD
 from metrics.bootstrap import MIN_COUNT, Estimate
+from metrics.proxies import PROXIES
 
 PAPER = Path(__file__).with_name("paper.json")
 NO_TOTAL = (

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engine.media.read_video import read_frames
 from engine.shown import quoted
-from evaluation.proxies import read_frames
-from metrics.version import source_digest
 from metrics.world import WORLD_UNITS, why_not_world, world_metrics
 
 if TYPE_CHECKING:
@@ -44,8 +43,3 @@ def measure_world(path: Path, prompt: str, native_frames: int) -> dict[str, floa
     """Every one of `WORLD` for an mp4; nan where a video has none."""
     found = world_metrics(read_frames(path), prompt, native_frames)
     return {f"world.{name}": value for name, value in found.values.items()}
-
-
-def version() -> str:
-    """What a kept value belongs to, beside its video, prompt and native length."""
-    return source_digest()

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import cv2
 import numpy as np
 
-from metrics.frames import check_frames, luma
+from metrics.frames import check_frames, luma, mean_or_nan
 
 STRONGEST = 0.05
 """Share of a frame's pixels whose flow counts as its strongest motion."""
@@ -36,8 +36,8 @@ def motion_magnitude(frames: np.ndarray) -> dict[str, float]:
     for magnitude in _magnitudes(check_frames(frames)):
         count = max(1, round(STRONGEST * magnitude.size))
         means.append(magnitude.mean())
-        strongest.append(np.partition(magnitude.ravel(), -count)[-count:].mean())
-    return {"flow_mean": _mean(means), "flow_strongest": _mean(strongest)}
+        strongest.append(mean_of_largest(magnitude, count))
+    return {"flow_mean": mean_or_nan(means), "flow_strongest": mean_or_nan(strongest)}
 
 
 def interpolation_error(frames: np.ndarray) -> float:
@@ -52,9 +52,27 @@ def interpolation_error(frames: np.ndarray) -> float:
     errors = []
     for t in range(1, len(frames) - 1):
         half = flow_between(gray[t - 1], gray[t + 1]) / 2
-        before, after = _shifted(frames[t - 1], -half), _shifted(frames[t + 1], half)
+        before, after = shifted(frames[t - 1], -half), shifted(frames[t + 1], half)
         errors.append(np.abs((before + after) / 2 - frames[t]).mean())
-    return _mean(errors)
+    return mean_or_nan(errors)
+
+
+def shifted(frame: np.ndarray, offset: np.ndarray) -> np.ndarray:
+    """The frame read at p + offset(p), bilinear, with the border repeated outside."""
+    height, width = frame.shape[:2]
+    x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
+    return cv2.remap(
+        frame.astype(np.float32),
+        x + offset[..., 0].astype(np.float32),
+        y + offset[..., 1].astype(np.float32),
+        cv2.INTER_LINEAR,
+        borderMode=cv2.BORDER_REPLICATE,
+    )
+
+
+def mean_of_largest(values: np.ndarray, count: int) -> np.floating:
+    """The mean of the `count` largest."""
+    return np.partition(values.ravel(), -count)[-count:].mean()
 
 
 def flow_colours(flow: np.ndarray, full: float) -> np.ndarray:
@@ -69,20 +87,3 @@ def _magnitudes(frames: np.ndarray) -> Iterator[np.ndarray]:
     gray = [luma(frame) for frame in frames]
     for first, second in itertools.pairwise(gray):
         yield np.linalg.norm(flow_between(first, second), axis=-1)
-
-
-def _shifted(frame: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    """The frame read at p + offset(p), bilinear, with the border repeated outside."""
-    height, width = frame.shape[:2]
-    x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
-    return cv2.remap(
-        frame.astype(np.float32),
-        x + offset[..., 0].astype(np.float32),
-        y + offset[..., 1].astype(np.float32),
-        cv2.INTER_LINEAR,
-        borderMode=cv2.BORDER_REPLICATE,
-    )
-
-
-def _mean(values: list) -> float:
-    return float(np.mean(values)) if values else float("nan")

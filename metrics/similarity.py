@@ -5,14 +5,10 @@ A clip is a piece of the model's native length. Alike is not good by itself: a f
 
 import itertools
 
-import cv2
 import numpy as np
 from skimage.metrics import structural_similarity
 
-from metrics.frames import check_frames, luma
-
-BINS = 8
-"""Bins per colour channel of a histogram: 32 levels each."""
+from metrics.frames import check_frames, colour_histogram, luma, mean_or_nan
 
 POSITIONS = 8
 """Evenly spaced frames of a clip at which its structure is compared."""
@@ -26,8 +22,8 @@ def frame_colour_similarity(frames: np.ndarray) -> float:
     The similarity of two frames is the intersection of their colour histograms, sum over bins of min(p, q), with 8 x 8
     x 8 bins of RGB. It does not see where a colour is.
     """
-    histograms = [_histogram(frame[None]) for frame in check_frames(frames)]
-    return _mean([np.minimum(a, b).sum() for a, b in itertools.pairwise(histograms)])
+    histograms = [colour_histogram(frame[None]) for frame in check_frames(frames)]
+    return mean_or_nan([np.minimum(a, b).sum() for a, b in itertools.pairwise(histograms)])
 
 
 def frame_structural_similarity(frames: np.ndarray) -> float:
@@ -36,7 +32,7 @@ def frame_structural_similarity(frames: np.ndarray) -> float:
     SSIM (Wang et al. 2004) with their Gaussian window of sigma 1.5, K1 = 0.01, K2 = 0.03: at most 1, for equal frames.
     """
     gray = [luma(frame) for frame in check_frames(frames)]
-    return _mean([_ssim(a, b) for a, b in itertools.pairwise(gray)])
+    return mean_or_nan([_ssim(a, b) for a, b in itertools.pairwise(gray)])
 
 
 def clip_colour_similarity(frames: np.ndarray, clip_frames: int) -> list[float]:
@@ -45,7 +41,7 @@ def clip_colour_similarity(frames: np.ndarray, clip_frames: int) -> list[float]:
     That of `frame_colour_similarity`, with histograms of all frames of a clip of `clip_frames` frames.
     """
     clips = _clips(frames, clip_frames)
-    histograms = [_histogram(clip) for clip in clips]
+    histograms = [colour_histogram(clip) for clip in clips]
     return [float(np.minimum(histograms[0], other).sum()) for other in histograms[1:]]
 
 
@@ -60,7 +56,7 @@ def clip_structural_similarity(frames: np.ndarray, clip_frames: int) -> list[flo
     scores = []
     for clip in clips[1:]:
         places = np.unique(np.linspace(0, len(clip) - 1, POSITIONS).round().astype(int))
-        scores.append(_mean([_ssim(clips[0][place], clip[place]) for place in places]))
+        scores.append(mean_or_nan([_ssim(clips[0][place], clip[place]) for place in places]))
     return scores
 
 
@@ -77,13 +73,6 @@ def _clips(frames: np.ndarray, clip_frames: int) -> list[np.ndarray]:
     return [frames[i * clip_frames : (i + 1) * clip_frames] for i in range(count)]
 
 
-def _histogram(frames: np.ndarray) -> np.ndarray:
-    """Share of pixels in each of the colour bins, [BINS, BINS, BINS], sum 1."""
-    tall = np.ascontiguousarray(frames).reshape(-1, frames.shape[2], 3)
-    counts = cv2.calcHist([tall], [0, 1, 2], None, [BINS] * 3, [0, 256] * 3)
-    return counts / counts.sum()
-
-
 def _ssim(first: np.ndarray, second: np.ndarray) -> float:
     if min(first.shape) < _WINDOW:
         raise ValueError(f"SSIM needs frames of {_WINDOW} x {_WINDOW} pixels or more, got {list(first.shape)}")
@@ -91,7 +80,3 @@ def _ssim(first: np.ndarray, second: np.ndarray) -> float:
         first, second, data_range=255, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
     )
     return float(score)
-
-
-def _mean(values: list) -> float:
-    return float(np.mean(values)) if values else float("nan")

@@ -8,16 +8,16 @@ import tiny.captions
 import tiny.measure
 import tiny.world
 
-_NO_MEASURE = ("bootstrap.py", "version.py")  # what is made of measures, and this file
+_OTHERS = ("bootstrap.py", "proxies.py", "version.py")  # what is made of measures, another set of them, and this file
 _PACKAGES = ("numpy", "opencv-python-headless", "scikit-image")
 
 
-def source_digest() -> str:
-    """SHA-256 over the sources of the measures and the versions of the libraries that they call."""
+def source_digest(*more: Path, packages: tuple[str, ...] = ()) -> str:
+    """SHA-256 over the sources of the measures and the versions of the libraries that they call, and over `more` of both."""
     digest = hashlib.sha256()
-    files = sorted(file for file in Path(__file__).parent.glob("*.py") if file.name not in _NO_MEASURE)
-    for file in [*files, *(Path(module.__file__) for module in (tiny.captions, tiny.measure, tiny.world))]:
+    files = sorted(file for file in Path(__file__).parent.glob("*.py") if file.name not in _OTHERS)
+    for file in [*files, *(Path(module.__file__) for module in (tiny.captions, tiny.measure, tiny.world)), *more]:
         digest.update(file.read_bytes())
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *packages):
         digest.update(f"{package} {importlib.metadata.version(package)}\n".encode())
     return digest.hexdigest()

@@ -96,6 +96,11 @@ def read_video(path: Path) -> Iterator[np.ndarray]:
         raise UserError(f"{path} does not decode after frame {count}: {error}") from error
 
 
+def read_frames(path: Path) -> np.ndarray:
+    """All frames of a video file, uint8 [T, H, W, 3]; UserError as for `read_video`."""
+    return np.stack(list(read_video(path)))
+
+
 def check_colours(path: Path) -> None:
     """Raise UserError for colours that `read_video` does not read, by the first frame; av.FFmpegError if it does not decode."""
     with open_file(path) as container:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from engine.errors import UserError
-from engine.media.read_video import read_video
+from engine.media.read_video import read_frames, read_video
 from evaluation import measure
-from evaluation.measure import measure_all
-from evaluation.proxies import measure_file, proxies, read_frames
+from evaluation.measure import measure_all, measure_file
 from evaluation.videos import read_batch
+from metrics.proxies import proxies
 
 
 def test_any_number_of_processes_finds_the_same_and_it_is_kept(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine.errors import UserError
-from evaluation.proxies import read_frames
+from engine.media.read_video import read_frames
 from evaluation.videos import groups, read_batch, read_batches, read_list, what_is_missing
 from tests.engine.media.test_read_video import LIMITED, picture, write, ycbcr
 from tests.evaluation.batches import FPS, PROMPTS, SIZE, SWITCHES, make_batch, write_sidecar, write_video

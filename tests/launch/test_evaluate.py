@@ -15,10 +15,10 @@ import pytest
 
 from engine.files.locks import hold
 from evaluation import measure
-from evaluation.proxies import PROXIES
 from evaluation.vbench.dimensions import DIMENSIONS
 from launch.commands import batch, evaluate
 from launch.process.exit_codes import run_command
+from metrics.proxies import PROXIES
 from tests.evaluation.batches import PROMPTS, make_batch, write_sidecar
 from tests.evaluation.test_world import write_clip
 from tests.evaluation.vbench.fake_vbench import calls, ends, forget_hashes, make_checkout, make_weights, set_plan

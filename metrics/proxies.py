@@ -3,25 +3,22 @@
 No correlation with VBench has been measured. One value is VBench's own formula,
 `vbench.temporal_flickering_unfiltered`, and even that is not the official score, which first drops clips that move.
 Nothing here stands for aesthetic quality, the identity of a subject or the text: those need networks and are not
-available without them. Optical flow is Dense Inverse Search as OpenCV has it, which finds displacements of tens of
-pixels that Farneback's misses.
+available without them. Definitions differ from those of `metrics.motion` and `metrics.similarity` where they follow VBench's or serve
+large pictures: a faster flow, SSIM on smaller pictures, frames rebuilt from both sides.
 """
 
-import hashlib
-import importlib.metadata
 import itertools
 import math
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import cv2
 import numpy as np
 from skimage.measure import blur_effect
 from skimage.metrics import structural_similarity
 
-import engine.media.read_video
-from engine.media.read_video import read_video
+from metrics.frames import check_frames, colour_histogram, luma, mean_or_nan
+from metrics.motion import mean_of_largest, shifted
+from metrics.sharpness import laplacian_variance
 
 PROXIES = {
     "vbench.temporal_flickering_unfiltered": "VBench's temporal_flickering formula on all frames: 1 if still",
@@ -50,20 +47,19 @@ _THUMBNAIL = (32, 18)
 _SSIM_SIDE = 240  # shorter side in pixels at which SSIM is taken: it is slow, and fine noise is not structure
 _BLUR_FRAMES = 8
 _SMALL_SIDE = 256
-_PACKAGES = ("av", "numpy", "opencv-python-headless", "scikit-image")
 
 
 def proxies(frames: np.ndarray, fps: int) -> dict[str, float]:
     """Every one of `PROXIES` for frames uint8 [T, H, W, 3] at `fps` per second; nan where a video is too short."""
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or len(frames) == 0 or fps < 1:
-        raise ValueError(f"frames must be uint8 [T, H, W, 3], got {frames.dtype} {list(frames.shape)} at {fps} fps")
-    gray = np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames])
+    if fps < 1:
+        raise ValueError(f"fps must be 1 or more, got {fps}")
+    gray = np.stack([luma(frame) for frame in check_frames(frames)])
     differences = [float(np.abs(a.astype(np.int16) - b).mean()) for a, b in itertools.pairwise(frames)]
     return {
-        "vbench.temporal_flickering_unfiltered": (255 - _mean(differences)) / 255,
+        "vbench.temporal_flickering_unfiltered": (255 - mean_or_nan(differences)) / 255,
         **_flow(gray, fps),
         "proxy.midframe_flow_mae": _midframes(frames, gray),
-        "proxy.freeze_ratio": _mean([difference < _SAME_LEVELS for difference in differences]),
+        "proxy.freeze_ratio": mean_or_nan([difference < _SAME_LEVELS for difference in differences]),
         "proxy.lab_hist_consistency": _histograms(frames),
         "proxy.lab_hist_consistency_clipfirst": _histograms(frames[:: CLIP_SECONDS * fps]),
         "proxy.ssim_prev": _ssim(gray),
@@ -74,28 +70,8 @@ def proxies(frames: np.ndarray, fps: int) -> dict[str, float]:
     }
 
 
-def measure_file(path: Path, fps: int) -> dict[str, float]:
-    """`proxies` of a video file, on one thread."""
-    cv2.setNumThreads(1)
-    return proxies(read_frames(path), fps)
-
-
-def read_frames(path: Path) -> np.ndarray:
-    """All frames of a video file, uint8 [T, H, W, 3], by its own colour tags; UserError if it does not decode."""
-    return np.stack(list(read_video(path)))
-
-
-def version() -> str:
-    """SHA-256 over this code and the versions of its libraries: what a kept value belongs to, beside its video."""
-    versions = "".join(f"{package} {importlib.metadata.version(package)}\n" for package in _PACKAGES)
-    sources = b"".join(
-        Path(module.__file__).read_bytes() for module in (sys.modules[__name__], engine.media.read_video)
-    )
-    return hashlib.sha256(sources + versions.encode()).hexdigest()
-
-
-def flow_between(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Optical flow in pixels, fp32 [H, W, 2], from one luma image, uint8 [H, W], to another."""
+def fast_flow(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """`metrics.motion.flow_between` by the fast preset, of a quarter of the resolution unless a picture is small."""
     method = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
     if min(first.shape) < _SMALL_SIDE:
         method.setFinestScale(0)  # the preset stops at a quarter of the resolution
@@ -119,8 +95,8 @@ def _flow(gray: np.ndarray, fps: int) -> dict[str, float]:
     ]
     pairs = [clip for clip in pairs if clip]
     return {
-        "proxy.flow_top5_px": _mean([value for clip in pairs for value in clip]),
-        "proxy.moving_clip_rate": _mean(moving_clips(pairs, min(gray.shape[1:]))),
+        "proxy.flow_top5_px": mean_or_nan([value for clip in pairs for value in clip]),
+        "proxy.moving_clip_rate": mean_or_nan(moving_clips(pairs, min(gray.shape[1:]))),
     }
 
 
@@ -136,52 +112,35 @@ def _clips(frames: np.ndarray, length: int) -> Iterator[np.ndarray]:
 
 
 def _strongest(first: np.ndarray, second: np.ndarray) -> float:
-    magnitude = np.linalg.norm(flow_between(first, second), axis=-1).ravel()
-    count = max(1, int(magnitude.size * 0.05))
-    return float(np.partition(magnitude, -count)[-count:].mean())
+    magnitude = np.linalg.norm(fast_flow(first, second), axis=-1)
+    return float(mean_of_largest(magnitude, max(1, int(magnitude.size * 0.05))))
 
 
 def _midframes(frames: np.ndarray, gray: np.ndarray) -> float:
     """Odd frames as (I_{t-1}(p + G/2) + I_{t+1}(p + F/2)) / 2, with forward flow F and backward flow G."""
     errors = []
     for t in range(1, len(frames) - 1, 2):
-        forward, backward = flow_between(gray[t - 1], gray[t + 1]), flow_between(gray[t + 1], gray[t - 1])
-        rebuilt = (_read_at(frames[t - 1], backward / 2) + _read_at(frames[t + 1], forward / 2)) / 2
+        forward, backward = fast_flow(gray[t - 1], gray[t + 1]), fast_flow(gray[t + 1], gray[t - 1])
+        rebuilt = (shifted(frames[t - 1], backward / 2) + shifted(frames[t + 1], forward / 2)) / 2
         errors.append(float(np.abs(rebuilt - frames[t]).mean()))
-    return (255 - _mean(errors)) / 255
-
-
-def _read_at(frame: np.ndarray, offset: np.ndarray) -> np.ndarray:
-    height, width = frame.shape[:2]
-    x, y = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
-    return cv2.remap(
-        frame.astype(np.float32),
-        x + offset[..., 0],
-        y + offset[..., 1],
-        cv2.INTER_LINEAR,
-        borderMode=cv2.BORDER_REPLICATE,
-    )
+    return (255 - mean_or_nan(errors)) / 255
 
 
 def _histograms(frames: np.ndarray) -> float:
     """Mean over t of (s(t, t - 1) + s(t, 0)) / 2, s = 1 - the Bhattacharyya distance of 8 x 8 x 8 Lab histograms."""
-    histograms = []
-    for frame in frames:
-        lab = cv2.cvtColor(frame, cv2.COLOR_RGB2LAB)
-        counts = cv2.calcHist([lab], [0, 1, 2], None, [8] * 3, [0, 256] * 3)
-        histograms.append(counts / counts.sum())
+    histograms = [colour_histogram(cv2.cvtColor(frame, cv2.COLOR_RGB2LAB)[None]) for frame in frames]
     likeness = [
         [1 - cv2.compareHist(now, other, cv2.HISTCMP_BHATTACHARYYA) for other in (before, histograms[0])]
         for before, now in itertools.pairwise(histograms)
     ]
-    return _mean(likeness)
+    return mean_or_nan(likeness)
 
 
 def _ssim(gray: np.ndarray) -> float:
     scale = min(1.0, _SSIM_SIDE / min(gray.shape[1:]))
     size = [max(7, round(side * scale)) for side in gray.shape[:0:-1]]
     small = [cv2.resize(frame, size, interpolation=cv2.INTER_AREA) for frame in gray]
-    return _mean([structural_similarity(a, b, data_range=255) for a, b in itertools.pairwise(small)])
+    return mean_or_nan([structural_similarity(a, b, data_range=255) for a, b in itertools.pairwise(small)])
 
 
 def _repeats(gray: np.ndarray, fps: int) -> dict[str, float]:
@@ -219,15 +178,11 @@ def _drifts(frames: np.ndarray, gray: np.ndarray, fps: int) -> dict[str, float]:
 
 
 def _window(frames: np.ndarray, gray: np.ndarray) -> tuple[float, float, float]:
-    saturation = _mean([cv2.cvtColor(frame, cv2.COLOR_RGB2HSV)[..., 1].mean() for frame in frames])
-    return float(gray.mean()), saturation, _mean([cv2.Laplacian(frame, cv2.CV_64F).var() for frame in gray])
+    saturation = mean_or_nan([cv2.cvtColor(frame, cv2.COLOR_RGB2HSV)[..., 1].mean() for frame in frames])
+    return float(gray.mean()), saturation, laplacian_variance(frames)
 
 
 def _blur(gray: np.ndarray) -> float:
     places = np.unique(np.linspace(0, len(gray) - 1, _BLUR_FRAMES).round().astype(int))
     values = [float(blur_effect(gray[place])) for place in places if gray[place].min() < gray[place].max()]
-    return _mean(values)
-
-
-def _mean(values: list) -> float:
-    return float(np.mean(values)) if len(values) else math.nan
+    return mean_or_nan(values)

@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from evaluation.proxies import PROXIES, flow_between, moving_clips, proxies
+from metrics.proxies import PROXIES, fast_flow, moving_clips, proxies
 
 FPS = 8
 SIDE = 64
@@ -60,7 +60,7 @@ def test_a_still_video_has_everything_but_motion() -> None:
 
 def test_flow_is_in_pixels() -> None:
     first, second = (cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in pan(5, 2))
-    x, y = flow_between(first, second)[16:48, 16:48].mean((0, 1))
+    x, y = fast_flow(first, second)[16:48, 16:48].mean((0, 1))
     assert (x, y) == (pytest.approx(-5, abs=0.3), pytest.approx(0, abs=0.3))
     assert FOUND["slow"]["proxy.flow_top5_px"] == pytest.approx(1, abs=0.3)
     assert FOUND["fast"]["proxy.moving_clip_rate"] == 1
