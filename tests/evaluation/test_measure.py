@@ -33,7 +33,7 @@ def test_any_number_of_processes_finds_the_same_and_it_is_kept(
 def test_other_code_measures_again(batch: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     videos = read_batch(batch)[:1]
     measure_all(videos, tmp_path, workers=1, say=lambda line: None)
-    monkeypatch.setattr(measure, "version", lambda: "another")
+    monkeypatch.setattr(measure, "source_digest", lambda *_, **__: "another")
     said: list[str] = []
     measure_all(videos, tmp_path, workers=1, say=said.append)
     assert said == ["proxies: 1 of 1 videos to be measured"]
