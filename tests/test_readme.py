@@ -4,6 +4,7 @@ import argparse
 import ast
 import itertools
 import re
+import runpy
 import shlex
 import sys
 import tomllib
@@ -196,6 +197,12 @@ def test_the_library_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.chdir(tmp_path)
     exec(compile(example, "README.md", "exec"), {})
     assert [len(list(read_video(tmp_path / f"circle-{seed}.mp4"))) for seed in (0, 1)] == [65, 65]
+
+
+def test_the_picture_shows_the_chosen_case() -> None:
+    found = runpy.run_path(str(ROOT / "docs/figures/methods.py"))
+    prompt, _ = found["choose"]()
+    assert f'"{prompt}"' in read(ROOT / "README.md")
 
 
 def test_names_that_the_engine_exports() -> None:

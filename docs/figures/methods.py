@@ -30,7 +30,7 @@ def choose() -> tuple[str, int]:
         return min(direct["speed_error"] - freespec["speed_error"], kept[0] - kept[1])
 
     index, seed = max((case for name, *case in measures if name == "direct"), key=gain)
-    return header["prompts"][index], seed
+    return header["prompts"][f"p{index:04d}"], seed
 
 
 def draw_methods(path: Path, prompt: str, seed: int) -> None:
