@@ -1,6 +1,7 @@
 """The engine: a loaded model that makes videos from prompts, in stages that can be stopped and continued."""
 
 import contextlib
+import json
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +27,7 @@ from engine.denoise.schedulers import make_scheduler, shifting_tokens
 from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError
 from engine.given.frames import GivenFrames
-from engine.given.known import GivenOnRanks, Known
+from engine.given.known import Known, read_known_on_ranks
 from engine.hooks.apply import MethodHandle, apply_method
 from engine.hooks.cross_attention import install_timeline
 from engine.hooks.step_hook import choose_eigensolver
@@ -36,7 +37,7 @@ from engine.load.pipeline import load_pipeline
 from engine.load.provenance import describe_loaded, describe_weights
 from engine.load.sharded_weights import shard_pipeline, shards_text
 from engine.progress import enabled, progress_bar
-from engine.ranks.agreement import check_agreement, raise_together, setting_prints
+from engine.ranks.agreement import check_agreement, from_first, raise_together, setting_prints
 from engine.ranks.group_of_one import GROUP_OF_ONE
 from engine.ranks.layouts import Ranks, check_layout
 from engine.record import EngineFacts, build_record, running_revision
@@ -217,17 +218,10 @@ class LongVideoEngine:
         passes = self.text.passes(prompt, negative_prompt, direction)
         seconds = {"text": time.perf_counter() - started}
 
-        size = {"num_frames": num_frames, "height": video.height, "width": video.width}
-        shared = None if given is None else GivenOnRanks(given, self.spec, self.mesh, **size, fps=video.fps)
-        known = None if shared is None else self._read_known(shared, seed)
-        settings = self.checkpoint.settings(
-            self.config,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            seed=seed,
-            num_frames=num_frames,
-            **({} if shared is None else {"given": shared.settings()}),
-        )
+        known = None if given is None else self._read_known(given, num_frames, seed)
+        call = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "num_frames": num_frames}
+        facts = {} if given is None else {"given": self._describe_given(given, num_frames)}
+        settings = self.checkpoint.settings(self.config, **call, **facts)
         schedule = self._set_timesteps(num_frames)
         generator = torch.Generator("cpu").manual_seed(seed)
         file = None if checkpoint is None else RunFile(path=checkpoint, settings=settings, mesh=self.mesh)
@@ -266,7 +260,7 @@ class LongVideoEngine:
             resumed_at=done,
             settings=settings,
             timeline=None if direction is None else direction.described(self.spec.token_step),
-            given=None if known is None or shared is None else shared.record(known),
+            given=None if given is None or known is None else self._record_given(given, known, num_frames),
         )
 
     def decode(self, latents: Tensor, *, seed: int | None = None) -> Iterator[np.ndarray]:
@@ -377,8 +371,21 @@ class LongVideoEngine:
         window = self.config.method.window_frames * self.spec.patch[0]
         return draw_noise(shape, generator, kind, window_frames=window, stride=stride * self.spec.patch[0])
 
-    def _read_known(self, shared: GivenOnRanks, seed: int) -> Known:
+    def _read_known(self, given: GivenFrames, num_frames: int, seed: int) -> Known:
         """Encode the given frames, with the initial noise at their places."""
-        known = shared.read(self.adapter, self.pipe.vae)
-        noise = self._draw_noise(shared.num_frames, torch.Generator("cpu").manual_seed(seed))
-        return known.with_noise(noise, self.device)
+        video = self.config.video
+        size = {"num_frames": num_frames, "height": video.height, "width": video.width, "fps": video.fps}
+        known = read_known_on_ranks(given, self.adapter, self.pipe.vae, self.spec, mesh=self.mesh, **size)
+        return known.with_noise(self._draw_noise(num_frames, torch.Generator("cpu").manual_seed(seed)), self.device)
+
+    def _describe_given(self, given: GivenFrames, num_frames: int) -> dict[str, Any]:
+        """The settings of the given frames, from rank 0, which alone may see the files."""
+        video, step = {"num_frames": num_frames, "fps": self.config.video.fps}, self.spec.temporal_factor
+        return json.loads(
+            from_first(self.mesh, lambda: json.dumps(given.settings(**video, step=step)).encode(), "given frames")
+        )
+
+    def _record_given(self, given: GivenFrames, known: Known, num_frames: int) -> dict[str, Any]:
+        begun = 0 if given.extend is None else self.spec.num_frames(len(known.frames) - len(given.images))
+        step = self.spec.temporal_factor
+        return given.record(num_frames=num_frames, fps=self.config.video.fps, step=step, begun=begun)

@@ -20,7 +20,7 @@ from engine.adapters import VideoSpec
 from engine.config import RunConfig
 from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
 from engine.progress import note
-from engine.ranks.agreement import broadcast_bytes, raise_together
+from engine.ranks.agreement import broadcast_bytes, from_first, raise_together
 from engine.ranks.layouts import Ranks
 from freespec import eigen
 from freespec.attention import WindowedAttention
@@ -149,9 +149,8 @@ def choose_for_pipeline(mesh: SeqMesh, grid: Grid, *, head_dim: int, where: tupl
 
 def _by_rank_0(mesh: SeqMesh, choose: Callable[[], KernelChoice]) -> KernelChoice:
     """Rank 0's choice on every rank, or its UserError."""
-    chosen = raise_together(mesh, lambda: choose() if mesh.world.rank == 0 else None)
-    data = json.dumps(dataclasses.asdict(chosen)).encode() if chosen is not None else b""
-    return KernelChoice(**json.loads(broadcast_bytes(mesh, data, "attention kernel")))
+    data = from_first(mesh, lambda: json.dumps(dataclasses.asdict(choose())).encode(), "attention kernel")
+    return KernelChoice(**json.loads(data))
 
 
 def choose_kernel(name: str, part: LayerPart, device: torch.device, dtype: torch.dtype) -> KernelChoice:

@@ -42,17 +42,22 @@ def read_preset(*names: str, settings: Mapping[str, Any] | None = None) -> RunCo
         for group in reversed(groups):
             one = {group: one}
         tree = _laid_over(tree, one)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(RunConfig, nested_key=None)
     try:
-        namespace = parser.parse_object(tree)
-        refuse_null(namespace)
-        made = parser.instantiate(namespace)
+        made = parse_tree(tree)
     except ArgumentError as error:
         raise UserError(describe_parser_error(error)) from error
     except ValueError as error:  # from the checks of the dataclasses
         raise UserError(str(error)) from error
     return finished(made)
+
+
+def parse_tree(tree: dict[Any, Any]) -> Namespace:
+    """Parse settings into the groups of a RunConfig; ArgumentError or ValueError for unknown and invalid ones."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(RunConfig, nested_key=None)
+    namespace = parser.parse_object(tree)
+    refuse_null(namespace)
+    return parser.instantiate(namespace)
 
 
 def finished(namespace: Namespace) -> RunConfig:

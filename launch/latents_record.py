@@ -10,8 +10,7 @@ from jsonargparse import ArgumentError
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files.trees import parse_json
-from engine.presets import refuse_null
-from launch.cli.parser import make_parser
+from engine.presets import parse_tree
 
 ADVICE = "give latents that launch/generate.py saved"
 
@@ -61,15 +60,11 @@ def is_given(value: Any) -> bool:
 
 def restore_config(tree: dict[str, Any], source: Path) -> RunConfig:
     """The RunConfig that a record was saved with; UserError if this version does not know one of its settings."""
-    parser = make_parser("decode.py", "", "")
-    parser.add_class_arguments(RunConfig, nested_key=None)
     try:
         for part, settings in tree.items():
             if not isinstance(settings, dict):
                 raise UserError(f"{part} is {settings!r:.40}")
-        namespace = parser.parse_object(tree)
-        refuse_null(namespace)
-        namespace = parser.instantiate(namespace)
+        namespace = parse_tree(tree)
     except (ArgumentError, ValueError) as error:
         raise UserError(f"{source} was saved with settings that this version does not know: {error}") from error
     return RunConfig(**{field.name: namespace[field.name] for field in dataclasses.fields(RunConfig)})

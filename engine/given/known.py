@@ -5,11 +5,9 @@ n, so that they follow the straight path of flow matching. All other frames atte
 method are unchanged.
 """
 
-import json
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -22,7 +20,7 @@ from engine.errors import UserError
 from engine.given.frames import GivenFrames, GivenImage, span_of
 from engine.given.image import read_image
 from engine.media.read_video import check_colours, frame_rate, measure, read_video
-from engine.ranks.agreement import broadcast_bytes, raise_together
+from engine.ranks.agreement import from_first
 from parallel.mesh import SeqMesh
 
 _LATENTS = ".safetensors"
@@ -125,54 +123,16 @@ def read_known(
     return Known(latents=torch.cat([by_frame[frame] for frame in frames], dim=2), frames=torch.tensor(frames))
 
 
-@dataclass(frozen=True, slots=True)
-class GivenOnRanks:
-    """The given frames of one run on all ranks of a mesh; only rank 0 reads the files.
+def read_known_on_ranks(
+    given: GivenFrames, adapter: ModelAdapter, vae: torch.nn.Module, spec: VideoSpec, *, mesh: SeqMesh, **size: int
+) -> Known:
+    """`read_known` by rank 0, which alone may see the files, for every rank."""
 
-    Attributes:
-        given: the files.
-        spec: the numbers of the checkpoint.
-        mesh: the ranks.
-        num_frames: of the video.
-        height: pixels.
-        width: pixels.
-        fps: frames per second.
-    """
-
-    given: GivenFrames
-    spec: VideoSpec
-    mesh: SeqMesh
-    num_frames: int
-    height: int
-    width: int
-    fps: int
-
-    def settings(self) -> dict[str, Any]:
-        """`GivenFrames.settings` on every rank."""
-        return json.loads(broadcast_bytes(self.mesh, raise_together(self.mesh, self._describe), "given frames"))
-
-    def read(self, adapter: ModelAdapter, vae: torch.nn.Module) -> Known:
-        """`read_known` by rank 0, for every rank."""
-        data = raise_together(self.mesh, lambda: self._encode(adapter, vae))
-        return Known(**safetensors.torch.load(broadcast_bytes(self.mesh, data, "given frames")))
-
-    def record(self, known: Known) -> dict[str, Any]:
-        """`GivenFrames.record` for the frames that were read."""
-        begun = 0 if self.given.extend is None else self.spec.num_frames(len(known.frames) - len(self.given.images))
-        return self.given.record(num_frames=self.num_frames, fps=self.fps, step=self.spec.temporal_factor, begun=begun)
-
-    def _describe(self) -> bytes:
-        if self.mesh.world.rank > 0:
-            return b""
-        step = self.spec.temporal_factor
-        return json.dumps(self.given.settings(num_frames=self.num_frames, fps=self.fps, step=step)).encode()
-
-    def _encode(self, adapter: ModelAdapter, vae: torch.nn.Module) -> bytes:
-        if self.mesh.world.rank > 0:
-            return b""
-        size = {"num_frames": self.num_frames, "height": self.height, "width": self.width}
-        known = read_known(self.given, adapter, vae, self.spec, **size, fps=self.fps)
+    def read() -> bytes:
+        known = read_known(given, adapter, vae, spec, **size)
         return safetensors.torch.save({"latents": known.latents, "frames": known.frames})
+
+    return Known(**safetensors.torch.load(from_first(mesh, read, "given frames")))
 
 
 def _look_at_begun(path: Path, spec: VideoSpec, *, height: int, width: int, fps: int) -> tuple[int, list[str]]:

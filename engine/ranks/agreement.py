@@ -88,6 +88,11 @@ def broadcast_bytes(mesh: SeqMesh, data: bytes, what: str) -> bytes:
     return broadcast(mesh, _on_mesh(mesh, buffer), what).cpu().numpy().tobytes() if int(size) else b""
 
 
+def from_first(mesh: SeqMesh, action: Callable[[], bytes], what: str) -> bytes:
+    """Return on every rank what `action` returns on rank 0, or raise its UserError there."""
+    return broadcast_bytes(mesh, raise_together(mesh, lambda: action() if mesh.world.rank == 0 else b""), what)
+
+
 def _gather(mesh: SeqMesh, mine: Tensor) -> list[Tensor]:
     parts = collectives.gather_copies(
         _on_mesh(mesh, mine), "agreement", group=mesh.world.group, trace=_trace("agreement at start")
