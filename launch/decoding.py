@@ -1,4 +1,4 @@
-"""How decoding may end early, and the line that says how to go on from the latents."""
+"""Messages for a decode that ends early, and how to continue from the latents."""
 
 import contextlib
 import shlex
@@ -16,7 +16,7 @@ from parallel.collectives import CollectiveError
 
 @contextlib.contextmanager
 def explain_decoding(files: OutputFiles, device: torch.device) -> Iterator[None]:
-    """Say how to go on from the latents, which are in `files.latents`, if decoding them in the block is stopped or fails."""
+    """Report how to continue from the latents in `files.latents` if decoding in the block is stopped or fails."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -37,7 +37,7 @@ def explain_decoding(files: OutputFiles, device: torch.device) -> Iterator[None]
 
 
 def describe_kept(files: OutputFiles) -> str:
-    """Say where the latents are, and how the video is made of them."""
+    """The message with the place of the latents, and the command that decodes them."""
     command = ["python", "launch/decode.py", str(files.latents), "--output", files.name]
     if any(path.exists() for path in (files.video, files.sheet, files.record)):
         command.append("--overwrite")

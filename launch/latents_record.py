@@ -19,7 +19,7 @@ _PARTS = ("model", "video", "decode", "output")
 
 
 def read_record(metadata: dict[str, str], source: Path) -> dict[str, Any]:
-    """The record that generate.py put into its latents; UserError for latents of another origin."""
+    """Read the record in a latents file of generate.py; UserError for latents of another origin."""
     if "record" not in metadata:
         raise UserError(f"{source} does not say how it was made; {ADVICE}")
     record = parse_json(metadata["record"], f"the record in {source}", remedy=ADVICE)
@@ -49,7 +49,7 @@ def is_timeline(value: Any) -> bool:
 
 
 def is_given(value: Any) -> bool:
-    """Whether a value is what a record says of given frames, see `engine.given.frames.GivenFrames.record`."""
+    """Whether a value is a record's entry about given frames, see `engine.given.frames.GivenFrames.record`."""
     if not isinstance(value, dict) or value.get("shows") not in ("whole", "new"):
         return False
     extend = value.get("extend")
@@ -59,7 +59,7 @@ def is_given(value: Any) -> bool:
 
 
 def restore_config(tree: dict[str, Any], source: Path) -> RunConfig:
-    """The RunConfig that a record was saved with; UserError if this version does not know one of its settings."""
+    """Restore the RunConfig of a record; UserError if this version does not know one of its settings."""
     try:
         for part, settings in tree.items():
             if not isinstance(settings, dict):
@@ -71,9 +71,9 @@ def restore_config(tree: dict[str, Any], source: Path) -> RunConfig:
 
 
 def decoding_part(tree: dict[str, Any]) -> dict[str, Any]:
-    """Of a recorded configuration what decoding reads, with a method that is not read.
+    """The parts of a recorded configuration that decoding reads, with a placeholder method.
 
-    What made the latents stays in the record as it is, and is not checked: this version may refuse it, or not know it.
+    The settings of denoising are kept in the record and not checked, since this version may not know them.
     """
     return {part: tree[part] for part in _PARTS if part in tree} | {"method": {"name": "direct", "window_frames": 1}}
 

@@ -1,4 +1,4 @@
-"""Make the files of one prompt from what an earlier run has left; if that ends early, a line says what was kept."""
+"""Make the files of one prompt, continuing an earlier run; an early end reports what was kept."""
 
 import contextlib
 from collections.abc import Iterator
@@ -68,7 +68,7 @@ def summary(record: Record, files: OutputFiles | ItemFiles) -> str:
 
 
 def _read_latents(engine: LongVideoEngine, config: RunConfig, files: OutputFiles) -> tuple[Tensor, Record]:
-    """Latents that an earlier run has left, on every rank, and their record on rank 0."""
+    """Read the latents of an earlier run, on every rank, and their record on rank 0."""
     record: Record = {}
     data = b""
     if engine.is_first:
@@ -88,9 +88,9 @@ def _denoise(
     replace: bool,
     replace_latents: bool,
 ) -> tuple[Tensor, Record]:
-    """Latents on every rank, and their record on rank 0, which writes both, and the trace if there is one."""
+    """Denoise: latents on every rank, and their record on rank 0, which writes both, and the trace if there is one."""
     trace = SpectralTrace() if files.trace else None
-    # The record of a finished run says that nothing is left to make.
+    # The record of a finished run would mean that nothing is left to make.
     outdated = files.record if replace else None
     kept = LatentsFile(path=files.latents, outdated=outdated, replace=replace or replace_latents)
     with explain_denoising(files, engine):
@@ -112,7 +112,7 @@ def _denoise(
 
 @contextlib.contextmanager
 def explain_denoising(files: OutputFiles | ItemFiles, engine: LongVideoEngine) -> Iterator[None]:
-    """Say what was kept, and how to go on, if denoising in the block is stopped or fails."""
+    """Report what was kept, and how to continue, if denoising in the block is stopped or fails."""
     try:
         yield
     except LatentsKept as error:
@@ -132,7 +132,7 @@ def explain_denoising(files: OutputFiles | ItemFiles, engine: LongVideoEngine) -
 
 
 def _describe_checkpoint(files: OutputFiles | ItemFiles, otherwise: str = "nothing was kept") -> str:
-    """What was kept of a run that ended while denoising, and how to go on; `otherwise` if there is no checkpoint."""
+    """The message about a run that ended while denoising, and how to continue; `otherwise` without a checkpoint."""
     if not files.checkpoint.exists():
         return otherwise
     return f"after step {kept_steps(files.checkpoint)}, which is kept in {files.checkpoint}; the same command continues from there"

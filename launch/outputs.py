@@ -1,4 +1,4 @@
-"""Which files a run writes, and the checks that they can be written, made before anything is loaded or computed."""
+"""The files of a run, and checks that they can be written, before anything is loaded or computed."""
 
 import contextlib
 import math
@@ -36,7 +36,7 @@ class OutputFiles:
 
     @property
     def kind(self) -> VideoKind:
-        """What kind of video it is."""
+        """The kind of video, by its ending."""
         return VIDEO_KINDS[self.video.suffix]
 
     @property
@@ -76,12 +76,12 @@ class OutputFiles:
 
     @property
     def decoded(self) -> list[Path]:
-        """What is made from latents alone."""
+        """The files that are made from latents."""
         return [self.video, self.sheet, self.record]
 
     @property
     def decoding(self) -> VideoFiles:
-        """The same, as `engine.produce.decode_to_files` takes them."""
+        """The same, for `engine.produce.decode_to_files`."""
         return VideoFiles(video=self.video, kind=self.kind, sheet=self.sheet, record=self.record)
 
     @property
@@ -115,13 +115,13 @@ def plan_outputs(config: OutputConfig, num_videos: int) -> list[OutputFiles]:
 
 
 def latents_beside(video: Path, suffix: str = "") -> Path:
-    """Where the latents of a video wait until it is whole."""
+    """The latents file beside a video, which is kept until the video is complete."""
     return video.with_name(f"{video.stem}{suffix}.latents.safetensors")
 
 
 @contextlib.contextmanager
 def claim_outputs(paths: Sequence[Path], *, flag: str, folders: Collection[Path] = ()) -> Iterator[None]:
-    """Check that files can be written, and keep other runs from writing them during the block; `flag` names others.
+    """Check that files can be written, and claim them for the block; `flag` is the option to choose others.
 
     `folders` are those of the paths that will be folders of frames.
 
@@ -157,7 +157,7 @@ def refuse_existing(paths: Sequence[Path], overwrite_flag: str) -> None:
 
 
 def describe_existing(path: Path, overwrite_flag: str, differences: str | None = None) -> str:
-    """Why a run cannot begin: a file is there, made with settings that differ so."""
+    """The message for a file that exists, with the settings in which it differs."""
     latents = ", or make the video from it with launch/decode.py" if path.suffix == ".safetensors" else ""
     other = f"; it was made with other settings: {differences}" if differences else ""
     return f"{path} exists already; choose another name or add {overwrite_flag}{latents}{other}"
@@ -166,10 +166,10 @@ def describe_existing(path: Path, overwrite_flag: str, differences: str | None =
 def check_free_space(
     outputs: Sequence[OutputFiles], config: RunConfig, latent_shape: Sequence[int], *, model: Path
 ) -> None:
-    """Raise UserError unless the disks have what these videos take at least, and the work on one of them.
+    """Raise UserError unless the disks have room for these videos, at least, and the work on one of them.
 
-    What an earlier run has left is counted as there. `latent_shape` is that of one video's latents, which are kept in fp32,
-    `model` the folder of the checkpoint that makes them.
+    Existing files of an earlier run are not counted again. `latent_shape` is that of one video's latents, stored in fp32,
+    `model` the folder of the checkpoint.
     """
     video, every = config.video, config.output.checkpoint_every
     latents = 4 * math.prod(latent_shape)

@@ -1,4 +1,4 @@
-"""What a command says of its prompts, and of the time that they take on a CPU, before it loads anything."""
+"""Notes of a command about its prompts and their time on a CPU, before it loads anything."""
 
 from collections.abc import Sequence
 
@@ -9,9 +9,9 @@ from launch.ranks.join import DistContext
 
 
 def look_at_prompts(config: RunConfig, prompts: Sequence[Named], context: DistContext | None = None) -> None:
-    """Say what there is to know of the prompts, and what a long job on a CPU takes, on rank 0; UserError, on all ranks, for prompts that are too long.
+    """Check the prompts, and print notes about them and about a long job on a CPU, on rank 0; every rank of `context` calls this.
 
-    Every rank of `party` calls this.
+    Raises UserError, on all ranks, for prompts that are too long.
     """
 
     ranks = 1 if context is None or context.ranks is None else context.ranks.mesh.world.size

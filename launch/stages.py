@@ -1,4 +1,4 @@
-"""What is left to make of a video, by the files that an earlier run of the same command has left."""
+"""Find what is left to make of a video, from the files of an earlier run of the same command."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -33,11 +33,11 @@ _FLAG = "--output.overwrite"
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What the files of a video say of themselves.
+    """The metadata of the existing files of a video.
 
     Attributes:
         record: of a finished video; None if there is none.
-        latents: what decided the latents that are there; None if there are none.
+        latents: settings of the existing latents; None if there are none.
         checkpoint: metadata of the state of an unfinished run; None if there is none.
     """
 
@@ -47,10 +47,10 @@ class Found:
 
 
 def look(files: OutputFiles, *, overwrite: bool) -> Found:
-    """Read what the files of a video say of themselves.
+    """Read the metadata of the existing files of a video.
 
     Raises:
-        UserError: a file of another origin is there that may not be replaced. A checkpoint may never be: it holds steps.
+        UserError: a file of another origin exists that may not be replaced; a checkpoint never may, as it holds steps.
     """
     record = read_record(files.record)
     if record is None and not overwrite:
@@ -62,12 +62,12 @@ def look(files: OutputFiles, *, overwrite: bool) -> Found:
 
 
 def find_stage(files: OutputFiles, config: RunConfig, settings: Callable[[], Settings]) -> Stage:
-    """What is left to make of a video. Nothing is computed or changed.
+    """Find what is left to make of a video, without computing or changing anything.
 
     Args:
         files: where its files lie; they are claimed.
         config: the run.
-        settings: what decides its latents, see `engine.identity`; called if there is a file that says the same of itself.
+        settings: returns the settings of its latents, see `engine.identity`; called only if a file has some to compare.
 
     Raises:
         UserError: as `look`, and for a file of a run with other settings, which says what differs.
@@ -85,7 +85,7 @@ def find_stage(files: OutputFiles, config: RunConfig, settings: Callable[[], Set
     differences = describe_differences(found.latents, settings())
     if differences is not None and not overwrite:
         raise UserError(describe_existing(files.latents, _FLAG, differences))
-    # With `overwrite` the latents of a finished run are made again too.
+    # With `overwrite`, the latents of a finished run are made again too.
     if differences is not None or found.record is not None:
         return "denoise"
     has_trace = all(path.exists() for path in files.traces)
@@ -93,7 +93,7 @@ def find_stage(files: OutputFiles, config: RunConfig, settings: Callable[[], Set
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The record of a finished video; None if there is none, or it is another file or of an older version."""
+    """Read the record of a finished video; None if it is missing, another kind of file, or of an older version."""
     try:
         return read_tree(path, _RECORD, what="the record of a video")
     except DamagedError:
@@ -103,7 +103,7 @@ def read_record(path: Path) -> dict[str, Any] | None:
 def check_decoded(
     files: OutputFiles, record: Mapping[str, Any], config: RunConfig, settings: Settings, flag: str
 ) -> None:
-    """Raise UserError unless a record is that of this very video, which is whole; `flag` is the one that replaces files."""
+    """Raise UserError unless a record belongs to this video, and the video is complete; `flag` names the option to overwrite."""
     before = record["identity"]["settings"] | _decoding(record["config"])
     differences = describe_differences(before, settings | _decoding(dataclasses.asdict(config)))
     if differences is not None:
@@ -121,7 +121,7 @@ def check_decoded(
 
 
 def describe_finished(files: OutputFiles, record: Mapping[str, Any], flag: str = _FLAG) -> str:
-    """A line for a run that finds everything made, and what of it only another run would make."""
+    """One line for a finished video, with what it lacks and only another run would make."""
     lacks = []
     if files.keep_latents and not files.latents.exists():
         lacks.append("its latents were not kept")
@@ -133,7 +133,7 @@ def describe_finished(files: OutputFiles, record: Mapping[str, Any], flag: str =
 
 
 def remove_leftovers(files: OutputFiles, record: Mapping[str, Any]) -> None:
-    """Delete what a run that was killed right after its end has left: latents that were not to be kept, and its checkpoint."""
+    """Delete what a run that was killed right at its end left: temporary latents and its checkpoint."""
     identity = record["identity"]["id"]
     was_kept = record["config"]["output"].get("save_latents") is not None or "decoded_from" in record
     if not was_kept and not files.keep_latents:
@@ -145,7 +145,7 @@ def remove_leftovers(files: OutputFiles, record: Mapping[str, Any]) -> None:
 
 
 def _decoding(config: Mapping[str, Any]) -> Settings:
-    """Of a configuration what decides the files that are made from latents."""
+    """The settings of a configuration that determine the files made from latents."""
     output = config["output"]
     return {
         "video": {"fps": config["video"].get("fps")},
@@ -157,7 +157,7 @@ def _decoding(config: Mapping[str, Any]) -> Settings:
 
 
 def _latents_settings(path: Path, *, overwrite: bool) -> Settings | None:
-    """What decided the latents in a file; None if there is none, or, with `overwrite`, a file that does not say."""
+    """The settings of the latents in a file; None if it is missing or, with `overwrite`, has none."""
     try:
         metadata = read_metadata(path)
         if metadata is None:

@@ -1,4 +1,4 @@
-"""The models that the engine serves: one file each, all of them instances of `base.ModelAdapter`, found by name or class."""
+"""The supported models: one file each, instances of `base.ModelAdapter`, found by name or class."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +14,7 @@ __all__ = ["ADAPTERS", "ModelAdapter", "VideoSpec", "adapter_named", "adapter_of
 
 
 def adapter_named(index: Mapping[str, Any], where: object) -> ModelAdapter:
-    """The adapter for the pipeline that a model_index.json names; UserError, which says `where` that was read, for another one."""
+    """The adapter for the pipeline that a model_index.json names; UserError, naming `where` it was read, for an unknown one."""
     class_name = index.get("_class_name")
     for adapter in ADAPTERS:
         if class_name in adapter.index_names:

@@ -1,7 +1,6 @@
-"""All that a model must tell the engine, in one file: `ModelAdapter`, and the small types it speaks in.
+"""The interface between engine and model: `ModelAdapter`, and the types of its arguments.
 
-The engine asks nothing of a model but through here: no other file names a pipeline class. docs/adding-a-model.md goes
-through the questions in order.
+No other file names a pipeline class. docs/adding-a-model.md explains the methods in order.
 """
 
 import functools
@@ -22,7 +21,7 @@ from engine.denoise.schedulers import ADVICE, check_flow
 from engine.errors import UserError
 
 Range = tuple[int, int]
-# Text of one pass as the transformer takes it: embeddings [1, K, C], and for a model that masks its padding [1, K] of 0 and 1.
+# Encoded text of one pass: embeddings [1, K, C], and for a model that masks padding a mask [1, K] of 0 and 1.
 Text = tuple[Tensor, ...]
 DecodeMode = Literal["whole", "framewise", "tiled"]
 MOST_SIZE = 2**20
@@ -30,15 +29,15 @@ MOST_SIZE = 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoSpec:
-    """The numbers of a checkpoint that decide lengths and sizes, from its config.json files alone: known before any weight.
+    """The numbers of a checkpoint that determine lengths and sizes, from its config.json files alone.
 
     Attributes:
         channels: latent channels z.
         temporal_factor: video frames per latent frame, but for the first, which is one.
         spatial_factor: pixels per latent row or column.
         patch: latent frames, rows and columns per token.
-        pipeline_multiple: what its pipeline wants height and width to be multiples of, whatever the VAE.
-        max_positions: length of the rotary table of each axis; None where positions are computed.
+        pipeline_multiple: multiple that its pipeline requires for height and width, whatever the VAE.
+        max_positions: length of the rotary table of each axis; None if positions are computed.
         cuts_time: whether a decode may cut the video into chunks of `decode.tile_frames`.
     """
 
@@ -51,7 +50,7 @@ class VideoSpec:
     cuts_time: bool = False
 
     def __post_init__(self) -> None:
-        """ValueError for numbers that no model has; configurations come from files."""
+        """Raise ValueError for invalid numbers, as configurations come from files."""
         numbers = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "cuts_time"}
         for name, value in numbers.items():
             sizes = value if isinstance(value, tuple) else (value,)
@@ -63,7 +62,7 @@ class VideoSpec:
 
     @property
     def size_multiples(self) -> tuple[int, int]:
-        """What height and width in pixels must be multiples of: the pipeline's number, and whole tokens."""
+        """The multiples required for height and width in pixels: the pipeline's, and whole tokens."""
         _, rows, columns = self.patch
         factor = self.spatial_factor
         return math.lcm(self.pipeline_multiple, factor * rows), math.lcm(self.pipeline_multiple, factor * columns)
@@ -123,14 +122,14 @@ class VideoSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimeSettings:
-    """How a decode goes through time; the same on every rank, since it decides the frames.
+    """How a decode proceeds in time; the same on every rank, since it affects the frames.
 
     Attributes:
-        chunk: latent frames that a chunk advances by (at most), and that it sees; None is the model's exact way.
-        tiles: where chunks lie and how they are blended, as `blend.cover` has it.
-        timestep: what a decoder that is conditioned on a timestep is told; None for one that is not.
-        noise_scale: share of noise that such a decoder finds in its latents.
-        seed: of the CPU generator of that noise; None for a decoder that takes none.
+        chunk: latent frames that a chunk advances by (at most), and that it sees; None for the model's exact decode.
+        tiles: placement and blending of chunks, see `blend.cover`.
+        timestep: timestep given to a decoder that is conditioned on one; None for others.
+        noise_scale: share of noise added to the latents of such a decoder.
+        seed: of the CPU generator of that noise; None for a decoder without noise.
     """
 
     chunk: tuple[int, int] | None = None
@@ -141,14 +140,14 @@ class TimeSettings:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the record of a run says of it; nothing where there is nothing to choose."""
+        """The entry of the record; empty if there is nothing to choose."""
         chunk = {"chunk_latents": self.chunk[1], "chunk_stride": self.chunk[0]} if self.chunk else {}
         told = {} if self.timestep is None else {"timestep": self.timestep, "noise_scale": self.noise_scale}
         return chunk | told | ({} if self.seed is None else {"noise_seed": self.seed})
 
 
 class LatentDecoder(ABC):
-    """One decode of one latent video by a VAE, as chunks of latent frames in order; a frame may also be cut into tiles.
+    """One decode of a latent video by a VAE, in chunks of latent frames; a frame may also be cut into tiles.
 
     Attributes:
         chunks: latent frames [start, stop) of each chunk.
@@ -158,7 +157,7 @@ class LatentDecoder(ABC):
 
     @abstractmethod
     def latents(self, index: int) -> Tensor:
-        """Latents [1, z, t, h, w] of chunk `index` as the VAE made them: denormalised, on its device, in its dtype."""
+        """Latents [1, z, t, h, w] of chunk `index` for the VAE: denormalised, on its device, in its dtype."""
 
     @abstractmethod
     def start(self) -> Any:
@@ -166,7 +165,7 @@ class LatentDecoder(ABC):
 
     @abstractmethod
     def step(self, latents: Tensor, state: Any, *, index: int, tile: int) -> Tensor:
-        """Frames [1, 3, t, H, W], not clamped, of a tile of chunk `index`; moves the tile's state on."""
+        """Decode a tile of chunk `index` to frames [1, 3, t, H, W], not clamped, and advance the tile's state."""
 
     @abstractmethod
     def num_frames(self, index: int) -> int:
@@ -177,14 +176,14 @@ class LatentDecoder(ABC):
         """Whole frames of each chunk, in order -> the video's, as many parts as chunks; a part may be empty."""
 
 
-# Names that the authors and those who repack their weights use, in a file or the folder that it is in.
+# Names in files and folders of the authors' weights and of repacked ones.
 _ONE_OF_TWO = re.compile(
     r"a14b|(high|low)[-_ ]?noise|wan[-_ ]?2[-_.]?2(?!.*5b).*[-_ ](high|low)(?![a-z])", re.IGNORECASE
 )
 
 
 def two_transformers(found: str) -> UserError:
-    """The error for a checkpoint in which something of a second transformer was found."""
+    """The error for a checkpoint with a second transformer."""
     return UserError(
         f"this checkpoint has {found}: it denoises with two transformers, each for some of the steps (as Wan2.2 A14B does), and either of "
         "them alone gives a wrong video; use a checkpoint with one transformer, such as Wan2.1"
@@ -194,7 +193,7 @@ def two_transformers(found: str) -> UserError:
 def refuse_one_of_two(name: str) -> None:
     """Raise UserError for a path or hub name of weights that says they are one of two transformers.
 
-    Nothing else tells: the tensors of a Wan2.2 A14B transformer have the names and shapes of Wan2.1 14B's.
+    Only the name shows it: the tensors of a Wan2.2 A14B transformer have the names and shapes of Wan2.1 14B's.
     """
     end = "/".join(Path(name).parts[-2:])
     if _ONE_OF_TWO.search(end):
@@ -202,15 +201,15 @@ def refuse_one_of_two(name: str) -> None:
 
 
 def unwrap(module: Any) -> Any:
-    """The module itself, of one that torch.compile may have wrapped."""
+    """The module without a wrapper of torch.compile."""
     return getattr(module, "_orig_mod", module)
 
 
 class ModelAdapter(ABC):
-    """One family of models inside diffusers. Its instances hold no state: everything is an argument.
+    """One family of models in diffusers. Instances are stateless: everything is an argument.
 
     Attributes:
-        name: what messages call it.
+        name: its name in messages.
         index_names: classes that a model_index.json of such a checkpoint may name.
         pipeline_class: the stock text-to-video pipeline that loads it.
         transformer_class: class of `pipe.transformer`.
@@ -259,17 +258,17 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def check_pipeline(self, pipe: Any) -> None:
-        """Raise UserError for pipelines of this class that would run and give a wrong video, whatever their scheduler."""
+        """Raise UserError for pipelines of this class that would run but give a wrong video, whatever their scheduler."""
 
     def check_folder(self, folder: Path, index: Mapping[str, Any]) -> None:
-        """Raise UserError for a checkpoint of two transformers, even if its model_index.json does not say so any more."""
+        """Raise UserError for a checkpoint of two transformers, even if its model_index.json does not mention the second."""
         if index.get("boundary_ratio") is not None:
             raise two_transformers(f"boundary_ratio {index['boundary_ratio']}")
         if index.get("transformer_2") not in (None, [None, None]) or (folder / "transformer_2").exists():
             raise two_transformers("a transformer_2")
 
     def transformer_of(self, pipe: Any) -> Any:
-        """The pipeline's transformer, without the wrapper of torch.compile; UserError if it is none of this model."""
+        """The pipeline's transformer, without the wrapper of torch.compile; UserError if it is of another model."""
         transformer = unwrap(getattr(pipe, "transformer", None))
         if not isinstance(transformer, self.transformer_class):
             found = "no transformer" if transformer is None else f"a {type(transformer).__name__} as transformer"
@@ -291,7 +290,7 @@ class ModelAdapter(ABC):
             return self.try_scheduler(scheduler)
         except UserError:
             raise
-        except Exception as error:  # whatever a scheduler raises for a value that it does not expect
+        except Exception as error:  # any error of a scheduler about an unexpected value
             first = next(iter(str(error).strip().splitlines()), "")
             raise UserError(
                 f"the scheduler {type(scheduler).__name__} cannot be used ({type(error).__name__}: {first}); {ADVICE}"
@@ -303,7 +302,7 @@ class ModelAdapter(ABC):
             return self.text_encoder_class(self.text_config_class(**config))
         return {"transformer": self.transformer_class, "vae": self.vae_class}[part].from_config(config)
 
-    # Inside a forward: where tokens are made, mixed and put together again.
+    # Inside a forward: where tokens are made, mixed and gathered.
 
     def attention_modules(self, transformer: Any) -> list[Any]:
         """The self-attention module of every block, first block first."""
@@ -319,23 +318,23 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def shard_points(self, transformer: Any) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Where tokens are shared out and put together: patch embedding, rotary table, output projection.
+        """Where tokens are sharded and gathered: patch embedding, rotary table, output projection.
 
         Between the first and the last everything but the self-attentions must work on each token by itself.
         """
 
     @abstractmethod
     def shard_embedding(self, embedded: Tensor, start: int, length: int) -> Tensor:
-        """A rank's tokens of what the patch embedding returns, in a shape that the model goes on with."""
+        """Select a rank's tokens from the output of the patch embedding, in a shape that the model accepts."""
 
     @abstractmethod
     def shard_rotary(self, tables: tuple[Tensor, Tensor], start: int, length: int) -> tuple[Tensor, Tensor]:
-        """A rank's rows of the rotary tables (cos, sin)."""
+        """Select a rank's rows of the rotary tables (cos, sin)."""
 
     def temporal_frequencies(self, transformer: Any) -> list[tuple[float, slice]]:
         """Radians per frame, and the columns of the rotary tables, of each pair that turns with time, the fastest first.
 
-        Asked where `counts_frames`.
+        Called only if `counts_frames`.
         """
         raise AssertionError(f"{self.name} does not count frames")
 
@@ -356,7 +355,7 @@ class ModelAdapter(ABC):
         """Output projection of [B, s, N, D] to [B, s, C]: diffusers' attention modules keep it, and a dropout, in `to_out`."""
         return attn.to_out[1](attn.to_out[0](out.flatten(2, 3)))
 
-    # Cross-attention to text, which a timeline takes over.
+    # Cross-attention to text, which a timeline replaces.
 
     def cross_attention_modules(self, transformer: Any) -> list[Any]:
         """The cross-attention module of every block, first block first."""
@@ -375,14 +374,14 @@ class ModelAdapter(ABC):
     # A run.
 
     def clean_prompt(self, prompt: str) -> str:
-        """A prompt as the stock pipeline hands it to the tokenizer."""
+        """Clean a prompt as the stock pipeline does before the tokenizer."""
         return prompt
 
     @abstractmethod
     def encode_text(self, pipe: Any, prompts: Sequence[str], max_tokens: int, device: torch.device) -> list[Text]:
-        """Text of each prompt, in the transformer's dtype; none of them has more than `max_tokens` tokens.
+        """Encode each prompt in the transformer's dtype; none has more than `max_tokens` tokens.
 
-        `device` is the one that the text encoder runs on, which need not be the transformer's.
+        `device` is the text encoder's, which may differ from the transformer's.
         """
 
     @abstractmethod
@@ -430,14 +429,14 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def latent_statistics(self, vae: Any) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of the VAE's latents, [1, z, 1, 1, 1] each, which normalised ones have taken off."""
+        """Mean and deviation of the VAE's latents, [1, z, 1, 1, 1] each, by which latents are normalised."""
 
     @abstractmethod
     def time_settings(
         self, vae: Mapping[str, Any], mode: DecodeMode, config: DecodeConfig, *, num_latents: int, seed: int
     ) -> TimeSettings:
-        """How `mode` goes through `num_latents` latent frames, from the VAE's configuration and the settings `decode`."""
+        """The settings with which `mode` decodes `num_latents` latent frames, from the VAE's configuration and `decode`."""
 
     @abstractmethod
     def open_decoder(self, vae: Any, latents: Tensor, settings: TimeSettings) -> LatentDecoder:
-        """A decode of latents [1, z, F, h, w] as the transformer sees them (normalised)."""
+        """Open a decode of latents [1, z, F, h, w] as the transformer sees them (normalised)."""

@@ -1,1 +1,1 @@
-"""Files of results: written whole or not at all, claimed by one process at a time, and checked before anything is computed."""
+"""Result files: atomic writes, claims by one process at a time, and checks before anything is computed."""

@@ -1,4 +1,4 @@
-"""Check before anything is computed that files can be written where they shall lie: folders, names and free space."""
+"""Check, before anything is computed, that files can be written: folders, names and free space."""
 
 import contextlib
 import os
@@ -18,8 +18,8 @@ def check_places(paths: Iterable[Path], *, folders: Collection[Path] = ()) -> No
     `folders` are those of the paths that will be folders of frames.
 
     Raises:
-        UserError: a folder cannot be made or written to, a name is too long, a folder has the place of a file, or the folder
-            of frames is a file, a link, or holds other files.
+        UserError: a folder cannot be made or written to, a name is too long, a path is a folder where a file is expected, or a
+            folder of frames is a file, a link, or holds other files.
     """
     for path in paths:
         folder, part = path.parent, part_path(path)
@@ -54,7 +54,7 @@ def _check_folder(path: Path) -> None:
 def _check_name(path: Path, part: Path) -> None:
     try:
         most = os.pathconf(path.parent, "PC_NAME_MAX")
-    except (OSError, ValueError):  # the file system does not say; writing will
+    except (OSError, ValueError):  # unknown on this file system; writing reports it
         return
     size = len(os.fsencode(part.name))
     if size > most:
@@ -64,29 +64,29 @@ def _check_name(path: Path, part: Path) -> None:
         )
 
 
-# What a video takes at least, with hardly any motion or detail.
+# Lower bound of a video's size, for hardly any motion or detail.
 _LEAST_BITS_PER_PIXEL = {"mp4": 0.02, "webp": 0.02, "gif": 0.1, "png": 0.2}
 
 
 def least_video_bytes(num_frames: int, height: int, width: int, *, kind: str = "mp4") -> int:
-    """What the file of a video, or its folder of frames, takes at least."""
+    """Lower bound of the bytes of a video file, or of its folder of frames."""
     return round(_LEAST_BITS_PER_PIXEL[kind] / 8 * num_frames * height * width)
 
 
 def checkpoint_bytes(model: Path, latents: int) -> int:
-    """What a checkpoint of a run takes: latents of so many bytes, and the samples and predictions that the solver remembers.
+    """Bytes of a run's state: its latents, and the samples and predictions that the solver keeps.
 
-    The scheduler's configuration in the folder of the model says how many these are.
+    Their number follows from the scheduler's configuration in the folder of the model.
     """
     config = read_json(model / "scheduler/scheduler_config.json")
     if not isinstance(config, dict) or not isinstance(config.get("solver_order"), int):
-        return latents  # a solver of single steps
+        return latents  # a single-step solver
     samples = 2 if "UniPC" in str(config.get("_class_name")) else 1
     return latents * (samples + max(1, config["solver_order"]))
 
 
 def check_space(needed: Mapping[Path, int], *, what: str) -> None:
-    """Raise UserError unless the disks have the bytes that files in existing folders need at least; `what` they are."""
+    """Raise UserError unless the disks have the bytes that files in existing folders need at least; `what` names them."""
     by_disk: dict[int, tuple[Path, int]] = {}
     for path, size in needed.items():
         disk = path.parent.stat().st_dev

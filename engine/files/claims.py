@@ -1,7 +1,7 @@
-"""Claim the files that a run will write, so that a second run of the same files ends before it computes anything.
+"""Claim the files that a run will write, so that a second run with the same files fails before it computes anything.
 
-Each folder has one claim file per run, with the names in it; it is a lock file (engine.files.locks), so that claims of dead
-processes are taken over. A file is claimed in the folder where it lies, so every path to that folder leads to the same claim.
+Each folder has one claim file per run, which lists the names; it is a lock file (engine.files.locks), so that claims of dead
+processes are taken over. A file is claimed in its resolved folder, so every path to that folder finds the same claim.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from engine.files.whole import sweep
 
 @contextlib.contextmanager
 def claim(paths: Sequence[Path], *, advice: str, say: Say = say_on_stderr) -> Iterator[None]:
-    """Claim files for the block, in folders that exist. Temporary files of them that killed processes left are deleted.
+    """Claim files in existing folders for the block, and delete their temporary files that killed processes left.
 
     Args:
         paths: the files, which need not exist.
@@ -49,8 +49,8 @@ def _check_free(folder: Path, names: set[str], paths: Sequence[Path], advice: st
     for other in sorted(folder.glob(".*.claim")):
         try:
             if (holder := holder_of(other)) is not None and names & {*holder.files}:
-                holder = holder_of(other, say=say)  # one on another machine is listened to only if it matters
-        except HeldError as error:  # it has not written yet which files it wants
+                holder = holder_of(other, say=say)  # wait for a holder on another machine only if the names overlap
+        except HeldError as error:  # it has not written its names yet
             raise UserError(f"{error.who} is starting in {folder}; try again in a moment, or {advice}") from error
         if holder is None:
             other.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Folders of frames, as videos are written to: the names of the files, and whether a folder holds anything else."""
+"""Folders of frames: the names of frames, and whether a folder holds anything else."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ def frame_name(index: int) -> str:
 
 
 def foreign_entry(folder: Path) -> str | None:
-    """The name of something in a folder that is no frame; None if there is none, so that the folder may be replaced."""
+    """The name of an entry that is not a frame; None if there is none, so that the folder may be replaced."""
     return next((path.name for path in sorted(folder.iterdir()) if not is_frame(path)), None)
 
 
@@ -22,5 +22,5 @@ def is_frame(path: Path) -> bool:
 
 
 def is_empty_folder(path: Path) -> bool:
-    """Whether there is a folder of this name with nothing in it; a link to one is none."""
+    """Whether the path is an empty folder, and not a link to one."""
     return path.is_dir() and not path.is_symlink() and not any(path.iterdir())

@@ -1,9 +1,9 @@
-"""Hold a lock file: one process at a time, known by name to the others, on any file system and across machines.
+"""Lock files that one process holds at a time, on any file system and across machines, and that name their holder.
 
-A lock file exists under its name only with its holder in it. The kernel's lock on it (flock) says at once whether that
-process still runs, and ends with it, however it ends. Where there is no such lock, or it ends at the machine, as on some
-shared file systems, the holder is known by its process number on its own machine and by its heartbeat elsewhere: it touches
-the file every few seconds. Whose clock says what is never compared: times of files are those of the file system.
+A lock file appears under its name with its holder in it. The kernel's lock on it (flock) shows whether that process still runs,
+and ends with the process. Where flock is missing, or does not cross machines, as on some shared file systems, the holder is
+identified by its process id on its own machine, and by its heartbeat elsewhere: it touches the file every few seconds. Clocks of
+machines are never compared; times are those of the file system.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from engine.files.say import Say, say_on_stderr
 from engine.files.whole import part_path
 
 BEAT_SECONDS = 1.5
-# A holder elsewhere whose last heartbeat is older than this has ended; of a younger one this is how long the next is waited for.
+# A holder on another machine is dead if its last heartbeat is older than the first; the second is how long to wait for another.
 ALIVE_SECONDS = 60.0
 WATCH_SECONDS = 15.0
 _POLL_SECONDS = 0.05
@@ -39,11 +39,11 @@ class Holder:
     """The process that holds a lock file.
 
     Attributes:
-        pid: its number.
+        pid: process id.
         host: name of its machine.
-        place: where that number means something, see `engine.files.processes.this_place`.
-        started: when it started, see `engine.files.processes.start_time`.
-        files: names of what it claims, see `engine.files.claims`.
+        place: the namespace of the pid, see `engine.files.processes.this_place`.
+        started: its start time, see `engine.files.processes.start_time`.
+        files: names that it claims, see `engine.files.claims`.
     """
 
     pid: int
@@ -62,7 +62,7 @@ class Holder:
 
 
 class HeldError(UserError):
-    """Another process holds a lock file: `who` in words, `holder` None if it has not written yet who it is."""
+    """Another process holds a lock file: `who` in words, `holder` None if it has not written its name yet."""
 
     def __init__(self, path: Path, holder: Holder | None) -> None:
         self.who = str(holder or "another process")
@@ -72,11 +72,11 @@ class HeldError(UserError):
 
 @contextlib.contextmanager
 def hold(path: Path, *, say: Say = say_on_stderr, files: Sequence[str] = ()) -> Iterator[None]:
-    """Hold the lock file `path` for the block. The file is deleted at the end; one that a dead process left is taken over.
+    """Hold the lock file `path` for the block, and delete it at the end; one that a dead process left is taken over.
 
     Args:
         path: the lock file; its folder must exist.
-        say: is told in a line that locks do not work here, and that a holder on another machine is waited for or taken over.
+        say: prints a line if locks do not work here, and if a holder on another machine is waited for or taken over.
         files: names that are written into it.
 
     Raises:
@@ -97,7 +97,7 @@ def hold(path: Path, *, say: Say = say_on_stderr, files: Sequence[str] = ()) -> 
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """`hold`, waiting for whoever holds the file as long as it takes."""
+    """`hold`, waiting for the current holder without a timeout."""
     with contextlib.ExitStack() as stack:
         while True:
             try:
@@ -111,11 +111,11 @@ def locked(path: Path) -> Iterator[None]:
 def holder_of(path: Path, *, say: Say | None = None) -> Holder | None:
     """Return the live process that holds a lock file, or None.
 
-    With `say`, a holder on another machine whose last heartbeat is recent is waited for, to hear the next; without, it counts
-    as live.
+    With `say`, wait for the next heartbeat of a holder on another machine whose last one is recent; without, it counts as
+    live.
 
     Raises:
-        HeldError: a live process holds it that has not written yet who it is.
+        HeldError: a live process holds it that has not written its name yet.
     """
     found = _look(path, say)
     return found.holder if found is not None and found.is_live else None
@@ -123,7 +123,7 @@ def holder_of(path: Path, *, say: Say | None = None) -> Holder | None:
 
 @dataclass(frozen=True, kw_only=True)
 class _Found:
-    """A lock file that exists: whom it names, and whether that process runs."""
+    """An existing lock file: its holder, and whether that process runs."""
 
     holder: Holder | None
     is_live: bool
@@ -140,7 +140,7 @@ def _look(path: Path, say: Say | None) -> _Found | None:
         is_known = holder is not None and not (is_free is False and holder.is_here and not _runs(holder))
         if is_known or is_free:
             return _Found(holder=holder, is_live=is_free is False or _is_alive(path, holder, is_free=is_free, say=say))
-        # It is being made, or taken over from the process that it names: whoever does that writes its own name next.
+        # It is being created or taken over by a process that writes its name next.
         if time.monotonic() > until:
             if is_free is False:
                 raise HeldError(path, None)
@@ -149,7 +149,7 @@ def _look(path: Path, say: Say | None) -> _Found | None:
 
 
 def _take(path: Path, files: tuple[str, ...], say: Say) -> int:
-    """Make the lock file, with this process in it; returns its descriptor, which has the kernel's lock where there is one."""
+    """Create the lock file of this process; returns its descriptor, which holds the kernel's lock if there is one."""
     me = Holder(
         pid=os.getpid(), host=socket.gethostname(), place=this_place(), started=start_time(os.getpid()), files=files
     )
@@ -163,12 +163,12 @@ def _take(path: Path, files: tuple[str, ...], say: Say) -> int:
             continue
         if (descriptor := _create(path, content)) is not None:
             if _flock(descriptor) is None:
-                say(f"{path.parent} is on a file system without locks: who works there is known by a heartbeat instead")
+                say(f"{path.parent} is on a file system without locks; holders are identified by a heartbeat instead")
             return descriptor
 
 
 def _create(path: Path, content: bytes) -> int | None:
-    """Make the lock file with its content in it; None if another process was faster."""
+    """Create the lock file with its content; None if another process was faster."""
     part = part_path(path)
     descriptor = _write_new(part, content)
     if descriptor is None:
@@ -189,10 +189,10 @@ def _create(path: Path, content: bytes) -> int | None:
 
 
 def _write_new(path: Path, content: bytes) -> int | None:
-    """Make a file that does not exist, with the kernel's lock on it; None if another process took it for a dead one's."""
+    """Create a new file and take the kernel's lock on it; None if another process deleted it as that of a dead one."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        while _flock(descriptor) is False:  # another process is looking whether it is free
+        while _flock(descriptor) is False:  # another process is checking whether it is free
             time.sleep(_POLL_SECONDS)
         if not _has_name(descriptor, path):
             os.close(descriptor)
@@ -206,7 +206,7 @@ def _write_new(path: Path, content: bytes) -> int | None:
 
 
 def _remove_dead(path: Path, dead: Holder | None, say: Say) -> None:
-    """Delete a lock file that a dead process left, unless it is another one by now."""
+    """Delete a lock file that a dead process left, unless it was replaced since."""
     try:
         with _opened(path) as descriptor:
             # The kernel's lock on it keeps the other processes of this machine from doing the same.
@@ -214,11 +214,11 @@ def _remove_dead(path: Path, dead: Holder | None, say: Say) -> None:
             if is_free is False or not _has_name(descriptor, path) or _read(descriptor) != dead:
                 return
             if dead is not None and not dead.is_here:
-                say(f"taking over {path.name} from {dead}, of which nothing is heard any more")
+                say(f"taking over {path.name} from {dead}, whose heartbeat has stopped")
             if is_free:
                 path.unlink()
                 return
-            # Without it the file is renamed first, and put back if it is a new one.
+            # Without that lock the file is renamed first, and renamed back if it is new.
             old = part_path(path)
             path.rename(old)
             if not _has_name(descriptor, old):
@@ -256,7 +256,7 @@ def _has_name(descriptor: int, path: Path) -> bool:
 
 
 def _flock(descriptor: int) -> bool | None:
-    """Whether the kernel's lock was free, which is taken then; None on a file system without locks."""
+    """Take the kernel's lock; False if another process has it, None on a file system without locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -269,7 +269,7 @@ def _flock(descriptor: int) -> bool | None:
 
 
 def _read(descriptor: int) -> Holder | None:
-    """Who a lock file names; None for one that names nobody."""
+    """The holder in a lock file; None if it names none."""
     try:
         tree = json.loads(os.pread(descriptor, 1 << 26, 0))
         return Holder(
@@ -284,7 +284,7 @@ def _read(descriptor: int) -> Holder | None:
 
 
 def _is_alive(path: Path, holder: Holder | None, *, is_free: bool | None, say: Say | None) -> bool:
-    """Whether the process that a lock file names still runs, whose kernel's lock is free (True) or does not exist (None)."""
+    """Whether the holder of a lock file still runs, if the kernel's lock is free (True) or unsupported (None)."""
     if holder is None:
         return False
     if holder.is_here:
@@ -296,12 +296,12 @@ def _is_alive(path: Path, holder: Holder | None, *, is_free: bool | None, say: S
         return False
     if say is None or age > ALIVE_SECONDS:
         return 0 <= age <= ALIVE_SECONDS
-    say(f"waiting up to {WATCH_SECONDS:.0f} s to hear whether {holder}, which holds {path.name}, still works")
+    say(f"waiting up to {WATCH_SECONDS:.0f} s for a heartbeat of {holder}, which holds {path.name}")
     return _beats(path, seen)
 
 
 def _beats(path: Path, seen: float) -> bool:
-    """Whether a lock file is touched again; it is opened each time, as a network's file system looks anew only then."""
+    """Whether a lock file is touched again; it is reopened each time, since network file systems refresh only then."""
     until = time.monotonic() + WATCH_SECONDS
     while time.monotonic() < until:
         time.sleep(min(BEAT_SECONDS / 3, WATCH_SECONDS / 10))
@@ -319,12 +319,12 @@ def _runs(holder: Holder) -> bool:
 
 
 def _file_system_time(folder: Path) -> float:
-    """Now, by the clock that times the files of a folder, which on a network is not this machine's."""
+    """The current time of a folder's file system, whose clock on a network is another machine's."""
     with tempfile.TemporaryFile(dir=folder) as file:
         return os.fstat(file.fileno()).st_mtime
 
 
 def _beat(descriptor: int, stop: threading.Event) -> None:
     while not stop.wait(BEAT_SECONDS):
-        with contextlib.suppress(OSError):  # a server that does not answer for a moment; the next may be in time
+        with contextlib.suppress(OSError):  # a server may not answer for a moment; the next beat may be in time
             os.utime(descriptor)

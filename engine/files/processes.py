@@ -1,4 +1,4 @@
-"""Tell whether the process that wrote a file is still running, if it is one of this machine."""
+"""Identify processes of this machine, and tell whether they still run."""
 
 import functools
 import hashlib
@@ -9,9 +9,9 @@ from pathlib import Path
 
 @functools.cache
 def this_place() -> str:
-    """Eight hex digits for where this process's number means something: this boot of the machine, and this container.
+    """Eight hex digits for the namespace of this process's id: this boot of the machine, and this container.
 
-    A host's name would not do: containers of one machine may share a name and number their processes each for itself.
+    Host names do not suffice: containers of one machine may share a name and have process ids of their own.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
@@ -22,9 +22,9 @@ def this_place() -> str:
 
 
 def start_time(pid: int) -> int | None:
-    """When a process of this machine started, in clock ticks since boot, which tells it from a later one of its number.
+    """The start of a process of this machine, in clock ticks since boot, which distinguishes it from a later one of its id.
 
-    None if there is no such process, or it has ended and was not waited for yet; 0 where the system does not say.
+    None if there is no such process, or it is a zombie; 0 if the system does not say.
     """
     try:
         # The name, in parentheses, may hold anything; the state is the first field after it, the start the twentieth.
@@ -49,6 +49,6 @@ def start_time(pid: int) -> int | None:
 
 
 def is_running(pid: int, started: int | None = None) -> bool:
-    """Whether a process of this machine runs, and is the one that started at that time, if it is given."""
+    """Whether a process of this machine runs, with this start time if given."""
     now = start_time(pid)
     return now is not None and (started in (None, 0) or now in (0, started))

@@ -1,4 +1,4 @@
-"""Tell a person something while a command works."""
+"""Print a line for the user while a command works."""
 
 import sys
 from collections.abc import Callable

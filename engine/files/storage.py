@@ -1,4 +1,4 @@
-"""Tell a fault of the storage, which every other file would meet too, from the fault of one file."""
+"""Distinguish faults of the storage, which affect every file, from faults of one file."""
 
 import contextlib
 import errno
@@ -12,9 +12,9 @@ from engine.errors import UserError
 # No room for more bytes.
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 
-# Forbidden; read-only by now; a device or a server that does not answer, or has lost what it had opened (NFS, SMB, FUSE, Lustre);
-# a damaged file system. Of one file are names (ENOENT, ENOTDIR, EISDIR, EEXIST, ENAMETOOLONG, ELOOP) and EINVAL; of the
-# process are EMFILE, ENFILE, ENOMEM, EAGAIN and EINTR. Linux has some that other systems lack.
+# No permission; remounted read-only; a device or server that does not answer, or lost its open files (NFS, SMB, FUSE, Lustre);
+# a damaged file system. Not listed: errors of one file (ENOENT, ENOTDIR, EISDIR, EEXIST, ENAMETOOLONG, ELOOP, EINVAL) and of
+# the process (EMFILE, ENFILE, ENOMEM, EAGAIN, EINTR). Some exist on Linux only.
 _NAMES = (
     "EPERM EACCES EROFS EIO ENXIO ENODEV ENOMEDIUM EREMOTEIO EUCLEAN "
     "ESTALE ETIMEDOUT ENOTCONN ESHUTDOWN EHOSTDOWN EHOSTUNREACH ENETDOWN ENETUNREACH ENOLINK ECONNABORTED"
@@ -26,23 +26,23 @@ REMEDY_FULL = "free some space"
 
 
 class FolderGoneError(OSError):
-    """A folder that must exist does not any more: its file system is not mounted, or it was deleted."""
+    """A required folder has disappeared: its file system is not mounted, or it was deleted."""
 
 
 def is_storage_fault(error: BaseException) -> bool:
-    """Whether an exception is a fault of the storage, by its class and errno, or by its words where a library sets none."""
+    """Whether an exception is a fault of the storage, by its class and errno, or by its message if a library sets none."""
     if not isinstance(error, OSError) or isinstance(error, FolderGoneError):
         return isinstance(error, OSError)
     return error.errno in STORAGE_ERRORS if error.errno is not None else names_storage_fault(str(error))
 
 
 def names_storage_fault(message: str) -> bool:
-    """Whether a message was made of such an exception, by its words: other ranks hear of it as text."""
+    """Whether a message reports such an exception, since other ranks receive it as text."""
     return any(os.strerror(number) in message for number in STORAGE_ERRORS)
 
 
 def describe_remedy(message: str) -> str:
-    """What to do about the storage fault that a message names."""
+    """The advice for the storage fault in a message."""
     if any(os.strerror(number) in message for number in FULL):
         return REMEDY_FULL
     return "see that the folder can be read and written again"

@@ -1,4 +1,4 @@
-"""Tables of the user's words: CSV files that a spreadsheet reads as they are, and cells of Markdown."""
+"""Tables with the user's text: CSV files that are safe in a spreadsheet, and cells of Markdown."""
 
 import csv
 import html
@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.files.whole import atomic_path
 
-# What spreadsheets take for the beginning of a formula, also in full width.
+# First characters of a formula in spreadsheets, also in full width.
 _FORMULA = ("=", "+", "-", "@", "\t", "\n", "＝", "＋", "－", "＠")
 
 # What a report on a comparison stands on, see evaluation/study/report.py.
@@ -41,7 +41,7 @@ def write_csv(
 
 
 def markdown_cell(text: str) -> str:
-    """A text as a cell of a Markdown table: no other column, no line and no HTML begins in it."""
+    """Escape a text for a cell of a Markdown table: no column, line or HTML starts in it."""
     return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
 
 
@@ -81,6 +81,6 @@ def _cell(value: Any) -> Any:
         return None
     if not isinstance(value, str):
         return value
-    # csv does not quote a lone carriage return, which readers take for the end of the row.
+    # csv does not quote a lone carriage return, at which readers end the row.
     value = value.replace("\r\n", "\n").replace("\r", "\n")
     return f"'{value}" if value.startswith(_FORMULA) or value.lstrip().startswith(_FORMULA) else value

@@ -1,4 +1,4 @@
-"""Read what a safetensors file says of itself, without its tensors and without torch."""
+"""Read the metadata of a safetensors file, without its tensors and without torch."""
 
 import json
 import os
@@ -7,7 +7,7 @@ from typing import Any
 
 from engine.files.trees import DamagedError
 
-_MOST_HEADER_BYTES = 100 << 20  # as the library has it
+_MOST_HEADER_BYTES = 100 << 20  # the library's limit
 
 
 def read_metadata(path: Path) -> dict[str, str] | None:

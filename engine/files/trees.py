@@ -1,4 +1,4 @@
-"""Parse JSON and YAML of any origin, read the JSON files of results, and check that they hold what they are taken for."""
+"""Parse JSON and YAML of any origin, and read and check the JSON files of results."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -11,18 +11,18 @@ import yaml
 from engine.errors import UserError
 from engine.files.say import Say, say_on_stderr
 
-# What a JSON file must hold to be what it is taken for: the type at each dotted key.
+# The type that a JSON file must hold at each dotted key.
 Shape = dict[str, type | UnionType]
 
 
-# Code that walks deeper trees would run out of stack.
+# Recursion over deeper trees would exhaust the stack.
 _MOST_DEPTH = 100
-# More values are no settings, and a walk over them would not end.
+# YAML aliases can expand to endless trees; no settings have more values.
 _MOST_SETTINGS = 100_000
 
 
 class DamagedError(UserError):
-    """A file whose content is not what its name promises: cut, overwritten, or of another kind; `reason` without advice."""
+    """A file that is truncated, overwritten, or of another kind; `reason` is the message without advice."""
 
     def __init__(self, reason: str, remedy: str = "move it away") -> None:
         super().__init__(f"{reason}; {remedy}")
@@ -30,7 +30,7 @@ class DamagedError(UserError):
 
 
 def parse_json(data: str | bytes, name: str, *, remedy: str = "move it away") -> Any:
-    """Return the content of a JSON text, which messages call `name` and end with `remedy`.
+    """Parse a JSON text; messages call it `name` and end with `remedy`.
 
     Raises:
         DamagedError: it is not UTF-8 or not JSON, is nested more than 100 deep, or holds a number of thousands of digits or
@@ -39,7 +39,7 @@ def parse_json(data: str | bytes, name: str, *, remedy: str = "move it away") ->
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
         tree = json.loads(text)
-        if "\\u" in text:  # half of a surrogate pair can be neither printed nor written
+        if "\\u" in text:  # a lone surrogate can be neither printed nor written
             json.dumps(tree, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise DamagedError(f"{name} is not UTF-8 text", remedy) from error
@@ -58,9 +58,9 @@ def parse_json(data: str | bytes, name: str, *, remedy: str = "move it away") ->
 
 
 def read_yaml(path: Path, *, name: str | None = None, remedy: str = "{remedy}") -> dict[Any, Any]:
-    """The settings in a YAML file, which messages call `name` (default: the path) and end with `remedy`.
+    """Read the settings in a YAML file; messages call it `name` (default: the path) and end with `remedy`.
 
-    UserError for a file that cannot be read, is no YAML, holds no settings, or is too deep or too large to be walked.
+    UserError for a file that cannot be read, is not YAML, holds no settings, or is nested too deeply or too large.
     """
     name = str(path) if name is None else name
     try:
@@ -75,8 +75,8 @@ def read_yaml(path: Path, *, name: str | None = None, remedy: str = "{remedy}") 
         raise UserError(f"{name}{where}: not YAML ({getattr(error, 'problem', None) or error})") from error
     except RecursionError as error:
         raise UserError(f"{name} is nested too deeply; {remedy}") from error
-    except ValueError as error:  # an integer of thousands of digits, a date that there is not
-        raise UserError(f"{name} holds a value that is none ({str(error).partition(';')[0]})") from error
+    except ValueError as error:  # an integer of thousands of digits, an invalid date
+        raise UserError(f"{name} holds an invalid value ({str(error).partition(';')[0]})") from error
     if not isinstance(tree, dict):
         raise UserError(f"{name} holds no settings; {remedy}")
     if (wrong := absurd(tree, most_values=_MOST_SETTINGS)) is not None:
@@ -85,10 +85,9 @@ def read_yaml(path: Path, *, name: str | None = None, remedy: str = "{remedy}") 
 
 
 def absurd(tree: Any, *, most_values: int | None = None) -> str | None:
-    """Say what makes a tree of dicts and lists too deep or too large to walk; None if nothing does. Walks without recursion.
+    """Describe why a tree of dicts and lists is too deep or too large; None if it is not. Walks without recursion.
 
-    YAML can refer from one place to another, even in a circle, so that a small file may be a tree without end: for YAML give
-    `most_values`.
+    YAML aliases, even circular ones, make a small file an endless tree, so for YAML give `most_values`.
     """
     level, count = [tree], 0
     for _ in range(_MOST_DEPTH):
@@ -114,7 +113,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_tree(path: Path, shape: Shape, *, what: str) -> dict[str, Any] | None:
-    """`read_json` of a file that must hold `shape`; DamagedError, which says it is not `what`, for one that does not."""
+    """`read_json` of a file that must hold `shape`; DamagedError, saying that it is not `what`, if it does not."""
     tree = _load(path)
     if tree is _MISSING:
         return None
@@ -123,7 +122,7 @@ def read_tree(path: Path, shape: Shape, *, what: str) -> dict[str, Any] | None:
 
 
 def read_kept(path: Path, shape: Shape, *, what: str, say: Say = say_on_stderr) -> dict[str, Any] | None:
-    """`read_tree` of a file that can be made again: None, and a line that says so, for one that is damaged."""
+    """`read_tree` of a file that can be made again: None, and a line for the user, if it is damaged."""
     try:
         return read_tree(path, shape, what=what)
     except DamagedError as error:
@@ -168,7 +167,7 @@ def lacking(tree: Any, shape: Shape) -> str | None:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the objects of a file of JSON lines; nothing if there is no file. A last line that was cut is left out."""
+    """Yield the objects of a file of JSON lines; nothing if there is no file. A truncated last line is left out."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8") as file:

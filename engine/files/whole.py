@@ -1,4 +1,4 @@
-"""Write a file, or a folder of frames, whole or not at all: under a temporary name beside it, flushed to the disk, then published."""
+"""Write a file, or a folder of frames, atomically: under a temporary name beside it, flushed to the disk, then renamed."""
 
 import contextlib
 import errno
@@ -17,10 +17,10 @@ from typing import Any
 from engine.files.folders import foreign_entry, is_empty_folder
 from engine.files.processes import is_running, this_place
 
-# A live process writes to its temporary file more often than this; older ones belong to processes that were killed.
+# A live process writes to its temporary file more often than this; older files belong to killed processes.
 DEAD_SECONDS = 24 * 3600.0
 
-# How a temporary file says which process writes it.
+# The process id and namespace in the name of a temporary file.
 _ENDING = re.compile(r"\.[^.]*\.part$")
 _OWNER = re.compile(r"\.(\d+)-([0-9a-f]{8})-[0-9a-f]{6}\.part$")
 
@@ -37,7 +37,7 @@ class TakenError(WriteError):
 
 
 def describe_error(error: OSError, path: Path) -> str:
-    """One line for a person: which file could not be written, or read, and why; `path` if the error does not say which."""
+    """One line for the user: which file could not be written, or read, and why; `path` if the error names none."""
     if isinstance(error, WriteError):
         return str(error)
     reason = error.strerror or str(error) or type(error).__name__
@@ -48,11 +48,11 @@ def describe_error(error: OSError, path: Path) -> str:
 def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`, published when the block ends and deleted if it fails; the block may make it a folder.
 
-    Every call has a temporary path of its own, so that two processes never write to one. What killed processes left of
-    `path` is deleted, see `sweep`. Without `replace`, see `publish`.
+    Every call has another temporary path, so that two processes never write to the same one. Temporary files of `path` that
+    killed processes left are deleted, see `sweep`. Without `replace`, see `publish`.
 
     Raises:
-        WriteError: the file system does not take the file.
+        WriteError: the file system refuses the file.
         TakenError: without `replace`, another file has the name.
     """
     sweep(path.parent, (path.name,))
@@ -61,7 +61,7 @@ def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
         yield part
         publish(part, path, replace=replace)
     except OSError as error:
-        # An error that names another file, such as one that was read from, is not about this one.
+        # An error about another file, such as one that was read, passes unchanged.
         named = part if error.filename is None else Path(os.fsdecode(error.filename))
         if isinstance(error, WriteError) or part not in (named, named.parent):
             raise
@@ -100,7 +100,7 @@ def _publish_folder(part: Path, path: Path, *, replace: bool) -> None:
             os.fsync(file.fileno())
     sync_folder(part)
     if not os.path.lexists(path) or is_empty_folder(path):
-        part.rename(path)  # fails if the folder has been filled in the moment between
+        part.rename(path)  # fails if the folder was filled in between
     elif not path.is_dir() or path.is_symlink() or (foreign := foreign_entry(path)) is not None:
         what = (
             f"it holds {foreign}, which is no frame" if path.is_dir() and not path.is_symlink() else "it is no folder"
@@ -126,11 +126,11 @@ def _remove(part: Path) -> None:
 
 def _publish_new(part: Path, path: Path) -> None:
     try:
-        os.link(part, path)  # which fails if the name exists, where rename() would replace it
+        os.link(part, path)  # fails if the name exists, where rename() would replace it
     except FileExistsError as error:
         _refuse_other(part, path, error)
     except OSError as error:
-        # A file system without hard links. Claims (engine.files.claims) keep our own runs apart in the moment between.
+        # A file system without hard links. Claims (engine.files.claims) prevent races between our own runs.
         if os.path.lexists(path):
             _refuse_other(part, path, error)
         else:
@@ -143,17 +143,17 @@ def _refuse_other(part: Path, path: Path, error: OSError) -> None:
 
 
 def sweep(folder: Path, names: Collection[str] | None = None) -> list[Path]:
-    """Delete the temporary files and folders in a folder (of these names) whose process has ended; returns them.
+    """Delete temporary files and folders (of these names) in a folder whose process has ended; returns them.
 
-    Those of processes of another machine, of which nothing is known, count as such once they are a day old.
+    Those of processes on other machines are deleted once they are a day old.
     """
     swept = []
     for part in sorted(folder.glob("*.part")):
         if names is not None and _ENDING.sub("", part.name) not in names:
             continue
-        if part.is_dir() and not _OWNER.search(part.name):  # a folder of the user's
+        if part.is_dir() and not _OWNER.search(part.name):  # a user's folder
             continue
-        with contextlib.suppress(FileNotFoundError):  # another process has just published or deleted it
+        with contextlib.suppress(FileNotFoundError):  # another process has published or deleted it meanwhile
             if _is_dead(part):
                 _remove(part)
                 swept.append(part)
@@ -198,7 +198,7 @@ def content_bytes(path: Path) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's names to the disk; file systems that cannot are left alone."""
+    """Flush a folder's entries to the disk, if the file system supports it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):

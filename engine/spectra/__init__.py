@@ -1,1 +1,1 @@
-"""Spectra of attention, recorded while a run goes on."""
+"""Spectra of attention, recorded during a run."""

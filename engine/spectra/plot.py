@@ -32,8 +32,8 @@ def write_trace(rows: Sequence[dict[str, Any]], table: Path, plot: Path, *, repl
 
 
 def draw_trace(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Above: effective rank of each branch by layer and step. Below: its mean and spread over layers, and the weights."""
-    # Figure itself, not pyplot: no window system, and nothing that stays behind in the process.
+    """Plot the effective rank of each branch by layer and step, its mean and spread over layers, and the weights."""
+    # Figure itself, not pyplot, which needs a window system and keeps figures alive.
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     (local, globl), (ranks, weights) = figure.subplots(2, 2)
     grids = {branch: rank_grid(rows, branch) for branch in BRANCHES}
@@ -86,7 +86,7 @@ def _draw_means(axes: Axes, grids: dict[str, np.ndarray]) -> None:
 
 def _draw_weights(axes: Axes, rows: Sequence[dict[str, Any]]) -> None:
     axes.set_title("weight of the global branch", loc="left")
-    # The same in every layer and branch, so any row of a step shows it.
+    # Equal in every layer and branch, so any row of a step has it.
     by_step = {row["step"]: row for row in rows if row.get("weight_first") is not None}
     steps = sorted(by_step)
     for key, colour, label in _WEIGHTS:

@@ -1,4 +1,4 @@
-"""Spectra of attention at windows of several native lengths, seen beside an unchanged run (Fig. 2a-b)."""
+"""Spectra of attention at windows of several native lengths, measured beside an unchanged run (Fig. 2a-b)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,15 +21,14 @@ MULTIPLES = (1, 2, 3, 4)
 class WindowSpectra(SpectralTrace):
     """A trace that computes, of each layer's q, k and v, attention at windows of m x native and its spectrum per head.
 
-    Only Gram matrices leave the layer, so nothing of the size of the tokens is kept. Pass it as `trace` to
-    `LongVideoEngine.denoise`: it hears the conditional pass. It costs up to one local attention per window and layer,
-    in the observed steps only.
+    Only Gram matrices leave the layer, so no tensor of all tokens is kept. Pass it as `trace` to `LongVideoEngine.denoise`,
+    which calls it for the conditional pass. It costs up to one local attention per window and layer in the observed steps.
 
     Attributes:
         rows: dicts with step, layer, head, multiple (of the native window, to two decimals), window_frames (latent frames),
             effective_rank (at most D) and first_share (largest singular value over the sum of all).
-        multiples: windows in native lengths. One that is longer than the video is the whole video, and its row says how many
-            native lengths that is; one that would not widen the window any more is left out.
+        multiples: windows in native lengths. One longer than the video is the whole video, and its row holds its length in
+            native lengths; one that would not widen the window is left out.
         steps: numbers of the observed steps; None is all.
     """
 
@@ -44,7 +43,7 @@ class WindowSpectra(SpectralTrace):
         weights: FusionWeights | Any | None,
         layout: SequenceLayout,
     ) -> None:
-        """The method's own branches are not what is asked for here."""
+        """Do nothing: the method's own branches are not measured."""
 
     def observe(
         self,
@@ -99,7 +98,7 @@ def head_spectra(out_BrnD: Tensor, layout: SequenceLayout) -> tuple[list[float],
     mine = torch.stack((spectrum.effective_rank(sigma), sigma[..., 0] / total.clamp_min(torch.finfo(total.dtype).tiny)))
     start, stop = share = layout.plan.head_shares[layout.mesh.ulysses.rank]
     every = mine.new_zeros(2, layout.plan.heads)
-    if length(share):  # more ranks than heads leave some without any
+    if length(share):  # with more ranks than heads, some have none
         every[:, start:stop] = mine[:, 0]
     ranks, shares = layout.sum_heads(every).tolist()
     return ranks, shares

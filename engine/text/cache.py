@@ -1,4 +1,4 @@
-"""Text embeddings by the hash of what decides them: a prompt is encoded once, whoever asks for it again."""
+"""A cache of text embeddings, keyed by prompt and settings, so that every prompt is encoded once."""
 
 import hashlib
 import json
@@ -15,12 +15,12 @@ from engine.files.whole import atomic_path
 
 Encode = Callable[[list[str]], list[Text]]
 
-# In memory, on the CPU: the prompt and the negative prompt of the videos at hand. The rest is on the disk.
+# Embeddings in memory, on the CPU, for the prompts of current videos; the rest is on the disk.
 KEPT = 16
 
 
 def cache_key(*, checkpoint: str, dtype: str, max_text_tokens: int, device: str) -> str:
-    """What decides embeddings beside the prompt: checkpoint, number format, length, and where the encoder runs."""
+    """The settings that affect embeddings: checkpoint, dtype, length, and the encoder's device."""
     decides = {"checkpoint": checkpoint, "dtype": dtype, "max_text_tokens": max_text_tokens, "device": device}
     return json.dumps(decides, sort_keys=True)
 
@@ -33,7 +33,7 @@ def cached_name(key: str, prompt: str) -> str:
 class TextCache:
     """Embeddings of prompts under the settings `key` (checkpoint, dtype, length, device), in memory and in a folder.
 
-    Reading one back gives the bits that were written. Processes that share a folder wait for the one that encodes a prompt.
+    Embeddings are read back bit for bit. Processes that share a folder wait for the one that encodes a prompt.
     """
 
     def __init__(self, key: str, folder: Path | None = None) -> None:
@@ -42,7 +42,7 @@ class TextCache:
         self._kept: OrderedDict[str, Text] = OrderedDict()
 
     def texts(self, prompts: Sequence[str], encode: Encode) -> list[Text]:
-        """The embeddings of each prompt, on the CPU; `encode` is called for those that are nowhere yet, one by one."""
+        """Return the embeddings of each prompt, on the CPU; `encode` is called for missing ones, one by one."""
         return [self._text(prompt, encode) for prompt in prompts]
 
     def _text(self, prompt: str, encode: Encode) -> Text:
@@ -62,7 +62,7 @@ class TextCache:
             return found
         self._folder.mkdir(parents=True, exist_ok=True)
         with locked(self._folder / f"{name}.lock"):
-            if (found := _read(path)) is not None:  # another process has just made it
+            if (found := _read(path)) is not None:  # another process has written it meanwhile
                 return found
             text = _on_cpu(encode([prompt])[0])
             tensors = {str(index): part.contiguous() for index, part in enumerate(text)}
@@ -72,7 +72,7 @@ class TextCache:
 
 
 def _read(path: Path) -> Text | None:
-    """What lies there; None for a file that is missing or broken, which is made anew."""
+    """Read embeddings; None for a missing or broken file."""
     try:
         tensors = safetensors.torch.load(path.read_bytes())
         return tuple(tensors[str(index)] for index in range(len(tensors))) or None

@@ -1,4 +1,4 @@
-"""Text of prompts as the transformer takes it: from a cache, or from the text encoder of rank 0, or of all ranks that share one."""
+"""Encode prompts for the transformer: from a cache, by rank 0, or by all ranks that share the text encoder."""
 
 from pathlib import Path
 
@@ -48,17 +48,17 @@ class PromptEncoder:
         self.keep(None)
 
     def keep(self, folder: Path | None) -> None:
-        """From now on, read embeddings from this folder, and write new ones there; None keeps them in memory only."""
+        """Cache embeddings in this folder from now on; None caches them in memory only."""
         self._cache = TextCache(self._key, folder)
 
     def passes(self, prompt: str, negative_prompt: str, direction: Direction | None) -> dict[str, Text]:
-        """Text of each pass, `cond` first and with guidance `uncond`; the texts of a timeline's events are concatenated."""
+        """Encode the text of each pass, `cond` first and with guidance `uncond`; texts of a timeline's events are concatenated."""
         named = texts_by_pass((PROMPT, prompt), negative_prompt, direction, guided=self._guided)
         texts = iter(self.encode([text for each in named.values() for text in each]))
         return {name: join_texts([next(texts) for _ in each]) for name, each in named.items()}
 
     def encode(self, named: list[Named]) -> list[Text]:
-        """Text of each prompt, on the device. UserError, on all ranks together, for prompts that are too long."""
+        """Encode each prompt, on the device; UserError, on all ranks together, for prompts that are too long."""
         texts = raise_together(self._mesh, lambda: self._texts_or_empty(named))
         on_device = [tuple(part.to(self._device) for part in text) for text in texts]
         return [tuple(broadcast(self._mesh, part, "text embeddings") for part in text) for text in on_device]

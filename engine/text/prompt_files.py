@@ -1,4 +1,4 @@
-"""Prompts in text files: one a line, read in one way by every command. Imports no torch."""
+"""Text files with one prompt per line, as every command reads them. Imports no torch."""
 
 from pathlib import Path
 
@@ -9,13 +9,12 @@ NEGATIVE_SETTING = "sampler.negative_prompt"
 
 
 def read_prompt_lines(path: Path, flag: str) -> list[tuple[int, str]]:
-    r"""The lines of a prompt file that are not blank, each with its number from 1 and without the space around it.
+    r"""Read the lines of a prompt file that are not blank, stripped, each with its number from 1.
 
-    A line ends at \n or \r\n and nowhere else: U+2028, U+0085 and form feeds belong to a prompt. `flag` is the option that
-    names the file.
+    Only \n and \r\n end a line: U+2028, U+0085 and form feeds belong to a prompt. `flag` is the option that names the file.
 
     Raises:
-        UserError: the file cannot be read or has no prompt, or a line cannot be one; see `split_lines`.
+        UserError: the file cannot be read or has no prompt, or a line is invalid; see `split_lines`.
     """
     lines = [(number, text) for number, text in enumerate(read_lines(path, f"{flag} {path}"), start=1) if text]
     if not lines:
@@ -24,7 +23,7 @@ def read_prompt_lines(path: Path, flag: str) -> list[tuple[int, str]]:
 
 
 def read_lines(path: Path, name: str) -> list[str]:
-    """Every line of a file, blank ones too; `name` is what messages call it. See `split_lines`."""
+    """Read all lines of a file, also blank ones; messages call it `name`. See `split_lines`."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -33,11 +32,11 @@ def read_lines(path: Path, name: str) -> list[str]:
 
 
 def split_lines(data: bytes, name: str) -> list[str]:
-    r"""Lines of a UTF-8 text, which may begin with a byte order mark, without the space around them.
+    r"""Split a UTF-8 text, with or without a byte order mark, into stripped lines.
 
     Raises:
-        UserError: a line is not UTF-8, or holds a zero byte or a carriage return that does not end it. Files whose lines end at
-            \r alone would otherwise be one long prompt.
+        UserError: a line is not UTF-8, or holds a zero byte or an inner carriage return. Files whose lines end in \r alone would
+            otherwise be one long prompt.
     """
     return [_decode(line, name, number) for number, line in enumerate(data.split(b"\n"), start=1)]
 
@@ -57,7 +56,7 @@ def _decode(line: bytes, name: str, number: int) -> str:
 
 
 def resolve_negative_prompt(text: str) -> str:
-    """The setting `sampler.negative_prompt` as text: `@FILE` is the one line of a file, `@@...` a text that starts with @."""
+    """Resolve `sampler.negative_prompt`: `@FILE` is the one line of a file, `@@...` a text that starts with @."""
     if text.startswith("@@") or not text.startswith("@"):
         return text.removeprefix("@")
     path = expand(text[1:])

@@ -1,4 +1,4 @@
-"""Prompts held against a checkpoint's tokenizer, before its weights are read: their length, words that it does not know."""
+"""Check prompts with a checkpoint's tokenizer, before weights are read: their length, and unknown words."""
 
 import string
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from engine.paths import REPOSITORY
 from engine.shown import quoted
 from engine.text.timeline import Direction, read_direction
 
-# What messages call a prompt ("the prompt", "line 3 of prompts.txt"), and the prompt.
+# A prompt's name in messages ("the prompt", "line 3 of prompts.txt"), and its text.
 Named = tuple[str, str]
 PROMPT = "the prompt"
 NEGATIVE = "the negative prompt"
@@ -25,7 +25,7 @@ _SHOWN_LETTERS = 40
 def check_prompts(
     model: ModelConfig, sampler: SamplerConfig, video: VideoConfig, prompts: Sequence[Named]
 ) -> list[str]:
-    """Look at all prompts of a run; returns what a person should know before it starts, a sentence each.
+    """Check all prompts of a run; returns notes for the user, one sentence each.
 
     Args:
         model: the checkpoint, of which only the tokenizer is read.
@@ -71,7 +71,7 @@ def check_prompts(
 def texts_by_pass(
     prompt: Named, negative_prompt: str, direction: Direction | None, *, guided: bool
 ) -> dict[str, list[Named]]:
-    """The texts that the transformer reads in its pass `cond` and, with guidance, in `uncond`: one, or one for each event."""
+    """The texts of the pass `cond` and, with guidance, of `uncond`: one, or one for each event."""
     if direction is None:
         passes = {"cond": [prompt], "uncond": [(NEGATIVE, negative_prompt)]}
     else:
@@ -81,7 +81,7 @@ def texts_by_pass(
 
 
 def refuse_long_prompts(adapter: ModelAdapter, tokenizer: Any, prompts: Sequence[Named], max_tokens: int) -> None:
-    """Raise UserError if prompts have more than `max_tokens` tokens: their ends would be cut off without a word."""
+    """Raise UserError if prompts have more than `max_tokens` tokens, since their ends would be cut off silently."""
     counts = [(name, text, count_tokens(adapter, tokenizer, text)) for name, text in prompts]
     too_long = [each for each in counts if each[2] > max_tokens]
     if not too_long:
@@ -99,12 +99,12 @@ def refuse_long_prompts(adapter: ModelAdapter, tokenizer: Any, prompts: Sequence
 
 
 def count_tokens(adapter: ModelAdapter, tokenizer: Any, text: str) -> int:
-    """Tokens of a prompt as the pipeline reads it, the end token among them."""
+    """Tokens of a prompt as the pipeline reads it, including the end token."""
     return len(tokenizer(adapter.clean_prompt(text)).input_ids)
 
 
 def unknown_words(adapter: ModelAdapter, tokenizer: Any, prompts: Sequence[Named]) -> dict[str, str]:
-    """Words for which the tokenizer has no pieces, in order, each with the name of the first prompt that has it."""
+    """Words that the tokenizer does not know, in order, each with the name of the first prompt that has it."""
     unknown = tokenizer.unk_token_id
     found: dict[str, str] = {}
     for name, text in prompts:
@@ -118,7 +118,7 @@ def unknown_words(adapter: ModelAdapter, tokenizer: Any, prompts: Sequence[Named
 
 
 def describe_unknown(words: dict[str, str], folder: Path) -> str:
-    """One sentence: which words the model does not know, and where those that it knows are listed."""
+    """One sentence that names unknown words, and where the known ones are listed."""
     shown = [f"{quoted(word[:_SHOWN_LETTERS])} ({name})" for word, name in list(words.items())[:_SHOWN_WORDS]]
     more = f" and {len(words) - len(shown)} more" if len(words) > len(shown) else ""
     card = folder / "README.md"

@@ -1,7 +1,7 @@
 """A prompt that changes over time: `a red circle [0-4s] | a yellow star [4s-]`, read into events of latent frames.
 
-A timeline is a string like any other prompt, so that ids, records, suites and pages hold it as they hold a prompt. Each part
-ends with its range, in seconds or in frames of the video, and may name the transition from the event before:
+A timeline is a string, so that ids, records, suites and pages treat it like any prompt. Each part ends with its range, in seconds
+or in frames of the video, and may name the transition from the event before:
 `[4s-, cut]`, `[4s-, fade 0.5s]`, `[64-, relay 8]`.
 """
 
@@ -35,7 +35,7 @@ _OPTION = re.compile(rf"(?P<name>[a-z]+)(?:\s+(?P<width>{_NUMBER})\s*(?P<unit>s?
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimedText:
-    """One event: a text, where it starts and stops (None: at the end of the video), and how it begins.
+    """One event: its text, start and stop (None: the end of the video), and the transition into it.
 
     Numbers are in the timeline's unit. `width` None is the transition's default, or the overlap with the event before.
     """
@@ -126,11 +126,11 @@ class Timeline:
         return "seconds" if self.unit == "s" else "frames"
 
     def number(self, value: float) -> str:
-        """A number with the unit, as the canonical form has it."""
+        """A number with its unit, in canonical form."""
         return f"{value:.10g}{'s' if self.unit == 's' else ''}"
 
     def name(self, index: int) -> str:
-        """What messages call an event."""
+        """The name of an event in messages."""
         event = self.events[index]
         return f"event {index + 1} of the timeline, {event.text!r:.60} [{self._range(event)}],"
 
@@ -142,10 +142,10 @@ class Timeline:
 
 
 def parse_timeline(prompt: str) -> Timeline | None:
-    """Read a prompt that is a timeline; None for a plain prompt, in which no part ends with a range in brackets.
+    """Parse a prompt that is a timeline; None for a plain prompt, in which no part ends with a range in brackets.
 
-    Raises UserError for one that is a timeline in part, or whose ranges have gaps, overlaps without a fade, no order, an
-    empty text, or seconds beside frames.
+    Raises UserError if only some parts have ranges, for gaps, overlaps without a fade, events out of order, empty texts, and
+    mixed units.
     """
     parts = [_PART.fullmatch(part) for part in prompt.split("|")]
     if not any(parts):
@@ -161,7 +161,7 @@ def parse_timeline(prompt: str) -> Timeline | None:
 
 
 def read_timeline(value: str) -> tuple[str, str | None]:
-    """A timeline as typed, or a YAML file of one: its canonical form, and that of the negative prompts, if events have any.
+    """Read a timeline as typed, or a YAML file of one: its canonical form, and that of its negative texts, if it has any.
 
     The file holds `events`, each with `text`, `start`, `stop` (a number of frames, or seconds such as 4s), `transition`,
     `width` and `negative`, and `common`, a text that is added to each.
@@ -222,9 +222,9 @@ class Direction:
 
 
 def read_direction(prompt: str, negative_prompt: str, *, num_frames: int, fps: int, step: int) -> Direction | None:
-    """What a prompt that is a timeline asks of a video of `num_frames`; None for a plain prompt.
+    """Resolve a prompt that is a timeline for a video of `num_frames`; None for a plain prompt.
 
-    Raises UserError for a timeline that does not fit the video, and for a negative prompt that is a timeline by itself.
+    Raises UserError for a timeline that does not fit the video, and for a negative timeline with a plain prompt.
     """
     timeline = parse_timeline(prompt)
     if timeline is None:
@@ -239,7 +239,7 @@ def read_direction(prompt: str, negative_prompt: str, *, num_frames: int, fps: i
 
 
 def texts_of(prompt: str) -> tuple[str, ...]:
-    """The texts that a prompt is made of: one, or those of a timeline's events."""
+    """The texts of a prompt: one, or those of a timeline's events."""
     timeline = parse_timeline(prompt)
     return (prompt,) if timeline is None else timeline.texts
 

@@ -62,10 +62,9 @@ def run(given: Arguments) -> None:
 def describe_decoded(
     files: OutputFiles, record: dict[str, Any], config: RunConfig, size: tuple[int, int, int]
 ) -> str | None:
-    """A line for a video that is decoded already; None if there is none yet, UserError if other files are there.
+    """One line for a video that is already decoded; None if it is not, UserError if other files exist.
 
-    A video of these frames, rows and columns without a record is what an interrupted run may have left: it is decoded again,
-    and stays if it is another one.
+    A video of this size without a record may be left from an interrupted run: it is decoded again, and kept if it differs.
     """
     flag = "--overwrite"
     before = read_finished(files.record)
@@ -79,7 +78,7 @@ def describe_decoded(
 
 
 def _settings_of(record: dict[str, Any]) -> dict[str, Any] | None:
-    """What decided the latents of a record; None if it does not say."""
+    """The settings of the latents of a record; None if it has none."""
     identity = record.get("identity")
     settings = identity.get("settings") if isinstance(identity, dict) else None
     return settings if isinstance(settings, dict) else None

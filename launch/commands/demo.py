@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(given: Arguments) -> None:
-    """Make what is missing of the three videos with one load of the model, then the picture."""
+    """Make the missing ones of the three videos with one load of the model, then the picture."""
     config, folder, prompt = given.config, given.folder, given.prompt
     configs = {name: for_method(config, name, folder) for name in NOTES}
     outputs = {name: plan_outputs(each.output, 1)[0] for name, each in configs.items()}
@@ -73,7 +73,7 @@ def for_method(config: RunConfig, name: str, folder: Path) -> RunConfig:
 
 
 def compare(records: dict[str, dict[str, Any]], outputs: dict[str, OutputFiles], *, num_columns: int) -> Any:
-    """The picture of the videos at the same moments."""
+    """Draw the videos at the same times."""
     record = next(iter(records.values()))
     fps, num_frames = record["video"]["fps"], record["video"]["num_frames"]
     moments = spaced(num_frames, num_columns)

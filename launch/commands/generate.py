@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(given: Arguments) -> None:
-    """Meet the other ranks if there are any, claim the files, load the model once, make what is missing of every video."""
+    """Join the ranks, claim the files, load the model once, and make what is missing of every video."""
     config, prompts, outputs = given.config, given.prompts, given.outputs
     if given.is_example:
         print(
@@ -60,7 +60,7 @@ def run(given: Arguments) -> None:
 
 
 def look_at_given(config: RunConfig, given: GivenFrames | None) -> list[str]:
-    """Look at the frames that are given before anything is loaded; returns what there is to say of them, a sentence each."""
+    """Check the given frames before anything is loaded; returns notes for the user, one sentence each."""
     if given is None:
         return []
     video, spec = config.video, open_checkpoint(config.model).spec
@@ -71,7 +71,7 @@ def look_at_given(config: RunConfig, given: GivenFrames | None) -> list[str]:
 def find_stages(
     prompts: list[str], outputs: list[OutputFiles], config: RunConfig, given: GivenFrames | None = None
 ) -> list[Stage]:
-    """What is left to make of each video, see `launch.stages`; says which are finished, and checks the space for the others."""
+    """Find what is left to make of each video, report finished ones, and check the space for the others."""
     settings_of = planned_settings(config, given)
     stages = [
         find_stage(files, config, functools.partial(settings_of, prompt))
@@ -91,7 +91,7 @@ def find_stages(
 
 
 def planned_settings(config: RunConfig, given: GivenFrames | None) -> Callable[[str], dict[str, Any]]:
-    """What decides the latents of a prompt, before anything is loaded; read when it is first asked for."""
+    """Return a function from a prompt to the settings of its latents, which reads the checkpoint on first use."""
     sampler, video = config.sampler, config.video
     call = {"negative_prompt": sampler.negative_prompt, "seed": sampler.seed, "num_frames": video.num_frames}
 

@@ -810,7 +810,7 @@ def test_without_locks_a_batch_says_so_once_and_a_second_is_refused(
     shown = make_batch({"methods": "direct"})
     assert shown.code == 0, shown
     assert shown.err == (
-        f"{out / 'locks'} is on a file system without locks: who works there is known by a heartbeat instead\n"
+        f"{out / 'locks'} is on a file system without locks; holders are identified by a heartbeat instead\n"
     )
     with own_shard(out, Shard(), say=lambda _: None):
         assert f"another driver works on shard-1-of-1 of {out}: process {os.getpid()} on " in make_batch().error

@@ -376,7 +376,7 @@ def test_a_driver_on_another_machine_is_heard_by_its_lock(
         return
     with own_shard(tmp_path, Shard(), say=said.append):
         pass
-    assert said[-1] == "taking over shard-1-of-1.lock from process 12 on other, of which nothing is heard any more"
+    assert said[-1] == "taking over shard-1-of-1.lock from process 12 on other, whose heartbeat has stopped"
 
 
 @pytest.mark.parametrize(("ahead", "words"), [(3600, ", with a clock 3600 s ahead of this one"), (-3600, "")])

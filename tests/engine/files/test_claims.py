@@ -130,7 +130,7 @@ def test_without_locks_a_claim_is_known_by_its_process(tmp_path: Path, monkeypat
             pass
     with claim([tmp_path / "b"], advice="-", say=said.append):
         pass
-    assert said == [f"{tmp_path} is on a file system without locks: who works there is known by a heartbeat instead"]
+    assert said == [f"{tmp_path} is on a file system without locks; holders are identified by a heartbeat instead"]
 
 
 def test_of_runs_that_start_at_once_one_goes_on(tmp_path: Path) -> None:

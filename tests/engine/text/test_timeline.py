@@ -137,7 +137,7 @@ def test_a_file_has_texts_ranges_transitions_negatives_and_a_common_text(tmp_pat
         ("events: []", "needs a list of events"),
         ("[1, 2", ", line 1: not YAML ("),
         ("[1, 2]", "holds no settings; docs/timeline.yaml is an example"),
-        (f"events: [{{text: a, start: {'9' * 5000}}}]", "holds a value that is none"),
+        (f"events: [{{text: a, start: {'9' * 5000}}}]", "holds an invalid value"),
         (f"events: {'[' * 200}{']' * 200}", "is nested more than 100 deep"),
         ("events: [{text: a, 1: 2, b: 3}]", "has the unknown key 1"),
         ("events: [{text: a, start: soon}]", "start must be a frame, or seconds such as 4s, got 'soon'"),

@@ -199,8 +199,8 @@ FILES = {
     + b"".join(
         b"%c: &%c [%s]\n" % (i, i, b",".join([b"*%c" % (i - 1)] * 9)) for i in range(98, 106)
     ): "more than 100000 values",
-    b"video: {fps: " + b"9" * 5000 + b"}": "{path} holds a value that is none (Exceeds the limit",
-    b"output: {path: 2020-99-99}": "{path} holds a value that is none (month must be in 1..12)",
+    b"video: {fps: " + b"9" * 5000 + b"}": "{path} holds an invalid value (Exceeds the limit",
+    b"output: {path: 2020-99-99}": "{path} holds an invalid value (month must be in 1..12)",
     b"\xff\xfe\x00": "{path} is not UTF-8 text",
     b"video:\n  num_frames: 33\n": "model.path",
 }
