@@ -23,7 +23,7 @@ from engine.denoise.denoise import Denoised, draw_noise
 from engine.denoise.guided_model import GuidedModel
 from engine.denoise.loop import DenoiseLoop
 from engine.denoise.saved import RunFile
-from engine.denoise.schedulers import make_scheduler, shifting_tokens
+from engine.denoise.schedulers import make_scheduler, set_timesteps
 from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError
 from engine.given.frames import GivenFrames
@@ -78,9 +78,7 @@ class LongVideoEngine:
                 self.checkpoint = raise_together(self.mesh, self._check)
                 digest = bytes.fromhex(self.checkpoint.digest)
                 check_agreement(self.mesh, setting_prints(config) | {"checkpoint": digest})
-                self.pipe = raise_together(self.mesh, self._load)
-                self._shard()
-                self._weights = raise_together(self.mesh, self._describe_weights)
+                self.pipe, self._weights = self._load()
                 bar.update()
             self.decoder = VideoDecoder(
                 config, vae=self.pipe.vae, spec=self.spec, device=self.device, world=self.mesh.world
@@ -222,10 +220,12 @@ class LongVideoEngine:
         call = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "num_frames": num_frames}
         facts = {} if given is None else {"given": self._describe_given(given, num_frames)}
         settings = self.checkpoint.settings(self.config, **call, **facts)
-        schedule = self._set_timesteps(num_frames)
+        scheduler, latent = self.pipe.scheduler, self.spec.latent_shape(num_frames, video.height, video.width)[2:]
+        window = self.config.method.window_frames * self.spec.patch[0]
+        schedule = set_timesteps(self.adapter, scheduler, sampler, latent, window_frames=window, device=self.device)
         generator = torch.Generator("cpu").manual_seed(seed)
         file = None if checkpoint is None else RunFile(path=checkpoint, settings=settings, mesh=self.mesh)
-        resumed = None if file is None else file.load(self.pipe.scheduler, generator, self.device)
+        resumed = None if file is None else file.load(scheduler, generator, self.device)
         latents, done, history = resumed or (self._draw_noise(num_frames, generator).to(self.device), 0, {})
 
         started = time.perf_counter()
@@ -240,7 +240,7 @@ class LongVideoEngine:
                 fps=video.fps,
                 trace=trace,
             ),
-            scheduler=self.pipe.scheduler,
+            scheduler=scheduler,
             generator=generator,
             known=known,
             progress=self.progress,
@@ -318,22 +318,15 @@ class LongVideoEngine:
         check_model(config, checkpoint.adapter, checkpoint.spec, scheduler)
         return checkpoint
 
-    def _load(self) -> DiffusionPipeline:
-        """Load the pipeline; the text encoder on rank 0 only, unless it is sharded."""
-        parallel = self.config.parallel
-        with_text = self.is_first or shards_text(self.config.model, parallel.text_device)
-        return load_pipeline(self.config.model, with_text=with_text, text_device=parallel.text_device)
-
-    def _shard(self) -> None:
-        """Shard the weights over the ranks, with model.weights zero3."""
-        model = self.config.model
+    def _load(self) -> tuple[DiffusionPipeline, dict[str, Any]]:
+        """Load the pipeline, sharded with model.weights zero3, and describe its files on rank 0, which writes records."""
+        model, text_device = self.config.model, self.config.parallel.text_device
+        shares_text = shards_text(model, text_device)
+        with_text = self.is_first or shares_text
+        pipe = raise_together(self.mesh, lambda: load_pipeline(model, with_text=with_text, text_device=text_device))
         if model.weights == "zero3":
-            with_text = shards_text(model, self.config.parallel.text_device)
-            shard_pipeline(self.pipe, model, with_text=with_text, mesh=self.mesh, device=self.device)
-
-    def _describe_weights(self) -> dict[str, Any]:
-        """Describe the weights on rank 0, which writes records; at load time, since files may change later."""
-        return describe_weights(self.config.model) if self.is_first else {}
+            shard_pipeline(pipe, model, with_text=shares_text, mesh=self.mesh, device=self.device)
+        return pipe, raise_together(self.mesh, lambda: describe_weights(model) if self.is_first else {})
 
     def _directed(self, direction: Direction | None) -> contextlib.AbstractContextManager[object]:
         """Put the events of a timeline on the pipeline for a block."""
@@ -350,19 +343,6 @@ class LongVideoEngine:
             num_texts=len(direction.texts),
             text_tokens=self.config.sampler.max_text_tokens,
         )
-
-    def _set_timesteps(self, num_frames: int) -> dict[str, Any]:
-        """Set the scheduler's timesteps for a video of this length; returns the entry of the record about their shift."""
-        sampler, video, scheduler = self.config.sampler, self.config.video, self.pipe.scheduler
-        *_, frames, rows, columns = self.spec.latent_shape(num_frames, video.height, video.width)
-        tokens = shifting_tokens(
-            sampler.shift, frames, rows * columns, window_frames=self.config.method.window_frames * self.spec.patch[0]
-        )
-        schedule = self.adapter.set_timesteps(
-            scheduler, sampler.num_steps, num_tokens=tokens, shift=sampler.shift, device=self.device
-        )
-        scheduler.set_begin_index(0)
-        return schedule
 
     def _draw_noise(self, num_frames: int, generator: torch.Generator) -> Tensor:
         """Draw the initial noise, on the CPU."""

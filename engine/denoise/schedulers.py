@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from engine.config import SamplerConfig
 from engine.errors import UserError
 
 # Tensors by name (`name` or `name.index`), and plain values for JSON.
@@ -56,6 +57,25 @@ def shifting_tokens(shift: Literal["native", "actual"], frames: int, frame_token
     would be at almost pure noise.
     """
     return (min(frames, window_frames) if shift == "native" else frames) * frame_tokens
+
+
+def set_timesteps(
+    adapter: Any,
+    scheduler: Any,
+    sampler: SamplerConfig,
+    latent: tuple[int, int, int],
+    *,
+    window_frames: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Set the timesteps for latents of (frames, rows, columns), by the adapter; returns the record's entry about their shift."""
+    frames, rows, columns = latent
+    tokens = shifting_tokens(sampler.shift, frames, rows * columns, window_frames=window_frames)
+    schedule = adapter.set_timesteps(
+        scheduler, sampler.num_steps, num_tokens=tokens, shift=sampler.shift, device=device
+    )
+    scheduler.set_begin_index(0)
+    return schedule
 
 
 def step_noise(scheduler: Any, generator: torch.Generator) -> dict[str, torch.Generator]:

@@ -14,7 +14,7 @@ from torch import nn
 from engine.adapters import ModelAdapter, VideoSpec, adapter_named
 from engine.adapters.published import PUBLISHED, SOURCES
 from engine.config import ModelConfig, SamplerConfig
-from engine.denoise.schedulers import make_scheduler, shifting_tokens
+from engine.denoise.schedulers import make_scheduler, set_timesteps
 from engine.errors import UserError
 from engine.load.checkpoint import spec_of
 from engine.load.hub import quiet_hub
@@ -121,15 +121,10 @@ class ModelSpec:
         scheduler_class = getattr(diffusers, str(config.get("_class_name")), None)
         if scheduler_class is None:
             raise UserError(f"{self.name}: diffusers has no scheduler {config.get('_class_name')!r:.60}")
-        frames, rows, columns = latent
-        tokens = shifting_tokens(
-            sampler.shift, frames, rows * columns, window_frames=window_frames * self.video.patch[0]
-        )
+        window, device = window_frames * self.video.patch[0], torch.device("cpu")
         with faults_of(Path(self.name) / "scheduler"):
             scheduler = make_scheduler(scheduler_class.from_config(config), sampler.flow_shift)
-            self.adapter.set_timesteps(
-                scheduler, sampler.num_steps, num_tokens=tokens, shift=sampler.shift, device=torch.device("cpu")
-            )
+            set_timesteps(self.adapter, scheduler, sampler, latent, window_frames=window, device=device)
             return [float(t) for t in scheduler.timesteps.tolist()]
 
     @cached_property
