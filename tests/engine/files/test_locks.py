@@ -299,7 +299,7 @@ def test_a_lock_that_is_waited_for_is_one_at_a_time(tmp_path: Path, kind: str) -
     add[1] = "    if True:"
     for process in race(path, kind, "\n".join(add), 3):
         process.communicate()
-    assert int(number.read_text()) < 60
+    assert number.read_text() != "60"
 
 
 def test_waiting_for_a_lock_that_is_freed(tmp_path: Path) -> None:
