@@ -40,7 +40,7 @@ MOST_STEPS = 10_000
 MOST_TOKENS = 65_536
 # Timeout of a collective, in seconds. Some backends count milliseconds in 32 bits, which overflow after 24 days.
 MOST_TIMEOUT = 7 * 24 * 3600
-COMPILED_TRACE = "with model.compile blocks run whole, and hand out no branches for a trace (output.trace, analyze.py)"
+COMPILED_TRACE = "with model.compile, blocks do not expose branches for a trace (output.trace, analyze.py)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -435,7 +435,9 @@ class RunConfig:
             f"parallel.provider xfuser computes full attention only: use it with method.name direct, not {self.method.name}",
         )
         _check(not self.model.compile or not self.output.trace, f"{COMPILED_TRACE}; switch one of the two off")
-        _check(not xfuser or not self.output.trace, "parallel.provider xfuser hands out no branches for output.trace")
+        _check(
+            not xfuser or not self.output.trace, "parallel.provider xfuser does not expose branches for output.trace"
+        )
 
     def _check_file(self) -> None:
         """Reject what the format of the video cannot hold."""

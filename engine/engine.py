@@ -200,7 +200,7 @@ class LongVideoEngine:
         frames of the video.
         """
         if trace is not None and self.ranks.hybrid is not None:
-            raise UserError("parallel.provider xfuser hands out no branches to trace")
+            raise UserError("parallel.provider xfuser does not expose branches to trace")
         if trace is not None and self.config.model.compile:
             raise UserError(f"{COMPILED_TRACE}; set model.compile false")
         sampler, video = self.config.sampler, self.config.video

@@ -47,7 +47,9 @@ def find_checkpoint(path: str) -> Path | str:
             f"model.path {path} is one file; give it as model.single_file, and a folder or hub name as model.path"
         )
     if not _HUB_NAME.fullmatch(path):
-        raise UserError(f"model.path {path!r} is no folder here and no hub name; give a folder in Diffusers layout")
+        raise UserError(
+            f"model.path {path!r} is neither a folder here nor a hub name; give a folder in Diffusers layout"
+        )
     return path
 
 

@@ -28,7 +28,7 @@ def read_record(metadata: dict[str, str], source: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"the record in {source} holds NaN or infinity; {ADVICE}") from error
     if not isinstance(record, dict):
-        raise UserError(f"the record in {source} is {record!r:.40} and no map; {ADVICE}")
+        raise UserError(f"the record in {source} is {record!r:.40} instead of a mapping; {ADVICE}")
     for name, kind in (("config", dict), ("seed", int), ("seconds", dict)):
         if not isinstance(record.get(name), kind) or isinstance(record[name], bool):
             raise UserError(f"the record in {source} has {record.get(name)!r} for its {name}; {ADVICE}")

@@ -51,7 +51,7 @@ MISTAKES = {
     "generate --prompt x --method.name magic": "unknown method 'magic'",
     "generate --prompt x --method.freespec.alpha -1": "alpha must be a finite number, 0 or more, got -1",
     "generate --prompt x --config nowhere.yaml": "--config nowhere.yaml does not exist",
-    "generate --prompt x --model.path /nowhere": "model.path '/nowhere' is no folder here",
+    "generate --prompt x --model.path /nowhere": "model.path '/nowhere' is neither a folder here",
     "generate --prompt x --nproc 0": "--nproc must be 1 or more",
     "generate --prompt x --nproc 2 --video.fps 0": "video.fps must lie in [1, 1000], got 0",
     "generate --prompt x --ray local --video.fps 0": "video.fps must lie in [1, 1000], got 0",

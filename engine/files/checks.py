@@ -48,7 +48,7 @@ def _check_folder(path: Path) -> None:
     if path.is_symlink() or not path.is_dir():
         raise UserError(f"{path} is {'a link' if path.is_symlink() else 'a file'}; give the name of a folder of frames")
     if (name := foreign_entry(path)) is not None:
-        raise UserError(f"{path} holds {name}, which is no frame of a video; give the name of a new folder")
+        raise UserError(f"{path} holds {name}, which is not a frame of a video; give the name of a new folder")
 
 
 def _check_name(path: Path, part: Path) -> None:

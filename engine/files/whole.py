@@ -103,7 +103,9 @@ def _publish_folder(part: Path, path: Path, *, replace: bool) -> None:
         part.rename(path)  # fails if the folder was filled in between
     elif not path.is_dir() or path.is_symlink() or (foreign := foreign_entry(path)) is not None:
         what = (
-            f"it holds {foreign}, which is no frame" if path.is_dir() and not path.is_symlink() else "it is no folder"
+            f"it holds {foreign}, which is not a frame"
+            if path.is_dir() and not path.is_symlink()
+            else "it is not a folder"
         )
         raise TakenError(errno.EEXIST, what, str(path))
     elif replace:

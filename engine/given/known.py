@@ -143,7 +143,7 @@ def _look_at_begun(path: Path, spec: VideoSpec, *, height: int, width: int, fps:
         return _load_begun(path, spec, height, width).shape[2], []
     size, rate = measure(path), frame_rate(path)
     if size is None or size[0] == 0 or rate is None:
-        raise UserError(f"--extend {path} is no video that can be read")
+        raise UserError(f"--extend {path} cannot be read as a video")
     check_colours(path)
     frames, rows, columns = size
     if (rows, columns) != (height, width):

@@ -53,7 +53,7 @@ class SingleFile:
                 )
             except (KeyError, IndexError, RuntimeError) as error:  # a tensor that the conversion reads is missing
                 raise UserError(
-                    f"{self.path} is no whole {part} of {adapter.name} ({error!r}); fetch it again"
+                    f"{self.path} is not a complete {part} of {adapter.name} ({error!r}); fetch it again"
                 ) from error
             found = {key: tuple(tensor.shape) for key, tensor in converted.items()}
             compare_part(adapter, folder / part, part, found=found, where=self.path)
@@ -87,13 +87,15 @@ def find_single_file(config: ModelConfig) -> Path | None:
         return path
     hub = _HUB_FILE.fullmatch(name)
     if hub is None:
-        raise UserError(f"model.single_file {name!r} is no file here, and no ORGANISATION/NAME/FILE of the hub")
+        raise UserError(f"model.single_file {name!r} is neither a file here nor ORGANISATION/NAME/FILE of the hub")
     try:
         return Path(hf_hub_download(hub[1], hub[2], local_files_only=config.offline))
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         how = "model.offline is true, and it is not in the hub's local copy" if config.offline else first
-        raise UserError(f"model.single_file {name!r} is no file here, and the hub does not give it ({how})") from error
+        raise UserError(
+            f"model.single_file {name!r} is not a file here, and the hub does not have it ({how})"
+        ) from error
 
 
 def open_single_file(config: ModelConfig, adapter: ModelAdapter) -> SingleFile | None:

@@ -96,7 +96,7 @@ def read_config(path: Path) -> dict[str, Any]:
         raise UserError(f"cannot read {path}: {error.strerror}; {_FETCH}") from error
     tree = parse_json(data, str(path), remedy=_FETCH)
     if not isinstance(tree, dict):
-        raise UserError(f"{path} holds {tree!r:.40} and no settings; {_FETCH}")
+        raise UserError(f"{path} holds {tree!r:.40} instead of settings; {_FETCH}")
     return tree
 
 

@@ -79,7 +79,7 @@ def check_layout(name: str, method: Method, degrees: Degrees, possible: Collecti
     advice = (
         "use cfg alone, or one rank" if nearest is None else f"the nearest layout that works is {describe(nearest)}"
     )
-    raise UserError(f"{name} cannot be shared out as {describe(degrees)}: {why}; {advice}")
+    raise UserError(f"{name} cannot run as {describe(degrees)}: {why}; {advice}")
 
 
 def nearest_layout(refused: Collection[str], degrees: Degrees) -> Degrees | None:

@@ -70,7 +70,7 @@ def test_a_kind_of_step_is_compiled_once(folder: Path, counter: CompileCounter) 
         engine.use_method(MethodConfig(name="direct", window_frames=3))
         engine.denoise(PROMPT)
         assert counter.frame_count == graphs + 1
-        with pytest.raises(UserError, match=r"hand out no branches for a trace .*; set model.compile false"):
+        with pytest.raises(UserError, match=r"do not expose branches for a trace .*; set model.compile false"):
             engine.denoise(PROMPT, trace=SpectralTrace())
 
 
@@ -165,5 +165,5 @@ def test_no_block_writes_windows_out(make: Callable[[], Any], method: str) -> No
 def test_what_cannot_be_compiled_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"model.compile cannot compile layers that model.weights zero3 gathers"):
         ModelConfig(path="somewhere", weights="zero3", compile=True)
-    with pytest.raises(UserError, match=r"hand out no branches for a trace .*; switch one of the two off"):
+    with pytest.raises(UserError, match=r"do not expose branches for a trace .*; switch one of the two off"):
         dataclasses.replace(config_of(folder, compiled=True), output=OutputConfig(trace=True))

@@ -194,7 +194,7 @@ def test_a_layout_that_a_method_cannot_have_is_refused_by_all_ranks(folder, meth
     [[first, second]] = run_ranks(2, broken_on_ranks, cases, tmp_path)
     assert first == second
     assert re.fullmatch(
-        f"{method} cannot be shared out as cfg 1 x ring 2 x ulysses 1: ring must be 1, as its [a-z -]+ all tokens of a "
+        f"{method} cannot run as cfg 1 x ring 2 x ulysses 1: ring must be 1, as its [a-z -]+ all tokens of a "
         "head on one rank; the nearest layout that works is cfg 1 x ring 1 x ulysses 2",
         first,
     )

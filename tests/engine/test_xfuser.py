@@ -62,7 +62,7 @@ def latents_on_ranks(_rank: int, case: Case) -> tuple[Tensor, str]:
 def refusals(engine: LongVideoEngine) -> str:
     with pytest.raises(UserError, match=r"use it with method\.name direct, not freespec"):
         engine.use_method(dataclasses.replace(engine.config.method, name="freespec"))
-    with pytest.raises(UserError, match="hands out no branches to trace") as caught:
+    with pytest.raises(UserError, match="does not expose branches to trace") as caught:
         engine.denoise(PROMPT, trace=SpectralTrace())
     return str(caught.value)
 
@@ -94,7 +94,7 @@ def test_every_other_method_is_refused(method: str) -> None:
     config = config_of("nowhere", "xfuser")
     with pytest.raises(UserError, match=rf"use it with method\.name direct, not {method}"):
         dataclasses.replace(config, method=dataclasses.replace(config.method, name=method))
-    with pytest.raises(UserError, match=r"hands out no branches for output\.trace"):
+    with pytest.raises(UserError, match=r"does not expose branches for output\.trace"):
         dataclasses.replace(config, output=OutputConfig(trace=True))
 
 

@@ -164,7 +164,7 @@ def test_ranks_are_arranged_for_the_method_that_the_fewest_layouts_serve(tmp_pat
     assert degrees == [(1, 1, 3), (1, 3, 1)]
     for variant in variants:
         check_layout(variant.label, variant.config.method.method, degrees[0])
-    with pytest.raises(UserError, match="freenoise cannot be shared out as cfg 1 x ring 3"):
+    with pytest.raises(UserError, match="freenoise cannot run as cfg 1 x ring 3"):
         check_layout("freenoise", variants[1].config.method.method, degrees[1])
     same = Comparison(folder=tmp_path, variants=read("direct,freespec"), prompts=["a"], seeds=[0])
     assert same.arranged_for is same.config

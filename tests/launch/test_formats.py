@@ -87,7 +87,7 @@ def test_folders_that_may_not_be_taken(make: Make, tmp_path: Path, monkeypatch: 
     (tmp_path / "v" / "000000.png").touch()
     assert f"{tmp_path}/v exists already" in make(given).error
     (tmp_path / "v" / "family.png").touch()
-    assert "holds family.png, which is no frame of a video" in make(given | {"output.overwrite": "true"}).error
+    assert "holds family.png, which is not a frame of a video" in make(given | {"output.overwrite": "true"}).error
     assert names(tmp_path) == {"000000.png", "family.png"}
     (tmp_path / "w").touch()
     assert f"{tmp_path}/w is a file" in make({"output.path": f"{tmp_path}/w/"}).error

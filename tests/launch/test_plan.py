@@ -111,7 +111,7 @@ def test_degrees_of_the_configuration_are_kept(capsys: pytest.CaptureFixture[str
         ),
         (
             ["--model.single_file", "nosuch.safetensors"],
-            "error: model.single_file 'nosuch.safetensors' is no file here",
+            "error: model.single_file 'nosuch.safetensors' is neither a file here",
         ),
         (["--model.single_file", "a/b/c.ckpt"], "error: model.single_file a/b/c.ckpt is a pickle"),
         (["--parallel.provider", "deepspeed"], "error: parallel.provider deepspeed is for several ranks; give --gpus"),

@@ -56,7 +56,7 @@ def test_a_folder_of_frames_may_be_new_empty_or_hold_frames(tmp_path: Path) -> N
     check_places([path], folders=[path])
     (path / "holiday.png").touch()
     with pytest.raises(
-        UserError, match=r"frames holds holiday\.png, which is no frame of a video; give the name of a new"
+        UserError, match=r"frames holds holiday\.png, which is not a frame of a video; give the name of a new"
     ):
         check_places([path], folders=[path])
     (tmp_path / "file").touch()

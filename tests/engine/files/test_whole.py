@@ -216,11 +216,11 @@ def test_a_folder_that_may_not_be_replaced_is_left_alone(tmp_path: Path) -> None
     assert in_folder(path) == {"000000.png": b"a", "000001.png": b"b"}
     (path / "notes.txt").touch()
     for replace in (True, False):
-        with pytest.raises(TakenError, match=r"it holds notes\.txt, which is no frame"):
+        with pytest.raises(TakenError, match=r"it holds notes\.txt, which is not a frame"):
             write_folder(path, b"a", b"b", replace=replace)
     for name, make in (("link", lambda each: each.symlink_to(path)), ("file", Path.touch)):
         make(tmp_path / name)
-        with pytest.raises(TakenError, match="it is no folder"):
+        with pytest.raises(TakenError, match="it is not a folder"):
             write_folder(tmp_path / name, b"a")
     assert len(in_folder(path)) == 3
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["file", "frames", "link"]

@@ -331,7 +331,7 @@ def test_what_does_not_fit_the_video_is_refused(folders, tmp_path, monkeypatch):
         file.write_bytes(b"junk")
         refused("is not a whole safetensors file", [], file)
         (tmp_path / "c.mp4").write_bytes(b"junk")
-        refused("is no video that can be read", [], tmp_path / "c.mp4")
+        refused("cannot be read as a video", [], tmp_path / "c.mp4")
         (tmp_path / "d.mp4").mkdir()
         refused("is no file", [], tmp_path / "d.mp4")
         with open_video(tmp_path / "e.mp4", fps=24, height=32, width=48, crf=20) as video:

@@ -72,7 +72,7 @@ BROKEN = {
         write("model_index.json", '{"_class_name": "FluxPipeline"}'),
         "names a FluxPipeline; only",
     ),
-    "index is a list": (write("model_index.json", "[]"), r"model_index\.json holds \[\] and no settings; fetch"),
+    "index is a list": (write("model_index.json", "[]"), r"model_index\.json holds \[\] instead of settings; fetch"),
     "index names nothing": (
         write("model_index.json", "{}"),
         r"model_index\.json names no pipeline; its _class_name must be",
@@ -87,7 +87,10 @@ BROKEN = {
         write("vae/config.json", '{"z_dim": ' + "9" * 5000 + "}"),
         r"vae/config\.json holds a number that is too long",
     ),
-    "a configuration that is a number": (write("vae/config.json", "5"), r"vae/config\.json holds 5 and no settings"),
+    "a configuration that is a number": (
+        write("vae/config.json", "5"),
+        r"vae/config\.json holds 5 instead of settings",
+    ),
     "more layers than a model has": (
         change_json("transformer/config.json", num_layers=10**9),
         r"transformer/config\.json has num_layers 1e\+09, and no transformer has more than 1000",
@@ -100,7 +103,10 @@ BROKEN = {
         change_json("text_encoder/config.json", model_type={}),
         "TypeError: unhashable type: 'dict'",
     ),
-    "shards that are a list": (write("transformer/x.safetensors.index.json", "[5]"), "holds \\[5\\] and no settings"),
+    "shards that are a list": (
+        write("transformer/x.safetensors.index.json", "[5]"),
+        "holds \\[5\\] instead of settings",
+    ),
     "index is no JSON": (write("model_index.json", "{"), "model_index.json is not JSON"),
     "a Wan2.2 index": (change_json("model_index.json", boundary_ratio=0.875), r"boundary_ratio 0\.875"),
     "no weights": (lambda folder: weights(folder, "vae").unlink(), "vae has no weights"),
@@ -190,7 +196,7 @@ def test_the_revision_of_a_folder_is_refused(folder):
 @pytest.mark.parametrize("path", ["/nowhere/at/all", "~nosuchuser/wan", "x" * 5000])
 def test_no_folder_is_one_line(path):
     with pytest.raises(
-        UserError, match=r"is no folder here and no hub name|cannot look for|cannot resolve '~nosuchuser"
+        UserError, match=r"is neither a folder here nor a hub name|cannot look for|cannot resolve '~nosuchuser"
     ) as caught:
         load_pipeline(ModelConfig(path=path, device="cpu"))
     assert "\n" not in str(caught.value)

@@ -150,7 +150,7 @@ def test_a_file_that_is_cut_short_or_a_pointer_is_one_line(wan: SimpleNamespace,
         ("A/B/wan2.1_t2v_14B_highres.safetensors", r"model\.offline is true"),
         ("weights.gguf", r"must be a \.safetensors file, got 'weights\.gguf'"),
         ("~nosuchuser/w.safetensors", r"cannot resolve '~nosuchuser/w\.safetensors'"),
-        ("nowhere.safetensors", r"is no file here, and no ORGANISATION/NAME/FILE of the hub"),
+        ("nowhere.safetensors", r"is neither a file here nor ORGANISATION/NAME/FILE of the hub"),
         ("A/B/nowhere.safetensors", r"model\.offline is true, and it is not in the hub's local copy"),
     ],
 )

@@ -84,7 +84,7 @@ def test_the_planner_does_not_offer_what_the_method_cannot_have(folder: Path) ->
                 {"views", "views_global"} if p.ring == 1 else set()
             )
     freelong = MethodConfig(name="freelong", window_frames=3)
-    with pytest.raises(UserError, match="freelong cannot be shared out as cfg 1 x ring 2 x ulysses 2: ring must be 1"):
+    with pytest.raises(UserError, match="freelong cannot run as cfg 1 x ring 2 x ulysses 2: ring must be 1"):
         choose(spec, video, sampler, freelong, gpu=gpu, world_size=4, fixed=(1, 2, None))
 
 
@@ -100,7 +100,7 @@ def test_degrees_that_were_asked_for_are_refused_before_weights_are_read(folder:
     with pytest.raises(UserError) as refused:
         choose_degrees(config, read_model(config.model), 4, None)
     line = str(refused.value)
-    assert line.startswith(f"{name} cannot be shared out as cfg 1 x ring 2 x ulysses 2: ring must be 1, as its ")
+    assert line.startswith(f"{name} cannot run as cfg 1 x ring 2 x ulysses 2: ring must be 1, as its ")
     assert line.endswith("; the nearest layout that works is cfg 1 x ring 1 x ulysses 4")
     allowed = replace(config, method=replace(config.method, name="freespec"))
     assert choose_degrees(allowed, read_model(config.model), 4, None)[0][1] == 2

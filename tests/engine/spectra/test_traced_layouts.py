@@ -207,7 +207,7 @@ def test_every_other_arrangement_of_eight_ranks_is_refused_with_its_reason(name:
             assert prod(degrees) != WORLD  # so heads and tokens allow all others
             with pytest.raises(UserError, match=r"8 ranks cannot be arranged with cfg .*; possible are 1 x 8 x 1, "):
                 choose(spec, degrees, "freespec")
-    with pytest.raises(UserError, match="freepca cannot be shared out as cfg 1 x ring 8 x ulysses 1: ring must be 1"):
+    with pytest.raises(UserError, match="freepca cannot run as cfg 1 x ring 8 x ulysses 1: ring must be 1"):
         choose(spec, (1, 8, 1), "freepca")
     with pytest.raises(UserError, match="8 ranks cannot be arranged with cfg 2, ring 1, ulysses 4"):
         choose(spec, (2, 1, 4), "freespec", guidance=1.0)
