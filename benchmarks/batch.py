@@ -42,7 +42,7 @@ from engine.batch.queue import Queue
 from engine.batch.store import publish
 from engine.batch.suite import Prompt, Suite
 from engine.batch.variants import Variant
-from engine.denoise.saved import save_run
+from engine.denoise.saved import RunFile
 from engine.engine import LongVideoEngine
 from engine.files.trees import read_lines
 from engine.files.whole import write_json
@@ -142,7 +142,7 @@ def time_keeping(path: Path) -> list[float]:
     found = []
     for step in range(9):
         started = time.perf_counter()
-        save_run(path, latents, step=step, run_id="benchmark", state=(state, {}))
+        RunFile(path, {}).save(step, latents, (state, {}), {})
         found.append(time.perf_counter() - started)
     return found
 

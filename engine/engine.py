@@ -37,7 +37,7 @@ from engine.load.pipeline import load_pipeline
 from engine.load.provenance import describe_loaded, describe_weights
 from engine.load.sharded_weights import shard_pipeline, shards_text
 from engine.progress import enabled, progress_bar
-from engine.ranks.agreement import check_agreement, from_first, raise_together, setting_prints
+from engine.ranks.agreement import broadcast_bytes, check_agreement, from_first, raise_together, setting_prints
 from engine.ranks.group_of_one import GROUP_OF_ONE
 from engine.ranks.layouts import Ranks, check_layout
 from engine.record import EngineFacts, build_record, running_revision
@@ -224,9 +224,13 @@ class LongVideoEngine:
         window = self.config.method.window_frames * self.spec.patch[0]
         schedule = set_timesteps(self.adapter, scheduler, sampler, latent, window_frames=window, device=self.device)
         generator = torch.Generator("cpu").manual_seed(seed)
-        file = None if checkpoint is None else RunFile(path=checkpoint, settings=settings, mesh=self.mesh)
-        resumed = None if file is None else file.load(scheduler, generator, self.device)
-        latents, done, history = resumed or (self._draw_noise(num_frames, generator).to(self.device), 0, {})
+        file = None if checkpoint is None else RunFile(checkpoint, settings)
+        found = file.path.read_bytes() if file is not None and self.is_first and file.path.exists() else b""
+        data = broadcast_bytes(self.mesh, found, "checkpoint")
+        if file is not None and data:
+            latents, done, history = file.load(data, scheduler, generator, self.device)
+        else:
+            latents, done, history = self._draw_noise(num_frames, generator).to(self.device), 0, {}
 
         started = time.perf_counter()
         loop = DenoiseLoop(
@@ -244,7 +248,7 @@ class LongVideoEngine:
             generator=generator,
             known=known,
             progress=self.progress,
-            save=None if file is None else file.save,
+            save=file.save if file is not None and self.is_first else None,
             save_every=checkpoint_every,
             on_step=on_step,
         )

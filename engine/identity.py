@@ -70,20 +70,15 @@ def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> s
     return "; ".join(found[:_SHOWN]) + more if found else None
 
 
-def check_run(
-    metadata: Mapping[str, str], *, path: Path, run_id: str, settings: Mapping[str, Any] | None = None
-) -> None:
-    """Raise UserError, naming what differs, unless the metadata of a run's state have this id.
-
-    `settings` are those that `run_id` was computed from.
-    """
-    if metadata.get("run_id") == run_id:
+def check_run(metadata: Mapping[str, str], settings: Mapping[str, Any], *, path: Path) -> None:
+    """Raise UserError, naming what differs, unless the metadata of a run's state are of the run with these settings."""
+    if metadata.get("run_id") == settings_id(settings):
         return
     try:
         before = parse_json(metadata.get("settings", "{}"), str(path))
     except DamagedError:
         before = {}
-    told = describe_differences(before, settings) if before and settings and isinstance(before, dict) else None
+    told = describe_differences(before, settings) if before and isinstance(before, dict) else None
     raise UserError(
         f"{path} belongs to another run ({told or 'other prompt, seed or setting'}); delete it or move it away"
     )

@@ -78,8 +78,7 @@ def find_stage(files: OutputFiles, config: RunConfig, settings: Callable[[], Set
         check_decoded(files, found.record, config, settings(), _FLAG)
         return "finished"
     if found.checkpoint is not None:
-        wanted = settings()
-        check_run(found.checkpoint, path=files.checkpoint, run_id=settings_id(wanted), settings=wanted)
+        check_run(found.checkpoint, settings(), path=files.checkpoint)
     if found.latents is None:
         return "denoise"
     differences = describe_differences(found.latents, settings())

@@ -17,8 +17,6 @@ from engine.files.tensors import read_metadata
 from engine.files.trees import DamagedError, parse_json
 from engine.files.whole import atomic_path
 from engine.identity import check_run, settings_id
-from engine.ranks.agreement import broadcast_bytes
-from parallel.mesh import SeqMesh
 
 # Dtypes of saved latents.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -56,114 +54,59 @@ def load_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
     return latents, metadata
 
 
-def save_run(
-    path: Path,
-    latents: Tensor,
-    *,
-    step: int,
-    run_id: str,
-    state: SchedulerState,
-    history: History | None = None,
-    settings: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the state of a run after `step` steps: latents, scheduler state and history.
-
-    `run_id` identifies the run, and `settings` are what it was computed from, see `engine.identity`.
-    """
-    tensors, values = state
-    tensors = {f"scheduler.{name}": tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
-    metadata = {"run_id": run_id, "step": str(step), "scheduler": json.dumps(values)}
-    metadata |= {"history": json.dumps(history or {}), "settings": json.dumps(settings or {})}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path) as part:
-        part.write_bytes(safetensors.torch.save({"latents": latents.cpu().contiguous()} | tensors, metadata))
-
-
-def load_run(
-    data: bytes,
-    *,
-    path: Path,
-    run_id: str,
-    scheduler: Any,
-    generator: torch.Generator,
-    device: torch.device,
-    settings: Mapping[str, Any] | None = None,
-) -> tuple[Tensor, int, History]:
-    """Read a `save_run` file's bytes: latents, number of finished steps, history; restores scheduler and generator.
-
-    Takes bytes, because rank 0 reads the file for all ranks. UserError, naming `path`, for another run's or a broken file.
-    """
-    remedy = "delete it to start anew"
-    try:
-        tensors = safetensors.torch.load(data)
-    except _DAMAGED as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); {remedy}") from error
-    header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], str(path), remedy=remedy)
-    metadata = header.get("__metadata__", {})
-    check_run(metadata, path=path, run_id=run_id, settings=settings)
-    state = {name.removeprefix("scheduler."): value for name, value in tensors.items() if name != "latents"}
-    try:
-        values, history = (
-            parse_json(metadata.get(name, "{}"), f"{name} in {path}", remedy=remedy)
-            for name in ("scheduler", "history")
-        )
-        restore_scheduler(scheduler, (state, values), device, generator)
-        return tensors["latents"].to(device), int(metadata["step"]), history
-    except (RuntimeError, *_DAMAGED) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path} is not the state of a run ({type(error).__name__}: {error}); {remedy}") from error
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class RunFile:
-    """The file of one run's state, which rank 0 reads and writes for all ranks.
+    """The file of the state of one run.
 
     Attributes:
         path: the file.
-        settings: what decides the run's latents, see `engine.identity`.
-        mesh: the ranks.
+        settings: those of the run's latents, see `engine.identity`; they identify the run.
     """
 
     path: Path
     settings: Mapping[str, Any]
-    mesh: SeqMesh
-
-    def load(
-        self, scheduler: Any, generator: torch.Generator, device: torch.device
-    ) -> tuple[Tensor, int, History] | None:
-        """`load_run` on every rank; None if there is no file."""
-        found = self.mesh.world.rank == 0 and self.path.exists()
-        data = broadcast_bytes(self.mesh, self.path.read_bytes() if found else b"", "checkpoint")
-        if not data:
-            return None
-        return load_run(
-            data,
-            path=self.path,
-            run_id=settings_id(self.settings),
-            scheduler=scheduler,
-            generator=generator,
-            device=device,
-            settings=self.settings,
-        )
 
     def save(self, step: int, latents: Tensor, state: SchedulerState, history: History) -> None:
-        """`save_run` on rank 0."""
-        if self.mesh.world.rank == 0:
-            run_id = settings_id(self.settings)
-            save_run(
-                self.path,
-                latents,
-                step=step,
-                run_id=run_id,
-                state=state,
-                history=history,
-                settings=self.settings,
+        """Write the state after `step` steps: latents, scheduler state and history."""
+        tensors, values = state
+        tensors = {f"scheduler.{name}": tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+        metadata = {"run_id": settings_id(self.settings), "step": str(step), "scheduler": json.dumps(values)}
+        metadata |= {"history": json.dumps(history), "settings": json.dumps(self.settings)}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self.path) as part:
+            part.write_bytes(safetensors.torch.save({"latents": latents.cpu().contiguous()} | tensors, metadata))
+
+    def load(
+        self, data: bytes, scheduler: Any, generator: torch.Generator, device: torch.device
+    ) -> tuple[Tensor, int, History]:
+        """Read the file's bytes: latents, number of finished steps, history; restores scheduler and generator.
+
+        Takes bytes, because rank 0 reads the file for all ranks. UserError for another run's or a broken file.
+        """
+        path, remedy = self.path, "delete it to start anew"
+        try:
+            tensors = safetensors.torch.load(data)
+        except _DAMAGED as error:
+            raise UserError(f"{path} is not a whole safetensors file ({error}); {remedy}") from error
+        header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], str(path), remedy=remedy)
+        metadata = header.get("__metadata__", {})
+        check_run(metadata, self.settings, path=path)
+        state = {name.removeprefix("scheduler."): value for name, value in tensors.items() if name != "latents"}
+        try:
+            values, history = (
+                parse_json(metadata.get(name, "{}"), f"{name} in {path}", remedy=remedy)
+                for name in ("scheduler", "history")
             )
+            restore_scheduler(scheduler, (state, values), device, generator)
+            return tensors["latents"].to(device), int(metadata["step"]), history
+        except (RuntimeError, *_DAMAGED) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{path} is not the state of a run ({type(error).__name__}: {error}); {remedy}") from error
 
 
 def kept_steps(path: Path) -> int:
-    """The number of finished steps in a `save_run` file; 0 if it is missing or damaged. OSError if it cannot be read."""
+    """The number of finished steps in a `RunFile`; 0 if it is missing or damaged. OSError if it cannot be read."""
     try:
         return int((read_metadata(path) or {})["step"])
     except (DamagedError, KeyError, ValueError):

@@ -5,7 +5,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from engine.denoise.denoise import denoise, draw_noise
-from engine.denoise.saved import load_latents, load_run, save_latents, save_run
+from engine.denoise.saved import RunFile, load_latents, save_latents
 from engine.denoise.schedulers import make_scheduler, scheduler_state
 from engine.errors import UserError
 
@@ -49,25 +49,18 @@ def test_a_resumed_run_is_bit_equal(name, stop, tmp_path):
     class StoppedError(Exception):
         pass
 
-    scheduler = ready(name)
+    scheduler, file = ready(name), RunFile(tmp_path / "run.safetensors", {"seed": 1})
 
     def interrupt(done, latents):
         if done == stop:
             state = scheduler_state(scheduler, no_noise())
-            save_run(tmp_path / "run.safetensors", latents, step=done, run_id="a", state=state)
+            file.save(done, latents, state, {})
             raise StoppedError
 
     with pytest.raises(StoppedError):
         denoise(noise, scheduler, predict, generator=no_noise(), after_step=interrupt)
     fresh = ready(name)
-    latents, step, _ = load_run(
-        (tmp_path / "run.safetensors").read_bytes(),
-        path=tmp_path,
-        run_id="a",
-        scheduler=fresh,
-        generator=no_noise(),
-        device=torch.device("cpu"),
-    )
+    latents, step, _ = file.load(file.path.read_bytes(), fresh, no_noise(), torch.device("cpu"))
     assert step == stop
     assert torch.equal(denoise(latents, fresh, predict, generator=no_noise(), start_step=step), whole)
     if name != "euler" and 1 < stop < 6:  # negative control: a multistep solver without its history goes elsewhere
@@ -79,12 +72,13 @@ def test_a_resumed_run_is_bit_equal(name, stop, tmp_path):
 def test_another_runs_checkpoint_is_refused(tmp_path):
     path = tmp_path / "run.safetensors"
     scheduler, generator = ready("unipc"), no_noise()
-    save_run(path, torch.zeros(1), step=1, run_id="a", state=scheduler_state(scheduler, generator))
-    arguments = {"path": path, "scheduler": scheduler, "generator": generator, "device": torch.device("cpu")}
+    file, other = (RunFile(path, {"seed": seed}) for seed in (1, 2))
+    file.save(1, torch.zeros(1), scheduler_state(scheduler, generator), {})
+    into = scheduler, generator, torch.device("cpu")
     with pytest.raises(UserError, match="belongs to another run"):
-        load_run(path.read_bytes(), run_id="b", **arguments)
+        other.load(path.read_bytes(), *into)
     with pytest.raises(UserError, match="not a whole safetensors file"):
-        load_run(path.read_bytes()[:-1], run_id="a", **arguments)
+        file.load(path.read_bytes()[:-1], *into)
 
 
 def test_latents_file(tmp_path):
