@@ -137,26 +137,16 @@ class LongVideoEngine:
         return progress_bar(total=total, initial=initial, desc=stage, enabled=show)
 
     @property
-    def loaded(self) -> dict[str, Any]:
-        """The entry of the record about the model: checkpoint, revision, commit or SHA-256 (on rank 0), dtypes and parameter counts."""
-        return describe_loaded(self.config.model, self.pipe, self._weights, self.device)
-
-    @property
-    def layout(self) -> dict[str, Any]:
-        """The entry of the record about the ranks."""
-        config = self.config.parallel
-        return self.ranks.described(local_route=config.local_route, provider=config.provider)
-
-    @property
     def facts(self) -> EngineFacts:
         """What records say of this engine."""
+        parallel = self.config.parallel
         return EngineFacts(
             config=self.config,
             device=self.device,
             attention=self.kernel,
             eigensolver=self.handle.state.eigensolver,
-            model=self.loaded,
-            parallel=self.layout,
+            model=describe_loaded(self.config.model, self.pipe, self._weights, self.device),
+            parallel=self.ranks.described(local_route=parallel.local_route, provider=parallel.provider),
         )
 
     def __enter__(self) -> Self:

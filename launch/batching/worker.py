@@ -66,7 +66,7 @@ def _work(pipe: IO[str]) -> None:
                 tell=tell,
             )
             engine.text.keep(BatchFiles(root=worker.root).text_cache)
-            layout = engine.layout
+            layout = engine.facts.parallel
             nodes = ", ".join(f"{each['node']} ({len(each['ranks'])})" for each in layout["nodes"])
             place = f"{engine.device} on {nodes}, {layout['ranks']} ranks, {layout['why']}"
             tell("ready", seconds=time.perf_counter() - started, place=place)

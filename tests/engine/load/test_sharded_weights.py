@@ -95,7 +95,7 @@ def compare_on_ranks(rank: int, case: Case) -> dict[str, Any]:
         patch.setattr(partition, "_dist_allgather_fn", spy)
         made, latents = made_with(case, "resident" if case.special == "offload hooks" else "zero3")
     found = {"latents": latents, "same": torch.equal(latents, resident), "gathered": sizes}
-    found["loaded"] = made.loaded
+    found["loaded"] = made.facts.model
     parts = {name: getattr(made.pipe, name) for name in ("transformer", "text_encoder")}
     found["held"] = {name: None if part is None else held_bytes(part) for name, part in parts.items()}
     if case.special == "texts":
@@ -275,7 +275,7 @@ def test_offloaded_parts_wait_on_the_cpu_and_make_the_same_video(family, folders
         assert all(isinstance(hook, CpuOffload) for hook in hooks)
         assert [hook.prev_module_hook and hook.prev_module_hook.model for hook in hooks] == [None, *parts[:2]]
         assert relative(engine.denoise("a red circle").latents, expected) <= 1e-6
-        assert set(engine.loaded["resident_bytes"]) == {"transformer", "vae", "text_encoder"}
+        assert set(engine.facts.model["resident_bytes"]) == {"transformer", "vae", "text_encoder"}
         assert all(device_bytes(part, torch.device("cuda")) == 0 for part in parts)
         assert all(device_bytes(part, CPU) == held_bytes(part) > 0 for part in parts)
 
