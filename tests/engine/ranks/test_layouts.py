@@ -114,7 +114,7 @@ def test_nearest_layouts() -> None:
         check_layout("freelong", FreeLong(), degrees)
     check_layout("direct", Direct(), (2, 4, 4))
     with pytest.raises(
-        UserError, match=r"x cannot be .*: ring must be 1, as it sorts tokens; use cfg alone, or one rank"
+        UserError, match=r"x cannot run as .*: ring must be 1, as it sorts tokens; use cfg alone, or one rank"
     ):
         check_layout("x", AllHeads(), (1, 2, 1))
     with pytest.raises(
