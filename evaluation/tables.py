@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluation.videos import Video
-from metrics.bootstrap import Estimate, mean_interval, paired_interval
+from metrics.bootstrap import Estimate, mean_interval, paired_interval, seed_means
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,11 +60,7 @@ def _by_label(rows: Sequence[Scored]) -> dict[str, list[Scored]]:
 
 def _by_prompt(rows: Sequence[Scored], prompts: Sequence[str], measure: str) -> np.ndarray:
     """Mean over seeds for each prompt, [P]; nan for a prompt without a value."""
-    values: dict[str, list[float]] = {prompt: [] for prompt in prompts}
-    for row in rows:
-        if _is_known(row, measure):
-            values[row.video.prompt].append(row.values[measure])
-    return np.array([np.mean(seeds) if seeds else np.nan for seeds in values.values()])
+    return seed_means(((row.video.prompt, row.values.get(measure)) for row in rows), prompts)
 
 
 def _is_known(row: Scored, measure: str) -> bool:

@@ -1,7 +1,9 @@
 """Confidence intervals of means over prompts, by resampling the prompts, with a seeded generator."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.special import ndtr, stdtrit
@@ -22,6 +24,18 @@ class Estimate:
     low: float
     high: float
     count: int
+
+
+def seed_means(values: Iterable[tuple[Any, float | None]], prompts: Iterable[Any]) -> np.ndarray:
+    """[prompts]: the mean over seeds of (prompt, value), nan where no seed has a finite value.
+
+    Prompts are independent, the seeds of one are not: intervals are over these means.
+    """
+    found: dict[Any, list[float]] = {prompt: [] for prompt in prompts}
+    for prompt, value in values:
+        if value is not None and np.isfinite(value):
+            found[prompt].append(value)
+    return np.array([np.mean(seeds) if seeds else np.nan for seeds in found.values()])
 
 
 def mean_interval(values: np.ndarray, *, seed: int = 0, level: float = LEVEL, resamples: int = RESAMPLES) -> Estimate:

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from metrics.bootstrap import Estimate, paired_interval
+from metrics.bootstrap import Estimate, paired_interval, seed_means
 
 Sign = Literal["more", "less"]
 Verdict = Literal["as the paper says", "the opposite", "not decided", "not made"]
@@ -283,9 +283,6 @@ def read(difference: Estimate, sign: Sign) -> Verdict:
 
 def _by_prompt(report: Mapping[str, Any], label: str, metric: str) -> np.ndarray:
     """[prompts] of a label, seeds averaged as in the tables: prompts in order, nan where no seed has a value."""
-    prompts = sorted({each["prompt_index"] for each in report["videos"]})
-    values = {prompt: [] for prompt in prompts}
-    for each in report["videos"]:
-        if each["label"] == label and each["values"][metric] is not None:
-            values[each["prompt_index"]].append(each["values"][metric])
-    return np.array([np.mean(found) if found else np.nan for found in values.values()])
+    videos = report["videos"]
+    found = ((each["prompt_index"], each["values"][metric]) for each in videos if each["label"] == label)
+    return seed_means(found, sorted({each["prompt_index"] for each in videos}))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.study.measured import Measured
-from metrics.bootstrap import Estimate, mean_interval, paired_interval
+from metrics.bootstrap import Estimate, mean_interval, paired_interval, seed_means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +39,11 @@ def comparable(measured: Sequence[Measured], labels: Sequence[str]) -> list[Meas
 
 def summarise(measured: Sequence[Measured], labels: Sequence[str], units: dict[str, str], baseline: str) -> list[Row]:
     """A row for every measure and variant. Seeds of a prompt are averaged first: prompts are what is independent."""
-    by_prompt = {label: _by_prompt(measured, label, list(units)) for label in labels}
     rows = []
-    for column, (metric, unit) in enumerate(units.items()):
-        for label in labels:
-            values = by_prompt[label][:, column]
-            difference = None if label == baseline else paired_interval(values, by_prompt[baseline][:, column])
+    for metric, unit in units.items():
+        by_prompt = {label: _by_prompt(measured, label, metric) for label in labels}
+        for label, values in by_prompt.items():
+            difference = None if label == baseline else paired_interval(values, by_prompt[baseline])
             rows.append(Row(label=label, metric=metric, unit=unit, mean=mean_interval(values), difference=difference))
     return rows
 
@@ -84,17 +83,10 @@ def from_json(tree: Mapping[str, Any]) -> Estimate:
     return Estimate(**{key: math.nan if value is None else value for key, value in tree.items()})
 
 
-def _by_prompt(measured: Sequence[Measured], label: str, metrics: Sequence[str]) -> np.ndarray:
-    """[prompts, metrics]: the mean over seeds of those that have a value, nan where none has."""
-    prompts = sorted({each.video.prompt_index for each in measured})
-    table = np.full((len(prompts), len(metrics)), np.nan)
-    for row, prompt in enumerate(prompts):
-        mine = [each for each in measured if each.video.label == label and each.video.prompt_index == prompt]
-        for column, metric in enumerate(metrics):
-            values = [each.values[metric] for each in mine if np.isfinite(each.values[metric])]
-            if values:
-                table[row, column] = np.mean(values)
-    return table
+def _by_prompt(measured: Sequence[Measured], label: str, metric: str) -> np.ndarray:
+    """[prompts]: the mean over seeds of one measure of a label."""
+    found = ((each.video.prompt_index, each.values[metric]) for each in measured if each.video.label == label)
+    return seed_means(found, sorted({each.video.prompt_index for each in measured}))
 
 
 def _time(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from engine.files.locks import hold
-from evaluation import measure
+from evaluation import measure, score
 from evaluation.vbench.dimensions import DIMENSIONS
 from launch.commands import batch, evaluate
 from launch.process.exit_codes import run_command
@@ -186,7 +186,7 @@ def test_an_interruption_says_what_is_kept(
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(evaluate, "measure_all", interrupt)
+    monkeypatch.setattr(score, "measure_all", interrupt)
     ended = run(evaluate.main, "--runs", runs)
     assert ended.code == 130
     assert ended.stopped == f"what was finished is kept in {runs / 'evaluation'}; the same command goes on from there"
@@ -234,7 +234,7 @@ def test_a_full_disk_is_one_line(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(evaluate, "write_report", full)
+    monkeypatch.setattr(score, "write_report", full)
     ended = run(evaluate.main, "--runs", runs)
     assert ended.code == 2
     assert ended.err.splitlines()[-1].startswith(

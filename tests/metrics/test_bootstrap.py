@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from metrics.bootstrap import MIN_COUNT, expanded_tail, mean_interval, paired_interval
+from metrics.bootstrap import MIN_COUNT, expanded_tail, mean_interval, paired_interval, seed_means
 
 
 def test_it_is_the_percentile_interval_of_scipy_at_the_expanded_level() -> None:
@@ -71,3 +71,8 @@ def test_few_numbers_have_a_mean_and_no_interval() -> None:
     assert math.isnan(few.high)
     assert math.isfinite(mean_interval(np.arange(MIN_COUNT * 1.0)).low)
     assert mean_interval(np.array([])).count == 0
+
+
+def test_seeds_of_a_prompt_are_averaged_first() -> None:
+    found = seed_means([("a", 1.0), ("b", None), ("a", 3.0), ("b", np.nan), ("c", 5.0), ("c", None)], ["c", "a", "b"])
+    np.testing.assert_array_equal(found, [5.0, 2.0, np.nan])

@@ -1,0 +1,195 @@
+"""Score videos: VBench-Long in its own environment, proxies and exact measures here, and the report on all."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import UserError
+from engine.files.locks import HeldError, hold
+from engine.files.say import Say
+from engine.files.storage import writing_to
+from evaluation.measure import measure_all, measure_all_world
+from evaluation.report import Evaluation, write_report
+from evaluation.tables import Scored
+from evaluation.vbench.bench import Bench, Evaluator, PreflightError, preflight
+from evaluation.vbench.run import Outcome, evaluate, failures
+from evaluation.vbench.stage import View, plan_view
+from evaluation.videos import Video, groups, read_batches, read_list, what_is_missing
+from evaluation.world import videos_of_world
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be scored, and how.
+
+    Attributes:
+        runs: folders of batches.
+        videos: CSV list of videos, in their place.
+        out: folder of the report.
+        title: heading of the report.
+        dimensions: of VBench.
+        evaluator: how VBench-Long is run; None without it.
+        proxies: whether to measure what needs no weights.
+        workers: processes that do.
+        native_frames: native length of all videos, where it is given.
+        baseline: label that others are compared with; "" for direct, or else the first.
+        keep_views: whether staged videos and clips stay.
+    """
+
+    runs: Sequence[Path]
+    videos: Path | None
+    out: Path
+    title: str
+    dimensions: Sequence[str]
+    evaluator: Evaluator | None
+    proxies: bool
+    workers: int
+    native_frames: int | None
+    baseline: str
+    keep_views: bool
+
+
+def score(request: Request, *, check_only: bool, say: Say, tell: Callable[[str], None]) -> int:
+    """Find the videos, check everything, score what is missing, and report; 1 if something of VBench failed.
+
+    `say` hears of progress and `tell` the result; with `check_only` nothing is scored.
+    """
+    left_out: list[str] = []
+    videos = _videos(request, left_out.append)
+    missing = [*left_out, *_missing(request, videos)]
+    for sentence in missing:
+        say(f"not everything is there: {sentence}")
+    by_label = groups(videos)
+    baseline = _baseline(request.baseline, list(by_label))
+    out, evaluator = request.out, request.evaluator
+    with writing_to(out, after="the same command goes on from there"), _own(out):
+        views = [plan_view(label, group, out / "views") for label, group in by_label.items()] if evaluator else []
+        bench = _preflight(evaluator, request.dimensions, out, tell) if evaluator else None
+        if check_only:
+            tell(f"{len(videos)} videos of {len(by_label)} methods; everything that was looked at is there")
+            return 0
+        evaluation, paths = _report(request, by_label, views, baseline=baseline, bench=bench, missing=missing, say=say)
+    tell(f"{len(videos)} videos of {len(by_label)} methods: {', '.join(map(str, paths))}")
+    for line in evaluation.failures:
+        tell(f"failed: {line}")
+    return 1 if evaluation.failures else 0
+
+
+def _report(
+    request: Request,
+    by_label: Mapping[str, Sequence[Video]],
+    views: Sequence[View],
+    *,
+    baseline: str,
+    bench: Bench | None,
+    missing: Sequence[str],
+    say: Say,
+) -> tuple[Evaluation, list[Path]]:
+    """Score the videos, and write the report."""
+    outcomes: list[Outcome] = []
+    if request.evaluator is not None and bench is not None:
+        outcomes = evaluate(
+            views,
+            request.dimensions,
+            evaluator=request.evaluator,
+            bench=bench,
+            folder=request.out,
+            say=say,
+            keep_views=request.keep_views,
+        )
+    every = [video for group in by_label.values() for video in group]
+    values, exact, not_world, left_out = _measures(request, every, say)
+    scored = _dimension_values(outcomes)
+    evaluation = Evaluation(
+        title=request.title,
+        rows=[
+            Scored(label=label, video=video, values=_of(video, values, exact) | scored.get(video, {}))
+            for label, group in by_label.items()
+            for video in group
+        ],
+        baseline=baseline,
+        dimensions=request.dimensions,
+        proxies=request.proxies,
+        not_world=not_world,
+        scores={(o.view.label, o.dimension): o.scores for o in outcomes if o.scores is not None},
+        vbench=bench.identity if bench else None,
+        notes=left_out + [f"{o.view.label}: {note}" for o in outcomes if o.scores for note in o.scores.notes],
+        failures=failures(outcomes),
+        missing=missing,
+    )
+    return evaluation, write_report(evaluation, request.out)
+
+
+def _videos(request: Request, say: Say) -> list[Video]:
+    """Those of the folders or of the list, with the native length that is given for them, if one is."""
+    videos = read_batches(request.runs, say) if request.videos is None else read_list(request.videos)
+    if request.native_frames is None:
+        return videos
+    return [dataclasses.replace(video, native_frames=request.native_frames) for video in videos]
+
+
+def _missing(request: Request, videos: Sequence[Video]) -> list[str]:
+    """What the folders were asked for and have not; nothing is known of what a list might have had."""
+    return [sentence for root in request.runs if (sentence := what_is_missing(root, videos)) is not None]
+
+
+def _measures(
+    request: Request, videos: Sequence[Video], say: Say
+) -> tuple[dict[Path, dict[str, float]], dict[Path, dict[str, float]], str | None, list[str]]:
+    """Proxies and exact measures by path, why there are none of the latter, and a sentence on videos that have none."""
+    if not request.proxies:
+        return {}, {}, "not asked for", []
+    proxies = measure_all(videos, request.out / "proxies", workers=request.workers, say=say)
+    of_world, reason = videos_of_world(videos)
+    if not of_world:
+        return proxies, {}, reason, []
+    exact = measure_all_world(of_world, request.out / "world", workers=request.workers, say=say)
+    share = f"The exact measures of the embedded world are of {len(of_world)} of {len(videos)} videos: {reason}."
+    return proxies, exact, None, [] if reason is None else [share]
+
+
+def _of(video: Video, *measured: Mapping[Path, dict[str, float]]) -> dict[str, float]:
+    return {name: value for found in measured for name, value in found.get(video.path, {}).items()}
+
+
+def _preflight(evaluator: Evaluator, dimensions: Sequence[str], out: Path, tell: Callable[[str], None]) -> Bench:
+    try:
+        return preflight(evaluator, dimensions, out)
+    except PreflightError as error:
+        if len(error.details) > 1:
+            tell("\n".join(error.details))
+        raise
+
+
+def _baseline(asked: str, labels: list[str]) -> str:
+    if asked and asked not in labels:
+        raise UserError(f"--baseline {asked} is none of the methods: {', '.join(labels)}")
+    return asked or ("direct" if "direct" in labels else labels[0])
+
+
+@contextlib.contextmanager
+def _own(out: Path) -> Iterator[None]:
+    """Hold the folder for the block; UserError if another evaluation does, or it cannot be written to."""
+    with contextlib.ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(hold(out / "lock"))
+        except HeldError as error:
+            raise UserError(
+                f"another evaluation works in {out}: {error.who}; wait for it, or choose another --out"
+            ) from error
+        except OSError as error:
+            raise UserError(f"cannot write to the folder {out}: {error.strerror}") from error
+        yield
+
+
+def _dimension_values(outcomes: Sequence[Outcome]) -> dict[Video, dict[str, float]]:
+    values: dict[Video, dict[str, float]] = {}
+    for outcome in outcomes:
+        if outcome.scores is None:
+            continue
+        for item in outcome.view.items:
+            values.setdefault(item.video, {})[outcome.dimension] = outcome.scores.videos[item.stem].score
+    return values
