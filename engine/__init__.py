@@ -11,6 +11,8 @@ Names are imported when they are first used, so that `engine.config` can be read
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from freespec import __version__
+
 if TYPE_CHECKING:
     from engine.config import (
         AttentionConfig,
@@ -49,6 +51,7 @@ __all__ = [
     "TimelineHandle",
     "UserError",
     "VideoConfig",
+    "__version__",
     "apply_method",
     "apply_timeline",
     "read_preset",

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from engine.errors import UserError
 
-# The checkout, or the folder of installed packages, which has configs/ and tiny/ as well.
+# The checkout, or the folder of installed packages.
 REPOSITORY = Path(__file__).resolve().parent.parent
+# What has configs/ and the weights in tiny/: the checkout, or a folder of the installed library (setup.py).
+SHIPPED = REPOSITORY if (REPOSITORY / "configs").is_dir() else Path(__file__).resolve().parent / "shipped"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -25,7 +27,7 @@ def find_file(path: str) -> Path:
     """Find a file in the working directory, or among those that come with the program (`configs/prompts/...`)."""
     own = expand(path)
     try:
-        shipped = REPOSITORY / own
+        shipped = SHIPPED / own
         return shipped if not own.exists() and shipped.is_file() else own
     except OSError:  # name too long, no permission: reading the file reports it
         return own
@@ -34,7 +36,7 @@ def find_file(path: str) -> Path:
 def find_checkpoint(path: str) -> Path | str:
     """Resolve `model.path`: a folder (of the working directory, then of the repository), or a hub name."""
     try:
-        for folder in (expand(path), REPOSITORY / path):
+        for folder in (expand(path), SHIPPED / path):
             if folder.is_dir():
                 return folder
         is_file = expand(path).is_file()

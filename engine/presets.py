@@ -12,7 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files.trees import read_yaml
-from engine.paths import REPOSITORY, expand
+from engine.paths import SHIPPED, expand
 from engine.text.prompt_files import resolve_negative_prompt
 
 _TYPE_ERROR = re.compile(
@@ -97,9 +97,9 @@ def _never_null(kind: Any, prefix: str = "") -> frozenset[str]:
 
 def find_config(name: str) -> Path:
     """Find a preset's file in the working directory, or among those that come with the program, with or without `.yaml`."""
-    folder = REPOSITORY / "configs"
+    folder = SHIPPED / "configs"
     try:
-        for place in (expand(name), REPOSITORY / name, folder / name):
+        for place in (expand(name), SHIPPED / name, folder / name):
             for path in (place, place.parent / f"{place.name}.yaml"):
                 if path.is_file():
                     return path

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from freespec import components, kernels, lowpass, schedule, spectrum, views
 
+__version__ = "0.1.0"
 __all__ = ["components", "kernels", "lowpass", "schedule", "spectrum", "views"]
 
 

@@ -8,7 +8,6 @@ import runpy
 import shlex
 import sys
 import tomllib
-from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -279,23 +278,3 @@ def keys_of(name: str) -> Keys:
         parser.add_argument("--config", action="config")
         parser.add_class_arguments(RunConfig, nested_key=None)
     return Keys.of(parser)
-
-
-def test_files_that_commands_name_are_in_the_wheel() -> None:
-    told = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    patterns = told["tool"]["setuptools"]["package-data"]["*"]
-    found = told["tool"]["setuptools"]["packages"]["find"]["include"]
-    shipped = [
-        path
-        for folder in ("configs", "tiny")
-        for path in (ROOT / folder).rglob("*")
-        if path.is_file() and path.suffix != ".pyc"
-    ]
-    assert len(shipped) > 30
-    assert [
-        path for path in shipped if path.suffix != ".py" and not any(fnmatch(path.name, each) for each in patterns)
-    ] == []
-    packages = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in shipped}
-    assert [name for name in packages if not any(fnmatch(name, each) for each in found)] == []
-    module, _, function = told["project"]["scripts"]["freespec"].partition(":")
-    assert callable(getattr(import_module(module), function))

@@ -7,9 +7,9 @@ from typing import Any
 import freespec
 from engine.errors import UserError
 from engine.files.trees import parse_json
-from engine.paths import REPOSITORY, expand
+from engine.paths import SHIPPED, expand
 
-FOLDER = REPOSITORY / "configs" / "gpus"
+FOLDER = SHIPPED / "configs" / "gpus"
 MOST = 1e15
 """Above any number of a GPU; a float represents every integer below it."""
 MOST_GPUS = 1024

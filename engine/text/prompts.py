@@ -9,7 +9,7 @@ from engine.adapters import ModelAdapter
 from engine.config import ModelConfig, SamplerConfig, VideoConfig
 from engine.errors import UserError
 from engine.load.pipeline import load_tokenizer
-from engine.paths import REPOSITORY
+from engine.paths import SHIPPED
 from engine.shown import quoted
 from engine.text.timeline import Direction, read_direction
 
@@ -122,7 +122,7 @@ def describe_unknown(words: dict[str, str], folder: Path) -> str:
     shown = [f"{quoted(word[:_SHOWN_LETTERS])} ({name})" for word, name in list(words.items())[:_SHOWN_WORDS]]
     more = f" and {len(words) - len(shown)} more" if len(words) > len(shown) else ""
     card = folder / "README.md"
-    embedded = folder.resolve().parent == REPOSITORY / "tiny"
+    embedded = folder.resolve().parent == SHIPPED / "tiny"
     where = card if embedded and card.is_file() else folder / "tokenizer"
     return (
         f"{len(words)} {'word is' if len(words) == 1 else 'words are'} unknown to the model, which reads past them: "

@@ -10,7 +10,6 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import expand, find_checkpoint
 from engine.planner.gpu import read_gpu
-from evaluation.vbench.suites import PREFIX, read_vbench_suite, to_batch
 from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output
 from launch.arguments.variants import read_variants
@@ -69,10 +68,12 @@ def read(argv: list[str]) -> Arguments | Status:
 def read_prompts(options: Options) -> Suite:
     """The prompts of a file, or of a VBench checkout if the suite is called `vbench:NAME`."""
     name = str(options.prompts)
-    if not name.startswith(PREFIX):
+    if not name.startswith("vbench:"):
         if options.vbench is not None:
-            raise UserError(f"--vbench is for --prompts {PREFIX}NAME, and --prompts is the file {name}")
+            raise UserError(f"--vbench is for --prompts vbench:NAME, and --prompts is the file {name}")
         return read_suite(options.prompts)
     if options.vbench is None:
         raise UserError(f"--prompts {name} needs --vbench, the folder of a VBench checkout")
+    from evaluation.vbench.suites import read_vbench_suite, to_batch  # noqa: PLC0415 - not in the installed library
+
     return to_batch(read_vbench_suite(name, options.vbench))

@@ -3,8 +3,8 @@
 import contextlib
 import difflib
 import sys
-from importlib.metadata import version
 
+from engine import __version__
 from engine.shown import PrintableStream
 from launch.cli.start import COMMANDS, run_script
 from launch.process.stopping import show
@@ -29,7 +29,7 @@ def run(argv: list[str]) -> int:
         print(usage())
         return 0
     if name == "--version":
-        print(version("freespec-engine"))
+        print(__version__)
         return 0
     near = difflib.get_close_matches(name, COMMANDS, n=1)
     advice = f"did you mean freespec {near[0]}?" if near else f"choose one of {', '.join(COMMANDS)}"

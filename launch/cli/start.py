@@ -139,12 +139,21 @@ def _run(name: str, argv: list[str], signals: StopSignals) -> int | None:
     return _import(f"launch.commands.{getattr(given, 'command', name)}").run(given)
 
 
+# Folders of the checkout that the installed library is without.
+_CHECKOUT = ("evaluation", "metrics", "tiny")
+
+
 def _import(module: str) -> ModuleType:
     """Import one of our modules; UserError if this Python lacks a package that it needs."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
+        if missing in _CHECKOUT:
+            raise UserError(
+                f"freespec {module.rpartition('.')[2]} needs {missing}/, which only a checkout has; clone the repository, "
+                f"run `make setup` in it, and use .venv/bin/python launch/{module.rpartition('.')[2]}.py"
+            ) from error
         raise UserError(f"{sys.executable} has no package {missing!r}; {right_python(Path(sys.argv[0]))}") from error
 
 
