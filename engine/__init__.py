@@ -11,7 +11,7 @@ Names are imported when they are first used, so that `engine.config` can be read
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from freespec import __version__
+from freespec import __version__ as __version__
 
 if TYPE_CHECKING:
     from engine.config import (
@@ -51,7 +51,6 @@ __all__ = [
     "TimelineHandle",
     "UserError",
     "VideoConfig",
-    "__version__",
     "apply_method",
     "apply_timeline",
     "read_preset",
