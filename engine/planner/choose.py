@@ -10,10 +10,9 @@ from engine.planner.layout import Degrees
 from engine.planner.memory import GIB
 from engine.planner.plan import MODES, Case, Plan, plan
 from engine.planner.providers import FixedDegrees, keeps
-from engine.ranks.layouts import check_layout, describe
+from engine.ranks.layouts import describe
 
 MOST_DOUBLINGS = 5
-AXES = ("cfg", "ring", "ulysses")
 
 
 def choose(case: Case, fixed: FixedDegrees = (None, None, None), *, plans: list[Plan] | None = None) -> Plan:
@@ -24,13 +23,7 @@ def choose(case: Case, fixed: FixedDegrees = (None, None, None), *, plans: list[
     every = plan(case) if plans is None else plans
     kept = [p for p in every if keeps(p.degrees, fixed)]
     if not kept:
-        for degrees in case.degrees(any_method=True, any_provider=True):
-            if keeps(degrees, fixed):
-                check_layout(case.method.name, case.method.method, degrees)
-        case.check_provider(fixed)
-        wanted = ", ".join(f"parallel.{axis} {degree}" for axis, degree in zip(AXES, fixed, strict=True) if degree)
-        possible = "; ".join(p.name for p in every)
-        raise UserError(f"{case.world_size} GPUs cannot have {wanted}; possible are {possible}")
+        case.support.possible(case.world_size, fixed)  # raises
     if not kept[0].fits:
         smallest = min(kept, key=lambda p: p.peak_bytes)
         need = _describe_need(smallest.name, smallest.memory, smallest.peak_bytes, case)
@@ -89,7 +82,7 @@ class _Trial:
         fixed = self.fixed if case.world_size == self.case.world_size else (None, None, None)
         native = case.grid()[0] <= case.method.window_frames
         modes = ["global"] if native else [mode for mode in MODES if mode in self.modes]
-        return any(case.fits(case.memory(d, modes)[1]) for d in case.degrees() if keeps(d, fixed))
+        return any(case.fits(case.memory(d, modes)[1]) for d in case.support.served(case.world_size) if keeps(d, fixed))
 
 
 def _changes(trial: _Trial) -> Iterator[str]:

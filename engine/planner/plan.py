@@ -10,16 +10,15 @@ from typing import Literal
 from engine.adapters.base import DecodeMode
 from engine.config import DecodeConfig, MethodConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.decode.tiling import tiled_share
-from engine.errors import UserError
 from engine.planner.gpu import GpuSpec, check_count
-from engine.planner.layout import VIEW_MODES, Degrees, Layout, feasible_degrees, lay_out, num_passes
+from engine.planner.layout import VIEW_MODES, Degrees, Layout, lay_out
 from engine.planner.memory import GIB, decode_cost, denoise_peak
 from engine.planner.model import FP32_BYTES, ModelSpec
-from engine.planner.providers import FixedDegrees, Provider
+from engine.planner.providers import Support
 from engine.planner.timing import TERA, step_seconds
-from engine.ranks.layouts import check_layout, refused_axes
+from engine.ranks.layouts import refused_axes
 from freespec.methods import METHODS, Method, Mode, make_method
-from parallel.shards import SequencePlan, length
+from parallel.shards import length
 
 MODES: tuple[Mode, ...] = ("dual", "views_global", "global", "views", "local")
 ITEMSIZES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
@@ -156,39 +155,13 @@ class Case:
             options=Options.of(config),
         )
 
-    def degrees(self, *, any_method: bool = False, any_provider: bool = False) -> list[Degrees]:
-        """Every (cfg, ring, ulysses) that method and provider support; none if there are more ranks than tokens."""
-        frames, frame_tokens = self.grid()
-        found = feasible_degrees(
-            self.world_size,
-            heads=self.spec.heads,
-            passes=num_passes(self.sampler),
-            tokens=frames * frame_tokens,
-            refused=() if any_method else self.method.method.refused_axes,
-        )
-        if any_provider or self.options.provider == "torch":
-            return found
-        provider = self._provider
-        return [degrees for degrees in found if provider.reason(self.sequence(degrees)) is None]
-
-    def check_provider(self, fixed: FixedDegrees = (None, None, None)) -> None:
-        """Raise UserError if the provider supports none of the method's degrees that keep the fixed ones."""
-        self._provider.check(
-            self.world_size,
-            fixed,
-            degrees_of=lambda world: replace(self, world_size=world).degrees(any_provider=True),
-            plan_of=self.sequence,
-        )
-
     @property
-    def _provider(self) -> Provider:
-        return Provider(name=self.options.provider, kernel=self.options.kernel)
-
-    def sequence(self, degrees: Degrees) -> SequencePlan:
-        """Tokens and heads over ranks of these degrees."""
-        frames, frame_tokens = self.grid()
-        _, ring, ulysses = degrees
-        return SequencePlan(tokens=frames * frame_tokens, heads=self.spec.heads, ring=ring, ulysses=ulysses)
+    def support(self) -> Support:
+        """What decides the possible degrees."""
+        options = self.options
+        return Support.of(
+            self.spec, self.video, self.sampler, self.method, provider=options.provider, kernel=options.kernel
+        )
 
     def grid(self) -> tuple[int, int]:
         """Latent frames and tokens per frame."""
@@ -282,13 +255,7 @@ def plan(case: Case) -> list[Plan]:
     video, name = case.video, case.method.name
     case.spec.video.check_video(video.num_frames, video.height, video.width)
     check_count(case.world_size)
-    every = case.degrees()
-    if not every:
-        for degrees in case.degrees(any_method=True, any_provider=True):
-            check_layout(name, case.method.method, degrees)
-        case.check_provider()
-        frames, frame_tokens = case.grid()
-        raise UserError(f"cannot split {frames * frame_tokens} tokens over {case.world_size} GPUs; use fewer")
+    every = case.support.possible(case.world_size)
     steps, alone = case.count_steps(), _seconds(case, case.layout((1, 1, 1)))
     plans = [_make_plan(case, degrees, steps=steps, alone=alone) for degrees in every]
     plans.sort(key=lambda p: (not p.fits, p.run_seconds[name], p.peak_bytes))

@@ -3,7 +3,7 @@
 import itertools
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -16,11 +16,11 @@ from engine.errors import UserError
 from engine.load.single_file import open_single_file
 from engine.planner.choose import choose, choose_by_memory
 from engine.planner.gpu import FOLDER, GpuSpec, read_gpu
-from engine.planner.layout import Degrees, feasible_degrees, num_passes
+from engine.planner.layout import Degrees
 from engine.planner.model import ModelSpec, read_model
 from engine.planner.plan import Case
-from engine.planner.providers import FixedDegrees, Provider, keeps
-from engine.ranks.layouts import Ranks, check_layout
+from engine.planner.providers import Support
+from engine.ranks.layouts import Ranks
 from parallel.attention import TORCH_EXCHANGE
 from parallel.deepspeed import check_deepspeed, deepspeed_exchange
 from parallel.mesh import SeqMesh, build_mesh
@@ -67,10 +67,7 @@ def arrange_ranks(
     degrees, why = choose_degrees(config, spec, world, gpu, span=span)
     if span is not None and span % degrees[2]:
         why += f"; ulysses groups of {degrees[2]} cross nodes"
-    video = config.video
-    frames, frame_tokens = spec.grid(video.num_frames, video.height, video.width)
-    plan = SequencePlan(tokens=frames * frame_tokens, heads=spec.heads, ring=degrees[1], ulysses=degrees[2])
-    provider = config.parallel.provider
+    plan, provider = _support(config, spec).sequence(degrees), config.parallel.provider
     try:
         if provider == "xfuser":
             check_xfuser(plan, device_type=device.type, kernel=config.attention.kernel)
@@ -143,7 +140,7 @@ def choose_degrees(
     manual.
     """
     fixed = (config.parallel.cfg, config.parallel.ring, config.parallel.ulysses)
-    wanted = _possible_degrees(config, spec, world, fixed)
+    wanted = _support(config, spec).possible(world, fixed)
     if len(wanted) == 1:
         if gpu is not None and config.parallel.plan == "auto":
             choose_by_memory(Case.of(config, spec, gpu=gpu, world_size=world), wanted, wanted[0])
@@ -160,38 +157,9 @@ def choose_degrees(
     return plan.degrees, f"the planner's choice for {gpu.name}: {plan.why}"
 
 
-def _possible_degrees(config: RunConfig, spec: ModelSpec, world: int, fixed: FixedDegrees) -> list[Degrees]:
-    """Every (cfg, ring, ulysses) that configuration, method and provider allow; UserError, naming possible ones, if none."""
-    frames, frame_tokens = spec.grid(config.video.num_frames, config.video.height, config.video.width)
-    tokens, method, name = frames * frame_tokens, config.method.method, config.method.name
-    provider = Provider(name=config.parallel.provider, kernel=config.attention.kernel)
-
-    def degrees_of(number: int, refused: Collection[str] = method.refused_axes) -> list[Degrees]:
-        passes = num_passes(config.sampler)
-        return feasible_degrees(number, heads=spec.heads, passes=passes, tokens=tokens, refused=refused)
-
-    def plan_of(degrees: Degrees) -> SequencePlan:
-        return SequencePlan(tokens=tokens, heads=spec.heads, ring=degrees[1], ulysses=degrees[2])
-
-    every, possible = degrees_of(world, ()), degrees_of(world)
-    served = [degrees for degrees in possible if provider.reason(plan_of(degrees)) is None]
-    if not every:
-        raise UserError(f"{tokens} tokens cannot be split over {world} ranks; start fewer ranks")
-    wanted = [degrees for degrees in served if keeps(degrees, fixed)]
-    if wanted:
-        return wanted
-    for degrees in every:
-        if keeps(degrees, fixed):  # the method refuses them
-            check_layout(name, method, degrees, served)
-    provider.check(world, fixed, degrees_of=degrees_of, plan_of=plan_of)
-    asked = ", ".join(
-        f"{axis} {degree}" for axis, degree in zip(("cfg", "ring", "ulysses"), fixed, strict=True) if degree
-    )
-    raise UserError(
-        f"{world} ranks cannot be arranged with {asked}; possible are "
-        + ", ".join(" x ".join(map(str, degrees)) for degrees in possible)
-        + " (cfg x ring x ulysses)"
-    )
+def _support(config: RunConfig, spec: ModelSpec) -> Support:
+    kernel, provider = config.attention.kernel, config.parallel.provider
+    return Support.of(spec, config.video, config.sampler, config.method, provider=provider, kernel=kernel)
 
 
 _RULE = "cfg first, then ulysses as far as it divides the heads and stays within a node, then ring"

@@ -457,9 +457,7 @@ def test_choose_keeps_the_degrees_that_are_fixed(specs: dict[str, ModelSpec]) ->
     assert choose(specs[SMALL], LONG, SAMPLER, FREESPEC, **arguments).degrees == (2, 1, 4)
     fixed = choose(specs[SMALL], LONG, SAMPLER, FREESPEC, **arguments, fixed=(1, None, 2))
     assert fixed.degrees == (1, 4, 2)
-    with pytest.raises(
-        UserError, match=r"8 GPUs cannot have parallel.ring 3; possible are cfg 2 x ring 1 x ulysses 4; "
-    ):
+    with pytest.raises(UserError, match=r"8 ranks cannot be arranged with ring 3; possible are 1 x 8 x 1, "):
         choose(specs[SMALL], LONG, SAMPLER, FREESPEC, **arguments, fixed=(None, 3, None))
 
 

@@ -98,7 +98,7 @@ def test_degrees_of_the_configuration_are_kept(capsys: pytest.CaptureFixture[str
         (["--gpus", "0"], "error: cannot plan for 0 GPUs; give 1 to 1024"),
         (["--gpus", "100000"], "error: cannot plan for 100000 GPUs; give 1 to 1024"),
         (["--video.num_frames", "320"], "error: video.num_frames must be 4k + 1, got 320"),
-        (["--parallel.ulysses", "5"], "error: 1 GPUs cannot have parallel.ulysses 5"),
+        (["--parallel.ulysses", "5"], "error: 1 rank cannot be arranged with ulysses 5; possible are 1 x 1 x 1 "),
         (["--gpu", "rtx4090", "--model.path", "Wan-AI/Wan2.1-T2V-14B-Diffusers"], "error: does not fit: cfg 1"),
         # What generate.py would refuse, and so is not planned.
         (
