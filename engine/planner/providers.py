@@ -1,6 +1,6 @@
 """Which degrees a method and `parallel.provider` support for a video, from integers alone; packages and devices are checked later."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from engine.config import MethodConfig, SamplerConfig, VideoConfig
@@ -77,7 +77,7 @@ class Support:
     def _of_method(self, world: int) -> list[Degrees]:
         return self._feasible(world, self.method.method.refused_axes)
 
-    def _feasible(self, world: int, refused: Sequence[str] | dict[str, str] = ()) -> list[Degrees]:
+    def _feasible(self, world: int, refused: Collection[str] = ()) -> list[Degrees]:
         return feasible_degrees(world, heads=self.heads, passes=self.passes, tokens=self.tokens, refused=refused)
 
     def _reason(self, degrees: Degrees) -> str | None:
