@@ -13,8 +13,9 @@ from engine.paths import expand
 from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import OF_ONE_VIDEO, add_seeds, check_output, read_seeds
 from launch.arguments.prompts import Prompts, add_num_prompts, add_prompts, choose_prompts
-from launch.arguments.ranks import add_ranks, check_model, check_started
+from launch.arguments.ranks import add_ranks, check_alone, check_model, check_started
 from launch.arguments.variants import METHODS_HELP, read_variants
+from launch.batching.options import Replicas, add_replicas
 from launch.cli.parser import parse_run
 
 NAME = "compare.py"
@@ -25,7 +26,7 @@ METHODS = "direct,sliding_window,freenoise,freelong,freepca,freespec"
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What compare.py was asked for: `given` as it was parsed, and what is made of it."""
+    """What compare.py was asked for: `given` as it was parsed, and what is made of it; `replicas` None makes videos in this process."""
 
     given: Namespace
     config: RunConfig
@@ -33,6 +34,7 @@ class Arguments:
     variants: list[Variant]
     baseline: str
     shard: Shard | None
+    replicas: Replicas | None
 
     @property
     def seeds(self) -> list[int]:
@@ -49,7 +51,13 @@ def read(argv: list[str]) -> Arguments:
     """Parse and check; UserError for a mistake."""
     given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments, unread=UNREAD)
     check_environment()
-    check_started(given.nproc, argv)
+    replicas = None
+    if given.replicas is not None or given.ray is not None or given.gpus_per_replica is not None:
+        every = config.output.checkpoint_every
+        check_alone("--replicas, --ray and --gpus_per_replica")
+        replicas = Replicas.of(given, config, checkpoint_every=every, sheets=True)
+    else:
+        check_started(given.nproc, argv)
     read_seeds(given.seeds, config.sampler.seed)
     check_output(config.output, NAME)
     prompts = choose_prompts(given)
@@ -63,7 +71,15 @@ def read(argv: list[str]) -> Arguments:
     if shard is not None and given.report_only:
         raise UserError("--report_only reports on every shard's videos; leave --shard out")
     check_model(config)
-    return Arguments(given=given, config=config, prompts=prompts, variants=variants, baseline=baseline, shard=shard)
+    return Arguments(
+        given=given,
+        config=config,
+        prompts=prompts,
+        variants=variants,
+        baseline=baseline,
+        shard=shard,
+        replicas=replicas,
+    )
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -92,3 +108,4 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="i/n: make and measure the i-th of n shares of the pairs of prompt and seed, one process each, without a report",
     )
     add_ranks(parser)
+    add_replicas(parser)

@@ -34,6 +34,13 @@ def check_started(num_ranks: int | None, argv: list[str]) -> None:
         raise UserError("nproc is given on the command line, not in a file")
 
 
+def check_alone(flags: str) -> None:
+    """Raise UserError if another launcher has started ranks, beside options that start their own."""
+    rank_env = RankEnv.of_environment()
+    if rank_env is not None and rank_env.world > 1:
+        raise UserError(f"torchrun has started {rank_env.world} ranks, and {flags} start their own; give one of them")
+
+
 def check_model(config: RunConfig) -> None:
     """Raise UserError if `model.path` is not there.
 

@@ -1,17 +1,21 @@
 """The devices of a batch: which kind and how many, and whether they are there."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 
+from engine.batch.forecast import arrange_replica
+from engine.batch.variants import Variant
 from engine.config import RunConfig
 from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError
-from launch.batching.options import Options
+from engine.ranks.arrange import Arrangement
+from launch.batching.options import Replicas
 from launch.ranks.ray_pool import NoRayError, check_placement, check_ray
 
 
-def resolve_model(config: RunConfig, options: Options) -> RunConfig:
+def resolve_model(config: RunConfig, options: Replicas) -> RunConfig:
     """The same run with device and dtype by name: a driver need not have the GPUs that its replicas have."""
     name = config.model.device
     if name == "auto":
@@ -39,7 +43,18 @@ def fix_degrees(config: RunConfig, degrees: tuple[int, int, int]) -> RunConfig:
     )
 
 
-def check_devices(config: RunConfig, options: Options) -> None:
+def arrange_variants(
+    config: RunConfig, variants: Sequence[Variant], options: Replicas, *, gpu: str | None = None
+) -> tuple[RunConfig, list[Variant], Arrangement]:
+    """The run and its variants with device, dtype and the ranks' arrangement written down, so that every replica has the same."""
+    config = resolve_model(config, options)
+    device, variants = torch.device(config.model.device), [variant.sharing(config) for variant in variants]
+    arrangement = arrange_replica(variants, options.ranks, device, gpu=gpu, nodes=options.nodes)
+    config = fix_degrees(config, arrangement.degrees)
+    return config, [variant.sharing(config) for variant in variants], arrangement
+
+
+def check_devices(config: RunConfig, options: Replicas) -> None:
     """Raise UserError for more ranks on this machine than it has GPUs, and for a Ray that cannot be used."""
     try:
         check_placement(options.strategy, address=options.ray, num_ranks=options.ranks)

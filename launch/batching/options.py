@@ -1,7 +1,8 @@
-"""The settings of batch.py: what they are, and whether they go with each other."""
+"""The settings of batch.py, and of replicas for any command: what they are, and whether they go with each other."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -19,13 +20,10 @@ from launch.ranks.ray_pool import PLACEMENT_HELP
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
-    """The command's own settings, checked; their meaning is in `add_arguments`."""
+class Replicas:
+    """Which replicas make the items of a folder, and how; checked, with the meaning of `add_replicas`."""
 
-    prompts: Path
-    vbench: Path | None
     out: Path
-    seeds: tuple[int, ...]
     ranks: int
     replicas: int
     gpus: bool
@@ -35,10 +33,8 @@ class Options:
     strategy: PlacementStrategy
     limits: Limits
     checkpoint_every: int
-    keep_latents: bool
-    verify: Verify
-    retry_quarantined: bool
-    gpu: str | None
+    keep_latents: bool = False
+    sheets: bool = False
 
     @property
     def nodes(self) -> list[str] | None:
@@ -48,14 +44,11 @@ class Options:
         return list(map(str, range(self.ranks))) if self.strategy == "STRICT_SPREAD" else None
 
     @classmethod
-    def of(cls, given: Namespace, config: RunConfig) -> "Options":
-        """Check them one by one and against each other; UserError for what cannot be."""
-        check_texts(given)
+    def of(cls, given: Namespace, config: RunConfig, **others: Any) -> Self:
+        """Check the settings of replicas one by one and against each other; UserError for what cannot be."""
         for name in ("nproc", "replicas", "gpus_per_replica"):
             if given[name] is not None and given[name] < 1:
                 raise UserError(f"--{name} must be 1 or more, got {given[name]}")
-        if given.checkpoint_every < 0:
-            raise UserError(f"--checkpoint_every must be 0 (never) or more, got {given.checkpoint_every}")
         if given.nproc and given.gpus_per_replica and given.nproc != given.gpus_per_replica:
             raise UserError(
                 f"--nproc {given.nproc} and --gpus_per_replica {given.gpus_per_replica} contradict each other: every rank "
@@ -64,25 +57,52 @@ class Options:
         for name in ("item_timeout", "start_timeout"):
             if given[name] is not None and not given[name] > 0:
                 raise UserError(f"--{name} must be more than 0 seconds, got {given[name]}")
-        seeds = read_seeds(given.seeds, config.sampler.seed)
+        if given.ray is not None and not given.ray.strip():
+            raise UserError("--ray is empty; give a value, or leave it out")
         return cls(
-            prompts=find_file(given.prompts),
-            vbench=expand(given.vbench) if given.vbench is not None else None,
             out=expand(given.out).absolute(),
-            seeds=seeds,
             ranks=given.nproc or given.gpus_per_replica or 1,
-            replicas=given.replicas,
+            replicas=given.replicas or 1,
             gpus=given.gpus_per_replica is not None,
             on_cpu=config.model.device == "cpu",
-            shard=Shard.parse(given.shard),
+            shard=Shard() if given.shard is None else Shard.parse(given.shard),
             ray=given.ray,
             strategy=given.placement_strategy,
             limits=Limits(item=given.item_timeout, start=given.start_timeout),
+            **others,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Replicas):
+    """The settings of batch.py, checked; their meaning is in `add_arguments`."""
+
+    prompts: Path
+    vbench: Path | None
+    seeds: tuple[int, ...]
+    verify: Verify
+    retry_quarantined: bool
+    gpu: str | None
+
+    @classmethod
+    def of(cls, given: Namespace, config: RunConfig, **others: Any) -> Self:
+        """Check them all; UserError for what cannot be."""
+        check_texts(given)
+        if given.checkpoint_every < 0:
+            raise UserError(f"--checkpoint_every must be 0 (never) or more, got {given.checkpoint_every}")
+        seeds = read_seeds(given.seeds, config.sampler.seed)
+        return super().of(
+            given,
+            config,
+            prompts=find_file(given.prompts),
+            vbench=expand(given.vbench) if given.vbench is not None else None,
+            seeds=seeds,
             checkpoint_every=given.checkpoint_every,
             keep_latents=given.keep_latents,
             verify=given.verify,
             retry_quarantined=given.retry_quarantined,
             gpu=given.gpu,
+            **others,
         )
 
 
@@ -91,13 +111,27 @@ def check_texts(given: Namespace) -> None:
     for name in ("prompts", "out"):
         if given[name] is None:
             raise UserError(f"--{name} is missing; see --help")
-    for name in ("prompts", "vbench", "out", "methods", "seeds", "shard", "ray", "gpu"):
+    for name in ("prompts", "vbench", "out", "methods", "seeds", "shard", "gpu"):
         if given[name] is not None and not given[name].strip():
             raise UserError(f"--{name} is empty; give a value, or leave it out")
 
 
+def add_replicas(parser: ArgumentParser) -> None:
+    """The settings of replicas beside `--nproc`, the ranks of each."""
+    for name, kind, default, text in (
+        ("replicas", int, None, "groups of ranks that each make a video of their own (default: 1)"),
+        ("gpus_per_replica", int, None, "the same as nproc, on GPUs; a rank has one"),
+        ("ray", str, None, "start replicas on a Ray cluster: auto, HOST:PORT, or local for a Ray of this run's own"),
+        ("placement_strategy", PlacementStrategy, "PACK", PLACEMENT_HELP),
+        ("item_timeout", float, None, "seconds an item may take (default: 10 x the middle one, 10 minutes at least)"),
+        ("start_timeout", float, 1800.0, "seconds a replica may take to load"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+
+
 def add_arguments(parser: ArgumentParser) -> None:
     """The settings of the command beside those of a run."""
+    add_replicas(parser)
     for name, kind, default, text in (
         ("prompts", str, None, "text file with one prompt a line, or vbench:NAME (docs/vbench.md)"),
         ("vbench", str, None, "folder of a VBench checkout, for --prompts vbench:NAME"),
@@ -105,15 +139,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         ("seeds", str, None, "whole numbers with commas between them (default: sampler.seed)"),
         ("out", str, None, "folder of the videos; may hold a part of them already"),
         ("nproc", int, None, "ranks of each replica, which share one video"),
-        ("replicas", int, 1, "groups of ranks that each make a video of their own"),
-        ("gpus_per_replica", int, None, "the same as nproc, on GPUs; a rank has one"),
         ("shard", str, "1/1", "i/n: make only the i-th of n parts, where machines share nothing but the folder"),
         ("dry_run", bool, False, "say what would be made, how, and what it takes; make nothing"),
         ("status", str, None, "say how the batch in this folder goes, and end"),
-        ("ray", str, None, "start replicas on a Ray cluster: auto, HOST:PORT, or local for a Ray of this run's own"),
-        ("placement_strategy", PlacementStrategy, "PACK", PLACEMENT_HELP),
-        ("item_timeout", float, None, "seconds an item may take (default: 10 x the middle one, 10 minutes at least)"),
-        ("start_timeout", float, 1800.0, "seconds a replica may take to load"),
         ("checkpoint_every", int, 5, "steps between checkpoints of an item; 0 writes none"),
         ("keep_latents", bool, False, "keep the latents of every video"),
         ("verify", Verify, "full", "how finished videos are looked at: full, their SHA-256, or size alone"),

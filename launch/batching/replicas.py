@@ -12,7 +12,7 @@ import torch
 from engine.batch.files import BatchFiles
 from engine.errors import UserError
 from launch.batching.group import Group
-from launch.batching.options import Options
+from launch.batching.options import Replicas
 from launch.ranks.environment import carried
 from launch.ranks.local import WORKER, LocalRanks
 from launch.ranks.ray_pool import NoRayError, RayPool, RayRanks, Start
@@ -20,7 +20,7 @@ from launch.ranks.ray_pool import NoRayError, RayPool, RayRanks, Start
 
 @contextlib.contextmanager
 def open_replicas(
-    options: Options, files: BatchFiles, *, count: int, setup: Mapping[str, Any], wake: threading.Event
+    options: Replicas, files: BatchFiles, *, count: int, setup: Mapping[str, Any], wake: threading.Event
 ) -> Iterator[list[Group]]:
     """The replicas: processes of this machine, or actors of a Ray cluster."""
     names = [f"replica-{index}" for index in range(count)]
@@ -39,7 +39,7 @@ def open_replicas(
         raise UserError(str(error)) from error
 
 
-def check_cluster(options: Options, gpus: float, *, most: float | None = None) -> None:
+def check_cluster(options: Replicas, gpus: float, *, most: float | None = None) -> None:
     """Raise UserError for a batch that would run on the CPUs of a cluster with GPUs, unless that is what was asked for.
 
     `gpus` are there now; `most` is what the cluster's autoscaler may make of that.
@@ -52,7 +52,7 @@ def check_cluster(options: Options, gpus: float, *, most: float | None = None) -
         )
 
 
-def _on_ray(pool: RayPool, options: Options, files: BatchFiles, name: str) -> RayRanks:
+def _on_ray(pool: RayPool, options: Replicas, files: BatchFiles, name: str) -> RayRanks:
     start = Start(
         gpus=options.gpus,
         strategy=options.strategy,
@@ -64,7 +64,7 @@ def _on_ray(pool: RayPool, options: Options, files: BatchFiles, name: str) -> Ra
     return pool.ranks(name, options.ranks, start)
 
 
-def _local(options: Options, files: BatchFiles, index: int, name: str, wake: threading.Event) -> LocalRanks:
+def _local(options: Replicas, files: BatchFiles, index: int, name: str, wake: threading.Event) -> LocalRanks:
     environment = {}
     cores = len(os.sched_getaffinity(0))
     if "OMP_NUM_THREADS" not in os.environ:

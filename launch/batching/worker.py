@@ -1,7 +1,7 @@
 """A rank of a replica: loads the model once, then makes the items that come on stdin, one JSON line each.
 
 The first line is the setup: `configs` (a whole RunConfig for each variant by its label, which differ in
-`engine.batch.variants.MAY_DIFFER` alone), `root` (the batch's folder), `checkpoint_every`, `keep_latents`.
+`engine.batch.variants.MAY_DIFFER` alone), `root` (the batch's folder), `checkpoint_every`, `keep_latents`, `sheets`.
 The others are tasks: `identity`, `suite`, `attempt`, `replica`. What happens is told on the pipe of `launch.ranks.host`.
 """
 
@@ -63,6 +63,7 @@ def _work(pipe: IO[str]) -> None:
                 root=Path(setup["root"]),
                 checkpoint_every=setup["checkpoint_every"],
                 keep_latents=setup["keep_latents"],
+                sheets=setup["sheets"],
                 tell=tell,
             )
             engine.text.keep(BatchFiles(root=worker.root).text_cache)

@@ -129,7 +129,8 @@ def _run(name: str, argv: list[str], signals: StopSignals) -> int | None:
     given = _import(f"launch.arguments.{name}").read(argv)
     kind = COMMANDS[name]
     command = [*sys.argv[: len(sys.argv) - len(argv)], *argv]
-    num_ranks = asked_ranks(argv) if kind.starts_ranks else None
+    on_replicas = getattr(given, "replicas", None) is not None
+    num_ranks = asked_ranks(argv) if kind.starts_ranks and not on_replicas else None
     cluster = asked_ray(argv) if kind.on_ray else None
     if cluster is not None:
         device = given.config.model.device

@@ -1,50 +1,58 @@
 """compare.py: methods on the same prompts and seeds, one load of the model, and a report."""
 
 import contextlib
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 from engine.batch.locks import Shard, own_shard
 from engine.engine import LongVideoEngine
 from engine.files.checks import check_places
+from engine.files.storage import writing_to
 from engine.paths import expand
 from engine.progress import enabled
 from launch.arguments.compare import Arguments, read
-from launch.arguments.prompts import Prompts
+from launch.batching.devices import arrange_variants, check_devices
+from launch.batching.drive import make
+from launch.batching.options import Replicas
+from launch.batching.report import SUPPORT
+from launch.batching.work import Work
 from launch.comparison.kept_measures import check_kept, measure_every
 from launch.comparison.make import check_variants, make_missing, missing_videos
 from launch.comparison.report import NothingToReportError, write_report
-from launch.comparison.store import Comparison
+from launch.comparison.store import Comparison, Video
 from launch.process.stopping import Stopped
 from launch.prompts import look_at_prompts
 from launch.ranks.environment import RankEnv
-from launch.ranks.join import open_ranks
+from launch.ranks.join import DistContext, open_ranks
 
 
-def main(argv: list[str]) -> None:
-    """Read the command line, make what is missing, and report."""
-    run(read(argv))
+def main(argv: list[str]) -> int:
+    """Read the command line, make what is missing, and report; returns the exit code."""
+    return run(read(argv))
 
 
-def run(asked: Arguments) -> None:
-    """Make what is missing of the videos on all ranks, then measure and report on rank 0."""
+def run(asked: Arguments) -> int:
+    """Make what is missing of the videos on all ranks or replicas, then measure and report on rank 0; returns the exit code."""
     given, shard, folder = asked.given, asked.shard, asked.report
+    variants = asked.variants
+    if asked.replicas is not None:
+        config, variants, _ = arrange_variants(asked.config, variants, asked.replicas)
+        check_devices(config, asked.replicas)
     comparison = Comparison(
         folder=expand(given.out),
-        variants=asked.variants,
+        variants=variants,
         prompts=asked.prompts.texts,
         seeds=asked.seeds,
         kept_file=None if given.measures is None else expand(given.measures),
     )
-    if not given.report_only:
-        make_videos(comparison, asked.prompts, shard or Shard(), report=folder, verbose=given.verbose)
+    if not given.report_only and (code := make_videos(comparison, asked)):
+        return code
     rank_env = RankEnv.of_environment()
     if rank_env is not None and rank_env.rank > 0:
-        return
+        return 0
     progress = enabled(asked.config.output.progress)
     if shard is not None:
         print(_unless_stopped(comparison, lambda: _measure_shard(comparison, shard, progress=progress)))
-        return
+        return 0
     comparison.check()
     check_kept(comparison)
     check_places([folder / "report.json"])
@@ -57,26 +65,44 @@ def run(asked: Arguments) -> None:
             raise
         told = str(error)
     print(told)
+    return 0
 
 
-def make_videos(comparison: Comparison, prompts: Prompts, shard: Shard, *, report: Path, verbose: bool) -> None:
-    """Make every video of a comparison's shard that is not there yet; all ranks call this.
+def make_videos(comparison: Comparison, asked: Arguments) -> int:
+    """Make every video of a comparison's shard that is not there yet; all ranks call this. Returns the exit code.
 
-    UserError before anything is loaded if `report`, the folder that is to tell of them, cannot be written to.
+    UserError before anything is loaded if the folder of the report cannot be written to.
     """
+    shard, replicas = asked.shard or Shard(), asked.replicas
     agree = [*comparison.batch.config_ids.values(), *comparison.prompts, str(comparison.seeds), str(shard)]
     config = comparison.arranged_for
-    with open_ranks(config, prompts=agree, verbose=verbose) as context, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        context = DistContext()
+        if replicas is None:
+            context = stack.enter_context(open_ranks(config, prompts=agree, verbose=asked.given.verbose))
         check_variants(comparison.variants, context)
-        look_at_prompts(config, prompts.named, context)
+        look_at_prompts(config, asked.prompts.named, context)
         context.check_on_first(lambda: check_kept(comparison))
         context.check_on_first(comparison.open)
-        context.check_on_first(lambda: check_places([report / "report.json"]))
+        context.check_on_first(lambda: check_places([asked.report / "report.json"]))
         context.check_on_first(lambda: stack.enter_context(own_shard(comparison.folder, shard)))
-        missing = missing_videos(comparison, context, shard)
+        missing = missing_videos(comparison, context, shard, at_once=1 if replicas is None else replicas.replicas)
+        if missing and replicas is not None:
+            return drive(comparison, missing, replicas)
         if missing:
             engine = stack.enter_context(contextlib.closing(LongVideoEngine(config, context.ranks)))
             make_missing(engine, comparison, missing, context)
+    return 0
+
+
+def drive(comparison: Comparison, missing: Sequence[Video], replicas: Replicas) -> int:
+    """Make these videos on replicas, those included that an earlier start gave up; returns the exit code."""
+    items, files = tuple(video.item for video in missing), comparison.batch_files
+    for item in items:
+        files.release(item)
+    with writing_to(comparison.folder, after=SUPPORT):
+        work = Work(done=(), given_up=(), todo=items)
+        return make(comparison.config, replicas, comparison.batch, files, work)
 
 
 def _measure_shard(comparison: Comparison, shard: Shard, *, progress: bool) -> str:

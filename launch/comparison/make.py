@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from engine.batch.locks import Shard
 from engine.batch.make import ItemMaker
 from engine.batch.variants import Variant
-from engine.devices import pick_device
 from engine.engine import LongVideoEngine
 from engine.files.say import say_on_stderr
 from engine.files.tensors import read_metadata
@@ -33,10 +32,12 @@ def check_variants(variants: Sequence[Variant], context: DistContext) -> None:
             check_layout(variant.label, config.method.method, context.ranks.degrees)
 
 
-def missing_videos(comparison: Comparison, context: DistContext, shard: Shard | None = None) -> list[Video]:
+def missing_videos(
+    comparison: Comparison, context: DistContext, shard: Shard | None = None, *, at_once: int = 1
+) -> list[Video]:
     """The videos (of a shard) that are neither whole nor kept by their measures, as rank 0 sees it, on every rank.
 
-    What killed processes have left of the others is deleted.
+    What killed processes have left of the others is deleted. `at_once` videos are made at a time.
     """
     videos = comparison.videos_of(shard or Shard())
 
@@ -50,9 +51,9 @@ def missing_videos(comparison: Comparison, context: DistContext, shard: Shard | 
         comparison.batch_files.tidy(done=items[True], todo=items[False])
         if items[False]:
             config = comparison.config
-            model = dataclasses.replace(config.model, device=pick_device(config.model.device).type)
+            model = dataclasses.replace(config.model, device=comparison.batch.device)
             config = dataclasses.replace(config, model=model)
-            check_room(comparison.batch_files, config, items[False], replicas=1, keep_latents=False)
+            check_room(comparison.batch_files, config, items[False], replicas=at_once, keep_latents=False)
         return done
 
     done = context.ask_first(look)

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from engine.batch.files import BatchFiles, ItemFiles
 from engine.batch.identity import flat, text_sha256
 from engine.batch.items import FILE, Batch, Item, check_folder, claim_folder, plan_batch
@@ -113,7 +115,8 @@ class Comparison:
     def batch(self) -> Batch:
         """The items, named by what decides them."""
         model = self.config.model
-        device = pick_device(model.device)
+        # By name a driver need not have it.
+        device = pick_device("auto") if model.device == "auto" else torch.device(model.device)
         prompts = [
             Prompt(prompt_id=f"p{index:04d}", line=index + 1, text=text) for index, text in enumerate(self.prompts)
         ]

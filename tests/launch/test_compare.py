@@ -16,7 +16,7 @@ from engine.batch.locks import Shard, own_shard
 from engine.decode.decoder import VideoDecoder
 from engine.engine import LongVideoEngine
 from engine.media.read_video import read_video
-from launch.commands import compare, generate
+from launch.commands import batch, compare, generate
 from metrics.video import VIDEO_UNITS, video_metrics
 from tests.launch.conftest import SMALL, Run
 from tests.launch.forked import run_forked
@@ -365,6 +365,29 @@ def test_two_ranks_make_what_is_missing_and_one_reports(compare_in: Compare, wan
         )
         assert np.abs(one - two).max() <= 8  # the same frames but for a rounding that the encoder may spread
         assert np.abs(one - two).mean() < 0.1
+
+
+def test_replicas_make_the_same_videos_and_one_process_reports(
+    compare_in: Compare, run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert compare_in(num_seeds=1).code == 0
+    other = tmp_path / "other"
+    shown = compare_in("--replicas", "2", num_seeds=1, out=other)
+    assert (shown.code, shown.err) == (0, ""), shown
+    assert "2 of 2 items done (2 now), 0 in quarantine" in shown.out
+    assert shown.out.splitlines()[-1].startswith(f"{other / 'index.html'}: 2 videos: 2 methods on 1 pairs")
+    for label in ("direct", "freespec"):
+        mine, theirs = (video_of(folder, label) for folder in (tmp_path / "out", other))
+        assert mine.read_bytes() == theirs.read_bytes()
+        assert mine.with_suffix(".png").read_bytes() == theirs.with_suffix(".png").read_bytes()
+    assert "shard-1-of-1: done; 2 items" in run(batch.main, f"--status={other}").out
+    # What replicas have made is not made again by this process, nor the other way round.
+    monkeypatch.setattr("engine.engine.load_pipeline", lambda *_, **__: pytest.fail("the model was loaded"))
+    assert compare_in(num_seeds=1, out=other).code == 0
+    monkeypatch.setattr("launch.commands.compare.make", lambda *_: pytest.fail("replicas were started"))
+    assert compare_in("--replicas", "2", num_seeds=1).code == 0
+    assert "--replicas must be 1 or more, got 0" in compare_in("--replicas", "0").error
 
 
 def test_reports_alone_are_on_what_is_there(compare_in: Compare, no_loading: None) -> None:

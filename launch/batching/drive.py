@@ -1,0 +1,116 @@
+"""Make the items of a batch on replicas, and say what became of them."""
+
+import contextlib
+import dataclasses
+import os
+import socket
+import threading
+from typing import Any
+
+from engine.batch.driver import Driver
+from engine.batch.files import MANIFEST, BatchFiles
+from engine.batch.items import Batch, Item, claim_folder
+from engine.batch.journal import FileJournal
+from engine.batch.queue import Queue
+from engine.config import RunConfig
+from engine.denoise.saved import kept_steps
+from engine.errors import UserError
+from launch.batching.options import Replicas
+from launch.batching.replicas import open_replicas
+from launch.batching.report import SUPPORT, halted, say_end, say_given_up
+from launch.batching.terminal import Terminal
+from launch.batching.work import Prepare, Work
+from launch.process.stopping import Stopped
+
+
+def make(config: RunConfig, options: Replicas, batch: Batch, files: BatchFiles, work: Work) -> int:
+    """Make what is to be made; returns the exit code."""
+    wake = threading.Event()
+    setup = {
+        "configs": {variant.label: dataclasses.asdict(variant.config) for variant in batch.variants},
+        "root": str(options.out),
+        "checkpoint_every": options.checkpoint_every,
+        "keep_latents": options.keep_latents,
+        "sheets": options.sheets,
+    }
+    count = min(options.replicas, len(work.todo))
+    journal = FileJournal(
+        log=files.log(options.shard),
+        status=files.status(options.shard),
+        already=(len(work.done), len(work.given_up)),
+        terminal=Terminal(total=len(work.todo)),
+    )
+    suite = batch.suite
+    prepare = Prepare(suite={"name": suite.name, "sha256": suite.sha256, **suite.source})
+    with open_replicas(options, files, count=count, setup=setup, wake=wake) as replicas, journal:
+        # Not before the replicas' devices are known to be those that the configuration is for.
+        claim_folder(options.out, batch)
+        driver = Driver(
+            queue=Queue.of(work.todo),
+            replicas=replicas,
+            prepare=prepare,
+            hopeless=lambda item, failure: failure.kind == "mistake" and not files.drop_checkpoint(item),
+            keep=lambda item, attempts: keep(files, item, attempts),
+            release=files.release,
+            kept=lambda item: kept_steps(files.of(item).checkpoint),
+            journal=journal,
+            limits=options.limits,
+            wait=lambda: _wait(wake),
+        )
+        journal.event("begin", host=socket.gethostname(), pid=os.getpid(), items=len(work.todo), replicas=count)
+        try:
+            driver.run()
+        except KeyboardInterrupt as error:
+            driver.stop(gently=True)
+            journal.event("stopped")
+            journal.write(driver, "stopped")
+            with contextlib.suppress(OSError):  # the next start writes it again
+                files.write_manifest()
+            left = len(work.todo) - len(driver.queue.done)
+            raise Stopped(f"{left} of {len(work.todo)} items are left; {SUPPORT}") from error
+        except BaseException:
+            driver.stop(gently=False)
+            raise
+        driver.stop(gently=False)
+        journal.event("end", done=len(driver.queue.done), quarantined=len(driver.queue.given_up))
+        journal.write(driver, "stopped" if driver.halted else "done")
+    return finish(options, files, config, work, driver)
+
+
+def keep(files: BatchFiles, item: Item, attempts: list[dict[str, Any]]) -> None:
+    """Put an item into quarantine."""
+    files.put_into_quarantine(item, error=attempts[-1]["message"], attempts=attempts)
+
+
+def finish(options: Replicas, files: BatchFiles, config: RunConfig, work: Work, driver: Driver | None) -> int:
+    """Compile the manifest and say how it went: 0 if every item of this shard is done, 1 or an error if not."""
+    cause = driver.halted if driver is not None else None
+    try:
+        given_up = summarise(files, work, driver)
+    except (OSError, UserError):
+        if cause is None or cause.kind != "disk":
+            raise  # else the storage that halted the batch does not let itself be read either
+    if driver is not None and cause is not None:
+        raise halted(driver, files, config, keep_latents=options.keep_latents)
+    if given_up:
+        say_given_up(files, given_up)
+    return 1 if given_up else 0
+
+
+def summarise(files: BatchFiles, work: Work, driver: Driver | None) -> list[Item]:
+    """Tidy up, compile the manifest and print what was made; returns the items that were given up, before or now."""
+    files.tidy(done=work.done, todo=work.todo)  # of attempts that were killed in this run
+    manifest = files.write_manifest()
+    for line in manifest.left_out:
+        print(f"left out of {MANIFEST}: {line}")
+    queue = driver.queue if driver else Queue.of(())
+    everything = (*work.done, *(item for item in work.todo if item.item_id in queue.done))
+    given_up = [*work.given_up, *(item for item in work.todo if item.item_id in queue.given_up)]
+    if driver is None or driver.halted is None or driver.halted.kind != "mistake":
+        say_end(files, driver, done=everything, given_up=given_up, num_lines=manifest.rows)
+    return given_up
+
+
+def _wait(wake: threading.Event) -> None:
+    wake.wait(0.2)
+    wake.clear()
