@@ -36,12 +36,11 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
-# Small: a few prompts and steps, in two processes of one thread each. docs/compare.md has the commands of the full tables.
+# Small: a few prompts and steps, on two replicas of one thread each. docs/compare.md has the commands of the full tables.
 HELDOUT := --prompts configs/prompts/world-heldout-40.txt --num_prompts 6
 SMALL := OMP_NUM_THREADS=1 $(BIN)/python launch/compare.py $(HELDOUT) --output.progress off --sampler.num_steps 8 --out runs/compare-small
 compare: setup
-	$(SMALL) --shard 1/2 & $(SMALL) --shard 2/2; status=$$?; wait $$! && exit $$status
-	$(SMALL) --report_only
+	$(SMALL) --replicas 2
 
 # 141 frames are four native lengths of the embedded model.
 analyze: setup

@@ -1,4 +1,4 @@
-"""Whether a video file is what it should be, by decoding all of it."""
+"""Check a video file by decoding all of it."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from engine.media.read_video import read_video
 
 
 def check_video(path: Path, *, num_frames: int, height: int, width: int) -> None:
-    """Raise OSError unless the mp4 decodes to exactly so many frames of this size."""
+    """Raise OSError unless the mp4 decodes to `num_frames` frames of this size."""
     count = 0
     try:
         for frame in read_video(path):

@@ -1,7 +1,7 @@
-"""Keeps replicas busy with the items of a queue: hands out, waits, ends what hangs, rebuilds what died.
+"""Drive replicas over the items of a queue: hand items out, wait, end replicas that hang, rebuild those that died.
 
-The driver knows neither processes nor Ray: a replica is anything with the methods of `Replica`. Nor does it know what
-an item is made of: `prepare` makes the task that a replica is handed, and `hopeless` says whether a failure would come again.
+The driver knows neither processes nor Ray: a replica is anything with the methods of `Replica`. Nor does it know what an
+item is: `prepare` makes the task for a replica, and `hopeless` says whether a failure would repeat.
 """
 
 import statistics
@@ -14,11 +14,11 @@ from engine.batch.items import Item
 from engine.batch.queue import Failure, Queue
 from engine.files.storage import is_storage_fault
 
-# Without --item_timeout: an item that takes ten times as long as the middle one hangs, but not within ten minutes.
+# Without --item_timeout: an item hangs if it takes ten times the median, and at least ten minutes.
 TIMEOUT_FACTOR = 10.0
 TIMEOUT_LEAST = 600.0
 TIMEOUT_NEEDS = 3
-# Until so many items are done there is no middle one: an item that finishes no step for so long, or decodes for so long, hangs.
+# Before TIMEOUT_NEEDS items are done there is no median: an item hangs if it finishes no step for this many seconds.
 SILENT_LONGEST = 3600.0
 
 MOST_STARTS = 3
@@ -26,12 +26,12 @@ MOST_STARTS = 3
 
 @dataclass(frozen=True, kw_only=True)
 class Placing:
-    """A replica waits until a cluster has room for it; `Placed` follows. Nothing has been started yet."""
+    """A replica waits for room on a cluster; `Placed` follows. Nothing has been started yet."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Placed:
-    """A replica has its place, and begins to load."""
+    """A replica has its place and begins to load."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +52,14 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Done:
-    """The item is whole: its sidecar, as it was written."""
+    """The item is done; `record` is its sidecar."""
 
     record: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Failed:
-    """The item is not made; `broken` replicas must be rebuilt before they make another."""
+    """The item failed; a `broken` replica must be rebuilt before it makes another."""
 
     failure: Failure
     broken: bool
@@ -67,7 +67,7 @@ class Failed:
 
 @dataclass(frozen=True, kw_only=True)
 class Ended:
-    """A replica ended while it had no item. `final`: every replica would, unless another one has loaded and shows otherwise."""
+    """A replica ended without an item. `final`: other replicas would fail the same way, unless one has already loaded."""
 
     failure: Failure
     final: bool
@@ -75,7 +75,7 @@ class Ended:
 
 @dataclass(frozen=True, kw_only=True)
 class Note:
-    """Something that a person may want to know while a replica loads."""
+    """A message for the user while a replica loads."""
 
     text: str
 
@@ -95,10 +95,10 @@ class Replica(Protocol):
         """Begin an item; `Step`s, and `Done` or `Failed` follow."""
 
     def events(self) -> list[Event]:
-        """What has happened since the last call."""
+        """Events since the last call."""
 
     def stop(self, *, gently: bool) -> bool:
-        """Make all ranks end, at once or with a moment to keep what they have; returns whether all have ended. May be repeated."""
+        """End all ranks, at once or after they have saved their steps; returns whether all have ended. May be repeated."""
 
 
 State = Literal["waiting", "placing", "loading", "idle", "busy", "stopping", "gone"]
@@ -106,11 +106,11 @@ State = Literal["waiting", "placing", "loading", "idle", "busy", "stopping", "go
 
 @dataclass
 class ReplicaState:
-    """A replica as the driver sees it: what it does, since when, and what it has done.
+    """What the driver knows of a replica.
 
     Attributes:
-        heard: when its item last finished a step, or was handed out.
-        starts: times that it was started since it last became ready.
+        heard: time at which its item last finished a step, or was handed out.
+        starts: starts since it was last ready.
         failure: why it last ended before it was ready.
     """
 
@@ -129,11 +129,11 @@ class ReplicaState:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Seconds. `item` None is worked out from the items that are done.
+    """Time limits in seconds; `item` None is ten times the median of the items that are done.
 
     Attributes:
-        item: that an item may take.
-        start: that a replica may take to load, once it has its place.
+        item: limit of one item.
+        start: limit of loading a replica, once it has its place.
     """
 
     item: float | None = None
@@ -141,13 +141,13 @@ class Limits:
 
 
 class Journal(Protocol):
-    """Who hears what happens."""
+    """Receives the events of a run."""
 
     def event(self, name: str, **fields: Any) -> None:
-        """One thing that happened, for the log."""
+        """Log one event."""
 
     def tick(self, driver: "Driver") -> None:
-        """Called often; shows the state to whoever wants to see it, as often as is good."""
+        """Called often; shows the state now and then."""
 
 
 @dataclass
@@ -157,17 +157,17 @@ class Driver:
     Attributes:
         queue: the items.
         replicas: that make them.
-        prepare: the task of an item's attempt, for the replica of this name.
+        prepare: makes the task of an item's attempt, for the replica of this name.
         hopeless: whether an item that failed like this would fail again.
-        keep: called with an item that is given up and its attempts.
+        keep: called with an item that is given up, and its attempts.
         release: called with an item that was given up and waits again.
-        kept: the steps of an item that lie on the disk.
-        journal: who hears what happens.
+        kept: number of an item's steps on the disk.
+        journal: receives the events.
         limits: time limits.
         wait: waits a moment, or until something happens.
-        clock: seconds.
-        halted: why nothing more is handed out, once that is so.
-        refused: why a replica could not load, if every other one would end the same way.
+        clock: time in seconds.
+        halted: why no more items are handed out; None if they are.
+        refused: why a replica could not load, if other replicas would fail the same way.
         proven: whether any replica has ever loaded, so that `refused` tells of one replica alone.
     """
 
@@ -193,7 +193,7 @@ class Driver:
         self.started = self.clock()
 
     def run(self) -> None:
-        """Until every item is done or given up, or `halted` says why not."""
+        """Run until every item is done or given up, or the batch halts."""
         while self.queue.left and not (self.halted and not self.queue.running):
             for entry in self.entries:
                 self._hear(entry)
@@ -205,7 +205,7 @@ class Driver:
         self.journal.tick(self)
 
     def stop(self, *, gently: bool, patience: float = 30.0) -> None:
-        """End all replicas; gently, they have so many seconds to keep what they have."""
+        """End all replicas; `gently` gives them `patience` seconds to save their steps."""
         until = self.clock() + patience
         left = [entry for entry in self.entries if entry.state not in ("waiting", "gone")]
         while left and gently and self.clock() < until:
@@ -216,14 +216,14 @@ class Driver:
 
     @property
     def item_limit(self) -> float | None:
-        """Seconds that an item may take now; None while too few are done to say."""
+        """Seconds that an item may take now; None while too few are done."""
         if self.limits.item is not None or len(self.seconds) < TIMEOUT_NEEDS:
             return self.limits.item
         return max(TIMEOUT_LEAST, TIMEOUT_FACTOR * statistics.median(self.seconds[-1000:]))
 
     @property
     def eta(self) -> float | None:
-        """Seconds until all is done, if items take as long as they did; None before the first."""
+        """Estimated seconds until all is done; None before the first item."""
         working = sum(entry.state in ("busy", "idle", "loading") for entry in self.entries)
         if not self.seconds or not working:
             return None
@@ -257,7 +257,7 @@ class Driver:
         item, seconds = entry.item, self.clock() - entry.since
         assert item is not None
         self.queue.finish(item)
-        if not resumed:  # the rest of an item says nothing of how long a whole one takes
+        if not resumed:  # the rest of an item says nothing about the time of a whole one
             self.seconds.append(seconds)
         entry.done, entry.item = entry.done + 1, None
         self._set(entry, "idle")
@@ -293,7 +293,7 @@ class Driver:
             self._halt(Failure("disk", str(error)), item, name)
 
     def _halt(self, failure: Failure, item: Item, replica: str) -> None:
-        """Hand out nothing more, because of how an item failed."""
+        """Halt the batch because of how an item failed."""
         self.halted = self.halted or failure
         fields = {"item": item.label, "id": item.item_id, "kind": failure.kind, "message": failure.message}
         self.journal.event("halted", replica=replica, traceback=failure.traceback, **fields)
@@ -308,7 +308,7 @@ class Driver:
         self._set(entry, "stopping")
 
     def _enforce(self, entry: ReplicaState) -> None:
-        """Time limits, and the way of a replica that must be rebuilt: stopped, and started once all its ranks have ended."""
+        """Apply time limits, and rebuild replicas: stop them, and start them once all their ranks have ended."""
         age = self.clock() - entry.since
         limit = self.item_limit
         if entry.state == "busy" and limit is not None and age > limit:
@@ -331,7 +331,7 @@ class Driver:
             entry.replica.start()
 
     def _wanted(self, entry: ReplicaState) -> bool:
-        """Whether there are more items waiting than replicas before this one that could take them."""
+        """Whether more items wait than other replicas could take."""
         if self.halted or (self.refused and not self.proven):
             return False
         ready = sum(other.state in ("idle", "loading", "placing") for other in self.entries if other is not entry)

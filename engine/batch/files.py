@@ -35,7 +35,7 @@ SIDECAR: Shape = {
     "video.width": int,
 }
 
-# What a row of the manifest takes over from a sidecar: enough to find, judge and pair videos without opening each.
+# Keys of a sidecar that its row in the manifest has: enough to find, judge and pair videos without opening each.
 _ROW = (
     "item_id",
     "config_id",
@@ -86,20 +86,20 @@ class ItemFiles:
 
     @property
     def latents(self) -> Path:
-        """Latents, where they are kept."""
+        """Latents, if they are kept."""
         return self.folder / "latents" / f"{self.name}.safetensors"
 
     @property
     def checkpoint(self) -> Path:
-        """State of an item that is being denoised."""
+        """Checkpoint of an item that is being denoised."""
         return self.folder / "unfinished" / f"{self.name}.checkpoint.safetensors"
 
     def part(self, token: str) -> Path:
-        """What one attempt writes before it has the video's name; another token for every attempt."""
+        """Temporary file of one attempt; every attempt has a token of its own."""
         return self.video.with_name(f"{self.video.name}.{token}.part")
 
     def make_folders(self) -> None:
-        """Make the folders that they lie in."""
+        """Create their folders."""
         for path in (self.video, self.checkpoint):
             path.parent.mkdir(parents=True, exist_ok=True)
 
@@ -125,15 +125,15 @@ class BatchFiles:
         return self.root / "quarantine"
 
     def status(self, shard: Shard) -> Path:
-        """What `--status` reads."""
+        """The file that `--status` reads."""
         return self.root / "status" / f"{shard.name}.json"
 
     def log(self, shard: Shard) -> Path:
-        """JSON lines of everything that happened."""
+        """Log of all events, JSON lines."""
         return self.root / "logs" / f"{shard.name}.jsonl"
 
     def rank_log(self, shard: Shard, replica: str, rank: int) -> Path:
-        """What a rank said on stderr."""
+        """Stderr of a rank."""
         return self.root / "logs" / shard.name / f"{replica}-rank{rank}.log"
 
     def is_done(self, item: Item, verify: Verify) -> bool:
@@ -141,12 +141,12 @@ class BatchFiles:
         return is_done(self.of(item).sidecar, item.item_id, verify=verify, shape=SIDECAR)
 
     def tidy(self, *, done: Iterable[Item], todo: Iterable[Item]) -> None:
-        """Delete what killed processes have left of these items; the steps of those that are not done are kept."""
+        """Delete what killed processes have left of these items, except the checkpoints of those in `todo`."""
         done = list(done)
         for item in done:
             self.of(item).checkpoint.unlink(missing_ok=True)
         folders = {(variant_folder(item.variant), item.config_id, item.name) for item in (*done, *todo)}
-        # All at once: looking for those of each item by itself would read the folder anew for every one of thousands.
+        # One pass over the folder instead of one for each of thousands of items.
         for part in self.root.glob("*/*/*/*.part"):
             folder, config = part.parts[-4:-2]
             if (folder, config, part.name.partition(".")[0]) in folders:
@@ -154,11 +154,11 @@ class BatchFiles:
         sweep(self.text_cache)
 
     def quarantined(self, item: Item) -> dict[str, Any] | None:
-        """Why an item was given up, or None if it was not, or the file that says so is damaged: it is tried again then."""
+        """Why an item was given up; None if it was not, or if that file is damaged: the item is tried again."""
         return read_kept(self._quarantine_file(item, "json"), QUARANTINED, what="an item in quarantine")
 
     def put_into_quarantine(self, item: Item, *, error: str, attempts: list[dict[str, Any]]) -> Path:
-        """Note an item that failed for good; returns the file with the tracebacks of all attempts."""
+        """Record an item that failed for good; returns the file with the tracebacks of all attempts."""
         self.quarantine.mkdir(parents=True, exist_ok=True)
         text = self._quarantine_file(item, "txt")
         blocks = [f"attempt {a['attempt']}: {a['kind']}: {a['message']}\n\n{a['traceback']}\n" for a in attempts]
@@ -174,7 +174,7 @@ class BatchFiles:
             self._quarantine_file(item, kind).unlink(missing_ok=True)
 
     def drop_checkpoint(self, item: Item) -> bool:
-        """Delete the item's checkpoint, which may be what it fails of; returns whether there was one."""
+        """Delete the item's checkpoint, which may be why it fails; returns whether there was one."""
         checkpoint = self.of(item).checkpoint
         exists = checkpoint.exists()
         checkpoint.unlink(missing_ok=True)
@@ -189,7 +189,7 @@ class BatchFiles:
         return not self.of(item).latents.is_file()
 
     def check(self) -> None:
-        """Raise UserError if something else has the place of a file or folder that a batch writes."""
+        """Raise UserError if a foreign file or folder has the name of one that a batch writes."""
         try:
             nearest = next(path for path in (self.root, *self.root.absolute().parents) if path.exists())
             if not nearest.is_dir():
@@ -230,7 +230,7 @@ def variant_of(tree: Mapping[str, Any]) -> str:
 
 
 def identity_of(item: Item) -> dict[str, Any]:
-    """What a sidecar says of an item before anything is known of its video."""
+    """The part of a sidecar that is known before the video is made."""
     return {
         "item_id": item.item_id,
         "config_id": item.config_id,

@@ -1,7 +1,7 @@
-"""Identity by content: two videos with the same id are the same video, whoever makes it, where, and in which order.
+"""Identify videos by content: equal ids mean equal videos, on any machine and in any order.
 
-Ids hash what decides the pixels: checkpoint, number format, size, sampler, method, kernel, decoder, encoder, prompt and seed.
-Ranks, devices, output folders and the order of a batch are not among them.
+An id hashes what decides the pixels: checkpoint, number format, size, sampler, method, kernel, decoder, encoder, prompt and seed.
+Ranks, devices, output folders and the order of a batch are left out.
 """
 
 import dataclasses
@@ -18,9 +18,9 @@ ITEM_DIGITS = 16
 
 
 def config_tree(config: RunConfig, *, checkpoint: str, dtype: str) -> dict[str, Any]:
-    """All of a configuration that decides pixels, with the checkpoint by its digest and the dtype as it was resolved.
+    """The settings that decide pixels, with the checkpoint's digest and the resolved dtype.
 
-    Prompt and seed are not in it, and neither are the settings of methods that are not used.
+    Prompt, seed and the settings of unused methods are left out.
     """
     tree = dataclasses.asdict(config)
     del tree["sampler"]["seed"]
@@ -58,7 +58,7 @@ def text_sha256(text: str) -> str:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What differs between two trees, as `video.num_frames 129 -> 257`, sorted by key."""
+    """List the differences of two trees, as `video.num_frames 129 -> 257`, sorted by key."""
     before, after = flat(old), flat(new)
     keys = sorted(key for key in before.keys() | after.keys() if before.get(key, _NONE) != after.get(key, _NONE))
     return [f"{key} {before.get(key, _NONE)} -> {after.get(key, _NONE)}" for key in keys]

@@ -1,4 +1,4 @@
-"""Everything that a batch shall make: prompts x seeds x methods as items, and the folder that they belong to."""
+"""The items of a batch, prompts x seeds x variants, and the description of its folder."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,12 +25,12 @@ class Item:
     """One video of a batch.
 
     Attributes:
-        item_id: what decides its pixels, hashed; see `engine.batch.identity`.
-        config_id: the same for its configuration alone.
+        item_id: hash of what decides its pixels; see `engine.batch.identity`.
+        config_id: hash of its configuration alone.
         variant: label of the method with its settings.
         method: name of the method.
         prompt: prompt, with its name.
-        seed: of the noise, which is the same for every method.
+        seed: seed of the noise, which is the same for every variant.
     """
 
     item_id: str
@@ -47,7 +47,7 @@ class Item:
 
     @property
     def label(self) -> str:
-        """For a person: `freespec/p0007-s3`."""
+        """Name in messages: `freespec/p0007-s3`."""
         return f"{self.variant}/{self.name}"
 
 
@@ -114,7 +114,7 @@ def plan_batch(
 
 
 def asked_items(root: Path) -> dict[str, str] | None:
-    """Label and item_id of everything that was ever asked for in a folder; None where no batch has said so."""
+    """Label and item_id of every item that was ever asked for in a folder; None if `batch.json` does not list them."""
     tree = read_tree(root / FILE, {"schema": int}, what="a batch's description")
     items = (tree or {}).get("items")
     if tree is None or items is None:
@@ -124,10 +124,10 @@ def asked_items(root: Path) -> dict[str, str] | None:
 
 
 def claim_folder(root: Path, batch: Batch) -> None:
-    """Note in `batch.json` what the folder holds; UserError if it holds something else, naming what has changed.
+    """Write what the folder holds to `batch.json`; UserError, naming what differs, if it holds something else.
 
-    Prompts, seeds and methods may be added to a folder later; what is there may not change its meaning. `items` lists all
-    that were ever asked for, so that whoever reads the folder can tell whether they are there.
+    Prompts, seeds and variants may be added to a folder later; those that are listed may not change. `items` lists all
+    that were ever asked for, so that a reader of the folder can tell which are missing.
     """
     path = root / FILE
     (root / "locks").mkdir(exist_ok=True)
@@ -140,7 +140,7 @@ def claim_folder(root: Path, batch: Batch) -> None:
 
 
 def check_folder(root: Path, batch: Batch) -> Mapping[str, Any]:
-    """What `batch.json` says of the folder, if anything; UserError if the batch cannot go on in it. Changes nothing."""
+    """Read `batch.json`; UserError if the batch cannot continue in the folder. Changes nothing."""
     path = root / FILE
     before = read_tree(path, {"schema": int}, what="a batch's description") or NOTHING
     if before["schema"] != SCHEMA:

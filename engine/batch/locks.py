@@ -1,4 +1,4 @@
-"""Who may work in an output folder: one driver per shard."""
+"""Shards of an output folder, each held by one driver."""
 
 import contextlib
 import re
@@ -23,7 +23,7 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> "Shard":
-        """`2/4` is the second of four."""
+        """Parse `2/4`, the second of four."""
         found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", text)
         if found is None or not 1 <= int(found[1]) <= int(found[2]):
             raise UserError(f"--shard must be i/n with 1 <= i <= n, such as 1/4 to 4/4, got {text!r}")
@@ -31,11 +31,11 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """For file names."""
+        """Stem of its files."""
         return f"shard-{self.index}-of-{self.count}"
 
     def owns(self, item_id: str) -> bool:
-        """Whether an item of a batch is this shard's: its id alone says so, so that drivers need not have equal lists."""
+        """Whether an item is in this shard; its id alone decides, so that drivers need not have equal lists."""
         return int(item_id, 16) % self.count == self.index - 1
 
 
@@ -50,7 +50,7 @@ def own_shard(root: Path, shard: Shard, *, say: Say = say_on_stderr) -> Iterator
     folder.mkdir(parents=True, exist_ok=True)
     path = lock_file(root, shard.name)
     with contextlib.ExitStack() as stack:
-        with locked(folder / "all.lock"):  # drivers that start together look at each other's locks one by one
+        with locked(folder / "all.lock"):  # drivers that start together check each other's locks in turn
             for other in sorted(folder.glob("shard-*.lock")):
                 if not other.stem.endswith(f"-of-{shard.count}") and (holder := holder_of(other, say=say)):
                     raise UserError(
@@ -75,7 +75,7 @@ def lock_file(root: Path, name: str) -> Path:
 
 
 def _say_who_left(root: Path, shard: Shard, say: Say) -> None:
-    """Say that a driver on another machine has ended without a word, which its status shows and its lock does not."""
+    """Say that a driver on another machine was killed, which its status shows and its lock does not."""
     try:
         shape = {"host": str, "pid": int, "state": str, "time": int | float}
         status = read_tree(root / "status" / f"{shard.name}.json", shape, what="the status of a batch")

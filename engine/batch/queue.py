@@ -1,4 +1,4 @@
-"""Which item is next, and what becomes of one that failed: no files, no clock, no processes."""
+"""The queue of a driver: which item is next, and what becomes of one that failed. No files, clock or processes."""
 
 import re
 from collections import deque
@@ -9,8 +9,8 @@ from typing import Any, Literal
 from engine.batch.items import Item
 
 MOST_ATTEMPTS = 3
-# So many items that fail alike, one after the other, have one cause, which the next item would meet too. Of lost ranks and
-# hanging items more are needed: where nodes are taken away often, several in a row are no sign.
+# This many items in a row that fail alike have one cause, which the next item would meet too. Lost ranks and hanging items
+# need more: on preemptible nodes several in a row are normal.
 MOST_ALIKE = 3
 MOST_ALIKE_LOST = 10
 
@@ -18,7 +18,7 @@ MOST_ALIKE_LOST = 10
 # and no attempt of this item's own. `lost`: a rank or a replica ended. `time`: it took too long. `alike`: several items
 # failed in the same way.
 Kind = Literal["mistake", "disk", "memory", "lost", "time", "fault", "alike"]
-# What becomes of the item: it waits again, it is given up, or it waits and nothing more should be handed out.
+# What becomes of the item: it waits again, it is given up, or it waits and the batch halts.
 Verdict = Literal["again", "quarantine", "halt"]
 
 
@@ -32,7 +32,7 @@ class Failure:
 
     @property
     def cause(self) -> str:
-        """What failures of different items have alike: the message without numbers, addresses and paths.
+        """The message without numbers, addresses and paths, which is equal for failures alike.
 
         A mistake keeps its numbers: prompts of other lengths are other mistakes.
         """
@@ -46,13 +46,13 @@ class Queue:
     """The items of one driver: waiting, running, done or given up; every item is in exactly one of them.
 
     Attributes:
-        waiting: in the order in which they are handed out; what failed comes to the end.
+        waiting: items in the order in which they are handed out; failed ones are appended.
         running: by item_id.
         done: item_ids.
         given_up: item_ids.
-        attempts: what was tried and failed, by item_id.
-        alike: items that failed alike, one after the other, with no item done in between.
-        num_alike: how many of these count.
+        attempts: failed attempts, by item_id.
+        alike: items in a row that failed alike, with none done in between.
+        num_alike: number of these that count.
     """
 
     waiting: deque[Item]
@@ -70,7 +70,7 @@ class Queue:
 
     @classmethod
     def of(cls, items: Iterable[Item]) -> "Queue":
-        """Nothing tried yet."""
+        """A queue with nothing tried yet."""
         return cls(waiting=deque(items))
 
     @property
@@ -79,7 +79,7 @@ class Queue:
         return len(self.waiting) + len(self.running)
 
     def take(self) -> Item | None:
-        """The next item, which is running from now on; None if none waits."""
+        """Take the next item, which is now running; None if none waits."""
         if not self.waiting:
             return None
         item = self.waiting.popleft()
@@ -89,24 +89,24 @@ class Queue:
         return item
 
     def attempt_of(self, item: Item) -> int:
-        """Which attempt of the item comes now, from 1."""
+        """Number of the item's next attempt, from 1."""
         return len(self.attempts.get(item.item_id, ())) + 1
 
     def finish(self, item: Item) -> None:
-        """A running item is whole."""
+        """Mark a running item as done."""
         del self.running[item.item_id]
         self.done.add(item.item_id)
         self.alike, self.num_alike, self._alike_since = [], 0, 0
 
     def put_back(self, item: Item) -> None:
-        """An item that was handed out waits again, first of all, as if it had not been tried."""
+        """Put an item that was handed out back to the front, as if it had not been tried."""
         self.running.pop(item.item_id, None)
         self.given_up.discard(item.item_id)
         if item not in self.waiting:
             self.waiting.appendleft(item)
 
     def fail(self, item: Item, failure: Failure, *, replica: str, hopeless: bool = False, kept: int = 0) -> Verdict:
-        """Note a failed attempt of an item of which `kept` steps lie on the disk, and say what becomes of it.
+        """Record a failed attempt of an item with `kept` steps on the disk; returns what becomes of the item.
 
         An attempt counts unless a rank was lost, as by preemption, and the item had got further than ever before. The third
         that counts is the last, and so is one that would end the same way again (`hopeless`).
@@ -135,7 +135,7 @@ class Queue:
         return "again"
 
     def _is_last_alike(self, item: Item, failure: Failure) -> bool:
-        """Add the item to those that failed alike; whether these are enough.
+        """Add the item to those that failed alike; returns whether they are enough to halt.
 
         Items that were handed out before the last that counted had failed may have met the same moment, such as the end of
         a node with several replicas, and do not count. Neither does an item that has counted before, as when the bad ones
@@ -153,7 +153,7 @@ class Queue:
         return self.num_alike >= (MOST_ALIKE_LOST if failure.kind in ("lost", "time") else MOST_ALIKE)
 
     def _take_back(self, item: Item) -> None:
-        """Let those that failed alike wait again, as none of them is at fault."""
+        """Put those that failed alike back into the queue, as none of them is at fault."""
         for other in self.alike:
             if other.item_id in self.given_up:
                 self.given_up.discard(other.item_id)

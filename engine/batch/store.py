@@ -1,8 +1,8 @@
-"""Results with a sidecar that is written last, and a manifest compiled from the sidecars.
+"""Publish results with a sidecar that is written last, and compile a manifest from the sidecars.
 
-A result goes to a temporary file, is checked, hashed, flushed to the disk and renamed; its sidecar, a small JSON file,
-follows in the same way. Whatever moment a process is killed at, a sidecar only ever stands beside a whole result, and a
-result without a sidecar counts as missing.
+A result is written to a temporary file, checked, hashed, flushed and renamed; its sidecar, a small JSON file, follows in
+the same way. A process may be killed at any moment: a sidecar stands only beside a whole result, and a result without a
+sidecar is missing.
 """
 
 import json
@@ -30,9 +30,9 @@ class FileFacts:
 
 
 def publish(part: Path, final: Path, *, check: Callable[[Path], None]) -> FileFacts:
-    """Give a written `.part` file its name, after `check(part)`, which raises if the file is not what it should be.
+    """Rename a written `.part` file to its final name after `check(part)`, which raises for a broken file.
 
-    Both lie in one folder. The bytes are on the disk before the name is, so that a power cut leaves no empty file behind.
+    Both lie in one folder. The bytes are flushed before the name, so that a power cut leaves no empty file.
     """
     check(part)
     facts = FileFacts(file=final.name, bytes=part.stat().st_size, sha256=file_sha256(part))
@@ -49,7 +49,7 @@ def is_done(
     shape: Shape | None = None,
     say: Say = say_on_stderr,
 ) -> bool:
-    """Whether a sidecar says that this very result is whole, and the file beside it is the one that it means.
+    """Whether a sidecar has this identity, and the file beside it is the one that it describes.
 
     `sidecar[key]` is the identity by content, `sidecar["output"]` the `FileFacts` of a file in the same folder; `size`
     compares its length, `full` its SHA-256 as well. A file that is missing or differs counts as not done, and so does a
@@ -90,7 +90,7 @@ def beside(sidecar: Path, name: str) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What became of the sidecars of a folder: lines that were written, and why files that are no sidecars have none."""
+    """Rows that were written, and for each file that is no sidecar why it has none."""
 
     rows: int
     left_out: tuple[str, ...]
@@ -99,8 +99,8 @@ class Manifest:
 def compile_manifest(path: Path, sidecars: Iterable[Path], row: Callable[[Path], dict[str, Any]]) -> Manifest:
     """Write one JSON line `row(path)` per sidecar, sorted, so that the same sidecars give the same bytes.
 
-    A file of which `row` raises UserError has no line: what was made is in the manifest whatever else lies in the folder.
-    One process at a time may do this: see `engine.batch.locks`.
+    A file of which `row` raises UserError has no row, so that foreign files do not keep the others out. One process at a
+    time may do this: see `engine.batch.locks`.
     """
     lines, left_out = [], []
     for sidecar in sidecars:

@@ -1,4 +1,4 @@
-"""The prompts of a batch: one a line of a text file, each with a name that is safe as a file name whatever the prompt is."""
+"""The prompts of a batch, one per line of a text file, each with an id that is safe as a file name."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,8 +24,8 @@ class Prompt:
         prompt_id: `p0007` for the eighth line that is not blank: no part of the text is ever in a file name.
         line: its line in the list that it comes from, from 1.
         text: what the video shows, without the space around it.
-        source: that list, where it is not the suite itself but one of several.
-        prompt_en: VBench's own short prompt, from which the text was made.
+        source: that list, if it is one of several in the suite.
+        prompt_en: VBench's short prompt, from which the text was made.
     """
 
     prompt_id: str
@@ -35,12 +35,12 @@ class Prompt:
     prompt_en: str | None = None
 
     def where(self, suite: str) -> str:
-        """What messages call it: its line in its list, or in the suite of this name."""
+        """Name in messages: its line in its list, or in the suite of this name."""
         return f"line {self.line} of {self.source or suite}"
 
     @property
     def sha256(self) -> str:
-        """Of the text."""
+        """SHA-256 of the text."""
         return text_sha256(self.text)
 
 
@@ -51,9 +51,9 @@ class Suite:
     Attributes:
         name: the file's name.
         sha256: of the file.
-        prompts: those that are made.
-        notes: what was left out, in words.
-        source: for records, where the prompts come from if not from one file.
+        prompts: the prompts that are made.
+        notes: a sentence for each line that was left out.
+        source: origin of the prompts for records, if not one file.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Suite:
 
 
 def read_suite(path: Path) -> Suite:
-    """The prompts of a UTF-8 text file, one a line. Blank lines are skipped; a text that comes again is made once, and said.
+    """Read the prompts of a UTF-8 text file, one a line. Blank lines are skipped; a repeated text is made once, with a note.
 
     Raises UserError for a file that cannot be read, is not UTF-8 (naming the line), or has no prompt.
     """

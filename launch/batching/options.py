@@ -123,7 +123,7 @@ def add_replicas(parser: ArgumentParser) -> None:
         ("gpus_per_replica", int, None, "the same as nproc, on GPUs; a rank has one"),
         ("ray", str, None, "start replicas on a Ray cluster: auto, HOST:PORT, or local for a Ray of this run's own"),
         ("placement_strategy", PlacementStrategy, "PACK", PLACEMENT_HELP),
-        ("item_timeout", float, None, "seconds an item may take (default: 10 x the middle one, 10 minutes at least)"),
+        ("item_timeout", float, None, "seconds an item may take (default: 10 x the median, 10 minutes at least)"),
         ("start_timeout", float, 1800.0, "seconds a replica may take to load"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
@@ -131,7 +131,6 @@ def add_replicas(parser: ArgumentParser) -> None:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The settings of the command beside those of a run."""
-    add_replicas(parser)
     for name, kind, default, text in (
         ("prompts", str, None, "text file with one prompt a line, or vbench:NAME (docs/vbench.md)"),
         ("vbench", str, None, "folder of a VBench checkout, for --prompts vbench:NAME"),
@@ -140,17 +139,15 @@ def add_arguments(parser: ArgumentParser) -> None:
         ("out", str, None, "folder of the videos; may hold a part of them already"),
         ("nproc", int, None, "ranks of each replica, which share one video"),
         ("shard", str, "1/1", "i/n: make only the i-th of n parts, where machines share nothing but the folder"),
-        ("dry_run", bool, False, "say what would be made, how, and what it takes; make nothing"),
-        ("status", str, None, "say how the batch in this folder goes, and end"),
+        ("dry_run", bool, False, "print what would be made, how, and what it takes; make nothing"),
+        ("status", str, None, "print the state of the batch in this folder, and end"),
         ("checkpoint_every", int, 5, "steps between checkpoints of an item; 0 writes none"),
         ("keep_latents", bool, False, "keep the latents of every video"),
-        ("verify", Verify, "full", "how finished videos are looked at: full, their SHA-256, or size alone"),
+        ("verify", Verify, "full", "how finished videos are checked: full, their SHA-256, or size alone"),
         ("retry_quarantined", bool, False, "try items again that failed for good"),
         ("gpu", str, None, "one of configs/gpus, for the prediction of --dry_run"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    add_replicas(parser)
     add_former_name(parser, "suite", "prompts")
 
-
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]

@@ -1,4 +1,4 @@
-"""Which videos a calibration makes: the search's and the judgement's, with the steps and seeds of each."""
+"""The videos of a calibration: those of the search and of the judgement, with the steps and seeds of each."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The number that a search makes larger: four shares of what a long video of the embedded world should be, averaged."""
+"""The score that a search maximises: the mean of four shares of what a long video of the embedded world should be."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ PARTS = {
 
 
 def parts_of(values: Mapping[str, float]) -> dict[str, float]:
-    """The four parts, 0..1, of one video's measures; what could not be measured is 0, so that losing the object gains nothing."""
+    """The four parts, 0..1, of one video's measures; 0 for what could not be measured, so that losing the object gains nothing."""
     return {
         "kept": _mean(values["shape_kept"], values["colour_kept"]),
         "captioned": _mean(

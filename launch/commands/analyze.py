@@ -1,4 +1,4 @@
-"""analyze.py: effective rank at windows of 1 to 4 native lengths, and videos of low rank."""
+"""analyze.py: measure effective rank at windows of 1 to 4 native lengths, and make videos of low rank."""
 
 import contextlib
 import dataclasses
@@ -81,7 +81,7 @@ def low_rank_variants(config: RunConfig, shares: list[float]) -> tuple[list[Vari
 
 
 def _check_different(variants: list[Variant], shares: list[float], head_dim: int) -> None:
-    """Raise UserError for two shares that keep as many directions, or that one label would stand for."""
+    """Raise UserError for two shares that keep the same number of directions, or have one label."""
     cpu = torch.device("cpu")
     counts = [int(each.config.method.method.weights(None, None, head_dim, cpu).sum()) for each in variants]
     for index in range(1, len(variants)):
@@ -95,7 +95,7 @@ def _check_different(variants: list[Variant], shares: list[float], head_dim: int
 def make(
     asked: Arguments, spectra: SpectraStore, low_rank: Comparison, now: dict[str, Any], stack: contextlib.ExitStack
 ) -> None:
-    """Run whatever is not kept yet; all ranks call this. `now` is what `SpectraStore.describe` says; `stack` holds the folder's claim."""
+    """Run what is missing; all ranks call this. `now` is what `SpectraStore.describe` says; `stack` holds the folder's claim."""
     config, agree = asked.config, [json.dumps(now, sort_keys=True), str(low_rank.seeds)]
     with open_ranks(config, prompts=agree, verbose=asked.given.verbose) as context:
         check_variants(low_rank.variants, context)
@@ -114,7 +114,7 @@ def make(
 
 
 def observe(engine: LongVideoEngine, spectra: SpectraStore, unseen: list[int], context: DistContext) -> None:
-    """See the spectra of these prompts; rank 0 says a line for each."""
+    """Observe the spectra of these prompts; rank 0 prints a line for each."""
     for number, index in enumerate(unseen):
         if number > 0:
             context.wait_for_first(f"spectra {number - 1}")

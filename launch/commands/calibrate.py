@@ -1,4 +1,4 @@
-"""calibrate.py: FreeSpec's open settings searched on one list of prompts, and what was found judged on another."""
+"""calibrate.py: search FreeSpec's open settings on one list of prompts, and judge the best on another."""
 
 import contextlib
 import dataclasses
@@ -35,11 +35,11 @@ from launch.prompts import look_at_prompts
 from launch.ranks.environment import RankEnv
 from launch.ranks.join import DistContext, open_ranks
 
-KEPT_SHARE = 3  # of the trials of a round, one in so many goes on to the next
+KEPT_SHARE = 3  # one in this many trials of a round goes on to the next
 
 
 class Maker:
-    """Makes the videos of several comparisons with one engine, which is loaded when the first video is missing."""
+    """Makes the videos of several comparisons with one engine, which is loaded with the first missing video."""
 
     def __init__(self, config: RunConfig, context: DistContext, stack: contextlib.ExitStack) -> None:
         self._config, self._context, self._stack = config, context, stack
@@ -47,7 +47,7 @@ class Maker:
         self._own: set[Path] = set()
 
     def make(self, comparison: Comparison) -> None:
-        """Make every video that is not there yet; all ranks call this."""
+        """Make every missing video; all ranks call this."""
         self._context.check_on_first(comparison.open)
         if comparison.folder not in self._own:
             self._own.add(comparison.folder)
@@ -122,7 +122,7 @@ def run(asked: Arguments) -> None:
 def _search(
     plan: CalibrationPlan, prompts: list[str], rounds: list[int], maker: Maker, context: DistContext, *, progress: bool
 ) -> tuple[str, list[dict[str, Any]]]:
-    """Round after round on more prompts, with fewer trials; the best label, and on rank 0 what each round said."""
+    """Search in rounds of more prompts and fewer trials; returns the best label, and on rank 0 the scores of each round."""
     told: list[dict[str, Any]] = []
     labels = list(plan.trials)
     for count in rounds:
@@ -139,7 +139,7 @@ def _search(
 
 
 def _judge(judged: Comparison, best: str, settings: dict[str, Any], *, progress: bool) -> dict[str, Any]:
-    """What the other prompts say of the settings that the search found, beside the whole report of a comparison."""
+    """Judge the settings that the search found on the other prompts; also writes the whole report of a comparison."""
     measured = _measure(judged, progress=progress)
     by_label = scores(measured, [START, best])
     difference, supported = judge(by_label[best], by_label[START])
@@ -167,7 +167,7 @@ def _measure(comparison: Comparison, *, progress: bool) -> list[Measured]:
 
 
 def _write(folder: Path, report: dict[str, Any], best: RunConfig) -> str:
-    """trials.csv, report.json and, where it is supported, calibrated.yaml; returns a line that says what was found.
+    """Write trials.csv, report.json and, if it is supported, calibrated.yaml; returns a line with the result.
 
     The preset has every setting of the judged run's method, so that it says the same whatever the defaults become.
     """
