@@ -150,4 +150,3 @@ def add_arguments(parser: ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
     add_replicas(parser)
     add_former_name(parser, "suite", "prompts")
-
