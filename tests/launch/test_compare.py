@@ -41,9 +41,9 @@ def video_of(out: Path, label: str, *, index: int = 0, seed: int = 0) -> Path:
 
 @pytest.fixture
 def compare_in(run: Callable[..., Run], wan_folder: Path, tmp_path: Path) -> Compare:
-    def call(*argv: object, **settings: object) -> Run:
+    def call(*argv: object, out: str = "out", **settings: object) -> Run:
         prompt = [] if any("--prompt" in str(word) for word in argv) else ["--prompt", "a red circle"]
-        return run(compare.main, *words(wan_folder, tmp_path / "out", *prompt, *argv, **settings))
+        return run(compare.main, *words(wan_folder, tmp_path / out, *prompt, *argv, **settings))
 
     return call
 
@@ -371,9 +371,9 @@ def test_replicas_make_the_same_videos_and_one_process_reports(
     compare_in: Compare, run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert compare_in(num_seeds=1).code == 0
+    assert compare_in(seeds=0).code == 0
     other = tmp_path / "other"
-    shown = compare_in("--replicas", "2", num_seeds=1, out=other)
+    shown = compare_in("--replicas", "2", seeds=0, out="other")
     assert (shown.code, shown.err) == (0, ""), shown
     assert "2 of 2 items done (2 now), 0 in quarantine" in shown.out
     assert shown.out.splitlines()[-1].startswith(f"{other / 'index.html'}: 2 videos: 2 methods on 1 pairs")
@@ -384,9 +384,9 @@ def test_replicas_make_the_same_videos_and_one_process_reports(
     assert "shard-1-of-1: done; 2 items" in run(batch.main, f"--status={other}").out
     # What replicas have made is not made again by this process, nor the other way round.
     monkeypatch.setattr("engine.engine.load_pipeline", lambda *_, **__: pytest.fail("the model was loaded"))
-    assert compare_in(num_seeds=1, out=other).code == 0
+    assert compare_in(seeds=0, out="other").code == 0
     monkeypatch.setattr("launch.commands.compare.make", lambda *_: pytest.fail("replicas were started"))
-    assert compare_in("--replicas", "2", num_seeds=1).code == 0
+    assert compare_in("--replicas", "2", seeds=0).code == 0
     assert "--replicas must be 1 or more, got 0" in compare_in("--replicas", "0").error
 
 
