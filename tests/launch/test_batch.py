@@ -494,7 +494,7 @@ def test_two_drivers_on_one_shard(make_batch: Callable[..., Run], tmp_path: Path
         ({"prompts": None}, "--prompts is missing; see --help"),
         ({"out": None}, "--out is missing; see --help"),
         ({"prompts": "nowhere.txt"}, "cannot read --prompts nowhere.txt: No such file or directory"),
-        ({"methods": "freespec,freespec"}, "--methods must name each once and at least one, got freespec,freespec"),
+        ({"methods": "freespec,freespec"}, "two variants are called freespec; give one a name"),
         ({"methods": "freespek"}, "freespek"),
         ({"seeds": "0,x"}, "--seeds must be whole numbers with commas between them, got '0,x'"),
         ({"seeds": "-1"}, "--seeds: a seed must lie in [0, 2**63), got -1"),
