@@ -202,7 +202,7 @@ def describe(batch: Batch, before: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "configs": dict(sorted({**before["configs"], **batch.trees}.items())),
-        "variants": known_variants(before) | batch.config_ids,
+        "variants": {**known_variants(before), **batch.config_ids},
         "prompts": dict(sorted({**before["prompts"], **prompts}.items())),
     } | ({} if device is None else {"device": device})
 

@@ -164,7 +164,7 @@ class FileJournal:
         }
 
 
-_UNREADABLE = {"seconds": 0.0, "eta": None, "counts": {}, "replicas": [], "failures": []}
+_UNREADABLE: dict[str, Any] = {"seconds": 0.0, "eta": None, "counts": {}, "replicas": [], "failures": []}
 
 
 def read_status(root: Path) -> list[tuple[str, dict[str, Any]]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.errors import UserError
 from engine.files.locks import HeldError, hold, holder_of, locked
 from engine.files.say import Say, say_on_stderr
-from engine.files.trees import read_tree
+from engine.files.trees import Shape, read_tree
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def lock_file(root: Path, name: str) -> Path:
 def _say_who_left(root: Path, shard: Shard, say: Say) -> None:
     """Say that a driver on another machine was killed, which its status shows and its lock does not."""
     try:
-        shape = {"host": str, "pid": int, "state": str, "time": int | float}
+        shape: Shape = {"host": str, "pid": int, "state": str, "time": int | float}
         status = read_tree(root / "status" / f"{shard.name}.json", shape, what="the status of a batch")
     except UserError:  # it is written anew each second
         return

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from engine.config import VideoConfig
 from engine.errors import UserError
@@ -11,6 +12,7 @@ from engine.planner.memory import GIB
 from engine.planner.plan import MODES, Case, Plan, plan
 from engine.planner.providers import FixedDegrees, keeps
 from engine.ranks.layouts import describe
+from freespec.methods import Mode
 
 MOST_DOUBLINGS = 5
 
@@ -74,14 +76,14 @@ class _Trial:
 
     case: Case
     fixed: FixedDegrees
-    modes: tuple[str, ...]
+    modes: tuple[Mode, ...]
 
-    def fits(self, **change: object) -> bool:
+    def fits(self, **change: Any) -> bool:
         """Whether the case with this change fits, by memory alone."""
         case = replace(self.case, **change)
         fixed = self.fixed if case.world_size == self.case.world_size else (None, None, None)
         native = case.grid()[0] <= case.method.window_frames
-        modes = ["global"] if native else [mode for mode in MODES if mode in self.modes]
+        modes: list[Mode] = ["global"] if native else [mode for mode in MODES if mode in self.modes]
         return any(case.fits(case.memory(d, modes)[1]) for d in case.support.served(case.world_size) if keeps(d, fixed))
 
 

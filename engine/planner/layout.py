@@ -4,6 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from typing import Literal, cast
 
 from engine.config import MethodConfig, SamplerConfig, VideoConfig
 from engine.planner.model import FP32_BYTES, ModelSpec
@@ -22,6 +23,7 @@ from parallel.shards import (
     layer_bytes_by_rank,
     length,
 )
+from parallel.shards import Mode as SentMode
 
 PASSES = 2  # with guidance: conditional and unconditional
 VIEW_MODES: tuple[Mode, ...] = ("views_global", "views")
@@ -146,7 +148,7 @@ class Layout:
         shape = LayerShape(batch=1, head_dim=self.spec.head_dim, itemsize=self.itemsize)
         # Views are attended where the whole heads are, so they travel as a global step does.
         moves = "global" if mode in VIEW_MODES else mode
-        by_rank = layer_bytes_by_rank(plan, moves, shape=shape, halo=self.halo)
+        by_rank = layer_bytes_by_rank(plan, cast(SentMode, moves), shape=shape, halo=self.halo)
         calls = self.spec.layers * self.forwards
         busiest = {kind: calls * max(of_rank[kind] for of_rank in by_rank) for kind in by_rank[0]}
         values = latent_values(self)
@@ -181,7 +183,7 @@ def lay_out(
     method: MethodConfig,
     *,
     itemsize: int,
-    local_route: str,
+    local_route: Literal["auto", "halo", "all_to_all"],
 ) -> Layout:
     """The layout of a video; `local_route: auto` takes fewer bytes, as the engine does."""
     frames, rows, columns = spec.token_grid(video.num_frames, video.height, video.width)

@@ -107,12 +107,12 @@ class Plan:
     tokens: list[int]
     heads: list[int]
     local_route: str
-    bytes_per_step: dict[str, dict[str, int]]
+    bytes_per_step: dict[Mode, dict[str, int]]
     memory: dict[str, int]
     peak_bytes: int
     fits: bool
-    steps: dict[str, dict[str, int]]
-    step_seconds: dict[str, dict[str, float]]
+    steps: dict[str, dict[Mode, int]]
+    step_seconds: dict[Mode, dict[str, float]]
     run_seconds: dict[str, float]
     decode_mode: DecodeMode
     decode_seconds: float
@@ -169,8 +169,15 @@ class Case:
 
     def layout(self, degrees: Degrees) -> Layout:
         """The video on ranks of these degrees."""
-        options = {"itemsize": self.options.itemsize, "local_route": self.options.local_route}
-        layout = lay_out(self.spec, degrees, self.video, self.sampler, self.method, **options)
+        layout = lay_out(
+            self.spec,
+            degrees,
+            self.video,
+            self.sampler,
+            self.method,
+            itemsize=self.options.itemsize,
+            local_route=self.options.local_route,
+        )
         if self.options.weights != "zero3":
             return layout
         return replace(layout, weight_share=self.spec.weight_bytes(layout.itemsize, ranks=prod(degrees))["transformer"])
@@ -204,7 +211,7 @@ class Case:
         """The methods to predict: the planned one with its settings, the others with defaults."""
         return {name: make_method(name) for name in METHODS} | {self.method.name: self.method.method}
 
-    def count_steps(self) -> dict[str, dict[str, int]]:
+    def count_steps(self) -> dict[str, dict[Mode, int]]:
         """How many steps of each mode every method has on the sampler's real timesteps."""
         video = self.video
         *_, frames, rows, columns = self.spec.video.latent_shape(video.num_frames, video.height, video.width)
@@ -262,7 +269,7 @@ def plan(case: Case) -> list[Plan]:
     return [replace(p, why=_why(p, plans, case)) for p in plans]
 
 
-def _seconds(case: Case, layout: Layout) -> dict[str, dict[str, float]]:
+def _seconds(case: Case, layout: Layout) -> dict[Mode, dict[str, float]]:
     return {mode: step_seconds(layout, mode, case.gpu, case.options.timed_kernel) for mode in _modes_of(layout)}
 
 
@@ -271,12 +278,12 @@ def _modes_of(layout: Layout) -> list[Mode]:
     return [mode for mode in MODES if mode not in VIEW_MODES or layout.degrees[1] == 1]
 
 
-def _run_seconds(steps: dict[str, int], seconds: dict[str, dict[str, float]]) -> float:
+def _run_seconds(steps: dict[Mode, int], seconds: dict[Mode, dict[str, float]]) -> float:
     return sum(count * sum(seconds[mode].values()) for mode, count in steps.items())
 
 
 def _make_plan(
-    case: Case, degrees: Degrees, *, steps: dict[str, dict[str, int]], alone: dict[str, dict[str, float]]
+    case: Case, degrees: Degrees, *, steps: dict[str, dict[Mode, int]], alone: dict[Mode, dict[str, float]]
 ) -> Plan:
     layout = case.layout(degrees)
     seconds = _seconds(case, layout)

@@ -47,7 +47,9 @@ def call_traffic(layout: Layout, mode: Mode) -> float:
     share, plan = layout.share(mode), layout.attention_plan(mode)
     views = layout.num_views * layout.window_frames / layout.frames  # mean number of views that hold a token
     merges = (plan.ring - 1 if mode != "local" else 0) + (mode == "dual")
-    passes = MERGE * merges + EXCHANGE * (plan.ulysses > 1) + {"local": COPY, "dual": 2 * COPY + FUSE}.get(mode, 0)
+    passes: float = (
+        MERGE * merges + EXCHANGE * (plan.ulysses > 1) + {"local": COPY, "dual": 2 * COPY + FUSE}.get(mode, 0)
+    )
     if mode in VIEW_MODES:
         passes += views * (VIEW + FUSE * (mode == "views_global"))
     inside = layout.batch * share.queries * share.heads * layout.spec.head_dim
