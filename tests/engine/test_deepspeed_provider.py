@@ -39,7 +39,7 @@ def latents_of(_rank: int, case: tuple[str, str, int]) -> Tensor:
     assert isinstance(ranks.exchange, DeepSpeedExchange) == (provider == "deepspeed")
     made = LongVideoEngine(config, ranks)
     latents = made.denoise("a red circle").latents
-    assert made.layout["provider"] == provider
+    assert made.facts.parallel["provider"] == provider
     made.close()
     return latents
 
