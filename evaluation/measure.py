@@ -42,7 +42,7 @@ def measure_all(
 def measure_all_world(
     videos: Sequence[Video], folder: Path, *, workers: int, say: Callable[[str], None]
 ) -> dict[Path, dict[str, float]]:
-    """Every exact measure of every video, likewise; `evaluation.world.videos_of_world` says which can be."""
+    """Measure videos of the embedded world, by path, reading kept values again; `evaluation.world.videos_of_world` chooses them."""
     jobs = []
     for video in videos:
         what = hashlib.sha256(f"{video.prompt}\n{video.native_frames}".encode()).hexdigest()[:12]

@@ -138,7 +138,7 @@ def _missing(request: Request, videos: Sequence[Video]) -> list[str]:
 def _measures(
     request: Request, videos: Sequence[Video], say: Say
 ) -> tuple[dict[Path, dict[str, float]], dict[Path, dict[str, float]], str | None, list[str]]:
-    """Proxies and exact measures by path, why there are none of the latter, and a sentence on videos that have none."""
+    """Return proxies and exact measures by path, the reason if no video has exact measures, and a note if some have none."""
     if not request.proxies:
         return {}, {}, "not asked for", []
     proxies = measure_all(videos, request.out / "proxies", workers=request.workers, say=say)

@@ -95,7 +95,7 @@ def read_study(path: str, own: Mapping[str, Any]) -> Study:
     tree = read_yaml(file, name=f"--study {path}", remedy="configs/study/findings.yaml is an example")
     tree |= {key: value for key, value in own.items() if value is not None}
     if (wrong := lacking(tree, _STUDY)) is not None:
-        raise UserError(f"--study {path} is no study ({wrong}); configs/study/findings.yaml is an example")
+        raise UserError(f"--study {path} is not a study ({wrong}); configs/study/findings.yaml is an example")
     if tree["shards"] < 1:
         raise UserError(f"shards must be 1 or more, got {tree['shards']}")
     places = {name: _there(tree[name]) for name in PLACES}

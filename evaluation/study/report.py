@@ -29,7 +29,7 @@ _CLIP_TITLES = {
     "identity_kept": "share of frames with the first clip's shape and colour",
 }
 
-# Of what was not the same for all videos: each video of a long comparison may have a commit of its own.
+# Values listed of what differs between videos, such as the commits of a long comparison.
 SHOWN_VALUES = 4
 
 
@@ -169,14 +169,16 @@ def _why_no_value(metric: str, num_frames: int, clip_frames: int) -> str:
         least = next(count for count in itertools.count(clip_frames) if num_clips(count, clip_frames) > 1)
         return f"{num_frames} frames are one clip of native length ({clip_frames}); from {least} on there are two to compare"
     if metric in ("shape_kept", "colour_kept", "rgb_drift", "background_drift") and num_frames <= clip_frames:
-        return f"it is told from the frames after the native length ({clip_frames}), and there are {num_frames} in all"
+        return (
+            f"it is measured on the frames after the native length ({clip_frames}), and there are {num_frames} in all"
+        )
     if metric.startswith("repetition") and num_frames <= 2 * clip_frames:
         return f"it needs more than two native lengths, {2 * clip_frames} frames, and there are {num_frames}"
     if metric == "repetition_straight":
         return "no prompt is a caption of straight motion, or the object is seen too seldom"
     if metric in VIDEO_UNITS:
         return f"{num_frames} frames are too few to compare"
-    return "no object of the world is seen where it is told from"
+    return "no object of the world is seen in the frames it is measured on"
 
 
 def _kept(compared: Compared, measured: Sequence[Measured]) -> list[str]:

@@ -59,11 +59,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--make", type=str, default="", help="parts of it to make first, with commas, such as videos,steps"
     )
     parser.add_argument("--runs", type=str, help="folder of videos and reports, instead of the study's")
-    parser.add_argument("--search", type=str, help="folder of the calibration, likewise")
-    parser.add_argument("--kept", type=str, help="folder of measures and reports that outlive the videos, likewise")
-    parser.add_argument("--page", type=str, help="the page to write, likewise")
-    parser.add_argument("--device", type=str, help="device to make videos on, likewise")
-    parser.add_argument("--shards", type=int, help="processes that share the videos of a comparison, likewise")
+    parser.add_argument("--search", type=str, help="folder of the calibration, instead of the study's")
+    parser.add_argument("--kept", type=str, help="folder of kept measures and reports, instead of the study's")
+    parser.add_argument("--page", type=str, help="page to write, instead of the study's")
+    parser.add_argument("--device", type=str, help="device to make videos on, instead of the study's")
+    parser.add_argument("--shards", type=int, help="processes that share a comparison, instead of the study's")
     parser.add_argument(
         "--overwrite", type=bool, default=False, help="replace a page that has tables of more than the reports hold"
     )

@@ -88,8 +88,8 @@ def test_a_shard_that_fails_is_told(tmp_path: Path, commands: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"make": 3}, r"is no study \(make is 3\)"),
-        ({"kept": None}, r"is no study \(kept is None\)"),
+        ({"make": 3}, r"is not a study \(make is 3\)"),
+        ({"kept": None}, r"is not a study \(kept is None\)"),
         ({"shards": 0}, "shards must be 1 or more, got 0"),
         ({"make": {"a": {"command": "compare", "settings": {}}}}, "a: it has no settings.out"),
         (

@@ -306,7 +306,7 @@ def test_why_a_measure_has_no_value(comparison: Comparison) -> None:
     [clips] = [note for note in notes if "clip_colour_similarity" in note]
     assert clips.startswith("No video has a value of clip_")
     assert "33 frames are one clip of native length (33); from " in clips
-    assert any("told from the frames after the native length (33), and there are 33 in all" in note for note in notes)
+    assert any("measured on the frames after the native length (33), and there are 33 in all" in note for note in notes)
     write_report(comparison, folder=folder, baseline="true", progress=False)
     assert "No video has a value of clip_" not in (folder / "index.html").read_text()
 
