@@ -262,6 +262,8 @@ def test_settings_and_flags_in_code_exist() -> None:
     groups = {leaf.partition(".")[0] for each in keys for leaf in each.leaves if "." in leaf}
     wrong = []
     for page in PAGES:
+        if page.name == "CHANGELOG.md":  # names those that are gone, too
+            continue
         text = re.sub(r"^```.*?^```", "", read(page), flags=re.S | re.M)
         told = re.findall(rf"`(?:--)?((?:{'|'.join(groups)})\.[a-z_.]+[a-z])(?:[ =][^`]*)?`", text)
         told += re.findall(r"`--([a-z_.]+[a-z])(?:[ =][^`]*)?`", text)
