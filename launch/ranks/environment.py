@@ -111,9 +111,7 @@ def number_ranks(nodes: Sequence[str]) -> list[Slot]:
 def rank_environment(
     rank: int, num_ranks: int, *, local_rank: int, local_size: int, address: str, port: int
 ) -> dict[str, str]:
-    """Where the ranks of a replica meet, and which of them this is; a rank that is alone needs none of it."""
-    if num_ranks == 1:
-        return {}
+    """Where ranks meet, and which of them this is."""
     found = {"RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     found |= {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(local_size)}
     found |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}

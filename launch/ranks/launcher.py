@@ -1,4 +1,4 @@
-"""Ranks as processes of this machine: started, watched until all have ended, and named if one fails. Standard library only."""
+"""Ranks of one command as processes of this machine. Standard library only."""
 
 import errno
 import os
@@ -8,23 +8,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from launch.cli.argv import asked_value
 from launch.process.stopping import SIGNALS, StopSignals, show
-from launch.ranks.environment import LAST_LINE, LAUNCHER, STORE
-
-# How long ranks get to end by themselves after one has failed: to notice a lost connection and keep what was computed.
-GRACE_SECONDS = 5.0
-# How long an interrupted rank 0 gets to write what was computed.
-STOP_SECONDS = 120.0
-POLL_SECONDS = 0.05
-KEPT_LINES = 200  # torch's watchdog writes a page of its own after our line
-
-# The exit code of a rank that lost another one; see launch/process/exit_codes.py.
-_LOST = 1
+from launch.ranks.environment import LAST_LINE, LAUNCHER, STORE, rank_environment, without_place
+from launch.ranks.watch import Rank, judge, watch_ranks
 
 
 def start_ranks(num_ranks: int, command: Sequence[str], *, signals: StopSignals) -> int:
@@ -36,6 +26,15 @@ def start_ranks(num_ranks: int, command: Sequence[str], *, signals: StopSignals)
     signals.leave()
     verbose = asked_value(command, "--verbose") not in (None, "false")
     children: list[_Child] = []
+
+    def hear() -> None:
+        for child in children:
+            child.hear()
+
+    def interrupt() -> None:
+        if children[0].code is None:
+            children[0].process.send_signal(signals.received)
+
     with socket.create_server(("127.0.0.1", 0)) as store:
         try:
             for rank in range(num_ranks):
@@ -46,7 +45,7 @@ def start_ranks(num_ranks: int, command: Sequence[str], *, signals: StopSignals)
                     show(_describe_limit(rank, num_ranks, error))
                     return 2
             store.close()
-            _watch(children, signals)
+            watch_ranks(children, signals, hear=hear, interrupt=interrupt)
         finally:
             for child in children:
                 child.end()
@@ -60,18 +59,13 @@ def _describe_limit(rank: int, num_ranks: int, error: OSError) -> str:
     )
 
 
-@dataclass
-class _Child:
-    """One rank that was started: its process, the last lines of its stderr, the line it ends with, and how it ended."""
+@dataclass(kw_only=True)
+class _Child(Rank):
+    """A rank as a process of this machine, with the pipe for its last line."""
 
-    rank: int
     process: subprocess.Popen
     pipe: int
-    lines: deque = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
     reader: threading.Thread | None = None
-    code: int | None = None
-    ended: float = 0.0
-    said: str = ""
 
     @classmethod
     def start(
@@ -94,7 +88,7 @@ class _Child:
                 # A terminal's Ctrl-C would reach the whole group of processes; as it is, it reaches the launcher.
                 start_new_session=True,
             )
-            child = cls(rank, process, reading)
+            child = cls(rank=rank, pid=process.pid, process=process, pipe=reading)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             os.close(writing)
@@ -114,13 +108,12 @@ class _Child:
             raise OSError(errno.EAGAIN, str(error)) from error
         self.reader = reader
 
-    def has_ended(self) -> bool:
-        """Whether the rank has ended; the first time that it has, how and when is noted."""
+    def hear(self) -> None:
+        """Note how and when the rank has ended, if it has."""
         if self.code is None and (code := self.process.poll()) is not None:
             self.code, self.ended = code, time.monotonic()
             with os.fdopen(self.pipe, encoding="utf-8", errors="replace") as pipe:
                 self.said = pipe.read()
-        return self.code is not None
 
     def end(self) -> None:
         """Kill the rank if it runs, and collect what it leaves."""
@@ -138,80 +131,11 @@ class _Child:
 
 
 def _environment(rank: int, num_ranks: int, store: socket.socket) -> dict[str, str]:
-    # What torchrun set for this process is not for the ranks, or they would join its rendezvous.
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("TORCHELASTIC_", "GROUP_", "ROLE_"))}
-    kept |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    kept |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
-    kept |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.getsockname()[1]), LAUNCHER: str(os.getpid())}
+    port = store.getsockname()[1]
+    kept = without_place(os.environ) | {LAUNCHER: str(os.getpid())}
+    kept |= rank_environment(rank, num_ranks, local_rank=rank, local_size=num_ranks, address="127.0.0.1", port=port)
     if rank == 0:
         kept[STORE] = str(store.fileno())
     # As torchrun does: ranks that each take all cores slow each other down by an order of magnitude.
     kept.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_ranks)))
     return kept
-
-
-def _watch(children: Sequence[_Child], signals: StopSignals) -> None:
-    """Return once all ranks have ended by themselves, or have had their time after a failure or an interruption."""
-    deadline, forwarded = None, False
-    while [child for child in children if not child.has_ended()]:
-        now = time.monotonic()
-        failed = any(child.code for child in children)
-        if signals.received and not forwarded:
-            forwarded = True
-            deadline = now + STOP_SECONDS
-            if children[0].code is None:
-                children[0].process.send_signal(signals.received)
-        elif failed and deadline is None:
-            deadline = now + GRACE_SECONDS
-        if forwarded and children[0].code is not None:
-            return  # rank 0 has kept what there was
-        if deadline is not None and now > deadline:
-            return
-        time.sleep(POLL_SECONDS)
-
-
-def judge(children: Sequence[_Child], signals: StopSignals, *, verbose: bool) -> int:
-    """Say the one line of a run that did not end well, and return its exit code."""
-    first = children[0]
-    if signals.received and first.code not in (0, 2):
-        show(first.said or "stopped")
-        return signals.code
-    failed = [child for child in children if child.code]
-    if not failed:
-        return 0
-    cause = min(failed, key=_blame)
-    if first.code == 0:  # it has made everything, for which it needed the others
-        show(f"note: rank {cause.rank} of {len(children)} {_describe_end(cause)} after everything was made")
-        return 0
-    if cause.said:
-        show(cause.said)
-        return cause.code
-    if (cause.code > 0 or cause.code == -signal.SIGABRT) and not verbose:
-        # A traceback, or what a backend says before it aborts the process; those of rank 0 have been seen.
-        for line in cause.lines:
-            show(f"[rank {cause.rank}] {line}")
-    show(_describe(cause, children))
-    return 1
-
-
-def _blame(child: _Child) -> tuple[int, float]:
-    """Sorts failures: a rank that a signal or a fault ended is the cause, and those that lost a rank noticed it later."""
-    if child.code < 0:
-        return 0, child.ended
-    return (2 if child.code == _LOST and child.said else 1), child.ended
-
-
-def _describe(cause: _Child, children: Sequence[_Child]) -> str:
-    others = "; the other ranks were stopped" if len(children) > 1 else ""
-    first = children[0]
-    noticed = f"; {first.said.removeprefix('error: ')}" if first.code == _LOST and first.said else ""
-    where = f"rank {cause.rank} of {len(children)} (process {cause.process.pid})"
-    return f"error: {where} {_describe_end(cause)}{others}{noticed}"
-
-
-def _describe_end(cause: _Child) -> str:
-    if cause.code < 0:
-        memory = ", as the system does when memory runs out" if cause.code == -signal.SIGKILL else ""
-        return f"was ended by {signal.Signals(-cause.code).name}{memory}"
-    last = next((line.strip() for line in reversed(cause.lines) if line.strip()), "")
-    return f"failed with exit code {cause.code}" + (f" ({last})" if last else "")

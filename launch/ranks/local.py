@@ -40,7 +40,7 @@ class LocalRanks:
             place = rank_environment(
                 rank, self.count, local_rank=rank, local_size=self.count, address="127.0.0.1", port=port
             )
-            host.start(self._command, self._environment | place, log=str(self._log(rank)))
+            host.start(self._command, self._environment | (place if self.count > 1 else {}), log=str(self._log(rank)))
         self.send(json.dumps(setup))
 
     def send(self, line: str) -> None:

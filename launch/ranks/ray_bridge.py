@@ -209,14 +209,10 @@ class RayReplica:
         port = ray.get(self._actors[0].listen.remote(address)) if order["count"] > 1 else 0
         starts = []
         for rank, (actor, slot) in enumerate(zip(self._actors, slots, strict=True)):
-            environment = {NODE: slot.node} | rank_environment(
-                rank,
-                order["count"],
-                local_rank=slot.local_rank,
-                local_size=slot.local_size,
-                address=address,
-                port=port,
-            )
+            environment = {NODE: slot.node}
+            if order["count"] > 1:
+                numbers = {"local_rank": slot.local_rank, "local_size": slot.local_size}
+                environment |= rank_environment(rank, order["count"], **numbers, address=address, port=port)
             # All GPUs of the replica on this node are visible to its ranks there, so that they can reach each other; in
             # the order of the ranks, so that LOCAL_RANK is the number of a rank's own.
             visible = [gpu for other in places if other["node"] == slot.node for gpu in other["gpus"]]

@@ -3,20 +3,16 @@
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 from launch.cli.argv import asked_value, without
 from launch.process.stopping import StopSignals, show
 from launch.ranks.environment import carried
 from launch.ranks.host import Event
-from launch.ranks.launcher import GRACE_SECONDS, KEPT_LINES, STOP_SECONDS, judge
-from launch.ranks.ray_pool import NoRayError, RayPool, RayRanks, Start, check_placement
-
-POLL_SECONDS = 0.05
+from launch.ranks.ray_pool import NoRayError, RayPool, Start, check_placement
+from launch.ranks.watch import Rank, judge, watch_ranks
 
 
 def start_on_ray(address: str, command: Sequence[str], *, num_ranks: int, device: str, signals: StopSignals) -> int:
@@ -50,9 +46,14 @@ def start_on_ray(address: str, command: Sequence[str], *, num_ranks: int, device
                 cwd=str(Path.cwd()),
             )
             ranks = pool.ranks("ranks", num_ranks, start)
-            children = [Child(rank) for rank in range(num_ranks)]
+            children = [_Child(rank=rank) for rank in range(num_ranks)]
             ranks.start(None)
-            watch(ranks, children, signals, verbose=verbose)
+
+            def hear() -> None:
+                for rank, event in ranks.drain():
+                    children[rank].hear(event, verbose=verbose)
+
+            watch_ranks(children, signals, hear=hear, interrupt=ranks.interrupt)
     except NoRayError as error:
         show(f"error: {error}")
         return 2
@@ -69,16 +70,10 @@ def too_few_gpus(gpus: float, num_ranks: int, *, on_cpu: bool) -> str | None:
     )
 
 
-@dataclass
-class Child:
-    """One rank: what `launch.ranks.launcher.judge` wants to know of it."""
+@dataclass(kw_only=True)
+class _Child(Rank):
+    """A rank as a Ray actor: what its events tell."""
 
-    rank: int
-    lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
-    code: int | None = None
-    ended: float = 0.0
-    said: str = ""
-    process: SimpleNamespace = field(default_factory=lambda: SimpleNamespace(pid=0))
     _rest: str = ""
 
     def hear(self, event: Event, *, verbose: bool) -> None:
@@ -97,27 +92,8 @@ class Child:
                 show(event["text"])
             case "exit":
                 self.ended, self.said = time.monotonic(), event["said"]
-                self.process = SimpleNamespace(pid=event["pid"])
+                self.pid = event["pid"]
                 self.code = event["code"]
                 if self.code is None:  # its actor is gone, and the host with it
                     said = event["said"]
                     self.code, self.said = 1, said if said.startswith("stopped") else f"error: {said}"
-
-
-def watch(ranks: RayRanks, children: Sequence[Child], signals: StopSignals, *, verbose: bool) -> None:
-    """Return once all ranks have ended, or have had their time after a failure or an interruption."""
-    deadline, forwarded = None, False
-    while any(child.code is None for child in children):
-        for rank, event in ranks.drain():
-            children[rank].hear(event, verbose=verbose)
-        now = time.monotonic()
-        if signals.received and not forwarded:
-            forwarded, deadline = True, now + STOP_SECONDS
-            ranks.interrupt()
-        elif any(child.code for child in children) and deadline is None:
-            deadline = now + GRACE_SECONDS
-        if forwarded and children[0].code is not None:
-            return
-        if deadline is not None and now > deadline:
-            return
-        time.sleep(POLL_SECONDS)

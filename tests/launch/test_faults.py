@@ -334,11 +334,11 @@ LAUNCHER_SCRIPT = """
 import resource
 import signal
 import sys
-from launch.ranks import launcher
+from launch.ranks import launcher, watch
 from launch.process.stopping import StopSignals
 
 # Long enough for ranks that end by themselves, on a busy machine too; short for those that do not.
-launcher.GRACE_SECONDS, launcher.STOP_SECONDS = (1.0 if "wait" in sys.argv else 200.0), (10.0 if "stubborn" in sys.argv else 200.0)
+watch.GRACE_SECONDS, watch.STOP_SECONDS = (1.0 if "wait" in sys.argv else 200.0), (10.0 if "stubborn" in sys.argv else 200.0)
 if "files" in sys.argv:
     resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
 signal.signal(signal.SIGHUP, signal.SIG_IGN if "nohup" in sys.argv else signal.SIG_DFL)

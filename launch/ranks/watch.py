@@ -1,0 +1,112 @@
+"""What all starters of ranks share: how long they wait for ranks, and the one line and exit code that the run ends with. Standard library only."""
+
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from launch.process.stopping import StopSignals, show
+
+# How long ranks get to end by themselves after one has failed: to notice a lost connection and keep what was computed.
+GRACE_SECONDS = 5.0
+# How long an interrupted rank 0 gets to write what was computed.
+STOP_SECONDS = 120.0
+POLL_SECONDS = 0.05
+KEPT_LINES = 200  # torch's watchdog writes a page of its own after our line
+
+# The exit code of a rank that lost another one; see launch/process/exit_codes.py.
+_LOST = 1
+
+
+@dataclass(kw_only=True)
+class Rank:
+    """One rank that was started.
+
+    Attributes:
+        rank: its number.
+        pid: of its process.
+        lines: the last lines of its stderr.
+        code: its exit code, negative for a signal; None while it runs.
+        ended: when it ended.
+        said: the line that it ended with.
+    """
+
+    rank: int
+    pid: int = 0
+    lines: deque[str] = field(default_factory=lambda: deque(maxlen=KEPT_LINES))
+    code: int | None = None
+    ended: float = 0.0
+    said: str = ""
+
+
+def watch_ranks(
+    ranks: Sequence[Rank], signals: StopSignals, *, hear: Callable[[], None], interrupt: Callable[[], None]
+) -> None:
+    """Return once all ranks have ended by themselves, or have had their time after a failure or an interruption.
+
+    `hear` brings `ranks` up to date. `interrupt` passes a signal on to rank 0 alone, which keeps what was computed.
+    """
+    deadline, forwarded = None, False
+    while True:
+        hear()
+        if all(rank.code is not None for rank in ranks):
+            return
+        now = time.monotonic()
+        if signals.received and not forwarded:
+            forwarded, deadline = True, now + STOP_SECONDS
+            interrupt()
+        elif any(rank.code for rank in ranks) and deadline is None:
+            deadline = now + GRACE_SECONDS
+        if forwarded and ranks[0].code is not None:
+            return  # rank 0 has kept what there was
+        if deadline is not None and now > deadline:
+            return
+        time.sleep(POLL_SECONDS)
+
+
+def judge(ranks: Sequence[Rank], signals: StopSignals, *, verbose: bool) -> int:
+    """Say the one line of a run that did not end well, and return its exit code."""
+    first = ranks[0]
+    if signals.received and first.code not in (0, 2):
+        show(first.said or "stopped")
+        return signals.code
+    failed = [rank for rank in ranks if rank.code]
+    if not failed:
+        return 0
+    cause = min(failed, key=_blame)
+    if first.code == 0:  # it has made everything, for which it needed the others
+        show(f"note: rank {cause.rank} of {len(ranks)} {_describe_end(cause)} after everything was made")
+        return 0
+    if cause.said:
+        show(cause.said)
+        return cause.code
+    if (cause.code > 0 or cause.code == -signal.SIGABRT) and not verbose:
+        # A traceback, or what a backend says before it aborts the process; those of rank 0 have been seen.
+        for line in cause.lines:
+            show(f"[rank {cause.rank}] {line}")
+    show(_describe(cause, ranks))
+    return 1
+
+
+def _blame(rank: Rank) -> tuple[int, float]:
+    """Sorts failures: a rank that a signal or a fault ended is the cause, and those that lost a rank noticed it later."""
+    if rank.code < 0:
+        return 0, rank.ended
+    return (2 if rank.code == _LOST and rank.said else 1), rank.ended
+
+
+def _describe(cause: Rank, ranks: Sequence[Rank]) -> str:
+    others = "; the other ranks were stopped" if len(ranks) > 1 else ""
+    first = ranks[0]
+    noticed = f"; {first.said.removeprefix('error: ')}" if first.code == _LOST and first.said else ""
+    where = f"rank {cause.rank} of {len(ranks)} (process {cause.pid})"
+    return f"error: {where} {_describe_end(cause)}{others}{noticed}"
+
+
+def _describe_end(cause: Rank) -> str:
+    if cause.code < 0:
+        memory = ", as the system does when memory runs out" if cause.code == -signal.SIGKILL else ""
+        return f"was ended by {signal.Signals(-cause.code).name}{memory}"
+    last = next((line.strip() for line in reversed(cause.lines) if line.strip()), "")
+    return f"failed with exit code {cause.code}" + (f" ({last})" if last else "")
