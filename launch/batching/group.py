@@ -1,4 +1,4 @@
-"""A replica out of ranks: one item at a time goes to all of them, and what they answer becomes one event."""
+"""A replica of several ranks: each item goes to all of them, and their answers become one event."""
 
 import json
 import signal
@@ -159,7 +159,7 @@ class Group:
         return answer["kind"], Failure(answer["kind"], f"{of}{answer['message']}", answer["traceback"])
 
     def _exit_of(self, rank: int, event: Mapping[str, Any]) -> tuple[str, Failure]:
-        """How a rank ended that has not said why: by a signal, a fault, or with the one line of a mistake."""
+        """Describe the end of a rank that reported no failure: a signal, an exit code, or the line of a mistake."""
         tail, said, code = "\n".join(event["tail"]), event["said"].removeprefix("error: "), event["code"]
         if code == 2 and said:
             return "mistake", Failure("mistake", said, tail)

@@ -44,7 +44,7 @@ _SELDOM = ("print_config", "placement_strategy", "extend_shows")
 class Keys:
     """The dotted names that a parser knows: single settings, groups of them, those that are true or false, and maps.
 
-    A map is a setting whose own keys are the user's: `--method.settings.NAME VALUE`. `unread` are settings that the command refuses,
+    A map is a setting whose keys the user chooses: `--method.settings.NAME VALUE`. `unread` are settings that the command refuses,
     `former` are old names that it still accepts.
     """
 
@@ -57,7 +57,7 @@ class Keys:
 
     @property
     def offered(self) -> frozenset[str]:
-        """The names that may be suggested for another: what the command refuses is none of them."""
+        """The names to suggest; settings that the command refuses are left out."""
         read = self.leaves - self.unread - self.former
         return read | {group for group in self.groups if any(leaf.startswith(f"{group}.") for leaf in read)}
 
@@ -67,7 +67,7 @@ class Keys:
 
     @classmethod
     def of(cls, parser: ArgumentParser, unread: Collection[str] = ()) -> "Keys":
-        """Read them off a parser, before any configuration file is given to it."""
+        """Read them from a parser that has no configuration file yet."""
         defaults = parser.get_defaults(skip_validation=True)
         leaves = frozenset(defaults.keys())
         return cls(
@@ -180,7 +180,7 @@ def _say_renamed(old: str, new: str) -> None:
 
 
 def asks_help(words: Sequence[str]) -> bool:
-    """Whether the words ask for help, and nothing else."""
+    """Whether the words ask for help."""
     return any(word in _HELP for word in words)
 
 
@@ -250,7 +250,7 @@ def _option(name: str, value: str | None, keys: Keys) -> str:
 
 
 def check_text(argv: Sequence[str]) -> None:
-    """Raise UserError for bytes that are no text: a prompt of them cannot be encoded, nor a path written into a record."""
+    """Raise UserError for words that are not UTF-8: such a prompt cannot be encoded, nor such a path recorded."""
     for word in argv:
         try:
             word.encode()
@@ -261,7 +261,7 @@ def check_text(argv: Sequence[str]) -> None:
 
 
 def check_key(key: str, keys: Keys, where: str = "", value: str | None = None) -> None:
-    """Raise UserError for an unknown dotted key, naming the one that was meant if that is clear."""
+    """Raise UserError for an unknown dotted key, suggesting the closest match if there is one."""
     if not keys.knows(key):
         raise UserError(_describe_unknown(key, keys, value=value, where=where))
 

@@ -1,4 +1,4 @@
-"""The beginning and end of every command. It imports nothing slow, so that a Ctrl-C is one quiet line from the start."""
+"""Start and end every command. Imports nothing slow, so that Ctrl-C prints one line at any time."""
 
 import contextlib
 import importlib
@@ -57,8 +57,8 @@ COMMANDS = {
 def run_script(name: str, argv: Sequence[str] | None = None) -> int:
     """Run a command with `argv`, by default that of the process, on as many ranks as it asks for; returns the exit code.
 
-    A mistake in `argv` ends it before a rank is started or torch imported. A rank that fails ends at once: to take its process
-    group down it would have to wait for the others. So do the ranks after the first, which have nothing left to do.
+    A mistake in `argv` ends it before a rank is started or torch imported. A rank that fails exits at once, because destroying its
+    process group would wait for the others; so do all ranks after the first.
     """
     die_with_parent()
     if not COMMANDS[name].starts_ranks:
@@ -92,7 +92,7 @@ def run_script(name: str, argv: Sequence[str] | None = None) -> int:
 
 
 def ignore_place(name: str) -> None:
-    """Forget which rank another launcher made of this process, and say so: the command starts its own ranks, or has none.
+    """Remove the rank that another launcher gave this process, and say so: the command starts its own ranks, or has none.
 
     As that rank it would print nothing, not even its errors.
     """

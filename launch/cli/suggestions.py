@@ -1,4 +1,4 @@
-"""What an unknown option is answered with: the setting that it is called here, that it is not supported, or nothing."""
+"""Advice on an unknown option: the setting it corresponds to, or why it is not supported."""
 
 import difflib
 import shlex

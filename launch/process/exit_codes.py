@@ -1,4 +1,4 @@
-"""What all commands share: how they stop. One line for a mistake, one for an interruption, and the exit code."""
+"""How every command ends: one line for a mistake or an interruption, and the exit code."""
 
 import signal
 import sys
@@ -17,9 +17,9 @@ def run_command(
 ) -> int:
     """Run `main(argv)` (of the process by default) and return the exit code, which is what `main` returned if it did.
 
-    0: done. 1: another rank was lost, as one line on stderr. 2: something that the user can mend, likewise. 130: Ctrl-C,
-    143: SIGTERM, 129: SIGHUP, each with one line that says what was kept. Any other exception is a fault of the program and passes
-    with its traceback. `signals` are those that are heard already; else they are heard here, until the end.
+    0: done. 1: another rank was lost, as one line on stderr. 2: a mistake of the user's, likewise. 130: Ctrl-C,
+    143: SIGTERM, 129: SIGHUP, each with one line that says what was kept. Any other exception is a bug and passes with its
+    traceback. `signals` are already installed; without them this function installs its own.
     """
     heard = signals or StopSignals()
     before = heard.install() if signals is None else {}

@@ -1,4 +1,4 @@
-"""How a process stops: its signals, the one line that it ends with, and its end if its parent dies. Imports nothing slow."""
+"""Stop a process: its signals, its last line, and its end when its parent dies. Imports nothing slow."""
 
 import contextlib
 import ctypes
@@ -36,7 +36,7 @@ class StopSignals:
         return 128 + (self.received or signal.SIGINT)
 
     def install(self) -> dict[signal.Signals, object]:
-        """Hear the signals from now on; returns the handlers before."""
+        """Install the handlers; returns the previous ones."""
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
         before = {number: signal.signal(number, self._hear) for number in SIGNALS if number not in ignored}
         # A launcher starts its ranks with all of them blocked, so that none comes before this.
@@ -44,7 +44,7 @@ class StopSignals:
         return before
 
     def leave(self) -> None:
-        """Raise no more: from here on the process only says its line and ends, or looks at `received` itself."""
+        """Stop raising: the process prints its last line and ends, or reads `received`."""
         self._raises = False
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
@@ -55,13 +55,13 @@ class StopSignals:
 
 
 def ignore_signals() -> dict[signal.Signals, object]:
-    """Hear no signals from now on; returns the handlers before."""
+    """Ignore the signals from now on; returns the previous handlers."""
     return {number: signal.signal(number, signal.SIG_IGN) for number in SIGNALS}
 
 
 @contextlib.contextmanager
 def all_is_made() -> Iterator[None]:
-    """Hear no signals in the block: everything is made, and being stopped while the process tidies up is no failure."""
+    """Ignore signals in the block: all files are written, and an interruption of the cleanup is no failure."""
     before = ignore_signals()
     try:
         yield
@@ -73,8 +73,8 @@ def all_is_made() -> Iterator[None]:
 def say(message: str) -> None:
     """The one line that this process ends with, on stderr.
 
-    A rank of our launcher hands it to the launcher, which says one line for all ranks. Of torchrun's ranks the first of
-    each machine speaks.
+    A rank of our launcher sends it to the launcher, which prints one line for all ranks. Of torchrun's ranks the first of
+    each machine prints.
     """
     line = printable(" ".join(message.split()))
     if LAST_LINE in os.environ:
@@ -102,7 +102,7 @@ def show(line: str) -> None:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to end this rank if its launcher, ours or torchrun, dies without a word: no orphan keeps a GPU."""
+    """Have the kernel kill this rank when its launcher, ours or torchrun, dies, so that no orphan keeps a GPU."""
     launcher = os.environ.get(LAUNCHER)
     if not sys.platform.startswith("linux") or (launcher is None and "TORCHELASTIC_RUN_ID" not in os.environ):
         return

@@ -1,4 +1,4 @@
-"""What a command writes to stdout and stderr: with a rank's number, and without ending for a reader that is gone. Standard library only."""
+"""Streams of a command: lines prefixed with a rank, and output that survives a closed pipe or a full disk. Standard library only."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 
 class Wrapped:
-    """A stream that passes on what it does not do itself."""
+    """A stream that delegates to another."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream

@@ -1,4 +1,4 @@
-"""Which rank of a replica a process is, and what it finds of that in its environment. Standard library only."""
+"""The environment of a rank: its numbers, what it inherits from a driver, and its place among nodes. Standard library only."""
 
 import os
 from collections import Counter
@@ -24,8 +24,7 @@ STORE = "FREESPEC_STORE"
 NODE = "FREESPEC_NODE"
 
 
-# Of a driver's environment, what decides how its ranks talk, compute and find models: variables that begin like this, or have
-# one of these names. Devices (CUDA_VISIBLE_DEVICES) and paths of a machine (PATH, LD_LIBRARY_PATH) are each node's own.
+# Variables of a driver that decide how its ranks communicate, compute and find models, by prefix and by name. Devices (CUDA_VISIBLE_DEVICES) and paths of a machine (PATH, LD_LIBRARY_PATH) are each node's own.
 CARRIED = (
     *("NCCL_", "GLOO_", "UCX_", "FI_"),
     *("TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32_"),
@@ -40,7 +39,7 @@ _SECRETS = ("TOKEN", "KEY", "SECRET", "PASSWORD", "CREDENTIALS")
 
 
 class RankEnvError(ValueError):
-    """An environment that says of no rank which one it is."""
+    """RANK, LOCAL_RANK or WORLD_SIZE is invalid."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +52,7 @@ class RankEnv:
 
     @classmethod
     def of_environment(cls) -> "RankEnv | None":
-        """None for a process that nobody started as a rank; RankEnvError for values that are no numbers, or not of one world."""
+        """Read RANK and WORLD_SIZE; None if unset, RankEnvError if invalid."""
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             return None
         rank, world = _whole_number("RANK"), _whole_number("WORLD_SIZE")

@@ -1,4 +1,4 @@
-"""One rank as a process of this machine, spoken with in JSON lines, and never outliving who started it. Standard library only."""
+"""One rank as a local process that exchanges JSON lines with its starter and never outlives it. Standard library only."""
 
 import contextlib
 import json
@@ -85,7 +85,7 @@ class RankHost:
         return [first, *self.drain()]
 
     def die_unless_polled(self, seconds: float) -> None:
-        """Kill the rank if nobody polls for so long: the driver is gone, and another one may be making the same item."""
+        """Kill the rank after so many seconds without a poll: its driver is gone, and another may be making the same item."""
 
         def watch() -> None:
             while time.monotonic() - self._seen < seconds:

@@ -1,4 +1,4 @@
-"""One process of a run among the others: they meet, make sure that they do the same thing, and join to one mesh."""
+"""Join this process to the other ranks of a run: rendezvous, agreement on the settings, one mesh."""
 
 import contextlib
 import dataclasses

@@ -23,7 +23,7 @@ def test_the_demo_makes_each_method_s_video_and_one_picture(
     load = demo.LongVideoEngine.__init__
     monkeypatch.setattr(demo.LongVideoEngine, "__init__", lambda self, config: (loads.append(1), load(self, config))[1])
     # The tokenizer of a random model reads letters, so that the prompt is longer than with words.
-    settings = SMALL | {"model.path": wan_folder, "folder": tmp_path / "demo", "sampler.max_text_tokens": 64}
+    settings = SMALL | {"model.path": wan_folder, "out": tmp_path / "demo", "sampler.max_text_tokens": 64}
     words = [f"--{key}={value}" for key, value in settings.items()]
     shown = run(demo.main, *words)
     assert (shown.code, shown.err) == (0, "")
@@ -107,7 +107,7 @@ def test_a_file_of_another_origin_is_not_replaced(
     run: Callable[..., Run], wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo.LongVideoEngine, "__init__", lambda *_: pytest.fail("the model was loaded"))
-    settings = SMALL | {"model.path": wan_folder, "folder": tmp_path, "sampler.max_text_tokens": 64}
+    settings = SMALL | {"model.path": wan_folder, "out": tmp_path, "sampler.max_text_tokens": 64}
     words = [f"--{key}={value}" for key, value in settings.items()]
     for name in ("comparison.png", "freespec.mp4"):
         (tmp_path / name).write_text("mine")
