@@ -16,7 +16,7 @@ from launch.analysis.plots import Strip, draw_flows, draw_frames, draw_heads, dr
 from launch.analysis.spectra import Rows, SpectraStore, concentration, mean_and_error, over_prompts
 from launch.comparison.measure import Measured, measure_all, native_frames
 from launch.comparison.store import Comparison
-from launch.outputs import writing_report
+from launch.video.outputs import writing_report
 from metrics.bootstrap import paired_interval
 from metrics.video import VIDEO_UNITS
 

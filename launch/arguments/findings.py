@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser
 
 from engine.errors import UserError
 from launch.cli.parser import Keys, arrange, make_parser, parse
-from launch.study import PLACES, Study, read_study
+from launch.study.parts import PLACES, Study, read_study
 
 STUDY = "configs/study/findings.yaml"
 USAGE = "findings.py [--study FILE] [--make PART,PART] [--SETTING VALUE ...]"

@@ -14,10 +14,10 @@ from launch.arguments.prompts import EXAMPLE, Prompts, add_prompts, read_prompts
 from launch.arguments.ranks import add_ranks, check_started
 from launch.cli.argv import asked_value
 from launch.cli.parser import parse_run
-from launch.outputs import OutputFiles, frame_folders, plan_outputs
 from launch.ranks.environment import PlacementStrategy, RankEnv
 from launch.ranks.ray_pool import PLACEMENT_HELP, NoRayError, check_placement
-from launch.stages import look
+from launch.video.outputs import OutputFiles, frame_folders, plan_outputs
+from launch.video.stages import look
 
 DESCRIPTION = "Make a long video from a prompt, or one from each line of a file."
 

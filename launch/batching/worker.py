@@ -27,12 +27,12 @@ from engine.batch.queue import Kind
 from engine.engine import LongVideoEngine
 from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
 from engine.files.storage import is_storage_fault, names_storage_fault
-from launch.latents_record import restore_config
 from launch.process.exit_codes import LostRankError, run_command
 from launch.process.stopping import StopSignals, die_with_parent
 from launch.process.streams import unfailing_streams
 from launch.ranks.environment import EVENTS
 from launch.ranks.join import open_ranks
+from launch.video.latents_record import restore_config
 from parallel.collectives import CollectiveError
 
 

@@ -23,11 +23,11 @@ from launch.arguments.analyze import Arguments, read
 from launch.comparison.checks import check_longer
 from launch.comparison.make import check_variants, make_missing, missing_videos
 from launch.comparison.store import Comparison
-from launch.outputs import claim_outputs
 from launch.process.stopping import Stopped
-from launch.prompts import look_at_prompts
 from launch.ranks.environment import RankEnv
 from launch.ranks.join import DistContext, open_ranks
+from launch.video.outputs import claim_outputs
+from launch.video.prompts import look_at_prompts
 
 LOW_RANK = "freespec.methods.low_rank:LowRank"
 

@@ -29,11 +29,11 @@ from launch.comparison.make import check_variants, make_missing, missing_videos
 from launch.comparison.measure import Measured, not_world
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison
-from launch.outputs import writing_report
 from launch.process.stopping import Stopped
-from launch.prompts import look_at_prompts
 from launch.ranks.environment import RankEnv
 from launch.ranks.join import DistContext, open_ranks
+from launch.video.outputs import writing_report
+from launch.video.prompts import look_at_prompts
 
 KEPT_SHARE = 3  # one in this many trials of a round goes on to the next
 

@@ -20,9 +20,9 @@ from launch.comparison.make import check_variants, make_missing, missing_videos
 from launch.comparison.report import NothingToReportError, write_report
 from launch.comparison.store import Comparison, Video
 from launch.process.stopping import Stopped
-from launch.prompts import look_at_prompts
 from launch.ranks.environment import RankEnv
 from launch.ranks.join import DistContext, open_ranks
+from launch.video.prompts import look_at_prompts
 
 
 def main(argv: list[str]) -> int:

@@ -16,9 +16,9 @@ from engine.media.contact_sheet import Row, comparison, spaced, write_picture
 from engine.media.read_video import read_video
 from launch.arguments.demo import Arguments, read
 from launch.commands.generate import find_stages
-from launch.make_video import make_video, summary
-from launch.outputs import OutputFiles, claim_outputs, plan_outputs, refuse_existing
-from launch.prompts import look_at_prompts
+from launch.video.make import make_video, summary
+from launch.video.outputs import OutputFiles, claim_outputs, plan_outputs, refuse_existing
+from launch.video.prompts import look_at_prompts
 
 NOTES = {"direct": "full attention", "sliding_window": "native window", "freespec": "both, fused"}
 

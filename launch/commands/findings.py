@@ -4,10 +4,10 @@ from evaluation.study.findings import write_findings
 from launch.arguments.findings import Arguments, read
 from launch.calibration.score import PARTS
 from launch.commands import compare
-from launch.comparison.kept_reports import TABLES, read_report, refuse_mixed
-from launch.comparison.transfer import transfer_section
-from launch.outputs import claim_outputs
 from launch.process.stopping import Stopped
+from launch.study.reports import TABLES, read_report, refuse_mixed
+from launch.study.transfer import transfer_section
+from launch.video.outputs import claim_outputs
 
 
 def main(argv: list[str]) -> None:

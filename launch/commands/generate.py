@@ -12,12 +12,12 @@ from engine.given.known import check_given
 from engine.load.checkpoint import Checkpoint, open_checkpoint
 from engine.shown import quoted
 from launch.arguments.generate import Arguments, read
-from launch.make_video import make_video, summary
-from launch.outputs import OutputFiles, check_free_space, claim_outputs, frame_folders
 from launch.process.stopping import all_is_made
-from launch.prompts import look_at_prompts
 from launch.ranks.join import open_ranks
-from launch.stages import Stage, describe_finished, find_stage, read_record, remove_leftovers
+from launch.video.make import make_video, summary
+from launch.video.outputs import OutputFiles, check_free_space, claim_outputs, frame_folders
+from launch.video.prompts import look_at_prompts
+from launch.video.stages import Stage, describe_finished, find_stage, read_record, remove_leftovers
 
 
 def main(argv: list[str]) -> None:

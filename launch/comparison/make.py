@@ -17,8 +17,8 @@ from launch.batching.report import check_room
 from launch.batching.work import Prepare
 from launch.comparison.kept_measures import read_kept
 from launch.comparison.store import Comparison, Video, record_of
-from launch.make_video import explain_denoising, summary
 from launch.ranks.join import DistContext
+from launch.video.make import explain_denoising, summary
 
 
 def check_variants(variants: Sequence[Variant], context: DistContext) -> None:

@@ -10,7 +10,7 @@ from launch.comparison.checks import is_native
 from launch.comparison.kept_measures import add_kept, measure_there
 from launch.comparison.measure import has_world, native_frames, not_world, strange_prompts, units
 from launch.comparison.store import Comparison
-from launch.outputs import writing_report
+from launch.video.outputs import writing_report
 
 
 class NothingToReportError(UserError):

@@ -70,7 +70,7 @@ def test_a_demo_that_was_stopped_goes_on(
         with interrupted_at_forward(2 * SMALL["sampler.num_steps"] + 3):
             stopped = run(demo.main, *words, "--out", tmp_path / "demo")
     else:
-        where = {"decode": "launch.make_video.decode_to_files", "picture": "launch.commands.demo.write_picture"}[stage]
+        where = {"decode": "launch.video.make.decode_to_files", "picture": "launch.commands.demo.write_picture"}[stage]
         name = {"decode": "sliding_window.mp4", "picture": "comparison.png"}[stage]
         with monkeypatch.context() as patch:
             patch.setattr(where, stopping_at(name, where))

@@ -25,8 +25,8 @@ from engine.files.checks import checkpoint_bytes
 from engine.files.claims import claim
 from engine.files.tensors import read_metadata
 from engine.files.whole import WriteError
-from launch import make_video
 from launch.commands import decode, generate
+from launch.video import make as make_video
 from tests.launch.conftest import SMALL, Run
 from tests.launch.forked import run_forked
 from tests.launch.test_generate import names
@@ -194,7 +194,7 @@ def test_no_state_is_kept_if_none_is_wanted(make: Make, words: Callable[..., lis
 
 
 def stop_in(monkeypatch: pytest.MonkeyPatch, make: Make, name: str, *arguments: object) -> Run:
-    """Run with an interruption just before `launch.make_video` or `engine.produce` calls the function of this name."""
+    """Run with an interruption just before `launch.video.make` or `engine.produce` calls the function of this name."""
     module = make_video if hasattr(make_video, name) else produce
     with monkeypatch.context() as patch:
         patch.setattr(module, name, lambda *_, **__: signal.raise_signal(signal.SIGINT))

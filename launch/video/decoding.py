@@ -8,9 +8,9 @@ import torch
 
 from engine.errors import UserError, is_out_of_memory
 from engine.files.whole import describe_error
-from launch.outputs import OutputFiles
 from launch.process.exit_codes import LostRankError
 from launch.process.stopping import Stopped
+from launch.video.outputs import OutputFiles
 from parallel.collectives import CollectiveError
 
 

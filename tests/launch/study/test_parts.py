@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from engine.errors import UserError
-from launch import study as study_module
-from launch.study import PartFailedError, read_study
+from launch.study import parts
+from launch.study.parts import PartFailedError, read_study
 
 
 def study_of(tmp_path: Path, **changes: Any) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def study_of(tmp_path: Path, **changes: Any) -> dict[str, Any]:
     return places | {"device": "cpu", "shards": 3, "make": parts} | changes
 
 
-def read(tmp_path: Path, tree: dict[str, Any], **own: Any) -> study_module.Study:
+def read(tmp_path: Path, tree: dict[str, Any], **own: Any) -> parts.Study:
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(tree, sort_keys=False))
     return read_study(str(file), own)
@@ -61,7 +61,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     )
     for name in ("compare", "analyze"):
         (tmp_path / f"launch/{name}.py").write_text(script)
-    monkeypatch.setattr(study_module, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(parts, "REPOSITORY", tmp_path)
     return tmp_path / "log"
 
 

@@ -17,12 +17,12 @@ from engine.produce import LatentsFile, LatentsKept, Record, decode_to_files, de
 from engine.ranks.agreement import broadcast_bytes
 from engine.spectra.plot import write_trace
 from engine.spectra.trace import SpectralTrace
-from launch.decoding import describe_kept, explain_decoding
-from launch.latents_record import decoded_by, read_record
-from launch.outputs import OutputFiles
 from launch.process.exit_codes import LostRankError
 from launch.process.stopping import Stopped
-from launch.stages import Stage
+from launch.video.decoding import describe_kept, explain_decoding
+from launch.video.latents_record import decoded_by, read_record
+from launch.video.outputs import OutputFiles
+from launch.video.stages import Stage
 from parallel.collectives import CollectiveError
 
 

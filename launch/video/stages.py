@@ -12,7 +12,7 @@ from engine.files.tensors import read_metadata
 from engine.files.trees import DamagedError, Shape, parse_json, read_tree
 from engine.files.whole import content_sha256
 from engine.identity import check_run, describe_differences, settings_id
-from launch.outputs import OutputFiles, describe_existing, refuse_existing
+from launch.video.outputs import OutputFiles, describe_existing, refuse_existing
 
 Stage = Literal["finished", "decode", "trace", "denoise"]
 """`trace`: the latents are there, and what was noted of their steps is still in the checkpoint only."""

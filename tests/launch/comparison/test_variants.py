@@ -28,7 +28,7 @@ from launch.calibration.plan import CalibrationPlan, Part
 from launch.calibration.space import START, draw_trials
 from launch.comparison.kept_measures import read_kept
 from launch.comparison.store import Comparison
-from launch.study import read_study
+from launch.study.parts import read_study
 from metrics.video import VIDEO_UNITS
 from tests.launch.test_presets import ROWS as TABLE_3
 

@@ -1,0 +1,1 @@
+"""A study: its parts, their reports, and the section on Wan2.1."""
