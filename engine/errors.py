@@ -7,6 +7,11 @@ class UserError(ValueError):
     """A mistake of the user: what is wrong, with the numbers, and what to do. Never a fault of the program."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its class name if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or a CPU; torch raises a plain RuntimeError for a CPU's."""
     torch = sys.modules.get("torch")  # not imported here: errors are raised before torch is needed
@@ -16,8 +21,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def describe_out_of_memory(error: BaseException, *, when: str) -> str:
     """One line for an allocation that failed `when` something ran, with settings that need less memory."""
-    first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
     return (
-        f"out of memory while {when} ({first}); more ranks, --model.weights cpu_offload (on several ranks zero3), "
+        f"out of memory while {when} ({first_line(error)}); more ranks, --model.weights cpu_offload (on several ranks zero3), "
         "--decode.mode tiled, or a shorter or smaller video would fit"
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.adapters import VideoSpec
 from engine.config import RunConfig
-from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
+from engine.errors import UserError, describe_out_of_memory, first_line, is_out_of_memory
 from engine.progress import note
 from engine.ranks.agreement import broadcast_bytes, from_first, raise_together
 from engine.ranks.layouts import Ranks
@@ -315,9 +315,4 @@ def why_not(error: Exception, when: str) -> str:
     """Return why a trial failed; UserError for exhausted memory, which says nothing about the kernel."""
     if is_out_of_memory(error):
         raise UserError(describe_out_of_memory(error, when=when)) from error
-    return first_line(error)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its class name."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+    return first_line(error)[:200]

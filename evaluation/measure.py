@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import cv2
 
 from engine.errors import UserError
-from engine.files.trees import read_kept
+from engine.files.trees import finite_or_none, read_kept
 from engine.files.whole import write_json
 from engine.media import read_video
 from evaluation.videos import Video
@@ -80,7 +80,7 @@ def _measure_kept(
     say(f"{what}: {len(missing)} of {len(jobs)} videos to be measured")
     for job, values in _measure(missing, call, workers):
         job.place.parent.mkdir(parents=True, exist_ok=True)
-        write_json(job.place, {"version": code, "values": {n: _json(v) for n, v in values.items()}})
+        write_json(job.place, {"version": code, "values": {n: finite_or_none(v) for n, v in values.items()}})
         found[job.path] = values
     return {path: values for path, values in found.items() if values is not None}
 
@@ -109,7 +109,3 @@ def _read(path: Path, names: Collection[str], code: str) -> dict[str, float] | N
     if kept is None or kept["version"] != code or kept["values"].keys() != set(names):
         return None
     return {name: math.nan if value is None else value for name, value in kept["values"].items()}
-
-
-def _json(value: float) -> float | None:
-    return value if math.isfinite(value) else None

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.files.tables import as_csv, markdown_cell, markdown_table
+from engine.files.trees import finite_or_none
 from engine.files.whole import write_json, write_text
 from evaluation.tables import Scored, differences, means
 from evaluation.vbench.dimensions import DIMENSIONS
@@ -114,7 +115,11 @@ def as_tree(evaluation: Evaluation) -> dict[str, Any]:
             for label in evaluation.labels
         },
         "videos": [
-            {"label": row.label, **as_json(row.video), "values": {m: _number(row.values.get(m)) for m in measures}}
+            {
+                "label": row.label,
+                **as_json(row.video),
+                "values": {m: finite_or_none(row.values.get(m)) for m in measures},
+            }
             for row in rows
         ],
         "paper": read_paper(),
@@ -368,11 +373,7 @@ def _estimate(found: Estimate) -> dict[str, Any] | None:
     if found.count == 0:
         return None
     numbers = {"mean": found.mean, "low": found.low, "high": found.high}
-    return {name: _number(value) for name, value in numbers.items()} | {"prompts": found.count}
-
-
-def _number(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+    return {name: finite_or_none(value) for name, value in numbers.items()} | {"prompts": found.count}
 
 
 def _count(number: int, what: str) -> str:

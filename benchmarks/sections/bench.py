@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.attention import peak_memory
 from benchmarks.measure import SHAPES, Shape, environment, in_turn, rounded
+from engine.errors import first_line
 from engine.kernel_choice import choose_solver
 from engine.ranks.group_of_one import GROUP_OF_ONE
 from freespec.kernels import NAMES, Kernel, select_kernel
@@ -115,10 +116,12 @@ class Bench:
         try:
             return call(), ""
         except UNSUPPORTED as error:
-            line = next(iter(str(error).strip().splitlines()), "")
             where = traceback.extract_tb(error.__traceback__)[-1]
             self.empty_cache()
-            return None, f"{type(error).__name__}: {line[:200]} ({Path(where.filename).name}:{where.lineno})"
+            return (
+                None,
+                f"{type(error).__name__}: {first_line(error)[:200]} ({Path(where.filename).name}:{where.lineno})",
+            )
 
     def kernels(self) -> tuple[dict[str, Kernel], dict[str, str]]:
         """The dense kernels of this device, without the plain one on a GPU, and why others are left out."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from benchmarks.measure import Shape, ratio, relative_error, round_robin, spread
 from benchmarks.sections.bench import UNSUPPORTED, Bench
+from engine.errors import first_line
 from engine.ranks.group_of_one import GROUP_OF_ONE
 from freespec.kernels import select_complement, select_kernel
 from parallel.attention import TORCH_EXCHANGE, HybridAttention, SequenceLayout
@@ -127,8 +128,3 @@ def complement(bench: Bench, shape: Shape) -> dict[str, Any]:
     except UNSUPPORTED as error:
         bench.empty_cache()
         return not_available(first_line(error))
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

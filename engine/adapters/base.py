@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from engine.config import DecodeConfig
 from engine.decode.blend import Tiles
 from engine.denoise.schedulers import ADVICE, check_flow
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 
 Range = tuple[int, int]
 # Encoded text of one pass: embeddings [1, K, C], and for a model that masks padding a mask [1, K] of 0 and 1.
@@ -291,9 +291,8 @@ class ModelAdapter(ABC):
         except UserError:
             raise
         except Exception as error:  # any error of a scheduler about an unexpected value
-            first = next(iter(str(error).strip().splitlines()), "")
             raise UserError(
-                f"the scheduler {type(scheduler).__name__} cannot be used ({type(error).__name__}: {first}); {ADVICE}"
+                f"the scheduler {type(scheduler).__name__} cannot be used ({type(error).__name__}: {first_line(error)}); {ADVICE}"
             ) from error
 
     def build(self, part: str, config: dict[str, Any]) -> Any:

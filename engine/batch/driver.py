@@ -199,7 +199,7 @@ class Driver:
                 self._hear(entry)
                 self._enforce(entry)
             self._dispatch()
-            self._check_seats()
+            self._check_replicas()
             self.journal.tick(self)
             self.wait()
         self.journal.tick(self)
@@ -351,7 +351,7 @@ class Driver:
             self.journal.event("started", replica=entry.replica.name, **fields)
             entry.replica.make(self.prepare(item, attempt, entry.replica.name))
 
-    def _check_seats(self) -> None:
+    def _check_replicas(self) -> None:
         """Halt if no replica is left that could be started, or all that were started say that none ever will."""
         if self.halted or not self.queue.left:
             return

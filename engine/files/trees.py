@@ -1,6 +1,7 @@
 """Parse JSON and YAML of any origin, and read and check the JSON files of results."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import UnionType
@@ -99,6 +100,11 @@ def absurd(tree: Any, *, most_values: int | None = None) -> str | None:
         if not level:
             return None
     return f"is nested more than {_MOST_DEPTH} deep"
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """The number, or None for NaN and infinity, which JSON lacks."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def read_json(path: Path) -> Any:

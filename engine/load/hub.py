@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import errors as hub_errors
 from huggingface_hub import snapshot_download
 
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 
 # Raised by newer versions of the hub's client; older ones return a partial folder, which the checks of the folder report.
 _INCOMPLETE: tuple[type[Exception], ...] = tuple(filter(None, [getattr(hub_errors, "IncompleteSnapshotError", None)]))
@@ -32,7 +32,7 @@ def fetch(source: Path | str, revision: str | None, *, parts: Sequence[str], off
         with quiet_hub():
             return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, local_files_only=offline))
     except (OSError, ValueError) as error:  # base classes of all errors of huggingface_hub and its connections
-        first = str(error).strip().splitlines()[0]
+        first = first_line(error)
         at = f" at revision {revision}" if revision else ""
         if isinstance(error, _INCOMPLETE):
             raise UserError(

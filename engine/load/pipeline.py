@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from engine.adapters import ModelAdapter, VideoSpec
 from engine.config import ModelConfig
 from engine.devices import pick_device, pick_dtype
-from engine.errors import UserError, is_out_of_memory
+from engine.errors import UserError, first_line, is_out_of_memory
 from engine.load.checkpoint import Checkpoint, find_adapter, open_checkpoint
 from engine.load.convolutions import use_onednn
 from engine.load.sharded_weights import check_placement
@@ -173,17 +173,13 @@ def faults_of(part: Path) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except (ImportError, PermissionError) as error:  # not caused by the files, so fetching them again would not help
-        raise UserError(f"cannot load the {part.name} from {part}: {_first_line(error)}") from error
+        raise UserError(f"cannot load the {part.name} from {part}: {first_line(error)}") from error
     except Exception as error:  # KeyError, TypeError, ..; tokenizers raises Exception itself
         files = ", ".join(sorted(file.name for file in part.glob("*") if file.is_file()))
         raise UserError(
-            f"cannot load the {part.name} from {part} ({files}): {type(error).__name__}: {_first_line(error)}; fetch the "
+            f"cannot load the {part.name} from {part} ({files}): {type(error).__name__}: {first_line(error)}; fetch the "
             "checkpoint again"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextmanager
@@ -197,7 +193,7 @@ def _faults_as_lines(path: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise
         kind = "" if isinstance(error, OSError | SafetensorError | ValueError) else f"{type(error).__name__}: "
-        raise UserError(f"cannot load {path!r}: {kind}{_first_line(error)}") from error
+        raise UserError(f"cannot load {path!r}: {kind}{first_line(error)}") from error
 
 
 def _check_text_encoder(pipe: DiffusionPipeline) -> None:

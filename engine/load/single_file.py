@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from engine.adapters import ModelAdapter
 from engine.adapters.base import refuse_one_of_two
 from engine.config import ModelConfig
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 from engine.load.weights import broken_file, compare_part, read_config
 from engine.paths import expand
 
@@ -91,8 +91,7 @@ def find_single_file(config: ModelConfig) -> Path | None:
     try:
         return Path(hf_hub_download(hub[1], hub[2], local_files_only=config.offline))
     except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        how = "model.offline is true, and it is not in the hub's local copy" if config.offline else first
+        how = "model.offline is true, and it is not in the hub's local copy" if config.offline else first_line(error)
         raise UserError(
             f"model.single_file {name!r} is not a file here, and the hub does not have it ({how})"
         ) from error

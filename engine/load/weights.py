@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from engine.adapters import ModelAdapter
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 from engine.files.trees import parse_json
 
 # Buffers that other versions of the libraries save, and models compute themselves.
@@ -112,9 +112,8 @@ def build_part(adapter: ModelAdapter, name: str, config: Mapping[str, Any], wher
     except (MemoryError, ImportError):
         raise
     except Exception as error:  # constructors of two libraries raise many classes for a wrong value
-        first = next(iter(str(error).strip().splitlines()), "")
         raise UserError(
-            f"{where} describes no {name} of {adapter.name} ({type(error).__name__}: {first}); {_FETCH}"
+            f"{where} describes no {name} of {adapter.name} ({type(error).__name__}: {first_line(error)}); {_FETCH}"
         ) from error
 
 

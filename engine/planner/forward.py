@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from engine.adapters import ModelAdapter
 from engine.adapters.base import VideoSpec
 from engine.decode.live_bytes import LiveBytes
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 from engine.planner.layout import Layout
 from engine.planner.model import FP32_BYTES, in_fp32
 
@@ -65,9 +65,8 @@ def count_forward(layout: Layout) -> Forward:
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
-        first = next(iter(str(error).strip().splitlines()), "")
         raise UserError(
-            f"the transformer's configuration of {spec.name} describes no {spec.adapter.name} that runs ({first})"
+            f"the transformer's configuration of {spec.name} describes no {spec.adapter.name} that runs ({first_line(error)})"
         ) from error
 
 

@@ -15,7 +15,7 @@ from engine.adapters import ModelAdapter, VideoSpec, adapter_named
 from engine.adapters.published import PUBLISHED, SOURCES
 from engine.config import ModelConfig, SamplerConfig
 from engine.denoise.schedulers import make_scheduler, set_timesteps
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 from engine.load.checkpoint import spec_of
 from engine.load.hub import quiet_hub
 from engine.load.pipeline import faults_of
@@ -180,10 +180,9 @@ def _fetch(name: str, revision: str | None) -> dict[str, dict[str, Any]]:
         with quiet_hub():
             return _read_hub(name, revision, local=False)
     except OSError as error:
-        first = str(error).strip().splitlines()[0]
         known = ", ".join(PUBLISHED)
         raise UserError(
-            f"cannot read the configuration of {name!r} ({first}); known without a network: {known}"
+            f"cannot read the configuration of {name!r} ({first_line(error)}); known without a network: {known}"
         ) from error
 
 

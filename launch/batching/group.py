@@ -45,7 +45,7 @@ class RankProcesses(Protocol):
 
 @dataclass
 class Group:
-    """A `Replica` of the driver made of `Ranks`; `setup` is what every rank is told first.
+    """A `Replica` of the driver made of `RankProcesses`; `setup` is what every rank is told first.
 
     Attributes:
         name: for logs.

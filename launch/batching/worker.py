@@ -25,7 +25,7 @@ from engine.batch.items import FILE
 from engine.batch.make import ItemMaker
 from engine.batch.queue import Kind
 from engine.engine import LongVideoEngine
-from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
+from engine.errors import UserError, describe_out_of_memory, first_line, is_out_of_memory
 from engine.files.storage import is_storage_fault, names_storage_fault
 from launch.process.exit_codes import LostRankError, run_command
 from launch.process.stopping import StopSignals, die_with_parent
@@ -127,8 +127,7 @@ def kind_of(error: BaseException) -> Kind:
 
 def describe(error: BaseException) -> str:
     """One line for a person, with what would help."""
-    first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-    first = re.sub(r"^\[Errno \d+\] ", "", first)
+    first = re.sub(r"^\[Errno \d+\] ", "", first_line(error))
     match kind_of(error):
         case "memory":
             return describe_out_of_memory(error, when="making an item")

@@ -16,7 +16,7 @@ from engine.batch.items import NOTHING, SHAPE, check_same, describe, lacking_ins
 from engine.errors import UserError
 from engine.files.checks import check_places
 from engine.files.locks import locked
-from engine.files.trees import Shape, lacking, parse_json
+from engine.files.trees import Shape, finite_or_none, lacking, parse_json
 from engine.files.whole import atomic_path
 from launch.comparison.measure import Measured, has_world, measure_all, native_frames, units
 from launch.comparison.store import Comparison, Key, Video
@@ -138,7 +138,7 @@ def _line(each: Measured, header: dict[str, Any]) -> dict[str, Any]:
         "resumed_at": record["resumed_at"],
         "seconds": {key: round(record["seconds"][key], _SECONDS_DIGITS) for key in ("denoise", "decode")},
         "steps": [[step["mode"], round(step["seconds"], _SECONDS_DIGITS)] for step in record["steps"]],
-        "values": [value if math.isfinite(value) else None for value in values],
+        "values": list(map(finite_or_none, values)),
         "by_clip": each.by_clip,
     }
 

@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.errors import UserError
-from engine.files.trees import Shape, read_kept
+from engine.files.trees import Shape, finite_or_none, read_kept
 from engine.files.whole import write_json
 from engine.load.checkpoint import open_checkpoint
 from engine.media.read_video import read_video
@@ -83,7 +83,11 @@ def _measure(video: Video, *, clip_frames: int, world: bool, version: str) -> Me
     if kept is None or kept["key"] != key:
         frames = np.stack(list(read_video(video.files.video)))
         values, by_clip = _measures(frames, video.prompt, clip_frames=clip_frames, world=world)
-        kept = {"key": key, "values": {name: _json(value) for name, value in values.items()}, "by_clip": by_clip}
+        kept = {
+            "key": key,
+            "values": {name: finite_or_none(value) for name, value in values.items()},
+            "by_clip": by_clip,
+        }
         video.files.measures.parent.mkdir(parents=True, exist_ok=True)
         write_json(video.files.measures, kept)
     values = dict.fromkeys(names, math.nan)
@@ -99,8 +103,3 @@ def _measures(
         return found.values, found.by_clip
     exact = world_metrics(frames, prompt, clip_frames)
     return found.values | exact.values, found.by_clip | {"identity_kept": exact.identity_by_clip}
-
-
-def _json(value: float) -> float | None:
-    """JSON has no nan."""
-    return value if math.isfinite(value) else None

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from engine.config import RunConfig
 from engine.devices import pick_device
-from engine.errors import UserError
+from engine.errors import UserError, first_line
 from engine.ranks.agreement import (
     broadcast_bytes,
     choose_failure,
@@ -76,7 +76,7 @@ class DistContext:
         try:
             self.store.wait([what], _FOR_EVER)
         except RuntimeError as error:
-            raise LostRankError(f"rank {rank} lost rank 0 while it finished {what} ({_first_line(error)})") from error
+            raise LostRankError(f"rank {rank} lost rank 0 while it finished {what} ({first_line(error)})") from error
 
 
 @contextlib.contextmanager
@@ -197,7 +197,7 @@ def _wait_for_listener(host: str, port: int, rank_env: RankEnv, timeout: float) 
 
 def _unreachable(rank_env: RankEnv, address: str, timeout: float, error: Exception) -> str:
     return (
-        f"rank {rank_env.rank} of {rank_env.world} cannot reach rank 0 at {address} within {timeout:g} s ({_first_line(error)}); "
+        f"rank {rank_env.rank} of {rank_env.world} cannot reach rank 0 at {address} within {timeout:g} s ({first_line(error)}); "
         "start all ranks, with one MASTER_ADDR and MASTER_PORT"
     )
 
@@ -312,8 +312,4 @@ def _claim_device(rank_env: RankEnv, config: RunConfig) -> torch.device:
 
 
 def _lost(rank_env: RankEnv, error: Exception) -> str:
-    return f"rank {rank_env.rank} of {rank_env.world} lost the others ({_first_line(error)})"
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return f"rank {rank_env.rank} of {rank_env.world} lost the others ({first_line(error)})"

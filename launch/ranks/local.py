@@ -33,7 +33,7 @@ class LocalRanks:
         self._hosts: list[RankHost] = []
 
     def start(self, setup: Mapping[str, Any]) -> None:
-        """See `Ranks`."""
+        """See `RankProcesses`."""
         self._hosts = [RankHost(self._wake) for _ in range(self.count)]
         port = self._hosts[0].listen("127.0.0.1") if self.count > 1 else 0
         for rank, host in enumerate(self._hosts):
@@ -44,19 +44,19 @@ class LocalRanks:
         self.send(json.dumps(setup))
 
     def send(self, line: str) -> None:
-        """See `Ranks`."""
+        """See `RankProcesses`."""
         for host in self._hosts:
             host.send(line)
 
     def drain(self) -> list[RankEvent]:
-        """See `Ranks`."""
+        """See `RankProcesses`."""
         return [(rank, event) for rank, host in enumerate(self._hosts) for event in host.drain()]
 
     def interrupt(self) -> None:
-        """See `Ranks`."""
+        """See `RankProcesses`."""
         self._hosts[0].interrupt()
 
     def kill(self) -> None:
-        """See `Ranks`."""
+        """See `RankProcesses`."""
         for host in self._hosts:
             host.kill()

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.errors import first_line
 from launch.process.stopping import die_with_parent
 from launch.ranks.environment import EVENTS, NODE, number_ranks, rank_environment
 
@@ -63,7 +64,7 @@ def main() -> None:
     try:
         info = connect(address, int(cpus), float(patience))
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
-        tell("refused", message=next(iter(str(error).strip().splitlines()), type(error).__name__))
+        tell("refused", message=first_line(error))
         return
     gpus = ray.cluster_resources().get("GPU", 0)
     tell("open", address=info["gcs_address"], gpus=gpus, most_gpus=max(gpus, gpus_to_come()))
@@ -147,7 +148,7 @@ class RayReplica:
             why = STOPPED
         except RayError as error:  # which killing an actor that is being started is, too
             early = self._killed.is_set() and not self._started.is_set()
-            why = STOPPED if early else f"Ray: {_first_line(error)}"
+            why = STOPPED if early else f"Ray: {first_line(error)}"
         for rank in sorted(open_ranks):
             self._tell_rank(rank, _gone(why))
         with contextlib.suppress(RayError):
@@ -235,7 +236,7 @@ class RayReplica:
                 except GetTimeoutError:  # it was ready, and its node has just died
                     events = [_gone(f"the Ray actor of rank {rank} of {self.order['count']} is lost")]
                 except RayError as error:
-                    events = [_gone(f"the Ray actor of rank {rank} of {self.order['count']}: {_first_line(error)}")]
+                    events = [_gone(f"the Ray actor of rank {rank} of {self.order['count']}: {first_line(error)}")]
                 for event in events:
                     self._tell_rank(rank, event)
                 if any(event["event"] == "exit" for event in events):
@@ -272,10 +273,6 @@ def describe_cluster(bundle: Mapping[str, int]) -> str:
 def _gone(why: str) -> dict[str, Any]:
     """The end of a rank whose host can tell no more."""
     return {"event": "exit", "code": None, "pid": 0, "said": why, "tail": []}
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 if __name__ == "__main__":

@@ -208,7 +208,7 @@ class RayRanks:
         self._killed = False
 
     def start(self, setup: Mapping[str, Any] | None) -> None:
-        """See `Ranks`; without a setup the ranks get no line."""
+        """See `RankProcesses`; without a setup the ranks get no line."""
         self._generation += 1
         self._events, self._open, self._killed = [(0, {"event": "placing"})], set(range(self.count)), False
         lines = [] if setup is None else [json.dumps(setup)]
@@ -216,23 +216,23 @@ class RayRanks:
         self._pool.order("start", **fields, **asdict(self._start))
 
     def send(self, line: str) -> None:
-        """See `Ranks`."""
+        """See `RankProcesses`."""
         if self._open:
             self._pool.order("send", replica=self._name, line=line)
 
     def drain(self) -> list[tuple[int, Event]]:
-        """See `Ranks`."""
+        """See `RankProcesses`."""
         self._pool.pump()
         found, self._events = self._events, []
         return found
 
     def interrupt(self) -> None:
-        """See `Ranks`."""
+        """See `RankProcesses`."""
         if self._open:
             self._pool.order("interrupt", replica=self._name)
 
     def kill(self) -> None:
-        """See `Ranks`."""
+        """See `RankProcesses`."""
         if self._open and not self._killed:
             self._killed = True
             self._pool.order("kill", replica=self._name)
