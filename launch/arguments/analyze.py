@@ -19,7 +19,7 @@ UNREAD = OF_ONE_VIDEO
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What analyze.py was asked for: `given` as it was parsed, and what is made of it."""
+    """The checked command line of analyze.py; `given` is the parsed namespace."""
 
     given: Namespace
     config: RunConfig
@@ -64,7 +64,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--num_points", type=int, default=10, help="steps whose spectra are taken, evenly spaced")
     parser.add_argument("--ratios", type=str, default="1,0.5,0.25,0.1", help="shares of singular directions to keep")
     parser.add_argument(
-        "--num_reconstructed", type=int, default=2, help="prompts, the first of all, that low-rank videos are made of"
+        "--num_reconstructed", type=int, default=2, help="number of prompts, from the first, to make low-rank videos of"
     )
     parser.add_argument("--out", type=str, default="runs/analysis", help="folder of tables, plots and videos")
     add_ranks(parser)

@@ -21,7 +21,7 @@ DESCRIPTION = "Make every prompt of a suite with every method and seed. Started 
 
 @dataclass(frozen=True, kw_only=True)
 class Status:
-    """`--status`: the folder of a batch whose state is shown, by a command that needs no torch."""
+    """`--status FOLDER`: show the state of a batch, without importing torch."""
 
     command: ClassVar[str] = "status"
 
@@ -30,7 +30,7 @@ class Status:
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What batch.py was asked for."""
+    """The checked command line of batch.py."""
 
     config: RunConfig
     variants: list[Variant]
@@ -66,7 +66,7 @@ def read(argv: list[str]) -> Arguments | Status:
 
 
 def read_prompts(options: Options) -> Suite:
-    """The prompts of a file, or of a VBench checkout if the suite is called `vbench:NAME`."""
+    """Read the prompts of a file, or of a VBench checkout for `vbench:NAME`."""
     name = str(options.prompts)
     if not name.startswith("vbench:"):
         if options.vbench is not None:

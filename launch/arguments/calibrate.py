@@ -21,15 +21,15 @@ UNREAD = (*OF_ONE_VIDEO, "method.name")
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What calibrate.py was asked for: `given` as it was parsed, and what is made of it.
+    """The checked command line of calibrate.py; `given` is the parsed namespace.
 
     Attributes:
         given: the options.
-        config: the run that is searched for.
+        config: the run to calibrate.
         search: prompts of the search.
-        held_out: prompts that its result is judged on.
-        rounds: how many of `search` each round uses.
-        seeds: of the search and of the judgement.
+        held_out: prompts to judge the result on.
+        rounds: number of `search` prompts in each round.
+        seeds: seeds of the search and of the judgement.
     """
 
     given: Namespace
@@ -58,7 +58,7 @@ def read(argv: list[str]) -> Arguments:
 
 
 def _check(given: Namespace, config: RunConfig) -> list[int]:
-    """The numbers of prompts of the rounds, once every argument is right."""
+    """Check the arguments and return the number of prompts of each round."""
     if config.method.name != "freespec":
         raise UserError(
             f"{NAME} searches the settings of freespec, not of {config.method.name}; leave --method.name out"
@@ -99,7 +99,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--judge_prompts", type=str, help="text file of other prompts, to judge the result on")
     add_former_name(parser, "prompt_file", "prompts")
     add_former_name(parser, "judge_prompt_file", "judge_prompts")
-    parser.add_argument("--num_trials", type=int, default=24, help="settings that are tried, those given among them")
+    parser.add_argument(
+        "--num_trials", type=int, default=24, help="number of settings to try, including the given ones"
+    )
     parser.add_argument("--search_seed", type=int, default=0, help="seed of the draws of settings")
     parser.add_argument(
         "--rounds", type=str, default="5,10,20", help="prompts of each round; the best third goes on to the next"
@@ -115,6 +117,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--measures",
         type=str,
-        help="folder of files that keep every measure: a video that is in them is not made again",
+        help="folder of kept measures: videos listed there are not made again",
     )
     add_ranks(parser)

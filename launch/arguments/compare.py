@@ -26,7 +26,7 @@ METHODS = "direct,sliding_window,freenoise,freelong,freepca,freespec"
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What compare.py was asked for: `given` as it was parsed, and what is made of it; `replicas` None makes videos in this process."""
+    """The checked command line of compare.py; `given` is the parsed namespace. Without `replicas` this process makes the videos."""
 
     given: Namespace
     config: RunConfig
@@ -38,7 +38,7 @@ class Arguments:
 
     @property
     def seeds(self) -> list[int]:
-        """Those of `--seeds`, or sampler.seed."""
+        """The seeds of `--seeds`, or sampler.seed."""
         return list(read_seeds(self.given.seeds, self.config.sampler.seed))
 
     @property
@@ -66,7 +66,7 @@ def read(argv: list[str]) -> Arguments:
     labels = [variant.label for variant in variants]
     baseline = given.baseline or labels[0]
     if baseline not in labels:
-        raise UserError(f"--baseline {baseline} is none of the compared: {', '.join(labels)}")
+        raise UserError(f"--baseline {baseline} is not one of --methods: {', '.join(labels)}")
     shard = None if given.shard is None else Shard.parse(given.shard)
     if shard is not None and given.report_only:
         raise UserError("--report_only reports on every shard's videos; leave --shard out")
@@ -90,17 +90,20 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_seeds(parser)
     parser.add_argument("--out", type=str, default="runs/compare", help="folder of the videos and the report")
     parser.add_argument("--baseline", type=str, help="method that differences are from (default: the first)")
-    parser.add_argument("--report_only", type=bool, default=False, help="make no video; report on those that are there")
+    parser.add_argument("--report_only", type=bool, default=False, help="make no videos; report on the existing ones")
     parser.add_argument(
-        "--report_if_any", type=bool, default=False, help="it is no error if no prompt has a video of every method yet"
+        "--report_if_any",
+        type=bool,
+        default=False,
+        help="exit with 0 even if no prompt has a video of every method yet",
     )
     parser.add_argument(
-        "--report", type=str, help="folder of the report, such as one on some of the methods (default: --out)"
+        "--report", type=str, help="folder of the report, for instance on a subset of the methods (default: --out)"
     )
     parser.add_argument(
         "--measures",
         type=str,
-        help="file that keeps every measure: a video that is in it is not made again, and the report adds its own",
+        help="file of kept measures: videos listed in it are not made again, and the report adds new ones",
     )
     parser.add_argument(
         "--shard",

@@ -1,4 +1,4 @@
-"""Command line of decode.py. The file of the latents says what the run's settings are, so what was not given comes from there."""
+"""Command line of decode.py. Options that are not given come from the run's settings, which the latents file holds."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -19,21 +19,21 @@ _MODEL_KEYS = ("path", "revision", "device")
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What decode.py was asked for: the file of the latents, and settings that are laid over those of the run."""
+    """The command line of decode.py: the latents file, and options that override the run's settings."""
 
     latents: Path
     parser: ArgumentParser
     words: list[str]
 
     def over(self, config: RunConfig) -> RunConfig:
-        """The configuration of the run with what was given; what was not given stays as the run had it."""
+        """Return the run's configuration with the given options applied."""
         self.parser.set_defaults({f"model.{key}": getattr(config.model, key) for key in _MODEL_KEYS})
         self.parser.set_defaults({f"decode.{key}": value for key, value in dataclasses.asdict(config.decode).items()})
         return override(config, parse(self.parser, self.words))
 
 
 def read(argv: list[str]) -> Arguments:
-    """Parse and check as far as the file of the latents is not needed; UserError for a mistake."""
+    """Parse, and check whatever does not need the latents file; UserError for a mistake."""
     parser = make_parser("decode.py", USAGE, DESCRIPTION)
     add_arguments(parser)
     words = arrange(argv, Keys.of(parser), num_positionals=1)
@@ -51,7 +51,7 @@ def read(argv: list[str]) -> Arguments:
 
 
 def override(config: RunConfig, namespace: Namespace) -> RunConfig:
-    """The configuration with what was given to decode.py; what was not given stays as the run had it."""
+    """Override the run's configuration with the options given to decode.py."""
     given = {
         key: namespace[key] for key in ("sheet_frames", "crf", "metadata", "progress") if namespace[key] is not None
     }

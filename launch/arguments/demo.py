@@ -21,7 +21,7 @@ UNREAD = (*_NAMED_HERE, "method.name")
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What demo.py was asked for."""
+    """The checked command line of demo.py."""
 
     config: RunConfig
     prompt: str

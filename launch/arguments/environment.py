@@ -1,4 +1,4 @@
-"""What in the environment would change a video without anyone having asked for it there."""
+"""Refuse environment variables that would silently change a video."""
 
 import os
 
@@ -9,15 +9,15 @@ BACKEND = "DIFFUSERS_ATTN_BACKEND"
 
 
 def check_environment() -> None:
-    """Check the attention backend of a process that is no rank; those of a run have theirs checked together, in `open_ranks`."""
+    """Check the attention backend unless this process is a rank; `open_ranks` checks those of ranks together."""
     if RankEnv.of_environment() is None:
         check_backend()
 
 
 def check_backend() -> None:
-    """Raise UserError if diffusers is told to compute attention by another backend than torch's own.
+    """Raise UserError if DIFFUSERS_ATTN_BACKEND selects a backend other than torch's.
 
-    Methods choose their kernel themselves, and ids and records name that one. Here, before anything is loaded.
+    A method chooses its own kernel, which ids and records name.
     """
     backend = os.environ.get(BACKEND, "native")
     if backend != "native":

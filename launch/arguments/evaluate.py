@@ -43,19 +43,19 @@ def read(argv: list[str]) -> Namespace:
 
 
 def read_gpus(options: Namespace) -> list[str]:
-    """The GPUs that VBench runs on, by number; UserError for what is none, or contradicts `--device`."""
+    """Parse `--gpus`; UserError unless they are distinct numbers and fit `--device`."""
     if options.device not in ("cuda", "cpu"):
         raise UserError(f"--device must be cuda or cpu, got {options.device!r}")
     gpus = [word.strip() for word in options.gpus.split(",") if word.strip()]
     if not all(word.isdecimal() for word in gpus) or len(set(gpus)) < len(gpus):
         raise UserError(f"--gpus must be different numbers with commas, such as 0,1, got {options.gpus!r}")
     if gpus and options.device == "cpu":
-        raise UserError("--gpus says where to run on, and --device cpu says on none")
+        raise UserError("--gpus selects GPUs, but --device is cpu; leave one of them out")
     return gpus
 
 
 def check_places(options: Namespace) -> None:
-    """Raise UserError for a batch or a list of videos that is not there."""
+    """Raise UserError for a folder of `--runs` or a file of `--videos` that does not exist."""
     for name in ("runs", "videos"):
         for place in options[name].split(",") if name == "runs" else [options[name]]:
             try:
@@ -83,15 +83,15 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--baseline", type=str, default="", help="method that others are compared with (default: direct)"
     )
-    parser.add_argument("--proxies", type=bool, default=True, help="measure what needs no weights")
-    parser.add_argument("--nproc", type=int, default=1, help="processes that measure what needs no weights")
+    parser.add_argument("--proxies", type=bool, default=True, help="compute the weight-free measures")
+    parser.add_argument("--nproc", type=int, default=1, help="processes that compute them")
     add_former_name(parser, "workers", "nproc", int)
     parser.add_argument(
         "--native_frames",
         type=int,
         default=None,
-        help="frames that the model was trained on, for exact measures of videos whose sidecar does not say it",
+        help="native length of the model in frames, for exact measures of videos whose sidecar lacks it",
     )
     parser.add_argument("--keep_views", type=bool, default=False, help="keep the staged videos and clips")
-    parser.add_argument("--check", type=bool, default=False, help="only look whether everything is there")
+    parser.add_argument("--check", type=bool, default=False, help="only check that everything needed exists")
     parser.add_argument("--total", type=bool, default=False, help=SUPPRESS)

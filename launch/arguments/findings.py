@@ -16,14 +16,14 @@ DESCRIPTION = "Make the parts of a study, report on what is made of it, and writ
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What findings.py was asked for."""
+    """The checked command line of findings.py."""
 
     study: Study
     make: list[str]
     overwrite: bool
 
     def place(self, name: str) -> Path:
-        """One of the study's places."""
+        """Return one of the study's folders or files, by name."""
         return self.study.places[name]
 
 
@@ -44,7 +44,7 @@ def read(argv: list[str]) -> Arguments:
 
 
 def _check_folders(asked: Arguments) -> None:
-    """Raise UserError for a folder that is not there: the page of a mistyped one would replace a page with tables."""
+    """Raise UserError for a missing folder: a typo would replace the page with an empty one."""
     reported = any(part.is_made for part in asked.study.parts.values() if part.reports)
     for name in ("kept", "runs"):
         place = asked.place(name)
@@ -65,5 +65,5 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--device", type=str, help="device to make videos on, instead of the study's")
     parser.add_argument("--shards", type=int, help="processes that share a comparison, instead of the study's")
     parser.add_argument(
-        "--overwrite", type=bool, default=False, help="replace a page that has tables of more than the reports hold"
+        "--overwrite", type=bool, default=False, help="replace a page even if it has more tables than the reports"
     )

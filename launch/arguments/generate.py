@@ -24,9 +24,9 @@ DESCRIPTION = "Make a long video from a prompt, or one from each line of a file.
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What generate.py was asked for: the configuration, frames that every video is given, and a prompt and the files of each.
+    """The checked command line of generate.py: configuration, given frames, and the prompt and files of each video.
 
-    `is_example`: nobody gave a prompt, a preset or a model, so the embedded model makes its example.
+    `is_example`: no prompt, preset or model was given, so the embedded model makes its example.
     """
 
     config: RunConfig
@@ -54,7 +54,7 @@ def read(argv: list[str]) -> Arguments:
     except NoRayError as error:
         raise UserError(str(error)) from error
     outputs = plan_outputs(config.output, len(prompts.texts))
-    if namespace.ray is None and rank_env is None:  # else it is rank 0, maybe on another machine, that looks at files
+    if namespace.ray is None and rank_env is None:  # otherwise rank 0, maybe on another machine, checks the files
         check_free(outputs, config.output)
         find_checkpoint(config.model.path)
     given = parse_given(namespace.given, namespace.extend, namespace.extend_shows)
@@ -64,12 +64,12 @@ def read(argv: list[str]) -> Arguments:
 
 
 def _names_model(argv: list[str]) -> bool:
-    """Whether the command line chooses a preset or a model: then it is not the embedded one, whose world the example shows."""
+    """Whether the command line chooses a preset or a model instead of the embedded one."""
     return any(asked_value(argv, name) is not None for name in ("--config", "--model", "--model.path"))
 
 
 def check_free(outputs: list[OutputFiles], output: OutputConfig) -> None:
-    """Raise UserError if a file cannot be written, or one of another origin is there that may not be replaced."""
+    """Raise UserError if an output cannot be written, or would replace a file of another origin."""
     check_places([path for files in outputs for path in files.all], folders=frame_folders(outputs))
     for files in outputs:
         look(files, overwrite=output.overwrite)
@@ -85,9 +85,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         default=[],
         help="a picture that the video shows, WHERE=FILE; WHERE is first, last, seconds (2.5s) or a frame; may come again",
     )
-    parser.add_argument("--extend", type=str, help="go on from a video, or from latents that were saved of one")
+    parser.add_argument("--extend", type=str, help="continue a video file, or saved latents")
     parser.add_argument(
-        "--extend_shows", type=Shows, default="whole", help="what the file shows: the whole video, or what is new"
+        "--extend_shows",
+        type=Shows,
+        default="whole",
+        help="what the output contains: the whole video, or only the new part",
     )
     add_ranks(parser)
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""What the commands that make many videos refuse: settings of one video's files, and seeds beyond the last."""
+"""Checks of commands that make many videos: settings of one video's files are refused, and seeds are in range."""
 
 from collections.abc import Sequence
 
@@ -11,12 +11,12 @@ from launch.cli.argv import asked_value
 from launch.cli.parser import add_former_name
 
 _NUM_SEEDS = 2**63  # what a seed must be less than (SamplerConfig)
-# Settings of one video's files; here every video has a name of its own, and one that is there is not made again.
+# Settings of one video's files, which these commands name themselves; existing videos are not made again.
 OF_ONE_VIDEO = ("output.path", "output.overwrite", "output.save_latents", "output.trace")
 
 
 def check_output(output: OutputConfig, name: str, *, unread: Sequence[str] = OF_ONE_VIDEO) -> None:
-    """Raise UserError for settings of `output` that the command would not read."""
+    """Raise UserError for settings of `output` that the command does not read."""
     default, keys = OutputConfig(), [name.partition(".")[2] for name in unread]
     given = [f"output.{key}" for key in keys if getattr(output, key) != getattr(default, key)]
     if given:
@@ -25,7 +25,7 @@ def check_output(output: OutputConfig, name: str, *, unread: Sequence[str] = OF_
 
 
 def add_seeds(parser: ArgumentParser, name: str = "seeds", of: str = "seeds (default: sampler.seed)") -> None:
-    """`--seeds 0,1`, and for one release `--num_seeds 2`: two seeds, from sampler.seed on."""
+    """Add `--seeds 0,1`, and for one more release `--num_seeds 2`: two seeds from sampler.seed on."""
     parser.add_argument(f"--{name}", type=str, help=f"comma-separated {of}")
     add_former_name(parser, f"num_{name}", name, int, convert=lambda count, given: _from(given.sampler.seed, count))
 
@@ -37,7 +37,7 @@ def _from(first: int, count: int) -> str:
 
 
 def read_seeds(text: str | None, first: int, flag: str = "--seeds", *, default: int = 1) -> tuple[int, ...]:
-    """The seeds of a comma-separated list; without one so many as `default`, from `first` (sampler.seed) on."""
+    """Parse a comma-separated list of seeds; without one, return `default` seeds from `first` (sampler.seed) on."""
     if text is None:
         text = _from(first, default)
     try:

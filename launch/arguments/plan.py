@@ -17,7 +17,7 @@ UNREAD = tuple(f"output.{each.name}" for each in fields(OutputConfig))  # it mak
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """What plan.py was asked for."""
+    """The checked command line of plan.py."""
 
     config: RunConfig
     gpu: GpuSpec

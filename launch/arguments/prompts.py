@@ -14,12 +14,12 @@ from engine.text.timeline import read_timeline
 from launch.cli.argv import asked_value
 from launch.cli.parser import add_former_name
 
-# What the embedded model shows where nobody says what.
+# The prompt of a command that is given none.
 EXAMPLE = "a red circle bounces over a blue background"
 
 
 def add_prompts(parser: ArgumentParser) -> None:
-    """The options that give prompts."""
+    """Add `--prompt`, `--timeline` and `--prompts`."""
     parser.add_argument("--prompt", type=str, help="what the video shows")
     parser.add_argument(
         "--timeline",
@@ -31,20 +31,18 @@ def add_prompts(parser: ArgumentParser) -> None:
 
 
 def add_num_prompts(parser: ArgumentParser) -> None:
-    """The option that takes the first prompts only."""
-    parser.add_argument(
-        "--num_prompts", type=int, help="how many of its prompts are used, the first ones (default: all)"
-    )
+    """Add `--num_prompts`."""
+    parser.add_argument("--num_prompts", type=int, help="use only the first N prompts (default: all)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
-    """Prompts in order, and what messages call each of them.
+    """Prompts in order, with their names in messages.
 
     Attributes:
         texts: the prompts; a timeline is one of them.
         names: such as "the prompt", "line 3 of prompts.txt".
-        negative_prompt: that of a timeline whose events have negative texts; None leaves the setting as it is.
+        negative_prompt: negative prompt of a timeline whose events have negative texts, else None.
     """
 
     texts: list[str]
@@ -57,11 +55,11 @@ class Prompts:
         return list(zip(self.names, self.texts, strict=True))
 
     def first(self, count: int | None) -> "Prompts":
-        """So many of them; all if None."""
+        """Return the first `count` prompts, or all if None."""
         return replace(self, texts=self.texts[:count], names=self.names[:count])
 
     def directed(self, config: RunConfig, argv: Sequence[str]) -> RunConfig:
-        """The configuration with the negative prompt of the timeline; UserError if the command line has another."""
+        """Set the timeline's negative prompt in a configuration; UserError if the command line gives another."""
         if self.negative_prompt is None:
             return config
         if asked_value(argv, f"--{NEGATIVE_SETTING}") is not None:
@@ -72,7 +70,7 @@ class Prompts:
 def read_prompts(
     prompt: str | None, file: str | None, flag: str = "--prompts", *, timeline: str | None = None
 ) -> Prompts:
-    """The prompt, the timeline, or every line of the file that is not blank; `flag` is the option that names the file."""
+    """Read the prompt, the timeline, or the non-blank lines of the file that the option `flag` names."""
     if (prompt, file, timeline).count(None) != 2:
         raise UserError("give one of --prompt TEXT, --timeline EVENTS and --prompts FILE")
     if timeline is not None:
@@ -89,7 +87,7 @@ def read_prompts(
 
 
 def choose_prompts(namespace: Namespace) -> Prompts:
-    """The first `--num_prompts` prompts; UserError for one that is there twice, which would count as two."""
+    """Read the first `--num_prompts` prompts; UserError for duplicates, which would count twice."""
     prompts = read_prompts(namespace.prompt, namespace.prompts, timeline=namespace.timeline)
     first: dict[str, str] = {}
     for name, text in prompts.named:

@@ -1,4 +1,4 @@
-"""The options of a command that runs on several ranks, and what cannot be asked of them."""
+"""Options of commands that run on several ranks, and their checks."""
 
 import os
 
@@ -12,15 +12,17 @@ from launch.ranks.environment import LAUNCHER, RankEnv
 
 
 def add_ranks(parser: ArgumentParser) -> None:
-    """`--nproc` and `--verbose`."""
+    """Add `--nproc` and `--verbose`."""
     parser.add_argument(
         "--nproc", type=int, help="ranks to start on this machine, one per GPU; torchrun starts its own"
     )
-    parser.add_argument("--verbose", type=bool, default=False, help="show what every rank says, with its number")
+    parser.add_argument(
+        "--verbose", type=bool, default=False, help="show the output of every rank, prefixed with its number"
+    )
 
 
 def check_started(num_ranks: int | None, argv: list[str]) -> None:
-    """Raise UserError for a `--nproc` that nobody can start: too small, beside ranks of torchrun, or in a file."""
+    """Raise UserError for a `--nproc` below 1, under torchrun, or in a file."""
     rank_env = RankEnv.of_environment()
     if num_ranks is None or LAUNCHER in os.environ:
         return
@@ -28,23 +30,20 @@ def check_started(num_ranks: int | None, argv: list[str]) -> None:
         raise UserError(f"--nproc must be 1 or more, got {num_ranks}")
     if rank_env is not None and rank_env.world > 1:
         raise UserError(
-            f"torchrun has started {rank_env.world} ranks, and --nproc asks for {num_ranks} more of each; give one of them"
+            f"torchrun has started {rank_env.world} ranks, and --nproc asks for {num_ranks} more on each; give one of them"
         )
     if asked_value(argv, "--nproc") is None:
         raise UserError("nproc is given on the command line, not in a file")
 
 
 def check_alone(flags: str) -> None:
-    """Raise UserError if another launcher has started ranks, beside options that start their own."""
+    """Raise UserError under torchrun for options (`flags`) that start ranks themselves."""
     rank_env = RankEnv.of_environment()
     if rank_env is not None and rank_env.world > 1:
         raise UserError(f"torchrun has started {rank_env.world} ranks, and {flags} start their own; give one of them")
 
 
 def check_model(config: RunConfig) -> None:
-    """Raise UserError if `model.path` is not there.
-
-    Nothing is checked on a rank of several, whose machine may be the only one without it: ranks say so once they have met.
-    """
+    """Raise UserError if `model.path` does not exist; ranks check it together once they have joined."""
     if RankEnv.of_environment() is None:
         find_checkpoint(config.model.path)

@@ -1,4 +1,4 @@
-"""`--methods`: methods, and methods with a preset of their own, as variants of one run."""
+"""Parse `--methods` into variants of one run: methods, each with an optional preset."""
 
 import dataclasses
 import re
@@ -25,7 +25,7 @@ def read_variants(
 ) -> list[Variant]:
     """The variants of `--methods`: a comma-separated list of METHOD, METHOD:PRESET.yaml or LABEL=METHOD:PRESET.yaml.
 
-    `argv` is the whole command, so that its own settings hold for every variant and override a preset. Raises UserError
+    `argv` is the whole command line: its settings apply to every variant and override presets. Raises UserError
     for an unknown method, a preset that changes more than MAY_DIFFER, and variants that `check_variants` refuses.
     """
     refuse_method_name(argv)
@@ -46,7 +46,7 @@ def _read(item: str, argv: Sequence[str], base: RunConfig, parse: Callable[[Sequ
     label, equals, rest = item.rpartition("=")
     method, preset = _split(rest)
     if not equals and preset:
-        # Of a class by import path its last name, and the preset's name, which tells variants of a method apart.
+        # The class name of an import path, and the preset's name, which distinguishes variants of one method.
         label = f"{method.rpartition(':')[2].rpartition('.')[2]}-{preset.rpartition('/')[2].rpartition('.')[0]}"
     if (equals or preset) and not _LABEL.fullmatch(label):
         raise UserError(
@@ -55,7 +55,7 @@ def _read(item: str, argv: Sequence[str], base: RunConfig, parse: Callable[[Sequ
     words = list(argv)
     if preset:
         _check_name(preset, method)
-        # A preset of a variant comes after those of the run, and the run has one even if it names none.
+        # The variant's preset comes after those of the run, which include the default one.
         given = any(word.split("=")[0] == "--config" for word in words)
         words = [*([] if given else [f"--config={DEFAULT_CONFIG}"]), *words, f"--config={preset}"]
     config = parse([*words, f"--method.name={method}"])
@@ -74,7 +74,7 @@ def _split(text: str) -> tuple[str, str]:
 
 
 def _check_name(preset: str, method: str) -> None:
-    """A preset may name its method, but then it must be the one it is used for."""
+    """Raise UserError if a preset names another method than the one it is used for."""
     group = read_yaml(find_config(preset)).get("method")
     told = group.get("name") if isinstance(group, dict) else None
     if told not in (None, method):

@@ -1,4 +1,4 @@
-"""The devices of a batch: which kind and how many, and whether they are there."""
+"""Resolve and check the devices of a batch."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from launch.ranks.ray_pool import NoRayError, check_placement, check_ray
 
 
 def resolve_model(config: RunConfig, options: Replicas) -> RunConfig:
-    """The same run with device and dtype by name: a driver need not have the GPUs that its replicas have."""
+    """Resolve device and dtype to names; the driver need not have the GPUs of its replicas."""
     name = config.model.device
     if name == "auto":
         here = options.ray is None and torch.cuda.is_available()
@@ -30,13 +30,13 @@ def resolve_model(config: RunConfig, options: Replicas) -> RunConfig:
         raise UserError("model.device is cuda: give --gpus_per_replica, so that Ray reserves the GPUs")
     dtype = str(pick_dtype(config.model.dtype, torch.device(name))).removeprefix("torch.")
     model = dataclasses.replace(config.model, device=name, dtype=dtype)
-    # Bars of several replicas would be written over each other; the table shows the steps.
+    # Progress bars of several replicas would overwrite each other; the table shows the steps.
     output = dataclasses.replace(config.output, progress="off")
     return dataclasses.replace(config, model=model, output=output)
 
 
 def fix_degrees(config: RunConfig, degrees: tuple[int, int, int]) -> RunConfig:
-    """The same run with the arrangement written down, so that every replica has the same."""
+    """Set the degrees explicitly, so that every replica uses the same."""
     names = ("cfg", "ring", "ulysses")
     return dataclasses.replace(
         config, parallel=dataclasses.replace(config.parallel, **dict(zip(names, degrees, strict=True)))
@@ -46,7 +46,7 @@ def fix_degrees(config: RunConfig, degrees: tuple[int, int, int]) -> RunConfig:
 def arrange_variants(
     config: RunConfig, variants: Sequence[Variant], options: Replicas, *, gpu: str | None = None
 ) -> tuple[RunConfig, list[Variant], Arrangement]:
-    """The run and its variants with device, dtype and the ranks' arrangement written down, so that every replica has the same."""
+    """Set device, dtype and degrees of a run and its variants explicitly, so that every replica uses the same."""
     config = resolve_model(config, options)
     device, variants = torch.device(config.model.device), [variant.sharing(config) for variant in variants]
     arrangement = arrange_replica(variants, options.ranks, device, gpu=gpu, nodes=options.nodes)
@@ -55,14 +55,14 @@ def arrange_variants(
 
 
 def check_devices(config: RunConfig, options: Replicas) -> None:
-    """Raise UserError for more ranks on this machine than it has GPUs, and for a Ray that cannot be used."""
+    """Raise UserError if this machine has fewer GPUs than ranks, or Ray cannot be used."""
     try:
         check_placement(options.strategy, address=options.ray, num_ranks=options.ranks)
         if options.ray is not None:
             check_ray(options.ray)
     except NoRayError as error:
         raise UserError(str(error)) from error
-    # A Ray of this run's own has no other machine, now or later, and its replicas would wait for GPUs for ever.
+    # No other machine joins a local Ray, so its replicas would wait for GPUs without end.
     if options.ray == "local" and options.gpus:
         kind = "cuda"
     else:

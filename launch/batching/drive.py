@@ -1,4 +1,4 @@
-"""Make the items of a batch on replicas, and say what became of them."""
+"""Make the items of a batch on replicas, and report the results."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ from launch.process.stopping import Stopped
 
 
 def make(config: RunConfig, options: Replicas, batch: Batch, files: BatchFiles, work: Work) -> int:
-    """Make what is to be made; returns the exit code."""
+    """Make the items of `work.todo`; returns the exit code."""
     wake = threading.Event()
     setup = {
         "configs": {variant.label: dataclasses.asdict(variant.config) for variant in batch.variants},
@@ -43,7 +43,7 @@ def make(config: RunConfig, options: Replicas, batch: Batch, files: BatchFiles, 
     suite = batch.suite
     prepare = Prepare(suite={"name": suite.name, "sha256": suite.sha256, **suite.source})
     with open_replicas(options, files, count=count, setup=setup, wake=wake) as replicas, journal:
-        # Not before the replicas' devices are known to be those that the configuration is for.
+        # Only now: the replicas' devices have been checked against the configuration.
         claim_folder(options.out, batch)
         driver = Driver(
             queue=Queue.of(work.todo),
@@ -83,13 +83,13 @@ def keep(files: BatchFiles, item: Item, attempts: list[dict[str, Any]]) -> None:
 
 
 def finish(options: Replicas, files: BatchFiles, config: RunConfig, work: Work, driver: Driver | None) -> int:
-    """Compile the manifest and say how it went: 0 if every item of this shard is done, 1 or an error if not."""
+    """Write the manifest and print a summary; returns 0 if every item of this shard is done, else 1, or raises."""
     cause = driver.halted if driver is not None else None
     try:
         given_up = summarise(files, work, driver)
     except (OSError, UserError):
         if cause is None or cause.kind != "disk":
-            raise  # else the storage that halted the batch does not let itself be read either
+            raise  # otherwise the storage fault that halted the batch prevents reading too
     if driver is not None and cause is not None:
         raise halted(driver, files, config, keep_latents=options.keep_latents)
     if given_up:
@@ -98,7 +98,7 @@ def finish(options: Replicas, files: BatchFiles, config: RunConfig, work: Work, 
 
 
 def summarise(files: BatchFiles, work: Work, driver: Driver | None) -> list[Item]:
-    """Tidy up, compile the manifest and print what was made; returns the items that were given up, before or now."""
+    """Tidy up, write the manifest and print what was made; returns all items that were given up."""
     files.tidy(done=work.done, todo=work.todo)  # of attempts that were killed in this run
     manifest = files.write_manifest()
     for line in manifest.left_out:

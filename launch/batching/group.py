@@ -1,4 +1,4 @@
-"""A replica of several ranks: each item goes to all of them, and their answers become one event."""
+"""A replica of several ranks: each item goes to all ranks, and their answers are merged into one event."""
 
 import json
 import signal
@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from engine.batch.driver import Done, Ended, Event, Failed, Note, Placed, Placing, Ready, Step
 from engine.batch.queue import Failure, Kind
 
-# How long the ranks that are left get to answer after the first has failed: to notice a lost connection by themselves.
+# Time for the other ranks to answer after the first failure: they notice a lost connection by themselves.
 GRACE_SECONDS = 5.0
 
 # Signals of a fault in the rank's own code.
@@ -18,34 +18,34 @@ _CRASHES = ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE")
 
 RankEvent = tuple[int, dict[str, Any]]
 
-# The failure of one rank that explains those of the others comes first: whoever lost a rank only noticed.
+# Kinds of failure by how likely they are the cause: ranks that lost another one come last.
 _BLAME = ("disk", "memory", "mistake", "fault", "ended", "lost")
 
 
 class RankProcesses(Protocol):
-    """The ranks of one replica, wherever they run. No method waits for anything."""
+    """The ranks of one replica, local or on Ray. No method blocks."""
 
     count: int
 
     def start(self, setup: Mapping[str, Any]) -> None:
-        """Start all ranks and hand each the setup; a former set of ranks has ended."""
+        """Start all ranks and send each the setup; ranks of an earlier start have ended."""
 
     def send(self, line: str) -> None:
-        """Hand every rank one line."""
+        """Send every rank one line."""
 
     def drain(self) -> list[RankEvent]:
-        """What the ranks of the last start have told; `exit` is the last of each."""
+        """Return events of the ranks of the last start; `exit` is the last of each."""
 
     def interrupt(self) -> None:
-        """Ask rank 0 to keep what it has and to end."""
+        """Ask rank 0 to save its state and end."""
 
     def kill(self) -> None:
-        """End every rank at once; an `exit` of each follows."""
+        """Kill every rank; an `exit` of each follows."""
 
 
 @dataclass
 class Group:
-    """A `Replica` of the driver made of `RankProcesses`; `setup` is what every rank is told first.
+    """A `Replica` of the driver made of `RankProcesses`; `setup` is sent to every rank first.
 
     Attributes:
         name: for logs.
@@ -118,7 +118,7 @@ class Group:
         return found + self._judge()
 
     def _judge(self) -> list[Event]:
-        """The event that the answers so far amount to, if they do."""
+        """Merge the answers so far into an event, if they are complete."""
         failed = [rank for rank, answer in self._answers.items() if answer["event"] == "failed"]
         missing = [rank for rank in range(self.ranks.count) if rank not in self._answers and rank not in self._exits]
         if not failed and not self._exits:
@@ -141,7 +141,7 @@ class Group:
         return [Done(record=first["record"])]
 
     def _all_ill(self, failed: list[int]) -> list[Event]:
-        """The cause among all that went wrong, as the failure of the item, or of the replica if there is none."""
+        """Report the likeliest cause as the failure of the item, or of the replica if it has no item."""
         failures = [self._failure_of(rank, self._answers[rank]) for rank in failed]
         failures += [self._exit_of(rank, event) for rank, event in self._exits.items() if rank not in failed]
         kind, failure = min(failures, key=lambda pair: _BLAME.index(pair[0]))
@@ -169,7 +169,7 @@ class Group:
         if code is not None and code < 0:
             name = signal.Signals(-code).name
             hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
-            kind: Kind = "fault" if name in _CRASHES else "lost"  # of its own, or from outside
+            kind: Kind = "fault" if name in _CRASHES else "lost"  # a fault of the rank, or a signal from outside
             return "ended", Failure(kind, f"{who} was ended by {name}{hint}", tail)
         if said:
             return "lost", Failure("lost", said, tail)

@@ -1,4 +1,4 @@
-"""The settings of batch.py, and of replicas for any command: what they are, and whether they go with each other."""
+"""Options of batch.py, and of replicas for any command, and their checks."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from launch.ranks.ray_pool import PLACEMENT_HELP
 
 @dataclass(frozen=True, kw_only=True)
 class Replicas:
-    """Which replicas make the items of a folder, and how; checked, with the meaning of `add_replicas`."""
+    """Checked options of replicas; see `add_replicas`."""
 
     out: Path
     ranks: int
@@ -38,14 +38,14 @@ class Replicas:
 
     @property
     def nodes(self) -> list[str] | None:
-        """The node of each rank of a replica, where it is known before Ray has placed them; else None."""
+        """The node of each rank of a replica; None if unknown before Ray has placed them."""
         if self.ray in (None, "local") or self.strategy == "STRICT_PACK":
             return ["one"] * self.ranks
         return list(map(str, range(self.ranks))) if self.strategy == "STRICT_SPREAD" else None
 
     @classmethod
     def of(cls, given: Namespace, config: RunConfig, **others: Any) -> Self:
-        """Check the settings of replicas one by one and against each other; UserError for what cannot be."""
+        """Check the options of replicas; UserError for invalid or contradictory ones."""
         for name in ("nproc", "replicas", "gpus_per_replica"):
             if given[name] is not None and given[name] < 1:
                 raise UserError(f"--{name} must be 1 or more, got {given[name]}")
@@ -75,7 +75,7 @@ class Replicas:
 
 @dataclass(frozen=True, kw_only=True)
 class Options(Replicas):
-    """The settings of batch.py, checked; their meaning is in `add_arguments`."""
+    """Checked options of batch.py; see `add_arguments`."""
 
     prompts: Path
     vbench: Path | None
@@ -86,7 +86,7 @@ class Options(Replicas):
 
     @classmethod
     def of(cls, given: Namespace, config: RunConfig, **others: Any) -> Self:
-        """Check them all; UserError for what cannot be."""
+        """Check all options; UserError for invalid ones."""
         check_texts(given)
         if given.checkpoint_every < 0:
             raise UserError(f"--checkpoint_every must be 0 (never) or more, got {given.checkpoint_every}")
@@ -107,7 +107,7 @@ class Options(Replicas):
 
 
 def check_texts(given: Namespace) -> None:
-    """Raise UserError for a setting that is missing, or there without a value."""
+    """Raise UserError for an option that is missing or empty."""
     for name in ("prompts", "out"):
         if given[name] is None:
             raise UserError(f"--{name} is missing; see --help")
@@ -117,11 +117,11 @@ def check_texts(given: Namespace) -> None:
 
 
 def add_replicas(parser: ArgumentParser) -> None:
-    """The settings of replicas beside `--nproc`, the ranks of each."""
+    """Add the options of replicas other than `--nproc`."""
     for name, kind, default, text in (
         ("replicas", int, None, "groups of ranks that each make a video of their own (default: 1)"),
         ("gpus_per_replica", int, None, "the same as nproc, on GPUs; a rank has one"),
-        ("ray", str, None, "start replicas on a Ray cluster: auto, HOST:PORT, or local for a Ray of this run's own"),
+        ("ray", str, None, "start replicas on a Ray cluster: auto, HOST:PORT, or local for a new Ray on this machine"),
         ("placement_strategy", PlacementStrategy, "PACK", PLACEMENT_HELP),
         ("item_timeout", float, None, "seconds an item may take (default: 10 x the median, 10 minutes at least)"),
         ("start_timeout", float, 1800.0, "seconds a replica may take to load"),
@@ -130,7 +130,7 @@ def add_replicas(parser: ArgumentParser) -> None:
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """The settings of the command beside those of a run."""
+    """Add the options of the command, beside the settings of a run."""
     for name, kind, default, text in (
         ("prompts", str, None, "text file with one prompt a line, or vbench:NAME (docs/vbench.md)"),
         ("vbench", str, None, "folder of a VBench checkout, for --prompts vbench:NAME"),
@@ -138,13 +138,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         ("seeds", str, None, "whole numbers with commas between them (default: sampler.seed)"),
         ("out", str, None, "folder of the videos; may hold a part of them already"),
         ("nproc", int, None, "ranks of each replica, which share one video"),
-        ("shard", str, "1/1", "i/n: make only the i-th of n parts, where machines share nothing but the folder"),
-        ("dry_run", bool, False, "print what would be made, how, and what it takes; make nothing"),
+        ("shard", str, "1/1", "i/n: make only the i-th of n parts; machines need share only the folder"),
+        ("dry_run", bool, False, "print the plan and what it takes; make nothing"),
         ("status", str, None, "print the state of the batch in this folder, and end"),
         ("checkpoint_every", int, 5, "steps between checkpoints of an item; 0 writes none"),
         ("keep_latents", bool, False, "keep the latents of every video"),
         ("verify", Verify, "full", "how finished videos are checked: full, their SHA-256, or size alone"),
-        ("retry_quarantined", bool, False, "try items again that failed for good"),
+        ("retry_quarantined", bool, False, "retry items that failed for good"),
         ("gpu", str, None, "one of configs/gpus, for the prediction of --dry_run"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)

@@ -1,4 +1,4 @@
-"""Where the replicas of a batch run: processes of this machine, or actors of a Ray cluster."""
+"""Open the replicas of a batch: local processes, or actors of a Ray cluster."""
 
 import contextlib
 import os
@@ -22,7 +22,7 @@ from launch.ranks.ray_pool import NoRayError, RayPool, RayRanks, Start
 def open_replicas(
     options: Replicas, files: BatchFiles, *, count: int, setup: Mapping[str, Any], wake: threading.Event
 ) -> Iterator[list[Group]]:
-    """The replicas: processes of this machine, or actors of a Ray cluster."""
+    """Open the replicas for the block: local processes, or actors of a Ray cluster."""
     names = [f"replica-{index}" for index in range(count)]
     logs = files.log(options.shard).with_suffix("")
     with contextlib.suppress(OSError):  # a rank whose log cannot be opened says so
@@ -40,9 +40,9 @@ def open_replicas(
 
 
 def check_cluster(options: Replicas, gpus: float, *, most: float | None = None) -> None:
-    """Raise UserError for a batch that would run on the CPUs of a cluster with GPUs, unless that is what was asked for.
+    """Raise UserError for a batch that would use only the CPUs of a cluster with GPUs, unless model.device is cpu.
 
-    `gpus` are there now; `most` is what the cluster's autoscaler may make of that.
+    `gpus` are available now; `most` is the most that the cluster's autoscaler may add up to.
     """
     if (gpus or most) and not options.gpus and not options.on_cpu:
         has = f"has {gpus:g} GPUs" if gpus else "may bring GPUs"

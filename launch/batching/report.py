@@ -1,4 +1,4 @@
-"""What a person is told before and after a batch: its plan, its beginning, how it went, and why it could not go on."""
+"""Messages before and after a batch: its plan, its start, its result, and why it halted."""
 
 import contextlib
 import dataclasses
@@ -24,7 +24,7 @@ from launch.process.exit_codes import LostRankError
 
 SUPPORT = "the same command goes on"
 
-# What the summary of a batch reads of every sidecar.
+# Fields of a sidecar that the summary reads.
 REPORTED: Shape = SIDECAR | {
     "run.seconds.text": int | float,
     "run.seconds.denoise": int | float,
@@ -34,7 +34,7 @@ REPORTED: Shape = SIDECAR | {
 
 
 def say_plan(config: RunConfig, options: Options, batch: Batch, mine: Sequence[Item], arrangement: str) -> None:
-    """What `--dry_run` prints."""
+    """Print the plan of `--dry_run`."""
     files = BatchFiles(root=options.out)
     finished = {item: files.is_done(item, options.verify) for item in mine}
     done, undone = ([item for item in mine if finished[item] is wanted] for wanted in (True, False))
@@ -71,7 +71,7 @@ def say_plan(config: RunConfig, options: Options, batch: Batch, mine: Sequence[I
 
 
 def say_start(options: Options, files: BatchFiles, batch: Batch, mine: Sequence[Item], work: Work) -> None:
-    """What is about to happen."""
+    """Print what is about to be made."""
     for note in _without_latents(files, work.done, options):
         print(note)
     for note in batch.suite.notes:
@@ -106,7 +106,7 @@ def check_room(
 def say_end(
     files: BatchFiles, driver: Driver | None, *, done: Sequence[Item], given_up: Sequence[Item], num_lines: int
 ) -> None:
-    """How it went: times, replicas that were given up, and how many items are done; `num_lines` is of the manifest."""
+    """Print the result: times, replicas that were given up, and counts; `num_lines` is that of the manifest."""
     made = [tree for item in done if (tree := _sidecar(files, item)) is not None]
     for line in report(made) if made else []:
         print(line)
@@ -122,7 +122,7 @@ def say_end(
 
 
 def say_given_up(files: BatchFiles, given_up: Sequence[Item]) -> None:
-    """The line about items in quarantine, of which there is at least one."""
+    """Print the line about items in quarantine (at least one)."""
     first = files.quarantined(given_up[0])
     assert first is not None
     line = (
@@ -133,7 +133,7 @@ def say_given_up(files: BatchFiles, given_up: Sequence[Item]) -> None:
 
 
 def halted(driver: Driver, files: BatchFiles, config: RunConfig, *, keep_latents: bool) -> Exception:
-    """Why nothing more could be made, as the error that the command ends with."""
+    """Return the error that a halted batch ends with."""
     failure, left = driver.halted, driver.queue.left
     assert failure is not None
     message = f"{failure.message}; {left} items are left"
@@ -142,7 +142,7 @@ def halted(driver: Driver, files: BatchFiles, config: RunConfig, *, keep_latents
             return UserError(failure.message)
         case "disk":
             remedy = describe_remedy(failure.message)
-            with contextlib.suppress(OSError, UserError):  # it may not even say how much is free
+            with contextlib.suppress(OSError, UserError):  # the free space may be unreadable too
                 if remedy == REMEDY_FULL:
                     remedy = f"{describe_disk(files, driver, config, keep_latents=keep_latents)}: {remedy}"
             return UserError(f"{message}; {remedy}; {SUPPORT}")
@@ -153,7 +153,7 @@ def halted(driver: Driver, files: BatchFiles, config: RunConfig, *, keep_latents
 
 
 def describe_disk(files: BatchFiles, driver: Driver, config: RunConfig, *, keep_latents: bool) -> str:
-    """What the rest needs, and what there is."""
+    """Describe the space that the remaining items need, and what is free."""
     left = [*driver.queue.waiting, *driver.queue.running.values()]
     disk = disk_forecast(files, config, left, replicas=len(driver.entries), keep_latents=keep_latents)
     return (
@@ -163,7 +163,7 @@ def describe_disk(files: BatchFiles, driver: Driver, config: RunConfig, *, keep_
 
 
 def _others(batch: Batch, shard: Shard) -> str:
-    """How many items the smallest and the largest shard have: ids decide, so they are about equal and not quite."""
+    """Describe the smallest and the largest shard: ids decide, so sizes differ slightly."""
     if shard.count == 1:
         return ""
     shards = [dataclasses.replace(shard, index=index + 1) for index in range(shard.count)]
@@ -172,7 +172,7 @@ def _others(batch: Batch, shard: Shard) -> str:
 
 
 def _without_latents(files: BatchFiles, done: Sequence[Item], options: Options) -> list[str]:
-    """That --keep_latents comes too late for some of the finished items, if it does."""
+    """Note finished items that were made without latents, if --keep_latents is given."""
     count = sum(files.lacks_latents(item) for item in done) if options.keep_latents else 0
     if not count:
         return []
@@ -183,7 +183,7 @@ def _without_latents(files: BatchFiles, done: Sequence[Item], options: Options) 
 
 
 def _sidecar(files: BatchFiles, item: Item) -> dict[str, Any] | None:
-    """The sidecar of a finished item; None, and a line, for one that the summary has to do without."""
+    """Read the sidecar of a finished item; print a line and return None if it is damaged."""
     try:
         return read_tree(files.of(item).sidecar, REPORTED, what="the sidecar of a video")
     except DamagedError as error:

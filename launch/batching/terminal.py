@@ -1,4 +1,4 @@
-"""What a person sees of a batch while it runs: a line for each item, a live table, or the state from another terminal."""
+"""Progress of a batch on the terminal: a live table, a line per item, or `--status` from elsewhere."""
 
 import shutil
 import sys
@@ -12,7 +12,7 @@ from engine.shown import printable
 
 
 class Terminal:
-    """What a person sees: on a terminal a table that is drawn anew each second, otherwise a line for each item."""
+    """Show progress: a table that is redrawn each second on a terminal, otherwise a line per item."""
 
     def __init__(self, *, total: int) -> None:
         self._total = total
@@ -22,7 +22,7 @@ class Terminal:
         self._live = sys.stdout.isatty()
 
     def event(self, event: Mapping[str, Any]) -> None:
-        """A line for what ended, where there is no table; the table shows failures, and the last note below them."""
+        """Print a line for each item that ended, unless there is a table; the table shows failures and the last note."""
         if event["event"] == "done":
             self._done += 1
         if self._live:
@@ -39,7 +39,7 @@ class Terminal:
             print(f"{event['replica']}: {event['message']}", flush=True)
 
     def status(self, tree: Mapping[str, Any]) -> None:
-        """The table, over the last one."""
+        """Redraw the table."""
         if not self._live:
             return
         text = table("batch", tree, note=self._note, size=shutil.get_terminal_size())
@@ -49,7 +49,7 @@ class Terminal:
         self._lines = text.count("\n") + 1
 
     def warn(self, message: str) -> None:
-        """A line on stderr, or below the table."""
+        """Print a warning on stderr, or below the table."""
         if self._live:
             self._note = message
             return
@@ -57,7 +57,7 @@ class Terminal:
 
 
 def _move_up(lines: int) -> None:
-    """Put the cursor so many lines up, and clear what is below it: past what shows control characters instead of sending them."""
+    """Move the cursor up and clear what is below it, bypassing the stream that escapes control characters."""
     getattr(sys.stdout, "stream", sys.stdout).write(f"\x1b[{lines}F\x1b[J")
 
 

@@ -1,4 +1,4 @@
-"""What a batch's driver is given: the items of its shard by what is known of them, and the task of each attempt."""
+"""Input of a batch's driver: the items of its shard by state, and the task of each attempt."""
 
 import secrets
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ from engine.batch.items import Item
 
 @dataclass(frozen=True, kw_only=True)
 class Work:
-    """What of a shard is done already, was given up before, and is to be made."""
+    """Items of a shard that are done, were given up, or are to be made."""
 
     done: tuple[Item, ...]
     given_up: tuple[Item, ...]
@@ -20,12 +20,12 @@ class Work:
 
 @dataclass(frozen=True, kw_only=True)
 class Prepare:
-    """Makes the task of an attempt: what a worker must know of an item beside its configuration."""
+    """Make the task of an attempt: what a worker needs beside the item's configuration."""
 
     suite: Mapping[str, Any]
 
     def __call__(self, item: Item, attempt: int, replica: str) -> dict[str, Any]:
-        """See `launch.batching.worker`; the token names this attempt's unfinished file, for ever."""
+        """See `launch.batching.worker`; the token is unique and names this attempt's unfinished file."""
         return {
             "identity": identity_of(item),
             "name": item.name,

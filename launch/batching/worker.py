@@ -1,8 +1,8 @@
-"""A rank of a replica: loads the model once, then makes the items that come on stdin, one JSON line each.
+"""A rank of a replica: load the model once, then make the items that arrive on stdin, one JSON line each.
 
 The first line is the setup: `configs` (a whole RunConfig for each variant by its label, which differ in
 `engine.batch.variants.MAY_DIFFER` alone), `root` (the batch's folder), `checkpoint_every`, `keep_latents`, `sheets`.
-The others are tasks: `identity`, `suite`, `attempt`, `replica`. What happens is told on the pipe of `launch.ranks.host`.
+The others are tasks: `identity`, `suite`, `attempt`, `replica`. Events go to the pipe of `launch.ranks.host`.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from parallel.collectives import CollectiveError
 
 
 def main() -> int:
-    """Run until stdin ends, or something that the group of ranks does not survive has happened."""
+    """Run until stdin ends, or an error ends the group of ranks."""
     signals = StopSignals()
     signals.install()
     with unfailing_streams(), os.fdopen(int(os.environ[EVENTS]), "w", buffering=1, encoding="utf-8") as pipe:
@@ -82,12 +82,12 @@ class Worker(ItemMaker):
     tell: Callable[..., None]
 
     def run(self, task: dict[str, Any]) -> None:
-        """Make one item and tell how that went. Raises whatever leaves the other ranks in another place than this one."""
+        """Make one item and report the result; re-raises errors after which the ranks are out of step."""
         item = task["identity"]["item_id"]
         try:
             record = self.make(task)
         except BaseException as error:
-            # A UserError is raised by all ranks together; after anything else nobody knows where the others are.
+            # A UserError is raised on all ranks together; after any other error the ranks are out of step.
             whole = isinstance(error, UserError)
             fields = {"kind": kind_of(error), "message": describe(error), "traceback": traceback.format_exc()}
             if not isinstance(error, KeyboardInterrupt):
@@ -104,7 +104,7 @@ class Worker(ItemMaker):
 
 
 def refuse_unshared(root: Path) -> None:
-    """Raise UserError if this machine does not see the batch's folder, which its driver has written to already."""
+    """Raise UserError if this machine does not see the batch's folder, to which the driver has written."""
     if not (root / FILE).is_file():
         raise UserError(
             f"{root} does not hold the batch's {FILE} on {socket.gethostname()}; --out must lie on a file system that all "
@@ -113,7 +113,7 @@ def refuse_unshared(root: Path) -> None:
 
 
 def kind_of(error: BaseException) -> Kind:
-    """Which sort of failure an exception is."""
+    """Return the kind of failure of an exception."""
     if is_storage_fault(error):
         return "disk"
     if isinstance(error, UserError):  # the engine turns an OSError of one rank into one line for all
@@ -126,7 +126,7 @@ def kind_of(error: BaseException) -> Kind:
 
 
 def describe(error: BaseException) -> str:
-    """One line for a person, with what would help."""
+    """Describe an exception in one line, with advice."""
     first = re.sub(r"^\[Errno \d+\] ", "", first_line(error))
     match kind_of(error):
         case "memory":
@@ -142,4 +142,4 @@ if __name__ == "__main__":
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # to take its process group down a rank that failed would have to wait for the others
+    os._exit(code)  # a failed rank that destroyed its process group would wait for the others

@@ -1,4 +1,4 @@
-"""How every command ends: one line for a mistake or an interruption, and the exit code."""
+"""Exit codes of commands, and the one line for a mistake or an interruption."""
 
 import signal
 import sys
@@ -9,7 +9,7 @@ from launch.process.stopping import Stopped, StopSignals, say
 
 
 class LostRankError(RuntimeError):
-    """Another rank of the run has died, hangs or has left; how that was noticed, and what was kept."""
+    """Another rank died, hangs or left; the message says how that was noticed and what was kept."""
 
 
 def run_command(

@@ -1,4 +1,4 @@
-"""Stop a process: its signals, its last line, and its end when its parent dies. Imports nothing slow."""
+"""Stop a process: signals, the last line, and ending with the parent. Imports nothing slow."""
 
 import contextlib
 import ctypes
@@ -17,7 +17,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Stopped(KeyboardInterrupt):
-    """An interruption, with what was kept and how to go on."""
+    """An interruption; the message says what was kept and how to continue."""
 
 
 class StopSignals:
@@ -61,7 +61,7 @@ def ignore_signals() -> dict[signal.Signals, object]:
 
 @contextlib.contextmanager
 def all_is_made() -> Iterator[None]:
-    """Ignore signals in the block: all files are written, and an interruption of the cleanup is no failure."""
+    """Ignore signals in the block: all files are written, so interrupting the cleanup is not a failure."""
     before = ignore_signals()
     try:
         yield
@@ -71,10 +71,10 @@ def all_is_made() -> Iterator[None]:
 
 
 def say(message: str) -> None:
-    """The one line that this process ends with, on stderr.
+    """Print the line that this process ends with on stderr.
 
-    A rank of our launcher sends it to the launcher, which prints one line for all ranks. Of torchrun's ranks the first of
-    each machine prints.
+    A rank of our launcher sends it to the launcher, which prints one line for all ranks. Under torchrun the first rank
+    of each machine prints it.
     """
     line = printable(" ".join(message.split()))
     if LAST_LINE in os.environ:
@@ -86,9 +86,9 @@ def say(message: str) -> None:
 
 
 def say_for_first(message: str) -> None:
-    """`say` on a rank that it leaves silent, for want of a rank 0 that speaks for all.
+    """Print a line on a rank where `say` does not: rank 0, which prints for all, may be missing.
 
-    Without LOCAL_RANK no rank knows to be the first of its machine; where it is set, that one speaks anyway.
+    Does nothing if LOCAL_RANK is set, since `say` then prints on the first rank of each machine.
     """
     rank_env = RankEnv.of_environment()
     if rank_env is not None and rank_env.rank > 0 and not {LAST_LINE, "LOCAL_RANK"} & os.environ.keys():
@@ -96,7 +96,7 @@ def say_for_first(message: str) -> None:
 
 
 def show(line: str) -> None:
-    """A line on stderr; a progress bar may have left a terminal's cursor in the middle of another."""
+    """Print a line on stderr, on a new line of a terminal, since a progress bar may be on the current one."""
     lead = "\n" if sys.stderr.isatty() else ""
     print(lead + printable(line), file=sys.stderr, flush=True)
 
@@ -112,7 +112,7 @@ def die_with_parent() -> None:
 
 
 def _is_stopping() -> bool:
-    """Whether an interruption is being handled: its latents are on their way to the disk, and a second Ctrl-C must wait."""
+    """Whether an interruption is being handled; a second Ctrl-C must not stop it from saving the latents."""
     error = sys.exception()
     while error is not None:
         if isinstance(error, KeyboardInterrupt):

@@ -39,7 +39,7 @@ class RankLines(Wrapped):
 
 
 class Unfailing(Wrapped):
-    """A stream that may be lost: a closed pipe or terminal, a full disk. `error` is the last OSError, which nobody else sees."""
+    """A stream that survives a closed pipe or a full disk; `error` keeps the last OSError."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)

@@ -1,4 +1,4 @@
-"""One rank as a Ray actor: a host of the rank's process, on whatever node Ray has placed it. Imports nothing slow."""
+"""One rank as a Ray actor, which hosts the rank's process on its node. Imports nothing slow."""
 
 import socket
 from collections.abc import Mapping, Sequence
@@ -8,19 +8,19 @@ import ray
 
 from launch.ranks.host import Event, RankHost
 
-# A driver polls every few seconds; one that has not for so long is gone, and its rank must not go on.
+# A driver polls every few seconds; after this long without a poll it is gone, and the rank must end.
 ORPHAN_SECONDS = 60.0
 
 
 class RankActor:
-    """The methods of `RankHost`, for a driver that is elsewhere; several of them run at once."""
+    """Expose the methods of `RankHost` to a remote driver; several may run concurrently."""
 
     def __init__(self) -> None:
         """No rank yet."""
         self._host = RankHost()
 
     def describe(self) -> dict[str, Any]:
-        """Node and its address, and the GPUs that Ray has reserved for this rank.
+        """Return the node, its address, and the GPUs that Ray has reserved for this rank.
 
         A node is named by its host and the first digits of Ray's id: several Ray nodes may have one host.
         """
@@ -35,7 +35,7 @@ class RankActor:
     def start(
         self, command: Sequence[str], environment: Mapping[str, str], log: str | None, cwd: str, lines: Sequence[str]
     ) -> None:
-        """See `RankHost.start`; `lines` are what the rank is handed first."""
+        """See `RankHost.start`; `lines` are sent to the rank first."""
         self._host.start(command, environment, log=log, cwd=cwd)
         self._host.die_unless_polled(ORPHAN_SECONDS)
         for line in lines:

@@ -1,4 +1,4 @@
-"""The environment of a rank: its numbers, what it inherits from a driver, and its place among nodes. Standard library only."""
+"""Environment variables of a rank: its numbers, what it inherits from the driver, and its node. Standard library only."""
 
 import os
 from collections import Counter
@@ -14,7 +14,7 @@ STRATEGIES: tuple[str, ...] = get_args(PlacementStrategy)
 LAUNCHER = "FREESPEC_LAUNCHER"
 LAST_LINE = "FREESPEC_LAST_LINE"
 
-# In the environment of a rank: the pipe for what it tells.
+# In the environment of a rank: the pipe for its events.
 EVENTS = "FREESPEC_EVENTS"
 
 # In the environment of rank 0: the listening socket of the store where the ranks meet, whose port the others know.
@@ -24,7 +24,8 @@ STORE = "FREESPEC_STORE"
 NODE = "FREESPEC_NODE"
 
 
-# Variables of a driver that decide how its ranks communicate, compute and find models, by prefix and by name. Devices (CUDA_VISIBLE_DEVICES) and paths of a machine (PATH, LD_LIBRARY_PATH) are each node's own.
+# Variables that ranks inherit from the driver, by prefix and by name: communication, kernels, models. Devices (CUDA_VISIBLE_DEVICES) and
+# paths (PATH, LD_LIBRARY_PATH) stay those of each node.
 CARRIED = (
     *("NCCL_", "GLOO_", "UCX_", "FI_"),
     *("TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "TRITON_", "CUBLAS_", "CUDNN_", "NVIDIA_TF32_"),
@@ -44,7 +45,7 @@ class RankEnvError(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class RankEnv:
-    """Which rank this process is, from the environment that torchrun and our launcher set."""
+    """The rank of this process, from the environment that torchrun or our launcher set."""
 
     rank: int
     world: int
@@ -57,7 +58,7 @@ class RankEnv:
             return None
         rank, world = _whole_number("RANK"), _whole_number("WORLD_SIZE")
         if rank >= world:
-            raise RankEnvError(f"RANK {rank} is none of the ranks of WORLD_SIZE {world}, which count from 0; {_REMEDY}")
+            raise RankEnvError(f"RANK {rank} must be less than WORLD_SIZE {world}; {_REMEDY}")
         return cls(
             rank=rank, world=world, local_rank=_whole_number("LOCAL_RANK") if "LOCAL_RANK" in os.environ else rank
         )
@@ -75,10 +76,10 @@ def _whole_number(name: str) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """What a rank runs on.
+    """The place of a rank in a placement group.
 
     Attributes:
-        bundle: index of its bundle in the placement group.
+        bundle: index of its bundle.
         node: its node.
         local_rank: its number among the ranks of that node.
         local_size: ranks on that node.
@@ -91,11 +92,10 @@ class Slot:
 
 
 def number_ranks(nodes: Sequence[str]) -> list[Slot]:
-    """Slots in rank order for bundles that were placed on `nodes`: by node, then by bundle.
+    """Return slots in rank order for bundles placed on `nodes`: by node, then by bundle.
 
-    A mesh takes neighbouring ranks for neighbours on a node, and Ray places the bundles of a group in no such order. Nodes
-    with most ranks come first, so that whole nodes are not offset by a part of one; of equal nodes the one of the
-    earliest bundle.
+    A mesh expects neighbouring ranks on one node; Ray places bundles in any order. Nodes with more ranks come first, so
+    that full nodes stay aligned; ties are broken by the earliest bundle.
     """
     sizes = Counter(nodes)
     order = sorted(sizes, key=lambda node: -sizes[node])
@@ -110,7 +110,7 @@ def number_ranks(nodes: Sequence[str]) -> list[Slot]:
 def rank_environment(
     rank: int, num_ranks: int, *, local_rank: int, local_size: int, address: str, port: int
 ) -> dict[str, str]:
-    """Where ranks meet, and which of them this is."""
+    """Return the variables of a rank: its numbers, and the address of the rendezvous."""
     found = {"RANK": str(rank), "WORLD_SIZE": str(num_ranks)}
     found |= {"LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(local_size)}
     found |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
@@ -118,9 +118,9 @@ def rank_environment(
 
 
 def carried(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a driver that its ranks on a cluster get, in place of what their nodes have: see CARRIED.
+    """Return the variables that ranks on a cluster inherit from the driver; see CARRIED.
 
-    Secrets stay behind: they would cross the network as they are. What a node needs of them is set where Ray is started.
+    Secrets are left out, since they would cross the network in plain text; set them where Ray is started.
     """
     return {
         name: value
@@ -130,7 +130,7 @@ def carried(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def without_place(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment without what another launcher set for this process, or the ranks would join its rendezvous."""
+    """Return an environment without the variables of another launcher, whose rendezvous the ranks would join."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", NODE)
     prefixes = ("TORCHELASTIC_", "GROUP_", "ROLE_")
     return {name: value for name, value in environment.items() if name not in names and not name.startswith(prefixes)}

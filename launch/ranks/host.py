@@ -25,14 +25,14 @@ Event = dict[str, Any]
 
 
 class RankHost:
-    """Starts a rank, hands it lines, and collects what it tells, up to `exit`, which is always the last event.
+    """Start a rank, send it lines, and collect its events; `exit` is always the last one.
 
-    A rank that is a process of its own can be killed whatever it does, dies with its host (the kernel sees to it), and is
-    the same on this machine as in a Ray actor.
+    As a separate process a rank can be killed at any time, dies with its host (by the kernel), and is the same locally
+    and in a Ray actor.
     """
 
     def __init__(self, wake: Callable[[], None] | None = None) -> None:
-        """`wake` is called, from another thread, whenever there is a new event."""
+        """`wake` is called from another thread for every new event."""
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._wake = wake or (lambda: None)
         self._process: subprocess.Popen[bytes] | None = None
@@ -41,7 +41,7 @@ class RankHost:
         self._seen = time.monotonic()
 
     def listen(self, address: str) -> int:
-        """Open the port at which the ranks will meet; the process that is started next takes it over."""
+        """Open the port of the rendezvous; the process that is started next inherits it."""
         self._listening = socket.create_server((address, 0))
         return self._listening.getsockname()[1]
 
@@ -50,23 +50,23 @@ class RankHost:
     ) -> None:
         """Start `python COMMAND` in the folder `cwd`.
 
-        What it prints goes to the end of the file `log`, whose folder exists, or comes as events `stdout` and `stderr` if that
-        is None.
+        Its output is appended to the file `log`, whose folder exists, or becomes `stdout` and `stderr` events if that is
+        None.
         """
-        # The kernel ends a rank when the thread that started it ends: so that thread stays until the rank has ended.
+        # The kernel ends a rank with the thread that started it, so the thread stays until the rank has ended.
         thread = threading.Thread(target=self._keep, args=(list(command), dict(environment), log, cwd), daemon=True)
         thread.start()
         self._started.wait()
 
     def send(self, line: str) -> None:
-        """Hand the rank one line; one that has ended gets none, which its `exit` tells."""
+        """Send the rank one line; does nothing once it has ended."""
         if self._process is not None and self._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError, ValueError):
                 self._process.stdin.write(f"{line}\n".encode())
                 self._process.stdin.flush()
 
     def drain(self) -> list[Event]:
-        """The events since the last call."""
+        """Return the events since the last call."""
         found = []
         with contextlib.suppress(queue.Empty):
             while True:
@@ -74,7 +74,7 @@ class RankHost:
         return found
 
     def poll(self, seconds: float) -> list[Event]:
-        """Likewise, waiting for the first."""
+        """Return the events since the last call, waiting up to `seconds` for the first."""
         self._seen = time.monotonic()
         try:
             first = self._events.get(timeout=seconds)
@@ -85,7 +85,7 @@ class RankHost:
         return [first, *self.drain()]
 
     def die_unless_polled(self, seconds: float) -> None:
-        """Kill the rank after so many seconds without a poll: its driver is gone, and another may be making the same item."""
+        """Kill the rank after `seconds` without a poll: its driver is gone, and another may be making the same item."""
 
         def watch() -> None:
             while time.monotonic() - self._seen < seconds:
@@ -95,11 +95,11 @@ class RankHost:
         threading.Thread(target=watch, daemon=True).start()
 
     def interrupt(self) -> None:
-        """Ask the rank to keep what it has and to end."""
+        """Ask the rank to save its state and end."""
         self._signal(signal.SIGINT)
 
     def kill(self) -> None:
-        """End the rank at once."""
+        """Kill the rank."""
         self._signal(signal.SIGKILL)
 
     def _signal(self, number: signal.Signals) -> None:
@@ -111,7 +111,7 @@ class RankHost:
         self._wake()
 
     def _keep(self, command: list[str], environment: dict[str, str], log: str | None, cwd: str | None) -> None:
-        """Start the process, pass its events on until it has closed the pipe, and tell how it ended."""
+        """Start the process, forward its events until it closes the pipe, and queue its exit."""
         reading, writing = os.pipe()
         last_reading, last_writing = os.pipe()
         try:
@@ -148,14 +148,14 @@ class RankHost:
         self._tell({"event": "exit", "code": code, "pid": self._process.pid, "said": said, "tail": tail})
 
     def _open_log(self, log: str | None) -> tuple[Any, int]:
-        """Where the process prints to, and how much is there already. A log that cannot be opened costs what it would hold."""
+        """Open the output of the process and return it with its current size; an unwritable log is replaced by /dev/null."""
         if log is None:
             return subprocess.PIPE, 0
         try:
             output = Path(log).open("ab")
         except OSError as error:
             why = error.strerror or str(error)
-            self._tell({"event": "note", "text": f"cannot write {log}: {why}; what this rank prints is lost"})
+            self._tell({"event": "note", "text": f"cannot write {log}: {why}; the output of this rank is lost"})
             return Path(os.devnull).open("wb"), 0
         return output, output.tell()
 
@@ -201,7 +201,7 @@ class RankHost:
 
 
 def _tail(path: Path, start: int) -> list[str]:
-    """The last lines that were added to a file since it had `start` bytes."""
+    """Return the last lines of a file, from byte `start` on."""
     try:
         with path.open("rb") as file:
             file.seek(max(start, path.stat().st_size - TAIL_BYTES))

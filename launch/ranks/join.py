@@ -58,7 +58,7 @@ class DistContext:
             raise_together(self.ranks.mesh, check if is_first else lambda: None)
 
     def ask_first(self, ask: Callable[[], Answer]) -> Answer:
-        """What `ask` returns on rank 0, in JSON's types, on every rank, which may see other files; a UserError ends every rank."""
+        """Broadcast what `ask` returns on rank 0, in JSON's types; a UserError ends every rank."""
         if self.ranks is None:
             return ask()
         mesh = self.ranks.mesh
@@ -66,7 +66,7 @@ class DistContext:
         return json.loads(broadcast_bytes(mesh, json.dumps(found).encode(), "what rank 0 finds"))
 
     def wait_for_first(self, what: str) -> None:
-        """The others wait here until rank 0 has finished `what`; as long as it takes, as no collective's timeout could."""
+        """Make other ranks wait until rank 0 has finished `what`, with no timeout."""
         if self.ranks is None:
             return
         rank = self.ranks.mesh.world.rank
@@ -86,16 +86,14 @@ def open_ranks(config: RunConfig, *, prompts: Sequence[str], verbose: bool) -> I
     Raises UserError, on every rank, if a rank does not come within `parallel.timeout`, if one has other settings, and if
     the degrees do not fit the number of ranks; LostRankError if one is lost later, in here or in the block.
 
-    Once joined, only rank 0 hears signals, until the end: it keeps what was computed, and the others end when it does. Were
-    they to end first, rank 0 would wait for them in the middle of a step, on a GPU for ever.
+    Once joined, only rank 0 handles signals: it saves what was computed, and the others end with it. If they ended first,
+    rank 0 would wait for them within a step, on a GPU without end.
     """
     rank_env = RankEnv.of_environment()
     if rank_env is None:
         _check_alone(config)
         device = pick_device(config.model.device)
-        if (
-            device.type == "cuda"
-        ):  # there is nothing to arrange, but it may not fit; the memory of a CPU is asked of nobody
+        if device.type == "cuda":  # checks that the video fits the GPU; a CPU's memory is not checked
             arrange_ranks(config, 1, device)
         yield DistContext()
         return
@@ -136,7 +134,7 @@ def _check_alone(config: RunConfig) -> None:
 
 
 def _meet(rank_env: RankEnv, timeout: float) -> dist.Store:
-    """The store that rank 0 or torchrun holds, once every rank has come to it."""
+    """Connect to the store of rank 0 or torchrun, and wait for every rank."""
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if not host or not port:
         raise UserError(
@@ -167,7 +165,7 @@ def _meet(rank_env: RankEnv, timeout: float) -> dist.Store:
 
 
 def _listen(host: str, port: int, *, is_master: bool) -> int | None:
-    """A listening socket for a store that is for this machine alone; None where the store's own, on every interface, is right."""
+    """Open a loopback socket for a store of this machine alone; None if the store listens on every interface itself."""
     if not is_master or host not in ("127.0.0.1", "localhost"):
         return None
     try:
@@ -177,15 +175,15 @@ def _listen(host: str, port: int, *, is_master: bool) -> int | None:
 
 
 def _wait_for_listener(host: str, port: int, rank_env: RankEnv, timeout: float) -> None:
-    """Return once somebody listens there; torch's own store logs a page for each try that it gives up.
+    """Wait until HOST:PORT accepts connections; torch's store logs a page for each failed attempt.
 
-    The rank says itself that rank 0 is missing, as nobody else may be there to say it.
+    On a timeout this rank prints the error itself, since rank 0 may not exist.
     """
     until = time.monotonic() + timeout
     while True:
         try:
             socket.create_connection((host, port), timeout=max(until - time.monotonic(), _ROLL_CALL_SECONDS)).close()
-        except (OSError, UnicodeError) as error:  # the latter for what can be no name of a host
+        except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
             if time.monotonic() + _ROLL_CALL_SECONDS > until:
                 message = _unreachable(rank_env, f"{host}:{port}", timeout, error)
                 say_for_first(f"error: {message}")
@@ -203,11 +201,11 @@ def _unreachable(rank_env: RankEnv, address: str, timeout: float, error: Excepti
 
 
 def gather_ranks(store: dist.Store, rank_env: RankEnv, timeout: float) -> dist.Store:
-    """Wait until all ranks have come to the store; returns a part of it that belongs to this start of theirs alone.
+    """Wait until all ranks have joined the store; return a prefix store that belongs to this start alone.
 
-    A store of torchrun outlives its ranks, and its agents do not count restarts alike: one that takes another's place begins
-    at 0. So every rank leaves a name that is new, rank 0 lists the names that it finds, and the list is valid once every
-    rank has found its own in it: ranks that have ended cannot.
+    torchrun's store outlives its ranks, and its agents may disagree on the restart count: a replacement begins at 0. So
+    every rank writes a new random name, rank 0 publishes the list of names, and the list is valid once every rank has found
+    its own name in it, which ended ranks cannot.
 
     Raises UserError if they do not come within `timeout` seconds.
     """
@@ -234,20 +232,20 @@ def gather_ranks(store: dist.Store, rank_env: RankEnv, timeout: float) -> dist.S
 
 
 def _name_nodes(store: dist.Store, rank_env: RankEnv) -> tuple[str, ...]:
-    """The node of each rank: as Ray names it for a rank that it has placed, else the host's name."""
+    """Exchange the node of each rank: the name from Ray if it placed the rank, else the host name."""
     store.set(f"node/{rank_env.rank}", os.environ.get(NODE, socket.gethostname()))
     return tuple(store.get(f"node/{rank}").decode() for rank in range(rank_env.world))
 
 
 def _share_loopback(store: dist.Store, rank_env: RankEnv) -> bool:
-    """Whether all ranks have the same network interfaces: one machine, and one network namespace of it."""
+    """Whether all ranks run on one machine and in one network namespace."""
     store.set(f"network/{rank_env.rank}", describe_network())
     found = {store.get(f"network/{rank}") for rank in range(rank_env.world)}
     return len(found) == 1 and found != {b""}
 
 
 def describe_network() -> str:
-    """The machine's boot and the network namespace of this process; empty where the system does not say."""
+    """Identify the boot of the machine and the network namespace of this process; empty if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {Path('/proc/self/ns/net').readlink()}"
@@ -256,7 +254,7 @@ def describe_network() -> str:
 
 
 def listen_on_loopback() -> None:
-    """Have backends listen on the loopback device alone, where no other machine can connect; an interface that is set stays."""
+    """Make backends listen on loopback only, unless an interface is set."""
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         os.environ.setdefault(name, "lo")
 
@@ -264,9 +262,9 @@ def listen_on_loopback() -> None:
 def _agree(
     store: dist.Store, rank_env: RankEnv, config: RunConfig, prompts: Sequence[str], nodes: Sequence[str]
 ) -> tuple[torch.device, Arrangement]:
-    """This rank's device, and the arrangement, if no rank has a fault to report and all want to do the same.
+    """Return this rank's device and the arrangement once all ranks agree; UserError if one failed or has other settings.
 
-    Through the store, as groups of ranks that want different arrangements would wait for each other.
+    Uses the store: process groups of ranks that want different arrangements would wait for each other.
     """
     message, prints, result = None, {}, None
     try:
@@ -292,7 +290,7 @@ def _agree(
 
 
 def _let_read(store: dist.Store, rank_env: RankEnv, timeout: float) -> None:
-    """Rank 0, with which its store ends, goes on only when the others have read all that they wanted of it."""
+    """Make rank 0, whose store ends with it, wait until the others have read everything."""
     store.add("read", 1)
     until = time.monotonic() + timeout
     while rank_env.rank == 0 and store.add("read", 0) < rank_env.world and time.monotonic() < until:

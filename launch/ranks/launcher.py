@@ -1,4 +1,4 @@
-"""Ranks of one command as processes of this machine. Standard library only."""
+"""Start the ranks of one command as local processes. Standard library only."""
 
 import errno
 import os
@@ -61,7 +61,7 @@ def _describe_limit(rank: int, num_ranks: int, error: OSError) -> str:
 
 @dataclass(kw_only=True)
 class _Child(Rank):
-    """A rank as a process of this machine, with the pipe for its last line."""
+    """A rank as a local process, with the pipe for its last line."""
 
     process: subprocess.Popen
     pipe: int
@@ -85,7 +85,7 @@ class _Child(Rank):
                 text=True,
                 errors="replace",
                 pass_fds=(writing, *([store.fileno()] if rank == 0 else [])),
-                # A terminal's Ctrl-C would reach the whole group of processes; as it is, it reaches the launcher.
+                # So that a terminal's Ctrl-C reaches the launcher alone.
                 start_new_session=True,
             )
             child = cls(rank=rank, pid=process.pid, process=process, pipe=reading)
@@ -99,7 +99,7 @@ class _Child(Rank):
         return child
 
     def read(self, verbose: bool) -> None:
-        """Keep the last lines of its stderr from now on. OSError, and no rank, where no thread can be had for it."""
+        """Start a thread that keeps the last lines of stderr; if it cannot start, kill the rank and raise OSError."""
         reader = threading.Thread(target=self._listen, args=(verbose,), daemon=True)
         try:
             reader.start()
@@ -116,7 +116,7 @@ class _Child(Rank):
                 self.said = pipe.read()
 
     def end(self) -> None:
-        """Kill the rank if it runs, and collect what it leaves."""
+        """Kill the rank if it runs, and reap it."""
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()

@@ -24,7 +24,7 @@ class LocalRanks:
         wake: Callable[[], None],
         command: Sequence[str] = WORKER,
     ) -> None:
-        """`log(rank)` is the file of a rank's stderr, `environment` what all ranks get beside their places."""
+        """`log(rank)` is the file of a rank's stderr, `environment` has extra variables for all ranks."""
         self.count = count
         self._log = log
         self._environment = dict(environment)

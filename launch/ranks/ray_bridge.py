@@ -1,11 +1,11 @@
-"""A process of its own that holds the connection to Ray for a driver: orders on stdin, events on a pipe, JSON lines both.
+"""A process that holds the connection to Ray for a driver: orders on stdin and events on a pipe, as JSON lines.
 
-Ray writes on its driver's terminal when anything of it dies, and may end the driver with it. Here it has a process of its
-own to write and to die in: the driver notices, puts the items in flight back, and starts another bridge.
+Ray prints on its driver's terminal and may end the process when a part of it dies. In a separate process that does no
+harm: the driver notices, requeues the items in flight, and starts another bridge.
 
 Orders: `start` (replica, generation, count, strategy, gpus, command, environment, logs, cwd, lines), `send` (replica, line),
-`interrupt` and `kill` (replica). Events: `open` (address, the GPUs of the cluster, and the most that its autoscaler may bring
-it to), `refused` (message), and `rank` (replica, generation, rank, of: the event).
+`interrupt` and `kill` (replica). Events: `open` (address, GPUs of the cluster, and the most that its autoscaler may
+add up to), `refused` (message), and `rank` (replica, generation, rank, of: the event).
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from engine.errors import first_line
 from launch.process.stopping import die_with_parent
 from launch.ranks.environment import EVENTS, NODE, number_ranks, rank_environment
 
-# These decide how Ray starts, so they stand before its import. A Ray of our own is for this machine alone: it listens on
-# loopback, which Ray calls by the name of the systems where that is its default, and reports to nobody.
+# Must be set before Ray is imported. A local Ray listens on loopback only, which this variable selects (it is the default on
+# Windows and macOS), and sends no usage statistics.
 ADDRESS = sys.argv[1]
 if ADDRESS == "local":
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
@@ -40,9 +40,9 @@ from launch.ranks.actor import RankActor  # noqa: E402
 
 POLL_SECONDS = 5.0
 NOTE_SECONDS = 5.0
-# Nothing of ours goes through Ray's object store.
+# Ray's object store is not used.
 STORE_BYTES = 100 * 2**20
-# A driver's calls beside a poll that waits.
+# Calls that run while a poll waits.
 CONCURRENCY = 4
 # To connect to a cluster's port, before Ray is asked.
 REACHED_S = 10.0
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def connect(address: str, cpus: int, patience: float) -> Mapping[str, Any]:
-    """Connect to the cluster, trying for `patience` seconds, or start a Ray with so many CPU slots."""
+    """Connect to a cluster within `patience` seconds, or start a local Ray with `cpus` slots."""
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "error"}
     if address == "local":
         return ray.init(
@@ -106,7 +106,7 @@ def connect(address: str, cpus: int, patience: float) -> Mapping[str, Any]:
 
 
 def refuse_silent(address: str) -> None:
-    """Raise ConnectionError if nothing listens at HOST:PORT, which Ray itself says after three minutes; others are Ray's to find."""
+    """Raise ConnectionError if nothing listens at HOST:PORT, for which Ray itself needs three minutes."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal():
         return
@@ -117,7 +117,7 @@ def refuse_silent(address: str) -> None:
 
 
 def watch_node(path: str) -> None:
-    """End this process when this machine's Ray node process has ended: nothing could be started through it any more."""
+    """End this process when this machine's Ray node process has ended."""
     while True:
         time.sleep(0.5)
         with socket.socket(socket.AF_UNIX) as probe:
@@ -129,7 +129,7 @@ def watch_node(path: str) -> None:
 
 @dataclass
 class RayReplica:
-    """One start of a replica: a placement group, an actor per rank, and a thread that passes on what they tell."""
+    """One start of a replica: a placement group, an actor per rank, and a thread that forwards their events."""
 
     order: Mapping[str, Any]
     tell: Tell
@@ -138,7 +138,7 @@ class RayReplica:
     _killed: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
-        """Place, start, and pass on events until every rank has ended. Whatever goes wrong is told as the ranks' end."""
+        """Place, start, and forward events until every rank has ended; an error becomes the `exit` of all ranks."""
         group, open_ranks = None, set(range(self.order["count"]))
         try:
             group = self._place()
@@ -146,7 +146,7 @@ class RayReplica:
                 self._start(group)
                 self._poll(open_ranks)
             why = STOPPED
-        except RayError as error:  # which killing an actor that is being started is, too
+        except RayError as error:  # also raised when an actor is killed while it starts
             early = self._killed.is_set() and not self._started.is_set()
             why = STOPPED if early else f"Ray: {first_line(error)}"
         for rank in sorted(open_ranks):
@@ -155,26 +155,26 @@ class RayReplica:
             self._release(group)
 
     def send(self, line: str) -> None:
-        """Hand every rank a line; an actor that has died has said so already."""
+        """Send every rank a line."""
         for actor in self._actors:
             actor.send.remote(line)
 
     def interrupt(self) -> None:
-        """Ask rank 0 to keep what it has; where no rank has been started yet, end all at once."""
+        """Ask rank 0 to save its state; kill all ranks if none has started yet."""
         if not self._started.is_set():
             self.kill()
         for actor in self._actors[:1]:
             actor.interrupt.remote()
 
     def kill(self) -> None:
-        """End all ranks: their hosts die, and they with them."""
+        """Kill all actors; the ranks end with them."""
         self._killed.set()
         for actor in self._actors:
             with contextlib.suppress(RayError):
                 ray.kill(actor)
 
     def _place(self) -> PlacementGroup | None:
-        """A bundle for each rank, on one node where it fits; None if the replica was killed while it waited."""
+        """Wait for a bundle per rank; None if the replica was killed meanwhile."""
         bundle = {"CPU": 1, "GPU": 1} if self.order["gpus"] else {"CPU": 1}
         strategy = self.order["strategy"]
         group = placement_group([bundle] * self.order["count"], strategy=strategy)
@@ -214,8 +214,8 @@ class RayReplica:
             if order["count"] > 1:
                 numbers = {"local_rank": slot.local_rank, "local_size": slot.local_size}
                 environment |= rank_environment(rank, order["count"], **numbers, address=address, port=port)
-            # All GPUs of the replica on this node are visible to its ranks there, so that they can reach each other; in
-            # the order of the ranks, so that LOCAL_RANK is the number of a rank's own.
+            # Ranks of a node see all GPUs of the replica there, for peer access, in rank order, so that LOCAL_RANK is the
+            # index of a rank's own GPU.
             visible = [gpu for other in places if other["node"] == slot.node for gpu in other["gpus"]]
             if visible:
                 environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
@@ -256,14 +256,14 @@ class RayReplica:
 
 
 def gpus_to_come() -> float:
-    """The most GPUs that the cluster's autoscaler may bring it to; 0 without one."""
+    """Return the most GPUs that the cluster's autoscaler may add up to; 0 without one."""
     # Ray has no public name for it; its own libraries (Train, Data) ask the same way.
     config = ray._private.state.state.get_max_resources_from_cluster_config()
     return (config or {}).get("GPU", 0)
 
 
 def describe_cluster(bundle: Mapping[str, int]) -> str:
-    """What the cluster has of a bundle's resources, in all and at most on one node."""
+    """Describe the cluster's resources of a bundle's kinds, in all and at most on one node."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     have = {name: ray.cluster_resources().get(name, 0) for name in bundle}
     most = {name: max((node.get(name, 0) for node in nodes), default=0) for name in bundle}
@@ -271,7 +271,7 @@ def describe_cluster(bundle: Mapping[str, int]) -> str:
 
 
 def _gone(why: str) -> dict[str, Any]:
-    """The end of a rank whose host can tell no more."""
+    """The `exit` event of a rank whose host is gone."""
     return {"event": "exit", "code": None, "pid": 0, "said": why, "tail": []}
 
 

@@ -16,9 +16,9 @@ from launch.ranks.watch import Rank, judge, watch_ranks
 
 
 def start_on_ray(address: str, command: Sequence[str], *, num_ranks: int, device: str, signals: StopSignals) -> int:
-    """Run `python COMMAND` as so many ranks on a cluster, show what rank 0 prints, and return the exit code.
+    """Run `python COMMAND` as `num_ranks` ranks on a cluster, show rank 0's output, and return the exit code.
 
-    `device` is model.device: with `auto` ranks get GPUs if the cluster has some, or its autoscaler may bring some.
+    `device` is model.device: with `auto` ranks get GPUs if the cluster or its autoscaler has any.
 
     As with local ranks: if one fails, the others end within seconds and one line names the first failure; an interruption
     goes to rank 0 alone, which keeps what was computed.
@@ -61,7 +61,7 @@ def start_on_ray(address: str, command: Sequence[str], *, num_ranks: int, device
 
 
 def too_few_gpus(gpus: float, num_ranks: int, *, on_cpu: bool) -> str | None:
-    """Why so many ranks cannot have a GPU each on a cluster that may have so many; None if they can, need none, or none come."""
+    """Explain that the cluster has fewer GPUs than ranks; None if it has enough, has none, or none are needed."""
     if on_cpu or not 0 < gpus < num_ranks:
         return None
     return (
@@ -72,12 +72,12 @@ def too_few_gpus(gpus: float, num_ranks: int, *, on_cpu: bool) -> str | None:
 
 @dataclass(kw_only=True)
 class _Child(Rank):
-    """A rank as a Ray actor: what its events tell."""
+    """A rank as a Ray actor, updated by its events."""
 
     _rest: str = ""
 
     def hear(self, event: Event, *, verbose: bool) -> None:
-        """Show what rank 0 prints, keep the last lines of the others, and note the end."""
+        """Show rank 0's output, keep the last lines of the others, and note the exit."""
         match event["event"]:
             case "stdout" if self.rank == 0:
                 print(event["text"], end="", flush=True)

@@ -1,4 +1,4 @@
-"""Replicas on a Ray cluster, as a driver sees them: ranks whose orders and events go through a bridge. Imports nothing slow."""
+"""Ranks of replicas on a Ray cluster, whose orders and events go through a bridge process. Imports nothing slow."""
 
 import importlib.util
 import json
@@ -13,7 +13,7 @@ from launch.ranks.environment import STRATEGIES, PlacementStrategy
 from launch.ranks.host import Event, RankHost
 
 BRIDGE = ("-m", "launch.ranks.ray_bridge")
-# How long a cluster that was lost may take to answer again, and how long the first answer may take.
+# Time for a lost cluster to answer again, and for the first answer.
 PATIENCE_SECONDS = 120.0
 OPEN_SECONDS = 180.0
 
@@ -25,11 +25,11 @@ PLACEMENT_HELP = (
 
 
 class NoRayError(ValueError):
-    """Ray is not installed, cannot do what is asked for, or no cluster answers; one line for the user."""
+    """Ray is not installed, cannot fulfil the request, or no cluster answers."""
 
 
 def check_ray(address: str) -> None:
-    """Raise NoRayError if Ray is not installed, or the address is one that no driver can be started from."""
+    """Raise NoRayError if Ray is not installed, or for the address of a Ray client."""
     if importlib.util.find_spec("ray") is None:
         raise NoRayError("--ray needs Ray, which is not installed; install it with: pip install '.[ray]'")
     if address.startswith("ray://"):
@@ -40,7 +40,7 @@ def check_ray(address: str) -> None:
 
 
 def check_placement(strategy: str, *, address: str | None, num_ranks: int) -> None:
-    """Raise NoRayError for a strategy that Ray does not know, that has no Ray to follow it, or that one node cannot follow."""
+    """Raise NoRayError for a placement strategy that is unknown, needs --ray, or needs more than one node."""
     if strategy not in STRATEGIES:
         raise NoRayError(f"--placement_strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
     if address is None and strategy != "PACK":
@@ -55,13 +55,12 @@ def check_placement(strategy: str, *, address: str | None, num_ranks: int) -> No
 
 
 class RayPool:
-    """The connection to a cluster: a bridge process, and another one when that has died. A context manager."""
+    """The connection to a cluster through a bridge process, which is restarted if it dies. A context manager."""
 
     def __init__(self, address: str, *, cpus: int, log: Path | None, wake: Callable[[], None] | None = None) -> None:
-        """`address` is auto, HOST:PORT, or local for a Ray of our own with `cpus` slots; `log` gets what Ray says.
+        """`address` is auto, HOST:PORT, or local for a new Ray with `cpus` slots; `log` receives Ray's output.
 
-        Once it is open, `gpus` is the number of GPUs that the cluster has in all, and `most_gpus` what its autoscaler may make
-        of that.
+        Once open, `gpus` is the number of GPUs of the cluster, and `most_gpus` the most that its autoscaler may add up to.
         """
         self.gpus = self.most_gpus = 0.0
         self._address = address
@@ -74,7 +73,7 @@ class RayPool:
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def __enter__(self) -> "RayPool":
-        """Connect; NoRayError if that cannot be."""
+        """Connect; NoRayError if that fails."""
         check_ray(self._address)
         self._temporary = tempfile.TemporaryDirectory(prefix="freespec-ray-")
         try:
@@ -87,11 +86,11 @@ class RayPool:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Let go of the cluster; whatever still runs there for this driver ends."""
+        """Disconnect; whatever still runs there for this driver ends."""
         self._close()
 
     def refuse_never(self, gpus: int) -> None:
-        """Raise NoRayError for more GPUs than a Ray of this run's own has: no other machine joins it, and ranks would wait for ever."""
+        """Raise NoRayError if a local Ray has fewer GPUs than needed: no machine joins it later."""
         if self._address == "local" and gpus > self.gpus:
             raise NoRayError(
                 f"{gpus} ranks need {gpus} GPUs, and --ray local is a Ray of this machine alone, which has {self.gpus:g}; ask for "
@@ -99,19 +98,19 @@ class RayPool:
             )
 
     def ranks(self, name: str, count: int, start: "Start") -> "RayRanks":
-        """The ranks of a replica."""
+        """Register the ranks of a replica."""
         self._ranks[name] = RayRanks(self, name, count, start)
         return self._ranks[name]
 
     def order(self, do: str, **fields: Any) -> None:
-        """Hand the bridge an order; the first after it has died starts another."""
+        """Send the bridge an order; start another bridge if it has died."""
         if self._bridge is None:
             self._open(patience=PATIENCE_SECONDS)
         assert self._bridge is not None
         self._bridge.send(json.dumps({"do": do, **fields}))
 
     def pump(self) -> None:
-        """Pass on what has come; if the bridge has died, the ranks that it served have ended."""
+        """Forward pending events; if the bridge has died, its ranks have ended."""
         if self._bridge is None:
             return
         for event in self._bridge.drain():
@@ -141,7 +140,7 @@ class RayPool:
                 if event["event"] == "exit":
                     raise NoRayError(self._refusal(event))
         if self._address == "local":
-            raise NoRayError(f"a Ray of this run's own did not start within {OPEN_SECONDS:.0f} s")
+            raise NoRayError(f"the local Ray did not start within {OPEN_SECONDS:.0f} s")
         raise NoRayError(self._nobody_answers(f"nothing heard for {OPEN_SECONDS:.0f} s"))
 
     def _open(self, *, patience: float) -> None:
@@ -157,7 +156,7 @@ class RayPool:
             self._temporary.cleanup()
 
     def _refusal(self, event: Event) -> str:
-        # Ray says no more than that it cannot connect; why stands in its log.
+        # Ray only says that it cannot connect; its log has the reason.
         if any("Unauthenticated" in line for line in event["tail"]):
             return (
                 f"the Ray cluster at {self._address} wants its token, and with an address Ray sends none by itself; set "
@@ -178,12 +177,12 @@ class Start:
     """How every rank of a replica is started.
 
     Attributes:
-        gpus: whether each gets a GPU.
+        gpus: whether each rank gets a GPU.
         strategy: how Ray spreads them over nodes.
-        command: of Python.
-        environment: beside what the node has.
-        logs: a file for each rank; None sends what it prints as events.
-        cwd: folder.
+        command: arguments of Python.
+        environment: variables added to those of the node.
+        logs: a log file for each rank; None makes its output events.
+        cwd: working directory.
     """
 
     gpus: bool
@@ -245,7 +244,7 @@ class RayRanks:
                 self._open.discard(event["rank"])
 
     def lose(self, why: str) -> None:
-        """The bridge is gone, and all ranks with it."""
+        """End all ranks with the bridge; `why` becomes their last line."""
         for rank in sorted(self._open):
             self._events.append((rank, {"event": "exit", "code": None, "pid": 0, "said": why, "tail": []}))
         self._open = set()

@@ -1,4 +1,4 @@
-"""What all starters of ranks share: how long they wait for ranks, and the one line and exit code that the run ends with. Standard library only."""
+"""Watch started ranks, and judge the one line and exit code that the run ends with. Standard library only."""
 
 import signal
 import time
@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 
 from launch.process.stopping import StopSignals, show
 
-# How long ranks get to end by themselves after one has failed: to notice a lost connection and keep what was computed.
+# Time for ranks to end by themselves after one has failed: to notice a lost connection and save what was computed.
 GRACE_SECONDS = 5.0
-# How long an interrupted rank 0 gets to write what was computed.
+# Time for an interrupted rank 0 to save what was computed.
 STOP_SECONDS = 120.0
 POLL_SECONDS = 0.05
-KEPT_LINES = 200  # torch's watchdog writes a page of its own after our line
+KEPT_LINES = 200  # torch's watchdog prints a page after our line
 
 # The exit code of a rank that lost another one; see launch/process/exit_codes.py.
 _LOST = 1
@@ -26,10 +26,10 @@ class Rank:
     Attributes:
         rank: its number.
         pid: of its process.
-        lines: the last lines of its stderr.
+        lines: last lines of its stderr.
         code: its exit code, negative for a signal; None while it runs.
         ended: when it ended.
-        said: the line that it ended with.
+        said: its last line.
     """
 
     rank: int
@@ -43,9 +43,9 @@ class Rank:
 def watch_ranks(
     ranks: Sequence[Rank], signals: StopSignals, *, hear: Callable[[], None], interrupt: Callable[[], None]
 ) -> None:
-    """Return once all ranks have ended by themselves, or have had their time after a failure or an interruption.
+    """Return once all ranks have ended, or their time after a failure or an interruption is up.
 
-    `hear` brings `ranks` up to date. `interrupt` passes a signal on to rank 0 alone, which keeps what was computed.
+    `hear` updates `ranks`. `interrupt` forwards a signal to rank 0 alone, which saves what was computed.
     """
     deadline, forwarded = None, False
     while True:
@@ -66,7 +66,7 @@ def watch_ranks(
 
 
 def judge(ranks: Sequence[Rank], signals: StopSignals, *, verbose: bool) -> int:
-    """Say the one line of a run that did not end well, and return its exit code."""
+    """Print the one line of a run that failed, and return its exit code."""
     first = ranks[0]
     if signals.received and first.code not in (0, 2):
         show(first.said or "stopped")
@@ -82,7 +82,7 @@ def judge(ranks: Sequence[Rank], signals: StopSignals, *, verbose: bool) -> int:
         show(cause.said)
         return cause.code
     if (cause.code > 0 or cause.code == -signal.SIGABRT) and not verbose:
-        # A traceback, or what a backend says before it aborts the process; those of rank 0 have been seen.
+        # A traceback, or a backend's output before it aborts; rank 0's has been shown already.
         for line in cause.lines:
             show(f"[rank {cause.rank}] {line}")
     show(_describe(cause, ranks))
@@ -90,7 +90,7 @@ def judge(ranks: Sequence[Rank], signals: StopSignals, *, verbose: bool) -> int:
 
 
 def _blame(rank: Rank) -> tuple[int, float]:
-    """Sorts failures: a rank that a signal or a fault ended is the cause, and those that lost a rank noticed it later."""
+    """Sort key of failures: ranks ended by a signal or a fault first, those that lost another rank last."""
     if rank.code < 0:
         return 0, rank.ended
     return (2 if rank.code == _LOST and rank.said else 1), rank.ended

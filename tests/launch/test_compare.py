@@ -405,7 +405,7 @@ def test_reports_alone_are_on_what_is_there(compare_in: Compare, no_loading: Non
         ({"methods": "configs/tiny-wan.yaml"}, "write METHOD:configs/tiny-wan.yaml"),
         ({"methods": "direct:configs/tiny-wan.yaml"}, "is a preset of freespec, not of direct"),
         ({"methods": "freespec:none.yaml"}, "--config none.yaml does not exist"),
-        ({"baseline": "freelong"}, "--baseline freelong is none of the compared: direct, freespec"),
+        ({"baseline": "freelong"}, "--baseline freelong is not one of --methods: direct, freespec"),
         ({"seeds": "-1"}, "--seeds: a seed must lie in [0, 2**63), got -1"),
         ({"seeds": 2**63}, "--seeds: a seed must lie in [0, 2**63), got 9223372036854775808"),
         ({"num_seeds": 2}, "--num_seeds is the former name of --seeds; give --seeds alone"),

@@ -200,8 +200,8 @@ def test_a_rank_0_that_never_comes(wan_folder: Path, tmp_path: Path) -> None:
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "a"}, "LOCAL_RANK must be a whole number, 0 or more, got 'a'"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK must be a whole number, 0 or more, got '-1'"),
         ({"RANK": "0", "WORLD_SIZE": ""}, "WORLD_SIZE must be a whole number, 0 or more, got ''"),
-        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK 0 is none of the ranks of WORLD_SIZE 0, which count from 0"),
-        ({"RANK": "5", "WORLD_SIZE": "1"}, "RANK 5 is none of the ranks of WORLD_SIZE 1, which count from 0"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "RANK 0 must be less than WORLD_SIZE 0"),
+        ({"RANK": "5", "WORLD_SIZE": "1"}, "RANK 5 must be less than WORLD_SIZE 1"),
     ],
 )
 def test_an_environment_that_names_no_rank(
