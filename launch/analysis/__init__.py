@@ -1,1 +1,1 @@
-"""What analyze.py does: spectra of attention windows, low-rank reconstructions, their tables and plots."""
+"""analyze.py: spectra of attention windows, low-rank reconstructions, their tables and plots."""

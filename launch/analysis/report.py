@@ -1,4 +1,4 @@
-"""Tables and plots of an analysis: CSV for every number, PNG and SVG for every plot, report.json for what they say."""
+"""Tables and plots of an analysis: CSV, PNG and SVG, and a summary in report.json."""
 
 import json
 from collections.abc import Sequence
@@ -33,9 +33,9 @@ def write_analysis(
     made_with: dict[str, Any],
     progress: bool,
 ) -> str:
-    """Write everything from what was kept; returns a line that says where, and whether the rank falls.
+    """Write all tables and plots; returns a line with the folder and whether the rank falls.
 
-    `made_with` are the settings, method, checkpoint and prompts, which stand in report.json.
+    `made_with` are the settings, method, checkpoint and prompts for report.json.
     """
     with writing_report(folder):
         told = _write_spectra(folder, spectra.read())

@@ -1,4 +1,4 @@
-"""Effective rank of attention outputs at several windows: rows of each prompt, kept as they come, and their means."""
+"""Effective rank of attention outputs at several windows: rows of each prompt, kept in files, and their means."""
 
 import dataclasses
 import json
@@ -36,11 +36,11 @@ _NUMBERS = ("effective_rank", "first_share")
 
 @dataclass(frozen=True, kw_only=True)
 class SpectraStore:
-    """The rows of each prompt, one file each: `spectra/p0000-sS-POINTS.json` in the folder of the videos that are watched.
+    """The rows of each prompt, one file each: `spectra/p0000-sS-POINTS.json` in the folder of `watched`.
 
     Attributes:
-        watched: the videos, of one variant and seed, which are denoised and not kept.
-        num_points: steps whose spectra are taken.
+        watched: the videos of one variant and seed, which are denoised but not kept.
+        num_points: number of steps to measure.
     """
 
     watched: Comparison
@@ -62,7 +62,7 @@ class SpectraStore:
         return self.watched.seeds[0]
 
     def open(self) -> None:
-        """Make the folder and note whose spectra it holds; UserError if those are others."""
+        """Create the folder and describe its content; UserError if it holds other spectra."""
         self.watched.check()
         check_places([self.folder / FILE, *(self.file(index) for index in range(len(self.prompts)))])
         claim_folder(self.folder, dataclasses.replace(self.watched.batch, items=()))
@@ -73,7 +73,7 @@ class SpectraStore:
         return video.files.folder / "spectra" / f"{video.item.name}-{self.num_points}.json"
 
     def describe(self) -> dict[str, Any]:
-        """What decides the spectra, as `Comparison.describe` says it of videos."""
+        """Describe what decides the spectra; see `Comparison.describe`."""
         told, config = self.watched.describe(), self.watched.config
         (method,) = told["variants"].values()
         own = {"sampler.noise": config.noise[0], "sampler.seed": self.seed, "num_points": self.num_points}
@@ -81,11 +81,11 @@ class SpectraStore:
 
     @property
     def done(self) -> list[bool]:
-        """Which prompts have their rows; a line for each whose file is damaged."""
+        """Whether each prompt has its rows; prints a line for each damaged file."""
         return [self._rows(index) is not None for index in range(len(self.prompts))]
 
     def _rows(self, index: int) -> Rows | None:
-        """The rows of one prompt; None if they are not there, or damaged."""
+        """Read the rows of one prompt; None if missing or damaged."""
         try:
             rows = read_json(self.file(index))
             if rows is None or (isinstance(rows, list) and rows and all(lacking(row, _ROW) is None for row in rows)):
@@ -97,7 +97,7 @@ class SpectraStore:
         return None
 
     def observe(self, engine: LongVideoEngine, index: int) -> None:
-        """Denoise one prompt and keep the spectra that were seen beside it; all ranks call this, rank 0 writes."""
+        """Denoise one prompt and keep the measured spectra; all ranks call this, rank 0 writes."""
         steps = spaced(engine.config.sampler.num_steps, self.num_points)
         spectra = WindowSpectra(steps=frozenset(steps))
         checkpoint = self.file(index).with_suffix(".checkpoint.safetensors")
@@ -125,7 +125,7 @@ class SpectraStore:
         rows: Rows = []
         for index in range(len(self.prompts)):
             if (found := self._rows(index)) is None:
-                raise UserError(f"{self.file(index)} cannot be read any more; start the same command again")
+                raise UserError(f"{self.file(index)} cannot be read; start the same command again")
             rows += found
         return rows
 
@@ -155,7 +155,7 @@ def over_prompts(rows: Rows, keys: Sequence[str]) -> Rows:
 
 
 def stages(rows: Rows) -> dict[str, float]:
-    """The observed progress that is nearest to each stage."""
+    """Return the measured progress nearest to each stage."""
     seen = sorted({row["progress"] for row in rows})
     return {name: min(seen, key=lambda progress: abs(progress - share)) for name, share in STAGES.items()}
 

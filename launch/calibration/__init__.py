@@ -1,1 +1,1 @@
-"""What calibrate.py does: a seeded search of FreeSpec's open settings, and its judgement on other prompts."""
+"""calibrate.py: a seeded search of FreeSpec's open settings, and its judgement on other prompts."""

@@ -1,4 +1,4 @@
-"""The videos of a calibration: those of the search and of the judgement, with the steps and seeds of each."""
+"""The videos of the search and of the judgement, with the steps and seeds of each."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ class CalibrationPlan:
     num_steps: Mapping[Part, int]
     seeds: Mapping[Part, Sequence[int]]
     kept_folder: Path | None = None
-    """Where each part has a file of kept measures."""
+    """Folder of the kept measures of each part."""
 
     def compared(self, part: Part, labels: Sequence[str], prompts: list[str]) -> Comparison:
         """The videos of these trials on these prompts."""

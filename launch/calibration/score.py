@@ -10,7 +10,7 @@ from launch.comparison.measure import Measured
 from metrics.bootstrap import Estimate, paired_interval
 
 SPEED_RANGE = 2.0
-"""Pixels per frame by which a speed is off that count as wholly wrong: between the world's speeds of 1.5 and 2.5."""
+"""Speed error in pixels per frame that scores 0; the world's speeds are 1.5 and 2.5."""
 
 PARTS = {
     "kept": "mean of `shape_kept` and `colour_kept`",
@@ -18,11 +18,11 @@ PARTS = {
     "motion": "`motion_as_captioned`",
     "speed": f"1 - `speed_error` / {SPEED_RANGE:g} px/frame, at least 0",
 }
-"""What is averaged: consistency over time twice over (the object, the caption) and dynamics twice (motion, speed)."""
+"""The averaged parts: two of consistency (object, caption) and two of dynamics (motion, speed)."""
 
 
 def parts_of(values: Mapping[str, float]) -> dict[str, float]:
-    """The four parts, 0..1, of one video's measures; 0 for what could not be measured, so that losing the object gains nothing."""
+    """The four parts, 0..1, of one video's measures; 0 if not measurable, so that losing the object gains nothing."""
     return {
         "kept": _mean(values["shape_kept"], values["colour_kept"]),
         "captioned": _mean(

@@ -1,4 +1,4 @@
-"""Which settings of FreeSpec are searched, and the seeded draws from them."""
+"""The search space of FreeSpec's settings, and seeded draws from it."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -16,20 +16,20 @@ SPACE: dict[str, tuple[Any, ...]] = {
     "residual_form": ("lerp", "add"),
     "lam_start": (0.0, 0.05, 0.1, 0.2, 0.3, 0.5),
 }
-"""What the paper leaves open (docs/method.md): each setting is drawn on its own, every value as likely as the others."""
+"""Settings that the paper leaves open (docs/method.md), each drawn independently and uniformly."""
 
 END_SHARES = (0.0, 0.25, 0.5, 1.0)
-"""`lam_end` is one of these shares of `lam_start`, since the residual is to fall with time or to stay."""
+"""`lam_end` is one of these shares of `lam_start`: the residual falls with time or stays constant."""
 
 SETTINGS = (*SPACE, "lam_end")
 START = "start"
-"""Label of the settings that the search begins with, which stay in it to the end."""
+"""Label of the initial settings, which stay in the search to the end."""
 
 
 def draw_trials(count: int, seed: int, start: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """`count` different settings by label, the first being `start`; the same seed draws the same ones.
 
-    More trials go on where fewer stopped, so that a search may be widened later. UserError for more than there are.
+    A larger `count` continues the sequence of a smaller one. UserError if there are fewer different settings.
     """
     rng = np.random.default_rng(seed)
     trials = {START: {name: start[name] for name in SETTINGS}}
@@ -39,9 +39,7 @@ def draw_trials(count: int, seed: int, start: Mapping[str, Any]) -> dict[str, di
         raise UserError(f"--num_trials {count} is more than the {most} different settings that there are to try")
     while len(trials) < count:
         drawn = {name: values[int(rng.integers(len(values)))] for name, values in SPACE.items()}
-        if (
-            drawn["domain"] == "timestep"
-        ):  # the mirrored value, which is one of them too: the trials whose measures are kept
+        if drawn["domain"] == "timestep":  # mirrored, so that trials equal those of the kept measures
             drawn["fused_share"] = round(1.0 - drawn["fused_share"], 9)
         drawn["lam_end"] = _lam_end(drawn["lam_start"], END_SHARES[int(rng.integers(len(END_SHARES)))])
         if tuple(drawn.values()) not in seen:
@@ -51,7 +49,7 @@ def draw_trials(count: int, seed: int, start: Mapping[str, Any]) -> dict[str, di
 
 
 def _all_settings() -> Iterator[tuple[Any, ...]]:
-    """Everything that can be drawn, values in the order of SETTINGS, some of it twice: of a residual of 0 every share is 0."""
+    """Every possible draw in the order of SETTINGS, with duplicates where lam_start is 0."""
     place = SETTINGS.index("lam_start")
     for values in itertools.product(*SPACE.values()):
         for share in END_SHARES:

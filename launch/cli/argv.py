@@ -1,4 +1,4 @@
-"""What the words of a command line ask for, before they are parsed. Standard library only."""
+"""Look up options in argv before it is parsed. Standard library only."""
 
 import itertools
 import os
@@ -8,7 +8,7 @@ from launch.ranks.environment import LAUNCHER, RankEnv
 
 
 def asked_value(argv: Sequence[str], name: str) -> str | None:
-    """What an option was given last as `--name value`, `--name=value` or `--name` alone, which is `true`."""
+    """Return the last value of an option, as `--name value`, `--name=value`, or `true` for `--name` alone."""
     value = None
     for word, after in itertools.zip_longest(argv, argv[1:], fillvalue="--"):
         key, equals, given = word.partition("=")
@@ -18,7 +18,7 @@ def asked_value(argv: Sequence[str], name: str) -> str | None:
 
 
 def without(command: Sequence[str], name: str) -> list[str]:
-    """A command without an option and its value."""
+    """Remove an option and its value from a command."""
     kept: list[str] = []
     words = list(command)
     while words:
@@ -31,9 +31,9 @@ def without(command: Sequence[str], name: str) -> list[str]:
 
 
 def asked_ranks(argv: Sequence[str]) -> int | None:
-    """How many ranks `--nproc` asks this process to start; None if it asks for none or this process is a rank of several.
+    """Return the number of ranks that `--nproc` asks for; None without it, or on a rank.
 
-    What is wrong with `--nproc` is left to the command itself, which has the words for it.
+    An invalid `--nproc` gives None too: the command itself reports it.
     """
     rank_env = RankEnv.of_environment()
     if (
@@ -47,7 +47,7 @@ def asked_ranks(argv: Sequence[str]) -> int | None:
 
 
 def asked_ray(argv: Sequence[str]) -> str | None:
-    """The cluster that `--ray` asks for; None without it, for a rank, and for what the command itself answers."""
+    """Return the cluster that `--ray` names; None without it, on a rank, for help, and for an invalid `--nproc`."""
     nproc, rank_env = asked_value(argv, "--nproc"), RankEnv.of_environment()
     wrong = nproc is not None and not (nproc.isdecimal() and int(nproc) > 0)
     if wrong or LAUNCHER in os.environ or rank_env is not None or {"-h", "--help", "--print_config"} & {*argv}:

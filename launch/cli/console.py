@@ -38,7 +38,7 @@ def run(argv: list[str]) -> int:
 
 
 def usage() -> str:
-    """The commands, a line each."""
+    """List the commands, a line each."""
     lines = ["usage: freespec COMMAND [--config PRESET ...] [--SETTING VALUE ...]", "", "commands:"]
     lines += [f"  {name:<10} {kind.what}" for name, kind in COMMANDS.items()]
     return "\n".join([*lines, "", "freespec COMMAND --help shows the settings of a command."])

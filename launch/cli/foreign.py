@@ -1,6 +1,6 @@
-"""Options of other programs and what they are here: Wan's generate.py, LTX-Video's inference.py, diffusers, xDiT, FastVideo, SGLang.
+"""Options of other programs and their equivalents: Wan's generate.py, LTX-Video's inference.py, diffusers, xDiT, FastVideo, SGLang.
 
-Names are written with underscores; those that differ from ours in nothing but a group (`--seed`, `--height`) are not listed.
+Names have underscores; those that only lack our group (`--seed`, `--height`) are not listed.
 """
 
 import re
@@ -9,10 +9,10 @@ from collections.abc import Callable
 _FILE = ("out", "page", "output.path", "output")
 _RANKS = ("gpus_per_replica", "nproc", "gpus")
 _MODEL = ("model.path",)
-# Settings that are something else in a command that has the second as well: evaluate.py's `gpus` are numbers of devices, not how many.
+# Settings with another meaning in a command that has the second too: evaluate.py's `gpus` are device indices, not a count.
 MEANS_OTHERWISE = {"gpus": "vbench", "nproc": "vbench"}
 
-# The settings that mean the same, of which a command has one or none; the value stays as it is.
+# Settings with the same meaning and value; a command has at most one of them.
 RENAMED: dict[str, tuple[str, ...]] = {
     name: targets
     for names, targets in {
@@ -55,7 +55,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
     for name in names.split()
 }
 
-# Switches, and what is set here instead.
+# Switches, and the equivalent settings.
 FLAGS: dict[str, dict[str, str]] = {
     name: settings
     for names, settings in {
@@ -82,7 +82,7 @@ _TEXT_ONLY = "videos are made from text alone here"
 _OWN_PIPELINE = "load it into a diffusers pipeline of your own, and add the method with apply_method (README.md)"
 _RANKS_SHARE = "ranks share a video by Ulysses and ring attention, see docs/parallel.md"
 
-# What cannot be asked for here, or in another way than by an option.
+# Options that are not supported, or are set in another way.
 ANSWERS: dict[str, str] = {
     name: reason
     for names, reason in {
@@ -123,7 +123,7 @@ ANSWERS: dict[str, str] = {
             "a prompt makes one video; batch.py --seeds 0,1 makes one for each seed"
         ),
         "enable_slicing enable_vae_slicing vae_slicing enable_xformers pin_cpu_memory trust_remote_code warmup_steps": (
-            "nothing here needs it, leave it out"
+            "it is not needed, leave it out"
         ),
         "resume resume_from resume_from_checkpoint continue": "the same command continues by itself, leave it out",
         "task": "not supported: of Wan's tasks text-to-video is, with --config wan2.1-t2v-1.3b or wan2.1-t2v-14b",
@@ -165,13 +165,13 @@ _TASKS = {"t2v-1.3b": "wan2.1-t2v-1.3b", "t2v-14b": "wan2.1-t2v-14b"}
 
 
 def converted(name: str, value: str | None) -> dict[str, str] | None:
-    """Settings by name for an option whose value is written otherwise here; a value is "" where it is not known. None for others."""
+    """Convert an option whose value has another form here to settings; "" for unknown values, None for other options."""
     convert = _CONVERTED.get(name)
     return None if convert is None else convert(value or "")
 
 
 def as_video(name: str, value: str) -> str:
-    """The file of a video for what another program calls the file, or the folder, of its output."""
+    """Convert the output file or folder of another program to a video file."""
     if name.endswith("_dir") or value.endswith("/"):
         return f"{value.rstrip('/')}/video.mp4"
     return value if "." in value.rpartition("/")[2] else f"{value}.mp4"
@@ -197,7 +197,7 @@ def _checkpoint_file(value: str) -> dict[str, str]:
 
 
 def _prompt(value: str) -> dict[str, str]:
-    """A command without `--prompt` that has prompts takes them from a file."""
+    """Commands without `--prompt` read prompts from a file."""
     return {"prompts": ""}
 
 

@@ -1,4 +1,4 @@
-"""Settings from the command line: YAML presets and dotted overrides become a RunConfig, and every mistake one line."""
+"""Parse YAML presets and dotted overrides into a RunConfig; every mistake is one line."""
 
 import functools
 import glob
@@ -28,12 +28,12 @@ _HELP = ("-h", "--help", "--help_all")
 _NO_VALUE = (*_HELP, "--print_config")
 
 
-# Short names of settings: a group given one word, and `--out` where the command has no folder of its own.
+# Short names of settings: a group with one value, and `--out` in commands without a folder.
 _SHORT = {"output": "output.path", "model": "model.path", "method": "method.name"}
 _OUT = ("output.path", "output")
 
-# Of the settings of a run, those that `--help` shows beside the command's own options; `--help_all` shows all.
-_EVERYDAY = frozenset(
+# The common settings of a run, which `--help` shows beside the command's own options; `--help_all` shows all.
+_COMMON = frozenset(
     "model.path model.device model.dtype model.weights video.num_frames video.height video.width video.fps sampler.num_steps "
     "sampler.guidance_scale sampler.seed sampler.negative_prompt method.name method.window_frames output.path output.overwrite".split()
 )
@@ -42,10 +42,10 @@ _SELDOM = ("print_config", "placement_strategy", "extend_shows")
 
 @dataclass(frozen=True, kw_only=True)
 class Keys:
-    """The dotted names that a parser knows: single settings, groups of them, those that are true or false, and maps.
+    """The dotted names of a parser: settings (`leaves`), groups, boolean switches, and maps.
 
-    A map is a setting whose keys the user chooses: `--method.settings.NAME VALUE`. `unread` are settings that the command refuses,
-    `former` are old names that it still accepts.
+    The user chooses the keys of a map: `--method.settings.NAME VALUE`. `unread` are settings that the command refuses,
+    `former` old names that it still accepts.
     """
 
     leaves: frozenset[str]
@@ -62,12 +62,12 @@ class Keys:
         return read | {group for group in self.groups if any(leaf.startswith(f"{group}.") for leaf in read)}
 
     def knows(self, key: str) -> bool:
-        """Whether the key is one of these, or one of a map's."""
+        """Whether the key is a known setting or group, or lies in a map."""
         return key in self.leaves or key in self.groups or key.rpartition(".")[0] in self.maps
 
     @classmethod
     def of(cls, parser: ArgumentParser, unread: Collection[str] = ()) -> "Keys":
-        """Read them from a parser that has no configuration file yet."""
+        """Collect the names of a parser that has no configuration file yet."""
         defaults = parser.get_defaults(skip_validation=True)
         leaves = frozenset(defaults.keys())
         return cls(
@@ -88,11 +88,11 @@ def parse_run(
     add_arguments: Callable[[ArgumentParser], None],
     unread: Collection[str] = (),
 ) -> tuple[Namespace, RunConfig]:
-    """The command's own arguments and the RunConfig of `argv`.
+    """Parse `argv` into the command's own arguments and the RunConfig.
 
     Presets (`--config FILE`, several are merged in order, configs/tiny-wan.yaml if there is none) are read first, and
-    `--a.b value` overrides them wherever it stands. `unread` are settings that the command refuses, which help leaves out.
-    Raises UserError, in one line, for whatever is wrong.
+    `--a.b value` overrides them in any order. `unread` are settings that the command refuses; help leaves them out.
+    Raises UserError for any mistake.
     """
     parser = make_parser(name, f"{name} [--config FILE ...] [--SETTING VALUE ...]", description)
     add_arguments(parser)
@@ -106,14 +106,14 @@ def parse_run(
     files = [find_config(file) for file in given or [DEFAULT_CONFIG]]
     for file in files:
         check_config_file(file, keys)
-    # As files of defaults rather than as arguments, so that --help shows the values of the preset.
+    # Presets are set as defaults instead of arguments, so that --help shows their values.
     parser.default_config_files = [glob.escape(str(file)) for file in files]
     namespace = parse(parser, [word for word in words if not word.startswith("--config=")], unread=unread)
     return namespace, finished(namespace)
 
 
 def make_parser(name: str, usage: str, description: str) -> ArgumentParser:
-    """A parser that raises instead of printing its usage, and takes no abbreviations."""
+    """Make a parser that raises on errors and accepts no abbreviations."""
     parser = ArgumentParser(
         prog=name,
         usage=usage,
@@ -123,13 +123,13 @@ def make_parser(name: str, usage: str, description: str) -> ArgumentParser:
         formatter_class=HelpFormatter,
         add_help=False,
     )
-    parser.add_argument("-h", "--help", action="help", help="show what is set every day, and exit")
+    parser.add_argument("-h", "--help", action="help", help="show the common settings, and exit")
     parser.add_argument("--help_all", action="help", help="show every setting, and exit")
     return parser
 
 
 def parse(parser: ArgumentParser, words: Sequence[str], *, unread: Collection[str] = ()) -> Namespace:
-    """Parse arranged words and make the dataclasses; UserError for what is wrong. Help leaves out settings that are `unread`."""
+    """Parse arranged words into dataclasses; UserError for a mistake. Help leaves out `unread` settings."""
     if asks_help(words):
         show_help(parser, everything="--help_all" in words, unread=unread)
         sys.exit(0)
@@ -173,7 +173,7 @@ def _use_new_names(parser: ArgumentParser, namespace: Namespace) -> Namespace:
 
 @functools.cache
 def _say_renamed(old: str, new: str) -> None:
-    """One line on stderr, once for all ranks."""
+    """Print one line on stderr, on rank 0 only."""
     rank_env = RankEnv.of_environment()
     if LAUNCHER not in os.environ and (rank_env is None or rank_env.rank == 0):
         show(f"note: --{old} is now --{new}; the old name works until the next release")
@@ -185,22 +185,18 @@ def asks_help(words: Sequence[str]) -> bool:
 
 
 def show_help(parser: ArgumentParser, *, everything: bool, unread: Collection[str]) -> None:
-    """Print the options of a command and the settings of a run that are set every day, or all that it reads."""
+    """Print the options of a command with the common settings of a run, or with all that it reads."""
     for action in parser._actions:
         name = action.dest
         is_group = type(action).__name__ == "_ActionConfigLoad"  # `--model FILE`, which is read as `--model.path`
-        if (
-            is_group
-            or name in unread
-            or (not everything and ("." in name or name in _SELDOM) and name not in _EVERYDAY)
-        ):
+        if is_group or name in unread or (not everything and ("." in name or name in _SELDOM) and name not in _COMMON):
             action.help = SUPPRESS
     text = parser.format_help()
     print(re.sub(r"default config file locations:\n.*?\n\n", "", text, flags=re.DOTALL), end="")
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """What a setting means and its default, without what the list of its values or the preset says already."""
+    """Format help without types and defaults that the list of values or the preset shows already."""
 
     def _expand_help(self, action: Action) -> str:
         text = super()._expand_help(action)
@@ -211,8 +207,8 @@ class HelpFormatter(DefaultHelpFormatter):
 def arrange(argv: Sequence[str], keys: Keys, *, num_positionals: int = 0) -> list[str]:
     """Every option as `--name=value`, positional arguments last; UserError for unknown names and missing values.
 
-    `--switch` alone means `--switch=true`, a value may begin with a dash, and `--output`, `--model` and `--method` are the
-    settings of these groups that everybody sets.
+    `--switch` alone means `--switch=true`, a value may begin with a dash, and `--output`, `--model` and `--method` are
+    short for output.path, model.path and method.name.
     """
     check_text(argv)
     options, positionals, words = [], [], list(argv)
@@ -232,7 +228,7 @@ def arrange(argv: Sequence[str], keys: Keys, *, num_positionals: int = 0) -> lis
 
 
 def _option(name: str, value: str | None, keys: Keys) -> str:
-    """`--name=value`; UserError for an unknown name, a group of settings, and a value that is missing."""
+    """Return `--name=value`; UserError for an unknown name, a group of settings, or a missing value."""
     key = name.removeprefix("--")
     if key == "out" and key not in keys.leaves:
         key = next((target for target in _OUT if target in keys.offered), key)
@@ -250,7 +246,7 @@ def _option(name: str, value: str | None, keys: Keys) -> str:
 
 
 def check_text(argv: Sequence[str]) -> None:
-    """Raise UserError for words that are not UTF-8: such a prompt cannot be encoded, nor such a path recorded."""
+    """Raise UserError for words that are not UTF-8, which cannot be encoded or recorded."""
     for word in argv:
         try:
             word.encode()
@@ -271,7 +267,7 @@ def _describe_unknown(key: str, keys: Keys, *, value: str | None, where: str = "
 
 
 def commands_with(key: str) -> list[str]:
-    """The commands that have an option of this name of their own."""
+    """List the commands that have an option of this name."""
     from launch.cli.start import COMMANDS  # noqa: PLC0415
 
     found = []
@@ -292,7 +288,7 @@ def _check_tree(tree: dict[Any, Any], keys: Keys, prefix: str, path: Path) -> No
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and key not in keys.leaves | keys.groups:
-            # Name the whole key: the nearest to `vidoe.num_frames` is surer than the nearest to `vidoe`.
+            # Suggest from the whole key: `vidoe.num_frames` has a better match than `vidoe`.
             inner = next((f"{key}.{inner}" for inner in value), key)
             check_key(inner, keys, f" in {path}")
         check_key(key, keys, f" in {path}", None if isinstance(value, dict | list) else str(value))

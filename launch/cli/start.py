@@ -23,13 +23,13 @@ from launch.ranks.ray_generate import start_on_ray
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """How a command runs.
+    """Properties of a command.
 
     Attributes:
-        what: a few words on it, for the list of commands.
-        starts_ranks: whether `--nproc` asks for ranks of the command itself; some start theirs in another way, or have none.
+        what: summary for the list of commands.
+        starts_ranks: whether `--nproc` starts the command itself on several ranks.
         on_ray: whether `--ray` starts those ranks on a cluster.
-        only_prints: whether what it prints is all that it makes.
+        only_prints: whether stdout is its only output.
     """
 
     what: str
@@ -43,27 +43,27 @@ COMMANDS = {
         what="make a video from a prompt, or one from each line of a file", starts_ranks=True, on_ray=True
     ),
     "plan": Kind(what="predict memory and time of every layout before a weight is loaded", only_prints=True),
-    "batch": Kind(what="make prompts x seeds x methods, on replicas that may die"),
+    "batch": Kind(what="make prompts x seeds x methods, on fault-tolerant replicas"),
     "decode": Kind(what="make the video of saved latents"),
-    "compare": Kind(what="compare methods on the same prompts and seeds, with a page of videos", starts_ranks=True),
-    "analyze": Kind(what="measure attention's singular spectra, and videos of low rank", starts_ranks=True),
-    "evaluate": Kind(what="score a batch with VBench-Long or measures that need no network"),
+    "compare": Kind(what="compare methods on the same prompts and seeds, on a page of videos", starts_ranks=True),
+    "analyze": Kind(what="measure singular spectra of attention, and low-rank videos", starts_ranks=True),
+    "evaluate": Kind(what="score a batch with VBench-Long or weight-free measures"),
     "calibrate": Kind(what="search FreeSpec's settings, and judge them on other prompts", starts_ranks=True),
     "findings": Kind(what="write docs/findings.md from the reports of `make findings`"),
-    "demo": Kind(what="make one prompt with three methods, and a picture of all"),
+    "demo": Kind(what="make one prompt with three methods, and a picture of the three"),
 }
 
 
 def run_script(name: str, argv: Sequence[str] | None = None) -> int:
-    """Run a command with `argv`, by default that of the process, on as many ranks as it asks for; returns the exit code.
+    """Run a command with `argv`, by default that of the process, on as many ranks as it asks for; return the exit code.
 
-    A mistake in `argv` ends it before a rank is started or torch imported. A rank that fails exits at once, because destroying its
-    process group would wait for the others; so do all ranks after the first.
+    A mistake in `argv` is reported before a rank is started or torch imported. A failed rank, and every rank but the first, exits
+    at once: destroying its process group would wait for the others.
     """
     die_with_parent()
     if not COMMANDS[name].starts_ranks:
         ignore_place(name)
-    # Of torch's own log, which would come before our one line, only errors.
+    # Show only errors of torch's log, which would come before our one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     signals = StopSignals()
     signals.install()
@@ -92,9 +92,9 @@ def run_script(name: str, argv: Sequence[str] | None = None) -> int:
 
 
 def ignore_place(name: str) -> None:
-    """Remove the rank that another launcher gave this process, and say so: the command starts its own ranks, or has none.
+    """Drop the rank that another launcher gave this process, and say so: the command starts its own ranks, or has none.
 
-    As that rank it would print nothing, not even its errors.
+    As a rank above 0 it would print nothing, not even errors.
     """
     rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     kept = without_place(os.environ)
@@ -106,9 +106,9 @@ def ignore_place(name: str) -> None:
 
 
 def tell_lost_output(name: str, error: OSError | None) -> int:
-    """Say that stdout did not take what was printed, unless its reader has left; returns the exit code.
+    """Report that stdout could not be written, unless its reader has closed the pipe; return the exit code.
 
-    Files that were made are whole all the same: that is an error only of a command that makes none.
+    It is an error only for a command that makes no files.
     """
     if error is None or isinstance(error, BrokenPipeError):
         return 0
@@ -118,7 +118,7 @@ def tell_lost_output(name: str, error: OSError | None) -> int:
 
 
 def prefixed_stderr(argv: Sequence[str], rank_env: RankEnv | None) -> contextlib.AbstractContextManager[object]:
-    """With `--verbose`, a rank's number before each of its lines; our launcher does that itself for its ranks."""
+    """With `--verbose`, prefix each line with the rank; our launcher does that itself for its ranks."""
     verbose = asked_value(argv, "--verbose") not in (None, "false")
     if not verbose or rank_env is None or rank_env.world == 1 or LAUNCHER in os.environ:
         return contextlib.nullcontext()
@@ -140,7 +140,7 @@ def _run(name: str, argv: list[str], signals: StopSignals) -> int | None:
     return _import(f"launch.commands.{getattr(given, 'command', name)}").run(given)
 
 
-# Folders of the checkout that the installed library is without.
+# Folders of a checkout that the installed library lacks.
 _CHECKOUT = ("evaluation", "metrics", "tiny")
 
 
@@ -159,7 +159,7 @@ def _import(module: str) -> ModuleType:
 
 
 def right_python(script: Path) -> str:
-    """Which Python has the packages: that of the checkout's own environment, if there is one."""
+    """Describe how to get the packages: install them, or use the Python of the checkout's environment."""
     checkout = REPOSITORY
     if not (checkout / "Makefile").exists():
         return "install it with: pip install freespec-engine"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from engine.config import describe_old_setting
 from launch.cli.foreign import ANSWERS, FLAGS, MEANS_OTHERWISE, RENAMED, as_video, converted
 
-# How alike two names must be for one to be offered for the other.
+# Least similarity of a name that is suggested.
 _ALIKE = 0.8
 
 CommandsWith = Callable[[str], list[str]]
@@ -17,7 +17,7 @@ CommandsWith = Callable[[str], list[str]]
 def describe_unknown(
     key: str, keys: Collection[str], *, commands_with: CommandsWith, value: str | None = None, where: str = ""
 ) -> str:
-    """One line for a name that is not among `keys`; with `value`, how another program's option is written here."""
+    """Describe a name that is not among `keys`; with `value`, give the equivalent of another program's option."""
     advice = _advice(key.replace("-", "_").lower(), keys, value, commands_with)
     return f"unknown setting {key}{where}; {advice}"
 
@@ -41,13 +41,13 @@ def _advice(key: str, keys: Collection[str], value: str | None, commands_with: C
 
 
 def _same_last_part(key: str, keys: Collection[str]) -> list[str]:
-    """The names that end in `key`, which has no group of its own; none where they are too many to choose from."""
+    """The names whose last part is `key`; empty if there are four or more."""
     found = [each for each in sorted(keys) if each.rpartition(".")[2] == key]
     return found if len(found) < 4 else []
 
 
 def foreign(key: str, keys: Collection[str], value: str | None) -> str | None:
-    """The answer to an option of another program; None if no known program has it."""
+    """Answer an option of another program; None if no known program has it."""
     words = _written_here(key, keys, value)
     if words is None:
         return ANSWERS.get(key)
@@ -55,7 +55,7 @@ def foreign(key: str, keys: Collection[str], value: str | None) -> str | None:
 
 
 def _written_here(name: str, keys: Collection[str], value: str | None) -> str | None:
-    """The options that say the same here, with the value where it is known; "" if this command has none of them."""
+    """The equivalent options, with the value if known; "" if this command has none, None for an unknown name."""
     told = converted(name, value)
     if told is None and name in FLAGS:
         told = {} if value is not None and value.lower() in ("false", "0", "no") else FLAGS[name]
@@ -69,20 +69,20 @@ def _written_here(name: str, keys: Collection[str], value: str | None) -> str | 
     target = next((each for each in RENAMED[name] if each in keys and MEANS_OTHERWISE.get(each) not in keys), None)
     if target is None:
         return ""
-    if value is None or "." in name:  # one of ours of old, whose values were others
+    if value is None or "." in name:  # one of our former names, whose values differ
         return target
     return f"--{target} {shlex.quote(as_video(name, value) if target in ('output.path', 'output') else value)}"
 
 
 def nearest_key(key: str, keys: Collection[str]) -> str | None:
-    """The name that looks most like `key`, as a whole or in its last part; None if none looks enough like it."""
+    """The name most similar to `key`, as a whole or in its last part; None below the least similarity."""
     group, _, last = key.rpartition(".")
 
     def likeness(other: str) -> tuple[float, float]:
         other_group, _, other_last = other.rpartition(".")
         whole = _ratio(key, other)
         scores = [whole, _ratio(last, other_last) if not group or _ratio(group, other_group) >= _ALIKE else 0.0]
-        if group and group == other_group:  # `method.windw`: a word of the name is enough where the group is right
+        if group and group == other_group:  # `method.windw`: one matching word is enough within the same group
             scores += [_ratio(last, word) for word in other_last.split("_")]
         return max(scores), whole
 
@@ -91,7 +91,7 @@ def nearest_key(key: str, keys: Collection[str]) -> str | None:
 
 
 def _ratio(one: str, other: str) -> float:
-    # Of two letters or three, one in common would do.
+    # In names of one or two letters a single common letter would suffice.
     if min(len(one), len(other)) < 3:
         return float(one == other)
     return difflib.SequenceMatcher(None, one, other).ratio()

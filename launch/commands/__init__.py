@@ -1,1 +1,1 @@
-"""What each script of launch/ does: a module with `main(argv)`, imported only once the script can be interrupted."""
+"""The commands: a module with `main(argv)` each, imported only once signals are handled."""

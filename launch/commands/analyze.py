@@ -67,7 +67,7 @@ def run(asked: Arguments) -> None:
 
 
 def low_rank_variants(config: RunConfig, shares: list[float]) -> tuple[list[Variant], dict[str, float]]:
-    """A variant for each share of `--ratios`, most directions first, and the share by label."""
+    """Make a variant for each share of `--ratios`, largest first; also return the share by label."""
     variants = []
     for share in shares:
         try:
@@ -81,7 +81,7 @@ def low_rank_variants(config: RunConfig, shares: list[float]) -> tuple[list[Vari
 
 
 def _check_different(variants: list[Variant], shares: list[float], head_dim: int) -> None:
-    """Raise UserError for two shares that keep the same number of directions, or have one label."""
+    """Raise UserError for two shares with the same number of directions or the same label."""
     cpu = torch.device("cpu")
     counts = [int(each.config.method.method.weights(None, None, head_dim, cpu).sum()) for each in variants]
     for index in range(1, len(variants)):

@@ -1,4 +1,4 @@
-"""batch.py: prompts x seeds x methods to videos, on replicas that may die, with nothing lost and nothing made twice."""
+"""batch.py: make prompts x seeds x methods on fault-tolerant replicas; finished items are not made again."""
 
 import os
 from collections.abc import Sequence
@@ -24,13 +24,13 @@ from launch.video.prompts import look_at_prompts
 
 
 def main(argv: list[str]) -> int:
-    """Read the command line and make the batch, or say how it goes; returns the exit code."""
+    """Read the command line and make the batch, or print its status; returns the exit code."""
     given = read(argv)
     return status.run(given) if isinstance(given, Status) else run(given)
 
 
 def run(given: Arguments) -> int:
-    """Plan, claim the output folder, make what is missing, and say what became of it; returns the exit code."""
+    """Plan, claim the output folder, make what is missing, and report; returns the exit code."""
     options = given.options
     config, variants, arrangement = arrange_variants(given.config, given.variants, options, gpu=options.gpu)
     batch = read_batch(config, variants, given)
@@ -59,9 +59,9 @@ def run(given: Arguments) -> int:
 
 
 def read_batch(config: RunConfig, variants: Sequence[Variant], given: Arguments) -> Batch:
-    """The items, named by what decides them."""
+    """Plan the items; their ids hash what decides them."""
     checkpoint = open_checkpoint(config.model)
-    # What the engine would refuse once it is loaded, now.
+    # Checks that the engine would only make once it is loaded.
     spec = checkpoint.spec
     spec.check_video(config.video.num_frames, config.video.height, config.video.width)
     check_tiles(config.decode, spec)
@@ -86,7 +86,7 @@ def make_folder(root: Path) -> None:
 
 
 def find_work(files: BatchFiles, mine: Sequence[Item], options: Options) -> Work:
-    """Look at every item's files; delete what killed processes left of it."""
+    """Sort the items by their files; delete leftovers of killed processes."""
     done, given_up, todo = [], [], []
     for item in mine:
         if files.is_done(item, options.verify):

@@ -39,7 +39,7 @@ KEPT_SHARE = 3  # one in this many trials of a round goes on to the next
 
 
 class Maker:
-    """Makes the videos of several comparisons with one engine, which is loaded with the first missing video."""
+    """Make the videos of several comparisons with one engine, loaded at the first missing video."""
 
     def __init__(self, config: RunConfig, context: DistContext, stack: contextlib.ExitStack) -> None:
         self._config, self._context, self._stack = config, context, stack
@@ -87,7 +87,7 @@ def run(asked: Arguments) -> None:
         reason = not_world(each)
         if reason is not None:
             raise UserError(f"{NAME} scores by the exact measures of the embedded world, which do not apply: {reason}")
-    described = [each.describe() for each in parts]  # now: files may change while they are used
+    described = [each.describe() for each in parts]  # before the run: files may change meanwhile
     agree = [json.dumps(each, sort_keys=True) for each in described]
     progress = enabled(config.output.progress)
     with (
@@ -167,9 +167,9 @@ def _measure(comparison: Comparison, *, progress: bool) -> list[Measured]:
 
 
 def _write(folder: Path, report: dict[str, Any], best: RunConfig) -> str:
-    """Write trials.csv, report.json and, if it is supported, calibrated.yaml; returns a line with the result.
+    """Write trials.csv, report.json and, if supported, calibrated.yaml; returns a line with the result.
 
-    The preset has every setting of the judged run's method, so that it says the same whatever the defaults become.
+    The preset sets every setting of the method, so that later changes of defaults do not affect it.
     """
     with writing_report(folder):
         names = [f"score_{each['prompts']}_prompts" for each in report["rounds"]]
@@ -197,7 +197,7 @@ def _write(folder: Path, report: dict[str, Any], best: RunConfig) -> str:
 
 
 def _preset(config: RunConfig, checkpoint: str) -> str:
-    """A preset of the method that `config` has, with a comment on what it was judged with."""
+    """Return a preset of the method of `config`, with a comment on the judgement's settings."""
     method = config.method
     freespec = dataclasses.asdict(method.freespec)
     tree = {"method": {"name": "freespec", "window_frames": method.window_frames, "freespec": freespec}}

@@ -69,7 +69,7 @@ def run(asked: Arguments) -> int:
 
 
 def make_videos(comparison: Comparison, asked: Arguments) -> int:
-    """Make every video of a comparison's shard that is not there yet; all ranks call this. Returns the exit code.
+    """Make the missing videos of a comparison's shard; all ranks call this. Returns the exit code.
 
     UserError before anything is loaded if the folder of the report cannot be written to.
     """
@@ -96,7 +96,7 @@ def make_videos(comparison: Comparison, asked: Arguments) -> int:
 
 
 def drive(comparison: Comparison, missing: Sequence[Video], replicas: Replicas) -> int:
-    """Make these videos on replicas, those included that an earlier start gave up; returns the exit code."""
+    """Make these videos on replicas, including those given up before; returns the exit code."""
     items, files = tuple(video.item for video in missing), comparison.batch_files
     for item in items:
         files.release(item)
@@ -106,7 +106,7 @@ def drive(comparison: Comparison, missing: Sequence[Video], replicas: Replicas) 
 
 
 def _measure_shard(comparison: Comparison, shard: Shard, *, progress: bool) -> str:
-    """Measure what this process made, so that the report has nothing left to do but to read."""
+    """Measure this shard's videos, so that the report only reads."""
     videos = comparison.videos_of(shard)
     measure_every(comparison, videos, progress=progress)
     return (

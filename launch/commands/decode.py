@@ -62,7 +62,7 @@ def run(given: Arguments) -> None:
 def describe_decoded(
     files: OutputFiles, record: dict[str, Any], config: RunConfig, size: tuple[int, int, int]
 ) -> str | None:
-    """One line for a video that is already decoded; None if it is not, UserError if other files exist.
+    """Describe a video that is already decoded; None if it is not, UserError if other files exist.
 
     A video of this size without a record may be left from an interrupted run: it is decoded again, and kept if it differs.
     """
@@ -85,7 +85,7 @@ def _settings_of(record: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def check_shape(latents: Tensor, channels: int, source: Path) -> None:
-    """Raise UserError unless these are latents of one video, as a model with so many latent channels makes them."""
+    """Raise UserError unless the latents are of one video and have `channels` channels."""
     if latents.dim() != 5 or latents.shape[:2] != (1, channels) or latents.numel() == 0:
         raise UserError(
             f"{source} holds latents of the shape {list(latents.shape)}, and this model's are [1, {channels}, frames, rows, "

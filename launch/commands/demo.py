@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(given: Arguments) -> None:
-    """Make the missing ones of the three videos with one load of the model, then the picture."""
+    """Make the missing videos with one load of the model, then the picture."""
     config, folder, prompt = given.config, given.folder, given.prompt
     configs = {name: for_method(config, name, folder) for name in NOTES}
     outputs = {name: plan_outputs(each.output, 1)[0] for name, each in configs.items()}
@@ -58,7 +58,7 @@ def run(given: Arguments) -> None:
             write_picture(picture, compare(records, outputs, num_columns=8), replace=config.output.overwrite)
         except OSError as error:
             raise UserError(
-                f"{describe_error(error, picture)}; the videos are whole, and the same command makes it of them"
+                f"{describe_error(error, picture)}; the videos are whole, and the same command makes the picture"
             ) from error
     print(f"{picture}: the three videos, one above the other")
 

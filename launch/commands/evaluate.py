@@ -1,4 +1,4 @@
-"""evaluate.py: a batch's videos, scored by VBench-Long in its own environment and by proxies here, and the report."""
+"""evaluate.py: score a batch's videos with VBench-Long, in its own environment, and proxies, and write the report."""
 
 import os
 import sys
@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
 
 
 def run(options: Namespace) -> int:
-    """Score what is missing, and report; 1 if something of VBench failed."""
+    """Score what is missing, and report; returns 1 if a part of VBench failed."""
     out = _out(options)
     request = Request(
         runs=[expand(word.strip()) for word in options.runs.split(",") if word.strip()],
@@ -52,7 +52,7 @@ def _evaluator(options: Namespace) -> Evaluator | None:
         raise UserError(f"--vbench {checkout} is not a folder; clone Vchitect/VBench there")
     return Evaluator(
         checkout=checkout,
-        # Not resolved: the Python of a virtual environment is a link, and the link is what makes it one.
+        # Not resolved: the Python of a virtual environment is a symbolic link.
         python=expand(options.python).absolute(),
         weights=expand(options.weights).absolute(),
         device=options.device,

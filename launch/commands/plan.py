@@ -1,4 +1,4 @@
-"""plan.py: which degrees, how much memory and how long, before anything is loaded."""
+"""plan.py: predict degrees, memory and time before anything is loaded."""
 
 import dataclasses
 import json
@@ -89,7 +89,7 @@ def _shares(best: Plan, case: Case) -> list[str]:
 
 
 def _weights(case: Case) -> list[str]:
-    """Where the weights lie, unless it is where they always lay."""
+    """Describe where the weights lie, unless they are resident."""
     options = case.options
     if options.weights == "resident":
         return []
@@ -129,7 +129,7 @@ def _runs(best: Plan, world_size: int) -> list[str]:
 
 
 def _table(plans: list[Plan]) -> list[str]:
-    # What some degrees cannot have, such as views where the tokens stay split, is a dash there.
+    # A dash marks a mode that some degrees lack, such as views where the tokens stay split.
     modes = [mode for mode in MODES if any(mode in p.step_seconds for p in plans)]
     methods = list(dict.fromkeys(name for p in plans for name in p.run_seconds))
     rows = [["cfg", "ring", "ulysses", "tokens", "heads", "GiB", *modes, *methods, "fits"]]

@@ -1,1 +1,1 @@
-"""What compare.py does: variants, kept videos, measures, and the report."""
+"""compare.py: videos of variants, their measures, and the report."""

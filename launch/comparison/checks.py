@@ -1,4 +1,4 @@
-"""Whether a video is long enough to compare methods on, from a checkpoint's JSON files."""
+"""Check that a video is long enough for methods to differ, from a checkpoint's JSON files."""
 
 from engine.adapters import VideoSpec
 from engine.config import RunConfig
@@ -7,14 +7,14 @@ from engine.load.checkpoint import open_checkpoint
 
 
 def is_native(config: RunConfig) -> bool:
-    """Whether the video is no longer than the native window: the engine then runs the base model, whatever the method."""
+    """Whether the video fits the native window, so that every method runs the base model."""
     spec, video = open_checkpoint(config.model).spec, config.video
     spec.check_video(video.num_frames, video.height, video.width)
     return _token_frames(spec, config) <= config.method.window_frames
 
 
 def check_longer(config: RunConfig, why: str) -> None:
-    """Raise UserError for a video of native length or less; `why` says what it would be of no use for."""
+    """Raise UserError for a video of native length or less; `why` explains what it is too short for."""
     if is_native(config):
         spec, native = open_checkpoint(config.model).spec, config.method.window_frames
         raise UserError(

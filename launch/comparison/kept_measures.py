@@ -1,6 +1,6 @@
-"""The measures of a comparison in one small file, so that they outlive its videos: a video that is in it is not made again.
+"""Keep the measures of a comparison in one small file, so that they outlive its videos, which are then not made again.
 
-JSON Lines. The first line says what decides the videos, as batch.json does, and names the measures; the others are one video each:
+JSON Lines. The first line describes the videos, as batch.json does, and names the measures; the others are one video each:
 
     {"configs": .., "variants": .., "prompts": .., "clip_frames": .., "measures": [name, ..], "origins": [part of a record, ..]}
     {"video": [label, prompt_index, seed], "origin": place in origins, "sha256": .., "values": [..], "by_clip": {..}, ..}
@@ -27,16 +27,16 @@ _SECONDS_DIGITS = 4
 
 
 def check_kept(comparison: Comparison) -> None:
-    """Raise UserError, before a folder is taken or a video made, for a file that could not be used in the end."""
+    """Raise UserError for a file that cannot be used, before a folder is claimed or a video made."""
     if comparison.kept_file is not None:
         check_places([comparison.kept_file, _lock(comparison.kept_file)])
         read_kept(comparison)
 
 
 def read_kept(comparison: Comparison) -> dict[Key, Measured]:
-    """What the comparison's file has of its videos, by `Video.key`; nothing if it has no file or that is not there yet.
+    """Read the kept measures of the comparison's videos, by `Video.key`; empty without a file.
 
-    Raises UserError for a file of another kind, and for one of videos of other settings or with other measures.
+    Raises UserError for a file of another kind, other settings, or other measures.
     """
     path = comparison.kept_file
     if path is None or not path.exists():
@@ -51,7 +51,7 @@ def read_kept(comparison: Comparison) -> dict[Key, Measured]:
 
 
 def measure_there(comparison: Comparison, videos: Sequence[Video] | None = None, *, progress: bool) -> list[Measured]:
-    """The measures of those videos (of the comparison's, if None) that are there or kept, in order; what is there comes first."""
+    """Measure the existing videos (by default of the whole comparison) and read the kept measures of the others, in order."""
     videos = comparison.videos if videos is None else videos
     there = [video for video in videos if video.is_done]
     fresh = measure_all(there, clip_frames=native_frames(comparison), world=has_world(comparison), progress=progress)
@@ -60,7 +60,7 @@ def measure_there(comparison: Comparison, videos: Sequence[Video] | None = None,
 
 
 def measure_every(comparison: Comparison, videos: Sequence[Video] | None = None, *, progress: bool) -> list[Measured]:
-    """`measure_there`, once all of them were made; UserError if one is gone again, since means would be over other prompts."""
+    """`measure_there` for videos that were all made; UserError if one is gone, since means would be over other prompts."""
     videos = comparison.videos if videos is None else videos
     measured = measure_there(comparison, videos, progress=progress)
     if len(measured) < len(videos):
@@ -72,9 +72,9 @@ def measure_every(comparison: Comparison, videos: Sequence[Video] | None = None,
 
 
 def add_kept(comparison: Comparison, measured: Sequence[Measured]) -> None:
-    """Add what was measured here to the comparison's file, if it has one, in the order of the videos; what it has besides stays.
+    """Add new measures to the comparison's file, if it has one, in the order of the videos.
 
-    Measures that came from the file itself are not written back: another report may have put newer ones there meanwhile.
+    Measures read from the file are not written back: another report may have replaced them meanwhile.
     """
     path = comparison.kept_file
     measured = [each for each in measured if each.video.is_done]
@@ -82,7 +82,7 @@ def add_kept(comparison: Comparison, measured: Sequence[Measured]) -> None:
         return
     header = _header(comparison, NOTHING)
     try:
-        with locked(_lock(path)):  # two reports on some of the methods each would each add to what they read
+        with locked(_lock(path)):  # else concurrent reports would lose each other's measures
             lines: dict[Key, Any] = {}
             if path.exists():
                 old, lines = _read(path)
@@ -144,7 +144,7 @@ def _line(each: Measured, header: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measured(video: Video, header: dict[str, Any], line: dict[str, Any]) -> Measured:
-    if line["origin"] < 0:  # which Python would count from the end
+    if line["origin"] < 0:  # a negative index would count from the end
         raise LookupError(line["origin"])
     origin = header["origins"][line["origin"]]
     record = {key: origin[key] for key in _ORIGIN} | {key: line[key] for key in ("resumed_at", "seconds")}
@@ -159,7 +159,7 @@ def _measured(video: Video, header: dict[str, Any], line: dict[str, Any]) -> Mea
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]]]:
     try:
-        # Not splitlines: a prompt may hold one of the other ends of line that Unicode has.
+        # Not splitlines: a prompt may contain other line ends of Unicode.
         header, *lines = [parse_json(line, str(path)) for line in path.read_bytes().removesuffix(b"\n").split(b"\n")]
         found = {tuple(line["video"]): line for line in lines}
         typed = lacking(header, _HEADER) is None and lacking_inside(header) is None
@@ -168,12 +168,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Key, dict[str, Any]]]:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except (ValueError, AttributeError, LookupError, TypeError):
-        pass  # said below, with the same words
+        pass  # reported below
     raise UserError(_broken(path))
 
 
 def _broken(path: Path) -> str:
-    return f"{path} does not hold kept measures, or not the whole of them; give another --measures"
+    return f"{path} does not contain kept measures, or is incomplete; give another --measures"
 
 
 def _dump(tree: dict[str, Any]) -> str:

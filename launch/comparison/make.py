@@ -1,4 +1,4 @@
-"""Videos of a comparison that are not there yet, made by one loaded engine on all ranks."""
+"""Make the missing videos of a comparison with one loaded engine on all ranks."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from launch.video.make import explain_denoising, summary
 
 
 def check_variants(variants: Sequence[Variant], context: DistContext) -> None:
-    """Raise UserError, before a folder is taken or weights are read, for what the model or these ranks cannot run."""
+    """Raise UserError for variants that the model or these ranks cannot run, before weights are read."""
     spec = read_model(variants[0].config.model)
     for variant in variants:
         config, video = variant.config, variant.config.video
@@ -35,9 +35,9 @@ def check_variants(variants: Sequence[Variant], context: DistContext) -> None:
 def missing_videos(
     comparison: Comparison, context: DistContext, shard: Shard | None = None, *, at_once: int = 1
 ) -> list[Video]:
-    """The videos (of a shard) that are neither whole nor kept by their measures, as rank 0 sees it, on every rank.
+    """Return the videos (of a shard) that are neither finished nor in the kept measures, by rank 0's files.
 
-    What killed processes have left of the others is deleted. `at_once` videos are made at a time.
+    Deletes leftovers of killed processes. `at_once` videos are made at a time.
     """
     videos = comparison.videos_of(shard or Shard())
 
@@ -63,7 +63,7 @@ def missing_videos(
 def make_missing(
     engine: LongVideoEngine, comparison: Comparison, missing: Sequence[Video], context: DistContext
 ) -> None:
-    """Make these videos, one after the other; rank 0 says a line for each."""
+    """Make these videos one by one; rank 0 prints a line for each."""
     suite = comparison.batch.suite
     prepare = Prepare(suite={"name": suite.name, "sha256": suite.sha256})
     maker = ItemMaker(
@@ -85,7 +85,7 @@ def make_missing(
 
 
 def _drop_damaged(video: Video) -> None:
-    """Delete the state of a video that was being made, if a failing disk has damaged it."""
+    """Delete the checkpoint of an unfinished video if it is damaged."""
     try:
         read_metadata(video.files.checkpoint)
     except DamagedError as error:

@@ -1,4 +1,4 @@
-"""Measures of the videos of a comparison, from the files that a reader sees, each kept beside its video."""
+"""Measure the video files of a comparison; the measures are kept beside each video."""
 
 import hashlib
 import math
@@ -24,7 +24,7 @@ _WORLD_SIZE = (64, 64)
 
 
 def units(*, world: bool) -> dict[str, str]:
-    """Every measure that is made, with its unit; `world`: whether a video has the exact measures of the embedded world."""
+    """All measures with their units; `world` adds the exact measures of the embedded world."""
     return VIDEO_UNITS | WORLD_UNITS if world else VIDEO_UNITS
 
 
@@ -45,7 +45,7 @@ def not_world(comparison: Comparison) -> str | None:
 
 
 def has_world(comparison: Comparison) -> bool:
-    """Whether the exact measures of the embedded world apply to a video at least."""
+    """Whether the exact measures of the embedded world apply to any video."""
     return len(strange_prompts(comparison)) < len(comparison.prompts)
 
 
@@ -56,9 +56,9 @@ def native_frames(comparison: Comparison) -> int:
 
 
 def measure_all(videos: Iterable[Video], *, clip_frames: int, world: bool, progress: bool) -> list[Measured]:
-    """Measure every video, or take what was measured before by the same code from the same file.
+    """Measure every video, or reuse measures by the same code of the same file.
 
-    With `world`, frames of its size, videos of its captions have exact measures too; of the others these are nan.
+    With `world`, videos of its size and captions have exact measures too; for others these are NaN.
     """
     version = source_digest()
     return [
@@ -70,7 +70,7 @@ def measure_all(videos: Iterable[Video], *, clip_frames: int, world: bool, progr
 def _measure(video: Video, *, clip_frames: int, world: bool, version: str) -> Measured:
     record = video.record
     if record is None:
-        raise UserError(f"{video.files.sidecar} was there a moment ago and is gone; start the same command again")
+        raise UserError(f"{video.files.sidecar} has just been deleted; start the same command again")
     digest = hashlib.sha256(video.files.video.read_bytes()).hexdigest()
     if digest != record["video"]["sha256"]:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The report of a comparison: what is measured or kept of its videos, given to `evaluation.study.report`."""
+"""Write the report of a comparison from its measures, with `evaluation.study.report`."""
 
 from pathlib import Path
 
@@ -18,9 +18,9 @@ class NothingToReportError(UserError):
 
 
 def write_report(comparison: Comparison, *, folder: Path, baseline: str, progress: bool) -> str:
-    """Measure what is there, keep the measures, and write the report into `folder`; return a line that says what it stands on.
+    """Measure the videos, keep the measures, and write the report into `folder`; return a line that summarises it.
 
-    Compared are the prompts and seeds that every variant has a video of; NothingToReportError if there are none yet.
+    Compares prompts and seeds for which every variant has a video; NothingToReportError if there are none.
     """
     found = measure_there(comparison, progress=progress)
     add_kept(comparison, found)
@@ -35,7 +35,7 @@ def write_report(comparison: Comparison, *, folder: Path, baseline: str, progres
 
 
 def _compared(comparison: Comparison) -> Compared:
-    """What the report tells of a comparison beside its videos."""
+    """Collect the facts of a comparison for its report."""
     return Compared(
         described=comparison.describe(),
         config=comparison.config,

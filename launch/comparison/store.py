@@ -26,7 +26,7 @@ from engine.files.say import Say, say_on_stderr
 from engine.files.trees import Shape, read_tree
 from engine.load.checkpoint import open_checkpoint
 
-# What a comparison reads of a sidecar.
+# Fields of a sidecar that a comparison reads.
 _SIDECAR: Shape = {"output.sha256": str, "run.resumed_at": int, "run.seconds": dict, "run.steps": list}
 _CHECKPOINT_DIGITS = 16
 
@@ -63,11 +63,11 @@ class Video:
 
     @property
     def is_done(self) -> bool:
-        """Whether the video is whole, by its sidecar, which is written last."""
+        """Whether the video is complete, by its sidecar, which is written last."""
         return self.check(say=lambda line: None)
 
     def check(self, say: Say = say_on_stderr) -> bool:
-        """`is_done`, and a line for a video or sidecar that is damaged, with which the video is made again."""
+        """Like `is_done`, printing a line if the video or its sidecar is damaged and is made again."""
         return is_done(self.files.sidecar, self.item.item_id, shape=_SIDECAR, say=say)
 
     @property
@@ -83,20 +83,20 @@ class Video:
 
 
 def record_of(sidecar: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of the run that made an item, with what its sidecar says of the video."""
+    """The record of the run that made an item, with its sidecar's facts about the video."""
     return sidecar["run"] | {"video": dict(sidecar["video"]) | {"sha256": sidecar["output"]["sha256"]}}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What is compared, on which prompts and seeds, and where it is kept."""
+    """Variants to compare, their prompts and seeds, and the folder."""
 
     folder: Path
     variants: list[Variant]
     prompts: list[str]
     seeds: list[int]
     kept_file: Path | None = None
-    """Where the measures are kept when the videos are gone (kept_measures.py)."""
+    """File of measures that outlive the videos (kept_measures.py)."""
 
     @property
     def config(self) -> RunConfig:
@@ -105,17 +105,17 @@ class Comparison:
 
     @property
     def arranged_for(self) -> RunConfig:
-        """The settings that ranks are arranged for: those of the method that the fewest layouts serve.
+        """The settings to arrange ranks for: those of the method with the most refused axes.
 
-        A layout of its serves the others, but for methods that refuse different axes, which share cfg alone.
+        Its layouts also suit the others, unless methods refuse different axes; those share cfg alone.
         """
         return max((each.config for each in self.variants), key=lambda config: len(config.method.method.refused_axes))
 
     @cached_property
     def batch(self) -> Batch:
-        """The items, named by what decides them."""
+        """The items; their ids hash what decides them."""
         model = self.config.model
-        # By name a driver need not have it.
+        # A named device need not exist on the driver's machine.
         device = pick_device("auto") if model.device == "auto" else torch.device(model.device)
         prompts = [
             Prompt(prompt_id=f"p{index:04d}", line=index + 1, text=text) for index, text in enumerate(self.prompts)
@@ -137,14 +137,11 @@ class Comparison:
 
     @property
     def videos(self) -> list[Video]:
-        """Every video, in the order in which they are made.
-
-        A run that is stopped leaves whole comparisons, of as many prompts as may be: prompts are what is independent.
-        """
+        """Every video, in the order in which they are made, so that a stopped run leaves complete prompts."""
         return [Video(item=item, files=self.batch_files.of(item)) for item in self.batch.items]
 
     def videos_of(self, shard: Shard) -> list[Video]:
-        """The videos of one of several processes that share the work."""
+        """The videos of one shard."""
         return [video for video in self.videos if shard.owns(video.item.item_id)]
 
     def variant(self, label: str) -> Variant:
@@ -152,9 +149,9 @@ class Comparison:
         return next(variant for variant in self.variants if variant.label == label)
 
     def open(self) -> None:
-        """Make the folder and note what it holds; UserError if that is something else."""
+        """Create the folder and describe its content; UserError if it holds something else."""
         self.check()
-        # A name that is too long is found now.
+        # Finds names that are too long.
         firsts = {video.label: video.files for video in reversed(self.videos)}
         check_places(
             [self.folder / FILE, *(path for files in firsts.values() for path in (files.video, files.checkpoint))]
@@ -163,7 +160,7 @@ class Comparison:
         claim_folder(self.folder, self.batch)
 
     def check(self) -> None:
-        """Raise UserError if the folder's videos were made with other settings than these, which a report would tell of."""
+        """Raise UserError if the folder's videos were made with other settings."""
         for old in ("comparison.json", "analysis.json"):
             if (self.folder / old).exists():
                 raise UserError(
@@ -172,7 +169,7 @@ class Comparison:
         check_folder(self.folder, self.batch)
 
     def describe(self) -> dict[str, Any]:
-        """What decides the videos, for a report: shared settings and those of each variant by dotted name, and prompts."""
+        """Describe the videos for a report: shared settings, those of each variant, and prompts."""
         batch = self.batch
         tree = batch.trees[batch.config_ids[self.variants[0].label]]
         shared = {key: value for key, value in flat(tree).items() if not key.startswith((*MAY_DIFFER, "model."))}

@@ -30,7 +30,7 @@ _ONE_CORE = {
 
 
 class PartFailedError(UserError):
-    """A command of the study failed and said why."""
+    """A command of the study failed; its own message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Part:
         settings: its options, as words of a command line.
         reports: for each report on some of its videos, the options that replace those of `settings`.
         keep: files of its folder that are copied to `kept`/NAME.
-        once: whether it is left as it is if all of `keep` are there.
+        once: whether it is skipped if all of `keep` exist.
     """
 
     name: str
@@ -55,21 +55,21 @@ class Part:
 
     @property
     def is_made(self) -> bool:
-        """Whether there is something to report on: measures that are kept, or a comparison's folder."""
+        """Whether there are kept measures or a comparison's folder to report on."""
         files = [self.settings.get("measures"), f"{self.settings['out']}/batch.json"]
         return any(expand(file).exists() for file in files if file is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """The parts of a study by name, and where they keep what they make."""
+    """The parts of a study by name, and its folders."""
 
     places: Mapping[str, Path]
     shards: int
     parts: Mapping[str, Part]
 
     def make(self, names: Sequence[str]) -> None:
-        """Run these parts, each going on from what is kept or made of it; PartFailedError if one fails."""
+        """Run these parts; each continues from what exists. PartFailedError if one fails."""
         for part in (self.parts[name] for name in names):
             kept = [self.places["kept"] / part.name / file for file in part.keep]
             if part.once and all(path.exists() for path in kept):
@@ -82,7 +82,7 @@ class Study:
                     shutil.copyfile(expand(part.settings["out"]) / path.name, file_there)
 
     def reports(self) -> Iterator[list[str]]:
-        """The command line of compare.py for each report on what is made."""
+        """Yield the command line of compare.py for each report that can be made."""
         for part in self.parts.values():
             for name, changed in part.reports.items() if part.is_made else ():
                 settings = {**part.settings, **changed, "report": str(self.places["runs"] / name)}
@@ -90,7 +90,7 @@ class Study:
 
 
 def read_study(path: str, own: Mapping[str, Any]) -> Study:
-    """The study of a YAML file, with places, device and shards of `own` where they are not None; UserError for a mistake."""
+    """Read a study from a YAML file; non-None values of `own` override its places, device and shards."""
     file = find_file(path)
     tree = read_yaml(file, name=f"--study {path}", remedy="configs/study/findings.yaml is an example")
     tree |= {key: value for key, value in own.items() if value is not None}
@@ -104,12 +104,12 @@ def read_study(path: str, own: Mapping[str, Any]) -> Study:
 
 
 def words(settings: Mapping[str, str]) -> list[str]:
-    """Settings as a command line."""
+    """Convert settings to a command line."""
     return [word for key, value in settings.items() for word in (f"--{key}", value)]
 
 
 def _there(place: str) -> Path:
-    """A place from the working directory, or that of the checkout if it is only there."""
+    """Resolve a path from the working directory, or from the checkout if it exists only there."""
     own, shipped = expand(place), REPOSITORY / place
     return shipped if shipped.exists() and not own.exists() else own
 
@@ -134,7 +134,7 @@ def _part(path: str, name: str, tree: Any, places: Mapping[str, Path], device: s
 
 
 def _as_words(settings: Mapping[str, Any], places: Mapping[str, Path]) -> dict[str, str]:
-    """Values as words: lists, which may hold lists, with commas; `{kept}` stands for a place."""
+    """Convert values to words: nested lists are joined by commas, and `{kept}` is replaced by a path."""
 
     def word(value: Any) -> str:
         if isinstance(value, list):
@@ -148,7 +148,7 @@ def _as_words(settings: Mapping[str, Any], places: Mapping[str, Path]) -> dict[s
 
 
 def _run(part: Part, shares: Sequence[Sequence[str]]) -> None:
-    """Run the command once for each of `shares`, at the same time, and wait for all; PartFailedError if one fails."""
+    """Run the command once per entry of `shares`, concurrently; PartFailedError if one fails."""
     command = [sys.executable, str(REPOSITORY / "launch" / f"{part.command}.py"), *words(part.settings)]
     running = [subprocess.Popen([*command, *share], env=os.environ | _ONE_CORE) for share in shares]
     try:

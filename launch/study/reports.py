@@ -1,4 +1,4 @@
-"""The report.json files that findings.py tells of: read, whole, and of the same weights."""
+"""Read the report.json files of a study, and check that they are complete and of the same weights."""
 
 import itertools
 from collections.abc import Iterator, Mapping
@@ -12,7 +12,7 @@ from engine.shown import quoted
 
 Report = dict[str, Any]
 TABLES = ("methods", "noise", "ablation", "steps")
-"""Reports of compare.py; the others are `analysis` and `calibration`, of the commands that are called alike."""
+"""Reports of compare.py; the others are `analysis` (analyze.py) and `calibration` (calibrate.py)."""
 
 _STEPS = "sampler.num_steps"
 _SETTINGS = tuple(f"comparison/settings/{key}" for key in ("checkpoint", "video.num_frames", _STEPS))
@@ -40,7 +40,7 @@ _NOTHING = object()
 
 
 def read_report(path: Path, name: str) -> Report | None:
-    """A report.json that is called `name`; None if it was not made yet, UserError for one that lacks what the page needs."""
+    """Read the report called `name`; None if it does not exist, UserError if it lacks what the page needs."""
     if not path.exists():
         return None
     try:
@@ -55,10 +55,10 @@ def read_report(path: Path, name: str) -> Report | None:
 
 
 def refuse_mixed(reports: Mapping[str, Report | None], files: Mapping[str, Path]) -> None:
-    """Raise UserError, naming two files, if the reports are of different weights, or tables of different settings or prompts.
+    """Raise UserError if reports are of different weights, or tables of different settings or prompts.
 
-    What may differ between tables is the number of steps, which is what `steps` is for, which variants they are on, and how
-    many of the prompts: videos are paired by their places in the list.
+    Tables may differ in their variants and the number of prompts, and `steps` in the number of steps. Videos are paired by
+    the index of their prompt.
     """
     there = [(name, report) for name, report in reports.items() if report is not None]
     for (one, first), (other, second) in itertools.combinations(there, 2):
@@ -91,7 +91,7 @@ def _decisive(report: Report, *, both_tables: bool) -> dict[str, Any]:
 
 
 def _lacking(report: Any, name: str) -> Iterator[str]:
-    """What the page needs and the report has not."""
+    """Yield what the page needs and the report lacks."""
     for path in (*_SETTINGS, *_NEEDED[name]):
         found = report
         for key in path.split("/"):

@@ -23,7 +23,7 @@ _EMBEDDED = "tiny/wan"
 
 
 def transfer_section() -> str:
-    """What transfers to Wan2.1 and what does not, in Markdown; known without its weights and without a network."""
+    """Describe what transfers to Wan2.1, in Markdown; needs neither its weights nor a network."""
     method, sampler = FreeSpec(), SamplerConfig()
     wan, embedded = (read_model(ModelConfig(path=path, offline=True)) for path in (_WAN, _EMBEDDED))
 

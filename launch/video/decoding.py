@@ -16,7 +16,7 @@ from parallel.collectives import CollectiveError
 
 @contextlib.contextmanager
 def explain_decoding(files: OutputFiles, device: torch.device) -> Iterator[None]:
-    """Report how to continue from the latents in `files.latents` if decoding in the block is stopped or fails."""
+    """Report how to continue from `files.latents` if decoding in the block is stopped or fails."""
     try:
         yield
     except KeyboardInterrupt as error:
@@ -37,7 +37,7 @@ def explain_decoding(files: OutputFiles, device: torch.device) -> Iterator[None]
 
 
 def describe_kept(files: OutputFiles) -> str:
-    """The message with the place of the latents, and the command that decodes them."""
+    """Describe where the latents are, and the command that decodes them."""
     command = ["python", "launch/decode.py", str(files.latents), "--output", files.name]
     if any(path.exists() for path in (files.video, files.sheet, files.record)):
         command.append("--overwrite")

@@ -1,4 +1,4 @@
-"""The record of the run that a latents file carries: read, checked, and its configuration restored."""
+"""Read and check the run's record in a latents file, and restore its configuration."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The files of a run, and checks that they can be written, before anything is loaded or computed."""
+"""The output files of a run, and checks before anything is loaded that they can be written."""
 
 import contextlib
 import math
@@ -140,7 +140,7 @@ def frame_folders(outputs: Sequence[OutputFiles]) -> list[Path]:
 
 @contextlib.contextmanager
 def writing_report(folder: Path) -> Iterator[None]:
-    """Write the files of a report in the block, one process after the other; UserError for one that cannot be written."""
+    """Hold the lock of a report's folder for the block; UserError for a file that cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with locked(folder / ".report.lock"):
@@ -166,7 +166,7 @@ def describe_existing(path: Path, overwrite_flag: str, differences: str | None =
 def check_free_space(
     outputs: Sequence[OutputFiles], config: RunConfig, latent_shape: Sequence[int], *, model: Path
 ) -> None:
-    """Raise UserError unless the disks have room for these videos, at least, and the work on one of them.
+    """Raise UserError unless the disks have room for these videos and the work on one of them.
 
     Existing files of an earlier run are not counted again. `latent_shape` is that of one video's latents, stored in fp32,
     `model` the folder of the checkpoint.
@@ -177,7 +177,7 @@ def check_free_space(
     needed = {files.video: least_video_bytes(*size, kind=files.kind) for files in outputs}
     needed |= {files.latents: latents for files in outputs if files.keep_latents and not files.latents.exists()}
     for files in outputs[:1]:
-        if files.latents.exists():  # which are decoded
+        if files.latents.exists():  # only decoding is left
             continue
         # Another checkpoint is written beside the one before; the last one is deleted once the latents lie beside it.
         state = checkpoint_bytes(model, latents) if every else 0

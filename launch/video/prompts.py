@@ -1,4 +1,4 @@
-"""Notes of a command about its prompts and their time on a CPU, before it loads anything."""
+"""Check prompts, and print notes about them and the expected time, before anything is loaded."""
 
 from collections.abc import Sequence
 
@@ -9,11 +9,10 @@ from launch.ranks.join import DistContext
 
 
 def look_at_prompts(config: RunConfig, prompts: Sequence[Named], context: DistContext | None = None) -> None:
-    """Check the prompts, and print notes about them and about a long job on a CPU, on rank 0; every rank of `context` calls this.
+    """Check the prompts on rank 0 and print notes; every rank of `context` calls this.
 
     Raises UserError, on all ranks, for prompts that are too long.
     """
-
     ranks = 1 if context is None or context.ranks is None else context.ranks.mesh.world.size
 
     def look() -> None:

@@ -15,7 +15,7 @@ from engine.identity import check_run, describe_differences, settings_id
 from launch.video.outputs import OutputFiles, describe_existing, refuse_existing
 
 Stage = Literal["finished", "decode", "trace", "denoise"]
-"""`trace`: the latents are there, and what was noted of their steps is still in the checkpoint only."""
+"""`trace`: the latents exist, but the trace of their steps is in the checkpoint only."""
 
 Settings = dict[str, Any]
 
@@ -36,9 +36,9 @@ class Found:
     """The metadata of the existing files of a video.
 
     Attributes:
-        record: of a finished video; None if there is none.
+        record: record of a finished video, or None.
         latents: settings of the existing latents; None if there are none.
-        checkpoint: metadata of the state of an unfinished run; None if there is none.
+        checkpoint: metadata of an unfinished run's checkpoint, or None.
     """
 
     record: dict[str, Any] | None
@@ -50,7 +50,7 @@ def look(files: OutputFiles, *, overwrite: bool) -> Found:
     """Read the metadata of the existing files of a video.
 
     Raises:
-        UserError: a file of another origin exists that may not be replaced; a checkpoint never may, as it holds steps.
+        UserError: a file of another origin exists and may not be replaced; a checkpoint never may.
     """
     record = read_record(files.record)
     if record is None and not overwrite:
@@ -120,7 +120,7 @@ def check_decoded(
 
 
 def describe_finished(files: OutputFiles, record: Mapping[str, Any], flag: str = _FLAG) -> str:
-    """One line for a finished video, with what it lacks and only another run would make."""
+    """Describe a finished video, and which files only another run would make."""
     lacks = []
     if files.keep_latents and not files.latents.exists():
         lacks.append("its latents were not kept")
@@ -132,7 +132,7 @@ def describe_finished(files: OutputFiles, record: Mapping[str, Any], flag: str =
 
 
 def remove_leftovers(files: OutputFiles, record: Mapping[str, Any]) -> None:
-    """Delete what a run that was killed right at its end left: temporary latents and its checkpoint."""
+    """Delete temporary latents and the checkpoint of a run that was killed at its end."""
     identity = record["identity"]["id"]
     was_kept = record["config"]["output"].get("save_latents") is not None or "decoded_from" in record
     if not was_kept and not files.keep_latents:

@@ -144,7 +144,7 @@ def test_measures_of_other_settings_are_not_mixed_in(
     for broken in (*broken_lines, before[:-20], b'{"a": 1}\n', b"", b"[]\n", bytes(range(128, 255))):
         path.write_bytes(broken)
         refused = compare_in(out="fourth", seeds=0, methods="direct")
-        assert f"{path} does not hold kept measures, or not the whole of them" in refused.error
+        assert f"{path} does not contain kept measures, or is incomplete" in refused.error
         assert path.read_bytes() == broken
     # Nothing that was refused has taken a folder for itself, which the corrected command would then be refused in.
     assert sorted(entry.name for entry in tmp_path.iterdir() if entry.is_dir()) == ["kept", "out"]
@@ -249,4 +249,4 @@ def test_ranks_take_what_the_first_has_kept(compare_in: Compare, wan_folder: Pat
     # What is wrong with the first rank's file ends both.
     ended = run_forked(argv[::-1], tmp_path, script="compare")
     assert [rank.code for rank in ended] == [2, 2], ended
-    assert "elsewhere.jsonl does not hold kept measures" in ended[0].err
+    assert "elsewhere.jsonl does not contain kept measures" in ended[0].err
