@@ -180,13 +180,16 @@ def summarize(lines: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     for names, by_index in values.items():
         means = {m: np.array([np.mean([each[m] for each in found]) for found in by_index.values()]) for m in MEASURES}
         estimates = [mean_interval(means[name]) for name in ("shown", "moves", "kept")]
-        cells = [f"{each.mean:.3f} [{each.low:.3f}, {each.high:.3f}]" for each in estimates]
+        cells = [
+            f"{each.mean:.3f}" + (f" [{each.low:.3f}, {each.high:.3f}]" if np.isfinite(each.low) else "")
+            for each in estimates
+        ]
         rows.append([*names, str(len(by_index)), *cells, f"{np.median(means['switch']):.1f}"])
     return rows
 
 
 def main() -> None:
-    """Make what is missing, and print the table of all lines."""
+    """Make what is missing, and print the table of all lines with as many steps."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=40, help="timelines")
     parser.add_argument("--seeds", type=int, default=2)
@@ -195,7 +198,7 @@ def main() -> None:
     args = parser.parse_args()
     make_missing(args)
     header = ["method", "transition", "timelines", "shown", "moves", "kept", "switch (median, frames)"]
-    print(table(header, summarize(read(args.out))))
+    print(table(header, summarize([line for line in read(args.out) if line["steps"] == args.steps])))
 
 
 if __name__ == "__main__":
