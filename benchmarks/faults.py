@@ -11,7 +11,6 @@ its file, the latents must equal those of an undisturbed batch, and no unfinishe
 
 import argparse
 import contextlib
-import ipaddress
 import json
 import os
 import random
@@ -20,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -182,7 +181,7 @@ def the_driver(driver: int, rng: random.Random) -> list[int]:
 
 def ray_node(driver: int, rng: random.Random) -> list[int]:
     """The raylet of the driver's Ray."""
-    return [process for process in family(driver) if "/raylet/raylet" in next(iter(_command(process)), "")]
+    return [process for process in family(driver) if "/raylet/raylet" in next(iter(command_of(process)), "")]
 
 
 KILLS: dict[str, Callable[[int, random.Random], list[int]]] = {
@@ -264,29 +263,12 @@ def family(process: int) -> list[int]:
     return []
 
 
-def listeners(processes: Iterable[int]) -> dict[str, str]:
-    """Addresses at which processes listen, and their command lines."""
-    found = {}
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for socket in psutil.Process(process).net_connections("tcp"):
-                if socket.status == psutil.CONN_LISTEN:
-                    found[f"{socket.laddr.ip} {socket.laddr.port}"] = " ".join(_command(process))[:200]
-    return found
-
-
-def on_loopback(address: str) -> bool:
-    """Whether one of these addresses is this machine's own: 127.0.0.0/8, ::1, or an IPv4 one mapped to IPv6."""
-    host = ipaddress.ip_address(address.partition(" ")[0])
-    return (getattr(host, "ipv4_mapped", None) or host).is_loopback
-
-
 def _workers(driver: int) -> list[int]:
     """The ranks of a driver's replicas; those of its own Ray are its descendants too."""
-    return [process for process in family(driver) if "launch.batching.worker" in " ".join(_command(process))]
+    return [process for process in family(driver) if "launch.batching.worker" in " ".join(command_of(process))]
 
 
-def _command(process: int) -> list[str]:
+def command_of(process: int) -> list[str]:
     try:
         return psutil.Process(process).cmdline()
     except psutil.Error:

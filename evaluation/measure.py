@@ -1,4 +1,4 @@
-"""Proxies and exact measures of many videos: each once, on as many processes as wanted, and kept by the file's hash."""
+"""Compute proxies and exact measures of many videos in parallel; results are kept by the file's hash."""
 
 import hashlib
 import math
@@ -24,9 +24,9 @@ from metrics.version import source_digest
 def measure_all(
     videos: Sequence[Video], folder: Path, *, workers: int, say: Callable[[str], None]
 ) -> dict[Path, dict[str, float]]:
-    """Every proxy of every video, by path; values that the same code found in the same file are read again.
+    """Compute all proxies of every video, by path; kept values of the same code and file are reused.
 
-    UserError for rates that are not whole: windows of two seconds are counted in frames.
+    UserError for a fractional frame rate: windows of two seconds are counted in frames.
     """
     broken = next((video for video in videos if video.fps.denominator != 1), None)
     if broken is not None:
@@ -34,7 +34,7 @@ def measure_all(
     jobs = [
         _Job(video.path, (video.path, int(video.fps)), folder / f"{video.sha256}-{video.fps}.json") for video in videos
     ]
-    # What a kept value belongs to, beside its video: the code of the proxies and of the reader.
+    # Kept values depend on the code of the proxies and of the reader too.
     code = source_digest(*(Path(module.__file__) for module in (proxies, read_video)), packages=("av",))
     return _measure_kept(jobs, measure_file, "proxies", PROXIES, code=code, workers=workers, say=say)
 
@@ -42,7 +42,7 @@ def measure_all(
 def measure_all_world(
     videos: Sequence[Video], folder: Path, *, workers: int, say: Callable[[str], None]
 ) -> dict[Path, dict[str, float]]:
-    """Measure videos of the embedded world, by path, reading kept values again; `evaluation.world.videos_of_world` chooses them."""
+    """Measure videos of the embedded world, by path, reusing kept values; `evaluation.world.videos_of_world` selects them."""
     jobs = []
     for video in videos:
         what = hashlib.sha256(f"{video.prompt}\n{video.native_frames}".encode()).hexdigest()[:12]
@@ -52,13 +52,13 @@ def measure_all_world(
 
 
 def measure_file(path: Path, fps: int) -> dict[str, float]:
-    """Every proxy of a video file, on one thread."""
+    """Compute all proxies of a video file on one thread."""
     cv2.setNumThreads(1)
     return proxies.proxies(read_video.read_frames(path), fps)
 
 
 class _Job(NamedTuple):
-    """A video, what its measure is called with, and the file that keeps the result."""
+    """A video, the arguments of its measure, and the file that keeps the result."""
 
     path: Path
     given: tuple[Any, ...]
@@ -92,7 +92,7 @@ def _measure(
         for job in given:
             yield job, call(*job.given)
         return
-    # Spawned, because OpenCV and PyAV hold threads and locks that a fork would copy; this module imports little.
+    # Spawned: a fork would copy threads and locks of OpenCV and PyAV. This module imports little.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(given)), mp_context=context) as pool:
         jobs = {pool.submit(call, *job.given): job for job in given}

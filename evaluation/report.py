@@ -1,4 +1,4 @@
-"""The report of an evaluation, beside the paper's tables: JSON, Markdown, and CSV with a line per video and measure."""
+"""Write the report of an evaluation, with the paper's tables: JSON, Markdown, and CSV with a line per video and measure."""
 
 import json
 import math
@@ -28,20 +28,20 @@ MISSING = "not available"
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Everything that a report is made of.
+    """The contents of a report.
 
     Attributes:
         title: what was evaluated.
         rows: every video with its values, dimensions and proxies.
-        baseline: the label that others are compared with.
-        dimensions: the dimensions that were asked for.
-        proxies: whether proxies were taken.
+        baseline: the label to compare others with.
+        dimensions: the requested dimensions.
+        proxies: whether proxies were computed.
         not_world: why there are no exact measures of the embedded world; None if there are.
-        scores: (label, dimension) -> what VBench-Long gave.
-        vbench: what ran: commit, versions; None without VBench.
-        notes: sentences that a reader must know.
-        failures: one line for each thing that was asked of VBench and is not there.
-        missing: one line for each folder in which videos are missing.
+        scores: VBench-Long's scores by (label, dimension).
+        vbench: commit and versions; None without VBench.
+        notes: notes for the reader.
+        failures: one line for each missing result of VBench.
+        missing: one line for each folder with missing videos.
     """
 
     title: str
@@ -65,7 +65,7 @@ class Evaluation:
 
     @property
     def measures(self) -> list[str]:
-        """All six dimensions, asked for or not, the proxies, and the exact measures of the embedded world."""
+        """All six dimensions, requested or not, the proxies, and the exact measures of the embedded world."""
         return [*DIMENSIONS, *(PROXIES if self.proxies else ()), *(WORLD if self.not_world is None else ())]
 
 
@@ -131,7 +131,7 @@ def as_tree(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def kind(evaluation: Evaluation) -> str:
-    """What the numbers are called, so that nobody takes them for a place on VBench's leaderboard."""
+    """Name the kind of numbers, so that they are not mistaken for VBench's leaderboard."""
     prompts = len({row.video.prompt for row in evaluation.rows})
     seeds = len({row.video.seed for row in evaluation.rows})
     what = "VBench-Long metrics, custom input" if evaluation.vbench else "Weight-free proxies, without VBench"
@@ -164,7 +164,7 @@ def as_markdown(evaluation: Evaluation, tree: Mapping[str, Any]) -> str:
 
 
 def _missing_section(evaluation: Evaluation) -> list[str]:
-    """What a reader must know first: that figures are over what is there, and what is not."""
+    """Say first which videos are missing, and that figures are over the others."""
     if not evaluation.missing:
         return []
     heading = "**Not everything that was asked for is here; all figures are over what is.**"
@@ -231,7 +231,7 @@ def _without_vbench() -> list[str]:
 
 
 def _paper_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]:
-    """The paper's tables; our figures stand beside a row if they are of the same method and model."""
+    """The paper's tables, with our figures beside rows of the same method and model."""
     paper = tree["paper"]
     models = {row.video.model for row in evaluation.rows}
     lines = ["## Beside the paper", "", f"{paper['source']}. {paper['note']}", ""]
@@ -254,7 +254,7 @@ def _paper_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]
 
 
 def _labels_of(row: Mapping[str, Any], evaluation: Evaluation) -> list[str]:
-    """The labels whose videos are of a row of the paper: of its method, and of its settings where the row has some."""
+    """Return the labels whose videos match a row of the paper: its method, and its settings if it has any."""
     wanted = {"method": row["method"], **row.get("settings", {})}
     return [
         label
@@ -304,7 +304,7 @@ def _world_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]
 
 
 def _by_measure(evaluation: Evaluation, tree: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
-    """Means by measure and method, and differences from the baseline; `names` has the words for each measure."""
+    """Means by measure and method, and differences from the baseline; `names` has the row title of each measure."""
     rows = [
         [words, *(_cell(tree["means"][label][name]) for label in evaluation.labels)] for name, words in names.items()
     ]
@@ -320,7 +320,7 @@ def _by_measure(evaluation: Evaluation, tree: Mapping[str, Any], names: Mapping[
 
 
 def _differing(evaluation: Evaluation) -> list[str]:
-    """What makes methods differ beside themselves."""
+    """Note differences between methods other than the method: shapes and sets of videos."""
     shapes: dict[tuple[Any, ...], set[str]] = {}
     pairs: dict[str, set[tuple[str, int]]] = {}
     for row in evaluation.rows:

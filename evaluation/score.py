@@ -1,4 +1,4 @@
-"""Score videos: VBench-Long in its own environment, proxies and exact measures here, and the report on all."""
+"""Score videos with VBench-Long, in its own environment, proxies and exact measures, and write the report."""
 
 import contextlib
 import dataclasses
@@ -22,19 +22,19 @@ from evaluation.world import videos_of_world
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """What is to be scored, and how.
+    """Videos to score, and options.
 
     Attributes:
         runs: folders of batches.
-        videos: CSV list of videos, in their place.
+        videos: CSV list of videos, instead of `runs`.
         out: folder of the report.
         title: heading of the report.
-        dimensions: of VBench.
-        evaluator: how VBench-Long is run; None without it.
-        proxies: whether to measure what needs no weights.
-        workers: processes that do.
-        native_frames: native length of all videos, where it is given.
-        baseline: label that others are compared with; "" for direct, or else the first.
+        dimensions: dimensions of VBench.
+        evaluator: how to run VBench-Long; None without it.
+        proxies: whether to compute the weight-free measures.
+        workers: processes that compute them.
+        native_frames: native length of all videos, if given.
+        baseline: label to compare others with; "" for direct, or else the first.
         keep_views: whether staged videos and clips stay.
     """
 
@@ -52,9 +52,9 @@ class Request:
 
 
 def score(request: Request, *, check_only: bool, say: Say, tell: Callable[[str], None]) -> int:
-    """Find the videos, check everything, score what is missing, and report; 1 if something of VBench failed.
+    """Find the videos, check everything, score what is missing, and report; return 1 if a part of VBench failed.
 
-    `say` hears of progress and `tell` the result; with `check_only` nothing is scored.
+    `say` receives progress and `tell` the result; with `check_only` nothing is scored.
     """
     left_out: list[str] = []
     videos = _videos(request, left_out.append)
@@ -68,7 +68,7 @@ def score(request: Request, *, check_only: bool, say: Say, tell: Callable[[str],
         views = [plan_view(label, group, out / "views") for label, group in by_label.items()] if evaluator else []
         bench = _preflight(evaluator, request.dimensions, out, tell) if evaluator else None
         if check_only:
-            tell(f"{len(videos)} videos of {len(by_label)} methods; everything that was looked at is there")
+            tell(f"{len(videos)} videos of {len(by_label)} methods; everything that is needed exists")
             return 0
         evaluation, paths = _report(request, by_label, views, baseline=baseline, bench=bench, missing=missing, say=say)
     tell(f"{len(videos)} videos of {len(by_label)} methods: {', '.join(map(str, paths))}")
@@ -123,7 +123,7 @@ def _report(
 
 
 def _videos(request: Request, say: Say) -> list[Video]:
-    """Those of the folders or of the list, with the native length that is given for them, if one is."""
+    """Read the videos of the folders or of the list, with `--native_frames` if given."""
     videos = read_batches(request.runs, say) if request.videos is None else read_list(request.videos)
     if request.native_frames is None:
         return videos
@@ -131,14 +131,14 @@ def _videos(request: Request, say: Say) -> list[Video]:
 
 
 def _missing(request: Request, videos: Sequence[Video]) -> list[str]:
-    """What the folders were asked for and have not; nothing is known of what a list might have had."""
+    """Describe missing videos of each folder; what a list lacks is unknown."""
     return [sentence for root in request.runs if (sentence := what_is_missing(root, videos)) is not None]
 
 
 def _measures(
     request: Request, videos: Sequence[Video], say: Say
 ) -> tuple[dict[Path, dict[str, float]], dict[Path, dict[str, float]], str | None, list[str]]:
-    """Return proxies and exact measures by path, the reason if no video has exact measures, and a note if some have none."""
+    """Return proxies and exact measures by path, why no video has exact measures (or None), and a note if some have none."""
     if not request.proxies:
         return {}, {}, "not asked for", []
     proxies = measure_all(videos, request.out / "proxies", workers=request.workers, say=say)
@@ -165,13 +165,13 @@ def _preflight(evaluator: Evaluator, dimensions: Sequence[str], out: Path, tell:
 
 def _baseline(asked: str, labels: list[str]) -> str:
     if asked and asked not in labels:
-        raise UserError(f"--baseline {asked} is none of the methods: {', '.join(labels)}")
+        raise UserError(f"--baseline {asked} is not one of the methods: {', '.join(labels)}")
     return asked or ("direct" if "direct" in labels else labels[0])
 
 
 @contextlib.contextmanager
 def _own(out: Path) -> Iterator[None]:
-    """Hold the folder for the block; UserError if another evaluation does, or it cannot be written to."""
+    """Lock the folder for the block; UserError if another evaluation holds it, or it cannot be written to."""
     with contextlib.ExitStack() as stack:
         try:
             out.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ class Scored:
 
 
 def means(rows: Sequence[Scored], measures: Sequence[str]) -> dict[str, dict[str, Estimate]]:
-    """For each label, the mean of each measure: seeds are averaged first, because prompts are independent."""
+    """Mean of each measure by label; seeds are averaged first, since only prompts are independent."""
     found = {}
     for label, group in _by_label(rows).items():
         prompts = sorted({row.video.prompt for row in group})
@@ -28,7 +28,7 @@ def means(rows: Sequence[Scored], measures: Sequence[str]) -> dict[str, dict[str
 
 
 def differences(rows: Sequence[Scored], measures: Sequence[str], baseline: str) -> dict[str, dict[str, Estimate]]:
-    """For each other label, its mean difference from the baseline on the prompts and seeds that both have."""
+    """Mean difference of each other label from the baseline, on the prompts and seeds that both have."""
     groups = _by_label(rows)
     found = {}
     for label, group in groups.items():
@@ -42,7 +42,7 @@ def differences(rows: Sequence[Scored], measures: Sequence[str], baseline: str) 
 
 
 def _paired(ours: Sequence[Scored], theirs: Sequence[Scored], prompts: Sequence[str], measure: str) -> Estimate:
-    """Pairs of which one side has no value are left out first, or unequal seeds would be compared."""
+    """Leave out pairs with a missing value first, or different seeds would be compared."""
     known = {row.video.pair for row in ours if _is_known(row, measure)}
     known &= {row.video.pair for row in theirs if _is_known(row, measure)}
     left, right = (

@@ -1,4 +1,4 @@
-"""Which videos are evaluated: those of a batch's folder, by their sidecars, or those of a list."""
+"""Read the videos to evaluate: from a batch's folder, by their sidecars, or from a list."""
 
 import contextlib
 import csv
@@ -40,8 +40,8 @@ class Video:
     """One finished video.
 
     Attributes:
-        method: label of what made it: a method, or a variant of one.
-        config_id: hash of the configuration, or of nothing for videos of a list.
+        method: label of its method or variant.
+        config_id: hash of the configuration; for videos of a list, of the method's name.
         prompt_id: short name of the prompt, unique within the evaluation.
         prompt: its text.
         seed: of the noise; equal (prompt, seed) of two methods are a pair.
@@ -71,7 +71,7 @@ class Video:
 
     @property
     def pair(self) -> tuple[str, int]:
-        """(prompt, seed): what the same noise and text belong to."""
+        """(prompt, seed): videos with equal pairs share noise and text."""
         return self.prompt, self.seed
 
     @property
@@ -81,17 +81,17 @@ class Video:
 
 
 def read_batches(roots: Sequence[Path], say: Say = say_on_stderr) -> list[Video]:
-    """Every finished video of several folders, such as one for each row of an ablation; see `read_batch`."""
+    """Read the finished videos of several folders, such as the rows of an ablation; see `read_batch`."""
     return check_videos([video for root in roots for video in read_batch(root, say)], "there is no folder to read")
 
 
 def read_batch(root: Path, say: Say = say_on_stderr) -> list[Video]:
-    """Every finished video of a batch's folder, by method, prompt and seed; each file is hashed and compared.
+    """Read the finished videos of a batch's folder, by method, prompt and seed, and check their hashes.
 
-    One whose sidecar is damaged, or whose file is missing or changed, is left out: `say` is told in a line.
+    Videos with a damaged sidecar, or a missing or changed file, are left out with a line to `say`.
 
     Raises:
-        UserError: there is none.
+        UserError: the folder has no finished video.
     """
     try:
         is_dir = root.is_dir()
@@ -113,7 +113,7 @@ def read_batch(root: Path, say: Say = say_on_stderr) -> list[Video]:
 
 
 def what_is_missing(root: Path, videos: Iterable[Video]) -> str | None:
-    """What a batch's folder was asked for and is not among its videos, counted in all and by method; None if all is."""
+    """Describe the items of a batch's folder that have no video, in all and by method; None if all have one."""
     asked = asked_items(root)
     if asked is None:
         given_up = len(list((root / "quarantine").glob("*.json")))
@@ -132,7 +132,7 @@ def what_is_missing(root: Path, videos: Iterable[Video]) -> str | None:
 
 
 def _quarantined(root: Path) -> set[str]:
-    """Labels of the items that were given up; one whose note is damaged is tried again, and counts as not made yet."""
+    """Labels of the items in quarantine; one with a damaged note is tried again, and counts as not made yet."""
     labels = set()
     for path in (root / "quarantine").glob("*.json"):
         with contextlib.suppress(DamagedError):
@@ -145,7 +145,7 @@ def _label(tree: Mapping[str, Any]) -> str:
 
 
 def read_list(path: Path) -> list[Video]:
-    """The videos of a CSV file with the columns method, prompt, seed and path (relative to the file, or absolute)."""
+    """Read the videos of a CSV file with the columns method, prompt, seed and path (relative to the file, or absolute)."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
@@ -159,7 +159,7 @@ def read_list(path: Path) -> list[Video]:
 
 
 def check_videos(videos: list[Video], none: str) -> list[Video]:
-    """The videos, sorted; UserError if there is none, or two claim to be the same."""
+    """Sort the videos; UserError if there are none (the message `none`), or two have the same identity."""
     if not videos:
         raise UserError(none)
     seen: dict[tuple[str, str, str, int], Path] = {}
@@ -172,7 +172,7 @@ def check_videos(videos: list[Video], none: str) -> list[Video]:
 
 
 def groups(videos: Iterable[Video]) -> dict[str, list[Video]]:
-    """Videos by what made them: the method, or `method@config_id` where a method has several configurations."""
+    """Group videos by method, or by `method@config_id` where a method has several configurations."""
     videos = list(videos)
     configs: dict[str, set[str]] = {}
     for video in videos:
@@ -238,14 +238,14 @@ def _from_row(source: Path, line: int, row: Mapping[str, Any], numbers: dict[str
 
 
 def _config(tree: Mapping[str, Any], group: str) -> Mapping[str, Any]:
-    """One group of settings, from a sidecar that holds those of its run; empty if it does not."""
+    """Return one group of settings from a sidecar; empty if it lacks them."""
     config = (tree.get("run") or {}).get("config")
     found = config.get(group) if isinstance(config, Mapping) else None
     return found if isinstance(found, Mapping) else {}
 
 
 def _settings(tree: Mapping[str, Any], method: str) -> tuple[tuple[str, Any], ...]:
-    """The settings of the method that made the video; those of the others, which it did not read, are left out."""
+    """Return the settings of the method that made the video, without those of other methods."""
     found = _config(tree, "method").get(method)
     if not isinstance(found, Mapping):
         return ()
@@ -253,7 +253,7 @@ def _settings(tree: Mapping[str, Any], method: str) -> tuple[tuple[str, Any], ..
 
 
 def _probe(path: Path, digest: str | None = None) -> dict[str, Any]:
-    """What the file itself says: of its first frame, which is decoded, and of its packets; `digest` is its SHA-256, if known."""
+    """Read size, rate and number of frames from the file; `digest` is its SHA-256, if known."""
     try:
         check_colours(path)
         with open_file(path) as container:
@@ -271,7 +271,7 @@ def _probe(path: Path, digest: str | None = None) -> dict[str, Any]:
 
 
 def as_json(video: Video) -> dict[str, Any]:
-    """What reports say of a video."""
+    """The facts of a video for reports."""
     return {
         "method": video.method,
         "config_id": video.config_id,

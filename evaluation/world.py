@@ -1,4 +1,4 @@
-"""The exact measures of the embedded world for videos that show it: see `metrics.world`. Imports little, as proxies do."""
+"""The exact measures of the embedded world for videos that show it; see `metrics.world`. Imports little, as proxies do."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +12,14 @@ if TYPE_CHECKING:
     from evaluation.videos import Video
 
 WORLD = {f"world.{name}": unit for name, unit in WORLD_UNITS.items()}
-"""Every exact measure by the name that it has in reports, with its unit."""
+"""Every exact measure by its name in reports, with its unit."""
 
 
 def videos_of_world(videos: Sequence["Video"]) -> tuple[list["Video"], str | None]:
-    """The videos that can be measured as clips of the world, and why the others, if there are any, cannot, as a sentence.
+    """Select the videos that have exact measures, and explain why others, if any, have none.
 
-    They must be of captions of the world, of its size, and all of one known native length, since identity and drift
-    are told from the first native length of a video.
+    They need captions of the world, its size, and one known native length, since identity and drift are measured
+    against the first native length of a video.
     """
     reasons = {video.path: _why_not(video) for video in videos}
     of_world = [video for video in videos if reasons[video.path] is None]
@@ -40,6 +40,6 @@ def _why_not(video: "Video") -> str | None:
 
 
 def measure_world(path: Path, prompt: str, native_frames: int) -> dict[str, float]:
-    """Every one of `WORLD` for an mp4; nan where a video has none."""
+    """Compute all measures of `WORLD` for an mp4; NaN where one does not apply."""
     found = world_metrics(read_frames(path), prompt, native_frames)
     return {f"world.{name}": value for name, value in found.values.items()}

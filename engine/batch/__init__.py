@@ -1,1 +1,1 @@
-"""Large batches: what is to be made, where it lies, what was tried, and a driver that keeps replicas busy."""
+"""Batches: items and their ids, files, queue, and the driver of replicas."""

@@ -1,7 +1,7 @@
-"""Drive replicas over the items of a queue: hand items out, wait, end replicas that hang, rebuild those that died.
+"""Drive replicas over the items of a queue: hand items out, end replicas that hang, and restart those that died.
 
-The driver knows neither processes nor Ray: a replica is anything with the methods of `Replica`. Nor does it know what an
-item is: `prepare` makes the task for a replica, and `hopeless` says whether a failure would repeat.
+The driver is independent of processes, Ray and items: a replica is anything with the methods of `Replica`, `prepare`
+makes its task, and `hopeless` decides whether a failure would repeat.
 """
 
 import statistics
@@ -36,7 +36,7 @@ class Placed:
 
 @dataclass(frozen=True, kw_only=True)
 class Ready:
-    """A replica has loaded its model, in so many seconds; `place` says where its ranks are."""
+    """A replica has loaded its model in `seconds`; `place` describes where its ranks are."""
 
     seconds: float
     place: str
@@ -84,12 +84,12 @@ Event = Note | Placing | Placed | Ready | Step | Done | Failed | Ended
 
 
 class Replica(Protocol):
-    """A group of ranks that makes one item at a time. No method waits for anything."""
+    """A group of ranks that makes one item at a time. No method blocks."""
 
     name: str
 
     def start(self) -> None:
-        """Begin to load; `Ready` or `Ended` follows, and `Placing` and `Placed` before, where there is room to wait for."""
+        """Begin to load; `Ready` or `Ended` follows, on a cluster after `Placing` and `Placed`."""
 
     def make(self, task: dict[str, Any]) -> None:
         """Begin an item; `Step`s, and `Done` or `Failed` follow."""
@@ -106,7 +106,7 @@ State = Literal["waiting", "placing", "loading", "idle", "busy", "stopping", "go
 
 @dataclass
 class ReplicaState:
-    """What the driver knows of a replica.
+    """State of a replica in the driver.
 
     Attributes:
         heard: time at which its item last finished a step, or was handed out.
@@ -147,7 +147,7 @@ class Journal(Protocol):
         """Log one event."""
 
     def tick(self, driver: "Driver") -> None:
-        """Called often; shows the state now and then."""
+        """Called on every turn of the driver; shows the state at intervals."""
 
 
 @dataclass
@@ -156,19 +156,19 @@ class Driver:
 
     Attributes:
         queue: the items.
-        replicas: that make them.
-        prepare: makes the task of an item's attempt, for the replica of this name.
-        hopeless: whether an item that failed like this would fail again.
+        replicas: the replicas that make them.
+        prepare: makes the task of an item's attempt for a named replica.
+        hopeless: whether an item that failed in this way would fail again.
         keep: called with an item that is given up, and its attempts.
-        release: called with an item that was given up and waits again.
-        kept: number of an item's steps on the disk.
+        release: called with a given-up item that is requeued.
+        kept: number of saved steps of an item.
         journal: receives the events.
         limits: time limits.
         wait: waits a moment, or until something happens.
         clock: time in seconds.
-        halted: why no more items are handed out; None if they are.
+        halted: why the batch has halted, or None.
         refused: why a replica could not load, if other replicas would fail the same way.
-        proven: whether any replica has ever loaded, so that `refused` tells of one replica alone.
+        proven: whether any replica has ever loaded, so that `refused` concerns one replica alone.
     """
 
     queue: Queue
@@ -187,7 +187,7 @@ class Driver:
     proven: bool = False
 
     def __post_init__(self) -> None:
-        """Nothing is started yet; `seconds` will be those of the items that were made whole, from noise to video."""
+        """`seconds` collects the times of items made without a resume."""
         self.entries = [ReplicaState(replica=replica) for replica in self.replicas]
         self.seconds: list[float] = []
         self.started = self.clock()
@@ -216,7 +216,7 @@ class Driver:
 
     @property
     def item_limit(self) -> float | None:
-        """Seconds that an item may take now; None while too few are done."""
+        """Current time limit of an item in seconds; None while too few are done."""
         if self.limits.item is not None or len(self.seconds) < TIMEOUT_NEEDS:
             return self.limits.item
         return max(TIMEOUT_LEAST, TIMEOUT_FACTOR * statistics.median(self.seconds[-1000:]))
@@ -257,7 +257,7 @@ class Driver:
         item, seconds = entry.item, self.clock() - entry.since
         assert item is not None
         self.queue.finish(item)
-        if not resumed:  # the rest of an item says nothing about the time of a whole one
+        if not resumed:  # a resumed item does not have the time of a whole one
             self.seconds.append(seconds)
         entry.done, entry.item = entry.done + 1, None
         self._set(entry, "idle")
@@ -293,7 +293,7 @@ class Driver:
             self._halt(Failure("disk", str(error)), item, name)
 
     def _halt(self, failure: Failure, item: Item, replica: str) -> None:
-        """Halt the batch because of how an item failed."""
+        """Halt the batch because of an item's failure."""
         self.halted = self.halted or failure
         fields = {"item": item.label, "id": item.item_id, "kind": failure.kind, "message": failure.message}
         self.journal.event("halted", replica=replica, traceback=failure.traceback, **fields)
@@ -308,7 +308,7 @@ class Driver:
         self._set(entry, "stopping")
 
     def _enforce(self, entry: ReplicaState) -> None:
-        """Apply time limits, and rebuild replicas: stop them, and start them once all their ranks have ended."""
+        """Apply time limits, and restart replicas once all their ranks have ended."""
         age = self.clock() - entry.since
         limit = self.item_limit
         if entry.state == "busy" and limit is not None and age > limit:
@@ -352,7 +352,7 @@ class Driver:
             entry.replica.make(self.prepare(item, attempt, entry.replica.name))
 
     def _check_replicas(self) -> None:
-        """Halt if no replica is left that could be started, or all that were started say that none ever will."""
+        """Halt if no replica can be started any more, or loading fails for a reason that all share."""
         if self.halted or not self.queue.left:
             return
         states = {entry.state for entry in self.entries}
@@ -370,5 +370,5 @@ class Driver:
 
 
 def is_resumed(record: Mapping[str, Any]) -> bool:
-    """Whether an item, by its sidecar, was made from steps that an attempt before had kept."""
+    """Whether an item, by its sidecar, resumed from saved steps of an earlier attempt."""
     return record.get("run", {}).get("resumed_at", 0) > 0

@@ -1,4 +1,4 @@
-"""Where the files of a batch lie below its output folder."""
+"""The files of a batch in its output folder."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -35,7 +35,7 @@ SIDECAR: Shape = {
     "video.width": int,
 }
 
-# Keys of a sidecar that its row in the manifest has: enough to find, judge and pair videos without opening each.
+# Keys of a sidecar that are copied to the manifest: enough to find, judge and pair videos without opening each.
 _ROW = (
     "item_id",
     "config_id",
@@ -95,7 +95,7 @@ class ItemFiles:
         return self.folder / "unfinished" / f"{self.name}.checkpoint.safetensors"
 
     def part(self, token: str) -> Path:
-        """Temporary file of one attempt; every attempt has a token of its own."""
+        """Temporary file of one attempt, named by its unique token."""
         return self.video.with_name(f"{self.video.name}.{token}.part")
 
     def make_folders(self) -> None:
@@ -137,11 +137,11 @@ class BatchFiles:
         return self.root / "logs" / shard.name / f"{replica}-rank{rank}.log"
 
     def is_done(self, item: Item, verify: Verify) -> bool:
-        """Whether the item's video is whole; UserError if another video has its place."""
+        """Whether the item's video is complete; UserError if its file name is taken by another video."""
         return is_done(self.of(item).sidecar, item.item_id, verify=verify, shape=SIDECAR)
 
     def tidy(self, *, done: Iterable[Item], todo: Iterable[Item]) -> None:
-        """Delete what killed processes have left of these items, except the checkpoints of those in `todo`."""
+        """Delete leftovers of killed processes of these items, except checkpoints of those in `todo`."""
         done = list(done)
         for item in done:
             self.of(item).checkpoint.unlink(missing_ok=True)
@@ -154,7 +154,7 @@ class BatchFiles:
         sweep(self.text_cache)
 
     def quarantined(self, item: Item) -> dict[str, Any] | None:
-        """Why an item was given up; None if it was not, or if that file is damaged: the item is tried again."""
+        """Read why an item was given up; None if it was not, or if the file is damaged, so that the item is retried."""
         return read_kept(self._quarantine_file(item, "json"), QUARANTINED, what="an item in quarantine")
 
     def put_into_quarantine(self, item: Item, *, error: str, attempts: list[dict[str, Any]]) -> Path:
@@ -174,7 +174,7 @@ class BatchFiles:
             self._quarantine_file(item, kind).unlink(missing_ok=True)
 
     def drop_checkpoint(self, item: Item) -> bool:
-        """Delete the item's checkpoint, which may be why it fails; returns whether there was one."""
+        """Delete the item's checkpoint, which may cause its failure; returns whether there was one."""
         checkpoint = self.of(item).checkpoint
         exists = checkpoint.exists()
         checkpoint.unlink(missing_ok=True)
@@ -215,7 +215,7 @@ class BatchFiles:
 
 
 def item_files(root: Path, variant: str, config: str, name: str) -> ItemFiles:
-    """The files of an item by what its folder and stem are made of."""
+    """Return the files of an item from the parts of its folder and stem."""
     return ItemFiles(folder=root / variant_folder(variant) / config, name=name)
 
 
@@ -246,7 +246,7 @@ def identity_of(item: Item) -> dict[str, Any]:
 
 
 def manifest_row(path: Path) -> dict[str, Any]:
-    """A sidecar, or a quarantined item, as a line of the manifest; UserError for a file that is neither."""
+    """Convert a sidecar, or an item in quarantine, to a row of the manifest; UserError for other files."""
     tree = read_json(path)
     if isinstance(tree, Mapping) and tree.get("status") == "quarantined":
         check_tree(path, tree, QUARANTINED, what="an item in quarantine")

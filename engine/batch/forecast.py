@@ -1,4 +1,4 @@
-"""What a batch will take before anything is loaded: GPU-hours where the planner knows the GPU, and bytes on the disk."""
+"""Predict GPU-hours and bytes of a batch before anything is loaded."""
 
 import math
 import shutil
@@ -32,15 +32,15 @@ ASSUMED_BITS_PER_PIXEL = 0.15
 
 @dataclass(frozen=True, kw_only=True)
 class DiskForecast:
-    """Bytes.
+    """Bytes that a batch needs, and that are free.
 
     Attributes:
-        videos: of the items that are left, with their sidecars, and with their latents where those are kept.
-        texts: of the embeddings of the prompts that are not in the cache yet.
-        work: checkpoints of the items that are being made at once.
-        free: that the output folder's disk has.
-        least: what the first items cannot do without, those that are made at once.
-        how: where the size of a video is taken from.
+        videos: remaining videos, with sidecars and kept latents.
+        texts: prompt embeddings that are not cached yet.
+        work: checkpoints of the items that are made at once.
+        free: free bytes on the output folder's disk.
+        least: least bytes of the items that are made at once.
+        how: source of the size of a video.
     """
 
     videos: int
@@ -59,9 +59,9 @@ class DiskForecast:
 def disk_forecast(
     files: BatchFiles, config: RunConfig, left: Sequence[Item], *, replicas: int, keep_latents: bool
 ) -> DiskForecast:
-    """Bytes that the items that are left will take in a batch's folder, and that its disk has.
+    """Forecast the bytes of the remaining items in a batch's folder.
 
-    `config.model.device` is a device by name: a driver need not have it.
+    `config.model.device` is a name; the driver need not have the device.
     """
     video, sidecars = config.video, sorted(files.sidecars())[:100]
     # On a disk that is nearly full the sidecars of small videos count too.
@@ -94,7 +94,7 @@ def disk_forecast(
 
 
 def _text_bytes(files: BatchFiles, config: RunConfig, left: Sequence[Item], *, width: int, checkpoint: str) -> int:
-    """Of [max_text_tokens, width] for every prompt, and the negative one, that is not in the cache yet."""
+    """Bytes of [max_text_tokens, width] for every prompt, and the negative one, that is not cached yet."""
     if not left:
         return 0
     prompts = {item.prompt.text for item in left}
@@ -111,7 +111,7 @@ def _text_bytes(files: BatchFiles, config: RunConfig, left: Sequence[Item], *, w
 def gpu_hours(
     config: RunConfig, variants: Sequence[Variant], items: Sequence[Item], *, gpu: str | None, ranks: int
 ) -> tuple[float | None, str]:
-    """Predicted GPU-hours of all items and how that is known, or None and why not: no GPU is named, or the kernel's rate is missing.
+    """Predict the GPU-hours of all items, with the source; or None and why: no GPU is named, or the kernel's rate is missing.
 
     Raises UserError for a plan that does not fit the GPU.
     """
@@ -143,10 +143,10 @@ def arrange_replica(
     gpu: str | None,
     nodes: Sequence[str] | None = None,
 ) -> Arrangement:
-    """How the ranks of every replica lie over a video; one arrangement for all variants, as a replica makes any item.
+    """Arrange the ranks of every replica; one arrangement serves all variants, since a replica makes any item.
 
-    `gpu` names the replicas' GPUs, which need not be those of the driver's machine; `nodes` the node of each rank, where
-    it is known before they are placed.
+    `gpu` names the replicas' GPUs, which the driver need not have; `nodes` is the node of each rank, if known before they
+    are placed.
 
     Raises UserError if the variants want different ones.
     """
@@ -162,7 +162,7 @@ def arrange_replica(
 
 
 def _sidecar(path: Path) -> dict[str, Any] | None:
-    """A sidecar; None for a file that is none, which the manifest names."""
+    """Read a sidecar; None if it is damaged, which the manifest reports."""
     try:
         return read_tree(path, SIDECAR, what="the sidecar of a video")
     except DamagedError:

@@ -114,7 +114,7 @@ def plan_batch(
 
 
 def asked_items(root: Path) -> dict[str, str] | None:
-    """Label and item_id of every item that was ever asked for in a folder; None if `batch.json` does not list them."""
+    """Read label and item_id of every item ever requested in a folder; None if `batch.json` does not list them."""
     tree = read_tree(root / FILE, {"schema": int}, what="a batch's description")
     items = (tree or {}).get("items")
     if tree is None or items is None:
@@ -124,10 +124,10 @@ def asked_items(root: Path) -> dict[str, str] | None:
 
 
 def claim_folder(root: Path, batch: Batch) -> None:
-    """Write what the folder holds to `batch.json`; UserError, naming what differs, if it holds something else.
+    """Write the folder's description to `batch.json`; UserError, naming what differs, if it has another content.
 
-    Prompts, seeds and variants may be added to a folder later; those that are listed may not change. `items` lists all
-    that were ever asked for, so that a reader of the folder can tell which are missing.
+    Prompts, seeds and variants may be added later, but those listed may not change. `items` lists all that were ever
+    requested, so that missing ones can be found.
     """
     path = root / FILE
     (root / "locks").mkdir(exist_ok=True)
@@ -153,7 +153,7 @@ def check_folder(root: Path, batch: Batch) -> Mapping[str, Any]:
 
 
 def lacking_inside(tree: Mapping[str, Any]) -> str | None:
-    """Say what a description that has the `SHAPE` of one lacks; None if nothing."""
+    """Return what is wrong inside a description of the right `SHAPE`, or None."""
     for name, config in tree["configs"].items():
         if (wrong := lacking(config, {"method.name": str})) is not None:
             return f"of the configuration {name}, {wrong}"
@@ -167,7 +167,7 @@ def lacking_inside(tree: Mapping[str, Any]) -> str | None:
 
 
 def check_same(place: Path, before: Mapping[str, Any], batch: Batch, *, flag: str = "--out") -> None:
-    """Raise UserError if a variant or a prompt of the batch means something else in a folder or file, which `flag` names."""
+    """Raise UserError if a variant or a prompt differs from that in a folder or file, which the option `flag` names."""
     device = before.get("device", batch.device)
     if batch.device not in (None, device):
         raise UserError(
@@ -196,7 +196,7 @@ def known_variants(before: Mapping[str, Any]) -> dict[str, str]:
 
 
 def describe(batch: Batch, before: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the videos of a batch, added to what is known `before`; variants keep their order, new ones last."""
+    """Describe what decides the videos of a batch, merged into `before`; new variants come last."""
     prompts = {prompt.prompt_id: prompt.text for prompt in batch.suite.prompts}
     device = before.get("device", batch.device)
     return {

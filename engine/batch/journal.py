@@ -1,4 +1,4 @@
-"""What a batch tells while it runs: a log of JSON lines, a status file for other terminals, and a table of both for a person."""
+"""The journal of a batch: a log of JSON lines, a status file for other terminals, and tables of both."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ STATUS: Shape = {
 
 
 class Terminal(Protocol):
-    """Where a person looks."""
+    """Shows events and status to the user."""
 
     def event(self, event: Mapping[str, Any]) -> None:
         """A line of the log."""
@@ -44,20 +44,20 @@ class Terminal(Protocol):
         """A status."""
 
     def warn(self, message: str) -> None:
-        """One line about what does not work, and ends nothing."""
+        """Show one warning; the batch goes on."""
 
 
 @dataclass
 class FileJournal:
-    """A `Journal` of the driver that writes `log` (appending) and `status` (anew each second).
+    """A `Journal` of the driver that appends to `log` and rewrites `status` each second.
 
-    Both are for whoever looks: a file that cannot be written is told once, tried again the next time, and ends nothing.
+    A file that cannot be written gives one warning, is retried the next time, and does not end the batch.
 
     Attributes:
         log: file of JSON lines, one per event.
         status: file that `--status` reads.
-        already: items that were done before this run, and that were given up before it.
-        terminal: is shown every event and every status.
+        already: numbers of items that were done, and given up, before this run.
+        terminal: receives every event and every status.
     """
 
     log: Path
@@ -70,7 +70,7 @@ class FileJournal:
     _warned: set[Path] = field(default_factory=set)
 
     def __enter__(self) -> "FileJournal":
-        """Nothing yet: the log is opened with its first event."""
+        """Return itself; the log is opened at the first event."""
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -78,7 +78,7 @@ class FileJournal:
         self._close()
 
     def event(self, name: str, **fields: Any) -> None:
-        """One line in the log."""
+        """Append one line to the log."""
         tree = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": name, **fields}
         if name in ("failed", "halted", "ended"):
             shown = {key: value for key, value in fields.items() if key != "traceback"}
@@ -86,17 +86,17 @@ class FileJournal:
         try:
             self._append(json.dumps(tree, ensure_ascii=False) + "\n")
         except OSError as error:
-            self._close()  # a handle that has gone stale stays so
+            self._close()  # a stale handle does not recover
             self._warn(self.log, error)
         self.terminal.event(tree)
 
     def tick(self, driver: Driver) -> None:
-        """The status, if the last one is a second old."""
+        """Write the status if the last one is a second old."""
         if time.monotonic() - self._written >= STATUS_SECONDS:
             self.write(driver, "running")
 
     def write(self, driver: Driver, state: str) -> None:
-        """The status now; `state` is running, done or stopped."""
+        """Write the status now; `state` is running, done or stopped."""
         self._written = time.monotonic()
         tree = self.tree(driver, state)
         try:
@@ -132,7 +132,7 @@ class FileJournal:
             )
 
     def tree(self, driver: Driver, state: str) -> dict[str, Any]:
-        """What the status file holds."""
+        """The content of the status file."""
         queue, (done, given_up) = driver.queue, self.already
         return {
             "time": time.time(),
@@ -168,7 +168,7 @@ _UNREADABLE: dict[str, Any] = {"seconds": 0.0, "eta": None, "counts": {}, "repli
 
 
 def read_status(root: Path) -> list[tuple[str, dict[str, Any]]]:
-    """The status of every shard of a folder, by its name; one whose driver has died without a word is `lost`."""
+    """Read the status of every shard of a folder, by name; one whose driver has died is `lost`."""
     found = []
     for path in sorted((root / "status").glob("*.json")):
         try:
@@ -185,9 +185,9 @@ def read_status(root: Path) -> list[tuple[str, dict[str, Any]]]:
 
 
 def table(name: str, tree: Mapping[str, Any], *, note: str | None = None, size: os.terminal_size | None = None) -> str:
-    """One shard's status for a person, with a note below it; `size` is the terminal that it must not be larger than.
+    """Format one shard's status as a table, with a note below it, to fit a terminal of `size`.
 
-    A line that a terminal breaks, or scrolls away, could not be drawn over again.
+    A line that the terminal wraps or scrolls away could not be redrawn.
     """
     counts = tree["counts"]
     total = sum(counts.values())
@@ -207,7 +207,7 @@ def table(name: str, tree: Mapping[str, Any], *, note: str | None = None, size: 
         for failure in tree["failures"]
     ]
     below += [f"  {note}"] if note is not None else []
-    # Before anything is counted or cut: an escape shown is longer than one sent. A name or message is one line.
+    # Before lines are counted and cut: an escaped character is longer. A name or message stays on one line.
     lines, replicas, below = ([_one_line(line) for line in part] for part in (lines, columns(rows), below))
     if size is None:
         return "\n".join([*lines, *replicas, *below])
@@ -225,7 +225,7 @@ def _one_line(text: str) -> str:
 
 
 def columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of words in columns as wide as they must be; the first row is the heading."""
+    """Align rows of words in columns; the first row is the heading."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  " + "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -242,7 +242,7 @@ def describe_seconds(seconds: float) -> str:
 
 
 def report(sidecars: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What was made, a line per method: videos, mean seconds of an item's parts, and bytes."""
+    """Summarise sidecars, a line per method: videos, mean seconds of an item's parts, and bytes."""
     rows = [["method", "config", "videos", "frames", "text s", "denoise s", "decode s", "resumed", "MB"]]
     keys = sorted({(tree["method"], tree["config_id"]) for tree in sidecars})
     for method, config in keys:

@@ -35,7 +35,7 @@ class Shard:
         return f"shard-{self.index}-of-{self.count}"
 
     def owns(self, item_id: str) -> bool:
-        """Whether an item is in this shard; its id alone decides, so that drivers need not have equal lists."""
+        """Whether an item is in this shard; only its id decides, so that drivers need not have equal lists."""
         return int(item_id, 16) % self.count == self.index - 1
 
 
@@ -44,7 +44,7 @@ def own_shard(root: Path, shard: Shard, *, say: Say = say_on_stderr) -> Iterator
     """Hold one shard of an output folder for the block, see `engine.files.locks.hold`.
 
     Raises:
-        UserError: another driver has it, or works on the folder with another number of shards.
+        UserError: another driver holds it, or works on the folder with another number of shards.
     """
     folder = root / "locks"
     folder.mkdir(parents=True, exist_ok=True)
@@ -75,11 +75,11 @@ def lock_file(root: Path, name: str) -> Path:
 
 
 def _say_who_left(root: Path, shard: Shard, say: Say) -> None:
-    """Say that a driver on another machine was killed, which its status shows and its lock does not."""
+    """Report a killed driver on another machine, which left a status but no lock."""
     try:
         shape: Shape = {"host": str, "pid": int, "state": str, "time": int | float}
         status = read_tree(root / "status" / f"{shard.name}.json", shape, what="the status of a batch")
-    except UserError:  # it is written anew each second
+    except UserError:  # damaged; it is rewritten each second
         return
     if status is None or status["state"] != "running" or status["host"] == socket.gethostname():
         return

@@ -1,4 +1,4 @@
-"""Make one item of a batch: noise to a video that was checked, and its sidecar, which is written last."""
+"""Make one item of a batch: from noise to a checked video, and its sidecar, which is written last."""
 
 import dataclasses
 import errno
@@ -47,7 +47,7 @@ class ItemMaker:
     sheets: bool = False
 
     def make(self, task: dict[str, Any]) -> dict[str, Any] | None:
-        """One item from noise to its sidecar, which is returned on rank 0. Every rank calls this with the same task."""
+        """Make one item; return its sidecar on rank 0. Every rank calls this with the same task."""
         started, identity, engine = _now(), task["identity"], self.engine
         files = item_files(self.root, identity["variant"], identity["config_id"], task["name"])
         self._use(self.configs[identity["variant"]])
@@ -107,7 +107,7 @@ class ItemMaker:
         return record
 
     def _use(self, config: RunConfig) -> None:
-        """Denoise with the settings of a variant from now on; all that is loaded stays."""
+        """Switch to the settings of a variant; loaded weights stay."""
         engine, before = self.engine, self.engine.config
         if before == config:
             return
@@ -119,7 +119,7 @@ class ItemMaker:
             raise
 
     def on_step(self, item: str, finished: int, total: int) -> None:
-        """A step of an item is done; called on every rank."""
+        """Called on every rank after each step of an item."""
 
 
 class _FrameHashes:
@@ -140,7 +140,7 @@ class _FrameHashes:
 
 
 def _check_root(root: Path) -> None:
-    """Raise FolderGoneError if the batch's folder is not there any more: what is written now would land beside it."""
+    """Raise FolderGoneError if the batch's folder is gone, such as an unmounted disk."""
     if not (root / FILE).is_file():
         raise FolderGoneError(errno.ENOENT, "the folder of the batch is gone", str(root / FILE))
 

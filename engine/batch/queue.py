@@ -1,4 +1,4 @@
-"""The queue of a driver: which item is next, and what becomes of one that failed. No files, clock or processes."""
+"""The queue of a driver: which item is next, and whether a failed one is retried. No files, clock or processes."""
 
 import re
 from collections import deque
@@ -9,8 +9,8 @@ from typing import Any, Literal
 from engine.batch.items import Item
 
 MOST_ATTEMPTS = 3
-# This many items in a row that fail alike have one cause, which the next item would meet too. Lost ranks and hanging items
-# need more: on preemptible nodes several in a row are normal.
+# This many similar failures in a row have a common cause and halt the batch. Lost ranks and hanging items need more: on
+# preemptible nodes several in a row are normal.
 MOST_ALIKE = 3
 MOST_ALIKE_LOST = 10
 
@@ -18,7 +18,7 @@ MOST_ALIKE_LOST = 10
 # and no attempt of this item's own. `lost`: a rank or a replica ended. `time`: it took too long. `alike`: several items
 # failed in the same way.
 Kind = Literal["mistake", "disk", "memory", "lost", "time", "fault", "alike"]
-# What becomes of the item: it waits again, it is given up, or it waits and the batch halts.
+# The item is requeued, given up, or requeued while the batch halts.
 Verdict = Literal["again", "quarantine", "halt"]
 
 
@@ -32,9 +32,9 @@ class Failure:
 
     @property
     def cause(self) -> str:
-        """The message without numbers, addresses and paths, which is equal for failures alike.
+        """The message without numbers, addresses and paths, which is equal for similar failures.
 
-        A mistake keeps its numbers: prompts of other lengths are other mistakes.
+        A mistake keeps its numbers: prompts of different lengths are different mistakes.
         """
         if self.kind == "mistake":
             return self.message
@@ -51,8 +51,8 @@ class Queue:
         done: item_ids.
         given_up: item_ids.
         attempts: failed attempts, by item_id.
-        alike: items in a row that failed alike, with none done in between.
-        num_alike: number of these that count.
+        alike: items that failed in the same way, with none done in between.
+        num_alike: how many of these count.
     """
 
     waiting: deque[Item]
@@ -99,17 +99,17 @@ class Queue:
         self.alike, self.num_alike, self._alike_since = [], 0, 0
 
     def put_back(self, item: Item) -> None:
-        """Put an item that was handed out back to the front, as if it had not been tried."""
+        """Return an item to the front, as if it had not been tried."""
         self.running.pop(item.item_id, None)
         self.given_up.discard(item.item_id)
         if item not in self.waiting:
             self.waiting.appendleft(item)
 
     def fail(self, item: Item, failure: Failure, *, replica: str, hopeless: bool = False, kept: int = 0) -> Verdict:
-        """Record a failed attempt of an item with `kept` steps on the disk; returns what becomes of the item.
+        """Record a failed attempt of an item with `kept` saved steps; returns the verdict.
 
-        An attempt counts unless a rank was lost, as by preemption, and the item had got further than ever before. The third
-        that counts is the last, and so is one that would end the same way again (`hopeless`).
+        An attempt counts unless a rank was lost, as by preemption, and the item had saved more steps than before. The item is
+        given up at the third that counts, or if it would fail in the same way again (`hopeless`).
         """
         del self.running[item.item_id]
         tried = self.attempts.setdefault(item.item_id, [])
@@ -135,11 +135,11 @@ class Queue:
         return "again"
 
     def _is_last_alike(self, item: Item, failure: Failure) -> bool:
-        """Add the item to those that failed alike; returns whether they are enough to halt.
+        """Add the item to those that failed in the same way; returns whether they are enough to halt.
 
-        Items that were handed out before the last that counted had failed may have met the same moment, such as the end of
-        a node with several replicas, and do not count. Neither does an item that has counted before, as when the bad ones
-        are tried again after all others, or another item of a prompt with a mistake in it.
+        An item handed out before the last counted failure does not count: both may have met one event, such as the loss of
+        a node with several replicas. Nor does an item that has counted before, such as a retry, or another item of the same
+        faulty prompt.
         """
         if failure.cause != self._cause:
             self.alike, self.num_alike, self._cause, self._alike_since = [], 0, failure.cause, 0
@@ -153,7 +153,7 @@ class Queue:
         return self.num_alike >= (MOST_ALIKE_LOST if failure.kind in ("lost", "time") else MOST_ALIKE)
 
     def _take_back(self, item: Item) -> None:
-        """Put those that failed alike back into the queue, as none of them is at fault."""
+        """Requeue the items that failed in the same way, since none of them is at fault."""
         for other in self.alike:
             if other.item_id in self.given_up:
                 self.given_up.discard(other.item_id)

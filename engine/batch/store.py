@@ -1,8 +1,7 @@
 """Publish results with a sidecar that is written last, and compile a manifest from the sidecars.
 
-A result is written to a temporary file, checked, hashed, flushed and renamed; its sidecar, a small JSON file, follows in
-the same way. A process may be killed at any moment: a sidecar stands only beside a whole result, and a result without a
-sidecar is missing.
+A result is written to a temporary file, checked, hashed, flushed and renamed; then its sidecar, a small JSON file, is.
+Whenever a process is killed, a sidecar exists only beside a complete result, and a result without one is made again.
 """
 
 import json
@@ -53,10 +52,10 @@ def is_done(
 
     `sidecar[key]` is the identity by content, `sidecar["output"]` the `FileFacts` of a file in the same folder; `size`
     compares its length, `full` its SHA-256 as well. A file that is missing or differs counts as not done, and so does a
-    sidecar that is damaged or lacks something of `shape`; a line tells of what is there and is made again.
+    sidecar that is damaged or lacks a key of `shape`; `say` receives a line about a file that is made again.
 
     Raises:
-        UserError: the sidecar belongs to another result: the place is taken, and nothing of it is replaced.
+        UserError: the sidecar belongs to another result, which is not replaced.
     """
     needed = {key: str, "output.file": str, "output.bytes": int, "output.sha256": str} | (shape or {})
     tree = read_kept(sidecar, needed, what="the sidecar of a result", say=say)
@@ -82,7 +81,7 @@ def is_done(
 
 
 def beside(sidecar: Path, name: str) -> Path:
-    """The file that a sidecar names, which lies in its folder; DamagedError for a name that leads out of it."""
+    """Return the file that a sidecar names; DamagedError for a name outside its folder."""
     if Path(name).name != name:
         raise DamagedError(f"{sidecar} names the file {name!r:.60}, which is not beside it")
     return sidecar.with_name(name)
@@ -90,7 +89,7 @@ def beside(sidecar: Path, name: str) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Rows that were written, and for each file that is no sidecar why it has none."""
+    """The number of rows, and the reason for each file without a row."""
 
     rows: int
     left_out: tuple[str, ...]
@@ -99,8 +98,7 @@ class Manifest:
 def compile_manifest(path: Path, sidecars: Iterable[Path], row: Callable[[Path], dict[str, Any]]) -> Manifest:
     """Write one JSON line `row(path)` per sidecar, sorted, so that the same sidecars give the same bytes.
 
-    A file of which `row` raises UserError has no row, so that foreign files do not keep the others out. One process at a
-    time may do this: see `engine.batch.locks`.
+    A file for which `row` raises UserError is left out. Only one process at a time may do this; see `engine.batch.locks`.
     """
     lines, left_out = [], []
     for sidecar in sidecars:

@@ -11,7 +11,7 @@ from engine.text.prompt_files import read_lines
 
 
 def check_once(flag: str, given: Sequence[Any]) -> None:
-    """Raise UserError for a list with nothing in it, or something twice; `flag` is the option that gave it."""
+    """Raise UserError for an empty list or duplicates; `flag` is the option that gave it."""
     if len(set(given)) < len(given) or not given:
         raise UserError(f"{flag} must name each once and at least one, got {','.join(map(str, given)) or 'none'}")
 
@@ -21,10 +21,10 @@ class Prompt:
     """One prompt.
 
     Attributes:
-        prompt_id: `p0007` for the eighth line that is not blank: no part of the text is ever in a file name.
-        line: its line in the list that it comes from, from 1.
-        text: what the video shows, without the space around it.
-        source: that list, if it is one of several in the suite.
+        prompt_id: `p0007` for the eighth non-blank line; file names contain no part of the text.
+        line: its line in the source list, from 1.
+        text: the prompt, without surrounding space.
+        source: the list, if the suite has several.
         prompt_en: VBench's short prompt, from which the text was made.
     """
 

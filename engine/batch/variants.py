@@ -1,4 +1,4 @@
-"""A method with its settings: one of those that make every prompt and seed."""
+"""Variants of a batch: methods with their settings."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -9,7 +9,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 
 MAY_DIFFER = ("method.", "sampler.noise", "attention.riflex")
-"""Settings in which variants may differ: the model stays loaded, and videos that share all others can be compared."""
+"""Settings in which variants may differ; with all others shared, the model stays loaded and videos are comparable."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class Variant:
 
     @property
     def acts_by(self) -> tuple[Any, ...]:
-        """What decides its videos beside what all share: two variants with equal ones make the same videos."""
+        """The settings that the method reads: variants with equal ones make the same videos."""
         config = self.config
         kind, stride = config.noise
         noise = (kind, stride if kind == "freenoise" else None)
@@ -59,7 +59,7 @@ class Variant:
 
 
 def check_variants(variants: Sequence[Variant]) -> None:
-    """Raise UserError for two variants with one label, or with the same settings as far as their methods read them."""
+    """Raise UserError for two variants with one label, or with equal settings that their methods read."""
     for index, variant in enumerate(variants):
         for other in variants[:index]:
             if other.label.lower() == variant.label.lower():

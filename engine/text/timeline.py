@@ -238,12 +238,6 @@ def read_direction(prompt: str, negative_prompt: str, *, num_frames: int, fps: i
     return Direction(texts=timeline.texts, negatives=negatives, events=events)
 
 
-def texts_of(prompt: str) -> tuple[str, ...]:
-    """The texts of a prompt: one, or those of a timeline's events."""
-    timeline = parse_timeline(prompt)
-    return (prompt,) if timeline is None else timeline.texts
-
-
 def negative_texts(timeline: Timeline, negative_prompt: str) -> tuple[str, ...]:
     """The negative text of each event: one for all, or those of a timeline with the same ranges."""
     negative = parse_timeline(negative_prompt)

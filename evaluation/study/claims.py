@@ -1,4 +1,4 @@
-"""What the paper says of the methods, asked of a comparison: differences of two of them, paired by prompt, with intervals."""
+"""The paper's claims about methods, tested on a comparison: paired differences of two methods, with intervals."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -123,12 +123,12 @@ the output of a model that never saw so many tokens, which may cost more than it
 
 
 def not_made(claim: Claim, report: Mapping[str, Any]) -> list[str]:
-    """The methods of a claim that a report.json has no video of."""
+    """Return the methods of a claim without a video in a report.json."""
     return [label for label in (claim.method, claim.other) if label not in _labels(report)]
 
 
 def answers(claim: Claim, report: Mapping[str, Any]) -> list[Answer]:
-    """The differences of a claim from the videos of a report.json, which has both methods; measures that it lacks are left out."""
+    """Compute the differences of a claim from a report.json that has both methods; missing measures are left out."""
     units = _units(report)
     found = []
     for metric, sign in claim.measures.items():
@@ -174,7 +174,7 @@ class Change:
 
 
 def changes(tables: Mapping[str, Any], rerun: Mapping[str, Any]) -> list[Change]:
-    """What becomes of the differences that the claims ask for with another number of steps, on what both reports have.
+    """Compare the differences of the claims with those at another number of steps, on pairs in both reports.
 
     That is methods, measures, and pairs of prompt and seed; a prompt without a value in one of the four counts in none.
     """
@@ -211,7 +211,7 @@ def changes(tables: Mapping[str, Any], rerun: Mapping[str, Any]) -> list[Change]
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseEffect:
-    """What a method's own initial noise changes in one measure: with it - with the noise of the others, paired by prompt."""
+    """The effect of a method's own initial noise on one measure: with it - with the common noise, paired by prompt."""
 
     method: str
     metric: str
@@ -225,7 +225,7 @@ class NoiseEffect:
 
 
 def noise_effects(own: Mapping[str, Any], same: Mapping[str, Any]) -> list[NoiseEffect]:
-    """Of each method of `own` that has another kind of noise in `same`: its measures there and here, on what both reports have."""
+    """For each method of `own` that has another noise in `same`, compare its measures on pairs in both reports."""
     own, same = _of_shared_pairs(own, same)
     units = {metric: unit for metric, unit in _units(own).items() if metric in _units(same)}
     found = []
@@ -245,7 +245,7 @@ def noise_effects(own: Mapping[str, Any], same: Mapping[str, Any]) -> list[Noise
 
 
 def _of_shared_pairs(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Two reports with the videos of those pairs of prompt and seed alone that both have."""
+    """Restrict two reports to the pairs of prompt and seed that both have."""
     pairs = [{(each["prompt_index"], each["seed"]) for each in report["videos"]} for report in (first, second)]
     both = pairs[0] & pairs[1]
     kept = [
@@ -282,7 +282,7 @@ def read(difference: Estimate, sign: Sign) -> Verdict:
 
 
 def _by_prompt(report: Mapping[str, Any], label: str, metric: str) -> np.ndarray:
-    """[prompts] of a label, seeds averaged as in the tables: prompts in order, nan where no seed has a value."""
+    """Values of a label by prompt, [prompts], averaged over seeds; NaN where no seed has a value."""
     videos = report["videos"]
     found = ((each["prompt_index"], each["values"][metric]) for each in videos if each["label"] == label)
     return seed_means(found, sorted({each["prompt_index"] for each in videos}))

@@ -1,4 +1,4 @@
-"""The page of findings: sections from the reports of a study, without a number that was typed by hand."""
+"""Write the page of findings from the reports of a study; every number comes from a report."""
 
 import os
 import shutil
@@ -87,7 +87,7 @@ def write_findings(
 
 
 def _so_far(reports: Mapping[str, Report | None]) -> list[str]:
-    """A sentence on what is not made yet, so that nobody takes half of a table for the whole; none if all is there."""
+    """Name the reports that are missing or incomplete, in a sentence; empty if none is."""
     parts = []
     for name, report in reports.items():
         if report is not None and "pairs" in report and report["pairs"]["made"] < report["pairs"]["asked"]:
@@ -99,7 +99,7 @@ def _so_far(reports: Mapping[str, Report | None]) -> list[str]:
 
 
 def _refuse_emptier(page: Path, text: str) -> None:
-    """Raise UserError if the page that is there has tables, or videos in them, that the new text lacks."""
+    """Raise UserError if the existing page has tables, or videos in them, that the new text lacks."""
     lost = emptier(page.read_text(encoding="utf-8", errors="replace"), text)
     if lost:
         more = f" and {len(lost) - 1} more sections" if len(lost) > 1 else ""
@@ -110,7 +110,7 @@ def _refuse_emptier(page: Path, text: str) -> None:
 
 
 def _address(plot: Path, page: Path) -> str:
-    """The address of a plot from the page, beside which it is copied unless it lies in a folder there."""
+    """Return the path of a plot relative to the page, copying it unless it lies below the page's folder."""
     if plot.resolve().is_relative_to(page.parent.resolve()):
         return plot.resolve().relative_to(page.parent.resolve()).as_posix()
     return f"figures/findings-{plot.name}"

@@ -1,4 +1,4 @@
-"""Numbers and estimates as pages show them, and the tables of a comparison in Markdown, from its report.json."""
+"""Format numbers, estimates, and the tables of a comparison as Markdown, from its report.json."""
 
 import math
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def tables(report: Report) -> str:
 
 
 def number(value: float | None) -> str:
-    """A number with three significant digits, without exponents where they can be done without."""
+    """Format a number with three significant digits, avoiding exponents."""
     if value is None or math.isnan(value):
         return "–"
     if abs(value) < 1e-12:  # what rounding leaves of a sum that cancels
@@ -31,7 +31,7 @@ def number(value: float | None) -> str:
 
 
 def estimate(found: Estimate | dict[str, Any] | None, *, signed: bool = False) -> str:
-    """`mean [low, high]` of an estimate, which may be as report.json has it; the mean alone where there is no interval."""
+    """Format an estimate, or its dict in report.json, as `mean [low, high]`, or the mean alone without an interval."""
     if found is None:
         return "–"
     ends = [found[key] if isinstance(found, dict) else getattr(found, key) for key in ("mean", "low", "high")]

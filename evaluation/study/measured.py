@@ -34,11 +34,11 @@ class Video(Protocol):
 
     @property
     def files(self) -> Files:
-        """Where it lies."""
+        """Its files."""
 
     @property
     def is_done(self) -> bool:
-        """Whether its file is there and whole."""
+        """Whether its file exists and is complete."""
 
 
 @dataclass(frozen=True, kw_only=True)

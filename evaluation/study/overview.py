@@ -1,4 +1,4 @@
-"""The first section of the page of findings: what the tables say of FreeSpec and of what each of its parts adds, and one picture."""
+"""The first section of the page of findings: FreeSpec's results, the effect of each of its parts, and one picture."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,7 +63,7 @@ def overview(reports: Mapping[str, Report | None], figure: str) -> str:
 
 
 def _reads(report: Report, label: str) -> str:
-    """Which measures a label has more and less of than the baseline, and which are not decided."""
+    """List the measures in which a label is above or below the baseline, and the undecided ones."""
     words: dict[str, list[str]] = {"less": [], "more": [], "not decided:": []}
     for metric in METRICS:
         row = _summary(report)[label, metric]

@@ -70,7 +70,7 @@ class Compared:
 
 
 def write_report(compared: Compared, measured: Sequence[Measured], *, folder: Path, baseline: str) -> str:
-    """Write the report on these videos into `folder`; return a line that says what it stands on.
+    """Write the report on these videos into `folder`; return a line that summarises it.
 
     Files are named relative to that folder, so that both may be moved together. Every variant has a video of each prompt and seed in
     `measured` (see `summary.comparable`).
@@ -114,7 +114,7 @@ def write_report(compared: Compared, measured: Sequence[Measured], *, folder: Pa
 
 
 def _notes(compared: Compared, measured: Sequence[Measured], rows: Sequence[Row], *, baseline: str) -> list[str]:
-    """What the numbers stand on, in sentences."""
+    """Describe the basis of the numbers, in sentences."""
     pairs, prompts, clip_frames = (
         _pairs(compared, measured),
         {each.video.prompt_index for each in measured},
@@ -153,7 +153,7 @@ def _on_world(compared: Compared) -> str:
 
 
 def _without_value(rows: Sequence[Row], *, num_frames: int, clip_frames: int) -> list[str]:
-    """A sentence for the measures that no video has a value of, with the reason."""
+    """Explain, in a sentence, which measures no video has a value of."""
     values: dict[str, bool] = {}
     for row in rows:
         values[row.metric] = values.get(row.metric, False) or row.mean.count > 0
@@ -164,7 +164,7 @@ def _without_value(rows: Sequence[Row], *, num_frames: int, clip_frames: int) ->
 
 
 def _why_no_value(metric: str, num_frames: int, clip_frames: int) -> str:
-    """Why a video of so many frames, of a model whose native length is `clip_frames`, has none; metrics/ has the definitions."""
+    """Explain why videos of this length have no value, for a native length of `clip_frames`; metrics/ has the definitions."""
     if metric.startswith("clip_") and num_clips(num_frames, clip_frames) < 2:
         least = next(count for count in itertools.count(clip_frames) if num_clips(count, clip_frames) > 1)
         return f"{num_frames} frames are one clip of native length ({clip_frames}); from {least} on there are two to compare"
@@ -182,7 +182,7 @@ def _why_no_value(metric: str, num_frames: int, clip_frames: int) -> str:
 
 
 def _kept(compared: Compared, measured: Sequence[Measured]) -> list[str]:
-    """Sentences on videos of which only the measures are here."""
+    """Describe videos of which only the measures are kept."""
     gone = sum(not each.video.is_done for each in measured)
     here = source_digest()
     older = sum(each.version != here for each in measured)
@@ -206,7 +206,7 @@ def _noises(compared: Compared) -> str:
 
 
 def _mixtures(measured: Sequence[Measured]) -> list[str]:
-    """Sentences about what was not the same for all videos, such as the weights, the device or the commit."""
+    """Describe what differed between videos, such as the weights, the device or the commit."""
     kinds: dict[str, Iterable[str]] = {
         "devices": (
             f"{each.record['device']['name']} with {each.record['device']['cpu_threads']} threads" for each in measured
@@ -230,7 +230,7 @@ def _some(values: Sequence[str]) -> str:
 
 
 def _mixed_weights(measured: Sequence[Measured]) -> list[str]:
-    """A sentence that names every file of the checkpoint, or its commit, that was not the same for all videos."""
+    """Name the files of the checkpoint, or its commit, that differed between videos."""
     tellings = [_weights(each.record["model"]) for each in measured]
     mixed = []
     for name in sorted({name for telling in tellings for name in telling}):
@@ -246,7 +246,7 @@ def _mixed_weights(measured: Sequence[Measured]) -> list[str]:
 
 
 def _weights(model: dict[str, Any]) -> dict[str, str]:
-    """What a record says of where its weights came from: the commit, and the SHA-256 of each file by name."""
+    """Return the origin of a record's weights: the commit, and the SHA-256 of each file by name."""
     single = model.get("single_file")
     commit = {"commit": model["commit"]} if "commit" in model else {}
     return commit | model.get("sha256", {}) | ({single["name"]: single["sha256"]} if single else {})
@@ -258,7 +258,7 @@ def _beside(path: Path, folder: Path) -> str:
 
 
 def _viewer(compared: Compared, measured: Sequence[Measured], folder: Path) -> dict[str, Any]:
-    """What the page plays, by prompt and seed, files relative to the page; what is not here is left out."""
+    """List the videos that the page plays, by prompt and seed, with paths relative to it; missing ones are left out."""
     prompts: dict[int, dict[int, list[dict[str, str]]]] = {}
     events: dict[int, list[dict[str, Any]]] = {}
     for each in measured:

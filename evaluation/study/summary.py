@@ -32,13 +32,13 @@ class Row:
 
 
 def comparable(measured: Sequence[Measured], labels: Sequence[str]) -> list[Measured]:
-    """Those prompts and seeds only that every variant has a video of, so that all means are over the same ones."""
+    """Keep prompts and seeds for which every variant has a video, so that all means are over the same ones."""
     counts = Counter((each.video.prompt_index, each.video.seed) for each in measured)
     return [each for each in measured if counts[each.video.prompt_index, each.video.seed] == len(labels)]
 
 
 def summarise(measured: Sequence[Measured], labels: Sequence[str], units: dict[str, str], baseline: str) -> list[Row]:
-    """A row for every measure and variant. Seeds of a prompt are averaged first: prompts are what is independent."""
+    """Return a row for every measure and variant. Seeds are averaged first, since only prompts are independent."""
     rows = []
     for metric, unit in units.items():
         by_prompt = {label: _by_prompt(measured, label, metric) for label in labels}

@@ -1,7 +1,7 @@
-"""VBench-Long on this machine: where its parts are, the environment of its processes, and all checks before a start.
+"""VBench-Long on this machine: its parts, the environment of its processes, and checks before a start.
 
-The processes run the user's own interpreter, offline: HOME is the weights folder, the hubs are told so, and proxies
-lead nowhere, so that a download fails at once instead of changing what is measured.
+The processes run the user's own interpreter, offline: HOME is the weights folder, hubs are set to offline, and proxies point
+to a closed port, so that a download fails at once instead of changing the results.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ _CHECKOUT_FILES = (
     ),
     Path("vbench/__init__.py"),
 )
-# A discarded port: whatever tries to reach the network through it fails at once.
+# A closed port, at which every connection fails at once.
 _NOWHERE = "http://127.0.0.1:9"
 _DROPPED = (
     "PYTHON",
@@ -59,7 +59,7 @@ class Evaluator:
         device: `cuda` or `cpu`.
         gpus: indices of the GPUs that processes are spread over; if there are none, one process runs at a time.
         time_limit: seconds that one process may take.
-        environment: that of this program, of which processes get what does not concern Python, torch or ranks.
+        environment: that of this program; processes inherit it without variables of Python, torch and ranks.
     """
 
     checkout: Path
@@ -73,7 +73,7 @@ class Evaluator:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bench:
-    """What was found before the start: commit, hashes of what decides scores, versions of the environment."""
+    """Facts found before the start: commit, hash of the sources, versions of the environment."""
 
     commit: str | None
     sources: str
@@ -81,17 +81,14 @@ class Bench:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What results belong to, beside their videos."""
-        # How this project calls VBench decides scores as well: its settings are in the driver.
+        """What results depend on beside their videos."""
+        # The driver holds the settings that VBench is called with, which affect scores too.
         asked = file_sha256(DRIVER)
         return {"commit": self.commit, "sources": self.sources, "driver": asked, "versions": self.probe["versions"]}
 
 
 def preflight(evaluator: Evaluator, dimensions: Sequence[str], folder: Path) -> Bench:
-    """Look at checkout, weights and environment; UserError with every fault, before anything is started.
-
-    `details` of the exception has one line for each.
-    """
+    """Check checkout, weights and environment before anything is started; PreflightError lists every fault."""
     faults = [
         f"missing file: {evaluator.checkout / name}"
         for name in _CHECKOUT_FILES
@@ -103,7 +100,7 @@ def preflight(evaluator: Evaluator, dimensions: Sequence[str], folder: Path) -> 
         ]
     faults += missing_weights(evaluator.weights, dimensions)
     if not evaluator.python.is_file() or not os.access(evaluator.python, os.X_OK):
-        raise PreflightError([f"--python {evaluator.python} is not a program that can be run", *faults])
+        raise PreflightError([f"--python {evaluator.python} is not an executable file", *faults])
     if faults:
         raise PreflightError(faults)
     probe = _probe(evaluator, dimensions, folder)
@@ -118,7 +115,7 @@ def preflight(evaluator: Evaluator, dimensions: Sequence[str], folder: Path) -> 
 
 
 class PreflightError(UserError):
-    """Everything that is missing, in `details`, one line each."""
+    """VBench cannot run; `details` has a line for each fault."""
 
     def __init__(self, details: Sequence[str]) -> None:
         self.details = tuple(details)
@@ -150,7 +147,7 @@ def environment(evaluator: Evaluator, gpu: int | None) -> dict[str, str]:
 
 
 def visible_gpu(evaluator: Evaluator, gpu: int) -> str:
-    """What CUDA calls a GPU of `--gpus`, which counts those that this program may use; UserError if there are fewer."""
+    """Map an index of `--gpus` to a name in CUDA_VISIBLE_DEVICES; UserError if there are fewer."""
     given = evaluator.environment.get("CUDA_VISIBLE_DEVICES")
     if not given:
         return str(gpu)
@@ -186,7 +183,7 @@ def driver(evaluator: Evaluator, verb: str, out: Path) -> list[str]:
 
 
 def sources(checkout: Path) -> str:
-    """One hash over what decides scores: the code and tables of VBench-Long and the code of VBench."""
+    """Hash the code and tables of VBench-Long and the code of VBench, which decide scores."""
     files = sorted(
         path
         for part in (_LONG, Path("vbench"))

@@ -1,4 +1,4 @@
-"""The dimensions of VBench: the six of the paper's tables, the sixteen of a total, and why there is none of six."""
+"""The dimensions of VBench: the six of the paper's tables, and the sixteen that a total needs."""
 
 from collections.abc import Iterable
 
@@ -19,15 +19,15 @@ ALL_DIMENSIONS = (
     "temporal_style",
     "overall_consistency",
 )
-# imaging_quality is the one dimension whose rows are on another scale, 0..100, than its headline.
+# Rows of imaging_quality are on the scale 0..100, its headline on 0..1.
 ROW_SCALE = dict.fromkeys(DIMENSIONS, 1.0) | {"imaging_quality": 0.01}
 
 
 def check_total(dimensions: Iterable[str]) -> None:
-    """Raise UserError unless all sixteen dimensions are there, which VBench's total is a weighted sum of.
+    """Raise UserError unless all sixteen dimensions of VBench's weighted total are given.
 
-    VBench's own script takes a missing dimension for 0 and normalises it to a negative number: its total of six
-    dimensions looks like a score and is none.
+    VBench's own script takes a missing dimension for 0 and normalises it to a negative number, so that its total of six
+    dimensions is meaningless.
     """
     given = set(dimensions)
     missing = [dimension for dimension in ALL_DIMENSIONS if dimension not in given]

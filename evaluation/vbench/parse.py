@@ -1,4 +1,4 @@
-"""What VBench-Long wrote, per video: it does not group clips by video, so that is done here, and every trap is checked.
+"""Parse results of VBench-Long per video: group its clips by video, and check for known faults.
 
 One file holds one dimension: `{dimension: [headline, rows]}` for the two consistency dimensions and `[headline, rows,
 rows again]` for the others, a row per clip. Facts: Vchitect/VBench at commit 45e79ec.
@@ -16,7 +16,7 @@ from engine.files.trees import parse_json
 from evaluation.vbench.dimensions import CONSISTENCY, DIMENSIONS, ROW_SCALE
 from evaluation.vbench.stage import CLIPS
 
-# The headline is a mean over clips or frames; anything further off than this from the mean over clips is another scale.
+# The headline is a mean over clips or frames; a larger difference from the mean over clips means another scale.
 HEADLINE_TOLERANCE = 0.02
 _SAME = 1e-6
 
@@ -28,7 +28,7 @@ class VideoScore:
     Attributes:
         stem: its name in the view.
         score: 0..1; the mean over its clips.
-        clips: how many there were.
+        clips: number of clips.
         in_clip: for consistency, the mean within clips; None elsewhere.
         between_clips: for consistency, the mapped score between first frames of clips; None where it does not count:
             videos of one clip, and other dimensions.
@@ -49,7 +49,7 @@ class DimensionScores:
         dimension: its name.
         headline: VBench-Long's own number: a mean weighted by clips.
         videos: by stem.
-        notes: what a reader must know, in sentences.
+        notes: notes for the reader.
     """
 
     dimension: str
@@ -74,7 +74,7 @@ class _Row:
 
 
 def read_results(path: Path, dimension: str, clips: Mapping[str, int]) -> DimensionScores:
-    """The scores in one of VBench-Long's result files; `clips` says how many clips each stem of the view has.
+    """Read one of VBench-Long's result files; `clips` has the number of clips of each stem of the view.
 
     Raises UserError, in one line, for a file that is missing, cut or of another shape, for nan, for videos or clips
     that are missing, double or foreign, for a video whose clips were not compared with each other although it has
@@ -97,7 +97,7 @@ def _read(path: Path, dimension: str) -> tuple[float, list[_Row], list[_Row]]:
     except OSError as error:
         raise UserError(f"VBench wrote no {path.name} in {path.parent} ({error.strerror})") from error
     if dimension not in DIMENSIONS:
-        raise ValueError(f"{dimension} is none of {', '.join(DIMENSIONS)}")
+        raise ValueError(f"{dimension} is not one of {', '.join(DIMENSIONS)}")
     if not isinstance(tree, dict) or dimension not in tree:
         held = ", ".join(tree) if isinstance(tree, dict) else type(tree).__name__
         raise UserError(f"{path} holds no {dimension} but {held or 'nothing'}")
@@ -129,7 +129,7 @@ def _row(row: Any, dimension: str, path: Path) -> _Row:
 
 
 def name_of(video_path: str, source: Path) -> tuple[str, str]:
-    """(stem of the video, stem of the clip or "" if the row is a whole video's) of a row's path.
+    """Return (stem of the video, stem of the clip) of a row's path; the clip is "" for the row of a whole video.
 
     A row names a clip, `VIEW/split_clip/STEM/STEM_001.mp4`, or, where VBench-Long meant to group, that with a further
     `/STEM.mp4`. There it cuts STEM at its first underscore, and the look-up between clips fails: such a name is
@@ -163,7 +163,7 @@ def _group(rows: Sequence[_Row], dimension: str, clips: Mapping[str, int], path:
     for row in rows:
         grouped.setdefault(row.stem, []).append(row)
     if foreign := sorted(grouped.keys() - clips.keys()):
-        raise UserError(f"{path}: {dimension} has {foreign[0]}, which is none of the {len(clips)} videos")
+        raise UserError(f"{path}: {dimension} has {foreign[0]}, which is not one of the {len(clips)} videos")
     if missing := sorted(clips.keys() - grouped.keys()):
         raise UserError(f"{path}: {dimension} lacks {missing[0]} and {len(missing) - 1} more of {len(clips)} videos")
     for stem, group in grouped.items():
@@ -202,7 +202,7 @@ def _score(stem: str, rows: Sequence[_Row], dimension: str, path: Path) -> Video
 def _check_again(
     again: Sequence[_Row], dimension: str, clips: Mapping[str, int], videos: Mapping[str, VideoScore], path: Path
 ) -> None:
-    """The third part says the same once more; if it does not, this is not the file that it is taken for."""
+    """Check that the third part repeats the scores."""
     if not again:
         return
     for stem, rows in _group(again, dimension, clips, path).items():

@@ -1,4 +1,4 @@
-"""One process of another program: its output in a log, a time limit, and an end that takes its children with it."""
+"""Run another program with a log and a time limit, and end it with its children."""
 
 import os
 import signal
@@ -16,9 +16,9 @@ _LAST_LINES = 2000  # characters of a log that are searched for its last line
 def run_process(
     command: Sequence[str], *, env: Mapping[str, str], log: Path, time_limit: float, stop: threading.Event
 ) -> str | None:
-    """Run a command with its output appended to a log; None if it ended well, otherwise what happened, in words.
+    """Run a command with its output appended to a log; return None on success, else a description of the failure.
 
-    It leads a process group of its own, which is ended as a whole when the time is over or `stop` is set.
+    It runs in a new process group, which is ended as a whole after `time_limit` or when `stop` is set.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
@@ -47,7 +47,7 @@ def run_process(
 
 
 def _end(child: subprocess.Popen) -> None:
-    """End a process group, whether or not its leader still lives."""
+    """End a process group, even if its leader has ended."""
     for number, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, GRACE_SECONDS)):
         try:
             os.killpg(child.pid, number)

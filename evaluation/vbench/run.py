@@ -1,4 +1,4 @@
-"""Scores of VBench-Long: one process per dimension, what is done is kept, and a failure costs itself alone."""
+"""Run VBench-Long: one process per dimension; finished results are kept, and failures do not affect other dimensions."""
 
 import json
 import queue
@@ -44,11 +44,10 @@ def evaluate(
     say: Callable[[str], None],
     keep_views: bool = False,
 ) -> list[Outcome]:
-    """Score every dimension of every view; what was done before, on the same videos by the same VBench, is read again.
+    """Score every dimension of every view; kept results of the same videos and VBench are reused.
 
-    A dimension that fails does not stop the others. A view is staged and cut into clips only if something of it is
-    missing, and deleted once nothing is. An interruption ends the processes and passes on; nothing that was finished
-    is lost.
+    A failed dimension does not stop the others. A view is staged and cut into clips only if a result is missing, and
+    deleted once all are there. An interruption ends the processes; finished results are kept.
     """
     outcomes: list[Outcome] = []
     for view in views:
@@ -103,7 +102,7 @@ def _run_view(
 def _split(
     view: View, dimensions: Sequence[str], *, evaluator: Evaluator, folder: Path, stop: threading.Event
 ) -> str | None:
-    """Have a fresh view cut into clips, unless that was done to the end; what went wrong, or None."""
+    """Stage a view and cut it into clips, unless done before; return a description of the failure, or None."""
     marker = view.folder.with_name(f"{view.folder.name}.split.json")
     split = read_kept(marker, {"fingerprint": str}, what="the note of a view that was cut into clips")
     if split == {"fingerprint": view.fingerprint} and _is_whole(view):
@@ -191,7 +190,7 @@ def _score(
 
 
 def _read_done(view: View, dimension: str, bench: Bench, folder: Path) -> Outcome | None:
-    """What a run before has finished; None if it did not, or it was about other videos or another VBench."""
+    """Read a kept result; None if missing, or of other videos or another VBench."""
     out = results_folder(folder, view) / dimension
     done = read_kept(out / "done.json", DONE, what="the note of a finished dimension")
     path = _result(out, dimension)

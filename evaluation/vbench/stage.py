@@ -1,8 +1,8 @@
-"""Views: folders of links to finished videos, under names and in a shape that VBench-Long reads as it should.
+"""Views: folders of links to finished videos, with names that VBench-Long reads correctly.
 
-VBench-Long cuts file names at the first underscore, tells samples by a final `-<number>`, scores whatever lies in the
-folder, writes its clips there and trusts those that it finds. So every view is made new, holds nothing but links named
-`p0007-0.mp4`, and is described by a JSON file beside the folder, never in it.
+VBench-Long cuts file names at the first underscore, takes a final `-<number>` for the sample, scores every file in the
+folder, writes its clips there and reuses clips that it finds. So every view is a new folder that holds only links named
+`p0007-0.mp4`, and its JSON description lies beside the folder.
 """
 
 import errno
@@ -27,7 +27,7 @@ SCHEMA = 1
 
 _STEM = re.compile(r"[A-Za-z0-9.-]*[A-Za-z0-9]-\d+")
 _MAX_NAME_BYTES = 100
-# What VBench-Long searches whole paths for: with it in a path, clips are given to the wrong video.
+# VBench-Long searches whole paths for these; a folder with one in its name assigns clips to the wrong video.
 _IN_PATHS = (CLIPS, "filtered_clips", "temporal_filtered", "-Scene", ".mp4")
 _NO_LINKS = {errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EACCES}
 
@@ -46,11 +46,11 @@ class View:
     """The videos of one method.
 
     Attributes:
-        folder: where the links lie.
+        folder: folder of the links.
         label: the method, or method and configuration.
         fps: frames per second of all of them.
         items: in the order of their stems.
-        fingerprint: SHA-256 over stems and contents: results belong to it.
+        fingerprint: SHA-256 of stems and contents, which identifies results.
     """
 
     folder: Path
@@ -66,10 +66,10 @@ class View:
 
 
 def plan_view(label: str, videos: Sequence[Video], root: Path) -> View:
-    """The view of one method's videos below `root`; nothing is written.
+    """Plan the view of one method's videos below `root`; writes nothing.
 
-    The sample number counts the seeds of a prompt from 0, in order. Raises UserError for rates that are not whole or
-    not equal, and for a place or names that VBench-Long would misread.
+    The sample number counts the seeds of a prompt from 0. Raises UserError for frame rates that are fractional or differ,
+    and for paths that VBench-Long would misread.
     """
     check_place(root)
     fps = common_fps(videos)
@@ -96,7 +96,7 @@ def plan_view(label: str, videos: Sequence[Video], root: Path) -> View:
 
 
 def stage(view: View) -> None:
-    """Make the view's folder new, whatever was there: hard links, or symbolic ones where there are no others."""
+    """Recreate the view's folder with hard links, or symbolic ones where hard links fail."""
     if view.folder.exists() and not view.description.exists() and any(view.folder.iterdir()):
         raise UserError(f"{view.folder} is in the way and was not made by this program; move it away")
     view.folder.parent.mkdir(parents=True, exist_ok=True)
@@ -109,16 +109,16 @@ def stage(view: View) -> None:
 
 
 def remove(view: View) -> None:
-    """Delete the folder with everything that VBench-Long wrote into it; the videos themselves stay."""
+    """Delete the folder with all that VBench-Long wrote into it; the videos stay."""
     if view.folder.exists():
         shutil.rmtree(view.folder)
 
 
 def check(view: View, *, split: bool = False) -> None:
-    """Raise UserError unless the folder holds the view's videos, its own clips if `split`, and nothing else.
+    """Raise UserError unless the folder holds exactly the view's videos, and its clips if `split`.
 
-    Foreign or missing videos and clips of another number than predicted are something that VBench-Long would score
-    without a word. First frames of a dimension may lie there once clips do: see `clear_first_frames`.
+    VBench-Long would silently score foreign videos or a wrong number of clips. First frames of a dimension may exist
+    beside clips; see `clear_first_frames`.
     """
     expected = {f"{item.stem}.mp4" for item in view.items} | ({CLIPS} if split else set())
     allowed = expected | ({f"{dimension}{FIRST_FRAMES}" for dimension in CONSISTENCY} if split else set())
@@ -138,7 +138,7 @@ def check(view: View, *, split: bool = False) -> None:
 
 
 def check_clips(view: View, item: Staged) -> None:
-    """Raise UserError unless a video was cut into the clips that its length predicts, each with its name."""
+    """Raise UserError unless a video was cut into the predicted clips, by name."""
     folder = view.folder / CLIPS / item.stem
     found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     if found != clip_names(item.stem, item.clips, item.video.num_frames, view.fps):
@@ -150,27 +150,27 @@ def check_clips(view: View, item: Staged) -> None:
 
 
 def clear_first_frames(view: View, dimension: str) -> None:
-    """Delete a dimension's first-frame videos of an earlier run, which VBench-Long would take for new."""
+    """Delete a dimension's first-frame videos of an earlier run, which VBench-Long would reuse."""
     folder = view.folder / f"{dimension}{FIRST_FRAMES}"
     if folder.exists():
         shutil.rmtree(folder)
 
 
 def predict_clips(num_frames: int, fps: int) -> int:
-    """Clips that VBench-Long makes of a video: of 2 fps frames each, and a rest becomes one more, reaching back."""
+    """Return the number of clips that VBench-Long makes: 2 fps frames each; a remainder becomes one more, overlapping clip."""
     length = CLIP_SECONDS * fps
     return max(1, -(-num_frames // length))
 
 
 def clip_names(stem: str, clips: int, num_frames: int, fps: int) -> list[str]:
-    """File names of the clips of one video; a video shorter than one clip is kept whole."""
+    """Return the file names of the clips of one video; a video shorter than a clip is kept whole."""
     if num_frames < CLIP_SECONDS * fps:
         return [f"{stem}_full.mp4"]
     return [f"{stem}_{index:03d}.mp4" for index in range(clips)]
 
 
 def common_fps(videos: Sequence[Video]) -> int:
-    """The rate of all videos; UserError unless it is one whole number: VBench-Long cuts off the fraction."""
+    """Return the frame rate of all videos; UserError unless it is one integer, since VBench-Long truncates it."""
     broken = next((video for video in videos if video.fps.denominator != 1), None)
     if broken is not None:
         raise UserError(
@@ -208,7 +208,7 @@ def check_place(root: Path) -> None:
 
 
 def link(source: Path, place: Path) -> None:
-    """A hard link, which keeps the very file even if its name is given to another; else a symbolic one."""
+    """Make a hard link, which keeps the file even if its name is reused, or a symbolic one where that fails."""
     try:
         place.hardlink_to(source)
     except OSError as error:
@@ -218,7 +218,7 @@ def link(source: Path, place: Path) -> None:
 
 
 def describe(view: View) -> dict[str, Any]:
-    """What the JSON file beside a view says, and what its results carry."""
+    """Describe a view for the JSON file beside it and for its results."""
     return {
         "schema": SCHEMA,
         "label": view.label,

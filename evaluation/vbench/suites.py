@@ -78,13 +78,13 @@ class VbenchSuite:
 
     @property
     def is_known(self) -> bool | None:
-        """Whether the selection is the one of commit 45e79ec; None for suites that are plain lists."""
+        """Whether the selection equals that of commit 45e79ec; None for plain lists."""
         return self.sha256 == SELECTION_SHA256 if self.name == PREFIX + SELECTION else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Lists:
-    """Which file holds the prompts of a suite, and which the short prompts they were made from; both line by line."""
+    """The file of a suite's prompts, and that of the short prompts they were made from, line by line."""
 
     prompts: Path
     shorts: Path
@@ -92,7 +92,7 @@ class _Lists:
 
 
 def read_vbench_suite(spec: str, checkout: Path) -> VbenchSuite:
-    """The suite `vbench:NAME` of a VBench checkout.
+    """Read the suite `vbench:NAME` of a VBench checkout.
 
     NAME is `longer-100` (the selection, see `select_lines`), `all_dimension`, a dimension or a category, each also
     with `_longer` for the GPT-enhanced twin, or `wan2.1-1.3b` or `hunyuan`. Raises UserError, in one line, for an
@@ -118,7 +118,7 @@ def read_vbench_suite(spec: str, checkout: Path) -> VbenchSuite:
 
 
 def to_batch(suite: VbenchSuite) -> Suite:
-    """For launch/batch.py, each text once: prompt_id counts in the list, `line` is that of `source`."""
+    """Convert to a suite of launch/batch.py, each text once: prompt_id is the index in the list, `line` that in `source`."""
     prompts: dict[str, Prompt] = {}
     notes = []
     for prompt in suite.prompts:
@@ -223,7 +223,7 @@ class _Reader:
 
 
 def _known_lists(checkout: Path) -> dict[str, _Lists]:
-    """Every list that the checkout has, by the name it is asked for with."""
+    """Find every list of the checkout, by the name of its suite."""
     known = {}
     whole = _PROMPTS / "all_dimension.txt"
     for name, path, enhanced in (

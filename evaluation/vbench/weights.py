@@ -1,7 +1,7 @@
-"""The weights that VBench-Long loads for the six dimensions: where each must lie, and which are missing or broken.
+"""The weights that VBench-Long loads for the six dimensions: their paths, and checks for missing or broken files.
 
-VBench fetches what it misses with wget, git and unzip in the middle of a run. Here everything is looked at first, and
-the run itself is offline. The places are those of Vchitect/VBench at commit 45e79ec, in local mode; docs/vbench.md
+VBench downloads missing files with wget, git and unzip during a run. Here all files are checked first, and the run is
+offline. The paths are those of Vchitect/VBench at commit 45e79ec, in local mode; docs/vbench.md
 says where the files come from.
 """
 
@@ -28,10 +28,10 @@ class Weight:
     """A file or folder that a dimension loads.
 
     Attributes:
-        place: below the weights folder, which is HOME while VBench runs.
-        source: where it comes from.
-        marker: for a folder, a file that must be in it; None for a file.
-        sha256: the beginning of the file's hash, where its publisher says it; "" otherwise.
+        place: path below the weights folder, which is HOME while VBench runs.
+        source: origin.
+        marker: for a folder, a file that it must contain; None for a file.
+        sha256: first digits of the file's hash, if published, else "".
     """
 
     place: Path
@@ -45,7 +45,7 @@ _DINO_WEIGHTS = Weight(place=_HUB / "checkpoints" / _DINO, source=_DINO_URL)
 WEIGHTS: dict[str, tuple[Weight, ...]] = {
     "subject_consistency": (
         Weight(place=_VBENCH / "dino_model/facebookresearch_dino_main", source=_DINO_CODE, marker="hubconf.py"),
-        # Looked for here, loaded from there: the hub's own code ignores the first.
+        # Checked at this path, but loaded from the next: the hub's code ignores this one.
         Weight(place=_VBENCH / "dino_model" / _DINO, source=f"{_DINO_URL} (a link to the next will do)"),
         _DINO_WEIGHTS,
         Weight(

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import ipaddress
 import json
 import multiprocessing
 import os
@@ -10,16 +11,17 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
-from benchmarks.faults import family, judge, listeners, on_loopback, one_rank, ray_node, replica_actors, the_driver
+from benchmarks.faults import command_of, family, judge, one_rank, ray_node, replica_actors, the_driver
 from engine.batch.files import BatchFiles
 from engine.batch.identity import item_id
 from engine.batch.locks import Shard
@@ -44,6 +46,23 @@ SETTINGS = SMALL | {"sampler.num_steps": 8, "sampler.max_text_tokens": 20, "outp
 VICTIMS = {"here": (one_rank, the_driver, one_rank), "ray": (replica_actors, the_driver, ray_node)}
 """The driver is started again, as a person would; a Ray that has ended is started again by the driver itself."""
 SOON_SECONDS = 0.4
+
+
+def listeners(processes: Iterable[int]) -> dict[str, str]:
+    """Addresses at which processes listen, and their command lines."""
+    found = {}
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for socket in psutil.Process(process).net_connections("tcp"):
+                if socket.status == psutil.CONN_LISTEN:
+                    found[f"{socket.laddr.ip} {socket.laddr.port}"] = " ".join(command_of(process))[:200]
+    return found
+
+
+def on_loopback(address: str) -> bool:
+    """Whether one of these addresses is this machine's own: 127.0.0.0/8, ::1, or an IPv4 one mapped to IPv6."""
+    host = ipaddress.ip_address(address.partition(" ")[0])
+    return (getattr(host, "ipv4_mapped", None) or host).is_loopback
 
 
 def config_of(folder: Path) -> RunConfig:

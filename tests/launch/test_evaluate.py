@@ -175,7 +175,7 @@ def test_check_looks_and_does_nothing_else(
     run: Callable[..., Run], runs: Path, vbench: list[str], tmp_path: Path
 ) -> None:
     ended = run(evaluate.main, "--runs", runs, *vbench, "--check")
-    assert (ended.code, ended.out) == (0, "8 videos of 2 methods; everything that was looked at is there\n")
+    assert (ended.code, ended.out) == (0, "8 videos of 2 methods; everything that is needed exists\n")
     assert calls(tmp_path / "home") == []
     assert not (runs / "evaluation" / "report.md").exists()
 
@@ -304,7 +304,7 @@ def test_a_batch_is_made_of_a_suite_of_the_checkout(run: Callable[..., Run], tmp
             ["--runs", "{runs}", "--vbench", ".", "--python", "python", "--gpus", "0,0"],
             "--gpus must be different numbers",
         ),
-        (["--runs", "{runs}", "--vbench", ".", "--python", "python", "--gpus", "1", "--device", "cpu"], "--gpus says"),
+        (["--runs", "{runs}", "--vbench", ".", "--python", "python", "--gpus", "1", "--device", "cpu"], "--gpus selects"),
         (
             ["--runs", "{runs}", "--vbench", ".", "--python", "python", "--device", "tpu"],
             "--device must be cuda or cpu",
@@ -314,7 +314,7 @@ def test_a_batch_is_made_of_a_suite_of_the_checkout(run: Callable[..., Run], tmp
         (["--runs", "{runs}", "--dimensions", "scene"], "--dimensions must be of subject_consistency,"),
         (
             ["--runs", "{runs}", "--baseline", "freespec"],
-            "--baseline freespec is none of the methods: direct, sliding_window",
+            "--baseline freespec is not one of the methods: direct, sliding_window",
         ),
         (["--runs", "{runs}", "--native_frames", "0"], "--native_frames must be 1 or more, got 0"),
         (["--runs", "{runs}", "--nproc", "0"], "--nproc and --time_limit must be above 0, got 0 and 21600"),

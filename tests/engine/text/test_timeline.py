@@ -7,7 +7,7 @@ import pytest
 from engine.config import MethodConfig, ModelConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.errors import UserError
 from engine.identity import latents_settings, settings_id
-from engine.text.timeline import parse_timeline, read_timeline, texts_of
+from engine.text.timeline import parse_timeline, read_timeline
 from freespec.events import Event
 
 TWO = "a red circle [0-4s] | a yellow star [4s-, cut]"
@@ -22,7 +22,6 @@ def latents(text: str, *, num_frames: int = 129, fps: int = 16, step: int = 4) -
 @pytest.mark.parametrize("prompt", ["a red circle", "either a cat | or a dog", "a list [of things]", "in 1990-1995"])
 def test_a_prompt_without_ranges_is_no_timeline(prompt):
     assert parse_timeline(prompt) is None
-    assert texts_of(prompt) == (prompt,)
 
 
 @pytest.mark.parametrize(

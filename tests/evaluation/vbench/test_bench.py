@@ -37,7 +37,7 @@ def test_preflight_looks_into_the_environment(evaluator: Callable[..., Evaluator
     assert preflight(tool, FEW, tmp_path / "out").probe["versions"]["numpy"]
     with pytest.raises(PreflightError, match="sees no GPU"):
         preflight(replace(tool, device="cuda"), FEW, tmp_path / "out")
-    with pytest.raises(PreflightError, match="not a program that can be run"):
+    with pytest.raises(PreflightError, match="is not an executable file"):
         preflight(replace(tool, python=tmp_path / "nothing"), FEW, tmp_path / "out")
     silent = tmp_path / "silent"
     silent.write_text("#!/bin/sh\nexit 0\n")

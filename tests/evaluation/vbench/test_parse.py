@@ -143,7 +143,7 @@ SMOOTH = three("motion_smoothness", [0.9, 0.92, 0.98])
         (change(subject(), clip2clip_score=0, mapped_clip2clip_score=0), "were not compared with each other"),
         (change(SMOOTH, video_results=math.nan), "is nan, not a number"),
         (change(SMOOTH, video_results=None), "is None, not a number"),
-        (change(SMOOTH, video_path="V/split_clip/dog-0/dog-0_000.mp4"), "dog-0, which is none of the 2 videos"),
+        (change(SMOOTH, video_path="V/split_clip/dog-0/dog-0_000.mp4"), "dog-0, which is not one of the 2 videos"),
         (change(SMOOTH, video_path="V/split_clip/a cat-0/a cat-0_001.mp4"), "has a clip twice"),
         (change(SMOOTH, video_path="V/split_clip/cat.mp4"), "cannot tell which video"),
         (change(SMOOTH, video_results=0.95), "in one list and 0.910000 in the other"),

@@ -101,7 +101,7 @@ def test_a_download_fails_at_once(scores: Callable[..., list[Outcome]], tmp_path
         ("silent", "VBench wrote no dynamic_degree_eval_results.json"),
         ("cut", "is not JSON"),
         ("nan", "nan, not a number"),
-        ("foreign", "has other-0, which is none of the 4 videos"),
+        ("foreign", "has other-0, which is not one of the 4 videos"),
         ("drop_clip", "has 2 clips, 3 were expected"),
     ],
 )
