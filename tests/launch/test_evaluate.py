@@ -304,7 +304,10 @@ def test_a_batch_is_made_of_a_suite_of_the_checkout(run: Callable[..., Run], tmp
             ["--runs", "{runs}", "--vbench", ".", "--python", "python", "--gpus", "0,0"],
             "--gpus must be different numbers",
         ),
-        (["--runs", "{runs}", "--vbench", ".", "--python", "python", "--gpus", "1", "--device", "cpu"], "--gpus selects"),
+        (
+            ["--runs", "{runs}", "--vbench", ".", "--python", "python", "--gpus", "1", "--device", "cpu"],
+            "--gpus selects",
+        ),
         (
             ["--runs", "{runs}", "--vbench", ".", "--python", "python", "--device", "tpu"],
             "--device must be cuda or cpu",
