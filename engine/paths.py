@@ -7,8 +7,10 @@ from engine.errors import UserError
 
 # The checkout, or the folder of installed packages.
 REPOSITORY = Path(__file__).resolve().parent.parent
-# What has configs/ and the weights in tiny/: the checkout, or a folder of the installed library (setup.py).
-SHIPPED = REPOSITORY if (REPOSITORY / "configs").is_dir() else Path(__file__).resolve().parent / "shipped"
+_INSTALLED = Path(__file__).resolve().parent / "shipped"
+# What has configs/ and the weights in tiny/: a folder of the installed library (setup.py), or the checkout. The folder of installed
+# packages may have a configs/ of another package.
+SHIPPED = _INSTALLED if _INSTALLED.is_dir() else REPOSITORY
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 

@@ -86,6 +86,8 @@ MISTAKES = {
     "generate --prompt x --model.single_file a.ckpt": "model.single_file a.ckpt is a pickle",
     "generate --prompt x --model.single_file a.gguf": "model.single_file must be a .safetensors file",
     "generate --timeline bad": "--timeline 'bad' has no range",
+    "generate --prompt x --given first=gone.png": "cannot read the picture gone.png: No such file",
+    "generate --prompt x --extend gone.mp4": "cannot read --extend gone.mp4: No such file",
     "compare --prompt x --methods direct:nowhere.yaml": "--config nowhere.yaml does not exist",
 }
 

@@ -65,13 +65,36 @@ def test_the_command_works_from_any_folder(installed: Path, tmp_path: Path) -> N
     assert freespec_command(installed, tmp_path, "--version").stdout == f"{engine.__version__}\n"
 
 
-@pytest.mark.parametrize("words", ["evaluate --runs .", "compare --prompt x --methods direct"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "evaluate --runs .",
+        "compare --prompt x --methods direct",
+        "batch --prompts vbench:overall_consistency --vbench . --out x",
+    ],
+)
 def test_studies_need_a_checkout(installed: Path, tmp_path: Path, words: str) -> None:
     ended = freespec_command(installed, tmp_path, *words.split())
     assert ended.returncode == 2
     assert ended.stderr.startswith("error: freespec ")
     assert ended.stderr.endswith(f"use .venv/bin/python launch/{words.split(maxsplit=1)[0]}.py\n")
     assert ended.stderr.count("\n") == 1
+
+
+def test_an_unknown_option_of_the_installed_command(installed: Path, tmp_path: Path) -> None:
+    """Advice looks for the option in every command, some of which need a checkout."""
+    ended = freespec_command(installed, tmp_path, "generate", "--prompt", "x", "--nonsense", "3")
+    assert (ended.returncode, ended.stderr) == (2, "error: unknown setting nonsense; see --help\n")
+
+
+def test_files_of_the_library_come_before_those_of_another_package(installed: Path, tmp_path: Path) -> None:
+    """The folder of installed packages may have a configs/ of another package."""
+    (installed / "configs").mkdir()
+    try:
+        shown = freespec_command(installed, tmp_path, "plan", "--gpu", "nothing")
+    finally:
+        (installed / "configs").rmdir()
+    assert shown.stderr.startswith("error: unknown GPU 'nothing'; choose one of a100, h100, h200")
 
 
 @pytest.mark.parametrize("name", ["generate", "plan"])

@@ -53,6 +53,15 @@ class GivenFrames:
     extend: Path | None = None
     shows: Shows = "whole"
 
+    def check_files(self) -> None:
+        """Raise UserError for a file that cannot be opened, before anything slow is imported to read it."""
+        files = [(image.path, f"the picture {image.path}") for image in self.images]
+        for path, name in files if self.extend is None else [*files, (self.extend, f"--extend {self.extend}")]:
+            try:
+                path.open("rb").close()
+            except OSError as error:
+                raise UserError(f"cannot read {name}: {error.strerror}") from error
+
     def settings(self, *, num_frames: int, fps: int, step: int) -> dict[str, Any]:
         """The settings for the run's id, in JSON types: latent frames and SHA-256 of the files, and what is shown."""
         images = {str(self.latent(image, num_frames, fps, step)): file_sha256(image.path) for image in self.images}

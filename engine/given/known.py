@@ -138,7 +138,7 @@ def read_known_on_ranks(
 def _look_at_begun(path: Path, spec: VideoSpec, *, height: int, width: int, fps: int) -> tuple[int, list[str]]:
     """Latent frames of the video to continue, and a note if some of its frames are left out."""
     if not path.is_file():
-        raise UserError(f"--extend {path} is no file")
+        raise UserError(f"cannot read --extend {path}: it is not a file")
     if path.suffix == _LATENTS:
         return _load_begun(path, spec, height, width).shape[2], []
     size, rate = measure(path), frame_rate(path)

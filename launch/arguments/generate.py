@@ -54,10 +54,12 @@ def read(argv: list[str]) -> Arguments:
     except NoRayError as error:
         raise UserError(str(error)) from error
     outputs = plan_outputs(config.output, len(prompts.texts))
+    given = parse_given(namespace.given, namespace.extend, namespace.extend_shows)
     if namespace.ray is None and rank_env is None:  # otherwise rank 0, maybe on another machine, checks the files
         check_free(outputs, config.output)
         find_checkpoint(config.model.path)
-    given = parse_given(namespace.given, namespace.extend, namespace.extend_shows)
+        if given is not None:
+            given.check_files()
     return Arguments(
         config=config, prompts=prompts, given=given, outputs=outputs, verbose=namespace.verbose, is_example=is_example
     )

@@ -33,7 +33,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
         "text text_prompt caption": ("prompt",),
         "prompt_path prompt_list prompts_file prompt_txt txt_file input_file prompt_file suite": ("prompts",),
         "save_file save_path save_result_path output_path output_file output_file_name output_dir outfile out_file out_dir "
-        "out o save_dir result_path video_path": _FILE,
+        "out o folder save_dir result_path video_path": _FILE,
         "gpus num_gpus n_gpus ngpus num_gpu gpu_num nproc nproc_per_node num_processes world_size gpu_count": _RANKS,
         "ulysses_size ulysses_degree sp_ulysses_degree parallel.tp": ("parallel.ulysses",),
         "ring_size ring_degree sp_ring_degree": ("parallel.ring",),
@@ -78,7 +78,7 @@ FLAGS: dict[str, dict[str, str]] = {
     for name in names.split()
 }
 
-_TEXT_ONLY = "videos are made from text alone here"
+_GIVEN = "see docs/given-frames.md"
 _OWN_PIPELINE = "load it into a diffusers pipeline of your own, and add the method with apply_method (README.md)"
 _RANKS_SHARE = "ranks share a video by Ulysses and ring attention, see docs/parallel.md"
 
@@ -90,12 +90,19 @@ ANSWERS: dict[str, str] = {
             f"not supported: no LoRA is loaded here; {_OWN_PIPELINE}"
         ),
         "image images image_path img first_frame last_frame input_image input_image_path init_image start_image end_image "
-        "image_or_video_path i2v conditioning_media_paths conditioning_strengths conditioning_start_frames input_media_path "
-        "image_cond_noise_scale src_ref_images ref_image reference_image": f"not supported: {_TEXT_ONLY}, not from images",
-        "video_input input_video input_video_path src_video src_mask src_root_path video2video v2v strength denoise_strength "
-        "pose_video control_video refert_num replace_flag": f"not supported: {_TEXT_ONLY}, not from videos",
+        "image_or_video_path i2v conditioning_media_paths conditioning_start_frames input_media_path": (
+            f"generate.py --given WHERE=FILE shows a picture at a moment of the video, such as first=FILE; {_GIVEN}"
+        ),
+        "conditioning_strengths image_cond_noise_scale src_ref_images ref_image reference_image": (
+            f"not supported: a picture can only be shown as it is, with generate.py --given WHERE=FILE; {_GIVEN}"
+        ),
+        "video_input input_video input_video_path": (
+            f"generate.py --extend FILE continues a video; videos are not converted; {_GIVEN}"
+        ),
+        "src_video src_mask src_root_path video2video v2v strength denoise_strength pose_video control_video refert_num "
+        "replace_flag": f"not supported: a video can only be continued, with generate.py --extend FILE; {_GIVEN}",
         "audio audio_path enable_tts tts_prompt_audio tts_prompt_text tts_text num_clip start_from_ref": (
-            f"not supported: {_TEXT_ONLY}, without audio"
+            "not supported: videos are made without audio"
         ),
         "use_prompt_extend prompt_extend_method prompt_extend_model prompt_extend_target_lang prompt_enhancer rewrite_prompt "
         "enhance_prompt use_prompt_enhancer": "not supported: prompts are taken as they are; write the longer prompt into --prompt",

@@ -266,17 +266,23 @@ def _describe_unknown(key: str, keys: Keys, *, value: str | None, where: str = "
     return describe_unknown(key, keys.offered, commands_with=commands_with, value=value, where=where)
 
 
-def commands_with(key: str) -> list[str]:
-    """List the commands that have an option of this name."""
+def commands_with(key: str) -> tuple[list[str], str]:
+    """List the commands that have an option of this name, and return the name; for a former name, the present one."""
     from launch.cli.start import COMMANDS  # noqa: PLC0415
 
-    found = []
+    options: dict[str, frozenset[str]] = {}
+    today = key
     for name in COMMANDS:
         parser = make_parser(name, "", "")
-        importlib.import_module(f"launch.arguments.{name}").add_arguments(parser)
-        if key in Keys.of(parser).leaves:
-            found.append(name)
-    return found
+        try:
+            importlib.import_module(f"launch.arguments.{name}").add_arguments(parser)
+        except ModuleNotFoundError:  # a command that needs a checkout, in the installed library
+            continue
+        keys = Keys.of(parser)
+        options[name] = keys.leaves - keys.former
+        if key in keys.former:
+            today, _ = _former_names(parser)[key]
+    return [name for name, leaves in options.items() if today in leaves], today
 
 
 def check_config_file(path: Path, keys: Keys) -> None:

@@ -4,10 +4,9 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 from engine.errors import UserError
 from engine.paths import REPOSITORY
@@ -126,7 +125,8 @@ def prefixed_stderr(argv: Sequence[str], rank_env: RankEnv | None) -> contextlib
 
 
 def _run(name: str, argv: list[str], signals: StopSignals) -> int | None:
-    given = _import(f"launch.arguments.{name}").read(argv)
+    with _naming_missing_packages(name):
+        given = importlib.import_module(f"launch.arguments.{name}").read(argv)
     kind = COMMANDS[name]
     command = [*sys.argv[: len(sys.argv) - len(argv)], *argv]
     on_replicas = getattr(given, "replicas", None) is not None
@@ -137,23 +137,26 @@ def _run(name: str, argv: list[str], signals: StopSignals) -> int | None:
         return start_on_ray(cluster, command, num_ranks=num_ranks or 1, device=device, signals=signals)
     if num_ranks is not None:
         return start_ranks(num_ranks, command, signals=signals)
-    return _import(f"launch.commands.{getattr(given, 'command', name)}").run(given)
+    with _naming_missing_packages(name):
+        command_module = importlib.import_module(f"launch.commands.{getattr(given, 'command', name)}")
+    return command_module.run(given)
 
 
 # Folders of a checkout that the installed library lacks.
 _CHECKOUT = ("evaluation", "metrics", "tiny")
 
 
-def _import(module: str) -> ModuleType:
-    """Import one of our modules; UserError if this Python lacks a package that it needs."""
+@contextlib.contextmanager
+def _naming_missing_packages(name: str) -> Iterator[None]:
+    """Raise UserError if this Python lacks a package that a command, or what it is asked for, needs."""
     try:
-        return importlib.import_module(module)
+        yield
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in _CHECKOUT:
             raise UserError(
-                f"freespec {module.rpartition('.')[2]} needs {missing}/, which only a checkout has; clone the repository, "
-                f"run `make setup` in it, and use .venv/bin/python launch/{module.rpartition('.')[2]}.py"
+                f"freespec {name} needs {missing}/ for this, which only a checkout has; clone the repository, "
+                f"run `make setup` in it, and use .venv/bin/python launch/{name}.py"
             ) from error
         raise UserError(f"{sys.executable} has no package {missing!r}; {right_python(Path(sys.argv[0]))}") from error
 

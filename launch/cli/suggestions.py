@@ -10,8 +10,8 @@ from launch.cli.foreign import ANSWERS, FLAGS, MEANS_OTHERWISE, RENAMED, as_vide
 # Least similarity of a name that is suggested.
 _ALIKE = 0.8
 
-CommandsWith = Callable[[str], list[str]]
-"""The commands that have an option of this name."""
+CommandsWith = Callable[[str], tuple[list[str], str]]
+"""The commands that have an option of this name or had one, and its name today."""
 
 
 def describe_unknown(
@@ -32,9 +32,12 @@ def _advice(key: str, keys: Collection[str], value: str | None, commands_with: C
     if other is not None:
         return other
     likely = _same_last_part(key, keys)
-    owners = [] if likely else commands_with(key)
+    owners, today = ([], key) if likely else commands_with(key)
+    if today != key and today in keys:
+        return f"did you mean {today}?"
     if owners:
-        whose = f"it is an option of {' and '.join(owners)}; " if len(owners) < 3 else ""
+        name = "it" if today == key else f"--{today}"
+        whose = f"{name} is an option of {' and '.join(owners)}; " if len(owners) < 3 else ""
         return f"{whose}this command has no use for it, leave it out"
     likely = likely or [near for near in [nearest_key(key, keys)] if near]
     return f"did you mean {' or '.join(likely)}?" if likely else "see --help"

@@ -132,5 +132,5 @@ def test_a_video_goes_on_from_kept_latents(make: Make, run: Callable[..., Run], 
     assert "given.shows was 'new', now 'whole'" in make(on | {"extend_shows": "whole"}).error
     assert make({"extend_shows": "new"}).error == "--extend_shows new needs --extend"
     assert make({"extend": tmp_path / "gone.mp4", "output.path": tmp_path / "d.mp4"}).error.endswith(
-        "gone.mp4 is no file"
+        "gone.mp4: No such file or directory"
     )

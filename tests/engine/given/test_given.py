@@ -315,7 +315,7 @@ def test_what_does_not_fit_the_video_is_refused(folders, tmp_path, monkeypatch):
         refused("beyond the video, whose last frame is 28", [f"29={tmp_path / 'a.png'}"])
         refused(r"beyond the video, whose last frame is 3\.5s", [f"3.6s={tmp_path / 'a.png'}"])
         refused("fall into one latent frame", [f"last={tmp_path / 'a.png'}", f"27={tmp_path / 'a.png'}"])
-        refused("is no file", [], tmp_path / "gone.mp4")
+        refused("it is not a file", [], tmp_path / "gone.mp4")
         file = tmp_path / "a.safetensors"
         begun(file, engine, 8)
         refused("has 29 frames, and video.num_frames, which counts them, is 29; ask for more", [], file)
@@ -333,7 +333,7 @@ def test_what_does_not_fit_the_video_is_refused(folders, tmp_path, monkeypatch):
         (tmp_path / "c.mp4").write_bytes(b"junk")
         refused("cannot be read as a video", [], tmp_path / "c.mp4")
         (tmp_path / "d.mp4").mkdir()
-        refused("is no file", [], tmp_path / "d.mp4")
+        refused("it is not a file", [], tmp_path / "d.mp4")
         with open_video(tmp_path / "e.mp4", fps=24, height=32, width=48, crf=20) as video:
             video.write(np.zeros((5, 32, 48, 3), np.uint8))
         refused("has 24 frames a second, and video.fps is 8", [], tmp_path / "e.mp4")
