@@ -260,7 +260,8 @@ def test_help_shows_only_what_the_command_takes(run: Callable[..., Run], name: s
         "help_all",
         "print_config",
     }:
-        said = run(command.main, f"--{option}=?", *(["--config=/nowhere"] if "config" in every else [])).err
+        missing = [f"--{file}=/nowhere" for file in ("config", "study") if file in every]  # so that nothing is made
+        said = run(command.main, f"--{option}=?", *missing).err
         for word in ("unknown setting", "group of settings", "refused", "is not read", "leave --method.name out"):
             assert word not in said
 
