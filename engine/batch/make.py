@@ -34,7 +34,7 @@ class ItemMaker:
         engine: the engine, whose configuration is that of a variant.
         configs: the configuration of each variant by its label.
         root: the batch's folder.
-        checkpoint_every: steps between checkpoints of an item; 0 writes none.
+        checkpoint_every: steps between checkpoints of an item; 0 writes only the one after the last step, before decoding.
         keep_latents: whether latents are kept.
         sheets: whether a contact sheet is written beside each video.
     """
@@ -62,7 +62,7 @@ class ItemMaker:
             if self.keep_latents
             else None,
             checkpoint=files.checkpoint,
-            checkpoint_every=self.checkpoint_every,
+            checkpoint_every=self.checkpoint_every or engine.config.sampler.num_steps,
             on_step=lambda finished, total: self.on_step(identity["item_id"], finished, total),
         )
         if not engine.is_first:

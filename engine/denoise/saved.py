@@ -8,20 +8,18 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from engine.denoise.schedulers import SchedulerState, restore_scheduler
 from engine.errors import UserError
-from engine.files.tensors import read_metadata
+from engine.files.tensors import DAMAGED, read_metadata
 from engine.files.trees import DamagedError, parse_json
 from engine.files.whole import atomic_path
 from engine.identity import check_run, settings_id
 
 # Dtypes of saved latents.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Raised by safetensors for a damaged file; the last four for a dtype or shape that torch lacks.
-_DAMAGED = (SafetensorError, ValueError, LookupError, AttributeError, TypeError)
 
 History = dict[str, list[dict[str, Any]]]
 """Rows about finished steps, in JSON's types, by what wrote them; each row has a `step`."""
@@ -86,7 +84,7 @@ class RunFile:
         path, remedy = self.path, "delete it to start anew"
         try:
             tensors = safetensors.torch.load(data)
-        except _DAMAGED as error:
+        except DAMAGED as error:
             raise UserError(f"{path} is not a whole safetensors file ({error}); {remedy}") from error
         header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], str(path), remedy=remedy)
         metadata = header.get("__metadata__", {})
@@ -99,7 +97,7 @@ class RunFile:
             )
             restore_scheduler(scheduler, (state, values), device, generator)
             return tensors["latents"].to(device), int(metadata["step"]), history
-        except (RuntimeError, *_DAMAGED) as error:
+        except (RuntimeError, *DAMAGED) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{path} is not the state of a run ({type(error).__name__}: {error}); {remedy}") from error
@@ -119,5 +117,5 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (OSError, *_DAMAGED) as error:
+    except (OSError, *DAMAGED) as error:
         raise UserError(f"{path} is not a whole safetensors file ({error}); delete it or fetch it again") from error

@@ -5,7 +5,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from engine.files.trees import DamagedError
+
+# Raised by safetensors for a damaged file; the last four for a dtype or shape that torch lacks.
+DAMAGED = (SafetensorError, ValueError, LookupError, AttributeError, TypeError)
 
 _MOST_HEADER_BYTES = 100 << 20  # the library's limit
 

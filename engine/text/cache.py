@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import safetensors.torch
-from safetensors import SafetensorError
 
 from engine.adapters.base import Text
 from engine.files.locks import locked
+from engine.files.tensors import DAMAGED
 from engine.files.whole import atomic_path
 
 Encode = Callable[[list[str]], list[Text]]
@@ -76,7 +76,7 @@ def _read(path: Path) -> Text | None:
     try:
         tensors = safetensors.torch.load(path.read_bytes())
         return tuple(tensors[str(index)] for index in range(len(tensors))) or None
-    except (FileNotFoundError, SafetensorError, KeyError):
+    except (FileNotFoundError, *DAMAGED):
         return None
 
 

@@ -89,7 +89,9 @@ class Options(Replicas):
         """Check all options; UserError for invalid ones."""
         check_texts(given)
         if given.checkpoint_every < 0:
-            raise UserError(f"--checkpoint_every must be 0 (never) or more, got {given.checkpoint_every}")
+            raise UserError(
+                f"--checkpoint_every must be 0 (only when stopped, and before decoding) or more, got {given.checkpoint_every}"
+            )
         seeds = read_seeds(given.seeds, config.sampler.seed)
         return super().of(
             given,
@@ -141,7 +143,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         ("shard", str, "1/1", "i/n: make only the i-th of n parts; machines need share only the folder"),
         ("dry_run", bool, False, "print the plan and what it takes; make nothing"),
         ("status", str, None, "print the state of the batch in this folder, and end"),
-        ("checkpoint_every", int, 5, "steps between checkpoints of an item; 0 writes none"),
+        (
+            "checkpoint_every",
+            int,
+            5,
+            "steps between checkpoints of an item; 0 writes one when stopped, and before decoding",
+        ),
         ("keep_latents", bool, False, "keep the latents of every video"),
         ("verify", Verify, "full", "how finished videos are checked: full, their SHA-256, or size alone"),
         ("retry_quarantined", bool, False, "retry items that failed for good"),

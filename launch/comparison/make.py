@@ -78,7 +78,7 @@ def make_missing(
         if index > 0:
             context.wait_for_first(f"{missing[index - 1].files.video} made")
         context.check_on_first(lambda video=video: _drop_damaged(video))
-        with explain_denoising(video.files, engine):
+        with explain_denoising(video.files, engine, doing="making a video"):
             sidecar = maker.make(prepare(video.item, 1, "this process"))
         if sidecar is not None:
             print(f"{index + 1} of {len(missing)}, {summary(record_of(sidecar), video.files)}", flush=True)

@@ -111,8 +111,10 @@ def _denoise(
 
 
 @contextlib.contextmanager
-def explain_denoising(files: OutputFiles | ItemFiles, engine: LongVideoEngine) -> Iterator[None]:
-    """Report what was kept, and how to continue, if denoising in the block is stopped or fails."""
+def explain_denoising(
+    files: OutputFiles | ItemFiles, engine: LongVideoEngine, *, doing: str = "denoising"
+) -> Iterator[None]:
+    """Report which steps were kept, and how to continue, if the block, which is `doing` that, is stopped or fails."""
     try:
         yield
     except LatentsKept as error:
@@ -128,7 +130,7 @@ def explain_denoising(files: OutputFiles | ItemFiles, engine: LongVideoEngine) -
         if not is_out_of_memory(error):
             raise
         kept = f"; {_describe_checkpoint(files)}" if engine.is_first and files.checkpoint.exists() else ""
-        raise UserError(f"{describe_out_of_memory(error, when=f'denoising on {engine.device}')}{kept}") from error
+        raise UserError(f"{describe_out_of_memory(error, when=f'{doing} on {engine.device}')}{kept}") from error
 
 
 def _describe_checkpoint(files: OutputFiles | ItemFiles, otherwise: str = "nothing was kept") -> str:

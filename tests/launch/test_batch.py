@@ -503,7 +503,10 @@ def test_two_drivers_on_one_shard(make_batch: Callable[..., Run], tmp_path: Path
         ({"gpus_per_replica": 1, "model.device": "cpu"}, "asks for GPUs, but the model would run on the CPU"),
         ({"shard": "3/2"}, "--shard must be i/n with 1 <= i <= n, such as 1/4 to 4/4, got '3/2'"),
         ({"item_timeout": 0}, "--item_timeout must be more than 0 seconds, got 0.0"),
-        ({"checkpoint_every": -1}, "--checkpoint_every must be 0 (never) or more, got -1"),
+        (
+            {"checkpoint_every": -1},
+            "--checkpoint_every must be 0 (only when stopped, and before decoding) or more, got -1",
+        ),
         ({"video.num_frames": 18}, "video.num_frames must be 4k + 1, got 18; the nearest are 17 and 21"),
         ({"status": "nowhere"}, "nowhere holds no batch; give the folder that was --out"),
         ({"status": "x" * 300}, "cannot look into --status xxx"),

@@ -225,10 +225,11 @@ def test_a_folder_of_an_older_version_is_refused_in_a_line(
     assert "comparison.json is of an older version, which kept its videos elsewhere" in compare_in().error
 
 
+@pytest.mark.parametrize("every", [0, 5])
 def test_while_decoding_the_steps_are_kept_and_not_made_again(
-    compare_in: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compare_in: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
-    whole = VideoDecoder.decode
+    whole, given = VideoDecoder.decode, {"seeds": 0, "methods": "direct", "output.checkpoint_every": every}
 
     def stop_midway(self: VideoDecoder, latents: object, *, seed: int) -> Iterator[np.ndarray]:
         for i, frames in enumerate(whole(self, latents, seed=seed)):
@@ -238,11 +239,11 @@ def test_while_decoding_the_steps_are_kept_and_not_made_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(VideoDecoder, "decode", stop_midway)
-        stopped = compare_in(seeds=0, methods="direct")
+        stopped = compare_in(**given)
     assert stopped.code == 130
     assert "after step 2, which is kept in" in stopped.stopped
     assert "the same command continues from there" in stopped.stopped
-    shown = compare_in(seeds=0, methods="direct")
+    shown = compare_in(**given)
     assert shown.code == 0
     assert "(continued after step 2)" in shown.out
     found = video_of(tmp_path / "out", "direct")

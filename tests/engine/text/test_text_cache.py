@@ -1,7 +1,9 @@
 """Embeddings are made once per prompt and come back bit for bit."""
 
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 
 from engine.text import cache as text_cache
@@ -45,13 +47,23 @@ def test_another_process_reads_the_same_bits(tmp_path: Path) -> None:
     assert len(found) == 2
 
 
-def test_another_checkpoint_or_a_broken_file_is_encoded_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: data[:-3],
+        lambda data: b"",
+        lambda data: data.replace(b'"BF16"', b'"BF61"'),
+        lambda data: data.replace(b'"0"', b'"9"'),
+    ],
+    ids=["cut", "empty", "dtype", "name"],
+)
+def test_another_checkpoint_or_a_broken_file_is_encoded_anew(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     encoder = Encoder()
     TextCache("key", tmp_path).texts(["a"], encoder)
     TextCache("other", tmp_path).texts(["a"], encoder)
     assert encoder.calls == ["a", "a"]
     for file in tmp_path.glob("*.safetensors"):
-        file.write_bytes(file.read_bytes()[:-3])
+        file.write_bytes(damage(file.read_bytes()))
     TextCache("key", tmp_path).texts(["a"], encoder)
     assert len(encoder.calls) == 3
     assert sorted({file.suffix for file in tmp_path.iterdir()}) == [".safetensors"]

@@ -231,9 +231,12 @@ def test_without_a_period_nothing_is_written(engine: LongVideoEngine, tmp_path: 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("every", [0, EVERY])
 def test_a_full_disk_ends_the_item_and_its_steps_are_kept(
-    worker: Worker, batch: Batch, told: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    worker: Worker, batch: Batch, told: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
+    worker = dataclasses.replace(worker, checkpoint_every=every)
+
     def full(self: VideoWriter, frames: np.ndarray) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -1,18 +1,22 @@
 """Options under their former names: accepted for one release, with one line on stderr."""
 
+from pathlib import Path
+
 import pytest
 
 from engine.errors import UserError
+from engine.paths import REPOSITORY
 from launch.arguments import analyze, batch, calibrate, compare, demo, generate
 from launch.cli import parser
 from launch.ranks.environment import LAUNCHER
 
-PROMPTS = "configs/prompts/batch-demo.txt"
+PROMPTS = str(REPOSITORY / "configs/prompts/batch-demo.txt")
 
 
 @pytest.fixture(autouse=True)
-def _nothing_said() -> None:
+def _nothing_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parser._say_renamed.cache_clear()
+    monkeypatch.chdir(tmp_path)  # some commands check that their default output can be written
 
 
 def test_prompts(capsys: pytest.CaptureFixture[str]) -> None:
