@@ -12,7 +12,7 @@ import yaml
 from engine.errors import UserError
 from engine.files.say import Say, say_on_stderr
 
-# The type that a JSON file must hold at each dotted key.
+# The type that a JSON file must hold at each dotted key; `a.b[].c` is the key c in each item of the list a.b.
 Shape = dict[str, type | UnionType]
 
 
@@ -162,13 +162,17 @@ def lacking(tree: Any, shape: Shape) -> str | None:
     if not isinstance(tree, Mapping):
         return "it holds no keys"
     for dotted, kind in shape.items():
+        path, _, rest = dotted.partition("[].")
         value: Any = tree
-        for key in dotted.split("."):
+        for key in path.split("."):
             if not isinstance(value, Mapping) or key not in value:
-                return f"it has no {dotted}"
+                return f"it has no {path}"
             value = value[key]
-        if not isinstance(value, kind):
-            return f"{dotted} is {value!r:.60}"
+        if not isinstance(value, list if rest else kind):
+            return f"{path} is {value!r:.60}"
+        for item in value if rest else ():
+            if (wrong := lacking(item, {rest: kind})) is not None:
+                return f"in {path}, {wrong}"
     return None
 
 

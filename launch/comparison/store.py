@@ -26,8 +26,21 @@ from engine.files.say import Say, say_on_stderr
 from engine.files.trees import Shape, read_tree
 from engine.load.checkpoint import open_checkpoint
 
-# Fields of a sidecar that a comparison reads.
-_SIDECAR: Shape = {"output.sha256": str, "run.resumed_at": int, "run.seconds": dict, "run.steps": list}
+# Fields of a sidecar that a comparison, its kept measures and its report read.
+_SIDECAR: Shape = {
+    "output.sha256": str,
+    "video": dict,
+    "run.resumed_at": int,
+    "run.seconds.denoise": int | float,
+    "run.seconds.decode": int | float,
+    "run.steps[].mode": str,
+    "run.steps[].seconds": int | float,
+    "run.device": dict,
+    "run.parallel.ranks": int,
+    "run.versions.torch": str,
+    "run.git": dict | None,
+    "run.model": dict,
+}
 _CHECKPOINT_DIGITS = 16
 
 Key = tuple[str, int, int]

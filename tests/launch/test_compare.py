@@ -306,6 +306,23 @@ def test_what_a_failing_disk_has_damaged_is_made_again_alone(
     assert not list(out.rglob("*.safetensors"))
 
 
+@pytest.mark.parametrize("name", ["video", "seconds", "steps", "git", "versions"])
+def test_a_sidecar_without_what_a_report_reads_is_made_again(compare_in: Compare, tmp_path: Path, name: str) -> None:
+    given = {"seeds": 0, "methods": "direct", "measures": tmp_path / "kept.jsonl"}
+    assert compare_in(**given).code == 0
+    (tmp_path / "kept.jsonl").unlink()
+    sidecar = video_of(tmp_path / "out", "direct").with_suffix(".json")
+    whole = json.loads(sidecar.read_text())
+    damaged = json.loads(sidecar.read_text())
+    (damaged if name == "video" else damaged["run"])[name] = ["x"]
+    sidecar.write_text(json.dumps(damaged))
+    shown = compare_in(**given)
+    assert shown.code == 0
+    assert shown.err.startswith(f"{sidecar} is not the sidecar of a result: ")
+    assert shown.err.endswith("; it is made again\n")
+    assert json.loads(sidecar.read_text())["output"] == whole["output"]
+
+
 def test_a_label_that_is_too_long_for_a_name_is_one_line(compare_in: Compare, no_loading: None) -> None:
     error = compare_in(methods=f"{'x' * 300}=direct,freespec").error
     assert "File name too long" in error

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from engine.files.trees import DamagedError, absurd, parse_json
+from engine.files.trees import DamagedError, absurd, lacking, parse_json
 
 LINES = {
     "[" * 100_000: "is nested too deeply",
@@ -45,3 +45,19 @@ def test_a_tree_that_refers_to_itself_ends() -> None:
     assert absurd(laughs, most_values=1000) == "holds more than 1000 values"
     assert absurd({"a": [1, 2], "b": 3}, most_values=4) is None
     assert absurd({"a": [1, 2], "b": 3}, most_values=3) == "holds more than 3 values"
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        ({"a": {"b": [{"c": 1}, {"c": 2}]}}, None),
+        ({"a": {"b": []}}, None),
+        ({"a": {"b": [{"c": 1}, {"c": "x"}]}}, "in a.b, c is 'x'"),
+        ({"a": {"b": [{"c": 1}, {}]}}, "in a.b, it has no c"),
+        ({"a": {"b": [1]}}, "in a.b, it holds no keys"),
+        ({"a": {"b": {"c": 1}}}, "a.b is {'c': 1}"),
+        ({"a": {}}, "it has no a.b"),
+    ],
+)
+def test_items_of_a_list_have_a_shape_too(tree: Any, said: str | None) -> None:
+    assert lacking(tree, {"a.b[].c": int}) == said
