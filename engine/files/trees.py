@@ -168,9 +168,10 @@ def lacking(tree: Any, shape: Shape) -> str | None:
             if not isinstance(value, Mapping) or key not in value:
                 return f"it has no {path}"
             value = value[key]
+        items: list[Any] = value if rest and isinstance(value, list) else []
         if not isinstance(value, list if rest else kind):
             return f"{path} is {value!r:.60}"
-        for item in value if rest else ():
+        for item in items:
             if (wrong := lacking(item, {rest: kind})) is not None:
                 return f"in {path}, {wrong}"
     return None
