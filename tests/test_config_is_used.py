@@ -10,6 +10,7 @@ from freespec.methods import METHODS
 
 ROOT = Path(__file__).parent.parent
 FLOORS = ("engine", "launch", "freespec")
+GROUPS = {field.name for field in dataclasses.fields(config.RunConfig)}
 
 
 def config_classes() -> list[type]:
@@ -19,7 +20,10 @@ def config_classes() -> list[type]:
 
 
 def names_read(source: str) -> Iterator[str]:
-    """Attributes that a source reads outside of `__post_init__`, where a field is checked rather than used."""
+    """Attributes that a source reads outside of `__post_init__`, where a field is checked rather than used.
+
+    A record holds the configuration as maps: `output["crf"]` reads a field too, of the map of that name.
+    """
     tree = ast.parse(source)
     checks = {
         id(node)
@@ -30,6 +34,9 @@ def names_read(source: str) -> Iterator[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load) and id(node) not in checks:
             yield node.attr
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load) and isinstance(node.value, ast.Name):
+            if node.value.id in GROUPS and isinstance(node.slice, ast.Constant):
+                yield str(node.slice.value)
 
 
 def unread(classes: list[type], read: set[str]) -> set[str]:
@@ -58,4 +65,6 @@ def test_an_unread_field_would_be_found() -> None:
 
     read = set(names_read("class A:\n    def __post_init__(self):\n        self.nobody_reads_this\n"))
     assert unread([Extra], read) == {"Extra.nobody_reads_this"}
+    assert unread([Extra], set(names_read("words['nobody_reads_this']"))) == {"Extra.nobody_reads_this"}
     assert unread([Extra], set(names_read("x.nobody_reads_this"))) == set()
+    assert unread([Extra], set(names_read("output['nobody_reads_this']"))) == set()
