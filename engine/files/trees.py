@@ -58,7 +58,9 @@ def parse_json(data: str | bytes, name: str, *, remedy: str = "move it away") ->
     return tree
 
 
-def read_yaml(path: Path, *, name: str | None = None, remedy: str = "{remedy}") -> dict[Any, Any]:
+def read_yaml(
+    path: Path, *, name: str | None = None, remedy: str = "configs/tiny-wan.yaml is an example"
+) -> dict[Any, Any]:
     """Read the settings in a YAML file; messages call it `name` (default: the path) and end with `remedy`.
 
     UserError for a file that cannot be read, is not YAML, holds no settings, or is nested too deeply or too large.

@@ -190,7 +190,7 @@ FILES = {
     b"sampler:\n": "sampler in {path} is a group of settings, got None",
     b"method: direct\n": "method in {path} is a group of settings, got 'direct'; write method: {{name: direct}}",
     b"video: [1\n": "{path}, line 2: not YAML",
-    b"": "{path} holds no settings",
+    b"": "{path} holds no settings; configs/tiny-wan.yaml is an example",
     b"only words": "{path} holds no settings",
     b"method: {settings: " + b"[" * 3000 + b"]" * 3000 + b"}": "{path} is nested too deeply",
     b"method: {settings: " + b"{a: " * 150 + b"1" + b"}" * 151: "{path} is nested more than 100 deep",
