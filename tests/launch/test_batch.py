@@ -554,7 +554,10 @@ def test_a_log_and_a_status_that_cannot_be_written_end_nothing(
         f"warning: cannot write {log}: No space left on device",
         f"warning: cannot write {out / 'status/shard-1-of-1.json'}: Stale file handle",
     ], shown
-    assert f"cannot write {out / 'logs/shard-1-of-1/replica-0-rank0.log'}: Not a directory; what this rank" in shown.out
+    assert (
+        f"cannot write {out / 'logs/shard-1-of-1/replica-0-rank0.log'}: Not a directory; the output of this rank is lost"
+        in shown.out
+    )
 
 
 def test_a_disk_that_is_full_when_the_driver_writes_is_one_line(
