@@ -7,21 +7,17 @@ background change. Each video is a line of the file: what is seen in each frame.
 Baselines: `joined` is a clip for each event; `sliding_window` with `scene` gives each event's text to its own windows alone.
 """
 
-import argparse
 import itertools
-import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import RESULTS
 from benchmarks.tables import table
+from benchmarks.videos import Video, make_missing, options, read, show
 from engine.engine import LongVideoEngine
-from launch.cli.parser import parse_run
 from metrics.bootstrap import mean_interval
 from tiny.captions import Told, parse_caption
 from tiny.measure import track
@@ -139,35 +135,23 @@ def make(engine: LongVideoEngine, texts: Sequence[str], transition: str, seed: i
     return np.concatenate([clips[0], *(clip[1:] for clip in clips[1:])])
 
 
-def list_videos(count: int, seeds: int) -> Iterator[tuple[int, int, str, str]]:
-    """Seed, number of the timeline, method and transition of each video."""
+def list_videos(count: int, seeds: int) -> Iterator[Video]:
+    """Each video: seed, number of the timeline, method and transition."""
     for seed in range(seeds):
         for index in range(count):
             # `scene` is `cut` for a method without windows.
             pairs = [(m, t) for m in METHODS for t in TRANSITIONS if (m, t) != ("direct", "scene")]
-            yield from ((seed, index, *pair) for pair in (*pairs, JOINED))
+            yield from (
+                {"seed": seed, "index": index, "method": method, "transition": transition}
+                for method, transition in (*pairs, JOINED)
+            )
 
 
-def make_missing(args: argparse.Namespace) -> None:
-    """Make the videos that the file has no line of."""
-    made = {tuple(line[name] for name in ("seed", "index", "method", "transition", "steps")) for line in read(args.out)}
-    left = [video for video in list_videos(args.count, args.seeds) if (*video, args.steps) not in made]
-    words = ["--config=configs/tiny-wan.yaml", f"--sampler.num_steps={args.steps}", "--output.progress=off"]
-    config = parse_run([*words, "--model.device=cpu"], name="events", description="", add_arguments=lambda _: None)[1]
-    timelines = draw_timelines(args.count)
-    with LongVideoEngine(config) as engine, args.out.open("a", encoding="utf-8") as file:
-        for seed, index, method, transition in left:
-            engine.use_method(replace(config.method, name=method))
-            texts = timelines[index]
-            found = {"texts": texts, "seen": observe(make(engine, texts, transition, seed))}
-            video = {"seed": seed, "index": index, "method": method, "transition": transition, "steps": args.steps}
-            file.write(json.dumps(video | found) + "\n")
-            file.flush()
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file; none of a file that is not there yet."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+def make_video(engine: LongVideoEngine, video: Video) -> dict[str, Any]:
+    """What is seen in one video, and the texts of its events."""
+    texts = draw_timelines(video["index"] + 1)[-1]
+    engine.use_method(replace(engine.config.method, name=video["method"]))
+    return {"texts": texts, "seen": observe(make(engine, texts, video["transition"], video["seed"]))}
 
 
 def summarize(lines: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -179,24 +163,15 @@ def summarize(lines: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     rows = []
     for names, by_index in values.items():
         means = {m: np.array([np.mean([each[m] for each in found]) for found in by_index.values()]) for m in MEASURES}
-        estimates = [mean_interval(means[name]) for name in ("shown", "moves", "kept")]
-        cells = [
-            f"{each.mean:.3f}" + (f" [{each.low:.3f}, {each.high:.3f}]" if np.isfinite(each.low) else "")
-            for each in estimates
-        ]
+        cells = [show(mean_interval(means[name])) for name in ("shown", "moves", "kept")]
         rows.append([*names, str(len(by_index)), *cells, f"{np.median(means['switch']):.1f}"])
     return rows
 
 
 def main() -> None:
     """Make what is missing, and print the table of all lines with as many steps."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=40, help="timelines")
-    parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=RESULTS / "events.jsonl")
-    args = parser.parse_args()
-    make_missing(args)
+    args = options(__doc__, count="timelines", seeds=2, out="events.jsonl").parse_args()
+    make_missing(args.out, args.steps, list_videos(args.count, args.seeds), make_video)
     header = ["method", "transition", "timelines", "shown", "moves", "kept", "switch (median, frames)"]
     print(table(header, summarize([line for line in read(args.out) if line["steps"] == args.steps])))
 

@@ -90,7 +90,6 @@ def check_given(
     return [*notes, *given.describe(num_frames=num_frames, fps=fps, step=step)]
 
 
-@torch.no_grad()
 def read_known(
     given: GivenFrames,
     adapter: ModelAdapter,
@@ -118,7 +117,7 @@ def read_known(
     for image in given.images:
         latent = given.latent(image, num_frames, fps, step)
         pixels = np.repeat(read_image(image.path, height, width)[None], 1 if latent == 0 else 1 + step, axis=0)
-        by_frame[latent] = _encode(adapter, vae, pixels)[:, :, -1:]
+        by_frame[latent] = encode_frames(adapter, vae, pixels)[:, :, -1:]
     frames = sorted(by_frame)
     return Known(latents=torch.cat([by_frame[frame] for frame in frames], dim=2), frames=torch.tensor(frames))
 
@@ -191,10 +190,11 @@ def _read_begun(
         return _load_begun(path, spec, *size)
     found = measure(path)
     kept = spec.num_frames(_whole_latents(found[0] if found else 1, spec))
-    return _encode(adapter, vae, np.stack(deque(read_video(path), maxlen=kept)))
+    return encode_frames(adapter, vae, np.stack(deque(read_video(path), maxlen=kept)))
 
 
-def _encode(adapter: ModelAdapter, vae: torch.nn.Module, pixels: np.ndarray) -> Tensor:
+@torch.no_grad()
+def encode_frames(adapter: ModelAdapter, vae: torch.nn.Module, pixels: np.ndarray) -> Tensor:
     """Encode uint8 [T, H, W, 3] to latents [1, z, F, h, w], fp32 on the CPU."""
     frames = torch.from_numpy(pixels.copy()).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
     return adapter.encode(vae, frames).float().cpu()

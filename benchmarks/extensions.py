@@ -1,0 +1,180 @@
+"""How well a video of the embedded world is continued, against a chain of clips that encode the end of what is there again.
+
+python -m benchmarks.extensions --count 40 --seeds 1
+
+A clip of native length is continued to four times that, from one of the held-out prompts. `extension` keeps the clip's latents and makes
+the rest in one run, as `generate.py --extend` does. `chain` makes clips of native length; each begins with the last frames of what is
+there, encoded again, and adds the rest. Its frames are not compressed in between. Each video is a line of the file: what is seen in each
+frame. Started again, the command makes what is missing.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from benchmarks.measure import ROOT
+from benchmarks.tables import table, verdict
+from benchmarks.videos import Video, make_missing, options, read, show
+from engine.denoise.saved import save_latents
+from engine.engine import LongVideoEngine
+from engine.given.frames import GivenFrames
+from engine.given.known import encode_frames
+from metrics.bootstrap import Estimate, mean_interval, paired_interval, seed_means
+from tiny.measure import track
+
+NATIVE = 33  # frames of a clip
+LENGTH = 129
+TAIL = 9  # frames that a clip of the chain takes over
+FPS = 16
+WAYS = ("extension", "chain")
+SEAMS = {"extension": [NATIVE], "chain": list(range(NATIVE, LENGTH, NATIVE - TAIL))}  # first new frame of each piece
+NAMED = ("shape", "colour", "background")
+MEASURED = ("centre", "rgb", "background_rgb")
+UNITS = {
+    "kept": "share of frames",
+    "centre_seam": "px",
+    "centre_inside": "px",
+    "rgb_seam": "levels",
+    "rgb_inside": "levels",
+    "background_rgb_seam": "levels",
+    "background_rgb_inside": "levels",
+    "rgb_slope": "levels/s",
+    "background_rgb_slope": "levels/s",
+}
+
+
+def observe(frames: np.ndarray) -> dict[str, list[Any]]:
+    """What is seen in each frame of [F, 64, 64, 3], see `tiny.measure.Track`; None for numbers where no object is."""
+    seen = track(frames)
+    numbers = {name: [_row(row) for row in getattr(seen, name)] for name in MEASURED}
+    return {name: list(getattr(seen, name)) for name in NAMED} | numbers
+
+
+def _row(row: np.ndarray) -> list[float | None]:
+    return [round(float(value), 3) if np.isfinite(value) else None for value in row]
+
+
+def measure(seen: Mapping[str, Sequence[Any]], seams: Sequence[int]) -> dict[str, float]:
+    """Measures of a video from what is seen in each frame; nan where there is nothing to measure.
+
+    seams: the first frame of each new piece; the first of them ends the given clip.
+    kept: share of the new frames with the most frequent shape, colour and background of the given clip, all three.
+    centre, rgb, background_rgb: where the object is, its colour, and the background's. `_seam` is the distance from a frame to the next at
+        the seams, and `_inside` that between all other new frames, means of both; `_slope` is the length of the change per second on the
+        straight line through the new frames.
+    """
+    first = seams[0]
+    same = [np.array(seen[name][first:]) == _most_frequent(seen[name][:first]) for name in NAMED]
+    found = {"kept": float(np.all(same, axis=0).mean())}
+    at_seam = np.isin(np.arange(first, len(seen["shape"])), seams)
+    for name in MEASURED:
+        values = np.array(seen[name], dtype=np.float64)  # None becomes nan
+        jumps = np.linalg.norm(np.diff(values, axis=0), axis=1)[first - 1 :]
+        found |= {f"{name}_seam": _mean(jumps[at_seam]), f"{name}_inside": _mean(jumps[~at_seam])}
+        found[f"{name}_slope"] = _slope(values[first:])
+    return {name: found[name] for name in UNITS}
+
+
+def _most_frequent(names: Sequence[str]) -> str:
+    return max(dict.fromkeys(names), key=list(names).count)
+
+
+def _mean(values: np.ndarray) -> float:
+    kept = values[np.isfinite(values)]
+    return float(kept.mean()) if len(kept) else float("nan")
+
+
+def _slope(values: np.ndarray) -> float:
+    """Length per second of the least-squares slope of [F, d]; nan with fewer than two frames that are known."""
+    known = np.isfinite(values).all(1)
+    if known.sum() < 2:
+        return float("nan")
+    return float(np.linalg.norm(np.polyfit(np.flatnonzero(known) / FPS, values[known], 1)[0]))
+
+
+def make(engine: LongVideoEngine, prompt: str, way: str, seed: int, *, length: int = LENGTH) -> np.ndarray:
+    """Frames of one video, uint8 [length, 64, 64, 3]."""
+    clip = engine.generate(prompt, num_frames=NATIVE, seed=seed)
+    if way == "extension":
+        return _decode(engine, _go_on(engine, clip.latents, prompt, length, seed + 1))
+    frames = clip.frames
+    while len(frames) < length:
+        seed += 1  # with one noise all pieces would be alike
+        tail = encode_frames(engine.adapter, engine.pipe.vae, frames[-TAIL:])
+        piece = _decode(engine, _go_on(engine, tail, prompt, NATIVE, seed))
+        frames = np.concatenate([frames, piece[TAIL:]])
+    return frames
+
+
+def _go_on(engine: LongVideoEngine, latents: Tensor, prompt: str, num_frames: int, seed: int) -> Tensor:
+    """Latents of a video that begins with these."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "given.safetensors"
+        save_latents(file, latents, {})
+        return engine.denoise(prompt, num_frames=num_frames, seed=seed, given=GivenFrames(extend=file)).latents
+
+
+def _decode(engine: LongVideoEngine, latents: Tensor) -> np.ndarray:
+    return np.concatenate(list(engine.decode(latents)))
+
+
+def read_prompts() -> list[str]:
+    """The held-out prompts of the world."""
+    return (ROOT / "configs/prompts/world-heldout-40.txt").read_text(encoding="utf-8").splitlines()
+
+
+def list_videos(count: int, seeds: int) -> Iterator[Video]:
+    """Each video: seed, number and text of its prompt, and the way it is continued."""
+    for seed in range(seeds):
+        for index, prompt in enumerate(read_prompts()[:count]):
+            yield from ({"seed": seed, "index": index, "prompt": prompt, "way": way} for way in WAYS)
+
+
+def make_video(engine: LongVideoEngine, video: Video) -> dict[str, Any]:
+    """What is seen in one video."""
+    return {"seen": observe(make(engine, video["prompt"], video["way"], video["seed"]))}
+
+
+def summarize(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Tables of the prompts that both ways have videos of: means over prompts, seeds averaged first, intervals of 95 %; and the goals."""
+    both = sorted(set.intersection(*({line["index"] for line in lines if line["way"] == way} for way in WAYS)))
+    means: dict[str, dict[str, np.ndarray]] = {}
+    for way in WAYS:
+        found = [(line["index"], measure(line["seen"], SEAMS[way])) for line in lines if line["way"] == way]
+        found = [(index, values) for index, values in found if index in both]
+        means[way] = {name: seed_means([(index, values[name]) for index, values in found], both) for name in UNITS}
+    rows = [[f"{name} ({UNITS[name]})", *(show(mean_interval(means[way][name])) for way in WAYS)] for name in UNITS]
+    ours, chain = (means[way] for way in WAYS)
+    goals = {
+        f"{name}: seam - inside": paired_interval(ours[f"{name}_seam"], ours[f"{name}_inside"]) for name in MEASURED
+    }
+    for name in ("rgb_slope", "background_rgb_slope"):
+        goals[f"{name}: extension - chain / 2"] = paired_interval(ours[name], chain[name] / 2)
+    parts = (
+        f"{len(both)} extensions",
+        table(["measure", *WAYS], rows),
+        table(["at most 0", "difference", "met"], [[name, show(each), _verdict(each)] for name, each in goals.items()]),
+    )
+    return "\n\n".join(parts)
+
+
+def _verdict(estimate: Estimate) -> str:
+    return verdict(estimate.mean <= 0)
+
+
+def main() -> None:
+    """Make what is missing, and print the tables of all lines with as many steps."""
+    parser = options(__doc__, count="extensions, at most 40", seeds=1, out="extensions.jsonl")
+    args = parser.parse_args()
+    if args.count > len(read_prompts()):
+        parser.error(f"there are {len(read_prompts())} held-out prompts, --count is {args.count}")
+    make_missing(args.out, args.steps, list_videos(args.count, args.seeds), make_video)
+    print(summarize([line for line in read(args.out) if line["steps"] == args.steps]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Measures of continued videos: exact on clips of the world, and on clips that jump, drift or change; and one video of each way."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.extensions import (
+    FPS,
+    LENGTH,
+    NATIVE,
+    SEAMS,
+    TAIL,
+    list_videos,
+    make,
+    measure,
+    observe,
+    summarize,
+)
+from benchmarks.videos import make_missing, open_engine, read
+from tiny.captions import parse_caption
+from tiny.world import SPEEDS, Scene, render
+
+PROMPT = "a red circle moves right over a blue background"
+LATER = slice(NATIVE, None)
+SPEED = SPEEDS["normal"]
+
+
+def show(prompt: str = PROMPT) -> np.ndarray:
+    """A clip of the world, float [LENGTH, 64, 64, 3]."""
+    told = parse_caption(prompt)
+    assert told is not None
+    words = {name: getattr(told, name) for name in ("shape", "colour", "size", "motion", "speed", "background", "pan")}
+    scene = Scene(**words, start=(20.0, 32.0), angle=0.0, texture_start=(0.0, 0.0))
+    return render(scene, LENGTH).astype(np.float64)
+
+
+def marks(frames: np.ndarray, way: str = "extension") -> dict[str, float]:
+    # Through a line of the file, as the table has them.
+    return measure(json.loads(json.dumps(observe(frames))), SEAMS[way])
+
+
+def test_a_video_that_goes_on_as_it_was() -> None:
+    for way in SEAMS:
+        found = marks(show(), way)
+        assert found["kept"] == 1.0
+        assert [found["centre_seam"], found["centre_inside"]] == pytest.approx([SPEED] * 2, abs=0.05)
+        assert max(value for name, value in found.items() if "rgb" in name) < 1.0
+
+
+def test_a_jump_at_the_seam_is_seen_there_and_nowhere_else() -> None:
+    frames = show()
+    frames[LATER] = np.roll(frames[LATER] + 8.0, 5, axis=2)
+    found, still = marks(frames), marks(show())
+    assert found["centre_seam"] == pytest.approx(SPEED + 5, abs=0.05)
+    assert found["background_rgb_seam"] == pytest.approx(8 * np.sqrt(3), abs=1.0)
+    assert found["rgb_seam"] == pytest.approx(8 * np.sqrt(3), abs=1.0)
+    inside = [name for name in found if name.endswith(("_inside", "_slope"))]
+    assert [found[name] for name in inside] == pytest.approx([still[name] for name in inside], abs=0.2)
+
+
+def test_every_piece_of_the_chain_has_a_seam() -> None:
+    second = SEAMS["chain"][1]
+    frames = show()
+    frames[second:] += 8.0
+    assert marks(frames, "chain")["rgb_seam"] == pytest.approx(8 * np.sqrt(3) / len(SEAMS["chain"]), abs=0.5)
+    assert marks(frames)["rgb_seam"] < 0.5
+    assert SEAMS["chain"][-1] + NATIVE - TAIL == LENGTH
+
+
+def test_the_slope_is_the_drift_per_second() -> None:
+    drift = 0.25  # levels per frame and channel: 24 in all
+    frames = show("a blue circle moves right over a gray background")
+    frames[LATER] += drift * np.arange(LENGTH - NATIVE)[:, None, None, None]
+    found = marks(frames)
+    # the blue channel ends at 255, so the subject drifts less than the background
+    assert found["background_rgb_slope"] == pytest.approx(drift * FPS * np.sqrt(3), rel=0.05)
+    assert drift * FPS < found["rgb_slope"] < found["background_rgb_slope"]
+    assert marks(show())["background_rgb_slope"] < 0.2
+
+
+@pytest.mark.parametrize("other", ["star", "green circle", "gray background"])
+def test_another_shape_colour_or_background_is_not_kept(other: str) -> None:
+    word = {"star": "circle", "green circle": "red circle", "gray background": "blue background"}[other]
+    frames, half = show(), NATIVE + (LENGTH - NATIVE) // 2
+    frames[half:] = show(PROMPT.replace(word, other))[half:]
+    assert marks(frames)["kept"] == 0.5
+
+
+def test_frames_without_an_object_are_not_kept_and_have_no_place() -> None:
+    frames = show()
+    frames[NATIVE : NATIVE + 24] = np.array([44, 62, 104])
+    found = marks(frames)
+    assert found["kept"] == 0.75
+    assert np.isnan(found["centre_seam"])
+    assert found["centre_inside"] == pytest.approx(SPEED, abs=0.05)
+
+
+def test_the_tables_are_of_prompts_with_both_ways_and_say_what_is_met() -> None:
+    still, drifting = show(), show()
+    drifting[LATER] += 0.2 * np.arange(LENGTH - NATIVE)[:, None, None, None]
+    seen = {"extension": observe(still), "chain": observe(drifting)}
+    lines = [{"seed": 0, "index": index, "way": way, "seen": seen[way]} for index in range(2) for way in SEAMS]
+    lines.append({"seed": 0, "index": 2, "way": "chain", "seen": seen["chain"]})
+    text = summarize(lines)
+    assert text.startswith("2 extensions")
+    assert [line.split(" | ")[-1] for line in text.splitlines() if "chain / 2" in line] == ["yes |"] * 2
+    turned = [line | {"way": {"extension": "chain", "chain": "extension"}[line["way"]]} for line in lines]
+    assert [line.split(" | ")[-1] for line in summarize(turned).splitlines() if "chain / 2" in line] == ["**no** |"] * 2
+
+
+def test_videos_begin_with_the_clip() -> None:
+    length = SEAMS["chain"][1]
+    with open_engine(1) as engine:
+        clip = engine.generate(PROMPT, num_frames=NATIVE, seed=3).frames
+        extension, chain = (make(engine, PROMPT, way, 3, length=length) for way in SEAMS)
+    for frames in (extension, chain):
+        assert frames.shape == (length, 64, 64, 3)
+        np.testing.assert_array_equal(frames[:NATIVE], clip)
+    assert not np.array_equal(extension[LATER], chain[LATER])
+
+
+def test_a_video_is_made_once(tmp_path: Path) -> None:
+    out, videos, made = tmp_path / "extensions.jsonl", list(list_videos(1, 1)), []
+    out.write_text(
+        json.dumps(videos[0] | {"steps": 1, "seen": {}}) + "\n" + json.dumps(videos[1] | {"steps": 2}) + "\n"
+    )
+    make_missing(out, 1, videos, lambda _engine, video: made.append(video) or {"seen": {"shape": ["star"]}})
+    assert [video["way"] for video in made] == ["chain"]  # the other line of it has other steps
+    assert read(out)[2:] == [videos[1] | {"steps": 1, "seen": {"shape": ["star"]}}]
