@@ -208,7 +208,7 @@ class LongVideoEngine:
 
         known = None if given is None else self._read_known(given, num_frames, seed)
         call = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "num_frames": num_frames}
-        facts = {} if given is None else {"given": self._describe_given(given, num_frames)}
+        facts = {} if given is None else {"given": self.given_settings(given, num_frames)}
         settings = self.checkpoint.settings(self.config, **call, **facts)
         scheduler, latent = self.pipe.scheduler, self.spec.latent_shape(num_frames, video.height, video.width)[2:]
         window = self.config.method.window_frames * self.spec.patch[0]
@@ -352,8 +352,8 @@ class LongVideoEngine:
         known = read_known_on_ranks(given, self.adapter, self.pipe.vae, self.spec, mesh=self.mesh, **size)
         return known.with_noise(self._draw_noise(num_frames, torch.Generator("cpu").manual_seed(seed)), self.device)
 
-    def _describe_given(self, given: GivenFrames, num_frames: int) -> dict[str, Any]:
-        """The settings of the given frames, from rank 0, which alone may see the files."""
+    def given_settings(self, given: GivenFrames, num_frames: int) -> dict[str, Any]:
+        """The settings of given frames, see `GivenFrames.settings`, from rank 0, which alone may see the files."""
         video, step = {"num_frames": num_frames, "fps": self.config.video.fps}, self.spec.temporal_factor
         return json.loads(
             from_first(self.mesh, lambda: json.dumps(given.settings(**video, step=step)).encode(), "given frames")

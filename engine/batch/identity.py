@@ -1,7 +1,7 @@
 """Identify videos by content: equal ids mean equal videos, on any machine and in any order.
 
-An id hashes what decides the pixels: checkpoint, number format, size, sampler, method, kernel, decoder, encoder, prompt and seed.
-Ranks, devices, output folders and the order of a batch are left out.
+An id hashes what decides the pixels: checkpoint, number format, size, sampler, method, kernel, decoder, encoder, given frames, prompt
+and seed. Ranks, devices, output folders and the order of a batch are left out.
 """
 
 import dataclasses
@@ -17,10 +17,12 @@ CONFIG_DIGITS = 12
 ITEM_DIGITS = 16
 
 
-def config_tree(config: RunConfig, *, checkpoint: str, dtype: str) -> dict[str, Any]:
-    """The settings that decide pixels, with the checkpoint's digest and the resolved dtype.
+def config_tree(
+    config: RunConfig, *, checkpoint: str, dtype: str, given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The settings that decide pixels, with the checkpoint's digest, the resolved dtype and the settings of given frames.
 
-    Prompt, seed and the settings of unused methods are left out.
+    Prompt, seed and the settings of unused methods are left out, and so is `given` without any.
     """
     tree = dataclasses.asdict(config)
     del tree["sampler"]["seed"]
@@ -33,7 +35,7 @@ def config_tree(config: RunConfig, *, checkpoint: str, dtype: str) -> dict[str, 
         "attention": tree["attention"],
         "decode": tree["decode"],
         "output": {"crf": config.output.crf},
-    }
+    } | ({} if given is None else {"given": given})
 
 
 def config_id(tree: Mapping[str, Any]) -> str:

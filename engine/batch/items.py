@@ -62,6 +62,7 @@ class Batch:
         items: in the order in which they are made.
         trees: the configurations by their id.
         device: kind of device that all videos of the folder must be made on; None lets them differ.
+        given: settings of the given frames, the same for every item; None without any.
     """
 
     suite: Suite
@@ -70,6 +71,7 @@ class Batch:
     items: tuple[Item, ...]
     trees: Mapping[str, Mapping[str, Any]]
     device: str | None = None
+    given: Mapping[str, Any] | None = None
 
 
 def plan_batch(
@@ -80,15 +82,16 @@ def plan_batch(
     checkpoint: str,
     dtype: str,
     device: str | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> Batch:
     """The items of a batch, seed by seed and prompt by prompt, so that all variants of a prompt and seed are made early.
 
-    `checkpoint` and `dtype` are those of `engine.batch.identity.config_tree`. UserError for a variant, seed or prompt
+    `checkpoint`, `dtype` and `given` are those of `engine.batch.identity.config_tree`. UserError for a variant, seed or prompt
     that is given twice.
     """
     check_variants(variants)
     check_once("--seeds", seeds)
-    trees = {each.label: config_tree(each.config, checkpoint=checkpoint, dtype=dtype) for each in variants}
+    trees = {each.label: config_tree(each.config, checkpoint=checkpoint, dtype=dtype, given=given) for each in variants}
     ids = {label: config_id(tree) for label, tree in trees.items()}
     items = [
         Item(
@@ -110,6 +113,7 @@ def plan_batch(
         items=tuple(items),
         trees={ids[label]: tree for label, tree in trees.items()},
         device=device,
+        given=given,
     )
 
 

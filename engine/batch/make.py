@@ -23,6 +23,7 @@ from engine.errors import UserError
 from engine.files.storage import FolderGoneError
 from engine.files.video import VideoFiles
 from engine.files.whole import write_json
+from engine.given.frames import GivenFrames
 from engine.produce import LatentsFile, decode_to_files, denoise_to_file, share_decoding
 
 
@@ -37,6 +38,8 @@ class ItemMaker:
         checkpoint_every: steps between checkpoints of an item; 0 writes only the one after the last step, before decoding.
         keep_latents: whether latents are kept.
         sheets: whether a contact sheet is written beside each video.
+        given: the given frames of every item.
+        given_settings: their settings when the batch was planned, which are in the items' ids.
     """
 
     engine: LongVideoEngine
@@ -45,6 +48,8 @@ class ItemMaker:
     checkpoint_every: int
     keep_latents: bool
     sheets: bool = False
+    given: GivenFrames | None = None
+    given_settings: Mapping[str, Any] | None = None
 
     def make(self, task: dict[str, Any]) -> dict[str, Any] | None:
         """Make one item; return its sidecar on rank 0. Every rank calls this with the same task."""
@@ -54,10 +59,12 @@ class ItemMaker:
         if engine.is_first:
             _check_root(self.root)
             files.make_folders()
+        self._check_given()
         latents, run = denoise_to_file(
             engine,
             identity["prompt"],
             seed=identity["seed"],
+            given=self.given,
             file=LatentsFile(path=files.latents, metadata={"item_id": identity["item_id"]})
             if self.keep_latents
             else None,
@@ -117,6 +124,17 @@ class ItemMaker:
         except UserError:
             engine.config = before
             raise
+
+    def _check_given(self) -> None:
+        """Raise UserError on all ranks if a given file is no longer the one that the items' ids name."""
+        if self.given is None:
+            return
+        now = self.engine.given_settings(self.given, self.engine.config.video.num_frames)
+        if now != self.given_settings:
+            raise UserError(
+                "a file of --given or --extend has changed since the batch began; put the same file back, or choose "
+                "another --out"
+            )
 
     def on_step(self, item: str, finished: int, total: int) -> None:
         """Called on every rank after each step of an item."""

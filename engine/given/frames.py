@@ -53,6 +53,13 @@ class GivenFrames:
     extend: Path | None = None
     shows: Shows = "whole"
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of `parse_given` for these frames, in JSON types, with absolute paths."""
+        words = [f"{image.where}={image.path.absolute()}" for image in self.images]
+        extend = None if self.extend is None else str(self.extend.absolute())
+        return {"words": words, "extend": extend, "shows": self.shows}
+
     def check_files(self) -> None:
         """Raise UserError for a file that cannot be opened, before anything slow is imported to read it."""
         files = [(image.path, f"the picture {image.path}") for image in self.images]

@@ -61,6 +61,8 @@ def read(argv: list[str]) -> Arguments | Status:
     if options.gpu is not None:
         read_gpu(options.gpu)
     find_checkpoint(config.model.path)
+    if options.given is not None:
+        options.given.check_files()
     suite = read_prompts(options)
     return Arguments(config=config, variants=variants, options=options, suite=suite, dry_run=namespace.dry_run)
 

@@ -7,9 +7,10 @@ from jsonargparse import ArgumentParser
 from engine.config import OutputConfig, RunConfig
 from engine.errors import UserError
 from engine.files.checks import check_places
-from engine.given.frames import GivenFrames, Shows, parse_given
+from engine.given.frames import GivenFrames
 from engine.paths import find_checkpoint
 from launch.arguments.environment import check_environment
+from launch.arguments.given import add_given, read_given
 from launch.arguments.prompts import EXAMPLE, Prompts, add_prompts, read_prompts
 from launch.arguments.ranks import add_ranks, check_started
 from launch.cli.argv import asked_value
@@ -54,7 +55,7 @@ def read(argv: list[str]) -> Arguments:
     except NoRayError as error:
         raise UserError(str(error)) from error
     outputs = plan_outputs(config.output, len(prompts.texts))
-    given = parse_given(namespace.given, namespace.extend, namespace.extend_shows)
+    given = read_given(namespace)
     if namespace.ray is None and rank_env is None:  # otherwise rank 0, maybe on another machine, checks the files
         check_free(outputs, config.output)
         find_checkpoint(config.model.path)
@@ -80,20 +81,7 @@ def check_free(outputs: list[OutputFiles], output: OutputConfig) -> None:
 def add_arguments(parser: ArgumentParser) -> None:
     """The options of the command beside the settings of a run."""
     add_prompts(parser)
-    parser.add_argument(
-        "--given",
-        type=str,
-        action="append",
-        default=[],
-        help="a picture that the video shows, WHERE=FILE; WHERE is first, last, seconds (2.5s) or a frame; may come again",
-    )
-    parser.add_argument("--extend", type=str, help="continue a video file, or saved latents")
-    parser.add_argument(
-        "--extend_shows",
-        type=Shows,
-        default="whole",
-        help="what the output contains: the whole video, or only the new part",
-    )
+    add_given(parser)
     add_ranks(parser)
     parser.add_argument(
         "--ray", type=str, help="start the ranks as actors of a Ray cluster instead: auto, HOST:PORT, or local"

@@ -32,6 +32,8 @@ def make(config: RunConfig, options: Replicas, batch: Batch, files: BatchFiles, 
         "checkpoint_every": options.checkpoint_every,
         "keep_latents": options.keep_latents,
         "sheets": options.sheets,
+        "given": None if options.given is None else options.given.arguments,
+        "given_settings": batch.given,
     }
     count = min(options.replicas, len(work.todo))
     journal = FileJournal(

@@ -11,7 +11,9 @@ from engine.batch.locks import Shard
 from engine.batch.store import Verify
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.given.frames import GivenFrames
 from engine.paths import expand, find_file
+from launch.arguments.given import add_given, read_given
 from launch.arguments.many_videos import read_seeds
 from launch.arguments.variants import METHODS_HELP
 from launch.cli.parser import add_former_name
@@ -35,6 +37,7 @@ class Replicas:
     checkpoint_every: int
     keep_latents: bool = False
     sheets: bool = False
+    given: GivenFrames | None = None
 
     @property
     def nodes(self) -> list[str] | None:
@@ -44,7 +47,7 @@ class Replicas:
         return list(map(str, range(self.ranks))) if self.strategy == "STRICT_SPREAD" else None
 
     @classmethod
-    def of(cls, given: Namespace, config: RunConfig, **others: Any) -> Self:
+    def of(cls, given: Namespace, config: RunConfig, /, **others: Any) -> Self:
         """Check the options of replicas; UserError for invalid or contradictory ones."""
         for name in ("nproc", "replicas", "gpus_per_replica"):
             if given[name] is not None and given[name] < 1:
@@ -85,7 +88,7 @@ class Options(Replicas):
     gpu: str | None
 
     @classmethod
-    def of(cls, given: Namespace, config: RunConfig, **others: Any) -> Self:
+    def of(cls, given: Namespace, config: RunConfig, /, **others: Any) -> Self:
         """Check all options; UserError for invalid ones."""
         check_texts(given)
         if given.checkpoint_every < 0:
@@ -104,6 +107,7 @@ class Options(Replicas):
             verify=given.verify,
             retry_quarantined=given.retry_quarantined,
             gpu=given.gpu,
+            given=read_given(given),
             **others,
         )
 
@@ -155,5 +159,6 @@ def add_arguments(parser: ArgumentParser) -> None:
         ("gpu", str, None, "one of configs/gpus, for the prediction of --dry_run"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    add_given(parser)
     add_replicas(parser)
     add_former_name(parser, "suite", "prompts")

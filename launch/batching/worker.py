@@ -1,7 +1,8 @@
 """A rank of a replica: load the model once, then make the items that arrive on stdin, one JSON line each.
 
 The first line is the setup: `configs` (a whole RunConfig for each variant by its label, which differ in
-`engine.batch.variants.MAY_DIFFER` alone), `root` (the batch's folder), `checkpoint_every`, `keep_latents`, `sheets`.
+`engine.batch.variants.MAY_DIFFER` alone), `root` (the batch's folder), `checkpoint_every`, `keep_latents`, `sheets`, `given` (see
+`GivenFrames.arguments`), `given_settings`.
 The others are tasks: `identity`, `suite`, `attempt`, `replica`. Events go to the pipe of `launch.ranks.host`.
 """
 
@@ -27,6 +28,7 @@ from engine.batch.queue import Kind
 from engine.engine import LongVideoEngine
 from engine.errors import UserError, describe_out_of_memory, first_line, is_out_of_memory
 from engine.files.storage import is_storage_fault, names_storage_fault
+from engine.given.frames import parse_given
 from launch.process.exit_codes import LostRankError, run_command
 from launch.process.stopping import StopSignals, die_with_parent
 from launch.process.streams import unfailing_streams
@@ -64,6 +66,8 @@ def _work(pipe: IO[str]) -> None:
                 checkpoint_every=setup["checkpoint_every"],
                 keep_latents=setup["keep_latents"],
                 sheets=setup["sheets"],
+                given=None if setup["given"] is None else parse_given(**setup["given"]),
+                given_settings=setup["given_settings"],
                 tell=tell,
             )
             engine.text.keep(BatchFiles(root=worker.root).text_cache)

@@ -20,6 +20,7 @@ from launch.batching.options import Options
 from launch.batching.report import SUPPORT, check_room, say_plan, say_start
 from launch.batching.work import Work
 from launch.commands import status
+from launch.video.given import look_at_given
 from launch.video.prompts import look_at_prompts
 
 
@@ -35,11 +36,14 @@ def run(given: Arguments) -> int:
     config, variants, arrangement = arrange_variants(given.config, given.variants, options, gpu=options.gpu)
     batch = read_batch(config, variants, given)
     mine = [item for item in batch.items if options.shard.owns(item.item_id)]
+    notes = look_at_given(config, options.given)
     files = BatchFiles(root=options.out)
     check_devices(config, options)
     files.check()
     check_folder(options.out, batch)
     look_at_prompts(config, [(prompt.where(batch.suite.name), prompt.text) for prompt in batch.suite.prompts])
+    for note in notes:
+        print(f"note: {note}", flush=True)
     if given.dry_run:
         say_plan(config, options, batch, mine, f"{arrangement.degrees}: {arrangement.why}")
         return 0
@@ -65,12 +69,14 @@ def read_batch(config: RunConfig, variants: Sequence[Variant], given: Arguments)
     spec = checkpoint.spec
     spec.check_video(config.video.num_frames, config.video.height, config.video.width)
     check_tiles(config.decode, spec)
+    frames, video = given.options.given, {"num_frames": config.video.num_frames, "fps": config.video.fps}
     return plan_batch(
         variants,
         given.suite,
         seeds=given.options.seeds,
         checkpoint=checkpoint.digest,
         dtype=config.model.dtype,
+        given=None if frames is None else frames.settings(**video, step=spec.temporal_factor),
     )
 
 

@@ -8,12 +8,12 @@ from typing import Any
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.given.frames import GivenFrames
-from engine.given.known import check_given
 from engine.load.checkpoint import Checkpoint, open_checkpoint
 from engine.shown import quoted
 from launch.arguments.generate import Arguments, read
 from launch.process.stopping import all_is_made
 from launch.ranks.join import open_ranks
+from launch.video.given import look_at_given
 from launch.video.make import make_video, summary
 from launch.video.outputs import OutputFiles, check_free_space, claim_outputs, frame_folders
 from launch.video.prompts import look_at_prompts
@@ -57,15 +57,6 @@ def run(given: Arguments) -> None:
             if record is not None:
                 print(summary(record, files), flush=True)
         last.enter_context(all_is_made())
-
-
-def look_at_given(config: RunConfig, given: GivenFrames | None) -> list[str]:
-    """Check the given frames before anything is loaded; returns notes for the user, one sentence each."""
-    if given is None:
-        return []
-    video, spec = config.video, open_checkpoint(config.model).spec
-    size = {"num_frames": video.num_frames, "height": video.height, "width": video.width}
-    return check_given(given, spec, **size, fps=video.fps)
 
 
 def find_stages(

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from engine.batch.driver import ReplicaState
 from engine.batch.files import BatchFiles
@@ -275,6 +276,25 @@ def test_a_dry_run_counts_and_makes_nothing(make_batch: Callable[..., Run], tmp_
     assert not (tmp_path / "out").exists()
 
 
+def test_every_item_is_given_the_same_frames_and_another_file_is_another_batch(
+    make_batch: Callable[..., Run], tmp_path: Path
+) -> None:
+    for name, colour in (("a", 0), ("b", 255)):
+        Image.new("RGB", (32, 32), (colour, 0, 0)).save(tmp_path / f"{name}.png")
+    settings = {"methods": "direct", "given": f"last={tmp_path / 'a.png'}", "keep_latents": True}
+    shown = make_batch(settings)
+    assert shown.code == 0, shown
+    assert "note: a.png is given at frames 13 to 16, as a still of 4 frames" in shown.out
+    items = [json.loads(path.read_text()) for path in BatchFiles(root=tmp_path / "out").sidecars()]
+    assert [item["run"]["given"]["images"][0]["file"] for item in items] == ["a.png"] * 2
+    kept = [load_latents(path)[0][:, :, -1] for path in (tmp_path / "out").glob("*/*/latents/*.safetensors")]
+    assert torch.equal(*kept)
+    assert "2 done, 0 to make" in make_batch(settings, "--dry_run").out
+    for other in (f"last={tmp_path / 'b.png'}", None):
+        error = make_batch(settings | {"given": other}, "--dry_run").error
+        assert "holds direct videos of another configuration; changed: given" in error
+
+
 def test_variants_of_one_method_are_planned_as_such(make_batch: Callable[..., Run]) -> None:
     shown = make_batch({"methods": "freespec,GB=freespec:configs/ablation/gb.yaml"}, "--dry_run")
     assert "4 = prompts x 1 seeds x 2 methods" in shown.out, shown
@@ -496,6 +516,8 @@ def test_two_drivers_on_one_shard(make_batch: Callable[..., Run], tmp_path: Path
         ({"prompts": "nowhere.txt"}, "cannot read --prompts nowhere.txt: No such file or directory"),
         ({"methods": "freespec,freespec"}, "two variants are called freespec; give one a name"),
         ({"methods": "freespek"}, "freespek"),
+        ({"extend": "nowhere.mp4"}, "cannot read --extend nowhere.mp4: No such file or directory"),
+        ({"given": "last"}, "--given 'last' is not WHERE=FILE"),
         ({"seeds": "0,x"}, "--seeds must be whole numbers with commas between them, got '0,x'"),
         ({"seeds": "-1"}, "--seeds: a seed must lie in [0, 2**63), got -1"),
         ({"nproc": 0}, "--nproc must be 1 or more, got 0"),

@@ -88,6 +88,16 @@ def test_items_differ_by_prompt_seed_and_configuration_and_not_by_place() -> Non
     assert item_id("a", prompt="p", seed=1) != item_id("a", prompt="p", seed=2) != item_id("b", prompt="p", seed=2)
 
 
+def test_given_frames_are_in_the_id_and_without_any_it_is_as_before() -> None:
+    def id_with(given: dict[str, object] | None) -> str:
+        return config_id(config_tree(config(), checkpoint="c", dtype="float32", given=given))
+
+    extended = {"images": {}, "extend": "0a", "shows": "whole"}
+    others = [extended | {"extend": "0b"}, extended | {"shows": "new"}, extended | {"images": {"0": "0a"}}]
+    assert id_with(None) == id_of(config())
+    assert len({id_with(given) for given in (None, extended, *others)}) == 5
+
+
 def test_all_methods_of_a_prompt_and_seed_have_one_seed() -> None:
     pairs = {(item.prompt.text, item.seed): 0 for item in batch().items}
     assert len(pairs) == 4

@@ -20,10 +20,11 @@ from engine.batch.files import BatchFiles, ItemFiles, identity_of
 from engine.batch.items import FILE, Batch, plan_batch
 from engine.batch.variants import Variant
 from engine.config import RunConfig
-from engine.denoise.saved import load_latents
+from engine.denoise.saved import load_latents, save_latents
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.files.whole import WriteError, file_sha256
+from engine.given.frames import GivenFrames, parse_given
 from engine.media.read_video import read_video
 from engine.media.write_video import VideoWriter, as_comment
 from engine.paths import REPOSITORY
@@ -253,6 +254,30 @@ def test_a_full_disk_ends_the_item_and_its_steps_are_kept(
     assert record["run"]["resumed_at"] == STEPS
     assert [step["step"] for step in record["run"]["steps"]] == list(range(STEPS))
     assert not files.checkpoint.exists()
+
+
+def test_every_item_continues_the_given_video(
+    worker: Worker, batch: Batch, engine: LongVideoEngine, told: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    file, (_, *shape) = tmp_path / "a.safetensors", engine.spec.latent_shape(9, 32, 32)
+    save_latents(file, torch.randn(1, *shape, generator=torch.Generator().manual_seed(1)), {})
+    given = GivenFrames(extend=file, shows="new")
+    planned = given.settings(num_frames=17, fps=engine.config.video.fps, step=engine.spec.temporal_factor)
+    plain = worker
+    worker = dataclasses.replace(worker, given=parse_given(**json.loads(json.dumps(given.arguments))))
+    worker = dataclasses.replace(worker, given_settings=json.loads(json.dumps(planned)))
+    worker.run(task_of(batch))
+    made, record = load_latents(files_of(worker, batch).latents)[0], told[-1]["record"]
+    assert torch.equal(made, engine.denoise("a red circle", seed=3, given=given).latents)
+    assert torch.equal(made[:, :, :3], load_latents(file)[0])
+    assert record["run"]["given"]["extend"] == {"file": file.name, "start": 0, "stop": 9}
+    assert record["video"]["num_frames"] == 17 - 9
+    plain.run(task_of(batch))
+    assert not torch.equal(load_latents(files_of(plain, batch).latents)[0], made)
+    save_latents(file, made[:, :, :3] + 1.0, {})
+    worker.run(task_of(batch, 1))
+    assert told[-1]["kind"] == "mistake"
+    assert told[-1]["message"].startswith("a file of --given or --extend has changed since the batch began")
 
 
 def test_a_prompt_that_is_too_long_is_one_line_and_the_next_item_is_made(
