@@ -1,4 +1,4 @@
-"""The demonstration: one prompt and seed with each method, and one picture of all three: `python launch/demo.py`."""
+"""The demonstration, `python launch/demo.py`: one prompt and seed with three methods, one picture of all three, and a timeline."""
 
 import sys
 from pathlib import Path

@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser, Namespace
 from engine.config import RunConfig
 from engine.errors import UserError
 from launch.arguments.environment import check_environment
-from launch.arguments.many_videos import OF_ONE_VIDEO, check_output
+from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_empty
 from launch.arguments.prompts import Prompts, add_num_prompts, add_prompts, choose_prompts
 from launch.arguments.ranks import add_ranks, check_model, check_started
 from launch.cli.parser import parse_run
@@ -30,6 +30,7 @@ class Arguments:
 def read(argv: list[str]) -> Arguments:
     """Parse and check; UserError for a mistake."""
     given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments, unread=UNREAD)
+    refuse_empty(given, "out")
     check_environment()
     check_started(given.nproc, argv)
     prompts = choose_prompts(given)

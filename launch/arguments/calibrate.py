@@ -9,7 +9,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.shown import quoted
 from launch.arguments.environment import check_environment
-from launch.arguments.many_videos import OF_ONE_VIDEO, add_seeds, check_output, read_seeds
+from launch.arguments.many_videos import OF_ONE_VIDEO, add_seeds, check_output, read_seeds, refuse_empty
 from launch.arguments.prompts import Prompts, read_prompts
 from launch.arguments.ranks import add_ranks, check_model, check_started
 from launch.cli.parser import add_former_name, parse_run
@@ -43,6 +43,7 @@ class Arguments:
 def read(argv: list[str]) -> Arguments:
     """Parse and check; UserError for a mistake."""
     given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments, unread=UNREAD)
+    refuse_empty(given, "out", "measures")
     check_environment()
     check_started(given.nproc, argv)
     rounds = _check(given, config)

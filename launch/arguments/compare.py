@@ -11,7 +11,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import expand
 from launch.arguments.environment import check_environment
-from launch.arguments.many_videos import OF_ONE_VIDEO, add_seeds, check_output, read_seeds
+from launch.arguments.many_videos import OF_ONE_VIDEO, add_seeds, check_output, read_seeds, refuse_empty
 from launch.arguments.prompts import Prompts, add_num_prompts, add_prompts, choose_prompts
 from launch.arguments.ranks import add_ranks, check_alone, check_model, check_started
 from launch.arguments.variants import METHODS_HELP, read_variants
@@ -50,6 +50,7 @@ class Arguments:
 def read(argv: list[str]) -> Arguments:
     """Parse and check; UserError for a mistake."""
     given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments, unread=UNREAD)
+    refuse_empty(given, "out", "report", "measures")
     check_environment()
     replicas = None
     if given.replicas is not None or given.ray is not None or given.gpus_per_replica is not None:

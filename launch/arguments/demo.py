@@ -9,12 +9,12 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import expand, find_checkpoint
 from launch.arguments.environment import check_environment
-from launch.arguments.many_videos import OF_ONE_VIDEO, check_output
+from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_empty
 from launch.arguments.prompts import EXAMPLE
 from launch.cli.argv import asked_value
 from launch.cli.parser import add_former_name, parse_run
 
-DESCRIPTION = "Make the same video with every method, and one picture that shows them one above the other."
+DESCRIPTION = "Make the same video with three methods and one picture that shows them one above the other, then a video of a timeline."
 _NAMED_HERE = tuple(key for key in OF_ONE_VIDEO if key != "output.overwrite")
 UNREAD = (*_NAMED_HERE, "method.name")
 
@@ -35,7 +35,8 @@ def read(argv: list[str]) -> Arguments:
     )
     check_output(config.output, "demo.py", unread=_NAMED_HERE)
     if asked_value(argv, "--method.name") or asked_value(argv, "--method"):
-        raise UserError("demo.py makes one video with each of its methods; leave --method.name out")
+        raise UserError("demo.py names the method of each video itself; leave --method.name out")
+    refuse_empty(namespace, "prompt", "out")
     check_environment()
     find_checkpoint(config.model.path)
     return Arguments(config=config, prompt=namespace.prompt, folder=expand(namespace.out))
@@ -43,6 +44,6 @@ def read(argv: list[str]) -> Arguments:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The options of the command beside the settings of a run."""
-    parser.add_argument("--prompt", type=str, default=EXAMPLE, help="what the videos show")
-    parser.add_argument("--out", type=str, default="runs/demo", help="folder of the videos and the picture")
+    parser.add_argument("--prompt", type=str, default=EXAMPLE, help="what the videos of the three methods show")
+    parser.add_argument("--out", type=str, default="runs/demo", help="folder of the videos and pictures")
     add_former_name(parser, "folder", "out")

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 
 from engine.batch.suite import check_once
 from engine.config import OutputConfig
@@ -22,6 +22,13 @@ def check_output(output: OutputConfig, name: str, *, unread: Sequence[str] = OF_
     if given:
         verb = "is" if len(given) == 1 else "are"
         raise UserError(f"{', '.join(given)} {verb} not read by {name}, which names its files itself; leave them out")
+
+
+def refuse_empty(given: Namespace, *names: str) -> None:
+    """Raise UserError for an option of these names that is given without a word, as from an unset variable of a shell."""
+    for name in names:
+        if given[name] is not None and not given[name].strip():
+            raise UserError(f"--{name} is empty; give a value, or leave it out")
 
 
 def add_seeds(parser: ArgumentParser, name: str = "seeds", of: str = "seeds (default: sampler.seed)") -> None:

@@ -14,7 +14,7 @@ from engine.errors import UserError
 from engine.given.frames import GivenFrames
 from engine.paths import expand, find_file
 from launch.arguments.given import add_given, read_given
-from launch.arguments.many_videos import read_seeds
+from launch.arguments.many_videos import read_seeds, refuse_empty
 from launch.arguments.variants import METHODS_HELP
 from launch.cli.parser import add_former_name
 from launch.ranks.environment import PlacementStrategy
@@ -60,8 +60,7 @@ class Replicas:
         for name in ("item_timeout", "start_timeout"):
             if given[name] is not None and not given[name] > 0:
                 raise UserError(f"--{name} must be more than 0 seconds, got {given[name]}")
-        if given.ray is not None and not given.ray.strip():
-            raise UserError("--ray is empty; give a value, or leave it out")
+        refuse_empty(given, "ray")
         return cls(
             out=expand(given.out).absolute(),
             ranks=given.nproc or given.gpus_per_replica or 1,
@@ -117,9 +116,7 @@ def check_texts(given: Namespace) -> None:
     for name in ("prompts", "out"):
         if given[name] is None:
             raise UserError(f"--{name} is missing; see --help")
-    for name in ("prompts", "vbench", "out", "methods", "seeds", "shard", "gpu"):
-        if given[name] is not None and not given[name].strip():
-            raise UserError(f"--{name} is empty; give a value, or leave it out")
+    refuse_empty(given, "prompts", "vbench", "out", "methods", "seeds", "shard", "gpu")
 
 
 def add_replicas(parser: ArgumentParser) -> None:

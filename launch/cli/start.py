@@ -49,7 +49,7 @@ COMMANDS = {
     "evaluate": Kind(what="score a batch with VBench-Long or weight-free measures"),
     "calibrate": Kind(what="search FreeSpec's settings, and judge them on other prompts", starts_ranks=True),
     "findings": Kind(what="write docs/findings.md from the reports of `make findings`"),
-    "demo": Kind(what="make one prompt with three methods, and a picture of the three"),
+    "demo": Kind(what="make one prompt with three methods, a picture of the three, and a timeline"),
 }
 
 

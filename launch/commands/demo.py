@@ -1,8 +1,9 @@
-"""demo.py: one prompt and seed, four times the native length, with each method, and one picture of all three."""
+"""demo.py: one prompt and seed, four times the native length, with each method, one picture of all three, and a timeline."""
 
 import contextlib
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.files.whole import describe_error
+from engine.load.checkpoint import open_checkpoint
 from engine.media.contact_sheet import Row, comparison, spaced, write_picture
 from engine.media.read_video import read_video
+from engine.shown import quoted
 from launch.arguments.demo import Arguments, read
 from launch.commands.generate import find_stages
 from launch.video.make import make_video, summary
@@ -21,6 +24,18 @@ from launch.video.outputs import OutputFiles, claim_outputs, plan_outputs, refus
 from launch.video.prompts import look_at_prompts
 
 NOTES = {"direct": "full attention", "sliding_window": "native window", "freespec": "both, fused"}
+TIMELINE = "timeline"
+# The texts of the timeline's events, each half of its video.
+EVENTS = ("a red circle moves right over a blue background", "a yellow star moves right over a blue background")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """One video of the demonstration."""
+
+    config: RunConfig
+    prompt: str
+    files: OutputFiles
 
 
 def main(argv: list[str]) -> None:
@@ -29,47 +44,82 @@ def main(argv: list[str]) -> None:
 
 
 def run(given: Arguments) -> None:
-    """Make the missing videos with one load of the model, then the picture."""
-    config, folder, prompt = given.config, given.folder, given.prompt
-    configs = {name: for_method(config, name, folder) for name in NOTES}
-    outputs = {name: plan_outputs(each.output, 1)[0] for name, each in configs.items()}
-    picture = folder / "comparison.png"
-    paths = [picture, *(path for files in outputs.values() for path in files.all)]
-    look_at_prompts(config, [("the prompt", prompt)])
-    with claim_outputs(paths, flag="--out"), contextlib.ExitStack() as stack:
-        stages = {name: find_stages([prompt], [files], configs[name])[0] for name, files in outputs.items()}
+    """Make the missing videos with one load of the model, then the picture, and say what they are."""
+    overwrite = given.config.output.overwrite
+    videos = plan_videos(given)
+    picture = given.folder / "comparison.png"
+    look_at_prompts(given.config, [("the prompt", given.prompt)])
+    look_at_prompts(videos[TIMELINE].config, [("the timeline", videos[TIMELINE].prompt)])
+    with (
+        claim_outputs([picture, *(path for video in videos.values() for path in video.files.all)], flag="--out"),
+        contextlib.ExitStack() as stack,
+    ):
+        stages = {name: find_stages([each.prompt], [each.files], each.config)[0] for name, each in videos.items()}
         left = [name for name, stage in stages.items() if stage != "finished"]
-        if not left and picture.exists():
-            return
-        if not config.output.overwrite:
+        is_drawn = picture.exists() and not set(left) & set(NOTES)
+        if not is_drawn and not overwrite:
             refuse_existing([picture], "--output.overwrite")
-        engine = stack.enter_context(contextlib.closing(LongVideoEngine(config))) if left else None
         records = {}
-        for name, files in outputs.items():
-            if name not in left or engine is None:
-                records[name] = json.loads(files.record.read_text(encoding="utf-8"))
+        if left:
+            engine = stack.enter_context(contextlib.closing(LongVideoEngine(given.config)))
+        for name, video in videos.items():
+            if name not in left:
+                records[name] = json.loads(video.files.record.read_text(encoding="utf-8"))
                 continue
-            chosen = configs[name]
-            engine.use_method(chosen.method, chosen.output)
-            replace = chosen.output.overwrite
-            records[name] = make_video(engine, chosen, prompt, files, stage=stages[name], replace=replace)
-            print(summary(records[name], files), flush=True)
-        try:
-            write_picture(picture, compare(records, outputs, num_columns=8), replace=config.output.overwrite)
-        except OSError as error:
-            raise UserError(
-                f"{describe_error(error, picture)}; the videos are whole, and the same command makes the picture"
-            ) from error
-    print(f"{picture}: the three videos, one above the other")
+            engine.use_method(video.config.method, video.config.output)
+            records[name] = make_video(
+                engine, video.config, video.prompt, video.files, stage=stages[name], replace=overwrite
+            )
+            print(summary(records[name], video.files), flush=True)
+        if not is_drawn:
+            draw(picture, records, {name: videos[name].files for name in NOTES}, replace=overwrite)
+            print(f"{picture}: the three videos, one above the other")
+    if TIMELINE in left:
+        print(describe_timeline(records[TIMELINE], videos[TIMELINE].files))
 
 
-def for_method(config: RunConfig, name: str, folder: Path) -> RunConfig:
-    """The same run with another method, written to its own files."""
+def plan_videos(given: Arguments) -> dict[str, Planned]:
+    """The video of each method, by its name, and that of the timeline, which is half as long."""
+    config = given.config
+    videos = {name: (given.prompt, for_method(config, name, name, given.folder)) for name in NOTES}
+    spec, size = open_checkpoint(config.model).spec, config.video
+    latents = spec.latent_shape(size.num_frames, size.height, size.width)[2]
+    half = dataclasses.replace(size, num_frames=spec.num_frames(max(-(-latents // 2), len(EVENTS))))
+    middle = half.num_frames // 2
+    # A scene has no width, so that it fits into a video of any length.
+    text = f"{EVENTS[0]} [0-{middle}] | {EVENTS[1]} [{middle}-, scene]"
+    directed = for_method(dataclasses.replace(config, video=half), "freespec", TIMELINE, given.folder)
+    return {
+        name: Planned(config=chosen, prompt=prompt, files=plan_outputs(chosen.output, 1)[0])
+        for name, (prompt, chosen) in (videos | {TIMELINE: (text, directed)}).items()
+    }
+
+
+def for_method(config: RunConfig, method: str, name: str, folder: Path) -> RunConfig:
+    """The same run with another method, written to files of this name."""
     return dataclasses.replace(
         config,
-        method=dataclasses.replace(config.method, name=name),
+        method=dataclasses.replace(config.method, name=method),
         output=dataclasses.replace(config.output, path=str(folder / f"{name}.mp4")),
     )
+
+
+def draw(picture: Path, records: dict[str, dict[str, Any]], outputs: dict[str, OutputFiles], *, replace: bool) -> None:
+    """Write the picture of the three videos; UserError if it cannot be written."""
+    try:
+        write_picture(picture, compare(records, outputs, num_columns=8), replace=replace)
+    except OSError as error:
+        raise UserError(
+            f"{describe_error(error, picture)}; the videos are whole, and the same command makes the picture"
+        ) from error
+
+
+def describe_timeline(record: dict[str, Any], files: OutputFiles) -> str:
+    """The line about the contact sheet of the timeline: what it shows, and from when."""
+    first, *others = record["timeline"]
+    fps = record["video"]["fps"]
+    then = "".join(f", and from {event['start'] / fps:.1f} s on {quoted(event['text'])}" for event in others)
+    return f"{files.sheet}: the timeline, {quoted(first['text'])}{then}"
 
 
 def compare(records: dict[str, dict[str, Any]], outputs: dict[str, OutputFiles], *, num_columns: int) -> Any:

@@ -38,12 +38,21 @@ def make_video(
 ) -> Record | None:
     """Make the files of one prompt, from its stage on; returns the record on rank 0, which writes them. Every rank calls this.
 
+    `config`: that of the engine, but for the number of frames, which is this video's.
     `replace`: whether existing files are replaced.
     """
     if stage == "decode":
         latents, record = _read_latents(engine, config, files)
     else:
-        latents, record = _denoise(engine, prompt, files, given, replace=replace, replace_latents=stage == "trace")
+        latents, record = _denoise(
+            engine,
+            prompt,
+            files,
+            given,
+            num_frames=config.video.num_frames,
+            replace=replace,
+            replace_latents=stage == "trace",
+        )
     if not engine.is_first:
         share_decoding(engine.decoder, latents, seed=config.sampler.seed)
         return None
@@ -85,6 +94,7 @@ def _denoise(
     files: OutputFiles,
     given: GivenFrames | None,
     *,
+    num_frames: int,
     replace: bool,
     replace_latents: bool,
 ) -> tuple[Tensor, Record]:
@@ -98,6 +108,7 @@ def _denoise(
             engine,
             prompt,
             file=kept,
+            num_frames=num_frames,
             given=given,
             checkpoint=files.checkpoint,
             checkpoint_every=engine.config.output.checkpoint_every,
