@@ -24,7 +24,9 @@ from engine.engine import LongVideoEngine
 from engine.given.frames import GivenFrames
 from engine.given.known import encode_frames
 from metrics.bootstrap import Estimate, mean_interval, paired_interval, seed_means
+from tiny.captions import parse_caption
 from tiny.measure import track
+from tiny.world import STRAIGHT
 
 NATIVE = 33  # frames of a clip
 LENGTH = 129
@@ -34,6 +36,7 @@ WAYS = ("extension", "chain")
 SEAMS = {"extension": [NATIVE], "chain": list(range(NATIVE, LENGTH, NATIVE - TAIL))}  # first new frame of each piece
 NAMED = ("shape", "colour", "background")
 MEASURED = ("centre", "rgb", "background_rgb")
+SEAM_MEASURES = ("centre_seam", "centre_inside", "rgb_seam", "rgb_inside")
 UNITS = {
     "kept": "share of frames",
     "centre_seam": "px",
@@ -141,11 +144,17 @@ def make_video(engine: LongVideoEngine, video: Video) -> dict[str, Any]:
 
 def summarize(lines: Sequence[Mapping[str, Any]]) -> str:
     """Tables of the prompts that both ways have videos of: means over prompts, seeds averaged first, intervals of 95 %; and the goals."""
-    both = sorted(set.intersection(*({line["index"] for line in lines if line["way"] == way} for way in WAYS)))
+    there = [{line["index"] for line in lines if line["way"] == way} for way in WAYS]
+    both = dict(
+        sorted((line["index"], line["prompt"]) for line in lines if all(line["index"] in each for each in there))
+    )
     means: dict[str, dict[str, np.ndarray]] = {}
     for way in WAYS:
-        found = [(line["index"], measure(line["seen"], SEAMS[way])) for line in lines if line["way"] == way]
-        found = [(index, values) for index, values in found if index in both]
+        found = [
+            (line["index"], measure(line["seen"], SEAMS[way]))
+            for line in lines
+            if line["way"] == way and line["index"] in both
+        ]
         means[way] = {name: seed_means([(index, values[name]) for index, values in found], both) for name in UNITS}
     rows = [[f"{name} ({UNITS[name]})", *(show(mean_interval(means[way][name])) for way in WAYS)] for name in UNITS]
     ours, chain = (means[way] for way in WAYS)
@@ -158,8 +167,25 @@ def summarize(lines: Sequence[Mapping[str, Any]]) -> str:
         f"{len(both)} extensions",
         table(["measure", *WAYS], rows),
         table(["at most 0", "difference", "met"], [[name, show(each), _verdict(each)] for name, each in goals.items()]),
+        table(["motion", "extensions", *SEAM_MEASURES], _by_motion(list(both.values()), ours)),
     )
     return "\n\n".join(parts)
+
+
+def _by_motion(prompts: Sequence[str], means: Mapping[str, np.ndarray]) -> list[list[str]]:
+    """A row for each kind of motion: the jumps of its extensions."""
+    kinds = np.array([_kind(prompt) for prompt in prompts])
+    return [
+        [kind, str((kinds == kind).sum()), *(show(mean_interval(means[name][kinds == kind])) for name in SEAM_MEASURES)]
+        for kind in sorted(set(kinds.tolist()))
+    ]
+
+
+def _kind(prompt: str) -> str:
+    """Whether the object goes straight, and how fast: after a clip a fast one is where clips begin, another is half a picture away."""
+    told = parse_caption(prompt)
+    assert told is not None, prompt
+    return f"straight, {told.speed}" if told.motion in STRAIGHT else "bounces or circles"
 
 
 def _verdict(estimate: Estimate) -> str:

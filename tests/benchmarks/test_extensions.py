@@ -101,10 +101,16 @@ def test_the_tables_are_of_prompts_with_both_ways_and_say_what_is_met() -> None:
     still, drifting = show(), show()
     drifting[LATER] += 0.2 * np.arange(LENGTH - NATIVE)[:, None, None, None]
     seen = {"extension": observe(still), "chain": observe(drifting)}
-    lines = [{"seed": 0, "index": index, "way": way, "seen": seen[way]} for index in range(2) for way in SEAMS]
-    lines.append({"seed": 0, "index": 2, "way": "chain", "seen": seen["chain"]})
+    prompts = [PROMPT, "a red circle moves right fast over a blue background", PROMPT]
+    videos = [{"seed": 0, "index": index, "prompt": prompt} for index, prompt in enumerate(prompts)]
+    lines = [video | {"way": way, "seen": seen[way]} for video in videos for way in SEAMS]
+    del lines[-2]  # of the last one only the chain is there
     text = summarize(lines)
     assert text.startswith("2 extensions")
+    assert [line.split(" | ")[:2] for line in text.splitlines() if "straight" in line] == [
+        ["| straight, fast", "1"],
+        ["| straight, normal", "1"],
+    ]
     assert [line.split(" | ")[-1] for line in text.splitlines() if "chain / 2" in line] == ["yes |"] * 2
     turned = [line | {"way": {"extension": "chain", "chain": "extension"}[line["way"]]} for line in lines]
     assert [line.split(" | ")[-1] for line in summarize(turned).splitlines() if "chain / 2" in line] == ["**no** |"] * 2
