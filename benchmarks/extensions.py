@@ -182,7 +182,7 @@ def _by_motion(prompts: Sequence[str], means: Mapping[str, np.ndarray]) -> list[
 
 
 def _kind(prompt: str) -> str:
-    """Whether the object goes straight, and how fast: after a clip a fast one is where clips begin, another is half a picture away."""
+    """Whether the object goes straight, and how fast: in training clips a fast one crosses the edge, another ends there."""
     told = parse_caption(prompt)
     assert told is not None, prompt
     return f"straight, {told.speed}" if told.motion in STRAIGHT else "bounces or circles"
