@@ -19,18 +19,13 @@ from benchmarks.tables import table
 from benchmarks.videos import Video, make_missing, options, read, show
 from engine.engine import LongVideoEngine
 from metrics.bootstrap import mean_interval
-from tiny.captions import Told, parse_caption
-from tiny.measure import track
+from metrics.timelines.events import EVENT_UNITS, TextRange, measure, observe
 from tiny.world import BACKGROUNDS, COLOURS, SHAPES, STRAIGHT
 
 EVENT = 32  # frames: a native length, but for the one frame that the first latent frame is
 METHODS = ("freespec", "sliding_window", "direct")
 TRANSITIONS = ("cut", "scene", "fade", "relay")
 JOINED = ("direct", "joined")
-NAMED = ("shape", "colour", "background")
-NEAR = 2  # frames to either side between which a direction is measured
-STILL = 0.25  # pixels per frame: the least that counts as a direction
-MEASURES = ("shown", "moves", "kept", "switch")
 
 
 def draw_timelines(count: int) -> list[list[str]]:
@@ -59,71 +54,11 @@ def write_timeline(texts: Sequence[str], transition: str) -> str:
     return " | ".join(f"{text} [{EVENT * i}-{stop}{option}]" for i, (text, stop, option) in enumerate(parts))
 
 
-def observe(frames: np.ndarray) -> dict[str, list[Any]]:
-    """What is seen in each frame of [F, 64, 64, 3]: shape, colour, background and direction, "" where there is none."""
-    seen = track(frames)
-    return {**{name: list(getattr(seen, name)) for name in NAMED}, "motion": _directions(seen.centre)}
-
-
-def _directions(centre: np.ndarray) -> list[str]:
-    """The direction of each frame, between the centres [F, 2] NEAR frames before and after."""
-    names = [""] * len(centre)
-    for frame in range(NEAR, len(centre) - NEAR):
-        step = centre[frame + NEAR] - centre[frame - NEAR]
-        if np.isfinite(step).all() and np.abs(step).max() >= 2 * NEAR * STILL:
-            names[frame] = max(STRAIGHT, key=lambda name: float(np.dot(STRAIGHT[name], step)))
-    return names
-
-
-def measure(texts: Sequence[str], seen: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """Measures of a video of these events from what is seen in each frame; nan where there is nothing to measure.
-
-    shown: share of frames with the shape, colour and background of their event.
-    moves: share of frames with the direction of their event, without those NEAR frames from its ends.
-    kept: share of frames of an event that keep what the event before it shows of the shape, colour and background that both have.
-    switch: frames between a boundary and the frame that best parts what changes there; the mean over boundaries.
-    """
-    events = [told for text in texts if (told := parse_caption(text)) is not None]
-    if len(events) < len(texts):
-        raise ValueError(
-            f"these are no captions of the world: {[text for text in texts if parse_caption(text) is None]}"
-        )
-    named = {name: np.array(values) for name, values in seen.items()}
-    bounds = [0, *(EVENT * number + 1 for number in range(1, len(events))), len(named["shape"])]
-    spans = [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
-    shown = [_matches(named, event, NAMED, span).all(0) for event, span in zip(events, spans, strict=True)]
-    inner = [slice(span.start + NEAR, span.stop - NEAR) for span in spans]
-    moves = [_matches(named, event, ("motion",), span)[0] for event, span in zip(events, inner, strict=True)]
-    kept, switches = [], []
-    for number in range(1, len(events)):
-        before, after = events[number - 1], events[number]
-        changed = [name for name in (*NAMED, "motion") if getattr(before, name) != getattr(after, name)]
-        both, length = slice(spans[number - 1].start, spans[number].stop), bounds[number] - bounds[number - 1]
-        names = [name for name in changed if name != "motion"] or changed
-        scores = [_matches(named, event, names, both).mean(0) for event in (before, after)]
-        switches.append(abs(_best_switch(*scores) - length))
-        kept += [_kept(named[name], spans[number - 1], spans[number]) for name in NAMED if name not in changed]
-    return {
-        "shown": float(np.concatenate(shown).mean()),
-        "moves": float(np.concatenate(moves).mean()),
-        "kept": float(np.mean(kept)) if kept else float("nan"),
-        "switch": float(np.mean(switches)),
-    }
-
-
-def _matches(seen: Mapping[str, np.ndarray], event: Told, names: Sequence[str], span: slice) -> np.ndarray:
-    """Whether each attribute [N] of each frame [F] of the span is the event's."""
-    return np.stack([seen[name][span] == getattr(event, name) for name in names])
-
-
-def _best_switch(before: np.ndarray, after: np.ndarray) -> int:
-    """The frame s for which most frames before s show the event before, and most from s on the event after."""
-    return int(np.argmax([before[:s].sum() + after[s:].sum() for s in range(len(before) + 1)]))
-
-
-def _kept(names: np.ndarray, first: slice, later: slice) -> float:
-    values, counts = np.unique(names[first], return_counts=True)
-    return float(np.mean(names[later] == values[counts.argmax()]))
+def list_ranges(texts: Sequence[str]) -> list[TextRange]:
+    """The frames of each event; the first has one more, which its first latent frame is."""
+    bounds = [0, *(EVENT * number + 1 for number in range(1, len(texts) + 1))]
+    pairs = zip(texts, itertools.pairwise(bounds), strict=True)
+    return [TextRange(text=text, start=start, stop=stop) for text, (start, stop) in pairs]
 
 
 def make(engine: LongVideoEngine, texts: Sequence[str], transition: str, seed: int) -> np.ndarray:
@@ -159,10 +94,12 @@ def summarize(lines: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     values: dict[tuple[str, str], dict[int, list[dict[str, float]]]] = {}
     for line in lines:
         found = values.setdefault((line["method"], line["transition"]), {}).setdefault(line["index"], [])
-        found.append(measure(line["texts"], line["seen"]))
+        found.append(measure(list_ranges(line["texts"]), line["seen"]))
     rows = []
     for names, by_index in values.items():
-        means = {m: np.array([np.mean([each[m] for each in found]) for found in by_index.values()]) for m in MEASURES}
+        means = {
+            m: np.array([np.mean([each[m] for each in found]) for found in by_index.values()]) for m in EVENT_UNITS
+        }
         cells = [show(mean_interval(means[name])) for name in ("shown", "moves", "kept")]
         rows.append([*names, str(len(by_index)), *cells, f"{np.median(means['switch']):.1f}"])
     return rows

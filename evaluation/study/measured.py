@@ -50,7 +50,7 @@ class Measured:
         record: what `launch/generate.py` would write beside it.
         values: measures by name; nan where a video has none.
         by_clip: measures per clip of native length.
-        version: `metrics.version.source_digest()` when the measures were made.
+        version: `evaluation.events.version_of` its prompt when the measures were made.
     """
 
     video: Video

@@ -13,6 +13,7 @@ from typing import Any
 from engine.config import RunConfig
 from engine.files.tables import write_csv
 from engine.files.whole import write_text
+from evaluation.events import version_of
 from evaluation.study import markdown
 from evaluation.study.measured import Measured
 from evaluation.study.page import write_page
@@ -20,13 +21,20 @@ from evaluation.study.plots import draw_clips, draw_metrics, draw_times, save_fi
 from evaluation.study.summary import Row, as_json, clips, summarise, times
 from metrics.bootstrap import LEVEL, RESAMPLES
 from metrics.similarity import num_clips
-from metrics.version import source_digest
 from metrics.video import VIDEO_UNITS
 
 _CLIP_TITLES = {
     "clip_colour_similarity": "colour similarity to the first clip",
     "clip_structural_similarity": "SSIM with the first clip",
     "identity_kept": "share of frames with the first clip's shape and colour",
+}
+
+# Why no video has a value of a measure, whatever its length.
+_NO_VALUE = {
+    "repetition_straight": "no prompt is a caption of straight motion, or the object is seen too seldom",
+    "moves": "no event moves straight for long enough",
+    "kept": "no two neighbouring events share shape, colour or background",
+    "switch": "nothing that is seen in a frame changes between two events",
 }
 
 # Values listed of what differs between videos, such as the commits of a long comparison.
@@ -174,8 +182,8 @@ def _why_no_value(metric: str, num_frames: int, clip_frames: int) -> str:
         )
     if metric.startswith("repetition") and num_frames <= 2 * clip_frames:
         return f"it needs more than two native lengths, {2 * clip_frames} frames, and there are {num_frames}"
-    if metric == "repetition_straight":
-        return "no prompt is a caption of straight motion, or the object is seen too seldom"
+    if metric in _NO_VALUE:
+        return _NO_VALUE[metric]
     if metric in VIDEO_UNITS:
         return f"{num_frames} frames are too few to compare"
     return "no object of the world is seen in the frames it is measured on"
@@ -184,8 +192,7 @@ def _why_no_value(metric: str, num_frames: int, clip_frames: int) -> str:
 def _kept(compared: Compared, measured: Sequence[Measured]) -> list[str]:
     """Describe videos of which only the measures are kept."""
     gone = sum(not each.video.is_done for each in measured)
-    here = source_digest()
-    older = sum(each.version != here for each in measured)
+    older = sum(each.version != version_of(each.video.prompt) for each in measured)
     notes = [f"{gone} of the videos are not here: their measures are kept in {compared.kept_file}."] if gone else []
     if older:
         notes.append(f"{older} videos were measured by another version of metrics/ or of its libraries than is here.")

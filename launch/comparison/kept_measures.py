@@ -18,7 +18,7 @@ from engine.files.checks import check_places
 from engine.files.locks import locked
 from engine.files.trees import Shape, finite_or_none, lacking, parse_json
 from engine.files.whole import atomic_path
-from launch.comparison.measure import Measured, has_world, measure_all, native_frames, units
+from launch.comparison.measure import Measured, has_world, measure_all, native_frames, timelines, units_of
 from launch.comparison.store import Comparison, Key, Video
 
 _HEADER: Shape = SHAPE | {"variants": dict, "clip_frames": int, "measures": list, "origins": list}
@@ -54,7 +54,8 @@ def measure_there(comparison: Comparison, videos: Sequence[Video] | None = None,
     """Measure the existing videos (by default of the whole comparison) and read the kept measures of the others, in order."""
     videos = comparison.videos if videos is None else videos
     there = [video for video in videos if video.is_done]
-    fresh = measure_all(there, clip_frames=native_frames(comparison), world=has_world(comparison), progress=progress)
+    applied = {"world": has_world(comparison), "events": bool(timelines(comparison))}
+    fresh = measure_all(there, clip_frames=native_frames(comparison), **applied, progress=progress)
     found = read_kept(comparison) | {each.video.key: each for each in fresh}
     return [found[video.key] for video in videos if video.key in found]
 
@@ -104,7 +105,7 @@ def _lock(path: Path) -> Path:
 def _header(comparison: Comparison, before: Mapping[str, Any]) -> dict[str, Any]:
     return describe(comparison.batch, before) | {
         "clip_frames": native_frames(comparison),
-        "measures": list(units(world=has_world(comparison))),
+        "measures": list(units_of(comparison)),
         "origins": before.get("origins", []),
     }
 

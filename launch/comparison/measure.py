@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from tqdm import tqdm
@@ -13,9 +13,10 @@ from engine.files.whole import write_json
 from engine.load.checkpoint import open_checkpoint
 from engine.media.read_video import read_video
 from engine.shown import quoted
+from evaluation.events import has_events, ranges_of, version_of
 from evaluation.study.measured import Measured
 from launch.comparison.store import Comparison, Video
-from metrics.version import source_digest
+from metrics.timelines.events import EVENT_UNITS, TextRange, event_metrics
 from metrics.video import VIDEO_UNITS, video_metrics
 from metrics.world import WORLD_UNITS, why_not_world, world_metrics
 
@@ -23,9 +24,14 @@ _SHOWN_PROMPTS = 3
 _WORLD_SIZE = (64, 64)
 
 
-def units(*, world: bool) -> dict[str, str]:
-    """All measures with their units; `world` adds the exact measures of the embedded world."""
-    return VIDEO_UNITS | WORLD_UNITS if world else VIDEO_UNITS
+def units(*, world: bool, events: bool = False) -> dict[str, str]:
+    """All measures with their units; `world` adds the exact measures of the embedded world, `events` those of its timelines."""
+    return VIDEO_UNITS | (WORLD_UNITS if world else {}) | (EVENT_UNITS if events else {})
+
+
+def units_of(comparison: Comparison) -> dict[str, str]:
+    """The measures of a comparison's videos, with their units."""
+    return units(world=has_world(comparison), events=bool(timelines(comparison)))
 
 
 def strange_prompts(comparison: Comparison) -> list[str]:
@@ -34,14 +40,27 @@ def strange_prompts(comparison: Comparison) -> list[str]:
     return [prompt for prompt in comparison.prompts if why_not_world([prompt], video.height, video.width) is not None]
 
 
+def timelines(comparison: Comparison) -> list[str]:
+    """The prompts that are timelines of the embedded world, whose videos have the measures of events."""
+    video = comparison.config.video
+    return [prompt for prompt in comparison.prompts if has_events(prompt, video.height, video.width)]
+
+
 def not_world(comparison: Comparison) -> str | None:
     """None if every video has the exact measures of the embedded world; otherwise why some have none."""
-    video, strange = comparison.config.video, strange_prompts(comparison)
-    if not strange:
+    video, timed = comparison.config.video, timelines(comparison)
+    strange = [prompt for prompt in strange_prompts(comparison) if prompt not in timed]
+    if not strange and not timed:
         return None
-    prompts = "this prompt is" if len(strange) == 1 else f"{len(strange)} prompts are"
-    named = ", ".join([*map(quoted, strange[:_SHOWN_PROMPTS]), *([".."] if len(strange) > _SHOWN_PROMPTS else [])])
-    return why_not_world([], video.height, video.width) or f"{prompts} no caption of the world: {named}"
+    reasons = []
+    if strange:
+        prompts = "this prompt is" if len(strange) == 1 else f"{len(strange)} prompts are"
+        named = ", ".join([*map(quoted, strange[:_SHOWN_PROMPTS]), *([".."] if len(strange) > _SHOWN_PROMPTS else [])])
+        reasons.append(f"{prompts} no caption of the world: {named}")
+    if timed:
+        prompts = "1 prompt is a timeline" if len(timed) == 1 else f"{len(timed)} prompts are timelines"
+        reasons.append(f"{prompts}, measured by events instead ({', '.join(EVENT_UNITS)})")
+    return why_not_world([], video.height, video.width) or "; ".join(reasons)
 
 
 def has_world(comparison: Comparison) -> bool:
@@ -55,19 +74,21 @@ def native_frames(comparison: Comparison) -> int:
     return spec.native_frames(comparison.config.method.window_frames)
 
 
-def measure_all(videos: Iterable[Video], *, clip_frames: int, world: bool, progress: bool) -> list[Measured]:
+def measure_all(
+    videos: Iterable[Video], *, clip_frames: int, world: bool, events: bool = False, progress: bool
+) -> list[Measured]:
     """Measure every video, or reuse measures by the same code of the same file.
 
-    With `world`, videos of its size and captions have exact measures too; for others these are NaN.
+    With `world`, videos of its size and captions have exact measures too, and with `events` those of its timelines; for others
+    these are NaN.
     """
-    version = source_digest()
     return [
-        _measure(video, clip_frames=clip_frames, world=world, version=version)
+        _measure(video, clip_frames=clip_frames, world=world, events=events)
         for video in tqdm(list(videos), desc="measure", disable=not progress)
     ]
 
 
-def _measure(video: Video, *, clip_frames: int, world: bool, version: str) -> Measured:
+def _measure(video: Video, *, clip_frames: int, world: bool, events: bool) -> Measured:
     record = video.record
     if record is None:
         raise UserError(f"{video.files.sidecar} has just been deleted; start the same command again")
@@ -76,13 +97,15 @@ def _measure(video: Video, *, clip_frames: int, world: bool, version: str) -> Me
         raise UserError(
             f"{video.files.video} is not the file that its sidecar describes; delete both to make it again, and its line in the file of --measures if there is one"
         )
-    names, world = units(world=world), world and not why_not_world([video.prompt], *_WORLD_SIZE)
+    names, version = units(world=world, events=events), version_of(video.prompt)
+    world = world and not why_not_world([video.prompt], *_WORLD_SIZE)
+    ranges = ranges_of(record["timeline"]) if events and has_events(video.prompt, *_WORLD_SIZE) else None
     key = {"video": digest, "version": version, "clip_frames": clip_frames, "world": world, "prompt": video.prompt}
     shape: Shape = {"key": dict, "values": dict, "by_clip": dict}
     kept = read_kept(video.files.measures, shape, what="the measures of a video")
     if kept is None or kept["key"] != key:
         frames = np.stack(list(read_video(video.files.video)))
-        values, by_clip = _measures(frames, video.prompt, clip_frames=clip_frames, world=world)
+        values, by_clip = _measures(frames, video.prompt, clip_frames=clip_frames, world=world, events=ranges)
         kept = {
             "key": key,
             "values": {name: finite_or_none(value) for name, value in values.items()},
@@ -96,9 +119,11 @@ def _measure(video: Video, *, clip_frames: int, world: bool, version: str) -> Me
 
 
 def _measures(
-    frames: np.ndarray, prompt: str, *, clip_frames: int, world: bool
+    frames: np.ndarray, prompt: str, *, clip_frames: int, world: bool, events: Sequence[TextRange] | None
 ) -> tuple[dict[str, float], dict[str, list[float]]]:
     found = video_metrics(frames, clip_frames)
+    if events is not None:
+        return found.values | event_metrics(frames, events), found.by_clip
     if not world:
         return found.values, found.by_clip
     exact = world_metrics(frames, prompt, clip_frames)

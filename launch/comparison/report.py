@@ -8,7 +8,7 @@ from evaluation.study.report import write_report as write_study_report
 from evaluation.study.summary import comparable
 from launch.comparison.checks import is_native
 from launch.comparison.kept_measures import add_kept, measure_there
-from launch.comparison.measure import has_world, native_frames, not_world, strange_prompts, units
+from launch.comparison.measure import native_frames, not_world, strange_prompts, units_of
 from launch.comparison.store import Comparison
 from launch.video.outputs import writing_report
 
@@ -42,7 +42,7 @@ def _compared(comparison: Comparison) -> Compared:
         noise={variant.label: variant.config.noise[0] for variant in comparison.variants},
         prompts=comparison.prompts,
         num_seeds=len(comparison.seeds),
-        units=units(world=has_world(comparison)),
+        units=units_of(comparison),
         clip_frames=native_frames(comparison),
         is_native=is_native(comparison.config),
         not_world=not_world(comparison),

@@ -25,6 +25,7 @@ from engine.files.checks import check_places
 from engine.files.say import Say, say_on_stderr
 from engine.files.trees import Shape, read_tree
 from engine.load.checkpoint import open_checkpoint
+from engine.text.timeline import parse_timeline
 
 # Fields of a sidecar that a comparison, its kept measures and its report read.
 _SIDECAR: Shape = {
@@ -41,6 +42,8 @@ _SIDECAR: Shape = {
     "run.git": dict | None,
     "run.model": dict,
 }
+# Those of a timeline, whose measures need its events.
+_TIMED: Shape = {"run.timeline[].text": str, "run.timeline[].start": int, "run.timeline[].stop": int}
 _CHECKPOINT_DIGITS = 16
 
 Key = tuple[str, int, int]
@@ -81,13 +84,17 @@ class Video:
 
     def check(self, say: Say = say_on_stderr) -> bool:
         """Like `is_done`, printing a line if the video or its sidecar is damaged and is made again."""
-        return is_done(self.files.sidecar, self.item.item_id, shape=_SIDECAR, say=say)
+        return is_done(self.files.sidecar, self.item.item_id, shape=self._shape, say=say)
 
     @property
     def record(self) -> dict[str, Any] | None:
         """The record of its run, with the SHA-256 of the file; None if there is no sidecar."""
-        tree = read_tree(self.files.sidecar, _SIDECAR, what="the sidecar of a video")
+        tree = read_tree(self.files.sidecar, self._shape, what="the sidecar of a video")
         return None if tree is None else record_of(tree)
+
+    @property
+    def _shape(self) -> Shape:
+        return _SIDECAR if parse_timeline(self.prompt) is None else _SIDECAR | _TIMED
 
     @property
     def key(self) -> Key:
