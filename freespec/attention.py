@@ -126,6 +126,14 @@ class WindowedAttention:
             out[place], lse[place] = part, part_lse
         return out, lse
 
+    def dual_dtype(self, q: Tensor) -> torch.dtype:
+        """The dtype in which both branches of q are computed: fp64 for fp32 on a CPU, by dense calls.
+
+        Ranks add up in another order, and methods that change singular values make more of the difference than `direct` does.
+        """
+        by_calls = self.dual_kernel is None and self.rest_kernel is None
+        return torch.float64 if by_calls and q.device.type == "cpu" and q.dtype == torch.float32 else q.dtype
+
     def dual(
         self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int, *, dtype: torch.dtype
     ) -> tuple[Partial, Partial]:

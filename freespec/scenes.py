@@ -66,6 +66,10 @@ class ScenedAttention:
         ]
         return _join(q, parts)
 
+    def dual_dtype(self, q: Tensor) -> torch.dtype:
+        """See `WindowedAttention.dual_dtype`."""
+        return self.video.dual_dtype(q)
+
     def dual(
         self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int, *, dtype: torch.dtype
     ) -> tuple[Partial, Partial]:

@@ -27,6 +27,7 @@ CHUNK_BYTES = 48 * 2**20
 CHUNK_TOKENS = 32768
 # Tokens that are copied to fp64 at a time: as many for any share of the heads, so that each head's sum has the same bits in all.
 FP64_TOKENS = 2048
+FP64_BITS = 53  # integers up to 2⁵³ are exact in fp64
 # Tokens whose products are summed in fp32 at most. A GPU also needs the pieces to be busy: the product of a whole chunk is one
 # tile for each of 12 heads, and an H200 has 132 multiprocessors.
 PIECE_TOKENS = 512
@@ -58,9 +59,35 @@ def gram(o_BSND: Tensor) -> Tensor:
     return gram_of_half(o_BSND) if on_gpu and o_BSND.dtype in HALF else gram_in_fp64(o_BSND)
 
 
-def grams(o_local: Tensor, o_global: Tensor) -> Tensor:
-    """Gram matrices of both branches, [2, B, N, D, D] fp64, so that one message sums both over ranks."""
-    return torch.stack((gram(o_local), gram(o_global)))
+def summed_grams(
+    o_local: Tensor, o_global: Tensor, *, num_tokens: int, sum_tokens: Reduce, max_tokens: Reduce
+) -> tuple[Tensor, Tensor]:
+    """Gram matrices of both branches over all `num_tokens` tokens of the video, [B, N, D, D] fp64; one message sums both.
+
+    Of fp32 outputs they have the same bits in any layout (`gram_of_parts`): the weakest resolved direction multiplies the
+    rounding of a sum by 1e8, and a model what is left of it in the video.
+    """
+    branches = (o_local, o_global)
+    if o_local.dtype != torch.float32:
+        gram_local, gram_global = sum_tokens(torch.stack([gram(o) for o in branches])).unbind(0)
+        return gram_local, gram_global
+    bits = part_bits(num_tokens)
+    largest = max_tokens(torch.stack([largest_of_heads(o) for o in branches]))
+    parts = sum_tokens(torch.stack([gram_of_parts(*pair, bits) for pair in zip(branches, largest, strict=True)]))
+    gram_local, gram_global = join_parts(parts, largest, bits).unbind(0)
+    return gram_local, gram_global
+
+
+def part_bits(num_tokens: int) -> int:
+    """Bits b of each of two parts of a number, for which num_tokens products of two of them are exact in fp64: S 4ᵇ <= 2⁵³."""
+    return (FP64_BITS - num_tokens.bit_length()) // 2
+
+
+def largest_of_heads(o_BSND: Tensor) -> Tensor:
+    """Largest magnitude of each item and head, [B, N] in the dtype of o; 0 where a rank has no tokens."""
+    if o_BSND.shape[1] == 0:
+        return o_BSND.new_zeros(o_BSND.shape[0], o_BSND.shape[2])
+    return torch.linalg.vector_norm(o_BSND, torch.inf, dim=(1, 3))
 
 
 def gram_in_fp64(o_BSND: Tensor) -> Tensor:
@@ -76,6 +103,40 @@ def gram_in_fp64(o_BSND: Tensor) -> Tensor:
         else:
             total[item] += product_in_pieces(o_SND.double(), torch.bmm)
     return total
+
+
+def _parts_shape(o_BSND: Tensor, _largest_BN: Tensor, _bits: int) -> Tensor:
+    batch, _, heads, dim = o_BSND.shape
+    return o_BSND.new_empty(batch, heads, 2 * dim, 2 * dim, dtype=torch.float64)
+
+
+@one_operator("(Tensor o_BSND, Tensor largest_BN, int bits) -> Tensor", _parts_shape)
+def gram_of_parts(o_BSND: Tensor, largest_BN: Tensor, bits: int) -> Tensor:
+    """[H L]ᵀ[H L] per item and head, [B, N, 2 D, 2 D] fp64, of integers H and L with O ≈ unit (H + 2⁻ᵇ L): sums without rounding.
+
+    unit = 2ᵉ⁻ᵇ, where 2ᵉ is the power of two above the head's largest value in all of the video, [B, N]. What is below
+    2⁻ᵇ unit is rounded, number by number: with b = 20, values of fp32 down to 2⁻¹⁶ of the largest are whole.
+    """
+    batch, _, heads, dim = o_BSND.shape
+    total = torch.zeros(batch, heads, 2 * dim, 2 * dim, dtype=torch.float64, device=o_BSND.device)
+    per_unit = 1.0 / _unit(largest_BN, bits)
+    for item, chunk in itertools.product(range(batch), o_BSND.split(FP64_TOKENS, dim=1)):
+        o_NSD = chunk[item].transpose(0, 1).double() * per_unit[item, :, None, None]
+        high = o_NSD.round()
+        parts = torch.cat((high, ((o_NSD - high) * 2.0**bits).round()), dim=-1)
+        total[item] += product_of_halves(parts) if parts.device.type == "cpu" else parts.mT @ parts
+    return total
+
+
+def join_parts(total: Tensor, largest: Tensor, bits: int) -> Tensor:
+    """The Gram matrices [..., D, D] of summed `gram_of_parts` [..., 2 D, 2 D]."""
+    dim = total.shape[-1] // 2
+    high, cross, low = total[..., :dim, :dim], total[..., :dim, dim:], total[..., dim:, dim:]
+    return (high + 2.0**-bits * (cross + cross.mT) + 4.0**-bits * low) * _unit(largest, bits)[..., None, None] ** 2
+
+
+def _unit(largest: Tensor, bits: int) -> Tensor:
+    return torch.ldexp(torch.ones_like(largest, dtype=torch.float64), torch.frexp(largest).exponent - bits)
 
 
 def gram_of_half(o_BSND: Tensor) -> Tensor:

@@ -44,6 +44,10 @@ class BranchKernels(Protocol):
         """Every query sees its own window, which k and v cover."""
         ...
 
+    def dual_dtype(self, q: Tensor) -> torch.dtype:
+        """The dtype in which both branches of q are computed, at least as exact as its own."""
+        ...
+
     def dual(
         self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int, *, dtype: torch.dtype
     ) -> tuple[Partial, Partial]:
@@ -203,25 +207,32 @@ class SequenceLayout:
             return (None if mode == "global" else q), (None if mode == "local" else q)
         if mode == "global" and self.mesh.ring.size == 1:
             return None, kernels.whole(q, near.k, near.v)
-        # Merged in fp32, if anything is: many bf16 parts add up to one rounding, not to one each.
-        out_dtype = q.dtype if self.mesh.ring.size == 1 else torch.promote_types(q.dtype, torch.float32)
         if mode == "local":
             return kernels.local(q, near.k, near.v, start, near.span[0])[0], None
+        compute_dtype = kernels.dual_dtype(q) if mode == "dual" else q.dtype
+        q = q.to(compute_dtype)
+        # Merged in fp32 at least, if anything is: many bf16 parts add up to one rounding, not to one each.
+        out_dtype = q.dtype if self.mesh.ring.size == 1 else torch.promote_types(q.dtype, torch.float32)
+        near_k, near_v = near.k.to(compute_dtype), near.v.to(compute_dtype)
         if mode == "dual":
-            (local, _), (out, lse) = kernels.dual(q, near.k, near.v, start, near.span[0], dtype=out_dtype)
-            attend = kernels.far
+            (local, _), (out, lse) = kernels.dual(q, near_k, near_v, start, near.span[0], dtype=out_dtype)
+            local, attend = local.to(q_BrnD.dtype), kernels.far
         else:
-            local, (out, lse) = None, kernels.dense(q, near.k, near.v)
+            local, (out, lse) = None, kernels.dense(q, near_k, near_v)
             attend = kernels.dense
             out = out.to(out_dtype)
         for owner, kv in far:
             for keys in _outside(near.span, kv, self.plan.ring_shards[owner]):
-                kernels.merge_into(out, lse, *attend(q, keys.k, keys.v))
-        return local, out.to(q.dtype)
+                kernels.merge_into(out, lse, *attend(q, keys.k.to(compute_dtype), keys.v.to(compute_dtype)))
+        return local, out.to(q_BrnD.dtype)
 
     def reduce(self, x: Tensor) -> Tensor:
         """Sum over the ring: every token of this rank's heads, the same bits on every rank of the ring."""
         return collectives.sum_over_ranks(x, group=self.mesh.ring.group, trace=self.trace)
+
+    def largest(self, x: Tensor) -> Tensor:
+        """Maximum over the ring, entry by entry, on every rank of the ring."""
+        return collectives.max_over_ranks(x, group=self.mesh.ring.group, trace=self.trace)
 
     def sum_heads(self, x: Tensor) -> Tensor:
         """Sum over the ulysses axis: what was added up over this rank's heads becomes the sum over all heads."""

@@ -183,6 +183,11 @@ def sum_over_ranks(x: Tensor, *, group: dist.ProcessGroup, trace: CollectiveTrac
     return first
 
 
+def max_over_ranks(x: Tensor, *, group: dist.ProcessGroup, trace: CollectiveTrace) -> Tensor:
+    """Any shape -> the same shape: the largest of all ranks, entry by entry."""
+    return torch.stack(gather_copies(x, "reduce", group=group, trace=trace)).amax(0)
+
+
 def broadcast(x: Tensor, *, source: int, group: dist.ProcessGroup, trace: CollectiveTrace) -> Tensor:
     """Any shape, the same on all ranks -> out = x of the group's rank `source`, written into x on the others."""
     size = dist.get_world_size(group)

@@ -15,21 +15,33 @@ Mode = Literal["local", "global", "dual"]
 Route = Literal["all_to_all", "halo"]
 HaloRange = Callable[[int, int], Range]  # queries [q_start, q_stop) -> tokens that their windows hold
 
+# A CPU multiplies the last one or two rows of a matrix by kernels of their own, whose sums differ in the last bits.
+ROWS = 4
+SHORT_SHARD = 4 * ROWS  # tokens; below, a unit would be much of a shard
+FP32_ITEMSIZE = 4
 GRAM_ITEMSIZE = 8  # Gram matrices travel in fp64
 GRAMS_PER_HEAD = 2  # one of the local branch, one of the global branch
 
 
-def split_range(total: int, parts: int, index: int) -> Range:
-    """Part `index` of `total` items in `parts` contiguous parts whose sizes differ by at most one.
+def split_range(total: int, parts: int, index: int, unit: int = 1) -> Range:
+    """Part `index` of `total` items in `parts` contiguous parts whose sizes differ by at most one unit.
 
-    The cut i·total // parts nests: `ulysses` neighbouring parts out of ring·ulysses are exactly one part out of ring.
+    A unit is `unit` items, the last one what is left. The cut i·units // parts nests: `ulysses` neighbouring parts out of
+    ring·ulysses are exactly one part out of ring.
     """
-    return index * total // parts, (index + 1) * total // parts
+    units = -(-total // unit)
+    start, stop = (unit * (at * units // parts) for at in (index, index + 1))
+    return min(start, total), min(stop, total)
 
 
-def split_ranges(total: int, parts: int) -> tuple[Range, ...]:
+def split_ranges(total: int, parts: int, unit: int = 1) -> tuple[Range, ...]:
     """All parts of `split_range`, in order."""
-    return tuple(split_range(total, parts, index) for index in range(parts))
+    return tuple(split_range(total, parts, index, unit) for index in range(parts))
+
+
+def token_unit(tokens: int, ranks: int, *, even: bool = False) -> int:
+    """Tokens that shards are cut at multiples of: 1 for short shards, and where shards must be `even`."""
+    return 1 if even or tokens < SHORT_SHARD * ranks else ROWS
 
 
 def length(span: Range) -> int:
@@ -70,13 +82,14 @@ class SequencePlan:
     """S tokens and N heads over ring x ulysses ranks; `rank` below counts ring-major over all of them.
 
     A rank's shard is its tokens outside attention. The shards of a ulysses group make up the group's ring shard: all
-    tokens of it, for a share of the heads, is what a rank holds inside attention.
+    tokens of it, for a share of the heads, is what a rank holds inside attention. Shards begin at multiples of `unit`.
     """
 
     tokens: int
     heads: int
     ring: int
     ulysses: int
+    unit: int = 1
 
     def __post_init__(self) -> None:
         if min(self.tokens, self.heads, self.ring, self.ulysses) < 1:
@@ -92,12 +105,12 @@ class SequencePlan:
     @property
     def shards(self) -> tuple[Range, ...]:
         """Token range of every rank."""
-        return split_ranges(self.tokens, self.ranks)
+        return split_ranges(self.tokens, self.ranks, self.unit)
 
     @property
     def ring_shards(self) -> tuple[Range, ...]:
         """Token range of every ring member, that is of every ulysses group."""
-        return split_ranges(self.tokens, self.ring)
+        return split_ranges(self.tokens, self.ring, self.unit)
 
     @property
     def head_shares(self) -> tuple[Range, ...]:
@@ -162,6 +175,13 @@ class LayerShape:
         """Bytes of one token and one head in one tensor."""
         return self.batch * self.head_dim * self.itemsize
 
+    @property
+    def gram_bytes(self) -> int:
+        """Bytes of one head's Gram matrices of both branches; of fp32 in two parts, after the largest value of each."""
+        in_parts = self.itemsize == FP32_ITEMSIZE
+        rows = 2 * self.head_dim if in_parts else self.head_dim
+        return GRAMS_PER_HEAD * self.batch * (rows**2 * GRAM_ITEMSIZE + (FP32_ITEMSIZE if in_parts else 0))
+
 
 def layer_bytes(plan: SequencePlan, rank: int, mode: Mode, *, shape: LayerShape, halo: HaloRange) -> dict[str, int]:
     """Bytes that `rank` sends in one attention layer, by kind: all_to_all, halo, ring, reduce.
@@ -179,12 +199,11 @@ def layer_bytes(plan: SequencePlan, rank: int, mode: Mode, *, shape: LayerShape,
     needed = halo_needs(plan.ring_shards, halo, plan.tokens)
     sends = halo_sends(plan.ring_shards, needed, ring_rank)
     ends_here = length(plan.ring_shards[(ring_rank + 1) % plan.ring])
-    grams = GRAMS_PER_HEAD * shape.batch * heads * shape.head_dim**2 * GRAM_ITEMSIZE
     return {
         "all_to_all": (to_heads + to_tokens) * shape.row_bytes,
         "halo": kv_bytes * sum(length(send.span) for send in sends) if mode != "global" else 0,
         "ring": kv_bytes * (plan.tokens - ends_here) if mode != "local" else 0,
-        "reduce": grams * (plan.ring - 1) if mode == "dual" else 0,
+        "reduce": heads * shape.gram_bytes * (plan.ring - 1) if mode == "dual" else 0,
     }
 
 
@@ -199,13 +218,12 @@ def layer_bytes_by_rank(plan: SequencePlan, mode: Mode, *, shape: LayerShape, ha
             shard, heads = length(shards[ring_rank * plan.ulysses + ulysses_rank]), length(share)
             kv_bytes = 2 * heads * shape.row_bytes
             rows = 3 * shard * (plan.heads - heads) + heads * (length(own) - shard)
-            grams = GRAMS_PER_HEAD * shape.batch * heads * shape.head_dim**2 * GRAM_ITEMSIZE
             found.append(
                 {
                     "all_to_all": rows * shape.row_bytes,
                     "halo": 0 if sent is None else kv_bytes * sent[ring_rank],
                     "ring": kv_bytes * passed_on if mode != "local" else 0,
-                    "reduce": grams * (plan.ring - 1) if mode == "dual" else 0,
+                    "reduce": heads * shape.gram_bytes * (plan.ring - 1) if mode == "dual" else 0,
                 }
             )
     return found

@@ -51,7 +51,12 @@ class BranchProcessor(Uncopyable):
         branches = self._branches(q, k, v, forward)
         out = branches.o_global if forward.mode == "global" else branches.o_local
         if forward.mode not in ("global", "local"):
-            layer = Layer(grid=forward.grid, sum_tokens=layout.reduce, sum_heads=layout.sum_heads)
+            layer = Layer(
+                grid=forward.grid,
+                sum_tokens=layout.reduce,
+                max_tokens=layout.largest,
+                sum_heads=layout.sum_heads,
+            )
             out = setup.method.fuse(branches, forward.weights, layer)
         assert out is not None
         if state.trace is not None:

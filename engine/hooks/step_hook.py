@@ -18,9 +18,9 @@ from engine.kernel_choice import choose_for_pipeline, choose_solver, select_kern
 from freespec.attention import WindowedAttention
 from freespec.methods import Grid, Mode, StepPlan
 from freespec.scenes import ScenedAttention
-from parallel.attention import SequenceLayout
+from parallel.attention import TORCH_EXCHANGE, SequenceLayout
 from parallel.collectives import ignore_bytes
-from parallel.shards import HaloRange, LayerShape, SequencePlan, choose_local_route
+from parallel.shards import HaloRange, LayerShape, SequencePlan, choose_local_route, token_unit
 
 
 class StepHook(Uncopyable):
@@ -290,7 +290,9 @@ def share_tokens(
             f"cannot split {num_tokens} tokens over {mesh.sequence.size} ranks; use fewer ranks or a larger video"
         )
     heads = model.num_attention_heads
-    plan = SequencePlan(tokens=num_tokens, heads=heads, ring=mesh.ring.size, ulysses=mesh.ulysses.size)
+    even = setup.hybrid is not None or setup.exchange is not TORCH_EXCHANGE
+    unit = token_unit(num_tokens, mesh.sequence.size, even=even)
+    plan = SequencePlan(tokens=num_tokens, heads=heads, ring=mesh.ring.size, ulysses=mesh.ulysses.size, unit=unit)
     trace = mesh.trace(state, ignore_bytes)
     layout = SequenceLayout(mesh=mesh, plan=plan, exchange=setup.exchange, trace=trace)
     route = setup.local_route

@@ -22,6 +22,7 @@ from parallel.shards import (
     halo_needs,
     layer_bytes_by_rank,
     length,
+    token_unit,
 )
 from parallel.shards import Mode as SentMode
 
@@ -67,6 +68,7 @@ class Layout:
         local_route: how local steps cross the ulysses axis.
         num_views: views of a step with views; with views ring is 1.
         weight_share: bytes of the transformer that each rank sends the others in every forward (model.weights zero3).
+        even: whether parallel.provider takes even shards alone.
     """
 
     spec: ModelSpec
@@ -81,6 +83,7 @@ class Layout:
     local_route: Route
     num_views: int = 1
     weight_share: int = 0
+    even: bool = False
 
     @property
     def frame_tokens(self) -> int:
@@ -95,8 +98,7 @@ class Layout:
     @property
     def sequence(self) -> SequencePlan:
         """Tokens and heads over ring x ulysses."""
-        _, ring, ulysses = self.degrees
-        return SequencePlan(tokens=self.tokens, heads=self.spec.heads, ring=ring, ulysses=ulysses)
+        return _plan_sequence(self.tokens, self.spec.heads, self.degrees, even=self.even)
 
     @property
     def halo(self) -> HaloRange:
@@ -184,13 +186,14 @@ def lay_out(
     *,
     itemsize: int,
     local_route: Literal["auto", "halo", "all_to_all"],
+    even: bool = False,
 ) -> Layout:
     """The layout of a video; `local_route: auto` takes fewer bytes, as the engine does."""
     frames, rows, columns = spec.token_grid(video.num_frames, video.height, video.width)
     frame_tokens = rows * columns
     window_frames = min(method.window_frames, frames)
     if local_route == "auto":
-        sequence = SequencePlan(tokens=frames * frame_tokens, heads=spec.heads, ring=degrees[1], ulysses=degrees[2])
+        sequence = _plan_sequence(frames * frame_tokens, spec.heads, degrees, even=even)
         shape = LayerShape(batch=1, head_dim=spec.head_dim, itemsize=itemsize)
         local_route = choose_local_route(sequence, shape=shape, halo=_halo(frames, frame_tokens, window_frames)).route
     return Layout(
@@ -205,7 +208,14 @@ def lay_out(
         itemsize=itemsize,
         local_route=local_route,
         num_views=_count_views(method, frames, frame_tokens),
+        even=even,
     )
+
+
+def _plan_sequence(tokens: int, heads: int, degrees: Degrees, *, even: bool) -> SequencePlan:
+    _, ring, ulysses = degrees
+    unit = token_unit(tokens, ring * ulysses, even=even)
+    return SequencePlan(tokens=tokens, heads=heads, ring=ring, ulysses=ulysses, unit=unit)
 
 
 def _count_views(method: MethodConfig, frames: int, frame_tokens: int) -> int:

@@ -177,6 +177,7 @@ class Case:
             self.method,
             itemsize=self.options.itemsize,
             local_route=self.options.local_route,
+            even=self.options.provider != "torch",
         )
         if self.options.weights != "zero3":
             return layout

@@ -63,12 +63,14 @@ class Branches:
 class Layer:
     """Where the branches come from: the grid, and the sums over what other ranks hold.
 
-    A rank has s of the S tokens for N heads of all: `sum_tokens` adds what each token shard contributed (ring),
-    `sum_heads` what each share of the heads did (ulysses). Alone, both return what they are given.
+    A rank has s of the S tokens for N heads of all: `sum_tokens` adds what each token shard contributed (ring), and
+    `max_tokens` takes the largest, entry by entry; `sum_heads` adds what each share of the heads did (ulysses). Alone, all
+    return what they are given.
     """
 
     grid: Grid
     sum_tokens: Callable[[Tensor], Tensor]
+    max_tokens: Callable[[Tensor], Tensor]
     sum_heads: Callable[[Tensor], Tensor]
 
 

@@ -93,7 +93,13 @@ class FreeSpec(Method):
         """Eq. 9-13 on [B, s, N, D]; the Gram matrices of both branches are summed over the tokens in one call."""
         o_local, o_global = branches.o_local, branches.o_global
         assert o_local is not None and o_global is not None, "freespec fuses two branches"
-        gram_local, gram_global = layer.sum_tokens(freespec.spectrum.grams(o_local, o_global)).unbind(0)
+        gram_local, gram_global = freespec.spectrum.summed_grams(
+            o_local,
+            o_global,
+            num_tokens=layer.grid.tokens,
+            sum_tokens=layer.sum_tokens,
+            max_tokens=layer.max_tokens,
+        )
         eps = freespec.spectrum.guard(o_local.dtype)
         if self.basis == "local":
             matrix, base = freespec.spectrum.local_basis_matrix(gram_local, gram_global, weights.rank, eps), o_local
