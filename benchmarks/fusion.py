@@ -68,7 +68,7 @@ def fuse_call(
     sum_tokens: Callable[[Tensor], Tensor] = lambda total: total,
 ) -> Callable[[], Tensor]:
     """FreeSpec's fusion of both branches; `sum_tokens` adds the Grams of all ranks."""
-    layer = Layer(grid=shape.grid, sum_tokens=sum_tokens, max_tokens=lambda x: x, sum_heads=lambda total: total)
+    layer = Layer(grid=shape.grid, sum_tokens=sum_tokens, sum_heads=lambda total: total)
     found = weights_of(shape, branches.o_local.device) if weights is None else weights
     return lambda: FreeSpec().fuse(branches, found, layer)
 

@@ -60,21 +60,22 @@ def gram(o_BSND: Tensor) -> Tensor:
 
 
 def summed_grams(
-    o_local: Tensor, o_global: Tensor, *, num_tokens: int, sum_tokens: Reduce, max_tokens: Reduce
+    o_local: Tensor, o_global: Tensor, *, num_tokens: int, sum_tokens: Reduce, max_tokens: Reduce | None = None
 ) -> tuple[Tensor, Tensor]:
     """Gram matrices of both branches over all `num_tokens` tokens of the video, [B, N, D, D] fp64; one message sums both.
 
-    Of fp32 outputs they have the same bits in any layout (`gram_of_parts`): the weakest resolved direction multiplies the
-    rounding of a sum by 1e8, and a model what is left of it in the video.
+    With `max_tokens` those of fp32 outputs have the same bits in any layout (`gram_of_parts`): the weakest resolved direction
+    multiplies the rounding of a sum by 1e8, and a model what is left of it in the video.
     """
     branches = (o_local, o_global)
-    if o_local.dtype != torch.float32:
-        gram_local, gram_global = sum_tokens(torch.stack([gram(o) for o in branches])).unbind(0)
-        return gram_local, gram_global
-    bits = part_bits(num_tokens)
-    largest = max_tokens(torch.stack([largest_of_heads(o) for o in branches]))
-    parts = sum_tokens(torch.stack([gram_of_parts(*pair, bits) for pair in zip(branches, largest, strict=True)]))
-    gram_local, gram_global = join_parts(parts, largest, bits).unbind(0)
+    if max_tokens is None or o_local.dtype != torch.float32:
+        total = sum_tokens(torch.stack([gram(o) for o in branches]))
+    else:
+        bits = part_bits(num_tokens)
+        largest = max_tokens(torch.stack([largest_of_heads(o) for o in branches]))
+        parts = [gram_of_parts(o, of_heads, bits) for o, of_heads in zip(branches, largest, strict=True)]
+        total = join_parts(sum_tokens(torch.stack(parts)), largest, bits)
+    gram_local, gram_global = total.unbind(0)
     return gram_local, gram_global
 
 
@@ -87,7 +88,7 @@ def largest_of_heads(o_BSND: Tensor) -> Tensor:
     """Largest magnitude of each item and head, [B, N] in the dtype of o; 0 where a rank has no tokens."""
     if o_BSND.shape[1] == 0:
         return o_BSND.new_zeros(o_BSND.shape[0], o_BSND.shape[2])
-    return torch.linalg.vector_norm(o_BSND, torch.inf, dim=(1, 3))
+    return torch.maximum(o_BSND.amax((1, 3)), -o_BSND.amin((1, 3)))
 
 
 def gram_in_fp64(o_BSND: Tensor) -> Tensor:
@@ -120,12 +121,16 @@ def gram_of_parts(o_BSND: Tensor, largest_BN: Tensor, bits: int) -> Tensor:
     batch, _, heads, dim = o_BSND.shape
     total = torch.zeros(batch, heads, 2 * dim, 2 * dim, dtype=torch.float64, device=o_BSND.device)
     per_unit = 1.0 / _unit(largest_BN, bits)
-    for item, chunk in itertools.product(range(batch), o_BSND.split(FP64_TOKENS, dim=1)):
-        o_NSD = chunk[item].transpose(0, 1).double() * per_unit[item, :, None, None]
-        high = o_NSD.round()
-        parts = torch.cat((high, ((o_NSD - high) * 2.0**bits).round()), dim=-1)
-        total[item] += product_of_halves(parts) if parts.device.type == "cpu" else parts.mT @ parts
-    return total
+    for item, chunk in itertools.product(range(batch), o_BSND.split(PIECE_TOKENS, dim=1)):
+        parts = total.new_empty(heads, chunk.shape[1], 2 * dim)
+        high, low = parts.split(dim, dim=-1)
+        low.copy_(chunk[item].transpose(0, 1)).mul_(per_unit[item, :, None, None])
+        torch.round(low, out=high)
+        low.sub_(high).mul_(2.0**bits).round_()
+        for first in range(0, 2 * dim, 2 * BLOCK_ROWS):
+            rows = slice(first, first + 2 * BLOCK_ROWS)
+            total[item, :, rows, first:].baddbmm_(parts[..., rows].mT, parts[..., first:])
+    return total.triu() + total.triu(1).mT
 
 
 def join_parts(total: Tensor, largest: Tensor, bits: int) -> Tensor:

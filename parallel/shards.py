@@ -18,7 +18,6 @@ HaloRange = Callable[[int, int], Range]  # queries [q_start, q_stop) -> tokens t
 # A CPU multiplies the last one or two rows of a matrix by kernels of their own, whose sums differ in the last bits.
 ROWS = 4
 SHORT_SHARD = 4 * ROWS  # tokens; below, a unit would be much of a shard
-FP32_ITEMSIZE = 4
 GRAM_ITEMSIZE = 8  # Gram matrices travel in fp64
 GRAMS_PER_HEAD = 2  # one of the local branch, one of the global branch
 
@@ -175,13 +174,6 @@ class LayerShape:
         """Bytes of one token and one head in one tensor."""
         return self.batch * self.head_dim * self.itemsize
 
-    @property
-    def gram_bytes(self) -> int:
-        """Bytes of one head's Gram matrices of both branches; of fp32 in two parts, after the largest value of each."""
-        in_parts = self.itemsize == FP32_ITEMSIZE
-        rows = 2 * self.head_dim if in_parts else self.head_dim
-        return GRAMS_PER_HEAD * self.batch * (rows**2 * GRAM_ITEMSIZE + (FP32_ITEMSIZE if in_parts else 0))
-
 
 def layer_bytes(plan: SequencePlan, rank: int, mode: Mode, *, shape: LayerShape, halo: HaloRange) -> dict[str, int]:
     """Bytes that `rank` sends in one attention layer, by kind: all_to_all, halo, ring, reduce.
@@ -199,11 +191,12 @@ def layer_bytes(plan: SequencePlan, rank: int, mode: Mode, *, shape: LayerShape,
     needed = halo_needs(plan.ring_shards, halo, plan.tokens)
     sends = halo_sends(plan.ring_shards, needed, ring_rank)
     ends_here = length(plan.ring_shards[(ring_rank + 1) % plan.ring])
+    grams = GRAMS_PER_HEAD * shape.batch * heads * shape.head_dim**2 * GRAM_ITEMSIZE
     return {
         "all_to_all": (to_heads + to_tokens) * shape.row_bytes,
         "halo": kv_bytes * sum(length(send.span) for send in sends) if mode != "global" else 0,
         "ring": kv_bytes * (plan.tokens - ends_here) if mode != "local" else 0,
-        "reduce": heads * shape.gram_bytes * (plan.ring - 1) if mode == "dual" else 0,
+        "reduce": grams * (plan.ring - 1) if mode == "dual" else 0,
     }
 
 
@@ -218,12 +211,13 @@ def layer_bytes_by_rank(plan: SequencePlan, mode: Mode, *, shape: LayerShape, ha
             shard, heads = length(shards[ring_rank * plan.ulysses + ulysses_rank]), length(share)
             kv_bytes = 2 * heads * shape.row_bytes
             rows = 3 * shard * (plan.heads - heads) + heads * (length(own) - shard)
+            grams = GRAMS_PER_HEAD * shape.batch * heads * shape.head_dim**2 * GRAM_ITEMSIZE
             found.append(
                 {
                     "all_to_all": rows * shape.row_bytes,
                     "halo": 0 if sent is None else kv_bytes * sent[ring_rank],
                     "ring": kv_bytes * passed_on if mode != "local" else 0,
-                    "reduce": heads * shape.gram_bytes * (plan.ring - 1) if mode == "dual" else 0,
+                    "reduce": grams * (plan.ring - 1) if mode == "dual" else 0,
                 }
             )
     return found

@@ -63,15 +63,16 @@ class Branches:
 class Layer:
     """Where the branches come from: the grid, and the sums over what other ranks hold.
 
-    A rank has s of the S tokens for N heads of all: `sum_tokens` adds what each token shard contributed (ring), and
-    `max_tokens` takes the largest, entry by entry; `sum_heads` adds what each share of the heads did (ulysses). Alone, all
-    return what they are given.
+    A rank has s of the S tokens for N heads of all: `sum_tokens` adds what each token shard contributed (ring),
+    `sum_heads` what each share of the heads did (ulysses). Alone, both return what they are given. `max_tokens` takes the
+    largest of the token shards, entry by entry; it is there where the branches have the same bits in any layout, so that
+    their sums may have too.
     """
 
     grid: Grid
     sum_tokens: Callable[[Tensor], Tensor]
-    max_tokens: Callable[[Tensor], Tensor]
     sum_heads: Callable[[Tensor], Tensor]
+    max_tokens: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

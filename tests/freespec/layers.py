@@ -37,9 +37,7 @@ def run_layer(method: Method, grid: Grid, qkv: QKV, step: StepPlan) -> Tensor:
         o_global = attention.dense(q * method.query_scale(grid), k, v)[0] if fused else None
         branches = Branches(o_global=o_global, views=attention.views(q, k, v, method.view_starts(grid)))
     weights = method.weights(step, grid, q.shape[-1], q.device)
-    return method.fuse(
-        branches, weights, Layer(grid=grid, sum_tokens=lambda x: x, max_tokens=lambda x: x, sum_heads=lambda x: x)
-    )
+    return method.fuse(branches, weights, Layer(grid=grid, sum_tokens=lambda x: x, sum_heads=lambda x: x))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float = 1.0) -> Tensor:
@@ -57,5 +55,5 @@ def fuse_spectra(
 ) -> Tensor:
     """FreeSpec's fusion of two branches [B, s, N, D], which looks at no grid and sums nothing over heads."""
     grid = Grid(frames=o_local.shape[1], rows=1, columns=1, window_frames=1)
-    layer = Layer(grid=grid, sum_tokens=sum_tokens, max_tokens=lambda x: x, sum_heads=lambda x: x)
+    layer = Layer(grid=grid, sum_tokens=sum_tokens, sum_heads=lambda x: x)
     return method.fuse(Branches(o_local=o_local, o_global=o_global), weights, layer)

@@ -50,9 +50,7 @@ def test_sums_over_tokens_are_the_layer_s() -> None:
     shards = out.split([17, 23], dim=1)
 
     def fuse(part: torch.Tensor, summed: bool) -> torch.Tensor:
-        layer = Layer(
-            grid=GRID, sum_tokens=lambda x: total if summed else x, max_tokens=lambda x: x, sum_heads=lambda x: x
-        )
+        layer = Layer(grid=GRID, sum_tokens=lambda x: total if summed else x, sum_heads=lambda x: x)
         weights = method.weights(StepPlan(mode="dual"), GRID, 8, part.device)
         return method.fuse(Branches(o_local=part, o_global=part), weights, layer)
 

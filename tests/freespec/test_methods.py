@@ -138,7 +138,7 @@ def test_native_length_is_the_base_model(basis: str) -> None:
 def test_methods_of_one_branch_never_fuse(method: Direct | SlidingWindow) -> None:
     assert method.weights(StepPlan(mode="local"), GRID, 8, CPU) is None
     assert method.query_scale(GRID) == 1.0
-    layer = Layer(grid=GRID, sum_tokens=lambda grams: grams, max_tokens=lambda x: x, sum_heads=lambda grams: grams)
+    layer = Layer(grid=GRID, sum_tokens=lambda grams: grams, sum_heads=lambda grams: grams)
     with pytest.raises(AssertionError, match="has no step that fuses"):
         method.fuse(Branches(), None, layer)
     with pytest.raises(AssertionError, match="has no views"):

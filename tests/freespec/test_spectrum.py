@@ -1,5 +1,6 @@
 """The fusion by one D x D matrix per head against the explicit SVD, and what must hold of it whatever the numbers."""
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -350,6 +351,38 @@ def test_the_branches_are_reduced_in_one_call_and_not_changed() -> None:
     fuse_spectra(FreeSpec(), *branches, weights, reduce)
     assert calls == [((2, 2, 3, 8, 8), torch.float64)]
     assert all(torch.equal(a, b) for a, b in zip(branches, copies, strict=True))
+
+
+def gram_of_shards(o: Tensor, cuts: list[tuple[int, int]]) -> Tensor:
+    """The Gram matrices of fp32 tokens that lie on several ranks."""
+    bits, shards = spectrum.part_bits(o.shape[1]), [o[:, start:stop] for start, stop in cuts]
+    largest = torch.stack([spectrum.largest_of_heads(shard) for shard in shards]).amax(0)
+    parts = [spectrum.gram_of_parts(shard, largest, bits) for shard in shards]
+    return spectrum.join_parts(functools.reduce(torch.add, parts), largest, bits)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e18])
+def test_grams_of_fp32_have_the_same_bits_for_any_split(scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    spread = torch.logspace(0, -6, 8)  # directions as weak as the guard, and weaker
+    o = scale * spread * torch.randn(2, 301, 3, 8, generator=generator)
+    whole, other = spectrum.summed_grams(o, 2 * o, num_tokens=301, sum_tokens=lambda x: x, max_tokens=lambda x: x)
+    assert torch.equal(other, 4 * whole)
+    exact = gram(o)
+    largest = exact.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
+    assert float(((whole - exact).abs() / largest).max()) < 1e-12
+    rounded = []
+    for edges in ([0, 100, 200, 301], [0, 0, 1, 300, 301], [0, 37, 150, 301]):
+        cuts = list(itertools.pairwise(edges))
+        assert torch.equal(gram_of_shards(o, cuts), whole)
+        rounded.append(functools.reduce(torch.add, [gram(o[:, start:stop]) for start, stop in cuts]))
+    assert not all(torch.equal(each, rounded[0]) for each in rounded)  # the negative control
+
+
+def test_parts_are_exact_for_as_many_tokens_as_are_summed() -> None:
+    for tokens in (1, 1000, 8192, 126_360, 10**7):
+        bits = spectrum.part_bits(tokens)
+        assert tokens * 4**bits <= 2**53 < tokens * 4 ** (bits + 2)
 
 
 # How a CPU and a GPU compute it.

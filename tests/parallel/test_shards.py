@@ -33,6 +33,24 @@ def test_a_ring_shard_is_the_shards_of_its_ulysses_group() -> None:
         assert plan.on_shards().ring_shards == plan.shards
 
 
+@pytest.mark.parametrize("tokens", [64, 65, 272, 301, 126_360])
+def test_shards_of_the_engine_begin_at_whole_units(tokens: int) -> None:
+    for ring, ulysses in ((1, 1), (2, 2), (3, 1), (2, 4), (8, 1)):
+        ranks = ring * ulysses
+        plan = SequencePlan(tokens=tokens, heads=8, ring=ring, ulysses=ulysses, unit=plans.token_unit(tokens, ranks))
+        assert plan.unit == (4 if tokens >= 16 * ranks else 1)
+        starts, stops = zip(*plan.shards, strict=True)
+        assert starts == (0, *stops[:-1])
+        assert stops[-1] == tokens
+        assert all(start % plan.unit == 0 for start in starts)
+        sizes = [plans.length(span) for span in plan.shards]
+        assert 0 < max(sizes) <= min(sizes) + 2 * plan.unit
+        assert [span for r in range(ring) for span in [plan.member_shards(r)[0][0], plan.member_shards(r)[-1][1]]] == [
+            edge for span in plan.ring_shards for edge in span
+        ]
+    assert plans.token_unit(tokens, 1, even=True) == 1
+
+
 def test_overlap_and_subtract_are_those_of_sets() -> None:
     spans = list(itertools.combinations_with_replacement(range(7), 2))
     for a, b in itertools.product(spans, spans):
