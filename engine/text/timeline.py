@@ -19,7 +19,7 @@ from freespec.events import TRANSITIONS, WITHOUT_WIDTH, Event, Transition, check
 
 Unit = Literal["s", "frames"]
 
-DEFAULT_TRANSITION: Transition = "fade"
+DEFAULT_TRANSITION: Transition = "scene"  # docs/timeline.md, Measured
 # Seconds: the length of a fade, the deviation of a relay.
 DEFAULT_WIDTH = {"cut": 0.0, "scene": 0.0, "fade": 0.5, "relay": 0.25}
 SYNTAX = (

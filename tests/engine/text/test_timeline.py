@@ -58,7 +58,7 @@ def test_an_overlap_is_a_fade_over_it():
 
 
 def test_neighbours_of_one_text_that_a_cut_parts_are_one_event():
-    assert latents("a [0-4s] | a [4s-, cut]") == (Event(start=0, stop=33, transition="fade", width=2.0),)
+    assert latents("a [0-4s] | a [4s-, cut]") == (Event(start=0, stop=33, transition="scene", width=0.0),)
     assert len(latents("a [0-4s] | a [4s-, fade]")) == 2
     timeline = parse_timeline("a [0-4s] | a [4s-, cut]")
     assert timeline.joined(["x", "y"]) == (timeline, ("x", "y"))  # the negative texts part them
