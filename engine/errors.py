@@ -19,9 +19,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
-def describe_out_of_memory(error: BaseException, *, when: str) -> str:
-    """One line for an allocation that failed `when` something ran, with settings that need less memory."""
-    return (
-        f"out of memory while {when} ({first_line(error)}); more ranks, --model.weights cpu_offload (on several ranks zero3), "
-        "--decode.mode tiled, or a shorter or smaller video would fit"
+def describe_out_of_memory(error: BaseException, *, when: str, of_folder: bool = False) -> str:
+    """One line for an allocation that failed `when` something ran, with settings that need less memory.
+
+    `of_folder`: whether the video is one of a folder's, which takes no other settings of decoding or of the video.
+    """
+    fits, also = (
+        "--model.weights cpu_offload (on several ranks zero3)",
+        "--decode.mode tiled, or a shorter or smaller video",
     )
+    advice = (
+        f"more ranks or {fits} would fit; with another --out also {also}"
+        if of_folder
+        else f"more ranks, {fits}, {also} would fit"
+    )
+    return f"out of memory while {when} ({first_line(error)}); {advice}"

@@ -120,6 +120,13 @@ def test_help_needs_no_torch(name: str, tmp_path: Path) -> None:
     assert (err, end) == ("", "0")
 
 
+def test_a_batch_that_had_nothing_to_make_is_one(tmp_path: Path) -> None:
+    (tmp_path / "batch.json").write_text("{}")
+    out, err, end = run_here("batch", ["--status", str(tmp_path)], tmp_path)
+    assert out == f"{tmp_path} has a batch but no status: no driver has had an item to make yet\n"
+    assert (err, end) == ("", "0")
+
+
 def test_the_status_of_a_batch_needs_no_torch(tmp_path: Path) -> None:
     status = {"time": 0, "host": "x", "pid": 1, "state": "done", "seconds": 5.0, "eta": None, "failures": []}
     replica = {"name": "replica-0", "state": "placing", "seconds": 4.0, "item": None, "step": 0, "total": 0, "done": 2}

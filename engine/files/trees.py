@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Any
@@ -12,8 +12,11 @@ import yaml
 from engine.errors import UserError
 from engine.files.say import Say, say_on_stderr
 
-# The type that a JSON file must hold at each dotted key; `a.b[].c` is the key c in each item of the list a.b.
+# The type that a JSON file must hold at each dotted key. `a.b[].c` is the key c in each item of the list a.b, `a.b{}` each value
+# of the mapping a.b; a key that ends in `?` may be missing or null.
 Shape = dict[str, type | UnionType]
+
+_INSIDE: dict[str, type] = {"[]": list, "{}": Mapping}
 
 
 # Recursion over deeper trees would exhaust the stack.
@@ -163,20 +166,37 @@ def lacking(tree: Any, shape: Shape) -> str | None:
     """Describe the first key of `shape` that a tree lacks or has with another type; None if there is none."""
     if not isinstance(tree, Mapping):
         return "it holds no keys"
-    for dotted, kind in shape.items():
-        path, _, rest = dotted.partition("[].")
-        value: Any = tree
-        for key in path.split("."):
-            if not isinstance(value, Mapping) or key not in value:
-                return f"it has no {path}"
-            value = value[key]
-        items: list[Any] = value if rest and isinstance(value, list) else []
-        if not isinstance(value, list if rest else kind):
-            return f"{path} is {value!r:.60}"
-        for item in items:
-            if (wrong := lacking(item, {rest: kind})) is not None:
-                return f"in {path}, {wrong}"
-    return None
+    return next(filter(None, (_lacking_at(tree, dotted, kind) for dotted, kind in shape.items())), None)
+
+
+def _lacking_at(tree: Mapping[str, Any], dotted: str, kind: type | UnionType) -> str | None:
+    inside = next((mark for mark in _INSIDE if mark in dotted), None)
+    path, _, rest = dotted.partition(inside or "\0")
+    shown = path.replace("?", "")
+    value: Any = tree
+    for key in path.split("."):
+        name = key.removesuffix("?")
+        if name != key and isinstance(value, Mapping) and value.get(name) is None:
+            return None
+        if not isinstance(value, Mapping) or name not in value:
+            return f"it has no {shown}"
+        value = value[name]
+    if not isinstance(value, kind if inside is None else _INSIDE[inside]):
+        return f"{shown} is {value!r:.60}"
+    wrongs = (_lacking_inside(item, rest.removeprefix("."), kind) for item in _items(value, inside))
+    return next((f"in {shown}, {wrong}" for wrong in wrongs if wrong is not None), None)
+
+
+def _items(value: Any, inside: str | None) -> Iterable[Any]:
+    if inside is None:
+        return ()
+    return value.values() if inside == "{}" else value
+
+
+def _lacking_inside(item: Any, dotted: str, kind: type | UnionType) -> str | None:
+    if dotted:
+        return lacking(item, {dotted: kind})
+    return None if isinstance(item, kind) else f"an item is {item!r:.60}"
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

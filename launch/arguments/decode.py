@@ -12,7 +12,7 @@ from engine.errors import UserError
 from engine.paths import expand
 from launch.cli.parser import Keys, arrange, asks_help, make_parser, parse
 
-USAGE = "decode.py LATENTS --output PATH [--overwrite] [--model.path PATH] [--SETTING VALUE ...]"
+USAGE = "LATENTS --output PATH [--overwrite] [--model.path PATH] [--SETTING VALUE ...]"
 DESCRIPTION = "Make the video of latents that launch/generate.py saved. The model and the rate are those of the run."
 _MODEL_KEYS = ("path", "revision", "device")
 

@@ -7,7 +7,7 @@ from engine.paths import expand
 from evaluation.vbench.dimensions import DIMENSIONS, check_total, parse_dimensions
 from launch.cli.parser import Keys, add_former_name, arrange, make_parser, parse
 
-USAGE = "evaluate.py --runs FOLDER[,FOLDER...] [--vbench CHECKOUT --python PYTHON] [--SETTING VALUE ...]"
+USAGE = "--runs FOLDER[,FOLDER...] [--vbench CHECKOUT --python PYTHON] [--SETTING VALUE ...]"
 DESCRIPTION = (
     "Score the finished videos of a batch and write report.md, report.csv and report.json. With --vbench and --python, "
     "VBench-Long scores them in its own environment (docs/vbench.md); without, weight-free proxies are reported, and "

@@ -10,7 +10,7 @@ from launch.cli.parser import Keys, arrange, make_parser, parse
 from launch.study.parts import PLACES, Study, read_study
 
 STUDY = "configs/study/findings.yaml"
-USAGE = "findings.py [--study FILE] [--make PART,PART] [--SETTING VALUE ...]"
+USAGE = "[--study FILE] [--make PART,PART] [--SETTING VALUE ...]"
 DESCRIPTION = "Make the parts of a study, report on what is made of it, and write its page."
 
 

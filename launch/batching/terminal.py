@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from engine.batch.items import FILE
 from engine.batch.journal import describe_seconds, read_status, table
 from engine.errors import UserError
 from engine.shown import printable
@@ -67,6 +68,9 @@ def show_status(root: Path) -> int:
         found = read_status(root)
     except OSError as error:
         raise UserError(f"cannot look into --status {root}: {error.strerror}") from error
+    if not found and (root / FILE).is_file():
+        print(f"{root} has a batch but no status: no driver has had an item to make yet")
+        return 0
     if not found:
         raise UserError(f"{root} holds no batch; give the folder that was --out")
     for name, tree in found:

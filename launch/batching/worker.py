@@ -134,7 +134,7 @@ def describe(error: BaseException) -> str:
     first = re.sub(r"^\[Errno \d+\] ", "", first_line(error))
     match kind_of(error):
         case "memory":
-            return describe_out_of_memory(error, when="making an item")
+            return describe_out_of_memory(error, when="making an item", of_folder=True)
         case "fault":
             return f"{type(error).__name__}: {first}"
         case _:

@@ -94,7 +94,7 @@ def parse_run(
     `--a.b value` overrides them in any order. `unread` are settings that the command refuses; help leaves them out.
     Raises UserError for any mistake.
     """
-    parser = make_parser(name, f"{name} [--config FILE ...] [--SETTING VALUE ...]", description)
+    parser = make_parser(name, "[--config FILE ...] [--SETTING VALUE ...]", description)
     add_arguments(parser)
     parser.add_argument(
         "--config", action="config", help=f"YAML preset; later ones override earlier ones (default: {DEFAULT_CONFIG})"
@@ -113,10 +113,10 @@ def parse_run(
 
 
 def make_parser(name: str, usage: str, description: str) -> ArgumentParser:
-    """Make a parser that raises on errors and accepts no abbreviations."""
+    """Make a parser that raises on errors and accepts no abbreviations; `usage` is what follows the command's name."""
     parser = ArgumentParser(
         prog=name,
-        usage=usage,
+        usage=f"{_called(name)} {usage}",
         description=description,
         exit_on_error=False,
         allow_abbrev=False,
@@ -126,6 +126,14 @@ def make_parser(name: str, usage: str, description: str) -> ArgumentParser:
     parser.add_argument("-h", "--help", action="help", help="show the common settings, and exit")
     parser.add_argument("--help_all", action="help", help="show every setting, and exit")
     return parser
+
+
+def _called(script: str) -> str:
+    """How this process was told to run a script: `compare.py`, `freespec compare` or `python -m launch compare`."""
+    start, command = Path(sys.argv[0]), script.removesuffix(".py")
+    if start.stem == "freespec":
+        return f"freespec {command}"
+    return f"python -m launch {command}" if start.parts[-2:] == ("launch", "__main__.py") else script
 
 
 def parse(parser: ArgumentParser, words: Sequence[str], *, unread: Collection[str] = ()) -> Namespace:

@@ -36,11 +36,19 @@ _SIDECAR: Shape = {
     "run.seconds.decode": int | float,
     "run.steps[].mode": str,
     "run.steps[].seconds": int | float,
-    "run.device": dict,
+    "run.device.name": str,
+    "run.device.cpu_threads": int,
     "run.parallel.ranks": int,
     "run.versions.torch": str,
     "run.git": dict | None,
     "run.model": dict,
+    "run.model.commit?": str,
+    "run.model.sha256?{}": str,
+    "run.model.single_file?.name": str,
+    "run.model.single_file?.sha256": str,
+    "run.timeline?[].text": str,
+    "run.timeline?[].start": int,
+    "run.timeline?[].stop": int,
 }
 # Those of a timeline, whose measures need its events.
 _TIMED: Shape = {"run.timeline[].text": str, "run.timeline[].start": int, "run.timeline[].stop": int}

@@ -7,8 +7,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
+from engine.config import ModelConfig
 from engine.errors import UserError
 from engine.files.trees import Shape, lacking, read_yaml
 from engine.files.whole import atomic_path
@@ -96,6 +97,9 @@ def read_study(path: str, own: Mapping[str, Any]) -> Study:
     tree |= {key: value for key, value in own.items() if value is not None}
     if (wrong := lacking(tree, _STUDY)) is not None:
         raise UserError(f"--study {path} is not a study ({wrong}); configs/study/findings.yaml is an example")
+    # Else every process of every part would refuse it.
+    if tree["device"] not in (devices := get_args(get_type_hints(ModelConfig)["device"])):
+        raise UserError(f"device must be {', '.join(devices[:-1])} or {devices[-1]}, got {tree['device']!r}")
     if tree["shards"] < 1:
         raise UserError(f"shards must be 1 or more, got {tree['shards']}")
     places = {name: _there(tree[name]) for name in PLACES}

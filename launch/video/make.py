@@ -141,7 +141,8 @@ def explain_denoising(
         if not is_out_of_memory(error):
             raise
         kept = f"; {_describe_checkpoint(files)}" if engine.is_first and files.checkpoint.exists() else ""
-        raise UserError(f"{describe_out_of_memory(error, when=f'{doing} on {engine.device}')}{kept}") from error
+        told = describe_out_of_memory(error, when=f"{doing} on {engine.device}", of_folder=isinstance(files, ItemFiles))
+        raise UserError(f"{told}{kept}") from error
 
 
 def _describe_checkpoint(files: OutputFiles | ItemFiles, otherwise: str = "nothing was kept") -> str:

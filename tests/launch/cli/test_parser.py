@@ -15,7 +15,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from launch.arguments import generate as arguments
 from launch.arguments.prompts import read_prompts
-from launch.cli.parser import parse_run
+from launch.cli.parser import make_parser, parse_run
 from launch.cli.start import COMMANDS
 from launch.cli.suggestions import nearest_key
 from launch.commands import decode, demo, generate
@@ -283,6 +283,20 @@ def test_every_command_has_help_and_knows_its_settings(run: Callable[..., Run], 
     assert (shown.code, shown.err) == (0, "")
     assert "usage:" in shown.out
     assert "unknown setting nonsense" in run(command.main, "--nonsense").error
+
+
+@pytest.mark.parametrize(
+    ("called", "usage"),
+    [
+        ("launch/compare.py", "compare.py"),
+        ("/usr/bin/freespec", "freespec compare"),
+        ("launch/__main__.py", "python -m launch compare"),
+        ("pytest/__main__.py", "compare.py"),
+    ],
+)
+def test_usage_names_the_command_as_it_was_called(monkeypatch: pytest.MonkeyPatch, called: str, usage: str) -> None:
+    monkeypatch.setattr("sys.argv", [called])
+    assert make_parser("compare.py", "[--out FOLDER]", "").format_usage() == f"usage: {usage} [--out FOLDER]\n"
 
 
 def test_the_printed_configuration_is_a_preset_that_gives_the_same(run: Callable[..., Run], tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ def test_a_shard_that_fails_is_told(tmp_path: Path, commands: Path) -> None:
         ({"make": 3}, r"is not a study \(make is 3\)"),
         ({"kept": None}, r"is not a study \(kept is None\)"),
         ({"shards": 0}, "shards must be 1 or more, got 0"),
+        ({"device": "wibble"}, "device must be auto, cpu or cuda, got 'wibble'"),
         ({"make": {"a": {"command": "compare", "settings": {}}}}, "a: it has no settings.out"),
         (
             {"make": {"a": {"command": "rm", "settings": {"out": "x"}}}},
