@@ -59,7 +59,8 @@ class WindowedAttention:
     Queries and keys may be any contiguous part of the sequence: `q_start` and `k_start` are the absolute positions of
     their first tokens, so that the same calls serve one device and the shard of a rank. `dual_kernel` computes both
     branches in one call; None takes dense calls of `kernel`. `rest_kernel` takes the place of `kernel` where keys
-    outside the windows are attended beside the windows; None is `kernel` there too.
+    outside the windows are attended beside the windows; None is `kernel` there too. With `fp64` both branches of fp32 on a
+    CPU are computed in fp64 where dense calls do it (`dual_dtype`, which the caller of `dual` follows).
 
     In a compiled block `dense`, `far`, `local` and `dual` are one operator each: a compiler would materialise every overlapping window.
     """
@@ -70,6 +71,7 @@ class WindowedAttention:
     kernel: Kernel
     dual_kernel: DualKernel | None = None
     rest_kernel: Kernel | None = None
+    fp64: bool = False
     keys: tuple[str, str] = field(init=False, repr=False, compare=False)  # of kernel and rest_kernel, for the operators
 
     def __post_init__(self) -> None:
@@ -127,12 +129,10 @@ class WindowedAttention:
         return out, lse
 
     def dual_dtype(self, q: Tensor) -> torch.dtype:
-        """The dtype in which both branches of q are computed: fp64 for fp32 on a CPU, by dense calls.
-
-        Ranks add up in another order, and methods that change singular values make more of the difference than `direct` does.
-        """
+        """The dtype in which both branches of q are to be computed."""
         by_calls = self.dual_kernel is None and self.rest_kernel is None
-        return torch.float64 if by_calls and q.device.type == "cpu" and q.dtype == torch.float32 else q.dtype
+        wider = self.fp64 and by_calls and q.device.type == "cpu" and q.dtype == torch.float32
+        return torch.float64 if wider else q.dtype
 
     def dual(
         self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int, *, dtype: torch.dtype

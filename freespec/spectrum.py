@@ -64,8 +64,8 @@ def summed_grams(
 ) -> tuple[Tensor, Tensor]:
     """Gram matrices of both branches over all `num_tokens` tokens of the video, [B, N, D, D] fp64; one message sums both.
 
-    With `max_tokens` those of fp32 outputs have the same bits in any layout (`gram_of_parts`): the weakest resolved direction
-    multiplies the rounding of a sum by 1e8, and a model what is left of it in the video.
+    With `max_tokens` those of fp32 outputs have the same bits in any layout (`gram_of_parts`). Rounded sums differ by 1e-16 of
+    sigma_1², which is 1e-8 of the weakest singular value that is changed, squared.
     """
     branches = (o_local, o_global)
     if max_tokens is None or o_local.dtype != torch.float32:
@@ -125,7 +125,7 @@ def gram_of_parts(o_BSND: Tensor, largest_BN: Tensor, bits: int) -> Tensor:
         parts = total.new_empty(heads, chunk.shape[1], 2 * dim)
         high, low = parts.split(dim, dim=-1)
         low.copy_(chunk[item].transpose(0, 1)).mul_(per_unit[item, :, None, None])
-        torch.round(low, out=high)
+        high.copy_(low).round_()
         low.sub_(high).mul_(2.0**bits).round_()
         for first in range(0, 2 * dim, 2 * BLOCK_ROWS):
             rows = slice(first, first + 2 * BLOCK_ROWS)

@@ -160,6 +160,7 @@ class StepHook(Uncopyable):
             num_frames=grid.frames,
             frame_tokens=grid.frame_tokens,
             window_frames=grid.window_frames,
+            fp64=setup.method.wants_fp64,
             **select_kernels(*where, kernel=kernel, dual=setup.dual, complement=setup.complement),
         )
         scenes = self.state.scenes

@@ -98,7 +98,7 @@ class Layout:
     @property
     def sequence(self) -> SequencePlan:
         """Tokens and heads over ring x ulysses."""
-        return _plan_sequence(self.tokens, self.spec.heads, self.degrees, even=self.even)
+        return plan_sequence(self.tokens, self.spec.heads, self.degrees, even=self.even)
 
     @property
     def halo(self) -> HaloRange:
@@ -193,7 +193,7 @@ def lay_out(
     frame_tokens = rows * columns
     window_frames = min(method.window_frames, frames)
     if local_route == "auto":
-        sequence = _plan_sequence(frames * frame_tokens, spec.heads, degrees, even=even)
+        sequence = plan_sequence(frames * frame_tokens, spec.heads, degrees, even=even)
         shape = LayerShape(batch=1, head_dim=spec.head_dim, itemsize=itemsize)
         local_route = choose_local_route(sequence, shape=shape, halo=_halo(frames, frame_tokens, window_frames)).route
     return Layout(
@@ -212,7 +212,8 @@ def lay_out(
     )
 
 
-def _plan_sequence(tokens: int, heads: int, degrees: Degrees, *, even: bool) -> SequencePlan:
+def plan_sequence(tokens: int, heads: int, degrees: Degrees, *, even: bool) -> SequencePlan:
+    """Tokens and heads over ranks of these degrees, in `even` shards or in whole units."""
     _, ring, ulysses = degrees
     unit = token_unit(tokens, ring * ulysses, even=even)
     return SequencePlan(tokens=tokens, heads=heads, ring=ring, ulysses=ulysses, unit=unit)

@@ -47,10 +47,14 @@ def denoising_operations(config: RunConfig) -> int:
     spec = read_model(config.model)
     case = Case.of(config, spec, gpu=read_gpu("h200"), world_size=1)  # no count depends on the GPU
     layout = case.layout((1, 1, 1))
-    return sum(
-        count * layout.calls * sum(call_operations(layout, mode).values())
-        for mode, count in case.count_steps()[config.method.name].items()
-    )
+    operations = 0
+    for mode, count in case.count_steps()[config.method.name].items():
+        kinds = call_operations(layout, mode)
+        in_fp64 = (
+            kinds["attention"] if mode == "dual" and config.method.method.wants_fp64 else 0
+        )  # which takes twice the time
+        operations += count * layout.calls * (sum(kinds.values()) + in_fp64)
+    return operations
 
 
 def product_rate(dtype: torch.dtype) -> float:

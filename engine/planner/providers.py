@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from engine.config import MethodConfig, SamplerConfig, VideoConfig
 from engine.errors import UserError
-from engine.planner.layout import feasible_degrees, num_passes
+from engine.planner.layout import feasible_degrees, num_passes, plan_sequence
 from engine.planner.model import ModelSpec
 from engine.ranks.layouts import Degrees, check_layout
 from parallel.deepspeed import refuse_deepspeed_plan
@@ -60,8 +60,7 @@ class Support:
 
     def sequence(self, degrees: Degrees) -> SequencePlan:
         """Tokens and heads over ranks of these degrees."""
-        _, ring, ulysses = degrees
-        return SequencePlan(tokens=self.tokens, heads=self.heads, ring=ring, ulysses=ulysses)
+        return plan_sequence(self.tokens, self.heads, degrees, even=self.provider != "torch")
 
     def possible(self, world: int, fixed: FixedDegrees = (None, None, None)) -> list[Degrees]:
         """Every (cfg, ring, ulysses) that method and provider support and that keeps the fixed ones; UserError, with what is possible, if none."""

@@ -17,10 +17,10 @@ from engine.config import DecodeConfig, MethodConfig, ModelConfig, ParallelConfi
 from engine.errors import UserError
 from engine.hooks.apply import apply_method
 from engine.hooks.self_attention import BranchProcessor
-from engine.planner.layout import feasible_degrees
+from engine.planner.layout import feasible_degrees, plan_sequence
 from engine.planner.model import ModelSpec
 from engine.ranks.arrange import choose_degrees
-from parallel.shards import SequencePlan, length
+from parallel.shards import length
 
 NATIVE = {"WanPipeline": (21, 321), "LTXPipeline": (16, 481)}  # window and long video
 WAN_SMALL, WAN_LARGE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"
@@ -137,10 +137,10 @@ def test_layouts_are_valid_or_refused_for_a_reason(spec: ModelSpec, world: int):
                 choose_degrees(config, spec, world, None)
             continue
         assert choose_degrees(config, spec, world, None)[0] == degrees
-        plan = SequencePlan(tokens=tokens, heads=spec.heads, ring=ring, ulysses=degrees[2])
+        plan = plan_sequence(tokens, spec.heads, degrees, even=False)
         shards = [length(shard) for shard in plan.shards]
         assert sum(shards) == tokens
-        assert max(shards) - min(shards) <= 1
+        assert max(shards) - min(shards) <= plan.unit
         assert sum(length(share) for share in plan.head_shares) == spec.heads
 
 

@@ -24,6 +24,10 @@ MATRIX, LAM = small(1, HEADS, DIM, DIM), torch.tensor(0.3).double()
 MIXING = small(1, FRAMES, FRAMES), small(1, FRAMES, FRAMES)
 CALLS: dict[str, tuple[Callable[..., Tensor], Call]] = {
     "gram": (spectrum.gram, lambda function, local, _wide: function(local)),
+    "gram_of_parts": (
+        spectrum.gram_of_parts,
+        lambda function, local, _wide: function(local, spectrum.largest_of_heads(local), 20),
+    ),
     "reconstruct": (
         spectrum.reconstruct,
         lambda function, local, o_global: function(local, MATRIX, o_global, LAM, "lerp"),

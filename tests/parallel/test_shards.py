@@ -44,7 +44,7 @@ def test_shards_of_the_engine_begin_at_whole_units(tokens: int) -> None:
         assert stops[-1] == tokens
         assert all(start % plan.unit == 0 for start in starts)
         sizes = [plans.length(span) for span in plan.shards]
-        assert 0 < max(sizes) <= min(sizes) + 2 * plan.unit
+        assert 0 < max(sizes) <= min(sizes) + plan.unit
         assert [span for r in range(ring) for span in [plan.member_shards(r)[0][0], plan.member_shards(r)[-1][1]]] == [
             edge for span in plan.ring_shards for edge in span
         ]
