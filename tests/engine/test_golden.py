@@ -40,7 +40,10 @@ def latents_on_ranks(rank: int, case: Case) -> Tensor:
 @pytest.mark.parametrize(("family", "ranks"), [("wan", 2), ("wan", 3), ("wan", 4), ("wan", 8), ("ltx", 4)])
 def test_any_arrangement_of_ranks_makes_the_same_video(family, ranks, tmp_path):
     methods = METHODS if ranks == 2 else ("freespec",)
-    cases = [Case(family, degrees, method) for degrees in all_degrees(ranks) for method in methods]
+    arrangements = (
+        all_degrees(ranks) if ranks < 8 else [(1, 8, 1), (1, 2, 4), (2, 2, 2)]
+    )  # of 8 those that fewer ranks lack
+    cases = [Case(family, degrees, method) for degrees in arrangements for method in methods]
     cases += [Case(family, (1, 1, 2), method) for method in WHOLE_HEADS if (family, ranks) == ("wan", 2)]
     for case, by_rank in zip(cases, run_ranks(ranks, latents_on_ranks, cases, tmp_path), strict=True):
         assert_same_video(by_rank, config_of(case.method, family), case)
