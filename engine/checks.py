@@ -8,6 +8,7 @@ import torch
 from engine.adapters import ModelAdapter, VideoSpec
 from engine.config import RunConfig
 from engine.decode.tiling import check_tiles
+from engine.denoise.schedulers import check_levels
 from engine.errors import UserError
 from engine.kernel_choice import select_kernels
 from engine.ranks.layouts import Ranks, check_layout
@@ -19,6 +20,7 @@ def check_model(config: RunConfig, adapter: ModelAdapter, spec: VideoSpec, sched
     check_tiles(config.decode, spec)
     check_riflex(adapter, config.attention.riflex)
     check_shift(scheduler, config.sampler.shift)
+    check_levels(config.sampler, scheduler)
 
 
 def check_kernels(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:

@@ -37,6 +37,10 @@ VIDEO_KINDS: dict[str, VideoKind] = {".mp4": "mp4", ".gif": "gif", ".webp": "web
 # By the ending of a video. Browsers show frames of 10 ms or less for 100 ms; GIF counts in hundredths of a second.
 MOST_RATES = {".mp4": MOST_FPS, ".gif": 50, ".webp": 90}
 MOST_STEPS = 10_000
+DEFAULT_STEPS = 50
+MOST_TIMESTEP = 1000.0  # pure noise
+# A run begins at pure noise, timestep 1000; lists of timesteps begin there, or a rounding below.
+LEAST_FIRST_LEVEL = 0.9
 MOST_TOKENS = 65_536
 # Timeout of a collective, in seconds. Some backends count milliseconds in 32 bits, which overflow after 24 days.
 MOST_TIMEOUT = 7 * 24 * 3600
@@ -129,7 +133,12 @@ class SamplerConfig:
     """How noise becomes latents.
 
     Attributes:
-        num_steps: denoising steps.
+        num_steps: denoising steps; null is 50, or as many as `timesteps` or `sigmas` has.
+        scheduler: `checkpoint` is the checkpoint's own; `euler`, `unipc` and `lcm` are diffusers' FlowMatchEuler, UniPC with flow
+            prediction and FlowMatchLCM (which draws noise in each step), with the checkpoint's timestep shift.
+        timesteps: those of the steps one by one, 1000 for pure noise, as the model sees them: no shift applies. The last step
+            ends without noise.
+        sigmas: the same as noise levels, timestep / 1000.
         guidance_scale: classifier-free guidance; 1 or less runs no unconditional pass.
         flow_shift: timestep shift of the scheduler; None keeps the checkpoint's.
         shift: for schedulers whose shift grows with the number of tokens (LTX-Video to 0.9.1): `native` takes that of the
@@ -145,7 +154,10 @@ class SamplerConfig:
             own stride, which freenoise has (method.freenoise.stride), and else a quarter of the window.
     """
 
-    num_steps: int = 50
+    num_steps: int | None = None
+    scheduler: Literal["checkpoint", "euler", "unipc", "lcm"] = "checkpoint"
+    timesteps: tuple[float, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
     guidance_scale: float = 5.0
     flow_shift: float | None = None
     shift: Literal["native", "actual"] = "native"
@@ -157,6 +169,9 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         """Reject settings that would denoise nothing, or denoise wrongly."""
+        self._check_levels()
+        if self.num_steps is None:
+            object.__setattr__(self, "num_steps", DEFAULT_STEPS if self.levels is None else len(self.levels))
         for name, most in (("num_steps", MOST_STEPS), ("max_text_tokens", MOST_TOKENS)):
             value = getattr(self, name)
             _check(1 <= value <= most, f"sampler.{name} must lie in [1, {most}], got {_short(value)}")
@@ -175,6 +190,50 @@ class SamplerConfig:
             self.noise_stride is None or self.noise in ("method", "freenoise"),
             f"sampler.noise_stride {self.noise_stride} goes with the noise freenoise, and sampler.noise is {self.noise}; "
             "leave it out",
+        )
+
+    @property
+    def steps(self) -> int:
+        """`num_steps`, which is a number once the settings are made."""
+        assert self.num_steps is not None
+        return self.num_steps
+
+    @property
+    def levels(self) -> tuple[float, ...] | None:
+        """The noise level at which each step begins, 1 for pure noise; None if the scheduler chooses them."""
+        return self.sigmas if self.timesteps is None else tuple(t / MOST_TIMESTEP for t in self.timesteps)
+
+    def _check_levels(self) -> None:
+        """Reject timesteps that no run from noise to a video can have, and settings that they leave unread."""
+        name, most = ("sigmas", 1.0) if self.timesteps is None else ("timesteps", MOST_TIMESTEP)
+        given = getattr(self, name)
+        if given is None:
+            return
+        what = f"sampler.{name}"
+        _check(
+            self.timesteps is None or self.sigmas is None, "sampler.timesteps and sampler.sigmas say the same; give one"
+        )
+        _check(1 <= len(given) <= MOST_STEPS, f"{what} must name 1 to {MOST_STEPS} steps, got {len(given)}")
+        wrong = next((value for value in given if not 0 < value <= most), None)  # NaN is in no range
+        end = ", and the end, 0, is not named" if wrong == 0 else ""
+        _check(wrong is None, f"{what} must lie in (0, {most:g}], got {wrong}{end}")
+        _check(
+            given[0] >= LEAST_FIRST_LEVEL * most,
+            f"{what} must begin at {most:g}, pure noise, or close to it ({LEAST_FIRST_LEVEL * most:g}), got {given[0]:g}",
+        )
+        up = next((i for i in range(1, len(given)) if given[i] >= given[i - 1]), 0)
+        _check(up == 0, f"{what} must fall from step to step, and {given[up - 1]:g} is followed by {given[up]:g}")
+        _check(
+            self.num_steps in (None, len(given)),
+            f"sampler.num_steps is {self.num_steps} and {what} are {len(given)}; leave num_steps out (null)",
+        )
+        _check(
+            self.flow_shift is None,
+            f"sampler.flow_shift {self.flow_shift} would shift no timestep, as {what} are taken as they are; leave it out (null)",
+        )
+        _check(
+            self.shift == "native",
+            f"sampler.shift {self.shift} would shift no timestep, as {what} are given; leave it out",
         )
 
 

@@ -85,7 +85,7 @@ class LongVideoEngine:
             )
             self.kernel = choose_on_ranks(config, self.spec, self.pipe.transformer, self.ranks, self.device)
             self.handle = self._apply_method()
-            self.pipe.scheduler = make_scheduler(self.pipe.scheduler, config.sampler.flow_shift)
+            self.pipe.scheduler = make_scheduler(self.pipe.scheduler, config.sampler)
         except BaseException:
             self._release_group()
             raise

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.config import RunConfig
+from engine.config import RunConfig, SamplerConfig
 from engine.errors import UserError
 from engine.files.trees import DamagedError, parse_json
 from engine.method_tree import method_tree
@@ -26,6 +26,8 @@ _GIVEN = {
     "noise": "sampler.noise",
 }
 _SHOWN = 6
+# Settings that older versions lacked.
+_LATER = ("scheduler", "timesteps", "sigmas")
 
 
 def latents_settings(
@@ -45,12 +47,19 @@ def latents_settings(
         given: values of the call that override the configuration: prompt, negative_prompt, seed, num_frames.
     """
     tree = dataclasses.asdict(config)
-    decides = {key: tree[key] for key in ("sampler", "attention")} | {"method": method_tree(config.method)}
+    decides = {"sampler": sampler_tree(config.sampler), "attention": tree["attention"]}
+    decides |= {"method": method_tree(config.method)}
     decides |= {key: tree["video"][key] for key in ("height", "width")}
     decides |= {"checkpoint": checkpoint, "dtype": dtype, "device": device, "noise": config.noise}
     timed = parse_timeline(given.get("prompt", ""))
     decides |= {"fps": config.video.fps} if with_rate or (timed is not None and timed.unit == "s") else {}
     return json.loads(json.dumps(decides | given))
+
+
+def sampler_tree(sampler: SamplerConfig) -> dict[str, Any]:
+    """The sampler's settings; those that older versions lacked are left out at their defaults, so that ids stay what they were."""
+    tree, default = dataclasses.asdict(sampler), SamplerConfig()
+    return {key: value for key, value in tree.items() if key not in _LATER or value != getattr(default, key)}
 
 
 def settings_id(settings: Mapping[str, Any]) -> str:

@@ -22,6 +22,11 @@ _UNION_ERROR = re.compile(
     r'Parser key "(?P<key>[^"]+)":.*Subtypes: \[(?P<type>[^\n]*)\].*Given value: (?P<value>.*)', re.DOTALL
 )
 _TYPE_WORDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+_TYPE_WORDS |= {
+    "tuple[float": "a list of numbers, as in [1000, 500]",
+    "tuple[str": "a list, as in [a, b]",
+    "tuple": "a list, as in [a, b]",
+}
 
 
 def read_preset(*names: str, settings: Mapping[str, Any] | None = None) -> RunConfig:
@@ -124,5 +129,5 @@ def _describe_type(text: str) -> str:
     literal = re.search(r"Literal\[(.*)\]", text)
     if literal:
         return "one of " + literal[1].replace("'", "")
-    names = re.findall(r"class '(\w+)'", text) or [text]
+    names = re.findall(r"tuple\[\w+|(?<=class ')\w+", text) or [text]
     return " or ".join(_TYPE_WORDS.get(name, name) for name in names)

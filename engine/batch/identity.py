@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from engine.config import RunConfig
+from engine.identity import sampler_tree
 from engine.method_tree import method_tree
 
 CONFIG_DIGITS = 12
@@ -25,12 +26,12 @@ def config_tree(
     Prompt, seed and the settings of unused methods are left out, and so is `given` without any.
     """
     tree = dataclasses.asdict(config)
-    del tree["sampler"]["seed"]
-    tree["sampler"]["noise_stride"] = config.noise_stride
+    sampler = sampler_tree(config.sampler) | {"noise_stride": config.noise_stride}
+    del sampler["seed"]
     return {
         "model": {"checkpoint": checkpoint, "dtype": dtype},
         "video": tree["video"],
-        "sampler": tree["sampler"],
+        "sampler": sampler,
         "method": method_tree(config.method),
         "attention": tree["attention"],
         "decode": tree["decode"],

@@ -69,7 +69,7 @@ class ItemMaker:
             if self.keep_latents
             else None,
             checkpoint=files.checkpoint,
-            checkpoint_every=self.checkpoint_every or engine.config.sampler.num_steps,
+            checkpoint_every=self.checkpoint_every or engine.config.sampler.steps,
             on_step=lambda finished, total: self.on_step(identity["item_id"], finished, total),
         )
         if not engine.is_first:

@@ -4,10 +4,13 @@ import copy
 import functools
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
+import diffusers
+import numpy as np
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, UniPCMultistepScheduler
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -29,20 +32,88 @@ TIMESTEP_ERROR = 2.0  # some schedulers round timesteps to whole numbers
 SAMPLE_ERROR = 1e-3
 
 
-def make_scheduler(scheduler: Any, flow_shift: float | None) -> Any:
-    """Make a new scheduler of the same class and configuration, with another timestep shift unless it is None."""
-    overrides: dict[str, float] = {}
+_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+# Classes that `sampler.scheduler` names, the name of their shift, and what makes them integrate a flow.
+_NAMED: dict[str, tuple[Any, str, dict[str, Any]]] = {
+    "euler": (FlowMatchEulerDiscreteScheduler, "shift", {}),
+    "unipc": (UniPCMultistepScheduler, "flow_shift", _FLOW),
+    "lcm": (FlowMatchLCMScheduler, "shift", {}),
+}
+# What changes noise levels that are given one by one.
+_UNCHANGED = {
+    "shift": 1.0,
+    "flow_shift": 1.0,
+    "use_dynamic_shifting": False,
+    "shift_terminal": None,
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
+_LEVEL_ERROR = 1e-5  # UniPC begins 1e-6 below pure noise
+
+
+def make_scheduler(scheduler: Any, sampler: SamplerConfig) -> Any:
+    """Make a new scheduler, of the checkpoint's configuration and class or of the class and shift that the sampler asks for."""
+    config, flow_shift = scheduler.config, sampler.flow_shift
+    kind = type(scheduler)
+    settings: dict[str, Any] = {}
+    if sampler.scheduler != "checkpoint":
+        kind, key, settings = _NAMED[sampler.scheduler]
+        shift = fixed_shift(scheduler)
+        settings = settings | ({} if shift is None else {key: shift})
     if flow_shift is not None:
-        if scheduler.config.get("use_dynamic_shifting"):
+        if config.get("use_dynamic_shifting"):
             raise UserError(
                 f"sampler.flow_shift {flow_shift} would be ignored: this checkpoint's shift follows from the number of "
                 "tokens; leave it unset, and choose with sampler.shift which number that is"
             )
-        key = next((key for key in ("flow_shift", "shift") if key in scheduler.config), None)
-        if key is None:
-            raise UserError(f"sampler.flow_shift: {type(scheduler).__name__} has no shift; leave it unset")
-        overrides[key] = flow_shift
-    return type(scheduler).from_config(scheduler.config, **overrides)
+        found = next((key for key in ("flow_shift", "shift") if key in _arguments(kind)), None)
+        if found is None:
+            raise UserError(f"sampler.flow_shift: {kind.__name__} has no shift; leave it unset")
+        settings = settings | {found: flow_shift}
+    if sampler.levels is not None:
+        settings = settings | {key: value for key, value in _UNCHANGED.items() if key in _arguments(kind)}
+    return kind.from_config(config, **settings)
+
+
+def _arguments(kind: Any) -> Collection[str]:
+    return inspect.signature(kind.__init__).parameters.keys()
+
+
+def check_levels(sampler: SamplerConfig, config: Mapping[str, Any]) -> None:
+    """Raise UserError for a scheduler that does not take noise levels one by one, if the sampler gives them.
+
+    `config` is the configuration of the checkpoint's scheduler.
+    """
+    if sampler.levels is None:
+        return
+    name = str(config.get("_class_name"))
+    kind = getattr(diffusers, name, None) if sampler.scheduler == "checkpoint" else _NAMED[sampler.scheduler][0]
+    if kind is not None and "sigmas" not in inspect.signature(kind.set_timesteps).parameters:
+        raise _no_levels(sampler, name)
+
+
+def _no_levels(sampler: SamplerConfig, name: str) -> UserError:
+    setting = "sigmas" if sampler.timesteps is None else "timesteps"
+    return UserError(
+        f"sampler.{setting}: the checkpoint's scheduler, {name}, does not take the {sampler.steps} steps one by one; choose "
+        f"sampler.scheduler {', '.join(_NAMED)}"
+    )
+
+
+def _set_levels(scheduler: Any, sampler: SamplerConfig, device: torch.device) -> dict[str, Any]:
+    """Set noise levels that are given one by one, and the timesteps of them as they are: UniPC would round them down."""
+    name = type(scheduler).__name__
+    levels = torch.tensor(sampler.levels, dtype=torch.float64)
+    if "sigmas" not in inspect.signature(scheduler.set_timesteps).parameters:
+        raise _no_levels(sampler, name)
+    scheduler.set_timesteps(sigmas=np.array(sampler.levels), device=device)
+    found = scheduler.sigmas.double().cpu()
+    if found.shape != (len(levels) + 1,) or float((found[:-1] - levels).abs().max()) > _LEVEL_ERROR:
+        raise _no_levels(sampler, name)
+    timesteps = sampler.timesteps or tuple(TRAINED_TIMESTEPS * level for level in sampler.levels or ())
+    scheduler.timesteps = torch.tensor(timesteps, dtype=torch.float32, device=device)
+    return {"shift": "given", "value": None}
 
 
 def fixed_shift(scheduler: Any) -> float | None:
@@ -71,9 +142,12 @@ def set_timesteps(
     """Set the timesteps for latents of (frames, rows, columns), by the adapter; returns the record's entry about their shift."""
     frames, rows, columns = latent
     tokens = shifting_tokens(sampler.shift, frames, rows * columns, window_frames=window_frames)
-    schedule = adapter.set_timesteps(
-        scheduler, sampler.num_steps, num_tokens=tokens, shift=sampler.shift, device=device
-    )
+    if sampler.levels is not None:
+        schedule = _set_levels(scheduler, sampler, device)
+    else:
+        schedule = adapter.set_timesteps(
+            scheduler, sampler.steps, num_tokens=tokens, shift=sampler.shift, device=device
+        )
     scheduler.set_begin_index(0)
     return schedule
 

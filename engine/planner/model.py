@@ -123,7 +123,7 @@ class ModelSpec:
             raise UserError(f"{self.name}: diffusers has no scheduler {config.get('_class_name')!r:.60}")
         window, device = window_frames * self.video.patch[0], torch.device("cpu")
         with faults_of(Path(self.name) / "scheduler"):
-            scheduler = make_scheduler(scheduler_class.from_config(config), sampler.flow_shift)
+            scheduler = make_scheduler(scheduler_class.from_config(config), sampler)
             set_timesteps(self.adapter, scheduler, sampler, latent, window_frames=window, device=device)
             return [float(t) for t in scheduler.timesteps.tolist()]
 

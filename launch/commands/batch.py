@@ -41,7 +41,8 @@ def run(given: Arguments) -> int:
     check_devices(config, options)
     files.check()
     check_folder(options.out, batch)
-    look_at_prompts(config, [(prompt.where(batch.suite.name), prompt.text) for prompt in batch.suite.prompts])
+    named = [(prompt.where(batch.suite.name), prompt.text) for prompt in batch.suite.prompts]
+    look_at_prompts(config, named, variants=variants)
     for note in notes:
         print(f"note: {note}", flush=True)
     if given.dry_run:

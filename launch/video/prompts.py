@@ -2,14 +2,24 @@
 
 from collections.abc import Sequence
 
+from engine.batch.variants import Variant
 from engine.config import RunConfig
 from engine.planner.processor import describe_expected
+from engine.planner.split import describe_splits
 from engine.text.prompts import Named, check_prompts
 from launch.ranks.join import DistContext
 
 
-def look_at_prompts(config: RunConfig, prompts: Sequence[Named], context: DistContext | None = None) -> None:
+def look_at_prompts(
+    config: RunConfig,
+    prompts: Sequence[Named],
+    context: DistContext | None = None,
+    *,
+    variants: Sequence[Variant] = (),
+) -> None:
     """Check the prompts on rank 0 and print notes; every rank of `context` calls this.
+
+    `variants` are the methods, if there are several.
 
     Raises UserError, on all ranks, for prompts that are too long.
     """
@@ -17,6 +27,8 @@ def look_at_prompts(config: RunConfig, prompts: Sequence[Named], context: DistCo
 
     def look() -> None:
         for note in check_prompts(config.model, config.sampler, config.video, prompts):
+            print(f"note: {note}", flush=True)
+        for note in describe_splits(config, variants):
             print(f"note: {note}", flush=True)
         expected = describe_expected(config, num_prompts=len(prompts), ranks=ranks)
         if expected is not None:

@@ -24,8 +24,13 @@ def test_the_same_as_on_the_command_line(names: tuple[str, ...]) -> None:
     [
         (("nowhere",), {}, "give a file, or one of the presets"),
         (("tiny-wan",), {"sampler.nosuch": 1}, "does not accept option 'nosuch'"),
-        (("tiny-wan",), {"sampler.num_steps": "many"}, "sampler.num_steps must be a whole number, got 'many'"),
-        (("tiny-wan",), {"sampler.num_steps": None}, "sampler.num_steps must not be null"),
+        (("tiny-wan",), {"sampler.num_steps": "many"}, "sampler.num_steps must be a whole number or null, got 'many'"),
+        (
+            ("tiny-wan",),
+            {"sampler.timesteps": 5},
+            "sampler.timesteps must be a list of numbers, as in [1000, 500] or null, got '5'",
+        ),
+        (("tiny-wan",), {"sampler.seed": None}, "sampler.seed must not be null"),
         (("tiny-wan",), {"method.freespec.alpha": -1}, "alpha must be a finite number, 0 or more"),
         (("ablation/gb",), {}, "required"),
         ((), {}, "required"),

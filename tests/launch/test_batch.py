@@ -180,7 +180,7 @@ def test_a_replica_is_killed_and_everything_is_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With a prompt among them that no attempt can make, and that the driver overlooks; then three more starts."""
-    monkeypatch.setattr(batch, "look_at_prompts", lambda *_: None)
+    monkeypatch.setattr(batch, "look_at_prompts", lambda *_, **__: None)
     suite.write_text("\n".join([*PROMPTS, LONG]) + "\n")
     out, files = tmp_path / "out", BatchFiles(root=tmp_path / "out")
     shown = make_with_a_kill(make_batch, out)

@@ -14,7 +14,7 @@ from launch.cli.parser import parse_run
 from launch.commands import analyze, batch, calibrate, compare, demo, generate
 from tests.launch.conftest import SMALL, Run
 
-TINY = SMALL | {"video.height": 64, "video.width": 64, "sampler.num_steps": 1, "method.window_frames": 3}
+TINY = SMALL | {"video.height": 64, "video.width": 64, "sampler.num_steps": 8, "method.window_frames": 3}
 KNOWN = "a red circle bounces over a blue background"
 LONG = " ".join(["circle"] * 40)
 
@@ -93,6 +93,18 @@ def test_a_negative_prompt_without_guidance_is_said_to_be_unread(
         in out
     )
     assert "note: " not in start(commands[name], capsys, [KNOWN], {"sampler.negative_prompt": "a red star"})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_steps_that_all_lie_on_one_side_of_the_split_are_said(
+    commands: dict[str, Callable[..., Run]], capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    settings = {"sampler.num_steps": "null", "sampler.timesteps": "[1000, 937.5, 833.3, 625]"}
+    [note] = [line for line in start(commands[name], capsys, [KNOWN], settings).splitlines() if "note: " in line]
+    assert note == (
+        "note: with freespec each of the 4 steps (timesteps 1000 to 625) fuses, and none is local; method.freespec.domain step "
+        "splits by the number of steps"
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "calibrate"])

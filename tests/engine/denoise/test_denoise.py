@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
+from engine.config import SamplerConfig
 from engine.denoise.denoise import denoise, draw_noise
 from engine.denoise.saved import RunFile, load_latents, save_latents
 from engine.denoise.schedulers import make_scheduler, scheduler_state
@@ -97,6 +98,6 @@ def test_latents_file(tmp_path):
 
 
 def test_flow_shift():
-    assert make_scheduler(ready("unipc"), 8.0).config.flow_shift == 8.0
-    assert make_scheduler(ready("unipc"), None).config.flow_shift == 3.0
-    assert make_scheduler(ready("euler"), 5.0).config.shift == 5.0
+    assert make_scheduler(ready("unipc"), SamplerConfig(flow_shift=8.0)).config.flow_shift == 8.0
+    assert make_scheduler(ready("unipc"), SamplerConfig()).config.flow_shift == 3.0
+    assert make_scheduler(ready("euler"), SamplerConfig(flow_shift=5.0)).config.shift == 5.0

@@ -1,0 +1,58 @@
+"""Say before a run that the split of its method puts all steps on one side, as few steps near pure noise do."""
+
+from collections.abc import Iterator, Sequence
+
+from engine.batch.variants import Variant
+from engine.config import MethodConfig, RunConfig
+from engine.planner.model import read_model
+from freespec.methods import Method, Mode
+
+_EVERY_TIMESTEP = tuple(float(t) for t in range(1000, 0, -1))
+_DOES: dict[Mode, str] = {
+    "dual": "fuses",
+    "views_global": "fuses",
+    "local": "is local",
+    "views": "is local",
+    "global": "is global",
+}
+
+
+def describe_splits(config: RunConfig, variants: Sequence[Variant] = ()) -> Iterator[str]:
+    """One sentence for each method whose steps are all alike, though it tells noisy steps from late ones.
+
+    Args:
+        config: the run.
+        variants: the methods, if there are several.
+    """
+    spec, video = read_model(config.model), config.video
+    latent = spec.video.latent_shape(video.num_frames, video.height, video.width)[2:]
+    methods = [(each.label, each.config.method) for each in variants] or [(config.method.name, config.method)]
+    for label, method in methods:
+        if spec.grid(video.num_frames, video.height, video.width)[0] <= method.window_frames:
+            continue  # at native length no step fuses
+        both = _modes(method.method, _EVERY_TIMESTEP)
+        if len(both) == 1:
+            continue  # it has no split, or was told to put all steps on one side
+        timesteps = spec.timesteps(config.sampler, latent, window_frames=method.window_frames)
+        modes = _modes(method.method, timesteps)
+        if len(modes) == 1:
+            others = " or ".join(_DOES[mode] for mode in both if mode not in modes)
+            yield f"with {label} {_count(timesteps, _DOES[modes[0]])}, and none {others}{_advice(method, timesteps)}"
+
+
+def _modes(method: Method, timesteps: Sequence[float]) -> list[Mode]:
+    """The modes of a run, each once."""
+    return list(dict.fromkeys(step.mode for step in method.plan(timesteps)))
+
+
+def _count(timesteps: Sequence[float], does: str) -> str:
+    if len(timesteps) == 1:
+        return f"the only step (timestep {timesteps[0]:g}) {does}"
+    return f"each of the {len(timesteps)} steps (timesteps {timesteps[0]:g} to {timesteps[-1]:g}) {does}"
+
+
+def _advice(method: MethodConfig, timesteps: Sequence[float]) -> str:
+    if getattr(method.method, "domain", None) != "timestep" or len(timesteps) == 1:
+        return ""
+    group = "settings" if ":" in method.name else method.name
+    return f"; method.{group}.domain step splits by the number of steps"
