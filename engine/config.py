@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from engine.errors import UserError
 from engine.paths import is_pickle
+from freespec.far_keys import check_far, parse_far
 from freespec.kernel_names import COMPLEMENTS, DUALS, NAMES
 from freespec.methods import (
     METHODS,
@@ -299,12 +300,15 @@ class AttentionConfig:
             goes on from the window to the other keys; `auto` is strided, until triton is measured to be faster.
         complement: what attends to the keys outside the windows in dual steps: `same` kernel, or `sage`, SageAttention in
             int8 (CUDA, the package sageattention 2). The local branch and global steps are never quantised.
+        far: how many keys outside the windows dual steps attend to: `all`, a share of each frame such as `1/8`, or a number of
+            keys in all such as 4096, which is spread evenly over the frames outside the window.
         riflex: RIFLEx, which lowers one temporal frequency of the rotary table for long videos; off by default.
     """
 
     kernel: str = "auto"
     dual: str = "auto"
     complement: str = "same"
+    far: int | str = "all"
     riflex: Riflex = field(default_factory=Riflex)
 
     def __post_init__(self) -> None:
@@ -317,6 +321,7 @@ class AttentionConfig:
             self.complement in COMPLEMENTS,
             f"unknown attention.complement {self.complement!r}; choose one of {', '.join(COMPLEMENTS)}",
         )
+        parse_far(self.far)  # raises
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -488,6 +493,7 @@ class RunConfig:
             f"{self._noise_stride_name} {stride} is more than the {self.method.window_frames} frames of method.window_frames",
         )
         self._check_file()
+        check_far(self.attention.far, self.method.method, self.method.name, dual=self.attention.dual)
         xfuser = self.parallel.provider == "xfuser"
         _check(
             not xfuser or self.method.name == "direct",

@@ -291,6 +291,7 @@ class LongVideoEngine:
             kernel=self.kernel.kernel,
             dual=config.attention.dual,
             complement=config.attention.complement,
+            far=config.attention.far,
             ranks=self.ranks,
             riflex=config.attention.riflex,
         )

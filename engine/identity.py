@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.config import RunConfig, SamplerConfig
+from engine.config import AttentionConfig, RunConfig, SamplerConfig
 from engine.errors import UserError
 from engine.files.trees import DamagedError, parse_json
 from engine.method_tree import method_tree
@@ -27,7 +27,7 @@ _GIVEN = {
 }
 _SHOWN = 6
 # Settings that older versions lacked.
-_LATER = ("scheduler", "timesteps", "sigmas")
+_LATER = ("scheduler", "timesteps", "sigmas", "far")
 
 
 def latents_settings(
@@ -47,7 +47,7 @@ def latents_settings(
         given: values of the call that override the configuration: prompt, negative_prompt, seed, num_frames.
     """
     tree = dataclasses.asdict(config)
-    decides = {"sampler": sampler_tree(config.sampler), "attention": tree["attention"]}
+    decides = {"sampler": group_tree(config.sampler), "attention": group_tree(config.attention)}
     decides |= {"method": method_tree(config.method)}
     decides |= {key: tree["video"][key] for key in ("height", "width")}
     decides |= {"checkpoint": checkpoint, "dtype": dtype, "device": device, "noise": config.noise}
@@ -56,9 +56,9 @@ def latents_settings(
     return json.loads(json.dumps(decides | given))
 
 
-def sampler_tree(sampler: SamplerConfig) -> dict[str, Any]:
-    """The sampler's settings; those that older versions lacked are left out at their defaults, so that ids stay what they were."""
-    tree, default = dataclasses.asdict(sampler), SamplerConfig()
+def group_tree(group: SamplerConfig | AttentionConfig) -> dict[str, Any]:
+    """A group's settings; those that older versions lacked are left out at their defaults, so that ids stay what they were."""
+    tree, default = dataclasses.asdict(group), type(group)()
     return {key: value for key, value in tree.items() if key not in _LATER or value != getattr(default, key)}
 
 

@@ -71,6 +71,7 @@ def build_record(
         "eigensolver": None if facts.eigensolver is None else dataclasses.asdict(facts.eigensolver),
         "dual": resolve_dual(config["attention"]["dual"]),
         "complement": config["attention"]["complement"],
+        "far": config["attention"]["far"],
         "model": facts.model,
         "noise": dict(zip(("kind", "stride"), facts.config.noise, strict=True)),
         "latents": {"shape": list(denoised.latents.shape)},

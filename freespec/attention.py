@@ -4,6 +4,7 @@ Layouts: q, k, v and out are [B, S, N, D], lse is [B, S, N] (fp32; fp64 for fp64
 An empty set of keys gives out = 0 and lse = -inf, and no kernel is called for it.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -135,22 +136,47 @@ class WindowedAttention:
         return torch.float64 if wider else q.dtype
 
     def dual(
-        self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int, *, dtype: torch.dtype
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_start: int,
+        k_start: int,
+        *,
+        dtype: torch.dtype,
+        far: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Partial, Partial]:
         """Both branches for the cost of one: each query's window, which k and v must cover, and all keys of k.
 
-        The global output has `dtype`: fp32 where more keys follow, so that many parts are rounded once.
+        The global output has `dtype`: fp32 where more keys follow, so that many parts are rounded once. `far` are k and v
+        of some tokens of every frame of the video, as many of each: outside the windows they stand for all keys.
         """
         if self.dual_kernel is not None and q.numel() > 0:
+            assert far is None, "refused where the method is put on: one kernel for both branches attends to all keys"
             return self._by_one_kernel(self.dual_kernel, (q, k, v), (q_start, k_start), dtype)
         if torch.compiler.is_compiling():
-            parts = dual_op(q, k, v, *self.keys, [*self._geometry, q_start, k_start], dtype)
-            return (parts[0], parts[1]), (parts[2], parts[3])
+            made = dual_op(q, k, v, far or (), *self.keys, [*self._geometry, q_start, k_start], dtype)
+            return (made[0], made[1]), (made[2], made[3])
         local = self.local(q, k, v, q_start, k_start)
         out, lse = local[0].to(dtype, copy=True), local[1].clone()
-        for place, part, part_lse in self._rest_parts(q, (k, v), q_start, k_start):
+        parts = self._rest_parts(q, (k, v), q_start, k_start) if far is None else self.far_parts(q, far, q_start)
+        for place, part, part_lse in parts:
             merge_into(out[place], lse[place], part, part_lse)
         return local, (out, lse)
+
+    def far_parts(self, q: Tensor, far: tuple[Tensor, Tensor], q_start: int) -> Iterator[tuple[Place, Tensor, Tensor]]:
+        """Each query and the kept tokens `far` of the frames outside its window, part by part.
+
+        The log-sum-exp is shifted as each kept token stands for several: the sum of exponentials is unbiased.
+        """
+        shift = self.far_shift(far[0].shape[1])
+        kept = far[0].shape[1] // self.num_frames
+        for place, part, part_lse in self._rest_parts(q, far, q_start, 0, kept):
+            yield place, part, part_lse + shift
+
+    def far_shift(self, num_kept: int) -> float:
+        """The logarithm of how many tokens each of `num_kept` tokens of the video stands for."""
+        return math.log(self.num_frames * self.frame_tokens / num_kept)
 
     def views(self, q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int]) -> Iterator[Tensor]:
         """Attention inside each view of `window_frames` frames from frame `start` on, of the whole sequence, one by one.
@@ -193,15 +219,17 @@ class WindowedAttention:
         return (out_local, lse_local), (out_global, lse_global)
 
     def _rest_parts(
-        self, q: Tensor, kv: tuple[Tensor, Tensor], q_start: int, k_start: int
+        self, q: Tensor, kv: tuple[Tensor, Tensor], q_start: int, k_start: int, kept: int | None = None
     ) -> Iterator[tuple[Place, Tensor, Tensor]]:
-        """Each query and the keys outside its window, part by part, as `_attend` gives them.
+        """Each query and the keys outside its window, part by part, as `_attend` gives them; of each frame kv has `kept` or all tokens.
 
         Read as a circle, those keys are one slice of constant length that starts where the window ends; k and v are
         written out a second time only as far as some window's slice runs over the end, and for one group at a time.
         """
         num_keys = kv[0].shape[1]
         for group in self._groups(q, q_start):
+            if kept is not None:
+                group = group.thinned(self.frame_tokens, kept)  # noqa: PLW2901
             self._check_cover(group, k_start, k_start + num_keys)
             first_end = group.k_start + group.k_tokens - k_start
             length = num_keys - group.k_tokens
@@ -239,16 +267,16 @@ class WindowedAttention:
         *,
         length: int,
     ) -> Iterator[tuple[Place, Tensor, Tensor]]:
-        """One dense call per batch item: entry i sees keys [starts[1] + i * q_tokens, + length), as a strided view.
+        """One dense call per batch item: entry i sees keys [starts[1] + i * k_step, + length), as a strided view.
 
         Yields where the part belongs, (item, rows), its out [rows, N, D] and its lse [rows, N].
         """
         q, *kv = qkv
         rows = slice(group.q_start - starts[0], group.q_stop - starts[0])
-        span = slice(starts[1], starts[1] + (group.batch - 1) * group.q_tokens + length)
+        span = slice(starts[1], starts[1] + (group.batch - 1) * group.k_step + length)
         for item in range(q.shape[0]):
             # Overlapping windows: the batch stride is one entry, so no key is copied.
-            k_bnkd, v_bnkd = (x[item, span].unfold(0, length, group.q_tokens).transpose(-1, -2) for x in kv)
+            k_bnkd, v_bnkd = (x[item, span].unfold(0, length, group.k_step).transpose(-1, -2) for x in kv)
             q_bnsd = q[item, rows].unflatten(0, (group.batch, group.q_tokens)).transpose(1, 2)
             part, part_lse = kernel(q_bnsd, k_bnkd, v_bnkd)
             yield (item, rows), part.transpose(1, 2).flatten(0, 1), part_lse.transpose(1, 2).flatten(0, 1)
@@ -270,11 +298,18 @@ def local_op(q: Tensor, k: Tensor, v: Tensor, kernel: str, numbers: list[int]) -
 
 @torch.library.custom_op("freespec::branches", mutates_args=())
 def dual_op(  # noqa: PLR0917 - operators have no keyword-only arguments
-    q: Tensor, k: Tensor, v: Tensor, kernel: str, rest_kernel: str, numbers: list[int], dtype: torch.dtype
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    far: Sequence[Tensor],
+    kernel: str,
+    rest_kernel: str,
+    numbers: list[int],
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`WindowedAttention.dual` as an operator: out and lse of the local branch, and of both sets of keys in `dtype`."""
+    """`WindowedAttention.dual` as an operator: out and lse of the local branch, and of both sets of keys in `dtype`; no `far`: ()."""
     attention = _attention_of(numbers, kernel, rest_kernel)
-    local, o_global = attention.dual(q, k, v, *numbers[3:], dtype=dtype)
+    local, o_global = attention.dual(q, k, v, *numbers[3:], dtype=dtype, far=(far[0], far[1]) if far else None)
     return local[0].contiguous(), local[1].contiguous(), o_global[0].contiguous(), o_global[1].contiguous()
 
 
@@ -290,7 +325,14 @@ def _local_shapes(q: Tensor, k: Tensor, v: Tensor, kernel: str, numbers: list[in
 
 @dual_op.register_fake
 def _dual_shapes(  # noqa: PLR0917
-    q: Tensor, k: Tensor, v: Tensor, kernel: str, rest_kernel: str, numbers: list[int], dtype: torch.dtype
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    far: Sequence[Tensor],
+    kernel: str,
+    rest_kernel: str,
+    numbers: list[int],
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), _lse_shape(q), q.new_empty(q.shape, dtype=dtype), _lse_shape(q)
 
@@ -321,6 +363,23 @@ def masked_ref(q: Tensor, k: Tensor, v: Tensor, *, frame_tokens: int, window_fra
         inside = (frame >= start[:, None]) & (frame < start[:, None] + window_frames)
         logits = logits.masked_fill(~inside, float("-inf"))
     return torch.einsum("bnsk,bknd->bsnd", logits.softmax(dim=-1), v.double())
+
+
+def thinned_ref(q: Tensor, k: Tensor, v: Tensor, kept: Tensor, *, frame_tokens: int, window_frames: int) -> Tensor:
+    """Reference of the global branch on the whole sequence in fp64, with an explicit weight for each query and key.
+
+    A key in the query's window weighs 1. Of the others those of the tokens `kept`, [F·m], weigh frame_tokens / m, and the rest nothing.
+    """
+    num_tokens = q.shape[1]
+    frame = torch.arange(num_tokens, device=q.device) // frame_tokens
+    start = (frame - window_frames // 2).clamp(0, max(num_tokens // frame_tokens - window_frames, 0))
+    inside = (frame >= start[:, None]) & (frame < start[:, None] + window_frames)
+    outside = torch.zeros(num_tokens, dtype=torch.float64, device=q.device)
+    outside[kept] = num_tokens / len(kept)
+    weight = torch.where(inside, 1.0, outside)
+    logits = torch.einsum("bsnd,bknd->bnsk", q.double(), k.double()) / q.shape[-1] ** 0.5
+    weighed = weight * (logits - logits.amax(-1, keepdim=True)).exp()
+    return torch.einsum("bnsk,bknd->bsnd", weighed / weighed.sum(-1, keepdim=True), v.double())
 
 
 def _circle(x: Tensor, start: int, wrapped: int) -> Tensor:

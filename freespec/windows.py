@@ -5,14 +5,14 @@ the window is shifted at both ends and never cut, so that every query sees the n
 """
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QueryGroup:
-    """Queries that one dense attention call serves: `batch` entries, each the window of the one before slid by `q_tokens`.
+    """Queries that one dense attention call serves: `batch` entries, each the window of the one before slid by `k_step`.
 
-    Entry i holds the queries [q_start + i * q_tokens, + q_tokens) and sees the keys [k_start + i * q_tokens, + k_tokens).
+    Entry i holds the queries [q_start + i * q_tokens, + q_tokens) and sees the keys [k_start + i * k_step, + k_tokens).
     All numbers are absolute token positions or counts; `batch` is 1 unless the entries are whole consecutive frames.
     """
 
@@ -21,6 +21,7 @@ class QueryGroup:
     batch: int
     k_start: int
     k_tokens: int
+    k_step: int
 
     @property
     def q_stop(self) -> int:
@@ -30,7 +31,12 @@ class QueryGroup:
     @property
     def k_stop(self) -> int:
         """One past the last key token of the group's last entry."""
-        return self.k_start + (self.batch - 1) * self.q_tokens + self.k_tokens
+        return self.k_start + (self.batch - 1) * self.k_step + self.k_tokens
+
+    def thinned(self, frame_tokens: int, kept: int) -> "QueryGroup":
+        """The same queries and frames of keys, in a video of `kept` of `frame_tokens` tokens a frame."""
+        k_start, k_tokens = (number // frame_tokens * kept for number in (self.k_start, self.k_tokens))
+        return replace(self, k_start=k_start, k_tokens=k_tokens, k_step=kept)
 
 
 def default_stride(window_frames: int) -> int:
@@ -95,6 +101,7 @@ def query_groups(
                 batch=batch,
                 k_start=window_start(first_frame, num_frames, window_frames) * frame_tokens,
                 k_tokens=k_tokens,
+                k_step=(stop - start) // batch,
             )
         )
     return tuple(groups)

@@ -7,6 +7,7 @@ scatter and gather cross the ulysses axis (heads against tokens); branches cross
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -49,9 +50,20 @@ class BranchKernels(Protocol):
         ...
 
     def dual(
-        self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int, *, dtype: torch.dtype
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        q_start: int,
+        k_start: int,
+        *,
+        dtype: torch.dtype,
+        far: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Partial, Partial]:
-        """Both at once: every query and its window, every query and every key of k; the second's out in `dtype`."""
+        """Both at once: every query and its window, every query and every key of k; the second's out in `dtype`.
+
+        With `far`, k and v of as many tokens of every frame of the sequence, those stand for the keys outside the windows.
+        """
         ...
 
     def merge_into(self, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
@@ -100,6 +112,19 @@ class HybridAttention(Protocol):
 
 
 TORCH_EXCHANGE: HeadExchange = collectives
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KeptTokens:
+    """The tokens that stand for all keys outside the windows, as many of every frame.
+
+    Attributes:
+        index: their places in the sequence, ascending, [F·m].
+        cuts: where in the index the tokens of each ring shard begin, and its length.
+    """
+
+    index: Tensor
+    cuts: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +215,24 @@ class SequenceLayout:
             out_BrnD, token_sizes=tokens, head_sizes=heads, group=self.mesh.ulysses.group, trace=self.trace
         )
 
+    def thinned_branches(
+        self, q_BrnD: Tensor, k_BrnD: Tensor, v_BrnD: Tensor, kept: KeptTokens, kernels: BranchKernels
+    ) -> tuple[Tensor, Tensor]:
+        """`branches` of mode dual, [B, r, n, D] each, with the kept tokens in place of all keys outside the windows.
+
+        Every rank of a ring has the windows by halo and gathers the kept tokens, in the order of one rank: the same calls.
+        """
+        near, _ = self._near_and_far(k_BrnD, v_BrnD, "local", kernels)
+        far = self._gather_kept(k_BrnD, v_BrnD, kept)
+        if q_BrnD.numel() == 0:
+            return q_BrnD, q_BrnD
+        q, dtype = q_BrnD, kernels.dual_dtype(q_BrnD)
+        near_k, near_v, far_k, far_v = (x.to(dtype) for x in (near.k, near.v, *far))
+        (local, _), (out, _) = kernels.dual(
+            q.to(dtype), near_k, near_v, self.ring_shard[0], near.span[0], dtype=dtype, far=(far_k, far_v)
+        )
+        return local.to(q.dtype), out.to(q.dtype)
+
     def branches(
         self, q_BrnD: Tensor, k_BrnD: Tensor, v_BrnD: Tensor, mode: Mode, kernels: BranchKernels
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -245,6 +288,17 @@ class SequenceLayout:
     def _exchange_sizes(self) -> tuple[list[int], list[int]]:
         members = self.plan.member_shards(self.mesh.ring.rank)
         return [length(shard) for shard in members], [length(share) for share in self.plan.head_shares]
+
+    def _gather_kept(self, k: Tensor, v: Tensor, kept: KeptTokens) -> tuple[Tensor, Tensor]:
+        """k and v of the kept tokens of all shards, [B, F·m, n, D]."""
+        ring = self.mesh.ring
+        if ring.size == 1:
+            return k.index_select(1, kept.index), v.index_select(1, kept.index)
+        own = kept.index[kept.cuts[ring.rank] : kept.cuts[ring.rank + 1]] - self.ring_shard[0]
+        kv = pack_keys(k.index_select(1, own), v.index_select(1, own))[None]
+        sizes = [stop - start for start, stop in pairwise(kept.cuts)]
+        kv = collectives.gather_tokens(kv, "far", token_sizes=sizes, group=ring.group, trace=self.trace)
+        return unpack_keys(kv[0])
 
     def _near_and_far(
         self, k: Tensor, v: Tensor, mode: Mode, kernels: BranchKernels

@@ -149,19 +149,19 @@ def heads_to_tokens(
 
 
 def gather_tokens(
-    x_BsC: Tensor, *, token_sizes: Sequence[int], group: dist.ProcessGroup, trace: CollectiveTrace
+    x_BsC: Tensor, kind: str = "gather", *, token_sizes: Sequence[int], group: dist.ProcessGroup, trace: CollectiveTrace
 ) -> Tensor:
-    """[B, s, ...] -> [B, S, ...] on every rank: out[:, tokens of i] = in of rank i.
+    """[B, s, ...] -> [B, S, ...] on every rank: out[:, tokens of i] = in of rank i. Bytes are counted as `kind`.
 
     all_gather wants equal sizes, so shards are padded to the largest, which balanced shards miss by four tokens at most.
     """
     if dist.get_world_size(group) == 1:
         return x_BsC
     if min(token_sizes) == max(token_sizes):
-        return _all_gather(x_BsC.contiguous(), "gather", group=group, trace=trace).transpose(0, 1).flatten(1, 2)
+        return _all_gather(x_BsC.contiguous(), kind, group=group, trace=trace).transpose(0, 1).flatten(1, 2)
     padded = x_BsC.new_zeros(x_BsC.shape[0], max(token_sizes), *x_BsC.shape[2:])
     padded[:, : x_BsC.shape[1]] = x_BsC
-    gathered = _all_gather(padded, "gather", group=group, trace=trace).unbind(0)
+    gathered = _all_gather(padded, kind, group=group, trace=trace).unbind(0)
     return torch.cat([part[:, :size] for part, size in zip(gathered, token_sizes, strict=True)], dim=1)
 
 

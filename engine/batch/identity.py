@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from engine.config import RunConfig
-from engine.identity import sampler_tree
+from engine.identity import group_tree
 from engine.method_tree import method_tree
 
 CONFIG_DIGITS = 12
@@ -26,14 +26,14 @@ def config_tree(
     Prompt, seed and the settings of unused methods are left out, and so is `given` without any.
     """
     tree = dataclasses.asdict(config)
-    sampler = sampler_tree(config.sampler) | {"noise_stride": config.noise_stride}
+    sampler = group_tree(config.sampler) | {"noise_stride": config.noise_stride}
     del sampler["seed"]
     return {
         "model": {"checkpoint": checkpoint, "dtype": dtype},
         "video": tree["video"],
         "sampler": sampler,
         "method": method_tree(config.method),
-        "attention": tree["attention"],
+        "attention": group_tree(config.attention),
         "decode": tree["decode"],
         "output": {"crf": config.output.crf},
     } | ({} if given is None else {"given": given})

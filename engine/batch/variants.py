@@ -8,7 +8,7 @@ from engine.batch.identity import flat
 from engine.config import RunConfig
 from engine.errors import UserError
 
-MAY_DIFFER = ("method.", "sampler.noise", "attention.riflex")
+MAY_DIFFER = ("method.", "sampler.noise", "attention.riflex", "attention.far")
 """Settings in which variants may differ; with all others shared, the model stays loaded and videos are comparable."""
 
 
@@ -49,7 +49,7 @@ class Variant:
         config = self.config
         kind, stride = config.noise
         noise = (kind, stride if kind == "freenoise" else None)
-        return config.method.method, config.method.window_frames, noise, config.attention.riflex
+        return config.method.method, config.method.window_frames, noise, config.attention.riflex, config.attention.far
 
     def sharing(self, config: RunConfig) -> "Variant":
         """The same variant with model, ranks and output of another configuration."""

@@ -28,6 +28,7 @@ from engine.kernel_choice import select_kernels
 from engine.load.weights import read_config
 from engine.ranks.group_of_one import GROUP_OF_ONE
 from engine.ranks.layouts import Ranks, check_layout
+from freespec.far_keys import check_far
 from freespec.methods import Direct, Method, make_method
 from freespec.riflex import Riflex, lowered_frequency
 
@@ -87,7 +88,7 @@ class MethodHandle(Uncopyable):
         self.remove()
 
 
-def apply_method(
+def apply_method(  # noqa: PLR0913 - keywords of a public function
     pipe: DiffusionPipeline,
     *,
     method: str | Method = "freespec",
@@ -95,6 +96,7 @@ def apply_method(
     kernel: str = "auto",
     dual: str = "auto",
     complement: str = "same",
+    far: int | str = "all",
     ranks: Ranks | None = None,
     riflex: Riflex | None = None,
     **settings: Any,
@@ -104,7 +106,7 @@ def apply_method(
     Args:
         pipe: a WanPipeline or an LTXPipeline (text-to-video), on any device, before or after `fuse_qkv_projections`,
             layerwise casting, CPU offload or `compile_repeated_blocks`.
-        method: a name (direct, sliding_window, freenoise, freelong, freepca, freespec), a class as package.module:Class, or a
+        method: a name (direct, sliding_window, freenoise, freelong, freepca, freespec, direct_far), a class as package.module:Class, or a
             method object.
         window_frames: latent frames that the local branch sees: the native length of the model, 21 for Wan2.1 and 16 for
             LTX-Video.
@@ -112,6 +114,7 @@ def apply_method(
         dual: how dual steps compute both branches: `strided`, `triton`, or `auto`, see `freespec.kernels.select_dual`.
         complement: what attends to the keys outside the windows in dual steps: `same` or `sage`, see
             `freespec.kernels.select_complement`.
+        far: how many of those keys: `all`, a share of each frame's such as `1/8`, or a number of keys such as 4096.
         ranks: how this process shares the video's tokens with others; None for a single process.
         riflex: lowers one temporal frequency of the rotary table; the default and `Riflex(enabled=False)` leave it alone.
         **settings: settings of the method, for example `alpha=3.0` for freespec.
@@ -133,6 +136,10 @@ def apply_method(
         adapter, transformer, method, window_frames, kernels=(kernel, dual, complement), riflex=riflex, **settings
     )
     name = method if isinstance(method, str) else type(made).__name__
+    try:
+        check_far(far, made, name, dual=dual)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if ranks is not None:
         check_layout(name, made, ranks.degrees)
         if ranks.hybrid is not None and not isinstance(made, Direct):
@@ -147,6 +154,7 @@ def apply_method(
             kernel=kernel,
             dual=dual,
             complement=complement,
+            far=far,
             mesh=shared.mesh,
             exchange=shared.exchange,
             hybrid=shared.hybrid,

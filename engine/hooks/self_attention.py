@@ -9,7 +9,7 @@ from engine.errors import UserError
 from engine.hooks.in_force import Uncopyable
 from engine.hooks.state import NO_FORWARD, Forward, RunState
 from freespec.methods import Branches, Layer
-from parallel.attention import SequenceLayout
+from parallel.attention import KeptTokens, SequenceLayout
 
 
 class BranchProcessor(Uncopyable):
@@ -17,12 +17,14 @@ class BranchProcessor(Uncopyable):
 
     Attributes:
         called: whether this forward has called it; set to False before each.
+        kept: the keys outside the windows that a dual step attends to; None for all. Set before each forward.
     """
 
     def __init__(self, state: RunState, layer: int) -> None:
         self.state = state
         self.layer = layer
         self.called = False
+        self.kept: KeptTokens | None = None
 
     def __call__(
         self,
@@ -87,6 +89,9 @@ class BranchProcessor(Uncopyable):
                     o_global = layout.branches(scaled, k, v, "global", attention)[1]
                 views = attention.views(q, k, v, method.view_starts(forward.grid))
                 return Branches(o_global=o_global, views=views)
+            case "dual" if self.kept is not None:
+                near, far = layout.thinned_branches(q, k, v, self.kept, attention)
+                return Branches(o_local=near, o_global=far)
             case mode:
                 local, o_global = layout.branches(q, k, v, mode, attention)
                 return Branches(o_local=local, o_global=o_global)

@@ -30,6 +30,7 @@ class MethodSetup:
         kernel: setting of the dense kernel.
         dual: setting of the kernel of dual steps.
         complement: setting of the kernel for keys outside the windows.
+        far: setting of how many of those keys there are.
         mesh: the ranks that share the video.
         exchange: exchanges heads against tokens.
         hybrid: computes the whole of `direct` instead, if not None.
@@ -42,6 +43,7 @@ class MethodSetup:
     kernel: str
     dual: str = "auto"
     complement: str = "same"
+    far: int | str = "all"
     mesh: SeqMesh
     exchange: HeadExchange
     hybrid: HybridAttention | None = None

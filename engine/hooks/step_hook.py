@@ -16,9 +16,11 @@ from engine.hooks.self_attention import BranchProcessor
 from engine.hooks.state import Forward, RunState
 from engine.kernel_choice import choose_for_pipeline, choose_solver, select_kernels
 from freespec.attention import WindowedAttention
+from freespec.far_keys import far_tokens, parse_far
 from freespec.methods import Grid, Mode, StepPlan
 from freespec.scenes import ScenedAttention
-from parallel.attention import TORCH_EXCHANGE, SequenceLayout
+from freespec.thinning import kept_tokens
+from parallel.attention import TORCH_EXCHANGE, KeptTokens, SequenceLayout
 from parallel.collectives import ignore_bytes
 from parallel.shards import HaloRange, LayerShape, SequencePlan, choose_local_route, token_unit
 
@@ -50,6 +52,8 @@ class StepHook(Uncopyable):
         self._plan: list[StepPlan] = []
         self._made_for: tuple[int, Grid, torch.device] | None = None
         self._made: Any = None  # the fusion weights
+        self._kept_for: tuple[int, Grid, torch.device] | None = None
+        self._kept_tokens: list[KeptTokens] = []
         self._steps: list[int] = []  # of this run, in order
         self._complete: object = None  # the `_path` with which a forward of this run has called every layer
         self._in_call = False
@@ -80,8 +84,9 @@ class StepHook(Uncopyable):
         )
         if state.eigensolver is None:  # on a user's pipeline; an engine chooses when it starts
             choose_eigensolver(state, transformer, latents.device)
-        for processor in self._processors:
-            processor.called = False
+        every_kept = self._kept(grid, mode, step, attention_layout, latents.device)
+        for processor, kept in zip(self._processors, every_kept, strict=True):
+            processor.called, processor.kept = False, kept
         state.forward = Forward(
             step=step,
             num_steps=len(self._timesteps),
@@ -182,6 +187,34 @@ class StepHook(Uncopyable):
             self._made = self.state.setup.method.weights(plan, grid, transformer.config.attention_head_dim, device)
             self._made_for = made_for
         return self._made
+
+    def _kept(
+        self, grid: Grid, mode: Mode, step: int, layout: SequenceLayout, device: torch.device
+    ) -> Sequence[KeptTokens | None]:
+        """The keys outside the windows that each layer attends to in this step, made once a step; None for all of them."""
+        setup, layers = self.state.setup, len(self._processors)
+        try:
+            kept = far_tokens(
+                parse_far(setup.far),
+                num_frames=grid.frames,
+                frame_tokens=grid.frame_tokens,
+                window_frames=grid.window_frames,
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        if kept is None or mode != "dual":
+            return [None] * layers
+        kept_for = (step, grid, device)
+        if kept_for != self._kept_for:
+            table = kept_tokens(grid.rows, grid.columns, num_frames=grid.frames, kept=kept, layers=layers, step=step)
+            starts = [start for start, _ in layout.plan.ring_shards]
+            cuts = torch.searchsorted(table, torch.tensor([*starts, grid.tokens]).expand(layers, -1).contiguous())
+            self._kept_tokens = [
+                KeptTokens(index=index, cuts=tuple(ends))
+                for index, ends in zip(table.to(device), cuts.tolist(), strict=True)
+            ]
+            self._kept_for = kept_for
+        return self._kept_tokens
 
     def _find_step(self, timestep: Tensor) -> int:
         """Index of this forward in the scheduler's timesteps; UserError if the forward belongs to another step."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from freespec.methods.base import Branches, Grid, Layer, Method, Mode, Noise, StepPlan
 from freespec.methods.direct import Direct
+from freespec.methods.direct_far import DirectFar
 from freespec.methods.freelong import FreeLong
 from freespec.methods.freenoise import FreeNoise
 from freespec.methods.freepca import FreePCA
@@ -18,10 +19,12 @@ from freespec.methods.freespec import FreeSpec
 from freespec.methods.sliding_window import SlidingWindow
 
 __all__ = [
+    "FORMS",
     "METHODS",
     "SPLIT_BEFORE",
     "Branches",
     "Direct",
+    "DirectFar",
     "FreeLong",
     "FreeNoise",
     "FreePCA",
@@ -46,6 +49,8 @@ METHODS: dict[str, type[Method]] = {
     "freepca": FreePCA,
     "freespec": FreeSpec,
 }
+# Names beside them, of what is no method to compare with but a form of one.
+FORMS: dict[str, type[Method]] = {"direct_far": DirectFar}
 
 
 def make_method(name: str, **settings: Any) -> Method:
@@ -84,13 +89,14 @@ def describe_split(name: str, split: object, domain: str | None = None) -> str:
 
 
 def find_method(name: str) -> type[Method]:
-    """The class of a name in METHODS or of an import path `package.module:Class`; ValueError if there is none."""
-    if name in METHODS:
-        return METHODS[name]
+    """The class of a name in METHODS or FORMS, or of an import path `package.module:Class`; ValueError if there is none."""
+    named = METHODS | FORMS
+    if name in named:
+        return named[name]
     module_name, colon, class_name = name.partition(":")
     if not (colon and module_name and class_name):
         raise ValueError(
-            f"unknown method {name!r}{_nearest(name, METHODS)}; choose one of {', '.join(METHODS)}, "
+            f"unknown method {name!r}{_nearest(name, named)}; choose one of {', '.join(named)}, "
             "or a class of your own as package.module:Class"
         )
     module = _import(module_name, name)
