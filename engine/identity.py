@@ -47,7 +47,7 @@ def latents_settings(
         given: values of the call that override the configuration: prompt, negative_prompt, seed, num_frames.
     """
     tree = dataclasses.asdict(config)
-    decides = {"sampler": group_tree(config.sampler), "attention": group_tree(config.attention)}
+    decides: dict[str, Any] = {"sampler": group_tree(config.sampler), "attention": group_tree(config.attention)}
     decides |= {"method": method_tree(config.method)}
     decides |= {key: tree["video"][key] for key in ("height", "width")}
     decides |= {"checkpoint": checkpoint, "dtype": dtype, "device": device, "noise": config.noise}
