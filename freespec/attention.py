@@ -17,6 +17,9 @@ from freespec.windows import QueryGroup, query_groups, window_range
 # Parts are merged in eighths of their tokens: the fp32 copies of half-precision outputs are three quarters of one output, and
 # a GPU is given enough at a time. Fewer tokens than these are merged at once.
 MERGE_PIECES, MERGE_TOKENS = 8, 2048
+# A CPU multiplies the last one or two rows of a matrix by kernels of their own, whose sums differ in the last bits: shards of ranks
+# begin at multiples of as many tokens.
+CPU_ROWS = 4
 Partial = tuple[Tensor, Tensor]  # attention over some of the keys: out [B, S, N, D], lse [B, S, N]
 Place = tuple[int, slice]  # batch item and rows of it
 
@@ -60,8 +63,7 @@ class WindowedAttention:
     Queries and keys may be any contiguous part of the sequence: `q_start` and `k_start` are the absolute positions of
     their first tokens, so that the same calls serve one device and the shard of a rank. `dual_kernel` computes both
     branches in one call; None takes dense calls of `kernel`. `rest_kernel` takes the place of `kernel` where keys
-    outside the windows are attended beside the windows; None is `kernel` there too. With `fp64` both branches of fp32 on a
-    CPU are computed in fp64 where dense calls do it (`dual_dtype`, which the caller of `dual` follows).
+    outside the windows are attended beside the windows; None is `kernel` there too.
 
     In a compiled block `dense`, `far`, `local` and `dual` are one operator each: a compiler would materialise every overlapping window.
     """
@@ -72,7 +74,6 @@ class WindowedAttention:
     kernel: Kernel
     dual_kernel: DualKernel | None = None
     rest_kernel: Kernel | None = None
-    fp64: bool = False
     keys: tuple[str, str] = field(init=False, repr=False, compare=False)  # of kernel and rest_kernel, for the operators
 
     def __post_init__(self) -> None:
@@ -128,12 +129,6 @@ class WindowedAttention:
         for place, part, part_lse in self._rest_parts(q, (k, v), q_start, k_start):
             out[place], lse[place] = part, part_lse
         return out, lse
-
-    def dual_dtype(self, q: Tensor) -> torch.dtype:
-        """The dtype in which both branches of q are to be computed."""
-        by_calls = self.dual_kernel is None and self.rest_kernel is None
-        wider = self.fp64 and by_calls and q.device.type == "cpu" and q.dtype == torch.float32
-        return torch.float64 if wider else q.dtype
 
     def dual(
         self,
@@ -269,7 +264,8 @@ class WindowedAttention:
     ) -> Iterator[tuple[Place, Tensor, Tensor]]:
         """One dense call per batch item: entry i sees keys [starts[1] + i * k_step, + length), as a strided view.
 
-        Yields where the part belongs, (item, rows), its out [rows, N, D] and its lse [rows, N].
+        Yields where the part belongs, (item, rows), its out [rows, N, D] and its lse [rows, N]. On a CPU queries are padded to
+        whole units, so that a row's bits do not depend on the rows beside it.
         """
         q, *kv = qkv
         rows = slice(group.q_start - starts[0], group.q_stop - starts[0])
@@ -278,7 +274,10 @@ class WindowedAttention:
             # Overlapping windows: the batch stride is one entry, so no key is copied.
             k_bnkd, v_bnkd = (x[item, span].unfold(0, length, group.k_step).transpose(-1, -2) for x in kv)
             q_bnsd = q[item, rows].unflatten(0, (group.batch, group.q_tokens)).transpose(1, 2)
-            part, part_lse = kernel(q_bnsd, k_bnkd, v_bnkd)
+            padding = -group.q_tokens % CPU_ROWS if q.device.type == "cpu" else 0
+            if padding:
+                q_bnsd = torch.nn.functional.pad(q_bnsd, (0, 0, 0, padding))
+            part, part_lse = (x[:, :, : group.q_tokens] for x in kernel(q_bnsd, k_bnkd, v_bnkd))
             yield (item, rows), part.transpose(1, 2).flatten(0, 1), part_lse.transpose(1, 2).flatten(0, 1)
 
 

@@ -66,10 +66,6 @@ class ScenedAttention:
         ]
         return _join(q, parts)
 
-    def dual_dtype(self, q: Tensor) -> torch.dtype:
-        """See `WindowedAttention.dual_dtype`."""
-        return self.video.dual_dtype(q)
-
     def dual(
         self,
         q: Tensor,

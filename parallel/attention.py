@@ -45,10 +45,6 @@ class BranchKernels(Protocol):
         """Every query sees its own window, which k and v cover."""
         ...
 
-    def dual_dtype(self, q: Tensor) -> torch.dtype:
-        """The dtype in which both branches of q are computed, at least as exact as its own."""
-        ...
-
     def dual(
         self,
         q: Tensor,
@@ -138,12 +134,17 @@ class _Keys:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SequenceLayout:
-    """How one video's tokens and heads lie over the ranks of a mesh, and how tensors move between them."""
+    """How one video's tokens and heads lie over the ranks of a mesh, and how tensors move between them.
+
+    With `gathers_keys` each member of a ring takes all keys of its heads before it attends, as one rank has them, in place of
+    passing blocks on: the same bits on any ring whose kernels compute a row of queries alike in any call, at the price of memory.
+    """
 
     mesh: SeqMesh
     plan: SequencePlan
     exchange: HeadExchange
     trace: CollectiveTrace
+    gathers_keys: bool = False
 
     def __post_init__(self) -> None:
         if (self.mesh.ring.size, self.mesh.ulysses.size) != (self.plan.ring, self.plan.ulysses):
@@ -240,7 +241,7 @@ class SequenceLayout:
 
         Near keys (this rank's own; with a local branch its halo, which contains them) are attended while the ring's first
         block is on its way. Far blocks follow in ring order, without the tokens that were near: every key counts once,
-        and the order of merging depends on the rank alone, not on timing.
+        and the order of merging depends on the rank alone, not on timing. Where keys are gathered, or alone, all are near.
         """
         q, start = q_BrnD, self.ring_shard[0]
         near, far = self._near_and_far(k_BrnD, v_BrnD, mode, kernels)
@@ -248,26 +249,24 @@ class SequenceLayout:
             for _ in far:
                 pass
             return (None if mode == "global" else q), (None if mode == "local" else q)
-        if mode == "global" and self.mesh.ring.size == 1:
+        complete = near.span == (0, self.plan.tokens)
+        if mode == "global" and complete:
             return None, kernels.whole(q, near.k, near.v)
         if mode == "local":
             return kernels.local(q, near.k, near.v, start, near.span[0])[0], None
-        compute_dtype = kernels.dual_dtype(q) if mode == "dual" else q.dtype
-        q = q.to(compute_dtype)
         # Merged in fp32 at least, if anything is: many bf16 parts add up to one rounding, not to one each.
-        out_dtype = q.dtype if self.mesh.ring.size == 1 else torch.promote_types(q.dtype, torch.float32)
-        near_k, near_v = near.k.to(compute_dtype), near.v.to(compute_dtype)
+        out_dtype = q.dtype if complete else torch.promote_types(q.dtype, torch.float32)
         if mode == "dual":
-            (local, _), (out, lse) = kernels.dual(q, near_k, near_v, start, near.span[0], dtype=out_dtype)
-            local, attend = local.to(q_BrnD.dtype), kernels.far
+            (local, _), (out, lse) = kernels.dual(q, near.k, near.v, start, near.span[0], dtype=out_dtype)
+            attend = kernels.far
         else:
-            local, (out, lse) = None, kernels.dense(q, near_k, near_v)
+            local, (out, lse) = None, kernels.dense(q, near.k, near.v)
             attend = kernels.dense
             out = out.to(out_dtype)
         for owner, kv in far:
             for keys in _outside(near.span, kv, self.plan.ring_shards[owner]):
-                kernels.merge_into(out, lse, *attend(q, keys.k.to(compute_dtype), keys.v.to(compute_dtype)))
-        return local, out.to(q_BrnD.dtype)
+                kernels.merge_into(out, lse, *attend(q, keys.k, keys.v))
+        return local, out.to(q.dtype)
 
     def reduce(self, x: Tensor) -> Tensor:
         """Sum over the ring: every token of this rank's heads, the same bits on every rank of the ring."""
@@ -308,9 +307,14 @@ class SequenceLayout:
         The halo goes before the ring: the near attention waits for it, and both use the same links.
         """
         ring, shards = self.mesh.ring, self.plan.ring_shards
+        sizes = [length(shard) for shard in shards]
         if ring.size == 1:  # every key is here, so only the check that windows and plan agree is left of the halo
             halo_needs(shards, kernels.halo, self.plan.tokens)
             return _Keys(k, v, self.ring_shard), ()
+        if self.gathers_keys and mode != "local":
+            own = pack_keys(k, v)[None]
+            kv = collectives.gather_tokens(own, "ring", token_sizes=sizes, group=ring.group, trace=self.trace)[0]
+            return _Keys(*unpack_keys(kv), (0, self.plan.tokens)), ()
         if mode == "global":
             near, own_kv = _Keys(k, v, self.ring_shard), pack_keys(k, v)
         else:
@@ -320,7 +324,6 @@ class SequenceLayout:
             own_kv = halo_kv[self.ring_shard[0] - near.span[0] :][: length(self.ring_shard)]
         if mode == "local":
             return near, ()
-        sizes = [length(shard) for shard in shards]
         return near, RingShift(own_kv, sizes=sizes, group=ring.group, trace=self.trace)
 
 

@@ -53,12 +53,11 @@ class BranchProcessor(Uncopyable):
         branches = self._branches(q, k, v, forward)
         out = branches.o_global if forward.mode == "global" else branches.o_local
         if forward.mode not in ("global", "local"):
-            fp64 = forward.mode == "dual" and forward.attention.dual_dtype(q) == torch.float64
             layer = Layer(
                 grid=forward.grid,
                 sum_tokens=layout.reduce,
                 sum_heads=layout.sum_heads,
-                max_tokens=layout.largest if fp64 else None,
+                max_tokens=layout.largest if q.device.type == "cpu" else None,
             )
             out = setup.method.fuse(branches, forward.weights, layer)
         assert out is not None

@@ -165,7 +165,6 @@ class StepHook(Uncopyable):
             num_frames=grid.frames,
             frame_tokens=grid.frame_tokens,
             window_frames=grid.window_frames,
-            fp64=setup.method.wants_fp64,
             **select_kernels(*where, kernel=kernel, dual=setup.dual, complement=setup.complement),
         )
         scenes = self.state.scenes
@@ -311,6 +310,11 @@ def bind_forward(transformer: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
     return _signature(kind).bind(transformer, *args, **kwargs).arguments
 
 
+def gathers_keys(device: torch.device) -> bool:
+    """Whether keys are gathered along the ring: on a CPU, where that gives the bits of one rank. A GPU hides a ring's messages."""
+    return device.type == "cpu"
+
+
 def share_tokens(
     state: RunState, model: Any, num_tokens: int, *, latents: Tensor, mode: Mode, halo: HaloRange
 ) -> tuple[SequenceLayout, SequenceLayout]:
@@ -328,7 +332,9 @@ def share_tokens(
     unit = token_unit(num_tokens, mesh.sequence.size, even=even)
     plan = SequencePlan(tokens=num_tokens, heads=heads, ring=mesh.ring.size, ulysses=mesh.ulysses.size, unit=unit)
     trace = mesh.trace(state, ignore_bytes)
-    layout = SequenceLayout(mesh=mesh, plan=plan, exchange=setup.exchange, trace=trace)
+    layout = SequenceLayout(
+        mesh=mesh, plan=plan, exchange=setup.exchange, trace=trace, gathers_keys=gathers_keys(latents.device)
+    )
     route = setup.local_route
     if mode == "local" and route == "auto":
         shape = LayerShape(batch=latents.shape[0], head_dim=model.attention_head_dim, itemsize=latents.element_size())

@@ -50,10 +50,7 @@ def denoising_operations(config: RunConfig) -> int:
     operations = 0
     for mode, count in case.count_steps()[config.method.name].items():
         kinds = call_operations(layout, mode)
-        in_fp64 = (
-            kinds["attention"] if mode == "dual" and config.method.method.wants_fp64 else 0
-        )  # which takes twice the time
-        operations += count * layout.calls * (sum(kinds.values()) + in_fp64)
+        operations += count * layout.calls * sum(kinds.values())
     return operations
 
 

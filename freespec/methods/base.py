@@ -65,7 +65,7 @@ class Layer:
 
     A rank has s of the S tokens for N heads of all: `sum_tokens` adds what each token shard contributed (ring),
     `sum_heads` what each share of the heads did (ulysses). Alone, both return what they are given. `max_tokens` takes the
-    largest of the token shards, entry by entry; it is there where the branches were computed in fp64 (`wants_fp64`).
+    largest of the token shards, entry by entry; it is there on a CPU, where sums are to have the same bits in any layout.
     """
 
     grid: Grid
@@ -84,8 +84,6 @@ class Method(metaclass=abc.ABCMeta):
 
     #: Initial noise that goes with the method, unless `sampler.noise` says otherwise.
     noise: ClassVar[Noise] = "iid"
-    #: Whether both branches of fp32 on a CPU are computed in fp64, because the method makes much of their rounding.
-    wants_fp64: ClassVar[bool] = False
 
     @property
     def noise_stride(self) -> int | None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import freespec
 from freespec.methods.base import Branches, Grid, Layer, Method, StepPlan
@@ -35,8 +35,6 @@ class FreeSpec(Method):
         lam_end: residual weight that `time` decays to.
         lam_fixed: residual weight of `fixed`.
     """
-
-    wants_fp64: ClassVar[bool] = True
 
     domain: Literal["timestep", "step"] = "timestep"
     fused_share: float = 0.5

@@ -175,12 +175,8 @@ def counted_flops(run: Callable[[], Any]) -> int:
 
 
 def profiled_peak(run: Callable[[], Any]) -> int:
-    """Most bytes that the CPU allocator had given out at once, those inside operators included.
-
-    Both branches are computed in the dtype of the outputs, as on the GPUs that the planner is for.
-    """
-    as_on_gpu = mock.patch.object(WindowedAttention, "dual_dtype", lambda _self, q: q.dtype)
-    with as_on_gpu, torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    """Most bytes that the CPU allocator had given out at once, those inside operators included."""
+    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]

@@ -46,9 +46,6 @@ class MaskedKernels:
             q, k, v, ~self.window_mask(q_start, q_start + q.shape[1], k_start, k_start + k.shape[1])
         )
 
-    def dual_dtype(self, q: Tensor) -> torch.dtype:
-        return q.dtype
-
     def dual(
         self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int, *, dtype: torch.dtype
     ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:

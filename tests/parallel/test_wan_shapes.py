@@ -40,9 +40,6 @@ class ShapeKernels:
     def whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.dense(q, k, v)[0]
 
-    def dual_dtype(self, q: Tensor) -> torch.dtype:
-        return q.dtype
-
     def far(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         return self.dense(q, k, v)
 
