@@ -274,7 +274,8 @@ class WindowedAttention:
             # Overlapping windows: the batch stride is one entry, so no key is copied.
             k_bnkd, v_bnkd = (x[item, span].unfold(0, length, group.k_step).transpose(-1, -2) for x in kv)
             q_bnsd = q[item, rows].unflatten(0, (group.batch, group.q_tokens)).transpose(1, 2)
-            padding = -group.q_tokens % CPU_ROWS if q.device.type == "cpu" else 0
+            padded = q.device.type == "cpu" and self.window_frames < self.num_frames  # native length is one plain call
+            padding = -group.q_tokens % CPU_ROWS if padded else 0
             if padding:
                 q_bnsd = torch.nn.functional.pad(q_bnsd, (0, 0, 0, padding))
             part, part_lse = (x[:, :, : group.q_tokens] for x in kernel(q_bnsd, k_bnkd, v_bnkd))

@@ -64,11 +64,11 @@ def summed_grams(
 ) -> tuple[Tensor, Tensor]:
     """Gram matrices of both branches over all `num_tokens` tokens of the video, [B, N, D, D] fp64; one message sums both.
 
-    With `max_tokens` those of all but fp64 outputs have the same bits in any layout (`gram_of_parts`). Rounded sums differ by 1e-16
-    of sigma_1², which is 1e-8 of the weakest singular value that is changed, squared.
+    With `max_tokens` those of fp32 outputs have the same bits in any layout (`gram_of_parts`). Rounded sums differ by 1e-16 of
+    sigma_1², which is 1e-8 of the weakest singular value that is changed, squared.
     """
     branches = (o_local, o_global)
-    if max_tokens is None or o_local.dtype == torch.float64:
+    if max_tokens is None or o_local.dtype != torch.float32:
         total = sum_tokens(torch.stack([gram(o) for o in branches]))
     else:
         bits = part_bits(num_tokens)

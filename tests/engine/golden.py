@@ -131,8 +131,16 @@ def rounding_of_direct(config: RunConfig, prompt: str = PROMPT) -> float:
 
 
 def assert_same_video(by_rank: Sequence[Tensor], config: RunConfig, case: Case) -> None:
-    """Every rank has the whole video, bit for bit, and it differs from one rank's by at most LIMIT times direct's rounding."""
+    """Every rank has the whole video, and it has the bits of one rank's.
+
+    LTX-Video runs both passes of guidance as a batch of two, and with cfg 2 one on each rank, whose few rows of time embeddings a
+    CPU multiplies by other kernels: there it differs by at most LIMIT times what rounding does to direct.
+    """
     for latents in by_rank[1:]:
         assert torch.equal(latents, by_rank[0]), case
-    error, floor = relative(by_rank[0], on_one_rank(config, case.prompt)), rounding_of_direct(config, case.prompt)
-    assert error <= LIMIT * floor, (case, error, floor)
+    alone = on_one_rank(config, case.prompt)
+    error = relative(by_rank[0], alone)
+    if Path(case.folder).name.startswith("ltx") and case.degrees[0] == 2:
+        assert error <= LIMIT * rounding_of_direct(config, case.prompt), (case, error)
+    else:
+        assert torch.equal(by_rank[0], alone), (case, error)

@@ -139,6 +139,7 @@ def in_forward(
     state, sizes = RunState(setup, running=True), {"num_frames": grid.frames, "frame_tokens": grid.frame_tokens}
     attention = WindowedAttention(**sizes, window_frames=grid.window_frames, kernel=KERNELS[kernel])
     layout, attention_layout = share_tokens(state, model, grid.tokens, latents=latents, mode=mode, halo=attention.halo)
+    attention_layout = replace(attention_layout, gathers_keys=False)  # as on the GPUs that the planner is for
     weights = None
     if mode not in ("global", "local"):
         with FakeTensorMode():

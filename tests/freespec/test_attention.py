@@ -1,5 +1,7 @@
 """Both branches from dense calls against explicit masks: whole videos, parts of the sequence, empty sets of keys."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -126,6 +128,26 @@ def test_negative_control_of_the_parts() -> None:
             branch(q[:, rows], k[:, 10:24], v[:, 10:24], 15, 10)
         with pytest.raises(ValueError, match=r"keys \[9, 23\) do not cover the window \[12, 24\)"):
             branch(q[:, rows], k[:, 9:23], v[:, 9:23], 15, 9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("frame_tokens", [9, 30])
+def test_on_a_cpu_a_row_of_queries_has_the_same_bits_in_any_part(dtype: torch.dtype, frame_tokens: int) -> None:
+    video = Video(num_frames=13, frame_tokens=frame_tokens, window_frames=5, batch=1, heads=2, dim=64)
+    q, k, v = (x.to(dtype) for x in video.qkv(0))
+    branches = windowed(video)
+
+    def both(start: int, stop: int) -> list[Tensor]:
+        parts = branches.dual(q[:, start:stop], k, v, start, 0, dtype=dtype)
+        return [x for part in parts for x in part]
+
+    cuts = [0, 1, 8, 50, 51, 77, 113, q.shape[1]]
+    pieces = zip(*(both(*span) for span in itertools.pairwise(cuts)), strict=True)
+    for joined, whole in zip(pieces, both(0, q.shape[1]), strict=True):
+        assert torch.equal(torch.cat(joined, dim=1), whole)
+    # Negative control: keys in another order are other bits.
+    turned = branches.dense(q, k.roll(7, dims=1), v.roll(7, dims=1))[1]
+    assert not torch.equal(turned, branches.dense(q, k, v)[1])
 
 
 def test_halo_is_the_union_of_the_windows() -> None:

@@ -124,6 +124,15 @@ def layouts_of_modes(layout: SequenceLayout) -> Iterator[tuple[shards.Mode, Sequ
     for mode in ("local", "global", "dual"):
         yield mode, layout
     yield "local", layout.on_shards()
+    for mode in ("global", "dual"):
+        yield mode, replace(layout, gathers_keys=True)
+
+
+def gathered_bytes(plan: SequencePlan, rank: int, shape: LayerShape) -> dict[str, int]:
+    """What a rank sends for keys that are gathered: its block, padded to the largest, to each other member."""
+    heads = shards.length(plan.head_shares[rank % plan.ulysses])
+    block = max(map(shards.length, plan.ring_shards)) * 2 * heads * shape.row_bytes
+    return {"halo": 0, "ring": block * (plan.ring - 1)}
 
 
 def check_layouts(rank: int, degrees: Degrees) -> None:
@@ -140,6 +149,8 @@ def check_layouts(rank: int, degrees: Degrees) -> None:
             planned = shards.layer_bytes(
                 route.plan, route.mesh.sequence.rank, mode, shape=shape, halo=video.masked.halo
             )
+            if route.gathers_keys:
+                planned |= gathered_bytes(route.plan, route.mesh.sequence.rank, shape)
             assert +count.sent == +Counter(planned), f"{mode} of {video}"
             assert sent.total() == count.sent.total(), f"{mode} of {video}"
             if mode == "dual":  # which calls each of the method's own kernels
@@ -218,6 +229,11 @@ def no_ring(*args: Tensor, **options: Any) -> tuple[()]:
     return ()
 
 
+def swapped_keys(kv: Tensor) -> tuple[Tensor, Tensor]:
+    k, v = collectives.unpack_keys(kv)
+    return v, k
+
+
 class ShiftedWindows(MaskedKernels):
     """Kernels that take each query for the token after it."""
 
@@ -235,6 +251,7 @@ class Control:
     exchange: HeadExchange = TORCH_EXCHANGE
     kernels: type[MaskedKernels] = MaskedKernels
     patches: tuple[tuple[str, Any], ...] = ()
+    gathers_keys: bool = False
 
 
 CONTROLS = {
@@ -243,6 +260,9 @@ CONTROLS = {
     "dropped halo row in a dual step": Control((1, 2, 1), "dual", patches=(("exchange_halo", drop_halo_row),)),
     "ring blocks under a wrong name": Control((1, 2, 1), "dual", patches=(("RingShift", LateRing),)),
     "no ring": Control((1, 2, 1), "global", patches=(("RingShift", no_ring),)),
+    "gathered keys and values swapped": Control(
+        (1, 2, 1), "dual", patches=(("unpack_keys", swapped_keys),), gathers_keys=True
+    ),
     "windows shifted by one token": Control((1, 2, 1), "local", kernels=ShiftedWindows),
 }
 
@@ -251,7 +271,7 @@ def break_layouts(rank: int, name: str) -> tuple[float, float]:
     """Worst error as it is, and with the control broken."""
     video = Video(frames=8, frame_tokens=2, window=3, heads=4)
     control = CONTROLS[name]
-    layout = make_layout(control.degrees, video, ByteCount())
+    layout = replace(make_layout(control.degrees, video, ByteCount()), gathers_keys=control.gathers_keys)
     sound = worst_error(layout, video, control.mode, video.masked)
     with ExitStack() as stack:
         for attribute, broken in control.patches:
