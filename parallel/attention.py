@@ -227,12 +227,10 @@ class SequenceLayout:
         far = self._gather_kept(k_BrnD, v_BrnD, kept)
         if q_BrnD.numel() == 0:
             return q_BrnD, q_BrnD
-        q, dtype = q_BrnD, kernels.dual_dtype(q_BrnD)
-        near_k, near_v, far_k, far_v = (x.to(dtype) for x in (near.k, near.v, *far))
         (local, _), (out, _) = kernels.dual(
-            q.to(dtype), near_k, near_v, self.ring_shard[0], near.span[0], dtype=dtype, far=(far_k, far_v)
+            q_BrnD, near.k, near.v, self.ring_shard[0], near.span[0], dtype=q_BrnD.dtype, far=far
         )
-        return local.to(q.dtype), out.to(q.dtype)
+        return local, out
 
     def branches(
         self, q_BrnD: Tensor, k_BrnD: Tensor, v_BrnD: Tensor, mode: Mode, kernels: BranchKernels
