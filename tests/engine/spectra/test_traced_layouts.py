@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.adapters.wan_published import PUBLISHED
 from engine.config import MethodConfig, ModelConfig, ParallelConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.errors import UserError
+from engine.hooks import step_hook
 from engine.hooks.apply import apply_method
 from engine.hooks.self_attention import BranchProcessor
 from engine.hooks.step_hook import StepHook
@@ -103,6 +104,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     # Merges go an eighth of the tokens at a time, which would be traced eight times; test_planner.py counts their memory.
     monkeypatch.setattr(attention, "merge_step", lambda num_tokens: num_tokens)
     monkeypatch.setattr(StepHook, "_find_step", with_numbers)
+    monkeypatch.setattr(step_hook, "gathers_keys", lambda _device: False)  # as on a GPU
     return noted
 
 
