@@ -68,6 +68,7 @@ batch-demo: setup
 # On a CPU, less than five minutes; waiting threads are kept from counting as work.
 bench: setup
 	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.attention --shapes tiny ltx wan-short --repeats 2
+	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.far --shapes tiny wan-short --repeats 1
 	OMP_WAIT_POLICY=passive $(BIN)/python -m benchmarks.fusion --shapes tiny wan-short --no-dual wan-short --repeats 9
 	$(BIN)/python -m benchmarks.parallel --shapes tiny --repeats 3
 	$(BIN)/python -m benchmarks.memory

@@ -21,19 +21,21 @@ from engine.files.tables import emptier
 PAGE = ROOT / "docs" / "performance.md"
 BENCHMARKS: dict[str, Callable[[Run], str]] = {
     "attention": tables.attention,
+    "far": tables.far,
     "fusion": tables.fusion,
     "parallel": tables.parallel,
     "memory": tables.memory,
     "timeline": tables.timeline,
 }
 CLOCKS = ("wall_s", "cpu_s")
-BY_SHAPE = ("attention", "fusion")  # one result for each shape
+BY_SHAPE = ("attention", "far", "fusion")  # one result for each shape
 _SPAN = re.compile(r"(<!-- table (\w+) -->\n).*?(\n<!-- end \2 -->)", re.DOTALL)
 
 # What must hold: benchmark, shapes (the first that was measured counts), ratio, largest value.
 EXPECTED = [
     ("attention", ("wan", "wan-short"), "dual / global", 1.3),
     ("attention", ("wan", "wan-short"), "dual / two calls", 1.0),
+    ("far", ("wan", "wan-short"), "dual, 1/8 / global", 0.45),
     ("fusion", ("wan", "wan-short"), "fusion / SVD in fp32", 0.2),
     *(
         ("timeline", (model,), f"{how} / plain", 1.05)
@@ -108,7 +110,7 @@ def page_tables() -> dict[str, str]:
     return {
         "goals": table(["what", "goal", "predicted", "measured", "holds", "file"], goals),
         "expected": expectations(runs),
-        **{name: measured(runs, name) for name in ("attention", "fusion", "parallel", "memory")},
+        **{name: measured(runs, name) for name in ("attention", "far", "fusion", "parallel", "memory")},
         "gpu": "\n\n".join(gpu_report.sections(gpu)),
         "predicted": predicted.predictions(),
         "published": published_table(),

@@ -59,6 +59,20 @@ def attention(run: Run) -> str:
     return table([*header, "error of dual against fp64"], rows)
 
 
+def far(run: Run) -> str:
+    """Every shape of the benchmark of far keys in a row, expected ratios by operations before the measured ones."""
+    names = list(run["results"][0]["variants"])
+    rows = []
+    for result in run["results"]:
+        expected = [f"{result['variants'][name]['operations']:.2f}" for name in names]
+        measured = ratios(result, [f"{name} / global" for name in names])
+        pairs = [f"{by_count}: {found}" for by_count, found in zip(expected, measured, strict=True)]
+        error = max(variant["error"] for variant in result["variants"].values())
+        rows.append([*layer(result), *pairs, f"{error:.1e}"])
+    header = ["layer", "frames x tokens", "heads x D", *(f"{name} / global" for name in names)]
+    return table([*header, "largest error against explicit weights"], rows)
+
+
 def fusion(run: Run) -> str:
     """Every shape of the fusion benchmark in a row."""
     names = ["fusion / SVD in fp32", "fusion / SVD in fp64", "fusion / dual attention"]

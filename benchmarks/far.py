@@ -1,0 +1,109 @@
+"""Far keys in a layer: dual attention with all keys, a share, and a number of them, over global attention; time and error.
+
+python -m benchmarks.far
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import tables
+from benchmarks.attention import exact_branches, spread_queries, window_mask
+from benchmarks.measure import (
+    CPU,
+    QKV,
+    SHAPES,
+    Shape,
+    layer_parser,
+    over_and_under,
+    relative_error,
+    round_robin,
+    run,
+    spread,
+)
+from freespec.far_keys import far_tokens, parse_far
+from freespec.kernels import select_kernel
+from freespec.thinning import kept_tokens
+
+FAR = ("1/4", "1/8", 4096)
+VARIANTS = ("all", *FAR)
+
+
+def kept_of(shape: Shape, far: int | str) -> Tensor | None:
+    """The tokens that a setting keeps of a layer in a step; None for all."""
+    sizes = {"num_frames": shape.num_frames, "frame_tokens": shape.frame_tokens, "window_frames": shape.window_frames}
+    kept = far_tokens(parse_far(far), **sizes)
+    if kept is None:
+        return None
+    return kept_tokens(1, shape.frame_tokens, num_frames=shape.num_frames, kept=kept, layers=1, step=0)[0]
+
+
+def dual_call(shape: Shape, qkv: QKV, kernel: Any, kept: Tensor | None) -> Callable[[], Tensor]:
+    """The global branch of a dual call with the kept tokens outside the windows, gathering them included."""
+    layer, (q, k, v) = shape.windowed(kernel), qkv
+
+    def call() -> Tensor:
+        far = None if kept is None else (k.index_select(1, kept), v.index_select(1, kept))
+        return layer.dual(q, k, v, 0, 0, dtype=q.dtype, far=far)[1][0]
+
+    return call
+
+
+def exact_rows(shape: Shape, qkv: QKV, queries: Tensor, kept: Tensor | None) -> Tensor:
+    """What the call is to compute for these queries, in fp64 by explicit weights."""
+    if kept is None:
+        out = exact_branches(shape, qkv, queries)[1]
+        assert out is not None
+        return out
+    q, k, v = qkv[0][:, queries].double(), qkv[1].double(), qkv[2].double()
+    weights = torch.zeros(shape.num_tokens, dtype=torch.float64)
+    weights[kept] = shape.num_tokens / len(kept)
+    weight = torch.where(window_mask(shape, queries), 1.0, weights)
+    logits = torch.einsum("bsnd,bknd->bnsk", q, k) / shape.head_dim**0.5 + weight.log()
+    return torch.einsum("bnsk,bknd->bsnd", logits.softmax(-1), v)
+
+
+def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure one shape."""
+    shape = SHAPES[name]
+    heads = args.heads or shape.cpu_heads
+    qkv, kernel = shape.draw(CPU, torch.float32, heads), select_kernel(args.kernel, CPU, torch.float32)
+    kept = {f"dual, {far}": kept_of(shape, far) for far in VARIANTS}
+    calls = {variant: dual_call(shape, qkv, kernel, tokens) for variant, tokens in kept.items()}
+    layer = shape.windowed(kernel)
+    queries = spread_queries(shape, CPU)
+    error = {
+        variant: relative_error(call()[:, queries], exact_rows(shape, qkv, queries, kept[variant]))
+        for variant, call in calls.items()
+    }  # also warms up
+    times = round_robin({"global": lambda: layer.dense(*qkv)[0], **calls}, CPU, args.repeats)
+    outside = (shape.num_frames - shape.window_frames) / shape.num_frames
+    return {
+        "shape": name,
+        "sizes": str(shape),
+        "heads": heads,
+        "head_dim": shape.head_dim,
+        "variants": {
+            variant: {
+                **{unit: spread(seconds) for unit, seconds in times[variant].items()},
+                "operations": 1 - outside * (1 - len(tokens) / shape.num_tokens) if tokens is not None else 1.0,
+                "error": error[variant],
+            }
+            for variant, tokens in kept.items()
+        },
+        "global": {unit: spread(seconds) for unit, seconds in times["global"].items()},
+        "ratios": {f"{variant} / global": over_and_under(times, variant, "global") for variant in calls},
+    }
+
+
+def main() -> None:
+    """Measure the shapes, print and write."""
+    args = layer_parser(__doc__).parse_args()
+    run("far", args, (measure(name, args) for name in args.shapes), tables.far)
+
+
+if __name__ == "__main__":
+    main()
