@@ -24,7 +24,7 @@ from benchmarks.measure import (
     run,
     spread,
 )
-from freespec.far_keys import far_tokens, parse_far
+from freespec.far_keys import far_tokens
 from freespec.kernels import select_kernel
 from freespec.thinning import kept_tokens
 
@@ -35,7 +35,7 @@ VARIANTS = ("all", *FAR)
 def kept_of(shape: Shape, far: int | str) -> Tensor | None:
     """The tokens that a setting keeps of a layer in a step; None for all."""
     sizes = {"num_frames": shape.num_frames, "frame_tokens": shape.frame_tokens, "window_frames": shape.window_frames}
-    kept = far_tokens(parse_far(far), **sizes)
+    kept = far_tokens(far, **sizes)
     if kept is None:
         return None
     return kept_tokens(1, shape.frame_tokens, num_frames=shape.num_frames, kept=kept, layers=1, step=0)[0]

@@ -12,6 +12,7 @@ from engine.denoise.schedulers import check_levels
 from engine.errors import UserError
 from engine.kernel_choice import select_kernels
 from engine.ranks.layouts import Ranks, check_layout
+from freespec.far_keys import far_tokens
 from freespec.riflex import Riflex
 
 
@@ -19,6 +20,7 @@ def check_model(config: RunConfig, adapter: ModelAdapter, spec: VideoSpec, sched
     """Raise UserError for settings that this model cannot serve; `scheduler` is the configuration of its scheduler."""
     check_tiles(config.decode, spec)
     check_riflex(adapter, config.attention.riflex)
+    check_far_tokens(config, spec)
     check_shift(scheduler, config.sampler.shift)
     check_levels(config.sampler, scheduler)
 
@@ -54,6 +56,18 @@ def check_riflex(adapter: ModelAdapter, riflex: Riflex) -> None:
             f"attention.riflex does nothing for {adapter.name}: its temporal positions are seconds within a range that longer "
             "videos stay in; set attention.riflex.enabled false"
         )
+
+
+def check_far_tokens(config: RunConfig, spec: VideoSpec) -> None:
+    """Raise UserError for a number of far keys of which a frame would get none."""
+    video = config.video
+    *_, frames, rows, columns = spec.latent_shape(video.num_frames, video.height, video.width)
+    num_frames, rows, columns = (size // patch for size, patch in zip((frames, rows, columns), spec.patch, strict=True))
+    sizes = {"num_frames": num_frames, "frame_tokens": rows * columns, "window_frames": config.method.window_frames}
+    try:
+        far_tokens(config.attention.far, **sizes)
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def check_shift(scheduler: Mapping[str, Any], shift: str) -> None:

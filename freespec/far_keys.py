@@ -46,12 +46,13 @@ def check_far(far: int | str, method: Method, name: str, *, dual: str) -> None:
         raise ValueError(f"attention.far {far} needs attention.dual strided; triton attends to all keys in one call")
 
 
-def far_tokens(far: FarKeys, *, num_frames: int, frame_tokens: int, window_frames: int) -> int | None:
-    """m, the tokens kept of each frame; None if that is all of them. ValueError for less than one key per frame."""
-    outside = num_frames - window_frames
-    if far is None or outside <= 0:
+def far_tokens(far: int | str, *, num_frames: int, frame_tokens: int, window_frames: int) -> int | None:
+    """m, the tokens kept of each frame by the setting; None if that is all of them. ValueError for less than one key per frame."""
+    outside, asked = num_frames - window_frames, parse_far(far)
+    if asked is None or outside <= 0:
         return None
-    kept = -(-frame_tokens * far.numerator // far.denominator) if isinstance(far, Fraction) else far // outside
+    share = isinstance(asked, Fraction)
+    kept = -(-frame_tokens * asked.numerator // asked.denominator) if share else int(asked) // outside
     if kept < 1:
         raise ValueError(
             f"attention.far {far} is less than one key for each of the {outside} frames outside the window of {window_frames}; "

@@ -16,7 +16,7 @@ from engine.hooks.self_attention import BranchProcessor
 from engine.hooks.state import Forward, RunState
 from engine.kernel_choice import choose_for_pipeline, choose_solver, select_kernels
 from freespec.attention import WindowedAttention
-from freespec.far_keys import far_tokens, parse_far
+from freespec.far_keys import far_tokens
 from freespec.methods import Grid, Mode, StepPlan
 from freespec.scenes import ScenedAttention
 from freespec.thinning import kept_tokens
@@ -194,7 +194,7 @@ class StepHook(Uncopyable):
         setup, layers = self.state.setup, len(self._processors)
         try:
             kept = far_tokens(
-                parse_far(setup.far),
+                setup.far,
                 num_frames=grid.frames,
                 frame_tokens=grid.frame_tokens,
                 window_frames=grid.window_frames,

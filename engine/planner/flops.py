@@ -18,8 +18,7 @@ def call_operations(layout: Layout, mode: Mode) -> dict[str, int]:
 def _attention_operations(layout: Layout, mode: Mode) -> dict[str, int]:
     """Operations of the attentions of one block for one entry of the batch."""
     share, head_dim = layout.share(mode), layout.spec.head_dim
-    keys = {"local": share.window}.get(mode, 0 if mode == "views" else share.tokens)
-    attention = 4 * share.queries * share.heads * head_dim * keys  # q kᵀ and p v; dual merges its parts
+    attention = 4 * share.queries * share.heads * head_dim * layout.keys(mode)  # q kᵀ and p v; dual merges its parts
     attention += 4 * share.shard * layout.text * layout.spec.width
     grams = fp32 = 0
     if mode == "dual":

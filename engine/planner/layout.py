@@ -7,8 +7,10 @@ from math import prod
 from typing import Literal, cast
 
 from engine.config import MethodConfig, SamplerConfig, VideoConfig
+from engine.errors import UserError
 from engine.planner.model import FP32_BYTES, ModelSpec
 from engine.ranks.layouts import Degrees, refused_axes
+from freespec.far_keys import far_tokens
 from freespec.methods import FreeNoise, Grid, Mode
 from freespec.windows import window_range
 from parallel.shards import (
@@ -69,6 +71,7 @@ class Layout:
         num_views: views of a step with views; with views ring is 1.
         weight_share: bytes of the transformer that each rank sends the others in every forward (model.weights zero3).
         even: whether parallel.provider takes even shards alone.
+        kept: tokens of each frame that dual steps attend to outside the windows; None for all.
     """
 
     spec: ModelSpec
@@ -84,6 +87,7 @@ class Layout:
     num_views: int = 1
     weight_share: int = 0
     even: bool = False
+    kept: int | None = None
 
     @property
     def frame_tokens(self) -> int:
@@ -135,6 +139,22 @@ class Layout:
             heads=max(map(length, plan.head_shares)),
         )
 
+    def thins(self, mode: Mode) -> bool:
+        """Whether steps of this mode attend to a sample of the keys outside the windows."""
+        return mode == "dual" and self.kept is not None
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens of the sample, which every rank of a ring gathers."""
+        return self.frames * (self.kept or 0)
+
+    def keys(self, mode: Mode) -> int:
+        """Keys that a query sees in both branches together, those of views aside."""
+        window = self.window_frames * self.frame_tokens
+        if self.thins(mode):
+            return window + (self.frames - self.window_frames) * (self.kept or 0)
+        return {"local": window, "views": 0}.get(mode, self.tokens)
+
     def near_keys(self, mode: Mode) -> int:
         """Most tokens whose keys a rank holds beside its own q, k and v before the ring turns; 0 without a ring."""
         plan = self.attention_plan(mode)
@@ -145,7 +165,7 @@ class Layout:
         return max(map(length, halo_needs(plan.ring_shards, self.halo, plan.tokens)))
 
     def step_bytes(self, mode: Mode) -> dict[str, int]:
-        """Bytes that the busiest rank sends in one step by kind: all_to_all, halo, ring, grams, gather, cfg, weights."""
+        """Bytes that the busiest rank sends in one step by kind: all_to_all, halo, ring, far, grams, gather, cfg, weights."""
         plan = self.attention_plan(mode)
         shape = LayerShape(batch=1, head_dim=self.spec.head_dim, itemsize=self.itemsize)
         # Views are attended where the whole heads are, so they travel as a global step does.
@@ -157,12 +177,20 @@ class Layout:
         return {
             "all_to_all": busiest["all_to_all"],
             "halo": busiest["halo"],
-            "ring": busiest["ring"],
+            "ring": 0 if self.thins(mode) else busiest["ring"],
+            "far": calls * self._far_bytes() if self.thins(mode) else 0,
             "grams": calls * self._temporal_gram_bytes() if mode == "views_global" else busiest["reduce"],
             "gather": self.forwards * gather_bytes(self.sequence, token_bytes=values * self.itemsize),
             "cfg": cfg_bytes(self.degrees[0], prediction_bytes=self.tokens * values * self.itemsize),
             "weights": self.calls * self.weight_share * (prod(self.degrees) - 1),
         }
+
+    def _far_bytes(self) -> int:
+        """Bytes of the sample in the largest ring shard, k and v, to each other member of the ring; up to a few tokens."""
+        plan = self.sequence
+        shard, heads = (max(map(length, spans)) for spans in (plan.ring_shards, plan.head_shares))
+        sample = -(-shard * self.kept_tokens // self.tokens)
+        return 2 * sample * heads * self.spec.head_dim * self.itemsize * (plan.ring - 1)
 
     def _temporal_gram_bytes(self) -> int:
         """Bytes of the frames x frames matrices of every view but the first, to each other member of the ulysses axis."""
@@ -177,7 +205,7 @@ class Layout:
         return cfg * ring * ulysses if kind in ("cfg", "weights") else ring * ulysses
 
 
-def lay_out(
+def lay_out(  # noqa: PLR0913 - a video, its ranks, and settings of attention
     spec: ModelSpec,
     degrees: Degrees,
     video: VideoConfig,
@@ -187,11 +215,16 @@ def lay_out(
     itemsize: int,
     local_route: Literal["auto", "halo", "all_to_all"],
     even: bool = False,
+    far: int | str = "all",
 ) -> Layout:
-    """The layout of a video; `local_route: auto` takes fewer bytes, as the engine does."""
+    """The layout of a video; `local_route: auto` takes fewer bytes, as the engine does. UserError for too few `far` keys."""
     frames, rows, columns = spec.token_grid(video.num_frames, video.height, video.width)
     frame_tokens = rows * columns
     window_frames = min(method.window_frames, frames)
+    try:
+        kept = far_tokens(far, num_frames=frames, frame_tokens=frame_tokens, window_frames=window_frames)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if local_route == "auto":
         sequence = plan_sequence(frames * frame_tokens, spec.heads, degrees, even=even)
         shape = LayerShape(batch=1, head_dim=spec.head_dim, itemsize=itemsize)
@@ -209,6 +242,7 @@ def lay_out(
         local_route=local_route,
         num_views=_count_views(method, frames, frame_tokens),
         even=even,
+        kept=kept,
     )
 
 

@@ -65,15 +65,17 @@ def _attention_moments(layout: Layout, mode: Mode) -> dict[str, tuple[int, int]]
     lse = share.queries * share.heads * FP32_BYTES
     base = 3 * e * inside  # q, k, v
     near = layout.near_keys(mode) * row
-    ring = min(plan.ring - 1, 2) * share.queries * row if mode != "local" else 0  # buffers of blocks on their way
-    first = min(plan.ring - 1, 1) * share.queries * row if mode != "local" else 0  # while near keys are attended
+    turns = plan.ring > 1 and mode != "local" and not layout.thins(mode)
+    ring = min(plan.ring - 1, 2) * share.queries * row if turns else 0  # buffers of blocks on their way
+    first = share.queries * row if turns else 0  # while near keys are attended
+    sample = layout.kept_tokens * row if layout.thins(mode) else 0
     outputs = 2 if mode == "dual" else 1
-    global_bytes = FP32_BYTES if plan.ring > 1 else e  # a number of the global branch while parts are added to it
+    global_bytes = FP32_BYTES if turns else e  # a number of the global branch while parts are added to it
     token = share.heads * layout.spec.head_dim * FP32_BYTES
     merging = 3 * min(merge_step(share.queries), share.queries) * token
     moments = {
         # one output, and the entries of the largest group before they are copied into it
-        "branch": (base + e * inside * (2 if mode in ("local", "dual") else 1) + lse, near + first),
+        "branch": (base + e * inside * (2 if mode in ("local", "dual") else 1) + lse, near + first + sample),
         # q, k, v, the branches, what is fused, gathered and projected
         "project": (
             e * inside * (3 + outputs + (mode == "dual")) + e * hidden * (1 if plan.ulysses == 1 else 3),
@@ -88,16 +90,16 @@ def _attention_moments(layout: Layout, mode: Mode) -> dict[str, tuple[int, int]]
     if plan.ulysses > 1:  # sent, received, put in order
         moments["exchange"] = (3 * e * hidden + max(3 * e * (hidden + inside), 6 * e * inside), 0)
     if mode == "dual":
-        keys = (layout.near_keys(mode) or share.queries) * row
-        window = share.window * row
+        keys = sample or (layout.near_keys(mode) or share.queries) * row
+        window = layout.window_frames * layout.kept * row if layout.kept else share.window * row
         rest = max(keys - window, 0)
         # the local output, the global one and a part of it, merged a chunk at a time; and the circle: the keys outside of a
         # window, written again as far as the windows of the middle frames slide
-        moments["rest"] = (base + (2 * e + global_bytes) * inside + merging + 3 * lse, near + first + 2 * rest)
+        moments["rest"] = (base + (2 * e + global_bytes) * inside + merging + 3 * lse, near + first + sample + 2 * rest)
         matrices = FUSION_MATRICES * share.heads * layout.spec.head_dim**2 * FP64_BYTES
         fusing = 3 * min(chunk_tokens(share.heads, layout.spec.head_dim), share.queries) * token
         moments["fuse"] = (base + 3 * e * inside + fusing + matrices, near)
-    if mode in ("dual", "global") and plan.ring > 1:
+    if mode in ("dual", "global") and turns:
         # the global output, a part and, at the end, the rounded sum; the local output is one more
         merged = global_bytes + e + (e if mode == "dual" else 0)
         # own keys were packed for the ring's first turn only, a halo stays

@@ -31,6 +31,7 @@ class Options:
     Attributes:
         itemsize: bytes of a number in transformer and text encoder.
         kernel: attention.kernel.
+        far: attention.far.
         weights: model.weights.
         shards: model.shards.
         text_device: parallel.text_device.
@@ -41,6 +42,7 @@ class Options:
 
     itemsize: int = 2
     kernel: str = "auto"
+    far: int | str = "all"
     weights: Literal["resident", "cpu_offload", "zero3"] = "resident"
     shards: str = "device"
     text_device: Literal["model", "cpu"] = "model"
@@ -67,6 +69,7 @@ class Options:
         return cls(
             itemsize=ITEMSIZES[config.model.dtype],
             kernel=config.attention.kernel,
+            far=config.attention.far,
             weights=config.model.weights,
             shards=config.model.shards,
             text_device=config.parallel.text_device,
@@ -178,6 +181,7 @@ class Case:
             itemsize=self.options.itemsize,
             local_route=self.options.local_route,
             even=self.options.provider != "torch",
+            far=self.options.far,
         )
         if self.options.weights != "zero3":
             return layout

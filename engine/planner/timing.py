@@ -13,7 +13,7 @@ from freespec.methods import Mode
 TERA = 1e12
 GIGA = 1e9
 # Kinds of messages that are waited for. Ring blocks travel while the block before is attended, so only the excess is waited for.
-EXPOSED = ("all_to_all", "halo", "grams", "gather", "cfg")
+EXPOSED = ("all_to_all", "halo", "far", "grams", "gather", "cfg")
 # Bytes that self-attention reads and writes per token and channel in half precision, its kernels aside, read off the code and rounded:
 # to copy a branch's groups to their rows, merge two parts by log-sum-exp, fuse both branches, add up a view, pack and order an all-to-all.
 COPY, MERGE, FUSE, VIEW, EXCHANGE = 6, 46, 80, 14, 32
@@ -46,7 +46,7 @@ def call_traffic(layout: Layout, mode: Mode) -> float:
     """Bytes that the blocks of one call read and write outside matrix products and attention kernels, on the busiest rank."""
     share, plan = layout.share(mode), layout.attention_plan(mode)
     views = layout.num_views * layout.window_frames / layout.frames  # mean number of views that hold a token
-    merges = (plan.ring - 1 if mode != "local" else 0) + (mode == "dual")
+    merges = (plan.ring - 1 if mode != "local" and not layout.thins(mode) else 0) + (mode == "dual")
     passes: float = (
         MERGE * merges + EXCHANGE * (plan.ulysses > 1) + {"local": COPY, "dual": 2 * COPY + FUSE}.get(mode, 0)
     )

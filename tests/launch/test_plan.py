@@ -41,7 +41,16 @@ def test_json_is_the_same_for_programs(capsys: pytest.CaptureFixture[str]) -> No
     first = tree["plans"][0]
     assert first["cfg"] * first["ring"] * first["ulysses"] == 2
     assert set(first["run_seconds"]) == {"direct", "sliding_window", "freenoise", "freelong", "freepca", "freespec"}
-    assert set(first["bytes_per_step"]["dual"]) == {"all_to_all", "halo", "ring", "grams", "gather", "cfg", "weights"}
+    assert set(first["bytes_per_step"]["dual"]) == {
+        "all_to_all",
+        "halo",
+        "ring",
+        "far",
+        "grams",
+        "gather",
+        "cfg",
+        "weights",
+    }
 
 
 def test_shared_weights_are_told_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
