@@ -4,11 +4,12 @@ import dataclasses
 import itertools
 import json
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest import mock
 
 import pytest
@@ -43,7 +44,7 @@ from freespec import kernels, spectrum
 from freespec.attention import WindowedAttention
 from freespec.kernels import KERNELS
 from freespec.methods import Grid, Method, StepPlan, make_method
-from parallel.attention import TORCH_EXCHANGE
+from parallel.attention import TORCH_EXCHANGE, KeptTokens
 from parallel.mesh import SeqMesh
 from parallel.shards import Mode, length
 from tests.engine.planned import choose, plan
@@ -87,9 +88,11 @@ def fake_world() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def make_layout(spec: ModelSpec, video: VideoConfig, ring: int, ulysses: int, *, window: int, itemsize: int) -> Layout:
+def make_layout(
+    spec: ModelSpec, video: VideoConfig, ring: int, ulysses: int, *, window: int, itemsize: int, far: str = "all"
+) -> Layout:
     method = MethodConfig(window_frames=window)
-    return lay_out(spec, (1, ring, ulysses), video, SAMPLER, method, itemsize=itemsize, local_route="auto")
+    return lay_out(spec, (1, ring, ulysses), video, SAMPLER, method, itemsize=itemsize, local_route="auto", far=far)
 
 
 def fake_forward(layout: Layout, mode: Mode, kernel: str, *, layers: int) -> Callable[[], Tensor]:
@@ -112,8 +115,25 @@ def fake_forward(layout: Layout, mode: Mode, kernel: str, *, layers: int) -> Cal
     state = in_forward(spec, mesh, method, grid, mode=mode, kernel=kernel, model=model.config, latents=latents)
     for layer, block in enumerate(model.blocks):
         block.attn1.set_processor(BranchProcessor(state, layer))
+        if layout.thins(mode):
+            block.attn1.processor.kept = kept_in(layout)
     TokenHooks(state, model)
     return lambda: model(latents, timestep, text, return_dict=False)[0]
+
+
+def as_step(step: str) -> tuple[Mode, str]:
+    """The mode of a step and its far keys, from both in one text."""
+    mode, _, far = step.partition(" ")
+    return cast(Mode, mode), far or "all"
+
+
+def kept_in(layout: Layout) -> KeptTokens:
+    """The first tokens of every frame, as a fake tensor."""
+    kept, size = layout.kept or 0, layout.frame_tokens
+    places = [frame * size + token for frame in range(layout.frames) for token in range(kept)]
+    cuts = [bisect_left(places, start) for start, _ in layout.sequence.ring_shards]
+    with FakeTensorMode():
+        return KeptTokens(index=torch.empty(len(places), dtype=torch.int64), cuts=(*cuts, len(places)))
 
 
 def in_forward(
@@ -210,17 +230,18 @@ def test_flops_of_the_stock_model_are_exactly_what_torch_counts(
 
 
 @pytest.mark.usefixtures("fake_world")
-@pytest.mark.parametrize("mode", ["dual", "global", "local"])
+@pytest.mark.parametrize("step", ["dual", "global", "local", "dual 1/3"])
 @pytest.mark.parametrize(("name", "ring", "ulysses"), [(SMALL, 2, 4), (LARGE, 1, 8)])
 def test_flops_of_every_branch_in_every_layout_are_exactly_what_torch_counts(
-    specs: dict[str, ModelSpec], name: str, ring: int, ulysses: int, mode: Mode
+    specs: dict[str, ModelSpec], name: str, ring: int, ulysses: int, step: str
 ) -> None:
+    mode, far = as_step(step)
     video = VideoConfig(num_frames=29, height=64, width=64)  # 8 latent frames of 16 tokens
-    layout = make_layout(specs[name], video, ring, ulysses, window=3, itemsize=2)
+    layout = make_layout(specs[name], video, ring, ulysses, window=3, itemsize=2, far=far)
     layout = replace(layout, spec=_two_layers(specs[name]))
     flops = call_operations(layout, mode)
     assert sum(flops.values()) == counted_flops(fake_forward(layout, mode, "plain", layers=2))
-    if mode == "dual":  # both branches for the price of one
+    if mode == "dual" and far == "all":  # both branches for the price of one
         assert flops["attention"] == call_operations(layout, "global")["attention"]
 
 
@@ -303,12 +324,19 @@ def forward_part(layout: Layout, mode: Mode) -> int:
 
 
 @pytest.mark.usefixtures("fake_world")
-@pytest.mark.parametrize("mode", ["dual", "global", "local"])
-@pytest.mark.parametrize(("ring", "ulysses"), [(1, 1), (2, 4), (8, 1)])
+@pytest.mark.parametrize(
+    ("ring", "ulysses", "step"),
+    [
+        *itertools.product((1,), (1,), ("dual", "global", "local")),
+        *itertools.product((2,), (4,), ("dual", "global", "local", "dual 1/4")),
+        *itertools.product((8,), (1,), ("dual", "global", "local")),
+    ],
+)
 def test_peak_of_wan_at_321_frames_is_within_15_percent_in_every_layout(
-    specs: dict[str, ModelSpec], ring: int, ulysses: int, mode: Mode
+    specs: dict[str, ModelSpec], ring: int, ulysses: int, step: str
 ) -> None:
-    layout = make_layout(specs[SMALL], LONG, ring, ulysses, window=21, itemsize=2)
+    mode, far = as_step(step)
+    layout = make_layout(specs[SMALL], LONG, ring, ulysses, window=21, itemsize=2, far=far)
     run = fake_forward(layout, mode, "cpu_flash", layers=1)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), LiveBytes() as live:
         run()
