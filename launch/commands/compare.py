@@ -81,8 +81,8 @@ def make_videos(comparison: Comparison, asked: Arguments) -> int:
         if replicas is None:
             context = stack.enter_context(open_ranks(config, prompts=agree, verbose=asked.given.verbose))
         check_variants(comparison.variants, context)
-        look_at_prompts(config, asked.prompts.named, context, variants=comparison.variants)
         context.check_on_first(lambda: check_kept(comparison))
+        look_at_prompts(config, asked.prompts.named, context, variants=comparison.variants)
         context.check_on_first(comparison.open)
         context.check_on_first(lambda: check_places([asked.report / "report.json"]))
         context.check_on_first(lambda: stack.enter_context(own_shard(comparison.folder, shard)))

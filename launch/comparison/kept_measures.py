@@ -19,7 +19,7 @@ from engine.files.locks import locked
 from engine.files.trees import Shape, finite_or_none, lacking, parse_json
 from engine.files.whole import atomic_path
 from launch.comparison.measure import Measured, has_world, measure_all, native_frames, timelines, units_of
-from launch.comparison.store import Comparison, Key, Video
+from launch.comparison.store import RECORD, Comparison, Key, Video
 
 _HEADER: Shape = SHAPE | {"variants": dict, "clip_frames": int, "measures": list, "origins": list}
 _ORIGIN = ("device", "parallel", "versions", "git", "model")
@@ -153,6 +153,9 @@ def _measured(video: Video, header: dict[str, Any], line: dict[str, Any]) -> Mea
         "video": {"sha256": line["sha256"]},
         "steps": [{"mode": mode, "seconds": seconds} for mode, seconds in line["steps"]],
     }
+    wrong = lacking(record, RECORD) or lacking(line, {"sha256": str, "by_clip{}": list})
+    if wrong or not isinstance(origin["measured_by"], str):
+        raise ValueError(wrong)
     found = zip(header["measures"], line["values"], strict=True)
     values = {name: math.nan if value is None else float(value) for name, value in found}
     return Measured(video=video, record=record, values=values, by_clip=line["by_clip"], version=origin["measured_by"])

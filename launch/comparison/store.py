@@ -27,29 +27,28 @@ from engine.files.trees import Shape, read_tree
 from engine.load.checkpoint import open_checkpoint
 from engine.text.timeline import parse_timeline
 
-# Fields of a sidecar that a comparison, its kept measures and its report read.
-_SIDECAR: Shape = {
-    "output.sha256": str,
-    "video": dict,
-    "run.resumed_at": int,
-    "run.seconds.denoise": int | float,
-    "run.seconds.decode": int | float,
-    "run.steps[].mode": str,
-    "run.steps[].seconds": int | float,
-    "run.device.name": str,
-    "run.device.cpu_threads": int,
-    "run.parallel.ranks": int,
-    "run.versions.torch": str,
-    "run.git": dict | None,
-    "run.model": dict,
-    "run.model.commit?": str,
-    "run.model.sha256?{}": str,
-    "run.model.single_file?.name": str,
-    "run.model.single_file?.sha256": str,
-    "run.timeline?[].text": str,
-    "run.timeline?[].start": int,
-    "run.timeline?[].stop": int,
+# Fields of a record that a comparison, its kept measures and its report read, and of the sidecar that holds it.
+RECORD: Shape = {
+    "resumed_at": int,
+    "seconds.denoise": int | float,
+    "seconds.decode": int | float,
+    "steps[].mode": str,
+    "steps[].seconds": int | float,
+    "device.name": str,
+    "device.cpu_threads": int,
+    "parallel.ranks": int,
+    "versions.torch": str,
+    "git": dict | None,
+    "model": dict,
+    "model.commit?": str,
+    "model.sha256?{}": str,
+    "model.single_file?.name": str,
+    "model.single_file?.sha256": str,
+    "timeline?[].text": str,
+    "timeline?[].start": int,
+    "timeline?[].stop": int,
 }
+_SIDECAR: Shape = {"output.sha256": str, "video": dict} | {f"run.{name}": kind for name, kind in RECORD.items()}
 # Those of a timeline, whose measures need its events.
 _TIMED: Shape = {"run.timeline[].text": str, "run.timeline[].start": int, "run.timeline[].stop": int}
 _CHECKPOINT_DIGITS = 16
