@@ -58,6 +58,9 @@ class ModelConfig:
         offline: never ask the hub; what its local copy does not hold is an error.
         single_file: a .safetensors file as the model's authors publish it, here or on the hub (ORGANISATION/NAME/FILE), whose
             transformer, and for LTX-Video VAE, take the place of those of `path`; configurations stay those of `path`.
+        loras: LoRAs that are added to the transformer's weights when it is loaded, each NAME@SCALE (1 without @SCALE): a
+            .safetensors file or a folder with one, here or on the hub (ORGANISATION/NAME/FILE, or ORGANISATION/NAME with
+            pytorch_lora_weights.safetensors).
         dtype: of transformer and text encoder: `auto` is bfloat16 on CUDA and float32 on CPU; the VAE is always float32.
         device: `auto` is CUDA where there is one.
         weights: where they are kept. `resident`: whole, on the device of every rank. `cpu_offload`: each part on the CPU until
@@ -72,6 +75,7 @@ class ModelConfig:
     revision: str | None = None
     offline: bool = False
     single_file: str | None = None
+    loras: tuple[str, ...] = ()
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     weights: Literal["resident", "cpu_offload", "zero3"] = "resident"
@@ -86,6 +90,19 @@ class ModelConfig:
             f"model.single_file {single} is a pickle, which can run code and is not read; give a .safetensors file",
         )
         _check(single.endswith(".safetensors"), f"model.single_file must be a .safetensors file, got {single!r}")
+        for lora in self.loras:
+            name, scale = split_scale(lora)
+            _check(name != "", f"model.loras names no file in {lora!r}; give NAME or NAME@SCALE")
+            _check(
+                not is_pickle(name),
+                f"the LoRA {name} is a pickle, which can run code and is not read; give a .safetensors file",
+            )
+            _check(
+                math.isfinite(scale) and scale != 0,
+                f"the scale of the LoRA {lora} must be a finite number other than 0",
+            )
+        names = [split_scale(lora)[0] for lora in self.loras]
+        _check(len(set(names)) == len(names), f"model.loras names a LoRA twice ({', '.join(names)}); add their scales")
         _check(
             self.shards in ("device", "cpu") or (self.shards_folder is not None and self.shards != "nvme:"),
             f"model.shards must be device, cpu or nvme:FOLDER, got {self.shards!r}",
@@ -536,6 +553,15 @@ class RunConfig:
         if self.sampler.noise_stride is not None:
             return "sampler.noise_stride"
         return f"noise_stride of {self.method.name}" if ":" in self.method.name else f"method.{self.method.name}.stride"
+
+
+def split_scale(lora: str) -> tuple[str, float]:
+    """Name and scale of NAME@SCALE; a name may have an @ of its own."""
+    name, _, scale = lora.rpartition("@")
+    try:
+        return (name, float(scale)) if name else (lora, 1.0)
+    except ValueError:
+        return lora, 1.0
 
 
 def describe_old_setting(key: str, value: object) -> str | None:

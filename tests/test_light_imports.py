@@ -84,6 +84,8 @@ MISTAKES = {
     "batch --prompts configs/prompts/batch-demo.txt --out o --seeds 0,0": "--seeds must name each once",
     "analyze --prompt x --ratios 2": "a ratio must lie in (0, 1], got 2.0",
     "generate --prompt x --model.single_file a.ckpt": "model.single_file a.ckpt is a pickle",
+    "generate --prompt x --model.loras [a.pt@2]": "the LoRA a.pt is a pickle",
+    "generate --prompt x --sampler.timesteps [1000,500]": "sampler.num_steps is 20 and sampler.timesteps are 2; leave num_steps",
     "generate --prompt x --model.single_file a.gguf": "model.single_file must be a .safetensors file",
     "generate --timeline bad": "--timeline 'bad' has no range",
     "generate --prompt x --given first=gone.png": "cannot read the picture gone.png: No such file",

@@ -195,9 +195,13 @@ def refuse_one_of_two(name: str) -> None:
 
     Only the name shows it: the tensors of a Wan2.2 A14B transformer have the names and shapes of Wan2.1 14B's.
     """
-    end = "/".join(Path(name).parts[-2:])
-    if _ONE_OF_TWO.search(end):
-        raise two_transformers(f"the name {end}")
+    if says_one_of_two(name):
+        raise two_transformers(f"the name {'/'.join(Path(name).parts[-2:])}")
+
+
+def says_one_of_two(name: str) -> bool:
+    """Whether a path or hub name says that its weights are of one of two transformers."""
+    return _ONE_OF_TWO.search("/".join(Path(name).parts[-2:])) is not None
 
 
 def unwrap(module: Any) -> Any:

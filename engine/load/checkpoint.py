@@ -13,6 +13,7 @@ from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError
 from engine.identity import latents_settings
 from engine.load.hub import fetch
+from engine.load.loras import find_loras
 from engine.load.single_file import find_single_file
 from engine.load.weights import deciding_files, read_config
 from engine.paths import find_checkpoint
@@ -56,7 +57,8 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 in hex of the checkpoint's version, and the names, sizes and contents of its files and the single file beside it.
+        """SHA-256 in hex of the checkpoint's version, and the names, sizes and contents of its files and the single file beside it,
+        and the contents and scales of its LoRAs.
 
         For a hub checkpoint only the commit and the JSON files are hashed, since a rank may not have its weights yet. Of a file
         above 64 MiB the first MiB, the last 4 KiB and 4 KiB of every 4 MiB are hashed: this detects other weights in any
@@ -73,6 +75,9 @@ class Checkpoint:
             size = file.stat().st_size
             digest.update(f"{name} {size}\n".encode())
             _add_sample(digest, file, size)
+        for lora in find_loras(self.config):
+            digest.update(f"lora {lora.scale!r} {lora.path.stat().st_size}\n".encode())
+            _add_sample(digest, lora.path, lora.path.stat().st_size)
         return digest.hexdigest()
 
     def read(self, file: str) -> dict[str, Any]:
@@ -82,6 +87,7 @@ class Checkpoint:
     def settings(self, config: RunConfig, **given: Any) -> dict[str, Any]:
         """`engine.identity.latents_settings` of a run with this checkpoint."""
         device = pick_device(config.model.device)
+        loras = [lora.name for lora in find_loras(config.model)]  # by name, for people: the digest has their content
         return latents_settings(
             config,
             checkpoint=self.digest,
@@ -89,6 +95,7 @@ class Checkpoint:
             device=device.type,
             with_rate=self.adapter.frame_rate_matters,
             **given,
+            **({"loras": loras} if loras else {}),
         )
 
 

@@ -17,6 +17,7 @@ from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError, first_line, is_out_of_memory
 from engine.load.checkpoint import Checkpoint, find_adapter, open_checkpoint
 from engine.load.convolutions import use_onednn
+from engine.load.loras import find_loras
 from engine.load.sharded_weights import check_placement
 from engine.load.single_file import SingleFile, open_single_file
 from engine.load.weights import WEIGHT_FOLDERS, check_part, lfs_pointer, read_config, unfinished
@@ -29,7 +30,7 @@ _SMALL_FILES = {"scheduler": ("scheduler_config.json",), "tokenizer": ("tokenize
 
 
 def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: str = "model") -> DiffusionPipeline:
-    """Load the pipeline to its device: transformer and text encoder in `config.dtype`, VAE in float32.
+    """Load the pipeline to its device: transformer and text encoder in `config.dtype`, VAE in float32, LoRAs fused.
 
     With `config.weights` zero3 transformer and text encoder are left on the CPU, for `shard_pipeline` to take.
 
@@ -54,6 +55,8 @@ def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: s
         if single is not None and "transformer" in single.parts:
             given["transformer"] = single.load(adapter, folder, "transformer", dtype)
         pipe = adapter.pipeline_class.from_pretrained(folder, vae=vae, dtype=dtype, use_safetensors=True, **given)
+    for lora in find_loras(config):
+        lora.fuse(pipe, adapter, folder / "transformer")
     adapter.check_pipeline(pipe)
     with faults_of(folder / "scheduler"):
         adapter.try_scheduler(pipe.scheduler)

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
+from engine.adapters import ModelAdapter
 from engine.config import ModelConfig
 from engine.load.checkpoint import open_checkpoint
+from engine.load.hub import commit_of
+from engine.load.loras import Lora, find_loras
 from engine.load.single_file import find_single_file
 from engine.load.weights import WEIGHT_FOLDERS, deciding_files
 from engine.paths import expand
@@ -20,8 +23,8 @@ from parallel.zero3 import device_bytes, num_parameters
 def describe_weights(config: ModelConfig) -> dict[str, Any]:
     """Describe the files of a loaded checkpoint, from its local copy.
 
-    Returns the `commit` of a hub name, or `sha256` by file of a folder; and for a single file its name, sha256 and, from the
-    hub, commit. Files are read whole, once per process: some seconds per 10 GB.
+    Returns the `commit` of a hub name, or `sha256` by file of a folder; and for a single file and each
+    LoRA its name, sha256 and, from the hub, commit. Files are read whole, once per process: some seconds per 10 GB.
     """
     checkpoint = open_checkpoint(config, offline=True)
     found: dict[str, Any] = {}
@@ -34,8 +37,18 @@ def describe_weights(config: ModelConfig) -> dict[str, Any]:
     if single is not None:
         found["single_file"] = {"name": single.name, "sha256": sha256_of(single)}
         if not expand(config.single_file or "").is_file():  # then it is the hub's: .../snapshots/COMMIT/...
-            found["single_file"]["commit"] = single.parts[single.parts.index("snapshots") + 1]
+            found["single_file"]["commit"] = commit_of(single)
+    loras = find_loras(config)
+    if loras:
+        found["loras"] = [_describe_lora(lora, checkpoint.adapter) for lora in loras]
     return found
+
+
+def _describe_lora(lora: Lora, adapter: ModelAdapter) -> dict[str, Any]:
+    described = {"name": lora.path.name, "scale": lora.scale, "sha256": sha256_of(lora.path)}
+    described |= {"commit": lora.commit} if lora.commit is not None else {}
+    dropped = lora.dropped(adapter)
+    return described | ({"dropped_tensors": len(dropped)} if dropped else {})
 
 
 def describe_loaded(

@@ -4,7 +4,6 @@ diffusers converts the names, but does not check that every tensor is present, a
 loads a folder. This module does both, so that a file and a folder with the same weights make the same video.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,19 +11,15 @@ from typing import Any
 
 import torch
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError, safe_open
 
 from engine.adapters import ModelAdapter
 from engine.adapters.base import refuse_one_of_two
 from engine.config import ModelConfig
-from engine.errors import UserError, first_line
+from engine.errors import UserError
+from engine.load.hub import FLOATS, fetch_file, hub_file
 from engine.load.weights import broken_file, compare_part, read_config
 from engine.paths import expand
-
-_HUB_FILE = re.compile(r"([\w.-]+/[\w.-]+)/(.+)")
-# Tensors of other dtypes need scales that diffusers would not apply.
-_DTYPES = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,16 +80,10 @@ def find_single_file(config: ModelConfig) -> Path | None:
     if path.is_file():
         refuse_one_of_two(str(path.resolve()))
         return path
-    hub = _HUB_FILE.fullmatch(name)
+    hub = hub_file(name)
     if hub is None:
         raise UserError(f"model.single_file {name!r} is neither a file here nor ORGANISATION/NAME/FILE of the hub")
-    try:
-        return Path(hf_hub_download(hub[1], hub[2], local_files_only=config.offline))
-    except (OSError, ValueError) as error:
-        how = "model.offline is true, and it is not in the hub's local copy" if config.offline else first_line(error)
-        raise UserError(
-            f"model.single_file {name!r} is not a file here, and the hub does not have it ({how})"
-        ) from error
+    return fetch_file(*hub, what=f"model.single_file {name!r}", offline=config.offline)
 
 
 def open_single_file(config: ModelConfig, adapter: ModelAdapter) -> SingleFile | None:
@@ -106,7 +95,7 @@ def open_single_file(config: ModelConfig, adapter: ModelAdapter) -> SingleFile |
         with safe_open(path, framework="pt") as opened:
             slices = {key: opened.get_slice(key) for key in opened.keys()}
             shapes = {key: tuple(found.get_shape()) for key, found in slices.items()}
-            dtypes = sorted({found.get_dtype() for found in slices.values()} - set(_DTYPES))
+            dtypes = sorted({found.get_dtype() for found in slices.values()} - set(FLOATS))
     except (SafetensorError, OSError) as error:
         raise broken_file(path, error) from error
     if dtypes:

@@ -13,6 +13,7 @@ import torch
 from engine.checks import check_model
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.load.loras import find_local_loras
 from engine.load.single_file import open_single_file
 from engine.planner.choose import choose, choose_by_memory
 from engine.planner.gpu import FOLDER, GpuSpec, read_gpu
@@ -84,6 +85,8 @@ def check_settings(config: RunConfig, spec: ModelSpec) -> None:
     `plan` calls this too, so that it plans only what can be made. The video's size is checked by `Case`.
     """
     check_model(config, spec.adapter, spec.video, spec.configs["scheduler"])
+    for lora in find_local_loras(config.model):
+        lora.check(spec.adapter, spec.configs["transformer"], f"the transformer of {spec.name}")
     name = config.model.single_file
     if name is None:
         return

@@ -256,7 +256,8 @@ def _weights(model: dict[str, Any]) -> dict[str, str]:
     """Return the origin of a record's weights: the commit, and the SHA-256 of each file by name."""
     single = model.get("single_file")
     commit = {"commit": model["commit"]} if "commit" in model else {}
-    return commit | model.get("sha256", {}) | ({single["name"]: single["sha256"]} if single else {})
+    loras = {f"{lora['name']} at {lora['scale']:g}": lora["sha256"] for lora in model.get("loras", [])}
+    return commit | model.get("sha256", {}) | ({single["name"]: single["sha256"]} if single else {}) | loras
 
 
 def _beside(path: Path, folder: Path) -> str:

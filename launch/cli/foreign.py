@@ -87,7 +87,7 @@ ANSWERS: dict[str, str] = {
     name: reason
     for names, reason in {
         "lora loras lora_path lora_paths lora_dir lora_weights lora_scale lora_alpha lora_nickname use_relighting_lora": (
-            f"not supported: no LoRA is loaded here; {_OWN_PIPELINE}"
+            "--model.loras '[FILE@SCALE, ...]' adds LoRAs to the weights; see docs/models.md"
         ),
         "image images image_path img first_frame last_frame input_image input_image_path init_image start_image end_image "
         "image_or_video_path i2v conditioning_media_paths conditioning_start_frames input_media_path": (
@@ -113,7 +113,10 @@ ANSWERS: dict[str, str] = {
             f"not supported: no quantised model is loaded here; {_OWN_PIPELINE}"
         ),
         "sample_solver scheduler scheduler_type solver sampler_name sample_method": (
-            "not supported: a video is sampled with the checkpoint's own scheduler"
+            "--sampler.scheduler is checkpoint, euler, unipc or lcm; see docs/models.md"
+        ),
+        "timesteps sigmas denoising_step_list dmd_denoising_steps": (
+            "--sampler.timesteps or --sampler.sigmas names the steps one by one, after any shift; see docs/models.md"
         ),
         "stg_scale stg_rescale stg_mode stg_skip_layers guidance_rescale embedded_cfg_scale embedded_guidance_scale cfg_trunc": (
             "not supported: guidance is classifier-free, with sampler.guidance_scale"

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 
 from engine.batch.variants import Variant
 from engine.config import RunConfig
+from engine.load.checkpoint import open_checkpoint
+from engine.load.loras import describe_loras
 from engine.planner.processor import describe_expected
 from engine.planner.split import describe_splits
 from engine.text.prompts import Named, check_prompts
@@ -27,6 +29,10 @@ def look_at_prompts(
 
     def look() -> None:
         for note in check_prompts(config.model, config.sampler, config.video, prompts):
+            print(f"note: {note}", flush=True)
+        checkpoint = open_checkpoint(config.model)
+        where = checkpoint.folder / "transformer"
+        for note in describe_loras(config.model, checkpoint.adapter, checkpoint.read("transformer/config.json"), where):
             print(f"note: {note}", flush=True)
         for note in describe_splits(config, variants):
             print(f"note: {note}", flush=True)

@@ -100,6 +100,7 @@ def test_steps_that_all_lie_on_one_side_of_the_split_are_said(
     commands: dict[str, Callable[..., Run]], capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     settings = {"sampler.num_steps": "null", "sampler.timesteps": "[1000, 937.5, 833.3, 625]"}
+    settings |= {"method.freespec.domain": "timestep"}
     [note] = [line for line in start(commands[name], capsys, [KNOWN], settings).splitlines() if "note: " in line]
     assert note == (
         "note: with freespec each of the 4 steps (timesteps 1000 to 625) fuses, and none is local; method.freespec.domain step "

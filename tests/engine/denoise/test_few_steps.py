@@ -35,6 +35,7 @@ from engine.ranks.layouts import Ranks
 from freespec.methods import FreeSpec
 from tests.engine.denoise.test_schedulers import FLOW, SAVE, StopError, config_of
 from tests.engine.golden import PROMPT, mesh_of, relative
+from tests.loras import random_lora, save_lora
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import random_ltx, random_wan
 
@@ -137,16 +138,17 @@ def test_a_scheduler_that_takes_no_list_is_refused_before_and_after_loading() ->
 
 
 class RanksCase(NamedTuple):
-    """A checkpoint's folder, the sampler's settings, and the arrangement of the ranks."""
+    """A checkpoint's folder, the sampler's settings and LoRAs, and the arrangement of the ranks."""
 
     folder: str
     settings: dict[str, Any]
     degrees: tuple[int, int, int]
 
 
-def few(adapter: ModelAdapter, folder: Path | str, **settings: Any) -> RunConfig:
+def few(adapter: ModelAdapter, folder: Path | str, loras: tuple[str, ...] = (), **settings: Any) -> RunConfig:
     """A long video in a few steps without guidance."""
     config = config_of(adapter, Path(folder), "freespec")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, loras=loras))
     sampler = dataclasses.replace(config.sampler, guidance_scale=1.0, num_steps=None, **settings)
     return dataclasses.replace(config, sampler=sampler)
 
@@ -164,7 +166,11 @@ def latents_on_ranks(rank: int, case: RanksCase) -> Tensor | str:
 
 def test_ranks_an_interruption_and_the_planner_agree_on_the_steps(tmp_path: Path) -> None:
     folders = {WAN: SAVE[WAN](tmp_path / "wan"), LTX: SAVE[LTX](tmp_path / "ltx")}
-    settings = {WAN: {"scheduler": "lcm", "sigmas": LEVELS}, LTX: {"scheduler": "unipc", "timesteps": (1000.0, 700.0)}}
+    lora = save_lora(tmp_path / "a.safetensors", random_lora(random_wan().transformer))
+    settings = {
+        WAN: {"scheduler": "lcm", "sigmas": LEVELS, "loras": (f"{lora}@0.5",)},
+        LTX: {"scheduler": "unipc", "timesteps": (1000.0, 700.0)},
+    }
     cases = [RanksCase(str(folders[each]), settings[each], (1, 2, 1)) for each in folders]
     *made_on_ranks, refused = run_ranks(2, latents_on_ranks, [*cases, cases[0]._replace(degrees=(2, 1, 1))], tmp_path)
     assert all("sampler.guidance_scale 1.0 runs one pass only; use parallel.cfg 1" in each for each in refused)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib.util
 import sys
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -26,8 +27,9 @@ from parallel.zero3 import device_bytes, held_bytes
 from tests.engine import test_ltx_ranks as ltx
 from tests.engine import test_ranks as wan
 from tests.engine.golden import all_degrees, relative
+from tests.loras import random_lora, save_lora
 from tests.ranks import PATIENCE, run_ranks
-from tests.tiny_pipelines import save_random_ltx, save_random_wan
+from tests.tiny_pipelines import random_wan, save_random_ltx, save_random_wan
 
 CPU = torch.device("cpu")
 FAMILIES = {"wan": wan, "ltx": ltx}
@@ -50,7 +52,9 @@ class Case(NamedTuple):
 def config_of(case: Case, weights: str = "zero3") -> RunConfig:
     config = FAMILIES[case.family].config_of(case.folder, "freespec")
     shards = case.shards if weights == "zero3" else "device"
-    model = ModelConfig(path=case.folder, device="cpu", dtype=case.dtype, weights=weights, shards=shards)
+    lora = Path(case.folder) / "lora.safetensors"  # of Wan's; fused before the weights are shared
+    loras = (str(lora),) if lora.exists() else ()
+    model = ModelConfig(path=case.folder, device="cpu", dtype=case.dtype, weights=weights, shards=shards, loras=loras)
     text_device = "cpu" if case.special == "text on the CPU" else "model"
     return dataclasses.replace(
         config,
@@ -111,8 +115,10 @@ def compare_on_ranks(rank: int, case: Case) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, str]:
+    wan = save_random_wan(tmp_path_factory.mktemp("wan"))
+    save_lora(wan / "lora.safetensors", random_lora(random_wan().transformer))
     return {
-        "wan": str(save_random_wan(tmp_path_factory.mktemp("wan"))),
+        "wan": str(wan),
         "ltx": str(save_random_ltx(tmp_path_factory.mktemp("ltx"))),
     }
 

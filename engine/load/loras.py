@@ -1,0 +1,251 @@
+"""LoRAs (`model.loras`): found, compared with the transformer tensor by tensor, and fused into its weights by diffusers and peft.
+
+diffusers drops tensors that it cannot place, with a warning at most, and loads what is left. Here a LoRA of another model is refused,
+and what diffusers drops of a right one is said (`Lora.dropped`).
+"""
+
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from engine.adapters import ModelAdapter
+from engine.adapters.base import says_one_of_two
+from engine.config import ModelConfig, split_scale
+from engine.errors import UserError, first_line, is_out_of_memory
+from engine.load.hub import FLOATS, commit_of, fetch_file, hub_file
+from engine.load.weights import broken_file, build_part
+from engine.paths import SHIPPED, expand
+
+# diffusers' name for the one LoRA of a folder or of a hub repository.
+_USUAL = "pytorch_lora_weights.safetensors"
+_ADAPTER = "lora"
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_KEY = re.compile(r"transformer\.(?P<layer>.+)\.lora_(?P<half>[AB])\.(?P<kind>weight|bias)")
+# Differences of tensors that are no matrices, beside the LoRA of the matrices; diffusers takes some of them.
+_DIFFERENCES = (".diff", ".diff_b", ".diff_m")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """A LoRA file.
+
+    Attributes:
+        path: the file.
+        scale: factor of its change of the weights.
+        from_hub: whether it lies in the hub's local copy.
+    """
+
+    path: Path
+    scale: float
+    from_hub: bool
+
+    @property
+    def name(self) -> str:
+        """Name and scale, for ids."""
+        return f"{self.path.name}@{self.scale:g}"
+
+    @property
+    def commit(self) -> str | None:
+        """The commit of a file of the hub."""
+        return commit_of(self.path) if self.from_hub else None
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors as published; UserError if it is broken or quantised."""
+        try:
+            with safe_open(self.path, framework="pt") as opened:
+                dtypes = sorted({opened.get_slice(key).get_dtype() for key in opened.keys()} - set(FLOATS))
+            if not dtypes:
+                return safetensors.torch.load_file(self.path)
+        except (SafetensorError, OSError) as error:
+            raise broken_file(self.path, error) from error
+        raise UserError(f"the LoRA {self.path} holds tensors of {', '.join(dtypes)}; give one in bf16, fp16 or fp32")
+
+    def converted(self, adapter: ModelAdapter) -> dict[str, Tensor]:
+        """Its tensors by diffusers' names; UserError for a layout that diffusers does not read."""
+        with self._faults(), quiet_diffusers():
+            return adapter.pipeline_class.lora_state_dict(dict(self.tensors))
+
+    def dropped(self, adapter: ModelAdapter) -> dict[str, float]:
+        """Tensors that diffusers leaves out though they are not zero, with their largest value."""
+        kept = {id(tensor) for tensor in self.converted(adapter).values()}
+        left = {key: t for key, t in self.tensors.items() if key.endswith(_DIFFERENCES) and id(t) not in kept}
+        largest = {key: float(tensor.abs().max()) for key, tensor in left.items()}
+        return {key: value for key, value in largest.items() if value > 0}
+
+    def check(self, adapter: ModelAdapter, config: Mapping[str, Any], where: object) -> list[str]:
+        """The names of its layers; UserError, with numbers, unless each of its tensors belongs to a layer of the transformer.
+
+        `config` is the transformer's configuration, read from `where`.
+        """
+        self._refuse_unknown(adapter)
+        model = build_part(adapter, "transformer", config, where)
+        shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        layers: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in self.converted(adapter).items():
+            found = _KEY.fullmatch(key)
+            if found is None:
+                raise self._unread(adapter, key)
+            layers.setdefault(found["layer"], {})[f"{found['half']} {found['kind']}"] = tensor
+        if not layers:
+            raise self._unread(adapter, next(iter(self.tensors), "nothing"))
+        missing = [layer for layer in layers if f"{layer}.weight" not in shapes]
+        wrong = {
+            layer: how for layer in layers if layer not in missing and (how := _mismatch(layer, layers[layer], shapes))
+        }
+        if missing:
+            told = f"the transformer has no {missing[0]}"
+        elif wrong:
+            told = next(f"{layer} {how}" for layer, how in wrong.items())
+        else:
+            return list(layers)
+        raise UserError(
+            f"the LoRA {self.path} is of another model: {len(missing) + len(wrong)} of its {len(layers)} layers do not fit "
+            f"{where}; {told}"
+        )
+
+    def _refuse_unknown(self, adapter: ModelAdapter) -> None:
+        marks = {"dora_scale": "DoRA", "lokr_": "LoKr", "hada_": "LoHa"}
+        found = next((name for mark, name in marks.items() if any(mark in key for key in self.tensors)), None)
+        if found is not None:
+            raise UserError(
+                f"{self.path} is a {found}, whose weights a LoRA of {adapter.name} cannot hold; give a plain LoRA"
+            )
+
+    def _unread(self, adapter: ModelAdapter, key: str) -> UserError:
+        return UserError(
+            f"{self.path} is no LoRA of {adapter.name}: of its {len(self.tensors)} tensors {key} has no place; names must be "
+            "transformer.LAYER.lora_A.weight, diffusion_model.LAYER or, for Wan, lora_unet_LAYER"
+        )
+
+    @contextmanager
+    def _faults(self) -> Iterator[None]:
+        """Turn any error of diffusers and peft about the file into a UserError that names it."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # conversions and loading raise many classes for an unexpected tensor
+            if is_out_of_memory(error):
+                raise
+            raise UserError(f"cannot load the LoRA {self.path}: {type(error).__name__}: {first_line(error)}") from error
+
+    def fuse(self, pipe: Any, adapter: ModelAdapter, where: object) -> None:
+        """Add it to the weights of the pipeline's transformer, and leave the plain layers; UserError as `check`."""
+        wanted = set(self.check(adapter, pipe.transformer.config, where))
+        with self._faults(), quiet_diffusers():
+            pipe.load_lora_weights(
+                str(self.path.parent),
+                weight_name=self.path.name,
+                adapter_name=_ADAPTER,
+                local_files_only=True,
+                use_safetensors=True,
+                low_cpu_mem_usage=False,  # which would leave the biases that a file lacks without numbers
+            )
+            loaded = {
+                path for path, part in pipe.transformer.named_modules() if _ADAPTER in getattr(part, "lora_A", ())
+            }
+            if not loaded >= wanted:
+                raise UserError(
+                    f"of the {len(wanted)} layers of the LoRA {self.path} diffusers loaded {len(loaded & wanted)}; use another "
+                    "version of diffusers and peft"
+                )
+            pipe.set_adapters([_ADAPTER], [self.scale])
+            pipe.fuse_lora(components=["transformer"], safe_fusing=True)
+            pipe.unload_lora_weights()
+        pipe.transformer.requires_grad_(True)  # as loaded; peft freezes what it wraps
+
+
+def find_loras(config: ModelConfig) -> list[Lora]:
+    """The files of `model.loras`, downloaded if they are hub names; UserError for one that is missing or is not safetensors."""
+    return [_find(name, config) for name in config.loras]
+
+
+def find_local_loras(config: ModelConfig) -> list[Lora]:
+    """Those that are files or folders here; with `model.offline` all, which must then be at hand."""
+    return [_find(name, config) for name in config.loras if config.offline or not _may_be_of_hub(split_scale(name)[0])]
+
+
+def describe_loras(
+    config: ModelConfig, adapter: ModelAdapter, transformer: Mapping[str, Any], where: object
+) -> list[str]:
+    """Check the LoRAs, and describe in one sentence each what diffusers leaves out of one."""
+    notes = []
+    for lora in find_loras(config):
+        lora.check(adapter, transformer, where)
+        dropped = lora.dropped(adapter)
+        if dropped:
+            key, value = max(dropped.items(), key=lambda item: item[1])
+            notes.append(
+                f"of the LoRA {lora.path.name} diffusers leaves out {len(dropped)} of {len(lora.tensors)} tensors, which are not "
+                f"zero (up to {value:.3g}, {key})"
+            )
+    return notes
+
+
+@contextmanager
+def quiet_diffusers() -> Iterator[None]:
+    """Silence the warnings of diffusers about tensors, of which `Lora.check` and `Lora.dropped` tell more."""
+    log = logging.getLogger("diffusers")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def _mismatch(layer: str, parts: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """Why a LoRA's parts do not fit a layer of these shapes; None if they do."""
+    weight = shapes[f"{layer}.weight"]
+    if not {"A weight", "B weight"} <= parts.keys():
+        return f"has only {' and '.join(parts)} of A weight and B weight in the LoRA"
+    down, up = tuple(parts["A weight"].shape), tuple(parts["B weight"].shape)
+    if len(weight) < 2 or down[1:] != weight[1:] or up[:1] != weight[:1] or down[:1] != up[1:2]:
+        return f"is {weight} there, and the LoRA {up} x {down}"
+    bias = parts.get("B bias")
+    if bias is not None and tuple(bias.shape) != shapes.get(f"{layer}.bias"):
+        return f"has a bias of {shapes.get(f'{layer}.bias')} there, and the LoRA of {tuple(bias.shape)}"
+    return None
+
+
+def _may_be_of_hub(name: str) -> bool:
+    here = any((folder / name).exists() for folder in (Path(), SHIPPED)) or expand(name).exists()
+    return not here and (hub_file(name) is not None or _HUB_NAME.fullmatch(name) is not None)
+
+
+def _find(given: str, config: ModelConfig) -> Lora:
+    name, scale = split_scale(given)
+    if says_one_of_two(name):
+        raise UserError(
+            f"the LoRA {name} is of one of the two transformers of Wan2.2 A14B, by its name; give one of a model with one transformer"
+        )
+    for path in (expand(name), SHIPPED / name):
+        if path.is_dir():
+            return Lora(path=_only_file(path), scale=scale, from_hub=False)
+        if path.is_file():
+            return Lora(path=path, scale=scale, from_hub=False)
+    hub = hub_file(name) or ((name, _USUAL) if _HUB_NAME.fullmatch(name) else None)
+    if hub is None:
+        raise UserError(
+            f"the LoRA {name!r} is neither a file or folder here nor ORGANISATION/NAME or ORGANISATION/NAME/FILE of the hub"
+        )
+    return Lora(path=fetch_file(*hub, what=f"the LoRA {name!r}", offline=config.offline), scale=scale, from_hub=True)
+
+
+def _only_file(folder: Path) -> Path:
+    files = sorted(folder.glob("*.safetensors"))
+    usual = [file for file in files if file.name == _USUAL] or files
+    if len(usual) == 1:
+        return usual[0]
+    found = ", ".join(file.name for file in files[:4]) or "no .safetensors file"
+    raise UserError(f"the folder {folder} of a LoRA must hold one .safetensors file, and has {found}; name the file")
