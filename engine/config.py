@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any, Literal
 
@@ -188,10 +188,10 @@ class SamplerConfig:
     def __post_init__(self) -> None:
         """Reject settings that would denoise nothing, or denoise wrongly."""
         self._check_levels()
-        if self.num_steps is None:
-            object.__setattr__(self, "num_steps", DEFAULT_STEPS if self.levels is None else len(self.levels))
-        for name, most in (("num_steps", MOST_STEPS), ("max_text_tokens", MOST_TOKENS)):
-            value = getattr(self, name)
+        for name, value, most in (
+            ("num_steps", self.steps, MOST_STEPS),
+            ("max_text_tokens", self.max_text_tokens, MOST_TOKENS),
+        ):
             _check(1 <= value <= most, f"sampler.{name} must lie in [1, {most}], got {_short(value)}")
         _check(math.isfinite(self.guidance_scale), f"sampler.guidance_scale must be finite, got {self.guidance_scale}")
         _check(
@@ -212,9 +212,10 @@ class SamplerConfig:
 
     @property
     def steps(self) -> int:
-        """`num_steps`, which is a number once the settings are made."""
-        assert self.num_steps is not None
-        return self.num_steps
+        """The number of steps; in a `RunConfig` also `num_steps`."""
+        if self.num_steps is not None:
+            return self.num_steps
+        return DEFAULT_STEPS if self.levels is None else len(self.levels)
 
     @property
     def levels(self) -> tuple[float, ...] | None:
@@ -503,7 +504,8 @@ class RunConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
 
     def __post_init__(self) -> None:
-        """Check what two groups of settings must agree on."""
+        """Check what two groups of settings must agree on; records and ids have the number of steps."""
+        object.__setattr__(self, "sampler", replace(self.sampler, num_steps=self.sampler.steps))
         kind, stride = self.noise
         _check(
             kind != "freenoise" or stride <= self.method.window_frames,
