@@ -35,10 +35,11 @@ def parse(*argv: object) -> RunConfig:
 
 
 def dotted(tree: dict, prefix: str = "") -> dict[str, object]:
-    """A nested dict with dotted keys."""
+    """A nested dict with dotted keys, and lists for tuples."""
     flat = {}
     for key, value in tree.items():
-        flat |= dotted(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        plain = list(value) if isinstance(value, tuple) else value
+        flat |= dotted(plain, f"{prefix}{key}.") if isinstance(plain, dict) else {f"{prefix}{key}": plain}
     return flat
 
 
