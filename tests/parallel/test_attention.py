@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from freespec.attention import WindowedAttention
+from freespec.attention import WindowedAttention, thinned_ref
 from freespec.kernels import cpu_flash
+from freespec.thinning import kept_tokens
 from parallel import attention, collectives, shards
-from parallel.attention import TORCH_EXCHANGE, BranchKernels, HeadExchange, SequenceLayout
+from parallel.attention import TORCH_EXCHANGE, BranchKernels, HeadExchange, KeptTokens, SequenceLayout
 from parallel.shards import LayerShape, SequencePlan
 from tests.parallel.masked import MaskedKernels, masked_attention
 from tests.parallel.worlds import ByteCount, bytes_at_torch, seeded, small_mesh
@@ -120,6 +121,30 @@ def worst_error(layout: SequenceLayout, video: Video, mode: shards.Mode, kernels
     return max((float((got - want).abs().max()) for got, want in mine if got.numel()), default=0.0)
 
 
+def kept_of(video: Video, plan: SequencePlan) -> KeptTokens:
+    """About a third of each frame's tokens."""
+    index = kept_tokens(
+        1, video.frame_tokens, num_frames=video.frames, kept=-(-video.frame_tokens // 3), layers=1, step=0
+    )[0]
+    starts = torch.tensor([*(start for start, _ in plan.ring_shards), video.tokens])
+    return KeptTokens(index=index, cuts=tuple(torch.searchsorted(index, starts).tolist()))
+
+
+def thinned_error(layout: SequenceLayout, video: Video, count: ByteCount, kept: KeptTokens) -> float:
+    """The largest difference of both branches to explicit weights; the kept tokens' bytes are those of a padded gather."""
+    inner = layout.scatter(*(layout.shard_tokens(x, dim=1) for x in video.qkv))
+    count.sent.clear()
+    branches = layout.thinned_branches(*inner, kept, video.freespec)
+    rows = max(stop - start for start, stop in itertools.pairwise(kept.cuts))
+    heads = head_share(layout)
+    row_bytes = 2 * video.batch * (heads.stop - heads.start) * HEAD_DIM * 8
+    assert count.sent["far"] == rows * row_bytes * (layout.mesh.ring.size - 1)
+    sizes = {"frame_tokens": video.frame_tokens, "window_frames": video.window}
+    expected = reference(video)[0], thinned_ref(*video.qkv, kept.index, **sizes)
+    pairs = [(got, want[:, slice(*layout.ring_shard), heads]) for got, want in zip(branches, expected, strict=True)]
+    return max((float((got - want).abs().max()) for got, want in pairs if got.numel()), default=0.0)
+
+
 def layouts_of_modes(layout: SequenceLayout) -> Iterator[tuple[shards.Mode, SequenceLayout]]:
     for mode in ("local", "global", "dual"):
         yield mode, layout
@@ -155,6 +180,7 @@ def check_layouts(rank: int, degrees: Degrees) -> None:
             assert sent.total() == count.sent.total(), f"{mode} of {video}"
             if mode == "dual":  # which calls each of the method's own kernels
                 assert worst_error(route, video, mode, video.freespec) < 1e-10, f"{video} with freespec's kernels"
+                assert thinned_error(route, video, count, kept_of(video, layout.plan)) < 1e-10, f"{video} with far keys"
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])
@@ -266,9 +292,13 @@ CONTROLS = {
     "windows shifted by one token": Control((1, 2, 1), "local", kernels=ShiftedWindows),
 }
 
+KEPT = "ranks that keep other tokens"
+
 
 def break_layouts(rank: int, name: str) -> tuple[float, float]:
     """Worst error as it is, and with the control broken."""
+    if name == KEPT:
+        return keep_other_tokens(rank)
     video = Video(frames=8, frame_tokens=2, window=3, heads=4)
     control = CONTROLS[name]
     layout = replace(make_layout(control.degrees, video, ByteCount()), gathers_keys=control.gathers_keys)
@@ -280,7 +310,18 @@ def break_layouts(rank: int, name: str) -> tuple[float, float]:
         return sound, worst_error(replace(layout, exchange=control.exchange), video, control.mode, kernels)
 
 
+def keep_other_tokens(rank: int) -> tuple[float, float]:
+    """Error with far keys as they are, and when rank 0 keeps another token than rank 1 takes it to."""
+    video, count = Video(frames=8, frame_tokens=2, window=3, heads=4), ByteCount()
+    layout = make_layout((1, 2, 1), video, count)
+    kept = kept_of(video, layout.plan)
+    other = replace(kept, index=torch.cat((kept.index[:1] ^ 1, kept.index[1:])))
+    sound, broken = (thinned_error(layout, video, count, each) for each in (kept, kept if rank else other))
+    return sound, broken
+
+
 def test_broken_movements_are_noticed(tmp_path: Path) -> None:
-    for name, by_rank in zip(CONTROLS, run_ranks(2, break_layouts, list(CONTROLS), tmp_path), strict=True):
+    names = [*CONTROLS, KEPT]
+    for name, by_rank in zip(names, run_ranks(2, break_layouts, names, tmp_path), strict=True):
         assert max(sound for sound, _ in by_rank) < 1e-10, name
         assert max(broken for _, broken in by_rank) > 1e-3, name
