@@ -22,6 +22,7 @@ PAGE = ROOT / "docs" / "performance.md"
 BENCHMARKS: dict[str, Callable[[Run], str]] = {
     "attention": tables.attention,
     "far": tables.far,
+    "far_latents": tables.far_latents,
     "fusion": tables.fusion,
     "parallel": tables.parallel,
     "memory": tables.memory,
@@ -110,7 +111,7 @@ def page_tables() -> dict[str, str]:
     return {
         "goals": table(["what", "goal", "predicted", "measured", "holds", "file"], goals),
         "expected": expectations(runs),
-        **{name: measured(runs, name) for name in ("attention", "far", "fusion", "parallel", "memory")},
+        **{name: measured(runs, name) for name in ("attention", "far", "far_latents", "fusion", "parallel", "memory")},
         "gpu": "\n\n".join(gpu_report.sections(gpu)),
         "predicted": predicted.predictions(),
         "published": published_table(),

@@ -1,5 +1,6 @@
 """Markdown of what was measured: printed when a CPU benchmark ends, and written into docs/performance.md."""
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -71,6 +72,25 @@ def far(run: Run) -> str:
         rows.append([*layer(result), *pairs, f"{error:.1e}"])
     header = ["layer", "frames x tokens", "heads x D", *(f"{name} / global" for name in names)]
     return table([*header, "largest error against explicit weights"], rows)
+
+
+def far_latents(run: Run) -> str:
+    """Distances of final latents from exact FreeSpec: mean and range, over that of sliding_window, and CPU time."""
+    found = run["results"]
+    prompts, window = (
+        {row["prompt"] for row in found},
+        statistics.mean(row["distance"]["sliding_window"] for row in found),
+    )
+    rows = []
+    for name in found[0]["distance"]:
+        distances = [row["distance"][name] for row in found]
+        seconds = [row["cpu_s"][name] / row["cpu_s"]["freespec"] for row in found]
+        mean = statistics.mean(distances)
+        spread = f"{mean:.3f} ({min(distances):.3f} to {max(distances):.3f})"
+        rows.append([name, spread, f"{mean / window:.2f}", f"{statistics.median(seconds):.2f}"])
+    header = ["variant", "distance from FreeSpec with all keys", "over sliding_window", "CPU time over FreeSpec"]
+    videos = f"{len(found)} videos of {len(prompts)} held-out prompts, {run['settings']['video.num_frames']} frames"
+    return f"{table(header, rows)}\n\n{videos}, {run['settings']['sampler.num_steps']} steps; latents, relative, Frobenius."
 
 
 def fusion(run: Run) -> str:
