@@ -88,5 +88,5 @@ def _check_difference(label: str, preset: str, base: RunConfig, config: RunConfi
     if foreign:
         raise UserError(
             f"{preset} of {label} changes {', '.join(foreign)}, which all variants must share; a preset of a variant "
-            "may set method.*, sampler.noise, sampler.noise_stride and attention.riflex.*"
+            "may set method.*, sampler.noise, sampler.noise_stride, attention.riflex.* and attention.far"
         )
