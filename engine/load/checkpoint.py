@@ -13,7 +13,7 @@ from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError
 from engine.identity import latents_settings
 from engine.load.hub import fetch
-from engine.load.loras import find_loras
+from engine.load.loras import Lora, find_loras
 from engine.load.single_file import find_single_file
 from engine.load.weights import deciding_files, read_config
 from engine.paths import find_checkpoint
@@ -56,6 +56,11 @@ class Checkpoint:
         return spec_of(self.adapter, transformer, vae, self.folder)
 
     @cached_property
+    def loras(self) -> list[Lora]:
+        """Its LoRAs, found once: the hub is asked for each."""
+        return find_loras(self.config)
+
+    @cached_property
     def digest(self) -> str:
         """SHA-256 in hex of the checkpoint's version, and the names, sizes and contents of its files and the single file beside it,
         and the contents and scales of its LoRAs.
@@ -75,7 +80,7 @@ class Checkpoint:
             size = file.stat().st_size
             digest.update(f"{name} {size}\n".encode())
             _add_sample(digest, file, size)
-        for lora in find_loras(self.config):
+        for lora in self.loras:
             digest.update(f"lora {lora.scale!r} {lora.path.stat().st_size}\n".encode())
             _add_sample(digest, lora.path, lora.path.stat().st_size)
         return digest.hexdigest()
@@ -87,7 +92,7 @@ class Checkpoint:
     def settings(self, config: RunConfig, **given: Any) -> dict[str, Any]:
         """`engine.identity.latents_settings` of a run with this checkpoint."""
         device = pick_device(config.model.device)
-        loras = [lora.name for lora in find_loras(config.model)]  # by name, for people: the digest has their content
+        loras = [lora.name for lora in self.loras]  # by name, for people: the digest has their content
         return latents_settings(
             config,
             checkpoint=self.digest,

@@ -13,7 +13,7 @@ from engine.adapters import ModelAdapter
 from engine.config import ModelConfig
 from engine.load.checkpoint import open_checkpoint
 from engine.load.hub import commit_of
-from engine.load.loras import Lora, find_loras
+from engine.load.loras import Lora
 from engine.load.single_file import find_single_file
 from engine.load.weights import WEIGHT_FOLDERS, deciding_files
 from engine.paths import expand
@@ -38,9 +38,8 @@ def describe_weights(config: ModelConfig) -> dict[str, Any]:
         found["single_file"] = {"name": single.name, "sha256": sha256_of(single)}
         if not expand(config.single_file or "").is_file():  # then it is the hub's: .../snapshots/COMMIT/...
             found["single_file"]["commit"] = commit_of(single)
-    loras = find_loras(config)
-    if loras:
-        found["loras"] = [_describe_lora(lora, checkpoint.adapter) for lora in loras]
+    if checkpoint.loras:
+        found["loras"] = [_describe_lora(lora, checkpoint.adapter) for lora in checkpoint.loras]
     return found
 
 
