@@ -55,6 +55,17 @@ def test_the_presets_are_the_seven_rows() -> None:
     assert len({tuple(row) for row in ROWS.values()}) == 7
 
 
+def test_the_preset_of_four_steps_has_the_published_ones() -> None:
+    """Its authors write 1000, 750, 500 and 250 with shift 5, and the split fuses in half of them."""
+    config = parse("--config", "configs/wan2.1-t2v-14b-4steps.yaml")
+    published = [5 * t / (1 + 4 * t) for t in (1.0, 0.75, 0.5, 0.25)]
+    assert config.sampler.levels == pytest.approx(published, abs=1e-6)
+    assert (config.sampler.num_steps, config.sampler.guidance_scale) == (4, 1.0)
+    for name in ("freespec", "freepca"):
+        method = dataclasses.replace(config.method, name=name).method
+        assert len({step.mode for step in method.plan([1000 * level for level in published])}) == 2, name
+
+
 OWN = """
 from dataclasses import dataclass
 from freespec.methods import Method, StepPlan
