@@ -82,9 +82,12 @@ def _heading(spec: ModelSpec, config: RunConfig, gpu: GpuSpec, world_size: int) 
 
 
 def _shares(best: Plan, case: Case) -> list[str]:
+    layout = case.layout(best.degrees)
+    far = f"  far keys of dual steps: {layout.kept} of {layout.frame_tokens} tokens of each frame outside the windows"
     return [
         f"  tokens per rank: {_span(best.tokens)}; heads per rank inside attention: {_span(best.heads)}; "
         f"local steps by {best.local_route}; attention by {case.options.kernel_on(case.gpu)}",
+        *([far] if layout.kept else []),
     ]
 
 

@@ -33,6 +33,15 @@ def test_text_names_the_chosen_plan_first_and_says_why_and_that_times_are_predic
     assert ["1", "1", "8"] in rows
 
 
+def test_far_keys_are_told_and_halve_the_time_of_freespec(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(main, [*WAN, "--gpus", "1", "--gpu", "h200", "--attention.far", "1/8"]) == 0
+    out = capsys.readouterr().out
+    assert "far keys of dual steps: 195 of 1560 tokens of each frame" in out
+    assert run_command(main, [*WAN, "--gpus", "1", "--gpu", "h200", "--attention.far", "1/8", "--json"]) == 0
+    [only] = json.loads(capsys.readouterr().out)["plans"]
+    assert 0.45 < only["run_seconds"]["freespec"] / only["run_seconds"]["direct"] < 0.55
+
+
 def test_json_is_the_same_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(main, [*WAN, "--gpus", "2", "--gpu", "a100", "--json", "--method.name", "direct"]) == 0
     tree = json.loads(capsys.readouterr().out)
