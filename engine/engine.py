@@ -83,7 +83,7 @@ class LongVideoEngine:
             self.decoder = VideoDecoder(
                 config, vae=self.pipe.vae, spec=self.spec, device=self.device, world=self.mesh.world
             )
-            self.kernel = choose_on_ranks(config, self.spec, self.pipe.transformer, self.ranks, self.device)
+            self.choose_kernel()
             self.handle = self._apply_method()
             self.pipe.scheduler = make_scheduler(self.pipe.scheduler, config.sampler)
         except BaseException:
@@ -99,6 +99,10 @@ class LongVideoEngine:
             checkpoint=self.checkpoint.digest,
         )
         self.load_seconds = time.perf_counter() - started
+
+    def choose_kernel(self) -> None:
+        """Choose the attention kernel for the video of the configuration; the next method that is used takes it."""
+        self.kernel = choose_on_ranks(self.config, self.spec, self.pipe.transformer, self.ranks, self.device)
 
     def use_method(self, method: MethodConfig, output: OutputConfig | None = None) -> None:
         """Replace the method on the loaded model; `output` replaces the settings of its files, if given.

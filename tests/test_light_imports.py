@@ -63,6 +63,7 @@ MISTAKES = {
     "batch --prompts /nowhere --out o": "cannot read --prompts /nowhere",
     "batch --prompts /nowhere --out o --methods magic": "unknown method 'magic'",
     "batch --status /nowhere": "/nowhere holds no batch",
+    "serve --folder o --host 0.0.0.0": "--host 0.0.0.0 lets other machines in, which needs --api_key_file FILE",
     "decode": "give the file of the latents",
     "decode a.safetensors": "give the file of the video: --output PATH",
     "compare": "give one of --prompt TEXT, --timeline EVENTS and --prompts FILE",

@@ -165,6 +165,7 @@ class Driver:
         journal: receives the events.
         limits: time limits.
         wait: waits a moment, or until something happens.
+        open: whether more items may come, as to a service: the run goes on without any, and replicas load before the first.
         clock: time in seconds.
         halted: why the batch has halted, or None.
         refused: why a replica could not load, if other replicas would fail the same way.
@@ -181,6 +182,7 @@ class Driver:
     kept: Callable[[Item], int] = lambda item: 0
     limits: Limits = field(default_factory=Limits)
     wait: Callable[[], None] = lambda: time.sleep(0.05)
+    open: Callable[[], bool] = lambda: False
     clock: Callable[[], float] = time.monotonic
     halted: Failure | None = None
     refused: Failure | None = None
@@ -193,8 +195,8 @@ class Driver:
         self.started = self.clock()
 
     def run(self) -> None:
-        """Run until every item is done or given up, or the batch halts."""
-        while self.queue.left and not (self.halted and not self.queue.running):
+        """Run until every item is done or given up and no more may come, or the batch halts."""
+        while (self.queue.left or self.open()) and not (self.halted and not self.queue.running):
             for entry in self.entries:
                 self._hear(entry)
                 self._enforce(entry)
@@ -269,6 +271,10 @@ class Driver:
         entry.item, entry.step, entry.total = None, 0, 0
         self._set(entry, "stopping" if broken else "idle")
         name = entry.replica.name
+        if failure.kind == "cancelled":
+            self.queue.drop(item)
+            self.journal.event("cancelled", item=item.label, id=item.item_id, replica=name)
+            return
         if failure.kind == "disk":  # every other item would end the same way
             self.queue.put_back(item)
             self._halt(failure, item, name)
@@ -331,11 +337,11 @@ class Driver:
             entry.replica.start()
 
     def _wanted(self, entry: ReplicaState) -> bool:
-        """Whether more items wait than other replicas could take."""
+        """Whether more items wait, or may come, than other replicas could take."""
         if self.halted or (self.refused and not self.proven):
             return False
         ready = sum(other.state in ("idle", "loading", "placing") for other in self.entries if other is not entry)
-        return len(self.queue.waiting) > ready
+        return len(self.queue.waiting) > ready or self.open()
 
     def _dispatch(self) -> None:
         for entry in self.entries:
@@ -353,7 +359,7 @@ class Driver:
 
     def _check_replicas(self) -> None:
         """Halt if no replica can be started any more, or loading fails for a reason that all share."""
-        if self.halted or not self.queue.left:
+        if self.halted or not (self.queue.left or self.open()):
             return
         states = {entry.state for entry in self.entries}
         if self.refused and not self.proven and not states & {"placing", "loading", "stopping"}:

@@ -118,11 +118,14 @@ class ItemMaker:
         engine, before = self.engine, self.engine.config
         if before == config:
             return
+        kernel = engine.kernel
         engine.config = config
         try:
+            if before.video != config.video:
+                engine.choose_kernel()
             engine.use_method(config.method)
         except UserError:
-            engine.config = before
+            engine.config, engine.kernel = before, kernel
             raise
 
     def _check_given(self) -> None:

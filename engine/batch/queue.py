@@ -1,5 +1,6 @@
 """The queue of a driver: which item is next, and whether a failed one is retried. No files, clock or processes."""
 
+import contextlib
 import re
 from collections import deque
 from collections.abc import Iterable
@@ -16,8 +17,8 @@ MOST_ALIKE_LOST = 10
 
 # Why an attempt failed. `mistake`: the same would happen again (a prompt that is too long). `disk`: a fault of the storage,
 # and no attempt of this item's own. `lost`: a rank or a replica ended. `time`: it took too long. `alike`: several items
-# failed in the same way.
-Kind = Literal["mistake", "disk", "memory", "lost", "time", "fault", "alike"]
+# failed in the same way. `cancelled`: nobody wants the item any more.
+Kind = Literal["mistake", "disk", "memory", "lost", "time", "fault", "alike", "cancelled"]
 # The item is requeued, given up, or requeued while the batch halts.
 Verdict = Literal["again", "quarantine", "halt"]
 
@@ -51,6 +52,8 @@ class Queue:
         done: item_ids.
         given_up: item_ids.
         attempts: failed attempts, by item_id.
+        halts: whether similar failures in a row halt the batch; the items of a service come from many clients, and each is
+            judged alone.
         alike: items that failed in the same way, with none done in between.
         num_alike: how many of these count.
     """
@@ -60,6 +63,7 @@ class Queue:
     done: set[str] = field(default_factory=set)
     given_up: set[str] = field(default_factory=set)
     attempts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    halts: bool = True
     alike: list[Item] = field(default_factory=list)
     num_alike: int = 0
     _cause: str = ""
@@ -77,6 +81,20 @@ class Queue:
     def left(self) -> int:
         """Items that are neither done nor given up."""
         return len(self.waiting) + len(self.running)
+
+    def add(self, item: Item) -> None:
+        """Append an item that is new, or wanted once more after it was done or given up."""
+        self.drop(item)
+        self.waiting.append(item)
+
+    def drop(self, item: Item) -> None:
+        """Forget an item and its attempts."""
+        with contextlib.suppress(ValueError):
+            self.waiting.remove(item)
+        self.running.pop(item.item_id, None)
+        self.attempts.pop(item.item_id, None)
+        for found in (self.done, self.given_up):
+            found.discard(item.item_id)
 
     def take(self) -> Item | None:
         """Take the next item, which is now running; None if none waits."""
@@ -125,7 +143,7 @@ class Queue:
                 "counts": not advanced,
             }
         )
-        if not advanced and self._is_last_alike(item, failure):
+        if not advanced and self.halts and self._is_last_alike(item, failure):
             self._take_back(item)
             return "halt"
         if hopeless or sum(attempt["counts"] for attempt in tried) >= MOST_ATTEMPTS:

@@ -8,6 +8,7 @@ from typing import Any
 from engine.adapters import ModelAdapter
 from engine.config import ModelConfig, SamplerConfig, VideoConfig
 from engine.errors import UserError
+from engine.load.checkpoint import Checkpoint
 from engine.load.pipeline import load_tokenizer
 from engine.paths import SHIPPED
 from engine.shown import quoted
@@ -25,10 +26,18 @@ _SHOWN_LETTERS = 40
 def check_prompts(
     model: ModelConfig, sampler: SamplerConfig, video: VideoConfig, prompts: Sequence[Named]
 ) -> list[str]:
+    """`check_read_prompts` with the tokenizer of a checkpoint, of which nothing else is read."""
+    return check_read_prompts(*load_tokenizer(model), sampler, video, prompts)
+
+
+def check_read_prompts(
+    checkpoint: Checkpoint, tokenizer: Any, sampler: SamplerConfig, video: VideoConfig, prompts: Sequence[Named]
+) -> list[str]:
     """Check all prompts of a run; returns notes for the user, one sentence each.
 
     Args:
-        model: the checkpoint, of which only the tokenizer is read.
+        checkpoint: the checkpoint.
+        tokenizer: its tokenizer.
         sampler: the longest prompt, the negative prompt, and whether there is guidance.
         video: length and rate, which the events of a timeline must fit.
         prompts: (name, text) of each.
@@ -37,7 +46,6 @@ def check_prompts(
         UserError: prompts are longer than `sampler.max_text_tokens`; all of them are named. Or a timeline does not fit the video,
             or there is no tokenizer.
     """
-    checkpoint, tokenizer = load_tokenizer(model)
     adapter, spec = checkpoint.adapter, checkpoint.spec
     guided = sampler.guidance_scale > 1.0
 

@@ -5,6 +5,7 @@ import dataclasses
 import os
 import socket
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from engine.batch.driver import Driver
@@ -26,15 +27,7 @@ from launch.process.stopping import Stopped
 def make(config: RunConfig, options: Replicas, batch: Batch, files: BatchFiles, work: Work) -> int:
     """Make the items of `work.todo`; returns the exit code."""
     wake = threading.Event()
-    setup = {
-        "configs": {variant.label: dataclasses.asdict(variant.config) for variant in batch.variants},
-        "root": str(options.out),
-        "checkpoint_every": options.checkpoint_every,
-        "keep_latents": options.keep_latents,
-        "sheets": options.sheets,
-        "given": None if options.given is None else options.given.arguments,
-        "given_settings": batch.given,
-    }
+    setup = worker_setup(options, batch)
     count = min(options.replicas, len(work.todo))
     journal = FileJournal(
         log=files.log(options.shard),
@@ -60,23 +53,41 @@ def make(config: RunConfig, options: Replicas, batch: Batch, files: BatchFiles, 
             wait=lambda: _wait(wake),
         )
         journal.event("begin", host=socket.gethostname(), pid=os.getpid(), items=len(work.todo), replicas=count)
-        try:
-            driver.run()
-        except KeyboardInterrupt as error:
-            driver.stop(gently=True)
-            journal.event("stopped")
-            journal.write(driver, "stopped")
-            with contextlib.suppress(OSError):  # the next start writes it again
-                files.write_manifest()
-            left = len(work.todo) - len(driver.queue.done)
-            raise Stopped(f"{left} of {len(work.todo)} items are left; {SUPPORT}") from error
-        except BaseException:
-            driver.stop(gently=False)
-            raise
-        driver.stop(gently=False)
-        journal.event("end", done=len(driver.queue.done), quarantined=len(driver.queue.given_up))
-        journal.write(driver, "stopped" if driver.halted else "done")
+        total = len(work.todo)
+        run_driver(driver, journal, files, left=lambda: f"{total - len(driver.queue.done)} of {total} items are left")
     return finish(options, files, config, work, driver)
+
+
+def worker_setup(options: Replicas, batch: Batch) -> dict[str, Any]:
+    """The first line of every worker; see `launch.batching.worker`."""
+    return {
+        "configs": {variant.label: dataclasses.asdict(variant.config) for variant in batch.variants},
+        "root": str(options.out),
+        "checkpoint_every": options.checkpoint_every,
+        "keep_latents": options.keep_latents,
+        "sheets": options.sheets,
+        "given": None if options.given is None else options.given.arguments,
+        "given_settings": batch.given,
+    }
+
+
+def run_driver(driver: Driver, journal: FileJournal, files: BatchFiles, *, left: Callable[[], str]) -> None:
+    """Run until the driver ends, and end its replicas; an interruption lets them save their steps, and raises Stopped with `left()`."""
+    try:
+        driver.run()
+    except KeyboardInterrupt as error:
+        driver.stop(gently=True)
+        journal.event("stopped")
+        journal.write(driver, "stopped")
+        with contextlib.suppress(OSError):  # the next start writes it again
+            files.write_manifest()
+        raise Stopped(f"{left()}; {SUPPORT}") from error
+    except BaseException:
+        driver.stop(gently=False)
+        raise
+    driver.stop(gently=False)
+    journal.event("end", done=len(driver.queue.done), quarantined=len(driver.queue.given_up))
+    journal.write(driver, "stopped" if driver.halted else "done")
 
 
 def keep(files: BatchFiles, item: Item, attempts: list[dict[str, Any]]) -> None:

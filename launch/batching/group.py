@@ -19,7 +19,7 @@ _CRASHES = ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE")
 RankEvent = tuple[int, dict[str, Any]]
 
 # Kinds of failure by how likely they are the cause: ranks that lost another one come last.
-_BLAME = ("disk", "memory", "mistake", "fault", "ended", "lost")
+_BLAME = ("disk", "memory", "mistake", "fault", "ended", "lost", "cancelled")
 
 
 class RankProcesses(Protocol):

@@ -3,7 +3,8 @@
 The first line is the setup: `configs` (a whole RunConfig for each variant by its label, which differ in
 `engine.batch.variants.MAY_DIFFER` alone), `root` (the batch's folder), `checkpoint_every`, `keep_latents`, `sheets`, `given` (see
 `GivenFrames.arguments`), `given_settings`.
-The others are tasks: `identity`, `suite`, `attempt`, `replica`. Events go to the pipe of `launch.ranks.host`.
+The others are tasks: `identity`, `suite`, `attempt`, `replica`; those of a service also bring their own `config`, `given` and
+`given_settings`, and `cancel`, a file that cancels the item once it exists. Events go to the pipe of `launch.ranks.host`.
 """
 
 import contextlib
@@ -15,9 +16,9 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
 
 import torch.distributed as dist
 
@@ -29,6 +30,7 @@ from engine.engine import LongVideoEngine
 from engine.errors import UserError, describe_out_of_memory, first_line, is_out_of_memory
 from engine.files.storage import is_storage_fault, names_storage_fault
 from engine.given.frames import parse_given
+from engine.ranks.agreement import from_first
 from launch.process.exit_codes import LostRankError, run_command
 from launch.process.stopping import StopSignals, die_with_parent
 from launch.process.streams import unfailing_streams
@@ -84,12 +86,25 @@ class Worker(ItemMaker):
     """A rank of a replica; `tell` sends an event to the driver."""
 
     tell: Callable[..., None]
+    cancel: Path | None = None
+
+    def of(self, task: dict[str, Any]) -> Self:
+        """The same worker with the settings that a task brings along; itself for a task without any."""
+        if "config" not in task:
+            return self
+        return replace(
+            self,
+            configs={task["identity"]["variant"]: restore_config(task["config"], self.root)},
+            given=None if task["given"] is None else parse_given(**task["given"]),
+            given_settings=task["given_settings"],
+            cancel=Path(task["cancel"]),
+        )
 
     def run(self, task: dict[str, Any]) -> None:
         """Make one item and report the result; re-raises errors after which the ranks are out of step."""
         item = task["identity"]["item_id"]
         try:
-            record = self.make(task)
+            record = self.of(task).make(task)
         except BaseException as error:
             # A UserError is raised on all ranks together; after any other error the ranks are out of step.
             whole = isinstance(error, UserError)
@@ -102,9 +117,16 @@ class Worker(ItemMaker):
             self.tell("done", item=item, record=record)
 
     def on_step(self, item: str, finished: int, total: int) -> None:
-        """Tell the driver that a step of an item is done."""
+        """Tell the driver that a step of an item is done; CancelledError, on all ranks, if nobody wants the item any more."""
+        cancel = self.cancel
         if self.engine.is_first:
             self.tell("step", item=item, finished=finished, total=total)
+        if cancel is not None and from_first(self.engine.mesh, lambda: b"x" if cancel.exists() else b"", "cancel"):
+            raise CancelledError("cancelled")
+
+
+class CancelledError(UserError):
+    """The item is not wanted any more; raised on all ranks together."""
 
 
 def refuse_unshared(root: Path) -> None:
@@ -118,6 +140,8 @@ def refuse_unshared(root: Path) -> None:
 
 def kind_of(error: BaseException) -> Kind:
     """Return the kind of failure of an exception."""
+    if isinstance(error, CancelledError):
+        return "cancelled"
     if is_storage_fault(error):
         return "disk"
     if isinstance(error, UserError):  # the engine turns an OSError of one rank into one line for all

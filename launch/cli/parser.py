@@ -30,7 +30,7 @@ _NO_VALUE = (*_HELP, "--print_config")
 
 # Short names of settings: a group with one value, and `--out` in commands without a folder.
 _SHORT = {"output": "output.path", "model": "model.path", "method": "method.name"}
-_OUT = ("output.path", "output")
+_OUT = ("folder", "output.path", "output")
 
 # The common settings of a run, which `--help` shows beside the command's own options; `--help_all` shows all.
 _COMMON = frozenset(

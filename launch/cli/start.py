@@ -43,6 +43,7 @@ COMMANDS = {
     ),
     "plan": Kind(what="predict memory and time of every layout before a weight is loaded", only_prints=True),
     "batch": Kind(what="make prompts x seeds x methods, on fault-tolerant replicas"),
+    "serve": Kind(what="keep a model loaded behind OpenAI's video API, with a page"),
     "decode": Kind(what="make the video of saved latents"),
     "compare": Kind(what="compare methods on the same prompts and seeds, on a page of videos", starts_ranks=True),
     "analyze": Kind(what="measure singular spectra of attention, and low-rank videos", starts_ranks=True),
@@ -100,7 +101,7 @@ def ignore_place(name: str) -> None:
     for variable in os.environ.keys() - kept.keys():
         del os.environ[variable]
     if rank is not None and world not in (None, "1"):
-        own = "starts its own ranks (--nproc, --replicas)" if name == "batch" else "is one process"
+        own = "starts its own ranks (--nproc, --replicas)" if name in ("batch", "serve") else "is one process"
         show(f"RANK {rank} and WORLD_SIZE {world} of the environment are ignored: {name} {own}")
 
 

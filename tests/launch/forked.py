@@ -49,14 +49,10 @@ def run_forked(
     ranks = range(len(commands)) if ranks is None else ranks
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     processes = []
     for rank, command in zip(ranks, commands, strict=True):
         place = {"RANK": rank, "WORLD_SIZE": world or len(commands), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        arguments = (rank, [script, *map(str, command)], place, tmp_path, fault)
-        processes.append(context.Process(target=_rank_main, args=arguments, daemon=True))
-        processes[-1].start()
+        processes.append(start_forked([script, *command], tmp_path, place=place, rank=rank, fault=fault))
     until = time.monotonic() + PATIENCE_SECONDS
     waited = processes[:1] if kill_when_first_ended else processes
     while any(process.is_alive() for process in waited) and time.monotonic() < until:
@@ -69,6 +65,23 @@ def run_forked(
         Ended(None if late else process.exitcode, *((tmp_path / f"rank{rank}.{kind}").read_text() for kind in _KINDS))
         for rank, process, late in zip(ranks, processes, killed, strict=True)
     ]
+
+
+def start_forked(
+    command: Sequence[object],
+    folder: Path,
+    *,
+    place: dict[str, object],
+    rank: int = 0,
+    fault: Fault | None = None,
+) -> multiprocessing.Process:
+    """Start a script with its words, and with the variables of `place`; what it prints is in `rank0.out` and `rank0.err` of the folder."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    arguments = (rank, [str(word) for word in command], place, folder, fault)
+    process = context.Process(target=_rank_main, args=arguments, daemon=True)
+    process.start()
+    return process
 
 
 _KINDS = ("out", "err")

@@ -1,0 +1,146 @@
+"""Command line of serve.py."""
+
+import importlib.util
+import ipaddress
+from dataclasses import dataclass
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+from engine.batch.variants import Variant
+from engine.config import METHODS, RunConfig
+from engine.errors import UserError
+from engine.paths import expand, find_checkpoint
+from launch.arguments.environment import check_environment
+from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_empty
+from launch.arguments.variants import METHODS_HELP, read_variants
+from launch.batching.options import Replicas, add_replicas
+from launch.cli.parser import parse_run
+
+DESCRIPTION = (
+    "Keep a model loaded, and make videos for clients of OpenAI's video API. Started again, it goes on with its jobs."
+)
+PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
+LEAST_KEY = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """The checked command line of serve.py.
+
+    Attributes:
+        config: the run; a request may change method, size, length and seed.
+        variants: the methods that a request may name, the default one first.
+        options: the replicas, and the folder of the jobs.
+        host: address to listen on.
+        port: port to listen on; 0 takes a free one.
+        key: what clients must send as their API key, or None.
+        most_jobs: jobs that may wait or run.
+    """
+
+    config: RunConfig
+    variants: list[Variant]
+    options: Replicas
+    host: str
+    port: int
+    key: str | None
+    most_jobs: int
+
+
+def read(argv: list[str]) -> Arguments:
+    """Parse and check; UserError for a mistake."""
+    namespace, config = parse_run(
+        argv,
+        name="serve.py",
+        description=DESCRIPTION,
+        add_arguments=add_arguments,
+        unread=(*OF_ONE_VIDEO, "output.progress"),
+    )
+    check_environment()
+    check_output(config.output, "serve.py")
+    refuse_empty(namespace, "folder", "methods", "host", "api_key_file")
+    if namespace.folder is None:
+        raise UserError("--folder is missing; give the folder of the jobs and their videos")
+    for name, least, most in (("port", 0, 65535), ("most_jobs", 1, 10_000), ("checkpoint_every", 0, 10_000)):
+        if not least <= namespace[name] <= most:
+            raise UserError(f"--{name} must lie in [{least}, {most}], got {namespace[name]}")
+    key = None if namespace.api_key_file is None else read_key(expand(namespace.api_key_file))
+    if key is None and not is_loopback(namespace.host):
+        raise UserError(
+            f"--host {namespace.host} lets other machines in, which needs --api_key_file FILE, a file with one key that clients send"
+        )
+    namespace.out, namespace.shard = namespace.folder, None
+    options = Replicas.of(namespace, config, checkpoint_every=namespace.checkpoint_every, sheets=True)
+    variants = methods_of(config)
+    if namespace.methods is not None:
+        variants = read_variants(namespace.methods, argv, name="serve.py", add_arguments=add_arguments)
+    find_checkpoint(config.model.path)
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"serve needs {', '.join(missing)}; install what it needs with pip install 'freespec-engine[serve]'"
+        )
+    return Arguments(
+        config=config,
+        variants=variants,
+        options=options,
+        host=namespace.host,
+        port=namespace.port,
+        key=key,
+        most_jobs=namespace.most_jobs,
+    )
+
+
+def methods_of(config: RunConfig) -> list[Variant]:
+    """Every method that the other settings allow, that of the configuration first."""
+    found = [Variant.of(config, config.method.name)]
+    for name in METHODS:
+        try:
+            variant = Variant.of(config, name)
+        except UserError:
+            continue
+        if all(variant.acts_by != other.acts_by for other in found):
+            found.append(variant)
+    return found
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def read_key(path: Path) -> str:
+    """Read the one key of a file; UserError for a short one, or one that a header cannot hold."""
+    try:
+        key = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read --api_key_file {path}: {getattr(error, 'strerror', None) or error}") from error
+    if len(key) < LEAST_KEY or not key.isascii() or not key.isprintable() or " " in key:
+        raise UserError(
+            f"--api_key_file {path} must hold one key of at least {LEAST_KEY} ASCII characters without spaces, got {len(key)}"
+        )
+    return key
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the options of the command, beside the settings of a run."""
+    for name, kind, default, text in (
+        ("folder", str, None, "folder of the jobs and their videos; may hold those of an earlier start"),
+        ("host", str, "127.0.0.1", "address to listen on; one that other machines reach needs --api_key_file"),
+        ("port", int, 8000, "port to listen on; 0 takes a free one"),
+        ("api_key_file", str, None, "file with one key, which clients send as their API key"),
+        ("methods", str, None, f"those that a request may name: {METHODS_HELP} (default: all that the settings allow)"),
+        ("most_jobs", int, 64, "jobs that may wait or run; more are answered with 429"),
+        (
+            "checkpoint_every",
+            int,
+            5,
+            "steps between checkpoints of a video; 0 writes one when stopped, and before decoding",
+        ),
+        ("nproc", int, None, "ranks of each replica, which share one video"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    add_replicas(parser)

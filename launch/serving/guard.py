@@ -1,0 +1,108 @@
+"""What every request passes before it is read: the size of its body, where it comes from, and its key."""
+
+import hmac
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from engine.shown import printable
+from launch.arguments.serve import is_loopback
+from launch.serving.requests import RefusedError
+
+MOST_BODY = 16 << 20
+# What tells nothing about the jobs: the page, which asks for the key itself, and whether the service lives.
+OPEN_PATHS = ("/", "/health")
+_SAFE = {
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+    "Referrer-Policy": "no-referrer",
+    "X-Frame-Options": "DENY",
+}
+
+
+def as_response(error: RefusedError) -> JSONResponse:
+    """The answer to a refused request, in the shape of OpenAI's errors."""
+    kind = "server_error" if error.status >= 500 else "invalid_request_error"
+    line, param = (None if each is None else printable(each) for each in (" ".join(str(error).split()), error.param))
+    headers = _SAFE | ({} if error.wait is None else {"Retry-After": str(error.wait)})
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    body = {"error": {"message": line, "type": kind, "param": param, "code": error.code}}
+    return JSONResponse(body, status_code=error.status, headers=headers)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Middleware that refuses a request before the application sees it.
+
+    Attributes:
+        app: the application.
+        key: what clients must send as `Authorization: Bearer KEY`; None lets in who reaches the loopback device by its name.
+    """
+
+    app: ASGIApp
+    key: str | None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer it."""
+        if scope["type"] != "http":
+            return
+        headers = Headers(scope=scope)
+        refused = self._refuse(scope["path"], headers)
+        if refused is not None:
+            await as_response(refused)(scope, receive, send)
+            return
+
+        async def send_safely(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                present = {name for name, _ in message["headers"]}
+                extra = [(name.lower().encode(), value.encode()) for name, value in _SAFE.items()]
+                message["headers"] = [*message["headers"], *(each for each in extra if each[0] not in present)]
+            await send(message)
+
+        await self.app(scope, _bounded(receive), send_safely)
+
+    def _refuse(self, path: str, headers: Headers) -> RefusedError | None:
+        length = headers.get("content-length", "0")
+        if not (length.isascii() and length.isdigit()) or int(length) > MOST_BODY:
+            return too_large()
+        host = headers.get("host", "")
+        # A page of another site may send requests to this machine, or give its own name this machine's address.
+        if self.key is None and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+            return RefusedError(
+                f"the host {host[:60]!r} is not this machine's loopback; use 127.0.0.1", status=403, code="forbidden"
+            )
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            return RefusedError(f"requests of pages from {origin[:60]!r} are refused", status=403, code="forbidden")
+        if self.key is not None and path not in OPEN_PATHS and not self._has_key(headers):
+            return RefusedError("the API key is missing or wrong", status=401, code="invalid_api_key")
+        return None
+
+    def _has_key(self, headers: Headers) -> bool:
+        assert self.key is not None
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        return kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self.key.encode())
+
+
+def too_large() -> RefusedError:
+    """The refusal of a body above `MOST_BODY`."""
+    return RefusedError(f"the request is larger than {MOST_BODY >> 20} MiB", status=413, code="too_large")
+
+
+def _bounded(receive: Receive) -> Receive:
+    """Receive no more than `MOST_BODY`, for bodies that do not tell their length."""
+    seen = 0
+
+    async def take() -> Message:
+        nonlocal seen
+        message = await receive()
+        seen += len(message.get("body", b""))
+        if seen > MOST_BODY:
+            raise too_large()
+        return message
+
+    return take

@@ -1,0 +1,156 @@
+"""A request to an item of the batch: its configuration, the checks that generate.py makes, and its id."""
+
+import dataclasses
+import hashlib
+import io
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from engine.batch.forecast import arrange_replica
+from engine.batch.identity import text_sha256
+from engine.batch.items import Item, plan_batch
+from engine.batch.suite import Prompt, Suite
+from engine.batch.variants import Variant
+from engine.config import RunConfig
+from engine.errors import UserError
+from engine.given.frames import GivenFrames, GivenImage
+from engine.given.known import check_given
+from engine.load.checkpoint import Checkpoint
+from engine.load.pipeline import load_tokenizer
+from engine.text.prompts import PROMPT, check_read_prompts
+from launch.batching.options import Replicas
+from launch.serving.requests import Offer, RefusedError, VideoRequest
+
+SUITE = Suite(name="serve", sha256=text_sha256(""), prompts=())
+PICTURES = {"PNG": "png", "JPEG": "jpg", "WEBP": "webp"}
+MOST_PIXELS = 32_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A request as an item, and what its task brings along."""
+
+    request: VideoRequest
+    item: Item
+    config: RunConfig
+    given: GivenFrames | None
+    given_settings: Mapping[str, Any] | None
+
+    @property
+    def task(self) -> dict[str, Any]:
+        """What a worker needs beside the item's identity, in JSON types."""
+        return {
+            "config": dataclasses.asdict(self.config),
+            "given": None if self.given is None else self.given.arguments,
+            "given_settings": self.given_settings,
+        }
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans the requests of one service.
+
+    Attributes:
+        config: the run, with device, dtype and degrees set.
+        variants: the methods that may be asked for, by label.
+        options: the replicas.
+        pictures: folder of the pictures that clients have sent.
+    """
+
+    config: RunConfig
+    variants: Mapping[str, Variant]
+    options: Replicas
+    pictures: Path
+
+    @cached_property
+    def _loaded(self) -> tuple[Checkpoint, Any]:
+        return load_tokenizer(self.config.model)
+
+    @cached_property
+    def offer(self) -> Offer:
+        """What a request may ask for, and what it gets if it does not."""
+        checkpoint, video = self._loaded[0], self.config.video
+        return Offer(
+            model=Path(self.config.model.path).name,
+            methods=tuple(self.variants),
+            height=video.height,
+            width=video.width,
+            num_frames=video.num_frames,
+            fps=video.fps,
+            step=checkpoint.spec.temporal_factor,
+            seed=self.config.sampler.seed,
+        )
+
+    def plan(self, request: VideoRequest) -> Planned:
+        """Check a request as generate.py checks its command line; UserError for one that cannot be made."""
+        (checkpoint, tokenizer), options = self._loaded, self.options
+        self._check_size(request)
+        size = {"num_frames": request.num_frames, "height": request.height, "width": request.width}
+        checkpoint.spec.check_video(*size.values())
+        config = self.variants[request.method].config
+        config = dataclasses.replace(config, video=dataclasses.replace(config.video, **size))
+        variant = Variant(label=request.method, config=config)
+        arrange_replica([variant], options.ranks, torch.device(config.model.device), gpu=None, nodes=options.nodes)
+        check_read_prompts(checkpoint, tokenizer, config.sampler, config.video, [(PROMPT, request.prompt)])
+        given, settings = None, None
+        if request.picture is not None:
+            given = GivenFrames(images=(GivenImage(where="first", path=self.pictures / request.picture),))
+            try:
+                check_given(given, checkpoint.spec, **size, fps=config.video.fps)
+            except UserError as error:  # which names the file as the operator knows it
+                line = str(error).replace(str(given.images[0].path), "input_reference")
+                raise RefusedError(line, param="input_reference") from error
+            settings = given.settings(
+                num_frames=request.num_frames, fps=config.video.fps, step=checkpoint.spec.temporal_factor
+            )
+        prompt = Prompt(prompt_id=f"p{text_sha256(request.prompt)[:12]}", line=1, text=request.prompt)
+        batch = plan_batch(
+            [variant],
+            dataclasses.replace(SUITE, prompts=(prompt,)),
+            seeds=(request.seed,),
+            checkpoint=checkpoint.digest,
+            dtype=config.model.dtype,
+            given=settings,
+        )
+        return Planned(request=request, item=batch.items[0], config=config, given=given, given_settings=settings)
+
+    def _check_size(self, request: VideoRequest) -> None:
+        """Raise RefusedError for a video with more pixels than that of the preset, which the memory is known to hold."""
+        video = self.config.video
+        most = video.num_frames * video.height * video.width
+        asked = request.num_frames * request.height * request.width
+        if asked > most:
+            raise RefusedError(
+                f"{request.num_frames} frames of {request.width}x{request.height} are {asked} pixels, and this service makes at most "
+                f"{most}, as {self.offer.seconds(video.num_frames)} seconds of {video.width}x{video.height}; ask for less",
+                param="size",
+            )
+
+
+def name_picture(data: bytes) -> str:
+    """Decode a picture that a client sent, and name its file by content; RefusedError for anything but a picture of usual size."""
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=tuple(PICTURES)) as image:
+            warnings.simplefilter("error")
+            width, height = image.size
+            if width * height > MOST_PIXELS:
+                raise RefusedError(
+                    f"input_reference has {width} x {height} pixels, and at most {MOST_PIXELS} are read; send a smaller one",
+                    param="input_reference",
+                )
+            kind = PICTURES[str(image.format)]
+            image.load()
+    except RefusedError:
+        raise
+    except (OSError, SyntaxError, ValueError, ArithmeticError, Warning, Image.DecompressionBombError) as error:
+        raise RefusedError(
+            f"input_reference is not a whole picture in {', '.join(PICTURES)}; send one", param="input_reference"
+        ) from error
+    return f"{hashlib.sha256(data).hexdigest()}.{kind}"
