@@ -257,7 +257,18 @@ def test_settings_and_flags_in_code_exist() -> None:
     """`group.setting` and `--flag` between backquotes are those of a command."""
     keys = [
         keys_of(name)
-        for name in ("generate", "batch", "compare", "analyze", "calibrate", "plan", "decode", "evaluate", "findings")
+        for name in (
+            "generate",
+            "batch",
+            "serve",
+            "compare",
+            "analyze",
+            "calibrate",
+            "plan",
+            "decode",
+            "evaluate",
+            "findings",
+        )
     ]
     groups = {leaf.partition(".")[0] for each in keys for leaf in each.leaves if "." in leaf}
     wrong = []
