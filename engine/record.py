@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.metadata
+import json
 import platform
 import re
 import resource
@@ -56,7 +57,7 @@ def build_record(
 ) -> dict[str, Any]:
     """Build the record of a run whose latents exist; `decode` is the decode plan, None before decoding."""
     settings = denoised.settings
-    config = dataclasses.asdict(facts.config)
+    config = json.loads(json.dumps(dataclasses.asdict(facts.config)))  # with lists for tuples, as the file has them
     config["video"]["num_frames"] = settings["num_frames"]
     config["sampler"] |= {name: settings[name] for name in _OF_A_CALL}
     return {

@@ -226,7 +226,7 @@ def check_search(out: Path) -> None:
     ]
     report = json.loads((out / "report.json").read_text())
     assert [len(each["scores"]) for each in report["rounds"]] == [3, 2]
-    assert report["trials"] == draw_trials(3, 0, DEFAULTS)
+    assert report["trials"] == draw_trials(3, 0, DEFAULTS | {"domain": "step"})
     assert report["judged"]["supported"] is True
     assert report["num_steps"] == {"search": 2, "judged": 3}
     for part, steps in (("search", 2), ("judged", 3)):
