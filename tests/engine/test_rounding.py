@@ -37,7 +37,7 @@ METHODS = ("direct", "sliding_window", *(f"freespec:{path.stem}" for path in sor
 CONFIG = RunConfig(
     model=ModelConfig(path=str(Path(__file__).parents[2] / "tiny" / "wan"), device="cpu"),
     video=VideoConfig(num_frames=65, height=32, width=32),
-    sampler=SamplerConfig(num_steps=6, guidance_scale=5.0, max_text_tokens=32),
+    sampler=SamplerConfig(num_steps=4, guidance_scale=5.0, max_text_tokens=32),
     method=MethodConfig(window_frames=9),
     output=OutputConfig(progress="off"),
 )
@@ -145,7 +145,7 @@ def mean(values: Sequence[float]) -> float:
 def test_a_step_on_ranks_adds_no_more_than_rounding_does_to_direct(undisturbed, floor, tmp_path):
     cases = [Case(method, (1, 2, 2), undisturbed[method], gathers=False) for method in METHODS]
     for case, by_rank in zip(cases, run_ranks(4, errors_on_ranks, cases, tmp_path), strict=True):
-        assert len(by_rank[0]) == 12
+        assert len(by_rank[0]) == 8
         assert mean(by_rank[0]) <= LIMIT * floor, (case, mean(by_rank[0]), floor)
 
 

@@ -134,7 +134,8 @@ def test_without_a_prompt_or_a_preset_the_embedded_model_makes_its_example(tmp_p
         check=False,
     )
     assert (ended.returncode, ended.stderr) == (0, ""), ended
-    said, summary = ended.stdout.splitlines()
+    said, note, summary = ended.stdout.splitlines()
+    assert note.startswith("note: with freespec the only step"), note
     assert said == f'no --prompt and no --config: the embedded model makes its example, "{EXAMPLE}"'
     assert summary.startswith("runs/video.mp4: 37 frames")
     record = json.loads((tmp_path / "runs/video.json").read_text())
