@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response, StreamingResponse
 from PIL import Image
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
@@ -48,7 +49,7 @@ def make_app(jobs: Jobs, metrics: Metrics, health: Callable[[], Mapping[str, Any
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
-        return Response(metrics.text(jobs.counts()), media_type="text/plain; version=0.0.4")
+        return Response(metrics.text(jobs.counts()), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/v1/models")
     async def list_models() -> JSONResponse:

@@ -2,7 +2,7 @@
 
 import hmac
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -71,12 +71,12 @@ class Guard:
             return too_large()
         host = headers.get("host", "")
         # A page of another site may send requests to this machine, or give its own name this machine's address.
-        if self.key is None and not is_loopback(urlsplit(f"//{host}").hostname or ""):
+        if self.key is None and not is_loopback(_split(f"//{host}").hostname or ""):
             return RefusedError(
                 f"the host {host[:60]!r} is not this machine's loopback; use 127.0.0.1", status=403, code="forbidden"
             )
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _split(origin).netloc != host:
             return RefusedError(f"requests of pages from {origin[:60]!r} are refused", status=403, code="forbidden")
         if self.key is not None and path not in OPEN_PATHS and not self._has_key(headers):
             return RefusedError("the API key is missing or wrong", status=401, code="invalid_api_key")
@@ -86,6 +86,14 @@ class Guard:
         assert self.key is not None
         kind, _, given = headers.get("authorization", "").partition(" ")
         return kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), self.key.encode())
+
+
+def _split(address: str) -> SplitResult:
+    """The parts of an address; those of none for what is no address."""
+    try:
+        return urlsplit(address)
+    except ValueError:
+        return urlsplit("")
 
 
 def too_large() -> RefusedError:

@@ -17,7 +17,7 @@ from engine.batch.files import SIDECAR, BatchFiles
 from engine.errors import UserError
 from engine.files.say import say_on_stderr
 from engine.files.trees import DamagedError, Shape, read_tree
-from engine.files.whole import write_json
+from engine.files.whole import atomic_path, sweep, write_json
 from launch.serving.planner import Planned, Planner
 from launch.serving.requests import Offer, RefusedError, VideoRequest
 
@@ -98,6 +98,8 @@ class Jobs:
     leaving: dict[str, Job] = field(default_factory=dict)
     _jobs: dict[str, Job] = field(default_factory=dict)
     _new: list[Job] = field(default_factory=list)
+    # The first is held while a job comes or goes, which may take a while, and is taken before the second, for which clients that ask wait.
+    _changing: threading.RLock = field(default_factory=threading.RLock)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     @property
@@ -113,6 +115,7 @@ class Jobs:
         """Read the jobs of an earlier start, and delete what its cancelled ones left; those that are not done wait again."""
         for folder in (self.folder, self.planner.pictures, self.cancel_file("x").parent):
             folder.mkdir(exist_ok=True)
+            sweep(folder)
         for path in self.cancel_file("x").parent.iterdir():
             path.unlink()
         found = [job for path in sorted(self.folder.glob("*.json")) if (job := self._read(path)) is not None]
@@ -132,6 +135,8 @@ class Jobs:
         for checkpoint in self.files.root.glob("*/*/unfinished/*.checkpoint.safetensors"):
             if checkpoint not in kept:
                 checkpoint.unlink(missing_ok=True)
+        for path in self.planner.pictures.iterdir():
+            self._drop_picture(path.name)
 
     def _read(self, path: Path) -> Job | None:
         """Read a job; None, and a line, for one that cannot be read or made any more."""
@@ -152,41 +157,44 @@ class Jobs:
 
         Raises UserError for a request that cannot be made, with status 429 if too many jobs wait.
         """
-        with self._lock, self._kept(request.picture, picture):
+        with self._changing, self._kept(request.picture, picture):
             planned = self.planner.plan(request)
             item_id = planned.item.item_id
             before = self._jobs.get(item_id)
             if before is not None and before.status != "failed":
                 return self.shown(before)
-            if item_id in self.leaving:
-                raise RefusedError("this video is just being cancelled; ask again in a moment", status=409, wait=1)
-            if self.num_open >= self.most:
-                raise RefusedError(
-                    f"{self.num_open} jobs wait or run, and --most_jobs is {self.most}; ask again later",
-                    status=429,
-                    code="rate_limit_exceeded",
-                    wait=max(1, round(min(self.pace, 600.0))),
-                )
+            self._check_room(item_id)
             job = Job(planned=planned, created=time.time())
             self.files.release(planned.item)
             write_json(
                 self.folder / f"{item_id}.json",
                 {"created": job.created, "request": dataclasses.asdict(planned.request)},
             )
-            self._jobs.pop(item_id, None)  # so that it is the newest
-            self._jobs[item_id] = job
-            self._new.append(job)
+            with self._lock:
+                self._jobs.pop(item_id, None)  # so that it is the newest
+                self._jobs[item_id] = job
+                self._new.append(job)
             self.wake.set()
             return self.shown(job)
+
+    def _check_room(self, item_id: str) -> None:
+        """Raise RefusedError if too many jobs wait, or the item is one that is being cancelled."""
+        if item_id in self.leaving:
+            raise RefusedError("this video is just being cancelled; ask again in a moment", status=409, wait=1)
+        if (count := self.num_open) >= self.most:
+            raise RefusedError(
+                f"{count} jobs wait or run, and --most_jobs is {self.most}; ask again later",
+                status=429,
+                code="rate_limit_exceeded",
+                wait=max(1, round(min(self.pace, 600.0))),
+            )
 
     @contextlib.contextmanager
     def _kept(self, name: str | None, data: bytes | None) -> Iterable[None]:
         """Keep a client's picture in the folder, unless the block fails and no other job has it."""
         if name is not None and data is not None:
-            path = self.planner.pictures / name
-            part = path.with_name(f"{name}.part")
-            part.write_bytes(data)
-            part.replace(path)
+            with atomic_path(self.planner.pictures / name) as part:
+                part.write_bytes(data)
         try:
             yield
         except BaseException:
@@ -194,14 +202,19 @@ class Jobs:
             raise
 
     def _drop_picture(self, name: str | None) -> None:
-        jobs = (*self._jobs.values(), *self.leaving.values())
-        if name is not None and all(job.planned.request.picture != name for job in jobs):
+        if name is not None and name not in self._pictures():
             (self.planner.pictures / name).unlink(missing_ok=True)
+
+    def _pictures(self) -> set[str | None]:
+        """The pictures that a job has."""
+        with self._lock:
+            return {job.planned.request.picture for job in (*self._jobs.values(), *self.leaving.values())}
 
     @property
     def num_open(self) -> int:
         """Jobs that wait or run, cancelled ones that still run included."""
-        return sum(job.status in ("queued", "in_progress") for job in self._jobs.values()) + len(self.leaving)
+        with self._lock:
+            return sum(job.status in ("queued", "in_progress") for job in self._jobs.values()) + len(self.leaving)
 
     def counts(self) -> Mapping[str, int]:
         """Jobs by status."""
@@ -232,7 +245,7 @@ class Jobs:
 
     def delete(self, name: str) -> None:
         """Forget a job and delete its files; one that runs ends at its next step."""
-        with self._lock:
+        with self._changing, self._lock:
             job = self.find(name)
             item = job.planned.item
             (self.folder / f"{item.item_id}.json").unlink(missing_ok=True)
@@ -267,7 +280,7 @@ class Jobs:
 
     def end(self, item_id: str, *, error: str | None = None, again: bool = False) -> None:
         """Note that an item is done, has failed with `error`, or waits for another attempt; delete it if it was cancelled."""
-        with self._lock:
+        with self._changing, self._lock:
             leaving = self.leaving.pop(item_id, None) if not again else None
             job = self._jobs.get(item_id)
             if leaving is not None:

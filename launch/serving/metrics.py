@@ -19,14 +19,23 @@ class Metrics:
             "freespec_video_seconds", "Seconds of a video", buckets=_SECONDS, registry=self._registry
         )
         self._steps = Histogram("freespec_step_seconds", "Seconds of a step", buckets=_SECONDS, registry=self._registry)
+        self._memory = Gauge(
+            "freespec_peak_memory_bytes",
+            "Peak memory of a replica, by its last video",
+            ["kind"],
+            registry=self._registry,
+        )
         self._failures = Counter("freespec_failed_attempts", "Attempts that failed", ["last"], registry=self._registry)
         self._cancelled = Counter("freespec_cancelled", "Jobs that were cancelled at a step", registry=self._registry)
 
     def done(self, seconds: float, record: Mapping[str, Any] | None) -> None:
         """Count a video, and its steps by its sidecar."""
         self._videos.observe(seconds)
-        for step in (record or {}).get("run", {}).get("steps", ()):
+        run = (record or {}).get("run", {})
+        for step in run.get("steps", ()):
             self._steps.observe(step["seconds"])
+        for kind, count in run.get("peak_memory", {}).items():
+            self._memory.labels(kind=kind.removesuffix("_bytes")).set(count)
 
     def failed(self, *, again: bool) -> None:
         """Count an attempt that failed, the last of its job or not."""

@@ -53,10 +53,10 @@ def wait_for(what: Callable[[], Any]) -> Any:
 
 
 @contextlib.contextmanager
-def started(folder: Path, out: Path, printed: Path) -> Iterator[tuple[Any, openai.OpenAI]]:
+def started(folder: Path, out: Path, printed: Path, **settings: object) -> Iterator[tuple[Any, openai.OpenAI]]:
     """The command in a process of its own, and a client of it."""
     printed.mkdir()
-    process = start_forked(["serve", *words(folder, out)], printed, place={"OMP_NUM_THREADS": 1})
+    process = start_forked(["serve", *words(folder, out, **settings)], printed, place={"OMP_NUM_THREADS": 1})
     try:
         line = wait_for(lambda: (printed / "rank0.out").is_file() and (printed / "rank0.out").read_text())
         assert line.startswith("http://127.0.0.1:"), (line, (printed / "rank0.err").read_text())
@@ -70,7 +70,10 @@ def started(folder: Path, out: Path, printed: Path) -> Iterator[tuple[Any, opena
 def test_a_video_outlives_a_kill_and_another_is_cancelled(
     wan_folder: Path, tmp_path: Path, make: Callable[..., Run]
 ) -> None:
-    """Bytes are those of generate.py, for a shorter video than the preset's, whose steps the killed server had begun."""
+    """Bytes are those of generate.py on one rank, for a shorter video than the preset's, whose steps the killed server had begun.
+
+    The next server has replicas of two ranks, which end a cancelled item together.
+    """
     out = tmp_path / "served"
 
     def unfinished() -> list[Path]:
@@ -83,7 +86,7 @@ def test_a_video_outlives_a_kill_and_another_is_cancelled(
         assert (made.status, made.seconds) == ("queued", "1")
         wait_for(unfinished)
         process.kill()
-    with started(wan_folder, out, tmp_path / "second") as (process, client):
+    with started(wan_folder, out, tmp_path / "second", nproc=2) as (process, client):
         wait_for(lambda: client.videos.retrieve(made.id).status == "completed")
         video = client.videos.download_content(made.id).read()
         assert (
@@ -106,6 +109,9 @@ def test_a_video_outlives_a_kill_and_another_is_cancelled(
             client.videos.retrieve(other.id)
         wait_for(lambda: not unfinished() and not list(out.glob("pictures/*")))
         assert [each.id for each in client.videos.list()] == [made.id]
+        counted = client.with_options(base_url=client.base_url.join("/")).get("/metrics", cast_to=str)
+        assert "freespec_cancelled_total 1.0" in counted  # at a step, not after the last
+        assert "freespec_video_seconds_count 1.0" in counted
         process.terminate()
         process.join(PATIENCE_SECONDS)
         assert process.exitcode == 143
@@ -248,7 +254,12 @@ def test_bad_requests_are_answered_in_one_line_and_write_nothing(wan_folder: Pat
             assert_refused(status, answer)
             assert status == expected
         good = {"body": {"prompt": PROMPT}}
-        for method, headers in (("PUT", {}), ("POST", {"Host": "evil.test"}), ("POST", {"Origin": "http://evil.test"})):
+        for method, headers in (
+            ("PUT", {}),
+            ("POST", {"Host": "evil.test"}),
+            ("POST", {"Origin": "http://evil.test"}),
+            ("POST", {"Host": "["}),
+        ):
             assert_refused(*ask(method, "/v1/videos", **good, **headers)[:2])
         assert sorted(tmp_path.rglob("*")) == before
 
