@@ -50,6 +50,7 @@ def test_one_library_and_its_command(installed: Path) -> None:
     assert names == {"engine", "parallel", "freespec", "launch"}
     for name in ("engine", "parallel", "freespec"):
         assert (installed / name / "py.typed").exists()
+    assert (installed / "launch/serving/page.html").is_file()
     assert freespec.__version__ == engine.__version__
     assert (installed / f"freespec_engine-{engine.__version__}.dist-info").is_dir()
     assert not list((installed / "engine" / "shipped").rglob("*.py"))

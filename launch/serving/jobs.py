@@ -36,7 +36,7 @@ SHAPE: Shape = {
 PREFIX = "video_"
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One accepted request, and what has become of it; `step` of `total` steps are done."""
 
@@ -238,9 +238,8 @@ class Jobs:
     def page(self, *, limit: int, newest_first: bool, after: str | None) -> tuple[list[dict[str, Any]], bool]:
         """Up to `limit` jobs by age, after the one of this id, and whether more follow."""
         with self._lock:
-            every = list(self._jobs.values())
-        every = every[::-1] if newest_first else every
-        start = 0 if after is None else every.index(self.find(after)) + 1
+            every = list(self._jobs.values())[:: -1 if newest_first else 1]
+            start = 0 if after is None else every.index(self.find(after)) + 1
         return [self.shown(job) for job in every[start : start + limit]], len(every) > start + limit
 
     def delete(self, name: str) -> None:
