@@ -168,8 +168,9 @@ async def _read_body(request: Request) -> tuple[dict[str, Any], bytes | None]:
         return await _read_form(request)
     if kind != "application/json":
         raise RefusedError("send multipart/form-data or application/json", status=415, code="unsupported_media_type")
+    body = await request.body()
     try:
-        fields = json.loads(await request.body())
+        fields = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise RefusedError("the body is not JSON") from error
     if not isinstance(fields, dict):

@@ -154,7 +154,7 @@ def answered(jobs: Jobs, key: str | None = None) -> Iterator[Callable[..., tuple
         port = sock.getsockname()[1]
 
         def ask(method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any, http.client.HTTPResponse]:
-            if not isinstance(body, bytes | None):
+            if isinstance(body, dict | list):
                 body, headers = json.dumps(body).encode(), {"Content-Type": "application/json"} | headers
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE_SECONDS)
             with contextlib.closing(connection):
@@ -228,6 +228,10 @@ BAD: list[tuple[Any, str]] = [
     ({"body": b"x", "Content_Type": "multipart/form-data; boundary=B"}, ""),
     ({"body": b"x", "Content_Type": "multipart/form-data"}, ""),
     ({"body": bytes(MOST_BODY + 1), "Content_Type": "application/json"}, "larger than 16 MiB"),
+    (
+        {"body": (bytes(1 << 20) for _ in range(17)), "Content_Type": "application/json"},
+        "larger than 16 MiB",
+    ),  # of no told length
 ]
 WRONG_PATHS = {
     "/v1/videos/video_0000": 404,
