@@ -34,5 +34,5 @@ def transfer_section() -> str:
         return f"{100 * modes.count('dual') / len(modes):.0f} %"
 
     told = [f"{share(wan, shift)} at shift {shift:g}" for shift in _SHIFTS]
-    fused = f"of {sampler.num_steps} steps {', '.join(told)}, and {share(embedded, None)} on the embedded model"
+    fused = f"of {sampler.steps} steps {', '.join(told)}, and {share(embedded, None)} on the embedded model"
     return _TEXT.format(fused_share=method.fused_share, fused=fused, head_dim=wan.head_dim)

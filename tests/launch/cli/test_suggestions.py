@@ -102,7 +102,7 @@ def test_generate(run: Callable[..., Run], words: str) -> None:
         (plan, "--out a.mp4", "this command has no use for it, leave it out"),
         (batch, "--prompt x", "did you mean prompts?"),
         (calibrate, "--prompt x", "did you mean prompts?"),
-        (evaluate, "--gpus_per_replica 2", "it is an option of batch and compare; this command has no use for it"),
+        (evaluate, "--shard 1/2", "it is an option of batch and compare; this command has no use for it"),
         (plan, "--seeds 0,1", "this command has no use for it"),
         (batch, "--gpus 8", "did you mean --gpus_per_replica 8?"),
         (batch, "--prompt_file a.txt", "did you mean --prompts a.txt?"),
