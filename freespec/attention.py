@@ -17,9 +17,9 @@ from freespec.windows import QueryGroup, query_groups, window_range
 # Parts are merged in eighths of their tokens: the fp32 copies of half-precision outputs are three quarters of one output, and
 # a GPU is given enough at a time. Fewer tokens than these are merged at once.
 MERGE_PIECES, MERGE_TOKENS = 8, 2048
-# A CPU multiplies the last one or two rows of a matrix by kernels of their own, whose sums differ in the last bits: shards of ranks
-# begin at multiples of as many tokens.
-CPU_ROWS = 4
+# A CPU multiplies what is left beyond whole units of rows by kernels of their own, whose sums differ in the last bits: shards of
+# ranks begin at multiples of as many tokens.
+CPU_ROWS = 8
 Partial = tuple[Tensor, Tensor]  # attention over some of the keys: out [B, S, N, D], lse [B, S, N]
 Place = tuple[int, slice]  # batch item and rows of it
 

@@ -153,7 +153,7 @@ def gather_tokens(
 ) -> Tensor:
     """[B, s, ...] -> [B, S, ...] on every rank: out[:, tokens of i] = in of rank i. Bytes are counted as `kind`.
 
-    all_gather wants equal sizes, so shards are padded to the largest, which balanced shards miss by four tokens at most.
+    all_gather wants equal sizes, so shards are padded to the largest, which balanced shards miss by eight tokens at most.
     """
     if dist.get_world_size(group) == 1:
         return x_BsC

@@ -15,9 +15,10 @@ Mode = Literal["local", "global", "dual"]
 Route = Literal["all_to_all", "halo"]
 HaloRange = Callable[[int, int], Range]  # queries [q_start, q_stop) -> tokens that their windows hold
 
-# A CPU multiplies the last one or two rows of a matrix by kernels of their own, whose sums differ in the last bits.
-ROWS = 4
-SHORT_SHARD = 4 * ROWS  # tokens; below, a unit would be much of a shard
+# A CPU multiplies what is left of a matrix beyond whole units of rows by kernels of their own, whose sums differ in the last bits:
+# the last one or two of four on most, on Intel's with AVX-512 the last seven of eight.
+ROWS = 8
+SHORT_SHARD = 2 * ROWS  # tokens; below, a unit would be much of a shard
 GRAM_ITEMSIZE = 8  # Gram matrices travel in fp64
 GRAMS_PER_HEAD = 2  # one of the local branch, one of the global branch
 

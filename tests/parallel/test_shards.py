@@ -38,7 +38,7 @@ def test_shards_of_the_engine_begin_at_whole_units(tokens: int) -> None:
     for ring, ulysses in ((1, 1), (2, 2), (3, 1), (2, 4), (8, 1)):
         ranks = ring * ulysses
         plan = SequencePlan(tokens=tokens, heads=8, ring=ring, ulysses=ulysses, unit=plans.token_unit(tokens, ranks))
-        assert plan.unit == (4 if tokens >= 16 * ranks else 1)
+        assert plan.unit == (8 if tokens >= 16 * ranks else 1)
         starts, stops = zip(*plan.shards, strict=True)
         assert starts == (0, *stops[:-1])
         assert stops[-1] == tokens
