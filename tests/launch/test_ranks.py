@@ -103,7 +103,7 @@ def test_three_ranks_make_the_videos_of_one(make: Callable[..., Run], wan_folder
     assert [rank.err for rank in ended] == [
         f"[rank {rank}] of 3 ranks, on cpu: cfg 0 of 1, ring {rank} of 3, ulysses 0 of 1; "
         f"tokens {tokens} of 80, in attention heads 0 to 4 of 4\n"
-        for rank, tokens in enumerate(("0 to 24", "24 to 52", "52 to 80"))
+        for rank, tokens in enumerate(("0 to 24", "24 to 48", "48 to 80"))
     ]
 
 
