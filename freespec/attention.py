@@ -63,7 +63,8 @@ class WindowedAttention:
     Queries and keys may be any contiguous part of the sequence: `q_start` and `k_start` are the absolute positions of
     their first tokens, so that the same calls serve one device and the shard of a rank. `dual_kernel` computes both
     branches in one call; None takes dense calls of `kernel`. `rest_kernel` takes the place of `kernel` where keys
-    outside the windows are attended beside the windows; None is `kernel` there too.
+    outside the windows are attended beside the windows; None is `kernel` there too. `of_scene`: this is a scene of a longer
+    video, which begins at any token of a shard.
 
     In a compiled block `dense`, `far`, `local` and `dual` are one operator each: a compiler would materialise every overlapping window.
     """
@@ -74,6 +75,7 @@ class WindowedAttention:
     kernel: Kernel
     dual_kernel: DualKernel | None = None
     rest_kernel: Kernel | None = None
+    of_scene: bool = False
     keys: tuple[str, str] = field(init=False, repr=False, compare=False)  # of kernel and rest_kernel, for the operators
 
     def __post_init__(self) -> None:
@@ -106,9 +108,13 @@ class WindowedAttention:
 
     def far(self, q: Tensor, k: Tensor, v: Tensor) -> Partial:
         """`dense` over keys that lie in no query's window, beside a local branch: by `rest_kernel`."""
+        rows = q.shape[1]
+        q = _pad_rows(q, 1) if self.of_scene else q
         if torch.compiler.is_compiling():
-            return dense_op(q, k, v, self.keys[1])
-        return _dense(self.rest_kernel or self.kernel, q, k, v)
+            out, lse = dense_op(q, k, v, self.keys[1])
+        else:
+            out, lse = _dense(self.rest_kernel or self.kernel, q, k, v)
+        return out[:, :rows], lse[:, :rows]
 
     def local(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int) -> Partial:
         """Local branch (eq. 1): each query sees its own window, which k and v must cover."""
@@ -193,8 +199,8 @@ class WindowedAttention:
         return out_local, out_global
 
     @property
-    def _geometry(self) -> tuple[int, int, int]:
-        return self.num_frames, self.frame_tokens, self.window_frames
+    def _geometry(self) -> tuple[int, int, int, int]:
+        return self.num_frames, self.frame_tokens, self.window_frames, int(self.of_scene)
 
     def _by_one_kernel(
         self, kernel: DualKernel, qkv: tuple[Tensor, Tensor, Tensor], starts: tuple[int, int], dtype: torch.dtype
@@ -264,8 +270,7 @@ class WindowedAttention:
     ) -> Iterator[tuple[Place, Tensor, Tensor]]:
         """One dense call per batch item: entry i sees keys [starts[1] + i * k_step, + length), as a strided view.
 
-        Yields where the part belongs, (item, rows), its out [rows, N, D] and its lse [rows, N]. On a CPU queries are padded to
-        whole units, so that a row's bits do not depend on the rows beside it.
+        Yields where the part belongs, (item, rows), its out [rows, N, D] and its lse [rows, N].
         """
         q, *kv = qkv
         rows = slice(group.q_start - starts[0], group.q_stop - starts[0])
@@ -274,10 +279,8 @@ class WindowedAttention:
             # Overlapping windows: the batch stride is one entry, so no key is copied.
             k_bnkd, v_bnkd = (x[item, span].unfold(0, length, group.k_step).transpose(-1, -2) for x in kv)
             q_bnsd = q[item, rows].unflatten(0, (group.batch, group.q_tokens)).transpose(1, 2)
-            padded = q.device.type == "cpu" and self.window_frames < self.num_frames  # native length is one plain call
-            padding = -group.q_tokens % CPU_ROWS if padded else 0
-            if padding:
-                q_bnsd = torch.nn.functional.pad(q_bnsd, (0, 0, 0, padding))
+            if self.of_scene or self.window_frames < self.num_frames:  # native length is one plain call
+                q_bnsd = _pad_rows(q_bnsd, 2)
             part, part_lse = (x[:, :, : group.q_tokens] for x in kernel(q_bnsd, k_bnkd, v_bnkd))
             yield (item, rows), part.transpose(1, 2).flatten(0, 1), part_lse.transpose(1, 2).flatten(0, 1)
 
@@ -291,8 +294,8 @@ def dense_op(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> tuple[Tensor, Tens
 
 @torch.library.custom_op("freespec::local", mutates_args=())
 def local_op(q: Tensor, k: Tensor, v: Tensor, kernel: str, numbers: list[int]) -> tuple[Tensor, Tensor]:
-    """`WindowedAttention.local` as an operator; `numbers` are frames, tokens of a frame, window, and where q and k begin."""
-    out, lse = _attention_of(numbers, kernel, kernel).local(q, k, v, *numbers[3:])
+    """`WindowedAttention.local` as an operator; `numbers` are the geometry, and where q and k begin."""
+    out, lse = _attention_of(numbers, kernel, kernel).local(q, k, v, *numbers[4:])
     return out.contiguous(), lse.contiguous()
 
 
@@ -309,7 +312,7 @@ def dual_op(  # noqa: PLR0917 - operators have no keyword-only arguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`WindowedAttention.dual` as an operator: out and lse of the local branch, and of both sets of keys in `dtype`; no `far`: ()."""
     attention = _attention_of(numbers, kernel, rest_kernel)
-    local, o_global = attention.dual(q, k, v, *numbers[3:], dtype=dtype, far=(far[0], far[1]) if far else None)
+    local, o_global = attention.dual(q, k, v, *numbers[4:], dtype=dtype, far=(far[0], far[1]) if far else None)
     return local[0].contiguous(), local[1].contiguous(), o_global[0].contiguous(), o_global[1].contiguous()
 
 
@@ -342,13 +345,14 @@ def _lse_shape(q: Tensor) -> Tensor:
 
 
 def _attention_of(numbers: list[int], kernel: str, rest_kernel: str) -> WindowedAttention:
-    frames, frame_tokens, window_frames, _, _ = numbers
+    frames, frame_tokens, window_frames, of_scene, _, _ = numbers
     return WindowedAttention(
         num_frames=frames,
         frame_tokens=frame_tokens,
         window_frames=window_frames,
         kernel=kernel_at(kernel),
         rest_kernel=kernel_at(rest_kernel),
+        of_scene=bool(of_scene),
     )
 
 
@@ -389,6 +393,12 @@ def _circle(x: Tensor, start: int, wrapped: int) -> Tensor:
     if start == x.shape[1]:
         return x[:, :wrapped]
     return torch.cat((x[:, start:], x[:, :wrapped]), dim=1)
+
+
+def _pad_rows(q: Tensor, dim: int) -> Tensor:
+    """On a CPU queries in whole units along `dim`, so that a row's bits do not depend on the rows beside it."""
+    padding = -q.shape[dim] % CPU_ROWS if q.device.type == "cpu" else 0
+    return torch.nn.functional.pad(q, (0, 0) * (q.ndim - 1 - dim) + (0, padding)) if padding else q
 
 
 def _dense(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Partial:

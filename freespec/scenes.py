@@ -32,7 +32,8 @@ class ScenedAttention:
         size = self.video.frame_tokens
         bounds = itertools.pairwise([*self.starts, self.video.num_frames])
         scenes = tuple(
-            (replace(self.video, num_frames=stop - start), start * size, stop * size) for start, stop in bounds
+            (replace(self.video, num_frames=stop - start, of_scene=True), start * size, stop * size)
+            for start, stop in bounds
         )
         object.__setattr__(self, "_scenes", scenes)
 
@@ -85,7 +86,7 @@ class ScenedAttention:
             near, (out, lse) = scene.dual(rows, ks, vs, starts[0], starts[1], dtype=dtype)
             for outside in (slice(0, first), slice(last, k.shape[1])):
                 if outside.start < outside.stop:
-                    merge_into(out, lse, *self.video.far(rows, k[:, outside], v[:, outside]))
+                    merge_into(out, lse, *scene.far(rows, k[:, outside], v[:, outside]))
             local.append(near)
             compute_dtype.append((out, lse))
         return _join(q, local), _join(q, compute_dtype)
@@ -108,7 +109,7 @@ class ScenedAttention:
                 merge_into(out[item, rows][place], lse[item, rows][place], part, part_lse)
             for outside in (slice(0, begin), slice(end, far[0].shape[1])):
                 if outside.start < outside.stop:
-                    part, part_lse = self.video.far(q[:, rows], far[0][:, outside], far[1][:, outside])
+                    part, part_lse = scene.far(q[:, rows], far[0][:, outside], far[1][:, outside])
                     merge_into(out[:, rows], lse[:, rows], part, part_lse + self.video.far_shift(far[0].shape[1]))
         return local, (out, lse)
 

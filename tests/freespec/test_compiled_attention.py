@@ -97,7 +97,7 @@ def test_keys_of_a_ring_and_another_kernel_for_the_rest() -> None:
 @pytest.mark.parametrize("heads", [2, 0])
 def test_operators_say_their_shapes(heads: int) -> None:
     q, k, v = (x.float()[:, :, :heads] for x in VIDEO.qkv(3))
-    numbers = [20, 16, 5, 0, 0]
+    numbers = [20, 16, 5, 0, 0, 0]
     torch.library.opcheck(attention.dense_op, (q, k, v, "cpu_flash"))
     torch.library.opcheck(attention.local_op, (q, k, v, "cpu_flash", numbers))
     for far in ([], [k[:, ::2], v[:, ::2]]):

@@ -69,3 +69,20 @@ def test_shards_with_their_halo_equal_the_whole(starts, bounds):
         assert torch.equal(attention.local(rows, k[:, near], v[:, near], a, start)[0], local)
     torch.testing.assert_close(torch.cat(locals_, 1), expected_local, rtol=0, atol=1e-12)
     torch.testing.assert_close(torch.cat(globals_, 1), expected_global, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("starts", STARTS[1:])
+@pytest.mark.parametrize("bounds", [[0, 32, 56, 102], [0, 8, 16, 102]])
+def test_on_a_cpu_shards_in_whole_units_have_the_bits_of_the_whole(starts, bounds):
+    """Where every shard holds all keys, a row of a scene has the same bits wherever the shards end."""
+    q, k, v = draw(torch.float32)
+    attention = scened(starts)
+    far = tuple(x.unflatten(1, (FRAMES, FRAME_TOKENS))[:, :, :2].flatten(1, 2) for x in (k, v))
+    for thinned in (None, far):
+        whole = attention.dual(q, k, v, 0, 0, dtype=q.dtype, far=thinned)
+        parts = [
+            attention.dual(q[:, a:b], k, v, a, 0, dtype=q.dtype, far=thinned) for a, b in itertools.pairwise(bounds)
+        ]
+        for branch in (0, 1):
+            for what in (0, 1):  # out and lse
+                assert torch.equal(torch.cat([part[branch][what] for part in parts], 1), whole[branch][what])
