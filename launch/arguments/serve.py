@@ -22,6 +22,7 @@ DESCRIPTION = (
 )
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 LEAST_KEY = 16
+MOST_RATE = 1e6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,8 @@ class Arguments:
         port: port to listen on; 0 takes a free one.
         key: what clients must send as their API key, or None.
         most_jobs: jobs that may wait or run.
+        requests_per_second: of one client; 0 for no limit.
+        posts_per_minute: those among them that make or delete something; 0 for no limit.
     """
 
     config: RunConfig
@@ -45,6 +48,8 @@ class Arguments:
     port: int
     key: str | None
     most_jobs: int
+    requests_per_second: float
+    posts_per_minute: float
 
 
 def read(argv: list[str]) -> Arguments:
@@ -64,6 +69,9 @@ def read(argv: list[str]) -> Arguments:
     for name, least, most in (("port", 0, 65535), ("most_jobs", 1, 10_000), ("checkpoint_every", 0, 10_000)):
         if not least <= namespace[name] <= most:
             raise UserError(f"--{name} must lie in [{least}, {most}], got {namespace[name]}")
+    for name in ("requests_per_second", "posts_per_minute"):
+        if not 0 <= namespace[name] <= MOST_RATE:
+            raise UserError(f"--{name} must lie in [0, {MOST_RATE:g}], 0 for no limit, got {namespace[name]}")
     key = None if namespace.api_key_file is None else read_key(expand(namespace.api_key_file))
     if key is None and not is_loopback(namespace.host):
         raise UserError(
@@ -88,6 +96,8 @@ def read(argv: list[str]) -> Arguments:
         port=namespace.port,
         key=key,
         most_jobs=namespace.most_jobs,
+        requests_per_second=namespace.requests_per_second,
+        posts_per_minute=namespace.posts_per_minute,
     )
 
 
@@ -134,6 +144,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         ("api_key_file", str, None, "file with one key, which clients send as their API key"),
         ("methods", str, None, f"those that a request may name: {METHODS_HELP} (default: all that the settings allow)"),
         ("most_jobs", int, 64, "jobs that may wait or run; more are answered with 429"),
+        ("requests_per_second", float, 500.0, "requests of one client (an address, and its key); 0 for no limit"),
+        ("posts_per_minute", float, 120.0, "those among them that make or delete something; 0 for no limit"),
         (
             "checkpoint_every",
             int,

@@ -31,6 +31,10 @@ from launch.serving.driving import Listener, make_driver
 from launch.serving.jobs import Jobs
 from launch.serving.metrics import Metrics
 from launch.serving.planner import SUITE, Planner
+from launch.serving.rates import Rates
+
+# At once; more are answered with 503 before they are read. The process has open files of its own beside them.
+MOST_CONNECTIONS = 600
 
 
 def main(argv: list[str]) -> None:
@@ -88,7 +92,8 @@ def serve(given: Arguments, batch: Batch, jobs: Jobs, sock: socket.socket) -> Dr
     ):
         http: list[threading.Thread] = []
         driver = make_driver(jobs, replicas, journal, options, lambda: all(thread.is_alive() for thread in http))
-        app = make_app(jobs, metrics, lambda: describe(driver, jobs), key=given.key)
+        rates = Rates(given.requests_per_second, given.posts_per_minute)
+        app = make_app(jobs, metrics, lambda: describe(driver, jobs), key=given.key, rates=rates)
         http.append(stack.enter_context(answering(app, sock)))
         host, port = sock.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -131,6 +136,7 @@ def answering(app: ASGIApp, sock: socket.socket) -> Iterator[threading.Thread]:
         access_log=False,
         server_header=False,
         proxy_headers=False,
+        limit_concurrency=MOST_CONNECTIONS,
         timeout_graceful_shutdown=2,
     )
     server = uvicorn.Server(settings)

@@ -18,10 +18,12 @@ from starlette.exceptions import HTTPException
 
 from engine.errors import UserError
 from engine.media.read_video import read_video
+from launch.serving.extra import names_of
 from launch.serving.guard import Guard, as_response
 from launch.serving.jobs import Jobs
 from launch.serving.metrics import Metrics
 from launch.serving.planner import name_picture
+from launch.serving.rates import Rates
 from launch.serving.requests import MOST_TEXT, RefusedError, read_request
 
 Variant = Literal["video", "thumbnail", "spritesheet"]
@@ -31,7 +33,9 @@ _ENDED = ("completed", "failed")
 _POLICY = "default-src 'none'; connect-src 'self'; img-src blob:; media-src blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
-def make_app(jobs: Jobs, metrics: Metrics, health: Callable[[], Mapping[str, Any]], *, key: str | None) -> Guard:
+def make_app(
+    jobs: Jobs, metrics: Metrics, health: Callable[[], Mapping[str, Any]], *, key: str | None, rates: Rates
+) -> Guard:
     """Make the application; `health` describes the replicas."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     page = resources("launch.serving").joinpath("page.html").read_text(encoding="utf-8")
@@ -61,14 +65,18 @@ def make_app(jobs: Jobs, metrics: Metrics, health: Callable[[], Mapping[str, Any
             raise RefusedError(f"there is no model {name[:60]!r}", status=404, code="model_not_found", param="model")
         return JSONResponse(_model(jobs))
 
-    return Guard(app, key)
+    return Guard(app, key, rates)
 
 
 def _model(jobs: Jobs) -> dict[str, Any]:
     offer = jobs.planner.offer
     known = {"id": offer.model, "object": "model", "created": 0, "owned_by": "freespec"}
     size, seconds = f"{offer.width}x{offer.height}", offer.seconds(offer.num_frames)
-    return known | {"methods": list(offer.methods), "size": size, "seconds": seconds, "seed": offer.seed}
+    return (
+        known
+        | {"methods": list(offer.methods), "size": size, "seconds": seconds, "seed": offer.seed}
+        | {"extra": {label: names_of(variant.config) for label, variant in jobs.planner.variants.items()}}
+    )
 
 
 def _add_errors(app: FastAPI) -> None:
@@ -182,7 +190,7 @@ async def _read_body(request: Request) -> tuple[dict[str, Any], bytes | None]:
 
 async def _read_form(request: Request) -> tuple[dict[str, Any], bytes | None]:
     try:
-        async with request.form(max_files=1, max_fields=20, max_part_size=8 * MOST_TEXT) as form:
+        async with request.form(max_files=1, max_fields=40, max_part_size=8 * MOST_TEXT) as form:
             return await _read_fields(form)
     except (UserError, HTTPException):
         raise

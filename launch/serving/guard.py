@@ -1,5 +1,7 @@
-"""What every request passes before it is read: the size of its body, where it comes from, and its key."""
+"""What every request passes before it is read: the size of its body, where it comes from, its key, and how often its client asks."""
 
+import asyncio
+import contextlib
 import hmac
 from dataclasses import dataclass
 from urllib.parse import SplitResult, urlsplit
@@ -10,9 +12,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from engine.shown import printable
 from launch.arguments.serve import is_loopback
+from launch.serving.rates import Rates, client_of
 from launch.serving.requests import RefusedError
 
 MOST_BODY = 16 << 20
+# Seconds that the next piece of a body may take.
+SILENT_LONGEST = 30.0
 # What tells nothing about the jobs: the page, which asks for the key itself, and whether the service lives.
 OPEN_PATHS = ("/", "/health")
 _SAFE = {
@@ -41,20 +46,18 @@ class Guard:
     Attributes:
         app: the application.
         key: what clients must send as `Authorization: Bearer KEY`; None lets in who reaches the loopback device by its name.
+        rates: how often a client may ask.
     """
 
     app: ASGIApp
     key: str | None
+    rates: Rates
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer it."""
         if scope["type"] != "http":
             return
-        headers = Headers(scope=scope)
-        refused = self._refuse(scope["path"], headers)
-        if refused is not None:
-            await as_response(refused)(scope, receive, send)
-            return
+        is_post = scope["method"] not in ("GET", "HEAD")
 
         async def send_safely(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -63,11 +66,26 @@ class Guard:
                 message["headers"] = [*message["headers"], *(each for each in extra if each[0] not in present)]
             await send(message)
 
-        await self.app(scope, _bounded(receive), send_safely)
+        try:
+            self._check(scope, is_post=is_post)
+            with self.rates.reading() if is_post else contextlib.nullcontext():
+                await self.app(scope, _bounded(receive) if is_post else receive, send_safely)
+        except RefusedError as refused:
+            await as_response(refused)(scope, receive, send)
 
-    def _refuse(self, path: str, headers: Headers) -> RefusedError | None:
+    def _check(self, scope: Scope, *, is_post: bool) -> None:
+        """Raise RefusedError for a request that the application must not see."""
+        headers = Headers(scope=scope)
+        has_key = self.key is not None and self._has_key(headers)
+        host = None if scope["client"] is None else scope["client"][0]
+        self.rates.check(client_of(host, has_key=has_key), is_post=is_post)
+        refused = self._refuse(scope["path"], headers, has_key=has_key)
+        if refused is not None:
+            raise refused
+
+    def _refuse(self, path: str, headers: Headers, *, has_key: bool) -> RefusedError | None:
         length = headers.get("content-length", "0")
-        if not (length.isascii() and length.isdigit()) or int(length) > MOST_BODY:
+        if not (length.isascii() and length.isdigit() and len(length) < 20) or int(length) > MOST_BODY:
             return too_large()
         host = headers.get("host", "")
         # A page of another site may send requests to this machine, or give its own name this machine's address.
@@ -78,7 +96,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is not None and _split(origin).netloc != host:
             return RefusedError(f"requests of pages from {origin[:60]!r} are refused", status=403, code="forbidden")
-        if self.key is not None and path not in OPEN_PATHS and not self._has_key(headers):
+        if self.key is not None and path not in OPEN_PATHS and not has_key:
             return RefusedError("the API key is missing or wrong", status=401, code="invalid_api_key")
         return None
 
@@ -102,12 +120,17 @@ def too_large() -> RefusedError:
 
 
 def _bounded(receive: Receive) -> Receive:
-    """Receive no more than `MOST_BODY`, for bodies that do not tell their length."""
-    seen = 0
+    """Receive no more than `MOST_BODY`, for bodies that do not tell their length, and wait for no client that has fallen silent."""
+    seen, whole = 0, False
 
     async def take() -> Message:
-        nonlocal seen
-        message = await receive()
+        nonlocal seen, whole
+        try:
+            async with asyncio.timeout(None if whole else SILENT_LONGEST):
+                message = await receive()
+        except TimeoutError as error:
+            raise RefusedError("the body of the request did not arrive", status=408, code="timeout") from error
+        whole = not message.get("more_body", False)
         seen += len(message.get("body", b""))
         if seen > MOST_BODY:
             raise too_large()

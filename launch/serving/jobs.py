@@ -73,6 +73,7 @@ class Job:
             "error": None if self.error is None else {"code": "video_generation_failed", "message": self.error},
             "method": request.method,
             "seed": request.seed,
+            "extra": dict(request.extra),
             "num_frames": request.num_frames,
         }
 
@@ -144,7 +145,12 @@ class Jobs:
             tree = read_tree(path, SHAPE, what="a job")
             if tree is None:
                 return None
-            planned = self.planner.plan(VideoRequest(**{key: tree["request"][key] for key in _REQUEST}))
+            planned = self.planner.plan(
+                VideoRequest(
+                    **{key: tree["request"][key] for key in _REQUEST if key != "extra"},
+                    extra=tree["request"].get("extra", {}),
+                )
+            )
             if planned.item.item_id != path.stem:
                 raise DamagedError(f"{path} holds another video than its name says")
         except (UserError, KeyError) as error:

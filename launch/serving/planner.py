@@ -26,6 +26,7 @@ from engine.load.checkpoint import Checkpoint
 from engine.load.pipeline import load_tokenizer
 from engine.text.prompts import PROMPT, check_read_prompts
 from launch.batching.options import Replicas
+from launch.serving.extra import with_extra
 from launch.serving.requests import Offer, RefusedError, VideoRequest
 
 SUITE = Suite(name="serve", sha256=text_sha256(""), prompts=())
@@ -95,7 +96,7 @@ class Planner:
         size = {"num_frames": request.num_frames, "height": request.height, "width": request.width}
         checkpoint.spec.check_video(*size.values())
         config = self.variants[request.method].config
-        config = dataclasses.replace(config, video=dataclasses.replace(config.video, **size))
+        config = with_extra(dataclasses.replace(config, video=dataclasses.replace(config.video, **size)), request.extra)
         variant = Variant(label=request.method, config=config)
         arrange_replica([variant], options.ranks, torch.device(config.model.device), gpu=None, nodes=options.nodes)
         check_read_prompts(checkpoint, tokenizer, config.sampler, config.video, [(PROMPT, request.prompt)])

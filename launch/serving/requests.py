@@ -1,8 +1,9 @@
 """What a client asks for: the fields of OpenAI's `POST /v1/videos`, and ours, checked one by one. No files, no model."""
 
+import json
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import UserError
@@ -12,7 +13,10 @@ MOST_TEXT = 8000
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 _SECONDS = re.compile(r"\d{1,6}(?:\.\d{1,6})?")
 _SEED = re.compile(r"\d{1,19}")
-_FIELDS = ("prompt", "timeline", "model", "size", "seconds", "seed", "method", "input_reference")
+_NUMBER = re.compile(r"-?\d{1,20}(?:\.\d{1,20})?(?:e[+-]?\d{1,3})?")
+# A setting of `extra` in a form, as OpenAI's client writes it.
+_EXTRA = re.compile(r"extra\[([^\[\]]{1,100})\]")
+_FIELDS = ("prompt", "timeline", "model", "size", "seconds", "seed", "method", "extra", "input_reference")
 # Other fields that OpenAI's clients may send, which change nothing here.
 _IGNORED = ("user", "metadata")
 
@@ -64,7 +68,18 @@ class Offer:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoRequest:
-    """One video that a client asks for; `picture` is the name of a file that the service has kept, or None."""
+    """One video that a client asks for.
+
+    Attributes:
+        prompt: the text, or the timeline in its canonical form.
+        method: label of the method.
+        height: pixels.
+        width: pixels.
+        num_frames: frames of the video.
+        seed: of the noise.
+        picture: name of a file that the service has kept, the first frame; or None.
+        extra: other settings by name, as the client wrote them; see `launch.serving.extra`.
+    """
 
     prompt: str
     method: str
@@ -73,10 +88,15 @@ class VideoRequest:
     num_frames: int
     seed: int
     picture: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 def read_request(fields: Mapping[str, Any], offer: Offer, picture: str | None = None) -> VideoRequest:
-    """Check the fields of a request, texts or JSON values, with the name of its picture; RefusedError for a wrong one."""
+    """Check the fields of a request, texts or JSON values, with the name of its picture; RefusedError for a wrong one.
+
+    The settings in `extra` are checked when the request is planned, with the configuration that they change.
+    """
+    fields, extra = _split_extra(fields)
     unknown = sorted(str(name) for name in fields.keys() - {*_FIELDS, *_IGNORED})
     if unknown:
         raise RefusedError(f"unknown field {unknown[0]!r:.60}; known are {', '.join(_FIELDS)}", param=unknown[0][:60])
@@ -100,7 +120,24 @@ def read_request(fields: Mapping[str, Any], offer: Offer, picture: str | None = 
         num_frames=offer.num_frames if "seconds" not in given else _frames(given["seconds"], offer),
         seed=offer.seed if "seed" not in given else _seed(given["seed"]),
         picture=picture,
+        extra=extra,
     )
+
+
+def _split_extra(fields: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """The other fields, and the settings of `extra`: an object, its JSON as a text, or a form's fields `extra[NAME]`."""
+    single = {found[1]: fields[name] for name in fields if (found := _EXTRA.fullmatch(name))}
+    rest = {name: value for name, value in fields.items() if name != "extra" and not _EXTRA.fullmatch(name)}
+    given = fields.get("extra")
+    try:
+        whole = json.loads(given) if isinstance(given, str) else {} if given is None else given
+    except (ValueError, RecursionError):
+        whole = None
+    if not isinstance(whole, dict):
+        raise RefusedError(f"extra must be an object of settings by name, got {given!r:.60}", param="extra")
+    if twice := single.keys() & whole.keys():
+        raise RefusedError(f"extra has {min(twice)!r:.60} twice", param="extra")
+    return rest, whole | single
 
 
 def _prompt(given: Mapping[str, Any]) -> str:
@@ -133,6 +170,11 @@ def _match(pattern: re.Pattern[str], value: Any, name: str, example: str) -> re.
     if found is None or not found[0].isascii():
         raise RefusedError(f"{name} must be such as {example}, got {value!r:.60}", param=name)
     return found
+
+
+def read_number(value: Any, name: str, example: str) -> str:
+    """The digits of a number, which may be a text; RefusedError for anything else."""
+    return _match(_NUMBER, value, name, example)[0]
 
 
 def _size(value: Any) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """serve.py: OpenAI's own client makes a video across a SIGKILL and cancels one; bad requests, the key and the bound of the queue."""
 
 import contextlib
+import dataclasses
 import http.client
 import io
 import json
@@ -22,10 +23,12 @@ from launch.arguments import serve as arguments
 from launch.commands import serve
 from launch.serving.app import make_app
 from launch.serving.driving import Listener, make_driver
+from launch.serving.extra import names_of, with_extra
 from launch.serving.guard import MOST_BODY
 from launch.serving.jobs import Jobs
 from launch.serving.metrics import Metrics
-from launch.serving.requests import MOST_TEXT
+from launch.serving.rates import MOST_BODIES, MOST_CLIENTS, Rates, client_of
+from launch.serving.requests import MOST_TEXT, RefusedError
 from tests.engine.batch.cases import Clock, FakeReplica, write_item
 from tests.launch.conftest import SMALL, Run
 from tests.launch.forked import PATIENCE_SECONDS, start_forked
@@ -35,6 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 PROMPT = "a red circle"
 KEY = "k" * arguments.LEAST_KEY
+EXTRA = {"sampler.num_steps": 12, "sampler.guidance_scale": 3.5, "sampler.negative_prompt": "green"}
 SETTINGS = SMALL | {"sampler.num_steps": 16, "video.fps": 8, "checkpoint_every": 1, "port": 0}
 
 
@@ -81,7 +85,7 @@ def test_a_video_outlives_a_kill_and_another_is_cancelled(
 
     with started(wan_folder, out, tmp_path / "first") as (process, client):
         made = client.videos.create(
-            prompt=PROMPT, seconds="1", size="32x32", extra_body={"seed": 3, "method": "direct"}
+            prompt=PROMPT, seconds="1", size="32x32", extra_body={"seed": 3, "method": "direct", "extra": EXTRA}
         )
         assert (made.status, made.seconds) == ("queued", "1")
         wait_for(unfinished)
@@ -90,7 +94,12 @@ def test_a_video_outlives_a_kill_and_another_is_cancelled(
         wait_for(lambda: client.videos.retrieve(made.id).status == "completed")
         video = client.videos.download_content(made.id).read()
         assert (
-            client.videos.create(prompt=PROMPT, seconds="1", extra_body={"seed": 3, "method": "direct"}).progress == 100
+            client.videos.create(
+                prompt=PROMPT,
+                seconds="1",
+                extra_body={"seed": 3, "method": "direct", "extra": json.dumps(EXTRA)},
+            ).progress
+            == 100
         )
         assert client.videos.download_content(made.id, variant="thumbnail").read()[8:12] == b"WEBP"
         assert client.videos.download_content(made.id, variant="spritesheet").read()[:4] == b"\x89PNG"
@@ -118,12 +127,11 @@ def test_a_video_outlives_a_kill_and_another_is_cancelled(
         said = (tmp_path / "second/rank0.err").read_text()
         assert said == "stopped: 0 jobs are left; the same command goes on\n"
     settings = {
-        "sampler.num_steps": 16,
         "video.fps": 8,
         "video.num_frames": 9,
         "sampler.seed": 3,
         "method.name": "direct",
-    }
+    } | EXTRA
     assert make(settings, "--prompt", PROMPT).code == 0
     assert video == (tmp_path / "a.mp4").read_bytes()
     assert not list(out.glob("*/*/videos/*.part"))
@@ -148,7 +156,9 @@ def jobs_of(folder: Path, out: Path, **settings: object) -> Jobs:
 
 
 @contextlib.contextmanager
-def answered(jobs: Jobs, key: str | None = None) -> Iterator[Callable[..., tuple[int, Any, http.client.HTTPResponse]]]:
+def answered(
+    jobs: Jobs, key: str | None = None, rates: tuple[float, float] = (0, 0)
+) -> Iterator[Callable[..., tuple[int, Any, http.client.HTTPResponse]]]:
     """`ask(method, path, body, headers)` of an HTTP server over these jobs; a dict is sent as JSON."""
     with serve.listening("127.0.0.1", 0) as sock:
         port = sock.getsockname()[1]
@@ -166,7 +176,7 @@ def answered(jobs: Jobs, key: str | None = None) -> Iterator[Callable[..., tuple
             is_json = answer.headers.get_content_type() == "application/json"
             return answer.status, json.loads(data) if is_json else data, answer
 
-        with serve.answering(make_app(jobs, Metrics(), lambda: {"status": "ok"}, key=key), sock):
+        with serve.answering(make_app(jobs, Metrics(), lambda: {"status": "ok"}, key=key, rates=Rates(*rates)), sock):
             yield ask
 
 
@@ -215,6 +225,34 @@ BAD: list[tuple[Any, str]] = [
     ({"prompt": PROMPT, "seconds": float("nan")}, "seconds must be such as 8 or 4.5"),
     ({"prompt": PROMPT, "seed": 2**63}, "seed must be less than 2**63"),
     ({"prompt": PROMPT, "seed": True}, "seed must be such as 7, got True"),
+    ({"prompt": PROMPT, "extra": 5}, "extra must be an object of settings by name, got 5"),
+    ({"prompt": PROMPT, "extra": "[" * 9000}, "extra must be an object"),
+    ({"prompt": PROMPT, "extra": {"output.path": "/etc/passwd"}}, "unknown setting 'output.path' of extra; known are"),
+    ({"prompt": PROMPT, "extra": {"method.name": "os:system"}}, "unknown setting 'method.name' of extra"),
+    ({"prompt": PROMPT, "extra": {"model.path": "../other"}}, "unknown setting 'model.path' of extra"),
+    ({"prompt": PROMPT, "extra": {"method.freespec.basis": "global"}}, "unknown setting"),
+    ({"prompt": PROMPT, "extra": {"method.freepca.fused_share": 1}}, "unknown setting"),
+    ({"prompt": PROMPT, "extra": {"method.window_frames": 1}}, "unknown setting"),
+    ({"prompt": PROMPT, "extra": {"__class__": 1}}, "unknown setting '__class__'"),
+    ({"prompt": PROMPT, "extra": {"sampler.num_steps": 51}}, "sampler.num_steps must be a whole number in [1, 50]"),
+    ({"prompt": PROMPT, "extra": {"sampler.num_steps": 2.5}}, "sampler.num_steps must be a whole number"),
+    ({"prompt": PROMPT, "extra": {"sampler.num_steps": True}}, "sampler.num_steps must be such as 20, got True"),
+    ({"prompt": PROMPT, "extra": {"sampler.num_steps": 10**4000}}, "sampler.num_steps must be such as 20"),
+    ({"prompt": PROMPT, "extra": {"sampler.guidance_scale": 1}}, "sampler.guidance_scale must be more than 1"),
+    (
+        {"prompt": PROMPT, "extra": {"sampler.guidance_scale": "1e999"}},
+        "sampler.guidance_scale must be a finite number",
+    ),
+    ({"prompt": PROMPT, "extra": {"sampler.guidance_scale": float("nan")}}, "sampler.guidance_scale must be such as"),
+    ({"prompt": PROMPT, "extra": {"sampler.negative_prompt": ["a"]}}, "sampler.negative_prompt must be a text"),
+    ({"prompt": PROMPT, "extra": {"sampler.negative_prompt": "a " * 600}}, "the negative prompt has"),
+    ({"prompt": PROMPT, "extra": {"sampler.negative_prompt": "a [0-4s] | b"}}, "has no range"),
+    ({"prompt": PROMPT, "extra": {"method.freespec.fused_share": 2}}, "fused_share must lie in [0, 1], got 2"),
+    ({"prompt": PROMPT, "extra": {"method.freespec.alpha": -1}}, "alpha must be a finite number, 0 or more"),
+    (form(**{"prompt": PROMPT, "extra": '{"a": 1}', "extra[a]": "2"}), "extra has 'a' twice"),
+    (form(**{"prompt": PROMPT, "extra[sampler.seed]": "2"}), "unknown setting 'sampler.seed'"),
+    (form(**{"prompt": PROMPT, "extra[x": "2"}), "unknown field 'extra[x'"),
+    (form(**{f"extra[{i}]": "2" for i in range(60)}), "Too many fields"),
     ({"prompt": PROMPT, "input_reference": "/etc/passwd"}, "send input_reference as a file of a form"),
     (form(prompt=PROMPT, input_reference=b"no picture"), "input_reference is not a whole picture"),
     (form(prompt=PROMPT, input_reference=picture()[:40]), "input_reference is not a whole picture"),
@@ -363,6 +401,69 @@ def test_failures_are_tried_again_and_given_up_alone(wan_folder: Path, tmp_path:
     assert len(list(jobs.files.quarantine.glob("*.json"))) == 2
 
 
+def test_a_client_may_ask_only_so_often() -> None:
+    clock = Clock()
+    rates = Rates(2, 60, clock)
+
+    def passed(client: str, count: int, *, is_post: bool = False) -> int:
+        done = 0
+        with contextlib.suppress(RefusedError):
+            for done in range(count):  # noqa: B007 - how many came through
+                rates.check(client, is_post=is_post)
+            done = count
+        return done
+
+    assert [passed("a", 9), passed("a", 9), passed("b", 9)] == [4, 0, 4]  # two seconds' worth, each for itself
+    clock.wait()
+    assert passed("a", 9) == 2
+    with pytest.raises(RefusedError, match=r"more than 2 requests a second; ask again in 1 s") as refused:
+        rates.check("a", is_post=False)
+    assert (refused.value.status, refused.value.wait) == (429, 1)
+    clock.now += 60
+    rates.requests_per_second = 0
+    assert passed("a", 99, is_post=True) == 60
+    for i in range(MOST_CLIENTS + 9):
+        rates.check(f"other {i}", is_post=True)
+    assert len(rates._buckets) == MOST_CLIENTS
+    with contextlib.ExitStack() as stack:
+        for _ in range(MOST_BODIES):
+            stack.enter_context(rates.reading())
+        with pytest.raises(RefusedError), rates.reading():
+            pass
+    with rates.reading():
+        pass
+    hosts = ("::ffff:10.0.0.1", "10.0.0.1", "2001:db8::1", "2001:db8::2:1", "2001:db8:0:1::1", None)
+    assert len({client_of(host, has_key=True) for host in hosts}) == 4
+    assert client_of("10.0.0.1", has_key=False) != client_of("10.0.0.1", has_key=True)
+
+
+def test_floods_without_the_key_do_not_hold_up_those_with_it(wan_folder: Path, tmp_path: Path) -> None:
+    """The address of a header counts for nothing."""
+    bearer = {"Authorization": f"Bearer {KEY}"}
+    with answered(jobs_of(wan_folder, tmp_path / "out"), key=KEY, rates=(0.01, 1)) as ask:
+        assert ask("GET", "/v1/videos")[0] == 401
+        status, answer, refused = ask("GET", "/v1/videos", **{"X_Forwarded_For": "192.0.2.7"})
+        assert_refused(status, answer, "more than 0.01 requests a second")
+        assert (status, refused.headers["Retry-After"]) == (429, "100")
+        assert ask("POST", "/v1/videos", {}, **bearer)[0] == 400
+        assert ask("POST", "/v1/videos", {}, **bearer)[0] == 429
+
+
+def test_only_weights_of_the_method_are_settings_of_a_request(wan_folder: Path, tmp_path: Path) -> None:
+    read = arguments.read(words(wan_folder, tmp_path))
+    shown = {variant.label: names_of(variant.config)[3:] for variant in read.variants}
+    assert shown["direct"] == ()
+    assert shown["freelong"] == ("method.freelong.cutoff_time", "method.freelong.cutoff_space")
+    assert shown["freepca"] == ("method.freepca.fused_share",)
+    assert "method.freespec.alpha" in shown["freespec"]
+    config = read.variants[0].config
+    assert with_extra(config, {}) == config
+    changed = with_extra(config, {"method.freespec.alpha": "2e-1", "sampler.num_steps": "3"})
+    assert (changed.method.freespec.alpha, changed.sampler.steps, changed.model) == (0.2, 3, config.model)
+    alone = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, guidance_scale=1.0))
+    assert names_of(alone)[:2] == ("sampler.num_steps", "method.freespec.fused_share")
+
+
 def serving_request(jobs: Jobs, seed: int) -> Any:
     from launch.serving.requests import read_request  # noqa: PLC0415
 
@@ -380,6 +481,7 @@ def test_wrong_options_are_refused(wan_folder: Path, tmp_path: Path) -> None:
         ({"host": "0.0.0.0"}, "lets other machines in, which needs --api_key_file"),
         ({"api_key_file": short}, "must hold one key of at least 16 ASCII characters"),
         ({"api_key_file": tmp_path / "none"}, "cannot read --api_key_file"),
+        ({"posts_per_minute": -1}, r"--posts_per_minute must lie in \[0, 1e\+06\], 0 for no limit"),
         ({"port": 70000}, r"--port must lie in \[0, 65535\]"),
         ({"output.path": "a.mp4"}, "is not read by serve.py"),
     ):
