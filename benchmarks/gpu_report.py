@@ -1,13 +1,13 @@
 """The GPU's part of docs/performance.md, from the files that benchmarks/gpu.py wrote."""
 
 import json
-from collections.abc import Callable
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import RESULTS, SHAPES, Shape
-from benchmarks.tables import NOT_MEASURED, errors, median_ms, table, verdict
+from benchmarks.tables import NOT_MEASURED, table, verdict
 from engine.planner.gpu import EIGH_DIM, GpuSpec, read_gpu
 from engine.planner.timing import EXPOSED, link_rate, waiting_seconds
 from freespec.windows import window_range
@@ -15,6 +15,22 @@ from parallel.shards import LayerShape, SequencePlan, layer_bytes_by_rank
 
 FOLDER = RESULTS / "gpu"
 Files = dict[str, dict[str, Any]]
+
+# Sections in order, and where their results have the rows of a table: a pattern of the path to them.
+ROWS = {
+    "correctness": "[^/]+",
+    "layer": "[^/]+/variants",
+    "steps": "steps|runs",
+    "ranks": "[^/]+/rows",
+    "decode": "",
+    "trace": "operators",
+    "compiled": "",
+    "optional": "",
+}
+_MESSAGES = (
+    "What one rank computes; 1 is a P-th part of the whole. With its messages: at the bandwidth that `configs/gpus/` states for "
+    "{gpu.name} within a machine, {gpu.intra_node_gb_s:g} GB/s x {gpu.link_fraction:g}, none of them hidden."
+)
 
 # Goals: name, section, path to the figure, comparison, limit.
 GOALS: list[tuple[str, str, tuple[str, ...], str, float]] = [
@@ -120,11 +136,9 @@ def sections(files: Files) -> list[str]:
     if not files:
         return ["No file of `benchmarks/gpu.py` is here: not measured."]
     parts = []
-    for name, show in SHOWN.items():
-        if name in files:
-            parts += [f"### {name}", _provenance(files[name]), *show(files[name]["results"])]
-        else:
-            parts += [f"### {name}", "Not measured."]
+    for name in ROWS:
+        found = files.get(name)
+        parts += [f"### {name}", *([_provenance(found), *show(name, found["results"])] if found else ["Not measured."])]
     return parts
 
 
@@ -143,121 +157,56 @@ def _provenance(content: dict[str, Any]) -> str:
     )
 
 
-def _correctness(results: dict[str, Any]) -> list[str]:
-    parts = []
-    for name, found in results.items():
-        if name.startswith("attention"):
-            rows = [
-                [
-                    kernel,
-                    *(f"{row[key]:.1e}" if key in row else "" for key in ("local out", "global out", "global lse")),
-                    f"{row['control']:.2g}" if "control" in row else "",
-                    row["does not run"] if "does not run" in row else verdict(row["within rounding"]),
-                ]
-                for kernel, row in found.items()
-                if kernel != "left_out"
-            ]
-            header = ["kernel", "local", "global", "lse", "control: local for global", "within rounding"]
-            parts.append(f"**{name}**, relative errors against fp64:\n\n{table(header, rows)}")
-        else:
-            figures = "; ".join(f"{key} {value:.1e}" for key, value in found.items() if not isinstance(value, bool))
-            parts.append(f"**{name}**: {figures}; within rounding: {verdict(found['within rounding'])}")
-    return parts
+def show(section: str, results: dict[str, Any]) -> list[str]:
+    """A section's tables, whose rows are where `ROWS` says, and every other figure as a line of a list."""
+    if section == "ranks":
+        return [_MESSAGES.format(gpu=read_gpu("h200")), *_parts(_with_messages(results), ROWS[section], ())]
+    return _parts(results, ROWS[section], ())
 
 
-def _layer(results: dict[str, Any]) -> list[str]:
-    parts = []
-    for name, found in results.items():
-        rows = [
-            [
-                variant,
-                median_ms(row) if "wall_s" in row else "",
-                f"{row['tflops']:.0f}" if row.get("tflops") else "",
-                f"{row['peak_extra_mib']:.0f}" if "peak_extra_mib" in row else "",
-                errors(row),
-            ]
-            for variant, row in found["variants"].items()
-        ]
-        head = f"**{name}**: frames x tokens {found['sizes']}, {found['heads']} heads x {found['head_dim']}."
-        parts += [
-            head,
-            table(["variant", "ms", "TFLOP/s", "peak MiB beyond q, k, v", "error against fp64"], rows),
-            "; ".join(f"{key} {value['median']:.3g}" for key, value in found["ratios"].items())
-            + (f"; literal SVD / ours {found['svd']['literal SVD / ours']['median']:.3g}" if "svd" in found else ""),
-        ]
-        parts += _left_out(found)
-    return parts
+def _parts(tree: dict[str, Any], where: str, at: tuple[str, ...]) -> list[str]:
+    if re.fullmatch(where, "/".join(at)):
+        return [_rows_table(tree, at), *_parts(tree.get("left_out", {}), where, (*at, "left_out"))]
+    groups = {name: value for name, value in tree.items() if isinstance(value, dict) and "median" not in value}
+    lines = [f"- {', '.join((*at, name))}: {_cell(value)}" for name, value in tree.items() if name not in groups]
+    inner = [part for name, group in groups.items() for part in _parts(group, where, (*at, name))]
+    return ["\n".join(lines), *inner] if lines else inner
 
 
-def _left_out(found: dict[str, Any]) -> list[str]:
-    """A line with what does not run on this device, and why."""
-    reasons = [f"{key} ({why})" for key, why in found["left_out"].items()]
-    return [f"Left out: {'; '.join(reasons)}"] if reasons else []
+def _rows_table(tree: dict[str, Any], at: tuple[str, ...]) -> str:
+    rows = {name: _flat(row) for name, row in tree.items() if name != "left_out"}
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    cells = [[name, *(row.get(column, "") for column in columns)] for name, row in rows.items()]
+    return table([", ".join(at), *columns], cells)
 
 
-def _steps(results: dict[str, Any]) -> list[str]:
-    rows = [
-        [
-            name,
-            f"{row['wall_s']['median']:.3g}",
-            str(row["rounds"]),
-            "both" if row["passes"] == 2 else "one, doubled",
-            f"{row['peak_gib']:.1f}",
-        ]
-        for name, row in results.get("steps", {}).items()
-    ]
-    runs = [
-        [
-            name,
-            ", ".join(f"{count} {mode}" for mode, count in run["steps"].items()),
-            f"{run['seconds']:.0f}",
-            f"{run.get('over direct', float('nan')):.3g}",
-        ]
-        for name, run in results.get("runs", {}).items()
-    ]
-    literal = "; ".join(
-        f"{key} {value:.3g}" if isinstance(value, float) else f"{key}: {value}"
-        for key, value in results.get("literal", {}).items()
-    )
-    left_out = [f"- {name}: {why}" for name, why in results.items() if isinstance(why, str)]
-    left_out += [f"- {name}: {value:.1e}" for name, value in results.items() if isinstance(value, float)]
-    return [
-        table(["one step", "s", "rounds", "passes measured", "peak GiB"], rows),
-        table(["50 steps, from the steps above", "steps", "s", "over direct"], runs),
-        f"The paper's fusion by SVD: {literal or NOT_MEASURED}.",
-        *(["\n".join(left_out)] if left_out else []),
-    ]
+def _flat(value: Any, name: str = "") -> dict[str, str]:
+    """The cells of a row by column; groups within it (errors of both branches) have a column for each of theirs."""
+    if isinstance(value, dict) and "median" not in value:
+        return {column: text for key, each in value.items() for column, text in _flat(each, f"{name} {key}").items()}
+    return {name.strip() or "value": _cell(value)}
 
 
-def _ranks(results: dict[str, Any]) -> list[str]:
-    gpu = read_gpu("h200")
-    parts = [
-        "What one rank computes; 1 is a P-th part of the whole. With its messages: at the bandwidth that `configs/gpus/` states for "
-        f"{gpu.name} within a machine, {gpu.intra_node_gb_s:g} GB/s x {gpu.link_fraction:g}, none of them hidden."
-    ]
-    for name, found in results.items():
-        if isinstance(found, dict):
-            rows = [
-                [
-                    key,
-                    median_ms(row),
-                    f"{row['tflops']:.0f}" if "tflops" in row else "",
-                    f"{row['peak_extra_mib']:.0f}",
-                    f"{row['efficiency']:.2f}" if "efficiency" in row else "",
-                    f"{efficiency_with_messages(row, SHAPES[name], gpu):.2f}" if "efficiency" in row else "",
-                ]
-                for key, row in found["rows"].items()
-            ]
-            header = [
-                "share",
-                "ms",
-                "TFLOP/s",
-                "peak MiB beyond its inputs",
-                "efficiency",
-                "with its messages (predicted)",
-            ]
-            parts += [f"**{name}**\n\n{table(header, rows)}", *_left_out(found)]
-    return parts
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        value = value["median"]
+    if isinstance(value, bool):
+        return verdict(value)
+    return f"{value:.3g}" if isinstance(value, float) else "" if value is None else str(value)
+
+
+def _with_messages(results: dict[str, Any]) -> dict[str, Any]:
+    """The results of the section `ranks` with a predicted column."""
+    gpu, found = read_gpu("h200"), {}
+    for name, of_model in results.items():
+        found[name] = of_model
+        if isinstance(of_model, dict):
+            rows = {key: dict(row) for key, row in of_model["rows"].items()}
+            for row in rows.values():
+                if "efficiency" in row:
+                    row["efficiency with messages (predicted)"] = efficiency_with_messages(row, SHAPES[name], gpu)
+            found[name] = of_model | {"rows": rows}
+    return found
 
 
 def efficiency_with_messages(row: dict[str, Any], shape: Shape, gpu: GpuSpec) -> float:
@@ -279,61 +228,3 @@ def efficiency_with_messages(row: dict[str, Any], shape: Shape, gpu: GpuSpec) ->
     sends |= {kind: max(of_rank[kind] for of_rank in by_rank) / rate for kind in kinds}
     waits = waiting_seconds(sends, seconds, blocks=plan.ring) + sends.get("reduce", 0.0)
     return row["efficiency"] * seconds / (seconds + waits)
-
-
-def _decode(results: dict[str, Any]) -> list[str]:
-    rows = [
-        [
-            name,
-            str(row["latent_frames"]),
-            str(row["tiles"]),
-            f"{row['seconds_per_latent_frame']:.3g}",
-            f"{row['peak_gib']:.2f}" if "peak_gib" in row else "",
-        ]
-        for name, row in results.items()
-    ]
-    return [table(["way", "latent frames", "tiles", "s per latent frame", "peak GiB"], rows)]
-
-
-def _trace(results: dict[str, Any]) -> list[str]:
-    rows = [
-        [f"`{row['name']}`", str(row["calls"]), f"{row['ms']:.3g}", f"{row['share']:.1%}"]
-        for row in results.get("operators", [])[:10]
-    ]
-    return [table(["operator or kernel", "calls", "ms", "share"], rows)]
-
-
-def _compiled(results: dict[str, Any]) -> list[str]:
-    rows = [
-        [name, str(row["graphs"]), str(row["layers"]), f"{row['compiled / eager']['median']:.3g}"]
-        for name, row in results.items()
-    ]
-    return [table(["step", "graphs", "layers", "compiled / eager"], rows)]
-
-
-def _optional(results: dict[str, Any]) -> list[str]:
-    rows = []
-    for name, found in results.items():
-        if isinstance(found, str):
-            continue
-        if "not available" in found:
-            rows.append([name, "not available", "", "", found["not available"]])
-            continue
-        ours, other = ("ours", "xfuser") if "xfuser" in found else ("same", "sage")
-        seconds = [median_ms(found[key]) for key in (ours, other)]
-        ratio = f"{found[f'{other} / {ours}']['median']:.3g}"
-        rows.append([name, *seconds, ratio, f"relative difference {found['relative difference']:.1e}"])
-    compared = [f"Compared: {results['compared']}."] if "compared" in results else []
-    return [*compared, table(["package, layer", "ours, ms", "with the package, ms", "ratio", ""], rows)]
-
-
-SHOWN: dict[str, Callable[[dict[str, Any]], list[str]]] = {
-    "correctness": _correctness,
-    "layer": _layer,
-    "steps": _steps,
-    "ranks": _ranks,
-    "decode": _decode,
-    "trace": _trace,
-    "compiled": _compiled,
-    "optional": _optional,
-}

@@ -26,16 +26,6 @@ def milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.0f}" if seconds >= 0.1 else f"{seconds * 1e3:.3g}"
 
 
-def median_ms(row: dict[str, Any]) -> str:
-    """Median time of a variant."""
-    return f"{row['wall_s']['median'] * 1e3:.3g}"
-
-
-def errors(row: dict[str, Any]) -> str:
-    """Relative error of each branch."""
-    return ", ".join(f"{branch} {value:.1e}" for branch, value in row.get("error", {}).items())
-
-
 def layer(result: dict[str, Any]) -> list[str]:
     """Which layer was measured, as cells of a row."""
     return [result["shape"], result["sizes"], f"{result['heads']} x {result['head_dim']}"]

@@ -26,7 +26,8 @@ def run(bench: Bench) -> None:
             bench.synchronize()
     path = bench.out / "trace-dual.json.gz"
     profiler.export_chrome_trace(str(path))
-    bench.record("operators", largest(profiler.key_averages(), cuda=cuda))
+    rows = largest(profiler.key_averages(), cuda=cuda)
+    bench.record("operators", {row["name"]: row for row in rows})
     bench.record("file", path.name)
     bench.record("layers", LAYERS)
 

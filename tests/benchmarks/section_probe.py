@@ -1,4 +1,4 @@
-"""Sections of the GPU benchmark that go wrong: `python -m tests.benchmarks.section_probe KIND SECONDS FOLDER`.
+"""Sections of the GPU benchmark that go wrong: `python -m tests.benchmarks.section_probe FOLDER KIND=SECONDS ...`.
 
 A process of its own, since sections are forked from it, and a fork is safe only where no other thread holds a lock.
 """
@@ -33,13 +33,14 @@ def dies(bench: Bench) -> None:
     os._exit(7)
 
 
-def main(kind: str, limit: str, folder: str) -> None:
-    """Run the section and print what `run_section` says of it."""
-    module = types.ModuleType("benchmarks.sections.probe")
-    vars(module)["run"] = {"fails": fails, "hangs": hangs, "dies": dies}[kind]
-    sys.modules["benchmarks.sections.probe"] = module
-    gpu.GRACE = 0.5
-    found = gpu.run_section("probe", argparse.Namespace(small=True, out=Path(folder)), float(limit))
+def main(folder: str, *limits: str) -> None:
+    """Run each section into a folder of its own, and print what `run_section` says of them."""
+    gpu.GRACE, found = 0.5, []
+    for kind, _, limit in (each.partition("=") for each in limits):
+        module = types.ModuleType("benchmarks.sections.probe")
+        vars(module)["run"] = {"fails": fails, "hangs": hangs, "dies": dies}[kind]
+        sys.modules["benchmarks.sections.probe"] = module
+        found.append(gpu.run_section("probe", argparse.Namespace(small=True, out=Path(folder) / kind), float(limit)))
     sys.stdout.write(f"{json.dumps(found)}\n")
 
 

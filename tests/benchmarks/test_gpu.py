@@ -61,7 +61,7 @@ def figures(tree: Any) -> Iterator[float]:
 
 
 def test_every_section_is_done_and_says_where_it_ran(files: gpu_report.Files) -> None:
-    assert set(files) == set(gpu.SECTIONS) == set(gpu_report.SHOWN)
+    assert set(files) == set(gpu.SECTIONS) == set(gpu_report.ROWS)
     for content in files.values():
         assert content["status"] == "done"
         assert content["settings"]["small"] is True
@@ -345,7 +345,7 @@ def test_a_share_that_does_not_run_costs_that_alone(tmp_path: Path, monkeypatch:
     for model in ("wan", "ltx"):
         assert list(on_disk(bench)[model]["left_out"]) == ["ring 2 dual"]
         assert {"ulysses 1 dual", "ulysses 2 dual", "ring 2 fusion"} <= set(on_disk(bench)[model]["rows"])
-    assert "Left out: ring 2 dual (OutOfMemoryError" in "".join(gpu_report.SHOWN["ranks"](on_disk(bench)))
+    assert "left_out, ring 2 dual: OutOfMemoryError" in "".join(gpu_report.show("ranks", on_disk(bench)))
 
 
 def test_a_section_without_time_leaves_no_figures_of_an_earlier_run(tmp_path: Path) -> None:
@@ -376,7 +376,7 @@ def test_a_section_runs_on_a_pretended_gpu(section: str, tmp_path: Path, monkeyp
 
     def shown(bench: Bench, name: str, value: Any) -> Any:
         record(bench, name, value)
-        assert gpu_report.SHOWN[section](on_disk(bench))
+        assert gpu_report.show(section, on_disk(bench))
         return value
 
     monkeypatch.setattr(Bench, "record", shown)
@@ -563,22 +563,19 @@ def test_a_goal_holds_or_not(value: float, holds: str) -> None:
     assert gpu_report.goals(files, {})[0][3:] == [f"{value:.3g}", holds, "`gpu/layer.json`"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "limit", "status", "reason"),
-    [
-        ("fails", 60.0, "failed", "RuntimeError: no such kernel"),
-        ("hangs", 2.0, "timeout", "ended after 2 s; the figures before that are kept"),
-        ("dies", 60.0, "failed", "the process ended with status 7"),
-    ],
-)
-def test_a_section_that_goes_wrong_keeps_its_figures(
-    kind: str, limit: float, status: str, reason: str, tmp_path: Path
-) -> None:
-    command = [sys.executable, "-m", "tests.benchmarks.section_probe", kind, str(limit), str(tmp_path)]
+def test_a_section_that_goes_wrong_keeps_its_figures(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.section_probe", str(tmp_path), "fails=60", "hangs=2", "dies=60"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=200)
-    content = json.loads((tmp_path / "probe.json").read_text())
-    assert json.loads(done.stdout.splitlines()[-1]) == [status, reason] == [content["status"], content["error"]]
-    assert content["results"] == {"first": 1.0}
+    expected = {
+        "fails": ["failed", "RuntimeError: no such kernel"],
+        "hangs": ["timeout", "ended after 2 s; the figures before that are kept"],
+        "dies": ["failed", "the process ended with status 7"],
+    }
+    assert json.loads(done.stdout.splitlines()[-1]) == list(expected.values())
+    for kind, told in expected.items():
+        content = json.loads((tmp_path / kind / "probe.json").read_text())
+        assert [content["status"], content["error"]] == told
+        assert content["results"] == {"first": 1.0}
 
 
 def test_what_a_device_cannot_do_is_a_line_and_what_is_wrong_is_raised(tmp_path: Path) -> None:
