@@ -43,6 +43,9 @@ SETTINGS = {
     "checkpoint_every": 2,
 }
 
+# The processes to kill, of those that belong to a driver.
+Victims = Callable[[int, random.Random], list[int]]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
@@ -116,7 +119,7 @@ def run_round(batch: Batch, out: Path, kind: str | None, rng: random.Random, wor
         log = (out.parent / f"{out.name}.log").open("a")
         driver = subprocess.Popen(batch.command(out), cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
         if kind is not None and killed is None:
-            killed = kill_once_it_works(driver, out, kind, rng, items=batch.items, working=working)
+            killed = kill_once_it_works(driver, out, KILLS[kind], rng, items=batch.items, working=working)
         try:
             codes.append(driver.wait(timeout=ROUND_SECONDS))
         except subprocess.TimeoutExpired:
@@ -129,9 +132,9 @@ def run_round(batch: Batch, out: Path, kind: str | None, rng: random.Random, wor
 
 
 def kill_once_it_works(
-    driver: subprocess.Popen[bytes], out: Path, kind: str, rng: random.Random, *, items: int, working: float
+    driver: subprocess.Popen[bytes], out: Path, choose: Victims, rng: random.Random, *, items: int, working: float
 ) -> dict[str, Any] | None:
-    """Kill after a random half or less of the items and a random part of another; None if the driver ended before.
+    """Kill the processes that `choose` names after a random half or less of the items and a random part of another; None if the driver ended before.
 
     Progress is counted in items: by `working`, the seconds of the undisturbed batch, alone, a batch on a busy machine could be over
     before its kill.
@@ -144,7 +147,7 @@ def kill_once_it_works(
         time.sleep(0.02)
     time.sleep(rng.uniform(0.0, working / items))
     while driver.poll() is None:
-        victims = KILLS[kind](driver.pid, rng)
+        victims = choose(driver.pid, rng)
         for victim in victims:
             try:
                 os.kill(victim, signal.SIGKILL)
@@ -184,7 +187,7 @@ def ray_node(driver: int, rng: random.Random) -> list[int]:
     return [process for process in family(driver) if "/raylet/raylet" in next(iter(command_of(process)), "")]
 
 
-KILLS: dict[str, Callable[[int, random.Random], list[int]]] = {
+KILLS: dict[str, Victims] = {
     "rank": one_rank,
     "replica": replica_actors,
     "driver": the_driver,

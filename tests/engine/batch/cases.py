@@ -99,7 +99,7 @@ class FakeReplica:
     """A replica that pretends: loads in `loads_in` seconds, then does what the script says."""
 
     name: str
-    clock: Clock
+    clock: Callable[[], float]
     script: Script = succeed
     step_every: float | None = None
     loads_in: float = 5.0
@@ -126,7 +126,7 @@ class FakeReplica:
 
     def events(self) -> list[Event]:
         found = []
-        while self._due and self._due[0][0] <= self.clock.now:
+        while self._due and self._due[0][0] <= self.clock():
             found.append(heapq.heappop(self._due)[2])
         return found
 
@@ -136,4 +136,4 @@ class FakeReplica:
         return True
 
     def _later(self, seconds: float, event: Event) -> None:
-        heapq.heappush(self._due, (self.clock.now + seconds, next(self._order), event))
+        heapq.heappush(self._due, (self.clock() + seconds, next(self._order), event))
