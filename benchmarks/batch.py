@@ -116,11 +116,18 @@ def run_batch(root: Path, videos: int) -> list[tuple[float, float]]:
     given = SETTINGS | own | {"checkpoint_every": CHECKPOINT_EVERY}
     words = [f"--{name}={value}" for name, value in given.items()]
     subprocess.run([sys.executable, "launch/batch.py", *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    found = between_items(root)
+    assert len(found) == videos - 2, (len(found), videos)
+    return found
+
+
+def between_items(root: Path) -> list[tuple[float, float]]:
+    """For each item of a folder but the first: seconds to the start of the next, and the overhead in them."""
     events = read_lines(root / "logs/shard-1-of-1.jsonl")
-    starts = [_seconds(event["time"]) for event in events if event["event"] == "started"]
+    starts = [log_seconds(event["time"]) for event in events if event["event"] == "started"]
     sidecars = [json.loads(path.read_text()) for path in sorted(root.glob("direct/*/videos/*.json"))]
     made = sorted((each for each in sidecars if "run" in each), key=lambda each: each["started"])
-    assert len(made) == len(starts) == videos, (len(made), len(starts))
+    assert len(made) == len(starts), (len(made), len(starts))
     engine = [sum(each["run"]["seconds"][part] for part in ("text", "denoise", "decode")) for each in made]
     between = [b - a for a, b in itertools.pairwise(starts)]
     # The first item warms up, in the loop too.
@@ -309,7 +316,8 @@ def simulate(folder: Path, items: int, replicas: int) -> dict[str, Any]:
     }
 
 
-def _seconds(text: str) -> float:
+def log_seconds(text: str) -> float:
+    """The time of an event of a log."""
     return datetime.fromisoformat(text).timestamp()
 
 

@@ -4,9 +4,10 @@
     python -m benchmarks.serving --part polls --clients 200 --seconds 60
     python -m benchmarks.serving --part kills --rounds 20
 
-overhead: jobs of the embedded model one after another, on one replica. The overhead of a job is the time from its POST until a client
-that follows its events hears that it is completed, without the seconds of text, denoising and decoding in its sidecar. Items have a tenth
-of the preset's steps, since the overhead does not depend on them; the share is stated for an item of ten seconds.
+overhead: jobs of the embedded model on one replica. The overhead of a job among others that wait is the time from its start to the start
+of the next, without the seconds of text, denoising and decoding in its sidecar, as in `benchmarks.batch`; that of a job alone is the time
+from its POST until the service knows that it is done, likewise. Items have a tenth of the preset's steps, since the overhead does not depend
+on them; the share is stated for an item of ten seconds.
 
 polls: clients ask for the state of a job once a second each, as OpenAI's client does, while two replicas make videos.
 
@@ -37,6 +38,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks.batch import between_items, log_seconds
 from benchmarks.faults import KILLS, kill_once_it_works, one_rank, working_seconds
 from benchmarks.measure import CPU, RESULTS, ROOT, environment, spread, write
 from engine.batch.driver import Done
@@ -163,25 +165,31 @@ def _until(process: subprocess.Popen[bytes], printed: Path, what: Any) -> Any:
 
 
 def measure_overhead(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of a job beside those of the engine."""
-    added, accepted = [], []
+    """Seconds of a job beside those of the engine: of jobs that wait for one another, and of one that finds an idle replica."""
+    between, alone, accepted = [], [], []
     with serving(folder / "served", methods="direct", checkpoint_every=5, **WHOLE) as service:
-        for seed in range(given.videos + 1):
-            started = time.perf_counter()
+        log = service.folder / "logs/shard-1-of-1.jsonl"
+        names = [service.post(seed=seed) for seed in range(given.videos + 2)]
+        assert service.follow(names[-1]) == "completed"
+        between = [added for _, added in between_items(service.folder)]
+        for seed in range(1000, 1000 + given.videos):
+            sent, started = time.time(), time.perf_counter()
             name = service.post(seed=seed)
             accepted.append(time.perf_counter() - started)
-            status = service.follow(name)
-            lasted = time.perf_counter() - started
-            assert status == "completed", status
+            assert service.follow(name) == "completed"
+            [done] = [each for each in read_lines(log) if each["event"] == "done" and f"video_{each['id']}" == name]
             [sidecar] = service.folder.glob(f"direct/*/videos/*-s{seed}.json")
             seconds = json.loads(sidecar.read_text())["run"]["seconds"]
-            added.append(lasted - sum(seconds[part] for part in ("text", "denoise", "decode")))
-    share = statistics.median(added[1:]) / TARGET_SECONDS  # the first warms up
+            alone.append(
+                log_seconds(done["time"]) - sent - sum(seconds[part] for part in ("text", "denoise", "decode"))
+            )
+    share = statistics.median(between) / TARGET_SECONDS
     return {
         "videos": given.videos,
-        "added_s": spread(added[1:]),
-        "post_s": spread(accepted[1:]),
+        "between_two_jobs_s": spread(between),
         f"share_of_an_item_of_{TARGET_SECONDS:.0f}_s": share,
+        "post_to_done_beside_the_engine_s": spread(alone),
+        "post_s": spread(accepted),
         "well": share <= 0.01,
     }
 

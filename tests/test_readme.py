@@ -231,7 +231,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_paths_in_code_exist() -> None:
     """`folder/file.py` and the like between backquotes."""
-    rooms = "launch|engine|parallel|freespec|tests|configs|benchmarks|evaluation|metrics|tiny|docs"
+    rooms = "launch|engine|parallel|freespec|tests|configs|benchmarks|evaluation|metrics|tiny|docs|deploy|integrations"
     pattern = re.compile(rf"`((?:{rooms})/[\w./-]*(?:/|\.py|\.yaml|\.md|\.txt|\.json|\.jsonl))`")
     told = {(page.name, path) for page in PAGES for path in pattern.findall(read(page))}
     assert len(told) > 20

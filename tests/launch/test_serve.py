@@ -176,6 +176,7 @@ def answered(
             is_json = answer.headers.get_content_type() == "application/json"
             return answer.status, json.loads(data) if is_json else data, answer
 
+        ask.port = port
         with serve.answering(make_app(jobs, Metrics(), lambda: {"status": "ok"}, key=key, rates=Rates(*rates)), sock):
             yield ask
 
