@@ -153,6 +153,13 @@ class BatchFiles:
                 part.unlink(missing_ok=True)
         sweep(self.text_cache)
 
+    def drop_parts(self, item: Item) -> None:
+        """Delete temporary files of killed attempts of an item of which no attempt runs."""
+        files = self.of(item)
+        for folder in (files.video.parent, files.checkpoint.parent):
+            for part in folder.glob(f"{item.name}.*.part"):
+                part.unlink(missing_ok=True)
+
     def quarantined(self, item: Item) -> dict[str, Any] | None:
         """Read why an item was given up; None if it was not, or if the file is damaged, so that the item is retried."""
         return read_kept(self._quarantine_file(item, "json"), QUARANTINED, what="an item in quarantine")

@@ -38,7 +38,7 @@ PREFIX = "video_"
 
 @dataclass(eq=False)
 class Job:
-    """One accepted request, and what has become of it; `step` of `total` steps are done."""
+    """One accepted request, and what has become of it; `step` of `total` steps are done, and `lost` says that an attempt failed."""
 
     planned: Planned
     created: float
@@ -47,6 +47,7 @@ class Job:
     total: int = 0
     completed: float | None = None
     error: str | None = None
+    lost: bool = False
 
     @property
     def name(self) -> str:
@@ -291,11 +292,14 @@ class Jobs:
             if leaving is not None:
                 self._delete_files(leaving)
             elif job is not None and again:
-                job.status, job.step = "queued", 0
+                job.status, job.step, job.lost = "queued", 0, True
             elif job is not None and error is not None:
                 job.status, job.error = "failed", error
+                self.files.drop_parts(job.planned.item)
             elif job is not None:
                 self._complete(job)
+                if job.lost:
+                    self.files.drop_parts(job.planned.item)
 
     def record(self, job: Job) -> dict[str, Any] | None:
         """The sidecar of a finished job."""
@@ -309,6 +313,7 @@ class Jobs:
         files = self.files.of(item)
         for path in (files.sidecar, files.video, files.sheet, files.checkpoint, self.cancel_file(item.item_id)):
             path.unlink(missing_ok=True)
+        self.files.drop_parts(item)
         self.files.release(item)
         self._drop_picture(job.planned.request.picture)
 

@@ -359,6 +359,9 @@ def test_failures_are_tried_again_and_given_up_alone(wan_folder: Path, tmp_path:
 
     def script(item_id: str, _attempt: int) -> tuple[float, Any]:
         if fails:
+            item = jobs.job_of(item_id).planned.item
+            jobs.files.of(item).make_folders()
+            jobs.files.of(item).part("token").write_bytes(b"half")
             return 1.0, Failed(failure=fault, broken=False)
         write_item(jobs.files, jobs.job_of(item_id).planned.item)
         return 1.0, Done(record={})
@@ -399,6 +402,7 @@ def test_failures_are_tried_again_and_given_up_alone(wan_folder: Path, tmp_path:
     jobs.wake.set()
     driver.run()
     assert [job["status"] for job in shown()] == ["failed", "failed", "completed", "completed"]
+    assert not list(jobs.files.root.rglob("*.part"))  # left by attempts that were killed
     assert len(list(jobs.files.quarantine.glob("*.json"))) == 2
 
 
