@@ -1,4 +1,4 @@
-"""The GPU's part of docs/performance.md, from the files that benchmarks/gpu.py wrote."""
+"""The GPU tables of docs/performance.md, from the files that benchmarks/gpu.py writes."""
 
 import json
 import re
@@ -68,9 +68,9 @@ BESIDE: list[tuple[str, str, tuple[str, ...]]] = [
 ]
 # Predictions from arithmetic, by goal; `predicted_fusion` adds to them.
 BOUNDS = {
-    "dual / global attention, full Wan layer": "1.07 (1,560 tokens in query tiles of 128: 13 for 12.2)",
-    "dual / global attention, LTX layer": "1.16 (330 tokens in query tiles of 128: 3 for 2.6)",
-    "Triton / strided dual (kept if it wins by 3 %)": "0.94 at the same rate per tile (its tiles cross frames)",
+    "dual / global attention, full Wan layer": "1.07 (13 tiles of 128 queries for 12.2)",
+    "dual / global attention, LTX layer": "1.16 (3 tiles of 128 queries for 2.6)",
+    "Triton / strided dual (kept if it wins by 3 %)": "0.94 (its tiles cross frames)",
     "peak memory, dual step / global step": "1.00 (counted, see Memory)",
 }
 
@@ -91,10 +91,9 @@ def predicted_fusion() -> dict[str, str]:
         fusion = grams + applied + gpu.eigh_seconds * shape.head_dim / EIGH_DIM
         dual = 4 * shape.num_tokens * per_head * shape.heads / (gpu.bf16_tflops * 1e12)
         found = ", ".join(
-            f"{fusion * rate / dual:.3f} with {kernel} at {rate:g} of the peak"
-            for kernel, rate in gpu.attention_fraction.items()
+            f"{fusion * rate / dual:.3f} with {kernel}" for kernel, rate in gpu.attention_fraction.items()
         )
-        rows[what] = f"{found}; eigendecompositions {gpu.eigh_seconds * shape.head_dim / EIGH_DIM * 1e3:.0f} ms"
+        rows[what] = f"{found}; `eigh` {gpu.eigh_seconds * shape.head_dim / EIGH_DIM * 1e3:.0f} ms"
     return rows
 
 
@@ -134,7 +133,7 @@ def _measured(files: Files, section: str, value: float | None, holds: str) -> li
 def sections(files: Files) -> list[str]:
     """The tables of every section; one line if there are no files."""
     if not files:
-        return ["No file of `benchmarks/gpu.py` is here: not measured."]
+        return ["Not measured: there are no files of `benchmarks/gpu.py`."]
     parts = []
     for name in ROWS:
         found = files.get(name)

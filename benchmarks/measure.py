@@ -190,8 +190,8 @@ def environment(device: torch.device, note: str) -> dict[str, Any]:
 
 
 def _git_revision() -> str | None:
-    """The commit, with `-dirty` if files other than results and the page differ from it."""
-    own = (":(exclude)benchmarks/results", ":(exclude)docs/performance.md")
+    """The commit, with `-dirty` if files other than results and their pages differ from it."""
+    own = (":(exclude)benchmarks/results", ":(exclude)docs/performance.md", ":(exclude)docs/predictions.md")
     try:
         commit = _git("rev-parse", "--short=12", "HEAD").strip()
         return f"{commit}-dirty" if _git("status", "--porcelain", "--", ".", *own) else commit

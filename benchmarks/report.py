@@ -1,8 +1,8 @@
-"""Write the tables of docs/performance.md: what was expected beside what was measured, and predictions.
+"""Write the tables of docs/performance.md (expected and measured) and docs/predictions.md.
 
 python -m benchmarks.report
 
-The text of the page is its own; a table stands between `<!-- table NAME -->` and `<!-- end NAME -->`.
+Only the tables are generated, each between `<!-- table NAME -->` and `<!-- end NAME -->`.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from benchmarks.published import published_table
 from benchmarks.tables import NOT_MEASURED, Run, table, verdict
 from engine.files.tables import emptier
 
-PAGE = ROOT / "docs" / "performance.md"
+PAGES = tuple(ROOT / "docs" / name for name in ("performance.md", "predictions.md"))
 BENCHMARKS: dict[str, Callable[[Run], str]] = {
     "attention": tables.attention,
     "far": tables.far,
@@ -105,7 +105,7 @@ def measured(runs: Mapping[str, Run], benchmark: str) -> str:
 
 
 def page_tables() -> dict[str, str]:
-    """Every table of the page by name."""
+    """Every table of the pages by name."""
     runs, gpu = latest(), gpu_report.read()
     goals = [*gpu_report.goals(gpu, predicted.predicted_ratios()), *predicted.eight_gpus()]
     return {
@@ -118,30 +118,30 @@ def page_tables() -> dict[str, str]:
     }
 
 
-def page(text: str, found: Mapping[str, str]) -> str:
-    """The page with these tables in their places; ValueError if it has places for others."""
-    places = [name for _, name, _ in _SPAN.findall(text)]
+def fill(texts: Sequence[str], found: Mapping[str, str]) -> list[str]:
+    """Insert the tables into the pages; ValueError unless each table has one place."""
+    places = [name for text in texts for _, name, _ in _SPAN.findall(text)]
     if sorted(places) != sorted(found):
-        raise ValueError(f"the page has places for {sorted(places)}, and the tables are {sorted(found)}")
-    return _SPAN.sub(lambda match: f"{match[1]}{found[match[2]]}{match[3]}", text)
+        raise ValueError(f"the pages have places for {sorted(places)}, and the tables are {sorted(found)}")
+    return [_SPAN.sub(lambda match: f"{match[1]}{found[match[2]]}{match[3]}", text) for text in texts]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the page; with fewer tables than it has, only if `--overwrite` is given."""
+    """Write the pages; a page loses tables only with `--overwrite`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a page that has more tables than this one would"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a page even if it has more tables")
     options = parser.parse_args(argv)
-    before = PAGE.read_text(encoding="utf-8")
-    after = page(before, page_tables())
-    lost = [] if options.overwrite else emptier(before, after)
-    if lost:
-        sys.exit(
-            f"error: {PAGE} has more tables than {RESULTS} holds ({'; '.join(lost)}) and stays as it is; add --overwrite to replace it"
-        )
-    PAGE.write_text(after, encoding="utf-8")
-    print(f"wrote {PAGE}")
+    before = [page.read_text(encoding="utf-8") for page in PAGES]
+    after = fill(before, page_tables())
+    for page, old, new in zip(PAGES, before, after, strict=True):
+        lost = [] if options.overwrite else emptier(old, new)
+        if lost:
+            sys.exit(
+                f"error: {page} has more tables than {RESULTS} holds ({'; '.join(lost)}) and stays as it is; add --overwrite to replace it"
+            )
+    for page, new in zip(PAGES, after, strict=True):
+        page.write_text(new, encoding="utf-8")
+        print(f"wrote {page}")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def ratios(result: dict[str, Any], names: Sequence[str]) -> list[str]:
 
 def attention(run: Run) -> str:
     """Every shape of the attention benchmark in a row."""
-    names = ["local / global", "two calls / global", "dual / global", "dual / two calls"]
+    names = ["local / global", "dual / global", "dual / two calls"]
     rows = []
     for result in run["results"]:
         variants = result["variants"]
@@ -85,7 +85,7 @@ def far_latents(run: Run) -> str:
 
 def fusion(run: Run) -> str:
     """Every shape of the fusion benchmark in a row."""
-    names = ["fusion / SVD in fp32", "fusion / SVD in fp64", "fusion / dual attention"]
+    names = ["fusion / SVD in fp32", "fusion / dual attention"]
     rows = []
     for result in run["results"]:
         parts = " + ".join(milliseconds(result["variants"][name]["wall_s"]["median"]) for name in PARTS)
@@ -122,13 +122,12 @@ def memory(run: Run) -> str:
             row["model"].partition("/")[2],
             f"{row['ring']} x {row['ulysses']}",
             *(f"{row['gib'][mode]:.2f}" for mode in ("global", "local", "dual")),
-            f"{row['ratios']['dual / global']:.3f}",
             f"{row['weights_gib']:.1f}",
             f"{row['ratios']['with weights']:.3f}",
         ]
         for row in run["results"]
     ]
-    header = ["model, 321 frames", "ring x ulysses", "global, GiB", "local, GiB", "dual, GiB", "dual / global"]
+    header = ["model, 321 frames", "ring x ulysses", "global, GiB", "local, GiB", "dual, GiB"]
     return table([*header, "weights, GiB", "dual / global with weights"], rows)
 
 
@@ -139,11 +138,10 @@ def timeline(run: Run) -> str:
 
 
 def provenance(run: Run) -> str:
-    """One paragraph: device, versions, date and load."""
+    """Where and when a file was measured; the file also names the commit and the machine's load."""
     at, settings = run["environment"], run["settings"]
     text = (
-        f"{at['device_name']}, {at['threads']} threads on {at['cores']} cores; torch {at['torch']}, {settings['dtype']}, "
-        f"{settings['repeats']} rounds; {at['date']}, revision {at['git_revision'] or 'unknown'}; load average "
-        f"{at['load_average']:.1f} to {at['load_average_end']:.1f}"
+        f"{at['device_name']}, threads: {at['threads']} of {at['cores']}, torch {at['torch']}, {settings['dtype']}, "
+        f"rounds: {settings['repeats']}, {at['date']}"
     )
     return f"{text}{'; ' + at['note'] if at['note'] else ''} (`{run['file']}`)."

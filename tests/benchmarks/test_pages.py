@@ -10,14 +10,18 @@ from benchmarks import report
 from engine.files.tables import emptier
 
 
-def test_the_tables_of_the_page_are_what_the_command_writes() -> None:
-    text = report.PAGE.read_text(encoding="utf-8")
-    assert text == report.page(text, report.page_tables()), "run python -m benchmarks.report"
+def read_pages() -> list[str]:
+    return [page.read_text(encoding="utf-8") for page in report.PAGES]
+
+
+def test_the_tables_of_the_pages_are_what_the_command_writes() -> None:
+    texts = read_pages()
+    assert texts == report.fill(texts, report.page_tables()), "run python -m benchmarks.report"
 
 
 def test_a_page_without_a_place_for_a_table_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"has places for \['a'\], and the tables are \['a', 'b'\]"):
-        report.page("<!-- table a -->\nold\n<!-- end a -->\n", {"a": "new", "b": "other"})
+    with pytest.raises(ValueError, match=r"have places for \['a'\], and the tables are \['a', 'b'\]"):
+        report.fill(["<!-- table a -->\nold\n<!-- end a -->\n"], {"a": "new", "b": "other"})
 
 
 def test_another_result_is_another_page(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,18 +30,18 @@ def test_another_result_is_another_page(monkeypatch: pytest.MonkeyPatch) -> None
     fusion = runs["fusion"]["results"][0]["ratios"]["fusion / SVD in fp32"]["wall_s"]
     monkeypatch.setitem(fusion, "median", 10 * fusion["median"])
     monkeypatch.setattr(report, "latest", lambda: runs)
-    text = report.PAGE.read_text(encoding="utf-8")
-    assert report.page(text, report.page_tables()) != text
+    texts = read_pages()
+    assert report.fill(texts, report.page_tables()) != texts
 
 
 @pytest.fixture
 def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the results, and of the page, that a test may change."""
+    """A copy of the results, and of the pages, that a test may change."""
     folder = tmp_path / "results"
     shutil.copytree(report.RESULTS, folder)
-    shutil.copy(report.PAGE, tmp_path)
+    pages = tuple(Path(shutil.copy(page, tmp_path)) for page in report.PAGES)
     monkeypatch.setattr(report, "RESULTS", folder)
-    monkeypatch.setattr(report, "PAGE", tmp_path / report.PAGE.name)
+    monkeypatch.setattr(report, "PAGES", pages)
     return folder
 
 
@@ -52,20 +56,20 @@ def test_shapes_that_a_newer_run_leaves_out_stay(results: Path) -> None:
     assert run["file"] == "attention-cpu-2999-01-01.json"
     assert [(each["file"], [x["shape"] for x in each["results"]]) for each in run["older"]] == [(newest.name, ["wan"])]
     assert kept == {"tiny", "ltx", "wan-short", "wan"}
-    before = report.PAGE.read_text(encoding="utf-8")
-    text = report.page(before, report.page_tables())
-    assert emptier(before, text) == []
+    before = read_pages()
+    [text, _] = after = report.fill(before, report.page_tables())
+    assert [emptier(*each) for each in zip(before, after, strict=True)] == [[], []]
     assert "| CPU, wan | <= 1.3 |" in text
     assert f"`{newest.name}`" in text
 
 
 def test_the_page_is_not_replaced_by_an_emptier_one(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = report.PAGE.read_text(encoding="utf-8")
+    before = read_pages()
     [fusion] = results.glob("fusion-cpu-*.json")
     fusion.unlink()
     with pytest.raises(SystemExit) as ended:
         report.main([])
     assert "performance.md has more tables than" in str(ended.value)
-    assert report.PAGE.read_text(encoding="utf-8") == before
+    assert read_pages() == before
     report.main(["--overwrite"])
-    assert report.PAGE.read_text(encoding="utf-8") != before
+    assert read_pages() != before
