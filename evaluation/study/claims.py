@@ -19,10 +19,10 @@ class Claim:
     Attributes:
         title: heading.
         text: what the paper says, in our words.
-        method: label of the method that is spoken of.
-        other: label of the one it is compared with.
-        measures: by name, whether the method should have more or less of it.
-        why_not: what the embedded model and its world may have to do with it where that is not seen.
+        method: label of the method.
+        other: label of the method that it is compared with.
+        measures: the expected sign of the difference by measure.
+        why_not: possible reasons, in the embedded model and its world, for another result.
     """
 
     title: str
@@ -35,10 +35,10 @@ class Claim:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One measure of a claim: the difference method - other, and how it reads.
+    """One measure of a claim: the difference method - other, and the verdict.
 
     Attributes:
-        agreeing: prompts whose own difference has the sign of the mean: a mean that few prompts decide has half of them or less.
+        agreeing: number of prompts whose own difference has the sign of the mean.
     """
 
     metric: str
@@ -62,8 +62,8 @@ CLAIMS = (
             "distance_travelled": "less",
             "speed": "less",
         },
-        why_not="""Full attention may fail in another way here: what it repeats (next section) moves as fast and has as sharp an outline as
-what it does not, and a world of one plain shape has no detail to lose but that outline.""",
+        why_not="""Full attention fails in another way here, by repetition (next section), and what it repeats is as fast and as sharp. One plain
+shape has no detail to lose.""",
     ),
     Claim(
         title="Repetition of `direct`",
@@ -71,7 +71,7 @@ what it does not, and a world of one plain shape has no detail to lose but that 
         method="direct",
         other="sliding_window",
         measures={"repetition": "more", "repetition_straight": "more"},
-        why_not="Orbits and bounces repeat themselves by right with any method; only `repetition_straight` leaves them out.",
+        why_not="Orbits and bounces repeat with any method; only `repetition_straight` leaves them out.",
     ),
     Claim(
         title="Drift of `sliding_window`",
@@ -86,8 +86,7 @@ what it does not, and a world of one plain shape has no detail to lose but that 
             "clip_colour_similarity": "less",
             "clip_structural_similarity": "less",
         },
-        why_not="""Object and background have one colour each and no texture, so there is little that could drift; a video that repeats itself keeps
-its layout by that alone.""",
+        why_not="""Object and background have one colour each and no texture, so little can drift, and a video that repeats keeps its layout.""",
     ),
     Claim(
         title="`freespec` against `direct`: motion and detail",
@@ -101,11 +100,11 @@ its layout by that alone.""",
             "distance_travelled": "more",
             "repetition": "less",
         },
-        why_not="What `direct` has not lost on this model (the first of these sections) cannot be brought back.",
+        why_not="`direct` was not seen to lose either on this model (see over-smoothing above), which leaves nothing to bring back.",
     ),
     Claim(
         title="`freespec` against `sliding_window`: consistency",
-        text="Guidance by the global spectrum steadies what the window alone lets drift (sections 4.2, 4.3).",
+        text="Guidance by the global spectrum corrects the drift of the window (sections 4.2, 4.3).",
         method="freespec",
         other="sliding_window",
         measures={
@@ -116,8 +115,8 @@ its layout by that alone.""",
             "clip_colour_similarity": "more",
             "interpolation_error": "less",
         },
-        why_not="""The window drifts little here in absolute numbers, which leaves guidance little to steady; and the global branch that guides is
-the output of a model that never saw so many tokens, which may cost more than it steadies.""",
+        why_not="""The window drifts little here, which leaves guidance little to correct, and the global branch comes from a model that never
+saw so many tokens.""",
     ),
 )
 
@@ -153,7 +152,7 @@ def answers(claim: Claim, report: Mapping[str, Any]) -> list[Answer]:
 class Change:
     """One measure's difference method - other in the tables' run and in a rerun with other steps, and rerun - tables.
 
-    All three are of the same prompts: those that have a value of both methods in both.
+    All three are over the prompts that have a value of both methods in both runs.
     """
 
     method: str
@@ -269,10 +268,7 @@ def _decided(estimate: Estimate) -> bool:
 
 
 def read(difference: Estimate, sign: Sign) -> Verdict:
-    """How an interval reads: it lies on the side that is expected, on the other, or holds 0 (or there is none).
-
-    `not made` if no prompt has the measure in both methods.
-    """
+    """Compare an interval with the expected sign; `not decided` if it holds 0 or there is none, `not made` without values."""
     if difference.count == 0:
         return "not made"
     low, high = (difference.low, difference.high) if sign == "more" else (-difference.high, -difference.low)

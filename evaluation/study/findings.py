@@ -19,11 +19,10 @@ INTRO = """Written by `python launch/findings.py` from the reports of
     make findings       # all six methods, also from the same noise, and the seven ablation rows on held-out prompts; spectra of 20 of them
     make calibrate      # the search for FreeSpec's open settings
 
-do not edit. The measures of every video are in [{kept}]({kept}), and what they have is not made again;
-[compare.md](compare.md#the-full-tables) says how to make all of it anew, and what that costs. Every interval is a 95 % bootstrap interval over prompts, every difference is paired by prompt, and
-`prompts with that sign` are those whose own difference has the sign of the mean: few of them, and the mean is that of some prompts;
-[compare.md](compare.md#how-to-read-the-numbers) says what each measure is and where it fails. The embedded model is small and its world is
-simple: what holds here need not hold on Wan2.1, and the other way round.
+do not edit. The measures of every video are in [{kept}]({kept}); [compare.md](compare.md#the-full-tables) tells how to make all videos again,
+and [what each measure is](compare.md#how-to-read-the-numbers). Intervals are 95 % bootstrap intervals over prompts, and differences are
+paired by prompt. `prompts with that sign` counts those whose own difference has the sign of the mean; if they are few, some prompts decide
+it. What holds on the small embedded model need not hold on Wan2.1.
 """
 
 

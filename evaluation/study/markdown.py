@@ -1,7 +1,7 @@
 """Format numbers, estimates, and the tables of a comparison as Markdown, from its report.json."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from engine.files.tables import markdown_table
@@ -10,10 +10,10 @@ from metrics.bootstrap import Estimate
 Report = dict[str, Any]
 
 
-def tables(report: Report) -> str:
-    """Both tables, every measure and method; a difference whose interval leaves out 0 is bold."""
+def tables(report: Report, *, without: Container[str] = ()) -> str:
+    """Both tables, every measure and method but those of `without`; a difference whose interval leaves out 0 is bold."""
     baseline = report["baseline"]
-    labels = list(dict.fromkeys(row["label"] for row in report["summary"]))
+    labels = [label for label in dict.fromkeys(row["label"] for row in report["summary"]) if label not in without]
     others = [label for label in labels if label != baseline]
     means = _table(report, labels, "mean")
     if not others:

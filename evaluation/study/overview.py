@@ -1,4 +1,4 @@
-"""The first section of the page of findings: FreeSpec's results, the effect of each of its parts, and one picture."""
+"""First section of the findings page: FreeSpec's results, the effect of each of its parts, and a picture."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +21,8 @@ ROWS = {
 }
 """Rows of the ablation that lead to FreeSpec, and what each changes of the one above it."""
 
-RESIDUAL = """The residual is a large part of the effect, and its share varies: with it off, the final latents of three prompts were
-0.05, 0.53 and 0.39 (relative) from those of `sliding_window`, and 0.32, 0.39 and 0.68 from those of FreeSpec. In the paper's ablation the residual
+RESIDUAL = """With it off, the final latents of three prompts were 0.05, 0.53 and 0.39 (relative) from those of
+`sliding_window`, and 0.32, 0.39 and 0.68 from those of FreeSpec: it is a large part of the effect, and its share varies. In the paper's ablation it
 brings most of the consistency."""
 
 
@@ -45,8 +45,8 @@ def overview(reports: Mapping[str, Report | None], figure: str) -> str:
         f"{settings['sampler.num_steps']} steps; bold: differs from `freespec`, paired by prompt):",
         "",
         _table(methods, ablation),
-        "`speed_error` is the distance from the captioned speed, `repetition` is 1 for a loop, `motion_as_captioned` is the share of videos that move "
-        "as the caption says, `rgb_drift` is how far the object's colour moves over time.",
+        "`speed_error` is the distance from the captioned speed, `repetition` is 1 for a loop, `motion_as_captioned` is the share of videos with the "
+        "captioned motion, `rgb_drift` is how far the object's colour moves over time.",
         "",
         f"- **FreeSpec**, against `{methods['baseline']}`: {_reads(methods, 'freespec')}.",
         f"- **Local basis** (GB to LB-fixed): {_from_to(ablation, 'GB', 'LB-fixed')}.",

@@ -1,4 +1,4 @@
-"""The sections of the page of findings, each from the report of one command; `Not measured yet` where there is none."""
+"""Sections of the findings page, each from the report of one command; `Not measured yet` if there is none."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -29,18 +29,15 @@ SAME_NOISE = "All six methods from the same noise"
 LOW_RANK_MEASURES: dict[str, Sign] = {"flow_mean": "less", "flow_strongest": "less", "laplacian_variance": "less"}
 
 WHY_NOT = {
-    "concentration": """Where it does not fall, or in part only: a head of the embedded model has few dimensions, which bounds its effective
-rank at any window; the world is one object before an even background, so that tokens far away in time are much like those near by, and a
-wider window adds little that is new; and the windows see the states of one generation, those of `direct`, while the paper does not say
-whether its curves come from one generation or one per window.""",
-    "low_rank": """Where it is not weaker or smoother: directions are taken from every layer at every step, and what the next layers and steps make of
-an output that none of them was trained on need not be a smooth picture. A head of the embedded model has few dimensions: with a small share
-of them it may flicker, which counts as motion and detail.""",
-    "claims": """Where a row above is not decided or the opposite, these are the reasons to think of besides those of its section. The pictures are 64 pixels wide: optical
-flow and sharpness of a plain shape are its outline and little else, and flicker and morphing count as motion and detail. A model this small
-errs at native length already (its card has the figures), and that error is in every method. The object of the world returns at the
-other edge and its motions are even, so that full attention over four native lengths may find the phase of the motion, which
-no natural video has. And the constants of FreeSpec are not the paper's, which are not public.""",
+    "concentration": """Where it does not fall, possible reasons are: a head of the embedded model has few dimensions, which bounds its effective rank; the
+world is one object on a plain background, so that a longer window adds little; and all windows see the states of one generation, that of
+`direct`, while the paper does not say whether its curves do.""",
+    "low_rank": """Where it is not weaker or smoother: directions are removed in every layer at every step, and later layers were not trained on such
+outputs. With a small share of its few dimensions a head of the embedded model may flicker, which counts as motion and detail.""",
+    "claims": """Where a row above is not decided or the opposite, there are reasons beside those of its section. Pictures are 64 pixels wide: flow
+and sharpness of a plain shape come from its outline, and flicker and morphing count as motion and detail. A model this small errs at
+native length already ([its card](../tiny/wan/README.md)). Motions in this world are periodic, which full attention over four native lengths may exploit. The paper's
+constants of FreeSpec are not public.""",
 }
 
 
@@ -51,8 +48,8 @@ def concentration(analysis: Report | None, figure: str | None) -> str:
         return "\n".join([*lines, "Not measured yet.", ""])
     told, settings = analysis["spectra"], analysis["comparison"]["settings"]
     lines += [
-        f"{len(analysis['comparison']['prompts'])} prompts, each beside a video of `{settings['method.name']}`; {_made_with(settings)}. "
-        "Anew, which takes a while:",
+        f"Measured while `{settings['method.name']}` makes videos of {len(analysis['comparison']['prompts'])} prompts; {_made_with(settings)}. "
+        "Repeat it, in about half an hour, with",
         "",
         f"    python launch/analyze.py --model.device cpu --method.name {settings['method.name']} --video.num_frames {settings['video.num_frames']} "
         f"--sampler.num_steps {settings['sampler.num_steps']} --prompts {PROMPTS} --num_prompts {len(analysis['comparison']['prompts'])} "
@@ -111,9 +108,9 @@ def low_rank(analysis: Report | None) -> str:
     count = rows[next(iter(LOW_RANK_MEASURES)), whole]["prompts"]
     settings = analysis["comparison"]["settings"]
     lines += [
-        f"Every attention output of these videos is its strongest directions alone (Fig. 2c, 2d); {count} of the prompts above, "
-        f"{_made_with(settings)}. The paper finds layout and weaker, less detailed motion. Differences from the videos with "
-        f"{100 * whole:g} % of the directions, paired by prompt, judged at the smallest share. "
+        f"Every attention output keeps only its strongest directions (Fig. 2c, 2d); {count} of the prompts above, "
+        f"{_made_with(settings)}. The paper finds that layout stays, and that motion and detail weaken. Differences are from "
+        f"{100 * whole:g} % of the directions, paired by prompt, and judged at the smallest share. "
         f"{_count(verdicts, 'as the paper says', 'of the measures')}",
         "",
         markdown_table(
@@ -151,7 +148,7 @@ def _made_with(settings: dict[str, Any]) -> str:
 
 
 def report_command(report: Report | None, *, runs: Path, kept: Path) -> str:
-    """The command that reports on two of the methods from the measures that the tables stand on, but for its --methods."""
+    """The command that compares two methods from the kept measures, without its --methods."""
     if report is None:
         return ""
     device = report["comparison"]["settings"]["device"]
@@ -169,7 +166,7 @@ def _shown(path: Path) -> str:
 
 
 def claims(report: Report | None, command: str) -> list[str]:
-    """A section for each of `CLAIMS`, with the `command` that makes its table again, and the reasons to think of."""
+    """A section for each of `CLAIMS`, possible reasons for other answers, and the `command` that repeats a table."""
     if report is None:
         return ["## What the paper says of the methods\n\nNot measured yet.\n"]
     sections, verdicts = [], set()
@@ -177,9 +174,11 @@ def claims(report: Report | None, command: str) -> list[str]:
         absent = not_made(claim, report)
         found = [] if absent else answers(claim, report)
         verdicts |= {line.verdict for line in found}
-        sections.append(_claim(claim, found, command) if found else _not_made(claim, absent))
+        sections.append(_claim(claim, found) if found else _not_made(claim, absent))
     if verdicts & {"not decided", "the opposite"}:
         sections.append(f"{WHY_NOT['claims']}\n")
+    methods = f"--methods {CLAIMS[0].method},{CLAIMS[0].other} --baseline {CLAIMS[0].other}"
+    sections.append(f"Repeat any of these tables from the kept measures, in moments:\n\n    {command} {methods}\n")
     return sections
 
 
@@ -189,7 +188,7 @@ def _not_made(claim: Claim, absent: Sequence[str]) -> str:
     return f"## {claim.title}\n\n{claim.text} Not made: the report has no {what}.\n"
 
 
-def _claim(claim: Claim, found: Sequence[Answer], command: str) -> str:
+def _claim(claim: Claim, found: Sequence[Answer]) -> str:
     verdicts = [line.verdict for line in found]
     rows = [
         [
@@ -206,8 +205,7 @@ def _claim(claim: Claim, found: Sequence[Answer], command: str) -> str:
     lines = [f"## {claim.title}", "", f"{claim.text} {count}", "", markdown_table(header, rows)]
     if set(verdicts) != {"as the paper says"}:
         lines += [claim.why_not, ""]
-    methods = f"--methods {claim.method},{claim.other} --baseline {claim.other}"
-    return "\n".join([*lines, "In moments, from the measures that are kept:", "", f"    {command} {methods}", ""])
+    return "\n".join(lines)
 
 
 def _count(verdicts: Sequence[str], wanted: str, what: str) -> str:
@@ -217,17 +215,20 @@ def _count(verdicts: Sequence[str], wanted: str, what: str) -> str:
     return f"In {verdicts.count(wanted)} of {len(verdicts)} {what}: {wanted}{rest}."
 
 
-def method_tables(title: str, report: Report | None, clips: str | None = None, *, times: bool = True) -> str:
-    """All measures of a report, its notes, and seconds if `times`."""
+def method_tables(title: str, report: Report | None, clips: str | None = None, *, above: Report | None = None) -> str:
+    """All measures of a report, its notes, and seconds; with `above` only labels and notes that it lacks, and no seconds."""
     if report is None:
         return f"## {title}\n\nNot measured yet.\n"
     settings = report["comparison"]["settings"]
-    lines = [f"## {title}", "", f"{' '.join(report['notes'])} Checkpoint `{settings['checkpoint']}`.", ""]
+    notes = [note for note in report["notes"] if above is None or note not in above["notes"]]
+    lines = [f"## {title}", "", f"{' '.join(notes)} Checkpoint `{settings['checkpoint']}`.", ""]
     lines += [_noises(report["noise"]), ""]
-    lines += [tables(report)]
+    if known := [f"`{label}`" for label in report["noise"] if above is not None and label in above["noise"]]:
+        lines += [f"The tables above have {', '.join(known)}.", ""]
+    lines += [tables(report, without=() if above is None else above["noise"].keys())]
     if clips is not None:
         lines += [f"![Clip after clip]({clips})", ""]
-    if times:
+    if above is None:
         rows = [
             [
                 label,
@@ -236,14 +237,14 @@ def method_tables(title: str, report: Report | None, clips: str | None = None, *
             ]
             for label, found in report["times"].items()
         ]
-        lines += ["Seconds, on the machine that the notes name or the one that all videos were made on:", ""]
+        lines += ["Seconds (medians):", ""]
         lines += [markdown_table(["method", "denoising", "decoding", "a step (number of them)"], rows)]
     return "\n".join(lines)
 
 
 def same_noise(own: Report | None, same: Report | None) -> str:
-    """The methods with one kind of noise, and what each one's own noise changes."""
-    lines = [method_tables(SAME_NOISE, same, times=False)]
+    """Methods that bring their own noise, with the noise of the others, and what their own noise changes."""
+    lines = [method_tables(SAME_NOISE, same, above=own)]
     found = [] if own is None or same is None else noise_effects(own, same)
     if found:
         methods = list(dict.fromkeys(each.method for each in found))
@@ -254,8 +255,8 @@ def same_noise(own: Report | None, same: Report | None) -> str:
         ]
         differ = sum(each.differs for each in found)
         lines += [
-            f"What a method's own noise changes: with it − with the noise of the others, paired by prompt. In {differ} of {len(found)} "
-            f"the interval leaves out 0; by chance alone it would in some {round(0.05 * len(found))}.",
+            f"Effect of a method's own noise: with it − with the noise of the others, paired by prompt. In {differ} of {len(found)} "
+            f"the interval leaves out 0; about {round(0.05 * len(found))} would by chance.",
             "",
             markdown_table(["measure", *methods], rows),
         ]
@@ -276,7 +277,7 @@ def _noises(noise: dict[str, str]) -> str:
         return f"Initial noise: {next(iter(labels))} for every method."
     told = "; ".join(f"{kind} of {', '.join(found)}" for kind, found in labels.items())
     return (
-        f"Initial noise: {told}. A difference between methods of two kinds is one of noise as well; "
+        f"Initial noise: {told}. Differences between methods with different noise include its effect; "
         "`--sampler.noise iid` gives all the same."
     )
 
@@ -288,7 +289,7 @@ def _steps(found: dict[str, Any]) -> str:
 
 
 def step_count(tables: Report | None, rerun: Report | None) -> str:
-    """What becomes of the claims' differences with another number of steps."""
+    """The claims' differences at another number of steps."""
     lines = ["## What the number of steps changes", ""]
     if tables is None or rerun is None:
         return "\n".join([*lines, "Not measured yet.", ""])
@@ -299,9 +300,8 @@ def step_count(tables: Report | None, rerun: Report | None) -> str:
         return "\n".join([*lines, absent, ""])
     verdicts = [each.verdict for each in found]
     lines += [
-        f"The tables above are of {here} denoising steps. {len(rerun['videos'])} videos were made with {there} as well. For every difference "
-        f"that the sections above speak of, both on the prompts that have all four values, and what becomes of it, paired by "
-        f"prompt. {_count(verdicts, 'no change seen', 'of the differences')}",
+        f"The tables above are of {here} denoising steps. {len(rerun['videos'])} videos were also made with {there}. Each difference of the "
+        f"sections above, on the prompts that have all four values. {_count(verdicts, 'no change seen', 'of the differences')}",
         "",
     ]
     rows = [
@@ -327,9 +327,9 @@ def calibration(report: Report | None, told_parts: Mapping[str, str]) -> str:
     rounds = ", ".join(f"{len(each['scores'])} on {each['prompts']} prompts" for each in report["rounds"])
     steps, settings = report["num_steps"], report["comparison"]["settings"]
     lines += [
-        f"{len(report['trials'])} settings, drawn with seed {report['search_seed']} from the lists below with the present ones among "
-        f"them, were tried on prompts that no other table here uses: {rounds}, each time the best third going on. The score "
-        f"is the mean of four shares, 0 to 1 ({parts}). Searched with videos of {steps['search']} steps, judged with {steps['judged']}; "
+        f"{len(report['trials'])} settings, the defaults and others drawn with seed {report['search_seed']} from the lists below, were tried on "
+        f"prompts that no other table here uses: {rounds}; the best third of each round went on. The score "
+        f"is the mean of four shares from 0 to 1 ({parts}). Searched with videos of {steps['search']} steps, judged with {steps['judged']}; "
         f"{settings['video.num_frames']} frames, checkpoint `{settings['checkpoint']}`.",
         "",
         markdown_table(

@@ -7,16 +7,15 @@ from engine.planner.model import ModelSpec, read_model
 
 _TEXT = """## What transfers to Wan2.1, and what cannot be known without its weights
 
-What is a property of the method and not of a model transfers: the equality of every method with its published form, the cost of a step of
-each kind in attention calls, that all ranks make the same video, that a difference between two rows of the ablation is that of their settings
-alone. The commands transfer as they are: `--config configs/wan2.1-t2v-1.3b.yaml` makes the same tables, without the exact measures.
+Properties of the method transfer: each equals its published form, a step of each kind costs as many attention calls, all ranks make
+the same video, and two rows of the ablation differ by their settings alone. `--config configs/wan2.1-t2v-1.3b.yaml` makes the same tables,
+without the exact measures.
 
-Which settings are best does not transfer by itself. The share of the steps that a `fused_share` means depends on the scheduler's shift (with
-`domain: timestep`, fused_share {fused_share:g} fuses {fused}), and `alpha` is read along
-that same axis. `beta` acts along a spectrum of D directions, {head_dim} of a head of Wan. How strongly the global branch over-smooths, and so how
-much of it helps, is a matter of training data and length. Unknown without Wan's weights: the level of every measure, whether the
-spectra concentrate as in the paper's Fig. 2, whether the order of the methods is that of its Table 1, and its VBench scores
-([vbench.md](vbench.md) says how they are made)."""
+The best settings need not transfer. How many steps a `fused_share` fuses depends on the scheduler's shift (with `domain: timestep`,
+fused_share {fused_share:g} fuses {fused}), and `alpha` acts along the same axis. `beta` acts along a spectrum of D directions,
+{head_dim} of a head of Wan. How strongly the global branch over-smooths depends on training data and length. Without Wan's weights
+the level of every measure is unknown, as are its spectra (Fig. 2), the order of the methods (Table 1) and its VBench scores
+([vbench.md](vbench.md) tells how they are made)."""
 
 _WAN, _SHIFTS = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", (5.0, 8.0)
 _EMBEDDED = "tiny/wan"

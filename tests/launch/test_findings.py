@@ -203,7 +203,7 @@ def test_the_page_says_what_the_numbers_say(write: Callable[..., str], tmp_path:
     page = write(methods=report)
     assert "In 1 of 2 of the measures: as the paper says, 1 the opposite." in page
     assert "| `laplacian_variance` (px) | less | −2 [−2, −2] | 8 of 8 | as the paper says |" in page
-    assert "these are the reasons to think of besides those of its section" in page
+    assert "there are reasons beside those of its section" in page
     by_title = {claim.title: claim for claim in CLAIMS}
     assert by_title["Over-smoothing of `direct`"].why_not in page
     assert "--methods direct,sliding_window --baseline sliding_window" in page
@@ -345,7 +345,10 @@ def test_a_claim_on_what_was_not_made_is_not_undecided(write: Callable[..., str]
     assert page.count("Not made: the report has no videos of `sliding_window`.") == 4
     assert "Not made: the report has no measures that this asks for." in page  # freespec against direct: no speed there
     assert "not decided" not in page
-    assert "Initial noise: iid of `direct`; freenoise of `freespec`. A difference between methods of two kinds" in page
+    assert (
+        "Initial noise: iid of `direct`; freenoise of `freespec`. Differences between methods with different noise"
+        in page
+    )
     same = report_of({"speed": {"direct": 2.0, "freespec": 1.0}}, ("direct", "freespec"))
     assert "Initial noise: iid for every method." in write(methods=same)
     alone = report_of({"speed": {"direct": 2.0}}, ("direct",))
