@@ -251,7 +251,7 @@ def test_another_number_of_steps_is_held_against_the_tables_on_the_videos_that_b
     for each in rerun["videos"]:
         each["values"]["flow_strongest"] = 1.0
     page = write(methods=tables, steps=rerun)
-    assert "The tables above are of 20 denoising steps. 32 videos were made with 10 as well." in page
+    assert "The tables above are of 20 denoising steps. 32 videos were also made with 10." in page
     assert "In 1 of 3 of the differences: no change seen, 1 changes in size, 1 turns round." in page
     assert "| `flow_mean` (px) | 7 | −2 [−2, −2] | +1 [+1, +1] | +3 [+3, +3] | turns round |" in page
 
