@@ -1,5 +1,6 @@
 """A cache of text embeddings, keyed by prompt and settings, so that every prompt is encoded once."""
 
+import contextlib
 import hashlib
 import json
 from collections import OrderedDict
@@ -28,6 +29,16 @@ def cache_key(*, checkpoint: str, dtype: str, max_text_tokens: int, device: str)
 def cached_name(key: str, prompt: str) -> str:
     """The file of a prompt's embeddings in a cache's folder."""
     return f"{hashlib.sha256(json.dumps([key, prompt]).encode()).hexdigest()}.safetensors"
+
+
+def trim(folder: Path, most: int) -> None:
+    """Delete the embeddings in a cache's folder that were written longest ago, down to `most`; a missing one is made again."""
+    written = {}
+    for path in folder.glob("*.safetensors"):
+        with contextlib.suppress(FileNotFoundError):
+            written[path] = path.stat().st_mtime_ns
+    for path in sorted(written, key=lambda path: written[path])[: max(len(written) - most, 0)]:
+        path.unlink(missing_ok=True)
 
 
 class TextCache:

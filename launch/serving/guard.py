@@ -76,29 +76,27 @@ class Guard:
     def _check(self, scope: Scope, *, is_post: bool) -> None:
         """Raise RefusedError for a request that the application must not see."""
         headers = Headers(scope=scope)
+        self._check_source(headers)
         has_key = self.key is not None and self._has_key(headers)
         host = None if scope["client"] is None else scope["client"][0]
         self.rates.check(client_of(host, has_key=has_key), is_post=is_post)
-        refused = self._refuse(scope["path"], headers, has_key=has_key)
-        if refused is not None:
-            raise refused
+        if self.key is not None and scope["path"] not in OPEN_PATHS and not has_key:
+            raise RefusedError("the API key is missing or wrong", status=401, code="invalid_api_key")
 
-    def _refuse(self, path: str, headers: Headers, *, has_key: bool) -> RefusedError | None:
+    def _check_source(self, headers: Headers) -> None:
+        """Raise RefusedError for a body that is too large, and for a page of another site, whose requests count for nobody."""
         length = headers.get("content-length", "0")
         if not (length.isascii() and length.isdigit() and len(length) < 20) or int(length) > MOST_BODY:
-            return too_large()
+            raise too_large()
         host = headers.get("host", "")
         # A page of another site may send requests to this machine, or give its own name this machine's address.
         if self.key is None and not is_loopback(_split(f"//{host}").hostname or ""):
-            return RefusedError(
+            raise RefusedError(
                 f"the host {host[:60]!r} is not this machine's loopback; use 127.0.0.1", status=403, code="forbidden"
             )
         origin = headers.get("origin")
         if origin is not None and _split(origin).netloc != host:
-            return RefusedError(f"requests of pages from {origin[:60]!r} are refused", status=403, code="forbidden")
-        if self.key is not None and path not in OPEN_PATHS and not has_key:
-            return RefusedError("the API key is missing or wrong", status=401, code="invalid_api_key")
-        return None
+            raise RefusedError(f"requests of pages from {origin[:60]!r} are refused", status=403, code="forbidden")
 
     def _has_key(self, headers: Headers) -> bool:
         assert self.key is not None

@@ -18,6 +18,7 @@ from engine.errors import UserError
 from engine.files.say import say_on_stderr
 from engine.files.trees import DamagedError, Shape, read_tree
 from engine.files.whole import atomic_path, sweep, write_json
+from engine.text.cache import trim
 from launch.serving.planner import Planned, Planner
 from launch.serving.requests import Offer, RefusedError, VideoRequest
 
@@ -34,6 +35,8 @@ SHAPE: Shape = {
     "request.picture": str | None,
 }
 PREFIX = "video_"
+# Embeddings of texts that stay on the disk: 8 MiB each for Wan's encoder.
+MOST_TEXTS = 256
 
 
 @dataclass(eq=False)
@@ -298,6 +301,7 @@ class Jobs:
                 self.files.drop_parts(job.planned.item)
             elif job is not None:
                 self._complete(job)
+                trim(self.files.text_cache, MOST_TEXTS)
                 if job.lost:
                     self.files.drop_parts(job.planned.item)
 

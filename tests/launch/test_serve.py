@@ -446,6 +446,7 @@ def test_floods_without_the_key_do_not_hold_up_those_with_it(wan_folder: Path, t
     """The address of a header counts for nothing."""
     bearer = {"Authorization": f"Bearer {KEY}"}
     with answered(jobs_of(wan_folder, tmp_path / "out"), key=KEY, rates=(0.01, 1)) as ask:
+        assert ask("GET", "/v1/videos", Origin="http://evil.test")[0] == 403  # which counts for nobody
         assert ask("GET", "/v1/videos")[0] == 401
         status, answer, refused = ask("GET", "/v1/videos", **{"X_Forwarded_For": "192.0.2.7"})
         assert_refused(status, answer, "more than 0.01 requests a second")

@@ -1,5 +1,6 @@
 """Embeddings are made once per prompt and come back bit for bit."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from engine.text import cache as text_cache
-from engine.text.cache import TextCache
+from engine.text.cache import TextCache, trim
 
 
 class Encoder:
@@ -76,3 +77,14 @@ def test_memory_is_bounded_and_the_folder_remembers(tmp_path: Path) -> None:
     cache.texts(prompts, encoder)
     assert encoder.calls == prompts
     assert len(cache._kept) == text_cache.KEPT
+
+
+def test_the_oldest_of_too_many_are_deleted(tmp_path: Path) -> None:
+    for index, name in enumerate("cab"):
+        path = tmp_path / f"{name}.safetensors"
+        path.write_bytes(b"")
+        os.utime(path, ns=(index, index))
+    (tmp_path / "x.lock").touch()
+    trim(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.safetensors", "x.lock"]
+    trim(tmp_path / "none", 2)
