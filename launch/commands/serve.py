@@ -93,7 +93,7 @@ def serve(given: Arguments, batch: Batch, jobs: Jobs, sock: socket.socket) -> Dr
         http: list[threading.Thread] = []
         driver = make_driver(jobs, replicas, journal, options, lambda: all(thread.is_alive() for thread in http))
         rates = Rates(given.requests_per_second, given.posts_per_minute)
-        app = make_app(jobs, metrics, lambda: describe(driver, jobs), key=given.key, rates=rates)
+        app = make_app(jobs, metrics, lambda: describe(driver, None if given.key else jobs), key=given.key, rates=rates)
         http.append(stack.enter_context(answering(app, sock)))
         host, port = sock.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -103,11 +103,12 @@ def serve(given: Arguments, batch: Batch, jobs: Jobs, sock: socket.socket) -> Dr
     return driver
 
 
-def describe(driver: Driver, jobs: Jobs) -> dict[str, Any]:
-    """What `/health` answers: whether a replica has loaded the model, and how many jobs there are."""
+def describe(driver: Driver, jobs: Jobs | None) -> dict[str, Any]:
+    """What `/health` answers, without a key too: whether a replica has loaded the model, and how many of these jobs there are."""
     states = [entry.state for entry in driver.entries]
     ready = any(state in ("idle", "busy") for state in states)
-    return {"status": "ok" if ready else "loading", "replicas": states, "jobs": dict(jobs.counts())}
+    counts = {} if jobs is None else {"jobs": dict(jobs.counts())}
+    return {"status": "ok" if ready else "loading", "replicas": states, **counts}
 
 
 @contextlib.contextmanager

@@ -25,9 +25,12 @@ from engine.media.write_video import write_video
 from launch.serving.jobs import Jobs
 from tests.engine.batch.cases import write_item
 from tests.launch.conftest import wan_folder
-from tests.launch.test_serve import KEY, PROMPT, answered, jobs_of, wait_for
+from tests.launch.test_serve import KEY, PROMPT, answered, jobs_of, started, wait_for
 
 __all__ = ["wan_folder"]
+
+# The client's `videos` are marked as deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 FOLDER = Path(__file__).parent.parent.parent / "integrations" / "comfyui"
 FRAMES = np.zeros((5, 32, 32, 3), np.uint8) + 200
@@ -222,3 +225,28 @@ def test_errors_are_one_line(node: Any, wan_folder: Path, tmp_path: Path, monkey
         monkeypatch.setenv("FREESPEC_ADDRESS", f"{address}/")
         with pytest.raises(error, match="unknown method 'x'"):
             call(node, method="x")
+
+
+@pytest.mark.slow
+def test_a_running_service_makes_the_video(
+    node: Any, comfy: Comfy, wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With its replica: a video with a first frame, and one that is interrupted while it runs."""
+    with started(wan_folder, tmp_path / "out", tmp_path / "printed") as (_, client):
+        monkeypatch.setenv("FREESPEC_ADDRESS", str(client.base_url.join("/")))
+        video, frames = call(node, seconds=1.0, first_frame=torch.full((1, 32, 32, 3), 0.8))
+        assert frames.shape == (9, 32, 32, 3)
+        [job] = client.videos.list()
+        assert video.path.read_bytes() == client.videos.download_content(job.id).read()
+        assert comfy.progress[-1] == 100
+
+        def interrupt() -> None:
+            wait_for(lambda: [each for each in client.videos.list() if each.status == "in_progress"])
+            comfy.interrupted = True
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(InterruptProcessingException):
+            call(node, seed=1)
+        thread.join()
+        assert [each.id for each in client.videos.list()] == [job.id]
