@@ -117,8 +117,9 @@ def test_a_video_outlives_a_kill_and_another_is_cancelled(
         with pytest.raises(openai.NotFoundError):
             client.videos.retrieve(other.id)
         wait_for(lambda: not unfinished() and not list(out.glob("pictures/*")))
-        assert [each.id for each in client.videos.list()] == [made.id]
-        assert client.videos.poll(made.id).model == client.models.list().data[0].id
+        assert [(each.id, each.model) for each in client.videos.list()] == [
+            (client.videos.poll(made.id).id, client.models.list().data[0].id)
+        ]
         counted = client.with_options(base_url=client.base_url.join("/")).get("/metrics", cast_to=str)
         assert "freespec_cancelled_total 1.0" in counted  # at a step, not after the last
         assert "freespec_video_seconds_count 1.0" in counted
