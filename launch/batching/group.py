@@ -5,10 +5,11 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from engine.batch.driver import Done, Ended, Event, Failed, Note, Placed, Placing, Ready, Step
 from engine.batch.queue import Failure, Kind
+from launch.ranks.host import RankProcesses
 
 # Time for the other ranks to answer after the first failure: they notice a lost connection by themselves.
 GRACE_SECONDS = 5.0
@@ -16,31 +17,8 @@ GRACE_SECONDS = 5.0
 # Signals of a fault in the rank's own code.
 _CRASHES = ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE")
 
-RankEvent = tuple[int, dict[str, Any]]
-
 # Kinds of failure by how likely they are the cause: ranks that lost another one come last.
 _BLAME = ("disk", "memory", "mistake", "fault", "ended", "lost", "cancelled")
-
-
-class RankProcesses(Protocol):
-    """The ranks of one replica, local or on Ray. No method blocks."""
-
-    count: int
-
-    def start(self, setup: Mapping[str, Any]) -> None:
-        """Start all ranks and send each the setup; ranks of an earlier start have ended."""
-
-    def send(self, line: str) -> None:
-        """Send every rank one line."""
-
-    def drain(self) -> list[RankEvent]:
-        """Return events of the ranks of the last start; `exit` is the last of each."""
-
-    def interrupt(self) -> None:
-        """Ask rank 0 to save its state and end."""
-
-    def kill(self) -> None:
-        """Kill every rank; an `exit` of each follows."""
 
 
 @dataclass

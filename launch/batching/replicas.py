@@ -13,7 +13,7 @@ from engine.batch.files import BatchFiles
 from engine.errors import UserError
 from launch.batching.group import Group
 from launch.batching.options import Replicas
-from launch.ranks.environment import carried
+from launch.ranks.environment import carried, share_cores
 from launch.ranks.local import WORKER, LocalRanks
 from launch.ranks.ray_pool import NoRayError, RayPool, RayRanks, Start
 
@@ -65,10 +65,7 @@ def _on_ray(pool: RayPool, options: Replicas, files: BatchFiles, name: str) -> R
 
 
 def _local(options: Replicas, files: BatchFiles, index: int, name: str, wake: threading.Event) -> LocalRanks:
-    environment = {}
-    cores = len(os.sched_getaffinity(0))
-    if "OMP_NUM_THREADS" not in os.environ:
-        environment["OMP_NUM_THREADS"] = str(max(1, cores // (options.ranks * options.replicas)))
+    environment = share_cores(options.ranks * options.replicas)
     if torch.cuda.is_available():
         given = os.environ.get("CUDA_VISIBLE_DEVICES")
         every = given.split(",") if given else [str(device) for device in range(torch.cuda.device_count())]

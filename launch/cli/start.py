@@ -11,13 +11,12 @@ from pathlib import Path
 from engine.errors import UserError
 from engine.paths import REPOSITORY
 from engine.shown import PrintableStream
-from launch.cli.argv import asked_ranks, asked_ray, asked_value
+from launch.cli.argv import asked_ranks, asked_ray
 from launch.process.exit_codes import run_command
 from launch.process.stopping import StopSignals, die_with_parent, show
 from launch.process.streams import RankLines, unfailing_streams
 from launch.ranks.environment import LAUNCHER, RankEnv, RankEnvError, without_place
-from launch.ranks.launcher import start_ranks
-from launch.ranks.ray_generate import start_on_ray
+from launch.ranks.launcher import is_verbose, start_on_ray, start_ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +118,7 @@ def tell_lost_output(name: str, error: OSError | None) -> int:
 
 def prefixed_stderr(argv: Sequence[str], rank_env: RankEnv | None) -> contextlib.AbstractContextManager[object]:
     """With `--verbose`, prefix each line with the rank; our launcher does that itself for its ranks."""
-    verbose = asked_value(argv, "--verbose") not in (None, "false")
-    if not verbose or rank_env is None or rank_env.world == 1 or LAUNCHER in os.environ:
+    if not is_verbose(argv) or rank_env is None or rank_env.world == 1 or LAUNCHER in os.environ:
         return contextlib.nullcontext()
     return contextlib.redirect_stderr(RankLines(sys.stderr, rank_env.rank))
 

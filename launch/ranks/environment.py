@@ -117,6 +117,16 @@ def rank_environment(
     return found
 
 
+def share_cores(num_processes: int) -> dict[str, str]:
+    """Return the threads of each of so many processes; {} if they are set in the environment.
+
+    As torchrun does: processes that each take all cores slow each other down by an order of magnitude.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // num_processes))}
+
+
 def carried(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that ranks on a cluster inherit from the driver; see CARRIED.
 

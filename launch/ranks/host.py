@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
 
 from engine.paths import REPOSITORY
 from launch.process.stopping import SIGNALS
@@ -22,6 +22,28 @@ TAIL_LINES = 60
 TAIL_BYTES = 20_000
 
 Event = dict[str, Any]
+RankEvent = tuple[int, Event]
+
+
+class RankProcesses(Protocol):
+    """The ranks of a replica or of a command, local or on Ray. No method blocks."""
+
+    count: int
+
+    def start(self, setup: Mapping[str, Any] | None) -> None:
+        """Start all ranks and send each the setup, if there is one; ranks of an earlier start have ended."""
+
+    def send(self, line: str) -> None:
+        """Send every rank one line."""
+
+    def drain(self) -> list[RankEvent]:
+        """Return events of the ranks of the last start; `exit` is the last of each."""
+
+    def interrupt(self) -> None:
+        """Ask rank 0 to save its state and end."""
+
+    def kill(self) -> None:
+        """Kill every rank; an `exit` of each follows."""
 
 
 class RankHost:
@@ -36,6 +58,7 @@ class RankHost:
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._wake = wake or (lambda: None)
         self._process: subprocess.Popen[bytes] | None = None
+        self._keeper: threading.Thread | None = None
         self._started = threading.Event()
         self._listening: socket.socket | None = None
         self._seen = time.monotonic()
@@ -46,17 +69,29 @@ class RankHost:
         return self._listening.getsockname()[1]
 
     def start(
-        self, command: Sequence[str], environment: Mapping[str, str], *, log: str | None = None, cwd: str | None = None
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        log: str | None = None,
+        cwd: str | None = None,
+        inherited: Sequence[str] = (),
     ) -> None:
         """Start `python COMMAND` in the folder `cwd`.
 
-        Its output is appended to the file `log`, whose folder exists, or becomes `stdout` and `stderr` events if that is
-        None.
+        Its output is appended to the file `log`, whose folder exists. If that is None, `stdout` and `stderr` become events,
+        or are those of this process if they are `inherited`.
         """
         # The kernel ends a rank with the thread that started it, so the thread stays until the rank has ended.
-        thread = threading.Thread(target=self._keep, args=(list(command), dict(environment), log, cwd), daemon=True)
-        thread.start()
-        self._started.wait()
+        given = (list(command), dict(environment), log, cwd, inherited)
+        keeper = threading.Thread(target=self._keep, args=given, daemon=True)
+        try:
+            keeper.start()
+        except RuntimeError as error:  # no more threads
+            self._refuse(str(error))
+        else:
+            self._keeper = keeper
+            self._started.wait()
 
     def send(self, line: str) -> None:
         """Send the rank one line; does nothing once it has ended."""
@@ -102,6 +137,12 @@ class RankHost:
         """Kill the rank."""
         self._signal(signal.SIGKILL)
 
+    def end(self) -> None:
+        """Kill the rank and wait for its end."""
+        self.kill()
+        if self._keeper is not None:
+            self._keeper.join()
+
     def _signal(self, number: signal.Signals) -> None:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
@@ -110,40 +151,49 @@ class RankHost:
         self._events.put(event)
         self._wake()
 
-    def _keep(self, command: list[str], environment: dict[str, str], log: str | None, cwd: str | None) -> None:
-        """Start the process, forward its events until it closes the pipe, and queue its exit."""
-        reading, writing = os.pipe()
-        last_reading, last_writing = os.pipe()
+    def _refuse(self, why: str) -> None:
+        said = f"error: cannot start a rank: {why}"
+        self._tell({"event": "exit", "code": 1, "pid": 0, "said": said, "tail": [], "refused": why})
+
+    def _keep(
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        log: str | None,
+        cwd: str | None,
+        inherited: Sequence[str],
+    ) -> None:
+        """Start the process, forward its events and output, and queue its exit."""
+        ends: list[IO[bytes]] = []
         try:
+            for _ in range(2):
+                ends += [os.fdopen(end, mode) for end, mode in zip(os.pipe(), ("rb", "wb"), strict=True)]
+            events, events_end, last, last_end = ends
             output, start = self._open_log(log)
-            self._process = self._popen(command, environment, output, (writing, last_writing), cwd)
-        except OSError as error:
-            self._tell(
-                {"event": "exit", "code": 1, "pid": 0, "said": f"error: cannot start a rank: {error}", "tail": []}
-            )
-            for descriptor in (reading, last_reading):
-                os.close(descriptor)
+            streams = {kind: None if kind in inherited else output for kind in ("stdout", "stderr")}
+            self._process = self._popen(command, environment, streams, (events_end, last_end), cwd)
+            readers = [threading.Thread(target=self._follow, args=(events,), daemon=True)]
+            piped = [kind for kind, stream in streams.items() if stream == subprocess.PIPE]
+            readers += [threading.Thread(target=self._relay, args=(kind,), daemon=True) for kind in piped]
+            for reader in readers:
+                reader.start()
+        except (OSError, RuntimeError) as error:
+            self.kill()
+            for end in ends:
+                end.close()
+            self._refuse(getattr(error, "strerror", None) or str(error))
             return
         finally:
-            for descriptor in (writing, last_writing):
-                os.close(descriptor)
             self._started.set()
-        readers = [threading.Thread(target=self._relay, args=(kind,), daemon=True) for kind in ("stdout", "stderr")]
-        for reader in readers if log is None else []:
-            reader.start()
-        with os.fdopen(reading, encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                if line.endswith("\n"):  # a killed rank may leave half a line
-                    self._tell(json.loads(line))
         code = self._process.wait()
-        for reader in readers if log is None else []:
+        for reader in readers:
             reader.join(timeout=5)
         for stream in (self._process.stdin, self._process.stdout, self._process.stderr):
             if stream is not None:
                 with contextlib.suppress(BrokenPipeError):
                     stream.close()
-        with os.fdopen(last_reading, encoding="utf-8", errors="replace") as pipe:
-            said = pipe.read()
+        with last:
+            said = last.read().decode(errors="replace")
         tail = _tail(Path(log), start) if log is not None else []
         self._tell({"event": "exit", "code": code, "pid": self._process.pid, "said": said, "tail": tail})
 
@@ -160,17 +210,23 @@ class RankHost:
         return output, output.tell()
 
     def _popen(
-        self, command: list[str], environment: dict[str, str], output: Any, pipes: tuple[int, int], cwd: str | None
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        streams: Mapping[str, Any],
+        pipes: tuple[IO[bytes], IO[bytes]],
+        cwd: str | None,
     ) -> subprocess.Popen[bytes]:
+        events, last = (pipe.fileno() for pipe in pipes)
         variables = {
             **without_place(os.environ),
             **environment,
-            EVENTS: str(pipes[0]),
-            LAST_LINE: str(pipes[1]),
+            EVENTS: str(events),
+            LAST_LINE: str(last),
             LAUNCHER: str(os.getpid()),
         }
         variables["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
-        passed = list(pipes)
+        passed = [events, last]
         if self._listening is not None:
             passed.append(self._listening.fileno())
             variables[STORE] = str(self._listening.fileno())
@@ -181,8 +237,7 @@ class RankHost:
                 env=variables,
                 cwd=cwd,
                 stdin=subprocess.PIPE,
-                stdout=output,
-                stderr=output,
+                **streams,
                 pass_fds=passed,
                 start_new_session=True,  # a terminal's Ctrl-C reaches the driver alone
             )
@@ -191,8 +246,15 @@ class RankHost:
             if self._listening is not None:
                 self._listening.close()
                 self._listening = None
-            if output is not subprocess.PIPE:
-                output.close()
+            for opened in (*pipes, *streams.values()):
+                if opened not in (None, subprocess.PIPE):
+                    opened.close()
+
+    def _follow(self, events: IO[bytes]) -> None:
+        with events:
+            for line in events:
+                if line.endswith(b"\n"):  # a killed rank may leave half a line
+                    self._tell(json.loads(line.decode(errors="replace")))
 
     def _relay(self, kind: str) -> None:
         stream = getattr(self._process, kind)

@@ -1,19 +1,18 @@
-"""Start the ranks of one command as local processes. Standard library only."""
+"""Start the ranks of one command, as local processes or Ray actors: same output, same errors. Imports nothing slow."""
 
-import errno
 import os
-import signal
-import socket
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from launch.cli.argv import asked_value
-from launch.process.stopping import SIGNALS, StopSignals, show
-from launch.ranks.environment import LAST_LINE, LAUNCHER, STORE, rank_environment, without_place
+from launch.cli.argv import asked_value, without
+from launch.process.stopping import StopSignals, show
+from launch.ranks.environment import carried, share_cores
+from launch.ranks.host import Event, RankProcesses
+from launch.ranks.local import LocalRanks
+from launch.ranks.ray_pool import NoRayError, RayPool, Start, check_placement
 from launch.ranks.watch import Rank, judge, watch_ranks
 
 
@@ -24,118 +23,114 @@ def start_ranks(num_ranks: int, command: Sequence[str], *, signals: StopSignals)
     alone, which keeps what was computed; the others follow it. No rank outlives this process.
     """
     signals.leave()
-    verbose = asked_value(command, "--verbose") not in (None, "false")
-    children: list[_Child] = []
+    verbose = is_verbose(command)
+    ranks = LocalRanks(
+        num_ranks,
+        environment=share_cores(num_ranks),
+        # Rank 0 writes to the terminal itself, for its progress bars, unless every line gets a prefix.
+        inherited=lambda rank: ("stdout",) if rank > 0 or verbose else ("stdout", "stderr"),
+        command=command,
+    )
+    try:
+        ranks.start(None)
+        return follow(ranks, signals, verbose=verbose)
+    finally:
+        ranks.end()
+
+
+def start_on_ray(address: str, command: Sequence[str], *, num_ranks: int, device: str, signals: StopSignals) -> int:
+    """`start_ranks` on a cluster; also shows rank 0's output.
+
+    `device` is model.device: with `auto` ranks get GPUs if the cluster or its autoscaler has any.
+    """
+    signals.leave()
+    strategy = asked_value(command, "--placement_strategy") or "PACK"
+    words = without(without(command, "--ray"), "--placement_strategy")
+    if sys.stderr.isatty() and asked_value(command, "--output.progress") is None:
+        words.append("--output.progress=on")  # an actor has no terminal, and this one is
+    try:
+        check_placement(strategy, address=address, num_ranks=num_ranks)
+        with RayPool(address, cpus=num_ranks, log=None) as pool:
+            if device == "cuda":
+                pool.refuse_never(num_ranks)
+            if (refused := too_few_gpus(pool.most_gpus, num_ranks, on_cpu=device == "cpu")) is not None:
+                show(f"error: {refused}")
+                return 2
+            start = Start(
+                gpus=device == "cuda" or (device == "auto" and pool.most_gpus > 0),
+                strategy=strategy,
+                command=words,
+                environment=carried(os.environ),
+                logs=None,
+                cwd=str(Path.cwd()),
+            )
+            ranks = pool.ranks("ranks", num_ranks, start)
+            ranks.start(None)
+            return follow(ranks, signals, verbose=is_verbose(command))
+    except NoRayError as error:
+        show(f"error: {error}")
+        return 2
+
+
+def is_verbose(command: Sequence[str]) -> bool:
+    """Whether a command asks for the output of every rank."""
+    return asked_value(command, "--verbose") not in (None, "false")
+
+
+def follow(ranks: RankProcesses, signals: StopSignals, *, verbose: bool) -> int:
+    """Show the output of started ranks until they have ended or their time is up; return the exit code."""
+    children = [_Child(rank=rank) for rank in range(ranks.count)]
 
     def hear() -> None:
-        for child in children:
-            child.hear()
+        for rank, event in ranks.drain():
+            children[rank].hear(event, of=ranks.count, verbose=verbose)
 
-    def interrupt() -> None:
-        if children[0].code is None:
-            children[0].process.send_signal(signals.received)
-
-    with socket.create_server(("127.0.0.1", 0)) as store:
-        try:
-            for rank in range(num_ranks):
-                environment = _environment(rank, num_ranks, store)
-                try:
-                    children.append(_Child.start(rank, command, environment, store=store, verbose=verbose))
-                except OSError as error:  # those before are ended
-                    show(_describe_limit(rank, num_ranks, error))
-                    return 2
-            store.close()
-            watch_ranks(children, signals, hear=hear, interrupt=interrupt)
-        finally:
-            for child in children:
-                child.end()
+    watch_ranks(children, signals, hear=hear, interrupt=ranks.interrupt)
     return judge(children, signals, verbose=verbose)
 
 
-def _describe_limit(rank: int, num_ranks: int, error: OSError) -> str:
+def too_few_gpus(gpus: float, num_ranks: int, *, on_cpu: bool) -> str | None:
+    """Explain that the cluster has fewer GPUs than ranks; None if it has enough, has none, or none are needed."""
+    if on_cpu or not 0 < gpus < num_ranks:
+        return None
     return (
-        f"error: rank {rank} of {num_ranks} cannot be started on this machine ({error.strerror}); give a smaller --nproc, or "
-        "raise the limits of processes and open files (ulimit -u, ulimit -n)"
+        f"{num_ranks} ranks need {num_ranks} GPUs, and the cluster has {gpus:g}; give --nproc {max(int(gpus), 1)}, or "
+        "--model.device cpu to run on CPUs"
     )
 
 
 @dataclass(kw_only=True)
 class _Child(Rank):
-    """A rank as a local process, with the pipe for its last line."""
+    """A rank, updated by its events."""
 
-    process: subprocess.Popen
-    pipe: int
-    reader: threading.Thread | None = None
+    _rest: str = ""
 
-    @classmethod
-    def start(
-        cls, rank: int, command: Sequence[str], environment: dict[str, str], *, store: socket.socket, verbose: bool
-    ) -> "_Child":
-        """Start a rank. Rank 0 writes to the terminal itself, for its progress bars, unless every line gets a prefix."""
-        listen = rank > 0 or verbose
-        reading, writing = os.pipe()
-        child = None
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited, until the rank can handle them
-        try:
-            process = subprocess.Popen(
-                [sys.executable, *command],
-                env=environment | {LAST_LINE: str(writing)},
-                stdin=subprocess.DEVNULL,
-                stderr=subprocess.PIPE if listen else None,
-                text=True,
-                errors="replace",
-                pass_fds=(writing, *([store.fileno()] if rank == 0 else [])),
-                # So that a terminal's Ctrl-C reaches the launcher alone.
-                start_new_session=True,
-            )
-            child = cls(rank=rank, pid=process.pid, process=process, pipe=reading)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            os.close(writing)
-            if child is None:
-                os.close(reading)
-        if listen:
-            child.read(verbose)
-        return child
+    def hear(self, event: Event, *, of: int, verbose: bool) -> None:
+        """Show rank 0's output, keep the last lines of the others, and note the exit."""
+        match event["event"]:
+            case "stdout" if self.rank == 0:
+                print(event["text"], end="", flush=True)
+            case "stderr" if self.rank == 0 and not verbose:
+                print(event["text"], end="", file=sys.stderr, flush=True)
+            case "stderr":
+                *whole, self._rest = (self._rest + event["text"]).split("\n")
+                self.lines.extend(whole)
+                for line in whole if verbose else ():
+                    print(f"[rank {self.rank}] {line}", file=sys.stderr, flush=True)
+            case "note":
+                show(event["text"])
+            case "exit":
+                self.ended, self.said = time.monotonic(), event["said"]
+                self.pid = event["pid"]
+                self.code = event["code"]
+                if "refused" in event:
+                    self.code, self.said = 2, self._describe_limit(event["refused"], of)
+                if self.code is None:  # its actor is gone, and the host with it
+                    said = event["said"]
+                    self.code, self.said = 1, said if said.startswith("stopped") else f"error: {said}"
 
-    def read(self, verbose: bool) -> None:
-        """Start a thread that keeps the last lines of stderr; if it cannot start, kill the rank and raise OSError."""
-        reader = threading.Thread(target=self._listen, args=(verbose,), daemon=True)
-        try:
-            reader.start()
-        except RuntimeError as error:
-            self.end()
-            raise OSError(errno.EAGAIN, str(error)) from error
-        self.reader = reader
-
-    def hear(self) -> None:
-        """Note how and when the rank has ended, if it has."""
-        if self.code is None and (code := self.process.poll()) is not None:
-            self.code, self.ended = code, time.monotonic()
-            with os.fdopen(self.pipe, encoding="utf-8", errors="replace") as pipe:
-                self.said = pipe.read()
-
-    def end(self) -> None:
-        """Kill the rank if it runs, and reap it."""
-        if self.process.poll() is None:
-            self.process.kill()
-        self.process.wait()
-        if self.reader is not None:
-            self.reader.join(timeout=1)
-
-    def _listen(self, verbose: bool) -> None:
-        for line in self.process.stderr:
-            self.lines.append(line.rstrip("\n"))
-            if verbose:
-                print(f"[rank {self.rank}] {line}", end="", file=sys.stderr, flush=True)
-
-
-def _environment(rank: int, num_ranks: int, store: socket.socket) -> dict[str, str]:
-    port = store.getsockname()[1]
-    kept = without_place(os.environ) | {LAUNCHER: str(os.getpid())}
-    kept |= rank_environment(rank, num_ranks, local_rank=rank, local_size=num_ranks, address="127.0.0.1", port=port)
-    if rank == 0:
-        kept[STORE] = str(store.fileno())
-    # As torchrun does: ranks that each take all cores slow each other down by an order of magnitude.
-    kept.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // num_ranks)))
-    return kept
+    def _describe_limit(self, why: str, of: int) -> str:
+        return (
+            f"error: rank {self.rank} of {of} cannot be started on this machine ({why}); give a smaller --nproc, or "
+            "raise the limits of processes and open files (ulimit -u, ulimit -n)"
+        )

@@ -194,7 +194,7 @@ class Start:
 
 
 class RayRanks:
-    """The ranks of one replica; see `launch.batching.group.RankProcesses`."""
+    """The ranks of one replica; see `launch.ranks.host.RankProcesses`."""
 
     def __init__(self, pool: RayPool, name: str, count: int, start: Start) -> None:
         self.count = count

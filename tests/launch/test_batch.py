@@ -41,7 +41,7 @@ from launch.batching.work import Work
 from launch.cli.parser import parse_run
 from launch.commands import batch
 from launch.ranks.environment import LAUNCHER
-from launch.ranks.ray_generate import too_few_gpus
+from launch.ranks.launcher import too_few_gpus
 from launch.ranks.ray_pool import NoRayError, RayPool
 from tests.engine.batch import cases
 from tests.engine.batch.cases import Clock, FakeReplica
