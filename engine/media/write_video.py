@@ -4,7 +4,8 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -78,16 +79,8 @@ def open_video(
         WriteError: the file cannot be written, does not hold every frame, or, without `replace`, another file has the name.
     """
     with atomic_path(path, replace=replace) as part, contextlib.ExitStack() as stack:
-        writer: VideoWriter
-        match kind:
-            case "mp4":
-                writer = _Mp4(part, stack, fps=fps, size=(height, width), crf=crf, facts=facts)
-            case "gif":
-                writer = _Gif(part, stack, fps=fps, size=(height, width), facts=facts)
-            case "webp":
-                writer = _WebP(part, stack, fps=fps, size=(height, width), crf=crf, facts=facts)
-            case "png":
-                writer = _Frames(part, facts)
+        target = _Target(part=part, fps=fps, size=(height, width), crf=crf, facts=facts)
+        writer: VideoWriter = _Frames(target) if kind == "png" else _STREAMS[kind](target, stack)
         yield writer
         writer.finish()
         found = writer.count()
@@ -110,29 +103,40 @@ def as_comment(facts: Mapping[str, Any]) -> str:
     return json.dumps(facts, allow_nan=False)
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Target:
+    """What `open_video` was asked for; `part` is the temporary name."""
+
+    part: Path
+    fps: int
+    size: tuple[int, int]
+    crf: int
+    facts: Mapping[str, Any] | None
+
+
 class _Stream(VideoWriter):
     """A container that PyAV writes, with one stream of pictures."""
 
     def __init__(
         self,
-        part: Path,
+        target: _Target,
         stack: contextlib.ExitStack,
         *,
         container: str,
         codec: str,
-        fps: int,
-        size: tuple[int, int],
+        pixels: str,
         options: tuple[dict[str, str], dict[str, str]],
     ) -> None:
         """`options` of the container and of the codec; `stack` closes the container if `finish` does not."""
-        self.part = part
-        self.time_base = Fraction(1, fps)
-        self.container = av.open(str(part), "w", format=container, options=options[0])
+        self.target = target
+        self.time_base = Fraction(1, target.fps)
+        self.container = av.open(str(target.part), "w", format=container, options=options[0])
         stack.callback(self.container.close)
-        stream = self.container.add_stream(codec, rate=fps, options=options[1])
+        stream = self.container.add_stream(codec, rate=target.fps, options=options[1])
         assert isinstance(stream, av.VideoStream)
         self.stream = stream
-        self.stream.height, self.stream.width = size
+        self.stream.height, self.stream.width = target.size
+        self.stream.pix_fmt = pixels
 
     def _add(self, frame: np.ndarray) -> None:
         rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
@@ -148,33 +152,23 @@ class _Stream(VideoWriter):
         self.container.close()
 
     def count(self) -> int:
-        return count_frames(self.part)
+        return count_frames(self.target.part)
 
 
 class _Mp4(_Stream):
     """H.264."""
 
-    def __init__(
-        self,
-        part: Path,
-        stack: contextlib.ExitStack,
-        *,
-        fps: int,
-        size: tuple[int, int],
-        crf: int,
-        facts: Mapping[str, Any] | None,
-    ) -> None:
+    def __init__(self, target: _Target, stack: contextlib.ExitStack) -> None:
         # For equal bytes from equal frames: one thread, and cpu-independent, as some of x264's vector code reads uninitialised
         # memory. Encoding is never the bottleneck of a run.
-        codec = {"crf": str(crf), "preset": "medium", "threads": "1", "x264-params": "cpu-independent=1"}
+        codec = {"crf": str(target.crf), "preset": "medium", "threads": "1", "x264-params": "cpu-independent=1"}
         # faststart: the index comes first, so that a browser plays the file while it loads.
         options = ({"movflags": "faststart"}, codec)
-        super().__init__(part, stack, container="mp4", codec="libx264", fps=fps, size=size, options=options)
-        self.stream.pix_fmt = "yuv420p"
+        super().__init__(target, stack, container="mp4", codec="libx264", pixels="yuv420p", options=options)
         context = self.stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = _LIMITED_RANGE
-        if facts is not None:
+        if (facts := target.facts) is not None:
             self.container.metadata["comment"] = as_comment(facts)
             # Shown by players and in terminals, so without control characters and surrogates.
             title = (letter if letter.isprintable() else " " for letter in str(facts["prompt"]))
@@ -188,20 +182,11 @@ class _Mp4(_Stream):
 class _Gif(_Stream):
     """A looping GIF with a palette for each frame, so that it is written as frames arrive."""
 
-    def __init__(
-        self,
-        part: Path,
-        stack: contextlib.ExitStack,
-        *,
-        fps: int,
-        size: tuple[int, int],
-        facts: Mapping[str, Any] | None,
-    ) -> None:
-        super().__init__(part, stack, container="gif", codec="gif", fps=fps, size=size, options=({"loop": "0"}, {}))
-        self.stream.pix_fmt = "pal8"
-        self.facts = facts
+    def __init__(self, target: _Target, stack: contextlib.ExitStack) -> None:
+        super().__init__(target, stack, container="gif", codec="gif", pixels="pal8", options=({"loop": "0"}, {}))
+        height, width = target.size
         self.graph = graph = av.filter.Graph()  # kept, as its filters live only as long as it does
-        self.source = graph.add_buffer(width=size[1], height=size[0], format="rgb24", time_base=self.time_base)  # type: ignore[arg-type]
+        self.source = graph.add_buffer(width=width, height=height, format="rgb24", time_base=self.time_base)  # type: ignore[arg-type]
         split = graph.add("split")
         palette = graph.add("palettegen", "stats_mode=single:reserve_transparent=0")
         # An ordered dither is stable over time; error diffusion would flicker.
@@ -225,8 +210,8 @@ class _Gif(_Stream):
     def finish(self) -> None:
         self.encode(None)
         super().finish()
-        if self.facts is not None:
-            _insert_gif_comment(self.part, as_comment(self.facts).encode("ascii"))
+        if self.target.facts is not None:
+            _insert_gif_comment(self.target.part, as_comment(self.target.facts).encode("ascii"))
 
 
 def _insert_gif_comment(path: Path, text: bytes) -> None:
@@ -247,36 +232,24 @@ def _insert_gif_comment(path: Path, text: bytes) -> None:
 class _WebP(_Stream):
     """A looping animated WebP. Frames equal to the one before are stored as a longer duration of that."""
 
-    def __init__(
-        self,
-        part: Path,
-        stack: contextlib.ExitStack,
-        *,
-        fps: int,
-        size: tuple[int, int],
-        crf: int,
-        facts: Mapping[str, Any] | None,
-    ) -> None:
+    def __init__(self, target: _Target, stack: contextlib.ExitStack) -> None:
         # libwebp counts quality upwards, from 0 to 100.
-        codec = {"lossless": "1"} if crf == 0 else {"quality": str(round(100 - 100 * crf / 51))}
+        codec = {"lossless": "1"} if target.crf == 0 else {"quality": str(round(100 - 100 * target.crf / 51))}
         options = ({"loop": "0"}, codec)
-        super().__init__(part, stack, container="webp", codec="libwebp_anim", fps=fps, size=size, options=options)
-        self.stream.pix_fmt = "bgra"
-        self.facts = facts
-        self.size = size
+        super().__init__(target, stack, container="webp", codec="libwebp_anim", pixels="bgra", options=options)
 
     def encode(self, rgb: av.VideoFrame) -> None:
         self.container.mux(self.stream.encode(rgb.reformat(format="bgra")))
 
     def finish(self) -> None:
         super().finish()
-        if self.facts is not None:
-            _add_webp_description(self.part, as_comment(self.facts), self.size)
+        if self.target.facts is not None:
+            _add_webp_description(self.target.part, as_comment(self.target.facts), self.target.size)
 
     def count(self) -> int:
         """Count frames by their duration in whole milliseconds; libwebp writes a still image for a video without changes."""
         shown = 0
-        with Image.open(self.part) as image:
+        with Image.open(self.target.part) as image:
             for frame in ImageSequence.Iterator(image):
                 frame.load()  # which sets the duration
                 shown += frame.info.get("duration", 0)
@@ -314,15 +287,18 @@ def _add_webp_description(path: Path, text: str, size: tuple[int, int]) -> None:
 class _Frames(VideoWriter):
     """A folder of PNG files, 000000.png and so on."""
 
-    def __init__(self, part: Path, facts: Mapping[str, Any] | None) -> None:
-        self.folder = part
+    def __init__(self, target: _Target) -> None:
+        self.folder = target.part
         self.info = PngInfo()
-        if facts is not None:
-            self.info.add_text("Comment", as_comment(facts))
-        part.mkdir()
+        if target.facts is not None:
+            self.info.add_text("Comment", as_comment(target.facts))
+        self.folder.mkdir()
 
     def _add(self, frame: np.ndarray) -> None:
         Image.fromarray(frame).save(self.folder / frame_name(self.num_frames), format="png", pnginfo=self.info)
 
     def count(self) -> int:
         return sum(1 for _ in self.folder.iterdir())
+
+
+_STREAMS: dict[str, Callable[[_Target, contextlib.ExitStack], _Stream]] = {"mp4": _Mp4, "gif": _Gif, "webp": _WebP}
