@@ -36,28 +36,26 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layering.py
 
-# Small: a few prompts and steps, on two replicas of one thread each. docs/compare.md has the commands of the full tables.
-HELDOUT := --prompts configs/prompts/world-heldout-40.txt --num_prompts 6
-SMALL := OMP_NUM_THREADS=1 $(BIN)/python launch/compare.py $(HELDOUT) --output.progress off --sampler.num_steps 8 --out runs/compare-small
+# Small: a few prompts and steps; compare on two replicas of one thread each. docs/compare.md has the commands of the full tables.
 compare: setup
-	$(SMALL) --replicas 2
+	OMP_NUM_THREADS=1 $(BIN)/python launch/compare.py --prompts configs/prompts/world-heldout-40.txt --num_prompts 6 --replicas 2 \
+		--output.progress off --sampler.num_steps 8 --out runs/compare-small
 
 # 141 frames are four native lengths of the embedded model.
 analyze: setup
-	$(BIN)/python launch/analyze.py --method.name direct --video.num_frames 141 $(HELDOUT) --num_points 7 --sampler.num_steps 12 --out runs/analysis-small
+	$(BIN)/python launch/analyze.py --method.name direct --video.num_frames 141 --prompts configs/prompts/world-heldout-40.txt --num_prompts 6 \
+		--num_points 7 --sampler.num_steps 12 --out runs/analysis-small
 
-# The study of docs/findings.md, configs/study/findings.yaml. Stopped or killed, the same command goes on; what KEPT has the measures of is not
-# made again: elsewhere (KEPT, TABLES, SEARCH, PAGE) everything is, which takes hours. DEVICE goes with a KEPT of your own.
-FINDINGS = $(BIN)/python launch/findings.py $(if $(KEPT),--kept $(KEPT)) $(if $(TABLES),--runs $(TABLES)) $(if $(SEARCH),--search $(SEARCH)) \
-	$(if $(PAGE),--page $(PAGE)) $(if $(DEVICE),--device $(DEVICE)) $(if $(SHARDS),--shards $(SHARDS)) $(if $(STUDY),--study $(STUDY))
+# The study of docs/findings.md, configs/study/findings.yaml; ARGS are further options of launch/findings.py. Stopped or killed, the same
+# command goes on; what --kept has the measures of is not made again: elsewhere everything is, which takes hours.
 findings: setup
-	$(FINDINGS) --make analysis,videos,steps
+	$(BIN)/python launch/findings.py --make analysis,videos,steps $(ARGS)
 
 findings-page: setup
-	$(FINDINGS)
+	$(BIN)/python launch/findings.py $(ARGS)
 
 calibrate: setup
-	$(FINDINGS) --make calibration
+	$(BIN)/python launch/findings.py --make calibration $(ARGS)
 
 # Twelve small videos on two replicas of a Ray of this machine, then their report; started again it makes only what is missing.
 batch-demo: setup

@@ -238,16 +238,22 @@ def test_the_study_makes_six_methods_and_the_seven_rows_of_the_table() -> None:
 
 
 def test_tables_and_search_of_your_own_take_nothing_from_the_repository() -> None:
-    places = {"KEPT": "runs/again/kept", "TABLES": "runs/again", "SEARCH": "runs/again/search", "PAGE": "runs/again.md"}
-    own = ["make", "-n", "findings", "calibrate", *(f"{name}={place}" for name, place in places.items())]
+    places = {"kept": "runs/again/kept", "runs": "runs/again", "search": "runs/again/search", "page": "runs/again.md"}
+    own = [
+        "make",
+        "-n",
+        "findings",
+        "calibrate",
+        f"ARGS={' '.join(f'--{name} {place}' for name, place in places.items())}",
+    ]
     shown = subprocess.run(own, check=True, capture_output=True, text=True, cwd=REPOSITORY).stdout
     commands = [line.split()[2:] for line in shown.splitlines() if "launch/findings.py" in line]
-    assert [command[-2:] for command in commands] == [["--make", "analysis,videos,steps"], ["--make", "calibration"]]
+    assert [command[:2] for command in commands] == [["--make", "analysis,videos,steps"], ["--make", "calibration"]]
     study = read_arguments(commands[0]).study
     settings = {name: part.settings for name, part in study.parts.items()}
     assert not re.findall(r"docs/findings|runs/findings|runs/calibration", str(settings) + str(study.places))
     assert [str(place) for place in study.places.values()] == [
-        places[name] for name in ("TABLES", "SEARCH", "KEPT", "PAGE")
+        places[name] for name in ("runs", "search", "kept", "page")
     ]
     # Nor is anything reported that was not made.
     assert list(study.reports()) == []
