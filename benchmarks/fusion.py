@@ -66,9 +66,10 @@ def fuse_call(
     branches: Branches,
     weights: FusionWeights | None = None,
     sum_tokens: Callable[[Tensor], Tensor] = lambda total: total,
+    **of_ranks: Callable[..., Tensor],
 ) -> Callable[[], Tensor]:
-    """FreeSpec's fusion of both branches; `sum_tokens` adds the Grams of all ranks."""
-    layer = Layer(grid=shape.grid, sum_tokens=sum_tokens, sum_heads=lambda total: total)
+    """FreeSpec's fusion of both branches; `sum_tokens` adds the Grams of all ranks, `of_ranks` are other fields of Layer."""
+    layer = Layer(grid=shape.grid, sum_tokens=sum_tokens, sum_heads=lambda total: total, **of_ranks)
     found = weights_of(shape, branches.o_local.device) if weights is None else weights
     return lambda: FreeSpec().fuse(branches, found, layer)
 

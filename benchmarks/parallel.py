@@ -58,7 +58,13 @@ def layer(layout: SequenceLayout, shape: Shape, kernel: str, qkv: tuple[Tensor, 
     attention = shape.windowed(select_kernel(kernel, CPU, torch.float32))
     local, o_global = layout.branches(*layout.scatter(*qkv), mode, attention)
     if mode == "dual":
-        return layout.gather(fuse_call(shape, Branches(o_local=local, o_global=o_global), sum_tokens=layout.reduce)())
+        fuse = fuse_call(
+            shape,
+            Branches(o_local=local, o_global=o_global),
+            sum_tokens=layout.reduce,
+            share_heads=layout.share_heads,
+        )
+        return layout.gather(fuse())
     return layout.gather(o_global if local is None else local)
 
 

@@ -19,6 +19,8 @@ from launch.cli.parser import parse_run
 PRESETS = tuple(ROOT / "configs" / f"{name}.yaml" for name in ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "ltx-video-2b"))
 GPUS = ("h200", "a100")
 EFFICIENCY_GOAL = 0.9
+LONG = {PRESETS[0]: (321, 641, 1281), PRESETS[2]: (481, 961, 1921)}  # frames
+LONG_FAR = 4096
 MARKS = "abcdefgh"  # of footnotes
 
 
@@ -109,6 +111,33 @@ def predictions() -> str:
     header += [f"{name}, min" for name in METHODS] + ["efficiency, freespec"]
     notes = [f"{mark}: on {degrees}, the fastest that the method can have." for degrees, mark in marks.items()]
     return "\n\n".join([table(header, rows), *notes])
+
+
+@functools.cache
+def long_videos() -> str:
+    """FreeSpec with a fixed number of far keys beside `direct`, at 4, 8 and 16 times the native length on 1, 8 and 32 GPUs."""
+    rows = []
+    for path, lengths in LONG.items():
+        for num_frames in lengths:
+            config = load_preset(path, "--video.num_frames", str(num_frames), "--attention.far", str(LONG_FAR))
+            for row in predicted_table([config], [read_gpu(GPUS[0])], world_sizes=(1, 8, 32)):
+                seconds, direct = row["seconds_freespec"], row["seconds_direct"]
+                rows.append(
+                    [
+                        row["model"].partition("/")[2].removesuffix("-Diffusers"),
+                        str(num_frames),
+                        str(row["gpus"]),
+                        " x ".join(re.findall(r"\d+", row["degrees"])) + ("" if row["fits"] else " (does not fit)"),
+                        f"{row['peak_gib']:.1f}",
+                        f"{seconds / 60:.2f}",
+                        f"{seconds / num_frames:.3f}",
+                        f"{direct / 60:.2f}",
+                        f"{seconds / direct:.2f}",
+                        f"{row['efficiency_freespec']:.0%}",
+                    ]
+                )
+    header = ["model", "frames", "GPUs", "cfg x ring x ulysses", "peak GiB", "freespec, min", "s per frame"]
+    return table([*header, "direct, min", "freespec / direct", "efficiency, freespec"], rows)
 
 
 def predicted_minutes(row: dict[str, Any], name: str, marks: dict[str, str]) -> str:

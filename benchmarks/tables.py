@@ -83,6 +83,39 @@ def far_latents(run: Run) -> str:
     return f"{table(header, rows)}\n\n{videos}, {run['settings']['sampler.num_steps']} steps; latents, relative, Frobenius."
 
 
+def minutes(run: Run) -> str:
+    """CPU seconds of a step and a frame, over those of the shortest video with the same far keys, and peak memory."""
+    first: dict[str, float] = {}
+    rows = []
+    for row in run["results"]:
+        per_frame = row["denoise_cpu_s"] / sum(row["steps"].values()) / row["frames"]
+        base = first.setdefault(row["far"], per_frame)
+        peak = row["peak_mib"]
+        beyond = [peak["denoised"] - peak["loaded"], peak["decoded"] - peak["denoised"]]
+        rows.append(
+            [
+                str(row["frames"]),
+                str(row["latent_frames"]),
+                row["far"],
+                f"{per_frame * 1e3:.3g}",
+                f"{per_frame / base:.2f}",
+                f"{row['decode_cpu_s'] / row['frames'] * 1e3:.3g}",
+                f"{peak['loaded']:.0f}",
+                *(f"{more:.0f}" for more in beyond),
+                f"{row['latents_mib']:.2f}",
+            ]
+        )
+    header = [
+        "frames",
+        "latent frames",
+        "far keys",
+        "CPU ms per step and frame",
+        "over the shortest",
+        "decode, CPU ms per frame",
+    ]
+    return table([*header, "MiB when loaded", "more in denoising", "more in decoding", "latents, MiB"], rows)
+
+
 def fusion(run: Run) -> str:
     """Every shape of the fusion benchmark in a row."""
     names = ["fusion / SVD in fp32", "fusion / dual attention"]

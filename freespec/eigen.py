@@ -123,6 +123,8 @@ def fault(matrices: Tensor, values: Tensor, vectors: Tensor) -> str | None:
 
 
 def _eigh_checked(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    if matrices.numel() == 0:  # a rank without heads, or without a share of them
+        return matrices.new_empty(matrices.shape[:-1]), matrices
     return _eigh(matrices, used())
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from parallel import collectives
 from parallel.collectives import CollectiveTrace, RingShift, exchange_halo, pack_keys, unpack_keys
 from parallel.mesh import SeqMesh
-from parallel.shards import Mode, Range, SequencePlan, halo_needs, length, subtract
+from parallel.shards import Mode, Range, SequencePlan, halo_needs, length, split_ranges, subtract
 
 Partial = tuple[Tensor, Tensor]  # attention over some of the keys: out [B, s, n, D], lse [B, s, n]
 
@@ -273,6 +273,22 @@ class SequenceLayout:
     def largest(self, x: Tensor) -> Tensor:
         """Maximum over the ring, entry by entry, on every rank of the ring."""
         return collectives.max_over_ranks(x, group=self.mesh.ring.group, trace=self.trace)
+
+    def share_heads(self, function: Callable[..., Tensor], *matrices_BnDD: Tensor) -> Tensor:
+        """`function` of matrices that the ring's members hold alike, [B, n, D, D] each: a share on each member, the results on all.
+
+        The function treats items and heads apart: a member calls it with some of them, [1, some, D, D], which may be none.
+        """
+        ring = self.mesh.ring
+        if ring.size == 1:
+            return function(*matrices_BnDD)
+        shape = matrices_BnDD[0].shape
+        shares = split_ranges(shape[0] * shape[1], ring.size)
+        own = slice(*shares[ring.rank])
+        found = function(*(matrices.flatten(0, 1)[None, own] for matrices in matrices_BnDD))
+        sizes = [length(share) for share in shares]
+        found = collectives.gather_tokens(found, "reduce", token_sizes=sizes, group=ring.group, trace=self.trace)
+        return found.view(shape)
 
     def sum_heads(self, x: Tensor) -> Tensor:
         """Sum over the ulysses axis: what was added up over this rank's heads becomes the sum over all heads."""

@@ -181,7 +181,8 @@ def layer_bytes(plan: SequencePlan, rank: int, mode: Mode, *, shape: LayerShape,
 
     all_to_all: q, k, v [B, s, N, D] without the own heads, then out [B, r, n, D] without the own tokens.
     halo:       k, v of own tokens in others' windows.    ring: k, v of every block but the one that ends here.
-    reduce:     both Gram matrices [B, n, D, D] to each ring member; in fp32 on a CPU four times as much.
+    reduce:     both Gram matrices [B, n, D, D] to each ring member, in fp32 on a CPU four times as much, and the fusion's
+                matrices of a share of the items and heads.
     """
     ring_rank, ulysses_rank = divmod(rank, plan.ulysses)
     own, shard = plan.ring_shards[ring_rank], plan.shards[rank]
@@ -192,13 +193,19 @@ def layer_bytes(plan: SequencePlan, rank: int, mode: Mode, *, shape: LayerShape,
     needed = halo_needs(plan.ring_shards, halo, plan.tokens)
     sends = halo_sends(plan.ring_shards, needed, ring_rank)
     ends_here = length(plan.ring_shards[(ring_rank + 1) % plan.ring])
-    grams = GRAMS_PER_HEAD * shape.batch * heads * shape.head_dim**2 * GRAM_ITEMSIZE
     return {
         "all_to_all": (to_heads + to_tokens) * shape.row_bytes,
         "halo": kv_bytes * sum(length(send.span) for send in sends) if mode != "global" else 0,
         "ring": kv_bytes * (plan.tokens - ends_here) if mode != "local" else 0,
-        "reduce": grams * (plan.ring - 1) if mode == "dual" else 0,
+        "reduce": _matrix_bytes(plan, heads, shape) if mode == "dual" else 0,
     }
+
+
+def _matrix_bytes(plan: SequencePlan, heads: int, shape: LayerShape) -> int:
+    """Bytes of Gram matrices and fusion matrices to each ring member; shares of the latter are padded to the largest."""
+    grams = GRAMS_PER_HEAD * shape.batch * heads
+    fusions = -(-shape.batch * heads // plan.ring)
+    return (grams + fusions) * shape.head_dim**2 * GRAM_ITEMSIZE * (plan.ring - 1)
 
 
 def layer_bytes_by_rank(plan: SequencePlan, mode: Mode, *, shape: LayerShape, halo: HaloRange) -> list[dict[str, int]]:
@@ -212,13 +219,12 @@ def layer_bytes_by_rank(plan: SequencePlan, mode: Mode, *, shape: LayerShape, ha
             shard, heads = length(shards[ring_rank * plan.ulysses + ulysses_rank]), length(share)
             kv_bytes = 2 * heads * shape.row_bytes
             rows = 3 * shard * (plan.heads - heads) + heads * (length(own) - shard)
-            grams = GRAMS_PER_HEAD * shape.batch * heads * shape.head_dim**2 * GRAM_ITEMSIZE
             found.append(
                 {
                     "all_to_all": rows * shape.row_bytes,
                     "halo": 0 if sent is None else kv_bytes * sent[ring_rank],
                     "ring": kv_bytes * passed_on if mode != "local" else 0,
-                    "reduce": grams * (plan.ring - 1) if mode == "dual" else 0,
+                    "reduce": _matrix_bytes(plan, heads, shape) if mode == "dual" else 0,
                 }
             )
     return found

@@ -58,6 +58,7 @@ class BranchProcessor(Uncopyable):
                 sum_tokens=layout.reduce,
                 sum_heads=layout.sum_heads,
                 max_tokens=layout.largest if q.device.type == "cpu" else None,
+                share_heads=layout.share_heads,
             )
             out = setup.method.fuse(branches, forward.weights, layer)
         assert out is not None

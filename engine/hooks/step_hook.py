@@ -273,9 +273,8 @@ def choose_eigensolver(state: RunState, transformer: Any, device: torch.device) 
     config, mesh = transformer.config, state.setup.mesh
     heads = -(-config.num_attention_heads // mesh.ulysses.size)
     passes = 2 if state.setup.adapter.batches_guidance and mesh.cfg.size == 1 else 1
-    state.eigensolver = choose_solver(
-        mesh, num_matrices=2 * passes * heads, rows=config.attention_head_dim, device=device
-    )
+    share = -(-passes * heads // mesh.ring.size)
+    state.eigensolver = choose_solver(mesh, num_matrices=2 * share, rows=config.attention_head_dim, device=device)
 
 
 def _one_per_batch(timestep: Tensor) -> Tensor:

@@ -59,6 +59,11 @@ class Branches:
     views: Iterable[Tensor] = ()
 
 
+def call(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
+    """Call a function of matrices, alone."""
+    return function(*matrices)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layer:
     """Where the branches come from: the grid, and the sums over what other ranks hold.
@@ -66,12 +71,15 @@ class Layer:
     A rank has s of the S tokens for N heads of all: `sum_tokens` adds what each token shard contributed (ring),
     `sum_heads` what each share of the heads did (ulysses). Alone, both return what they are given. `max_tokens` takes the
     largest of the token shards, entry by entry; it is there on a CPU, where sums are to have the same bits in any layout.
+    `share_heads` calls a function of matrices [B, N, D, D], one for each item and head, that all token shards hold alike: each
+    of them for some items and heads, which it is given as [1, some, D, D], and all get every result.
     """
 
     grid: Grid
     sum_tokens: Callable[[Tensor], Tensor]
     sum_heads: Callable[[Tensor], Tensor]
     max_tokens: Callable[[Tensor], Tensor] | None = None
+    share_heads: Callable[..., Tensor] = call
 
 
 @dataclass(frozen=True, kw_only=True)

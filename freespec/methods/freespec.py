@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import freespec
@@ -100,9 +101,8 @@ class FreeSpec(Method):
             sum_tokens=layer.sum_tokens,
             max_tokens=layer.max_tokens,
         )
-        eps = freespec.spectrum.guard(o_local.dtype)
-        if self.basis == "local":
-            matrix, base = freespec.spectrum.local_basis_matrix(gram_local, gram_global, weights.rank, eps), o_local
-        else:
-            matrix, base = freespec.spectrum.global_basis_matrix(gram_local, gram_global, weights.rank, eps), o_global
+        local_basis, spectrum = self.basis == "local", freespec.spectrum
+        basis = spectrum.local_basis_matrix if local_basis else spectrum.global_basis_matrix
+        make = partial(basis, weight=weights.rank, eps=spectrum.guard(o_local.dtype))
+        matrix, base = layer.share_heads(make, gram_local, gram_global), o_local if local_basis else o_global
         return freespec.spectrum.reconstruct(base, matrix, o_global, weights.residual, self.residual_form)

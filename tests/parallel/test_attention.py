@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from freespec import spectrum
 from freespec.attention import WindowedAttention, thinned_ref
 from freespec.kernels import cpu_flash
 from freespec.thinning import kept_tokens
@@ -103,7 +104,7 @@ def head_share(layout: SequenceLayout) -> slice:
 def worst_error(layout: SequenceLayout, video: Video, mode: shards.Mode, kernels: BranchKernels) -> float:
     """Run one attention layer as the engine does; the largest difference to the reference inside it and after it.
 
-    A dual step reduces two Gram matrices per head, and sends one tensor back.
+    A dual step reduces two Gram matrices per head, fuses their spectra, and sends one tensor back.
     """
     inner = layout.scatter(*(layout.shard_tokens(x, dim=1) for x in video.qkv))
     pairs = [
@@ -113,7 +114,7 @@ def worst_error(layout: SequenceLayout, video: Video, mode: shards.Mode, kernels
     ]
     assert len(pairs) == (2 if mode == "dual" else 1)
     if mode == "dual":
-        layout.reduce(torch.stack([grams(got) for got, _ in pairs]))
+        layout.share_heads(torch.add, *layout.reduce(torch.stack([grams(got) for got, _ in pairs])))
     mine = [(got, expected[:, slice(*layout.ring_shard), head_share(layout)]) for got, expected in pairs]
     out, expected = pairs[-1]
     mine.append((layout.gather(out), layout.shard_tokens(expected, dim=1)))
@@ -221,6 +222,40 @@ def test_grams_and_predictions_are_the_same_bits_on_every_rank(tmp_path: Path) -
         for rank, (total, predictions) in enumerate(by_rank):
             assert torch.equal(total, by_rank[rank % ulysses][0])
             assert all(torch.equal(a, b) for a, b in zip(predictions, by_rank[0][1], strict=True))
+
+
+def fusion_of(branches: Video, share: Any) -> Tensor:
+    """The fusion's matrices of all heads of a video, whose Grams every rank has."""
+    local, whole = (grams(out) for out in reference(branches))
+    make = partial(spectrum.local_basis_matrix, weight=torch.linspace(1, 0.1, HEAD_DIM, dtype=torch.float64))
+    return share(make, local, whole)
+
+
+def fusions_on_ranks(rank: int, degrees: Degrees) -> list[tuple[Tensor, int]]:
+    """Fusion matrices of 12 heads, and of two videos of 3, and how many matrices this rank was given of each."""
+    found = []
+    for video in VIDEOS[:2]:
+        counts: list[int] = []
+
+        def counted(make: Any, *matrices: Tensor, counts: list[int] = counts) -> Tensor:
+            counts.append(matrices[0][..., 0, 0].numel())
+            return make(*matrices)
+
+        layout = make_layout(degrees, video, ByteCount())
+        matrix = fusion_of(video, lambda make, *m, of=layout, to=counted: of.share_heads(partial(to, make), *m))
+        found.append((matrix, *counts))
+    return found
+
+
+def test_each_rank_of_a_ring_decomposes_a_share_with_the_bits_of_one(tmp_path: Path) -> None:
+    """Shares of 12 and of 6 matrices that do not divide; on a ring of eight some ranks have none."""
+    for ranks, shares in {3: ([4, 4, 4], [2, 2, 2]), 8: ([1, 2] * 4, [0, 1, 1, 1] * 2)}.items():
+        [by_rank] = run_ranks(ranks, fusions_on_ranks, [(1, ranks, 1)], tmp_path)
+        for index, video in enumerate(VIDEOS[:2]):
+            alone = fusion_of(video, lambda make, *matrices: make(*matrices))
+            assert [found[index][1] for found in by_rank] == shares[index]
+            assert all(torch.equal(found[index][0], alone) for found in by_rank)
+            assert not torch.equal(by_rank[0][index][0], alone.flip(1)), "heads are told apart"
 
 
 # Negative controls: the same comparison must fail when one movement is broken.

@@ -98,6 +98,7 @@ def test_a_layer_of_wan_has_the_right_shapes_and_no_whole_sequence_on_a_ring(
         if mode == "dual":
             grams = torch.empty(2, 1, my_heads, HEAD_DIM, HEAD_DIM, dtype=torch.float64)
             assert layout.reduce(grams).shape == grams.shape
+            assert layout.share_heads(torch.add, *grams).shape == grams.shape[1:]
         assert layout.gather(made[0]).shape == x.shape
     whole_kv = TOKENS * 2 * my_heads * HEAD_DIM * 2
     assert (live.largest >= whole_kv) == (ring == 1)  # the sequence of this rank's keys and values, whole in one tensor
