@@ -11,6 +11,7 @@ from engine.paths import is_pickle
 from freespec.far_keys import check_far, parse_far
 from freespec.kernel_names import COMPLEMENTS, DUALS, NAMES
 from freespec.methods import (
+    LVSA,
     METHODS,
     SPLIT_BEFORE,
     FreeLong,
@@ -19,10 +20,12 @@ from freespec.methods import (
     FreeSpec,
     Method,
     Noise,
+    UltraViCo,
     describe_split,
     find_method,
     make_method,
 )
+from freespec.methods.base import check_rest_kernel
 from freespec.riflex import Riflex
 from freespec.windows import default_stride
 
@@ -261,11 +264,13 @@ class MethodConfig:
     """The method for long videos.
 
     Attributes:
-        name: direct, sliding_window, freenoise, freelong, freepca or freespec, or a class of your own as package.module:Class.
+        name: direct, sliding_window, freenoise, freelong, freepca, ultravico, lvsa or freespec, or a class of your own as package.module:Class.
         window_frames: latent frames that the local branch sees: the native length of the model.
         freenoise: settings of `freenoise`, read by that method only.
         freelong: settings of `freelong`, read by that method only.
         freepca: settings of `freepca`, read by that method only.
+        ultravico: settings of `ultravico`, read by that method only.
+        lvsa: settings of `lvsa`, read by that method only.
         freespec: settings of `freespec`, read by that method only.
         settings: settings of a class of your own, by name.
     """
@@ -275,6 +280,8 @@ class MethodConfig:
     freenoise: FreeNoise = field(default_factory=FreeNoise)
     freelong: FreeLong = field(default_factory=FreeLong)
     freepca: FreePCA = field(default_factory=FreePCA)
+    ultravico: UltraViCo = field(default_factory=UltraViCo)
+    lvsa: LVSA = field(default_factory=LVSA)
     freespec: FreeSpec = field(default_factory=FreeSpec)
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
 
@@ -302,6 +309,8 @@ class MethodConfig:
             "freenoise": self.freenoise,
             "freelong": self.freelong,
             "freepca": self.freepca,
+            "ultravico": self.ultravico,
+            "lvsa": self.lvsa,
             "freespec": self.freespec,
         }
 
@@ -513,6 +522,9 @@ class RunConfig:
         )
         self._check_file()
         check_far(self.attention.far, self.method.method, self.method.name, dual=self.attention.dual)
+        check_rest_kernel(
+            self.method.method, self.method.name, dual=self.attention.dual, complement=self.attention.complement
+        )
         xfuser = self.parallel.provider == "xfuser"
         _check(
             not xfuser or self.method.name == "direct",

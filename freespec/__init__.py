@@ -8,10 +8,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from freespec import components, kernels, lowpass, schedule, spectrum, views
+    from freespec import components, decay, kernels, lowpass, schedule, spectrum, views
 
 __version__ = "0.1.0"
-__all__ = ["components", "kernels", "lowpass", "schedule", "spectrum", "views"]
+__all__ = ["components", "decay", "kernels", "lowpass", "schedule", "spectrum", "views"]
 
 
 def __getattr__(name: str) -> Any:

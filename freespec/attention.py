@@ -4,6 +4,7 @@ Layouts: q, k, v and out are [B, S, N, D], lse is [B, S, N] (fp32; fp64 for fp64
 An empty set of keys gives out = 0 and lse = -inf, and no kernel is called for it.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -189,6 +190,24 @@ class WindowedAttention:
             rows = slice(start * self.frame_tokens, start * self.frame_tokens + length)
             yield self.dense(q[:, rows], k[:, rows], v[:, rows])[0]
 
+    def frames(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        """Each frame of queries and the frames of keys that it sees, of the whole sequence: [B, S, N, D].
+
+        `seen` [F, A] int64 on the CPU has their numbers, ascending, padded with -1. Frames side by side that see the same are one
+        call, and keys side by side are not copied.
+        """
+        if torch.compiler.is_compiling():
+            return frames_op(q, k, v, seen, self.keys[0], self.frame_tokens)
+        out, stop = torch.empty_like(q), 0
+        for frames, alike in itertools.groupby(seen.tolist()):
+            rows = slice(stop, stop + sum(1 for _ in alike) * self.frame_tokens)
+            near_k, near_v = (
+                frames_of(x, [frame for frame in frames if frame >= 0], self.frame_tokens) for x in (k, v)
+            )
+            out[:, rows] = _dense(self.kernel, q[:, rows], near_k, near_v)[0]
+            stop = rows.stop
+        return out
+
     def merge_into(self, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
         """`merge_into` of this module, so that attention over ranks needs this object alone."""
         merge_into(out, lse, part, part_lse)
@@ -290,6 +309,35 @@ def dense_op(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> tuple[Tensor, Tens
     """`WindowedAttention.dense` as an operator; `kernel` is a key of freespec.kernels."""
     out, lse = _dense(kernel_at(kernel), q, k, v)
     return out.contiguous(), lse.contiguous()
+
+
+def table_of(frames: Sequence[Sequence[int]]) -> Tensor:
+    """The frames that each frame sees, as `WindowedAttention.frames` takes them: [F, A] int64 on the CPU, padded with -1."""
+    most = max(map(len, frames))
+    return torch.tensor([[*seen, *[-1] * (most - len(seen))] for seen in frames], device="cpu")
+
+
+def frames_of(x: Tensor, frames: Sequence[int], frame_tokens: int) -> Tensor:
+    """The tokens of these frames, ascending, of x [B, S, N, D]: a view if they are side by side."""
+    if frames[-1] - frames[0] == len(frames) - 1:
+        return x[:, frames[0] * frame_tokens : (frames[-1] + 1) * frame_tokens]
+    return x.unflatten(1, (-1, frame_tokens))[:, list(frames)].flatten(1, 2)
+
+
+@torch.library.custom_op("freespec::frames", mutates_args=())
+def frames_op(  # noqa: PLR0917
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, kernel: str, frame_tokens: int
+) -> Tensor:
+    """`WindowedAttention.frames` as an operator: a tensor of frames, as numbers would compile every step by itself."""
+    attention = _attention_of([seen.shape[0], frame_tokens, seen.shape[0], 0, 0], kernel, kernel)
+    return attention.frames(q, k, v, seen).contiguous()
+
+
+@frames_op.register_fake
+def _frames_shapes(  # noqa: PLR0917
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor, kernel: str, frame_tokens: int
+) -> Tensor:
+    return q.new_empty(q.shape)
 
 
 @torch.library.custom_op("freespec::local", mutates_args=())

@@ -117,6 +117,10 @@ class ScenedAttention:
         """Views are of the whole video, see `WindowedAttention.views`."""
         return self.video.views(q, k, v, starts)
 
+    def frames(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        """Frames are of the whole video, see `WindowedAttention.frames`."""
+        return self.video.frames(q, k, v, seen)
+
     def merge_into(self, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
         """`freespec.attention.merge_into`."""
         merge_into(out, lse, part, part_lse)

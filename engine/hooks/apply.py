@@ -30,6 +30,7 @@ from engine.ranks.group_of_one import GROUP_OF_ONE
 from engine.ranks.layouts import Ranks, check_layout
 from freespec.far_keys import check_far
 from freespec.methods import Direct, Method, make_method
+from freespec.methods.base import check_rest_kernel
 from freespec.riflex import Riflex, lowered_frequency
 
 
@@ -138,6 +139,7 @@ def apply_method(  # noqa: PLR0913 - keywords of a public function
     name = method if isinstance(method, str) else type(made).__name__
     try:
         check_far(far, made, name, dual=dual)
+        check_rest_kernel(made, name, dual=dual, complement=complement)
     except ValueError as error:
         raise UserError(str(error)) from error
     if ranks is not None:

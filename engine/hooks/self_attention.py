@@ -63,7 +63,8 @@ class BranchProcessor(Uncopyable):
             out = setup.method.fuse(branches, forward.weights, layer)
         assert out is not None
         if state.trace is not None:
-            local = out if forward.mode == "views" else branches.o_local  # the views as one are a local branch
+            # The views as one, and the frames, are a local branch.
+            local = out if forward.mode in ("views", "frames") else branches.o_local
             state.trace.record(self.layer, forward.step, (local, branches.o_global), forward.weights, layout)
         return setup.adapter.project_out(attn, layout.gather(out))
 
@@ -89,6 +90,8 @@ class BranchProcessor(Uncopyable):
                     o_global = layout.branches(scaled, k, v, "global", attention)[1]
                 views = attention.views(q, k, v, method.view_starts(forward.grid))
                 return Branches(o_global=o_global, views=views)
+            case "frames":
+                return Branches(sets=(attention.frames(q, k, v, seen) for seen in forward.frames))
             case "dual" if self.kept is not None:
                 near, far = layout.thinned_branches(q, k, v, self.kept, attention)
                 return Branches(o_local=near, o_global=far)

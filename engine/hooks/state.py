@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from engine.adapters import ModelAdapter
 from engine.hooks.in_force import Uncopyable
 from engine.kernel_choice import SolverChoice
@@ -65,6 +67,7 @@ class Forward(Uncopyable):
     layout: SequenceLayout
     attention_layout: SequenceLayout
     weights: Any = None
+    frames: tuple[Tensor, ...] = ()
     layer: int = 0
 
     @property

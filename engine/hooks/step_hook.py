@@ -15,7 +15,7 @@ from engine.hooks.in_force import Uncopyable, refuse_caches_of_one_rank, skips_l
 from engine.hooks.self_attention import BranchProcessor
 from engine.hooks.state import Forward, RunState
 from engine.kernel_choice import choose_for_pipeline, choose_solver, select_kernels
-from freespec.attention import WindowedAttention
+from freespec.attention import WindowedAttention, table_of
 from freespec.far_keys import far_tokens
 from freespec.methods import Grid, Mode, StepPlan
 from freespec.scenes import ScenedAttention
@@ -52,6 +52,8 @@ class StepHook(Uncopyable):
         self._plan: list[StepPlan] = []
         self._made_for: tuple[int, Grid, torch.device] | None = None
         self._made: Any = None  # the fusion weights
+        self._frames_for: tuple[StepPlan, Grid] | None = None
+        self._frame_sets: tuple[Tensor, ...] = ()
         self._kept_for: tuple[int, Grid, torch.device] | None = None
         self._kept_tokens: list[KeptTokens] = []
         self._steps: list[int] = []  # of this run, in order
@@ -98,6 +100,7 @@ class StepHook(Uncopyable):
             weights=None
             if mode in ("global", "local")
             else self._weights(plan, grid, step, transformer, latents.device),
+            frames=self._frames(plan, grid) if mode == "frames" else (),
         )
         state.running = True
 
@@ -160,12 +163,15 @@ class StepHook(Uncopyable):
     def _attention(self, transformer: Any, grid: Grid, latents: Tensor) -> WindowedAttention | ScenedAttention:
         """The windows of this video, with the kernels for its device and dtype."""
         setup, where = self.state.setup, (latents.device, latents.dtype)
-        kernel = self._kernel_name(grid, transformer.config.attention_head_dim, where)
+        name = self._kernel_name(grid, transformer.config.attention_head_dim, where)
+        kernels = select_kernels(*where, kernel=name, dual=setup.dual, complement=setup.complement)
+        if setup.method.rest_kernel is not None:
+            kernels |= {"rest_kernel": setup.method.rest_kernel}
         attention = WindowedAttention(
             num_frames=grid.frames,
             frame_tokens=grid.frame_tokens,
             window_frames=grid.window_frames,
-            **select_kernels(*where, kernel=kernel, dual=setup.dual, complement=setup.complement),
+            **kernels,
         )
         scenes = self.state.scenes
         return ScenedAttention(video=attention, starts=(0, *scenes)) if scenes else attention
@@ -186,6 +192,13 @@ class StepHook(Uncopyable):
             self._made = self.state.setup.method.weights(plan, grid, transformer.config.attention_head_dim, device)
             self._made_for = made_for
         return self._made
+
+    def _frames(self, plan: StepPlan, grid: Grid) -> tuple[Tensor, ...]:
+        """The frames that each frame sees in each branch, made once a step; on the CPU, where their numbers are read."""
+        if self._frames_for != (plan, grid):
+            self._frame_sets = tuple(table_of(each) for each in self.state.setup.method.frame_sets(plan, grid))
+            self._frames_for = plan, grid
+        return self._frame_sets
 
     def _kept(
         self, grid: Grid, mode: Mode, step: int, layout: SequenceLayout, device: torch.device

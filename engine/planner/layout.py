@@ -11,7 +11,7 @@ from engine.errors import UserError
 from engine.planner.model import FP32_BYTES, ModelSpec
 from engine.ranks.layouts import Degrees, refused_axes
 from freespec.far_keys import far_tokens
-from freespec.methods import FreeNoise, Grid, Mode
+from freespec.methods import LVSA, FreeNoise, Grid, Mode
 from freespec.windows import window_range
 from parallel.shards import (
     HaloRange,
@@ -31,6 +31,7 @@ from parallel.shards import Mode as SentMode
 PASSES = 2  # with guidance: conditional and unconditional
 VIEW_MODES: tuple[Mode, ...] = ("views_global", "views")
 FP64_BYTES = 8
+WHOLE_MODES: tuple[Mode, ...] = (*VIEW_MODES, "frames")  # of all tokens of a head on one rank
 TEMPORAL_GRAMS = 3  # of both branches and between them, frames x frames
 
 
@@ -69,6 +70,7 @@ class Layout:
         itemsize: bytes of a number in the transformer.
         local_route: how local steps cross the ulysses axis.
         num_views: views of a step with views; with views ring is 1.
+        set_frames: frames of keys of a query in a step that names them, all branches together.
         weight_share: bytes of the transformer that each rank sends the others in every forward (model.weights zero3).
         even: whether parallel.provider takes even shards alone.
         kept: tokens of each frame that dual steps attend to outside the windows; None for all.
@@ -85,6 +87,7 @@ class Layout:
     itemsize: int
     local_route: Route
     num_views: int = 1
+    set_frames: int = 0
     weight_share: int = 0
     even: bool = False
     kept: int | None = None
@@ -153,7 +156,7 @@ class Layout:
         window = self.window_frames * self.frame_tokens
         if self.thins(mode):
             return window + (self.frames - self.window_frames) * (self.kept or 0)
-        return {"local": window, "views": 0}.get(mode, self.tokens)
+        return {"local": window, "views": 0, "frames": self.set_frames * self.frame_tokens}.get(mode, self.tokens)
 
     def near_keys(self, mode: Mode) -> int:
         """Most tokens whose keys a rank holds beside its own q, k and v before the ring turns; 0 without a ring."""
@@ -169,7 +172,7 @@ class Layout:
         plan = self.attention_plan(mode)
         shape = LayerShape(batch=1, head_dim=self.spec.head_dim, itemsize=self.itemsize)
         # Views are attended where the whole heads are, so they travel as a global step does.
-        moves = "global" if mode in VIEW_MODES else mode
+        moves = "global" if mode in WHOLE_MODES else mode
         by_rank = layer_bytes_by_rank(plan, cast(SentMode, moves), shape=shape, halo=self.halo)
         calls = self.spec.layers * self.forwards
         busiest = {kind: calls * max(of_rank[kind] for of_rank in by_rank) for kind in by_rank[0]}
@@ -241,6 +244,7 @@ def lay_out(  # noqa: PLR0913 - a video, its ranks, and settings of attention
         itemsize=itemsize,
         local_route=local_route,
         num_views=_count_views(method, frames, frame_tokens),
+        set_frames=_count_set_frames(method, frames, frame_tokens),
         even=even,
         kept=kept,
     )
@@ -259,6 +263,15 @@ def _count_views(method: MethodConfig, frames: int, frame_tokens: int) -> int:
     made = method.method
     has_views = any(step.mode in VIEW_MODES for step in made.plan([1000.0, 1.0]))
     return len((made if has_views else FreeNoise()).view_starts(grid))
+
+
+def _count_set_frames(method: MethodConfig, frames: int, frame_tokens: int) -> int:
+    """Frames of keys of a query of the method, or of LVSA for a method that names no frames."""
+    grid = Grid(frames=frames, rows=1, columns=frame_tokens, window_frames=min(method.window_frames, frames))
+    made, steps = method.method, method.method.plan([1000.0, 1.0])
+    if steps[0].mode != "frames":
+        made, steps = LVSA(), LVSA().plan([1000.0, 1.0])
+    return sum(max(map(len, each)) for each in made.frame_sets(steps[0], grid))
 
 
 def num_passes(sampler: SamplerConfig) -> int:

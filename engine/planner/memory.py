@@ -87,6 +87,8 @@ def _attention_moments(layout: Layout, mode: Mode) -> dict[str, tuple[int, int]]
         kept = layout.num_views if mode == "views_global" else 1  # the sums of all views go over the ranks together
         scaled = 2 * e * inside if mode == "views_global" else 0  # scaled q and the global branch
         moments["views"] = (base + scaled + (kept + 1) * e * view + FP32_BYTES * (inside + view) + lse, 0)
+    if mode == "frames":  # one branch, those before it as one, and the keys of a frame's queries
+        moments["frames"] = (base + (e + FP32_BYTES) * inside + lse, layout.set_frames * layout.frame_tokens * row)
     if plan.ulysses > 1:  # sent, received, put in order
         moments["exchange"] = (3 * e * hidden + max(3 * e * (hidden + inside), 6 * e * inside), 0)
     if mode == "dual":

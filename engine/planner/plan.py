@@ -11,16 +11,17 @@ from engine.adapters.base import DecodeMode
 from engine.config import DecodeConfig, MethodConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.decode.tiling import tiled_share
 from engine.planner.gpu import GpuSpec, check_count
-from engine.planner.layout import VIEW_MODES, Degrees, Layout, lay_out
+from engine.planner.layout import WHOLE_MODES, Degrees, Layout, lay_out
 from engine.planner.memory import GIB, decode_cost, denoise_peak
 from engine.planner.model import FP32_BYTES, ModelSpec
 from engine.planner.providers import Support
 from engine.planner.timing import TERA, step_seconds
 from engine.ranks.layouts import refused_axes
 from freespec.methods import METHODS, Method, Mode, make_method
+from freespec.methods.base import has_rest_kernel
 from parallel.shards import length
 
-MODES: tuple[Mode, ...] = ("dual", "views_global", "global", "views", "local")
+MODES: tuple[Mode, ...] = ("dual", "views_global", "global", "views", "frames", "local")
 ITEMSIZES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -213,8 +214,10 @@ class Case:
 
     @property
     def methods(self) -> dict[str, Method]:
-        """The methods to predict: the planned one with its settings, the others with defaults."""
-        return {name: make_method(name) for name in METHODS} | {self.method.name: self.method.method}
+        """The methods to predict: the planned one with its settings, the others with defaults, but for those with a slower kernel."""
+        others = {name: make_method(name) for name in METHODS}
+        known = {name: made for name, made in others.items() if not has_rest_kernel(made)}
+        return known | {self.method.name: self.method.method}
 
     def count_steps(self) -> dict[str, dict[Mode, int]]:
         """How many steps of each mode every method has on the sampler's real timesteps."""
@@ -279,8 +282,8 @@ def _seconds(case: Case, layout: Layout) -> dict[Mode, dict[str, float]]:
 
 
 def _modes_of(layout: Layout) -> list[Mode]:
-    """The modes that these degrees support: attention inside views needs ring 1."""
-    return [mode for mode in MODES if mode not in VIEW_MODES or layout.degrees[1] == 1]
+    """The modes that these degrees support: attention inside views, or to frames of a method's choice, needs ring 1."""
+    return [mode for mode in MODES if mode not in WHOLE_MODES or layout.degrees[1] == 1]
 
 
 def _run_seconds(steps: dict[Mode, int], seconds: dict[Mode, dict[str, float]]) -> float:
@@ -322,7 +325,7 @@ def _why(p: Plan, plans: list[Plan], case: Case) -> str:
     best, method = plans[0], case.method.name
     if not p.fits:
         return f"needs {p.peak_bytes / GIB:.1f} GiB of {case.gpu.usable_gib:.1f}"
-    notes = _notes(p, next(mode for mode in MODES if mode in p.steps[method]), case.options)
+    notes = _notes(p, next(mode for mode in MODES if mode in p.steps[method]), case)
     if p is not best:
         return f"predicted {p.run_seconds[method] / best.run_seconds[method]:.2f}x the time of {best.name}; {notes}"
     if len(plans) == 1:
@@ -332,11 +335,14 @@ def _why(p: Plan, plans: list[Plan], case: Case) -> str:
     return f"least predicted time for {method} of those that fit ({after.name} {takes}); {notes}"
 
 
-def _notes(p: Plan, mode: Mode, options: Options) -> str:
-    """What the degrees cost: uneven heads, and messages of a step of this mode."""
+def _notes(p: Plan, mode: Mode, case: Case) -> str:
+    """What the degrees cost: uneven heads, and messages of a step of this mode; and what is not predicted."""
+    options = case.options
     seconds = p.step_seconds[mode]
     share = seconds["communication"] / sum(seconds.values())
     note = f"messages that nothing hides take {share:.1%} of a {mode} step"
+    if has_rest_kernel(case.method.method):
+        note += f"; the keys outside the windows take {case.method.name} longer than this kernel's rate, which is what is predicted"
     if options.shards != "device":
         note += f"; what reading the shares from {options.shards.partition(':')[0]} takes is not predicted"
     uneven = max(p.heads) * p.ulysses / sum(p.heads)

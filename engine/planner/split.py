@@ -13,6 +13,7 @@ _DOES: dict[Mode, str] = {
     "views_global": "fuses",
     "local": "is local",
     "views": "is local",
+    "frames": "is local",
     "global": "is global",
 }
 

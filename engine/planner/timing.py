@@ -48,7 +48,9 @@ def call_traffic(layout: Layout, mode: Mode) -> float:
     views = layout.num_views * layout.window_frames / layout.frames  # mean number of views that hold a token
     merges = (plan.ring - 1 if mode != "local" and not layout.thins(mode) else 0) + (mode == "dual")
     passes: float = (
-        MERGE * merges + EXCHANGE * (plan.ulysses > 1) + {"local": COPY, "dual": 2 * COPY + FUSE}.get(mode, 0)
+        MERGE * merges
+        + EXCHANGE * (plan.ulysses > 1)
+        + {"local": COPY, "frames": COPY, "dual": 2 * COPY + FUSE}.get(mode, 0)
     )
     if mode in VIEW_MODES:
         passes += views * (VIEW + FUSE * (mode == "views_global"))

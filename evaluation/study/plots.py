@@ -14,7 +14,14 @@ from evaluation.study.summary import Row
 from metrics.bootstrap import Estimate
 
 COLOURS = ("#0f6fb8", "#d1622b", "#3d8f55", "#8a5fb5", "#b8860f", "#c0437a", "#4aa3a3", "#6b6f78")
-_KINDS = {"global": "#d1622b", "local": "#0f6fb8", "dual": "#8a5fb5", "views": "#3d8f55", "views_global": "#b8860f"}
+_KINDS = {
+    "global": "#d1622b",
+    "local": "#0f6fb8",
+    "dual": "#8a5fb5",
+    "views": "#3d8f55",
+    "views_global": "#b8860f",
+    "frames": "#4d6b78",
+}
 _COLUMNS = 4
 
 

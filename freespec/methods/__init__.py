@@ -16,10 +16,13 @@ from freespec.methods.freelong import FreeLong
 from freespec.methods.freenoise import FreeNoise
 from freespec.methods.freepca import FreePCA
 from freespec.methods.freespec import FreeSpec
+from freespec.methods.lvsa import LVSA
 from freespec.methods.sliding_window import SlidingWindow
+from freespec.methods.ultravico import UltraViCo
 
 __all__ = [
     "FORMS",
+    "LVSA",
     "METHODS",
     "SPLIT_BEFORE",
     "Branches",
@@ -36,6 +39,7 @@ __all__ = [
     "Noise",
     "SlidingWindow",
     "StepPlan",
+    "UltraViCo",
     "describe_split",
     "find_method",
     "make_method",
@@ -47,6 +51,8 @@ METHODS: dict[str, type[Method]] = {
     "freenoise": FreeNoise,
     "freelong": FreeLong,
     "freepca": FreePCA,
+    "ultravico": UltraViCo,
+    "lvsa": LVSA,
     "freespec": FreeSpec,
 }
 # Names beside them, of what is no method to compare with but a form of one.

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, Literal
 
 from freespec.types import Device, Tensor
 
-Mode = Literal["global", "local", "dual", "views", "views_global"]
+Mode = Literal["global", "local", "dual", "views", "views_global", "frames"]
+FrameSet = Sequence[Sequence[int]]  # of each frame of queries the frames of its keys, ascending
 Noise = Literal["iid", "freenoise", "mean_reuse"]
 
 
@@ -16,11 +17,13 @@ class StepPlan:
     """One denoising step: which branches every self-attention layer computes, and the progress of its fusion.
 
     `global` and `local` are one branch that is the layer's output; `dual` is both, `views` attention inside overlapping
-    views, `views_global` those and the global branch with scaled queries: the last three go through the method's `fuse`.
+    views, `views_global` those and the global branch with scaled queries, `frames` attention to the frames that the method names
+    for each frame: the last four go through the method's `fuse`. `number` is for methods that name other frames in other steps.
     """
 
     mode: Mode
     progress: float = 0.0
+    number: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,11 +55,13 @@ class Branches:
         o_global: the global branch's output [B, s, N, D] (`dual`, `views_global`).
         views: attention inside each view of `Method.view_starts`, [B, window_frames * frame_tokens, N, D] each. A view is
             computed when it is asked for, once: what is added up at once never needs the memory of all of them.
+        sets: attention of each of `Method.frame_sets`, [B, S, N, D] each (`frames`), computed likewise.
     """
 
     o_local: Tensor | None = None
     o_global: Tensor | None = None
     views: Iterable[Tensor] = ()
+    sets: Iterable[Tensor] = ()
 
 
 def call(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
@@ -115,6 +120,15 @@ class Method(metaclass=abc.ABCMeta):
         """First frame of each view; every view has `window_frames` frames. Asked for in modes with views only."""
         raise AssertionError(f"{type(self).__name__} has no views")
 
+    def frame_sets(self, step: StepPlan, grid: Grid) -> Sequence[FrameSet]:
+        """Which frames each frame sees, for each branch of mode `frames`."""
+        raise AssertionError(f"{type(self).__name__} names no frames")
+
+    @property
+    def rest_kernel(self) -> Any:
+        """Kernel (freespec.kernels) for the keys outside the windows of dual steps; None for that of the settings."""
+        return None
+
     def query_scale(self, grid: Grid) -> float:
         """Factor of the queries of the global branch in mode `views_global`."""
         return 1.0
@@ -126,6 +140,21 @@ class Method(metaclass=abc.ABCMeta):
     def fuse(self, branches: Branches, weights: Any, layer: Layer) -> Tensor:
         """One layer's output [B, s, N, D] from its branches."""
         raise AssertionError(f"{type(self).__name__} has no step that fuses")
+
+
+def has_rest_kernel(method: Method) -> bool:
+    """Whether the method brings a kernel for the keys outside the windows; imports none."""
+    return type(method).rest_kernel is not Method.rest_kernel
+
+
+def check_rest_kernel(method: Method, name: str, *, dual: str, complement: str) -> None:
+    """Raise ValueError for kernels of the keys outside the windows that the method's own would replace."""
+    if has_rest_kernel(method) and (dual == "triton" or complement != "same"):
+        setting = f"attention.dual {dual}" if dual == "triton" else f"attention.complement {complement}"
+        raise ValueError(
+            f"method {name} attends to the keys outside the windows in its own way, and {setting} would leave that out; "
+            "use attention.dual strided and attention.complement same"
+        )
 
 
 def check_choice(method: str, name: str, value: str, allowed: Sequence[str]) -> None:

@@ -60,6 +60,7 @@ METHOD_OF: dict[Mode, str] = {
     "local": "sliding_window",
     "views": "freenoise",
     "views_global": "freepca",
+    "frames": "lvsa",
 }
 LONG = VideoConfig(num_frames=321, height=480, width=832)
 SAMPLER = SamplerConfig(guidance_scale=6.0, flow_shift=8.0)
@@ -292,7 +293,7 @@ def assert_peak_of_a_forward(
     assert forward_part(layout, mode) == pytest.approx(measured, rel=0.15)
 
 
-@pytest.mark.parametrize("mode", ["dual", "global", "local", "views", "views_global"])
+@pytest.mark.parametrize("mode", ["dual", "global", "local", "views", "views_global", "frames"])
 def test_peak_of_a_forward_is_within_15_percent_of_what_the_allocator_gave_out(tmp_path: Path, mode: Mode) -> None:
     spec = read_model(ModelConfig(path=str(save_random_wan(tmp_path))))
     pipe = random_wan(layers=2)
@@ -647,7 +648,7 @@ def test_the_predicted_table_has_the_best_layout_of_a_method_that_cannot_have_th
         options=Options.of(config),
     )
     assert plans[0].ring > 1, "the row's layout has no ring any more: take another number of GPUs"
-    assert set(row["elsewhere"]) == {"freenoise", "freelong", "freepca"}
+    assert set(row["elsewhere"]) == {"freenoise", "freelong", "freepca", "lvsa"}
     for name, (degrees, seconds) in row["elsewhere"].items():
         assert f"seconds_{name}" not in row
         assert "ring 1" in degrees

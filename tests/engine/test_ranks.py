@@ -44,7 +44,7 @@ from tests.tiny_pipelines import save_random_wan
 
 METHODS = ("direct", "sliding_window", "freespec")  # in any arrangement
 ROWS = tuple(f"freespec:{path.stem}" for path in sorted(PRESETS.glob("*.yaml")))
-WHOLE_HEADS = ("freenoise", "freelong", "freepca")  # where ring is 1
+WHOLE_HEADS = ("freenoise", "freelong", "freepca", "ultravico", "lvsa")  # where ring is 1
 
 
 def config_of(folder: str, method: str) -> RunConfig:

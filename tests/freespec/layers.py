@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from freespec.attention import WindowedAttention
+from freespec.attention import WindowedAttention, table_of
 from freespec.kernels import plain
 from freespec.methods import Branches, FreeSpec, Grid, Layer, Method, StepPlan
 from freespec.methods.freespec import FusionWeights
@@ -27,9 +27,16 @@ def run_layer(method: Method, grid: Grid, qkv: QKV, step: StepPlan) -> Tensor:
     """The layer's output [B, S, N, D] as the engine computes it, with the plain kernel."""
     q, k, v = qkv
     attention = WindowedAttention(
-        num_frames=grid.frames, frame_tokens=grid.frame_tokens, window_frames=grid.window_frames, kernel=plain
+        num_frames=grid.frames,
+        frame_tokens=grid.frame_tokens,
+        window_frames=grid.window_frames,
+        kernel=plain,
+        rest_kernel=method.rest_kernel,
     )
-    if step.mode == "dual":
+    if step.mode == "frames":
+        sets = method.frame_sets(step, grid)
+        branches = Branches(sets=(attention.frames(q, k, v, table_of(frames)) for frames in sets))
+    elif step.mode == "dual":
         local, o_global = attention.both(q, k, v)
         branches = Branches(o_local=local, o_global=o_global)
     else:

@@ -49,7 +49,15 @@ def test_json_is_the_same_for_programs(capsys: pytest.CaptureFixture[str]) -> No
     assert {"predicted", "model", "gpu", "video", "plans"} <= set(tree)
     first = tree["plans"][0]
     assert first["cfg"] * first["ring"] * first["ulysses"] == 2
-    assert set(first["run_seconds"]) == {"direct", "sliding_window", "freenoise", "freelong", "freepca", "freespec"}
+    assert set(first["run_seconds"]) == {
+        "direct",
+        "sliding_window",
+        "freenoise",
+        "freelong",
+        "freepca",
+        "lvsa",
+        "freespec",
+    }
     assert set(first["bytes_per_step"]["dual"]) == {
         "all_to_all",
         "halo",
