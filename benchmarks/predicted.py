@@ -95,6 +95,7 @@ def predictions() -> str:
     )
     others = dict.fromkeys(degrees for row in found for degrees, _ in row["elsewhere"].values())
     marks = dict(zip(others, MARKS, strict=False))
+    names = [name for name in METHODS if any(f"seconds_{name}" in row or name in row["elsewhere"] for row in found)]
     rows = [
         [
             f"{row['model'].partition('/')[2].removesuffix('-Diffusers')}, {row['num_frames']}",
@@ -102,13 +103,13 @@ def predictions() -> str:
             str(row["gpus"]),
             " x ".join(re.findall(r"\d+", row["degrees"])) + ("" if row["fits"] else " (does not fit)"),
             f"{row['peak_gib']:.1f}",
-            *(predicted_minutes(row, name, marks) for name in METHODS),
+            *(predicted_minutes(row, name, marks) for name in names),
             f"{row['efficiency_freespec']:.0%}",
         ]
         for row in found
     ]
     header = ["model, frames", "GPU", "GPUs", "cfg x ring x ulysses", "peak GiB"]
-    header += [f"{name}, min" for name in METHODS] + ["efficiency, freespec"]
+    header += [f"{name}, min" for name in names] + ["efficiency, freespec"]
     notes = [f"{mark}: on {degrees}, the fastest that the method can have." for degrees, mark in marks.items()]
     return "\n\n".join([table(header, rows), *notes])
 
