@@ -27,6 +27,7 @@ BENCHMARKS: dict[str, Callable[[Run], str]] = {
     "parallel": tables.parallel,
     "memory": tables.memory,
     "minutes": tables.minutes,
+    "long_measures": tables.long_measures,
     "timeline": tables.timeline,
 }
 MEASURED = tuple(name for name in BENCHMARKS if name != "timeline")

@@ -116,6 +116,49 @@ def minutes(run: Run) -> str:
     return table([*header, "MiB when loaded", "more in denoising", "more in decoding", "latents, MiB"], rows)
 
 
+def long_measures(run: Run) -> str:
+    """What the measures of long videos find on clips whose truth is known, a kind in a row."""
+    rows = []
+    for row in run["results"]:
+        values = [clip["values"] for clip in row["measures"]]
+        truths = [clip["truth"] for clip in row["measures"]]
+
+        def middle(name: str, values: list[dict[str, float]] = values) -> str:
+            """Median and range."""
+            found = sorted(each[name] for each in values)
+            return f"{statistics.median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})"
+
+        loops = sum(each["loop"] >= run["settings"]["loop"] for each in values)
+        right = [
+            each["loop_lag"] == true["loop_lag"]
+            for each, true in zip(values, truths, strict=True)
+            if "loop_lag" in true
+        ]
+        lags = f", length right in {sum(right)}" if right else ""
+        rows.append(
+            [
+                row["clips"],
+                f"{loops} of {len(values)}{lags}",
+                middle("loop"),
+                middle("alike_near"),
+                middle("alike_far"),
+                middle("colour_slope"),
+                middle("sharpness_slope"),
+                middle("cuts"),
+            ]
+        )
+    header = [
+        "clips",
+        f"loop >= {run['settings']['loop']}",
+        "loop",
+        "alike_near",
+        "alike_far",
+        "colour_slope",
+        "sharpness_slope",
+    ]
+    return table([*header, "cuts"], rows)
+
+
 def fusion(run: Run) -> str:
     """Every shape of the fusion benchmark in a row."""
     names = ["fusion / SVD in fp32", "fusion / dual attention"]

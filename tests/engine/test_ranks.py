@@ -23,7 +23,7 @@ from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.ranks.agreement import raise_together
 from engine.ranks.layouts import Ranks, refused_axes
-from freespec.methods import FreePCA, FreeSpec, Method, make_method
+from freespec.methods import LVSA, FreePCA, FreeSpec, Method, make_method
 from freespec.riflex import Riflex
 from freespec.timeline import attend
 from tests.engine.golden import (
@@ -59,6 +59,7 @@ def config_of(folder: str, method: str) -> RunConfig:
             window_frames=3,
             freespec=FreeSpec(domain="step", fused_share=0.5),
             freepca=FreePCA(domain="step", fused_share=0.5),
+            lvsa=LVSA(half_width=1),
         ),
         attention=AttentionConfig(riflex=Riflex(enabled=True, index=1) if riflex else Riflex()),
         output=OutputConfig(progress="off"),

@@ -17,7 +17,15 @@ from freespec.methods import FreePCA, FreeSpec, Grid
 from tests.engine.reference_run import latents_by_masks
 from tests.tiny_pipelines import random_wan
 
-METHODS = ("direct", "sliding_window", "freenoise", "freelong", "freepca", "ultravico", "lvsa", "freespec")
+METHODS = (
+    "direct",
+    "sliding_window",
+    "freenoise",
+    "freelong",
+    "freepca",
+    "ultravico",
+    "freespec",
+)  # lvsa sees all of 8 frames
 CALL = {
     "prompt": "a red circle",
     "negative_prompt": "bad",
