@@ -1,4 +1,4 @@
-"""Write the tables of docs/performance.md (expected and measured) and docs/predictions.md.
+"""Write the tables of docs/performance.md (expected and measured), docs/predictions.md and docs/long-videos.md.
 
 python -m benchmarks.report
 
@@ -18,7 +18,7 @@ from benchmarks.published import published_table
 from benchmarks.tables import NOT_MEASURED, Run, table, verdict
 from engine.files.tables import emptier
 
-PAGES = tuple(ROOT / "docs" / name for name in ("performance.md", "predictions.md"))
+PAGES = tuple(ROOT / "docs" / name for name in ("performance.md", "predictions.md", "long-videos.md"))
 BENCHMARKS: dict[str, Callable[[Run], str]] = {
     "attention": tables.attention,
     "far": tables.far,

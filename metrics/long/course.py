@@ -2,7 +2,7 @@
 
 A video that freezes or loops is alike from end to end, and one that drifts is alike from frame to frame: measures of consistency reward
 the first and cannot see the second. None of these is good or bad by itself; what each finds on clips whose truth is known is in
-docs/performance.md.
+docs/long-videos.md.
 """
 
 import math
@@ -26,7 +26,7 @@ COURSE_UNITS = {
 """Every measure of `course_metrics`, with its unit."""
 
 LOOP = 0.9
-"""Correlation from which on a video is said to loop; docs/performance.md has the errors at this number."""
+"""Correlation from which on a video is said to loop; docs/long-videos.md has the errors at this number."""
 
 SAME = 0.01  # correlations that differ by less are equal: a loop returns after twice its length too
 DISTANCES = 12  # of the curve
