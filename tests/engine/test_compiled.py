@@ -152,7 +152,8 @@ def test_no_block_writes_windows_out(make: Callable[[], Any], method: str) -> No
         with pytest.raises(Stop):
             pipe(**call)
         grid = handle.state.last.grid
-    operator = {"global": "dense", "local": "local", "dual": "branches"}.get(handle.state.last.mode, "dense")
+    operators = {"local": "local", "dual": "branches", "frames": "frames"}
+    operator = operators.get(handle.state.last.mode, "dense")
     assert f"torch.ops.freespec.{operator}.default(" in code
     width = pipe.transformer.config.num_attention_heads * pipe.transformer.config.attention_head_dim
     widest = 4 * width if make is random_ltx else width
