@@ -1,6 +1,6 @@
 """What a configuration gets wrong about its checkpoint, device or ranks, found before weights are read."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,18 +11,44 @@ from engine.decode.tiling import check_tiles
 from engine.denoise.schedulers import check_levels
 from engine.errors import UserError
 from engine.kernel_choice import select_kernels
+from engine.load.loras import check_sides
 from engine.ranks.layouts import Ranks, check_layout
 from freespec.far_keys import far_tokens
 from freespec.riflex import Riflex
 
 
-def check_model(config: RunConfig, adapter: ModelAdapter, spec: VideoSpec, scheduler: Mapping[str, Any]) -> None:
-    """Raise UserError for settings that this model cannot serve; `scheduler` is the configuration of its scheduler."""
+def check_model(
+    config: RunConfig, adapter: ModelAdapter, spec: VideoSpec, *, index: Mapping[str, Any], scheduler: Mapping[str, Any]
+) -> None:
+    """Raise UserError for settings that this model cannot serve.
+
+    `index` is its model_index.json, `scheduler` the configuration of its scheduler.
+    """
+    check_experts(config, adapter.experts_named(index))
     check_tiles(config.decode, spec)
     check_riflex(adapter, config.attention.riflex)
     check_far_tokens(config, spec)
     check_shift(scheduler, config.sampler.shift)
     check_levels(config.sampler, scheduler)
+
+
+def check_experts(config: RunConfig, experts: Sequence[str]) -> None:
+    """Raise UserError for settings that are for one transformer of two, or for two, where the checkpoint has the other number."""
+    model, second = config.model, config.sampler.guidance_scale_2
+    check_sides(model.loras, experts)
+    if len(experts) > 1 and model.single_file is not None:
+        raise UserError(
+            f"model.single_file {model.single_file} would replace one of two transformers, which is not supported; give a folder in "
+            "Diffusers layout with both, model.path"
+        )
+    if len(experts) == 1 and second is not None:
+        raise UserError(
+            f"sampler.guidance_scale_2 {second:g} is for a checkpoint of two transformers, and this one has one; leave it out (null)"
+        )
+    if len(experts) == 1 and model.idle_expert != "auto":
+        raise UserError(
+            f"model.idle_expert {model.idle_expert} is for a checkpoint of two transformers, and this one has one; leave it out"
+        )
 
 
 def check_kernels(config: RunConfig, device: torch.device, dtype: torch.dtype) -> None:

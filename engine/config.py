@@ -63,13 +63,17 @@ class ModelConfig:
             transformer, and for LTX-Video VAE, take the place of those of `path`; configurations stay those of `path`.
         loras: LoRAs that are added to the transformer's weights when it is loaded, each NAME@SCALE (1 without @SCALE): a
             .safetensors file or a folder with one, here or on the hub (ORGANISATION/NAME/FILE, or ORGANISATION/NAME with
-            pytorch_lora_weights.safetensors).
+            pytorch_lora_weights.safetensors). Of a checkpoint with two transformers high:NAME@SCALE changes that of the noisy
+            steps, low:NAME@SCALE the other.
         dtype: of transformer and text encoder: `auto` is bfloat16 on CUDA and float32 on CPU; the VAE is always float32.
         device: `auto` is CUDA where there is one.
         weights: where they are kept. `resident`: whole, on the device of every rank. `cpu_offload`: each part on the CPU until
             it is used, then whole on the device (CUDA only). `zero3`: transformer and text encoder sharded over the ranks by
             DeepSpeed's ZeRO-3 (pip install '.[deepspeed]'); a layer is gathered while it runs.
         shards: where a rank keeps its share with `zero3`: `device`, `cpu`, or `nvme:FOLDER`, a file on a fast drive.
+        idle_expert: where the transformer of two that does not denoise waits (Wan2.2 A14B) with `resident` weights: `stay` on the
+            device, `leave` for the CPU until its steps come, or `auto`: it leaves a GPU of configs/gpus that the video would not
+            fit otherwise. With `cpu_offload` it always leaves, with `zero3` its shares stay.
         compile: whether the transformer's blocks go through torch.compile: once for each kind of step, not for each layer or
             step; the first step of a kind waits for it. Not with zero3, nor with output.trace.
     """
@@ -83,6 +87,7 @@ class ModelConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     weights: Literal["resident", "cpu_offload", "zero3"] = "resident"
     shards: str = "device"
+    idle_expert: Literal["auto", "stay", "leave"] = "auto"
     compile: bool = False
 
     def __post_init__(self) -> None:
@@ -94,7 +99,7 @@ class ModelConfig:
         )
         _check(single.endswith(".safetensors"), f"model.single_file must be a .safetensors file, got {single!r}")
         for lora in self.loras:
-            name, scale = split_scale(lora)
+            name, scale = split_scale(split_expert(lora)[1])
             _check(name != "", f"model.loras names no file in {lora!r}; give NAME or NAME@SCALE")
             _check(
                 not is_pickle(name),
@@ -113,6 +118,10 @@ class ModelConfig:
         _check(
             self.shards == "device" or self.weights == "zero3",
             f"model.shards {self.shards} goes with model.weights zero3, and model.weights is {self.weights}",
+        )
+        _check(
+            self.idle_expert == "auto" or self.weights == "resident",
+            f"model.idle_expert {self.idle_expert} goes with model.weights resident, and model.weights is {self.weights}; leave it out",
         )
         _check(
             not self.compile or self.weights != "zero3",
@@ -161,6 +170,7 @@ class SamplerConfig:
             ends without noise.
         sigmas: the same as noise levels, timestep / 1000.
         guidance_scale: classifier-free guidance; 1 or less runs no unconditional pass.
+        guidance_scale_2: that of the second of two transformers (Wan2.2 A14B); null takes guidance_scale.
         flow_shift: timestep shift of the scheduler; None keeps the checkpoint's.
         shift: for schedulers whose shift grows with the number of tokens (LTX-Video to 0.9.1): `native` takes that of the
             native length, method.window_frames, for any longer video; `actual` takes the video's own, as the stock pipeline.
@@ -180,6 +190,7 @@ class SamplerConfig:
     timesteps: tuple[float, ...] | None = None
     sigmas: tuple[float, ...] | None = None
     guidance_scale: float = 5.0
+    guidance_scale_2: float | None = None
     flow_shift: float | None = None
     shift: Literal["native", "actual"] = "native"
     seed: int = 0
@@ -197,6 +208,13 @@ class SamplerConfig:
         ):
             _check(1 <= value <= most, f"sampler.{name} must lie in [1, {most}], got {_short(value)}")
         _check(math.isfinite(self.guidance_scale), f"sampler.guidance_scale must be finite, got {self.guidance_scale}")
+        second = self.guidance_scale_2
+        _check(second is None or math.isfinite(second), f"sampler.guidance_scale_2 must be finite, got {second}")
+        _check(
+            second is None or self.guidance_scale > 1.0,
+            f"sampler.guidance_scale_2 {second} would not be read: with sampler.guidance_scale {self.guidance_scale:g} there is no "
+            "unconditional pass; leave it out (null)",
+        )
         _check(
             self.flow_shift is None or (math.isfinite(self.flow_shift) and self.flow_shift > 0),
             f"sampler.flow_shift must be more than 0, got {self.flow_shift}",
@@ -219,6 +237,11 @@ class SamplerConfig:
         if self.num_steps is not None:
             return self.num_steps
         return DEFAULT_STEPS if self.levels is None else len(self.levels)
+
+    @property
+    def guidance(self) -> tuple[float, float]:
+        """The guidance scales of the first and of the second transformer."""
+        return self.guidance_scale, self.guidance_scale if self.guidance_scale_2 is None else self.guidance_scale_2
 
     @property
     def levels(self) -> tuple[float, ...] | None:
@@ -576,6 +599,12 @@ def split_scale(lora: str) -> tuple[str, float]:
         return (name, float(scale)) if name else (lora, 1.0)
     except ValueError:
         return lora, 1.0
+
+
+def split_expert(lora: str) -> tuple[str | None, str]:
+    """`high` or `low`, and the rest, of high:NAME@SCALE; None without one of them."""
+    side, colon, rest = lora.partition(":")
+    return (side, rest) if colon and side in ("high", "low") else (None, lora)
 
 
 def describe_old_setting(key: str, value: object) -> str | None:

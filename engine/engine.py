@@ -6,6 +6,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,11 +34,13 @@ from engine.hooks.cross_attention import install_timeline
 from engine.hooks.step_hook import choose_eigensolver
 from engine.kernel_choice import choose_on_ranks
 from engine.load.checkpoint import Checkpoint, open_checkpoint
+from engine.load.experts import ExpertPlacement
 from engine.load.pipeline import load_pipeline
 from engine.load.provenance import describe_loaded, describe_weights
 from engine.load.sharded_weights import shard_pipeline, shards_text
 from engine.progress import enabled, progress_bar
 from engine.ranks.agreement import broadcast_bytes, check_agreement, from_first, raise_together, setting_prints
+from engine.ranks.arrange import idle_stays
 from engine.ranks.group_of_one import GROUP_OF_ONE
 from engine.ranks.layouts import Ranks, check_layout
 from engine.record import EngineFacts, build_record, running_revision
@@ -78,6 +81,7 @@ class LongVideoEngine:
                 self.checkpoint = raise_together(self.mesh, self._check)
                 digest = bytes.fromhex(self.checkpoint.digest)
                 check_agreement(self.mesh, setting_prints(config) | {"checkpoint": digest})
+                self._idle_stays = self._choose_idle()
                 self.pipe, self._weights = self._load()
                 bar.update()
             self.decoder = VideoDecoder(
@@ -234,7 +238,10 @@ class LongVideoEngine:
                 handle=self.handle,
                 mesh=self.mesh,
                 text=passes,
-                guidance_scale=sampler.guidance_scale,
+                guidance=dict(zip(self.checkpoint.experts, sampler.guidance, strict=False)),
+                placement=ExpertPlacement(
+                    experts=self.adapter.experts(self.pipe), device=self.device, idle_stays=self._idle_stays
+                ),
                 fps=video.fps,
                 trace=trace,
             ),
@@ -303,7 +310,8 @@ class LongVideoEngine:
         choose_eigensolver(handle.state, self.pipe.transformer, self.device)
         if config.model.compile:
             torch.compiler.reset()  # graphs of a removed method count towards the recompile limit of a block
-            self.pipe.transformer.compile_repeated_blocks()
+            for expert in self.adapter.experts(self.pipe).values():
+                expert.compile_repeated_blocks()
         return handle
 
     def _check(self) -> Checkpoint:
@@ -313,16 +321,28 @@ class LongVideoEngine:
         check_ranks(config, self.ranks)
         checkpoint = open_checkpoint(config.model)
         checkpoint.spec.check_video(video.num_frames, video.height, video.width)
-        scheduler = checkpoint.read("scheduler/scheduler_config.json")
-        check_model(config, checkpoint.adapter, checkpoint.spec, scheduler)
+        scheduler, index = (checkpoint.read(file) for file in ("scheduler/scheduler_config.json", "model_index.json"))
+        check_model(config, checkpoint.adapter, checkpoint.spec, index=index, scheduler=scheduler)
         return checkpoint
+
+    def _choose_idle(self) -> bool:
+        """Whether the transformer of two that does not denoise stays on the device, as rank 0 predicts it for all."""
+        choice = self.config.model.idle_expert
+        if len(self.checkpoint.experts) == 1 or choice != "auto":
+            return choice != "leave"
+
+        def predict() -> bytes:
+            return bytes([idle_stays(self.config, self.ranks.degrees, self.device)])
+
+        return bool(from_first(self.mesh, predict, "where the idle transformer waits")[0])
 
     def _load(self) -> tuple[DiffusionPipeline, dict[str, Any]]:
         """Load the pipeline, sharded with model.weights zero3, and describe its files on rank 0, which writes records."""
         model, text_device = self.config.model, self.config.parallel.text_device
         shares_text = shards_text(model, text_device)
         with_text = self.is_first or shares_text
-        pipe = raise_together(self.mesh, lambda: load_pipeline(model, with_text=with_text, text_device=text_device))
+        load = partial(load_pipeline, with_text=with_text, text_device=text_device, idle_stays=self._idle_stays)
+        pipe = raise_together(self.mesh, lambda: load(model))
         if model.weights == "zero3":
             shard_pipeline(pipe, model, with_text=shares_text, mesh=self.mesh, device=self.device)
         return pipe, raise_together(self.mesh, lambda: describe_weights(model) if self.is_first else {})
@@ -336,7 +356,7 @@ class LongVideoEngine:
         if direction is None:
             return contextlib.nullcontext()
         return install_timeline(
-            self.pipe.transformer,
+            list(self.adapter.experts(self.pipe).values()),
             self.adapter,
             lambda _frames: direction.events,
             num_texts=len(direction.texts),

@@ -27,7 +27,7 @@ _GIVEN = {
 }
 _SHOWN = 6
 # Settings that older versions lacked.
-_LATER = ("scheduler", "timesteps", "sigmas", "far")
+_LATER = ("scheduler", "timesteps", "sigmas", "far", "guidance_scale_2")
 
 
 def latents_settings(

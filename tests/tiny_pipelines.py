@@ -69,9 +69,17 @@ def random_wan(*, heads: int = 4, head_dim: int = 12, layers: int = 2, seed: int
     return pipe
 
 
-def save_random_wan(folder: Path) -> Path:
-    """Write `random_wan` to a folder in Diffusers layout."""
-    random_wan().save_pretrained(folder, safe_serialization=True)
+def random_wan22(*, boundary: float = 0.875, **sizes: int) -> WanPipeline:
+    """Wan2.2 A14B's two transformers, with other weights, of the sizes of `random_wan`."""
+    pipe = random_wan(**sizes)
+    pipe.register_modules(transformer_2=random_wan(**{**sizes, "seed": 1}).transformer)
+    pipe.register_to_config(boundary_ratio=boundary)
+    return pipe
+
+
+def save_random_wan(folder: Path, *, experts: int = 1) -> Path:
+    """Write `random_wan`, or with two experts `random_wan22`, to a folder in Diffusers layout."""
+    (random_wan() if experts == 1 else random_wan22()).save_pretrained(folder, safe_serialization=True)
     return folder
 
 

@@ -182,11 +182,15 @@ _ONE_OF_TWO = re.compile(
 )
 
 
-def two_transformers(found: str) -> UserError:
-    """The error for a checkpoint with a second transformer."""
+EXPERTS = ("transformer", "transformer_2")
+"""Parts of a pipeline that denoise: the first at noisy timesteps, the second, of a checkpoint that has one, at the others."""
+
+
+def half_of_two(found: str) -> UserError:
+    """The error for one transformer without the other."""
     return UserError(
         f"this checkpoint has {found}: it denoises with two transformers, each for some of the steps (as Wan2.2 A14B does), and either of "
-        "them alone gives a wrong video; use a checkpoint with one transformer, such as Wan2.1"
+        "them alone gives a wrong video; load transformer, transformer_2 and boundary_ratio together, as from_pretrained does"
     )
 
 
@@ -196,12 +200,18 @@ def refuse_one_of_two(name: str) -> None:
     Only the name shows it: the tensors of a Wan2.2 A14B transformer have the names and shapes of Wan2.1 14B's.
     """
     if says_one_of_two(name):
-        raise two_transformers(f"the name {'/'.join(Path(name).parts[-2:])}")
+        raise half_of_two(f"the name {'/'.join(Path(name).parts[-2:])}")
 
 
 def says_one_of_two(name: str) -> bool:
     """Whether a path or hub name says that its weights are of one of two transformers."""
     return _ONE_OF_TWO.search("/".join(Path(name).parts[-2:])) is not None
+
+
+def says_expert(name: str) -> str | None:
+    """`high` or `low` where a path or hub name says that its weights are of that transformer of two; None if it does not."""
+    found = re.search(r"(high|low)[-_ ]?noise|[-_ ](high|low)(?![a-z])", "/".join(Path(name).parts[-2:]), re.IGNORECASE)
+    return None if found is None else (found[1] or found[2]).lower()
 
 
 def unwrap(module: Any) -> Any:
@@ -264,18 +274,42 @@ class ModelAdapter(ABC):
     def check_pipeline(self, pipe: Any) -> None:
         """Raise UserError for pipelines of this class that would run but give a wrong video, whatever their scheduler."""
 
-    def check_folder(self, folder: Path, index: Mapping[str, Any]) -> None:
-        """Raise UserError for a checkpoint of two transformers, even if its model_index.json does not mention the second."""
+    def check_index(self, index: Mapping[str, Any]) -> None:
+        """Raise UserError for a model_index.json of a checkpoint that would run and give a wrong video."""
         if index.get("boundary_ratio") is not None:
-            raise two_transformers(f"boundary_ratio {index['boundary_ratio']}")
-        if index.get("transformer_2") not in (None, [None, None]) or (folder / "transformer_2").exists():
-            raise two_transformers("a transformer_2")
+            raise half_of_two(f"boundary_ratio {index['boundary_ratio']}")
+
+    def check_folder(self, folder: Path, index: Mapping[str, Any]) -> None:
+        """`check_index`, and UserError for a second transformer that the model_index.json does not mention."""
+        self.check_index(index)
+        if "transformer_2" not in self.experts_named(index) and (folder / "transformer_2").exists():
+            raise half_of_two("a transformer_2 that its model_index.json does not name")
+
+    # The transformers. Most models have one; a second one denoises the timesteps below a boundary.
+
+    def experts_named(self, index: Mapping[str, Any]) -> tuple[str, ...]:
+        """The parts of a checkpoint that denoise, from its model_index.json."""
+        return EXPERTS[:1]
+
+    def expert_at(self, timestep: float, config: Mapping[str, Any]) -> str:
+        """The part that denoises a timestep, from values that all ranks have.
+
+        `config` is the pipeline's configuration or its model_index.json.
+        """
+        return EXPERTS[0]
+
+    def experts(self, pipe: Any) -> dict[str, Any]:
+        """The pipeline's transformers by part, without the wrapper of torch.compile; UserError for one of another model."""
+        return {"transformer": self._transformer(pipe, "transformer")}
 
     def transformer_of(self, pipe: Any) -> Any:
-        """The pipeline's transformer, without the wrapper of torch.compile; UserError if it is of another model."""
-        transformer = unwrap(getattr(pipe, "transformer", None))
+        """The first of the pipeline's transformers, whose configuration all of them have."""
+        return self._transformer(pipe, "transformer")
+
+    def _transformer(self, pipe: Any, name: str) -> Any:
+        transformer = unwrap(getattr(pipe, name, None))
         if not isinstance(transformer, self.transformer_class):
-            found = "no transformer" if transformer is None else f"a {type(transformer).__name__} as transformer"
+            found = f"no {name}" if transformer is None else f"a {type(transformer).__name__} as {name}"
             raise UserError(f"the {type(pipe).__name__} has {found}; give it a {self.transformer_class.__name__}")
         return transformer
 
@@ -300,10 +334,10 @@ class ModelAdapter(ABC):
             ) from error
 
     def build(self, part: str, config: dict[str, Any]) -> Any:
-        """A part of the pipeline (transformer, vae or text_encoder) with random weights, from its configuration."""
+        """A part of the pipeline (a transformer, vae or text_encoder) with random weights, from its configuration."""
         if part == "text_encoder":
             return self.text_encoder_class(self.text_config_class(**config))
-        return {"transformer": self.transformer_class, "vae": self.vae_class}[part].from_config(config)
+        return (self.vae_class if part == "vae" else self.transformer_class).from_config(config)
 
     # Inside a forward: where tokens are made, mixed and gathered.
 
@@ -403,7 +437,14 @@ class ModelAdapter(ABC):
 
     @abstractmethod
     def predict(
-        self, pipe: Any, latents: Tensor, timestep: Tensor, texts: dict[str, Text], *, fps: int
+        self,
+        pipe: Any,
+        latents: Tensor,
+        timestep: Tensor,
+        texts: dict[str, Text],
+        *,
+        fps: int,
+        expert: str = "transformer",
     ) -> list[Tensor]:
         """One forward: a prediction [1, z, F, h, w] for each text, in order, from fp32 latents of that shape.
 
@@ -413,6 +454,7 @@ class ModelAdapter(ABC):
             timestep: of the scheduler, no dimensions.
             texts: by pass, `cond` or `uncond`: both of them where `batches_guidance`, otherwise one.
             fps: frames per second of the video.
+            expert: the part of the pipeline that denoises, see `expert_at`.
         """
 
     def guide(self, predictions: Sequence[Tensor], scale: float) -> Tensor:

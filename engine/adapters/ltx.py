@@ -166,7 +166,14 @@ class LtxAdapter(ModelAdapter):
         return {"shift": shift, "value": float(np.exp(mu)), "mu": mu, "tokens": num_tokens}
 
     def predict(
-        self, pipe: LTXPipeline, latents: Tensor, timestep: Tensor, texts: dict[str, Text], *, fps: int
+        self,
+        pipe: LTXPipeline,
+        latents: Tensor,
+        timestep: Tensor,
+        texts: dict[str, Text],
+        *,
+        fps: int,
+        expert: str = "transformer",
     ) -> list[Tensor]:
         """See the base class; the batch is [uncond, cond], the order of the stock pipeline."""
         embeds, masks = zip(*reversed(texts.values()), strict=True)

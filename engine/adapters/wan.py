@@ -1,10 +1,11 @@
-"""Wan2.1 text-to-video inside diffusers: where its tokens are made, mixed and put together again."""
+"""Wan2.1 and Wan2.2 A14B text-to-video inside diffusers: where its tokens are made, mixed and put together again."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
@@ -12,23 +13,24 @@ from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
 from engine.adapters.base import (
+    EXPERTS,
     DecodeMode,
     LatentDecoder,
     ModelAdapter,
     Text,
     TimeSettings,
     VideoSpec,
-    two_transformers,
+    half_of_two,
 )
 from engine.config import DecodeConfig
-from engine.denoise.schedulers import fixed_shift
+from engine.denoise.schedulers import TRAINED_TIMESTEPS, fixed_shift
 from engine.errors import UserError
 
 
 class WanAdapter(ModelAdapter):
     """WanPipeline: tokens are frame-major, the passes of guidance are two forwards, the VAE is causal in time."""
 
-    name = "Wan2.1 text-to-video"
+    name = "Wan text-to-video"
     index_names = ("WanPipeline",)
     pipeline_class = WanPipeline
     transformer_class = WanTransformer3DModel
@@ -70,16 +72,48 @@ class WanAdapter(ModelAdapter):
             _check_statistics(made.config)
         return made
 
+    def check_index(self, index: Mapping[str, Any]) -> None:
+        """One of two transformers, a boundary that is none, and Wan2.2 TI2V are refused."""
+        ratio = index.get("boundary_ratio")
+        second = index.get("transformer_2") not in (None, [None, None], (None, None))
+        if second and ratio is None:
+            raise half_of_two("a transformer_2 and no boundary_ratio, without which transformer_2 is never used")
+        if ratio is None and index.get("expand_timesteps"):
+            raise UserError(
+                "this checkpoint uses a timestep per token (Wan2.2 TI2V); use Wan2.1 or Wan2.2 A14B text-to-video"
+            )
+        if ratio is not None and not second:
+            raise half_of_two(f"boundary_ratio {ratio} and no transformer_2")
+        if ratio is not None and not (isinstance(ratio, int | float) and 0 < ratio < 1):
+            raise UserError(f"boundary_ratio must lie between 0 and 1, got {ratio!r:.40}")
+
     def check_pipeline(self, pipe: WanPipeline) -> None:
-        """Image-to-video, Wan2.2 and two-transformer checkpoints are refused."""
-        ratio = pipe.config.get("boundary_ratio")
-        if ratio is not None or getattr(pipe, "transformer_2", None) is not None:
-            raise two_transformers("a transformer_2" if ratio is None else f"boundary_ratio {ratio}")
-        config = self.transformer_of(pipe).config
-        if config.added_kv_proj_dim is not None or config.image_dim is not None:
+        """Also refuses image-to-video checkpoints, and two transformers that differ in their configurations."""
+        now = {"transformer_2": None if getattr(pipe, "transformer_2", None) is None else "here"}
+        self.check_index(dict(pipe.config) | now)
+        configs = {name: _architecture(part.config) for name, part in self.experts(pipe).items()}
+        first, *others = configs.values()
+        if first.get("added_kv_proj_dim") is not None or first.get("image_dim") is not None:
             raise UserError("this is an image-to-video checkpoint; use a text-to-video one")
-        if getattr(pipe.config, "expand_timesteps", False):
-            raise UserError("this checkpoint uses a timestep per token (Wan2.2 TI2V); use a Wan2.1 text-to-video one")
+        for other in others:
+            unlike = sorted(key for key in first | other if first.get(key) != other.get(key))
+            if unlike:
+                told = ", ".join(f"{key} ({first.get(key)} and {other.get(key)})" for key in unlike)
+                raise UserError(f"transformer and transformer_2 differ in {told}; load both from one checkpoint")
+
+    def experts_named(self, index: Mapping[str, Any]) -> tuple[str, ...]:
+        """Two if there is a boundary."""
+        return EXPERTS if index.get("boundary_ratio") is not None else EXPERTS[:1]
+
+    def expert_at(self, timestep: float, config: Mapping[str, Any]) -> str:
+        """`transformer` from the boundary up, as the stock pipeline compares them: in fp32."""
+        ratio = config.get("boundary_ratio")
+        late = ratio is not None and np.float32(timestep) < np.float32(ratio * TRAINED_TIMESTEPS)
+        return EXPERTS[bool(late)]
+
+    def experts(self, pipe: WanPipeline) -> dict[str, Any]:
+        """See the base class."""
+        return {name: self._transformer(pipe, name) for name in self.experts_named(pipe.config)}
 
     def blocks(self, transformer: WanTransformer3DModel) -> nn.ModuleList:
         """See the base class."""
@@ -156,14 +190,22 @@ class WanAdapter(ModelAdapter):
         return {"shift": "fixed", "value": fixed_shift(scheduler)}
 
     def predict(
-        self, pipe: WanPipeline, latents: Tensor, timestep: Tensor, texts: dict[str, Text], *, fps: int
+        self,
+        pipe: WanPipeline,
+        latents: Tensor,
+        timestep: Tensor,
+        texts: dict[str, Text],
+        *,
+        fps: int,
+        expert: str = "transformer",
     ) -> list[Tensor]:
         """See the base class; the frame rate has no part in it."""
         [(name, (embed,))] = texts.items()
-        with pipe.transformer.cache_context(name):
+        transformer = getattr(pipe, expert)
+        with transformer.cache_context(name):
             return [
-                pipe.transformer(
-                    hidden_states=latents.to(pipe.transformer.dtype),
+                transformer(
+                    hidden_states=latents.to(transformer.dtype),
                     timestep=timestep.expand(latents.shape[0]),
                     encoder_hidden_states=embed,
                     return_dict=False,
@@ -223,6 +265,12 @@ class _CausalDecoder(LatentDecoder):
     def join(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         """They follow each other without a seam."""
         yield from pieces
+
+
+def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a transformer without what says where it is from, and lists for tuples, as files have them."""
+    kept = {key: value for key, value in config.items() if not key.startswith("_")}
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in kept.items()}
 
 
 def _check_statistics(vae: Mapping[str, Any]) -> None:

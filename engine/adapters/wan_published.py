@@ -1,4 +1,4 @@
-"""The published numbers of Wan2.1 checkpoints, for machines that cannot fetch a config.json.
+"""The published numbers of Wan2.1 and Wan2.2 checkpoints, for machines that cannot fetch a config.json.
 
 Transformer, VAE and scheduler: scripts/convert_wan_to_diffusers.py of diffusers 0.42, which made these checkpoints. Text
 encoder: config.json of google/umt5-xxl. Keys that are left out have the value of the diffusers or transformers class.
@@ -6,7 +6,10 @@ encoder: config.json of google/umt5-xxl. Keys that are left out have the value o
 
 from typing import Any
 
-SOURCE = "published numbers (scripts/convert_wan_to_diffusers.py of diffusers 0.42, config.json of google/umt5-xxl)"
+SOURCE = (
+    "published numbers (scripts/convert_wan_to_diffusers.py of diffusers 0.42, config.json of google/umt5-xxl, for Wan2.2 "
+    "wan/configs/wan_t2v_A14B.py of its authors)"
+)
 
 _SCHEDULER = {
     "_class_name": "UniPCMultistepScheduler",
@@ -26,9 +29,9 @@ _TEXT_ENCODER = {
 }
 
 
-def _checkpoint(*, heads: int, layers: int, ffn_dim: int) -> dict[str, dict[str, Any]]:
+def _checkpoint(*, heads: int, layers: int, ffn_dim: int, **index: Any) -> dict[str, dict[str, Any]]:
     return {
-        "model_index": {"_class_name": "WanPipeline"},
+        "model_index": {"_class_name": "WanPipeline", **index},
         "transformer": {
             "patch_size": [1, 2, 2],
             "num_attention_heads": heads,
@@ -52,4 +55,11 @@ def _checkpoint(*, heads: int, layers: int, ffn_dim: int) -> dict[str, dict[str,
 PUBLISHED = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": _checkpoint(heads=12, layers=30, ffn_dim=8960),
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": _checkpoint(heads=40, layers=40, ffn_dim=13824),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _checkpoint(
+        heads=40,
+        layers=40,
+        ffn_dim=13824,
+        boundary_ratio=0.875,
+        transformer_2=["diffusers", "WanTransformer3DModel"],
+    ),
 }

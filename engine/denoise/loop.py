@@ -57,7 +57,8 @@ class DenoiseLoop:
 
     def run(self, latents: Tensor, done: int) -> Tensor:
         """Denoise from `done` finished steps on."""
-        self.model.pipe.transformer._reset_stateful_cache()  # left from the last video, if a diffusers cache is enabled
+        for expert in self.model.placement.experts.values():
+            expert._reset_stateful_cache()  # left from the last video, if a diffusers cache is enabled
         total = len(self.scheduler.timesteps)
         reached = (done, latents, scheduler_state(self.scheduler, self.generator))
         with self.progress("denoise", total=total, initial=done) as bar, self.model.traced():
@@ -70,7 +71,15 @@ class DenoiseLoop:
                 mode = self.model.handle.state.last.mode
                 timestep = float(self.scheduler.timesteps[finished - 1])
                 now = time.perf_counter()
-                self.steps.append({"step": finished - 1, "timestep": timestep, "mode": mode, "seconds": now - started})
+                row: dict[str, Any] = {
+                    "step": finished - 1,
+                    "timestep": timestep,
+                    "mode": mode,
+                    "seconds": now - started,
+                }
+                if len(self.model.placement.experts) > 1:
+                    row["expert"] = self.model.expert_at(timestep)
+                self.steps.append(row)
                 started, reached = now, (finished, latents, scheduler_state(self.scheduler, self.generator))
                 bar.set_postfix(mode=mode)
                 bar.update()
@@ -104,7 +113,7 @@ class DenoiseLoop:
             check_finite(
                 latents,
                 where=f"after step {finished} of {total} in {dtype}",
-                remedy=f"take model.dtype {others}, a sampler.guidance_scale below {self.model.guidance_scale}, or fetch "
+                remedy=f"take model.dtype {others}, a sampler.guidance_scale below {max(self.model.guidance.values())}, or fetch "
                 "the weights again",
             )
         except NotFiniteError as error:

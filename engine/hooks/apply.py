@@ -1,6 +1,6 @@
 """`apply_method`: put a method for long videos on a user's pipeline, and remove it again."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import get_module_execution_device
 
 from engine.adapters import ModelAdapter, adapter_of_pipeline
-from engine.adapters.base import refuse_one_of_two
+from engine.adapters.base import half_of_two, refuse_one_of_two
 from engine.checks import check_riflex
 from engine.errors import UserError
 from engine.hooks.in_force import (
@@ -71,9 +71,8 @@ class MethodHandle(Uncopyable):
         installed = self._installed
         if installed.removed:
             return
-        for hook in installed.hooks:
+        for hook in (*installed.hooks, *installed.token_hooks):
             hook.remove()
-        installed.token_hooks.remove()
         for attn, processor in self._originals:
             attn.set_processor(processor)
         installed.leave()
@@ -105,8 +104,8 @@ def apply_method(  # noqa: PLR0913 - keywords of a public function
     """Put a method for long videos on a pipeline: `handle = apply_method(pipe, method="freespec", window_frames=21)`.
 
     Args:
-        pipe: a WanPipeline or an LTXPipeline (text-to-video), on any device, before or after `fuse_qkv_projections`,
-            layerwise casting, CPU offload or `compile_repeated_blocks`.
+        pipe: a WanPipeline (also with the two transformers of Wan2.2 A14B) or an LTXPipeline (text-to-video), on any device,
+            before or after `fuse_qkv_projections`, layerwise casting, CPU offload or `compile_repeated_blocks`.
         method: a name (direct, sliding_window, freenoise, freelong, freepca, freespec, direct_far), a class as package.module:Class, or a
             method object.
         window_frames: latent frames that the local branch sees: the native length of the model, 21 for Wan2.1 and 16 for
@@ -126,10 +125,11 @@ def apply_method(  # noqa: PLR0913 - keywords of a public function
     """
     adapter = adapter_of_pipeline(pipe)
     adapter.check_pipeline(pipe)
-    transformer = adapter.transformer_of(pipe)
-    modules = adapter.attention_modules(transformer)
-    _check_free(pipe, transformer, modules)
-    _check_folders(adapter, pipe, transformer)
+    experts, transformer = adapter.experts(pipe), adapter.transformer_of(pipe)
+    modules = {name: adapter.attention_modules(part) for name, part in experts.items()}
+    for name, part in experts.items():
+        _check_free(pipe, part, modules[name])
+    _check_folders(adapter, pipe, experts)
     if window_frames < 1:
         raise UserError(f"window_frames must be 1 or more, got {window_frames}")
     riflex = riflex or Riflex()
@@ -166,19 +166,26 @@ def apply_method(  # noqa: PLR0913 - keywords of a public function
     installed = Installed(
         pipe=pipe,
         adapter=adapter,
-        transformer=transformer,
+        transformers=experts,
         method=name,
         mesh=shared.mesh,
-        processors=tuple(BranchProcessor(state, layer) for layer in range(len(modules))),
-        token_hooks=TokenHooks(state, transformer, riflex),
+        processors={
+            part: tuple(BranchProcessor(state, layer) for layer in range(len(modules[part]))) for part in experts
+        },
+        token_hooks=[TokenHooks(state, part, riflex) for part in experts.values()],
         tried=tried(pipe.scheduler),
         draws_noise=draws_noise,
     )
-    originals = [(attn, attn.processor) for attn in modules]
-    for attn, processor in zip(modules, installed.processors, strict=True):
-        attn.set_processor(processor)
+    originals = [(attn, attn.processor) for part in modules.values() for attn in part]
+    for part, attentions in modules.items():
+        for attn, processor in zip(attentions, installed.processors[part], strict=True):
+            attn.set_processor(processor)
     step_hook = StepHook(
-        state, lambda: pipe.scheduler, before_forward=installed.before_forward, processors=installed.processors
+        state,
+        lambda: pipe.scheduler,
+        before_forward=installed.before_forward,
+        active=installed.active,
+        processors={experts[part]: installed.processors[part] for part in experts},
     )
     installed.watch(step_hook)
     return MethodHandle(state, installed, originals=originals, alone=ranks is None)
@@ -224,10 +231,16 @@ def _check_free(pipe: DiffusionPipeline, transformer: Any, modules: Sequence[Any
         raise UserError(problem)
 
 
-def _check_folders(adapter: ModelAdapter, pipe: DiffusionPipeline, transformer: Any) -> None:
+def _check_folders(adapter: ModelAdapter, pipe: DiffusionPipeline, experts: Mapping[str, Any]) -> None:
     """Check the folders, or hub names, that pipeline and transformer were loaded from for a second transformer."""
-    for name in filter(None, (part.config.get("_name_or_path") for part in (transformer, pipe))):
+    if len(experts) > 1:
+        return
+    for name in filter(None, (part.config.get("_name_or_path") for part in (*experts.values(), pipe))):
         refuse_one_of_two(name)
         for folder in (Path(name), Path(name).parent):  # of a whole checkpoint, or of one of its parts
-            if (folder / "model_index.json").is_file():
-                adapter.check_folder(folder, read_config(folder / "model_index.json"))
+            if not (folder / "model_index.json").is_file():
+                continue
+            index = read_config(folder / "model_index.json")
+            adapter.check_folder(folder, index)
+            if len(adapter.experts_named(index)) > 1:
+                raise half_of_two(f"boundary_ratio {index['boundary_ratio']} in {folder / 'model_index.json'}")

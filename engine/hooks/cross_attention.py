@@ -28,7 +28,7 @@ from freespec.timeline import Partial, attend, place
 
 @dataclass(kw_only=True)
 class TimelineState(Uncopyable):
-    """State shared by the cross-attentions of one transformer; the hook writes it before each forward.
+    """State shared by the cross-attentions of a pipeline's transformers; the hook writes it before each forward.
 
     Attributes:
         adapter: of the pipeline.
@@ -77,9 +77,10 @@ class TimelineState(Uncopyable):
             if isinstance(attn.processor, BranchProcessor):
                 attn.processor.state.scenes = starts
 
-    def leave(self, transformer: nn.Module) -> None:
+    def leave(self, transformers: Sequence[nn.Module]) -> None:
         """Clear the ends of windows at scenes."""
-        self._set_scenes(transformer, ())
+        for transformer in transformers:
+            self._set_scenes(transformer, ())
 
 
 class TimelineProcessor(Uncopyable):
@@ -132,25 +133,29 @@ class TimelineHandle(Uncopyable):
 
     def __init__(
         self,
-        hook: RemovableHandle,
+        hooks: Sequence[RemovableHandle],
         originals: list[tuple[Any, Any]],
         inputs: dict[str, Tensor],
         leave: Callable[[], None],
     ) -> None:
         self.inputs = inputs
-        self._hook = hook
+        self._hooks = hooks
         self._leave = leave
         self._originals = originals
         self._guard: TimelineGuard | None = None
 
     def watch(self, pipe: DiffusionPipeline, adapter: ModelAdapter) -> None:
         """Check every call of the pipeline from now on."""
+        experts = adapter.experts(pipe)
         self._guard = TimelineGuard(
             pipe=pipe,
             adapter=adapter,
-            transformer=adapter.transformer_of(pipe),
-            processors=tuple(attn.processor for attn, _ in self._originals),
-            hook=self._hook,
+            transformers=experts,
+            processors={
+                name: tuple(attn.processor for attn in adapter.cross_attention_modules(part))
+                for name, part in experts.items()
+            },
+            hooks=self._hooks,
         )
 
     @property
@@ -167,7 +172,8 @@ class TimelineHandle(Uncopyable):
         """Restore the pipeline's own processors; a second call does nothing."""
         if self._guard is not None and not self._guard.removed:
             self._guard.leave()
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         if self._originals:
             self._leave()
         for attn, processor in self._originals:
@@ -232,7 +238,7 @@ def apply_timeline(
 
     text_tokens = encoded[texts[0]][0].shape[1]
     handle = install_timeline(
-        adapter.transformer_of(pipe),
+        list(adapter.experts(pipe).values()),
         adapter,
         events,
         num_texts=len(parsed.texts),
@@ -244,7 +250,7 @@ def apply_timeline(
 
 
 def install_timeline(
-    transformer: nn.Module,
+    transformers: Sequence[nn.Module],
     adapter: ModelAdapter,
     events: Callable[[int], tuple[Event, ...]],
     *,
@@ -252,20 +258,23 @@ def install_timeline(
     text_tokens: int,
     inputs: dict[str, Tensor] | None = None,
 ) -> TimelineHandle:
-    """Put the processors and the hook of a timeline on a transformer, whose texts are concatenated, see `join_texts`.
+    """Put the processors and the hook of a timeline on a pipeline's transformers, whose texts are concatenated, see `join_texts`.
 
     A forward with any other number of text tokens than `num_texts` times `text_tokens` raises UserError.
     """
-    modules = adapter.cross_attention_modules(transformer)
+    modules = [attn for part in transformers for attn in adapter.cross_attention_modules(part)]
     if any(isinstance(attn.processor, TimelineProcessor) for attn in modules):
         raise UserError("the pipeline already has a timeline; call its handle's remove() first")
     state = TimelineState(adapter=adapter, events=events, num_texts=num_texts, text_tokens=text_tokens)
     originals = [(attn, attn.processor) for attn in modules]
-    for attn, beside in zip(modules, adapter.attention_modules(transformer), strict=True):
-        attn.set_processor(TimelineProcessor(state, attn.processor, beside))
+    beside = [attn for part in transformers for attn in adapter.attention_modules(part)]
+    for attn, own in zip(modules, beside, strict=True):
+        attn.set_processor(TimelineProcessor(state, attn.processor, own))
     # Before the method's hook, in any order of installation, since it sets where windows end.
-    hook = transformer.register_forward_pre_hook(state.before_forward, with_kwargs=True, prepend=True)
-    return TimelineHandle(hook, originals, inputs or {}, functools.partial(state.leave, transformer))
+    hooks = [
+        part.register_forward_pre_hook(state.before_forward, with_kwargs=True, prepend=True) for part in transformers
+    ]
+    return TimelineHandle(hooks, originals, inputs or {}, functools.partial(state.leave, transformers))
 
 
 def join_texts(texts: Sequence[Text]) -> Text:

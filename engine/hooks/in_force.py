@@ -54,8 +54,8 @@ class Guard(Uncopyable):
     Attributes:
         pipe: the pipeline.
         adapter: of its model.
-        transformer: its transformer, not the wrapper of torch.compile.
-        processors: those of its attentions, first block first.
+        transformers: its transformers by part, not the wrapper of torch.compile.
+        processors: those of the attentions of each, first block first.
         removed: whether they were removed.
     """
 
@@ -64,8 +64,8 @@ class Guard(Uncopyable):
 
     pipe: DiffusionPipeline
     adapter: ModelAdapter
-    transformer: Any
-    processors: Sequence[Any]
+    transformers: Mapping[str, Any]
+    processors: Mapping[str, Sequence[Any]]
     removed: bool = False
 
     @property
@@ -78,7 +78,7 @@ class Guard(Uncopyable):
         """What to do if it is no longer in force."""
         return f"call the handle's remove(), then {self.APPLY} again"
 
-    def modules(self) -> list[nn.Module]:
+    def modules(self, transformer: Any) -> list[nn.Module]:
         """The attentions that have its processors, as the transformer has them now."""
         raise NotImplementedError
 
@@ -100,22 +100,25 @@ class Guard(Uncopyable):
         """Why it is not in force, and what to do; None if it is."""
         if self.removed:
             return f"it was removed; call {self.APPLY} again"
-        # a deleted pipe.transformer would be looked up in the configuration
-        current = unwrap(vars(self.pipe).get("transformer"))
-        if current is not self.transformer:
-            kind = "None" if current is None else f"another {type(current).__name__}"
-            return f"pipe.transformer is {kind}, not the one that it was applied to; {self.again}"
-        return self._layers() or self._hooks() or parallel_problem(self.transformer)
+        for name, transformer in self.transformers.items():
+            # a deleted pipe.transformer would be looked up in the configuration
+            current = unwrap(vars(self.pipe).get(name))
+            if current is not transformer:
+                kind = "None" if current is None else f"another {type(current).__name__}"
+                return f"pipe.{name} is {kind}, not the one that it was applied to; {self.again}"
+            if found := self._layers(name) or parallel_problem(transformer):
+                return found
+        return self._hooks()
 
-    def _layers(self) -> str | None:
+    def _layers(self, name: str) -> str | None:
+        processors = self.processors[name]
         try:
-            modules = self.modules()
+            modules = self.modules(self.transformers[name])
         except AttributeError as error:
-            return f"the transformer's blocks were replaced ({error}); {self.again}"
-        if len(modules) != len(self.processors):
-            had = len(self.processors)
-            return f"the transformer has {len(modules)} {self.ATTENTION}s and had {had}; {self.again}"
-        for layer, (attn, processor) in enumerate(zip(modules, self.processors, strict=True)):
+            return f"the {name}'s blocks were replaced ({error}); {self.again}"
+        if len(modules) != len(processors):
+            return f"the {name} has {len(modules)} {self.ATTENTION}s and had {len(processors)}; {self.again}"
+        for layer, (attn, processor) in enumerate(zip(modules, processors, strict=True)):
             if attn.processor is not processor:
                 kind = type(attn.processor).__name__
                 return (
@@ -145,10 +148,10 @@ class Installed(Guard):
     Attributes:
         method: name of the method, for messages.
         mesh: the ranks.
-        token_hooks: on the modules where tokens are made (`engine.hooks.token_hooks.TokenHooks`).
+        token_hooks: of each transformer, on the modules where tokens are made (`engine.hooks.token_hooks.TokenHooks`).
         tried: the scheduler that last passed its check, and its configuration then.
         draws_noise: whether it draws noise while it steps.
-        hooks: registered on the transformer.
+        hooks: registered on the transformers.
         step_hook: their object, which counts the steps (`engine.hooks.step_hook.StepHook`).
     """
 
@@ -157,7 +160,7 @@ class Installed(Guard):
 
     method: str
     mesh: SeqMesh
-    token_hooks: Any
+    token_hooks: Sequence[Any]
     tried: tuple[Any, dict[str, Any]]
     draws_noise: bool
     hooks: list[RemovableHandle] = field(default_factory=list)
@@ -168,27 +171,33 @@ class Installed(Guard):
         """See the base class."""
         return self.method
 
-    def modules(self) -> list[nn.Module]:
+    def modules(self, transformer: Any) -> list[nn.Module]:
         """See the base class."""
-        return self.adapter.attention_modules(self.transformer)
+        return self.adapter.attention_modules(transformer)
 
     def registered(self) -> Sequence[RemovableHandle]:
         """See the base class."""
-        return [*self.hooks, *self.token_hooks.registered]
+        return [*self.hooks, *(hook for hooks in self.token_hooks for hook in hooks.registered)]
 
     def watch(self, step_hook: Any) -> None:
-        """Register the transformer's hooks, and check every call of the pipeline from now on."""
+        """Register the transformers' hooks, and check every call of the pipeline from now on."""
         self.step_hook = step_hook
-        self.hooks = [
-            self.transformer.register_forward_pre_hook(step_hook, with_kwargs=True),
-            self.transformer.register_forward_hook(step_hook.after),
-        ]
+        for transformer in self.transformers.values():
+            self.hooks += [
+                transformer.register_forward_pre_hook(step_hook, with_kwargs=True),
+                transformer.register_forward_hook(step_hook.after),
+            ]
         self.pipe.__class__ = guarded(type(self.pipe), self)
 
     def before_forward(self) -> None:
         """Run `check`, and move the token hooks to modules that replaced theirs, such as a LoRA."""
         self.check()
-        self.token_hooks.follow()
+        for hooks in self.token_hooks:
+            hooks.follow()
+
+    def active(self, timestep: float) -> Any:
+        """The transformer that denoises this timestep."""
+        return self.transformers[self.adapter.expert_at(timestep, self.pipe.config)]
 
     def problem(self) -> str | None:
         """See the base class; also the attention backend, the ranks, and the pipeline's configuration and scheduler."""
@@ -206,6 +215,8 @@ class Installed(Guard):
         now = tried(vars(self.pipe).get("scheduler"))
         try:
             self.adapter.check_pipeline(self.pipe)
+            if (found := tuple(self.adapter.experts(self.pipe))) != tuple(self.transformers):
+                return f"the pipeline denoises with {' and '.join(found)}, and did with {' and '.join(self.transformers)}; {self.again}"
             if now[0] is not self.tried[0] or now[1] != self.tried[1]:
                 self.draws_noise = self.adapter.check_scheduler(now[0])
         except UserError as error:
@@ -225,12 +236,13 @@ class Installed(Guard):
                 f"the {type(self.pipe.scheduler).__name__} draws noise in each step, which the {self.mesh.world.size} ranks would "
                 "draw differently in the pipeline's own loop; use LongVideoEngine, or a scheduler without noise"
             )
-        self.transformer._reset_stateful_cache()  # as pipelines do at the end of a call, but not of one that fails
+        for transformer in self.transformers.values():
+            transformer._reset_stateful_cache()  # as pipelines do at the end of a call, but not of one that fails
         self.step_hook.begin_call()
         try:
             yield
         except torch._dynamo.exc.Unsupported as error:
-            if not is_compiled(self.pipe.transformer):
+            if not any(is_compiled(getattr(self.pipe, name)) for name in self.transformers):
                 raise
             raise UserError(
                 "a method cannot go into one graph with the whole transformer (fullgraph=True); compile it without fullgraph, or "

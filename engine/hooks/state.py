@@ -1,4 +1,4 @@
-"""State shared by the hooks and processors of one transformer: a method's setup, and the current forward."""
+"""State shared by the hooks and processors of one pipeline: a method's setup, and the current forward."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +78,7 @@ class Forward(Uncopyable):
 
 @dataclass
 class RunState(Uncopyable):
-    """State shared by every attn1 of one transformer; the step hook writes it, processors only read.
+    """State shared by every attn1 of a pipeline's transformers, which run one after the other; the step hook writes it, processors only read.
 
     The processors read strings and tensors, not numbers: a compiled block is compiled once per mode, not once per step.
 

@@ -1,8 +1,8 @@
-"""The forward hooks of a transformer: before, they find the step, its grid and its mode; after, they check that every layer ran."""
+"""The forward hooks of the transformers: before, they find the step, its grid and its mode; after, they check that every layer ran."""
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ class StepHook(Uncopyable):
         state: written before each forward.
         scheduler: returns the pipeline's current scheduler.
         before_forward: raises UserError unless the method is in force.
-        processors: those of the self-attentions.
+        active: returns the transformer that denoises a timestep.
+        processors: those of the self-attentions of each transformer.
     """
 
     def __init__(
@@ -40,12 +41,14 @@ class StepHook(Uncopyable):
         state: RunState,
         scheduler: Callable[[], Any],
         *,
-        before_forward: Callable[[], None] = lambda: None,
-        processors: Sequence[BranchProcessor] = (),
+        before_forward: Callable[[], None],
+        active: Callable[[float], Any],
+        processors: Mapping[Any, Sequence[BranchProcessor]],
     ) -> None:
         self.state = state
         self._scheduler = scheduler
         self._before_forward = before_forward
+        self._active = active
         self._processors = processors
         self._read: tuple[Tensor, int | None] | None = None
         self._timesteps: list[float] = []
@@ -57,7 +60,8 @@ class StepHook(Uncopyable):
         self._kept_for: tuple[int, Grid, torch.device] | None = None
         self._kept_tokens: list[KeptTokens] = []
         self._steps: list[int] = []  # of this run, in order
-        self._complete: object = None  # the `_path` with which a forward of this run has called every layer
+        # the `_path` with which a forward of this run has called every layer of a transformer
+        self._complete: dict[Any, object] = {}
         self._in_call = False
         self._kernels: dict[tuple[torch.device, torch.dtype], str] = {}
 
@@ -72,6 +76,11 @@ class StepHook(Uncopyable):
         if setup.mesh.world.size > 1:
             refuse_caches_of_one_rank(transformer)
         step = self._find_step(_one_per_batch(timestep))
+        if self._active(self._timesteps[step]) is not transformer:
+            raise UserError(
+                f"timestep {self._timesteps[step]:g} is for the other of the two transformers, by boundary_ratio; call the transformers "
+                "through the pipeline, which chooses"
+            )
         self._note(step)
         if state.checks_finite:
             refuse_not_finite(latents, f"before the transformer of step {step + 1} of {len(self._timesteps)}")
@@ -86,8 +95,9 @@ class StepHook(Uncopyable):
         )
         if state.eigensolver is None:  # on a user's pipeline; an engine chooses when it starts
             choose_eigensolver(state, transformer, latents.device)
-        every_kept = self._kept(grid, mode, step, attention_layout, latents.device)
-        for processor, kept in zip(self._processors, every_kept, strict=True):
+        processors = self._processors[transformer]
+        every_kept = self._kept(grid, mode, step, attention_layout, latents.device, layers=len(processors))
+        for processor, kept in zip(processors, every_kept, strict=True):
             processor.called, processor.kept = False, kept
         state.forward = Forward(
             step=step,
@@ -116,14 +126,15 @@ class StepHook(Uncopyable):
         if state.checks_finite:
             step = f"step {state.last.step + 1} of {state.last.num_steps}"
             refuse_not_finite(output[0], f"after the transformer of {step}")
-        missing = [processor.layer for processor in self._processors if not processor.called]
+        processors = self._processors[transformer]
+        missing = [processor.layer for processor in processors if not processor.called]
         path = self._path(transformer)
-        if missing and path != self._complete and not skips_layers(transformer):
+        if missing and path != self._complete.get(transformer) and not skips_layers(transformer):
             raise UserError(
-                f"the attention of {len(missing)} of {len(self._processors)} layers (the first is {missing[0]}) was computed without the "
+                f"the attention of {len(missing)} of {len(processors)} layers (the first is {missing[0]}) was computed without the "
                 "method: the forward of the transformer, a block or an attention was replaced; undo that, or call the handle's remove()"
             )
-        self._complete = path
+        self._complete[transformer] = path
 
     def begin_call(self) -> None:
         """Begin a call of the pipeline."""
@@ -151,7 +162,7 @@ class StepHook(Uncopyable):
         return [(module, vars(module).get("forward"), type(module).forward) for module in modules]
 
     def _begin_run(self) -> None:
-        self._steps, self._complete = [], None
+        self._steps, self._complete = [], {}
 
     def _note(self, step: int) -> None:
         """Add a step to this run, or begin another run."""
@@ -201,10 +212,10 @@ class StepHook(Uncopyable):
         return self._frame_sets
 
     def _kept(
-        self, grid: Grid, mode: Mode, step: int, layout: SequenceLayout, device: torch.device
+        self, grid: Grid, mode: Mode, step: int, layout: SequenceLayout, device: torch.device, *, layers: int
     ) -> Sequence[KeptTokens | None]:
         """The keys outside the windows that each layer attends to in this step, made once a step; None for all of them."""
-        setup, layers = self.state.setup, len(self._processors)
+        setup = self.state.setup
         try:
             kept = far_tokens(
                 setup.far,

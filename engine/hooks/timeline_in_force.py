@@ -16,18 +16,19 @@ class TimelineGuard(Guard):
     """What `apply_timeline` put on the cross-attentions of a pipeline, and whether all of it is still there.
 
     Attributes:
-        hook: which plans the pieces of a forward.
+        hooks: which plan the pieces of a forward, one on each transformer.
     """
 
     APPLY = "apply_timeline"
     ATTENTION = "cross-attention"
 
-    hook: RemovableHandle
-    _own_hook: RemovableHandle = field(init=False)
+    hooks: Sequence[RemovableHandle]
+    _own_hooks: Sequence[RemovableHandle] = field(init=False)
 
     def __post_init__(self) -> None:
         """Check every call and forward from now on."""
-        self._own_hook = self.transformer.register_forward_pre_hook(self._before_forward)
+        every = self.transformers.values()
+        self._own_hooks = [transformer.register_forward_pre_hook(self._before_forward) for transformer in every]
         self.pipe.__class__ = guarded(type(self.pipe), self)
 
     @property
@@ -35,17 +36,18 @@ class TimelineGuard(Guard):
         """See the base class."""
         return "the timeline"
 
-    def modules(self) -> list[nn.Module]:
+    def modules(self, transformer: nn.Module) -> list[nn.Module]:
         """See the base class."""
-        return self.adapter.cross_attention_modules(self.transformer)
+        return self.adapter.cross_attention_modules(transformer)
 
     def registered(self) -> Sequence[RemovableHandle]:
         """See the base class."""
-        return [self.hook, self._own_hook]
+        return [*self.hooks, *self._own_hooks]
 
     def leave(self) -> None:
         """See the base class."""
-        self._own_hook.remove()
+        for hook in self._own_hooks:
+            hook.remove()
         super().leave()
 
     @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.adapters import ModelAdapter, VideoSpec, adapter_named
+from engine.adapters.base import EXPERTS
 from engine.config import ModelConfig, RunConfig
 from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError
@@ -46,8 +47,17 @@ class Checkpoint:
     @cached_property
     def spec(self) -> VideoSpec:
         """Its numbers; UserError for a checkpoint that cannot be run."""
-        self.adapter.check_folder(self.folder, self.read("model_index.json"))
+        self.check_index()
         return self.vae_spec
+
+    def check_index(self) -> None:
+        """Raise UserError for a checkpoint whose transformers cannot be run."""
+        self.adapter.check_folder(self.folder, self.read("model_index.json"))
+
+    @cached_property
+    def experts(self) -> tuple[str, ...]:
+        """Its parts that denoise."""
+        return self.adapter.experts_named(self.read("model_index.json"))
 
     @cached_property
     def vae_spec(self) -> VideoSpec:
@@ -81,7 +91,8 @@ class Checkpoint:
             digest.update(f"{name} {size}\n".encode())
             _add_sample(digest, file, size)
         for lora in self.loras:
-            digest.update(f"lora {lora.scale!r} {lora.path.stat().st_size}\n".encode())
+            of = "" if lora.expert == EXPERTS[0] else f"{lora.expert} "
+            digest.update(f"lora {of}{lora.scale!r} {lora.path.stat().st_size}\n".encode())
             _add_sample(digest, lora.path, lora.path.stat().st_size)
         return digest.hexdigest()
 

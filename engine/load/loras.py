@@ -6,7 +6,7 @@ and what diffusers drops of a right one is said (`Lora.dropped`).
 
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.adapters import ModelAdapter
-from engine.adapters.base import says_one_of_two
-from engine.config import ModelConfig, split_scale
+from engine.adapters.base import EXPERTS, says_expert, says_one_of_two
+from engine.config import ModelConfig, split_expert, split_scale
 from engine.errors import UserError, first_line, is_out_of_memory
 from engine.load.hub import FLOATS, commit_of, fetch_file, hub_file
 from engine.load.weights import broken_file, build_part
@@ -42,16 +42,19 @@ class Lora:
         path: the file.
         scale: factor of its change of the weights.
         from_hub: whether it lies in the hub's local copy.
+        expert: the transformer that it changes, a part of the pipeline.
     """
 
     path: Path
     scale: float
     from_hub: bool
+    expert: str = EXPERTS[0]
 
     @property
     def name(self) -> str:
         """Name and scale, for ids."""
-        return f"{self.path.name}@{self.scale:g}"
+        of = "" if self.expert == EXPERTS[0] else f"{self.expert}:"
+        return f"{of}{self.path.name}@{self.scale:g}"
 
     @property
     def commit(self) -> str | None:
@@ -140,8 +143,10 @@ class Lora:
             raise UserError(f"cannot load the LoRA {self.path}: {type(error).__name__}: {first_line(error)}") from error
 
     def fuse(self, pipe: Any, adapter: ModelAdapter, where: object) -> None:
-        """Add it to the weights of the pipeline's transformer, and leave the plain layers; UserError as `check`."""
-        wanted = set(self.check(adapter, pipe.transformer.config, where))
+        """Add it to the weights of its transformer, and leave the plain layers; UserError as `check`."""
+        transformer = getattr(pipe, self.expert)
+        wanted = set(self.check(adapter, transformer.config, where))
+        second = {} if self.expert == EXPERTS[0] else {"load_into_transformer_2": True}
         with self._faults(), quiet_diffusers():
             pipe.load_lora_weights(
                 str(self.path.parent),
@@ -150,19 +155,18 @@ class Lora:
                 local_files_only=True,
                 use_safetensors=True,
                 low_cpu_mem_usage=False,  # which would leave the biases that a file lacks without numbers
+                **second,
             )
-            loaded = {
-                path for path, part in pipe.transformer.named_modules() if _ADAPTER in getattr(part, "lora_A", ())
-            }
+            loaded = {path for path, part in transformer.named_modules() if _ADAPTER in getattr(part, "lora_A", ())}
             if not loaded >= wanted:
                 raise UserError(
                     f"of the {len(wanted)} layers of the LoRA {self.path} diffusers loaded {len(loaded & wanted)}; use another "
                     "version of diffusers and peft"
                 )
             pipe.set_adapters([_ADAPTER], [self.scale])
-            pipe.fuse_lora(components=["transformer"], safe_fusing=True)
+            pipe.fuse_lora(components=[self.expert], safe_fusing=True)
             pipe.unload_lora_weights()
-        pipe.transformer.requires_grad_(True)  # as loaded; peft freezes what it wraps
+        transformer.requires_grad_(True)  # as loaded; peft freezes what it wraps
 
 
 def find_loras(config: ModelConfig) -> list[Lora]:
@@ -172,13 +176,19 @@ def find_loras(config: ModelConfig) -> list[Lora]:
 
 def find_local_loras(config: ModelConfig) -> list[Lora]:
     """Those that are files or folders here; with `model.offline` all, which must then be at hand."""
-    return [_find(name, config) for name in config.loras if config.offline or not _may_be_of_hub(split_scale(name)[0])]
+    local = [
+        name for name in config.loras if config.offline or not _may_be_of_hub(split_scale(split_expert(name)[1])[0])
+    ]
+    return [_find(name, config) for name in local]
 
 
 def describe_loras(
     config: ModelConfig, adapter: ModelAdapter, transformer: Mapping[str, Any], where: object
 ) -> list[str]:
-    """Check the LoRAs, and describe in one sentence each what diffusers leaves out of one."""
+    """Check the LoRAs, and describe in one sentence each what diffusers leaves out of one.
+
+    `transformer` is the configuration of the transformers, which is one for all of them.
+    """
     notes = []
     for lora in find_loras(config):
         lora.check(adapter, transformer, where)
@@ -224,22 +234,50 @@ def _may_be_of_hub(name: str) -> bool:
 
 
 def _find(given: str, config: ModelConfig) -> Lora:
-    name, scale = split_scale(given)
-    if says_one_of_two(name):
-        raise UserError(
-            f"the LoRA {name} is of one of the two transformers of Wan2.2 A14B, by its name; give one of a model with one transformer"
-        )
+    side, named = split_expert(given)
+    name, scale = split_scale(named)
+    _check_side(name, side)
+    expert = EXPERTS[side == "low"]
     for path in (expand(name), SHIPPED / name):
         if path.is_dir():
-            return Lora(path=_only_file(path), scale=scale, from_hub=False)
+            return Lora(path=_only_file(path), scale=scale, from_hub=False, expert=expert)
         if path.is_file():
-            return Lora(path=path, scale=scale, from_hub=False)
+            return Lora(path=path, scale=scale, from_hub=False, expert=expert)
     hub = hub_file(name) or ((name, _USUAL) if _HUB_NAME.fullmatch(name) else None)
     if hub is None:
         raise UserError(
             f"the LoRA {name!r} is neither a file or folder here nor ORGANISATION/NAME or ORGANISATION/NAME/FILE of the hub"
         )
-    return Lora(path=fetch_file(*hub, what=f"the LoRA {name!r}", offline=config.offline), scale=scale, from_hub=True)
+    path = fetch_file(*hub, what=f"the LoRA {name!r}", offline=config.offline)
+    return Lora(path=path, scale=scale, from_hub=True, expert=expert)
+
+
+def _check_side(name: str, side: str | None) -> None:
+    """Refuse a LoRA whose name says that it is for one of two transformers, unless it is put there."""
+    if side is None and says_one_of_two(name):
+        raise UserError(
+            f"the LoRA {name} is of one of the two transformers of Wan2.2 A14B, by its name: give it as high:{name} or low:{name}, to a "
+            "checkpoint that has two"
+        )
+    if side is not None and says_expert(name) not in (None, side):
+        raise UserError(
+            f"{side}:{name} puts a LoRA of the other transformer there, by its name; give it as {says_expert(name)}:{name}"
+        )
+
+
+def check_sides(loras: Sequence[str], experts: Sequence[str]) -> None:
+    """Raise UserError for LoRAs that do not say which of two transformers they change, or say it of one."""
+    for given in loras:
+        side, name = split_expert(given)
+        if side is None and len(experts) > 1:
+            raise UserError(
+                f"this checkpoint has two transformers: say which of them the LoRA {name} changes, high:{name} (noisy steps, transformer) or "
+                f"low:{name} (the others, transformer_2)"
+            )
+        if side is not None and len(experts) == 1:
+            raise UserError(
+                f"this checkpoint has one transformer, and the LoRA {given} names one of two; give it as {name}"
+            )
 
 
 def _only_file(folder: Path) -> Path:

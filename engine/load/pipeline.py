@@ -12,6 +12,7 @@ from packaging.version import Version
 from safetensors import SafetensorError
 
 from engine.adapters import ModelAdapter, VideoSpec
+from engine.adapters.base import EXPERTS
 from engine.config import ModelConfig
 from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError, first_line, is_out_of_memory
@@ -29,15 +30,18 @@ _BESIDE = {"transformer": "scheduler", "text_encoder": "tokenizer"}
 _SMALL_FILES = {"scheduler": ("scheduler_config.json",), "tokenizer": ("tokenizer.json", "spiece.model")}
 
 
-def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: str = "model") -> DiffusionPipeline:
-    """Load the pipeline to its device: transformer and text encoder in `config.dtype`, VAE in float32, LoRAs fused.
+def load_pipeline(
+    config: ModelConfig, *, with_text: bool = True, text_device: str = "model", idle_stays: bool = True
+) -> DiffusionPipeline:
+    """Load the pipeline to its device: transformers and text encoder in `config.dtype`, VAE in float32, LoRAs fused.
 
-    With `config.weights` zero3 transformer and text encoder are left on the CPU, for `shard_pipeline` to take.
+    With `config.weights` zero3 transformers and text encoder are left on the CPU, for `shard_pipeline` to take.
 
     Args:
         config: the checkpoint.
         with_text: whether the text encoder is loaded; ranks that receive embeddings do without it.
         text_device: `model`, or `cpu` to keep the text encoder off the device.
+        idle_stays: whether the second of two transformers goes to the device now, or waits on the CPU for its steps.
 
     Raises UserError for missing or broken files, for checkpoints of a model without an adapter, and for library versions
     that are known to load them wrongly.
@@ -45,7 +49,7 @@ def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: s
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     check_placement(config, device, text_device)
-    checkpoint, single = fetch_parts(config, WEIGHT_FOLDERS if with_text else ("transformer", "vae"))
+    checkpoint, single = fetch_parts(config, WEIGHT_FOLDERS if with_text else (*EXPERTS, "vae"))
     adapter, folder = checkpoint.adapter, checkpoint.folder
     without_text: dict[str, Any] = {} if with_text else {"text_encoder": None, "tokenizer": None}
     beside = ("scheduler", "tokenizer") if with_text else ("scheduler",)
@@ -56,7 +60,7 @@ def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: s
             given["transformer"] = single.load(adapter, folder, "transformer", dtype)
         pipe = adapter.pipeline_class.from_pretrained(folder, vae=vae, dtype=dtype, use_safetensors=True, **given)
     for lora in find_loras(config):
-        lora.fuse(pipe, adapter, folder / "transformer")
+        lora.fuse(pipe, adapter, folder / lora.expert)
     adapter.check_pipeline(pipe)
     with faults_of(folder / "scheduler"):
         adapter.try_scheduler(pipe.scheduler)
@@ -70,7 +74,8 @@ def load_pipeline(config: ModelConfig, *, with_text: bool = True, text_device: s
     pipe.vae.to(device)
     if config.weights == "zero3":
         return pipe
-    pipe.transformer.to(device)
+    for name in checkpoint.experts if idle_stays else EXPERTS[:1]:
+        getattr(pipe, name).to(device)
     if with_text and text_device == "model":
         pipe.text_encoder.to(device)
     return pipe
@@ -90,6 +95,8 @@ def fetch_parts(config: ModelConfig, parts: Sequence[str]) -> tuple[Checkpoint, 
         single = open_single_file(config, open_checkpoint(config).adapter)
     elsewhere = single.parts if single is not None else ()
     checkpoint = open_checkpoint(config, [part for part in parts if part not in elsewhere])
+    checkpoint.check_index()
+    parts = [part for part in parts if part not in EXPERTS or part in checkpoint.experts]
     check_folder(checkpoint.folder, parts, elsewhere=elsewhere)
     if single is not None:
         single.check(checkpoint.adapter, checkpoint.folder)
@@ -106,7 +113,7 @@ def load_vae(adapter: ModelAdapter, folder: Path, single: SingleFile | None = No
     return vae
 
 
-def check_folder(folder: Path, parts: Sequence[str] = WEIGHT_FOLDERS, *, elsewhere: Sequence[str] = ()) -> None:
+def check_folder(folder: Path, parts: Sequence[str], *, elsewhere: Sequence[str] = ()) -> None:
     """Raise UserError unless the folder holds a known model with complete `parts`: every file, and every tensor in its shape.
 
     For parts whose weights are `elsewhere` only the configurations are checked.
@@ -163,7 +170,8 @@ def check_files(folder: Path, name: str) -> None:
 
 def _load_beside(adapter: ModelAdapter, folder: Path, name: str) -> Any:
     """Load the scheduler or the tokenizer alone, so that an error names the right one."""
-    others = dict.fromkeys({*WEIGHT_FOLDERS, "scheduler", "tokenizer"} - {name})
+    experts = adapter.experts_named(read_config(folder / "model_index.json"))
+    others = dict.fromkeys({*experts, "vae", "text_encoder", "scheduler", "tokenizer"} - {name})
     with faults_of(folder / name):
         return getattr(adapter.pipeline_class.from_pretrained(folder, **others), name)
 

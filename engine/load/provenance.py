@@ -10,6 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from engine.adapters import ModelAdapter
+from engine.adapters.base import EXPERTS
 from engine.config import ModelConfig
 from engine.load.checkpoint import open_checkpoint
 from engine.load.hub import commit_of
@@ -44,7 +45,8 @@ def describe_weights(config: ModelConfig) -> dict[str, Any]:
 
 
 def _describe_lora(lora: Lora, adapter: ModelAdapter) -> dict[str, Any]:
-    described = {"name": lora.path.name, "scale": lora.scale, "sha256": sha256_of(lora.path)}
+    described: dict[str, Any] = {"name": lora.path.name, "scale": lora.scale, "sha256": sha256_of(lora.path)}
+    described |= {} if lora.expert == EXPERTS[0] else {"part": lora.expert}
     described |= {"commit": lora.commit} if lora.commit is not None else {}
     dropped = lora.dropped(adapter)
     return described | ({"dropped_tensors": len(dropped)} if dropped else {})
@@ -54,7 +56,7 @@ def describe_loaded(
     config: ModelConfig, pipe: DiffusionPipeline, weights: Mapping[str, Any], device: torch.device
 ) -> dict[str, Any]:
     """What was loaded, for the record: path, revision, `weights` (of `describe_weights`), dtypes and parameter counts."""
-    named = {name: getattr(pipe, name) for name in WEIGHT_FOLDERS}
+    named = {name: getattr(pipe, name, None) for name in WEIGHT_FOLDERS}
     parts = {name: part for name, part in named.items() if part is not None}
     return {
         "path": config.path,

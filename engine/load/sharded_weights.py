@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from engine.adapters.base import Text
+from engine.adapters.base import EXPERTS, Text
 from engine.config import ModelConfig
 from engine.errors import UserError
 from engine.paths import expand
@@ -51,13 +51,14 @@ def shards_text(config: ModelConfig, text_device: str) -> bool:
 def shard_pipeline(
     pipe: DiffusionPipeline, config: ModelConfig, *, with_text: bool, mesh: SeqMesh, device: torch.device
 ) -> None:
-    """Shard the transformer and, `with_text`, the text encoder over all ranks of the mesh; all ranks call this.
+    """Shard the transformers and, `with_text`, the text encoder over all ranks of the mesh; all ranks call this.
 
     All axes share the weights, since both halves of a cfg axis run the same layers once a step. Raises UserError, on all ranks
     together, if a rank has no room for its shares.
     """
     keep: Literal["device", "cpu"] = "device" if config.shards == "device" else "cpu"
-    for part in (pipe.transformer, pipe.text_encoder) if with_text else (pipe.transformer,):
+    experts = [part for name in EXPERTS if (part := getattr(pipe, name, None)) is not None]
+    for part in (*experts, pipe.text_encoder) if with_text else experts:
         shard_weights(part, group=mesh.world.group, device=device, keep=keep)
         if config.shards_folder is not None:
             raise_together(mesh, partial(_into_file, part, expand(config.shards_folder)))

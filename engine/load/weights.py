@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from engine.adapters import ModelAdapter
+from engine.adapters.base import EXPERTS
 from engine.errors import UserError, first_line
 from engine.files.trees import parse_json
 
@@ -22,8 +23,8 @@ _FETCH = "fetch the checkpoint again"
 _REPEATS = re.compile(r"layers|blocks")
 _MOST_LAYERS = 1000
 
-WEIGHT_FOLDERS = ("transformer", "vae", "text_encoder")
-"""Parts of a pipeline that hold weights, and must lie in a checkpoint folder."""
+WEIGHT_FOLDERS = (*EXPERTS, "vae", "text_encoder")
+"""Parts of a pipeline that hold weights; which of the transformers a checkpoint has, its model_index.json says."""
 
 # Files of a checkpoint that affect a video beside its weights.
 _CONFIGURED = (*WEIGHT_FOLDERS, "scheduler", "tokenizer")

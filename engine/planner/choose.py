@@ -95,6 +95,9 @@ def _changes(trial: _Trial) -> Iterator[str]:
             yield "parallel.text_device cpu"
         if options.weights == "resident" and trial.fits(options=replace(options, weights="cpu_offload")):
             yield "model.weights cpu_offload"
+    leaves = replace(options, idle_expert="leave")
+    if case.idle_expert == "stay" and trial.fits(options=leaves):
+        yield "model.idle_expert leave"
     if options.weights == "resident" and case.world_size > 1 and trial.fits(options=replace(options, weights="zero3")):
         yield "model.weights zero3"
     if options.weights == "zero3" and options.shards == "device" and trial.fits(options=replace(options, shards="cpu")):

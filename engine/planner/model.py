@@ -58,6 +58,11 @@ class ModelSpec:
         return spec_of(self.adapter, self.configs["transformer"], self.configs["vae"], self.name)
 
     @property
+    def num_experts(self) -> int:
+        """Transformers, which have one configuration and take turns."""
+        return len(self.adapter.experts_named(self.configs["model_index"]))
+
+    @property
     def heads(self) -> int:
         """N."""
         return self._transformer.config.num_attention_heads
@@ -95,7 +100,7 @@ class ModelSpec:
         return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
     def weight_bytes(self, itemsize: int, *, ranks: int = 1) -> dict[str, int]:
-        """Bytes of each part as load_pipeline loads it: the VAE in fp32, as are a few small layers of the transformer.
+        """Bytes of each part as load_pipeline loads it: the VAE in fp32, as are a few small layers of the (one) transformer.
 
         With `ranks`, those of one rank's share of transformer and text encoder: ceil(numel / ranks) numbers of every tensor.
         """
@@ -165,7 +170,9 @@ def read_model(config: ModelConfig) -> ModelSpec:
             ) from error
         else:
             configs, how = _fetch(source, config.revision), "JSON files fetched from the hub"
-    return ModelSpec(name=source, source=how, configs=configs)
+    spec = ModelSpec(name=source, source=how, configs=configs)
+    spec.adapter.check_index(spec.configs["model_index"])
+    return spec
 
 
 def _read_folder(folder: Path) -> dict[str, dict[str, Any]]:

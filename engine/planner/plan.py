@@ -35,6 +35,7 @@ class Options:
         far: attention.far.
         weights: model.weights.
         shards: model.shards.
+        idle_expert: model.idle_expert.
         text_device: parallel.text_device.
         local_route: parallel.local_route.
         provider: parallel.provider.
@@ -46,6 +47,7 @@ class Options:
     far: int | str = "all"
     weights: Literal["resident", "cpu_offload", "zero3"] = "resident"
     shards: str = "device"
+    idle_expert: Literal["auto", "stay", "leave"] = "auto"
     text_device: Literal["model", "cpu"] = "model"
     local_route: Literal["auto", "halo", "all_to_all"] = "auto"
     provider: Literal["torch", "deepspeed", "xfuser"] = "torch"
@@ -73,6 +75,7 @@ class Options:
             far=config.attention.far,
             weights=config.model.weights,
             shards=config.model.shards,
+            idle_expert=config.model.idle_expert,
             text_device=config.parallel.text_device,
             local_route=config.parallel.local_route,
             provider=config.parallel.provider,
@@ -102,6 +105,7 @@ class Plan:
         decode_mode: how latents become frames: whole frames on one rank, or tiles on all.
         decode_seconds: of that decoding.
         efficiency: by method, seconds of one GPU / (ranks x seconds of these ranks), memory of the one aside.
+        idle_expert: where the idle transformer of two waits; None with one, or if model.weights decides it.
         why: one sentence for a person.
     """
 
@@ -121,6 +125,7 @@ class Plan:
     decode_mode: DecodeMode
     decode_seconds: float
     efficiency: dict[str, float]
+    idle_expert: str | None = None
     why: str = ""
 
     @property
@@ -229,11 +234,38 @@ class Case:
             return {name: {"global": len(timesteps)} for name in methods}
         return {name: dict(Counter(step.mode for step in made.plan(timesteps))) for name, made in methods.items()}
 
+    @property
+    def modes(self) -> list[Mode]:
+        """The modes of the method's steps."""
+        steps = self.count_steps()[self.method.name]
+        return [mode for mode in MODES if mode in steps]
+
+    @property
+    def idle_expert(self) -> str | None:
+        """Where the idle transformer of two waits, if `model.idle_expert` decides it: `auto` until `placed` has."""
+        return self.options.idle_expert if self.spec.num_experts > 1 and self.options.weights == "resident" else None
+
+    def placed(self, degrees: Degrees, modes: Sequence[Mode]) -> "Case":
+        """The case with a place for the idle transformer of two: the GPU if it fits there, otherwise the CPU."""
+        if self.idle_expert != "auto":
+            return self
+        stays, leaves = self._both_places
+        return stays if stays.fits(stays.memory(degrees, modes)[1]) else leaves
+
+    @cached_property
+    def _both_places(self) -> tuple["Case", "Case"]:
+        stays, leaves = (replace(self.options, idle_expert=place) for place in ("stay", "leave"))
+        return replace(self, options=stays), replace(self, options=leaves)
+
     def kept_weights(self, ranks: int) -> dict[str, int]:
-        """Bytes of each part that stay on the busiest GPU: whole parts, or with zero3 its shares, if they stay on GPUs."""
+        """Bytes of each part that stay on the busiest GPU: whole parts, or with zero3 its shares, if they stay on GPUs.
+
+        Of two transformers both, unless the idle one leaves.
+        """
         options = self.options
         shared = options.weights == "zero3"
         kept = self.spec.weight_bytes(options.itemsize, ranks=ranks if shared else 1)
+        kept["transformer"] *= self.spec.num_experts if shared or self.idle_expert == "stay" else 1
         if shared and options.shards != "device":
             kept |= {"transformer": 0, "text_encoder": 0}
         return kept if options.text_device == "model" else kept | {"text_encoder": 0}
@@ -247,6 +279,8 @@ class Case:
 
     def memory(self, degrees: Degrees, modes: Sequence[Mode]) -> tuple[dict[str, int], int]:
         """Bytes by part, and the peak: text, denoising and decoding follow each other, so the largest of them counts."""
+        if self.idle_expert == "auto":
+            return self.placed(degrees, modes).memory(degrees, modes)
         layout, weights, gathered = self.layout(degrees), self.kept_weights(prod(degrees)), self.gathered()
         denoise = max((denoise_peak(layout, mode) for mode in modes), key=lambda parts: sum(parts.values()))
         denoising, decoding = gathered["transformer"] + sum(denoise.values()), self.decode_cost[1]
@@ -298,7 +332,9 @@ def _make_plan(
     cfg, ring, ulysses = degrees
     served = {name for name, made in case.methods.items() if not refused_axes(made.refused_axes, degrees)}
     steps = {name: counts for name, counts in steps.items() if name in served}
-    memory, peak = case.memory(degrees, [mode for mode in MODES if mode in steps[case.method.name]])
+    modes = [mode for mode in MODES if mode in steps[case.method.name]]
+    case = case.placed(degrees, modes)
+    memory, peak = case.memory(degrees, modes)
     runs = {name: _run_seconds(counts, seconds) for name, counts in steps.items()}
     return Plan(
         cfg=cfg,
@@ -316,6 +352,7 @@ def _make_plan(
         run_seconds=runs,
         decode_mode=case.decode_cost[0],
         decode_seconds=case.decode_cost[2] / (case.gpu.tf32_tflops * TERA * case.gpu.conv_fraction),
+        idle_expert=case.idle_expert,
         efficiency={name: _run_seconds(steps[name], alone) / (case.world_size * runs[name]) for name in steps},
     )
 

@@ -84,7 +84,8 @@ def check_settings(config: RunConfig, spec: ModelSpec) -> None:
 
     `plan` calls this too, so that it plans only what can be made. The video's size is checked by `Case`.
     """
-    check_model(config, spec.adapter, spec.video, spec.configs["scheduler"])
+    index, scheduler = (spec.configs[name] for name in ("model_index", "scheduler"))
+    check_model(config, spec.adapter, spec.video, index=index, scheduler=scheduler)
     for lora in find_local_loras(config.model):
         lora.check(spec.adapter, spec.configs["transformer"], f"the transformer of {spec.name}")
     name = config.model.single_file
@@ -158,6 +159,15 @@ def choose_degrees(
         return degrees, f"no time can be predicted ({missing}); the first that fits the memory by the rule {_RULE}"
     plan = choose(case, fixed)
     return plan.degrees, f"the planner's choice for {gpu.name}: {plan.why}"
+
+
+def idle_stays(config: RunConfig, degrees: Degrees, device: torch.device) -> bool:
+    """Whether a video on ranks of these degrees fits this GPU beside both of two transformers; True without a description of it."""
+    gpu = _find_gpu(device)
+    if gpu is None or config.model.weights != "resident":
+        return True
+    case = Case.of(config, read_model(config.model), gpu=gpu, world_size=math.prod(degrees))
+    return case.placed(degrees, case.modes).idle_expert == "stay"
 
 
 def _support(config: RunConfig, spec: ModelSpec) -> Support:

@@ -24,6 +24,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
             "sampler.num_steps",
         ),
         "sample_guide_scale guide_scale cfg_scale guidance text_guidance_scale": ("sampler.guidance_scale",),
+        "guidance_scale_2 sample_guide_scale_2": ("sampler.guidance_scale_2",),
         "sample_shift shift time_shift timestep_shift": ("sampler.flow_shift",),
         "base_seed random_seed manual_seed generator_seed": ("sampler.seed",),
         "neg_prompt n_prompt uncond_prompt sample_neg_prompt negative neg": ("sampler.negative_prompt",),
@@ -136,12 +137,12 @@ ANSWERS: dict[str, str] = {
             "it is not needed, leave it out"
         ),
         "resume resume_from resume_from_checkpoint continue": "the same command continues by itself, leave it out",
-        "task": "not supported: of Wan's tasks text-to-video is, with --config wan2.1-t2v-1.3b or wan2.1-t2v-14b",
+        "task": "not supported: of Wan's tasks text-to-video is, with --config wan2.1-t2v-1.3b, wan2.1-t2v-14b or wan2.2-t2v-a14b",
         "gpu gpu_id gpu_ids device_id device_ids cuda_device cuda_visible_devices visible_devices": (
             "set CUDA_VISIBLE_DEVICES in the environment to choose GPUs, and give --nproc for how many"
         ),
-        "guidance_scale_2 sample_guide_scale_2 boundary boundary_ratio low_noise_checkpoint high_noise_checkpoint": (
-            "not supported: checkpoints of two transformers (Wan2.2 A14B) are not run here"
+        "boundary boundary_ratio low_noise_checkpoint high_noise_checkpoint": (
+            "both transformers and their boundary are read from the folder or hub name in model.path, see docs/models.md"
         ),
         "vae_path vae text_encoder_path text_encoder t5_path t5_checkpoint clip_path tokenizer_path transformer_path vae_checkpoint "
         "dit_path unet_path": "all parts are read from the folder or hub name in model.path, see docs/models.md",

@@ -57,7 +57,7 @@ def as_text(case: Case, config: RunConfig, plans: list[Plan]) -> str:
         f"chosen: {best.name}",
         f"  why: {best.why}",
         *_shares(best, case),
-        *_weights(case),
+        *_weights(case, best),
         *_memory(best, case.gpu),
         *_steps(best),
         *_runs(best, case.world_size),
@@ -77,7 +77,7 @@ def _heading(spec: ModelSpec, config: RunConfig, gpu: GpuSpec, world_size: int) 
         f"{spec.name} on {world_size} x {gpu.name}: {video.num_frames} frames of {video.height} x {video.width}, "
         f"{frames} latent frames of {frame_tokens} tokens = {frames * frame_tokens} tokens",
         f"numbers of the model: {spec.source}; {spec.heads} heads of {spec.head_dim}, {spec.layers} layers, "
-        f"{spec.parameters['transformer'] / 1e9:.2f} billion parameters",
+        f"{'2 x ' if spec.num_experts > 1 else ''}{spec.parameters['transformer'] / 1e9:.2f} billion parameters",
     ]
 
 
@@ -91,11 +91,15 @@ def _shares(best: Plan, case: Case) -> list[str]:
     ]
 
 
-def _weights(case: Case) -> list[str]:
+def _weights(case: Case, best: Plan) -> list[str]:
     """Describe where the weights lie, unless they are resident."""
     options = case.options
+    if best.idle_expert == "leave":
+        return [
+            "  weights: of the two transformers the idle one waits on the CPU (model.idle_expert); moving it is not in the predicted time"
+        ]
     if options.weights == "resident":
-        return []
+        return ["  weights: both transformers stay on each GPU (model.idle_expert)"] if best.idle_expert else []
     if options.weights == "cpu_offload":
         return ["  weights: cpu_offload, one part at a time on each GPU"]
     place = {"device": "on each GPU", "cpu": "of each GPU on the CPU"}.get(options.shards, "of each GPU in a file")

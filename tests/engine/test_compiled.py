@@ -74,6 +74,23 @@ def test_a_kind_of_step_is_compiled_once(folder: Path, counter: CompileCounter) 
             engine.denoise(PROMPT, trace=SpectralTrace())
 
 
+def test_two_transformers_share_their_graphs(tmp_path: Path, counter: CompileCounter) -> None:
+    """The first denoises the dual steps of this run, the second the local ones; in another video it is one graph still for each kind."""
+    folder = save_random_wan(tmp_path, experts=2)
+    with contextlib.closing(LongVideoEngine(config_of(folder, compiled=False))) as engine:
+        expected = engine.denoise(PROMPT).latents
+    with contextlib.closing(LongVideoEngine(config_of(folder, compiled=True))) as engine:
+        made = engine.denoise(PROMPT)
+        assert [(step["mode"], step["expert"]) for step in made.steps] == [("dual", "transformer")] * 2 + [
+            ("local", "transformer_2")
+        ] * 2
+        torch.testing.assert_close(made.latents, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        assert counter.frame_count == 2
+        engine.use_method(MethodConfig(name="direct", window_frames=3))
+        engine.denoise(PROMPT)  # the same kind of step on both
+        assert counter.frame_count == 3
+
+
 def test_timelines_are_compiled_with_their_blocks(folder: Path, counter: CompileCounter) -> None:
     """A timeline of another plan is another graph; the same one again, with other texts, is not."""
     lines = [f"{PROMPT} [0-9] | a {{}} star [9-, scene]", f"{PROMPT} [0-9] | a {{}} star [9-, fade 9]"]

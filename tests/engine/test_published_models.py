@@ -26,12 +26,14 @@ NATIVE = {"WanPipeline": (21, 321), "LTXPipeline": (16, 481)}  # window and long
 WAN_SMALL, WAN_LARGE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 LTX_090, LTX_091, LTX_095 = "Lightricks/LTX-Video", "diffusers/LTX-Video-0.9.1", "Lightricks/LTX-Video-0.9.5"
 LTX = (LTX_090, LTX_091, LTX_095)  # 0.9.6 dev has the parts of 0.9.5: see tests/engine/load/test_single_file.py
-HEADS = {WAN_SMALL: 12, WAN_LARGE: 40} | dict.fromkeys(LTX, 32)
-LAYERS = {WAN_SMALL: 30, WAN_LARGE: 40} | dict.fromkeys(LTX, 28)
+WAN_PAIR = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
+HEADS = {WAN_SMALL: 12, WAN_LARGE: 40, WAN_PAIR: 40} | dict.fromkeys(LTX, 32)
+LAYERS = {WAN_SMALL: 30, WAN_LARGE: 40, WAN_PAIR: 40} | dict.fromkeys(LTX, 28)
 # Tensors and parameters of transformer and VAE, as diffusers builds them.
 SIZES = {
     WAN_SMALL: ((825, 1_418_996_800), (194, 126_892_531)),
     WAN_LARGE: ((1095, 14_288_491_584), (194, 126_892_531)),
+    WAN_PAIR: ((1095, 14_288_491_584), (194, 126_892_531)),
     LTX_090: ((715, 1_923_385_472), (190, 419_193_649)),
     LTX_091: ((715, 1_923_385_472), (294, 934_976_434)),
     LTX_095: ((715, 1_923_385_472), (226, 1_246_913_522)),
@@ -40,6 +42,7 @@ SIZES = {
 SHAPES = {
     WAN_SMALL: {"transformer": ("blocks.29.attn1.to_q.weight", (1536, 1536))},
     WAN_LARGE: {"transformer": ("blocks.39.attn1.to_q.weight", (5120, 5120))},
+    WAN_PAIR: {"transformer": ("blocks.39.attn1.to_q.weight", (5120, 5120))},
     LTX_090: {"vae": ("decoder.up_blocks.3.resnets.0.conv1.conv.weight", (128, 128, 3, 3, 3))},
     LTX_091: {"vae": ("decoder.scale_shift_table", (2, 128))},
     LTX_095: {"vae": ("encoder.conv_out.conv.weight", (129, 2048, 3, 3, 3))},
@@ -80,32 +83,48 @@ def test_what_later_versions_of_ltx_tell_their_decoder(spec: ModelSpec):
 def pipe(spec: ModelSpec) -> Any:
     """The stock pipeline with its transformer and VAE on the meta device, and no text encoder."""
     scheduler_class = getattr(diffusers, spec.configs["scheduler"]["_class_name"])
+    index = spec.configs["model_index"]
     with torch.device("meta"):
-        parts = {part: spec.adapter.build(part, spec.configs[part]) for part in ("transformer", "vae")}
+        parts = {
+            name: spec.adapter.build(name, spec.configs["transformer"]) for name in spec.adapter.experts_named(index)
+        }
+        parts["vae"] = spec.adapter.build("vae", spec.configs["vae"])
     scheduler = scheduler_class.from_config(spec.configs["scheduler"])
-    return spec.adapter.pipeline_class(text_encoder=None, tokenizer=None, scheduler=scheduler, **parts)
+    told = {name: value for name, value in index.items() if name == "boundary_ratio"}
+    return spec.adapter.pipeline_class(text_encoder=None, tokenizer=None, scheduler=scheduler, **parts, **told)
 
 
 def test_every_attention_is_found_and_every_hook_placed_and_removed(spec: ModelSpec, pipe: Any):
-    transformer, adapter = pipe.transformer, spec.adapter
+    adapter = spec.adapter
+    window = NATIVE[adapter.index_names[0]][0]
+    experts = adapter.experts(pipe).values()
+    assert len(experts) == (2 if spec.name == WAN_PAIR else 1)
+    before = [dict(expert.attn_processors) for expert in experts]
+    with apply_method(pipe, method="freespec", window_frames=window, kernel="plain"):
+        for expert, processors in zip(experts, before, strict=True):
+            assert_method_on(spec, expert, processors)
+    for expert, processors in zip(experts, before, strict=True):
+        assert expert.attn_processors == processors
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in expert.modules())
+
+
+def assert_method_on(spec: ModelSpec, transformer: Any, processors: dict[str, Any]) -> None:
+    """Every self-attention has the method, every cross-attention its own processor, and the hooks are in four places."""
+    adapter = spec.adapter
     found = adapter.attention_modules(transformer)
     named = [module for name, module in transformer.named_modules() if name.endswith(".attn1")]
     assert found == named
     assert len(found) == spec.layers == LAYERS[spec.name]
-    processors = dict(transformer.attn_processors)
-    with apply_method(pipe, method="freespec", window_frames=NATIVE[adapter.index_names[0]][0], kernel="plain"):
-        assert [attn.processor.layer for attn in found] == list(range(spec.layers))
-        replaced = [
-            processor for processor in transformer.attn_processors.values() if isinstance(processor, BranchProcessor)
-        ]
-        assert len(replaced) == spec.layers == len(processors) // 2  # and every attn2 is as it was
-        assert len(transformer._forward_pre_hooks) == 1
-        hooked = [module for module in transformer.modules() if module._forward_hooks]
-        places = (transformer, *adapter.shard_points(transformer))
-        assert hooked == [module for module in transformer.modules() if module in places]
-        assert len(hooked) == 4
-    assert transformer.attn_processors == processors
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in transformer.modules())
+    assert [attn.processor.layer for attn in found] == list(range(spec.layers))
+    replaced = [
+        processor for processor in transformer.attn_processors.values() if isinstance(processor, BranchProcessor)
+    ]
+    assert len(replaced) == spec.layers == len(processors) // 2  # and every attn2 is as it was
+    assert len(transformer._forward_pre_hooks) == 1
+    hooked = [module for module in transformer.modules() if module._forward_hooks]
+    places = (transformer, *adapter.shard_points(transformer))
+    assert hooked == [module for module in transformer.modules() if module in places]
+    assert len(hooked) == 4
 
 
 def config_of(spec: ModelSpec, degrees: tuple[int, int, int]) -> RunConfig:

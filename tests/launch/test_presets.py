@@ -55,9 +55,10 @@ def test_the_presets_are_the_seven_rows() -> None:
     assert len({tuple(row) for row in ROWS.values()}) == 7
 
 
-def test_the_preset_of_four_steps_has_the_published_ones() -> None:
+@pytest.mark.parametrize("preset", ["wan2.1-t2v-14b-4steps", "wan2.2-t2v-a14b-4steps"])
+def test_the_preset_of_four_steps_has_the_published_ones(preset: str) -> None:
     """Its authors write 1000, 750, 500 and 250 with shift 5, and the split fuses in half of them."""
-    config = parse("--config", "configs/wan2.1-t2v-14b-4steps.yaml")
+    config = parse("--config", f"configs/{preset}.yaml")
     published = [5 * t / (1 + 4 * t) for t in (1.0, 0.75, 0.5, 0.25)]
     assert config.sampler.levels == pytest.approx(published, abs=1e-6)
     assert (config.sampler.num_steps, config.sampler.guidance_scale) == (4, 1.0)

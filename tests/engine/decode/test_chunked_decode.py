@@ -368,7 +368,7 @@ def test_a_mode_that_has_nothing_to_cut_says_so(alone, config, size, mode, why):
 
 def test_modes_and_settings_that_are_refused(alone):
     with pytest.raises(
-        UserError, match=r"decode.mode framewise is not for Wan2.1 text-to-video; choose auto, whole, tiled"
+        UserError, match=r"decode.mode framewise is not for Wan text-to-video; choose auto, whole, tiled"
     ):
         plan_decode(FRAMEWISE, random_wan().vae, (6, 4, 3), world=alone)
     with pytest.raises(

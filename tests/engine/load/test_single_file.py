@@ -106,7 +106,10 @@ BROKEN = {
         change(f"{PREFIX}head.head.bias", torch.zeros(16).to(torch.float8_e4m3fn)),
         "holds tensors of F8_E4M3",
     ),
-    "of another model": (lambda tensors: tensors.clear() or tensors.update(x=torch.ones(1)), "holds nothing of Wan2.1"),
+    "of another model": (
+        lambda tensors: tensors.clear() or tensors.update(x=torch.ones(1)),
+        "holds nothing of Wan text",
+    ),
 }
 
 
