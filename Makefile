@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DELETE_ON_ERROR:
-.PHONY: setup demo test check test-slow test-gpu compare analyze findings findings-page calibrate batch-demo bench bench-gpu clean
+.PHONY: setup demo test check test-slow test-gpu compare analyze findings findings-page calibrate batch-demo serve-demo bench bench-gpu clean
 
 setup: $(VENV)/.ready
 
@@ -62,6 +62,11 @@ batch-demo: setup
 	OMP_NUM_THREADS=1 $(BIN)/python launch/batch.py --ray local --replicas 2 --prompts configs/prompts/batch-demo.txt \
 		--methods direct,sliding_window,freespec --seeds 0,1 --video.num_frames 65 --sampler.num_steps 10 --out runs/batch-demo
 	OMP_NUM_THREADS=1 $(BIN)/python launch/evaluate.py --runs runs/batch-demo
+
+# The service with three videos of the embedded model, which take a minute, and the address of its page; Ctrl-C ends it.
+serve-demo: setup
+	OMP_NUM_THREADS=1 $(BIN)/python launch/serve.py --prompts configs/prompts/serve-demo.txt --video.num_frames 65 --sampler.num_steps 8 \
+		--preview_every 1 --folder runs/serve-demo
 
 # On a CPU, less than five minutes; waiting threads are kept from counting as work.
 bench: setup

@@ -22,7 +22,7 @@ from engine.config import COMPILED_TRACE, MethodConfig, OutputConfig, RunConfig
 from engine.decode.decoder import VideoDecoder
 from engine.denoise.denoise import Denoised, draw_noise
 from engine.denoise.guided_model import GuidedModel
-from engine.denoise.loop import DenoiseLoop
+from engine.denoise.loop import DenoiseLoop, Preview
 from engine.denoise.saved import RunFile
 from engine.denoise.schedulers import make_scheduler, set_timesteps
 from engine.devices import pick_device, pick_dtype
@@ -188,14 +188,15 @@ class LongVideoEngine:
         checkpoint_every: int = 0,
         trace: SpectralTrace | None = None,
         on_step: Callable[[int, int], None] | None = None,
+        preview: Preview | None = None,
     ) -> Denoised:
         """Make the latents of one video. Arguments that are None are taken from the configuration.
 
         With `checkpoint`, an interrupted or failed run saves its state there, and the same run continues from it; the file
         of another run is a UserError. Delete it once the latents are saved. `checkpoint_every` also saves the state after
         every so many steps and after the last, for processes that may be killed. Latents that are not finite raise UserError,
-        on all ranks together, and save no state. `on_step(finished, total)` is called after each step. `given` are given
-        frames of the video.
+        on all ranks together, and save no state. `on_step(finished, total)` is called after each step, and `preview` on
+        rank 0 inside each, see `DenoiseLoop`. `given` are given frames of the video.
         """
         if trace is not None and self.ranks.hybrid is not None:
             raise UserError("parallel.provider xfuser does not expose branches to trace")
@@ -252,6 +253,7 @@ class LongVideoEngine:
             save=file.save if file is not None and self.is_first else None,
             save_every=checkpoint_every,
             on_step=on_step,
+            preview=preview if self.is_first else None,
         )
         loop.take_up(history)
         with self._directed(direction):

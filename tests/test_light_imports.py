@@ -65,6 +65,8 @@ MISTAKES = {
     "batch --status /nowhere": "/nowhere holds no batch",
     "serve --folder o --host 0.0.0.0": "--host 0.0.0.0 lets other machines in, which needs --api_key_file FILE",
     "decode": "give the file of the latents",
+    "previews": "--out must name the file of the factors, such as previews.safetensors, got None",
+    "previews --out a.safetensors --num_prompts 0": "--num_prompts must lie in [1, 40]",
     "decode a.safetensors": "give the file of the video: --output PATH",
     "compare": "give one of --prompt TEXT, --timeline EVENTS and --prompts FILE",
     "compare --prompt x --methods direct,magic": "unknown method 'magic'",

@@ -265,6 +265,7 @@ def test_settings_and_flags_in_code_exist() -> None:
             "calibrate",
             "plan",
             "decode",
+            "previews",
             "evaluate",
             "findings",
         )

@@ -94,6 +94,11 @@ class ItemFiles:
         """Checkpoint of an item that is being denoised."""
         return self.folder / "unfinished" / f"{self.name}.checkpoint.safetensors"
 
+    @property
+    def preview(self) -> Path:
+        """Preview of an item that is being denoised, where one is made."""
+        return self.folder / "unfinished" / f"{self.name}.preview.webp"
+
     def part(self, token: str) -> Path:
         """Temporary file of one attempt, named by its unique token."""
         return self.video.with_name(f"{self.video.name}.{token}.part")
@@ -145,6 +150,7 @@ class BatchFiles:
         done = list(done)
         for item in done:
             self.of(item).checkpoint.unlink(missing_ok=True)
+            self.of(item).preview.unlink(missing_ok=True)
         folders = {(variant_folder(item.variant), item.config_id, item.name) for item in (*done, *todo)}
         # One pass over the folder instead of one for each of thousands of items.
         for part in self.root.glob("*/*/*/*.part"):

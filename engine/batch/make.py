@@ -18,6 +18,7 @@ from engine.batch.files import item_files
 from engine.batch.items import FILE
 from engine.batch.store import publish
 from engine.config import RunConfig
+from engine.decode.preview import Previewer, PreviewFactors
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.files.storage import FolderGoneError
@@ -40,6 +41,8 @@ class ItemMaker:
         sheets: whether a contact sheet is written beside each video.
         given: the given frames of every item.
         given_settings: their settings when the batch was planned, which are in the items' ids.
+        preview_every: steps between previews of an item; 0 makes none.
+        factors: colours of previews, on rank 0; None makes none.
     """
 
     engine: LongVideoEngine
@@ -50,6 +53,8 @@ class ItemMaker:
     sheets: bool = False
     given: GivenFrames | None = None
     given_settings: Mapping[str, Any] | None = None
+    preview_every: int = 0
+    factors: PreviewFactors | None = None
 
     def make(self, task: dict[str, Any]) -> dict[str, Any] | None:
         """Make one item; return its sidecar on rank 0. Every rank calls this with the same task."""
@@ -71,6 +76,7 @@ class ItemMaker:
             checkpoint=files.checkpoint,
             checkpoint_every=self.checkpoint_every or engine.config.sampler.steps,
             on_step=lambda finished, total: self.on_step(identity["item_id"], finished, total),
+            preview=self._previewer(files.preview),
         )
         if not engine.is_first:
             share_decoding(engine.decoder, latents, seed=identity["seed"])
@@ -111,7 +117,15 @@ class ItemMaker:
         }
         write_json(files.sidecar, record)
         files.checkpoint.unlink(missing_ok=True)
+        files.preview.unlink(missing_ok=True)
         return record
+
+    def _previewer(self, path: Path) -> Previewer | None:
+        if self.factors is None or not self.preview_every:
+            return None
+        video = self.engine.config.video
+        seconds = video.num_frames / video.fps
+        return Previewer(factors=self.factors, path=path, every=self.preview_every, seconds=seconds)
 
     def _use(self, config: RunConfig) -> None:
         """Switch to the settings of a variant; loaded weights stay."""

@@ -20,6 +20,7 @@ from engine.ranks.agreement import first_failure
 from freespec import eigen
 
 Save = Callable[[int, Tensor, SchedulerState, History], None]
+Preview = Callable[[int, int, Tensor, Tensor, float], None]
 
 
 @dataclass(kw_only=True)
@@ -36,6 +37,8 @@ class DenoiseLoop:
             steps; None saves nothing.
         save_every: steps between saves; 0 saves only when the run ends early.
         on_step: called with the finished steps and their total after each.
+        preview: called before the update of each step with its number from 1, their total, the latents, the velocity and the
+            noise level.
         steps: history of the finished steps, see `engine.denoise.denoise.Denoised`.
     """
 
@@ -47,6 +50,7 @@ class DenoiseLoop:
     save: Save | None
     save_every: int
     on_step: Callable[[int, int], None] | None
+    preview: Preview | None = None
     steps: list[dict[str, Any]] = field(default_factory=list)
 
     def take_up(self, history: History) -> None:
@@ -88,12 +92,18 @@ class DenoiseLoop:
                 if self.on_step is not None:
                     self.on_step(finished, total)
 
+            def predict(latents: Tensor, timestep: Tensor) -> Tensor:
+                velocity = self.model.predict(latents, timestep)
+                if self.preview is not None:
+                    self.preview(reached[0] + 1, total, latents, velocity, float(self.scheduler.sigmas[reached[0]]))
+                return velocity
+
             eigen.take_failure()  # left from the last video
             try:
                 return denoise(
                     latents,
                     self.scheduler,
-                    self.model.predict,
+                    predict,
                     generator=self.generator,
                     start_step=done,
                     known=self.known,

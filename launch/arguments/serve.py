@@ -13,6 +13,7 @@ from engine.errors import UserError
 from engine.paths import expand, find_checkpoint
 from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_empty
+from launch.arguments.prompts import read_prompts
 from launch.arguments.variants import METHODS_HELP, read_variants
 from launch.batching.options import Replicas, add_replicas
 from launch.cli.parser import parse_run
@@ -37,6 +38,7 @@ class Arguments:
         port: port to listen on; 0 takes a free one.
         key: what clients must send as their API key, or None.
         most_jobs: jobs that may wait or run.
+        prompts: videos to make first, if they are not made.
         requests_per_second: of one client; 0 for no limit.
         posts_per_minute: those among them that make or delete something; 0 for no limit.
     """
@@ -48,6 +50,7 @@ class Arguments:
     port: int
     key: str | None
     most_jobs: int
+    prompts: list[str]
     requests_per_second: float
     posts_per_minute: float
 
@@ -63,10 +66,15 @@ def read(argv: list[str]) -> Arguments:
     )
     check_environment()
     check_output(config.output, "serve.py")
-    refuse_empty(namespace, "folder", "methods", "host", "api_key_file")
+    refuse_empty(namespace, "folder", "methods", "host", "api_key_file", "preview_factors", "prompts")
     if namespace.folder is None:
         raise UserError("--folder is missing; give the folder of the jobs and their videos")
-    for name, least, most in (("port", 0, 65535), ("most_jobs", 1, 10_000), ("checkpoint_every", 0, 10_000)):
+    for name, least, most in (
+        ("port", 0, 65535),
+        ("most_jobs", 1, 10_000),
+        ("checkpoint_every", 0, 10_000),
+        ("preview_every", 0, 10_000),
+    ):
         if not least <= namespace[name] <= most:
             raise UserError(f"--{name} must lie in [{least}, {most}], got {namespace[name]}")
     for name in ("requests_per_second", "posts_per_minute"):
@@ -78,7 +86,15 @@ def read(argv: list[str]) -> Arguments:
             f"--host {namespace.host} lets other machines in, which needs --api_key_file FILE, a file with one key that clients send"
         )
     namespace.out, namespace.shard = namespace.folder, None
-    options = Replicas.of(namespace, config, checkpoint_every=namespace.checkpoint_every, sheets=True)
+    factors = None if namespace.preview_factors is None else expand(namespace.preview_factors).absolute()
+    options = Replicas.of(
+        namespace,
+        config,
+        checkpoint_every=namespace.checkpoint_every,
+        sheets=True,
+        preview_every=namespace.preview_every,
+        preview_factors=factors,
+    )
     variants = methods_of(config)
     if namespace.methods is not None:
         variants = read_variants(namespace.methods, argv, name="serve.py", add_arguments=add_arguments)
@@ -96,6 +112,7 @@ def read(argv: list[str]) -> Arguments:
         port=namespace.port,
         key=key,
         most_jobs=namespace.most_jobs,
+        prompts=[] if namespace.prompts is None else read_prompts(None, namespace.prompts).texts,
         requests_per_second=namespace.requests_per_second,
         posts_per_minute=namespace.posts_per_minute,
     )
@@ -143,6 +160,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         ("port", int, 8000, "port to listen on; 0 takes a free one"),
         ("api_key_file", str, None, "file with one key, which clients send as their API key"),
         ("methods", str, None, f"those that a request may name: {METHODS_HELP} (default: all that the settings allow)"),
+        ("prompts", str, None, "text file of videos to make first, one prompt a line"),
         ("most_jobs", int, 64, "jobs that may wait or run; more are answered with 429"),
         ("requests_per_second", float, 500.0, "requests of one client (an address, and its key); 0 for no limit"),
         ("posts_per_minute", float, 120.0, "those among them that make or delete something; 0 for no limit"),
@@ -152,6 +170,8 @@ def add_arguments(parser: ArgumentParser) -> None:
             5,
             "steps between checkpoints of a video; 0 writes one when stopped, and before decoding",
         ),
+        ("preview_every", int, 4, "steps between previews of a running video; 0 makes none"),
+        ("preview_factors", str, None, "file of previews.py (default: that of configs/previews for this VAE)"),
         ("nproc", int, None, "ranks of each replica, which share one video"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)

@@ -68,6 +68,8 @@ def worker_setup(options: Replicas, batch: Batch) -> dict[str, Any]:
         "sheets": options.sheets,
         "given": None if options.given is None else options.given.arguments,
         "given_settings": batch.given,
+        "preview_every": options.preview_every,
+        "preview_factors": None if options.preview_factors is None else str(options.preview_factors),
     }
 
 

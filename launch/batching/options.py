@@ -38,6 +38,8 @@ class Replicas:
     keep_latents: bool = False
     sheets: bool = False
     given: GivenFrames | None = None
+    preview_every: int = 0
+    preview_factors: Path | None = None
 
     @property
     def nodes(self) -> list[str] | None:

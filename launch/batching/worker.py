@@ -2,7 +2,7 @@
 
 The first line is the setup: `configs` (a whole RunConfig for each variant by its label, which differ in
 `engine.batch.variants.MAY_DIFFER` alone), `root` (the batch's folder), `checkpoint_every`, `keep_latents`, `sheets`, `given` (see
-`GivenFrames.arguments`), `given_settings`.
+`GivenFrames.arguments`), `given_settings`, `preview_every`, `preview_factors`.
 The others are tasks: `identity`, `suite`, `attempt`, `replica`; those of a service also bring their own `config`, `given` and
 `given_settings`, and `cancel`, a file that cancels the item once it exists. Events go to the pipe of `launch.ranks.host`.
 """
@@ -26,6 +26,7 @@ from engine.batch.files import BatchFiles
 from engine.batch.items import FILE
 from engine.batch.make import ItemMaker
 from engine.batch.queue import Kind
+from engine.decode.preview import PreviewFactors, find_factors
 from engine.engine import LongVideoEngine
 from engine.errors import UserError, describe_out_of_memory, first_line, is_out_of_memory
 from engine.files.storage import is_storage_fault, names_storage_fault
@@ -35,7 +36,7 @@ from launch.process.exit_codes import LostRankError, run_command
 from launch.process.stopping import StopSignals, die_with_parent
 from launch.process.streams import unfailing_streams
 from launch.ranks.environment import EVENTS
-from launch.ranks.join import open_ranks
+from launch.ranks.join import DistContext, open_ranks
 from launch.video.latents_record import restore_config
 from parallel.collectives import CollectiveError
 
@@ -70,8 +71,10 @@ def _work(pipe: IO[str]) -> None:
                 sheets=setup["sheets"],
                 given=None if setup["given"] is None else parse_given(**setup["given"]),
                 given_settings=setup["given_settings"],
+                preview_every=setup["preview_every"],
                 tell=tell,
             )
+            worker = worker.with_previews(context, setup["preview_factors"])
             engine.text.keep(BatchFiles(root=worker.root).text_cache)
             layout = engine.facts.parallel
             nodes = ", ".join(f"{each['node']} ({len(each['ranks'])})" for each in layout["nodes"])
@@ -87,6 +90,19 @@ class Worker(ItemMaker):
 
     tell: Callable[..., None]
     cancel: Path | None = None
+
+    def with_previews(self, context: DistContext, path: str | None) -> Self:
+        """The same worker with the colours of its VAE, on rank 0; notes to the driver if there are none."""
+        found: list[PreviewFactors | None] = [None]
+
+        def find() -> None:
+            found[0] = find_factors(self.engine.pipe.vae, None if path is None else Path(path))
+            if found[0] is None:
+                self.tell("note", text="no previews for this VAE; fit its colours with previews.py")
+
+        if self.preview_every:
+            context.check_on_first(find)
+        return replace(self, factors=found[0])
 
     def of(self, task: dict[str, Any]) -> Self:
         """The same worker with the settings that a task brings along; itself for a task without any."""

@@ -44,6 +44,7 @@ COMMANDS = {
     "batch": Kind(what="make prompts x seeds x methods, on fault-tolerant replicas"),
     "serve": Kind(what="keep a model loaded behind OpenAI's video API, with a page"),
     "decode": Kind(what="make the video of saved latents"),
+    "previews": Kind(what="fit the colours of serve's previews to a VAE"),
     "compare": Kind(what="compare methods on the same prompts and seeds, on a page of videos", starts_ranks=True),
     "analyze": Kind(what="measure singular spectra of attention, and low-rank videos", starts_ranks=True),
     "evaluate": Kind(what="score a batch with VBench-Long or weight-free measures"),

@@ -15,6 +15,7 @@ from engine.batch.files import BatchFiles
 from engine.batch.items import Batch, check_folder, claim_folder, plan_batch
 from engine.batch.journal import FileJournal
 from engine.batch.locks import own_shard
+from engine.decode.preview import load_factors
 from engine.decode.tiling import check_tiles
 from engine.errors import UserError
 from engine.files.storage import writing_to
@@ -32,6 +33,7 @@ from launch.serving.jobs import Jobs
 from launch.serving.metrics import Metrics
 from launch.serving.planner import SUITE, Planner
 from launch.serving.rates import Rates
+from launch.serving.requests import read_request
 
 # At once; more are answered with 503 before they are read. The process has open files of its own beside them.
 MOST_CONNECTIONS = 600
@@ -56,6 +58,8 @@ def run(given: Arguments) -> None:
     ):
         claim_folder(root, batch)
         jobs.open()
+        for prompt in given.prompts:
+            jobs.accept(read_request({"prompt": prompt}, jobs.planner.offer))
         driver = serve(given, batch, jobs, sock)
     if driver.halted is None:
         raise LostRankError(f"the HTTP server has ended; {SUPPORT}")
@@ -65,6 +69,8 @@ def run(given: Arguments) -> None:
 def plan(given: Arguments) -> tuple[Batch, Jobs]:
     """Check the settings; returns the batch without items that describes them, and the jobs, of which none is read yet."""
     options = given.options
+    if options.preview_factors is not None:
+        load_factors(options.preview_factors)
     config, variants, _ = arrange_variants(given.config, given.variants, options)
     check_devices(config, options)
     checkpoint, video = open_checkpoint(config.model), config.video

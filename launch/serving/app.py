@@ -1,6 +1,8 @@
 """HTTP: OpenAI's video API over the jobs of a folder, their progress as events, metrics, and a page."""
 
 import asyncio
+import base64
+import hashlib
 import io
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -20,17 +22,21 @@ from engine.errors import UserError
 from engine.media.read_video import read_video
 from launch.serving.extra import names_of
 from launch.serving.guard import Guard, as_response
-from launch.serving.jobs import Jobs
+from launch.serving.jobs import Job, Jobs
 from launch.serving.metrics import Metrics
 from launch.serving.planner import name_picture
 from launch.serving.rates import Rates
 from launch.serving.requests import MOST_TEXT, RefusedError, read_request
 
-Variant = Literal["video", "thumbnail", "spritesheet"]
+Variant = Literal["video", "thumbnail", "spritesheet", "preview"]
 # Seconds between two looks at a job whose progress a client follows, and between signs of life.
 _LOOK, _ALIVE = 0.2, 15.0
 _ENDED = ("completed", "failed")
-_POLICY = "default-src 'none'; connect-src 'self'; img-src blob:; media-src blob:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+# Nothing but the page's own style and script, by their hashes: a text that became HTML could not run.
+_POLICY = (
+    "default-src 'none'; connect-src 'self'; img-src blob: data:; media-src blob:; style-src {style}; script-src {script}; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 def make_app(
@@ -39,13 +45,16 @@ def make_app(
     """Make the application; `health` describes the replicas."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     page = resources("launch.serving").joinpath("page.html").read_text(encoding="utf-8")
+    headers = {
+        "Content-Security-Policy": _POLICY.format(**{name: _hash_of(page, name) for name in ("style", "script")})
+    }
     _add_errors(app)
     _add_videos(app, jobs)
     _add_contents(app, jobs)
 
     @app.get("/")
     async def show_page() -> HTMLResponse:
-        return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY})
+        return HTMLResponse(page, headers=headers)
 
     @app.get("/health")
     async def show_health() -> JSONResponse:
@@ -68,13 +77,25 @@ def make_app(
     return Guard(app, key, rates)
 
 
+def _hash_of(page: str, name: str) -> str:
+    """The CSP source of the page's one element of this name."""
+    text = page.partition(f"<{name}>")[2].partition(f"</{name}>")[0]
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
 def _model(jobs: Jobs) -> dict[str, Any]:
     offer = jobs.planner.offer
     known = {"id": offer.model, "object": "model", "created": 0, "owned_by": "freespec"}
     size, seconds = f"{offer.width}x{offer.height}", offer.seconds(offer.num_frames)
     return (
         known
-        | {"methods": list(offer.methods), "size": size, "seconds": seconds, "seed": offer.seed}
+        | {
+            "methods": list(offer.methods),
+            "size": size,
+            "seconds": seconds,
+            "seed": offer.seed,
+            "step": offer.step / offer.fps,
+        }
         | {"extra": {label: names_of(variant.config) for label, variant in jobs.planner.variants.items()}}
     )
 
@@ -135,6 +156,8 @@ def _add_contents(app: FastAPI, jobs: Jobs) -> None:
     @app.get("/v1/videos/{video_id}/content")
     def content(video_id: str, variant: Variant = "video") -> Response:
         job = jobs.find(video_id)
+        if variant == "preview":
+            return _preview(jobs, job)
         if job.status != "completed":
             raise RefusedError(f"the video is {job.status}, not completed", status=409, code="not_ready")
         files = jobs.files.of(job.planned.item)
@@ -145,6 +168,15 @@ def _add_contents(app: FastAPI, jobs: Jobs) -> None:
         picture = io.BytesIO()
         Image.fromarray(next(read_video(files.video))).save(picture, "WEBP", quality=90)
         return Response(picture.getvalue(), media_type="image/webp")
+
+
+def _preview(jobs: Jobs, job: Job) -> Response:
+    """The preview of a running job, read at once: another one may take its name meanwhile."""
+    try:
+        data = jobs.files.of(job.planned.item).preview.read_bytes()
+    except FileNotFoundError as error:
+        raise RefusedError(f"the video is {job.status} and has no preview", status=404, code="not_found") from error
+    return Response(data, media_type="image/webp")
 
 
 async def _events(jobs: Jobs, name: str) -> AsyncIterator[str]:

@@ -41,7 +41,13 @@ MOST_TEXTS = 256
 
 @dataclass(eq=False)
 class Job:
-    """One accepted request, and what has become of it; `step` of `total` steps are done, and `lost` says that an attempt failed."""
+    """One accepted request, and what has become of it.
+
+    Attributes:
+        step: steps that are done, of `total`.
+        lost: whether an attempt has failed.
+        preview: when its preview was written, in ms.
+    """
 
     planned: Planned
     created: float
@@ -51,6 +57,7 @@ class Job:
     completed: float | None = None
     error: str | None = None
     lost: bool = False
+    preview: int | None = None
 
     @property
     def name(self) -> str:
@@ -67,6 +74,7 @@ class Job:
             "model": offer.model,
             "status": self.status,
             "progress": percent,
+            "preview": self.preview if self.status == "in_progress" else None,
             "created_at": int(self.created),
             "completed_at": None if self.completed is None else int(self.completed),
             "expires_at": None,
@@ -136,10 +144,12 @@ class Jobs:
         done = [job.planned.item for job in found if job.status == "completed"]
         todo = [job.planned.item for job in self._new]
         self.files.tidy(done=done, todo=todo)
-        kept = {self.files.of(item).checkpoint for item in todo}
-        for checkpoint in self.files.root.glob("*/*/unfinished/*.checkpoint.safetensors"):
-            if checkpoint not in kept:
-                checkpoint.unlink(missing_ok=True)
+        kept = {path for item in todo for path in (self.files.of(item).checkpoint, self.files.of(item).preview)}
+        for folder in self.files.root.glob("*/*/unfinished"):
+            sweep(folder)
+            for left in (*folder.glob("*.checkpoint.safetensors"), *folder.glob("*.preview.webp")):
+                if left not in kept:
+                    left.unlink(missing_ok=True)
         for path in self.planner.pictures.iterdir():
             self._drop_picture(path.name)
 
@@ -282,10 +292,15 @@ class Jobs:
 
     def move(self, item_id: str, step: int, total: int) -> None:
         """Note that an item runs, and how far it is."""
+        job = self.job_of(item_id)
+        if job is None or (job.status, job.step) == ("in_progress", step):
+            return
+        try:
+            preview = self.files.of(job.planned.item).preview.stat().st_mtime_ns // 1_000_000
+        except FileNotFoundError:
+            preview = None
         with self._lock:
-            job = self._jobs.get(item_id)
-            if job is not None:
-                job.status, job.step, job.total = "in_progress", step, total
+            job.status, job.step, job.total, job.preview = "in_progress", step, total, preview
 
     def end(self, item_id: str, *, error: str | None = None, again: bool = False) -> None:
         """Note that an item is done, has failed with `error`, or waits for another attempt; delete it if it was cancelled."""
@@ -299,6 +314,7 @@ class Jobs:
             elif job is not None and error is not None:
                 job.status, job.error = "failed", error
                 self.files.drop_parts(job.planned.item)
+                self.files.of(job.planned.item).preview.unlink(missing_ok=True)
             elif job is not None:
                 self._complete(job)
                 trim(self.files.text_cache, MOST_TEXTS)
@@ -315,7 +331,14 @@ class Jobs:
     def _delete_files(self, job: Job) -> None:
         item = job.planned.item
         files = self.files.of(item)
-        for path in (files.sidecar, files.video, files.sheet, files.checkpoint, self.cancel_file(item.item_id)):
+        for path in (
+            files.sidecar,
+            files.video,
+            files.sheet,
+            files.checkpoint,
+            files.preview,
+            self.cancel_file(item.item_id),
+        ):
             path.unlink(missing_ok=True)
         self.files.drop_parts(item)
         self.files.release(item)

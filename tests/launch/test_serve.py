@@ -13,11 +13,13 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 from PIL import Image
 
 from engine.batch.driver import Done, Driver, Failed
 from engine.batch.files import BatchFiles
 from engine.batch.queue import Failure
+from engine.decode.preview import PreviewFactors, vae_digest
 from engine.errors import UserError
 from launch.arguments import serve as arguments
 from launch.commands import serve
@@ -32,6 +34,7 @@ from launch.serving.requests import MOST_TEXT, RefusedError
 from tests.engine.batch.cases import Clock, FakeReplica, write_item
 from tests.launch.conftest import SMALL, Run
 from tests.launch.forked import PATIENCE_SECONDS, start_forked
+from tests.tiny_pipelines import random_wan
 
 # Its `videos` are marked as deprecated, since the service that they were made for has ended.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -90,7 +93,9 @@ def test_a_video_outlives_a_kill_and_another_is_cancelled(
         assert (made.status, made.seconds) == ("queued", "1")
         wait_for(unfinished)
         process.kill()
-    with started(wan_folder, out, tmp_path / "second", nproc=2) as (process, client):
+    assert "no previews for this VAE" in (tmp_path / "first/rank0.out").read_text()
+    previews = {"preview_every": 1, "preview_factors": save_factors(tmp_path)}
+    with started(wan_folder, out, tmp_path / "second", nproc=2, **previews) as (process, client):
         wait_for(lambda: client.videos.retrieve(made.id).status == "completed")
         video = client.videos.download_content(made.id).read()
         assert (
@@ -101,33 +106,34 @@ def test_a_video_outlives_a_kill_and_another_is_cancelled(
             ).progress
             == 100
         )
-        assert client.videos.download_content(made.id, variant="thumbnail").read()[8:12] == b"WEBP"
-        assert client.videos.download_content(made.id, variant="spritesheet").read()[:4] == b"\x89PNG"
-        [sidecar] = BatchFiles(root=out).sidecars()
-        assert json.loads(sidecar.read_text())["run"]["resumed_at"] >= 1
+        kinds = [
+            client.videos.download_content(made.id, variant=each).read()[:12] for each in ("thumbnail", "spritesheet")
+        ]
+        assert (kinds[0][8:], kinds[1][:4]) == (b"WEBP", b"\x89PNG")
+        assert json.loads(next(BatchFiles(root=out).sidecars()).read_text())["run"]["resumed_at"] >= 1
 
         picture = io.BytesIO()
         Image.new("RGB", (40, 30), (255, 0, 0)).save(picture, "PNG")
         other = client.videos.create(prompt=PROMPT, input_reference=("a.png", picture.getvalue(), "image/png"))
         wait_for(lambda: client.videos.retrieve(other.id).progress > 0)
+        check_preview(client, other.id)
         lines = events_of(client, other.id)
         assert next(lines)["status"] == "in_progress"
         assert client.videos.delete(other.id).deleted
         assert list(lines)[-1] == {"id": other.id}  # the stream has ended
         with pytest.raises(openai.NotFoundError):
             client.videos.retrieve(other.id)
-        wait_for(lambda: not unfinished() and not list(out.glob("pictures/*")))
+        wait_for(lambda: not unfinished() and not list(out.glob("pictures/*")) and not list(out.rglob("*.webp")))
         assert [(each.id, each.model) for each in client.videos.list()] == [
             (client.videos.poll(made.id).id, client.models.list().data[0].id)
         ]
         counted = client.with_options(base_url=client.base_url.join("/")).get("/metrics", cast_to=str)
-        assert "freespec_cancelled_total 1.0" in counted  # at a step, not after the last
-        assert "freespec_video_seconds_count 1.0" in counted
+        # cancelled at a step, not after the last
+        assert all(line in counted for line in ("freespec_cancelled_total 1.0", "freespec_video_seconds_count 1.0"))
         process.terminate()
         process.join(PATIENCE_SECONDS)
-        assert process.exitcode == 143
         said = (tmp_path / "second/rank0.err").read_text()
-        assert said == "stopped: 0 jobs are left; the same command goes on\n"
+        assert (process.exitcode, said) == (143, "stopped: 0 jobs are left; the same command goes on\n")
     settings = {
         "video.fps": 8,
         "video.num_frames": 9,
@@ -137,6 +143,24 @@ def test_a_video_outlives_a_kill_and_another_is_cancelled(
     assert make(settings, "--prompt", PROMPT).code == 0
     assert video == (tmp_path / "a.mp4").read_bytes()
     assert not list(out.glob("*/*/videos/*.part"))
+
+
+def save_factors(folder: Path) -> Path:
+    """Colours for the VAE of `wan_folder`."""
+    path = folder / "factors.safetensors"
+    factors = PreviewFactors(weight=torch.ones(4, 12) / 9, bias=torch.zeros(12), vae=vae_digest(random_wan().vae))
+    factors.save(path, {})
+    return path
+
+
+def check_preview(client: openai.OpenAI, name: str) -> None:
+    """Wait for the preview of a running video, and look at it; one that is done has none."""
+    wait_for(lambda: client.videos.retrieve(name).to_dict()["preview"])
+    with Image.open(io.BytesIO(client.videos.download_content(name, variant="preview").read())) as shown:
+        assert (shown.format, shown.n_frames, shown.size) == ("WEBP", 5, (16, 16))
+    done = next(each.id for each in client.videos.list() if each.status == "completed")
+    with pytest.raises(openai.NotFoundError, match="is completed and has no preview"):
+        client.videos.download_content(done, variant="preview")
 
 
 def events_of(client: openai.OpenAI, name: str) -> Iterator[dict[str, Any]]:
@@ -490,6 +514,7 @@ def test_wrong_options_are_refused(wan_folder: Path, tmp_path: Path) -> None:
         ({"api_key_file": short}, "must hold one key of at least 16 ASCII characters"),
         ({"api_key_file": tmp_path / "none"}, "cannot read --api_key_file"),
         ({"posts_per_minute": -1}, r"--posts_per_minute must lie in \[0, 1e\+06\], 0 for no limit"),
+        ({"preview_every": -1}, r"--preview_every must lie in \[0, 10000\]"),
         ({"port": 70000}, r"--port must lie in \[0, 65535\]"),
         ({"output.path": "a.mp4"}, "is not read by serve.py"),
     ):
@@ -497,6 +522,8 @@ def test_wrong_options_are_refused(wan_folder: Path, tmp_path: Path) -> None:
             arguments.read(words(wan_folder, tmp_path / "out", **settings))
     short.write_text(f"{KEY}\n")
     assert arguments.read(words(wan_folder, tmp_path, host="0.0.0.0", api_key_file=short)).key == KEY
+    with pytest.raises(UserError, match="holds no factors of a preview"):
+        jobs_of(wan_folder, tmp_path / "out", preview_factors=short)
     with serve.listening("127.0.0.1", 0) as sock, pytest.raises(UserError, match="choose another --port"):
         with serve.listening("127.0.0.1", sock.getsockname()[1]):
             pass

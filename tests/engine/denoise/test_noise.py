@@ -22,8 +22,6 @@ PUBLISHED = {
     "freenoise": "freenoise",
     "freelong": "freenoise",
     "freepca": "mean_reuse",
-    "ultravico": "iid",
-    "lvsa": "iid",
     "freespec": "iid",
 }
 

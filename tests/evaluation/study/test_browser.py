@@ -9,7 +9,7 @@ from engine.media.write_video import open_video
 from evaluation.study.page import write_page
 from evaluation.study.summary import Row
 from metrics.bootstrap import mean_interval, paired_interval
-from tests.evaluation.study.browser import CHROMIUM, Browser
+from tests.browser import CHROMIUM, Browser
 
 FPS, FRAMES = 16, 48
 STEP = 1.5 / FPS  # the page puts back in step what is off by more

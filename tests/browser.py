@@ -10,17 +10,19 @@ from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 """The browser of this machine; None if there is none."""
+_KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "Delete": 46, "Home": 36, "End": 35}
 
 
 class Browser:
-    """One page of a headless Chromium, at `width` x `height` CSS pixels; use it as a context manager."""
+    """One page of a headless Chromium, a file or an address, at `width` x `height` CSS pixels; use it as a context manager."""
 
-    def __init__(self, page: Path, profile: Path, *, width: int, height: int = 900) -> None:
+    def __init__(self, page: Path | str, profile: Path, *, width: int, height: int = 900) -> None:
         from_us, self._to = os.pipe()
         self._from, to_us = os.pipe()
         # The protocol wants its pipes as file descriptors 3 and 4.
         command = (
             f"exec {CHROMIUM} --headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --no-first-run "
+            "--disable-background-networking --disable-component-update --disable-sync --no-proxy-server --mute-audio "
             f'--remote-debugging-pipe --user-data-dir="{profile}" 3<&{from_us} 4>&{to_us}'
         )
         self._process = subprocess.Popen(
@@ -37,7 +39,7 @@ class Browser:
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
-        self.call("Page.navigate", url=page.absolute().as_uri())
+        self.call("Page.navigate", url=page if isinstance(page, str) else page.absolute().as_uri())
         self.wait_for("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def __enter__(self) -> "Browser":
@@ -72,6 +74,39 @@ class Browser:
         """Wait until a JavaScript condition holds; the timeout of the test ends a wait that would not."""
         self.value(
             f"new Promise(done => {{ const look = () => ({condition}) ? done() : setTimeout(look, 10); look(); }})"
+        )
+
+    def press(self, key: str) -> None:
+        """Press and release a key by its name, on what has the focus."""
+        for kind in ("rawKeyDown", "keyUp"):
+            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=_KEYS[key])
+
+    def write(self, text: str) -> None:
+        """Type a text into what has the focus."""
+        self.call("Input.insertText", text=text)
+
+    def click(self, selector: str, *, times: int = 1, by: float = 0.5) -> None:
+        """Click on an element, at this share of its width, after it is scrolled into view."""
+        x, y = self._spot(selector, by)
+        for count in range(1, times + 1):
+            for kind in ("mousePressed", "mouseReleased"):
+                self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=count)
+
+    def drag(self, selector: str, dx: float) -> None:
+        """Drag the middle of an element by `dx` pixels."""
+        x, y = self._spot(selector, 0.5)
+        for kind, at in (
+            ("mousePressed", x),
+            ("mouseMoved", x + dx / 2),
+            ("mouseMoved", x + dx),
+            ("mouseReleased", x + dx),
+        ):
+            self.call("Input.dispatchMouseEvent", type=kind, x=at, y=y, button="left", buttons=1, clickCount=1)
+
+    def _spot(self, selector: str, by: float) -> tuple[float, float]:
+        return self.value(
+            f"(() => {{ const one = document.querySelector({json.dumps(selector)}); one.scrollIntoView({{block: 'center'}});"
+            f" const box = one.getBoundingClientRect(); return [box.left + {by} * box.width, box.top + box.height / 2]; }})()"
         )
 
     def _read(self) -> dict[str, Any]:
