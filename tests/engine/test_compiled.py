@@ -146,7 +146,7 @@ class Stop(Exception):  # noqa: N818 - how a run ends here
 
 
 @pytest.mark.parametrize("make", [random_wan, random_ltx])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in METHODS if name != "ultravico"])  # of freespec's operator
 def test_no_block_writes_windows_out(make: Callable[[], Any], method: str) -> None:
     """Inductor's code for the first block of the first step: no buffer is larger than the feed-forward part's."""
     pipe = make()

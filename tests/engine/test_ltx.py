@@ -18,6 +18,7 @@ from diffusers import (
     LTXPipeline,
     UniPCMultistepScheduler,
 )
+from diffusers.models.transformers.transformer_ltx import apply_rotary_emb
 from torch import Tensor, nn
 
 from engine import apply_method
@@ -104,7 +105,8 @@ def test_native_length_is_the_stock_pipeline_and_remove_restores_it(method, stoc
     pipe = random_ltx()
     processors = dict(pipe.transformer.attn_processors)
     expected = latents_of(pipe, num_frames=NATIVE_FRAMES)
-    with apply_method(pipe, method=method, window_frames=WINDOW):
+    settings = {"half_width": 0} if method == "lvsa" else {}  # by default it sees all frames of so short a video
+    with apply_method(pipe, method=method, window_frames=WINDOW, **settings):
         assert torch.equal(latents_of(pipe, num_frames=NATIVE_FRAMES), expected)
         changed = latents_of(pipe)
         cross = {name: processor for name, processor in processors.items() if "attn2" in name}
@@ -394,3 +396,19 @@ def test_a_tokenizer_of_one_sentencepiece_file_loads_as_in_the_published_checkpo
     found = load_pipeline(ModelConfig(path=str(other), device="cpu")).tokenizer(PROMPT).input_ids
     reader = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
     assert found == [*reader.encode(PROMPT), reader.eos_id()]
+
+
+def test_positions_beyond_those_of_training_keep_their_distances() -> None:
+    """At 30 frames a second latent frame 75 is the first beyond 20 seconds; the controls are another distance and the wrong rate."""
+    rope, hidden = random_ltx().transformer.rope, torch.zeros(1, 1, 1)
+    q, k = torch.randn(2, rope.dim, generator=torch.Generator().manual_seed(0))
+
+    def products(scale: float) -> Tensor:
+        tables = rope(hidden, 242, 1, 1, rope_interpolation_scale=(scale, 32, 32))
+        turned = [apply_rotary_emb(x.expand(1, 242, -1), tables)[0] for x in (q, k)]
+        return turned[0] @ turned[1].T
+
+    found = products(8 / 30)
+    torch.testing.assert_close(found[0, 5], found[230, 235], rtol=1e-3, atol=1e-3)
+    assert abs(found[0, 5] - found[230, 236]) > 1e-2
+    assert abs(found[0, 5] - products(8 / 24)[230, 235]) > 1e-2

@@ -137,7 +137,7 @@ def test_too_few_keys_and_methods_that_read_none_are_refused() -> None:
     for name in METHODS | FORMS:
         method = make_method(name)
         check_far("all", method, name, dual="triton")
-        if name in ("freespec", "freelong", "direct_far"):
+        if name in ("freespec", "freelong", "ultravico", "direct_far"):
             check_far("1/8", method, name, dual="auto")
             with pytest.raises(ValueError, match=r"1/8 needs attention\.dual strided"):
                 check_far("1/8", method, name, dual="triton")

@@ -22,6 +22,8 @@ PUBLISHED = {
     "freenoise": "freenoise",
     "freelong": "freenoise",
     "freepca": "mean_reuse",
+    "ultravico": "iid",
+    "lvsa": "iid",
     "freespec": "iid",
 }
 

@@ -20,7 +20,7 @@ from engine.ranks.arrange import choose_degrees
 from engine.ranks.layouts import check_layout
 from evaluation.study.claims import CLAIMS
 from evaluation.study.sections import report_command
-from freespec.methods import METHODS
+from launch.arguments.compare import METHODS
 from launch.arguments.findings import read as read_arguments
 from launch.arguments.prompts import read_prompts
 from launch.arguments.variants import read_variants
@@ -204,12 +204,13 @@ def test_the_study_makes_six_methods_and_the_seven_rows_of_the_table() -> None:
     """The committed study itself; the last row is freespec and is not made twice."""
     made, few = (read(methods_of(part)) for part in ("videos", "steps"))
     methods, same, rows = (read(methods_of("videos", report)) for report in ("methods", "noise", "ablation"))
-    assert [variant.label for variant in methods] == list(METHODS)
+    studied = METHODS.split(",")
+    assert [variant.label for variant in methods] == studied
     assert [variant.label for variant in rows] == list(ROWS)
-    of_iid = [variant.label for variant in same if variant.label not in METHODS]
-    assert [variant.label for variant in made] == [*METHODS, *(label for label in ROWS if label != "freespec"), *of_iid]
+    of_iid = [variant.label for variant in same if variant.label not in studied]
+    assert [variant.label for variant in made] == [*studied, *(label for label in ROWS if label != "freespec"), *of_iid]
     # The same six methods, all from the draw itself.
-    assert [variant.config.method.name for variant in same] == list(METHODS)
+    assert [variant.config.method.name for variant in same] == studied
     assert of_iid == ["freenoise-iid", "freelong-iid", "freepca-iid"]
     assert {variant.config.noise[0] for variant in same} == {"iid"}
     by_label = {variant.label: variant for variant in made}
