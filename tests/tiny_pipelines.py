@@ -77,6 +77,37 @@ def random_wan22(*, boundary: float = 0.875, **sizes: int) -> WanPipeline:
     return pipe
 
 
+def random_ti2v(*, seed: int = 0) -> WanPipeline:
+    """Wan2.2 TI2V's timestep per token and residual VAE of 2 x 2 patches, on the transformer of `random_wan`; 8x spatial compression."""
+    pipe = random_wan(seed=seed)
+    vae = AutoencoderKLWan(
+        base_dim=4,
+        decoder_base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        latents_mean=[0.1, -0.2, 0.3, 0.0],
+        latents_std=[1.5, 0.7, 1.0, 2.0],
+        scale_factor_temporal=4,
+        scale_factor_spatial=8,
+    ).eval()
+    made = WanPipeline(
+        tokenizer=pipe.tokenizer,
+        text_encoder=pipe.text_encoder,
+        transformer=pipe.transformer,
+        vae=vae,
+        scheduler=pipe.scheduler,
+        expand_timesteps=True,
+    )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
 def save_random_wan(folder: Path, *, experts: int = 1) -> Path:
     """Write `random_wan`, or with two experts `random_wan22`, to a folder in Diffusers layout."""
     (random_wan() if experts == 1 else random_wan22()).save_pretrained(folder, safe_serialization=True)

@@ -360,6 +360,18 @@ class ModelAdapter(ABC):
         Between the first and the last everything but the self-attentions must work on each token by itself.
         """
 
+    def shard_condition(self, transformer: Any) -> nn.Module | None:
+        """What embeds a timestep of each token, if this model has one: `shard_timesteps` selects a rank's before it runs."""
+        return None
+
+    def shard_timesteps(self, args: tuple, kwargs: dict, start: int, length: int) -> tuple[tuple, dict]:
+        """Select a rank's tokens from the arguments of `shard_condition`; called only if there is one."""
+        raise AssertionError(f"{self.name} has one timestep for all tokens")
+
+    def video_timestep(self, timestep: Tensor) -> Tensor:
+        """The timestep [B] of each video, from the argument of a forward."""
+        return timestep
+
     @abstractmethod
     def shard_embedding(self, embedded: Tensor, start: int, length: int) -> Tensor:
         """Select a rank's tokens from the output of the patch embedding, in a shape that the model accepts."""

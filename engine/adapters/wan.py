@@ -1,4 +1,4 @@
-"""Wan2.1 and Wan2.2 A14B text-to-video inside diffusers: where its tokens are made, mixed and put together again."""
+"""Wan2.1 and Wan2.2 text-to-video inside diffusers: where its tokens are made, mixed and put together again."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
@@ -73,14 +74,14 @@ class WanAdapter(ModelAdapter):
         return made
 
     def check_index(self, index: Mapping[str, Any]) -> None:
-        """One of two transformers, a boundary that is none, and Wan2.2 TI2V are refused."""
+        """One of two transformers, and a boundary that is none, are refused."""
         ratio = index.get("boundary_ratio")
         second = index.get("transformer_2") not in (None, [None, None], (None, None))
         if second and ratio is None:
             raise half_of_two("a transformer_2 and no boundary_ratio, without which transformer_2 is never used")
-        if ratio is None and index.get("expand_timesteps"):
+        if ratio is not None and index.get("expand_timesteps"):
             raise UserError(
-                "this checkpoint uses a timestep per token (Wan2.2 TI2V); use Wan2.1 or Wan2.2 A14B text-to-video"
+                "this checkpoint has two transformers and a timestep per token, and no published one has both"
             )
         if ratio is not None and not second:
             raise half_of_two(f"boundary_ratio {ratio} and no transformer_2")
@@ -128,6 +129,28 @@ class WanAdapter(ModelAdapter):
     def shard_points(self, transformer: WanTransformer3DModel) -> tuple[nn.Module, nn.Module, nn.Module]:
         """See the base class."""
         return transformer.patch_embedding, transformer.rope, transformer.proj_out
+
+    def shard_condition(self, transformer: WanTransformer3DModel) -> nn.Module:
+        """See the base class; with one timestep for all tokens `shard_timesteps` changes nothing."""
+        return transformer.condition_embedder
+
+    def shard_timesteps(self, args: tuple, kwargs: dict, start: int, length: int) -> tuple[tuple, dict]:
+        """Timesteps [B S] -> [B s], and their number of each video."""
+        size = kwargs.get("timestep_seq_len")
+        if size is None:
+            return args, kwargs
+        timesteps = args[0].unflatten(0, (-1, size)).narrow(1, start, length).flatten()
+        return (timesteps, *args[1:]), kwargs | {"timestep_seq_len": length}
+
+    def video_timestep(self, timestep: Tensor) -> Tensor:
+        """[B], or [B, S] with a timestep of each token, which is the same for all of them in text-to-video."""
+        if timestep.dim() != 2:
+            return timestep
+        if bool((timestep != timestep[:, :1]).any()):
+            raise UserError(
+                "the tokens of a video have several timesteps, as given frames of Wan2.2 TI2V have; only text-to-video is supported"
+            )
+        return timestep[:, 0]
 
     def shard_embedding(self, embedded: Tensor, start: int, length: int) -> Tensor:
         """[B, C, F, H, W] -> [B, C, s, 1, 1], which the model flattens to [B, s, C]."""
@@ -201,12 +224,15 @@ class WanAdapter(ModelAdapter):
     ) -> list[Tensor]:
         """See the base class; the frame rate has no part in it."""
         [(name, (embed,))] = texts.items()
-        transformer = getattr(pipe, expert)
+        transformer, timestep = getattr(pipe, expert), timestep.expand(latents.shape[0])
+        if pipe.config.get("expand_timesteps"):
+            mask = torch.ones(latents.shape[2:], dtype=torch.float32, device=latents.device)[:, ::2, ::2]
+            timestep = (mask * timestep[0]).flatten()[None].expand(latents.shape[0], -1)
         with transformer.cache_context(name):
             return [
                 transformer(
                     hidden_states=latents.to(transformer.dtype),
-                    timestep=timestep.expand(latents.shape[0]),
+                    timestep=timestep,
                     encoder_hidden_states=embed,
                     return_dict=False,
                 )[0]
@@ -256,7 +282,9 @@ class _CausalDecoder(LatentDecoder):
     def step(self, latents: Tensor, state: list[Any], *, index: int, tile: int) -> Tensor:
         """See the base class."""
         hidden = self._vae.post_quant_conv(latents)
-        return self._vae.decoder(hidden, feat_cache=state, feat_idx=[0], first_chunk=index == 0)
+        frames = self._vae.decoder(hidden, feat_cache=state, feat_idx=[0], first_chunk=index == 0)
+        patch = self._vae.config.patch_size
+        return frames if patch is None else unpatchify(frames, patch)
 
     def num_frames(self, index: int) -> int:
         """1, then 4 and 4 again."""

@@ -8,7 +8,7 @@ from typing import Any
 
 SOURCE = (
     "published numbers (scripts/convert_wan_to_diffusers.py of diffusers 0.42, config.json of google/umt5-xxl, for Wan2.2 "
-    "wan/configs/wan_t2v_A14B.py of its authors)"
+    "wan/configs of its authors)"
 )
 
 _SCHEDULER = {
@@ -29,15 +29,33 @@ _TEXT_ENCODER = {
 }
 
 
-def _checkpoint(*, heads: int, layers: int, ffn_dim: int, **index: Any) -> dict[str, dict[str, Any]]:
+_VAE = {"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2}
+# Mean and deviation of the latents do not matter to a plan.
+_VAE_22: dict[str, Any] = _VAE | {
+    "base_dim": 160,
+    "decoder_base_dim": 256,
+    "z_dim": 48,
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.0] * 48,
+    "latents_std": [1.0] * 48,
+}
+
+
+def _checkpoint(
+    *, heads: int, layers: int, ffn_dim: int, channels: int = 16, **index: Any
+) -> dict[str, dict[str, Any]]:
     return {
         "model_index": {"_class_name": "WanPipeline", **index},
         "transformer": {
             "patch_size": [1, 2, 2],
             "num_attention_heads": heads,
             "attention_head_dim": 128,
-            "in_channels": 16,
-            "out_channels": 16,
+            "in_channels": channels,
+            "out_channels": channels,
             "text_dim": 4096,
             "freq_dim": 256,
             "ffn_dim": ffn_dim,
@@ -46,7 +64,7 @@ def _checkpoint(*, heads: int, layers: int, ffn_dim: int, **index: Any) -> dict[
             "qk_norm": "rms_norm_across_heads",
             "rope_max_seq_len": 1024,
         },
-        "vae": {"base_dim": 96, "z_dim": 16, "dim_mult": [1, 2, 4, 4], "num_res_blocks": 2},
+        "vae": _VAE if channels == _VAE["z_dim"] else _VAE_22,
         "text_encoder": _TEXT_ENCODER,
         "scheduler": _SCHEDULER,
     }
@@ -61,5 +79,8 @@ PUBLISHED = {
         ffn_dim=13824,
         boundary_ratio=0.875,
         transformer_2=["diffusers", "WanTransformer3DModel"],
+    ),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": _checkpoint(
+        heads=24, layers=30, ffn_dim=14336, channels=48, expand_timesteps=True
     ),
 }

@@ -75,7 +75,7 @@ class StepHook(Uncopyable):
         state, setup = self.state, self.state.setup
         if setup.mesh.world.size > 1:
             refuse_caches_of_one_rank(transformer)
-        step = self._find_step(_one_per_batch(timestep))
+        step = self._find_step(_one_per_batch(setup.adapter.video_timestep(timestep)))
         if self._active(self._timesteps[step]) is not transformer:
             raise UserError(
                 f"timestep {self._timesteps[step]:g} is for the other of the two transformers, by boundary_ratio; call the transformers "

@@ -49,13 +49,17 @@ class TokenHooks(Uncopyable):
             rotary.register_forward_hook(self.shard_rotary),
             output.register_forward_hook(self.gather_output),
         ]
+        condition = self._state.setup.adapter.shard_condition(self._transformer)
+        if condition is not None:
+            self.registered.append(condition.register_forward_pre_hook(self.shard_timesteps, with_kwargs=True))
 
     def remove(self) -> None:
         """Remove the hooks and their copies, which torch's quantization puts on modules that replace others."""
         for module in self._transformer.modules():
-            for key, hook in list(module._forward_hooks.items()):
-                if getattr(hook, "__self__", None) is self:
-                    del module._forward_hooks[key]
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for key, hook in list(hooks.items()):
+                    if getattr(hook, "__self__", None) is self:
+                        del hooks[key]
         self.registered = []
 
     @property
@@ -74,6 +78,12 @@ class TokenHooks(Uncopyable):
             return tables
         pair, frequency = change
         return with_frequency(tables, frequency, columns=self._pairs[pair][1], frame_tokens=grid.frame_tokens)
+
+    @torch.compiler.disable
+    def shard_timesteps(self, _module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """Select the timesteps of this rank's tokens, for a model with one of each token."""
+        shard = self._layout.shard
+        return self._state.setup.adapter.shard_timesteps(args, kwargs, shard[0], length(shard))
 
     @torch.compiler.disable
     def shard_embedding(self, _module: nn.Module, _args: tuple, embedded: Tensor) -> Tensor:

@@ -55,6 +55,7 @@ def count_forward(layout: Layout) -> Forward:
         return _count(
             spec.adapter,
             config,
+            json.dumps(spec.configs["model_index"], sort_keys=True),
             spec.video,
             size=size,
             shard=layout.share("global").shard,
@@ -71,9 +72,10 @@ def count_forward(layout: Layout) -> Forward:
 
 
 @functools.lru_cache(maxsize=4096)
-def _count(
+def _count(  # noqa: PLR0913 - all that decides it, as its cache's key
     adapter: ModelAdapter,
     config: str,
+    index: str,
     video: VideoSpec,
     *,
     size: tuple[int, int, int],
@@ -88,6 +90,7 @@ def _count(
     latents = torch.empty(1, video.channels, *size, device=META)
     pipe = SimpleNamespace(
         transformer=model,
+        config=json.loads(index),
         vae_temporal_compression_ratio=video.temporal_factor,
         vae_spatial_compression_ratio=video.spatial_factor,
     )
@@ -136,6 +139,10 @@ def _take_tokens(adapter: ModelAdapter, model: nn.Module, shard: int) -> None:
         return own
 
     embedding.register_forward_hook(cut)
+    if (condition := adapter.shard_condition(model)) is not None:
+        condition.register_forward_pre_hook(
+            lambda _module, args, kwargs: adapter.shard_timesteps(args, kwargs, 0, shard), with_kwargs=True
+        )
     rotary.register_forward_hook(lambda _module, _args, tables: adapter.shard_rotary(tables, 0, shard))
     output.register_forward_hook(lambda _module, _args, out: out.new_empty(len(out), tokens, out.shape[2]))
 

@@ -137,7 +137,7 @@ ANSWERS: dict[str, str] = {
             "it is not needed, leave it out"
         ),
         "resume resume_from resume_from_checkpoint continue": "the same command continues by itself, leave it out",
-        "task": "not supported: of Wan's tasks text-to-video is, with --config wan2.1-t2v-1.3b, wan2.1-t2v-14b or wan2.2-t2v-a14b",
+        "task": "not supported: of Wan's tasks text-to-video is, with --config wan2.1-t2v-1.3b, wan2.1-t2v-14b, wan2.2-t2v-a14b or wan2.2-ti2v-5b",
         "gpu gpu_id gpu_ids device_id device_ids cuda_device cuda_visible_devices visible_devices": (
             "set CUDA_VISIBLE_DEVICES in the environment to choose GPUs, and give --nproc for how many"
         ),

@@ -27,13 +27,15 @@ WAN_SMALL, WAN_LARGE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14
 LTX_090, LTX_091, LTX_095 = "Lightricks/LTX-Video", "diffusers/LTX-Video-0.9.1", "Lightricks/LTX-Video-0.9.5"
 LTX = (LTX_090, LTX_091, LTX_095)  # 0.9.6 dev has the parts of 0.9.5: see tests/engine/load/test_single_file.py
 WAN_PAIR = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
-HEADS = {WAN_SMALL: 12, WAN_LARGE: 40, WAN_PAIR: 40} | dict.fromkeys(LTX, 32)
-LAYERS = {WAN_SMALL: 30, WAN_LARGE: 40, WAN_PAIR: 40} | dict.fromkeys(LTX, 28)
+WAN_5B = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+HEADS = {WAN_SMALL: 12, WAN_LARGE: 40, WAN_PAIR: 40, WAN_5B: 24} | dict.fromkeys(LTX, 32)
+LAYERS = {WAN_SMALL: 30, WAN_LARGE: 40, WAN_PAIR: 40, WAN_5B: 30} | dict.fromkeys(LTX, 28)
 # Tensors and parameters of transformer and VAE, as diffusers builds them.
 SIZES = {
     WAN_SMALL: ((825, 1_418_996_800), (194, 126_892_531)),
     WAN_LARGE: ((1095, 14_288_491_584), (194, 126_892_531)),
     WAN_PAIR: ((1095, 14_288_491_584), (194, 126_892_531)),
+    WAN_5B: ((825, 4_999_787_712), (196, 704_688_668)),
     LTX_090: ((715, 1_923_385_472), (190, 419_193_649)),
     LTX_091: ((715, 1_923_385_472), (294, 934_976_434)),
     LTX_095: ((715, 1_923_385_472), (226, 1_246_913_522)),
@@ -43,6 +45,7 @@ SHAPES = {
     WAN_SMALL: {"transformer": ("blocks.29.attn1.to_q.weight", (1536, 1536))},
     WAN_LARGE: {"transformer": ("blocks.39.attn1.to_q.weight", (5120, 5120))},
     WAN_PAIR: {"transformer": ("blocks.39.attn1.to_q.weight", (5120, 5120))},
+    WAN_5B: {"vae": ("decoder.conv_in.weight", (1024, 48, 3, 3, 3))},
     LTX_090: {"vae": ("decoder.up_blocks.3.resnets.0.conv1.conv.weight", (128, 128, 3, 3, 3))},
     LTX_091: {"vae": ("decoder.scale_shift_table", (2, 128))},
     LTX_095: {"vae": ("encoder.conv_out.conv.weight", (129, 2048, 3, 3, 3))},
@@ -90,7 +93,7 @@ def pipe(spec: ModelSpec) -> Any:
         }
         parts["vae"] = spec.adapter.build("vae", spec.configs["vae"])
     scheduler = scheduler_class.from_config(spec.configs["scheduler"])
-    told = {name: value for name, value in index.items() if name == "boundary_ratio"}
+    told = {name: value for name, value in index.items() if name in ("boundary_ratio", "expand_timesteps")}
     return spec.adapter.pipeline_class(text_encoder=None, tokenizer=None, scheduler=scheduler, **parts, **told)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanPipeline
+from PIL import Image
 from torch import Tensor
 
 from engine import apply_timeline
@@ -227,11 +228,15 @@ def test_a_record_names_both(folder):
     assert [step["expert"] for step in record["steps"]] == ["transformer"] * 2 + ["transformer_2"] * 2
 
 
-def test_the_public_command(folder, tmp_path):
+def test_the_public_command_with_a_given_picture_and_a_timeline(folder, tmp_path):
+    Image.new("RGB", (48, 32), "red").save(tmp_path / "given.png")
     words = f"--config configs/wan2.2-t2v-a14b.yaml --model.path {folder} --model.device cpu --video.num_frames 29 --video.height 32"
     words += " --video.width 48 --sampler.num_steps 4 --sampler.max_text_tokens 20 --sampler.negative_prompt bad --method.window_frames 3"
-    main([*words.split(), "--prompt", PROMPT, "--output.path", str(tmp_path / "a.mp4"), "--output.progress", "off"])
+    words += f" --given first={tmp_path / 'given.png'} --output.path {tmp_path / 'a.mp4'} --output.progress off"
+    main([*words.split(), "--timeline", "a circle [0-12] | a star [12-, scene]"])
     record = json.loads((tmp_path / "a.json").read_text())
+    assert record["given"]
+    assert record["timeline"]
     assert {step["expert"] for step in record["steps"]} == {"transformer", "transformer_2"}
 
 

@@ -267,12 +267,15 @@ def test_context_parallel_switched_on_afterwards_is_refused():
             latents_of(pipe)
 
 
-def test_a_timestep_per_token_is_refused_in_the_forward():
+def test_several_timesteps_in_a_video_are_refused_in_the_forward():
     pipe = random_wan()
-    with apply_method(pipe, window_frames=3), pytest.raises(ValueError, match=r"one timestep per video.*\(1, 7\)"):
+    with (
+        apply_method(pipe, window_frames=3),
+        pytest.raises(ValueError, match="the tokens of a video have several timesteps"),
+    ):
         pipe.transformer(
             hidden_states=torch.zeros(1, pipe.transformer.config.in_channels, 4, 4, 4),
-            timestep=torch.zeros(1, 7),
+            timestep=torch.arange(7.0)[None],
             encoder_hidden_states=torch.zeros(1, 4, pipe.transformer.config.text_dim),
         )
 
@@ -298,7 +301,6 @@ def test_unsafe_pipelines_are_refused():
     for change, message in (
         (lambda pipe: pipe.transformer.register_to_config(image_dim=8), "image-to-video"),
         (lambda pipe: pipe.transformer.register_to_config(added_kv_proj_dim=8), "image-to-video"),
-        (lambda pipe: pipe.register_to_config(expand_timesteps=True), "timestep per token"),
     ):
         pipe = random_wan()
         change(pipe)

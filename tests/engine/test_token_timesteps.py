@@ -1,0 +1,153 @@
+"""Wan2.2 TI2V 5B, text to video: a timestep of each token, shared with the tokens, and a VAE of patches."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanPipeline, WanTransformer3DModel
+from PIL import Image
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.adapters.published import PUBLISHED
+from engine.adapters.wan import WAN
+from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
+from engine.decode.pieces import stream_decode
+from engine.errors import UserError
+from engine.planner.flops import call_operations
+from engine.planner.layout import lay_out
+from engine.planner.model import ModelSpec
+from engine.ranks.layouts import Ranks
+from freespec.methods import FreeSpec
+from launch.commands.generate import main
+from tests.engine.applied import applied, latents_of, refused
+from tests.engine.golden import Case, all_degrees, assert_same_video, mesh_of, on_one_rank
+from tests.engine.golden import latents_of as engine_latents
+from tests.ranks import run_ranks
+from tests.tiny_pipelines import random_ti2v
+
+PROMPT = "a red circle"
+NATIVE, LONG = 9, 29
+NAME = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("ti2v")
+    random_ti2v().save_pretrained(made)
+    return made
+
+
+def config_of(folder: Path, *, frames: int = LONG, method: str = "freespec") -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(path=str(folder), device="cpu"),
+        video=VideoConfig(num_frames=frames, height=64, width=96),
+        sampler=SamplerConfig(num_steps=3, guidance_scale=4.0, seed=3, negative_prompt="bad", max_text_tokens=20),
+        method=MethodConfig(name=method, window_frames=3, freespec=FreeSpec(domain="step")),
+        output=OutputConfig(progress="off"),
+    )
+
+
+def stock_latents(folder: Path, frames: int) -> Tensor:
+    pipe = WanPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"num_frames": frames, "height": 64, "width": 96, "num_inference_steps": 3, "max_sequence_length": 20}
+    draw = torch.Generator().manual_seed(3)
+    return pipe(PROMPT, "bad", **call, guidance_scale=4.0, generator=draw, output_type="latent").frames
+
+
+@pytest.mark.parametrize(("frames", "method"), [(NATIVE, "freespec"), (LONG, "direct")])
+def test_the_engine_has_the_bits_of_the_stock_pipeline(folder, frames, method):
+    assert torch.equal(on_one_rank(config_of(folder, frames=frames, method=method)), stock_latents(folder, frames))
+
+
+def test_a_method_on_a_pipeline(folder):
+    pipe = random_ti2v()
+    call = {"height": 64, "width": 96}
+    stock = latents_of(pipe, **call)
+    with applied(pipe, method="direct"):
+        assert torch.equal(latents_of(pipe, **call), stock)
+    assert torch.equal(latents_of(pipe, **call), stock)
+    assert not any(module._forward_pre_hooks for module in pipe.transformer.modules())
+
+
+def test_several_timesteps_in_a_video_are_refused():
+    pipe = random_ti2v()
+    pipe.scheduler.set_timesteps(3)
+    timestep = torch.full((1, 2 * 4 * 4), float(pipe.scheduler.timesteps[0]))
+    timestep[:, :16] = 0
+    with applied(pipe), pytest.raises(UserError, match=r"have several timesteps.*only text-to-video is supported"):
+        pipe.transformer(torch.zeros(1, 4, 2, 8, 8), timestep, torch.zeros(1, 12, 16))
+
+
+def test_frames_are_those_of_the_vae():
+    vae = random_ti2v().vae
+    latents = torch.randn(1, 4, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    mean, std = WAN.latent_statistics(vae)
+    with torch.no_grad():
+        whole = vae.decode(latents / (1.0 / std) + mean).sample
+    streamed = torch.cat(list(stream_decode(vae, latents)), dim=2)
+    assert streamed.shape == (1, 3, 9, 32, 48)
+    assert torch.equal(streamed, whole)
+
+
+def test_the_public_command_with_a_given_picture_and_a_timeline(folder, tmp_path):
+    """Also in tiles; the picture replaces latents, as with every model."""
+    Image.new("RGB", (96, 64), "red").save(tmp_path / "given.png")
+    words = f"--config configs/wan2.2-ti2v-5b.yaml --model.path {folder} --model.device cpu --video.num_frames 29 --video.height 64"
+    words += " --video.width 96 --sampler.num_steps 3 --sampler.max_text_tokens 20 --sampler.negative_prompt bad --method.window_frames 3"
+    words += f" --given first={tmp_path / 'given.png'} --output.path {tmp_path / 'a.mp4'} --output.progress off"
+    words += " --decode.mode tiled --decode.tile_height 48 --decode.tile_width 48 --decode.stride_height 32 --decode.stride_width 32"
+    main([*words.split(), "--timeline", "a circle [0-12] | a star [12-, scene]"])
+    record = json.loads((tmp_path / "a.json").read_text())
+    assert record["given"]
+    assert record["timeline"]
+    assert record["decode"]["mode"] == "tiled"
+
+
+def latents_on_ranks(rank: int, case: Case) -> Tensor:
+    """This rank's latents; runs on every rank."""
+    return engine_latents(config_of(Path(case.folder)), Ranks(mesh=mesh_of(case.degrees)))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_any_arrangement_of_ranks_makes_the_same_video(folder, ranks, tmp_path):
+    cases = [Case(str(folder), degrees, "freespec") for degrees in all_degrees(ranks)]
+    for case, by_rank in zip(cases, run_ranks(ranks, latents_on_ranks, cases, tmp_path), strict=True):
+        assert_same_video(by_rank, config_of(folder), case)
+
+
+def test_operations_are_exactly_what_torch_counts():
+    spec = ModelSpec(name=NAME, source="test", configs=PUBLISHED[NAME])
+    video = VideoConfig(num_frames=5, height=64, width=64)
+    assert spec.grid(5, 64, 64) == (2, 4)
+    with torch.device("meta"):
+        model = WanTransformer3DModel.from_config(spec.configs["transformer"]).eval()
+        inputs = torch.empty(1, 48, 2, 4, 4), torch.empty(1, 8), torch.empty(1, 512, 4096)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*inputs, return_dict=False)
+    method = MethodConfig(window_frames=31)
+    layout = lay_out(spec, (1, 1, 1), video, SamplerConfig(), method, itemsize=2, local_route="auto")
+    assert sum(call_operations(layout, "global").values()) == counter.get_total_flops()
+
+
+def test_a_timestep_for_the_video_alone_is_another_number_of_operations():
+    """Negative control."""
+    spec = ModelSpec(
+        name=NAME, source="test", configs=PUBLISHED[NAME] | {"model_index": {"_class_name": "WanPipeline"}}
+    )
+    whole = ModelSpec(name=NAME, source="test", configs=PUBLISHED[NAME])
+    video, method = VideoConfig(num_frames=5, height=64, width=64), MethodConfig(window_frames=31)
+    totals = [
+        call_operations(lay_out(s, (1, 1, 1), video, SamplerConfig(), method, itemsize=2, local_route="auto"), "global")
+        for s in (spec, whole)
+    ]
+    assert totals[0]["matrices"] < totals[1]["matrices"]
+
+
+def test_a_checkpoint_with_both_is_refused():
+    pipe = random_ti2v()
+    pipe.register_modules(transformer_2=random_ti2v(seed=1).transformer)
+    pipe.register_to_config(boundary_ratio=0.875)
+    refused(lambda: applied(pipe), match="has two transformers and a timestep per token")
