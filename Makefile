@@ -23,7 +23,7 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-# What takes minutes or a browser: batches on a real Ray, the comparison page in Chromium (apt-get install chromium).
+# What takes minutes or a browser: batches on a real Ray, pages of comparisons and of serve.py in Chromium (apt-get install chromium).
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 

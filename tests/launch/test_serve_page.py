@@ -122,7 +122,7 @@ def test_broken_pages_are_seen(service: Service) -> None:
             "watched = new MutationObserver(() => { window.pictured ||= !!document.querySelector('.place img'); })"
         )
         browser.value("watched.observe(document.body, {childList: true, subtree: true})")
-        card = make(browser, HOSTILE, 2)
+        card = make(browser, HOSTILE, 2, "50")
         browser.wait_for(f"document.querySelector('{card} video')")
         assert browser.value("[window.pictured, window.hacked, document.querySelectorAll('#gallery p b').length]") == [
             False,
@@ -193,8 +193,11 @@ def test_nothing_is_wider_than_the_window(service: Service, width: int) -> None:
     over = f"{ROOT}.scrollWidth - {ROOT}.clientWidth"
     with service.opened(width=width) as browser:
         browser.value(f"$('text').value = {TIMELINE!r}, readText()")
-        long = "update({...[...cards.values()][0].video, id: 'x', prompt: 'a'.repeat(300), status: 'failed', error: {message: 'b'.repeat(300)}})"
-        browser.value(f"void ({long}, $('gallery').append(cards.get('x').item))")
+        long = (
+            "{id: 'x', method: 'direct', seed: 0, seconds: '2', size: '32x32', progress: 0, preview: null, extra: {}, status: 'failed',"
+            " prompt: 'a'.repeat(300), error: {message: 'b'.repeat(300)}}"
+        )
+        browser.value(f"void (clearTimeout(timer), turn++, update({long}), $('gallery').append(cards.get('x').item))")
         assert browser.value(over) == 0
         browser.value(
             "document.querySelectorAll('p').forEach(each => { each.style.overflowWrap = 'normal'; each.style.display = 'block'; each.style.overflow = 'visible'; })"
