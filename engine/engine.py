@@ -116,8 +116,16 @@ class LongVideoEngine:
         check_layout(method.name, method.method, self.ranks.degrees)
         config = replace(self.config, method=method, output=output or self.config.output)
         self.handle.remove()
+        self.placement.bring(
+            self.checkpoint.experts[0]
+        )  # whose device is the method's; the last video may have sent it away
         self.config = config
         self.handle = self._apply_method()
+
+    @property
+    def placement(self) -> ExpertPlacement:
+        """Where the transformers are, if there are two."""
+        return ExpertPlacement(experts=self.adapter.experts(self.pipe), device=self.device, idle_stays=self._idle_stays)
 
     @property
     def adapter(self) -> ModelAdapter:
@@ -240,9 +248,7 @@ class LongVideoEngine:
                 mesh=self.mesh,
                 text=passes,
                 guidance=dict(zip(self.checkpoint.experts, sampler.guidance, strict=False)),
-                placement=ExpertPlacement(
-                    experts=self.adapter.experts(self.pipe), device=self.device, idle_stays=self._idle_stays
-                ),
+                placement=self.placement,
                 fps=video.fps,
                 trace=trace,
             ),

@@ -344,6 +344,17 @@ def test_the_idle_one_leaves_before_the_other_comes():
     assert len(order) == 5
 
 
+def test_another_method_finds_the_first_one_on_the_device(folder, monkeypatch):
+    """The last steps of a video have sent it to the CPU, whose kernels are other ones."""
+    brought = []
+    with LongVideoEngine(config_of(folder, frames=NATIVE)) as engine:
+        monkeypatch.setattr(ExpertPlacement, "bring", lambda _self, active: brought.append(active))
+        engine.denoise(PROMPT)
+        assert brought == ["transformer"] * 2 + ["transformer_2"] * 2
+        engine.use_method(MethodConfig(name="direct", window_frames=3))
+        assert brought[-1] == "transformer"
+
+
 # Planned.
 
 PAIR, ONE = "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"
