@@ -41,7 +41,7 @@ def collective_rates(ranks: int, repeats: int, folder: Path) -> dict[str, float]
 
 
 def measure_collectives(rank: int, case: tuple[int, int]) -> dict[str, tuple[int, list[float]]]:
-    """Runs on every rank: by kind the bytes that this rank sends in one call, and its seconds in each round."""
+    """On every rank: bytes sent in one call, by kind, and seconds of each round."""
     ranks, repeats = case
     mesh = build_mesh(cfg=1, ring=1, ulysses=ranks, device=CPU, timeout=TIMEOUT)
     sent: Counter[str] = Counter()

@@ -83,7 +83,7 @@ def list_videos(count: int, seeds: int) -> Iterator[Video]:
 
 
 def make_video(engine: LongVideoEngine, video: Video) -> dict[str, Any]:
-    """What is seen in one video, and the texts of its events."""
+    """Tracks in one video, and the texts of its events."""
     texts = draw_timelines(video["index"] + 1)[-1]
     engine.use_method(replace(engine.config.method, name=video["method"]))
     return {"texts": texts, "seen": observe(make(engine, texts, video["transition"], video["seed"]))}

@@ -1,4 +1,4 @@
-"""How well a video of the embedded world is continued, against a chain of clips that encode the end of what is there again.
+"""Quality of continued videos of the embedded world, against a chain of clips that each re-encode the end of the last.
 
 python -m benchmarks.extensions --count 40 --seeds 1
 

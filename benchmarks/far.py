@@ -53,7 +53,7 @@ def dual_call(shape: Shape, qkv: QKV, kernel: Any, kept: Tensor | None) -> Calla
 
 
 def exact_rows(shape: Shape, qkv: QKV, queries: Tensor, kept: Tensor | None) -> Tensor:
-    """What the call is to compute for these queries, in fp64 by explicit weights."""
+    """Reference of the call for these queries, in fp64 with explicit weights."""
     if kept is None:
         out = exact_branches(shape, qkv, queries)[1]
         assert out is not None

@@ -1,4 +1,4 @@
-"""Rounds of faults: a batch on a local Ray, from which processes are killed, must be complete and correct in the end.
+"""Kill processes of a batch on a local Ray, round after round; the batch must be complete and correct in the end.
 
     python -m benchmarks.faults --rounds 20            writes benchmarks/results/faults-cpu-DATE.json
     python -m benchmarks.faults --rounds 4 --minutes 10
@@ -99,7 +99,7 @@ def main() -> int:
             kind, out = kinds[number % len(kinds)], Path(folder) / f"round{number}"
             result = run_round(batch, out, kind, rng, working)
             judged = judge(out, expected)
-            # A round in which nothing was killed shows nothing.
+            # A round without a kill tests nothing.
             judged["well"] = judged["well"] and result["killed"] is not None
             ended.append({"round": number, "kind": kind, **result, **judged})
             print(json.dumps(ended[-1]), flush=True)

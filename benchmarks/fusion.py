@@ -32,7 +32,7 @@ PROGRESS = 0.2
 
 
 def svd_fp32(o_local: Tensor, o_global: Tensor, weights: FusionWeights) -> Tensor:
-    """Eq. 4-13 as they are written, in fp32: both long SVDs, new singular values, residual."""
+    """Eq. 4-13 as written, in fp32: both long SVDs, new singular values, residual."""
     local, o_global = (x.float().transpose(1, 2) for x in (o_local, o_global))
     u, sigma_l, vh = torch.linalg.svd(local, full_matrices=False)
     _, sigma_g, _ = torch.linalg.svd(o_global, full_matrices=False)
@@ -44,7 +44,7 @@ def svd_fp32(o_local: Tensor, o_global: Tensor, weights: FusionWeights) -> Tenso
 def falling_branches(
     shape: Shape, device: torch.device, dtype: torch.dtype, *, heads: int, tokens: int | None = None
 ) -> Branches:
-    """O_l and O_g [1, S, N, D] whose singular values fall from 1 to 0.01, each in a basis of its own."""
+    """O_l and O_g [1, S, N, D] with singular values from 1 to 0.01, each in its own basis."""
     draw = torch.Generator(device).manual_seed(0)
     falling = 0.01 ** torch.linspace(0, 1, shape.head_dim, device=device)
     made = []

@@ -61,7 +61,7 @@ class Shape:
         )
 
     def draw(self, device: torch.device, dtype: torch.dtype, heads: int | None = None) -> QKV:
-        """Normal q, k, v [1, S, N, D], the same on every call."""
+        """Normally distributed q, k, v [1, S, N, D], the same on every call."""
         draw = torch.Generator(device).manual_seed(0)
         sizes = (3, 1, self.num_tokens, heads or self.heads, self.head_dim)
         q, k, v = torch.randn(sizes, generator=draw, device=device, dtype=dtype).unbind(0)

@@ -28,7 +28,7 @@ GIB = 2**30
 
 
 def peaks(spec: ModelSpec, ring: int, ulysses: int, modes: tuple[Mode, ...] = MODES) -> dict[str, float]:
-    """GiB at the worst moment of a forward of one block in bf16, by mode; in a fake world of 8 ranks."""
+    """Peak GiB of a forward of one block in bf16, by mode; in a fake world of 8 ranks."""
     found = {}
     for mode in modes:
         layout = make_layout(spec, LONG, ring, ulysses, window=21, itemsize=2)

@@ -69,7 +69,7 @@ def layer(layout: SequenceLayout, shape: Shape, kernel: str, qkv: tuple[Tensor, 
 
 
 def measure_rank(rank: int, case: Case) -> dict[str, Any]:
-    """Runs on every rank: bytes that this rank sent by kind, the plan's integers, and seconds of each round."""
+    """On every rank: bytes sent by kind, bytes planned, and seconds of each round."""
     shape = SHAPES[case.shape]
     mesh = build_mesh(cfg=1, ring=case.ring, ulysses=case.ulysses, device=CPU, timeout=TIMEOUT)
     plan = SequencePlan(tokens=shape.num_tokens, heads=case.heads, ring=case.ring, ulysses=case.ulysses)
@@ -128,7 +128,7 @@ def summarise(case: Case, by_rank: list[dict[str, Any]]) -> dict[str, Any]:
 def compare(
     row: Mapping[str, Any], alone: Mapping[str, float], rates: Mapping[str, float], devices: int
 ) -> dict[str, float | None]:
-    """How often a time goes into one rank's, what is predicted, and measured / predicted; None if one rank was not measured."""
+    """Speedup over one rank, predicted time, and measured / predicted; None if one rank was not measured."""
     if row["mode"] not in alone:
         return {"speedup": None, "predicted_ms": None, "measured_over_predicted": None}
     one, shape = alone[row["mode"]], SHAPES[row["shape"]]

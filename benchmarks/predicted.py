@@ -62,7 +62,7 @@ def _served_elsewhere(plans: Sequence[Plan]) -> dict[str, tuple[str, float]]:
 
 @functools.cache
 def predicted_ratios() -> dict[str, str]:
-    """What the planner says of the ratios that a GPU should show: Wan2.1-1.3B on one H200."""
+    """Predicted ratios of Wan2.1-1.3B on one H200."""
     step = load_preset(PRESETS[0], "--method.freespec.domain", "step")
     found = {}
     for name, config in (("step, 0.5", step), ("default: timestep", load_preset(PRESETS[0]))):
@@ -142,7 +142,7 @@ def long_videos() -> str:
 
 
 def predicted_minutes(row: dict[str, Any], name: str, marks: dict[str, str]) -> str:
-    """A method's minutes on the row's layout, or with a mark on the best that it can have instead."""
+    """A method's minutes on the row's layout, or marked, on the best layout that serves it."""
     if f"seconds_{name}" in row:
         return f"{row[f'seconds_{name}'] / 60:.1f}"
     if name not in row["elsewhere"]:

@@ -1,4 +1,4 @@
-"""Figures that others published of dense runs on GPUs, and what the planner predicts for the same: a check of its assumptions."""
+"""Published figures of dense runs on GPUs beside the planner's predictions, as a check of its assumptions."""
 
 import functools
 from dataclasses import dataclass

@@ -35,7 +35,7 @@ CLOCKS = ("wall_s", "cpu_s")
 BY_SHAPE = ("attention", "far", "fusion")  # one result for each shape
 _SPAN = re.compile(r"(<!-- table (\w+) -->\n).*?(\n<!-- end \2 -->)", re.DOTALL)
 
-# What must hold: benchmark, shapes (the first that was measured counts), ratio, largest value.
+# Goals: benchmark, shapes (the first that was measured counts), ratio, largest value.
 EXPECTED = [
     ("attention", ("wan", "wan-short"), "dual / global", 1.3),
     ("attention", ("wan", "wan-short"), "dual / two calls", 1.0),
@@ -74,7 +74,7 @@ def _not_in(results: list[dict[str, Any]], runs: list[Run]) -> list[Run]:
 
 
 def expectations(runs: Mapping[str, Run]) -> str:
-    """The figures to reach, and whether they are reached."""
+    """Goals, and whether they hold."""
     rows = []
     for benchmark, shapes, name, limit in EXPECTED:
         newest = runs.get(benchmark)

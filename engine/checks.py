@@ -1,4 +1,4 @@
-"""What a configuration gets wrong about its checkpoint, device or ranks, found before weights are read."""
+"""Check a configuration against its checkpoint, device and ranks before weights are read."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -35,7 +35,7 @@ MOST_SIDE = 16_384
 MOST_FPS = 1000
 VideoKind = Literal["mp4", "gif", "webp", "png"]
 VIDEO_KINDS: dict[str, VideoKind] = {".mp4": "mp4", ".gif": "gif", ".webp": "webp", "": "png"}
-"""What is written, by the end of the name; `png` is a folder of frames."""
+"""Output format by file ending; `png` is a folder of frames."""
 """`png` is a folder of them, one for each frame."""
 
 # By the ending of a video. Browsers show frames of 10 ms or less for 100 ms; GIF counts in hundredths of a second.
@@ -513,7 +513,7 @@ class OutputConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides a run; saved, resolved, beside every video.
+    """The whole configuration of a run; saved, with defaults resolved, beside every video.
 
     Attributes:
         model: the checkpoint.
@@ -593,7 +593,7 @@ class RunConfig:
 
 
 def split_scale(lora: str) -> tuple[str, float]:
-    """Name and scale of NAME@SCALE; a name may have an @ of its own."""
+    """Name and scale of NAME@SCALE; a name may contain an @."""
     name, _, scale = lora.rpartition("@")
     try:
         return (name, float(scale)) if name else (lora, 1.0)

@@ -1,4 +1,4 @@
-"""The engine: a loaded model that makes videos from prompts, in stages that can be stopped and continued."""
+"""The engine: a loaded model that makes videos from prompts, in resumable stages."""
 
 import contextlib
 import json
@@ -356,7 +356,7 @@ class LongVideoEngine:
         return pipe, raise_together(self.mesh, lambda: describe_weights(model) if self.is_first else {})
 
     def _directed(self, direction: Direction | None) -> contextlib.AbstractContextManager[object]:
-        """Put the events of a timeline on the pipeline for a block."""
+        """Apply the events of a timeline to the pipeline for a block."""
         events = None if direction is None else direction.events
         if self.config.model.compile and events != self._compiled_for:
             torch.compiler.reset()  # graphs of other events count towards the recompile limit of a block

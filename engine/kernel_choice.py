@@ -47,7 +47,7 @@ class KernelChoice:
 
     Attributes:
         kernel: the name.
-        why: `given`, `the only one here`, `measured`, or `the first that is right here`.
+        why: `given`, `the only one here`, `measured`, or `the first that is correct here`.
         seconds: time of part of a layer, global and dual, by kernel.
         left_out: kernels that do not run here, or are wrong, with the reason.
     """
@@ -109,7 +109,7 @@ def select_kernels(
 def choose_on_ranks(
     config: RunConfig, spec: VideoSpec, transformer: Any, ranks: Ranks, device: torch.device
 ) -> KernelChoice:
-    """`choose_kernel` for the video of a configuration, by rank 0 for all; parallel.provider xfuser has a kernel of its own."""
+    """`choose_kernel` for the video of a configuration, by rank 0 for all; parallel.provider xfuser has its own kernel."""
     if ranks.hybrid is not None:
         return KernelChoice(kernel=config.attention.kernel, why="xfuser's")
     _, _, *latents = spec.latent_shape(config.video.num_frames, config.video.height, config.video.width)
@@ -182,7 +182,7 @@ def fastest(
             layer = part.attention(name, device, dtype)
             difference = wrong(check_rows(layer, qkv, q_start), expected, dtype)
             if difference is None and not timed:
-                return KernelChoice(kernel=name, why="the first that is right here", left_out=left_out)
+                return KernelChoice(kernel=name, why="the first that is correct here", left_out=left_out)
             if difference is None:
                 seconds[name] = seconds_of(lambda layer=layer: both_kinds(layer, qkv, q_start), device)  # type: ignore[misc]
         except UNSUPPORTED as error:
@@ -190,7 +190,7 @@ def fastest(
         if difference is not None:
             left_out[name] = difference
     if not seconds:
-        raise UserError(f"no attention kernel runs here: {left_out}; choose one as attention.kernel, like plain")
+        raise UserError(f"no attention kernel runs here: {left_out}; set attention.kernel, for example to plain")
     return KernelChoice(kernel=preferred(seconds), why="measured", seconds=seconds, left_out=left_out)
 
 
@@ -290,7 +290,9 @@ def fastest_solver(
         if reason is not None:
             left_out[name] = reason
     if not seconds:
-        raise UserError(f"no eigensolver is right on {device}: {left_out}; use another version of torch or of its CUDA")
+        raise UserError(
+            f"no eigensolver is correct on {device}: {left_out}; use another version of torch or of its CUDA"
+        )
     if len(names) == 1:
         return SolverChoice(solver=names[0], why="the only one here")
     chosen = preferred(seconds)

@@ -24,7 +24,7 @@ def ranges_of(timeline: Sequence[Mapping[str, Any]]) -> list[TextRange]:
 
 
 def version_of(prompt: str) -> str:
-    """What decides the measures of a prompt's video beside the video: `source_digest`, with the measures of events for a timeline."""
+    """Version of the measures of a prompt's video: `source_digest`, with the measures of events for a timeline."""
     return _version(timed=parse_timeline(prompt) is not None)
 
 

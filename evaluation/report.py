@@ -131,7 +131,7 @@ def as_tree(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def kind(evaluation: Evaluation) -> str:
-    """Name the kind of numbers, so that they are not mistaken for VBench's leaderboard."""
+    """Name the kind of scores, to avoid confusion with VBench's leaderboard."""
     prompts = len({row.video.prompt for row in evaluation.rows})
     seeds = len({row.video.seed for row in evaluation.rows})
     what = "VBench-Long metrics, custom input" if evaluation.vbench else "Weight-free proxies, without VBench"
@@ -164,10 +164,10 @@ def as_markdown(evaluation: Evaluation, tree: Mapping[str, Any]) -> str:
 
 
 def _missing_section(evaluation: Evaluation) -> list[str]:
-    """Say first which videos are missing, and that figures are over the others."""
+    """State which videos are missing, and that figures are over the others."""
     if not evaluation.missing:
         return []
-    heading = "**Not everything that was asked for is here; all figures are over what is.**"
+    heading = "**Some of what was asked for is missing; all figures are over the rest.**"
     return [heading, "", *(f"- {markdown_cell(sentence)}" for sentence in evaluation.missing), ""]
 
 
@@ -280,14 +280,12 @@ def _proxy_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]
     lines = [
         "## Proxies",
         "",
-        "Measures without networks. They stand beside VBench's dimensions and are not them: no correlation with "
-        "VBench has "
-        "been measured.",
+        "Measures without networks. They are not VBench dimensions, and no correlation with VBench has been measured.",
         "",
         *_by_measure(evaluation, tree, {name: f"`{name}`" for name in PROXIES}),
     ]
     lines += [f"- `{name}`: {meaning}" for name, meaning in PROXIES.items()]
-    return [*lines, "", "Nothing here stands for aesthetic quality, a subject's identity or the text.", ""]
+    return [*lines, "", "None of them measures aesthetic quality, a subject's identity or the match with the text.", ""]
 
 
 def _world_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]:
@@ -297,7 +295,7 @@ def _world_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]
     return [
         *heading,
         "The world's shapes, colours, places and speeds, read from every frame; docs/compare.md says what each measure "
-        "is. They are exact on rendered clips; what a video shows beside the world, they do not see.",
+        "is. They are exact on rendered clips; they ignore whatever else a video shows.",
         "",
         *_by_measure(evaluation, tree, {name: f"`{name}`, {unit}" for name, unit in WORLD.items()}),
     ]
@@ -329,7 +327,7 @@ def _differing(evaluation: Evaluation) -> list[str]:
         pairs.setdefault(row.label, set()).add(video.pair)
     notes = []
     if len(shapes) > 1:
-        notes.append("Videos differ in length, size or rate, which moves scores by itself.")
+        notes.append("Videos differ in length, size or rate, which alone changes scores.")
     common = set.intersection(*pairs.values())
     if any(found != common for found in pairs.values()):
         counts = ", ".join(f"{label} {len(found)}" for label, found in sorted(pairs.items()))

@@ -64,7 +64,7 @@ def score(request: Request, *, check_only: bool, say: Say, tell: Callable[[str],
     by_label = groups(videos)
     baseline = _baseline(request.baseline, list(by_label))
     out, evaluator = request.out, request.evaluator
-    with writing_to(out, after="the same command goes on from there"), _own(out):
+    with writing_to(out, after="the same command continues from there"), _own(out):
         views = [plan_view(label, group, out / "views") for label, group in by_label.items()] if evaluator else []
         bench = _preflight(evaluator, request.dimensions, out, tell) if evaluator else None
         if check_only:

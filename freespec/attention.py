@@ -18,8 +18,8 @@ from freespec.windows import QueryGroup, query_groups, window_range
 # Parts are merged in eighths of their tokens: the fp32 copies of half-precision outputs are three quarters of one output, and
 # a GPU is given enough at a time. Fewer tokens than these are merged at once.
 MERGE_PIECES, MERGE_TOKENS = 8, 2048
-# A CPU multiplies what is left beyond whole units of rows by kernels of their own, whose sums differ in the last bits: shards of
-# ranks begin at multiples of as many tokens.
+# Rows beyond whole units use other CPU kernels, whose sums differ in the last bits; shards therefore begin at multiples of this
+# many tokens.
 CPU_ROWS = 8
 Partial = tuple[Tensor, Tensor]  # attention over some of the keys: out [B, S, N, D], lse [B, S, N]
 Place = tuple[int, slice]  # batch item and rows of it
@@ -154,7 +154,9 @@ class WindowedAttention:
         of some tokens of every frame of the video, as many of each: outside the windows they stand for all keys.
         """
         if self.dual_kernel is not None and q.numel() > 0:
-            assert far is None, "refused where the method is put on: one kernel for both branches attends to all keys"
+            assert far is None, (
+                "refused where the method is installed: one kernel for both branches attends to all keys"
+            )
             return self._by_one_kernel(self.dual_kernel, (q, k, v), (q_start, k_start), dtype)
         if torch.compiler.is_compiling():
             made = dual_op(q, k, v, far or (), *self.keys, [*self._geometry, q_start, k_start], dtype)

@@ -128,7 +128,7 @@ def _eigh_checked(matrices: Tensor) -> tuple[Tensor, Tensor]:
     return _eigh(matrices, used())
 
 
-# An operator of its own: a compiled block takes it as one call, whatever the solver does.
+# A custom operator: a compiled block takes it as one call, whatever the solver does.
 @torch.library.custom_op("freespec::eigh", mutates_args=())
 def _eigh(matrices: Tensor, solver: str) -> tuple[Tensor, Tensor]:
     """Decompose finite matrices; NaN and a warning if the solver fails or is wrong. Out of memory is raised."""

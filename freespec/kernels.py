@@ -73,7 +73,7 @@ KERNELS: dict[str, Kernel] = {
 HALF = (torch.float16, torch.bfloat16)
 
 
-# Kernels that an operator may be asked for, by `key_of`; those that nobody else holds any more are forgotten.
+# Kernels that an operator may be asked for, by `key_of`; they are dropped once nothing else refers to them.
 _BY_KEY: "weakref.WeakValueDictionary[str, Kernel]" = weakref.WeakValueDictionary(KERNELS)
 
 
@@ -120,7 +120,7 @@ CUDNN_FIRST = ((9, 0), (10, 0))
 # 9.15.1, as cudnnGetVersion has it since cuDNN 9: major * 10000 + minor * 100 + patch. Older ones read out of bounds where 128 does
 # not divide a length, and lengths here are frames x tokens of a frame.
 CUDNN_SINCE = 91501
-# Of the first candidate's time, for another one to be taken: near a tie, processes of one batch would differ by chance.
+# Share of the first candidate's time below which another one is taken: near a tie, processes of a batch would choose by chance.
 DECISIVE = 0.9
 
 
@@ -186,7 +186,7 @@ def select_kernel(name: str, device: torch.device, dtype: torch.dtype) -> Kernel
 def select_complement(name: str, device: torch.device, dtype: torch.dtype, *, dual: str) -> Kernel | None:
     """The kernel for the keys outside the windows, where `dual` is how both branches are computed; None is the same kernel.
 
-    Raises ValueError for an unknown name, for a `dual` without a complement of its own, and where SageAttention is missing,
+    Raises ValueError for an unknown name, for a `dual` that takes no complement, and where SageAttention is missing,
     too old to return the log-sum-exp, or serves neither the device nor the dtype.
     """
     if name == "same":

@@ -21,8 +21,8 @@ EPS_HALF = 1e-3
 # The last tenth below is faded in, so that a rounding error that moves a singular value past EPS moves the result no further.
 FADE = 0.9
 HALF = (torch.bfloat16, torch.float16)
-# Of a chunk of tokens in fp32, which outputs in half precision are copied to. Few heads are taken in longer chunks: on a CPU each
-# product of a short one is over before its threads are awake.
+# Bytes of the fp32 copy of a chunk of half-precision outputs. Few heads take longer chunks: on a CPU a short product ends before
+# its threads have started.
 CHUNK_BYTES = 48 * 2**20
 CHUNK_TOKENS = 32768
 # Tokens that are copied to fp64 at a time: as many for any share of the heads, so that each head's sum has the same bits in all.

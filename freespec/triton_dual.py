@@ -85,7 +85,7 @@ def dual(  # noqa: PLR0913 - the numbers of a shard and of a video
     return DualOutput(out_local, lse[0], out_global, lse[1], total)
 
 
-# An operator of its own: a compiled block takes it as one call, and its numbers do not depend on the layer or the step.
+# A custom operator: a compiled block takes it as one call, and its numbers do not depend on the layer or the step.
 @torch.library.custom_op("freespec::dual", mutates_args=())
 def _dual(  # noqa: PLR0917 - operators have no keyword-only arguments
     q: Tensor,
@@ -321,7 +321,7 @@ def _dual_kernel(  # noqa: PLR0913, PLR0915, PLR0917
 
     for block in range(slot * RUN, min(slot * RUN + RUN, tl.cdiv(num_queries, BLOCK_M))):
         row = block * BLOCK_M + tl.arange(0, BLOCK_M)
-        # Rows past the end are given the last one's window, so that they widen no edge.
+        # Rows past the end get the last row's window, so that they do not extend the range of keys.
         frame = (q_start + tl.minimum(row, num_queries - 1)) // frame_tokens
         row_window = tl.minimum(tl.maximum(frame - window_frames // 2, 0), last_window) * frame_tokens - k_start
         left = tl.min(row_window, 0)

@@ -16,12 +16,12 @@ from datetime import timedelta
 
 import torch
 
-# So much earlier than the watchdog, which ends the process in the middle of a line.
+# Margin before the watchdog, which ends the process in the middle of a line.
 _MARGIN_SECONDS = 5.0
 _MARGIN_SHARE = 0.1  # of a short timeout
 _LOOKS_PER_MARGIN = 5
 
-# Called after a call was queued: marks the end of the device's queue, and returns whether the device has passed the mark.
+# Marks the end of the device's queue; returns a function that tells whether the device has passed the mark.
 Mark = Callable[[], Callable[[], bool]]
 
 

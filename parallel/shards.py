@@ -15,8 +15,8 @@ Mode = Literal["local", "global", "dual"]
 Route = Literal["all_to_all", "halo"]
 HaloRange = Callable[[int, int], Range]  # queries [q_start, q_stop) -> tokens that their windows hold
 
-# A CPU multiplies what is left of a matrix beyond whole units of rows by kernels of their own, whose sums differ in the last bits:
-# the last one or two of four on most, on Intel's with AVX-512 the last seven of eight.
+# Rows of a matrix beyond whole units use other CPU kernels, whose sums differ in the last bits: the last one or two of four on
+# most CPUs, the last seven of eight on Intel's with AVX-512.
 ROWS = 8
 SHORT_SHARD = 2 * ROWS  # tokens; below, a unit would be much of a shard
 GRAM_ITEMSIZE = 8  # Gram matrices travel in fp64
@@ -56,7 +56,7 @@ def overlap(a: Range, b: Range) -> Range:
 
 
 def subtract(span: Range, hole: Range) -> tuple[Range, ...]:
-    """What is left of `span` without `hole`: up to two ranges, in order, none of them empty."""
+    """Subtract `hole` from `span`: up to two ranges, in order, none of them empty."""
     if length(overlap(span, hole)) == 0:
         hole = (span[1], span[1])
     pieces = (span[0], min(span[1], hole[0])), (max(span[0], hole[1]), span[1])

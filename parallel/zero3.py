@@ -17,7 +17,7 @@ from parallel.deepspeed import quiet, quiet_import, start_communication
 
 # Layers that are whole at a time: the one that runs, and the next one, which is on its way.
 LIVE_LAYERS = 2
-# Of a share in a file, so that any dtype can be read there.
+# Alignment of a share in a file, so that any dtype can be read.
 _ALIGNMENT = 64
 
 

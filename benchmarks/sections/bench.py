@@ -172,7 +172,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def empty_cache(self) -> None:
-        """Give cached memory back, so that a peak is of one variant alone."""
+        """Empty the cache, so that a peak belongs to one variant."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -31,7 +31,7 @@ def adapter_of_pipeline(pipe: Any) -> ModelAdapter:
         if isinstance(unwrap(pipe), (adapter.transformer_class, adapter.vae_class)):
             name = adapter.pipeline_class.__name__
             raise UserError(
-                f"a method or a timeline goes on a whole pipeline: give the {name}, not its {type(unwrap(pipe)).__name__}"
+                f"a method or a timeline applies to a whole pipeline: give the {name}, not its {type(unwrap(pipe)).__name__}"
             )
     return adapter_of(pipe)
 

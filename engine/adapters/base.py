@@ -122,7 +122,7 @@ class VideoSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TimeSettings:
-    """How a decode proceeds in time; the same on every rank, since it affects the frames.
+    """Settings of a decode in time; the same on every rank, since they affect the frames.
 
     Attributes:
         chunk: latent frames that a chunk advances by (at most), and that it sees; None for the model's exact decode.

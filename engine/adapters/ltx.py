@@ -74,7 +74,7 @@ class LtxAdapter(ModelAdapter):
         return vae.get("latent_channels", 128)
 
     def check_pipeline(self, pipe: LTXPipeline) -> None:
-        """Patches that the stock pipeline itself would handle in another way are refused."""
+        """Refuse patches that the stock pipeline would handle differently."""
         config = self.transformer_of(pipe).config
         patch = (config.patch_size_t, config.patch_size)
         if patch != (1, 1):
@@ -87,7 +87,7 @@ class LtxAdapter(ModelAdapter):
         return transformer.transformer_blocks
 
     def grid(self, transformer: LTXVideoTransformer3DModel, inputs: dict[str, Any]) -> tuple[int, int, int]:
-        """The latents are packed, [B, S, z], so their sizes are arguments of their own."""
+        """See the base class; read from the arguments, since packed latents [B, S, z] do not show their sizes."""
         frames, rows, columns = (inputs.get(name) for name in ("num_frames", "height", "width"))
         if frames is None or rows is None or columns is None:
             raise UserError(
@@ -117,7 +117,7 @@ class LtxAdapter(ModelAdapter):
         rotary: tuple[Tensor, Tensor],
         on_value: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """See the base class. Each head has frequencies of its own, so the rotation comes before the split into heads."""
+        """See the base class. Each head has its own frequencies, so the rotation comes before the split into heads."""
         v = attn.to_v(hidden).unflatten(2, (attn.heads, -1))
         if on_value is not None:
             on_value(v)
@@ -148,7 +148,7 @@ class LtxAdapter(ModelAdapter):
     def set_timesteps(
         self, scheduler: Any, num_steps: int, *, num_tokens: int, shift: str, device: torch.device | None
     ) -> dict[str, Any]:
-        """Evenly spaced sigmas, shifted by exp(mu) with mu linear in the tokens (0.9.0, 0.9.1), or by a fixed number (later)."""
+        """Set evenly spaced sigmas, shifted by exp(mu) with mu linear in the tokens (0.9.0, 0.9.1), or by a fixed number (later)."""
         config = scheduler.config
         if not {"sigmas", "mu"} <= inspect.signature(scheduler.set_timesteps).parameters.keys():
             raise UserError(
@@ -284,7 +284,7 @@ class _ChunkDecoder(LatentDecoder):
         return (1 - share) * latents + share * self._noise[:, :, start:stop].to(latents)
 
     def start(self) -> None:
-        """Chunks know nothing of each other before they are joined."""
+        """See the base class; chunks share no state before they are joined."""
 
     def step(self, latents: Tensor, state: Any, *, index: int, tile: int) -> Tensor:
         """See the base class. Every chunk but the first loses one frame.
@@ -308,7 +308,7 @@ class _ChunkDecoder(LatentDecoder):
         return (stop - start - 1) * self._factor + (1 if index == 0 else 0)
 
     def join(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Each chunk is blended with the end of those before; what the next one covers too is left to it."""
+        """Blend each chunk with the end of those before; frames that the next chunk also covers are left to it."""
         if self._settings.tiles == "diffusers":
             yield from self._join_as_diffusers(pieces)
             return
@@ -344,7 +344,7 @@ class _ChunkDecoder(LatentDecoder):
 
     @contextmanager
     def _layer_noise(self, index: int, tile: int) -> Iterator[None]:
-        """Seed what the layers of the 0.9.1 decoder draw from their device's own generator, and leave that as it was.
+        """Seed the device's generator for the layers of the 0.9.1 decoder, and restore it afterwards.
 
         A tile's noise follows from the run's seed, its chunk and its number, so any rank that decodes it draws the same.
         """

@@ -185,7 +185,7 @@ class WanAdapter(ModelAdapter):
         return _rotate(q, *rotary), _rotate(k, *rotary), v
 
     def clean_prompt(self, prompt: str) -> str:
-        """Mended characters, no HTML escapes, single spaces."""
+        """Fix broken characters, unescape HTML, and collapse spaces."""
         return prompt_clean(prompt)
 
     def encode_text(
@@ -222,7 +222,7 @@ class WanAdapter(ModelAdapter):
         fps: int,
         expert: str = "transformer",
     ) -> list[Tensor]:
-        """See the base class; the frame rate has no part in it."""
+        """See the base class; the frame rate is unused."""
         [(name, (embed,))] = texts.items()
         transformer, timestep = getattr(pipe, expert), timestep.expand(latents.shape[0])
         if pipe.config.get("expand_timesteps"):
@@ -274,7 +274,7 @@ class _CausalDecoder(LatentDecoder):
     def start(self) -> list[Any]:
         """One entry per convolution of the decoder.
 
-        It is the caller's. The VAE's own stays empty, so that a stream that is stopped leaves nothing behind.
+        It belongs to the caller. The VAE's own cache stays empty, so that a stopped stream leaves no state.
         """
         self._vae.clear_cache()
         return list(self._vae._feat_map)
@@ -291,7 +291,7 @@ class _CausalDecoder(LatentDecoder):
         return 1 if index == 0 else self._vae.config.scale_factor_temporal
 
     def join(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
-        """They follow each other without a seam."""
+        """Chunks are concatenated."""
         yield from pieces
 
 

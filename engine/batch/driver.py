@@ -165,7 +165,7 @@ class Driver:
         journal: receives the events.
         limits: time limits.
         wait: waits a moment, or until something happens.
-        open: whether more items may come, as to a service: the run goes on without any, and replicas load before the first.
+        open: whether items may still arrive, as in a service: the run waits for them, and replicas load before the first.
         clock: time in seconds.
         halted: why the batch has halted, or None.
         refused: why a replica could not load, if other replicas would fail the same way.
@@ -376,5 +376,5 @@ class Driver:
 
 
 def is_resumed(record: Mapping[str, Any]) -> bool:
-    """Whether an item, by its sidecar, resumed from saved steps of an earlier attempt."""
+    """Whether a sidecar says that the item resumed from saved steps."""
     return record.get("run", {}).get("resumed_at", 0) > 0

@@ -44,7 +44,7 @@ class Terminal(Protocol):
         """A status."""
 
     def warn(self, message: str) -> None:
-        """Show one warning; the batch goes on."""
+        """Show one warning; the batch continues."""
 
 
 @dataclass
@@ -128,7 +128,7 @@ class FileJournal:
             self._warned.add(path)
             why = error.strerror or str(error)
             self.terminal.warn(
-                f"cannot write {path}: {why}; the batch goes on, and --status and the log may lack what happens"
+                f"cannot write {path}: {why}; the batch continues, but --status and the log may be incomplete"
             )
 
     def tree(self, driver: Driver, state: str) -> dict[str, Any]:

@@ -85,4 +85,6 @@ def _say_who_left(root: Path, shard: Shard, say: Say) -> None:
         return
     ahead = status["time"] - time.time()
     clock = f", with a clock {ahead:.0f} s ahead of this one" if ahead > 1 else ""
-    say(f"taking over {shard.name} from process {status['pid']} on {status['host']}, which ended without a word{clock}")
+    say(
+        f"taking over {shard.name} from process {status['pid']} on {status['host']}, which ended without cleaning up{clock}"
+    )

@@ -16,8 +16,8 @@ MOST_ALIKE = 3
 MOST_ALIKE_LOST = 10
 
 # Why an attempt failed. `mistake`: the same would happen again (a prompt that is too long). `disk`: a fault of the storage,
-# and no attempt of this item's own. `lost`: a rank or a replica ended. `time`: it took too long. `alike`: several items
-# failed in the same way. `cancelled`: nobody wants the item any more.
+# which does not count as an attempt. `lost`: a rank or a replica ended. `time`: it took too long. `alike`: several items
+# failed in the same way. `cancelled`: the item was cancelled.
 Kind = Literal["mistake", "disk", "memory", "lost", "time", "fault", "alike", "cancelled"]
 # The item is requeued, given up, or requeued while the batch halts.
 Verdict = Literal["again", "quarantine", "halt"]

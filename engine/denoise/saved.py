@@ -46,9 +46,7 @@ def load_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
     latents = tensors["latents"]
     if latents.dtype not in _DTYPES:
         kind = str(latents.dtype).removeprefix("torch.")
-        raise UserError(
-            f"{path} holds latents of {kind}, and those that generate.py saves are of float32; give such a file"
-        )
+        raise UserError(f"{path} holds latents of {kind}, and generate.py saves float32; give such a file")
     return latents, metadata
 
 
@@ -81,7 +79,7 @@ class RunFile:
 
         Takes bytes, because rank 0 reads the file for all ranks. UserError for another run's or a broken file.
         """
-        path, remedy = self.path, "delete it to start anew"
+        path, remedy = self.path, "delete it to start again"
         try:
             tensors = safetensors.torch.load(data)
         except DAMAGED as error:

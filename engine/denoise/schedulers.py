@@ -180,7 +180,7 @@ def check_flow(scheduler: Any, set_timesteps: Callable[[Any, int], Any], *, mode
                 raise UserError(
                     f"{model} predicts a flow, and the {kind} has {name} {config.get(name)}, not {wanted}; {ADVICE}"
                 )
-    unknown = UserError(f"{model} predicts a flow, which the scheduler {kind} does not know; {ADVICE}")
+    unknown = UserError(f"{model} predicts a flow, which the scheduler {kind} does not integrate; {ADVICE}")
     if not hasattr(scheduler, "set_begin_index"):
         raise unknown
     generator = functools.partial(torch.Generator("cpu").manual_seed, 0)
@@ -193,9 +193,7 @@ def check_flow(scheduler: Any, set_timesteps: Callable[[Any, int], Any], *, mode
             return False
         told, again = (_trial(scheduler, set_timesteps, seed=seed, generator=generator()) for seed in (1, 2))
     if told is None or again is None or not torch.equal(told, again):
-        raise UserError(
-            f"the {kind} draws noise that no generator decides, so no seed would give the same video; {ADVICE}"
-        )
+        raise UserError(f"the {kind} draws noise without a generator, so that no seed would repeat a video; {ADVICE}")
     return True
 
 

@@ -1,4 +1,4 @@
-"""Identify processes of this machine, and tell whether they still run."""
+"""Identify processes of this machine, and check whether they still run."""
 
 import functools
 import hashlib

@@ -14,7 +14,7 @@ from engine.files.whole import atomic_path
 # First characters of a formula in spreadsheets, also in full width.
 _FORMULA = ("=", "+", "-", "@", "\t", "\n", "＝", "＋", "－", "＠")
 
-# What a report on a comparison stands on, see evaluation/study/report.py.
+# The first note of a comparison's report, see evaluation/study/report.py.
 _PAIRS = re.compile(r"methods on (\d+) pairs of prompt and seed")
 
 
@@ -52,7 +52,7 @@ def markdown_table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def emptier(before: str, after: str) -> list[str]:
-    """Headings of a Markdown page beneath which `after` has fewer table rows, or stands on fewer pairs, than `before`."""
+    """Headings of a Markdown page under which `after` has fewer table rows, or covers fewer pairs, than `before`."""
     old, new = _contents(before), _contents(after)
     return [
         heading

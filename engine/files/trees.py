@@ -152,7 +152,7 @@ def _load(path: Path) -> Any:
     except IsADirectoryError as error:
         raise DamagedError(f"{path} is a folder, where a file should be") from error
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; mend it, or give another place") from error
+        raise UserError(f"cannot read {path}: {error.strerror}; fix it, or give another path") from error
     return parse_json(data, str(path))
 
 

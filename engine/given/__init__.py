@@ -1,1 +1,1 @@
-"""Frames that a video is given: images at moments of it, or a video to continue."""
+"""Given frames: images at moments of a video, or a video to continue."""

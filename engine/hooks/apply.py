@@ -1,4 +1,4 @@
-"""`apply_method`: put a method for long videos on a user's pipeline, and remove it again."""
+"""`apply_method`: install a method for long videos on a user's pipeline, and remove it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -101,7 +101,7 @@ def apply_method(  # noqa: PLR0913 - keywords of a public function
     riflex: Riflex | None = None,
     **settings: Any,
 ) -> MethodHandle:
-    """Put a method for long videos on a pipeline: `handle = apply_method(pipe, method="freespec", window_frames=21)`.
+    """Apply a method for long videos to a pipeline: `handle = apply_method(pipe, method="freespec", window_frames=21)`.
 
     Args:
         pipe: a WanPipeline (also with the two transformers of Wan2.2 A14B) or an LTXPipeline (text-to-video), on any device,

@@ -72,7 +72,7 @@ class TimelineState(Uncopyable):
         self.lengths = _lengths(mask, self.num_texts) if relays and mask is not None else None
 
     def _set_scenes(self, transformer: nn.Module, starts: tuple[int, ...]) -> None:
-        """Set where the windows of a method end, if there is one; its own hook, which runs after this one, makes them."""
+        """Set where the windows of an installed method end; its own hook, which runs later, makes them."""
         for attn in self.adapter.attention_modules(transformer):
             if isinstance(attn.processor, BranchProcessor):
                 attn.processor.state.scenes = starts
@@ -197,7 +197,7 @@ def apply_timeline(
     negative_prompt: str = "",
     max_sequence_length: int | None = None,
 ) -> TimelineHandle:
-    """Put a timeline on a pipeline, with a method or without: `handle = apply_timeline(pipe, "a [0-4s] | b [4s-]", fps=16)`.
+    """Apply a timeline to a pipeline, with a method or without: `handle = apply_timeline(pipe, "a [0-4s] | b [4s-]", fps=16)`.
 
     Call the pipeline with `pipe(**handle.inputs, num_frames=...)`; `handle.remove()` restores it.
 
@@ -258,7 +258,7 @@ def install_timeline(
     text_tokens: int,
     inputs: dict[str, Tensor] | None = None,
 ) -> TimelineHandle:
-    """Put the processors and the hook of a timeline on a pipeline's transformers, whose texts are concatenated, see `join_texts`.
+    """Install the processors and the hook of a timeline on a pipeline's transformers; texts are concatenated, see `join_texts`.
 
     A forward with any other number of text tokens than `num_texts` times `text_tokens` raises UserError.
     """

@@ -49,7 +49,7 @@ class Uncopyable:
 
 @dataclass(kw_only=True, eq=False)
 class Guard(Uncopyable):
-    """Processors and hooks that were put on a pipeline, and the check that they are still there.
+    """Processors and hooks installed on a pipeline, and the check that they are still there.
 
     Attributes:
         pipe: the pipeline.
@@ -97,7 +97,7 @@ class Guard(Uncopyable):
             raise UserError(f"{self.name} is not in force: {found}")
 
     def problem(self) -> str | None:
-        """Why it is not in force, and what to do; None if it is."""
+        """The reason why it is not in force, with advice; None if it is."""
         if self.removed:
             return f"it was removed; call {self.APPLY} again"
         for name, transformer in self.transformers.items():
@@ -129,7 +129,7 @@ class Guard(Uncopyable):
         return None
 
     def layer_problem(self, layer: int, attn: nn.Module) -> str | None:
-        """What else is wrong with an attention that has its processor; None if nothing."""
+        """Another problem of an attention that has its processor; None without one."""
         return None
 
     def _hooks(self) -> str | None:
@@ -333,7 +333,7 @@ def backend_problem() -> str | None:
 
 
 def layer_problem(layer: int, attn: nn.Module) -> str | None:
-    """The message for a self-attention that diffusers was told to compute in another way; None otherwise."""
+    """The message for a self-attention that diffusers computes in another way; None otherwise."""
     backend = getattr(attn.processor, "_attention_backend", None)
     if backend is not None and AttentionBackendName(backend) is not AttentionBackendName.NATIVE:
         return (
@@ -358,7 +358,7 @@ def refuse_caches_of_one_rank(transformer: nn.Module) -> None:
 
 
 def skips_layers(transformer: nn.Module) -> bool:
-    """Whether diffusers was told to skip some layers in every step, which the stock pipeline would do too."""
+    """Whether diffusers skips some layers in every step, as the stock pipeline would too."""
     return any(kind.__module__ == "diffusers.hooks.layer_skip" for kind in hook_kinds(transformer))
 
 

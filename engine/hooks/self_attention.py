@@ -1,4 +1,4 @@
-"""The attention processor that a method puts on every self-attention (`attn1`) of a transformer."""
+"""The attention processor that a method installs on every self-attention (`attn1`) of a transformer."""
 
 from collections.abc import Callable
 
@@ -80,7 +80,7 @@ class BranchProcessor(Uncopyable):
         return *layout.scatter(q, k), early[0]()
 
     def _branches(self, q: Tensor, k: Tensor, v: Tensor, forward: Forward) -> Branches:
-        """What the step's mode asks for, of q, k, v [B, r, n, D]. With views a rank has all tokens of its heads: r = S."""
+        """Compute the branches of the step's mode from q, k, v [B, r, n, D]. With views a rank has all tokens of its heads: r = S."""
         method, layout, attention = self.state.setup.method, forward.attention_layout, forward.attention
         match forward.mode:
             case "views" | "views_global":

@@ -23,7 +23,7 @@ NO_FORWARD = (
 
 @dataclass(frozen=True, kw_only=True)
 class MethodSetup:
-    """A method as it was put on a transformer; constant until it is removed.
+    """A method installed on a transformer; constant until it is removed.
 
     Attributes:
         adapter: of the model.
@@ -107,7 +107,7 @@ class RunState(Uncopyable):
         return self.forward
 
     def __str__(self) -> str:
-        """Where the run is, as the errors of collectives say it."""
+        """The run's position, as errors of collectives print it."""
         return (
             "before the first step" if self.forward is None else f"step {self.forward.step} layer {self.forward.layer}"
         )

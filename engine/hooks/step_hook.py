@@ -257,7 +257,7 @@ class StepHook(Uncopyable):
     def _whose(self) -> str:
         """What may have called the transformer at a step other than its scheduler's, and what to do."""
         if self._in_call:
-            return "the scheduler was replaced or set anew during a call; leave it alone until the call ends"
+            return "the scheduler was replaced or reset during a call; leave it alone until the call ends"
         return (
             "another pipeline shares this transformer, or it was called by hand; call it through the pipeline that the method was "
             "applied to, which sets the scheduler, or call the handle's remove() first"

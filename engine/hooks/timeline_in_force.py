@@ -13,7 +13,7 @@ from engine.hooks.in_force import Guard, guarded
 
 @dataclass(kw_only=True, eq=False)
 class TimelineGuard(Guard):
-    """What `apply_timeline` put on the cross-attentions of a pipeline, and whether all of it is still there.
+    """What `apply_timeline` installed on the cross-attentions of a pipeline, and the check that all of it is still there.
 
     Attributes:
         hooks: which plan the pieces of a forward, one on each transformer.
@@ -62,5 +62,5 @@ class TimelineGuard(Guard):
             self.check()
 
     def _before_forward(self, _transformer: nn.Module, _args: tuple) -> None:
-        if not torch.compiler.is_compiling():  # a compiled transformer has guards of its own on its processors
+        if not torch.compiler.is_compiling():  # a compiled transformer guards its processors itself
             self.check()

@@ -42,7 +42,7 @@ def fetch(source: Path | str, revision: str | None, *, parts: Sequence[str], off
         at = f" at revision {revision}" if revision else ""
         if isinstance(error, _INCOMPLETE):
             raise UserError(
-                f"the local copy of {source!r}{at} is not whole and the hub was not reached; finish the download "
+                f"the local copy of {source!r}{at} is incomplete and the hub cannot be reached; finish the download "
                 f"({type(error).__name__}: {first})"
             ) from error
         if offline:

@@ -126,7 +126,7 @@ class Lora:
 
     def _unread(self, adapter: ModelAdapter, key: str) -> UserError:
         return UserError(
-            f"{self.path} is no LoRA of {adapter.name}: of its {len(self.tensors)} tensors {key} has no place; names must be "
+            f"{self.path} is not a LoRA of {adapter.name}: of its {len(self.tensors)} tensors {key} has no place; names must be "
             "transformer.LAYER.lora_A.weight, diffusion_model.LAYER or, for Wan, lora_unet_LAYER"
         )
 
@@ -175,7 +175,7 @@ def find_loras(config: ModelConfig) -> list[Lora]:
 
 
 def find_local_loras(config: ModelConfig) -> list[Lora]:
-    """Those that are files or folders here; with `model.offline` all, which must then be at hand."""
+    """The LoRAs that are local files or folders; with `model.offline` all of them must be."""
     local = [
         name for name in config.loras if config.offline or not _may_be_of_hub(split_scale(split_expert(name)[1])[0])
     ]
@@ -215,7 +215,7 @@ def quiet_diffusers() -> Iterator[None]:
 
 
 def _mismatch(layer: str, parts: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> str | None:
-    """Why a LoRA's parts do not fit a layer of these shapes; None if they do."""
+    """Describe why a LoRA's parts do not fit a layer of these shapes; None if they do."""
     weight = shapes[f"{layer}.weight"]
     if not {"A weight", "B weight"} <= parts.keys():
         return f"has only {' and '.join(parts)} of A weight and B weight in the LoRA"

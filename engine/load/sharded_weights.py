@@ -94,7 +94,7 @@ def encode_on_all(mesh: SeqMesh, encode: Encode, look_up: Callable[[Encode], lis
     except (
         UserError,
         OSError,
-    ):  # errors that end a run on all ranks together; after a lost rank there is nobody to tell
+    ):  # errors that end a run on all ranks together; after a lost rank the others cannot be told
         broadcast_bytes(mesh, b"", "prompts to encode")
         raise
     broadcast_bytes(mesh, b"", "prompts to encode")

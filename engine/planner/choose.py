@@ -65,7 +65,7 @@ def describe_changes(case: Case, fixed: FixedDegrees) -> str:
             "use a GPU with more memory"
         )
     if not changes:
-        return "nothing that changes by itself makes it fit: use a GPU with more memory"
+        return "no single change makes it fit: use a GPU with more memory"
     others = f" (or {', or '.join(changes[1:])})" if len(changes) > 1 else ""
     return f"the smallest change that fits is {changes[0]}{others}"
 

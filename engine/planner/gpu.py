@@ -140,7 +140,7 @@ def check_count(count: int) -> None:
     """Raise UserError for a number of GPUs out of range."""
     if not 1 <= count <= MOST_GPUS:
         raise UserError(
-            f"cannot plan for {count} GPUs; give 1 to {MOST_GPUS} (a run with parallel.plan manual asks for no plan)"
+            f"cannot plan for {count} GPUs; give 1 to {MOST_GPUS} (a run with parallel.plan manual needs no plan)"
         )
 
 

@@ -179,7 +179,7 @@ def _read_folder(folder: Path) -> dict[str, dict[str, Any]]:
     try:
         return {part: read_config(folder / file) for part, file in _FILES.items()}
     except UserError as error:
-        raise UserError(f"{folder} is no whole checkpoint in Diffusers layout: {error}") from error
+        raise UserError(f"{folder} is not a complete checkpoint in Diffusers layout: {error}") from error
 
 
 def _fetch(name: str, revision: str | None) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,7 @@ _DOES: dict[Mode, str] = {
 
 
 def describe_splits(config: RunConfig, variants: Sequence[Variant] = ()) -> Iterator[str]:
-    """One sentence for each method whose steps are all alike, though it tells noisy steps from late ones.
+    """One sentence for each method whose steps are all alike, although the method treats noisy and late steps differently.
 
     Args:
         config: the run.
@@ -33,7 +33,7 @@ def describe_splits(config: RunConfig, variants: Sequence[Variant] = ()) -> Iter
             continue  # at native length no step fuses
         both = _modes(method.method, _EVERY_TIMESTEP)
         if len(both) == 1:
-            continue  # it has no split, or was told to put all steps on one side
+            continue  # it has no split, or has all steps on one side by request
         timesteps = spec.timesteps(config.sampler, latent, window_frames=method.window_frames)
         modes = _modes(method.method, timesteps)
         if len(modes) == 1:

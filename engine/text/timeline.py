@@ -102,7 +102,7 @@ class Timeline:
             spans.append(Event(start=start, stop=stop, transition=transition, width=width * rate / step))
         if spans[-1].stop != total:
             raise UserError(
-                f"{self.name(len(spans) - 1)} is the last, and the video goes on to {num_frames / rate:g} {self._words}; "
+                f"{self.name(len(spans) - 1)} is the last, but the video continues to {num_frames / rate:g} {self._words}; "
                 f"leave its range open: [{self.number(self.events[-1].start)}-]"
             )
         try:
@@ -282,7 +282,7 @@ def _text(value: Any, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{where}: a text must be words, got {value!r:.40}")
     if "|" in value:
-        raise UserError(f"{where}: a text cannot hold '|', which parts the events of a timeline")
+        raise UserError(f"{where}: a text cannot hold '|', which separates the events of a timeline")
     return " ".join(value.split())
 
 

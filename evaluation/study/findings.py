@@ -90,11 +90,11 @@ def _so_far(reports: Mapping[str, Report | None]) -> list[str]:
     parts = []
     for name, report in reports.items():
         if report is not None and "pairs" in report and report["pairs"]["made"] < report["pairs"]["asked"]:
-            parts.append("`{}` stands on {made} of {asked} pairs of prompt and seed".format(name, **report["pairs"]))
+            parts.append("`{}` covers {made} of {asked} pairs of prompt and seed".format(name, **report["pairs"]))
     missing = [f"`{name}`" for name, report in reports.items() if report is None]
     if missing:
-        parts.append(f"nothing is measured of {', '.join(missing)}")
-    return [f"**Not all is measured yet**: {'; '.join(parts)}.\n"] if parts else []
+        parts.append(f"not measured: {', '.join(missing)}")
+    return [f"**Not everything is measured yet**: {'; '.join(parts)}.\n"] if parts else []
 
 
 def _refuse_emptier(page: Path, text: str) -> None:

@@ -52,8 +52,8 @@ def times(measured: Sequence[Measured], labels: Sequence[str]) -> dict[str, dict
     """Seconds of each variant: a whole denoising run, and one step of each kind.
 
     `denoise` and `decode` are medians, the first over videos that were made in one go, `runs` how many those are; `steps` holds
-    for each kind the median of all its steps, and how many steps of it a whole run has. A mean would be that of one video
-    whose machine slept.
+    for each kind the median of all its steps, and how many steps of it a whole run has. A suspended
+    machine would dominate a mean.
     """
     return {label: _time([each.record for each in measured if each.video.label == label]) for label in labels}
 

@@ -81,7 +81,7 @@ class Bench:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What results depend on beside their videos."""
+        """What determines results beside the videos."""
         # The driver holds the settings that VBench is called with, which affect scores too.
         asked = file_sha256(DRIVER)
         return {"commit": self.commit, "sources": self.sources, "driver": asked, "versions": self.probe["versions"]}

@@ -1,4 +1,4 @@
-"""Runs inside the user's VBench environment, by path: looks around, cuts videos into clips, or scores one dimension.
+"""Runs inside the user's VBench environment, by path: checks it, cuts videos into clips, or scores one dimension.
 
 It stands alone: Python 3.10, the standard library, and what that environment has. Nothing of this project is
 imported, and this folder is taken off the module path, where its names would hide others.
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def end_with(parent: int) -> None:
-    """Ask the kernel to end this process if the one that started it dies without a word."""
+    """Ask the kernel to end this process if its parent dies."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:  # it died before the kernel was asked

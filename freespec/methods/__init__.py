@@ -55,7 +55,7 @@ METHODS: dict[str, type[Method]] = {
     "lvsa": LVSA,
     "freespec": FreeSpec,
 }
-# Names beside them, of what is no method to compare with but a form of one.
+# Other accepted names: forms of a method that are not methods to compare with.
 FORMS: dict[str, type[Method]] = {"direct_far": DirectFar}
 
 

@@ -22,7 +22,7 @@ from freespec.windows import default_stride
 
 @dataclass(frozen=True, kw_only=True)
 class FreeNoise(Method):
-    """Settings of FreeNoise. Its noise is `freespec.noise.reshuffle`, a switch of its own (`sampler.noise`).
+    """Settings of FreeNoise. Its noise is `freespec.noise.reshuffle`, a separate setting (`sampler.noise`).
 
     Attributes:
         attention: `views`, as published, or `window`: the sliding window of the other methods, with FreeNoise's noise.

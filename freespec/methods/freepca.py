@@ -33,7 +33,7 @@ class FreePCA(Method):
     """Settings of FreePCA: in the noisy steps every view but the first is fused with its part of the global branch.
 
     View m takes its min(m, `components`) most alike components, and its mean over time, from the global branch. Its noise
-    is `freespec.noise.reuse_mean`, a switch of its own (`sampler.noise`).
+    is `freespec.noise.reuse_mean`, a separate setting (`sampler.noise`).
 
     Attributes:
         domain: whether `fused_share` is of the `timestep` (1000 = pure noise), as published, or of the `step` numbers.

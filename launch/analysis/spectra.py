@@ -172,7 +172,7 @@ def by_layer_and_head(rows: Rows) -> np.ndarray:
 
 
 def concentration(rows: Rows) -> dict[str, Any]:
-    """Does the rank fall as the window grows? Per stage and window, the paired difference from the native window.
+    """Paired difference of the rank from the native window, per stage and window.
 
     Means over layers and heads, difference and bootstrap interval over prompts; `heads_that_fall` is the share of
     (layer, head) whose mean rank at the widest window is below that at the native one.

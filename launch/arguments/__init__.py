@@ -1,1 +1,1 @@
-"""What each command accepts: its options and their checks, without torch, so that a mistake is answered at once."""
+"""The options of each command and their checks; without torch, so that mistakes are reported at once."""

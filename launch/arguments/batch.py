@@ -16,7 +16,7 @@ from launch.arguments.variants import read_variants
 from launch.batching.options import Options, add_arguments
 from launch.cli.parser import parse_run
 
-DESCRIPTION = "Make every prompt of a suite with every method and seed. Started again, it makes only what is missing."
+DESCRIPTION = "Make every prompt of a suite with every method and seed. Restarted, it makes only what is missing."
 
 
 @dataclass(frozen=True, kw_only=True)

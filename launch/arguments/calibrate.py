@@ -88,10 +88,12 @@ def _check_lists(search: list[str], held_out: list[str], rounds: list[int]) -> N
     for name, prompts in (("prompts", search), ("judge_prompts", held_out)):
         twice = next((prompt for index, prompt in enumerate(prompts) if prompt in prompts[:index]), None)
         if twice is not None:
-            raise UserError(f"a prompt of --{name} is there twice, and would count as two: {quoted(twice)}")
+            raise UserError(f"a prompt of --{name} appears twice and would count as two: {quoted(twice)}")
     both = next((prompt for prompt in search if prompt in held_out), None)
     if both is not None:
-        raise UserError(f"a prompt is in both lists, and what was found on it would be judged on it: {quoted(both)}")
+        raise UserError(
+            f"a prompt is in both lists, so that settings would be judged on a prompt that they were searched on: {quoted(both)}"
+        )
 
 
 def add_arguments(parser: ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Options of the frames that a video is given."""
+"""Options of given frames."""
 
 from jsonargparse import ArgumentParser, Namespace
 
@@ -12,7 +12,7 @@ def add_given(parser: ArgumentParser) -> None:
         type=str,
         action="append",
         default=[],
-        help="a picture that the video shows, WHERE=FILE; WHERE is first, last, seconds (2.5s) or a frame; may come again",
+        help="a picture that the video shows, WHERE=FILE; WHERE is first, last, seconds (2.5s) or a frame; may be repeated",
     )
     parser.add_argument("--extend", type=str, help="continue a video file, or saved latents")
     parser.add_argument(

@@ -93,7 +93,7 @@ def choose_prompts(namespace: Namespace) -> Prompts:
     for name, text in prompts.named:
         if text in first:
             raise UserError(
-                f"a prompt is there twice ({first[text]} and {name}), and would count as two: {quoted(text)}; leave one out"
+                f"a prompt appears twice ({first[text]} and {name}) and would count as two: {quoted(text)}; leave one out"
             )
         first[text] = name
     count = namespace.num_prompts

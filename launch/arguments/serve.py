@@ -19,7 +19,7 @@ from launch.batching.options import Replicas, add_replicas
 from launch.cli.parser import parse_run
 
 DESCRIPTION = (
-    "Keep a model loaded, and make videos for clients of OpenAI's video API. Started again, it goes on with its jobs."
+    "Keep a model loaded, and make videos for clients of OpenAI's video API. Restarted, it continues its jobs."
 )
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 LEAST_KEY = 16
@@ -40,7 +40,7 @@ class Arguments:
         most_jobs: jobs that may wait or run.
         prompts: videos to make first, if they are not made.
         requests_per_second: of one client; 0 for no limit.
-        posts_per_minute: those among them that make or delete something; 0 for no limit.
+        posts_per_minute: requests of one client that make or delete a video; 0 for no limit.
     """
 
     config: RunConfig
@@ -83,7 +83,7 @@ def read(argv: list[str]) -> Arguments:
     key = None if namespace.api_key_file is None else read_key(expand(namespace.api_key_file))
     if key is None and not is_loopback(namespace.host):
         raise UserError(
-            f"--host {namespace.host} lets other machines in, which needs --api_key_file FILE, a file with one key that clients send"
+            f"--host {namespace.host} accepts other machines, which needs --api_key_file FILE, a file with one key that clients send"
         )
     namespace.out, namespace.shard = namespace.folder, None
     factors = None if namespace.preview_factors is None else expand(namespace.preview_factors).absolute()
@@ -163,7 +163,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         ("prompts", str, None, "text file of videos to make first, one prompt a line"),
         ("most_jobs", int, 64, "jobs that may wait or run; more are answered with 429"),
         ("requests_per_second", float, 500.0, "requests of one client (an address, and its key); 0 for no limit"),
-        ("posts_per_minute", float, 120.0, "those among them that make or delete something; 0 for no limit"),
+        ("posts_per_minute", float, 120.0, "requests of one client that make or delete a video; 0 for no limit"),
         (
             "checkpoint_every",
             int,

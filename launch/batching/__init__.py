@@ -1,1 +1,1 @@
-"""What batch.py does: its settings, where its replicas run, what its driver is given, and what a person is told."""
+"""batch.py: its options, replicas, work, and messages."""

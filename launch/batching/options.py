@@ -124,7 +124,7 @@ def check_texts(given: Namespace) -> None:
 def add_replicas(parser: ArgumentParser) -> None:
     """Add the options of replicas other than `--nproc`."""
     for name, kind, default, text in (
-        ("replicas", int, None, "groups of ranks that each make a video of their own (default: 1)"),
+        ("replicas", int, None, "groups of ranks, each making its own video (default: 1)"),
         ("gpus_per_replica", int, None, "the same as nproc, on GPUs; a rank has one"),
         ("ray", str, None, "start replicas on a Ray cluster: auto, HOST:PORT, or local for a new Ray on this machine"),
         ("placement_strategy", PlacementStrategy, "PACK", PLACEMENT_HELP),

@@ -22,7 +22,7 @@ from launch.batching.options import Options
 from launch.batching.work import Work
 from launch.process.exit_codes import LostRankError
 
-SUPPORT = "the same command goes on"
+SUPPORT = "the same command continues"
 
 # Fields of a sidecar that the summary reads.
 REPORTED: Shape = SIDECAR | {
@@ -88,7 +88,7 @@ def say_start(options: Options, files: BatchFiles, batch: Batch, mine: Sequence[
 def check_room(
     files: BatchFiles, config: RunConfig, left: Sequence[Item], *, replicas: int, keep_latents: bool
 ) -> None:
-    """Raise UserError for a disk without room for the first items; say so of one that the others may fill."""
+    """Raise UserError for a disk without room for the first items; print a note if the later items may fill it."""
     disk = disk_forecast(files, config, left, replicas=replicas, keep_latents=keep_latents)
     if disk.free < disk.least:
         raise UserError(
@@ -147,7 +147,7 @@ def halted(driver: Driver, files: BatchFiles, config: RunConfig, *, keep_latents
                     remedy = f"{describe_disk(files, driver, config, keep_latents=keep_latents)}: {remedy}"
             return UserError(f"{message}; {remedy}; {SUPPORT}")
         case "alike":
-            return LostRankError(f"{message}; {files.root / 'logs'} has the traceback; mend the cause; {SUPPORT}")
+            return LostRankError(f"{message}; {files.root / 'logs'} has the traceback; fix the cause; {SUPPORT}")
         case _:
             return LostRankError(f"{message}; {SUPPORT}")
 

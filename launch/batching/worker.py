@@ -133,7 +133,7 @@ class Worker(ItemMaker):
             self.tell("done", item=item, record=record)
 
     def on_step(self, item: str, finished: int, total: int) -> None:
-        """Tell the driver that a step of an item is done; CancelledError, on all ranks, if nobody wants the item any more."""
+        """Tell the driver that a step of an item is done; CancelledError, on all ranks, if the item was cancelled."""
         cancel = self.cancel
         if self.engine.is_first:
             self.tell("step", item=item, finished=finished, total=total)
@@ -142,7 +142,7 @@ class Worker(ItemMaker):
 
 
 class CancelledError(UserError):
-    """The item is not wanted any more; raised on all ranks together."""
+    """The item was cancelled; raised on all ranks together."""
 
 
 def refuse_unshared(root: Path) -> None:

@@ -1,4 +1,4 @@
-"""The score that a search maximises: the mean of four shares of what a long video of the embedded world should be."""
+"""The score that a search maximises: the mean of four shares."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -124,7 +124,7 @@ ANSWERS: dict[str, str] = {
         ),
         "pipefusion_parallel_degree num_pipeline_patch attn_layer_num_for_pp pp_size": f"not supported: {_RANKS_SHARE}",
         "tensor_parallel_degree tp_size tp_degree tp tensor_parallel_size": (
-            "not supported: ranks share a video; model.weights zero3 shares out the weights (docs/memory.md)"
+            "not supported: ranks share a video; model.weights zero3 shards the weights (docs/memory.md)"
         ),
         "data_parallel_degree dp_size dp_degree data_parallel_size dp": "batch.py --replicas makes several videos at once",
         "nnodes node_rank master_addr master_port rdzv_backend rdzv_endpoint rdzv_id rank local_rank standalone": (
@@ -134,7 +134,7 @@ ANSWERS: dict[str, str] = {
             "a prompt makes one video; batch.py --seeds 0,1 makes one for each seed"
         ),
         "enable_slicing enable_vae_slicing vae_slicing enable_xformers pin_cpu_memory trust_remote_code warmup_steps": (
-            "it is not needed, leave it out"
+            "it is not needed; leave it out"
         ),
         "resume resume_from resume_from_checkpoint continue": "the same command continues by itself, leave it out",
         "task": "not supported: of Wan's tasks text-to-video is, with --config wan2.1-t2v-1.3b, wan2.1-t2v-14b, wan2.2-t2v-a14b or wan2.2-ti2v-5b",

@@ -129,7 +129,7 @@ def make_parser(name: str, usage: str, description: str) -> ArgumentParser:
 
 
 def _called(script: str) -> str:
-    """How this process was told to run a script: `compare.py`, `freespec compare` or `python -m launch compare`."""
+    """The command as it was typed: `compare.py`, `freespec compare` or `python -m launch compare`."""
     start, command = Path(sys.argv[0]), script.removesuffix(".py")
     if start.stem == "freespec":
         return f"freespec {command}"

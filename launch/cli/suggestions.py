@@ -38,7 +38,7 @@ def _advice(key: str, keys: Collection[str], value: str | None, commands_with: C
     if owners:
         name = "it" if today == key else f"--{today}"
         whose = f"{name} is an option of {' and '.join(owners)}; " if len(owners) < 3 else ""
-        return f"{whose}this command has no use for it, leave it out"
+        return f"{whose}this command does not use it; leave it out"
     likely = likely or [near for near in [nearest_key(key, keys)] if near]
     return f"did you mean {' or '.join(likely)}?" if likely else "see --help"
 
@@ -54,7 +54,7 @@ def foreign(key: str, keys: Collection[str], value: str | None) -> str | None:
     words = _written_here(key, keys, value)
     if words is None:
         return ANSWERS.get(key)
-    return f"did you mean {words}?" if words else "this command has no use for it, leave it out"
+    return f"did you mean {words}?" if words else "this command does not use it; leave it out"
 
 
 def _written_here(name: str, keys: Collection[str], value: str | None) -> str | None:
@@ -72,7 +72,7 @@ def _written_here(name: str, keys: Collection[str], value: str | None) -> str | 
     target = next((each for each in RENAMED[name] if each in keys and MEANS_OTHERWISE.get(each) not in keys), None)
     if target is None:
         return ""
-    if value is None or "." in name:  # one of our former names, whose values differ
+    if value is None or "." in name:  # a former name of ours with other values
         return target
     return f"--{target} {shlex.quote(as_video(name, value) if target in ('output.path', 'output') else value)}"
 

@@ -40,7 +40,7 @@ def run(options: Namespace) -> int:
     try:
         return score(request, check_only=options.check, say=_say, tell=print)
     except KeyboardInterrupt as error:
-        raise Stopped(f"what was finished is kept in {out}; the same command goes on from there") from error
+        raise Stopped(f"what was finished is kept in {out}; the same command continues from there") from error
 
 
 def _evaluator(options: Namespace) -> Evaluator | None:

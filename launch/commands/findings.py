@@ -21,7 +21,7 @@ def run(asked: Arguments) -> None:
     try:
         asked.study.make(asked.make)
     except KeyboardInterrupt as error:
-        raise Stopped("while the study was made; the same command goes on from what is made") from error
+        raise Stopped("while the study was made; the same command continues from what exists") from error
     for argv in asked.study.reports():
         compare.main(argv)
     files = {name: runs / name / "report.json" for name in TABLES}

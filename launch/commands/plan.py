@@ -34,7 +34,7 @@ def run(given: Arguments) -> None:
 
 
 def as_json(case: Case, plans: list[Plan]) -> dict[str, Any]:
-    """Everything, for programs: plans in order, the chosen one first."""
+    """All plans as JSON, the chosen one first."""
     return {
         "predicted": NOTE,
         "model": {"name": case.spec.name, "source": case.spec.source, "parameters": case.spec.parameters},
@@ -49,7 +49,7 @@ def as_json(case: Case, plans: list[Plan]) -> dict[str, Any]:
 
 
 def as_text(case: Case, config: RunConfig, plans: list[Plan]) -> str:
-    """The same for a person: the chosen plan in full, one line for each of the others."""
+    """Print the chosen plan in full, and a line for each of the others."""
     best = plans[0]
     lines = [
         *_heading(case.spec, config, case.gpu, case.world_size),

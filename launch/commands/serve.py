@@ -35,7 +35,7 @@ from launch.serving.planner import SUITE, Planner
 from launch.serving.rates import Rates
 from launch.serving.requests import read_request
 
-# At once; more are answered with 503 before they are read. The process has open files of its own beside them.
+# Connections at once; more get status 503 before they are read. Leaves room for the process's other open files.
 MOST_CONNECTIONS = 600
 
 
@@ -110,7 +110,7 @@ def serve(given: Arguments, batch: Batch, jobs: Jobs, sock: socket.socket) -> Dr
 
 
 def describe(driver: Driver, jobs: Jobs | None) -> dict[str, Any]:
-    """What `/health` answers, without a key too: whether a replica has loaded the model, and how many of these jobs there are."""
+    """Content of `/health`: whether a replica has loaded the model, and the number of these jobs, if given."""
     states = [entry.state for entry in driver.entries]
     ready = any(state in ("idle", "busy") for state in states)
     counts = {} if jobs is None else {"jobs": dict(jobs.counts())}
@@ -133,7 +133,7 @@ def listening(host: str, port: int) -> Iterator[socket.socket]:
 
 @contextlib.contextmanager
 def answering(app: ASGIApp, sock: socket.socket) -> Iterator[threading.Thread]:
-    """Answer HTTP on a socket, in a thread of its own, for the block."""
+    """Serve HTTP on a socket in a separate thread for the block."""
     settings = uvicorn.Config(
         app,
         http="h11",

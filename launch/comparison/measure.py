@@ -35,13 +35,13 @@ def units_of(comparison: Comparison) -> dict[str, str]:
 
 
 def strange_prompts(comparison: Comparison) -> list[str]:
-    """The prompts whose videos have no exact measures of the embedded world."""
+    """Prompts whose videos have no exact measures of the embedded world."""
     video = comparison.config.video
     return [prompt for prompt in comparison.prompts if why_not_world([prompt], video.height, video.width) is not None]
 
 
 def timelines(comparison: Comparison) -> list[str]:
-    """The prompts that are timelines of the embedded world, whose videos have the measures of events."""
+    """Prompts that are timelines of the embedded world; their videos are measured by events."""
     video = comparison.config.video
     return [prompt for prompt in comparison.prompts if has_events(prompt, video.height, video.width)]
 

@@ -1,1 +1,1 @@
-"""Ranks: started as local processes or Ray actors, joined to one mesh, and watched until all have ended."""
+"""Ranks as local processes or Ray actors: started, joined to one mesh, and watched until all have ended."""

@@ -25,7 +25,7 @@ PLACEMENT_HELP = (
 
 
 class NoRayError(ValueError):
-    """Ray is not installed, cannot fulfil the request, or no cluster answers."""
+    """Ray is not installed, lacks the resources, or no cluster answers."""
 
 
 def check_ray(address: str) -> None:
@@ -141,7 +141,7 @@ class RayPool:
                     raise NoRayError(self._refusal(event))
         if self._address == "local":
             raise NoRayError(f"the local Ray did not start within {OPEN_SECONDS:.0f} s")
-        raise NoRayError(self._nobody_answers(f"nothing heard for {OPEN_SECONDS:.0f} s"))
+        raise NoRayError(self._nobody_answers(f"no answer for {OPEN_SECONDS:.0f} s"))
 
     def _open(self, *, patience: float) -> None:
         self._bridge = RankHost(self._wake)
@@ -159,7 +159,7 @@ class RayPool:
         # Ray only says that it cannot connect; its log has the reason.
         if any("Unauthenticated" in line for line in event["tail"]):
             return (
-                f"the Ray cluster at {self._address} wants its token, and with an address Ray sends none by itself; set "
+                f"the Ray cluster at {self._address} requires its token, which Ray does not send by itself to an address; set "
                 "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH unless the token lies in ~/.ray/auth_token"
             )
         if self._said:
@@ -168,7 +168,7 @@ class RayPool:
         return f"cannot use Ray: {last}"
 
     def _nobody_answers(self, why: str) -> str:
-        hint = "start one with: ray start --head, or use --ray local for one of this run's own"
+        hint = "start one with: ray start --head, or use --ray local to start one for this run"
         return f"no Ray cluster answers at {self._address} ({why}); {hint}"
 
 

@@ -1,4 +1,4 @@
-"""Watch started ranks, and judge the one line and exit code that the run ends with. Standard library only."""
+"""Watch started ranks, and choose the final line and exit code of the run. Standard library only."""
 
 import signal
 import time

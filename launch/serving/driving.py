@@ -1,4 +1,4 @@
-"""The driver of a service: hands its jobs to replicas, and writes to them what becomes of their items."""
+"""The driver of a service: hands jobs to replicas and records their state."""
 
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -23,7 +23,7 @@ from launch.serving.planner import SUITE
 
 @dataclass(frozen=True, kw_only=True)
 class Listener:
-    """Hears the driver's events: jobs and metrics follow them, and a person reads a line of each that ends."""
+    """Updates jobs and metrics from the driver's events, and prints a line for each job that ends."""
 
     jobs: Jobs
     metrics: Metrics
@@ -96,7 +96,7 @@ def make_driver(
 
 
 def turn(driver: Driver, jobs: Jobs) -> None:
-    """Between two turns of the driver: wait a moment, then hand over what clients have asked, and note how far the items are."""
+    """Between two turns of the driver: wait briefly, queue new jobs, and update the progress of running ones."""
     jobs.wake.wait(0.1)
     jobs.wake.clear()
     for job in jobs.take_new():

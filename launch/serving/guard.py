@@ -1,4 +1,4 @@
-"""What every request passes before it is read: the size of its body, where it comes from, its key, and how often its client asks."""
+"""Checks before a request is read: body size, origin, API key and rate."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ from launch.serving.requests import RefusedError
 MOST_BODY = 16 << 20
 # Seconds that the next piece of a body may take.
 SILENT_LONGEST = 30.0
-# What tells nothing about the jobs: the page, which asks for the key itself, and whether the service lives.
+# Paths without a key, since they reveal no jobs: the page, which asks for the key itself, and the health check.
 OPEN_PATHS = ("/", "/health")
 _SAFE = {
     "X-Content-Type-Options": "nosniff",
@@ -105,7 +105,7 @@ class Guard:
 
 
 def _split(address: str) -> SplitResult:
-    """The parts of an address; those of none for what is no address."""
+    """Split an address; the parts are empty if it is not valid."""
     try:
         return urlsplit(address)
     except ValueError:
@@ -118,7 +118,7 @@ def too_large() -> RefusedError:
 
 
 def _bounded(receive: Receive) -> Receive:
-    """Receive no more than `MOST_BODY`, for bodies that do not tell their length, and wait for no client that has fallen silent."""
+    """Receive no more than `MOST_BODY`, for bodies without a length, and give up on a silent client."""
     seen, whole = 0, False
 
     async def take() -> Message:

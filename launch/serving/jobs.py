@@ -111,7 +111,7 @@ class Jobs:
     leaving: dict[str, Job] = field(default_factory=dict)
     _jobs: dict[str, Job] = field(default_factory=dict)
     _new: list[Job] = field(default_factory=list)
-    # The first is held while a job comes or goes, which may take a while, and is taken before the second, for which clients that ask wait.
+    # Lock order: the first, held while a job is added or removed, which may be slow; then the second, which queries wait for.
     _changing: threading.RLock = field(default_factory=threading.RLock)
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
@@ -303,7 +303,7 @@ class Jobs:
             job.status, job.step, job.total, job.preview = "in_progress", step, total, preview
 
     def end(self, item_id: str, *, error: str | None = None, again: bool = False) -> None:
-        """Note that an item is done, has failed with `error`, or waits for another attempt; delete it if it was cancelled."""
+        """Record that an item is done, failed with `error`, or waits for another attempt; delete it if it was cancelled."""
         with self._changing, self._lock:
             leaving = self.leaving.pop(item_id, None) if not again else None
             job = self._jobs.get(item_id)

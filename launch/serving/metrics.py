@@ -1,4 +1,4 @@
-"""What Prometheus reads of a service."""
+"""Prometheus metrics of a service."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""A request to an item of the batch: its configuration, the checks that generate.py makes, and its id."""
+"""Convert a request to a batch item: its configuration, the checks of generate.py, and its id."""
 
 import dataclasses
 import hashlib
@@ -76,7 +76,7 @@ class Planner:
 
     @cached_property
     def offer(self) -> Offer:
-        """What a request may ask for, and what it gets if it does not."""
+        """The options of a request, and their defaults."""
         checkpoint, video = self._loaded[0], self.config.video
         return Offer(
             model=Path(self.config.model.path).name,
@@ -123,7 +123,7 @@ class Planner:
         return Planned(request=request, item=batch.items[0], config=config, given=given, given_settings=settings)
 
     def _check_size(self, request: VideoRequest) -> None:
-        """Raise RefusedError for a video with more pixels than that of the preset, which the memory is known to hold."""
+        """Raise RefusedError for a video with more pixels than the preset's, which is known to fit the memory."""
         video = self.config.video
         most = video.num_frames * video.height * video.width
         asked = request.num_frames * request.height * request.width
@@ -136,7 +136,7 @@ class Planner:
 
 
 def name_picture(data: bytes) -> str:
-    """Decode a picture that a client sent, and name its file by content; RefusedError for anything but a picture of usual size."""
+    """Decode a client's picture and name its file by content; RefusedError for anything else or for a huge one."""
     try:
         with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=tuple(PICTURES)) as image:
             warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""How often a client may ask: a bucket of requests for each, which fills with time."""
+"""Rate limits: a token bucket for each client."""
 
 import contextlib
 import ipaddress
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from launch.serving.requests import RefusedError
 
-# Clients that are remembered; the one that has been silent longest is forgotten first.
+# Most clients kept; the least recently active is dropped first.
 MOST_CLIENTS = 4096
 # Bodies of up to 16 MiB that are read at a time.
 MOST_BODIES = 32
@@ -23,7 +23,7 @@ class Rates:
 
     Attributes:
         requests_per_second: of one client; 0 for no limit.
-        posts_per_minute: those among them that make or delete something; 0 for no limit.
+        posts_per_minute: requests of one client that make or delete a video; 0 for no limit.
         clock: time in seconds.
     """
 
@@ -69,7 +69,7 @@ def _too_often(message: str, wait: int) -> RefusedError:
 
 
 def client_of(host: str | None, *, has_key: bool) -> str:
-    """The client that a limit counts for: an address, or the /64 that a site has of IPv6, with a key or without one.
+    """The client of a rate limit: an address, or an IPv6 /64, with a key or without.
 
     The address is that of the connection: any client can write a header such as X-Forwarded-For.
     """

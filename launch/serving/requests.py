@@ -1,4 +1,4 @@
-"""What a client asks for: the fields of OpenAI's `POST /v1/videos`, and ours, checked one by one. No files, no model."""
+"""Parse and check the fields of `POST /v1/videos`, OpenAI's and ours. No files, no model."""
 
 import json
 import re

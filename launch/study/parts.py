@@ -97,7 +97,7 @@ def read_study(path: str, own: Mapping[str, Any]) -> Study:
     tree |= {key: value for key, value in own.items() if value is not None}
     if (wrong := lacking(tree, _STUDY)) is not None:
         raise UserError(f"--study {path} is not a study ({wrong}); configs/study/findings.yaml is an example")
-    # Else every process of every part would refuse it.
+    # Otherwise every process of every part would refuse it.
     if tree["device"] not in (devices := get_args(get_type_hints(ModelConfig)["device"])):
         raise UserError(f"device must be {', '.join(devices[:-1])} or {devices[-1]}, got {tree['device']!r}")
     if tree["shards"] < 1:

@@ -50,7 +50,7 @@ def read_report(path: Path, name: str) -> Report | None:
     report = parse_json(data, str(path), remedy="make it again")
     lacking = next(_lacking(report, name), None)
     if lacking is not None:
-        raise UserError(f"{path} lacks {lacking}: it is of another command or an older version; make it again")
+        raise UserError(f"{path} lacks {lacking}: it comes from another command or an older version; make it again")
     return report
 
 

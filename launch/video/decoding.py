@@ -1,4 +1,4 @@
-"""Messages for a decode that ends early, and how to continue from the latents."""
+"""Messages for a decode that ends early, with the command to continue."""
 
 import contextlib
 import shlex
@@ -42,6 +42,6 @@ def describe_kept(files: OutputFiles) -> str:
     if any(path.exists() for path in (files.video, files.sheet, files.record)):
         command.append("--overwrite")
     return (
-        f"the latents are kept in {files.latents}; the same command goes on from them, or make the video with: "
+        f"the latents are kept in {files.latents}; the same command continues from them, or make the video with: "
         f"{shlex.join(command)}"
     )

@@ -106,7 +106,7 @@ def test_a_wrong_kernel_never_wins() -> None:
 
 @pytest.mark.usefixtures("more_kernels")
 def test_no_right_kernel_is_an_error() -> None:
-    with pytest.raises(UserError, match=r"no attention kernel runs here: .*choose one as attention.kernel, like plain"):
+    with pytest.raises(UserError, match=r"no attention kernel runs here: .*set attention.kernel, for example to plain"):
         fastest(("cpu_nothing",), PART, CPU, torch.float32)
 
 
@@ -211,7 +211,7 @@ def test_a_wrong_solver_is_never_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = fastest_solver(EVERY, 6, 8, CUDA, False)
     assert chosen.solver == "host"
     assert set(chosen.left_out) == {"torch", "cupy"}
-    with pytest.raises(UserError, match=r"no eigensolver is right on cuda:0: {'torch': 'eigenvectors of 6 matrices"):
+    with pytest.raises(UserError, match=r"no eigensolver is correct on cuda:0: {'torch': 'eigenvectors of 6 matrices"):
         fastest_solver(("torch",), 6, 8, CUDA, False)
 
 
@@ -245,5 +245,5 @@ def solver_on_ranks(rank: int, fault: str) -> tuple[str, str]:
 def test_rank_0_chooses_the_solver_and_a_fault_of_one_rank_is_all_ranks(tmp_path: Path) -> None:
     agreed, broken, other = run_ranks(2, solver_on_ranks, ["", "all", "chosen"], tmp_path)
     assert agreed == [("host", "host")] * 2
-    assert {error.split(" cuda")[0] for _, error in broken + other} == {"rank 1: no eigensolver is right on"}
+    assert {error.split(" cuda")[0] for _, error in broken + other} == {"rank 1: no eigensolver is correct on"}
     assert all(solver == "" for solver, _ in broken + other)

@@ -594,7 +594,7 @@ def test_a_disk_that_is_full_when_the_driver_writes_is_one_line(
     shown = make_batch()
     assert shown.code == 2, shown
     assert shown.err.startswith(f"error: cannot write to {tmp_path / 'out'}: No space left on device ("), shown
-    assert shown.err.endswith("; free some space, or choose another folder; the same command goes on\n"), shown
+    assert shown.err.endswith("; free some space, or choose another folder; the same command continues\n"), shown
     assert shown.err.count("\n") == 1
     assert ranks_of(os.getpid()) == []
 
@@ -629,7 +629,7 @@ def test_storage_that_fails_for_a_while_halts_a_batch_and_the_same_command_goes_
     assert line.startswith("error: "), ended
     assert os.strerror(number) in line
     assert line.endswith(
-        "; 2 items are left; see that the folder can be read and written again; the same command goes on"
+        "; 2 items are left; see that the folder can be read and written again; the same command continues"
     )
     assert [warning.split(":")[0] for warning in warnings] == ["warning"] * len(warnings)
     assert len(warnings) <= 2  # the log and the status, once each
@@ -672,7 +672,7 @@ def test_folders_that_may_not_be_changed_for_a_while(
     assert shown.code == 2, shown
     assert shown.err.count("\n") == 1
     assert "Operation not permitted" in shown.err
-    assert shown.err.endswith("; the same command goes on\n")
+    assert shown.err.endswith("; the same command continues\n")
     assert list((out / "quarantine").glob("*")) == []
     assert make_batch({"keep_latents": True, "methods": "direct,freespec"}).code == 0
     assert_whole(out, undisturbed)
@@ -749,7 +749,7 @@ def test_a_disk_that_fills_up_grows_and_is_read_only_then(wan_folder: Path, suit
     full, read_only = ended.stderr.splitlines()
     assert full.startswith("error: "), ended
     assert "No space left on device" in full
-    assert full.endswith("the same command goes on")
+    assert full.endswith("the same command continues")
     assert read_only == f"error: cannot write to --out {out}: Read-only file system"
     assert "12 of 12 items done (" in ended.stdout
 
@@ -770,7 +770,7 @@ def test_a_disk_without_room_is_found_before_anything_is_loaded(
     error = make_batch({}).error
     assert error.startswith(f"{tmp_path / 'out'} has 1000 bytes free, and at least ")
     assert error.endswith(
-        " are needed for what is made at once; free some space, or choose another --out; the same command goes on"
+        " are needed for what is made at once; free some space, or choose another --out; the same command continues"
     )
     # Enough for one item, and not for all four.
     free[0] = round(1024 * float(error.split("at least ")[1].split(" KiB")[0])) + 100
@@ -822,7 +822,7 @@ def test_a_driver_that_died_ahead_of_this_clock_blocks_nothing(make_batch: Calla
     shown = make_batch({"methods": "direct", "dry_run": "false"})
     assert shown.code == 0, shown
     assert shown.err.startswith(
-        "taking over shard-1-of-1 from process 12 on other, which ended without a word, with a clock 3"
+        "taking over shard-1-of-1 from process 12 on other, which ended without cleaning up, with a clock 3"
     )
     assert list((out / "locks").iterdir()) == []
 

@@ -189,7 +189,7 @@ def test_an_interruption_says_what_is_kept(
     monkeypatch.setattr(score, "measure_all", interrupt)
     ended = run(evaluate.main, "--runs", runs)
     assert ended.code == 130
-    assert ended.stopped == f"what was finished is kept in {runs / 'evaluation'}; the same command goes on from there"
+    assert ended.stopped == f"what was finished is kept in {runs / 'evaluation'}; the same command continues from there"
 
 
 def test_of_the_embedded_world_there_are_exact_measures(run: Callable[..., Run], tmp_path: Path, quick: None) -> None:

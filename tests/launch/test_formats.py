@@ -45,7 +45,7 @@ def test_each_kind_is_made_decoded_and_found_finished(make: Make, run: Make, tmp
     assert content(tmp_path / f"decoded{name[1:]}") == [
         (each.replace("v.", "decoded."), data) for each, data in content(path)
     ]
-    # Stopped between video and record, the same command goes on, and takes the video that is there for its own.
+    # Stopped between video and record, the same command continues, and takes the video that is there for its own.
     before = content(path)
     (tmp_path / "v.json").unlink()
     assert make(given).code == 0

@@ -132,7 +132,7 @@ def test_while_decoding_the_latents_are_kept(  # noqa: PLR0917
     assert shown.code == 130
     assert shown.stopped.startswith("while decoding; the latents are kept in ")
     assert names(tmp_path) == {"a.latents.safetensors"}
-    assert "the same command goes on from them, or make the video with: " in shown.stopped
+    assert "the same command continues from them, or make the video with: " in shown.stopped
 
     command = shlex.split(shown.stopped.partition("make the video with: ")[2])
     assert run(decode.main, *(tmp_path / "b.mp4" if word.endswith("a.mp4") else word for word in command[2:])).code == 0

@@ -120,7 +120,7 @@ def test_degrees_of_the_configuration_are_kept(capsys: pytest.CaptureFixture[str
     [
         (["--gpu", "h20"], "error: unknown GPU 'h20'; choose one of a100, h100, h200, rtx4090"),
         (["--nproc", "2"], "error: unknown setting nproc; did you mean --gpus 2?"),
-        (["--prompt", "x"], "error: unknown setting prompt; this command has no use for it, leave it out"),
+        (["--prompt", "x"], "error: unknown setting prompt; this command does not use it; leave it out"),
         (["--gpus", "0"], "error: cannot plan for 0 GPUs; give 1 to 1024"),
         (["--gpus", "100000"], "error: cannot plan for 100000 GPUs; give 1 to 1024"),
         (["--video.num_frames", "320"], "error: video.num_frames must be 4k + 1, got 320"),

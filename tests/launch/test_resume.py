@@ -464,7 +464,7 @@ def test_a_disk_that_fills_up_names_what_could_not_be_written(
     assert error.startswith(
         f"cannot write {tmp_path / name}: No space left on device; {tmp_path / 'a.mp4'} is whole; the latents are kept"
     )
-    assert "the same command goes on from them" in error
+    assert "the same command continues from them" in error
     assert make().code == 0
     assert names(tmp_path) == MADE
 

@@ -510,7 +510,7 @@ def test_wrong_options_are_refused(wan_folder: Path, tmp_path: Path) -> None:
     short = tmp_path / "key"
     short.write_text("short\n")
     for settings, said in (
-        ({"host": "0.0.0.0"}, "lets other machines in, which needs --api_key_file"),
+        ({"host": "0.0.0.0"}, "accepts other machines, which needs --api_key_file"),
         ({"api_key_file": short}, "must hold one key of at least 16 ASCII characters"),
         ({"api_key_file": tmp_path / "none"}, "cannot read --api_key_file"),
         ({"posts_per_minute": -1}, r"--posts_per_minute must lie in \[0, 1e\+06\], 0 for no limit"),

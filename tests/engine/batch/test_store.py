@@ -241,7 +241,7 @@ def test_an_item_whose_note_of_failure_is_damaged_is_tried_again(
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for path, why in ((tmp_path / "file/a.json", "Not a directory"), (tmp_path / ("x" * 300), "File name too long")):
-        with pytest.raises(UserError, match=f"cannot read .*: {why}; mend it, or give another place"):
+        with pytest.raises(UserError, match=f"cannot read .*: {why}; fix it, or give another path"):
             read_json(path)
 
 
@@ -387,7 +387,7 @@ def test_a_status_of_another_machine_blocks_nothing(tmp_path: Path, ahead: float
     said: list[str] = []
     with own_shard(tmp_path, Shard(), say=said.append):
         pass
-    assert said == [f"taking over shard-1-of-1 from process 1 on other, which ended without a word{words}"]
+    assert said == [f"taking over shard-1-of-1 from process 1 on other, which ended without cleaning up{words}"]
     (tmp_path / "status/shard-1-of-1.json").write_text("half of {")
     with own_shard(tmp_path, Shard(), say=said.append):
         pass

@@ -32,11 +32,11 @@ def fault(name: str, path: str | None = None) -> OSError:
 @pytest.mark.parametrize("name", STORAGE)
 def test_a_fault_of_the_storage_is_one_line(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError) as caught:
-        with writing_to(tmp_path, after="the same command goes on"):
+        with writing_to(tmp_path, after="the same command continues"):
             raise fault(name, "a.mp4")
     line = str(caught.value)
     assert line.startswith(f"cannot write to {tmp_path}: {os.strerror(getattr(errno, name))}")
-    assert line.endswith("; the same command goes on")
+    assert line.endswith("; the same command continues")
     assert "\n" not in line
     full = name in ("ENOSPC", "EDQUOT")
     assert (" bytes are free); free some space, or " in line) == full

@@ -264,13 +264,13 @@ DURING = {
     "a block around a block": (replace_block_by_plain, r"attention of 1 of 2 layers \(the first is 1\)"),
     "a fresh scheduler": (
         lambda pipe: setattr(pipe, "scheduler", type(pipe.scheduler).from_config(pipe.scheduler.config)),
-        "replaced or set anew during a call",
+        "replaced or reset during a call",
     ),
     "a scheduler of noise": (
         lambda pipe: setattr(pipe, "scheduler", EulerDiscreteScheduler()),
         "EulerDiscreteScheduler",
     ),
-    "timesteps set anew": (lambda pipe: pipe.scheduler.set_timesteps(7, mu=1.0), "replaced or set anew during a call"),
+    "timesteps set anew": (lambda pipe: pipe.scheduler.set_timesteps(7, mu=1.0), "replaced or reset during a call"),
     "a backend": (lambda pipe: pipe.transformer.set_attention_backend("_native_math"), "attention backend"),
 }
 
@@ -432,7 +432,8 @@ def test_only_a_whole_pipeline_of_a_known_class_is_taken(model):
     pipe = MODELS[model]()
     for part in (pipe.transformer, pipe.vae, torch.compile(pipe.transformer, backend="eager")):
         refused(
-            lambda part=part: applied(part), match=f"goes on a whole pipeline: give the {type(pipe).__name__}, not its"
+            lambda part=part: applied(part),
+            match=f"applies to a whole pipeline: give the {type(pipe).__name__}, not its",
         )
     for thing in (None, "wan", pipe.text_encoder):
         refused(lambda thing=thing: applied(thing), match="is not supported; use a WanPipeline")

@@ -115,7 +115,7 @@ def test_only_a_whole_pipeline_is_taken(model):
     pipe = MODELS[model]()
     refused(
         lambda: apply_timeline(pipe.transformer, "a [0-3s] | b [3s-]", fps=4),
-        match="a timeline goes on a whole pipeline: give the",
+        match="a timeline applies to a whole pipeline: give the",
     )
 
 

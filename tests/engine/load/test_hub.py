@@ -133,7 +133,9 @@ def test_a_copy_that_the_client_knows_to_be_unfinished_is_one_line(monkeypatch: 
         raise kind("2 file(s) are missing (a, b)\nmore", snapshot_path="nowhere")
 
     monkeypatch.setattr(engine.load.hub, "snapshot_download", incomplete)
-    refusal(MODEL, r"is not whole and the hub was not reached; finish the download .*2 file\(s\) are missing \(a, b\)")
+    refusal(
+        MODEL, r"is incomplete and the hub cannot be reached; finish the download .*2 file\(s\) are missing \(a, b\)"
+    )
 
 
 def test_only_safetensors_and_their_descriptions_are_asked_of_the_hub(

@@ -140,7 +140,7 @@ BROKEN = {
     ),
     "a scheduler of noise": (
         change_json("model_index.json", scheduler=["diffusers", "EulerDiscreteScheduler"]),
-        "a flow, which the scheduler EulerDiscreteScheduler does not know; use .* UniPCMultistepScheduler, or FlowMatchEuler",
+        "a flow, which the scheduler EulerDiscreteScheduler does not integrate; use .* UniPCMultistepScheduler, or FlowMatchEuler",
     ),
     "a scheduler told of noise": (
         change_scheduler(prediction_type="epsilon"),

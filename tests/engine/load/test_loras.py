@@ -126,7 +126,7 @@ WRONG: dict[str, tuple[str, Spoil]] = {
         lambda layers, file: save_lora(file, layers, extra={"transformer.proj_out.lora_A.weight": torch.ones(2, 48)}),
     ),
     "a text encoder": (
-        "is no LoRA of Wan text-to-video: of its 41 tensors text_encoder.x.lora_A.weight has no place; names must be",
+        "is not a LoRA of Wan text-to-video: of its 41 tensors text_encoder.x.lora_A.weight has no place; names must be",
         lambda layers, file: save_lora(file, layers, extra={"text_encoder.x.lora_A.weight": torch.ones(1, 1)}),
     ),
     "no LoRA": (

@@ -187,7 +187,7 @@ def test_another_token_is_refused_in_one_line(
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     shown = run(batch.main, *words(wan_folder, tmp_path / "prompts.txt", tmp_path / "out", {"ray": cluster}))
     assert shown.code == 2
-    assert f"the Ray cluster at {cluster} wants its token" in shown.err
+    assert f"the Ray cluster at {cluster} requires its token" in shown.err
     assert list((tmp_path / "out").glob("*/*/videos/*")) == []
 
 
