@@ -131,7 +131,7 @@ class WindowedAttention:
         return out, lse
 
     def rest(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int) -> Partial:
-        """What the local branch leaves out: each query sees the keys of k that lie outside its window."""
+        """Complement of the local branch: each query sees the keys of k that lie outside its window."""
         out, lse = _empty_keys(q)
         for place, part, part_lse in self._rest_parts(q, (k, v), q_start, k_start):
             out[place], lse[place] = part, part_lse
@@ -179,7 +179,7 @@ class WindowedAttention:
             yield place, part, part_lse + shift
 
     def far_shift(self, num_kept: int) -> float:
-        """The logarithm of how many tokens each of `num_kept` tokens of the video stands for."""
+        """Logarithm of the number of tokens that each of `num_kept` kept tokens of the video stands for."""
         return math.log(self.num_frames * self.frame_tokens / num_kept)
 
     def views(self, q: Tensor, k: Tensor, v: Tensor, starts: Sequence[int]) -> Iterator[Tensor]:

@@ -78,7 +78,7 @@ _BY_KEY: "weakref.WeakValueDictionary[str, Kernel]" = weakref.WeakValueDictionar
 
 
 def key_of(kernel: Kernel) -> str:
-    """A text by which `kernel_at` finds the kernel again in this process: torch's operators take no functions."""
+    """A key for `kernel_at` in this process, since torch's operators take no functions."""
     key = getattr(kernel, "__name__", type(kernel).__name__)
     if _BY_KEY.get(key) is not kernel:
         key = f"{key} {id(kernel)}"
@@ -104,7 +104,7 @@ def load_fa3() -> Kernel:
 
 @functools.cache  # one kernel for one function: a compiled block is compiled again for another
 def fa3_kernel(flash_attn_func: Callable[..., Any]) -> Kernel:
-    """Its function, which takes and returns [B, S, N, D], and lse [B, N, S] always or, in newer versions, where asked."""
+    """Wrap its function, which takes and returns [B, S, N, D], and lse [B, N, S] always or, in newer versions, if asked."""
     asked = "return_attn_probs" in inspect.signature(flash_attn_func).parameters
     settings = {"return_attn_probs": True} if asked else {}
 
@@ -125,7 +125,7 @@ DECISIVE = 0.9
 
 
 def cuda_candidates(capability: tuple[int, int], cudnn: int | None, *, half: bool = True) -> tuple[str, ...]:
-    """What `auto` may mean on a GPU of this compute capability, in the order in which torch takes them.
+    """Candidates of `auto` on a GPU of this compute capability, in torch's order.
 
     `cudnn` is the version as `torch.backends.cudnn.version()` gives it; None is no cuDNN. `half` is for fp16 and bf16.
     """
@@ -138,13 +138,13 @@ def cuda_candidates(capability: tuple[int, int], cudnn: int | None, *, half: boo
 
 
 def preferred(seconds: Mapping[str, float]) -> str:
-    """Of measured or predicted seconds by kernel, in the order of candidates: the first, or one that is clearly faster."""
+    """Choose from measured or predicted seconds, in the order of candidates: the first, or one that is clearly faster."""
     first, fastest = next(iter(seconds)), min(seconds, key=lambda name: seconds[name])
     return fastest if seconds[fastest] <= DECISIVE * seconds[first] else first
 
 
 def candidates(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
-    """What `auto` may mean on a device of this process; the first is taken where nothing is measured."""
+    """Candidates of `auto` on a device of this process; the first is used where nothing is measured."""
     if device.type == "cpu":
         return ("cpu_flash",)
     if device.type != "cuda":
@@ -205,7 +205,7 @@ def select_complement(name: str, device: torch.device, dtype: torch.dtype, *, du
 
 
 def resolve_dual(name: str) -> str:
-    """What a choice of DUALS or `auto` means: the strided way, until benchmarks/gpu.py has measured Triton to be faster."""
+    """Resolve a choice of DUALS or `auto`: strided, until benchmarks/gpu.py has measured Triton to be faster."""
     return "strided" if name == "auto" else name
 
 

@@ -43,7 +43,7 @@ def guard(dtype: torch.dtype) -> float:
 
 
 def chunk_tokens(heads: int, head_dim: int) -> int:
-    """Tokens that are taken at a time, of so many heads; a rank may have none."""
+    """Tokens per chunk for so many heads; a rank may have none."""
     return min(CHUNK_TOKENS, max(1, CHUNK_BYTES // max(1, 4 * heads * head_dim)))
 
 
@@ -92,7 +92,7 @@ def largest_of_heads(o_BSND: Tensor) -> Tensor:
 
 
 def gram_in_fp64(o_BSND: Tensor) -> Tensor:
-    """`gram` with products and sums in fp64: whatever fp32 and half precision can hold, fp64 holds the square of."""
+    """`gram` with products and sums in fp64, which holds the square of any fp32 or half-precision number."""
     batch, _, heads, dim = o_BSND.shape
     total = torch.zeros(batch, heads, dim, dim, dtype=torch.float64, device=o_BSND.device)
     for item, chunk in itertools.product(range(batch), o_BSND.split(FP64_TOKENS, dim=1)):

@@ -1,6 +1,6 @@
 # mypy: allow-untyped-defs, allow-untyped-calls
 # Triton reads annotations, so its kernels have none but constexpr.
-"""Both branches in one walk over the keys: a query block sees its window first, writes O_l, goes on, and writes O_g.
+"""Both branches in one walk over the keys: a query block attends to its window, writes O_l, then attends to the other keys and writes O_g.
 
 Softmax attention over the window and then over the other keys is one running sum, so the global branch starts from where
 the local one ends (method.md, eq. 1-2) and no key is read twice but those at the edge of a block's windows. The keys of a
@@ -29,7 +29,7 @@ LN_2 = 0.6931471805599453
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tiles:
-    """Queries and keys of a tile, warps of a program, and tiles of keys on their way at a time."""
+    """Queries and keys of a tile, warps of a program, and tiles of keys in flight."""
 
     queries: int
     keys: int
@@ -153,7 +153,7 @@ def _slots(num_queries: int, block_queries: int, grams: bool) -> tuple[int, int]
 
 
 def _padded(dim: int) -> int:
-    """The head dim that a tile has: a power of two."""
+    """Head dim of a tile: a power of two."""
     return max(1 << (dim - 1).bit_length(), SMALLEST_DOT)
 
 

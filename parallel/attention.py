@@ -210,7 +210,7 @@ class SequenceLayout:
         )
 
     def gather(self, out_BrnD: Tensor) -> Tensor:
-        """[B, r, n, D] -> [B, s, N, D]: what scatter did, undone for one tensor."""
+        """[B, r, n, D] -> [B, s, N, D]: the inverse of scatter, for one tensor."""
         tokens, heads = self._exchange_sizes()
         return self.exchange.heads_to_tokens(
             out_BrnD, token_sizes=tokens, head_sizes=heads, group=self.mesh.ulysses.group, trace=self.trace
@@ -316,7 +316,7 @@ class SequenceLayout:
     def _near_and_far(
         self, k: Tensor, v: Tensor, mode: Mode, kernels: BranchKernels
     ) -> tuple[_Keys, Iterable[tuple[int, Tensor]]]:
-        """Keys that are here before the ring turns, and the ring's blocks, the first of them on its way.
+        """Keys available before the ring turns, and the ring's blocks; the first is already being sent.
 
         The halo goes before the ring: the near attention waits for it, and both use the same links.
         """

@@ -1,4 +1,4 @@
-"""What a method tells the engine: its noise, the branches of each denoising step, and how they become one."""
+"""The interface of a method: its noise, the branches of each denoising step, and their fusion."""
 
 import abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -48,7 +48,7 @@ class Grid:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Branches:
-    """What one layer computed, as its step's mode asks for.
+    """Attention outputs of one layer, by the mode of its step.
 
     Attributes:
         o_local: the sliding window's output [B, s, N, D] (`dual`).
@@ -109,7 +109,7 @@ class Method(metaclass=abc.ABCMeta):
         return {}
 
     def check_window(self, window_frames: int) -> None:
-        """Raise ValueError if the settings do not go with a native length of `window_frames`; any goes with most methods."""
+        """Raise ValueError if the settings do not suit a native length of `window_frames`; most methods take any."""
         return
 
     @abc.abstractmethod
@@ -117,7 +117,7 @@ class Method(metaclass=abc.ABCMeta):
         """The mode of each step, from the scheduler's timesteps (1000 = pure noise), first step first."""
 
     def view_starts(self, grid: Grid) -> tuple[int, ...]:
-        """First frame of each view; every view has `window_frames` frames. Asked for in modes with views only."""
+        """First frame of each view; every view has `window_frames` frames. Called in modes with views only."""
         raise AssertionError(f"{type(self).__name__} has no views")
 
     def frame_sets(self, step: StepPlan, grid: Grid) -> Sequence[FrameSet]:

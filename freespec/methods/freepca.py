@@ -22,7 +22,7 @@ from freespec.windows import default_stride
 
 
 class ViewWeights(NamedTuple):
-    """`merge` [V, W] fp64: what each frame of a view counts; `counts` [V] int64: components that a view takes."""
+    """`merge` [V, W] fp64: weight of each frame of a view; `counts` [V] int64: components that a view takes."""
 
     merge: Tensor
     counts: Tensor
