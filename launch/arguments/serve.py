@@ -159,7 +159,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         ("host", str, "127.0.0.1", "address to listen on; one that other machines reach needs --api_key_file"),
         ("port", int, 8000, "port to listen on; 0 takes a free one"),
         ("api_key_file", str, None, "file with one key, which clients send as their API key"),
-        ("methods", str, None, f"those that a request may name: {METHODS_HELP} (default: all that the settings allow)"),
+        (
+            "methods",
+            str,
+            None,
+            f"methods that a request may name: {METHODS_HELP} (default: all that the settings allow)",
+        ),
         ("prompts", str, None, "text file of videos to make first, one prompt a line"),
         ("most_jobs", int, 64, "jobs that may wait or run; more are answered with 429"),
         ("requests_per_second", float, 500.0, "requests of one client (an address, and its key); 0 for no limit"),

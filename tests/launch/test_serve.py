@@ -133,7 +133,7 @@ def test_a_video_outlives_a_kill_and_another_is_cancelled(
         process.terminate()
         process.join(PATIENCE_SECONDS)
         said = (tmp_path / "second/rank0.err").read_text()
-        assert (process.exitcode, said) == (143, "stopped: 0 jobs are left; the same command goes on\n")
+        assert (process.exitcode, said) == (143, "stopped: 0 jobs are left; the same command continues\n")
     settings = {
         "video.fps": 8,
         "video.num_frames": 9,
