@@ -23,7 +23,7 @@ from benchmarks.measure import (
     SHAPES,
     Shape,
     layer_parser,
-    over_and_under,
+    layer_result,
     relative_error,
     round_robin,
     run,
@@ -131,23 +131,12 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     checked = {variant: memory_and_error(call, exact, queries, CPU) for variant, call in calls.items()}  # also warms up
     times = round_robin(calls, CPU, args.repeats)
     work = tera_operations(shape, heads)
-    pairs = (("local", "global"), ("two calls", "global"), ("dual", "global"), ("dual", "two calls"))
-    return {
-        "shape": name,
-        "sizes": str(shape),
-        "heads": heads,
-        "head_dim": shape.head_dim,
-        "output_mib": qkv[0].nbytes / 2**20,
-        "variants": {
-            variant: {
-                **{unit: spread(seconds) for unit, seconds in times[variant].items()},
-                "tflops": work[variant] / spread(times[variant]["wall_s"])["median"],
-                **checked[variant],
-            }
-            for variant in calls
-        },
-        "ratios": {f"{over} / {under}": over_and_under(times, over, under) for over, under in pairs},
+    found = {
+        variant: {"tflops": work[variant] / spread(times[variant]["wall_s"])["median"], **checked[variant]}
+        for variant in calls
     }
+    pairs = (("local", "global"), ("two calls", "global"), ("dual", "global"), ("dual", "two calls"))
+    return layer_result(name, heads, times, variants=found, pairs=pairs) | {"output_mib": qkv[0].nbytes / 2**20}
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from benchmarks.measure import (
     SHAPES,
     Shape,
     layer_parser,
-    over_and_under,
+    layer_result,
     relative_error,
     round_robin,
     run,
@@ -81,22 +81,15 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     }  # also warms up
     times = round_robin({"global": lambda: layer.dense(*qkv)[0], **calls}, CPU, args.repeats)
     outside = (shape.num_frames - shape.window_frames) / shape.num_frames
-    return {
-        "shape": name,
-        "sizes": str(shape),
-        "heads": heads,
-        "head_dim": shape.head_dim,
-        "variants": {
-            variant: {
-                **{unit: spread(seconds) for unit, seconds in times[variant].items()},
-                "operations": 1 - outside * (1 - len(tokens) / shape.num_tokens) if tokens is not None else 1.0,
-                "error": error[variant],
-            }
-            for variant, tokens in kept.items()
-        },
-        "global": {unit: spread(seconds) for unit, seconds in times["global"].items()},
-        "ratios": {f"{variant} / global": over_and_under(times, variant, "global") for variant in calls},
+    found = {
+        variant: {
+            "operations": 1 - outside * (1 - len(tokens) / shape.num_tokens) if tokens is not None else 1.0,
+            "error": error[variant],
+        }
+        for variant, tokens in kept.items()
     }
+    result = layer_result(name, heads, times, variants=found, pairs=[(variant, "global") for variant in calls])
+    return result | {"global": {unit: spread(seconds) for unit, seconds in times["global"].items()}}
 
 
 def main() -> None:

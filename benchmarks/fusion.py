@@ -16,11 +16,10 @@ from benchmarks.measure import (
     SHAPES,
     Shape,
     layer_parser,
-    over_and_under,
+    layer_result,
     relative_error,
     round_robin,
     run,
-    spread,
 )
 from freespec import spectrum
 from freespec.kernels import select_kernel
@@ -105,18 +104,9 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     errors = {form: relative_error(first[form], first["SVD in fp64"]) for form in ("fusion", "SVD in fp32")}
     del first
     times = round_robin(calls, CPU, args.repeats)
+    found = {variant: {"error": errors.get(variant)} for variant in times}
     unders = [under for under in ("SVD in fp32", "SVD in fp64", "dual attention") if under in calls]
-    return {
-        "shape": name,
-        "sizes": str(shape),
-        "heads": heads,
-        "head_dim": shape.head_dim,
-        "variants": {
-            variant: {unit: spread(seconds) for unit, seconds in row.items()} | {"error": errors.get(variant)}
-            for variant, row in times.items()
-        },
-        "ratios": {f"fusion / {under}": over_and_under(times, "fusion", under) for under in unders},
-    }
+    return layer_result(name, heads, times, variants=found, pairs=[("fusion", under) for under in unders])
 
 
 def main() -> None:

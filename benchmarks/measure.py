@@ -26,6 +26,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 CPU = torch.device("cpu")
 QKV = tuple[Tensor, Tensor, Tensor]
+Times = Mapping[str, Mapping[str, Sequence[float]]]  # by variant and clock, as `round_robin` measures them
 Item = TypeVar("Item")
 
 
@@ -119,9 +120,32 @@ def run(
     print(f"{show({'settings': own, 'results': results})}\n\nwrote {path}")
 
 
-def over_and_under(times: Mapping[str, Mapping[str, Sequence[float]]], over: str, under: str) -> dict[str, Any]:
+def over_and_under(times: Times, over: str, under: str) -> dict[str, Any]:
     """The ratio of two variants of `round_robin` on both clocks."""
     return {unit: ratio(times[over][unit], times[under][unit]) for unit in ("wall_s", "cpu_s")}
+
+
+def layer_result(
+    name: str,
+    heads: int,
+    times: Times,
+    *,
+    variants: Mapping[str, Mapping[str, Any]],
+    pairs: Iterable[tuple[str, str]],
+) -> dict[str, Any]:
+    """The result of one shape: times of the variants beside what else was found of each, and the ratios of the pairs."""
+    shape = SHAPES[name]
+    return {
+        "shape": name,
+        "sizes": str(shape),
+        "heads": heads,
+        "head_dim": shape.head_dim,
+        "variants": {
+            variant: {unit: spread(seconds) for unit, seconds in times[variant].items()} | found
+            for variant, found in variants.items()
+        },
+        "ratios": {f"{over} / {under}": over_and_under(times, over, under) for over, under in pairs},
+    }
 
 
 def round_robin(

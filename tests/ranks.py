@@ -1,6 +1,7 @@
 """Run a test body on several ranks: processes on this machine, gloo on CPU, a rendezvous file, errors that name their rank."""
 
 import faulthandler
+import functools
 import multiprocessing
 import signal
 import tempfile
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+from parallel.mesh import Axis
 
 # A server process imports these once and forks every rank from itself: a rank starts in 0.1 s instead of 3.
 # torch._dynamo is what a TorchDispatchMode imports on its first call.
@@ -89,3 +92,15 @@ def _rank_main(rank: int, job: _Job) -> None:
         torch.save(results, job.folder / f"rank{rank}.pt")
     finally:
         dist.destroy_process_group()
+
+
+@functools.cache
+def first_ranks(sizes: tuple[int, ...]) -> dict[int, Axis]:
+    """An axis of the first P ranks for each P; every rank makes all of the groups, and belongs to some."""
+    rank = dist.get_rank()
+    groups = {size: dist.new_group(list(range(size))) for size in sizes}
+    return {
+        size: Axis(name="world", group=group, ranks=tuple(range(size)), rank=rank)
+        for size, group in groups.items()
+        if rank < size
+    }

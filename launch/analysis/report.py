@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from engine.files.tables import write_csv
+from engine.files.trees import finite_or_none
 from engine.files.whole import write_text
 from engine.media.contact_sheet import spaced
-from engine.media.read_video import read_video
+from engine.media.read_video import read_frames
 from evaluation.study.plots import save_figure
 from launch.analysis.plots import Strip, draw_flows, draw_frames, draw_heads, draw_low_rank, draw_progress, draw_windows
 from launch.analysis.spectra import Rows, SpectraStore, concentration, mean_and_error, over_prompts
@@ -84,7 +85,10 @@ def _write_low_rank(
         moments = spaced(len(strips[0].frames), _MOMENTS)
         save_figure(draw_frames(strips, moments, title=prompt), folder / f"low-rank-frames-{index:03d}")
         save_figure(draw_flows(strips, moments, title=prompt), folder / f"low-rank-flows-{index:03d}")
-    return [{key: _plain_number(value) for key, value in row.items()} for row in summary]
+    return [
+        {key: finite_or_none(value) if isinstance(value, float) else value for key, value in row.items()}
+        for row in summary
+    ]
 
 
 def low_rank_summary(table: Rows) -> Rows:
@@ -111,10 +115,6 @@ def low_rank_summary(table: Rows) -> Rows:
 
 
 def _strip(each: Measured, ratios: dict[str, float]) -> Strip:
-    frames = np.stack(list(read_video(each.video.files.video)))
+    frames = read_frames(each.video.files.video)
     note = f"flow {each.values['flow_mean']:.2f} px/frame"
     return Strip(name=f"{100 * ratios[each.video.label]:g} % kept", note=note, frames=frames)
-
-
-def _plain_number(value: Any) -> Any:
-    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -20,7 +20,7 @@ from engine.files.trees import read_yaml
 from engine.presets import describe_parser_error, find_config, finished, refuse_null
 from launch.cli.suggestions import describe_unknown
 from launch.process.stopping import show
-from launch.ranks.environment import LAUNCHER, RankEnv
+from launch.ranks.environment import LAUNCHER, is_first_rank
 
 DEFAULT_CONFIG = "configs/tiny-wan.yaml"
 
@@ -182,8 +182,7 @@ def _use_new_names(parser: ArgumentParser, namespace: Namespace) -> Namespace:
 @functools.cache
 def _say_renamed(old: str, new: str) -> None:
     """Print one line on stderr, on rank 0 only."""
-    rank_env = RankEnv.of_environment()
-    if LAUNCHER not in os.environ and (rank_env is None or rank_env.rank == 0):
+    if LAUNCHER not in os.environ and is_first_rank():
         show(f"note: --{old} is now --{new}; the old name works until the next release")
 
 

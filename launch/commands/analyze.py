@@ -24,7 +24,7 @@ from launch.comparison.checks import check_longer
 from launch.comparison.make import check_variants, make_missing, missing_videos
 from launch.comparison.store import Comparison
 from launch.process.stopping import Stopped
-from launch.ranks.environment import RankEnv
+from launch.ranks.environment import is_first_rank
 from launch.ranks.join import DistContext, open_ranks
 from launch.video.outputs import claim_outputs
 from launch.video.prompts import look_at_prompts
@@ -59,8 +59,7 @@ def run(asked: Arguments) -> None:
     now = spectra.describe()
     with contextlib.ExitStack() as stack:
         make(asked, spectra, low_rank, now, stack)
-        rank_env = RankEnv.of_environment()
-        if rank_env is not None and rank_env.rank > 0:
+        if not is_first_rank():
             return
         progress = enabled(config.output.progress)
         print(write_analysis(folder, spectra, low_rank, ratios, made_with=now, progress=progress))

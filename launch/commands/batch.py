@@ -20,8 +20,7 @@ from launch.batching.options import Options
 from launch.batching.report import SUPPORT, check_room, say_plan, say_start
 from launch.batching.work import Work
 from launch.commands import status
-from launch.video.given import look_at_given
-from launch.video.prompts import look_at_prompts
+from launch.video.prompts import look_at_given, look_at_prompts
 
 
 def main(argv: list[str]) -> int:

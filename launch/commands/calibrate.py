@@ -30,7 +30,7 @@ from launch.comparison.measure import Measured, not_world
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison
 from launch.process.stopping import Stopped
-from launch.ranks.environment import RankEnv
+from launch.ranks.environment import is_first_rank
 from launch.ranks.join import DistContext, open_ranks
 from launch.video.outputs import writing_report
 from launch.video.prompts import look_at_prompts
@@ -103,7 +103,7 @@ def run(asked: Arguments) -> None:
         judged = plan.compared("judged", [START] if best == START else [START, best], held_out)
         if best != START:
             maker.make(judged)
-    if not _is_first():
+    if not is_first_rank():
         return
     report = {
         "comparison": described[1] | {"variants": {each.label: each.settings for each in judged.variants}},
@@ -129,7 +129,7 @@ def _search(
         keep = 1 if count == rounds[-1] else math.ceil(len(labels) / KEPT_SHARE)
         comparison = plan.compared("search", labels, prompts[:count])
         maker.make(comparison)
-        if _is_first():
+        if is_first_rank():
             by_label = scores(_measure(comparison, progress=progress), labels)
             told.append({"prompts": count, "scores": {x: float(by_label[x].mean()) for x in labels}})
             labels = survivors(by_label, keep=keep, always=START)
@@ -203,8 +203,3 @@ def _preset(config: RunConfig, checkpoint: str) -> str:
     tree = {"method": {"name": "freespec", "window_frames": method.window_frames, "freespec": freespec}}
     judged_with = f"{config.sampler.num_steps} steps, {config.video.num_frames} frames, checkpoint {checkpoint}"
     return f"# Judged with {judged_with}. Laid over a model: --config MODEL.yaml --config THIS.\n{yaml.safe_dump(tree)}"
-
-
-def _is_first() -> bool:
-    rank_env = RankEnv.of_environment()
-    return rank_env is None or rank_env.rank == 0

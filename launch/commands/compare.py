@@ -20,7 +20,7 @@ from launch.comparison.make import check_variants, make_missing, missing_videos
 from launch.comparison.report import NothingToReportError, write_report
 from launch.comparison.store import Comparison, Video
 from launch.process.stopping import Stopped
-from launch.ranks.environment import RankEnv
+from launch.ranks.environment import is_first_rank
 from launch.ranks.join import DistContext, open_ranks
 from launch.video.prompts import look_at_prompts
 
@@ -46,8 +46,7 @@ def run(asked: Arguments) -> int:
     )
     if not given.report_only and (code := make_videos(comparison, asked)):
         return code
-    rank_env = RankEnv.of_environment()
-    if rank_env is not None and rank_env.rank > 0:
+    if not is_first_rank():
         return 0
     progress = enabled(asked.config.output.progress)
     if shard is not None:

@@ -13,10 +13,9 @@ from engine.shown import quoted
 from launch.arguments.generate import Arguments, read
 from launch.process.stopping import all_is_made
 from launch.ranks.join import open_ranks
-from launch.video.given import look_at_given
 from launch.video.make import make_video, summary
 from launch.video.outputs import OutputFiles, check_free_space, claim_outputs, frame_folders
-from launch.video.prompts import look_at_prompts
+from launch.video.prompts import look_at_given, look_at_prompts
 from launch.video.stages import Stage, describe_finished, find_stage, read_record, remove_leftovers
 
 

@@ -11,7 +11,7 @@ from engine.errors import UserError
 from engine.files.trees import Shape, finite_or_none, read_kept
 from engine.files.whole import write_json
 from engine.load.checkpoint import open_checkpoint
-from engine.media.read_video import read_video
+from engine.media.read_video import read_frames
 from engine.shown import quoted
 from evaluation.events import has_events, ranges_of, version_of
 from evaluation.study.measured import Measured
@@ -104,7 +104,7 @@ def _measure(video: Video, *, clip_frames: int, world: bool, events: bool) -> Me
     shape: Shape = {"key": dict, "values": dict, "by_clip": dict}
     kept = read_kept(video.files.measures, shape, what="the measures of a video")
     if kept is None or kept["key"] != key:
-        frames = np.stack(list(read_video(video.files.video)))
+        frames = read_frames(video.files.video)
         values, by_clip = _measures(frames, video.prompt, clip_frames=clip_frames, world=world, events=ranges)
         kept = {
             "key": key,

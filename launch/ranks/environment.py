@@ -64,6 +64,12 @@ class RankEnv:
         )
 
 
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, or no rank."""
+    rank_env = RankEnv.of_environment()
+    return rank_env is None or rank_env.rank == 0
+
+
 _REMEDY = "unset RANK, LOCAL_RANK and WORLD_SIZE, or start with --nproc or torchrun"
 
 

@@ -1,9 +1,11 @@
-"""Check prompts, and print notes about them and the expected time, before anything is loaded."""
+"""Check prompts and given frames, and print notes about them and the expected time, before anything is loaded."""
 
 from collections.abc import Sequence
 
 from engine.batch.variants import Variant
 from engine.config import RunConfig
+from engine.given.frames import GivenFrames
+from engine.given.known import check_given
 from engine.load.checkpoint import open_checkpoint
 from engine.load.loras import describe_loras
 from engine.planner.processor import describe_expected
@@ -41,3 +43,12 @@ def look_at_prompts(
             print(f"note: {expected}", flush=True)
 
     (context or DistContext()).check_on_first(look)
+
+
+def look_at_given(config: RunConfig, given: GivenFrames | None) -> list[str]:
+    """Check the given frames before anything is loaded; returns notes for the user, one sentence each."""
+    if given is None:
+        return []
+    video, spec = config.video, open_checkpoint(config.model).spec
+    size = {"num_frames": video.num_frames, "height": video.height, "width": video.width}
+    return check_given(given, spec, **size, fps=video.fps)

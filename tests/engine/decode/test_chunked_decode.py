@@ -25,9 +25,8 @@ from engine.decode.pieces import stream_decode
 from engine.decode.tiles import stream_tiles
 from engine.decode.tiling import GIB, plan_decode, tile_bytes, tiled_share
 from engine.errors import UserError
-from engine.ranks.group_of_one import GROUP_OF_ONE
 from parallel.mesh import Axis
-from tests.ranks import run_ranks
+from tests.ranks import first_ranks, run_ranks
 from tests.tiny_pipelines import random_ltx_vae, random_wan
 
 FULL = DecodeConfig(mode="framewise")  # 16 and 8 frames: 3 latent frames at a time, one further each time
@@ -214,22 +213,10 @@ def broken(fault: str) -> Iterator[None]:
         yield
 
 
-@functools.cache
-def first_ranks() -> dict[int, Axis]:
-    """An axis of the first P ranks for each P; every rank makes all of the groups, and belongs to some."""
-    rank = torch.distributed.get_rank()
-    groups = {size: torch.distributed.new_group(list(range(size))) for size in NUM_RANKS}
-    return {
-        size: Axis(name="world", group=group, ranks=tuple(range(size)), rank=rank)
-        for size, group in groups.items()
-        if rank < size
-    }
-
-
 def decode_on_ranks(rank: int, job: tuple[int, Case]) -> Tensor | bool | None:
     """Whether rank 0's frames are those of diffusers, or for a VAE that draws noise the frames; None on other ranks."""
     ranks, case = job
-    world = first_ranks().get(ranks)
+    world = first_ranks(NUM_RANKS).get(ranks)
     if world is None:
         return None
     vae, latents = vae_of(case.kind), draw(case.size)
@@ -270,12 +257,6 @@ def test_noise_inside_the_decoder_is_the_same_on_any_ranks(results):
 
 
 # Memory, and which mode is taken.
-
-
-@pytest.fixture
-def alone() -> Iterator[Axis]:
-    yield GROUP_OF_ONE.acquire().world
-    GROUP_OF_ONE.release()
 
 
 def peak_bytes(config: DecodeConfig, num_latents: int, alone: Axis) -> int:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from engine.decode.blend import cover, lay_over, overlap_share
 from engine.decode.pieces import stream_decode
 from engine.decode.tiles import stream_tiles
 from engine.decode.tiling import make_grid, plan_decode
-from engine.ranks.group_of_one import GROUP_OF_ONE
 from parallel.mesh import Axis
 from tiny.world import render, sample_scene
 
@@ -32,12 +30,6 @@ TILES = {
 # Height and width in pixels, odd numbers of latents among them, and frames.
 SIZES = {"wan": [(64, 60, 9), (60, 52, 9)], "ltx": [(64, 64, 33), (56, 64, 37)]}
 CASES = [(family, size) for family, sizes in SIZES.items() for size in sizes]
-
-
-@pytest.fixture
-def alone() -> Iterator[Axis]:
-    yield GROUP_OF_ONE.acquire().world
-    GROUP_OF_ONE.release()
 
 
 @functools.cache

@@ -31,10 +31,9 @@ from engine.decode.tiles import stream_tiles
 from engine.decode.tiling import GIB, check_tiles, choose_mode, make_grid, plan_decode, share_tiles, tile_bytes
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.ranks.group_of_one import GROUP_OF_ONE
 from engine.ranks.layouts import Ranks
 from parallel.mesh import Axis, build_mesh
-from tests.ranks import PATIENCE, run_ranks
+from tests.ranks import PATIENCE, first_ranks, run_ranks
 from tests.tiny_pipelines import random_wan, save_random_wan
 
 NUM_RANKS = (1, 2, 3, 4)
@@ -80,18 +79,6 @@ ENGINES = (TILED, DecodeConfig())
 @functools.cache
 def random_vae() -> AutoencoderKLWan:
     return random_wan().vae
-
-
-@functools.cache
-def first_ranks() -> dict[int, Axis]:
-    """An axis of the first P ranks for each P; every rank makes all of the groups, and belongs to some."""
-    rank = torch.distributed.get_rank()
-    groups = {size: torch.distributed.new_group(list(range(size))) for size in NUM_RANKS}
-    return {
-        size: Axis(name="world", group=group, ranks=tuple(range(size)), rank=rank)
-        for size, group in groups.items()
-        if rank < size
-    }
 
 
 def draw(size: tuple[int, int, int], channels: int = 4) -> Tensor:
@@ -198,7 +185,7 @@ def run_job(rank: int, job: Job) -> Any:
     """What `compare` or `decode_by_engine` says; runs on every rank."""
     if job.config is not None:
         return decode_by_engine(job.config)
-    world = first_ranks().get(job.ranks)
+    world = first_ranks(NUM_RANKS).get(job.ranks)
     return compare(rank, job.case, world) if world is not None else None
 
 
@@ -235,12 +222,6 @@ def results(folder, tmp_path_factory) -> dict[Job, list[Any]]:
     jobs += [Job(2, case) for case in (*FAULTS, NO_FAULT)]
     jobs += [Job(max(NUM_RANKS), config=config_of(folder, decode)) for decode in ENGINES]
     return dict(zip(jobs, run_ranks(max(NUM_RANKS), run_job, jobs, tmp_path_factory.mktemp("ranks")), strict=True))
-
-
-@pytest.fixture
-def alone() -> Iterator[Axis]:
-    yield GROUP_OF_ONE.acquire().world
-    GROUP_OF_ONE.release()
 
 
 @pytest.mark.parametrize("ranks", NUM_RANKS)

@@ -14,7 +14,7 @@ import pytest
 from engine.errors import UserError
 from engine.files.claims import claim
 from engine.files.processes import this_place
-from tests.engine.files.test_locks import ELSEWHERE, ROOT
+from tests.engine.files.test_locks import ELSEWHERE, ROOT, another
 
 Say = Callable[[str], None]
 
@@ -26,19 +26,11 @@ def claimed_elsewhere(paths: Sequence[Path], *, then: str = "sys.stdin.read()") 
 import pathlib, sys
 from engine.files.claims import claim
 with claim([pathlib.Path(path) for path in {[str(path) for path in paths]!r}], advice="-"):
-    print("claimed", flush=True)
+    print("held", flush=True)
     {then}
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout.readline() == "claimed\n"
+    with another(code) as process:
         yield process
-    finally:
-        process.stdin.close()
-        process.wait()
-        process.stdout.close()
 
 
 def test_one_file_in_common_is_enough(tmp_path: Path) -> None:

@@ -43,6 +43,21 @@ def said() -> list[str]:
 
 
 @contextmanager
+def another(code: str) -> Iterator[subprocess.Popen]:
+    """Another process, once it holds what it is to hold and says so; it ends when its stdin is closed."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "held\n"
+        yield process
+    finally:
+        process.stdin.close()
+        process.wait()
+        process.stdout.close()
+
+
+@contextmanager
 def holding(path: Path, kind: str) -> Iterator[subprocess.Popen]:
     """Another process that holds a lock file."""
     without = {
@@ -62,16 +77,8 @@ def holding(path: Path, kind: str) -> Iterator[subprocess.Popen]:
             "    sys.stdin.read()",
         ]
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert process.stdout.readline() == "held\n"
+    with another(code) as process:
         yield process
-    finally:
-        process.stdin.close()
-        process.wait()
-        process.stdout.close()
 
 
 def test_the_second_is_told_who_holds_it(tmp_path: Path, kind: str, said: list[str]) -> None:
