@@ -10,12 +10,13 @@ from typing import Any
 from engine.batch.driver import Done, Ended, Event, Failed, Note, Placed, Placing, Ready, Step
 from engine.batch.queue import Failure, Kind
 from launch.ranks.host import RankProcesses
+from launch.ranks.watch import describe_end
 
 # Time for the other ranks to answer after the first failure: they notice a lost connection by themselves.
 GRACE_SECONDS = 5.0
 
 # Signals of a fault in the rank's own code.
-_CRASHES = ("SIGSEGV", "SIGBUS", "SIGILL", "SIGFPE")
+_CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 
 # Kinds of failure by how likely they are the cause: ranks that lost another one come last.
 _BLAME = ("disk", "memory", "mistake", "fault", "ended", "lost", "cancelled")
@@ -144,12 +145,8 @@ class Group:
         if code is None:  # its Ray actor is gone
             return "ended", Failure("lost", said, tail)
         who = f"rank {rank} of {self.ranks.count} (process {event['pid']})"
-        if code is not None and code < 0:
-            name = signal.Signals(-code).name
-            hint = ", as the system does when memory runs out" if name == "SIGKILL" else ""
-            kind: Kind = "fault" if name in _CRASHES else "lost"  # a fault of the rank, or a signal from outside
-            return "ended", Failure(kind, f"{who} was ended by {name}{hint}", tail)
-        if said:
-            return "lost", Failure("lost", said, tail)
-        last = next((line.strip() for line in reversed(event["tail"]) if line.strip()), "")
-        return "ended", Failure("lost", f"{who} ended with exit code {code}" + (f" ({last})" if last else ""), tail)
+        how = f"{who} {describe_end(code, event['tail'], verb='ended')}"
+        if code < 0:
+            kind: Kind = "fault" if -code in _CRASHES else "lost"  # a fault of the rank, or a signal from outside
+            return "ended", Failure(kind, how, tail)
+        return ("lost", Failure("lost", said, tail)) if said else ("ended", Failure("lost", how, tail))

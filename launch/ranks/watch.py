@@ -76,7 +76,9 @@ def judge(ranks: Sequence[Rank], signals: StopSignals, *, verbose: bool) -> int:
         return 0
     cause = min(failed, key=_blame)
     if first.code == 0:  # it has made everything, for which it needed the others
-        show(f"note: rank {cause.rank} of {len(ranks)} {_describe_end(cause)} after everything was made")
+        show(
+            f"note: rank {cause.rank} of {len(ranks)} {describe_end(cause.code, cause.lines)} after everything was made"
+        )
         return 0
     if cause.said:
         show(cause.said)
@@ -101,12 +103,13 @@ def _describe(cause: Rank, ranks: Sequence[Rank]) -> str:
     first = ranks[0]
     noticed = f"; {first.said.removeprefix('error: ')}" if first.code == _LOST and first.said else ""
     where = f"rank {cause.rank} of {len(ranks)} (process {cause.pid})"
-    return f"error: {where} {_describe_end(cause)}{others}{noticed}"
+    return f"error: {where} {describe_end(cause.code, cause.lines)}{others}{noticed}"
 
 
-def _describe_end(cause: Rank) -> str:
-    if cause.code < 0:
-        memory = ", as the system does when memory runs out" if cause.code == -signal.SIGKILL else ""
-        return f"was ended by {signal.Signals(-cause.code).name}{memory}"
-    last = next((line.strip() for line in reversed(cause.lines) if line.strip()), "")
-    return f"failed with exit code {cause.code}" + (f" ({last})" if last else "")
+def describe_end(code: int, lines: Sequence[str], *, verb: str = "failed") -> str:
+    """Describe how a rank ended: its exit code, negative for a signal, and the last of its lines."""
+    if code < 0:
+        memory = ", as the system does when memory runs out" if code == -signal.SIGKILL else ""
+        return f"was ended by {signal.Signals(-code).name}{memory}"
+    last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+    return f"{verb} with exit code {code}" + (f" ({last})" if last else "")
