@@ -1,13 +1,14 @@
 """UltraViCo's attention to keys outside the windows: positive logits times a constant below 1, negative ones as they are."""
 
 import functools
+import itertools
 
 import torch
 from torch import Tensor
 
 from freespec.kernels import Kernel
 
-LOGITS = 1 << 24  # of a chunk of queries; they are written out in fp32 at least
+LOGITS = 1 << 24  # of a chunk of queries of one head; they are written out in fp32 at least
 
 
 @functools.cache  # one kernel for one number: a compiled block is compiled again for another
@@ -16,15 +17,19 @@ def decayed(alpha: float) -> Kernel:
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         compute_dtype = torch.promote_types(q.dtype, torch.float32)
-        keys, values = k.to(compute_dtype).mT, v.to(compute_dtype)
-        rows = max(1, LOGITS // (k.shape[0] * k.shape[1] * k.shape[2]))
-        outs, lses = [], []
-        for some in q.split(rows, dim=2):
-            logits = some.to(compute_dtype) @ keys * q.shape[-1] ** -0.5
-            logits = torch.where(logits > 0, alpha * logits, logits)
-            lses.append(logits.logsumexp(-1))
-            outs.append((logits.softmax(-1) @ values).to(q.dtype))
-        return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[:-1], dtype=compute_dtype)
+        rows = max(
+            1, LOGITS // k.shape[2]
+        )  # as many for any share of the heads, so that each head has the same bits in all
+        for item, head in itertools.product(range(q.shape[0]), range(q.shape[1])):
+            keys, values = k[item, head].to(compute_dtype).mT, v[item, head].to(compute_dtype)
+            for start in range(0, q.shape[2], rows):
+                some = item, head, slice(start, start + rows)
+                logits = q[some].to(compute_dtype) @ keys * q.shape[-1] ** -0.5
+                logits = torch.where(logits > 0, alpha * logits, logits)
+                lse[some] = logits.logsumexp(-1)
+                out[some] = (logits.softmax(-1) @ values).to(q.dtype)
+        return out, lse
 
     return kernel
 
