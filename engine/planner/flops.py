@@ -12,6 +12,9 @@ def call_operations(layout: Layout, mode: Mode) -> dict[str, int]:
     """
     counted, per_entry = count_forward(layout), _attention_operations(layout, mode)
     kernels = {kind: layout.batch * layout.spec.layers * num for kind, num in per_entry.items()}
+    if mode == "dual":  # of each matrix U diag(w) Uᵀ, a share of which is made on each member of the ring
+        shared = -(-layout.batch * layout.share(mode).heads // layout.attention_plan(mode).ring)
+        kernels["fp32"] += 2 * layout.spec.layers * shared * layout.spec.head_dim**3
     return {"matrices": counted.other_operations + layout.spec.layers * counted.block_operations, **kernels}
 
 
@@ -23,7 +26,7 @@ def _attention_operations(layout: Layout, mode: Mode) -> dict[str, int]:
     grams = fp32 = 0
     if mode == "dual":
         products = share.queries * share.heads * head_dim**2
-        grams, fp32 = 4 * products, 2 * products + 2 * share.heads * head_dim**3
+        grams, fp32 = 4 * products, 2 * products
     if mode in VIEW_MODES:
         view = share.window * share.heads * head_dim
         attention += 4 * layout.num_views * view * share.window
