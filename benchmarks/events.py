@@ -15,17 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.tables import table
-from benchmarks.videos import Video, make_missing, options, read, show
+from benchmarks.videos import Video, made_with, make_missing, options, sampler_of, write_report
 from engine.engine import LongVideoEngine
-from metrics.bootstrap import mean_interval
-from metrics.timelines.events import EVENT_UNITS, TextRange, measure, observe
+from evaluation.study.directed import JOINED, timelines
+from metrics.timelines.events import TextRange, measure, observe
 from tiny.world import BACKGROUNDS, COLOURS, SHAPES, STRAIGHT
 
 EVENT = 32  # frames: a native length, but for the one frame that the first latent frame is
 METHODS = ("freespec", "sliding_window", "direct")
 TRANSITIONS = ("cut", "scene", "fade", "relay")
-JOINED = ("direct", "joined")
 
 
 def draw_timelines(count: int) -> list[list[str]]:
@@ -89,28 +87,22 @@ def make_video(engine: LongVideoEngine, video: Video) -> dict[str, Any]:
     return {"texts": texts, "seen": observe(make(engine, texts, video["transition"], video["seed"]))}
 
 
-def summarize(lines: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A row for each method and transition: means over timelines, seeds averaged first, with intervals of 95 %."""
-    values: dict[tuple[str, str], dict[int, list[dict[str, float]]]] = {}
-    for line in lines:
-        found = values.setdefault((line["method"], line["transition"]), {}).setdefault(line["index"], [])
-        found.append(measure(list_ranges(line["texts"]), line["seen"]))
-    rows = []
-    for names, by_index in values.items():
-        means = {
-            m: np.array([np.mean([each[m] for each in found]) for found in by_index.values()]) for m in EVENT_UNITS
-        }
-        cells = [show(mean_interval(means[name])) for name in ("shown", "moves", "kept")]
-        rows.append([*names, str(len(by_index)), *cells, f"{np.median(means['switch']):.1f}"])
-    return rows
+def measured(lines: Sequence[Mapping[str, Any]]) -> list[Video]:
+    """The videos of these lines with their measures, for a report."""
+    names = ("seed", "index", "method", "transition")
+    return [
+        {name: line[name] for name in names} | {"values": measure(list_ranges(line["texts"]), line["seen"])}
+        for line in lines
+    ]
 
 
 def main() -> None:
-    """Make what is missing, and print the table of all lines with as many steps."""
-    args = options(__doc__, count="timelines", seeds=2, out="events.jsonl").parse_args()
-    make_missing(args.out, args.steps, list_videos(args.count, args.seeds), make_video)
-    header = ["method", "transition", "timelines", "shown", "moves", "kept", "switch (median, frames)"]
-    print(table(header, summarize([line for line in read(args.out) if line["steps"] == args.steps])))
+    """Make what is missing, and write and print the report on all lines with this sampler."""
+    args = options(__doc__, name="events", count="timelines", seeds=2).parse_args()
+    sampler = sampler_of(args)
+    make_missing(args.out, sampler, list_videos(args.count, args.seeds), make_video)
+    lengths = sorted({EVENT * len(texts) + 1 for texts in draw_timelines(args.count)})
+    print(timelines(write_report(args.report, measured(made_with(args.out, sampler)), lengths, sampler)))
 
 
 if __name__ == "__main__":

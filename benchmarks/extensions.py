@@ -17,13 +17,12 @@ import numpy as np
 from torch import Tensor
 
 from benchmarks.measure import ROOT
-from benchmarks.tables import table, verdict
-from benchmarks.videos import Video, make_missing, options, read, show
+from benchmarks.videos import Video, made_with, make_missing, options, sampler_of, write_report
 from engine.denoise.saved import save_latents
 from engine.engine import LongVideoEngine
 from engine.given.frames import GivenFrames
 from engine.given.known import encode_frames
-from metrics.bootstrap import Estimate, mean_interval, paired_interval, seed_means
+from evaluation.study.directed import CONTINUED, WAYS, extensions
 from tiny.captions import parse_caption
 from tiny.measure import track
 from tiny.world import STRAIGHT
@@ -31,23 +30,11 @@ from tiny.world import STRAIGHT
 NATIVE = 33  # frames of a clip
 LENGTH = 129
 TAIL = 9  # frames that a clip of the chain takes over
+LATENT = 4  # frames of a latent frame
 FPS = 16
-WAYS = ("extension", "chain")
 SEAMS = {"extension": [NATIVE], "chain": list(range(NATIVE, LENGTH, NATIVE - TAIL))}  # first new frame of each piece
 NAMED = ("shape", "colour", "background")
 MEASURED = ("centre", "rgb", "background_rgb")
-SEAM_MEASURES = ("centre_seam", "centre_inside", "rgb_seam", "rgb_inside")
-UNITS = {
-    "kept": "share of frames",
-    "centre_seam": "px",
-    "centre_inside": "px",
-    "rgb_seam": "levels",
-    "rgb_inside": "levels",
-    "background_rgb_seam": "levels",
-    "background_rgb_inside": "levels",
-    "rgb_slope": "levels/s",
-    "background_rgb_slope": "levels/s",
-}
 
 
 def observe(frames: np.ndarray) -> dict[str, list[Any]]:
@@ -67,19 +54,23 @@ def measure(seen: Mapping[str, Sequence[Any]], seams: Sequence[int]) -> dict[str
     seams: the first frame of each new piece; the first of them ends the given clip.
     kept: share of the new frames with the most frequent shape, colour and background of the given clip, all three.
     centre, rgb, background_rgb: where the object is, its colour, and the background's. `_seam` is the distance from a frame to the next at
-        the seams, and `_inside` that between all other new frames, means of both; `_slope` is the length of the change per second on the
-        straight line through the new frames.
+        the seams, `_inside` that between all other new frames, and `_between` that of `_inside` where a latent frame begins, as one does at
+        every seam: frames of one latent frame are nearer to each other in any video. Means of each; `_slope` is the length of the change
+        per second on the straight line through the new frames.
     """
     first = seams[0]
     same = [np.array(seen[name][first:]) == _most_frequent(seen[name][:first]) for name in NAMED]
     found = {"kept": float(np.all(same, axis=0).mean())}
-    at_seam = np.isin(np.arange(first, len(seen["shape"])), seams)
+    frames = np.arange(first, len(seen["shape"]))
+    at_seam = np.isin(frames, seams)
+    between = ((frames - 1) % LATENT == 0) & ~at_seam
     for name in MEASURED:
         values = np.array(seen[name], dtype=np.float64)  # None becomes nan
         jumps = np.linalg.norm(np.diff(values, axis=0), axis=1)[first - 1 :]
         found |= {f"{name}_seam": _mean(jumps[at_seam]), f"{name}_inside": _mean(jumps[~at_seam])}
+        found[f"{name}_between"] = _mean(jumps[between])
         found[f"{name}_slope"] = _slope(values[first:])
-    return {name: found[name] for name in UNITS}
+    return {name: found[name] for name in CONTINUED}
 
 
 def _most_frequent(names: Sequence[str]) -> str:
@@ -142,42 +133,12 @@ def make_video(engine: LongVideoEngine, video: Video) -> dict[str, Any]:
     return {"seen": observe(make(engine, video["prompt"], video["way"], video["seed"]))}
 
 
-def summarize(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Tables of the prompts that both ways have videos of: means over prompts, seeds averaged first, intervals of 95 %; and the goals."""
-    there = [{line["index"] for line in lines if line["way"] == way} for way in WAYS]
-    both = dict(
-        sorted((line["index"], line["prompt"]) for line in lines if all(line["index"] in each for each in there))
-    )
-    means: dict[str, dict[str, np.ndarray]] = {}
-    for way in WAYS:
-        found = [
-            (line["index"], measure(line["seen"], SEAMS[way]))
-            for line in lines
-            if line["way"] == way and line["index"] in both
-        ]
-        means[way] = {name: seed_means([(index, values[name]) for index, values in found], both) for name in UNITS}
-    rows = [[f"{name} ({UNITS[name]})", *(show(mean_interval(means[way][name])) for way in WAYS)] for name in UNITS]
-    ours, chain = (means[way] for way in WAYS)
-    goals = {
-        f"{name}: seam - inside": paired_interval(ours[f"{name}_seam"], ours[f"{name}_inside"]) for name in MEASURED
-    }
-    for name in ("rgb_slope", "background_rgb_slope"):
-        goals[f"{name}: extension - chain / 2"] = paired_interval(ours[name], chain[name] / 2)
-    parts = (
-        f"{len(both)} extensions",
-        table(["measure", *WAYS], rows),
-        table(["at most 0", "difference", "met"], [[name, show(each), _verdict(each)] for name, each in goals.items()]),
-        table(["motion", "extensions", *SEAM_MEASURES], _by_motion(list(both.values()), ours)),
-    )
-    return "\n\n".join(parts)
-
-
-def _by_motion(prompts: Sequence[str], means: Mapping[str, np.ndarray]) -> list[list[str]]:
-    """A row for each kind of motion: the jumps of its extensions."""
-    kinds = np.array([_kind(prompt) for prompt in prompts])
+def measured(lines: Sequence[Mapping[str, Any]]) -> list[Video]:
+    """The videos of these lines with their measures, for a report."""
     return [
-        [kind, str((kinds == kind).sum()), *(show(mean_interval(means[name][kinds == kind])) for name in SEAM_MEASURES)]
-        for kind in sorted(set(kinds.tolist()))
+        {"seed": line["seed"], "index": line["index"], "way": line["way"], "kind": _kind(line["prompt"])}
+        | {"values": measure(line["seen"], SEAMS[line["way"]])}
+        for line in lines
     ]
 
 
@@ -188,18 +149,15 @@ def _kind(prompt: str) -> str:
     return f"straight, {told.speed}" if told.motion in STRAIGHT else "bounces or circles"
 
 
-def _verdict(estimate: Estimate) -> str:
-    return verdict(estimate.mean <= 0)
-
-
 def main() -> None:
-    """Make what is missing, and print the tables of all lines with as many steps."""
-    parser = options(__doc__, count="extensions, at most 40", seeds=1, out="extensions.jsonl")
+    """Make what is missing, and write and print the report on all lines with this sampler."""
+    parser = options(__doc__, name="extensions", count="extensions, at most 40", seeds=1)
     args = parser.parse_args()
     if args.count > len(read_prompts()):
         parser.error(f"there are {len(read_prompts())} held-out prompts, --count is {args.count}")
-    make_missing(args.out, args.steps, list_videos(args.count, args.seeds), make_video)
-    print(summarize([line for line in read(args.out) if line["steps"] == args.steps]))
+    sampler = sampler_of(args)
+    make_missing(args.out, sampler, list_videos(args.count, args.seeds), make_video)
+    print(extensions(write_report(args.report, measured(made_with(args.out, sampler)), [LENGTH], sampler)))
 
 
 if __name__ == "__main__":

@@ -2,48 +2,62 @@
 
 import argparse
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from benchmarks.measure import RESULTS
+from engine.config import ModelConfig
 from engine.engine import LongVideoEngine
+from engine.files.trees import finite_or_none
+from engine.files.whole import write_json
+from engine.load.checkpoint import open_checkpoint
 from launch.cli.parser import parse_run
-from metrics.bootstrap import Estimate
+from launch.comparison.store import CHECKPOINT_DIGITS
 
 Video = Mapping[str, Any]
 """What tells a video from the others of its file: its number, seed, steps and so on."""
 
 
-def options(description: str | None, *, count: str, seeds: int, out: str) -> argparse.ArgumentParser:
-    """The options of such a benchmark; `count` says what is counted, and `out` is the file in the folder of results."""
+def options(description: str | None, *, name: str, count: str, seeds: int) -> argparse.ArgumentParser:
+    """The options of such a benchmark; `count` says what is counted, and `name` is that of its files in the folder of results."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=40, help=count)
     parser.add_argument("--seeds", type=int, default=seeds)
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--out", type=Path, default=RESULTS / out)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--guidance", type=float, default=2.5, help="the preset's 5 needs 20 steps")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.jsonl")
+    parser.add_argument(
+        "--report", type=Path, default=RESULTS / f"{name}.json", help="docs/findings has that of the page"
+    )
     return parser
 
 
+def sampler_of(args: argparse.Namespace) -> dict[str, Any]:
+    """What a line says of the sampler, from the options."""
+    return {"steps": args.steps, "guidance": args.guidance}
+
+
 def make_missing(
-    out: Path, steps: int, videos: Iterable[Video], make: Callable[[LongVideoEngine, Video], dict[str, Any]]
+    out: Path,
+    sampler: Mapping[str, Any],
+    videos: Iterable[Video],
+    make: Callable[[LongVideoEngine, Video], dict[str, Any]],
 ) -> None:
     """Append a line, the video and what `make` finds in it, for each video that the file has no line of."""
     made = read(out)
-    videos = [{**video, "steps": steps} for video in videos]
+    videos = [{**video, **sampler} for video in videos]
     left = [video for video in videos if not any(video.items() <= line.items() for line in made)]
-    with open_engine(steps) as engine, out.open("a", encoding="utf-8") as file:
+    with open_engine(**sampler) as engine, out.open("a", encoding="utf-8") as file:
         for video in left:
             file.write(json.dumps(video | make(engine, video)) + "\n")
             file.flush()
 
 
-def open_engine(steps: int) -> LongVideoEngine:
-    """The embedded Wan with so many steps, on the CPU."""
-    words = ["--config=configs/tiny-wan.yaml", f"--sampler.num_steps={steps}", "--output.progress=off"]
-    words.append("--model.device=cpu")
+def open_engine(steps: int, guidance: float) -> LongVideoEngine:
+    """The embedded Wan with so many steps and this guidance scale, on the CPU."""
+    words = ["--config=configs/tiny-wan.yaml", "--output.progress=off", "--model.device=cpu"]
+    words += [f"--sampler.num_steps={steps}", f"--sampler.guidance_scale={guidance}"]
     return LongVideoEngine(parse_run(words, name="benchmark", description="", add_arguments=lambda _: None)[1])
 
 
@@ -52,7 +66,22 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-def show(estimate: Estimate, digits: int = 3) -> str:
-    """A mean, and its interval if there is one."""
-    ends = f" [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]" if np.isfinite(estimate.low) else ""
-    return f"{estimate.mean:.{digits}f}{ends}"
+def made_with(path: Path, sampler: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The lines of the videos that were made with this sampler."""
+    return [line for line in read(path) if sampler.items() <= line.items()]
+
+
+def write_report(
+    path: Path, videos: Sequence[Video], num_frames: Sequence[int], sampler: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write and return the report of measured videos: a section of docs/findings.md (evaluation/study/directed.py)."""
+    settings = {
+        "checkpoint": open_checkpoint(ModelConfig(path="tiny/wan")).digest[:CHECKPOINT_DIGITS],
+        "video.num_frames": num_frames,
+        "sampler.num_steps": sampler["steps"],
+        "sampler.guidance_scale": sampler["guidance"],
+    }
+    known = [{**video, "values": {name: finite_or_none(x) for name, x in video["values"].items()}} for video in videos]
+    report = {"comparison": {"settings": settings}, "videos": known}
+    write_json(path, report)
+    return report

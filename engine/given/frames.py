@@ -16,6 +16,9 @@ from engine.text.timeline import first_frame
 
 Shows = Literal["whole", "new"]
 
+MAX_NOISE = 0.3
+"""The most noise that given frames have before a step (docs/given-frames.md, Measured)."""
+
 _WHERE = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>s?)")
 
 
@@ -70,10 +73,10 @@ class GivenFrames:
                 raise UserError(f"cannot read {name}: {error.strerror}") from error
 
     def settings(self, *, num_frames: int, fps: int, step: int) -> dict[str, Any]:
-        """The settings for the run's id, in JSON types: latent frames and SHA-256 of the files, and what is shown."""
+        """The settings for the run's id, in JSON types: latent frames and SHA-256 of the files, what is shown, and the rule."""
         images = {str(self.latent(image, num_frames, fps, step)): file_sha256(image.path) for image in self.images}
         extend = None if self.extend is None else file_sha256(self.extend)
-        return {"images": images, "extend": extend, "shows": self.shows}
+        return {"images": images, "extend": extend, "shows": self.shows, "max_noise": MAX_NOISE}
 
     def latent(self, image: GivenImage, num_frames: int, fps: int, step: int) -> int:
         """The latent frame that an image fills: the one that contains its frame of the video."""

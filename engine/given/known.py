@@ -1,8 +1,8 @@
 """Latent frames that are known before denoising and keep their value.
 
-Before every step they replace what was denoised, at the noise of the step: x_t = (1 - sigma) x_0 + sigma n, with the initial noise
-n, so that they follow the straight path of flow matching. All other frames attend to them, and at the end they equal x_0. Model and
-method are unchanged.
+Before every step they replace what was denoised, at the noise of the step or at MAX_NOISE if that is less: x_s = (1 - s) x_0 + s n,
+s = min(sigma, MAX_NOISE), with the initial noise n. All other frames attend to them, and at the end they equal x_0. Model and method
+are unchanged.
 """
 
 from collections import deque
@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.adapters import ModelAdapter, VideoSpec
 from engine.denoise.saved import load_latents
 from engine.errors import UserError
-from engine.given.frames import GivenFrames, GivenImage, span_of
+from engine.given.frames import MAX_NOISE, GivenFrames, GivenImage, span_of
 from engine.given.image import read_image
 from engine.media.read_video import check_colours, frame_rate, measure, read_video
 from engine.ranks.agreement import from_first
@@ -50,9 +50,10 @@ class Known:
         )
 
     def put(self, latents: Tensor, sigma: float) -> Tensor:
-        """Replace the known frames in latents [1, z, F, h, w], at noise level sigma."""
+        """Replace the known frames in latents [1, z, F, h, w], at noise level sigma or MAX_NOISE, whichever is less."""
         assert self.noise is not None
-        here = self.latents if sigma == 0.0 else (1.0 - sigma) * self.latents + sigma * self.noise
+        level = min(sigma, MAX_NOISE)
+        here = self.latents if level == 0.0 else (1.0 - level) * self.latents + level * self.noise
         return latents.index_copy(2, self.frames, here.to(latents.dtype))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from engine.errors import UserError
 from engine.files.tables import emptier
 from engine.files.whole import atomic_path, describe_error, write_text
-from evaluation.study import sections
+from evaluation.study import directed, sections
 from evaluation.study.markdown import Report
 from evaluation.study.overview import can_tell, draw_parts, overview
 
@@ -69,6 +69,8 @@ def write_findings(
             ),
             sections.step_count(reports["methods"], reports["steps"]),
             sections.calibration(reports["calibration"], score_parts),
+            directed.timelines(reports["timelines"]),
+            directed.extensions(reports["extensions"]),
             transfer,
             "",
         ]

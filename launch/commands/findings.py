@@ -5,7 +5,7 @@ from launch.arguments.findings import Arguments, read
 from launch.calibration.score import PARTS
 from launch.commands import compare
 from launch.process.stopping import Stopped
-from launch.study.reports import TABLES, read_report, refuse_mixed
+from launch.study.reports import KEPT, TABLES, read_report, refuse_mixed
 from launch.study.transfer import transfer_section
 from launch.video.outputs import claim_outputs
 
@@ -25,7 +25,7 @@ def run(asked: Arguments) -> None:
     for argv in asked.study.reports():
         compare.main(argv)
     files = {name: runs / name / "report.json" for name in TABLES}
-    files |= {name: kept / name / "report.json" for name in ("analysis", "calibration")}
+    files |= {name: kept / name / "report.json" for name in KEPT}
     reports = {name: read_report(file, name) for name, file in files.items()}
     refuse_mixed(reports, files)
     with claim_outputs([page], flag="--page"):

@@ -51,7 +51,7 @@ RECORD: Shape = {
 _SIDECAR: Shape = {"output.sha256": str, "video": dict} | {f"run.{name}": kind for name, kind in RECORD.items()}
 # Those of a timeline, whose measures need its events.
 _TIMED: Shape = {"run.timeline[].text": str, "run.timeline[].start": int, "run.timeline[].stop": int}
-_CHECKPOINT_DIGITS = 16
+CHECKPOINT_DIGITS = 16
 
 Key = tuple[str, int, int]
 """Label, prompt and seed of a video."""
@@ -203,7 +203,7 @@ class Comparison:
         model = {
             "device": batch.device,
             "dtype": tree["model"]["dtype"],
-            "checkpoint": tree["model"]["checkpoint"][:_CHECKPOINT_DIGITS],
+            "checkpoint": tree["model"]["checkpoint"][:CHECKPOINT_DIGITS],
         }
         variants = {variant.label: variant.settings for variant in self.variants}
         return {"settings": shared | model, "variants": variants, "prompts": self.prompts}

@@ -12,7 +12,9 @@ from engine.shown import quoted
 
 Report = dict[str, Any]
 TABLES = ("methods", "noise", "ablation", "steps")
-"""Reports of compare.py; the others are `analysis` (analyze.py) and `calibration` (calibrate.py)."""
+"""Reports of compare.py; the others are `analysis` (analyze.py), `calibration` (calibrate.py), and those of two benchmarks."""
+KEPT = ("analysis", "calibration", "timelines", "extensions")
+"""Reports that are kept themselves."""
 
 _STEPS = "sampler.num_steps"
 _SETTINGS = tuple(f"comparison/settings/{key}" for key in ("checkpoint", "video.num_frames", _STEPS))
@@ -34,6 +36,8 @@ _NEEDED = dict.fromkeys(TABLES, _OF_TABLES) | {
         *("num_steps/search", "num_steps/judged"),
         *("search_seed", "space", "trials", "rounds", "best", "judged"),
     ),
+    "timelines": ("comparison/settings/sampler.guidance_scale", "videos"),
+    "extensions": ("comparison/settings/sampler.guidance_scale", "videos"),
 }
 _OF_LOW_RANK = ("metric", "ratio", "unit", "prompts", "mean", "difference", "low", "high")
 _NOTHING = object()

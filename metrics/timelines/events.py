@@ -51,7 +51,8 @@ def measure(events: Sequence[TextRange], seen: Mapping[str, Sequence[str]]) -> d
 
     shown: share of frames with the shape, colour and background of their event.
     moves: share of frames with the direction of their event, without those NEAR frames from its ends; of events that move straight.
-    kept: share of frames of an event that keep what the event before it shows of the shape, colour and background that both have.
+    kept: share of frames of an event that keep what the event before it shows of the shape, colour and background that both have;
+    0 for a shape or colour that no frame of the event before shows.
     switch: frames between a boundary and the frame that best parts what changes there (the direction counts if nothing else
     changes); the mean over boundaries.
 
@@ -114,8 +115,8 @@ def _best_switch(before: np.ndarray, after: np.ndarray) -> int:
 
 
 def _kept(names: np.ndarray, first: slice, later: slice) -> float:
-    values, counts = np.unique(names[first], return_counts=True)
-    return float(np.mean(names[later] == values[counts.argmax()]))
+    values, counts = np.unique(names[first][names[first] != ""], return_counts=True)
+    return float(np.mean(names[later] == values[counts.argmax()])) if len(values) else 0.0
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks.extensions import (
     FPS,
+    LATENT,
     LENGTH,
     NATIVE,
     SEAMS,
@@ -15,14 +16,16 @@ from benchmarks.extensions import (
     list_videos,
     make,
     measure,
+    measured,
     observe,
-    summarize,
 )
-from benchmarks.videos import make_missing, open_engine, read
+from benchmarks.videos import make_missing, open_engine, read, write_report
+from evaluation.study.directed import extensions
 from tiny.captions import parse_caption
 from tiny.world import SPEEDS, Scene, render
 
 PROMPT = "a red circle moves right over a blue background"
+SAMPLER = {"steps": 1, "guidance": 3.0}
 LATER = slice(NATIVE, None)
 SPEED = SPEEDS["normal"]
 
@@ -56,8 +59,20 @@ def test_a_jump_at_the_seam_is_seen_there_and_nowhere_else() -> None:
     assert found["centre_seam"] == pytest.approx(SPEED + 5, abs=0.05)
     assert found["background_rgb_seam"] == pytest.approx(8 * np.sqrt(3), abs=1.0)
     assert found["rgb_seam"] == pytest.approx(8 * np.sqrt(3), abs=1.0)
-    inside = [name for name in found if name.endswith(("_inside", "_slope"))]
+    inside = [name for name in found if name.endswith(("_inside", "_between", "_slope"))]
     assert [found[name] for name in inside] == pytest.approx([still[name] for name in inside], abs=0.2)
+
+
+def test_latent_frames_are_parted_from_frames() -> None:
+    """A step of 2 px more wherever a latent frame begins is no jump at the seam against those between latent frames."""
+    frames = show()
+    for begin in range(1, LENGTH, LATENT):
+        frames[begin:] = np.roll(frames[begin:], 2, axis=2)
+    found = marks(frames)
+    assert (
+        found["centre_seam"] == pytest.approx(found["centre_between"], abs=0.05) == pytest.approx(SPEED + 2, abs=0.05)
+    )
+    assert found["centre_inside"] == pytest.approx(SPEED + 2 / LATENT, abs=0.05)
 
 
 def test_every_piece_of_the_chain_has_a_seam() -> None:
@@ -97,7 +112,7 @@ def test_frames_without_an_object_are_not_kept_and_have_no_place() -> None:
     assert found["centre_inside"] == pytest.approx(SPEED, abs=0.05)
 
 
-def test_the_tables_are_of_prompts_with_both_ways_and_say_what_is_met() -> None:
+def test_the_page_is_of_prompts_with_both_ways_and_says_what_is_met(tmp_path: Path) -> None:
     still, drifting = show(), show()
     drifting[LATER] += 0.2 * np.arange(LENGTH - NATIVE)[:, None, None, None]
     seen = {"extension": observe(still), "chain": observe(drifting)}
@@ -105,20 +120,26 @@ def test_the_tables_are_of_prompts_with_both_ways_and_say_what_is_met() -> None:
     videos = [{"seed": 0, "index": index, "prompt": prompt} for index, prompt in enumerate(prompts)]
     lines = [video | {"way": way, "seen": seen[way]} for video in videos for way in SEAMS]
     del lines[-2]  # of the last one only the chain is there
-    text = summarize(lines)
-    assert text.startswith("2 extensions")
-    assert [line.split(" | ")[:2] for line in text.splitlines() if "straight" in line] == [
+
+    def page(lines: list[dict]) -> str:
+        return extensions(write_report(tmp_path / "report.json", measured(lines), [LENGTH], SAMPLER))
+
+    text = page(lines)
+    assert "2 clips of held-out prompts" in text
+    assert [line.split(" | ")[:2] for line in text.splitlines() if line.startswith("| straight")] == [
         ["| straight, fast", "1"],
         ["| straight, normal", "1"],
     ]
-    assert [line.split(" | ")[-1] for line in text.splitlines() if "chain / 2" in line] == ["yes |"] * 2
+    assert [line.split(" | ")[-1] for line in text.splitlines() if "half of the chain" in line] == ["met |"] * 2
     turned = [line | {"way": {"extension": "chain", "chain": "extension"}[line["way"]]} for line in lines]
-    assert [line.split(" | ")[-1] for line in summarize(turned).splitlines() if "chain / 2" in line] == ["**no** |"] * 2
+    assert [line.split(" | ")[-1] for line in page(turned).splitlines() if "half of the" in line] == [
+        "**missed** |"
+    ] * 2
 
 
 def test_videos_begin_with_the_clip() -> None:
     length = SEAMS["chain"][1]
-    with open_engine(1) as engine:
+    with open_engine(**SAMPLER) as engine:
         clip = engine.generate(PROMPT, num_frames=NATIVE, seed=3).frames
         extension, chain = (make(engine, PROMPT, way, 3, length=length) for way in SEAMS)
     for frames in (extension, chain):
@@ -130,8 +151,8 @@ def test_videos_begin_with_the_clip() -> None:
 def test_a_video_is_made_once(tmp_path: Path) -> None:
     out, videos, made = tmp_path / "extensions.jsonl", list(list_videos(1, 1)), []
     out.write_text(
-        json.dumps(videos[0] | {"steps": 1, "seen": {}}) + "\n" + json.dumps(videos[1] | {"steps": 2}) + "\n"
+        json.dumps(videos[0] | SAMPLER | {"seen": {}}) + "\n" + json.dumps(videos[1] | SAMPLER | {"steps": 2}) + "\n"
     )
-    make_missing(out, 1, videos, lambda _engine, video: made.append(video) or {"seen": {"shape": ["star"]}})
+    make_missing(out, SAMPLER, videos, lambda _engine, video: made.append(video) or {"seen": {"shape": ["star"]}})
     assert [video["way"] for video in made] == ["chain"]  # the other line of it has other steps
-    assert read(out)[2:] == [videos[1] | {"steps": 1, "seen": {"shape": ["star"]}}]
+    assert read(out)[2:] == [videos[1] | SAMPLER | {"seen": {"shape": ["star"]}}]

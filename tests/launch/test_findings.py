@@ -17,6 +17,7 @@ from evaluation.study.overview import can_tell
 from freespec.methods import METHODS
 from launch.commands import findings
 from launch.comparison.measure import units
+from launch.study.reports import KEPT, TABLES
 from metrics.bootstrap import Estimate
 from tests.launch.conftest import Run
 
@@ -291,7 +292,7 @@ def test_a_calibration_that_is_not_supported_leaves_the_defaults(write: Callable
 
 def test_a_page_of_nothing_says_so_and_counts_what_needs_no_report(write: Callable[..., str]) -> None:
     page = write()
-    assert page.count("Not measured yet") == 8
+    assert page.count("Not measured yet") == 10
     # tests/freespec/test_schedule.py has the timesteps of these shifts.
     assert "fused_share 0.5 fuses of 50 steps 84 % at shift 5, 90 % at shift 8, and " in page
     assert "128 of a head of Wan" in page
@@ -329,7 +330,7 @@ def test_a_page_is_not_replaced_by_an_emptier_one(
 def test_the_page_says_first_what_is_not_made_yet(write: Callable[..., str]) -> None:
     whole = report_of({"speed": {"direct": 2.0, "freespec": 1.0}}, ("direct", "freespec"))
     part = whole | {"pairs": {"made": 6, "asked": 16}}
-    rest = "not measured: `noise`, `steps`, `analysis`, `calibration`."
+    rest = "not measured: `noise`, `steps`, `analysis`, `calibration`, `timelines`, `extensions`."
     assert f"**Not everything is measured yet**: {rest}" in write(methods=whole, ablation=whole)
     assert f"**Not everything is measured yet**: `ablation` covers 6 of 16 pairs of prompt and seed; {rest}" in write(
         methods=whole, ablation=part
@@ -435,7 +436,7 @@ def test_a_plot_that_lies_beside_the_page_is_not_copied(run: Callable[..., Run],
     assert not (tmp_path / "docs/figures").exists()
 
 
-@pytest.mark.parametrize("name", ["methods", "noise", "ablation", "steps", "analysis", "calibration"])
+@pytest.mark.parametrize("name", [*TABLES, *KEPT])
 def test_mistakes_are_one_line(
     put: Callable[..., None], findings_of: Callable[[], Run], tmp_path: Path, name: str
 ) -> None:

@@ -16,7 +16,7 @@ from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, Sa
 from engine.denoise.saved import save_latents
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.given.frames import GivenFrames, GivenImage, parse_given
+from engine.given.frames import MAX_NOISE, GivenFrames, GivenImage, parse_given
 from engine.given.image import read_image
 from engine.given.known import Known, check_given
 from engine.media.read_video import read_video
@@ -86,9 +86,10 @@ def test_known_frames_keep_their_value_and_the_others_go_with_them(folders, tmp_
     assert made.given["extend"] == {"file": file.name, "start": 0, "stop": engine.spec.num_frames(3)}
 
 
-def test_before_each_step_known_frames_lie_on_the_line_from_noise(folders, tmp_path):
+def test_before_each_step_known_frames_have_its_noise_up_to_the_most(folders, tmp_path):
     seen: list[Tensor] = []
-    with engine_of(config_of(folders["wan"], "wan")) as engine:
+    config = config_of(folders["wan"], "wan")
+    with engine_of(dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, flow_shift=1.0))) as engine:
         latents = begun(tmp_path / "a.safetensors", engine, 2)
         engine.pipe.transformer.register_forward_pre_hook(
             lambda _module, _args, kwargs: seen.append(kwargs["hidden_states"].clone()), with_kwargs=True
@@ -97,8 +98,10 @@ def test_before_each_step_known_frames_lie_on_the_line_from_noise(folders, tmp_p
         sigmas = engine.pipe.scheduler.sigmas.tolist()
         shape = engine.spec.latent_shape(*VIDEO["wan"])
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    assert min(sigmas[:-1]) < MAX_NOISE < max(sigmas)  # both cases
     for step, sigma in enumerate(sigmas[:-1]):
-        expected = (1 - sigma) * latents + sigma * noise[:, :, :2]
+        level = min(sigma, MAX_NOISE)
+        expected = (1 - level) * latents + level * noise[:, :, :2]
         for latents_in in seen[2 * step : 2 * step + 2]:  # both passes
             torch.testing.assert_close(latents_in[:, :, :2], expected, rtol=0, atol=1e-6)
 
@@ -241,6 +244,7 @@ def test_put_keeps_all_other_frames() -> None:
     latents = torch.arange(4.0).view(1, 1, 4, 1, 1)
     assert known.put(latents, 0.0).flatten().tolist() == [5.0, 1.0, 2.0, 5.0]
     assert known.put(latents, 0.25).flatten().tolist() == [4.0, 1.0, 2.0, 4.0]
+    assert torch.equal(known.put(latents, 0.9), known.put(latents, MAX_NOISE))
     assert latents.flatten().tolist() == [0.0, 1.0, 2.0, 3.0]
 
 

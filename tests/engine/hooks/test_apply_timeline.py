@@ -14,6 +14,7 @@ from engine.hooks.cross_attention import apply_timeline, join_texts
 from engine.hooks.self_attention import BranchProcessor
 from freespec.events import Event
 from freespec.timeline import timeline_ref
+from tests.loras import random_lora, save_lora
 from tests.tiny_pipelines import random_ltx, random_wan
 
 CALL = {"num_inference_steps": 3, "guidance_scale": 4.0, "max_sequence_length": 20}
@@ -52,6 +53,22 @@ def test_one_text_of_the_whole_length_is_the_plain_prompt_bit_for_bit(family):
     expected = plain(pipe, family)
     assert torch.equal(timed(pipe, family, f"{PROMPT} [0-]"), expected)
     assert torch.equal(timed(pipe, family, f"{PROMPT} [0-3s] | {PROMPT} [3s-, cut]"), expected)
+
+
+@pytest.mark.parametrize("family", MAKE)
+def test_a_lora_of_peft_counts_under_a_timeline(family, tmp_path):
+    """Put on after the timeline, not fused: its layers are called, also those of the cross-attention."""
+    pipe = MAKE[family]()
+    layers = {name: pair for name, pair in random_lora(pipe.transformer).items() if ".attn2." in name}
+    file = save_lora(tmp_path / "a.safetensors", layers)
+    without = plain(pipe, family)
+    with apply_timeline(
+        pipe, f"{PROMPT} [0-]", fps=FPS[family], negative_prompt="bad", max_sequence_length=20
+    ) as handle:
+        pipe.load_lora_weights(file)
+        made = latents_of(pipe, family, **handle.inputs)
+    assert torch.equal(made, plain(pipe, family))
+    assert not torch.equal(made, without)
 
 
 @pytest.mark.parametrize("family", MAKE)

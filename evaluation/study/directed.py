@@ -1,0 +1,207 @@
+"""The sections of the page of findings on timelines and on continued videos, from the reports of their benchmarks.
+
+A report holds the measures of each video: benchmarks/events.py and benchmarks/extensions.py write them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from engine.files.tables import markdown_table
+from evaluation.study.markdown import Report, estimate
+from metrics.bootstrap import Estimate, mean_interval, paired_interval, seed_means
+
+OURS = ("freespec", "scene")
+JOINED = ("direct", "joined")
+SHOWN_GOAL = 0.9
+SWITCH_GOAL = 4.0  # frames
+EVENTS = {
+    "shown": "frames that show their event",
+    "moves": "that move as it says",
+    "kept": "kept of what both events share",
+}
+WAYS = ("extension", "chain")
+CONTINUED = {
+    "kept": "frames with the clip's shape, colour and background",
+    "centre_seam": "object moves at the seam, px",
+    "centre_between": "from one latent frame to the next",
+    "centre_inside": "from one frame to the next",
+    "rgb_seam": "its colour changes at the seam, grey levels",
+    "rgb_between": "from one latent frame to the next",
+    "rgb_inside": "from one frame to the next",
+    "background_rgb_seam": "background changes at the seam, grey levels",
+    "background_rgb_between": "from one latent frame to the next",
+    "background_rgb_inside": "from one frame to the next",
+    "rgb_slope": "slope of the object's colour, grey levels per second",
+    "background_rgb_slope": "slope of the background's",
+}
+JUMPS = {"centre": "place, px", "rgb": "colour, grey levels", "background_rgb": "background, grey levels"}
+
+Video = Mapping[str, Any]
+
+
+def timelines(report: Report | None) -> str:
+    """What each method and transition shows of its events, and the goals."""
+    lines = ["## Timelines", ""]
+    videos = balanced(report["videos"], "method", "transition") if report is not None else []
+    if report is None or not videos:
+        return "\n".join([*lines, "Not measured yet.", ""])
+    values = _by(videos, EVENTS | {"switch": ""}, "method", "transition")
+    ours, joined = values[OURS], values[JOINED]
+    shown, switch = mean_interval(ours["shown"]), float(np.nanmedian(ours["switch"]))
+    behind = paired_interval(ours["shown"], joined["shown"])
+    lines += [
+        f"{_count(videos)} timelines of 2 to 4 events of 32 frames; from event to event one or two of shape, colour, direction and background "
+        f"change. {_made(report)} `joined` is a clip for each event, put one after the other: the most that the model shows of such texts; "
+        "with `sliding_window` and `scene` each event has its text in its own windows only. Anew, which takes a while:",
+        "",
+        _command("events", "timelines", report, videos),
+        "",
+        markdown_table(
+            [
+                "method",
+                "transition",
+                *EVENTS.values(),
+                "switch off by (median frames)",
+                "shown, against freespec with scene",
+            ],
+            [
+                [
+                    *names,
+                    *(estimate(mean_interval(found[name])) for name in EVENTS),
+                    f"{np.nanmedian(found['switch']):.1f}",
+                    "" if names == OURS else estimate(paired_interval(found["shown"], ours["shown"]), signed=True),
+                ]
+                for names, found in values.items()
+            ],
+        ),
+        f"Goals, for `freespec` with `scene`: 90 % of the frames show their event, {_met(shown.mean >= SHOWN_GOAL)} "
+        f"({estimate(shown)}, {estimate(behind, signed=True)} against `joined`); the switch within {SWITCH_GOAL:g} frames at the median, "
+        f"{_met(switch <= SWITCH_GOAL)} ({switch:.1f}).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def extensions(report: Report | None) -> str:
+    """How continued videos go on, against a chain of clips, and the goals."""
+    lines = ["## Continued videos", ""]
+    videos = balanced(report["videos"], "way") if report is not None else []
+    if report is None or not videos:
+        return "\n".join([*lines, "Not measured yet.", ""])
+    values = {way: found for (way,), found in _by(videos, CONTINUED, "way").items()}
+    kinds = _kinds(videos)
+    lines += [
+        f"{_count(videos)} clips of held-out prompts, continued from 33 to 129 frames with `freespec`. {_made(report)} `extension` is `--extend` "
+        "with the clip's latents; `chain` makes clips of 33 frames, each of which begins with the last 9 of what is there, decoded and encoded again. "
+        "At the seam means from the last kept frame to the first new one. A latent frame begins there, and frames of one latent frame are nearer to "
+        "each other in any video: the seam is compared with new frames at which another begins, and with all. Anew:",
+        "",
+        _command("extensions", "extensions", report, videos),
+        "",
+        markdown_table(
+            ["measure", *WAYS],
+            [[told, *(estimate(mean_interval(values[way][name])) for way in WAYS)] for name, told in CONTINUED.items()],
+        ),
+        "Goals for the extension, each a difference that is to be 0 or less:",
+        "",
+        markdown_table(
+            ["goal", "difference", "met"],
+            [[goal, estimate(found, signed=True), _met(found.mean <= 0)] for goal, found in goals(values).items()],
+        ),
+        "By what the caption says of the motion: a fast object in straight motion crosses the edge of the picture within a training clip, one of normal speed "
+        "ends there.",
+        "",
+        markdown_table(
+            ["motion", "clips", "object moves at the seam, px", "between latent frames", "difference"],
+            [[kind, str(int(rows.sum())), *_moves(values["extension"], rows)] for kind, rows in kinds.items()],
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def goals(values: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Estimate]:
+    """Differences that the goals want at 0 or less: jumps at the seam - between latent frames, and slopes - half of the chain's."""
+    ours, chain = (values[way] for way in WAYS)
+    found = {
+        f"jump at the seam - between {inside} inside: {told}": paired_interval(
+            ours[f"{name}_seam"], ours[f"{name}_{key}"]
+        )
+        for key, inside in (("between", "latent frames"), ("inside", "all frames"))
+        for name, told in JUMPS.items()
+    }
+    slopes = {"rgb_slope": "the object's", "background_rgb_slope": "the background's"}
+    return found | {
+        f"slope of {told} colour - half of the chain's": paired_interval(ours[name], chain[name] / 2)
+        for name, told in slopes.items()
+    }
+
+
+def balanced(videos: Sequence[Video], *names: str) -> list[Video]:
+    """The videos of numbers that every combination of `names` and seed has, in the order of their number."""
+    asked = {_key(video, "seed", *names) for video in videos}
+    made: dict[int, set[tuple]] = {}
+    for video in videos:
+        made.setdefault(video["index"], set()).add(_key(video, "seed", *names))
+    return sorted((video for video in videos if made[video["index"]] == asked), key=lambda video: video["index"])
+
+
+def _by(videos: Sequence[Video], measures: Mapping[str, str], *names: str) -> dict[tuple, dict[str, np.ndarray]]:
+    """[numbers] of each measure, seeds averaged first, by what the videos have under `names`."""
+    numbers = sorted({video["index"] for video in videos})
+    groups: dict[tuple, list[Video]] = {}
+    for video in videos:
+        groups.setdefault(_key(video, *names), []).append(video)
+    return {
+        key: {
+            name: seed_means(((video["index"], video["values"][name]) for video in group), numbers) for name in measures
+        }
+        for key, group in groups.items()
+    }
+
+
+def _key(video: Video, *names: str) -> tuple:
+    return tuple(video[name] for name in names)
+
+
+def _kinds(videos: Sequence[Video]) -> dict[str, np.ndarray]:
+    """Which of the numbers have each kind of motion."""
+    kinds = dict(sorted((video["index"], video["kind"]) for video in videos))
+    return {kind: np.array([each == kind for each in kinds.values()]) for kind in sorted(set(kinds.values()))}
+
+
+def _moves(found: Mapping[str, np.ndarray], rows: np.ndarray) -> list[str]:
+    seam, inside = found["centre_seam"][rows], found["centre_between"][rows]
+    return [
+        estimate(mean_interval(seam)),
+        estimate(mean_interval(inside)),
+        estimate(paired_interval(seam, inside), signed=True),
+    ]
+
+
+def _count(videos: Sequence[Video]) -> int:
+    return len({video["index"] for video in videos})
+
+
+def _made(report: Report) -> str:
+    settings = report["comparison"]["settings"]
+    seeds = len({video["seed"] for video in report["videos"]})
+    return (
+        f"{settings['sampler.num_steps']} steps, guidance {settings['sampler.guidance_scale']:g}, {seeds} seed{'s' * (seeds > 1)}, "
+        f"checkpoint `{settings['checkpoint']}`."
+    )
+
+
+def _command(benchmark: str, name: str, report: Report, videos: Sequence[Video]) -> str:
+    """The command that makes these videos again."""
+    settings = report["comparison"]["settings"]
+    count, seeds = (1 + max(video[key] for video in videos) for key in ("index", "seed"))
+    return (
+        f"    python -m benchmarks.{benchmark} --count {count} --seeds {seeds} --steps {settings['sampler.num_steps']} "
+        f"--guidance {settings['sampler.guidance_scale']:g} --report docs/findings/{name}/report.json"
+    )
+
+
+def _met(holds: bool) -> str:
+    return "met" if holds else "**missed**"
