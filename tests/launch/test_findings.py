@@ -443,7 +443,10 @@ def test_mistakes_are_one_line(
     for nothing in ({}, [], None, {"comparison": {"settings": 3}}):
         put(**{name: nothing})
         error = findings_of().error
-        assert f"{name}/report.json lacks comparison/settings/checkpoint: it comes from another command or an older" in error
+        assert (
+            f"{name}/report.json lacks comparison/settings/checkpoint: it comes from another command or an older"
+            in error
+        )
     next(tmp_path.rglob("report.json")).write_text("{")
     assert "make it again" in findings_of().error
 
@@ -477,7 +480,8 @@ def test_low_rank_of_an_older_report_is_one_line_and_of_one_ratio_is_not_measure
     del report["low_rank"][0]["difference"]
     put(analysis=report)
     assert (
-        "analysis/report.json lacks difference of low_rank: it comes from another command or an older" in findings_of().error
+        "analysis/report.json lacks difference of low_rank: it comes from another command or an older"
+        in findings_of().error
     )
 
 
