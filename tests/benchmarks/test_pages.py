@@ -57,8 +57,8 @@ def test_shapes_that_a_newer_run_leaves_out_stay(results: Path) -> None:
     assert [(each["file"], [x["shape"] for x in each["results"]]) for each in run["older"]] == [(newest.name, ["wan"])]
     assert kept == {"tiny", "ltx", "wan-short", "wan"}
     before = read_pages()
-    [text, _] = after = report.fill(before, report.page_tables())
-    assert [emptier(*each) for each in zip(before, after, strict=True)] == [[], []]
+    [text, *_] = after = report.fill(before, report.page_tables())
+    assert [emptier(*each) for each in zip(before, after, strict=True)] == [[] for _ in before]
     assert "| CPU, wan | <= 1.3 |" in text
     assert f"`{newest.name}`" in text
 

@@ -439,8 +439,8 @@ def on_ranks(rank: int, case: tuple[str, Path, tuple[int, int, int]]) -> tuple[T
 
 
 def test_ranks_over_nccl_send_tensors_of_the_device(folders: dict[str, Path], tmp_path: Path) -> None:
-    degrees = [(2, 1, 1), (1, 2, 1), (1, 1, 2)]
-    cases = [(name, folders[name], each) for name in ADAPTERS for each in degrees]
+    cases = [("wan", folders["wan"], each) for each in [(2, 1, 1), (1, 2, 1), (1, 1, 2)]]
+    cases += [(name, folders[name], (1, 2, 1)) for name in ADAPTERS if name != "wan"]
     expected = {}
     for name in ADAPTERS:
         with contextlib.closing(LongVideoEngine(config_of(folders[name], name, "cpu"))) as engine:

@@ -80,7 +80,7 @@ def test_an_unfinished_batch_says_so_first(run: Callable[..., Run], runs: Path, 
     assert ended.err.splitlines()[0] == f"not everything is there: {said}"
     assert tree(runs)["missing"] == [said]
     lines = (runs / "evaluation" / "report.md").read_text().splitlines()
-    assert lines[2].startswith("**Not everything that was asked for is here")
+    assert lines[2].startswith("**Some of what was asked for is missing")
     assert lines[4] == f"- {said}"
 
 

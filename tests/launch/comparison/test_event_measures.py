@@ -30,7 +30,7 @@ def compare_in(
     """`compare_in(*prompts)`: a comparison whose videos all show what TIMELINE asks for."""
     clip = show([RED, STAR], [9, 8])
     monkeypatch.setattr(report, "_write_plots", lambda *_: [])
-    monkeypatch.setattr(measure, "read_video", lambda _: iter(clip))
+    monkeypatch.setattr(measure, "read_frames", lambda _: clip)
 
     def call(*prompts: str, size: int = 64) -> Run:
         (tmp_path / "prompts.txt").write_text("\n".join(prompts))
