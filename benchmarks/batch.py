@@ -112,7 +112,7 @@ def run_batch(root: Path, videos: int) -> list[tuple[float, float]]:
     """For each item of a batch but the first: seconds to the start of the next, and the overhead in them."""
     suite = root.with_suffix(".txt")
     suite.write_text(f"{PROMPT}\n")
-    own = {"suite": suite, "out": root, "seeds": ",".join(map(str, range(videos))), "methods": "direct"}
+    own = {"prompts": suite, "out": root, "seeds": ",".join(map(str, range(videos))), "methods": "direct"}
     given = SETTINGS | own | {"checkpoint_every": CHECKPOINT_EVERY}
     words = [f"--{name}={value}" for name, value in given.items()]
     subprocess.run([sys.executable, "launch/batch.py", *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)

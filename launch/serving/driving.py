@@ -36,7 +36,8 @@ class Listener:
             job = jobs.job_of(event["id"])
             self.metrics.done(event["seconds"], None if job is None else jobs.record(job))
             jobs.end(event["id"])
-            print(f"{event['id']}: done in {describe_seconds(event['seconds'])}", flush=True)
+            left = f"{jobs.num_open} jobs left" if jobs.num_open else "no job left"
+            print(f"{event['id']}: done in {describe_seconds(event['seconds'])}; {left}", flush=True)
         elif name == "failed":
             again = event["verdict"] != "quarantine"
             self.metrics.failed(again=again)
