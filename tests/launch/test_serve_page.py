@@ -124,11 +124,8 @@ def test_broken_pages_are_seen(service: Service) -> None:
         browser.value("watched.observe(document.body, {childList: true, subtree: true})")
         card = make(browser, HOSTILE, 2, "50")
         browser.wait_for(f"document.querySelector('{card} video')")
-        assert browser.value("[window.pictured, window.hacked, document.querySelectorAll('#gallery p b').length]") == [
-            False,
-            None,
-            1,
-        ]
+        found = f"[window.pictured, window.hacked, document.querySelectorAll('{card} p b').length]"
+        assert browser.value(found) == [False, None, 1]
 
 
 def test_a_running_video_is_cancelled(service: Service) -> None:
