@@ -104,6 +104,12 @@ def read(argv: list[str]) -> Arguments:
         raise UserError(
             f"serve needs {', '.join(missing)}; install what it needs with pip install 'freespec-engine[serve]'"
         )
+    prompts = [] if namespace.prompts is None else read_prompts(None, namespace.prompts).texts
+    if len(prompts) > namespace.most_jobs:
+        raise UserError(
+            f"{namespace.prompts} has {len(prompts)} prompts, and --most_jobs is {namespace.most_jobs}; "
+            f"give --most_jobs {len(prompts)} or fewer prompts"
+        )
     return Arguments(
         config=config,
         variants=variants,
@@ -112,7 +118,7 @@ def read(argv: list[str]) -> Arguments:
         port=namespace.port,
         key=key,
         most_jobs=namespace.most_jobs,
-        prompts=[] if namespace.prompts is None else read_prompts(None, namespace.prompts).texts,
+        prompts=prompts,
         requests_per_second=namespace.requests_per_second,
         posts_per_minute=namespace.posts_per_minute,
     )

@@ -513,7 +513,10 @@ def arguments_options(folder: Path, tmp_path: Path) -> Any:
 def test_wrong_options_are_refused(wan_folder: Path, tmp_path: Path) -> None:
     short = tmp_path / "key"
     short.write_text("short\n")
+    many = tmp_path / "many.txt"
+    many.write_text("one\ntwo\nthree\n")
     for settings, said in (
+        ({"prompts": many, "most_jobs": 2}, r"many\.txt has 3 prompts, and --most_jobs is 2; give --most_jobs 3 or"),
         ({"host": "0.0.0.0"}, "accepts other machines, which needs --api_key_file"),
         ({"api_key_file": short}, "must hold one key of at least 16 ASCII characters"),
         ({"api_key_file": tmp_path / "none"}, "cannot read --api_key_file"),
