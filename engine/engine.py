@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.adapters import ModelAdapter, VideoSpec, adapter_of
+from engine.adapters.base import Condition
 from engine.checks import check_kernels, check_model, check_ranks
 from engine.config import COMPILED_TRACE, MethodConfig, OutputConfig, RunConfig
 from engine.decode.decoder import VideoDecoder
@@ -28,7 +29,7 @@ from engine.denoise.schedulers import make_scheduler, set_timesteps
 from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError
 from engine.given.frames import GivenFrames
-from engine.given.known import Known, read_known_on_ranks
+from engine.given.known import Known, read_given_on_ranks
 from engine.hooks.apply import MethodHandle, apply_method
 from engine.hooks.cross_attention import install_timeline
 from engine.hooks.step_hook import choose_eigensolver
@@ -223,7 +224,7 @@ class LongVideoEngine:
         passes = self.text.passes(prompt, negative_prompt, direction)
         seconds = {"text": time.perf_counter() - started}
 
-        known = None if given is None else self._read_known(given, num_frames, seed)
+        known, condition = self._read_given(given, num_frames, seed)
         call = {"prompt": prompt, "negative_prompt": negative_prompt, "seed": seed, "num_frames": num_frames}
         facts = {} if given is None else {"given": self.given_settings(given, num_frames)}
         settings = self.checkpoint.settings(self.config, **call, **facts)
@@ -251,6 +252,7 @@ class LongVideoEngine:
                 placement=self.placement,
                 fps=video.fps,
                 trace=trace,
+                condition=condition,
             ),
             scheduler=scheduler,
             generator=generator,
@@ -273,7 +275,7 @@ class LongVideoEngine:
             resumed_at=done,
             settings=settings,
             timeline=None if direction is None else direction.described(self.spec.token_step),
-            given=None if given is None or known is None else self._record_given(given, known, num_frames),
+            given=None if given is None else self._record_given(given, num_frames, known),
         )
 
     def decode(self, latents: Tensor, *, seed: int | None = None) -> Iterator[np.ndarray]:
@@ -378,21 +380,33 @@ class LongVideoEngine:
         window = self.config.method.window_frames * self.spec.patch[0]
         return draw_noise(shape, generator, kind, window_frames=window, stride=stride * self.spec.patch[0])
 
-    def _read_known(self, given: GivenFrames, num_frames: int, seed: int) -> Known:
-        """Encode the given frames, with the initial noise at their places."""
+    def _read_given(
+        self, given: GivenFrames | None, num_frames: int, seed: int
+    ) -> tuple[Known | None, Condition | None]:
+        """Encode the given frames: those that stay known, with the initial noise at their places, and the model's condition."""
+        if given is None:
+            return None, None
         video = self.config.video
         size = {"num_frames": num_frames, "height": video.height, "width": video.width, "fps": video.fps}
-        known = read_known_on_ranks(given, self.adapter, self.pipe.vae, self.spec, mesh=self.mesh, **size)
-        return known.with_noise(self._draw_noise(num_frames, torch.Generator("cpu").manual_seed(seed)), self.device)
+        known, condition = read_given_on_ranks(given, self.adapter, self.pipe, self.spec, mesh=self.mesh, **size)
+        if known is not None:
+            known = known.with_noise(
+                self._draw_noise(num_frames, torch.Generator("cpu").manual_seed(seed)), self.device
+            )
+        return known, None if condition is None else condition.to(self.device)
 
     def given_settings(self, given: GivenFrames, num_frames: int) -> dict[str, Any]:
         """The settings of given frames, see `GivenFrames.settings`, from rank 0, which alone may see the files."""
-        video, step = {"num_frames": num_frames, "fps": self.config.video.fps}, self.spec.temporal_factor
-        return json.loads(
-            from_first(self.mesh, lambda: json.dumps(given.settings(**video, step=step)).encode(), "given frames")
-        )
+        spec, video = self.spec, {"num_frames": num_frames, "fps": self.config.video.fps}
 
-    def _record_given(self, given: GivenFrames, known: Known, num_frames: int) -> dict[str, Any]:
-        begun = 0 if given.extend is None else self.spec.num_frames(len(known.frames) - len(given.images))
+        def read() -> bytes:
+            return json.dumps(given.settings(**video, step=spec.temporal_factor, pictures=spec.pictures)).encode()
+
+        return json.loads(from_first(self.mesh, read, "given frames"))
+
+    def _record_given(self, given: GivenFrames, num_frames: int, known: Known | None) -> dict[str, Any]:
+        begun = 0
+        if given.extend is not None and known is not None:
+            begun = self.spec.num_frames(len(known.frames) - len(given.images))
         step = self.spec.temporal_factor
         return given.record(num_frames=num_frames, fps=self.config.video.fps, step=step, begun=begun)

@@ -39,7 +39,7 @@ def adapter_of_pipeline(pipe: Any) -> ModelAdapter:
 def adapter_of(part: Any) -> ModelAdapter:
     """The adapter of a pipeline, a transformer or a VAE; UserError for one of another class."""
     for adapter in ADAPTERS:
-        if isinstance(part, (adapter.pipeline_class, adapter.transformer_class, adapter.vae_class)):
+        if isinstance(part, (*adapter.pipeline_classes, adapter.transformer_class, adapter.vae_class)):
             return adapter
     known = " or ".join(f"{adapter.pipeline_class.__name__} ({adapter.name})" for adapter in ADAPTERS)
     raise UserError(f"{type(part).__name__} is not supported; use a {known}")

@@ -39,6 +39,7 @@ class VideoSpec:
         pipeline_multiple: multiple that its pipeline requires for height and width, whatever the VAE.
         max_positions: length of the rotary table of each axis; None if positions are computed.
         cuts_time: whether a decode may cut the video into chunks of `decode.tile_frames`.
+        pictures: where a given picture is a condition that the checkpoint was trained for: `first`, `last`.
     """
 
     channels: int
@@ -48,10 +49,12 @@ class VideoSpec:
     pipeline_multiple: int
     max_positions: int | None = None
     cuts_time: bool = False
+    pictures: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise ValueError for invalid numbers, as configurations come from files."""
-        numbers = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "cuts_time"}
+        others = ("cuts_time", "pictures")
+        numbers = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in others}
         for name, value in numbers.items():
             sizes = value if isinstance(value, tuple) else (value,)
             optional = name == "max_positions" and value is None
@@ -118,6 +121,27 @@ class VideoSpec:
     def native_frames(self, window_frames: int) -> int:
         """Frames of a video of native length, whose window is in frames of tokens."""
         return self.num_frames(window_frames * self.patch[0])
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Condition:
+    """What a model sees of given pictures beside the text, in each forward, as it was trained to.
+
+    Attributes:
+        latents: [1, z, K, h, w] fp32, the first latent frames of the video, which have no noise at any step; None for no such frames.
+    """
+
+    latents: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Condition":
+        """The same on a device."""
+        moved = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Condition(**{name: part if part is None else part.to(device) for name, part in moved.items()})
+
+    @property
+    def clean_frames(self) -> int:
+        """K, latent frames without noise, whose tokens have timestep 0."""
+        return 0 if self.latents is None else self.latents.shape[2]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,6 +250,7 @@ class ModelAdapter(ABC):
         name: its name in messages.
         index_names: classes that a model_index.json of such a checkpoint may name.
         pipeline_class: the stock text-to-video pipeline that loads it.
+        pipeline_classes: every class of pipelines that a method or a timeline can be put on.
         transformer_class: class of `pipe.transformer`.
         vae_class: class of `pipe.vae`.
         text_encoder_class: class of `pipe.text_encoder`.
@@ -243,6 +268,7 @@ class ModelAdapter(ABC):
     name: ClassVar[str]
     index_names: ClassVar[tuple[str, ...]]
     pipeline_class: ClassVar[Any]
+    pipeline_classes: ClassVar[tuple[Any, ...]]
     transformer_class: ClassVar[Any]
     vae_class: ClassVar[Any]
     text_encoder_class: ClassVar[Any]
@@ -259,8 +285,10 @@ class ModelAdapter(ABC):
     # What a checkpoint is, before its weights are read.
 
     @abstractmethod
-    def video_spec(self, transformer: dict[str, Any], vae: dict[str, Any]) -> VideoSpec:
-        """Read two config.json files; keys that a checkpoint leaves out have the value of the diffusers class."""
+    def video_spec(
+        self, transformer: dict[str, Any], vae: dict[str, Any], index: Mapping[str, Any] | None = None
+    ) -> VideoSpec:
+        """Read two config.json files and the model_index.json; keys that a checkpoint leaves out have the value of the diffusers class."""
 
     @abstractmethod
     def spatial_factor(self, vae: Mapping[str, Any]) -> int:
@@ -369,7 +397,7 @@ class ModelAdapter(ABC):
         raise AssertionError(f"{self.name} has one timestep for all tokens")
 
     def video_timestep(self, timestep: Tensor) -> Tensor:
-        """The timestep [B] of each video, from the argument of a forward."""
+        """The timestep [B] of each video, or of its frames that have noise, from the argument of a forward."""
         return timestep
 
     @abstractmethod
@@ -457,6 +485,7 @@ class ModelAdapter(ABC):
         *,
         fps: int,
         expert: str = "transformer",
+        condition: Condition | None = None,
     ) -> list[Tensor]:
         """One forward: a prediction [1, z, F, h, w] for each text, in order, from fp32 latents of that shape.
 
@@ -467,6 +496,7 @@ class ModelAdapter(ABC):
             texts: by pass, `cond` or `uncond`: both of them where `batches_guidance`, otherwise one.
             fps: frames per second of the video.
             expert: the part of the pipeline that denoises, see `expert_at`.
+            condition: of given pictures, on the latents' device; its latents are in place.
         """
 
     def guide(self, predictions: Sequence[Tensor], scale: float) -> Tensor:
@@ -477,6 +507,10 @@ class ModelAdapter(ABC):
         return uncond + scale * (cond - uncond)
 
     # Latents to frames, and back.
+
+    def condition(self, pipe: Any, pictures: Mapping[str, Tensor], *, num_frames: int) -> Condition:
+        """The condition of pictures [1, 3, 1, H, W] in [-1, 1] at some of `VideoSpec.pictures`; called only with any."""
+        raise AssertionError(f"{self.name} was trained for no pictures")
 
     def encode(self, vae: Any, frames: Tensor) -> Tensor:
         """Frames [1, 3, T, H, W] in [-1, 1] to latents [1, z, F, h, w] as the transformer sees them (normalised)."""

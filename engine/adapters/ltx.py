@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
 from engine.adapters.base import (
+    Condition,
     DecodeMode,
     LatentDecoder,
     ModelAdapter,
@@ -39,6 +40,7 @@ class LtxAdapter(ModelAdapter):
     # The parts are the same ones; checkpoints from 0.9.5 on may name the pipeline that also takes pictures.
     index_names = ("LTXPipeline", "LTXConditionPipeline")
     pipeline_class = LTXPipeline
+    pipeline_classes = (LTXPipeline,)
     transformer_class = LTXVideoTransformer3DModel
     vae_class = AutoencoderKLLTXVideo
     text_encoder_class = T5EncoderModel
@@ -53,7 +55,9 @@ class LtxAdapter(ModelAdapter):
         {"transformer": "patchify_proj.weight", "vae": "vae.decoder.conv_in.conv.weight"}
     )
 
-    def video_spec(self, transformer: dict[str, Any], vae: dict[str, Any]) -> VideoSpec:
+    def video_spec(
+        self, transformer: dict[str, Any], vae: dict[str, Any], index: Mapping[str, Any] | None = None
+    ) -> VideoSpec:
         """See the base class; rotary positions are computed, so no length is too long for a table."""
         patch, patch_t = transformer.get("patch_size", 1), transformer.get("patch_size_t", 1)
         return VideoSpec(
@@ -174,6 +178,7 @@ class LtxAdapter(ModelAdapter):
         *,
         fps: int,
         expert: str = "transformer",
+        condition: Condition | None = None,
     ) -> list[Tensor]:
         """See the base class; the batch is [uncond, cond], the order of the stock pipeline."""
         embeds, masks = zip(*reversed(texts.values()), strict=True)

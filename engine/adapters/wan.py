@@ -1,4 +1,4 @@
-"""Wan2.1 and Wan2.2 text-to-video inside diffusers: where its tokens are made, mixed and put together again."""
+"""Wan2.1 and Wan2.2 inside diffusers: where its tokens are made, mixed and put together again."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 
 from engine.adapters.base import (
     EXPERTS,
+    Condition,
     DecodeMode,
     LatentDecoder,
     ModelAdapter,
@@ -34,6 +35,7 @@ class WanAdapter(ModelAdapter):
     name = "Wan text-to-video"
     index_names = ("WanPipeline",)
     pipeline_class = WanPipeline
+    pipeline_classes = (WanPipeline, WanImageToVideoPipeline)
     transformer_class = WanTransformer3DModel
     vae_class = AutoencoderKLWan
     text_encoder_class = UMT5EncoderModel
@@ -47,7 +49,9 @@ class WanAdapter(ModelAdapter):
     latent_tensors = 4  # they, two model outputs and the last sample of the multistep solver
     single_file_marks = MappingProxyType({"transformer": "head.modulation"})
 
-    def video_spec(self, transformer: dict[str, Any], vae: dict[str, Any]) -> VideoSpec:
+    def video_spec(
+        self, transformer: dict[str, Any], vae: dict[str, Any], index: Mapping[str, Any] | None = None
+    ) -> VideoSpec:
         """See the base class."""
         return VideoSpec(
             channels=transformer.get("in_channels", 16),
@@ -56,6 +60,7 @@ class WanAdapter(ModelAdapter):
             patch=tuple(transformer.get("patch_size", (1, 2, 2))),
             pipeline_multiple=16,
             max_positions=transformer.get("rope_max_seq_len", 1024),
+            pictures=("first",) if (index or {}).get("expand_timesteps") else (),
         )
 
     def spatial_factor(self, vae: Mapping[str, Any]) -> int:
@@ -94,7 +99,8 @@ class WanAdapter(ModelAdapter):
         self.check_index(dict(pipe.config) | now)
         configs = {name: _architecture(part.config) for name, part in self.experts(pipe).items()}
         first, *others = configs.values()
-        if first.get("added_kv_proj_dim") is not None or first.get("image_dim") is not None:
+        more = first["in_channels"] != first["out_channels"]
+        if more or first.get("added_kv_proj_dim") is not None or first.get("image_dim") is not None:
             raise UserError("this is an image-to-video checkpoint; use a text-to-video one")
         for other in others:
             unlike = sorted(key for key in first | other if first.get(key) != other.get(key))
@@ -143,14 +149,15 @@ class WanAdapter(ModelAdapter):
         return (timesteps, *args[1:]), kwargs | {"timestep_seq_len": length}
 
     def video_timestep(self, timestep: Tensor) -> Tensor:
-        """[B], or [B, S] with a timestep of each token, which is the same for all of them in text-to-video."""
+        """[B], or [B, S] with a timestep of each token: 0 for those of a given first frame, the same for all others."""
         if timestep.dim() != 2:
             return timestep
-        if bool((timestep != timestep[:, :1]).any()):
+        if bool(((timestep != timestep[:, -1:]) & (timestep != 0)).any()):
             raise UserError(
-                "the tokens of a video have several timesteps, as given frames of Wan2.2 TI2V have; only text-to-video is supported"
+                "the tokens of a video have several timesteps that are not 0, which Wan2.2 TI2V was not trained for; give the frames "
+                "with noise the timestep of the step"
             )
-        return timestep[:, 0]
+        return timestep[:, -1]
 
     def shard_embedding(self, embedded: Tensor, start: int, length: int) -> Tensor:
         """[B, C, F, H, W] -> [B, C, s, 1, 1], which the model flattens to [B, s, C]."""
@@ -221,12 +228,15 @@ class WanAdapter(ModelAdapter):
         *,
         fps: int,
         expert: str = "transformer",
+        condition: Condition | None = None,
     ) -> list[Tensor]:
         """See the base class; the frame rate is unused."""
         [(name, (embed,))] = texts.items()
         transformer, timestep = getattr(pipe, expert), timestep.expand(latents.shape[0])
         if pipe.config.get("expand_timesteps"):
             mask = torch.ones(latents.shape[2:], dtype=torch.float32, device=latents.device)[:, ::2, ::2]
+            if condition is not None:
+                mask[: condition.clean_frames] = 0
             timestep = (mask * timestep[0]).flatten()[None].expand(latents.shape[0], -1)
         with transformer.cache_context(name):
             return [
@@ -243,6 +253,16 @@ class WanAdapter(ModelAdapter):
     ) -> TimeSettings:
         """One latent frame after the other is both exact and small, so there is nothing to choose."""
         return TimeSettings()
+
+    def condition(self, pipe: Any, pictures: Mapping[str, Tensor], *, num_frames: int) -> Condition:
+        """See the base class: of TI2V the first latent frame."""
+        return Condition(latents=self.encode(pipe.vae, pictures["first"]).float())
+
+    def encode(self, vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
+        """See the base class; a product with 1 / deviation, as in the stock pipeline."""
+        latents = vae.encode(frames.to(vae.device, vae.dtype)).latent_dist.mode()
+        mean, std = self.latent_statistics(vae)
+        return (latents - mean) * (1.0 / std)
 
     def latent_statistics(self, vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
         """See the base class."""

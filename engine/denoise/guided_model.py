@@ -8,7 +8,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from engine.adapters import ModelAdapter
-from engine.adapters.base import Text
+from engine.adapters.base import Condition, Text
 from engine.devices import wait_for
 from engine.hooks.apply import MethodHandle
 from engine.load.experts import ExpertPlacement
@@ -30,6 +30,7 @@ class GuidedModel:
         placement: brings the transformer of a step to the device.
         fps: frames per second of the video.
         trace: observes the conditional pass, if given.
+        condition: what the model sees of given pictures, on the device; None without any.
     """
 
     pipe: DiffusionPipeline
@@ -41,6 +42,7 @@ class GuidedModel:
     placement: ExpertPlacement
     fps: int
     trace: SpectralTrace | None
+    condition: Condition | None = None
 
     def predict(self, latents: Tensor, timestep: Tensor) -> Tensor:
         """Velocity with guidance, as the model's own pipeline combines it."""
@@ -77,4 +79,6 @@ class GuidedModel:
         if self.trace is not None:
             self.trace.enabled = "cond" in passes
         texts = {name: self.text[name] for name in passes}
-        return self.adapter.predict(self.pipe, latents, timestep, texts, fps=self.fps, expert=expert)
+        return self.adapter.predict(
+            self.pipe, latents, timestep, texts, fps=self.fps, expert=expert, condition=self.condition
+        )

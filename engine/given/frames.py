@@ -72,11 +72,19 @@ class GivenFrames:
             except OSError as error:
                 raise UserError(f"cannot read {name}: {error.strerror}") from error
 
-    def settings(self, *, num_frames: int, fps: int, step: int) -> dict[str, Any]:
-        """The settings for the run's id, in JSON types: latent frames and SHA-256 of the files, what is shown, and the rule."""
+    def trained(self, *, num_frames: int, fps: int, pictures: Sequence[str]) -> dict[str, GivenImage]:
+        """The images that stand at the very first or last frame, where the checkpoint was trained for `pictures`, by their place."""
+        ends = {num_frames - 1: "last", 0: "first"}
+        places = {ends.get(round(image.frame(num_frames, fps)), ""): image for image in self.images}
+        return {place: image for place, image in places.items() if place in pictures}
+
+    def settings(self, *, num_frames: int, fps: int, step: int, pictures: Sequence[str] = ()) -> dict[str, Any]:
+        """The settings for the run's id, in JSON types: latent frames and SHA-256 of the files, what is shown, and the rules."""
         images = {str(self.latent(image, num_frames, fps, step)): file_sha256(image.path) for image in self.images}
         extend = None if self.extend is None else file_sha256(self.extend)
-        return {"images": images, "extend": extend, "shows": self.shows, "max_noise": MAX_NOISE}
+        settings = {"images": images, "extend": extend, "shows": self.shows, "max_noise": MAX_NOISE}
+        trained = sorted(self.trained(num_frames=num_frames, fps=fps, pictures=pictures))
+        return settings | ({"trained": trained} if trained else {})
 
     def latent(self, image: GivenImage, num_frames: int, fps: int, step: int) -> int:
         """The latent frame that an image fills: the one that contains its frame of the video."""

@@ -2,12 +2,13 @@
 
 Before every step they replace what was denoised, at the noise of the step or at MAX_NOISE if that is less: x_s = (1 - s) x_0 + s n,
 s = min(sigma, MAX_NOISE), with the initial noise n. All other frames attend to them, and at the end they equal x_0. Model and method
-are unchanged.
+are unchanged. A picture where the checkpoint was trained for one is its `Condition` instead.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from engine.adapters import ModelAdapter, VideoSpec
+from engine.adapters.base import Condition
 from engine.denoise.saved import load_latents
 from engine.errors import UserError
 from engine.given.frames import MAX_NOISE, GivenFrames, GivenImage, span_of
@@ -36,24 +38,27 @@ class Known:
         latents: [1, z, K, h, w] fp32 of the known frames, in order.
         frames: their indices, int64 [K].
         noise: the run's first noise at those frames, as `latents`; None until it is drawn.
+        clean: how many of them, from the first on, have no noise at any step: those of a `Condition`.
     """
 
     latents: Tensor
     frames: Tensor
     noise: Tensor | None = None
+    clean: int = 0
 
     def with_noise(self, noise: Tensor, device: torch.device) -> "Known":
         """Move to a device and select the noise of the known frames from that of the whole video, [1, z, F, h, w]."""
         frames = self.frames.to(device)
-        return Known(
-            latents=self.latents.to(device), frames=frames, noise=noise.to(device).index_select(2, frames).contiguous()
-        )
+        own = noise.to(device).index_select(2, frames).contiguous()
+        return replace(self, latents=self.latents.to(device), frames=frames, noise=own)
 
     def put(self, latents: Tensor, sigma: float) -> Tensor:
         """Replace the known frames in latents [1, z, F, h, w], at noise level sigma or MAX_NOISE, whichever is less."""
         assert self.noise is not None
         level = min(sigma, MAX_NOISE)
         here = self.latents if level == 0.0 else (1.0 - level) * self.latents + level * self.noise
+        if self.clean:
+            here = torch.cat([self.latents[:, :, : self.clean], here[:, :, self.clean :]], dim=2)
         return latents.index_copy(2, self.frames, here.to(latents.dtype))
 
 
@@ -91,18 +96,18 @@ def check_given(
     return [*notes, *given.describe(num_frames=num_frames, fps=fps, step=step)]
 
 
-def read_known(
+def read_given(
     given: GivenFrames,
     adapter: ModelAdapter,
-    vae: torch.nn.Module,
+    pipe: Any,
     spec: VideoSpec,
     *,
     num_frames: int,
     height: int,
     width: int,
     fps: int,
-) -> Known:
-    """Encode the given frames to latents, on the CPU, without noise.
+) -> tuple[Known | None, Condition | None]:
+    """Encode the given frames, on the CPU, without noise: those that stay known, and the condition of the others.
 
     An image at the first frame is one latent frame; elsewhere it is encoded as a still video, whose second latent frame is used.
     Of a video the last frames that fill whole latent frames are encoded; latents are used as they are.
@@ -112,27 +117,58 @@ def read_known(
     """
     check_given(given, spec, num_frames=num_frames, height=height, width=width, fps=fps)
     step = spec.temporal_factor
+    trained = given.trained(num_frames=num_frames, fps=fps, pictures=spec.pictures)
+    condition = None
+    if trained:
+        pixels = {place: _as_video(read_image(image.path, height, width)[None]) for place, image in trained.items()}
+        with torch.no_grad():
+            condition = adapter.condition(pipe, pixels, num_frames=num_frames)
     by_frame: dict[int, Tensor] = {}
     if given.extend is not None:
-        by_frame = dict(enumerate(_read_begun(given.extend, adapter, vae, spec, size=(height, width)).split(1, dim=2)))
+        begun = _read_begun(given.extend, adapter, pipe.vae, spec, size=(height, width))
+        by_frame = dict(enumerate(begun.split(1, dim=2)))
+    elif condition is not None and condition.latents is not None:
+        by_frame = dict(enumerate(condition.latents.cpu().split(1, dim=2)))
     for image in given.images:
+        if image in trained.values():
+            continue
         latent = given.latent(image, num_frames, fps, step)
-        pixels = np.repeat(read_image(image.path, height, width)[None], 1 if latent == 0 else 1 + step, axis=0)
-        by_frame[latent] = encode_frames(adapter, vae, pixels)[:, :, -1:]
+        still = np.repeat(read_image(image.path, height, width)[None], 1 if latent == 0 else 1 + step, axis=0)
+        by_frame[latent] = encode_frames(adapter, pipe.vae, still)[:, :, -1:]
+    if not by_frame:
+        return None, condition
     frames = sorted(by_frame)
-    return Known(latents=torch.cat([by_frame[frame] for frame in frames], dim=2), frames=torch.tensor(frames))
+    known = torch.cat([by_frame[frame] for frame in frames], dim=2)
+    clean = 0 if condition is None else condition.clean_frames
+    return Known(latents=known, frames=torch.tensor(frames), clean=clean), condition
 
 
-def read_known_on_ranks(
-    given: GivenFrames, adapter: ModelAdapter, vae: torch.nn.Module, spec: VideoSpec, *, mesh: SeqMesh, **size: int
-) -> Known:
-    """`read_known` by rank 0, which alone may see the files, for every rank."""
+def read_given_on_ranks(
+    given: GivenFrames, adapter: ModelAdapter, pipe: Any, spec: VideoSpec, *, mesh: SeqMesh, **size: int
+) -> tuple[Known | None, Condition | None]:
+    """`read_given` by rank 0, which alone may see the files, for every rank."""
 
     def read() -> bytes:
-        known = read_known(given, adapter, vae, spec, **size)
-        return safetensors.torch.save({"latents": known.latents, "frames": known.frames})
+        known, condition = read_given(given, adapter, pipe, spec, **size)
+        return safetensors.torch.save(_packed("known", known) | _packed("condition", condition))
 
-    return Known(**safetensors.torch.load(from_first(mesh, read, "given frames")))
+    found = safetensors.torch.load(from_first(mesh, read, "given frames"))
+    known, condition = (_unpacked(name, found) for name in ("known", "condition"))
+    if known:
+        known |= {"clean": int(known["clean"])}
+    return Known(**known) if known else None, Condition(**condition) if condition else None
+
+
+def _packed(name: str, value: Known | Condition | None) -> dict[str, Tensor]:
+    """The tensors and numbers of a dataclass that are set, as tensors by dotted name."""
+    every = {} if value is None else {field.name: getattr(value, field.name) for field in fields(value)}
+    return {
+        f"{name}.{key}": torch.as_tensor(part).cpu().contiguous() for key, part in every.items() if part is not None
+    }
+
+
+def _unpacked(name: str, found: dict[str, Tensor]) -> dict[str, Any]:
+    return {key.removeprefix(f"{name}."): part for key, part in found.items() if key.startswith(f"{name}.")}
 
 
 def _look_at_begun(path: Path, spec: VideoSpec, *, height: int, width: int, fps: int) -> tuple[int, list[str]]:
@@ -197,5 +233,9 @@ def _read_begun(
 @torch.no_grad()
 def encode_frames(adapter: ModelAdapter, vae: torch.nn.Module, pixels: np.ndarray) -> Tensor:
     """Encode uint8 [T, H, W, 3] to latents [1, z, F, h, w], fp32 on the CPU."""
-    frames = torch.from_numpy(pixels.copy()).permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
-    return adapter.encode(vae, frames).float().cpu()
+    return adapter.encode(vae, _as_video(pixels)).float().cpu()
+
+
+def _as_video(pixels: np.ndarray) -> Tensor:
+    """Uint8 [T, H, W, 3] to fp32 [1, 3, T, H, W] in [-1, 1], with the bits of diffusers' VideoProcessor."""
+    return 2.0 * (torch.from_numpy(pixels.copy()).permute(3, 0, 1, 2)[None].float() / 255.0) - 1.0

@@ -1,7 +1,7 @@
 """A checkpoint by its small files: a folder or hub name, the model's adapter, its numbers, and a digest of its content."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -63,7 +63,7 @@ class Checkpoint:
     def vae_spec(self) -> VideoSpec:
         """Its numbers, also for a checkpoint whose transformer cannot be run."""
         transformer, vae = (self.read(f"{part}/config.json") for part in ("transformer", "vae"))
-        return spec_of(self.adapter, transformer, vae, self.folder)
+        return spec_of(self.adapter, transformer, vae, self.folder, index=self.read("model_index.json"))
 
     @cached_property
     def loras(self) -> list[Lora]:
@@ -129,10 +129,17 @@ def find_adapter(folder: Path) -> ModelAdapter:
     return adapter_named(read_config(folder / "model_index.json"), folder / "model_index.json")
 
 
-def spec_of(adapter: ModelAdapter, transformer: dict[str, Any], vae: dict[str, Any], where: object) -> VideoSpec:
+def spec_of(
+    adapter: ModelAdapter,
+    transformer: dict[str, Any],
+    vae: dict[str, Any],
+    where: object,
+    *,
+    index: Mapping[str, Any],
+) -> VideoSpec:
     """`ModelAdapter.video_spec`; UserError, naming `where` the configurations were read, for invalid numbers."""
     try:
-        return adapter.video_spec(transformer, vae)
+        return adapter.video_spec(transformer, vae, index)
     except (TypeError, ValueError, ArithmeticError, MemoryError) as error:
         raise UserError(
             f"the configurations of transformer and VAE in {where} describe no {adapter.name} ({error}); fetch the checkpoint again"

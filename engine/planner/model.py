@@ -55,7 +55,8 @@ class ModelSpec:
     @cached_property
     def video(self) -> VideoSpec:
         """The numbers that decide lengths and sizes."""
-        return spec_of(self.adapter, self.configs["transformer"], self.configs["vae"], self.name)
+        configs = self.configs
+        return spec_of(self.adapter, configs["transformer"], configs["vae"], self.name, index=configs["model_index"])
 
     @property
     def num_experts(self) -> int:

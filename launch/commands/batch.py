@@ -76,7 +76,7 @@ def read_batch(config: RunConfig, variants: Sequence[Variant], given: Arguments)
         seeds=given.options.seeds,
         checkpoint=checkpoint.digest,
         dtype=config.model.dtype,
-        given=None if frames is None else frames.settings(**video, step=spec.temporal_factor),
+        given=None if frames is None else frames.settings(**video, step=spec.temporal_factor, pictures=spec.pictures),
     )
 
 

@@ -90,8 +90,9 @@ def planned_settings(config: RunConfig, given: GivenFrames | None) -> Callable[[
         checkpoint = open_checkpoint(config.model)
         if given is None:
             return checkpoint, call
-        step = checkpoint.spec.temporal_factor
-        return checkpoint, call | {"given": given.settings(num_frames=video.num_frames, fps=video.fps, step=step)}
+        spec, size = checkpoint.spec, {"num_frames": video.num_frames, "fps": video.fps}
+        settings = given.settings(**size, step=spec.temporal_factor, pictures=spec.pictures)
+        return checkpoint, call | {"given": settings}
 
     def settings_of(prompt: str) -> dict[str, Any]:
         checkpoint, facts = read()

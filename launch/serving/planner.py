@@ -108,8 +108,9 @@ class Planner:
             except UserError as error:  # which names the file as the operator knows it
                 line = str(error).replace(str(given.images[0].path), "input_reference")
                 raise RefusedError(line, param="input_reference") from error
+            spec = checkpoint.spec
             settings = given.settings(
-                num_frames=request.num_frames, fps=config.video.fps, step=checkpoint.spec.temporal_factor
+                num_frames=request.num_frames, fps=config.video.fps, step=spec.temporal_factor, pictures=spec.pictures
             )
         prompt = Prompt(prompt_id=f"p{text_sha256(request.prompt)[:12]}", line=1, text=request.prompt)
         batch = plan_batch(

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, WanPipeline
+from diffusers import DiffusionPipeline, WanImageToVideoPipeline, WanPipeline
 from torch import Tensor, nn
 
 from engine import MethodHandle, apply_method
@@ -18,7 +18,7 @@ every_model = pytest.mark.parametrize("model", MODELS)
 
 
 def name_of(pipe: DiffusionPipeline) -> str:
-    return "wan" if isinstance(pipe, WanPipeline) else "ltx"
+    return "wan" if isinstance(pipe, (WanPipeline, WanImageToVideoPipeline)) else "ltx"
 
 
 def latents_of(pipe: DiffusionPipeline, *, call: Callable[..., Any] | None = None, **overrides: Any) -> Tensor:

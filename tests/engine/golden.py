@@ -7,14 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor
 
 import engine.kernel_choice
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
+from engine.given.frames import GivenFrames, GivenImage
 from engine.load.pipeline import load_pipeline
 from engine.ranks.layouts import Ranks
 from freespec.attention import merge
@@ -62,18 +65,27 @@ def mesh_of(degrees: Degrees) -> SeqMesh:
     return build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=torch.device("cpu"), timeout=PATIENCE)
 
 
-def latents_of(config: RunConfig, ranks: Ranks | None = None, prompt: str = PROMPT) -> Tensor:
+def latents_of(
+    config: RunConfig, ranks: Ranks | None = None, prompt: str = PROMPT, given: GivenFrames | None = None
+) -> Tensor:
     """This rank's latents, or those of a process alone, from a pipeline that all cases of this process share."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine.engine, "load_pipeline", _load_once)
         made = LongVideoEngine(config, ranks)
     try:
-        return made.denoise(prompt).latents
+        return made.denoise(prompt, given=given).latents
     finally:
         made.close()
 
 
 _load_once = functools.cache(load_pipeline)
+
+
+def first_picture(path: Path, height: int, width: int, *, where: str = "first", seed: int = 0) -> GivenFrames:
+    """A random picture in a file, given at the first frame or elsewhere."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+    Image.fromarray(pixels).save(path)
+    return GivenFrames(images=(GivenImage(where=where, path=path),))
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -95,9 +107,9 @@ def attend_in_chunks(kernel: Kernel) -> Kernel:
 
 
 @functools.cache
-def on_one_rank(config: RunConfig, prompt: str = PROMPT) -> Tensor:
+def on_one_rank(config: RunConfig, prompt: str = PROMPT, given: GivenFrames | None = None) -> Tensor:
     """The latents of a process alone."""
-    return latents_of(config, prompt=prompt)
+    return latents_of(config, prompt=prompt, given=given)
 
 
 @contextmanager
@@ -130,7 +142,9 @@ def rounding_of_direct(config: RunConfig, prompt: str = PROMPT) -> float:
     return relative(latents, on_one_rank(config, prompt))
 
 
-def assert_same_video(by_rank: Sequence[Tensor], config: RunConfig, case: Case) -> None:
+def assert_same_video(
+    by_rank: Sequence[Tensor], config: RunConfig, case: Case, given: GivenFrames | None = None
+) -> None:
     """Every rank has the whole video, and it has the bits of one rank's.
 
     LTX-Video runs both passes of guidance as a batch of two, and with cfg 2 one on each rank, whose few rows of time embeddings a
@@ -138,7 +152,7 @@ def assert_same_video(by_rank: Sequence[Tensor], config: RunConfig, case: Case) 
     """
     for latents in by_rank[1:]:
         assert torch.equal(latents, by_rank[0]), case
-    alone = on_one_rank(config, case.prompt)
+    alone = on_one_rank(config, case.prompt, given)
     error = relative(by_rank[0], alone)
     if Path(case.folder).name.startswith("ltx") and case.degrees[0] == 2:
         assert error <= LIMIT * rounding_of_direct(config, case.prompt), (case, error)

@@ -1,20 +1,24 @@
-"""Wan2.2 TI2V 5B, text to video: a timestep of each token, shared with the tokens, and a VAE of patches."""
+"""Wan2.2 TI2V 5B, with a given first frame or without: a timestep of each token, shared with the tokens, and a VAE of patches."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import WanPipeline, WanTransformer3DModel
+from diffusers import WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
 from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.adapters.published import PUBLISHED
-from engine.adapters.wan import WAN
+from engine.adapters.wan import WAN, WanAdapter
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.decode.pieces import stream_decode
+from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.given.frames import GivenFrames, parse_given
+from engine.load.convolutions import use_onednn
 from engine.planner.flops import call_operations
 from engine.planner.layout import lay_out
 from engine.planner.model import ModelSpec
@@ -22,8 +26,8 @@ from engine.ranks.layouts import Ranks
 from freespec.methods import FreeSpec
 from launch.commands.generate import main
 from tests.engine.applied import applied, latents_of, refused
-from tests.engine.golden import Case, all_degrees, assert_same_video, mesh_of, on_one_rank
-from tests.engine.golden import latents_of as engine_latents
+from tests.engine.golden import Case, all_degrees, assert_same_video, first_picture, mesh_of, on_one_rank, relative
+from tests.engine.golden import latents_of as latents_on
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import random_ti2v
 
@@ -49,17 +53,81 @@ def config_of(folder: Path, *, frames: int = LONG, method: str = "freespec") -> 
     )
 
 
-def stock_latents(folder: Path, frames: int) -> Tensor:
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> GivenFrames:
+    """A picture of the video's size for its first frame."""
+    return first_picture(tmp_path_factory.mktemp("given") / "first.png", 64, 96)
+
+
+def stock_latents(folder: Path, frames: int, given: GivenFrames | None = None) -> Tensor:
     pipe = WanPipeline.from_pretrained(folder)
+    image = {}
+    if given is not None:
+        pipe = WanImageToVideoPipeline(**pipe.components, expand_timesteps=True)
+        with Image.open(given.images[0].path) as file:
+            image = {"image": file.copy()}
+        use_onednn(pipe.vae)  # the engine's convolutions on a CPU, whose sums are in another order
     pipe.set_progress_bar_config(disable=True)
     call = {"num_frames": frames, "height": 64, "width": 96, "num_inference_steps": 3, "max_sequence_length": 20}
-    draw = torch.Generator().manual_seed(3)
-    return pipe(PROMPT, "bad", **call, guidance_scale=4.0, generator=draw, output_type="latent").frames
+    call |= {"prompt": PROMPT, "negative_prompt": "bad", "guidance_scale": 4.0}
+    return pipe(**call, **image, generator=torch.Generator().manual_seed(3), output_type="latent").frames
 
 
 @pytest.mark.parametrize(("frames", "method"), [(NATIVE, "freespec"), (LONG, "direct")])
 def test_the_engine_has_the_bits_of_the_stock_pipeline(folder, frames, method):
     assert torch.equal(on_one_rank(config_of(folder, frames=frames, method=method)), stock_latents(folder, frames))
+
+
+@pytest.mark.parametrize(("frames", "method"), [(NATIVE, "freespec"), (LONG, "direct")])
+def test_a_given_first_frame_is_the_condition_of_the_stock_pipeline(folder, given, frames, method):
+    config = config_of(folder, frames=frames, method=method)
+    made = on_one_rank(config, given=given)
+    assert torch.equal(made, stock_latents(folder, frames, given))
+    with pytest.MonkeyPatch.context() as patch:  # negative control: a picture that the model was not trained for
+        patch.setattr(
+            WanAdapter, "video_spec", lambda self, *parts: dataclasses.replace(_spec(self, *parts), pictures=())
+        )
+        other = latents_on(config, given=given)
+    assert torch.equal(other[:, :, 0], made[:, :, 0])
+    assert relative(other, made) > 1e-3
+
+
+_spec = WanAdapter.video_spec
+
+
+def test_pictures_elsewhere_stay_known_and_the_id_says_which_are_conditions(folder, given, tmp_path):
+    """A run that was stopped continues with both."""
+    config, state = config_of(folder), tmp_path / "state"
+    both = GivenFrames(
+        images=(*given.images, first_picture(tmp_path / "last.png", 64, 96, where="last", seed=1).images[0])
+    )
+
+    def stop(finished: int, _total: int) -> None:
+        if finished == 2:
+            raise InterruptedError
+
+    with LongVideoEngine(config) as engine:
+        with pytest.raises(InterruptedError):
+            engine.denoise(PROMPT, given=both, checkpoint=state, on_step=stop)
+        made = engine.denoise(PROMPT, given=both, checkpoint=state)
+        assert made.resumed_at == 2
+        assert torch.equal(made.latents, engine.denoise(PROMPT, given=both).latents)
+        assert torch.equal(made.latents[:, :, 0], on_one_rank(config, given=given)[:, :, 0])
+    assert made.settings["given"]["trained"] == ["first"]
+    assert sorted(made.settings["given"]["images"]) == ["0", "7"]
+    assert relative(made.latents, on_one_rank(config, given=given)) > 1e-3
+
+
+@pytest.mark.parametrize("frames", [NATIVE, LONG])
+def test_a_method_on_the_image_to_video_pipeline(frames):
+    pipe = WanImageToVideoPipeline(**random_ti2v().components, expand_timesteps=True)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"height": 64, "width": 96, "num_frames": frames, "image": Image.new("RGB", (96, 64), "red")}
+    stock = latents_of(pipe, **call)
+    with applied(pipe, method="direct"):
+        assert torch.equal(latents_of(pipe, **call), stock)
+    with applied(pipe):
+        assert torch.equal(latents_of(pipe, **call), stock) == (frames == NATIVE)
 
 
 def test_a_method_on_a_pipeline(folder):
@@ -76,8 +144,8 @@ def test_several_timesteps_in_a_video_are_refused():
     pipe = random_ti2v()
     pipe.scheduler.set_timesteps(3)
     timestep = torch.full((1, 2 * 4 * 4), float(pipe.scheduler.timesteps[0]))
-    timestep[:, :16] = 0
-    with applied(pipe), pytest.raises(UserError, match=r"have several timesteps.*only text-to-video is supported"):
+    timestep[:, :16] = 500
+    with applied(pipe), pytest.raises(UserError, match="have several timesteps that are not 0"):
         pipe.transformer(torch.zeros(1, 4, 2, 8, 8), timestep, torch.zeros(1, 12, 16))
 
 
@@ -93,7 +161,7 @@ def test_frames_are_those_of_the_vae():
 
 
 def test_the_public_command_with_a_given_picture_and_a_timeline(folder, tmp_path):
-    """Also in tiles; the picture replaces latents, as with every model."""
+    """Also in tiles."""
     Image.new("RGB", (96, 64), "red").save(tmp_path / "given.png")
     words = f"--config configs/wan2.2-ti2v-5b.yaml --model.path {folder} --model.device cpu --video.num_frames 29 --video.height 64"
     words += " --video.width 96 --sampler.num_steps 3 --sampler.max_text_tokens 20 --sampler.negative_prompt bad --method.window_frames 3"
@@ -107,15 +175,16 @@ def test_the_public_command_with_a_given_picture_and_a_timeline(folder, tmp_path
 
 
 def latents_on_ranks(rank: int, case: Case) -> Tensor:
-    """This rank's latents; runs on every rank."""
-    return engine_latents(config_of(Path(case.folder)), Ranks(mesh=mesh_of(case.degrees)))
+    """This rank's latents with the picture that the case names; runs on every rank."""
+    given = parse_given([f"first={case.fault}"], None)
+    return latents_on(config_of(Path(case.folder)), Ranks(mesh=mesh_of(case.degrees)), given=given)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_any_arrangement_of_ranks_makes_the_same_video(folder, ranks, tmp_path):
-    cases = [Case(str(folder), degrees, "freespec") for degrees in all_degrees(ranks)]
+def test_any_arrangement_of_ranks_makes_the_same_video(folder, given, ranks, tmp_path):
+    cases = [Case(str(folder), degrees, "freespec", fault=str(given.images[0].path)) for degrees in all_degrees(ranks)]
     for case, by_rank in zip(cases, run_ranks(ranks, latents_on_ranks, cases, tmp_path), strict=True):
-        assert_same_video(by_rank, config_of(folder), case)
+        assert_same_video(by_rank, config_of(folder), case, given)
 
 
 def test_operations_are_exactly_what_torch_counts():

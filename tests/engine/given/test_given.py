@@ -179,7 +179,7 @@ def test_a_video_is_encoded_from_its_end(folders, tmp_path):
         [note] = check_given(given, engine.spec, num_frames=29, height=32, width=48, fps=8)
         last = torch.from_numpy(np.stack(list(read_video(tmp_path / "a.mp4")))[-5:]).permute(3, 0, 1, 2)[None]
         with torch.no_grad():
-            expected = engine.adapter.encode(engine.pipe.vae, last.float() / 127.5 - 1)
+            expected = engine.adapter.encode(engine.pipe.vae, 2.0 * (last.float() / 255.0) - 1.0)
     assert torch.equal(made.latents[:, :, :2], expected)
     assert note == "of a.mp4 the first 2 of 7 frames are left out, which fill no latent frame"
     assert made.given["extend"] == {"file": "a.mp4", "start": 0, "stop": 5}
