@@ -19,9 +19,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python launch/demo.py
 
-# A test file to a process, one thread each: models this small are slower on more, and some tests start ranks of their own.
+# A test file to a process, one thread each: models this small are slower on more, and some tests start ranks of their own or wait.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # What takes minutes or a browser: batches on a real Ray, pages of comparisons and of serve.py in Chromium (apt-get install chromium).
 test-slow: setup
