@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from engine.errors import UserError
 from engine.paths import REPOSITORY
@@ -125,8 +126,7 @@ def prefixed_stderr(argv: Sequence[str], rank_env: RankEnv | None) -> contextlib
 
 
 def _run(name: str, argv: list[str], signals: StopSignals) -> int | None:
-    with _naming_missing_packages(name):
-        given = importlib.import_module(f"launch.arguments.{name}").read(argv)
+    given = _read(name, argv)
     kind = COMMANDS[name]
     command = [*sys.argv[: len(sys.argv) - len(argv)], *argv]
     on_replicas = getattr(given, "replicas", None) is not None
@@ -137,9 +137,23 @@ def _run(name: str, argv: list[str], signals: StopSignals) -> int | None:
         return start_on_ray(cluster, command, num_ranks=num_ranks or 1, device=device, signals=signals)
     if num_ranks is not None:
         return start_ranks(num_ranks, command, signals=signals)
+    return _call(name, given)
+
+
+def run_here(name: str, argv: Sequence[str]) -> int | None:
+    """Run a command with `argv` in this process, which starts no ranks for it; return the exit code, None for 0."""
+    return _call(name, _read(name, argv))
+
+
+def _read(name: str, argv: Sequence[str]) -> Any:
     with _naming_missing_packages(name):
-        command_module = importlib.import_module(f"launch.commands.{getattr(given, 'command', name)}")
-    return command_module.run(given)
+        return importlib.import_module(f"launch.arguments.{name}").read(argv)
+
+
+def _call(name: str, given: Any) -> int | None:
+    with _naming_missing_packages(name):
+        command = importlib.import_module(f"launch.commands.{getattr(given, 'command', name)}")
+    return command.run(given)
 
 
 # Folders of a checkout that the installed library lacks.

@@ -19,7 +19,7 @@ from engine.progress import enabled
 from engine.shown import quoted
 from launch.analysis.report import write_analysis
 from launch.analysis.spectra import SpectraStore
-from launch.arguments.analyze import Arguments, read
+from launch.arguments.analyze import Arguments
 from launch.comparison.checks import check_longer
 from launch.comparison.make import check_variants, make_missing, missing_videos
 from launch.comparison.store import Comparison
@@ -30,11 +30,6 @@ from launch.video.outputs import claim_outputs
 from launch.video.prompts import look_at_prompts
 
 LOW_RANK = "freespec.methods.low_rank:LowRank"
-
-
-def main(argv: list[str]) -> None:
-    """Read the command line, run what is missing, and report."""
-    run(read(argv))
 
 
 def run(asked: Arguments) -> None:

@@ -13,20 +13,13 @@ from engine.decode.tiling import check_tiles
 from engine.errors import UserError
 from engine.files.storage import writing_to
 from engine.load.checkpoint import open_checkpoint
-from launch.arguments.batch import Arguments, Status, read
+from launch.arguments.batch import Arguments
 from launch.batching.devices import arrange_variants, check_devices
 from launch.batching.drive import finish, make
 from launch.batching.options import Options
 from launch.batching.report import SUPPORT, check_room, say_plan, say_start
 from launch.batching.work import Work
-from launch.commands import status
 from launch.video.prompts import look_at_given, look_at_prompts
-
-
-def main(argv: list[str]) -> int:
-    """Read the command line and make the batch, or print its status; returns the exit code."""
-    given = read(argv)
-    return status.run(given) if isinstance(given, Status) else run(given)
 
 
 def run(given: Arguments) -> int:

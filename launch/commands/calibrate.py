@@ -19,7 +19,7 @@ from engine.files.whole import write_json, write_text
 from engine.paths import expand
 from engine.progress import enabled
 from evaluation.study.summary import as_json
-from launch.arguments.calibrate import NAME, Arguments, read
+from launch.arguments.calibrate import NAME, Arguments
 from launch.calibration.plan import CalibrationPlan
 from launch.calibration.score import PARTS, judge, mean_parts, scores, survivors
 from launch.calibration.space import END_SHARES, SPACE, START, draw_trials
@@ -59,11 +59,6 @@ class Maker:
             )
         if missing:
             make_missing(self._engine, comparison, missing, self._context)
-
-
-def main(argv: list[str]) -> None:
-    """Read the command line, search, judge, and report."""
-    run(read(argv))
 
 
 def run(asked: Arguments) -> None:

@@ -9,7 +9,7 @@ from engine.files.checks import check_places
 from engine.files.storage import writing_to
 from engine.paths import expand
 from engine.progress import enabled
-from launch.arguments.compare import Arguments, read
+from launch.arguments.compare import Arguments
 from launch.batching.devices import arrange_variants, check_devices
 from launch.batching.drive import make
 from launch.batching.options import Replicas
@@ -23,11 +23,6 @@ from launch.process.stopping import Stopped
 from launch.ranks.environment import is_first_rank
 from launch.ranks.join import DistContext, open_ranks
 from launch.video.prompts import look_at_prompts
-
-
-def main(argv: list[str]) -> int:
-    """Read the command line, make what is missing, and report; returns the exit code."""
-    return run(read(argv))
 
 
 def run(asked: Arguments) -> int:

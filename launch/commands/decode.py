@@ -17,18 +17,13 @@ from engine.load.checkpoint import open_checkpoint
 from engine.media.read_video import measure
 from engine.paths import expand
 from engine.produce import decode_to_files, video_size
-from launch.arguments.decode import Arguments, read
+from launch.arguments.decode import Arguments
 from launch.process.stopping import all_is_made
 from launch.video.decoding import explain_decoding
 from launch.video.latents_record import ADVICE, decoded_by, decoding_part, read_record, restore_config
 from launch.video.outputs import OutputFiles, claim_outputs, frame_folders, refuse_existing
 from launch.video.stages import check_decoded, describe_finished
 from launch.video.stages import read_record as read_finished
-
-
-def main(argv: list[str]) -> None:
-    """Read the command line and decode."""
-    run(read(argv))
 
 
 def run(given: Arguments) -> None:

@@ -17,7 +17,7 @@ from engine.load.checkpoint import open_checkpoint
 from engine.media.contact_sheet import Row, comparison, spaced, write_picture
 from engine.media.read_video import read_video
 from engine.shown import quoted
-from launch.arguments.demo import Arguments, read
+from launch.arguments.demo import Arguments
 from launch.commands.generate import find_stages
 from launch.video.make import make_video, summary
 from launch.video.outputs import OutputFiles, claim_outputs, plan_outputs, refuse_existing
@@ -36,11 +36,6 @@ class Planned:
     config: RunConfig
     prompt: str
     files: OutputFiles
-
-
-def main(argv: list[str]) -> None:
-    """Read the command line and make the demonstration."""
-    run(read(argv))
 
 
 def run(given: Arguments) -> None:

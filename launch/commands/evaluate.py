@@ -12,13 +12,8 @@ from engine.shown import printable
 from evaluation.score import Request, score
 from evaluation.vbench.bench import Evaluator
 from evaluation.vbench.dimensions import parse_dimensions
-from launch.arguments.evaluate import read, read_gpus
+from launch.arguments.evaluate import read_gpus
 from launch.process.stopping import Stopped
-
-
-def main(argv: list[str]) -> int:
-    """Read the command line and evaluate."""
-    return run(read(argv))
 
 
 def run(options: Namespace) -> int:

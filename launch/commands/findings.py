@@ -1,18 +1,13 @@
 """findings.py: make the parts of a study, report on them, and write its page."""
 
 from evaluation.study.findings import write_findings
-from launch.arguments.findings import Arguments, read
+from launch.arguments.findings import Arguments
 from launch.calibration.score import PARTS
-from launch.commands import compare
+from launch.cli.start import run_here
 from launch.process.stopping import Stopped
 from launch.study.reports import KEPT, TABLES, read_report, refuse_mixed
 from launch.study.transfer import transfer_section
 from launch.video.outputs import claim_outputs
-
-
-def main(argv: list[str]) -> None:
-    """Read the command line and write the page."""
-    run(read(argv))
 
 
 def run(asked: Arguments) -> None:
@@ -23,7 +18,7 @@ def run(asked: Arguments) -> None:
     except KeyboardInterrupt as error:
         raise Stopped("while the study was made; the same command continues from what exists") from error
     for argv in asked.study.reports():
-        compare.main(argv)
+        run_here("compare", argv)
     files = {name: runs / name / "report.json" for name in TABLES}
     files |= {name: kept / name / "report.json" for name in KEPT}
     reports = {name: read_report(file, name) for name, file in files.items()}

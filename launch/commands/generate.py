@@ -10,18 +10,13 @@ from engine.engine import LongVideoEngine
 from engine.given.frames import GivenFrames
 from engine.load.checkpoint import Checkpoint, open_checkpoint
 from engine.shown import quoted
-from launch.arguments.generate import Arguments, read
+from launch.arguments.generate import Arguments
 from launch.process.stopping import all_is_made
 from launch.ranks.join import open_ranks
 from launch.video.make import make_video, summary
 from launch.video.outputs import OutputFiles, check_free_space, claim_outputs, frame_folders
 from launch.video.prompts import look_at_given, look_at_prompts
 from launch.video.stages import Stage, describe_finished, find_stage, read_record, remove_leftovers
-
-
-def main(argv: list[str]) -> None:
-    """Read the command line and make the videos."""
-    run(read(argv))
 
 
 def run(given: Arguments) -> None:

@@ -11,14 +11,9 @@ from engine.planner.memory import GIB
 from engine.planner.model import ModelSpec, read_model
 from engine.planner.plan import MODES, Case, Plan, plan
 from engine.ranks.arrange import check_settings
-from launch.arguments.plan import Arguments, read
+from launch.arguments.plan import Arguments
 
 NOTE = "Every time is predicted from datasheets and assumed fractions of them (see `sources` in the GPU's file)."
-
-
-def main(argv: list[str]) -> None:
-    """Read the command line and print the plans."""
-    run(read(argv))
 
 
 def run(given: Arguments) -> None:

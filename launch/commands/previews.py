@@ -6,13 +6,8 @@ from engine.decode.preview import PreviewFit, vae_digest
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.files.whole import describe_error
-from launch.arguments.previews import Arguments, read
+from launch.arguments.previews import Arguments
 from launch.video.outputs import claim_outputs
-
-
-def main(argv: list[str]) -> None:
-    """Read the command line and fit."""
-    run(read(argv))
 
 
 def run(given: Arguments) -> None:

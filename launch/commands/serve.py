@@ -20,7 +20,7 @@ from engine.decode.tiling import check_tiles
 from engine.errors import UserError
 from engine.files.storage import writing_to
 from engine.load.checkpoint import open_checkpoint
-from launch.arguments.serve import Arguments, read
+from launch.arguments.serve import Arguments
 from launch.batching.devices import arrange_variants, check_devices
 from launch.batching.drive import run_driver, worker_setup
 from launch.batching.replicas import open_replicas
@@ -37,11 +37,6 @@ from launch.serving.requests import read_request
 
 # Connections at once; more get status 503 before they are read. Leaves room for the process's other open files.
 MOST_CONNECTIONS = 600
-
-
-def main(argv: list[str]) -> None:
-    """Read the command line and serve until interrupted."""
-    run(read(argv))
 
 
 def run(given: Arguments) -> None:

@@ -3,12 +3,13 @@
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from launch.commands import generate
+from launch.cli.start import run_here
 from launch.process.exit_codes import run_command
 from tests.tiny_pipelines import save_random_wan
 
@@ -78,11 +79,12 @@ def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., Run]:
-    """`run(main, *argv)`: a command in this process. Exceptions that it does not turn into a line pass through."""
+    """`run(command, *argv)`: a command, by name or as a function, in this process. Exceptions that it does not turn into a line pass through."""
 
-    def call(main: Callable[[list[str]], None], *argv: object) -> Run:
+    def call(command: str | Callable[[list[str]], int | None], *argv: object) -> Run:
         capsys.readouterr()
         try:
+            main = partial(run_here, command) if isinstance(command, str) else command
             code = run_command(main, [str(word) for word in argv])
         except SystemExit as stop:  # --help and --print_config
             code = stop.code or 0
@@ -100,6 +102,6 @@ def make(run: Callable[..., Run], wan_folder: Path, tmp_path: Path) -> Callable[
         chosen = {"model.path": wan_folder, "output.path": tmp_path / "a.mp4"} | SMALL | (settings or {})
         prompt = [] if any(str(word).startswith("--prompt") for word in argv) else ["--prompt", "a red circle"]
         words = [f"--{key}={value}" for key, value in chosen.items()]
-        return run(generate.main, *words, *prompt, *argv)
+        return run("generate", *words, *prompt, *argv)
 
     return call

@@ -16,7 +16,6 @@ from engine.files.claims import claim
 from engine.media.read_video import count_frames
 from launch.analysis.report import low_rank_summary
 from launch.analysis.spectra import by_layer_and_head, concentration, mean_and_error, over_prompts
-from launch.commands import analyze
 from metrics.video import VIDEO_UNITS
 from tests.launch.conftest import LTX, SMALL, Run
 from tests.launch.test_interruptions import interrupted_at_forward
@@ -32,7 +31,7 @@ def analyze_in(run: Callable[..., Run], wan_folder: Path, tmp_path: Path) -> Cal
     def call(**settings: object) -> Run:
         chosen = {"model.path": wan_folder, "prompts": tmp_path / "prompts.txt", "out": tmp_path / "out"}
         chosen |= SETTINGS | {"ratios": "0.25,1", "num_reconstructed": 1} | settings
-        return run(analyze.main, *(f"--{key}={value}" for key, value in chosen.items()))
+        return run("analyze", *(f"--{key}={value}" for key, value in chosen.items()))
 
     return call
 

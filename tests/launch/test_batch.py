@@ -72,7 +72,7 @@ def make_batch(run: Callable[..., Run], wan_folder: Path, suite: Path, tmp_path:
     """`make_batch({setting: value}, *argv)`: batch.py on the small checkpoint, into tmp_path/out."""
 
     def call(settings: dict[str, object] | None = None, *argv: object) -> Run:
-        return run(batch.main, *words(wan_folder, suite, tmp_path / "out", settings), *argv)
+        return run("batch", *words(wan_folder, suite, tmp_path / "out", settings), *argv)
 
     return call
 

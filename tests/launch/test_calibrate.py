@@ -122,7 +122,7 @@ def settings(wan_folder: Path, tmp_path: Path) -> dict[str, object]:
 def calibrate_in(run: Callable[..., Run], settings: dict[str, object]) -> Callable[..., Run]:
     def call(**others: object) -> Run:
         chosen = settings | others
-        return run(calibrate.main, *(f"--{key}={value}" for key, value in chosen.items() if value is not None))
+        return run("calibrate", *(f"--{key}={value}" for key, value in chosen.items() if value is not None))
 
     return call
 

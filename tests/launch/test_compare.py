@@ -16,7 +16,6 @@ from engine.batch.locks import Shard, own_shard
 from engine.decode.decoder import VideoDecoder
 from engine.engine import LongVideoEngine
 from engine.media.read_video import read_video
-from launch.commands import batch, compare, generate
 from metrics.video import VIDEO_UNITS, video_metrics
 from tests.launch.conftest import SMALL, Run
 from tests.launch.forked import run_forked
@@ -43,7 +42,7 @@ def video_of(out: Path, label: str, *, index: int = 0, seed: int = 0) -> Path:
 def compare_in(run: Callable[..., Run], wan_folder: Path, tmp_path: Path) -> Compare:
     def call(*argv: object, out: str = "out", **settings: object) -> Run:
         prompt = [] if any("--prompt" in str(word) for word in argv) else ["--prompt", "a red circle"]
-        return run(compare.main, *words(wan_folder, tmp_path / out, *prompt, *argv, **settings))
+        return run("compare", *words(wan_folder, tmp_path / out, *prompt, *argv, **settings))
 
     return call
 
@@ -80,11 +79,11 @@ def test_noise_of_the_decoder_comes_from_each_video_s_seed(run: Callable[..., Ru
     """An autoencoder of LTX-Video 0.9.5 draws noise: the second seed's video is the one that generate.py makes with that seed."""
     folder = save_random_ltx(tmp_path / "ltx", conditioned=True)
     given = {"sampler.max_text_tokens": 16, "methods": "direct"}
-    shown = run(compare.main, *words(folder, tmp_path / "out", "--prompt", "a red circle", **given))
+    shown = run("compare", *words(folder, tmp_path / "out", "--prompt", "a red circle", **given))
     assert (shown.code, shown.err) == (0, "")
     chosen = {"model.path": folder, "output.path": tmp_path / "a.mp4", **SETTINGS, "sampler.max_text_tokens": 16}
     chosen |= {"method.name": "direct", "sampler.seed": 1}
-    shown = run(generate.main, "--prompt", "a red circle", *(f"--{key}={value}" for key, value in chosen.items()))
+    shown = run("generate", "--prompt", "a red circle", *(f"--{key}={value}" for key, value in chosen.items()))
     assert (shown.code, shown.err) == (0, "")
     videos = sorted((tmp_path / "out").rglob("*.mp4"))
     assert [path.read_bytes() == (tmp_path / "a.mp4").read_bytes() for path in videos] == [False, True]
@@ -399,7 +398,7 @@ def test_replicas_make_the_same_videos_and_one_process_reports(
         mine, theirs = (video_of(folder, label) for folder in (tmp_path / "out", other))
         assert mine.read_bytes() == theirs.read_bytes()
         assert mine.with_suffix(".png").read_bytes() == theirs.with_suffix(".png").read_bytes()
-    assert "shard-1-of-1: done; 2 items" in run(batch.main, f"--status={other}").out
+    assert "shard-1-of-1: done; 2 items" in run("batch", f"--status={other}").out
     # What replicas have made is not made again by this process, nor the other way round.
     monkeypatch.setattr("engine.engine.load_pipeline", lambda *_, **__: pytest.fail("the model was loaded"))
     assert compare_in(seeds=0, out="other").code == 0

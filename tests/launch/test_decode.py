@@ -10,7 +10,6 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from launch.commands import decode
 from tests.launch.conftest import LTX, Run
 
 
@@ -25,7 +24,7 @@ def kept(make: Callable[..., Run], tmp_path: Path) -> Path:
 def test_settings_of_decoding_are_used_and_recorded(run: Callable[..., Run], kept: Path, tmp_path: Path) -> None:
     tiles = {"mode": "tiled", "tile_height": 16, "tile_width": 16, "stride_height": 8, "stride_width": 8}
     words = [f"--decode.{key}={value}" for key, value in tiles.items()]
-    assert run(decode.main, kept, "--output", tmp_path / "b.mp4", *words).code == 0
+    assert run("decode", kept, "--output", tmp_path / "b.mp4", *words).code == 0
     record = json.loads((tmp_path / "b.json").read_text())
     assert record["config"]["decode"].items() >= tiles.items()
     assert record["decode"]["mode"] == "tiled"
@@ -41,13 +40,13 @@ def test_ltx_video_piece_by_piece_and_in_tiles(
     path = tmp_path / "kept.safetensors"
     assert make(LTX | {"output.save_latents": path}).code == 0
     first = json.loads((tmp_path / "a.json").read_text())
-    assert run(decode.main, path, "--output", tmp_path / "b.mp4").code == 0
+    assert run("decode", path, "--output", tmp_path / "b.mp4").code == 0
     assert json.loads((tmp_path / "b.json").read_text())["video"]["sha256"] == first["video"]["sha256"]
     pieces = ("--decode.tile_frames=8", "--decode.stride_frames=4")
     tiles = [f"--decode.{kind}_{side}=16" for kind in ("tile", "stride") for side in ("height", "width")]
     for mode, words in (("framewise", pieces), ("tiled", [*pieces, *tiles])):
         out = tmp_path / f"{mode}.mp4"
-        assert run(decode.main, path, "--output", out, f"--decode.mode={mode}", *words).code == 0
+        assert run("decode", path, "--output", out, f"--decode.mode={mode}", *words).code == 0
         record = json.loads(out.with_suffix(".json").read_text())
         assert record["decode"]["mode"] == mode
         assert record["video"]["num_frames"] == first["video"]["num_frames"] == 17
@@ -60,9 +59,9 @@ def test_records_with_absurd_parts(run: Callable[..., Run], kept: Path, tmp_path
     strange = tmp_path / "strange.safetensors"
     absurd = {"identity": 5, "versions": [], "prompt": {"a": 1}}
     save_file({"latents": latents}, strange, {"record": json.dumps(record | absurd)})
-    assert run(decode.main, strange, "--output", tmp_path / "b.mp4").code == 0
+    assert run("decode", strange, "--output", tmp_path / "b.mp4").code == 0
     save_file({"latents": latents}, strange, {"record": json.dumps(record | {"note": float("nan")})})
-    error = run(decode.main, strange, "--output", tmp_path / "c.mp4").error
+    error = run("decode", strange, "--output", tmp_path / "c.mp4").error
     assert "holds NaN or infinity; give latents that launch/generate.py saved" in error
 
 
@@ -81,13 +80,13 @@ def test_records_with_absurd_parts(run: Callable[..., Run], kept: Path, tmp_path
 def test_mistakes_end_in_one_line(
     run: Callable[..., Run], kept: Path, tmp_path: Path, words: tuple[str, ...], line: str
 ) -> None:
-    assert line in run(decode.main, kept, "--output", tmp_path / "b.mp4", *words).error
+    assert line in run("decode", kept, "--output", tmp_path / "b.mp4", *words).error
     assert not (tmp_path / "b.mp4").exists()
 
 
 def test_a_home_that_nobody_has_is_one_line(run: Callable[..., Run], kept: Path, tmp_path: Path) -> None:
-    assert "nosuchuser" in run(decode.main, "~nosuchuser/a.safetensors", "--output", tmp_path / "b.mp4").error
-    assert "nosuchuser" in run(decode.main, kept, "--output", "~nosuchuser/b.mp4").error
+    assert "nosuchuser" in run("decode", "~nosuchuser/a.safetensors", "--output", tmp_path / "b.mp4").error
+    assert "nosuchuser" in run("decode", kept, "--output", "~nosuchuser/b.mp4").error
 
 
 def read(kept: Path) -> tuple[torch.Tensor, Any]:
@@ -102,7 +101,7 @@ def decode_other(run: Callable[..., Run], tmp_path: Path) -> Callable[..., str]:
 
     def call(latents: torch.Tensor, record: Any) -> str:
         save_file({"latents": latents}, tmp_path / "other.safetensors", metadata={"record": json.dumps(record)})
-        error = run(decode.main, tmp_path / "other.safetensors", "--output", tmp_path / "b.mp4").error
+        error = run("decode", tmp_path / "other.safetensors", "--output", tmp_path / "b.mp4").error
         assert not (tmp_path / "b.mp4").exists()
         return error
 
@@ -125,7 +124,7 @@ def test_what_made_the_latents_is_not_checked_again_and_stays_in_the_record(
     record["config"]["sampler"]["of_the_future"] = 1
     record["config"]["attention"]["riflex"] = {"enabled": False, "index": 2, "repetition": None}
     save_file({"latents": latents}, tmp_path / "old.safetensors", metadata={"record": json.dumps(record)})
-    assert run(decode.main, tmp_path / "old.safetensors", "--output", tmp_path / "b.mp4").code == 0
+    assert run("decode", tmp_path / "old.safetensors", "--output", tmp_path / "b.mp4").code == 0
     made = json.loads((tmp_path / "b.json").read_text())["config"]
     assert (made["sampler"], made["attention"]) == (record["config"]["sampler"], record["config"]["attention"])
     assert made["output"]["path"] == str(tmp_path / "b.mp4")
@@ -168,7 +167,7 @@ def test_latents_of_no_dtype_are_one_line(run: Callable[..., Run], kept: Path, t
     data = kept.read_bytes()
     header = data[8 : 8 + int.from_bytes(data[:8], "little")].replace(b'"F32"', json.dumps(dtype).encode())
     (tmp_path / "b.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data[-4 * 4 * 5 * 4 * 4 :])
-    error = run(decode.main, tmp_path / "b.safetensors", "--output", tmp_path / "b.mp4").error
+    error = run("decode", tmp_path / "b.safetensors", "--output", tmp_path / "b.mp4").error
     assert "is not a whole safetensors file" in error
 
 
@@ -185,7 +184,7 @@ def test_a_record_that_nobody_wrote_is_one_line(
     run: Callable[..., Run], kept: Path, tmp_path: Path, text: str, line: str
 ) -> None:
     save_file({"latents": read(kept)[0]}, tmp_path / "b.safetensors", metadata={"record": text})
-    assert line in run(decode.main, tmp_path / "b.safetensors", "--output", tmp_path / "b.mp4").error
+    assert line in run("decode", tmp_path / "b.safetensors", "--output", tmp_path / "b.mp4").error
 
 
 def test_latents_that_the_model_does_not_make_are_refused(decode_other: Callable[..., str], kept: Path) -> None:

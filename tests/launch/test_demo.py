@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from engine.errors import UserError
+from launch.arguments.demo import read
 from launch.commands import demo
 from tests.launch.conftest import SMALL, Run
 from tests.launch.test_generate import names
@@ -28,7 +29,7 @@ def test_the_demo_makes_each_method_s_video_and_one_picture(
     # The tokenizer of a random model reads letters, so that the prompt is longer than with words.
     settings = SMALL | {"model.path": wan_folder, "out": tmp_path / "demo", "sampler.max_text_tokens": 64}
     words = [f"--{key}={value}" for key, value in settings.items()]
-    shown = run(demo.main, *words)
+    shown = run("demo", *words)
     assert (shown.code, shown.err) == (0, "")
     assert len(loads) == 1
     methods = ("direct", "sliding_window", "freespec")
@@ -50,20 +51,20 @@ def test_the_demo_makes_each_method_s_video_and_one_picture(
     check_timeline(tmp_path / "demo", shown.out)
 
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "demo").iterdir()}
-    shown = run(demo.main, *words)
+    shown = run("demo", *words)
     assert (shown.code, shown.err, shown.out.count("\n")) == (0, "", 4)
     assert (shown.out.count("finished already, 17 frames"), shown.out.count("finished already, 9 frames")) == (3, 1)
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "demo").iterdir()} == before
     assert len(loads) == 1
-    without_a_timeline_it_alone_is_made(tmp_path / "demo", lambda: run(demo.main, *words))
-    error = run(demo.main, *words, "--prompt", "a blue star").error
+    without_a_timeline_it_alone_is_made(tmp_path / "demo", lambda: run("demo", *words))
+    error = run("demo", *words, "--prompt", "a blue star").error
     assert error.startswith(
         f"{tmp_path / 'demo/direct.mp4'} exists already; choose another name or add --output.overwrite"
     )
     assert error.endswith(
         "; it was made with other settings: prompt was 'a red circle bounces over a blue background', now 'a blue star'"
     )
-    shown = run(demo.main, *words, "--prompt", "a blue star", "--output.overwrite")
+    shown = run("demo", *words, "--prompt", "a blue star", "--output.overwrite")
     assert (shown.code, shown.out.count("\n")) == (0, 6)
     assert names(tmp_path) == wanted
     assert {json.loads((tmp_path / f"demo/{name}.json").read_text())["prompt"] for name in methods} == {"a blue star"}
@@ -100,22 +101,22 @@ def test_a_demo_that_was_stopped_goes_on(
     words = [f"--{key}={value}" for key, value in settings.items()]
     if stage == "denoise":
         with interrupted_at_forward(2 * SMALL["sampler.num_steps"] + 3):
-            stopped = run(demo.main, *words, "--out", tmp_path / "demo")
+            stopped = run("demo", *words, "--out", tmp_path / "demo")
     else:
         where = {"decode": "launch.video.make.decode_to_files", "picture": "launch.commands.demo.write_picture"}[stage]
         name = {"decode": "sliding_window.mp4", "picture": "comparison.png"}[stage]
         with monkeypatch.context() as patch:
             patch.setattr(where, stopping_at(name, where))
-            stopped = run(demo.main, *words, "--out", tmp_path / "demo")
+            stopped = run("demo", *words, "--out", tmp_path / "demo")
     finished = 4 if stage == "picture" else 1
     assert (stopped.code, stopped.out.count("\n")) == (130, finished)
     before = (tmp_path / "demo/direct.json").stat().st_mtime_ns
-    shown = run(demo.main, *words, "--out", tmp_path / "demo")
+    shown = run("demo", *words, "--out", tmp_path / "demo")
     assert (shown.code, shown.err) == (0, ""), shown
     assert ("(continued after step 1)" in shown.out) == (stage == "denoise")
     assert shown.out.count("finished already") == finished
     assert (tmp_path / "demo/direct.json").stat().st_mtime_ns == before
-    assert run(demo.main, *words, "--out", tmp_path / "whole").code == 0
+    assert run("demo", *words, "--out", tmp_path / "whole").code == 0
     assert {path.name for path in (tmp_path / "demo").iterdir()} == {
         path.name for path in (tmp_path / "whole").iterdir()
     }
@@ -144,7 +145,7 @@ def test_a_file_of_another_origin_is_not_replaced(
     words = [f"--{key}={value}" for key, value in settings.items()]
     for name in ("comparison.png", "freespec.mp4"):
         (tmp_path / name).write_text("mine")
-        error = run(demo.main, *words).error
+        error = run("demo", *words).error
         assert error == f"{tmp_path / name} exists already; choose another name or add --output.overwrite"
         assert (tmp_path / name).read_text() == "mine"
         (tmp_path / name).unlink()
@@ -152,7 +153,7 @@ def test_a_file_of_another_origin_is_not_replaced(
 
 @pytest.mark.parametrize("num_frames", [1, 5])
 def test_the_shortest_timeline_has_two_latent_frames(tmp_path: Path, num_frames: int) -> None:
-    videos = demo.plan_videos(demo.read(["--out", str(tmp_path), f"--video.num_frames={num_frames}"]))
+    videos = demo.plan_videos(read(["--out", str(tmp_path), f"--video.num_frames={num_frames}"]))
     config = videos["timeline"].config
     assert (config.video.num_frames, videos["direct"].config.video.num_frames) == (5, num_frames)
     demo.look_at_prompts(config, [("the timeline", videos["timeline"].prompt)])

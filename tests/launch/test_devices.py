@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from engine.media.read_video import count_frames
-from launch.commands import analyze, compare, decode, generate
 from tests.launch.conftest import LTX, SMALL, Run
 from tests.pretend_cuda import pretend_cuda
 
@@ -26,12 +25,12 @@ def words(settings: dict[str, object]) -> list[str]:
 
 @pytest.fixture
 def on_gpu(run: Callable[..., Run], wan_folder: Path) -> Callable[..., str]:
-    """`on_gpu(model, main, settings)`: a command on the pretended device; returns its last line."""
+    """`on_gpu(model, command, settings)`: a command on the pretended device; returns its last line."""
 
-    def call(model: str, main: Callable[[list[str]], None], settings: dict[str, object]) -> str:
+    def call(model: str, command: str, settings: dict[str, object]) -> str:
         chosen = {"model.path": wan_folder} | MODELS[model] | {"model.device": "cuda", "prompt": "a red circle"}
         with pretend_cuda():
-            shown = run(main, *words(chosen | settings))
+            shown = run(command, *words(chosen | settings))
         assert shown.code == 0, shown.err
         return shown.out.splitlines()[-1]
 
@@ -45,23 +44,21 @@ def test_latents_are_made_traced_decoded_and_decoded_again(
 ) -> None:
     latents, video = tmp_path / "a.safetensors", tmp_path / "a.mp4"
     asked = {"output.path": video, "output.save_latents": latents, "output.trace": "true", "model.weights": weights}
-    on_gpu(model, generate.main, asked)
+    on_gpu(model, "generate", asked)
     record = json.loads(video.with_suffix(".json").read_text())
     assert record["device"]["type"] == "cuda"
     assert {step["mode"] for step in record["steps"]} >= {"dual"}
     again = {"output": tmp_path / "b.mp4", "decode.mode": "tiled"}
     with pretend_cuda():
-        shown = run(decode.main, latents, *words(again | {f"decode.{name}": size for name, size in TILES.items()}))
+        shown = run("decode", latents, *words(again | {f"decode.{name}": size for name, size in TILES.items()}))
     assert shown.code == 0, shown.err
     assert count_frames(tmp_path / "b.mp4") == MODELS[model]["video.num_frames"]
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_methods_are_compared_and_spectra_seen(model: str, on_gpu: Callable[..., str], tmp_path: Path) -> None:
-    last = on_gpu(model, compare.main, {"out": tmp_path / "compared", "methods": "direct,freenoise,freespec"})
+    last = on_gpu(model, "compare", {"out": tmp_path / "compared", "methods": "direct,freenoise,freespec"})
     assert "3 videos: 3 methods on 1 pairs of prompt and seed" in last
-    last = on_gpu(
-        model, analyze.main, {"out": tmp_path / "seen", "ratios": 0.5, "num_reconstructed": 1, "num_points": 2}
-    )
+    last = on_gpu(model, "analyze", {"out": tmp_path / "seen", "ratios": 0.5, "num_reconstructed": 1, "num_points": 2})
     assert "effective rank late in the run" in last
     assert not torch.cuda.is_available()  # or this would be no pretence

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from engine.media.read_video import count_frames
-from launch.commands import decode, generate
+from launch.commands import generate
 from tests.launch.conftest import SMALL, Run
 
 Make = Callable[..., Run]
@@ -31,7 +31,7 @@ def make(run: Callable[..., Run], wan_folder: Path, tmp_path: Path) -> Make:
         if not chosen.keys() & {"prompt", "timeline", "prompts"}:
             chosen["prompt"] = "a red circle"
         several = {key: value if isinstance(value, list) else [value] for key, value in chosen.items()}
-        return run(generate.main, *(f"--{key}={value}" for key, values in several.items() for value in values))
+        return run("generate", *(f"--{key}={value}" for key, values in several.items() for value in values))
 
     return call
 
@@ -127,7 +127,7 @@ def test_a_video_goes_on_from_kept_latents(make: Make, run: Callable[..., Run], 
     record = json.loads((tmp_path / "b.json").read_text())
     assert record["video"]["num_frames"] == 8
     assert record["given"]["extend"] == {"file": kept.name, "start": 0, "stop": 9}
-    assert run(decode.main, tmp_path / "b.safetensors", "--output", tmp_path / "c.mp4").code == 0
+    assert run("decode", tmp_path / "b.safetensors", "--output", tmp_path / "c.mp4").code == 0
     assert (tmp_path / "c.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
     assert "given.shows was 'new', now 'whole'" in make(on | {"extend_shows": "whole"}).error
     assert make({"extend_shows": "new"}).error == "--extend_shows new needs --extend"

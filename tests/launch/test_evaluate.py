@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from engine.files.locks import hold
 from evaluation import measure, score
 from evaluation.vbench.dimensions import DIMENSIONS
-from launch.commands import batch, evaluate
+from launch.cli.start import run_here
 from launch.process.exit_codes import run_command
 from metrics.proxies import PROXIES
 from tests.evaluation.batches import PROMPTS, make_batch, write_sidecar
@@ -51,7 +52,7 @@ def tree(runs: Path) -> dict:
 
 
 def test_without_vbench_there_are_proxies_and_the_rest_is_not_available(run: Callable[..., Run], runs: Path) -> None:
-    ended = run(evaluate.main, "--runs", runs)
+    ended = run("evaluate", "--runs", runs)
     assert ended.code == 0
     assert ended.out.startswith("8 videos of 2 methods: ")
     report = tree(runs)
@@ -72,7 +73,7 @@ def test_without_vbench_there_are_proxies_and_the_rest_is_not_available(run: Cal
 def test_an_unfinished_batch_says_so_first(run: Callable[..., Run], runs: Path, quick: None) -> None:
     labels = [f"{m}/p000{i}-s{seed}" for m in ("direct", "sliding_window") for i in (0, 1) for seed in (0, 7, 8)]
     (runs / "batch.json").write_text(json.dumps({"schema": 1, "items": dict.fromkeys(labels, "0")}))
-    ended = run(evaluate.main, "--runs", runs)
+    ended = run("evaluate", "--runs", runs)
     said = (
         f"{runs}: 8 of 12 items are made (direct 4 of 6, sliding_window 4 of 6), 0 failed for good, 4 are not made yet"
     )
@@ -87,7 +88,7 @@ def test_an_unfinished_batch_says_so_first(run: Callable[..., Run], runs: Path, 
 def test_a_damaged_sidecar_costs_its_video_alone(run: Callable[..., Run], runs: Path, quick: None) -> None:
     sidecar = sorted(runs.glob("*/*/videos/*.json"))[0]
     sidecar.write_text("")
-    ended = run(evaluate.main, "--runs", runs)
+    ended = run("evaluate", "--runs", runs)
     assert (ended.code, ended.out.startswith("7 videos of 2 methods: ")) == (0, True)
     [said] = tree(runs)["missing"]
     assert ended.err.splitlines()[0] == f"not everything is there: {said}"
@@ -97,7 +98,7 @@ def test_a_damaged_sidecar_costs_its_video_alone(run: Callable[..., Run], runs: 
 def test_with_vbench_every_video_has_every_dimension(
     run: Callable[..., Run], runs: Path, vbench: list[str], tmp_path: Path, quick: None
 ) -> None:
-    assert run(evaluate.main, "--runs", runs, *vbench).code == 0
+    assert run("evaluate", "--runs", runs, *vbench).code == 0
     report = tree(runs)
     assert report["kind"] == "VBench-Long metrics, custom input (2 prompts x 2 seeds)"
     assert len(report["videos"]) == 8
@@ -117,7 +118,7 @@ def test_with_vbench_every_video_has_every_dimension(
     assert "| Direct (paper) | 0.9865 |" in text
     assert "Figures of another model" in text
     # Started again it asks VBench for nothing.
-    assert run(evaluate.main, "--runs", runs, *vbench).code == 0
+    assert run("evaluate", "--runs", runs, *vbench).code == 0
     assert len(calls(tmp_path / "home")) == 12
     assert tree(runs) == report
 
@@ -129,7 +130,7 @@ def test_of_the_papers_model_our_figures_stand_beside_the_papers(
     for path in runs.rglob("*.json"):
         model = {"run": {"config": {"model": {"path": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"}}}}
         path.write_text(json.dumps(json.loads(path.read_text()) | model))
-    assert run(evaluate.main, "--runs", runs, *vbench, "--dimensions", "dynamic_degree").code == 0
+    assert run("evaluate", "--runs", runs, *vbench, "--dimensions", "dynamic_degree").code == 0
     text = (runs / "evaluation" / "report.md").read_text()
     here = [line for line in text.splitlines() if line.startswith("| direct (here)")]
     mean = tree(runs)["means"]["direct"]["dynamic_degree"]["mean"]
@@ -144,7 +145,7 @@ def test_what_failed_is_named_and_the_rest_is_reported(
     run: Callable[..., Run], runs: Path, vbench: list[str], tmp_path: Path, quick: None
 ) -> None:
     set_plan(tmp_path / "home", aesthetic_quality="fail")
-    ended = run(evaluate.main, "--runs", runs, *vbench, "--dimensions", "aesthetic_quality,dynamic_degree")
+    ended = run("evaluate", "--runs", runs, *vbench, "--dimensions", "aesthetic_quality,dynamic_degree")
     assert ended.code == 1
     assert ended.out.count("failed: ") == 2
     report = tree(runs)
@@ -163,7 +164,7 @@ def test_everything_missing_is_listed_before_anything_is_started(
     gone = [tmp_path / "home/.cache/vbench" / name for name in ("amt_model/amt-s.pth", "clip_model/ViT-L-14.pt")]
     for path in gone:
         path.unlink()
-    ended = run(evaluate.main, "--runs", runs, *vbench)
+    ended = run("evaluate", "--runs", runs, *vbench)
     assert ended.code == 2
     assert [line.split(" (for")[0] for line in ended.out.splitlines()] == [f"missing file: {path}" for path in gone]
     assert ended.err == "error: VBench cannot run: 2 things are missing or broken, listed above; see docs/vbench.md\n"
@@ -174,7 +175,7 @@ def test_everything_missing_is_listed_before_anything_is_started(
 def test_check_looks_and_does_nothing_else(
     run: Callable[..., Run], runs: Path, vbench: list[str], tmp_path: Path
 ) -> None:
-    ended = run(evaluate.main, "--runs", runs, *vbench, "--check")
+    ended = run("evaluate", "--runs", runs, *vbench, "--check")
     assert (ended.code, ended.out) == (0, "8 videos of 2 methods; everything that is needed exists\n")
     assert calls(tmp_path / "home") == []
     assert not (runs / "evaluation" / "report.md").exists()
@@ -187,7 +188,7 @@ def test_an_interruption_says_what_is_kept(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(score, "measure_all", interrupt)
-    ended = run(evaluate.main, "--runs", runs)
+    ended = run("evaluate", "--runs", runs)
     assert ended.code == 130
     assert ended.stopped == f"what was finished is kept in {runs / 'evaluation'}; the same command continues from there"
 
@@ -202,18 +203,18 @@ def test_of_the_embedded_world_there_are_exact_measures(run: Callable[..., Run],
         write_sidecar(path, prompt=prompt)
         rows.append(f'direct,"{prompt}",0,{path}')
     (tmp_path / "list.csv").write_text("\n".join(rows))
-    assert run(evaluate.main, "--runs", root).code == 0
+    assert run("evaluate", "--runs", root).code == 0
     report = tree(root)
     assert report["not_world"] is None
     assert report["means"]["direct"]["world.object_seen"]["mean"] > 0.9
     assert "| `world.object_seen`, share of frames |" in (root / "evaluation/report.md").read_text()
     words = ["--videos", tmp_path / "list.csv", "--out", tmp_path / "listed"]
-    assert run(evaluate.main, *words).code == 0
+    assert run("evaluate", *words).code == 0
     assert (
         "Not available: how many frames the model was trained on is not known"
         in (tmp_path / "listed/report.md").read_text()
     )
-    assert run(evaluate.main, *words, "--native_frames", 9).code == 0
+    assert run("evaluate", *words, "--native_frames", 9).code == 0
     listed = json.loads((tmp_path / "listed/report.json").read_text())
     assert [v["values"] for v in listed["videos"]] == [v["values"] for v in report["videos"]]
 
@@ -221,8 +222,8 @@ def test_of_the_embedded_world_there_are_exact_measures(run: Callable[..., Run],
 def test_several_folders_are_one_report(run: Callable[..., Run], tmp_path: Path, quick: None) -> None:
     roots = [make_batch(tmp_path / name, methods=(name,), seeds=(0,)) for name in ("direct", "freenoise")]
     words = ["--runs", ",".join(map(str, roots))]
-    assert "give --out, the folder of the report" in run(evaluate.main, *words).error
-    assert run(evaluate.main, *words, "--out", tmp_path / "report").code == 0
+    assert "give --out, the folder of the report" in run("evaluate", *words).error
+    assert run("evaluate", *words, "--out", tmp_path / "report").code == 0
     report = json.loads((tmp_path / "report/report.json").read_text())
     assert sorted(report["means"]) == ["direct", "freenoise"]
     assert report["not_world"].startswith("frames of the world are 64 x 64 pixels, these are 32 x 32")
@@ -235,7 +236,7 @@ def test_a_full_disk_is_one_line(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(score, "write_report", full)
-    ended = run(evaluate.main, "--runs", runs)
+    ended = run("evaluate", "--runs", runs)
     assert ended.code == 2
     assert ended.err.splitlines()[-1].startswith(
         f"error: cannot write to {runs / 'evaluation'}: No space left on device ("
@@ -245,7 +246,7 @@ def test_a_full_disk_is_one_line(
 def test_two_evaluations_of_one_folder(run: Callable[..., Run], runs: Path) -> None:
     (runs / "evaluation").mkdir()
     with hold(runs / "evaluation" / "lock"):
-        line = run(evaluate.main, "--runs", runs).error
+        line = run("evaluate", "--runs", runs).error
     assert line.startswith(f"another evaluation works in {runs / 'evaluation'}: process {os.getpid()} on ")
 
 
@@ -281,15 +282,13 @@ def test_a_batch_is_made_of_a_suite_of_the_checkout(run: Callable[..., Run], tmp
     prompts.mkdir(parents=True)
     (prompts / "animal.txt").write_text("a red circle\na blue square\na red circle")
     words = ["--out", tmp_path / "out", "--dry_run", "--prompts"]
-    shown = run(batch.main, *words, "vbench:animal", "--vbench", tmp_path / "VBench")
+    shown = run("batch", *words, "vbench:animal", "--vbench", tmp_path / "VBench")
     assert shown.code == 0
     assert "vbench:animal, 2 prompts, sha256 " in shown.out
     assert "animal, line 3 repeats p0000 and is made once" in shown.out
-    assert "needs --vbench" in run(batch.main, *words, "vbench:animal").error
-    assert (
-        "did you mean vbench:animal" in run(batch.main, *words, "vbench:anmal", "--vbench", tmp_path / "VBench").error
-    )
-    assert "--vbench is for --prompts vbench:NAME" in run(batch.main, *words, "a.txt", "--vbench", tmp_path).error
+    assert "needs --vbench" in run("batch", *words, "vbench:animal").error
+    assert "did you mean vbench:animal" in run("batch", *words, "vbench:anmal", "--vbench", tmp_path / "VBench").error
+    assert "--vbench is for --prompts vbench:NAME" in run("batch", *words, "a.txt", "--vbench", tmp_path).error
 
 
 @pytest.mark.parametrize(
@@ -329,7 +328,7 @@ def test_a_batch_is_made_of_a_suite_of_the_checkout(run: Callable[..., Run], tmp
     ],
 )
 def test_a_mistake_is_one_line(runs: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str) -> None:
-    assert run_command(evaluate.main, [word.format(runs=runs) for word in words]) == 2
+    assert run_command(partial(run_here, "evaluate"), [word.format(runs=runs) for word in words]) == 2
     err = capsys.readouterr().err
     assert err.startswith(f"error: {said}")
     assert err.count("\n") == 1

@@ -24,7 +24,7 @@ from engine.hooks.self_attention import BranchProcessor
 from engine.media.write_video import VideoWriter
 from engine.paths import REPOSITORY
 from launch.cli.start import run_script
-from launch.commands import decode, generate
+from launch.commands import generate
 from launch.process import stopping
 from launch.process.streams import RankLines
 from launch.ranks.environment import LAUNCHER
@@ -157,7 +157,7 @@ def test_a_rank_that_dies_in_decode(
     assert torch.equal(latents_of(folder / "a.mp4"), whole)
     assert names(folder) == {"a.safetensors"}
     command = shlex.split(ended[0].err.partition("make the video with: ")[2])
-    assert run(decode.main, *command[2:]).code == 0
+    assert run("decode", *command[2:]).code == 0
 
 
 def test_a_rank_that_hangs_is_named_with_step_layer_and_operation(wan_folder: Path, tmp_path: Path) -> None:

@@ -15,7 +15,6 @@ from evaluation.study import overview
 from evaluation.study.claims import CLAIMS, Claim, answers, changes, noise_effects, not_made, read
 from evaluation.study.overview import can_tell
 from freespec.methods import METHODS
-from launch.commands import findings
 from launch.comparison.measure import units
 from launch.study.reports import KEPT, TABLES
 from metrics.bootstrap import Estimate
@@ -153,7 +152,7 @@ def findings_of(run: Callable[..., Run], tmp_path: Path) -> Callable[..., Run]:
         "kept": tmp_path / "runs",
         "page": page,
     }
-    return lambda *more: run(findings.main, *(f"--{key}={value}" for key, value in words.items()), *more)
+    return lambda *more: run("findings", *(f"--{key}={value}" for key, value in words.items()), *more)
 
 
 @pytest.fixture
@@ -429,7 +428,7 @@ def test_a_plot_that_lies_beside_the_page_is_not_copied(run: Callable[..., Run],
     (kept / "report.json").write_text(json.dumps(analysis_of(-1.0)))
     (kept / "rank-progress.png").write_bytes(b"a plot")
     words = {"runs": tmp_path / "runs", "kept": kept.parent, "page": tmp_path / "docs/a.md"}
-    assert run(findings.main, *(f"--{key}={value}" for key, value in words.items())).code == 0
+    assert run("findings", *(f"--{key}={value}" for key, value in words.items())).code == 0
     page = (tmp_path / "docs/a.md").read_text()
     assert "each window](findings/analysis/rank-progress.png)" in page
     assert "measures of every video are in [findings](findings)" in page
@@ -457,7 +456,7 @@ def test_a_folder_that_is_mistyped_does_not_empty_the_page(run: Callable[..., Ru
     words = {"runs": tmp_path, "kept": tmp_path, "page": page}
     for flag in ("runs", "kept"):
         mistyped = words | {flag: tmp_path / "typo"}
-        shown = run(findings.main, *(f"--{key}={value}" for key, value in mistyped.items()))
+        shown = run("findings", *(f"--{key}={value}" for key, value in mistyped.items()))
         assert shown.error == f"--{flag} {tmp_path / 'typo'} is not a folder; name the one of `make findings`"
     assert page.read_text() == "hours of work"
 
@@ -488,7 +487,7 @@ def test_low_rank_of_an_older_report_is_one_line_and_of_one_ratio_is_not_measure
 def test_a_page_is_written_by_one_run_at_a_time(run: Callable[..., Run], tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     (tmp_path / "runs").mkdir()
-    command = (findings.main, "--runs", tmp_path / "runs", "--kept", tmp_path, "--page", page)
+    command = ("findings", "--runs", tmp_path / "runs", "--kept", tmp_path, "--page", page)
     with claims.claim([page], advice="-"):
         error = run(*command).error
     assert error.startswith(f"{page} is being made by process {os.getpid()} on ")

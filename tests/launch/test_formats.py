@@ -14,7 +14,6 @@ from engine.files.whole import content_bytes, content_sha256
 from engine.media.read_video import read_video
 from engine.media.write_video import VideoWriter, as_comment
 from engine.record import video_facts
-from launch.commands import decode, demo
 from tests.engine.media.test_video import comments, content, read
 from tests.launch.conftest import SMALL, Run
 from tests.launch.test_generate import names
@@ -41,7 +40,7 @@ def test_each_kind_is_made_decoded_and_found_finished(make: Make, run: Make, tmp
     assert np.abs(read(path)[::-1] - mp4).mean() > np.abs(read(path) - mp4).mean()
 
     assert "finished already, 17 frames" in make(given).out
-    assert run(decode.main, kept, "--output", f"{tmp_path}/decoded{name[1:]}").code == 0
+    assert run("decode", kept, "--output", f"{tmp_path}/decoded{name[1:]}").code == 0
     assert content(tmp_path / f"decoded{name[1:]}") == [
         (each.replace("v.", "decoded."), data) for each, data in content(path)
     ]
@@ -68,7 +67,7 @@ def test_without_metadata_a_video_says_nothing(make: Make, run: Make, tmp_path: 
     # decode.py does as the run did, unless told otherwise.
     for words, told in (((), False), (("--metadata", "true"), True)):
         out = f"{tmp_path}/{told}{name[1:]}"
-        assert run(decode.main, kept, "--output", out, *words).code == 0
+        assert run("decode", kept, "--output", out, *words).code == 0
         assert (None not in comments(Path(out))) == told
 
 
@@ -120,6 +119,6 @@ def test_a_full_disk_leaves_no_folder_and_says_how_to_go_on(make: Make, run: Mak
 
 def test_the_demo_s_videos_say_what_they_are(run: Make, wan_folder: Path, tmp_path: Path) -> None:
     settings = SMALL | {"model.path": wan_folder, "folder": tmp_path / "demo", "sampler.max_text_tokens": 64}
-    assert run(demo.main, *(f"--{key}={value}" for key, value in settings.items())).code == 0
+    assert run("demo", *(f"--{key}={value}" for key, value in settings.items())).code == 0
     for name in ("direct", "sliding_window", "freespec"):
         assert json.loads(str(comments(tmp_path / "demo" / f"{name}.mp4")[0]))["method"]["name"] == name

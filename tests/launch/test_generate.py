@@ -17,7 +17,6 @@ from engine.denoise.saved import load_latents
 from engine.files.whole import WriteError
 from engine.media.read_video import count_frames, read_video
 from engine.media.write_video import VideoWriter
-from launch.commands import decode
 from tests.launch.conftest import Run
 
 
@@ -68,7 +67,7 @@ def test_latents_that_are_kept_decode_to_the_same_video(
     assert (latents.shape, latents.dtype) == ((1, 4, 5, 8, 8), torch.float32)
     assert json.loads(metadata["record"])["prompt"] == "a red circle"
 
-    shown = run(decode.main, tmp_path / "z" / "a.safetensors", "--output", tmp_path / "b.mp4")
+    shown = run("decode", tmp_path / "z" / "a.safetensors", "--output", tmp_path / "b.mp4")
     assert (shown.code, shown.err) == (0, "")
     assert (tmp_path / "b.mp4").read_bytes() == (tmp_path / "a.mp4").read_bytes()
     assert (tmp_path / "b.png").read_bytes() == (tmp_path / "a.png").read_bytes()
@@ -79,8 +78,8 @@ def test_latents_that_are_kept_decode_to_the_same_video(
 
     # Again, with another rate and quality, and the file there already.
     words = (tmp_path / "z" / "a.safetensors", "--output", tmp_path / "b.mp4", "--fps", "8", "--crf", "40")
-    assert "exists already; choose another name or add --overwrite" in run(decode.main, *words).error
-    assert run(decode.main, *words, "--overwrite").code == 0
+    assert "exists already; choose another name or add --overwrite" in run("decode", *words).error
+    assert run("decode", *words, "--overwrite").code == 0
     assert json.loads((tmp_path / "b.json").read_text())["video"]["seconds"] == 17 / 8
     assert (tmp_path / "b.mp4").stat().st_size < (tmp_path / "a.mp4").stat().st_size
 
@@ -222,7 +221,7 @@ def test_a_full_disk_keeps_the_latents_and_says_how_to_go_on(
     assert names(tmp_path) == {"whole.mp4", "whole.png", "whole.json", "a.latents.safetensors"}
     command = error.partition("make the video with: ")[2].split()
     assert command[:2] == ["python", "launch/decode.py"]
-    assert run(decode.main, *command[2:]).code == 0
+    assert run("decode", *command[2:]).code == 0
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
 
 
@@ -246,8 +245,8 @@ def test_latents_of_another_origin(run: Callable[..., Run], wan_folder: Path, tm
     out = ("--output", tmp_path / "a.mp4")
     weights = wan_folder / "vae/diffusion_pytorch_model.safetensors"
     (tmp_path / "text.safetensors").write_text("no tensors")
-    assert "does not exist" in run(decode.main, tmp_path / "none.safetensors", *out).error
-    assert "holds no latents" in run(decode.main, weights, *out).error
-    assert "not a whole safetensors file" in run(decode.main, tmp_path / "text.safetensors", *out).error
-    assert "give the file of the latents" in run(decode.main, *out).error
+    assert "does not exist" in run("decode", tmp_path / "none.safetensors", *out).error
+    assert "holds no latents" in run("decode", weights, *out).error
+    assert "not a whole safetensors file" in run("decode", tmp_path / "text.safetensors", *out).error
+    assert "give the file of the latents" in run("decode", *out).error
     assert names(tmp_path) == {"text.safetensors"}

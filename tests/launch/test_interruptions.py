@@ -18,7 +18,6 @@ from torch import nn
 from engine.decode.decoder import VideoDecoder
 from engine.denoise.saved import load_latents
 from engine.engine import LongVideoEngine
-from launch.commands import decode
 from tests.launch.conftest import LTX, SMALL, Run
 from tests.launch.test_generate import names
 
@@ -135,7 +134,7 @@ def test_while_decoding_the_latents_are_kept(  # noqa: PLR0917
     assert "the same command continues from them, or make the video with: " in shown.stopped
 
     command = shlex.split(shown.stopped.partition("make the video with: ")[2])
-    assert run(decode.main, *(tmp_path / "b.mp4" if word.endswith("a.mp4") else word for word in command[2:])).code == 0
+    assert run("decode", *(tmp_path / "b.mp4" if word.endswith("a.mp4") else word for word in command[2:])).code == 0
     with monkeypatch.context() as patch:
         patch.setattr(LongVideoEngine, "denoise", lambda *_, **__: pytest.fail("denoised again"))
         assert make(model).code == 0

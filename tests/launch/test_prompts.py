@@ -39,22 +39,22 @@ def commands(run: Callable[..., Run], tmp_path: Path) -> dict[str, Callable[...,
     out, file = tmp_path / "out", tmp_path / "prompts.txt"
     (tmp_path / "judge.txt").write_text("a blue star moves up over a green background\n")
 
-    def call(main: Callable[..., Any], *words: str) -> Callable[..., Run]:
+    def call(command: str, *words: str) -> Callable[..., Run]:
         def start(lines: list[str], **settings: object) -> Run:
             file.write_text("\n".join(lines) + "\n")
-            return run(main, *words, *(f"--{key}={value}" for key, value in (TINY | settings).items()))
+            return run(command, *words, *(f"--{key}={value}" for key, value in (TINY | settings).items()))
 
         return start
 
     from_file = f"--prompts={file}"
     searched = ["--num_trials=2", "--rounds=1", f"--judge_prompts={tmp_path / 'judge.txt'}"]
     return {
-        "generate": call(generate.main, from_file, f"--output.path={out}/a.mp4"),
-        "compare": call(compare.main, from_file, f"--out={out}", "--methods=direct,freespec"),
-        "analyze": call(analyze.main, from_file, f"--out={out}"),
-        "calibrate": call(calibrate.main, from_file, f"--out={out}", *searched),
-        "batch": call(batch.main, f"--prompts={file}", f"--out={out}"),
-        "batch --dry_run": call(batch.main, f"--prompts={file}", f"--out={out}", "--dry_run"),
+        "generate": call("generate", from_file, f"--output.path={out}/a.mp4"),
+        "compare": call("compare", from_file, f"--out={out}", "--methods=direct,freespec"),
+        "analyze": call("analyze", from_file, f"--out={out}"),
+        "calibrate": call("calibrate", from_file, f"--out={out}", *searched),
+        "batch": call("batch", f"--prompts={file}", f"--out={out}"),
+        "batch --dry_run": call("batch", f"--prompts={file}", f"--out={out}", "--dry_run"),
     }
 
 
@@ -125,7 +125,7 @@ def test_the_demonstration_says_so_too(
 ) -> None:
     words = [f"--{key}={value}" for key, value in TINY.items()]
     with pytest.raises(LoadedError):
-        run(demo.main, *words, f"--out={tmp_path}", "--prompt=a dragon")
+        run("demo", *words, f"--out={tmp_path}", "--prompt=a dragon")
     assert capsys.readouterr().out.startswith(
         'note: 1 word is unknown to the model, which reads past them: "dragon" (the'
     )

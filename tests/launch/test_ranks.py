@@ -17,7 +17,7 @@ from engine.denoise.saved import load_latents
 from engine.media.read_video import count_frames
 from launch.arguments.prompts import EXAMPLE
 from launch.cli.argv import asked_ranks
-from launch.commands import generate
+from launch.cli.start import run_here
 from launch.ranks.environment import LAUNCHER
 from tests.launch.conftest import SMALL, Run
 from tests.launch.forked import Ended, run_forked
@@ -67,7 +67,7 @@ def one_line(ended: Sequence[Ended], code: int = 2) -> str:
 def alone(wan_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
     """The latents of one process."""
     target = tmp_path_factory.mktemp("alone") / "a.mp4"
-    generate.main(prompted(wan_folder, target))
+    run_here("generate", prompted(wan_folder, target))
     return latents_of(target)
 
 
@@ -78,7 +78,7 @@ def test_three_ranks_make_the_videos_of_one(make: Callable[..., Run], wan_folder
     (tmp_path / "three").mkdir()
     more = ["--prompts", tmp_path / "prompts.txt", "--output.trace", "--verbose"]
     one, three = (words(wan_folder, tmp_path / name / "a.mp4", TILED) for name in ("one", "three"))
-    generate.main([*one, *map(str, more)])
+    run_here("generate", [*one, *map(str, more)])
     ended = run_forked([[*three, *more, "--parallel.ring=3"]] * 3, tmp_path)
     assert [rank.code for rank in ended] == [0, 0, 0], ended
     assert names(tmp_path / "three") == names(tmp_path / "one")
@@ -145,7 +145,7 @@ def test_without_a_prompt_or_a_preset_the_embedded_model_makes_its_example(tmp_p
 
 @pytest.mark.parametrize("chosen", [["--config", "tiny-ltx"], ["--model.path", "tiny/ltx"], ["--model", "tiny/ltx"]])
 def test_another_model_has_no_example(run: Callable[..., Run], chosen: list[str]) -> None:
-    assert run(generate.main, *chosen).error == "give one of --prompt TEXT, --timeline EVENTS and --prompts FILE"
+    assert run("generate", *chosen).error == "give one of --prompt TEXT, --timeline EVENTS and --prompts FILE"
 
 
 def started_by_torchrun_of_two_machines(command: list[str]) -> list[list[str]]:

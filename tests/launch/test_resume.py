@@ -25,7 +25,8 @@ from engine.files.checks import checkpoint_bytes
 from engine.files.claims import claim
 from engine.files.tensors import read_metadata
 from engine.files.whole import WriteError
-from launch.commands import decode, generate
+from launch.cli.start import run_here
+from launch.commands import decode
 from launch.video import make as make_video
 from tests.launch.conftest import SMALL, Run
 from tests.launch.forked import run_forked
@@ -103,7 +104,7 @@ def finished(wan_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     """A video that a run has finished."""
     path = tmp_path_factory.mktemp("finished") / "a.mp4"
     chosen = {"model.path": wan_folder, "output.path": path, "prompt": "a red circle"} | SMALL
-    generate.main([f"--{key}={value}" for key, value in chosen.items()])
+    run_here("generate", [f"--{key}={value}" for key, value in chosen.items()])
     return path
 
 
@@ -480,7 +481,7 @@ def test_space_is_needed_for_what_is_not_there_yet(
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free[0]))
     free.append(40)
     assert f"{tmp_path} has 40 bytes free, and at least 44 bytes are needed for the video" in make(settings).error
-    error = run(decode.main, tmp_path / "z.safetensors", "--output", tmp_path / "b.mp4").error
+    error = run("decode", tmp_path / "z.safetensors", "--output", tmp_path / "b.mp4").error
     assert "has 40 bytes free, and at least 44 bytes are needed for the video; free some space" in error
     assert names(tmp_path) == {"z.safetensors"}
     free[0] = 50
@@ -504,11 +505,11 @@ def test_space_is_needed_for_what_is_not_there_yet(
 def test_decoding_again_says_that_it_is_done(make: Make, run: Callable[..., Run], tmp_path: Path) -> None:
     assert make({"output.save_latents": tmp_path / "z.safetensors"}).code == 0
     command = (tmp_path / "z.safetensors", "--output", tmp_path / "b.mp4")
-    assert run(decode.main, *command).code == 0
-    shown = run(decode.main, *command)
+    assert run("decode", *command).code == 0
+    shown = run("decode", *command)
     assert (shown.code, shown.err) == (0, "")
     assert shown.out == f"{tmp_path / 'b.mp4'}: finished already, 17 frames; --overwrite makes it again\n"
-    error = run(decode.main, *command, "--crf", "30").error
+    error = run("decode", *command, "--crf", "30").error
     assert error.startswith(f"{tmp_path / 'b.mp4'} exists already; choose another name or add --overwrite; it was made")
     assert "output.crf was 12, now 30" in error
     # Latents of another run.
@@ -518,7 +519,7 @@ def test_decoding_again_says_that_it_is_done(make: Make, run: Callable[..., Run]
         ).code
         == 0
     )
-    error = run(decode.main, tmp_path / "y.safetensors", "--output", tmp_path / "b.mp4").error
+    error = run("decode", tmp_path / "y.safetensors", "--output", tmp_path / "b.mp4").error
     assert "sampler.seed was 0, now 3" in error
 
 
@@ -530,20 +531,20 @@ def test_decoding_that_was_stopped_between_its_files_goes_on(
     command = (tmp_path / "z.safetensors", "--output", tmp_path / "b.mp4")
     with monkeypatch.context() as patch:
         patch.setattr(produce, name, lambda *_, **__: signal.raise_signal(signal.SIGINT))
-        assert run(decode.main, *command).code == 130
+        assert run("decode", *command).code == 130
     assert "b.mp4" in names(tmp_path)
     assert "b.json" not in names(tmp_path)
     # One that these latents do not give is not replaced.
-    error = run(decode.main, *command, "--crf", "40").error
+    error = run("decode", *command, "--crf", "40").error
     assert error.startswith(f"cannot write {tmp_path / 'b.mp4'}: another file of this name appeared meanwhile; ")
-    assert run(decode.main, *command).code == 0
+    assert run("decode", *command).code == 0
     for kind in ("mp4", "png"):
         assert (tmp_path / f"a.{kind}").read_bytes() == (tmp_path / f"b.{kind}").read_bytes()
     # A file that is no video of this size is refused before anything is decoded.
     (tmp_path / "b.json").unlink()
     (tmp_path / "b.mp4").write_bytes(b"mine")
     monkeypatch.setattr(decode, "open_decoder", lambda *_: pytest.fail("the decoder was loaded"))
-    error = run(decode.main, *command).error
+    error = run("decode", *command).error
     assert error == f"{tmp_path / 'b.mp4'} exists already; choose another name or add --overwrite"
 
 
@@ -555,15 +556,15 @@ def test_every_kind_of_video_is_gone_on_from(
     command = (tmp_path / "z.safetensors", "--output", f"{tmp_path}/{output}")
     with monkeypatch.context() as patch:
         patch.setattr(produce, "write_record", lambda *_, **__: signal.raise_signal(signal.SIGINT))
-        assert run(decode.main, *command).code == 130
-    assert run(decode.main, *command).code == 0
-    assert "finished already" in run(decode.main, *command).out
+        assert run("decode", *command).code == 130
+    assert run("decode", *command).code == 0
+    assert "finished already" in run("decode", *command).out
 
 
 def test_decoding_claims_its_files(make: Make, run: Callable[..., Run], tmp_path: Path) -> None:
     assert make({"output.save_latents": tmp_path / "z.safetensors"}).code == 0
     with claim([tmp_path / "b.png"], advice="-"):
-        error = run(decode.main, tmp_path / "z.safetensors", "--output", tmp_path / "b.mp4").error
+        error = run("decode", tmp_path / "z.safetensors", "--output", tmp_path / "b.mp4").error
     assert error.startswith(f"{tmp_path / 'b.png'} is being made by process {os.getpid()} on ")
     assert error.endswith("; wait for it, or choose another --output")
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 import pytest
 
 from launch.cli.foreign import ANSWERS, FLAGS, RENAMED, converted
-from launch.commands import batch, calibrate, compare, decode, evaluate, generate, plan
 from tests.launch.conftest import Run
 
 GENERATE = {
@@ -92,31 +91,31 @@ GENERATE = {
 
 @pytest.mark.parametrize("words", GENERATE)
 def test_generate(run: Callable[..., Run], words: str) -> None:
-    assert GENERATE[words] in run(generate.main, "--prompt", "x", *words.split(" ", 1)).error
+    assert GENERATE[words] in run("generate", "--prompt", "x", *words.split(" ", 1)).error
 
 
 @pytest.mark.parametrize(
     ("command", "words", "said"),
     [
-        (plan, "--nproc 8", "did you mean --gpus 8?"),
-        (plan, "--num_gpus 8", "did you mean --gpus 8?"),
-        (plan, "--out a.mp4", "this command does not use it; leave it out"),
-        (batch, "--prompt x", "did you mean prompts?"),
-        (calibrate, "--prompt x", "did you mean prompts?"),
-        (evaluate, "--shard 1/2", "it is an option of batch and compare; this command does not use it"),
-        (plan, "--seeds 0,1", "this command does not use it"),
-        (batch, "--gpus 8", "did you mean --gpus_per_replica 8?"),
-        (batch, "--prompt_file a.txt", "did you mean --prompts a.txt?"),
-        (batch, "--num_seeds 2", "did you mean seeds?"),
-        (batch, "--folder a", "did you mean --out a?"),
-        (batch, "--output_dir a", "did you mean --out a?"),
-        (compare, "--output_dir a", "did you mean --out a?"),
-        (decode, "--output_dir a", "did you mean --output a/video.mp4?"),
-        (decode, "--num_inference_steps 3", "this command does not use it; leave it out"),
+        ("plan", "--nproc 8", "did you mean --gpus 8?"),
+        ("plan", "--num_gpus 8", "did you mean --gpus 8?"),
+        ("plan", "--out a.mp4", "this command does not use it; leave it out"),
+        ("batch", "--prompt x", "did you mean prompts?"),
+        ("calibrate", "--prompt x", "did you mean prompts?"),
+        ("evaluate", "--shard 1/2", "it is an option of batch and compare; this command does not use it"),
+        ("plan", "--seeds 0,1", "this command does not use it"),
+        ("batch", "--gpus 8", "did you mean --gpus_per_replica 8?"),
+        ("batch", "--prompt_file a.txt", "did you mean --prompts a.txt?"),
+        ("batch", "--num_seeds 2", "did you mean seeds?"),
+        ("batch", "--folder a", "did you mean --out a?"),
+        ("batch", "--output_dir a", "did you mean --out a?"),
+        ("compare", "--output_dir a", "did you mean --out a?"),
+        ("decode", "--output_dir a", "did you mean --output a/video.mp4?"),
+        ("decode", "--num_inference_steps 3", "this command does not use it; leave it out"),
     ],
 )
-def test_the_command_s_own_name_of_it(run: Callable[..., Run], command: object, words: str, said: str) -> None:
-    assert said in run(command.main, *words.split()).error
+def test_the_command_s_own_name_of_it(run: Callable[..., Run], command: str, words: str, said: str) -> None:
+    assert said in run(command, *words.split()).error
 
 
 def test_a_name_stands_in_one_table() -> None:
@@ -129,7 +128,7 @@ def test_a_name_stands_in_one_table() -> None:
 
 def test_every_answer_names_settings_that_there_are(run: Callable[..., Run]) -> None:
     """`--help_all` of some command has every option that a table leads to."""
-    shown = "".join(run(command.main, "--help_all").out for command in (generate, plan, batch, decode, compare))
+    shown = "".join(run(command, "--help_all").out for command in ("generate", "plan", "batch", "decode", "compare"))
     targets = {target for targets in RENAMED.values() for target in targets} | {
         key for flag in FLAGS.values() for key in flag
     }

@@ -11,7 +11,6 @@ import pytest
 from engine.files.whole import write_json
 from evaluation import events
 from evaluation.study import report
-from launch.commands import compare
 from launch.comparison import measure
 from metrics.timelines.events import EVENT_UNITS
 from metrics.version import source_digest
@@ -37,7 +36,7 @@ def compare_in(
         given = {"methods": "direct", "seeds": "0", "sampler.num_steps": 1, "sampler.max_text_tokens": 64}
         given |= {"prompts": tmp_path / "prompts.txt", "measures": tmp_path / "kept.jsonl"}
         given |= {"video.height": size, "video.width": size}
-        return run(compare.main, *words(wan_folder, tmp_path / "out", **given))
+        return run("compare", *words(wan_folder, tmp_path / "out", **given))
 
     return call
 

@@ -39,7 +39,7 @@ def no_plots_in(rank: int) -> None:
 def compare_in(run: Callable[..., Run], wan_folder: Path, tmp_path: Path) -> Compare:
     def call(*argv: object, out: str = "out", **settings: object) -> Run:
         given = {"measures": tmp_path / "kept" / "videos.jsonl"} | settings
-        return run(compare.main, *words(wan_folder, tmp_path / out, *PROMPT, *argv, **given))
+        return run("compare", *words(wan_folder, tmp_path / out, *PROMPT, *argv, **given))
 
     return call
 

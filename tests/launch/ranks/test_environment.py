@@ -18,7 +18,6 @@ from engine.config import ParallelConfig
 from engine.planner.gpu import read_gpu
 from engine.planner.timing import link_rate
 from engine.ranks.arrange import arrange_ranks, node_span
-from launch.commands import batch
 from launch.ranks.environment import STRATEGIES, carried, number_ranks, rank_environment
 from launch.ranks.ray_pool import NoRayError, RayPool, check_placement
 from parallel.mesh import build_mesh
@@ -184,7 +183,7 @@ def test_a_batch_on_gpus_that_this_machine_has_not(
         "--gpus_per_replica",
         64,
     ]
-    said = run(batch.main, *words, *more).error
+    said = run("batch", *words, *more).error
     assert said.startswith("1 replicas of 64 ranks need 64 GPUs, and this machine has ")
     assert said.endswith(", or give the address of a cluster as --ray")
     assert not (tmp_path / "out").exists()

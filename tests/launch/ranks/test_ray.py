@@ -17,7 +17,6 @@ import torch
 
 from engine.batch.files import BatchFiles
 from launch.cli.argv import without
-from launch.commands import batch
 from tests.launch.conftest import Run
 from tests.launch.forked import PATIENCE_SECONDS
 from tests.launch.test_batch import events_of, undisturbed, words
@@ -117,7 +116,7 @@ def test_a_rank_of_a_replica_on_ray_is_killed_and_everything_is_made(
     suite.write_text("a red circle\n")
     killer = threading.Thread(target=kill_a_rank, args=(out,), daemon=True)
     killer.start()
-    shown = run(batch.main, *words(wan_folder, suite, out, {"ray": cluster, "nproc": 2, "keep_latents": True}))
+    shown = run("batch", *words(wan_folder, suite, out, {"ray": cluster, "nproc": 2, "keep_latents": True}))
     killer.join()
     assert (shown.code, shown.err) == (0, ""), shown
     (lost,) = events_of(out, "failed")
@@ -137,7 +136,7 @@ def test_a_rank_of_a_replica_on_ray_is_killed_and_everything_is_made(
 
 def whole_on_two_ranks(run: Callable[..., Run], folder: Path, suite: Path, tmp_path: Path) -> dict[str, str]:
     out = tmp_path / "whole"
-    shown = run(batch.main, *words(folder, suite, out, {"nproc": 2, "keep_latents": True}))
+    shown = run("batch", *words(folder, suite, out, {"nproc": 2, "keep_latents": True}))
     assert shown.code == 0, shown
     return hashes(out)
 
@@ -185,7 +184,7 @@ def test_another_token_is_refused_in_one_line(
     other.write_text(secrets.token_hex(32))
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(other))
     (tmp_path / "prompts.txt").write_text("a red circle\n")
-    shown = run(batch.main, *words(wan_folder, tmp_path / "prompts.txt", tmp_path / "out", {"ray": cluster}))
+    shown = run("batch", *words(wan_folder, tmp_path / "prompts.txt", tmp_path / "out", {"ray": cluster}))
     assert shown.code == 2
     assert f"the Ray cluster at {cluster} requires its token" in shown.err
     assert list((tmp_path / "out").glob("*/*/videos/*")) == []
@@ -199,7 +198,7 @@ def test_gpus_of_a_cluster_are_not_left_aside_in_silence(
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     out = tmp_path / "out"
     with open_cluster(settings, gpus=2) as address:
-        shown = run(batch.main, *words(wan_folder, tmp_path / "prompts.txt", out, {"ray": address}))
+        shown = run("batch", *words(wan_folder, tmp_path / "prompts.txt", out, {"ray": address}))
         assert (shown.code, shown.err.count("\n")) == (2, 1), shown
         assert f"the Ray cluster at {address} has 2 GPUs, and this batch would run on CPUs; give " in shown.err
         assert not (out / "batch.json").exists()
@@ -217,7 +216,7 @@ def test_gpus_of_a_cluster_are_not_left_aside_in_silence(
 def test_no_cluster_is_one_line(run: Callable[..., Run], wan_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     given = words(wan_folder, tmp_path / "prompts.txt", tmp_path / "out", {"ray": "127.0.0.1:1"})
-    shown = run(batch.main, *given)
+    shown = run("batch", *given)
     assert (shown.code, shown.err.count("\n")) == (2, 1), shown
     assert shown.err.startswith("error: no Ray cluster answers at 127.0.0.1:1 ([Errno 111] Connection refused); "), (
         shown

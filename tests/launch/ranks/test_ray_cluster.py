@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from engine.batch.files import BatchFiles
-from launch.commands import batch
 from launch.ranks.environment import PlacementStrategy, carried
 from launch.ranks.ray_pool import RayPool, Start
 from tests.launch.conftest import Run
@@ -189,7 +188,7 @@ def test_auto_is_the_cluster_of_the_environment(
     monkeypatch.setenv("RAY_ADDRESS", start(NODES).said[0])
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     settings = {"ray": "auto", "nproc": 2, "methods": "direct"}
-    shown = run(batch.main, *words(wan_folder, tmp_path / "prompts.txt", tmp_path / "out", settings))
+    shown = run("batch", *words(wan_folder, tmp_path / "prompts.txt", tmp_path / "out", settings))
     assert (shown.code, shown.err) == (0, ""), shown
     assert "1 of 1 items done (1 now), 0 in quarantine" in shown.out
 
@@ -250,7 +249,7 @@ def test_a_placement_strategy_is_followed_and_the_record_names_every_node(
     for strategy, sizes in (("STRICT_PACK", [2]), ("STRICT_SPREAD", [1, 1])):
         given = {"ray": address, "nproc": 2, "methods": "direct", "placement_strategy": strategy}
         out, video = tmp_path / strategy, tmp_path / f"{strategy}.mp4"
-        shown = run(batch.main, *words(wan_folder, tmp_path / "prompts.txt", out, given))
+        shown = run("batch", *words(wan_folder, tmp_path / "prompts.txt", out, given))
         assert (shown.code, shown.err) == (0, ""), shown
         sidecar = next(out.glob("direct/*/videos/*.json"))
         command = [*prompted(wan_folder, video), "--nproc=2", f"--ray={address}", f"--placement_strategy={strategy}"]
@@ -287,7 +286,7 @@ def test_gpus_that_an_autoscaler_may_bring_are_waited_for(
     assert (other.returncode, said) == (130, "stopped while it waited for its place on the cluster\n")
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     given = words(wan_folder, tmp_path / "prompts.txt", tmp_path / "out", {"ray": address})
-    assert " may bring GPUs, and this batch would run on CPUs; give --gpus_per_replica N" in run(batch.main, *given).err
+    assert " may bring GPUs, and this batch would run on CPUs; give --gpus_per_replica N" in run("batch", *given).err
     wide = [*command_of(wan_folder, tmp_path / "b.mp4", address), "--nproc=3"]
     refused = subprocess.run(wide, capture_output=True, text=True, check=False)
     assert refused.stderr.startswith("error: 3 ranks need 3 GPUs, and the cluster has 2; give --nproc 2"), refused
