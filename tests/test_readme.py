@@ -177,6 +177,20 @@ def test_targets_and_extras_exist(command: str) -> None:
         assert [name for word in words for name in re.findall(r"^\.\[(\w+)\]", word) if name not in extras] == []
 
 
+SMALL_RUNS = re.findall(r"launch/(\w+)\.py *(.*?)(?:\$\(ARGS\))?$", read(ROOT / "Makefile"), re.M)
+
+
+@pytest.mark.parametrize(("name", "words"), SMALL_RUNS)
+def test_commands_of_the_makefile_parse(name: str, words: str, folder: Path) -> None:
+    """With the presets that they name."""
+    read_launch(name, words.split(), folder)
+
+
+def test_every_small_preset_is_run() -> None:
+    named = {word for _, words in SMALL_RUNS for word in words.split() if word.startswith("configs/small/")}
+    assert named == {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs/small").iterdir()}
+
+
 PYTHON = [(page.name, block) for page in PAGES for block in fenced(page, "python")]
 
 
