@@ -15,7 +15,8 @@ from engine.media.read_video import read_frames
 from evaluation.study.plots import save_figure
 from launch.analysis.plots import Strip, draw_flows, draw_frames, draw_heads, draw_low_rank, draw_progress, draw_windows
 from launch.analysis.spectra import Rows, SpectraStore, concentration, mean_and_error, over_prompts
-from launch.comparison.measure import Measured, measure_all, native_frames
+from launch.comparison.kept_measures import measure_every, stoppable
+from launch.comparison.measure import Measured
 from launch.comparison.store import Comparison
 from launch.video.outputs import writing_report
 from metrics.bootstrap import paired_interval
@@ -42,7 +43,8 @@ def write_analysis(
         told = _write_spectra(folder, spectra.read())
         report: dict[str, Any] = {"comparison": made_with, "spectra": told}
         if low_rank.prompts:
-            measured = measure_all(low_rank.videos, clip_frames=native_frames(low_rank), world=False, progress=progress)
+            with stoppable(low_rank):
+                measured = measure_every(low_rank, progress=progress)
             report["low_rank"] = _write_low_rank(folder, low_rank, measured, ratios)
         text = json.dumps(report, indent=2, allow_nan=False)
         write_text(folder / "report.json", text + "\n")
@@ -73,7 +75,8 @@ def _write_low_rank(
     folder: Path, comparison: Comparison, measured: Sequence[Measured], ratios: dict[str, float]
 ) -> Rows:
     table = [
-        {"ratio": ratios[each.video.label], "prompt": each.video.prompt_index, "seed": each.video.seed, **each.values}
+        {"ratio": ratios[each.video.label], "prompt": each.video.prompt_index, "seed": each.video.seed}
+        | {name: each.values[name] for name in VIDEO_UNITS}
         for each in measured
     ]
     write_csv(folder / "low-rank.csv", table)

@@ -8,8 +8,10 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_empty
+from launch.arguments.options import add_out
 from launch.arguments.prompts import Prompts, add_num_prompts, add_prompts, choose_prompts
-from launch.arguments.ranks import add_ranks, check_model, check_started
+from launch.arguments.ranks import add_ranks, check_model
+from launch.batching.options import Replicas, add_replicas, read_replicas
 from launch.cli.parser import parse_run
 
 NAME = "analyze.py"
@@ -19,12 +21,13 @@ UNREAD = OF_ONE_VIDEO
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """The checked command line of analyze.py; `given` is the parsed namespace."""
+    """The checked command line of analyze.py; `given` is the parsed namespace. Without `replicas` this process makes the low-rank videos."""
 
     given: Namespace
     config: RunConfig
     prompts: Prompts
     shares: list[float]
+    replicas: Replicas | None
 
 
 def read(argv: list[str]) -> Arguments:
@@ -32,7 +35,7 @@ def read(argv: list[str]) -> Arguments:
     given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments, unread=UNREAD)
     refuse_empty(given, "out")
     check_environment()
-    check_started(given.nproc, argv)
+    replicas = read_replicas(given, config, argv)
     prompts = choose_prompts(given)
     config = prompts.directed(config, argv)
     check_output(config.output, NAME)
@@ -42,7 +45,7 @@ def read(argv: list[str]) -> Arguments:
         raise UserError(f"--num_reconstructed must be 0 or more, got {given.num_reconstructed}")
     shares = read_shares(given.ratios)
     check_model(config)
-    return Arguments(given=given, config=config, prompts=prompts, shares=shares)
+    return Arguments(given=given, config=config, prompts=prompts, shares=shares, replicas=replicas)
 
 
 def read_shares(text: str) -> list[float]:
@@ -67,5 +70,6 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--num_reconstructed", type=int, default=2, help="number of prompts, from the first, to make low-rank videos of"
     )
-    parser.add_argument("--out", type=str, default="runs/analysis", help="folder of tables, plots and videos")
+    add_out(parser, "tables, plots and videos", default="runs/analysis")
     add_ranks(parser)
+    add_replicas(parser)

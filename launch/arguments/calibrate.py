@@ -9,10 +9,12 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.shown import quoted
 from launch.arguments.environment import check_environment
-from launch.arguments.many_videos import OF_ONE_VIDEO, add_seeds, check_output, read_seeds, refuse_empty
+from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, read_seeds, refuse_empty
+from launch.arguments.options import add_out, add_prompts_file, add_seeds
 from launch.arguments.prompts import Prompts, read_prompts
-from launch.arguments.ranks import add_ranks, check_model, check_started
-from launch.cli.parser import add_former_name, parse_run
+from launch.arguments.ranks import add_ranks, check_model
+from launch.batching.options import Replicas, add_replicas, read_replicas
+from launch.cli.parser import parse_run
 
 NAME = "calibrate.py"
 DESCRIPTION = "Search FreeSpec's open settings on one list of prompts, and judge what was found on another."
@@ -30,6 +32,7 @@ class Arguments:
         held_out: prompts to judge the result on.
         rounds: number of `search` prompts in each round.
         seeds: seeds of the search and of the judgement.
+        replicas: what makes the videos; None for this process and its ranks.
     """
 
     given: Namespace
@@ -38,6 +41,7 @@ class Arguments:
     held_out: Prompts
     rounds: list[int]
     seeds: dict[str, tuple[int, ...]]
+    replicas: Replicas | None
 
 
 def read(argv: list[str]) -> Arguments:
@@ -45,7 +49,7 @@ def read(argv: list[str]) -> Arguments:
     given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments, unread=UNREAD)
     refuse_empty(given, "out", "measures")
     check_environment()
-    check_started(given.nproc, argv)
+    replicas = read_replicas(given, config, argv)
     rounds = _check(given, config)
     first = config.sampler.seed
     seeds = {
@@ -55,7 +59,9 @@ def read(argv: list[str]) -> Arguments:
     search, held_out = (read_prompts(None, given[name], f"--{name}") for name in ("prompts", "judge_prompts"))
     _check_lists(search.texts, held_out.texts, rounds)
     check_model(config)
-    return Arguments(given=given, config=config, search=search, held_out=held_out, rounds=rounds, seeds=seeds)
+    return Arguments(
+        given=given, config=config, search=search, held_out=held_out, rounds=rounds, seeds=seeds, replicas=replicas
+    )
 
 
 def _check(given: Namespace, config: RunConfig) -> list[int]:
@@ -98,10 +104,8 @@ def _check_lists(search: list[str], held_out: list[str], rounds: list[int]) -> N
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The options of the command beside the settings of a run."""
-    parser.add_argument("--prompts", type=str, help="text file of the prompts of the search, one a line")
-    parser.add_argument("--judge_prompts", type=str, help="text file of other prompts, to judge the result on")
-    add_former_name(parser, "prompt_file", "prompts")
-    add_former_name(parser, "judge_prompt_file", "judge_prompts")
+    add_prompts_file(parser, ": those of the search")
+    add_prompts_file(parser, ": others, to judge the result on", name="judge_prompts")
     parser.add_argument(
         "--num_trials", type=int, default=24, help="number of settings to try, including the given ones"
     )
@@ -114,12 +118,13 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=int,
         help="denoising steps of the searched videos (default: sampler.num_steps, which the judged ones always have)",
     )
-    add_seeds(parser, of="seeds of the search (default: sampler.seed)")
-    add_seeds(parser, "judge_seeds", of="seeds of the judgement (default: sampler.seed and the next)")
-    parser.add_argument("--out", type=str, default="runs/calibration", help="folder of the videos and the report")
+    add_seeds(parser, "of the search (default: sampler.seed)")
+    add_seeds(parser, "of the judgement (default: sampler.seed and the next)", name="judge_seeds")
+    add_out(parser, "the videos and the report", default="runs/calibration")
     parser.add_argument(
         "--measures",
         type=str,
         help="folder of kept measures: videos listed there are not made again",
     )
     add_ranks(parser)
+    add_replicas(parser)

@@ -11,11 +11,12 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import expand
 from launch.arguments.environment import check_environment
-from launch.arguments.many_videos import OF_ONE_VIDEO, add_seeds, check_output, read_seeds, refuse_empty
+from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, read_seeds, refuse_empty
+from launch.arguments.options import add_methods, add_out, add_seeds
 from launch.arguments.prompts import Prompts, add_num_prompts, add_prompts, choose_prompts
-from launch.arguments.ranks import add_ranks, check_alone, check_model, check_started
-from launch.arguments.variants import METHODS_HELP, read_variants
-from launch.batching.options import Replicas, add_replicas
+from launch.arguments.ranks import add_ranks, check_model
+from launch.arguments.variants import read_variants
+from launch.batching.options import Replicas, add_replicas, read_replicas
 from launch.cli.parser import parse_run
 
 NAME = "compare.py"
@@ -52,13 +53,7 @@ def read(argv: list[str]) -> Arguments:
     given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments, unread=UNREAD)
     refuse_empty(given, "out", "report", "measures")
     check_environment()
-    replicas = None
-    if given.replicas is not None or given.ray is not None or given.gpus_per_replica is not None:
-        every = config.output.checkpoint_every
-        check_alone("--replicas, --ray and --gpus_per_replica")
-        replicas = Replicas.of(given, config, checkpoint_every=every, sheets=True)
-    else:
-        check_started(given.nproc, argv)
+    replicas = read_replicas(given, config, argv)
     read_seeds(given.seeds, config.sampler.seed)
     check_output(config.output, NAME)
     prompts = choose_prompts(given)
@@ -85,11 +80,11 @@ def read(argv: list[str]) -> Arguments:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The options of the command beside the settings of a run."""
-    parser.add_argument("--methods", type=str, default=METHODS, help=METHODS_HELP)
+    add_methods(parser, default=METHODS)
     add_prompts(parser)
     add_num_prompts(parser)
     add_seeds(parser)
-    parser.add_argument("--out", type=str, default="runs/compare", help="folder of the videos and the report")
+    add_out(parser, "the videos and the report", default="runs/compare")
     parser.add_argument("--baseline", type=str, help="method that differences are from (default: the first)")
     parser.add_argument("--report_only", type=bool, default=False, help="make no videos; report on the existing ones")
     parser.add_argument(

@@ -10,6 +10,7 @@ from engine.errors import UserError
 from engine.paths import expand, find_checkpoint
 from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_empty
+from launch.arguments.options import add_out
 from launch.arguments.prompts import EXAMPLE
 from launch.cli.argv import asked_value
 from launch.cli.parser import add_former_name, parse_run
@@ -45,5 +46,5 @@ def read(argv: list[str]) -> Arguments:
 def add_arguments(parser: ArgumentParser) -> None:
     """The options of the command beside the settings of a run."""
     parser.add_argument("--prompt", type=str, default=EXAMPLE, help="what the videos of the three methods show")
-    parser.add_argument("--out", type=str, default="runs/demo", help="folder of the videos and pictures")
+    add_out(parser, "the videos and pictures", default="runs/demo")
     add_former_name(parser, "folder", "out")

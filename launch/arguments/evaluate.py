@@ -5,6 +5,7 @@ from jsonargparse import SUPPRESS, ArgumentParser, Namespace
 from engine.errors import UserError
 from engine.paths import expand
 from evaluation.vbench.dimensions import DIMENSIONS, check_total, parse_dimensions
+from launch.arguments.options import add_out
 from launch.cli.parser import Keys, add_former_name, arrange, make_parser, parse
 
 USAGE = "--runs FOLDER[,FOLDER...] [--vbench CHECKOUT --python PYTHON] [--SETTING VALUE ...]"
@@ -72,7 +73,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--runs", type=str, default="", help="output folders of launch/batch.py, with commas")
     parser.add_argument("--videos", type=str, default="", help="instead: CSV with the columns method,prompt,seed,path")
-    parser.add_argument("--out", type=str, default="", help="folder of the report (default: `evaluation` in --runs)")
+    add_out(parser, "the report (default: `evaluation` in --runs)", default="")
     parser.add_argument("--vbench", type=str, default="", help="folder of a VBench checkout")
     parser.add_argument("--python", type=str, default="", help="Python of the environment that VBench runs in")
     parser.add_argument("--weights", type=str, default="~", help="folder that is HOME for VBench, with .cache in it")

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from jsonargparse import ArgumentParser, Namespace
+from jsonargparse import Namespace
 
 from engine.batch.suite import check_once
 from engine.config import OutputConfig
 from engine.errors import UserError
+from launch.arguments.options import seeds_from
 from launch.cli.argv import asked_value
-from launch.cli.parser import add_former_name
 
 _NUM_SEEDS = 2**63  # what a seed must be less than (SamplerConfig)
 # Settings of one video's files, which these commands name themselves; existing videos are not made again.
@@ -31,22 +31,10 @@ def refuse_empty(given: Namespace, *names: str) -> None:
             raise UserError(f"--{name} is empty; give a value, or leave it out")
 
 
-def add_seeds(parser: ArgumentParser, name: str = "seeds", of: str = "seeds (default: sampler.seed)") -> None:
-    """Add `--seeds 0,1`, and for one more release `--num_seeds 2`: two seeds from sampler.seed on."""
-    parser.add_argument(f"--{name}", type=str, help=f"comma-separated {of}")
-    add_former_name(parser, f"num_{name}", name, int, convert=lambda count, given: _from(given.sampler.seed, count))
-
-
-def _from(first: int, count: int) -> str:
-    if count < 1:
-        raise UserError(f"give the seeds themselves, at least one, such as --seeds {first}; got {count}")
-    return ",".join(str(first + number) for number in range(count))
-
-
 def read_seeds(text: str | None, first: int, flag: str = "--seeds", *, default: int = 1) -> tuple[int, ...]:
     """Parse a comma-separated list of seeds; without one, return `default` seeds from `first` (sampler.seed) on."""
     if text is None:
-        text = _from(first, default)
+        text = seeds_from(first, default)
     try:
         seeds = [int(word) for word in text.split(",") if word.strip()]
     except ValueError as error:

@@ -10,6 +10,7 @@ from engine.errors import UserError
 from engine.paths import expand, find_checkpoint
 from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_empty
+from launch.arguments.options import add_prompts_file
 from launch.arguments.prompts import read_prompts
 from launch.cli.parser import parse_run
 
@@ -56,6 +57,6 @@ def read(argv: list[str]) -> Arguments:
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of the command, beside the settings of a run."""
     prompts = "configs/prompts/world-heldout-40.txt"
-    parser.add_argument("--prompts", type=str, default=prompts, help="text file of the videos' prompts, one a line")
+    add_prompts_file(parser, default=prompts)
     parser.add_argument("--num_prompts", type=int, default=8, help="use only the first N prompts")
     parser.add_argument("--out", type=str, help="safetensors file of the factors, for serve.py --preview_factors")

@@ -11,8 +11,8 @@ from engine.paths import find_file
 from engine.shown import quoted
 from engine.text.prompt_files import NEGATIVE_SETTING, read_prompt_lines
 from engine.text.timeline import read_timeline
+from launch.arguments.options import add_prompts_file
 from launch.cli.argv import asked_value
-from launch.cli.parser import add_former_name
 
 # The prompt of a command that is given none.
 EXAMPLE = "a red circle bounces over a blue background"
@@ -26,8 +26,7 @@ def add_prompts(parser: ArgumentParser) -> None:
         type=str,
         help="what it shows when: 'TEXT [0-4s] | TEXT [4s-]', or a YAML file, instead of --prompt",
     )
-    parser.add_argument("--prompts", type=str, help="text file with one prompt a line, instead of --prompt")
-    add_former_name(parser, "prompt_file", "prompts")
+    add_prompts_file(parser, ", instead of --prompt")
 
 
 def add_num_prompts(parser: ArgumentParser) -> None:

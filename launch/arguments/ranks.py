@@ -7,15 +7,14 @@ from jsonargparse import ArgumentParser
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import find_checkpoint
+from launch.arguments.options import add_nproc
 from launch.cli.argv import asked_value
 from launch.ranks.environment import LAUNCHER, RankEnv
 
 
 def add_ranks(parser: ArgumentParser) -> None:
     """Add `--nproc` and `--verbose`."""
-    parser.add_argument(
-        "--nproc", type=int, help="ranks to start on this machine, one per GPU; torchrun starts its own"
-    )
+    add_nproc(parser)
     parser.add_argument(
         "--verbose", type=bool, default=False, help="show the output of every rank, prefixed with its number"
     )

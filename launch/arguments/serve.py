@@ -13,8 +13,9 @@ from engine.errors import UserError
 from engine.paths import expand, find_checkpoint
 from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_empty
+from launch.arguments.options import add_methods, add_nproc, add_prompts_file
 from launch.arguments.prompts import read_prompts
-from launch.arguments.variants import METHODS_HELP, read_variants
+from launch.arguments.variants import read_variants
 from launch.batching.options import Replicas, add_replicas
 from launch.cli.parser import parse_run
 
@@ -165,13 +166,6 @@ def add_arguments(parser: ArgumentParser) -> None:
         ("host", str, "127.0.0.1", "address to listen on; one that other machines reach needs --api_key_file"),
         ("port", int, 8000, "port to listen on; 0 takes a free one"),
         ("api_key_file", str, None, "file with one key, which clients send as their API key"),
-        (
-            "methods",
-            str,
-            None,
-            f"methods that a request may name: {METHODS_HELP} (default: all that the settings allow)",
-        ),
-        ("prompts", str, None, "text file of videos to make first, one prompt a line"),
         ("most_jobs", int, 64, "jobs that may wait or run; more are answered with 429"),
         ("requests_per_second", float, 500.0, "requests of one client (an address, and its key); 0 for no limit"),
         ("posts_per_minute", float, 120.0, "requests of one client that make or delete a video; 0 for no limit"),
@@ -183,7 +177,9 @@ def add_arguments(parser: ArgumentParser) -> None:
         ),
         ("preview_every", int, 4, "steps between previews of a running video; 0 makes none"),
         ("preview_factors", str, None, "file of previews.py (default: that of configs/previews for this VAE)"),
-        ("nproc", int, None, "ranks of each replica, which share one video"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
+    add_methods(parser, "; what a request may name (default: all that the settings allow)")
+    add_prompts_file(parser, ": videos to make first")
+    add_nproc(parser)
     add_replicas(parser)

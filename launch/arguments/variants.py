@@ -15,8 +15,6 @@ from engine.presets import find_config
 from launch.arguments.many_videos import refuse_method_name
 from launch.cli.parser import DEFAULT_CONFIG, parse_run
 
-METHODS_HELP = "comma-separated: METHOD, or METHOD:PRESET.yaml with its settings, or NAME=METHOD:PRESET.yaml"
-
 _LABEL = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]*")
 
 

@@ -54,6 +54,17 @@ def arrange_variants(
     return config, [variant.sharing(config) for variant in variants], arrangement
 
 
+def arrange_for(
+    config: RunConfig, variants: Sequence[Variant], replicas: Replicas | None
+) -> tuple[RunConfig, list[Variant]]:
+    """Arrange and check a run and its variants for replicas; unchanged if this process makes the videos."""
+    if replicas is None:
+        return config, list(variants)
+    config, variants, _ = arrange_variants(config, variants, replicas)
+    check_devices(config, replicas)
+    return config, variants
+
+
 def check_devices(config: RunConfig, options: Replicas) -> None:
     """Raise UserError if this machine has fewer GPUs than ranks, or Ray cannot be used."""
     try:

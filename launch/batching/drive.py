@@ -18,14 +18,15 @@ from engine.denoise.saved import kept_steps
 from engine.errors import UserError
 from launch.batching.options import Replicas
 from launch.batching.replicas import open_replicas
-from launch.batching.report import SUPPORT, halted, say_end, say_given_up
+from launch.batching.report import SUPPORT, describe_given_up, halted, say_end
 from launch.batching.terminal import Terminal
 from launch.batching.work import Prepare, Work
+from launch.process.exit_codes import GivenUpError
 from launch.process.stopping import Stopped
 
 
-def make(config: RunConfig, options: Replicas, batch: Batch, files: BatchFiles, work: Work) -> int:
-    """Make the items of `work.todo`; returns the exit code."""
+def make(config: RunConfig, options: Replicas, batch: Batch, files: BatchFiles, work: Work) -> None:
+    """Make the items of `work.todo`, and report; see `finish`."""
     wake = threading.Event()
     setup = worker_setup(options, batch)
     count = min(options.replicas, len(work.todo))
@@ -55,7 +56,7 @@ def make(config: RunConfig, options: Replicas, batch: Batch, files: BatchFiles, 
         journal.event("begin", host=socket.gethostname(), pid=os.getpid(), items=len(work.todo), replicas=count)
         total = len(work.todo)
         run_driver(driver, journal, files, left=lambda: f"{total - len(driver.queue.done)} of {total} items are left")
-    return finish(options, files, config, work, driver)
+    finish(options, files, config, work, driver)
 
 
 def worker_setup(options: Replicas, batch: Batch) -> dict[str, Any]:
@@ -97,8 +98,8 @@ def keep(files: BatchFiles, item: Item, attempts: list[dict[str, Any]]) -> None:
     files.put_into_quarantine(item, error=attempts[-1]["message"], attempts=attempts)
 
 
-def finish(options: Replicas, files: BatchFiles, config: RunConfig, work: Work, driver: Driver | None) -> int:
-    """Write the manifest and print a summary; returns 0 if every item of this shard is done, else 1, or raises."""
+def finish(options: Replicas, files: BatchFiles, config: RunConfig, work: Work, driver: Driver | None) -> None:
+    """Write the manifest and print a summary; GivenUpError if items were given up, and another error if the batch has halted."""
     cause = driver.halted if driver is not None else None
     try:
         given_up = summarise(files, work, driver)
@@ -108,8 +109,7 @@ def finish(options: Replicas, files: BatchFiles, config: RunConfig, work: Work, 
     if driver is not None and cause is not None:
         raise halted(driver, files, config, keep_latents=options.keep_latents)
     if given_up:
-        say_given_up(files, given_up)
-    return 1 if given_up else 0
+        raise GivenUpError(describe_given_up(files, given_up))
 
 
 def summarise(files: BatchFiles, work: Work, driver: Driver | None) -> list[Item]:

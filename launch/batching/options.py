@@ -15,7 +15,8 @@ from engine.given.frames import GivenFrames
 from engine.paths import expand, find_file
 from launch.arguments.given import add_given, read_given
 from launch.arguments.many_videos import read_seeds, refuse_empty
-from launch.arguments.variants import METHODS_HELP
+from launch.arguments.options import add_methods, add_nproc, add_out, add_prompts_file, add_seeds
+from launch.arguments.ranks import check_alone, check_started
 from launch.cli.parser import add_former_name
 from launch.ranks.environment import PlacementStrategy
 from launch.ranks.ray_pool import PLACEMENT_HELP
@@ -69,12 +70,21 @@ class Replicas:
             replicas=given.replicas or 1,
             gpus=given.gpus_per_replica is not None,
             on_cpu=config.model.device == "cpu",
-            shard=Shard() if given.shard is None else Shard.parse(given.shard),
+            shard=Shard() if given.get("shard") is None else Shard.parse(given.shard),
             ray=given.ray,
             strategy=given.placement_strategy,
             limits=Limits(item=given.item_timeout, start=given.start_timeout),
             **others,
         )
+
+
+def read_replicas(given: Namespace, config: RunConfig, argv: list[str]) -> Replicas | None:
+    """The replicas of a command that otherwise makes its videos itself, with `--nproc` ranks; None without their options."""
+    if given.replicas is None and given.ray is None and given.gpus_per_replica is None:
+        check_started(given.nproc, argv)
+        return None
+    check_alone("--replicas, --ray and --gpus_per_replica")
+    return Replicas.of(given, config, checkpoint_every=config.output.checkpoint_every, sheets=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,13 +146,13 @@ def add_replicas(parser: ArgumentParser) -> None:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the options of the command, beside the settings of a run."""
+    add_prompts_file(parser, ", or vbench:NAME (docs/vbench.md)")
+    add_methods(parser, " (default: method.name)")
+    add_seeds(parser)
+    add_out(parser, "the videos; may hold a part of them already")
+    add_nproc(parser)
     for name, kind, default, text in (
-        ("prompts", str, None, "text file with one prompt a line, or vbench:NAME (docs/vbench.md)"),
         ("vbench", str, None, "folder of a VBench checkout, for --prompts vbench:NAME"),
-        ("methods", str, None, f"{METHODS_HELP} (default: method.name)"),
-        ("seeds", str, None, "whole numbers with commas between them (default: sampler.seed)"),
-        ("out", str, None, "folder of the videos; may hold a part of them already"),
-        ("nproc", int, None, "ranks of each replica, which share one video"),
         ("shard", str, "1/1", "i/n: make only the i-th of n parts; machines need share only the folder"),
         ("dry_run", bool, False, "print the plan and what it takes; make nothing"),
         ("status", str, None, "print the state of the batch in this folder, and end"),

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,6 @@ from engine.errors import UserError
 from engine.files.checks import describe_size
 from engine.files.storage import REMEDY_FULL, describe_remedy
 from engine.files.trees import DamagedError, Shape, read_tree
-from engine.shown import printable
 from launch.batching.options import Options
 from launch.batching.work import Work
 from launch.process.exit_codes import LostRankError
@@ -121,15 +119,14 @@ def say_end(
     )
 
 
-def say_given_up(files: BatchFiles, given_up: Sequence[Item]) -> None:
-    """Print the line about items in quarantine (at least one)."""
+def describe_given_up(files: BatchFiles, given_up: Sequence[Item]) -> str:
+    """The line about items in quarantine (at least one)."""
     first = files.quarantined(given_up[0])
     assert first is not None
-    line = (
-        f"error: {len(given_up)} items failed for good, first {given_up[0].label}: {first['error']}; tracebacks are in "
+    return (
+        f"{len(given_up)} items failed for good, first {given_up[0].label}: {first['error']}; tracebacks are in "
         f"{files.quarantine}; add --retry_quarantined to try them again"
     )
-    print(printable(line), file=sys.stderr)
 
 
 def halted(driver: Driver, files: BatchFiles, config: RunConfig, *, keep_latents: bool) -> Exception:

@@ -20,12 +20,13 @@ from engine.shown import quoted
 from launch.analysis.report import write_analysis
 from launch.analysis.spectra import SpectraStore
 from launch.arguments.analyze import Arguments
+from launch.batching.devices import arrange_for
 from launch.comparison.checks import check_longer
-from launch.comparison.make import check_variants, make_missing, missing_videos
+from launch.comparison.make import open_maker
 from launch.comparison.store import Comparison
 from launch.process.stopping import Stopped
 from launch.ranks.environment import is_first_rank
-from launch.ranks.join import DistContext, open_ranks
+from launch.ranks.join import DistContext
 from launch.video.outputs import claim_outputs
 from launch.video.prompts import look_at_prompts
 
@@ -34,9 +35,11 @@ LOW_RANK = "freespec.methods.low_rank:LowRank"
 
 def run(asked: Arguments) -> None:
     """Run what is missing on all ranks, then write tables and plots on rank 0."""
-    given, config, prompts = asked.given, asked.config, asked.prompts.texts
-    check_longer(config, "windows can only grow in a longer video")
+    given, prompts = asked.given, asked.prompts.texts
+    check_longer(asked.config, "windows can only grow in a longer video")
     folder = expand(given.out)
+    variants, ratios = low_rank_variants(asked.config, asked.shares)
+    config, variants = arrange_for(asked.config, variants, asked.replicas)
     watched = Comparison(
         folder=folder,
         variants=[Variant(label=config.method.name, config=config)],
@@ -44,7 +47,6 @@ def run(asked: Arguments) -> None:
         seeds=[config.sampler.seed],
     )
     spectra = SpectraStore(watched=watched, num_points=given.num_points)
-    variants, ratios = low_rank_variants(config, asked.shares)
     low_rank = Comparison(
         folder=folder / "low-rank",
         variants=variants,
@@ -56,7 +58,7 @@ def run(asked: Arguments) -> None:
         make(asked, spectra, low_rank, now, stack)
         if not is_first_rank():
             return
-        progress = enabled(config.output.progress)
+        progress = enabled(asked.config.output.progress)
         print(write_analysis(folder, spectra, low_rank, ratios, made_with=now, progress=progress))
 
 
@@ -90,21 +92,24 @@ def make(
     asked: Arguments, spectra: SpectraStore, low_rank: Comparison, now: dict[str, Any], stack: contextlib.ExitStack
 ) -> None:
     """Run what is missing; all ranks call this. `now` is what `SpectraStore.describe` says; `stack` holds the folder's claim."""
-    config, agree = asked.config, [json.dumps(now, sort_keys=True), str(low_rank.seeds)]
-    with open_ranks(config, prompts=agree, verbose=asked.given.verbose) as context:
-        check_variants(low_rank.variants, context)
+    config, agree = spectra.watched.config, [json.dumps(now, sort_keys=True), str(low_rank.seeds)]
+    with open_maker(config, agree=agree, verbose=asked.given.verbose, replicas=asked.replicas) as maker:
+        context = maker.context
+        maker.check(low_rank)
         look_at_prompts(config, asked.prompts.named, context)
         report = [spectra.folder / "report.json", low_rank.folder / FILE]
         context.check_on_first(lambda: stack.enter_context(claim_outputs(report, flag="--out")))
         context.check_on_first(spectra.open)
-        context.check_on_first(low_rank.open)
+        missing = maker.missing(low_rank)
         unseen = [index for index, done in enumerate(context.ask_first(lambda: spectra.done)) if not done]
-        missing = missing_videos(low_rank, context)
-        if not unseen and not missing:
-            return
-        with contextlib.closing(LongVideoEngine(config, context.ranks)) as engine:
-            observe(engine, spectra, unseen, context)
-            make_missing(engine, low_rank, missing, context)
+        if unseen and asked.replicas is not None:
+            raise UserError(
+                f"the spectra of {len(unseen)} of {len(spectra.prompts)} prompts are missing, and replicas make the low-rank videos "
+                "alone; measure the spectra first, without --replicas and with --num_reconstructed 0"
+            )
+        if unseen:
+            observe(maker.engine, spectra, unseen, context)
+        maker.make(low_rank, missing)
 
 
 def observe(engine: LongVideoEngine, spectra: SpectraStore, unseen: list[int], context: DistContext) -> None:

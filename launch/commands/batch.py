@@ -22,8 +22,8 @@ from launch.batching.work import Work
 from launch.video.prompts import look_at_given, look_at_prompts
 
 
-def run(given: Arguments) -> int:
-    """Plan, claim the output folder, make what is missing, and report; returns the exit code."""
+def run(given: Arguments) -> None:
+    """Plan, claim the output folder, make what is missing, and report."""
     options = given.options
     config, variants, arrangement = arrange_variants(given.config, given.variants, options, gpu=options.gpu)
     batch = read_batch(config, variants, given)
@@ -39,7 +39,7 @@ def run(given: Arguments) -> int:
         print(f"note: {note}", flush=True)
     if given.dry_run:
         say_plan(config, options, batch, mine, f"{arrangement.degrees}: {arrangement.why}")
-        return 0
+        return
     make_folder(options.out)
     with (
         writing_to(options.out, after=SUPPORT),
@@ -50,9 +50,10 @@ def run(given: Arguments) -> int:
             check_room(files, config, work.todo, replicas=options.replicas, keep_latents=options.keep_latents)
         say_start(options, files, batch, mine, work)
         if work.todo:
-            return make(config, options, batch, files, work)
-        claim_folder(options.out, batch)
-        return finish(options, files, config, work, None)
+            make(config, options, batch, files, work)
+        else:
+            claim_folder(options.out, batch)
+            finish(options, files, config, work, None)
 
 
 def read_batch(config: RunConfig, variants: Sequence[Variant], given: Arguments) -> Batch:

@@ -1,18 +1,14 @@
 """calibrate.py: search FreeSpec's open settings on one list of prompts, and judge the best on another."""
 
-import contextlib
 import dataclasses
 import json
 import math
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from engine.batch.locks import Shard, own_shard
 from engine.config import RunConfig
-from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.files.tables import write_csv
 from engine.files.whole import write_json, write_text
@@ -20,49 +16,25 @@ from engine.paths import expand
 from engine.progress import enabled
 from evaluation.study.summary import as_json
 from launch.arguments.calibrate import NAME, Arguments
+from launch.batching.devices import arrange_for
 from launch.calibration.plan import CalibrationPlan
 from launch.calibration.score import PARTS, judge, mean_parts, scores, survivors
 from launch.calibration.space import END_SHARES, SPACE, START, draw_trials
 from launch.comparison.checks import check_longer
-from launch.comparison.kept_measures import add_kept, check_kept, measure_every
-from launch.comparison.make import check_variants, make_missing, missing_videos
+from launch.comparison.kept_measures import add_kept, measure_every, stoppable
+from launch.comparison.make import VideoMaker, open_maker
 from launch.comparison.measure import Measured, not_world
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison
-from launch.process.stopping import Stopped
 from launch.ranks.environment import is_first_rank
-from launch.ranks.join import DistContext, open_ranks
 from launch.video.outputs import writing_report
 from launch.video.prompts import look_at_prompts
 
 KEPT_SHARE = 3  # one in this many trials of a round goes on to the next
 
 
-class Maker:
-    """Make the videos of several comparisons with one engine, loaded at the first missing video."""
-
-    def __init__(self, config: RunConfig, context: DistContext, stack: contextlib.ExitStack) -> None:
-        self._config, self._context, self._stack = config, context, stack
-        self._engine: LongVideoEngine | None = None
-        self._own: set[Path] = set()
-
-    def make(self, comparison: Comparison) -> None:
-        """Make every missing video; all ranks call this."""
-        self._context.check_on_first(comparison.open)
-        if comparison.folder not in self._own:
-            self._own.add(comparison.folder)
-            self._context.check_on_first(lambda: self._stack.enter_context(own_shard(comparison.folder, Shard())))
-        missing = missing_videos(comparison, self._context)
-        if missing and self._engine is None:
-            self._engine = self._stack.enter_context(
-                contextlib.closing(LongVideoEngine(self._config, self._context.ranks))
-            )
-        if missing:
-            make_missing(self._engine, comparison, missing, self._context)
-
-
 def run(asked: Arguments) -> None:
-    """Search round after round on all ranks, judge, and report on rank 0."""
+    """Search round after round on all ranks or replicas, judge, and report on rank 0."""
     given, config, rounds = asked.given, asked.config, asked.rounds
     search, held_out = asked.search.texts, asked.held_out.texts
     check_longer(config, "at that length every trial makes the video of the base model; search on a longer one")
@@ -77,24 +49,21 @@ def run(asked: Arguments) -> None:
         seeds=asked.seeds,
         kept_folder=None if given.measures is None else expand(given.measures),
     )
+    arranged, _ = arrange_for(config, plan.compared("search", list(plan.trials), search).variants, asked.replicas)
+    plan = dataclasses.replace(plan, config=arranged)
     parts = (plan.compared("search", list(plan.trials), search), plan.compared("judged", [START], held_out))
     for each in parts:
         reason = not_world(each)
         if reason is not None:
             raise UserError(f"{NAME} scores by the exact measures of the embedded world, which do not apply: {reason}")
     described = [each.describe() for each in parts]  # before the run: files may change meanwhile
-    agree = [json.dumps(each, sort_keys=True) for each in described]
+    agree = [*(json.dumps(each, sort_keys=True) for each in described), str((rounds, plan.seeds))]
     progress = enabled(config.output.progress)
-    with (
-        open_ranks(config, prompts=[*agree, str((rounds, plan.seeds))], verbose=given.verbose) as context,
-        contextlib.ExitStack() as stack,
-    ):
-        check_variants(parts[0].variants, context)
-        look_at_prompts(config, [*asked.search.named, *asked.held_out.named], context)
+    with open_maker(arranged, agree=agree, verbose=given.verbose, replicas=asked.replicas) as maker:
         for each in parts:
-            context.check_on_first(partial(check_kept, each))
-        maker = Maker(config, context, stack)
-        best, told = _search(plan, search, rounds, maker, context, progress=progress)
+            maker.check(each)
+        look_at_prompts(config, [*asked.search.named, *asked.held_out.named], maker.context)
+        best, told = _search(plan, search, rounds, maker, progress=progress)
         judged = plan.compared("judged", [START] if best == START else [START, best], held_out)
         if best != START:
             maker.make(judged)
@@ -115,11 +84,11 @@ def run(asked: Arguments) -> None:
 
 
 def _search(
-    plan: CalibrationPlan, prompts: list[str], rounds: list[int], maker: Maker, context: DistContext, *, progress: bool
+    plan: CalibrationPlan, prompts: list[str], rounds: list[int], maker: VideoMaker, *, progress: bool
 ) -> tuple[str, list[dict[str, Any]]]:
     """Search in rounds of more prompts and fewer trials; returns the best label, and on rank 0 the scores of each round."""
     told: list[dict[str, Any]] = []
-    labels = list(plan.trials)
+    labels, context = list(plan.trials), maker.context
     for count in rounds:
         keep = 1 if count == rounds[-1] else math.ceil(len(labels) / KEPT_SHARE)
         comparison = plan.compared("search", labels, prompts[:count])
@@ -151,12 +120,8 @@ def _judge(judged: Comparison, best: str, settings: dict[str, Any], *, progress:
 
 
 def _measure(comparison: Comparison, *, progress: bool) -> list[Measured]:
-    try:
+    with stoppable(comparison):
         measured = measure_every(comparison, progress=progress)
-    except KeyboardInterrupt as error:
-        raise Stopped(
-            f"while measuring; every video of {comparison.folder} is kept; the same command continues"
-        ) from error
     add_kept(comparison, measured)
     return measured
 

@@ -6,9 +6,10 @@ JSON Lines. The first line describes the videos, as batch.json does, and names t
     {"video": [label, prompt_index, seed], "origin": place in origins, "sha256": .., "values": [..], "by_clip": {..}, ..}
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from engine.files.trees import Shape, finite_or_none, lacking, parse_json
 from engine.files.whole import atomic_path
 from launch.comparison.measure import Measured, has_world, measure_all, native_frames, timelines, units_of
 from launch.comparison.store import RECORD, Comparison, Key, Video
+from launch.process.stopping import Stopped
 
 _HEADER: Shape = SHAPE | {"variants": dict, "clip_frames": int, "measures": list, "origins": list}
 _ORIGIN = ("device", "parallel", "versions", "git", "model")
@@ -70,6 +72,17 @@ def measure_every(comparison: Comparison, videos: Sequence[Video] | None = None,
             "found in the kept measures; the same command makes them again"
         )
     return measured
+
+
+@contextlib.contextmanager
+def stoppable(comparison: Comparison) -> Iterator[None]:
+    """Say that the videos are kept if the block, which measures them, is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Stopped(
+            f"while measuring; every video that was made lies in {comparison.folder}; the same command continues"
+        ) from error
 
 
 def add_kept(comparison: Comparison, measured: Sequence[Measured]) -> None:

@@ -1,24 +1,108 @@
-"""Make the missing videos of a comparison with one loaded engine on all ranks."""
+"""Make the missing videos of comparisons: on all ranks of this process with one loaded engine, or on replicas."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
-from engine.batch.locks import Shard
+from engine.batch.locks import Shard, own_shard
 from engine.batch.make import ItemMaker
 from engine.batch.variants import Variant
+from engine.config import RunConfig
 from engine.engine import LongVideoEngine
 from engine.files.say import say_on_stderr
+from engine.files.storage import writing_to
 from engine.files.tensors import read_metadata
 from engine.files.trees import DamagedError
 from engine.planner.model import read_model
 from engine.ranks.arrange import check_settings
 from engine.ranks.layouts import check_layout
-from launch.batching.report import check_room
-from launch.batching.work import Prepare
-from launch.comparison.kept_measures import read_kept
+from launch.batching.drive import make
+from launch.batching.options import Replicas
+from launch.batching.report import SUPPORT, check_room
+from launch.batching.work import Prepare, Work
+from launch.comparison.kept_measures import check_kept, read_kept
 from launch.comparison.store import Comparison, Video, record_of
-from launch.ranks.join import DistContext
+from launch.ranks.join import DistContext, open_ranks
 from launch.video.make import explain_denoising, summary
+
+
+class VideoMaker:
+    """Makes the missing videos of comparisons that share a model; every rank of `context` has one.
+
+    Attributes:
+        config: settings of the engine.
+        context: the ranks of this process.
+        shard: its part of the videos.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        context: DistContext,
+        stack: contextlib.ExitStack,
+        *,
+        replicas: Replicas | None = None,
+        shard: Shard,
+    ) -> None:
+        self.config, self.context, self.shard = config, context, shard
+        self._stack, self._replicas = stack, replicas
+        self._engine: LongVideoEngine | None = None
+        self._held: set[Path] = set()
+
+    @property
+    def engine(self) -> LongVideoEngine:
+        """The engine of these ranks, loaded when it is first needed."""
+        if self._engine is None:
+            self._engine = self._stack.enter_context(
+                contextlib.closing(LongVideoEngine(self.config, self.context.ranks))
+            )
+        return self._engine
+
+    def check(self, comparison: Comparison) -> None:
+        """Raise UserError, on all ranks, for variants that the model or the ranks cannot run, or kept measures that cannot be used."""
+        check_variants(comparison.variants, self.context)
+        self.context.check_on_first(lambda: check_kept(comparison))
+
+    def missing(self, comparison: Comparison) -> list[Video]:
+        """Hold the folder, and return the videos that are to be made; all ranks call this."""
+        context, folder = self.context, comparison.folder
+        context.check_on_first(comparison.open)
+        if folder not in self._held:
+            self._held.add(folder)
+            context.check_on_first(lambda: self._stack.enter_context(own_shard(folder, self.shard)))
+        at_once = 1 if self._replicas is None else self._replicas.replicas
+        return missing_videos(comparison, context, self.shard, at_once=at_once)
+
+    def make(self, comparison: Comparison, missing: Sequence[Video] | None = None) -> None:
+        """Make the missing videos; all ranks call this. GivenUpError if replicas give one up."""
+        missing = self.missing(comparison) if missing is None else missing
+        if missing and self._replicas is not None:
+            drive(comparison, missing, self._replicas)
+        elif missing:
+            make_missing(self.engine, comparison, missing, self.context)
+
+
+@contextlib.contextmanager
+def open_maker(
+    config: RunConfig, *, agree: Sequence[str], verbose: bool, replicas: Replicas | None, shard: Shard | None = None
+) -> Iterator[VideoMaker]:
+    """Join the ranks of this process, unless replicas make the videos; `agree` is what all ranks must have alike."""
+    with contextlib.ExitStack() as stack:
+        context = DistContext()
+        if replicas is None:
+            context = stack.enter_context(open_ranks(config, prompts=agree, verbose=verbose))
+        yield VideoMaker(config, context, stack, replicas=replicas, shard=shard or Shard())
+
+
+def drive(comparison: Comparison, missing: Sequence[Video], replicas: Replicas) -> None:
+    """Make these videos on replicas, including those given up before."""
+    items, files = tuple(video.item for video in missing), comparison.batch_files
+    for item in items:
+        files.release(item)
+    replicas = dataclasses.replace(replicas, out=comparison.folder.absolute())
+    with writing_to(comparison.folder, after=SUPPORT):
+        make(comparison.config, replicas, comparison.batch, files, Work(done=(), given_up=(), todo=items))
 
 
 def check_variants(variants: Sequence[Variant], context: DistContext) -> None:
@@ -32,14 +116,12 @@ def check_variants(variants: Sequence[Variant], context: DistContext) -> None:
             check_layout(variant.label, config.method.method, context.ranks.degrees)
 
 
-def missing_videos(
-    comparison: Comparison, context: DistContext, shard: Shard | None = None, *, at_once: int = 1
-) -> list[Video]:
-    """Return the videos (of a shard) that are neither finished nor in the kept measures, by rank 0's files.
+def missing_videos(comparison: Comparison, context: DistContext, shard: Shard, *, at_once: int) -> list[Video]:
+    """Return the videos of a shard that are neither finished nor in the kept measures, by rank 0's files.
 
     Deletes leftovers of killed processes. `at_once` videos are made at a time.
     """
-    videos = comparison.videos_of(shard or Shard())
+    videos = comparison.videos_of(shard)
 
     def look() -> list[bool]:
         kept = read_kept(comparison)

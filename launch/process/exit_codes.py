@@ -12,12 +12,16 @@ class LostRankError(RuntimeError):
     """Another rank died, hangs or left; the message says how that was noticed and what was kept."""
 
 
+class GivenUpError(RuntimeError):
+    """Replicas have given up items of a batch; the message says which."""
+
+
 def run_command(
     main: Callable[[list[str]], int | None], argv: list[str] | None = None, *, signals: StopSignals | None = None
 ) -> int:
     """Run `main(argv)` (of the process by default) and return the exit code, which is what `main` returned if it did.
 
-    0: done. 1: another rank was lost, as one line on stderr. 2: a mistake of the user's, likewise. 130: Ctrl-C,
+    0: done. 1: another rank was lost or items were given up, as one line on stderr. 2: a mistake of the user's, likewise. 130: Ctrl-C,
     143: SIGTERM, 129: SIGHUP, each with one line that says what was kept. Any other exception is a bug and passes with its
     traceback. `signals` are already installed; without them this function installs its own.
     """
@@ -29,7 +33,7 @@ def run_command(
         heard.leave()
         say(f"error: {error}")
         return 2
-    except LostRankError as error:
+    except (LostRankError, GivenUpError) as error:
         heard.leave()
         say(f"error: {error}")
         return 1

@@ -381,7 +381,7 @@ def test_a_replica_that_was_given_up_has_its_line_in_the_summary(
     )
     driver = SimpleNamespace(halted=None, queue=Queue.of(()), entries=[seat])
     work = Work(done=(), given_up=(), todo=())
-    assert batch.finish(SimpleNamespace(keep_latents=False), files, cases.config(), work, driver) == 0
+    batch.finish(SimpleNamespace(keep_latents=False), files, cases.config(), work, driver)
     assert "replica-1 was given up after 3 starts: out of memory while loading\n" in capsys.readouterr().out
 
 

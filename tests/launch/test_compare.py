@@ -402,7 +402,7 @@ def test_replicas_make_the_same_videos_and_one_process_reports(
     # What replicas have made is not made again by this process, nor the other way round.
     monkeypatch.setattr("engine.engine.load_pipeline", lambda *_, **__: pytest.fail("the model was loaded"))
     assert compare_in(seeds=0, out="other").code == 0
-    monkeypatch.setattr("launch.commands.compare.make", lambda *_: pytest.fail("replicas were started"))
+    monkeypatch.setattr("launch.comparison.make.make", lambda *_: pytest.fail("replicas were started"))
     assert compare_in("--replicas", "2", seeds=0).code == 0
     assert "--replicas must be 1 or more, got 0" in compare_in("--replicas", "0").error
 

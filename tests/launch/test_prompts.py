@@ -11,7 +11,8 @@ from engine.paths import REPOSITORY
 from engine.planner import processor
 from launch.arguments.prompts import read_prompts
 from launch.cli.parser import parse_run
-from launch.commands import analyze, batch, calibrate, compare, demo, generate
+from launch.commands import batch, calibrate, demo, generate
+from launch.comparison import make as comparison_make
 from tests.launch.conftest import SMALL, Run
 
 TINY = SMALL | {"video.height": 64, "video.width": 64, "sampler.num_steps": 8, "method.window_frames": 3}
@@ -28,7 +29,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: Any, **__: Any) -> None:
         raise LoadedError
 
-    for module in (analyze, calibrate, compare, demo, generate):
+    for module in (comparison_make, demo, generate):
         monkeypatch.setattr(module, "LongVideoEngine", load)
     monkeypatch.setattr(batch, "make", load)
 

@@ -1,5 +1,6 @@
 """Options under their former names: accepted for one release, with one line on stderr."""
 
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from engine.errors import UserError
 from engine.paths import REPOSITORY
 from launch.arguments import analyze, batch, calibrate, compare, demo, generate
 from launch.cli import parser
+from launch.cli.start import COMMANDS
 from launch.ranks.environment import LAUNCHER
 
 PROMPTS = str(REPOSITORY / "configs/prompts/batch-demo.txt")
@@ -61,6 +63,27 @@ def test_the_suite_of_a_batch(tmp_path: object) -> None:
     assert batch.read(["--suite", PROMPTS, *words]) == batch.read(["--prompts", PROMPTS, *words])
     with pytest.raises(UserError, match="--suite is the former name of --prompts; give --prompts alone"):
         batch.read(["--suite", PROMPTS, "--prompts", PROMPTS, *words])
+
+
+def test_options_of_several_commands_have_one_help_text() -> None:
+    """And their former names, wherever the option is."""
+    helps: dict[str, set[str]] = {}
+    for name in COMMANDS:
+        command = parser.make_parser(name, "", "")
+        import_module(f"launch.arguments.{name}").add_arguments(command)
+        for action in command._actions:
+            helps.setdefault(action.dest, set()).add(str(action.help))
+        for option, former in (("prompts", "prompt_file"), ("seeds", "num_seeds")):
+            keys = parser.Keys.of(command)
+            assert (option in keys.leaves) == (former in keys.former), name
+    for option, start in (
+        ("prompts", "text file with one prompt a line"),
+        ("methods", "comma-separated: METHOD, or METHOD:PRESET.yaml with its settings"),
+        ("seeds", "comma-separated whole numbers"),
+    ):
+        assert len(helps[option]) > 1
+        assert all(text.startswith(start) for text in helps[option]), helps[option]
+    assert len(helps["nproc"]) == 2  # that of ranks, and that of evaluate.py, which has processes
 
 
 def test_out_names_the_files_of_every_command() -> None:

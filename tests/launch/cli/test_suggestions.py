@@ -105,8 +105,6 @@ def test_generate(run: Callable[..., Run], words: str) -> None:
         ("evaluate", "--shard 1/2", "it is an option of batch and compare; this command does not use it"),
         ("plan", "--seeds 0,1", "this command does not use it"),
         ("batch", "--gpus 8", "did you mean --gpus_per_replica 8?"),
-        ("batch", "--prompt_file a.txt", "did you mean --prompts a.txt?"),
-        ("batch", "--num_seeds 2", "did you mean seeds?"),
         ("batch", "--folder a", "did you mean --out a?"),
         ("batch", "--output_dir a", "did you mean --out a?"),
         ("compare", "--output_dir a", "did you mean --out a?"),

@@ -12,7 +12,6 @@ import pytest
 from engine.files.locks import locked
 from engine.files.whole import part_path
 from evaluation.study import report
-from launch.commands import compare
 from launch.comparison import kept_measures
 from launch.comparison import report as comparison_report
 from tests.launch.conftest import Run
@@ -171,7 +170,7 @@ def test_a_prompt_may_hold_any_letter(compare_in: Compare, no_loading: Callable[
 def test_a_shard_that_lost_a_video_does_not_say_that_it_is_measured(
     compare_in: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compare, "missing_videos", lambda *_, **__: [])
+    monkeypatch.setattr("launch.comparison.make.missing_videos", lambda *_, **__: [])
     said = compare_in("--shard", "1/1").error
     assert f"4 of 4 videos of {tmp_path / 'out'} are gone since they were made" in said
 
