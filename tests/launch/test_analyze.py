@@ -7,6 +7,7 @@ import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from engine.files.claims import claim
 from engine.media.read_video import count_frames
 from launch.analysis.report import low_rank_summary
 from launch.analysis.spectra import by_layer_and_head, concentration, mean_and_error, over_prompts
+from launch.process.exit_codes import GivenUpError
 from metrics.video import VIDEO_UNITS
 from tests.launch.conftest import LTX, SMALL, Run
 from tests.launch.test_interruptions import interrupted_at_forward
@@ -107,6 +109,35 @@ def test_of_two_analyses_of_one_folder_the_second_is_refused(
         error = analyze_in().error
     assert error.startswith(f"{tmp_path / 'out/report.json'} is being made by process {os.getpid()} on ")
     assert error.endswith("; wait for it, or choose another --out")
+
+
+def test_replicas_make_low_rank_videos_alone(
+    analyze_in: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = analyze_in(replicas=2).error
+    assert error.startswith("the spectra of 2 of 2 prompts are missing, and replicas make the low-rank videos alone; ")
+    assert analyze_in(num_reconstructed=0).code == 0
+    made: list[list[str]] = []
+
+    def give_up(*given: Any) -> None:
+        made.append([item.label for item in given[-1].todo])
+        raise GivenUpError("1 items failed for good")
+
+    monkeypatch.setattr("launch.comparison.make.make", give_up)
+    assert analyze_in(replicas=2).code == 1
+    assert made == [["ratio-1/p0000-s0", "ratio-0.25/p0000-s0"]]
+
+
+@pytest.mark.slow
+def test_replicas_make_the_same_low_rank_videos(
+    analyze_in: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name, more in (("one", {}), ("two", {"replicas": 2})):
+        assert analyze_in(out=tmp_path / name, num_reconstructed=0).code == 0
+        assert analyze_in(out=tmp_path / name, **more).code == 0
+    assert (tmp_path / "one/low-rank.csv").read_text() == (tmp_path / "two/low-rank.csv").read_text()
+    assert (tmp_path / "one/report.json").read_text() == (tmp_path / "two/report.json").read_text()
 
 
 def test_ltx_video_is_analysed_with_both_passes_in_a_batch(analyze_in: Callable[..., Run], tmp_path: Path) -> None:

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import yaml
 
-from engine.config import FreeSpec
+from engine.config import FreeSpec, RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from launch.batching.options import Replicas
 from launch.calibration.score import judge, parts_of, score_of, survivors
 from launch.calibration.space import END_SHARES, SETTINGS, SPACE, START, draw_trials
 from launch.commands import calibrate
+from launch.process.exit_codes import GivenUpError
 from tests.launch.conftest import SMALL, Run
 from tests.launch.forked import run_forked
 from tests.launch.test_interruptions import interrupted_at_forward
@@ -269,11 +271,46 @@ def test_two_ranks_search_together_and_the_first_scores(settings: dict[str, obje
     assert made == {f"{part}/{label}/p{i:04d}-s0" for part, i in pairs for label in (START, "trial-01")}
 
 
+@pytest.mark.slow
+def test_replicas_search_as_one_process_does(
+    calibrate_in: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(calibrate, "write_report", lambda *_, **__: "")
+    reports = []
+    for name, replicas in (("one", None), ("two", 2)):
+        given = {"out": tmp_path / name, "measures": None, "num_trials": 2, "rounds": "1", "replicas": replicas}
+        assert calibrate_in(**given).code == 0
+        reports.append((tmp_path / name / "report.json").read_text())
+    assert reports[0] == reports[1]
+    first, second = (sorted((tmp_path / name).rglob("*.mp4")) for name in ("one", "two"))
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    assert len(list((tmp_path / "two").glob("*/logs/shard-1-of-1/replica-1-rank0.log"))) >= 1
+
+
+def test_a_video_that_replicas_give_up_ends_the_search(
+    calibrate_in: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores would be over other prompts."""
+    asked: list[tuple[int, Path]] = []
+
+    def give_up(config: RunConfig, replicas: Replicas, *_: object) -> None:
+        asked.append((replicas.replicas, replicas.out))
+        raise GivenUpError("1 items failed for good")
+
+    monkeypatch.setattr("launch.comparison.make.make", give_up)
+    shown = calibrate_in(replicas=2)
+    assert (shown.code, shown.err) == (1, "error: 1 items failed for good\n")
+    assert asked == [(2, tmp_path / "out" / "search")]
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         ({"method.name": "direct"}, "searches the settings of freespec, not of direct"),
         ({"measures": "/dev/null"}, "cannot write"),
+        ({"replicas": 0}, "--replicas must be 1 or more, got 0"),
         ({"num_trials": 1}, "--num_trials must be 2 or more, got 1"),
         ({"search_num_steps": 0}, "--search_num_steps must be 1 or more, got 0"),
         ({"judge_seeds": "0,0"}, "--judge_seeds must name each once"),
