@@ -17,8 +17,8 @@ from engine.paths import expand
 from engine.planner.model import read_model
 from engine.progress import enabled
 from engine.shown import quoted
-from launch.analysis.report import write_analysis
 from launch.analysis.spectra import SpectraStore
+from launch.analysis.tables import write_analysis
 from launch.arguments.analyze import Arguments
 from launch.batching.devices import arrange_for
 from launch.comparison.checks import check_longer

@@ -17,9 +17,9 @@ from engine.progress import enabled
 from evaluation.study.summary import as_json
 from launch.arguments.calibrate import NAME, Arguments
 from launch.batching.devices import arrange_for
-from launch.calibration.plan import CalibrationPlan
 from launch.calibration.score import PARTS, judge, mean_parts, scores, survivors
 from launch.calibration.space import END_SHARES, SPACE, START, draw_trials
+from launch.calibration.videos import CalibrationPlan
 from launch.comparison.checks import check_longer
 from launch.comparison.kept_measures import add_kept, measure_every, stoppable
 from launch.comparison.make import VideoMaker, open_maker

@@ -23,8 +23,8 @@ from engine.load.checkpoint import open_checkpoint
 from launch.arguments.serve import Arguments
 from launch.batching.devices import arrange_variants, check_devices
 from launch.batching.drive import run_driver, worker_setup
+from launch.batching.messages import SUPPORT, halted
 from launch.batching.replicas import open_replicas
-from launch.batching.report import SUPPORT, halted
 from launch.commands.batch import make_folder
 from launch.process.exit_codes import LostRankError
 from launch.serving.app import make_app

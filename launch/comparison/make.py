@@ -18,8 +18,8 @@ from engine.planner.model import read_model
 from engine.ranks.arrange import check_settings
 from engine.ranks.layouts import check_layout
 from launch.batching.drive import make
+from launch.batching.messages import SUPPORT, check_room
 from launch.batching.options import Replicas
-from launch.batching.report import SUPPORT, check_room
 from launch.batching.work import Prepare, Work
 from launch.comparison.kept_measures import check_kept, read_kept
 from launch.comparison.store import Comparison, Video, record_of

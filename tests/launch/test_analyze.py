@@ -15,8 +15,8 @@ import pytest
 from engine.engine import LongVideoEngine
 from engine.files.claims import claim
 from engine.media.read_video import count_frames
-from launch.analysis.report import low_rank_summary
 from launch.analysis.spectra import by_layer_and_head, concentration, mean_and_error, over_prompts
+from launch.analysis.tables import low_rank_summary
 from launch.process.exit_codes import GivenUpError
 from metrics.video import VIDEO_UNITS
 from tests.launch.conftest import LTX, SMALL, Run

@@ -33,9 +33,9 @@ from engine.errors import UserError
 from engine.files.trees import read_lines
 from engine.files.whole import file_sha256
 from engine.paths import REPOSITORY
+from launch.batching.messages import halted
 from launch.batching.options import Options, add_arguments
 from launch.batching.replicas import check_cluster
-from launch.batching.report import halted
 from launch.batching.terminal import Terminal
 from launch.batching.work import Work
 from launch.cli.parser import parse_run

@@ -24,8 +24,8 @@ from launch.arguments.compare import METHODS
 from launch.arguments.findings import read as read_arguments
 from launch.arguments.prompts import read_prompts
 from launch.arguments.variants import read_variants
-from launch.calibration.plan import CalibrationPlan, Part
 from launch.calibration.space import START, draw_trials
+from launch.calibration.videos import CalibrationPlan, Part
 from launch.comparison.kept_measures import read_kept
 from launch.comparison.store import Comparison
 from launch.study.parts import read_study
