@@ -14,8 +14,6 @@ The second part runs the real driver, queue, journal and files, with replicas th
 
 import argparse
 import contextlib
-import dataclasses
-import heapq
 import itertools
 import json
 import os
@@ -34,21 +32,20 @@ from typing import Any
 import torch
 
 from benchmarks.measure import CPU, RESULTS, ROOT, environment, spread, write
-from engine.batch.driver import Done, Driver, Event, Ready
+from engine.batch.driver import Done, Driver
 from engine.batch.files import BatchFiles, identity_of
 from engine.batch.items import plan_batch
 from engine.batch.journal import FileJournal, read_status, table
 from engine.batch.queue import Queue
-from engine.batch.store import publish
 from engine.batch.suite import Prompt, Suite
 from engine.batch.variants import Variant
 from engine.denoise.saved import RunFile
 from engine.engine import LongVideoEngine
 from engine.files.trees import read_lines
-from engine.files.whole import write_json
 from engine.load.checkpoint import open_checkpoint
 from engine.media.write_video import open_video
-from launch.cli.parser import parse_run
+from engine.presets import read_preset
+from tests.engine.batch.cases import Clock, FakeReplica, write_item
 
 TARGET_SECONDS = 10.0
 
@@ -78,8 +75,8 @@ def main() -> None:
     print(write(arguments.out, "batch", where, settings, [{"part": name} | tree for name, tree in found.items()]))
 
 
+PRESET = "tiny-wan"
 SETTINGS = {"video.num_frames": 129, "sampler.num_steps": 2, "output.progress": "off"}
-SETTING_WORDS = [f"--{name}={value}" for name, value in SETTINGS.items()]
 CHECKPOINT_EVERY = 5
 PROMPT = "a red circle bounces over a blue background"
 
@@ -93,8 +90,8 @@ def measure_overhead(folder: Path, videos: int, rounds: int) -> dict[str, Any]:
         items = run_batch(folder / f"batch{number}", videos)
         runner["wall_s"] += [wall for wall, _ in items]
         runner["added_s"] += [added for _, added in items]
-    preset = parse_run([], name="benchmark", description="", add_arguments=lambda _: None)[1]
-    keeping, kept = time_keeping(folder / "kept.safetensors"), kept_steps(preset.sampler.num_steps, CHECKPOINT_EVERY)
+    keeping = time_keeping(folder / "kept.safetensors")
+    kept = kept_steps(read_preset(PRESET).sampler.num_steps, CHECKPOINT_EVERY)
     added = statistics.median(runner["added_s"]) + kept * statistics.median(keeping)
     return {
         "videos": videos,
@@ -141,7 +138,7 @@ def kept_steps(num_steps: int, every: int) -> int:
 
 def time_keeping(path: Path) -> list[float]:
     """Seconds of an atomic checkpoint: a preset's latents, and the three tensors of their size that UniPC holds."""
-    config = parse_run(SETTING_WORDS, name="benchmark", description="", add_arguments=lambda _: None)[1]
+    config = read_preset(PRESET, settings=SETTINGS)
     video, model = config.video, config.model
     spec = open_checkpoint(model).spec
     latents = torch.zeros(spec.latent_shape(video.num_frames, video.height, video.width))
@@ -156,9 +153,7 @@ def time_keeping(path: Path) -> list[float]:
 
 def loop_items(root: Path, videos: int) -> list[float]:
     """Seconds of each of the same items but the first, in a minimal loop."""
-    _, config = parse_run(
-        [*SETTING_WORDS, "--method.name=direct"], name="benchmark", description="", add_arguments=lambda _: None
-    )
+    config = read_preset(PRESET, settings=SETTINGS | {"method.name": "direct"})
     root.mkdir()
     found = []
     with contextlib.closing(LongVideoEngine(config)) as engine:
@@ -173,77 +168,9 @@ def loop_items(root: Path, videos: int) -> list[float]:
     return found[1:]
 
 
-@dataclasses.dataclass
-class Simulated:
-    """A clock that advances when the driver waits, its pending events, and real seconds that replicas spent on files."""
-
-    now: float = 0.0
-    due: list[tuple[float, int, "FakeReplica", Event]] = dataclasses.field(default_factory=list)
-    count: int = 0
-    writing: float = 0.0
-    writing_cpu: float = 0.0
-
-    def later(self, seconds: float, replica: "FakeReplica", event: Event) -> None:
-        """Schedule an event of a replica in so many seconds."""
-        self.count += 1
-        heapq.heappush(self.due, (self.now + seconds, self.count, replica, event))
-
-    def wait(self) -> None:
-        """Advance by the driver's longest wait, and deliver what is due."""
-        self.now += 0.2
-        while self.due and self.due[0][0] <= self.now:
-            _, _, replica, event = heapq.heappop(self.due)
-            replica.told.append(event)
-
-
-class FakeReplica:
-    """Finish an item after 5 to 15 simulated seconds, with the files of a tiny video."""
-
-    def __init__(self, name: str, simulated: Simulated, files: BatchFiles, items: dict[str, Any]) -> None:
-        self.name = name
-        self.told: list[Event] = []
-        self._simulated = simulated
-        self._files = files
-        self._items = items
-
-    def start(self) -> None:
-        """Load for a minute."""
-        self._simulated.later(60.0, self, Ready(seconds=60.0, place="simulated"))
-
-    def make(self, task: dict[str, Any]) -> None:
-        """Write the files at once and finish later."""
-        started, cpu = time.perf_counter(), time.process_time()
-        item = self._items[task["identity"]["item_id"]]
-        of = self._files.of(item)
-        of.make_folders()
-        part = of.part("t")
-        part.write_bytes(b"video")
-        facts = publish(part, of.video, check=lambda path: None)
-        record = identity_of(item) | {
-            "status": "done",
-            "output": dataclasses.asdict(facts),
-            "video": {"num_frames": 1, "fps": 16, "height": 1, "width": 1},
-            "latents": {"sha256": "0"},
-        }
-        write_json(of.sidecar, record)
-        # On a cluster the replica does this, not the driver.
-        self._simulated.writing += time.perf_counter() - started
-        self._simulated.writing_cpu += time.process_time() - cpu
-        self._simulated.later(5.0 + int(item.item_id[:4], 16) / 0xFFFF * 10.0, self, Done(record=record))
-
-    def events(self) -> list[Event]:
-        """Events that are due."""
-        told, self.told = self.told, []
-        return told
-
-    def stop(self, *, gently: bool) -> bool:
-        """Stop at once."""
-        return True
-
-
 def simulate(folder: Path, items: int, replicas: int) -> dict[str, Any]:
     """Real seconds of the driver for so many items on so many replicas, and of planning, status and manifest."""
-    config = parse_run([], name="benchmark", description="", add_arguments=lambda _: None)[1]
+    config = read_preset(PRESET)
     prompts = tuple(Prompt(prompt_id=f"p{i:04d}", line=i + 1, text=f"prompt number {i}") for i in range(-(-items // 4)))
     started = time.perf_counter()
     suite = Suite(name="simulated", sha256="0", prompts=prompts)
@@ -251,37 +178,45 @@ def simulate(folder: Path, items: int, replicas: int) -> dict[str, Any]:
     batch = plan_batch(variants, suite, seeds=(0, 1), checkpoint="c", dtype="float32")
     every = batch.items[:items]
     planning = time.perf_counter() - started
-    files, simulated = BatchFiles(root=folder / "simulated"), Simulated()
+    files, clock = BatchFiles(root=folder / "simulated"), Clock()
+    writing, writing_cpu = [0.0], [0.0]  # on a cluster the replicas do this, not the driver
     files.root.mkdir()
     by_id = {item.item_id: item for item in every}
-    turns: list[tuple[float, float, float]] = []
+    turns: list[tuple[float, float]] = []
     journal = FileJournal(
         log=files.root / "log",
         status=files.root / "status/shard-1-of-1.json",
         already=(0, 0),
         terminal=SimpleNamespace(**dict.fromkeys(("event", "status", "warn"), lambda *_: None)),
     )
-    fakes = [FakeReplica(f"replica-{i}", simulated, files, by_id) for i in range(replicas)]
+
+    def make(item_id: str, _attempt: int) -> tuple[float, Done]:
+        """Write the files of a tiny video at once, and finish after 5 to 15 simulated seconds."""
+        started, cpu = time.perf_counter(), time.process_time()
+        write_item(files, by_id[item_id])
+        writing[0] += time.perf_counter() - started
+        writing_cpu[0] += time.process_time() - cpu
+        return 5.0 + int(item_id[:4], 16) / 0xFFFF * 10.0, Done(record={})
 
     def wait() -> None:
-        turns.append((time.perf_counter(), time.process_time(), simulated.writing))
-        simulated.wait()
+        turns.append((time.perf_counter(), writing[0]))
+        clock.now += 0.2
 
     with journal:
         driver = Driver(
             queue=Queue.of(every),
-            replicas=fakes,
-            prepare=lambda item, attempt, replica: {"identity": identity_of(item)},
+            replicas=[FakeReplica(f"replica-{i}", clock, make, loads_in=60.0) for i in range(replicas)],
+            prepare=lambda item, attempt, replica: {"identity": identity_of(item), "attempt": attempt},
             hopeless=lambda item, failure: False,
             keep=lambda item, attempts: None,
             journal=journal,
             wait=wait,
-            clock=lambda: simulated.now,
+            clock=clock,
         )
         started, cpu = time.perf_counter(), time.process_time()
         driver.run()
-        running = time.perf_counter() - started - simulated.writing
-        working = time.process_time() - cpu - simulated.writing_cpu
+        running = time.perf_counter() - started - writing[0]
+        working = time.process_time() - cpu - writing_cpu[0]
         journal.write(driver, "done")
     timed = {}
     for name, call in (
@@ -293,18 +228,18 @@ def simulate(folder: Path, items: int, replicas: int) -> dict[str, Any]:
         call()
         timed[f"{name}_seconds"] = time.perf_counter() - started
     # The replicas' seconds on files are not the driver's.
-    lasted = sorted(b[0] - a[0] - (b[2] - a[2]) for a, b in itertools.pairwise(turns))
+    lasted = sorted(b[0] - a[0] - (b[1] - a[1]) for a, b in itertools.pairwise(turns))
     shutil.rmtree(files.root)
     return {
         "items": items,
         "replicas": replicas,
-        "simulated_hours": simulated.now / 3600,
+        "simulated_hours": clock.now / 3600,
         "planning_seconds": planning,
         "driver_seconds": running,
         "driver_cpu_seconds": working,
         "items_per_second": items / running,
         "items_per_cpu_second": items / working,
-        "busy_share_of_the_driver": running / simulated.now,
+        "busy_share_of_the_driver": running / clock.now,
         "turn_milliseconds": {
             "median": 1e3 * statistics.median(lasted),
             "p99": 1e3 * lasted[int(0.99 * len(lasted))],

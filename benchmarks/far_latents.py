@@ -51,13 +51,10 @@ def measure(engine: LongVideoEngine, prompt: str, seed: int) -> dict[str, Any]:
 
 def measured(config: RunConfig, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every prompt with every seed, the seeds of a prompt one after the other."""
-    engine = LongVideoEngine(config)
-    try:
+    with LongVideoEngine(config) as engine:
         for prompt in read_prompts(None, PROMPTS).texts[: args.prompts]:
             for seed in range(args.seeds):
                 yield measure(engine, prompt, seed)
-    finally:
-        engine.close()
 
 
 def main() -> None:

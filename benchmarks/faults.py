@@ -21,12 +21,12 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from benchmarks.batch import log_seconds
 from benchmarks.measure import CPU, RESULTS, ROOT, environment, write
 from benchmarks.tables import table
 from engine.batch.files import BatchFiles
@@ -65,7 +65,7 @@ class Batch:
     def command(self, out: Path) -> list[str]:
         """Its command line."""
         given = SETTINGS | {
-            "suite": self.suite,
+            "prompts": self.suite,
             "out": out,
             "methods": "freespec,direct",
             "seeds": self.seeds,
@@ -228,7 +228,7 @@ def judge(out: Path, expected: dict[str, str]) -> dict[str, Any]:
 def working_seconds(out: Path) -> float:
     """Seconds from the first item's start to the last one's end."""
     events = list(read_lines(out / "logs/shard-1-of-1.jsonl"))
-    times = {name: [_time(e) for e in events if e["event"] == name] for name in ("started", "done")}
+    times = {name: [log_seconds(e["time"]) for e in events if e["event"] == name] for name in ("started", "done")}
     return max(times["done"]) - min(times["started"])
 
 
@@ -253,10 +253,6 @@ def summary(ended: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[str]]
             [kind, str(len(mine)), str(killed), str(well), str(starts), str(again), str(resumed), f"{seconds:.0f}"]
         )
     return ["victim", "rounds", "killed", "well", "driver starts", "items repeated", "items resumed", "mean s"], rows
-
-
-def _time(event: dict[str, Any]) -> float:
-    return datetime.fromisoformat(event["time"]).timestamp()
 
 
 def family(process: int) -> list[int]:

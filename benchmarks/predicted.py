@@ -3,7 +3,6 @@
 import functools
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import ROOT
@@ -13,8 +12,8 @@ from engine.planner.gpu import GpuSpec, read_gpu
 from engine.planner.memory import GIB
 from engine.planner.model import read_model
 from engine.planner.plan import Case, Plan, plan
+from engine.presets import read_preset
 from freespec.methods import METHODS
-from launch.cli.parser import parse_run
 
 PRESETS = tuple(ROOT / "configs" / f"{name}.yaml" for name in ("wan2.1-t2v-1.3b", "wan2.1-t2v-14b", "ltx-video-2b"))
 GPUS = ("h200", "a100")
@@ -63,9 +62,9 @@ def _served_elsewhere(plans: Sequence[Plan]) -> dict[str, tuple[str, float]]:
 @functools.cache
 def predicted_ratios() -> dict[str, str]:
     """Predicted ratios of Wan2.1-1.3B on one H200."""
-    step = load_preset(PRESETS[0], "--method.freespec.domain", "step")
+    step = read_preset(str(PRESETS[0]), settings={"method.freespec.domain": "step"})
     found = {}
-    for name, config in (("step, 0.5", step), ("default: timestep", load_preset(PRESETS[0]))):
+    for name, config in (("step, 0.5", step), ("default: timestep", read_preset(str(PRESETS[0])))):
         [row] = predicted_table([config], [read_gpu("h200")], world_sizes=(1,))
         found[f"FreeSpec ({name}) / direct, 50 steps"] = f"{row['seconds_freespec'] / row['seconds_direct']:.2f}"
         found["sliding_window / direct, 50 steps"] = f"{row['seconds_sliding_window'] / row['seconds_direct']:.2f}"
@@ -77,7 +76,7 @@ def eight_gpus() -> list[list[str]]:
     """Rows of goals with the predicted efficiency of eight GPUs, which one GPU cannot measure."""
     rows = []
     for preset, what in ((PRESETS[0], ""), (PRESETS[2], ", LTX-Video 2B")):
-        [row] = predicted_table([load_preset(preset)], [read_gpu("h200")], world_sizes=(8,))
+        [row] = predicted_table([read_preset(str(preset))], [read_gpu("h200")], world_sizes=(8,))
         efficiency = row["efficiency_freespec"]
         predicted = f"{efficiency:.2f} ({row['degrees']})"
         name = f"efficiency of 8 GPUs, FreeSpec{what}"
@@ -91,7 +90,7 @@ def eight_gpus() -> list[list[str]]:
 def predictions() -> str:
     """The best layout of each preset on one and eight GPUs, and minutes of denoising by each method."""
     found = predicted_table(
-        [load_preset(path) for path in PRESETS], [read_gpu(name) for name in GPUS], world_sizes=(1, 8)
+        [read_preset(str(path)) for path in PRESETS], [read_gpu(name) for name in GPUS], world_sizes=(1, 8)
     )
     others = dict.fromkeys(degrees for row in found for degrees, _ in row["elsewhere"].values())
     marks = dict(zip(others, MARKS, strict=False))
@@ -120,7 +119,8 @@ def long_videos() -> str:
     rows = []
     for path, lengths in LONG.items():
         for num_frames in lengths:
-            config = load_preset(path, "--video.num_frames", str(num_frames), "--attention.far", str(LONG_FAR))
+            settings = {"video.num_frames": num_frames, "attention.far": LONG_FAR}
+            config = read_preset(str(path), settings=settings)
             for row in predicted_table([config], [read_gpu(GPUS[0])], world_sizes=(1, 8, 32)):
                 seconds, direct = row["seconds_freespec"], row["seconds_direct"]
                 rows.append(
@@ -149,11 +149,3 @@ def predicted_minutes(row: dict[str, Any], name: str, marks: dict[str, str]) -> 
         return "-"
     degrees, seconds = row["elsewhere"][name]
     return f"{seconds / 60:.1f} ({marks[degrees]})"
-
-
-def load_preset(path: Path, *overrides: str) -> RunConfig:
-    """A preset as the commands read it."""
-    _, config = parse_run(
-        ["--config", str(path), *overrides], name="report", description="", add_arguments=lambda parser: None
-    )
-    return config

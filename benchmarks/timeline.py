@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks import tables
 from benchmarks.measure import over_and_under, parser, round_robin, run, spread
 from engine.engine import LongVideoEngine
-from launch.cli.parser import parse_run
+from engine.presets import read_preset
 
 MODELS = ("tiny-wan", "tiny-ltx")
 FIRST, SECOND = "a red circle moves right over a blue background", "a yellow star moves right over a blue background"
@@ -18,23 +18,13 @@ STEPS = 2  # one dual, one local
 
 def measure(model: str, repeats: int) -> dict[str, Any]:
     """Seconds of a run of 129 frames with the plain prompt and with each transition, and their ratios."""
-    words = [
-        f"--config=configs/{model}.yaml",
-        f"--sampler.num_steps={STEPS}",
-        "--method.freespec.domain=step",
-        "--output.progress=off",
-        "--model.device=cpu",
-    ]
-    config = parse_run(words, name="timeline", description="", add_arguments=lambda parser: None)[1]
-    engine = LongVideoEngine(config)
-    try:
+    settings = {"sampler.num_steps": STEPS, "method.freespec.domain": "step", "output.progress": "off"}
+    with LongVideoEngine(read_preset(model, settings=settings | {"model.device": "cpu"})) as engine:
         prompts = {"plain": FIRST} | {how: f"{FIRST} [0-4s] | {SECOND} [4s-, {how}]" for how in TRANSITIONS}
         for prompt in prompts.values():  # texts into the cache
             engine.denoise(prompt)
         runs = {name: lambda prompt=prompt: engine.denoise(prompt) for name, prompt in prompts.items()}
         times = round_robin(runs, engine.device, repeats)
-    finally:
-        engine.close()
     ratios = {f"{how} / plain": over_and_under(times, how, "plain") for how in TRANSITIONS}
     seconds = {name: {key: spread(values) for key, values in found.items()} for name, found in times.items()}
     return {"shape": model, "seconds": seconds, "ratios": ratios}
