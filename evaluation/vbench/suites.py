@@ -8,14 +8,13 @@ import difflib
 import hashlib
 import shutil
 import subprocess
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import NamedTuple
 
 from engine.batch.suite import Prompt, Suite
 from engine.errors import UserError
-from engine.files.trees import parse_json
-from engine.shown import quoted
 from engine.text.prompt_files import split_lines
 
 PREFIX = "vbench:"
@@ -24,12 +23,11 @@ SELECTION_SIZE = 100
 # The suites whose prompts VBench uses for subject consistency, motion smoothness and dynamic degree; background
 # consistency; aesthetic and imaging quality: together the six dimensions of the paper's tables.
 SELECTION_SUITES = ("subject_consistency", "scene", "overall_consistency")
-# `VbenchSuite.sha256` of the selection at commit 45e79ec: other files give another selection, and the report says so.
+# `Suite.sha256` of the selection at commit 45e79ec: other files give another selection, and the report says so.
 SELECTION_SHA256 = "4369d68daba5efbe55570679fd8c0feadc648159d0be7b75f654a52b0cff40cb"
 
 _PROMPTS = Path("prompts")
 _ENHANCED = _PROMPTS / "augmented_prompts" / "gpt_enhanced_prompts"
-_FULL_INFO = (Path("vbench2_beta_long/VBench_full_info.json"), Path("vbench/VBench_full_info.json"))
 # Whole-list enhancements by other models, line-aligned with prompts/all_dimension.txt.
 _OTHER_ENHANCED = {
     "wan2.1-1.3b": _PROMPTS / "augmented_prompts" / "Wan2.1-T2V-1.3B" / "all_dimension_aug_wanx_seed42.txt",
@@ -37,49 +35,13 @@ _OTHER_ENHANCED = {
 }
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SuitePrompt:
-    """One prompt of a suite.
+class _Line(NamedTuple):
+    """One line of a list: where it stands, from 0, what the model is given, and VBench's own short prompt, its key."""
 
-    Attributes:
-        index: place in the suite, from 0; the batch's prompt_id is made of it.
-        prompt: what the model is given.
-        prompt_en: VBench's own short prompt, its key; the same as `prompt` in lists that are not enhanced.
-        dimensions: what VBench scores this prompt for, sorted; empty for category lists.
-        source: the list it comes from.
-        line: its line there, from 0.
-    """
-
-    index: int
-    prompt: str
-    prompt_en: str
-    dimensions: tuple[str, ...]
     source: str
     line: int
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class VbenchSuite:
-    """A list of prompts and where it comes from.
-
-    Attributes:
-        name: such as `vbench:longer-100`.
-        prompts: in order.
-        files: SHA-256 of every file that was read, by its path inside the checkout.
-        commit: of the checkout, or None where git cannot tell.
-        sha256: of the prompts themselves: one line `index, source, line, prompt_en, prompt` each, separated by tabs.
-    """
-
-    name: str
-    prompts: tuple[SuitePrompt, ...]
-    files: dict[str, str]
-    commit: str | None
-    sha256: str
-
-    @property
-    def is_known(self) -> bool | None:
-        """Whether the selection equals that of commit 45e79ec; None for plain lists."""
-        return self.sha256 == SELECTION_SHA256 if self.name == PREFIX + SELECTION else None
+    prompt: str
+    prompt_en: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,11 +50,10 @@ class _Lists:
 
     prompts: Path
     shorts: Path
-    dimension: str | None  # the suite's own dimension, which tells equal short prompts of two suites apart
 
 
-def read_vbench_suite(spec: str, checkout: Path) -> VbenchSuite:
-    """Read the suite `vbench:NAME` of a VBench checkout.
+def read_vbench_suite(spec: str, checkout: Path) -> Suite:
+    """Read the suite `vbench:NAME` of a VBench checkout; each text is made once, and its prompt_id is the index in the list.
 
     NAME is `longer-100` (the selection, see `select_lines`), `all_dimension`, a dimension or a category, each also
     with `_longer` for the GPT-enhanced twin, or `wan2.1-1.3b` or `hunyuan`. Raises UserError, in one line, for an
@@ -102,42 +63,28 @@ def read_vbench_suite(spec: str, checkout: Path) -> VbenchSuite:
     name = spec.removeprefix(PREFIX)
     reader = _Reader(checkout)
     if name == SELECTION:
-        prompts = _read_selection(reader)
+        lines = _read_selection(reader)
     else:
         known = _known_lists(checkout)
         if name not in known:
             raise UserError(_unknown(name, known, checkout))
-        prompts = _read_lists(reader, name, known[name])
-    return VbenchSuite(
-        name=PREFIX + name,
-        prompts=tuple(prompts),
-        files=dict(sorted(reader.files.items())),
-        commit=checkout_commit(checkout),
-        sha256=_digest(prompts),
-    )
-
-
-def to_batch(suite: VbenchSuite) -> Suite:
-    """Convert to a suite of launch/batch.py, each text once: prompt_id is the index in the list, `line` that in `source`."""
+        lines = _read_lists(reader, name, known[name])
+    digest = _digest(lines)
     prompts: dict[str, Prompt] = {}
     notes = []
-    for prompt in suite.prompts:
-        if prompt.prompt in prompts:
-            first = prompts[prompt.prompt].prompt_id
-            notes.append(f"{prompt.source}, line {prompt.line + 1} repeats {first} and is made once")
+    for index, (source, line, text, prompt_en) in enumerate(lines):
+        if text in prompts:
+            notes.append(f"{source}, line {line + 1} repeats {prompts[text].prompt_id} and is made once")
             continue
-        prompts[prompt.prompt] = Prompt(
-            prompt_id=f"p{prompt.index:04d}",
-            line=prompt.line + 1,
-            text=prompt.prompt,
-            source=prompt.source,
-            prompt_en=prompt.prompt_en,
-        )
-    if suite.is_known is False:
-        notes.append(f"this checkout gives another selection than commit 45e79ec, {suite.sha256[:12]}")
-    source = {"commit": suite.commit, "files": suite.files}
+        prompts[text] = Prompt(prompt_id=f"p{index:04d}", line=line + 1, text=text, source=source, prompt_en=prompt_en)
+    if name == SELECTION and digest != SELECTION_SHA256:
+        notes.append(f"this checkout gives another selection than commit 45e79ec, {digest[:12]}")
     return Suite(
-        name=suite.name, sha256=suite.sha256, prompts=tuple(prompts.values()), notes=tuple(notes), source=source
+        name=PREFIX + name,
+        sha256=digest,
+        prompts=tuple(prompts.values()),
+        notes=tuple(notes),
+        source={"commit": checkout_commit(checkout), "files": dict(sorted(reader.files.items()))},
     )
 
 
@@ -199,19 +146,6 @@ class _Reader:
             raise UserError(f"{whole}, line {empty or 1} is empty; lists are joined line by line")
         return lines
 
-    def dimensions(self) -> list[tuple[str, tuple[str, ...]]]:
-        """(prompt_en, dimensions) of the full-info file, in its order."""
-        path = next((path for path in _FULL_INFO if (self._checkout / path).is_file()), None)
-        if path is None:
-            raise UserError(f"{self._checkout} has neither {_FULL_INFO[0]} nor {_FULL_INFO[1]}")
-        try:
-            return [
-                (entry["prompt_en"], tuple(sorted(entry["dimension"])))
-                for entry in parse_json(self._bytes(path), str(self._checkout / path))
-            ]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self._checkout / path} is not VBench's list of prompts and dimensions") from error
-
     def _bytes(self, path: Path) -> bytes:
         whole = self._checkout / path
         try:
@@ -230,65 +164,46 @@ def _known_lists(checkout: Path) -> dict[str, _Lists]:
         ("all_dimension", whole, _ENHANCED / "all_dimension_longer.txt"),
         ("all_category", _PROMPTS / "all_category.txt", _ENHANCED / "all_category_longer.txt"),
     ):
-        known[name] = _Lists(prompts=path, shorts=path, dimension=None)
-        known[f"{name}_longer"] = _Lists(prompts=enhanced, shorts=path, dimension=None)
+        known[name] = _Lists(prompts=path, shorts=path)
+        known[f"{name}_longer"] = _Lists(prompts=enhanced, shorts=path)
     for name, path in _OTHER_ENHANCED.items():
-        known[name] = _Lists(prompts=path, shorts=whole, dimension=None)
+        known[name] = _Lists(prompts=path, shorts=whole)
     for kind in ("dimension", "category"):
         for path in sorted((checkout / _PROMPTS / f"prompts_per_{kind}").glob("*.txt")):
             short = path.relative_to(checkout)
             longer = _ENHANCED / f"prompts_per_{kind}_longer" / f"{path.stem}_longer.txt"
-            dimension = path.stem if kind == "dimension" else None
-            known[path.stem] = _Lists(prompts=short, shorts=short, dimension=dimension)
-            known[f"{path.stem}_longer"] = _Lists(prompts=longer, shorts=short, dimension=dimension)
+            known[path.stem] = _Lists(prompts=short, shorts=short)
+            known[f"{path.stem}_longer"] = _Lists(prompts=longer, shorts=short)
     return {name: lists for name, lists in known.items() if (checkout / lists.prompts).is_file()}
 
 
-def _read_lists(reader: _Reader, name: str, lists: _Lists) -> list[SuitePrompt]:
+def _read_lists(reader: _Reader, name: str, lists: _Lists) -> list[_Line]:
     prompts, shorts = reader.lines(lists.prompts), reader.lines(lists.shorts)
     if len(prompts) != len(shorts):
         raise UserError(
             f"{lists.prompts} has {len(prompts)} lines and {lists.shorts} has {len(shorts)}; they are joined "
             "line by line"
         )
-    dimensions = _dimensions_of(shorts, lists, reader)
-    return [
-        SuitePrompt(index=i, prompt=prompt, prompt_en=short, dimensions=found, source=name, line=i)
-        for i, (prompt, short, found) in enumerate(zip(prompts, shorts, dimensions, strict=True))
-    ]
+    return [_Line(name, i, prompt, short) for i, (prompt, short) in enumerate(zip(prompts, shorts, strict=True))]
 
 
-def _dimensions_of(shorts: list[str], lists: _Lists, reader: _Reader) -> list[tuple[str, ...]]:
-    """The dimensions of each short prompt: by line in the whole list, by name in a dimension's list."""
-    if "category" in lists.shorts.as_posix():
-        return [()] * len(shorts)
-    info = reader.dimensions()
-    if lists.dimension is None:
-        if [prompt for prompt, _ in info] != shorts:
-            raise UserError(f"{lists.shorts} and the full-info file of this checkout do not list the same prompts")
-        return [dimensions for _, dimensions in info]
-    found = {prompt: dimensions for prompt, dimensions in info if lists.dimension in dimensions}
-    missing = next((short for short in shorts if short not in found), None)
-    if missing is not None:
-        raise UserError(f"the full-info file of this checkout has no {lists.dimension} prompt {quoted(missing[:60])}")
-    return [found[short] for short in shorts]
-
-
-def _read_selection(reader: _Reader) -> list[SuitePrompt]:
+def _read_selection(reader: _Reader) -> list[_Line]:
     suites = {}
     for suite in SELECTION_SUITES:
         lists = _Lists(
             prompts=_ENHANCED / "prompts_per_dimension_longer" / f"{suite}_longer.txt",
             shorts=_PROMPTS / "prompts_per_dimension" / f"{suite}.txt",
-            dimension=suite,
         )
         suites[suite] = _read_lists(reader, f"{suite}_longer", lists)
-    chosen = select_lines({suite: len(prompts) for suite, prompts in suites.items()}, SELECTION_SIZE)
-    return [replace(suites[suite][line], index=index) for index, (suite, line) in enumerate(chosen)]
+    chosen = select_lines({suite: len(lines) for suite, lines in suites.items()}, SELECTION_SIZE)
+    return [suites[suite][line] for suite, line in chosen]
 
 
-def _digest(prompts: list[SuitePrompt]) -> str:
-    rows = "".join(f"{p.index}\t{p.source}\t{p.line}\t{p.prompt_en}\t{p.prompt}\n" for p in prompts)
+def _digest(lines: list[_Line]) -> str:
+    """SHA-256 of one line `index, source, line, prompt_en, prompt` each, separated by tabs."""
+    rows = "".join(
+        f"{i}\t{each.source}\t{each.line}\t{each.prompt_en}\t{each.prompt}\n" for i, each in enumerate(lines)
+    )
     return hashlib.sha256(rows.encode()).hexdigest()
 
 

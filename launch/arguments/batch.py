@@ -76,6 +76,6 @@ def read_prompts(options: Options) -> Suite:
         return read_suite(options.prompts)
     if options.vbench is None:
         raise UserError(f"--prompts {name} needs --vbench, the folder of a VBench checkout")
-    from evaluation.vbench.suites import read_vbench_suite, to_batch  # noqa: PLC0415 - not in the installed library
+    from evaluation.vbench.suites import read_vbench_suite  # noqa: PLC0415 - not in the installed library
 
-    return to_batch(read_vbench_suite(name, options.vbench))
+    return read_vbench_suite(name, options.vbench)

@@ -69,7 +69,7 @@ def test_a_list_of_vbench_is_read_in_the_same_way(tmp_path: Path) -> None:
     folder = tmp_path / "prompts/prompts_per_category"
     folder.mkdir(parents=True)
     (folder / "animal.txt").write_bytes("\ufeffa\u2028cat\r\na dog\n\n".encode())
-    assert [each.prompt for each in read_vbench_suite("vbench:animal", tmp_path).prompts] == ["a\u2028cat", "a dog"]
+    assert [each.text for each in read_vbench_suite("vbench:animal", tmp_path).prompts] == ["a\u2028cat", "a dog"]
     (folder / "animal.txt").write_bytes(b"a cat\ra dog\r")
     with pytest.raises(UserError, match=r"animal\.txt, line 1: has a carriage return inside"):
         read_vbench_suite("vbench:animal", tmp_path)

@@ -1,6 +1,5 @@
 """Suites of a VBench checkout: joined by line, hashed, selected by a rule, refused where they do not fit together."""
 
-import json
 import os
 import subprocess
 from fractions import Fraction
@@ -11,14 +10,9 @@ import pytest
 
 from engine.errors import UserError
 from evaluation.vbench import suites
-from evaluation.vbench.suites import read_vbench_suite, select_lines, to_batch
+from evaluation.vbench.suites import read_vbench_suite, select_lines
 
 COUNTS = {"subject_consistency": 72, "scene": 86, "overall_consistency": 93}
-DIMENSIONS = {
-    "subject_consistency": ["subject_consistency", "motion_smoothness", "dynamic_degree"],
-    "scene": ["scene", "background_consistency"],
-    "overall_consistency": ["overall_consistency", "aesthetic_quality", "imaging_quality"],
-}
 
 
 @pytest.fixture
@@ -28,19 +22,16 @@ def checkout(tmp_path: Path) -> Path:
     (tmp_path / "prompts/prompts_per_dimension").mkdir(parents=True)
     (tmp_path / "prompts/prompts_per_category").mkdir()
     (enhanced / "prompts_per_dimension_longer").mkdir(parents=True)
-    info, shorts, longer = [], [], []
+    shorts, longer = [], []
     for suite, count in COUNTS.items():
         names = ["a shared sentence" if i == 3 and suite != "scene" else f"{suite} {i}" for i in range(count)]
         more = [f"{name}, told at length in {suite}" for name in names]
         write(tmp_path / f"prompts/prompts_per_dimension/{suite}.txt", names)
         write(enhanced / f"prompts_per_dimension_longer/{suite}_longer.txt", more)
-        info += [{"prompt_en": name, "dimension": DIMENSIONS[suite]} for name in names]
         shorts, longer = shorts + names, longer + more
     write(tmp_path / "prompts/all_dimension.txt", shorts)
     write(enhanced / "all_dimension_longer.txt", longer)
     write(tmp_path / "prompts/prompts_per_category/animal.txt", ["a cat", "a dog"])
-    (tmp_path / "vbench2_beta_long").mkdir()
-    (tmp_path / "vbench2_beta_long/VBench_full_info.json").write_text(json.dumps(info))
     return tmp_path
 
 
@@ -51,13 +42,12 @@ def write(path: Path, lines: list[str]) -> None:
 
 def test_the_selection_follows_its_rule(checkout: Path) -> None:
     suite = read_vbench_suite("vbench:longer-100", checkout)
-    assert [prompt.index for prompt in suite.prompts] == list(range(100))
+    assert [prompt.prompt_id for prompt in suite.prompts] == [f"p{index:04d}" for index in range(100)]
     assert shares(suite.prompts) == {"subject_consistency": 29, "scene": 34, "overall_consistency": 37}
     for prompt in suite.prompts:
         source = prompt.source.removesuffix("_longer")
-        assert prompt.prompt == f"{prompt.prompt_en}, told at length in {source}"
-        assert prompt.dimensions == tuple(sorted(DIMENSIONS[source]))
-    assert suite.is_known is False  # our sentences are not VBench's
+        assert prompt.text == f"{prompt.prompt_en}, told at length in {source}"
+    assert "another selection than commit 45e79ec" in suite.notes[0]  # our sentences are not VBench's
 
 
 def shares(prompts: Any) -> dict[str, int]:
@@ -92,57 +82,41 @@ def test_any_counts_give_as_many_as_asked_for(counts: dict[str, int], size: int)
         select_lines(counts, sum(counts.values()) + 1)
 
 
-def test_a_short_prompt_of_two_suites_keeps_its_own_dimensions(checkout: Path) -> None:
-    for name in ("subject_consistency_longer", "overall_consistency_longer"):
-        prompt = read_vbench_suite(name, checkout).prompts[3]
-        assert prompt.prompt_en == "a shared sentence"
-        assert prompt.dimensions == tuple(sorted(DIMENSIONS[name.removesuffix("_longer")]))
-    whole = read_vbench_suite("all_dimension_longer", checkout).prompts
-    assert [p.dimensions for p in whole if p.prompt_en == "a shared sentence"] == [
-        tuple(sorted(DIMENSIONS[suite])) for suite in ("subject_consistency", "overall_consistency")
-    ]
-
-
-def test_categories_have_no_dimensions(checkout: Path) -> None:
-    suite = read_vbench_suite("vbench:animal", checkout)
-    assert [(p.prompt, p.dimensions) for p in suite.prompts] == [("a cat", ()), ("a dog", ())]
-    assert suite.is_known is None
+def test_a_short_prompt_of_two_suites_has_its_own_long_one(checkout: Path) -> None:
+    for name in ("subject_consistency", "overall_consistency"):
+        prompt = read_vbench_suite(f"{name}_longer", checkout).prompts[3]
+        assert (prompt.prompt_en, prompt.text) == ("a shared sentence", f"a shared sentence, told at length in {name}")
 
 
 def test_a_batch_makes_each_text_once_and_records_the_source(checkout: Path) -> None:
-    given = read_vbench_suite("vbench:all_dimension", checkout)
-    suite = to_batch(given)
-    assert (len(given.prompts), len(suite.prompts)) == (251, 250)
+    suite = read_vbench_suite("vbench:all_dimension", checkout)
+    assert len(suite.prompts) == 250  # of 251 lines
     assert suite.prompts[3].text == "a shared sentence"
     assert [prompt.prompt_id for prompt in suite.prompts[160:163]] == ["p0160", "p0162", "p0163"]
     assert suite.notes == ("all_dimension, line 162 repeats p0003 and is made once",)
-    assert suite.source == {"commit": None, "files": given.files}
+    assert suite.source["commit"] is None
+    assert list(suite.source["files"]) == ["prompts/all_dimension.txt"]
     # `line` is a line of a list, and every prompt says of which, and what VBench itself calls it.
-    chosen = read_vbench_suite("longer-100", checkout)
-    assert [(p.source, p.line, p.prompt_en) for p in to_batch(chosen).prompts] == [
-        (p.source, p.line + 1, p.prompt_en) for p in chosen.prompts
-    ]
-    assert {p.source for p in chosen.prompts} == {
-        "subject_consistency_longer",
-        "scene_longer",
-        "overall_consistency_longer",
-    }
-    assert "another selection than commit 45e79ec" in to_batch(read_vbench_suite("longer-100", checkout)).notes[0]
+    chosen = read_vbench_suite("longer-100", checkout).prompts
+    for prompt, (source, line) in zip(chosen, select_lines(COUNTS, 100), strict=True):
+        assert (prompt.source, prompt.line) == (f"{source}_longer", line + 1)
+    assert [prompt.text for prompt in read_vbench_suite("vbench:animal", checkout).prompts] == ["a cat", "a dog"]
+    assert not read_vbench_suite("vbench:animal", checkout).notes
 
 
 def test_every_file_that_is_read_is_hashed(checkout: Path) -> None:
     first = read_vbench_suite("vbench:longer-100", checkout)
-    assert len(first.files) == 7
+    assert len(first.source["files"]) == 6
     path = checkout / "prompts/augmented_prompts/gpt_enhanced_prompts/prompts_per_dimension_longer/scene_longer.txt"
     path.write_text(path.read_text().replace("scene 1,", "scene one,"), encoding="utf-8")
     second = read_vbench_suite("vbench:longer-100", checkout)
     name = path.relative_to(checkout).as_posix()
-    assert [key for key in first.files if first.files[key] != second.files[key]] == [name]
+    assert [key for key, digest in first.source["files"].items() if digest != second.source["files"][key]] == [name]
     assert first.sha256 != second.sha256
 
 
 def test_the_commit_is_recorded(checkout: Path) -> None:
-    assert read_vbench_suite("animal", checkout).commit is None
+    assert read_vbench_suite("animal", checkout).source["commit"] is None
 
     def git(*words: str) -> str:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main"]
@@ -154,9 +128,9 @@ def test_the_commit_is_recorded(checkout: Path) -> None:
     git("add", ".")
     git("commit", "-m", "a")
     commit = git("rev-parse", "HEAD").strip()
-    assert read_vbench_suite("animal", checkout).commit == commit
+    assert read_vbench_suite("animal", checkout).source["commit"] == commit
     write(checkout / "prompts/all_dimension.txt", ["changed"])
-    assert read_vbench_suite("animal", checkout).commit == f"{commit}+changes"
+    assert read_vbench_suite("animal", checkout).source["commit"] == f"{commit}+changes"
 
 
 @pytest.mark.parametrize(
@@ -181,22 +155,9 @@ def test_lists_that_do_not_fit_together(checkout: Path, tmp_path_factory: pytest
     write(scene, [*lines[:4], "", *lines[5:]])
     with pytest.raises(UserError, match="line 5 is empty"):
         read_vbench_suite("scene", checkout)
-    write(scene, [*lines[:-1], "an unknown place"])
-    with pytest.raises(UserError, match='has no scene prompt "an unknown place"'):
-        read_vbench_suite("scene", checkout)
     scene.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match="line 1: not UTF-8 text"):
         read_vbench_suite("vbench:longer-100", checkout)
-    whole = checkout / "prompts/all_dimension.txt"
-    write(whole, whole.read_text().split("\n")[::-1])
-    with pytest.raises(UserError, match="do not list the same prompts"):
-        read_vbench_suite("all_dimension_longer", checkout)
-    (checkout / "vbench2_beta_long/VBench_full_info.json").write_text("{}x")
-    with pytest.raises(UserError, match="is not VBench's list"):
-        read_vbench_suite("overall_consistency", checkout)
-    (checkout / "vbench2_beta_long/VBench_full_info.json").unlink()
-    with pytest.raises(UserError, match="has neither"):
-        read_vbench_suite("overall_consistency", checkout)
     with pytest.raises(UserError, match="is no VBench checkout"):
         read_vbench_suite("scene", tmp_path_factory.mktemp("empty"))
 
@@ -206,7 +167,7 @@ def test_the_real_lists() -> None:
     checkout = Path(os.environ["VBENCH_CHECKOUT"])
     suite = read_vbench_suite("vbench:longer-100", checkout)
     assert suite.sha256 == suites.SELECTION_SHA256
-    assert suite.is_known
+    assert not suite.notes
     whole = read_vbench_suite("vbench:all_dimension_longer", checkout).prompts
-    assert (len(whole), len({p.prompt for p in whole}), len({p.prompt_en for p in whole})) == (946, 946, 944)
+    assert (len(whole), len({p.text for p in whole}), len({p.prompt_en for p in whole})) == (946, 946, 944)
     assert all("_" not in p.prompt_en and "/" not in p.prompt_en for p in whole)
