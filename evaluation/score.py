@@ -191,5 +191,5 @@ def _dimension_values(outcomes: Sequence[Outcome]) -> dict[Video, dict[str, floa
         if outcome.scores is None:
             continue
         for item in outcome.view.items:
-            values.setdefault(item.video, {})[outcome.dimension] = outcome.scores.videos[item.stem].score
+            values.setdefault(item.video, {})[outcome.dimension] = outcome.scores.videos[item.stem]
     return values

@@ -22,45 +22,25 @@ _SAME = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VideoScore:
-    """One video in one dimension.
-
-    Attributes:
-        stem: its name in the view.
-        score: 0..1; the mean over its clips.
-        clips: number of clips.
-        in_clip: for consistency, the mean within clips; None elsewhere.
-        between_clips: for consistency, the mapped score between first frames of clips; None where it does not count:
-            videos of one clip, and other dimensions.
-    """
-
-    stem: str
-    score: float
-    clips: int
-    in_clip: float | None = None
-    between_clips: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class DimensionScores:
     """One dimension of one view.
 
     Attributes:
         dimension: its name.
         headline: VBench-Long's own number: a mean weighted by clips.
-        videos: by stem.
+        videos: 0..1 by stem: the mean over the clips of a video.
         notes: notes for the reader.
     """
 
     dimension: str
     headline: float
-    videos: Mapping[str, VideoScore]
+    videos: Mapping[str, float]
     notes: tuple[str, ...] = ()
 
     @property
     def video_mean(self) -> float:
         """Mean over videos, each counted once."""
-        return math.fsum(video.score for video in self.videos.values()) / len(self.videos)
+        return math.fsum(self.videos.values()) / len(self.videos)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -68,7 +48,6 @@ class _Row:
     stem: str
     clip: str
     value: float
-    in_clip: float | None
     clip_to_clip: float | None
     mapped: float | None
 
@@ -120,7 +99,6 @@ def _row(row: Any, dimension: str, path: Path) -> _Row:
     parts = {
         name: _number(row[key], what) if key in row else None
         for name, key in (
-            ("in_clip", "inclip_score"),
             ("clip_to_clip", "clip2clip_score"),
             ("mapped", "mapped_clip2clip_score"),
         )
@@ -175,49 +153,39 @@ def _group(rows: Sequence[_Row], dimension: str, clips: Mapping[str, int], path:
     return grouped
 
 
-def _score(stem: str, rows: Sequence[_Row], dimension: str, path: Path) -> VideoScore:
+def _score(stem: str, rows: Sequence[_Row], dimension: str, path: Path) -> float:
     scale = ROW_SCALE[dimension]
     score = scale * math.fsum(row.value for row in rows) / len(rows)
     if not -_SAME <= score <= 1 + _SAME:
         raise UserError(f"{path}: {dimension} of {stem} is {score:.4f}, outside 0..1")
-    if dimension not in CONSISTENCY:
-        return VideoScore(stem=stem, score=score, clips=len(rows))
-    if len(rows) > 1 and any(not row.clip_to_clip for row in rows):
+    if dimension in CONSISTENCY and len(rows) > 1 and any(not row.clip_to_clip for row in rows):
         raise UserError(
             f"{path}: the {len(rows)} clips of {stem} were not compared with each other (clip2clip 0 or "
             "absent): stale first "
             "frames or a name that VBench cut; its score would be the one within clips alone"
         )
-    known = all(row.in_clip is not None for row in rows)
-    compared = len(rows) > 1 and all(row.mapped for row in rows)
-    return VideoScore(
-        stem=stem,
-        score=score,
-        clips=len(rows),
-        in_clip=math.fsum(row.in_clip or 0.0 for row in rows) / len(rows) if known else score,
-        between_clips=math.fsum(row.mapped or 0.0 for row in rows) / len(rows) if compared else None,
-    )
+    return score
 
 
 def _check_again(
-    again: Sequence[_Row], dimension: str, clips: Mapping[str, int], videos: Mapping[str, VideoScore], path: Path
+    again: Sequence[_Row], dimension: str, clips: Mapping[str, int], videos: Mapping[str, float], path: Path
 ) -> None:
     """Check that the third part repeats the scores."""
     if not again:
         return
     for stem, rows in _group(again, dimension, clips, path).items():
         mean = ROW_SCALE[dimension] * math.fsum(row.value for row in rows) / len(rows)
-        if abs(mean - videos[stem].score) > _SAME:
+        if abs(mean - videos[stem]) > _SAME:
             raise UserError(
-                f"{path}: {dimension} of {stem} is {videos[stem].score:.6f} in one list and {mean:.6f} in the other"
+                f"{path}: {dimension} of {stem} is {videos[stem]:.6f} in one list and {mean:.6f} in the other"
             )
 
 
 def _check_scale(
-    headline: float, values: Sequence[float], videos: Mapping[str, VideoScore], dimension: str, path: Path
+    headline: float, values: Sequence[float], videos: Mapping[str, float], dimension: str, path: Path
 ) -> None:
     clip_mean = ROW_SCALE[dimension] * math.fsum(values) / len(values)
-    video_mean = math.fsum(video.score for video in videos.values()) / len(videos)
+    video_mean = math.fsum(videos.values()) / len(videos)
     nearest = min(abs(headline - clip_mean), abs(headline - video_mean))
     if nearest > HEADLINE_TOLERANCE:
         raise UserError(

@@ -9,7 +9,7 @@ import yaml
 from evaluation.report import Evaluation, as_markdown, as_tree, read_paper, table_of_videos, write_report
 from evaluation.tables import Scored
 from evaluation.vbench.dimensions import DIMENSIONS
-from evaluation.vbench.parse import DimensionScores, VideoScore
+from evaluation.vbench.parse import DimensionScores
 from evaluation.videos import Video, groups, read_batch
 from evaluation.world import WORLD
 
@@ -23,8 +23,7 @@ def evaluation(batch: Path) -> Evaluation:
             video = replace(group[0], prompt=f"prompt | {number}", prompt_id=f"p{number:04d}")
             better = 0.1 + number / 1000 if label == "sliding_window" else 0.0
             rows.append(Scored(label=label, video=video, values={"dynamic_degree": 0.1 * number + better}))
-    score = VideoScore(stem="p0000-0", score=0.5, clips=3)
-    scores = DimensionScores(dimension="dynamic_degree", headline=0.25, videos={"p0000-0": score})
+    scores = DimensionScores(dimension="dynamic_degree", headline=0.25, videos={"p0000-0": 0.5})
     return Evaluation(
         title="Evaluation of runs",
         rows=rows,

@@ -56,9 +56,7 @@ def test_all_six_dimensions_are_scored_each_in_a_process_of_its_own(
     assert len({call["argv"][call["argv"].index("--out") + 1] for call in asked}) == 6
     for outcome in outcomes:
         assert set(outcome.scores.videos) == {"p0000-0", "p0000-1", "p0001-0", "p0001-1"}
-        assert all(video.clips == 3 for video in outcome.scores.videos.values())
         assert abs(outcome.scores.headline - outcome.scores.video_mean) < 1e-9
-    assert all(video.between_clips == 0.9 for video in outcomes[0].scores.videos.values())
     assert not (tmp_path / "out" / "views" / outcomes[0].view.folder.name).exists()
 
 
