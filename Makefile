@@ -41,6 +41,6 @@ findings-page: ; $(BIN)/python launch/findings.py $(ARGS)
 calibrate:     ; $(BIN)/python launch/findings.py --make calibration $(ARGS)
 
 # On a CPU, less than five minutes; on a GPU, less than nine.
-bench:         ; $(BIN)/python -m benchmarks cpu
-bench-gpu:     ; $(BIN)/python -m benchmarks gpu
+bench:         ; $(BIN)/python -m benchmarks.every cpu
+bench-gpu:     ; $(BIN)/python -m benchmarks.every gpu
 clean:         ; rm -rf .venv build dist *.egg-info

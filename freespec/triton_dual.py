@@ -24,7 +24,6 @@ from torch import Tensor
 GRAM_SLOTS = 256
 SMALLEST_DOT = 16  # tl.dot takes no smaller tile
 LOG2_E = 1.4426950408889634
-LN_2 = 0.6931471805599453
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

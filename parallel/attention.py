@@ -153,10 +153,6 @@ class SequenceLayout:
                 f"ring {self.mesh.ring.size} x ulysses {self.mesh.ulysses.size}"
             )
 
-    def at(self, label: object) -> "SequenceLayout":
-        """The same layout, whose errors name `label`, such as "step 3 layer 7"."""
-        return replace(self, trace=replace(self.trace, label=label))
-
     def on_shards(self) -> "SequenceLayout":
         """The same shards with all heads on every rank: local steps by halo alone, scatter and gather do nothing."""
         return replace(self, mesh=self.mesh.on_shards(), plan=self.plan.on_shards(), exchange=TORCH_EXCHANGE)

@@ -262,17 +262,7 @@ def cfg_bytes(cfg: int, *, prediction_bytes: int) -> int:
     return prediction_bytes * (cfg - 1)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class RouteChoice:
-    """How a local step crosses the ulysses axis, and why; the bytes are those of the rank that sends most."""
-
-    route: Route
-    why: str
-    all_to_all_bytes: int
-    halo_bytes: int
-
-
-def choose_local_route(plan: SequencePlan, *, shape: LayerShape, halo: HaloRange) -> RouteChoice:
+def choose_local_route(plan: SequencePlan, *, shape: LayerShape, halo: HaloRange) -> Route:
     """Fewest bytes for local-only steps: heads against tokens and back, or a halo with all heads on each shard.
 
     The halo is fetched for every head by every rank of a ulysses group, so it wins where windows are shorter than shards.
@@ -281,7 +271,4 @@ def choose_local_route(plan: SequencePlan, *, shape: LayerShape, halo: HaloRange
     def busiest(candidate: SequencePlan) -> int:
         return max(sum(sent.values()) for sent in layer_bytes_by_rank(candidate, "local", shape=shape, halo=halo))
 
-    exchanged, fetched = busiest(plan), busiest(plan.on_shards())
-    route: Route = "halo" if fetched <= exchanged else "all_to_all"
-    why = f"{route}: the busiest of {plan.ranks} ranks sends {fetched} bytes by halo, {exchanged} by all_to_all"
-    return RouteChoice(route=route, why=why, all_to_all_bytes=exchanged, halo_bytes=fetched)
+    return "halo" if busiest(plan.on_shards()) <= busiest(plan) else "all_to_all"

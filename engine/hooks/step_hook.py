@@ -361,6 +361,6 @@ def share_tokens(
     route = setup.local_route
     if mode == "local" and route == "auto":
         shape = LayerShape(batch=latents.shape[0], head_dim=model.attention_head_dim, itemsize=latents.element_size())
-        route = choose_local_route(plan, shape=shape, halo=halo).route
+        route = choose_local_route(plan, shape=shape, halo=halo)
     by_halo = mode == "local" and route == "halo"
     return layout, layout.on_shards() if by_halo else layout

@@ -231,7 +231,7 @@ def lay_out(  # noqa: PLR0913 - a video, its ranks, and settings of attention
     if local_route == "auto":
         sequence = plan_sequence(frames * frame_tokens, spec.heads, degrees, even=even)
         shape = LayerShape(batch=1, head_dim=spec.head_dim, itemsize=itemsize)
-        local_route = choose_local_route(sequence, shape=shape, halo=_halo(frames, frame_tokens, window_frames)).route
+        local_route = choose_local_route(sequence, shape=shape, halo=_halo(frames, frame_tokens, window_frames))
     return Layout(
         spec=spec,
         degrees=degrees,

@@ -179,12 +179,16 @@ def test_local_route_is_the_one_with_fewer_bytes() -> None:
     plan = SequencePlan(tokens=64, heads=4, ring=1, ulysses=4)
     narrow = MaskedKernels(frames=64, frame_tokens=1, window=3)
     wide = MaskedKernels(frames=64, frame_tokens=1, window=48)
-    short = plans.choose_local_route(plan, shape=ONE_BYTE_ROWS, halo=narrow.halo)
-    assert (short.route, short.halo_bytes, short.all_to_all_bytes) == ("halo", 2 * 2 * 4, 4 * 16 * 3)
-    long = plans.choose_local_route(plan, shape=ONE_BYTE_ROWS, halo=wide.halo)
-    assert long.route == "all_to_all"
-    assert long.halo_bytes > long.all_to_all_bytes == 4 * 16 * 3
-    assert "the busiest of 4 ranks sends 16 bytes by halo, 192 by all_to_all" in short.why
+
+    def busiest(candidate: SequencePlan, halo: plans.HaloRange) -> int:
+        sent = plans.layer_bytes_by_rank(candidate, "local", shape=ONE_BYTE_ROWS, halo=halo)
+        return max(sum(of_rank.values()) for of_rank in sent)
+
+    assert busiest(plan, narrow.halo) == busiest(plan, wide.halo) == 4 * 16 * 3
+    assert busiest(plan.on_shards(), narrow.halo) == 2 * 2 * 4
+    assert busiest(plan.on_shards(), wide.halo) > 4 * 16 * 3
+    assert plans.choose_local_route(plan, shape=ONE_BYTE_ROWS, halo=narrow.halo) == "halo"
+    assert plans.choose_local_route(plan, shape=ONE_BYTE_ROWS, halo=wide.halo) == "all_to_all"
 
 
 def test_impossible_plans_are_refused_with_their_numbers() -> None:

@@ -1,5 +1,6 @@
-"""Run the benchmarks of a CPU or of a GPU, and write the pages: `python -m benchmarks cpu`."""
+"""Run the benchmarks of a CPU or of a GPU, and write the pages: `python -m benchmarks.every cpu`."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -19,14 +20,15 @@ COMMANDS = {
 
 def main() -> None:
     """Run every command, each in a process; the exit status is that of the first that failed, whose figures before are kept."""
-    if len(sys.argv) != 2 or sys.argv[1] not in COMMANDS:
-        sys.exit(f"usage: python -m benchmarks {'|'.join(COMMANDS)}")
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("device", choices=list(COMMANDS))
+    commands = (*COMMANDS[parser.parse_args().device], "report")
     waiting = {"OMP_WAIT_POLICY": "passive"}  # or waiting threads would count as work
     codes = [
         subprocess.run(
             [sys.executable, "-m", *f"benchmarks.{words}".split()], env=os.environ | waiting, check=False
         ).returncode
-        for words in (*COMMANDS[sys.argv[1]], "report")
+        for words in commands
     ]
     sys.exit(next(filter(None, codes), 0))
 
