@@ -24,7 +24,7 @@ from engine.planner.layout import lay_out
 from engine.planner.model import ModelSpec
 from engine.ranks.layouts import Ranks
 from freespec.methods import FreeSpec
-from launch.commands.generate import main
+from launch.cli.start import run_here
 from tests.engine.applied import applied, latents_of, refused
 from tests.engine.golden import Case, all_degrees, assert_same_video, first_picture, mesh_of, on_one_rank, relative
 from tests.engine.golden import latents_of as latents_on
@@ -167,7 +167,7 @@ def test_the_public_command_with_a_given_picture_and_a_timeline(folder, tmp_path
     words += " --video.width 96 --sampler.num_steps 3 --sampler.max_text_tokens 20 --sampler.negative_prompt bad --method.window_frames 3"
     words += f" --given first={tmp_path / 'given.png'} --output.path {tmp_path / 'a.mp4'} --output.progress off"
     words += " --decode.mode tiled --decode.tile_height 48 --decode.tile_width 48 --decode.stride_height 32 --decode.stride_width 32"
-    main([*words.split(), "--timeline", "a circle [0-12] | a star [12-, scene]"])
+    run_here("generate", [*words.split(), "--timeline", "a circle [0-12] | a star [12-, scene]"])
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["given"]
     assert record["timeline"]

@@ -30,7 +30,7 @@ from engine.planner.plan import Case as PlannedCase
 from engine.planner.plan import Options
 from engine.ranks.layouts import Ranks
 from freespec.methods import FreeSpec
-from launch.commands.generate import main
+from launch.cli.start import run_here
 from tests.engine.applied import applied, latents_of, refused
 from tests.engine.golden import Case, all_degrees, assert_same_video, mesh_of, on_one_rank
 from tests.engine.golden import latents_of as engine_latents
@@ -233,7 +233,7 @@ def test_the_public_command_with_a_given_picture_and_a_timeline(folder, tmp_path
     words = f"--config configs/wan2.2-t2v-a14b.yaml --model.path {folder} --model.device cpu --video.num_frames 29 --video.height 32"
     words += " --video.width 48 --sampler.num_steps 4 --sampler.max_text_tokens 20 --sampler.negative_prompt bad --method.window_frames 3"
     words += f" --given first={tmp_path / 'given.png'} --output.path {tmp_path / 'a.mp4'} --output.progress off"
-    main([*words.split(), "--timeline", "a circle [0-12] | a star [12-, scene]"])
+    run_here("generate", [*words.split(), "--timeline", "a circle [0-12] | a star [12-, scene]"])
     record = json.loads((tmp_path / "a.json").read_text())
     assert record["given"]
     assert record["timeline"]
