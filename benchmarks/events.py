@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.videos import Video, made_with, make_missing, options, sampler_of, write_report
+from benchmarks.videos import Video, made_with, make_missing, options, read_kept, sampler_of, with_kept, write_report
 from engine.engine import LongVideoEngine
 from evaluation.study.directed import JOINED, timelines
 from metrics.timelines.events import TextRange, measure, observe
@@ -100,9 +100,11 @@ def main() -> None:
     """Make what is missing, and write and print the report on all lines with this sampler."""
     args = options(__doc__, name="events", count="timelines", seeds=2).parse_args()
     sampler = sampler_of(args)
-    make_missing(args.out, sampler, list_videos(args.count, args.seeds), make_video)
+    kept = read_kept(args.kept, sampler)
+    make_missing(args.out, sampler, list_videos(args.count, args.seeds), make_video, kept)
+    videos = with_kept(measured(made_with(args.out, sampler)), kept)
     lengths = sorted({EVENT * len(texts) + 1 for texts in draw_timelines(args.count)})
-    print(timelines(write_report(args.report, measured(made_with(args.out, sampler)), lengths, sampler)))
+    print(timelines(write_report(args.report, videos, lengths, sampler)))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import numpy as np
 from torch import Tensor
 
 from benchmarks.measure import ROOT
-from benchmarks.videos import Video, made_with, make_missing, options, sampler_of, write_report
+from benchmarks.videos import Video, made_with, make_missing, options, read_kept, sampler_of, with_kept, write_report
 from engine.denoise.saved import save_latents
 from engine.engine import LongVideoEngine
 from engine.given.frames import GivenFrames
@@ -156,8 +156,10 @@ def main() -> None:
     if args.count > len(read_prompts()):
         parser.error(f"there are {len(read_prompts())} held-out prompts, --count is {args.count}")
     sampler = sampler_of(args)
-    make_missing(args.out, sampler, list_videos(args.count, args.seeds), make_video)
-    print(extensions(write_report(args.report, measured(made_with(args.out, sampler)), [LENGTH], sampler)))
+    kept = read_kept(args.kept, sampler)
+    make_missing(args.out, sampler, list_videos(args.count, args.seeds), make_video, kept)
+    videos = with_kept(measured(made_with(args.out, sampler)), kept)
+    print(extensions(write_report(args.report, videos, [LENGTH], sampler)))
 
 
 if __name__ == "__main__":

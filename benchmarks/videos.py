@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from benchmarks.measure import RESULTS
 from engine.config import ModelConfig
 from engine.engine import LongVideoEngine
+from engine.errors import UserError
 from engine.files.trees import finite_or_none
 from engine.files.whole import write_json
 from engine.load.checkpoint import open_checkpoint
@@ -30,6 +32,7 @@ def options(description: str | None, *, name: str, count: str, seeds: int) -> ar
     parser.add_argument(
         "--report", type=Path, default=RESULTS / f"{name}.json", help="docs/findings has that of the page"
     )
+    parser.add_argument("--kept", type=Path, help="a report whose videos are not made again, and are in the new one")
     return parser
 
 
@@ -43,10 +46,11 @@ def make_missing(
     sampler: Mapping[str, Any],
     videos: Iterable[Video],
     make: Callable[[LongVideoEngine, Video], dict[str, Any]],
+    kept: Sequence[Video] = (),
 ) -> None:
-    """Append a line, the video and what `make` finds in it, for each video that the file has no line of."""
+    """Append a line, the video and what `make` finds in it, for each video that neither the file nor `kept` has."""
     made = read(out)
-    videos = [{**video, **sampler} for video in videos]
+    videos = [{**video, **sampler} for video in videos if not any(_is_same(video, each) for each in kept)]
     left = [video for video in videos if not any(video.items() <= line.items() for line in made)]
     with open_engine(**sampler) as engine, out.open("a", encoding="utf-8") as file:
         for video in left:
@@ -71,17 +75,49 @@ def made_with(path: Path, sampler: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [line for line in read(path) if sampler.items() <= line.items()]
 
 
+def read_kept(path: Path | None, sampler: Mapping[str, Any]) -> list[Video]:
+    """The measured videos of a report; none without one. UserError for a report of another checkpoint or sampler."""
+    if path is None:
+        return []
+    report = json.loads(path.read_text(encoding="utf-8"))
+    found, wanted = (
+        {name: value for name, value in settings.items() if name != "video.num_frames"}
+        for settings in (report["comparison"]["settings"], _settings([], sampler))
+    )
+    if found != wanted:
+        raise UserError(f"--kept {path} was made with {found}, and this run has {wanted}; leave it out")
+    return [
+        {**video, "values": {name: math.nan if x is None else x for name, x in video["values"].items()}}
+        for video in report["videos"]
+    ]
+
+
+def with_kept(videos: Sequence[Video], kept: Sequence[Video]) -> list[Video]:
+    """The videos, and those of `kept` that are not among them."""
+    return [*videos, *(each for each in kept if not any(_is_same(video, each) for video in videos))]
+
+
+def _is_same(video: Video, measured: Video) -> bool:
+    """Whether a measured video is this one: equal in all names that both have, but for the values."""
+    names = (video.keys() & measured.keys()) - {"values"}
+    return all(video[name] == measured[name] for name in names)
+
+
 def write_report(
     path: Path, videos: Sequence[Video], num_frames: Sequence[int], sampler: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Write and return the report of measured videos: a section of docs/findings.md (evaluation/study/directed.py)."""
-    settings = {
+    settings = _settings(num_frames, sampler)
+    known = [{**video, "values": {name: finite_or_none(x) for name, x in video["values"].items()}} for video in videos]
+    report = {"comparison": {"settings": settings}, "videos": known}
+    write_json(path, report)
+    return report
+
+
+def _settings(num_frames: Sequence[int], sampler: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "checkpoint": open_checkpoint(ModelConfig(path="tiny/wan")).digest[:CHECKPOINT_DIGITS],
         "video.num_frames": num_frames,
         "sampler.num_steps": sampler["steps"],
         "sampler.guidance_scale": sampler["guidance"],
     }
-    known = [{**video, "values": {name: finite_or_none(x) for name, x in video["values"].items()}} for video in videos]
-    report = {"comparison": {"settings": settings}, "videos": known}
-    write_json(path, report)
-    return report

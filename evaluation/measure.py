@@ -1,4 +1,4 @@
-"""Compute proxies and exact measures of many videos in parallel; results are kept by the file's hash."""
+"""Compute proxies and exact measures, those of events too, of many videos in parallel; results are kept by the file's hash."""
 
 import hashlib
 import math
@@ -14,6 +14,7 @@ from engine.errors import UserError
 from engine.files.trees import finite_or_none, read_kept
 from engine.files.whole import write_json
 from engine.media import read_video
+from evaluation.events import EVENTS, measure_events, version_of
 from evaluation.videos import Video
 from evaluation.world import WORLD, measure_world
 from metrics import proxies
@@ -49,6 +50,18 @@ def measure_all_world(
         given = (video.path, video.prompt, video.native_frames)
         jobs.append(_Job(video.path, given, folder / f"{video.sha256}-{what}.json"))
     return _measure_kept(jobs, measure_world, "exact measures", WORLD, code=source_digest(), workers=workers, say=say)
+
+
+def measure_all_events(
+    videos: Sequence[Video], folder: Path, *, workers: int, say: Callable[[str], None]
+) -> dict[Path, dict[str, float]]:
+    """Measure timelines, by path, reusing kept values, whose sidecars list their events."""
+    jobs = []
+    for video in videos:
+        what = hashlib.sha256(repr(video.events).encode()).hexdigest()[:12]
+        jobs.append(_Job(video.path, (video.path, video.events), folder / f"{video.sha256}-{what}.json"))
+    code = version_of(videos[0].prompt)
+    return _measure_kept(jobs, measure_events, "measures of events", EVENTS, code=code, workers=workers, say=say)
 
 
 def measure_file(path: Path, fps: int) -> dict[str, float]:

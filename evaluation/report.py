@@ -10,6 +10,7 @@ from typing import Any
 from engine.files.tables import as_csv, markdown_cell, markdown_table
 from engine.files.trees import finite_or_none
 from engine.files.whole import write_json, write_text
+from evaluation.events import EVENTS
 from evaluation.tables import Scored, differences, means
 from evaluation.vbench.dimensions import DIMENSIONS
 from evaluation.vbench.parse import DimensionScores
@@ -37,6 +38,7 @@ class Evaluation:
         dimensions: the requested dimensions.
         proxies: whether proxies were computed.
         not_world: why there are no exact measures of the embedded world; None if there are.
+        events: whether some videos have measures of a timeline's events.
         scores: VBench-Long's scores by (label, dimension).
         vbench: commit and versions; None without VBench.
         notes: notes for the reader.
@@ -50,6 +52,7 @@ class Evaluation:
     dimensions: Sequence[str] = ()
     proxies: bool = True
     not_world: str | None = "not asked for"
+    events: bool = False
     scores: Mapping[tuple[str, str], DimensionScores] = field(default_factory=dict)
     vbench: Mapping[str, Any] | None = None
     notes: Sequence[str] = ()
@@ -65,8 +68,9 @@ class Evaluation:
 
     @property
     def measures(self) -> list[str]:
-        """All six dimensions, requested or not, the proxies, and the exact measures of the embedded world."""
-        return [*DIMENSIONS, *(PROXIES if self.proxies else ()), *(WORLD if self.not_world is None else ())]
+        """All six dimensions, requested or not, the proxies, and the exact measures of the embedded world and its timelines."""
+        proxies, world = PROXIES if self.proxies else (), WORLD if self.not_world is None else ()
+        return [*DIMENSIONS, *proxies, *world, *(EVENTS if self.events else ())]
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> list[Path]:
@@ -157,6 +161,8 @@ def as_markdown(evaluation: Evaluation, tree: Mapping[str, Any]) -> str:
     lines += _paper_section(evaluation, tree)
     if evaluation.proxies:
         lines += [*_proxy_section(evaluation, tree), *_world_section(evaluation, tree)]
+    if evaluation.events:
+        lines += _events_section(evaluation, tree)
     for heading, sentences in (("Notes", tree["notes"]), ("Failed", tree["failures"])):
         if sentences:
             lines += [f"## {heading}", "", *(f"- {markdown_cell(sentence)}" for sentence in sentences), ""]
@@ -298,6 +304,16 @@ def _world_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]
         "is. They are exact on rendered clips; they ignore whatever else a video shows.",
         "",
         *_by_measure(evaluation, tree, {name: f"`{name}`, {unit}" for name, unit in WORLD.items()}),
+    ]
+
+
+def _events_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]:
+    return [
+        "## Events of timelines",
+        "",
+        "Whether frames show the event that they are for, read as above; docs/compare.md says what each measure is.",
+        "",
+        *_by_measure(evaluation, tree, {name: f"`{name}`, {unit}" for name, unit in EVENTS.items()}),
     ]
 
 

@@ -3,14 +3,15 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from engine.errors import UserError
 from engine.files.locks import HeldError, hold
 from engine.files.say import Say
 from engine.files.storage import writing_to
-from evaluation.measure import measure_all, measure_all_world
+from evaluation.events import has_events
+from evaluation.measure import measure_all, measure_all_events, measure_all_world
 from evaluation.report import Evaluation, write_report
 from evaluation.tables import Scored
 from evaluation.vbench.bench import Bench, Evaluator, PreflightError, preflight
@@ -100,22 +101,23 @@ def _report(
             keep_views=request.keep_views,
         )
     every = [video for group in by_label.values() for video in group]
-    values, exact, not_world, left_out = _measures(request, every, say)
+    measured = _measures(request, every, say)
     scored = _dimension_values(outcomes)
     evaluation = Evaluation(
         title=request.title,
         rows=[
-            Scored(label=label, video=video, values=_of(video, values, exact) | scored.get(video, {}))
+            Scored(label=label, video=video, values=measured.of(video) | scored.get(video, {}))
             for label, group in by_label.items()
             for video in group
         ],
         baseline=baseline,
         dimensions=request.dimensions,
         proxies=request.proxies,
-        not_world=not_world,
+        not_world=measured.not_world,
+        events=measured.events is not None,
         scores={(o.view.label, o.dimension): o.scores for o in outcomes if o.scores is not None},
         vbench=bench.identity if bench else None,
-        notes=left_out + [f"{o.view.label}: {note}" for o in outcomes if o.scores for note in o.scores.notes],
+        notes=[*measured.notes] + [f"{o.view.label}: {note}" for o in outcomes if o.scores for note in o.scores.notes],
         failures=failures(outcomes),
         missing=missing,
     )
@@ -135,23 +137,37 @@ def _missing(request: Request, videos: Sequence[Video]) -> list[str]:
     return [sentence for root in request.runs if (sentence := what_is_missing(root, videos)) is not None]
 
 
-def _measures(
-    request: Request, videos: Sequence[Video], say: Say
-) -> tuple[dict[Path, dict[str, float]], dict[Path, dict[str, float]], str | None, list[str]]:
-    """Return proxies and exact measures by path, why no video has exact measures (or None), and a note if some have none."""
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """Measures by path, why no video has exact ones (or None), and notes on those that some lack."""
+
+    proxies: Mapping[Path, dict[str, float]] = field(default_factory=dict)
+    world: Mapping[Path, dict[str, float]] = field(default_factory=dict)
+    events: Mapping[Path, dict[str, float]] | None = None
+    not_world: str | None = "not asked for"
+    notes: Sequence[str] = ()
+
+    def of(self, video: Video) -> dict[str, float]:
+        """All measures of a video."""
+        found = (self.proxies, self.world, self.events or {})
+        return {name: value for part in found for name, value in part.get(video.path, {}).items()}
+
+
+def _measures(request: Request, videos: Sequence[Video], say: Say) -> _Measured:
     if not request.proxies:
-        return {}, {}, "not asked for", []
-    proxies = measure_all(videos, request.out / "proxies", workers=request.workers, say=say)
-    of_world, reason = videos_of_world(videos)
-    if not of_world:
-        return proxies, {}, reason, []
-    exact = measure_all_world(of_world, request.out / "world", workers=request.workers, say=say)
+        return _Measured()
+    out, workers = request.out, request.workers
+    timed = [video for video in videos if video.events and has_events(video.prompt, *video.size)]
+    plain = [video for video in videos if video not in timed]
+    of_world, reason = videos_of_world(plain) if plain else ([], "every prompt is a timeline, measured by events")
     share = f"The exact measures of the embedded world are of {len(of_world)} of {len(videos)} videos: {reason}."
-    return proxies, exact, None, [] if reason is None else [share]
-
-
-def _of(video: Video, *measured: Mapping[Path, dict[str, float]]) -> dict[str, float]:
-    return {name: value for found in measured for name, value in found.get(video.path, {}).items()}
+    return _Measured(
+        proxies=measure_all(videos, out / "proxies", workers=workers, say=say),
+        world=measure_all_world(of_world, out / "world", workers=workers, say=say) if of_world else {},
+        events=measure_all_events(timed, out / "events", workers=workers, say=say) if timed else None,
+        not_world=None if of_world else reason,
+        notes=[share] if of_world and reason is not None else [],
+    )
 
 
 def _preflight(evaluator: Evaluator, dimensions: Sequence[str], out: Path, tell: Callable[[str], None]) -> Bench:

@@ -22,6 +22,8 @@ from engine.files.trees import DamagedError, Shape, check_tree, read_json
 from engine.files.whole import file_sha256
 from engine.media.read_video import check_colours, open_file
 from engine.paths import expand
+from evaluation.events import ranges_of
+from metrics.timelines.events import TextRange
 
 _COLUMNS = ("method", "prompt", "seed", "path")
 _SIDECAR: Shape = {
@@ -33,6 +35,7 @@ _SIDECAR: Shape = {
     "output.file": str,
     "output.sha256": str,
 }
+_TIMED: Shape = {"run.timeline[].text": str, "run.timeline[].start": int, "run.timeline[].stop": int}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,6 +56,7 @@ class Video:
         size: (height, width) in pixels.
         native_frames: frames that the model was trained on, where the sidecar says it.
         settings: (name, value) of the settings of a method that has some, where the sidecar says it.
+        events: events of a timeline, where the sidecar lists them.
     """
 
     method: str
@@ -68,6 +72,7 @@ class Video:
     size: tuple[int, int]
     native_frames: int | None = None
     settings: tuple[tuple[str, Any], ...] = ()
+    events: tuple[TextRange, ...] = ()
 
     @property
     def pair(self) -> tuple[str, int]:
@@ -193,6 +198,9 @@ def _sidecar(path: Path) -> dict[str, Any]:
 def _from_sidecar(sidecar: Path, tree: Mapping[str, Any]) -> Video:
     shape = _SIDECAR | {key: dict for key in ("video", "run") if tree.get(key) is not None}
     check_tree(sidecar, tree, shape, what="a sidecar of launch/batch.py")
+    timeline = (tree.get("run") or {}).get("timeline")
+    if timeline is not None:
+        check_tree(sidecar, tree, _TIMED, what="a sidecar of launch/batch.py")
     identity = {key: tree[key] for key in ("config_id", "prompt_id", "prompt", "seed")}
     path = beside(sidecar, tree["output"]["file"]).absolute()
     if not path.is_file():
@@ -208,6 +216,7 @@ def _from_sidecar(sidecar: Path, tree: Mapping[str, Any]) -> Video:
         model=_config(tree, "model").get("path"),
         native_frames=(tree.get("video") or {}).get("native_frames"),
         settings=_settings(tree, tree["method"]),
+        events=tuple(ranges_of(timeline or [])),
         **facts,
     )
 

@@ -73,7 +73,7 @@ def timelines(report: Report | None) -> str:
                     f"{np.nanmedian(found['switch']):.1f}",
                     "" if names == OURS else estimate(paired_interval(found["shown"], ours["shown"]), signed=True),
                 ]
-                for names, found in values.items()
+                for names, found in sorted(values.items(), key=lambda row: -np.nanmean(row[1]["shown"]))
             ],
         ),
         f"Goals, for `freespec` with `scene`: 90 % of the frames show their event, {_met(shown.mean >= SHOWN_GOAL)} "

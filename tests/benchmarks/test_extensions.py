@@ -19,7 +19,8 @@ from benchmarks.extensions import (
     measured,
     observe,
 )
-from benchmarks.videos import make_missing, open_engine, read, write_report
+from benchmarks.videos import make_missing, open_engine, read, read_kept, with_kept, write_report
+from engine.errors import UserError
 from evaluation.study.directed import extensions
 from tiny.captions import parse_caption
 from tiny.world import SPEEDS, Scene, render
@@ -156,3 +157,20 @@ def test_a_video_is_made_once(tmp_path: Path) -> None:
     make_missing(out, SAMPLER, videos, lambda _engine, video: made.append(video) or {"seen": {"shape": ["star"]}})
     assert [video["way"] for video in made] == ["chain"]  # the other line of it has other steps
     assert read(out)[2:] == [videos[1] | SAMPLER | {"seen": {"shape": ["star"]}}]
+
+
+def test_a_kept_report_is_continued(tmp_path: Path) -> None:
+    first, second = ({"seed": 0, "index": 0, "way": way, "kind": "straight, fast"} for way in ("extension", "chain"))
+    kept_file, made = tmp_path / "kept.json", []
+    write_report(kept_file, [first | {"values": {"kept": 1.0, "centre_seam": float("nan")}}], [LENGTH], SAMPLER)
+    kept = read_kept(kept_file, SAMPLER)
+    make_missing(
+        tmp_path / "a.jsonl", SAMPLER, list_videos(1, 1), lambda _engine, video: made.append(video) or {}, kept
+    )
+    assert [video["way"] for video in made] == ["chain"]
+    both = with_kept([second | {"values": {"kept": 0.5}}], kept)
+    assert {video["way"]: video["values"]["kept"] for video in both} == {"extension": 1.0, "chain": 0.5}
+    again = with_kept([first | {"values": {"kept": 0.75}}], kept)
+    assert [video["values"]["kept"] for video in again] == [0.75]
+    with pytest.raises(UserError, match=r"was made with .*'sampler.num_steps': 1.* and this run has .*: 2"):
+        read_kept(kept_file, SAMPLER | {"steps": 2})

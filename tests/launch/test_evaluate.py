@@ -12,9 +12,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from engine.files.locks import hold
+from engine.media.write_video import open_video
 from evaluation import measure, score
 from evaluation.vbench.dimensions import DIMENSIONS
 from launch.cli.start import run_here
@@ -24,6 +26,7 @@ from tests.evaluation.batches import PROMPTS, make_batch, write_sidecar
 from tests.evaluation.test_world import write_clip
 from tests.evaluation.vbench.fake_vbench import calls, ends, forget_hashes, make_checkout, make_weights, set_plan
 from tests.launch.conftest import Run
+from tests.metrics.test_events import show
 
 
 @pytest.fixture
@@ -217,6 +220,28 @@ def test_of_the_embedded_world_there_are_exact_measures(run: Callable[..., Run],
     assert run("evaluate", *words, "--native_frames", 9).code == 0
     listed = json.loads((tmp_path / "listed/report.json").read_text())
     assert [v["values"] for v in listed["videos"]] == [v["values"] for v in report["videos"]]
+
+
+def test_of_timelines_there_are_measures_of_events(run: Callable[..., Run], tmp_path: Path, quick: None) -> None:
+    """The second event begins at frame 9; one sidecar says so, the other says 14."""
+    texts = [f"a {colour} moves right over a blue background" for colour in ("red circle", "green star")]
+    folder = tmp_path / "direct" / ("0" * 12) / "videos"
+    folder.mkdir(parents=True)
+    for number, begin in enumerate((9, 14)):
+        with open_video(folder / f"p000{number}-s0.mp4", fps=8, height=64, width=64, crf=10) as video:
+            video.write(show(texts, [9, 12]).astype(np.uint8))
+        events = [{"text": texts[0], "start": 0, "stop": begin}, {"text": texts[1], "start": begin, "stop": 21}]
+        prompt = f"{texts[0]} [0-{begin}] | {texts[1]} [{begin}-]"
+        write_sidecar(folder / f"p000{number}-s0.mp4", prompt=prompt, run={"timeline": events})
+    plain = folder / "p0001-s1.mp4"
+    write_sidecar(plain, prompt=write_clip(plain, 0))
+    assert run("evaluate", "--runs", tmp_path).code == 0
+    values = [video["values"] for video in tree(tmp_path)["videos"]]
+    assert [each["events.switch"] for each in values] == [0.0, 5.0, None]
+    assert [each["events.shown"] for each in values] == [1.0, pytest.approx(16 / 21), None]
+    assert [each["world.object_seen"] is None for each in values] == [True, True, False]
+    text = (tmp_path / "evaluation/report.md").read_text()
+    assert "| `events.switch`, frames | 2.5000 (2 prompts) |" in text
 
 
 def test_several_folders_are_one_report(run: Callable[..., Run], tmp_path: Path, quick: None) -> None:
