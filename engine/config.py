@@ -60,20 +60,26 @@ class ModelConfig:
         revision: branch, tag or commit of a hub name; None takes the default branch.
         offline: never ask the hub; what its local copy does not hold is an error.
         single_file: a .safetensors file as the model's authors publish it, here or on the hub (ORGANISATION/NAME/FILE), whose
-            transformer, and for LTX-Video VAE, take the place of those of `path`; configurations stay those of `path`.
+            transformer, and for LTX-Video VAE, take the place of those of `path`; configurations stay those of `path`. Or a .gguf
+            file with a quantised transformer (pip install '.[gguf]').
         loras: LoRAs that are added to the transformer's weights when it is loaded, each NAME@SCALE (1 without @SCALE): a
             .safetensors file or a folder with one, here or on the hub (ORGANISATION/NAME/FILE, or ORGANISATION/NAME with
             pytorch_lora_weights.safetensors). Of a checkpoint with two transformers high:NAME@SCALE changes that of the noisy
             steps, low:NAME@SCALE the other.
         dtype: of transformer and text encoder: `auto` is bfloat16 on CUDA and float32 on CPU; the VAE is always float32.
+        storage: how the transformer's weights are stored: `full` as `dtype`; `fp8` as float8_e4m3, each layer cast to `dtype` while it
+            runs; `torchao_int8` and `torchao_fp8` as 8 bits with a scale for each row (pip install '.[torchao]'). LoRAs are added
+            before. Not with zero3, compile or a .gguf file.
         device: `auto` is CUDA where there is one.
         weights: where they are kept. `resident`: whole, on the device of every rank. `cpu_offload`: each part on the CPU until
-            it is used, then whole on the device (CUDA only). `zero3`: transformer and text encoder sharded over the ranks by
+            it is used, then whole on the device (CUDA only). `block_offload`: each block of the transformer on the CPU until it runs,
+            the next one on its way meanwhile; the text encoder likewise, one block at a time (CUDA only). `zero3`: transformer and text encoder sharded over the ranks by
             DeepSpeed's ZeRO-3 (pip install '.[deepspeed]'); a layer is gathered while it runs.
         shards: where a rank keeps its share with `zero3`: `device`, `cpu`, or `nvme:FOLDER`, a file on a fast drive.
         idle_expert: where the transformer of two that does not denoise waits (Wan2.2 A14B) with `resident` weights: `stay` on the
             device, `leave` for the CPU until its steps come, or `auto`: it leaves a GPU of configs/gpus that the video would not
-            fit otherwise. With `cpu_offload` it always leaves, with `zero3` its shares stay.
+            fit otherwise. With `cpu_offload` and `block_offload` it always leaves, with `zero3` its
+            shares stay.
         compile: whether the transformer's blocks go through torch.compile: once for each kind of step, not for each layer or
             step; the first step of a kind waits for it. Not with zero3, nor with output.trace.
     """
@@ -84,8 +90,9 @@ class ModelConfig:
     single_file: str | None = None
     loras: tuple[str, ...] = ()
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    storage: Literal["full", "fp8", "torchao_int8", "torchao_fp8"] = "full"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    weights: Literal["resident", "cpu_offload", "zero3"] = "resident"
+    weights: Literal["resident", "cpu_offload", "block_offload", "zero3"] = "resident"
     shards: str = "device"
     idle_expert: Literal["auto", "stay", "leave"] = "auto"
     compile: bool = False
@@ -97,7 +104,11 @@ class ModelConfig:
             not is_pickle(single),
             f"model.single_file {single} is a pickle, which can run code and is not read; give a .safetensors file",
         )
-        _check(single.endswith(".safetensors"), f"model.single_file must be a .safetensors file, got {single!r}")
+        _check(
+            single.endswith((".safetensors", ".gguf")),
+            f"model.single_file must be a .safetensors or a .gguf file, got {single!r}",
+        )
+        self._check_quantised()
         for lora in self.loras:
             name, scale = split_scale(split_expert(lora)[1])
             _check(name != "", f"model.loras names no file in {lora!r}; give NAME or NAME@SCALE")
@@ -124,9 +135,38 @@ class ModelConfig:
             f"model.idle_expert {self.idle_expert} goes with model.weights resident, and model.weights is {self.weights}; leave it out",
         )
         _check(
-            not self.compile or self.weights != "zero3",
-            "model.compile cannot compile layers that model.weights zero3 gathers while they run; use resident or cpu_offload",
+            not self.compile or self.weights not in ("zero3", "block_offload"),
+            f"model.compile cannot compile layers that model.weights {self.weights} brings while they run; use resident or cpu_offload",
         )
+
+    def _check_quantised(self) -> None:
+        """Reject what quantised weights exclude."""
+        quantised = f"model.storage {self.storage}"
+        if self.is_gguf:
+            _check(
+                self.storage == "full", f"{quantised} would quantise {self.single_file} again; leave one of the two out"
+            )
+            _check(
+                not self.loras,
+                f"LoRAs are added to the weights, and those of {self.single_file} are quantised; leave model.loras out, or take the "
+                "transformer in bf16 (with model.storage fp8 if memory is short)",
+            )
+            quantised = f"the GGUF file {self.single_file}"
+        elif self.storage == "full":
+            return
+        _check(
+            self.weights != "zero3",
+            f"model.weights zero3 shards plain tensors of one dtype, which those of {quantised} are not; use resident, cpu_offload or block_offload",
+        )
+        _check(
+            not self.compile,
+            f"model.compile was not tried with {quantised}, whose layers change their weights as they run; switch it off",
+        )
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the transformer comes from a GGUF file."""
+        return (self.single_file or "").endswith(".gguf")
 
     @property
     def shards_folder(self) -> str | None:

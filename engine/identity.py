@@ -22,6 +22,7 @@ _GIVEN = {
     "width": "video.width",
     "fps": "video.fps",
     "dtype": "model.dtype",
+    "storage": "model.storage",
     "device": "model.device",
     "noise": "sampler.noise",
 }
@@ -35,7 +36,7 @@ def latents_settings(
 ) -> dict[str, Any]:
     """Return all settings that determine the latents, in JSON types.
 
-    Left out are ranks and the placement of weights, since a run may continue on another number of ranks or with offload, and
+    Left out are `model.storage` full, as before there was another, ranks and the placement of weights, since a run may continue on another number of ranks or with offload, and
     the settings of unused methods.
 
     Args:
@@ -51,6 +52,7 @@ def latents_settings(
     decides |= {"method": method_tree(config.method)}
     decides |= {key: tree["video"][key] for key in ("height", "width")}
     decides |= {"checkpoint": checkpoint, "dtype": dtype, "device": device, "noise": config.noise}
+    decides |= {} if config.model.storage == "full" else {"storage": config.model.storage}
     timed = parse_timeline(given.get("prompt", ""))
     decides |= {"fps": config.video.fps} if with_rate or (timed is not None and timed.unit == "s") else {}
     return json.loads(json.dumps(decides | given))

@@ -174,7 +174,18 @@ def _processor() -> str:
 def versions() -> dict[str, str | None]:
     """Versions of the packages that affect the result; None for a package that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in (PACKAGE, "diffusers", "transformers", "peft", "av", "flash-attn-3", "sageattention", "xfuser"):
+    for package in (
+        PACKAGE,
+        "diffusers",
+        "transformers",
+        "peft",
+        "torchao",
+        "gguf",
+        "av",
+        "flash-attn-3",
+        "sageattention",
+        "xfuser",
+    ):
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

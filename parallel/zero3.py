@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from parallel.deepspeed import quiet, quiet_import, start_communication
 
@@ -126,7 +127,7 @@ def num_parameters(module: nn.Module) -> int:
 
 
 def held_bytes(module: nn.Module) -> int:
-    """Bytes of parameters that this process holds: whole ones and its shares, on any device."""
+    """Bytes of parameters that this process holds: whole ones, quantised ones and its shares, on any device."""
     return sum(tensor.nbytes for parameter in module.parameters() for tensor in _tensors(parameter))
 
 
@@ -141,5 +142,7 @@ def _share(parameter: nn.Parameter) -> Tensor | None:
 
 
 def _tensors(parameter: nn.Parameter) -> list[Tensor]:
+    if is_traceable_wrapper_subclass(parameter):  # quantised: numbers and their scales
+        return [getattr(parameter, name) for name in parameter.__tensor_flatten__()[0]]
     share = _share(parameter)
     return [parameter.data] if share is None else [parameter.data, share]

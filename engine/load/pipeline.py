@@ -16,9 +16,11 @@ from engine.adapters.base import EXPERTS
 from engine.config import ModelConfig
 from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError, first_line, is_out_of_memory
+from engine.load.block_offload import offload_blocks
 from engine.load.checkpoint import Checkpoint, find_adapter, open_checkpoint
 from engine.load.convolutions import use_onednn
 from engine.load.loras import find_loras
+from engine.load.quantised import check_storage, store
 from engine.load.sharded_weights import check_placement
 from engine.load.single_file import SingleFile, open_single_file
 from engine.load.weights import WEIGHT_FOLDERS, check_part, lfs_pointer, read_config, unfinished
@@ -49,6 +51,7 @@ def load_pipeline(
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     check_placement(config, device, text_device)
+    check_storage(config)
     checkpoint, single = fetch_parts(config, WEIGHT_FOLDERS if with_text else (*EXPERTS, "vae"))
     adapter, folder = checkpoint.adapter, checkpoint.folder
     without_text: dict[str, Any] = {} if with_text else {"text_encoder": None, "tokenizer": None}
@@ -61,6 +64,8 @@ def load_pipeline(
         pipe = adapter.pipeline_class.from_pretrained(folder, vae=vae, dtype=dtype, use_safetensors=True, **given)
     for lora in find_loras(config):
         lora.fuse(pipe, adapter, folder / lora.expert)
+    for name in checkpoint.experts:
+        store(getattr(pipe, name), config.storage, dtype)
     adapter.check_pipeline(pipe)
     with faults_of(folder / "scheduler"):
         adapter.try_scheduler(pipe.scheduler)
@@ -73,6 +78,9 @@ def load_pipeline(
     # One by one, so that a text encoder for the CPU is never moved to the device.
     pipe.vae.to(device)
     if config.weights == "zero3":
+        return pipe
+    if config.weights == "block_offload":
+        offload_blocks(pipe, checkpoint.experts, device=device, with_text=with_text and text_device == "model")
         return pipe
     for name in checkpoint.experts if idle_stays else EXPERTS[:1]:
         getattr(pipe, name).to(device)

@@ -15,10 +15,11 @@ from engine.config import ModelConfig
 from engine.load.checkpoint import open_checkpoint
 from engine.load.hub import commit_of
 from engine.load.loras import Lora
+from engine.load.quantised import count_stored
 from engine.load.single_file import find_single_file
 from engine.load.weights import WEIGHT_FOLDERS, deciding_files
 from engine.paths import expand
-from parallel.zero3 import device_bytes, num_parameters
+from parallel.zero3 import device_bytes
 
 
 def describe_weights(config: ModelConfig) -> dict[str, Any]:
@@ -55,15 +56,17 @@ def _describe_lora(lora: Lora, adapter: ModelAdapter) -> dict[str, Any]:
 def describe_loaded(
     config: ModelConfig, pipe: DiffusionPipeline, weights: Mapping[str, Any], device: torch.device
 ) -> dict[str, Any]:
-    """What was loaded, for the record: path, revision, `weights` (of `describe_weights`), dtypes and parameter counts."""
+    """What was loaded, for the record: path, revision, `weights` (of `describe_weights`), dtypes, and how many parameters are stored how."""
     named = {name: getattr(pipe, name, None) for name in WEIGHT_FOLDERS}
     parts = {name: part for name, part in named.items() if part is not None}
+    stored = {name: count_stored(part) for name, part in parts.items()}
     return {
         "path": config.path,
         "revision": config.revision,
         **weights,
         "dtype": {name: str(part.dtype).removeprefix("torch.") for name, part in parts.items()},
-        "parameters": {name: num_parameters(part) for name, part in parts.items()},
+        "parameters": {name: sum(counts.values()) for name, counts in stored.items()},
+        "stored": stored,
         "resident_bytes": {name: device_bytes(part, device) for name, part in parts.items()},
     }
 

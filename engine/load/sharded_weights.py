@@ -24,9 +24,10 @@ Encode = Callable[[list[str]], list[Text]]
 
 def check_placement(config: ModelConfig, device: torch.device, text_device: str) -> None:
     """Raise UserError for a placement of weights that the device or the text encoder's placement does not allow."""
-    if config.weights == "cpu_offload" and device.type != "cuda":
+    if config.weights in ("cpu_offload", "block_offload") and device.type != "cuda":
+        parts = "parts" if config.weights == "cpu_offload" else "blocks"
         raise UserError(
-            "model.weights cpu_offload moves parts between CPU and GPU and needs CUDA, and the model is on the CPU "
+            f"model.weights {config.weights} moves {parts} between CPU and GPU and needs CUDA, and the model is on the CPU "
             "already; use model.weights resident"
         )
     if config.weights == "cpu_offload" and text_device == "cpu":

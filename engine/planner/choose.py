@@ -54,16 +54,14 @@ def describe_changes(case: Case, fixed: FixedDegrees) -> str:
     """Describe the smallest change that makes the case fit, and other single changes that do."""
     trial = _Trial(case=case, fixed=fixed, modes=tuple(case.count_steps()[case.method.name]))
     changes = list(_changes(trial))
-    for weights in ("cpu_offload", "zero3"):  # with as little on the GPU as possible
-        if not changes and case.options.weights == "resident":
+    for weights in ("cpu_offload", "block_offload", "zero3"):  # with as little on the GPU as possible
+        if (
+            not changes
+            and case.options.weights == "resident"
+            and (weights != "zero3" or case.options.quantised is None)
+        ):
             lean = replace(case, options=replace(case.options, weights=weights))
             changes = [f"model.weights {weights} with {change}" for change in _changes(replace(trial, case=lean))]
-    whole = case.kept_weights(1)["transformer"]
-    if not changes and case.options.weights != "zero3" and not case.fits(whole):
-        return (
-            f"the transformer's weights alone are {whole / GIB:.1f} GiB, and every GPU holds all of them: "
-            "use a GPU with more memory"
-        )
     if not changes:
         return "no single change makes it fit: use a GPU with more memory"
     others = f" (or {', or '.join(changes[1:])})" if len(changes) > 1 else ""
@@ -89,19 +87,10 @@ class _Trial:
 
 def _changes(trial: _Trial) -> Iterator[str]:
     """Single changes that fit, the smallest first; a shorter and a smaller video come last."""
-    case, options = trial.case, trial.case.options
-    if options.text_device == "model" and options.weights != "cpu_offload":
-        if trial.fits(options=replace(options, text_device="cpu")):
-            yield "parallel.text_device cpu"
-        if options.weights == "resident" and trial.fits(options=replace(options, weights="cpu_offload")):
-            yield "model.weights cpu_offload"
-    leaves = replace(options, idle_expert="leave")
-    if case.idle_expert == "stay" and trial.fits(options=leaves):
-        yield "model.idle_expert leave"
-    if options.weights == "resident" and case.world_size > 1 and trial.fits(options=replace(options, weights="zero3")):
-        yield "model.weights zero3"
-    if options.weights == "zero3" and options.shards == "device" and trial.fits(options=replace(options, shards="cpu")):
-        yield "model.shards cpu"
+    case = trial.case
+    for words, change in _placements(case):
+        if trial.fits(options=replace(case.options, **change)):
+            yield words
     doubled = (case.world_size * 2**power for power in range(1, MOST_DOUBLINGS + 1))
     doubled = (count for count in doubled if count <= MOST_GPUS)
     if more := next((count for count in doubled if trial.fits(world_size=count)), None):
@@ -110,6 +99,25 @@ def _changes(trial: _Trial) -> Iterator[str]:
         yield f"video.num_frames {shorter.num_frames}"
     if smaller := _largest(_smaller(case), trial):
         yield f"video.height {smaller.height} and video.width {smaller.width}"
+
+
+def _placements(case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Other places and dtypes of weights, with the options that they change; one that changes the video comes last."""
+    options = case.options
+    if options.text_device == "model" and options.weights != "cpu_offload":
+        yield "parallel.text_device cpu", {"text_device": "cpu"}
+        if options.weights == "resident":
+            yield "model.weights cpu_offload", {"weights": "cpu_offload"}
+    if case.idle_expert == "stay":
+        yield "model.idle_expert leave", {"idle_expert": "leave"}
+    if options.weights == "resident" and case.world_size > 1 and options.quantised is None:
+        yield "model.weights zero3", {"weights": "zero3"}
+    if options.weights == "zero3" and options.shards == "device":
+        yield "model.shards cpu", {"shards": "cpu"}
+    if options.weights in ("resident", "cpu_offload"):
+        yield "model.weights block_offload", {"weights": "block_offload"}
+    if options.quantised is None and options.weights != "zero3":
+        yield "model.storage fp8", {"storage": "fp8"}
 
 
 def _describe_need(name: str, memory: Mapping[str, int], peak_bytes: int, case: Case) -> str:

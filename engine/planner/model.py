@@ -19,11 +19,31 @@ from engine.errors import UserError, first_line
 from engine.load.checkpoint import spec_of
 from engine.load.hub import quiet_hub
 from engine.load.pipeline import faults_of
+from engine.load.quantised import FP8, is_matrix, store, torchao_bytes
 from engine.load.weights import build_part, read_config
 from engine.paths import find_checkpoint
 from parallel.zero3 import LIVE_LAYERS, repeated_layers
 
 FP32_BYTES = 4
+# At most of a number of a GGUF matrix while diffusers makes it whole in plain torch; 4 to 12.2 by type.
+GGUF_WORK_BYTES = 13
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stored:
+    """How numbers of transformer and text encoder are stored.
+
+    Attributes:
+        itemsize: bytes of one as it is computed with.
+        storage: model.storage, of the transformer.
+        file_bytes: bytes of a quantised transformer that a file decides; None without one.
+    """
+
+    itemsize: int
+    storage: str = "full"
+    file_bytes: int | None = None
+
+
 _FILES = {
     "model_index": "model_index.json",
     "transformer": "transformer/config.json",
@@ -100,16 +120,77 @@ class ModelSpec:
         parts = {"transformer": self._transformer, "text_encoder": self._text_encoder, "vae": self.vae}
         return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
 
-    def weight_bytes(self, itemsize: int, *, ranks: int = 1) -> dict[str, int]:
+    def weight_bytes(self, itemsize: int, *, ranks: int = 1, stored: Stored | None = None) -> dict[str, int]:
         """Bytes of each part as load_pipeline loads it: the VAE in fp32, as are a few small layers of the (one) transformer.
 
-        With `ranks`, those of one rank's share of transformer and text encoder: ceil(numel / ranks) numbers of every tensor.
+        With `ranks`, those of one rank's share of transformer and text encoder: ceil(numel / ranks) numbers of every tensor. With
+        `stored`, the transformer as it says.
         """
+        transformer = _bytes(self._transformer, self._transformer, itemsize, ranks)
         return {
-            "transformer": _bytes(self._transformer, self._transformer, itemsize, ranks),
+            "transformer": transformer if stored is None else sum(self._stored_bytes(stored).values()),
             "text_encoder": _bytes(self._text_encoder, self._text_encoder, itemsize, ranks),
             "vae": self.parameters["vae"] * FP32_BYTES,
         }
+
+    def offloaded_bytes(self, stored: Stored) -> dict[str, tuple[int, int]]:
+        """Bytes of transformer and text encoder on the GPU while a forward runs with model.weights block_offload: outside the blocks, of
+        blocks. The transformer's next block is on its way while one runs; the text encoder's blocks come one by one.
+        """
+        text = {name: p.numel() * stored.itemsize for name, p in self._text_encoder.named_parameters()}
+        parts = (
+            ("transformer", self._transformer, self._stored_bytes(stored), 2),
+            ("text_encoder", self._text_encoder, text, 1),
+        )
+        found = {}
+        for name, part, sizes, live in parts:
+            layers = {id(layer) for layer in repeated_layers(part)}
+            blocks = [path + "." for path, module in part.named_modules() if id(module) in layers]
+            inside = [sum(size for key, size in sizes.items() if key.startswith(block)) for block in blocks]
+            found[name] = (sum(sizes.values()) - sum(inside), live * max(inside, default=0))
+        return found
+
+    def whole_bytes(self, stored: Stored) -> int:
+        """Bytes of the largest layer of a quantised transformer while it runs, and its weight is made whole; 0 if it is not quantised."""
+        if stored.file_bytes is not None:
+            return self._largest_matrix * GGUF_WORK_BYTES
+        if stored.storage == "fp8":
+            sizes = (
+                sum(p.numel() for p in part.parameters(recurse=False) if p.dtype == FP8)
+                for part in self._cast.modules()
+            )
+            return max(sizes) * stored.itemsize
+        return 0 if stored.storage == "full" else self._largest_matrix * stored.itemsize
+
+    def _stored_bytes(self, stored: Stored) -> dict[str, int]:
+        """Bytes of each parameter of the transformer; those of a file, which has its own names, are spread by their numbers."""
+        full = {
+            name: p.numel() * (FP32_BYTES if in_fp32(self._transformer, name) else stored.itemsize)
+            for name, p in self._transformer.named_parameters()
+        }
+        if stored.file_bytes is not None:
+            whole = sum(full.values())
+            return {name: size * stored.file_bytes // whole for name, size in full.items()}
+        if stored.storage == "fp8":
+            return full | {name: p.numel() for name, p in self._cast.named_parameters() if p.dtype == FP8}
+        sizes = {f"{name}.weight": torchao_bytes(stored.storage, part.weight.shape) for name, part in self._matrices}
+        return full | {name: size for name, size in sizes.items() if size is not None}
+
+    @cached_property
+    def _cast(self) -> Any:
+        """The transformer without weights, with the dtypes that model.storage fp8 leaves it."""
+        made = self._build("transformer")
+        store(made, "fp8", torch.float32)
+        return made
+
+    @property
+    def _matrices(self) -> list[tuple[str, nn.Linear]]:
+        whole = self._transformer
+        return [(name, part) for name, part in whole.named_modules() if is_matrix(whole, name, part)]
+
+    @property
+    def _largest_matrix(self) -> int:
+        return max(part.weight.numel() for _, part in self._matrices)
 
     def gathered_bytes(self, itemsize: int) -> dict[str, int]:
         """Most bytes of transformer and text encoder that a forward with sharded weights holds gathered at a time.

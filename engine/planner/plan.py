@@ -10,10 +10,11 @@ from typing import Literal
 from engine.adapters.base import DecodeMode
 from engine.config import DecodeConfig, MethodConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.decode.tiling import tiled_share
+from engine.load.single_file import open_single_file
 from engine.planner.gpu import GpuSpec, check_count
 from engine.planner.layout import WHOLE_MODES, Degrees, Layout, lay_out
 from engine.planner.memory import GIB, decode_cost, denoise_peak
-from engine.planner.model import FP32_BYTES, ModelSpec
+from engine.planner.model import FP32_BYTES, ModelSpec, Stored
 from engine.planner.providers import Support
 from engine.planner.timing import TERA, step_seconds
 from engine.ranks.layouts import refused_axes
@@ -21,6 +22,7 @@ from freespec.methods import METHODS, Method, Mode, make_method
 from freespec.methods.base import has_rest_kernel
 from parallel.shards import length
 
+OFFLOADS = ("cpu_offload", "block_offload")
 MODES: tuple[Mode, ...] = ("dual", "views_global", "global", "views", "frames", "local")
 ITEMSIZES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 
@@ -31,6 +33,8 @@ class Options:
 
     Attributes:
         itemsize: bytes of a number in transformer and text encoder.
+        storage: model.storage.
+        file_bytes: bytes of the transformer once loaded from a GGUF file; None without one.
         kernel: attention.kernel.
         far: attention.far.
         weights: model.weights.
@@ -43,15 +47,29 @@ class Options:
     """
 
     itemsize: int = 2
+    storage: str = "full"
+    file_bytes: int | None = None
     kernel: str = "auto"
     far: int | str = "all"
-    weights: Literal["resident", "cpu_offload", "zero3"] = "resident"
+    weights: Literal["resident", "cpu_offload", "block_offload", "zero3"] = "resident"
     shards: str = "device"
     idle_expert: Literal["auto", "stay", "leave"] = "auto"
     text_device: Literal["model", "cpu"] = "model"
     local_route: Literal["auto", "halo", "all_to_all"] = "auto"
     provider: Literal["torch", "deepspeed", "xfuser"] = "torch"
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+
+    @property
+    def stored(self) -> Stored:
+        """How weights are stored."""
+        return Stored(itemsize=self.itemsize, storage=self.storage, file_bytes=self.file_bytes)
+
+    @property
+    def quantised(self) -> str | None:
+        """What stores the transformer's weights in fewer bits; None if nothing does."""
+        if self.file_bytes is not None:
+            return "a GGUF file"
+        return None if self.storage == "full" else self.storage
 
     @property
     def timed_kernel(self) -> str:
@@ -71,6 +89,7 @@ class Options:
         """Read them from a configuration; `model.dtype: auto` is bf16, as on CUDA."""
         return cls(
             itemsize=ITEMSIZES[config.model.dtype],
+            storage=config.model.storage,
             kernel=config.attention.kernel,
             far=config.attention.far,
             weights=config.model.weights,
@@ -95,8 +114,8 @@ class Plan:
         heads: heads of each member of the ulysses axis.
         local_route: how local steps cross the ulysses axis.
         bytes_per_step: by mode and kind.
-        memory: bytes by part: weights, text_encoder, gathered (sharded layers that are whole at a time), latents,
-            activations, kv_copies, vae_decode.
+        memory: bytes by part: weights, text_encoder, gathered (sharded or quantised layers that are whole at a time, or offloaded
+            blocks that are on the GPU), latents, activations, kv_copies, vae_decode.
         peak_bytes: the most at any time.
         fits: whether that is within the GPU's usable memory.
         steps: by method that these degrees serve, how many steps of each mode the sampler's timesteps give.
@@ -153,7 +172,11 @@ class Case:
 
     @classmethod
     def of(cls, config: RunConfig, spec: ModelSpec, *, gpu: GpuSpec, world_size: int) -> "Case":
-        """The run of a configuration, on so many of these GPUs."""
+        """The run of a configuration, on so many of these GPUs. A GGUF file of the hub is downloaded: only it has its bytes."""
+        options = Options.of(config)
+        file = open_single_file(config.model, spec.adapter) if config.model.is_gguf else None
+        if file is not None:
+            options = replace(options, file_bytes=file.stored_bytes(options.itemsize))
         return cls(
             spec=spec,
             video=config.video,
@@ -161,7 +184,7 @@ class Case:
             method=config.method,
             gpu=gpu,
             world_size=world_size,
-            options=Options.of(config),
+            options=options,
         )
 
     @property
@@ -202,7 +225,9 @@ class Case:
         adapter, decode, video = self.spec.adapter, self.options.decode, self.video
         whole: list[DecodeMode] = [mode for mode in adapter.decode_modes if mode != "tiled"]
         size = self.spec.video.latent_shape(video.num_frames, video.height, video.width)[2:]
-        weights = sum(self.kept_weights(self.world_size).values())
+        kept = self.kept_weights(self.world_size)
+        offloads = self.options.weights in OFFLOADS
+        weights = kept["vae"] if offloads else sum(kept.values())
         costs: list[tuple[DecodeMode, int, int]] = []
         for mode in [decode.mode] if decode.mode in whole else whole:
             num_bytes, ops = decode_cost(self.spec, video.height, video.width, size[0], mode=mode, decode=decode)
@@ -260,22 +285,32 @@ class Case:
     def kept_weights(self, ranks: int) -> dict[str, int]:
         """Bytes of each part that stay on the busiest GPU: whole parts, or with zero3 its shares, if they stay on GPUs.
 
-        Of two transformers both, unless the idle one leaves.
+        Of two transformers both, unless the idle one leaves. With block_offload what is outside the blocks, while the part runs.
         """
         options = self.options
         shared = options.weights == "zero3"
-        kept = self.spec.weight_bytes(options.itemsize, ranks=ranks if shared else 1)
+        kept = self.spec.weight_bytes(
+            options.itemsize, ranks=ranks if shared else 1, stored=None if shared else options.stored
+        )
+        if options.weights == "block_offload":
+            kept |= {part: outside for part, (outside, _) in self.spec.offloaded_bytes(options.stored).items()}
         kept["transformer"] *= self.spec.num_experts if shared or self.idle_expert == "stay" else 1
         if shared and options.shards != "device":
             kept |= {"transformer": 0, "text_encoder": 0}
         return kept if options.text_device == "model" else kept | {"text_encoder": 0}
 
     def gathered(self) -> dict[str, int]:
-        """Bytes of transformer and text encoder that zero3 gathers at a time."""
-        gathered = self.spec.gathered_bytes(self.options.itemsize)
-        on_gpu = {"transformer": True, "text_encoder": self.options.text_device == "model"}
-        shared = self.options.weights == "zero3"
-        return {part: num * (shared and on_gpu[part]) for part, num in gathered.items()}
+        """Bytes of transformer and text encoder that are on the GPU for as long as a layer runs.
+
+        What zero3 gathers, the blocks of block_offload, and of a quantised transformer the layer that is made whole.
+        """
+        options, gathered = self.options, {"transformer": 0, "text_encoder": 0}
+        if options.weights == "zero3":
+            gathered = self.spec.gathered_bytes(options.itemsize)
+        if options.weights == "block_offload":
+            gathered = {part: blocks for part, (_, blocks) in self.spec.offloaded_bytes(options.stored).items()}
+        gathered["transformer"] += self.spec.whole_bytes(options.stored)
+        return gathered if options.text_device == "model" else gathered | {"text_encoder": 0}
 
     def memory(self, degrees: Degrees, modes: Sequence[Mode]) -> tuple[dict[str, int], int]:
         """Bytes by part, and the peak: text, denoising and decoding follow each other, so the largest of them counts."""
@@ -289,6 +324,9 @@ class Case:
         memory |= {"gathered": max(gathered.values()), **denoise, "vae_decode": decoding}
         if self.options.weights == "cpu_offload":  # one part at a time
             return memory, max(weights["transformer"] + denoising, text, weights["vae"] + decoding)
+        if self.options.weights == "block_offload":
+            encoding = text + gathered["text_encoder"]
+            return memory, weights["vae"] + max(weights["transformer"] + denoising, encoding, decoding)
         return memory, memory["weights"] + text + max(denoising, decoding, gathered["text_encoder"])
 
     def fits(self, num_bytes: int) -> bool:

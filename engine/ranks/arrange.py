@@ -94,7 +94,7 @@ def check_settings(config: RunConfig, spec: ModelSpec) -> None:
     path = Path(name)
     # ORGANISATION/NAME/FILE of the hub: the engine fetches it later.
     of_hub = len(path.parts) > 2 and not path.is_absolute() and not name.startswith("~") and not path.is_file()
-    if not of_hub or config.model.offline or not name.endswith(".safetensors"):
+    if not of_hub or config.model.offline or not name.endswith((".safetensors", ".gguf")):
         open_single_file(config.model, spec.adapter)
 
 

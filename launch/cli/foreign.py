@@ -48,6 +48,8 @@ RENAMED: dict[str, tuple[str, ...]] = {
         "window_size window context_length context_frames native_length": ("method.window_frames",),
         "ray_address cluster": ("ray",),
         "model.offload model.cpu_offload": ("model.weights",),
+        "quantization quantize quant quant_type precision": ("model.storage",),
+        "gguf gguf_path gguf_file": ("model.single_file",),
         "parallel.degrees degrees": ("parallel.plan",),
         "methods": ("methods", "method.name"),
         "model_dtype weight_dtype": ("model.dtype",),
@@ -62,6 +64,11 @@ FLAGS: dict[str, dict[str, str]] = {
     for names, settings in {
         "offload_model offload_to_cpu cpu_offload enable_model_cpu_offload enable_sequential_cpu_offload low_vram use_cpu_offload "
         "dit_cpu_offload offload": {"model.weights": "cpu_offload"},
+        "block_offload enable_group_offload group_offload blocks_to_swap block_swap layerwise_offload dit_layerwise_offload": {
+            "model.weights": "block_offload"
+        },
+        "fp8 use_fp8 enable_layerwise_casting layerwise_casting": {"model.storage": "fp8"},
+        "int8 load_in_8bit": {"model.storage": "torchao_int8"},
         "dit_fsdp t5_fsdp use_fsdp_inference use_fsdp fsdp zero3": {"model.weights": "zero3"},
         "t5_cpu text_encoder_cpu_offload text_encoder_cpu": {"parallel.text_device": "cpu"},
         "use_torch_compile enable_torch_compile torch_compile use_compile compile_model": {"model.compile": "true"},
@@ -110,8 +117,8 @@ ANSWERS: dict[str, str] = {
         "use_teacache enable_teacache teacache teacache_thresh use_fbcache fbcache use_cache cache_dit first_block_cache": (
             f"not supported: no cache of steps is built in; {_OWN_PIPELINE}"
         ),
-        "fp8 int8 nf4 gguf quantization quantize quant use_fp8 use_fp8_t5_encoder load_in_8bit load_in_4bit": (
-            f"not supported: no quantised model is loaded here; {_OWN_PIPELINE}"
+        "nf4 load_in_4bit use_fp8_t5_encoder": (
+            f"not supported: --model.storage stores a transformer in 8 bits, and --model.single_file takes a .gguf file; {_OWN_PIPELINE}"
         ),
         "sample_solver scheduler scheduler_type solver sampler_name sample_method": (
             "--sampler.scheduler is checkpoint, euler, unipc or lcm; see docs/models.md"

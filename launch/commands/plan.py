@@ -95,6 +95,11 @@ def _weights(case: Case, best: Plan) -> list[str]:
         ]
     if options.weights == "resident":
         return ["  weights: both transformers stay on each GPU (model.idle_expert)"] if best.idle_expert else []
+    if options.weights == "block_offload":
+        return [
+            "  weights: block_offload, two blocks at a time on each GPU, the rest on its CPU; copies that denoising does not hide are not "
+            "in the predicted time"
+        ]
     if options.weights == "cpu_offload":
         return ["  weights: cpu_offload, one part at a time on each GPU"]
     place = {"device": "on each GPU", "cpu": "of each GPU on the CPU"}.get(options.shards, "of each GPU in a file")

@@ -495,9 +495,9 @@ def test_choose_keeps_the_degrees_that_are_fixed(specs: dict[str, ModelSpec]) ->
     ("memory", "options", "advice"),
     [
         (20.0, Options(), "the smallest change that fits is parallel.text_device cpu"),
-        (13.0, Options(text_device="cpu"), "the smallest change that fits is 2 GPUs"),
+        (13.0, Options(text_device="cpu"), "the smallest change that fits is model.weights block_offload (or 2 GPUs"),
         (11.6, Options(text_device="cpu"), "the smallest change that fits is 2 GPUs"),
-        (2.5, Options(), "the transformer's weights alone are 2.6 GiB"),
+        (2.5, Options(), "no single change makes it fit: use a GPU with more memory"),
     ],
 )
 def test_what_cannot_fit_is_refused_with_the_smallest_change(
