@@ -48,7 +48,7 @@ RENAMED: dict[str, tuple[str, ...]] = {
         "window_size window context_length context_frames native_length": ("method.window_frames",),
         "ray_address cluster": ("ray",),
         "model.offload model.cpu_offload": ("model.weights",),
-        "quantization quantize quant quant_type precision": ("model.storage",),
+        "quantization quantize quant quant_type": ("model.storage",),
         "gguf gguf_path gguf_file": ("model.single_file",),
         "parallel.degrees degrees": ("parallel.plan",),
         "methods": ("methods", "method.name"),
