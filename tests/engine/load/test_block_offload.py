@@ -18,7 +18,7 @@ from engine.config import MethodConfig, ModelConfig, RunConfig, SamplerConfig, V
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.load.block_offload import offload_blocks
-from engine.planner.choose import choose
+from engine.planner.choose import _placements, choose
 from engine.planner.gpu import read_gpu
 from engine.planner.memory import GIB
 from engine.planner.model import ModelSpec, Stored, read_model
@@ -199,6 +199,12 @@ def test_the_planner_counts_what_diffusers_brings(folders: dict[str, Path], fami
 
 
 SMALL, LARGE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+CHANGES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "quantised": {"storage": "fp8"},
+    "file": {"file_bytes": 10**10},
+    "sharded": {"weights": "zero3"},
+}
 LONG = VideoConfig(num_frames=321, height=480, width=832)
 
 
@@ -215,26 +221,30 @@ def planned(name: str, memory_gib: float, **options: Any) -> PlannedCase:
     )
 
 
-@pytest.mark.parametrize(("name", "memory_gib"), [(LARGE, 24.0), (SMALL, 12.0)])
-def test_a_video_that_does_not_fit_is_planned_with_blocks_on_the_cpu(name: str, memory_gib: float) -> None:
+def test_what_does_not_fit_is_planned_with_blocks_on_the_cpu() -> None:
+    """14B on a card of 24 GB, 1.3B on one of 12 GB."""
+    for name, memory_gib in ((LARGE, 24.0), (SMALL, 12.0)):
+        resident, offloaded = planned(name, memory_gib), planned(name, memory_gib, weights="block_offload")
+        (before, peak), (after, lower) = (case.memory((1, 1, 1), ["dual"]) for case in (resident, offloaded))
+        assert not resident.fits(peak)
+        assert offloaded.fits(lower)
+        assert after["weights"] + after["gathered"] < before["weights"] / 2
+        assert after["activations"] == before["activations"]
     with pytest.raises(UserError, match=r"the smallest change that fits is model\.weights block_offload"):
-        choose(planned(name, memory_gib))
-    plan = choose(planned(name, memory_gib, weights="block_offload"))
-    assert plan.peak_bytes < (memory_gib - 2) * GIB
-    resident = planned(name, memory_gib).memory((1, 1, 1), ["dual"])[0]
-    assert plan.memory["weights"] + plan.memory["gathered"] < resident["weights"] / 2
-    assert plan.memory["activations"] == resident["activations"]
+        choose(planned(LARGE, 24.0))
 
 
-def test_weights_in_fewer_bits_are_proposed_where_they_are_enough() -> None:
-    case = planned(LARGE, 33.0, weights="cpu_offload")
-    with pytest.raises(UserError, match=r"fits is model\.weights block_offload \(or model\.storage fp8, or"):
-        choose(case)
-    assert choose(planned(LARGE, 33.0, weights="cpu_offload", storage="fp8")).fits
-    with pytest.raises(UserError) as refused:  # of what is stored in fewer bits nothing is said about zero3
-        choose(planned(LARGE, 8.0, storage="fp8"))
-    assert "zero3" not in str(refused.value)
-    assert "fp8" not in str(refused.value)
+def test_only_what_can_be_is_proposed() -> None:
+    """zero3 for plain weights on several GPUs; fewer bits once, and not for what zero3 shards."""
+    two = {name: dataclasses.replace(planned(LARGE, 24.0, **change), world_size=2) for name, change in CHANGES.items()}
+    words = {name: [words for words, _ in _placements(case)] for name, case in two.items()}
+    assert words["plain"][-3:] == ["model.weights zero3", "model.weights block_offload", "model.storage fp8"]
+    assert words["quantised"][-1] == words["file"][-1] == "model.weights block_offload"
+    assert "model.weights zero3" not in words["quantised"] + words["file"]
+    assert words["sharded"] == ["parallel.text_device cpu", "model.shards cpu"]
+    case = planned(LARGE, 33.0, weights="cpu_offload", storage="fp8")
+    assert case.fits(case.memory((1, 1, 1), ["dual"])[1])
+    assert not case.fits(planned(LARGE, 33.0, weights="cpu_offload").memory((1, 1, 1), ["dual"])[1])
 
 
 def test_a_model_on_a_cpu_and_compiled_blocks_are_refused(folders: dict[str, Path]) -> None:
