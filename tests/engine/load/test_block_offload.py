@@ -20,7 +20,6 @@ from engine.errors import UserError
 from engine.load.block_offload import offload_blocks
 from engine.planner.choose import _placements, choose
 from engine.planner.gpu import read_gpu
-from engine.planner.memory import GIB
 from engine.planner.model import ModelSpec, Stored, read_model
 from engine.planner.plan import Case as PlannedCase
 from engine.planner.plan import Options
