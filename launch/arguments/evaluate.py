@@ -1,10 +1,10 @@
 """Command line of evaluate.py."""
 
-from jsonargparse import SUPPRESS, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from engine.errors import UserError
 from engine.paths import expand
-from evaluation.vbench.dimensions import DIMENSIONS, check_total, parse_dimensions
+from evaluation.vbench.dimensions import DIMENSIONS, parse_dimensions
 from launch.arguments.options import add_out
 from launch.cli.parser import Keys, add_former_name, arrange, make_parser, parse
 
@@ -34,9 +34,7 @@ def read(argv: list[str]) -> Namespace:
         raise UserError("--runs names several folders: give --out, the folder of the report")
     if options.nproc < 1 or options.time_limit <= 0:
         raise UserError(f"--nproc and --time_limit must be above 0, got {options.nproc} and {options.time_limit:g}")
-    dimensions = parse_dimensions(options.dimensions)
-    if options.total:
-        check_total(dimensions)
+    parse_dimensions(options.dimensions)
     if options.vbench:
         read_gpus(options)
     check_places(options)
@@ -95,4 +93,3 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--keep_views", type=bool, default=False, help="keep the staged videos and clips")
     parser.add_argument("--check", type=bool, default=False, help="only check that everything needed exists")
-    parser.add_argument("--total", type=bool, default=False, help=SUPPRESS)

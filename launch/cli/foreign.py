@@ -157,6 +157,7 @@ ANSWERS: dict[str, str] = {
             "give decode.mode tiled and the settings decode.* of tiles, see --help_all"
         ),
         "aspect_ratio ratio": "give video.height and video.width",
+        "total total_score": "VBench's total is of sixteen dimensions, of which evaluate.py scores six; see docs/vbench.md",
         "token hf_token use_auth_token": "set HF_TOKEN in the environment",
         "cache_dir hf_home hf_cache": "set HF_HOME in the environment",
         "output_type save_type format": "the end of output.path says the kind of file",
