@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from engine.denoise.denoise import Denoised
     from engine.engine import LongVideoEngine, Result
     from engine.errors import UserError
+    from engine.given.frames import GivenFrames, parse_given
     from engine.hooks.apply import MethodHandle, apply_method
     from engine.hooks.cross_attention import TimelineHandle, apply_timeline
     from engine.media.write_video import write_video
@@ -38,6 +39,7 @@ __all__ = [
     "AttentionConfig",
     "DecodeConfig",
     "Denoised",
+    "GivenFrames",
     "LongVideoEngine",
     "MethodConfig",
     "MethodHandle",
@@ -53,12 +55,14 @@ __all__ = [
     "VideoConfig",
     "apply_method",
     "apply_timeline",
+    "parse_given",
     "read_preset",
     "write_video",
 ]
 
 _MODULES = {
     "Denoised": "engine.denoise.denoise",
+    "GivenFrames": "engine.given.frames",
     "LongVideoEngine": "engine.engine",
     "MethodHandle": "engine.hooks.apply",
     "Ranks": "engine.ranks.layouts",
@@ -67,6 +71,7 @@ _MODULES = {
     "UserError": "engine.errors",
     "apply_method": "engine.hooks.apply",
     "apply_timeline": "engine.hooks.cross_attention",
+    "parse_given": "engine.given.frames",
     "read_preset": "engine.presets",
     "write_video": "engine.media.write_video",
 }

@@ -18,13 +18,20 @@ from freespec.riflex import Riflex
 
 
 def check_model(
-    config: RunConfig, adapter: ModelAdapter, spec: VideoSpec, *, index: Mapping[str, Any], scheduler: Mapping[str, Any]
+    config: RunConfig,
+    adapter: ModelAdapter,
+    spec: VideoSpec,
+    *,
+    index: Mapping[str, Any],
+    transformer: Mapping[str, Any],
+    scheduler: Mapping[str, Any],
 ) -> None:
     """Raise UserError for settings that this model cannot serve.
 
-    `index` is its model_index.json, `scheduler` the configuration of its scheduler.
+    `index` is its model_index.json, `transformer` and `scheduler` are the configurations of these parts.
     """
     check_experts(config, adapter.experts_named(index))
+    check_text_tokens(config, adapter.text_tokens(transformer))
     check_tiles(config.decode, spec)
     check_riflex(adapter, config.attention.riflex)
     check_far_tokens(config, spec)
@@ -48,6 +55,15 @@ def check_experts(config: RunConfig, experts: Sequence[str]) -> None:
     if len(experts) == 1 and model.idle_expert != "auto":
         raise UserError(
             f"model.idle_expert {model.idle_expert} is for a checkpoint of two transformers, and this one has one; leave it out"
+        )
+
+
+def check_text_tokens(config: RunConfig, only: int | None) -> None:
+    """Raise UserError for a number of text tokens that the checkpoint does not take, if it takes one number only."""
+    if only is not None and config.sampler.max_text_tokens != only:
+        raise UserError(
+            f"sampler.max_text_tokens must be {only} for this checkpoint, got {config.sampler.max_text_tokens}: diffusers tells the tokens "
+            "of its pictures from those of the text by that number"
         )
 
 

@@ -29,7 +29,7 @@ from engine.denoise.schedulers import make_scheduler, set_timesteps
 from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError
 from engine.given.frames import GivenFrames
-from engine.given.known import Known, read_given_on_ranks
+from engine.given.known import Known, check_needs, read_given_on_ranks
 from engine.hooks.apply import MethodHandle, apply_method
 from engine.hooks.cross_attention import install_timeline
 from engine.hooks.step_hook import choose_eigensolver
@@ -216,6 +216,7 @@ class LongVideoEngine:
         negative_prompt = sampler.negative_prompt if negative_prompt is None else negative_prompt
         num_frames = video.num_frames if num_frames is None else num_frames
         self.spec.check_video(num_frames, video.height, video.width)
+        check_needs(given, self.spec, num_frames=num_frames, fps=video.fps)
 
         started = time.perf_counter()
         direction = read_direction(
@@ -292,10 +293,16 @@ class LongVideoEngine:
         negative_prompt: str | None = None,
         num_frames: int | None = None,
         seed: int | None = None,
+        given: GivenFrames | None = None,
         trace: SpectralTrace | None = None,
     ) -> Result:
-        """Make one video in memory: latents, frames and the record. Arguments that are None are taken from the configuration."""
-        denoised = self.denoise(prompt, negative_prompt=negative_prompt, num_frames=num_frames, seed=seed, trace=trace)
+        """Make one video in memory: latents, frames and the record. Arguments that are None are taken from the configuration.
+
+        `given` are given frames of the video, such as `parse_given(["first=cat.png"], None)`.
+        """
+        denoised = self.denoise(
+            prompt, negative_prompt=negative_prompt, num_frames=num_frames, seed=seed, given=given, trace=trace
+        )
         started = time.perf_counter()
         none = np.empty((0, self.config.video.height, self.config.video.width, 3), np.uint8)
         frames = np.concatenate([none, *self.decode(denoised.latents, seed=seed)])
@@ -331,8 +338,13 @@ class LongVideoEngine:
         check_ranks(config, self.ranks)
         checkpoint = open_checkpoint(config.model)
         checkpoint.spec.check_video(video.num_frames, video.height, video.width)
-        scheduler, index = (checkpoint.read(file) for file in ("scheduler/scheduler_config.json", "model_index.json"))
-        check_model(config, checkpoint.adapter, checkpoint.spec, index=index, scheduler=scheduler)
+        files = {
+            "index": "model_index.json",
+            "transformer": "transformer/config.json",
+            "scheduler": "scheduler/scheduler_config.json",
+        }
+        configs = {name: checkpoint.read(file) for name, file in files.items()}
+        check_model(config, checkpoint.adapter, checkpoint.spec, **configs)
         return checkpoint
 
     def _choose_idle(self) -> bool:
@@ -351,8 +363,8 @@ class LongVideoEngine:
         model, text_device = self.config.model, self.config.parallel.text_device
         shares_text = shards_text(model, text_device)
         with_text = self.is_first or shares_text
-        load = partial(load_pipeline, with_text=with_text, text_device=text_device, idle_stays=self._idle_stays)
-        pipe = raise_together(self.mesh, lambda: load(model))
+        load = partial(load_pipeline, text_device=text_device, idle_stays=self._idle_stays)
+        pipe = raise_together(self.mesh, lambda: load(model, with_text=with_text, with_pictures=self.is_first))
         if model.weights == "zero3":
             shard_pipeline(pipe, model, with_text=shares_text, mesh=self.mesh, device=self.device)
         return pipe, raise_together(self.mesh, lambda: describe_weights(model) if self.is_first else {})
@@ -408,5 +420,5 @@ class LongVideoEngine:
         begun = 0
         if given.extend is not None and known is not None:
             begun = self.spec.num_frames(len(known.frames) - len(given.images))
-        step = self.spec.temporal_factor
-        return given.record(num_frames=num_frames, fps=self.config.video.fps, step=step, begun=begun)
+        spec, video = self.spec, {"num_frames": num_frames, "fps": self.config.video.fps}
+        return given.record(**video, step=spec.temporal_factor, begun=begun, pictures=spec.pictures)

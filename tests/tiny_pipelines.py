@@ -12,10 +12,20 @@ from diffusers import (
     LTXPipeline,
     LTXVideoTransformer3DModel,
     UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
-from transformers import T5Config, T5EncoderModel, T5Tokenizer, UMT5Config, UMT5EncoderModel
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 LETTERS = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
 LETTERS += [(letter, -3.0) for letter in string.ascii_lowercase]
@@ -104,6 +114,39 @@ def random_ti2v(*, seed: int = 0) -> WanPipeline:
         scheduler=pipe.scheduler,
         expand_timesteps=True,
     )
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def random_i2v(kind: str = "i2v") -> WanImageToVideoPipeline:
+    """Wan2.1 I2V (`i2v`), FLF2V (`flf2v`) and Wan2.2 I2V A14B (`a14b`), of the sizes of `random_wan`, with a small CLIP of 5 tokens."""
+    pipe = random_wan() if kind != "a14b" else random_wan22(boundary=0.9)
+    sees = kind != "a14b"
+    parts = {**pipe.components}
+    for name in ("transformer", "transformer_2"):
+        if parts.get(name) is None:
+            continue
+        torch.manual_seed(len(name))
+        # without `_use_default_values`, whose names keep their defaults
+        config = {key: value for key, value in parts[name].config.items() if key[0] != "_"} | {"in_channels": 12}
+        if sees:
+            config |= {
+                "image_dim": 8,
+                "added_kv_proj_dim": config["num_attention_heads"] * config["attention_head_dim"],
+            }
+        config |= {"pos_embed_seq_len": 10} if kind == "flf2v" else {}
+        parts[name] = WanTransformer3DModel.from_config(config).eval()
+        with torch.no_grad():  # as in random_wan
+            parts[name].proj_out.weight.mul_(8)
+            parts[name].scale_shift_table.mul_(4)
+            if kind == "flf2v":
+                parts[name].condition_embedder.image_embedder.pos_embed.normal_()
+    if sees:
+        size = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+        config = CLIPVisionConfig(**size, image_size=28, patch_size=14)
+        parts["image_encoder"] = CLIPVisionModel(config).eval()
+        parts["image_processor"] = CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    made = WanImageToVideoPipeline(**parts, boundary_ratio=pipe.config.boundary_ratio)
     made.set_progress_bar_config(disable=True)
     return made
 

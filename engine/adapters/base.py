@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -40,6 +41,7 @@ class VideoSpec:
         max_positions: length of the rotary table of each axis; None if positions are computed.
         cuts_time: whether a decode may cut the video into chunks of `decode.tile_frames`.
         pictures: where a given picture is a condition that the checkpoint was trained for: `first`, `last`.
+        needs: those of them without which it makes no video.
     """
 
     channels: int
@@ -50,10 +52,11 @@ class VideoSpec:
     max_positions: int | None = None
     cuts_time: bool = False
     pictures: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise ValueError for invalid numbers, as configurations come from files."""
-        others = ("cuts_time", "pictures")
+        others = ("cuts_time", "pictures", "needs")
         numbers = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in others}
         for name, value in numbers.items():
             sizes = value if isinstance(value, tuple) else (value,)
@@ -129,14 +132,24 @@ class Condition:
 
     Attributes:
         latents: [1, z, K, h, w] fp32, the first latent frames of the video, which have no noise at any step; None for no such frames.
+        channels: [1, c, F, h, w] fp32, which follow those of the latents in the model; None for no such channels.
+        tokens: [P, K, C] of P pictures, which every frame's cross-attention sees beside the text; None for no such tokens.
     """
 
     latents: Tensor | None = None
+    channels: Tensor | None = None
+    tokens: Tensor | None = None
 
     def to(self, device: torch.device) -> "Condition":
         """The same on a device."""
         moved = {field.name: getattr(self, field.name) for field in fields(self)}
         return Condition(**{name: part if part is None else part.to(device) for name, part in moved.items()})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        parts = (self.latents, self.channels, self.tokens)
+        return sum(part.nbytes for part in parts if part is not None)
 
     @property
     def clean_frames(self) -> int:
@@ -238,6 +251,11 @@ def says_expert(name: str) -> str | None:
     return None if found is None else (found[1] or found[2]).lower()
 
 
+def as_frames(pixels: np.ndarray) -> Tensor:
+    """Uint8 [T, H, W, 3] to fp32 [1, 3, T, H, W] in [-1, 1], with the bits of diffusers' VideoProcessor."""
+    return 2.0 * (torch.from_numpy(pixels.copy()).permute(3, 0, 1, 2)[None].float() / 255.0) - 1.0
+
+
 def unwrap(module: Any) -> Any:
     """The module without a wrapper of torch.compile."""
     return getattr(module, "_orig_mod", module)
@@ -255,6 +273,7 @@ class ModelAdapter(ABC):
         vae_class: class of `pipe.vae`.
         text_encoder_class: class of `pipe.text_encoder`.
         text_config_class: class of its configuration.
+        image_encoder_class: class of `pipe.image_encoder`, if `sees_pictures`.
         batches_guidance: whether the stock pipeline runs both passes of guidance as one batch, [uncond, cond].
         frame_rate_matters: whether the frame rate decides the latents.
         decode_modes: the ways to decode, the most exact first; `decode.mode` names one of them or `auto`.
@@ -273,6 +292,7 @@ class ModelAdapter(ABC):
     vae_class: ClassVar[Any]
     text_encoder_class: ClassVar[Any]
     text_config_class: ClassVar[Any]
+    image_encoder_class: ClassVar[Any] = None
     batches_guidance: ClassVar[bool]
     frame_rate_matters: ClassVar[bool]
     decode_modes: ClassVar[tuple[DecodeMode, ...]]
@@ -314,6 +334,26 @@ class ModelAdapter(ABC):
             raise half_of_two("a transformer_2 that its model_index.json does not name")
 
     # The transformers. Most models have one; a second one denoises the timesteps below a boundary.
+
+    def pipeline_of(self, index: Mapping[str, Any]) -> Any:
+        """The class of pipelines that loads the checkpoint of a model_index.json."""
+        return self.pipeline_class
+
+    def sees_pictures(self, index: Mapping[str, Any]) -> bool:
+        """Whether a checkpoint has an encoder of pictures, `image_encoder`, and its `image_processor`."""
+        return False
+
+    def image_tokens(self, transformer: Mapping[str, Any], image_encoder: Mapping[str, Any] | None) -> int:
+        """Tokens of a `Condition` that cross-attention sees beside the text, from two config.json files."""
+        return 0
+
+    def text_tokens(self, transformer: Mapping[str, Any]) -> int | None:
+        """The only number of text tokens that the stock cross-attention of this checkpoint takes; None for any number."""
+        return None
+
+    def stored_name(self, part: str, name: str) -> str:
+        """The name in a part of the pipeline of a tensor of that name in its file."""
+        return name
 
     def experts_named(self, index: Mapping[str, Any]) -> tuple[str, ...]:
         """The parts of a checkpoint that denoise, from its model_index.json."""
@@ -448,6 +488,10 @@ class ModelAdapter(ABC):
         q, k, v = (x.unflatten(2, (attn.heads, -1)) for x in (q, k, v))
         return q, k, v
 
+    def added_kv(self, attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v [B, K, N, D] of the tokens [B, K, C] of pictures; their attention is added to that of the text."""
+        raise AssertionError(f"{self.name} has no tokens of pictures")
+
     # A run.
 
     def clean_prompt(self, prompt: str) -> str:
@@ -508,9 +552,17 @@ class ModelAdapter(ABC):
 
     # Latents to frames, and back.
 
-    def condition(self, pipe: Any, pictures: Mapping[str, Tensor], *, num_frames: int) -> Condition:
-        """The condition of pictures [1, 3, 1, H, W] in [-1, 1] at some of `VideoSpec.pictures`; called only with any."""
+    def condition(self, pipe: Any, pictures: Mapping[str, np.ndarray], *, num_frames: int) -> Condition:
+        """The condition of pictures, uint8 [H, W, 3], at some of `VideoSpec.pictures`; called only with any."""
         raise AssertionError(f"{self.name} was trained for no pictures")
+
+    def encode_pictures(self, vae: Any, pictures: Mapping[str, Tensor], *, num_frames: int) -> Tensor:
+        """Latents of the video between pictures [1, 3, 1, H, W], if a `Condition` has them; called only for `VideoSpec.needs`."""
+        raise AssertionError(f"{self.name} needs no pictures")
+
+    def empty_condition(self, transformer: Any, shape: Sequence[int], image_tokens: int) -> Condition | None:
+        """The condition without which this model makes no video, for latents of this shape, on the meta device; None if there is none."""
+        return None
 
     def encode(self, vae: Any, frames: Tensor) -> Tensor:
         """Frames [1, 3, T, H, W] in [-1, 1] to latents [1, z, F, h, w] as the transformer sees them (normalised)."""

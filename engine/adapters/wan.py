@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanPipeline, WanTransformer3DModel
-from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import patchify, unpatchify
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from PIL import Image
 from torch import Tensor, nn
-from transformers import UMT5Config, UMT5EncoderModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from engine.adapters.base import (
     EXPERTS,
@@ -22,24 +24,29 @@ from engine.adapters.base import (
     Text,
     TimeSettings,
     VideoSpec,
+    as_frames,
     half_of_two,
 )
 from engine.config import DecodeConfig
 from engine.denoise.schedulers import TRAINED_TIMESTEPS, fixed_shift
 from engine.errors import UserError
 
+_WITH_PICTURES = "WanImageToVideoPipeline"
+_TEXT_TOKENS = 512
+
 
 class WanAdapter(ModelAdapter):
     """WanPipeline: tokens are frame-major, the passes of guidance are two forwards, the VAE is causal in time."""
 
     name = "Wan text-to-video"
-    index_names = ("WanPipeline",)
+    index_names = ("WanPipeline", "WanImageToVideoPipeline")
     pipeline_class = WanPipeline
     pipeline_classes = (WanPipeline, WanImageToVideoPipeline)
     transformer_class = WanTransformer3DModel
     vae_class = AutoencoderKLWan
     text_encoder_class = UMT5EncoderModel
     text_config_class = UMT5Config
+    image_encoder_class = CLIPVisionModel
     text_arguments = ("prompt_embeds",)
     batches_guidance = False
     frame_rate_matters = False
@@ -52,15 +59,17 @@ class WanAdapter(ModelAdapter):
     def video_spec(
         self, transformer: dict[str, Any], vae: dict[str, Any], index: Mapping[str, Any] | None = None
     ) -> VideoSpec:
-        """See the base class."""
+        """See the base class; ValueError for a transformer whose channels are not those of its pipeline."""
+        pictures, needs = _pictures(transformer, vae, index or {})
         return VideoSpec(
-            channels=transformer.get("in_channels", 16),
+            channels=transformer.get("out_channels", 16) or transformer.get("in_channels", 16),
             temporal_factor=vae.get("scale_factor_temporal", 4),
             spatial_factor=self.spatial_factor(vae),
             patch=tuple(transformer.get("patch_size", (1, 2, 2))),
             pipeline_multiple=16,
             max_positions=transformer.get("rope_max_seq_len", 1024),
-            pictures=("first",) if (index or {}).get("expand_timesteps") else (),
+            pictures=pictures,
+            needs=needs,
         )
 
     def spatial_factor(self, vae: Mapping[str, Any]) -> int:
@@ -73,6 +82,8 @@ class WanAdapter(ModelAdapter):
 
     def build(self, part: str, config: dict[str, Any]) -> Any:
         """See the base class; ValueError if the VAE's mean and deviation are not numbers for each latent channel."""
+        if part == "image_encoder":
+            return CLIPVisionModel(CLIPVisionConfig(**config))
         made = super().build(part, config)
         if part == "vae":
             _check_statistics(made.config)
@@ -94,19 +105,43 @@ class WanAdapter(ModelAdapter):
             raise UserError(f"boundary_ratio must lie between 0 and 1, got {ratio!r:.40}")
 
     def check_pipeline(self, pipe: WanPipeline) -> None:
-        """Also refuses image-to-video checkpoints, and two transformers that differ in their configurations."""
+        """Also refuses a transformer of the other kind of pipeline, and two transformers that differ in their configurations."""
         now = {"transformer_2": None if getattr(pipe, "transformer_2", None) is None else "here"}
         self.check_index(dict(pipe.config) | now)
         configs = {name: _architecture(part.config) for name, part in self.experts(pipe).items()}
         first, *others = configs.values()
-        more = first["in_channels"] != first["out_channels"]
-        if more or first.get("added_kv_proj_dim") is not None or first.get("image_dim") is not None:
-            raise UserError("this is an image-to-video checkpoint; use a text-to-video one")
+        try:
+            self.video_spec(first, pipe.vae.config, {**pipe.config, "_class_name": _class_name(pipe)})
+        except ValueError as error:
+            raise UserError(str(error)) from error
         for other in others:
             unlike = sorted(key for key in first | other if first.get(key) != other.get(key))
             if unlike:
                 told = ", ".join(f"{key} ({first.get(key)} and {other.get(key)})" for key in unlike)
                 raise UserError(f"transformer and transformer_2 differ in {told}; load both from one checkpoint")
+
+    def pipeline_of(self, index: Mapping[str, Any]) -> Any:
+        """See the base class."""
+        return WanImageToVideoPipeline if index.get("_class_name") == _WITH_PICTURES else WanPipeline
+
+    def sees_pictures(self, index: Mapping[str, Any]) -> bool:
+        """Those of Wan2.1 do; of Wan2.2 the entry is [null, null]."""
+        return index.get("image_encoder") not in (None, [None, None], (None, None))
+
+    def image_tokens(self, transformer: Mapping[str, Any], image_encoder: Mapping[str, Any] | None) -> int:
+        """See the base class: those of one picture, or of two."""
+        if transformer.get("image_dim") is None or image_encoder is None:
+            return 0
+        config = CLIPVisionConfig(**image_encoder)
+        return (1 + (config.image_size // config.patch_size) ** 2) * (2 if transformer.get("pos_embed_seq_len") else 1)
+
+    def text_tokens(self, transformer: Mapping[str, Any]) -> int | None:
+        """A number in diffusers' WanAttnProcessor."""
+        return None if transformer.get("image_dim") is None else _TEXT_TOKENS
+
+    def stored_name(self, part: str, name: str) -> str:
+        """transformers before 5 kept the tensors of a CLIPVisionModel inside a `vision_model`."""
+        return name.removeprefix("vision_model.") if part == "image_encoder" else name
 
     def experts_named(self, index: Mapping[str, Any]) -> tuple[str, ...]:
         """Two if there is a boundary."""
@@ -191,6 +226,15 @@ class WanAdapter(ModelAdapter):
         q, k = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(q), attn.norm_k(k)))
         return _rotate(q, *rotary), _rotate(k, *rotary), v
 
+    def added_kv(self, attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """See the base class; honours `fuse_qkv_projections`."""
+        if attn.fused_projections:
+            k, v = attn.to_added_kv(tokens).chunk(2, dim=-1)
+        else:
+            k, v = attn.add_k_proj(tokens), attn.add_v_proj(tokens)
+        k, v = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_added_k(k), v))
+        return k, v
+
     def clean_prompt(self, prompt: str) -> str:
         """Fix broken characters, unescape HTML, and collapse spaces."""
         return prompt_clean(prompt)
@@ -238,12 +282,16 @@ class WanAdapter(ModelAdapter):
             if condition is not None:
                 mask[: condition.clean_frames] = 0
             timestep = (mask * timestep[0]).flatten()[None].expand(latents.shape[0], -1)
+        condition = condition or Condition()
+        if condition.channels is not None:
+            latents = torch.cat([latents, condition.channels], dim=1)
         with transformer.cache_context(name):
             return [
                 transformer(
                     hidden_states=latents.to(transformer.dtype),
                     timestep=timestep,
                     encoder_hidden_states=embed,
+                    encoder_hidden_states_image=condition.tokens,
                     return_dict=False,
                 )[0]
             ]
@@ -254,15 +302,60 @@ class WanAdapter(ModelAdapter):
         """One latent frame after the other is both exact and small, so there is nothing to choose."""
         return TimeSettings()
 
-    def condition(self, pipe: Any, pictures: Mapping[str, Tensor], *, num_frames: int) -> Condition:
-        """See the base class: of TI2V the first latent frame."""
-        return Condition(latents=self.encode(pipe.vae, pictures["first"]).float())
+    def condition(self, pipe: Any, pictures: Mapping[str, np.ndarray], *, num_frames: int) -> Condition:
+        """Of TI2V the first latent frame; of others a mask, the latents of a video that is gray between the pictures, and CLIP's tokens."""
+        if pipe.config.get("expand_timesteps"):
+            return Condition(latents=self.encode(pipe.vae, as_frames(pictures["first"][None])).float())
+        transformer, tokens = self.transformer_of(pipe), None
+        if transformer.config.image_dim is not None:
+            images = [Image.fromarray(pictures[place]) for place in ("first", "last") if place in pictures]
+            tokens = pipe.encode_image(images, torch.device("cpu")).to(transformer.dtype)
+        frames = {place: as_frames(pixels[None]) for place, pixels in pictures.items()}
+        latents = self.encode_pictures(pipe.vae, frames, num_frames=num_frames).float()
+        mask = latents.new_zeros(1, pipe.vae.config.scale_factor_temporal, *latents.shape[2:])
+        mask[:, :, 0] = 1
+        if "last" in pictures:
+            mask[:, -1, -1] = 1
+        return Condition(channels=torch.cat([mask, latents], dim=1), tokens=tokens)
+
+    def encode_pictures(self, vae: AutoencoderKLWan, pictures: Mapping[str, Tensor], *, num_frames: int) -> Tensor:
+        """`encode` of a video of the first picture, gray frames, and the last picture if there is one, four frames at a time."""
+        step, size = vae.config.scale_factor_temporal, vae.config.patch_size
+        placed = {place: frame.to(vae.device, vae.dtype) for place, frame in pictures.items()}
+        gray = placed["first"].new_zeros(1, 3, step, *placed["first"].shape[3:])
+        chunks = [placed["first"]] + [gray] * ((num_frames - 1) // step)
+        if "last" in placed:
+            chunks[-1] = torch.cat([gray[:, :, 1:], placed["last"]], dim=2)
+        vae.clear_cache()
+        state, parts = list(vae._enc_feat_map), []
+        for chunk in chunks:
+            patched = chunk if size is None else patchify(chunk, size)
+            parts.append(vae.encoder(patched, feat_cache=state, feat_idx=[0]))
+        return self._normalised(vae, DiagonalGaussianDistribution(vae.quant_conv(torch.cat(parts, dim=2))))
+
+    def empty_condition(
+        self, transformer: WanTransformer3DModel, shape: Sequence[int], image_tokens: int
+    ) -> Condition | None:
+        """See the base class."""
+        config, meta = transformer.config, torch.device("meta")
+        more = config.in_channels - config.out_channels
+        if more == 0:
+            return None
+        num_pictures = 2 if config.pos_embed_seq_len else 1
+        tokens = None
+        if image_tokens:
+            size = (num_pictures, image_tokens // num_pictures, config.image_dim)
+            tokens = torch.empty(size, dtype=transformer.dtype, device=meta)
+        return Condition(channels=torch.empty(1, more, *shape[2:], device=meta), tokens=tokens)
 
     def encode(self, vae: AutoencoderKLWan, frames: Tensor) -> Tensor:
-        """See the base class; a product with 1 / deviation, as in the stock pipeline."""
-        latents = vae.encode(frames.to(vae.device, vae.dtype)).latent_dist.mode()
+        """See the base class."""
+        return self._normalised(vae, vae.encode(frames.to(vae.device, vae.dtype)).latent_dist)
+
+    def _normalised(self, vae: AutoencoderKLWan, distribution: DiagonalGaussianDistribution) -> Tensor:
+        """Its mode as latents; a product with 1 / deviation, as in the stock pipeline."""
         mean, std = self.latent_statistics(vae)
-        return (latents - mean) * (1.0 / std)
+        return (distribution.mode() - mean) * (1.0 / std)
 
     def latent_statistics(self, vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
         """See the base class."""
@@ -313,6 +406,43 @@ class _CausalDecoder(LatentDecoder):
     def join(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         """Chunks are concatenated."""
         yield from pieces
+
+
+def _pictures(
+    transformer: Mapping[str, Any], vae: Mapping[str, Any], index: Mapping[str, Any]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Where pictures are conditions, and those that are needed; ValueError for channels that are not those of the pipeline."""
+    channels, out = transformer.get("in_channels", 16), transformer.get("out_channels", 16)
+    more = 0 if out is None else channels - out
+    if index.get("expand_timesteps") and more == 0:
+        return ("first",), ()
+    kind, image_dim, added = (
+        index.get("_class_name", "WanPipeline"),
+        *map(transformer.get, ("image_dim", "added_kv_proj_dim")),
+    )
+    takes = more != 0 or image_dim is not None or added is not None
+    if takes != (kind == _WITH_PICTURES):
+        task, other = ("an image-to-video", _WITH_PICTURES) if takes else ("a text-to-video", "WanPipeline")
+        raise ValueError(
+            f"this is {task} transformer, with {channels} channels of which it makes {out}, in a {kind}; load it as a {other}"
+        )
+    if not takes:
+        return (), ()
+    wanted = vae.get("scale_factor_temporal", 4) + vae.get("z_dim", 16)
+    if more != wanted or (image_dim is None) != (added is None):
+        raise ValueError(
+            f"an image-to-video transformer has {out} + {wanted} channels, and both of image_dim and added_kv_proj_dim or none of them; "
+            f"this one has in_channels {channels}, image_dim {image_dim} and added_kv_proj_dim {added}"
+        )
+    if image_dim is None:
+        return ("first", "last"), ("first",)
+    both = ("first", "last") if transformer.get("pos_embed_seq_len") else ("first",)
+    return both, both
+
+
+def _class_name(pipe: Any) -> str:
+    """The name that a model_index.json has for the pipeline's class."""
+    return _WITH_PICTURES if isinstance(pipe, WanImageToVideoPipeline) else "WanPipeline"
 
 
 def _architecture(config: Mapping[str, Any]) -> dict[str, Any]:

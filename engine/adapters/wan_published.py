@@ -1,7 +1,7 @@
 """The published numbers of Wan2.1 and Wan2.2 checkpoints, for machines that cannot fetch a config.json.
 
 Transformer, VAE and scheduler: scripts/convert_wan_to_diffusers.py of diffusers 0.42, which made these checkpoints. Text
-encoder: config.json of google/umt5-xxl. Keys that are left out have the value of the diffusers or transformers class.
+encoder: config.json of google/umt5-xxl. Encoder of pictures: the image_encoder/config.json of Wan2.1 I2V. Keys that are left out have the value of the diffusers or transformers class.
 """
 
 from typing import Any
@@ -45,9 +45,35 @@ _VAE_22: dict[str, Any] = _VAE | {
 }
 
 
+_PICTURES = {"image_dim": 1280, "added_kv_proj_dim": 5120}
+_IMAGE_ENCODER = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+    "projection_dim": 1024,
+}
+_SEES: dict[str, Any] = {
+    "_class_name": "WanImageToVideoPipeline",
+    "image_encoder": ["transformers", "CLIPVisionModel"],
+    "image_processor": ["transformers", "CLIPImageProcessor"],
+}
+
+
 def _checkpoint(
-    *, heads: int, layers: int, ffn_dim: int, channels: int = 16, **index: Any
+    *,
+    heads: int,
+    layers: int,
+    ffn_dim: int,
+    channels: int = 16,
+    transformer: dict[str, Any] | None = None,
+    flow_shift: float = 3.0,
+    **index: Any,
 ) -> dict[str, dict[str, Any]]:
+    pictures = {"image_encoder": _IMAGE_ENCODER} if index.get("image_encoder") else {}
     return {
         "model_index": {"_class_name": "WanPipeline", **index},
         "transformer": {
@@ -63,10 +89,12 @@ def _checkpoint(
             "cross_attn_norm": True,
             "qk_norm": "rms_norm_across_heads",
             "rope_max_seq_len": 1024,
+            **(transformer or {}),
         },
         "vae": _VAE if channels == _VAE["z_dim"] else _VAE_22,
         "text_encoder": _TEXT_ENCODER,
-        "scheduler": _SCHEDULER,
+        "scheduler": _SCHEDULER | {"flow_shift": flow_shift},
+        **pictures,
     }
 
 
@@ -82,5 +110,28 @@ PUBLISHED = {
     ),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": _checkpoint(
         heads=24, layers=30, ffn_dim=14336, channels=48, expand_timesteps=True
+    ),
+    **{
+        f"Wan-AI/Wan2.1-I2V-14B-{size}-Diffusers": _checkpoint(
+            heads=40, layers=40, ffn_dim=13824, transformer=_PICTURES | {"in_channels": 36}, **_SEES
+        )
+        for size in ("480P", "720P")
+    },
+    "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": _checkpoint(
+        heads=40,
+        layers=40,
+        ffn_dim=13824,
+        transformer=_PICTURES | {"in_channels": 36, "pos_embed_seq_len": 514},
+        flow_shift=16.0,
+        **_SEES,
+    ),
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": _checkpoint(
+        heads=40,
+        layers=40,
+        ffn_dim=13824,
+        transformer={"in_channels": 36},
+        _class_name="WanImageToVideoPipeline",
+        boundary_ratio=0.9,
+        transformer_2=["diffusers", "WanTransformer3DModel"],
     ),
 }

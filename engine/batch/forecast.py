@@ -131,7 +131,9 @@ def gpu_hours(
     for variant in left:
         case = Case.of(variant.config, spec, gpu=described, world_size=ranks)
         plan = choose(case, (config.parallel.cfg, config.parallel.ring, config.parallel.ulysses))
-        seconds += counts[variant.label] * (plan.run_seconds[variant.method] + plan.decode_seconds)
+        seconds += counts[variant.label] * (
+            plan.run_seconds[variant.method] + plan.encode_seconds + plan.decode_seconds
+        )
     return seconds * ranks / 3600, f"predicted for {described.name} from datasheets, text encoding and loading aside"
 
 

@@ -90,20 +90,32 @@ class GivenFrames:
         """The latent frame that an image fills: the one that contains its frame of the video."""
         return -(-round(image.frame(num_frames, fps)) // step)
 
-    def record(self, *, num_frames: int, fps: int, step: int, begun: int) -> dict[str, Any]:
+    def record(
+        self, *, num_frames: int, fps: int, step: int, begun: int, pictures: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """The entry of the record: each file and the frames [start, stop) of the video that it fills; `begun` is the length of `extend`."""
         images = []
+        trained = self.trained(num_frames=num_frames, fps=fps, pictures=pictures).values()
         for image in self.images:
             latent = self.latent(image, num_frames, fps, step)
             span = {"start": first_frame(latent, step), "stop": first_frame(latent + 1, step)}
+            if image in trained:
+                span["start"] = span["stop"] - 1  # the very first or last frame
             images.append({"where": image.where, "file": image.path.name, **span})
         extend = None if self.extend is None else {"file": self.extend.name, "start": 0, "stop": begun}
         return {"images": images, "extend": extend, "shows": self.shows}
 
-    def describe(self, *, num_frames: int, fps: int, step: int) -> list[str]:
-        """One sentence per image that names the frames of the video that show it."""
+    def describe(self, *, num_frames: int, fps: int, step: int, pictures: Sequence[str] = ()) -> list[str]:
+        """One sentence per image that names the frames of the video that show it, or that it is a condition."""
         notes = []
+        trained = self.trained(num_frames=num_frames, fps=fps, pictures=pictures)
+        for place, image in trained.items():
+            notes.append(
+                f"{image.path.name} is the condition of the {place} frame, which this checkpoint was trained for"
+            )
         for image in self.images:
+            if image in trained.values():
+                continue
             latent = self.latent(image, num_frames, fps, step)
             still = "" if latent == 0 else f", as a still of {step} frames"
             plural = "" if latent == 0 else "s"

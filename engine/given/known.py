@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from engine.adapters import ModelAdapter, VideoSpec
-from engine.adapters.base import Condition
+from engine.adapters.base import Condition, as_frames
+from engine.decode.pieces import make_ready
 from engine.denoise.saved import load_latents
 from engine.errors import UserError
 from engine.given.frames import MAX_NOISE, GivenFrames, GivenImage, span_of
@@ -63,14 +64,17 @@ class Known:
 
 
 def check_given(
-    given: GivenFrames, spec: VideoSpec, *, num_frames: int, height: int, width: int, fps: int
+    given: GivenFrames | None, spec: VideoSpec, *, num_frames: int, height: int, width: int, fps: int
 ) -> list[str]:
     """Check the given files without a model; returns notes for the user, one sentence each.
 
     Raises:
-        UserError: a file cannot be read or has another size or rate, the video to continue is as long as the new one, or two
-            files fill one latent frame.
+        UserError: a picture is missing without which the checkpoint makes no video, a file cannot be read or has another size
+            or rate, the video to continue is as long as the new one, or two files fill one latent frame.
     """
+    check_needs(given, spec, num_frames=num_frames, fps=fps)
+    if given is None:
+        return []
     step, begun = spec.temporal_factor, 0
     notes: list[str] = []
     if given.extend is not None:
@@ -93,7 +97,18 @@ def check_given(
                 f"--given {taken[latent].where} and {image.where} fall into one latent frame (frames {span_of(latent, step)}); leave one out"
             )
         taken[latent] = image
-    return [*notes, *given.describe(num_frames=num_frames, fps=fps, step=step)]
+    return [*notes, *given.describe(num_frames=num_frames, fps=fps, step=step, pictures=spec.pictures)]
+
+
+def check_needs(given: GivenFrames | None, spec: VideoSpec, *, num_frames: int, fps: int) -> None:
+    """Raise UserError for a checkpoint that was trained to be given pictures, without one of them."""
+    there = {} if given is None else given.trained(num_frames=num_frames, fps=fps, pictures=spec.needs)
+    missing = [place for place in spec.needs if place not in there]
+    if missing:
+        flags, which = (" and ".join(word.format(place) for place in missing) for word in ("--given {}=FILE", "{}"))
+        raise UserError(
+            f"this checkpoint makes videos of pictures, and no picture is given for the {which} frame; give {flags}"
+        )
 
 
 def read_given(
@@ -120,7 +135,8 @@ def read_given(
     trained = given.trained(num_frames=num_frames, fps=fps, pictures=spec.pictures)
     condition = None
     if trained:
-        pixels = {place: _as_video(read_image(image.path, height, width)[None]) for place, image in trained.items()}
+        pixels = {place: read_image(image.path, height, width) for place, image in trained.items()}
+        make_ready(pipe.vae)
         with torch.no_grad():
             condition = adapter.condition(pipe, pixels, num_frames=num_frames)
     by_frame: dict[int, Tensor] = {}
@@ -233,9 +249,4 @@ def _read_begun(
 @torch.no_grad()
 def encode_frames(adapter: ModelAdapter, vae: torch.nn.Module, pixels: np.ndarray) -> Tensor:
     """Encode uint8 [T, H, W, 3] to latents [1, z, F, h, w], fp32 on the CPU."""
-    return adapter.encode(vae, _as_video(pixels)).float().cpu()
-
-
-def _as_video(pixels: np.ndarray) -> Tensor:
-    """Uint8 [T, H, W, 3] to fp32 [1, 3, T, H, W] in [-1, 1], with the bits of diffusers' VideoProcessor."""
-    return 2.0 * (torch.from_numpy(pixels.copy()).permute(3, 0, 1, 2)[None].float() / 255.0) - 1.0
+    return adapter.encode(vae, as_frames(pixels)).float().cpu()

@@ -99,19 +99,18 @@ class TimelineProcessor(Uncopyable):
         attention_mask: Tensor | None = None,
         rotary_emb: Any = None,
     ) -> Tensor:
-        """Hidden states [B, s, C] and the texts of all events [B, num_texts K, C] -> [B, s, C]."""
+        """Hidden states [B, s, C] and the texts of all events [B, num_texts K, C], after the tokens of pictures -> [B, s, C]."""
         if encoder_hidden_states is None or rotary_emb is not None:
             raise ValueError("this processor serves cross-attention without a rotary table only")
-        state = self.state
-        q, k, v = state.adapter.cross_qkv(attn, hidden_states, encoder_hidden_states)
-        size = state.text_tokens
+        state, size = self.state, self.state.text_tokens
+        images = encoder_hidden_states.shape[1] - state.num_texts * size
+        q, k, v = state.adapter.cross_qkv(attn, hidden_states, encoder_hidden_states[:, images:])
+        backend = getattr(self.stock, "_attention_backend", None)
 
         def one(index: int, rows: Tensor) -> Tensor:
             span = slice(index * size, (index + 1) * size)
             mask = None if attention_mask is None else attention_mask[:, None, :, span]
-            return dispatch_attention_fn(
-                rows, k[:, span], v[:, span], attn_mask=mask, backend=getattr(self.stock, "_attention_backend", None)
-            )
+            return dispatch_attention_fn(rows, k[:, span], v[:, span], attn_mask=mask, backend=backend)
 
         def several(index: int, rows: Tensor) -> Partial:
             assert state.kernel is not None, "the hook sets it before each forward"
@@ -121,7 +120,11 @@ class TimelineProcessor(Uncopyable):
         processor = self._self_attention.processor
         start = processor.state.last.layout.shard[0] if isinstance(processor, BranchProcessor) else 0
         out = attend(q, state.pieces, q_start=start, frame_tokens=state.frame_tokens, one=one, several=several)
-        return state.adapter.project_out(attn, out.to(q.dtype))
+        out = out.to(q.dtype)
+        if images:  # the same for every frame
+            added = state.adapter.added_kv(attn, encoder_hidden_states[:, :images])
+            out = out + dispatch_attention_fn(q, *added, backend=backend).to(q.dtype)
+        return state.adapter.project_out(attn, out)
 
 
 class TimelineHandle(Uncopyable):

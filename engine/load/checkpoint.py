@@ -60,6 +60,12 @@ class Checkpoint:
         return self.adapter.experts_named(self.read("model_index.json"))
 
     @cached_property
+    def encoders(self) -> tuple[str, ...]:
+        """Its parts that encode text and pictures."""
+        sees = self.adapter.sees_pictures(self.read("model_index.json"))
+        return ("text_encoder", "image_encoder") if sees else ("text_encoder",)
+
+    @cached_property
     def vae_spec(self) -> VideoSpec:
         """Its numbers, also for a checkpoint whose transformer cannot be run."""
         transformer, vae = (self.read(f"{part}/config.json") for part in ("transformer", "vae"))

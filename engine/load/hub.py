@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from huggingface_hub import errors as hub_errors
@@ -77,12 +77,17 @@ def commit_of(path: Path) -> str:
 
 
 @contextmanager
-def quiet_hub() -> Iterator[None]:
-    """Silence the hub's warnings about retries, which would precede the one line of our error."""
-    log = logging.getLogger("huggingface_hub")
+def quiet(library: str) -> Iterator[None]:
+    """Silence a library's warnings, which would precede the one line of our error, or name packages that are not needed."""
+    log = logging.getLogger(library)
     level = log.level
     log.setLevel(logging.ERROR)
     try:
         yield
     finally:
         log.setLevel(level)
+
+
+def quiet_hub() -> AbstractContextManager[None]:
+    """Silence the hub's warnings about retries."""
+    return quiet("huggingface_hub")

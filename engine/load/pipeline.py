@@ -1,6 +1,6 @@
 """Load checkpoints in Diffusers layout; every fault of their files is a UserError of one line."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from engine.errors import UserError, first_line, is_out_of_memory
 from engine.load.block_offload import offload_blocks
 from engine.load.checkpoint import Checkpoint, find_adapter, open_checkpoint
 from engine.load.convolutions import use_onednn
+from engine.load.hub import quiet
 from engine.load.loras import find_loras
 from engine.load.quantised import check_storage, store
 from engine.load.sharded_weights import check_placement
@@ -28,20 +29,31 @@ from engine.paths import is_pickle
 from engine.progress import no_library_bars
 
 # The folder that belongs to the weights of a part, and the files of which a folder must have one.
-_BESIDE = {"transformer": "scheduler", "text_encoder": "tokenizer"}
-_SMALL_FILES = {"scheduler": ("scheduler_config.json",), "tokenizer": ("tokenizer.json", "spiece.model")}
+_BESIDE = {"transformer": "scheduler", "text_encoder": "tokenizer", "image_encoder": "image_processor"}
+_SMALL_FILES = {
+    "scheduler": ("scheduler_config.json",),
+    "tokenizer": ("tokenizer.json", "spiece.model"),
+    "image_processor": ("preprocessor_config.json",),
+}
 
 
 def load_pipeline(
-    config: ModelConfig, *, with_text: bool = True, text_device: str = "model", idle_stays: bool = True
+    config: ModelConfig,
+    *,
+    with_text: bool = True,
+    with_pictures: bool | None = None,
+    text_device: str = "model",
+    idle_stays: bool = True,
 ) -> DiffusionPipeline:
     """Load the pipeline to its device: transformers and text encoder in `config.dtype`, VAE in float32, LoRAs fused.
 
-    With `config.weights` zero3 transformers and text encoder are left on the CPU, for `shard_pipeline` to take.
+    An encoder of pictures, which encodes one or two for a video, stays on the CPU in float32. With `config.weights` zero3
+    transformers and text encoder are left on the CPU, for `shard_pipeline` to take.
 
     Args:
         config: the checkpoint.
         with_text: whether the text encoder is loaded; ranks that receive embeddings do without it.
+        with_pictures: whether the encoder of pictures is loaded, if the checkpoint has one; None as the text encoder.
         text_device: `model`, or `cpu` to keep the text encoder off the device.
         idle_stays: whether the second of two transformers goes to the device now, or waits on the CPU for its steps.
 
@@ -52,16 +64,17 @@ def load_pipeline(
     dtype = pick_dtype(config.dtype, device)
     check_placement(config, device, text_device)
     check_storage(config)
-    checkpoint, single = fetch_parts(config, WEIGHT_FOLDERS if with_text else (*EXPERTS, "vae"))
+    encoders = {"text_encoder": with_text, "image_encoder": with_text if with_pictures is None else with_pictures}
+    checkpoint, single = fetch_parts(config, [part for part in WEIGHT_FOLDERS if encoders.get(part, True)])
     adapter, folder = checkpoint.adapter, checkpoint.folder
-    without_text: dict[str, Any] = {} if with_text else {"text_encoder": None, "tokenizer": None}
-    beside = ("scheduler", "tokenizer") if with_text else ("scheduler",)
     with _faults_as_lines(config.path), no_library_bars():
         vae = load_vae(adapter, folder, single)
-        given = without_text | {name: _load_beside(adapter, folder, name) for name in beside}
+        given = {"scheduler": _load_beside(adapter, folder, "scheduler")}
+        given |= _load_beside_encoders(checkpoint, encoders)
         if single is not None and "transformer" in single.parts:
             given["transformer"] = single.load(adapter, folder, "transformer", dtype)
-        pipe = adapter.pipeline_class.from_pretrained(folder, vae=vae, dtype=dtype, use_safetensors=True, **given)
+        kind = adapter.pipeline_of(checkpoint.read("model_index.json"))
+        pipe = kind.from_pretrained(folder, vae=vae, dtype=dtype, use_safetensors=True, **given)
     for lora in find_loras(config):
         lora.fuse(pipe, adapter, folder / lora.expert)
     for name in checkpoint.experts:
@@ -89,6 +102,19 @@ def load_pipeline(
     return pipe
 
 
+def _load_beside_encoders(checkpoint: Checkpoint, loaded: Mapping[str, bool]) -> dict[str, Any]:
+    """What stands beside the encoders, None for one that is not `loaded`; and the encoder of pictures, in float32."""
+    adapter, folder, given = checkpoint.adapter, checkpoint.folder, {}
+    for part in checkpoint.encoders:
+        given[_BESIDE[part]] = _load_beside(adapter, folder, _BESIDE[part]) if loaded[part] else None
+        given |= {} if loaded[part] else {part: None}
+    if "image_encoder" in checkpoint.encoders and loaded["image_encoder"]:
+        given["image_encoder"] = adapter.image_encoder_class.from_pretrained(
+            folder / "image_encoder", dtype=torch.float32, use_safetensors=True
+        )
+    return given
+
+
 def load_vae_alone(config: ModelConfig) -> tuple[VideoSpec, Any]:
     """Load the VAE in float32 on the CPU, with the checkpoint's numbers; no other weights are fetched, checked or read."""
     checkpoint, single = fetch_parts(config, ("vae",))
@@ -104,7 +130,8 @@ def fetch_parts(config: ModelConfig, parts: Sequence[str]) -> tuple[Checkpoint, 
     elsewhere = single.parts if single is not None else ()
     checkpoint = open_checkpoint(config, [part for part in parts if part not in elsewhere])
     checkpoint.check_index()
-    parts = [part for part in parts if part not in EXPERTS or part in checkpoint.experts]
+    absent = {*EXPERTS} - {*checkpoint.experts} | ({"image_encoder"} - {*checkpoint.encoders})
+    parts = [part for part in parts if part not in absent]
     check_folder(checkpoint.folder, parts, elsewhere=elsewhere)
     if single is not None:
         single.check(checkpoint.adapter, checkpoint.folder)
@@ -177,11 +204,12 @@ def check_files(folder: Path, name: str) -> None:
 
 
 def _load_beside(adapter: ModelAdapter, folder: Path, name: str) -> Any:
-    """Load the scheduler or the tokenizer alone, so that an error names the right one."""
-    experts = adapter.experts_named(read_config(folder / "model_index.json"))
-    others = dict.fromkeys({*experts, "vae", "text_encoder", "scheduler", "tokenizer"} - {name})
-    with faults_of(folder / name):
-        return getattr(adapter.pipeline_class.from_pretrained(folder, **others), name)
+    """Load the scheduler, the tokenizer or the processor of pictures alone, so that an error names the right one."""
+    index = read_config(folder / "model_index.json")
+    pictures = ("image_encoder", "image_processor") if adapter.sees_pictures(index) else ()
+    every = {*adapter.experts_named(index), "vae", "text_encoder", "scheduler", "tokenizer", *pictures}
+    with faults_of(folder / name), quiet("transformers"):  # which would rather have torchvision, to read pictures
+        return getattr(adapter.pipeline_of(index).from_pretrained(folder, **dict.fromkeys(every - {name})), name)
 
 
 @contextmanager

@@ -23,11 +23,11 @@ _FETCH = "fetch the checkpoint again"
 _REPEATS = re.compile(r"layers|blocks")
 _MOST_LAYERS = 1000
 
-WEIGHT_FOLDERS = (*EXPERTS, "vae", "text_encoder")
-"""Parts of a pipeline that hold weights; which of the transformers a checkpoint has, its model_index.json says."""
+WEIGHT_FOLDERS = (*EXPERTS, "vae", "text_encoder", "image_encoder")
+"""Parts of a pipeline that hold weights; which of the transformers, and whether an encoder of pictures, its model_index.json says."""
 
 # Files of a checkpoint that affect a video beside its weights.
-_CONFIGURED = (*WEIGHT_FOLDERS, "scheduler", "tokenizer")
+_CONFIGURED = (*WEIGHT_FOLDERS, "scheduler", "tokenizer", "image_processor")
 _BESIDE = ("model_index.json", *(f"{part}/*.json" for part in _CONFIGURED), "tokenizer/*.model", "tokenizer/*.txt")
 
 
@@ -55,6 +55,7 @@ def compare_part(
     """
     model = build_part(adapter, name, read_config(part / "config.json"), part / "config.json")
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    found = {adapter.stored_name(name, key): shape for key, shape in found.items()}
     # A tied tensor may be stored under either of its names, or under both.
     tied = dict(getattr(model, "_tied_weights_keys", None) or {})
     missing = [key for key in expected if key not in found and not _has_tied(key, tied, found)]

@@ -22,7 +22,7 @@ def _attention_operations(layout: Layout, mode: Mode) -> dict[str, int]:
     """Operations of the attentions of one block for one entry of the batch."""
     share, head_dim = layout.share(mode), layout.spec.head_dim
     attention = 4 * share.queries * share.heads * head_dim * layout.keys(mode)  # q kᵀ and p v; dual merges its parts
-    attention += 4 * share.shard * layout.text * layout.spec.width
+    attention += 4 * share.shard * (layout.text + layout.spec.image_tokens) * layout.spec.width
     grams = fp32 = 0
     if mode == "dual":
         products = share.queries * share.heads * head_dim**2

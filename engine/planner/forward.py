@@ -35,6 +35,7 @@ class Forward:
         peak: most bytes alive at once, with attention that returns its queries.
         at_attention: bytes alive when self-attention starts, its input included.
         text: bytes of the text of one pass.
+        condition: bytes of the condition of given pictures, for a model that needs one.
     """
 
     block_operations: int
@@ -43,6 +44,7 @@ class Forward:
     peak: int
     at_attention: int
     text: int
+    condition: int
 
 
 def count_forward(layout: Layout) -> Forward:
@@ -61,6 +63,7 @@ def count_forward(layout: Layout) -> Forward:
             shard=layout.share("global").shard,
             batch=layout.batch,
             text_tokens=layout.text,
+            image_tokens=spec.image_tokens,
             itemsize=layout.itemsize,
         )
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
@@ -82,9 +85,11 @@ def _count(  # noqa: PLR0913 - all that decides it, as its cache's key
     shard: int,
     batch: int,
     text_tokens: int,
+    image_tokens: int,
     itemsize: int,
 ) -> Forward:
-    model = _one_block(adapter, config, torch.float32 if itemsize == FP32_BYTES else torch.bfloat16)
+    dtype = torch.float32 if itemsize == FP32_BYTES else torch.bfloat16
+    model = _one_block(adapter, config, dtype, image_tokens)
     _take_tokens(adapter, model, shard)
     text = adapter.empty_text(model, text_tokens, META)
     latents = torch.empty(1, video.channels, *size, device=META)
@@ -94,12 +99,14 @@ def _count(  # noqa: PLR0913 - all that decides it, as its cache's key
         vae_temporal_compression_ratio=video.temporal_factor,
         vae_spatial_compression_ratio=video.spatial_factor,
     )
+    condition = adapter.empty_condition(model, latents.shape, image_tokens)
     flops = FlopCounterMode(display=False)
     counter = _Counter(flops)
     [block], [attention] = adapter.blocks(model), adapter.attention_modules(model)
     counter.watch(block, attention)
     with torch.no_grad(), counter, flops:
-        adapter.predict(pipe, latents, torch.empty((), device=META), dict.fromkeys(_PASSES[:batch], text), fps=1)
+        texts, timestep = dict.fromkeys(_PASSES[:batch], text), torch.empty((), device=META)
+        adapter.predict(pipe, latents, timestep, texts, fps=1, condition=condition)
     return Forward(
         block_operations=counter.block_operations,
         other_operations=flops.get_total_flops() - counter.block_operations,
@@ -107,10 +114,11 @@ def _count(  # noqa: PLR0913 - all that decides it, as its cache's key
         peak=counter.peak,
         at_attention=counter.at_attention,
         text=sum(part.nbytes for part in text),
+        condition=0 if condition is None else condition.nbytes,
     )
 
 
-def _one_block(adapter: ModelAdapter, config: str, dtype: torch.dtype) -> Any:
+def _one_block(adapter: ModelAdapter, config: str, dtype: torch.dtype, image_tokens: int) -> Any:
     """The transformer with one block in the precisions that it is loaded in, with attentions that project and return their queries."""
     with META:
         model = adapter.build("transformer", json.loads(config) | {"num_layers": 1}).eval()
@@ -119,7 +127,12 @@ def _one_block(adapter: ModelAdapter, config: str, dtype: torch.dtype) -> Any:
             parameter.data = parameter.data.to(dtype)
 
     def attend(attn: nn.Module, hidden: Tensor, text: Any = None, mask: Any = None, rotary: Any = None) -> Tensor:
-        q, *_ = adapter.qkv(attn, hidden, rotary) if text is None else adapter.cross_qkv(attn, hidden, text)
+        if text is None:
+            q, *_ = adapter.qkv(attn, hidden, rotary)
+        else:
+            q, *_ = adapter.cross_qkv(attn, hidden, text[:, image_tokens:])
+            if image_tokens:
+                adapter.added_kv(attn, text[:, :image_tokens])
         return adapter.project_out(attn, q)
 
     for attn in (*adapter.attention_modules(model), *adapter.cross_attention_modules(model)):

@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
+from math import prod
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -47,7 +48,7 @@ def denoise_peak(layout: Layout, mode: Mode) -> dict[str, int]:
     predictions = PREDICTION_TENSORS * layout.tokens * latent_values(layout) * layout.itemsize
     latents = layout.spec.adapter.latent_tensors * latent_bytes(layout)
     return {
-        "latents": latents + predictions + layout.passes * counted.text,
+        "latents": latents + predictions + layout.passes * counted.text + counted.condition,
         "activations": activations,
         "kv_copies": copies,
     }
@@ -127,6 +128,30 @@ def decode_cost(
     peak, ops = _decode_trace(spec.adapter, json.dumps(vae, sort_keys=True), size, len(shown), time)
     per_latent = ops[-1] / length(shown[-1])
     return peak, sum(ops) + round(sum(per_latent * length(chunk) for chunk in chunks[SHOWN_CHUNKS:]))
+
+
+def encode_cost(spec: ModelSpec, num_frames: int, height: int, width: int) -> tuple[int, int]:
+    """Peak bytes without weights, and operations, of encoding the pictures without which a checkpoint makes no video; (0, 0) for others.
+
+    Counted as those of a decode are: on the meta device, from a few chunks.
+    """
+    if not spec.video.needs:
+        return 0, 0
+    vae, sizes = json.dumps(spec.configs["vae"], sort_keys=True), [1, 1 + spec.video.temporal_factor * SHOWN_CHUNKS]
+    (_, one), (peak, shown) = (_encode_trace(spec.adapter, vae, frames, height, width) for frames in sizes)
+    chunks = (num_frames - 1) // spec.video.temporal_factor
+    kept = 2 * FP32_BYTES * prod(spec.video.latent_shape(num_frames, height, width))  # moments of all chunks
+    return peak + 2 * kept, one + (shown - one) * chunks // SHOWN_CHUNKS
+
+
+@functools.cache
+def _encode_trace(adapter: ModelAdapter, config: str, num_frames: int, height: int, width: int) -> tuple[int, int]:
+    with torch.device("meta"):
+        vae = adapter.build("vae", json.loads(config)).eval()
+        picture = torch.empty(1, 3, 1, height, width)
+    with torch.no_grad(), LiveBytes() as live, FlopCounterMode(display=False) as counter:
+        adapter.encode_pictures(vae, {"first": picture}, num_frames=num_frames)
+        return live.peak, counter.get_total_flops()
 
 
 def _latents(spec: ModelSpec, frames: int, rows: int, columns: int) -> torch.Tensor:

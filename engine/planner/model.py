@@ -1,5 +1,6 @@
 """A checkpoint's configurations, from its JSON files or as published, without weights and without a network."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,7 +61,7 @@ class ModelSpec:
     Attributes:
         name: folder or hub name.
         source: where the numbers were read.
-        configs: model_index, and the configurations of transformer, vae, text_encoder and scheduler.
+        configs: model_index, and the configurations of transformer, vae, text_encoder, scheduler and, if it has one, image_encoder.
     """
 
     name: str
@@ -82,6 +83,11 @@ class ModelSpec:
     def num_experts(self) -> int:
         """Transformers, which have one configuration and take turns."""
         return len(self.adapter.experts_named(self.configs["model_index"]))
+
+    @cached_property
+    def image_tokens(self) -> int:
+        """Tokens of pictures that cross-attention sees beside the text; 0 for a model without them."""
+        return self.adapter.image_tokens(self.configs["transformer"], self.configs.get("image_encoder"))
 
     @property
     def heads(self) -> int:
@@ -259,7 +265,7 @@ def read_model(config: ModelConfig) -> ModelSpec:
 
 def _read_folder(folder: Path) -> dict[str, dict[str, Any]]:
     try:
-        return {part: read_config(folder / file) for part, file in _FILES.items()}
+        return _read_files(lambda file: folder / file)
     except UserError as error:
         raise UserError(f"{folder} is not a complete checkpoint in Diffusers layout: {error}") from error
 
@@ -276,10 +282,16 @@ def _fetch(name: str, revision: str | None) -> dict[str, dict[str, Any]]:
 
 
 def _read_hub(name: str, revision: str | None, *, local: bool) -> dict[str, dict[str, Any]]:
-    paths = {
-        part: hf_hub_download(name, file, revision=revision, local_files_only=local) for part, file in _FILES.items()
-    }
-    return {part: read_config(Path(path)) for part, path in paths.items()}
+    return _read_files(lambda file: Path(hf_hub_download(name, file, revision=revision, local_files_only=local)))
+
+
+def _read_files(path_of: Callable[[str], Path]) -> dict[str, dict[str, Any]]:
+    """The configurations in these files, and that of an encoder of pictures if the index names one."""
+    configs = {part: read_config(path_of(file)) for part, file in _FILES.items()}
+    adapter = adapter_named(configs["model_index"], path_of("model_index.json"))
+    if adapter.sees_pictures(configs["model_index"]):
+        configs["image_encoder"] = read_config(path_of("image_encoder/config.json"))
+    return configs
 
 
 def in_fp32(part: nn.Module, name: str) -> bool:

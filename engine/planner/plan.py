@@ -13,7 +13,7 @@ from engine.decode.tiling import tiled_share
 from engine.load.single_file import open_single_file
 from engine.planner.gpu import GpuSpec, check_count
 from engine.planner.layout import WHOLE_MODES, Degrees, Layout, lay_out
-from engine.planner.memory import GIB, decode_cost, denoise_peak
+from engine.planner.memory import GIB, decode_cost, denoise_peak, encode_cost
 from engine.planner.model import FP32_BYTES, ModelSpec, Stored
 from engine.planner.providers import Support
 from engine.planner.timing import TERA, step_seconds
@@ -115,7 +115,8 @@ class Plan:
         local_route: how local steps cross the ulysses axis.
         bytes_per_step: by mode and kind.
         memory: bytes by part: weights, text_encoder, gathered (sharded or quantised layers that are whole at a time, or offloaded
-            blocks that are on the GPU), latents, activations, kv_copies, vae_decode.
+            blocks that are on the GPU), latents, activations, kv_copies, vae_decode, and for a
+            checkpoint of pictures vae_encode.
         peak_bytes: the most at any time.
         fits: whether that is within the GPU's usable memory.
         steps: by method that these degrees serve, how many steps of each mode the sampler's timesteps give.
@@ -123,6 +124,7 @@ class Plan:
         run_seconds: denoising, by method.
         decode_mode: how latents become frames: whole frames on one rank, or tiles on all.
         decode_seconds: of that decoding.
+        encode_seconds: of encoding the pictures without which the checkpoint makes no video.
         efficiency: by method, seconds of one GPU / (ranks x seconds of these ranks), memory of the one aside.
         idle_expert: where the idle transformer of two waits; None with one, or if model.weights decides it.
         why: one sentence for a person.
@@ -144,6 +146,7 @@ class Plan:
     decode_mode: DecodeMode
     decode_seconds: float
     efficiency: dict[str, float]
+    encode_seconds: float = 0.0
     idle_expert: str | None = None
     why: str = ""
 
@@ -242,6 +245,11 @@ class Case:
                     return costs[-1]
         return min(costs, key=lambda cost: cost[1])
 
+    @cached_property
+    def encode_cost(self) -> tuple[int, int]:
+        """Peak bytes and operations of encoding the pictures that the checkpoint needs, on the first GPU."""
+        return encode_cost(self.spec, self.video.num_frames, self.video.height, self.video.width)
+
     @property
     def methods(self) -> dict[str, Method]:
         """The methods to predict: the planned one with its settings, the others with defaults, but for those with a slower kernel."""
@@ -313,21 +321,23 @@ class Case:
         return gathered if options.text_device == "model" else gathered | {"text_encoder": 0}
 
     def memory(self, degrees: Degrees, modes: Sequence[Mode]) -> tuple[dict[str, int], int]:
-        """Bytes by part, and the peak: text, denoising and decoding follow each other, so the largest of them counts."""
+        """Bytes by part, and the peak: text, pictures, denoising and decoding follow each other, so the largest of them counts."""
         if self.idle_expert == "auto":
             return self.placed(degrees, modes).memory(degrees, modes)
         layout, weights, gathered = self.layout(degrees), self.kept_weights(prod(degrees)), self.gathered()
         denoise = max((denoise_peak(layout, mode) for mode in modes), key=lambda parts: sum(parts.values()))
-        denoising, decoding = gathered["transformer"] + sum(denoise.values()), self.decode_cost[1]
+        denoising = gathered["transformer"] + sum(denoise.values())
+        decoding, encoding = self.decode_cost[1], self.encode_cost[0]
         text = weights["text_encoder"]
         memory = {"weights": weights["transformer"] + weights["vae"], "text_encoder": text}
         memory |= {"gathered": max(gathered.values()), **denoise, "vae_decode": decoding}
+        memory |= {"vae_encode": encoding} if encoding else {}
         if self.options.weights == "cpu_offload":  # one part at a time
-            return memory, max(weights["transformer"] + denoising, text, weights["vae"] + decoding)
+            return memory, max(weights["transformer"] + denoising, text, weights["vae"] + max(decoding, encoding))
         if self.options.weights == "block_offload":
-            encoding = text + gathered["text_encoder"]
-            return memory, weights["vae"] + max(weights["transformer"] + denoising, encoding, decoding)
-        return memory, memory["weights"] + text + max(denoising, decoding, gathered["text_encoder"])
+            reading = text + gathered["text_encoder"]
+            return memory, weights["vae"] + max(weights["transformer"] + denoising, reading, encoding, decoding)
+        return memory, memory["weights"] + text + max(denoising, decoding, encoding, gathered["text_encoder"])
 
     def fits(self, num_bytes: int) -> bool:
         """Whether this many bytes fit the GPU."""
@@ -390,6 +400,7 @@ def _make_plan(
         run_seconds=runs,
         decode_mode=case.decode_cost[0],
         decode_seconds=case.decode_cost[2] / (case.gpu.tf32_tflops * TERA * case.gpu.conv_fraction),
+        encode_seconds=case.encode_cost[1] / (case.gpu.tf32_tflops * TERA * case.gpu.conv_fraction),
         idle_expert=case.idle_expert,
         efficiency={name: _run_seconds(steps[name], alone) / (case.world_size * runs[name]) for name in steps},
     )

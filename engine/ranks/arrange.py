@@ -84,8 +84,8 @@ def check_settings(config: RunConfig, spec: ModelSpec) -> None:
 
     `plan` calls this too, so that it plans only what can be made. The video's size is checked by `Case`.
     """
-    index, scheduler = (spec.configs[name] for name in ("model_index", "scheduler"))
-    check_model(config, spec.adapter, spec.video, index=index, scheduler=scheduler)
+    index, transformer, scheduler = (spec.configs[name] for name in ("model_index", "transformer", "scheduler"))
+    check_model(config, spec.adapter, spec.video, index=index, transformer=transformer, scheduler=scheduler)
     for lora in find_local_loras(config.model):
         lora.check(spec.adapter, spec.configs["transformer"], f"the transformer of {spec.name}")
     name = config.model.single_file

@@ -144,7 +144,10 @@ ANSWERS: dict[str, str] = {
             "it is not needed; leave it out"
         ),
         "resume resume_from resume_from_checkpoint continue": "the same command continues by itself, leave it out",
-        "task": "not supported: of Wan's tasks text-to-video is, with --config wan2.1-t2v-1.3b, wan2.1-t2v-14b, wan2.2-t2v-a14b or wan2.2-ti2v-5b",
+        "task": (
+            "give the preset of the task, such as --config wan2.1-i2v-14b-480p or wan2.1-i2v-14b-720p (docs/models.md); editing and "
+            "control of videos are not supported"
+        ),
         "gpu gpu_id gpu_ids device_id device_ids cuda_device cuda_visible_devices visible_devices": (
             "set CUDA_VISIBLE_DEVICES in the environment to choose GPUs, and give --nproc for how many"
         ),
@@ -180,7 +183,14 @@ _DTYPES = {
     "float": "float32",
     "float32": "float32",
 }
-_TASKS = {"t2v-1.3b": "wan2.1-t2v-1.3b", "t2v-14b": "wan2.1-t2v-14b"}
+_TASKS = {
+    "t2v-1.3b": "wan2.1-t2v-1.3b",
+    "t2v-14b": "wan2.1-t2v-14b",
+    "t2v-a14b": "wan2.2-t2v-a14b",
+    "ti2v-5b": "wan2.2-ti2v-5b",
+    "i2v-a14b": "wan2.2-i2v-a14b",
+    "flf2v-14b": "wan2.1-flf2v-14b-720p",
+}
 
 
 def converted(name: str, value: str | None) -> dict[str, str] | None:

@@ -34,7 +34,7 @@ def run(given: Arguments) -> None:
     files.check()
     check_folder(options.out, batch)
     named = [(prompt.where(batch.suite.name), prompt.text) for prompt in batch.suite.prompts]
-    look_at_prompts(config, named, variants=variants)
+    look_at_prompts(config, named, variants=variants, given=options.given)
     for note in notes:
         print(f"note: {note}", flush=True)
     if given.dry_run:

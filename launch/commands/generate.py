@@ -38,7 +38,7 @@ def run(given: Arguments) -> None:
         left = [each for each in zip(prompts.named, outputs, stages, strict=True) if each[2] != "finished"]
         if not left:
             return
-        look_at_prompts(config, [named for named, _, _ in left], context)
+        look_at_prompts(config, [named for named, _, _ in left], context, given=given.given)
         for note in notes:
             print(f"note: {note}", flush=True)
         engine = stack.enter_context(contextlib.closing(LongVideoEngine(config, context.ranks)))

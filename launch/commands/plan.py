@@ -129,6 +129,8 @@ def _runs(best: Plan, world_size: int) -> list[str]:
         steps = ", ".join(f"{count} {mode}" for mode, count in best.steps[method].items())
         shared = f", {best.efficiency[method]:.1%} of {world_size} times one GPU" if world_size > 1 else ""
         lines.append(f"  {method}: {seconds:.1f} s predicted to denoise ({steps}){shared}")
+    if best.encode_seconds:
+        lines.append(f"  encoding the pictures (on one GPU): {best.encode_seconds:.1f} s predicted")
     return [
         *lines,
         f"  decoding ({best.decode_mode}, on {'all GPUs' if best.decode_mode == 'tiled' else 'one GPU'}): {best.decode_seconds:.1f} s predicted",

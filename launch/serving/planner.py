@@ -101,7 +101,9 @@ class Planner:
         arrange_replica([variant], options.ranks, torch.device(config.model.device), gpu=None, nodes=options.nodes)
         check_read_prompts(checkpoint, tokenizer, config.sampler, config.video, [(PROMPT, request.prompt)])
         given, settings = None, None
-        if request.picture is not None:
+        if request.picture is None:
+            check_given(None, checkpoint.spec, **size, fps=config.video.fps)
+        else:
             given = GivenFrames(images=(GivenImage(where="first", path=self.pictures / request.picture),))
             try:
                 check_given(given, checkpoint.spec, **size, fps=config.video.fps)

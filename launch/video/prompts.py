@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from engine.batch.variants import Variant
 from engine.config import RunConfig
 from engine.given.frames import GivenFrames
-from engine.given.known import check_given
+from engine.given.known import check_given, check_needs
 from engine.load.checkpoint import open_checkpoint
 from engine.load.loras import describe_loras
 from engine.planner.processor import describe_expected
@@ -20,12 +20,13 @@ def look_at_prompts(
     context: DistContext | None = None,
     *,
     variants: Sequence[Variant] = (),
+    given: GivenFrames | None = None,
 ) -> None:
     """Check the prompts on rank 0 and print notes; every rank of `context` calls this.
 
     `variants` are the methods, if there are several.
 
-    Raises UserError, on all ranks, for prompts that are too long.
+    Raises UserError, on all ranks, for prompts that are too long, and for a checkpoint that needs pictures which are not `given`.
     """
     ranks = 1 if context is None or context.ranks is None else context.ranks.mesh.world.size
 
@@ -33,6 +34,7 @@ def look_at_prompts(
         for note in check_prompts(config.model, config.sampler, config.video, prompts):
             print(f"note: {note}", flush=True)
         checkpoint = open_checkpoint(config.model)
+        check_needs(given, checkpoint.spec, num_frames=config.video.num_frames, fps=config.video.fps)
         where = checkpoint.folder / "transformer"
         for note in describe_loras(config.model, checkpoint.adapter, checkpoint.read("transformer/config.json"), where):
             print(f"note: {note}", flush=True)
@@ -47,8 +49,6 @@ def look_at_prompts(
 
 def look_at_given(config: RunConfig, given: GivenFrames | None) -> list[str]:
     """Check the given frames before anything is loaded; returns notes for the user, one sentence each."""
-    if given is None:
-        return []
     video, spec = config.video, open_checkpoint(config.model).spec
     size = {"num_frames": video.num_frames, "height": video.height, "width": video.width}
     return check_given(given, spec, **size, fps=video.fps)

@@ -28,13 +28,19 @@ LTX_090, LTX_091, LTX_095 = "Lightricks/LTX-Video", "diffusers/LTX-Video-0.9.1",
 LTX = (LTX_090, LTX_091, LTX_095)  # 0.9.6 dev has the parts of 0.9.5: see tests/engine/load/test_single_file.py
 WAN_PAIR = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
 WAN_5B = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
-HEADS = {WAN_SMALL: 12, WAN_LARGE: 40, WAN_PAIR: 40, WAN_5B: 24} | dict.fromkeys(LTX, 32)
-LAYERS = {WAN_SMALL: 30, WAN_LARGE: 40, WAN_PAIR: 40, WAN_5B: 30} | dict.fromkeys(LTX, 28)
+# Those of pictures; Wan2.1 I2V is FLF2V without the positions of two pictures.
+WAN_FLF, WAN_I2V_PAIR = "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers", "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
+WAN_I2V = [f"Wan-AI/Wan2.1-I2V-14B-{size}-Diffusers" for size in ("480P", "720P")]
+PICTURES = (WAN_FLF, WAN_I2V_PAIR)
+HEADS = {WAN_SMALL: 12, WAN_LARGE: 40, WAN_PAIR: 40, WAN_5B: 24} | dict.fromkeys(PICTURES, 40) | dict.fromkeys(LTX, 32)
+LAYERS = {WAN_SMALL: 30, WAN_LARGE: 40, WAN_PAIR: 40, WAN_5B: 30} | dict.fromkeys(PICTURES, 40) | dict.fromkeys(LTX, 28)
 # Tensors and parameters of transformer and VAE, as diffusers builds them.
 SIZES = {
     WAN_SMALL: ((825, 1_418_996_800), (194, 126_892_531)),
     WAN_LARGE: ((1095, 14_288_491_584), (194, 126_892_531)),
     WAN_PAIR: ((1095, 14_288_491_584), (194, 126_892_531)),
+    WAN_FLF: ((1304, 16_395_536_704), (194, 126_892_531)),
+    WAN_I2V_PAIR: ((1095, 14_288_901_184), (194, 126_892_531)),
     WAN_5B: ((825, 4_999_787_712), (196, 704_688_668)),
     LTX_090: ((715, 1_923_385_472), (190, 419_193_649)),
     LTX_091: ((715, 1_923_385_472), (294, 934_976_434)),
@@ -45,6 +51,8 @@ SHAPES = {
     WAN_SMALL: {"transformer": ("blocks.29.attn1.to_q.weight", (1536, 1536))},
     WAN_LARGE: {"transformer": ("blocks.39.attn1.to_q.weight", (5120, 5120))},
     WAN_PAIR: {"transformer": ("blocks.39.attn1.to_q.weight", (5120, 5120))},
+    WAN_FLF: {"transformer": ("condition_embedder.image_embedder.pos_embed", (1, 514, 1280))},
+    WAN_I2V_PAIR: {"transformer": ("patch_embedding.weight", (5120, 36, 1, 2, 2))},
     WAN_5B: {"vae": ("decoder.conv_in.weight", (1024, 48, 3, 3, 3))},
     LTX_090: {"vae": ("decoder.up_blocks.3.resnets.0.conv1.conv.weight", (128, 128, 3, 3, 3))},
     LTX_091: {"vae": ("decoder.scale_shift_table", (2, 128))},
@@ -58,7 +66,9 @@ def spec(request) -> ModelSpec:
 
 
 def test_all_published_models_are_here():
-    assert set(PUBLISHED) == set(HEADS)
+    assert set(PUBLISHED) == {*HEADS, *WAN_I2V}
+    alone = {name: value for name, value in PUBLISHED[WAN_FLF]["transformer"].items() if name != "pos_embed_seq_len"}
+    assert all(PUBLISHED[name]["transformer"] == alone for name in WAN_I2V)
 
 
 def test_keys_and_shapes_are_those_that_diffusers_builds(spec: ModelSpec):
@@ -94,14 +104,14 @@ def pipe(spec: ModelSpec) -> Any:
         parts["vae"] = spec.adapter.build("vae", spec.configs["vae"])
     scheduler = scheduler_class.from_config(spec.configs["scheduler"])
     told = {name: value for name, value in index.items() if name in ("boundary_ratio", "expand_timesteps")}
-    return spec.adapter.pipeline_class(text_encoder=None, tokenizer=None, scheduler=scheduler, **parts, **told)
+    return spec.adapter.pipeline_of(index)(text_encoder=None, tokenizer=None, scheduler=scheduler, **parts, **told)
 
 
 def test_every_attention_is_found_and_every_hook_placed_and_removed(spec: ModelSpec, pipe: Any):
     adapter = spec.adapter
     window = NATIVE[adapter.index_names[0]][0]
     experts = adapter.experts(pipe).values()
-    assert len(experts) == (2 if spec.name == WAN_PAIR else 1)
+    assert len(experts) == (2 if spec.name in (WAN_PAIR, WAN_I2V_PAIR) else 1)
     before = [dict(expert.attn_processors) for expert in experts]
     with apply_method(pipe, method="freespec", window_frames=window, kernel="plain"):
         for expert, processors in zip(experts, before, strict=True):
@@ -143,6 +153,9 @@ def config_of(spec: ModelSpec, degrees: tuple[int, int, int]) -> RunConfig:
 
 
 @pytest.mark.parametrize("world", range(1, 17))
+@pytest.mark.parametrize(
+    "spec", [name for name in HEADS if name not in PICTURES], indirect=True
+)  # those are laid out as WAN_LARGE
 def test_layouts_are_valid_or_refused_for_a_reason(spec: ModelSpec, world: int):
     frames, frame_tokens = spec.grid(NATIVE[spec.adapter.index_names[0]][1], 480, 704)
     tokens = frames * frame_tokens

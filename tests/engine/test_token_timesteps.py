@@ -15,6 +15,7 @@ from engine.adapters.published import PUBLISHED
 from engine.adapters.wan import WAN, WanAdapter
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.decode.pieces import stream_decode
+from engine.denoise.saved import save_latents
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.given.frames import GivenFrames, parse_given
@@ -116,6 +117,17 @@ def test_pictures_elsewhere_stay_known_and_the_id_says_which_are_conditions(fold
     assert made.settings["given"]["trained"] == ["first"]
     assert sorted(made.settings["given"]["images"]) == ["0", "7"]
     assert relative(made.latents, on_one_rank(config, given=given)) > 1e-3
+
+
+def test_a_video_is_continued(folder, tmp_path):
+    config, file = config_of(folder), tmp_path / "a.safetensors"
+    with LongVideoEngine(config) as engine:
+        latents = torch.randn(engine.spec.latent_shape(NATIVE, 64, 96), generator=torch.Generator().manual_seed(1))
+        save_latents(file, latents, {})
+        made = engine.denoise(PROMPT, given=GivenFrames(extend=file))
+    assert torch.equal(made.latents[:, :, :3], latents)
+    assert relative(made.latents[:, :, 3:], on_one_rank(config)[:, :, 3:]) > 1e-3
+    assert "trained" not in made.settings["given"]
 
 
 @pytest.mark.parametrize("frames", [NATIVE, LONG])

@@ -10,7 +10,8 @@ from tests.launch.conftest import Run
 GENERATE = {
     # the table of Wan's generate.py
     "--task t2v-1.3B": "did you mean --config wan2.1-t2v-1.3b?",
-    "--task i2v-14B": "not supported: of Wan's tasks text-to-video is",
+    "--task i2v-14B": "give the preset of the task, such as --config wan2.1-i2v-14b-480p",
+    "--task i2v-A14B": "did you mean --config wan2.2-i2v-a14b?",
     "--size 832*480": "did you mean --video.width 832 --video.height 480?",
     "--size huge": "did you mean video.width and video.height?",
     "--frame_num 81": "did you mean --video.num_frames 81?",
