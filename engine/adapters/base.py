@@ -437,8 +437,17 @@ class ModelAdapter(ABC):
         raise AssertionError(f"{self.name} has one timestep for all tokens")
 
     def video_timestep(self, timestep: Tensor) -> Tensor:
-        """The timestep [B] of each video, or of its frames that have noise, from the argument of a forward."""
-        return timestep
+        """The timestep [B] of each video, from the argument of a forward: [B], or [B, S] with one of each token.
+
+        Of tokens those of a given first frame have 0, and all others the same.
+        """
+        if timestep.dim() != 2:
+            return timestep
+        if bool(((timestep != timestep[:, -1:]) & (timestep != 0)).any()):
+            raise UserError(
+                "the tokens of a video have several timesteps that are not 0; give the frames with noise the timestep of the step"
+            )
+        return timestep[:, -1]
 
     @abstractmethod
     def shard_embedding(self, embedded: Tensor, start: int, length: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""LTX-Video text-to-video (2B, 0.9.0 to 0.9.6) inside diffusers: where its tokens are made, mixed and put together again."""
+"""LTX-Video (0.9.0 to 0.9.7) inside diffusers: where its tokens are made, mixed and put together again."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLLTXVideo, LTXPipeline, LTXVideoTransformer3DModel
+from diffusers import AutoencoderKLLTXVideo, LTXImageToVideoPipeline, LTXPipeline, LTXVideoTransformer3DModel
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
@@ -20,6 +20,7 @@ from engine.adapters.base import (
     Text,
     TimeSettings,
     VideoSpec,
+    as_frames,
 )
 from engine.config import DecodeConfig
 from engine.decode.blend import cover, fade_in, lay_over, overlap_share
@@ -40,7 +41,7 @@ class LtxAdapter(ModelAdapter):
     # The parts are the same ones; checkpoints from 0.9.5 on may name the pipeline that also takes pictures.
     index_names = ("LTXPipeline", "LTXConditionPipeline")
     pipeline_class = LTXPipeline
-    pipeline_classes = (LTXPipeline,)
+    pipeline_classes = (LTXPipeline, LTXImageToVideoPipeline)
     transformer_class = LTXVideoTransformer3DModel
     vae_class = AutoencoderKLLTXVideo
     text_encoder_class = T5EncoderModel
@@ -67,6 +68,7 @@ class LtxAdapter(ModelAdapter):
             patch=(patch_t, patch, patch),
             pipeline_multiple=32,
             cuts_time=True,
+            pictures=("first",) if (index or {}).get("_class_name") == "LTXConditionPipeline" else (),
         )
 
     def spatial_factor(self, vae: Mapping[str, Any]) -> int:
@@ -102,6 +104,17 @@ class LtxAdapter(ModelAdapter):
     def shard_points(self, transformer: LTXVideoTransformer3DModel) -> tuple[nn.Module, nn.Module, nn.Module]:
         """See the base class."""
         return transformer.proj_in, transformer.rope, transformer.proj_out
+
+    def shard_condition(self, transformer: LTXVideoTransformer3DModel) -> nn.Module:
+        """See the base class; with one timestep for all tokens `shard_timesteps` changes nothing."""
+        return transformer.time_embed
+
+    def shard_timesteps(self, args: tuple, kwargs: dict, start: int, length: int) -> tuple[tuple, dict]:
+        """Timesteps [B S] -> [B s]."""
+        timesteps = args[0].unflatten(0, (kwargs["batch_size"], -1))
+        if timesteps.shape[1] == 1:
+            return args, kwargs
+        return (timesteps.narrow(1, start, length).flatten(), *args[1:]), kwargs
 
     def shard_embedding(self, embedded: Tensor, start: int, length: int) -> Tensor:
         """[B, S, C] -> [B, s, C]."""
@@ -189,11 +202,16 @@ class LtxAdapter(ModelAdapter):
             batch > 1
         ):  # alone they stay a view, as in the stock pipeline: a product of another layout may round otherwise
             hidden = torch.cat([hidden] * batch)
+        timestep = timestep.expand(batch)
+        if condition is not None:  # a timestep of each token
+            noisy = torch.ones(frames, rows * columns, device=latents.device)
+            noisy[: condition.clean_frames] = 0
+            timestep = timestep.unsqueeze(-1) * noisy.flatten()
         with pipe.transformer.cache_context("cond_uncond"):
             packed = pipe.transformer(
                 hidden_states=hidden.to(pipe.transformer.dtype),
                 encoder_hidden_states=torch.cat(embeds),
-                timestep=timestep.expand(batch),
+                timestep=timestep,
                 encoder_attention_mask=torch.cat(masks),
                 num_frames=frames,
                 height=rows,
@@ -211,6 +229,10 @@ class LtxAdapter(ModelAdapter):
     def guide(self, predictions: Sequence[Tensor], scale: float) -> Tensor:
         """In fp32, as the stock pipeline combines them."""
         return super().guide([prediction.float() for prediction in predictions], scale)
+
+    def condition(self, pipe: LTXPipeline, pictures: Mapping[str, np.ndarray], *, num_frames: int) -> Condition:
+        """See the base class: the first latent frame."""
+        return Condition(latents=self.encode(pipe.vae, as_frames(pictures["first"][None])).float())
 
     def time_settings(
         self, vae: Mapping[str, Any], mode: DecodeMode, config: DecodeConfig, *, num_latents: int, seed: int

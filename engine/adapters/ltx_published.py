@@ -1,10 +1,10 @@
-"""The published numbers of LTX-Video 2B, for machines that cannot fetch a config.json.
+"""The published numbers of LTX-Video, for machines that cannot fetch a config.json.
 
 Transformer, VAE and scheduler: as scripts/convert_ltx_to_diffusers.py of diffusers 0.42 writes them and
 ltx_video/utils/diffusers_config_mapping.py of Lightricks/LTX-Video names them. Text encoder: config.json of
 google/t5-v1_1-xxl. Keys that are left out have the value of the diffusers or transformers class.
 
-The transformer is the same from 0.9.0 to 0.9.6; 0.9.1 has another decoder, 0.9.5 another encoder too and a fixed shift.
+The transformer of 2B is the same from 0.9.0 to 0.9.6, and 0.9.7 has one of 13B with the VAE of 0.9.5; 0.9.1 has another decoder, 0.9.5 another encoder too and a fixed shift.
 0.9.6 dev is published as a single file, whose parts are those of 0.9.5 (docs/models.md says how it is loaded).
 """
 
@@ -102,4 +102,12 @@ PUBLISHED = {
     "Lightricks/LTX-Video": _CHECKPOINT,
     "diffusers/LTX-Video-0.9.1": _CHECKPOINT | {"vae": _VAE_091},
     "Lightricks/LTX-Video-0.9.5": _CHECKPOINT | {"vae": _VAE_095, "scheduler": _FIXED_SHIFT},
+    "Lightricks/LTX-Video-0.9.7-dev": _CHECKPOINT
+    | {
+        "model_index": {"_class_name": "LTXConditionPipeline"},
+        "transformer": _CHECKPOINT["transformer"]
+        | {"attention_head_dim": 128, "cross_attention_dim": 4096, "num_layers": 48},
+        "vae": _VAE_095,
+        "scheduler": _FIXED_SHIFT,
+    },
 }

@@ -183,17 +183,6 @@ class WanAdapter(ModelAdapter):
         timesteps = args[0].unflatten(0, (-1, size)).narrow(1, start, length).flatten()
         return (timesteps, *args[1:]), kwargs | {"timestep_seq_len": length}
 
-    def video_timestep(self, timestep: Tensor) -> Tensor:
-        """[B], or [B, S] with a timestep of each token: 0 for those of a given first frame, the same for all others."""
-        if timestep.dim() != 2:
-            return timestep
-        if bool(((timestep != timestep[:, -1:]) & (timestep != 0)).any()):
-            raise UserError(
-                "the tokens of a video have several timesteps that are not 0, which Wan2.2 TI2V was not trained for; give the frames "
-                "with noise the timestep of the step"
-            )
-        return timestep[:, -1]
-
     def shard_embedding(self, embedded: Tensor, start: int, length: int) -> Tensor:
         """[B, C, F, H, W] -> [B, C, s, 1, 1], which the model flattens to [B, s, C]."""
         return embedded.flatten(2).narrow(2, start, length)[..., None, None]

@@ -104,8 +104,9 @@ def apply_method(  # noqa: PLR0913 - keywords of a public function
     """Apply a method for long videos to a pipeline: `handle = apply_method(pipe, method="freespec", window_frames=21)`.
 
     Args:
-        pipe: a WanPipeline or WanImageToVideoPipeline (also with the two transformers of Wan2.2 A14B) or an LTXPipeline, on any device,
-            before or after `fuse_qkv_projections`, layerwise casting, CPU offload or `compile_repeated_blocks`.
+        pipe: a WanPipeline or WanImageToVideoPipeline (also with the two transformers of Wan2.2 A14B), an LTXPipeline or an
+            LTXImageToVideoPipeline, on any device, before or after `fuse_qkv_projections`, layerwise casting, CPU offload or
+            `compile_repeated_blocks`.
         method: a name (direct, sliding_window, freenoise, freelong, freepca, freespec, direct_far), a class as package.module:Class, or a
             method object.
         window_frames: latent frames that the local branch sees: the native length of the model, 21 for Wan2.1 and 16 for

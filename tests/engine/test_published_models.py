@@ -25,7 +25,13 @@ from parallel.shards import length
 NATIVE = {"WanPipeline": (21, 321), "LTXPipeline": (16, 481)}  # window and long video
 WAN_SMALL, WAN_LARGE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 LTX_090, LTX_091, LTX_095 = "Lightricks/LTX-Video", "diffusers/LTX-Video-0.9.1", "Lightricks/LTX-Video-0.9.5"
-LTX = (LTX_090, LTX_091, LTX_095)  # 0.9.6 dev has the parts of 0.9.5: see tests/engine/load/test_single_file.py
+LTX_097 = "Lightricks/LTX-Video-0.9.7-dev"
+LTX = (
+    LTX_090,
+    LTX_091,
+    LTX_095,
+    LTX_097,
+)  # 0.9.6 dev has the parts of 0.9.5: see tests/engine/load/test_single_file.py
 WAN_PAIR = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
 WAN_5B = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 # Those of pictures; Wan2.1 I2V is FLF2V without the positions of two pictures.
@@ -33,7 +39,8 @@ WAN_FLF, WAN_I2V_PAIR = "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers", "Wan-AI/Wan2.2
 WAN_I2V = [f"Wan-AI/Wan2.1-I2V-14B-{size}-Diffusers" for size in ("480P", "720P")]
 PICTURES = (WAN_FLF, WAN_I2V_PAIR)
 HEADS = {WAN_SMALL: 12, WAN_LARGE: 40, WAN_PAIR: 40, WAN_5B: 24} | dict.fromkeys(PICTURES, 40) | dict.fromkeys(LTX, 32)
-LAYERS = {WAN_SMALL: 30, WAN_LARGE: 40, WAN_PAIR: 40, WAN_5B: 30} | dict.fromkeys(PICTURES, 40) | dict.fromkeys(LTX, 28)
+LAYERS = {WAN_SMALL: 30, WAN_LARGE: 40, WAN_PAIR: 40, WAN_5B: 30} | dict.fromkeys(PICTURES, 40)
+LAYERS |= dict.fromkeys(LTX, 28) | {LTX_097: 48}
 # Tensors and parameters of transformer and VAE, as diffusers builds them.
 SIZES = {
     WAN_SMALL: ((825, 1_418_996_800), (194, 126_892_531)),
@@ -45,6 +52,7 @@ SIZES = {
     LTX_090: ((715, 1_923_385_472), (190, 419_193_649)),
     LTX_091: ((715, 1_923_385_472), (294, 934_976_434)),
     LTX_095: ((715, 1_923_385_472), (226, 1_246_913_522)),
+    LTX_097: ((1215, 13_042_569_344), (226, 1_246_913_522)),
 }
 # One tensor of each part that tells the checkpoints apart, and its shape.
 SHAPES = {
@@ -57,6 +65,7 @@ SHAPES = {
     LTX_090: {"vae": ("decoder.up_blocks.3.resnets.0.conv1.conv.weight", (128, 128, 3, 3, 3))},
     LTX_091: {"vae": ("decoder.scale_shift_table", (2, 128))},
     LTX_095: {"vae": ("encoder.conv_out.conv.weight", (129, 2048, 3, 3, 3))},
+    LTX_097: {"transformer": ("transformer_blocks.47.attn2.to_k.weight", (4096, 4096))},
 }
 
 
@@ -89,7 +98,7 @@ def test_what_later_versions_of_ltx_tell_their_decoder(spec: ModelSpec):
     settings = spec.adapter.time_settings(spec.configs["vae"], "whole", DecodeConfig(), num_latents=61, seed=3)
     assert settings.timestep == (None if spec.name == LTX_090 else 0.05)
     assert (spec.video.spatial_factor, spec.video.temporal_factor, spec.video.channels) == (32, 8, 128)
-    assert spec.configs["scheduler"]["use_dynamic_shifting"] == (spec.name != LTX_095)
+    assert spec.configs["scheduler"]["use_dynamic_shifting"] == (spec.name not in (LTX_095, LTX_097))
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +163,7 @@ def config_of(spec: ModelSpec, degrees: tuple[int, int, int]) -> RunConfig:
 
 @pytest.mark.parametrize("world", range(1, 17))
 @pytest.mark.parametrize(
-    "spec", [name for name in HEADS if name not in PICTURES], indirect=True
+    "spec", [name for name in HEADS if name not in (*PICTURES, LTX_097)], indirect=True
 )  # those are laid out as WAN_LARGE
 def test_layouts_are_valid_or_refused_for_a_reason(spec: ModelSpec, world: int):
     frames, frame_tokens = spec.grid(NATIVE[spec.adapter.index_names[0]][1], 480, 704)
