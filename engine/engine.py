@@ -21,9 +21,10 @@ from engine.adapters.base import Condition
 from engine.checks import check_kernels, check_model, check_ranks
 from engine.config import COMPILED_TRACE, MethodConfig, OutputConfig, RunConfig
 from engine.decode.decoder import VideoDecoder
-from engine.denoise.denoise import Denoised, draw_noise
+from engine.denoise.denoise import Denoised
 from engine.denoise.guided_model import GuidedModel
 from engine.denoise.loop import DenoiseLoop, Preview
+from engine.denoise.noise import draw_noise
 from engine.denoise.saved import RunFile
 from engine.denoise.schedulers import make_scheduler, set_timesteps
 from engine.devices import pick_device, pick_dtype

@@ -1,4 +1,4 @@
-"""Escape foreign text, such as prompts, names and messages, for a terminal. Standard library only."""
+"""Text for a terminal: foreign text escaped, sizes and durations in units. Standard library only."""
 
 import contextlib
 import os
@@ -56,3 +56,20 @@ class PrintableStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
+
+
+def describe_size(num_bytes: float) -> str:
+    """`1.5 GiB`, `20.0 MiB`, `3.2 KiB`, `17 bytes`."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes:.0f} bytes"
+
+
+def describe_seconds(seconds: float) -> str:
+    """`4.2 s`, `3 min 10 s`, `5 h 2 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    if seconds < 3600:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"

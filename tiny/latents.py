@@ -1,6 +1,5 @@
 """Stage 2: clips of the world, encoded once, so that the transformer never waits for the renderer or the autoencoder."""
 
-import logging
 from pathlib import Path
 
 import torch
@@ -13,8 +12,6 @@ from tiny.families.base import NATIVE_FRAMES
 from tiny.state import load_average, numpy_rng
 from tiny.train_vae import to_video
 from tiny.world import Scene, render, sample_scene
-
-logger = logging.getLogger(__name__)
 
 SEED = 2
 

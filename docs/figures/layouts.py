@@ -12,7 +12,6 @@ from parallel.shards import Range, SequencePlan, halo_needs, length, ring_order,
 
 FOLDER = Path(__file__).parent
 RANKS = ("#d1495b", "#edae49", "#3c896d", "#30638e")
-QUIET = "#ececec"
 FRAMES, WINDOW, HEADS = 20, 5, 8
 TOLD = 1
 """The rank whose keys are drawn."""

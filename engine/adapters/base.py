@@ -28,6 +28,11 @@ DecodeMode = Literal["whole", "framewise", "tiled"]
 MOST_SIZE = 2**20
 
 
+def join_texts(texts: Sequence[Text]) -> Text:
+    """Concatenate texts [1, K, C], and masks [1, K] if the model has them, to [1, num_texts K, C]."""
+    return tuple(torch.cat(parts, dim=1) for parts in zip(*texts, strict=True))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VideoSpec:
     """The numbers of a checkpoint that determine lengths and sizes, from its config.json files alone.

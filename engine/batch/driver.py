@@ -80,7 +80,7 @@ class Note:
     text: str
 
 
-Event = Note | Placing | Placed | Ready | Step | Done | Failed | Ended
+ReplicaEvent = Note | Placing | Placed | Ready | Step | Done | Failed | Ended
 
 
 class Replica(Protocol):
@@ -94,7 +94,7 @@ class Replica(Protocol):
     def make(self, task: dict[str, Any]) -> None:
         """Begin an item; `Step`s, and `Done` or `Failed` follow."""
 
-    def events(self) -> list[Event]:
+    def events(self) -> list[ReplicaEvent]:
         """Events since the last call."""
 
     def stop(self, *, gently: bool) -> bool:

@@ -17,7 +17,7 @@ from engine.batch.locks import lock_file
 from engine.files.locks import holder_of
 from engine.files.trees import DamagedError, Shape, read_tree
 from engine.files.whole import write_json
-from engine.shown import printable
+from engine.shown import describe_seconds, printable
 
 STATUS_SECONDS = 1.0
 LAST_FAILURES = 5
@@ -230,15 +230,6 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     return [
         "  " + "  ".join(word.ljust(width) for word, width in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
-
-
-def describe_seconds(seconds: float) -> str:
-    """`4.2 s`, `3 min 10 s`, `5 h 2 min`."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
-    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60)} min"
 
 
 def report(sidecars: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Noise and the denoising loop: plain functions that draw the same noise for any device and can start at any step."""
+"""Steps of the scheduler over latents, from any step on."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +10,6 @@ from torch import Tensor
 from engine.denoise.schedulers import step_noise
 from engine.errors import UserError
 from engine.given.known import Known
-from freespec.methods import Noise
-from freespec.noise import relate_frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,19 +36,6 @@ class Denoised:
     settings: dict[str, Any]
     timeline: list[dict[str, Any]] | None
     given: dict[str, Any] | None
-
-
-def draw_noise(
-    shape: tuple[int, ...], seed: int | torch.Generator, kind: Noise = "iid", *, window_frames: int = 1, stride: int = 1
-) -> Tensor:
-    """Draw standard normal noise [1, z, F, h, w], fp32 on the CPU, from a CPU generator, as the stock pipelines do.
-
-    Kinds other than `iid` relate the frames after the first `window_frames` to those (freespec.noise), with further draws from
-    the same generator. A generator in place of a seed continues from its state.
-    """
-    generator = seed if isinstance(seed, torch.Generator) else torch.Generator("cpu").manual_seed(seed)
-    noise = torch.randn(shape, generator=generator, dtype=torch.float32)
-    return relate_frames(noise, kind, window_frames=window_frames, stride=stride, generator=generator)
 
 
 def denoise(

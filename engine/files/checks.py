@@ -10,6 +10,7 @@ from engine.errors import UserError
 from engine.files.folders import foreign_entry
 from engine.files.trees import read_json
 from engine.files.whole import part_path
+from engine.shown import describe_size
 
 
 def check_places(paths: Iterable[Path], *, folders: Collection[Path] = ()) -> None:
@@ -40,6 +41,17 @@ def check_places(paths: Iterable[Path], *, folders: Collection[Path] = ()) -> No
                     part.unlink()
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def make_folder(root: Path) -> None:
+    """Make the output folder; UserError if it cannot be written to."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f".{os.getpid()}.part"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to --out {root}: {error.strerror}") from error
 
 
 def _check_folder(path: Path) -> None:
@@ -99,11 +111,3 @@ def check_space(needed: Mapping[Path, int], *, what: str) -> None:
                 f"{folder} has {describe_size(free)} free, and at least {describe_size(total)} are needed for {what}; free some "
                 "space, or choose another folder"
             )
-
-
-def describe_size(num_bytes: float) -> str:
-    """`1.5 GiB`, `20.0 MiB`, `3.2 KiB`, `17 bytes`."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.1f} {unit}"
-    return f"{num_bytes:.0f} bytes"

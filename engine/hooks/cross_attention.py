@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from engine.adapters import ModelAdapter, adapter_of_pipeline
-from engine.adapters.base import Text
+from engine.adapters.base import join_texts
 from engine.errors import UserError
 from engine.hooks.in_force import Uncopyable
 from engine.hooks.self_attention import BranchProcessor
@@ -278,11 +278,6 @@ def install_timeline(
         part.register_forward_pre_hook(state.before_forward, with_kwargs=True, prepend=True) for part in transformers
     ]
     return TimelineHandle(hooks, originals, inputs or {}, functools.partial(state.leave, transformers))
-
-
-def join_texts(texts: Sequence[Text]) -> Text:
-    """Concatenate texts [1, K, C], and masks [1, K] if the model has them, to [1, num_texts K, C]."""
-    return tuple(torch.cat(parts, dim=1) for parts in zip(*texts, strict=True))
 
 
 def _lengths(mask: Tensor, num_texts: int) -> list[list[int]]:

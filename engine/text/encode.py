@@ -6,9 +6,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from engine.adapters import ModelAdapter
-from engine.adapters.base import Text
+from engine.adapters.base import Text, join_texts
 from engine.config import RunConfig
-from engine.hooks.cross_attention import join_texts
 from engine.load.sharded_weights import Encode, encode_on_all, shards_text
 from engine.ranks.agreement import broadcast, raise_together
 from engine.text.cache import TextCache, cache_key

@@ -13,7 +13,7 @@ class Files(Protocol):
         """The video itself."""
 
 
-class Video(Protocol):
+class StudyVideo(Protocol):
     """One video of a study: a prompt and a seed, made by one variant."""
 
     @property
@@ -53,7 +53,7 @@ class Measured:
         version: `evaluation.events.version_of` its prompt when the measures were made.
     """
 
-    video: Video
+    video: StudyVideo
     record: dict[str, Any]
     values: dict[str, float]
     by_clip: dict[str, list[float]]

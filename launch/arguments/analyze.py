@@ -6,13 +6,13 @@ from jsonargparse import ArgumentParser, Namespace
 
 from engine.config import RunConfig
 from engine.errors import UserError
-from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_empty
 from launch.arguments.options import add_out
 from launch.arguments.prompts import Prompts, add_num_prompts, add_prompts, choose_prompts
 from launch.arguments.ranks import add_ranks, check_model
 from launch.batching.options import Replicas, add_replicas, read_replicas
 from launch.cli.parser import parse_run
+from launch.ranks.backend import check_environment
 
 NAME = "analyze.py"
 DESCRIPTION = "Measure how attention's singular spectra change with the window, and what low rank does to a video."

@@ -10,11 +10,11 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import expand, find_checkpoint
 from engine.planner.gpu import read_gpu
-from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output
 from launch.arguments.variants import read_variants
 from launch.batching.options import Options, add_arguments
 from launch.cli.parser import parse_run
+from launch.ranks.backend import check_environment
 
 DESCRIPTION = "Make every prompt of a suite with every method and seed. Restarted, it makes only what is missing."
 

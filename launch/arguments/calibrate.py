@@ -8,13 +8,13 @@ from jsonargparse import ArgumentParser, Namespace
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.shown import quoted
-from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, read_seeds, refuse_empty
 from launch.arguments.options import add_out, add_prompts_file, add_seeds
 from launch.arguments.prompts import Prompts, read_prompts
 from launch.arguments.ranks import add_ranks, check_model
 from launch.batching.options import Replicas, add_replicas, read_replicas
 from launch.cli.parser import parse_run
+from launch.ranks.backend import check_environment
 
 NAME = "calibrate.py"
 DESCRIPTION = "Search FreeSpec's open settings on one list of prompts, and judge what was found on another."

@@ -10,7 +10,6 @@ from engine.batch.variants import Variant
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import expand
-from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, read_seeds, refuse_empty
 from launch.arguments.options import add_methods, add_out, add_seeds
 from launch.arguments.prompts import Prompts, add_num_prompts, add_prompts, choose_prompts
@@ -18,6 +17,7 @@ from launch.arguments.ranks import add_ranks, check_model
 from launch.arguments.variants import read_variants
 from launch.batching.options import Replicas, add_replicas, read_replicas
 from launch.cli.parser import parse_run
+from launch.ranks.backend import check_environment
 
 NAME = "compare.py"
 DESCRIPTION = "Make the same prompts and seeds with several methods, measure the videos, and write a report."

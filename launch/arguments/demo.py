@@ -8,12 +8,12 @@ from jsonargparse import ArgumentParser
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import expand, find_checkpoint
-from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_empty
 from launch.arguments.options import add_out
 from launch.arguments.prompts import EXAMPLE
 from launch.cli.argv import asked_value
 from launch.cli.parser import add_former_name, parse_run
+from launch.ranks.backend import check_environment
 
 DESCRIPTION = "Make the same video with three methods and one picture that shows them one above the other, then a video of a timeline."
 _NAMED_HERE = tuple(key for key in OF_ONE_VIDEO if key != "output.overwrite")

@@ -9,12 +9,12 @@ from engine.errors import UserError
 from engine.files.checks import check_places
 from engine.given.frames import GivenFrames
 from engine.paths import find_checkpoint
-from launch.arguments.environment import check_environment
 from launch.arguments.given import add_given, read_given
 from launch.arguments.prompts import EXAMPLE, Prompts, add_prompts, read_prompts
 from launch.arguments.ranks import add_ranks, check_started
 from launch.cli.argv import asked_value
 from launch.cli.parser import parse_run
+from launch.ranks.backend import check_environment
 from launch.ranks.environment import PlacementStrategy, RankEnv
 from launch.ranks.ray_pool import PLACEMENT_HELP, NoRayError, check_placement
 from launch.video.outputs import OutputFiles, frame_folders, plan_outputs

@@ -8,11 +8,11 @@ from jsonargparse import ArgumentParser
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import expand, find_checkpoint
-from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_empty
 from launch.arguments.options import add_prompts_file
 from launch.arguments.prompts import read_prompts
 from launch.cli.parser import parse_run
+from launch.ranks.backend import check_environment
 
 NAME = "previews.py"
 DESCRIPTION = (

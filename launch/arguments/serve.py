@@ -11,13 +11,13 @@ from engine.batch.variants import Variant
 from engine.config import METHODS, RunConfig
 from engine.errors import UserError
 from engine.paths import expand, find_checkpoint
-from launch.arguments.environment import check_environment
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_empty
 from launch.arguments.options import add_methods, add_nproc, add_prompts_file
 from launch.arguments.prompts import read_prompts
 from launch.arguments.variants import read_variants
 from launch.batching.options import Replicas, add_replicas
 from launch.cli.parser import parse_run
+from launch.ranks.backend import check_environment
 
 DESCRIPTION = (
     "Keep a model loaded, and make videos for clients of OpenAI's video API. Restarted, it continues its jobs."

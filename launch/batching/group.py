@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.batch.driver import Done, Ended, Event, Failed, Note, Placed, Placing, Ready, Step
+from engine.batch.driver import Done, Ended, Failed, Note, Placed, Placing, Ready, ReplicaEvent, Step
 from engine.batch.queue import Failure, Kind
 from launch.ranks.host import RankProcesses
 from launch.ranks.watch import describe_end
@@ -73,11 +73,11 @@ class Group:
         self._running = len(self._exits) < self.ranks.count
         return not self._running
 
-    def events(self) -> list[Event]:
+    def events(self) -> list[ReplicaEvent]:
         """See `Replica`."""
         if not self._running:
             return []
-        found: list[Event] = []
+        found: list[ReplicaEvent] = []
         for rank, event in self.ranks.drain():
             match event["event"]:
                 case "step" if event["item"] == self._item:
@@ -96,7 +96,7 @@ class Group:
                     self._exits[rank] = event
         return found + self._judge()
 
-    def _judge(self) -> list[Event]:
+    def _judge(self) -> list[ReplicaEvent]:
         """Merge the answers so far into an event, if they are complete."""
         failed = [rank for rank, answer in self._answers.items() if answer["event"] == "failed"]
         missing = [rank for rank in range(self.ranks.count) if rank not in self._answers and rank not in self._exits]
@@ -109,7 +109,7 @@ class Group:
                 return []
         return self._all_ill(failed)
 
-    def _all_well(self) -> list[Event]:
+    def _all_well(self) -> list[ReplicaEvent]:
         first = self._answers[0]
         if not self._ready:
             self._ready, self._answers = True, {}
@@ -119,7 +119,7 @@ class Group:
         self._item, self._answers = None, {}
         return [Done(record=first["record"])]
 
-    def _all_ill(self, failed: list[int]) -> list[Event]:
+    def _all_ill(self, failed: list[int]) -> list[ReplicaEvent]:
         """Report the likeliest cause as the failure of the item, or of the replica if it has no item."""
         failures = [self._failure_of(rank, self._answers[rank]) for rank in failed]
         failures += [self._exit_of(rank, event) for rank, event in self._exits.items() if rank not in failed]

@@ -13,9 +13,9 @@ from engine.batch.journal import columns, report
 from engine.batch.locks import Shard
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.files.checks import describe_size
 from engine.files.storage import REMEDY_FULL, describe_remedy
 from engine.files.trees import DamagedError, Shape, read_tree
+from engine.shown import describe_size
 from launch.batching.options import Options
 from launch.batching.work import Work
 from launch.process.exit_codes import LostRankError

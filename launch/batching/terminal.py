@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.batch.items import FILE
-from engine.batch.journal import describe_seconds, read_status, table
+from engine.batch.journal import read_status, table
 from engine.errors import UserError
-from engine.shown import printable
+from engine.shown import describe_seconds, printable
 
 
 class Terminal:

@@ -1,1 +1,1 @@
-"""The commands: a module with `main(argv)` each, imported only once signals are handled."""
+"""The commands: a module with `run(given)` each, imported only once signals are handled."""

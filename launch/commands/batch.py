@@ -1,8 +1,6 @@
 """batch.py: make prompts x seeds x methods on fault-tolerant replicas; finished items are not made again."""
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 from engine.batch.files import BatchFiles
 from engine.batch.items import Batch, Item, check_folder, claim_folder, plan_batch
@@ -10,7 +8,7 @@ from engine.batch.locks import own_shard
 from engine.batch.variants import Variant
 from engine.config import RunConfig
 from engine.decode.tiling import check_tiles
-from engine.errors import UserError
+from engine.files.checks import make_folder
 from engine.files.storage import writing_to
 from engine.load.checkpoint import open_checkpoint
 from launch.arguments.batch import Arguments
@@ -72,17 +70,6 @@ def read_batch(config: RunConfig, variants: Sequence[Variant], given: Arguments)
         dtype=config.model.dtype,
         given=None if frames is None else frames.settings(**video, step=spec.temporal_factor, pictures=spec.pictures),
     )
-
-
-def make_folder(root: Path) -> None:
-    """Make the output folder; UserError if it cannot be written to."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        probe = root / f".{os.getpid()}.part"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to --out {root}: {error.strerror}") from error
 
 
 def find_work(files: BatchFiles, mine: Sequence[Item], options: Options) -> Work:

@@ -18,10 +18,10 @@ from engine.media.contact_sheet import Row, comparison, spaced, write_picture
 from engine.media.read_video import read_video
 from engine.shown import quoted
 from launch.arguments.demo import Arguments
-from launch.commands.generate import find_stages
 from launch.video.make import make_video, summary
 from launch.video.outputs import OutputFiles, claim_outputs, plan_outputs, refuse_existing
 from launch.video.prompts import look_at_prompts
+from launch.video.remaining import find_stages
 
 NOTES = {"direct": "full attention", "sliding_window": "native window", "freespec": "both, fused"}
 TIMELINE = "timeline"

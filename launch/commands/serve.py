@@ -18,6 +18,7 @@ from engine.batch.locks import own_shard
 from engine.decode.preview import load_factors
 from engine.decode.tiling import check_tiles
 from engine.errors import UserError
+from engine.files.checks import make_folder
 from engine.files.storage import writing_to
 from engine.load.checkpoint import open_checkpoint
 from launch.arguments.serve import Arguments
@@ -25,7 +26,6 @@ from launch.batching.devices import arrange_variants, check_devices
 from launch.batching.drive import run_driver, worker_setup
 from launch.batching.messages import SUPPORT, halted
 from launch.batching.replicas import open_replicas
-from launch.commands.batch import make_folder
 from launch.process.exit_codes import LostRankError
 from launch.serving.app import make_app
 from launch.serving.driving import Listener, make_driver

@@ -30,9 +30,9 @@ from engine.ranks.agreement import (
 )
 from engine.ranks.arrange import Arrangement, arrange_ranks, describe_place, join_ranks
 from engine.ranks.layouts import Ranks
-from launch.arguments.environment import check_backend
 from launch.process.exit_codes import LostRankError
 from launch.process.stopping import ignore_signals, say_for_first
+from launch.ranks.backend import check_backend
 from launch.ranks.environment import LAUNCHER, NODE, STORE, RankEnv
 from parallel.collectives import CollectiveError
 

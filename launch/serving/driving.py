@@ -7,10 +7,10 @@ from typing import Any
 
 from engine.batch.driver import Driver
 from engine.batch.items import Item
-from engine.batch.journal import FileJournal, describe_seconds
+from engine.batch.journal import FileJournal
 from engine.batch.queue import Queue
 from engine.denoise.saved import kept_steps
-from engine.shown import printable
+from engine.shown import describe_seconds, printable
 from launch.batching.drive import keep
 from launch.batching.group import Group
 from launch.batching.options import Replicas

@@ -8,7 +8,7 @@ from engine.given.frames import GivenFrames
 from engine.given.known import check_given, check_needs
 from engine.load.checkpoint import open_checkpoint
 from engine.load.loras import describe_loras
-from engine.planner.processor import describe_expected
+from engine.planner.cpu import describe_expected
 from engine.planner.split import describe_splits
 from engine.text.prompts import Named, check_prompts
 from launch.ranks.join import DistContext

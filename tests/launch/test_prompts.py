@@ -8,7 +8,7 @@ import pytest
 
 from engine.errors import UserError
 from engine.paths import REPOSITORY
-from engine.planner import processor
+from engine.planner import cpu
 from launch.arguments.prompts import read_prompts
 from launch.cli.parser import parse_run
 from launch.commands import batch, calibrate, demo, generate
@@ -182,6 +182,6 @@ def test_a_long_job_on_a_cpu_says_what_it_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert "on this CPU" not in start(commands[name], capsys, [KNOWN], {"model.device": "cpu"})
-    monkeypatch.setattr(processor, "product_rate", lambda dtype: 1e3)
+    monkeypatch.setattr(cpu, "product_rate", lambda dtype: 1e3)
     out = start(commands[name], capsys, [KNOWN], {"model.device": "cpu"})
     assert "note: on this CPU a video of 17 frames of 64 x 64 takes about " in out

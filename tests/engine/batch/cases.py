@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from engine.batch.driver import Done, Event, Failed, Ready, Step
+from engine.batch.driver import Done, Failed, Ready, ReplicaEvent, Step
 from engine.batch.files import BatchFiles, identity_of
 from engine.batch.items import Batch, Item, plan_batch
 from engine.batch.queue import Failure
@@ -83,10 +83,10 @@ class Clock:
 
 
 # What becomes of an item's attempt: seconds, and what it ends with; None never ends.
-Script = Callable[[str, int], tuple[float, Event | None]]
+Script = Callable[[str, int], tuple[float, ReplicaEvent | None]]
 
 
-def succeed(item_id: str, attempt: int) -> tuple[float, Event]:
+def succeed(item_id: str, attempt: int) -> tuple[float, ReplicaEvent]:
     return 10.0, Done(record={})
 
 
@@ -106,8 +106,8 @@ class FakeReplica:
     loads: int = 0
     stopped: int = 0
     made: list[str] = field(default_factory=list)
-    loading: Event = field(default_factory=lambda: Ready(seconds=5.0, place="here"))
-    _due: list[tuple[float, int, Event]] = field(default_factory=list)
+    loading: ReplicaEvent = field(default_factory=lambda: Ready(seconds=5.0, place="here"))
+    _due: list[tuple[float, int, ReplicaEvent]] = field(default_factory=list)
     _order: Any = field(default_factory=itertools.count)
 
     def start(self) -> None:
@@ -124,7 +124,7 @@ class FakeReplica:
         if event is not None:
             self._later(seconds, event)
 
-    def events(self) -> list[Event]:
+    def events(self) -> list[ReplicaEvent]:
         found = []
         while self._due and self._due[0][0] <= self.clock():
             found.append(heapq.heappop(self._due)[2])
@@ -135,5 +135,5 @@ class FakeReplica:
         self._due = []
         return True
 
-    def _later(self, seconds: float, event: Event) -> None:
+    def _later(self, seconds: float, event: ReplicaEvent) -> None:
         heapq.heappush(self._due, (self.clock() + seconds, next(self._order), event))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.batch.driver import MOST_STARTS, Done, Driver, Ended, Event, Failed, Limits, Placed, Placing
+from engine.batch.driver import MOST_STARTS, Done, Driver, Ended, Failed, Limits, Placed, Placing, ReplicaEvent
 from engine.batch.items import Item
 from engine.batch.queue import MOST_ATTEMPTS, Failure, Queue
 from tests.engine.batch.cases import Clock, FakeReplica, Script, batch, lost, succeed
@@ -84,7 +84,7 @@ def test_no_more_replicas_are_loaded_than_there_are_items() -> None:
 def test_a_dead_replica_costs_the_item_in_flight_alone() -> None:
     victim = ITEMS[3].item_id
 
-    def script(item_id: str, attempt: int) -> tuple[float, Event]:
+    def script(item_id: str, attempt: int) -> tuple[float, ReplicaEvent]:
         return (4.0, lost()) if item_id == victim and attempt == 1 else succeed(item_id, attempt)
 
     driver, fakes, kept = drive(script)
@@ -99,7 +99,7 @@ def test_a_dead_replica_costs_the_item_in_flight_alone() -> None:
 def test_an_item_that_always_fails_is_given_up_after_three_attempts() -> None:
     victim = ITEMS[0].item_id
 
-    def script(item_id: str, attempt: int) -> tuple[float, Event]:
+    def script(item_id: str, attempt: int) -> tuple[float, ReplicaEvent]:
         return (1.0, lost()) if item_id == victim else succeed(item_id, attempt)
 
     driver, fakes, kept = drive(script)
@@ -112,7 +112,7 @@ def test_an_item_that_always_fails_is_given_up_after_three_attempts() -> None:
 def test_a_mistake_is_not_tried_again_and_costs_no_replica() -> None:
     victim, failure = ITEMS[0].item_id, Failure("mistake", "too long")
 
-    def script(item_id: str, attempt: int) -> tuple[float, Event]:
+    def script(item_id: str, attempt: int) -> tuple[float, ReplicaEvent]:
         return (1.0, Failed(failure=failure, broken=False)) if item_id == victim else succeed(item_id, attempt)
 
     _, fakes, kept = drive(script)
@@ -123,7 +123,7 @@ def test_a_mistake_is_not_tried_again_and_costs_no_replica() -> None:
 def test_a_hung_item_is_ended_by_its_limit() -> None:
     victim = ITEMS[2].item_id
 
-    def script(item_id: str, attempt: int) -> tuple[float, Event | None]:
+    def script(item_id: str, attempt: int) -> tuple[float, ReplicaEvent | None]:
         return (0.0, None) if item_id == victim and attempt == 1 else succeed(item_id, attempt)
 
     driver, fakes, _ = drive(script, limits=Limits(item=60.0))
@@ -136,7 +136,7 @@ def test_a_hung_item_is_ended_by_its_limit() -> None:
 def test_without_a_limit_one_is_worked_out_from_what_is_done() -> None:
     victim = ITEMS[-1].item_id
 
-    def script(item_id: str, attempt: int) -> tuple[float, Event | None]:
+    def script(item_id: str, attempt: int) -> tuple[float, ReplicaEvent | None]:
         return (0.0, None) if item_id == victim and attempt == 1 else (100.0, Done(record={}))
 
     driver, _, _ = drive(script)
@@ -148,7 +148,7 @@ def test_without_a_limit_one_is_worked_out_from_what_is_done() -> None:
 def test_the_very_first_item_hangs_and_is_ended() -> None:
     victim = ITEMS[0].item_id
 
-    def script(item_id: str, attempt: int) -> tuple[float, Event | None]:
+    def script(item_id: str, attempt: int) -> tuple[float, ReplicaEvent | None]:
         return (0.0, None) if item_id == victim and attempt == 1 else (100.0, Done(record={}))
 
     driver, _, _ = drive(script, replicas=1)
@@ -167,7 +167,7 @@ def test_the_rest_of_a_resumed_item_says_nothing_of_how_long_a_whole_one_takes()
     """A batch that is started again: three items only have to be decoded, and the others take fifty minutes."""
     resumed = {item.item_id for item in ITEMS[:3]}
 
-    def script(item_id: str, attempt: int) -> tuple[float, Event]:
+    def script(item_id: str, attempt: int) -> tuple[float, ReplicaEvent]:
         seconds, step = (40.0, 50) if item_id in resumed else (3000.0, 0)
         return seconds, Done(record={"run": {"resumed_at": step}})
 
@@ -215,7 +215,7 @@ def test_what_comes_late_from_a_replica_that_was_ended_is_nobody_s() -> None:
 def test_a_full_disk_halts_and_costs_no_attempt() -> None:
     failure = Failure("disk", "No space left on device")
 
-    def script(item_id: str, attempt: int) -> tuple[float, Event]:
+    def script(item_id: str, attempt: int) -> tuple[float, ReplicaEvent]:
         return (1.0, Failed(failure=failure, broken=True)) if item_id == ITEMS[4].item_id else succeed(item_id, attempt)
 
     driver, _, kept = drive(script)
@@ -277,7 +277,7 @@ def test_random_deaths_lose_and_repeat_nothing(seed: int) -> None:
     rng = random.Random(seed)
     finished: Counter[str] = Counter()
 
-    def script(item_id: str, attempt: int) -> tuple[float, Event | None]:
+    def script(item_id: str, attempt: int) -> tuple[float, ReplicaEvent | None]:
         if attempt < MOST_ATTEMPTS and rng.random() < 0.5:
             return rng.uniform(0, 30), rng.choice([lost(), lost(broken=False), None])
         finished[item_id] += 1
@@ -297,7 +297,7 @@ def test_a_rank_that_is_lost_is_no_fault_of_its_item_while_the_item_advances() -
     """Ended from outside after 1, 4, 7, 11 and 15 of its 20 steps, as where nodes are taken away."""
     victim, kept = ITEMS[0].item_id, [1, 4, 7, 11, 15]
 
-    def script(item_id: str, attempt: int) -> tuple[float, Event]:
+    def script(item_id: str, attempt: int) -> tuple[float, ReplicaEvent]:
         return (4.0, lost()) if item_id == victim and attempt <= len(kept) else succeed(item_id, attempt)
 
     driver, fakes, given_up = drive(script, steps=kept.__getitem__)
@@ -310,7 +310,7 @@ def test_a_rank_that_is_lost_is_no_fault_of_its_item_while_the_item_advances() -
 def test_attempts_that_do_not_advance_count() -> None:
     victim, kept = ITEMS[0].item_id, [4, 4, 8, 8, 3, 12]
 
-    def script(item_id: str, attempt: int) -> tuple[float, Event]:
+    def script(item_id: str, attempt: int) -> tuple[float, ReplicaEvent]:
         return (4.0, lost()) if item_id == victim else succeed(item_id, attempt)
 
     driver, _, given_up = drive(script, steps=kept.__getitem__)
@@ -321,7 +321,7 @@ def test_attempts_that_do_not_advance_count() -> None:
 def test_other_failures_count_though_the_item_advances() -> None:
     victim = ITEMS[0].item_id
 
-    def script(item_id: str, attempt: int) -> tuple[float, Event]:
+    def script(item_id: str, attempt: int) -> tuple[float, ReplicaEvent]:
         return (4.0, fault()) if item_id == victim else succeed(item_id, attempt)
 
     _, _, given_up = drive(script, steps=lambda tried: 5 * (tried + 1))
@@ -333,7 +333,7 @@ def test_other_failures_count_though_the_item_advances() -> None:
 def test_items_that_fail_alike_in_a_row_halt_and_none_is_given_up(replicas: int, kind: str) -> None:
     """Whatever numbers, paths and names the messages have."""
 
-    def script(item_id: str, attempt: int) -> tuple[float, Event]:
+    def script(item_id: str, attempt: int) -> tuple[float, ReplicaEvent]:
         message = f"KeyError: '{item_id}' at 0x{item_id[:6]} in /out/{item_id}.mp4, line {attempt}"
         return 10.0, Failed(failure=Failure(kind, message, "Traceback"), broken=True)
 
@@ -348,7 +348,7 @@ def test_items_that_fail_alike_in_a_row_halt_and_none_is_given_up(replicas: int,
 def test_mistakes_alike_halt_and_what_was_given_up_for_them_waits_again() -> None:
     released: list[str] = []
 
-    def script(item_id: str, attempt: int) -> tuple[float, Event]:
+    def script(item_id: str, attempt: int) -> tuple[float, ReplicaEvent]:
         return 1.0, Failed(failure=Failure("mistake", "numbers of the latents are not finite"), broken=False)
 
     driver, _, given_up = drive(script, replicas=1, release=lambda item: released.append(item.item_id))
@@ -361,7 +361,7 @@ def test_mistakes_alike_halt_and_what_was_given_up_for_them_waits_again() -> Non
 
 
 def test_mistakes_of_single_prompts_halt_nothing() -> None:
-    def script(item_id: str, attempt: int) -> tuple[float, Event]:
+    def script(item_id: str, attempt: int) -> tuple[float, ReplicaEvent]:
         tokens = 100 + next(item for item in ITEMS if item.item_id == item_id).prompt.line
         return 1.0, Failed(failure=Failure("mistake", f"a prompt has {tokens} tokens"), broken=False)
 
@@ -374,7 +374,7 @@ def test_failures_with_something_done_in_between_halt_nothing() -> None:
     """Nor do they when the bad items are tried again one after the other, after all others."""
     failing = {item.item_id for item in ITEMS[::2]}
 
-    def script(item_id: str, attempt: int) -> tuple[float, Event]:
+    def script(item_id: str, attempt: int) -> tuple[float, ReplicaEvent]:
         return (1.0, fault()) if item_id in failing else succeed(item_id, attempt)
 
     driver, _, given_up = drive(script, replicas=1)
@@ -386,7 +386,7 @@ def test_failures_with_something_done_in_between_halt_nothing() -> None:
 def test_a_node_that_takes_all_replicas_along_halts_nothing() -> None:
     """They fail alike and at once, every second time."""
 
-    def script(item_id: str, attempt: int) -> tuple[float, Event]:
+    def script(item_id: str, attempt: int) -> tuple[float, ReplicaEvent]:
         return (10.0, lost()) if attempt < MOST_ATTEMPTS else succeed(item_id, attempt)
 
     driver, _, given_up = drive(script, replicas=len(ITEMS))

@@ -5,7 +5,8 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
 from engine.config import SamplerConfig
-from engine.denoise.denoise import denoise, draw_noise
+from engine.denoise.denoise import denoise
+from engine.denoise.noise import draw_noise
 from engine.denoise.saved import RunFile, load_latents, save_latents
 from engine.denoise.schedulers import make_scheduler, scheduler_state
 from engine.errors import UserError

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
-from engine.denoise.denoise import draw_noise
+from engine.denoise.noise import draw_noise
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.identity import settings_id

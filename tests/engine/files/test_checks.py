@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
-from engine.files.checks import check_places, check_space, describe_size
+from engine.files.checks import check_places, check_space
 from engine.files.whole import part_path, write_text
+from engine.shown import describe_size
 
 
 def test_a_place_that_can_be_written_to_is_left_as_it_was(tmp_path: Path) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from engine import apply_method
 from engine.adapters import adapter_of
+from engine.adapters.base import join_texts
 from engine.errors import UserError
-from engine.hooks.cross_attention import apply_timeline, join_texts
+from engine.hooks.cross_attention import apply_timeline
 from engine.hooks.self_attention import BranchProcessor
 from freespec.events import Event
 from freespec.timeline import timeline_ref

@@ -4,13 +4,13 @@ import time
 
 import torch
 
-from engine.batch.journal import describe_seconds
 from engine.config import RunConfig
 from engine.devices import pick_device, pick_dtype
 from engine.planner.flops import call_operations
 from engine.planner.gpu import read_gpu
 from engine.planner.model import read_model
 from engine.planner.plan import Case
+from engine.shown import describe_seconds
 
 LONG_SECONDS = 600.0
 # Share of the rate of a large matrix product that a run reaches. On one core of an AMD EPYC with 100 GFLOP/s, `direct` denoises 129 frames

@@ -7,8 +7,8 @@ import torch
 
 from engine import read_preset
 from engine.config import RunConfig
-from engine.planner import processor
-from engine.planner.processor import LONG_SECONDS, denoising_operations, describe_expected, describe_long, product_rate
+from engine.planner import cpu
+from engine.planner.cpu import LONG_SECONDS, denoising_operations, describe_expected, describe_long, product_rate
 
 
 def tiny(**settings: object) -> RunConfig:
@@ -28,8 +28,8 @@ def test_operations_are_those_of_the_steps() -> None:
 
 def test_a_long_job_says_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny(sampler__num_steps=20)
-    rate = denoising_operations(config) / LONG_SECONDS / processor.FRACTION
-    monkeypatch.setattr(processor, "product_rate", lambda dtype: rate)
+    rate = denoising_operations(config) / LONG_SECONDS / cpu.FRACTION
+    monkeypatch.setattr(cpu, "product_rate", lambda dtype: rate)
     said = describe_expected(config, num_prompts=1)
     assert said is not None
     assert said.startswith(
