@@ -87,9 +87,9 @@ def random_wan22(*, boundary: float = 0.875, **sizes: int) -> WanPipeline:
     return pipe
 
 
-def random_ti2v(*, seed: int = 0) -> WanPipeline:
+def random_ti2v(*, seed: int = 0, **sizes: int) -> WanPipeline:
     """Wan2.2 TI2V's timestep per token and residual VAE of 2 x 2 patches, on the transformer of `random_wan`; 8x spatial compression."""
-    pipe = random_wan(seed=seed)
+    pipe = random_wan(seed=seed, **sizes)
     vae = AutoencoderKLWan(
         base_dim=4,
         decoder_base_dim=4,

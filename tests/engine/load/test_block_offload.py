@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.hooks.group_offloading import ModuleGroup
 from torch import Tensor, nn
 
@@ -29,12 +30,14 @@ from parallel.zero3 import held_bytes
 from tests.engine import test_devices
 from tests.engine import test_ltx_ranks as ltx
 from tests.engine import test_ranks as wan
+from tests.engine.applied import MODELS, applied, every_model
+from tests.engine.applied import latents_of as call
 from tests.pretend_cuda import pretend_cuda
 from tests.ranks import PATIENCE, run_ranks
-from tests.tiny_pipelines import random_wan, save_random_ltx, save_random_wan
+from tests.tiny_pipelines import random_ti2v, random_wan, save_random_ltx, save_random_wan
 
 CPU = torch.device("cpu")
-FAMILIES = {"wan": wan, "ltx": ltx, "pair": wan}
+FAMILIES = {"wan": wan, "ltx": ltx, "pair": wan, "5b": wan}
 grouping: Any = importlib.import_module("diffusers.hooks.group_offloading")
 
 
@@ -43,8 +46,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {
         "wan": save_random_wan(tmp_path_factory.mktemp("wan")),
         "ltx": save_random_ltx(tmp_path_factory.mktemp("ltx")),
+        "5b": save(random_ti2v(), tmp_path_factory.mktemp("5b")),
         "pair": save_random_wan(tmp_path_factory.mktemp("pair"), experts=2),
     }
+
+
+def save(pipe: DiffusionPipeline, folder: Path) -> Path:
+    pipe.save_pretrained(folder, safe_serialization=True)
+    return folder
 
 
 class Case(NamedTuple):
@@ -118,8 +127,9 @@ def lose_a_block(transformer: nn.Module) -> None:
 
 
 def test_the_video_of_resident_weights_in_every_layout(folders: dict[str, Path], tmp_path: Path) -> None:
-    cases = [Case("wan", str(folders["wan"]), (1, 1, 2), method) for method in ("freespec", "freepca", "lvsa")]
+    cases = [Case("wan", str(folders["wan"]), (1, 1, 2), method) for method in ("freespec", "freepca")]
     cases += [Case("ltx", str(folders["ltx"]), (2, 1, 1)), Case("pair", str(folders["pair"]), (1, 2, 1), storage="fp8")]
+    cases += [Case("5b", str(folders["5b"]), (1, 1, 2))]
     cases += [Case("wan", str(folders["wan"]), (1, 1, 2), fault="a block without its weights")]
     for case, by_rank in zip(cases, run_ranks(2, compare, cases, tmp_path), strict=True):
         for same, most, brought, latents in by_rank:
@@ -155,6 +165,30 @@ def test_on_a_gpu_blocks_and_inputs_meet(
                 assert {p.device.type for block in blocks for p in block.parameters()} == {"cpu"}
             assert made.facts.model["resident_bytes"]["transformer"] == 0
             assert made.facts.model["resident_bytes"]["vae"] > 0
+
+
+@every_model
+@pytest.mark.parametrize("offloaded", ["before", "after"])
+def test_a_pipeline_of_ones_own_whose_blocks_are_offloaded(model: str, offloaded: str) -> None:
+    """Blocks, or single layers, before and after the method, and without it again."""
+    expected = {}
+    with applied(plain := MODELS[model]()):
+        expected["long"] = call(plain)
+    expected["stock"] = call(plain)
+    pipe = MODELS[model]()
+    kind = (
+        {"offload_type": "block_level", "num_blocks_per_group": 1}
+        if offloaded == "before"
+        else {"offload_type": "leaf_level"}
+    )
+    if offloaded == "before":
+        pipe.transformer.enable_group_offload(CPU, CPU, **kind)
+    with applied(pipe):
+        if offloaded == "after":
+            pipe.transformer.enable_group_offload(CPU, CPU, **kind)
+        assert torch.equal(call(pipe), expected["long"])
+    assert torch.equal(call(pipe), expected["stock"])
+    assert not torch.equal(expected["stock"], expected["long"])
 
 
 def test_a_stream_is_used_on_cuda_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ from tests.gguf_files import save_gguf
 from tests.loras import random_lora, save_lora
 from tests.original_layout import ltx_transformer, wan_transformer
 from tests.ranks import run_ranks
-from tests.tiny_pipelines import random_ltx, random_wan, save_random_wan
+from tests.tiny_pipelines import random_ltx, random_ti2v, random_wan, save_random_wan
 
 Q = gguf.GGMLQuantizationType
 FAMILIES = {"wan": wan, "ltx": ltx}
@@ -58,6 +58,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, pipe, rename in (
         ("wan", random_wan(head_dim=16), wan_transformer),
         ("ltx", random_ltx(head_dim=8), ltx_transformer),
+        ("5b", random_ti2v(head_dim=16), wan_transformer),
     ):
         made[name] = tmp_path_factory.mktemp(name)
         pipe.save_pretrained(made[name], safe_serialization=True)
@@ -90,7 +91,7 @@ def round_to_fp8(transformer: nn.Module) -> None:
                 parameter.data = parameter.data.to(torch.float8_e4m3fn).to(parameter.dtype)
 
 
-@pytest.mark.parametrize("family", ["wan", "ltx", "pair"])
+@pytest.mark.parametrize("family", ["wan", "ltx", "pair", "5b"])
 def test_fp8_is_the_video_of_rounded_weights(folders: dict[str, Path], family: str) -> None:
     full, stored = (config_of(folders[family], storage=storage) for storage in ("full", "fp8"))
     made = video(stored)
@@ -104,6 +105,14 @@ def test_fp8_comes_after_the_loras(folders: dict[str, Path]) -> None:
     made = video(stored)
     assert torch.equal(made, video(full, round_to_fp8))
     assert relative(made, video(config_of(folders["wan"], storage="fp8"))) > 1e-3
+
+
+@needs_torchao
+def test_torchao_comes_after_the_loras(folders: dict[str, Path]) -> None:
+    config = config_of(folders["wan"], storage="torchao_int8", loras=(str(folders["wan"] / "lora.safetensors"),))
+    made = video(config)
+    assert relative(made, video(config, make_whole)) < 1e-5
+    assert relative(made, video(config_of(folders["wan"], storage="torchao_int8"))) > 1e-2
 
 
 def make_whole(transformer: nn.Module) -> None:
@@ -157,7 +166,7 @@ def gguf_of(folder: Path, method: str = "freespec", **model: Any) -> RunConfig:
     return config_of(folder, method, single_file=str(folder / "model-Q8_0.gguf"), **model)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["wan", "ltx", "5b"])
 def test_a_gguf_file_is_the_video_of_its_values(folders: dict[str, Path], family: str) -> None:
     made = video(gguf_of(folders[family]))
     assert torch.equal(made, video(gguf_of(folders[family]), unpack))
@@ -209,9 +218,11 @@ def on_ranks(rank: int, case: Case) -> Tensor:
 
 
 def test_ranks_make_the_video_of_one(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Every method, every storage, every layout of two ranks."""
+    """Every storage, every layout of two ranks, and a method of each kind; test_apply runs them all on one."""
     storages = ("fp8", "gguf", *(TORCHAO if has_torchao else ()))
-    cases = [Case(str(folders["wan"]), (1, 1, 2), method, "fp8") for method in wan.methods_on((1, 1, 2))]
+    cases = [
+        Case(str(folders["wan"]), (1, 1, 2), method, "fp8") for method in ("direct", "freespec", "freepca", "lvsa")
+    ]
     cases += [
         Case(str(folders["wan"]), degrees, "freespec", kind) for kind in storages for degrees in ((1, 2, 1), (2, 1, 1))
     ]
