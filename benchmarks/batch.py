@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=8, help="real items of the first part, in each round")
     parser.add_argument("--rounds", type=int, default=3, help="of the first part")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
-    parser.add_argument("--note", default="", help="what a reader should know of the machine, such as other work on it")
+    parser.add_argument("--note", default="", help="note on the machine, such as its load")
     arguments = parser.parse_args()
     found: dict[str, Any] = {}
     where = environment(CPU, arguments.note)  # with the load before the benchmark

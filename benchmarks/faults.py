@@ -284,7 +284,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--ray", default="local", help="empty for processes of this machine")
     parser.add_argument("--seed", type=int, default=0, help="of the times and victims")
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--note", default="", help="what a reader should know of the machine, such as other work on it")
+    parser.add_argument("--note", default="", help="note on the machine, such as its load")
     return parser.parse_args()
 
 

@@ -81,7 +81,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=500, help="of the fourth part")
     parser.add_argument("--simulate", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
-    parser.add_argument("--note", default="", help="what a reader should know of the machine, such as other work on it")
+    parser.add_argument("--note", default="", help="note on the machine, such as its load")
     given = parser.parse_args()
     if given.simulate:
         run_simulated(given.simulate)

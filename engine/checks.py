@@ -40,7 +40,7 @@ def check_model(
 
 
 def check_experts(config: RunConfig, experts: Sequence[str]) -> None:
-    """Raise UserError for settings that are for one transformer of two, or for two, where the checkpoint has the other number."""
+    """Raise UserError for settings that do not match the checkpoint's number of transformers."""
     model, second = config.model, config.sampler.guidance_scale_2
     check_sides(model.loras, experts)
     if len(experts) > 1 and model.single_file is not None:
@@ -92,7 +92,7 @@ def check_ranks(config: RunConfig, ranks: Ranks) -> None:
 
 
 def check_riflex(adapter: ModelAdapter, riflex: Riflex) -> None:
-    """Raise UserError if RIFLEx is asked of a model whose temporal positions do not count frames."""
+    """Raise UserError for RIFLEx on a model whose temporal positions do not count frames."""
     if riflex.enabled and not adapter.counts_frames:
         raise UserError(
             f"attention.riflex does nothing for {adapter.name}: its temporal positions are seconds within a range that longer "
@@ -101,7 +101,7 @@ def check_riflex(adapter: ModelAdapter, riflex: Riflex) -> None:
 
 
 def check_far_tokens(config: RunConfig, spec: VideoSpec) -> None:
-    """Raise UserError for a number of far keys of which a frame would get none."""
+    """Raise UserError for fewer far keys than one per frame."""
     video = config.video
     *_, frames, rows, columns = spec.latent_shape(video.num_frames, video.height, video.width)
     num_frames, rows, columns = (size // patch for size, patch in zip((frames, rows, columns), spec.patch, strict=True))
@@ -113,12 +113,12 @@ def check_far_tokens(config: RunConfig, spec: VideoSpec) -> None:
 
 
 def check_shift(scheduler: Mapping[str, Any], shift: str) -> None:
-    """Raise UserError if the shift of longer videos is asked of a checkpoint whose scheduler has one shift for any length.
+    """Raise UserError for `sampler.shift actual` if the scheduler has one shift for any length.
 
     `scheduler` is the configuration of the checkpoint's scheduler.
     """
     if shift == "actual" and not scheduler.get("use_dynamic_shifting"):
         raise UserError(
-            "sampler.shift actual does nothing for this checkpoint: its scheduler has one shift for any length; leave it out, or "
-            "choose that shift with sampler.flow_shift"
+            "sampler.shift actual has no effect on this checkpoint: its scheduler has one shift for any length; leave it out, or "
+            "set that shift with sampler.flow_shift"
         )

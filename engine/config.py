@@ -58,30 +58,30 @@ class ModelConfig:
     Attributes:
         path: folder in Diffusers layout (relative to the working directory, then to the repository) or a hub name.
         revision: branch, tag or commit of a hub name; None takes the default branch.
-        offline: never ask the hub; what its local copy does not hold is an error.
-        single_file: a .safetensors file as the model's authors publish it, here or on the hub (ORGANISATION/NAME/FILE), whose
-            transformer, and for LTX-Video VAE, take the place of those of `path`; configurations stay those of `path`. Or a .gguf
-            file with a quantised transformer (pip install '.[gguf]').
-        loras: LoRAs that are added to the transformer's weights when it is loaded, each NAME@SCALE (1 without @SCALE): a
-            .safetensors file or a folder with one, here or on the hub (ORGANISATION/NAME/FILE, or ORGANISATION/NAME with
-            pytorch_lora_weights.safetensors). Of a checkpoint with two transformers high:NAME@SCALE changes that of the noisy
-            steps, low:NAME@SCALE the other.
+        offline: never contact the hub; files missing from the local cache are an error.
+        single_file: a .safetensors file in the authors' layout, local or on the hub (ORGANISATION/NAME/FILE), that replaces the
+            transformer (LTX-Video: and the VAE) of `path`; configurations stay those of `path`. Or a .gguf file with a
+            quantised transformer (pip install '.[gguf]').
+        loras: LoRAs that are fused into the transformer's weights at load, each NAME@SCALE (1 without @SCALE): a
+            .safetensors file or a folder with one, local or on the hub (ORGANISATION/NAME/FILE, or ORGANISATION/NAME with
+            pytorch_lora_weights.safetensors). With two transformers high:NAME@SCALE is for that of the noisy
+            steps, low:NAME@SCALE for the other.
         dtype: of transformer and text encoder: `auto` is bfloat16 on CUDA and float32 on CPU; the VAE is always float32.
         storage: how the transformer's weights are stored: `full` as `dtype`; `fp8` as float8_e4m3, each layer cast to `dtype` while it
-            runs; `torchao_int8` and `torchao_fp8` as 8 bits with a scale for each row (pip install '.[torchao]'). LoRAs are added
+            runs; `torchao_int8` and `torchao_fp8` as 8 bits with a scale for each row (pip install '.[torchao]'). LoRAs are fused
             before. Not with zero3, compile or a .gguf file.
-        device: `auto` is CUDA where there is one.
+        device: `auto` is CUDA if available.
         weights: where they are kept. `resident`: whole, on the device of every rank. `cpu_offload`: each part on the CPU until
-            it is used, then whole on the device (CUDA only). `block_offload`: each block of the transformer on the CPU until it runs,
-            the next one on its way meanwhile; the text encoder likewise, one block at a time (CUDA only). `zero3`: transformer and text encoder sharded over the ranks by
-            DeepSpeed's ZeRO-3 (pip install '.[deepspeed]'); a layer is gathered while it runs.
+            it is used, then whole on the device (CUDA only). `block_offload`: each block of the transformer on the CPU until it
+            runs, with the next one prefetched; the text encoder likewise, one block at a time (CUDA only). `zero3`: transformer and
+            text encoder sharded over the ranks by DeepSpeed's ZeRO-3 (pip install '.[deepspeed]'); a layer is gathered while it
+            runs.
         shards: where a rank keeps its share with `zero3`: `device`, `cpu`, or `nvme:FOLDER`, a file on a fast drive.
-        idle_expert: where the transformer of two that does not denoise waits (Wan2.2 A14B) with `resident` weights: `stay` on the
-            device, `leave` for the CPU until its steps come, or `auto`: it leaves a GPU of configs/gpus that the video would not
-            fit otherwise. With `cpu_offload` and `block_offload` it always leaves, with `zero3` its
-            shares stay.
-        compile: whether the transformer's blocks go through torch.compile: once for each kind of step, not for each layer or
-            step; the first step of a kind waits for it. Not with zero3, nor with output.trace.
+        idle_expert: place of the idle one of two transformers (Wan2.2 A14B) with `resident` weights: `stay` on the device, `leave` to
+            the CPU until its steps, or `auto`: leave if the video would not fit on a GPU of configs/gpus otherwise. With
+            `cpu_offload` and `block_offload` it always leaves, with `zero3` its shares stay.
+        compile: compile the transformer's blocks with torch.compile, once per kind of step; the first step of a kind waits for it.
+            Not with zero3 or output.trace.
     """
 
     path: str
@@ -128,11 +128,11 @@ class ModelConfig:
         )
         _check(
             self.shards == "device" or self.weights == "zero3",
-            f"model.shards {self.shards} goes with model.weights zero3, and model.weights is {self.weights}",
+            f"model.shards {self.shards} requires model.weights zero3, and model.weights is {self.weights}",
         )
         _check(
             self.idle_expert == "auto" or self.weights == "resident",
-            f"model.idle_expert {self.idle_expert} goes with model.weights resident, and model.weights is {self.weights}; leave it out",
+            f"model.idle_expert {self.idle_expert} requires model.weights resident, and model.weights is {self.weights}; leave it out",
         )
         _check(
             not self.compile or self.weights not in ("zero3", "block_offload"),
@@ -192,7 +192,7 @@ class VideoConfig:
     fps: int = 16
 
     def __post_init__(self) -> None:
-        """Reject sizes that no model supports; what depends on the model is checked once it is loaded."""
+        """Reject sizes that no model supports; checks that depend on the model run once it is loaded."""
         for name, most in (("num_frames", MOST_FRAMES), ("fps", MOST_FPS), ("height", MOST_SIDE), ("width", MOST_SIDE)):
             value = getattr(self, name)
             _check(1 <= value <= most, f"video.{name} must lie in [1, {most}], got {_short(value)}")
@@ -212,17 +212,17 @@ class SamplerConfig:
         guidance_scale: classifier-free guidance; 1 or less runs no unconditional pass.
         guidance_scale_2: that of the second of two transformers (Wan2.2 A14B); null takes guidance_scale.
         flow_shift: timestep shift of the scheduler; None keeps the checkpoint's.
-        shift: for schedulers whose shift grows with the number of tokens (LTX-Video to 0.9.1): `native` takes that of the
-            native length, method.window_frames, for any longer video; `actual` takes the video's own, as the stock pipeline.
+        shift: for schedulers whose shift grows with the number of tokens (LTX-Video to 0.9.1): `native` uses that of the native
+            length, method.window_frames, for longer videos; `actual` uses the video's own, as the stock pipeline does.
             Others, like Wan's, have one shift for any length.
         seed: of the CPU generator that draws the noise, the same for any device and number of ranks.
         negative_prompt: text of the unconditional pass; on the command line and in presets `@FILE` is the one line of a text file.
         max_text_tokens: tokens that a prompt is padded to; a longer prompt is an error.
-        noise: `iid` is fresh in every frame, `freenoise` repeats the frames of the first window in another order, `mean_reuse`
-            repeats their mean over time; `method` is what the method was published with (iid for direct, sliding_window
-            and freespec, freenoise for freenoise and freelong, mean_reuse for freepca).
-        noise_stride: latent frames that `freenoise` puts in another order at a time; None is with the noise `method` the method's
-            own stride, which freenoise has (method.freenoise.stride), and else a quarter of the window.
+        noise: `iid` is independent in every frame, `freenoise` repeats the frames of the first window in shuffled order, `mean_reuse`
+            repeats their mean over time; `method` is the method's published noise (iid for direct, sliding_window and freespec,
+            freenoise for freenoise and freelong, mean_reuse for freepca).
+        noise_stride: latent frames that `freenoise` shuffles at a time; None is the stride of the method's noise
+            (method.freenoise.stride) if it has one and `noise` is `method`, else a quarter of the window.
     """
 
     num_steps: int | None = None
@@ -240,7 +240,7 @@ class SamplerConfig:
     noise_stride: int | None = None
 
     def __post_init__(self) -> None:
-        """Reject settings that would denoise nothing, or denoise wrongly."""
+        """Reject settings that would not denoise, or denoise wrongly."""
         self._check_levels()
         for name, value, most in (
             ("num_steps", self.steps, MOST_STEPS),
@@ -252,7 +252,7 @@ class SamplerConfig:
         _check(second is None or math.isfinite(second), f"sampler.guidance_scale_2 must be finite, got {second}")
         _check(
             second is None or self.guidance_scale > 1.0,
-            f"sampler.guidance_scale_2 {second} would not be read: with sampler.guidance_scale {self.guidance_scale:g} there is no "
+            f"sampler.guidance_scale_2 {second} has no effect: with sampler.guidance_scale {self.guidance_scale:g} there is no "
             "unconditional pass; leave it out (null)",
         )
         _check(
@@ -267,7 +267,7 @@ class SamplerConfig:
         # With `method` the method decides whether there is a stride, and one command may run several methods.
         _check(
             self.noise_stride is None or self.noise in ("method", "freenoise"),
-            f"sampler.noise_stride {self.noise_stride} goes with the noise freenoise, and sampler.noise is {self.noise}; "
+            f"sampler.noise_stride {self.noise_stride} requires sampler.noise freenoise, and sampler.noise is {self.noise}; "
             "leave it out",
         )
 
@@ -289,18 +289,19 @@ class SamplerConfig:
         return self.sigmas if self.timesteps is None else tuple(t / MOST_TIMESTEP for t in self.timesteps)
 
     def _check_levels(self) -> None:
-        """Reject timesteps that no run from noise to a video can have, and settings that they leave unread."""
+        """Reject timesteps that do not run from noise to a video, and settings that have no effect on them."""
         name, most = ("sigmas", 1.0) if self.timesteps is None else ("timesteps", MOST_TIMESTEP)
         given = getattr(self, name)
         if given is None:
             return
         what = f"sampler.{name}"
         _check(
-            self.timesteps is None or self.sigmas is None, "sampler.timesteps and sampler.sigmas say the same; give one"
+            self.timesteps is None or self.sigmas is None,
+            "sampler.timesteps and sampler.sigmas are alternatives; give one",
         )
         _check(1 <= len(given) <= MOST_STEPS, f"{what} must name 1 to {MOST_STEPS} steps, got {len(given)}")
         wrong = next((value for value in given if not 0 < value <= most), None)  # NaN is in no range
-        end = ", and the end, 0, is not named" if wrong == 0 else ""
+        end = ", without the final 0" if wrong == 0 else ""
         _check(wrong is None, f"{what} must lie in (0, {most:g}], got {wrong}{end}")
         _check(
             given[0] >= LEAST_FIRST_LEVEL * most,
@@ -314,11 +315,11 @@ class SamplerConfig:
         )
         _check(
             self.flow_shift is None,
-            f"sampler.flow_shift {self.flow_shift} would shift no timestep, as {what} are taken as they are; leave it out (null)",
+            f"sampler.flow_shift {self.flow_shift} has no effect on {what}, which are used as given; leave it out (null)",
         )
         _check(
             self.shift == "native",
-            f"sampler.shift {self.shift} would shift no timestep, as {what} are given; leave it out",
+            f"sampler.shift {self.shift} has no effect on {what}; leave it out",
         )
 
 
@@ -349,7 +350,7 @@ class MethodConfig:
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        """Reject unknown names, empty windows and settings that nothing would read."""
+        """Reject unknown names, empty windows and unused settings."""
         _check(self.window_frames >= 1, f"method.window_frames must be 1 or more, got {self.window_frames}")
         find_method(self.name)  # raises, naming the nearest
         if self.name in METHODS:
@@ -384,14 +385,14 @@ class AttentionConfig:
 
     Attributes:
         kernel: auto, plain, cpu_flash, cuda_flash, cuda_cudnn, cuda_efficient or cuda_fa3; one that cannot run is an error.
-            `auto` is the fastest on CUDA in half precision, measured at the video's own shape when an engine starts; the
-            record says which, and how long each took.
-        dual: how dual steps compute both branches: `strided`, dense calls of the kernel on views; `triton`, one kernel that
-            goes on from the window to the other keys; `auto` is strided, until triton is measured to be faster.
-        complement: what attends to the keys outside the windows in dual steps: `same` kernel, or `sage`, SageAttention in
+            `auto` is the fastest on CUDA in half precision, measured at the video's shape when an engine starts; the record has the
+            choice and all times.
+        dual: how dual steps compute both branches: `strided`, dense calls of the kernel on views; `triton`, one kernel for
+            window and other keys; `auto` is strided, until triton is measured to be faster.
+        complement: kernel for the keys outside the windows in dual steps: the `same` one, or `sage`, SageAttention in
             int8 (CUDA, the package sageattention 2). The local branch and global steps are never quantised.
-        far: how many keys outside the windows dual steps attend to: `all`, a share of each frame such as `1/8`, or a number of
-            keys in all such as 4096, which is spread evenly over the frames outside the window.
+        far: number of keys outside the windows that dual steps attend to: `all`, a share of each frame such as `1/8`, or a total
+            such as 4096, spread evenly over the frames outside the window.
         riflex: RIFLEx, which lowers one temporal frequency of the rotary table for long videos; off by default.
     """
 
@@ -419,12 +420,12 @@ class ParallelConfig:
     """How ranks share one video; their number is the product of the three degrees.
 
     Attributes:
-        plan: `auto` lets the planner choose the degrees that are null, `manual` wants all three to be given.
-        cfg: 2 gives the conditional and the unconditional pass a half of the ranks each; null lets the planner choose.
+        plan: `auto` lets the planner choose degrees that are null, `manual` requires all three.
+        cfg: 2 runs the conditional and the unconditional pass on one half of the ranks each; null lets the planner choose.
         ring: ranks over which the tokens stay split inside attention; null lets the planner choose.
         ulysses: ranks over which attention splits the heads; null lets the planner choose.
         local_route: how local steps cross the ulysses axis: `halo`, `all_to_all`, or `auto` for fewer bytes.
-        provider: whose all-to-all is used: `torch`, or `deepspeed` (even shards and heads only); `xfuser` computes the whole
+        provider: library for the all-to-all: `torch`, or `deepspeed` (even shards and heads only); `xfuser` computes the whole
             attention of the method direct with xDiT's hybrid attention instead (CUDA, even shards and heads only).
         timeout: seconds, a week at most, after which a collective that waits for a lost rank is an error.
         text_device: where the text encoder runs, on rank 0 only: `model` is the device of the model.
@@ -508,9 +509,9 @@ class OutputConfig:
         path: the video: a file that ends in .mp4, .gif or .webp, or `NAME/`, a folder of PNG frames. Its record (.json) and
             contact sheet (.png) get the same stem. With several prompts `-000` and so on is added to the stem.
         overwrite: whether existing files are replaced; otherwise they are an error before anything is computed.
-        save_latents: safetensors file that keeps the latents; None keeps them beside the video until it is whole.
-        checkpoint_every: steps after which the state of the run is written beside the video, so that a run that is killed
-            continues from there; 0 writes it only when a run is stopped or fails.
+        save_latents: safetensors file of the latents; None keeps them beside the video until it is complete.
+        checkpoint_every: steps after which the state of the run is written beside the video, so that a killed run continues
+            from there; 0 writes it only when a run is stopped or fails.
         trace: also write effective rank and fusion weights per step and layer, and a plot of them.
         sheet_frames: evenly spaced frames on the contact sheet.
         crf: quality of mp4 (H.264) and WebP, 0 (lossless) to 51; GIF and PNG have none.
@@ -529,7 +530,7 @@ class OutputConfig:
     progress: Literal["auto", "on", "off"] = "auto"
 
     def __post_init__(self) -> None:
-        """Reject settings from which no file could be written."""
+        """Reject settings of files that cannot be written."""
         name = PurePath(self.path).name
         if self.path.endswith("/"):
             # With a dot, its record would have the name of another video's record.

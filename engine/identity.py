@@ -59,7 +59,7 @@ def latents_settings(
 
 
 def group_tree(group: SamplerConfig | AttentionConfig) -> dict[str, Any]:
-    """A group's settings; those that older versions lacked are left out at their defaults, so that ids stay what they were."""
+    """A group's settings; those that older versions lacked are left out at their defaults, so that ids do not change."""
     tree, default = dataclasses.asdict(group), type(group)()
     return {key: value for key, value in tree.items() if key not in _LATER or value != getattr(default, key)}
 
@@ -82,16 +82,16 @@ def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> s
 
 
 def check_run(metadata: Mapping[str, str], settings: Mapping[str, Any], *, path: Path) -> None:
-    """Raise UserError, naming what differs, unless the metadata of a run's state are of the run with these settings."""
+    """Raise UserError, naming the differences, unless the metadata of a run's state match these settings."""
     if metadata.get("run_id") == settings_id(settings):
         return
     try:
         before = parse_json(metadata.get("settings", "{}"), str(path))
     except DamagedError:
         before = {}
-    told = describe_differences(before, settings) if before and isinstance(before, dict) else None
+    differences = describe_differences(before, settings) if before and isinstance(before, dict) else None
     raise UserError(
-        f"{path} belongs to another run ({told or 'other prompt, seed or setting'}); delete it or move it away"
+        f"{path} belongs to another run ({differences or 'other prompt, seed or setting'}); delete it or move it away"
     )
 
 

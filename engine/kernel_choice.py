@@ -314,7 +314,7 @@ def draw_grams(num_matrices: int, rows: int) -> Tensor:
 
 
 def why_not(error: Exception, when: str) -> str:
-    """Return why a trial failed; UserError for exhausted memory, which says nothing about the kernel."""
+    """Return why a trial failed; UserError for exhausted memory, which is not the kernel's fault."""
     if is_out_of_memory(error):
         raise UserError(describe_out_of_memory(error, when=when)) from error
     return first_line(error)[:200]

@@ -43,7 +43,7 @@ class LatentsFile:
     replace: bool = True
 
     def write(self, latents: Tensor, record: Record) -> None:
-        """Write the latents, whole or not at all."""
+        """Write the latents atomically."""
         if self.outdated is not None:
             self.outdated.unlink(missing_ok=True)
         metadata = {"record": json.dumps(record, allow_nan=False)} if self.metadata is None else self.metadata
@@ -117,7 +117,7 @@ def decode_to_files(
                 sampler.add(frames)
             if on_frames is not None:
                 on_frames(frames)
-        if replace and files.record is not None:  # an old record must not stand beside the new video
+        if replace and files.record is not None:  # an old record must not remain beside the new video
             files.record.unlink(missing_ok=True)
     if files.sheet is not None:
         captions = _event_captions(record, [skipped + i for i in sampler.indices])

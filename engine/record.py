@@ -90,7 +90,7 @@ def build_record(
 
 
 def write_record(path: Path, record: dict[str, Any], *, replace: bool = True) -> None:
-    """Write a record as JSON, whole or not at all. A number that JSON cannot hold (nan, infinity) is a ValueError."""
+    """Write a record as JSON, atomically. A number that JSON cannot hold (nan, infinity) is a ValueError."""
     write_json(path, record, replace=replace)
 
 
@@ -165,10 +165,10 @@ def describe_device(device: torch.device) -> dict[str, Any]:
 def _processor() -> str:
     """The CPU model from /proc/cpuinfo on Linux, where Python reports only the architecture."""
     try:
-        told = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
-        told = None
-    return told[1].strip() if told else platform.processor() or platform.machine()
+        match = None
+    return match[1].strip() if match else platform.processor() or platform.machine()
 
 
 def versions() -> dict[str, str | None]:

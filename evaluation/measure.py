@@ -1,4 +1,4 @@
-"""Compute proxies and exact measures, those of events too, of many videos in parallel; results are kept by the file's hash."""
+"""Compute proxies and exact measures, those of events too, of many videos in parallel; results are cached by the file's hash."""
 
 import hashlib
 import math

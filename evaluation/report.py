@@ -22,7 +22,7 @@ from metrics.proxies import PROXIES
 PAPER = Path(__file__).with_name("paper.json")
 NO_TOTAL = (
     "There is no total: VBench's total is a weighted sum of sixteen dimensions, "
-    "and its own script takes missing ones for 0."
+    "and its own script counts missing ones as 0."
 )
 MISSING = "not available"
 
@@ -173,7 +173,7 @@ def _missing_section(evaluation: Evaluation) -> list[str]:
     """State which videos are missing, and that figures are over the others."""
     if not evaluation.missing:
         return []
-    heading = "**Some of what was asked for is missing; all figures are over the rest.**"
+    heading = "**Some requested videos are missing; all figures are over the rest.**"
     return [heading, "", *(f"- {markdown_cell(sentence)}" for sentence in evaluation.missing), ""]
 
 
@@ -240,7 +240,7 @@ def _paper_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]
     """The paper's tables, with our figures beside rows of the same method and model."""
     paper = tree["paper"]
     models = {row.video.model for row in evaluation.rows}
-    lines = ["## Beside the paper", "", f"{paper['source']}. {paper['note']}", ""]
+    lines = ["## Comparison with the paper", "", f"{paper['source']}. {paper['note']}", ""]
     for table in paper["tables"]:
         same = all(model and any(path in model for path in table["model_paths"]) for model in models)
         lines += [f"### {table['name']}: {table['model']}", "", _comparable(same, table, evaluation), ""]
@@ -348,13 +348,12 @@ def _differing(evaluation: Evaluation) -> list[str]:
     if any(found != common for found in pairs.values()):
         counts = ", ".join(f"{label} {len(found)}" for label, found in sorted(pairs.items()))
         notes.append(
-            f"Methods have different videos ({counts}; {len(common)} in common): means are over what each has, "
-            "differences "
-            "over what both have."
+            f"Methods have different videos ({counts}; {len(common)} in common): means are over each method's videos, "
+            "differences over common ones."
         )
     asked = evaluation.dimensions if evaluation.vbench else ()
     if not all(math.isfinite(row.values.get(d, math.nan)) for row in evaluation.rows for d in asked):
-        notes.append(f"Some dimensions that were asked for are {MISSING}; see what failed.")
+        notes.append(f"Some requested dimensions are {MISSING}; see the failures.")
     return notes
 
 

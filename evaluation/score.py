@@ -61,7 +61,7 @@ def score(request: Request, *, check_only: bool, say: Say, tell: Callable[[str],
     videos = _videos(request, left_out.append)
     missing = [*left_out, *_missing(request, videos)]
     for sentence in missing:
-        say(f"not everything is there: {sentence}")
+        say(f"some videos are missing: {sentence}")
     by_label = groups(videos)
     baseline = _baseline(request.baseline, list(by_label))
     out, evaluator = request.out, request.evaluator
@@ -69,7 +69,7 @@ def score(request: Request, *, check_only: bool, say: Say, tell: Callable[[str],
         views = [plan_view(label, group, out / "views") for label, group in by_label.items()] if evaluator else []
         bench = _preflight(evaluator, request.dimensions, out, tell) if evaluator else None
         if check_only:
-            tell(f"{len(videos)} videos of {len(by_label)} methods; everything that is needed exists")
+            tell(f"{len(videos)} videos of {len(by_label)} methods; all required files exist")
             return 0
         evaluation, paths = _report(request, by_label, views, baseline=baseline, bench=bench, missing=missing, say=say)
     tell(f"{len(videos)} videos of {len(by_label)} methods: {', '.join(map(str, paths))}")

@@ -204,7 +204,7 @@ def _from_sidecar(sidecar: Path, tree: Mapping[str, Any]) -> Video:
     identity = {key: tree[key] for key in ("config_id", "prompt_id", "prompt", "seed")}
     path = beside(sidecar, tree["output"]["file"]).absolute()
     if not path.is_file():
-        raise DamagedError(f"{path} does not exist, which its sidecar describes")
+        raise DamagedError(f"{path}, which its sidecar describes, does not exist")
     digest = file_sha256(path)
     if digest != tree["output"]["sha256"]:
         raise DamagedError(f"{path} is not the file that its sidecar describes")

@@ -26,7 +26,7 @@ def videos_of_world(videos: Sequence["Video"]) -> tuple[list["Video"], str | Non
     reason = next((reason for reason in reasons.values() if reason is not None), None)
     native = {video.native_frames for video in of_world}
     if None in native:
-        return [], "how many frames the model was trained on is not known: --native_frames says it"
+        return [], "the model's native length is not known; give --native_frames"
     if len(native) > 1:
         lengths = ", ".join(map(str, sorted(n for n in native if n is not None)))
         return [], f"the videos are of models of different native lengths ({lengths} frames)"

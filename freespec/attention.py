@@ -1,4 +1,4 @@
-"""The local and the global branch from dense calls alone: windows as strided views, the rest of the keys as a circle.
+"""The local and the global branch from dense calls only: windows are strided views, all other keys a circular slice.
 
 Layouts: q, k, v and out are [B, S, N, D], lse is [B, S, N] (fp32; fp64 for fp64 inputs). Tokens are frame-major.
 An empty set of keys gives out = 0 and lse = -inf, and no kernel is called for it.
@@ -28,9 +28,9 @@ Place = tuple[int, slice]  # batch item and rows of it
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the union of two disjoint key sets: (e^za A + e^zb B) / (e^za + e^zb), in fp32 at least.
 
-    out [B, S, N, D] of any float dtype, lse [B, S, N]. Two empty sets give out = 0, lse = -inf. The weights come from the
-    difference of the two, not from their log-sum-exp, whose rounding would be in them; and exp and log are operators whose CPU
-    kernels give the same bits wherever a number stands, which logaddexp does not, so that heads may be split in any way.
+    out [B, S, N, D] of any float dtype, lse [B, S, N]. Two empty sets give out = 0, lse = -inf. The weights are computed from
+    the difference of the two, not from their log-sum-exp, which would add its rounding. On a CPU exp and log give the same bits
+    at any position, unlike logaddexp, so that heads may be split in any way.
     """
     largest = torch.maximum(lse_a, lse_b)
     base = largest.masked_fill(torch.isneginf(largest), 0.0)
@@ -150,8 +150,8 @@ class WindowedAttention:
     ) -> tuple[Partial, Partial]:
         """Both branches for the cost of one: each query's window, which k and v must cover, and all keys of k.
 
-        The global output has `dtype`: fp32 where more keys follow, so that many parts are rounded once. `far` are k and v
-        of some tokens of every frame of the video, as many of each: outside the windows they stand for all keys.
+        The global output has `dtype`: fp32 where more keys follow, so that many parts are rounded once. `far` are k and v of
+        the same number of tokens of every frame; outside the windows they stand in for all keys.
         """
         if self.dual_kernel is not None and q.numel() > 0:
             assert far is None, (
@@ -171,7 +171,7 @@ class WindowedAttention:
     def far_parts(self, q: Tensor, far: tuple[Tensor, Tensor], q_start: int) -> Iterator[tuple[Place, Tensor, Tensor]]:
         """Each query and the kept tokens `far` of the frames outside its window, part by part.
 
-        The log-sum-exp is shifted as each kept token stands for several: the sum of exponentials is unbiased.
+        The log-sum-exp is shifted because each kept token stands for several, so that the sum of exponentials is unbiased.
         """
         shift = self.far_shift(far[0].shape[1])
         kept = far[0].shape[1] // self.num_frames

@@ -1,7 +1,7 @@
 """Principal components over time of attention outputs, and which of them two branches share (FreePCA).
 
 The published method projects rows of n frames (one per pixel and channel) on the eigenvectors of the global branch's n x n
-covariance, takes the columns that are most alike in both branches from the global one, and projects back. Projections are
+covariance, takes the columns that are most similar in both branches from the global one, and projects back. Projections are
 linear in the frames, so all of it is two n x n matrices that mix frames, made from three n x n sums over pixels, channels
 and heads: no row is ever projected.
 """
@@ -49,14 +49,14 @@ def grams_of_views(views: Sequence[tuple[Tensor, Tensor]], num_frames: int) -> T
 
 
 def shared_projection(grams: Tensor, counts: Tensor, *, compat: bool = False) -> Tensor:
-    """[V, B, n, n] fp64: the projection P on the most alike components of each view; `grams` [3, V, B, n, n].
+    """[V, B, n, n] fp64: the projection P on the most similar components of each view; `grams` [3, V, B, n, n].
 
     `counts` [V] says how many components a view takes. The eigenvectors of the global covariance X_g X_gᵀ are compared by
     cos = vᵀ C_lg v / sqrt(vᵀ C_ll v · vᵀ C_gg v). Centring makes the vector of ones a null direction, whose cosine is 0/0:
     it is left out by working in the n - 1 dimensions orthogonal to it. Components without energy in a branch are never taken.
 
-    `compat`: the null direction stands in the order with cosine 0, which is what the rounding errors of the published code
-    come to over many rows; where it is selected, one component fewer is exchanged.
+    `compat`: the null direction is ranked with cosine 0, the average of the published code's rounding errors over many rows; if
+    it is selected, one component fewer is exchanged.
 
     One frame is its own mean and has no component. Sums that are not finite give a P of NaN.
     """

@@ -142,7 +142,7 @@ def _eigh(matrices: Tensor, solver: str) -> tuple[Tensor, Tensor]:
     if reason is None:
         return values.contiguous(), vectors.contiguous()
     _Process.failure = f"eigensolver {solver} on {matrices.device}: {reason}"
-    warnings.warn(f"{_Process.failure}; the result is not a number", stacklevel=2)
+    warnings.warn(f"{_Process.failure}; the result is NaN", stacklevel=2)
     return torch.full_like(matrices[..., 0], torch.nan), torch.full_like(matrices, torch.nan)
 
 

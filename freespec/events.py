@@ -5,7 +5,7 @@ Between two events lies a boundary, and over it one of four transitions:
     cut     each frame attends to its own event's text alone
     scene   a cut, at which the windows of the local branch end too (freespec.scenes)
     fade    the outputs are mixed over `width` frames, with weights that sum to 1
-    relay   both texts are attended in one softmax, with relu(|f - m| - w)^2 / (2 width^2) taken off an event's logits, where
+    relay   both texts are attended in one softmax, with relu(|f - m| - w)^2 / (2 width^2) subtracted from an event's logits, where
             m and w are middle and half length of the event (Prompt Relay, arXiv 2604.10030)
 """
 
@@ -106,7 +106,7 @@ def _runs(events: Sequence[Event]) -> list[range]:
 
 
 def _shares(events: Sequence[Event], runs: list[range], frame: int) -> list[tuple[float, dict[int, float]]]:
-    """Weight of each run in a frame, and the penalty of each of its events; runs and events that count for nothing are left out."""
+    """Weight of each run in a frame, and the penalty of each of its events; runs and events of weight 0 are left out."""
     shares = []
     for run in runs:
         weight = _ramp(events, run.start, frame) * (1.0 - _ramp(events, run.stop, frame))
@@ -131,7 +131,7 @@ def _ramp(events: Sequence[Event], boundary: int, frame: int) -> float:
 
 
 def _penalty(events: Sequence[Event], run: range, index: int, frame: int) -> float:
-    """What relays take off the logits of an event: its distance beyond the boundaries that it shares with its run."""
+    """The penalty that relays subtract from an event's logits: its distance beyond the boundaries that it shares with its run."""
     event, penalty = events[index], 0.0
     if index > run.start:
         penalty += max(event.start - (frame + 0.5), 0.0) ** 2 / (2 * event.width**2)

@@ -1,7 +1,7 @@
 """Far keys: which keys outside a query's window the global branch attends to, as integers (docs/far-keys.md).
 
-Of every frame m tokens are kept, spread over rows and columns, other ones in every frame, layer and step: a video of m tokens a
-frame, in which each kept token stands for frame tokens / m. No random numbers: all ranks count alike.
+Each frame keeps m tokens, spread over rows and columns, different ones in each frame, layer and step: a video of m tokens a
+frame, in which each kept token stands for frame tokens / m. No random numbers are used, so that all ranks agree.
 """
 
 import functools
@@ -32,7 +32,7 @@ def parse_far(far: int | str) -> FarKeys:
 
 
 def check_far(far: int | str, method: Method, name: str, *, dual: str) -> None:
-    """Raise ValueError for a wrong setting, or one that the method or the kernel of dual steps would not read."""
+    """Raise ValueError for an invalid setting, or one that the method or the kernel of dual steps would not use."""
     if parse_far(far) is None:
         return
     modes = {step.mode for step in method.plan([1000.0, 1.0])}

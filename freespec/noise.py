@@ -1,4 +1,4 @@
-"""Initial noise of long videos: fresh in every frame, or with frames that are related to those of the first native length.
+"""Initial noise of long videos: independent frames, or frames derived from those of the first native length.
 
 All functions take fp32 noise [B, z, F, h, w] that was drawn whole, from the run's CPU generator, and give a new tensor of
 that shape. Every frame of `reshuffle` is a frame of the first W; `reuse_mean` shares one mean over time.
@@ -11,14 +11,14 @@ from freespec.methods.base import Noise
 
 
 def relate_frames(noise: Tensor, kind: Noise, *, window_frames: int, stride: int, generator: torch.Generator) -> Tensor:
-    """Noise of this kind from fresh noise: `iid` as it is, `freenoise` by `reshuffle`, `mean_reuse` by `reuse_mean`."""
+    """Noise of this kind from iid noise: `iid` unchanged, `freenoise` by `reshuffle`, `mean_reuse` by `reuse_mean`."""
     if kind == "freenoise":
         return reshuffle(noise, window_frames=window_frames, stride=stride, generator=generator)
     return reuse_mean(noise, window_frames=window_frames) if kind == "mean_reuse" else noise
 
 
 def reshuffle(noise: Tensor, *, window_frames: int, stride: int, generator: torch.Generator) -> Tensor:
-    """FreeNoise's noise: for f = W, W + s, .. the s frames from f - W on, as they are by then, in random order.
+    """FreeNoise's noise: for f = W, W + s, .. frames [f, f + s) are frames [f - W, f - W + s), shuffled.
 
     One order for all channels and pixels, drawn from `generator`. A last piece of fewer than s frames takes the first of
     its shuffled ones (the published code fails there).

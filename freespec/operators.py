@@ -1,7 +1,7 @@
 """Functions that a compiled block calls as one operator.
 
-A compiler unrolls a loop over pieces of a tensor and keeps what each of them gives until the last is done: the memory that the loop
-is there to save. An operator runs as it does in an eager block.
+A compiler unrolls a loop over pieces of a tensor and keeps all intermediate results, which defeats the loop's purpose. An operator
+runs as in eager mode.
 """
 
 import functools
@@ -22,7 +22,7 @@ def like_first(first: Tensor, *_others: Any, **_settings: Any) -> Tensor:
 def one_operator(
     schema: str, shape: Callable[..., Tensor]
 ) -> Callable[[Callable[Given, Tensor]], Callable[Given, Tensor]]:
-    """Make a function one operator of compiled blocks, `freespec::` and its name; elsewhere it is called as it is.
+    """Register a function as one operator, `freespec::NAME`, for compiled blocks; elsewhere it is called directly.
 
     The function changes no argument and returns a new tensor. `schema` is its signature in torch's words; `shape` is called with the
     same arguments and returns an empty, contiguous tensor like the result.

@@ -1,4 +1,4 @@
-"""RIFLEx (arXiv 2502.15894): which temporal frequency of the rotary table is lowered, so that its period holds a longer video."""
+"""RIFLEx (arXiv 2502.15894): lower one temporal frequency of the rotary table, so that its period covers a longer video."""
 
 import math
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ class Riflex:
         enabled: whether the table is changed where the video is longer than the native length and the frequency's period.
         index: which temporal frequency, 1 is the fastest; None takes the one whose period is nearest to `repetition`; not both.
         repetition: latent frames after which long videos of the model were seen to repeat; None takes the shortest period
-            that holds the native length.
+            that covers the native length.
     """
 
     enabled: bool = False
@@ -28,7 +28,7 @@ class Riflex:
         for name in ("index", "repetition"):
             if getattr(self, name) is not None and not self.enabled:
                 raise ValueError(
-                    f"riflex: {name} {getattr(self, name)} does nothing while enabled is false; set enabled true, or {name} null"
+                    f"riflex: {name} {getattr(self, name)} has no effect while enabled is false; set enabled true, or {name} null"
                 )
         if self.index is not None and self.repetition is not None:
             raise ValueError(

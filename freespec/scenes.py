@@ -1,7 +1,7 @@
 """Windows that end where a scene ends: the local branch of each scene by itself, the global branch over the whole video.
 
-A query's window is that of a video which is its scene alone, so that no frame of the scene before is seen through it. A
-scene shorter than the window is its window.
+Windows are those of a video that consists of the scene alone, so that no query sees another scene through its window. A scene
+shorter than the window is one window.
 """
 
 import itertools
@@ -20,7 +20,7 @@ Range = tuple[int, int]
 class ScenedAttention:
     """`WindowedAttention` of a video whose scenes begin at the frames `starts`, the first at 0.
 
-    `video` attends across scenes; its window is what a scene's is.
+    `video` is the attention across scenes, with windows of the same length.
     """
 
     video: WindowedAttention
@@ -78,7 +78,7 @@ class ScenedAttention:
         dtype: torch.dtype,
         far: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Partial, Partial]:
-        """Both branches: each query's window, which k and v must cover, and all keys of k, the latter in `dtype`; see there for `far`."""
+        """Both branches: each query's window, which k and v must cover, and all keys of k, the latter in `dtype`; `far` as there."""
         if far is not None:
             return self._dual_thinned((q, k, v), (q_start, k_start), far, dtype)
         local, compute_dtype = [], []

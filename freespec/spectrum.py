@@ -14,7 +14,7 @@ from torch import Tensor
 from freespec import eigen
 from freespec.operators import like_first, one_operator
 
-# Singular values up to this share of the largest are noise: such directions stay as they are. Grams whose products are fp64
+# Singular values up to this share of the largest are noise: such directions are left unchanged. Grams whose products are fp64
 # resolve far smaller ones; those of half-precision outputs on a GPU are summed in fp32, which resolves the square root of 1e-6.
 EPS = 1e-4
 EPS_HALF = 1e-3
@@ -243,8 +243,8 @@ def _one_thread() -> Iterator[None]:
 def local_basis_matrix(gram_local: Tensor, gram_global: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
     """M with O_local M = U_l diag(g sigma_g + (1 - g) sigma_l) V_lᵀ (eq. 9-11): [B, N, D, D] fp64.
 
-    `weight` is g [D], strongest singular direction first. A direction of sigma_l,r <= eps sigma_l,1 is noise and stays as it is,
-    the last tenth below eps in part (`resolved`). Grams that are not finite give an M of NaN.
+    `weight` is g [D], strongest singular direction first. A direction of sigma_l,r <= eps sigma_l,1 is noise and left
+    unchanged; over the last tenth below eps the change fades in (`resolved`). Grams that are not finite give an M of NaN.
     """
     sigma_l, vectors, sigma_g = spectra(gram_local, gram_global)
     return _identity_plus(vectors, weight.double() * _gain(sigma_g, sigma_l, eps))

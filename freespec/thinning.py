@@ -1,4 +1,4 @@
-"""The tokens of each frame that far keys keep, as a tensor of indices: which ones depends on frame, layer and step alone."""
+"""The tokens of each frame that far keys keep, as a tensor of indices: a function of frame, layer and step."""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ from freespec.far_keys import STEPS, z_order
 def kept_tokens(rows: int, columns: int, *, num_frames: int, kept: int, layers: int, step: int) -> Tensor:
     """Indices of the `kept` tokens of each frame in the video, ascending, [layers, num_frames * kept] int64 on the CPU.
 
-    Every `frame_tokens / kept`-th token along a Z-curve from a start that moves through the frame in steps of low discrepancy:
-    over starts each token is kept equally often, and neighbouring frames and steps keep others.
+    Every `frame_tokens / kept`-th token along a Z-curve, from starts of low discrepancy over frames, layers and steps: on average each
+    token is kept equally often, and neighbouring frames and steps keep different ones.
     """
     frame_tokens = rows * columns
     order = torch.tensor(z_order(rows, columns))

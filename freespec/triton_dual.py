@@ -3,7 +3,7 @@
 """Both branches in one walk over the keys: a query block attends to its window, writes O_l, then attends to the other keys and writes O_g.
 
 Softmax attention over the window and then over the other keys is one running sum, so the global branch starts from where
-the local one ends (method.md, eq. 1-2) and no key is read twice but those at the edge of a block's windows. The keys of a
+the local one ends (method.md, eq. 1-2) and only keys at the edge of a block's windows are read twice. The keys of a
 query block of rows in frames a..b fall into
 
     [left, core, core_stop, right): left and right are where the windows of a and b begin and end, the core is in all

@@ -1,4 +1,4 @@
-"""Overlapping views of whole frames: where they start, what each counts, and their outputs as one (FreeNoise, FreePCA).
+"""Overlapping views of whole frames: their starts, their weights, and their merged output (FreeNoise, FreePCA).
 
 A view is `window_frames` frames in a row; views start every `stride` frames. Both methods were published for lengths that
 the stride divides: otherwise their last frames are in no view. Here a last view that ends with the video covers them.
@@ -25,7 +25,7 @@ def triangle(window_frames: int) -> list[int]:
 def view_weights(
     starts: Sequence[int], num_frames: int, profile: Sequence[float], *, last_new_only: bool = False
 ) -> Tensor:
-    """What each frame of each view counts, [V, W] fp64: the profile over the view, normalised to 1 over the views of a frame.
+    """Weight of each frame of each view, [V, W] fp64: the profile over the view, normalised to 1 over the views of a frame.
 
     `last_new_only`: the last view counts only for the frames that no other view has. Frames in no view get nothing.
     """

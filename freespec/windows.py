@@ -1,4 +1,4 @@
-"""Which keys a query sees, as integers: sliding windows of whole frames over frame-major tokens (method.md, eq. 1).
+"""The keys that a query sees, as integers: sliding windows of whole frames over frame-major tokens (method.md, eq. 1).
 
 A query in frame f sees the `window_frames` frames that start at clamp(f - window_frames // 2, 0, F - window_frames):
 the window is shifted at both ends and never cut, so that every query sees the native number of keys.

@@ -1,10 +1,10 @@
-"""Weight-free measures that stand beside VBench's dimensions where VBench is not there; never under their names.
+"""Weight-free measures for use without VBench; never named like its dimensions.
 
 No correlation with VBench has been measured. One value is VBench's own formula,
 `vbench.temporal_flickering_unfiltered`, and even that is not the official score, which first drops clips that move.
-Nothing here stands for aesthetic quality, the identity of a subject or the text: those need networks and are not
-available without them. Definitions differ from those of `metrics.motion` and `metrics.similarity` where they follow VBench's or serve
-large pictures: a faster flow, SSIM on smaller pictures, frames rebuilt from both sides.
+None measures aesthetic quality, the identity of a subject or the text, which need networks. Definitions differ from those of
+`metrics.motion` and `metrics.similarity` where they follow VBench's or serve large pictures: a faster flow, SSIM on smaller
+pictures, frames rebuilt from both sides.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""What decides a measure beside the video, so that a kept number is known to be of today's code."""
+"""Version of the code and libraries that determine a measure, to detect outdated kept values."""
 
 import hashlib
 import importlib.metadata
@@ -8,7 +8,11 @@ import tiny.captions
 import tiny.measure
 import tiny.world
 
-_OTHERS = ("bootstrap.py", "proxies.py", "version.py")  # what is made of measures, another set of them, and this file
+_OTHERS = (
+    "bootstrap.py",
+    "proxies.py",
+    "version.py",
+)  # statistics of measures, a separate set of measures, and this file
 _PACKAGES = ("numpy", "opencv-python-headless", "scikit-image")
 
 

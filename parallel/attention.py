@@ -56,9 +56,9 @@ class BranchKernels(Protocol):
         dtype: torch.dtype,
         far: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Partial, Partial]:
-        """Both at once: every query and its window, every query and every key of k; the second's out in `dtype`.
+        """Both branches in one call: windows, and all keys of k; the latter's out in `dtype`.
 
-        With `far`, k and v of as many tokens of every frame of the sequence, those stand for the keys outside the windows.
+        With `far`, k and v of the same number of tokens of every frame, these stand in for the keys outside the windows.
         """
         ...
 
@@ -112,7 +112,7 @@ TORCH_EXCHANGE: HeadExchange = collectives
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class KeptTokens:
-    """The tokens that stand for all keys outside the windows, as many of every frame.
+    """The tokens that stand in for all keys outside the windows, the same number in every frame.
 
     Attributes:
         index: their places in the sequence, ascending, [F·m].
@@ -136,8 +136,8 @@ class _Keys:
 class SequenceLayout:
     """How one video's tokens and heads lie over the ranks of a mesh, and how tensors move between them.
 
-    With `gathers_keys` each member of a ring takes all keys of its heads before it attends, as one rank has them, in place of
-    passing blocks on: the same bits on any ring whose kernels compute a row of queries alike in any call, at the price of memory.
+    With `gathers_keys` each member of a ring gathers all keys of its heads before it attends, instead of passing blocks on. This costs
+    memory and gives the same bits on any ring, provided that kernels compute a row of queries equally in any call.
     """
 
     mesh: SeqMesh
@@ -180,11 +180,11 @@ class SequenceLayout:
 
     @property
     def sends_early(self) -> bool:
-        """Whether v can go ahead of q and k: heads are split, and the exchange is torch's."""
+        """Whether v is sent before q and k: if heads are split and the exchange is torch's."""
         return self.mesh.ulysses.size > 1 and self.exchange is TORCH_EXCHANGE
 
     def start_scatter(self, v_BsND: Tensor) -> Callable[[], Tensor]:
-        """`scatter` of v alone, behind what is computed next (q and k are rotated); call the result for [B, r, n, D]."""
+        """Start `scatter` of v, overlapped with the rotation of q and k; call the result to get [B, r, n, D]."""
         tokens, heads = self._exchange_sizes()
         return collectives.start_tokens_to_heads(
             v_BsND, token_sizes=tokens, head_sizes=heads, group=self.mesh.ulysses.group, trace=self.trace
@@ -239,7 +239,7 @@ class SequenceLayout:
         """
         q, start = q_BrnD, self.ring_shard[0]
         near, far = self._near_and_far(k_BrnD, v_BrnD, mode, kernels)
-        if q.numel() == 0:  # no tokens or no heads: nothing to attend, but others' keys still pass through this rank
+        if q.numel() == 0:  # no tokens or no heads: nothing to attend, but this rank still passes on the others' keys
             for _ in far:
                 pass
             return (None if mode == "global" else q), (None if mode == "local" else q)
@@ -271,9 +271,9 @@ class SequenceLayout:
         return collectives.max_over_ranks(x, group=self.mesh.ring.group, trace=self.trace)
 
     def share_heads(self, function: Callable[..., Tensor], *matrices_BnDD: Tensor) -> Tensor:
-        """`function` of matrices that the ring's members hold alike, [B, n, D, D] each: a share on each member, the results on all.
+        """Apply `function` to matrices [B, n, D, D] that all members of the ring hold: each computes a share, all get the results.
 
-        The function treats items and heads apart: a member calls it with some of them, [1, some, D, D], which may be none.
+        The function handles items and heads independently: a member calls it with some of them, [1, some, D, D], possibly none.
         """
         ring = self.mesh.ring
         if ring.size == 1:

@@ -47,12 +47,12 @@ class Monitor:
         self._mark, self._tell = mark, tell
         self._margin = min(_MARGIN_SECONDS, _MARGIN_SHARE * self._timeout)
         self._calls: deque[_Call] = deque()
-        self._told = False
+        self._reported = False
         self._closed = threading.Event()
 
     @contextmanager
     def following(self, operation: str, label: object) -> Iterator[None]:
-        """Around a call. What `label` says now is kept: a run changes it long before the device comes to this call."""
+        """Context around a call. Keeps the current `label`, which changes long before the device reaches this call."""
         call = _Call(operation, str(label), time.monotonic(), lambda: False)
         self._calls.append(call)
         try:
@@ -66,14 +66,14 @@ class Monitor:
         """The line about the oldest unfinished call, if its time is nearly over; once, until a call has ended since."""
         while self._calls and self._calls[0].done():
             self._calls.popleft()
-            self._told = False
-        if not self._calls or self._told:
+            self._reported = False
+        if not self._calls or self._reported:
             return None
         oldest = self._calls[0]
         waited = now - oldest.started
         if waited < self._timeout - self._margin:
             return None
-        self._told = True
+        self._reported = True
         return (
             f"rank {self._rank}, {oldest.label}: {oldest.operation} has not finished for {waited:.0f} s; its timeout of "
             f"{self._timeout:g} s is about to end this process"

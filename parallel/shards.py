@@ -146,13 +146,13 @@ def halo_needs(owned: Sequence[Range], halo: HaloRange, tokens: int) -> tuple[Ra
 
 
 def halo_sends(owned: Sequence[Range], needed: Sequence[Range], rank: int) -> tuple[Transfer, ...]:
-    """What `rank` sends, to however many members need some of its tokens, in the order of members."""
+    """Tokens that `rank` sends to each member that needs some of them, in the order of members."""
     shared = ((peer, overlap(owned[rank], need)) for peer, need in enumerate(needed) if peer != rank)
     return tuple(Transfer(peer=peer, span=span) for peer, span in shared if length(span) > 0)
 
 
 def halo_receives(owned: Sequence[Range], needed: Sequence[Range], rank: int) -> tuple[Transfer, ...]:
-    """What `rank` receives, from however many members own some of its halo, in the order of members."""
+    """Tokens that `rank` receives from each member that owns part of its halo, in the order of members."""
     shared = ((peer, overlap(own, needed[rank])) for peer, own in enumerate(owned) if peer != rank)
     return tuple(Transfer(peer=peer, span=span) for peer, span in shared if length(span) > 0)
 
@@ -164,7 +164,7 @@ def ring_order(rank: int, size: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerShape:
-    """What one token of one head weighs: `batch` items of `head_dim` numbers of `itemsize` bytes."""
+    """The size of one token of one head: `batch` items of `head_dim` numbers of `itemsize` bytes."""
 
     batch: int
     head_dim: int

@@ -46,7 +46,7 @@ class XfuserAttention:
 
 
 def check_xfuser(plan: SequencePlan, *, device_type: str, kernel: str) -> None:
-    """Raise ValueError or ImportError for what xfuser cannot do, before any rank has loaded or sent anything.
+    """Raise ValueError or ImportError for unsupported settings before any rank has loaded or sent anything.
 
     `kernel` is the setting attention.kernel.
     """
@@ -78,7 +78,7 @@ def xfuser_attention(mesh: SeqMesh, *, kernel: str) -> XfuserAttention:
     """xfuser's attention on the ring and ulysses groups of a mesh. Every rank calls this, after `check_xfuser`.
 
     Its groups are module globals of yunchang, which the layer reads when it is made. Raises ImportError for
-    versions of the two that do not go together: xfuser 0.5 to 0.7 want names that yunchang 0.6.4 does not have.
+    incompatible versions of the two: xfuser 0.5 to 0.7 import names that yunchang 0.6.4 lacks.
     """
     try:
         groups: Any = importlib.import_module("yunchang.globals").PROCESS_GROUP
@@ -87,7 +87,7 @@ def xfuser_attention(mesh: SeqMesh, *, kernel: str) -> XfuserAttention:
         layer = attention.xFuserLongContextAttention(attn_type=attention.AttnType[TYPES[kernel]])
     except (ImportError, AttributeError, KeyError, NotImplementedError) as error:  # the last without an accelerator
         raise ImportError(
-            f"cannot load xfuser's attention ({error}); xfuser 0.4.5 goes with yunchang 0.6.4, later ones with a newer yunchang"
+            f"cannot load xfuser's attention ({error}); xfuser 0.4.5 needs yunchang 0.6.4, later versions a newer yunchang"
         ) from error
     return XfuserAttention(layer=layer)
 

@@ -63,7 +63,7 @@ MISTAKES = {
     "batch --prompts /nowhere --out o": "cannot read --prompts /nowhere",
     "batch --prompts /nowhere --out o --methods magic": "unknown method 'magic'",
     "batch --status /nowhere": "/nowhere holds no batch",
-    "serve --folder o --host 0.0.0.0": "--host 0.0.0.0 accepts other machines, which needs --api_key_file FILE",
+    "serve --folder o --host 0.0.0.0": "--host 0.0.0.0 accepts other machines, which requires --api_key_file FILE",
     "decode": "give the file of the latents",
     "previews": "--out must name the file of the factors, such as previews.safetensors, got None",
     "previews --out a.safetensors --num_prompts 0": "--num_prompts must lie in [1, 40]",
@@ -84,7 +84,7 @@ MISTAKES = {
     "evaluate --videos /nowhere.csv": "cannot read --videos /nowhere.csv",
     "evaluate --runs . --vbench . --python x --device gpu": "--device must be cuda or cpu, got 'gpu'",
     "plan --gpus 0": "cannot plan for 0 GPUs; give 1 to 1024",
-    "batch --prompts configs/prompts/batch-demo.txt --out o --seeds 0,0": "--seeds must name each once",
+    "batch --prompts configs/prompts/batch-demo.txt --out o --seeds 0,0": "--seeds needs at least one entry and no duplicates",
     "analyze --prompt x --ratios 2": "a ratio must lie in (0, 1], got 2.0",
     "generate --prompt x --model.single_file a.ckpt": "model.single_file a.ckpt is a pickle",
     "generate --prompt x --model.single_file a.txt": "model.single_file must be a .safetensors or a .gguf file",
@@ -128,7 +128,7 @@ def test_help_needs_no_torch(name: str, tmp_path: Path) -> None:
 def test_a_batch_that_had_nothing_to_make_is_one(tmp_path: Path) -> None:
     (tmp_path / "batch.json").write_text("{}")
     out, err, end = run_here("batch", ["--status", str(tmp_path)], tmp_path)
-    assert out == f"{tmp_path} has a batch but no status: no driver has had an item to make yet\n"
+    assert out == f"{tmp_path} has a batch but no status: no driver has started an item yet\n"
     assert (err, end) == ("", "0")
 
 

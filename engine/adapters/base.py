@@ -39,14 +39,14 @@ class VideoSpec:
 
     Attributes:
         channels: latent channels z.
-        temporal_factor: video frames per latent frame, but for the first, which is one.
+        temporal_factor: video frames per latent frame, except the first, which is one frame.
         spatial_factor: pixels per latent row or column.
         patch: latent frames, rows and columns per token.
         pipeline_multiple: multiple that its pipeline requires for height and width, whatever the VAE.
         max_positions: length of the rotary table of each axis; None if positions are computed.
         cuts_time: whether a decode may cut the video into chunks of `decode.tile_frames`.
-        pictures: where a given picture is a condition that the checkpoint was trained for: `first`, `last`.
-        needs: those of them without which it makes no video.
+        pictures: places at which the checkpoint was trained to be conditioned on a picture: `first`, `last`.
+        needs: those of them that are required.
     """
 
     channels: int
@@ -133,12 +133,12 @@ class VideoSpec:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Condition:
-    """What a model sees of given pictures beside the text, in each forward, as it was trained to.
+    """Conditioning on given pictures, passed to every forward.
 
     Attributes:
-        latents: [1, z, K, h, w] fp32, the first latent frames of the video, which have no noise at any step; None for no such frames.
-        channels: [1, c, F, h, w] fp32, which follow those of the latents in the model; None for no such channels.
-        tokens: [P, K, C] of P pictures, which every frame's cross-attention sees beside the text; None for no such tokens.
+        latents: [1, z, K, h, w] fp32, the first latent frames of the video, kept free of noise; None if there are none.
+        channels: [1, c, F, h, w] fp32, concatenated to those of the latents; None if there are none.
+        tokens: [P, K, C] of P pictures, which every frame's cross-attention sees beside the text; None if there are none.
     """
 
     latents: Tensor | None = None
@@ -184,8 +184,8 @@ class TimeSettings:
     def record(self) -> dict[str, Any]:
         """The entry of the record; empty if there is nothing to choose."""
         chunk = {"chunk_latents": self.chunk[1], "chunk_stride": self.chunk[0]} if self.chunk else {}
-        told = {} if self.timestep is None else {"timestep": self.timestep, "noise_scale": self.noise_scale}
-        return chunk | told | ({} if self.seed is None else {"noise_seed": self.seed})
+        conditioning = {} if self.timestep is None else {"timestep": self.timestep, "noise_scale": self.noise_scale}
+        return chunk | conditioning | ({} if self.seed is None else {"noise_seed": self.seed})
 
 
 class LatentDecoder(ABC):
@@ -237,7 +237,7 @@ def half_of_two(found: str) -> UserError:
 
 
 def refuse_one_of_two(name: str) -> None:
-    """Raise UserError for a path or hub name of weights that says they are one of two transformers.
+    """Raise UserError for a path or hub name that says that its weights are one of two transformers.
 
     Only the name shows it: the tensors of a Wan2.2 A14B transformer have the names and shapes of Wan2.1 14B's.
     """
@@ -273,7 +273,7 @@ class ModelAdapter(ABC):
         name: its name in messages.
         index_names: classes that a model_index.json of such a checkpoint may name.
         pipeline_class: the stock text-to-video pipeline that loads it.
-        pipeline_classes: every class of pipelines that a method or a timeline can be put on.
+        pipeline_classes: all supported pipeline classes.
         transformer_class: class of `pipe.transformer`.
         vae_class: class of `pipe.vae`.
         text_encoder_class: class of `pipe.text_encoder`.
@@ -284,7 +284,7 @@ class ModelAdapter(ABC):
         decode_modes: the ways to decode, the most exact first; `decode.mode` names one of them or `auto`.
         exact_decode_is_bounded: whether the memory of `whole` does not grow with the length of the video.
         latent_tensors: fp32 tensors of the latents' size that are alive between steps, the scheduler's included.
-        single_file_marks: the end of a tensor's name by which a part is known in a single file of the model's authors.
+        single_file_marks: by part, the suffix of a tensor's name that identifies it in a single file of the model's authors.
         counts_frames: whether temporal positions are frame numbers that grow beyond those of training, as `riflex` needs.
         text_arguments: arguments of the pipeline's call that take the tensors of a `Text`, in order.
     """
@@ -434,7 +434,7 @@ class ModelAdapter(ABC):
         """
 
     def shard_condition(self, transformer: Any) -> nn.Module | None:
-        """What embeds a timestep of each token, if this model has one: `shard_timesteps` selects a rank's before it runs."""
+        """The module that embeds per-token timesteps, if any; `shard_timesteps` selects a rank's tokens before it runs."""
         return None
 
     def shard_timesteps(self, args: tuple, kwargs: dict, start: int, length: int) -> tuple[tuple, dict]:
@@ -479,7 +479,7 @@ class ModelAdapter(ABC):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Projected, normalised and rotated q, k, v [B, s, N, D] from hidden states [B, s, C], bit for bit the stock's.
 
-        `on_value` is called with v as soon as there is one, so that it can travel while q and k are normalised and rotated.
+        `on_value` is called with v as soon as it exists, so that it is sent while q and k are normalised and rotated.
         """
 
     def project_out(self, attn: Any, out: Tensor) -> Tensor:
@@ -567,15 +567,15 @@ class ModelAdapter(ABC):
     # Latents to frames, and back.
 
     def condition(self, pipe: Any, pictures: Mapping[str, np.ndarray], *, num_frames: int) -> Condition:
-        """The condition of pictures, uint8 [H, W, 3], at some of `VideoSpec.pictures`; called only with any."""
-        raise AssertionError(f"{self.name} was trained for no pictures")
+        """Build the condition from pictures, uint8 [H, W, 3], at places of `VideoSpec.pictures`; called with at least one."""
+        raise AssertionError(f"{self.name} was not trained with pictures")
 
     def encode_pictures(self, vae: Any, pictures: Mapping[str, Tensor], *, num_frames: int) -> Tensor:
-        """Latents of the video between pictures [1, 3, 1, H, W], if a `Condition` has them; called only for `VideoSpec.needs`."""
+        """Latents of the video between pictures [1, 3, 1, H, W], for a `Condition`; called only for `VideoSpec.needs`."""
         raise AssertionError(f"{self.name} needs no pictures")
 
     def empty_condition(self, transformer: Any, shape: Sequence[int], image_tokens: int) -> Condition | None:
-        """The condition without which this model makes no video, for latents of this shape, on the meta device; None if there is none."""
+        """The required condition for latents of this shape, on the meta device; None if none is required."""
         return None
 
     def encode(self, vae: Any, frames: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""LTX-Video (0.9.0 to 0.9.7) inside diffusers: where its tokens are made, mixed and put together again."""
+"""LTX-Video (0.9.0 to 0.9.7) in diffusers: how tokens are embedded, mixed and gathered."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -146,7 +146,7 @@ class LtxAdapter(ModelAdapter):
     def encode_text(
         self, pipe: LTXPipeline, prompts: Sequence[str], max_tokens: int, device: torch.device
     ) -> list[Text]:
-        """Embeddings, and which of them are words: cross-attention must not see the padding."""
+        """Embeddings, and a mask that hides the padding from cross-attention."""
         texts: list[Text] = []
         for prompt in prompts:
             embed, mask, _, _ = pipe.encode_prompt(
@@ -240,7 +240,7 @@ class LtxAdapter(ModelAdapter):
         """A video no longer than `decode.tile_frames` is not cut, nor is any in mode `whole`."""
         conditioned = bool(vae.get("timestep_conditioning", False))
         noisy = conditioned or any(vae.get("decoder_inject_noise", ()))
-        told: dict[str, Any] = {
+        common: dict[str, Any] = {
             "timestep": config.timestep if conditioned else None,
             "noise_scale": config.noise_scale if conditioned else 0.0,
             "seed": seed if noisy else None,
@@ -250,8 +250,8 @@ class LtxAdapter(ModelAdapter):
         # A chunk sees one more latent frame than its frames need: the first of a decode stands for one frame only.
         longest = size if config.tiles == "diffusers" else size + 1
         if mode == "whole" or num_latents <= longest:
-            return TimeSettings(**told)
-        return TimeSettings(chunk=(config.stride_frames // factor, size + 1), tiles=config.tiles, **told)
+            return TimeSettings(**common)
+        return TimeSettings(chunk=(config.stride_frames // factor, size + 1), tiles=config.tiles, **common)
 
     def latent_statistics(self, vae: AutoencoderKLLTXVideo) -> tuple[Tensor, Tensor]:
         """See the base class; the deviation holds the scaling factor."""
@@ -316,16 +316,16 @@ class _ChunkDecoder(LatentDecoder):
     def step(self, latents: Tensor, state: Any, *, index: int, tile: int) -> Tensor:
         """See the base class. Every chunk but the first loses one frame.
 
-        Frame f of a chunk that starts at latent frame s is the video's frame s * factor + f. The first is the one that the decoder
-        makes of a single latent frame, and the chunk before has it already: it goes. diffusers drops the last frame instead, so
-        that its framewise decode shows everything after the first chunk one frame late.
+        Frame f of a chunk that starts at latent frame s is the video's frame s * factor + f. The first is decoded from a single
+        latent frame and already in the chunk before, so it is dropped. diffusers drops the last frame instead, so that its
+        framewise decode is one frame late after the first chunk.
         """
         vae, settings = self._vae, self._settings
-        told = None
+        timestep = None
         if settings.timestep is not None:
-            told = torch.tensor([settings.timestep], device=vae.device, dtype=vae.dtype)
+            timestep = torch.tensor([settings.timestep], device=vae.device, dtype=vae.dtype)
         with self._layer_noise(index, tile):
-            frames = vae.decoder(latents, told)
+            frames = vae.decoder(latents, timestep)
         count = self.num_frames(index)
         return frames[:, :, :count] if settings.tiles == "diffusers" else frames[:, :, frames.shape[2] - count :]
 

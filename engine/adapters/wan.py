@@ -117,8 +117,8 @@ class WanAdapter(ModelAdapter):
         for other in others:
             unlike = sorted(key for key in first | other if first.get(key) != other.get(key))
             if unlike:
-                told = ", ".join(f"{key} ({first.get(key)} and {other.get(key)})" for key in unlike)
-                raise UserError(f"transformer and transformer_2 differ in {told}; load both from one checkpoint")
+                differences = ", ".join(f"{key} ({first.get(key)} and {other.get(key)})" for key in unlike)
+                raise UserError(f"transformer and transformer_2 differ in {differences}; load both from one checkpoint")
 
     def pipeline_of(self, index: Mapping[str, Any]) -> Any:
         """See the base class."""

@@ -1,4 +1,4 @@
-"""Drive replicas over the items of a queue: hand items out, end replicas that hang, and restart those that died.
+"""Drive replicas over the items of a queue: assign items, end replicas that hang, and restart those that died.
 
 The driver is independent of processes, Ray and items: a replica is anything with the methods of `Replica`, `prepare`
 makes its task, and `hopeless` decides whether a failure would repeat.
@@ -109,7 +109,7 @@ class ReplicaState:
     """State of a replica in the driver.
 
     Attributes:
-        heard: time at which its item last finished a step, or was handed out.
+        heard: time at which its item last finished a step, or was assigned.
         starts: starts since it was last ready.
         failure: why it last ended before it was ready.
     """
@@ -168,7 +168,7 @@ class Driver:
         open: whether items may still arrive, as in a service: the run waits for them, and replicas load before the first.
         clock: time in seconds.
         halted: why the batch has halted, or None.
-        refused: why a replica could not load, if other replicas would fail the same way.
+        refused: the reason why a replica could not load, if the others would fail the same way.
         proven: whether any replica has ever loaded, so that `refused` concerns one replica alone.
     """
 
@@ -237,7 +237,7 @@ class Driver:
             match event:
                 case Note():
                     self.journal.event("note", replica=entry.replica.name, message=event.text)
-                # Events that come late, from a replica that was told to stop, are dropped.
+                # Late events from a replica that is stopping are dropped.
                 case Placing() if entry.state == "loading":
                     self._set(entry, "placing")
                 case Placed() if entry.state == "placing":
@@ -288,7 +288,7 @@ class Driver:
             if verdict == "quarantine":
                 self.keep(item, self.queue.attempts[item.item_id])
             elif verdict == "halt":
-                message = f"{self.queue.num_alike} items failed alike, one after the other: {failure.message}"
+                message = f"{self.queue.num_alike} items in a row failed with the same error: {failure.message}"
                 self._halt(Failure("alike", message, failure.traceback), item, name)
                 for other in given_up:
                     self.release(other)

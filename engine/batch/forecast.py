@@ -37,9 +37,9 @@ class DiskForecast:
     Attributes:
         videos: remaining videos, with sidecars and kept latents.
         texts: prompt embeddings that are not cached yet.
-        work: checkpoints of the items that are made at once.
+        work: checkpoints of the items in progress.
         free: free bytes on the output folder's disk.
-        least: least bytes of the items that are made at once.
+        least: lower bound of the bytes of the items in progress.
         how: source of the size of a video.
     """
 

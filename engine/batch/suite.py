@@ -13,7 +13,7 @@ from engine.text.prompt_files import read_lines
 def check_once(flag: str, given: Sequence[Any]) -> None:
     """Raise UserError for an empty list or duplicates; `flag` is the option that gave it."""
     if len(set(given)) < len(given) or not given:
-        raise UserError(f"{flag} must name each once and at least one, got {','.join(map(str, given)) or 'none'}")
+        raise UserError(f"{flag} needs at least one entry and no duplicates, got {','.join(map(str, given)) or 'none'}")
 
 
 @dataclass(frozen=True, kw_only=True)

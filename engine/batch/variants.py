@@ -64,7 +64,7 @@ def check_variants(variants: Sequence[Variant]) -> None:
         for other in variants[:index]:
             if other.label.lower() == variant.label.lower():
                 raise UserError(
-                    f"two variants are called {variant.label}; give one a name with --methods NAME=METHOD or NAME=METHOD:PRESET.yaml"
+                    f"two variants have the label {variant.label}; name one with --methods NAME=METHOD or NAME=METHOD:PRESET.yaml"
                 )
             if other.acts_by == variant.acts_by:
                 raise UserError(

@@ -146,11 +146,11 @@ class PreviewFit:
 
 @dataclass(frozen=True, kw_only=True)
 class Previewer:
-    """Writes a preview of a running video every few steps, from what the model takes for the finished latents.
+    """Writes a preview of a running video every few steps, from the predicted final latents.
 
     Attributes:
         factors: of the VAE.
-        path: the animated WebP, whole or absent.
+        path: the animated WebP, written atomically.
         every: steps between previews; the last step has one.
         seconds: length of the video.
     """

@@ -107,7 +107,7 @@ def check_tiles(config: DecodeConfig, spec: VideoSpec) -> None:
     """
     if config.mode == "framewise" and not spec.cuts_time:
         raise UserError(
-            "decode.mode framewise is for decoders that take the whole video at once, and this model's goes through it frame by "
+            "decode.mode framewise is for decoders that take the whole video at once, and this model's decodes frame by "
             "frame anyway; choose auto, whole or tiled"
         )
     pixels, frames = "pixels of a latent", "frames of a latent"

@@ -54,7 +54,7 @@ class DenoiseLoop:
     steps: list[dict[str, Any]] = field(default_factory=list)
 
     def take_up(self, history: History) -> None:
-        """Start with the history of an interrupted run, so that record and trace cover all steps."""
+        """Start from the history of an interrupted run, so that record and trace cover all steps."""
         self.steps += history.get("steps", [])
         if self.model.trace is not None:
             self.model.trace.rows += history.get("trace", [])
@@ -123,7 +123,7 @@ class DenoiseLoop:
             check_finite(
                 latents,
                 where=f"after step {finished} of {total} in {dtype}",
-                remedy=f"take model.dtype {others}, a sampler.guidance_scale below {max(self.model.guidance.values())}, or fetch "
+                remedy=f"try model.dtype {others}, a sampler.guidance_scale below {max(self.model.guidance.values())}, or fetch "
                 "the weights again",
             )
         except NotFiniteError as error:

@@ -1,4 +1,4 @@
-"""Save and load latents and unfinished runs as safetensors files, written whole or not at all."""
+"""Save and load latents and unfinished runs as safetensors files, written atomically."""
 
 import json
 from collections.abc import Mapping

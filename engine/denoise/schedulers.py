@@ -65,7 +65,7 @@ def make_scheduler(scheduler: Any, sampler: SamplerConfig) -> Any:
         if config.get("use_dynamic_shifting"):
             raise UserError(
                 f"sampler.flow_shift {flow_shift} would be ignored: this checkpoint's shift follows from the number of "
-                "tokens; leave it unset, and choose with sampler.shift which number that is"
+                "tokens; leave it unset, and select that number with sampler.shift"
             )
         found = next((key for key in ("flow_shift", "shift") if key in _arguments(kind)), None)
         if found is None:
@@ -191,8 +191,10 @@ def check_flow(scheduler: Any, set_timesteps: Callable[[Any, int], Any], *, mode
             raise unknown
         if torch.equal(one, other):
             return False
-        told, again = (_trial(scheduler, set_timesteps, seed=seed, generator=generator()) for seed in (1, 2))
-    if told is None or again is None or not torch.equal(told, again):
+        first_trial, second_trial = (
+            _trial(scheduler, set_timesteps, seed=seed, generator=generator()) for seed in (1, 2)
+        )
+    if first_trial is None or second_trial is None or not torch.equal(first_trial, second_trial):
         raise UserError(f"the {kind} draws noise without a generator, so that no seed would repeat a video; {ADVICE}")
     return True
 

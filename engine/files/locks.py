@@ -1,6 +1,6 @@
 """Lock files that one process holds at a time, on any file system and across machines, and that name their holder.
 
-A lock file appears under its name with its holder in it. The kernel's lock on it (flock) shows whether that process still runs,
+A lock file is created together with the name of its holder. The kernel's lock on it (flock) shows whether that process still runs,
 and ends with the process. Where flock is missing, or does not cross machines, as on some shared file systems, the holder is
 identified by its process id on its own machine, and by its heartbeat elsewhere: it touches the file every few seconds. Clocks of
 machines are never compared; times are those of the file system.
@@ -62,7 +62,7 @@ class Holder:
 
 
 class HeldError(UserError):
-    """Another process holds a lock file: `who` in words, `holder` None if it has not written its name yet."""
+    """Another process holds a lock file: `who` describes it, `holder` is None if it has not written its name yet."""
 
     def __init__(self, path: Path, holder: Holder | None) -> None:
         self.who = str(holder or "another process")

@@ -35,7 +35,7 @@ def as_csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = No
 def write_csv(
     path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None, *, replace: bool = True
 ) -> None:
-    """`as_csv` into a file, whole or not at all; without `replace` another file of this name is an error."""
+    """Write `as_csv` to a file atomically; without `replace` an existing file is an error."""
     with atomic_path(path, replace=replace) as part:
         part.write_text(as_csv(rows, columns), encoding="utf-8", newline="")
 
@@ -71,8 +71,8 @@ def _contents(page: str) -> dict[str, tuple[int, int]]:
         elif line.startswith("### "):
             heading = f"{section}, {line.removeprefix('### ')}"
         rows, pairs = found.get(heading, (0, 0))
-        told = [int(count) for count in _PAIRS.findall(line)]
-        found[heading] = (rows + line.startswith("|"), max([pairs, *told]))
+        counts = [int(count) for count in _PAIRS.findall(line)]
+        found[heading] = (rows + line.startswith("|"), max([pairs, *counts]))
     return found
 
 

@@ -48,7 +48,7 @@ def describe_error(error: OSError, path: Path) -> str:
 def atomic_path(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`, published when the block ends and deleted if it fails; the block may make it a folder.
 
-    Every call has another temporary path, so that two processes never write to the same one. Temporary files of `path` that
+    Every call uses a new temporary path, so that two processes never write to the same one. Temporary files of `path` that
     killed processes left are deleted, see `sweep`. Without `replace`, see `publish`.
 
     Raises:
@@ -78,7 +78,7 @@ def part_path(path: Path) -> Path:
 def publish(part: Path, path: Path, *, replace: bool = True) -> None:
     """Flush a written file, or folder of frames, beside `path` and give it that name.
 
-    The bytes are on the disk before the name is, so that a power cut leaves no empty file behind. Without `replace`, a file
+    The content is flushed before the rename, so that a power cut leaves no empty file. Without `replace`, a file
     that has the name is left alone: TakenError, unless it holds the same bytes. A folder that holds anything but frames is
     never replaced.
     """
@@ -170,12 +170,12 @@ def _is_dead(part: Path) -> bool:
 
 
 def write_json(path: Path, tree: Any, *, replace: bool = True) -> None:
-    """Write JSON, whole or not at all; nan and infinity are a ValueError."""
+    """Write JSON atomically; nan and infinity are a ValueError."""
     write_text(path, json.dumps(tree, indent=2, allow_nan=False, ensure_ascii=False) + "\n", replace=replace)
 
 
 def write_text(path: Path, text: str, *, replace: bool = True) -> None:
-    """Write a text in UTF-8, whole or not at all."""
+    """Write a text in UTF-8 atomically."""
     with atomic_path(path, replace=replace) as part:
         part.write_text(text, encoding="utf-8")
 

@@ -1,1 +1,1 @@
-"""Hooks and processors on a pipeline, and the checks that they are in force."""
+"""Hooks and processors on a pipeline, and checks that they are still active."""

@@ -52,11 +52,11 @@ class MethodHandle(Uncopyable):
 
     @property
     def in_force(self) -> bool:
-        """Whether the next call of the pipeline has the method; `check` says why not."""
+        """Whether the next call of the pipeline uses the method; `check` gives the reason if not."""
         return self._installed.problem() is None
 
     def check(self) -> None:
-        """Raise UserError, with the reason and what to do, unless the method is in force.
+        """Raise UserError, with the reason and advice, unless the method is active.
 
         Each call of the pipeline and each forward of its transformer make the same check.
         """
@@ -65,8 +65,8 @@ class MethodHandle(Uncopyable):
     def remove(self) -> None:
         """Restore the pipeline's own processors; a second call does nothing.
 
-        Modules that had the method are restored whatever else was changed since. Another transformer or scheduler that was
-        put into the pipeline stays there.
+        Modules that had the method are restored regardless of later changes. A replaced transformer or scheduler stays in the
+        pipeline.
         """
         installed = self._installed
         if installed.removed:
@@ -111,13 +111,13 @@ def apply_method(  # noqa: PLR0913 - keywords of a public function
             method object.
         window_frames: latent frames that the local branch sees: the native length of the model, 21 for Wan2.1 and 16 for
             LTX-Video.
-        kernel: dense attention kernel, see `freespec.kernels`; `auto` takes the one for the device and dtype.
+        kernel: dense attention kernel, see `freespec.kernels`; `auto` selects one for the device and dtype.
         dual: how dual steps compute both branches: `strided`, `triton`, or `auto`, see `freespec.kernels.select_dual`.
-        complement: what attends to the keys outside the windows in dual steps: `same` or `sage`, see
+        complement: kernel for the keys outside the windows in dual steps: `same` or `sage`, see
             `freespec.kernels.select_complement`.
         far: how many of those keys: `all`, a share of each frame's such as `1/8`, or a number of keys such as 4096.
         ranks: how this process shares the video's tokens with others; None for a single process.
-        riflex: lowers one temporal frequency of the rotary table; the default and `Riflex(enabled=False)` leave it alone.
+        riflex: lowers one temporal frequency of the rotary table; disabled by default.
         **settings: settings of the method, for example `alpha=3.0` for freespec.
 
     Raises:
@@ -221,7 +221,7 @@ def _make(
 
 
 def _check_free(pipe: DiffusionPipeline, transformer: Any, modules: Sequence[Any]) -> None:
-    """Refuse a pipeline on which the method would be ignored, or attention silently wrong."""
+    """Refuse a pipeline that would ignore the method or compute wrong attention silently."""
     hooked = any(isinstance(hook, StepHook) for hook in transformer._forward_pre_hooks.values())
     if guard_of(pipe) or hooked or any(isinstance(attn.processor, BranchProcessor) for attn in modules):
         raise UserError("the pipeline already has a method; call its handle's remove() first")

@@ -32,10 +32,10 @@ class TimelineState(Uncopyable):
 
     Attributes:
         adapter: of the pipeline.
-        events: the events of a video of so many frames of tokens.
-        num_texts: texts that come concatenated, [B, num_texts K, C].
+        events: returns the events of a video by its number of token frames.
+        num_texts: number of concatenated texts, [B, num_texts K, C].
         text_tokens: K.
-        pieces: what each frame attends to.
+        pieces: the texts that each frame attends to.
         frame_tokens: tokens per frame.
         lengths: tokens without padding of each text, by batch item; None if padding is attended, or no relay needs them.
         kernel: attention that returns the log-sum-exp.
@@ -163,11 +163,11 @@ class TimelineHandle(Uncopyable):
 
     @property
     def in_force(self) -> bool:
-        """Whether the next call of the pipeline has the timeline; `check` says why not."""
+        """Whether the next call of the pipeline uses the timeline; `check` gives the reason if not."""
         return self._guard is not None and self._guard.problem() is None
 
     def check(self) -> None:
-        """Raise UserError, with the reason and what to do, unless the timeline is in force; each call checks this too."""
+        """Raise UserError, with the reason and advice, unless the timeline is active; each call checks this too."""
         if self._guard is not None:
             self._guard.check()
 

@@ -1,4 +1,4 @@
-"""Checks that a method on a pipeline is in force: around each call of the pipeline and before each forward."""
+"""Checks that a method on a pipeline is still active: around each call of the pipeline and before each forward."""
 
 import functools
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +17,9 @@ from engine.adapters.base import unwrap
 from engine.errors import UserError
 from parallel.mesh import SeqMesh
 
-# Hooks of diffusers that act the same on every rank: these caches decide by the step alone, and placement and dtype of weights
-# decide nothing. Others may skip blocks by the tokens of one rank, and the ranks would wait for each other for ever. Listed by
-# full name, so that subclasses and new hooks are refused.
+# Hooks of diffusers that act the same on every rank: these caches decide by the step alone, and placement and dtype hooks skip
+# nothing. Other hooks may skip blocks by the tokens of one rank, which would deadlock. Listed by full name, so that subclasses and
+# new hooks are refused.
 _SAFE_HOOKS = frozenset(
     f"diffusers.hooks.{name}"
     for name in (
@@ -59,7 +59,7 @@ class Guard(Uncopyable):
         removed: whether they were removed.
     """
 
-    APPLY: ClassVar[str]  # the function that puts it on
+    APPLY: ClassVar[str]  # the function that applies it
     ATTENTION: ClassVar[str]  # the kind of attention that it concerns
 
     pipe: DiffusionPipeline
@@ -75,7 +75,7 @@ class Guard(Uncopyable):
 
     @property
     def again(self) -> str:
-        """What to do if it is no longer in force."""
+        """Advice if it is no longer active."""
         return f"call the handle's remove(), then {self.APPLY} again"
 
     def modules(self, transformer: Any) -> list[nn.Module]:
@@ -92,12 +92,12 @@ class Guard(Uncopyable):
         unguard(self.pipe)
 
     def check(self) -> None:
-        """Raise UserError, with the first reason found, unless it is in force for the next forward."""
+        """Raise UserError, with the first reason found, unless it is active for the next forward."""
         if found := self.problem():
             raise UserError(f"{self.name} is not in force: {found}")
 
     def problem(self) -> str | None:
-        """The reason why it is not in force, with advice; None if it is."""
+        """The reason why it is inactive, with advice; None if it is active."""
         if self.removed:
             return f"it was removed; call {self.APPLY} again"
         for name, transformer in self.transformers.items():
@@ -137,7 +137,7 @@ class Guard(Uncopyable):
         return f"{len(lost)} of its hooks were removed from the transformer; {self.again}" if lost else None
 
     def call(self) -> AbstractContextManager[None]:
-        """Wrap one call of the pipeline: raise UserError unless this is in force before it, and was throughout."""
+        """Wrap one call of the pipeline: raise UserError unless this is active before and throughout it."""
         raise NotImplementedError
 
 
@@ -226,7 +226,7 @@ class Installed(Guard):
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """Wrap one call of the pipeline: raise UserError unless the method is in force before it, and was throughout."""
+        """Wrap one call of the pipeline: raise UserError unless the method is active before and throughout it."""
         if self.removed:
             yield
             return

@@ -71,7 +71,7 @@ class BranchProcessor(Uncopyable):
     def _scatter(
         self, attn: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], layout: SequenceLayout
     ) -> tuple[Tensor, ...]:
-        """q, k, v [B, r, n, D] of this rank. v is on its way while q and k are rotated, but for a compiled block."""
+        """q, k, v [B, r, n, D] of this rank. Except in a compiled block, v is sent while q and k are rotated."""
         qkv = self.state.setup.adapter.qkv
         if torch.compiler.is_compiling() or not layout.sends_early:
             return layout.scatter(*qkv(attn, hidden, rotary))

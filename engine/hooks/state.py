@@ -35,7 +35,7 @@ class MethodSetup:
         far: setting of how many of those keys there are.
         mesh: the ranks that share the video.
         exchange: exchanges heads against tokens.
-        hybrid: computes the whole of `direct` instead, if not None.
+        hybrid: computes all of `direct` instead, if not None.
         local_route: how local steps cross the ulysses axis.
     """
 
@@ -86,7 +86,7 @@ class RunState(Uncopyable):
         setup: the constant part.
         forward: the current or last forward; None before the first.
         running: whether it is current, so that no block runs on the state of the last one.
-        scenes: frames after the first at which windows end and begin, of a timeline.
+        scenes: frames after the first at which a timeline ends windows.
         checks_finite: whether each forward checks its latents and its prediction; False for a loop that checks after each step.
         trace: observes the branches, if given.
         eigensolver: what decomposes Gram matrices on a GPU; None until the device is known, and on a CPU.

@@ -1,4 +1,4 @@
-"""The forward hooks of the transformers: before, they find the step, its grid and its mode; after, they check that every layer ran."""
+"""Forward hooks of the transformers: find the step, its grid and mode before a forward; check afterwards that every layer ran."""
 
 import functools
 import inspect
@@ -26,7 +26,7 @@ from parallel.shards import HaloRange, LayerShape, SequencePlan, choose_local_ro
 
 
 class StepHook(Uncopyable):
-    """Forward hooks of the transformer: before, find the step, the grid and the mode; after, check that every layer ran.
+    """Forward hooks of the transformer: find the step, grid and mode before a forward; check afterwards that every layer ran.
 
     Args:
         state: written before each forward.
@@ -243,19 +243,19 @@ class StepHook(Uncopyable):
         """Index of this forward in the scheduler's timesteps; UserError if the forward belongs to another step."""
         scheduler = self._scheduler()
         if getattr(scheduler, "num_inference_steps", None) is None:  # its timesteps are still those of training
-            raise UserError(f"the transformer was called before its scheduler's set_timesteps: {self._whose()}")
+            raise UserError(f"the transformer was called before its scheduler's set_timesteps: {self._likely_cause()}")
         self._read_timesteps(scheduler.timesteps)
         timesteps, value = self._timesteps, self._value(timestep, scheduler.timesteps)
         step = scheduler.step_index if scheduler.step_index is not None else scheduler.begin_index or 0
         if step >= len(timesteps) or timesteps[step] != value:
             raise UserError(
                 f"the transformer was called at timestep {value}, but its scheduler stands at step {step} of {len(timesteps)}: "
-                f"{self._whose()}"
+                f"{self._likely_cause()}"
             )
         return step
 
-    def _whose(self) -> str:
-        """What may have called the transformer at a step other than its scheduler's, and what to do."""
+    def _likely_cause(self) -> str:
+        """Describe the likely cause of a call at another step than the scheduler's, with advice."""
         if self._in_call:
             return "the scheduler was replaced or reset during a call; leave it alone until the call ends"
         return (

@@ -1,4 +1,4 @@
-"""Checks that a timeline on a pipeline is in force: around each call of the pipeline and before each forward."""
+"""Checks that a timeline on a pipeline is still active: around each call of the pipeline and before each forward."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +16,7 @@ class TimelineGuard(Guard):
     """What `apply_timeline` installed on the cross-attentions of a pipeline, and the check that all of it is still there.
 
     Attributes:
-        hooks: which plan the pieces of a forward, one on each transformer.
+        hooks: one on each transformer, which plans the pieces of a forward.
     """
 
     APPLY = "apply_timeline"
@@ -52,7 +52,7 @@ class TimelineGuard(Guard):
 
     @contextmanager
     def call(self) -> Iterator[None]:
-        """One call of the pipeline: raise UserError before it, or after it, if the timeline is not in force."""
+        """Wrap one call of the pipeline: raise UserError before or after it if the timeline is inactive."""
         if self.removed:
             yield
             return

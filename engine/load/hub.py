@@ -29,7 +29,7 @@ def fetch(source: Path | str, revision: str | None, *, parts: Sequence[str], off
     if isinstance(source, Path):
         if revision is not None:
             raise UserError(
-                f"model.revision {revision!r} goes with a hub name, and {source} is a folder; leave it unset"
+                f"model.revision {revision!r} requires a hub name, and {source} is a folder; leave it unset"
             )
         return source
     patterns = ["*.json", *(f"{part}/*.safetensors" for part in parts)]

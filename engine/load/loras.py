@@ -1,7 +1,7 @@
 """LoRAs (`model.loras`): found, compared with the transformer tensor by tensor, and fused into its weights by diffusers and peft.
 
-diffusers drops tensors that it cannot place, with a warning at most, and loads what is left. Here a LoRA of another model is refused,
-and what diffusers drops of a right one is said (`Lora.dropped`).
+diffusers drops tensors that it cannot place, with a warning at most, and loads what is left. Here a LoRA of another model is refused, and
+tensors that diffusers drops from a valid one are reported (`Lora.dropped`).
 """
 
 import logging
@@ -79,7 +79,7 @@ class Lora:
             return adapter.pipeline_class.lora_state_dict(dict(self.tensors))
 
     def dropped(self, adapter: ModelAdapter) -> dict[str, float]:
-        """Tensors that diffusers leaves out though they are not zero, with their largest value."""
+        """Nonzero tensors that diffusers drops, with their largest value."""
         kept = {id(tensor) for tensor in self.converted(adapter).values()}
         left = {key: t for key, t in self.tensors.items() if key.endswith(_DIFFERENCES) and id(t) not in kept}
         largest = {key: float(tensor.abs().max()) for key, tensor in left.items()}
@@ -106,14 +106,14 @@ class Lora:
             layer: how for layer in layers if layer not in missing and (how := _mismatch(layer, layers[layer], shapes))
         }
         if missing:
-            told = f"the transformer has no {missing[0]}"
+            reason = f"the transformer has no {missing[0]}"
         elif wrong:
-            told = next(f"{layer} {how}" for layer, how in wrong.items())
+            reason = next(f"{layer} {how}" for layer, how in wrong.items())
         else:
             return list(layers)
         raise UserError(
             f"the LoRA {self.path} is of another model: {len(missing) + len(wrong)} of its {len(layers)} layers do not fit "
-            f"{where}; {told}"
+            f"{where}; {reason}"
         )
 
     def _refuse_unknown(self, adapter: ModelAdapter) -> None:
@@ -160,7 +160,7 @@ class Lora:
             loaded = {path for path, part in transformer.named_modules() if _ADAPTER in getattr(part, "lora_A", ())}
             if not loaded >= wanted:
                 raise UserError(
-                    f"of the {len(wanted)} layers of the LoRA {self.path} diffusers loaded {len(loaded & wanted)}; use another "
+                    f"diffusers loaded {len(loaded & wanted)} of the {len(wanted)} layers of the LoRA {self.path}; use another "
                     "version of diffusers and peft"
                 )
             pipe.set_adapters([_ADAPTER], [self.scale])
@@ -185,7 +185,7 @@ def find_local_loras(config: ModelConfig) -> list[Lora]:
 def describe_loras(
     config: ModelConfig, adapter: ModelAdapter, transformer: Mapping[str, Any], where: object
 ) -> list[str]:
-    """Check the LoRAs, and describe in one sentence each what diffusers leaves out of one.
+    """Check the LoRAs; return one sentence for each from which diffusers drops tensors.
 
     `transformer` is the configuration of the transformers, which is one for all of them.
     """
@@ -204,7 +204,7 @@ def describe_loras(
 
 @contextmanager
 def quiet_diffusers() -> Iterator[None]:
-    """Silence the warnings of diffusers about tensors, of which `Lora.check` and `Lora.dropped` tell more."""
+    """Silence the warnings of diffusers about tensors; `Lora.check` and `Lora.dropped` report more."""
     log = logging.getLogger("diffusers")
     level = log.level
     log.setLevel(logging.CRITICAL)
@@ -253,7 +253,7 @@ def _find(given: str, config: ModelConfig) -> Lora:
 
 
 def _check_side(name: str, side: str | None) -> None:
-    """Refuse a LoRA whose name says that it is for one of two transformers, unless it is put there."""
+    """Refuse a LoRA whose file name says that it is for another one of two transformers."""
     if side is None and says_one_of_two(name):
         raise UserError(
             f"the LoRA {name} is of one of the two transformers of Wan2.2 A14B, by its name: give it as high:{name} or low:{name}, to a "
@@ -266,7 +266,7 @@ def _check_side(name: str, side: str | None) -> None:
 
 
 def check_sides(loras: Sequence[str], experts: Sequence[str]) -> None:
-    """Raise UserError for LoRAs that do not say which of two transformers they change, or say it of one."""
+    """Raise UserError unless LoRAs name their transformer (`high:`, `low:`) exactly if there are two."""
     for given in loras:
         side, name = split_expert(given)
         if side is None and len(experts) > 1:

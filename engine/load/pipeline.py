@@ -188,11 +188,11 @@ def check_files(folder: Path, name: str) -> None:
     part = folder / name
     files = sorted(part.glob("*.safetensors"))
     begun = unfinished(folder, name)
-    told = f" ({', '.join(begun)} did not finish)" if begun else ""
+    unfinished_note = f" ({', '.join(begun)} did not finish)" if begun else ""
     if not files:
         others = sorted(file.name for file in part.glob("*") if is_pickle(file.name))
         found = f"only {', '.join(others)}, which can run code and is not read" if others else "no weights"
-        raise UserError(f"{part} has {found}{told}; fetch the .safetensors files of this checkpoint")
+        raise UserError(f"{part} has {found}{unfinished_note}; fetch the .safetensors files of this checkpoint")
     for shard_index in part.glob("*.safetensors.index.json"):
         weight_map = read_config(shard_index).get("weight_map")
         shards = (
@@ -200,7 +200,9 @@ def check_files(folder: Path, name: str) -> None:
         )
         missing = sorted(shards - {file.name for file in files})
         if missing:
-            raise UserError(f"{part} lacks {', '.join(missing)} of {len(shards)} shards{told}; finish the download")
+            raise UserError(
+                f"{part} lacks {', '.join(missing)} of {len(shards)} shards{unfinished_note}; finish the download"
+            )
 
 
 def _load_beside(adapter: ModelAdapter, folder: Path, name: str) -> Any:

@@ -32,7 +32,7 @@ def check_placement(config: ModelConfig, device: torch.device, text_device: str)
         )
     if config.weights == "cpu_offload" and text_device == "cpu":
         raise UserError(
-            "parallel.text_device cpu and model.weights cpu_offload exclude each other; offload moves the encoder"
+            "parallel.text_device cpu and model.weights cpu_offload cannot be combined; offload moves the encoder"
         )
     if config.weights == "zero3":
         try:

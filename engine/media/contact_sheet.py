@@ -122,7 +122,7 @@ def comparison(rows: Sequence[Row], times: Sequence[float], *, title: str, subti
 
 
 def write_picture(path: Path, picture: Image.Image, *, replace: bool = True) -> None:
-    """Write a PNG, whole or not at all."""
+    """Write a PNG atomically."""
     with atomic_path(path, replace=replace) as part:
         picture.save(part, format="png", optimize=True)
 
@@ -153,7 +153,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _shortened(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
-    """As much of a text as fits into `width` pixels, with dots for the rest."""
+    """Truncate a text to `width` pixels, with dots at the end."""
     if font.getlength(text) <= width:
         return text
     end = next(end for end in range(len(text) - 1, -1, -1) if end == 0 or font.getlength(f"{text[:end]}...") <= width)

@@ -61,13 +61,13 @@ def open_video(
     facts: Mapping[str, Any] | None = None,
     replace: bool = True,
 ) -> Iterator[VideoWriter]:
-    """Open a writer of the video `path`, which exists once the block has succeeded, and not at all if it fails.
+    """Open a writer of the video `path`, which appears only if the block succeeds.
 
     The same arguments and frames give the same bytes.
 
     Args:
         path: the file, or the folder of `png`.
-        kind: what is written, whatever the path ends in.
+        kind: format, regardless of the path's suffix.
         fps: frames per second; a folder has none.
         height: pixels.
         width: pixels.
@@ -89,7 +89,7 @@ def open_video(
 
 
 def write_video(path: str | Path, frames: np.ndarray, *, fps: int, crf: int = 12, replace: bool = True) -> None:
-    """Write frames, uint8 [T, H, W, 3], to .mp4, .gif, .webp or a new folder of PNG files, whole or not at all; see `open_video`."""
+    """Write frames, uint8 [T, H, W, 3], to .mp4, .gif, .webp or a new folder of PNG files, atomically; see `open_video`."""
     path, (_, height, width, _) = Path(path), frames.shape
     if path.suffix not in VIDEO_KINDS:
         raise UserError(f"a video must end in .mp4, .gif or .webp, or be the name of a folder, got {path}")

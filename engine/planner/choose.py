@@ -1,4 +1,4 @@
-"""Choose the best plan that fits, or raise one line with what is needed, what there is and the smallest change that would fit."""
+"""Choose the best plan that fits, or raise one line with the memory needed and available, and the smallest change that would fit."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +20,7 @@ MOST_DOUBLINGS = 5
 def choose(case: Case, fixed: FixedDegrees = (None, None, None), *, plans: list[Plan] | None = None) -> Plan:
     """Return the best plan that fits and keeps the degrees (cfg, ring, ulysses) that are not None, of those that `plan` made.
 
-    Raises UserError if there is none, with what is needed, what there is, and the smallest change that would fit.
+    Raises UserError if there is none, with the memory needed and available, and the smallest change that would fit.
     """
     every = plan(case) if plans is None else plans
     kept = [p for p in every if keeps(p.degrees, fixed)]

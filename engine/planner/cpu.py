@@ -66,5 +66,5 @@ def product_rate(dtype: torch.dtype) -> float:
 
 
 def describe_long(seconds: float) -> str:
-    """`35 days` beyond two of them, else as `describe_seconds` has it."""
+    """`35 days` from two days on, else as `describe_seconds`."""
     return f"{seconds / 86400:.0f} days" if seconds > 2 * 86400 else describe_seconds(seconds)

@@ -103,7 +103,7 @@ class GpuSpec:
         """Resolve attention.kernel on this GPU, in half precision or fp32; `auto` is the kernel that the engine takes.
 
         The engine chooses among the same candidates by the same rule, from times that it measures; here from the rates that are
-        described. cuDNN is the one of this process, or, where torch is built without CUDA, one that torch's CUDA builds bring.
+        described. cuDNN is that of this process, or, if torch is built without CUDA, that of torch's CUDA builds.
         """
         if setting != "auto":
             return setting
@@ -125,12 +125,12 @@ class GpuSpec:
         return self._attention_rates(half=half)[self.kernel(kernel, half=half)]
 
     def missing_rate(self, kernel: str, *, half: bool = True) -> str | None:
-        """Describe what is missing to know a kernel's speed on this GPU; None if nothing is."""
+        """Describe the missing rate of a kernel on this GPU; None if it is known."""
         name, rates = self.kernel(kernel, half=half), self._attention_rates(half=half)
         if name in rates:
             return None
-        whose = f"attention_fraction of {self.name}" if half else f"the description of {self.name} in float32"
-        return f"{whose} has no {name}, it has {', '.join(rates)}"
+        described = f"attention_fraction of {self.name}" if half else f"the description of {self.name} in float32"
+        return f"{described} has no {name}, it has {', '.join(rates)}"
 
     def _attention_rates(self, *, half: bool) -> dict[str, float]:
         return self.attention_fraction if half else {"cuda_efficient": self.fp32_fraction}

@@ -81,7 +81,7 @@ class Options:
         return gpu.kernel(self.timed_kernel, half=self.itemsize < FP32_BYTES)
 
     def missing_rate(self, gpu: GpuSpec) -> str | None:
-        """Describe what is missing to predict attention's speed on a GPU; None if nothing is."""
+        """Describe the missing rate of attention on a GPU; None if it is known."""
         return gpu.missing_rate(self.timed_kernel, half=self.itemsize < FP32_BYTES)
 
     @classmethod
@@ -127,7 +127,7 @@ class Plan:
         encode_seconds: of encoding the pictures without which the checkpoint makes no video.
         efficiency: by method, seconds of one GPU / (ranks x seconds of these ranks), memory of the one aside.
         idle_expert: where the idle transformer of two waits; None with one, or if model.weights decides it.
-        why: one sentence for a person.
+        why: the reason for this plan's place, in one sentence.
     """
 
     cfg: int
@@ -258,7 +258,7 @@ class Case:
         return known | {self.method.name: self.method.method}
 
     def count_steps(self) -> dict[str, dict[Mode, int]]:
-        """How many steps of each mode every method has on the sampler's real timesteps."""
+        """Count the steps of each mode of every method on the sampler's real timesteps."""
         video = self.video
         *_, frames, rows, columns = self.spec.video.latent_shape(video.num_frames, video.height, video.width)
         timesteps = self.spec.timesteps(self.sampler, (frames, rows, columns), window_frames=self.method.window_frames)
@@ -407,7 +407,7 @@ def _make_plan(
 
 
 def _why(p: Plan, plans: list[Plan], case: Case) -> str:
-    """Why this plan has its place, compared with the first or the second."""
+    """Describe why this plan has its place, compared with the first or the second."""
     best, method = plans[0], case.method.name
     if not p.fits:
         return f"needs {p.peak_bytes / GIB:.1f} GiB of {case.gpu.usable_gib:.1f}"
@@ -422,7 +422,7 @@ def _why(p: Plan, plans: list[Plan], case: Case) -> str:
 
 
 def _notes(p: Plan, mode: Mode, case: Case) -> str:
-    """What the degrees cost: uneven heads, and messages of a step of this mode; and what is not predicted."""
+    """Describe the cost of the degrees (uneven heads, messages of a step of this mode) and what is not predicted."""
     options = case.options
     seconds = p.step_seconds[mode]
     share = seconds["communication"] / sum(seconds.values())

@@ -1,4 +1,4 @@
-"""Say before a run that the split of its method puts all steps on one side, as few steps near pure noise do."""
+"""Warn before a run if all its steps are of one kind, as with few steps near pure noise."""
 
 from collections.abc import Iterator, Sequence
 

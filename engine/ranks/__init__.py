@@ -1,1 +1,1 @@
-"""The ranks that share a video: how they are arranged, what they agree on, and which layouts a method has."""
+"""The ranks that share a video: their arrangement, agreement between them, and layouts that a method supports."""

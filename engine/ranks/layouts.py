@@ -1,4 +1,4 @@
-"""How ranks share a video: the ranks, and which layouts a method can have."""
+"""How ranks share a video: the ranks, and the layouts that a method supports."""
 
 from collections.abc import Collection
 from dataclasses import dataclass

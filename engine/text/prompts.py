@@ -70,7 +70,7 @@ def check_read_prompts(
     notes = []
     if sampler.negative_prompt and not guided:
         notes.append(
-            f"sampler.negative_prompt is not read: with sampler.guidance_scale {sampler.guidance_scale:g} there is no unconditional pass"
+            f"sampler.negative_prompt is not used: with sampler.guidance_scale {sampler.guidance_scale:g} there is no unconditional pass"
         )
     unknown = unknown_words(adapter, tokenizer, read)
     return [*notes, describe_unknown(unknown, checkpoint.folder)] if unknown else notes
@@ -133,6 +133,6 @@ def describe_unknown(words: dict[str, str], folder: Path) -> str:
     embedded = folder.resolve().parent == SHIPPED / "tiny"
     where = card if embedded and card.is_file() else folder / "tokenizer"
     return (
-        f"{len(words)} {'word is' if len(words) == 1 else 'words are'} unknown to the model, which reads past them: "
-        f"{', '.join(shown)}{more}; the words that it knows are listed in {where}"
+        f"{len(words)} {'word is' if len(words) == 1 else 'words are'} unknown to the model and ignored: "
+        f"{', '.join(shown)}{more}; known words are listed in {where}"
     )

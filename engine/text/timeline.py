@@ -64,7 +64,7 @@ class Timeline:
         return tuple(event.text for event in self.events)
 
     def joined(self, negatives: Sequence[str]) -> tuple["Timeline", tuple[str, ...]]:
-        """The same, with its negative texts, where neighbours of one text that a cut would part are one event."""
+        """Join neighbouring events of one text that a cut would separate, with their negative texts."""
         events: list[TimedText] = []
         kept: list[str] = []
         for event, negative in zip(self.events, negatives, strict=True):
@@ -94,7 +94,7 @@ class Timeline:
             stop = _latent((event.stop if end is None else end) * rate, step) if event.stop is not None else total
             if start >= total or stop > total:
                 raise UserError(
-                    f"{self.name(index)} goes beyond the video, which ends at {num_frames / rate:g} {self._words} "
+                    f"{self.name(index)} exceeds the video, which ends at {num_frames / rate:g} {self._words} "
                     f"({num_frames} frames)"
                 )
             if stop <= start:

@@ -98,7 +98,7 @@ def plan_view(label: str, videos: Sequence[Video], root: Path) -> View:
 def stage(view: View) -> None:
     """Recreate the view's folder with hard links, or symbolic ones where hard links fail."""
     if view.folder.exists() and not view.description.exists() and any(view.folder.iterdir()):
-        raise UserError(f"{view.folder} is in the way and was not made by this program; move it away")
+        raise UserError(f"{view.folder} exists and was not made by this program; move it away")
     view.folder.parent.mkdir(parents=True, exist_ok=True)
     write_json(view.description, describe(view))
     remove(view)

@@ -55,7 +55,7 @@ METHODS: dict[str, type[Method]] = {
     "lvsa": LVSA,
     "freespec": FreeSpec,
 }
-# Other accepted names: forms of a method that are not methods to compare with.
+# Other accepted names: forms of a method that comparisons leave out.
 FORMS: dict[str, type[Method]] = {"direct_far": DirectFar}
 
 
@@ -82,7 +82,7 @@ SPLIT_BEFORE = {"freespec": ("timestep",), "freepca": ("timestep", "step")}
 
 
 def describe_split(name: str, split: object, domain: str | None = None) -> str:
-    """What says the same as the `split` of a method in SPLIT_BEFORE; for both domains if it is not known."""
+    """The settings equivalent to `split` of a method in SPLIT_BEFORE; for both domains if the domain is unknown."""
     text = "split is now fused_share, the share of the run that fuses, counted from noise"
     try:
         value = float(str(split))

@@ -17,8 +17,8 @@ class StepPlan:
     """One denoising step: which branches every self-attention layer computes, and the progress of its fusion.
 
     `global` and `local` are one branch that is the layer's output; `dual` is both, `views` attention inside overlapping
-    views, `views_global` those and the global branch with scaled queries, `frames` attention to the frames that the method names
-    for each frame: the last four go through the method's `fuse`. `number` is for methods that name other frames in other steps.
+    views, `views_global` those and the global branch with scaled queries, `frames` attention to the frames that the method
+    selects for each frame: the last four call the method's `fuse`. `number` is for methods that select different frames in each step.
     """
 
     mode: Mode
@@ -53,8 +53,8 @@ class Branches:
     Attributes:
         o_local: the sliding window's output [B, s, N, D] (`dual`).
         o_global: the global branch's output [B, s, N, D] (`dual`, `views_global`).
-        views: attention inside each view of `Method.view_starts`, [B, window_frames * frame_tokens, N, D] each. A view is
-            computed when it is asked for, once: what is added up at once never needs the memory of all of them.
+        views: attention inside each view of `Method.view_starts`, [B, window_frames * frame_tokens, N, D] each. Views are
+            computed lazily, once each, so that accumulating them needs the memory of one.
         sets: attention of each of `Method.frame_sets`, [B, S, N, D] each (`frames`), computed likewise.
     """
 
@@ -71,13 +71,12 @@ def call(function: Callable[..., Tensor], *matrices: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layer:
-    """Where the branches come from: the grid, and the sums over what other ranks hold.
+    """The grid of the branches, and sums over the shares of other ranks.
 
-    A rank has s of the S tokens for N heads of all: `sum_tokens` adds what each token shard contributed (ring),
-    `sum_heads` what each share of the heads did (ulysses). Alone, both return what they are given. `max_tokens` takes the
-    largest of the token shards, entry by entry; it is there on a CPU, where sums are to have the same bits in any layout.
-    `share_heads` calls a function of matrices [B, N, D, D], one for each item and head, that all token shards hold alike: each
-    of them for some items and heads, which it is given as [1, some, D, D], and all get every result.
+    A rank has s of the S tokens for some of the heads: `sum_tokens` adds the contributions of all token shards (ring), `sum_heads` those
+    of all shares of the heads (ulysses). On one rank both return their argument. `max_tokens` is the elementwise maximum over token
+    shards, set on a CPU, where sums must have the same bits in any layout. `share_heads` applies a function to matrices [B, N, D, D]
+    that all token shards hold: each shard computes some items and heads, passed as [1, some, D, D], and all get every result.
     """
 
     grid: Grid
@@ -91,16 +90,16 @@ class Layer:
 class Method(metaclass=abc.ABCMeta):
     """A method for long videos. Its fields are its hyperparameters; it holds no tensor and no state of a run.
 
-    A subclass says what its steps compute (`plan`), and overrides of the rest what it needs. At native length, F <= F0,
-    the engine runs the base model and asks for nothing but `plan`.
+    A subclass implements `plan` and overrides other methods as needed. At native length, F <= F0, the engine runs the base model
+    and calls only `plan`.
     """
 
-    #: Initial noise that goes with the method, unless `sampler.noise` says otherwise.
+    #: Initial noise of the method, unless `sampler.noise` is set.
     noise: ClassVar[Noise] = "iid"
 
     @property
     def noise_stride(self) -> int | None:
-        """Latent frames that `freenoise` noise puts in another order at a time with this method; None: a quarter of the window."""
+        """Latent frames that `freenoise` noise shuffles at a time with this method; None: a quarter of the window."""
         return None
 
     @property
@@ -121,8 +120,8 @@ class Method(metaclass=abc.ABCMeta):
         raise AssertionError(f"{type(self).__name__} has no views")
 
     def frame_sets(self, step: StepPlan, grid: Grid) -> Sequence[FrameSet]:
-        """Which frames each frame sees, for each branch of mode `frames`."""
-        raise AssertionError(f"{type(self).__name__} names no frames")
+        """The frames that each frame sees, for each branch of mode `frames`."""
+        raise AssertionError(f"{type(self).__name__} selects no frames")
 
     @property
     def rest_kernel(self) -> Any:
@@ -143,7 +142,7 @@ class Method(metaclass=abc.ABCMeta):
 
 
 def has_rest_kernel(method: Method) -> bool:
-    """Whether the method brings a kernel for the keys outside the windows; imports none."""
+    """Whether the method has its own kernel for the keys outside the windows; imports none."""
     return type(method).rest_kernel is not Method.rest_kernel
 
 

@@ -26,8 +26,8 @@ class FreeNoise(Method):
 
     Attributes:
         attention: `views`, as published, or `window`: the sliding window of the other methods, with FreeNoise's noise.
-        stride: latent frames from one view to the next, and that the noise puts in another order at a time unless
-            `sampler.noise_stride` says otherwise; None is a quarter of the view (published: 4 for 16).
+        stride: latent frames from one view to the next, and number that the noise shuffles at a time unless
+            `sampler.noise_stride` is set; None is a quarter of the view (published: 4 for 16).
         last_view: `shifted` adds a view that ends with the video where the stride misses its last frames; `new_frames`
             lets that view count for those frames only.
         compat: as published, no such view: frames that the stride misses get no attention output at all (zeros).
@@ -46,11 +46,13 @@ class FreeNoise(Method):
         check_choice("freenoise", "attention", self.attention, ("views", "window"))
         check_choice("freenoise", "last_view", self.last_view, ("shifted", "new_frames"))
         if self.compat and self.last_view != "shifted":
-            raise ValueError(f"freenoise: with compat there is no last view to be {self.last_view}; set one of the two")
+            raise ValueError(
+                f"freenoise: compat has no last view, and last_view is {self.last_view}; set one of the two"
+            )
         if self.attention == "window" and (self.compat or self.last_view != "shifted"):
             name = "compat true" if self.compat else f"last_view {self.last_view}"
             raise ValueError(
-                f"freenoise: attention window has no views for {name}; leave it out, or take attention views"
+                f"freenoise: attention window has no views for {name}; leave it out, or use attention views"
             )
 
     @property

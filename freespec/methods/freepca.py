@@ -32,7 +32,7 @@ class ViewWeights(NamedTuple):
 class FreePCA(Method):
     """Settings of FreePCA: in the noisy steps every view but the first is fused with its part of the global branch.
 
-    View m takes its min(m, `components`) most alike components, and its mean over time, from the global branch. Its noise
+    View m takes its min(m, `components`) most similar components, and its mean over time, from the global branch. Its noise
     is `freespec.noise.reuse_mean`, a separate setting (`sampler.noise`).
 
     Attributes:
@@ -43,7 +43,7 @@ class FreePCA(Method):
         query_scale_by: entropy factor sqrt(log keys / log native keys) of the global branch's queries, with keys counted in
             `tokens` or, as in a model that attends over time alone, in `frames`; `none`: 1.
         compat: as published, frames that the stride misses are in no view and get zeros, and the null direction of centred
-            rows stands in the order of components.
+            rows is ranked among the components.
     """
 
     noise: ClassVar[Noise] = "mean_reuse"

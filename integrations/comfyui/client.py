@@ -52,7 +52,7 @@ class Service:
         except ValueError:
             valid = False
         if not valid or parts.query or parts.fragment or not address.isascii() or not address.isprintable():
-            raise ServiceError(f"the address must be such as {ADDRESS}, got {address!r:.80}")
+            raise ServiceError(f"the address must look like {ADDRESS}, got {address!r:.80}")
         key = key.strip()
         if not key.isascii() or not key.isprintable():
             raise ServiceError("the API key has characters that a header cannot hold")

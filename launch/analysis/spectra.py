@@ -36,10 +36,10 @@ _NUMBERS = ("effective_rank", "first_share")
 
 @dataclass(frozen=True, kw_only=True)
 class SpectraStore:
-    """The rows of each prompt, one file each: `spectra/p0000-sS-POINTS.json` in the folder of `watched`.
+    """The rows of each prompt, in one file each: `spectra/p0000-sS-POINTS.json` in the folder of `watched`.
 
     Attributes:
-        watched: the videos of one variant and seed, which are denoised but not kept.
+        watched: videos of one variant and seed, which are denoised but not kept.
         num_points: number of steps to measure.
     """
 
@@ -73,11 +73,11 @@ class SpectraStore:
         return video.files.folder / "spectra" / f"{video.item.name}-{self.num_points}.json"
 
     def describe(self) -> dict[str, Any]:
-        """Describe what decides the spectra; see `Comparison.describe`."""
-        told, config = self.watched.describe(), self.watched.config
-        (method,) = told["variants"].values()
+        """Describe everything that determines the spectra; see `Comparison.describe`."""
+        described, config = self.watched.describe(), self.watched.config
+        (method,) = described["variants"].values()
         own = {"sampler.noise": config.noise[0], "sampler.seed": self.seed, "num_points": self.num_points}
-        return told | {"settings": told["settings"] | method | own, "variants": {}}
+        return described | {"settings": described["settings"] | method | own, "variants": {}}
 
     @property
     def done(self) -> list[bool]:
@@ -139,7 +139,7 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 def over_prompts(rows: Rows, keys: Sequence[str]) -> Rows:
     """Mean and standard error over prompts for each value of `keys`; within a prompt such rows are averaged.
 
-    Prompts are what is independent, so heads, layers and steps do not make the error smaller.
+    Only prompts are independent, so heads, layers and steps do not reduce the error.
     """
     cells: dict[tuple, dict[int, list[dict[str, Any]]]] = {}
     for row in rows:

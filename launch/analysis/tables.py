@@ -40,19 +40,19 @@ def write_analysis(
     `made_with` are the settings, method, checkpoint and prompts for report.json.
     """
     with writing_report(folder):
-        told = _write_spectra(folder, spectra.read())
-        report: dict[str, Any] = {"comparison": made_with, "spectra": told}
+        spectra_summary = _write_spectra(folder, spectra.read())
+        report: dict[str, Any] = {"comparison": made_with, "spectra": spectra_summary}
         if low_rank.prompts:
             with stoppable(low_rank):
                 measured = measure_every(low_rank, progress=progress)
             report["low_rank"] = _write_low_rank(folder, low_rank, measured, ratios)
         text = json.dumps(report, indent=2, allow_nan=False)
         write_text(folder / "report.json", text + "\n")
-    late = told["stages"]["late"]["windows"]
+    late = spectra_summary["stages"]["late"]["windows"]
     native, widest = late[0]["mean"]["mean"], late[-1]["mean"]["mean"]
     return (
         f"{folder}: effective rank late in the run {native:.2f} at the native window, {widest:.2f} at "
-        f"{late[-1]['multiple']:g} x native; it falls in {100 * told['heads_that_fall']:.0f} % of the heads"
+        f"{late[-1]['multiple']:g} x native; it falls in {100 * spectra_summary['heads_that_fall']:.0f} % of the heads"
     )
 
 

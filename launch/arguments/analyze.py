@@ -15,7 +15,7 @@ from launch.cli.parser import parse_run
 from launch.ranks.backend import check_environment
 
 NAME = "analyze.py"
-DESCRIPTION = "Measure how attention's singular spectra change with the window, and what low rank does to a video."
+DESCRIPTION = "Measure how attention's singular spectra depend on the window, and the effect of low rank on videos."
 UNREAD = OF_ONE_VIDEO
 
 
@@ -65,7 +65,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The options of the command beside the settings of a run."""
     add_prompts(parser)
     add_num_prompts(parser)
-    parser.add_argument("--num_points", type=int, default=10, help="steps whose spectra are taken, evenly spaced")
+    parser.add_argument("--num_points", type=int, default=10, help="number of evenly spaced steps to measure")
     parser.add_argument("--ratios", type=str, default="1,0.5,0.25,0.1", help="shares of singular directions to keep")
     parser.add_argument(
         "--num_reconstructed", type=int, default=2, help="number of prompts, from the first, to make low-rank videos of"

@@ -16,7 +16,7 @@ from launch.batching.options import Options, add_arguments
 from launch.cli.parser import parse_run
 from launch.ranks.backend import check_environment
 
-DESCRIPTION = "Make every prompt of a suite with every method and seed. Restarted, it makes only what is missing."
+DESCRIPTION = "Make every prompt of a suite with every method and seed. A restart makes only missing videos."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ def read(argv: list[str]) -> Arguments | Status:
     )
     if namespace.status is not None:
         if not namespace.status.strip():
-            raise UserError("--status is empty; give the folder that was --out")
+            raise UserError("--status is empty; give the --out folder of a batch")
         return Status(folder=expand(namespace.status))
     check_environment()
     check_output(config.output, "batch.py")

@@ -17,7 +17,7 @@ from launch.cli.parser import parse_run
 from launch.ranks.backend import check_environment
 
 NAME = "calibrate.py"
-DESCRIPTION = "Search FreeSpec's open settings on one list of prompts, and judge what was found on another."
+DESCRIPTION = "Search FreeSpec's open settings on one list of prompts, and evaluate the result on another."
 UNREAD = (*OF_ONE_VIDEO, "method.name")
 
 

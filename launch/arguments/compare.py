@@ -85,7 +85,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_num_prompts(parser)
     add_seeds(parser)
     add_out(parser, "the videos and the report", default="runs/compare")
-    parser.add_argument("--baseline", type=str, help="method that differences are from (default: the first)")
+    parser.add_argument("--baseline", type=str, help="baseline method of differences (default: the first)")
     parser.add_argument("--report_only", type=bool, default=False, help="make no videos; report on the existing ones")
     parser.add_argument(
         "--report_if_any",
@@ -104,7 +104,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--shard",
         type=str,
-        help="i/n: make and measure the i-th of n shares of the pairs of prompt and seed, one process each, without a report",
+        help="i/n: make and measure the i-th of n shares of the pairs of prompt and seed, without a report",
     )
     add_ranks(parser)
     add_replicas(parser)

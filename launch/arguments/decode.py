@@ -1,4 +1,4 @@
-"""Command line of decode.py. Options that are not given come from the run's settings, which the latents file holds."""
+"""Command line of decode.py. Options default to the run's settings, which the latents file holds."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Arguments:
 
 
 def read(argv: list[str]) -> Arguments:
-    """Parse, and check whatever does not need the latents file; UserError for a mistake."""
+    """Parse, and check all options that do not need the latents file; UserError for a mistake."""
     parser = make_parser("decode.py", USAGE, DESCRIPTION)
     add_arguments(parser)
     words = arrange(argv, Keys.of(parser), num_positionals=1)

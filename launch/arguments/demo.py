@@ -15,7 +15,7 @@ from launch.cli.argv import asked_value
 from launch.cli.parser import add_former_name, parse_run
 from launch.ranks.backend import check_environment
 
-DESCRIPTION = "Make the same video with three methods and one picture that shows them one above the other, then a video of a timeline."
+DESCRIPTION = "Make one video with three methods, a picture that compares them, and a video of a timeline."
 _NAMED_HERE = tuple(key for key in OF_ONE_VIDEO if key != "output.overwrite")
 UNREAD = (*_NAMED_HERE, "method.name")
 
@@ -36,7 +36,7 @@ def read(argv: list[str]) -> Arguments:
     )
     check_output(config.output, "demo.py", unread=_NAMED_HERE)
     if asked_value(argv, "--method.name") or asked_value(argv, "--method"):
-        raise UserError("demo.py names the method of each video itself; leave --method.name out")
+        raise UserError("demo.py sets the method of each video; leave --method.name out")
     refuse_empty(namespace, "prompt", "out")
     check_environment()
     find_checkpoint(config.model.path)
@@ -45,6 +45,6 @@ def read(argv: list[str]) -> Arguments:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The options of the command beside the settings of a run."""
-    parser.add_argument("--prompt", type=str, default=EXAMPLE, help="what the videos of the three methods show")
+    parser.add_argument("--prompt", type=str, default=EXAMPLE, help="prompt of the three videos")
     add_out(parser, "the videos and pictures", default="runs/demo")
     add_former_name(parser, "folder", "out")

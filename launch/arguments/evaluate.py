@@ -74,16 +74,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_out(parser, "the report (default: `evaluation` in --runs)", default="")
     parser.add_argument("--vbench", type=str, default="", help="folder of a VBench checkout")
     parser.add_argument("--python", type=str, default="", help="Python of the environment that VBench runs in")
-    parser.add_argument("--weights", type=str, default="~", help="folder that is HOME for VBench, with .cache in it")
+    parser.add_argument("--weights", type=str, default="~", help="folder that VBench uses as HOME, with .cache in it")
     parser.add_argument("--dimensions", type=str, default=",".join(DIMENSIONS), help="dimensions, with commas")
     parser.add_argument("--device", type=str, default="cuda", help="cuda or cpu, for VBench")
-    parser.add_argument("--gpus", type=str, default="", help="GPUs that dimensions are spread over, such as 0,1,2")
-    parser.add_argument("--time_limit", type=float, default=21600.0, help="seconds that one process of VBench may take")
     parser.add_argument(
-        "--baseline", type=str, default="", help="method that others are compared with (default: direct)"
+        "--gpus", type=str, default="", help="GPUs to use, such as 0,1,2; each scores one dimension at a time"
     )
+    parser.add_argument("--time_limit", type=float, default=21600.0, help="time limit of one VBench process in seconds")
+    parser.add_argument("--baseline", type=str, default="", help="baseline method of differences (default: direct)")
     parser.add_argument("--proxies", type=bool, default=True, help="compute the weight-free measures")
-    parser.add_argument("--nproc", type=int, default=1, help="processes that compute them")
+    parser.add_argument("--nproc", type=int, default=1, help="number of processes for these measures")
     add_former_name(parser, "workers", "nproc", int)
     parser.add_argument(
         "--native_frames",
@@ -92,4 +92,4 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="native length of the model in frames, for exact measures of videos whose sidecar lacks it",
     )
     parser.add_argument("--keep_views", type=bool, default=False, help="keep the staged videos and clips")
-    parser.add_argument("--check", type=bool, default=False, help="only check that everything needed exists")
+    parser.add_argument("--check", type=bool, default=False, help="only check that all required files exist")

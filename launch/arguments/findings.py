@@ -11,7 +11,7 @@ from launch.study.parts import PLACES, Study, read_study
 
 STUDY = "configs/study/findings.yaml"
 USAGE = "[--study FILE] [--make PART,PART] [--SETTING VALUE ...]"
-DESCRIPTION = "Make the parts of a study, report on what is made of it, and write its page."
+DESCRIPTION = "Make parts of a study, report on all existing parts, and write its page."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,14 +49,14 @@ def _check_folders(asked: Arguments) -> None:
     for name in ("kept", "runs"):
         place = asked.place(name)
         if not place.is_dir() and not (name == "runs" and reported):
-            raise UserError(f"--{name} {place} is not a folder; name the one of `make findings`")
+            raise UserError(f"--{name} {place} is not a folder; give the folder of `make findings`")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--study", type=str, default=STUDY, help="YAML file of the study")
     parser.add_argument(
-        "--make", type=str, default="", help="parts of it to make first, with commas, such as videos,steps"
+        "--make", type=str, default="", help="parts to make first, comma-separated, such as videos,steps"
     )
     parser.add_argument("--runs", type=str, help="folder of videos and reports, instead of the study's")
     parser.add_argument("--search", type=str, help="folder of the calibration, instead of the study's")

@@ -12,14 +12,14 @@ def add_given(parser: ArgumentParser) -> None:
         type=str,
         action="append",
         default=[],
-        help="a picture that the video shows, WHERE=FILE; WHERE is first, last, seconds (2.5s) or a frame; may be repeated",
+        help="a picture to show, WHERE=FILE; WHERE is first, last, seconds (2.5s) or a frame; may be repeated",
     )
     parser.add_argument("--extend", type=str, help="continue a video file, or saved latents")
     parser.add_argument(
         "--extend_shows",
         type=Shows,
         default="whole",
-        help="what the output contains: the whole video, or only the new part",
+        help="content of the output: the whole video, or only the new part",
     )
 
 

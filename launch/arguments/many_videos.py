@@ -16,23 +16,23 @@ OF_ONE_VIDEO = ("output.path", "output.overwrite", "output.save_latents", "outpu
 
 
 def check_output(output: OutputConfig, name: str, *, unread: Sequence[str] = OF_ONE_VIDEO) -> None:
-    """Raise UserError for settings of `output` that the command does not read."""
+    """Raise UserError for settings of `output` that the command does not use."""
     default, keys = OutputConfig(), [name.partition(".")[2] for name in unread]
     given = [f"output.{key}" for key in keys if getattr(output, key) != getattr(default, key)]
     if given:
         verb = "is" if len(given) == 1 else "are"
-        raise UserError(f"{', '.join(given)} {verb} not read by {name}, which names its files itself; leave them out")
+        raise UserError(f"{', '.join(given)} {verb} not used by {name}, which names its files itself; leave them out")
 
 
 def refuse_empty(given: Namespace, *names: str) -> None:
-    """Raise UserError for an option of these names that is given without a word, as from an unset variable of a shell."""
+    """Raise UserError for an empty option of these names, as from an unset shell variable."""
     for name in names:
         if given[name] is not None and not given[name].strip():
             raise UserError(f"--{name} is empty; give a value, or leave it out")
 
 
 def read_seeds(text: str | None, first: int, flag: str = "--seeds", *, default: int = 1) -> tuple[int, ...]:
-    """Parse a comma-separated list of seeds; without one, return `default` seeds from `first` (sampler.seed) on."""
+    """Parse a comma-separated list of seeds; without one, return `default` seeds, starting at `first` (sampler.seed)."""
     if text is None:
         text = seeds_from(first, default)
     try:

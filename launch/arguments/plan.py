@@ -10,7 +10,7 @@ from engine.paths import find_checkpoint
 from engine.planner.gpu import GpuSpec, check_count, read_gpu
 from launch.cli.parser import parse_run
 
-DESCRIPTION = "List every way to lay a video over GPUs, with memory and predicted time, before any weight is loaded."
+DESCRIPTION = "List every layout of a video over GPUs, with memory and predicted time, before any weight is loaded."
 
 UNREAD = tuple(f"output.{each.name}" for each in fields(OutputConfig))  # it makes no video
 

@@ -16,7 +16,7 @@ from launch.ranks.backend import check_environment
 
 NAME = "previews.py"
 DESCRIPTION = (
-    "Fit the colours of serve.py's previews to a VAE: least squares of decoded pixels on latents, over a few videos."
+    "Fit the colours of serve.py's previews to a VAE: least squares from latents to decoded pixels, over a few videos."
 )
 
 

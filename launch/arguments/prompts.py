@@ -14,17 +14,17 @@ from engine.text.timeline import read_timeline
 from launch.arguments.options import add_prompts_file
 from launch.cli.argv import asked_value
 
-# The prompt of a command that is given none.
+# The default prompt.
 EXAMPLE = "a red circle bounces over a blue background"
 
 
 def add_prompts(parser: ArgumentParser) -> None:
     """Add `--prompt`, `--timeline` and `--prompts`."""
-    parser.add_argument("--prompt", type=str, help="what the video shows")
+    parser.add_argument("--prompt", type=str, help="prompt of the video")
     parser.add_argument(
         "--timeline",
         type=str,
-        help="what it shows when: 'TEXT [0-4s] | TEXT [4s-]', or a YAML file, instead of --prompt",
+        help="prompt that changes over time: 'TEXT [0-4s] | TEXT [4s-]', or a YAML file, instead of --prompt",
     )
     add_prompts_file(parser, ", instead of --prompt")
 
@@ -62,7 +62,9 @@ class Prompts:
         if self.negative_prompt is None:
             return config
         if asked_value(argv, f"--{NEGATIVE_SETTING}") is not None:
-            raise UserError(f"the events of --timeline have negative texts; leave --{NEGATIVE_SETTING} out, or those")
+            raise UserError(
+                f"the events of --timeline have negative texts; leave out --{NEGATIVE_SETTING} or those texts"
+            )
         return replace(config, sampler=replace(config.sampler, negative_prompt=self.negative_prompt))
 
 

@@ -29,17 +29,17 @@ def check_started(num_ranks: int | None, argv: list[str]) -> None:
         raise UserError(f"--nproc must be 1 or more, got {num_ranks}")
     if rank_env is not None and rank_env.world > 1:
         raise UserError(
-            f"torchrun has started {rank_env.world} ranks, and --nproc asks for {num_ranks} more on each; give one of them"
+            f"torchrun has started {rank_env.world} ranks, and --nproc {num_ranks} would start more on each; use one of them"
         )
     if asked_value(argv, "--nproc") is None:
-        raise UserError("nproc is given on the command line, not in a file")
+        raise UserError("give --nproc on the command line, not in a file")
 
 
 def check_alone(flags: str) -> None:
     """Raise UserError under torchrun for options (`flags`) that start ranks themselves."""
     rank_env = RankEnv.of_environment()
     if rank_env is not None and rank_env.world > 1:
-        raise UserError(f"torchrun has started {rank_env.world} ranks, and {flags} start their own; give one of them")
+        raise UserError(f"torchrun has started {rank_env.world} ranks, and {flags} start their own; use one of them")
 
 
 def check_model(config: RunConfig) -> None:

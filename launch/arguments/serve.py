@@ -19,9 +19,7 @@ from launch.batching.options import Replicas, add_replicas
 from launch.cli.parser import parse_run
 from launch.ranks.backend import check_environment
 
-DESCRIPTION = (
-    "Keep a model loaded, and make videos for clients of OpenAI's video API. Restarted, it continues its jobs."
-)
+DESCRIPTION = "Keep a model loaded, and make videos for clients of OpenAI's video API. A restart continues its jobs."
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")
 LEAST_KEY = 16
 MOST_RATE = 1e6
@@ -33,15 +31,15 @@ class Arguments:
 
     Attributes:
         config: the run; a request may change method, size, length and seed.
-        variants: the methods that a request may name, the default one first.
+        variants: the methods that a request may select, the default one first.
         options: the replicas, and the folder of the jobs.
         host: address to listen on.
         port: port to listen on; 0 takes a free one.
-        key: what clients must send as their API key, or None.
-        most_jobs: jobs that may wait or run.
-        prompts: videos to make first, if they are not made.
-        requests_per_second: of one client; 0 for no limit.
-        posts_per_minute: requests of one client that make or delete a video; 0 for no limit.
+        key: API key of clients, or None.
+        most_jobs: most jobs that wait or run.
+        prompts: videos to make first.
+        requests_per_second: limit of one client; 0 for none.
+        posts_per_minute: limit of one client's requests that make or delete a video; 0 for none.
     """
 
     config: RunConfig
@@ -69,7 +67,7 @@ def read(argv: list[str]) -> Arguments:
     check_output(config.output, "serve.py")
     refuse_empty(namespace, "folder", "methods", "host", "api_key_file", "preview_factors", "prompts")
     if namespace.folder is None:
-        raise UserError("--folder is missing; give the folder of the jobs and their videos")
+        raise UserError("--folder is missing; give a folder for jobs and videos")
     for name, least, most in (
         ("port", 0, 65535),
         ("most_jobs", 1, 10_000),
@@ -84,7 +82,7 @@ def read(argv: list[str]) -> Arguments:
     key = None if namespace.api_key_file is None else read_key(expand(namespace.api_key_file))
     if key is None and not is_loopback(namespace.host):
         raise UserError(
-            f"--host {namespace.host} accepts other machines, which needs --api_key_file FILE, a file with one key that clients send"
+            f"--host {namespace.host} accepts other machines, which requires --api_key_file FILE, a file with the clients' key"
         )
     namespace.out, namespace.shard = namespace.folder, None
     factors = None if namespace.preview_factors is None else expand(namespace.preview_factors).absolute()
@@ -102,9 +100,7 @@ def read(argv: list[str]) -> Arguments:
     find_checkpoint(config.model.path)
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(
-            f"serve needs {', '.join(missing)}; install what it needs with pip install 'freespec-engine[serve]'"
-        )
+        raise UserError(f"serve needs {', '.join(missing)}; install with pip install 'freespec-engine[serve]'")
     prompts = [] if namespace.prompts is None else read_prompts(None, namespace.prompts).texts
     if len(prompts) > namespace.most_jobs:
         raise UserError(
@@ -166,7 +162,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         ("host", str, "127.0.0.1", "address to listen on; one that other machines reach needs --api_key_file"),
         ("port", int, 8000, "port to listen on; 0 takes a free one"),
         ("api_key_file", str, None, "file with one key, which clients send as their API key"),
-        ("most_jobs", int, 64, "jobs that may wait or run; more are answered with 429"),
+        ("most_jobs", int, 64, "most jobs that wait or run; more get status 429"),
         ("requests_per_second", float, 500.0, "requests of one client (an address, and its key); 0 for no limit"),
         ("posts_per_minute", float, 120.0, "requests of one client that make or delete a video; 0 for no limit"),
         (
@@ -175,7 +171,7 @@ def add_arguments(parser: ArgumentParser) -> None:
             5,
             "steps between checkpoints of a video; 0 writes one when stopped, and before decoding",
         ),
-        ("preview_every", int, 4, "steps between previews of a running video; 0 makes none"),
+        ("preview_every", int, 4, "steps between previews of a running video; 0 disables them"),
         ("preview_factors", str, None, "file of previews.py (default: that of configs/previews for this VAE)"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)

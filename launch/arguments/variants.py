@@ -74,9 +74,9 @@ def _split(text: str) -> tuple[str, str]:
 def _check_name(preset: str, method: str) -> None:
     """Raise UserError if a preset names another method than the one it is used for."""
     group = read_yaml(find_config(preset)).get("method")
-    told = group.get("name") if isinstance(group, dict) else None
-    if told not in (None, method):
-        raise UserError(f"{preset} is a preset of {told}, not of {method}; write {told}:{preset}")
+    name = group.get("name") if isinstance(group, dict) else None
+    if name not in (None, method):
+        raise UserError(f"{preset} is a preset of {name}, not of {method}; write {name}:{preset}")
 
 
 def _check_difference(label: str, preset: str, base: RunConfig, config: RunConfig) -> None:

@@ -73,7 +73,7 @@ def check_devices(config: RunConfig, options: Replicas) -> None:
             check_ray(options.ray)
     except NoRayError as error:
         raise UserError(str(error)) from error
-    # No other machine joins a local Ray, so its replicas would wait for GPUs without end.
+    # No other machine joins a local Ray, so its replicas would wait for GPUs forever.
     if options.ray == "local" and options.gpus:
         kind = "cuda"
     else:

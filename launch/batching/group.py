@@ -107,7 +107,7 @@ class Group:
             self._failing = now if self._failing is None else self._failing
             if now - self._failing < GRACE_SECONDS:
                 return []
-        return self._all_ill(failed)
+        return self._report_failure(failed)
 
     def _all_well(self) -> list[ReplicaEvent]:
         first = self._answers[0]
@@ -119,8 +119,8 @@ class Group:
         self._item, self._answers = None, {}
         return [Done(record=first["record"])]
 
-    def _all_ill(self, failed: list[int]) -> list[ReplicaEvent]:
-        """Report the likeliest cause as the failure of the item, or of the replica if it has no item."""
+    def _report_failure(self, failed: list[int]) -> list[ReplicaEvent]:
+        """Report the most likely cause as the failure of the item, or of the replica if it has no item."""
         failures = [self._failure_of(rank, self._answers[rank]) for rank in failed]
         failures += [self._exit_of(rank, event) for rank, event in self._exits.items() if rank not in failed]
         kind, failure = min(failures, key=lambda pair: _BLAME.index(pair[0]))

@@ -90,8 +90,8 @@ def check_room(
     disk = disk_forecast(files, config, left, replicas=replicas, keep_latents=keep_latents)
     if disk.free < disk.least:
         raise UserError(
-            f"{files.root} has {describe_size(disk.free)} free, and at least {describe_size(disk.least)} are needed for what is "
-            f"made at once; {REMEDY_FULL}, or choose another --out; {SUPPORT}"
+            f"{files.root} has {describe_size(disk.free)} free, and at least {describe_size(disk.least)} are needed for the "
+            f"items in progress; {REMEDY_FULL}, or choose another --out; {SUPPORT}"
         )
     if disk.free < disk.needed:
         print(

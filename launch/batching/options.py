@@ -135,11 +135,16 @@ def add_replicas(parser: ArgumentParser) -> None:
     """Add the options of replicas other than `--nproc`."""
     for name, kind, default, text in (
         ("replicas", int, None, "groups of ranks, each making its own video (default: 1)"),
-        ("gpus_per_replica", int, None, "the same as nproc, on GPUs; a rank has one"),
-        ("ray", str, None, "start replicas on a Ray cluster: auto, HOST:PORT, or local for a new Ray on this machine"),
+        ("gpus_per_replica", int, None, "the same as nproc, with one GPU per rank"),
+        ("ray", str, None, "start replicas on a Ray cluster: auto, HOST:PORT, or local to start Ray on this machine"),
         ("placement_strategy", PlacementStrategy, "PACK", PLACEMENT_HELP),
-        ("item_timeout", float, None, "seconds an item may take (default: 10 x the median, 10 minutes at least)"),
-        ("start_timeout", float, 1800.0, "seconds a replica may take to load"),
+        (
+            "item_timeout",
+            float,
+            None,
+            "time limit of an item in seconds (default: 10 x the median, at least 10 minutes)",
+        ),
+        ("start_timeout", float, 1800.0, "time limit for a replica to load, in seconds"),
     ):
         parser.add_argument(f"--{name}", type=kind, default=default, help=text)
 
@@ -149,12 +154,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_prompts_file(parser, ", or vbench:NAME (docs/vbench.md)")
     add_methods(parser, " (default: method.name)")
     add_seeds(parser)
-    add_out(parser, "the videos; may hold a part of them already")
+    add_out(parser, "the videos; may already hold some of them")
     add_nproc(parser)
     for name, kind, default, text in (
         ("vbench", str, None, "folder of a VBench checkout, for --prompts vbench:NAME"),
         ("shard", str, "1/1", "i/n: make only the i-th of n parts; machines need share only the folder"),
-        ("dry_run", bool, False, "print the plan and what it takes; make nothing"),
+        ("dry_run", bool, False, "print the plan and its cost; make nothing"),
         ("status", str, None, "print the state of the batch in this folder, and end"),
         (
             "checkpoint_every",
@@ -163,7 +168,7 @@ def add_arguments(parser: ArgumentParser) -> None:
             "steps between checkpoints of an item; 0 writes one when stopped, and before decoding",
         ),
         ("keep_latents", bool, False, "keep the latents of every video"),
-        ("verify", Verify, "full", "how finished videos are checked: full, their SHA-256, or size alone"),
+        ("verify", Verify, "full", "check of finished videos: full (SHA-256), or size"),
         ("retry_quarantined", bool, False, "retry items that failed for good"),
         ("gpu", str, None, "one of configs/gpus, for the prediction of --dry_run"),
     ):

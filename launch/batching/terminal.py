@@ -69,10 +69,10 @@ def show_status(root: Path) -> int:
     except OSError as error:
         raise UserError(f"cannot look into --status {root}: {error.strerror}") from error
     if not found and (root / FILE).is_file():
-        print(f"{root} has a batch but no status: no driver has had an item to make yet")
+        print(f"{root} has a batch but no status: no driver has started an item yet")
         return 0
     if not found:
-        raise UserError(f"{root} holds no batch; give the folder that was --out")
+        raise UserError(f"{root} holds no batch; give the --out folder of a batch")
     for name, tree in found:
         print(table(name, tree))
     return 0

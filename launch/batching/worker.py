@@ -92,7 +92,7 @@ class Worker(ItemMaker):
     cancel: Path | None = None
 
     def with_previews(self, context: DistContext, path: str | None) -> Self:
-        """The same worker with the colours of its VAE, on rank 0; notes to the driver if there are none."""
+        """Add the preview factors of its VAE, on rank 0; sends a note to the driver if there are none."""
         found: list[PreviewFactors | None] = [None]
 
         def find() -> None:
@@ -105,7 +105,7 @@ class Worker(ItemMaker):
         return replace(self, factors=found[0])
 
     def of(self, task: dict[str, Any]) -> Self:
-        """The same worker with the settings that a task brings along; itself for a task without any."""
+        """The worker for a task: with the task's own settings, or itself for a task without any."""
         if "config" not in task:
             return self
         return replace(
@@ -149,7 +149,7 @@ def refuse_unshared(root: Path) -> None:
     """Raise UserError if this machine does not see the batch's folder, to which the driver has written."""
     if not (root / FILE).is_file():
         raise UserError(
-            f"{root} does not hold the batch's {FILE} on {socket.gethostname()}; --out must lie on a file system that all "
+            f"{root} does not hold the batch's {FILE} on {socket.gethostname()}; --out must be on a file system that all "
             "nodes share"
         )
 

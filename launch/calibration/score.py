@@ -1,4 +1,4 @@
-"""The score that a search maximises: the mean of four shares."""
+"""The score that a search maximises: the mean of four parts in [0, 1]."""
 
 import math
 from collections.abc import Mapping, Sequence

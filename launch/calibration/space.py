@@ -36,7 +36,7 @@ def draw_trials(count: int, seed: int, start: Mapping[str, Any]) -> dict[str, di
     seen = {tuple(trials[START].values())}
     most = len(seen | set(_all_settings()))
     if count > most:
-        raise UserError(f"--num_trials {count} is more than the {most} different settings that there are to try")
+        raise UserError(f"--num_trials {count} exceeds the {most} different settings of the search space")
     while len(trials) < count:
         drawn = {name: values[int(rng.integers(len(values)))] for name, values in SPACE.items()}
         if drawn["domain"] == "timestep":  # mirrored, so that trials equal those of the kept measures

@@ -102,7 +102,7 @@ ANSWERS: dict[str, str] = {
             f"generate.py --given WHERE=FILE shows a picture at a moment of the video, such as first=FILE; {_GIVEN}"
         ),
         "conditioning_strengths image_cond_noise_scale src_ref_images ref_image reference_image": (
-            f"not supported: a picture can only be shown as it is, with generate.py --given WHERE=FILE; {_GIVEN}"
+            f"not supported: a picture can only be shown unchanged, with generate.py --given WHERE=FILE; {_GIVEN}"
         ),
         "video_input input_video input_video_path": (
             f"generate.py --extend FILE continues a video; videos are not converted; {_GIVEN}"
@@ -113,7 +113,7 @@ ANSWERS: dict[str, str] = {
             "not supported: videos are made without audio"
         ),
         "use_prompt_extend prompt_extend_method prompt_extend_model prompt_extend_target_lang prompt_enhancer rewrite_prompt "
-        "enhance_prompt use_prompt_enhancer": "not supported: prompts are taken as they are; write the longer prompt into --prompt",
+        "enhance_prompt use_prompt_enhancer": "not supported: prompts are used as given; write the longer prompt into --prompt",
         "use_teacache enable_teacache teacache teacache_thresh use_fbcache fbcache use_cache cache_dit first_block_cache": (
             f"not supported: no cache of steps is built in; {_OWN_PIPELINE}"
         ),
@@ -135,7 +135,7 @@ ANSWERS: dict[str, str] = {
         ),
         "data_parallel_degree dp_size dp_degree data_parallel_size dp": "batch.py --replicas makes several videos at once",
         "nnodes node_rank master_addr master_port rdzv_backend rdzv_endpoint rdzv_id rank local_rank standalone": (
-            "it is an option of torchrun, and stands before the script (README.md)"
+            "it is an option of torchrun; give it before the script (README.md)"
         ),
         "num_videos num_videos_per_prompt num_samples n_samples num_images_per_prompt batch_size": (
             "a prompt makes one video; batch.py --seeds 0,1 makes one for each seed"
@@ -163,7 +163,7 @@ ANSWERS: dict[str, str] = {
         "total total_score": "VBench's total is of sixteen dimensions, of which evaluate.py scores six; see docs/vbench.md",
         "token hf_token use_auth_token": "set HF_TOKEN in the environment",
         "cache_dir hf_home hf_cache": "set HF_HOME in the environment",
-        "output_type save_type format": "the end of output.path says the kind of file",
+        "output_type save_type format": "the suffix of output.path selects the format",
         "cfg": "give sampler.guidance_scale for classifier-free guidance, or parallel.cfg for its two passes on two groups of ranks",
         "model_cls pipeline_config config_json model_type": (
             "give a preset of the model instead, such as --config wan2.1-t2v-1.3b"

@@ -45,7 +45,7 @@ class Keys:
     """The dotted names of a parser: settings (`leaves`), groups, boolean switches, and maps.
 
     The user chooses the keys of a map: `--method.settings.NAME VALUE`. `unread` are settings that the command refuses,
-    `former` old names that it still accepts.
+    `former` are old names that it still accepts.
     """
 
     leaves: frozenset[str]
@@ -57,7 +57,7 @@ class Keys:
 
     @property
     def offered(self) -> frozenset[str]:
-        """The names to suggest; settings that the command refuses are left out."""
+        """The names to suggest, without settings that the command refuses."""
         read = self.leaves - self.unread - self.former
         return read | {group for group in self.groups if any(leaf.startswith(f"{group}.") for leaf in read)}
 
@@ -192,7 +192,7 @@ def asks_help(words: Sequence[str]) -> bool:
 
 
 def show_help(parser: ArgumentParser, *, everything: bool, unread: Collection[str]) -> None:
-    """Print the options of a command with the common settings of a run, or with all that it reads."""
+    """Print the options of a command with the common or all settings of a run."""
     for action in parser._actions:
         name = action.dest
         is_group = type(action).__name__ == "_ActionConfigLoad"  # `--model FILE`, which is read as `--model.path`
@@ -203,7 +203,7 @@ def show_help(parser: ArgumentParser, *, everything: bool, unread: Collection[st
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """Format help without types and defaults that the list of values or the preset shows already."""
+    """Format help without redundant types and defaults."""
 
     def _expand_help(self, action: Action) -> str:
         text = super()._expand_help(action)

@@ -63,7 +63,7 @@ def run_script(name: str, argv: Sequence[str] | None = None) -> int:
     """
     die_with_parent()
     if not COMMANDS[name].starts_ranks:
-        ignore_place(name)
+        ignore_rank_env(name)
     # Show only errors of torch's log, which would come before our one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     signals = StopSignals()
@@ -92,10 +92,10 @@ def run_script(name: str, argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def ignore_place(name: str) -> None:
-    """Drop the rank that another launcher gave this process, and say so: the command starts its own ranks, or has none.
+def ignore_rank_env(name: str) -> None:
+    """Ignore RANK and WORLD_SIZE of another launcher, with a note: the command starts its own ranks, or runs on one.
 
-    As a rank above 0 it would print nothing, not even errors.
+    Otherwise a rank above 0 would print nothing, not even errors.
     """
     rank, world = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     kept = without_place(os.environ)
@@ -162,14 +162,14 @@ _CHECKOUT = ("evaluation", "metrics", "tiny")
 
 @contextlib.contextmanager
 def _naming_missing_packages(name: str) -> Iterator[None]:
-    """Raise UserError if this Python lacks a package that a command, or what it is asked for, needs."""
+    """Raise UserError if this Python lacks a package that a command or one of its options needs."""
     try:
         yield
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in _CHECKOUT:
             raise UserError(
-                f"freespec {name} needs {missing}/ for this, which only a checkout has; clone the repository, "
+                f"freespec {name} needs {missing}/, which only a checkout has; clone the repository, "
                 f"run `make setup` in it, and use .venv/bin/python launch/{name}.py"
             ) from error
         raise UserError(f"{sys.executable} has no package {missing!r}; {right_python(Path(sys.argv[0]))}") from error

@@ -11,7 +11,7 @@ from launch.cli.foreign import ANSWERS, FLAGS, MEANS_OTHERWISE, RENAMED, as_vide
 _ALIKE = 0.8
 
 CommandsWith = Callable[[str], tuple[list[str], str]]
-"""The commands that have an option of this name or had one, and its name today."""
+"""The commands that have or had an option of this name, and its current name."""
 
 
 def describe_unknown(
@@ -37,8 +37,8 @@ def _advice(key: str, keys: Collection[str], value: str | None, commands_with: C
         return f"did you mean {today}?"
     if owners:
         name = "it" if today == key else f"--{today}"
-        whose = f"{name} is an option of {' and '.join(owners)}; " if len(owners) < 3 else ""
-        return f"{whose}this command does not use it; leave it out"
+        owner_note = f"{name} is an option of {' and '.join(owners)}; " if len(owners) < 3 else ""
+        return f"{owner_note}this command does not use it; leave it out"
     likely = likely or [near for near in [nearest_key(key, keys)] if near]
     return f"did you mean {' or '.join(likely)}?" if likely else "see --help"
 
@@ -59,11 +59,11 @@ def foreign(key: str, keys: Collection[str], value: str | None) -> str | None:
 
 def _written_here(name: str, keys: Collection[str], value: str | None) -> str | None:
     """The equivalent options, with the value if known; "" if this command has none, None for an unknown name."""
-    told = converted(name, value)
-    if told is None and name in FLAGS:
-        told = {} if value is not None and value.lower() in ("false", "0", "no") else FLAGS[name]
-    if told is not None:
-        known = {target: text for target, text in told.items() if target in keys}
+    settings = converted(name, value)
+    if settings is None and name in FLAGS:
+        settings = {} if value is not None and value.lower() in ("false", "0", "no") else FLAGS[name]
+    if settings is not None:
+        known = {target: text for target, text in settings.items() if target in keys}
         if "" in known.values() or (value is None and name not in FLAGS):
             return " and ".join(known)
         return " ".join(f"--{target} {shlex.quote(text)}" for target, text in known.items())

@@ -113,7 +113,7 @@ def make(
 
 
 def observe(engine: LongVideoEngine, spectra: SpectraStore, unseen: list[int], context: DistContext) -> None:
-    """Observe the spectra of these prompts; rank 0 prints a line for each."""
+    """Measure the spectra of these prompts; rank 0 prints a line for each."""
     for number, index in enumerate(unseen):
         if number > 0:
             context.wait_for_first(f"spectra {number - 1}")

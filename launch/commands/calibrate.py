@@ -63,7 +63,7 @@ def run(asked: Arguments) -> None:
         for each in parts:
             maker.check(each)
         look_at_prompts(config, [*asked.search.named, *asked.held_out.named], maker.context)
-        best, told = _search(plan, search, rounds, maker, progress=progress)
+        best, rounds_scored = _search(plan, search, rounds, maker, progress=progress)
         judged = plan.compared("judged", [START] if best == START else [START, best], held_out)
         if best != START:
             maker.make(judged)
@@ -76,7 +76,7 @@ def run(asked: Arguments) -> None:
         "search_seed": given.search_seed,
         "score": PARTS,
         "trials": plan.trials,
-        "rounds": told,
+        "rounds": rounds_scored,
         "best": best,
         "judged": None if best == START else _judge(judged, best, plan.trials[best], progress=progress),
     }
@@ -87,7 +87,7 @@ def _search(
     plan: CalibrationPlan, prompts: list[str], rounds: list[int], maker: VideoMaker, *, progress: bool
 ) -> tuple[str, list[dict[str, Any]]]:
     """Search in rounds of more prompts and fewer trials; returns the best label, and on rank 0 the scores of each round."""
-    told: list[dict[str, Any]] = []
+    rounds_scored: list[dict[str, Any]] = []
     labels, context = list(plan.trials), maker.context
     for count in rounds:
         keep = 1 if count == rounds[-1] else math.ceil(len(labels) / KEPT_SHARE)
@@ -95,11 +95,11 @@ def _search(
         maker.make(comparison)
         if is_first_rank():
             by_label = scores(_measure(comparison, progress=progress), labels)
-            told.append({"prompts": count, "scores": {x: float(by_label[x].mean()) for x in labels}})
+            rounds_scored.append({"prompts": count, "scores": {x: float(by_label[x].mean()) for x in labels}})
             labels = survivors(by_label, keep=keep, always=START)
         context.wait_for_first(f"scores on {count} prompts")  # measuring may take longer than a collective waits
         labels = context.ask_first(lambda labels=labels: labels)
-    return labels[0], told
+    return labels[0], rounds_scored
 
 
 def _judge(judged: Comparison, best: str, settings: dict[str, Any], *, progress: bool) -> dict[str, Any]:

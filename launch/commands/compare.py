@@ -39,12 +39,12 @@ def run(asked: Arguments) -> None:
     check_places([folder / "report.json"])
     try:
         with stoppable(comparison):
-            told = write_report(comparison, folder=folder, baseline=asked.baseline, progress=progress)
+            summary = write_report(comparison, folder=folder, baseline=asked.baseline, progress=progress)
     except NothingToReportError as error:
         if not given.report_if_any:
             raise
-        told = str(error)
-    print(told)
+        summary = str(error)
+    print(summary)
 
 
 def make_videos(comparison: Comparison, asked: Arguments) -> None:

@@ -41,7 +41,7 @@ def run(given: Arguments) -> None:
         size = video_size(latents, spec, record)
         if size[0] < 1:
             begun, frames = record["given"]["extend"]["stop"], spec.num_frames(latents.shape[2])
-            raise UserError(f"{source} says that it continues {begun} frames, but has {frames}; {ADVICE}")
+            raise UserError(f"{source} claims to continue {begun} frames, but has {frames}; {ADVICE}")
         if not config.output.overwrite and (finished := describe_decoded(files, record, config, size)) is not None:
             print(finished)
             return

@@ -39,7 +39,7 @@ class Planned:
 
 
 def run(given: Arguments) -> None:
-    """Make the missing videos with one load of the model, then the picture, and say what they are."""
+    """Make the missing videos with one load of the model, then the picture, and describe them."""
     overwrite = given.config.output.overwrite
     videos = plan_videos(given)
     picture = given.folder / "comparison.png"
@@ -110,7 +110,7 @@ def draw(picture: Path, records: dict[str, dict[str, Any]], outputs: dict[str, O
 
 
 def describe_timeline(record: dict[str, Any], files: OutputFiles) -> str:
-    """The line about the contact sheet of the timeline: what it shows, and from when."""
+    """Describe the contact sheet of the timeline: each text and when it starts."""
     first, *others = record["timeline"]
     fps = record["video"]["fps"]
     then = "".join(f", and from {event['start'] / fps:.1f} s on {quoted(event['text'])}" for event in others)

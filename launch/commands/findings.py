@@ -11,7 +11,7 @@ from launch.video.outputs import claim_outputs
 
 
 def run(asked: Arguments) -> None:
-    """Make what is asked for, report on what is there, and write the page; UserError if a file is no report."""
+    """Make the requested parts, report on existing ones, and write the page; UserError for an invalid report."""
     runs, kept, page = (asked.place(name) for name in ("runs", "kept", "page"))
     try:
         asked.study.make(asked.make)

@@ -14,7 +14,7 @@ from launch.video.remaining import find_stages
 
 
 def run(given: Arguments) -> None:
-    """Join the ranks, claim the files, load the model once, and make what is missing of every video."""
+    """Join the ranks, claim the files, load the model once, and make all missing videos."""
     config, prompts, outputs = given.config, given.prompts, given.outputs
     if given.is_example:
         print(

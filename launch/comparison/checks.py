@@ -14,7 +14,7 @@ def is_native(config: RunConfig) -> bool:
 
 
 def check_longer(config: RunConfig, why: str) -> None:
-    """Raise UserError for a video of native length or less; `why` explains what it is too short for."""
+    """Raise UserError for a video of native length or less; `why` explains why it is too short."""
     if is_native(config):
         spec, native = open_checkpoint(config.model).spec, config.method.window_frames
         raise UserError(

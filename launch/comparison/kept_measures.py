@@ -63,7 +63,7 @@ def measure_there(comparison: Comparison, videos: Sequence[Video] | None = None,
 
 
 def measure_every(comparison: Comparison, videos: Sequence[Video] | None = None, *, progress: bool) -> list[Measured]:
-    """`measure_there` for videos that were all made; UserError if one is gone, since means would be over other prompts."""
+    """`measure_there` for videos that were all made; UserError if one is missing, since means would cover other prompts."""
     videos = comparison.videos if videos is None else videos
     measured = measure_there(comparison, videos, progress=progress)
     if len(measured) < len(videos):

@@ -47,7 +47,7 @@ def timelines(comparison: Comparison) -> list[str]:
 
 
 def not_world(comparison: Comparison) -> str | None:
-    """None if every video has the exact measures of the embedded world; otherwise why some have none."""
+    """The reason why some videos lack the exact measures of the embedded world; None if all have them."""
     video, timed = comparison.config.video, timelines(comparison)
     strange = [prompt for prompt in strange_prompts(comparison) if prompt not in timed]
     if not strange and not timed:

@@ -19,9 +19,9 @@ class GivenUpError(RuntimeError):
 def run_command(
     main: Callable[[list[str]], int | None], argv: list[str] | None = None, *, signals: StopSignals | None = None
 ) -> int:
-    """Run `main(argv)` (of the process by default) and return the exit code, which is what `main` returned if it did.
+    """Run `main(argv)` (of the process by default) and return the exit code: that of `main`, if it returned one.
 
-    0: done. 1: another rank was lost or items were given up, as one line on stderr. 2: a mistake of the user's, likewise. 130: Ctrl-C,
+    0: done. 1: another rank was lost or items were given up, reported in one line on stderr. 2: a user's mistake, likewise. 130: Ctrl-C,
     143: SIGTERM, 129: SIGHUP, each with one line that says what was kept. Any other exception is a bug and passes with its
     traceback. `signals` are already installed; without them this function installs its own.
     """

@@ -44,7 +44,7 @@ class StopSignals:
         return before
 
     def leave(self) -> None:
-        """Stop raising: the process prints its last line and ends, or reads `received`."""
+        """Stop raising: the process prints its last line and ends, or checks `received`."""
         self._raises = False
 
     def _hear(self, number: int, _frame: FrameType | None) -> None:
@@ -61,7 +61,7 @@ def ignore_signals() -> dict[signal.Signals, object]:
 
 @contextlib.contextmanager
 def all_is_made() -> Iterator[None]:
-    """Ignore signals in the block: all files are written, so interrupting the cleanup is not a failure."""
+    """Ignore signals in the block: all files are written, and an interrupted cleanup is not a failure."""
     before = ignore_signals()
     try:
         yield

@@ -22,6 +22,6 @@ def check_backend() -> None:
     backend = os.environ.get(BACKEND, "native")
     if backend != "native":
         raise UserError(
-            f"{BACKEND} is {backend!r} in the environment, and a method chooses its own kernel; unset it, and give "
+            f"{BACKEND} is {backend!r} in the environment, but a method chooses its own kernel; unset it, and give "
             "--attention.kernel"
         )

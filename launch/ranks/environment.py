@@ -98,7 +98,7 @@ class Slot:
 
 
 def number_ranks(nodes: Sequence[str]) -> list[Slot]:
-    """Return slots in rank order for bundles placed on `nodes`: by node, then by bundle.
+    """Return slots in rank order for bundles on these `nodes`: by node, then by bundle.
 
     A mesh expects neighbouring ranks on one node; Ray places bundles in any order. Nodes with more ranks come first, so
     that full nodes stay aligned; ties are broken by the earliest bundle.
@@ -146,7 +146,7 @@ def carried(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def without_place(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return an environment without the variables of another launcher, whose rendezvous the ranks would join."""
+    """Return an environment without RANK and the like of another launcher, whose rendezvous the ranks would join."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", NODE)
     prefixes = ("TORCHELASTIC_", "GROUP_", "ROLE_")
     return {name: value for name, value in environment.items() if name not in names and not name.startswith(prefixes)}

@@ -120,7 +120,7 @@ class RankHost:
         return [first, *self.drain()]
 
     def die_unless_polled(self, seconds: float) -> None:
-        """Kill the rank after `seconds` without a poll: its driver is gone, and another may be making the same item."""
+        """Kill the rank after `seconds` without a poll: its driver is gone, and another one may make the same item."""
 
         def watch() -> None:
             while time.monotonic() - self._seen < seconds:

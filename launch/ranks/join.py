@@ -50,7 +50,7 @@ class DistContext:
     store: dist.Store | None = None
 
     def check_on_first(self, check: Callable[[], None]) -> None:
-        """Run a check on rank 0; a UserError of it ends every rank."""
+        """Run a check on rank 0; its UserError ends every rank."""
         if self.ranks is None:
             check()
         else:
@@ -66,7 +66,7 @@ class DistContext:
         return json.loads(broadcast_bytes(mesh, json.dumps(found).encode(), "what rank 0 finds"))
 
     def wait_for_first(self, what: str) -> None:
-        """Make other ranks wait until rank 0 has finished `what`, with no timeout."""
+        """Make the other ranks wait, without a timeout, until rank 0 has finished `what`."""
         if self.ranks is None:
             return
         rank = self.ranks.mesh.world.rank
@@ -81,13 +81,13 @@ class DistContext:
 
 @contextlib.contextmanager
 def open_ranks(config: RunConfig, *, prompts: Sequence[str], verbose: bool) -> Iterator[DistContext]:
-    """Join this process to the others of its run: the mesh that `config.parallel` and the planner ask for.
+    """Join this process to the others of its run: the mesh chosen by `config.parallel` and the planner.
 
     Raises UserError, on every rank, if a rank does not come within `parallel.timeout`, if one has other settings, and if
     the degrees do not fit the number of ranks; LostRankError if one is lost later, in here or in the block.
 
-    Once joined, only rank 0 handles signals: it saves what was computed, and the others end with it. If they ended first,
-    rank 0 would wait for them within a step, on a GPU without end.
+    Once joined, only rank 0 handles signals: it saves what was computed, and the others end with it. If they ended first, rank
+    0 would wait for them within a step, on a GPU forever.
     """
     rank_env = RankEnv.of_environment()
     if rank_env is None:
@@ -290,7 +290,7 @@ def _agree(
 
 
 def _let_read(store: dist.Store, rank_env: RankEnv, timeout: float) -> None:
-    """Make rank 0, whose store ends with it, wait until the others have read everything."""
+    """Make rank 0 wait until the others have read everything, since the store ends with it."""
     store.add("read", 1)
     until = time.monotonic() + timeout
     while rank_env.rank == 0 and store.add("read", 0) < rank_env.world and time.monotonic() < until:

@@ -1,7 +1,7 @@
 """A process that holds the connection to Ray for a driver: orders on stdin and events on a pipe, as JSON lines.
 
-Ray prints on its driver's terminal and may end the process when a part of it dies. In a separate process that does no
-harm: the driver notices, requeues the items in flight, and starts another bridge.
+Ray prints on its driver's terminal and may end the process when a part of it dies. In a separate process this is harmless:
+the driver notices, requeues the items in flight, and starts another bridge.
 
 Orders: `start` (replica, generation, count, strategy, gpus, command, environment, logs, cwd, lines), `send` (replica, line),
 `interrupt` and `kill` (replica). Events: `open` (address, GPUs of the cluster, and the most that its autoscaler may
@@ -46,7 +46,7 @@ STORE_BYTES = 100 * 2**20
 CONCURRENCY = 4
 # To connect to a cluster's port, before Ray is asked.
 REACHED_S = 10.0
-STOPPED = "stopped while it waited for its place on the cluster"
+STOPPED = "stopped while waiting for its place on the cluster"
 
 Tell = Callable[..., None]
 
@@ -106,7 +106,7 @@ def connect(address: str, cpus: int, patience: float) -> Mapping[str, Any]:
 
 
 def refuse_silent(address: str) -> None:
-    """Raise ConnectionError if nothing listens at HOST:PORT, for which Ray itself needs three minutes."""
+    """Raise ConnectionError at once if nothing listens at HOST:PORT; Ray itself takes three minutes."""
     host, _, port = address.rpartition(":")
     if not host or "/" in host or not port.isdecimal():
         return

@@ -90,7 +90,7 @@ class RayPool:
         self._close()
 
     def refuse_never(self, gpus: int) -> None:
-        """Raise NoRayError if a local Ray has fewer GPUs than needed: no machine joins it later."""
+        """Raise NoRayError if a local Ray, which no machine joins later, has too few GPUs."""
         if self._address == "local" and gpus > self.gpus:
             raise NoRayError(
                 f"{gpus} ranks need {gpus} GPUs, and --ray local is a Ray of this machine alone, which has {self.gpus:g}; ask for "
@@ -159,7 +159,7 @@ class RayPool:
         # Ray only says that it cannot connect; its log has the reason.
         if any("Unauthenticated" in line for line in event["tail"]):
             return (
-                f"the Ray cluster at {self._address} requires its token, which Ray does not send by itself to an address; set "
+                f"the Ray cluster at {self._address} requires its token, which Ray does not send to an explicit address by itself; set "
                 "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH unless the token lies in ~/.ray/auth_token"
             )
         if self._said:

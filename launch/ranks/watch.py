@@ -75,10 +75,8 @@ def judge(ranks: Sequence[Rank], signals: StopSignals, *, verbose: bool) -> int:
     if not failed:
         return 0
     cause = min(failed, key=_blame)
-    if first.code == 0:  # it has made everything, for which it needed the others
-        show(
-            f"note: rank {cause.rank} of {len(ranks)} {describe_end(cause.code, cause.lines)} after everything was made"
-        )
+    if first.code == 0:  # it has made everything, which took all ranks
+        show(f"note: rank {cause.rank} of {len(ranks)} {describe_end(cause.code, cause.lines)} after all work was done")
         return 0
     if cause.said:
         show(cause.said)

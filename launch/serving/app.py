@@ -32,7 +32,7 @@ Variant = Literal["video", "thumbnail", "spritesheet", "preview"]
 # Seconds between two looks at a job whose progress a client follows, and between signs of life.
 _LOOK, _ALIVE = 0.2, 15.0
 _ENDED = ("completed", "failed")
-# Nothing but the page's own style and script, by their hashes: a text that became HTML could not run.
+# Only the page's own style and script, by their hashes, so that injected HTML cannot run.
 _POLICY = (
     "default-src 'none'; connect-src 'self'; img-src blob: data:; media-src blob:; style-src {style}; script-src {script}; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -101,7 +101,7 @@ def _model(jobs: Jobs) -> dict[str, Any]:
 
 
 def _add_errors(app: FastAPI) -> None:
-    """Answer every error in OpenAI's shape: a mistake in a request is never a fault of the server."""
+    """Answer every error in OpenAI's format; a mistake in a request is never a server error."""
 
     @app.exception_handler(UserError)
     async def answer_mistake(_: Request, error: UserError) -> JSONResponse:
@@ -171,7 +171,7 @@ def _add_contents(app: FastAPI, jobs: Jobs) -> None:
 
 
 def _preview(jobs: Jobs, job: Job) -> Response:
-    """The preview of a running job, read at once: another one may take its name meanwhile."""
+    """The preview of a running job, read completely, since the next one replaces the file."""
     try:
         data = jobs.files.of(job.planned.item).preview.read_bytes()
     except FileNotFoundError as error:
@@ -180,7 +180,7 @@ def _preview(jobs: Jobs, job: Job) -> Response:
 
 
 async def _events(jobs: Jobs, name: str) -> AsyncIterator[str]:
-    """A job each time that it changes, as server-sent events, until it has ended or is deleted."""
+    """Stream a job at each change as server-sent events, until it has ended or is deleted."""
     before, silent = "", 0.0
     while True:
         try:

@@ -14,17 +14,17 @@ MOST_GUIDANCE = 100.0
 
 
 def names_of(config: RunConfig) -> tuple[str, ...]:
-    """The settings that a request may change for a run of this configuration.
+    """The settings that a request may change for this configuration.
 
-    None of them decides memory, layout, files or code. Without guidance no pass reads guidance and negative prompt, and its number of
-    passes is fixed when the ranks are arranged.
+    None of them affects memory, layout, files or code. Guidance and negative prompt are excluded without guidance, since the number
+    of passes is fixed when the ranks are arranged.
     """
     guided = (GUIDANCE, NEGATIVE) if config.sampler.guidance_scale > 1 else ()
     return (STEPS, *guided, *(f"method.{config.method.name}.{field}" for field in _weights(config)))
 
 
 def _weights(config: RunConfig) -> tuple[str, ...]:
-    """The fields of the method's settings that are real numbers: weights and shares, as strides and windows are whole ones."""
+    """The real-valued fields of the method's settings: weights and shares; strides and windows are whole numbers."""
     group = getattr(config.method, config.method.name, None)
     if not dataclasses.is_dataclass(group):
         return ()

@@ -45,8 +45,8 @@ class Guard:
 
     Attributes:
         app: the application.
-        key: what clients must send as `Authorization: Bearer KEY`; None lets in who reaches the loopback device by its name.
-        rates: how often a client may ask.
+        key: the key for `Authorization: Bearer KEY`; None accepts requests to the loopback device by its name.
+        rates: rate limits.
     """
 
     app: ASGIApp
@@ -84,12 +84,12 @@ class Guard:
             raise RefusedError("the API key is missing or wrong", status=401, code="invalid_api_key")
 
     def _check_source(self, headers: Headers) -> None:
-        """Raise RefusedError for a body that is too large, and for a page of another site, whose requests count for nobody."""
+        """Raise RefusedError for a body that is too large, and for a page of another site, before its request is counted."""
         length = headers.get("content-length", "0")
         if not (length.isascii() and length.isdigit() and len(length) < 20) or int(length) > MOST_BODY:
             raise too_large()
         host = headers.get("host", "")
-        # A page of another site may send requests to this machine, or give its own name this machine's address.
+        # A page of another site may send requests to this machine, or resolve its own name to this machine's address.
         if self.key is None and not is_loopback(_split(f"//{host}").hostname or ""):
             raise RefusedError(
                 f"the host {host[:60]!r} is not this machine's loopback; use 127.0.0.1", status=403, code="forbidden"
@@ -118,7 +118,7 @@ def too_large() -> RefusedError:
 
 
 def _bounded(receive: Receive) -> Receive:
-    """Receive no more than `MOST_BODY`, for bodies without a length, and give up on a silent client."""
+    """Receive at most `MOST_BODY`, for bodies without a length, and give up on a silent client."""
     seen, whole = 0, False
 
     async def take() -> Message:

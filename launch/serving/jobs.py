@@ -1,7 +1,6 @@
 """The jobs of a service: items of a batch with a file each, written before a client hears that its job is accepted.
 
-What clients ask is answered from memory; the driver's thread writes to it what becomes of the items. Every method may be called by
-any thread.
+Queries are answered from memory, which the driver's thread updates. All methods are thread-safe.
 """
 
 import contextlib
@@ -41,7 +40,7 @@ MOST_TEXTS = 256
 
 @dataclass(eq=False)
 class Job:
-    """One accepted request, and what has become of it.
+    """One accepted request and its state.
 
     Attributes:
         step: steps that are done, of `total`.
@@ -97,7 +96,7 @@ class Jobs:
     Attributes:
         files: the folder.
         planner: plans requests.
-        most: jobs that may wait or run.
+        most: most jobs that wait or run.
         wake: set when the driver has something new to do.
         pace: seconds of the last video, for `Retry-After`.
         leaving: cancelled jobs whose item still runs, by item_id.
@@ -125,7 +124,7 @@ class Jobs:
         return self.files.root / "cancelled" / item_id
 
     def open(self) -> None:
-        """Read the jobs of an earlier start, and delete what its cancelled ones left; those that are not done wait again."""
+        """Read the jobs of an earlier start, and delete leftovers of cancelled ones; unfinished jobs wait again."""
         for folder in (self.folder, self.planner.pictures, self.cancel_file("x").parent):
             folder.mkdir(exist_ok=True)
             sweep(folder)
@@ -154,7 +153,7 @@ class Jobs:
             self._drop_picture(path.name)
 
     def _read(self, path: Path) -> Job | None:
-        """Read a job; None, and a line, for one that cannot be read or made any more."""
+        """Read a job; None, with a printed line, if it can no longer be read or made."""
         try:
             tree = read_tree(path, SHAPE, what="a job")
             if tree is None:
@@ -166,7 +165,7 @@ class Jobs:
                 )
             )
             if planned.item.item_id != path.stem:
-                raise DamagedError(f"{path} holds another video than its name says")
+                raise DamagedError(f"{path} holds another video than its name states")
         except (UserError, KeyError) as error:
             say_on_stderr(f"left out: {path}: {error}")
             return None
@@ -226,7 +225,7 @@ class Jobs:
             (self.planner.pictures / name).unlink(missing_ok=True)
 
     def _pictures(self) -> set[str | None]:
-        """The pictures that a job has."""
+        """The pictures of a job."""
         with self._lock:
             return {job.planned.request.picture for job in (*self._jobs.values(), *self.leaving.values())}
 
@@ -291,7 +290,7 @@ class Jobs:
             return self._jobs.get(item_id) or self.leaving.get(item_id)
 
     def move(self, item_id: str, step: int, total: int) -> None:
-        """Note that an item runs, and how far it is."""
+        """Record that an item runs, and its progress."""
         job = self.job_of(item_id)
         if job is None or (job.status, job.step) == ("in_progress", step):
             return

@@ -36,7 +36,7 @@ MOST_PIXELS = 32_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
-    """A request as an item, and what its task brings along."""
+    """A request as an item, with the extra content of its task."""
 
     request: VideoRequest
     item: Item
@@ -46,7 +46,7 @@ class Planned:
 
     @property
     def task(self) -> dict[str, Any]:
-        """What a worker needs beside the item's identity, in JSON types."""
+        """The task's content beside the item's identity, in JSON types."""
         return {
             "config": dataclasses.asdict(self.config),
             "given": None if self.given is None else self.given.arguments,
@@ -60,7 +60,7 @@ class Planner:
 
     Attributes:
         config: the run, with device, dtype and degrees set.
-        variants: the methods that may be asked for, by label.
+        variants: the available methods, by label.
         options: the replicas.
         pictures: folder of the pictures that clients have sent.
     """
@@ -90,7 +90,7 @@ class Planner:
         )
 
     def plan(self, request: VideoRequest) -> Planned:
-        """Check a request as generate.py checks its command line; UserError for one that cannot be made."""
+        """Check a request as generate.py checks its command line; UserError if it cannot be made."""
         (checkpoint, tokenizer), options = self._loaded, self.options
         self._check_size(request)
         size = {"num_frames": request.num_frames, "height": request.height, "width": request.width}

@@ -1,4 +1,4 @@
-"""Parse and check the fields of `POST /v1/videos`, OpenAI's and ours. No files, no model."""
+"""Parse and check the fields of `POST /v1/videos`, OpenAI's and ours, without files or a model."""
 
 import json
 import re
@@ -22,7 +22,7 @@ _IGNORED = ("user", "metadata")
 
 
 class RefusedError(UserError):
-    """A request that is refused, with its HTTP status, and what OpenAI's clients read beside the line."""
+    """A refused request, with its HTTP status and the fields that OpenAI's clients read beside the message."""
 
     def __init__(
         self,
@@ -39,17 +39,17 @@ class RefusedError(UserError):
 
 @dataclass(frozen=True, kw_only=True)
 class Offer:
-    """What a service makes.
+    """The models, methods and sizes that a service offers.
 
     Attributes:
         model: name of the model.
         methods: labels of the methods, the default one first.
-        height: of a video for which no size is asked.
-        width: likewise.
-        num_frames: likewise, of its length.
+        height: default height of a video.
+        width: default width.
+        num_frames: default number of frames.
         fps: frames per second of every video.
         step: frames of the video in a latent frame.
-        seed: of a video for which none is asked.
+        seed: default seed.
     """
 
     model: str
@@ -68,7 +68,7 @@ class Offer:
 
 @dataclass(frozen=True, kw_only=True)
 class VideoRequest:
-    """One video that a client asks for.
+    """One requested video.
 
     Attributes:
         prompt: the text, or the timeline in its canonical form.
@@ -77,7 +77,7 @@ class VideoRequest:
         width: pixels.
         num_frames: frames of the video.
         seed: of the noise.
-        picture: name of a file that the service has kept, the first frame; or None.
+        picture: name of the stored file of the first frame; or None.
         extra: other settings by name, as the client wrote them; see `launch.serving.extra`.
     """
 
@@ -168,7 +168,7 @@ def _match(pattern: re.Pattern[str], value: Any, name: str, example: str) -> re.
     is_text = isinstance(value, str | int | float) and not isinstance(value, bool)
     found = pattern.fullmatch(str(value)) if is_text else None
     if found is None or not found[0].isascii():
-        raise RefusedError(f"{name} must be such as {example}, got {value!r:.60}", param=name)
+        raise RefusedError(f"{name} must look like {example}, got {value!r:.60}", param=name)
     return found
 
 

@@ -42,7 +42,7 @@ class Part:
         name: name in the file.
         command: `compare`, `analyze` or `calibrate`.
         settings: its options, as words of a command line.
-        reports: for each report on some of its videos, the options that replace those of `settings`.
+        reports: for each report on some of its videos, options that override `settings`.
         keep: files of its folder that are copied to `kept`/NAME.
         once: whether it is skipped if all of `keep` exist.
     """

@@ -44,7 +44,7 @@ _NOTHING = object()
 
 
 def read_report(path: Path, name: str) -> Report | None:
-    """Read the report called `name`; None if it does not exist, UserError if it lacks what the page needs."""
+    """Read the report `name`; None if it does not exist, UserError if it lacks a key that the page needs."""
     if not path.exists():
         return None
     try:
@@ -54,7 +54,7 @@ def read_report(path: Path, name: str) -> Report | None:
     report = parse_json(data, str(path), remedy="make it again")
     lacking = next(_lacking(report, name), None)
     if lacking is not None:
-        raise UserError(f"{path} lacks {lacking}: it comes from another command or an older version; make it again")
+        raise UserError(f"{path} lacks {lacking}: it is from another command or an older version; make it again")
     return report
 
 
@@ -95,7 +95,7 @@ def _decisive(report: Report, *, both_tables: bool) -> dict[str, Any]:
 
 
 def _lacking(report: Any, name: str) -> Iterator[str]:
-    """Yield what the page needs and the report lacks."""
+    """Yield the keys that the page needs and the report lacks."""
     for path in (*_SETTINGS, *_NEEDED[name]):
         found = report
         for key in path.split("/"):

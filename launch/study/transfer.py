@@ -32,6 +32,6 @@ def transfer_section() -> str:
         modes = [step.mode for step in method.plan(model.timesteps(given, (1, 1, 1), window_frames=1))]
         return f"{100 * modes.count('dual') / len(modes):.0f} %"
 
-    told = [f"{share(wan, shift)} at shift {shift:g}" for shift in _SHIFTS]
-    fused = f"of {sampler.steps} steps {', '.join(told)}, and {share(embedded, None)} on the embedded model"
+    shares = [f"{share(wan, shift)} at shift {shift:g}" for shift in _SHIFTS]
+    fused = f"of {sampler.steps} steps {', '.join(shares)}, and {share(embedded, None)} on the embedded model"
     return _TEXT.format(fused_share=method.fused_share, fused=fused, head_dim=wan.head_dim)

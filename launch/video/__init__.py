@@ -1,1 +1,1 @@
-"""One video: its files, the stages that are left, making it, and messages for an early end."""
+"""One video: its files, remaining stages, making it, and messages when a run ends early."""

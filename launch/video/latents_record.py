@@ -21,7 +21,7 @@ _PARTS = ("model", "video", "decode", "output")
 def read_record(metadata: dict[str, str], source: Path) -> dict[str, Any]:
     """Read the record in a latents file of generate.py; UserError for latents of another origin."""
     if "record" not in metadata:
-        raise UserError(f"{source} does not say how it was made; {ADVICE}")
+        raise UserError(f"{source} has no record of its run; {ADVICE}")
     record = parse_json(metadata["record"], f"the record in {source}", remedy=ADVICE)
     try:
         json.dumps(record, allow_nan=False)

@@ -36,7 +36,7 @@ def make_video(
     stage: Stage = "denoise",
     replace: bool,
 ) -> Record | None:
-    """Make the files of one prompt, from its stage on; returns the record on rank 0, which writes them. Every rank calls this.
+    """Make the files of one prompt, starting at its stage; returns the record on rank 0, which writes them. Every rank calls this.
 
     `config`: that of the engine, but for the number of frames, which is this video's.
     `replace`: whether existing files are replaced.
@@ -125,13 +125,13 @@ def _denoise(
 def explain_denoising(
     files: OutputFiles | ItemFiles, engine: LongVideoEngine, *, doing: str = "denoising"
 ) -> Iterator[None]:
-    """Report which steps were kept, and how to continue, if the block, which is `doing` that, is stopped or fails."""
+    """If the block is stopped or fails, report which steps were kept and how to continue; `doing` describes the block."""
     try:
         yield
     except LatentsKept as error:
         raise Stopped(f"before decoding; {describe_kept(files)}") from error
     except KeyboardInterrupt as error:
-        raise Stopped(_describe_checkpoint(files, "before the first step was done; nothing was kept")) from error
+        raise Stopped(_describe_checkpoint(files, "before the first step was finished; nothing was kept")) from error
     except CollectiveError as error:
         kept = f"; {_describe_checkpoint(files)}" if engine.is_first else ""
         raise LostRankError(f"{error}{kept}") from error
@@ -141,8 +141,10 @@ def explain_denoising(
         if not is_out_of_memory(error):
             raise
         kept = f"; {_describe_checkpoint(files)}" if engine.is_first and files.checkpoint.exists() else ""
-        told = describe_out_of_memory(error, when=f"{doing} on {engine.device}", of_folder=isinstance(files, ItemFiles))
-        raise UserError(f"{told}{kept}") from error
+        message = describe_out_of_memory(
+            error, when=f"{doing} on {engine.device}", of_folder=isinstance(files, ItemFiles)
+        )
+        raise UserError(f"{message}{kept}") from error
 
 
 def _describe_checkpoint(files: OutputFiles | ItemFiles, otherwise: str = "nothing was kept") -> str:

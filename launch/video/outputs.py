@@ -25,7 +25,7 @@ class OutputFiles:
     Attributes:
         video: the video, whose stem the other files share: a file, or a folder of PNG frames, whose name has no ending.
         latents: safetensors file of the latents.
-        keep_latents: whether that file stays once the video is whole.
+        keep_latents: whether that file stays once the video is complete.
         trace: whether effective rank and fusion weights are written.
     """
 

@@ -1,4 +1,4 @@
-"""Find what is left to make of a video, from the files of an earlier run of the same command."""
+"""Find the remaining stages of a video from the files of an earlier run of the same command."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -62,7 +62,7 @@ def look(files: OutputFiles, *, overwrite: bool) -> Found:
 
 
 def find_stage(files: OutputFiles, config: RunConfig, settings: Callable[[], Settings]) -> Stage:
-    """Find what is left to make of a video, without computing or changing anything.
+    """Find the remaining stages of a video, without computing or changing anything.
 
     Args:
         files: where its files lie; they are claimed.
@@ -70,7 +70,7 @@ def find_stage(files: OutputFiles, config: RunConfig, settings: Callable[[], Set
         settings: returns the settings of its latents, see `engine.identity`; called only if a file has some to compare.
 
     Raises:
-        UserError: as `look`, and for a file of a run with other settings, which says what differs.
+        UserError: as `look`, and for a file of a run with other settings, listing the differences.
     """
     overwrite = config.output.overwrite
     found = look(files, overwrite=overwrite)

@@ -1,8 +1,7 @@
 """The course of a long video: similarity against distance in time, loops, slopes of colour and sharpness, cuts.
 
 A video that freezes or loops is alike from end to end, and one that drifts is alike from frame to frame: measures of consistency reward
-the first and cannot see the second. None of these is good or bad by itself; what each finds on clips whose truth is known is in
-docs/long-videos.md.
+the first and cannot see the second. None of these is good or bad by itself; docs/long-videos.md has their values on clips with known truth.
 """
 
 import math

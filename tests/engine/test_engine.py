@@ -219,7 +219,7 @@ def test_latents_that_are_not_finite_end_the_run_in_one_line(folder, tmp_path, m
         ) as caught:
             engine.denoise(PROMPT, checkpoint=path, on_step=lambda step, _: finished.append(step))
     assert str(caught.value).endswith(
-        "after step 2 of 4 in float32; take model.dtype bfloat16, a sampler.guidance_scale below 4.0, or fetch the weights again"
+        "after step 2 of 4 in float32; try model.dtype bfloat16, a sampler.guidance_scale below 4.0, or fetch the weights again"
     )
     assert finished == [1]
     assert not path.exists()  # it would only lead there again
@@ -229,7 +229,7 @@ def test_a_shift_that_grows_is_refused_for_a_model_that_has_none(folder):
     config = config_of(folder)
     config = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, shift="actual"))
     with pytest.raises(
-        UserError, match=r"sampler.shift actual does nothing for this checkpoint: its scheduler has one shift"
+        UserError, match=r"sampler.shift actual has no effect on this checkpoint: its scheduler has one shift"
     ):
         LongVideoEngine(config)
 

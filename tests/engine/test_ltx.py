@@ -217,7 +217,7 @@ def test_a_later_checkpoint_has_one_shift_for_any_length(tmp_path):
     assert made.schedule == {"shift": "fixed", "value": 1.0}
     assert torch.equal(pack(made.latents), latents_of(pipe))
     with pytest.raises(
-        UserError, match=r"sampler.shift actual does nothing for this checkpoint: its scheduler has one shift"
+        UserError, match=r"sampler.shift actual has no effect on this checkpoint: its scheduler has one shift"
     ):
         LongVideoEngine(config_of(tmp_path, method=DIRECT, sampler={"shift": "actual"}))
 
@@ -321,7 +321,7 @@ def test_any_number_of_frames_has_positions():
 
 
 def test_settings_that_would_be_ignored_are_refused(folder):
-    with pytest.raises(UserError, match=r"flow_shift 3.0 would be ignored: .* choose with sampler.shift"):
+    with pytest.raises(UserError, match=r"flow_shift 3.0 would be ignored: .* select that number with sampler.shift"):
         LongVideoEngine(config_of(folder, sampler={"flow_shift": 3.0}))
     with pytest.raises(UserError, match=r"decode.tile_frames must be a multiple of the 8 frames of a latent, got 20"):
         LongVideoEngine(config_of(folder, decode=DecodeConfig(tile_frames=20)))

@@ -304,9 +304,7 @@ def test_a_lora_of_the_other_transformer_by_its_name():
 
 
 def test_a_second_guidance_scale_without_guidance():
-    refused(
-        lambda: SamplerConfig(guidance_scale=1.0, guidance_scale_2=3.0), match="guidance_scale_2 3.0 would not be read"
-    )
+    refused(lambda: SamplerConfig(guidance_scale=1.0, guidance_scale_2=3.0), match="guidance_scale_2 3.0 has no effect")
 
 
 # Where they are.

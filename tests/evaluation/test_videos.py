@@ -86,7 +86,7 @@ def test_a_video_that_is_not_its_sidecar_s_is_left_out(tmp_path: Path) -> None:
     shutil.copy(second, first)
     look(f"{first} is not the file that its sidecar describes; ")
     first.unlink()
-    look(f"{first} does not exist, which its sidecar describes; ")
+    look(f"{first}, which its sidecar describes, does not exist; ")
     first.write_bytes(b"text")
     look(f"{first} is not the file that its sidecar describes; ")
     sidecar = first.with_suffix(".json")

@@ -68,7 +68,7 @@ def test_another_prompt_or_native_length_is_measured_again(videos: list[Video], 
         ({}, None),
         ({"size": (32, 64)}, "frames of the world are 64 x 64 pixels, these are 32 x 64"),
         ({"prompt": "a lighthouse in a storm"}, 'this prompt is no caption of the world: "a lighthouse in a storm"'),
-        ({"native_frames": None}, "is not known: --native_frames says it"),
+        ({"native_frames": None}, "is not known; give --native_frames"),
         ({"native_frames": 33}, "different native lengths (9, 33 frames)"),
     ],
 )

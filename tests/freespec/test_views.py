@@ -100,7 +100,10 @@ def test_window_attention_and_errors() -> None:
         ({"stride": 0}, "freenoise: stride must be 1 or more frames, got 0"),
         ({"attention": "rows"}, "freenoise: attention must be one of views, window, got 'rows'"),
         ({"last_view": "none"}, "freenoise: last_view must be one of shifted, new_frames, got 'none'"),
-        ({"compat": True, "last_view": "new_frames"}, "freenoise: with compat there is no last view to be new_frames"),
+        (
+            {"compat": True, "last_view": "new_frames"},
+            "freenoise: compat has no last view, and last_view is new_frames",
+        ),
         ({"attention": "window", "compat": True}, "freenoise: attention window has no views for compat true"),
         ({"attention": "window", "last_view": "new_frames"}, "attention window has no views for last_view new_frames"),
     ):

@@ -206,8 +206,8 @@ def test_errors_are_one_line(node: Any, wan_folder: Path, tmp_path: Path, monkey
             (place | {"api_key": "wrong"}, "the API key is missing or wrong"),
             (place | {"api_key": "a\nb"}, "the API key has characters"),
             (place | {"address": f"{address}/elsewhere"}, "Not Found"),
-            ({"address": "file:///etc/passwd"}, "the address must be such as http://127.0.0.1:8000"),
-            ({"address": "http://a:b@127.0.0.1"}, "the address must be such as"),
+            ({"address": "file:///etc/passwd"}, "the address must look like http://127.0.0.1:8000"),
+            ({"address": "http://a:b@127.0.0.1"}, "the address must look like"),
             ({"address": "http://127.0.0.1:1"}, "does not answer"),
         ):
             with pytest.raises(error, match=said) as told:

@@ -249,7 +249,7 @@ def test_errors_are_over_prompts_and_not_over_heads() -> None:
         # 12 directions a head; of one label, and of one number of directions.
         ({"ratios": "1,0.62345678,0.62345679"}, "--ratios 0.62345679 and 0.62345678 keep 8 and 8 of 12 directions"),
         ({"ratios": "1,0.6,0.61"}, "are called ratio-0.61 and ratio-0.6; leave one out"),
-        ({"output.path": "a.mp4"}, "output.path is not read by analyze.py"),
+        ({"output.path": "a.mp4"}, "output.path is not used by analyze.py"),
         ({"num_points": 1}, "--num_points must be 2 or more, got 1"),
         ({"num_reconstructed": -1}, "--num_reconstructed must be 0 or more"),
         ({"method.window_frames": 5}, "windows can only grow in a longer video, such as --video.num_frames 77"),

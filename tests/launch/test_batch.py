@@ -514,7 +514,7 @@ def test_two_drivers_on_one_shard(make_batch: Callable[..., Run], tmp_path: Path
         ({"prompts": None}, "--prompts is missing; see --help"),
         ({"out": None}, "--out is missing; see --help"),
         ({"prompts": "nowhere.txt"}, "cannot read --prompts nowhere.txt: No such file or directory"),
-        ({"methods": "freespec,freespec"}, "two variants are called freespec; give one a name"),
+        ({"methods": "freespec,freespec"}, "two variants have the label freespec; name one"),
         ({"methods": "freespek"}, "freespek"),
         ({"extend": "nowhere.mp4"}, "cannot read --extend nowhere.mp4: No such file or directory"),
         ({"given": "last"}, "--given 'last' is not WHERE=FILE"),
@@ -530,9 +530,9 @@ def test_two_drivers_on_one_shard(make_batch: Callable[..., Run], tmp_path: Path
             "--checkpoint_every must be 0 (only when stopped, and before decoding) or more, got -1",
         ),
         ({"video.num_frames": 18}, "video.num_frames must be 4k + 1, got 18; the nearest are 17 and 21"),
-        ({"status": "nowhere"}, "nowhere holds no batch; give the folder that was --out"),
+        ({"status": "nowhere"}, "nowhere holds no batch; give the --out folder of a batch"),
         ({"status": "x" * 300}, "cannot look into --status xxx"),
-        ({"status": ""}, "--status is empty; give the folder that was --out"),
+        ({"status": ""}, "--status is empty; give the --out folder of a batch"),
         ({"methods": ""}, "--methods is empty; give a value, or leave it out"),
         ({"seeds": ""}, "--seeds is empty; give a value, or leave it out"),
         ({"out": ""}, "--out is empty; give a value, or leave it out"),
@@ -770,7 +770,7 @@ def test_a_disk_without_room_is_found_before_anything_is_loaded(
     error = make_batch({}).error
     assert error.startswith(f"{tmp_path / 'out'} has 1000 bytes free, and at least ")
     assert error.endswith(
-        " are needed for what is made at once; free some space, or choose another --out; the same command continues"
+        " are needed for the items in progress; free some space, or choose another --out; the same command continues"
     )
     # Enough for one item, and not for all four.
     free[0] = round(1024 * float(error.split("at least ")[1].split(" KiB")[0])) + 100

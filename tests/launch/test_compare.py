@@ -331,7 +331,7 @@ def test_a_disk_without_room_is_found_before_the_model_is_loaded(
     compare_in: Compare, no_loading: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=1000))
-    assert " are needed for what is made at once; " in compare_in().error
+    assert " are needed for the items in progress; " in compare_in().error
 
 
 def test_one_process_works_on_a_shard(compare_in: Compare, no_loading: None, tmp_path: Path) -> None:
@@ -416,7 +416,7 @@ def test_reports_alone_are_on_what_is_there(compare_in: Compare, no_loading: Non
     [
         ({"methods": "direct,freespac"}, "did you mean 'freespec'?"),
         ({"methods": " , "}, "--methods is empty"),
-        ({"methods": "direct,direct"}, "two variants are called direct"),
+        ({"methods": "direct,direct"}, "two variants have the label direct"),
         ({"methods": "direct,again=direct"}, "direct and again have the same settings"),
         ({"methods": "direct,a/b=freespec"}, "'a/b' cannot name a folder"),
         ({"methods": "configs/tiny-wan.yaml"}, "write METHOD:configs/tiny-wan.yaml"),
@@ -429,9 +429,9 @@ def test_reports_alone_are_on_what_is_there(compare_in: Compare, no_loading: Non
         ({"report": "/dev/null/x"}, "cannot write"),
         (
             {"output.path": "a.mp4", "output.overwrite": "true"},
-            "output.path, output.overwrite are not read by compare.py",
+            "output.path, output.overwrite are not used by compare.py",
         ),
-        ({"output.save_latents": "a.safetensors"}, "output.save_latents is not read by compare.py"),
+        ({"output.save_latents": "a.safetensors"}, "output.save_latents is not used by compare.py"),
         ({"method.name": "direct"}, "leave --method.name out"),
         ({"video.num_frames": 18}, "must be 4k + 1"),
     ],
@@ -447,7 +447,7 @@ def test_mistakes_are_one_line_before_anything_is_loaded(
     ("settings", "message"),
     [
         ({"video.num_frames": 18}, "must be 4k + 1"),
-        ({"sampler.shift": "actual"}, "sampler.shift actual does nothing"),
+        ({"sampler.shift": "actual"}, "sampler.shift actual has no effect"),
     ],
 )
 def test_settings_that_are_refused_do_not_take_the_folder(

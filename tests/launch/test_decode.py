@@ -142,7 +142,7 @@ def test_a_record_that_lacks_something_is_refused(decode_other: Callable[..., st
     for name, value in wrong:
         assert f"for its {name}; give latents" in decode_other(latents, record | {name: value})
     error = decode_other(latents, record | {"given": given | {"extend": {"stop": 17}}})
-    assert error.endswith("says that it continues 17 frames, but has 17; give latents that launch/generate.py saved")
+    assert error.endswith("claims to continue 17 frames, but has 17; give latents that launch/generate.py saved")
     assert "is [1, 2] instead of a mapping; give latents" in decode_other(latents, [1, 2])
     assert "has None for its config" in decode_other(latents, {})
     for group, name in (("model", "device"), ("model", "shards"), ("video", "fps"), ("output", "crf")):

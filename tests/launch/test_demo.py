@@ -157,7 +157,7 @@ def test_the_shortest_timeline_has_two_latent_frames(tmp_path: Path, num_frames:
     config = videos["timeline"].config
     assert (config.video.num_frames, videos["direct"].config.video.num_frames) == (5, num_frames)
     demo.look_at_prompts(config, [("the timeline", videos["timeline"].prompt)])
-    with pytest.raises(UserError, match="goes beyond the video"):  # as any of one latent frame
+    with pytest.raises(UserError, match="exceeds the video"):  # as any of one latent frame
         one = dataclasses.replace(config, video=dataclasses.replace(config.video, num_frames=1))
         demo.look_at_prompts(one, [("the timeline", videos["timeline"].prompt)])
 

@@ -66,7 +66,9 @@ def test_a_timeline_in_a_file_has_negative_texts(make: Make, tmp_path: Path) -> 
     assert [event["text"] for event in record["timeline"]] == ["a red circle, on a table", "a gold star, on a table"]
     assert [event["negative_text"] for event in record["timeline"]] == ["blurred", "dark"]
     both = {"timeline": tmp_path / "story.yaml", "sampler.negative_prompt": "bad", "output.path": tmp_path / "b.mp4"}
-    assert make(both).error.startswith("the events of --timeline have negative texts; leave --sampler.negative_prompt")
+    assert make(both).error.startswith(
+        "the events of --timeline have negative texts; leave out --sampler.negative_prompt"
+    )
 
 
 def test_lines_of_a_prompt_file_may_be_timelines(make: Make, tmp_path: Path) -> None:
@@ -76,9 +78,7 @@ def test_lines_of_a_prompt_file_may_be_timelines(make: Make, tmp_path: Path) -> 
     assert [events is None for events in kept] == [True, False]
     (tmp_path / "prompts.txt").write_text(f"a red circle\n{TWO.replace('0.5s', '8s')}\n")
     error = make({"prompts": tmp_path / "prompts.txt", "output.path": tmp_path / "b.mp4"}).error
-    assert error.startswith(
-        "line 2 of prompts.txt: event 1 of the timeline, 'a red circle' [0s-8s], goes beyond the video"
-    )
+    assert error.startswith("line 2 of prompts.txt: event 1 of the timeline, 'a red circle' [0s-8s], exceeds the video")
 
 
 @pytest.mark.parametrize(

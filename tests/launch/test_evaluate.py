@@ -81,10 +81,10 @@ def test_an_unfinished_batch_says_so_first(run: Callable[..., Run], runs: Path, 
         f"{runs}: 8 of 12 items are made (direct 4 of 6, sliding_window 4 of 6), 0 failed for good, 4 are not made yet"
     )
     assert ended.code == 0
-    assert ended.err.splitlines()[0] == f"not everything is there: {said}"
+    assert ended.err.splitlines()[0] == f"some videos are missing: {said}"
     assert tree(runs)["missing"] == [said]
     lines = (runs / "evaluation" / "report.md").read_text().splitlines()
-    assert lines[2].startswith("**Some of what was asked for is missing")
+    assert lines[2].startswith("**Some requested videos are missing")
     assert lines[4] == f"- {said}"
 
 
@@ -94,7 +94,7 @@ def test_a_damaged_sidecar_costs_its_video_alone(run: Callable[..., Run], runs: 
     ended = run("evaluate", "--runs", runs)
     assert (ended.code, ended.out.startswith("7 videos of 2 methods: ")) == (0, True)
     [said] = tree(runs)["missing"]
-    assert ended.err.splitlines()[0] == f"not everything is there: {said}"
+    assert ended.err.splitlines()[0] == f"some videos are missing: {said}"
     assert said.startswith(f"{sidecar} is not JSON (")
 
 
@@ -179,7 +179,7 @@ def test_check_looks_and_does_nothing_else(
     run: Callable[..., Run], runs: Path, vbench: list[str], tmp_path: Path
 ) -> None:
     ended = run("evaluate", "--runs", runs, *vbench, "--check")
-    assert (ended.code, ended.out) == (0, "8 videos of 2 methods; everything that is needed exists\n")
+    assert (ended.code, ended.out) == (0, "8 videos of 2 methods; all required files exist\n")
     assert calls(tmp_path / "home") == []
     assert not (runs / "evaluation" / "report.md").exists()
 
@@ -213,10 +213,7 @@ def test_of_the_embedded_world_there_are_exact_measures(run: Callable[..., Run],
     assert "| `world.object_seen`, share of frames |" in (root / "evaluation/report.md").read_text()
     words = ["--videos", tmp_path / "list.csv", "--out", tmp_path / "listed"]
     assert run("evaluate", *words).code == 0
-    assert (
-        "Not available: how many frames the model was trained on is not known"
-        in (tmp_path / "listed/report.md").read_text()
-    )
+    assert "Not available: the model's native length is not known" in (tmp_path / "listed/report.md").read_text()
     assert run("evaluate", *words, "--native_frames", 9).code == 0
     listed = json.loads((tmp_path / "listed/report.json").read_text())
     assert [v["values"] for v in listed["videos"]] == [v["values"] for v in report["videos"]]

@@ -403,8 +403,8 @@ def wait_until_started(process: subprocess.Popen, ranks: int) -> None:
         (["lost", "killed"], 1, ["SIGKILL", "; the other ranks were stopped; rank 0, step 1 layer 0: lost a peer"]),
         (["lost", "fault"], 1, ["[rank 1] Traceback", "failed with exit code 1 (ValueError: a bug)", "lost a peer"]),
         # Rank 0 ends well once everything is made; what happens to another one then is no failure.
-        (["done", "killed", "done"], 0, ["note: rank 1 of 3 was ended by SIGKILL", " after everything was made"]),
-        (["done", "fault"], 0, ["note: rank 1 of 2 failed with exit code 1 (ValueError: a bug) after everything was"]),
+        (["done", "killed", "done"], 0, ["note: rank 1 of 3 was ended by SIGKILL", " after all work was done"]),
+        (["done", "fault"], 0, ["note: rank 1 of 2 failed with exit code 1 (ValueError: a bug) after all work was"]),
     ],
 )
 def test_how_a_run_ends(

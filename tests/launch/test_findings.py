@@ -443,8 +443,7 @@ def test_mistakes_are_one_line(
         put(**{name: nothing})
         error = findings_of().error
         assert (
-            f"{name}/report.json lacks comparison/settings/checkpoint: it comes from another command or an older"
-            in error
+            f"{name}/report.json lacks comparison/settings/checkpoint: it is from another command or an older" in error
         )
     next(tmp_path.rglob("report.json")).write_text("{")
     assert "make it again" in findings_of().error
@@ -457,7 +456,7 @@ def test_a_folder_that_is_mistyped_does_not_empty_the_page(run: Callable[..., Ru
     for flag in ("runs", "kept"):
         mistyped = words | {flag: tmp_path / "typo"}
         shown = run("findings", *(f"--{key}={value}" for key, value in mistyped.items()))
-        assert shown.error == f"--{flag} {tmp_path / 'typo'} is not a folder; name the one of `make findings`"
+        assert shown.error == f"--{flag} {tmp_path / 'typo'} is not a folder; give the folder of `make findings`"
     assert page.read_text() == "hours of work"
 
 
@@ -479,7 +478,7 @@ def test_low_rank_of_an_older_report_is_one_line_and_of_one_ratio_is_not_measure
     del report["low_rank"][0]["difference"]
     put(analysis=report)
     assert (
-        "analysis/report.json lacks difference of low_rank: it comes from another command or an older"
+        "analysis/report.json lacks difference of low_rank: it is from another command or an older"
         in findings_of().error
     )
 

@@ -57,7 +57,7 @@ def test_before_the_first_step_is_done_nothing_is_left(make: Callable[..., Run],
     with interrupted_at_forward(1):
         shown = make()
     assert shown.code == 130
-    assert "before the first step was done" in shown.stopped
+    assert "before the first step was finished" in shown.stopped
     assert names(tmp_path) == set()
 
 

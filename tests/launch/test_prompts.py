@@ -90,7 +90,7 @@ def test_a_negative_prompt_without_guidance_is_said_to_be_unread(
     out = start(commands[name], capsys, [KNOWN], settings)
     assert out.count("note: ") == 1
     assert (
-        "note: sampler.negative_prompt is not read: with sampler.guidance_scale 1 there is no unconditional pass\n"
+        "note: sampler.negative_prompt is not used: with sampler.guidance_scale 1 there is no unconditional pass\n"
         in out
     )
     assert "note: " not in start(commands[name], capsys, [KNOWN], {"sampler.negative_prompt": "a red star"})
@@ -116,7 +116,7 @@ def test_words_that_the_model_does_not_know_are_named(
     out = start(commands[name], capsys, [KNOWN, "a dragon flies over a castle"], {})
     [note] = [line for line in out.splitlines() if line.startswith("note: ")]
     assert note.startswith(
-        'note: 3 words are unknown to the model, which reads past them: "dragon" (line 2 of prompts.txt), "flies" '
+        'note: 3 words are unknown to the model and ignored: "dragon" (line 2 of prompts.txt), "flies" '
     )
     assert note.endswith("tiny/wan/README.md")
 
@@ -127,9 +127,7 @@ def test_the_demonstration_says_so_too(
     words = [f"--{key}={value}" for key, value in TINY.items()]
     with pytest.raises(LoadedError):
         run("demo", *words, f"--out={tmp_path}", "--prompt=a dragon")
-    assert capsys.readouterr().out.startswith(
-        'note: 1 word is unknown to the model, which reads past them: "dragon" (the'
-    )
+    assert capsys.readouterr().out.startswith('note: 1 word is unknown to the model and ignored: "dragon" (the')
 
 
 def test_a_negative_prompt_of_a_file_is_recorded_as_its_text(

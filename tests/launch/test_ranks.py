@@ -298,7 +298,7 @@ def test_nproc_beside_the_ranks_of_torchrun(make: Callable[..., Run], monkeypatc
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     said = make(None, "--nproc", 4).error
-    assert said == "torchrun has started 2 ranks, and --nproc asks for 4 more on each; give one of them"
+    assert said == "torchrun has started 2 ranks, and --nproc 4 would start more on each; use one of them"
 
 
 def test_ranks_without_an_address(make: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:

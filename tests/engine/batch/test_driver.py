@@ -339,7 +339,7 @@ def test_items_that_fail_alike_in_a_row_halt_and_none_is_given_up(replicas: int,
 
     driver, fakes, given_up = drive(script, replicas=replicas)
     assert driver.halted.kind == "alike"
-    assert driver.halted.message.startswith("3 items failed alike, one after the other: KeyError: ")
+    assert driver.halted.message.startswith("3 items in a row failed with the same error: KeyError: ")
     assert driver.halted.traceback == "Traceback"
     assert (given_up, driver.queue.given_up, driver.queue.left) == ([], set(), len(ITEMS))
     assert sum(len(fake.made) for fake in fakes) <= 3 * replicas

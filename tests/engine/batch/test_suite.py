@@ -60,7 +60,7 @@ def test_a_folder_takes_nothing_else(tmp_path: Path) -> None:
         UserError, match=r"holds another prompt p0001 \(line 2 of prompts.txt is 'c', before it was 'b'\)"
     ):
         claim_folder(tmp_path, batch("a", "c"))
-    with pytest.raises(UserError, match=r"--seeds must name each once and at least one, got 1,1"):
+    with pytest.raises(UserError, match=r"--seeds needs at least one entry and no duplicates, got 1,1"):
         batch("a", seeds=(1, 1))
     with pytest.raises(UserError, match=r"sampler\.seed must lie in"):
         batch("a", seeds=(-1,))

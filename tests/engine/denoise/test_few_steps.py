@@ -46,17 +46,17 @@ KINDS = {
     "lcm": FlowMatchLCMScheduler,
 }
 MISTAKES = {
-    "sampler.timesteps and sampler.sigmas say the same": {"timesteps": (1000.0,), "sigmas": (1.0,)},
+    "sampler.timesteps and sampler.sigmas are alternatives": {"timesteps": (1000.0,), "sigmas": (1.0,)},
     "sampler.timesteps must name 1 to 10000 steps, got 0": {"timesteps": ()},
     r"sampler.timesteps must lie in \(0, 1000\], got 1001": {"timesteps": (1001.0, 3.0)},
     r"sampler.timesteps must lie in \(0, 1000\], got nan": {"timesteps": (1000.0, math.nan)},
-    r"sampler.sigmas must lie in \(0, 1\], got 0.0, and the end, 0, is not named": {"sigmas": (1.0, 0.5, 0.0)},
+    r"sampler.sigmas must lie in \(0, 1\], got 0.0, without the final 0": {"sigmas": (1.0, 0.5, 0.0)},
     r"sampler.sigmas must lie in \(0, 1\], got 1000": {"sigmas": (1000.0, 500.0)},
     "sampler.timesteps must begin at 1000, pure noise, .* got 625": {"timesteps": (625.0, 1000.0)},
     "must fall from step to step, and 750 is followed by 750": {"timesteps": (1000.0, 750.0, 750.0)},
     "sampler.num_steps is 20 and sampler.timesteps are 2; leave": {"timesteps": (1000.0, 750.0), "num_steps": 20},
-    "sampler.flow_shift 5.0 would shift no timestep": {"timesteps": (1000.0, 750.0), "flow_shift": 5.0},
-    "sampler.shift actual would shift no timestep": {"sigmas": (1.0, 0.75), "shift": "actual"},
+    "sampler.flow_shift 5.0 has no effect on sampler.timesteps": {"timesteps": (1000.0, 750.0), "flow_shift": 5.0},
+    "sampler.shift actual has no effect on sampler.sigmas": {"sigmas": (1.0, 0.75), "shift": "actual"},
 }
 
 

@@ -180,7 +180,7 @@ def test_mistakes() -> None:
     with pytest.raises(UserError, match=r"sampler.noise_stride 5 is more than the 4 frames of method.window_frames"):
         config_of("", "freenoise", noise_stride=5)
     with pytest.raises(
-        UserError, match=r"sampler.noise_stride 2 goes with the noise freenoise, and sampler.noise is iid"
+        UserError, match=r"sampler.noise_stride 2 requires sampler.noise freenoise, and sampler.noise is iid"
     ):
         config_of("", "freenoise", noise="iid", noise_stride=2)
     window = FreeNoise(stride=6, attention="window")  # its attention has no stride, and its noise cannot have this one

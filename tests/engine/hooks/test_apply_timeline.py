@@ -220,7 +220,7 @@ def test_a_second_timeline_is_refused():
 
 def test_a_timeline_that_does_not_fit_the_video_is_refused_when_the_pipeline_is_called():
     pipe = random_wan()
-    with pytest.raises(UserError, match=r"beyond the video, which ends at 7\.25 seconds"):
+    with pytest.raises(UserError, match=r"exceeds the video, which ends at 7\.25 seconds"):
         timed(pipe, "wan", "a [0-8s] | b [8s-]")
 
 

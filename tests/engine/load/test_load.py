@@ -189,7 +189,7 @@ def test_a_whole_checkpoint_loads_with_one_name_of_a_tied_tensor(folder):
 
 def test_the_revision_of_a_folder_is_refused(folder):
     config = dataclasses.replace(ModelConfig(path=str(folder), device="cpu"), revision="main")
-    with pytest.raises(UserError, match=r"model\.revision 'main' goes with a hub name"):
+    with pytest.raises(UserError, match=r"model\.revision 'main' requires a hub name"):
         load_pipeline(config)
 
 

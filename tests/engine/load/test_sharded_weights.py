@@ -217,7 +217,7 @@ def test_one_process_can_keep_its_weights_in_a_file(folders, family, tmp_path):
             {"weights": "cpu_offload"},
             "cuda",
             "cpu",
-            r"parallel\.text_device cpu and model\.weights cpu_offload exclude",
+            r"parallel\.text_device cpu and model\.weights cpu_offload cannot",
         ),
         ({"weights": "zero3", "shards": "nvme:~nosuchuser/x"}, "cpu", "model", "cannot resolve '~nosuchuser/x'"),
         ({"weights": "zero3", "shards": "nvme:/no/such"}, "cpu", "model", "there is no folder /no/such; make it"),
@@ -300,7 +300,7 @@ def test_without_deepspeed_the_engine_says_so(folders):
     [
         ({"weights": "zero3", "shards": "disk"}, r"model\.shards must be device, cpu or nvme:FOLDER, got 'disk'"),
         ({"weights": "zero3", "shards": "nvme:"}, r"model\.shards must be device, cpu or nvme:FOLDER, got 'nvme:'"),
-        ({"shards": "cpu"}, r"model\.shards cpu goes with model\.weights zero3, and model\.weights is resident"),
+        ({"shards": "cpu"}, r"model\.shards cpu requires model\.weights zero3, and model\.weights is resident"),
     ],
 )
 def test_a_wrong_setting_is_one_line(settings, message):

@@ -29,8 +29,8 @@ def test_unknown_words_are_named_once_with_where_they_are_and_where_the_list_is(
     ]
     [note] = check_prompts(TINY[family], SAMPLER, VIDEO, prompts)
     assert note.startswith(
-        '3 words are unknown to the model, which reads past them: "dragon" (line 2 of a.txt), "flies" (line 2 of a.txt), '
-        '"castle" (line 2 of a.txt); the words that it knows are listed in '
+        '3 words are unknown to the model and ignored: "dragon" (line 2 of a.txt), "flies" (line 2 of a.txt), '
+        '"castle" (line 2 of a.txt); known words are listed in '
     )
     card = Path(note.rpartition("listed in ")[2])
     assert card.name == "README.md"
@@ -53,11 +53,11 @@ def test_many_unknown_words_are_one_sentence() -> None:
 def test_a_negative_prompt_is_looked_at_where_it_is_read() -> None:
     sampler = dataclasses.replace(SAMPLER, negative_prompt="blurred")
     [note] = check_prompts(TINY["wan"], sampler, VIDEO, [("the prompt", KNOWN)])
-    assert note.startswith('1 word is unknown to the model, which reads past them: "blurred" (the negative prompt);')
+    assert note.startswith('1 word is unknown to the model and ignored: "blurred" (the negative prompt);')
     [note] = check_prompts(
         TINY["wan"], dataclasses.replace(sampler, guidance_scale=1.0), VIDEO, [("the prompt", KNOWN)]
     )
-    assert note == ("sampler.negative_prompt is not read: with sampler.guidance_scale 1 there is no unconditional pass")
+    assert note == ("sampler.negative_prompt is not used: with sampler.guidance_scale 1 there is no unconditional pass")
     assert (
         check_prompts(TINY["wan"], dataclasses.replace(SAMPLER, guidance_scale=1.0), VIDEO, [("the prompt", KNOWN)])
         == []
@@ -118,7 +118,7 @@ def test_a_timeline_is_read_by_its_texts() -> None:
     prompts = [("line 1 of a.txt", KNOWN.replace("red", "crimson") + f" [0-1s] | {KNOWN} [1s-]")]
     [note] = check_prompts(TINY["wan"], sampler, VIDEO, prompts)
     assert note.startswith(
-        '2 words are unknown to the model, which reads past them: "crimson" (event 1 of line 1 of a.txt), "blurred" (the '
+        '2 words are unknown to the model and ignored: "crimson" (event 1 of line 1 of a.txt), "blurred" (the '
         "negative prompt); "
     )
     long = " ".join(["circle"] * 40)
@@ -131,8 +131,8 @@ def test_a_timeline_is_read_by_its_texts() -> None:
 def test_a_timeline_that_does_not_fit_the_video_is_refused_by_name() -> None:
     late = f"{KNOWN} [0-8s] | {KNOWN} [8s-]"
     with pytest.raises(
-        UserError, match=r"^line 4 of a.txt: event 1 .* goes beyond the video, which ends at 2.0625 seconds"
+        UserError, match=r"^line 4 of a.txt: event 1 .* exceeds the video, which ends at 2.0625 seconds"
     ):
         check_prompts(TINY["wan"], SAMPLER, VIDEO, [("line 4 of a.txt", late)])
-    with pytest.raises(UserError, match=r"^event 1 .* goes beyond the video"):
+    with pytest.raises(UserError, match=r"^event 1 .* exceeds the video"):
         check_prompts(TINY["wan"], SAMPLER, VIDEO, [("the prompt", late)])

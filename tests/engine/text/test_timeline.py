@@ -98,8 +98,8 @@ def test_what_is_no_timeline_is_one_line(text, message):
     ("text", "message"),
     [
         ("a [0-4s] | b [9s-]", "nothing covers"),
-        ("a [0-4s] | b [4s-9s]", "'b' [4s-9s], goes beyond the video, which ends at 8.0625 seconds (129 frames)"),
-        ("a [0-8.2s] | b [8.2s-]", "goes beyond the video"),
+        ("a [0-4s] | b [4s-9s]", "'b' [4s-9s], exceeds the video, which ends at 8.0625 seconds (129 frames)"),
+        ("a [0-8.2s] | b [8.2s-]", "exceeds the video"),
         ("a [0-4s] | b [4s-4.1s] | c [4.1s-]", "is shorter than a latent frame, which is 0.25 seconds"),
         ("a [0-4s] | b [4s-7s]", "is the last, but the video continues to 8.0625 seconds; leave its range open: [4s-]"),
         (

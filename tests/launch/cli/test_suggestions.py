@@ -24,7 +24,7 @@ GENERATE = {
     "--t5_cpu": "did you mean --parallel.text_device cpu?",
     "--dit_fsdp": "did you mean --model.weights zero3?",
     "--save_file a b": "did you mean --output.path 'a b.mp4'?",
-    "--use_prompt_extend": "not supported: prompts are taken as they are",
+    "--use_prompt_extend": "not supported: prompts are used as given",
     "--base_seed 42": "did you mean --sampler.seed 42?",
     "--image a.png": "generate.py --given WHERE=FILE shows a picture at a moment of the video, such as first=FILE",
     "--sample_solver unipc": "--sampler.scheduler is checkpoint, euler, unipc or lcm; see docs/models.md",

@@ -94,7 +94,9 @@ def test_variants_that_differ_in_what_nothing_reads_are_the_same(tmp_path: Path)
 def test_an_index_without_riflex_is_refused(tmp_path: Path) -> None:
     preset = tmp_path / "a.yaml"
     preset.write_text("attention:\n  riflex:\n    index: 2\n")
-    with pytest.raises(UserError, match="index 2 does nothing while enabled is false; set enabled true, or index null"):
+    with pytest.raises(
+        UserError, match="index 2 has no effect while enabled is false; set enabled true, or index null"
+    ):
         read(f"direct,direct:{preset}")
 
 

@@ -283,7 +283,7 @@ def test_gpus_that_an_autoscaler_may_bring_are_waited_for(
         assert other.stderr.readline().startswith("waits for ")
         other.send_signal(signal.SIGINT)
         _, said = other.communicate(timeout=PATIENCE_SECONDS)  # no rank has anything to keep
-    assert (other.returncode, said) == (130, "stopped while it waited for its place on the cluster\n")
+    assert (other.returncode, said) == (130, "stopped while waiting for its place on the cluster\n")
     (tmp_path / "prompts.txt").write_text("a red circle\n")
     given = words(wan_folder, tmp_path / "prompts.txt", tmp_path / "out", {"ray": address})
     assert " may bring GPUs, and this batch would run on CPUs; give --gpus_per_replica N" in run("batch", *given).err
