@@ -27,14 +27,16 @@ from engine.planner.plan import Options
 from engine.ranks.layouts import Ranks
 from parallel.mesh import build_mesh
 from parallel.zero3 import held_bytes
-from tests.engine import test_devices
+from tests.engine import test_devices, test_pictures
 from tests.engine import test_ltx_ranks as ltx
 from tests.engine import test_ranks as wan
 from tests.engine.applied import MODELS, applied, every_model
 from tests.engine.applied import latents_of as call
+from tests.engine.golden import first_picture
+from tests.engine.load.test_quantised import round_to_fp8
 from tests.pretend_cuda import pretend_cuda
 from tests.ranks import PATIENCE, run_ranks
-from tests.tiny_pipelines import random_ti2v, random_wan, save_random_ltx, save_random_wan
+from tests.tiny_pipelines import random_i2v, random_ti2v, random_wan, save_random_ltx, save_random_wan
 
 CPU = torch.device("cpu")
 FAMILIES = {"wan": wan, "ltx": ltx, "pair": wan, "5b": wan}
@@ -165,6 +167,28 @@ def test_on_a_gpu_blocks_and_inputs_meet(
                 assert {p.device.type for block in blocks for p in block.parameters()} == {"cpu"}
             assert made.facts.model["resident_bytes"]["transformer"] == 0
             assert made.facts.model["resident_bytes"]["vae"] > 0
+
+
+@pytest.mark.parametrize("kind", ["i2v", "a14b"])
+def test_videos_of_pictures(kind: str, tmp_path: Path) -> None:
+    """With the encoder of pictures and its layers beside the blocks; in fp8, whose layers are cast inside offloaded blocks."""
+    folder = save(random_i2v(kind), tmp_path / kind)
+    given = first_picture(tmp_path / "first.png", 32, 48)
+    config = test_pictures.config_of(folder, frames=17)
+
+    def video(**model: Any) -> Tensor:
+        changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+        with LongVideoEngine(changed) as made, torch.no_grad():
+            if not model:
+                for transformer in made.adapter.experts(made.pipe).values():
+                    round_to_fp8(transformer)
+            return made.denoise("a red circle", given=given).latents
+
+    with on_a_cpu():
+        offloaded = video(weights="block_offload", storage="fp8")
+    assert torch.equal(offloaded, video(storage="fp8"))
+    assert torch.equal(offloaded, video())
+    assert not torch.equal(offloaded, video(storage="full"))
 
 
 @every_model

@@ -1,0 +1,120 @@
+"""Every cell of the table in docs/models.md has a test, and none that says untested."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+COLUMNS = ("Wan2.1", "Wan2.2 A14B", "Wan2.2 5B", "Wan of pictures", "LTX-Video")
+RANKS = "test_any_arrangement_of_ranks_makes_the_same_video"
+STOCK = "test_the_engine_has_the_bits_of_the_stock_pipeline"
+KNOWN = "given/test_given::test_known_frames_keep_their_value_and_the_others_go_with_them"  # of pictures and of a video
+
+# By row, in the order of the columns: a test in tests/engine/, or None.
+TESTS: dict[str, tuple[str | None, ...]] = {
+    "`direct` and native length": (
+        "hooks/test_apply::test_direct_is_the_stock_pipeline_bit_for_bit",
+        f"test_two_experts::{STOCK}",
+        f"test_token_timesteps::{STOCK}",
+        f"test_pictures::{STOCK}",
+        "test_ltx::test_direct_is_the_stock_pipeline_bit_for_bit",
+    ),
+    "FreeSpec on 2 and 3 ranks": tuple(
+        f"{file}::{RANKS}"
+        for file in ("test_ranks", "test_two_experts", "test_token_timesteps", "test_pictures", "test_ltx_ranks")
+    ),
+    "timelines, `--given`": (
+        KNOWN,
+        "test_two_experts::test_the_public_command_with_a_given_picture_and_a_timeline",
+        "test_token_timesteps::test_the_public_command_with_a_given_picture_and_a_timeline",
+        "test_pictures::test_the_public_command_with_a_timeline_and_its_record",
+        f"test_ltx_pictures::{STOCK}",
+    ),
+    "`--extend`": (
+        KNOWN,
+        None,
+        "test_token_timesteps::test_a_video_is_continued",
+        "test_pictures::test_what_does_not_belong_together_is_refused",
+        KNOWN,
+    ),
+    "LoRAs": (
+        "load/test_loras::test_weights_are_changed_by_the_rule",
+        "test_two_experts::test_a_lora_changes_its_own_transformer",
+        None,
+        "test_pictures::test_a_lora_changes_the_projections_of_pictures_too",
+        "load/test_loras::test_weights_are_changed_by_the_rule",
+    ),
+    "resume within a video": (
+        "denoise/test_denoise::test_a_resumed_run_is_bit_equal",
+        "test_two_experts::test_a_run_that_was_stopped_continues_across_the_switch",
+        "test_token_timesteps::test_pictures_elsewhere_stay_known_and_the_id_says_which_are_conditions",
+        "test_pictures::test_a_run_that_was_stopped_continues",
+        "test_ltx_pictures::test_a_run_that_was_stopped_continues",
+    ),
+    "`model.weights zero3`": (
+        "load/test_sharded_weights::test_two_ranks_make_the_video_of_whole_weights_with_half_of_them",
+        "test_compiled::test_two_transformers_share_their_graphs",
+        None,
+        f"test_pictures::{RANKS}",
+        "load/test_sharded_weights::test_two_ranks_make_the_video_of_whole_weights_with_half_of_them",
+    ),
+    "operations of a forward": (
+        "test_planner::test_flops_of_the_stock_model_are_exactly_what_torch_counts",
+        "test_two_experts::test_operations_are_those_of_one_transformer",
+        "test_token_timesteps::test_operations_are_exactly_what_torch_counts",
+        "test_pictures::test_operations_are_exactly_what_torch_counts",
+        "test_planner_ltx::test_flops_of_the_stock_model_are_exactly_what_torch_counts",
+    ),
+    "`model.single_file`": (
+        "load/test_single_file::test_every_tensor_is_that_of_the_folder",
+        "test_two_experts::test_settings_for_the_other_number_of_transformers",
+        None,
+        None,
+        "load/test_single_file::test_every_tensor_is_that_of_the_folder",
+    ),
+    "`model.storage`, GGUF": (
+        "load/test_quantised::test_a_gguf_file_is_the_video_of_its_values",
+        "load/test_quantised::test_fp8_is_the_video_of_rounded_weights",
+        "load/test_quantised::test_a_gguf_file_is_the_video_of_its_values",
+        "load/test_block_offload::test_videos_of_pictures",
+        "load/test_quantised::test_a_gguf_file_is_the_video_of_its_values",
+    ),
+    "`model.weights block_offload`": (
+        "load/test_block_offload::test_the_video_of_resident_weights_in_every_layout",
+        "load/test_block_offload::test_the_video_of_resident_weights_in_every_layout",
+        "load/test_block_offload::test_the_video_of_resident_weights_in_every_layout",
+        "load/test_block_offload::test_videos_of_pictures",
+        "load/test_block_offload::test_the_video_of_resident_weights_in_every_layout",
+    ),
+}
+
+
+def rows() -> dict[str, list[str]]:
+    """The table's cells by its first column."""
+    page = (ROOT / "docs/models.md").read_text().partition("## What works")[2].partition("\n## ")[0]
+    lines = [
+        [cell.strip() for cell in line.strip("| ").split(" | ")] for line in page.splitlines() if line.startswith("|")
+    ]
+    assert lines[0] == ["", *COLUMNS] or tuple(lines[0][-5:]) == COLUMNS
+    return {line[0]: line[1:] for line in lines[2:]}
+
+
+def exists(test: str) -> bool:
+    """Whether a test is in its file."""
+    file, _, name = test.partition("::")
+    path = ROOT / "tests/engine" / f"{file}.py"
+    return path.is_file() and re.search(rf"^def {name}\(", path.read_text(), re.MULTILINE) is not None
+
+
+def test_every_cell_has_its_test() -> None:
+    found = rows()
+    by_row = {start: [name for name in found if name.startswith(start)] for start in TESTS}
+    assert sorted(name for names in by_row.values() for name in names) == sorted(found)  # each row once
+    for start, tests in TESTS.items():
+        for column, cell, test in zip(COLUMNS, found[by_row[start][0]], tests, strict=True):
+            assert (cell == "untested") == (test is None), (start, column, cell)
+            assert test is None or exists(test), (start, column, test)
+
+
+def test_a_test_that_is_gone_would_be_found() -> None:
+    assert not exists("test_ranks::test_of_nothing")
+    assert not exists("test_nowhere::test_of_nothing")
