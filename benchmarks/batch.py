@@ -13,7 +13,6 @@ The second part runs the real driver, queue, journal and files, with replicas th
 """
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
@@ -156,7 +155,7 @@ def loop_items(root: Path, videos: int) -> list[float]:
     config = read_preset(PRESET, settings=SETTINGS | {"method.name": "direct"})
     root.mkdir()
     found = []
-    with contextlib.closing(LongVideoEngine(config)) as engine:
+    with LongVideoEngine(config) as engine:
         for seed in range(videos):
             started = time.perf_counter()
             latents = engine.denoise(PROMPT, seed=seed).latents

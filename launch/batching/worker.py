@@ -7,7 +7,6 @@ The others are tasks: `identity`, `suite`, `attempt`, `replica`; those of a serv
 `given_settings`, and `cancel`, a file that cancels the item once it exists. Events go to the pipe of `launch.ranks.host`.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -61,7 +60,7 @@ def _work(pipe: IO[str]) -> None:
     config = next(iter(configs.values()))
     with open_ranks(config, prompts=[setup["root"]], verbose=False) as context:
         context.check_on_first(lambda: refuse_unshared(Path(setup["root"])))
-        with contextlib.closing(LongVideoEngine(config, context.ranks)) as engine:
+        with LongVideoEngine(config, context.ranks) as engine:
             worker = Worker(
                 engine=engine,
                 configs=configs,

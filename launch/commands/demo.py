@@ -56,7 +56,7 @@ def run(given: Arguments) -> None:
             refuse_existing([picture], "--output.overwrite")
         records = {}
         if left:
-            engine = stack.enter_context(contextlib.closing(LongVideoEngine(given.config)))
+            engine = stack.enter_context(LongVideoEngine(given.config))
         for name, video in videos.items():
             if name not in left:
                 records[name] = json.loads(video.files.record.read_text(encoding="utf-8"))

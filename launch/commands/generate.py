@@ -35,7 +35,7 @@ def run(given: Arguments) -> None:
         look_at_prompts(config, [named for named, _, _ in left], context, given=given.given)
         for note in notes:
             print(f"note: {note}", flush=True)
-        engine = stack.enter_context(contextlib.closing(LongVideoEngine(config, context.ranks)))
+        engine = stack.enter_context(LongVideoEngine(config, context.ranks))
         for index, ((_, prompt), files, stage) in enumerate(left):
             if index > 0:
                 context.wait_for_first(f"video {index - 1}")

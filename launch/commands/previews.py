@@ -1,7 +1,5 @@
 """previews.py: fit the map from latents to colours of a VAE."""
 
-import contextlib
-
 from engine.decode.preview import PreviewFit, vae_digest
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
@@ -13,7 +11,7 @@ from launch.video.outputs import claim_outputs
 def run(given: Arguments) -> None:
     """Make a video of each prompt, fit its pixels on its latents, and write the factors."""
     config, out = given.config, given.out
-    with claim_outputs([out], flag="--out"), contextlib.closing(LongVideoEngine(config)) as engine:
+    with claim_outputs([out], flag="--out"), LongVideoEngine(config) as engine:
         spec = engine.spec
         # A picture of 1/4 of the video's sides for Wan, 1/8 for LTX-Video, whose latents are fewer.
         fit = PreviewFit(pixels=max(2, spec.spatial_factor // 8), step=spec.temporal_factor)

@@ -54,9 +54,7 @@ class VideoMaker:
     def engine(self) -> LongVideoEngine:
         """The engine of these ranks, loaded when it is first needed."""
         if self._engine is None:
-            self._engine = self._stack.enter_context(
-                contextlib.closing(LongVideoEngine(self.config, self.context.ranks))
-            )
+            self._engine = self._stack.enter_context(LongVideoEngine(self.config, self.context.ranks))
         return self._engine
 
     def check(self, comparison: Comparison) -> None:
