@@ -8,9 +8,10 @@ from engine.batch.suite import Suite, read_suite
 from engine.batch.variants import Variant
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.paths import expand, find_checkpoint
+from engine.paths import expand
 from engine.planner.gpu import read_gpu
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output
+from launch.arguments.ranks import check_model
 from launch.arguments.variants import read_variants
 from launch.batching.options import Options, add_arguments
 from launch.cli.parser import parse_run
@@ -60,7 +61,7 @@ def read(argv: list[str]) -> Arguments | Status:
         variants = read_variants(namespace.methods, argv, name="batch.py", add_arguments=add_arguments)
     if options.gpu is not None:
         read_gpu(options.gpu)
-    find_checkpoint(config.model.path)
+    check_model(config)
     if options.given is not None:
         options.given.check_files()
     suite = read_prompts(options)

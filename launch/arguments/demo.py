@@ -7,10 +7,11 @@ from jsonargparse import ArgumentParser
 
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.paths import expand, find_checkpoint
+from engine.paths import expand
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_empty
 from launch.arguments.options import add_out
 from launch.arguments.prompts import EXAMPLE
+from launch.arguments.ranks import check_model
 from launch.cli.argv import asked_value
 from launch.cli.parser import add_former_name, parse_run
 from launch.ranks.backend import check_environment
@@ -39,7 +40,7 @@ def read(argv: list[str]) -> Arguments:
         raise UserError("demo.py sets the method of each video; leave --method.name out")
     refuse_empty(namespace, "prompt", "out")
     check_environment()
-    find_checkpoint(config.model.path)
+    check_model(config)
     return Arguments(config=config, prompt=namespace.prompt, folder=expand(namespace.out))
 
 

@@ -8,10 +8,9 @@ from engine.config import OutputConfig, RunConfig
 from engine.errors import UserError
 from engine.files.checks import check_places
 from engine.given.frames import GivenFrames
-from engine.paths import find_checkpoint
 from launch.arguments.given import add_given, read_given
 from launch.arguments.prompts import EXAMPLE, Prompts, add_prompts, read_prompts
-from launch.arguments.ranks import add_ranks, check_started
+from launch.arguments.ranks import add_ranks, check_model, check_started
 from launch.cli.argv import asked_value
 from launch.cli.parser import parse_run
 from launch.ranks.backend import check_environment
@@ -58,7 +57,7 @@ def read(argv: list[str]) -> Arguments:
     given = read_given(namespace)
     if namespace.ray is None and rank_env is None:  # otherwise rank 0, maybe on another machine, checks the files
         check_free(outputs, config.output)
-        find_checkpoint(config.model.path)
+        check_model(config)
         if given is not None:
             given.check_files()
     return Arguments(

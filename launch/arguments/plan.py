@@ -6,8 +6,8 @@ from jsonargparse import ArgumentParser
 
 from engine.config import OutputConfig, RunConfig
 from engine.errors import UserError
-from engine.paths import find_checkpoint
 from engine.planner.gpu import GpuSpec, check_count, read_gpu
+from launch.arguments.ranks import check_model
 from launch.cli.parser import parse_run
 
 DESCRIPTION = "List every layout of a video over GPUs, with memory and predicted time, before any weight is loaded."
@@ -34,7 +34,7 @@ def read(argv: list[str]) -> Arguments:
         raise UserError(
             f"parallel.provider {config.parallel.provider} is for several ranks; give --gpus, or leave it out"
         )
-    find_checkpoint(config.model.path)
+    check_model(config)
     return Arguments(config=config, gpu=gpu, gpus=given.gpus, json=given.json)
 
 

@@ -7,10 +7,11 @@ from jsonargparse import ArgumentParser
 
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.paths import expand, find_checkpoint
+from engine.paths import expand
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_empty
 from launch.arguments.options import add_prompts_file
 from launch.arguments.prompts import read_prompts
+from launch.arguments.ranks import check_model
 from launch.cli.parser import parse_run
 from launch.ranks.backend import check_environment
 
@@ -50,7 +51,7 @@ def read(argv: list[str]) -> Arguments:
         raise UserError(
             f"--num_prompts must lie in [1, {len(prompts)}], the number of prompts, got {given.num_prompts}"
         )
-    find_checkpoint(config.model.path)
+    check_model(config)
     return Arguments(config=config, prompts=prompts[: given.num_prompts], out=expand(given.out))
 
 

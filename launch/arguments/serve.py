@@ -10,10 +10,11 @@ from jsonargparse import ArgumentParser
 from engine.batch.variants import Variant
 from engine.config import METHODS, RunConfig
 from engine.errors import UserError
-from engine.paths import expand, find_checkpoint
+from engine.paths import expand
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_empty
 from launch.arguments.options import add_methods, add_nproc, add_prompts_file
 from launch.arguments.prompts import read_prompts
+from launch.arguments.ranks import check_model
 from launch.arguments.variants import read_variants
 from launch.batching.options import Replicas, add_replicas
 from launch.cli.parser import parse_run
@@ -97,7 +98,7 @@ def read(argv: list[str]) -> Arguments:
     variants = methods_of(config)
     if namespace.methods is not None:
         variants = read_variants(namespace.methods, argv, name="serve.py", add_arguments=add_arguments)
-    find_checkpoint(config.model.path)
+    check_model(config)
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"serve needs {', '.join(missing)}; install with pip install 'freespec-engine[serve]'")
