@@ -1,4 +1,4 @@
-"""Write the tables of docs/performance.md (expected and measured), docs/predictions.md and docs/long-videos.md.
+"""Write the tables of docs/performance.md (expected and measured), docs/predictions.md, docs/long-videos.md and docs/far-keys.md.
 
 python -m benchmarks.report
 
@@ -18,7 +18,7 @@ from benchmarks.published import published_table
 from benchmarks.tables import NOT_MEASURED, Run, table, verdict
 from engine.files.tables import emptier
 
-PAGES = tuple(ROOT / "docs" / name for name in ("performance.md", "predictions.md", "long-videos.md"))
+PAGES = tuple(ROOT / "docs" / name for name in ("performance.md", "predictions.md", "long-videos.md", "far-keys.md"))
 BENCHMARKS: dict[str, Callable[[Run], str]] = {
     "attention": tables.attention,
     "far": tables.far,
@@ -28,6 +28,7 @@ BENCHMARKS: dict[str, Callable[[Run], str]] = {
     "memory": tables.memory,
     "minutes": tables.minutes,
     "long_measures": tables.long_measures,
+    "peaked": tables.peaked,
     "timeline": tables.timeline,
 }
 MEASURED = tuple(name for name in BENCHMARKS if name != "timeline")

@@ -83,6 +83,18 @@ def far_latents(run: Run) -> str:
     return f"{table(header, rows)}\n\n{videos}, {run['settings']['sampler.num_steps']} steps; latents, relative, Frobenius."
 
 
+def peaked(run: Run) -> str:
+    """Errors of the global branch, a sharpness in a row: means over the draws."""
+    sizes = list(dict.fromkeys(tuple(row["size"]) for row in run["results"]))
+    cells: dict[float, list[str]] = {}
+    for row in run["results"]:
+        errors, weights = zip(*row["errors"], strict=True)
+        line = cells.setdefault(row["sharpness"], [f"{statistics.mean(weights):.3f}"])
+        line.append(f"{statistics.mean(errors):.2f}")
+    kept = [f"error, {kept} of {rows * columns} tokens kept" for rows, columns, kept in sizes]
+    return table(["largest weight of a query, mean", *kept], list(cells.values()))
+
+
 def minutes(run: Run) -> str:
     """CPU seconds of a step and a frame, over those of the shortest video with the same far keys, and peak memory."""
     first: dict[str, float] = {}

@@ -15,6 +15,7 @@ from freespec.methods import (
     METHODS,
     SPLIT_BEFORE,
     FreeLong,
+    FreeLongPP,
     FreeNoise,
     FreePCA,
     FreeSpec,
@@ -328,10 +329,11 @@ class MethodConfig:
     """The method for long videos.
 
     Attributes:
-        name: direct, sliding_window, freenoise, freelong, freepca, ultravico, lvsa or freespec, or a class of your own as package.module:Class.
+        name: direct, sliding_window, freenoise, freelong, freelong_pp, freepca, ultravico, lvsa or freespec, or a class of your own as package.module:Class.
         window_frames: latent frames that the local branch sees: the native length of the model.
         freenoise: settings of `freenoise`, read by that method only.
         freelong: settings of `freelong`, read by that method only.
+        freelong_pp: settings of `freelong_pp`, read by that method only.
         freepca: settings of `freepca`, read by that method only.
         ultravico: settings of `ultravico`, read by that method only.
         lvsa: settings of `lvsa`, read by that method only.
@@ -343,6 +345,7 @@ class MethodConfig:
     window_frames: int
     freenoise: FreeNoise = field(default_factory=FreeNoise)
     freelong: FreeLong = field(default_factory=FreeLong)
+    freelong_pp: FreeLongPP = field(default_factory=FreeLongPP)
     freepca: FreePCA = field(default_factory=FreePCA)
     ultravico: UltraViCo = field(default_factory=UltraViCo)
     lvsa: LVSA = field(default_factory=LVSA)
@@ -372,6 +375,7 @@ class MethodConfig:
         return {
             "freenoise": self.freenoise,
             "freelong": self.freelong,
+            "freelong_pp": self.freelong_pp,
             "freepca": self.freepca,
             "ultravico": self.ultravico,
             "lvsa": self.lvsa,

@@ -1,4 +1,4 @@
-"""Which videos are timelines of the embedded world, and their measures, see `metrics.timelines.events`."""
+"""Which videos are timelines of the embedded world, and their measures, see `metrics.timelines.events`; versions of measures."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.media.read_video import read_frames
 from engine.text.timeline import parse_timeline
+from metrics.long import course
 from metrics.timelines import events
 from metrics.timelines.events import EVENT_UNITS, TextRange, event_metrics
 from metrics.version import source_digest
@@ -32,11 +33,12 @@ def measure_events(path: Path, events: Sequence[TextRange]) -> dict[str, float]:
     return {f"events.{name}": value for name, value in event_metrics(read_frames(path), events).items()}
 
 
-def version_of(prompt: str) -> str:
-    """Version of the measures of a prompt's video: `source_digest`, with the measures of events for a timeline."""
-    return _version(timed=parse_timeline(prompt) is not None)
+def version_of(prompt: str, *, long: bool = False) -> str:
+    """Version of the measures of a prompt's video: `source_digest`, with those of events for a timeline, and `long` ones if made."""
+    return _version(timed=parse_timeline(prompt) is not None, long=long)
 
 
 @functools.cache
-def _version(*, timed: bool) -> str:
-    return source_digest(Path(events.__file__)) if timed else source_digest()
+def _version(*, timed: bool, long: bool) -> str:
+    modules = [*([events] if timed else []), *([course] if long else [])]
+    return source_digest(*(Path(str(module.__file__)) for module in modules))

@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 import cv2
 
+import metrics.long.course
 from engine.errors import UserError
 from engine.files.trees import finite_or_none, read_kept
 from engine.files.whole import write_json
 from engine.media import read_video
+from evaluation.course import COURSE, measure_course
 from evaluation.events import EVENTS, measure_events, version_of
 from evaluation.videos import Video
 from evaluation.world import WORLD, measure_world
@@ -62,6 +64,18 @@ def measure_all_events(
         jobs.append(_Job(video.path, (video.path, video.events), folder / f"{video.sha256}-{what}.json"))
     code = version_of(videos[0].prompt)
     return _measure_kept(jobs, measure_events, "measures of events", EVENTS, code=code, workers=workers, say=say)
+
+
+def measure_all_course(
+    videos: Sequence[Video], folder: Path, *, workers: int, say: Callable[[str], None]
+) -> dict[Path, dict[str, float]]:
+    """Measure the course of long videos, by path, reusing kept values; `evaluation.course.long_videos` selects them."""
+    jobs = [
+        _Job(video.path, (video.path, video.native_frames), folder / f"{video.sha256}-{video.native_frames}.json")
+        for video in videos
+    ]
+    code = source_digest(Path(metrics.long.course.__file__))
+    return _measure_kept(jobs, measure_course, "measures of the course", COURSE, code=code, workers=workers, say=say)
 
 
 def measure_file(path: Path, fps: int) -> dict[str, float]:

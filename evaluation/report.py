@@ -10,6 +10,7 @@ from typing import Any
 from engine.files.tables import as_csv, markdown_cell, markdown_table
 from engine.files.trees import finite_or_none
 from engine.files.whole import write_json, write_text
+from evaluation.course import COURSE
 from evaluation.events import EVENTS
 from evaluation.tables import Scored, differences, means
 from evaluation.vbench.dimensions import DIMENSIONS
@@ -17,6 +18,7 @@ from evaluation.vbench.parse import DimensionScores
 from evaluation.videos import as_json
 from evaluation.world import WORLD
 from metrics.bootstrap import MIN_COUNT, Estimate
+from metrics.long.course import READING
 from metrics.proxies import PROXIES
 
 PAPER = Path(__file__).with_name("paper.json")
@@ -39,6 +41,7 @@ class Evaluation:
         proxies: whether proxies were computed.
         not_world: why there are no exact measures of the embedded world; None if there are.
         events: whether some videos have measures of a timeline's events.
+        not_long: why there are no measures of a long video's course; None if there are.
         scores: VBench-Long's scores by (label, dimension).
         vbench: commit and versions; None without VBench.
         notes: notes for the reader.
@@ -53,6 +56,7 @@ class Evaluation:
     proxies: bool = True
     not_world: str | None = "not asked for"
     events: bool = False
+    not_long: str | None = "not asked for"
     scores: Mapping[tuple[str, str], DimensionScores] = field(default_factory=dict)
     vbench: Mapping[str, Any] | None = None
     notes: Sequence[str] = ()
@@ -68,9 +72,10 @@ class Evaluation:
 
     @property
     def measures(self) -> list[str]:
-        """All six dimensions, requested or not, the proxies, and the exact measures of the embedded world and its timelines."""
-        proxies, world = PROXIES if self.proxies else (), WORLD if self.not_world is None else ()
-        return [*DIMENSIONS, *proxies, *world, *(EVENTS if self.events else ())]
+        """All six dimensions, requested or not, the proxies, exact measures of the embedded world and its timelines, and of the course."""
+        more = [*(WORLD if self.not_world is None else ()), *(EVENTS if self.events else ())]
+        more += COURSE if self.not_long is None else ()
+        return [*DIMENSIONS, *(PROXIES if self.proxies else ()), *more]
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> list[Path]:
@@ -128,6 +133,7 @@ def as_tree(evaluation: Evaluation) -> dict[str, Any]:
         ],
         "paper": read_paper(),
         "not_world": evaluation.not_world,
+        "not_long": evaluation.not_long,
         "missing": list(evaluation.missing),
         "notes": [*evaluation.notes, *_differing(evaluation)],
         "failures": list(evaluation.failures),
@@ -163,6 +169,8 @@ def as_markdown(evaluation: Evaluation, tree: Mapping[str, Any]) -> str:
         lines += [*_proxy_section(evaluation, tree), *_world_section(evaluation, tree)]
     if evaluation.events:
         lines += _events_section(evaluation, tree)
+    if evaluation.proxies:
+        lines += _course_section(evaluation, tree)
     for heading, sentences in (("Notes", tree["notes"]), ("Failed", tree["failures"])):
         if sentences:
             lines += [f"## {heading}", "", *(f"- {markdown_cell(sentence)}" for sentence in sentences), ""]
@@ -314,6 +322,18 @@ def _events_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str
         "Whether frames show the event that they are for, read as above; docs/compare.md says what each measure is.",
         "",
         *_by_measure(evaluation, tree, {name: f"`{name}`, {unit}" for name, unit in EVENTS.items()}),
+    ]
+
+
+def _course_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]:
+    heading = ["## The course of long videos", ""]
+    if evaluation.not_long is not None:
+        return [*heading, f"{MISSING[0].upper()}{MISSING[1:]}: {markdown_cell(evaluation.not_long)}.", ""]
+    return [
+        *heading,
+        f"None has a good direction of its own: {READING}; docs/long-videos.md has what each finds on clips whose truth is known.",
+        "",
+        *_by_measure(evaluation, tree, {name: f"`{name}`, {unit}" for name, unit in COURSE.items()}),
     ]
 
 

@@ -10,8 +10,9 @@ from engine.errors import UserError
 from engine.files.locks import HeldError, hold
 from engine.files.say import Say
 from engine.files.storage import writing_to
+from evaluation.course import long_videos
 from evaluation.events import has_events
-from evaluation.measure import measure_all, measure_all_events, measure_all_world
+from evaluation.measure import measure_all, measure_all_course, measure_all_events, measure_all_world
 from evaluation.report import Evaluation, write_report
 from evaluation.tables import Scored
 from evaluation.vbench.bench import Bench, Evaluator, PreflightError, preflight
@@ -114,6 +115,7 @@ def _report(
         dimensions=request.dimensions,
         proxies=request.proxies,
         not_world=measured.not_world,
+        not_long=measured.not_long,
         events=measured.events is not None,
         scores={(o.view.label, o.dimension): o.scores for o in outcomes if o.scores is not None},
         vbench=bench.identity if bench else None,
@@ -139,17 +141,19 @@ def _missing(request: Request, videos: Sequence[Video]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Measured:
-    """Measures by path, why no video has exact ones (or None), and notes on those that some lack."""
+    """Measures by path, why no video has exact ones or those of its course (or None), and notes on those that some lack."""
 
     proxies: Mapping[Path, dict[str, float]] = field(default_factory=dict)
     world: Mapping[Path, dict[str, float]] = field(default_factory=dict)
     events: Mapping[Path, dict[str, float]] | None = None
+    course: Mapping[Path, dict[str, float]] = field(default_factory=dict)
     not_world: str | None = "not asked for"
+    not_long: str | None = "not asked for"
     notes: Sequence[str] = ()
 
     def of(self, video: Video) -> dict[str, float]:
         """All measures of a video."""
-        found = (self.proxies, self.world, self.events or {})
+        found = (self.proxies, self.world, self.events or {}, self.course)
         return {name: value for part in found for name, value in part.get(video.path, {}).items()}
 
 
@@ -160,12 +164,15 @@ def _measures(request: Request, videos: Sequence[Video], say: Say) -> _Measured:
     timed = [video for video in videos if video.events and has_events(video.prompt, *video.size)]
     plain = [video for video in videos if video not in timed]
     of_world, reason = videos_of_world(plain) if plain else ([], "every prompt is a timeline, measured by events")
+    longer, not_long = long_videos(videos)
     share = f"The exact measures of the embedded world are of {len(of_world)} of {len(videos)} videos: {reason}."
     return _Measured(
         proxies=measure_all(videos, out / "proxies", workers=workers, say=say),
         world=measure_all_world(of_world, out / "world", workers=workers, say=say) if of_world else {},
         events=measure_all_events(timed, out / "events", workers=workers, say=say) if timed else None,
+        course=measure_all_course(longer, out / "course", workers=workers, say=say) if longer else {},
         not_world=None if of_world else reason,
+        not_long=not_long,
         notes=[share] if of_world and reason is not None else [],
     )
 

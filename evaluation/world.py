@@ -24,13 +24,20 @@ def videos_of_world(videos: Sequence["Video"]) -> tuple[list["Video"], str | Non
     reasons = {video.path: _why_not(video) for video in videos}
     of_world = [video for video in videos if reasons[video.path] is None]
     reason = next((reason for reason in reasons.values() if reason is not None), None)
-    native = {video.native_frames for video in of_world}
+    if (not_one := why_not_one_native(of_world)) is not None:
+        return [], not_one
+    return of_world, reason
+
+
+def why_not_one_native(videos: Sequence["Video"]) -> str | None:
+    """None if all videos have one known native length, otherwise the reason."""
+    native = {video.native_frames for video in videos}
     if None in native:
-        return [], "the model's native length is not known; give --native_frames"
+        return "the model's native length is not known; give --native_frames"
     if len(native) > 1:
         lengths = ", ".join(map(str, sorted(n for n in native if n is not None)))
-        return [], f"the videos are of models of different native lengths ({lengths} frames)"
-    return of_world, reason
+        return f"the videos are of models of different native lengths ({lengths} frames)"
+    return None
 
 
 def _why_not(video: "Video") -> str | None:

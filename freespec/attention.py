@@ -331,7 +331,7 @@ def frames_op(  # noqa: PLR0917
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor, kernel: str, frame_tokens: int
 ) -> Tensor:
     """`WindowedAttention.frames` as an operator: a tensor of frames, as numbers would compile every step by itself."""
-    attention = _attention_of([seen.shape[0], frame_tokens, seen.shape[0], 0, 0], kernel, kernel)
+    attention = _attention_of([seen.shape[0], frame_tokens, seen.shape[0], 0, 0, 0], kernel, kernel)
     return attention.frames(q, k, v, seen).contiguous()
 
 

@@ -45,20 +45,19 @@ def low_pass(x_BFHWD: Tensor, matrices: tuple[Tensor, Tensor, Tensor]) -> Tensor
     return x.real if x.is_complex() else x
 
 
-@one_operator("(Tensor o_local, Tensor o_global, Tensor[] matrices, *, int[] size) -> Tensor", like_first)
-def exchange_low(
-    o_local: Tensor, o_global: Tensor, matrices: tuple[Tensor, Tensor, Tensor], *, size: tuple[int, int, int]
+@one_operator("(Tensor total, Tensor near, Tensor far, Tensor[] matrices, *, int[] size) -> Tensor", like_first)
+def add_low(
+    total: Tensor, near: Tensor, far: Tensor, matrices: tuple[Tensor, Tensor, Tensor], *, size: tuple[int, int, int]
 ) -> Tensor:
-    """O_l + LPF(O_g - O_l), [B, F*H*W, N, D] in the dtype of O_l, with `size` (F, H, W).
+    """total + LPF(far - near), [B, F*H*W, N, D] in the dtype of `total`, with `size` (F, H, W).
 
     Computed in fp32 at least, head by head, as the fp32 copies are larger than the branches.
     """
-    compute_dtype = torch.promote_types(o_local.dtype, torch.float32)
-    out = torch.empty_like(o_local)
-    for head in range(o_local.shape[2]):
-        near = o_local[:, :, head].to(compute_dtype)
-        far = (o_global[:, :, head].to(compute_dtype) - near).unflatten(1, size)
-        out[:, :, head] = (near + low_pass(far, matrices).flatten(1, 3)).to(out.dtype)
+    compute_dtype = torch.promote_types(total.dtype, torch.float32)
+    out = torch.empty_like(total)
+    for head in range(total.shape[2]):
+        low = (far[:, :, head].to(compute_dtype) - near[:, :, head].to(compute_dtype)).unflatten(1, size)
+        out[:, :, head] = (total[:, :, head].to(compute_dtype) + low_pass(low, matrices).flatten(1, 3)).to(out.dtype)
     return out
 
 

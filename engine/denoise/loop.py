@@ -66,25 +66,27 @@ class DenoiseLoop:
         total = len(self.scheduler.timesteps)
         reached = (done, latents, scheduler_state(self.scheduler, self.generator))
         with self.progress("denoise", total=total, initial=done) as bar, self.model.traced():
-            started = time.perf_counter()
+            started, cpu_started = time.perf_counter(), time.process_time()
 
             def after_step(finished: int, latents: Tensor) -> None:
-                nonlocal started, reached
+                nonlocal started, cpu_started, reached
                 wait_for(latents.device)  # so that the clock is read after the step
                 self.check(latents, finished, total)
                 mode = self.model.handle.state.last.mode
                 timestep = float(self.scheduler.timesteps[finished - 1])
-                now = time.perf_counter()
+                now, cpu_now = time.perf_counter(), time.process_time()
                 row: dict[str, Any] = {
                     "step": finished - 1,
                     "timestep": timestep,
                     "mode": mode,
                     "seconds": now - started,
+                    "cpu_seconds": cpu_now - cpu_started,
                 }
                 if len(self.model.placement.experts) > 1:
                     row["expert"] = self.model.expert_at(timestep)
                 self.steps.append(row)
-                started, reached = now, (finished, latents, scheduler_state(self.scheduler, self.generator))
+                started, cpu_started = now, cpu_now
+                reached = (finished, latents, scheduler_state(self.scheduler, self.generator))
                 bar.set_postfix(mode=mode)
                 bar.update()
                 if self.save_every and (finished % self.save_every == 0 or finished == total):

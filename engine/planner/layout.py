@@ -12,6 +12,7 @@ from engine.planner.model import FP32_BYTES, ModelSpec
 from engine.ranks.layouts import Degrees, refused_axes
 from freespec.far_keys import far_tokens
 from freespec.methods import LVSA, FreeNoise, Grid, Mode
+from freespec.methods.base import names_frames
 from freespec.windows import window_range
 from parallel.shards import (
     HaloRange,
@@ -268,10 +269,8 @@ def _count_views(method: MethodConfig, frames: int, frame_tokens: int) -> int:
 def _count_set_frames(method: MethodConfig, frames: int, frame_tokens: int) -> int:
     """Frames of keys of a query of the method, or of LVSA for a method that names no frames."""
     grid = Grid(frames=frames, rows=1, columns=frame_tokens, window_frames=min(method.window_frames, frames))
-    made, steps = method.method, method.method.plan([1000.0, 1.0])
-    if steps[0].mode != "frames":
-        made, steps = LVSA(), LVSA().plan([1000.0, 1.0])
-    return sum(max(map(len, each)) for each in made.frame_sets(steps[0], grid))
+    made = method.method if names_frames(method.method) else LVSA()
+    return sum(max(map(len, each)) for each in made.frame_sets(made.plan([1000.0, 1.0])[0], grid))
 
 
 def num_passes(sampler: SamplerConfig) -> int:

@@ -19,7 +19,7 @@ from engine.planner.providers import Support
 from engine.planner.timing import TERA, step_seconds
 from engine.ranks.layouts import refused_axes
 from freespec.methods import METHODS, Method, Mode, make_method
-from freespec.methods.base import has_rest_kernel
+from freespec.methods.base import has_rest_kernel, names_frames
 from parallel.shards import length
 
 OFFLOADS = ("cpu_offload", "block_offload")
@@ -252,9 +252,18 @@ class Case:
 
     @property
     def methods(self) -> dict[str, Method]:
-        """The methods to predict: the planned one with its settings, the others with defaults, but for those with a slower kernel."""
+        """The methods to predict: the planned one with its settings, the others with defaults.
+
+        Those with a slower kernel are left out, and of the others that name their frames all but LVSA beside a method that names none,
+        as a layout counts the frames of one method.
+        """
+        own = self.method.method
         others = {name: make_method(name) for name in METHODS}
-        known = {name: made for name, made in others.items() if not has_rest_kernel(made)}
+        known = {
+            name: made
+            for name, made in others.items()
+            if not has_rest_kernel(made) and (not names_frames(made) or (name == "lvsa" and not names_frames(own)))
+        }
         return known | {self.method.name: self.method.method}
 
     def count_steps(self) -> dict[str, dict[Mode, int]]:

@@ -77,7 +77,7 @@ def write_findings(
     )
     try:
         if page.is_file() and not overwrite:
-            _refuse_emptier(page, text)
+            refuse_emptier(page, text)
         for name, plot in plots.items():
             _copy(plot, page.parent / str(figures[name]))
         if short:
@@ -99,7 +99,7 @@ def _so_far(reports: Mapping[str, Report | None]) -> list[str]:
     return [f"**Not everything is measured yet**: {'; '.join(parts)}.\n"] if parts else []
 
 
-def _refuse_emptier(page: Path, text: str) -> None:
+def refuse_emptier(page: Path, text: str) -> None:
     """Raise UserError if the existing page has tables, or videos in them, that the new text lacks."""
     lost = emptier(page.read_text(encoding="utf-8", errors="replace"), text)
     if lost:

@@ -23,6 +23,7 @@ _KINDS = {
     "frames": "#4d6b78",
 }
 _COLUMNS = 4
+_MARKERS = "os^vDPX*<>"
 
 
 def colour_of(index: int) -> str:
@@ -121,3 +122,29 @@ def _draw_interval(axes: Axes, mean: Estimate, place: int, colour: str) -> None:
     if not math.isnan(mean.low):
         axes.plot([mean.low, mean.high], [place, place], color=colour, linewidth=2)
     axes.plot(mean.mean, place, "o", color=colour, markersize=5)
+
+
+def draw_costs(reports: Sequence[tuple[str, str, dict[str, dict[str, tuple[Estimate, Estimate]]]]]) -> Figure:
+    """A row of panels for each report (title, axis of cost, points of each measure): every method's mean beside its cost."""
+    labels = list(dict.fromkeys(label for _, _, panels in reports for points in panels.values() for label in points))
+    widest = max(len(panels) for _, _, panels in reports)
+    figure = Figure(figsize=(4.0 * widest + 1.8, 3.1 * len(reports)), layout="constrained")
+    grid = figure.subplots(len(reports), widest, squeeze=False)
+    for line, (title, cost, panels) in zip(grid, reports, strict=True):
+        for axes, (measure, points) in zip(line, panels.items(), strict=False):
+            for label, (x, y) in points.items():
+                index = labels.index(label)
+                if not math.isnan(y.low):
+                    axes.plot([x.mean, x.mean], [y.low, y.high], color=colour_of(index), linewidth=1.5)
+                axes.plot(x.mean, y.mean, _MARKERS[index % len(_MARKERS)], color=colour_of(index), markersize=6)
+            axes.set_title(f"{title}: {measure}", loc="left", fontsize=9)
+            axes.set_xlabel(cost, fontsize=8)
+            axes.set_xlim(left=0)
+            axes.tick_params(labelsize=8)
+            axes.spines[["top", "right"]].set_visible(False)
+        for axes in line[len(panels) :]:
+            axes.remove()
+    for index, label in enumerate(labels):
+        grid[0][0].plot([], [], _MARKERS[index % len(_MARKERS)], color=colour_of(index), label=label)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    return figure

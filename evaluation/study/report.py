@@ -20,6 +20,7 @@ from evaluation.study.page import write_page
 from evaluation.study.plots import draw_clips, draw_metrics, draw_times, save_figure
 from evaluation.study.summary import Row, as_json, clips, summarise, times
 from metrics.bootstrap import LEVEL, RESAMPLES
+from metrics.long.course import READING
 from metrics.similarity import num_clips
 from metrics.video import VIDEO_UNITS
 
@@ -57,6 +58,7 @@ class Compared:
         not_world: why some videos have no exact measures of the embedded world; None if all have.
         num_world: prompts whose videos have them.
         kept_file: file that keeps the measures, if there is one.
+        long: whether the measures of a long video's course are among them.
     """
 
     described: Mapping[str, Any]
@@ -70,6 +72,7 @@ class Compared:
     not_world: str | None
     num_world: int
     kept_file: Path | None
+    long: bool = False
 
     @property
     def labels(self) -> list[str]:
@@ -85,7 +88,7 @@ def write_report(compared: Compared, measured: Sequence[Measured], *, folder: Pa
     """
     labels = compared.labels
     rows = summarise(measured, labels, compared.units, baseline)
-    time = times(measured, labels)
+    time = times(measured, labels, baseline)
     series = {metric: clips(measured, labels, metric) for metric in _CLIP_TITLES}
     series = {metric: found for metric, found in series.items() if any(found.values())}
     notes = _notes(compared, measured, rows, baseline=baseline)
@@ -142,6 +145,8 @@ def _notes(compared: Compared, measured: Sequence[Measured], rows: Sequence[Row]
         _on_world(compared),
         *_without_value(rows, num_frames=video.num_frames, clip_frames=clip_frames),
     ]
+    if compared.long:
+        notes.append(f"Measures of the course of a long video have no good direction of their own: {READING}.")
     if compared.is_native:
         notes.append(
             "No video is longer than the native window, where every method is the base model: what differs is initial noise "
@@ -192,7 +197,7 @@ def _why_no_value(metric: str, num_frames: int, clip_frames: int) -> str:
 def _kept(compared: Compared, measured: Sequence[Measured]) -> list[str]:
     """Describe videos of which only the measures are kept."""
     gone = sum(not each.video.is_done for each in measured)
-    older = sum(each.version != version_of(each.video.prompt) for each in measured)
+    older = sum(each.version != version_of(each.video.prompt, long=compared.long) for each in measured)
     notes = [f"{gone} of the videos are not here: their measures are kept in {compared.kept_file}."] if gone else []
     if older:
         notes.append(f"{older} videos were measured by another version of metrics/ or of its libraries than is here.")

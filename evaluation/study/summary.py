@@ -48,14 +48,24 @@ def summarise(measured: Sequence[Measured], labels: Sequence[str], units: dict[s
     return rows
 
 
-def times(measured: Sequence[Measured], labels: Sequence[str]) -> dict[str, dict[str, Any]]:
+def times(measured: Sequence[Measured], labels: Sequence[str], baseline: str) -> dict[str, dict[str, Any]]:
     """Seconds of each variant: a whole denoising run, and one step of each kind.
 
     `denoise` and `decode` are medians, the first over videos that were made in one go, `runs` how many those are; `steps` holds
     for each kind the median of all its steps, and how many steps of it a whole run has. A suspended
-    machine would dominate a mean.
+    machine would dominate a mean. `cpu` is the median CPU time of the process in denoising, which other programs hardly change, and
+    `cpu_ratio` its mean ratio to the baseline's, pair by pair; None without a record of it.
     """
-    return {label: _time([each.record for each in measured if each.video.label == label]) for label in labels}
+    found = {label: _time([each.record for each in measured if each.video.label == label]) for label in labels}
+    cpu = {(each.video.label, *_pair(each)): _cpu_seconds(each.record) for each in measured}
+    prompts = sorted({each.video.prompt_index for each in measured})
+    for label in labels:
+        known = [cpu[key] for key in cpu if key[0] == label and not math.isnan(cpu[key])]
+        found[label]["cpu"] = statistics.median(known) if known else None
+        ratios = [(key[1], cpu[key] / cpu[baseline, *key[1:]]) for key in cpu if key[0] == label]
+        ratio = mean_interval(seed_means(ratios, prompts))
+        found[label]["cpu_ratio"] = as_json(ratio) if ratio.count else None
+    return found
 
 
 def clips(measured: Sequence[Measured], labels: Sequence[str], metric: str) -> dict[str, list[Estimate]]:
@@ -87,6 +97,15 @@ def _by_prompt(measured: Sequence[Measured], label: str, metric: str) -> np.ndar
     """[prompts]: the mean over seeds of one measure of a label."""
     found = ((each.video.prompt_index, each.values[metric]) for each in measured if each.video.label == label)
     return seed_means(found, sorted({each.video.prompt_index for each in measured}))
+
+
+def _pair(each: Measured) -> tuple[int, int]:
+    return each.video.prompt_index, each.video.seed
+
+
+def _cpu_seconds(record: dict[str, Any]) -> float:
+    """CPU time of the process in all steps; nan for a record of an older version."""
+    return sum(step.get("cpu_seconds", math.nan) for step in record["steps"])
 
 
 def _time(records: list[dict[str, Any]]) -> dict[str, Any]:

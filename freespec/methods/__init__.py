@@ -13,6 +13,7 @@ from freespec.methods.base import Branches, Grid, Layer, Method, Mode, Noise, St
 from freespec.methods.direct import Direct
 from freespec.methods.direct_far import DirectFar
 from freespec.methods.freelong import FreeLong
+from freespec.methods.freelong_pp import FreeLongPP
 from freespec.methods.freenoise import FreeNoise
 from freespec.methods.freepca import FreePCA
 from freespec.methods.freespec import FreeSpec
@@ -29,6 +30,7 @@ __all__ = [
     "Direct",
     "DirectFar",
     "FreeLong",
+    "FreeLongPP",
     "FreeNoise",
     "FreePCA",
     "FreeSpec",
@@ -50,6 +52,7 @@ METHODS: dict[str, type[Method]] = {
     "sliding_window": SlidingWindow,
     "freenoise": FreeNoise,
     "freelong": FreeLong,
+    "freelong_pp": FreeLongPP,
     "freepca": FreePCA,
     "ultravico": UltraViCo,
     "lvsa": LVSA,

@@ -146,6 +146,11 @@ def has_rest_kernel(method: Method) -> bool:
     return type(method).rest_kernel is not Method.rest_kernel
 
 
+def names_frames(method: Method) -> bool:
+    """Whether the steps of the method are of mode `frames`."""
+    return method.plan([1000.0, 1.0])[0].mode == "frames"
+
+
 def check_rest_kernel(method: Method, name: str, *, dual: str, complement: str) -> None:
     """Raise ValueError for kernels of the keys outside the windows that the method's own would replace."""
     if has_rest_kernel(method) and (dual == "triton" or complement != "same"):

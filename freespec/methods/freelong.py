@@ -64,7 +64,7 @@ class FreeLong(Method):
         o_local, o_global, grid = branches.o_local, branches.o_global, layer.grid
         assert o_local is not None and o_global is not None, "freelong fuses two branches"
         size = (grid.frames, grid.rows, grid.columns)
-        return freespec.lowpass.exchange_low(o_local, o_global, weights, size=size)
+        return freespec.lowpass.add_low(o_local, o_local, o_global, weights, size=size)
 
     def _matrix(self, size: int, cutoff: float) -> Tensor:
         if self.compat:

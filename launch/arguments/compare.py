@@ -102,6 +102,12 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="file of kept measures: videos listed in it are not made again, and the report adds new ones",
     )
     parser.add_argument(
+        "--long_measures",
+        type=bool,
+        default=False,
+        help="measure the course of long videos too: likeness at a distance in time, loops, slopes, cuts",
+    )
+    parser.add_argument(
         "--shard",
         type=str,
         help="i/n: make and measure the i-th of n shares of the pairs of prompt and seed, without a report",

@@ -14,10 +14,11 @@ from engine.files.tables import write_csv
 from engine.files.whole import write_json, write_text
 from engine.paths import expand
 from engine.progress import enabled
+from evaluation.study.quality import PARTS
 from evaluation.study.summary import as_json
 from launch.arguments.calibrate import NAME, Arguments
 from launch.batching.devices import arrange_for
-from launch.calibration.score import PARTS, judge, mean_parts, scores, survivors
+from launch.calibration.score import judge, mean_parts, scores, survivors
 from launch.calibration.space import END_SHARES, SPACE, START, draw_trials
 from launch.calibration.videos import CalibrationPlan
 from launch.comparison.checks import check_longer

@@ -24,6 +24,7 @@ def run(asked: Arguments) -> None:
         prompts=asked.prompts.texts,
         seeds=asked.seeds,
         kept_file=None if given.measures is None else expand(given.measures),
+        long_measures=given.long_measures,
     )
     if not given.report_only:
         make_videos(comparison, asked)

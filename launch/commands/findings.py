@@ -1,8 +1,9 @@
 """findings.py: make the parts of a study, report on them, and write its page."""
 
+from evaluation.study.bench import write_bench
 from evaluation.study.findings import write_findings
+from evaluation.study.quality import PARTS
 from launch.arguments.findings import Arguments
-from launch.calibration.score import PARTS
 from launch.cli.start import run_here
 from launch.process.stopping import Stopped
 from launch.study.reports import KEPT, TABLES, read_report, refuse_mixed
@@ -19,19 +20,23 @@ def run(asked: Arguments) -> None:
         raise Stopped("while the study was made; the same command continues from what exists") from error
     for argv in asked.study.reports():
         run_here("compare", argv)
-    files = {name: runs / name / "report.json" for name in TABLES}
-    files |= {name: kept / name / "report.json" for name in KEPT}
+    is_bench = asked.study.writes == "bench"
+    files = {name: runs / name / "report.json" for name in (asked.study.report_names if is_bench else TABLES)}
+    files |= {} if is_bench else {name: kept / name / "report.json" for name in KEPT}
     reports = {name: read_report(file, name) for name, file in files.items()}
     refuse_mixed(reports, files)
     with claim_outputs([page], flag="--page"):
-        write_findings(
-            page,
-            reports,
-            runs=runs,
-            kept=kept,
-            score_parts=PARTS,
-            transfer=transfer_section(),
-            overwrite=asked.overwrite,
-        )
+        if is_bench:
+            write_bench(page, reports, kept=kept, overwrite=asked.overwrite)
+        else:
+            write_findings(
+                page,
+                reports,
+                runs=runs,
+                kept=kept,
+                score_parts=PARTS,
+                transfer=transfer_section(),
+                overwrite=asked.overwrite,
+            )
     missing = [name for name, report in reports.items() if report is None]
     print(f"{page}: written" + (f"; not measured yet: {', '.join(missing)}" if missing else ""))

@@ -26,6 +26,7 @@ from launch.process.stopping import Stopped
 _HEADER: Shape = SHAPE | {"variants": dict, "clip_frames": int, "measures": list, "origins": list}
 _ORIGIN = ("device", "parallel", "versions", "git", "model")
 _SECONDS_DIGITS = 4
+_STEP = ("seconds", "cpu_seconds")  # numbers of a step; files of older versions have the first
 
 
 def check_kept(comparison: Comparison) -> None:
@@ -56,7 +57,7 @@ def measure_there(comparison: Comparison, videos: Sequence[Video] | None = None,
     """Measure the existing videos (by default of the whole comparison) and read the kept measures of the others, in order."""
     videos = comparison.videos if videos is None else videos
     there = [video for video in videos if video.is_done]
-    applied = {"world": has_world(comparison), "events": bool(timelines(comparison))}
+    applied = {"world": has_world(comparison), "events": bool(timelines(comparison)), "long": comparison.long_measures}
     fresh = measure_all(there, clip_frames=native_frames(comparison), **applied, progress=progress)
     found = read_kept(comparison) | {each.video.key: each for each in fresh}
     return [found[video.key] for video in videos if video.key in found]
@@ -151,10 +152,14 @@ def _line(each: Measured, header: dict[str, Any]) -> dict[str, Any]:
         "sha256": record["video"]["sha256"],
         "resumed_at": record["resumed_at"],
         "seconds": {key: round(record["seconds"][key], _SECONDS_DIGITS) for key in ("denoise", "decode")},
-        "steps": [[step["mode"], round(step["seconds"], _SECONDS_DIGITS)] for step in record["steps"]],
+        "steps": [[step["mode"], *_rounded(step)] for step in record["steps"]],
         "values": list(map(finite_or_none, values)),
         "by_clip": each.by_clip,
     }
+
+
+def _rounded(step: Mapping[str, Any]) -> list[float]:
+    return [round(step[key], _SECONDS_DIGITS) for key in _STEP if key in step]
 
 
 def _measured(video: Video, header: dict[str, Any], line: dict[str, Any]) -> Measured:
@@ -164,7 +169,7 @@ def _measured(video: Video, header: dict[str, Any], line: dict[str, Any]) -> Mea
     record = {key: origin[key] for key in _ORIGIN} | {key: line[key] for key in ("resumed_at", "seconds")}
     record |= {
         "video": {"sha256": line["sha256"]},
-        "steps": [{"mode": mode, "seconds": seconds} for mode, seconds in line["steps"]],
+        "steps": [dict(zip(("mode", *_STEP), step, strict=False)) for step in line["steps"]],
     }
     wrong = lacking(record, RECORD) or lacking(line, {"sha256": str, "by_clip{}": list})
     if wrong or not isinstance(origin["measured_by"], str):

@@ -16,6 +16,7 @@ from engine.shown import quoted
 from evaluation.events import has_events, ranges_of, version_of
 from evaluation.study.measured import Measured
 from launch.comparison.store import Comparison, Video
+from metrics.long.course import COURSE_UNITS, course_metrics
 from metrics.timelines.events import EVENT_UNITS, TextRange, event_metrics
 from metrics.video import VIDEO_UNITS, video_metrics
 from metrics.world import WORLD_UNITS, why_not_world, world_metrics
@@ -24,14 +25,18 @@ _SHOWN_PROMPTS = 3
 _WORLD_SIZE = (64, 64)
 
 
-def units(*, world: bool, events: bool = False) -> dict[str, str]:
-    """All measures with their units; `world` adds the exact measures of the embedded world, `events` those of its timelines."""
-    return VIDEO_UNITS | (WORLD_UNITS if world else {}) | (EVENT_UNITS if events else {})
+def units(*, world: bool, events: bool = False, long: bool = False) -> dict[str, str]:
+    """All measures with their units.
+
+    `world` adds the exact measures of the embedded world, `events` those of its timelines, `long` those of a long video's course.
+    """
+    found = VIDEO_UNITS | (WORLD_UNITS if world else {}) | (EVENT_UNITS if events else {})
+    return found | (COURSE_UNITS if long else {})
 
 
 def units_of(comparison: Comparison) -> dict[str, str]:
     """The measures of a comparison's videos, with their units."""
-    return units(world=has_world(comparison), events=bool(timelines(comparison)))
+    return units(world=has_world(comparison), events=bool(timelines(comparison)), long=comparison.long_measures)
 
 
 def strange_prompts(comparison: Comparison) -> list[str]:
@@ -75,20 +80,26 @@ def native_frames(comparison: Comparison) -> int:
 
 
 def measure_all(
-    videos: Iterable[Video], *, clip_frames: int, world: bool, events: bool = False, progress: bool
+    videos: Iterable[Video],
+    *,
+    clip_frames: int,
+    world: bool,
+    events: bool = False,
+    long: bool = False,
+    progress: bool,
 ) -> list[Measured]:
     """Measure every video, or reuse measures by the same code of the same file.
 
     With `world`, videos of its size and captions have exact measures too, and with `events` those of its timelines; for others
-    these are NaN.
+    these are NaN. With `long` every video has those of its course.
     """
     return [
-        _measure(video, clip_frames=clip_frames, world=world, events=events)
+        _measure(video, clip_frames=clip_frames, world=world, events=events, long=long)
         for video in tqdm(list(videos), desc="measure", disable=not progress)
     ]
 
 
-def _measure(video: Video, *, clip_frames: int, world: bool, events: bool) -> Measured:
+def _measure(video: Video, *, clip_frames: int, world: bool, events: bool, long: bool) -> Measured:
     record = video.record
     if record is None:
         raise UserError(f"{video.files.sidecar} has just been deleted; start the same command again")
@@ -97,7 +108,7 @@ def _measure(video: Video, *, clip_frames: int, world: bool, events: bool) -> Me
         raise UserError(
             f"{video.files.video} is not the file that its sidecar describes; delete both to make it again, and its line in the file of --measures if there is one"
         )
-    names, version = units(world=world, events=events), version_of(video.prompt)
+    names, version = units(world=world, events=events, long=long), version_of(video.prompt, long=long)
     world = world and not why_not_world([video.prompt], *_WORLD_SIZE)
     ranges = ranges_of(record["timeline"]) if events and has_events(video.prompt, *_WORLD_SIZE) else None
     key = {"video": digest, "version": version, "clip_frames": clip_frames, "world": world, "prompt": video.prompt}
@@ -106,6 +117,7 @@ def _measure(video: Video, *, clip_frames: int, world: bool, events: bool) -> Me
     if kept is None or kept["key"] != key:
         frames = read_frames(video.files.video)
         values, by_clip = _measures(frames, video.prompt, clip_frames=clip_frames, world=world, events=ranges)
+        values |= course_metrics(frames, clip_frames).values if long else {}
         kept = {
             "key": key,
             "values": {name: finite_or_none(value) for name, value in values.items()},

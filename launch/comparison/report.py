@@ -48,4 +48,5 @@ def _compared(comparison: Comparison) -> Compared:
         not_world=not_world(comparison),
         num_world=len(comparison.prompts) - len(strange_prompts(comparison)),
         kept_file=comparison.kept_file,
+        long=comparison.long_measures,
     )

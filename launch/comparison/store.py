@@ -34,6 +34,7 @@ RECORD: Shape = {
     "seconds.decode": int | float,
     "steps[].mode": str,
     "steps[].seconds": int | float,
+    "steps[].cpu_seconds?": int | float,
     "device.name": str,
     "device.cpu_threads": int,
     "parallel.ranks": int,
@@ -124,6 +125,8 @@ class Comparison:
     seeds: list[int]
     kept_file: Path | None = None
     """File of measures that outlive the videos (kept_measures.py)."""
+    long_measures: bool = False
+    """Whether videos have the measures of a long video's course too (metrics/long/)."""
 
     @property
     def config(self) -> RunConfig:

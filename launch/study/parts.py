@@ -16,6 +16,8 @@ from engine.files.whole import atomic_path
 from engine.paths import REPOSITORY, expand, find_file
 
 PLACES = ("runs", "search", "kept", "page")
+PAGES = ("findings", "bench")
+"""What a study may write: the findings, or a section for each report, whatever their names."""
 _STUDY: Shape = {**dict.fromkeys((*PLACES, "device"), str), "shards": int, "make": dict}
 _PART: Shape = {"command": str, "settings.out": str}
 _OPTIONAL: Shape = {"reports": dict, "keep": list, "once": bool}
@@ -63,8 +65,9 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
-    """The parts of a study by name, and its folders."""
+    """The parts of a study by name, its folders, and which of `PAGES` it writes."""
 
+    writes: str
     places: Mapping[str, Path]
     shards: int
     parts: Mapping[str, Part]
@@ -81,6 +84,11 @@ class Study:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with atomic_path(path) as file_there:
                     shutil.copyfile(expand(part.settings["out"]) / path.name, file_there)
+
+    @property
+    def report_names(self) -> list[str]:
+        """The names of all reports, made or not."""
+        return [name for part in self.parts.values() for name in part.reports]
 
     def reports(self) -> Iterator[list[str]]:
         """Yield the command line of compare.py for each report that can be made."""
@@ -102,9 +110,11 @@ def read_study(path: str, own: Mapping[str, Any]) -> Study:
         raise UserError(f"device must be {', '.join(devices[:-1])} or {devices[-1]}, got {tree['device']!r}")
     if tree["shards"] < 1:
         raise UserError(f"shards must be 1 or more, got {tree['shards']}")
+    if (writes := tree.get("writes", PAGES[0])) not in PAGES:
+        raise UserError(f"--study {path}: writes must be {' or '.join(PAGES)}, got {writes!r}")
     places = {name: _there(tree[name]) for name in PLACES}
     parts = {name: _part(path, name, part, places, tree["device"]) for name, part in tree["make"].items()}
-    return Study(places=places, shards=tree["shards"], parts=parts)
+    return Study(writes=writes, places=places, shards=tree["shards"], parts=parts)
 
 
 def words(settings: Mapping[str, str]) -> list[str]:

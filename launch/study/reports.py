@@ -30,7 +30,7 @@ _OF_TABLES = (
     "videos",
     "times",
 )
-_NEEDED = dict.fromkeys(TABLES, _OF_TABLES) | {
+_NEEDED = {
     "analysis": ("comparison/prompts", "comparison/settings/method.name", "spectra/stages", "spectra/heads_that_fall"),
     "calibration": (
         *("num_steps/search", "num_steps/judged"),
@@ -44,7 +44,7 @@ _NOTHING = object()
 
 
 def read_report(path: Path, name: str) -> Report | None:
-    """Read the report `name`; None if it does not exist, UserError if it lacks a key that the page needs."""
+    """Read the report `name`, of compare.py unless it is kept itself; None if it does not exist, UserError if it lacks a key of the page."""
     if not path.exists():
         return None
     try:
@@ -96,7 +96,7 @@ def _decisive(report: Report, *, both_tables: bool) -> dict[str, Any]:
 
 def _lacking(report: Any, name: str) -> Iterator[str]:
     """Yield the keys that the page needs and the report lacks."""
-    for path in (*_SETTINGS, *_NEEDED[name]):
+    for path in (*_SETTINGS, *_NEEDED.get(name, _OF_TABLES)):
         found = report
         for key in path.split("/"):
             found = found.get(key, _NOTHING) if isinstance(found, dict) else _NOTHING
@@ -106,7 +106,7 @@ def _lacking(report: Any, name: str) -> Iterator[str]:
         yield from (
             f"{key} of low_rank" for row in report.get("low_rank", ()) for key in _OF_LOW_RANK if key not in row
         )
-    if name in TABLES and isinstance(report, dict):
+    if name not in KEPT and isinstance(report, dict):
         metrics = {row["metric"] for row in report.get("summary", ())}
         for video in report.get("videos", ()):
             yield from (f"{metric} of {video['label']}" for metric in sorted(metrics - video["values"].keys()))

@@ -18,11 +18,20 @@ COURSE_UNITS = {
     "alike_far": "0..1, at the largest distances",
     "loop": "-1..1",
     "loop_lag": "frames",
+    "loops": "share of videos",
     "colour_slope": "levels per 100 frames",
     "sharpness_slope": "log ratio per 100 frames",
     "cuts": "count",
 }
 """Every measure of `course_metrics`, with its unit."""
+
+READING = (
+    "alike_near and alike_far are 1 for a frozen video and for a loop, and low where a scene changes as it should; loop and loops are also those of "
+    "true returns, such as straight paths and orbits of the embedded world, so that only differences between methods count; loop_lag is of "
+    "meaning where loop is 0.9 or more; colour_slope rises with drift of one direction and with cuts, sharpness_slope is below 0 where a video "
+    "gets softer and moves either way with cuts; cuts are wrong unless the prompt has some, and noise on a loop gave up to 3 in 257 frames"
+)
+"""How to read each measure, with its false alarms; docs/long-videos.md has the figures."""
 
 LOOP = 0.9
 """Correlation from which on a video is said to loop; docs/long-videos.md has the errors at this number."""
@@ -56,6 +65,7 @@ def course_metrics(frames: np.ndarray, native_frames: int) -> Course:
             "alike_far": mean_or_nan(far),
             "loop": loop,
             "loop_lag": lag,
+            "loops": math.nan if math.isnan(loop) else float(loop >= LOOP),
             "colour_slope": colour_slope(small),
             "sharpness_slope": sharpness_slope(frames),
             "cuts": float(len(find_cuts(small))),

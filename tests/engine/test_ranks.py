@@ -44,7 +44,7 @@ from tests.tiny_pipelines import save_random_wan
 
 METHODS = ("direct", "sliding_window", "freespec")  # in any arrangement
 ROWS = tuple(f"freespec:{path.stem}" for path in sorted(PRESETS.glob("*.yaml")))
-WHOLE_HEADS = ("freenoise", "freelong", "freepca", "ultravico", "lvsa")  # where ring is 1
+WHOLE_HEADS = ("freenoise", "freelong", "freelong_pp", "freepca", "ultravico", "lvsa")  # where ring is 1
 
 
 def config_of(folder: str, method: str) -> RunConfig:
@@ -189,7 +189,7 @@ def test_riflex_makes_another_video(folder):
     )
 
 
-@pytest.mark.parametrize("method", ["freenoise", "freelong", "freepca"])
+@pytest.mark.parametrize("method", ["freenoise", "freelong", "freelong_pp", "freepca"])
 def test_a_layout_that_a_method_cannot_have_is_refused_by_all_ranks(folder, method, tmp_path):
     cases = [Case(folder, (1, 2, 1), method)]
     [[first, second]] = run_ranks(2, broken_on_ranks, cases, tmp_path)

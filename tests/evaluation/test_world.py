@@ -8,9 +8,11 @@ import pytest
 
 from engine.media.read_video import read_video
 from engine.media.write_video import open_video
-from evaluation.measure import measure_all_world
+from evaluation.course import COURSE, long_videos
+from evaluation.measure import measure_all_course, measure_all_world
 from evaluation.videos import Video, read_list
 from evaluation.world import WORLD, measure_world, videos_of_world
+from metrics.long.course import course_metrics
 from metrics.world import WORLD_UNITS, world_metrics
 from tiny.world import caption, render, sample_scene
 
@@ -50,6 +52,21 @@ def test_values_are_those_of_the_frames_in_the_file(videos: list[Video], tmp_pat
     raise_together = measure_all_world(videos, tmp_path / "others", workers=2, say=said.append)
     assert str(again) == str(found) == str({path: raise_together[path] for path in found})
     assert said == [f"exact measures: {count} of 3 videos to be measured" for count in (3, 0, 3)]
+
+
+def test_long_videos_have_the_measures_of_their_course(videos: list[Video], tmp_path: Path) -> None:
+    said: list[str] = []
+    [longer], reason = long_videos([videos[0]])
+    assert reason is None
+    found = measure_all_course([longer], tmp_path / "kept", workers=1, say=said.append)[longer.path]
+    plain = course_metrics(np.stack(list(read_video(longer.path))), NATIVE).values
+    assert str(found) == str({f"long.{name}": value for name, value in plain.items()})
+    assert list(found) == list(COURSE)
+    native = [replace(video, native_frames=24) for video in videos]
+    assert long_videos(native) == ([], "no video is longer than the native 24 frames")
+    assert (
+        long_videos([videos[0], native[1]])[1] == "the videos are of models of different native lengths (9, 24 frames)"
+    )
 
 
 def test_another_prompt_or_native_length_is_measured_again(videos: list[Video], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from tests.inductor import buffers, code_of
 
 VIDEO = Video(num_frames=20, frame_tokens=16, window_frames=5, batch=1, heads=2, dim=8)
 LAYER = WindowedAttention(num_frames=20, frame_tokens=16, window_frames=5, kernel=cpu_flash)
+SEEN = attention.table_of([range(max(0, frame - 3), frame + 1) for frame in range(20)])
 QKV = tuple[Tensor, Tensor, Tensor]
 
 
@@ -39,6 +40,7 @@ CALLS: dict[str, Callable[[QKV], Any]] = {
     "far": lambda qkv: LAYER.far(*scaled(qkv)),
     "local": lambda qkv: LAYER.local(*scaled(qkv), 0, 0),
     "dual": lambda qkv: LAYER.dual(*scaled(qkv), 0, 0, dtype=torch.float32),
+    "frames": lambda qkv: LAYER.frames(*scaled(qkv), SEEN),
     "views": lambda qkv: list(LAYER.views(*scaled(qkv), (0, 2, 15))),
 }
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.peaked import error
 from freespec import attention, kernels
 from freespec.attention import WindowedAttention, masked_ref, thinned_ref
 from freespec.far_keys import check_far, far_tokens, parse_far
@@ -149,16 +150,7 @@ def test_too_few_keys_and_methods_that_read_none_are_refused() -> None:
 @pytest.mark.parametrize(("sharpness", "least", "most"), [(0.5, 0.0, 0.1), (5.0, 0.1, 0.25), (20.0, 0.7, 1.0)])
 def test_a_sample_serves_flat_attention_and_fails_peaked_attention(sharpness: float, least: float, most: float) -> None:
     """Each query looks for one token of the last frame: flat attention hardly notices that most are left out, peaked attention does."""
-    sizes = (20, 8, 8, 4, 8)
-    frames, frame_tokens = 20, 64
-    generator = torch.Generator().manual_seed(0)
-    k, v = torch.randn(2, 1, frames * frame_tokens, 2, 16, generator=generator, dtype=torch.float64)
-    v += 1.0  # what all keys share
-    q = torch.nn.functional.normalize(k[:, -frame_tokens:], dim=-1).repeat(1, frames, 1, 1) * sharpness
-    kept = kept_tokens(8, 8, num_frames=frames, kept=8, layers=1, step=0)[0]
-    exact = masked_ref(q, k, v, frame_tokens=frame_tokens, window_frames=None)
-    _, (out, _) = layer_of(sizes).dual(q, k, v, 0, 0, dtype=q.dtype, far=(k[:, kept], v[:, kept]))
-    assert least <= (out - exact).norm() / exact.norm() <= most
+    assert least <= error(sharpness)[0] <= most
 
 
 def test_shares_are_exact() -> None:

@@ -14,8 +14,9 @@ import yaml
 from engine.config import FreeSpec, RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from evaluation.study.quality import parts_of, score_of
 from launch.batching.options import Replicas
-from launch.calibration.score import judge, parts_of, score_of, survivors
+from launch.calibration.score import judge, survivors
 from launch.calibration.space import END_SHARES, SETTINGS, SPACE, START, draw_trials
 from launch.commands import calibrate
 from launch.process.exit_codes import GivenUpError

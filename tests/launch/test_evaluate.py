@@ -210,7 +210,10 @@ def test_of_the_embedded_world_there_are_exact_measures(run: Callable[..., Run],
     report = tree(root)
     assert report["not_world"] is None
     assert report["means"]["direct"]["world.object_seen"]["mean"] > 0.9
-    assert "| `world.object_seen`, share of frames |" in (root / "evaluation/report.md").read_text()
+    assert report["not_long"] is None
+    text = (root / "evaluation/report.md").read_text()
+    assert "| `world.object_seen`, share of frames |" in text
+    assert "| `long.alike_far`, 0..1, at the largest distances |" in text
     words = ["--videos", tmp_path / "list.csv", "--out", tmp_path / "listed"]
     assert run("evaluate", *words).code == 0
     assert "Not available: the model's native length is not known" in (tmp_path / "listed/report.md").read_text()

@@ -18,7 +18,12 @@ def draw(seed: int = 0) -> np.random.Generator:
 def test_every_measure_has_a_unit_and_short_videos_have_none() -> None:
     found = course_metrics(translation(20, 1, 0), native_frames=33)
     assert list(found.values) == list(COURSE_UNITS)
-    assert [name for name, value in found.values.items() if math.isnan(value)] == ["alike_near", "loop", "loop_lag"]
+    assert [name for name, value in found.values.items() if math.isnan(value)] == [
+        "alike_near",
+        "loop",
+        "loop_lag",
+        "loops",
+    ]
     assert math.isnan(course_metrics(still(1), 33).values["colour_slope"])
     assert distances(1, 9) == []
     assert distances(129, 33)[-1] == 96

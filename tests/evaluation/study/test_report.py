@@ -17,12 +17,15 @@ from engine.batch.variants import Variant
 from engine.config import MethodConfig, ModelConfig, RunConfig, VideoConfig
 from engine.errors import UserError
 from engine.files.whole import write_json
+from engine.media.read_video import read_frames
 from engine.media.write_video import open_video
 from evaluation.study.markdown import estimate, number
 from evaluation.study.page import write_page
+from launch.comparison.measure import measure_all, units_of
 from launch.comparison.report import write_report
 from launch.comparison.store import Comparison, Video
 from metrics.bootstrap import mean_interval
+from metrics.long.course import course_metrics
 from tiny.world import Scene, caption, render, sample_scene
 
 NATIVE, FRAMES = 9, 33  # frames of a window of three latent frames, and of the videos
@@ -44,6 +47,8 @@ def write_video(video: Video, clip: np.ndarray, *, seconds: float, resumed_at: i
     with open_video(video.files.video, fps=16, height=64, width=64, crf=4) as file:
         file.write(clip)
     mode = {"true": "global", "changed": "dual"}[video.label]
+    cpu = (1.0 if mode == "global" else 0.75) * (1 + video.prompt_index)
+    step = {"mode": mode, "seconds": seconds, "cpu_seconds": cpu}
     data = video.files.video.read_bytes()
     output = {"file": video.files.video.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     sidecar = {"item_id": video.item.item_id, "output": output, "video": {"num_frames": len(clip)}}
@@ -53,9 +58,7 @@ def write_video(video: Video, clip: np.ndarray, *, seconds: float, resumed_at: i
         | {
             "run": {
                 "seconds": {"denoise": 2 * seconds, "decode": 1.0},
-                "steps": [{"step": i, "timestep": 900.0 - i, "mode": mode, "seconds": seconds} for i in range(2)][
-                    resumed_at:
-                ],
+                "steps": [step | {"step": i, "timestep": 900.0 - i} for i in range(2)][resumed_at:],
                 "resumed_at": resumed_at,
                 "device": {"name": "a device", "cpu_threads": 1},
                 "parallel": {"ranks": 1},
@@ -141,8 +144,25 @@ def test_times_are_medians_by_kind_of_step_and_of_runs_in_one_go(report: dict[st
         "denoise": 6.0,
         "decode": 1.0,
         "steps": {"global": {"median": 3.0, "per_run": 2}},
+        "cpu": 8.0,
+        "cpu_ratio": {"mean": 1.0, "low": 1.0, "high": 1.0, "count": 7},
     }
     assert times["changed"]["steps"] == {"dual": {"median": 4.0, "per_run": 2}}
+    assert times["changed"]["cpu_ratio"] == {"mean": 0.75, "low": 0.75, "high": 0.75, "count": 7}
+
+
+def test_long_measures_are_those_of_the_course(comparison: Comparison) -> None:
+    """They come last, with a version of their own: kept measures without them are not taken for them."""
+    video = comparison.videos[0]
+    (plain,), (long,) = (
+        measure_all([video], clip_frames=NATIVE, world=True, long=each, progress=False) for each in (False, True)
+    )
+    expected = course_metrics(read_frames(video.files.video), NATIVE).values
+    assert list(long.values) == [*plain.values, *expected]
+    assert {name: long.values[name] for name in expected} == pytest.approx(expected, nan_ok=True)
+    assert {name: long.values[name] for name in plain.values} == pytest.approx(plain.values, nan_ok=True)
+    assert long.version != plain.version
+    assert list(units_of(dataclasses.replace(comparison, long_measures=True))) == list(long.values)
 
 
 def test_the_page_has_the_table_and_every_pair(comparison: Comparison, report: dict[str, Any]) -> None:
