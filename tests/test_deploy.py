@@ -67,7 +67,7 @@ def test_the_service_reads_every_command(name: str, tmp_path: Path, monkeypatch:
         assert (read.options.ray is not None, read.options.ranks) == (True, 8)
 
 
-def test_a_wrong_flag_would_be_seen(tmp_path: Path) -> None:
+def test_negative_control_wrong_flag(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="api_key"):
         serve.read([*commands()["image"], "--api_keys", "x"])
 

@@ -102,7 +102,7 @@ def test_every_import_of_the_project_s_exists() -> None:
     assert {name: bad for name, text in sources.items() if (bad := unknown_imports(text, modules))} == {}
 
 
-def test_an_unknown_module_or_name_would_be_seen() -> None:
+def test_negative_control_unknown_module_or_name() -> None:
     source = "from engine.nowhere import a\nimport engine.errors, torch\nfrom engine.errors import UserError, b\nfrom engine import errors"
     modules = {"engine": set(), "engine.errors": {"UserError"}}
     assert unknown_imports(source, modules) == {"engine.nowhere.a", "engine.errors.b"}
@@ -147,7 +147,7 @@ def test_no_modules_import_one_another_in_a_circle() -> None:
     assert find_cycles({module_name(path): path.read_text() for path in files}) == []
 
 
-def test_a_circle_would_be_seen() -> None:
+def test_negative_control_import_cycle() -> None:
     hidden = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from engine import record\n"
     sources = {"engine.engine": "import engine.loop", "engine.loop": hidden, "engine.record": "import engine.engine"}
     assert find_cycles(sources) == [["engine.engine", "engine.loop", "engine.record"]]

@@ -80,7 +80,7 @@ def test_there_are_commands_to_check() -> None:
 
 
 def test_every_line_begins_with_a_known_program() -> None:
-    """A typo such as `pyhton` would otherwise be a line that nobody checks."""
+    """A typo such as `pyhton` would otherwise not be checked."""
     lines = [re.sub(r"^(?:[A-Z_]+=\S+ )*", "", line).strip() for page, line in shell_lines() if page != "vbench.md"]
     assert [line for line in lines if not line.startswith((*OURS, *OTHERS))] == []
 
@@ -157,7 +157,7 @@ def read_launch(name: str, words: list[str], folder: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", ["--promt x", "--video.num_frames 34x", "--nproc two", "--config configs/none.yaml"])
-def test_a_wrong_command_is_seen(wrong: str, folder: Path) -> None:
+def test_negative_control_wrong_command(wrong: str, folder: Path) -> None:
     """The negative control."""
     with pytest.raises(engine.UserError):
         read_launch("generate", shlex.split(wrong), folder)

@@ -100,7 +100,7 @@ shape has no detail to lose.""",
             "distance_travelled": "more",
             "repetition": "less",
         },
-        why_not="`direct` was not seen to lose either on this model (see over-smoothing above), which leaves nothing to bring back.",
+        why_not="On this model `direct` loses neither measurably (see over-smoothing above), so there is nothing to restore.",
     ),
     Claim(
         title="`freespec` against `sliding_window`: consistency",
@@ -115,8 +115,8 @@ shape has no detail to lose.""",
             "clip_colour_similarity": "more",
             "interpolation_error": "less",
         },
-        why_not="""The window drifts little here, which leaves guidance little to correct, and the global branch comes from a model that never
-saw so many tokens.""",
+        why_not="""The window drifts little here, so guidance has little to correct, and the model was never trained on so many tokens
+in the global branch.""",
     ),
 )
 

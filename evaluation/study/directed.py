@@ -18,7 +18,7 @@ SHOWN_GOAL = 0.9
 SWITCH_GOAL = 4.0  # frames
 EVENTS = {
     "shown": "frames that show their event",
-    "moves": "that move as it says",
+    "moves": "that move as captioned",
     "kept": "kept of what both events share",
 }
 WAYS = ("extension", "chain")
@@ -42,7 +42,7 @@ Video = Mapping[str, Any]
 
 
 def timelines(report: Report | None) -> str:
-    """What each method and transition shows of its events, and the goals."""
+    """How well each method and transition shows its events, and the goals."""
     lines = ["## Timelines", ""]
     videos = balanced(report["videos"], "method", "transition") if report is not None else []
     if report is None or not videos:
@@ -53,8 +53,8 @@ def timelines(report: Report | None) -> str:
     behind = paired_interval(ours["shown"], joined["shown"])
     lines += [
         f"{_count(videos)} timelines of 2 to 4 events of 32 frames; from event to event one or two of shape, colour, direction and background "
-        f"change. {_made(report)} `joined` is a clip for each event, put one after the other: the most that the model shows of such texts; "
-        "with `sliding_window` and `scene` each event has its text in its own windows only. Anew, which takes a while:",
+        f"change. {_made(report)} `joined` concatenates a clip for each event, an upper bound for this model; "
+        "with `sliding_window` and `scene` each event has its text in its own windows only. To repeat it (slow):",
         "",
         _command("events", "timelines", report, videos),
         "",
@@ -63,7 +63,7 @@ def timelines(report: Report | None) -> str:
                 "method",
                 "transition",
                 *EVENTS.values(),
-                "switch off by (median frames)",
+                "switch error (median frames)",
                 "shown, against freespec with scene",
             ],
             [
@@ -85,7 +85,7 @@ def timelines(report: Report | None) -> str:
 
 
 def extensions(report: Report | None) -> str:
-    """How continued videos go on, against a chain of clips, and the goals."""
+    """Quality of continued videos against a chain of clips, and the goals."""
     lines = ["## Continued videos", ""]
     videos = balanced(report["videos"], "way") if report is not None else []
     if report is None or not videos:
@@ -94,9 +94,9 @@ def extensions(report: Report | None) -> str:
     kinds = _kinds(videos)
     lines += [
         f"{_count(videos)} clips of held-out prompts, continued from 33 to 129 frames with `freespec`. {_made(report)} `extension` is `--extend` "
-        "with the clip's latents; `chain` makes clips of 33 frames, each of which begins with the last 9 of what is there, decoded and encoded again. "
+        "with the clip's latents; `chain` makes clips of 33 frames, each of which begins with the last 9 existing frames, decoded and re-encoded. "
         "At the seam means from the last kept frame to the first new one. A latent frame begins there, and frames of one latent frame are nearer to "
-        "each other in any video: the seam is compared with new frames at which another begins, and with all. Anew:",
+        "each other in any video: the seam is compared with new frames at which another begins, and with all. To repeat it:",
         "",
         _command("extensions", "extensions", report, videos),
         "",
@@ -104,7 +104,7 @@ def extensions(report: Report | None) -> str:
             ["measure", *WAYS],
             [[told, *(estimate(mean_interval(values[way][name])) for way in WAYS)] for name, told in CONTINUED.items()],
         ),
-        "Goals for the extension, each a difference that is to be 0 or less:",
+        "Goals for the extension, each a difference that should be 0 or less:",
         "",
         markdown_table(
             ["goal", "difference", "met"],

@@ -19,9 +19,9 @@ INTRO = """Written by `python launch/findings.py` from the reports of
     make findings       # all six methods, also from the same noise, and the seven ablation rows on held-out prompts; spectra of 20 of them
     make calibrate      # the search for FreeSpec's open settings
 
-do not edit. The measures of every video are in [{kept}]({kept}); [compare.md](compare.md#the-full-tables) tells how to make all videos again,
+do not edit. The measures of every video are in [{kept}]({kept}); [compare.md](compare.md#the-full-tables) explains how to make all videos again,
 and [what each measure is](compare.md#how-to-read-the-numbers). Intervals are 95 % bootstrap intervals over prompts, and differences are
-paired by prompt. `prompts with that sign` counts those whose own difference has the sign of the mean; if they are few, some prompts decide
+paired by prompt. `prompts with that sign` counts prompts whose difference has the sign of the mean; if they are few, a few prompts decide
 it. What holds on the small embedded model need not hold on Wan2.1.
 """
 

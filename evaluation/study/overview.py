@@ -10,7 +10,7 @@ from evaluation.study.plots import draw_metrics, save_figure
 from evaluation.study.summary import Row, from_json
 
 METRICS = ("speed_error", "repetition", "motion_as_captioned", "rgb_drift")
-"""Measures of the section: motion as asked for, loops, and the drift that guidance should steady."""
+"""Measures of the section: motion as captioned, loops, and the drift that guidance should reduce."""
 
 COMPARED = ("direct", "sliding_window")
 ROWS = {
@@ -52,9 +52,9 @@ def overview(reports: Mapping[str, Report | None], figure: str) -> str:
         f"- **Local basis** (GB to LB-fixed): {_from_to(ablation, 'GB', 'LB-fixed')}.",
         f"- **Weights by rank and time** (LB-fixed to RA+TA): {_from_to(ablation, 'LB-fixed', 'RA+TA')}.",
         f"- **Residual** (RA+TA to `freespec`): {_from_to(ablation, 'RA+TA', 'freespec')}; without it {_reads(ablation, 'RA+TA')}. {RESIDUAL}",
-        f"- **Its fall with time** (F-GR to `freespec`): {_from_to(ablation, 'F-GR', 'freespec')}.",
+        f"- **Residual that falls with time** (F-GR to `freespec`): {_from_to(ablation, 'F-GR', 'freespec')}.",
         f"- **Cost.** Denoising a video took {denoised}.",
-        "- **Limits.** One small model of a simple world; each section below says what it cannot show.",
+        "- **Limits.** One small model of a simple world; each section below states its own.",
         "",
         f"![Means and intervals of four measures: two methods, and the rows of the ablation up to FreeSpec]({figure})",
         "",

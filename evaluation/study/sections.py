@@ -29,12 +29,12 @@ SAME_NOISE = "All six methods from the same noise"
 LOW_RANK_MEASURES: dict[str, Sign] = {"flow_mean": "less", "flow_strongest": "less", "laplacian_variance": "less"}
 
 WHY_NOT = {
-    "concentration": """Where it does not fall, possible reasons are: a head of the embedded model has few dimensions, which bounds its effective rank; the
+    "concentration": """Possible reasons where it does not fall: a head of the embedded model has few dimensions, which bounds its effective rank; the
 world is one object on a plain background, so that a longer window adds little; and all windows see the states of one generation, that of
 `direct`, while the paper does not say whether its curves do.""",
-    "low_rank": """Where it is not weaker or smoother: directions are removed in every layer at every step, and later layers were not trained on such
+    "low_rank": """Possible reasons where it is not weaker or smoother: directions are removed in every layer at every step, and later layers were not trained on such
 outputs. With a small share of its few dimensions a head of the embedded model may flicker, which counts as motion and detail.""",
-    "claims": """Where a row above is not decided or the opposite, there are reasons beside those of its section. Pictures are 64 pixels wide: flow
+    "claims": """Further reasons for rows that are not decided or the opposite: pictures are 64 pixels wide, so that flow
 and sharpness of a plain shape come from its outline, and flicker and morphing count as motion and detail. A model this small errs at
 native length already ([its card](../tiny/wan/README.md)). Motions in this world are periodic, which full attention over four native lengths may exploit. The paper's
 constants of FreeSpec are not public.""",
@@ -296,7 +296,7 @@ def step_count(tables: Report | None, rerun: Report | None) -> str:
     here, there = (report["comparison"]["settings"]["sampler.num_steps"] for report in (tables, rerun))
     found = changes(tables, rerun)
     if not found:
-        absent = "Not made: the two reports have no prompt with two methods of which the sections above speak."
+        absent = "Not made: the two reports have no prompt with two methods that the sections above compare."
         return "\n".join([*lines, absent, ""])
     verdicts = [each.verdict for each in found]
     lines += [
@@ -328,7 +328,7 @@ def calibration(report: Report | None, told_parts: Mapping[str, str]) -> str:
     steps, settings = report["num_steps"], report["comparison"]["settings"]
     lines += [
         f"{len(report['trials'])} settings, the defaults and others drawn with seed {report['search_seed']} from the lists below, were tried on "
-        f"prompts that no other table here uses: {rounds}; the best third of each round went on. The score "
+        f"prompts that no other table here uses: {rounds}; the best third of each round continued. The score "
         f"is the mean of four shares from 0 to 1 ({parts}). Searched with videos of {steps['search']} steps, judged with {steps['judged']}; "
         f"{settings['video.num_frames']} frames, checkpoint `{settings['checkpoint']}`.",
         "",
@@ -339,7 +339,7 @@ def calibration(report: Report | None, told_parts: Mapping[str, str]) -> str:
     ]
     best, judged = report["best"], report["judged"]
     if judged is None:
-        return "\n".join([*lines, "None was better than the present settings, which stay.", ""])
+        return "\n".join([*lines, "No setting was better than the current ones, which are kept.", ""])
     settings = ", ".join(f"`{name}` {value}" for name, value in judged["settings"].items())
     body = [
         [label, number(judged["score"][label]), *(number(judged["parts"][label][name]) for name in told_parts)]
@@ -348,7 +348,7 @@ def calibration(report: Report | None, told_parts: Mapping[str, str]) -> str:
     verdict = (
         "The interval lies above 0: the report supports the change."
         if judged["supported"]
-        else "The interval does not lie above 0: the defaults stay as they are."
+        else "The interval does not lie above 0: the defaults are kept."
     )
     lines += [
         f"The best, {best} ({settings}), on the {judged['prompts']} held-out prompts with seeds {judged['seeds']}:",

@@ -1,4 +1,4 @@
-"""Sections of the GPU benchmark that go wrong: `python -m tests.benchmarks.section_probe FOLDER KIND=SECONDS ...`.
+"""Sections of the GPU benchmark that fail: `python -m tests.benchmarks.section_probe FOLDER KIND=SECONDS ...`.
 
 A process of its own, since sections are forked from it, and a fork is safe only where no other thread holds a lock.
 """
@@ -28,13 +28,13 @@ def hangs(bench: Bench) -> None:
 
 
 def dies(bench: Bench) -> None:
-    """End without a word after a figure."""
+    """Exit silently after a figure."""
     bench.record("first", 1.0)
     os._exit(7)
 
 
 def main(folder: str, *limits: str) -> None:
-    """Run each section into a folder of its own, and print what `run_section` says of them."""
+    """Run each section into its own folder, and print the results of `run_section`."""
     gpu.GRACE, found = 0.5, []
     for kind, _, limit in (each.partition("=") for each in limits):
         module = types.ModuleType("benchmarks.sections.probe")

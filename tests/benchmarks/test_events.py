@@ -1,4 +1,4 @@
-"""The timelines of the benchmark: what is drawn is read back, with the ranges that the engine gives the events."""
+"""Timelines of the benchmark: drawn ones are read back, with the engine's ranges of events."""
 
 import itertools
 from dataclasses import replace

@@ -53,7 +53,7 @@ def test_a_video_that_goes_on_as_it_was() -> None:
         assert max(value for name, value in found.items() if "rgb" in name) < 1.0
 
 
-def test_a_jump_at_the_seam_is_seen_there_and_nowhere_else() -> None:
+def test_jump_at_the_seam_is_measured_only_there() -> None:
     frames = show()
     frames[LATER] = np.roll(frames[LATER] + 8.0, 5, axis=2)
     found, still = marks(frames), marks(show())
@@ -64,7 +64,7 @@ def test_a_jump_at_the_seam_is_seen_there_and_nowhere_else() -> None:
     assert [found[name] for name in inside] == pytest.approx([still[name] for name in inside], abs=0.2)
 
 
-def test_latent_frames_are_parted_from_frames() -> None:
+def test_steps_between_latent_frames_are_measured_separately() -> None:
     """A step of 2 px more wherever a latent frame begins is no jump at the seam against those between latent frames."""
     frames = show()
     for begin in range(1, LENGTH, LATENT):

@@ -1,4 +1,4 @@
-"""The fault rounds in a short form, on replicas of this machine and of Ray, and that the judge of all rounds sees what goes wrong."""
+"""Short fault rounds on local and Ray replicas, and checks that the judge of the rounds detects faults."""
 
 import contextlib
 import hashlib
@@ -44,7 +44,7 @@ SEEDS = (0, 1)
 SETTINGS = SMALL | {"sampler.num_steps": 8, "sampler.max_text_tokens": 20, "output.progress": "off"}
 # One after another in one batch; an item may lose two attempts to them, and a third would put it into quarantine.
 VICTIMS = {"here": (one_rank, the_driver, one_rank), "ray": (replica_actors, the_driver, ray_node)}
-"""The driver is started again, as a person would; a Ray that has ended is started again by the driver itself."""
+"""The driver is started again, as a user would; a Ray that has ended is started again by the driver itself."""
 SOON_SECONDS = 0.4
 
 
@@ -169,7 +169,7 @@ def assert_loopback_alone(driver: int, *, ray: bool) -> None:
     assert {address: whose for address, whose in found.items() if not on_loopback(address)} == {}
 
 
-def test_negative_control_a_listener_that_others_can_reach_is_seen() -> None:
+def test_negative_control_reachable_listener() -> None:
     for family_of, host, alone in (
         (socket.AF_INET, "127.0.0.1", True),
         (socket.AF_INET, "0.0.0.0", False),
@@ -230,7 +230,7 @@ def ended(out: Path) -> list[str]:
 
 @pytest.fixture
 def finished(tmp_path: Path) -> tuple[Path, dict[str, str]]:
-    """A finished batch of pretended videos, and the latents that it should have."""
+    """A finished batch with fake videos, and its expected latents."""
     files, every = BatchFiles(root=tmp_path / "out"), cases.batch().items
     for item in every:
         cases.write_item(files, item)
@@ -239,7 +239,7 @@ def finished(tmp_path: Path) -> tuple[Path, dict[str, str]]:
     return files.root, {record["item_id"]: record["latents"]["sha256"] for record in records(files.root)}
 
 
-def test_a_batch_that_is_whole_is_well(finished: tuple[Path, dict[str, str]]) -> None:
+def test_complete_batch_passes(finished: tuple[Path, dict[str, str]]) -> None:
     assert judge(*finished)["well"]
 
 

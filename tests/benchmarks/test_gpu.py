@@ -1,4 +1,4 @@
-"""The GPU benchmark in tiny sizes on the CPU: every section runs and says what it should, and a bad one costs only itself."""
+"""The GPU benchmark in tiny sizes on the CPU: every section runs and reports correctly, and a failing one affects no other."""
 
 import argparse
 import importlib
@@ -578,7 +578,7 @@ def test_a_section_that_goes_wrong_keeps_its_figures(tmp_path: Path) -> None:
         assert content["results"] == {"first": 1.0}
 
 
-def test_what_a_device_cannot_do_is_a_line_and_what_is_wrong_is_raised(tmp_path: Path) -> None:
+def test_unsupported_kernels_are_a_line_and_wrong_ones_raise(tmp_path: Path) -> None:
     bench = Bench(section="probe", device=torch.device("cpu"), small=True, out=tmp_path, deadline=time.monotonic())
 
     def unsupported() -> None:

@@ -1,4 +1,4 @@
-"""Pages that are written by a command are what the command writes: nobody edited them, and no result is missing from them."""
+"""Generated pages equal the output of their command: not edited by hand, and with all results."""
 
 import json
 import shutil

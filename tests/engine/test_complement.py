@@ -1,4 +1,4 @@
-"""A run whose keys outside the windows are quantised: another video, by little, and the record says so."""
+"""Quantised keys outside the windows: the video changes slightly, and the record says so."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Whole runs on a pretended CUDA device, which refuses what CUDA refuses: no tensor is on another device than it should be."""
+"""Runs on a simulated CUDA device that refuses mixed devices: every tensor is on the right device."""
 
 import contextlib
 import dataclasses
@@ -179,7 +179,7 @@ def test_an_interrupted_run_continues(folders: dict[str, Path], name: str, tmp_p
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_ctrl_c_is_heard_while_the_device_works(
+def test_ctrl_c_stops_during_device_work(
     folders: dict[str, Path], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Waiting is Python's, so that the signal of the third wait ends it, though the device would never be done."""
@@ -372,7 +372,7 @@ def test_auto_on_a_pipeline_of_ones_own_is_tried_out_first(
     kernel_choice.fastest.cache_clear()
 
 
-def test_ctrl_c_is_heard_in_a_pipeline_of_ones_own(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_stops_a_user_pipeline(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Latents are looked at before and after each forward; the wait for them is Python's."""
     waits = []
 

@@ -50,7 +50,7 @@ def test_any_arrangement_of_ranks_makes_the_same_video(family, ranks, tmp_path):
 
 @pytest.mark.parametrize("family", ["wan", "ltx"])
 def test_another_seed_is_another_video(family):
-    """Negative control: the tolerance tells videos apart."""
+    """Negative control: the tolerance distinguishes videos."""
     config = config_of("freespec", family)
     other = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, seed=config.sampler.seed + 1))
     assert relative(on_one_rank(other), on_one_rank(config)) > 0.1

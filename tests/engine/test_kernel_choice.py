@@ -183,7 +183,7 @@ def solvers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("solvers")
-def test_the_fastest_right_solver_is_taken_and_a_line_says_so(
+def test_fastest_correct_solver_is_chosen_and_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     took = iter([0.108, 0.0031])

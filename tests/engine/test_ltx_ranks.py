@@ -87,7 +87,7 @@ def test_what_is_broken_is_seen(folder, tmp_path):
 
 
 def test_another_seed_is_another_video(folder):
-    """Negative control: the tolerance tells videos apart."""
+    """Negative control: the tolerance distinguishes videos."""
     config = config_of(folder, "freespec")
     other = dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, seed=4))
     assert relative(on_one_rank(other), on_one_rank(config)) > 0.1

@@ -620,7 +620,7 @@ def test_a_gpu_file_with_a_mistake_is_refused(tmp_path: Path, change: dict[str, 
     ],
     ids=["nested", "digits", "cut short"],
 )
-def test_a_file_that_is_no_json_of_a_gpu_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_gpu_json_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "mine.json"
     path.write_text(text)
     with pytest.raises(UserError, match=message):

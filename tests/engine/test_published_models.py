@@ -188,7 +188,7 @@ def test_layouts_are_valid_or_refused_for_a_reason(spec: ModelSpec, world: int):
         assert sum(length(share) for share in plan.head_shares) == spec.heads
 
 
-def test_an_attention_that_is_missed_would_be_seen(spec: ModelSpec):
+def test_negative_control_missed_attention(spec: ModelSpec):
     """Negative control: a block whose self-attention has another name is not found."""
     block = nn.Module()
     block.attn1, block.attn3 = nn.Identity(), nn.Identity()

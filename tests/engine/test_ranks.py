@@ -163,20 +163,20 @@ def test_any_arrangement_of_ranks_makes_the_same_video(folder, ranks, tmp_path):
         assert_same_video(by_rank, config_of(case.folder, case.method), case)
 
 
-def test_a_rank_that_does_not_know_its_frames_is_seen(folder, tmp_path):
+def test_negative_control_rank_with_wrong_frames(folder, tmp_path):
     prompt = TIMELINE["wan"]
     case = Case(folder, (1, 1, 2), "freespec", fault="frames of the first rank", prompt=prompt)
     [[first, _]] = run_ranks(2, latents_on_ranks, [case], tmp_path)
     assert relative(first, on_one_rank(config_of(folder, "freespec"), prompt)) > 1e-3
 
 
-def test_a_wrong_sum_over_ranks_is_seen(folder, tmp_path):
+def test_negative_control_wrong_sum_over_ranks(folder, tmp_path):
     cases = [Case(folder, (1, 2, 1), "freespec", fault="unreduced Grams")]
     [[first, _]] = run_ranks(2, broken_on_ranks, cases, tmp_path)
     assert relative(first, on_one_rank(config_of(folder, "freespec"))) > 1e-4  # thirty times the tolerance
 
 
-def test_components_that_each_rank_chooses_for_itself_are_seen(folder, tmp_path):
+def test_negative_control_components_chosen_per_rank(folder, tmp_path):
     cases = [Case(folder, (1, 1, 2), "freepca", fault="heads not summed")]
     [[first, _]] = run_ranks(2, broken_on_ranks, cases, tmp_path)
     assert relative(first, on_one_rank(config_of(folder, "freepca"))) > 1e-4

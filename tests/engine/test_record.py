@@ -53,7 +53,7 @@ def test_a_record_that_fails_keeps_the_former_one(tmp_path: Path, monkeypatch: p
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_what_is_said_of_a_video(tmp_path: Path) -> None:
+def test_metadata_of_a_video(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"some bytes")
     assert describe_video(tmp_path / "a.mp4", num_frames=129, fps=16) == {
         "file": "a.mp4",
@@ -65,7 +65,7 @@ def test_what_is_said_of_a_video(tmp_path: Path) -> None:
     }
 
 
-def test_what_a_video_says_of_itself_is_what_any_run_of_its_settings_has(tmp_path: Path) -> None:
+def test_metadata_depends_on_settings_only(tmp_path: Path) -> None:
     settings = {
         "prompt": "a red circle",
         "negative_prompt": "blur",

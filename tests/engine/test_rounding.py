@@ -149,7 +149,7 @@ def test_a_step_on_ranks_adds_no_more_than_rounding_does_to_direct(undisturbed, 
         assert mean(by_rank[0]) <= LIMIT * floor, (case, mean(by_rank[0]), floor)
 
 
-def test_grams_in_fp32_are_seen(undisturbed, floor, tmp_path):
+def test_negative_control_grams_in_fp32(undisturbed, floor, tmp_path):
     """The negative control: their noise lies above the guard, where this model has features."""
     case = Case("freespec:gb", (1, 2, 1), undisturbed["freespec:gb"], gathers=False, exact_grams=False)
     [[errors, _]] = run_ranks(2, errors_on_ranks, [case], tmp_path)
@@ -174,7 +174,7 @@ def test_a_run_on_ranks_has_the_bits_of_one(tmp_path):
         assert same == (case is not control), case
 
 
-def test_another_method_is_seen(undisturbed, floor):
+def test_negative_control_another_method(undisturbed, floor):
     """The negative control of the comparison itself."""
     given = [Forward(*pair) for pair in torch.load(undisturbed["sliding_window"])]
     found = forwards("direct", given=given)

@@ -94,8 +94,8 @@ def test_the_table_of_a_terminal_is_drawn_over_and_shows_what_names_hold() -> No
     assert SHOWN in screen.getvalue()
 
 
-def test_what_nobody_reads_ends_nothing() -> None:
-    """After `| head` a command goes on with its work, and ends without a word."""
+def test_broken_pipe_does_not_end_the_command() -> None:
+    """After `| head` a command continues its work and ends silently."""
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "w") as pipe:
@@ -108,7 +108,7 @@ def test_what_nobody_reads_ends_nothing() -> None:
 
 
 @pytest.mark.parametrize("words", [["generate", "--help"], ["generate", "--help_all"], []])
-def test_a_command_whose_output_nobody_reads(words: list[str]) -> None:
+def test_closed_output_pipe(words: list[str]) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     try:

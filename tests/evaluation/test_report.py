@@ -84,7 +84,7 @@ def test_few_prompts_have_no_interval(evaluation: Evaluation) -> None:
     assert "0.0500 (2 prompts)" in as_markdown(few, as_tree(few))
 
 
-def test_different_lengths_and_lists_are_said(evaluation: Evaluation) -> None:
+def test_different_lengths_and_lists_are_reported(evaluation: Evaluation) -> None:
     assert as_tree(evaluation)["notes"] == []
     longer = [replace(r, video=replace(r.video, num_frames=99)) if r.label == "direct" else r for r in evaluation.rows]
     assert "Videos differ in length, size or rate" in as_tree(replace(evaluation, rows=longer))["notes"][0]

@@ -64,7 +64,7 @@ def test_a_pair_without_a_value_is_left_out_on_both_sides() -> None:
     assert found.count == 1
 
 
-def test_measures_that_nobody_has() -> None:
+def test_measures_without_values() -> None:
     found = means(BASE, ["m", "x"])["direct"]["x"]
     assert found.count == 0
     assert differences(BASE + OURS, ["x"], "direct")["freespec"]["x"].count == 0

@@ -66,7 +66,7 @@ def test_unfinished_and_quarantined_items_are_left_out(tmp_path: Path) -> None:
     assert [found.prompt_id for found in read_batch(root)] == ["p0000"]
 
 
-def test_a_video_that_is_not_its_sidecar_s_is_left_out(tmp_path: Path) -> None:
+def test_video_that_differs_from_its_sidecar_is_left_out(tmp_path: Path) -> None:
     root = make_batch(tmp_path / "runs", methods=("direct",), seeds=(0,))
     first, second = sorted(root.glob("*/*/videos/*.mp4"))
     (root / "batch.json").write_text(

@@ -36,7 +36,7 @@ def test_freepca_is_the_published_algorithm(frames: int, window: int, stride: in
 @pytest.mark.parametrize(
     "wrong", [{"scale": 1.0}, {"most": 2}, {"fused": False}, {"compat": True}], ids=lambda wrong: next(iter(wrong))
 )
-def test_a_wrong_detail_is_seen(wrong: dict[str, Any]) -> None:
+def test_negative_control_wrong_detail(wrong: dict[str, Any]) -> None:
     grid = grid_of(14, 5)
     qkv = draw_qkv(grid)
     made = run_layer(FreePCA(stride=4), grid, qkv, FUSED)
@@ -84,7 +84,7 @@ def test_the_null_direction_is_never_taken_nor_counted() -> None:
     assert projection.sum(-1).abs().max().item() < 1e-12
 
 
-def test_a_branch_that_stands_still_has_no_components() -> None:
+def test_constant_branch_has_no_components() -> None:
     x = torch.randn(1, 1, 6, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     still, moving = x.expand(-1, 4, -1, -1, -1).flatten(1, 2), torch.randn(1, 24, 2, 3, dtype=torch.float64)
     for pair in ((still, moving), (moving, still), (still, still)):

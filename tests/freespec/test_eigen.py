@@ -111,7 +111,7 @@ def test_a_wrong_solver_gives_no_numbers_and_a_warning(solver: eigen.Solver, mon
     assert (values.shape, vectors.shape) == (matrices.shape[:-1], matrices.shape)
 
 
-def test_memory_that_runs_out_is_no_wrong_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_not_a_wrong_solver(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has its own line, which says what would need less."""
 
     def full(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

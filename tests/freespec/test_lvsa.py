@@ -78,7 +78,7 @@ def test_wan_at_four_times_its_length_has_the_published_numbers() -> None:
     assert still == method.frame_sets(StepPlan(mode="frames", number=0), WAN)
 
 
-def test_a_larger_budget_sees_more_and_at_the_native_length_all_is_seen() -> None:
+def test_larger_budget_sees_more_frames() -> None:
     steps = StepPlan(mode="frames")
     counts = [len(LVSA(budget=budget).frame_sets(steps, WAN)[0][40]) for budget in (0.5, 1.0, 2.0)]
     assert counts == sorted(set(counts))

@@ -84,7 +84,7 @@ def test_a_larger_share_fuses_more_from_noise_on(kind: type[FreeSpec | FreePCA],
         ("freepca", {"split": 0.25, "domain": "step"}, "fused_share 0.75"),
     ],
 )
-def test_split_of_older_versions_is_refused_with_what_says_the_same(
+def test_split_of_older_versions_is_refused_with_the_equivalent(
     name: str, settings: dict[str, Any], share: str
 ) -> None:
     with pytest.raises(ValueError, match=f"split is now fused_share, the share .* counted from noise: {share}$"):

@@ -84,7 +84,7 @@ def test_settings(settings: dict[str, float], message: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["index", "repetition"])
-def test_a_setting_that_nothing_would_read_is_refused(name: str) -> None:
+def test_unused_setting_is_refused(name: str) -> None:
     message = f"riflex: {name} 3 has no effect while enabled is false; set enabled true, or {name} null"
     with pytest.raises(ValueError, match=message):
         Riflex(**{name: 3})

@@ -50,7 +50,7 @@ def test_without_rounding_the_global_branch_is_that_of_plain_attention(monkeypat
         assert_same_math(whole(layer(sage_stand_in.exact), qkv), expected)
 
 
-def test_negative_control_an_uncorrected_log_sum_exp_is_seen() -> None:
+def test_negative_control_uncorrected_log_sum_exp() -> None:
     qkv = biased_qkv()
     expected = masked_ref(*qkv, frame_tokens=VIDEO.frame_tokens, window_frames=None)
     with pytest.raises(AssertionError):

@@ -51,7 +51,7 @@ def test_the_tails_differ_where_the_stride_misses_frames_only() -> None:
         assert new[:, -grid.frame_tokens :].abs().max().item() > 0.0
 
 
-def test_wrong_weights_are_seen() -> None:
+def test_negative_control_wrong_weights() -> None:
     grid = grid_of(12, 4)
     qkv = draw_qkv(grid)
     method, right = FreeNoise(stride=2), published(qkv, grid, 2, "none")

@@ -65,7 +65,7 @@ def test_whole_sequence_is_head_middle_and_tail() -> None:
         assert [g.batch * g.q_tokens for g in groups] == [ends[0], *([between] if between else []), *ends[1:]]
 
 
-def test_negative_control_a_rule_shifted_by_one_frame_is_seen() -> None:
+def test_negative_control_rule_shifted_by_one_frame() -> None:
     video = {"num_frames": 9, "frame_tokens": 2, "window_frames": 4}
     check_groups(video, 0, 18, window_of_each_token(video, rule))
     with pytest.raises(AssertionError):

@@ -326,7 +326,7 @@ def test_a_dry_run_on_a_driver_without_the_replicas_gpus(make_batch: Callable[..
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_disk_that_is_full_is_told_by_a_driver_without_the_replicas_gpus(wan_folder: Path, tmp_path: Path) -> None:
+def test_driver_without_gpus_reports_a_full_disk(wan_folder: Path, tmp_path: Path) -> None:
     model = ModelConfig(path=str(wan_folder), device="cuda", dtype="bfloat16")
     driver = SimpleNamespace(
         halted=Failure("disk", "No space left on device"), queue=Queue.of(cases.batch().items), entries=[1]
@@ -346,7 +346,7 @@ def test_a_dry_run_checks_what_a_run_would(make_batch: Callable[..., Run], monke
 
 
 def test_a_dry_run_looks_at_finished_videos_as_the_run_would(make_batch: Callable[..., Run], tmp_path: Path) -> None:
-    """Their sizes, or their SHA-256; and latents that nobody kept cannot be kept any more."""
+    """Their sizes, or their SHA-256; and latents that were not kept cannot be kept later."""
     out = make_pretended(make_batch, tmp_path)
     assert "2 done, 2 to make" in make_batch({}, "--dry_run").out
     path = next(out.glob("*/*/videos/*.mp4"))
@@ -358,7 +358,7 @@ def test_a_dry_run_looks_at_finished_videos_as_the_run_would(make_batch: Callabl
 
 
 def make_pretended(make_batch: Callable[..., Run], tmp_path: Path) -> Path:
-    """Two of the four items of the batch, made of bytes."""
+    """Two of the four items of the batch, with arbitrary bytes."""
     found: list[Batch] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(batch, "say_plan", lambda config, options, given, mine, arrangement: found.append(given))
@@ -386,7 +386,7 @@ def test_a_replica_that_was_given_up_has_its_line_in_the_summary(
 
 
 def stop_a_rank(out: Path, stopped: list[int]) -> None:
-    """SIGSTOP to rank 1 in the middle of the first item: it neither ends nor answers, as a rank whose GPU hangs."""
+    """SIGSTOP to rank 1 in the middle of the first item, like a rank whose GPU hangs."""
     until = time.monotonic() + PATIENCE_SECONDS
     while not list(out.glob("*/*/unfinished/*.checkpoint.safetensors")):
         assert time.monotonic() < until
@@ -478,8 +478,8 @@ def test_a_table_fits_its_terminal_and_the_last_note_stays_in_it(monkeypatch: py
     assert screen.getvalue()[len("\n".join(first)) + 1 :].startswith("\x1b[9F\x1b[J")  # over the last one
 
 
-def test_a_driver_is_no_rank_of_the_environment(wan_folder: Path, suite: Path, tmp_path: Path) -> None:
-    """As a pod of a training operator has it: the batch is made, and told, by this one process."""
+def test_driver_ignores_rank_of_the_environment(wan_folder: Path, suite: Path, tmp_path: Path) -> None:
+    """As in a pod of a training operator: this process alone makes and reports the batch."""
     suite.write_text(f"{PROMPTS[0]}\n")
     as_rank = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "::1", "MASTER_PORT": "1"}
     ignored = (
@@ -557,7 +557,7 @@ def test_an_output_folder_that_cannot_be_written(make_batch: Callable[..., Run],
 def test_a_log_and_a_status_that_cannot_be_written_end_nothing(
     make_batch: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nor do the logs of ranks; each is told once."""
+    """Nor do the logs of ranks; each is reported once."""
     out = tmp_path / "out"
     log = out / "logs/shard-1-of-1.jsonl"
     log.parent.mkdir(parents=True)

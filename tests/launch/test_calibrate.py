@@ -187,7 +187,7 @@ def test_a_search_from_start_to_judgement(
     assert "no trial was better than the settings that the search began with" in calibrate_in().out
 
 
-def test_trials_have_the_steps_of_the_judgement_unless_told_otherwise(
+def test_trials_have_the_steps_of_the_judgement_by_default(
     calibrate_in: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []

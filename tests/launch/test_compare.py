@@ -167,7 +167,7 @@ def check_page(out: Path) -> None:
     assert all((out / name).with_suffix(".svg").is_file() for name in plots)
 
 
-def test_what_is_there_is_not_made_again_and_may_be_widened(
+def test_existing_videos_are_kept_and_the_lists_may_grow(
     compare_in: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""decode.py: what it may be told about the model and the decoding, and its mistakes in one line."""
+"""decode.py: its options for model and decoding, and mistakes in one line."""
 
 import json
 from collections.abc import Callable
@@ -84,7 +84,7 @@ def test_mistakes_end_in_one_line(
     assert not (tmp_path / "b.mp4").exists()
 
 
-def test_a_home_that_nobody_has_is_one_line(run: Callable[..., Run], kept: Path, tmp_path: Path) -> None:
+def test_unknown_home_is_one_line(run: Callable[..., Run], kept: Path, tmp_path: Path) -> None:
     assert "nosuchuser" in run("decode", "~nosuchuser/a.safetensors", "--output", tmp_path / "b.mp4").error
     assert "nosuchuser" in run("decode", kept, "--output", "~nosuchuser/b.mp4").error
 
@@ -180,9 +180,7 @@ def test_latents_of_no_dtype_are_one_line(run: Callable[..., Run], kept: Path, t
     ],
     ids=["nested", "digits", "surrogate"],
 )
-def test_a_record_that_nobody_wrote_is_one_line(
-    run: Callable[..., Run], kept: Path, tmp_path: Path, text: str, line: str
-) -> None:
+def test_foreign_record_is_one_line(run: Callable[..., Run], kept: Path, tmp_path: Path, text: str, line: str) -> None:
     save_file({"latents": read(kept)[0]}, tmp_path / "b.safetensors", metadata={"record": text})
     assert line in run("decode", tmp_path / "b.safetensors", "--output", tmp_path / "b.mp4").error
 

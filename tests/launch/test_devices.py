@@ -1,4 +1,4 @@
-"""Commands on a pretended CUDA device (tests/pretend_cuda.py): from the noise to the files no tensor is on another device."""
+"""Commands on a simulated CUDA device (tests/pretend_cuda.py): every tensor is on the right device."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""generate.py told what happens when: timelines and given frames, from the command line to the files."""
+"""generate.py with timelines and given frames, from the command line to the files."""
 
 import json
 from collections.abc import Callable

@@ -180,7 +180,7 @@ def test_a_rank_that_never_comes(wan_folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_rank_0_that_never_comes(wan_folder: Path, tmp_path: Path) -> None:
-    """One line, of ours alone, from the rank that nobody else can speak for."""
+    """One line, from the waiting rank, since rank 0 does not exist."""
     command = prompted(wan_folder, tmp_path / "out" / "a.mp4", {"parallel.timeout": 1})
     [only] = run_forked([command], tmp_path, world=2, ranks=[1])
     assert only.code == 2

@@ -1,4 +1,4 @@
-"""The page of findings from reports whose answers are known, and how an interval reads."""
+"""The findings page from reports with known answers, and the verdict on an interval."""
 
 import copy
 import json
@@ -169,7 +169,7 @@ def write(put: Callable[..., None], findings_of: Callable[[], Run], tmp_path: Pa
     return call
 
 
-def test_the_page_says_what_the_numbers_say(write: Callable[..., str], tmp_path: Path) -> None:
+def test_page_text_follows_the_numbers(write: Callable[..., str], tmp_path: Path) -> None:
     page = write(analysis=analysis_of(-1.0))
     assert "In 1 of 1 of the stages and windows the effective rank: falls." in page
     assert "in 75 % of the heads" in page
@@ -283,13 +283,13 @@ def test_a_calibration_that_is_not_supported_leaves_the_defaults(write: Callable
     report = calibration_of()
     page = write(calibration=report)
     assert "Searched with videos of 10 steps, judged with 20; 129 frames, checkpoint `abc`." in page
-    assert "the defaults stay as they are" in page
+    assert "the defaults are kept" in page
     assert "+0.02 [−0.01, +0.05]" in page
     assert "the report supports the change" in write(calibration=calibration_of(supported=True))
     assert "None was better" in write(calibration={**report, "best": "start", "judged": None})
 
 
-def test_a_page_of_nothing_says_so_and_counts_what_needs_no_report(write: Callable[..., str]) -> None:
+def test_page_without_reports(write: Callable[..., str]) -> None:
     page = write()
     assert page.count("Not measured yet") == 10
     # tests/freespec/test_schedule.py has the timesteps of these shifts.

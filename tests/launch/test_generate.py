@@ -177,7 +177,7 @@ def test_weights_that_are_missing_or_broken(make: Callable[..., Run], wan_folder
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.json", "a.png", "a.latents.safetensors", "a.trace.csv"])
-def test_an_existing_file_is_not_replaced_unless_told(make: Callable[..., Run], tmp_path: Path, name: str) -> None:
+def test_existing_file_is_kept_without_overwrite(make: Callable[..., Run], tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
     error = make({"model.path": "/never/read"}, "--output.trace").error
     assert f"{tmp_path / name} exists already" in error

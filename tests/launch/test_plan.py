@@ -35,7 +35,7 @@ def test_text_names_the_chosen_plan_first_and_says_why_and_that_times_are_predic
     assert ["1", "1", "8"] in rows
 
 
-def test_far_keys_are_told_and_halve_the_time_of_freespec(capsys: pytest.CaptureFixture[str]) -> None:
+def test_far_keys_are_shown_and_halve_the_time_of_freespec(capsys: pytest.CaptureFixture[str]) -> None:
     assert run_plan([*WAN, "--gpus", "1", "--gpu", "h200", "--attention.far", "1/8"]) == 0
     out = capsys.readouterr().out
     assert "far keys of dual steps: 195 of 1560 tokens of each frame" in out
@@ -72,7 +72,7 @@ def test_json_is_the_same_for_programs(capsys: pytest.CaptureFixture[str]) -> No
     }
 
 
-def test_shared_weights_are_told_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_sharded_weights_are_shown_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
     words = [*WAN, "--gpus", "8", "--gpu", "rtx4090", "--model.path", "Wan-AI/Wan2.1-T2V-14B-Diffusers"]
     assert run_plan([*words, "--model.weights", "zero3"]) == 0
     out = capsys.readouterr().out

@@ -141,7 +141,7 @@ def test_modules_that_do_not_import(own: str) -> None:
         parse("--method.name", f"{own}_broken:Mine")
 
 
-def test_settings_that_nothing_would_read() -> None:
+def test_unused_settings() -> None:
     with pytest.raises(
         UserError, match=r"method.settings are for a class of your own; those of freelong are method.freelong.\*"
     ):

@@ -1,4 +1,4 @@
-"""What every command says of its prompts before it loads a model: too long ones by line, unknown words, what nobody reads."""
+"""Messages about prompts before a model is loaded: long ones by line, unknown words, unused texts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +83,7 @@ def test_a_negative_prompt_that_is_too_long_is_called_so(commands: dict[str, Cal
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_negative_prompt_without_guidance_is_said_to_be_unread(
+def test_unused_negative_prompt_is_reported(
     commands: dict[str, Callable[..., Run]], capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     settings = {"sampler.negative_prompt": "a red star", "sampler.guidance_scale": 1}
@@ -97,7 +97,7 @@ def test_a_negative_prompt_without_guidance_is_said_to_be_unread(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_steps_that_all_lie_on_one_side_of_the_split_are_said(
+def test_steps_on_one_side_of_the_split_are_reported(
     commands: dict[str, Callable[..., Run]], capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     settings = {"sampler.num_steps": "null", "sampler.timesteps": "[1000, 937.5, 833.3, 625]"}

@@ -187,7 +187,7 @@ def kill_after_step(number: int, rank: int) -> None:
     DenoiseLoop.check = count
 
 
-def test_no_state_is_kept_if_none_is_wanted(make: Make, words: Callable[..., list[str]], tmp_path: Path) -> None:
+def test_no_state_is_kept_with_checkpoint_every_0(make: Make, words: Callable[..., list[str]], tmp_path: Path) -> None:
     settings = {"sampler.num_steps": 30, "output.checkpoint_every": 0}
     [ended] = run_forked([words(tmp_path, settings)], tmp_path, fault=partial(kill_after_step, 7))
     assert ended.code == -signal.SIGKILL

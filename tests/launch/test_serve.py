@@ -380,7 +380,7 @@ def answer_id(jobs: Jobs) -> str:
 
 
 def test_failures_are_tried_again_and_given_up_alone(wan_folder: Path, tmp_path: Path) -> None:
-    """Three jobs in a row that fail alike would halt a batch; a service goes on, and a failed job may be asked for again."""
+    """Three equal failures in a row would halt a batch; a service continues, and a failed job may be requested again."""
     jobs = jobs_of(wan_folder, tmp_path / "out")
     fault, clock, fails = Failure("fault", "it broke"), Clock(), True
 
@@ -472,7 +472,7 @@ def test_a_client_may_ask_only_so_often() -> None:
 def test_floods_without_the_key_do_not_hold_up_those_with_it(
     wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The address of a header counts for nothing, and nobody waits for a body that does not arrive."""
+    """Headers do not change the address, and a missing body blocks no one."""
     monkeypatch.setattr(guard, "SILENT_LONGEST", 0.1)
     bearer = {"Authorization": f"Bearer {KEY}"}
     with answered(jobs_of(wan_folder, tmp_path / "out"), key=KEY, rates=(0.01, 1)) as ask:

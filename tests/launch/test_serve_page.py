@@ -115,7 +115,7 @@ def apart(browser: Browser) -> None:
     browser.wait_for("!pair[1].seeking")
 
 
-def test_broken_pages_are_seen(service: Service) -> None:
+def test_negative_control_broken_pages(service: Service) -> None:
     """Without its hands no preview is shown; words that become HTML are there, and their script still does not run."""
     html = "element = (name, text = '', kind = '') => { const made = document.createElement(name); made.innerHTML = text; made.className = kind; return made; }"
     with service.opened(broken=f"preview = async () => {{}}, {html}") as browser:

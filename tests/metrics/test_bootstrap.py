@@ -53,7 +53,7 @@ def test_the_seed_decides_the_interval() -> None:
     assert mean_interval(values, seed=1) != mean_interval(values)
 
 
-def test_what_is_missing_is_left_out_and_counted() -> None:
+def test_missing_videos_are_left_out_and_counted() -> None:
     values = np.arange(8.0)
     values[2] = np.nan
     found = mean_interval(values)

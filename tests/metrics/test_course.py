@@ -31,14 +31,14 @@ def test_every_measure_has_a_unit_and_short_videos_have_none() -> None:
 
 
 @pytest.mark.parametrize("length", [41, 80])
-def test_a_loop_is_found_with_its_length_and_a_wandering_object_is_none(length: int) -> None:
+def test_loop_is_found_and_wandering_object_is_not(length: int) -> None:
     values = course_metrics(looped(length)(draw())[0], NATIVE).values
     assert values["loop"] > LOOP
     assert values["loop_lag"] == length
     assert all(course_metrics(wander(draw(seed)), NATIVE).values["loop"] < LOOP - 0.2 for seed in range(3))
 
 
-def test_a_still_video_is_alike_and_repeats_nothing() -> None:
+def test_still_video_is_similar_without_repetition() -> None:
     found = course_metrics(still(99), 33)
     assert {alike for _, alike in found.curve} == {1.0}
     assert found.values["loop"] == found.values["colour_slope"] == found.values["sharpness_slope"] == 0.0

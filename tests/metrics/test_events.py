@@ -110,7 +110,7 @@ def test_what_a_timeline_does_not_ask_for_has_no_value() -> None:
 
 
 def test_frames_that_cannot_be_read_keep_nothing() -> None:
-    """Nor does an event keep a shape of which nothing is seen before."""
+    """Nor does an event keep a shape that was not seen before."""
     seen = observe(show(TEXTS[:1], [20]))
     events = [TextRange(text=TEXTS[0], start=0, stop=10), TextRange(text=TEXTS[0], start=10, stop=20)]
     shapes = {
@@ -123,7 +123,7 @@ def test_frames_that_cannot_be_read_keep_nothing() -> None:
     assert found == {"all": 1.0, "few": 1.0, "later": pytest.approx(2 / 3), "none": pytest.approx(2 / 3)}
 
 
-def test_what_is_no_caption_is_refused() -> None:
+def test_invalid_caption_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no captions of the world: \['a cat'\]"):
         event_metrics(show(TEXTS[:1], [9]), ranges([TEXTS[0], "a cat"], [5, 4]))
 

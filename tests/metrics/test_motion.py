@@ -1,4 +1,4 @@
-"""Flow of a translation by v is v, a still has none, and only uneven motion is foretold badly by its neighbours."""
+"""Flow of a translation by v is v, a still has none, and only uneven motion has a large interpolation error."""
 
 import math
 
@@ -42,7 +42,7 @@ def test_a_small_object_shows_in_the_strongest_share_only() -> None:
     assert found["flow_strongest"] == pytest.approx(2.0, abs=0.4)
 
 
-def test_jerks_and_flicker_are_foretold_badly() -> None:
+def test_jerks_and_flicker_have_large_interpolation_error() -> None:
     even = interpolation_error(translation(12, 1.5, 0.0))
     picture = texture()
     places = np.cumsum([0.0, *([3.0, 0.0] * 5), 3.0])  # the same mean speed, every second frame stands still

@@ -1,4 +1,4 @@
-"""Proxies on videos whose truth is known: order and known displacements, not absolute scores."""
+"""Proxies on videos with known truth: order and known displacements, not absolute scores."""
 
 import math
 
@@ -76,7 +76,7 @@ def test_the_rule_of_dynamic_degree() -> None:
     assert moving_clips([[11.3] * 4 + [0.0] * 11], 480) == [True]
 
 
-def test_uneven_motion_is_foretold_worse_than_even_motion_of_the_same_speed() -> None:
+def test_uneven_motion_has_larger_interpolation_error() -> None:
     assert FOUND["even"]["proxy.midframe_flow_mae"] > FOUND["stutter"]["proxy.midframe_flow_mae"]
     assert FOUND["stutter"]["proxy.freeze_ratio"] == pytest.approx(24 / 31)
 

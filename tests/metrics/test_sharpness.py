@@ -17,7 +17,7 @@ def test_each_blur_lowers_it() -> None:
     assert values[-1] < 0.5 * values[0]
 
 
-def test_a_plain_video_has_none() -> None:
+def test_plain_video_has_no_sharpness() -> None:
     assert laplacian_variance(np.full((2, 32, 32, 3), 90, np.uint8)) == 0.0
 
 

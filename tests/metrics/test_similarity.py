@@ -16,7 +16,7 @@ from metrics.similarity import (
 from tests.metrics.synthetic import moved, still, texture, translation, video
 
 
-def test_a_still_is_alike() -> None:
+def test_still_is_similar() -> None:
     frames = still(6)
     assert frame_colour_similarity(frames) == pytest.approx(1.0)
     assert frame_structural_similarity(frames) == pytest.approx(1.0)

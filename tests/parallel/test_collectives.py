@@ -218,7 +218,7 @@ def test_data_arrives_bit_for_bit_and_is_counted(num_ranks: int, tmp_path: Path)
 
 
 def sums_differ_between_ranks(rank: int, dtype: torch.dtype) -> Tensor:
-    """Values whose sum depends on the order of adding."""
+    """Values whose sum depends on the order of addition."""
     world = worlds([Case(tokens=50, heads=3, dtype=dtype)])[0]
     mine = world.whole(world.rank) * 10.0 ** (4 * world.rank)
     return collectives.sum_over_ranks(mine, group=world.group, trace=world.count.trace())

@@ -20,7 +20,7 @@ TIMEOUT = timedelta(seconds=600)
 
 @dataclass
 class Device:
-    """A device that does what is queued, in order, when the test lets it; `told` is what a monitor says."""
+    """A device that does what is queued, in order, when the test lets it; `told` are the lines of a monitor."""
 
     queued: int = 0
     finished: int = 0
@@ -77,7 +77,7 @@ def test_a_call_that_does_not_return_is_named_and_one_that_fails_is_not() -> Non
         assert str(monitor.look(late)).startswith("rank 3, step 2 layer 1: halo exchange has not finished")
 
 
-def test_the_thread_tells_of_a_hang_and_of_nothing_else() -> None:
+def test_monitor_thread_reports_only_hangs() -> None:
     before = set(threading.enumerate())
     healthy, hung = Device(finished=10**9), Device()
     monitors = [device.monitor(timedelta(seconds=5)) for device in (healthy, hung)]
@@ -101,7 +101,7 @@ def test_the_thread_tells_of_a_hang_and_of_nothing_else() -> None:
 
 
 def late_to_a_gather(rank: int, told_file: str) -> list[str]:
-    """What rank 0 is told of while it waits for rank 1, which comes after the line and before the timeout."""
+    """The line of rank 0 while it waits for rank 1, which comes after the line and before the timeout."""
     mesh, told = small_mesh(ulysses=2), []
 
     def tell(line: str) -> None:
@@ -119,7 +119,7 @@ def late_to_a_gather(rank: int, told_file: str) -> list[str]:
     return told
 
 
-def test_a_rank_that_waits_in_a_real_collective_is_told_which(tmp_path: Path) -> None:
+def test_monitor_names_the_collective_that_waits(tmp_path: Path) -> None:
     [[waited, _]] = run_ranks(2, late_to_a_gather, [str(tmp_path / "told")], tmp_path)
     assert len(waited) == 1
     assert waited[0].startswith("rank 0, step 5 layer 7: all-gather (agreement) has not finished")

@@ -137,7 +137,7 @@ def uneven(rank: int, _case: None) -> str:
     return str(caught.value)
 
 
-def test_a_video_of_another_length_is_refused_on_all_ranks_alike(tmp_path: Path) -> None:
+def test_video_of_another_length_is_refused_on_all_ranks(tmp_path: Path) -> None:
     [messages] = run_ranks(2, uneven, [None], tmp_path)
     assert len(set(messages)) == 1
 

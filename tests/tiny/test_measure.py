@@ -60,7 +60,7 @@ def test_another_clip_reads_otherwise():
     assert track(clip).shape != track(render(replace(scene, shape="circle"), 33)).shape
 
 
-def test_frames_without_an_object_are_told_apart():
+def test_frames_without_an_object_are_recognised():
     scene = replace(sample_scene(numpy_rng(14)), motion="right")
     clip = render(scene, 33).astype(float)
     empty = backdrop(scene, 33)

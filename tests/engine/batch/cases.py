@@ -1,4 +1,4 @@
-"""Small batches for tests, without a model: items, files that a worker would write, and replicas that only pretend."""
+"""Small batches for tests without a model: items, files of a worker, and simulated replicas."""
 
 import hashlib
 import heapq
@@ -54,7 +54,7 @@ def content(item: Item) -> bytes:
 
 
 def write_item(files: BatchFiles, item: Item, token: str = "t") -> None:
-    """What a worker does with a video, in its order, with bytes for a video."""
+    """Write the files of a video in a worker's order, with arbitrary bytes as the video."""
     of = files.of(item)
     of.make_folders()
     of.checkpoint.write_bytes(b"steps")
@@ -71,7 +71,7 @@ def write_item(files: BatchFiles, item: Item, token: str = "t") -> None:
 
 @dataclass
 class Clock:
-    """Seconds that pass when somebody waits."""
+    """A clock that advances when someone waits."""
 
     now: float = 0.0
 
@@ -96,7 +96,7 @@ def lost(broken: bool = True) -> Failed:
 
 @dataclass
 class FakeReplica:
-    """A replica that pretends: loads in `loads_in` seconds, then does what the script says."""
+    """A simulated replica: loads in `loads_in` seconds, then follows the script."""
 
     name: str
     clock: Callable[[], float]

@@ -1,4 +1,4 @@
-"""The driver with replicas that pretend: every item once, whatever dies, hangs or fails, and never more than three times."""
+"""The driver with simulated replicas: every item is made once despite kills, hangs and failures, with at most three attempts."""
 
 import random
 from collections import Counter
@@ -157,13 +157,13 @@ def test_the_very_first_item_hangs_and_is_ended() -> None:
     assert failed["message"] == "finished no step for 3600 s after step 0 of 0 and was ended"
 
 
-def test_an_item_that_goes_on_slowly_is_no_hanging_one() -> None:
+def test_slow_item_is_not_hanging() -> None:
     driver, _, _ = drive(lambda item_id, attempt: (20_000.0, Done(record={})), replicas=1, step_every=3_000.0)
     assert len(driver.queue.done) == len(ITEMS)
     assert not driver.journal.named("failed")
 
 
-def test_the_rest_of_a_resumed_item_says_nothing_of_how_long_a_whole_one_takes() -> None:
+def test_resumed_items_do_not_count_for_the_time_limit() -> None:
     """A batch that is started again: three items only have to be decoded, and the others take fifty minutes."""
     resumed = {item.item_id for item in ITEMS[:3]}
 
@@ -189,7 +189,7 @@ def test_the_time_left_counts_whole_items_and_the_replicas_that_work() -> None:
     assert driver.eta is None
 
 
-def test_what_comes_late_from_a_replica_that_was_ended_is_nobody_s() -> None:
+def test_late_events_of_an_ended_replica_are_dropped() -> None:
     clock = Clock()
     late = FakeReplica("late", clock, lambda item_id, attempt: (70.0, Done(record={})))
     end = late.stop
@@ -233,7 +233,7 @@ def test_a_wrong_configuration_halts_at_once() -> None:
 
 
 def drive_one_that_cannot_load(place: int, *, seconds: float = 5.0) -> tuple[Driver, list[FakeReplica]]:
-    """Three replicas, one of which says that its settings cannot work: its GPU has no room for the model."""
+    """Three replicas, one of which reports that its GPU has no room for the model."""
     clock = Clock()
     fakes = [FakeReplica(f"replica-{i}", clock) for i in range(3)]
     fakes[place].loading = Ended(failure=Failure("mistake", "out of memory"), final=True)
@@ -255,7 +255,7 @@ def drive_one_that_cannot_load(place: int, *, seconds: float = 5.0) -> tuple[Dri
 @pytest.mark.parametrize("place", [0, 2])
 @pytest.mark.parametrize("seconds", [1.0, 5.0, 20.0])
 def test_one_replica_that_cannot_load_costs_itself_alone(place: int, seconds: float) -> None:
-    """Whether it says so before, with or after the others' first word."""
+    """In any order of its report and the others'."""
     driver, fakes = drive_one_that_cannot_load(place, seconds=seconds)
     assert driver.halted is None
     assert driver.queue.done == {item.item_id for item in ITEMS}
@@ -293,7 +293,7 @@ def fault(message: str = "KeyError: 'x'") -> Failed:
     return Failed(failure=Failure("fault", message, "Traceback"), broken=True)
 
 
-def test_a_rank_that_is_lost_is_no_fault_of_its_item_while_the_item_advances() -> None:
+def test_lost_rank_costs_no_attempt_while_the_item_advances() -> None:
     """Ended from outside after 1, 4, 7, 11 and 15 of its 20 steps, as where nodes are taken away."""
     victim, kept = ITEMS[0].item_id, [1, 4, 7, 11, 15]
 
@@ -330,8 +330,8 @@ def test_other_failures_count_though_the_item_advances() -> None:
 
 @pytest.mark.parametrize("replicas", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["fault", "memory"])
-def test_items_that_fail_alike_in_a_row_halt_and_none_is_given_up(replicas: int, kind: str) -> None:
-    """Whatever numbers, paths and names the messages have."""
+def test_equal_failures_in_a_row_halt_the_batch(replicas: int, kind: str) -> None:
+    """Messages differ only in numbers, paths and names."""
 
     def script(item_id: str, attempt: int) -> tuple[float, ReplicaEvent]:
         message = f"KeyError: '{item_id}' at 0x{item_id[:6]} in /out/{item_id}.mp4, line {attempt}"
@@ -345,7 +345,7 @@ def test_items_that_fail_alike_in_a_row_halt_and_none_is_given_up(replicas: int,
     assert sum(len(fake.made) for fake in fakes) <= 3 * replicas
 
 
-def test_mistakes_alike_halt_and_what_was_given_up_for_them_waits_again() -> None:
+def test_equal_mistakes_halt_and_their_items_are_requeued() -> None:
     released: list[str] = []
 
     def script(item_id: str, attempt: int) -> tuple[float, ReplicaEvent]:
@@ -384,7 +384,7 @@ def test_failures_with_something_done_in_between_halt_nothing() -> None:
 
 
 def test_a_node_that_takes_all_replicas_along_halts_nothing() -> None:
-    """They fail alike and at once, every second time."""
+    """They fail with the same error at the same time, every second time."""
 
     def script(item_id: str, attempt: int) -> tuple[float, ReplicaEvent]:
         return (10.0, lost()) if attempt < MOST_ATTEMPTS else succeed(item_id, attempt)

@@ -1,4 +1,4 @@
-"""What a batch is said to take on the disk, against what lies there."""
+"""Predicted disk usage of a batch against its files."""
 
 import contextlib
 import dataclasses

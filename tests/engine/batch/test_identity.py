@@ -1,4 +1,4 @@
-"""Ids: what decides the pixels changes them, nothing else does."""
+"""Ids change with every setting that determines the pixels, and with no other."""
 
 import dataclasses
 import json

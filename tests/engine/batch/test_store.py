@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever moment a process is killed at."""
+"""Files are complete or absent, at whatever moment a process is killed."""
 
 import json
 import multiprocessing
@@ -40,7 +40,7 @@ def work(root: Path) -> None:
 
 
 def killed(root: Path, boundary: int) -> None:
-    """`work`, in a process that ends without a word just before its n-th change of the folder."""
+    """`work` in a process that exits silently just before its n-th change of the folder."""
     left = boundary
 
     def count(event: str, arguments: tuple[object, ...]) -> None:
@@ -70,7 +70,7 @@ def tree_of(root: Path) -> dict[str, bytes]:
 
 
 def assert_nothing_half(root: Path) -> None:
-    """A sidecar or a manifest stands only beside what it says."""
+    """A sidecar or a manifest exists only beside the files that it describes."""
     files = BatchFiles(root=root)
     for sidecar in files.sidecars():
         output = json.loads(sidecar.read_text())["output"]
@@ -83,7 +83,7 @@ def assert_nothing_half(root: Path) -> None:
 
 
 def test_killed_at_every_boundary_and_started_again(tmp_path: Path) -> None:
-    """Every number of changes up to the last: nothing half is ever believed, and the next run ends in the same bytes."""
+    """For every number of changes: incomplete files are never accepted, and the next run ends with the same bytes."""
     whole = tmp_path / "whole"
     whole.mkdir()
     work(whole)
@@ -158,7 +158,7 @@ def test_a_manifest_does_not_depend_on_the_order(tmp_path: Path) -> None:
     "text", ["[]", "{}", "null", "{", '{"item_id": "x", "status": "done"}', '{"status": "quarantined"}']
 )
 @pytest.mark.parametrize("place", ["quarantine/x.json", "direct/000000000000/videos/notes.json"])
-def test_what_is_no_sidecar_costs_no_line_of_the_manifest(tmp_path: Path, place: str, text: str) -> None:
+def test_foreign_json_is_left_out_of_the_manifest(tmp_path: Path, place: str, text: str) -> None:
     """It may be put there while the batch runs: what was made stays listed, and the file is named."""
     files, item = BatchFiles(root=tmp_path), batch().items[0]
     write_item(files, item)
@@ -204,7 +204,7 @@ def test_a_damaged_sidecar_costs_its_item_alone(tmp_path: Path, text: str, why: 
     assert line.endswith("; it is made again")
 
 
-def test_so_does_one_that_is_no_text_or_no_file(tmp_path: Path) -> None:
+def test_unreadable_sidecar_is_made_again(tmp_path: Path) -> None:
     said: list[str] = []
     (tmp_path / "a.json").write_bytes(b"\xff\xfe")
     (tmp_path / "b.json").mkdir()
@@ -260,14 +260,14 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         ('{"schema": 1, "configs": {}, "items": {}, "prompts": {"a": 1}}', "prompts is"),
     ],
 )
-def test_a_batch_file_that_is_none_is_one_line(tmp_path: Path, text: str, why: str) -> None:
+def test_invalid_batch_file_is_one_line(tmp_path: Path, text: str, why: str) -> None:
     (tmp_path / "batch.json").write_text(text)
     with pytest.raises(UserError, match=rf"batch\.json is not a batch's description: {why}"):
         check_folder(tmp_path, batch())
 
 
 @pytest.mark.parametrize("name", ["manifest.jsonl", "batch.json", "text", "status"])
-def test_what_has_the_place_of_a_file_or_folder_is_seen_before_anything_is_made(tmp_path: Path, name: str) -> None:
+def test_foreign_files_and_folders_are_found_first(tmp_path: Path, name: str) -> None:
     files = BatchFiles(root=tmp_path)
     files.check()
     (tmp_path / name).mkdir() if "." in name else (tmp_path / name).touch()
@@ -283,7 +283,7 @@ def test_everything_that_was_asked_for_is_remembered(tmp_path: Path) -> None:
     assert set(asked_items(tmp_path)) == labels
 
 
-def test_what_is_left_of_texts_goes_with_the_next_start(tmp_path: Path) -> None:
+def test_leftover_texts_are_deleted_at_the_next_start(tmp_path: Path) -> None:
     files = BatchFiles(root=tmp_path)
     files.text_cache.mkdir()
     old, new = (files.text_cache / f"{name}.safetensors.1-a.part" for name in ("old", "new"))
@@ -308,7 +308,7 @@ def test_quarantine_keeps_every_traceback_and_lets_go(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "1", "a/b", "-1/2", "1/2/3", ""])
-def test_shards_that_are_none(text: str) -> None:
+def test_invalid_shards(text: str) -> None:
     with pytest.raises(UserError, match=r"--shard must be i/n with 1 <= i <= n"):
         Shard.parse(text)
 
@@ -331,7 +331,7 @@ def test_every_item_is_in_exactly_one_shard_whatever_list_its_driver_has() -> No
 
 
 def test_shards_are_fair_and_split_methods_too() -> None:
-    """A slow method must not be one machine's alone, as every other place of the list would have it."""
+    """A slow method must not go to one machine alone, as with every other item of the list."""
     items = batch(*map(str, range(500)), seeds=(0,)).items
     for method in ("freespec", "direct"):
         counts = [
@@ -360,10 +360,10 @@ ELSEWHERE = {"pid": 12, "host": "other", "place": "elsewhere", "started": 5}
 
 
 @pytest.mark.parametrize("is_alive", [True, False])
-def test_a_driver_on_another_machine_is_heard_by_its_lock(
+def test_driver_on_another_machine_is_detected_by_its_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_alive: bool
 ) -> None:
-    """Where the kernel's locks end at the machine, and a pod that is started again has another name."""
+    """On file systems where locks do not cross machines, with a restarted pod under another name."""
     monkeypatch.setattr("engine.files.locks._beats", lambda *_: is_alive)
     lock = lock_file(tmp_path, "shard-1-of-1")
     lock.parent.mkdir()

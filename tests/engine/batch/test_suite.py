@@ -1,4 +1,4 @@
-"""Prompt files as people have them: each line is made, left out with a word, or one line says what is wrong."""
+"""Prompt files of users: each line is made, skipped with a note, or reported in one line."""
 
 import json
 from dataclasses import replace
@@ -66,7 +66,7 @@ def test_a_folder_takes_nothing_else(tmp_path: Path) -> None:
         batch("a", seeds=(-1,))
 
 
-def test_a_folder_tells_variants_of_one_method_apart(tmp_path: Path) -> None:
+def test_folder_distinguishes_variants_of_one_method(tmp_path: Path) -> None:
     plain, other = variants("alpha", 5.0, 1.0)
     both = planned(plain, other)
     claim_folder(tmp_path, both)

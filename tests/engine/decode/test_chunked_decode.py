@@ -1,4 +1,4 @@
-"""The LTX VAE in chunks of time: bit for bit diffusers' own framewise and tiled decode, on any ranks, in bounded memory."""
+"""The LTX VAE in chunks of time: bit-equal to diffusers' framewise and tiled decode, on any ranks, in bounded memory."""
 
 import dataclasses
 import functools
@@ -247,7 +247,7 @@ def test_tiles_over_ranks(results, ranks, case):
 
 
 @pytest.mark.parametrize("case", FAULTS, ids=lambda case: case.fault)
-def test_broken_tiles_are_seen(results, case):
+def test_negative_control_broken_tiles(results, case):
     assert results[4, case] == [False, None, None, None]
 
 
@@ -290,7 +290,7 @@ def test_the_estimate_is_what_a_decode_takes(alone):
 
 @pytest.mark.parametrize("family", ["ltx", "wan"])
 def test_videos_of_many_lengths_are_estimated_from_one_trace(family):
-    """What chunks after the third would add is nothing; a planner that looks for a length that fits asks for dozens."""
+    """Chunks after the third add nothing; a planner that searches for a fitting length asks for dozens."""
     vae, size = (vae_of("0.9.0"), (5, 4)) if family == "ltx" else (random_wan().vae, (40, 24))
     found, traces = {}, {}
     for shown in (1, 3, 7):

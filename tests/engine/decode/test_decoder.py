@@ -1,4 +1,4 @@
-"""The decoder by itself: the engine's frames, without the weights of transformer and text encoder being there."""
+"""The decoder alone: the engine's frames without weights of transformer and text encoder."""
 
 import shutil
 from pathlib import Path

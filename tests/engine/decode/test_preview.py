@@ -1,4 +1,4 @@
-"""Previews: colours follow the decode, a fit finds a linear map, ranks write the same picture, and no other VAE's colours are shown."""
+"""Previews: colours follow the decode, a fit finds a linear map, ranks write the same picture, and colours of another VAE are refused."""
 
 import itertools
 from pathlib import Path

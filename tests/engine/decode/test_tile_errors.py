@@ -1,4 +1,4 @@
-"""What tiles cost in the picture: whole against tiled decodes of the trained embedded models, at the border and inside."""
+"""Errors of tiled decodes of the trained embedded models, at the border and inside."""
 
 import dataclasses
 import functools

@@ -217,7 +217,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder, tmp_path_factory) -> dict[Job, list[Any]]:
-    """What every rank says of every job: all of them in one start of the ranks, which is what takes the time."""
+    """Results of every job on every rank, from one start of the ranks, which takes most of the time."""
     jobs = [Job(ranks, case) for ranks in NUM_RANKS for case in CASES]
     jobs += [Job(2, case) for case in (*FAULTS, NO_FAULT)]
     jobs += [Job(max(NUM_RANKS), config=config_of(folder, decode)) for decode in ENGINES]

@@ -217,7 +217,7 @@ def test_ids_have_the_steps_and_those_of_older_versions_stay() -> None:
     assert len(set(found)) == len(found)
 
 
-def test_a_split_with_all_steps_on_one_side_is_said(tmp_path: Path) -> None:
+def test_split_with_all_steps_on_one_side_is_reported(tmp_path: Path) -> None:
     folder = SAVE[WAN](tmp_path / "wan")
     config = few(WAN, folder, timesteps=(1000.0, 937.5, 833.3, 625.0))
 

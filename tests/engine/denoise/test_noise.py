@@ -1,4 +1,4 @@
-"""The initial noise as a setting: what a method brings, what the configuration says instead, and where it is written down."""
+"""The initial noise as a setting: a method's default, the configuration's override, and the record."""
 
 import contextlib
 from dataclasses import dataclass, replace
@@ -162,7 +162,7 @@ def test_a_checkpoint_is_refused_for_settings_of_the_method_in_use_only(folder: 
 
 @dataclass(frozen=True, kw_only=True)
 class Hopping(FreeNoise):
-    """A class of the user's own whose noise has a stride that no setting names."""
+    """A user's class with a noise stride that is not a setting."""
 
     hop: int = 6
 

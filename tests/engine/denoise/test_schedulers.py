@@ -314,7 +314,7 @@ def test_any_number_of_ranks_draws_the_same_noise(ranks, layouts, folders, tmp_p
         assert relative(by_rank[0], alone) < 1e-5, case
 
 
-def test_noise_of_torchs_own_generator_would_be_seen(folders, tmp_path):
+def test_negative_control_noise_of_the_global_generator(folders, tmp_path):
     index = next(i for i, variant in enumerate(variants()) if variant.draws and variant.adapter is WAN)
     case = RanksCase(index, str(folders[WAN]), (1, 2, 1), fault=True)
     [[first, second]] = run_ranks(2, latents_on_ranks, [case], tmp_path)

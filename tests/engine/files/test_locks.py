@@ -44,7 +44,7 @@ def said() -> list[str]:
 
 @contextmanager
 def another(code: str) -> Iterator[subprocess.Popen]:
-    """Another process, once it holds what it is to hold and says so; it ends when its stdin is closed."""
+    """Another process that holds the files; it ends when its stdin is closed."""
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -81,7 +81,7 @@ def holding(path: Path, kind: str) -> Iterator[subprocess.Popen]:
         yield process
 
 
-def test_the_second_is_told_who_holds_it(tmp_path: Path, kind: str, said: list[str]) -> None:
+def test_second_claim_names_the_holder(tmp_path: Path, kind: str, said: list[str]) -> None:
     path = tmp_path / "a.lock"
     with holding(path, kind) as process:
         assert holder_of(path).pid == process.pid
@@ -125,7 +125,7 @@ def test_a_later_process_of_the_same_number_is_not_the_holder(
 
 
 @pytest.mark.parametrize("age", [0.0, -3600.0], ids=["a moment ago", "an hour ahead"])
-def test_a_holder_on_another_machine_is_heard_or_taken_over(
+def test_holder_on_another_machine_is_respected_or_taken_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, said: list[str], age: float
 ) -> None:
     monkeypatch.setattr(locks, "WATCH_SECONDS", 200.0)
@@ -175,7 +175,7 @@ def test_who_only_looks_does_not_wait(tmp_path: Path, age: float, is_live: bool)
     assert (holder_of(path) is not None) == is_live
 
 
-def test_a_heartbeat_is_told_to_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
+def test_holder_touches_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
     monkeypatch.setattr(locks, "BEAT_SECONDS", 0.05)
     path = tmp_path / "a.lock"
     with hold(path, say=said.append):

@@ -1,4 +1,4 @@
-"""Faults of the storage are told from faults of one file, and are one line."""
+"""Storage faults are distinguished from faults of one file, and reported in one line."""
 
 import errno
 import os

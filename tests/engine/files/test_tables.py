@@ -28,7 +28,7 @@ def test_other_cells_stay_as_they_are() -> None:
     assert as_csv([{"a": 1}], ["a", "b"]) == "a,b\n1,\n"
 
 
-def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
+def test_file_is_written_atomically(tmp_path: Path) -> None:
     write_csv(tmp_path / "a.csv", [{"a": "x"}])
     assert (tmp_path / "a.csv").read_bytes() == b"a\nx\n"
     with pytest.raises(TakenError):

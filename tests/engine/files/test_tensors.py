@@ -45,7 +45,7 @@ def test_a_file_of_another_kind_is_damaged(tmp_path: Path, data: bytes) -> None:
         read_metadata(path)
 
 
-def test_a_link_that_leads_nowhere_is_no_file_that_could_be_written(tmp_path: Path) -> None:
+def test_dangling_link_cannot_be_written(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.symlink_to(tmp_path / "nowhere")
     with pytest.raises(DamagedError):

@@ -1,4 +1,4 @@
-"""JSON and trees that nobody could have meant: refused in one line that names them, whatever their size."""
+"""Absurd JSON and trees are refused in one line that names them, whatever their size."""
 
 import json
 from typing import Any
@@ -20,7 +20,7 @@ LINES = {
 
 
 @pytest.mark.parametrize("text", LINES, ids=lambda text: str(text[:12]))
-def test_json_that_is_none_is_one_line(text: str | bytes) -> None:
+def test_invalid_json_is_one_line(text: str | bytes) -> None:
     with pytest.raises(DamagedError, match=f"^a file {LINES[text]}.*; fetch it again$") as caught:
         parse_json(text, "a file", remedy="fetch it again")
     assert len(str(caught.value)) < 200

@@ -188,7 +188,7 @@ def in_folder(path: Path) -> dict[str, bytes]:
     return {entry.name: entry.read_bytes() for entry in path.iterdir()}
 
 
-def test_a_folder_is_whole_or_absent_and_replaced_as_one(tmp_path: Path) -> None:
+def test_folder_is_written_and_replaced_atomically(tmp_path: Path) -> None:
     path = tmp_path / "frames"
     path.mkdir()
     write_folder(path, b"a", b"b", b"c", replace=False)  # an empty folder is there to be filled

@@ -1,4 +1,4 @@
-"""Frames that are given: what is read, where it stands, that it stays what it is, and that the rest goes with it."""
+"""Given frames: reading, placement, that they stay unchanged, and that other frames follow them."""
 
 import contextlib
 import dataclasses
@@ -265,7 +265,7 @@ def test_where_a_picture_stands(where, frame):
         (["1e9s=cat.png"], "is not WHERE=FILE"),
     ],
 )
-def test_what_is_no_place_is_refused(words, message):
+def test_invalid_place_is_refused(words, message):
     with pytest.raises(UserError, match=message):
         parse_given(words, None)
 

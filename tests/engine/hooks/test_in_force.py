@@ -838,7 +838,7 @@ def parts_of(pipe: DiffusionPipeline) -> dict[str, Any]:
 @every_model
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("ran_before", [False, True])
-def test_a_pipeline_that_shares_the_transformer_alone_is_told_so(model, steps, ran_before):
+def test_pipeline_that_shares_only_the_transformer_is_refused(model, steps, ran_before):
     pipe = MODELS[model]()
     scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
     if model == "ltx":
@@ -852,7 +852,7 @@ def test_a_pipeline_that_shares_the_transformer_alone_is_told_so(model, steps, r
         refused(lambda: latents_of(second, num_inference_steps=steps), match="another pipeline shares this transformer")
 
 
-def test_video_to_video_that_shares_the_transformer_is_told_so():
+def test_video_to_video_that_shares_the_transformer_is_refused():
     pipe = random_wan()
     second = WanVideoToVideoPipeline(**{name: part for name, part in parts_of(pipe).items() if name != "transformer_2"})
     second.set_progress_bar_config(disable=True)
@@ -862,7 +862,7 @@ def test_video_to_video_that_shares_the_transformer_is_told_so():
         refused(lambda: second(video=video, **arguments, max_sequence_length=20), match="another pipeline shares")
 
 
-def test_image_to_video_that_shares_the_transformer_is_told_so():
+def test_image_to_video_that_shares_the_transformer_is_refused():
     pipe = random_ltx()
     second = LTXImageToVideoPipeline(**parts_of(pipe))
     second.set_progress_bar_config(disable=True)

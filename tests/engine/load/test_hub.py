@@ -234,7 +234,7 @@ def test_a_checkpoint_is_what_is_loaded_of_its_folder(folder: Path, tmp_path: Pa
     assert print_of() != before
 
 
-def test_a_single_file_is_recorded_and_tells_checkpoints_apart(folder: Path, tmp_path: Path) -> None:
+def test_single_file_is_recorded_and_changes_the_digest(folder: Path, tmp_path: Path) -> None:
     tensors = safetensors.torch.load_file(next((folder / "transformer").glob("*.safetensors")))
     prints = {}
     for scale in (1.0, 2.0):

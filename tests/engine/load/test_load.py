@@ -232,7 +232,7 @@ def test_an_old_transformers_and_an_embedding_of_its_own_are_refused(folder, mon
         (PermissionError(13, "Permission denied"), "[Errno 13] Permission denied"),
     ],
 )
-def test_what_is_not_the_files_fault_does_not_ask_for_them_again(tmp_path: Path, error: Exception, told: str) -> None:
+def test_other_errors_do_not_advise_a_new_download(tmp_path: Path, error: Exception, told: str) -> None:
     with pytest.raises(UserError) as refused, engine.load.pipeline.faults_of(tmp_path / "tokenizer"):
         raise error
     assert str(refused.value) == f"cannot load the tokenizer from {tmp_path / 'tokenizer'}: {told}"

@@ -187,7 +187,7 @@ def test_names_are_checked_before_anything_is_read(folders: dict[str, Path], tmp
             load_pipeline(model_config(folders["wan"], name), with_text=False)
 
 
-def test_what_diffusers_leaves_out_is_said_and_recorded(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_tensors_that_diffusers_drops_are_reported(folders: dict[str, Path], tmp_path: Path) -> None:
     pipe = MODELS["wan"]()
     extra = {
         "diffusion_model.blocks.0.norm3.diff": torch.tensor([0.0, -0.25]),

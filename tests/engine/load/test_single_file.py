@@ -171,7 +171,7 @@ def test_a_link_to_one_of_two_transformers_is_refused(wan: SimpleNamespace, tmp_
         load_pipeline(config_of(wan.bare, tmp_path / "mine.safetensors"))
 
 
-def test_a_file_as_model_path_is_told_where_it_belongs(wan: SimpleNamespace, tmp_path: Path) -> None:
+def test_file_as_model_path_names_the_right_setting(wan: SimpleNamespace, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"is one file; give it as model\.single_file"):
         load_pipeline(config_of(wan.file))
     (tmp_path / "all.ckpt").touch()

@@ -72,7 +72,7 @@ def test_a_comparison_has_each_frame_in_its_row_and_column() -> None:
     assert where[10][1] == where[20][1] < where[11][1] < where[12][1]
 
 
-def test_a_picture_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_picture_is_written_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     picture = contact_sheet(list(numbered(2)), [0.0, 1.0])
     write_picture(tmp_path / "a.png", picture)
     with Image.open(tmp_path / "a.png") as found:

@@ -120,7 +120,7 @@ def test_colours_that_are_not_read_are_refused(tmp_path: Path, matrix: int, tran
 
 
 @pytest.mark.parametrize("content", ["", "no video", "#EXTM3U\n#EXTINF:1,\nother.mp4\n#EXT-X-ENDLIST\n"])
-def test_what_is_no_video_is_one_line(tmp_path: Path, content: str) -> None:
+def test_invalid_video_is_one_line(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.mp4").write_text(content)
     write(tmp_path / "other.mp4", ycbcr(picture(), 1, full=False), matrix=1, color_range=LIMITED)
     with pytest.raises(UserError, match=r"a\.mp4 does not decode after frame 0: ") as caught:

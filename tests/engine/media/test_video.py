@@ -137,7 +137,7 @@ def test_webp_is_lossless_at_crf_0_and_smaller_above(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
-def test_each_kind_is_whole_or_absent(tmp_path: Path, name: str) -> None:
+def test_each_format_is_written_atomically(tmp_path: Path, name: str) -> None:
     def fail() -> None:
         with open_video(tmp_path / name, kind=KINDS[Path(name).suffix], fps=16, height=32, width=48, crf=12) as video:
             video.write(moving_bars(9))
@@ -150,9 +150,7 @@ def test_each_kind_is_whole_or_absent(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.webp", "a"])
-def test_a_video_of_any_kind_that_lost_frames_is_no_video(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_truncated_video_of_any_format_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The writer believes that it was given a frame more than it encoded."""
     with (
         pytest.raises(WriteError, match="holds 9 of 10 frames"),
@@ -235,7 +233,7 @@ def test_a_failure_keeps_the_video_that_was_there(tmp_path: Path) -> None:
     assert (tmp_path / "a.mp4").read_bytes() == before
 
 
-def test_a_video_that_lost_frames_is_no_video(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_truncated_video_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.media.write_video.count_frames", lambda path: 8)
     with pytest.raises(OSError, match="holds 8 of 9 frames"):
         write(tmp_path / "a.mp4", moving_bars(9))

@@ -83,7 +83,7 @@ def test_a_process_alone_is_refused_by_the_byte_that_is_missing(with_memory: Cal
     assert "; the smallest change that fits is parallel.text_device cpu" in line
 
 
-def test_what_is_advised_is_accepted(with_memory: Callable[[int], None]) -> None:
+def test_advised_change_is_accepted(with_memory: Callable[[int], None]) -> None:
     with_memory(peak(1, (1, 1, 1)) - 1)
     assert arrange_ranks(parallel(text_device="cpu"), 1, CUDA).degrees == (1, 1, 1)
 
@@ -100,7 +100,7 @@ def test_fixed_degrees_of_several_ranks_are_asked_about_too(with_memory: Callabl
     arrange_ranks(replace(fixed, decode=DecodeConfig()), 4, CUDA)
 
 
-def test_the_driver_of_a_cluster_plans_for_the_gpus_that_it_is_told_of() -> None:
+def test_driver_of_a_cluster_plans_for_the_named_gpus() -> None:
     batch = replace(CONFIG, video=replace(CONFIG.video, num_frames=321))
     variants = [Variant.of(batch, name) for name in ("freespec", "direct")]
     told = arrange_replica(variants, 8, CUDA, gpu="h200")
@@ -182,7 +182,7 @@ def test_the_provider_decides_which_degrees_are_possible() -> None:
         arrange_ranks(fixed, 5, torch.device("cpu"))
 
 
-def test_the_memory_of_a_cpu_is_asked_of_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_memory_is_not_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with several ranks: no description of a CPU is in configs/gpus."""
     assert LOOK(torch.device("cpu")) is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -57,7 +57,7 @@ def test_an_overlap_is_a_fade_over_it():
     assert (first.stop, second.start, second.transition, second.width) == (19, 19, "fade", 4.0)  # 4.5 s are frame 72
 
 
-def test_neighbours_of_one_text_that_a_cut_parts_are_one_event():
+def test_neighbouring_events_of_one_text_are_joined():
     assert latents("a [0-4s] | a [4s-, cut]") == (Event(start=0, stop=33, transition="scene", width=0.0),)
     assert len(latents("a [0-4s] | a [4s-, fade]")) == 2
     timeline = parse_timeline("a [0-4s] | a [4s-, cut]")
@@ -87,7 +87,7 @@ def test_neighbours_of_one_text_that_a_cut_parts_are_one_event():
         ("a [0-4s] | b [4x-]", "has no range such as 0-4s"),
     ],
 )
-def test_what_is_no_timeline_is_one_line(text, message):
+def test_invalid_timeline_is_one_line(text, message):
     with pytest.raises(UserError) as error:
         parse_timeline(text)
     assert message in str(error.value)
@@ -154,7 +154,7 @@ def test_a_file_has_texts_ranges_transitions_negatives_and_a_common_text(tmp_pat
         ("events: [{text: a, stop: 3, negative: x}, {text: b, start: 3}]", "1 of 2 events have a negative text"),
     ],
 )
-def test_a_file_that_is_no_timeline_is_one_line(tmp_path, content, message):
+def test_invalid_timeline_file_is_one_line(tmp_path, content, message):
     story = tmp_path / "story.yaml"
     story.write_text(content)
     with pytest.raises(UserError) as error:
@@ -163,7 +163,7 @@ def test_a_file_that_is_no_timeline_is_one_line(tmp_path, content, message):
     assert "\n" not in str(error.value)
 
 
-def test_a_timeline_that_is_not_there_is_one_line(tmp_path):
+def test_missing_timeline_is_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot read --timeline"):
         read_timeline(str(tmp_path / "none.yaml"))
     with pytest.raises(UserError, match="has no range"):

@@ -163,7 +163,7 @@ class VBenchLong:
         return [sum(row["video_results"] for row in fused) / len(fused), fused]
 
     def fuse_one(self, frames: Path, row: dict[str, Any]) -> dict[str, Any]:
-        """One row; without first frames of its video, the part between clips is left out without a word."""
+        """One row; without first frames of its video, the part between clips is silently left out."""
         inside = row["video_results"]
         known = (frames / Path(row["video_path"]).name).exists()
         between, mapped = (0.8, 0.9) if known else (0, 0)

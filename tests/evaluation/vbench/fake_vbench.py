@@ -69,7 +69,7 @@ def make_weights(folder: Path) -> Path:
 
 
 def forget_hashes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compare no published hashes: nobody has the real weights here."""
+    """Compare no published hashes: the real weights are not available here."""
     unknown = {name: tuple(replace(weight, sha256="") for weight in found) for name, found in WEIGHTS.items()}
     monkeypatch.setattr(weights, "WEIGHTS", unknown)
 

@@ -185,7 +185,7 @@ def test_staging_again_starts_afresh_and_videos_stay(view: View, videos: list[Vi
     assert all(video.path.is_file() for video in videos)
 
 
-def test_a_folder_of_somebody_else_is_not_deleted(videos: list[Video], tmp_path: Path) -> None:
+def test_foreign_folder_is_not_deleted(videos: list[Video], tmp_path: Path) -> None:
     planned = plan_view("direct", videos, tmp_path / "views")
     planned.folder.mkdir(parents=True)
     (planned.folder / "thesis.txt").write_text("")

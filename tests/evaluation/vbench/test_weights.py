@@ -20,7 +20,7 @@ def test_on_an_empty_folder_everything_is_missing_once(tmp_path: Path) -> None:
     assert missing_weights(tmp_path, []) == []
 
 
-def test_with_everything_there_nothing_is_missing(tmp_path: Path, known_hashes: None) -> None:
+def test_complete_weights_have_nothing_missing(tmp_path: Path, known_hashes: None) -> None:
     assert missing_weights(make_weights(tmp_path), DIMENSIONS) == []
 
 

@@ -90,7 +90,7 @@ def test_ready_and_done_need_every_rank(group: Group, ranks: FakeRanks) -> None:
     assert group.events() == []
 
 
-def test_a_mistake_that_all_ranks_raise_leaves_the_replica_whole(busy: Group, ranks: FakeRanks) -> None:
+def test_mistake_raised_by_all_ranks_keeps_the_replica(busy: Group, ranks: FakeRanks) -> None:
     for rank in (0, 1):
         ranks.fail(rank, "mistake", whole=True)
     (event,) = busy.events()
@@ -116,7 +116,7 @@ def test_the_others_get_a_moment_and_the_cause_comes_before_who_noticed(busy: Gr
     assert event.failure.traceback == "last words"
 
 
-def test_a_rank_that_says_nothing_more_is_not_waited_for_longer_than_the_moment(busy: Group, ranks: FakeRanks) -> None:
+def test_silent_rank_is_not_waited_for(busy: Group, ranks: FakeRanks) -> None:
     ranks.fail(0, "memory")
     assert busy.events() == []
     busy.clock.now += GRACE_SECONDS + 1
@@ -160,7 +160,7 @@ def test_stopping_waits_for_every_rank(busy: Group, ranks: FakeRanks) -> None:
         (None, "lost", "node is gone"),
     ],
 )
-def test_a_rank_that_crashes_is_told_from_one_that_is_taken_away(
+def test_crash_is_distinguished_from_preemption(
     busy: Group, ranks: FakeRanks, code: int | None, kind: str, words: str
 ) -> None:
     ranks.exit(1, code, "node is gone" if code is None else "")

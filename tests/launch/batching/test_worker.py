@@ -123,9 +123,7 @@ def test_an_item_s_files_and_steps(worker: Worker, batch: Batch, told: list[dict
     assert BatchFiles(root=worker.root).is_done(batch.items[0], "full")
 
 
-def test_a_video_says_what_its_item_is_unless_told_not_to(
-    worker: Worker, batch: Batch, engine: LongVideoEngine
-) -> None:
+def test_video_has_metadata_unless_disabled(worker: Worker, batch: Batch, engine: LongVideoEngine) -> None:
     worker.run(task_of(batch))
     files = files_of(worker, batch)
     record = json.loads(files.sidecar.read_text())
@@ -346,7 +344,7 @@ def test_a_video_is_checked_by_decoding_all_of_it(worker: Worker, batch: Batch) 
 
 
 def test_memory_that_runs_out_ends_the_item_with_what_would_fit(told: list[dict[str, Any]], tmp_path: Path) -> None:
-    """A real allocation that fails: 64 TiB of noise. The rank ends, since nobody knows where the others are."""
+    """A real allocation that fails: 64 TiB of noise. The rank ends, since the state of the others is unknown."""
     if Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "1":
         pytest.skip("this machine promises any memory that is asked for")
     config = config_of(REPOSITORY / "tiny/wan")  # its rotary table is long enough

@@ -42,7 +42,7 @@ def dotted(tree: dict, prefix: str = "") -> dict[str, object]:
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
-def test_a_preset_says_what_it_says(preset: Path) -> None:
+def test_preset_values_reach_the_configuration(preset: Path) -> None:
     config = dotted(dataclasses.asdict(parse("--config", preset)))
     wanted = dotted(yaml.safe_load(preset.read_text()))
     assert {key: config[key] for key in wanted} == wanted
@@ -213,7 +213,7 @@ def test_a_mistake_in_a_preset(run: Callable[..., Run], tmp_path: Path, content:
 
 
 @pytest.mark.parametrize("key", ["video.fps", "decode.mode", "sampler.seed", "output.crf", "method.freespec.alpha"])
-def test_null_is_refused_where_it_says_nothing(run: Callable[..., Run], tmp_path: Path, key: str) -> None:
+def test_null_is_refused_where_it_has_no_meaning(run: Callable[..., Run], tmp_path: Path, key: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(": {".join(key.split(".")) + ": null" + "}" * key.count("."))
     words = ("--prompt", "x", "--config", "tiny-wan", "--config", path)

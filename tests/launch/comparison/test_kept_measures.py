@@ -222,7 +222,7 @@ def test_what_was_read_is_not_written_back_over_what_another_has_measured_meanwh
     assert json.loads(path.read_text().splitlines()[1])["sha256"] == line["sha256"]
 
 
-def test_other_versions_and_weights_of_kept_videos_are_told(compare_in: Compare, tmp_path: Path) -> None:
+def test_other_versions_and_weights_of_kept_videos_are_reported(compare_in: Compare, tmp_path: Path) -> None:
     assert compare_in(seeds=0, methods="direct").code == 0
     path = tmp_path / "kept/videos.jsonl"
     header, line = path.read_text().splitlines()

@@ -78,7 +78,7 @@ def test_a_preset_may_not_change_what_all_share(tmp_path: Path) -> None:
     assert variant.config.noise[0] == "freenoise"
 
 
-def test_variants_that_differ_in_what_nothing_reads_are_the_same(tmp_path: Path) -> None:
+def test_variants_that_differ_in_unused_settings_are_equal(tmp_path: Path) -> None:
     preset = tmp_path / "a.yaml"
     preset.write_text("method:\n  freepca:\n    stride: 2\n")
     assert [each.label for each in read(f"freepca,freepca:{preset}")] == ["freepca", "freepca-a"]

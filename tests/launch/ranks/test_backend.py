@@ -29,7 +29,7 @@ def test_an_attention_backend_of_the_environment_is_refused(name: str, monkeypat
         assert "DIFFUSERS_ATTN_BACKEND" not in str(error)
 
 
-def test_a_batch_is_told_its_status_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_is_shown_for_a_finished_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFUSERS_ATTN_BACKEND", "sage")
     assert importlib.import_module("launch.arguments.batch").read(["--status=x"]).folder.name == "x"
 

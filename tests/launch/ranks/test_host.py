@@ -1,4 +1,4 @@
-"""A rank as a process: lines in, events out, its end told last, and gone when its host is."""
+"""A rank as a process: lines in, events out, `exit` last, and killed with its host."""
 
 import signal
 import subprocess
@@ -63,7 +63,7 @@ def test_lines_events_and_the_end(tmp_path: Path) -> None:
     assert host.drain() == []
 
 
-def test_a_kill_is_told_and_output_can_be_events() -> None:
+def test_kill_is_reported_and_output_can_be_events() -> None:
     host = RankHost()
     host.start(["-c", RANK], {})
     until(host, "stderr")
@@ -71,7 +71,7 @@ def test_a_kill_is_told_and_output_can_be_events() -> None:
     assert until(host, "exit")["code"] == -signal.SIGKILL
 
 
-def test_a_rank_that_nobody_polls_is_killed() -> None:
+def test_unpolled_rank_is_killed() -> None:
     host = RankHost()
     host.start(["-c", RANK], {})
     pid = until(host, "ready")["pid"]
@@ -95,7 +95,7 @@ def test_a_rank_does_not_outlive_its_host() -> None:
     wait_for(lambda: gone(pid))
 
 
-def test_a_rank_meets_the_others_of_its_replica_and_nobody_else() -> None:
+def test_rank_meets_only_its_replica() -> None:
     found = rank_environment(1, 2, local_rank=0, local_size=2, address="127.0.0.1", port=5)
     numbers = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
     assert found.items() >= (numbers | {"MASTER_PORT": "5"}).items()

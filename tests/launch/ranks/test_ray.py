@@ -63,7 +63,7 @@ def as_a_member(settings: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> No
 
 @contextlib.contextmanager
 def open_cluster(settings: dict[str, str], *, gpus: int) -> Iterator[str]:
-    """The address of a cluster for the block; Ray believes what it is told of GPUs."""
+    """The address of a cluster for the block, with a fake number of GPUs."""
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
     command = [sys.executable, "-c", CLUSTER, str(gpus)]
     process = subprocess.Popen(command, **pipes, text=True, env=os.environ | settings)

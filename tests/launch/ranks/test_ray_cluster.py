@@ -102,7 +102,7 @@ sys.stdin.read()
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster that somebody else has started: its process, and what it says of itself first."""
+    """A cluster started by another process, and its first output."""
 
     process: subprocess.Popen[str]
     said: list[str]

@@ -132,7 +132,7 @@ def test_machines_that_only_share_a_name_keep_their_network(other: str | None, s
     assert ranks._share_loopback(Store(mine, mine if other is None else other), rank_env) is shared
 
 
-def test_a_listener_beyond_loopback_would_be_seen() -> None:
+def test_negative_control_listener_beyond_loopback() -> None:
     with socket.create_server(("0.0.0.0", 0)), socket.create_server(("127.0.0.1", 0)):
         found = listening(os.getpid())
     assert sorted(map(is_loopback, found)) == [False, True]

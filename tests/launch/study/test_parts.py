@@ -78,7 +78,7 @@ def test_a_comparison_is_made_in_shards_and_an_analysis_once(tmp_path: Path, com
     assert list(commands.iterdir()) == []
 
 
-def test_a_shard_that_fails_is_told(tmp_path: Path, commands: Path) -> None:
+def test_failed_shard_is_reported(tmp_path: Path, commands: Path) -> None:
     (tmp_path / "fail").touch()
     with pytest.raises(PartFailedError, match=r"videos: 1 of 3 processes of compare.py failed, see above"):
         read(tmp_path, study_of(tmp_path)).make(["videos"])
