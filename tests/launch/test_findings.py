@@ -286,7 +286,7 @@ def test_a_calibration_that_is_not_supported_leaves_the_defaults(write: Callable
     assert "the defaults are kept" in page
     assert "+0.02 [−0.01, +0.05]" in page
     assert "the report supports the change" in write(calibration=calibration_of(supported=True))
-    assert "None was better" in write(calibration={**report, "best": "start", "judged": None})
+    assert "No setting was better" in write(calibration={**report, "best": "start", "judged": None})
 
 
 def test_page_without_reports(write: Callable[..., str]) -> None:
