@@ -173,12 +173,12 @@ def test_page_text_follows_the_numbers(write: Callable[..., str], tmp_path: Path
     page = write(analysis=analysis_of(-1.0))
     assert "In 1 of 1 of the stages and windows the effective rank: falls." in page
     assert "in 75 % of the heads" in page
-    assert "Where it does not fall" not in page
+    assert "Possible reasons where it does not fall" not in page
     assert "| late | 0.90 | 4 x | 9 [8, 10] | 8 [8, 10] | −1 [−1.1, −0.9] | falls |" in page
     assert "| `flow_mean` (px) | less | 1 | +0.5 [+0.4, +0.6] | −0.5 [−0.6, −0.4] | as the paper says |" in page
     assert "8 of the prompts above" in page
     assert "In 3 of 3 of the measures: as the paper says." in page
-    assert "Where it is not weaker" not in page
+    assert "Possible reasons where it is not weaker" not in page
     assert "Not measured yet: the defaults are start values." in page
     assert "![" not in page
     plot = tmp_path / "runs/analysis/rank-progress.png"
@@ -189,9 +189,9 @@ def test_page_text_follows_the_numbers(write: Callable[..., str], tmp_path: Path
     assert (tmp_path / "docs/figures/findings-rank-progress.png").read_bytes() == b"a plot"
     rises = write(analysis=analysis_of(0.5, low_rank_change=0.5))
     assert "In 0 of 1 of the stages and windows the effective rank: falls, 1 rises." in rises
-    assert "Where it does not fall" in rises
+    assert "Possible reasons where it does not fall" in rises
     assert "In 0 of 3 of the measures: as the paper says, 3 the opposite." in rises
-    assert "Where it is not weaker" in rises
+    assert "Possible reasons where it is not weaker" in rises
     assert "| not decided |" in write(analysis=analysis_of(0.05))
 
     smooth = {
