@@ -203,7 +203,7 @@ def test_page_text_follows_the_numbers(write: Callable[..., str], tmp_path: Path
     page = write(methods=report)
     assert "In 1 of 2 of the measures: as the paper says, 1 the opposite." in page
     assert "| `laplacian_variance` (px) | less | −2 [−2, −2] | 8 of 8 | as the paper says |" in page
-    assert "there are reasons beside those of its section" in page
+    assert "Further reasons for rows that are not decided or the opposite" in page
     by_title = {claim.title: claim for claim in CLAIMS}
     assert by_title["Over-smoothing of `direct`"].why_not in page
     assert "--methods direct,sliding_window --baseline sliding_window" in page
