@@ -141,7 +141,7 @@ class ModelConfig:
         )
 
     def _check_quantised(self) -> None:
-        """Reject what quantised weights exclude."""
+        """Reject settings that quantised weights exclude."""
         quantised = f"model.storage {self.storage}"
         if self.is_gguf:
             _check(

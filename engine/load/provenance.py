@@ -56,7 +56,7 @@ def _describe_lora(lora: Lora, adapter: ModelAdapter) -> dict[str, Any]:
 def describe_loaded(
     config: ModelConfig, pipe: DiffusionPipeline, weights: Mapping[str, Any], device: torch.device
 ) -> dict[str, Any]:
-    """What was loaded, for the record: path, revision, `weights` (of `describe_weights`), dtypes, and how many parameters are stored how."""
+    """What was loaded, for the record: path, revision, `weights` (of `describe_weights`), dtypes, and parameter counts by storage."""
     named = {name: getattr(pipe, name, None) for name in WEIGHT_FOLDERS}
     parts = {name: part for name, part in named.items() if part is not None}
     stored = {name: count_stored(part) for name, part in parts.items()}

@@ -1,4 +1,4 @@
-"""Weights of transformers in fewer bits (`model.storage`), by diffusers' layerwise casting and by torchao, and what is stored how."""
+"""Weights of transformers in fewer bits (`model.storage`), by diffusers' layerwise casting and by torchao, and counts by storage."""
 
 import importlib
 import importlib.util
@@ -49,7 +49,7 @@ def store(transformer: Any, storage: str, dtype: torch.dtype) -> None:
 
 
 def is_matrix(transformer: Any, name: str, part: nn.Module) -> bool:
-    """Whether a part of a transformer is a linear layer whose weight diffusers quantises: not what it keeps in fp32."""
+    """Whether a part of a transformer is a linear layer that diffusers quantises, that is, does not keep in fp32."""
     kept = getattr(transformer, "_keep_in_fp32_modules", None) or ()
     return isinstance(part, nn.Linear) and not set(kept) & set(name.split("."))
 

@@ -29,7 +29,7 @@ def add_seeds(parser: ArgumentParser, of: str = "(default: sampler.seed)", *, na
 
 
 def seeds_from(first: int, count: int) -> str:
-    """`count` seeds from `first` on, comma-separated; UserError for none."""
+    """`count` comma-separated seeds, starting at `first`; UserError if there are none."""
     if count < 1:
         raise UserError(f"give the seeds themselves, at least one, such as --seeds {first}; got {count}")
     return ",".join(str(first + number) for number in range(count))

@@ -21,7 +21,7 @@ from launch.video.prompts import look_at_given, look_at_prompts
 
 
 def run(given: Arguments) -> None:
-    """Plan, claim the output folder, make what is missing, and report."""
+    """Plan, claim the output folder, make missing videos, and report."""
     options = given.options
     config, variants, arrangement = arrange_variants(given.config, given.variants, options, gpu=options.gpu)
     batch = read_batch(config, variants, given)

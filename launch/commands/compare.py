@@ -15,7 +15,7 @@ from launch.video.prompts import look_at_prompts
 
 
 def run(asked: Arguments) -> None:
-    """Make what is missing of the videos on all ranks or replicas, then measure and report on rank 0."""
+    """Make missing videos on all ranks or replicas, then measure and report on rank 0."""
     given, shard, folder = asked.given, asked.shard, asked.report
     _, variants = arrange_for(asked.config, asked.variants, asked.replicas)
     comparison = Comparison(

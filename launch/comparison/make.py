@@ -85,7 +85,7 @@ class VideoMaker:
 def open_maker(
     config: RunConfig, *, agree: Sequence[str], verbose: bool, replicas: Replicas | None, shard: Shard | None = None
 ) -> Iterator[VideoMaker]:
-    """Join the ranks of this process, unless replicas make the videos; `agree` is what all ranks must have alike."""
+    """Join the ranks of this process, unless replicas make the videos; `agree` must be equal on all ranks."""
     with contextlib.ExitStack() as stack:
         context = DistContext()
         if replicas is None:

@@ -17,7 +17,7 @@ from engine.paths import REPOSITORY, expand, find_file
 
 PLACES = ("runs", "search", "kept", "page")
 PAGES = ("findings", "bench")
-"""What a study may write: the findings, or a section for each report, whatever their names."""
+"""The pages of a study: the findings, or a section for each report of any name."""
 _STUDY: Shape = {**dict.fromkeys((*PLACES, "device"), str), "shards": int, "make": dict}
 _PART: Shape = {"command": str, "settings.out": str}
 _OPTIONAL: Shape = {"reports": dict, "keep": list, "once": bool}

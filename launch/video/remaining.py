@@ -1,4 +1,4 @@
-"""Find what is left to make of the videos of one command, from the checkpoint and the files of earlier runs."""
+"""Find the remaining stages of the videos of one command, from the checkpoint and the files of earlier runs."""
 
 import functools
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from launch.video.stages import Stage, describe_finished, find_stage, read_recor
 def find_stages(
     prompts: list[str], outputs: list[OutputFiles], config: RunConfig, given: GivenFrames | None = None
 ) -> list[Stage]:
-    """Find what is left to make of each video, report finished ones, and check the space for the others."""
+    """Find the remaining stages of each video, report finished ones, and check the space for the others."""
     settings_of = planned_settings(config, given)
     stages = [
         find_stage(files, config, functools.partial(settings_of, prompt))
