@@ -862,16 +862,16 @@ def test_video_to_video_that_shares_the_transformer_is_refused():
         refused(lambda: second(video=video, **arguments, max_sequence_length=20), match="another pipeline shares")
 
 
-def test_image_to_video_that_shares_the_transformer_is_refused():
+def test_image_to_video_that_shares_transformer_and_scheduler_has_the_method():
     pipe = random_ltx()
     second = LTXImageToVideoPipeline(**parts_of(pipe))
     second.set_progress_bar_config(disable=True)
-    arguments = {"prompt": "a red circle", "height": 64, "width": 32, "num_frames": 57, "num_inference_steps": 3}
+    call = {"height": 64, "width": 32, "num_frames": 57, "image": Image.new("RGB", (32, 64), "red")}
+    plain = latents_of(second, **call)
+    with applied(pipe, method="direct"):
+        assert torch.equal(latents_of(second, **call), plain)
     with applied(pipe):
-        refused(
-            lambda: second(image=Image.new("RGB", (32, 64)), **arguments, max_sequence_length=20),
-            match="if an image- or video-to-video pipeline shares this transformer",
-        )
+        assert not torch.equal(latents_of(second, **call), plain)
 
 
 # Ranks.
