@@ -20,9 +20,9 @@ from benchmarks.measure import ROOT
 from benchmarks.videos import Video, made_with, make_missing, options, read_kept, sampler_of, with_kept, write_report
 from engine.denoise.saved import save_latents
 from engine.engine import LongVideoEngine
-from engine.given.frames import GivenFrames
+from engine.given.frames import MAX_NOISE, GivenFrames
 from engine.given.known import encode_frames
-from evaluation.study.directed import CONTINUED, WAYS, extensions
+from evaluation.study.directed import CONTINUED, WAYS, WRONG, extensions
 from tiny.captions import parse_caption
 from tiny.measure import track
 from tiny.world import STRAIGHT
@@ -94,25 +94,29 @@ def make(engine: LongVideoEngine, prompt: str, way: str, seed: int, *, length: i
     """Frames of one video, uint8 [length, 64, 64, 3]."""
     clip = engine.generate(prompt, num_frames=NATIVE, seed=seed)
     if way == "extension":
-        return _decode(engine, _go_on(engine, clip.latents, prompt, length, seed + 1))
+        return decode(engine, continue_clip(engine, clip.latents, prompt, length, seed + 1))
     frames = clip.frames
     while len(frames) < length:
         seed += 1  # with one noise all pieces would be alike
         tail = encode_frames(engine.adapter, engine.pipe.vae, frames[-TAIL:])
-        piece = _decode(engine, _go_on(engine, tail, prompt, NATIVE, seed))
+        piece = decode(engine, continue_clip(engine, tail, prompt, NATIVE, seed))
         frames = np.concatenate([frames, piece[TAIL:]])
     return frames
 
 
-def _go_on(engine: LongVideoEngine, latents: Tensor, prompt: str, num_frames: int, seed: int) -> Tensor:
-    """Latents of a video that begins with these."""
+def continue_clip(
+    engine: LongVideoEngine, latents: Tensor, prompt: str, num_frames: int, seed: int, *, max_noise: float = MAX_NOISE
+) -> Tensor:
+    """Latents of a video that begins with these, which have at most `max_noise` before a step."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "given.safetensors"
         save_latents(file, latents, {})
-        return engine.denoise(prompt, num_frames=num_frames, seed=seed, given=GivenFrames(extend=file)).latents
+        given = GivenFrames(extend=file, max_noise=max_noise)
+        return engine.denoise(prompt, num_frames=num_frames, seed=seed, given=given).latents
 
 
-def _decode(engine: LongVideoEngine, latents: Tensor) -> np.ndarray:
+def decode(engine: LongVideoEngine, latents: Tensor) -> np.ndarray:
+    """Frames of latents, uint8 [T, 64, 64, 3]."""
     return np.concatenate(list(engine.decode(latents)))
 
 
@@ -136,16 +140,18 @@ def make_video(engine: LongVideoEngine, video: Video) -> dict[str, Any]:
 def measured(lines: Sequence[Mapping[str, Any]]) -> list[Video]:
     """The videos of these lines with their measures, for a report."""
     return [
-        {"seed": line["seed"], "index": line["index"], "way": line["way"], "kind": _kind(line["prompt"])}
+        {"seed": line["seed"], "index": line["index"], "way": line["way"], "kind": _kind(line["prompt"], line["seen"])}
         | {"values": measure(line["seen"], SEAMS[line["way"]])}
         for line in lines
     ]
 
 
-def _kind(prompt: str) -> str:
-    """Whether the object goes straight, and how fast: in training clips a fast one crosses the edge, another ends there."""
+def _kind(prompt: str, seen: Mapping[str, Sequence[Any]]) -> str:
+    """Whether the clip is as captioned, the object goes straight, and how fast: in training clips a fast one crosses the edge, another ends there."""
     told = parse_caption(prompt)
     assert told is not None, prompt
+    if any(value != getattr(told, name) for name in NAMED for value in seen[name][:NATIVE]):
+        return WRONG
     return f"straight, {told.speed}" if told.motion in STRAIGHT else "bounces or circles"
 
 

@@ -403,9 +403,8 @@ class LongVideoEngine:
         size = {"num_frames": num_frames, "height": video.height, "width": video.width, "fps": video.fps}
         known, condition = read_given_on_ranks(given, self.adapter, self.pipe, self.spec, mesh=self.mesh, **size)
         if known is not None:
-            known = known.with_noise(
-                self._draw_noise(num_frames, torch.Generator("cpu").manual_seed(seed)), self.device
-            )
+            noise = self._draw_noise(num_frames, torch.Generator("cpu").manual_seed(seed))
+            known = known.with_noise(noise, self.device, given.max_noise)
         return known, None if condition is None else condition.to(self.device)
 
     def given_settings(self, given: GivenFrames, num_frames: int) -> dict[str, Any]:

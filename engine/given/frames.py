@@ -17,7 +17,7 @@ from engine.text.timeline import first_frame
 Shows = Literal["whole", "new"]
 
 MAX_NOISE = 0.3
-"""The most noise that given frames have before a step (docs/given-frames.md, Measured)."""
+"""The default of `GivenFrames.max_noise` (docs/given-frames.md, Rules that were compared)."""
 
 _WHERE = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>s?)")
 
@@ -50,11 +50,13 @@ class GivenFrames:
         images: in any order.
         extend: a video, or latents of one, that the new video begins with.
         shows: `whole`, or `new` for a file without the frames of `extend`.
+        max_noise: the most noise that they have before a step, see `engine.given.known`.
     """
 
     images: tuple[GivenImage, ...] = ()
     extend: Path | None = None
     shows: Shows = "whole"
+    max_noise: float = MAX_NOISE
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -82,7 +84,7 @@ class GivenFrames:
         """The settings for the run's id, in JSON types: latent frames and SHA-256 of the files, what is shown, and the rules."""
         images = {str(self.latent(image, num_frames, fps, step)): file_sha256(image.path) for image in self.images}
         extend = None if self.extend is None else file_sha256(self.extend)
-        settings = {"images": images, "extend": extend, "shows": self.shows, "max_noise": MAX_NOISE}
+        settings = {"images": images, "extend": extend, "shows": self.shows, "max_noise": self.max_noise}
         trained = sorted(self.trained(num_frames=num_frames, fps=fps, pictures=pictures))
         return settings | ({"trained": trained} if trained else {})
 

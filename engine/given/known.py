@@ -1,7 +1,7 @@
 """Latent frames that are known before denoising and keep their value.
 
-Before every step they replace what was denoised, at the noise of the step or at MAX_NOISE if that is less: x_s = (1 - s) x_0 + s n,
-s = min(sigma, MAX_NOISE), with the initial noise n. All other frames attend to them, and at the end they equal x_0. Model and method
+Before every step they replace what was denoised, at the noise of the step or at `max_noise` if that is less: x_s = (1 - s) x_0 + s n,
+s = min(sigma, max_noise), with the initial noise n. All other frames attend to them, and at the end they equal x_0. Model and method
 are unchanged. A picture where the checkpoint was trained for one is its `Condition` instead.
 """
 
@@ -39,24 +39,26 @@ class Known:
         latents: [1, z, K, h, w] fp32 of the known frames, in order.
         frames: their indices, int64 [K].
         noise: the run's first noise at those frames, as `latents`; None until it is drawn.
+        max_noise: the most noise that they have before a step.
         clean: how many of them, from the first on, have no noise at any step: those of a `Condition`.
     """
 
     latents: Tensor
     frames: Tensor
     noise: Tensor | None = None
+    max_noise: float | None = None
     clean: int = 0
 
-    def with_noise(self, noise: Tensor, device: torch.device) -> "Known":
+    def with_noise(self, noise: Tensor, device: torch.device, max_noise: float = MAX_NOISE) -> "Known":
         """Move to a device and select the noise of the known frames from that of the whole video, [1, z, F, h, w]."""
         frames = self.frames.to(device)
         own = noise.to(device).index_select(2, frames).contiguous()
-        return replace(self, latents=self.latents.to(device), frames=frames, noise=own)
+        return replace(self, latents=self.latents.to(device), frames=frames, noise=own, max_noise=max_noise)
 
     def put(self, latents: Tensor, sigma: float) -> Tensor:
-        """Replace the known frames in latents [1, z, F, h, w], at noise level sigma or MAX_NOISE, whichever is less."""
-        assert self.noise is not None
-        level = min(sigma, MAX_NOISE)
+        """Replace the known frames in latents [1, z, F, h, w], at noise level sigma or `max_noise`, whichever is less."""
+        assert self.noise is not None and self.max_noise is not None
+        level = min(sigma, self.max_noise)
         here = self.latents if level == 0.0 else (1.0 - level) * self.latents + level * self.noise
         if self.clean:
             here = torch.cat([self.latents[:, :, : self.clean], here[:, :, self.clean :]], dim=2)

@@ -19,9 +19,10 @@ from benchmarks.extensions import (
     measured,
     observe,
 )
+from benchmarks.given_rules import RULES, table
 from benchmarks.videos import make_missing, open_engine, read, read_kept, with_kept, write_report
 from engine.errors import UserError
-from evaluation.study.directed import extensions
+from evaluation.study.directed import WRONG, extensions
 from tiny.captions import parse_caption
 from tiny.world import SPEEDS, Scene, render
 
@@ -174,3 +175,30 @@ def test_a_kept_report_is_continued(tmp_path: Path) -> None:
     assert [video["values"]["kept"] for video in again] == [0.75]
     with pytest.raises(UserError, match=r"was made with .*'sampler.num_steps': 1.* and this run has .*: 2"):
         read_kept(kept_file, SAMPLER | {"steps": 2})
+
+
+def test_a_clip_that_is_not_as_captioned_is_of_its_own_kind() -> None:
+    wrong = show()
+    wrong[NATIVE - 1] = show(PROMPT.replace("red", "green"))[NATIVE - 1]
+    later = show()
+    later[NATIVE] = show(PROMPT.replace("red", "green"))[NATIVE]
+    video = {"seed": 0, "index": 0, "prompt": PROMPT, "way": "extension"}
+    lines = [video | {"seen": observe(frames)} for frames in (wrong, later)]
+    assert [each["kind"] for each in measured(lines)] == [WRONG, "straight, normal"]
+
+
+def test_the_table_of_rules_compares_with_the_one_in_use() -> None:
+    """Of six clips one rule jumps by 5 px more at the seam."""
+    frames = show()
+    frames[LATER] = np.roll(frames[LATER], 5, axis=2)
+    seen = {0.3: observe(show()), 1.0: observe(frames)}
+    lines = [
+        {"seed": 0, "index": index, "max_noise": rule, "seen": seen.get(rule, seen[0.3])}
+        for index in range(6)
+        for rule in RULES
+    ]
+    rows = [line.split(" | ") for line in table(lines).splitlines()[2:]]
+    assert [row[0] for row in rows] == [f"| {rule:g}" for rule in RULES]
+    moved = dict(zip(RULES, (row[-2] for row in rows), strict=True))
+    assert moved[0.3] == "" and moved[0.0] == "0 [0, 0]"
+    assert moved[1.0].startswith("+5") or moved[1.0].startswith("+4.9")

@@ -86,7 +86,8 @@ def test_known_frames_keep_their_value_and_the_others_go_with_them(folders, tmp_
     assert made.given["extend"] == {"file": file.name, "start": 0, "stop": engine.spec.num_frames(3)}
 
 
-def test_before_each_step_known_frames_have_its_noise_up_to_the_most(folders, tmp_path):
+@pytest.mark.parametrize("most", [MAX_NOISE, 0.5])
+def test_before_each_step_known_frames_have_its_noise_up_to_the_most(folders, tmp_path, most):
     seen: list[Tensor] = []
     config = config_of(folders["wan"], "wan")
     with engine_of(dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, flow_shift=1.0))) as engine:
@@ -94,13 +95,13 @@ def test_before_each_step_known_frames_have_its_noise_up_to_the_most(folders, tm
         engine.pipe.transformer.register_forward_pre_hook(
             lambda _module, _args, kwargs: seen.append(kwargs["hidden_states"].clone()), with_kwargs=True
         )
-        engine.denoise(PROMPT, given=GivenFrames(extend=tmp_path / "a.safetensors"))
+        engine.denoise(PROMPT, given=GivenFrames(extend=tmp_path / "a.safetensors", max_noise=most))
         sigmas = engine.pipe.scheduler.sigmas.tolist()
         shape = engine.spec.latent_shape(*VIDEO["wan"])
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    assert min(sigmas[:-1]) < MAX_NOISE < max(sigmas)  # both cases
+    assert min(sigmas[:-1]) < most < max(sigmas)  # both cases
     for step, sigma in enumerate(sigmas[:-1]):
-        level = min(sigma, MAX_NOISE)
+        level = min(sigma, most)
         expected = (1 - level) * latents + level * noise[:, :, :2]
         for latents_in in seen[2 * step : 2 * step + 2]:  # both passes
             torch.testing.assert_close(latents_in[:, :, :2], expected, rtol=0, atol=1e-6)
