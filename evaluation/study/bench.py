@@ -116,7 +116,10 @@ def difference(report: Report, label: str, metric: str) -> Estimate:
 
 def _many(report: Report) -> str:
     """Means and differences, a method in a row."""
-    labels, baseline, shown = labels_of(report), report["baseline"], _shown(report)
+    labels, baseline = labels_of(report), report["baseline"]
+    found = {name: {mean(report, label, name).mean for label in labels} for name in _shown(report)}
+    shown = [name for name in found if found[name] != {0.0}]
+    nowhere = [f"{COLUMNS[name].split()[0]} 0" for name in found if name not in shown]
     header = ["method", f"cost, over {baseline}", *(COLUMNS[name] for name in shown)]
     means = [
         [f"`{label}`", estimate(cost(report, label)), *(estimate(mean(report, label, name)) for name in shown)]
@@ -132,6 +135,7 @@ def _many(report: Report) -> str:
             f"## {_frames(report)}: {len(labels)} methods",
             "",
             *_basis(report),
+            *([f"Every video has {' and '.join(nowhere)}.", ""] if nowhere else []),
             markdown_table(header, means),
             f"Difference from `{baseline}`:",
             "",
