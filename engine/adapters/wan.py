@@ -110,8 +110,9 @@ class WanAdapter(ModelAdapter):
         self.check_index(dict(pipe.config) | now)
         configs = {name: _architecture(part.config) for name, part in self.experts(pipe).items()}
         first, *others = configs.values()
+        vae = {} if pipe.vae is None else pipe.vae.config  # a pipeline may have only what its steps need
         try:
-            self.video_spec(first, pipe.vae.config, {**pipe.config, "_class_name": _class_name(pipe)})
+            self.video_spec(first, vae, {**pipe.config, "_class_name": _class_name(pipe)})
         except ValueError as error:
             raise UserError(str(error)) from error
         for other in others:

@@ -54,6 +54,13 @@ def test_direct_is_the_stock_pipeline_bit_for_bit(stock):
         assert torch.equal(latents_of(pipe), stock)
 
 
+def test_a_pipeline_without_a_vae(stock):
+    pipe = random_wan()
+    pipe.register_modules(vae=None)
+    with apply_method(pipe, method="direct", window_frames=3):
+        assert torch.equal(latents_of(pipe), stock)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_native_length_is_the_stock_pipeline_bit_for_bit(method):
     pipe = random_wan()
