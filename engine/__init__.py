@@ -9,9 +9,15 @@ Names are imported when they are first used, so that `engine.config` can be read
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 from freespec import __version__ as __version__
+
+# diffusers' image-to-video pipelines import CLIPImageProcessor, and without torchvision transformers warns of it in every process.
+logging.getLogger("transformers.utils.import_utils").addFilter(
+    lambda record: "`CLIPImageProcessor` requires torchvision" not in record.getMessage()
+)
 
 if TYPE_CHECKING:
     from engine.config import (

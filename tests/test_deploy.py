@@ -58,7 +58,7 @@ def test_the_service_reads_every_command(name: str, tmp_path: Path, monkeypatch:
     key = tmp_path / "key"
     key.write_text("k" * 32)
     words[words.index("--api_key_file") + 1] = str(key)
-    monkeypatch.setattr(serve, "find_checkpoint", lambda _: None)  # published weights are not here
+    monkeypatch.setattr(serve, "check_model", lambda _: None)  # published weights are not here
     read = serve.read(words)
     assert read.key is not None
     assert not serve.is_loopback(read.host)

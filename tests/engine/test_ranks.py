@@ -251,4 +251,4 @@ def test_latents_that_are_not_finite_end_all_ranks_with_one_line(folder, tmp_pat
     cases += [Case(folder, degrees, "freespec", fault="overflow") for degrees in ((1, 2, 1), (2, 1, 1))]
     for first, second in run_ranks(2, broken_on_ranks, cases, tmp_path):
         assert first == second
-        assert re.match(r"\d+ of 7680 numbers of the latents are not finite after step 1 of 4 in float32; take", first)
+        assert re.match(r"\d+ of 7680 numbers of the latents are not finite after step 1 of 4 in float32; try", first)

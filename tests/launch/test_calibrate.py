@@ -63,7 +63,7 @@ def test_no_more_trials_than_there_are_settings(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("launch.calibration.space.SPACE", one)
     # Two alphas; no residual, or one that ends at each of four shares. The start, with other settings, is one more.
     assert len(draw_trials(11, 0, DEFAULTS)) == 11
-    with pytest.raises(UserError, match="--num_trials 12 is more than the 11 different settings"):
+    with pytest.raises(UserError, match="--num_trials 12 exceeds the 11 different settings"):
         draw_trials(12, 0, DEFAULTS)
     among = dict.fromkeys(SETTINGS) | {name: values[0] for name, values in one.items()} | {"lam_end": 0.0}
     with pytest.raises(UserError, match="--num_trials 11 is more than the 10 different settings"):

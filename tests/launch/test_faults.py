@@ -24,10 +24,10 @@ from engine.hooks.self_attention import BranchProcessor
 from engine.media.write_video import VideoWriter
 from engine.paths import REPOSITORY
 from launch.cli.start import run_script
-from launch.commands import generate
 from launch.process import stopping
 from launch.process.streams import RankLines
 from launch.ranks.environment import LAUNCHER
+from launch.video import remaining
 from tests.launch.conftest import Run
 from tests.launch.forked import PATIENCE_SECONDS, run_forked
 from tests.launch.test_generate import names
@@ -104,7 +104,7 @@ def interrupt_while_decoding(rank: int) -> None:
 def limit_memory(_rank: int) -> None:
     """So that nothing is promised which is not there, whatever the machine's rule of overcommitment; the disk has room."""
     resource.setrlimit(resource.RLIMIT_AS, (64 << 30, 64 << 30))
-    generate.check_free_space = lambda *_, **__: None
+    remaining.check_free_space = lambda *_, **__: None
 
 
 def sleep_long() -> None:

@@ -84,7 +84,7 @@ def test_measures_are_made_again_by_other_code_of_events_alone(
     )
     assert compare_in(TIMELINE, RED).code == 0
     assert measured == []
-    monkeypatch.setattr(events, "_version", lambda *, timed: "another" if timed else source_digest())
+    monkeypatch.setattr(events, "_version", lambda *, timed, long: "another" if timed else source_digest())
     assert compare_in(TIMELINE, RED).code == 0
     assert measured == [TIMELINE]
 
