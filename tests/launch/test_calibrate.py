@@ -66,7 +66,7 @@ def test_no_more_trials_than_there_are_settings(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(UserError, match="--num_trials 12 exceeds the 11 different settings"):
         draw_trials(12, 0, DEFAULTS)
     among = dict.fromkeys(SETTINGS) | {name: values[0] for name, values in one.items()} | {"lam_end": 0.0}
-    with pytest.raises(UserError, match="--num_trials 11 is more than the 10 different settings"):
+    with pytest.raises(UserError, match="--num_trials 11 exceeds the 10 different settings"):
         draw_trials(11, 0, among)
 
 
