@@ -260,13 +260,9 @@ def test_structure_has_a_line_for_each_room() -> None:
 
 
 def test_pages_are_short() -> None:
-    """README has at most 900 words, a page 1,500, the generated findings 6,600 and bench 2,000; CHANGELOG.md grows with each release."""
+    """README has at most 900 words, a page 1,500, the generated findings 6,600; CHANGELOG.md grows with each release."""
     counts = {page: len(re.sub(r"[|]|---", " ", read(page)).split()) for page in PAGES if page.name != "CHANGELOG.md"}
-    limits = dict.fromkeys(counts, 1500) | {
-        ROOT / "README.md": 900,
-        ROOT / "docs/findings.md": 6600,
-        ROOT / "docs/bench.md": 2000,
-    }
+    limits = dict.fromkeys(counts, 1500) | {ROOT / "README.md": 900, ROOT / "docs/findings.md": 6600}
     assert {str(page): count for page, count in counts.items() if count > limits[page]} == {}
 
 

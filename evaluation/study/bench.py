@@ -34,16 +34,15 @@ COLUMNS = {
 PLOTTED = {"quality": "quality", "loops": "share of videos that loop", "rgb_drift": "colour drift, levels"}
 INTRO = """# The bench
 
-Written by `python launch/findings.py --study configs/study/bench.yaml`; do not edit. The same prompts, seeds and noise with every method on the embedded
-model, beside what each costs. `--make x4,x8` makes the videos, going on from the measures in [{kept}]({kept}).
+Written by `python launch/findings.py --study configs/study/bench.yaml`; `--make x4,x8` makes the videos whose measures [{kept}]({kept}) lacks. Every
+method has the same prompts, seeds and noise, on the embedded model.
 
-- **Cost** is the CPU time of denoising over that of the first method, pair by pair. A GPU has other ratios.
-- **Quality** is the mean of four shares, 0 to 1: {parts}.
-- **Loops** is the share of videos whose best correlation with themselves at a distance is 0.9 or more. Straight paths and orbits of this
-  world return and count too ([false alarms](long-videos.md#measures)), so compare methods, not with 0. The measures after it are explained there, the
-  others in [compare.md](compare.md#the-embedded-world-metricsworldpy).
-- Intervals are 95 % over prompts. Differences are paired by prompt and bold where the interval leaves out 0: one in twenty does by chance.
-- `-iid` marks methods that would bring noise of their own, `freespec-far` FreeSpec with an eighth of the [far keys](far-keys.md).
+- **Cost** is the CPU time of denoising over that of the first method. A GPU has other ratios.
+- **Quality** is the mean of four shares: {parts}.
+- **Loops** is the share of videos that correlate with themselves at a distance by 0.9 or more. [Returning paths count
+  too](long-videos.md#measures): compare methods, not with 0. [Other measures](compare.md#the-embedded-world-metricsworldpy).
+- Intervals are 95 % over prompts; paired differences are bold if theirs leaves out 0: one in twenty by chance.
+- `-iid`: without noise of its own; `freespec-far`: an eighth of the [far keys](far-keys.md).
 """
 
 
