@@ -448,6 +448,10 @@ class ModelAdapter(ABC):
         """
         if timestep.dim() != 2:
             return timestep
+        if not bool(timestep.any()):
+            raise UserError(
+                "every token of the video has timestep 0: the given first frame is all of it; ask for more frames"
+            )
         if bool(((timestep != timestep[:, -1:]) & (timestep != 0)).any()):
             raise UserError(
                 "the tokens of a video have several timesteps that are not 0; give the frames with noise the timestep of the step"

@@ -72,7 +72,7 @@ def check_given(
 
     Raises:
         UserError: a picture is missing without which the checkpoint makes no video, a file cannot be read or has another size
-            or rate, the video to continue is as long as the new one, or two files fill one latent frame.
+            or rate, the video to continue is as long as the new one, two files fill one latent frame, or no frame is left to make.
     """
     check_needs(given, spec, num_frames=num_frames, fps=fps)
     if given is None:
@@ -99,6 +99,14 @@ def check_given(
                 f"--given {taken[latent].where} and {image.where} fall into one latent frame (frames {span_of(latent, step)}); leave one out"
             )
         taken[latent] = image
+    # What a checkpoint sees as channels is denoised all the same.
+    seen = given.trained(num_frames=num_frames, fps=fps, pictures=spec.pictures).values() if spec.needs else ()
+    fixed = begun + sum(image not in seen for image in given.images)
+    if fixed == spec.latent_shape(num_frames, height, width)[2]:
+        raise UserError(
+            f"the given frames fill the whole video of {num_frames} frame{'s' * (num_frames > 1)}, and none is left to make; set "
+            f"video.num_frames to {num_frames + step} or more"
+        )
     return [*notes, *given.describe(num_frames=num_frames, fps=fps, step=step, pictures=spec.pictures)]
 
 
@@ -106,6 +114,11 @@ def check_needs(given: GivenFrames | None, spec: VideoSpec, *, num_frames: int, 
     """Raise UserError for a checkpoint that was trained to be given pictures, without one of them."""
     there = {} if given is None else given.trained(num_frames=num_frames, fps=fps, pictures=spec.needs)
     missing = [place for place in spec.needs if place not in there]
+    if missing and len(spec.needs) > spec.latent_shape(num_frames, 0, 0)[2]:
+        raise UserError(
+            f"this checkpoint makes videos between two pictures, which one frame cannot have; set video.num_frames to "
+            f"{num_frames + spec.temporal_factor} or more"
+        )
     if missing:
         flags, which = (" and ".join(word.format(place) for place in missing) for word in ("--given {}=FILE", "{}"))
         raise UserError(

@@ -161,6 +161,12 @@ def test_several_timesteps_in_a_video_are_refused():
         pipe.transformer(torch.zeros(1, 4, 2, 8, 8), timestep, torch.zeros(1, 12, 16))
 
 
+def test_a_picture_as_the_whole_video_is_refused():
+    pipe = WanImageToVideoPipeline(**random_ti2v().components, expand_timesteps=True)
+    with applied(pipe), pytest.raises(UserError, match="every token of the video has timestep 0"):
+        latents_of(pipe, height=64, width=96, num_frames=1, image=Image.new("RGB", (96, 64), "red"))
+
+
 def test_frames_are_those_of_the_vae():
     vae = random_ti2v().vae
     latents = torch.randn(1, 4, 3, 4, 6, generator=torch.Generator().manual_seed(0))

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from engine.adapters import adapter_of
+from engine.adapters import VideoSpec, adapter_of
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.denoise.saved import save_latents
 from engine.engine import LongVideoEngine
@@ -346,3 +346,41 @@ def test_what_does_not_fit_the_video_is_refused(folders, tmp_path, monkeypatch):
         with open_video(tmp_path / "f.mp4", fps=8, height=32, width=48, crf=20) as video:
             video.write(np.zeros((30, 32, 48, 3), np.uint8))
         refused("has 29 frames, and video.num_frames, which counts them, is 29; ask for more", [], tmp_path / "f.mp4")
+
+
+@pytest.mark.parametrize(
+    ("pictures", "needs", "places", "message"),
+    [
+        (
+            (),
+            (),
+            ["first"],
+            "fill the whole video of 1 frame, and none is left to make; set video.num_frames to 5 or more",
+        ),
+        (("first",), (), ["first"], "fill the whole video of 1 frame"),
+        (("first",), (), ["last"], "fill the whole video of 1 frame"),
+        (("first",), ("first",), ["first"], None),  # seen as channels, and denoised
+        (
+            ("first", "last"),
+            ("first", "last"),
+            ["first", "last"],
+            "between two pictures, which one frame cannot have; set video.num_frames to 5",
+        ),
+        ((), (), ["1"], "beyond the video, whose last frame is 0"),
+    ],
+)
+def test_a_video_of_one_frame(pictures, needs, places, message, tmp_path):
+    picture(tmp_path / "a.png", 32, 48)
+    given = parse_given([f"{place}={tmp_path / 'a.png'}" for place in places], None)
+    numbers = {"channels": 4, "temporal_factor": 4, "spatial_factor": 4, "patch": (1, 2, 2), "pipeline_multiple": 16}
+    spec = VideoSpec(**numbers, pictures=pictures, needs=needs)
+    with contextlib.nullcontext() if message is None else pytest.raises(UserError, match=message):
+        check_given(given, spec, num_frames=1, height=32, width=48, fps=8)
+
+
+def test_pictures_that_fill_every_latent_frame_are_refused(folders, tmp_path):
+    picture(tmp_path / "a.png", 32, 48)
+    given = parse_given([f"{place}={tmp_path / 'a.png'}" for place in ("first", "last")], None)
+    with engine_of(config_of(folders["wan"], "wan")) as engine:
+        with pytest.raises(UserError, match=r"fill the whole video of 5 frames, .* set video.num_frames to 9 or more"):
+            engine.denoise(PROMPT, given=given, num_frames=5)
