@@ -184,7 +184,8 @@ def test_negative_control_reachable_listener() -> None:
             assert on_loopback(address) is alone, (host, address)
 
 
-@pytest.mark.parametrize("where", ["here", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("where", VICTIMS)
 def test_kills_at_random_times_lose_and_change_nothing(
     start: Callable[..., BaseProcess], latents: dict[tuple[str, str, int], str], tmp_path: Path, where: str
 ) -> None:

@@ -33,7 +33,8 @@ from tests.engine.golden import (
 from tests.ranks import run_ranks
 
 PROMPT = "a_red_circle"  # words that the model does not know, with which rounding grows
-METHODS = ("direct", "sliding_window", *(f"freespec:{path.stem}" for path in sorted(PRESETS.glob("*.yaml"))))
+METHODS = ("direct", "sliding_window", "freespec:ta", "freespec:gb")
+OTHERS = tuple(row for path in sorted(PRESETS.glob("*.yaml")) if (row := f"freespec:{path.stem}") not in METHODS)
 CONFIG = RunConfig(
     model=ModelConfig(path=str(Path(__file__).parents[2] / "tiny" / "wan"), device="cpu"),
     video=VideoConfig(num_frames=65, height=32, width=32),
@@ -118,19 +119,26 @@ def errors_on_ranks(rank: int, case: Case) -> list[float]:
     return [relative(a.prediction, b.prediction) for a, b in zip(found, given, strict=True)]
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A file with the forwards of one rank for each method."""
-    folder = tmp_path_factory.mktemp("forwards")
-    files = {}
-    for method in METHODS:
-        files[method] = str(folder / f"{method.replace(':', '-')}.pt")
-        torch.save([tuple(each) for each in forwards(method)], files[method])
-    return files
+class Undisturbed(dict[str, str]):
+    """Files with the forwards of one rank by method, made when they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def __missing__(self, method: str) -> str:
+        self[method] = str(self._folder / f"{method.replace(':', '-')}.pt")
+        torch.save([tuple(each) for each in forwards(method)], self[method])
+        return self[method]
 
 
 @pytest.fixture(scope="module")
-def floor(undisturbed: dict[str, str]) -> float:
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    return Undisturbed(tmp_path_factory.mktemp("forwards"))
+
+
+@pytest.fixture(scope="module")
+def floor(undisturbed: Undisturbed) -> float:
     """The error of direct when each attention call takes its keys in three chunks, a mean over the forwards."""
     given = [Forward(*pair) for pair in torch.load(undisturbed["direct"])]
     with keys_in_three_chunks():
@@ -142,8 +150,9 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def test_a_step_on_ranks_adds_no_more_than_rounding_does_to_direct(undisturbed, floor, tmp_path):
-    cases = [Case(method, (1, 2, 2), undisturbed[method], gathers=False) for method in METHODS]
+@pytest.mark.parametrize("methods", [METHODS, pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["some", "others"])
+def test_a_step_on_ranks_adds_no_more_than_rounding_does_to_direct(undisturbed, floor, tmp_path, methods):
+    cases = [Case(method, (1, 2, 2), undisturbed[method], gathers=False) for method in methods]
     for case, by_rank in zip(cases, run_ranks(4, errors_on_ranks, cases, tmp_path), strict=True):
         assert len(by_rank[0]) == 8
         assert mean(by_rank[0]) <= LIMIT * floor, (case, mean(by_rank[0]), floor)
@@ -166,7 +175,7 @@ def test_a_run_on_ranks_has_the_bits_of_one(tmp_path):
     degrees = (1, 3, 1)
     control = Case("direct", degrees, gathers=False)
     cases = [
-        *(Case(method, degrees) for method in ("direct", "freespec:ta", "freespec:gb", "freespec:lb_fixed")),
+        *(Case(method, degrees) for method in ("direct", "freespec:ta", "freespec:gb")),
         control,
     ]
     for case, by_rank in zip(cases, run_ranks(3, latents_on_ranks, cases, tmp_path), strict=True):

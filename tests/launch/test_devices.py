@@ -55,7 +55,7 @@ def test_latents_are_made_traced_decoded_and_decoded_again(
     assert count_frames(tmp_path / "b.mp4") == MODELS[model]["video.num_frames"]
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", ["wan", pytest.param("ltx", marks=pytest.mark.slow)])
 def test_methods_are_compared_and_spectra_seen(model: str, on_gpu: Callable[..., str], tmp_path: Path) -> None:
     last = on_gpu(model, "compare", {"out": tmp_path / "compared", "methods": "direct,freenoise,freespec"})
     assert "3 videos: 3 methods on 1 pairs of prompt and seed" in last

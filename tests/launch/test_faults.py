@@ -506,6 +506,7 @@ def child_of(process: subprocess.Popen, rank: int) -> int:
     raise AssertionError("no such rank")
 
 
+@pytest.mark.slow
 def test_a_run_whose_rank_is_killed_and_that_is_then_interrupted(wan_folder: Path, tmp_path: Path) -> None:
     """Rank 1 is killed, the same command continues and is stopped by Ctrl-C twice, and ends in the bits of a whole run."""
     more = {"sampler.num_steps": 150, "output.progress": "on"}

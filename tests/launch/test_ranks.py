@@ -174,10 +174,12 @@ READS_NPROC = (3, 12, 8) <= sys.version_info[:3] < (3, 13) or sys.version_info[:
 @pytest.mark.parametrize(
     "start",
     [
-        *(start for start in STARTS if start != BARE),
+        "generate.py --nproc",
+        "two agents of torchrun",
         pytest.param(
             BARE, marks=pytest.mark.skipif(not READS_NPROC, reason="its argparse takes no --nproc after a script")
         ),
+        *(pytest.param(start, marks=pytest.mark.slow) for start in STARTS if start.startswith("torchrun -")),
     ],
 )
 def test_ranks_start(start: str, wan_folder: Path, alone: torch.Tensor, tmp_path: Path) -> None:

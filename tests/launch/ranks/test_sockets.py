@@ -95,7 +95,7 @@ def start(wan_folder: Path, tmp_path: Path) -> Iterator[Callable[[str], list[int
         process.wait(timeout=PATIENCE_SECONDS)
 
 
-@pytest.mark.parametrize("how", STARTS)
+@pytest.mark.parametrize("how", ["--nproc", "environment", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_ranks_listen_on_loopback_alone(how: str, start: Callable[[str], list[int]]) -> None:
     found = {pid: listening(pid) for pid in start(how)}
     ranks_of = [pid for pid in found if b"generate.py" in Path(f"/proc/{pid}/cmdline").read_bytes()][-2:]
