@@ -266,7 +266,7 @@ class LongVideoEngine:
             preview=preview if self.is_first else None,
         )
         loop.take_up(history)
-        with self._directed(direction):
+        with self._directed(direction), self._beside(condition):
             latents = loop.run(latents, done)
         seconds["denoise"] = time.perf_counter() - started
         return Denoised(
@@ -385,6 +385,16 @@ class LongVideoEngine:
             num_texts=len(direction.texts),
             text_tokens=self.config.sampler.max_text_tokens,
         )
+
+    @contextlib.contextmanager
+    def _beside(self, condition: Condition | None) -> Iterator[None]:
+        """Tell the method for a block where the tokens of a condition stand beside those of the video."""
+        state = self.handle.state
+        state.beside = () if condition is None else condition.places(self.spec.temporal_factor)
+        try:
+            yield
+        finally:
+            state.beside = ()
 
     def _draw_noise(self, num_frames: int, generator: torch.Generator) -> Tensor:
         """Draw the initial noise, on the CPU."""

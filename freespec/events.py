@@ -76,6 +76,23 @@ def plan(events: Sequence[Event], num_frames: int) -> tuple[Piece, ...]:
     return tuple(pieces)
 
 
+def repeated(pieces: Sequence[Piece], frames: Sequence[int]) -> tuple[Piece, ...]:
+    """The pieces of a video whose frames are those `frames` of the planned one: each at least once, ascending."""
+    made = []
+    for piece in pieces:
+        rows = [row for row, frame in enumerate(frames) if piece.start <= frame < piece.stop]
+
+        def numbers(values: Any, piece: Piece = piece, rows: Sequence[int] = rows) -> Any:
+            return None if values is None else tuple(values[frames[row] - piece.start] for row in rows)
+
+        shares = tuple(
+            Share(weights=numbers(share.weights), events=tuple((index, numbers(each)) for index, each in share.events))
+            for share in piece.shares
+        )
+        made.append(Piece(start=rows[0], stop=rows[-1] + 1, shares=shares))
+    return tuple(made)
+
+
 def check(events: Sequence[Event], num_frames: int) -> None:
     """Raise ValueError unless the events cover `num_frames` frames in order, with transitions that fit into them."""
     stop = 0

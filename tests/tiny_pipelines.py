@@ -184,7 +184,13 @@ def random_ltx_vae(*, conditioned: bool = False, inject_noise: bool = False, see
 
 
 def random_ltx(
-    *, heads: int = 4, head_dim: int = 8, layers: int = 2, dynamic_shift: bool = True, seed: int = 0
+    *,
+    heads: int = 4,
+    head_dim: int = 8,
+    layers: int = 2,
+    dynamic_shift: bool = True,
+    shift_terminal: float | None = 0.1,
+    seed: int = 0,
 ) -> LTXPipeline:
     """LTX-Video classes with `heads` x `head_dim` channels; the shift grows from 24 tokens (0.95) to 96 (2.05)."""
     torch.manual_seed(seed)
@@ -205,7 +211,7 @@ def random_ltx(
         max_shift=2.05,
         base_image_seq_len=24,
         max_image_seq_len=96,
-        shift_terminal=0.1,
+        shift_terminal=shift_terminal,
     )
     pipe = LTXPipeline(
         tokenizer=tokenizer,

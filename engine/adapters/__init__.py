@@ -5,10 +5,11 @@ from typing import Any
 
 from engine.adapters.base import ModelAdapter, VideoSpec, unwrap
 from engine.adapters.ltx import LTX
+from engine.adapters.ltx_condition import LTX_CONDITION
 from engine.adapters.wan import WAN
 from engine.errors import UserError
 
-ADAPTERS: tuple[ModelAdapter, ...] = (WAN, LTX)
+ADAPTERS: tuple[ModelAdapter, ...] = (WAN, LTX, LTX_CONDITION)
 
 __all__ = ["ADAPTERS", "ModelAdapter", "VideoSpec", "adapter_named", "adapter_of", "adapter_of_pipeline"]
 

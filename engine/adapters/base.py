@@ -8,7 +8,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -45,7 +45,7 @@ class VideoSpec:
         pipeline_multiple: multiple that its pipeline requires for height and width, whatever the VAE.
         max_positions: length of the rotary table of each axis; None if positions are computed.
         cuts_time: whether a decode may cut the video into chunks of `decode.tile_frames`.
-        pictures: places at which the checkpoint was trained to be conditioned on a picture: `first`, `last`.
+        pictures: places at which the checkpoint was trained to be conditioned on a picture: `first`, `last`, `any`.
         needs: those of them that are required.
     """
 
@@ -139,27 +139,42 @@ class Condition:
         latents: [1, z, K, h, w] fp32, the first latent frames of the video, kept free of noise; None if there are none.
         channels: [1, c, F, h, w] fp32, concatenated to those of the latents; None if there are none.
         tokens: [P, K, C] of P pictures, which every frame's cross-attention sees beside the text; None if there are none.
+        beside: [1, z, E, h, w] fp32, latent frames without noise whose tokens stand beside those of the video; None if there are none.
+        moments: the frame of the video of each of `beside`, ascending.
     """
 
     latents: Tensor | None = None
     channels: Tensor | None = None
     tokens: Tensor | None = None
+    beside: Tensor | None = None
+    moments: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> "Condition":
         """The same on a device."""
-        moved = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Condition(**{name: part if part is None else part.to(device) for name, part in moved.items()})
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved: dict[str, Any] = {name: part.to(device) for name, part in parts.items() if isinstance(part, Tensor)}
+        return replace(self, **moved)
 
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
-        parts = (self.latents, self.channels, self.tokens)
+        parts = (self.latents, self.channels, self.tokens, self.beside)
         return sum(part.nbytes for part in parts if part is not None)
 
     @property
     def clean_frames(self) -> int:
         """K, latent frames without noise, whose tokens have timestep 0."""
         return 0 if self.latents is None else self.latents.shape[2]
+
+    def places(self, step: int) -> tuple[int, ...]:
+        """The latent frame, of `step` frames, after which the tokens of each of `beside` stand."""
+        return tuple(-(-moment // step) for moment in self.moments)
+
+
+def order_of_tokens(num_frames: int, places: Sequence[int]) -> list[int]:
+    """The frames of tokens in order: those of the video by index, and `num_frames` + i for the i-th of `Condition.beside`."""
+    latent = [*range(num_frames), *places]
+    return sorted(range(len(latent)), key=lambda index: (latent[index], index))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -444,7 +459,7 @@ class ModelAdapter(ABC):
     def video_timestep(self, timestep: Tensor) -> Tensor:
         """The timestep [B] of each video, from the argument of a forward: [B], or [B, S] with one of each token.
 
-        Of tokens those of a given first frame have 0, and all others the same.
+        Of tokens those of given frames have 0, and all others the same.
         """
         if timestep.dim() != 2:
             return timestep
@@ -452,11 +467,12 @@ class ModelAdapter(ABC):
             raise UserError(
                 "every token of the video has timestep 0: the given first frame is all of it; ask for more frames"
             )
-        if bool(((timestep != timestep[:, -1:]) & (timestep != 0)).any()):
+        video = timestep.amax(dim=1)
+        if bool(((timestep != video[:, None]) & (timestep != 0)).any()):
             raise UserError(
                 "the tokens of a video have several timesteps that are not 0; give the frames with noise the timestep of the step"
             )
-        return timestep[:, -1]
+        return video
 
     @abstractmethod
     def shard_embedding(self, embedded: Tensor, start: int, length: int) -> Tensor:

@@ -1,10 +1,10 @@
-"""LTX-Video (0.9.0 to 0.9.7) in diffusers: how tokens are embedded, mixed and gathered."""
+"""LTX-Video in diffusers: how tokens are embedded, mixed and gathered. Later checkpoints: `engine.adapters.ltx_condition`."""
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,7 +20,6 @@ from engine.adapters.base import (
     Text,
     TimeSettings,
     VideoSpec,
-    as_frames,
 )
 from engine.config import DecodeConfig
 from engine.decode.blend import cover, fade_in, lay_over, overlap_share
@@ -38,10 +37,9 @@ class LtxAdapter(ModelAdapter):
     """
 
     name = "LTX-Video text-to-video"
-    # The parts are the same ones; checkpoints from 0.9.5 on may name the pipeline that also takes pictures.
-    index_names = ("LTXPipeline", "LTXConditionPipeline")
-    pipeline_class = LTXPipeline
-    pipeline_classes = (LTXPipeline, LTXImageToVideoPipeline)
+    index_names: ClassVar[tuple[str, ...]] = ("LTXPipeline",)
+    pipeline_class: ClassVar[Any] = LTXPipeline
+    pipeline_classes: ClassVar[tuple[Any, ...]] = (LTXPipeline, LTXImageToVideoPipeline)
     transformer_class = LTXVideoTransformer3DModel
     vae_class = AutoencoderKLLTXVideo
     text_encoder_class = T5EncoderModel
@@ -68,7 +66,6 @@ class LtxAdapter(ModelAdapter):
             patch=(patch_t, patch, patch),
             pipeline_multiple=32,
             cuts_time=True,
-            pictures=("first",) if (index or {}).get("_class_name") == "LTXConditionPipeline" else (),
         )
 
     def spatial_factor(self, vae: Mapping[str, Any]) -> int:
@@ -193,7 +190,24 @@ class LtxAdapter(ModelAdapter):
         expert: str = "transformer",
         condition: Condition | None = None,
     ) -> list[Tensor]:
-        """See the base class; the batch is [uncond, cond], the order of the stock pipeline."""
+        """See the base class."""
+        scale = (pipe.vae_temporal_compression_ratio / fps, *2 * (pipe.vae_spatial_compression_ratio,))
+        return self._forward(pipe, latents, timestep, texts, rope_interpolation_scale=scale)
+
+    def _forward(
+        self,
+        pipe: Any,
+        latents: Tensor,
+        timestep: Tensor,
+        texts: dict[str, Text],
+        *,
+        clean: Sequence[bool] | None = None,
+        **positions: Any,
+    ) -> list[Tensor]:
+        """A forward with the `positions` of its tokens, and timestep 0 in the frames that are `clean`, if any.
+
+        The batch is [uncond, cond], the order of the stock pipeline.
+        """
         embeds, masks = zip(*reversed(texts.values()), strict=True)
         batch = len(texts)
         frames, rows, columns = latents.shape[2:]
@@ -203,10 +217,9 @@ class LtxAdapter(ModelAdapter):
         ):  # alone they stay a view, as in the stock pipeline: a product of another layout may round otherwise
             hidden = torch.cat([hidden] * batch)
         timestep = timestep.expand(batch)
-        if condition is not None:  # a timestep of each token
-            noisy = torch.ones(frames, rows * columns, device=latents.device)
-            noisy[: condition.clean_frames] = 0
-            timestep = timestep.unsqueeze(-1) * noisy.flatten()
+        if clean is not None:  # a timestep of each token
+            noisy = torch.tensor([not each for each in clean], dtype=torch.float32, device=latents.device)
+            timestep = timestep.unsqueeze(-1) * noisy.repeat_interleave(rows * columns)
         with pipe.transformer.cache_context("cond_uncond"):
             packed = pipe.transformer(
                 hidden_states=hidden.to(pipe.transformer.dtype),
@@ -216,12 +229,8 @@ class LtxAdapter(ModelAdapter):
                 num_frames=frames,
                 height=rows,
                 width=columns,
-                rope_interpolation_scale=(
-                    pipe.vae_temporal_compression_ratio / fps,
-                    pipe.vae_spatial_compression_ratio,
-                    pipe.vae_spatial_compression_ratio,
-                ),
                 return_dict=False,
+                **positions,
             )[0]
         predictions = [unpack(prediction, frames, rows, columns) for prediction in packed.split(1)]
         return predictions[::-1]
@@ -229,10 +238,6 @@ class LtxAdapter(ModelAdapter):
     def guide(self, predictions: Sequence[Tensor], scale: float) -> Tensor:
         """In fp32, as the stock pipeline combines them."""
         return super().guide([prediction.float() for prediction in predictions], scale)
-
-    def condition(self, pipe: LTXPipeline, pictures: Mapping[str, np.ndarray], *, num_frames: int) -> Condition:
-        """See the base class: the first latent frame."""
-        return Condition(latents=self.encode(pipe.vae, as_frames(pictures["first"][None])).float())
 
     def time_settings(
         self, vae: Mapping[str, Any], mode: DecodeMode, config: DecodeConfig, *, num_latents: int, seed: int

@@ -16,6 +16,9 @@ from engine.text.timeline import first_frame
 
 Shows = Literal["whole", "new"]
 
+ANY_FRAME = "any"
+"""Among the places at which a checkpoint was trained for pictures: every frame of the video."""
+
 MAX_NOISE = 0.3
 """The default of `GivenFrames.max_noise` (docs/given-frames.md, Rules that were compared)."""
 
@@ -75,9 +78,15 @@ class GivenFrames:
                 raise UserError(f"cannot read {name}: {error.strerror}") from error
 
     def trained(self, *, num_frames: int, fps: int, pictures: Sequence[str]) -> dict[str, GivenImage]:
-        """The images that stand at the very first or last frame, where the checkpoint was trained for `pictures`, by their place."""
+        """The images that are conditions of a checkpoint that was trained for `pictures`, by place.
+
+        Places are `first`, `last`, and for a checkpoint that takes any frame the number of each other than the first.
+        """
+        frames = {round(image.frame(num_frames, fps)): image for image in self.images}
+        if ANY_FRAME in pictures:
+            return {str(frame) if frame else "first": image for frame, image in frames.items()}
         ends = {num_frames - 1: "last", 0: "first"}
-        places = {ends.get(round(image.frame(num_frames, fps)), ""): image for image in self.images}
+        places = {ends.get(frame, ""): image for frame, image in frames.items()}
         return {place: image for place, image in places.items() if place in pictures}
 
     def settings(self, *, num_frames: int, fps: int, step: int, pictures: Sequence[str] = ()) -> dict[str, Any]:
@@ -101,8 +110,9 @@ class GivenFrames:
         for image in self.images:
             latent = self.latent(image, num_frames, fps, step)
             span = {"start": first_frame(latent, step), "stop": first_frame(latent + 1, step)}
-            if image in trained:
-                span["start"] = span["stop"] - 1  # the very first or last frame
+            if image in trained:  # that frame alone
+                frame = round(image.frame(num_frames, fps))
+                span = {"start": frame, "stop": frame + 1}
             images.append({"where": image.where, "file": image.path.name, **span})
         extend = None if self.extend is None else {"file": self.extend.name, "start": 0, "stop": begun}
         return {"images": images, "extend": extend, "shows": self.shows}
@@ -112,9 +122,8 @@ class GivenFrames:
         notes = []
         trained = self.trained(num_frames=num_frames, fps=fps, pictures=pictures)
         for place, image in trained.items():
-            notes.append(
-                f"{image.path.name} is the condition of the {place} frame, which this checkpoint was trained for"
-            )
+            which = f"frame {place}" if place.isdigit() else f"the {place} frame"
+            notes.append(f"{image.path.name} is the condition of {which}, which this checkpoint was trained for")
         for image in self.images:
             if image in trained.values():
                 continue

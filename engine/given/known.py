@@ -99,8 +99,9 @@ def check_given(
                 f"--given {taken[latent].where} and {image.where} fall into one latent frame (frames {span_of(latent, step)}); leave one out"
             )
         taken[latent] = image
-    # What a checkpoint sees as channels is denoised all the same.
-    seen = given.trained(num_frames=num_frames, fps=fps, pictures=spec.pictures).values() if spec.needs else ()
+    # What a checkpoint sees as channels, or beside the video, is denoised all the same.
+    trained = given.trained(num_frames=num_frames, fps=fps, pictures=spec.pictures)
+    seen = [image for place, image in trained.items() if spec.needs or place != "first"]
     fixed = begun + sum(image not in seen for image in given.images)
     if fixed == spec.latent_shape(num_frames, height, width)[2]:
         raise UserError(
@@ -187,6 +188,8 @@ def read_given_on_ranks(
     known, condition = (_unpacked(name, found) for name in ("known", "condition"))
     if known:
         known |= {"clean": int(known["clean"])}
+    if condition:
+        condition |= {"moments": tuple(condition["moments"].int().tolist())}
     return Known(**known) if known else None, Condition(**condition) if condition else None
 
 

@@ -1,5 +1,6 @@
 """`apply_timeline`: a prompt that changes over time, by a processor on every cross-attention of a pipeline."""
 
+import bisect
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from engine.hooks.self_attention import BranchProcessor
 from engine.hooks.step_hook import bind_forward
 from engine.hooks.timeline_in_force import TimelineGuard
 from engine.text.timeline import negative_texts, parse_timeline, read_timeline
-from freespec.events import Event, Piece, plan
+from freespec.events import Event, Piece, plan, repeated
 from freespec.kernels import Kernel, select_kernel
 from freespec.timeline import Partial, attend, place
 
@@ -49,7 +50,9 @@ class TimelineState(Uncopyable):
     frame_tokens: int = 0
     lengths: list[list[int]] | None = None
     kernel: Kernel | None = None
-    _plans: dict[tuple[int, torch.device, torch.dtype], tuple[Piece, ...]] = field(default_factory=dict)
+    _plans: dict[tuple[int, tuple[int, ...], torch.device, torch.dtype], tuple[Piece, ...]] = field(
+        default_factory=dict
+    )
 
     def before_forward(self, transformer: nn.Module, args: tuple, kwargs: dict) -> None:
         """Forward pre-hook of the transformer: plan the pieces of this video, and check that the texts are the timeline's."""
@@ -61,15 +64,25 @@ class TimelineState(Uncopyable):
                 "it with **handle.inputs in place of prompt and negative_prompt"
             )
         frames, rows, columns = self.adapter.grid(transformer, inputs)
-        key = (frames, latents.device, latents.dtype)
+        beside = self._beside(transformer)
+        frames -= len(beside)
+        shown = sorted([*range(frames), *beside])  # the latent frame of each frame of tokens
+        key = (frames, beside, latents.device, latents.dtype)
         if key not in self._plans:
-            self._plans[key] = place(plan(self.events(frames), frames), latents.device, latents.dtype)
+            pieces = repeated(plan(self.events(frames), frames), shown)
+            self._plans[key] = place(pieces, latents.device, latents.dtype)
         self.pieces, self.frame_tokens = self._plans[key], rows * columns
         self.kernel = select_kernel("auto", latents.device, latents.dtype)
-        self._set_scenes(transformer, tuple(e.start for e in self.events(frames)[1:] if e.transition == "scene"))
+        scenes = [event.start for event in self.events(frames)[1:] if event.transition == "scene"]
+        self._set_scenes(transformer, tuple(bisect.bisect_left(shown, start) for start in scenes))
         relays = any(len(share.events) > 1 for piece in self.pieces for share in piece.shares)
         mask = inputs.get("encoder_attention_mask")
         self.lengths = _lengths(mask, self.num_texts) if relays and mask is not None else None
+
+    def _beside(self, transformer: nn.Module) -> tuple[int, ...]:
+        """`RunState.beside` of an installed method."""
+        processor = self.adapter.attention_modules(transformer)[0].processor
+        return processor.state.beside if isinstance(processor, BranchProcessor) else ()
 
     def _set_scenes(self, transformer: nn.Module, starts: tuple[int, ...]) -> None:
         """Set where the windows of an installed method end; its own hook, which runs later, makes them."""

@@ -86,7 +86,8 @@ class RunState(Uncopyable):
         setup: the constant part.
         forward: the current or last forward; None before the first.
         running: whether it is current, so that no block runs on the state of the last one.
-        scenes: frames after the first at which a timeline ends windows.
+        scenes: frames of tokens after the first at which a timeline ends windows.
+        beside: the latent frame after which each frame of tokens of a condition stands (`engine.adapters.base.Condition.beside`).
         checks_finite: whether each forward checks its latents and its prediction; False for a loop that checks after each step.
         trace: observes the branches, if given.
         eigensolver: what decomposes Gram matrices on a GPU; None until the device is known, and on a CPU.
@@ -96,6 +97,7 @@ class RunState(Uncopyable):
     forward: Forward | None = None
     running: bool = False
     scenes: tuple[int, ...] = ()
+    beside: tuple[int, ...] = ()
     checks_finite: bool = True
     trace: SpectralTrace | None = None
     eigensolver: SolverChoice | None = None

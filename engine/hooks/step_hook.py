@@ -88,7 +88,7 @@ class StepHook(Uncopyable):
         grid = Grid(frames=frames, rows=rows, columns=columns, window_frames=setup.window_frames)
         plan = self._plan[step]
         # At native length both branches are the whole video, and the stock computation is kept bit for bit.
-        mode = "global" if frames <= setup.window_frames else plan.mode
+        mode = "global" if frames - len(state.beside) <= setup.window_frames else plan.mode
         attention = self._attention(transformer, grid, latents)
         layout, attention_layout = share_tokens(
             state, transformer.config, grid.tokens, latents=latents, mode=mode, halo=attention.halo

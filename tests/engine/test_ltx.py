@@ -15,6 +15,7 @@ import torch
 from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    LTXConditionPipeline,
     LTXPipeline,
     UniPCMultistepScheduler,
 )
@@ -364,7 +365,12 @@ def test_checkpoints_load_by_their_index(folder, tmp_path):
     shutil.copytree(folder, other)
     index = json.loads((other / "model_index.json").read_text())
     (other / "model_index.json").write_text(json.dumps(index | {"_class_name": "LTXConditionPipeline"}))
-    assert type(load_pipeline(ModelConfig(path=str(other), device="cpu"))) is LTXPipeline
+    with pytest.raises(UserError, match="would shift its noise levels alone"):
+        load_pipeline(ModelConfig(path=str(other), device="cpu"))
+    kept = json.loads((other / "scheduler" / "scheduler_config.json").read_text())
+    unshifted = kept | {"use_dynamic_shifting": False, "shift_terminal": None}
+    (other / "scheduler" / "scheduler_config.json").write_text(json.dumps(unshifted))
+    assert type(load_pipeline(ModelConfig(path=str(other), device="cpu"))) is LTXConditionPipeline
     (other / "transformer" / "config.json").unlink()
     with pytest.raises(UserError, match=r"cannot read .*transformer/config\.json"):
         load_pipeline(ModelConfig(path=str(other), device="cpu"))

@@ -22,7 +22,11 @@ from engine.planner.model import ModelSpec
 from engine.ranks.arrange import choose_degrees
 from parallel.shards import length
 
-NATIVE = {"WanPipeline": (21, 321), "LTXPipeline": (16, 481)}  # window and long video
+NATIVE = {
+    "WanPipeline": (21, 321),
+    "LTXPipeline": (16, 481),
+    "LTXConditionPipeline": (16, 481),
+}  # window and long video
 WAN_SMALL, WAN_LARGE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffusers"
 LTX_090, LTX_091, LTX_095 = "Lightricks/LTX-Video", "diffusers/LTX-Video-0.9.1", "Lightricks/LTX-Video-0.9.5"
 LTX_097 = "Lightricks/LTX-Video-0.9.7-dev"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from freespec import kernels
-from freespec.events import MAX_PENALTY, Event, Piece, Share, plan
+from freespec.events import MAX_PENALTY, Event, Piece, Share, plan, repeated
 from freespec.timeline import attend, place, timeline_ref
 
 FRAME_TOKENS = 6
@@ -39,9 +39,16 @@ def draw(num_frames: int, num_texts: int, dtype: torch.dtype) -> tuple[Tensor, l
     return normal(2, num_frames * FRAME_TOKENS, 3, 8), texts
 
 
-def by_pieces(q: Tensor, texts: list[tuple[Tensor, Tensor]], events: list[Event], bounds: list[int]) -> Tensor:
-    """The output of ranks that hold the tokens between neighbouring bounds, put together."""
+def by_pieces(
+    q: Tensor,
+    texts: list[tuple[Tensor, Tensor]],
+    events: list[Event],
+    bounds: list[int],
+    shown: list[int] | None = None,
+) -> Tensor:
+    """The output of ranks that hold the tokens between neighbouring bounds, put together; the queries are those of frames `shown`."""
     pieces = plan(events, events[-1].stop)
+    pieces = pieces if shown is None else repeated(pieces, shown)
 
     def several(index: int, rows: Tensor) -> tuple[Tensor, Tensor]:
         out, lse = kernels.plain(*(x.transpose(1, 2) for x in (rows, *texts[index])))
@@ -150,3 +157,16 @@ def test_events_that_do_not_fit_are_refused(events, num_frames, message):
     with pytest.raises(ValueError) as error:
         plan(events, num_frames)
     assert message in str(error.value)
+
+
+def test_frames_that_are_there_twice_attend_as_their_own():
+    """In a fade, a relay, at both ends and twice at one frame."""
+    q, texts = draw(17, len(MIXED), torch.float64)
+    shown = sorted([*range(17), 0, 3, 3, 8, 16])
+    more = q.unflatten(1, (17, FRAME_TOKENS))[:, shown].flatten(1, 2)
+    once = by_pieces(q, texts, MIXED, [0, 17 * FRAME_TOKENS]).unflatten(1, (17, FRAME_TOKENS))[:, shown].flatten(1, 2)
+    made = by_pieces(more, texts, MIXED, [0, 40, len(shown) * FRAME_TOKENS], shown)
+    torch.testing.assert_close(made, once, rtol=0, atol=1e-12)
+    with pytest.raises(AssertionError):  # negative control: the events in other places
+        other = by_pieces(more, texts, MIXED, [0, len(shown) * FRAME_TOKENS], sorted([*range(17), 0, 3, 4, 8, 16]))
+        torch.testing.assert_close(other, once, rtol=0, atol=1e-12)

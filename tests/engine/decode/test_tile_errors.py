@@ -153,4 +153,4 @@ def test_equal_tiles_give_exactly_their_value():
 
 
 def test_every_model_is_here():
-    assert {adapter.name for adapter in ADAPTERS} == {adapter.name for adapter in FAMILIES.values()}
+    assert {adapter.vae_class for adapter in ADAPTERS} == {adapter.vae_class for adapter in FAMILIES.values()}
