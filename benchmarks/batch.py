@@ -206,7 +206,7 @@ def simulate(folder: Path, items: int, replicas: int) -> dict[str, Any]:
             queue=Queue.of(every),
             replicas=[FakeReplica(f"replica-{i}", clock, make, loads_in=60.0) for i in range(replicas)],
             prepare=lambda item, attempt, replica: {"identity": identity_of(item), "attempt": attempt},
-            hopeless=lambda item, failure: False,
+            is_permanent=lambda item, failure: False,
             keep=lambda item, attempts: None,
             journal=journal,
             wait=wait,

@@ -53,10 +53,10 @@ class Request:
     keep_views: bool
 
 
-def score(request: Request, *, check_only: bool, say: Say, tell: Callable[[str], None]) -> int:
+def score(request: Request, *, check_only: bool, say: Say, report: Callable[[str], None]) -> int:
     """Find the videos, check everything, score what is missing, and report; return 1 if a part of VBench failed.
 
-    `say` receives progress and `tell` the result; with `check_only` nothing is scored.
+    `say` receives progress and `report` the result; with `check_only` nothing is scored.
     """
     left_out: list[str] = []
     videos = _videos(request, left_out.append)
@@ -68,14 +68,14 @@ def score(request: Request, *, check_only: bool, say: Say, tell: Callable[[str],
     out, evaluator = request.out, request.evaluator
     with writing_to(out, after="the same command continues from there"), _own(out):
         views = [plan_view(label, group, out / "views") for label, group in by_label.items()] if evaluator else []
-        bench = _preflight(evaluator, request.dimensions, out, tell) if evaluator else None
+        bench = _preflight(evaluator, request.dimensions, out, report) if evaluator else None
         if check_only:
-            tell(f"{len(videos)} videos of {len(by_label)} methods; all required files exist")
+            report(f"{len(videos)} videos of {len(by_label)} methods; all required files exist")
             return 0
         evaluation, paths = _report(request, by_label, views, baseline=baseline, bench=bench, missing=missing, say=say)
-    tell(f"{len(videos)} videos of {len(by_label)} methods: {', '.join(map(str, paths))}")
+    report(f"{len(videos)} videos of {len(by_label)} methods: {', '.join(map(str, paths))}")
     for line in evaluation.failures:
-        tell(f"failed: {line}")
+        report(f"failed: {line}")
     return 1 if evaluation.failures else 0
 
 
@@ -177,12 +177,12 @@ def _measures(request: Request, videos: Sequence[Video], say: Say) -> _Measured:
     )
 
 
-def _preflight(evaluator: Evaluator, dimensions: Sequence[str], out: Path, tell: Callable[[str], None]) -> Bench:
+def _preflight(evaluator: Evaluator, dimensions: Sequence[str], out: Path, report: Callable[[str], None]) -> Bench:
     try:
         return preflight(evaluator, dimensions, out)
     except PreflightError as error:
         if len(error.details) > 1:
-            tell("\n".join(error.details))
+            report("\n".join(error.details))
         raise
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import av
 
 from engine.batch.files import variant_of
-from engine.batch.items import asked_items
+from engine.batch.items import requested_items
 from engine.batch.store import beside
 from engine.errors import UserError
 from engine.files.say import Say, say_on_stderr
@@ -119,7 +119,7 @@ def read_batch(root: Path, say: Say = say_on_stderr) -> list[Video]:
 
 def what_is_missing(root: Path, videos: Iterable[Video]) -> str | None:
     """Describe the items of a batch's folder that have no video, in all and by method; None if all have one."""
-    asked = asked_items(root)
+    asked = requested_items(root)
     if asked is None:
         given_up = len(list((root / "quarantine").glob("*.json")))
         return f"{root}: {given_up} items failed for good" if given_up else None

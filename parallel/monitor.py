@@ -42,9 +42,9 @@ class Monitor:
     the milliseconds of a layer.
     """
 
-    def __init__(self, *, rank: int, timeout: timedelta, mark: Mark, tell: Callable[[str], None]) -> None:
+    def __init__(self, *, rank: int, timeout: timedelta, mark: Mark, report: Callable[[str], None]) -> None:
         self._rank, self._timeout = rank, timeout.total_seconds()
-        self._mark, self._tell = mark, tell
+        self._mark, self._report = mark, report
         self._margin = min(_MARGIN_SECONDS, _MARGIN_SHARE * self._timeout)
         self._calls: deque[_Call] = deque()
         self._reported = False
@@ -95,7 +95,7 @@ class Monitor:
             except RuntimeError:  # of the device, which every other call raises too
                 return
             if line is not None:
-                self._tell(line)
+                self._report(line)
 
 
 def start_cuda_monitor(*, rank: int, timeout: timedelta) -> Monitor:
@@ -108,11 +108,11 @@ def start_cuda_monitor(*, rank: int, timeout: timedelta) -> Monitor:
         event.record()
         return event.query
 
-    def tell(line: str) -> None:
+    def report(line: str) -> None:
         sys.stderr.write(f"{line}\n")
         sys.stderr.flush()
 
-    monitor = Monitor(rank=rank, timeout=timeout, mark=mark, tell=tell)
+    monitor = Monitor(rank=rank, timeout=timeout, mark=mark, report=report)
     # A thread starts on device 0, and would take memory there.
     monitor.start(lambda: torch.cuda.set_device(device))
     return monitor

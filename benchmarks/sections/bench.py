@@ -153,11 +153,11 @@ class Bench:
         measured = {name: seconds for name, seconds in found.items() if seconds is not None}
         return min(measured, key=lambda name: measured[name]) if measured else "auto"
 
-    def rounds(self, calls: Mapping[str, Callable[[], Any]], heard: Callable[[str, float], None]) -> None:
-        """Time every call once a round, in rounds A B C C B A; `heard(name, seconds)` is called after each."""
+    def rounds(self, calls: Mapping[str, Callable[[], Any]], add_time: Callable[[str, float], None]) -> None:
+        """Time every call once a round, in rounds A B C C B A; `add_time(name, seconds)` is called after each."""
         for round_ in range(self.repeats):
             for name, call in in_turn(calls.items(), round_):
-                heard(name, self.seconds_and_peak(call)["seconds"])
+                add_time(name, self.seconds_and_peak(call)["seconds"])
 
     def choose_solver(self, shape: Shape) -> None:
         """Choose the eigensolver as an engine would for this layer; a CPU has one."""
@@ -219,7 +219,7 @@ class ShapeRun:
         """All of it, to the section's file."""
         self.bench.record(self.name, self.found() | {"left_out": self.left_out})
 
-    def heard(self, name: str, seconds: float) -> None:
+    def add_time(self, name: str, seconds: float) -> None:
         """Note the time of a call."""
         self.times.setdefault(name, []).append(seconds)
         self.write()

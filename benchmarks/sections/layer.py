@@ -95,7 +95,7 @@ def dense_and_fusion(layer: LayerRun) -> None:
     for name, call in (parts | {"matrix product": matrix_product(bench)}).items():
         if layer.check(name, call, layer.peak):
             calls[name] = call
-    bench.rounds(calls, layer.heard)
+    bench.rounds(calls, layer.add_time)
 
 
 def long_svd(layer: LayerRun) -> None:
@@ -122,13 +122,13 @@ def triton_and_flex(layer: LayerRun) -> None:
         if other is None or not layer.check(name, make, errors):
             continue
 
-        def heard(which: str, seconds: float, name: str = name) -> None:
+        def add_time(which: str, seconds: float, name: str = name) -> None:
             if which == name:
-                layer.heard(name, seconds)
+                layer.add_time(name, seconds)
             else:
                 layer.beside.setdefault(name, []).append(seconds)
 
-        bench.rounds({other: strided[other], name: make}, heard)
+        bench.rounds({other: strided[other], name: make}, add_time)
     layer.write()
 
 

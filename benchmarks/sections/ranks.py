@@ -56,7 +56,7 @@ def measure(run: RankRun, layer: WindowedAttention) -> None:
     for name, (tokens, heads) in fusion_shares(shape).items():
         branches = falling_branches(shape, bench.device, bench.dtype, heads=heads, tokens=tokens)
         calls[name] = fuse_call(shape, branches)  # without the sum of Grams over ranks
-    bench.rounds({name: call for name, call in calls.items() if run.check(name, call, run.peak)}, run.heard)
+    bench.rounds({name: call for name, call in calls.items() if run.check(name, call, run.peak)}, run.add_time)
 
 
 def operations(shape: Shape, kind: str, ranks: int, mode: str) -> float:

@@ -1,7 +1,7 @@
 """Drive replicas over the items of a queue: assign items, end replicas that hang, and restart those that died.
 
 The driver is independent of processes, Ray and items: a replica is anything with the methods of `Replica`, `prepare`
-makes its task, and `hopeless` decides whether a failure would repeat.
+makes its task, and `is_permanent` decides whether a failure would repeat.
 """
 
 import statistics
@@ -109,7 +109,7 @@ class ReplicaState:
     """State of a replica in the driver.
 
     Attributes:
-        heard: time at which its item last finished a step, or was assigned.
+        progressed: time at which its item last finished a step, or was assigned.
         starts: starts since it was last ready.
         failure: why it last ended before it was ready.
     """
@@ -117,7 +117,7 @@ class ReplicaState:
     replica: Replica
     state: State = "waiting"
     since: float = 0.0
-    heard: float = 0.0
+    progressed: float = 0.0
     item: Item | None = None
     step: int = 0
     total: int = 0
@@ -158,7 +158,7 @@ class Driver:
         queue: the items.
         replicas: the replicas that make them.
         prepare: makes the task of an item's attempt for a named replica.
-        hopeless: whether an item that failed in this way would fail again.
+        is_permanent: whether an item that failed in this way would fail again.
         keep: called with an item that is given up, and its attempts.
         release: called with a given-up item that is requeued.
         kept: number of saved steps of an item.
@@ -175,7 +175,7 @@ class Driver:
     queue: Queue
     replicas: Sequence[Replica]
     prepare: Callable[[Item, int, str], dict[str, Any]]
-    hopeless: Callable[[Item, Failure], bool]
+    is_permanent: Callable[[Item, Failure], bool]
     keep: Callable[[Item, list[dict[str, Any]]], None]
     journal: Journal
     release: Callable[[Item], None] = lambda item: None
@@ -198,7 +198,7 @@ class Driver:
         """Run until every item is done or given up and no more may come, or the batch halts."""
         while (self.queue.left or self.open()) and not (self.halted and not self.queue.running):
             for entry in self.entries:
-                self._hear(entry)
+                self._handle_events(entry)
                 self._enforce(entry)
             self._dispatch()
             self._check_replicas()
@@ -232,7 +232,7 @@ class Driver:
         recent = self.seconds[-1000:]
         return self.queue.left * sum(recent) / len(recent) / min(working, max(self.queue.left, 1))
 
-    def _hear(self, entry: ReplicaState) -> None:
+    def _handle_events(self, entry: ReplicaState) -> None:
         for event in entry.replica.events():
             match event:
                 case Note():
@@ -247,7 +247,7 @@ class Driver:
                     entry.place, entry.starts, self.proven = event.place, 0, True
                     self.journal.event("ready", replica=entry.replica.name, seconds=event.seconds, place=event.place)
                 case Step() if entry.state == "busy":
-                    entry.step, entry.total, entry.heard = event.finished, event.total, self.clock()
+                    entry.step, entry.total, entry.progressed = event.finished, event.total, self.clock()
                 case Done() if entry.state == "busy":
                     self._done(entry, resumed=is_resumed(event.record))
                 case Failed() if entry.state == "busy":
@@ -281,14 +281,14 @@ class Driver:
             return
         fields = {"item": item.label, "id": item.item_id, "kind": failure.kind, "message": failure.message}
         try:
-            hopeless, kept = self.hopeless(item, failure), self.kept(item)
-            given_up = [other for other in self.queue.alike if other.item_id in self.queue.given_up]
-            verdict = self.queue.fail(item, failure, replica=name, hopeless=hopeless, kept=kept)
+            is_permanent, kept = self.is_permanent(item, failure), self.kept(item)
+            given_up = [other for other in self.queue.similar if other.item_id in self.queue.given_up]
+            verdict = self.queue.fail(item, failure, replica=name, is_permanent=is_permanent, kept=kept)
             self.journal.event("failed", replica=name, verdict=verdict, **fields)
             if verdict == "quarantine":
                 self.keep(item, self.queue.attempts[item.item_id])
             elif verdict == "halt":
-                message = f"{self.queue.num_alike} items in a row failed with the same error: {failure.message}"
+                message = f"{self.queue.num_similar} items in a row failed with the same error: {failure.message}"
                 self._halt(Failure("alike", message, failure.traceback), item, name)
                 for other in given_up:
                     self.release(other)
@@ -320,7 +320,7 @@ class Driver:
         if entry.state == "busy" and limit is not None and age > limit:
             message = f"took longer than {limit:.0f} s and was ended at step {entry.step} of {entry.total}"
             self._failed(entry, Failure("time", message), broken=True)
-        elif entry.state == "busy" and limit is None and self.clock() - entry.heard > SILENT_LONGEST:
+        elif entry.state == "busy" and limit is None and self.clock() - entry.progressed > SILENT_LONGEST:
             message = (
                 f"finished no step for {SILENT_LONGEST:.0f} s after step {entry.step} of {entry.total} and was ended"
             )
@@ -351,7 +351,7 @@ class Driver:
             if item is None:
                 return
             attempt = self.queue.attempt_of(item)
-            entry.item, entry.step, entry.total, entry.heard = item, 0, 0, self.clock()
+            entry.item, entry.step, entry.total, entry.progressed = item, 0, 0, self.clock()
             self._set(entry, "busy")
             fields = {"item": item.label, "id": item.item_id, "attempt": attempt}
             self.journal.event("started", replica=entry.replica.name, **fields)

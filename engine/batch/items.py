@@ -117,7 +117,7 @@ def plan_batch(
     )
 
 
-def asked_items(root: Path) -> dict[str, str] | None:
+def requested_items(root: Path) -> dict[str, str] | None:
     """Read label and item_id of every item ever requested in a folder; None if `batch.json` does not list them."""
     tree = read_tree(root / FILE, {"schema": int}, what="a batch's description")
     items = (tree or {}).get("items")

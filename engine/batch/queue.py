@@ -12,8 +12,8 @@ from engine.batch.items import Item
 MOST_ATTEMPTS = 3
 # This many similar failures in a row have a common cause and halt the batch. Lost ranks and hanging items need more: on
 # preemptible nodes several in a row are normal.
-MOST_ALIKE = 3
-MOST_ALIKE_LOST = 10
+HALT_AFTER = 3
+HALT_AFTER_LOST = 10
 
 # Why an attempt failed. `mistake`: the same would happen again (a prompt that is too long). `disk`: a fault of the storage,
 # which does not count as an attempt. `lost`: a rank or a replica ended. `time`: it took too long. `alike`: several items
@@ -54,8 +54,8 @@ class Queue:
         attempts: failed attempts, by item_id.
         halts: whether similar failures in a row halt the batch; the items of a service come from many clients, and each is
             judged alone.
-        alike: items that failed in the same way, with none done in between.
-        num_alike: how many of these count.
+        similar: items that failed in the same way, with none done in between.
+        num_similar: how many of these count.
     """
 
     waiting: deque[Item]
@@ -64,11 +64,11 @@ class Queue:
     given_up: set[str] = field(default_factory=set)
     attempts: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     halts: bool = True
-    alike: list[Item] = field(default_factory=list)
-    num_alike: int = 0
+    similar: list[Item] = field(default_factory=list)
+    num_similar: int = 0
     _cause: str = ""
     _handed: int = 0
-    _alike_since: int = 0
+    _similar_since: int = 0
     _counted: set[str] = field(default_factory=set)
     _turn: dict[str, int] = field(default_factory=dict)
 
@@ -114,7 +114,7 @@ class Queue:
         """Mark a running item as done."""
         del self.running[item.item_id]
         self.done.add(item.item_id)
-        self.alike, self.num_alike, self._alike_since = [], 0, 0
+        self.similar, self.num_similar, self._similar_since = [], 0, 0
 
     def put_back(self, item: Item) -> None:
         """Return an item to the front, as if it had not been tried."""
@@ -123,11 +123,11 @@ class Queue:
         if item not in self.waiting:
             self.waiting.appendleft(item)
 
-    def fail(self, item: Item, failure: Failure, *, replica: str, hopeless: bool = False, kept: int = 0) -> Verdict:
+    def fail(self, item: Item, failure: Failure, *, replica: str, is_permanent: bool = False, kept: int = 0) -> Verdict:
         """Record a failed attempt of an item with `kept` saved steps; returns the verdict.
 
         An attempt counts unless a rank was lost, as by preemption, and the item had saved more steps than before. The item is
-        given up at the third that counts, or if it would fail in the same way again (`hopeless`).
+        given up at the third that counts, or if it would fail in the same way again (`is_permanent`).
         """
         del self.running[item.item_id]
         tried = self.attempts.setdefault(item.item_id, [])
@@ -143,16 +143,16 @@ class Queue:
                 "counts": not advanced,
             }
         )
-        if not advanced and self.halts and self._is_last_alike(item, failure):
+        if not advanced and self.halts and self._repeats_enough(item, failure):
             self._take_back(item)
             return "halt"
-        if hopeless or sum(attempt["counts"] for attempt in tried) >= MOST_ATTEMPTS:
+        if is_permanent or sum(attempt["counts"] for attempt in tried) >= MOST_ATTEMPTS:
             self.given_up.add(item.item_id)
             return "quarantine"
         self.waiting.append(item)
         return "again"
 
-    def _is_last_alike(self, item: Item, failure: Failure) -> bool:
+    def _repeats_enough(self, item: Item, failure: Failure) -> bool:
         """Add the item to those that failed in the same way; returns whether they are enough to halt.
 
         An item handed out before the last counted failure does not count: both may have met one event, such as the loss of
@@ -160,19 +160,19 @@ class Queue:
         faulty prompt.
         """
         if failure.cause != self._cause:
-            self.alike, self.num_alike, self._cause, self._alike_since = [], 0, failure.cause, 0
-        self.alike.append(item)
+            self.similar, self.num_similar, self._cause, self._similar_since = [], 0, failure.cause, 0
+        self.similar.append(item)
         name = item.prompt.prompt_id if failure.kind == "mistake" else item.item_id
-        if name in self._counted or self._turn[item.item_id] <= self._alike_since:
+        if name in self._counted or self._turn[item.item_id] <= self._similar_since:
             return False
         self._counted.add(name)
-        self.num_alike += 1
-        self._alike_since = self._handed
-        return self.num_alike >= (MOST_ALIKE_LOST if failure.kind in ("lost", "time") else MOST_ALIKE)
+        self.num_similar += 1
+        self._similar_since = self._handed
+        return self.num_similar >= (HALT_AFTER_LOST if failure.kind in ("lost", "time") else HALT_AFTER)
 
     def _take_back(self, item: Item) -> None:
         """Requeue the items that failed in the same way, since none of them is at fault."""
-        for other in self.alike:
+        for other in self.similar:
             if other.item_id in self.given_up:
                 self.given_up.discard(other.item_id)
                 self.waiting.append(other)

@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser, Namespace
 from engine.config import DecodeConfig, ModelConfig, OutputConfig, RunConfig
 from engine.errors import UserError
 from engine.paths import expand
-from launch.cli.parser import Keys, arrange, asks_help, make_parser, parse
+from launch.cli.parser import Keys, arrange, make_parser, parse, wants_help
 
 USAGE = "LATENTS --output PATH [--overwrite] [--model.path PATH] [--SETTING VALUE ...]"
 DESCRIPTION = "Make the video of latents that launch/generate.py saved. The model and the rate are those of the run."
@@ -37,7 +37,7 @@ def read(argv: list[str]) -> Arguments:
     parser = make_parser("decode.py", USAGE, DESCRIPTION)
     add_arguments(parser)
     words = arrange(argv, Keys.of(parser), num_positionals=1)
-    if not asks_help(words) and (not words or words[-1].startswith("--")):
+    if not wants_help(words) and (not words or words[-1].startswith("--")):
         raise UserError("give the file of the latents: decode.py LATENTS --output PATH")
     parser.set_defaults({"model.path": ""})
     given = parse(parser, words)

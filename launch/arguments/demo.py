@@ -12,7 +12,7 @@ from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_empt
 from launch.arguments.options import add_out
 from launch.arguments.prompts import EXAMPLE
 from launch.arguments.ranks import check_model
-from launch.cli.argv import asked_value
+from launch.cli.argv import option_value
 from launch.cli.parser import add_former_name, parse_run
 from launch.ranks.backend import check_environment
 
@@ -36,7 +36,7 @@ def read(argv: list[str]) -> Arguments:
         argv, name="demo.py", description=DESCRIPTION, add_arguments=add_arguments, unread=UNREAD
     )
     check_output(config.output, "demo.py", unread=_NAMED_HERE)
-    if asked_value(argv, "--method.name") or asked_value(argv, "--method"):
+    if option_value(argv, "--method.name") or option_value(argv, "--method"):
         raise UserError("demo.py sets the method of each video; leave --method.name out")
     refuse_empty(namespace, "prompt", "out")
     check_environment()

@@ -11,7 +11,7 @@ from engine.given.frames import GivenFrames
 from launch.arguments.given import add_given, read_given
 from launch.arguments.prompts import EXAMPLE, Prompts, add_prompts, read_prompts
 from launch.arguments.ranks import add_ranks, check_model, check_started
-from launch.cli.argv import asked_value
+from launch.cli.argv import option_value
 from launch.cli.parser import parse_run
 from launch.ranks.backend import check_environment
 from launch.ranks.environment import PlacementStrategy, RankEnv
@@ -67,7 +67,7 @@ def read(argv: list[str]) -> Arguments:
 
 def _names_model(argv: list[str]) -> bool:
     """Whether the command line chooses a preset or a model instead of the embedded one."""
-    return any(asked_value(argv, name) is not None for name in ("--config", "--model", "--model.path"))
+    return any(option_value(argv, name) is not None for name in ("--config", "--model", "--model.path"))
 
 
 def check_free(outputs: list[OutputFiles], output: OutputConfig) -> None:

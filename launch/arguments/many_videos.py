@@ -8,7 +8,7 @@ from engine.batch.suite import check_once
 from engine.config import OutputConfig
 from engine.errors import UserError
 from launch.arguments.options import seeds_from
-from launch.cli.argv import asked_value
+from launch.cli.argv import option_value
 
 _NUM_SEEDS = 2**63  # what a seed must be less than (SamplerConfig)
 # Settings of one video's files, which these commands name themselves; existing videos are not made again.
@@ -47,5 +47,5 @@ def read_seeds(text: str | None, first: int, flag: str = "--seeds", *, default: 
 
 def refuse_method_name(argv: Sequence[str]) -> None:
     """Raise UserError for a `--method.name` beside `--methods`."""
-    if asked_value(argv, "--method.name") is not None or asked_value(argv, "--method") is not None:
+    if option_value(argv, "--method.name") is not None or option_value(argv, "--method") is not None:
         raise UserError("--methods names the methods; leave --method.name out")

@@ -12,7 +12,7 @@ from engine.shown import quoted
 from engine.text.prompt_files import NEGATIVE_SETTING, read_prompt_lines
 from engine.text.timeline import read_timeline
 from launch.arguments.options import add_prompts_file
-from launch.cli.argv import asked_value
+from launch.cli.argv import option_value
 
 # The default prompt.
 EXAMPLE = "a red circle bounces over a blue background"
@@ -61,7 +61,7 @@ class Prompts:
         """Set the timeline's negative prompt in a configuration; UserError if the command line gives another."""
         if self.negative_prompt is None:
             return config
-        if asked_value(argv, f"--{NEGATIVE_SETTING}") is not None:
+        if option_value(argv, f"--{NEGATIVE_SETTING}") is not None:
             raise UserError(
                 f"the events of --timeline have negative texts; leave out --{NEGATIVE_SETTING} or those texts"
             )

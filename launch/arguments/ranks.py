@@ -8,7 +8,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import find_checkpoint
 from launch.arguments.options import add_nproc
-from launch.cli.argv import asked_value
+from launch.cli.argv import option_value
 from launch.ranks.environment import LAUNCHER, RankEnv
 
 
@@ -31,7 +31,7 @@ def check_started(num_ranks: int | None, argv: list[str]) -> None:
         raise UserError(
             f"torchrun has started {rank_env.world} ranks, and --nproc {num_ranks} would start more on each; use one of them"
         )
-    if asked_value(argv, "--nproc") is None:
+    if option_value(argv, "--nproc") is None:
         raise UserError("give --nproc on the command line, not in a file")
 
 

@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def _work(pipe: IO[str]) -> None:
-    def tell(event: str, **fields: Any) -> None:
+    def emit(event: str, **fields: Any) -> None:
         pipe.write(json.dumps({"event": event, **fields}) + "\n")
 
     started = time.perf_counter()
@@ -71,23 +71,23 @@ def _work(pipe: IO[str]) -> None:
                 given=None if setup["given"] is None else parse_given(**setup["given"]),
                 given_settings=setup["given_settings"],
                 preview_every=setup["preview_every"],
-                tell=tell,
+                emit=emit,
             )
             worker = worker.with_previews(context, setup["preview_factors"])
             engine.text.keep(BatchFiles(root=worker.root).text_cache)
             layout = engine.facts.parallel
             nodes = ", ".join(f"{each['node']} ({len(each['ranks'])})" for each in layout["nodes"])
             place = f"{engine.device} on {nodes}, {layout['ranks']} ranks, {layout['why']}"
-            tell("ready", seconds=time.perf_counter() - started, place=place)
+            emit("ready", seconds=time.perf_counter() - started, place=place)
             for line in sys.stdin:
                 worker.run(json.loads(line))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Worker(ItemMaker):
-    """A rank of a replica; `tell` sends an event to the driver."""
+    """A rank of a replica; `emit` sends an event to the driver."""
 
-    tell: Callable[..., None]
+    emit: Callable[..., None]
     cancel: Path | None = None
 
     def with_previews(self, context: DistContext, path: str | None) -> Self:
@@ -97,7 +97,7 @@ class Worker(ItemMaker):
         def find() -> None:
             found[0] = find_factors(self.engine.pipe.vae, None if path is None else Path(path))
             if found[0] is None:
-                self.tell("note", text="no previews for this VAE; fit its colours with previews.py")
+                self.emit("note", text="no previews for this VAE; fit its colours with previews.py")
 
         if self.preview_every:
             context.check_on_first(find)
@@ -125,17 +125,17 @@ class Worker(ItemMaker):
             whole = isinstance(error, UserError)
             fields = {"kind": kind_of(error), "message": describe(error), "traceback": traceback.format_exc()}
             if not isinstance(error, KeyboardInterrupt):
-                self.tell("failed", item=item, whole=whole, **fields)
+                self.emit("failed", item=item, whole=whole, **fields)
             if not whole:
                 raise
         else:
-            self.tell("done", item=item, record=record)
+            self.emit("done", item=item, record=record)
 
     def on_step(self, item: str, finished: int, total: int) -> None:
-        """Tell the driver that a step of an item is done; CancelledError, on all ranks, if the item was cancelled."""
+        """Emit the driver that a step of an item is done; CancelledError, on all ranks, if the item was cancelled."""
         cancel = self.cancel
         if self.engine.is_first:
-            self.tell("step", item=item, finished=finished, total=total)
+            self.emit("step", item=item, finished=finished, total=total)
         if cancel is not None and from_first(self.engine.mesh, lambda: b"x" if cancel.exists() else b"", "cancel"):
             raise CancelledError("cancelled")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from launch.ranks.environment import LAUNCHER, RankEnv
 
 
-def asked_value(argv: Sequence[str], name: str) -> str | None:
+def option_value(argv: Sequence[str], name: str) -> str | None:
     """Return the last value of an option, as `--name value`, `--name=value`, or `true` for `--name` alone."""
     value = None
     for word, after in itertools.zip_longest(argv, argv[1:], fillvalue="--"):
@@ -30,7 +30,7 @@ def without(command: Sequence[str], name: str) -> list[str]:
     return kept
 
 
-def asked_ranks(argv: Sequence[str]) -> int | None:
+def requested_ranks(argv: Sequence[str]) -> int | None:
     """Return the number of ranks that `--nproc` asks for; None without it, or on a rank.
 
     An invalid `--nproc` gives None too: the command itself reports it.
@@ -42,14 +42,14 @@ def asked_ranks(argv: Sequence[str]) -> int | None:
         or {"-h", "--help", "--print_config"} & {*argv}
     ):
         return None
-    number = asked_value(argv, "--nproc")
+    number = option_value(argv, "--nproc")
     return int(number) if number is not None and number.isdecimal() and int(number) > 0 else None
 
 
-def asked_ray(argv: Sequence[str]) -> str | None:
+def requested_ray(argv: Sequence[str]) -> str | None:
     """Return the cluster that `--ray` names; None without it, on a rank, for help, and for an invalid `--nproc`."""
-    nproc, rank_env = asked_value(argv, "--nproc"), RankEnv.of_environment()
+    nproc, rank_env = option_value(argv, "--nproc"), RankEnv.of_environment()
     wrong = nproc is not None and not (nproc.isdecimal() and int(nproc) > 0)
     if wrong or LAUNCHER in os.environ or rank_env is not None or {"-h", "--help", "--print_config"} & {*argv}:
         return None
-    return asked_value(argv, "--ray")
+    return option_value(argv, "--ray")

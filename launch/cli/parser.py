@@ -138,7 +138,7 @@ def _called(script: str) -> str:
 
 def parse(parser: ArgumentParser, words: Sequence[str], *, unread: Collection[str] = ()) -> Namespace:
     """Parse arranged words into dataclasses; UserError for a mistake. Help leaves out `unread` settings."""
-    if asks_help(words):
+    if wants_help(words):
         show_help(parser, everything="--help_all" in words, unread=unread)
         sys.exit(0)
     try:
@@ -186,7 +186,7 @@ def _say_renamed(old: str, new: str) -> None:
         show(f"note: --{old} is now --{new}; the old name works until the next release")
 
 
-def asks_help(words: Sequence[str]) -> bool:
+def wants_help(words: Sequence[str]) -> bool:
     """Whether the words ask for help."""
     return any(word in _HELP for word in words)
 

@@ -12,7 +12,7 @@ from typing import Any
 from engine.errors import UserError
 from engine.paths import REPOSITORY
 from engine.shown import PrintableStream
-from launch.cli.argv import asked_ranks, asked_ray
+from launch.cli.argv import requested_ranks, requested_ray
 from launch.process.exit_codes import run_command
 from launch.process.stopping import StopSignals, die_with_parent, show
 from launch.process.streams import RankLines, unfailing_streams
@@ -84,7 +84,7 @@ def run_script(name: str, argv: Sequence[str] | None = None) -> int:
         stack.callback(sys.stdout.flush)
         code = run_command(lambda given: _run(name, given, signals), words, signals=signals)
         out.flush()
-        code = code or tell_lost_output(name, out.error)
+        code = code or report_lost_output(name, out.error)
     if rank_env is not None and (code or rank_env.rank > 0):
         sys.stdout.flush()
         sys.stderr.flush()
@@ -106,7 +106,7 @@ def ignore_rank_env(name: str) -> None:
         show(f"RANK {rank} and WORLD_SIZE {world} of the environment are ignored: {name} {own}")
 
 
-def tell_lost_output(name: str, error: OSError | None) -> int:
+def report_lost_output(name: str, error: OSError | None) -> int:
     """Report that stdout could not be written, unless its reader has closed the pipe; return the exit code.
 
     It is an error only for a command that makes no files.
@@ -130,8 +130,8 @@ def _run(name: str, argv: list[str], signals: StopSignals) -> int | None:
     kind = COMMANDS[name]
     command = [*sys.argv[: len(sys.argv) - len(argv)], *argv]
     on_replicas = getattr(given, "replicas", None) is not None
-    num_ranks = asked_ranks(argv) if kind.starts_ranks and not on_replicas else None
-    cluster = asked_ray(argv) if kind.on_ray else None
+    num_ranks = requested_ranks(argv) if kind.starts_ranks and not on_replicas else None
+    cluster = requested_ray(argv) if kind.on_ray else None
     if cluster is not None:
         device = given.config.model.device
         return start_on_ray(cluster, command, num_ranks=num_ranks or 1, device=device, signals=signals)

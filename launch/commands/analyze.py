@@ -101,7 +101,7 @@ def make(
         context.check_on_first(lambda: stack.enter_context(claim_outputs(report, flag="--out")))
         context.check_on_first(spectra.open)
         missing = maker.missing(low_rank)
-        unseen = [index for index, done in enumerate(context.ask_first(lambda: spectra.done)) if not done]
+        unseen = [index for index, done in enumerate(context.compute_on_first(lambda: spectra.done)) if not done]
         if unseen and asked.replicas is not None:
             raise UserError(
                 f"the spectra of {len(unseen)} of {len(spectra.prompts)} prompts are missing, and replicas make the low-rank videos "

@@ -99,7 +99,7 @@ def _search(
             rounds_scored.append({"prompts": count, "scores": {x: float(by_label[x].mean()) for x in labels}})
             labels = survivors(by_label, keep=keep, always=START)
         context.wait_for_first(f"scores on {count} prompts")  # measuring may take longer than a collective waits
-        labels = context.ask_first(lambda labels=labels: labels)
+        labels = context.compute_on_first(lambda labels=labels: labels)
     return labels[0], rounds_scored
 
 

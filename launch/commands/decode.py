@@ -18,7 +18,7 @@ from engine.media.read_video import measure
 from engine.paths import expand
 from engine.produce import decode_to_files, video_size
 from launch.arguments.decode import Arguments
-from launch.process.stopping import all_is_made
+from launch.process.stopping import ignoring_signals
 from launch.video.decoding import explain_decoding
 from launch.video.latents_record import ADVICE, decoded_by, decoding_part, read_record, restore_config
 from launch.video.outputs import OutputFiles, claim_outputs, frame_folders, refuse_existing
@@ -50,7 +50,7 @@ def run(given: Arguments) -> None:
         with open_decoder(config) as decoder:
             with explain_decoding(files, decoder.device):
                 record = decode_to_files(decoder, latents, record, files.decoding, replace=config.output.overwrite)
-            last.enter_context(all_is_made())
+            last.enter_context(ignoring_signals())
     print(f"{files.video}: {record['video']['num_frames']} frames; decoded in {record['seconds']['decode']:.1f} s")
 
 

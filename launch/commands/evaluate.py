@@ -33,7 +33,7 @@ def run(options: Namespace) -> int:
         keep_views=options.keep_views,
     )
     try:
-        return score(request, check_only=options.check, say=_say, tell=print)
+        return score(request, check_only=options.check, say=_say, report=print)
     except KeyboardInterrupt as error:
         raise Stopped(f"what was finished is kept in {out}; the same command continues from there") from error
 

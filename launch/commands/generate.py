@@ -5,7 +5,7 @@ import contextlib
 from engine.engine import LongVideoEngine
 from engine.shown import quoted
 from launch.arguments.generate import Arguments
-from launch.process.stopping import all_is_made
+from launch.process.stopping import ignoring_signals
 from launch.ranks.join import open_ranks
 from launch.video.make import make_video, summary
 from launch.video.outputs import claim_outputs, frame_folders
@@ -27,8 +27,8 @@ def run(given: Arguments) -> None:
     ):
         every, folders = [path for files in outputs for path in files.all], frame_folders(outputs)
         context.check_on_first(lambda: stack.enter_context(claim_outputs(every, flag="--output.path", folders=folders)))
-        notes = context.ask_first(lambda: look_at_given(config, given.given))
-        stages = context.ask_first(lambda: find_stages(prompts.texts, outputs, config, given.given))
+        notes = context.compute_on_first(lambda: look_at_given(config, given.given))
+        stages = context.compute_on_first(lambda: find_stages(prompts.texts, outputs, config, given.given))
         left = [each for each in zip(prompts.named, outputs, stages, strict=True) if each[2] != "finished"]
         if not left:
             return
@@ -44,4 +44,4 @@ def run(given: Arguments) -> None:
             )
             if record is not None:
                 print(summary(record, files), flush=True)
-        last.enter_context(all_is_made())
+        last.enter_context(ignoring_signals())

@@ -136,7 +136,7 @@ def missing_videos(comparison: Comparison, context: DistContext, shard: Shard, *
             check_room(comparison.batch_files, config, items[False], replicas=at_once, keep_latents=False)
         return done
 
-    done = context.ask_first(look)
+    done = context.compute_on_first(look)
     return [video for video, is_done in zip(videos, done, strict=True) if not is_done]
 
 

@@ -25,29 +25,29 @@ def run_command(
     143: SIGTERM, 129: SIGHUP, each with one line that says what was kept. Any other exception is a bug and passes with its
     traceback. `signals` are already installed; without them this function installs its own.
     """
-    heard = signals or StopSignals()
-    before = heard.install() if signals is None else {}
+    stop_signals = signals or StopSignals()
+    before = stop_signals.install() if signals is None else {}
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
-        heard.leave()
+        stop_signals.leave()
         say(f"error: {error}")
         return 2
     except (LostRankError, GivenUpError) as error:
-        heard.leave()
+        stop_signals.leave()
         say(f"error: {error}")
         return 1
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        heard.leave()
+        stop_signals.leave()
         say(f"error: {describe_out_of_memory(error, when='loading or working')}")
         return 2
     except KeyboardInterrupt as error:
-        heard.leave()
+        stop_signals.leave()
         say(f"stopped: {error}" if isinstance(error, Stopped) else "stopped")
-        return heard.code
+        return stop_signals.code
     finally:
-        heard.leave()
+        stop_signals.leave()
         for number, handler in before.items():
             signal.signal(number, handler)

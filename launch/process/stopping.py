@@ -38,7 +38,7 @@ class StopSignals:
     def install(self) -> dict[signal.Signals, object]:
         """Install the handlers; returns the previous ones."""
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-        before = {number: signal.signal(number, self._hear) for number in SIGNALS if number not in ignored}
+        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS if number not in ignored}
         # A launcher starts its ranks with all of them blocked, so that none comes before this.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         return before
@@ -47,7 +47,7 @@ class StopSignals:
         """Stop raising: the process prints its last line and ends, or checks `received`."""
         self._raises = False
 
-    def _hear(self, number: int, _frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         if self._raises and not _is_stopping():
             self.received = signal.Signals(number)
             raise KeyboardInterrupt
@@ -60,7 +60,7 @@ def ignore_signals() -> dict[signal.Signals, object]:
 
 
 @contextlib.contextmanager
-def all_is_made() -> Iterator[None]:
+def ignoring_signals() -> Iterator[None]:
     """Ignore signals in the block: all files are written, and an interrupted cleanup is not a failure."""
     before = ignore_signals()
     try:

@@ -147,13 +147,13 @@ class RankHost:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
 
-    def _tell(self, event: Event) -> None:
+    def _emit(self, event: Event) -> None:
         self._events.put(event)
         self._wake()
 
     def _refuse(self, why: str) -> None:
         said = f"error: cannot start a rank: {why}"
-        self._tell({"event": "exit", "code": 1, "pid": 0, "said": said, "tail": [], "refused": why})
+        self._emit({"event": "exit", "code": 1, "pid": 0, "said": said, "tail": [], "refused": why})
 
     def _keep(
         self,
@@ -195,7 +195,7 @@ class RankHost:
         with last:
             said = last.read().decode(errors="replace")
         tail = _tail(Path(log), start) if log is not None else []
-        self._tell({"event": "exit", "code": code, "pid": self._process.pid, "said": said, "tail": tail})
+        self._emit({"event": "exit", "code": code, "pid": self._process.pid, "said": said, "tail": tail})
 
     def _open_log(self, log: str | None) -> tuple[Any, int]:
         """Open the output of the process and return it with its current size; an unwritable log is replaced by /dev/null."""
@@ -205,7 +205,7 @@ class RankHost:
             output = Path(log).open("ab")
         except OSError as error:
             why = error.strerror or str(error)
-            self._tell({"event": "note", "text": f"cannot write {log}: {why}; the output of this rank is lost"})
+            self._emit({"event": "note", "text": f"cannot write {log}: {why}; the output of this rank is lost"})
             return Path(os.devnull).open("wb"), 0
         return output, output.tell()
 
@@ -254,12 +254,12 @@ class RankHost:
         with events:
             for line in events:
                 if line.endswith(b"\n"):  # a killed rank may leave half a line
-                    self._tell(json.loads(line.decode(errors="replace")))
+                    self._emit(json.loads(line.decode(errors="replace")))
 
     def _relay(self, kind: str) -> None:
         stream = getattr(self._process, kind)
         while data := os.read(stream.fileno(), 1 << 16):
-            self._tell({"event": kind, "text": data.decode(errors="replace")})
+            self._emit({"event": kind, "text": data.decode(errors="replace")})
 
 
 def _tail(path: Path, start: int) -> list[str]:

@@ -57,7 +57,7 @@ class DistContext:
             is_first = self.ranks.mesh.world.rank == 0
             raise_together(self.ranks.mesh, check if is_first else lambda: None)
 
-    def ask_first(self, ask: Callable[[], Answer]) -> Answer:
+    def compute_on_first(self, ask: Callable[[], Answer]) -> Answer:
         """Broadcast what `ask` returns on rank 0, in JSON's types; a UserError ends every rank."""
         if self.ranks is None:
             return ask()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.cli.argv import asked_value, without
+from launch.cli.argv import option_value, without
 from launch.process.stopping import StopSignals, show
 from launch.ranks.environment import carried, share_cores
 from launch.ranks.host import Event, RankProcesses
@@ -44,9 +44,9 @@ def start_on_ray(address: str, command: Sequence[str], *, num_ranks: int, device
     `device` is model.device: with `auto` ranks get GPUs if the cluster or its autoscaler has any.
     """
     signals.leave()
-    strategy = asked_value(command, "--placement_strategy") or "PACK"
+    strategy = option_value(command, "--placement_strategy") or "PACK"
     words = without(without(command, "--ray"), "--placement_strategy")
-    if sys.stderr.isatty() and asked_value(command, "--output.progress") is None:
+    if sys.stderr.isatty() and option_value(command, "--output.progress") is None:
         words.append("--output.progress=on")  # an actor has no terminal, and this one is
     try:
         check_placement(strategy, address=address, num_ranks=num_ranks)
@@ -74,18 +74,18 @@ def start_on_ray(address: str, command: Sequence[str], *, num_ranks: int, device
 
 def is_verbose(command: Sequence[str]) -> bool:
     """Whether a command asks for the output of every rank."""
-    return asked_value(command, "--verbose") not in (None, "false")
+    return option_value(command, "--verbose") not in (None, "false")
 
 
 def follow(ranks: RankProcesses, signals: StopSignals, *, verbose: bool) -> int:
     """Show the output of started ranks until they have ended or their time is up; return the exit code."""
     children = [_Child(rank=rank) for rank in range(ranks.count)]
 
-    def hear() -> None:
+    def receive() -> None:
         for rank, event in ranks.drain():
-            children[rank].hear(event, of=ranks.count, verbose=verbose)
+            children[rank].receive(event, of=ranks.count, verbose=verbose)
 
-    watch_ranks(children, signals, hear=hear, interrupt=ranks.interrupt)
+    watch_ranks(children, signals, receive=receive, interrupt=ranks.interrupt)
     return judge(children, signals, verbose=verbose)
 
 
@@ -105,7 +105,7 @@ class _Child(Rank):
 
     _rest: str = ""
 
-    def hear(self, event: Event, *, of: int, verbose: bool) -> None:
+    def receive(self, event: Event, *, of: int, verbose: bool) -> None:
         """Show rank 0's output, keep the last lines of the others, and note the exit."""
         match event["event"]:
             case "stdout" if self.rank == 0:

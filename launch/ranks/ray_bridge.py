@@ -48,7 +48,7 @@ CONCURRENCY = 4
 REACHED_S = 10.0
 STOPPED = "stopped while waiting for its place on the cluster"
 
-Tell = Callable[..., None]
+Emit = Callable[..., None]
 
 
 def main() -> None:
@@ -57,24 +57,24 @@ def main() -> None:
     lock = threading.Lock()
     pipe = os.fdopen(int(os.environ[EVENTS]), "w", buffering=1, encoding="utf-8")
 
-    def tell(event: str, **fields: Any) -> None:
+    def emit(event: str, **fields: Any) -> None:
         with lock:
             pipe.write(json.dumps({"event": event, **fields}) + "\n")
 
     try:
         info = connect(address, int(cpus), float(patience))
     except (ConnectionError, RayError, RuntimeError, ValueError) as error:
-        tell("refused", message=first_line(error))
+        emit("refused", message=first_line(error))
         return
     gpus = ray.cluster_resources().get("GPU", 0)
-    tell("open", address=info["gcs_address"], gpus=gpus, most_gpus=max(gpus, gpus_to_come()))
+    emit("open", address=info["gcs_address"], gpus=gpus, most_gpus=max(gpus, gpus_to_come()))
     threading.Thread(target=watch_node, args=(info["raylet_socket_name"],), daemon=True).start()
     replicas: dict[str, RayReplica] = {}
     for line in sys.stdin:
         order = json.loads(line)
         name = order["replica"]
         if order["do"] == "start":
-            replicas[name] = RayReplica(order=order, tell=tell)
+            replicas[name] = RayReplica(order=order, emit=emit)
             threading.Thread(target=replicas[name].run, daemon=True).start()
         elif order["do"] == "send":
             replicas[name].send(order["line"])
@@ -132,7 +132,7 @@ class RayReplica:
     """One start of a replica: a placement group, an actor per rank, and a thread that forwards their events."""
 
     order: Mapping[str, Any]
-    tell: Tell
+    emit: Emit
     _actors: list[Any] = field(default_factory=list)
     _started: threading.Event = field(default_factory=threading.Event)
     _killed: threading.Event = field(default_factory=threading.Event)
@@ -150,7 +150,7 @@ class RayReplica:
             early = self._killed.is_set() and not self._started.is_set()
             why = STOPPED if early else f"Ray: {first_line(error)}"
         for rank in sorted(open_ranks):
-            self._tell_rank(rank, _gone(why))
+            self._emit_rank(rank, _gone(why))
         with contextlib.suppress(RayError):
             self._release(group)
 
@@ -186,7 +186,7 @@ class RayReplica:
             if not noted and time.monotonic() - started > NOTE_SECONDS:
                 noted = True
                 text = f"waits for {self.order['count']} x {bundle} ({strategy}); {describe_cluster(bundle)}"
-                self._tell_rank(0, {"event": "note", "text": text})
+                self._emit_rank(0, {"event": "note", "text": text})
         return group
 
     def _start(self, group: PlacementGroup) -> None:
@@ -200,7 +200,7 @@ class RayReplica:
         if self._killed.is_set():
             self.kill()
         found = ray.get([actor.describe.remote() for actor in self._actors])
-        self._tell_rank(
+        self._emit_rank(
             0, {"event": "placed"}
         )  # not before every actor runs: a node may go, and its bundles wait again
         slots = number_ranks([place["node"] for place in found])
@@ -238,7 +238,7 @@ class RayReplica:
                 except RayError as error:
                     events = [_gone(f"the Ray actor of rank {rank} of {self.order['count']}: {first_line(error)}")]
                 for event in events:
-                    self._tell_rank(rank, event)
+                    self._emit_rank(rank, event)
                 if any(event["event"] == "exit" for event in events):
                     open_ranks.discard(rank)
                 else:
@@ -250,9 +250,9 @@ class RayReplica:
         if group is not None:
             remove_placement_group(group)
 
-    def _tell_rank(self, rank: int, event: Mapping[str, Any]) -> None:
+    def _emit_rank(self, rank: int, event: Mapping[str, Any]) -> None:
         fields = {"replica": self.order["replica"], "generation": self.order["generation"]}
-        self.tell("rank", rank=rank, of=event, **fields)
+        self.emit("rank", rank=rank, of=event, **fields)
 
 
 def gpus_to_come() -> float:

@@ -115,7 +115,7 @@ class RayPool:
             return
         for event in self._bridge.drain():
             if event["event"] == "rank":
-                self._ranks[event["replica"]].hear(event)
+                self._ranks[event["replica"]].receive(event)
             elif event["event"] == "refused":
                 self._said.append(event["message"])
             elif event["event"] == "exit":
@@ -141,7 +141,7 @@ class RayPool:
                     raise NoRayError(self._refusal(event))
         if self._address == "local":
             raise NoRayError(f"the local Ray did not start within {OPEN_SECONDS:.0f} s")
-        raise NoRayError(self._nobody_answers(f"no answer for {OPEN_SECONDS:.0f} s"))
+        raise NoRayError(self._no_cluster_answers(f"no answer for {OPEN_SECONDS:.0f} s"))
 
     def _open(self, *, patience: float) -> None:
         self._bridge = RankHost(self._wake)
@@ -163,11 +163,11 @@ class RayPool:
                 "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH unless the token lies in ~/.ray/auth_token"
             )
         if self._said:
-            return self._nobody_answers(self._said[-1])
+            return self._no_cluster_answers(self._said[-1])
         last = next((line.strip() for line in reversed(event["tail"]) if line.strip()), f"exit code {event['code']}")
         return f"cannot use Ray: {last}"
 
-    def _nobody_answers(self, why: str) -> str:
+    def _no_cluster_answers(self, why: str) -> str:
         hint = "start one with: ray start --head, or use --ray local to start one for this run"
         return f"no Ray cluster answers at {self._address} ({why}); {hint}"
 
@@ -236,7 +236,7 @@ class RayRanks:
             self._killed = True
             self._pool.order("kill", replica=self._name)
 
-    def hear(self, event: Mapping[str, Any]) -> None:
+    def receive(self, event: Mapping[str, Any]) -> None:
         """Queue an event of a rank; events from an earlier start are dropped."""
         if event["generation"] == self._generation and event["rank"] in self._open:
             self._events.append((event["rank"], event["of"]))

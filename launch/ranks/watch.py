@@ -41,15 +41,15 @@ class Rank:
 
 
 def watch_ranks(
-    ranks: Sequence[Rank], signals: StopSignals, *, hear: Callable[[], None], interrupt: Callable[[], None]
+    ranks: Sequence[Rank], signals: StopSignals, *, receive: Callable[[], None], interrupt: Callable[[], None]
 ) -> None:
     """Return once all ranks have ended, or their time after a failure or an interruption is up.
 
-    `hear` updates `ranks`. `interrupt` forwards a signal to rank 0 alone, which saves what was computed.
+    `receive` updates `ranks`. `interrupt` forwards a signal to rank 0 alone, which saves what was computed.
     """
     deadline, forwarded = None, False
     while True:
-        hear()
+        receive()
         if all(rank.code is not None for rank in ranks):
             return
         now = time.monotonic()

@@ -84,7 +84,7 @@ def make_driver(
         queue=Queue(waiting=deque(), halts=False),
         replicas=replicas,
         prepare=Tasks(jobs=jobs, prepare=Prepare(suite={"name": SUITE.name, "sha256": SUITE.sha256})),
-        hopeless=lambda item, failure: failure.kind == "mistake" and not files.drop_checkpoint(item),
+        is_permanent=lambda item, failure: failure.kind == "mistake" and not files.drop_checkpoint(item),
         keep=lambda item, attempts: keep(files, item, attempts),
         release=files.release,
         kept=lambda item: kept_steps(files.of(item).checkpoint),

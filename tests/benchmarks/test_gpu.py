@@ -201,14 +201,14 @@ def test_each_variant_is_written_as_it_is_measured_and_what_compiles_comes_last(
             "dual triton": layer_section.dense_calls(shape, qkv, bench.kernels()[0])["dual plain"]
         },
     )
-    heard = layer_section.LayerRun.heard
+    add_time = layer_section.LayerRun.add_time
 
-    def hear(layer: layer_section.LayerRun, name: str, seconds: float) -> None:
-        heard(layer, name, seconds)
+    def checked(layer: layer_section.LayerRun, name: str, seconds: float) -> None:
+        add_time(layer, name, seconds)
         order.append((layer.name, name))
         assert on_disk(bench)[layer.name]["variants"][name]["wall_s"]["median"] > 0
 
-    monkeypatch.setattr(layer_section.LayerRun, "heard", hear)
+    monkeypatch.setattr(layer_section.LayerRun, "add_time", checked)
     svd = layer_section.svd_against_grams
 
     def long_svd(bench: Bench, shape: Any) -> dict[str, Any]:
@@ -319,15 +319,15 @@ def test_every_share_of_a_rank_is_written_as_it_is_measured(tmp_path: Path, monk
     bench, seen = bench_of("ranks", tmp_path), []
     rounds = Bench.rounds
 
-    def until(bench: Bench, calls: Any, heard: Any) -> None:
-        def hear(name: str, seconds: float) -> None:
-            heard(name, seconds)
+    def until(bench: Bench, calls: Any, add_time: Any) -> None:
+        def checked(name: str, seconds: float) -> None:
+            add_time(name, seconds)
             seen.append(name)
             assert on_disk(bench)["wan"]["rows"][name]["wall_s"]["median"] > 0
             if len(seen) == 3:
                 raise Killed
 
-        rounds(bench, calls, hear)
+        rounds(bench, calls, checked)
 
     monkeypatch.setattr(Bench, "rounds", until)
     with pytest.raises(Killed):

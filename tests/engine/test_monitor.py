@@ -27,7 +27,7 @@ def followed(_rank: int, folder: str) -> set[tuple[str, str]]:
         method=MethodConfig(name="direct", window_frames=3),
         output=OutputConfig(progress="off"),
     )
-    monitor = Monitor(rank=0, timeout=timedelta(seconds=60), mark=never, tell=print)
+    monitor = Monitor(rank=0, timeout=timedelta(seconds=60), mark=never, report=print)
     made = LongVideoEngine(config, Ranks(mesh=replace(mesh_of((1, 1, 2)), monitor=monitor)))
     made.denoise(PROMPT)
     made.close()

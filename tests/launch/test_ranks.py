@@ -16,7 +16,7 @@ import torch
 from engine.denoise.saved import load_latents
 from engine.media.read_video import count_frames
 from launch.arguments.prompts import EXAMPLE
-from launch.cli.argv import asked_ranks
+from launch.cli.argv import requested_ranks
 from launch.cli.start import run_here
 from launch.ranks.environment import LAUNCHER
 from tests.launch.conftest import SMALL, Run
@@ -336,4 +336,4 @@ def test_how_many_ranks_are_asked_for(
     argv: list[str], environment: dict[str, str], expected: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "environ", environment)
-    assert asked_ranks(argv) == expected
+    assert requested_ranks(argv) == expected

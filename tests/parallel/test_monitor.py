@@ -32,7 +32,7 @@ class Device:
         return lambda: self.finished >= place
 
     def monitor(self, timeout: timedelta = TIMEOUT) -> Monitor:
-        return Monitor(rank=3, timeout=timeout, mark=self.mark, tell=self.told.append)
+        return Monitor(rank=3, timeout=timeout, mark=self.mark, report=self.told.append)
 
 
 @dataclass
@@ -104,11 +104,11 @@ def late_to_a_gather(rank: int, told_file: str) -> list[str]:
     """The line of rank 0 while it waits for rank 1, which comes after the line and before the timeout."""
     mesh, told = small_mesh(ulysses=2), []
 
-    def tell(line: str) -> None:
+    def report(line: str) -> None:
         told.append(line)
         Path(told_file).touch()
 
-    monitor = Monitor(rank=rank, timeout=timedelta(seconds=1), mark=lambda: lambda: True, tell=tell)
+    monitor = Monitor(rank=rank, timeout=timedelta(seconds=1), mark=lambda: lambda: True, report=report)
     monitor.start(lambda: None)
     trace = CollectiveTrace(label=State(step=5), on_bytes=ignore_bytes, on_call=monitor.following)
     if rank == 1:

@@ -11,7 +11,7 @@ import pytest
 
 from engine.batch import store
 from engine.batch.files import BatchFiles
-from engine.batch.items import asked_items, check_folder, claim_folder
+from engine.batch.items import check_folder, claim_folder, requested_items
 from engine.batch.journal import read_status, table
 from engine.batch.locks import Shard, lock_file, own_shard
 from engine.batch.store import compile_manifest, is_done, publish
@@ -276,11 +276,11 @@ def test_foreign_files_and_folders_are_found_first(tmp_path: Path, name: str) ->
 
 
 def test_everything_that_was_asked_for_is_remembered(tmp_path: Path) -> None:
-    assert asked_items(tmp_path) is None
+    assert requested_items(tmp_path) is None
     claim_folder(tmp_path, batch("a", seeds=(0,)))
     claim_folder(tmp_path, batch("a", "b", seeds=(1,)))
     labels = {f"{m}/{name}" for m in ("freespec", "direct") for name in ("p0000-s0", "p0000-s1", "p0001-s1")}
-    assert set(asked_items(tmp_path)) == labels
+    assert set(requested_items(tmp_path)) == labels
 
 
 def test_leftover_texts_are_deleted_at_the_next_start(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def told() -> list[dict[str, Any]]:
 
 @pytest.fixture
 def worker(engine: LongVideoEngine, told: list[dict[str, Any]], tmp_path: Path) -> Worker:
-    def tell(event: str, **fields: Any) -> None:
+    def emit(event: str, **fields: Any) -> None:
         told.append({"event": event, **fields})
 
     (tmp_path / FILE).write_text("{}")
@@ -87,7 +87,7 @@ def worker(engine: LongVideoEngine, told: list[dict[str, Any]], tmp_path: Path) 
         root=tmp_path,
         checkpoint_every=EVERY,
         keep_latents=True,
-        tell=tell,
+        emit=emit,
     )
 
 
@@ -192,7 +192,7 @@ def test_noise_of_the_decoder_comes_from_the_item_s_seed(tmp_path: Path) -> None
             root=tmp_path / "out",
             checkpoint_every=EVERY,
             keep_latents=False,
-            tell=lambda *_, **__: None,
+            emit=lambda *_, **__: None,
         )
         record = worker.make(task_of(batch))
     assert record is not None
@@ -355,7 +355,7 @@ def test_memory_that_runs_out_ends_the_item_with_what_would_fit(told: list[dict[
     planned = plan_batch(variants, suite, seeds=(3,), checkpoint="c", dtype="float32")
     with contextlib.closing(LongVideoEngine(config)) as engine:
 
-        def tell(event: str, **fields: Any) -> None:
+        def emit(event: str, **fields: Any) -> None:
             told.append({"event": event, **fields})
 
         (tmp_path / FILE).write_text("{}")
@@ -365,7 +365,7 @@ def test_memory_that_runs_out_ends_the_item_with_what_would_fit(told: list[dict[
             root=tmp_path,
             checkpoint_every=EVERY,
             keep_latents=True,
-            tell=tell,
+            emit=emit,
         )
         with pytest.raises(RuntimeError, match="can't allocate memory"):
             worker.run(task_of(planned))

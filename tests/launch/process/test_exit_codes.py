@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.errors import UserError
-from launch.process.stopping import Stopped, all_is_made
+from launch.process.stopping import Stopped, ignoring_signals
 from tests.launch.conftest import Run
 
 
@@ -50,7 +50,7 @@ def test_once_all_is_made_no_signal_makes_it_a_failure(run: Callable[..., Run]) 
     before = signal.getsignal(signal.SIGTERM)
 
     def main(argv: list[str]) -> None:
-        with all_is_made():
+        with ignoring_signals():
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGINT)
 
