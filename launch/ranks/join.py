@@ -57,12 +57,12 @@ class DistContext:
             is_first = self.ranks.mesh.world.rank == 0
             raise_together(self.ranks.mesh, check if is_first else lambda: None)
 
-    def compute_on_first(self, ask: Callable[[], Answer]) -> Answer:
-        """Broadcast what `ask` returns on rank 0, in JSON's types; a UserError ends every rank."""
+    def compute_on_first(self, compute: Callable[[], Answer]) -> Answer:
+        """Broadcast what `compute` returns on rank 0, in JSON's types; a UserError ends every rank."""
         if self.ranks is None:
-            return ask()
+            return compute()
         mesh = self.ranks.mesh
-        found = raise_together(mesh, ask if mesh.world.rank == 0 else lambda: None)
+        found = raise_together(mesh, compute if mesh.world.rank == 0 else lambda: None)
         return json.loads(broadcast_bytes(mesh, json.dumps(found).encode(), "what rank 0 finds"))
 
     def wait_for_first(self, what: str) -> None:
