@@ -14,8 +14,8 @@ from engine.errors import UserError
 from engine.files.trees import finite_or_none
 from engine.files.whole import write_json
 from engine.load.checkpoint import open_checkpoint
+from evaluation.comparison.store import CHECKPOINT_DIGITS
 from launch.cli.parser import parse_run
-from launch.comparison.store import CHECKPOINT_DIGITS
 
 Video = Mapping[str, Any]
 """What tells a video from the others of its file: its number, seed, steps and so on."""

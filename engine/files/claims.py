@@ -13,7 +13,7 @@ from pathlib import Path
 from engine.errors import UserError
 from engine.files.locks import HeldError, hold, holder_of, locked
 from engine.files.say import Say, say_on_stderr
-from engine.files.whole import sweep
+from engine.files.whole import describe_error, sweep
 
 
 @contextlib.contextmanager
@@ -42,6 +42,17 @@ def claim(paths: Sequence[Path], *, advice: str, say: Say = say_on_stderr) -> It
             except OSError as error:
                 raise UserError(f"cannot write to the folder {folder}: {error.strerror}") from error
         yield
+
+
+@contextlib.contextmanager
+def writing_report(folder: Path) -> Iterator[None]:
+    """Hold the lock of a report's folder for the block; UserError for a file that cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with locked(folder / ".report.lock"):
+            yield
+    except OSError as error:
+        raise UserError(describe_error(error, folder)) from error
 
 
 def _check_free(folder: Path, names: set[str], paths: Sequence[Path], advice: str, say: Say) -> None:

@@ -5,20 +5,22 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.config import RunConfig
+from engine.errors import UserError
+from engine.files.claims import writing_report
 from engine.files.tables import write_csv
 from engine.files.whole import write_text
+from evaluation.comparison.kept_measures import add_kept, measure_there
+from evaluation.comparison.measure import Measured, not_world, strange_prompts, units_of
+from evaluation.comparison.store import Comparison
 from evaluation.events import version_of
 from evaluation.study import markdown
-from evaluation.study.measured import Measured
 from evaluation.study.page import write_page
 from evaluation.study.plots import draw_clips, draw_metrics, draw_times, save_figure
-from evaluation.study.summary import Row, as_json, clips, summarise, times
+from evaluation.study.summary import Row, as_json, clips, comparable, summarise, times
 from metrics.bootstrap import LEVEL, RESAMPLES
 from metrics.long.course import READING
 from metrics.similarity import num_clips
@@ -42,66 +44,44 @@ _NO_VALUE = {
 SHOWN_VALUES = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class Compared:
-    """What the videos of a comparison have in common.
+class NothingToReportError(UserError):
+    """No prompt and seed has a video of every method yet."""
 
-    Attributes:
-        described: settings, variants and prompts, as compared.json has them.
-        config: settings that all variants share.
-        noise: initial noise by label of the variants, in their order.
-        prompts: every prompt that was asked for.
-        num_seeds: seeds of each prompt that were asked for.
-        units: the measures, with their units.
-        clip_frames: native length in frames.
-        is_native: whether the videos are no longer than the native window.
-        not_world: why some videos have no exact measures of the embedded world; None if all have.
-        num_world: prompts whose videos have them.
-        kept_file: file that keeps the measures, if there is one.
-        long: whether the measures of a long video's course are among them.
+
+def write_report(comparison: Comparison, *, folder: Path, baseline: str, progress: bool) -> str:
+    """Measure the videos, keep the measures, and write the report into `folder`; return a line that summarises it.
+
+    Compares prompts and seeds for which every variant has a video; NothingToReportError if there are none.
     """
-
-    described: Mapping[str, Any]
-    config: RunConfig
-    noise: Mapping[str, str]
-    prompts: Sequence[str]
-    num_seeds: int
-    units: dict[str, str]
-    clip_frames: int
-    is_native: bool
-    not_world: str | None
-    num_world: int
-    kept_file: Path | None
-    long: bool = False
-
-    @property
-    def labels(self) -> list[str]:
-        """Labels of the variants."""
-        return list(self.noise)
+    found = measure_there(comparison, progress=progress)
+    add_kept(comparison, found)
+    measured = comparable(found, comparison.labels)
+    if not measured:
+        raise NothingToReportError(
+            f"{comparison.folder} has no prompt and seed with a video of every method yet; nothing to report"
+        )
+    with writing_report(folder):
+        return _write(comparison, measured, folder=folder, baseline=baseline)
 
 
-def write_report(compared: Compared, measured: Sequence[Measured], *, folder: Path, baseline: str) -> str:
-    """Write the report on these videos into `folder`; return a line that summarises it.
-
-    Files are named relative to that folder, so that both may be moved together. Every variant has a video of each prompt and seed in
-    `measured` (see `summary.comparable`).
-    """
-    labels = compared.labels
-    rows = summarise(measured, labels, compared.units, baseline)
+def _write(comparison: Comparison, measured: Sequence[Measured], *, folder: Path, baseline: str) -> str:
+    """Write the report on these videos; files are named relative to `folder`, so that both may be moved together."""
+    labels, described = comparison.labels, comparison.describe()
+    rows = summarise(measured, labels, units_of(comparison), baseline)
     time = times(measured, labels, baseline)
     series = {metric: clips(measured, labels, metric) for metric in _CLIP_TITLES}
     series = {metric: found for metric, found in series.items() if any(found.values())}
-    notes = _notes(compared, measured, rows, baseline=baseline)
+    notes = _notes(comparison, measured, rows, baseline=baseline)
     plots = _write_plots(folder / "plots", rows, labels, time, series)
     _write_tables(folder, rows, measured)
     report = {
-        "comparison": compared.described,
-        "pairs": _pairs(compared, measured),
+        "comparison": described,
+        "pairs": _pairs(comparison, measured),
         "notes": notes,
         "baseline": baseline,
         "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "unit": "prompt", "seed": 0},
-        "noise": dict(compared.noise),
-        "world": compared.num_world > 0,
+        "noise": comparison.noise,
+        "world": _num_world(comparison) > 0,
         "summary": [_row(row) for row in rows],
         "times": time,
         "clips": {
@@ -112,9 +92,9 @@ def write_report(compared: Compared, measured: Sequence[Measured], *, folder: Pa
     }
     write_text(folder / "report.json", json.dumps(report, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
     page = write_page(
-        title=f"{len(labels)} methods, {compared.config.video.num_frames} frames: {', '.join(labels)}",
+        title=f"{len(labels)} methods, {comparison.config.video.num_frames} frames: {', '.join(labels)}",
         notes=notes,
-        videos=_viewer(compared, measured, folder),
+        videos=_viewer(comparison, measured, folder),
         rows=rows,
         times=time,
         plots=[(path.relative_to(folder).as_posix(), text) for path, text in plots],
@@ -124,40 +104,45 @@ def write_report(compared: Compared, measured: Sequence[Measured], *, folder: Pa
     return f"{folder / 'index.html'}: {notes[0]}"
 
 
-def _notes(compared: Compared, measured: Sequence[Measured], rows: Sequence[Row], *, baseline: str) -> list[str]:
+def _notes(comparison: Comparison, measured: Sequence[Measured], rows: Sequence[Row], *, baseline: str) -> list[str]:
     """Describe the basis of the numbers, in sentences."""
     pairs, prompts, clip_frames = (
-        _pairs(compared, measured),
+        _pairs(comparison, measured),
         {each.video.prompt_index for each in measured},
-        compared.clip_frames,
+        comparison.model.native_frames,
     )
     partial = f" of {pairs['asked']} asked for (the others are not finished by every method)"
-    video, sampler = compared.config.video, compared.config.sampler
+    video, sampler = comparison.config.video, comparison.config.sampler
     notes = [
-        f"{len(measured)} videos: {len(compared.labels)} methods on {pairs['made']} pairs of prompt and seed"
+        f"{len(measured)} videos: {len(comparison.labels)} methods on {pairs['made']} pairs of prompt and seed"
         f"{partial if pairs['made'] < pairs['asked'] else ''}"
         f", {len(prompts)} prompts; differences are from {baseline}.",
         f"{video.num_frames} frames of {video.height} x {video.width}, native are {clip_frames}; "
         f"{sampler.num_steps} steps, guidance {sampler.guidance_scale:g}. The noise of a prompt and seed is the same "
-        f"draw for every method; initial noise: {_noises(compared)}.",
+        f"draw for every method; initial noise: {_noises(comparison)}.",
         "Measured on the encoded files. Measures of any video are estimates named as what they compute; "
         "docs/compare.md says how to read each and where it fails.",
-        _on_world(compared),
+        _on_world(comparison),
         *_without_value(rows, num_frames=video.num_frames, clip_frames=clip_frames),
     ]
-    if compared.long:
+    if comparison.long_measures:
         notes.append(f"Measures of the course of a long video have no good direction of their own: {READING}.")
-    if compared.is_native:
+    if comparison.is_native:
         notes.append(
             "No video is longer than the native window, where every method is the base model: what differs is initial noise "
             "and rotary table alone."
         )
-    return notes + _kept(compared, measured) + _mixtures(measured)
+    return notes + _kept(comparison, measured) + _mixtures(measured)
 
 
-def _on_world(compared: Compared) -> str:
+def _num_world(comparison: Comparison) -> int:
+    """Prompts whose videos have exact measures of the embedded world."""
+    return len(comparison.prompts) - len(strange_prompts(comparison))
+
+
+def _on_world(comparison: Comparison) -> str:
     """Which videos have exact measures of the embedded world, and why others have none."""
-    reason, count, known = compared.not_world, len(compared.prompts), compared.num_world
+    reason, count, known = not_world(comparison), len(comparison.prompts), _num_world(comparison)
     if reason is None:
         return "The exact measures of the embedded world are included: every prompt is one of its captions."
     if not known:
@@ -194,27 +179,27 @@ def _why_no_value(metric: str, num_frames: int, clip_frames: int) -> str:
     return "no object of the world is seen in the frames it is measured on"
 
 
-def _kept(compared: Compared, measured: Sequence[Measured]) -> list[str]:
+def _kept(comparison: Comparison, measured: Sequence[Measured]) -> list[str]:
     """Describe videos of which only the measures are kept."""
     gone = sum(not each.video.is_done for each in measured)
-    older = sum(each.version != version_of(each.video.prompt, long=compared.long) for each in measured)
-    notes = [f"{gone} of the videos are not here: their measures are kept in {compared.kept_file}."] if gone else []
+    older = sum(each.version != version_of(each.video.prompt, long=comparison.long_measures) for each in measured)
+    notes = [f"{gone} of the videos are not here: their measures are kept in {comparison.kept_file}."] if gone else []
     if older:
         notes.append(f"{older} videos were measured by another version of metrics/ or of its libraries than is here.")
     return notes
 
 
-def _pairs(compared: Compared, measured: Sequence[Measured]) -> dict[str, int]:
+def _pairs(comparison: Comparison, measured: Sequence[Measured]) -> dict[str, int]:
     """Pairs of prompt and seed: those that are compared, and those that were asked for."""
     made = {(each.video.prompt_index, each.video.seed) for each in measured}
-    return {"made": len(made), "asked": len(compared.prompts) * compared.num_seeds}
+    return {"made": len(made), "asked": len(comparison.prompts) * len(comparison.seeds)}
 
 
-def _noises(compared: Compared) -> str:
+def _noises(comparison: Comparison) -> str:
     """The initial noise of each variant, or one word if all have the same."""
-    if len(set(compared.noise.values())) == 1:
-        return f"{next(iter(compared.noise.values()))} for all"
-    return ", ".join(f"{label} {word}" for label, word in compared.noise.items())
+    if len(set(comparison.noise.values())) == 1:
+        return f"{next(iter(comparison.noise.values()))} for all"
+    return ", ".join(f"{label} {word}" for label, word in comparison.noise.items())
 
 
 def _mixtures(measured: Sequence[Measured]) -> list[str]:
@@ -270,7 +255,7 @@ def _beside(path: Path, folder: Path) -> str:
     return Path(os.path.relpath(path, folder)).as_posix()
 
 
-def _viewer(compared: Compared, measured: Sequence[Measured], folder: Path) -> dict[str, Any]:
+def _viewer(comparison: Comparison, measured: Sequence[Measured], folder: Path) -> dict[str, Any]:
     """List the videos that the page plays, by prompt and seed, with paths relative to it; missing ones are left out."""
     prompts: dict[int, dict[int, list[dict[str, str]]]] = {}
     events: dict[int, list[dict[str, Any]]] = {}
@@ -283,10 +268,10 @@ def _viewer(compared: Compared, measured: Sequence[Measured], folder: Path) -> d
         told = each.record.get("timeline") or []
         events[each.video.prompt_index] = [{name: event[name] for name in ("text", "start", "stop")} for event in told]
     return {
-        "fps": compared.config.video.fps,
+        "fps": comparison.config.video.fps,
         "prompts": [
             {
-                "text": f"{index:03d} {compared.prompts[index]}",
+                "text": f"{index:03d} {comparison.prompts[index]}",
                 "events": events[index],
                 "seeds": [{"seed": seed, "videos": videos} for seed, videos in sorted(seeds.items())],
             }

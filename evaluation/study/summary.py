@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.study.measured import Measured
+from evaluation.comparison.measure import Measured
 from metrics.bootstrap import Estimate, mean_interval, paired_interval, seed_means
 
 

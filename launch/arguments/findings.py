@@ -6,8 +6,8 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 from engine.errors import UserError
+from evaluation.study.parts import PLACES, Study, read_study
 from launch.cli.parser import Keys, arrange, make_parser, parse
-from launch.study.parts import PLACES, Study, read_study
 
 STUDY = "configs/study/findings.yaml"
 USAGE = "[--study FILE] [--make PART,PART] [--SETTING VALUE ...]"

@@ -17,13 +17,13 @@ from engine.paths import expand
 from engine.planner.model import read_model
 from engine.progress import enabled
 from engine.shown import quoted
-from launch.analysis.spectra import SpectraStore
-from launch.analysis.tables import write_analysis
+from engine.spectra.windows import WindowSpectra
+from evaluation.analysis.spectra import SpectraStore
+from evaluation.analysis.tables import write_analysis
+from evaluation.comparison.store import Comparison
 from launch.arguments.analyze import Arguments
+from launch.batching.comparison import check_longer, model_facts, open_maker, stoppable
 from launch.batching.devices import arrange_for
-from launch.comparison.checks import check_longer
-from launch.comparison.make import open_maker
-from launch.comparison.store import Comparison
 from launch.process.stopping import Stopped
 from launch.ranks.environment import is_first_rank
 from launch.ranks.join import DistContext
@@ -40,8 +40,10 @@ def run(asked: Arguments) -> None:
     folder = expand(given.out)
     variants, ratios = low_rank_variants(asked.config, asked.shares)
     config, variants = arrange_for(asked.config, variants, asked.replicas)
+    facts = model_facts(config)
     watched = Comparison(
         folder=folder,
+        model=facts,
         variants=[Variant(label=config.method.name, config=config)],
         prompts=prompts,
         seeds=[config.sampler.seed],
@@ -49,6 +51,7 @@ def run(asked: Arguments) -> None:
     spectra = SpectraStore(watched=watched, num_points=given.num_points)
     low_rank = Comparison(
         folder=folder / "low-rank",
+        model=facts,
         variants=variants,
         prompts=prompts[: given.num_reconstructed],
         seeds=[config.sampler.seed],
@@ -59,7 +62,8 @@ def run(asked: Arguments) -> None:
         if not is_first_rank():
             return
         progress = enabled(asked.config.output.progress)
-        print(write_analysis(folder, spectra, low_rank, ratios, made_with=now, progress=progress))
+        with stoppable(low_rank):
+            print(write_analysis(folder, spectra, low_rank, ratios, made_with=now, progress=progress))
 
 
 def low_rank_variants(config: RunConfig, shares: list[float]) -> tuple[list[Variant], dict[str, float]]:
@@ -118,7 +122,7 @@ def observe(engine: LongVideoEngine, spectra: SpectraStore, unseen: list[int], c
         if number > 0:
             context.wait_for_first(f"spectra {number - 1}")
         try:
-            spectra.observe(engine, index)
+            _observe(engine, spectra, index)
         except KeyboardInterrupt as error:
             kept = sum(spectra.done)
             raise Stopped(
@@ -132,3 +136,17 @@ def observe(engine: LongVideoEngine, spectra: SpectraStore, unseen: list[int], c
                 f"{number + 1} of {len(unseen)}, {spectra.file(index)}: spectra of {quoted(spectra.prompts[index])}",
                 flush=True,
             )
+
+
+def _observe(engine: LongVideoEngine, spectra: SpectraStore, index: int) -> None:
+    """Denoise one prompt and keep the measured spectra; all ranks call this, rank 0 writes."""
+    measured = WindowSpectra(steps=frozenset(spectra.steps))
+    denoised = engine.denoise(
+        spectra.prompts[index],
+        seed=spectra.seed,
+        checkpoint=spectra.checkpoint(index),
+        checkpoint_every=engine.config.output.checkpoint_every,
+        trace=measured,
+    )
+    if engine.is_first:
+        spectra.keep(index, measured.rows, denoised.steps)

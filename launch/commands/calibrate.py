@@ -10,25 +10,24 @@ import yaml
 
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.files.claims import writing_report
 from engine.files.tables import write_csv
 from engine.files.whole import write_json, write_text
 from engine.paths import expand
 from engine.progress import enabled
+from evaluation.calibration.score import judge, mean_parts, scores, survivors
+from evaluation.calibration.space import END_SHARES, SPACE, START, draw_trials
+from evaluation.calibration.videos import CalibrationPlan
+from evaluation.comparison.kept_measures import add_kept, measure_every
+from evaluation.comparison.measure import Measured, not_world
+from evaluation.comparison.store import Comparison
 from evaluation.study.quality import PARTS
+from evaluation.study.report import write_report
 from evaluation.study.summary import as_json
 from launch.arguments.calibrate import NAME, Arguments
+from launch.batching.comparison import VideoMaker, check_longer, model_facts, open_maker, stoppable
 from launch.batching.devices import arrange_for
-from launch.calibration.score import judge, mean_parts, scores, survivors
-from launch.calibration.space import END_SHARES, SPACE, START, draw_trials
-from launch.calibration.videos import CalibrationPlan
-from launch.comparison.checks import check_longer
-from launch.comparison.kept_measures import add_kept, measure_every, stoppable
-from launch.comparison.make import VideoMaker, open_maker
-from launch.comparison.measure import Measured, not_world
-from launch.comparison.report import write_report
-from launch.comparison.store import Comparison
 from launch.ranks.environment import is_first_rank
-from launch.video.outputs import writing_report
 from launch.video.prompts import look_at_prompts
 
 KEPT_SHARE = 3  # one in this many trials of a round goes on to the next
@@ -41,6 +40,7 @@ def run(asked: Arguments) -> None:
     check_longer(config, "at that length every trial makes the video of the base model; search on a longer one")
     plan = CalibrationPlan(
         folder=expand(given.out),
+        model=model_facts(config),
         config=config,
         trials=draw_trials(given.num_trials, given.search_seed, dataclasses.asdict(config.method.freespec)),
         num_steps={
@@ -51,7 +51,7 @@ def run(asked: Arguments) -> None:
         kept_folder=None if given.measures is None else expand(given.measures),
     )
     arranged, _ = arrange_for(config, plan.compared("search", list(plan.trials), search).variants, asked.replicas)
-    plan = dataclasses.replace(plan, config=arranged)
+    plan = dataclasses.replace(plan, model=model_facts(arranged), config=arranged)
     parts = (plan.compared("search", list(plan.trials), search), plan.compared("judged", [START], held_out))
     for each in parts:
         reason = not_world(each)

@@ -4,12 +4,12 @@ from engine.batch.locks import Shard
 from engine.files.checks import check_places
 from engine.paths import expand
 from engine.progress import enabled
+from evaluation.comparison.kept_measures import check_kept, measure_every
+from evaluation.comparison.store import Comparison
+from evaluation.study.report import NothingToReportError, write_report
 from launch.arguments.compare import Arguments
+from launch.batching.comparison import model_facts, open_maker, stoppable
 from launch.batching.devices import arrange_for
-from launch.comparison.kept_measures import check_kept, measure_every, stoppable
-from launch.comparison.make import open_maker
-from launch.comparison.report import NothingToReportError, write_report
-from launch.comparison.store import Comparison
 from launch.ranks.environment import is_first_rank
 from launch.video.prompts import look_at_prompts
 
@@ -20,6 +20,7 @@ def run(asked: Arguments) -> None:
     _, variants = arrange_for(asked.config, asked.variants, asked.replicas)
     comparison = Comparison(
         folder=expand(given.out),
+        model=model_facts(variants[0].config),
         variants=variants,
         prompts=asked.prompts.texts,
         seeds=asked.seeds,

@@ -12,9 +12,7 @@ from engine.errors import UserError
 from engine.files.checks import check_places, check_space, checkpoint_bytes, least_video_bytes
 from engine.files.claims import claim
 from engine.files.folders import is_empty_folder
-from engine.files.locks import locked
 from engine.files.video import VideoFiles
-from engine.files.whole import describe_error
 from engine.paths import expand
 
 
@@ -136,17 +134,6 @@ def claim_outputs(paths: Sequence[Path], *, flag: str, folders: Collection[Path]
 def frame_folders(outputs: Sequence[OutputFiles]) -> list[Path]:
     """The videos that are folders of frames."""
     return [files.video for files in outputs if files.kind == "png"]
-
-
-@contextlib.contextmanager
-def writing_report(folder: Path) -> Iterator[None]:
-    """Hold the lock of a report's folder for the block; UserError for a file that cannot be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / ".report.lock"):
-            yield
-    except OSError as error:
-        raise UserError(describe_error(error, folder)) from error
 
 
 def refuse_existing(paths: Sequence[Path], overwrite_flag: str) -> None:

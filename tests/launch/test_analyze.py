@@ -15,8 +15,8 @@ import pytest
 from engine.engine import LongVideoEngine
 from engine.files.claims import claim
 from engine.media.read_video import count_frames
-from launch.analysis.spectra import by_layer_and_head, concentration, mean_and_error, over_prompts
-from launch.analysis.tables import low_rank_summary
+from evaluation.analysis.spectra import by_layer_and_head, concentration, mean_and_error, over_prompts
+from evaluation.analysis.tables import low_rank_summary
 from launch.process.exit_codes import GivenUpError
 from metrics.video import VIDEO_UNITS
 from tests.launch.conftest import LTX, SMALL, Run
@@ -123,7 +123,7 @@ def test_replicas_make_low_rank_videos_alone(
         made.append([item.label for item in given[-1].todo])
         raise GivenUpError("1 items failed for good")
 
-    monkeypatch.setattr("launch.comparison.make.make", give_up)
+    monkeypatch.setattr("launch.batching.comparison.make", give_up)
     assert analyze_in(replicas=2).code == 1
     assert made == [["ratio-1/p0000-s0", "ratio-0.25/p0000-s0"]]
 

@@ -14,10 +14,10 @@ import yaml
 from engine.config import FreeSpec, RunConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from evaluation.calibration.score import judge, survivors
+from evaluation.calibration.space import END_SHARES, SETTINGS, SPACE, START, draw_trials
 from evaluation.study.quality import parts_of, score_of
 from launch.batching.options import Replicas
-from launch.calibration.score import judge, survivors
-from launch.calibration.space import END_SHARES, SETTINGS, SPACE, START, draw_trials
 from launch.commands import calibrate
 from launch.process.exit_codes import GivenUpError
 from tests.launch.conftest import SMALL, Run
@@ -60,7 +60,7 @@ def test_draws_are_seeded_different_and_all_of_the_space() -> None:
 def test_no_more_trials_than_there_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the check the draws would go on for ever; with it the last of all settings is still found."""
     one = {name: values[:1] for name, values in SPACE.items()} | {"alpha": (1.0, 2.0), "lam_start": (0.0, 0.2)}
-    monkeypatch.setattr("launch.calibration.space.SPACE", one)
+    monkeypatch.setattr("evaluation.calibration.space.SPACE", one)
     # Two alphas; no residual, or one that ends at each of four shares. The start, with other settings, is one more.
     assert len(draw_trials(11, 0, DEFAULTS)) == 11
     with pytest.raises(UserError, match="--num_trials 12 exceeds the 11 different settings"):
@@ -299,7 +299,7 @@ def test_a_video_that_replicas_give_up_ends_the_search(
         asked.append((replicas.replicas, replicas.out))
         raise GivenUpError("1 items failed for good")
 
-    monkeypatch.setattr("launch.comparison.make.make", give_up)
+    monkeypatch.setattr("launch.batching.comparison.make", give_up)
     shown = calibrate_in(replicas=2)
     assert (shown.code, shown.err) == (1, "error: 1 items failed for good\n")
     assert asked == [(2, tmp_path / "out" / "search")]

@@ -176,7 +176,7 @@ def test_existing_videos_are_kept_and_the_lists_may_grow(
     before = video.stat().st_mtime_ns
     measured = []
     monkeypatch.setattr(
-        "launch.comparison.measure.video_metrics", lambda *args: (measured.append(1), video_metrics(*args))[1]
+        "evaluation.comparison.measure.video_metrics", lambda *args: (measured.append(1), video_metrics(*args))[1]
     )
     # Another method and prompt beside the first.
     (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
@@ -268,7 +268,7 @@ def test_shards_make_every_video_once_and_the_report_is_of_all(
     assert len(items) == 6
     assert "leave --shard out" in compare_in("--shard", "1/2", "--report_only", **given).error
     monkeypatch.setattr("engine.engine.load_pipeline", lambda *_, **__: pytest.fail("the model was loaded"))
-    monkeypatch.setattr("launch.comparison.measure.video_metrics", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr("evaluation.comparison.measure.video_metrics", lambda *_: pytest.fail("measured again"))
     shown = compare_in("--report_only", **given)
     assert shown.out.startswith(f"{out / 'index.html'}: 6 videos: 2 methods on 3 pairs")
 
@@ -402,7 +402,7 @@ def test_replicas_make_the_same_videos_and_one_process_reports(
     # What replicas have made is not made again by this process, nor the other way round.
     monkeypatch.setattr("engine.engine.load_pipeline", lambda *_, **__: pytest.fail("the model was loaded"))
     assert compare_in(seeds=0, out="other").code == 0
-    monkeypatch.setattr("launch.comparison.make.make", lambda *_: pytest.fail("replicas were started"))
+    monkeypatch.setattr("launch.batching.comparison.make", lambda *_: pytest.fail("replicas were started"))
     assert compare_in("--replicas", "2", seeds=0).code == 0
     assert "--replicas must be 1 or more, got 0" in compare_in("--replicas", "0").error
 

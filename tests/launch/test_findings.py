@@ -11,13 +11,17 @@ import numpy as np
 import pytest
 
 from engine.files import claims
+from evaluation.comparison.measure import units
 from evaluation.study import overview
 from evaluation.study.claims import CLAIMS, Claim, answers, changes, noise_effects, not_made, read
 from evaluation.study.overview import can_tell
+from evaluation.study.reports import KEPT, TABLES
 from freespec.methods import METHODS
-from launch.comparison.measure import units
-from launch.study.reports import KEPT, TABLES
+from launch.commands import findings
+from launch.commands.findings import PartFailedError, make_parts
 from metrics.bootstrap import Estimate
+from tests.evaluation.study.test_parts import read as read_parts
+from tests.evaluation.study.test_parts import study_of
 from tests.launch.conftest import Run
 
 CLAIM = Claim(
@@ -517,3 +521,43 @@ def test_the_page_begins_with_what_the_rows_of_the_ablation_say(write: Callable[
     assert "FreeSpec**, against `direct`: not decided: `speed_error`" in page
     assert (tmp_path / "docs/figures/findings-parts.png").is_file()
     assert not can_tell({**reports, "ablation": None})
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout whose commands write down their arguments and a plot; `compare.py` fails on its second shard if told to."""
+    (tmp_path / "launch").mkdir()
+    script = (
+        "import json, pathlib, sys\n"
+        f"log = pathlib.Path({str(tmp_path / 'log')!r})\n"
+        "log.mkdir(exist_ok=True)\n"
+        "(log / f'{len(sys.argv)}-{sys.argv[-1].replace(chr(47), chr(45))[-20:]}.json').write_text(json.dumps(sys.argv[1:]))\n"
+        "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
+        "out.mkdir(parents=True, exist_ok=True)\n"
+        "(out / 'plot.png').write_text('a plot')\n"
+        f"sys.exit(3 if sys.argv[-1] == '2/3' and pathlib.Path({str(tmp_path / 'fail')!r}).exists() else 0)\n"
+    )
+    for name in ("compare", "analyze"):
+        (tmp_path / f"launch/{name}.py").write_text(script)
+    monkeypatch.setattr(findings, "REPOSITORY", tmp_path)
+    return tmp_path / "log"
+
+
+def test_a_comparison_is_made_in_shards_and_an_analysis_once(tmp_path: Path, commands: Path) -> None:
+    study = read_parts(tmp_path, study_of(tmp_path))
+    make_parts(study, ["spectra", "videos"])
+    made = [json.loads(path.read_text()) for path in commands.iterdir()]
+    assert sorted(words[-1] for words in made if "--shard" in words) == ["1/3", "2/3", "3/3"]
+    assert len(made) == 4
+    assert (tmp_path / "kept/spectra/plot.png").read_text() == "a plot"
+    for path in commands.iterdir():
+        path.unlink()
+    make_parts(study, ["spectra"])
+    assert list(commands.iterdir()) == []
+
+
+def test_failed_shard_is_reported(tmp_path: Path, commands: Path) -> None:
+    (tmp_path / "fail").touch()
+    with pytest.raises(PartFailedError, match=r"videos: 1 of 3 processes of compare.py failed, see above"):
+        make_parts(read_parts(tmp_path, study_of(tmp_path)), ["videos"])
+    assert len(list(commands.iterdir())) == 3

@@ -10,9 +10,9 @@ from engine.errors import UserError
 from engine.paths import REPOSITORY
 from engine.planner import cpu
 from launch.arguments.prompts import read_prompts
+from launch.batching import comparison as comparison_make
 from launch.cli.parser import parse_run
 from launch.commands import batch, calibrate, demo, generate
-from launch.comparison import make as comparison_make
 from tests.launch.conftest import SMALL, Run
 
 TINY = SMALL | {"video.height": 64, "video.width": 64, "sampler.num_steps": 8, "method.window_frames": 3}

@@ -8,12 +8,12 @@ import pytest
 
 from engine.errors import UserError
 from evaluation.study import bench
+from evaluation.study.parts import read_study
 from evaluation.study.quality import score_of
 from evaluation.study.summary import as_json
 from freespec.methods import METHODS
 from launch.arguments.compare import add_arguments
 from launch.arguments.variants import read_variants
-from launch.study.parts import read_study
 from metrics.bootstrap import mean_interval, paired_interval
 
 GOOD = {

@@ -19,11 +19,12 @@ from engine.errors import UserError
 from engine.files.whole import write_json
 from engine.media.read_video import read_frames
 from engine.media.write_video import open_video
+from evaluation.comparison.measure import measure_all, units_of
+from evaluation.comparison.store import Comparison, Video
 from evaluation.study.markdown import estimate, number
 from evaluation.study.page import write_page
-from launch.comparison.measure import measure_all, units_of
-from launch.comparison.report import write_report
-from launch.comparison.store import Comparison, Video
+from evaluation.study.report import write_report
+from launch.batching.comparison import model_facts
 from metrics.bootstrap import mean_interval
 from metrics.long.course import course_metrics
 from tiny.world import Scene, caption, render, sample_scene
@@ -84,6 +85,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
     other = dataclasses.replace(config, method=dataclasses.replace(config.method, name="freespec"))
     made = Comparison(
         folder=tmp_path_factory.mktemp("compared"),
+        model=model_facts(config),
         variants=[Variant(label="true", config=config), Variant(label="changed", config=other)],
         prompts=[text for _, text in scenes()],
         seeds=[0, 1],
@@ -318,7 +320,8 @@ def test_why_a_measure_has_no_value(comparison: Comparison) -> None:
     config = dataclasses.replace(
         comparison.config, method=dataclasses.replace(comparison.config.method, window_frames=9)
     )
-    short = dataclasses.replace(comparison, variants=[Variant(label="true", config=config)], seeds=[0])
+    facts, variants = model_facts(config), [Variant(label="true", config=config)]
+    short = dataclasses.replace(comparison, model=facts, variants=variants, seeds=[0])
     adopt(short, comparison)
     folder = comparison.folder / "reports" / "short"
     write_report(short, folder=folder, baseline="true", progress=False)

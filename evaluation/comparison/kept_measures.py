@@ -6,10 +6,9 @@ JSON Lines. The first line describes the videos, as batch.json does, and names t
     {"video": [label, prompt_index, seed], "origin": place in origins, "sha256": .., "values": [..], "by_clip": {..}, ..}
 """
 
-import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,8 @@ from engine.files.checks import check_places
 from engine.files.locks import locked
 from engine.files.trees import Shape, finite_or_none, lacking, parse_json
 from engine.files.whole import atomic_path
-from launch.comparison.measure import Measured, has_world, measure_all, native_frames, timelines, units_of
-from launch.comparison.store import RECORD, Comparison, Key, Video
-from launch.process.stopping import Stopped
+from evaluation.comparison.measure import Measured, has_world, measure_all, timelines, units_of
+from evaluation.comparison.store import RECORD, Comparison, Key, Video
 
 _HEADER: Shape = SHAPE | {"variants": dict, "clip_frames": int, "measures": list, "origins": list}
 _ORIGIN = ("device", "parallel", "versions", "git", "model")
@@ -58,7 +56,7 @@ def measure_there(comparison: Comparison, videos: Sequence[Video] | None = None,
     videos = comparison.videos if videos is None else videos
     there = [video for video in videos if video.is_done]
     applied = {"world": has_world(comparison), "events": bool(timelines(comparison)), "long": comparison.long_measures}
-    fresh = measure_all(there, clip_frames=native_frames(comparison), **applied, progress=progress)
+    fresh = measure_all(there, clip_frames=comparison.model.native_frames, **applied, progress=progress)
     found = read_kept(comparison) | {each.video.key: each for each in fresh}
     return [found[video.key] for video in videos if video.key in found]
 
@@ -73,17 +71,6 @@ def measure_every(comparison: Comparison, videos: Sequence[Video] | None = None,
             "found in the kept measures; the same command makes them again"
         )
     return measured
-
-
-@contextlib.contextmanager
-def stoppable(comparison: Comparison) -> Iterator[None]:
-    """Say that the videos are kept if the block, which measures them, is interrupted."""
-    try:
-        yield
-    except KeyboardInterrupt as error:
-        raise Stopped(
-            f"while measuring; every video that was made lies in {comparison.folder}; the same command continues"
-        ) from error
 
 
 def add_kept(comparison: Comparison, measured: Sequence[Measured]) -> None:
@@ -118,7 +105,7 @@ def _lock(path: Path) -> Path:
 
 def _header(comparison: Comparison, before: Mapping[str, Any]) -> dict[str, Any]:
     return describe(comparison.batch, before) | {
-        "clip_frames": native_frames(comparison),
+        "clip_frames": comparison.model.native_frames,
         "measures": list(units_of(comparison)),
         "origins": before.get("origins", []),
     }

@@ -10,7 +10,7 @@ import pytest
 from engine.batch.files import BatchFiles
 from engine.batch.items import Item
 from engine.batch.suite import Prompt
-from launch.comparison.store import Video
+from evaluation.comparison.store import Video
 
 TIMED = [{"text": "a", "start": 0, "stop": 1}]
 RUN = {

@@ -18,17 +18,18 @@ from engine.paths import REPOSITORY
 from engine.planner.model import read_model
 from engine.ranks.arrange import choose_degrees
 from engine.ranks.layouts import check_layout
+from evaluation.calibration.space import START, draw_trials
+from evaluation.calibration.videos import CalibrationPlan, Part
+from evaluation.comparison.kept_measures import read_kept
+from evaluation.comparison.store import Comparison
 from evaluation.study.claims import CLAIMS
+from evaluation.study.parts import read_study
 from evaluation.study.sections import report_command
 from launch.arguments.compare import METHODS
 from launch.arguments.findings import read as read_arguments
 from launch.arguments.prompts import read_prompts
 from launch.arguments.variants import read_variants
-from launch.calibration.space import START, draw_trials
-from launch.calibration.videos import CalibrationPlan, Part
-from launch.comparison.kept_measures import read_kept
-from launch.comparison.store import Comparison
-from launch.study.parts import read_study
+from launch.batching.comparison import model_facts
 from metrics.video import VIDEO_UNITS
 from tests.launch.test_presets import ROWS as TABLE_3
 
@@ -146,7 +147,10 @@ def test_what_the_repository_keeps_is_of_today_s_settings(tmp_path: Path, name: 
     variants = read(methods_of("videos"), f"--sampler.num_steps={steps}", "--model.device=cpu")
     prompts = read_prompts(None, "configs/prompts/world-heldout-40.txt").texts
     path = REPOSITORY / f"docs/findings/{name}.jsonl"
-    kept = read_kept(Comparison(folder=tmp_path, variants=variants, prompts=prompts, seeds=[0, 1], kept_file=path))
+    model = model_facts(variants[0].config)
+    kept = read_kept(
+        Comparison(folder=tmp_path, model=model, variants=variants, prompts=prompts, seeds=[0, 1], kept_file=path)
+    )
     assert len(kept) == len(path.read_text().splitlines()) - 1
     # All that the page needs of either, so that `make findings` has nothing to make.
     needed = {"videos": ([each.label for each in variants], 2), "steps": (["direct", "sliding_window", "freespec"], 1)}
@@ -160,7 +164,8 @@ def test_what_the_repository_keeps_is_of_today_s_settings(tmp_path: Path, name: 
 def test_ranks_are_arranged_for_the_method_that_the_fewest_layouts_serve(tmp_path: Path) -> None:
     """Three ranks do not divide four heads, and the rule for `direct` is a ring, which three of the methods cannot have."""
     variants = read("direct,freenoise,freespec", "--model.device=cpu")
-    compared = Comparison(folder=tmp_path, variants=variants, prompts=["a"], seeds=[0])
+    facts = model_facts(variants[0].config)
+    compared = Comparison(folder=tmp_path, model=facts, variants=variants, prompts=["a"], seeds=[0])
     spec = read_model(compared.config.model)
     degrees = [choose_degrees(config, spec, 3, None)[0] for config in (compared.arranged_for, compared.config)]
     assert degrees == [(1, 1, 3), (1, 3, 1)]
@@ -168,7 +173,7 @@ def test_ranks_are_arranged_for_the_method_that_the_fewest_layouts_serve(tmp_pat
         check_layout(variant.label, variant.config.method.method, degrees[0])
     with pytest.raises(UserError, match="freenoise cannot run as cfg 1 x ring 3"):
         check_layout("freenoise", variants[1].config.method.method, degrees[1])
-    same = Comparison(folder=tmp_path, variants=read("direct,freespec"), prompts=["a"], seeds=[0])
+    same = Comparison(folder=tmp_path, model=facts, variants=read("direct,freespec"), prompts=["a"], seeds=[0])
     assert same.arranged_for is same.config
 
 
@@ -182,6 +187,7 @@ def test_what_the_repository_keeps_of_the_search_is_of_today_s_settings(tmp_path
     assert trials == report["trials"]
     plan = CalibrationPlan(
         folder=tmp_path,
+        model=model_facts(variant.config),
         config=variant.config,
         trials=trials,
         num_steps={"search": 20, "judged": 20},

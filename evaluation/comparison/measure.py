@@ -3,6 +3,8 @@
 import hashlib
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -10,12 +12,10 @@ from tqdm import tqdm
 from engine.errors import UserError
 from engine.files.trees import Shape, finite_or_none, read_kept
 from engine.files.whole import write_json
-from engine.load.checkpoint import open_checkpoint
 from engine.media.read_video import read_frames
 from engine.shown import quoted
+from evaluation.comparison.store import Comparison, Video
 from evaluation.events import has_events, ranges_of, version_of
-from evaluation.study.measured import Measured
-from launch.comparison.store import Comparison, Video
 from metrics.long.course import COURSE_UNITS, course_metrics
 from metrics.timelines.events import EVENT_UNITS, TextRange, event_metrics
 from metrics.video import VIDEO_UNITS, video_metrics
@@ -23,6 +23,25 @@ from metrics.world import WORLD_UNITS, why_not_world, world_metrics
 
 _SHOWN_PROMPTS = 3
 _WORLD_SIZE = (64, 64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A video with its record and its measures.
+
+    Attributes:
+        video: which.
+        record: what `launch/generate.py` would write beside it.
+        values: measures by name; nan where a video has none.
+        by_clip: measures per clip of native length.
+        version: `evaluation.events.version_of` its prompt when the measures were made.
+    """
+
+    video: Video
+    record: dict[str, Any]
+    values: dict[str, float]
+    by_clip: dict[str, list[float]]
+    version: str
 
 
 def units(*, world: bool, events: bool = False, long: bool = False) -> dict[str, str]:
@@ -71,12 +90,6 @@ def not_world(comparison: Comparison) -> str | None:
 def has_world(comparison: Comparison) -> bool:
     """Whether the exact measures of the embedded world apply to any video."""
     return len(strange_prompts(comparison)) < len(comparison.prompts)
-
-
-def native_frames(comparison: Comparison) -> int:
-    """Frames of a video of the comparison's native length."""
-    spec = open_checkpoint(comparison.config.model).spec
-    return spec.native_frames(comparison.config.method.window_frames)
 
 
 def measure_all(

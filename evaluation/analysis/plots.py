@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from evaluation.analysis.spectra import Rows, by_layer_and_head, over_prompts, stages
 from evaluation.study.plots import colour_of
-from launch.analysis.spectra import Rows, by_layer_and_head, over_prompts, stages
 from metrics.frames import luma
 from metrics.motion import flow_between, flow_colours
 

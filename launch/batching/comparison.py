@@ -1,30 +1,73 @@
-"""Make the missing videos of comparisons: on all ranks of this process with one loaded engine, or on replicas."""
+"""Make the missing videos of comparisons: on all ranks of this process with one loaded engine, or on replicas; facts of their model."""
 
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from engine.batch.locks import Shard, own_shard
 from engine.batch.make import ItemMaker
 from engine.batch.variants import Variant
 from engine.config import RunConfig
+from engine.devices import pick_device, pick_dtype
 from engine.engine import LongVideoEngine
+from engine.errors import UserError
 from engine.files.say import say_on_stderr
 from engine.files.storage import writing_to
 from engine.files.tensors import read_metadata
 from engine.files.trees import DamagedError
+from engine.load.checkpoint import open_checkpoint
 from engine.planner.model import read_model
 from engine.ranks.arrange import check_settings
 from engine.ranks.layouts import check_layout
+from evaluation.comparison.kept_measures import check_kept, read_kept
+from evaluation.comparison.store import Comparison, ModelFacts, Video, record_of
 from launch.batching.drive import make
 from launch.batching.messages import SUPPORT, check_room
 from launch.batching.options import Replicas
 from launch.batching.work import Prepare, Work
-from launch.comparison.kept_measures import check_kept, read_kept
-from launch.comparison.store import Comparison, Video, record_of
+from launch.process.stopping import Stopped
 from launch.ranks.join import DistContext, open_ranks
 from launch.video.make import explain_denoising, summary
+
+
+def model_facts(config: RunConfig) -> ModelFacts:
+    """What a comparison of these settings needs to know of its checkpoint; UserError for a video of a size that it cannot have."""
+    checkpoint, model, video = open_checkpoint(config.model), config.model, config.video
+    checkpoint.spec.check_video(video.num_frames, video.height, video.width)
+    # A named device need not exist on the driver's machine.
+    device = pick_device("auto") if model.device == "auto" else torch.device(model.device)
+    return ModelFacts(
+        digest=checkpoint.digest,
+        dtype=str(pick_dtype(model.dtype, device)).removeprefix("torch."),
+        device=device.type,
+        native_frames=checkpoint.spec.native_frames(config.method.window_frames),
+    )
+
+
+def check_longer(config: RunConfig, why: str) -> None:
+    """Raise UserError for a video of native length or less; `why` explains why it is too short."""
+    spec, native, video = open_checkpoint(config.model).spec, config.method.window_frames, config.video
+    spec.check_video(video.num_frames, video.height, video.width)
+    frames = spec.latent_shape(video.num_frames, video.height, video.width)[2] // spec.patch[0]
+    if frames <= native:
+        raise UserError(
+            f"{video.num_frames} frames are {frames} latent frames, and the native window is {native}; {why}, such as "
+            f"--video.num_frames {spec.native_frames(4 * native)} for four native lengths"
+        )
+
+
+@contextlib.contextmanager
+def stoppable(comparison: Comparison) -> Iterator[None]:
+    """Say that the videos are kept if the block, which measures them, is interrupted."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise Stopped(
+            f"while measuring; every video that was made lies in {comparison.folder}; the same command continues"
+        ) from error
 
 
 class VideoMaker:

@@ -1,9 +1,14 @@
 """The findings' section on Wan2.1, with the shares of fused steps counted on the schedulers' own timesteps."""
 
 import dataclasses
+from typing import TYPE_CHECKING
 
-from engine.config import FreeSpec, ModelConfig, SamplerConfig
-from engine.planner.model import ModelSpec, read_model
+from engine.config import FreeSpec, SamplerConfig
+
+if TYPE_CHECKING:
+    from engine.planner.model import ModelSpec
+
+WAN, EMBEDDED = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "tiny/wan"
 
 _TEXT = """## What transfers to Wan2.1, and what cannot be known without its weights
 
@@ -17,16 +22,14 @@ fused_share {fused_share:g} fuses {fused}), and `alpha` acts along the same axis
 the level of every measure is unknown, as are its spectra (Fig. 2), the order of the methods (Table 1) and its VBench scores
 ([vbench.md](vbench.md) explains how to make them)."""
 
-_WAN, _SHIFTS = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", (5.0, 8.0)
-_EMBEDDED = "tiny/wan"
+_SHIFTS = (5.0, 8.0)
 
 
-def transfer_section() -> str:
-    """Describe what transfers to Wan2.1, in Markdown; needs neither its weights nor a network."""
+def transfer_section(wan: "ModelSpec", embedded: "ModelSpec") -> str:
+    """Describe what transfers to Wan2.1, in Markdown, from the published numbers of `WAN` and those of `EMBEDDED`."""
     method, sampler = FreeSpec(), SamplerConfig()
-    wan, embedded = (read_model(ModelConfig(path=path, offline=True)) for path in (_WAN, _EMBEDDED))
 
-    def share(model: ModelSpec, shift: float | None) -> str:
+    def share(model: "ModelSpec", shift: float | None) -> str:
         given = dataclasses.replace(sampler, flow_shift=shift)
         # Wan's timesteps are the same for any size.
         modes = [step.mode for step in method.plan(model.timesteps(given, (1, 1, 1), window_frames=1))]

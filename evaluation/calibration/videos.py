@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from engine.batch.variants import Variant
 from engine.config import RunConfig
-from launch.comparison.store import Comparison
+from evaluation.comparison.store import Comparison, ModelFacts
 
 Part = Literal["search", "judged"]
 
@@ -18,6 +18,7 @@ class CalibrationPlan:
     """The trials by label, and the steps and seeds of each part; `config` is that of the judgement."""
 
     folder: Path
+    model: ModelFacts
     config: RunConfig
     trials: Mapping[str, Mapping[str, Any]]
     num_steps: Mapping[Part, int]
@@ -29,6 +30,7 @@ class CalibrationPlan:
         """The videos of these trials on these prompts."""
         return Comparison(
             folder=self.folder / part,
+            model=self.model,
             variants=[self._variant(part, label) for label in labels],
             prompts=prompts,
             seeds=list(self.seeds[part]),

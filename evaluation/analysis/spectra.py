@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,14 @@ from typing import Any
 import numpy as np
 
 from engine.batch.items import FILE, claim_folder
-from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.files.checks import check_places
 from engine.files.say import say_on_stderr
 from engine.files.trees import DamagedError, Shape, lacking, read_json
 from engine.files.whole import write_text
 from engine.media.contact_sheet import spaced
-from engine.spectra.windows import WindowSpectra
+from evaluation.comparison.store import Comparison
 from evaluation.study.summary import as_json
-from launch.comparison.store import Comparison
 from metrics.bootstrap import mean_interval, paired_interval
 
 Rows = list[dict[str, Any]]
@@ -96,29 +94,26 @@ class SpectraStore:
         say_on_stderr(f"{reason}; it is made again")
         return None
 
-    def observe(self, engine: LongVideoEngine, index: int) -> None:
-        """Denoise one prompt and keep the measured spectra; all ranks call this, rank 0 writes."""
-        steps = spaced(engine.config.sampler.num_steps, self.num_points)
-        spectra = WindowSpectra(steps=frozenset(steps))
-        checkpoint = self.file(index).with_suffix(".checkpoint.safetensors")
-        denoised = engine.denoise(
-            self.prompts[index],
-            seed=self.seed,
-            checkpoint=checkpoint,
-            checkpoint_every=engine.config.output.checkpoint_every,
-            trace=spectra,
-        )
-        if not engine.is_first:
-            return
-        total = len(denoised.steps)
-        timesteps = {step["step"]: step["timestep"] for step in denoised.steps}
+    @property
+    def steps(self) -> list[int]:
+        """The steps to measure."""
+        return spaced(self.watched.config.sampler.num_steps, self.num_points)
+
+    def checkpoint(self, index: int) -> Path:
+        """State of a prompt that is being denoised."""
+        return self.file(index).with_suffix(".checkpoint.safetensors")
+
+    def keep(self, index: int, found: Rows, steps: Sequence[Mapping[str, Any]]) -> None:
+        """Write what was measured while a prompt was denoised in `steps`, and delete its state."""
+        timesteps = {step["step"]: step["timestep"] for step in steps}
         rows = [
-            {"prompt": index, "timestep": timesteps[row["step"]], "progress": row["step"] / max(total - 1, 1)} | row
-            for row in spectra.rows
+            {"prompt": index, "timestep": timesteps[row["step"]], "progress": row["step"] / max(len(steps) - 1, 1)}
+            | row
+            for row in found
         ]
         self.file(index).parent.mkdir(parents=True, exist_ok=True)
         write_text(self.file(index), json.dumps(rows, allow_nan=False))
-        checkpoint.unlink(missing_ok=True)
+        self.checkpoint(index).unlink(missing_ok=True)
 
     def read(self) -> Rows:
         """The rows of all prompts."""

@@ -9,8 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from engine.batch.files import BatchFiles, ItemFiles
 from engine.batch.identity import flat, text_sha256
 from engine.batch.items import FILE, Batch, Item, check_folder, claim_folder, plan_batch
@@ -19,12 +17,10 @@ from engine.batch.store import is_done
 from engine.batch.suite import Prompt, Suite
 from engine.batch.variants import MAY_DIFFER, Variant
 from engine.config import RunConfig
-from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError
 from engine.files.checks import check_places
 from engine.files.say import Say, say_on_stderr
 from engine.files.trees import Shape, read_tree
-from engine.load.checkpoint import open_checkpoint
 from engine.text.timeline import parse_timeline
 
 # Fields of a record that a comparison, its kept measures and its report read, and of the sidecar that holds it.
@@ -116,10 +112,28 @@ def record_of(sidecar: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What a comparison needs to know of its checkpoint; `launch.batching.comparison.model_facts` reads it.
+
+    Attributes:
+        digest: SHA-256 of the checkpoint, in hex.
+        dtype: number format, such as float32.
+        device: kind of the device.
+        native_frames: frames of a video of native length.
+    """
+
+    digest: str
+    dtype: str
+    device: str
+    native_frames: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Comparison:
     """Variants to compare, their prompts and seeds, and the folder."""
 
     folder: Path
+    model: ModelFacts
     variants: list[Variant]
     prompts: list[str]
     seeds: list[int]
@@ -127,6 +141,21 @@ class Comparison:
     """File of measures that outlive the videos (kept_measures.py)."""
     long_measures: bool = False
     """Whether videos have the measures of a long video's course too (metrics/long/)."""
+
+    @property
+    def is_native(self) -> bool:
+        """Whether the videos are no longer than the native length, so that every method runs the base model."""
+        return self.config.video.num_frames <= self.model.native_frames
+
+    @property
+    def labels(self) -> list[str]:
+        """Labels of the variants."""
+        return [variant.label for variant in self.variants]
+
+    @property
+    def noise(self) -> dict[str, str]:
+        """Initial noise by label of the variants."""
+        return {variant.label: variant.config.noise[0] for variant in self.variants}
 
     @property
     def config(self) -> RunConfig:
@@ -144,9 +173,6 @@ class Comparison:
     @cached_property
     def batch(self) -> Batch:
         """The items; their ids hash what decides them."""
-        model = self.config.model
-        # A named device need not exist on the driver's machine.
-        device = pick_device("auto") if model.device == "auto" else torch.device(model.device)
         prompts = [
             Prompt(prompt_id=f"p{index:04d}", line=index + 1, text=text) for index, text in enumerate(self.prompts)
         ]
@@ -155,9 +181,9 @@ class Comparison:
             self.variants,
             suite,
             seeds=self.seeds,
-            checkpoint=open_checkpoint(model).digest,
-            dtype=str(pick_dtype(model.dtype, device)).removeprefix("torch."),
-            device=device.type,
+            checkpoint=self.model.digest,
+            dtype=self.model.dtype,
+            device=self.model.device,
         )
 
     @property

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from evaluation.comparison.measure import Measured
 from evaluation.study.quality import PARTS, parts_of, score_of
-from launch.comparison.measure import Measured
 from metrics.bootstrap import Estimate, paired_interval
 
 

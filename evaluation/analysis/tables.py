@@ -7,18 +7,26 @@ from typing import Any
 
 import numpy as np
 
+from engine.files.claims import writing_report
 from engine.files.tables import write_csv
 from engine.files.trees import finite_or_none
 from engine.files.whole import write_text
 from engine.media.contact_sheet import spaced
 from engine.media.read_video import read_frames
+from evaluation.analysis.plots import (
+    Strip,
+    draw_flows,
+    draw_frames,
+    draw_heads,
+    draw_low_rank,
+    draw_progress,
+    draw_windows,
+)
+from evaluation.analysis.spectra import Rows, SpectraStore, concentration, mean_and_error, over_prompts
+from evaluation.comparison.kept_measures import measure_every
+from evaluation.comparison.measure import Measured
+from evaluation.comparison.store import Comparison
 from evaluation.study.plots import save_figure
-from launch.analysis.plots import Strip, draw_flows, draw_frames, draw_heads, draw_low_rank, draw_progress, draw_windows
-from launch.analysis.spectra import Rows, SpectraStore, concentration, mean_and_error, over_prompts
-from launch.comparison.kept_measures import measure_every, stoppable
-from launch.comparison.measure import Measured
-from launch.comparison.store import Comparison
-from launch.video.outputs import writing_report
 from metrics.bootstrap import paired_interval
 from metrics.video import VIDEO_UNITS
 
@@ -43,8 +51,7 @@ def write_analysis(
         spectra_summary = _write_spectra(folder, spectra.read())
         report: dict[str, Any] = {"comparison": made_with, "spectra": spectra_summary}
         if low_rank.prompts:
-            with stoppable(low_rank):
-                measured = measure_every(low_rank, progress=progress)
+            measured = measure_every(low_rank, progress=progress)
             report["low_rank"] = _write_low_rank(folder, low_rank, measured, ratios)
         text = json.dumps(report, indent=2, allow_nan=False)
         write_text(folder / "report.json", text + "\n")

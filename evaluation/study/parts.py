@@ -1,9 +1,5 @@
 """A study: a YAML file of comparisons, an analysis and a calibration, made by the commands and reported on one page."""
 
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +8,6 @@ from typing import Any, get_args, get_type_hints
 from engine.config import ModelConfig
 from engine.errors import UserError
 from engine.files.trees import Shape, lacking, read_yaml
-from engine.files.whole import atomic_path
 from engine.paths import REPOSITORY, expand, find_file
 
 PLACES = ("runs", "search", "kept", "page")
@@ -22,18 +17,6 @@ _STUDY: Shape = {**dict.fromkeys((*PLACES, "device"), str), "shards": int, "make
 _PART: Shape = {"command": str, "settings.out": str}
 _OPTIONAL: Shape = {"reports": dict, "keep": list, "once": bool}
 _COMMANDS = ("analyze", "calibrate", "compare")
-
-# glibc returns large temporaries to the system at every free and asks for them again, which costs some 5 % of a CPU run; 32 MiB is the
-# most that older versions take. Other C libraries do not read the two.
-_ONE_CORE = {
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-    "MALLOC_TRIM_THRESHOLD_": "2000000000",
-}
-
-
-class PartFailedError(UserError):
-    """A command of the study failed; its own message says why."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,19 +54,6 @@ class Study:
     places: Mapping[str, Path]
     shards: int
     parts: Mapping[str, Part]
-
-    def make(self, names: Sequence[str]) -> None:
-        """Run these parts; each continues from what exists. PartFailedError if one fails."""
-        for part in (self.parts[name] for name in names):
-            kept = [self.places["kept"] / part.name / file for file in part.keep]
-            if part.once and all(path.exists() for path in kept):
-                continue
-            shards = [["--shard", f"{shard}/{self.shards}"] for shard in range(1, self.shards + 1)]
-            _run(part, shards if part.command == "compare" else [[]])
-            for path in kept:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_path(path) as file_there:
-                    shutil.copyfile(expand(part.settings["out"]) / path.name, file_there)
 
     @property
     def report_names(self) -> list[str]:
@@ -159,20 +129,3 @@ def _as_words(settings: Mapping[str, Any], places: Mapping[str, Path]) -> dict[s
         return text
 
     return {key: word(value) for key, value in settings.items()}
-
-
-def _run(part: Part, shares: Sequence[Sequence[str]]) -> None:
-    """Run the command once per entry of `shares`, concurrently; PartFailedError if one fails."""
-    command = [sys.executable, str(REPOSITORY / "launch" / f"{part.command}.py"), *words(part.settings)]
-    running = [subprocess.Popen([*command, *share], env=os.environ | _ONE_CORE) for share in shares]
-    try:
-        codes = [process.wait() for process in running]
-    except BaseException:
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
-        raise
-    if any(codes):
-        failed = sum(map(bool, codes))
-        raise PartFailedError(f"{part.name}: {failed} of {len(codes)} processes of {part.command}.py failed, see above")

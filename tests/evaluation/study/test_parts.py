@@ -1,6 +1,5 @@
 """A study's file: places, lists and parts, what is made again, and every mistake in one line."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +7,7 @@ import pytest
 import yaml
 
 from engine.errors import UserError
-from launch.study import parts
-from launch.study.parts import PartFailedError, read_study
+from evaluation.study.parts import Study, read_study
 
 
 def study_of(tmp_path: Path, **changes: Any) -> dict[str, Any]:
@@ -26,7 +24,7 @@ def study_of(tmp_path: Path, **changes: Any) -> dict[str, Any]:
     return places | {"device": "cpu", "shards": 3, "make": parts} | changes
 
 
-def read(tmp_path: Path, tree: dict[str, Any], **own: Any) -> parts.Study:
+def read(tmp_path: Path, tree: dict[str, Any], **own: Any) -> Study:
     file = tmp_path / "study.yaml"
     file.write_text(yaml.safe_dump(tree, sort_keys=False))
     return read_study(str(file), own)
@@ -43,46 +41,6 @@ def test_reports_are_on_what_is_kept_or_made(tmp_path: Path) -> None:
     assert first == [*asked, "--report", f"{tmp_path}/own/all", "--report_only", "--report_if_any"]
     assert second[second.index("--methods") + 1] == "a"
     assert second[second.index("--report") + 1] == f"{tmp_path}/own/some"
-
-
-@pytest.fixture
-def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A checkout whose commands write down their arguments and a plot; `compare.py` fails on its second shard if told to."""
-    (tmp_path / "launch").mkdir()
-    script = (
-        "import json, pathlib, sys\n"
-        f"log = pathlib.Path({str(tmp_path / 'log')!r})\n"
-        "log.mkdir(exist_ok=True)\n"
-        "(log / f'{len(sys.argv)}-{sys.argv[-1].replace(chr(47), chr(45))[-20:]}.json').write_text(json.dumps(sys.argv[1:]))\n"
-        "out = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
-        "out.mkdir(parents=True, exist_ok=True)\n"
-        "(out / 'plot.png').write_text('a plot')\n"
-        f"sys.exit(3 if sys.argv[-1] == '2/3' and pathlib.Path({str(tmp_path / 'fail')!r}).exists() else 0)\n"
-    )
-    for name in ("compare", "analyze"):
-        (tmp_path / f"launch/{name}.py").write_text(script)
-    monkeypatch.setattr(parts, "REPOSITORY", tmp_path)
-    return tmp_path / "log"
-
-
-def test_a_comparison_is_made_in_shards_and_an_analysis_once(tmp_path: Path, commands: Path) -> None:
-    study = read(tmp_path, study_of(tmp_path))
-    study.make(["spectra", "videos"])
-    made = [json.loads(path.read_text()) for path in commands.iterdir()]
-    assert sorted(words[-1] for words in made if "--shard" in words) == ["1/3", "2/3", "3/3"]
-    assert len(made) == 4
-    assert (tmp_path / "kept/spectra/plot.png").read_text() == "a plot"
-    for path in commands.iterdir():
-        path.unlink()
-    study.make(["spectra"])
-    assert list(commands.iterdir()) == []
-
-
-def test_failed_shard_is_reported(tmp_path: Path, commands: Path) -> None:
-    (tmp_path / "fail").touch()
-    with pytest.raises(PartFailedError, match=r"videos: 1 of 3 processes of compare.py failed, see above"):
-        read(tmp_path, study_of(tmp_path)).make(["videos"])
-    assert len(list(commands.iterdir())) == 3
 
 
 @pytest.mark.parametrize(

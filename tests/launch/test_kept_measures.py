@@ -11,9 +11,8 @@ import pytest
 
 from engine.files.locks import locked
 from engine.files.whole import part_path
+from evaluation.comparison import kept_measures
 from evaluation.study import report
-from launch.comparison import kept_measures
-from launch.comparison import report as comparison_report
 from tests.launch.conftest import Run
 from tests.launch.forked import run_forked
 from tests.launch.test_compare import References, video_of, words
@@ -170,7 +169,7 @@ def test_a_prompt_may_hold_any_letter(compare_in: Compare, no_loading: Callable[
 def test_a_shard_that_lost_a_video_does_not_say_that_it_is_measured(
     compare_in: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launch.comparison.make.missing_videos", lambda *_, **__: [])
+    monkeypatch.setattr("launch.batching.comparison.missing_videos", lambda *_, **__: [])
     said = compare_in("--shard", "1/1").error
     assert f"4 of 4 videos of {tmp_path / 'out'} are gone since they were made" in said
 
@@ -189,7 +188,7 @@ def test_two_that_add_to_one_file_wait_for_each_other(
 ) -> None:
     """They hold a lock beside the file, not in the folder of the videos, of which each may have its own."""
     added: list[Any] = []
-    monkeypatch.setattr(comparison_report, "add_kept", lambda *arguments: added.extend(arguments))
+    monkeypatch.setattr(report, "add_kept", lambda *arguments: added.extend(arguments))
     (tmp_path / "kept").mkdir()
     assert compare_in(seeds=0, methods="direct").code == 0
     path = tmp_path / "kept/videos.jsonl"
@@ -215,7 +214,7 @@ def test_what_was_read_is_not_written_back_over_what_another_has_measured_meanwh
         path.write_text(newer)
         kept_measures.add_kept(*arguments)
 
-    monkeypatch.setattr(comparison_report, "add_kept", meanwhile)
+    monkeypatch.setattr(report, "add_kept", meanwhile)
     assert compare_in(out="other", seeds=0, methods="direct").code == 0  # its video is kept, and not there
     assert path.read_text() == newer
     assert compare_in(seeds=0, methods="direct").code == 0  # the control: here it is there, and is measured
