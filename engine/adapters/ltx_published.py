@@ -4,7 +4,7 @@ Transformer, VAE and scheduler: as scripts/convert_ltx_to_diffusers.py of diffus
 ltx_video/utils/diffusers_config_mapping.py of Lightricks/LTX-Video names them. Text encoder: config.json of
 google/t5-v1_1-xxl. Keys that are left out have the value of the diffusers or transformers class.
 
-The transformer of 2B is the same from 0.9.0 to 0.9.6, and 0.9.7 has one of 13B with the VAE of 0.9.5; 0.9.1 has another decoder, 0.9.5 another encoder too and a fixed shift.
+The transformer of 2B is the same from 0.9.0 to 0.9.6, and 0.9.7 and 0.9.8 have one of 13B with the VAE of 0.9.5, dev and distilled; 0.9.1 has another decoder, 0.9.5 another encoder too and a fixed shift.
 0.9.6 dev is published as a single file, whose parts are those of 0.9.5 (docs/models.md says how it is loaded).
 """
 
@@ -98,16 +98,17 @@ _FIXED_SHIFT = {
     "use_dynamic_shifting": False,
 }
 
+_13B = _CHECKPOINT | {
+    "model_index": {"_class_name": "LTXConditionPipeline"},
+    "transformer": _CHECKPOINT["transformer"]
+    | {"attention_head_dim": 128, "cross_attention_dim": 4096, "num_layers": 48},
+    "vae": _VAE_095,
+    "scheduler": _FIXED_SHIFT,
+}
+
 PUBLISHED = {
     "Lightricks/LTX-Video": _CHECKPOINT,
     "diffusers/LTX-Video-0.9.1": _CHECKPOINT | {"vae": _VAE_091},
     "Lightricks/LTX-Video-0.9.5": _CHECKPOINT | {"vae": _VAE_095, "scheduler": _FIXED_SHIFT},
-    "Lightricks/LTX-Video-0.9.7-dev": _CHECKPOINT
-    | {
-        "model_index": {"_class_name": "LTXConditionPipeline"},
-        "transformer": _CHECKPOINT["transformer"]
-        | {"attention_head_dim": 128, "cross_attention_dim": 4096, "num_layers": 48},
-        "vae": _VAE_095,
-        "scheduler": _FIXED_SHIFT,
-    },
+    **{f"Lightricks/LTX-Video-{version}": _13B for version in ("0.9.7-dev", "0.9.7-distilled", "0.9.8-13B-distilled")},
 }

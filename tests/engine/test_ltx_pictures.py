@@ -40,6 +40,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of diff
 
 PROMPT = "a red circle"
 NATIVE, LONG = 17, 57  # frames; 3 and 8 latents, and the window is 3
+DISTILLED = (1000, 975, 725, 0.03)
 TIMELINE = "a red circle [0-16] | a star [16-33, scene] | a square [33-, fade 9]"
 
 
@@ -69,26 +70,40 @@ def several(given: GivenFrames) -> GivenFrames:
     return GivenFrames(images=(*given.images, *others))
 
 
-def config_of(folder: Path, *, frames: int = LONG, method: str = "freespec", guidance: float = 4.0) -> RunConfig:
+def config_of(
+    folder: Path, *, frames: int = LONG, method: str = "freespec", timesteps: tuple[float, ...] | None = None
+) -> RunConfig:
+    steps = (
+        {"num_steps": 3, "guidance_scale": 4.0}
+        if timesteps is None
+        else {"timesteps": timesteps, "guidance_scale": 1.0}
+    )
     return RunConfig(
         model=ModelConfig(path=str(folder), device="cpu"),
         video=VideoConfig(num_frames=frames, height=64, width=96, fps=8),
-        sampler=SamplerConfig(num_steps=3, guidance_scale=guidance, seed=3, negative_prompt="bad", max_text_tokens=20),
+        sampler=SamplerConfig(seed=3, negative_prompt="bad", max_text_tokens=20, **steps),
         method=MethodConfig(name=method, window_frames=3, freespec=FreeSpec(domain="step")),
         output=OutputConfig(progress="off"),
     )
 
 
 def stock_latents(
-    folder: Path, frames: int, given: GivenFrames | None, monkeypatch: Any, *, guidance: float = 4.0
+    folder: Path,
+    frames: int,
+    given: GivenFrames | None,
+    monkeypatch: Any,
+    *,
+    timesteps: tuple[float, ...] | None = None,
 ) -> Tensor:
     """What diffusers' own pipeline makes of the same pictures, with the mean of their latents, which it would sample."""
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
     pipe = LTXConditionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     use_onednn(pipe.vae)  # the engine's convolutions on a CPU, whose sums are in another order
-    call: dict[str, Any] = {"num_frames": frames, "height": 64, "width": 96, "num_inference_steps": 3, "frame_rate": 8}
-    call |= {"max_sequence_length": 20, "guidance_scale": guidance, "image_cond_noise_scale": 0.0}
+    call: dict[str, Any] = {"num_frames": frames, "height": 64, "width": 96, "frame_rate": 8}
+    call |= {"max_sequence_length": 20, "image_cond_noise_scale": 0.0}
+    steps = {"num_inference_steps": 3, "guidance_scale": 4.0}
+    call |= steps if timesteps is None else {"timesteps": list(timesteps), "guidance_scale": 1.0}
     if given is not None:
         call["conditions"] = [condition_of(image, frames) for image in given.images]
     draw = torch.Generator().manual_seed(3)
@@ -101,12 +116,13 @@ def condition_of(image: GivenImage, frames: int) -> LTXVideoCondition:
 
 
 @pytest.mark.parametrize(
-    ("frames", "method", "guidance"), [(NATIVE, "freespec", 4.0), (LONG, "direct", 4.0), (LONG, "direct", 1.0)]
+    ("frames", "method", "timesteps"), [(NATIVE, "freespec", None), (LONG, "direct", None), (LONG, "direct", DISTILLED)]
 )
-def test_the_engine_has_the_bits_of_the_stock_pipeline(folder, given, monkeypatch, frames, method, guidance):  # noqa: PLR0917
-    config = config_of(folder, frames=frames, method=method, guidance=guidance)
+def test_the_engine_has_the_bits_of_the_stock_pipeline(folder, given, monkeypatch, frames, method, timesteps):  # noqa: PLR0917
+    """With the steps of distilled checkpoints without guidance."""
+    config = config_of(folder, frames=frames, method=method, timesteps=timesteps)
     for shown in (given, None):
-        expected = stock_latents(folder, frames, shown, monkeypatch, guidance=guidance)
+        expected = stock_latents(folder, frames, shown, monkeypatch, timesteps=timesteps)
         assert torch.equal(on_one_rank(config, given=shown), expected)
 
 

@@ -40,6 +40,7 @@ WAN_PAIR = "Wan-AI/Wan2.2-T2V-A14B-Diffusers"
 WAN_5B = "Wan-AI/Wan2.2-TI2V-5B-Diffusers"
 # Those of pictures; Wan2.1 I2V is FLF2V without the positions of two pictures.
 WAN_FLF, WAN_I2V_PAIR = "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers", "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
+LTX_DISTILLED = [f"Lightricks/LTX-Video-{version}-distilled" for version in ("0.9.7", "0.9.8-13B")]
 WAN_I2V = [f"Wan-AI/Wan2.1-I2V-14B-{size}-Diffusers" for size in ("480P", "720P")]
 PICTURES = (WAN_FLF, WAN_I2V_PAIR)
 HEADS = {WAN_SMALL: 12, WAN_LARGE: 40, WAN_PAIR: 40, WAN_5B: 24} | dict.fromkeys(PICTURES, 40) | dict.fromkeys(LTX, 32)
@@ -79,7 +80,8 @@ def spec(request) -> ModelSpec:
 
 
 def test_all_published_models_are_here():
-    assert set(PUBLISHED) == {*HEADS, *WAN_I2V}
+    assert set(PUBLISHED) == {*HEADS, *WAN_I2V, *LTX_DISTILLED}
+    assert all(PUBLISHED[name] == PUBLISHED[LTX_097] for name in LTX_DISTILLED)
     alone = {name: value for name, value in PUBLISHED[WAN_FLF]["transformer"].items() if name != "pos_embed_seq_len"}
     assert all(PUBLISHED[name]["transformer"] == alone for name in WAN_I2V)
 

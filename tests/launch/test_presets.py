@@ -67,6 +67,17 @@ def test_the_preset_of_four_steps_has_the_published_ones(preset: str) -> None:
         assert len({step.mode for step in method.plan([1000 * level for level in published])}) == 2, name
 
 
+@pytest.mark.parametrize("preset", ["13b-0.9.7-distilled", "13b-0.9.8-distilled", "2b-0.9.8-distilled"])
+def test_distilled_ltx_video_has_the_published_steps(preset: str) -> None:
+    """Without guidance, and the split fuses in half of them."""
+    config = parse("--config", f"configs/ltx-video-{preset}.yaml")
+    assert config.sampler.timesteps == (1000, 993, 987, 981, 975, 909, 725, 0.03)
+    assert (config.sampler.guidance_scale, config.decode.timestep, config.decode.noise_scale) == (1.0, 0.05, 0.025)
+    for name in ("freespec", "freepca"):
+        plan = dataclasses.replace(config.method, name=name).method.plan(config.sampler.timesteps)
+        assert len({step.mode for step in plan}) == 2, name
+
+
 OWN = """
 from dataclasses import dataclass
 from freespec.methods import Method, StepPlan
