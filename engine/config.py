@@ -47,8 +47,16 @@ MOST_TIMESTEP = 1000.0  # pure noise
 # A run begins at pure noise, timestep 1000; lists of timesteps begin there, or a rounding below.
 LEAST_FIRST_LEVEL = 0.9
 MOST_TOKENS = 65_536
+# Settings that each step cache reads, with diffusers' defaults; the ratios of `mag` have none.
+CACHE_DEFAULTS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "first_block": {"threshold": 0.05},
+    "mag": {"threshold": 0.06, "ratios": None},
+    "taylorseer": {"interval": 5},
+}
 # Timeout of a collective, in seconds. Some backends count milliseconds in 32 bits, which overflow after 24 days.
 MOST_TIMEOUT = 7 * 24 * 3600
+CACHED_TRACE = "skips layers, which have no branches for a trace (output.trace, analyze.py)"
 COMPILED_TRACE = "with model.compile, blocks do not expose branches for a trace (output.trace, analyze.py)"
 
 
@@ -224,6 +232,14 @@ class SamplerConfig:
             freenoise for freenoise and freelong, mean_reuse for freepca).
         noise_stride: latent frames that `freenoise` shuffles at a time; None is the stride of the method's noise
             (method.freenoise.stride) if it has one and `noise` is `method`, else a quarter of the window.
+        cache: reuse of earlier steps by diffusers' caches: `none`; `first_block` skips the other blocks where the first one changes
+            little; `mag` skips steps by `cache_ratios`; `taylorseer` computes every `cache_interval`-th step and extrapolates the
+            others. Not with compile, zero3, block_offload or output.trace.
+        cache_threshold: largest relative change of the first block's residual (first_block), or largest accumulated error (mag), at
+            which a step is skipped; null is diffusers' 0.05 and 0.06.
+        cache_interval: steps from one computed step to the next of `taylorseer`; null is diffusers' 5.
+        cache_ratios: for `mag`, the magnitude of each step's residual over that of the step before, measured on the model
+            (`python -m benchmarks.caches --ratios`); another number of them is interpolated to the steps, nearest first.
     """
 
     num_steps: int | None = None
@@ -239,10 +255,15 @@ class SamplerConfig:
     max_text_tokens: int = 512
     noise: Literal["method", "iid", "freenoise", "mean_reuse"] = "method"
     noise_stride: int | None = None
+    cache: Literal["none", "first_block", "mag", "taylorseer"] = "none"
+    cache_threshold: float | None = None
+    cache_interval: int | None = None
+    cache_ratios: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         """Reject settings that would not denoise, or denoise wrongly."""
         self._check_levels()
+        self._check_cache()
         for name, value, most in (
             ("num_steps", self.steps, MOST_STEPS),
             ("max_text_tokens", self.max_text_tokens, MOST_TOKENS),
@@ -273,6 +294,12 @@ class SamplerConfig:
         )
 
     @property
+    def cache_settings(self) -> dict[str, Any]:
+        """The settings of `cache` that it reads, with its defaults."""
+        given = {name: getattr(self, f"cache_{name}") for name in CACHE_DEFAULTS[self.cache]}
+        return {name: CACHE_DEFAULTS[self.cache][name] if value is None else value for name, value in given.items()}
+
+    @property
     def steps(self) -> int:
         """The number of steps; in a `RunConfig` also `num_steps`."""
         if self.num_steps is not None:
@@ -288,6 +315,29 @@ class SamplerConfig:
     def levels(self) -> tuple[float, ...] | None:
         """The noise level at which each step begins, 1 for pure noise; None if the scheduler chooses them."""
         return self.sigmas if self.timesteps is None else tuple(t / MOST_TIMESTEP for t in self.timesteps)
+
+    def _check_cache(self) -> None:
+        """Reject settings that the cache does not read, or would read wrongly."""
+        read = CACHE_DEFAULTS[self.cache]
+        for name in ("threshold", "interval", "ratios"):
+            readers = ", ".join(kind for kind, names in CACHE_DEFAULTS.items() if name in names)
+            _check(
+                getattr(self, f"cache_{name}") is None or name in read,
+                f"sampler.cache_{name} is for sampler.cache {readers}, and sampler.cache is {self.cache}; leave it out (null)",
+            )
+        threshold, interval, ratios = self.cache_threshold, self.cache_interval, self.cache_ratios
+        _check(
+            threshold is None or (math.isfinite(threshold) and threshold > 0),
+            f"sampler.cache_threshold must be more than 0, got {threshold}",
+        )
+        _check(interval is None or interval >= 2, f"sampler.cache_interval must be 2 or more steps, got {interval}")
+        _check(
+            self.cache != "mag" or bool(ratios),
+            "sampler.cache mag needs sampler.cache_ratios, which depend on the checkpoint; measure them with "
+            "python -m benchmarks.caches --ratios, or take those that its authors publish",
+        )
+        wrong = next((value for value in ratios or () if not (math.isfinite(value) and value > 0)), None)
+        _check(wrong is None, f"sampler.cache_ratios must be more than 0, got {wrong}")
 
     def _check_levels(self) -> None:
         """Reject timesteps that do not run from noise to a video, and settings that have no effect on them."""
@@ -582,7 +632,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check what two groups of settings must agree on; records and ids have the number of steps."""
-        object.__setattr__(self, "sampler", replace(self.sampler, num_steps=self.sampler.steps))
+        cache = {f"cache_{name}": value for name, value in self.sampler.cache_settings.items()}
+        object.__setattr__(self, "sampler", replace(self.sampler, num_steps=self.sampler.steps, **cache))
         kind, stride = self.noise
         _check(
             kind != "freenoise" or stride <= self.method.window_frames,
@@ -598,10 +649,23 @@ class RunConfig:
             not xfuser or self.method.name == "direct",
             f"parallel.provider xfuser computes full attention only: use it with method.name direct, not {self.method.name}",
         )
+        self._check_cache()
         _check(not self.model.compile or not self.output.trace, f"{COMPILED_TRACE}; switch one of the two off")
         _check(
             not xfuser or not self.output.trace, "parallel.provider xfuser does not expose branches for output.trace"
         )
+
+    def _check_cache(self) -> None:
+        """Reject what a step cache excludes."""
+        cache, model = f"sampler.cache {self.sampler.cache}", self.model
+        if self.sampler.cache == "none":
+            return
+        _check(not model.compile, f"{cache} decides between blocks, which model.compile would compile; switch it off")
+        _check(
+            model.weights not in ("zero3", "block_offload"),
+            f"{cache} skips blocks, and model.weights {model.weights} fetches them in the order of an earlier step; use resident or cpu_offload",
+        )
+        _check(not self.output.trace, f"{cache} {CACHED_TRACE}; switch one of the two off")
 
     def _check_file(self) -> None:
         """Reject what the format of the video cannot hold."""

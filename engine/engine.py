@@ -19,7 +19,7 @@ from tqdm import tqdm
 from engine.adapters import ModelAdapter, VideoSpec, adapter_of
 from engine.adapters.base import Condition
 from engine.checks import check_kernels, check_model, check_ranks
-from engine.config import COMPILED_TRACE, MethodConfig, OutputConfig, RunConfig
+from engine.config import CACHED_TRACE, COMPILED_TRACE, MethodConfig, OutputConfig, RunConfig
 from engine.decode.decoder import VideoDecoder
 from engine.denoise.denoise import Denoised
 from engine.denoise.guided_model import GuidedModel
@@ -33,6 +33,7 @@ from engine.given.frames import GivenFrames
 from engine.given.known import Known, check_needs, read_given_on_ranks
 from engine.hooks.apply import MethodHandle, apply_method
 from engine.hooks.cross_attention import install_timeline
+from engine.hooks.step_cache import step_cache
 from engine.hooks.step_hook import choose_eigensolver
 from engine.kernel_choice import choose_on_ranks
 from engine.load.checkpoint import Checkpoint, open_checkpoint
@@ -205,7 +206,7 @@ class LongVideoEngine:
         With `checkpoint`, an interrupted or failed run saves its state there, and the same run continues from it; the file
         of another run is a UserError. Delete it once the latents are saved. `checkpoint_every` also saves the state after
         every so many steps and after the last, for processes that may be killed. Latents that are not finite raise UserError,
-        on all ranks together, and save no state. `on_step(finished, total)` is called after each step, and `preview` on
+        on all ranks together, and save no state. With `sampler.cache` only the last state is saved. `on_step(finished, total)` is called after each step, and `preview` on
         rank 0 inside each, see `DenoiseLoop`. `given` are given frames of the video.
         """
         if trace is not None and self.ranks.hybrid is not None:
@@ -213,6 +214,8 @@ class LongVideoEngine:
         if trace is not None and self.config.model.compile:
             raise UserError(f"{COMPILED_TRACE}; set model.compile false")
         sampler, video = self.config.sampler, self.config.video
+        if trace is not None and sampler.cache != "none":
+            raise UserError(f"sampler.cache {sampler.cache} {CACHED_TRACE}; set sampler.cache none")
         seed = sampler.seed if seed is None else seed
         negative_prompt = sampler.negative_prompt if negative_prompt is None else negative_prompt
         num_frames = video.num_frames if num_frames is None else num_frames
@@ -262,11 +265,12 @@ class LongVideoEngine:
             progress=self.progress,
             save=file.save if file is not None and self.is_first else None,
             save_every=checkpoint_every,
+            caches=sampler.cache != "none",
             on_step=on_step,
             preview=preview if self.is_first else None,
         )
         loop.take_up(history)
-        with self._directed(direction), self._beside(condition):
+        with self._directed(direction), self._beside(condition), self._cached():
             latents = loop.run(latents, done)
         seconds["denoise"] = time.perf_counter() - started
         return Denoised(
@@ -395,6 +399,13 @@ class LongVideoEngine:
             yield
         finally:
             state.beside = ()
+
+    def _cached(self) -> contextlib.AbstractContextManager[None]:
+        """Put the step cache on the transformers for a block; each has those steps that it denoises."""
+        steps: dict[str, list[int]] = {part: [] for part in self.checkpoint.experts}
+        for step, timestep in enumerate(self.pipe.scheduler.timesteps.tolist()):
+            steps[self.adapter.expert_at(timestep, self.pipe.config)].append(step)
+        return step_cache(self.handle.state, steps, self.pipe, self.config.sampler)
 
     def _draw_noise(self, num_frames: int, generator: torch.Generator) -> Tensor:
         """Draw the initial noise, on the CPU."""

@@ -28,7 +28,8 @@ _GIVEN = {
 }
 _SHOWN = 6
 # Settings that older versions lacked.
-_LATER = ("scheduler", "timesteps", "sigmas", "far", "guidance_scale_2")
+_CACHE = ("cache", "cache_threshold", "cache_interval", "cache_ratios")
+_LATER = ("scheduler", "timesteps", "sigmas", "far", "guidance_scale_2", *_CACHE)
 
 
 def latents_settings(

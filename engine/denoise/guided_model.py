@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from diffusers import DiffusionPipeline
 from torch import Tensor
@@ -31,6 +31,7 @@ class GuidedModel:
         fps: frames per second of the video.
         trace: observes the conditional pass, if given.
         condition: what the model sees of given pictures, on the device; None without any.
+        cached: by pass of this rank, whether a cache skipped layers of its last forward.
     """
 
     pipe: DiffusionPipeline
@@ -43,6 +44,7 @@ class GuidedModel:
     fps: int
     trace: SpectralTrace | None
     condition: Condition | None = None
+    cached: dict[str, bool] = field(default_factory=dict)
 
     def predict(self, latents: Tensor, timestep: Tensor) -> Tensor:
         """Velocity with guidance, as the model's own pipeline combines it."""
@@ -79,6 +81,8 @@ class GuidedModel:
         if self.trace is not None:
             self.trace.enabled = "cond" in passes
         texts = {name: self.text[name] for name in passes}
-        return self.adapter.predict(
+        predictions = self.adapter.predict(
             self.pipe, latents, timestep, texts, fps=self.fps, expert=expert, condition=self.condition
         )
+        self.cached.update(dict.fromkeys(passes, self.handle.state.last.cached))
+        return predictions

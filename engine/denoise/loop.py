@@ -36,6 +36,8 @@ class DenoiseLoop:
         save: saves the number of finished steps, the latents after them, the scheduler's state, and the history of the
             steps; None saves nothing.
         save_every: steps between saves; 0 saves only when the run ends early.
+        caches: whether steps may come from a cache, which the history then says of each. What it keeps is not saved, and a run that
+            continued without it would end elsewhere, so only finished latents are saved.
         on_step: called with the finished steps and their total after each.
         preview: called before the update of each step with its number from 1, their total, the latents, the velocity and the
             noise level.
@@ -51,6 +53,7 @@ class DenoiseLoop:
     save_every: int
     on_step: Callable[[int, int], None] | None
     preview: Preview | None = None
+    caches: bool = False
     steps: list[dict[str, Any]] = field(default_factory=list)
 
     def take_up(self, history: History) -> None:
@@ -82,9 +85,7 @@ class DenoiseLoop:
                     "seconds": now - started,
                     "cpu_seconds": cpu_now - cpu_started,
                 }
-                if len(self.model.placement.experts) > 1:
-                    row["expert"] = self.model.expert_at(timestep)
-                self.steps.append(row)
+                self.steps.append(row | self._more(timestep))
                 started, cpu_started = now, cpu_now
                 reached = (finished, latents, scheduler_state(self.scheduler, self.generator))
                 bar.set_postfix(mode=mode)
@@ -117,6 +118,16 @@ class DenoiseLoop:
                 self._save(*reached)
                 raise
 
+    def _more(self, timestep: float) -> dict[str, Any]:
+        """What the history says of a step of two transformers, or of one with a cache."""
+        more: dict[str, Any] = {}
+        if len(self.model.placement.experts) > 1:
+            more["expert"] = self.model.expert_at(timestep)
+        if self.caches:
+            # always a pass of rank 0, which writes records
+            more["cached"] = self.model.cached.get("cond", False)
+        return more
+
     def check(self, latents: Tensor, finished: int, total: int) -> None:
         """Raise UserError for latents that are not finite, before more steps or a video are computed from them."""
         dtype = str(self.model.pipe.transformer.dtype).removeprefix("torch.")
@@ -136,7 +147,7 @@ class DenoiseLoop:
 
     def _save(self, done: int, latents: Tensor, state: SchedulerState) -> None:
         """Save the state after the finished steps, if there are any."""
-        if self.save is None or done == 0:
+        if self.save is None or done == 0 or (self.caches and done < len(self.scheduler.timesteps)):
             return
         # On another stream: the current one is busy with the interrupted step, or waits for ranks that have ended, and these
         # tensors are complete.

@@ -17,12 +17,13 @@ from engine.adapters.base import unwrap
 from engine.errors import UserError
 from parallel.mesh import SeqMesh
 
-# Hooks of diffusers that act the same on every rank: these caches decide by the step alone, and placement and dtype hooks skip
-# nothing. Other hooks may skip blocks by the tokens of one rank, which would deadlock. Listed by full name, so that subclasses and
-# new hooks are refused.
-_SAFE_HOOKS = frozenset(
+# Hooks that act the same on every rank: these caches decide by the step alone or by the tokens of all ranks, and placement and dtype
+# hooks skip nothing. Other hooks may skip blocks by the tokens of one rank, which would deadlock. Listed by full name, so that
+# subclasses and new hooks are refused.
+_SAFE_HOOKS = {"engine.hooks.step_cache.SharedFirstBlock"} | {
     f"diffusers.hooks.{name}"
     for name in (
+        "first_block_cache.FBCBlockHook",  # does what its head decided
         "pyramid_attention_broadcast.PyramidAttentionBroadcastHook",
         "mag_cache.MagCacheHeadHook",
         "mag_cache.MagCacheBlockHook",
@@ -33,7 +34,7 @@ _SAFE_HOOKS = frozenset(
         "group_offloading.LazyPrefetchGroupOffloadingHook",
         "group_offloading.LayerExecutionTrackerHook",
     )
-)
+}
 
 
 class Uncopyable:

@@ -69,6 +69,7 @@ class Forward(Uncopyable):
     weights: Any = None
     frames: tuple[Tensor, ...] = ()
     layer: int = 0
+    cached: bool = False  # whether a cache skipped layers, once the forward has ended
 
     @property
     def windows(self) -> WindowedAttention:

@@ -14,6 +14,7 @@ from engine.errors import UserError
 from engine.hooks.in_force import Uncopyable, refuse_caches_of_one_rank, skips_layers
 from engine.hooks.self_attention import BranchProcessor
 from engine.hooks.state import Forward, RunState
+from engine.hooks.step_cache import forget_steps
 from engine.kernel_choice import choose_for_pipeline, choose_solver, select_kernels
 from freespec.attention import WindowedAttention, table_of
 from freespec.far_keys import far_tokens
@@ -62,6 +63,7 @@ class StepHook(Uncopyable):
         self._steps: list[int] = []  # of this run, in order
         # the `_path` with which a forward of this run has called every layer of a transformer
         self._complete: dict[Any, object] = {}
+        self._last: tuple[Any, Mode] | None = None
         self._in_call = False
         self._kernels: dict[tuple[torch.device, torch.dtype], str] = {}
 
@@ -89,6 +91,10 @@ class StepHook(Uncopyable):
         plan = self._plan[step]
         # At native length both branches are the whole video, and the stock computation is kept bit for bit.
         mode = "global" if frames - len(state.beside) <= setup.window_frames else plan.mode
+        if (transformer, mode) != self._last:  # what a cache kept of a dual step is not that of a local one
+            for each in self._processors:
+                forget_steps(each)
+            self._last = transformer, mode
         attention = self._attention(transformer, grid, latents)
         layout, attention_layout = share_tokens(
             state, transformer.config, grid.tokens, latents=latents, mode=mode, halo=attention.halo
@@ -134,6 +140,7 @@ class StepHook(Uncopyable):
                 f"the attention of {len(missing)} of {len(processors)} layers (the first is {missing[0]}) was computed without the "
                 "method: the forward of the transformer, a block or an attention was replaced; undo that, or call the handle's remove()"
             )
+        state.last.cached = bool(missing)
         self._complete[transformer] = path
 
     def begin_call(self) -> None:
@@ -162,7 +169,7 @@ class StepHook(Uncopyable):
         return [(module, vars(module).get("forward"), type(module).forward) for module in modules]
 
     def _begin_run(self) -> None:
-        self._steps, self._complete = [], {}
+        self._steps, self._complete, self._last = [], {}, None
 
     def _note(self, step: int) -> None:
         """Add a step to this run, or begin another run."""

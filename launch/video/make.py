@@ -67,6 +67,8 @@ def summary(record: Record, files: OutputFiles | ItemFiles) -> str:
     """One line about a finished video."""
     modes = [step["mode"] for step in record["steps"]]
     counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in dict.fromkeys(modes))
+    cached = sum(step.get("cached", False) for step in record["steps"])
+    counts += f", {cached} of them from the cache" if cached else ""
     seconds = record["seconds"]
     resumed = f" (continued after step {record['resumed_at']})" if record["resumed_at"] else ""
     return (
@@ -131,7 +133,11 @@ def explain_denoising(
     except LatentsKept as error:
         raise Stopped(f"before decoding; {describe_kept(files)}") from error
     except KeyboardInterrupt as error:
-        raise Stopped(_describe_checkpoint(files, "before the first step was finished; nothing was kept")) from error
+        cache = engine.config.sampler.cache
+        nothing = "before the first step was finished; nothing was kept"
+        if cache != "none":
+            nothing = f"nothing was kept: with sampler.cache {cache} a run starts over"
+        raise Stopped(_describe_checkpoint(files, nothing)) from error
     except CollectiveError as error:
         kept = f"; {_describe_checkpoint(files)}" if engine.is_first else ""
         raise LostRankError(f"{error}{kept}") from error

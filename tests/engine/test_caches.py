@@ -69,7 +69,7 @@ UNSAFE = {
     "MyCache": MyCacheConfig(threshold=0.1),
 }
 # Put on without `enable_cache`, which would have noted a configuration.
-UNSAFE_HOOKS = ("FBCBlockHook, FBCHeadBlockHook", "MyHook", "FeedForwardSkipHook, TransformerBlockSkipHook")
+UNSAFE_HOOKS = ("FBCHeadBlockHook", "MyHook", "FeedForwardSkipHook, TransformerBlockSkipHook")
 
 
 def add_cache(transformer: nn.Module, name: str) -> None:
