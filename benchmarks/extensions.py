@@ -18,8 +18,8 @@ from torch import Tensor
 
 from benchmarks.measure import ROOT
 from benchmarks.videos import Video, made_with, make_missing, options, read_kept, sampler_of, with_kept, write_report
-from engine.denoise.saved import save_latents
 from engine.engine import LongVideoEngine
+from engine.files.latents import save_latents
 from engine.given.frames import MAX_NOISE, GivenFrames
 from engine.given.known import encode_frames
 from evaluation.study.directed import CONTINUED, WAYS, WRONG, extensions

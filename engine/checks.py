@@ -8,11 +8,11 @@ import torch
 from engine.adapters import ModelAdapter, VideoSpec
 from engine.config import RunConfig
 from engine.decode.tiling import check_tiles
-from engine.denoise.schedulers import check_levels
 from engine.errors import UserError
 from engine.kernel_choice import select_kernels
 from engine.load.loras import check_sides
 from engine.ranks.layouts import Ranks, check_layout
+from engine.schedulers import check_levels
 from freespec.far_keys import far_tokens
 from freespec.riflex import Riflex
 
@@ -86,7 +86,7 @@ def check_ranks(config: RunConfig, ranks: Ranks) -> None:
     if (provider == "xfuser") != (ranks.hybrid is not None):
         raise UserError(
             f"parallel.provider is {provider}, but the ranks were joined for another one; make both from one configuration "
-            "(engine.ranks.arrange.join_ranks)"
+            "(engine.planner.arrange.join_ranks)"
         )
     check_layout(config.method.name, config.method.method, ranks.degrees)
 

@@ -39,6 +39,9 @@ VIDEO_KINDS: dict[str, VideoKind] = {".mp4": "mp4", ".gif": "gif", ".webp": "web
 """Output format by file ending; `png` is a folder of frames."""
 """`png` is a folder of them, one for each frame."""
 
+ANY_FRAME = "any"
+"""Among the places at which a checkpoint was trained for pictures: every frame of the video."""
+
 # By the ending of a video. Browsers show frames of 10 ms or less for 100 ms; GIF counts in hundredths of a second.
 MOST_RATES = {".mp4": MOST_FPS, ".gif": 50, ".webp": 90}
 MOST_STEPS = 10_000

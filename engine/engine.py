@@ -26,7 +26,6 @@ from engine.denoise.guided_model import GuidedModel
 from engine.denoise.loop import DenoiseLoop, Preview
 from engine.denoise.noise import draw_noise
 from engine.denoise.saved import RunFile
-from engine.denoise.schedulers import make_scheduler, set_timesteps
 from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError
 from engine.given.frames import GivenFrames
@@ -41,12 +40,13 @@ from engine.load.experts import ExpertPlacement
 from engine.load.pipeline import load_pipeline
 from engine.load.provenance import describe_loaded, describe_weights
 from engine.load.sharded_weights import shard_pipeline, shards_text
+from engine.planner.arrange import idle_stays
 from engine.progress import enabled, progress_bar
 from engine.ranks.agreement import broadcast_bytes, check_agreement, from_first, raise_together, setting_prints
-from engine.ranks.arrange import idle_stays
 from engine.ranks.group_of_one import GROUP_OF_ONE
 from engine.ranks.layouts import Ranks, check_layout
 from engine.record import EngineFacts, build_record, running_revision
+from engine.schedulers import make_scheduler, set_timesteps
 from engine.spectra.trace import SpectralTrace
 from engine.text.encode import PromptEncoder
 from engine.text.timeline import Direction, read_direction

@@ -1,10 +1,26 @@
-"""The error for a user's mistake, which commands print as one line, and messages for exhausted memory."""
+"""The error for a user's mistake, which commands print as one line, and messages for exhausted memory and for latents with NaN."""
 
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class UserError(ValueError):
     """A mistake of the user: what is wrong, with the numbers, and what to do. Never a fault of the program."""
+
+
+class NotFiniteError(UserError):
+    """Latents contain NaN or infinity."""
+
+
+def check_finite(latents: "Tensor", *, where: str, remedy: str) -> None:
+    """Raise NotFiniteError unless all latents are finite; all ranks hold the same latents, and so raise together."""
+    finite = latents.isfinite()
+    if not finite.all():
+        bad = finite.numel() - int(finite.sum())
+        raise NotFiniteError(f"{bad} of {finite.numel()} numbers of the latents are not finite {where}; {remedy}")
 
 
 def first_line(error: BaseException) -> str:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from engine.adapters.base import VideoSpec
 from engine.decode.decoder import VideoDecoder
-from engine.denoise.saved import save_latents
 from engine.engine import LongVideoEngine
+from engine.files.latents import save_latents
 from engine.files.video import VideoFiles
 from engine.media.contact_sheet import FrameSampler, contact_sheet, write_picture
 from engine.media.write_video import open_video

@@ -152,3 +152,27 @@ def test_negative_control_import_cycle() -> None:
     sources = {"engine.engine": "import engine.loop", "engine.loop": hidden, "engine.record": "import engine.engine"}
     assert find_cycles(sources) == [["engine.engine", "engine.loop", "engine.record"]]
     assert find_cycles(sources | {"engine.loop": "from engine import errors"}) == []
+
+
+def find_room_cycles(sources: Mapping[str, str]) -> list[list[str]]:
+    """Groups of rooms, the sub-packages of a floor, whose modules import one another's."""
+    packages = {name.rpartition(".")[0] for name in sources}
+    rooms = {name: found for name in sources if (found := ".".join(name.split(".")[:2])) in packages and found != name}
+    rooms |= {room: room for room in set(rooms.values())}
+    arrows: dict[str, set[str]] = {room: set() for room in rooms.values()}
+    for name, room in rooms.items():
+        arrows[room] |= {rooms[other] for other in imported(sources.get(name, ""), rooms.keys())} - {room}
+    return [sorted(group) for group in strongly_connected(arrows) if len(group) > 1]
+
+
+def test_no_rooms_import_one_another_in_a_circle() -> None:
+    files = [path for floor in sorted(OURS - {"tests"}) for path in (ROOT / floor).rglob("*.py")]
+    assert find_room_cycles({module_name(path): path.read_text() for path in files}) == []
+
+
+def test_negative_control_room_cycle() -> None:
+    sources = {"launch.cli.a": "import launch.ranks.b", "launch.ranks.b": "import launch.errors"}
+    sources |= {"launch.ranks.c": "from launch.cli import d", "launch.cli.d": "", "launch.errors": ""}
+    assert find_cycles(sources) == []
+    assert find_room_cycles(sources) == [["launch.cli", "launch.ranks"]]
+    assert find_room_cycles(sources | {"launch.ranks.c": "from launch import errors"}) == []

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.adapters.blend import Tiles
 from engine.config import DecodeConfig
-from engine.decode.blend import Tiles
-from engine.denoise.schedulers import ADVICE, check_flow
 from engine.errors import UserError, first_line
+from engine.schedulers import ADVICE, check_flow
 
 Range = tuple[int, int]
 # Encoded text of one pass: embeddings [1, K, C], and for a model that masks padding a mask [1, K] of 0 and 1.
@@ -402,7 +402,7 @@ class ModelAdapter(ABC):
         return transformer
 
     def try_scheduler(self, scheduler: Any) -> bool:
-        """Whether the scheduler draws noise while it steps, from a trial as `engine.denoise.schedulers.check_flow` describes it.
+        """Whether the scheduler draws noise while it steps, from a trial as `engine.schedulers.check_flow` describes it.
 
         UserError for one that the model's pipeline cannot use, or with which it would run and give a wrong video; other errors
         are the scheduler's own, for a value of its configuration.

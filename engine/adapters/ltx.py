@@ -21,10 +21,10 @@ from engine.adapters.base import (
     TimeSettings,
     VideoSpec,
 )
+from engine.adapters.blend import cover, fade_in, lay_over, overlap_share
 from engine.config import DecodeConfig
-from engine.decode.blend import cover, fade_in, lay_over, overlap_share
-from engine.denoise.schedulers import ADVICE, fixed_shift
 from engine.errors import UserError
+from engine.schedulers import ADVICE, fixed_shift
 
 # What LTXVideoTransformer3DModel and AutoencoderKLLTXVideo fix in code, or have as the default of a key.
 SCALING = (True, True, True, False)

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from engine.adapters.base import Condition, ModelAdapter, Text, VideoSpec, as_frames, order_of_tokens
 from engine.adapters.ltx import LtxAdapter
-from engine.denoise.schedulers import ADVICE, TRAINED_TIMESTEPS, fixed_shift
+from engine.config import ANY_FRAME
 from engine.errors import UserError
-from engine.given.frames import ANY_FRAME
+from engine.schedulers import ADVICE, TRAINED_TIMESTEPS, fixed_shift
 
 
 class LtxConditionAdapter(LtxAdapter):

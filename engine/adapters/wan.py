@@ -28,8 +28,8 @@ from engine.adapters.base import (
     half_of_two,
 )
 from engine.config import DecodeConfig
-from engine.denoise.schedulers import TRAINED_TIMESTEPS, fixed_shift
 from engine.errors import UserError
+from engine.schedulers import TRAINED_TIMESTEPS, fixed_shift
 
 _WITH_PICTURES = "WanImageToVideoPipeline"
 _TEXT_TOKENS = 512

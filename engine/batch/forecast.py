@@ -19,11 +19,11 @@ from engine.errors import UserError
 from engine.files.checks import checkpoint_bytes, least_video_bytes
 from engine.files.trees import DamagedError, read_tree
 from engine.load.checkpoint import open_checkpoint
+from engine.planner.arrange import Arrangement, arrange_ranks, choose_degrees
 from engine.planner.choose import choose
 from engine.planner.gpu import read_gpu
 from engine.planner.model import read_model
 from engine.planner.plan import Case, Options
-from engine.ranks.arrange import Arrangement, arrange_ranks, choose_degrees
 from engine.text.cache import cache_key, cached_name
 
 # H.264 at the default quality: an assumption, replaced by the mean of the folder's own videos once there are any.

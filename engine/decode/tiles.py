@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.adapters.base import LatentDecoder
-from engine.decode.blend import fade_in, lay_over, overlap_share
+from engine.adapters.blend import fade_in, lay_over, overlap_share
 from engine.decode.pieces import clamp, decode_step, open_decoder
 from engine.decode.tiling import DecodePlan, TileGrid
 from parallel.collectives import CollectiveTrace, collect, ignore_bytes

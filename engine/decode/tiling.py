@@ -13,8 +13,8 @@ import torch
 
 from engine.adapters import ModelAdapter, VideoSpec, adapter_of
 from engine.adapters.base import DecodeMode, TimeSettings
+from engine.adapters.blend import cover
 from engine.config import DecodeConfig
-from engine.decode.blend import cover
 from engine.decode.live_bytes import LiveBytes
 from engine.decode.pieces import clamp, decode_step, make_ready, open_decoder
 from engine.errors import UserError

@@ -1,1 +1,1 @@
-"""From noise to latents: schedulers, the denoising loop, and saved latents and runs."""
+"""From noise to latents: the denoising loop, and saved runs."""

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.denoise.schedulers import step_noise
-from engine.errors import UserError
 from engine.given.known import Known
+from engine.schedulers import step_noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,15 +69,3 @@ def denoise(
         if after_step is not None:
             after_step(step + 1, latents)
     return latents if known is None else known.put(latents, 0.0)
-
-
-class NotFiniteError(UserError):
-    """Latents contain NaN or infinity."""
-
-
-def check_finite(latents: Tensor, *, where: str, remedy: str) -> None:
-    """Raise NotFiniteError unless all latents are finite; all ranks hold the same latents, and so raise together."""
-    finite = torch.isfinite(latents)
-    if not finite.all():
-        bad = finite.numel() - int(finite.sum())
-        raise NotFiniteError(f"{bad} of {finite.numel()} numbers of the latents are not finite {where}; {remedy}")

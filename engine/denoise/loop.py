@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.denoise.denoise import NotFiniteError, check_finite, denoise
+from engine.denoise.denoise import denoise
 from engine.denoise.guided_model import GuidedModel
 from engine.denoise.saved import History
-from engine.denoise.schedulers import SchedulerState, scheduler_state
 from engine.devices import wait_for
+from engine.errors import NotFiniteError, check_finite
 from engine.given.known import Known
 from engine.ranks.agreement import first_failure
+from engine.schedulers import SchedulerState, scheduler_state
 from freespec import eigen
 
 Save = Callable[[int, Tensor, SchedulerState, History], None]

@@ -1,4 +1,4 @@
-"""Save and load latents and unfinished runs as safetensors files, written atomically."""
+"""Save and load unfinished runs as safetensors files, written atomically."""
 
 import json
 from collections.abc import Mapping
@@ -8,46 +8,17 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from engine.denoise.schedulers import SchedulerState, restore_scheduler
 from engine.errors import UserError
 from engine.files.tensors import DAMAGED, read_metadata
 from engine.files.trees import DamagedError, parse_json
 from engine.files.whole import atomic_path
 from engine.identity import check_run, settings_id
-
-# Dtypes of saved latents.
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from engine.schedulers import SchedulerState, restore_scheduler
 
 History = dict[str, list[dict[str, Any]]]
 """Rows about finished steps, in JSON's types, by what wrote them; each row has a `step`."""
-
-
-def save_latents(path: Path, latents: Tensor, metadata: dict[str, str], *, replace: bool = True) -> None:
-    """Write latents [1, z, F, h, w] with their metadata.
-
-    Serialised to bytes first, because the library's writer raises errors of another class and makes files private to their owner.
-
-    Raises:
-        WriteError: the disk does not take them, or, without `replace`, another file has the name.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(path, replace=replace) as part:
-        part.write_bytes(safetensors.torch.save({"latents": latents.cpu().contiguous()}, metadata))
-
-
-def load_latents(path: Path) -> tuple[Tensor, dict[str, str]]:
-    """Read the latents and metadata of `save_latents`; UserError if the file is missing, broken or of another kind."""
-    tensors, metadata = _read(path)
-    if "latents" not in tensors:
-        raise UserError(f"{path} holds no latents but {len(tensors)} other tensors; give a file that generate.py saved")
-    latents = tensors["latents"]
-    if latents.dtype not in _DTYPES:
-        kind = str(latents.dtype).removeprefix("torch.")
-        raise UserError(f"{path} holds latents of {kind}, and generate.py saves float32; give such a file")
-    return latents, metadata
 
 
 @dataclass(frozen=True)
@@ -107,13 +78,3 @@ def kept_steps(path: Path) -> int:
         return int((read_metadata(path) or {})["step"])
     except (DamagedError, KeyError, ValueError):
         return 0
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    except (OSError, *DAMAGED) as error:
-        raise UserError(f"{path} is not a whole safetensors file ({error}); delete it or fetch it again") from error

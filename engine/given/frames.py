@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.config import ANY_FRAME
 from engine.errors import UserError
 from engine.files.whole import file_sha256
 from engine.paths import expand
 from engine.text.timeline import first_frame
 
 Shows = Literal["whole", "new"]
-
-ANY_FRAME = "any"
-"""Among the places at which a checkpoint was trained for pictures: every frame of the video."""
 
 MAX_NOISE = 0.3
 """The default of `GivenFrames.max_noise` (docs/given-frames.md, Rules that were compared)."""

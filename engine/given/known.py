@@ -18,8 +18,8 @@ from torch import Tensor
 from engine.adapters import ModelAdapter, VideoSpec
 from engine.adapters.base import Condition, as_frames
 from engine.decode.pieces import make_ready
-from engine.denoise.saved import load_latents
 from engine.errors import UserError
+from engine.files.latents import load_latents
 from engine.given.frames import MAX_NOISE, GivenFrames, GivenImage, span_of
 from engine.given.image import read_image
 from engine.media.read_video import check_colours, frame_rate, measure, read_video

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.denoise.denoise import check_finite
 from engine.devices import wait_for
-from engine.errors import UserError
+from engine.errors import UserError, check_finite
 from engine.hooks.in_force import Uncopyable, refuse_caches_of_one_rank, skips_layers
 from engine.hooks.self_attention import BranchProcessor
 from engine.hooks.state import Forward, RunState

@@ -15,7 +15,6 @@ from torch import nn
 from engine.adapters import ModelAdapter, VideoSpec, adapter_named
 from engine.adapters.published import PUBLISHED, SOURCES
 from engine.config import ModelConfig, SamplerConfig
-from engine.denoise.schedulers import make_scheduler, set_timesteps
 from engine.errors import UserError, first_line
 from engine.load.checkpoint import spec_of
 from engine.load.hub import quiet_hub
@@ -23,6 +22,7 @@ from engine.load.pipeline import faults_of
 from engine.load.quantised import FP8, is_matrix, store, torchao_bytes
 from engine.load.weights import build_part, read_config
 from engine.paths import find_checkpoint
+from engine.schedulers import make_scheduler, set_timesteps
 from parallel.zero3 import LIVE_LAYERS, repeated_layers
 
 FP32_BYTES = 4

@@ -1,8 +1,7 @@
 """Warn before a run if all its steps are of one kind, as with few steps near pure noise."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from engine.batch.variants import Variant
 from engine.config import MethodConfig, RunConfig
 from engine.planner.model import read_model
 from freespec.methods import Method, Mode
@@ -18,17 +17,16 @@ _DOES: dict[Mode, str] = {
 }
 
 
-def describe_splits(config: RunConfig, variants: Sequence[Variant] = ()) -> Iterator[str]:
+def describe_splits(config: RunConfig, methods: Mapping[str, MethodConfig] | None = None) -> Iterator[str]:
     """One sentence for each method whose steps are all alike, although the method treats noisy and late steps differently.
 
     Args:
         config: the run.
-        variants: the methods, if there are several.
+        methods: the methods by label, if there are several.
     """
     spec, video = read_model(config.model), config.video
     latent = spec.video.latent_shape(video.num_frames, video.height, video.width)[2:]
-    methods = [(each.label, each.config.method) for each in variants] or [(config.method.name, config.method)]
-    for label, method in methods:
+    for label, method in (methods or {config.method.name: config.method}).items():
         if spec.grid(video.num_frames, video.height, video.width)[0] <= method.window_frames:
             continue  # at native length no step fuses
         both = _modes(method.method, _EVERY_TIMESTEP)

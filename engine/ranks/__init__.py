@@ -1,1 +1,1 @@
-"""The ranks that share a video: their arrangement, agreement between them, and layouts that a method supports."""
+"""The ranks that share a video: agreement between them, and layouts that a method supports."""

@@ -10,7 +10,7 @@ from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_empt
 from launch.arguments.options import add_out
 from launch.arguments.prompts import Prompts, add_num_prompts, add_prompts, choose_prompts
 from launch.arguments.ranks import add_ranks, check_model
-from launch.batching.options import Replicas, add_replicas, read_replicas
+from launch.arguments.replicas import Replicas, add_replicas, read_replicas
 from launch.cli.parser import parse_run
 from launch.ranks.backend import check_environment
 

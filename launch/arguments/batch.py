@@ -12,8 +12,8 @@ from engine.paths import expand
 from engine.planner.gpu import read_gpu
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output
 from launch.arguments.ranks import check_model
+from launch.arguments.replicas import Options, add_arguments
 from launch.arguments.variants import read_variants
-from launch.batching.options import Options, add_arguments
 from launch.cli.parser import parse_run
 from launch.ranks.backend import check_environment
 

@@ -12,7 +12,7 @@ from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, read_seeds,
 from launch.arguments.options import add_out, add_prompts_file, add_seeds
 from launch.arguments.prompts import Prompts, read_prompts
 from launch.arguments.ranks import add_ranks, check_model
-from launch.batching.options import Replicas, add_replicas, read_replicas
+from launch.arguments.replicas import Replicas, add_replicas, read_replicas
 from launch.cli.parser import parse_run
 from launch.ranks.backend import check_environment
 

@@ -12,8 +12,8 @@ from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_empt
 from launch.arguments.options import add_out
 from launch.arguments.prompts import EXAMPLE
 from launch.arguments.ranks import check_model
-from launch.cli.argv import option_value
 from launch.cli.parser import add_former_name, parse_run
+from launch.process.argv import option_value
 from launch.ranks.backend import check_environment
 
 DESCRIPTION = "Make one video with three methods, a picture that compares them, and a video of a timeline."

@@ -11,10 +11,10 @@ from engine.given.frames import GivenFrames
 from launch.arguments.given import add_given, read_given
 from launch.arguments.prompts import EXAMPLE, Prompts, add_prompts, read_prompts
 from launch.arguments.ranks import add_ranks, check_model, check_started
-from launch.cli.argv import option_value
 from launch.cli.parser import parse_run
+from launch.process.argv import option_value
+from launch.process.environment import PlacementStrategy, RankEnv
 from launch.ranks.backend import check_environment
-from launch.ranks.environment import PlacementStrategy, RankEnv
 from launch.ranks.ray_pool import PLACEMENT_HELP, NoRayError, check_placement
 from launch.video.outputs import OutputFiles, frame_folders, plan_outputs
 from launch.video.stages import look

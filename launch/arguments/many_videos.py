@@ -8,7 +8,7 @@ from engine.batch.suite import check_once
 from engine.config import OutputConfig
 from engine.errors import UserError
 from launch.arguments.options import seeds_from
-from launch.cli.argv import option_value
+from launch.process.argv import option_value
 
 _NUM_SEEDS = 2**63  # what a seed must be less than (SamplerConfig)
 # Settings of one video's files, which these commands name themselves; existing videos are not made again.

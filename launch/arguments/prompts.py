@@ -12,7 +12,7 @@ from engine.shown import quoted
 from engine.text.prompt_files import NEGATIVE_SETTING, read_prompt_lines
 from engine.text.timeline import read_timeline
 from launch.arguments.options import add_prompts_file
-from launch.cli.argv import option_value
+from launch.process.argv import option_value
 
 # The default prompt.
 EXAMPLE = "a red circle bounces over a blue background"

@@ -8,8 +8,8 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import find_checkpoint
 from launch.arguments.options import add_nproc
-from launch.cli.argv import option_value
-from launch.ranks.environment import LAUNCHER, RankEnv
+from launch.process.argv import option_value
+from launch.process.environment import LAUNCHER, RankEnv
 
 
 def add_ranks(parser: ArgumentParser) -> None:

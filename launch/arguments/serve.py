@@ -15,8 +15,8 @@ from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_empt
 from launch.arguments.options import add_methods, add_nproc, add_prompts_file
 from launch.arguments.prompts import read_prompts
 from launch.arguments.ranks import check_model
+from launch.arguments.replicas import Replicas, add_replicas
 from launch.arguments.variants import read_variants
-from launch.batching.options import Replicas, add_replicas
 from launch.cli.parser import parse_run
 from launch.ranks.backend import check_environment
 

@@ -19,14 +19,14 @@ from engine.files.storage import writing_to
 from engine.files.tensors import read_metadata
 from engine.files.trees import DamagedError
 from engine.load.checkpoint import open_checkpoint
+from engine.planner.arrange import check_settings
 from engine.planner.model import read_model
-from engine.ranks.arrange import check_settings
 from engine.ranks.layouts import check_layout
 from evaluation.comparison.kept_measures import check_kept, read_kept
 from evaluation.comparison.store import Comparison, ModelFacts, Video, record_of
+from launch.arguments.replicas import Replicas
 from launch.batching.drive import make
 from launch.batching.messages import SUPPORT, check_room
-from launch.batching.options import Replicas
 from launch.batching.work import Prepare, Work
 from launch.process.stopping import Stopped
 from launch.ranks.join import DistContext, open_ranks

@@ -10,8 +10,8 @@ from engine.batch.variants import Variant
 from engine.config import RunConfig
 from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError
-from engine.ranks.arrange import Arrangement
-from launch.batching.options import Replicas
+from engine.planner.arrange import Arrangement
+from launch.arguments.replicas import Replicas
 from launch.ranks.ray_pool import NoRayError, check_placement, check_ray
 
 

@@ -16,8 +16,8 @@ from engine.batch.queue import Queue
 from engine.config import RunConfig
 from engine.denoise.saved import kept_steps
 from engine.errors import UserError
+from launch.arguments.replicas import Replicas
 from launch.batching.messages import SUPPORT, describe_given_up, halted, say_end
-from launch.batching.options import Replicas
 from launch.batching.replicas import open_replicas
 from launch.batching.terminal import Terminal
 from launch.batching.work import Prepare, Work

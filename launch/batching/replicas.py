@@ -11,9 +11,9 @@ import torch
 
 from engine.batch.files import BatchFiles
 from engine.errors import UserError
+from launch.arguments.replicas import Replicas
 from launch.batching.group import Group
-from launch.batching.options import Replicas
-from launch.ranks.environment import carried, share_cores
+from launch.process.environment import carried, share_cores
 from launch.ranks.local import WORKER, LocalRanks
 from launch.ranks.ray_pool import NoRayError, RayPool, RayRanks, Start
 

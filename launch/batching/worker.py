@@ -31,10 +31,10 @@ from engine.errors import UserError, describe_out_of_memory, first_line, is_out_
 from engine.files.storage import is_storage_fault, names_storage_fault
 from engine.given.frames import parse_given
 from engine.ranks.agreement import from_first
+from launch.process.environment import EVENTS
 from launch.process.exit_codes import LostRankError, run_command
 from launch.process.stopping import StopSignals, die_with_parent
 from launch.process.streams import unfailing_streams
-from launch.ranks.environment import EVENTS
 from launch.ranks.join import DistContext, open_ranks
 from launch.video.latents_record import restore_config
 from parallel.collectives import CollectiveError

@@ -19,8 +19,8 @@ from engine.errors import UserError
 from engine.files.trees import read_yaml
 from engine.presets import describe_parser_error, find_config, finished, refuse_null
 from launch.cli.suggestions import describe_unknown
+from launch.process.environment import LAUNCHER, is_first_rank
 from launch.process.stopping import show
-from launch.ranks.environment import LAUNCHER, is_first_rank
 
 DEFAULT_CONFIG = "configs/tiny-wan.yaml"
 

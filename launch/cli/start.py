@@ -12,11 +12,11 @@ from typing import Any
 from engine.errors import UserError
 from engine.paths import REPOSITORY
 from engine.shown import PrintableStream
-from launch.cli.argv import requested_ranks, requested_ray
+from launch.process.argv import requested_ranks, requested_ray
+from launch.process.environment import LAUNCHER, RankEnv, RankEnvError, without_place
 from launch.process.exit_codes import run_command
 from launch.process.stopping import StopSignals, die_with_parent, show
 from launch.process.streams import RankLines, unfailing_streams
-from launch.ranks.environment import LAUNCHER, RankEnv, RankEnvError, without_place
 from launch.ranks.launcher import is_verbose, start_on_ray, start_ranks
 
 

@@ -24,8 +24,8 @@ from evaluation.comparison.store import Comparison
 from launch.arguments.analyze import Arguments
 from launch.batching.comparison import check_longer, model_facts, open_maker, stoppable
 from launch.batching.devices import arrange_for
+from launch.process.environment import is_first_rank
 from launch.process.stopping import Stopped
-from launch.ranks.environment import is_first_rank
 from launch.ranks.join import DistContext
 from launch.video.outputs import claim_outputs
 from launch.video.prompts import look_at_prompts

@@ -27,7 +27,7 @@ from evaluation.study.summary import as_json
 from launch.arguments.calibrate import NAME, Arguments
 from launch.batching.comparison import VideoMaker, check_longer, model_facts, open_maker, stoppable
 from launch.batching.devices import arrange_for
-from launch.ranks.environment import is_first_rank
+from launch.process.environment import is_first_rank
 from launch.video.prompts import look_at_prompts
 
 KEPT_SHARE = 3  # one in this many trials of a round goes on to the next

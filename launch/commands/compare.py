@@ -10,7 +10,7 @@ from evaluation.study.report import NothingToReportError, write_report
 from launch.arguments.compare import Arguments
 from launch.batching.comparison import model_facts, open_maker, stoppable
 from launch.batching.devices import arrange_for
-from launch.ranks.environment import is_first_rank
+from launch.process.environment import is_first_rank
 from launch.video.prompts import look_at_prompts
 
 

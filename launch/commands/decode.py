@@ -9,10 +9,9 @@ from torch import Tensor
 
 from engine.config import RunConfig
 from engine.decode.decoder import open_decoder
-from engine.denoise.denoise import check_finite
-from engine.denoise.saved import load_latents
-from engine.errors import UserError
+from engine.errors import UserError, check_finite
 from engine.files.checks import check_space, least_video_bytes
+from engine.files.latents import load_latents
 from engine.load.checkpoint import open_checkpoint
 from engine.media.read_video import measure
 from engine.paths import expand

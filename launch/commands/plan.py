@@ -5,12 +5,12 @@ import json
 from typing import Any
 
 from engine.config import RunConfig
+from engine.planner.arrange import check_settings
 from engine.planner.choose import choose
 from engine.planner.gpu import GpuSpec
 from engine.planner.memory import GIB
 from engine.planner.model import ModelSpec, read_model
 from engine.planner.plan import MODES, Case, Plan, plan
-from engine.ranks.arrange import check_settings
 from launch.arguments.plan import Arguments
 
 NOTE = "Every time is predicted from datasheets and assumed fractions of them (see `sources` in the GPU's file)."

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from engine.shown import printable
-from launch.ranks.environment import LAST_LINE, LAUNCHER, RankEnv
+from launch.process.environment import LAST_LINE, LAUNCHER, RankEnv
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -3,7 +3,7 @@
 import os
 
 from engine.errors import UserError
-from launch.ranks.environment import RankEnv
+from launch.process.environment import RankEnv
 
 BACKEND = "DIFFUSERS_ATTN_BACKEND"
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from engine.paths import REPOSITORY
+from launch.process.environment import EVENTS, LAST_LINE, LAUNCHER, STORE, without_place
 from launch.process.stopping import SIGNALS
-from launch.ranks.environment import EVENTS, LAST_LINE, LAUNCHER, STORE, without_place
 
 TAIL_LINES = 60
 TAIL_BYTES = 20_000

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from engine.config import RunConfig
 from engine.devices import pick_device
 from engine.errors import UserError, first_line
+from engine.planner.arrange import Arrangement, arrange_ranks, describe_place, join_ranks
 from engine.ranks.agreement import (
     broadcast_bytes,
     choose_failure,
@@ -28,12 +29,11 @@ from engine.ranks.agreement import (
     refuse_different,
     setting_prints,
 )
-from engine.ranks.arrange import Arrangement, arrange_ranks, describe_place, join_ranks
 from engine.ranks.layouts import Ranks
+from launch.process.environment import LAUNCHER, NODE, STORE, RankEnv
 from launch.process.exit_codes import LostRankError
 from launch.process.stopping import ignore_signals, say_for_first
 from launch.ranks.backend import check_backend
-from launch.ranks.environment import LAUNCHER, NODE, STORE, RankEnv
 from parallel.collectives import CollectiveError
 
 _ROLL_CALL_SECONDS = 0.05

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.cli.argv import option_value, without
+from launch.process.argv import option_value, without
+from launch.process.environment import carried, share_cores
 from launch.process.stopping import StopSignals, show
-from launch.ranks.environment import carried, share_cores
 from launch.ranks.host import Event, RankProcesses
 from launch.ranks.local import LocalRanks
 from launch.ranks.ray_pool import NoRayError, RayPool, Start, check_placement

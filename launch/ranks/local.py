@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.ranks.environment import rank_environment
+from launch.process.environment import rank_environment
 from launch.ranks.host import RankEvent, RankHost
 
 WORKER = ("-m", "launch.batching.worker")

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import first_line
+from launch.process.environment import EVENTS, NODE, number_ranks, rank_environment
 from launch.process.stopping import die_with_parent
-from launch.ranks.environment import EVENTS, NODE, number_ranks, rank_environment
 
 # Must be set before Ray is imported. A local Ray listens on loopback only, which this variable selects (it is the default on
 # Windows and macOS), and sends no usage statistics.

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.ranks.environment import STRATEGIES, PlacementStrategy
+from launch.process.environment import STRATEGIES, PlacementStrategy
 from launch.ranks.host import Event, RankHost
 
 BRIDGE = ("-m", "launch.ranks.ray_bridge")

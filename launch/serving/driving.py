@@ -11,9 +11,9 @@ from engine.batch.journal import FileJournal
 from engine.batch.queue import Queue
 from engine.denoise.saved import kept_steps
 from engine.shown import describe_seconds, printable
+from launch.arguments.replicas import Replicas
 from launch.batching.drive import keep
 from launch.batching.group import Group
-from launch.batching.options import Replicas
 from launch.batching.work import Prepare
 from launch.process.stopping import show
 from launch.serving.jobs import Jobs

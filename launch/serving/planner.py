@@ -25,7 +25,7 @@ from engine.given.known import check_given
 from engine.load.checkpoint import Checkpoint
 from engine.load.pipeline import load_tokenizer
 from engine.text.prompts import PROMPT, check_read_prompts
-from launch.batching.options import Replicas
+from launch.arguments.replicas import Replicas
 from launch.serving.extra import with_extra
 from launch.serving.requests import Offer, RefusedError, VideoRequest
 

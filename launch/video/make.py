@@ -8,9 +8,10 @@ from torch import Tensor
 
 from engine.batch.files import ItemFiles
 from engine.config import RunConfig
-from engine.denoise.saved import kept_steps, load_latents
+from engine.denoise.saved import kept_steps
 from engine.engine import LongVideoEngine
 from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
+from engine.files.latents import load_latents
 from engine.files.whole import describe_error
 from engine.given.frames import GivenFrames
 from engine.produce import LatentsFile, LatentsKept, Record, decode_to_files, denoise_to_file, share_decoding

@@ -38,7 +38,7 @@ def look_at_prompts(
         where = checkpoint.folder / "transformer"
         for note in describe_loras(config.model, checkpoint.adapter, checkpoint.read("transformer/config.json"), where):
             print(f"note: {note}", flush=True)
-        for note in describe_splits(config, variants):
+        for note in describe_splits(config, {each.label: each.config.method for each in variants}):
             print(f"note: {note}", flush=True)
         expected = describe_expected(config, num_prompts=len(prompts), ranks=ranks)
         if expected is not None:

@@ -16,7 +16,7 @@ from engine.config import (
     VideoConfig,
 )
 from engine.engine import LongVideoEngine
-from engine.ranks.arrange import arrange_ranks, join_ranks
+from engine.planner.arrange import arrange_ranks, join_ranks
 from parallel.deepspeed import DeepSpeedExchange
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import save_random_wan

@@ -17,9 +17,9 @@ from engine.config import DecodeConfig, MethodConfig, ModelConfig, ParallelConfi
 from engine.errors import UserError
 from engine.hooks.apply import apply_method
 from engine.hooks.self_attention import BranchProcessor
+from engine.planner.arrange import choose_degrees
 from engine.planner.layout import feasible_degrees, plan_sequence
 from engine.planner.model import ModelSpec
-from engine.ranks.arrange import choose_degrees
 from parallel.shards import length
 
 NATIVE = {

@@ -15,9 +15,9 @@ from engine.adapters.published import PUBLISHED
 from engine.adapters.wan import WAN, WanAdapter
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.decode.pieces import stream_decode
-from engine.denoise.saved import save_latents
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.files.latents import save_latents
 from engine.given.frames import GivenFrames, parse_given
 from engine.load.convolutions import use_onednn
 from engine.planner.flops import call_operations

@@ -27,20 +27,21 @@ from engine.batch.locks import Shard, own_shard
 from engine.batch.queue import Failure, Queue
 from engine.batch.variants import Variant
 from engine.config import ModelConfig
-from engine.denoise.saved import kept_steps, load_latents
+from engine.denoise.saved import kept_steps
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.files.latents import load_latents
 from engine.files.trees import read_lines
 from engine.files.whole import file_sha256
 from engine.paths import REPOSITORY
+from launch.arguments.replicas import Options, add_arguments
 from launch.batching.messages import halted
-from launch.batching.options import Options, add_arguments
 from launch.batching.replicas import check_cluster
 from launch.batching.terminal import Terminal
 from launch.batching.work import Work
 from launch.cli.parser import parse_run
 from launch.commands import batch
-from launch.ranks.environment import LAUNCHER
+from launch.process.environment import LAUNCHER
 from launch.ranks.launcher import too_few_gpus
 from launch.ranks.ray_pool import NoRayError, RayPool
 from tests.engine.batch import cases
@@ -340,7 +341,7 @@ def test_a_dry_run_checks_what_a_run_would(make_batch: Callable[..., Run], monke
     """GPUs that are not there, and finished videos by their SHA-256 if that is asked for."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr("engine.ranks.arrange._find_gpu", lambda device: None)
+    monkeypatch.setattr("engine.planner.arrange._find_gpu", lambda device: None)
     shown = make_batch({"gpus_per_replica": 2, "replicas": 2}, "--dry_run")
     assert "2 replicas of 2 ranks need 4 GPUs, and this machine has 1; use fewer" in shown.error
 

@@ -17,7 +17,7 @@ from engine.errors import UserError
 from evaluation.calibration.score import judge, survivors
 from evaluation.calibration.space import END_SHARES, SETTINGS, SPACE, START, draw_trials
 from evaluation.study.quality import parts_of, score_of
-from launch.batching.options import Replicas
+from launch.arguments.replicas import Replicas
 from launch.commands import calibrate
 from launch.process.exit_codes import GivenUpError
 from tests.launch.conftest import SMALL, Run

@@ -25,8 +25,8 @@ from engine.media.write_video import VideoWriter
 from engine.paths import REPOSITORY
 from launch.cli.start import run_script
 from launch.process import stopping
+from launch.process.environment import LAUNCHER
 from launch.process.streams import RankLines
-from launch.ranks.environment import LAUNCHER
 from launch.video import remaining
 from tests.launch.conftest import Run
 from tests.launch.forked import PATIENCE_SECONDS, run_forked

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from engine.denoise.saved import load_latents
+from engine.files.latents import load_latents
 from engine.files.whole import WriteError
 from engine.media.read_video import count_frames, read_video
 from engine.media.write_video import VideoWriter

@@ -16,8 +16,8 @@ from diffusers import LTXVideoTransformer3DModel, WanTransformer3DModel
 from torch import nn
 
 from engine.decode.decoder import VideoDecoder
-from engine.denoise.saved import load_latents
 from engine.engine import LongVideoEngine
+from engine.files.latents import load_latents
 from tests.launch.conftest import LTX, SMALL, Run
 from tests.launch.test_generate import names
 
@@ -148,7 +148,7 @@ def test_while_decoding_the_latents_are_kept(  # noqa: PLR0917
 def test_while_the_latents_are_written_they_are_kept(
     make: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from_engine, calls = sys.modules["engine.denoise.saved"].save_latents, []
+    from_engine, calls = sys.modules["engine.files.latents"].save_latents, []
 
     def stop_first(*args: object, **kwargs: object) -> None:
         calls.append(args)

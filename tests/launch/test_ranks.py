@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.denoise.saved import load_latents
+from engine.files.latents import load_latents
 from engine.media.read_video import count_frames
 from launch.arguments.prompts import EXAMPLE
-from launch.cli.argv import requested_ranks
 from launch.cli.start import run_here
-from launch.ranks.environment import LAUNCHER
+from launch.process.argv import requested_ranks
+from launch.process.environment import LAUNCHER
 from tests.launch.conftest import SMALL, Run
 from tests.launch.forked import Ended, run_forked
 from tests.launch.test_generate import names

@@ -19,10 +19,10 @@ import torch
 from engine import produce
 from engine.decode.decoder import VideoDecoder
 from engine.denoise.loop import DenoiseLoop
-from engine.denoise.saved import load_latents
 from engine.engine import LongVideoEngine
 from engine.files.checks import checkpoint_bytes
 from engine.files.claims import claim
+from engine.files.latents import load_latents
 from engine.files.tensors import read_metadata
 from engine.files.whole import WriteError
 from launch.cli.start import run_here

@@ -15,8 +15,8 @@ from engine.batch.variants import Variant
 from engine.config import FreeSpec
 from engine.errors import UserError
 from engine.paths import REPOSITORY
+from engine.planner.arrange import choose_degrees
 from engine.planner.model import read_model
-from engine.ranks.arrange import choose_degrees
 from engine.ranks.layouts import check_layout
 from evaluation.calibration.space import START, draw_trials
 from evaluation.calibration.videos import CalibrationPlan, Part

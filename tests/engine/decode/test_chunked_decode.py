@@ -15,11 +15,11 @@ from diffusers import AutoencoderKLLTXVideo
 from torch import Tensor
 
 from engine.adapters.base import TimeSettings
+from engine.adapters.blend import fade_in
 from engine.adapters.ltx import LTX, _ChunkDecoder, layer_noise_seed
 from engine.adapters.ltx_published import PUBLISHED
 from engine.config import DecodeConfig
 from engine.decode import tiles, tiling
-from engine.decode.blend import fade_in
 from engine.decode.live_bytes import LiveBytes
 from engine.decode.pieces import stream_decode
 from engine.decode.tiles import stream_tiles

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from engine.adapters import ADAPTERS, LTX, WAN
+from engine.adapters.blend import cover, lay_over, overlap_share
 from engine.config import DecodeConfig
-from engine.decode.blend import cover, lay_over, overlap_share
 from engine.decode.pieces import stream_decode
 from engine.decode.tiles import stream_tiles
 from engine.decode.tiling import make_grid, plan_decode

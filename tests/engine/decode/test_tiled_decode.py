@@ -19,11 +19,11 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from engine.adapters.base import TimeSettings
+from engine.adapters.blend import fade_in
 from engine.adapters.wan import WAN, _CausalDecoder
 from engine.adapters.wan_published import PUBLISHED
 from engine.config import DecodeConfig, MethodConfig, ModelConfig, OutputConfig, RunConfig, VideoConfig
 from engine.decode import tiles, tiling
-from engine.decode.blend import fade_in
 from engine.decode.decoder import open_decoder
 from engine.decode.live_bytes import LiveBytes
 from engine.decode.pieces import stream_decode, to_uint8

@@ -7,9 +7,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from engine.config import SamplerConfig
 from engine.denoise.denoise import denoise
 from engine.denoise.noise import draw_noise
-from engine.denoise.saved import RunFile, load_latents, save_latents
-from engine.denoise.schedulers import make_scheduler, scheduler_state
+from engine.denoise.saved import RunFile
 from engine.errors import UserError
+from engine.files.latents import load_latents, save_latents
+from engine.schedulers import make_scheduler, scheduler_state
 
 SCHEDULERS = {
     "unipc": lambda: UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),

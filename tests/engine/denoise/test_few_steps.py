@@ -23,7 +23,6 @@ from engine.batch.identity import config_tree
 from engine.batch.variants import Variant
 from engine.config import MethodConfig, RunConfig, SamplerConfig
 from engine.denoise.denoise import denoise
-from engine.denoise.schedulers import check_levels, make_scheduler, set_timesteps
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.identity import latents_settings
@@ -32,9 +31,10 @@ from engine.planner.model import read_model
 from engine.planner.plan import Case
 from engine.planner.split import describe_splits
 from engine.ranks.layouts import Ranks
+from engine.schedulers import check_levels, make_scheduler, set_timesteps
 from freespec.methods import FreeSpec
-from tests.engine.denoise.test_schedulers import FLOW, SAVE, StopError, config_of
 from tests.engine.golden import PROMPT, mesh_of, relative
+from tests.engine.test_schedulers import FLOW, SAVE, StopError, config_of
 from tests.loras import random_lora, save_lora
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import random_ltx, random_wan
@@ -247,4 +247,7 @@ def test_split_with_all_steps_on_one_side_is_reported(tmp_path: Path) -> None:
         Variant.of(config, "direct"),
         Variant(label="mine", config=dataclasses.replace(config, method=MethodConfig(window_frames=3))),
     ]
-    assert [note.partition(" each")[0] for note in describe_splits(config, variants)] == ["with mine"]
+    assert [
+        note.partition(" each")[0]
+        for note in describe_splits(config, {each.label: each.config.method for each in variants})
+    ] == ["with mine"]

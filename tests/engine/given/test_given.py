@@ -13,9 +13,9 @@ from torch import Tensor
 
 from engine.adapters import VideoSpec, adapter_of
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
-from engine.denoise.saved import save_latents
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.files.latents import save_latents
 from engine.given.frames import MAX_NOISE, GivenFrames, GivenImage, parse_given
 from engine.given.image import read_image
 from engine.given.known import Known, check_given

@@ -27,8 +27,8 @@ from engine.identity import latents_settings
 from engine.ranks.layouts import Ranks
 from engine.spectra.trace import SpectralTrace
 from freespec.methods import FreeSpec
-from tests.engine.denoise.test_schedulers import stopped_run
 from tests.engine.golden import PROMPT, TIMELINE, mesh_of, on_one_rank, relative
+from tests.engine.test_schedulers import stopped_run
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import random_wan, save_random_ltx, save_random_wan
 

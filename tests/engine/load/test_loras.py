@@ -19,8 +19,8 @@ from engine.load.checkpoint import open_checkpoint
 from engine.load.loras import describe_loras
 from engine.load.pipeline import load_pipeline
 from engine.load.provenance import describe_weights
+from engine.planner.arrange import check_settings
 from engine.planner.model import read_model
-from engine.ranks.arrange import check_settings
 from tests.engine.applied import MODELS, applied, latents_of
 from tests.engine.denoise.test_few_steps import WAN, few
 from tests.engine.golden import PROMPT, relative

@@ -15,9 +15,9 @@ from engine.config import (
     VideoConfig,
 )
 from engine.errors import UserError
+from engine.planner.arrange import choose_degrees
 from engine.planner.gpu import read_gpu
 from engine.planner.model import read_model
-from engine.ranks.arrange import choose_degrees
 from engine.ranks.layouts import check_layout, nearest_layout, refused_axes
 from freespec.methods import METHODS, Direct, FreeLong, Method, StepPlan, make_method
 from tests.engine.planned import choose, plan

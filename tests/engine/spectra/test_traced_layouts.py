@@ -26,8 +26,8 @@ from engine.hooks import step_hook
 from engine.hooks.apply import apply_method
 from engine.hooks.self_attention import BranchProcessor
 from engine.hooks.step_hook import StepHook
+from engine.planner.arrange import choose_degrees
 from engine.planner.model import ModelSpec
-from engine.ranks.arrange import choose_degrees
 from engine.ranks.layouts import Ranks
 from freespec import attention
 from freespec.windows import window_range

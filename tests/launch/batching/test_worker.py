@@ -20,9 +20,9 @@ from engine.batch.files import BatchFiles, ItemFiles, identity_of
 from engine.batch.items import FILE, Batch, plan_batch
 from engine.batch.variants import Variant
 from engine.config import RunConfig
-from engine.denoise.saved import load_latents, save_latents
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.files.latents import load_latents, save_latents
 from engine.files.whole import WriteError, file_sha256
 from engine.given.frames import GivenFrames, parse_given
 from engine.media.read_video import read_video

@@ -10,7 +10,7 @@ from engine.paths import REPOSITORY
 from launch.arguments import analyze, batch, calibrate, compare, demo, generate
 from launch.cli import parser
 from launch.cli.start import COMMANDS
-from launch.ranks.environment import LAUNCHER
+from launch.process.environment import LAUNCHER
 
 PROMPTS = str(REPOSITORY / "configs/prompts/batch-demo.txt")
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from engine.denoise.saved import kept_steps
 from engine.errors import UserError
-from launch.ranks.environment import RankEnv
+from launch.process.environment import RankEnv
 from launch.ranks.join import gather_ranks
 from tests.launch.test_ranks import SCRIPT, TORCHRUN, latents_of, prompted
 

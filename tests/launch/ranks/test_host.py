@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from launch.ranks.environment import rank_environment, without_place
+from launch.process.environment import rank_environment, without_place
 from launch.ranks.host import Event, RankHost
 
 # A rank that imports nothing slow: says what it finds, echoes lines, and does as it is told.

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from engine.batch.files import BatchFiles
-from launch.cli.argv import without
+from launch.process.argv import without
 from tests.launch.conftest import Run
 from tests.launch.forked import PATIENCE_SECONDS
 from tests.launch.test_batch import events_of, undisturbed, words

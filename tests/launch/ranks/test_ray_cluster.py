@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from engine.batch.files import BatchFiles
-from launch.ranks.environment import PlacementStrategy, carried
+from launch.process.environment import PlacementStrategy, carried
 from launch.ranks.ray_pool import RayPool, Start
 from tests.launch.conftest import Run
 from tests.launch.test_batch import assert_whole, events_of, made_in_a_loop, words

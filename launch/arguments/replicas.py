@@ -18,7 +18,7 @@ from launch.arguments.many_videos import read_seeds, refuse_empty
 from launch.arguments.options import add_methods, add_nproc, add_out, add_prompts_file, add_seeds
 from launch.arguments.ranks import check_alone, check_started
 from launch.cli.parser import add_former_name
-from launch.ranks.environment import PlacementStrategy
+from launch.process.environment import PlacementStrategy
 from launch.ranks.ray_pool import PLACEMENT_HELP
 
 

@@ -13,15 +13,15 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import engine.ranks.arrange
+import engine.planner.arrange
 from engine.config import ParallelConfig
+from engine.planner.arrange import arrange_ranks, node_span
 from engine.planner.gpu import read_gpu
 from engine.planner.timing import link_rate
-from engine.ranks.arrange import arrange_ranks, node_span
-from launch.ranks.environment import STRATEGIES, carried, number_ranks, rank_environment
+from launch.process.environment import STRATEGIES, carried, number_ranks, rank_environment
 from launch.ranks.ray_pool import NoRayError, RayPool, check_placement
 from parallel.mesh import build_mesh
-from tests.engine.ranks.test_arrange import CONFIG
+from tests.engine.test_planner_arrange import CONFIG
 from tests.launch.conftest import Run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -117,7 +117,7 @@ def test_without_a_description_of_the_device_ulysses_stays_within_nodes() -> Non
 def test_the_planner_counts_with_the_nodes_that_the_ranks_have(monkeypatch: pytest.MonkeyPatch) -> None:
     """On slow networks it keeps the all-to-all inside nodes of 4, though the GPU's description says 8."""
     gpu = replace(read_gpu("h100"), memory_gib=1e4, inter_node_gb_s=0.1)
-    monkeypatch.setattr(engine.ranks.arrange, "_find_gpu", lambda device: gpu)
+    monkeypatch.setattr(engine.planner.arrange, "_find_gpu", lambda device: gpu)
     assert arrange_ranks(CONFIG, 8, CUDA).degrees[2] == 4
     nodes = [*"AABBCCDD"]
     assert math.gcd(arrange_ranks(CONFIG, 8, CUDA, nodes=nodes).degrees[2], 2) == 2

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-import engine.ranks.arrange
+import engine.planner.arrange
 from engine.batch.forecast import arrange_replica
 from engine.batch.variants import Variant
 from engine.config import (
@@ -23,10 +23,10 @@ from engine.config import (
     VideoConfig,
 )
 from engine.errors import UserError
+from engine.planner.arrange import arrange_ranks
 from engine.planner.gpu import read_gpu
 from engine.planner.memory import GIB
 from engine.planner.model import read_model
-from engine.ranks.arrange import arrange_ranks
 from launch.ranks.join import open_ranks
 from parallel.shards import length
 from tests.engine.planned import plan
@@ -38,13 +38,13 @@ CONFIG = RunConfig(
     sampler=SamplerConfig(guidance_scale=6.0, flow_shift=8.0),
     method=MethodConfig(window_frames=21),
 )
-LOOK = engine.ranks.arrange._find_gpu
+LOOK = engine.planner.arrange._find_gpu
 READ = functools.cache(read_model)  # its parts are built once
 
 
 @pytest.fixture(autouse=True)
 def _read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine.ranks.arrange, "read_model", READ)
+    monkeypatch.setattr(engine.planner.arrange, "read_model", READ)
 
 
 @functools.cache
@@ -61,7 +61,7 @@ def with_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     def set_memory(num_bytes: int) -> None:
         gpu = replace(read_gpu("h100"), memory_gib=num_bytes / GIB + 2, reserved_gib=2)
-        monkeypatch.setattr(engine.ranks.arrange, "_find_gpu", lambda device: gpu)
+        monkeypatch.setattr(engine.planner.arrange, "_find_gpu", lambda device: gpu)
 
     return set_memory
 
@@ -166,7 +166,7 @@ def test_settings_that_the_model_cannot_have_are_refused_before_ranks_join(
 def test_the_provider_decides_which_degrees_are_possible() -> None:
     """25 latent frames of 60 tokens, 12 heads: five ranks have even shares of tokens, and no number of heads."""
     deepspeed = replace(parallel(provider="deepspeed"), video=VideoConfig(num_frames=97, height=96, width=160))
-    with mock.patch("engine.ranks.arrange.check_deepspeed"):  # whether the package is here is another question
+    with mock.patch("engine.planner.arrange.check_deepspeed"):  # whether the package is here is another question
         for world in (2, 3, 4, 6, 12):
             shares = arrange_ranks(deepspeed, world, torch.device("cpu")).plan
             assert len({*map(length, shares.shards)}) == len({*map(length, shares.head_shares)}) == 1, (world, shares)

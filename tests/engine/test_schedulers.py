@@ -33,10 +33,10 @@ from engine.adapters.ltx import LTX, pack, unpack
 from engine.adapters.ltx_condition import LTX_CONDITION
 from engine.adapters.wan import WAN
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
-from engine.denoise.schedulers import SchedulerState, restore_scheduler
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.ranks.layouts import Ranks
+from engine.schedulers import SchedulerState, restore_scheduler
 from freespec.methods import FreeSpec
 from tests.engine.golden import PROMPT, mesh_of, relative
 from tests.ranks import run_ranks

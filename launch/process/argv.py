@@ -4,7 +4,7 @@ import itertools
 import os
 from collections.abc import Sequence
 
-from launch.ranks.environment import LAUNCHER, RankEnv
+from launch.process.environment import LAUNCHER, RankEnv
 
 
 def option_value(argv: Sequence[str], name: str) -> str | None:
