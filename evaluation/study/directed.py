@@ -96,8 +96,8 @@ def extensions(report: Report | None) -> str:
     lines += [
         f"{_count(videos)} clips of held-out prompts, continued from 33 to 129 frames with `freespec`. {_made(report)} `extension` is `--extend` "
         "with the clip's latents; `chain` makes clips of 33 frames, each of which begins with the last 9 existing frames, decoded and re-encoded. "
-        "At the seam means from the last kept frame to the first new one. A latent frame begins there, and frames of one latent frame are nearer to "
-        "each other in any video: the seam is compared with new frames at which another begins, and with all. To repeat it:",
+        "The seam is from the last kept frame to the first new one, where a latent frame begins: it is compared with other new frames at which one "
+        "begins, and with all. To repeat it:",
         "",
         _command("extensions", "extensions", report, videos),
         "",
@@ -111,8 +111,8 @@ def extensions(report: Report | None) -> str:
             ["goal", "difference", "met"],
             [[goal, estimate(found, signed=True), _decided(found)] for goal, found in goals(values).items()],
         ),
-        "The jump of the extension at the seam, less that between latent frames. Of some clips the continuation follows a caption that they do not show. "
-        "Fast straight motion crosses the picture's edge within a training clip, normal speed reaches it where the clip ends.",
+        "The jump of the extension at the seam, less that between latent frames. Straight motion at normal speed reaches the picture's edge "
+        "where the clip ends.",
         "",
         markdown_table(
             [

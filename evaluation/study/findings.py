@@ -22,7 +22,7 @@ INTRO = """Written by `python launch/findings.py` from the reports of
 do not edit. The measures of every video are in [{kept}]({kept}); [compare.md](compare.md#the-full-tables) explains how to make all videos again,
 and [what each measure is](compare.md#how-to-read-the-numbers). Intervals are 95 % bootstrap intervals over prompts, and differences are
 paired by prompt. `prompts with that sign` counts prompts whose difference has the sign of the mean; if they are few, a few prompts decide
-it. What holds on the small embedded model need not hold on Wan2.1.
+it.
 """
 
 

@@ -20,7 +20,7 @@ The best settings need not transfer. How many steps a `fused_share` fuses depend
 fused_share {fused_share:g} fuses {fused}), and `alpha` acts along the same axis. `beta` acts along a spectrum of D directions,
 {head_dim} of a head of Wan. How strongly the global branch over-smooths depends on training data and length. Without Wan's weights
 the level of every measure is unknown, as are its spectra (Fig. 2), the order of the methods (Table 1) and its VBench scores
-([vbench.md](vbench.md) explains how to make them)."""
+([vbench.md](vbench.md))."""
 
 _SHIFTS = (5.0, 8.0)
 
