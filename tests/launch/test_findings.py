@@ -299,7 +299,7 @@ def test_page_without_reports(write: Callable[..., str]) -> None:
     # tests/freespec/test_schedule.py has the timesteps of these shifts.
     assert "fused_share 0.5 fuses of 50 steps 84 % at shift 5, 90 % at shift 8, and " in page
     assert "128 of a head of Wan" in page
-    assert page.endswith("explains how to make them).\n")
+    assert page.endswith("its VBench scores\n([vbench.md](vbench.md)).\n")
 
 
 def test_a_page_is_not_replaced_by_an_emptier_one(
