@@ -35,6 +35,7 @@ def check_model(
     check_tiles(config.decode, spec)
     check_riflex(adapter, config.attention.riflex)
     check_far_tokens(config, spec)
+    check_layers(config, transformer)
     check_shift(scheduler, config.sampler.shift)
     check_levels(config.sampler, scheduler)
 
@@ -108,6 +109,15 @@ def check_far_tokens(config: RunConfig, spec: VideoSpec) -> None:
     sizes = {"num_frames": num_frames, "frame_tokens": rows * columns, "window_frames": config.method.window_frames}
     try:
         far_tokens(config.attention.far, **sizes)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def check_layers(config: RunConfig, transformer: Mapping[str, Any]) -> None:
+    """Raise UserError for a method's layers that the checkpoint lacks; one that names no number is checked when it is loaded."""
+    try:
+        if "num_layers" in transformer:
+            config.method.method.check_layers(transformer["num_layers"])
     except ValueError as error:
         raise UserError(str(error)) from error
 

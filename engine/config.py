@@ -14,6 +14,7 @@ from freespec.methods import (
     LVSA,
     METHODS,
     SPLIT_BEFORE,
+    FreeLOC,
     FreeLong,
     FreeLongPP,
     FreeNoise,
@@ -382,7 +383,7 @@ class MethodConfig:
     """The method for long videos.
 
     Attributes:
-        name: direct, sliding_window, freenoise, freelong, freelong_pp, freepca, ultravico, lvsa or freespec, or a class of your own as package.module:Class.
+        name: direct, sliding_window, freenoise, freelong, freelong_pp, freepca, ultravico, lvsa, freeloc or freespec, or a class of your own as package.module:Class.
         window_frames: latent frames that the local branch sees: the native length of the model.
         freenoise: settings of `freenoise`, read by that method only.
         freelong: settings of `freelong`, read by that method only.
@@ -390,6 +391,7 @@ class MethodConfig:
         freepca: settings of `freepca`, read by that method only.
         ultravico: settings of `ultravico`, read by that method only.
         lvsa: settings of `lvsa`, read by that method only.
+        freeloc: settings of `freeloc`, read by that method only.
         freespec: settings of `freespec`, read by that method only.
         settings: settings of a class of your own, by name.
     """
@@ -402,6 +404,7 @@ class MethodConfig:
     freepca: FreePCA = field(default_factory=FreePCA)
     ultravico: UltraViCo = field(default_factory=UltraViCo)
     lvsa: LVSA = field(default_factory=LVSA)
+    freeloc: FreeLOC = field(default_factory=FreeLOC)
     freespec: FreeSpec = field(default_factory=FreeSpec)
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
 
@@ -432,6 +435,7 @@ class MethodConfig:
             "freepca": self.freepca,
             "ultravico": self.ultravico,
             "lvsa": self.lvsa,
+            "freeloc": self.freeloc,
             "freespec": self.freespec,
         }
 

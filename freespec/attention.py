@@ -96,7 +96,7 @@ class WindowedAttention:
         """Every query sees every key: out [B, S, N, D], lse [B, S, N]."""
         if torch.compiler.is_compiling():
             return dense_op(q, k, v, self.keys[0])
-        return _dense(self.kernel, q, k, v)
+        return dense_part(self.kernel, q, k, v)
 
     def whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """`dense` over all keys of the video, without the log-sum-exp: out [B, S, N, D].
@@ -114,7 +114,7 @@ class WindowedAttention:
         if torch.compiler.is_compiling():
             out, lse = dense_op(q, k, v, self.keys[1])
         else:
-            out, lse = _dense(self.rest_kernel or self.kernel, q, k, v)
+            out, lse = dense_part(self.rest_kernel or self.kernel, q, k, v)
         return out[:, :rows], lse[:, :rows]
 
     def local(self, q: Tensor, k: Tensor, v: Tensor, q_start: int, k_start: int) -> Partial:
@@ -206,7 +206,7 @@ class WindowedAttention:
             near_k, near_v = (
                 frames_of(x, [frame for frame in frames if frame >= 0], self.frame_tokens) for x in (k, v)
             )
-            out[:, rows] = _dense(self.kernel, q[:, rows], near_k, near_v)[0]
+            out[:, rows] = dense_part(self.kernel, q[:, rows], near_k, near_v)[0]
             stop = rows.stop
         return out
 
@@ -309,7 +309,7 @@ class WindowedAttention:
 @torch.library.custom_op("freespec::dense", mutates_args=())
 def dense_op(q: Tensor, k: Tensor, v: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
     """`WindowedAttention.dense` as an operator; `kernel` is a key of freespec.kernels."""
-    out, lse = _dense(kernel_at(kernel), q, k, v)
+    out, lse = dense_part(kernel_at(kernel), q, k, v)
     return out.contiguous(), lse.contiguous()
 
 
@@ -451,7 +451,8 @@ def _pad_rows(q: Tensor, dim: int) -> Tensor:
     return torch.nn.functional.pad(q, (0, 0) * (q.ndim - 1 - dim) + (0, padding)) if padding else q
 
 
-def _dense(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Partial:
+def dense_part(kernel: Kernel, q: Tensor, k: Tensor, v: Tensor) -> Partial:
+    """Every query and every key: out [B, S, N, D], lse [B, S, N]."""
     if q.shape[1] == 0 or k.shape[1] == 0 or q.shape[2] == 0:
         return _empty_keys(q)
     out, lse = kernel(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))

@@ -167,6 +167,11 @@ class SequenceLayout:
         """Tokens of this rank inside attention."""
         return self.plan.ring_shards[self.mesh.ring.rank]
 
+    @property
+    def head_share(self) -> Range:
+        """Heads of this rank inside attention."""
+        return self.plan.head_shares[self.mesh.ulysses.rank]
+
     def shard_tokens(self, x: Tensor, *, dim: int) -> Tensor:
         """This rank's tokens of a whole sequence, as a view: [..., S, ...] -> [..., s, ...]."""
         if x.shape[dim] != self.plan.tokens:

@@ -210,6 +210,7 @@ def _make(
     try:
         made = make_method(method, **settings) if isinstance(method, str) else method
         made.check_window(window_frames)
+        made.check_layers(len(adapter.attention_modules(transformer)))
         where = get_module_execution_device(transformer), transformer.dtype
         select_kernels(*where, kernel=kernel, dual=dual, complement=complement)
         if riflex.enabled:

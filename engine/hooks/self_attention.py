@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from engine.errors import UserError
 from engine.hooks.in_force import Uncopyable
 from engine.hooks.state import NO_FORWARD, Forward, RunState
+from freespec import tiers
 from freespec.methods import Branches, Layer
 from parallel.attention import KeptTokens, SequenceLayout
 
@@ -18,6 +19,7 @@ class BranchProcessor(Uncopyable):
     Attributes:
         called: whether this forward has called it; set to False before each.
         kept: the keys outside the windows that a dual step attends to; None for all. Set before each forward.
+        tiers: the layer's tiers (freespec.tiers.table_of), in a step of that mode. Set before each forward.
     """
 
     def __init__(self, state: RunState, layer: int) -> None:
@@ -25,6 +27,7 @@ class BranchProcessor(Uncopyable):
         self.layer = layer
         self.called = False
         self.kept: KeptTokens | None = None
+        self.tiers: Tensor | None = None
 
     def __call__(
         self,
@@ -52,7 +55,7 @@ class BranchProcessor(Uncopyable):
             state.trace.observe(self.layer, forward.step, (q, k, v), forward.windows, layout)
         branches = self._branches(q, k, v, forward)
         out = branches.o_global if forward.mode == "global" else branches.o_local
-        if forward.mode not in ("global", "local"):
+        if forward.mode not in ("global", "local", "tiers"):
             layer = Layer(
                 grid=forward.grid,
                 sum_tokens=layout.reduce,
@@ -63,8 +66,8 @@ class BranchProcessor(Uncopyable):
             out = setup.method.fuse(branches, forward.weights, layer)
         assert out is not None
         if state.trace is not None:
-            # The views as one, and the frames, are a local branch.
-            local = out if forward.mode in ("views", "frames") else branches.o_local
+            # The views as one, the frames, and the tiers are a local branch.
+            local = out if forward.mode in ("views", "frames", "tiers") else branches.o_local
             state.trace.record(self.layer, forward.step, (local, branches.o_global), forward.weights, layout)
         return setup.adapter.project_out(attn, layout.gather(out))
 
@@ -92,6 +95,12 @@ class BranchProcessor(Uncopyable):
                 return Branches(o_global=o_global, views=views)
             case "frames":
                 return Branches(sets=(attention.frames(q, k, v, seen) for seen in forward.frames))
+            case "tiers":
+                assert self.tiers is not None and forward.rotation is not None, "set before and early in each forward"
+                kernel, columns = forward.windows.keys[0], forward.grid.columns
+                return Branches(
+                    o_local=tiers.attend(q, k, v, self.tiers, *forward.rotation, kernel=kernel, columns=columns)
+                )
             case "dual" if self.kept is not None:
                 near, far = layout.thinned_branches(q, k, v, self.kept, attention)
                 return Branches(o_local=near, o_global=far)

@@ -68,6 +68,7 @@ class Forward(Uncopyable):
     attention_layout: SequenceLayout
     weights: Any = None
     frames: tuple[Tensor, ...] = ()
+    rotation: tuple[Tensor, Tensor] | None = None  # of each frame, in mode `tiers`
     layer: int = 0
     cached: bool = False  # whether a cache skipped layers, once the forward has ended
 

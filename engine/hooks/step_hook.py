@@ -20,6 +20,7 @@ from freespec.far_keys import far_tokens
 from freespec.methods import Grid, Mode, StepPlan
 from freespec.scenes import ScenedAttention
 from freespec.thinning import kept_tokens
+from freespec.tiers import table_of as tiers_table
 from parallel.attention import TORCH_EXCHANGE, KeptTokens, SequenceLayout
 from parallel.collectives import ignore_bytes
 from parallel.shards import HaloRange, LayerShape, SequencePlan, choose_local_route, token_unit
@@ -57,6 +58,8 @@ class StepHook(Uncopyable):
         self._made: Any = None  # the fusion weights
         self._frames_for: tuple[StepPlan, Grid] | None = None
         self._frame_sets: tuple[Tensor, ...] = ()
+        self._tiers_for: tuple[Grid, int] | None = None
+        self._tier_tables: Sequence[Tensor | None] = ()
         self._kept_for: tuple[int, Grid, torch.device] | None = None
         self._kept_tokens: list[KeptTokens] = []
         self._steps: list[int] = []  # of this run, in order
@@ -102,8 +105,9 @@ class StepHook(Uncopyable):
             choose_eigensolver(state, transformer, latents.device)
         processors = self._processors[transformer]
         every_kept = self._kept(grid, mode, step, attention_layout, latents.device, layers=len(processors))
-        for processor, kept in zip(processors, every_kept, strict=True):
-            processor.called, processor.kept = False, kept
+        every_tiers = self._tiers(grid, len(processors)) if mode == "tiers" else [None] * len(processors)
+        for processor, kept, tiers in zip(processors, every_kept, every_tiers, strict=True):
+            processor.called, processor.kept, processor.tiers = False, kept, tiers
         state.forward = Forward(
             step=step,
             num_steps=len(self._timesteps),
@@ -216,6 +220,14 @@ class StepHook(Uncopyable):
             self._frame_sets = tuple(table_of(each) for each in self.state.setup.method.frame_sets(plan, grid))
             self._frames_for = plan, grid
         return self._frame_sets
+
+    def _tiers(self, grid: Grid, layers: int) -> Sequence[Tensor | None]:
+        """The tiers of each layer, made once a video; on the CPU, where their numbers are read."""
+        if self._tiers_for != (grid, layers):
+            named = self.state.setup.method.tiers(grid, layers)
+            tables = {tiers: tiers_table(tiers) for tiers in dict.fromkeys(named)}
+            self._tier_tables, self._tiers_for = [tables[tiers] for tiers in named], (grid, layers)
+        return self._tier_tables
 
     def _kept(
         self, grid: Grid, mode: Mode, step: int, layout: SequenceLayout, device: torch.device, *, layers: int

@@ -1,5 +1,7 @@
 """Forward hooks that shard tokens over the ranks, and lower a frequency of the rotary table of a long video."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -9,6 +11,7 @@ from engine.hooks.in_force import Uncopyable
 from engine.hooks.state import NO_FORWARD, RunState
 from freespec.riflex import Riflex, lowered_frequency
 from freespec.rotary import with_frequency
+from freespec.tiers import frame_rotation
 from parallel.attention import SequenceLayout
 from parallel.shards import length
 
@@ -93,8 +96,15 @@ class TokenHooks(Uncopyable):
 
     @torch.compiler.disable
     def shard_rotary(self, _module: nn.Module, _args: tuple, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Select this rank's rows of the rotary tables."""
-        shard = self._layout.shard
+        """Select this rank's rows of the rotary tables; for tiers keep those of each frame, of the heads that it attends."""
+        layout, forward = self._layout, self._state.last
+        shard = layout.shard
+        if forward.mode == "tiers":
+            config: Any = self._transformer.config
+            head_dim: int = config.attention_head_dim
+            made = frame_rotation(tables, frame_tokens=forward.grid.frame_tokens, head_dim=head_dim)
+            own = slice(*layout.head_share) if made[0].shape[1] > 1 else slice(None)
+            forward.rotation = made[0][:, own].clone(), made[1][:, own].clone()
         return self._state.setup.adapter.shard_rotary(tables, shard[0], length(shard))
 
     @torch.compiler.disable

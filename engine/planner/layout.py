@@ -11,8 +11,8 @@ from engine.errors import UserError
 from engine.planner.model import FP32_BYTES, ModelSpec
 from engine.ranks.layouts import Degrees, refused_axes
 from freespec.far_keys import far_tokens
-from freespec.methods import LVSA, FreeNoise, Grid, Mode
-from freespec.methods.base import names_frames
+from freespec.methods import LVSA, FreeNoise, Grid, Method, Mode, Tier
+from freespec.methods.base import names_frames, names_tiers
 from freespec.windows import window_range
 from parallel.shards import (
     HaloRange,
@@ -32,7 +32,7 @@ from parallel.shards import Mode as SentMode
 PASSES = 2  # with guidance: conditional and unconditional
 VIEW_MODES: tuple[Mode, ...] = ("views_global", "views")
 FP64_BYTES = 8
-WHOLE_MODES: tuple[Mode, ...] = (*VIEW_MODES, "frames")  # of all tokens of a head on one rank
+WHOLE_MODES: tuple[Mode, ...] = (*VIEW_MODES, "frames", "tiers")  # of all tokens of a head on one rank
 TEMPORAL_GRAMS = 3  # of both branches and between them, frames x frames
 
 
@@ -72,6 +72,7 @@ class Layout:
         local_route: how local steps cross the ulysses axis.
         num_views: views of a step with views; with views ring is 1.
         set_frames: frames of keys of a query in a step that names them, all branches together.
+        tier_tokens: keys of a query in a step with tiers, the mean over queries and layers; 0 for a method without tiers.
         weight_share: bytes of the transformer that each rank sends the others in every forward (model.weights zero3).
         even: whether parallel.provider takes even shards alone.
         kept: tokens of each frame that dual steps attend to outside the windows; None for all.
@@ -89,6 +90,7 @@ class Layout:
     local_route: Route
     num_views: int = 1
     set_frames: int = 0
+    tier_tokens: int = 0
     weight_share: int = 0
     even: bool = False
     kept: int | None = None
@@ -157,7 +159,12 @@ class Layout:
         window = self.window_frames * self.frame_tokens
         if self.thins(mode):
             return window + (self.frames - self.window_frames) * (self.kept or 0)
-        return {"local": window, "views": 0, "frames": self.set_frames * self.frame_tokens}.get(mode, self.tokens)
+        return {
+            "local": window,
+            "views": 0,
+            "frames": self.set_frames * self.frame_tokens,
+            "tiers": self.tier_tokens,
+        }.get(mode, self.tokens)
 
     def near_keys(self, mode: Mode) -> int:
         """Most tokens whose keys a rank holds beside its own q, k and v before the ring turns; 0 without a ring."""
@@ -246,6 +253,9 @@ def lay_out(  # noqa: PLR0913 - a video, its ranks, and settings of attention
         local_route=local_route,
         num_views=_count_views(method, frames, frame_tokens),
         set_frames=_count_set_frames(method, frames, frame_tokens),
+        tier_tokens=_count_tier_tokens(
+            method.method, Grid(frames=frames, rows=rows, columns=columns, window_frames=window_frames), spec.layers
+        ),
         even=even,
         kept=kept,
     )
@@ -271,6 +281,22 @@ def _count_set_frames(method: MethodConfig, frames: int, frame_tokens: int) -> i
     grid = Grid(frames=frames, rows=1, columns=frame_tokens, window_frames=min(method.window_frames, frames))
     made = method.method if names_frames(method.method) else LVSA()
     return sum(max(map(len, each)) for each in made.frame_sets(made.plan([1000.0, 1.0])[0], grid))
+
+
+def _count_tier_tokens(method: Method, grid: Grid, num_layers: int) -> int:
+    """Keys of a query of a method with tiers, the mean over queries and layers."""
+    if not names_tiers(method) or grid.frames <= grid.window_frames:
+        return 0
+
+    def seen(tier: Tier) -> float:
+        reach = grid.rows if tier.rows is None else tier.rows
+        rows = [min(row + reach + 1, grid.rows) - max(row - reach, 0) for row in range(grid.rows)]
+        frames = sum(max(stop - start, 0) for start, stop in zip(tier.start, tier.stop, strict=True))
+        return frames * sum(rows) * grid.columns / (grid.frames * grid.rows)
+
+    layers = method.tiers(grid, num_layers)
+    of_kind = {tiers: sum(map(seen, tiers)) for tiers in set(layers)}
+    return round(sum(of_kind[tiers] for tiers in layers) / num_layers)
 
 
 def num_passes(sampler: SamplerConfig) -> int:

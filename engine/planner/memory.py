@@ -90,6 +90,8 @@ def _attention_moments(layout: Layout, mode: Mode) -> dict[str, tuple[int, int]]
         moments["views"] = (base + scaled + (kept + 1) * e * view + FP32_BYTES * (inside + view) + lse, 0)
     if mode == "frames":  # one branch, those before it as one, and the keys of a frame's queries
         moments["frames"] = (base + (e + FP32_BYTES) * inside + lse, layout.set_frames * layout.frame_tokens * row)
+    if mode == "tiers":  # the sum in fp32, q and k at other positions, and the part of a run of frames
+        moments["tiers"] = (base + (FP32_BYTES + 3 * e) * inside + merging + 3 * lse, 0)
     if plan.ulysses > 1:  # sent, received, put in order
         moments["exchange"] = (3 * e * hidden + max(3 * e * (hidden + inside), 6 * e * inside), 0)
     if mode == "dual":

@@ -19,11 +19,11 @@ from engine.planner.providers import Support
 from engine.planner.timing import TERA, step_seconds
 from engine.ranks.layouts import refused_axes
 from freespec.methods import METHODS, Method, Mode, make_method
-from freespec.methods.base import has_rest_kernel, names_frames
+from freespec.methods.base import has_rest_kernel, names_frames, names_tiers
 from parallel.shards import length
 
 OFFLOADS = ("cpu_offload", "block_offload")
-MODES: tuple[Mode, ...] = ("dual", "views_global", "global", "views", "frames", "local")
+MODES: tuple[Mode, ...] = ("dual", "views_global", "global", "views", "frames", "tiers", "local")
 ITEMSIZES = {"auto": 2, "bfloat16": 2, "float16": 2, "float32": 4}
 
 
@@ -254,15 +254,17 @@ class Case:
     def methods(self) -> dict[str, Method]:
         """The methods to predict: the planned one with its settings, the others with defaults.
 
-        Those with a slower kernel are left out, and of the others that name their frames all but LVSA beside a method that names none,
-        as a layout counts the frames of one method.
+        Those with a slower kernel or with tiers are left out, and of the others that name their frames all but LVSA beside a method that
+        names none, as a layout counts the frames of one method.
         """
         own = self.method.method
         others = {name: make_method(name) for name in METHODS}
         known = {
             name: made
             for name, made in others.items()
-            if not has_rest_kernel(made) and (not names_frames(made) or (name == "lvsa" and not names_frames(own)))
+            if not has_rest_kernel(made)
+            and not names_tiers(made)
+            and (not names_frames(made) or (name == "lvsa" and not names_frames(own)))
         }
         return known | {self.method.name: self.method.method}
 
@@ -373,8 +375,9 @@ def _seconds(case: Case, layout: Layout) -> dict[Mode, dict[str, float]]:
 
 
 def _modes_of(layout: Layout) -> list[Mode]:
-    """The modes that these degrees support: attention inside views, or to frames of a method's choice, needs ring 1."""
-    return [mode for mode in MODES if mode not in WHOLE_MODES or layout.degrees[1] == 1]
+    """The modes that these degrees support: attention inside views, to frames of a method's choice, or in tiers needs ring 1."""
+    modes = [mode for mode in MODES if mode not in WHOLE_MODES or layout.degrees[1] == 1]
+    return [mode for mode in modes if mode != "tiers" or layout.tier_tokens > 0]
 
 
 def _run_seconds(steps: dict[Mode, int], seconds: dict[Mode, dict[str, float]]) -> float:

@@ -13,6 +13,7 @@ _DOES: dict[Mode, str] = {
     "local": "is local",
     "views": "is local",
     "frames": "is local",
+    "tiers": "is in tiers",
     "global": "is global",
 }
 

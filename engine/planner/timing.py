@@ -17,6 +17,7 @@ EXPOSED = ("all_to_all", "halo", "far", "grams", "gather", "cfg")
 # Bytes that self-attention reads and writes per token and channel in half precision, its kernels aside, read off the code and rounded:
 # to copy a branch's groups to their rows, merge two parts by log-sum-exp, fuse both branches, add up a view, pack and order an all-to-all.
 COPY, MERGE, FUSE, VIEW, EXCHANGE = 6, 46, 80, 14, 32
+TIERS = 5  # near, and two on either side, whose queries and keys are turned
 
 
 def step_seconds(layout: Layout, mode: Mode, gpu: GpuSpec, kernel: str) -> dict[str, float]:
@@ -50,7 +51,7 @@ def call_traffic(layout: Layout, mode: Mode) -> float:
     passes: float = (
         MERGE * merges
         + EXCHANGE * (plan.ulysses > 1)
-        + {"local": COPY, "frames": COPY, "dual": 2 * COPY + FUSE}.get(mode, 0)
+        + {"local": COPY, "frames": COPY, "tiers": TIERS * (MERGE + 2 * COPY), "dual": 2 * COPY + FUSE}.get(mode, 0)
     )
     if mode in VIEW_MODES:
         passes += views * (VIEW + FUSE * (mode == "views_global"))

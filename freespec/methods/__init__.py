@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from freespec.methods.base import Branches, Grid, Layer, Method, Mode, Noise, StepPlan
+from freespec.methods.base import Branches, Grid, Layer, Method, Mode, Noise, StepPlan, Tier
 from freespec.methods.direct import Direct
 from freespec.methods.direct_far import DirectFar
+from freespec.methods.freeloc import FreeLOC
 from freespec.methods.freelong import FreeLong
 from freespec.methods.freelong_pp import FreeLongPP
 from freespec.methods.freenoise import FreeNoise
@@ -29,6 +30,7 @@ __all__ = [
     "Branches",
     "Direct",
     "DirectFar",
+    "FreeLOC",
     "FreeLong",
     "FreeLongPP",
     "FreeNoise",
@@ -41,6 +43,7 @@ __all__ = [
     "Noise",
     "SlidingWindow",
     "StepPlan",
+    "Tier",
     "UltraViCo",
     "describe_split",
     "find_method",
@@ -56,6 +59,7 @@ METHODS: dict[str, type[Method]] = {
     "freepca": FreePCA,
     "ultravico": UltraViCo,
     "lvsa": LVSA,
+    "freeloc": FreeLOC,
     "freespec": FreeSpec,
 }
 # Other accepted names: forms of a method that comparisons leave out.

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from freespec.types import Device, Tensor
 
-Mode = Literal["global", "local", "dual", "views", "views_global", "frames"]
+Mode = Literal["global", "local", "dual", "views", "views_global", "frames", "tiers"]
 FrameSet = Sequence[Sequence[int]]  # of each frame of queries the frames of its keys, ascending
 Noise = Literal["iid", "freenoise", "mean_reuse"]
 
@@ -18,7 +18,8 @@ class StepPlan:
 
     `global` and `local` are one branch that is the layer's output; `dual` is both, `views` attention inside overlapping
     views, `views_global` those and the global branch with scaled queries, `frames` attention to the frames that the method
-    selects for each frame: the last four call the method's `fuse`. `number` is for methods that select different frames in each step.
+    selects for each frame: these four call the method's `fuse`. `tiers` is attention to keys in tiers by distance, merged to one output.
+    `number` is for methods that select different frames in each step.
     """
 
     mode: Mode
@@ -44,6 +45,25 @@ class Grid:
     def tokens(self) -> int:
         """S, tokens of the video."""
         return self.frames * self.frame_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tier:
+    """Keys that each frame of queries sees, and the temporal positions at which it sees them.
+
+    Attributes:
+        start: for each frame of queries, the first frame of its keys.
+        stop: one past the last; no more than `start` for no keys.
+        q_positions: position of each frame as queries, in latent frames; None with `k_positions` for their own.
+        k_positions: position of each frame as keys.
+        rows: rows above and below a query's own whose tokens are seen; None for whole frames.
+    """
+
+    start: tuple[int, ...]
+    stop: tuple[int, ...]
+    q_positions: tuple[int, ...] | None = None
+    k_positions: tuple[int, ...] | None = None
+    rows: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,6 +131,10 @@ class Method(metaclass=abc.ABCMeta):
         """Raise ValueError if the settings do not suit a native length of `window_frames`; most methods take any."""
         return
 
+    def check_layers(self, num_layers: int) -> None:
+        """Raise ValueError if the settings do not suit a model of so many layers; most methods treat all alike."""
+        return
+
     @abc.abstractmethod
     def plan(self, timesteps: Sequence[float]) -> list[StepPlan]:
         """The mode of each step, from the scheduler's timesteps (1000 = pure noise), first step first."""
@@ -122,6 +146,10 @@ class Method(metaclass=abc.ABCMeta):
     def frame_sets(self, step: StepPlan, grid: Grid) -> Sequence[FrameSet]:
         """The frames that each frame sees, for each branch of mode `frames`."""
         raise AssertionError(f"{type(self).__name__} selects no frames")
+
+    def tiers(self, grid: Grid, num_layers: int) -> Sequence[tuple[Tier, ...]]:
+        """The tiers of each layer in mode `tiers`, disjoint; a query sees a key of its own frame in one of them."""
+        raise AssertionError(f"{type(self).__name__} has no tiers")
 
     @property
     def rest_kernel(self) -> Any:
@@ -149,6 +177,11 @@ def has_rest_kernel(method: Method) -> bool:
 def names_frames(method: Method) -> bool:
     """Whether the steps of the method are of mode `frames`."""
     return method.plan([1000.0, 1.0])[0].mode == "frames"
+
+
+def names_tiers(method: Method) -> bool:
+    """Whether the steps of the method are of mode `tiers`."""
+    return method.plan([1000.0, 1.0])[0].mode == "tiers"
 
 
 def check_rest_kernel(method: Method, name: str, *, dual: str, complement: str) -> None:

@@ -169,7 +169,7 @@ def test_no_block_writes_windows_out(make: Callable[[], Any], method: str) -> No
         with pytest.raises(Stop):
             pipe(**call)
         grid = handle.state.last.grid
-    operators = {"local": "local", "dual": "branches", "frames": "frames"}
+    operators = {"local": "local", "dual": "branches", "frames": "frames", "tiers": "tiers"}
     operator = operators.get(handle.state.last.mode, "dense")
     assert f"torch.ops.freespec.{operator}.default(" in code
     width = pipe.transformer.config.num_attention_heads * pipe.transformer.config.attention_head_dim

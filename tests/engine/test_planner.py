@@ -61,6 +61,7 @@ METHOD_OF: dict[Mode, str] = {
     "views": "freenoise",
     "views_global": "freepca",
     "frames": "lvsa",
+    "tiers": "freeloc",
 }
 LONG = VideoConfig(num_frames=321, height=480, width=832)
 SAMPLER = SamplerConfig(guidance_scale=6.0, flow_shift=8.0)
@@ -293,7 +294,7 @@ def assert_peak_of_a_forward(
     assert forward_part(layout, mode) == pytest.approx(measured, rel=0.15)
 
 
-@pytest.mark.parametrize("mode", ["dual", "global", "local", "views", "views_global", "frames"])
+@pytest.mark.parametrize("mode", ["dual", "global", "local", "views", "views_global", "frames", "tiers"])
 def test_peak_of_a_forward_is_within_15_percent_of_what_the_allocator_gave_out(tmp_path: Path, mode: Mode) -> None:
     spec = read_model(ModelConfig(path=str(save_random_wan(tmp_path))))
     pipe = random_wan(layers=2)

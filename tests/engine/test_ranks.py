@@ -23,7 +23,7 @@ from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.ranks.agreement import raise_together
 from engine.ranks.layouts import Ranks, refused_axes
-from freespec.methods import LVSA, FreePCA, FreeSpec, Method, make_method
+from freespec.methods import LVSA, FreeLOC, FreePCA, FreeSpec, Method, make_method
 from freespec.riflex import Riflex
 from freespec.timeline import attend
 from tests.engine.golden import (
@@ -44,7 +44,7 @@ from tests.tiny_pipelines import save_random_wan
 
 METHODS = ("direct", "sliding_window", "freespec")  # in any arrangement
 ROWS = tuple(f"freespec:{path.stem}" for path in sorted(PRESETS.glob("*.yaml")))
-WHOLE_HEADS = ("freenoise", "freelong", "freelong_pp", "freepca", "ultravico", "lvsa")  # where ring is 1
+WHOLE_HEADS = ("freenoise", "freelong", "freelong_pp", "freepca", "ultravico", "lvsa", "freeloc")  # where ring is 1
 
 
 def config_of(folder: str, method: str) -> RunConfig:
@@ -60,6 +60,7 @@ def config_of(folder: str, method: str) -> RunConfig:
             freespec=FreeSpec(domain="step", fused_share=0.5),
             freepca=FreePCA(domain="step", fused_share=0.5),
             lvsa=LVSA(half_width=1),
+            freeloc=FreeLOC(sparse_layers=(1,)),
         ),
         attention=AttentionConfig(riflex=Riflex(enabled=True, index=1) if riflex else Riflex()),
         output=OutputConfig(progress="off"),
@@ -189,7 +190,7 @@ def test_riflex_makes_another_video(folder):
     )
 
 
-@pytest.mark.parametrize("method", ["freenoise", "freelong", "freelong_pp", "freepca"])
+@pytest.mark.parametrize("method", ["freenoise", "freelong", "freelong_pp", "freepca", "freeloc"])
 def test_a_layout_that_a_method_cannot_have_is_refused_by_all_ranks(folder, method, tmp_path):
     cases = [Case(folder, (1, 2, 1), method)]
     [[first, second]] = run_ranks(2, broken_on_ranks, cases, tmp_path)

@@ -24,6 +24,7 @@ PUBLISHED = {
     "freepca": "mean_reuse",
     "ultravico": "iid",
     "lvsa": "iid",
+    "freeloc": "iid",
     "freelong_pp": "freenoise",
     "freespec": "iid",
 }

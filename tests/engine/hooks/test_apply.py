@@ -24,6 +24,7 @@ METHODS = (
     "freelong",
     "freepca",
     "ultravico",
+    "freeloc",
     "freespec",
 )  # lvsa sees all of 8 frames
 CALL = {

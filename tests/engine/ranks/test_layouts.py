@@ -23,7 +23,7 @@ from freespec.methods import METHODS, Direct, FreeLong, Method, StepPlan, make_m
 from tests.engine.planned import choose, plan
 from tests.tiny_pipelines import save_random_wan
 
-RING_ONLY_ONE = {"freenoise", "freelong", "freelong_pp", "freepca", "ultravico", "lvsa"}
+RING_ONLY_ONE = {"freenoise", "freelong", "freelong_pp", "freepca", "ultravico", "lvsa", "freeloc"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +78,10 @@ def test_the_planner_does_not_offer_what_the_method_cannot_have(folder: Path) ->
     for name in METHODS:
         plans = plan(spec, video, sampler, MethodConfig(name=name, window_frames=3), gpu=gpu, world_size=4)
         assert any(p.ring > 1 for p in plans) == (name not in RING_ONLY_ONE)
-        # A kernel without a rate; and frames that a method names are counted for the planned one, or LVSA.
-        timed = set(METHODS) - ({"ultravico", "freelong_pp", *(["lvsa"] if name == "freelong_pp" else [])} - {name})
+        # A kernel without a rate; and frames and tiers that a method names are counted for the planned one, or LVSA.
+        timed = set(METHODS) - (
+            {"ultravico", "freeloc", "freelong_pp", *(["lvsa"] if name == "freelong_pp" else [])} - {name}
+        )
         for p in plans:  # and predicts nothing for a method on degrees that it cannot have
             assert set(p.run_seconds) == (timed - RING_ONLY_ONE if p.ring > 1 else timed)
             assert {"views", "views_global"} & set(p.step_seconds) == (

@@ -151,7 +151,7 @@ MISTAKES = {
     "--config /": "--config / does not exist",
     "--config a\0b": "has a zero byte, which no file name has",
     "--method.name freespecc": "did you mean 'freespec'?",
-    "--method.name magic": "choose one of direct, sliding_window, freenoise, freelong, freelong_pp, freepca, ultravico, lvsa, freespec, direct_far",
+    "--method.name magic": "choose one of direct, sliding_window, freenoise, freelong, freelong_pp, freepca, ultravico, lvsa, freeloc, freespec, direct_far",
     "--method.freespec.alpha -1": "alpha must be a finite number, 0 or more, got -1",
     "--attention.complement sge": "unknown attention.complement 'sge'; choose one of same, sage",
     "--attention.kernel warp": "unknown attention.kernel 'warp'; choose one of auto, plain",
