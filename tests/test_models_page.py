@@ -31,7 +31,7 @@ TESTS: dict[str, tuple[str | None, ...]] = {
     ),
     "`--extend`": (
         KNOWN,
-        None,
+        "test_two_experts::test_a_video_is_continued",
         "test_token_timesteps::test_a_video_is_continued",
         "test_pictures::test_what_does_not_belong_together_is_refused",
         KNOWN,
@@ -39,7 +39,7 @@ TESTS: dict[str, tuple[str | None, ...]] = {
     "LoRAs": (
         "load/test_loras::test_weights_are_changed_by_the_rule",
         "test_two_experts::test_a_lora_changes_its_own_transformer",
-        None,
+        "test_token_timesteps::test_a_lora_changes_the_video_by_its_rule",
         "test_pictures::test_a_lora_changes_the_projections_of_pictures_too",
         "load/test_loras::test_weights_are_changed_by_the_rule",
     ),
@@ -53,8 +53,8 @@ TESTS: dict[str, tuple[str | None, ...]] = {
     "`model.weights zero3`": (
         "load/test_sharded_weights::test_two_ranks_make_the_video_of_whole_weights_with_half_of_them",
         "test_compiled::test_two_transformers_share_their_graphs",
-        None,
-        f"test_pictures::{RANKS}",
+        "test_compiled::test_videos_of_pictures",
+        "test_compiled::test_videos_of_pictures",
         "load/test_sharded_weights::test_two_ranks_make_the_video_of_whole_weights_with_half_of_them",
     ),
     "operations of a forward": (
@@ -67,15 +67,15 @@ TESTS: dict[str, tuple[str | None, ...]] = {
     "`model.single_file`": (
         "load/test_single_file::test_every_tensor_is_that_of_the_folder",
         "test_two_experts::test_settings_for_the_other_number_of_transformers",
-        None,
-        None,
+        "load/test_single_file::test_every_tensor_is_that_of_the_folder",
+        "load/test_single_file::test_every_tensor_is_that_of_the_folder",
         "load/test_single_file::test_every_tensor_is_that_of_the_folder",
     ),
     "`model.storage`, GGUF": (
         "load/test_quantised::test_a_gguf_file_is_the_video_of_its_values",
         "load/test_quantised::test_fp8_is_the_video_of_rounded_weights",
         "load/test_quantised::test_a_gguf_file_is_the_video_of_its_values",
-        "load/test_block_offload::test_videos_of_pictures",
+        "load/test_quantised::test_a_gguf_file_of_a_model_of_pictures",
         "load/test_quantised::test_a_gguf_file_is_the_video_of_its_values",
     ),
     "`model.weights block_offload`": (

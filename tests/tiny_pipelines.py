@@ -118,9 +118,9 @@ def random_ti2v(*, seed: int = 0, **sizes: int) -> WanPipeline:
     return made
 
 
-def random_i2v(kind: str = "i2v") -> WanImageToVideoPipeline:
+def random_i2v(kind: str = "i2v", **sizes: int) -> WanImageToVideoPipeline:
     """Wan2.1 I2V (`i2v`), FLF2V (`flf2v`) and Wan2.2 I2V A14B (`a14b`), of the sizes of `random_wan`, with a small CLIP of 5 tokens."""
-    pipe = random_wan() if kind != "a14b" else random_wan22(boundary=0.9)
+    pipe = random_wan(**sizes) if kind != "a14b" else random_wan22(boundary=0.9, **sizes)
     sees = kind != "a14b"
     parts = {**pipe.components}
     for name in ("transformer", "transformer_2"):

@@ -19,8 +19,9 @@ from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.spectra.trace import SpectralTrace
 from freespec.methods import METHODS, FreeSpec
+from tests.engine.golden import first_picture
 from tests.inductor import buffers, code_of
-from tests.tiny_pipelines import random_ltx, random_wan, save_random_wan
+from tests.tiny_pipelines import random_i2v, random_ltx, random_ti2v, random_wan, save_random_wan
 
 PROMPT = "a red circle"
 LTX_VIDEO = {"height": 64, "width": 96, "num_frames": 121}
@@ -89,6 +90,21 @@ def test_two_transformers_share_their_graphs(tmp_path: Path, counter: CompileCou
         engine.use_method(MethodConfig(name="direct", window_frames=3))
         engine.denoise(PROMPT)  # the same kind of step on both
         assert counter.frame_count == 3
+
+
+@pytest.mark.parametrize("kind", ["i2v", pytest.param("ti2v", marks=pytest.mark.slow)])
+def test_videos_of_pictures(tmp_path: Path, counter: CompileCounter, kind: str) -> None:
+    (random_ti2v() if kind == "ti2v" else random_i2v(kind)).save_pretrained(tmp_path)
+    given, latents = first_picture(tmp_path / "first.png", 32, 32), []
+    for compiled in (False, True):
+        config = config_of(tmp_path, compiled=compiled)
+        config = dataclasses.replace(
+            config, sampler=dataclasses.replace(config.sampler, max_text_tokens=512, num_steps=2, guidance_scale=1.0)
+        )
+        with contextlib.closing(LongVideoEngine(config)) as engine:
+            latents.append(engine.denoise(PROMPT, given=given).latents)
+    torch.testing.assert_close(*latents, rtol=0, atol=1e-5 * float(latents[0].abs().max()))
+    assert counter.frame_count == 2
 
 
 def test_timelines_are_compiled_with_their_blocks(folder: Path, counter: CompileCounter) -> None:

@@ -1,8 +1,10 @@
 """Wan2.2 TI2V 5B, with a given first frame or without: a timestep of each token, shared with the tokens, and a VAE of patches."""
 
 import dataclasses
+import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ from launch.cli.start import run_here
 from tests.engine.applied import applied, latents_of, refused
 from tests.engine.golden import Case, all_degrees, assert_same_video, first_picture, mesh_of, on_one_rank, relative
 from tests.engine.golden import latents_of as latents_on
+from tests.loras import random_lora, save_lora
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import random_ti2v
 
@@ -44,9 +47,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def config_of(folder: Path, *, frames: int = LONG, method: str = "freespec") -> RunConfig:
+def config_of(folder: Path, *, frames: int = LONG, method: str = "freespec", **model: Any) -> RunConfig:
     return RunConfig(
-        model=ModelConfig(path=str(folder), device="cpu"),
+        model=ModelConfig(path=str(folder), device="cpu", **model),
         video=VideoConfig(num_frames=frames, height=64, width=96),
         sampler=SamplerConfig(num_steps=3, guidance_scale=4.0, seed=3, negative_prompt="bad", max_text_tokens=20),
         method=MethodConfig(name=method, window_frames=3, freespec=FreeSpec(domain="step")),
@@ -142,6 +145,18 @@ def test_a_method_on_the_image_to_video_pipeline(frames):
         assert torch.equal(latents_of(pipe, **call), stock) == (frames == NATIVE)
 
 
+def test_a_lora_changes_the_video_by_its_rule(folder, given, tmp_path):
+    """As the same numbers added to the weights."""
+    layers = random_lora(random_ti2v().transformer)
+    file = save_lora(tmp_path / "a.safetensors", layers)
+    made = latents_on(config_of(folder, loras=(f"{file}@0.5",)), given=given)
+    with LongVideoEngine(config_of(folder)) as engine, torch.no_grad():
+        for name, (down, up) in layers.items():
+            engine.pipe.transformer.get_submodule(name).weight.add_(0.5 * up @ down)
+        torch.testing.assert_close(made, engine.denoise(PROMPT, given=given).latents, rtol=1e-4, atol=1e-4)
+    assert relative(made, on_one_rank(config_of(folder), given=given)) > 1e-2
+
+
 def test_a_method_on_a_pipeline(folder):
     pipe = random_ti2v()
     call = {"height": 64, "width": 96}
@@ -193,14 +208,16 @@ def test_the_public_command_with_a_given_picture_and_a_timeline(folder, tmp_path
 
 
 def latents_on_ranks(rank: int, case: Case) -> Tensor:
-    """This rank's latents with the picture that the case names; runs on every rank."""
-    given = parse_given([f"first={case.fault}"], None)
-    return latents_on(config_of(Path(case.folder)), Ranks(mesh=mesh_of(case.degrees)), given=given)
+    """This rank's latents with the picture that the case names, and weights shared by zero3 if its route says so; runs on every rank."""
+    given, weights = parse_given([f"first={case.fault}"], None), {"weights": "zero3"} if case.route == "shared" else {}
+    return latents_on(config_of(Path(case.folder), **weights), Ranks(mesh=mesh_of(case.degrees)), given=given)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_arrangement_of_ranks_makes_the_same_video(folder, given, ranks, tmp_path):
     cases = [Case(str(folder), degrees, "freespec", fault=str(given.images[0].path)) for degrees in all_degrees(ranks)]
+    if ranks == 2 and importlib.util.find_spec("deepspeed") is not None:
+        cases.append(cases[0]._replace(route="shared"))
     for case, by_rank in zip(cases, run_ranks(ranks, latents_on_ranks, cases, tmp_path), strict=True):
         assert_same_video(by_rank, config_of(folder), case, given)
 

@@ -19,6 +19,8 @@ from engine.checks import check_experts
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.files.latents import save_latents
+from engine.given.frames import GivenFrames
 from engine.load.checkpoint import open_checkpoint
 from engine.load.experts import ExpertPlacement
 from engine.load.loras import find_loras
@@ -32,7 +34,7 @@ from engine.ranks.layouts import Ranks
 from freespec.methods import FreeSpec
 from launch.cli.start import run_here
 from tests.engine.applied import applied, latents_of, refused
-from tests.engine.golden import Case, all_degrees, assert_same_video, mesh_of, on_one_rank
+from tests.engine.golden import Case, all_degrees, assert_same_video, mesh_of, on_one_rank, relative
 from tests.engine.golden import latents_of as engine_latents
 from tests.loras import random_lora, save_lora
 from tests.ranks import run_ranks
@@ -208,6 +210,16 @@ def test_a_run_that_was_stopped_continues_across_the_switch(folder, tmp_path, st
     assert torch.equal(made.latents, on_one_rank(config))
     assert [row["expert"] for row in made.steps] == ["transformer"] * 2 + ["transformer_2"] * 2
     assert {row["mode"] for row in made.steps} == {"dual", "local"}
+
+
+def test_a_video_is_continued(folder, tmp_path):
+    file = tmp_path / "a.safetensors"
+    with LongVideoEngine(config_of(folder)) as engine:
+        latents = torch.randn(engine.spec.latent_shape(NATIVE, 32, 48), generator=torch.Generator().manual_seed(1))
+        save_latents(file, latents, {})
+        made = engine.denoise(PROMPT, given=GivenFrames(extend=file)).latents
+    assert torch.equal(made[:, :, :3], latents)
+    assert relative(made[:, :, 3:], on_one_rank(config_of(folder))[:, :, 3:]) > 1e-3
 
 
 def test_the_weights_of_both_decide_the_id(folder, tmp_path):

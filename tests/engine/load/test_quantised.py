@@ -26,6 +26,7 @@ from engine.config import ModelConfig, RunConfig
 from engine.decode.live_bytes import LiveBytes
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.given.frames import GivenFrames
 from engine.identity import describe_differences
 from engine.load.checkpoint import open_checkpoint
 from engine.load.pipeline import load_pipeline
@@ -34,14 +35,15 @@ from engine.load.single_file import open_single_file
 from engine.planner.model import GGUF_WORK_BYTES, Stored, read_model
 from engine.ranks.layouts import Ranks
 from tests.engine import test_ltx_ranks as ltx
+from tests.engine import test_pictures
 from tests.engine import test_ranks as wan
 from tests.engine.applied import latents_of as call
-from tests.engine.golden import latents_of, mesh_of, on_one_rank, relative
+from tests.engine.golden import first_picture, latents_of, mesh_of, on_one_rank, relative
 from tests.gguf_files import save_gguf
 from tests.loras import random_lora, save_lora
 from tests.original_layout import ltx_transformer, wan_transformer
 from tests.ranks import run_ranks
-from tests.tiny_pipelines import random_ltx, random_ti2v, random_wan, save_random_wan
+from tests.tiny_pipelines import random_i2v, random_ltx, random_ti2v, random_wan, save_random_wan
 
 Q = gguf.GGMLQuantizationType
 FAMILIES = {"wan": wan, "ltx": ltx}
@@ -75,12 +77,16 @@ def config_of(folder: Path, method: str = "freespec", **model: Any) -> RunConfig
     return dataclasses.replace(config, sampler=sampler, model=ModelConfig(path=str(folder), device="cpu", **model))
 
 
-def video(config: RunConfig, change: Callable[[nn.Module], Any] = lambda _transformer: None) -> Tensor:
+def video(
+    config: RunConfig,
+    change: Callable[[nn.Module], Any] = lambda _transformer: None,
+    given: GivenFrames | None = None,
+) -> Tensor:
     """The latents of one process, with `change` made to each transformer before."""
     with LongVideoEngine(config) as engine, torch.no_grad():
         for transformer in engine.adapter.experts(engine.pipe).values():
             change(transformer)
-        return engine.denoise("a red circle").latents
+        return engine.denoise("a red circle", given=given).latents
 
 
 def round_to_fp8(transformer: nn.Module) -> None:
@@ -171,6 +177,18 @@ def test_a_gguf_file_is_the_video_of_its_values(folders: dict[str, Path], family
     made = video(gguf_of(folders[family]))
     assert torch.equal(made, video(gguf_of(folders[family]), unpack))
     assert relative(made, video(config_of(folders[family]))) > 1e-3
+
+
+def test_a_gguf_file_of_a_model_of_pictures(tmp_path: Path) -> None:
+    pipe = random_i2v("i2v", head_dim=16)
+    pipe.save_pretrained(tmp_path / "i2v")
+    file = save_gguf(tmp_path / "i2v-Q8_0.gguf", pipe.transformer.state_dict(), wan_transformer, Q.Q8_0)
+    given = first_picture(tmp_path / "first.png", 32, 48)
+    plain = test_pictures.config_of(tmp_path / "i2v", frames=17)
+    config = dataclasses.replace(plain, model=dataclasses.replace(plain.model, single_file=str(file)))
+    made = video(config, given=given)
+    assert torch.equal(made, video(config, unpack, given))
+    assert relative(made, video(plain, given=given)) > 1e-3
 
 
 def test_a_gguf_file_holds_what_its_own_package_reads(folders: dict[str, Path]) -> None:

@@ -1,5 +1,6 @@
 """A file in its authors' layout makes the model that the folder with the same weights makes, to the bit and in every dtype."""
 
+import itertools
 import json
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from diffusers import DiffusionPipeline
 
 from engine.adapters import ModelAdapter, adapter_named
 from engine.adapters.published import PUBLISHED
@@ -18,7 +20,7 @@ from engine.errors import UserError
 from engine.load.pipeline import load_pipeline, load_vae_alone
 from engine.load.single_file import SingleFile, open_single_file
 from tests.original_layout import ltx_transformer, ltx_vae, wan_transformer
-from tests.tiny_pipelines import save_random_ltx, save_random_wan
+from tests.tiny_pipelines import random_i2v, random_ti2v, random_wan, save_random_ltx
 
 LTX_VERSIONS = {
     "Lightricks/LTX-Video": "0.9.0",
@@ -36,7 +38,21 @@ def tensors_of(folder: Path, part: str) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A folder, the same without the transformer's weights, and those in a file as they are published for other programs."""
-    whole = save_random_wan(tmp_path_factory.mktemp("wan") / "whole")
+    return of_wan(random_wan(), tmp_path_factory.mktemp("wan") / "whole")
+
+
+@pytest.fixture(scope="module")
+def i2v(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    return of_wan(random_i2v("i2v"), tmp_path_factory.mktemp("i2v") / "whole")
+
+
+@pytest.fixture(scope="module")
+def ti2v(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    return of_wan(random_ti2v(), tmp_path_factory.mktemp("ti2v") / "whole")
+
+
+def of_wan(pipe: DiffusionPipeline, whole: Path) -> SimpleNamespace:
+    pipe.save_pretrained(whole)
     tensors = {wan_transformer(k, "model.diffusion_model."): t for k, t in tensors_of(whole, "transformer").items()}
     return lay_out(whole, tensors, ("transformer",))
 
@@ -72,8 +88,14 @@ def assert_same(first: torch.nn.Module, second: torch.nn.Module) -> None:
         assert torch.equal(tensor, states[1][key]), key
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("family", ["wan", "ltx"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [
+        *itertools.product(("wan", "ltx"), ("float32", "bfloat16", "float16")),
+        ("i2v", "bfloat16"),
+        ("ti2v", "bfloat16"),
+    ],
+)
 def test_every_tensor_is_that_of_the_folder(family: str, dtype: str, request: pytest.FixtureRequest) -> None:
     given = request.getfixturevalue(family)
     whole = load_pipeline(config_of(given.whole, dtype=dtype))
@@ -83,6 +105,14 @@ def test_every_tensor_is_that_of_the_folder(family: str, dtype: str, request: py
     assert not any(p.is_meta for p in (*single.transformer.parameters(), *single.transformer.buffers()))
     if family == "wan" and dtype == "bfloat16":  # what diffusers' own loading of a single file would round
         assert single.transformer.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
+
+
+def test_a_file_of_two_pictures_is_refused(tmp_path: Path) -> None:
+    """diffusers does not convert their positions."""
+    given = of_wan(random_i2v("flf2v"), tmp_path / "whole")
+    with pytest.raises(UserError, match=r"lacks condition_embedder\.image_embedder\.pos_embed") as caught:
+        load_pipeline(config_of(given.bare, given.file))
+    assert "\n" not in str(caught.value)
 
 
 def test_the_vae_alone_comes_from_the_file_too(ltx: SimpleNamespace) -> None:
