@@ -438,8 +438,8 @@ class LongVideoEngine:
         return json.loads(from_first(self.mesh, read, "given frames"))
 
     def _record_given(self, given: GivenFrames, num_frames: int, known: Known | None) -> dict[str, Any]:
-        begun = 0
+        begun, spec, video = 0, self.spec, {"num_frames": num_frames, "fps": self.config.video.fps}
         if given.extend is not None and known is not None:
-            begun = self.spec.num_frames(len(known.frames) - len(given.images))
-        spec, video = self.spec, {"num_frames": num_frames, "fps": self.config.video.fps}
+            conditions = given.trained(**video, pictures=spec.pictures)
+            begun = spec.num_frames(len(known.frames) - len(given.images) + len(conditions))
         return given.record(**video, step=spec.temporal_factor, begun=begun, pictures=spec.pictures)

@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.adapters.base import order_of_tokens
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
+from engine.files.latents import save_latents
 from engine.given.frames import GivenFrames, GivenImage, parse_given
 from engine.load.checkpoint import open_checkpoint
 from engine.load.convolutions import use_onednn
@@ -228,3 +229,16 @@ def test_a_run_that_was_stopped_continues(folder, several, tmp_path):
     assert made.resumed_at == 2
     assert torch.equal(made.latents, on_one_rank(config_of(folder), given=several))
     assert made.settings["given"]["trained"] == ["20", "56", "8", "first"]
+
+
+def test_a_video_is_continued_towards_a_picture(folder, several, tmp_path):
+    """The video that it begins with is known, and the picture at its end is a condition."""
+    file, last = tmp_path / "a.safetensors", several.images[1]
+    with LongVideoEngine(config_of(folder)) as engine:
+        latents = torch.randn(engine.spec.latent_shape(NATIVE, 64, 96), generator=torch.Generator().manual_seed(1))
+        save_latents(file, latents, {})
+        made = engine.denoise(PROMPT, given=GivenFrames(extend=file, images=(last,)))
+        alone = engine.denoise(PROMPT, given=GivenFrames(extend=file))
+    assert made.given["extend"] == {"file": "a.safetensors", "start": 0, "stop": NATIVE}
+    assert torch.equal(made.latents[:, :, :3], latents)
+    assert relative(made.latents[:, :, -1:], alone.latents[:, :, -1:]) > 1e-3
