@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks import tables
 from benchmarks.measure import parser, run
 from engine.media.read_video import read_frames
-from metrics.long.course import LOOP, course_metrics
+from metrics.course import LOOP, course_metrics
 from tiny.world import ORBITS, SIZE, SPEEDS, STRAIGHT, Scene, render, sample_scene
 
 FRAMES, NATIVE = 257, 33

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -73,11 +73,7 @@ def settings_id(settings: Mapping[str, Any]) -> str:
 def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """Describe how two sets of settings differ, by dotted name; None if they are equal."""
     old, new = (_by_name(settings) for settings in (before, now))
-    found = [
-        f"{name} was {_short(old, name)}, now {_short(new, name)}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name, _UNSET) != new.get(name, _UNSET)
-    ]
+    found = [f"{name} was {_short(old, name)}, now {_short(new, name)}" for name in differing(old, new)]
     more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
     return "; ".join(found[:_SHOWN]) + more if found else None
 
@@ -96,26 +92,34 @@ def check_run(metadata: Mapping[str, str], settings: Mapping[str, Any], *, path:
     )
 
 
+def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree of settings by dotted name, with lists for tuples, as JSON gives them back."""
+    return dict(_leaves(tree, ""))
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """The names whose values differ, or that one of the two lacks, sorted."""
+    return [name for name in sorted(before.keys() | now.keys()) if before.get(name, _UNSET) != now.get(name, _UNSET)]
+
+
 _UNSET = object()
 
 
-def _by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
-    flat = _flatten(settings, "")
-    method = str(flat.get("method.name"))
-    if ":" not in method:  # a user's own class has its settings in method.settings
-        flat = {name.replace("method.settings.", f"method.{method}.", 1): value for name, value in flat.items()}
-    given = {name: flat.pop(key) for key, name in _GIVEN.items() if key in flat}
-    return flat | given
-
-
-def _flatten(tree: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
-        inner = (
-            _flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) and value else {f"{prefix}{key}": value}
-        )
-        flat |= inner
-    return flat
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value
+
+
+def _by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
+    found = flat(settings)
+    method = str(found.get("method.name"))
+    if ":" not in method:  # a user's own class has its settings in method.settings
+        found = {name.replace("method.settings.", f"method.{method}.", 1): value for name, value in found.items()}
+    given = {name: found.pop(key) for key, name in _GIVEN.items() if key in found}
+    return found | given
 
 
 def _short(settings: Mapping[str, Any], name: str) -> str:

@@ -1,4 +1,4 @@
-"""The measures of a long video's course for videos longer than their model's native length; see `metrics.long.course`."""
+"""The measures of a long video's course for videos longer than their model's native length; see `metrics.course`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from engine.media.read_video import read_frames
 from evaluation.world import why_not_one_native
-from metrics.long.course import COURSE_UNITS, course_metrics
+from metrics.course import COURSE_UNITS, course_metrics
 
 if TYPE_CHECKING:
     from evaluation.videos import Video

@@ -1,4 +1,4 @@
-"""Which videos are timelines of the embedded world, and their measures, see `metrics.timelines.events`; versions of measures."""
+"""Which videos are timelines of the embedded world, and their measures, see `metrics.events`; versions of measures."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -7,9 +7,8 @@ from typing import Any
 
 from engine.media.read_video import read_frames
 from engine.text.timeline import parse_timeline
-from metrics.long import course
-from metrics.timelines import events
-from metrics.timelines.events import EVENT_UNITS, TextRange, event_metrics
+from metrics import course, events
+from metrics.events import EVENT_UNITS, TextRange, event_metrics
 from metrics.version import source_digest
 from metrics.world import why_not_world
 

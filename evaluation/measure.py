@@ -1,7 +1,6 @@
 """Compute proxies and exact measures, those of events too, of many videos in parallel; results are cached by the file's hash."""
 
 import hashlib
-import math
 import multiprocessing
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -10,18 +9,18 @@ from typing import Any, NamedTuple
 
 import cv2
 
-import metrics.long.course
+import metrics.course
 from engine.errors import UserError
-from engine.files.trees import finite_or_none, read_kept
-from engine.files.whole import write_json
 from engine.media import read_video
 from evaluation.course import COURSE, measure_course
 from evaluation.events import EVENTS, measure_events, version_of
+from evaluation.kept import keep_measures, read_measures
 from evaluation.videos import Video
 from evaluation.world import WORLD, measure_world
 from metrics import proxies
 from metrics.proxies import PROXIES
 from metrics.version import source_digest
+from metrics.video import VideoReading
 
 
 def measure_all(
@@ -74,7 +73,7 @@ def measure_all_course(
         _Job(video.path, (video.path, video.native_frames), folder / f"{video.sha256}-{video.native_frames}.json")
         for video in videos
     ]
-    code = source_digest(Path(metrics.long.course.__file__))
+    code = source_digest(Path(metrics.course.__file__))
     return _measure_kept(jobs, measure_course, "measures of the course", COURSE, code=code, workers=workers, say=say)
 
 
@@ -102,14 +101,14 @@ def _measure_kept(
     workers: int,
     say: Callable[[str], None],
 ) -> dict[Path, dict[str, float]]:
-    found = {job.path: _read(job.place, names, code) for job in jobs}
-    missing = [job for job in jobs if found[job.path] is None]
+    key = {"version": code, "measures": list(names)}
+    kept = {job.path: read_measures(job.place, key) for job in jobs}
+    missing = [job for job in jobs if kept[job.path] is None]
     say(f"{what}: {len(missing)} of {len(jobs)} videos to be measured")
     for job, values in _measure(missing, call, workers):
-        job.place.parent.mkdir(parents=True, exist_ok=True)
-        write_json(job.place, {"version": code, "values": {n: finite_or_none(v) for n, v in values.items()}})
-        found[job.path] = values
-    return {path: values for path, values in found.items() if values is not None}
+        kept[job.path] = VideoReading(values=values, by_clip={})
+        keep_measures(job.place, key, kept[job.path])
+    return {path: found.values for path, found in kept.items() if found is not None}
 
 
 def _measure(
@@ -129,10 +128,3 @@ def _measure(
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
-
-
-def _read(path: Path, names: Collection[str], code: str) -> dict[str, float] | None:
-    kept = read_kept(path, {"version": str, "values": dict}, what="the measures of a video")
-    if kept is None or kept["version"] != code or kept["values"].keys() != set(names):
-        return None
-    return {name: math.nan if value is None else value for name, value in kept["values"].items()}

@@ -18,7 +18,7 @@ from evaluation.vbench.parse import DimensionScores
 from evaluation.videos import as_json
 from evaluation.world import WORLD
 from metrics.bootstrap import MIN_COUNT, Estimate
-from metrics.long.course import READING
+from metrics.course import READING
 from metrics.proxies import PROXIES
 
 PAPER = Path(__file__).with_name("paper.json")

@@ -23,7 +23,7 @@ from engine.files.whole import file_sha256
 from engine.media.read_video import check_colours, open_file
 from engine.paths import expand
 from evaluation.events import ranges_of
-from metrics.timelines.events import TextRange
+from metrics.events import TextRange
 
 _COLUMNS = ("method", "prompt", "seed", "path")
 _SIDECAR: Shape = {

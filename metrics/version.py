@@ -8,11 +8,9 @@ import tiny.captions
 import tiny.measure
 import tiny.world
 
-_OTHERS = (
-    "bootstrap.py",
-    "proxies.py",
-    "version.py",
-)  # statistics of measures, a separate set of measures, and this file
+# Statistics of measures, separate sets of measures, and this file. Measures of events and of a video's course add their own source,
+# so that those of other videos do not depend on it.
+_OTHERS = ("bootstrap.py", "course.py", "events.py", "proxies.py", "version.py")
 _PACKAGES = ("numpy", "opencv-python-headless", "scikit-image")
 
 

@@ -7,11 +7,11 @@ and seed. Ranks, devices, output folders and the order of a batch are left out.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from engine.config import RunConfig
-from engine.identity import group_tree
+from engine.identity import differing, flat, group_tree
 from engine.method_tree import method_tree
 
 CONFIG_DIGITS = 12
@@ -63,21 +63,7 @@ def text_sha256(text: str) -> str:
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """List the differences of two trees, as `video.num_frames 129 -> 257`, sorted by key."""
     before, after = flat(old), flat(new)
-    keys = sorted(key for key in before.keys() | after.keys() if before.get(key, _NONE) != after.get(key, _NONE))
-    return [f"{key} {before.get(key, _NONE)} -> {after.get(key, _NONE)}" for key in keys]
+    return [f"{key} {before.get(key, _NONE)} -> {after.get(key, _NONE)}" for key in differing(before, after)]
 
 
 _NONE = "(not set)"
-
-
-def flat(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree of settings by dotted name, with lists for tuples, as JSON gives them back."""
-    return dict(_leaves(tree, ""))
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", list(value) if isinstance(value, tuple) else value

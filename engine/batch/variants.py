@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from engine.batch.identity import flat
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.identity import flat
 
 MAY_DIFFER = ("method.", "sampler.noise", "attention.riflex", "attention.far")
 """Settings in which variants may differ; with all others shared, the model stays loaded and videos are comparable."""

@@ -10,15 +10,14 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.errors import UserError
-from engine.files.trees import Shape, finite_or_none, read_kept
-from engine.files.whole import write_json
 from engine.media.read_video import read_frames
 from engine.shown import quoted
 from evaluation.comparison.store import Comparison, Video
 from evaluation.events import has_events, ranges_of, version_of
-from metrics.long.course import COURSE_UNITS, course_metrics
-from metrics.timelines.events import EVENT_UNITS, TextRange, event_metrics
-from metrics.video import VIDEO_UNITS, video_metrics
+from evaluation.kept import keep_measures, read_measures
+from metrics.course import COURSE_UNITS, course_metrics
+from metrics.events import EVENT_UNITS, TextRange, event_metrics
+from metrics.video import VIDEO_UNITS, VideoReading, video_metrics
 from metrics.world import WORLD_UNITS, why_not_world, world_metrics
 
 _SHOWN_PROMPTS = 3
@@ -125,31 +124,25 @@ def _measure(video: Video, *, clip_frames: int, world: bool, events: bool, long:
     world = world and not why_not_world([video.prompt], *_WORLD_SIZE)
     ranges = ranges_of(record["timeline"]) if events and has_events(video.prompt, *_WORLD_SIZE) else None
     key = {"video": digest, "version": version, "clip_frames": clip_frames, "world": world, "prompt": video.prompt}
-    shape: Shape = {"key": dict, "values": dict, "by_clip": dict}
-    kept = read_kept(video.files.measures, shape, what="the measures of a video")
-    if kept is None or kept["key"] != key:
+    found = read_measures(video.files.measures, key)
+    if found is None:
         frames = read_frames(video.files.video)
-        values, by_clip = _measures(frames, video.prompt, clip_frames=clip_frames, world=world, events=ranges)
-        values |= course_metrics(frames, clip_frames).values if long else {}
-        kept = {
-            "key": key,
-            "values": {name: finite_or_none(value) for name, value in values.items()},
-            "by_clip": by_clip,
-        }
-        video.files.measures.parent.mkdir(parents=True, exist_ok=True)
-        write_json(video.files.measures, kept)
-    values = dict.fromkeys(names, math.nan)
-    values |= {name: value for name, value in kept["values"].items() if value is not None}
-    return Measured(video=video, record=record, values=values, by_clip=kept["by_clip"], version=version)
+        found = _measures(frames, video.prompt, clip_frames=clip_frames, world=world, events=ranges)
+        more = course_metrics(frames, clip_frames).values if long else {}
+        found = VideoReading(values=found.values | more, by_clip=found.by_clip)
+        keep_measures(video.files.measures, key, found)
+    values = dict.fromkeys(names, math.nan) | found.values
+    return Measured(video=video, record=record, values=values, by_clip=found.by_clip, version=version)
 
 
 def _measures(
     frames: np.ndarray, prompt: str, *, clip_frames: int, world: bool, events: Sequence[TextRange] | None
-) -> tuple[dict[str, float], dict[str, list[float]]]:
+) -> VideoReading:
     found = video_metrics(frames, clip_frames)
     if events is not None:
-        return found.values | event_metrics(frames, events), found.by_clip
+        return VideoReading(values=found.values | event_metrics(frames, events), by_clip=found.by_clip)
     if not world:
-        return found.values, found.by_clip
+        return found
     exact = world_metrics(frames, prompt, clip_frames)
-    return found.values | exact.values, found.by_clip | {"identity_kept": exact.identity_by_clip}
+    by_clip = found.by_clip | {"identity_kept": exact.identity_by_clip}
+    return VideoReading(values=found.values | exact.values, by_clip=by_clip)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.batch.files import BatchFiles, ItemFiles
-from engine.batch.identity import flat, text_sha256
+from engine.batch.identity import text_sha256
 from engine.batch.items import FILE, Batch, Item, check_folder, claim_folder, plan_batch
 from engine.batch.locks import Shard
 from engine.batch.store import is_done
@@ -21,6 +21,7 @@ from engine.errors import UserError
 from engine.files.checks import check_places
 from engine.files.say import Say, say_on_stderr
 from engine.files.trees import Shape, read_tree
+from engine.identity import flat
 from engine.text.timeline import parse_timeline
 
 # Fields of a record that a comparison, its kept measures and its report read, and of the sidecar that holds it.
@@ -140,7 +141,7 @@ class Comparison:
     kept_file: Path | None = None
     """File of measures that outlive the videos (kept_measures.py)."""
     long_measures: bool = False
-    """Whether videos have the measures of a long video's course too (metrics/long/)."""
+    """Whether videos have the measures of a long video's course too (metrics/course.py)."""
 
     @property
     def is_native(self) -> bool:

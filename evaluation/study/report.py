@@ -22,7 +22,7 @@ from evaluation.study.page import write_page
 from evaluation.study.plots import draw_clips, draw_metrics, draw_times, save_figure
 from evaluation.study.summary import Row, as_json, clips, comparable, summarise, times
 from metrics.bootstrap import LEVEL, RESAMPLES
-from metrics.long.course import READING
+from metrics.course import READING
 from metrics.similarity import num_clips
 from metrics.video import VIDEO_UNITS
 

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from engine.batch.identity import flat
 from engine.errors import UserError
 from engine.files.trees import parse_json
+from engine.identity import flat
 from engine.shown import quoted
 
 Report = dict[str, Any]

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 
 from jsonargparse import ArgumentParser
 
-from engine.batch.identity import flat
 from engine.batch.variants import MAY_DIFFER, Variant, check_variants
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files.trees import read_yaml
+from engine.identity import flat
 from engine.presets import find_config
 from launch.arguments.many_videos import refuse_method_name
 from launch.cli.parser import DEFAULT_CONFIG, parse_run

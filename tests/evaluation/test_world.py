@@ -12,7 +12,7 @@ from evaluation.course import COURSE, long_videos
 from evaluation.measure import measure_all_course, measure_all_world
 from evaluation.videos import Video, read_list
 from evaluation.world import WORLD, measure_world, videos_of_world
-from metrics.long.course import course_metrics
+from metrics.course import course_metrics
 from metrics.world import WORLD_UNITS, world_metrics
 from tiny.world import caption, render, sample_scene
 

@@ -12,7 +12,7 @@ from engine.files.whole import write_json
 from evaluation import events
 from evaluation.comparison import measure
 from evaluation.study import report
-from metrics.timelines.events import EVENT_UNITS
+from metrics.events import EVENT_UNITS
 from metrics.version import source_digest
 from tests.launch.conftest import Run
 from tests.launch.test_compare import words

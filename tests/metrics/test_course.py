@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks.long_measures import NATIVE, cut, looped, reddened, softened, wander
 from metrics import version
-from metrics.long.course import COURSE_UNITS, LOOP, course_metrics, distances, find_cuts, thumbnails
+from metrics.course import COURSE_UNITS, LOOP, course_metrics, distances, find_cuts, thumbnails
 from tests.metrics.synthetic import still, translation
 
 

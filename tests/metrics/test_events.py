@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from metrics import version
-from metrics.timelines.events import EVENT_UNITS, TextRange, event_metrics, measure, observe
+from metrics.events import EVENT_UNITS, TextRange, event_metrics, measure, observe
 from tiny.captions import parse_caption
 from tiny.world import STRAIGHT, Scene, render
 

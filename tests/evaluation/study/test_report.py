@@ -26,7 +26,7 @@ from evaluation.study.page import write_page
 from evaluation.study.report import write_report
 from launch.batching.comparison import model_facts
 from metrics.bootstrap import mean_interval
-from metrics.long.course import course_metrics
+from metrics.course import course_metrics
 from tiny.world import Scene, caption, render, sample_scene
 
 NATIVE, FRAMES = 9, 33  # frames of a window of three latent frames, and of the videos
