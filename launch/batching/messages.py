@@ -16,7 +16,7 @@ from engine.errors import UserError
 from engine.files.storage import REMEDY_FULL, describe_remedy
 from engine.files.trees import DamagedError, Shape, read_tree
 from engine.shown import describe_size
-from launch.arguments.replicas import Options
+from launch.arguments.batch import Options
 from launch.batching.work import Work
 from launch.process.exit_codes import LostRankError
 

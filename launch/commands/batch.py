@@ -11,8 +11,7 @@ from engine.decode.tiling import check_tiles
 from engine.files.checks import make_folder
 from engine.files.storage import writing_to
 from engine.load.checkpoint import open_checkpoint
-from launch.arguments.batch import Arguments
-from launch.arguments.replicas import Options
+from launch.arguments.batch import Arguments, Options
 from launch.batching.devices import arrange_variants, check_devices
 from launch.batching.drive import finish, make
 from launch.batching.messages import SUPPORT, check_room, say_plan, say_start

@@ -34,7 +34,7 @@ from engine.files.latents import load_latents
 from engine.files.trees import read_lines
 from engine.files.whole import file_sha256
 from engine.paths import REPOSITORY
-from launch.arguments.replicas import Options, add_arguments
+from launch.arguments.batch import Options, add_arguments
 from launch.batching.messages import halted
 from launch.batching.replicas import check_cluster
 from launch.batching.terminal import Terminal
