@@ -12,6 +12,7 @@ from engine.files.trees import finite_or_none
 from engine.files.whole import write_json, write_text
 from evaluation.course import COURSE
 from evaluation.events import EVENTS
+from evaluation.study.markdown import difference, estimate
 from evaluation.tables import Scored, differences, means
 from evaluation.vbench.dimensions import DIMENSIONS
 from evaluation.vbench.parse import DimensionScores
@@ -27,6 +28,7 @@ NO_TOTAL = (
     "and its own script counts missing ones as 0."
 )
 MISSING = "not available"
+_DECIMALS = 4  # as the paper
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,9 +216,8 @@ def _vbench_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str
     ]
     if len(evaluation.labels) > 1:
         lines += [
-            f"Differences from {evaluation.baseline}, on the prompts and seeds that both have; * where the "
-            "interval leaves "
-            "out 0:",
+            f"Differences from {evaluation.baseline}, on the prompts and seeds that both have; bold where the "
+            "interval leaves out 0:",
             "",
             _estimates(evaluation, tree["differences"], DIMENSIONS, signed=True),
         ]
@@ -391,11 +392,8 @@ def _estimates(
 def _cell(found: Mapping[str, Any] | None, *, signed: bool = False) -> str:
     if found is None:
         return MISSING
-    style = "+.4f" if signed else ".4f"
-    if found["low"] is None:
-        return f"{found['mean']:{style}} ({_count(found['prompts'], 'prompt')})"
-    star = "*" if signed and (found["low"] > 0 or found["high"] < 0) else ""
-    return f"{found['mean']:{style}}{star} [{found['low']:{style}}, {found['high']:{style}}]"
+    text = difference(found, decimals=_DECIMALS) if signed else estimate(found, decimals=_DECIMALS)
+    return text if found["low"] is not None else f"{text} ({_count(found['prompts'], 'prompt')})"
 
 
 def _plain(value: float | None) -> str:

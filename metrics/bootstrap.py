@@ -25,6 +25,11 @@ class Estimate:
     high: float
     count: int
 
+    @property
+    def leaves_out_zero(self) -> bool:
+        """Whether there is an interval, without 0 in it."""
+        return bool(self.low > 0 or self.high < 0)
+
 
 def seed_means(values: Iterable[tuple[Any, float | None]], prompts: Iterable[Any]) -> np.ndarray:
     """[prompts]: the mean over seeds of (prompt, value), nan where no seed has a finite value.

@@ -11,6 +11,7 @@ import numpy as np
 from engine.errors import UserError
 from engine.files.tables import markdown_table
 from engine.files.whole import describe_error, write_text
+from evaluation.study import markdown
 from evaluation.study.findings import refuse_emptier
 from evaluation.study.markdown import Report, estimate
 from evaluation.study.plots import draw_costs, save_figure
@@ -125,7 +126,7 @@ def _many(report: Report) -> str:
         for label in labels
     ]
     others = [
-        [f"`{label}`", *(_signed(difference(report, label, name)) for name in shown)]
+        [f"`{label}`", *(markdown.difference(difference(report, label, name)) for name in shown)]
         for label in labels
         if label != baseline
     ]
@@ -150,10 +151,15 @@ def _two(report: Report) -> str:
     units = {"quality": "0..1"} | {row["metric"]: row["unit"] for row in report["summary"]}
     found = {name: difference(report, other, name) for name in units}
     rows = [
-        [f"`{name}`", estimate(mean(report, baseline, name)), estimate(mean(report, other, name)), _signed(each)]
+        [
+            f"`{name}`",
+            estimate(mean(report, baseline, name)),
+            estimate(mean(report, other, name)),
+            markdown.difference(each),
+        ]
         for name, each in found.items()
     ]
-    decided = [f"`{name}`" for name, each in found.items() if _leaves_out_0(each)]
+    decided = [f"`{name}`" for name, each in found.items() if each.leaves_out_zero]
     told = f"The interval leaves out 0 for {', '.join(decided)}." if decided else "No interval leaves out 0."
     return "\n".join(
         [
@@ -187,15 +193,6 @@ def _shown(report: Report) -> list[str]:
 
 def _row(report: Report, label: str, metric: str) -> dict[str, Any]:
     return next(row for row in report["summary"] if (row["label"], row["metric"]) == (label, metric))
-
-
-def _leaves_out_0(found: Estimate) -> bool:
-    return bool(found.low > 0 or found.high < 0)
-
-
-def _signed(found: Estimate) -> str:
-    text = estimate(found, signed=True)
-    return f"**{text}**" if _leaves_out_0(found) else text
 
 
 def _points(report: Report) -> tuple[str, str, dict[str, dict[str, tuple[Estimate, Estimate]]]]:

@@ -166,9 +166,9 @@ class Change:
     @property
     def verdict(self) -> str:
         """Whether another conclusion would be drawn from the rerun."""
-        if not _decided(self.change):
+        if not self.change.leaves_out_zero:
             return "no change seen"
-        turned = _decided(self.tables) and _decided(self.rerun) and self.tables.mean * self.rerun.mean < 0
+        turned = self.tables.leaves_out_zero and self.rerun.leaves_out_zero and self.tables.mean * self.rerun.mean < 0
         return "turns round" if turned else "changes in size"
 
 
@@ -217,11 +217,6 @@ class NoiseEffect:
     unit: str
     difference: Estimate
 
-    @property
-    def differs(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return _decided(self.difference)
-
 
 def noise_effects(own: Mapping[str, Any], same: Mapping[str, Any]) -> list[NoiseEffect]:
     """For each method of `own` that has another noise in `same`, compare its measures on pairs in both reports."""
@@ -261,10 +256,6 @@ def _units(report: Mapping[str, Any]) -> dict[str, str]:
 
 def _labels(report: Mapping[str, Any]) -> set[str]:
     return {each["label"] for each in report["videos"]}
-
-
-def _decided(estimate: Estimate) -> bool:
-    return bool(estimate.low > 0 or estimate.high < 0)
 
 
 def read(difference: Estimate, sign: Sign) -> Verdict:

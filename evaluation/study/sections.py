@@ -11,7 +11,6 @@ from evaluation.study.claims import (
     CLAIMS,
     Answer,
     Claim,
-    NoiseEffect,
     Sign,
     answers,
     changes,
@@ -19,7 +18,7 @@ from evaluation.study.claims import (
     not_made,
     read,
 )
-from evaluation.study.markdown import Report, estimate, number, tables
+from evaluation.study.markdown import Report, difference, estimate, number, tables
 from metrics.bootstrap import Estimate
 
 PROMPTS = "configs/prompts/world-heldout-40.txt"
@@ -250,10 +249,10 @@ def same_noise(own: Report | None, same: Report | None) -> str:
         methods = list(dict.fromkeys(each.method for each in found))
         cells = {(each.metric, each.method): each for each in found}
         rows = [
-            [f"`{metric}` ({unit})", *(_marked(cells[metric, method]) for method in methods)]
+            [f"`{metric}` ({unit})", *(difference(cells[metric, method].difference) for method in methods)]
             for metric, unit in dict.fromkeys((each.metric, each.unit) for each in found)
         ]
-        differ = sum(each.differs for each in found)
+        differ = sum(each.difference.leaves_out_zero for each in found)
         lines += [
             f"Effect of a method's own noise: with it − with the noise of the others, paired by prompt. In {differ} of {len(found)} "
             f"the interval leaves out 0; about {round(0.05 * len(found))} would by chance.",
@@ -261,11 +260,6 @@ def same_noise(own: Report | None, same: Report | None) -> str:
             markdown_table(["measure", *methods], rows),
         ]
     return "\n".join(lines)
-
-
-def _marked(effect: NoiseEffect) -> str:
-    told = estimate(effect.difference, signed=True)
-    return f"**{told}**" if effect.differs else told
 
 
 def _noises(noise: dict[str, str]) -> str:

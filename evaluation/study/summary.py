@@ -28,7 +28,7 @@ class Row:
     def differs(self) -> bool:
         """Whether the interval of the difference leaves out 0."""
         found = self.difference
-        return found is not None and bool(found.low > 0 or found.high < 0)
+        return found is not None and found.leaves_out_zero
 
 
 def comparable(measured: Sequence[Measured], labels: Sequence[str]) -> list[Measured]:

@@ -58,7 +58,7 @@ def test_a_difference_is_marked_where_its_interval_leaves_out_zero(evaluation: E
     assert found["mean"] == pytest.approx(0.1025)
     assert 0.1 < found["low"] < found["high"] < 0.105
     text = as_markdown(evaluation, tree)
-    assert "+0.1025* [+0.10" in text
+    assert "**+0.1025 [+0.10" in text
     same = replace(
         evaluation, rows=[replace(r, values={"dynamic_degree": r.video.seed + 0.5}) for r in evaluation.rows]
     )

@@ -375,7 +375,7 @@ def test_what_a_method_s_own_noise_changes(write: Callable[..., str]) -> None:
     assert found.keys() == {"speed", "flow_mean"}  # of what both measured, and of no method whose noise is one
     assert found["speed"].method == "freelong"
     assert (found["speed"].difference.mean, found["speed"].difference.count) == (0.5, 8)
-    assert (found["speed"].differs, found["flow_mean"].differs) == (True, False)
+    assert (found["speed"].difference.leaves_out_zero, found["flow_mean"].difference.leaves_out_zero) == (True, False)
     page = write(methods=own, noise=same)
     assert "In 1 of 2 the interval leaves out 0" in page
     assert "| `speed` (px) | **+0.5 [+0.5, +0.5]** |\n| `flow_mean` (px) | 0 [0, 0] |" in page
