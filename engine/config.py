@@ -38,7 +38,6 @@ MOST_FPS = 1000
 VideoKind = Literal["mp4", "gif", "webp", "png"]
 VIDEO_KINDS: dict[str, VideoKind] = {".mp4": "mp4", ".gif": "gif", ".webp": "webp", "": "png"}
 """Output format by file ending; `png` is a folder of frames."""
-"""`png` is a folder of them, one for each frame."""
 
 ANY_FRAME = "any"
 """Among the places at which a checkpoint was trained for pictures: every frame of the video."""

@@ -70,6 +70,7 @@ def test_the_command_works_from_any_folder(installed: Path, tmp_path: Path) -> N
     "words",
     [
         "evaluate --runs .",
+        "findings",
         "compare --prompt x --methods direct",
         "batch --prompts vbench:overall_consistency --vbench . --out x",
     ],

@@ -1,1 +1,1 @@
-"""analyze.py: spectra of attention windows, low-rank reconstructions, their tables and plots."""
+"""Spectra of attention windows and videos of low rank: kept rows, tables and plots."""

@@ -1,1 +1,1 @@
-"""calibrate.py: a seeded search of FreeSpec's open settings, and its judgement on other prompts."""
+"""The search of FreeSpec's open settings: its space, its videos, its scores and their judgement."""

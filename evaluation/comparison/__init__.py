@@ -1,1 +1,1 @@
-"""compare.py: videos of variants, their measures, and the report."""
+"""Compared videos: variants on the same prompts and seeds, their measures, and measures that outlive them."""

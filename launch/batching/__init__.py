@@ -1,1 +1,1 @@
-"""batch.py: its options, replicas, work, and messages."""
+"""Replicas of batch.py and other commands: their devices, workers and messages, and the videos of comparisons."""
