@@ -1,4 +1,5 @@
-"""Write the tables of docs/performance.md (expected and measured), docs/predictions.md, docs/long-videos.md and docs/far-keys.md.
+"""Write the tables of docs/performance.md (expected and measured), docs/predictions.md, docs/long-videos.md, docs/far-keys.md
+and docs/caches.md.
 
 python -m benchmarks.report
 
@@ -18,9 +19,12 @@ from benchmarks.published import published_table
 from benchmarks.tables import NOT_MEASURED, Run, table, verdict
 from engine.files.tables import emptier
 
-PAGES = tuple(ROOT / "docs" / name for name in ("performance.md", "predictions.md", "long-videos.md", "far-keys.md"))
+PAGES = tuple(
+    ROOT / "docs" / name for name in ("performance.md", "predictions.md", "long-videos.md", "far-keys.md", "caches.md")
+)
 BENCHMARKS: dict[str, Callable[[Run], str]] = {
     "attention": tables.attention,
+    "caches": tables.caches,
     "far": tables.far,
     "far_latents": tables.far_latents,
     "fusion": tables.fusion,

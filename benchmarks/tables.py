@@ -83,6 +83,34 @@ def far_latents(run: Run) -> str:
     return f"{table(header, rows)}\n\n{videos}, {run['settings']['sampler.num_steps']} steps; latents, relative, Frobenius."
 
 
+def caches(run: Run) -> str:
+    """Each method and step cache: quality beside that of none, distance of the latents, CPU time, and cached steps."""
+    by_variant: dict[tuple[str, str], list[Run]] = {}
+    for row in run["results"]:
+        by_variant.setdefault((row["method"], row["cache"]), []).append(row)
+    rows = []
+    for (method, cache), found in by_variant.items():
+        before = by_variant[method, "none"]
+        change = [row["quality"] - none["quality"] for row, none in zip(found, before, strict=False)]
+        seconds = [row["cpu_s"] / none["cpu_s"] for row, none in zip(found, before, strict=False)]
+        distances = [row["distance"] for row in found]
+        rows.append(
+            [
+                method,
+                cache,
+                f"{statistics.mean(row['quality'] for row in found):.3f}",
+                "" if cache == "none" else f"{statistics.mean(change):+.3f} ({min(change):+.3f} to {max(change):+.3f})",
+                "" if cache == "none" else f"{statistics.mean(distances):.3f}",
+                f"{statistics.median(seconds):.2f}",
+                f"{statistics.mean(row['cached'] for row in found):.1f}",
+            ]
+        )
+    header = ["method", "cache", "quality", "change (range)", "distance of latents", "CPU time", "steps from the cache"]
+    settings, prompts = run["settings"], {row["prompt"] for row in run["results"]}
+    size = f"{settings['video.num_frames']} frames, {settings['sampler.num_steps']} steps"
+    return f"{table(header, rows)}\n\n{len(prompts)} held-out prompts, {size}; CPU time of denoising, over `none`."
+
+
 def peaked(run: Run) -> str:
     """Errors of the global branch, a sharpness in a row: means over the draws."""
     sizes = list(dict.fromkeys(tuple(row["size"]) for row in run["results"]))

@@ -115,7 +115,7 @@ ANSWERS: dict[str, str] = {
         "use_prompt_extend prompt_extend_method prompt_extend_model prompt_extend_target_lang prompt_enhancer rewrite_prompt "
         "enhance_prompt use_prompt_enhancer": "not supported: prompts are used as given; write the longer prompt into --prompt",
         "use_teacache enable_teacache teacache teacache_thresh use_fbcache fbcache use_cache cache_dit first_block_cache": (
-            "--sampler.cache first_block, mag or taylorseer skips what changes little between steps; see docs/methods.md"
+            "--sampler.cache first_block, mag or taylorseer skips what changes little between steps; see docs/caches.md"
         ),
         "nf4 load_in_4bit use_fp8_t5_encoder": (
             f"not supported: --model.storage stores a transformer in 8 bits, and --model.single_file takes a .gguf file; {_OWN_PIPELINE}"
