@@ -13,6 +13,7 @@ from engine.files.trees import finite_or_none
 from engine.files.whole import write_text
 from engine.media.contact_sheet import spaced
 from engine.media.read_video import read_frames
+from evaluation.analysis.layers import choose_layers, layer_file, layer_rows, layer_summary, preset_of
 from evaluation.analysis.plots import (
     Strip,
     draw_flows,
@@ -24,7 +25,7 @@ from evaluation.analysis.plots import (
 )
 from evaluation.analysis.spectra import Rows, SpectraStore, concentration, mean_and_error, over_prompts
 from evaluation.comparison.kept_measures import measure_every
-from evaluation.comparison.measure import Measured
+from evaluation.comparison.measure import Measured, not_world
 from evaluation.comparison.store import Comparison
 from evaluation.study.plots import save_figure
 from metrics.bootstrap import paired_interval
@@ -40,6 +41,7 @@ def write_analysis(
     low_rank: Comparison,
     ratios: dict[str, float],
     *,
+    layers: Comparison,
     made_with: dict[str, Any],
     progress: bool,
 ) -> str:
@@ -53,6 +55,8 @@ def write_analysis(
         if low_rank.prompts:
             measured = measure_every(low_rank, progress=progress)
             report["low_rank"] = _write_low_rank(folder, low_rank, measured, ratios)
+        if layers.prompts:
+            report["layers"] = _write_layers(folder, layers, measure_every(layers, progress=progress), made_with)
         text = json.dumps(report, indent=2, allow_nan=False)
         write_text(folder / "report.json", text + "\n")
     late = spectra_summary["stages"]["late"]["windows"]
@@ -99,6 +103,23 @@ def _write_low_rank(
         {key: finite_or_none(value) if isinstance(value, float) else value for key, value in row.items()}
         for row in summary
     ]
+
+
+def _write_layers(
+    folder: Path, comparison: Comparison, measured: Sequence[Measured], made_with: dict[str, Any]
+) -> dict[str, Any]:
+    rows = layer_rows(measured, world=not_world(comparison) is None)
+    summary = layer_summary(rows)
+    chosen = choose_layers(summary)
+    write_csv(folder / "layers.csv", rows)
+    write_csv(folder / "layers-summary.csv", summary)
+    checkpoint = made_with["settings"]["checkpoint"]
+    write_text(layer_file(folder), preset_of(chosen, checkpoint=checkpoint, prompts=len(comparison.prompts)))
+    means = [
+        {key: finite_or_none(value) if isinstance(value, float) else value for key, value in row.items()}
+        for row in summary
+    ]
+    return {"means": means, "chosen": chosen}
 
 
 def low_rank_summary(table: Rows) -> Rows:

@@ -43,6 +43,8 @@ def read(argv: list[str]) -> Arguments:
         raise UserError(f"--num_points must be 2 or more, got {given.num_points}")
     if given.num_reconstructed < 0:
         raise UserError(f"--num_reconstructed must be 0 or more, got {given.num_reconstructed}")
+    if given.num_probed < 0:
+        raise UserError(f"--num_probed must be 0 or more, got {given.num_probed}")
     shares = read_shares(given.ratios)
     check_model(config)
     return Arguments(given=given, config=config, prompts=prompts, shares=shares, replicas=replicas)
@@ -69,6 +71,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--ratios", type=str, default="1,0.5,0.25,0.1", help="shares of singular directions to keep")
     parser.add_argument(
         "--num_reconstructed", type=int, default=2, help="number of prompts, from the first, to make low-rank videos of"
+    )
+    parser.add_argument(
+        "--num_probed",
+        type=int,
+        default=0,
+        help="number of prompts, from the first, to make videos of with FreeLOC in one layer alone: 2 x layers + 1 each",
     )
     add_out(parser, "tables, plots and videos", default="runs/analysis")
     add_ranks(parser)

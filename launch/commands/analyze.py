@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from engine.planner.model import read_model
 from engine.progress import enabled
 from engine.shown import quoted
 from engine.spectra.windows import WindowSpectra
+from evaluation.analysis.layers import UNTREATED, layer_settings
 from evaluation.analysis.spectra import SpectraStore
 from evaluation.analysis.tables import write_analysis
 from evaluation.comparison.store import Comparison
@@ -39,7 +41,9 @@ def run(asked: Arguments) -> None:
     check_longer(asked.config, "windows can only grow in a longer video")
     folder = expand(given.out)
     variants, ratios = low_rank_variants(asked.config, asked.shares)
-    config, variants = arrange_for(asked.config, variants, asked.replicas)
+    probed = layer_variants(asked.config) if given.num_probed else []
+    config, arranged = arrange_for(asked.config, [*variants, *probed], asked.replicas)
+    variants, probed = arranged[: len(variants)], arranged[len(variants) :]
     facts = model_facts(config)
     watched = Comparison(
         folder=folder,
@@ -56,14 +60,17 @@ def run(asked: Arguments) -> None:
         prompts=prompts[: given.num_reconstructed],
         seeds=[config.sampler.seed],
     )
+    layers = dataclasses.replace(
+        low_rank, folder=folder / "layers", variants=probed or variants, prompts=prompts[: given.num_probed]
+    )
     now = spectra.describe()
     with contextlib.ExitStack() as stack:
-        make(asked, spectra, low_rank, now, stack)
+        make(asked, spectra, (low_rank, layers), now, stack)
         if not is_first_rank():
             return
         progress = enabled(asked.config.output.progress)
         with stoppable(low_rank):
-            print(write_analysis(folder, spectra, low_rank, ratios, made_with=now, progress=progress))
+            print(write_analysis(folder, spectra, low_rank, ratios, layers=layers, made_with=now, progress=progress))
 
 
 def low_rank_variants(config: RunConfig, shares: list[float]) -> tuple[list[Variant], dict[str, float]]:
@@ -80,6 +87,18 @@ def low_rank_variants(config: RunConfig, shares: list[float]) -> tuple[list[Vari
     return variants, {variant.label: share for variant, share in zip(variants, shares, strict=True)}
 
 
+def layer_variants(config: RunConfig) -> list[Variant]:
+    """Direct, and FreeLOC in each layer alone, once with its positions and once with its sparsity."""
+    freeloc = config.method.freeloc
+    methods = {UNTREATED: dataclasses.replace(config.method, name=UNTREATED, settings={})}
+    for label, layers in layer_settings(read_model(config.model).layers).items():
+        alone = dataclasses.replace(freeloc, **layers)
+        methods[label] = dataclasses.replace(config.method, name="freeloc", freeloc=alone, settings={})
+    return [
+        Variant(label=label, config=dataclasses.replace(config, method=method)) for label, method in methods.items()
+    ]
+
+
 def _check_different(variants: list[Variant], shares: list[float], head_dim: int) -> None:
     """Raise UserError for two shares with the same number of directions or the same label."""
     cpu = torch.device("cpu")
@@ -93,18 +112,27 @@ def _check_different(variants: list[Variant], shares: list[float], head_dim: int
 
 
 def make(
-    asked: Arguments, spectra: SpectraStore, low_rank: Comparison, now: dict[str, Any], stack: contextlib.ExitStack
+    asked: Arguments,
+    spectra: SpectraStore,
+    comparisons: Sequence[Comparison],
+    now: dict[str, Any],
+    stack: contextlib.ExitStack,
 ) -> None:
-    """Run what is missing; all ranks call this. `now` is what `SpectraStore.describe` says; `stack` holds the folder's claim."""
-    config, agree = spectra.watched.config, [json.dumps(now, sort_keys=True), str(low_rank.seeds)]
+    """Run what is missing; all ranks call this. `now` is what `SpectraStore.describe` says; `stack` holds the folder's claim.
+
+    `comparisons` are those of videos.
+    """
+    comparisons = [each for each in comparisons if each.prompts]
+    config, agree = spectra.watched.config, [json.dumps(now, sort_keys=True), str(spectra.seed)]
     with open_maker(config, agree=agree, verbose=asked.given.verbose, replicas=asked.replicas) as maker:
         context = maker.context
-        maker.check(low_rank)
+        for comparison in comparisons:
+            maker.check(comparison)
         look_at_prompts(config, asked.prompts.named, context)
-        report = [spectra.folder / "report.json", low_rank.folder / FILE]
+        report = [spectra.folder / "report.json", *(comparison.folder / FILE for comparison in comparisons)]
         context.check_on_first(lambda: stack.enter_context(claim_outputs(report, flag="--out")))
         context.check_on_first(spectra.open)
-        missing = maker.missing(low_rank)
+        missing = [maker.missing(comparison) for comparison in comparisons]
         unseen = [index for index, done in enumerate(context.compute_on_first(lambda: spectra.done)) if not done]
         if unseen and asked.replicas is not None:
             raise UserError(
@@ -113,7 +141,8 @@ def make(
             )
         if unseen:
             observe(maker.engine, spectra, unseen, context)
-        maker.make(low_rank, missing)
+        for comparison, videos in zip(comparisons, missing, strict=True):
+            maker.make(comparison, videos)
 
 
 def observe(engine: LongVideoEngine, spectra: SpectraStore, unseen: list[int], context: DistContext) -> None:

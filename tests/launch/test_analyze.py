@@ -11,12 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from engine.engine import LongVideoEngine
 from engine.files.claims import claim
 from engine.media.read_video import count_frames
 from evaluation.analysis.spectra import by_layer_and_head, concentration, mean_and_error, over_prompts
 from evaluation.analysis.tables import low_rank_summary
+from freespec.methods import FreeLOC
 from launch.process.exit_codes import GivenUpError
 from metrics.video import VIDEO_UNITS
 from tests.launch.conftest import LTX, SMALL, Run
@@ -258,3 +260,18 @@ def test_errors_are_over_prompts_and_not_over_heads() -> None:
 )
 def test_mistakes_are_one_line(analyze_in: Callable[..., Run], settings: dict[str, object], message: str) -> None:
     assert message in analyze_in(**settings).error
+
+
+def test_layers_are_probed_one_by_one_and_give_a_preset(analyze_in: Callable[..., Run], tmp_path: Path) -> None:
+    (tmp_path / "one.txt").write_text("a red circle\n")
+    shown = analyze_in(prompts=tmp_path / "one.txt", num_reconstructed=0, num_probed=1)
+    assert (shown.code, shown.err) == (0, "")
+    with (tmp_path / "out" / "layers.csv").open() as file:
+        rows = {(row["treatment"], row["layer"]): float(row["change"]) for row in csv.DictReader(file)}
+    assert set(rows) == {("positions", "0"), ("positions", "1"), ("sparse", "0"), ("sparse", "1")}
+    assert min(rows.values()) > 0
+    chosen = json.loads((tmp_path / "out" / "report.json").read_text())["layers"]["chosen"]
+    preset = yaml.safe_load((tmp_path / "out" / "freeloc-layers.yaml").read_text())
+    assert preset["method"]["freeloc"] == chosen
+    assert FreeLOC(**{name: tuple(layers) for name, layers in chosen.items()}).check_layers(2) is None
+    assert analyze_in(num_probed=-1).error.endswith("--num_probed must be 0 or more, got -1")
