@@ -32,6 +32,8 @@ COLUMNS = {
     "cuts": "cuts ↓",
 }
 """What the tables of many methods show, with the direction of what is better; those without one depend on the prompt."""
+NEAR = 0.01
+"""Undecided differences of at most this share of the baseline have no row of their own."""
 PLOTTED = {"quality": "quality", "loops": "share of videos that loop", "rgb_drift": "colour drift, levels"}
 INTRO = """# The bench
 
@@ -145,19 +147,21 @@ def _many(report: Report) -> str:
 
 
 def _two(report: Report) -> str:
-    """Every measure of two methods, a measure in a row."""
+    """Every measure of two methods, a measure in a row; those that are within `NEAR` of each other are listed."""
     labels, baseline = labels_of(report), report["baseline"]
     [other] = [label for label in labels if label != baseline] or labels
     units = {"quality": "0..1"} | {row["metric"]: row["unit"] for row in report["summary"]}
     found = {name: difference(report, other, name) for name in units}
-    rows = [
-        [
-            f"`{name}`",
-            estimate(mean(report, baseline, name)),
-            estimate(mean(report, other, name)),
-            markdown.difference(each),
-        ]
+    means = {name: (mean(report, baseline, name), mean(report, other, name)) for name in units}
+    near = [
+        name
         for name, each in found.items()
+        if not each.leaves_out_zero and abs(each.mean) <= NEAR * abs(means[name][0].mean)
+    ]
+    rows = [
+        [f"`{name}`", *map(estimate, means[name]), markdown.difference(each)]
+        for name, each in found.items()
+        if name not in near
     ]
     decided = [f"`{name}`" for name, each in found.items() if each.leaves_out_zero]
     told = f"The interval leaves out 0 for {', '.join(decided)}." if decided else "No interval leaves out 0."
@@ -169,6 +173,11 @@ def _two(report: Report) -> str:
             f"{other} costs {estimate(cost(report, other))} of {baseline}. {told}",
             "",
             markdown_table(["measure", baseline, other, "difference"], rows),
+            *(
+                [f"Undecided and within {100 * NEAR:g} %: {', '.join(f'`{name}`' for name in near)}.", ""]
+                if near
+                else []
+            ),
         ]
     )
 
