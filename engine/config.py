@@ -242,7 +242,7 @@ class SamplerConfig:
             which a step is skipped; null is diffusers' 0.05 and 0.06.
         cache_interval: steps from one computed step to the next of `taylorseer`; null is diffusers' 5.
         cache_ratios: for `mag`, the magnitude of each step's residual over that of the step before, measured on the model
-            (`python -m benchmarks.caches --ratios`); another number of them is interpolated to the steps, nearest first.
+            (`python -m benchmarks.caches --ratios`); fewer than the steps are spread over them, nearest first.
     """
 
     num_steps: int | None = None
@@ -298,9 +298,9 @@ class SamplerConfig:
 
     @property
     def cache_settings(self) -> dict[str, Any]:
-        """The settings of `cache` that it reads, with its defaults."""
-        given = {name: getattr(self, f"cache_{name}") for name in CACHE_DEFAULTS[self.cache]}
-        return {name: CACHE_DEFAULTS[self.cache][name] if value is None else value for name, value in given.items()}
+        """The settings that `cache` reads, by field, with its defaults: what records and ids have of them."""
+        given = {f"cache_{name}": default for name, default in CACHE_DEFAULTS[self.cache].items()}
+        return {name: default if getattr(self, name) is None else getattr(self, name) for name, default in given.items()}
 
     @property
     def steps(self) -> int:
@@ -337,7 +337,11 @@ class SamplerConfig:
         _check(
             self.cache != "mag" or bool(ratios),
             "sampler.cache mag needs sampler.cache_ratios, which depend on the checkpoint; measure them with "
-            "python -m benchmarks.caches --ratios, or take those that its authors publish",
+            "python -m benchmarks.caches --ratios",
+        )
+        _check(
+            len(ratios or ()) <= self.steps,
+            f"sampler.cache_ratios has {len(ratios or ())} ratios for {self.steps} steps; give one ratio for each step, or fewer",
         )
         wrong = next((value for value in ratios or () if not (math.isfinite(value) and value > 0)), None)
         _check(wrong is None, f"sampler.cache_ratios must be more than 0, got {wrong}")
@@ -638,8 +642,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Check what two groups of settings must agree on; records and ids have the number of steps."""
-        cache = {f"cache_{name}": value for name, value in self.sampler.cache_settings.items()}
-        object.__setattr__(self, "sampler", replace(self.sampler, num_steps=self.sampler.steps, **cache))
+        object.__setattr__(self, "sampler", replace(self.sampler, num_steps=self.sampler.steps))
         kind, stride = self.noise
         _check(
             kind != "freenoise" or stride <= self.method.window_frames,
@@ -656,7 +659,8 @@ class RunConfig:
             f"parallel.provider xfuser computes full attention only: use it with method.name direct, not {self.method.name}",
         )
         self._check_cache()
-        _check(not self.model.compile or not self.output.trace, f"{COMPILED_TRACE}; switch one of the two off")
+        if self.output.trace:
+            self.check_traceable()
         _check(
             not xfuser or not self.output.trace, "parallel.provider xfuser does not expose branches for output.trace"
         )
@@ -671,7 +675,12 @@ class RunConfig:
             model.weights not in ("zero3", "block_offload"),
             f"{cache} skips blocks, and model.weights {model.weights} fetches them in the order of an earlier step; use resident or cpu_offload",
         )
-        _check(not self.output.trace, f"{cache} {CACHED_TRACE}; switch one of the two off")
+
+    def check_traceable(self) -> None:
+        """Raise UserError for a setting with which no spectra are measured."""
+        _check(not self.model.compile, f"{COMPILED_TRACE}; set model.compile false, or do not trace")
+        cache = self.sampler.cache
+        _check(cache == "none", f"sampler.cache {cache} {CACHED_TRACE}; set sampler.cache none, or do not trace")
 
     def _check_file(self) -> None:
         """Reject what the format of the video cannot hold."""

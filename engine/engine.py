@@ -19,7 +19,7 @@ from tqdm import tqdm
 from engine.adapters import ModelAdapter, VideoSpec, adapter_of
 from engine.adapters.base import Condition
 from engine.checks import check_kernels, check_model, check_ranks
-from engine.config import CACHED_TRACE, COMPILED_TRACE, MethodConfig, OutputConfig, RunConfig
+from engine.config import MethodConfig, OutputConfig, RunConfig
 from engine.decode.decoder import VideoDecoder
 from engine.denoise.denoise import Denoised
 from engine.denoise.guided_model import GuidedModel
@@ -211,11 +211,9 @@ class LongVideoEngine:
         """
         if trace is not None and self.ranks.hybrid is not None:
             raise UserError("parallel.provider xfuser does not expose branches to trace")
-        if trace is not None and self.config.model.compile:
-            raise UserError(f"{COMPILED_TRACE}; set model.compile false")
+        if trace is not None:
+            self.config.check_traceable()
         sampler, video = self.config.sampler, self.config.video
-        if trace is not None and sampler.cache != "none":
-            raise UserError(f"sampler.cache {sampler.cache} {CACHED_TRACE}; set sampler.cache none")
         seed = sampler.seed if seed is None else seed
         negative_prompt = sampler.negative_prompt if negative_prompt is None else negative_prompt
         num_frames = video.num_frames if num_frames is None else num_frames

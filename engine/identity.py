@@ -1,4 +1,7 @@
-"""The settings that determine the latents of a run: equal settings give equal latents, up to rounding, on any number of ranks."""
+"""The settings that determine the latents of a run: equal settings give equal latents, up to rounding, on any number of ranks.
+
+Layouts that are equal up to rounding only (docs/parallel.md) may decide differently near the threshold of a cache (`sampler.cache`).
+"""
 
 import dataclasses
 import hashlib
@@ -62,6 +65,7 @@ def latents_settings(
 def group_tree(group: SamplerConfig | AttentionConfig) -> dict[str, Any]:
     """A group's settings; those that older versions lacked are left out at their defaults, so that ids do not change."""
     tree, default = dataclasses.asdict(group), type(group)()
+    tree |= group.cache_settings if isinstance(group, SamplerConfig) else {}
     return {key: value for key, value in tree.items() if key not in _LATER or value != getattr(default, key)}
 
 

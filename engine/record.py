@@ -59,7 +59,7 @@ def build_record(
     settings = denoised.settings
     config = json.loads(json.dumps(dataclasses.asdict(facts.config)))  # with lists for tuples, as the file has them
     config["video"]["num_frames"] = settings["num_frames"]
-    config["sampler"] |= {name: settings[name] for name in _OF_A_CALL}
+    config["sampler"] |= facts.config.sampler.cache_settings | {name: settings[name] for name in _OF_A_CALL}
     return {
         "prompt": settings["prompt"],
         "timeline": denoised.timeline,

@@ -45,7 +45,7 @@ def step_cache(
             transformer.enable_cache(cache_config(sampler, own))
             enabled.append(transformer)
             if sampler.cache == "first_block":
-                share_decision(state, transformer, sampler.cache_settings["threshold"])
+                share_decision(state, transformer, sampler.cache_settings["cache_threshold"])
         yield
     finally:
         for transformer in enabled:
@@ -56,15 +56,17 @@ def cache_config(sampler: SamplerConfig, steps: Sequence[int]) -> Any:
     """Diffusers' configuration of the cache of a transformer that denoises these steps."""
     settings = sampler.cache_settings
     if sampler.cache == "first_block":
-        return FirstBlockCacheConfig(threshold=settings["threshold"])
+        return FirstBlockCacheConfig(threshold=settings["cache_threshold"])
     if sampler.cache == "mag":
-        every = nearest_interp(torch.tensor(settings["ratios"]), sampler.steps).tolist()
+        every = nearest_interp(torch.tensor(settings["cache_ratios"]), sampler.steps).tolist()
         return MagCacheConfig(
-            threshold=settings["threshold"], num_inference_steps=len(steps), mag_ratios=[every[step] for step in steps]
+            threshold=settings["cache_threshold"],
+            num_inference_steps=len(steps),
+            mag_ratios=[every[step] for step in steps],
         )
     # The output projection alone is kept: by default diffusers looks for attentions of other names, and would find none.
     return TaylorSeerCacheConfig(
-        cache_interval=settings["interval"], taylor_factors_dtype=torch.float32, use_lite_mode=True
+        cache_interval=settings["cache_interval"], taylor_factors_dtype=torch.float32, use_lite_mode=True
     )
 
 

@@ -21,7 +21,7 @@ UNREAD = OF_ONE_VIDEO
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """The checked command line of analyze.py; `given` is the parsed namespace. Without `replicas` this process makes the low-rank videos."""
+    """The checked command line of analyze.py; `given` is the parsed namespace. Without `replicas` this process makes the low-rank and layer videos."""
 
     given: Namespace
     config: RunConfig
@@ -45,6 +45,7 @@ def read(argv: list[str]) -> Arguments:
         raise UserError(f"--num_reconstructed must be 0 or more, got {given.num_reconstructed}")
     if given.num_probed < 0:
         raise UserError(f"--num_probed must be 0 or more, got {given.num_probed}")
+    config.check_traceable()
     shares = read_shares(given.ratios)
     check_model(config)
     return Arguments(given=given, config=config, prompts=prompts, shares=shares, replicas=replicas)

@@ -60,13 +60,13 @@ def check_longer(config: RunConfig, why: str) -> None:
 
 
 @contextlib.contextmanager
-def stoppable(comparison: Comparison) -> Iterator[None]:
-    """Say that the videos are kept if the block, which measures them, is interrupted."""
+def stoppable(folder: Path) -> Iterator[None]:
+    """Say that the videos in `folder` are kept if the block, which measures them, is interrupted."""
     try:
         yield
     except KeyboardInterrupt as error:
         raise Stopped(
-            f"while measuring; every video that was made lies in {comparison.folder}; the same command continues"
+            f"while measuring; every video that was made lies in {folder}; the same command continues"
         ) from error
 
 

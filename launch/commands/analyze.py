@@ -69,7 +69,7 @@ def run(asked: Arguments) -> None:
         if not is_first_rank():
             return
         progress = enabled(asked.config.output.progress)
-        with stoppable(low_rank):
+        with stoppable(folder):
             print(write_analysis(folder, spectra, low_rank, ratios, layers=layers, made_with=now, progress=progress))
 
 
@@ -93,7 +93,10 @@ def layer_variants(config: RunConfig) -> list[Variant]:
     methods = {UNTREATED: dataclasses.replace(config.method, name=UNTREATED, settings={})}
     for label, layers in layer_settings(read_model(config.model).layers).items():
         alone = dataclasses.replace(freeloc, **layers)
-        methods[label] = dataclasses.replace(config.method, name="freeloc", freeloc=alone, settings={})
+        try:
+            methods[label] = dataclasses.replace(config.method, name="freeloc", freeloc=alone, settings={})
+        except ValueError as error:
+            raise UserError(f"--num_probed makes videos with FreeLOC: {error}") from error
     return [
         Variant(label=label, config=dataclasses.replace(config, method=method)) for label, method in methods.items()
     ]
@@ -136,8 +139,8 @@ def make(
         unseen = [index for index, done in enumerate(context.compute_on_first(lambda: spectra.done)) if not done]
         if unseen and asked.replicas is not None:
             raise UserError(
-                f"the spectra of {len(unseen)} of {len(spectra.prompts)} prompts are missing, and replicas make the low-rank videos "
-                "alone; measure the spectra first, without --replicas and with --num_reconstructed 0"
+                f"the spectra of {len(unseen)} of {len(spectra.prompts)} prompts are missing, and replicas make the low-rank and "
+                "layer videos alone; measure the spectra first, without --replicas and with --num_reconstructed 0 --num_probed 0"
             )
         if unseen:
             observe(maker.engine, spectra, unseen, context)

@@ -121,7 +121,7 @@ def _judge(judged: Comparison, best: str, settings: dict[str, Any], *, progress:
 
 
 def _measure(comparison: Comparison, *, progress: bool) -> list[Measured]:
-    with stoppable(comparison):
+    with stoppable(comparison.folder):
         measured = measure_every(comparison, progress=progress)
     add_kept(comparison, measured)
     return measured

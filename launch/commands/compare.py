@@ -33,14 +33,14 @@ def run(asked: Arguments) -> None:
         return
     progress = enabled(asked.config.output.progress)
     if shard is not None:
-        with stoppable(comparison):
+        with stoppable(comparison.folder):
             print(_measure_shard(comparison, shard, progress=progress))
         return
     comparison.check()
     check_kept(comparison)
     check_places([folder / "report.json"])
     try:
-        with stoppable(comparison):
+        with stoppable(comparison.folder):
             summary = write_report(comparison, folder=folder, baseline=asked.baseline, progress=progress)
     except NothingToReportError as error:
         if not given.report_if_any:

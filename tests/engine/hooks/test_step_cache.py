@@ -321,6 +321,19 @@ def test_ids_name_the_cache_and_stay_without_one() -> None:
     assert len({ids(config) for config in (none, *others)}) == 5
 
 
+def test_another_cache_takes_its_own_defaults() -> None:
+    def other(**sampler: Any) -> SamplerConfig:
+        return dataclasses.replace(config, sampler=dataclasses.replace(config.sampler, **sampler)).sampler
+
+    config = config_of("x", "taylorseer")
+    assert config.sampler.cache_settings == {"cache_interval": 5}
+    assert other(cache="mag", cache_ratios=RATIOS).cache_settings == {"cache_threshold": 0.06, "cache_ratios": RATIOS}
+    assert other(cache="first_block").cache_settings == {"cache_threshold": 0.05}
+    assert other(cache="none") == config_of("x").sampler
+    with pytest.raises(UserError, match="sampler.cache_interval is for sampler.cache taylorseer"):  # given by a user
+        dataclasses.replace(config.sampler, cache="none", cache_interval=4)
+
+
 SAMPLER = {
     "sampler.cache_threshold is for sampler.cache first_block, mag, and sampler.cache is none": {
         "cache_threshold": 0.1
@@ -329,6 +342,7 @@ SAMPLER = {
     "sampler.cache_threshold must be more than 0, got nan": {"cache": "first_block", "cache_threshold": math.nan},
     "sampler.cache_interval must be 2 or more steps, got 1": {"cache": "taylorseer", "cache_interval": 1},
     "sampler.cache mag needs sampler.cache_ratios": {"cache": "mag"},
+    "sampler.cache_ratios has 3 ratios for 2 steps": {"cache": "mag", "cache_ratios": (1.0,) * 3, "num_steps": 2},
     "sampler.cache_ratios must be more than 0, got -1": {"cache": "mag", "cache_ratios": (1.0, -1.0)},
 }
 RUN = {
