@@ -18,7 +18,8 @@ class Denoised:
     Attributes:
         latents: [1, z, F, h, w] fp32 on the CPU, normalised as the transformer sees them.
         steps: one dict per step, also those of an earlier, interrupted run: step, timestep, mode (as in freespec.methods.StepPlan),
-            seconds, and of two transformers the one that denoised, `expert`.
+            seconds, cpu_seconds (of this process), of two transformers the one that denoised, `expert`, and with `sampler.cache`
+            whether the step was `cached`.
         schedule: the timestep shift: `shift` (fixed, native or actual) and its value, and how they came about.
         seconds: time of the stages `text` and `denoise`.
         resumed_at: steps that an earlier, interrupted run had finished; 0 for a run from noise.

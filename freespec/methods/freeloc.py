@@ -82,11 +82,15 @@ class FreeLOC(Method):
         """A native length that leaves positions for the keys beyond the exact ones, at any length of the video."""
         for frames in (LONG * window_frames - 1, LONG * window_frames):  # either of the published pairs
             near, middle, used = self._exact(frames, window_frames)
-            if not near <= middle or used >= window_frames:
+            one, two = self._named("near_frames", near), self._named("middle_frames", middle)
+            if near >= window_frames:
+                raise ValueError(f"freeloc: {one} must be less than the native length of {window_frames} frames")
+            if near > middle:
+                raise ValueError(f"freeloc: {one} is more than {two}; lower it, or give a larger middle_frames")
+            if used >= window_frames:
                 raise ValueError(
-                    f"freeloc: near_frames {near}, middle_frames {middle} and middle_group {self.middle_group} take {used} positions of a "
-                    f"native length of {window_frames} frames and leave none for farther keys; near_frames may be at most middle_frames, "
-                    "and both together less"
+                    f"freeloc: {one}, {two} and middle_group {self.middle_group} take {used} positions of a native length of "
+                    f"{window_frames} frames and leave none for farther keys; lower near_frames or middle_frames"
                 )
         if (anchor := self._share(self.anchor_near_frames, ANCHORED, window_frames)) >= window_frames:
             raise ValueError(
@@ -152,6 +156,10 @@ class FreeLOC(Method):
         stripes = [_cut(tier, first, last, rows) for tier in _sides(frames, dense, striped)]
         made = (_around(frames, dense), *stripes, *near_anchors, *far_anchors)
         return tuple(tier for tier in made if any(map(int.__lt__, tier.start, tier.stop)))
+
+    def _named(self, name: str, value: int) -> str:
+        """A setting and its value, for a message."""
+        return f"{name} {value}" + ("" if getattr(self, name) is not None else " (default)")
 
     def _exact(self, frames: int, native: int) -> tuple[int, int, int]:
         """Distances that are exact, and half-exact; and the number of relative positions that both take."""

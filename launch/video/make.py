@@ -69,7 +69,7 @@ def summary(record: Record, files: OutputFiles | ItemFiles) -> str:
     modes = [step["mode"] for step in record["steps"]]
     counts = ", ".join(f"{modes.count(mode)} {mode}" for mode in dict.fromkeys(modes))
     cached = sum(step.get("cached", False) for step in record["steps"])
-    counts += f", {cached} of them from the cache" if cached else ""
+    counts += f" ({cached} of all {len(modes)} from the cache)" if cached else ""
     seconds = record["seconds"]
     resumed = f" (continued after step {record['resumed_at']})" if record["resumed_at"] else ""
     return (

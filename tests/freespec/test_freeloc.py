@@ -119,7 +119,7 @@ def test_wan_has_the_published_numbers() -> None:
             assert max(map(abs, distances(grid, FreeLOC(), query).values())) <= 20
 
 
-def test_wan_sparse_layers_see_a_quarter_of_the_keys() -> None:
+def test_wan_sparse_layers_see_a_third_of_the_keys() -> None:
     [sparse] = FreeLOC(sparse_layers=(0,)).tiers(WAN, 1)
     tokens = 0
     for tier in sparse:
@@ -146,9 +146,13 @@ def test_wrong_settings_are_refused() -> None:
         FreeLOC(middle_group=1)
     with pytest.raises(
         ValueError,
-        match="near_frames 21, middle_frames 21 and middle_group 2 take 21 positions of a native length of 21",
+        match="near_frames 20, middle_frames 22 and middle_group 2 take 21 positions of a native length of 21",
     ):
-        FreeLOC(near_frames=21, middle_frames=21).check_window(21)
+        FreeLOC(near_frames=20, middle_frames=22).check_window(21)
+    with pytest.raises(ValueError, match="near_frames 30 must be less than the native length of 9 frames"):
+        FreeLOC(near_frames=30).check_window(9)
+    with pytest.raises(ValueError, match="near_frames 18 is more than middle_frames 14 \\(default\\); lower it"):
+        FreeLOC(near_frames=18).check_window(21)
     with pytest.raises(ValueError, match="anchor_near_frames must be less than the native length of 9 frames, got 9"):
         FreeLOC(anchor_near_frames=9).check_window(9)
     with pytest.raises(ValueError, match="striped_frames 2 is less than dense_frames 3"):
