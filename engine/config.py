@@ -300,7 +300,9 @@ class SamplerConfig:
     def cache_settings(self) -> dict[str, Any]:
         """The settings that `cache` reads, by field, with its defaults: what records and ids have of them."""
         given = {f"cache_{name}": default for name, default in CACHE_DEFAULTS[self.cache].items()}
-        return {name: default if getattr(self, name) is None else getattr(self, name) for name, default in given.items()}
+        return {
+            name: default if getattr(self, name) is None else getattr(self, name) for name, default in given.items()
+        }
 
     @property
     def steps(self) -> int:

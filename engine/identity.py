@@ -1,6 +1,6 @@
 """The settings that determine the latents of a run: equal settings give equal latents, up to rounding, on any number of ranks.
 
-Layouts that are equal up to rounding only (docs/parallel.md) may decide differently near the threshold of a cache (`sampler.cache`).
+Layouts that are equal up to rounding only (docs/parallel.md, "Why the result is the same") may decide differently near the threshold of a cache (`sampler.cache`).
 """
 
 import dataclasses

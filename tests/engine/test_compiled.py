@@ -199,5 +199,7 @@ def test_no_block_writes_windows_out(make: Callable[[], Any], method: str) -> No
 def test_what_cannot_be_compiled_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"model.compile cannot compile layers that model.weights zero3 brings"):
         ModelConfig(path="somewhere", weights="zero3", compile=True)
-    with pytest.raises(UserError, match=r"do not expose branches for a trace .*; set model.compile false, or do not trace"):
+    with pytest.raises(
+        UserError, match=r"do not expose branches for a trace .*; set model.compile false, or do not trace"
+    ):
         dataclasses.replace(config_of(folder, compiled=True), output=OutputConfig(trace=True))

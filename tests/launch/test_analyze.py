@@ -117,7 +117,9 @@ def test_replicas_make_low_rank_videos_alone(
     analyze_in: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     error = analyze_in(replicas=2).error
-    assert error.startswith("the spectra of 2 of 2 prompts are missing, and replicas make the low-rank and layer videos alone; ")
+    assert error.startswith(
+        "the spectra of 2 of 2 prompts are missing, and replicas make the low-rank and layer videos alone; "
+    )
     assert analyze_in(num_reconstructed=0).code == 0
     made: list[list[str]] = []
 
@@ -256,7 +258,10 @@ def test_errors_are_over_prompts_and_not_over_heads() -> None:
         ({"num_reconstructed": -1}, "--num_reconstructed must be 0 or more"),
         ({"method.window_frames": 5}, "windows can only grow in a longer video, such as --video.num_frames 77"),
         ({"video.num_frames": 18}, "must be 4k + 1"),
-        ({"num_probed": 1, "method.freeloc.near_frames": 30}, "--num_probed makes videos with FreeLOC: freeloc: near_frames"),
+        (
+            {"num_probed": 1, "method.freeloc.near_frames": 30},
+            "--num_probed makes videos with FreeLOC: freeloc: near_frames",
+        ),
         ({"sampler.cache": "first_block"}, "sampler.cache first_block skips layers"),
         ({"model.compile": "true"}, "with model.compile, blocks do not expose branches"),
     ],

@@ -330,7 +330,7 @@ def test_another_cache_takes_its_own_defaults() -> None:
     assert other(cache="mag", cache_ratios=RATIOS).cache_settings == {"cache_threshold": 0.06, "cache_ratios": RATIOS}
     assert other(cache="first_block").cache_settings == {"cache_threshold": 0.05}
     assert other(cache="none") == config_of("x").sampler
-    with pytest.raises(UserError, match="sampler.cache_interval is for sampler.cache taylorseer"):  # given by a user
+    with pytest.raises(UserError, match=r"sampler\.cache_interval is for sampler\.cache taylorseer"):  # given by a user
         dataclasses.replace(config.sampler, cache="none", cache_interval=4)
 
 
