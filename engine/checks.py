@@ -9,11 +9,13 @@ from engine.adapters import ModelAdapter, VideoSpec
 from engine.config import RunConfig
 from engine.decode.tiling import check_tiles
 from engine.errors import UserError
+from engine.given.frames import GivenFrames
 from engine.kernel_choice import select_kernels
 from engine.load.loras import check_sides
 from engine.ranks.layouts import Ranks, check_layout
 from engine.schedulers import check_levels
 from freespec.far_keys import far_tokens
+from freespec.methods.base import names_tiers
 from freespec.riflex import Riflex
 
 
@@ -101,16 +103,37 @@ def check_riflex(adapter: ModelAdapter, riflex: Riflex) -> None:
         )
 
 
-def check_far_tokens(config: RunConfig, spec: VideoSpec) -> None:
-    """Raise UserError for fewer far keys than one per frame."""
+def check_far_tokens(config: RunConfig, spec: VideoSpec, *, num_frames: int | None = None, beside: int = 0) -> None:
+    """Raise UserError for fewer far keys than one per frame; `beside` is the number of pictures that have tokens of their own."""
     video = config.video
-    *_, frames, rows, columns = spec.latent_shape(video.num_frames, video.height, video.width)
-    num_frames, rows, columns = (size // patch for size, patch in zip((frames, rows, columns), spec.patch, strict=True))
-    sizes = {"num_frames": num_frames, "frame_tokens": rows * columns, "window_frames": config.method.window_frames}
+    latent = spec.latent_shape(num_frames or video.num_frames, video.height, video.width)[2:]
+    frames, rows, columns = (size // patch for size, patch in zip(latent, spec.patch, strict=True))
+    sizes = {
+        "num_frames": frames + beside,
+        "frame_tokens": rows * columns,
+        "window_frames": config.method.window_frames,
+    }
     try:
         far_tokens(config.attention.far, **sizes)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def check_beside(config: RunConfig, spec: VideoSpec, given: GivenFrames | None, *, num_frames: int) -> None:
+    """Raise UserError for settings that do not suit pictures whose tokens stand beside those of the video."""
+    video, method = config.video, config.method
+    beside = 0
+    if given is not None:
+        beside = given.num_beside(num_frames=num_frames, fps=video.fps, pictures=spec.pictures)
+    if beside == 0:
+        return
+    frames = spec.latent_shape(num_frames, video.height, video.width)[2] // spec.patch[0]
+    if names_tiers(method.method) and frames > method.window_frames:
+        raise UserError(
+            f"method {method.name} counts positions in latent frames of the video, and this checkpoint sees each of the pictures at later "
+            f"frames than the first ({beside}) as one more frame between them; give first alone, or choose another method"
+        )
+    check_far_tokens(config, spec, num_frames=num_frames, beside=beside)
 
 
 def check_layers(config: RunConfig, transformer: Mapping[str, Any]) -> None:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from engine.adapters import ModelAdapter, VideoSpec, adapter_of
 from engine.adapters.base import Condition
-from engine.checks import check_kernels, check_model, check_ranks
+from engine.checks import check_beside, check_kernels, check_model, check_ranks
 from engine.config import MethodConfig, OutputConfig, RunConfig
 from engine.decode.decoder import VideoDecoder
 from engine.denoise.denoise import Denoised
@@ -219,6 +219,7 @@ class LongVideoEngine:
         num_frames = video.num_frames if num_frames is None else num_frames
         self.spec.check_video(num_frames, video.height, video.width)
         check_needs(given, self.spec, num_frames=num_frames, fps=video.fps)
+        check_beside(self.config, self.spec, given, num_frames=num_frames)
 
         started = time.perf_counter()
         direction = read_direction(

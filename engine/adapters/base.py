@@ -342,6 +342,10 @@ class ModelAdapter(ABC):
     def check_pipeline(self, pipe: Any) -> None:
         """Raise UserError for pipelines of this class that would run but give a wrong video, whatever their scheduler."""
 
+    def check_call(self, arguments: Mapping[str, Any]) -> None:
+        """Raise UserError for arguments of a pipeline's call, by name, with which a method would fail or they would be ignored."""
+        return
+
     def check_index(self, index: Mapping[str, Any]) -> None:
         """Raise UserError for a model_index.json of a checkpoint that would run and give a wrong video."""
         if index.get("boundary_ratio") is not None:

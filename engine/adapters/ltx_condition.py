@@ -1,4 +1,4 @@
-"""LTX-Video checkpoints whose pipeline is LTXConditionPipeline (0.9.5 and later): pictures at any frame, as conditions.
+"""LTX-Video checkpoints whose model_index.json names LTXConditionPipeline: pictures at any frame, as conditions.
 
 A picture at frame 0 is the first latent frame. Each other one is a latent frame of its own beside the video's, at the position in time
 of its frame, with timestep 0. The stock pipeline puts these tokens before the video's; here they stand after the latent frame of their
@@ -51,6 +51,20 @@ class LtxConditionAdapter(LtxAdapter):
             )
         size = len(rows.unique()), len(columns.unique())
         return times.numel() // (size[0] * size[1]), *size
+
+    def check_call(self, arguments: Mapping[str, Any]) -> None:
+        """Refuse a start inside the schedule, and latents, which the stock pipeline takes only there."""
+        strength = arguments.get("denoise_strength", 1.0)
+        if strength < 1:
+            raise UserError(
+                f"denoise_strength {strength:g} starts LTXConditionPipeline inside its scheduler's steps, and a method is planned for all "
+                "of them; leave denoise_strength out, or call the handle's remove() first"
+            )
+        if arguments.get("latents") is not None:
+            raise UserError(
+                "LTXConditionPipeline ignores latents= and draws noise of its own; leave it out, or take LongVideoEngine for the "
+                "noise of a method"
+            )
 
     def set_timesteps(
         self, scheduler: Any, num_steps: int, *, num_tokens: int, shift: str, device: torch.device | None

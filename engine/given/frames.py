@@ -87,6 +87,11 @@ class GivenFrames:
         places = {ends.get(frame, ""): image for frame, image in frames.items()}
         return {place: image for place, image in places.items() if place in pictures}
 
+    def num_beside(self, *, num_frames: int, fps: int, pictures: Sequence[str]) -> int:
+        """The number of images whose tokens stand beside those of the video, see `engine.adapters.base.Condition`."""
+        trained = self.trained(num_frames=num_frames, fps=fps, pictures=pictures)
+        return sum(place != "first" for place in trained) if ANY_FRAME in pictures else 0
+
     def settings(self, *, num_frames: int, fps: int, step: int, pictures: Sequence[str] = ()) -> dict[str, Any]:
         """The settings for the run's id, in JSON types: latent frames and SHA-256 of the files, what is shown, and the rules."""
         images = {str(self.latent(image, num_frames, fps, step)): file_sha256(image.path) for image in self.images}

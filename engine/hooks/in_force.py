@@ -1,6 +1,7 @@
 """Checks that a method on a pipeline is still active: around each call of the pipeline and before each forward."""
 
 import functools
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -141,6 +142,10 @@ class Guard(Uncopyable):
         """Wrap one call of the pipeline: raise UserError unless this is active before and throughout it."""
         raise NotImplementedError
 
+    def check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """Raise UserError for arguments of a call, by name, that this does not support."""
+        return
+
 
 @dataclass(kw_only=True, eq=False)
 class Installed(Guard):
@@ -225,6 +230,11 @@ class Installed(Guard):
         self.tried = now
         return None
 
+    def check_arguments(self, arguments: Mapping[str, Any]) -> None:
+        """See the base class."""
+        if not self.removed:
+            self.adapter.check_call(arguments)
+
     @contextmanager
     def call(self) -> Iterator[None]:
         """Wrap one call of the pipeline: raise UserError unless the method is active before and throughout it."""
@@ -269,6 +279,8 @@ def guarded(kind: type, installed: Guard) -> type:
     asked for, but the call itself is checked.
     """
 
+    signature = inspect.signature(kind.__call__)
+
     class Guarded(kind):
         guard = installed
 
@@ -278,6 +290,7 @@ def guarded(kind: type, installed: Guard) -> type:
 
         def __call__(self, *args: Any, **kwargs: Any) -> Any:
             with installed.call():
+                installed.check_arguments(signature.bind_partial(self, *args, **kwargs).arguments)
                 return super().__call__(*args, **kwargs)
 
         def prepare_latents(self, *args: Any, **kwargs: Any) -> Any:

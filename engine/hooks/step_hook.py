@@ -23,7 +23,15 @@ from freespec.thinning import kept_tokens
 from freespec.tiers import table_of as tiers_table
 from parallel.attention import TORCH_EXCHANGE, KeptTokens, SequenceLayout
 from parallel.collectives import ignore_bytes
-from parallel.shards import HaloRange, LayerShape, SequencePlan, choose_local_route, token_unit
+from parallel.shards import (
+    HaloRange,
+    LayerShape,
+    SequencePlan,
+    choose_local_route,
+    length,
+    refuse_uneven,
+    token_unit,
+)
 
 
 class StepHook(Uncopyable):
@@ -93,6 +101,11 @@ class StepHook(Uncopyable):
         plan = self._plan[step]
         # At native length both branches are the whole video, and the stock computation is kept bit for bit.
         mode = "global" if frames - len(state.beside) <= setup.window_frames else plan.mode
+        if mode == "tiers" and state.beside:
+            raise UserError(
+                f"the positions of tiers count frames of the video, and {len(state.beside)} pictures stand between those; give pictures "
+                "at the first frame alone, or choose another method"
+            )
         if (transformer, mode) != self._last:  # what a cache kept of a dual step is not that of a local one
             for each in self._processors:
                 forget_steps(each)
@@ -372,6 +385,18 @@ def share_tokens(
     even = setup.hybrid is not None or setup.exchange is not TORCH_EXCHANGE
     unit = token_unit(num_tokens, mesh.sequence.size, even=even)
     plan = SequencePlan(tokens=num_tokens, heads=heads, ring=mesh.ring.size, ulysses=mesh.ulysses.size, unit=unit)
+    if even and state.beside:  # all others were counted when the ranks were arranged
+        try:
+            refuse_uneven(
+                "parallel.provider deepspeed or xfuser",
+                [length(x) for x in plan.shards],
+                [length(x) for x in plan.head_shares],
+            )
+        except ValueError as error:
+            raise UserError(
+                f"{error}; the tokens of pictures at later frames than the first ({len(state.beside)}) count too: use parallel.provider "
+                "torch, another number of such pictures, or fewer ranks"
+            ) from error
     trace = mesh.trace(state, ignore_bytes)
     layout = SequenceLayout(
         mesh=mesh, plan=plan, exchange=setup.exchange, trace=trace, gathers_keys=gathers_keys(latents.device)

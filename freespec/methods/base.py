@@ -29,7 +29,10 @@ class StepPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Grid:
-    """The tokens of a video, frame-major: `frames` x `rows` x `columns`, and the native length `window_frames`."""
+    """The tokens of a video, frame-major: `frames` x `rows` x `columns`, and the native length `window_frames`.
+
+    `frames` counts pictures whose tokens stand beside those of the video, each as a frame after that of its moment.
+    """
 
     frames: int
     rows: int

@@ -25,7 +25,7 @@ def run(given: Arguments) -> None:
     config, variants, arrangement = arrange_variants(given.config, given.variants, options, gpu=options.gpu)
     batch = read_batch(config, variants, given)
     mine = [item for item in batch.items if options.shard.owns(item.item_id)]
-    notes = look_at_given(config, options.given)
+    notes = look_at_given(config, options.given, variants=variants)
     files = BatchFiles(root=options.out)
     check_devices(config, options)
     files.check()

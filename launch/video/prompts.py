@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from engine.batch.variants import Variant
+from engine.checks import check_beside
 from engine.config import RunConfig
 from engine.given.frames import GivenFrames
 from engine.given.known import check_given, check_needs
@@ -47,8 +48,14 @@ def look_at_prompts(
     (context or DistContext()).check_on_first(look)
 
 
-def look_at_given(config: RunConfig, given: GivenFrames | None) -> list[str]:
-    """Check the given frames before anything is loaded; returns notes for the user, one sentence each."""
+def look_at_given(config: RunConfig, given: GivenFrames | None, *, variants: Sequence[Variant] = ()) -> list[str]:
+    """Check the given frames before anything is loaded; returns notes for the user, one sentence each.
+
+    `variants` are the methods, if there are several.
+    """
     video, spec = config.video, open_checkpoint(config.model).spec
     size = {"num_frames": video.num_frames, "height": video.height, "width": video.width}
-    return check_given(given, spec, **size, fps=video.fps)
+    notes = check_given(given, spec, **size, fps=video.fps)
+    for each in [variant.config for variant in variants] or [config]:
+        check_beside(each, spec, given, num_frames=video.num_frames)
+    return notes

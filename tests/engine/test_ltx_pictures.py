@@ -1,7 +1,9 @@
 """LTX-Video checkpoints of LTXConditionPipeline: pictures at any frame as conditions, whose tokens share the video's layout."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,14 +15,25 @@ from PIL import Image
 from torch import Tensor
 
 from engine.adapters.base import order_of_tokens
-from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
+from engine.batch.variants import Variant
+from engine.config import (
+    AttentionConfig,
+    MethodConfig,
+    ModelConfig,
+    OutputConfig,
+    RunConfig,
+    SamplerConfig,
+    VideoConfig,
+)
 from engine.engine import LongVideoEngine
 from engine.files.latents import save_latents
 from engine.given.frames import GivenFrames, GivenImage, parse_given
+from engine.hooks.step_hook import share_tokens
 from engine.load.checkpoint import open_checkpoint
 from engine.load.convolutions import use_onednn
 from engine.ranks.layouts import Ranks
 from freespec.methods import FreeSpec
+from launch.video.prompts import look_at_given
 from tests.engine.applied import applied, latents_of, refused
 from tests.engine.golden import (
     LIMIT,
@@ -192,6 +205,57 @@ def test_a_method_on_the_pipelines_of_pictures(frames):
         refused(
             lambda: latents_of(pipes[1], **call, frame_index=8), match="has a condition at a later frame than the first"
         )
+
+
+def test_arguments_that_a_method_cannot_follow_are_refused():
+    pipe = LTXConditionPipeline(**random_ltx(dynamic_shift=False, shift_terminal=None).components)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"height": 64, "width": 96, "num_frames": NATIVE}
+    latents = torch.zeros(1, 1, 3, 2, 3)
+    with applied(pipe):
+        refused(lambda: latents_of(pipe, **call, denoise_strength=0.5), match="denoise_strength 0.5 starts")
+        refused(lambda: latents_of(pipe, **call, latents=latents), match="ignores latents= and draws noise")
+        latents_of(pipe, **call, denoise_strength=1.0, latents=None)
+    latents_of(pipe, **call, latents=latents)  # without a method as in the stock pipeline
+
+
+def test_settings_that_do_not_suit_pictures_beside_the_video_are_refused(folder, several, given):
+    """Before weights are read, and by the engine; a picture at the first frame has no tokens of its own."""
+    config = config_of(folder, method="freeloc")
+    match = "method freeloc counts positions .* than the first \\(3\\) as one more frame"
+    refused(lambda: look_at_given(config, several), match=match)
+    variant = Variant(label="freeloc", config=config)
+    refused(lambda: look_at_given(config_of(folder), several, variants=[variant]), match=match)
+    few = replace(
+        config_of(folder), attention=AttentionConfig(far="6")
+    )  # frames outside the window: 5, and 8 with pictures
+    refused(lambda: look_at_given(few, several), match="each of the 8 frames outside the window")
+    for each, pictures in ((config, given), (few, given), (config_of(folder), several)):
+        look_at_given(each, pictures)
+    native = GivenFrames(images=tuple(image for image in several.images if image.where in ("first", "last")))
+    look_at_given(config_of(folder, method="freeloc", frames=NATIVE), native)
+    with LongVideoEngine(config) as engine:
+        refused(lambda: engine.denoise(PROMPT, given=several), match=match)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("engine.engine.check_beside", lambda *_args, **_sizes: None)
+            refused(lambda: engine.denoise(PROMPT, given=several), match="positions of tiers .* and 3 pictures stand")
+
+
+@pytest.mark.parametrize(("beside", "line"), [(1, "13725 tokens over 2 ranks are not: \\[6862, 6863\\]"), (2, None)])
+def test_a_provider_of_even_shares_counts_pictures(beside, line):
+    axes = {name: SimpleNamespace(size=size) for name, size in (("sequence", 2), ("ring", 1), ("ulysses", 2))}
+    mesh = SimpleNamespace(**axes, trace=lambda *_args: None)
+    setup = SimpleNamespace(mesh=mesh, hybrid=None, exchange=SimpleNamespace(), local_route="all_to_all")
+    state: Any = SimpleNamespace(setup=setup, beside=(30,) * beside)
+    size = {"latents": torch.empty(0), "mode": "global", "halo": lambda *span: span}
+
+    def share() -> Any:
+        return share_tokens(state, SimpleNamespace(num_attention_heads=2), (60 + beside) * 225, **size)
+
+    if line is None:
+        share()
+    else:
+        refused(share, match=line + "; the tokens of pictures at later frames than the first \\(1\\) count too")
 
 
 def test_a_scheduler_that_shifts_is_refused():
