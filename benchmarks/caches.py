@@ -19,7 +19,7 @@ from engine.config import RunConfig, SamplerConfig
 from engine.engine import LongVideoEngine
 from engine.planner.model import read_model
 from engine.presets import read_preset
-from evaluation.study.quality import score_of
+from evaluation.comparison.quality import score_of
 from launch.arguments.prompts import read_prompts
 from metrics.world import world_metrics
 

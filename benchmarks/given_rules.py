@@ -18,8 +18,8 @@ from benchmarks.videos import Video, made_with, make_missing, options, sampler_o
 from engine.engine import LongVideoEngine
 from engine.files.tables import markdown_table
 from engine.given.frames import MAX_NOISE
+from evaluation.markdown import estimate
 from evaluation.study.directed import balanced
-from evaluation.study.markdown import estimate
 from metrics.bootstrap import paired_interval, seed_means
 
 LENGTH = 65

@@ -1,1 +1,1 @@
-"""Evaluation of batches: prompt suites, VBench-Long in its own environment, weight-free proxies, and the report."""
+"""Finished videos: batches scored by VBench-Long, proxies and exact measures; comparisons, analyses, calibrations and studies."""

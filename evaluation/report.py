@@ -12,7 +12,7 @@ from engine.files.trees import finite_or_none
 from engine.files.whole import write_json, write_text
 from evaluation.course import COURSE
 from evaluation.events import EVENTS
-from evaluation.study.markdown import difference, estimate
+from evaluation.markdown import difference, estimate
 from evaluation.tables import Scored, differences, means
 from evaluation.vbench.dimensions import DIMENSIONS
 from evaluation.vbench.parse import DimensionScores

@@ -14,7 +14,7 @@ from engine.files.whole import atomic_path
 # First characters of a formula in spreadsheets, also in full width.
 _FORMULA = ("=", "+", "-", "@", "\t", "\n", "＝", "＋", "－", "＠")
 
-# The first note of a comparison's report, see evaluation/study/report.py.
+# The first note of a comparison's report, see evaluation/comparison/report.py.
 _PAIRS = re.compile(r"methods on (\d+) pairs of prompt and seed")
 
 

@@ -11,7 +11,7 @@ import yaml
 from engine.media.read_video import read_frames
 from evaluation.analysis.spectra import Rows, mean_and_error
 from evaluation.comparison.measure import Measured
-from evaluation.study.quality import score_of
+from evaluation.comparison.quality import score_of
 from metrics.bootstrap import paired_interval
 
 UNTREATED = "direct"

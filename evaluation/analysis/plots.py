@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from evaluation.analysis.spectra import Rows, by_layer_and_head, over_prompts, stages
-from evaluation.study.plots import colour_of
+from evaluation.comparison.plots import colour_of
 from metrics.frames import luma
 from metrics.motion import flow_between, flow_colours
 

@@ -19,7 +19,7 @@ from engine.files.trees import DamagedError, Shape, lacking, read_json
 from engine.files.whole import write_text
 from engine.media.contact_sheet import spaced
 from evaluation.comparison.store import Comparison
-from evaluation.study.summary import as_json
+from evaluation.comparison.summary import as_json
 from metrics.bootstrap import mean_interval, paired_interval
 
 Rows = list[dict[str, Any]]

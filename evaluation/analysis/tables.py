@@ -26,8 +26,8 @@ from evaluation.analysis.plots import (
 from evaluation.analysis.spectra import Rows, SpectraStore, concentration, mean_and_error, over_prompts
 from evaluation.comparison.kept_measures import measure_every
 from evaluation.comparison.measure import Measured, not_world
+from evaluation.comparison.plots import save_figure
 from evaluation.comparison.store import Comparison
-from evaluation.study.plots import save_figure
 from metrics.bootstrap import paired_interval
 from metrics.video import VIDEO_UNITS
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from evaluation.comparison.measure import Measured
-from evaluation.study.quality import PARTS, parts_of, score_of
+from evaluation.comparison.quality import PARTS, parts_of, score_of
 from metrics.bootstrap import Estimate, paired_interval
 
 

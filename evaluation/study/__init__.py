@@ -1,1 +1,1 @@
-"""A study of compared methods: its parts, measures summarised, claims judged, and the pages and plots that show them."""
+"""A study of compared methods: its parts, the claims that are judged, and the sections and figures of its page."""

@@ -11,12 +11,12 @@ import numpy as np
 from engine.errors import UserError
 from engine.files.tables import markdown_table
 from engine.files.whole import describe_error, write_text
-from evaluation.study import markdown
+from evaluation import markdown
+from evaluation.comparison.plots import draw_costs, save_figure
+from evaluation.comparison.quality import PARTS, score_of
+from evaluation.comparison.summary import from_json
+from evaluation.markdown import Report, estimate
 from evaluation.study.findings import refuse_emptier
-from evaluation.study.markdown import Report, estimate
-from evaluation.study.plots import draw_costs, save_figure
-from evaluation.study.quality import PARTS, score_of
-from evaluation.study.summary import from_json
 from metrics.bootstrap import Estimate, mean_interval, paired_interval, seed_means
 
 PICTURE = "figures/bench.png"

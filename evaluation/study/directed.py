@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from engine.files.tables import markdown_table
-from evaluation.study.markdown import Report, estimate
+from evaluation.markdown import Report, estimate
 from metrics.bootstrap import Estimate, mean_interval, paired_interval, seed_means
 
 OURS = ("freespec", "scene")

@@ -8,8 +8,8 @@ from pathlib import Path
 from engine.errors import UserError
 from engine.files.tables import emptier
 from engine.files.whole import atomic_path, describe_error, write_text
+from evaluation.markdown import Report
 from evaluation.study import directed, sections
-from evaluation.study.markdown import Report
 from evaluation.study.overview import can_tell, draw_parts, overview
 
 _PICTURE = "figures/findings-parts.png"

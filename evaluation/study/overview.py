@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from engine.files.tables import markdown_table
-from evaluation.study.markdown import Report, estimate, number
-from evaluation.study.plots import draw_metrics, save_figure
-from evaluation.study.summary import Row, from_json
+from evaluation.comparison.plots import draw_metrics, save_figure
+from evaluation.comparison.summary import Row, from_json
+from evaluation.markdown import Report, estimate, number
 
 METRICS = ("speed_error", "repetition", "motion_as_captioned", "rgb_drift")
 """Measures of the section: motion as captioned, loops, and the drift that guidance should reduce."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from engine.files.tables import markdown_table
 from engine.paths import REPOSITORY
+from evaluation.markdown import Report, difference, estimate, number, tables
 from evaluation.study.claims import (
     CLAIMS,
     Answer,
@@ -18,7 +19,6 @@ from evaluation.study.claims import (
     not_made,
     read,
 )
-from evaluation.study.markdown import Report, difference, estimate, number, tables
 from metrics.bootstrap import Estimate
 
 PROMPTS = "configs/prompts/world-heldout-40.txt"

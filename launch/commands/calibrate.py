@@ -20,10 +20,10 @@ from evaluation.calibration.space import END_SHARES, SPACE, START, draw_trials
 from evaluation.calibration.videos import CalibrationPlan
 from evaluation.comparison.kept_measures import add_kept, measure_every
 from evaluation.comparison.measure import Measured, not_world
+from evaluation.comparison.quality import PARTS
+from evaluation.comparison.report import write_report
 from evaluation.comparison.store import Comparison
-from evaluation.study.quality import PARTS
-from evaluation.study.report import write_report
-from evaluation.study.summary import as_json
+from evaluation.comparison.summary import as_json
 from launch.arguments.calibrate import NAME, Arguments
 from launch.batching.comparison import VideoMaker, check_longer, model_facts, open_maker, stoppable
 from launch.batching.devices import arrange_for

@@ -5,8 +5,8 @@ from engine.files.checks import check_places
 from engine.paths import expand
 from engine.progress import enabled
 from evaluation.comparison.kept_measures import check_kept, measure_every
+from evaluation.comparison.report import NothingToReportError, write_report
 from evaluation.comparison.store import Comparison
-from evaluation.study.report import NothingToReportError, write_report
 from launch.arguments.compare import Arguments
 from launch.batching.comparison import model_facts, open_maker, stoppable
 from launch.batching.devices import arrange_for

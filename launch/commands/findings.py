@@ -11,10 +11,10 @@ from engine.errors import UserError
 from engine.files.whole import atomic_path
 from engine.paths import REPOSITORY, expand
 from engine.planner.model import read_model
+from evaluation.comparison.quality import PARTS
 from evaluation.study.bench import write_bench
 from evaluation.study.findings import write_findings
 from evaluation.study.parts import Part, Study, words
-from evaluation.study.quality import PARTS
 from evaluation.study.reports import KEPT, TABLES, read_report, refuse_mixed
 from evaluation.study.transfer import EMBEDDED, WAN, transfer_section
 from launch.arguments.findings import Arguments

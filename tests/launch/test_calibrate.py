@@ -16,7 +16,7 @@ from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from evaluation.calibration.score import judge, survivors
 from evaluation.calibration.space import END_SHARES, SETTINGS, SPACE, START, draw_trials
-from evaluation.study.quality import parts_of, score_of
+from evaluation.comparison.quality import parts_of, score_of
 from launch.arguments.replicas import Replicas
 from launch.commands import calibrate
 from launch.process.exit_codes import GivenUpError

@@ -10,8 +10,7 @@ import pytest
 
 from engine.files.whole import write_json
 from evaluation import events
-from evaluation.comparison import measure
-from evaluation.study import report
+from evaluation.comparison import measure, report
 from metrics.events import EVENT_UNITS
 from metrics.version import source_digest
 from tests.launch.conftest import Run

@@ -11,8 +11,7 @@ import pytest
 
 from engine.files.locks import locked
 from engine.files.whole import part_path
-from evaluation.comparison import kept_measures
-from evaluation.study import report
+from evaluation.comparison import kept_measures, report
 from tests.launch.conftest import Run
 from tests.launch.forked import run_forked
 from tests.launch.test_compare import References, video_of, words

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from engine.errors import UserError
+from evaluation.comparison.quality import score_of
+from evaluation.comparison.summary import as_json
 from evaluation.study import bench
 from evaluation.study.parts import read_study
-from evaluation.study.quality import score_of
-from evaluation.study.summary import as_json
 from freespec.methods import METHODS
 from launch.arguments.compare import add_arguments
 from launch.arguments.variants import read_variants

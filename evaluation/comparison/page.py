@@ -6,8 +6,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from evaluation.study.markdown import estimate, number
-from evaluation.study.summary import Row
+from evaluation.comparison.summary import Row
+from evaluation.markdown import estimate, number
 
 
 def write_page(

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from engine.files.whole import atomic_path
-from evaluation.study.summary import Row
+from evaluation.comparison.summary import Row
 from metrics.bootstrap import Estimate
 
 COLOURS = ("#0f6fb8", "#d1622b", "#3d8f55", "#8a5fb5", "#b8860f", "#c0437a", "#4aa3a3", "#6b6f78")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from engine.media.write_video import open_video
-from evaluation.study.page import write_page
-from evaluation.study.summary import Row
+from evaluation.comparison.page import write_page
+from evaluation.comparison.summary import Row
 from metrics.bootstrap import mean_interval, paired_interval
 from tests.browser import CHROMIUM, Browser
 

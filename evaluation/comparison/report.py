@@ -13,14 +13,14 @@ from engine.errors import UserError
 from engine.files.claims import writing_report
 from engine.files.tables import write_csv
 from engine.files.whole import write_text
+from evaluation import markdown
 from evaluation.comparison.kept_measures import add_kept, measure_there
 from evaluation.comparison.measure import Measured, not_world, strange_prompts, units_of
+from evaluation.comparison.page import write_page
+from evaluation.comparison.plots import draw_clips, draw_metrics, draw_times, save_figure
 from evaluation.comparison.store import Comparison
+from evaluation.comparison.summary import Row, as_json, clips, comparable, summarise, times
 from evaluation.events import version_of
-from evaluation.study import markdown
-from evaluation.study.page import write_page
-from evaluation.study.plots import draw_clips, draw_metrics, draw_times, save_figure
-from evaluation.study.summary import Row, as_json, clips, comparable, summarise, times
 from metrics.bootstrap import LEVEL, RESAMPLES
 from metrics.course import READING
 from metrics.similarity import num_clips

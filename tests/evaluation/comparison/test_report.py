@@ -20,10 +20,10 @@ from engine.files.whole import write_json
 from engine.media.read_video import read_frames
 from engine.media.write_video import open_video
 from evaluation.comparison.measure import measure_all, units_of
+from evaluation.comparison.page import write_page
+from evaluation.comparison.report import write_report
 from evaluation.comparison.store import Comparison, Video
-from evaluation.study.markdown import estimate, number
-from evaluation.study.page import write_page
-from evaluation.study.report import write_report
+from evaluation.markdown import estimate, number
 from launch.batching.comparison import model_facts
 from metrics.bootstrap import mean_interval
 from metrics.course import course_metrics
