@@ -342,7 +342,7 @@ class SamplerConfig:
             "python -m benchmarks.caches --ratios",
         )
         _check(
-            len(ratios or ()) <= self.steps,
+            not ratios or len(ratios) <= self.steps,
             f"sampler.cache_ratios has {len(ratios or ())} ratios for {self.steps} steps; give one ratio for each step, or fewer",
         )
         wrong = next((value for value in ratios or () if not (math.isfinite(value) and value > 0)), None)
