@@ -82,7 +82,7 @@ class _Trial:
         fixed = self.fixed if case.world_size == self.case.world_size else (None, None, None)
         native = case.grid()[0] <= case.method.window_frames
         modes: list[Mode] = ["global"] if native else [mode for mode in MODES if mode in self.modes]
-        return any(case.fits(case.memory(d, modes)[1]) for d in case.support.served(case.world_size) if keeps(d, fixed))
+        return any(case.holds(d, modes) for d in case.support.served(case.world_size) if keeps(d, fixed))
 
 
 def _changes(trial: _Trial) -> Iterator[str]:

@@ -45,6 +45,9 @@ class Stored:
     file_bytes: int | None = None
 
 
+# Of each parameter: its name, how many numbers it has, and whether it stays in fp32.
+Numbers = list[tuple[str, int, bool]]
+
 _FILES = {
     "model_index": "model_index.json",
     "transformer": "transformer/config.json",
@@ -123,8 +126,8 @@ class ModelSpec:
     @cached_property
     def parameters(self) -> dict[str, int]:
         """Number of parameters of each part, by building it on the meta device; tied ones count once."""
-        parts = {"transformer": self._transformer, "text_encoder": self._text_encoder, "vae": self.vae}
-        return {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
+        counted = {name: sum(num for _, num, _ in numbers) for name, numbers in self._numbers.items()}
+        return counted | {"vae": sum(p.numel() for p in self.vae.parameters())}
 
     def weight_bytes(self, itemsize: int, *, ranks: int = 1, stored: Stored | None = None) -> dict[str, int]:
         """Bytes of each part as load_pipeline loads it: the VAE in fp32, as are a few small layers of the (one) transformer.
@@ -132,10 +135,10 @@ class ModelSpec:
         With `ranks`, those of one rank's share of transformer and text encoder: ceil(numel / ranks) numbers of every tensor. With
         `stored`, the transformer as it says.
         """
-        transformer = _bytes(self._transformer, self._transformer, itemsize, ranks)
+        full = {name: _bytes(numbers, itemsize, ranks) for name, numbers in self._numbers.items()}
         return {
-            "transformer": transformer if stored is None else sum(self._stored_bytes(stored).values()),
-            "text_encoder": _bytes(self._text_encoder, self._text_encoder, itemsize, ranks),
+            "transformer": full["transformer"] if stored is None else sum(self._stored_bytes(stored).values()),
+            "text_encoder": full["text_encoder"],
             "vae": self.parameters["vae"] * FP32_BYTES,
         }
 
@@ -143,7 +146,7 @@ class ModelSpec:
         """Bytes of transformer and text encoder on the GPU while a forward runs with model.weights block_offload: outside the blocks, of
         blocks. The transformer's next block is on its way while one runs; the text encoder's blocks come one by one.
         """
-        text = {name: p.numel() * stored.itemsize for name, p in self._text_encoder.named_parameters()}
+        text = {name: num * stored.itemsize for name, num, _ in self._numbers["text_encoder"]}
         parts = (
             ("transformer", self._transformer, self._stored_bytes(stored), 2),
             ("text_encoder", self._text_encoder, text, 1),
@@ -171,8 +174,7 @@ class ModelSpec:
     def _stored_bytes(self, stored: Stored) -> dict[str, int]:
         """Bytes of each parameter of the transformer; those of a file, which has its own names, are spread by their numbers."""
         full = {
-            name: p.numel() * (FP32_BYTES if in_fp32(self._transformer, name) else stored.itemsize)
-            for name, p in self._transformer.named_parameters()
+            name: num * (FP32_BYTES if kept else stored.itemsize) for name, num, kept in self._numbers["transformer"]
         }
         if stored.file_bytes is not None:
             whole = sum(full.values())
@@ -189,7 +191,7 @@ class ModelSpec:
         store(made, "fp8", torch.float32)
         return made
 
-    @property
+    @cached_property
     def _matrices(self) -> list[tuple[str, nn.Linear]]:
         whole = self._transformer
         return [(name, part) for name, part in whole.named_modules() if is_matrix(whole, name, part)]
@@ -204,8 +206,8 @@ class ModelSpec:
         Two layers, the one that runs and the next, or one module outside the layers, such as an embedding, once as received and once as tensors.
         """
         return {
-            name: LIVE_LAYERS * max(_bytes(part, piece, itemsize) for piece in _pieces(part))
-            for name, part in (("transformer", self._transformer), ("text_encoder", self._text_encoder))
+            name: LIVE_LAYERS * max(_bytes(piece, itemsize) for piece in pieces)
+            for name, pieces in self._piece_numbers.items()
         }
 
     def timesteps(self, sampler: SamplerConfig, latent: tuple[int, int, int], *, window_frames: int) -> list[float]:
@@ -224,6 +226,20 @@ class ModelSpec:
     def vae(self) -> Any:
         """The VAE without weights: tensors on the meta device have shapes only."""
         return self._build("vae")
+
+    @cached_property
+    def _numbers(self) -> dict[str, Numbers]:
+        """The parameters of transformer and text encoder, read once: a search for a plan that fits asks for their bytes often."""
+        return {name: _numbers(part, part) for name, part in self._sharded.items()}
+
+    @cached_property
+    def _piece_numbers(self) -> dict[str, list[Numbers]]:
+        """Those of each unit that is gathered."""
+        return {name: [_numbers(part, piece) for piece in _pieces(part)] for name, part in self._sharded.items()}
+
+    @property
+    def _sharded(self) -> dict[str, Any]:
+        return {"transformer": self._transformer, "text_encoder": self._text_encoder}
 
     @cached_property
     def _transformer(self) -> Any:
@@ -301,12 +317,13 @@ def in_fp32(part: nn.Module, name: str) -> bool:
     return any(module in name.split(".") for module in kept or ())
 
 
-def _bytes(whole: nn.Module, piece: nn.Module, itemsize: int, ranks: int = 1) -> int:
-    """Bytes of the parameters of a piece of a part, or of one rank's share of them."""
-    return sum(
-        -(-p.numel() // ranks) * (FP32_BYTES if in_fp32(whole, name) else itemsize)
-        for name, p in piece.named_parameters()
-    )
+def _numbers(whole: nn.Module, piece: nn.Module) -> Numbers:
+    return [(name, p.numel(), in_fp32(whole, name)) for name, p in piece.named_parameters()]
+
+
+def _bytes(numbers: Numbers, itemsize: int, ranks: int = 1) -> int:
+    """Bytes of these parameters, or of one rank's share of them."""
+    return sum(-(-num // ranks) * (FP32_BYTES if kept else itemsize) for _, num, kept in numbers)
 
 
 def _pieces(part: nn.Module) -> list[nn.Module]:

@@ -294,7 +294,7 @@ class Case:
         if self.idle_expert != "auto":
             return self
         stays, leaves = self._both_places
-        return stays if stays.fits(stays.memory(degrees, modes)[1]) else leaves
+        return stays if stays.holds(degrees, modes) else leaves
 
     @cached_property
     def _both_places(self) -> tuple["Case", "Case"]:
@@ -335,20 +335,38 @@ class Case:
         """Bytes by part, and the peak: text, pictures, denoising and decoding follow each other, so the largest of them counts."""
         if self.idle_expert == "auto":
             return self.placed(degrees, modes).memory(degrees, modes)
-        layout, weights, gathered = self.layout(degrees), self.kept_weights(prod(degrees)), self.gathered()
-        denoise = max((denoise_peak(layout, mode) for mode in modes), key=lambda parts: sum(parts.values()))
-        denoising = gathered["transformer"] + sum(denoise.values())
+        weights, gathered, denoise = self.kept_weights(prod(degrees)), self.gathered(), self._denoising(degrees, modes)
         decoding, encoding = self.decode_cost[1], self.encode_cost[0]
-        text = weights["text_encoder"]
-        memory = {"weights": weights["transformer"] + weights["vae"], "text_encoder": text}
+        memory = {"weights": weights["transformer"] + weights["vae"], "text_encoder": weights["text_encoder"]}
         memory |= {"gathered": max(gathered.values()), **denoise, "vae_decode": decoding}
         memory |= {"vae_encode": encoding} if encoding else {}
+        return memory, self._peak(weights, gathered, sum(denoise.values()), max(decoding, encoding))
+
+    def holds(self, degrees: Degrees, modes: Sequence[Mode]) -> bool:
+        """Whether the peak of `memory` fits, which most cases that do not fit show without a count of denoising or decoding."""
+        if self.idle_expert == "auto":
+            return self.placed(degrees, modes).holds(degrees, modes)
+        weights, gathered = self.kept_weights(prod(degrees)), self.gathered()
+        if not self.fits(self._peak(weights, gathered, 0, 0)):
+            return False
+        denoise = sum(self._denoising(degrees, modes).values())
+        if not self.fits(self._peak(weights, gathered, denoise, 0)):
+            return False
+        return self.fits(self._peak(weights, gathered, denoise, max(self.decode_cost[1], self.encode_cost[0])))
+
+    def _denoising(self, degrees: Degrees, modes: Sequence[Mode]) -> dict[str, int]:
+        layout = self.layout(degrees)
+        return max((denoise_peak(layout, mode) for mode in modes), key=lambda parts: sum(parts.values()))
+
+    def _peak(self, weights: dict[str, int], gathered: dict[str, int], denoise: int, coding: int) -> int:
+        """The peak with these bytes of denoising, and of decoding or encoding."""
+        denoising, text = gathered["transformer"] + denoise, weights["text_encoder"]
         if self.options.weights == "cpu_offload":  # one part at a time
-            return memory, max(weights["transformer"] + denoising, text, weights["vae"] + max(decoding, encoding))
+            return max(weights["transformer"] + denoising, text, weights["vae"] + coding)
         if self.options.weights == "block_offload":
             reading = text + gathered["text_encoder"]
-            return memory, weights["vae"] + max(weights["transformer"] + denoising, reading, encoding, decoding)
-        return memory, memory["weights"] + text + max(denoising, decoding, encoding, gathered["text_encoder"])
+            return weights["vae"] + max(weights["transformer"] + denoising, reading, coding)
+        return sum(weights.values()) + max(denoising, coding, gathered["text_encoder"])
 
     def fits(self, num_bytes: int) -> bool:
         """Whether this many bytes fit the GPU."""

@@ -38,7 +38,7 @@ from engine.planner.gpu import FOLDER, read_gpu
 from engine.planner.layout import Layout, feasible_degrees, latent_bytes, latent_values, lay_out
 from engine.planner.memory import GIB, PREDICTION_TENSORS, decode_cost, denoise_peak
 from engine.planner.model import ModelSpec, read_model
-from engine.planner.plan import Options
+from engine.planner.plan import Case, Options
 from engine.planner.timing import communication_seconds
 from freespec import kernels, spectrum
 from freespec.attention import WindowedAttention
@@ -515,6 +515,31 @@ def test_what_cannot_fit_is_refused_with_the_smallest_change(
     assert f"needs {alone.peak_bytes / GIB:.1f} GiB on one small" in line
     assert f"can have {memory:.1f} GiB" in line
     assert advice in line
+
+
+@pytest.mark.parametrize("weights", ["resident", "cpu_offload", "block_offload"])
+def test_what_fits_is_what_has_a_peak_that_fits(specs: dict[str, ModelSpec], weights: Any) -> None:
+    """GPUs around what each moment needs: those that weights fill, those without room to denoise, and to decode."""
+    options = Options(weights=weights, text_device="cpu" if weights == "resident" else "model")
+    case = Case(
+        spec=specs[SMALL],
+        video=replace(LONG, num_frames=81),
+        sampler=SAMPLER,
+        method=FREESPEC,
+        gpu=read_gpu("h100"),
+        world_size=1,
+        options=options,
+    )
+    memory, peak = case.memory((1, 1, 1), ["dual"])
+    sizes = {peak, peak - 1, *(size + more for size in memory.values() for more in (-1, 0)), memory["weights"] + 2**20}
+    found = []
+    for size in sorted(size for size in sizes if size > 0):
+        gpu = replace(case.gpu, memory_gib=size / GIB + 1, reserved_gib=1.0)
+        other = replace(case, gpu=gpu)
+        found.append(other.holds((1, 1, 1), ["dual"]))
+        assert found[-1] == other.fits(other.memory((1, 1, 1), ["dual"])[1])
+    assert found == sorted(found)
+    assert set(found) == {False, True}
 
 
 def test_a_shorter_video_that_is_advised_fits_and_the_next_does_not(specs: dict[str, ModelSpec]) -> None:
