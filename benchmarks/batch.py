@@ -6,7 +6,7 @@
 The first part makes the same items with batch.py on one replica and with the engine in a plain loop, in alternating rounds. The overhead
 of an item is the time between its start and the start of the next, without the seconds of text, denoising and decoding in its sidecar: the
 runner decodes the written file, hashes and flushes it, writes a sidecar and takes the next item. Items have the preset's size and a tenth
-of its steps, since the overhead does not depend on steps; the share is stated for an item of ten seconds. Saving a checkpoint is part of
+of its steps, since the overhead does not depend on steps; the share is stated for an item of ten seconds. Saving a snapshot is part of
 the denoising: it is timed separately and counted as often as a run with all of the preset's steps does it.
 
 The second part runs the real driver, queue, journal and files, with replicas that finish an item by a simulated clock.
@@ -38,7 +38,7 @@ from engine.batch.journal import FileJournal, read_status, table
 from engine.batch.queue import Queue
 from engine.batch.suite import Prompt, Suite
 from engine.batch.variants import Variant
-from engine.denoise.saved import RunFile
+from engine.denoise.snapshot import Snapshot
 from engine.engine import LongVideoEngine
 from engine.files.trees import read_lines
 from engine.load.checkpoint import open_checkpoint
@@ -76,12 +76,12 @@ def main() -> None:
 
 PRESET = "tiny-wan"
 SETTINGS = {"video.num_frames": 129, "sampler.num_steps": 2, "output.progress": "off"}
-CHECKPOINT_EVERY = 5
+SNAPSHOT_EVERY = 5
 PROMPT = "a red circle bounces over a blue background"
 
 
 def measure_overhead(folder: Path, videos: int, rounds: int) -> dict[str, Any]:
-    """Seconds of an item in a loop and in the runner, and the runner's overhead, checkpoints included."""
+    """Seconds of an item in a loop and in the runner, and the runner's overhead, snapshots included."""
     loop: list[float] = []
     runner: dict[str, list[float]] = {"wall_s": [], "added_s": []}
     for number in range(rounds):
@@ -90,7 +90,7 @@ def measure_overhead(folder: Path, videos: int, rounds: int) -> dict[str, Any]:
         runner["wall_s"] += [wall for wall, _ in items]
         runner["added_s"] += [added for _, added in items]
     keeping = time_keeping(folder / "kept.safetensors")
-    kept = kept_steps(read_preset(PRESET).sampler.num_steps, CHECKPOINT_EVERY)
+    kept = kept_steps(read_preset(PRESET).sampler.num_steps, SNAPSHOT_EVERY)
     added = statistics.median(runner["added_s"]) + kept * statistics.median(keeping)
     return {
         "videos": videos,
@@ -109,7 +109,7 @@ def run_batch(root: Path, videos: int) -> list[tuple[float, float]]:
     suite = root.with_suffix(".txt")
     suite.write_text(f"{PROMPT}\n")
     own = {"prompts": suite, "out": root, "seeds": ",".join(map(str, range(videos))), "methods": "direct"}
-    given = SETTINGS | own | {"checkpoint_every": CHECKPOINT_EVERY}
+    given = SETTINGS | own | {"snapshot_every": SNAPSHOT_EVERY}
     words = [f"--{name}={value}" for name, value in given.items()]
     subprocess.run([sys.executable, "launch/batch.py", *words], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     found = between_items(root)
@@ -131,12 +131,12 @@ def between_items(root: Path) -> list[tuple[float, float]]:
 
 
 def kept_steps(num_steps: int, every: int) -> int:
-    """Number of checkpoints of an item: after every `every` steps, and after the last."""
+    """Number of snapshots of an item: after every `every` steps, and after the last."""
     return -(-num_steps // every)
 
 
 def time_keeping(path: Path) -> list[float]:
-    """Seconds of an atomic checkpoint: a preset's latents, and the three tensors of their size that UniPC holds."""
+    """Seconds of an snapshot, written atomically: a preset's latents, and the three tensors of their size that UniPC holds."""
     config = read_preset(PRESET, settings=SETTINGS)
     video, model = config.video, config.model
     spec = open_checkpoint(model).spec
@@ -145,7 +145,7 @@ def time_keeping(path: Path) -> list[float]:
     found = []
     for step in range(9):
         started = time.perf_counter()
-        RunFile(path, {}).save(step, latents, (state, {}), {})
+        Snapshot(path, {}).save(step, latents, (state, {}), {})
         found.append(time.perf_counter() - started)
     return found
 

@@ -40,7 +40,7 @@ SETTINGS = {
     "video.height": 32,
     "video.width": 32,
     "sampler.num_steps": 8,
-    "checkpoint_every": 2,
+    "snapshot_every": 2,
 }
 
 # The processes to kill, of those that belong to a driver.
@@ -206,7 +206,7 @@ def judge(out: Path, expected: dict[str, str]) -> dict[str, Any]:
         if file_sha256(path.with_suffix(".mp4")) != json.loads(path.read_text())["output"]["sha256"]
     ]
     videos = list(out.glob("*/*/videos/*.mp4"))
-    left = [path for path in out.rglob("*") if path.suffix == ".part" or "checkpoint" in path.name]
+    left = [path for path in out.rglob("*") if path.suffix == ".part" or "snapshot" in path.name]
     latents = latents_of(out)
     events = list(read_lines(out / "logs/shard-1-of-1.jsonl"))
     checks = {

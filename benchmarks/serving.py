@@ -168,11 +168,11 @@ def _until(process: subprocess.Popen[bytes], printed: Path, what: Any) -> Any:
 def measure_overhead(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Seconds of a job beside those of the engine: of jobs that wait for one another, and of one that finds an idle replica.
 
-    The service's own are those that the same items do not need in `batch.py`, which also writes files, checkpoints and its log.
+    The service's own are those that the same items do not need in `batch.py`, which also writes files, snapshots and its log.
     """
     between, alone, accepted = [], [], []
     batch = [added for _, added in run_batch(folder / "batch", given.videos + 2)]
-    with serving(folder / "served", methods="direct", checkpoint_every=5, **WHOLE) as service:
+    with serving(folder / "served", methods="direct", snapshot_every=5, **WHOLE) as service:
         log = service.folder / "logs/shard-1-of-1.jsonl"
         names = [service.post(seed=seed) for seed in range(given.videos + 2)]
         assert service.follow(names[-1]) == "completed"
@@ -291,7 +291,7 @@ def run_round(
 ) -> dict[str, Any]:
     """One folder with one kill, and its service until every job has ended."""
     started, names, killed = time.monotonic(), [], None
-    with serving(out, replicas=2, checkpoint_every=2, **SMALL) as service:
+    with serving(out, replicas=2, snapshot_every=2, **SMALL) as service:
         names = [service.post(**request) for request in REQUESTS]
         if kind is not None:
             killed = kill_once_it_works(service.process, out, VICTIMS[kind], rng, items=len(REQUESTS), working=working)
@@ -303,7 +303,7 @@ def run_round(
             }
         service.process.wait()
         assert service.process.returncode == -signal.SIGKILL
-    with serving(out, replicas=2, checkpoint_every=2, **SMALL) as service:
+    with serving(out, replicas=2, snapshot_every=2, **SMALL) as service:
         return judge(service, names, expected) | {"kind": kind, "killed": killed, "seconds": time.monotonic() - started}
 
 
@@ -326,7 +326,7 @@ def judge(service: Service, names: Sequence[str], expected: Sequence[str]) -> di
         and len(list(out.glob("*/*/videos/*.mp4"))) == len(names)
         and len(set(done)) == len(done),
         "bytes": list(videos.values()) == list(expected),
-        "nothing_left": not [path for path in out.rglob("*") if path.suffix == ".part" or "checkpoint" in path.name],
+        "nothing_left": not [path for path in out.rglob("*") if path.suffix == ".part" or "snapshot" in path.name],
         "none_quarantined": not list(out.glob("quarantine/*.json")),
     }
     resumed = sum(record["run"]["resumed_at"] > 0 for record in records)

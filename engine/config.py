@@ -576,8 +576,8 @@ class OutputConfig:
             contact sheet (.png) get the same stem. With several prompts `-000` and so on is added to the stem.
         overwrite: whether existing files are replaced; otherwise they are an error before anything is computed.
         save_latents: safetensors file of the latents; None keeps them beside the video until it is complete.
-        checkpoint_every: steps after which the state of the run is written beside the video, so that a killed run continues
-            from there; 0 writes it only when a run is stopped or fails.
+        snapshot_every: steps between snapshots of the run beside the video, from which a killed run continues; 0 writes one
+            only when a run is stopped or fails.
         trace: also write effective rank and fusion weights per step and layer, and a plot of them.
         sheet_frames: evenly spaced frames on the contact sheet.
         crf: quality of mp4 (H.264) and WebP, 0 (lossless) to 51; GIF and PNG have none.
@@ -588,7 +588,7 @@ class OutputConfig:
     path: str = "runs/video.mp4"
     overwrite: bool = False
     save_latents: str | None = None
-    checkpoint_every: int = 5
+    snapshot_every: int = 5
     trace: bool = False
     sheet_frames: int = 12
     crf: int = 12
@@ -611,8 +611,8 @@ class OutputConfig:
                 f"output.path must end in {', '.join(MOST_RATES)}, or in / for a folder of PNG frames, got {self.path!r}",
             )
         _check(
-            self.checkpoint_every >= 0,
-            f"output.checkpoint_every must be 0 (only when stopped) or more, got {self.checkpoint_every}",
+            self.snapshot_every >= 0,
+            f"output.snapshot_every must be 0 (only when stopped) or more, got {self.snapshot_every}",
         )
         _check(self.sheet_frames >= 1, f"output.sheet_frames must be 1 or more, got {self.sheet_frames}")
         _check(0 <= self.crf <= 51, f"output.crf must lie in [0, 51], got {self.crf}")

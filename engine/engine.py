@@ -25,7 +25,7 @@ from engine.denoise.denoise import Denoised
 from engine.denoise.guided_model import GuidedModel
 from engine.denoise.loop import DenoiseLoop, Preview
 from engine.denoise.noise import draw_noise
-from engine.denoise.saved import RunFile
+from engine.denoise.snapshot import Snapshot
 from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError
 from engine.given.frames import GivenFrames
@@ -195,16 +195,16 @@ class LongVideoEngine:
         negative_prompt: str | None = None,
         num_frames: int | None = None,
         given: GivenFrames | None = None,
-        checkpoint: Path | None = None,
-        checkpoint_every: int = 0,
+        snapshot: Path | None = None,
+        snapshot_every: int = 0,
         trace: SpectralTrace | None = None,
         on_step: Callable[[int, int], None] | None = None,
         preview: Preview | None = None,
     ) -> Denoised:
         """Make the latents of one video. Arguments that are None are taken from the configuration.
 
-        With `checkpoint`, an interrupted or failed run saves its state there, and the same run continues from it; the file
-        of another run is a UserError. Delete it once the latents are saved. `checkpoint_every` also saves the state after
+        With `snapshot`, an interrupted or failed run saves its state there, and the same run continues from it; the file
+        of another run is a UserError. Delete it once the latents are saved. `snapshot_every` also saves the state after
         every so many steps and after the last, for processes that may be killed. Latents that are not finite raise UserError,
         on all ranks together, and save no state. With `sampler.cache` only the last state is saved. `on_step(finished, total)` is called after each step, and `preview` on
         rank 0 inside each, see `DenoiseLoop`. `given` are given frames of the video.
@@ -236,9 +236,9 @@ class LongVideoEngine:
         window = self.config.method.window_frames * self.spec.patch[0]
         schedule = set_timesteps(self.adapter, scheduler, sampler, latent, window_frames=window, device=self.device)
         generator = torch.Generator("cpu").manual_seed(seed)
-        file = None if checkpoint is None else RunFile(checkpoint, settings)
-        found = file.path.read_bytes() if file is not None and self.is_first and file.path.exists() else b""
-        data = broadcast_bytes(self.mesh, found, "checkpoint")
+        file = None if snapshot is None else Snapshot(snapshot, settings)
+        found = file.read() if file is not None and self.is_first else b""
+        data = broadcast_bytes(self.mesh, found, "snapshot")
         if file is not None and data:
             latents, done, history = file.load(data, scheduler, generator, self.device)
         else:
@@ -263,7 +263,7 @@ class LongVideoEngine:
             known=known,
             progress=self.progress,
             save=file.save if file is not None and self.is_first else None,
-            save_every=checkpoint_every,
+            save_every=snapshot_every,
             caches=sampler.cache != "none",
             on_step=on_step,
             preview=preview if self.is_first else None,

@@ -2,6 +2,7 @@
 
 import functools
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -29,6 +30,10 @@ _TYPE_WORDS |= {
 }
 
 
+# Settings under their former names, which work for one release more.
+FORMER_NAMES = {"output.checkpoint_every": "output.snapshot_every"}
+
+
 def read_preset(*names: str, settings: Mapping[str, Any] | None = None) -> RunConfig:
     """Merge presets, later ones over earlier ones, and `settings` by dotted name over all of them, into a configuration.
 
@@ -40,13 +45,13 @@ def read_preset(*names: str, settings: Mapping[str, Any] | None = None) -> RunCo
     """
     tree: dict[Any, Any] = {}
     for name in names:
-        tree = _laid_over(tree, read_yaml(find_config(name)))
+        tree = _laid_over(tree, _with_new_names(read_yaml(find_config(name)), say=True))
     for key, value in (settings or {}).items():
         *groups, last = key.split(".")
         one: dict[str, Any] = {last: value}
         for group in reversed(groups):
             one = {group: one}
-        tree = _laid_over(tree, one)
+        tree = _laid_over(tree, _with_new_names(one, say=True))
     try:
         made = parse_tree(tree)
     except ArgumentError as error:
@@ -60,7 +65,7 @@ def parse_tree(tree: dict[Any, Any]) -> Namespace:
     """Parse settings into the groups of a RunConfig; ArgumentError or ValueError for unknown and invalid ones."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(RunConfig, nested_key=None)
-    namespace = parser.parse_object(tree)
+    namespace = parser.parse_object(_with_new_names(tree))
     refuse_null(namespace)
     return parser.instantiate(namespace)
 
@@ -70,6 +75,21 @@ def finished(namespace: Namespace) -> RunConfig:
     config = RunConfig(**{field.name: namespace[field.name] for field in fields(RunConfig)})
     negative_prompt = resolve_negative_prompt(config.sampler.negative_prompt)
     return replace(config, sampler=replace(config.sampler, negative_prompt=negative_prompt))
+
+
+def _with_new_names(tree: dict[Any, Any], *, say: bool = False) -> dict[Any, Any]:
+    """Replace former names of settings; with `say`, a warning names both."""
+    for old, new in FORMER_NAMES.items():
+        (group, former), name = old.split("."), new.partition(".")[2]
+        if not isinstance(tree.get(group), dict) or former not in tree[group]:
+            continue
+        if name in tree[group]:
+            raise UserError(f"{old} is the former name of {new}; give {new} alone")
+        if say:
+            text = f"{old} is now {new}; the old name works until the next release"
+            warnings.warn(text, FutureWarning, stacklevel=3)
+        tree = tree | {group: {name if key == former else key: value for key, value in tree[group].items()}}
+    return tree
 
 
 def _laid_over(below: dict[Any, Any], above: dict[Any, Any]) -> dict[Any, Any]:

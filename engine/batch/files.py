@@ -90,9 +90,9 @@ class ItemFiles:
         return self.folder / "latents" / f"{self.name}.safetensors"
 
     @property
-    def checkpoint(self) -> Path:
-        """Checkpoint of an item that is being denoised."""
-        return self.folder / "unfinished" / f"{self.name}.checkpoint.safetensors"
+    def snapshot(self) -> Path:
+        """Snapshot of an item that is being denoised."""
+        return self.folder / "unfinished" / f"{self.name}.snapshot.safetensors"
 
     @property
     def preview(self) -> Path:
@@ -105,7 +105,7 @@ class ItemFiles:
 
     def make_folders(self) -> None:
         """Create their folders."""
-        for path in (self.video, self.checkpoint):
+        for path in (self.video, self.snapshot):
             path.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -146,10 +146,10 @@ class BatchFiles:
         return is_done(self.of(item).sidecar, item.item_id, verify=verify, shape=SIDECAR)
 
     def tidy(self, *, done: Iterable[Item], todo: Iterable[Item]) -> None:
-        """Delete leftovers of killed processes of these items, except checkpoints of those in `todo`."""
+        """Delete leftovers of killed processes of these items, except snapshots of those in `todo`."""
         done = list(done)
         for item in done:
-            self.of(item).checkpoint.unlink(missing_ok=True)
+            self.of(item).snapshot.unlink(missing_ok=True)
             self.of(item).preview.unlink(missing_ok=True)
         folders = {(variant_folder(item.variant), item.config_id, item.name) for item in (*done, *todo)}
         # One pass over the folder instead of one for each of thousands of items.
@@ -162,7 +162,7 @@ class BatchFiles:
     def drop_parts(self, item: Item) -> None:
         """Delete temporary files of killed attempts of an item of which no attempt runs."""
         files = self.of(item)
-        for folder in (files.video.parent, files.checkpoint.parent):
+        for folder in (files.video.parent, files.snapshot.parent):
             for part in folder.glob(f"{item.name}.*.part"):
                 part.unlink(missing_ok=True)
 
@@ -186,11 +186,11 @@ class BatchFiles:
         for kind in ("json", "txt"):
             self._quarantine_file(item, kind).unlink(missing_ok=True)
 
-    def drop_checkpoint(self, item: Item) -> bool:
-        """Delete the item's checkpoint, which may cause its failure; returns whether there was one."""
-        checkpoint = self.of(item).checkpoint
-        exists = checkpoint.exists()
-        checkpoint.unlink(missing_ok=True)
+    def drop_snapshot(self, item: Item) -> bool:
+        """Delete the item's snapshot, which may cause its failure; returns whether there was one."""
+        snapshot = self.of(item).snapshot
+        exists = snapshot.exists()
+        snapshot.unlink(missing_ok=True)
         return exists
 
     def sidecars(self) -> Iterator[Path]:

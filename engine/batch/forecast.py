@@ -16,7 +16,7 @@ from engine.batch.variants import Variant
 from engine.config import RunConfig
 from engine.devices import pick_dtype
 from engine.errors import UserError
-from engine.files.checks import checkpoint_bytes, least_video_bytes
+from engine.files.checks import least_video_bytes, snapshot_bytes
 from engine.files.trees import DamagedError, read_tree
 from engine.load.checkpoint import open_checkpoint
 from engine.planner.arrange import Arrangement, arrange_ranks, choose_degrees
@@ -37,7 +37,7 @@ class DiskForecast:
     Attributes:
         videos: remaining videos, with sidecars and kept latents.
         texts: prompt embeddings that are not cached yet.
-        work: checkpoints of the items in progress.
+        work: snapshots of the items in progress.
         free: free bytes on the output folder's disk.
         least: lower bound of the bytes of the items in progress.
         how: source of the size of a video.
@@ -80,8 +80,8 @@ def disk_forecast(
     existing = next(path for path in (files.root, *files.root.resolve().parents) if path.is_dir())
     kept, at_once = latents if keep_latents else 0, min(replicas, len(left))
     texts = _text_bytes(files, config, left, width=encoder["d_model"], checkpoint=checkpoint.digest)
-    begun = sum(path.stat().st_size for path in (files.of(item).checkpoint for item in left) if path.exists())
-    work = 2 * checkpoint_bytes(folder, latents) * at_once  # one is written beside the one before
+    begun = sum(path.stat().st_size for path in (files.of(item).snapshot for item in left) if path.exists())
+    work = 2 * snapshot_bytes(folder, latents) * at_once  # one is written beside the one before
     each_least = kept + least_video_bytes(video.num_frames, video.height, video.width)
     return DiskForecast(
         videos=round((each + kept) * len(left)),

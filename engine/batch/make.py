@@ -36,7 +36,7 @@ class ItemMaker:
         engine: the engine, whose configuration is that of a variant.
         configs: the configuration of each variant by its label.
         root: the batch's folder.
-        checkpoint_every: steps between checkpoints of an item; 0 writes only the one after the last step, before decoding.
+        snapshot_every: steps between snapshots of an item; 0 writes only the one after the last step, before decoding.
         keep_latents: whether latents are kept.
         sheets: whether a contact sheet is written beside each video.
         given: the given frames of every item.
@@ -48,7 +48,7 @@ class ItemMaker:
     engine: LongVideoEngine
     configs: Mapping[str, RunConfig]
     root: Path
-    checkpoint_every: int
+    snapshot_every: int
     keep_latents: bool
     sheets: bool = False
     given: GivenFrames | None = None
@@ -73,8 +73,8 @@ class ItemMaker:
             file=LatentsFile(path=files.latents, metadata={"item_id": identity["item_id"]})
             if self.keep_latents
             else None,
-            checkpoint=files.checkpoint,
-            checkpoint_every=self.checkpoint_every or engine.config.sampler.steps,
+            snapshot=files.snapshot,
+            snapshot_every=self.snapshot_every or engine.config.sampler.steps,
             on_step=lambda finished, total: self.on_step(identity["item_id"], finished, total),
             preview=self._previewer(files.preview),
         )
@@ -116,7 +116,7 @@ class ItemMaker:
             "run": run,
         }
         write_json(files.sidecar, record)
-        files.checkpoint.unlink(missing_ok=True)
+        files.snapshot.unlink(missing_ok=True)
         files.preview.unlink(missing_ok=True)
         return record
 

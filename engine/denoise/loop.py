@@ -1,4 +1,4 @@
-"""One run of the denoising loop: progress bar, timing, checks of each step, and the checkpoint of a run that ends early."""
+"""One run of the denoising loop: progress bar, timing, checks of each step, and the snapshot of a run that ends early."""
 
 import contextlib
 import time
@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from engine.denoise.denoise import denoise
 from engine.denoise.guided_model import GuidedModel
-from engine.denoise.saved import History
+from engine.denoise.snapshot import History
 from engine.devices import wait_for
 from engine.errors import NotFiniteError, check_finite
 from engine.given.known import Known

@@ -85,7 +85,7 @@ def least_video_bytes(num_frames: int, height: int, width: int, *, kind: str = "
     return round(_LEAST_BITS_PER_PIXEL[kind] / 8 * num_frames * height * width)
 
 
-def checkpoint_bytes(model: Path, latents: int) -> int:
+def snapshot_bytes(model: Path, latents: int) -> int:
     """Bytes of a run's state: its latents, and the samples and predictions that the solver keeps.
 
     Their number follows from the scheduler's configuration in the folder of the model.

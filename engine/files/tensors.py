@@ -1,4 +1,4 @@
-"""Read the metadata of a safetensors file, without its tensors and without torch."""
+"""Safetensors files without torch: their metadata, and snapshots under their former name."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from engine.files.trees import DamagedError
 # Raised by safetensors for a damaged file; the last four for a dtype or shape that torch lacks.
 DAMAGED = (SafetensorError, ValueError, LookupError, AttributeError, TypeError)
 
+_SNAPSHOT = ".snapshot.safetensors"
 _MOST_HEADER_BYTES = 100 << 20  # the library's limit
 
 
@@ -38,3 +39,10 @@ def read_metadata(path: Path) -> dict[str, str] | None:
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, FileNotFoundError) as error:
         why = error if isinstance(error, ValueError) and not isinstance(error, UnicodeDecodeError) else "no header"
         raise DamagedError(f"{path} is not a whole safetensors file ({why})") from error
+
+
+def take_former_name(path: Path) -> None:
+    """Rename `NAME.checkpoint.safetensors`, the snapshot `path` of an older version, unless `path` exists."""
+    former = path.with_name(path.name.removesuffix(_SNAPSHOT) + ".checkpoint.safetensors")
+    if path.name.endswith(_SNAPSHOT) and former.exists() and not path.exists():
+        former.rename(path)

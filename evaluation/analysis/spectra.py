@@ -99,9 +99,9 @@ class SpectraStore:
         """The steps to measure."""
         return spaced(self.watched.config.sampler.num_steps, self.num_points)
 
-    def checkpoint(self, index: int) -> Path:
+    def snapshot(self, index: int) -> Path:
         """State of a prompt that is being denoised."""
-        return self.file(index).with_suffix(".checkpoint.safetensors")
+        return self.file(index).with_suffix(".snapshot.safetensors")
 
     def keep(self, index: int, found: Rows, steps: Sequence[Mapping[str, Any]]) -> None:
         """Write what was measured while a prompt was denoised in `steps`, and delete its state."""
@@ -113,7 +113,7 @@ class SpectraStore:
         ]
         self.file(index).parent.mkdir(parents=True, exist_ok=True)
         write_text(self.file(index), json.dumps(rows, allow_nan=False))
-        self.checkpoint(index).unlink(missing_ok=True)
+        self.snapshot(index).unlink(missing_ok=True)
 
     def read(self) -> Rows:
         """The rows of all prompts."""

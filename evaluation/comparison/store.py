@@ -211,7 +211,7 @@ class Comparison:
         # Finds names that are too long.
         firsts = {video.label: video.files for video in reversed(self.videos)}
         check_places(
-            [self.folder / FILE, *(path for files in firsts.values() for path in (files.video, files.checkpoint))]
+            [self.folder / FILE, *(path for files in firsts.values() for path in (files.video, files.snapshot))]
         )
         self.batch_files.check()
         claim_folder(self.folder, self.batch)

@@ -49,9 +49,9 @@ class Options(Replicas):
     def of(cls, given: Namespace, config: RunConfig, /, **others: Any) -> Self:
         """Check all options; UserError for invalid ones."""
         check_texts(given)
-        if given.checkpoint_every < 0:
+        if given.snapshot_every < 0:
             raise UserError(
-                f"--checkpoint_every must be 0 (only when stopped, and before decoding) or more, got {given.checkpoint_every}"
+                f"--snapshot_every must be 0 (only when stopped, and before decoding) or more, got {given.snapshot_every}"
             )
         seeds = read_seeds(given.seeds, config.sampler.seed)
         return super().of(
@@ -60,7 +60,7 @@ class Options(Replicas):
             prompts=find_file(given.prompts),
             vbench=expand(given.vbench) if given.vbench is not None else None,
             seeds=seeds,
-            checkpoint_every=given.checkpoint_every,
+            snapshot_every=given.snapshot_every,
             keep_latents=given.keep_latents,
             verify=given.verify,
             retry_quarantined=given.retry_quarantined,
@@ -144,10 +144,10 @@ def add_arguments(parser: ArgumentParser) -> None:
         ("dry_run", bool, False, "print the plan and its cost; make nothing"),
         ("status", str, None, "print the state of the batch in this folder, and end"),
         (
-            "checkpoint_every",
+            "snapshot_every",
             int,
             5,
-            "steps between checkpoints of an item; 0 writes one when stopped, and before decoding",
+            "steps between snapshots of an item; 0 writes one when stopped, and before decoding",
         ),
         ("keep_latents", bool, False, "keep the latents of every video"),
         ("verify", Verify, "full", "check of finished videos: full (SHA-256), or size"),
@@ -158,3 +158,4 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_given(parser)
     add_replicas(parser)
     add_former_name(parser, "suite", "prompts")
+    add_former_name(parser, "checkpoint_every", "snapshot_every", int)

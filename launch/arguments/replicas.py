@@ -31,7 +31,7 @@ class Replicas:
     ray: str | None
     strategy: PlacementStrategy
     limits: Limits
-    checkpoint_every: int
+    snapshot_every: int
     keep_latents: bool = False
     sheets: bool = False
     given: GivenFrames | None = None
@@ -80,7 +80,7 @@ def read_replicas(given: Namespace, config: RunConfig, argv: list[str]) -> Repli
         check_started(given.nproc, argv)
         return None
     check_alone("--replicas, --ray and --gpus_per_replica")
-    return Replicas.of(given, config, checkpoint_every=config.output.checkpoint_every, sheets=True)
+    return Replicas.of(given, config, snapshot_every=config.output.snapshot_every, sheets=True)
 
 
 def add_replicas(parser: ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from launch.arguments.prompts import read_prompts
 from launch.arguments.ranks import check_model
 from launch.arguments.replicas import Replicas, add_replicas
 from launch.arguments.variants import read_variants
-from launch.cli.parser import parse_run
+from launch.cli.parser import add_former_name, parse_run
 from launch.ranks.backend import check_environment
 
 DESCRIPTION = "Keep a model loaded, and make videos for clients of OpenAI's video API. A restart continues its jobs."
@@ -72,7 +72,7 @@ def read(argv: list[str]) -> Arguments:
     for name, least, most in (
         ("port", 0, 65535),
         ("most_jobs", 1, 10_000),
-        ("checkpoint_every", 0, 10_000),
+        ("snapshot_every", 0, 10_000),
         ("preview_every", 0, 10_000),
     ):
         if not least <= namespace[name] <= most:
@@ -90,7 +90,7 @@ def read(argv: list[str]) -> Arguments:
     options = Replicas.of(
         namespace,
         config,
-        checkpoint_every=namespace.checkpoint_every,
+        snapshot_every=namespace.snapshot_every,
         sheets=True,
         preview_every=namespace.preview_every,
         preview_factors=factors,
@@ -167,10 +167,10 @@ def add_arguments(parser: ArgumentParser) -> None:
         ("requests_per_second", float, 500.0, "requests of one client (an address, and its key); 0 for no limit"),
         ("posts_per_minute", float, 120.0, "requests of one client that make or delete a video; 0 for no limit"),
         (
-            "checkpoint_every",
+            "snapshot_every",
             int,
             5,
-            "steps between checkpoints of a video; 0 writes one when stopped, and before decoding",
+            "steps between snapshots of a video; 0 writes one when stopped, and before decoding",
         ),
         ("preview_every", int, 4, "steps between previews of a running video; 0 disables them"),
         ("preview_factors", str, None, "file of previews.py (default: that of configs/previews for this VAE)"),
@@ -180,3 +180,4 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_prompts_file(parser, ": videos to make first")
     add_nproc(parser)
     add_replicas(parser)
+    add_former_name(parser, "checkpoint_every", "snapshot_every", int)

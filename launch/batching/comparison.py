@@ -193,7 +193,7 @@ def make_missing(
         engine=engine,
         configs={variant.label: variant.config for variant in comparison.variants},
         root=comparison.folder,
-        checkpoint_every=engine.config.output.checkpoint_every,
+        snapshot_every=engine.config.output.snapshot_every,
         keep_latents=False,
         sheets=True,
     )
@@ -208,9 +208,9 @@ def make_missing(
 
 
 def _drop_damaged(video: Video) -> None:
-    """Delete the checkpoint of an unfinished video if it is damaged."""
+    """Delete the snapshot of an unfinished video if it is damaged."""
     try:
-        read_metadata(video.files.checkpoint)
+        read_metadata(video.files.snapshot)
     except DamagedError as error:
         say_on_stderr(f"{error.reason}; it is made again")
-        video.files.checkpoint.unlink()
+        video.files.snapshot.unlink()

@@ -14,7 +14,7 @@ from engine.batch.items import Batch, Item, claim_folder
 from engine.batch.journal import FileJournal
 from engine.batch.queue import Queue
 from engine.config import RunConfig
-from engine.denoise.saved import kept_steps
+from engine.denoise.snapshot import kept_steps
 from engine.errors import UserError
 from launch.arguments.replicas import Replicas
 from launch.batching.messages import SUPPORT, describe_given_up, halted, say_end
@@ -45,10 +45,10 @@ def make(config: RunConfig, options: Replicas, batch: Batch, files: BatchFiles, 
             queue=Queue.of(work.todo),
             replicas=replicas,
             prepare=prepare,
-            is_permanent=lambda item, failure: failure.kind == "mistake" and not files.drop_checkpoint(item),
+            is_permanent=lambda item, failure: failure.kind == "mistake" and not files.drop_snapshot(item),
             keep=lambda item, attempts: keep(files, item, attempts),
             release=files.release,
-            kept=lambda item: kept_steps(files.of(item).checkpoint),
+            kept=lambda item: kept_steps(files.of(item).snapshot),
             journal=journal,
             limits=options.limits,
             wait=lambda: _wait(wake),
@@ -64,7 +64,7 @@ def worker_setup(options: Replicas, batch: Batch) -> dict[str, Any]:
     return {
         "configs": {variant.label: dataclasses.asdict(variant.config) for variant in batch.variants},
         "root": str(options.out),
-        "checkpoint_every": options.checkpoint_every,
+        "snapshot_every": options.snapshot_every,
         "keep_latents": options.keep_latents,
         "sheets": options.sheets,
         "given": None if options.given is None else options.given.arguments,

@@ -154,7 +154,7 @@ def describe_disk(files: BatchFiles, driver: Driver, config: RunConfig, *, keep_
     left = [*driver.queue.waiting, *driver.queue.running.values()]
     disk = disk_forecast(files, config, left, replicas=len(driver.entries), keep_latents=keep_latents)
     return (
-        f"they need about {describe_size(disk.videos + disk.texts)} ({disk.how}) and {describe_size(disk.work)} for checkpoints, and {files.root} has "
+        f"they need about {describe_size(disk.videos + disk.texts)} ({disk.how}) and {describe_size(disk.work)} for snapshots, and {files.root} has "
         f"{describe_size(disk.free)}"
     )
 

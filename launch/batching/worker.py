@@ -1,7 +1,7 @@
 """A rank of a replica: load the model once, then make the items that arrive on stdin, one JSON line each.
 
 The first line is the setup: `configs` (a whole RunConfig for each variant by its label, which differ in
-`engine.batch.variants.MAY_DIFFER` alone), `root` (the batch's folder), `checkpoint_every`, `keep_latents`, `sheets`, `given` (see
+`engine.batch.variants.MAY_DIFFER` alone), `root` (the batch's folder), `snapshot_every`, `keep_latents`, `sheets`, `given` (see
 `GivenFrames.arguments`), `given_settings`, `preview_every`, `preview_factors`.
 The others are tasks: `identity`, `suite`, `attempt`, `replica`; those of a service also bring their own `config`, `given` and
 `given_settings`, and `cancel`, a file that cancels the item once it exists. Events go to the pipe of `launch.ranks.host`.
@@ -65,7 +65,7 @@ def _work(pipe: IO[str]) -> None:
                 engine=engine,
                 configs=configs,
                 root=Path(setup["root"]),
-                checkpoint_every=setup["checkpoint_every"],
+                snapshot_every=setup["snapshot_every"],
                 keep_latents=setup["keep_latents"],
                 sheets=setup["sheets"],
                 given=None if setup["given"] is None else parse_given(**setup["given"]),

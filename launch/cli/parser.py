@@ -17,7 +17,7 @@ from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, DefaultHelpFor
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files.trees import read_yaml
-from engine.presets import describe_parser_error, find_config, finished, refuse_null
+from engine.presets import FORMER_NAMES, describe_parser_error, find_config, finished, refuse_null
 from launch.cli.suggestions import describe_unknown
 from launch.process.environment import LAUNCHER, is_first_rank
 from launch.process.stopping import show
@@ -100,6 +100,8 @@ def parse_run(
         "--config", action="config", help=f"YAML preset; later ones override earlier ones (default: {DEFAULT_CONFIG})"
     )
     parser.add_class_arguments(RunConfig, nested_key=None)
+    for old, new in FORMER_NAMES.items():
+        add_former_name(parser, old, new, type(parser.get_default(new)))
     keys = Keys.of(parser, unread)
     words = arrange(argv, keys)
     given = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
@@ -144,7 +146,7 @@ def parse(parser: ArgumentParser, words: Sequence[str], *, unread: Collection[st
     try:
         namespace = parser.parse_args(list(words))
         refuse_null(namespace)
-        return _use_new_names(parser, parser.instantiate(namespace))
+        return parser.instantiate(_use_new_names(parser, namespace))
     except ArgumentError as error:
         raise UserError(describe_parser_error(error)) from error
     except ValueError as error:  # from the checks of the dataclasses

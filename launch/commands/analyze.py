@@ -176,8 +176,8 @@ def _observe(engine: LongVideoEngine, spectra: SpectraStore, index: int) -> None
     denoised = engine.denoise(
         spectra.prompts[index],
         seed=spectra.seed,
-        checkpoint=spectra.checkpoint(index),
-        checkpoint_every=engine.config.output.checkpoint_every,
+        snapshot=spectra.snapshot(index),
+        snapshot_every=engine.config.output.snapshot_every,
         trace=measured,
     )
     if engine.is_first:

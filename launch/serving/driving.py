@@ -9,7 +9,7 @@ from engine.batch.driver import Driver
 from engine.batch.items import Item
 from engine.batch.journal import FileJournal
 from engine.batch.queue import Queue
-from engine.denoise.saved import kept_steps
+from engine.denoise.snapshot import kept_steps
 from engine.shown import describe_seconds, printable
 from launch.arguments.replicas import Replicas
 from launch.batching.drive import keep
@@ -84,10 +84,10 @@ def make_driver(
         queue=Queue(waiting=deque(), halts=False),
         replicas=replicas,
         prepare=Tasks(jobs=jobs, prepare=Prepare(suite={"name": SUITE.name, "sha256": SUITE.sha256})),
-        is_permanent=lambda item, failure: failure.kind == "mistake" and not files.drop_checkpoint(item),
+        is_permanent=lambda item, failure: failure.kind == "mistake" and not files.drop_snapshot(item),
         keep=lambda item, attempts: keep(files, item, attempts),
         release=files.release,
-        kept=lambda item: kept_steps(files.of(item).checkpoint),
+        kept=lambda item: kept_steps(files.of(item).snapshot),
         journal=journal,
         limits=options.limits,
         wait=lambda: turn(driver, jobs),

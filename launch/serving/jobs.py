@@ -143,10 +143,10 @@ class Jobs:
         done = [job.planned.item for job in found if job.status == "completed"]
         todo = [job.planned.item for job in self._new]
         self.files.tidy(done=done, todo=todo)
-        kept = {path for item in todo for path in (self.files.of(item).checkpoint, self.files.of(item).preview)}
+        kept = {path for item in todo for path in (self.files.of(item).snapshot, self.files.of(item).preview)}
         for folder in self.files.root.glob("*/*/unfinished"):
             sweep(folder)
-            for left in (*folder.glob("*.checkpoint.safetensors"), *folder.glob("*.preview.webp")):
+            for left in (*folder.glob("*.snapshot.safetensors"), *folder.glob("*.preview.webp")):
                 if left not in kept:
                     left.unlink(missing_ok=True)
         for path in self.planner.pictures.iterdir():
@@ -334,7 +334,7 @@ class Jobs:
             files.sidecar,
             files.video,
             files.sheet,
-            files.checkpoint,
+            files.snapshot,
             files.preview,
             self.cancel_file(item.item_id),
         ):

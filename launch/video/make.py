@@ -8,7 +8,7 @@ from torch import Tensor
 
 from engine.batch.files import ItemFiles
 from engine.config import RunConfig
-from engine.denoise.saved import kept_steps
+from engine.denoise.snapshot import kept_steps
 from engine.engine import LongVideoEngine
 from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
 from engine.files.latents import load_latents
@@ -59,7 +59,7 @@ def make_video(
         return None
     with explain_decoding(files, engine.device):
         record = decode_to_files(engine.decoder, latents, record, files.decoding, replace=replace)
-    for path in (files.checkpoint, *(() if files.keep_latents else (files.latents,))):
+    for path in (files.snapshot, *(() if files.keep_latents else (files.latents,))):
         path.unlink(missing_ok=True)
     return record
 
@@ -113,14 +113,14 @@ def _denoise(
             file=kept,
             num_frames=num_frames,
             given=given,
-            checkpoint=files.checkpoint,
-            checkpoint_every=engine.config.output.checkpoint_every,
+            snapshot=files.snapshot,
+            snapshot_every=engine.config.output.snapshot_every,
             trace=trace,
         )
     if engine.is_first:
         if trace is not None:
             _write_trace(trace, files, replace=replace)
-        files.checkpoint.unlink(missing_ok=True)  # the latents hold all of it
+        files.snapshot.unlink(missing_ok=True)  # the latents hold all of it
     return latents, record
 
 
@@ -138,27 +138,27 @@ def explain_denoising(
         nothing = "before the first step was finished; nothing was kept"
         if cache != "none":
             nothing = f"nothing was kept: with sampler.cache {cache} a run starts over"
-        raise Stopped(_describe_checkpoint(files, nothing)) from error
+        raise Stopped(_describe_snapshot(files, nothing)) from error
     except CollectiveError as error:
-        kept = f"; {_describe_checkpoint(files)}" if engine.is_first else ""
+        kept = f"; {_describe_snapshot(files)}" if engine.is_first else ""
         raise LostRankError(f"{error}{kept}") from error
     except OSError as error:
-        raise UserError(f"{describe_error(error, files.checkpoint)}; {_describe_checkpoint(files)}") from error
+        raise UserError(f"{describe_error(error, files.snapshot)}; {_describe_snapshot(files)}") from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        kept = f"; {_describe_checkpoint(files)}" if engine.is_first and files.checkpoint.exists() else ""
+        kept = f"; {_describe_snapshot(files)}" if engine.is_first and files.snapshot.exists() else ""
         message = describe_out_of_memory(
             error, when=f"{doing} on {engine.device}", of_folder=isinstance(files, ItemFiles)
         )
         raise UserError(f"{message}{kept}") from error
 
 
-def _describe_checkpoint(files: OutputFiles | ItemFiles, otherwise: str = "nothing was kept") -> str:
-    """The message about a run that ended while denoising, and how to continue; `otherwise` without a checkpoint."""
-    if not files.checkpoint.exists():
+def _describe_snapshot(files: OutputFiles | ItemFiles, otherwise: str = "nothing was kept") -> str:
+    """The message about a run that ended while denoising, and how to continue; `otherwise` without a snapshot."""
+    if not files.snapshot.exists():
         return otherwise
-    return f"after step {kept_steps(files.checkpoint)}, which is kept in {files.checkpoint}; the same command continues from there"
+    return f"after step {kept_steps(files.snapshot)}, which is kept in {files.snapshot}; the same command continues from there"
 
 
 def _write_trace(trace: SpectralTrace, files: OutputFiles, *, replace: bool) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.config import VIDEO_KINDS, OutputConfig, RunConfig, VideoKind
 from engine.errors import UserError
-from engine.files.checks import check_places, check_space, checkpoint_bytes, least_video_bytes
+from engine.files.checks import check_places, check_space, least_video_bytes, snapshot_bytes
 from engine.files.claims import claim
 from engine.files.folders import is_empty_folder
 from engine.files.video import VideoFiles
@@ -53,9 +53,9 @@ class OutputFiles:
         return self.video.with_suffix(".png")
 
     @property
-    def checkpoint(self) -> Path:
+    def snapshot(self) -> Path:
         """State of a run that is denoising."""
-        return self.video.with_suffix(".checkpoint.safetensors")
+        return self.video.with_suffix(".snapshot.safetensors")
 
     @property
     def trace_table(self) -> Path:
@@ -85,7 +85,7 @@ class OutputFiles:
     @property
     def all(self) -> list[Path]:
         """Every file that the run writes."""
-        return [*self.decoded, self.latents, self.checkpoint, *self.traces]
+        return [*self.decoded, self.latents, self.snapshot, *self.traces]
 
 
 def plan_outputs(config: OutputConfig, num_videos: int) -> list[OutputFiles]:
@@ -104,7 +104,7 @@ def plan_outputs(config: OutputConfig, num_videos: int) -> list[OutputFiles]:
         for suffix in ([f"-{i:03d}" for i in range(num_videos)] if num_videos > 1 else [""])
     ]
     for files in outputs:
-        others = {*files.decoded, files.checkpoint, files.trace_table, files.trace_plot}
+        others = {*files.decoded, files.snapshot, files.trace_table, files.trace_plot}
         if files.latents in others:
             raise UserError(
                 f"output.save_latents {files.latents} is also another file of this video; choose another name"
@@ -158,7 +158,7 @@ def check_free_space(
     Existing files of an earlier run are not counted again. `latent_shape` is that of one video's latents, stored in fp32,
     `model` the folder of the checkpoint.
     """
-    video, every = config.video, config.output.checkpoint_every
+    video, every = config.video, config.output.snapshot_every
     latents = 4 * math.prod(latent_shape)
     size = video.num_frames, video.height, video.width
     needed = {files.video: least_video_bytes(*size, kind=files.kind) for files in outputs}
@@ -166,10 +166,10 @@ def check_free_space(
     for files in outputs[:1]:
         if files.latents.exists():  # only decoding is left
             continue
-        # Another checkpoint is written beside the one before; the last one is deleted once the latents lie beside it.
-        state = checkpoint_bytes(model, latents) if every else 0
-        first = 0 if files.checkpoint.exists() else state
+        # Another snapshot is written beside the one before; the last one is deleted once the latents lie beside it.
+        state = snapshot_bytes(model, latents) if every else 0
+        first = 0 if files.snapshot.exists() else state
         beside = state if config.sampler.num_steps > every else 0
-        needed |= {files.latents: latents, files.checkpoint: first + max(0, beside - latents)}
+        needed |= {files.latents: latents, files.snapshot: first + max(0, beside - latents)}
     what = "the video and the work on it" if len(outputs) == 1 else f"{len(outputs)} videos and the work on one"
     check_space(needed, what=what)

@@ -1,10 +1,11 @@
-"""Find the remaining stages of the videos of one command, from the checkpoint and the files of earlier runs."""
+"""Find the remaining stages of the videos of one command, from the snapshots and the files of earlier runs."""
 
 import functools
 from collections.abc import Callable
 from typing import Any
 
 from engine.config import RunConfig
+from engine.files.tensors import take_former_name
 from engine.given.frames import GivenFrames
 from engine.load.checkpoint import Checkpoint, open_checkpoint
 from launch.video.outputs import OutputFiles, check_free_space
@@ -15,6 +16,8 @@ def find_stages(
     prompts: list[str], outputs: list[OutputFiles], config: RunConfig, given: GivenFrames | None = None
 ) -> list[Stage]:
     """Find the remaining stages of each video, report finished ones, and check the space for the others."""
+    for files in outputs:
+        take_former_name(files.snapshot)
     settings_of = planned_settings(config, given)
     stages = [
         find_stage(files, config, functools.partial(settings_of, prompt))

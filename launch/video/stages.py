@@ -15,7 +15,7 @@ from engine.identity import check_run, describe_differences, settings_id
 from launch.video.outputs import OutputFiles, describe_existing, refuse_existing
 
 Stage = Literal["finished", "decode", "trace", "denoise"]
-"""`trace`: the latents exist, but the trace of their steps is in the checkpoint only."""
+"""`trace`: the latents exist, but the trace of their steps is in the snapshot only."""
 
 Settings = dict[str, Any]
 
@@ -38,19 +38,19 @@ class Found:
     Attributes:
         record: record of a finished video, or None.
         latents: settings of the existing latents; None if there are none.
-        checkpoint: metadata of an unfinished run's checkpoint, or None.
+        snapshot: metadata of the snapshot of an unfinished run, or None.
     """
 
     record: dict[str, Any] | None
     latents: Settings | None
-    checkpoint: dict[str, str] | None
+    snapshot: dict[str, str] | None
 
 
 def look(files: OutputFiles, *, overwrite: bool) -> Found:
     """Read the metadata of the existing files of a video.
 
     Raises:
-        UserError: a file of another origin exists and may not be replaced; a checkpoint never may.
+        UserError: a file of another origin exists and may not be replaced; a snapshot never may.
     """
     record = read_record(files.record)
     if record is None and not overwrite:
@@ -58,7 +58,7 @@ def look(files: OutputFiles, *, overwrite: bool) -> Found:
     latents = _latents_settings(files.latents, overwrite=overwrite)
     if record is None and latents is None and not overwrite:
         refuse_existing([*files.decoded, *files.traces], _FLAG)
-    return Found(record=record, latents=latents, checkpoint=read_metadata(files.checkpoint))
+    return Found(record=record, latents=latents, snapshot=read_metadata(files.snapshot))
 
 
 def find_stage(files: OutputFiles, config: RunConfig, settings: Callable[[], Settings]) -> Stage:
@@ -77,8 +77,8 @@ def find_stage(files: OutputFiles, config: RunConfig, settings: Callable[[], Set
     if found.record is not None and not overwrite:
         check_decoded(files, found.record, config, settings(), _FLAG)
         return "finished"
-    if found.checkpoint is not None:
-        check_run(found.checkpoint, settings(), path=files.checkpoint)
+    if found.snapshot is not None:
+        check_run(found.snapshot, settings(), path=files.snapshot)
     if found.latents is None:
         return "denoise"
     differences = describe_differences(found.latents, settings())
@@ -88,7 +88,7 @@ def find_stage(files: OutputFiles, config: RunConfig, settings: Callable[[], Set
     if differences is not None or found.record is not None:
         return "denoise"
     has_trace = all(path.exists() for path in files.traces)
-    return "decode" if has_trace or found.checkpoint is None else "trace"
+    return "decode" if has_trace or found.snapshot is None else "trace"
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -132,15 +132,15 @@ def describe_finished(files: OutputFiles, record: Mapping[str, Any], flag: str =
 
 
 def remove_leftovers(files: OutputFiles, record: Mapping[str, Any]) -> None:
-    """Delete temporary latents and the checkpoint of a run that was killed at its end."""
+    """Delete temporary latents and the snapshot of a run that was killed at its end."""
     identity = record["identity"]["id"]
     was_kept = record["config"]["output"].get("save_latents") is not None or "decoded_from" in record
     if not was_kept and not files.keep_latents:
         found = _latents_settings(files.latents, overwrite=True)
         if found is not None and settings_id(found) == identity:
             files.latents.unlink(missing_ok=True)
-    if _run_id(files.checkpoint) == identity:
-        files.checkpoint.unlink(missing_ok=True)
+    if _run_id(files.snapshot) == identity:
+        files.snapshot.unlink(missing_ok=True)
 
 
 def _decoding(config: Mapping[str, Any]) -> Settings:

@@ -98,7 +98,7 @@ def start(wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "methods": ",".join(METHODS),
         "seeds": ",".join(map(str, SEEDS)),
         "replicas": 2,
-        "checkpoint_every": 2,
+        "snapshot_every": 2,
     }
     words = [f"--{name}={value}" for name, value in ({"model.path": wan_folder} | SETTINGS | own).items()]
     context = multiprocessing.get_context("forkserver")
@@ -271,7 +271,7 @@ def leave_a_part(out: Path) -> None:
 
 
 def leave_steps(out: Path) -> None:
-    (next(out.glob("*/*/unfinished")) / "p0000-s0.checkpoint.safetensors").touch()
+    (next(out.glob("*/*/unfinished")) / "p0000-s0.snapshot.safetensors").touch()
 
 
 def give_up(out: Path) -> None:

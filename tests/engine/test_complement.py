@@ -92,11 +92,11 @@ def test_methods_without_dual_steps_keep_every_bit(folder: Path, method: str) ->
 @pytest.mark.usefixtures("on_any_device")
 def test_a_stopped_run_does_not_go_on_with_another_complement(folder: Path, tmp_path: Path) -> None:
     first = LongVideoEngine(config_of(folder, "same"))
-    first.denoise(PROMPT, checkpoint=tmp_path / "run", checkpoint_every=1)
+    first.denoise(PROMPT, snapshot=tmp_path / "run", snapshot_every=1)
     first.close()
     second = LongVideoEngine(config_of(folder, "sage"))
     with pytest.raises(UserError, match="belongs to another run"):
-        second.denoise(PROMPT, checkpoint=tmp_path / "run")
+        second.denoise(PROMPT, snapshot=tmp_path / "run")
     second.close()
 
 

@@ -172,8 +172,8 @@ def test_an_interrupted_run_continues(folders: dict[str, Path], name: str, tmp_p
     with pretend_cuda(), contextlib.closing(LongVideoEngine(config_of(folders[name], name))) as engine:
         whole = engine.denoise(PROMPT).latents
         with pytest.raises(Stop):
-            engine.denoise(PROMPT, checkpoint=path, on_step=stop)
-        denoised = engine.denoise(PROMPT, checkpoint=path, checkpoint_every=1)
+            engine.denoise(PROMPT, snapshot=path, on_step=stop)
+        denoised = engine.denoise(PROMPT, snapshot=path, snapshot_every=1)
     assert denoised.resumed_at == 3
     assert torch.equal(denoised.latents, whole)
 
@@ -209,9 +209,9 @@ def test_ctrl_c_stops_during_device_work(
             patch.setattr(torch.cuda, "Event", Working)
             patch.setattr(torch.cuda, "synchronize", synchronize)
             with pytest.raises(KeyboardInterrupt):
-                engine.denoise(PROMPT, checkpoint=path)
+                engine.denoise(PROMPT, snapshot=path)
         signal.signal(signal.SIGINT, before)
-        denoised = engine.denoise(PROMPT, checkpoint=path)
+        denoised = engine.denoise(PROMPT, snapshot=path)
     assert (len(waits), len(looks)) == (3, 2)  # two for each step: before the scheduler's and after it
     assert denoised.resumed_at == 1
     assert torch.equal(denoised.latents, whole)
@@ -428,8 +428,8 @@ def on_ranks(rank: int, case: tuple[str, Path, tuple[int, int, int]]) -> tuple[T
                 latents = engine.denoise(PROMPT, trace=trace).latents
                 assert trace.rows or cfg > 1  # of the ranks that run the pass with the prompt
             with pytest.raises(KeyboardInterrupt):
-                engine.denoise(PROMPT, checkpoint=path, on_step=stop)
-            denoised = engine.denoise(PROMPT, checkpoint=path)
+                engine.denoise(PROMPT, snapshot=path, on_step=stop)
+            denoised = engine.denoise(PROMPT, snapshot=path)
             assert denoised.resumed_at == 2
             assert torch.equal(denoised.latents, latents)
             frames = sum(len(part) for part in engine.decode(latents))

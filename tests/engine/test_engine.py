@@ -150,16 +150,18 @@ def test_an_interrupted_run_continues_bit_equal(folder, tmp_path, forward):
     engine = LongVideoEngine(config_of(folder))
     seen, again = SpectralTrace(), SpectralTrace()
     whole = engine.denoise(PROMPT, trace=seen)
-    path = tmp_path / "run.checkpoint.safetensors"
+    path = tmp_path / "run.snapshot.safetensors"
     InterruptedPrompt(engine, forward)
     with pytest.raises(KeyboardInterrupt):
-        engine.denoise(PROMPT, checkpoint=path, trace=SpectralTrace())
+        engine.denoise(PROMPT, snapshot=path, trace=SpectralTrace())
     assert path.exists()
     with pytest.raises(UserError, match="belongs to another run"):
-        engine.denoise("a green circle", checkpoint=path)
+        engine.denoise("a green circle", snapshot=path)
     engine.close()
+    if forward == 4:
+        path.rename(tmp_path / "run.checkpoint.safetensors")  # as older versions called it
     fresh = LongVideoEngine(config_of(folder))
-    continued = fresh.denoise(PROMPT, checkpoint=path, trace=again)
+    continued = fresh.denoise(PROMPT, snapshot=path, trace=again)
     assert continued.resumed_at == (forward - 1) // 2
     assert torch.equal(continued.latents, whole.latents)
     assert [(step["step"], step["mode"]) for step in continued.steps] == [
@@ -172,7 +174,7 @@ def test_an_interrupted_run_continues_bit_equal(folder, tmp_path, forward):
 def test_interrupted_in_the_first_step_keeps_nothing(engine, tmp_path):
     InterruptedPrompt(engine, 1)
     with pytest.raises(KeyboardInterrupt):
-        engine.denoise(PROMPT, checkpoint=tmp_path / "run.safetensors")
+        engine.denoise(PROMPT, snapshot=tmp_path / "run.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -217,7 +219,7 @@ def test_latents_that_are_not_finite_end_the_run_in_one_line(folder, tmp_path, m
         with pytest.raises(
             UserError, match=r"^\d+ of 3072 numbers of the latents are not finite after step 2"
         ) as caught:
-            engine.denoise(PROMPT, checkpoint=path, on_step=lambda step, _: finished.append(step))
+            engine.denoise(PROMPT, snapshot=path, on_step=lambda step, _: finished.append(step))
     assert str(caught.value).endswith(
         "after step 2 of 4 in float32; try model.dtype bfloat16, a sampler.guidance_scale below 4.0, or fetch the weights again"
     )

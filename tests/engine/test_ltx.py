@@ -269,9 +269,9 @@ def test_an_interrupted_run_continues_bit_equal(folder, tmp_path):
 
     hook = engine.pipe.transformer.register_forward_hook(interrupt)
     with pytest.raises(KeyboardInterrupt):
-        engine.denoise(PROMPT, checkpoint=path)
+        engine.denoise(PROMPT, snapshot=path)
     hook.remove()
-    continued = engine.denoise(PROMPT, checkpoint=path)
+    continued = engine.denoise(PROMPT, snapshot=path)
     engine.close()
     assert continued.resumed_at == 2
     assert torch.equal(continued.latents, whole.latents)

@@ -287,8 +287,8 @@ def test_a_run_that_was_stopped_continues(folder, several, tmp_path):
 
     with LongVideoEngine(config_of(folder)) as engine:
         with pytest.raises(InterruptedError):
-            engine.denoise(PROMPT, given=several, checkpoint=tmp_path / "state", on_step=stop)
-        made = engine.denoise(PROMPT, given=several, checkpoint=tmp_path / "state")
+            engine.denoise(PROMPT, given=several, snapshot=tmp_path / "state", on_step=stop)
+        made = engine.denoise(PROMPT, given=several, snapshot=tmp_path / "state")
         assert engine.handle.state.beside == ()
     assert made.resumed_at == 2
     assert torch.equal(made.latents, on_one_rank(config_of(folder), given=several))

@@ -203,10 +203,10 @@ def test_a_run_that_was_stopped_continues(folders, given, tmp_path):
     with LongVideoEngine(config) as engine:
         assert engine.generate(PROMPT, given=both, num_frames=NATIVE).frames.shape == (NATIVE, 32, 48, 3)
         with pytest.raises(InterruptedError):
-            engine.denoise(PROMPT, given=both, checkpoint=state, on_step=stop)
+            engine.denoise(PROMPT, given=both, snapshot=state, on_step=stop)
         with pytest.raises(UserError, match="belongs to another run"):
-            engine.denoise(PROMPT, given=given["i2v"], checkpoint=state)
-        made = engine.denoise(PROMPT, given=both, checkpoint=state)
+            engine.denoise(PROMPT, given=given["i2v"], snapshot=state)
+        made = engine.denoise(PROMPT, given=both, snapshot=state)
         assert torch.equal(made.latents, engine.denoise(PROMPT, given=both).latents)
     assert made.resumed_at == 1
     assert made.settings["given"]["trained"] == ["first"]

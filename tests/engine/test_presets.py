@@ -6,6 +6,8 @@ import pytest
 
 from engine import read_preset
 from engine.errors import UserError
+from engine.files.trees import read_yaml
+from engine.presets import find_config, parse_tree
 from launch.cli.parser import parse_run
 
 SETTINGS = {"video.num_frames": 65, "method.freespec.alpha": 3, "sampler.negative_prompt": "blurred"}
@@ -47,3 +49,20 @@ def test_a_negative_prompt_may_be_a_file(tmp_path: Path) -> None:
     (tmp_path / "negative.txt").write_text("static\n")
     settings = {"sampler.negative_prompt": f"@{tmp_path / 'negative.txt'}"}
     assert read_preset("tiny-wan", settings=settings).sampler.negative_prompt == "static"
+
+
+def test_former_names_of_settings(tmp_path: Path) -> None:
+    """In presets and settings with a warning, in records without."""
+    preset = tmp_path / "former.yaml"
+    preset.write_text("output: {checkpoint_every: 3, crf: 20}\n")
+    warning = "output.checkpoint_every is now output.snapshot_every; the old name works until the next release"
+    with pytest.warns(FutureWarning, match=warning):
+        made = read_preset("tiny-wan", str(preset)).output
+    assert (made.snapshot_every, made.crf) == (3, 20)
+    with pytest.warns(FutureWarning, match=warning):
+        assert read_preset("tiny-wan", settings={"output.checkpoint_every": 4}).output.snapshot_every == 4
+    preset.write_text("output: {checkpoint_every: 3, snapshot_every: 3}\n")
+    with pytest.raises(UserError, match=r"former name of output.snapshot_every; give output.snapshot_every alone"):
+        read_preset("tiny-wan", str(preset))
+    record = read_yaml(find_config("tiny-wan")) | {"output": {"checkpoint_every": 6}}
+    assert parse_tree(record).output.snapshot_every == 6

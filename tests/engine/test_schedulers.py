@@ -227,14 +227,14 @@ class StopError(Exception):
 
 
 def stopped_run(engine: LongVideoEngine, path: Path) -> None:
-    """Leave the checkpoint of a run that was ended after two steps."""
+    """Leave the snapshot of a run that was ended after two steps."""
 
     def stop(finished: int, _total: int) -> None:
         if finished == 2:
             raise StopError
 
     with pytest.raises(StopError):
-        engine.denoise(PROMPT, checkpoint=path, on_step=stop)
+        engine.denoise(PROMPT, snapshot=path, on_step=stop)
 
 
 @numpy_2
@@ -248,13 +248,13 @@ def test_the_engine_makes_the_same_video_again_and_after_an_interruption(variant
         assert torch.equal(engine.denoise(PROMPT).latents, whole)
         assert not torch.equal(engine.denoise(PROMPT, seed=4).latents, whole)
         stopped_run(engine, path)
-        resumed = engine.denoise(PROMPT, checkpoint=path)
+        resumed = engine.denoise(PROMPT, snapshot=path)
         path.unlink()
         stopped_run(engine, path)
         engine.close()
         # As in another process: some schedulers make attributes in their first step.
         fresh = engine_with(variant, folders[variant.adapter], method="freespec")
-        anew = fresh.denoise(PROMPT, checkpoint=path)
+        anew = fresh.denoise(PROMPT, snapshot=path)
         fresh.close()
     assert resumed.resumed_at == anew.resumed_at == 2
     assert torch.equal(anew.latents, whole)
@@ -271,8 +271,8 @@ def test_an_interrupted_run_needs_the_state_of_its_generator(folders, tmp_path, 
     def forget(scheduler: SchedulerMixin, state: SchedulerState, device: torch.device, _: torch.Generator) -> None:
         restore_scheduler(scheduler, state, device, torch.Generator())
 
-    monkeypatch.setattr("engine.denoise.saved.restore_scheduler", forget)
-    assert relative(engine.denoise(PROMPT, checkpoint=tmp_path / "run").latents, whole) > 1e-2
+    monkeypatch.setattr("engine.denoise.snapshot.restore_scheduler", forget)
+    assert relative(engine.denoise(PROMPT, snapshot=tmp_path / "run").latents, whole) > 1e-2
     engine.close()
 
 

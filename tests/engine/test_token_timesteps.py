@@ -112,8 +112,8 @@ def test_pictures_elsewhere_stay_known_and_the_id_says_which_are_conditions(fold
 
     with LongVideoEngine(config) as engine:
         with pytest.raises(InterruptedError):
-            engine.denoise(PROMPT, given=both, checkpoint=state, on_step=stop)
-        made = engine.denoise(PROMPT, given=both, checkpoint=state)
+            engine.denoise(PROMPT, given=both, snapshot=state, on_step=stop)
+        made = engine.denoise(PROMPT, given=both, snapshot=state)
         assert made.resumed_at == 2
         assert torch.equal(made.latents, engine.denoise(PROMPT, given=both).latents)
         assert torch.equal(made.latents[:, :, 0], on_one_rank(config, given=given)[:, :, 0])

@@ -203,9 +203,9 @@ def test_a_run_that_was_stopped_continues_across_the_switch(folder, tmp_path, st
             raise InterruptedError
 
     with LongVideoEngine(config) as engine, pytest.raises(InterruptedError):
-        engine.denoise(PROMPT, checkpoint=state, on_step=stop)
+        engine.denoise(PROMPT, snapshot=state, on_step=stop)
     with LongVideoEngine(config) as engine:
-        made = engine.denoise(PROMPT, checkpoint=state)
+        made = engine.denoise(PROMPT, snapshot=state)
     assert made.resumed_at == stops_after
     assert torch.equal(made.latents, on_one_rank(config))
     assert [row["expert"] for row in made.steps] == ["transformer"] * 2 + ["transformer_2"] * 2

@@ -79,7 +79,7 @@ def test_an_interrupted_analysis_goes_on_and_writes_every_table_and_plot(
 def test_a_prompt_that_is_watched_keeps_its_steps_and_a_damaged_file_costs_its_prompt(
     analyze_in: Callable[..., Run], tmp_path: Path
 ) -> None:
-    given = {"output.checkpoint_every": 1}
+    given = {"output.snapshot_every": 1}
     assert analyze_in(**given, out=tmp_path / "whole").code == 0
     with interrupted_at_forward(11):  # in the third step of the second prompt
         stopped = analyze_in(**given)
@@ -94,7 +94,7 @@ def test_a_prompt_that_is_watched_keeps_its_steps_and_a_damaged_file_costs_its_p
     ]
     for whole, resumed in (files[:2], files[2:]):
         assert whole.read_text() == resumed.read_text()
-    assert not list(tmp_path.rglob("*.checkpoint.safetensors"))
+    assert not list(tmp_path.rglob("*.snapshot.safetensors"))
 
     files[1].write_text("[{}]")
     shown = analyze_in(**given)

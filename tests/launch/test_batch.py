@@ -27,7 +27,7 @@ from engine.batch.locks import Shard, own_shard
 from engine.batch.queue import Failure, Queue
 from engine.batch.variants import Variant
 from engine.config import ModelConfig
-from engine.denoise.saved import kept_steps
+from engine.denoise.snapshot import kept_steps
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.files.latents import load_latents
@@ -79,7 +79,7 @@ def make_batch(run: Callable[..., Run], wan_folder: Path, suite: Path, tmp_path:
 
 
 def words(folder: Path, suite: Path, out: Path, settings: dict[str, object] | None = None) -> list[str]:
-    own = {"prompts": suite, "out": out, "methods": "freespec,direct", "seeds": 3, "checkpoint_every": 2}
+    own = {"prompts": suite, "out": out, "methods": "freespec,direct", "seeds": 3, "snapshot_every": 2}
     chosen = {"model.path": folder} | SETTINGS | own | (settings or {})
     return [f"--{name}={value}" for name, value in chosen.items() if value is not None]
 
@@ -118,10 +118,10 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         until = time.monotonic() + PATIENCE_SECONDS
-        while not (found := list(self.out.glob("*/*/unfinished/*.checkpoint.safetensors"))):
+        while not (found := list(self.out.glob("*/*/unfinished/*.snapshot.safetensors"))):
             assert time.monotonic() < until
             time.sleep(0.005)
-        method, item = found[0].parts[-4], found[0].name.removesuffix(".checkpoint.safetensors")
+        method, item = found[0].parts[-4], found[0].name.removesuffix(".snapshot.safetensors")
         replica = next(e["replica"] for e in events_of(self.out, "started") if e["item"] == f"{method}/{item}")
         # A rank prints into a log of its own. Another rank may still be loading: killing that one would lose no item.
         log = self.out / "logs/shard-1-of-1" / f"{replica}-rank0.log"
@@ -160,7 +160,7 @@ def assert_whole(out: Path, expected: dict[str, torch.Tensor]) -> None:
         assert torch.equal(latents, expected[label]), label
     files = [path for path in out.rglob("*") if path.is_file()]
     assert sum(path.suffix == ".mp4" for path in files) == len(expected)
-    assert [path for path in files if path.suffix == ".part" or "checkpoint" in path.name] == []
+    assert [path for path in files if path.suffix == ".part" or "snapshot" in path.name] == []
 
 
 def make_with_a_kill(make_batch: Callable[..., Run], out: Path) -> Run:
@@ -240,7 +240,7 @@ def test_a_driver_that_is_killed_leaves_nothing_running_and_the_next_goes_on(
     command = [sys.executable, "-m", "launch.batch", *words(wan_folder, suite, out, settings)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     until = time.monotonic() + PATIENCE_SECONDS
-    while not list(out.glob("*/*/unfinished/*.checkpoint.safetensors")):
+    while not list(out.glob("*/*/unfinished/*.snapshot.safetensors")):
         assert time.monotonic() < until
         assert process.poll() is None
         time.sleep(0.005)
@@ -251,7 +251,7 @@ def test_a_driver_that_is_killed_leaves_nothing_running_and_the_next_goes_on(
     while ranks_of(process.pid):
         assert time.monotonic() < until
         time.sleep(0.02)
-    kept = list(out.glob("*/*/unfinished/*.checkpoint.safetensors"))
+    kept = list(out.glob("*/*/unfinished/*.snapshot.safetensors"))
     shown = make_batch({"status": out})
     assert shown.out.startswith("shard-1-of-1: lost; 4 items: "), shown
 
@@ -389,7 +389,7 @@ def test_a_replica_that_was_given_up_has_its_line_in_the_summary(
 def stop_a_rank(out: Path, stopped: list[int]) -> None:
     """SIGSTOP to rank 1 in the middle of the first item, like a rank whose GPU hangs."""
     until = time.monotonic() + PATIENCE_SECONDS
-    while not list(out.glob("*/*/unfinished/*.checkpoint.safetensors")):
+    while not list(out.glob("*/*/unfinished/*.snapshot.safetensors")):
         assert time.monotonic() < until
         time.sleep(0.005)
     for process in ranks_of(os.getpid()):
@@ -527,8 +527,8 @@ def test_two_drivers_on_one_shard(make_batch: Callable[..., Run], tmp_path: Path
         ({"shard": "3/2"}, "--shard must be i/n with 1 <= i <= n, such as 1/4 to 4/4, got '3/2'"),
         ({"item_timeout": 0}, "--item_timeout must be more than 0 seconds, got 0.0"),
         (
-            {"checkpoint_every": -1},
-            "--checkpoint_every must be 0 (only when stopped, and before decoding) or more, got -1",
+            {"snapshot_every": -1},
+            "--snapshot_every must be 0 (only when stopped, and before decoding) or more, got -1",
         ),
         ({"video.num_frames": 18}, "video.num_frames must be 4k + 1, got 18; the nearest are 17 and 21"),
         ({"status": "nowhere"}, "nowhere holds no batch; give the --out folder of a batch"),
@@ -684,11 +684,11 @@ def test_a_rank_that_is_taken_away_again_and_again_costs_its_item_nothing(
     """SIGKILL after 1, 4 and 7 of the 20 steps of one item, as on a node that may be taken away."""
     suite.write_text(f"{PROMPTS[0]}\n")
     out, killed = tmp_path / "out", []
-    given = {"methods": "direct", "keep_latents": True, "checkpoint_every": 1, "sampler.num_steps": 20}
+    given = {"methods": "direct", "keep_latents": True, "snapshot_every": 1, "sampler.num_steps": 20}
 
     def kill() -> None:
         for steps in (1, 4, 7):
-            while not any(kept_steps(path) >= steps for path in out.glob("*/*/unfinished/*.checkpoint.safetensors")):
+            while not any(kept_steps(path) >= steps for path in out.glob("*/*/unfinished/*.snapshot.safetensors")):
                 time.sleep(0.005)
             for process in ranks_of(os.getpid()):
                 os.kill(process, signal.SIGKILL)

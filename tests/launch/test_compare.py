@@ -228,7 +228,7 @@ def test_a_folder_of_an_older_version_is_refused_in_a_line(
 def test_while_decoding_the_steps_are_kept_and_not_made_again(
     compare_in: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
-    whole, given = VideoDecoder.decode, {"seeds": 0, "methods": "direct", "output.checkpoint_every": every}
+    whole, given = VideoDecoder.decode, {"seeds": 0, "methods": "direct", "output.snapshot_every": every}
 
     def stop_midway(self: VideoDecoder, latents: object, *, seed: int) -> Iterator[np.ndarray]:
         for i, frames in enumerate(whole(self, latents, seed=seed)):
@@ -285,7 +285,7 @@ def test_what_a_failing_disk_has_damaged_is_made_again_alone(
     times = {path: path.stat().st_mtime_ns for path in records}
     records[0].write_bytes(records[0].read_bytes()[:100])
     records[1].unlink()
-    unfinished = records[1].parents[1] / "unfinished" / "p0000-s0.checkpoint.safetensors"
+    unfinished = records[1].parents[1] / "unfinished" / "p0000-s0.snapshot.safetensors"
     unfinished.write_text("half")
     (records[2].parents[1] / "measures" / "p0000-s1.json").write_text("[]")
     shown = compare_in()

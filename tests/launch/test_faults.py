@@ -139,7 +139,7 @@ def test_a_rank_that_dies_in_a_collective(wan_folder: Path, whole: torch.Tensor,
     assert ended[0].err.startswith("error: rank 0, step 2 layer 1: "), ended
     assert "after step 2, which is kept in" in ended[0].err
     assert ended[0].err.count("\n") == 1
-    assert names(folder) == {"a.checkpoint.safetensors"}
+    assert names(folder) == {"a.snapshot.safetensors"}
 
     ended = run_forked([command] * 2, tmp_path)
     assert "(continued after step 2)" in ended[0].out, ended
@@ -260,7 +260,7 @@ def test_an_interruption_keeps_the_steps(wan_folder: Path, whole: torch.Tensor, 
     assert [rank.code for rank in ended] == [130, 1], ended
     assert ended[0].err.startswith("stopped: after step 2, which is kept in "), ended
     assert (ended[0].err.count("\n"), ended[1].err) == (1, "")
-    assert names(folder) == {"a.checkpoint.safetensors"}
+    assert names(folder) == {"a.snapshot.safetensors"}
 
     ended = run_forked([command] * 2, tmp_path, fault=InAttention(1, interrupt))
     assert [rank.code for rank in ended] == [0, 0], ended
@@ -523,7 +523,7 @@ def test_a_run_whose_rank_is_killed_and_that_is_then_interrupted(wan_folder: Pat
     assert "; rank 0, step " in said
     assert "the same command continues from there" in said
     assert "Traceback" not in rest
-    assert names(tmp_path) == {"a.checkpoint.safetensors"}
+    assert names(tmp_path) == {"a.snapshot.safetensors"}
 
     process = begin(command, tmp_path)
     first = wait_for_step(process, "denoise")[-1]

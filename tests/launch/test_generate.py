@@ -236,7 +236,7 @@ def test_a_full_disk_before_decoding_is_one_line(
         error = make().error
     assert "a.latents.safetensors: No space left on device; after step 4, which is kept in " in error
     assert error.endswith("; the same command continues from there")
-    assert names(tmp_path) == {"a.checkpoint.safetensors"}
+    assert names(tmp_path) == {"a.snapshot.safetensors"}
     assert "(continued after step 4)" in make().out
     assert names(tmp_path) == {"a.mp4", "a.png", "a.json"}
 

@@ -92,12 +92,12 @@ def test_while_denoising_the_same_command_continues_to_the_same_bits(  # noqa: P
         shown = make(parts)
     assert shown.code == code
     assert f"after step {done_steps}" in shown.stopped
-    assert f"{tmp_path / 'parts.checkpoint.safetensors'}; the same command continues" in shown.stopped
-    assert names(tmp_path) == done | {"parts.checkpoint.safetensors"}
+    assert f"{tmp_path / 'parts.snapshot.safetensors'}; the same command continues" in shown.stopped
+    assert names(tmp_path) == done | {"parts.snapshot.safetensors"}
 
     # Another prompt or seed is no continuation of it, and does not touch it.
-    assert "parts.checkpoint.safetensors" in make(parts | {"sampler.seed": 1}).error
-    assert names(tmp_path) == done | {"parts.checkpoint.safetensors"}
+    assert "parts.snapshot.safetensors" in make(parts | {"sampler.seed": 1}).error
+    assert names(tmp_path) == done | {"parts.snapshot.safetensors"}
 
     shown = make(parts)
     assert shown.code == 0
@@ -160,7 +160,7 @@ def test_while_the_latents_are_written_they_are_kept(
     shown = make()
     assert shown.code == 130
     assert "the latents are kept in" in shown.stopped
-    assert names(tmp_path) == {"a.latents.safetensors", "a.checkpoint.safetensors"}
+    assert names(tmp_path) == {"a.latents.safetensors", "a.snapshot.safetensors"}
     assert make().code == 0
     assert names(tmp_path) == {"a.mp4", "a.png", "a.json"}
 
@@ -190,7 +190,7 @@ def test_a_process_that_is_interrupted_says_so_in_one_line_and_continues(
     assert (process.returncode, out) == (130, b"")
     assert rest.decode().splitlines()[-1].startswith("stopped: after step ")
     assert b"Traceback" not in shown + rest
-    assert names(tmp_path) == {"a.checkpoint.safetensors"}
+    assert names(tmp_path) == {"a.snapshot.safetensors"}
 
     shown = make(settings | target)
     assert "(continued after step " in shown.out

@@ -20,7 +20,7 @@ from engine import produce
 from engine.decode.decoder import VideoDecoder
 from engine.denoise.loop import DenoiseLoop
 from engine.engine import LongVideoEngine
-from engine.files.checks import checkpoint_bytes
+from engine.files.checks import snapshot_bytes
 from engine.files.claims import claim
 from engine.files.latents import load_latents
 from engine.files.tensors import read_metadata
@@ -137,8 +137,8 @@ class KilledAtChange:
 def test_killed_at_any_change_of_its_files_the_same_command_ends_in_the_same_bytes(
     make: Make, words: Callable[..., list[str]], tmp_path: Path, every: int
 ) -> None:
-    """Noise to checkpoints, latents, trace, video, sheet and record: nothing is made twice that was kept, and nothing is left over."""
-    settings = {"sampler.num_steps": 2, "output.checkpoint_every": 1, "output.trace": "true"}
+    """Noise to snapshots, latents, trace, video, sheet and record: nothing is made twice that was kept, and nothing is left over."""
+    settings = {"sampler.num_steps": 2, "output.snapshot_every": 1, "output.trace": "true"}
     whole = tmp_path / "whole"
     assert make(settings | {"output.path": whole / "a.mp4"}).code == 0
     expected, number, done_steps = content(whole), 1 - every, []
@@ -159,7 +159,7 @@ def test_killed_at_any_change_of_its_files_the_same_command_ends_in_the_same_byt
         assert names(folder) == names(whole), (number, left)
         assert json.loads((folder / "a.json").read_text())["video"]["sha256"]
         assert ("finished already" in shown.out) == ("a.json" in left), (number, left)
-        if "a.checkpoint.safetensors" in left and "a.latents.safetensors" not in left:
+        if "a.snapshot.safetensors" in left and "a.latents.safetensors" not in left:
             done_steps.append(json.loads((folder / "a.json").read_text())["resumed_at"])
     assert done_steps if every > 1 else {1, 2} <= {*done_steps}
     assert number > 10
@@ -170,7 +170,7 @@ def test_a_killed_run_costs_a_few_steps(make: Make, words: Callable[..., list[st
     settings = {"sampler.num_steps": 30}
     [ended] = run_forked([words(tmp_path, settings)], tmp_path, fault=partial(kill_after_step, 7))
     assert ended.code == -signal.SIGKILL
-    assert "a.checkpoint.safetensors" in names(tmp_path)
+    assert "a.snapshot.safetensors" in names(tmp_path)
     assert "(continued after step 5)" in make(settings).out
     assert make(settings | {"output.path": tmp_path / "b.mp4"}).code == 0
     assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
@@ -187,12 +187,12 @@ def kill_after_step(number: int, rank: int) -> None:
     DenoiseLoop.check = count
 
 
-def test_no_state_is_kept_with_checkpoint_every_0(make: Make, words: Callable[..., list[str]], tmp_path: Path) -> None:
-    settings = {"sampler.num_steps": 30, "output.checkpoint_every": 0}
+def test_no_state_is_kept_with_snapshot_every_0(make: Make, words: Callable[..., list[str]], tmp_path: Path) -> None:
+    settings = {"sampler.num_steps": 30, "output.snapshot_every": 0}
     [ended] = run_forked([words(tmp_path, settings)], tmp_path, fault=partial(kill_after_step, 7))
     assert ended.code == -signal.SIGKILL
-    assert "a.checkpoint.safetensors" not in names(tmp_path)
-    assert "must be 0 (only when stopped) or more, got -1" in make({"output.checkpoint_every": -1}).error
+    assert "a.snapshot.safetensors" not in names(tmp_path)
+    assert "must be 0 (only when stopped) or more, got -1" in make({"output.snapshot_every": -1}).error
 
 
 def stop_in(monkeypatch: pytest.MonkeyPatch, make: Make, name: str, *arguments: object) -> Run:
@@ -238,12 +238,13 @@ def test_a_trace_is_not_lost_between_latents_and_its_table(
     settings = {"output.trace": "true"}
     assert make(settings | {"output.path": tmp_path / "b.mp4"}).code == 0
     assert stop_in(monkeypatch, make, "write_trace", settings).code == 130
-    assert {"a.latents.safetensors", "a.checkpoint.safetensors"} <= names(tmp_path)
+    assert {"a.latents.safetensors", "a.snapshot.safetensors"} <= names(tmp_path)
+    (tmp_path / "a.snapshot.safetensors").rename(tmp_path / "a.checkpoint.safetensors")  # as older versions called it
     assert "(continued after step 4)" in make(settings).out
     for kind in ("csv", "png"):
         assert (tmp_path / f"a.trace.{kind}").read_bytes() == (tmp_path / f"b.trace.{kind}").read_bytes()
     assert "a.latents.safetensors" not in names(tmp_path)
-    assert "a.checkpoint.safetensors" not in names(tmp_path)
+    assert not {"a.snapshot.safetensors", "a.checkpoint.safetensors"} & names(tmp_path)
 
 
 def test_a_file_that_appears_while_a_run_works_is_not_replaced(
@@ -307,13 +308,13 @@ def test_steps_of_another_run_are_not_thrown_away(make: Make, tmp_path: Path, mo
     with monkeypatch.context() as patch:
         patch.setattr(produce, "save_latents", fill_disk)
         assert "after step 4" in make().error
-    before = (tmp_path / "a.checkpoint.safetensors").read_bytes()
+    before = (tmp_path / "a.snapshot.safetensors").read_bytes()
     for more in ({}, {"output.overwrite": "true"}):
         error = make({"sampler.seed": 1} | more).error
         assert error == (
-            f"{tmp_path / 'a.checkpoint.safetensors'} belongs to another run (sampler.seed was 0, now 1); delete it or move it away"
+            f"{tmp_path / 'a.snapshot.safetensors'} belongs to another run (sampler.seed was 0, now 1); delete it or move it away"
         )
-    assert (tmp_path / "a.checkpoint.safetensors").read_bytes() == before
+    assert (tmp_path / "a.snapshot.safetensors").read_bytes() == before
 
 
 def fill_disk(*_: object, **__: object) -> None:
@@ -474,7 +475,7 @@ def test_a_disk_that_fills_up_names_what_could_not_be_written(
 def test_space_is_needed_for_what_is_not_there_yet(
     make: Make, run: Callable[..., Run], wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Latents and checkpoint that fill a disk do not keep the same command from going on with them."""
+    """Latents and snapshot that fill a disk do not keep the same command from going on with them."""
     settings = {"output.save_latents": tmp_path / "z.safetensors", "sampler.num_steps": 30}
     assert stop_in(monkeypatch, make, "decode_to_files", settings).code == 130
     free: list[int] = []
@@ -492,10 +493,10 @@ def test_space_is_needed_for_what_is_not_there_yet(
     with interrupted_at_forward(13):
         assert make(settings).code == 130
     latents = 4 * load_latents(tmp_path / "z.safetensors")[0].numel()
-    kept = (tmp_path / "c.checkpoint.safetensors").stat().st_size
+    kept = (tmp_path / "c.snapshot.safetensors").stat().st_size
     # The solver remembers a sample and two predictions; the rest is what is noted of the steps.
-    assert 4 * latents == checkpoint_bytes(wan_folder, latents) < kept < 4 * latents + 50_000
-    # One checkpoint is written beside the one before.
+    assert 4 * latents == snapshot_bytes(wan_folder, latents) < kept < 4 * latents + 50_000
+    # One snapshot is written beside the one before.
     free[0] = 8 * latents
     assert "are needed for the video and the work on it" in make(settings | {"output.path": tmp_path / "b.mp4"}).error
     free[0] = 4 * latents + 1000

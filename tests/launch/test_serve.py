@@ -43,7 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 PROMPT = "a red circle"
 KEY = "k" * arguments.LEAST_KEY
 EXTRA = {"sampler.num_steps": 12, "sampler.guidance_scale": 3.5, "sampler.negative_prompt": "green"}
-SETTINGS = SMALL | {"sampler.num_steps": 16, "video.fps": 8, "checkpoint_every": 1, "port": 0}
+SETTINGS = SMALL | {"sampler.num_steps": 16, "video.fps": 8, "snapshot_every": 1, "port": 0}
 
 
 def words(folder: Path, out: Path, **settings: object) -> list[str]:
@@ -85,7 +85,7 @@ def test_a_video_outlives_a_kill_and_another_is_cancelled(
     out = tmp_path / "served"
 
     def unfinished() -> list[Path]:
-        return list(out.glob("*/*/unfinished/*.checkpoint.safetensors"))
+        return list(out.glob("*/*/unfinished/*.snapshot.safetensors"))
 
     with started(wan_folder, out, tmp_path / "first") as (process, client):
         made = client.videos.create(

@@ -57,7 +57,7 @@ def write_item(files: BatchFiles, item: Item, token: str = "t") -> None:
     """Write the files of a video in a worker's order, with arbitrary bytes as the video."""
     of = files.of(item)
     of.make_folders()
-    of.checkpoint.write_bytes(b"steps")
+    of.snapshot.write_bytes(b"steps")
     part = of.part(token)
     part.write_bytes(content(item))
     facts = publish(part, of.video, check=check_bytes)
@@ -66,7 +66,7 @@ def write_item(files: BatchFiles, item: Item, token: str = "t") -> None:
     latents = {"sha256": hashlib.sha256(content(item)).hexdigest()}
     record = identity_of(item) | {"status": "done", "output": output, "video": video, "latents": latents}
     write_json(of.sidecar, record)
-    of.checkpoint.unlink(missing_ok=True)
+    of.snapshot.unlink(missing_ok=True)
 
 
 @dataclass

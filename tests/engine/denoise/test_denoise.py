@@ -7,7 +7,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from engine.config import SamplerConfig
 from engine.denoise.denoise import denoise
 from engine.denoise.noise import draw_noise
-from engine.denoise.saved import RunFile
+from engine.denoise.snapshot import Snapshot
 from engine.errors import UserError
 from engine.files.latents import load_latents, save_latents
 from engine.schedulers import make_scheduler, scheduler_state
@@ -52,7 +52,7 @@ def test_a_resumed_run_is_bit_equal(name, stop, tmp_path):
     class StoppedError(Exception):
         pass
 
-    scheduler, file = ready(name), RunFile(tmp_path / "run.safetensors", {"seed": 1})
+    scheduler, file = ready(name), Snapshot(tmp_path / "run.safetensors", {"seed": 1})
 
     def interrupt(done, latents):
         if done == stop:
@@ -72,10 +72,10 @@ def test_a_resumed_run_is_bit_equal(name, stop, tmp_path):
         assert not torch.equal(denoise(latents, forgetful, predict, generator=no_noise(), start_step=step), whole)
 
 
-def test_another_runs_checkpoint_is_refused(tmp_path):
+def test_the_snapshot_of_another_run_is_refused(tmp_path):
     path = tmp_path / "run.safetensors"
     scheduler, generator = ready("unipc"), no_noise()
-    file, other = (RunFile(path, {"seed": seed}) for seed in (1, 2))
+    file, other = (Snapshot(path, {"seed": seed}) for seed in (1, 2))
     file.save(1, torch.zeros(1), scheduler_state(scheduler, generator), {})
     into = scheduler, generator, torch.device("cpu")
     with pytest.raises(UserError, match="belongs to another run"):

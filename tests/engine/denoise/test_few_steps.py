@@ -184,8 +184,8 @@ def test_ranks_an_interruption_and_the_planner_agree_on_the_steps(tmp_path: Path
                     raise StopError
 
             with pytest.raises(StopError):
-                engine.denoise(PROMPT, checkpoint=path, on_step=stop)
-            resumed = engine.denoise(PROMPT, checkpoint=path)
+                engine.denoise(PROMPT, snapshot=path, on_step=stop)
+            resumed = engine.denoise(PROMPT, snapshot=path)
         path.unlink()
         assert resumed.resumed_at == 1
         assert torch.equal(resumed.latents, whole.latents)

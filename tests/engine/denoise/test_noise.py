@@ -123,7 +123,7 @@ def test_a_run_starts_from_the_noise_of_the_setting_and_says_so(folder: Path) ->
     assert not torch.equal(latents["freenoise"], latents["mean_reuse"])
 
 
-def test_a_checkpoint_of_another_noise_is_refused(folder: Path) -> None:
+def test_a_snapshot_of_another_noise_is_refused(folder: Path) -> None:
     """The run id is the file's: method and setting together decide it, since the method alone may bring the noise."""
     ids = []
     for config in (
@@ -145,7 +145,7 @@ class Dated(Direct):
     alpha: float = 1.0
 
 
-def test_a_checkpoint_is_refused_for_settings_of_the_method_in_use_only(folder: Path) -> None:
+def test_a_snapshot_is_refused_for_settings_of_the_method_in_use_only(folder: Path) -> None:
     with contextlib.closing(LongVideoEngine(config_of(folder, "freespec"))) as made:
 
         def run_id(name: str, **settings: object) -> str:

@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from engine.files.tensors import read_metadata
+from engine.files.tensors import read_metadata, take_former_name
 from engine.files.trees import DamagedError
 
 
@@ -50,3 +50,16 @@ def test_dangling_link_cannot_be_written(tmp_path: Path) -> None:
     path.symlink_to(tmp_path / "nowhere")
     with pytest.raises(DamagedError):
         read_metadata(path)
+
+
+def test_a_snapshot_takes_its_name_of_today(tmp_path: Path) -> None:
+    former, path = tmp_path / "a.checkpoint.safetensors", tmp_path / "a.snapshot.safetensors"
+    take_former_name(path)
+    assert list(tmp_path.iterdir()) == []
+    former.write_bytes(b"former")
+    take_former_name(tmp_path / "a.safetensors")  # not the name of a snapshot
+    take_former_name(path)
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [(path.name, b"former")]
+    former.write_bytes(b"another")
+    take_former_name(path)
+    assert (former.read_bytes(), path.read_bytes()) == (b"another", b"former")

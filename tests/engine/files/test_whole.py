@@ -113,7 +113,7 @@ def test_json_that_cannot_be_written_leaves_the_old(tmp_path: Path) -> None:
 
 def test_an_unfinished_file_belongs_to_one_call_and_old_ones_go(tmp_path: Path) -> None:
     """A rank that has lost its driver may still be writing when its successor begins."""
-    path, strange = tmp_path / "p0000-s0.checkpoint.safetensors", tmp_path / "other.checkpoint.safetensors.1-a.part"
+    path, strange = tmp_path / "p0000-s0.snapshot.safetensors", tmp_path / "other.snapshot.safetensors.1-a.part"
     old = path.with_name(f"{path.name}.1-a.part")
     for left in (old, strange):
         left.touch()

@@ -230,10 +230,10 @@ def test_an_interrupted_run_goes_on_to_the_same_video(folders, tmp_path):
         given = GivenFrames(extend=file)
         expected = engine.denoise(PROMPT, given=given).latents
         with pytest.raises(Stop):
-            engine.denoise(PROMPT, given=given, checkpoint=tmp_path / "run", on_step=stop)
+            engine.denoise(PROMPT, given=given, snapshot=tmp_path / "run", on_step=stop)
         with pytest.raises(UserError, match="belongs to another run"):
-            engine.denoise(PROMPT, checkpoint=tmp_path / "run")
-        made = engine.denoise(PROMPT, given=given, checkpoint=tmp_path / "run")
+            engine.denoise(PROMPT, snapshot=tmp_path / "run")
+        made = engine.denoise(PROMPT, given=given, snapshot=tmp_path / "run")
     assert made.resumed_at == 2
     assert torch.equal(made.latents, expected)
 

@@ -17,7 +17,7 @@ import engine.hooks.step_cache
 from engine.batch.identity import config_tree
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.denoise.denoise import Denoised
-from engine.denoise.saved import kept_steps
+from engine.denoise.snapshot import kept_steps
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.hooks.in_force import hook_kinds
@@ -292,14 +292,14 @@ def test_only_finished_latents_are_saved(folders, tmp_path):
     with LongVideoEngine(config_of(folders["wan"], "mag")) as made:
         stopped_run(made, path)
         assert not path.exists()
-        whole = made.denoise(PROMPT, checkpoint=path, checkpoint_every=2)
+        whole = made.denoise(PROMPT, snapshot=path, snapshot_every=2)
         assert kept_steps(path) == STEPS
-        again = made.denoise(PROMPT, checkpoint=path)
+        again = made.denoise(PROMPT, snapshot=path)
     assert again.resumed_at == STEPS
     assert torch.equal(again.latents, whole.latents)
     with LongVideoEngine(config_of(folders["wan"])) as made:
         with pytest.raises(UserError, match=r"belongs to another run .*sampler\.cache was 'mag', now unset"):
-            made.denoise(PROMPT, checkpoint=path)
+            made.denoise(PROMPT, snapshot=path)
         stopped_run(made, tmp_path / "bare.safetensors")  # negative control
         assert kept_steps(tmp_path / "bare.safetensors") == 2
 

@@ -85,7 +85,7 @@ def worker(engine: LongVideoEngine, told: list[dict[str, Any]], tmp_path: Path) 
         engine=engine,
         configs=configs_of(engine.config),
         root=tmp_path,
-        checkpoint_every=EVERY,
+        snapshot_every=EVERY,
         keep_latents=True,
         emit=emit,
     )
@@ -190,7 +190,7 @@ def test_noise_of_the_decoder_comes_from_the_item_s_seed(tmp_path: Path) -> None
             engine=engine,
             configs=configs_of(config),
             root=tmp_path / "out",
-            checkpoint_every=EVERY,
+            snapshot_every=EVERY,
             keep_latents=False,
             emit=lambda *_, **__: None,
         )
@@ -201,10 +201,10 @@ def test_noise_of_the_decoder_comes_from_the_item_s_seed(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("killed_after", [1, 2, 3, 4, 5])
-def test_a_killed_item_goes_on_from_its_last_checkpoint_to_the_same_bits(
+def test_a_killed_item_goes_on_from_its_last_snapshot_to_the_same_bits(
     wan_folder: Path, tmp_path: Path, killed_after: int
 ) -> None:
-    """The checkpoint as it lay on the disk when the process ended, and another engine."""
+    """The snapshot as it lay on the disk when the process ended, and another engine."""
     kept, path = tmp_path / "kept.safetensors", tmp_path / "run.safetensors"
 
     def kill(finished: int, total: int) -> None:
@@ -216,17 +216,17 @@ def test_a_killed_item_goes_on_from_its_last_checkpoint_to_the_same_bits(
     with contextlib.closing(LongVideoEngine(config_of(wan_folder))) as engine:
         whole = engine.denoise("a red circle").latents
         with pytest.raises(Killed):
-            engine.denoise("a red circle", checkpoint=path, checkpoint_every=EVERY, on_step=kill)
+            engine.denoise("a red circle", snapshot=path, snapshot_every=EVERY, on_step=kill)
     saved = STEPS if killed_after == STEPS else killed_after // EVERY * EVERY
     assert kept.exists() == (saved > 0)
     with contextlib.closing(LongVideoEngine(config_of(wan_folder))) as fresh:
-        again = fresh.denoise("a red circle", checkpoint=kept)
+        again = fresh.denoise("a red circle", snapshot=kept)
         assert again.resumed_at == saved
         assert torch.equal(again.latents, whole)
 
 
 def test_without_a_period_nothing_is_written(engine: LongVideoEngine, tmp_path: Path) -> None:
-    engine.denoise("a red circle", checkpoint=tmp_path / "run.safetensors")
+    engine.denoise("a red circle", snapshot=tmp_path / "run.safetensors")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -234,7 +234,7 @@ def test_without_a_period_nothing_is_written(engine: LongVideoEngine, tmp_path: 
 def test_a_full_disk_ends_the_item_and_its_steps_are_kept(
     worker: Worker, batch: Batch, told: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
-    worker = dataclasses.replace(worker, checkpoint_every=every)
+    worker = dataclasses.replace(worker, snapshot_every=every)
 
     def full(self: VideoWriter, frames: np.ndarray) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -251,7 +251,7 @@ def test_a_full_disk_ends_the_item_and_its_steps_are_kept(
     record = told[-1]["record"]
     assert record["run"]["resumed_at"] == STEPS
     assert [step["step"] for step in record["run"]["steps"]] == list(range(STEPS))
-    assert not files.checkpoint.exists()
+    assert not files.snapshot.exists()
 
 
 def test_every_item_continues_the_given_video(
@@ -300,7 +300,7 @@ def test_latents_that_are_not_numbers_are_no_video(
     worker.run(task_of(batch, 1))
     assert (told[-1]["event"], told[-1]["kind"], told[-1]["whole"]) == ("failed", "mistake", True)
     assert f"numbers of the latents are not finite after step 1 of {STEPS} in float32" in told[-1]["message"]
-    assert not files_of(worker, batch, 1).checkpoint.exists()
+    assert not files_of(worker, batch, 1).snapshot.exists()
     with torch.no_grad():
         weight.copy_(kept)
     worker.run(task_of(batch, 1))
@@ -363,7 +363,7 @@ def test_memory_that_runs_out_ends_the_item_with_what_would_fit(told: list[dict[
             engine=engine,
             configs=configs_of(config),
             root=tmp_path,
-            checkpoint_every=EVERY,
+            snapshot_every=EVERY,
             keep_latents=True,
             emit=emit,
         )

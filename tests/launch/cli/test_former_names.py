@@ -7,7 +7,7 @@ import pytest
 
 from engine.errors import UserError
 from engine.paths import REPOSITORY
-from launch.arguments import analyze, batch, calibrate, compare, demo, generate
+from launch.arguments import analyze, batch, calibrate, compare, demo, generate, serve
 from launch.cli import parser
 from launch.cli.start import COMMANDS
 from launch.process.environment import LAUNCHER
@@ -63,6 +63,26 @@ def test_the_suite_of_a_batch(tmp_path: object) -> None:
     assert batch.read(["--suite", PROMPTS, *words]) == batch.read(["--prompts", PROMPTS, *words])
     with pytest.raises(UserError, match="--suite is the former name of --prompts; give --prompts alone"):
         batch.read(["--suite", PROMPTS, "--prompts", PROMPTS, *words])
+
+
+def test_steps_between_snapshots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A setting of a run, in presets too, and an option of batch.py and serve.py."""
+    preset = tmp_path / "former.yaml"
+    preset.write_text("output: {checkpoint_every: 3}\n")
+    given = ["--prompt", "a red circle", "--config", "tiny-wan", "--config", str(preset)]
+    assert generate.read(given).config.output.snapshot_every == 3
+    said = "note: --output.checkpoint_every is now --output.snapshot_every; the old name works until the next release\n"
+    assert capsys.readouterr().err == said
+    assert generate.read([*given, "--output.checkpoint_every", "4"]).config.output.snapshot_every == 4
+    with pytest.raises(UserError, match=r"former name of --output.snapshot_every; give --output.snapshot_every alone"):
+        generate.read([*given, "--output.snapshot_every", "4"])
+    with pytest.raises(UserError, match=r"output.snapshot_every must be 0 \(only when stopped\) or more, got -1"):
+        generate.read([*given, "--output.checkpoint_every", "-1"])
+    words = ["--prompts", PROMPTS, "--out", str(tmp_path), "--checkpoint_every", "4"]
+    assert batch.read(words).options.snapshot_every == 4
+    assert serve.read(["--folder", str(tmp_path), "--checkpoint_every", "4"]).options.snapshot_every == 4
+    said = "note: --checkpoint_every is now --snapshot_every; the old name works until the next release\n"
+    assert capsys.readouterr().err == said
 
 
 def test_options_of_several_commands_have_one_help_text() -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from engine.denoise.saved import kept_steps
+from engine.denoise.snapshot import kept_steps
 from engine.errors import UserError
 from launch.process.environment import RankEnv
 from launch.ranks.join import gather_ranks
@@ -77,7 +77,7 @@ def test_a_rank_that_does_not_come_is_not_taken_for_its_predecessor(port: int) -
 
 @pytest.mark.slow
 def test_a_machine_of_torchrun_is_lost_and_another_takes_its_place(wan_folder: Path, tmp_path: Path) -> None:
-    """The agent that stays counts a restart, the new one none; the run goes on from its checkpoint to the same video."""
+    """The agent that stays counts a restart, the new one none; the run goes on from its snapshot to the same video."""
     steps = {"sampler.num_steps": 200, "parallel.timeout": 120}
     whole, video = tmp_path / "whole/a.mp4", tmp_path / "out/a.mp4"
     subprocess.run([sys.executable, str(SCRIPT), *prompted(wan_folder, whole, steps)], check=True)
@@ -99,7 +99,7 @@ def test_a_machine_of_torchrun_is_lost_and_another_takes_its_place(wan_folder: P
         wait_until(lambda: listens(endpoint), stays, tmp_path / "stays")  # the first to come holds the agents' store
         lost = start("lost")
         stack.callback(end, lost)
-        kept = video.with_name("a.checkpoint.safetensors")
+        kept = video.with_name("a.snapshot.safetensors")
         wait_until(lambda: kept_steps(kept) > 0, stays, tmp_path / "stays")
         lost.kill()
         lost.wait()

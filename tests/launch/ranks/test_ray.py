@@ -98,7 +98,7 @@ def ranks_on_ray() -> dict[int, int]:
 def kill_a_rank(out: Path) -> None:
     """SIGKILL to rank 1 in the middle of an item."""
     until = time.monotonic() + PATIENCE_SECONDS
-    while not list(out.glob("*/*/unfinished/*.checkpoint.safetensors")):
+    while not list(out.glob("*/*/unfinished/*.snapshot.safetensors")):
         assert time.monotonic() < until
         time.sleep(0.005)
     os.kill(ranks_on_ray()[1], signal.SIGKILL)

@@ -165,7 +165,7 @@ def test_a_node_is_lost_and_the_others_make_everything(
     with (tmp_path / "log").open("w") as log:
         driver = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
     until = time.monotonic() + PATIENCE_SECONDS
-    while len(list(out.glob("*/*/unfinished/*.checkpoint.safetensors"))) < 1 or len(events_of(out, "ready")) < 2:
+    while len(list(out.glob("*/*/unfinished/*.snapshot.safetensors"))) < 1 or len(events_of(out, "ready")) < 2:
         assert time.monotonic() < until
         assert driver.poll() is None, (tmp_path / "log").read_text()
         time.sleep(0.01)

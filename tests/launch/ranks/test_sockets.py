@@ -65,7 +65,7 @@ def start(wan_folder: Path, tmp_path: Path) -> Iterator[Callable[[str], list[int
     def begin(command: list[str], environment: dict[str, str]) -> subprocess.Popen:
         words = [
             *command,
-            *prompted(wan_folder, tmp_path / "a.mp4", {"sampler.num_steps": 5000, "output.checkpoint_every": 1}),
+            *prompted(wan_folder, tmp_path / "a.mp4", {"sampler.num_steps": 5000, "output.snapshot_every": 1}),
         ]
         own = os.environ | {"OMP_NUM_THREADS": "1"} | environment
         kept = {name: value for name, value in own.items() if name not in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
@@ -82,7 +82,7 @@ def start(wan_folder: Path, tmp_path: Path) -> Iterator[Callable[[str], list[int
             environments = [rank_env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
         processes = [begin(STARTS[how], environment) for environment in environments]
         until = time.monotonic() + PATIENCE_SECONDS
-        while not (tmp_path / "a.checkpoint.safetensors").exists():
+        while not (tmp_path / "a.snapshot.safetensors").exists():
             assert time.monotonic() < until
             assert [process.poll() for process in processes] == [None] * len(processes)
             time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""Save and load unfinished runs as safetensors files, written atomically."""
+"""The snapshot of an unfinished run: latents, scheduler state and history in a safetensors file, written atomically."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import UserError
-from engine.files.tensors import DAMAGED, read_metadata
+from engine.files.tensors import DAMAGED, read_metadata, take_former_name
 from engine.files.trees import DamagedError, parse_json
 from engine.files.whole import atomic_path
 from engine.identity import check_run, settings_id
@@ -22,8 +22,8 @@ History = dict[str, list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
-class RunFile:
-    """The file of the state of one run.
+class Snapshot:
+    """The file of an unfinished run's state.
 
     Attributes:
         path: the file.
@@ -42,6 +42,11 @@ class RunFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(self.path) as part:
             part.write_bytes(safetensors.torch.save({"latents": latents.cpu().contiguous()} | tensors, metadata))
+
+    def read(self) -> bytes:
+        """The file's bytes; none if there is no file."""
+        take_former_name(self.path)
+        return self.path.read_bytes() if self.path.exists() else b""
 
     def load(
         self, data: bytes, scheduler: Any, generator: torch.Generator, device: torch.device
@@ -69,11 +74,13 @@ class RunFile:
         except (RuntimeError, *DAMAGED) as error:
             if isinstance(error, UserError):
                 raise
-            raise UserError(f"{path} is not the state of a run ({type(error).__name__}: {error}); {remedy}") from error
+            raise UserError(
+                f"{path} is not the snapshot of a run ({type(error).__name__}: {error}); {remedy}"
+            ) from error
 
 
 def kept_steps(path: Path) -> int:
-    """The number of finished steps in a `RunFile`; 0 if it is missing or damaged. OSError if it cannot be read."""
+    """The number of finished steps in a snapshot; 0 if it is missing or damaged. OSError if it cannot be read."""
     try:
         return int((read_metadata(path) or {})["step"])
     except (DamagedError, KeyError, ValueError):
