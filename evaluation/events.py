@@ -1,19 +1,15 @@
-"""Which videos are timelines of the embedded world, and their measures, see `metrics.events`; versions of measures."""
+"""Which videos are timelines of the embedded world, their events, and versions of measures; see `metrics.events`."""
 
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from engine.media.read_video import read_frames
 from engine.text.timeline import parse_timeline
 from metrics import course, events
-from metrics.events import EVENT_UNITS, TextRange, event_metrics
+from metrics.events import TextRange
 from metrics.version import source_digest
 from metrics.world import why_not_world
-
-EVENTS = {f"events.{name}": unit for name, unit in EVENT_UNITS.items()}
-"""Every measure of events by its name in reports, with its unit."""
 
 
 def has_events(prompt: str, height: int, width: int) -> bool:
@@ -25,11 +21,6 @@ def has_events(prompt: str, height: int, width: int) -> bool:
 def ranges_of(timeline: Sequence[Mapping[str, Any]]) -> list[TextRange]:
     """The events of a record's `timeline`."""
     return [TextRange(**{name: event[name] for name in ("text", "start", "stop")}) for event in timeline]
-
-
-def measure_events(path: Path, events: Sequence[TextRange]) -> dict[str, float]:
-    """Compute all measures of `EVENTS` for a video file; NaN where one does not apply."""
-    return {f"events.{name}": value for name, value in event_metrics(read_frames(path), events).items()}
 
 
 def version_of(prompt: str, *, long: bool = False) -> str:

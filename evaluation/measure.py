@@ -1,130 +1,129 @@
-"""Compute proxies and exact measures, those of events too, of many videos in parallel; results are cached by the file's hash."""
+"""Measure each video file once, in processes of its own; every result is kept in a JSON file, under a key of all that decides it."""
 
-import hashlib
+import math
 import multiprocessing
-from collections.abc import Callable, Collection, Iterator, Sequence
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
+import numpy as np
+from tqdm import tqdm
 
-import metrics.course
 from engine.errors import UserError
-from engine.media import read_video
-from evaluation.course import COURSE, measure_course
-from evaluation.events import EVENTS, measure_events, version_of
-from evaluation.kept import keep_measures, read_measures
-from evaluation.videos import Video
-from evaluation.world import WORLD, measure_world
-from metrics import proxies
-from metrics.proxies import PROXIES
-from metrics.version import source_digest
+from engine.files.say import Say
+from engine.files.trees import finite_or_none, read_kept
+from engine.files.whole import write_json
+from engine.media.read_video import read_frames
 from metrics.video import VideoReading
 
 
-def measure_all(
-    videos: Sequence[Video], folder: Path, *, workers: int, say: Callable[[str], None]
-) -> dict[Path, dict[str, float]]:
-    """Compute all proxies of every video, by path; kept values of the same code and file are reused.
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Measures to make of a video.
 
-    UserError for a fractional frame rate: windows of two seconds are counted in frames.
+    Attributes:
+        path: the video file.
+        place: the file that keeps the result.
+        key: all that decides the result, as JSON; a result kept under another key is made again.
+        call: computes it from frames uint8 [T, H, W, 3]; pickled, so a function of a module or a partial of one.
     """
-    broken = next((video for video in videos if video.fps.denominator != 1), None)
-    if broken is not None:
-        raise UserError(f"{broken.path} has {float(broken.fps):.3f} frames per second; proxies need a whole rate")
-    jobs = [
-        _Job(video.path, (video.path, int(video.fps)), folder / f"{video.sha256}-{video.fps}.json") for video in videos
-    ]
-    # Kept values depend on the code of the proxies and of the reader too.
-    code = source_digest(*(Path(module.__file__) for module in (proxies, read_video)), packages=("av",))
-    return _measure_kept(jobs, measure_file, "proxies", PROXIES, code=code, workers=workers, say=say)
-
-
-def measure_all_world(
-    videos: Sequence[Video], folder: Path, *, workers: int, say: Callable[[str], None]
-) -> dict[Path, dict[str, float]]:
-    """Measure videos of the embedded world, by path, reusing kept values; `evaluation.world.videos_of_world` selects them."""
-    jobs = []
-    for video in videos:
-        what = hashlib.sha256(f"{video.prompt}\n{video.native_frames}".encode()).hexdigest()[:12]
-        given = (video.path, video.prompt, video.native_frames)
-        jobs.append(_Job(video.path, given, folder / f"{video.sha256}-{what}.json"))
-    return _measure_kept(jobs, measure_world, "exact measures", WORLD, code=source_digest(), workers=workers, say=say)
-
-
-def measure_all_events(
-    videos: Sequence[Video], folder: Path, *, workers: int, say: Callable[[str], None]
-) -> dict[Path, dict[str, float]]:
-    """Measure timelines, by path, reusing kept values, whose sidecars list their events."""
-    jobs = []
-    for video in videos:
-        what = hashlib.sha256(repr(video.events).encode()).hexdigest()[:12]
-        jobs.append(_Job(video.path, (video.path, video.events), folder / f"{video.sha256}-{what}.json"))
-    code = version_of(videos[0].prompt)
-    return _measure_kept(jobs, measure_events, "measures of events", EVENTS, code=code, workers=workers, say=say)
-
-
-def measure_all_course(
-    videos: Sequence[Video], folder: Path, *, workers: int, say: Callable[[str], None]
-) -> dict[Path, dict[str, float]]:
-    """Measure the course of long videos, by path, reusing kept values; `evaluation.course.long_videos` selects them."""
-    jobs = [
-        _Job(video.path, (video.path, video.native_frames), folder / f"{video.sha256}-{video.native_frames}.json")
-        for video in videos
-    ]
-    code = source_digest(Path(metrics.course.__file__))
-    return _measure_kept(jobs, measure_course, "measures of the course", COURSE, code=code, workers=workers, say=say)
-
-
-def measure_file(path: Path, fps: int) -> dict[str, float]:
-    """Compute all proxies of a video file on one thread."""
-    cv2.setNumThreads(1)
-    return proxies.proxies(read_video.read_frames(path), fps)
-
-
-class _Job(NamedTuple):
-    """A video, the arguments of its measure, and the file that keeps the result."""
 
     path: Path
-    given: tuple[Any, ...]
     place: Path
+    key: Mapping[str, Any]
+    call: Callable[[np.ndarray], VideoReading]
 
 
-def _measure_kept(
-    jobs: Sequence[_Job],
-    call: Callable[..., dict[str, float]],
-    what: str,
-    names: Collection[str],
-    *,
-    code: str,
-    workers: int,
-    say: Callable[[str], None],
-) -> dict[Path, dict[str, float]]:
-    key = {"version": code, "measures": list(names)}
-    kept = {job.path: read_measures(job.place, key) for job in jobs}
-    missing = [job for job in jobs if kept[job.path] is None]
-    say(f"{what}: {len(missing)} of {len(jobs)} videos to be measured")
-    for job, values in _measure(missing, call, workers):
-        kept[job.path] = VideoReading(values=values, by_clip={})
-        keep_measures(job.place, key, kept[job.path])
-    return {path: found.values for path, found in kept.items() if found is not None}
+@dataclass(frozen=True, kw_only=True)
+class Measurer:
+    """How videos are measured.
+
+    Attributes:
+        workers: number of processes; with 1, this one.
+        progress: whether a bar is shown.
+        say: receives a line with the number of videos to be measured.
+    """
+
+    workers: int = 1
+    progress: bool = False
+    say: Say = lambda line: None
+
+    def measure(self, jobs: Sequence[Job]) -> list[VideoReading]:
+        """The result of every job, in order. Each file without all of its results is read once, and each result kept at once.
+
+        UserError for a file that does not decode; the results of others are kept.
+        """
+        found = {job.place: kept for job in jobs if (kept := read_measures(job)) is not None}
+        missing: dict[Path, list[Job]] = {}
+        for job in {job.place: job for job in jobs if job.place not in found}.values():
+            missing.setdefault(job.path, []).append(job)
+        total = len({job.path for job in jobs})
+        self.say(f"{len(missing)} of {total} videos to be measured")
+        with tqdm(
+            desc="measure", total=total, initial=total - len(missing), disable=not self.progress, dynamic_ncols=True
+        ) as bar:
+            for made in self._make(list(missing.values())):
+                found |= made
+                bar.update()
+        return [found[job.place] for job in jobs]
+
+    def _make(self, files: Sequence[Sequence[Job]]) -> Iterator[dict[Path, VideoReading]]:
+        """Results by their place, file after file, as they are made."""
+        if min(self.workers, len(files)) < 2:
+            yield from map(_measure_file, files)
+            return
+        # Spawned: a fork would copy threads and locks of OpenCV and PyAV.
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(self.workers, len(files)), mp_context=context, initializer=_begin) as pool:
+            try:
+                for made in as_completed([pool.submit(_measure_file, jobs) for jobs in files]):
+                    yield made.result()
+            except BrokenProcessPool as error:
+                raise UserError(
+                    f"one of {self.workers} processes that measure videos was killed, perhaps for lack of memory; give fewer "
+                    "--workers; what was measured is kept"
+                ) from error
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _measure(
-    given: Sequence[_Job], call: Callable[..., dict[str, float]], workers: int
-) -> Iterator[tuple[_Job, dict[str, float]]]:
-    if workers == 1 or len(given) < 2:
-        for job in given:
-            yield job, call(*job.given)
-        return
-    # Spawned: a fork would copy threads and locks of OpenCV and PyAV. This module imports little.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(given)), mp_context=context) as pool:
-        jobs = {pool.submit(call, *job.given): job for job in given}
-        try:
-            for job in as_completed(jobs):
-                yield jobs[job], job.result()
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+def read_measures(job: Job) -> VideoReading | None:
+    """Read the kept result of a job; None if it is of another key, missing, or damaged, which a line on stderr says."""
+    kept = read_kept(job.place, {"key": dict, "values": dict, "by_clip": dict}, what="the measures of a video")
+    if kept is None or kept["key"] != job.key:
+        return None
+    values = {name: math.nan if value is None else value for name, value in kept["values"].items()}
+    return VideoReading(values=values, by_clip=kept["by_clip"])
+
+
+def _measure_file(jobs: Sequence[Job]) -> dict[Path, VideoReading]:
+    """Make and keep the results of jobs of one file, by their place, with null for nan."""
+    cv2.setNumThreads(1)  # each process has a core; results do not depend on it
+    frames = read_frames(jobs[0].path)
+    made = {}
+    for job in jobs:
+        made[job.place] = found = job.call(frames)
+        job.place.parent.mkdir(parents=True, exist_ok=True)
+        values = {name: finite_or_none(value) for name, value in found.values.items()}
+        write_json(job.place, {"key": job.key, "values": values, "by_clip": found.by_clip})
+    return made
+
+
+def _begin() -> None:
+    """Make a worker end with its parent, and at Ctrl-C, silently."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -281,14 +281,5 @@ def _probe(path: Path, digest: str | None = None) -> dict[str, Any]:
 
 def as_json(video: Video) -> dict[str, Any]:
     """The facts of a video for reports."""
-    return {
-        "method": video.method,
-        "config_id": video.config_id,
-        "prompt_id": video.prompt_id,
-        "prompt": video.prompt,
-        "seed": video.seed,
-        "path": str(video.path),
-        "sha256": video.sha256,
-        "num_frames": video.num_frames,
-        "fps": float(video.fps),
-    }
+    names = ("method", "config_id", "prompt_id", "prompt", "seed", "path", "sha256", "num_frames")
+    return {name: getattr(video, name) for name in names} | {"path": str(video.path), "fps": float(video.fps)}

@@ -28,6 +28,7 @@ from evaluation.comparison.kept_measures import measure_every
 from evaluation.comparison.measure import Measured, not_world
 from evaluation.comparison.plots import save_figure
 from evaluation.comparison.store import Comparison
+from evaluation.measure import Measurer
 from metrics.bootstrap import paired_interval
 from metrics.video import VIDEO_UNITS
 
@@ -38,25 +39,25 @@ _MOMENTS = 6
 def write_analysis(
     folder: Path,
     spectra: SpectraStore,
-    low_rank: Comparison,
+    low_rank: Comparison | None,
     ratios: dict[str, float],
     *,
-    layers: Comparison,
+    layers: Comparison | None,
     made_with: dict[str, Any],
-    progress: bool,
+    measurer: Measurer,
 ) -> str:
     """Write all tables and plots; returns a line with the folder and whether the rank falls.
 
-    `made_with` are the settings, method, checkpoint and prompts for report.json.
+    Comparisons are None if none of their videos are asked for; `made_with` are the settings, method, checkpoint and prompts for report.json.
     """
     with writing_report(folder):
         spectra_summary = _write_spectra(folder, spectra.read())
         report: dict[str, Any] = {"comparison": made_with, "spectra": spectra_summary}
-        if low_rank.prompts:
-            measured = measure_every(low_rank, progress=progress)
+        if low_rank is not None:
+            measured = measure_every(low_rank, measurer=measurer)
             report["low_rank"] = _write_low_rank(folder, low_rank, measured, ratios)
-        if layers.prompts:
-            report["layers"] = _write_layers(folder, layers, measure_every(layers, progress=progress), made_with)
+        if layers is not None:
+            report["layers"] = _write_layers(folder, layers, measure_every(layers, measurer=measurer), made_with)
         text = json.dumps(report, indent=2, allow_nan=False)
         write_text(folder / "report.json", text + "\n")
     late = spectra_summary["stages"]["late"]["windows"]
@@ -99,10 +100,7 @@ def _write_low_rank(
         moments = spaced(len(strips[0].frames), _MOMENTS)
         save_figure(draw_frames(strips, moments, title=prompt), folder / f"low-rank-frames-{index:03d}")
         save_figure(draw_flows(strips, moments, title=prompt), folder / f"low-rank-flows-{index:03d}")
-    return [
-        {key: finite_or_none(value) if isinstance(value, float) else value for key, value in row.items()}
-        for row in summary
-    ]
+    return _finite(summary)
 
 
 def _write_layers(
@@ -115,11 +113,12 @@ def _write_layers(
     write_csv(folder / "layers-summary.csv", summary)
     checkpoint = made_with["settings"]["checkpoint"]
     write_text(layer_file(folder), preset_of(chosen, checkpoint=checkpoint, prompts=len(comparison.prompts)))
-    means = [
-        {key: finite_or_none(value) if isinstance(value, float) else value for key, value in row.items()}
-        for row in summary
-    ]
-    return {"means": means, "chosen": chosen}
+    return {"means": _finite(summary), "chosen": chosen}
+
+
+def _finite(rows: Rows) -> Rows:
+    """Rows for JSON, which lacks nan."""
+    return [{key: finite_or_none(x) if isinstance(x, float) else x for key, x in row.items()} for row in rows]
 
 
 def low_rank_summary(table: Rows) -> Rows:

@@ -18,8 +18,9 @@ from engine.files.checks import check_places
 from engine.files.locks import locked
 from engine.files.trees import Shape, finite_or_none, lacking, parse_json
 from engine.files.whole import atomic_path
-from evaluation.comparison.measure import Measured, has_world, measure_all, timelines, units_of
+from evaluation.comparison.measure import Measured, measure_all, units_of
 from evaluation.comparison.store import RECORD, Comparison, Key, Video
+from evaluation.measure import Measurer
 
 _HEADER: Shape = SHAPE | {"variants": dict, "clip_frames": int, "measures": list, "origins": list}
 _ORIGIN = ("device", "parallel", "versions", "git", "model")
@@ -51,20 +52,23 @@ def read_kept(comparison: Comparison) -> dict[Key, Measured]:
         raise UserError(_broken(path)) from error
 
 
-def measure_there(comparison: Comparison, videos: Sequence[Video] | None = None, *, progress: bool) -> list[Measured]:
+def measure_there(
+    comparison: Comparison, videos: Sequence[Video] | None = None, *, measurer: Measurer
+) -> list[Measured]:
     """Measure the existing videos (by default of the whole comparison) and read the kept measures of the others, in order."""
     videos = comparison.videos if videos is None else videos
     there = [video for video in videos if video.is_done]
-    applied = {"world": has_world(comparison), "events": bool(timelines(comparison)), "long": comparison.long_measures}
-    fresh = measure_all(there, clip_frames=comparison.model.native_frames, **applied, progress=progress)
+    fresh = measure_all(comparison, there, measurer)
     found = read_kept(comparison) | {each.video.key: each for each in fresh}
     return [found[video.key] for video in videos if video.key in found]
 
 
-def measure_every(comparison: Comparison, videos: Sequence[Video] | None = None, *, progress: bool) -> list[Measured]:
+def measure_every(
+    comparison: Comparison, videos: Sequence[Video] | None = None, *, measurer: Measurer
+) -> list[Measured]:
     """`measure_there` for videos that were all made; UserError if one is missing, since means would cover other prompts."""
     videos = comparison.videos if videos is None else videos
-    measured = measure_there(comparison, videos, progress=progress)
+    measured = measure_there(comparison, videos, measurer=measurer)
     if len(measured) < len(videos):
         raise UserError(
             f"{len(videos) - len(measured)} of {len(videos)} videos of {comparison.folder} are gone since they were made or "

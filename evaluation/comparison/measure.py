@@ -1,27 +1,25 @@
 """Measure the video files of a comparison; the measures are kept beside each video."""
 
-import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from engine.errors import UserError
-from engine.media.read_video import read_frames
+from engine.files.whole import file_sha256
 from engine.shown import quoted
 from evaluation.comparison.store import Comparison, Video
 from evaluation.events import has_events, ranges_of, version_of
-from evaluation.kept import keep_measures, read_measures
+from evaluation.measure import Job, Measurer
 from metrics.course import COURSE_UNITS, course_metrics
 from metrics.events import EVENT_UNITS, TextRange, event_metrics
 from metrics.video import VIDEO_UNITS, VideoReading, video_metrics
 from metrics.world import WORLD_UNITS, why_not_world, world_metrics
 
 _SHOWN_PROMPTS = 3
-_WORLD_SIZE = (64, 64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,58 +89,61 @@ def has_world(comparison: Comparison) -> bool:
     return len(strange_prompts(comparison)) < len(comparison.prompts)
 
 
-def measure_all(
-    videos: Iterable[Video],
-    *,
-    clip_frames: int,
-    world: bool,
-    events: bool = False,
-    long: bool = False,
-    progress: bool,
-) -> list[Measured]:
-    """Measure every video, or reuse measures by the same code of the same file.
-
-    With `world`, videos of its size and captions have exact measures too, and with `events` those of its timelines; for others
-    these are NaN. With `long` every video has those of its course.
-    """
+def measure_all(comparison: Comparison, videos: Sequence[Video], measurer: Measurer) -> list[Measured]:
+    """Measure these videos, or reuse measures by the same code of the same file; nan for what a video has no measure of."""
+    records = [_record(video) for video in videos]
+    jobs = [_job(comparison, video, record) for video, record in zip(videos, records, strict=True)]
+    nothing = dict.fromkeys(units_of(comparison), math.nan)
     return [
-        _measure(video, clip_frames=clip_frames, world=world, events=events, long=long)
-        for video in tqdm(list(videos), desc="measure", disable=not progress)
+        Measured(
+            video=video, record=record, values=nothing | found.values, by_clip=found.by_clip, version=job.key["version"]
+        )
+        for video, record, job, found in zip(videos, records, jobs, measurer.measure(jobs), strict=True)
     ]
 
 
-def _measure(video: Video, *, clip_frames: int, world: bool, events: bool, long: bool) -> Measured:
+def _record(video: Video) -> dict[str, Any]:
+    """The record of a video; UserError unless the file is the one that it describes."""
     record = video.record
     if record is None:
         raise UserError(f"{video.files.sidecar} has just been deleted; start the same command again")
-    digest = hashlib.sha256(video.files.video.read_bytes()).hexdigest()
-    if digest != record["video"]["sha256"]:
+    if file_sha256(video.files.video) != record["video"]["sha256"]:
         raise UserError(
             f"{video.files.video} is not the file that its sidecar describes; delete both to make it again, and its line in the file of --measures if there is one"
         )
-    names, version = units(world=world, events=events, long=long), version_of(video.prompt, long=long)
-    world = world and not why_not_world([video.prompt], *_WORLD_SIZE)
-    ranges = ranges_of(record["timeline"]) if events and has_events(video.prompt, *_WORLD_SIZE) else None
-    key = {"video": digest, "version": version, "clip_frames": clip_frames, "world": world, "prompt": video.prompt}
-    found = read_measures(video.files.measures, key)
-    if found is None:
-        frames = read_frames(video.files.video)
-        found = _measures(frames, video.prompt, clip_frames=clip_frames, world=world, events=ranges)
-        more = course_metrics(frames, clip_frames).values if long else {}
-        found = VideoReading(values=found.values | more, by_clip=found.by_clip)
-        keep_measures(video.files.measures, key, found)
-    values = dict.fromkeys(names, math.nan) | found.values
-    return Measured(video=video, record=record, values=values, by_clip=found.by_clip, version=version)
+    return record
+
+
+def _job(comparison: Comparison, video: Video, record: Mapping[str, Any]) -> Job:
+    """Its exact measures if it shows the world, or those of its events; with those of its course if they are asked for."""
+    size, prompt, long = (
+        (comparison.config.video.height, comparison.config.video.width),
+        video.prompt,
+        comparison.long_measures,
+    )
+    told = {
+        "clip_frames": comparison.model.native_frames,
+        "world": why_not_world([prompt], *size) is None,
+        "prompt": prompt,
+    }
+    events = ranges_of(record["timeline"]) if has_events(prompt, *size) else None
+    return Job(
+        path=video.files.video,
+        place=video.files.measures,
+        key={"video": record["video"]["sha256"], "version": version_of(prompt, long=long), **told},
+        call=partial(_measures, **told, events=events, long=long),
+    )
 
 
 def _measures(
-    frames: np.ndarray, prompt: str, *, clip_frames: int, world: bool, events: Sequence[TextRange] | None
+    frames: np.ndarray, *, prompt: str, clip_frames: int, world: bool, events: Sequence[TextRange] | None, long: bool
 ) -> VideoReading:
     found = video_metrics(frames, clip_frames)
+    values, by_clip = found.values, found.by_clip
     if events is not None:
-        return VideoReading(values=found.values | event_metrics(frames, events), by_clip=found.by_clip)
-    if not world:
-        return found
-    exact = world_metrics(frames, prompt, clip_frames)
-    by_clip = found.by_clip | {"identity_kept": exact.identity_by_clip}
-    return VideoReading(values=found.values | exact.values, by_clip=by_clip)
+        values = values | event_metrics(frames, events)
+    elif world:
+        exact = world_metrics(frames, prompt, clip_frames)
+        values, by_clip = values | exact.values, by_clip | {"identity_kept": exact.identity_by_clip}
+    more = course_metrics(frames, clip_frames).values if long else {}
+    return VideoReading(values=values | more, by_clip=by_clip)

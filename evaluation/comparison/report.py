@@ -21,6 +21,7 @@ from evaluation.comparison.plots import draw_clips, draw_metrics, draw_times, sa
 from evaluation.comparison.store import Comparison
 from evaluation.comparison.summary import Row, as_json, clips, comparable, summarise, times
 from evaluation.events import version_of
+from evaluation.measure import Measurer
 from metrics.bootstrap import LEVEL, RESAMPLES
 from metrics.course import READING
 from metrics.similarity import num_clips
@@ -48,12 +49,12 @@ class NothingToReportError(UserError):
     """No prompt and seed has a video of every method yet."""
 
 
-def write_report(comparison: Comparison, *, folder: Path, baseline: str, progress: bool) -> str:
+def write_report(comparison: Comparison, *, folder: Path, baseline: str, measurer: Measurer) -> str:
     """Measure the videos, keep the measures, and write the report into `folder`; return a line that summarises it.
 
     Compares prompts and seeds for which every variant has a video; NothingToReportError if there are none.
     """
-    found = measure_there(comparison, progress=progress)
+    found = measure_there(comparison, measurer=measurer)
     add_kept(comparison, found)
     measured = comparable(found, comparison.labels)
     if not measured:

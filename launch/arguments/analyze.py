@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser, Namespace
 from engine.config import RunConfig
 from engine.errors import UserError
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_empty
-from launch.arguments.options import add_out
+from launch.arguments.options import add_out, add_workers, check_workers
 from launch.arguments.prompts import Prompts, add_num_prompts, add_prompts, choose_prompts
 from launch.arguments.ranks import add_ranks, check_model
 from launch.arguments.replicas import Replicas, add_replicas, read_replicas
@@ -34,6 +34,7 @@ def read(argv: list[str]) -> Arguments:
     """Parse and check; UserError for a mistake."""
     given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments, unread=UNREAD)
     refuse_empty(given, "out")
+    check_workers(given.workers)
     check_environment()
     replicas = read_replicas(given, config, argv)
     prompts = choose_prompts(given)
@@ -80,5 +81,6 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="number of prompts, from the first, to make videos of with FreeLOC in one layer alone: 2 x layers + 1 each",
     )
     add_out(parser, "tables, plots and videos", default="runs/analysis")
+    add_workers(parser)
     add_ranks(parser)
     add_replicas(parser)

@@ -9,7 +9,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.shown import quoted
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, read_seeds, refuse_empty
-from launch.arguments.options import add_out, add_prompts_file, add_seeds
+from launch.arguments.options import add_out, add_prompts_file, add_seeds, add_workers, check_workers
 from launch.arguments.prompts import Prompts, read_prompts
 from launch.arguments.ranks import add_ranks, check_model
 from launch.arguments.replicas import Replicas, add_replicas, read_replicas
@@ -48,6 +48,7 @@ def read(argv: list[str]) -> Arguments:
     """Parse and check; UserError for a mistake."""
     given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments, unread=UNREAD)
     refuse_empty(given, "out", "measures")
+    check_workers(given.workers)
     check_environment()
     replicas = read_replicas(given, config, argv)
     rounds = _check(given, config)
@@ -57,7 +58,7 @@ def read(argv: list[str]) -> Arguments:
         "judged": read_seeds(given.judge_seeds, first, "--judge_seeds", default=2),
     }
     search, held_out = (read_prompts(None, given[name], f"--{name}") for name in ("prompts", "judge_prompts"))
-    _check_lists(search.texts, held_out.texts, rounds)
+    _check_lists(search, held_out, rounds)
     check_model(config)
     return Arguments(
         given=given, config=config, search=search, held_out=held_out, rounds=rounds, seeds=seeds, replicas=replicas
@@ -88,14 +89,12 @@ def _check(given: Namespace, config: RunConfig) -> list[int]:
     return rounds
 
 
-def _check_lists(search: list[str], held_out: list[str], rounds: list[int]) -> None:
-    if rounds[-1] > len(search):
-        raise UserError(f"--rounds asks for {rounds[-1]} prompts, and --prompts has {len(search)}")
-    for name, prompts in (("prompts", search), ("judge_prompts", held_out)):
-        twice = next((prompt for index, prompt in enumerate(prompts) if prompt in prompts[:index]), None)
-        if twice is not None:
-            raise UserError(f"a prompt of --{name} appears twice and would count as two: {quoted(twice)}")
-    both = next((prompt for prompt in search if prompt in held_out), None)
+def _check_lists(search: Prompts, held_out: Prompts, rounds: list[int]) -> None:
+    if rounds[-1] > len(search.texts):
+        raise UserError(f"--rounds asks for {rounds[-1]} prompts, and --prompts has {len(search.texts)}")
+    for prompts in (search, held_out):
+        prompts.check_once()
+    both = next((prompt for prompt in search.texts if prompt in held_out.texts), None)
     if both is not None:
         raise UserError(
             f"a prompt is in both lists, so that settings would be judged on a prompt that they were searched on: {quoted(both)}"
@@ -126,5 +125,6 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str,
         help="folder of kept measures: videos listed there are not made again",
     )
+    add_workers(parser)
     add_ranks(parser)
     add_replicas(parser)

@@ -11,7 +11,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import expand
 from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, read_seeds, refuse_empty
-from launch.arguments.options import add_methods, add_out, add_seeds
+from launch.arguments.options import add_methods, add_out, add_seeds, add_workers, check_workers
 from launch.arguments.prompts import Prompts, add_num_prompts, add_prompts, choose_prompts
 from launch.arguments.ranks import add_ranks, check_model
 from launch.arguments.replicas import Replicas, add_replicas, read_replicas
@@ -52,6 +52,7 @@ def read(argv: list[str]) -> Arguments:
     """Parse and check; UserError for a mistake."""
     given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments, unread=UNREAD)
     refuse_empty(given, "out", "report", "measures")
+    check_workers(given.workers)
     check_environment()
     replicas = read_replicas(given, config, argv)
     read_seeds(given.seeds, config.sampler.seed)
@@ -112,5 +113,6 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str,
         help="i/n: make and measure the i-th of n shares of the pairs of prompt and seed, without a report",
     )
+    add_workers(parser)
     add_ranks(parser)
     add_replicas(parser)

@@ -5,8 +5,8 @@ from jsonargparse import ArgumentParser, Namespace
 from engine.errors import UserError
 from engine.paths import expand
 from evaluation.vbench.dimensions import DIMENSIONS, parse_dimensions
-from launch.arguments.options import add_out
-from launch.cli.parser import Keys, add_former_name, arrange, make_parser, parse
+from launch.arguments.options import add_out, add_workers, check_workers
+from launch.cli.parser import Keys, arrange, make_parser, parse
 
 USAGE = "--runs FOLDER[,FOLDER...] [--vbench CHECKOUT --python PYTHON] [--SETTING VALUE ...]"
 DESCRIPTION = (
@@ -32,8 +32,9 @@ def read(argv: list[str]) -> Namespace:
         raise UserError(f"--native_frames must be 1 or more, got {options.native_frames}")
     if "," in options.runs and not options.out:
         raise UserError("--runs names several folders: give --out, the folder of the report")
-    if options.nproc < 1 or options.time_limit <= 0:
-        raise UserError(f"--nproc and --time_limit must be above 0, got {options.nproc} and {options.time_limit:g}")
+    check_workers(options.workers)
+    if options.time_limit <= 0:
+        raise UserError(f"--time_limit must be above 0, got {options.time_limit:g}")
     parse_dimensions(options.dimensions)
     if options.vbench:
         read_gpus(options)
@@ -83,8 +84,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--time_limit", type=float, default=21600.0, help="time limit of one VBench process in seconds")
     parser.add_argument("--baseline", type=str, default="", help="baseline method of differences (default: direct)")
     parser.add_argument("--proxies", type=bool, default=True, help="compute the weight-free measures")
-    parser.add_argument("--nproc", type=int, default=1, help="number of processes for these measures")
-    add_former_name(parser, "workers", "nproc", int)
+    add_workers(parser)
     parser.add_argument(
         "--native_frames",
         type=int,

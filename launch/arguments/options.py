@@ -44,3 +44,14 @@ def add_nproc(parser: ArgumentParser) -> None:
     """Add `--nproc`."""
     text = "ranks that share a video, one per GPU, on this machine or in each replica; torchrun starts its own"
     parser.add_argument("--nproc", type=int, help=text)
+
+
+def add_workers(parser: ArgumentParser) -> None:
+    """Add `--workers`."""
+    parser.add_argument("--workers", type=int, default=1, help="number of processes that measure videos, on CPUs")
+
+
+def check_workers(number: int) -> None:
+    """Raise UserError for a `--workers` below 1."""
+    if number < 1:
+        raise UserError(f"--workers must be 1 or more, got {number}")

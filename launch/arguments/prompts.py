@@ -57,6 +57,16 @@ class Prompts:
         """Return the first `count` prompts, or all if None."""
         return replace(self, texts=self.texts[:count], names=self.names[:count])
 
+    def check_once(self) -> None:
+        """Raise UserError for duplicates, which would count twice."""
+        first: dict[str, str] = {}
+        for name, text in self.named:
+            if text in first:
+                raise UserError(
+                    f"a prompt appears twice ({first[text]} and {name}) and would count as two: {quoted(text)}; leave one out"
+                )
+            first[text] = name
+
     def directed(self, config: RunConfig, argv: Sequence[str]) -> RunConfig:
         """Set the timeline's negative prompt in a configuration; UserError if the command line gives another."""
         if self.negative_prompt is None:
@@ -88,15 +98,9 @@ def read_prompts(
 
 
 def choose_prompts(namespace: Namespace) -> Prompts:
-    """Read the first `--num_prompts` prompts; UserError for duplicates, which would count twice."""
+    """Read the first `--num_prompts` prompts; UserError for duplicates."""
     prompts = read_prompts(namespace.prompt, namespace.prompts, timeline=namespace.timeline)
-    first: dict[str, str] = {}
-    for name, text in prompts.named:
-        if text in first:
-            raise UserError(
-                f"a prompt appears twice ({first[text]} and {name}) and would count as two: {quoted(text)}; leave one out"
-            )
-        first[text] = name
+    prompts.check_once()
     count = namespace.num_prompts
     if count is not None and not 1 <= count <= len(prompts.texts):
         raise UserError(f"--num_prompts must lie in [1, {len(prompts.texts)}], the number of prompts, got {count}")

@@ -10,7 +10,7 @@ _FILE = ("out", "page", "output.path", "output")
 _RANKS = ("gpus_per_replica", "nproc", "gpus")
 _MODEL = ("model.path",)
 # Settings with another meaning in a command that has the second too: evaluate.py's `gpus` are device indices, not a count.
-MEANS_OTHERWISE = {"gpus": "vbench", "nproc": "vbench"}
+MEANS_OTHERWISE = {"gpus": "vbench"}
 
 # Settings with the same meaning and value; a command has at most one of them.
 RENAMED: dict[str, tuple[str, ...]] = {

@@ -23,6 +23,7 @@ from evaluation.analysis.layers import UNTREATED, layer_settings
 from evaluation.analysis.spectra import SpectraStore
 from evaluation.analysis.tables import write_analysis
 from evaluation.comparison.store import Comparison
+from evaluation.measure import Measurer
 from launch.arguments.analyze import Arguments
 from launch.batching.comparison import check_longer, model_facts, open_maker, stoppable
 from launch.batching.devices import arrange_for
@@ -53,24 +54,21 @@ def run(asked: Arguments) -> None:
         seeds=[config.sampler.seed],
     )
     spectra = SpectraStore(watched=watched, num_points=given.num_points)
-    low_rank = Comparison(
-        folder=folder / "low-rank",
-        model=facts,
-        variants=variants,
-        prompts=prompts[: given.num_reconstructed],
-        seeds=[config.sampler.seed],
-    )
-    layers = dataclasses.replace(
-        low_rank, folder=folder / "layers", variants=probed or variants, prompts=prompts[: given.num_probed]
+    low_rank, layers = (
+        dataclasses.replace(watched, folder=folder / name, variants=some, prompts=prompts[:count]) if count else None
+        for name, some, count in (
+            ("low-rank", variants, given.num_reconstructed),
+            ("layers", probed, given.num_probed),
+        )
     )
     now = spectra.describe()
     with contextlib.ExitStack() as stack:
-        make(asked, spectra, (low_rank, layers), now, stack)
+        make(asked, spectra, [each for each in (low_rank, layers) if each is not None], now, stack)
         if not is_first_rank():
             return
-        progress = enabled(asked.config.output.progress)
+        measurer = Measurer(workers=asked.given.workers, progress=enabled(asked.config.output.progress))
         with stoppable(folder):
-            print(write_analysis(folder, spectra, low_rank, ratios, layers=layers, made_with=now, progress=progress))
+            print(write_analysis(folder, spectra, low_rank, ratios, layers=layers, made_with=now, measurer=measurer))
 
 
 def low_rank_variants(config: RunConfig, shares: list[float]) -> tuple[list[Variant], dict[str, float]]:
@@ -125,7 +123,6 @@ def make(
 
     `comparisons` are those of videos.
     """
-    comparisons = [each for each in comparisons if each.prompts]
     config, agree = spectra.watched.config, [json.dumps(now, sort_keys=True), str(spectra.seed)]
     with open_maker(config, agree=agree, verbose=asked.given.verbose, replicas=asked.replicas) as maker:
         context = maker.context

@@ -24,6 +24,7 @@ from evaluation.comparison.quality import PARTS
 from evaluation.comparison.report import write_report
 from evaluation.comparison.store import Comparison
 from evaluation.comparison.summary import as_json
+from evaluation.measure import Measurer
 from launch.arguments.calibrate import NAME, Arguments
 from launch.batching.comparison import VideoMaker, check_longer, model_facts, open_maker, stoppable
 from launch.batching.devices import arrange_for
@@ -59,12 +60,12 @@ def run(asked: Arguments) -> None:
             raise UserError(f"{NAME} scores by the exact measures of the embedded world, which do not apply: {reason}")
     described = [each.describe() for each in parts]  # before the run: files may change meanwhile
     agree = [*(json.dumps(each, sort_keys=True) for each in described), str((rounds, plan.seeds))]
-    progress = enabled(config.output.progress)
+    measurer = Measurer(workers=given.workers, progress=enabled(config.output.progress))
     with open_maker(arranged, agree=agree, verbose=given.verbose, replicas=asked.replicas) as maker:
         for each in parts:
             maker.check(each)
         look_at_prompts(config, [*asked.search.named, *asked.held_out.named], maker.context)
-        best, rounds_scored = _search(plan, search, rounds, maker, progress=progress)
+        best, rounds_scored = _search(plan, search, rounds, maker, measurer=measurer)
         judged = plan.compared("judged", [START] if best == START else [START, best], held_out)
         if best != START:
             maker.make(judged)
@@ -79,13 +80,13 @@ def run(asked: Arguments) -> None:
         "trials": plan.trials,
         "rounds": rounds_scored,
         "best": best,
-        "judged": None if best == START else _judge(judged, best, plan.trials[best], progress=progress),
+        "judged": None if best == START else _judge(judged, best, plan.trials[best], measurer=measurer),
     }
     print(_write(plan.folder, report, judged.variant(best).config))
 
 
 def _search(
-    plan: CalibrationPlan, prompts: list[str], rounds: list[int], maker: VideoMaker, *, progress: bool
+    plan: CalibrationPlan, prompts: list[str], rounds: list[int], maker: VideoMaker, *, measurer: Measurer
 ) -> tuple[str, list[dict[str, Any]]]:
     """Search in rounds of more prompts and fewer trials; returns the best label, and on rank 0 the scores of each round."""
     rounds_scored: list[dict[str, Any]] = []
@@ -95,7 +96,7 @@ def _search(
         comparison = plan.compared("search", labels, prompts[:count])
         maker.make(comparison)
         if is_first_rank():
-            by_label = scores(_measure(comparison, progress=progress), labels)
+            by_label = scores(_measure(comparison, measurer=measurer), labels)
             rounds_scored.append({"prompts": count, "scores": {x: float(by_label[x].mean()) for x in labels}})
             labels = survivors(by_label, keep=keep, always=START)
         context.wait_for_first(f"scores on {count} prompts")  # measuring may take longer than a collective waits
@@ -103,12 +104,12 @@ def _search(
     return labels[0], rounds_scored
 
 
-def _judge(judged: Comparison, best: str, settings: dict[str, Any], *, progress: bool) -> dict[str, Any]:
+def _judge(judged: Comparison, best: str, settings: dict[str, Any], *, measurer: Measurer) -> dict[str, Any]:
     """Judge the settings that the search found on the other prompts; also writes the whole report of a comparison."""
-    measured = _measure(judged, progress=progress)
+    measured = _measure(judged, measurer=measurer)
     by_label = scores(measured, [START, best])
     difference, supported = judge(by_label[best], by_label[START])
-    write_report(judged, folder=judged.folder, baseline=START, progress=progress)
+    write_report(judged, folder=judged.folder, baseline=START, measurer=measurer)
     return {
         "prompts": len(judged.prompts),
         "seeds": judged.seeds,
@@ -120,9 +121,9 @@ def _judge(judged: Comparison, best: str, settings: dict[str, Any], *, progress:
     }
 
 
-def _measure(comparison: Comparison, *, progress: bool) -> list[Measured]:
+def _measure(comparison: Comparison, *, measurer: Measurer) -> list[Measured]:
     with stoppable(comparison.folder):
-        measured = measure_every(comparison, progress=progress)
+        measured = measure_every(comparison, measurer=measurer)
     add_kept(comparison, measured)
     return measured
 

@@ -7,6 +7,7 @@ from engine.progress import enabled
 from evaluation.comparison.kept_measures import check_kept, measure_every
 from evaluation.comparison.report import NothingToReportError, write_report
 from evaluation.comparison.store import Comparison
+from evaluation.measure import Measurer
 from launch.arguments.compare import Arguments
 from launch.batching.comparison import model_facts, open_maker, stoppable
 from launch.batching.devices import arrange_for
@@ -31,17 +32,17 @@ def run(asked: Arguments) -> None:
         make_videos(comparison, asked)
     if not is_first_rank():
         return
-    progress = enabled(asked.config.output.progress)
+    measurer = Measurer(workers=asked.given.workers, progress=enabled(asked.config.output.progress))
     if shard is not None:
         with stoppable(comparison.folder):
-            print(_measure_shard(comparison, shard, progress=progress))
+            print(_measure_shard(comparison, shard, measurer=measurer))
         return
     comparison.check()
     check_kept(comparison)
     check_places([folder / "report.json"])
     try:
         with stoppable(comparison.folder):
-            summary = write_report(comparison, folder=folder, baseline=asked.baseline, progress=progress)
+            summary = write_report(comparison, folder=folder, baseline=asked.baseline, measurer=measurer)
     except NothingToReportError as error:
         if not given.report_if_any:
             raise
@@ -63,10 +64,10 @@ def make_videos(comparison: Comparison, asked: Arguments) -> None:
         maker.make(comparison)
 
 
-def _measure_shard(comparison: Comparison, shard: Shard, *, progress: bool) -> str:
+def _measure_shard(comparison: Comparison, shard: Shard, *, measurer: Measurer) -> str:
     """Measure this shard's videos, so that the report only reads."""
     videos = comparison.videos_of(shard)
-    measure_every(comparison, videos, progress=progress)
+    measure_every(comparison, videos, measurer=measurer)
     return (
         f"{comparison.folder}: {shard.name} is made and measured, {len(videos)} videos; when every shard is, the same "
         "command with --report_only and without --shard writes the report"

@@ -7,9 +7,10 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from engine.errors import UserError
+from engine.files.say import say_on_stderr
 from engine.paths import expand
-from engine.shown import printable
-from evaluation.score import Request, score
+from evaluation.measure import Measurer
+from evaluation.scoring.score import Request, score
 from evaluation.vbench.bench import Evaluator
 from evaluation.vbench.dimensions import parse_dimensions
 from launch.arguments.evaluate import read_gpus
@@ -26,14 +27,15 @@ def run(options: Namespace) -> int:
         title=f"Evaluation of {options.runs or options.videos}",
         dimensions=parse_dimensions(options.dimensions),
         evaluator=_evaluator(options),
-        proxies=options.proxies,
-        workers=options.nproc,
+        measurer=Measurer(workers=options.workers, progress=sys.stderr.isatty(), say=say_on_stderr)
+        if options.proxies
+        else None,
         native_frames=options.native_frames,
         baseline=options.baseline,
         keep_views=options.keep_views,
     )
     try:
-        return score(request, check_only=options.check, say=_say, report=print)
+        return score(request, check_only=options.check, say=say_on_stderr, report=print)
     except KeyboardInterrupt as error:
         raise Stopped(f"what was finished is kept in {out}; the same command continues from there") from error
 
@@ -61,7 +63,3 @@ def _out(options: Namespace) -> Path:
     if options.out:
         return expand(options.out).absolute()
     return ((expand(options.runs) if options.runs else expand(options.videos).parent) / "evaluation").absolute()
-
-
-def _say(line: str) -> None:
-    print(printable(line), file=sys.stderr, flush=True)

@@ -257,7 +257,7 @@ def test_shards_make_every_video_once_and_the_report_is_of_all(
     given = {"methods": "direct,sliding_window", "seeds": "0,1,2"}
     made: set[Path] = set()
     for index in (1, 2):
-        shown = compare_in("--shard", f"{index}/2", **given)
+        shown = compare_in("--shard", f"{index}/2", workers=index, **given)
         assert (shown.code, shown.err) == (0, "")
         new = set(out.rglob("*.mp4")) - made
         assert f"{out}: shard-{index}-of-2 is made and measured, {len(new)} videos" in shown.out

@@ -17,13 +17,13 @@ import pytest
 
 from engine.files.locks import hold
 from engine.media.write_video import open_video
-from evaluation import measure, score
+from evaluation.scoring import score
 from evaluation.vbench.dimensions import DIMENSIONS
 from launch.cli.start import run_here
 from launch.process.exit_codes import run_command
 from metrics.proxies import PROXIES
 from tests.evaluation.batches import PROMPTS, make_batch, write_sidecar
-from tests.evaluation.test_world import write_clip
+from tests.evaluation.scoring.test_measures import write_clip
 from tests.evaluation.vbench.fake_vbench import calls, ends, forget_hashes, make_checkout, make_weights, set_plan
 from tests.launch.conftest import Run
 from tests.metrics.test_events import show
@@ -46,7 +46,7 @@ def vbench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Proxies that cost nothing; their own tests measure."""
-    monkeypatch.setattr(measure, "measure_file", lambda path, fps: dict.fromkeys(PROXIES, float(len(path.name))))
+    monkeypatch.setattr("metrics.proxies.proxies", lambda frames, fps: dict.fromkeys(PROXIES, float(len(frames))))
 
 
 def tree(runs: Path) -> dict:
@@ -190,7 +190,7 @@ def test_an_interruption_says_what_is_kept(
     def interrupt(*args: object, **kwargs: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(score, "measure_all", interrupt)
+    monkeypatch.setattr(score, "measure_videos", interrupt)
     ended = run("evaluate", "--runs", runs)
     assert ended.code == 130
     assert ended.stopped == f"what was finished is kept in {runs / 'evaluation'}; the same command continues from there"
@@ -344,7 +344,8 @@ def test_a_batch_is_made_of_a_suite_of_the_checkout(run: Callable[..., Run], tmp
             "--baseline freespec is not one of the methods: direct, sliding_window",
         ),
         (["--runs", "{runs}", "--native_frames", "0"], "--native_frames must be 1 or more, got 0"),
-        (["--runs", "{runs}", "--nproc", "0"], "--nproc and --time_limit must be above 0, got 0 and 21600"),
+        (["--runs", "{runs}", "--workers", "0"], "--workers must be 1 or more, got 0"),
+        (["--runs", "{runs}", "--time_limit", "0"], "--time_limit must be above 0, got 0"),
         (["--runs", "{runs}", "--proxies", "false"], "nothing to do"),
         (["--runs", "{runs}", "--out", "{runs}/direct/000000000000/videos/p0000-s0.mp4"], "cannot write to the folder"),
         (["--runs", "{runs}", "--wieghts", "x"], "unknown setting wieghts; did you mean weights?"),

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from engine.files.whole import write_json
-from evaluation import events
-from evaluation.comparison import measure, report
+from evaluation import events, measure
+from evaluation.comparison import report
 from metrics.events import EVENT_UNITS
 from metrics.version import source_digest
 from tests.launch.conftest import Run
@@ -75,11 +75,9 @@ def test_measures_are_made_again_by_other_code_of_events_alone(
     assert compare_in(TIMELINE, RED).code == 0
     (tmp_path / "kept.jsonl").unlink()
     measured: list[str] = []
-    whole = measure._measures
+    whole = measure._measure_file
     monkeypatch.setattr(
-        measure,
-        "_measures",
-        lambda frames, prompt, **given: (measured.append(prompt), whole(frames, prompt, **given))[1],
+        measure, "_measure_file", lambda jobs: (measured.extend(job.key["prompt"] for job in jobs), whole(jobs))[1]
     )
     assert compare_in(TIMELINE, RED).code == 0
     assert measured == []

@@ -131,5 +131,5 @@ def test_invalid_video_is_one_line(tmp_path: Path, content: str) -> None:
 
 
 def test_reading_needs_no_torch() -> None:
-    code = "import sys, engine.media.read_video, evaluation.measure; assert 'torch' not in sys.modules"
+    code = "import sys, engine.media.read_video, evaluation.scoring.measures; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

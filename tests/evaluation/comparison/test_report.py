@@ -24,6 +24,7 @@ from evaluation.comparison.page import write_page
 from evaluation.comparison.report import write_report
 from evaluation.comparison.store import Comparison, Video
 from evaluation.markdown import estimate, number
+from evaluation.measure import Measurer
 from launch.batching.comparison import model_facts
 from metrics.bootstrap import mean_interval
 from metrics.course import course_metrics
@@ -110,7 +111,7 @@ def comparison(tmp_path_factory: pytest.TempPathFactory) -> Comparison:
 @pytest.fixture(scope="module")
 def report(comparison: Comparison) -> dict[str, Any]:
     """What the report says; its files lie in the folder."""
-    line = write_report(comparison, folder=comparison.folder, baseline="true", progress=False)
+    line = write_report(comparison, folder=comparison.folder, baseline="true", measurer=Measurer())
     assert "26 videos: 2 methods on 13 pairs of prompt and seed of 14 asked for" in line
     made = json.loads((comparison.folder / "report.json").read_text())
     assert made["pairs"] == {"made": 13, "asked": 14}
@@ -157,7 +158,7 @@ def test_long_measures_are_those_of_the_course(comparison: Comparison) -> None:
     """They come last, with a version of their own: kept measures without them are not taken for them."""
     video = comparison.videos[0]
     (plain,), (long,) = (
-        measure_all([video], clip_frames=NATIVE, world=True, long=each, progress=False) for each in (False, True)
+        measure_all(dataclasses.replace(comparison, long_measures=each), [video], Measurer()) for each in (False, True)
     )
     expected = course_metrics(read_frames(video.files.video), NATIVE).values
     assert list(long.values) == [*plain.values, *expected]
@@ -180,7 +181,7 @@ def test_a_report_on_some_methods_lies_elsewhere_and_finds_the_videos(
     some = dataclasses.replace(comparison, variants=comparison.variants[:1])
     folder = comparison.folder / "reports" / "one"
     before = (comparison.folder / "report.json").read_bytes()
-    line = write_report(some, folder=folder, baseline="true", progress=False)
+    line = write_report(some, folder=folder, baseline="true", measurer=Measurer())
     assert "14 videos: 1 methods" in line  # the pair that the other method lacks counts here
     assert (comparison.folder / "report.json").read_bytes() == before
     made = json.loads((folder / "report.json").read_text())
@@ -211,7 +212,7 @@ def test_videos_of_different_weights_are_named(comparison: Comparison) -> None:
 
     def notes(record_text: str) -> str:
         record.write_text(record_text)
-        write_report(comparison, folder=folder, baseline="true", progress=False)
+        write_report(comparison, folder=folder, baseline="true", measurer=Measurer())
         return " ".join(json.loads((folder / "report.json").read_text())["notes"])
 
     mixed = notes(json.dumps(other))
@@ -228,7 +229,7 @@ def test_videos_of_different_weights_are_named(comparison: Comparison) -> None:
 def test_without_a_whole_pair_there_is_no_report(comparison: Comparison) -> None:
     nothing = dataclasses.replace(comparison, seeds=[5])
     with pytest.raises(UserError, match="nothing to report"):
-        write_report(nothing, folder=nothing.folder, baseline="true", progress=False)
+        write_report(nothing, folder=nothing.folder, baseline="true", measurer=Measurer())
 
 
 def test_a_prompt_cannot_break_the_page() -> None:
@@ -304,7 +305,7 @@ def test_a_prompt_beyond_the_world_costs_its_own_exact_measures_alone(comparison
     mixed = dataclasses.replace(comparison, folder=tmp_path, prompts=prompts, seeds=[0])
     adopt(mixed, comparison)
     folder = tmp_path / "reports" / "strange"
-    write_report(mixed, folder=folder, baseline="true", progress=False)
+    write_report(mixed, folder=folder, baseline="true", measurer=Measurer())
     made = json.loads((folder / "report.json").read_text())
     rows = {(row["label"], row["metric"]): row["mean"] for row in made["summary"]}
     assert rows["true", "shape_kept"] == {"mean": 1.0, "low": None, "high": None, "count": 2}
@@ -324,13 +325,13 @@ def test_why_a_measure_has_no_value(comparison: Comparison) -> None:
     short = dataclasses.replace(comparison, model=facts, variants=variants, seeds=[0])
     adopt(short, comparison)
     folder = comparison.folder / "reports" / "short"
-    write_report(short, folder=folder, baseline="true", progress=False)
+    write_report(short, folder=folder, baseline="true", measurer=Measurer())
     notes = json.loads((folder / "report.json").read_text())["notes"]
     [clips] = [note for note in notes if "clip_colour_similarity" in note]
     assert clips.startswith("No video has a value of clip_")
     assert "33 frames are one clip of native length (33); from " in clips
     assert any("measured on the frames after the native length (33), and there are 33 in all" in note for note in notes)
-    write_report(comparison, folder=folder, baseline="true", progress=False)
+    write_report(comparison, folder=folder, baseline="true", measurer=Measurer())
     assert "No video has a value of clip_" not in (folder / "index.html").read_text()
 
 

@@ -103,7 +103,7 @@ def test_options_of_several_commands_have_one_help_text() -> None:
     ):
         assert len(helps[option]) > 1
         assert all(text.startswith(start) for text in helps[option]), helps[option]
-    assert len(helps["nproc"]) == 2  # that of ranks, and that of evaluate.py, which has processes
+    assert len(helps["nproc"]) == len(helps["workers"]) == 1
 
 
 def test_out_names_the_files_of_every_command() -> None:

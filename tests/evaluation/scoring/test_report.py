@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from evaluation.report import Evaluation, as_markdown, as_tree, read_paper, table_of_videos, write_report
-from evaluation.tables import Scored
+from evaluation.scoring.measures import WORLD, Measures
+from evaluation.scoring.report import Evaluation, as_markdown, as_tree, read_paper, table_of_videos, write_report
+from evaluation.scoring.tables import Scored
 from evaluation.vbench.dimensions import DIMENSIONS
 from evaluation.vbench.parse import DimensionScores
 from evaluation.videos import Video, groups, read_batch
-from evaluation.world import WORLD
 
 
 @pytest.fixture
@@ -29,7 +29,6 @@ def evaluation(batch: Path) -> Evaluation:
         rows=rows,
         baseline="direct",
         dimensions=("dynamic_degree",),
-        proxies=False,
         scores={("direct", "dynamic_degree"): scores},
         vbench={"commit": "45e79ec", "sources": "abc", "versions": {"torch": "2.5.1", "av": None}},
     )
@@ -141,7 +140,7 @@ def test_rows_of_the_ablation_are_those_of_its_presets() -> None:
     table = read_paper()["tables"][2]
     presets = [
         yaml.safe_load(path.read_text())
-        for path in sorted((Path(__file__).parents[2] / "configs/ablation").glob("*.yaml"))
+        for path in sorted((Path(__file__).parents[3] / "configs/ablation").glob("*.yaml"))
     ]
     found = [row["settings"] for row in table["rows"]]
     assert sorted(map(str, found)) == sorted(str(preset["method"]["freespec"]) for preset in presets)
@@ -151,13 +150,14 @@ def test_rows_of_the_ablation_are_those_of_its_presets() -> None:
 def test_exact_measures_are_a_table_or_the_reason_why_not(evaluation: Evaluation) -> None:
     values = dict.fromkeys(WORLD, 0.25)
     rows = [replace(row, values={**row.values, **values}) for row in evaluation.rows]
-    made = replace(evaluation, rows=rows, proxies=True, not_world=None)
+    measured = Measures(values={}, events=False, not_world=None, not_long="short", notes=[])
+    made = replace(evaluation, rows=rows, measured=measured)
     tree = as_tree(made)
     assert tree["measures"][-len(WORLD) :] == list(WORLD)
     text = as_markdown(made, tree).partition("## Exact measures of the embedded world")[2]
     assert "| `world.shape_kept`, share of frames | 0.2500 [0.2500, 0.2500] | 0.2500 [0.2500, 0.2500] |" in text
     assert text.count("| `world.") == 2 * len(WORLD)  # means and differences
-    none = replace(evaluation, proxies=True, not_world="frames of the world are 64 x 64")
+    none = replace(evaluation, measured=replace(measured, not_world="frames of the world are 64 x 64"))
     tree = as_tree(none)
     assert not set(WORLD) & set(tree["measures"])
     assert "Not available: frames of the world are 64 x 64." in as_markdown(none, tree)

@@ -10,14 +10,12 @@ from typing import Any
 from engine.files.tables import as_csv, markdown_cell, markdown_table
 from engine.files.trees import finite_or_none
 from engine.files.whole import write_json, write_text
-from evaluation.course import COURSE
-from evaluation.events import EVENTS
 from evaluation.markdown import difference, estimate
-from evaluation.tables import Scored, differences, means
+from evaluation.scoring.measures import COURSE, EVENTS, WORLD, Measures
+from evaluation.scoring.tables import Scored, differences, means
 from evaluation.vbench.dimensions import DIMENSIONS
 from evaluation.vbench.parse import DimensionScores
 from evaluation.videos import as_json
-from evaluation.world import WORLD
 from metrics.bootstrap import MIN_COUNT, Estimate
 from metrics.course import READING
 from metrics.proxies import PROXIES
@@ -28,7 +26,18 @@ NO_TOTAL = (
     "and its own script counts missing ones as 0."
 )
 MISSING = "not available"
+_NOT_ASKED = "not asked for"
 _DECIMALS = 4  # as the paper
+# Heading and first sentence of a section.
+_ON_WORLD = (
+    "Exact measures of the embedded world\nThe world's shapes, colours, places and speeds, read from every frame; docs/compare.md "
+    "says what each measure is. They are exact on rendered clips; they ignore whatever else a video shows."
+)
+_ON_EVENTS = "Events of timelines\nWhether frames show the event that they are for, read as above; docs/compare.md says what each measure is."
+_ON_COURSE = (
+    f"The course of long videos\nNone has a good direction of its own: {READING}; docs/long-videos.md has what each finds on clips "
+    "whose truth is known."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +49,7 @@ class Evaluation:
         rows: every video with its values, dimensions and proxies.
         baseline: the label to compare others with.
         dimensions: the requested dimensions.
-        proxies: whether proxies were computed.
-        not_world: why there are no exact measures of the embedded world; None if there are.
-        events: whether some videos have measures of a timeline's events.
-        not_long: why there are no measures of a long video's course; None if there are.
+        measured: which measures without networks there are; None if they were not asked for.
         scores: VBench-Long's scores by (label, dimension).
         vbench: commit and versions; None without VBench.
         notes: notes for the reader.
@@ -55,10 +61,7 @@ class Evaluation:
     rows: Sequence[Scored]
     baseline: str
     dimensions: Sequence[str] = ()
-    proxies: bool = True
-    not_world: str | None = "not asked for"
-    events: bool = False
-    not_long: str | None = "not asked for"
+    measured: Measures | None = None
     scores: Mapping[tuple[str, str], DimensionScores] = field(default_factory=dict)
     vbench: Mapping[str, Any] | None = None
     notes: Sequence[str] = ()
@@ -75,9 +78,11 @@ class Evaluation:
     @property
     def measures(self) -> list[str]:
         """All six dimensions, requested or not, the proxies, exact measures of the embedded world and its timelines, and of the course."""
-        more = [*(WORLD if self.not_world is None else ()), *(EVENTS if self.events else ())]
-        more += COURSE if self.not_long is None else ()
-        return [*DIMENSIONS, *(PROXIES if self.proxies else ()), *more]
+        found = self.measured
+        if found is None:
+            return [*DIMENSIONS]
+        sets = ((WORLD, found.not_world is None), (EVENTS, found.events), (COURSE, found.not_long is None))
+        return [*DIMENSIONS, *PROXIES, *(name for units, is_made in sets if is_made for name in units)]
 
 
 def write_report(evaluation: Evaluation, folder: Path) -> list[Path]:
@@ -134,8 +139,8 @@ def as_tree(evaluation: Evaluation) -> dict[str, Any]:
             for row in rows
         ],
         "paper": read_paper(),
-        "not_world": evaluation.not_world,
-        "not_long": evaluation.not_long,
+        "not_world": _NOT_ASKED if evaluation.measured is None else evaluation.measured.not_world,
+        "not_long": _NOT_ASKED if evaluation.measured is None else evaluation.measured.not_long,
         "missing": list(evaluation.missing),
         "notes": [*evaluation.notes, *_differing(evaluation)],
         "failures": list(evaluation.failures),
@@ -167,12 +172,11 @@ def as_markdown(evaluation: Evaluation, tree: Mapping[str, Any]) -> str:
     lines += [f"{tree['kind']}. {NO_TOTAL}", "", *_videos_section(evaluation)]
     lines += _vbench_section(evaluation, tree) if evaluation.vbench else _without_vbench()
     lines += _paper_section(evaluation, tree)
-    if evaluation.proxies:
-        lines += [*_proxy_section(evaluation, tree), *_world_section(evaluation, tree)]
-    if evaluation.events:
-        lines += _events_section(evaluation, tree)
-    if evaluation.proxies:
-        lines += _course_section(evaluation, tree)
+    if (found := evaluation.measured) is not None:
+        lines += _proxy_section(evaluation, tree)
+        lines += _section(evaluation, tree, _ON_WORLD, WORLD, found.not_world)
+        lines += _section(evaluation, tree, _ON_EVENTS, EVENTS) if found.events else []
+        lines += _section(evaluation, tree, _ON_COURSE, COURSE, found.not_long)
     for heading, sentences in (("Notes", tree["notes"]), ("Failed", tree["failures"])):
         if sentences:
             lines += [f"## {heading}", "", *(f"- {markdown_cell(sentence)}" for sentence in sentences), ""]
@@ -303,39 +307,15 @@ def _proxy_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]
     return [*lines, "", "None of them measures aesthetic quality, a subject's identity or the match with the text.", ""]
 
 
-def _world_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]:
-    heading = ["## Exact measures of the embedded world", ""]
-    if evaluation.not_world is not None:
-        return [*heading, f"{MISSING[0].upper()}{MISSING[1:]}: {markdown_cell(evaluation.not_world)}.", ""]
-    return [
-        *heading,
-        "The world's shapes, colours, places and speeds, read from every frame; docs/compare.md says what each measure "
-        "is. They are exact on rendered clips; they ignore whatever else a video shows.",
-        "",
-        *_by_measure(evaluation, tree, {name: f"`{name}`, {unit}" for name, unit in WORLD.items()}),
-    ]
-
-
-def _events_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]:
-    return [
-        "## Events of timelines",
-        "",
-        "Whether frames show the event that they are for, read as above; docs/compare.md says what each measure is.",
-        "",
-        *_by_measure(evaluation, tree, {name: f"`{name}`, {unit}" for name, unit in EVENTS.items()}),
-    ]
-
-
-def _course_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]:
-    heading = ["## The course of long videos", ""]
-    if evaluation.not_long is not None:
-        return [*heading, f"{MISSING[0].upper()}{MISSING[1:]}: {markdown_cell(evaluation.not_long)}.", ""]
-    return [
-        *heading,
-        f"None has a good direction of its own: {READING}; docs/long-videos.md has what each finds on clips whose truth is known.",
-        "",
-        *_by_measure(evaluation, tree, {name: f"`{name}`, {unit}" for name, unit in COURSE.items()}),
-    ]
+def _section(
+    evaluation: Evaluation, tree: Mapping[str, Any], text: str, units: Mapping[str, str], missing: str | None = None
+) -> list[str]:
+    """A heading and a sentence, with the table of these measures, or with why there is none."""
+    heading, sentence = text.split("\n", 1)
+    if missing is not None:
+        return [f"## {heading}", "", f"{MISSING[0].upper()}{MISSING[1:]}: {markdown_cell(missing)}.", ""]
+    names = {name: f"`{name}`, {unit}" for name, unit in units.items()}
+    return [f"## {heading}", "", sentence, "", *_by_measure(evaluation, tree, names)]
 
 
 def _by_measure(evaluation: Evaluation, tree: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from evaluation.tables import Scored, differences, means
+from evaluation.scoring.tables import Scored, differences, means
 
 
 @dataclass(frozen=True)

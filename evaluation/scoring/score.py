@@ -3,23 +3,21 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import UserError
 from engine.files.locks import HeldError, hold
 from engine.files.say import Say
 from engine.files.storage import writing_to
-from evaluation.course import long_videos
-from evaluation.events import has_events
-from evaluation.measure import measure_all, measure_all_course, measure_all_events, measure_all_world
-from evaluation.report import Evaluation, write_report
-from evaluation.tables import Scored
+from evaluation.measure import Measurer
+from evaluation.scoring.measures import measure_videos
+from evaluation.scoring.report import Evaluation, write_report
+from evaluation.scoring.tables import Scored
 from evaluation.vbench.bench import Bench, Evaluator, PreflightError, preflight
 from evaluation.vbench.run import Outcome, evaluate, failures
 from evaluation.vbench.stage import View, plan_view
 from evaluation.videos import Video, groups, read_batches, read_list, what_is_missing
-from evaluation.world import videos_of_world
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +31,7 @@ class Request:
         title: heading of the report.
         dimensions: dimensions of VBench.
         evaluator: how to run VBench-Long; None without it.
-        proxies: whether to compute the weight-free measures.
-        workers: processes that compute them.
+        measurer: computes proxies and exact measures; None without them.
         native_frames: native length of all videos, if given.
         baseline: label to compare others with; "" for direct, or else the first.
         keep_views: whether staged videos and clips stay.
@@ -46,8 +43,7 @@ class Request:
     title: str
     dimensions: Sequence[str]
     evaluator: Evaluator | None
-    proxies: bool
-    workers: int
+    measurer: Measurer | None
     native_frames: int | None
     baseline: str
     keep_views: bool
@@ -102,24 +98,23 @@ def _report(
             keep_views=request.keep_views,
         )
     every = [video for group in by_label.values() for video in group]
-    measured = _measures(request, every, say)
+    measured = None if request.measurer is None else measure_videos(every, request.out, request.measurer)
+    values: Mapping[Video, Mapping[str, float]] = {} if measured is None else measured.values
+    notes = [*(() if measured is None else measured.notes)]
     scored = _dimension_values(outcomes)
     evaluation = Evaluation(
         title=request.title,
         rows=[
-            Scored(label=label, video=video, values=measured.of(video) | scored.get(video, {}))
+            Scored(label=label, video=video, values={**values.get(video, {}), **scored.get(video, {})})
             for label, group in by_label.items()
             for video in group
         ],
         baseline=baseline,
         dimensions=request.dimensions,
-        proxies=request.proxies,
-        not_world=measured.not_world,
-        not_long=measured.not_long,
-        events=measured.events is not None,
+        measured=measured,
         scores={(o.view.label, o.dimension): o.scores for o in outcomes if o.scores is not None},
         vbench=bench.identity if bench else None,
-        notes=[*measured.notes] + [f"{o.view.label}: {note}" for o in outcomes if o.scores for note in o.scores.notes],
+        notes=notes + [f"{o.view.label}: {note}" for o in outcomes if o.scores for note in o.scores.notes],
         failures=failures(outcomes),
         missing=missing,
     )
@@ -137,44 +132,6 @@ def _videos(request: Request, say: Say) -> list[Video]:
 def _missing(request: Request, videos: Sequence[Video]) -> list[str]:
     """Describe missing videos of each folder; what a list lacks is unknown."""
     return [sentence for root in request.runs if (sentence := what_is_missing(root, videos)) is not None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Measured:
-    """Measures by path, why no video has exact ones or those of its course (or None), and notes on those that some lack."""
-
-    proxies: Mapping[Path, dict[str, float]] = field(default_factory=dict)
-    world: Mapping[Path, dict[str, float]] = field(default_factory=dict)
-    events: Mapping[Path, dict[str, float]] | None = None
-    course: Mapping[Path, dict[str, float]] = field(default_factory=dict)
-    not_world: str | None = "not asked for"
-    not_long: str | None = "not asked for"
-    notes: Sequence[str] = ()
-
-    def of(self, video: Video) -> dict[str, float]:
-        """All measures of a video."""
-        found = (self.proxies, self.world, self.events or {}, self.course)
-        return {name: value for part in found for name, value in part.get(video.path, {}).items()}
-
-
-def _measures(request: Request, videos: Sequence[Video], say: Say) -> _Measured:
-    if not request.proxies:
-        return _Measured()
-    out, workers = request.out, request.workers
-    timed = [video for video in videos if video.events and has_events(video.prompt, *video.size)]
-    plain = [video for video in videos if video not in timed]
-    of_world, reason = videos_of_world(plain) if plain else ([], "every prompt is a timeline, measured by events")
-    longer, not_long = long_videos(videos)
-    share = f"The exact measures of the embedded world are of {len(of_world)} of {len(videos)} videos: {reason}."
-    return _Measured(
-        proxies=measure_all(videos, out / "proxies", workers=workers, say=say),
-        world=measure_all_world(of_world, out / "world", workers=workers, say=say) if of_world else {},
-        events=measure_all_events(timed, out / "events", workers=workers, say=say) if timed else None,
-        course=measure_all_course(longer, out / "course", workers=workers, say=say) if longer else {},
-        not_world=None if of_world else reason,
-        not_long=not_long,
-        notes=[share] if of_world and reason is not None else [],
-    )
 
 
 def _preflight(evaluator: Evaluator, dimensions: Sequence[str], out: Path, report: Callable[[str], None]) -> Bench:

@@ -1,0 +1,1 @@
+"""Scores of finished videos: proxies and exact measures beside VBench-Long's dimensions, their means, and the report."""
