@@ -663,9 +663,6 @@ class RunConfig:
         self._check_cache()
         if self.output.trace:
             self.check_traceable()
-        _check(
-            not xfuser or not self.output.trace, "parallel.provider xfuser does not expose branches for output.trace"
-        )
 
     def _check_cache(self) -> None:
         """Reject what a step cache excludes."""
@@ -683,6 +680,10 @@ class RunConfig:
         _check(not self.model.compile, f"{COMPILED_TRACE}; set model.compile false, or do not trace")
         cache = self.sampler.cache
         _check(cache == "none", f"sampler.cache {cache} {CACHED_TRACE}; set sampler.cache none, or do not trace")
+        _check(
+            self.parallel.provider != "xfuser",
+            "parallel.provider xfuser does not expose branches to trace; use parallel.provider torch, or do not trace",
+        )
 
     def _check_file(self) -> None:
         """Reject what the format of the video cannot hold."""

@@ -27,7 +27,6 @@ from engine.denoise.loop import DenoiseLoop, Preview
 from engine.denoise.noise import draw_noise
 from engine.denoise.snapshot import Snapshot
 from engine.devices import pick_device, pick_dtype
-from engine.errors import UserError
 from engine.given.frames import GivenFrames
 from engine.given.known import Known, check_needs, read_given_on_ranks
 from engine.hooks.apply import MethodHandle, apply_method
@@ -209,8 +208,6 @@ class LongVideoEngine:
         on all ranks together, and save no state. With `sampler.cache` only the last state is saved. `on_step(finished, total)` is called after each step, and `preview` on
         rank 0 inside each, see `DenoiseLoop`. `given` are given frames of the video.
         """
-        if trace is not None and self.ranks.hybrid is not None:
-            raise UserError("parallel.provider xfuser does not expose branches to trace")
         if trace is not None:
             self.config.check_traceable()
         sampler, video = self.config.sampler, self.config.video

@@ -18,6 +18,7 @@ from engine.devices import pick_dtype
 from engine.errors import UserError
 from engine.files.checks import least_video_bytes, snapshot_bytes
 from engine.files.trees import DamagedError, read_tree
+from engine.given.frames import GivenFrames
 from engine.load.checkpoint import open_checkpoint
 from engine.planner.arrange import Arrangement, arrange_ranks, choose_degrees
 from engine.planner.choose import choose
@@ -109,7 +110,13 @@ def _text_bytes(files: BatchFiles, config: RunConfig, left: Sequence[Item], *, w
 
 
 def gpu_hours(
-    config: RunConfig, variants: Sequence[Variant], items: Sequence[Item], *, gpu: str | None, ranks: int
+    config: RunConfig,
+    variants: Sequence[Variant],
+    items: Sequence[Item],
+    *,
+    gpu: str | None,
+    ranks: int,
+    given: GivenFrames | None = None,
 ) -> tuple[float | None, str]:
     """Predict the GPU-hours of all items, with the source; or None and why: no GPU is named, or the kernel's rate is missing.
 
@@ -125,11 +132,11 @@ def gpu_hours(
         parallel = replace(config.parallel, plan="auto")  # `manual` would not ask for the memory
         for variant in left:
             # Raises, as `choose` does.
-            choose_degrees(replace(variant.config, parallel=parallel), spec, ranks, described)
+            choose_degrees(replace(variant.config, parallel=parallel), spec, ranks, described, given=given)
         return None, f"not known: {missing}"
     seconds = 0.0
     for variant in left:
-        case = Case.of(variant.config, spec, gpu=described, world_size=ranks)
+        case = Case.of(variant.config, spec, gpu=described, world_size=ranks, given=given)
         plan = choose(case, (config.parallel.cfg, config.parallel.ring, config.parallel.ulysses))
         seconds += counts[variant.label] * (
             plan.run_seconds[variant.method] + plan.encode_seconds + plan.decode_seconds
@@ -144,6 +151,7 @@ def arrange_replica(
     *,
     gpu: str | None,
     nodes: Sequence[str] | None = None,
+    given: GivenFrames | None = None,
 ) -> Arrangement:
     """Arrange the ranks of every replica; one arrangement serves all variants, since a replica makes any item.
 
@@ -153,7 +161,9 @@ def arrange_replica(
     Raises UserError if the variants want different ones.
     """
     described = read_gpu(gpu) if gpu is not None and device.type == "cuda" else None
-    found = {each.label: arrange_ranks(each.config, ranks, device, described, nodes=nodes) for each in variants}
+    found = {
+        each.label: arrange_ranks(each.config, ranks, device, described, nodes=nodes, given=given) for each in variants
+    }
     if len({arrangement.degrees for arrangement in found.values()}) > 1:
         wishes = "; ".join(f"{name}: {' x '.join(map(str, found[name].degrees))}" for name in found)
         raise UserError(

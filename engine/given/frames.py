@@ -15,6 +15,20 @@ from engine.files.whole import file_sha256
 from engine.paths import expand
 from engine.text.timeline import first_frame
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Places:
+    """Where a checkpoint sees given frames as conditions without noise: what a plan needs to know of them.
+
+    Attributes:
+        first: whether latent frames from the first on are given, whose tokens have timestep 0.
+        moments: frames of the video, ascending, of pictures whose tokens stand beside those of the video.
+    """
+
+    first: bool = False
+    moments: tuple[int, ...] = ()
+
+
 Shows = Literal["whole", "new"]
 
 MAX_NOISE = 0.3
@@ -89,8 +103,13 @@ class GivenFrames:
 
     def num_beside(self, *, num_frames: int, fps: int, pictures: Sequence[str]) -> int:
         """The number of images whose tokens stand beside those of the video, see `engine.adapters.base.Condition`."""
+        return len(self.places(num_frames=num_frames, fps=fps, pictures=pictures).moments)
+
+    def places(self, *, num_frames: int, fps: int, pictures: Sequence[str], needs: Sequence[str] = ()) -> Places:
+        """The places of conditions without noise of a checkpoint that was trained for `pictures`, of which it needs some."""
         trained = self.trained(num_frames=num_frames, fps=fps, pictures=pictures)
-        return sum(place != "first" for place in trained) if ANY_FRAME in pictures else 0
+        beside = [int(place) for place in trained if place != "first"] if ANY_FRAME in pictures else []
+        return Places(first="first" in trained and not needs, moments=tuple(sorted(beside)))
 
     def settings(self, *, num_frames: int, fps: int, step: int, pictures: Sequence[str] = ()) -> dict[str, Any]:
         """The settings for the run's id, in JSON types: latent frames and SHA-256 of the files, what is shown, and the rules."""

@@ -13,6 +13,7 @@ import torch
 from engine.checks import check_model
 from engine.config import RunConfig
 from engine.errors import UserError
+from engine.given.frames import GivenFrames
 from engine.load.loras import find_local_loras
 from engine.load.single_file import open_single_file
 from engine.planner.choose import choose, choose_by_memory
@@ -51,11 +52,13 @@ def arrange_ranks(
     gpu: GpuSpec | None = None,
     *,
     nodes: Sequence[str] | None = None,
+    given: GivenFrames | None = None,
 ) -> Arrangement:
     """Choose the arrangement from the configuration and the planner, before process groups exist.
 
     `gpu` describes the ranks' GPUs if they are not those of this machine; None looks at this machine's. `nodes` names the
-    node of each rank; None assumes that consecutive ranks fill nodes of the size in the GPU's description.
+    node of each rank; None assumes that consecutive ranks fill nodes of the size in the GPU's description. `given` are given frames of
+    the video, whose files are not opened.
 
     Raises UserError for degrees that do not fit the number of ranks or the guidance, or that the provider does not support.
     This is checked before the ranks join, since the first rank to exit then would take the store from the others.
@@ -65,10 +68,10 @@ def arrange_ranks(
     gpu, span = gpu or _find_gpu(device), node_span(nodes) if nodes is not None else None
     if gpu is not None and span is not None:
         gpu = replace(gpu, gpus_per_node=span)
-    degrees, why = choose_degrees(config, spec, world, gpu, span=span)
+    degrees, why = choose_degrees(config, spec, world, gpu, span=span, given=given)
     if span is not None and span % degrees[2]:
         why += f"; ulysses groups of {degrees[2]} cross nodes"
-    plan, provider = _support(config, spec).sequence(degrees), config.parallel.provider
+    plan, provider = _support(config, spec, given).sequence(degrees), config.parallel.provider
     try:
         if provider == "xfuser":
             check_xfuser(plan, device_type=device.type, kernel=config.attention.kernel)
@@ -134,7 +137,13 @@ def node_span(nodes: Sequence[str]) -> int:
 
 
 def choose_degrees(
-    config: RunConfig, spec: ModelSpec, world: int, gpu: GpuSpec | None, *, span: int | None = None
+    config: RunConfig,
+    spec: ModelSpec,
+    world: int,
+    gpu: GpuSpec | None,
+    *,
+    span: int | None = None,
+    given: GivenFrames | None = None,
 ) -> tuple[Degrees, str]:
     """Choose (cfg, ring, ulysses), with the reason: the configuration's degrees are kept, the planner or a rule sets the rest.
 
@@ -144,15 +153,15 @@ def choose_degrees(
     manual.
     """
     fixed = (config.parallel.cfg, config.parallel.ring, config.parallel.ulysses)
-    wanted = _support(config, spec).possible(world, fixed)
+    wanted = _support(config, spec, given).possible(world, fixed)
     if len(wanted) == 1:
         if gpu is not None and config.parallel.plan == "auto":
-            choose_by_memory(Case.of(config, spec, gpu=gpu, world_size=world), wanted, wanted[0])
+            choose_by_memory(Case.of(config, spec, gpu=gpu, world_size=world, given=given), wanted, wanted[0])
         return wanted[0], "the only arrangement that the configuration allows"
     by_rule = sorted(wanted, key=lambda degrees: _rule(degrees, spec.heads, span or world))
     if gpu is None:  # `parallel.plan manual` sets all degrees
         return by_rule[0], f"no description of this device in configs/gpus; {_RULE}"
-    case = Case.of(config, spec, gpu=gpu, world_size=world)
+    case = Case.of(config, spec, gpu=gpu, world_size=world, given=given)
     missing = case.options.missing_rate(gpu)
     if missing is not None:
         degrees = choose_by_memory(case, by_rule, fixed)
@@ -170,9 +179,12 @@ def idle_stays(config: RunConfig, degrees: Degrees, device: torch.device) -> boo
     return case.placed(degrees, case.modes).idle_expert == "stay"
 
 
-def _support(config: RunConfig, spec: ModelSpec) -> Support:
+def _support(config: RunConfig, spec: ModelSpec, given: GivenFrames | None) -> Support:
     kernel, provider = config.attention.kernel, config.parallel.provider
-    return Support.of(spec, config.video, config.sampler, config.method, provider=provider, kernel=kernel)
+    beside = len(spec.places(given, config.video).moments)
+    return Support.of(
+        spec, config.video, config.sampler, config.method, provider=provider, kernel=kernel, beside=beside
+    )
 
 
 _RULE = "cfg first, then ulysses as far as it divides the heads and stays within a node, then ring"

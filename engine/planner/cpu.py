@@ -6,6 +6,7 @@ import torch
 
 from engine.config import RunConfig
 from engine.devices import pick_device, pick_dtype
+from engine.given.frames import GivenFrames
 from engine.planner.flops import call_operations
 from engine.planner.gpu import read_gpu
 from engine.planner.model import read_model
@@ -20,7 +21,9 @@ _SIDE = 512
 _TRIES, _SECONDS = 3, 0.05
 
 
-def describe_expected(config: RunConfig, *, num_prompts: int, ranks: int = 1) -> str | None:
+def describe_expected(
+    config: RunConfig, *, num_prompts: int, ranks: int = 1, given: GivenFrames | None = None
+) -> str | None:
     """Describe the time that a long job takes on this CPU; None on a GPU, and below `LONG_SECONDS`.
 
     `ranks` share the CPU, each with as many threads as this process has.
@@ -30,7 +33,7 @@ def describe_expected(config: RunConfig, *, num_prompts: int, ranks: int = 1) ->
     if device.type != "cpu":
         return None
     rate = ranks * FRACTION * product_rate(pick_dtype(config.model.dtype, device))
-    seconds = denoising_operations(config) / rate
+    seconds = denoising_operations(config, given) / rate
     if seconds * num_prompts < LONG_SECONDS:
         return None
     video = config.video
@@ -42,10 +45,10 @@ def describe_expected(config: RunConfig, *, num_prompts: int, ranks: int = 1) ->
     )
 
 
-def denoising_operations(config: RunConfig) -> int:
+def denoising_operations(config: RunConfig, given: GivenFrames | None = None) -> int:
     """Floating-point operations of all steps of a video, on one rank."""
     spec = read_model(config.model)
-    case = Case.of(config, spec, gpu=read_gpu("h200"), world_size=1)  # no count depends on the GPU
+    case = Case.of(config, spec, gpu=read_gpu("h200"), world_size=1, given=given)  # no count depends on the GPU
     layout = case.layout((1, 1, 1))
     operations = 0
     for mode, count in case.count_steps()[config.method.name].items():

@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.adapters import ModelAdapter
-from engine.adapters.base import VideoSpec
+from engine.adapters.base import Condition, VideoSpec
 from engine.decode.live_bytes import LiveBytes
 from engine.errors import UserError, first_line
+from engine.given.frames import Places
 from engine.planner.layout import Layout
 from engine.planner.model import FP32_BYTES, in_fp32
 
@@ -35,7 +36,7 @@ class Forward:
         peak: most bytes alive at once, with attention that returns its queries.
         at_attention: bytes alive when self-attention starts, its input included.
         text: bytes of the text of one pass.
-        condition: bytes of the condition of given pictures, for a model that needs one.
+        condition: bytes of the condition of given pictures.
     """
 
     block_operations: int
@@ -51,7 +52,7 @@ def count_forward(layout: Layout) -> Forward:
     """Count the forward of the busiest rank of a layout; UserError for a configuration whose model does not run."""
     spec = layout.spec
     config = json.dumps(spec.configs["transformer"], sort_keys=True)
-    grid = (layout.frames, layout.rows, layout.columns)
+    grid = (layout.video_frames, layout.rows, layout.columns)
     size = tuple(num * step for num, step in zip(grid, spec.video.patch, strict=True))
     try:
         return _count(
@@ -65,6 +66,7 @@ def count_forward(layout: Layout) -> Forward:
             text_tokens=layout.text,
             image_tokens=spec.image_tokens,
             itemsize=layout.itemsize,
+            given=layout.given,
         )
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         if isinstance(error, UserError):
@@ -87,6 +89,7 @@ def _count(  # noqa: PLR0913 - all that decides it, as its cache's key
     text_tokens: int,
     image_tokens: int,
     itemsize: int,
+    given: Places,
 ) -> Forward:
     dtype = torch.float32 if itemsize == FP32_BYTES else torch.bfloat16
     model = _one_block(adapter, config, dtype, image_tokens)
@@ -99,7 +102,7 @@ def _count(  # noqa: PLR0913 - all that decides it, as its cache's key
         vae_temporal_compression_ratio=video.temporal_factor,
         vae_spatial_compression_ratio=video.spatial_factor,
     )
-    condition = adapter.empty_condition(model, latents.shape, image_tokens)
+    condition = adapter.empty_condition(model, latents.shape, image_tokens) or _empty_condition(latents, given)
     flops = FlopCounterMode(display=False)
     counter = _Counter(flops)
     [block], [attention] = adapter.blocks(model), adapter.attention_modules(model)
@@ -115,6 +118,18 @@ def _count(  # noqa: PLR0913 - all that decides it, as its cache's key
         at_attention=counter.at_attention,
         text=sum(part.nbytes for part in text),
         condition=0 if condition is None else condition.nbytes,
+    )
+
+
+def _empty_condition(latents: Tensor, given: Places) -> Condition | None:
+    """The condition of given frames that the model can do without; of latent frames without noise the first."""
+    if not given.first and not given.moments:
+        return None
+    beside = latents.new_empty(*latents.shape[:2], len(given.moments), *latents.shape[3:])
+    return Condition(
+        latents=latents[:, :, :1].clone() if given.first else None,
+        beside=beside if given.moments else None,
+        moments=given.moments,
     )
 
 

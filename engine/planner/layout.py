@@ -8,6 +8,7 @@ from typing import Literal, cast
 
 from engine.config import MethodConfig, SamplerConfig, VideoConfig
 from engine.errors import UserError
+from engine.given.frames import Places
 from engine.planner.model import FP32_BYTES, ModelSpec
 from engine.ranks.layouts import Degrees, refused_axes
 from freespec.far_keys import far_tokens
@@ -33,6 +34,7 @@ PASSES = 2  # with guidance: conditional and unconditional
 VIEW_MODES: tuple[Mode, ...] = ("views_global", "views")
 FP64_BYTES = 8
 WHOLE_MODES: tuple[Mode, ...] = (*VIEW_MODES, "frames", "tiers")  # of all tokens of a head on one rank
+NOTHING_GIVEN = Places()
 TEMPORAL_GRAMS = 3  # of both branches and between them, frames x frames
 
 
@@ -62,7 +64,7 @@ class Layout:
     Attributes:
         spec: the checkpoint.
         degrees: cfg, ring, ulysses.
-        frames: F, latent frames.
+        frames: F, latent frames, and pictures whose tokens stand beside them.
         rows: H, rows of tokens of a frame.
         columns: W, tokens of a row.
         window_frames: F0, frames of the local window, F at most.
@@ -76,6 +78,8 @@ class Layout:
         weight_share: bytes of the transformer that each rank sends the others in every forward (model.weights zero3).
         even: whether parallel.provider takes even shards alone.
         kept: tokens of each frame that dual steps attend to outside the windows; None for all.
+        given: places of conditions without noise.
+        cache: sampler.cache.
     """
 
     spec: ModelSpec
@@ -94,6 +98,13 @@ class Layout:
     weight_share: int = 0
     even: bool = False
     kept: int | None = None
+    given: Places = NOTHING_GIVEN
+    cache: str = "none"
+
+    @property
+    def video_frames(self) -> int:
+        """Latent frames of the video alone."""
+        return self.frames - len(self.given.moments)
 
     @property
     def frame_tokens(self) -> int:
@@ -192,7 +203,7 @@ class Layout:
             "far": calls * self._far_bytes() if self.thins(mode) else 0,
             "grams": calls * self._temporal_gram_bytes() if mode == "views_global" else busiest["reduce"],
             "gather": self.forwards * gather_bytes(self.sequence, token_bytes=values * self.itemsize),
-            "cfg": cfg_bytes(self.degrees[0], prediction_bytes=self.tokens * values * self.itemsize),
+            "cfg": cfg_bytes(self.degrees[0], prediction_bytes=prediction_bytes(self)),
             "weights": self.calls * self.weight_share * (prod(self.degrees) - 1),
         }
 
@@ -227,9 +238,11 @@ def lay_out(  # noqa: PLR0913 - a video, its ranks, and settings of attention
     local_route: Literal["auto", "halo", "all_to_all"],
     even: bool = False,
     far: int | str = "all",
+    given: Places = NOTHING_GIVEN,
 ) -> Layout:
     """The layout of a video; `local_route: auto` takes fewer bytes, as the engine does. UserError for too few `far` keys."""
     frames, rows, columns = spec.token_grid(video.num_frames, video.height, video.width)
+    frames += len(given.moments)
     frame_tokens = rows * columns
     window_frames = min(method.window_frames, frames)
     try:
@@ -258,6 +271,8 @@ def lay_out(  # noqa: PLR0913 - a video, its ranks, and settings of attention
         ),
         even=even,
         kept=kept,
+        given=given,
+        cache=sampler.cache,
     )
 
 
@@ -329,7 +344,12 @@ def latent_values(layout: Layout) -> int:
 
 def latent_bytes(layout: Layout) -> int:
     """Bytes of the video's latents in fp32."""
-    return layout.tokens * latent_values(layout) * FP32_BYTES
+    return layout.video_frames * layout.frame_tokens * latent_values(layout) * FP32_BYTES
+
+
+def prediction_bytes(layout: Layout) -> int:
+    """Bytes of the prediction of one pass for the video."""
+    return layout.video_frames * layout.frame_tokens * latent_values(layout) * layout.itemsize
 
 
 def _halo(frames: int, frame_tokens: int, window_frames: int) -> HaloRange:

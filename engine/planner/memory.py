@@ -20,7 +20,7 @@ from engine.config import DecodeConfig
 from engine.decode.live_bytes import LiveBytes
 from engine.decode.pieces import decode_step
 from engine.planner.forward import count_forward
-from engine.planner.layout import Layout, latent_bytes, latent_values
+from engine.planner.layout import Layout, latent_bytes, latent_values, prediction_bytes
 from engine.planner.model import FP32_BYTES, ModelSpec
 from freespec.attention import merge_step
 from freespec.methods import Mode
@@ -38,20 +38,39 @@ FUSION_MATRICES = 10
 
 
 def denoise_peak(layout: Layout, mode: Mode) -> dict[str, int]:
-    """Bytes at the worst moment of a forward, without weights: `latents`, `activations`, `kv_copies`."""
+    """Bytes at the worst moment of a forward, without weights: `latents`, `activations`, `kv_copies`, and `step_cache` if there is one."""
     counted = count_forward(layout)
     moments = {
         name: (counted.at_attention + layout.batch * activations, layout.batch * keys)
         for name, (activations, keys) in _attention_moments(layout, mode).items()
     }
     activations, copies = max(((counted.peak, 0), *moments.values()), key=sum)
-    predictions = PREDICTION_TENSORS * layout.tokens * latent_values(layout) * layout.itemsize
+    predictions = PREDICTION_TENSORS * prediction_bytes(layout)
+    kept = cache_bytes(layout)
     latents = layout.spec.adapter.latent_tensors * latent_bytes(layout)
     return {
         "latents": latents + predictions + layout.passes * counted.text + counted.condition,
         "activations": activations,
         "kv_copies": copies,
+        **({"step_cache": kept} if kept else {}),
     }
+
+
+def cache_bytes(layout: Layout) -> int:
+    """Bytes that the step cache of a rank keeps from one step to the next, of all passes that it runs.
+
+    Of hidden states `first_block` keeps the output and residual of the first block and the residual of the others, `mag` the first
+    block's input and the residual of all; `taylorseer` keeps two of the output projection's in fp32. None outlives its kind of step.
+    """
+    shard = layout.share("global").shard
+    hidden = shard * layout.spec.width * layout.itemsize
+    kept = {
+        "none": 0,
+        "first_block": 3 * hidden,
+        "mag": 2 * hidden,
+        "taylorseer": 2 * shard * latent_values(layout) * FP32_BYTES,
+    }
+    return layout.forwards * kept[layout.cache]
 
 
 def _attention_moments(layout: Layout, mode: Mode) -> dict[str, tuple[int, int]]:

@@ -14,8 +14,9 @@ from torch import nn
 
 from engine.adapters import ModelAdapter, VideoSpec, adapter_named
 from engine.adapters.published import PUBLISHED, SOURCES
-from engine.config import ModelConfig, SamplerConfig
+from engine.config import ModelConfig, SamplerConfig, VideoConfig
 from engine.errors import UserError, first_line
+from engine.given.frames import GivenFrames, Places
 from engine.load.checkpoint import spec_of
 from engine.load.hub import quiet_hub
 from engine.load.pipeline import faults_of
@@ -122,6 +123,13 @@ class ModelSpec:
         """Frames F and tokens per frame H·W of a video's tokens."""
         frames, rows, columns = self.token_grid(num_frames, height, width)
         return frames, rows * columns
+
+    def places(self, given: GivenFrames | None, video: VideoConfig) -> Places:
+        """The places of conditions without noise of a video with given frames; UserError for one beyond the video."""
+        if given is None:
+            return Places()
+        of = self.video
+        return given.places(num_frames=video.num_frames, fps=video.fps, pictures=of.pictures, needs=of.needs)
 
     @cached_property
     def parameters(self) -> dict[str, int]:

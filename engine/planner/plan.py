@@ -10,6 +10,7 @@ from typing import Literal
 from engine.adapters.base import DecodeMode
 from engine.config import DecodeConfig, MethodConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.decode.tiling import tiled_share
+from engine.given.frames import GivenFrames, Places
 from engine.load.single_file import open_single_file
 from engine.planner.gpu import GpuSpec, check_count
 from engine.planner.layout import WHOLE_MODES, Degrees, Layout, lay_out
@@ -115,7 +116,7 @@ class Plan:
         local_route: how local steps cross the ulysses axis.
         bytes_per_step: by mode and kind.
         memory: bytes by part: weights, text_encoder, gathered (sharded or quantised layers that are whole at a time, or offloaded
-            blocks that are on the GPU), latents, activations, kv_copies, vae_decode, and for a
+            blocks that are on the GPU), latents, activations, kv_copies, with sampler.cache step_cache, vae_decode, and for a
             checkpoint of pictures vae_encode.
         peak_bytes: the most at any time.
         fits: whether that is within the GPU's usable memory.
@@ -172,9 +173,12 @@ class Case:
     gpu: GpuSpec
     world_size: int
     options: Options = field(default_factory=Options)
+    given: Places = field(default_factory=Places)
 
     @classmethod
-    def of(cls, config: RunConfig, spec: ModelSpec, *, gpu: GpuSpec, world_size: int) -> "Case":
+    def of(
+        cls, config: RunConfig, spec: ModelSpec, *, gpu: GpuSpec, world_size: int, given: GivenFrames | None = None
+    ) -> "Case":
         """The run of a configuration, on so many of these GPUs. A GGUF file of the hub is downloaded: only it has its bytes."""
         options = Options.of(config)
         file = open_single_file(config.model, spec.adapter) if config.model.is_gguf else None
@@ -188,6 +192,7 @@ class Case:
             gpu=gpu,
             world_size=world_size,
             options=options,
+            given=spec.places(given, config.video),
         )
 
     @property
@@ -195,11 +200,17 @@ class Case:
         """What decides the possible degrees."""
         options = self.options
         return Support.of(
-            self.spec, self.video, self.sampler, self.method, provider=options.provider, kernel=options.kernel
+            self.spec,
+            self.video,
+            self.sampler,
+            self.method,
+            provider=options.provider,
+            kernel=options.kernel,
+            beside=len(self.given.moments),
         )
 
     def grid(self) -> tuple[int, int]:
-        """Latent frames and tokens per frame."""
+        """Latent frames of the video and tokens per frame."""
         return self.spec.grid(self.video.num_frames, self.video.height, self.video.width)
 
     def layout(self, degrees: Degrees) -> Layout:
@@ -214,6 +225,7 @@ class Case:
             local_route=self.options.local_route,
             even=self.options.provider != "torch",
             far=self.options.far,
+            given=self.given,
         )
         if self.options.weights != "zero3":
             return layout

@@ -27,6 +27,7 @@ class Support:
         method: the method and its settings.
         provider: parallel.provider.
         kernel: attention.kernel.
+        beside: pictures whose tokens are among them.
     """
 
     tokens: int
@@ -35,6 +36,7 @@ class Support:
     method: MethodConfig
     provider: str
     kernel: str
+    beside: int = 0
 
     @classmethod
     def of(
@@ -46,11 +48,13 @@ class Support:
         *,
         provider: str,
         kernel: str,
+        beside: int = 0,
     ) -> "Support":
-        """For a video of a checkpoint."""
+        """For a video of a checkpoint, and so many pictures whose tokens stand beside it."""
         frames, frame_tokens = spec.grid(video.num_frames, video.height, video.width)
         return cls(
-            tokens=frames * frame_tokens,
+            tokens=(frames + beside) * frame_tokens,
+            beside=beside,
             heads=spec.heads,
             passes=num_passes(sampler),
             method=method,
@@ -107,13 +111,18 @@ class Support:
 
     def _refuse_provider(self, world: int, wanted: Degrees, served: Sequence[Degrees]) -> None:
         """Raise UserError for degrees that the provider does not support, with those it does, or the nearest numbers of ranks."""
-        reason = f"parallel.provider {self.provider}: {self._reason(wanted)}"
+        reason = f"parallel.provider {self.provider}: {self._reason(wanted)}{_count_beside(self.beside)}"
         if served:
             raise UserError(f"{reason}; it can have {_listed(served)}, and parallel.provider torch any")
         near = (range(world - 1, 0, -1), range(world + 1, 2 * world + 1))
         numbers = [str(found) for side in near if (found := next(filter(self.served, side), None)) is not None]
         others = f", or {' or '.join(numbers)} ranks" if numbers else ""
         raise UserError(f"{reason}; it can have no arrangement of {world} ranks: use parallel.provider torch{others}")
+
+
+def _count_beside(beside: int) -> str:
+    """The end of a line about uneven shares that says of pictures that their tokens are among them."""
+    return f"; the tokens of pictures at later frames than the first ({beside}) count too" if beside else ""
 
 
 def keeps(degrees: Sequence[int], fixed: Sequence[int | None]) -> bool:

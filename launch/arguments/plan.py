@@ -6,7 +6,9 @@ from jsonargparse import ArgumentParser
 
 from engine.config import OutputConfig, RunConfig
 from engine.errors import UserError
+from engine.given.frames import GivenFrames
 from engine.planner.gpu import GpuSpec, check_count, read_gpu
+from launch.arguments.given import add_given, read_given
 from launch.arguments.ranks import check_model
 from launch.cli.parser import parse_run
 
@@ -23,6 +25,7 @@ class Arguments:
     gpu: GpuSpec
     gpus: int
     json: bool
+    given: GivenFrames | None = None
 
 
 def read(argv: list[str]) -> Arguments:
@@ -35,11 +38,13 @@ def read(argv: list[str]) -> Arguments:
             f"parallel.provider {config.parallel.provider} is for several ranks; give --gpus, or leave it out"
         )
     check_model(config)
-    return Arguments(config=config, gpu=gpu, gpus=given.gpus, json=given.json)
+    frames = read_given(given)
+    return Arguments(config=config, gpu=gpu, gpus=given.gpus, json=given.json, given=frames)
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The options of the command beside the settings of a run."""
     parser.add_argument("--gpus", type=int, default=1, help="number of GPUs")
     parser.add_argument("--gpu", type=str, default="h200", help="one of configs/gpus, or a JSON file of your own")
+    add_given(parser)
     parser.add_argument("--json", type=bool, default=False, help="print everything as JSON")

@@ -10,6 +10,7 @@ from engine.batch.variants import Variant
 from engine.config import RunConfig
 from engine.devices import pick_device, pick_dtype
 from engine.errors import UserError
+from engine.given.frames import GivenFrames
 from engine.planner.arrange import Arrangement
 from launch.arguments.replicas import Replicas
 from launch.ranks.ray_pool import NoRayError, check_placement, check_ray
@@ -44,12 +45,17 @@ def fix_degrees(config: RunConfig, degrees: tuple[int, int, int]) -> RunConfig:
 
 
 def arrange_variants(
-    config: RunConfig, variants: Sequence[Variant], options: Replicas, *, gpu: str | None = None
+    config: RunConfig,
+    variants: Sequence[Variant],
+    options: Replicas,
+    *,
+    gpu: str | None = None,
+    given: GivenFrames | None = None,
 ) -> tuple[RunConfig, list[Variant], Arrangement]:
     """Set device, dtype and degrees of a run and its variants explicitly, so that every replica uses the same."""
     config = resolve_model(config, options)
     device, variants = torch.device(config.model.device), [variant.sharing(config) for variant in variants]
-    arrangement = arrange_replica(variants, options.ranks, device, gpu=gpu, nodes=options.nodes)
+    arrangement = arrange_replica(variants, options.ranks, device, gpu=gpu, nodes=options.nodes, given=given)
     config = fix_degrees(config, arrangement.degrees)
     return config, [variant.sharing(config) for variant in variants], arrangement
 

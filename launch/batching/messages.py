@@ -39,7 +39,7 @@ def say_plan(config: RunConfig, options: Options, batch: Batch, mine: Sequence[I
     left = [item for item in undone if options.retry_quarantined or files.quarantined(item) is None]
     disk = disk_forecast(files, config, left, replicas=options.replicas, keep_latents=options.keep_latents)
     given_up = f", {len(undone) - len(left)} failed before (--retry_quarantined)" if len(undone) > len(left) else ""
-    hours, how = gpu_hours(config, batch.variants, left, gpu=options.gpu, ranks=options.ranks)
+    hours, how = gpu_hours(config, batch.variants, left, gpu=options.gpu, ranks=options.ranks, given=options.given)
     video = config.video
     where = "this machine" if options.ray is None else f"Ray at {options.ray}"
     frames = len(left) * video.num_frames

@@ -58,7 +58,8 @@ def _work(pipe: IO[str]) -> None:
         return
     configs = {label: restore_config(tree, Path(setup["root"])) for label, tree in setup["configs"].items()}
     config = next(iter(configs.values()))
-    with open_ranks(config, prompts=[setup["root"]], verbose=False) as context:
+    given = None if setup["given"] is None else parse_given(**setup["given"])
+    with open_ranks(config, prompts=[setup["root"]], verbose=False, given=given) as context:
         context.check_on_first(lambda: refuse_unshared(Path(setup["root"])))
         with LongVideoEngine(config, context.ranks) as engine:
             worker = Worker(
@@ -68,7 +69,7 @@ def _work(pipe: IO[str]) -> None:
                 snapshot_every=setup["snapshot_every"],
                 keep_latents=setup["keep_latents"],
                 sheets=setup["sheets"],
-                given=None if setup["given"] is None else parse_given(**setup["given"]),
+                given=given,
                 given_settings=setup["given_settings"],
                 preview_every=setup["preview_every"],
                 emit=emit,

@@ -22,7 +22,9 @@ from launch.video.prompts import look_at_given, look_at_prompts
 def run(given: Arguments) -> None:
     """Plan, claim the output folder, make missing videos, and report."""
     options = given.options
-    config, variants, arrangement = arrange_variants(given.config, given.variants, options, gpu=options.gpu)
+    config, variants, arrangement = arrange_variants(
+        given.config, given.variants, options, gpu=options.gpu, given=options.given
+    )
     batch = read_batch(config, variants, given)
     mine = [item for item in batch.items if options.shard.owns(item.item_id)]
     notes = look_at_given(config, options.given, variants=variants)

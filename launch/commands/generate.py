@@ -22,7 +22,7 @@ def run(given: Arguments) -> None:
         )
     with (
         contextlib.ExitStack() as last,
-        open_ranks(config, prompts=prompts.texts, verbose=given.verbose) as context,
+        open_ranks(config, prompts=prompts.texts, verbose=given.verbose, given=given.given) as context,
         contextlib.ExitStack() as stack,
     ):
         every, folders = [path for files in outputs for path in files.all], frame_folders(outputs)

@@ -4,12 +4,13 @@ import dataclasses
 import json
 from typing import Any
 
+from engine.checks import check_beside
 from engine.config import RunConfig
 from engine.planner.arrange import check_settings
 from engine.planner.choose import choose
 from engine.planner.gpu import GpuSpec
 from engine.planner.memory import GIB
-from engine.planner.model import ModelSpec, read_model
+from engine.planner.model import read_model
 from engine.planner.plan import MODES, Case, Plan, plan
 from launch.arguments.plan import Arguments
 
@@ -20,7 +21,8 @@ def run(given: Arguments) -> None:
     """Plan, and print the chosen plan first."""
     config, spec = given.config, read_model(given.config.model)
     check_settings(config, spec)
-    case = Case.of(config, spec, gpu=given.gpu, world_size=given.gpus)
+    check_beside(config, spec.video, given.given, num_frames=config.video.num_frames)
+    case = Case.of(config, spec, gpu=given.gpu, world_size=given.gpus, given=given.given)
     plans = plan(case)
     parallel = config.parallel
     best = choose(case, (parallel.cfg, parallel.ring, parallel.ulysses), plans=plans)
@@ -47,13 +49,14 @@ def as_text(case: Case, config: RunConfig, plans: list[Plan]) -> str:
     """Print the chosen plan in full, and a line for each of the others."""
     best = plans[0]
     lines = [
-        *_heading(case.spec, config, case.gpu, case.world_size),
+        *_heading(case, config),
         "",
         f"chosen: {best.name}",
         f"  why: {best.why}",
         *_shares(best, case),
         *_weights(case, best),
         *_memory(best, case.gpu),
+        *_cache(case),
         *_steps(best),
         *_runs(best, case.world_size),
         "",
@@ -65,12 +68,13 @@ def as_text(case: Case, config: RunConfig, plans: list[Plan]) -> str:
     return "\n".join(lines)
 
 
-def _heading(spec: ModelSpec, config: RunConfig, gpu: GpuSpec, world_size: int) -> list[str]:
-    video = config.video
-    frames, frame_tokens = spec.grid(video.num_frames, video.height, video.width)
+def _heading(case: Case, config: RunConfig) -> list[str]:
+    video, spec, beside = config.video, case.spec, len(case.given.moments)
+    frames, frame_tokens = case.grid()
+    pictures = f" and {beside} picture{'s' * (beside > 1)} beside them" if beside else ""
     return [
-        f"{spec.name} on {world_size} x {gpu.name}: {video.num_frames} frames of {video.height} x {video.width}, "
-        f"{frames} latent frames of {frame_tokens} tokens = {frames * frame_tokens} tokens",
+        f"{spec.name} on {case.world_size} x {case.gpu.name}: {video.num_frames} frames of {video.height} x {video.width}, "
+        f"{frames} latent frames{pictures} of {frame_tokens} tokens = {(frames + beside) * frame_tokens} tokens",
         f"numbers of the model: {spec.source}; {spec.heads} heads of {spec.head_dim}, {spec.layers} layers, "
         f"{'2 x ' if spec.num_experts > 1 else ''}{spec.parameters['transformer'] / 1e9:.2f} billion parameters",
     ]
@@ -111,6 +115,15 @@ def _weights(case: Case, best: Plan) -> list[str]:
 def _memory(best: Plan, gpu: GpuSpec) -> list[str]:
     parts = ", ".join(f"{name.replace('_', ' ')} {size / GIB:.2f}" for name, size in best.memory.items())
     return [f"  peak memory: {best.peak_bytes / GIB:.1f} GiB of {gpu.usable_gib:.1f} for tensors (GiB: {parts})"]
+
+
+def _cache(case: Case) -> list[str]:
+    """Say what of a step cache is predicted."""
+    if case.sampler.cache == "none":
+        return []
+    return [
+        f"  sampler.cache {case.sampler.cache}: its memory is counted (step cache), and the time that it saves is not predicted"
+    ]
 
 
 def _steps(best: Plan) -> list[str]:

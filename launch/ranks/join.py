@@ -20,6 +20,7 @@ import torch.distributed as dist
 from engine.config import RunConfig
 from engine.devices import pick_device
 from engine.errors import UserError, first_line
+from engine.given.frames import GivenFrames
 from engine.planner.arrange import Arrangement, arrange_ranks, describe_place, join_ranks
 from engine.ranks.agreement import (
     broadcast_bytes,
@@ -80,8 +81,10 @@ class DistContext:
 
 
 @contextlib.contextmanager
-def open_ranks(config: RunConfig, *, prompts: Sequence[str], verbose: bool) -> Iterator[DistContext]:
-    """Join this process to the others of its run: the mesh chosen by `config.parallel` and the planner.
+def open_ranks(
+    config: RunConfig, *, prompts: Sequence[str], verbose: bool, given: GivenFrames | None = None
+) -> Iterator[DistContext]:
+    """Join this process to the others of its run: the mesh chosen by `config.parallel` and the planner, for a video with `given` frames.
 
     Raises UserError, on every rank, if a rank does not come within `parallel.timeout`, if one has other settings, and if
     the degrees do not fit the number of ranks; LostRankError if one is lost later, in here or in the block.
@@ -94,7 +97,7 @@ def open_ranks(config: RunConfig, *, prompts: Sequence[str], verbose: bool) -> I
         _check_alone(config)
         device = pick_device(config.model.device)
         if device.type == "cuda":  # checks that the video fits the GPU; a CPU's memory is not checked
-            arrange_ranks(config, 1, device)
+            arrange_ranks(config, 1, device, given=given)
         yield DistContext()
         return
     store = _meet(rank_env, config.parallel.timeout)
@@ -102,7 +105,7 @@ def open_ranks(config: RunConfig, *, prompts: Sequence[str], verbose: bool) -> I
         nodes = _name_nodes(store, rank_env)
         if _share_loopback(store, rank_env):
             listen_on_loopback()
-        device, arrangement = _agree(store, rank_env, config, prompts, nodes)
+        device, arrangement = _agree(store, rank_env, config, prompts, nodes=nodes, given=given)
         backend = "nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=config.parallel.timeout)
         if rank_env.rank > 0:
@@ -260,7 +263,13 @@ def listen_on_loopback() -> None:
 
 
 def _agree(
-    store: dist.Store, rank_env: RankEnv, config: RunConfig, prompts: Sequence[str], nodes: Sequence[str]
+    store: dist.Store,
+    rank_env: RankEnv,
+    config: RunConfig,
+    prompts: Sequence[str],
+    *,
+    nodes: Sequence[str],
+    given: GivenFrames | None,
 ) -> tuple[torch.device, Arrangement]:
     """Return this rank's device and the arrangement once all ranks agree; UserError if one failed or has other settings.
 
@@ -270,7 +279,7 @@ def _agree(
     try:
         check_backend()  # a node may have another than the process that started the ranks
         device = _claim_device(rank_env, config)
-        arrangement = arrange_ranks(config, rank_env.world, device, nodes=nodes)
+        arrangement = arrange_ranks(config, rank_env.world, device, nodes=nodes, given=given)
         prints = setting_prints(config) | {
             "prompt": digest(json.dumps(list(prompts))),
             "checkpoint or GPU": digest(f"{arrangement.degrees} {arrangement.plan}"),

@@ -98,13 +98,13 @@ class Planner:
         config = self.variants[request.method].config
         config = with_extra(dataclasses.replace(config, video=dataclasses.replace(config.video, **size)), request.extra)
         variant = Variant(label=request.method, config=config)
-        arrange_replica([variant], options.ranks, torch.device(config.model.device), gpu=None, nodes=options.nodes)
+        given, settings = self._given(request), None
+        device = torch.device(config.model.device)
+        arrange_replica([variant], options.ranks, device, gpu=None, nodes=options.nodes, given=given)
         check_read_prompts(checkpoint, tokenizer, config.sampler, config.video, [(PROMPT, request.prompt)])
-        given, settings = None, None
-        if request.picture is None:
+        if given is None:
             check_given(None, checkpoint.spec, **size, fps=config.video.fps)
         else:
-            given = GivenFrames(images=(GivenImage(where="first", path=self.pictures / request.picture),))
             try:
                 check_given(given, checkpoint.spec, **size, fps=config.video.fps)
             except UserError as error:  # which names the file as the operator knows it
@@ -124,6 +124,11 @@ class Planner:
             given=settings,
         )
         return Planned(request=request, item=batch.items[0], config=config, given=given, given_settings=settings)
+
+    def _given(self, request: VideoRequest) -> GivenFrames | None:
+        if request.picture is None:
+            return None
+        return GivenFrames(images=(GivenImage(where="first", path=self.pictures / request.picture),))
 
     def _check_size(self, request: VideoRequest) -> None:
         """Raise RefusedError for a video with more pixels than the preset's, which is known to fit the memory."""

@@ -41,7 +41,7 @@ def look_at_prompts(
             print(f"note: {note}", flush=True)
         for note in describe_splits(config, {each.label: each.config.method for each in variants}):
             print(f"note: {note}", flush=True)
-        expected = describe_expected(config, num_prompts=len(prompts), ranks=ranks)
+        expected = describe_expected(config, num_prompts=len(prompts), ranks=ranks, given=given)
         if expected is not None:
             print(f"note: {expected}", flush=True)
 

@@ -1,0 +1,217 @@
+"""What the planner counts of pictures that a checkpoint was trained for, and of step caches, against what a small real run holds."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from diffusers import LTXVideoTransformer3DModel
+from diffusers.hooks import HookRegistry
+from diffusers.hooks.hooks import StateManager
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from engine.adapters.ltx_published import PUBLISHED
+from engine.config import MethodConfig, ModelConfig, ParallelConfig, RunConfig, SamplerConfig, VideoConfig
+from engine.engine import LongVideoEngine
+from engine.errors import UserError
+from engine.given.frames import Places, parse_given
+from engine.planner.arrange import arrange_ranks
+from engine.planner.cpu import denoising_operations
+from engine.planner.flops import call_operations
+from engine.planner.forward import count_forward
+from engine.planner.gpu import read_gpu
+from engine.planner.layout import Layout, lay_out
+from engine.planner.memory import cache_bytes, denoise_peak
+from engine.planner.model import ModelSpec, read_model
+from engine.planner.plan import Case
+from launch.arguments.plan import read
+from launch.commands.plan import run
+from tests.engine.hooks.test_step_cache import CACHES, PROMPT, config_of
+from tests.engine.test_planner import profiled_peak
+from tests.tiny_pipelines import random_ltx, save_random_ltx, save_random_wan
+
+NAME = "Lightricks/LTX-Video-0.9.7-dev"
+ROOT = Path(__file__).parents[2]
+PRESET = str(ROOT / "configs" / "ltx-video-13b-0.9.7-dev.yaml")
+TWO = Places(first=True, moments=(20, 56))
+SAMPLER = SamplerConfig(num_steps=40, guidance_scale=3.0, max_text_tokens=128)
+CPU = torch.device("cpu")
+
+
+def layout_of(spec: ModelSpec, video: VideoConfig, given: Places, **more: Any) -> Layout:
+    method = MethodConfig(window_frames=more.pop("window", 16))
+    return lay_out(spec, (1, 1, 1), video, SAMPLER, method, local_route="auto", given=given, **more)
+
+
+@pytest.fixture(scope="module")
+def ltx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small checkpoint that was trained with conditions."""
+    made = tmp_path_factory.mktemp("conditions")
+    random_ltx(dynamic_shift=False, shift_terminal=None, heads=8, head_dim=16).save_pretrained(made)
+    index = json.loads((made / "model_index.json").read_text())
+    (made / "model_index.json").write_text(json.dumps(index | {"_class_name": "LTXConditionPipeline"}))
+    return made
+
+
+def inputs_with_pictures(layout: Layout, *, tokens_apart: bool) -> dict[str, Any]:
+    """Arguments of a forward of both passes: a timestep of each token, or one of each pass."""
+    config, batch = layout.spec.configs["transformer"], layout.batch
+    return {
+        "hidden_states": torch.empty(batch, layout.tokens, config["in_channels"]),
+        "encoder_hidden_states": torch.empty(batch, layout.text, config["caption_channels"]),
+        "timestep": torch.full((batch, layout.tokens) if tokens_apart else (batch,), 500.0),
+        "encoder_attention_mask": torch.empty(batch, layout.text),
+        "num_frames": layout.frames,
+        "height": layout.rows,
+        "width": layout.columns,
+        "video_coords": torch.empty(1, 3, layout.tokens),
+        "return_dict": False,
+    }
+
+
+def test_operations_with_pictures_are_exactly_what_torch_counts() -> None:
+    spec = ModelSpec(name=NAME, source="test", configs=PUBLISHED[NAME])
+    layout = layout_of(spec, VideoConfig(num_frames=57, height=128, width=128, fps=30), TWO, itemsize=2)
+    assert (layout.frames, layout.video_frames, layout.tokens) == (10, 8, 160)
+    with torch.device("meta"):
+        model = LTXVideoTransformer3DModel.from_config(spec.configs["transformer"]).eval()
+        inputs = inputs_with_pictures(layout, tokens_apart=True)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(**inputs)
+    counted = counter.get_total_flops()
+    assert sum(call_operations(layout, "global").values()) == counted
+    # Negative controls: without one of the pictures, and with one timestep of all tokens.
+    for given, fewer in ((replace(TWO, moments=(20,)), 9), (Places(), 10)):
+        other = replace(layout, given=given, frames=fewer)
+        assert sum(call_operations(other, "global").values()) < counted
+
+
+def test_the_modulation_of_each_token_is_counted() -> None:
+    """By the formula: for both passes 6 numbers of each token and channel, as the embedding makes them and as a block adds its own."""
+    spec = ModelSpec(name=NAME, source="test", configs=PUBLISHED[NAME])
+    video = VideoConfig(num_frames=481, height=512, width=768)
+    with_first, without = (
+        count_forward(layout_of(spec, video, given, itemsize=2)) for given in (Places(first=True), Places())
+    )
+    modulation = 2 * 61 * 384 * 6 * 4096 * 2
+    assert with_first.at_attention - without.at_attention == pytest.approx(2 * modulation, rel=0.15)
+
+
+@pytest.mark.parametrize("given", [Places(first=True), TWO], ids=["first", "three"])
+def test_peak_of_a_forward_with_pictures_is_within_15_percent_of_what_the_allocator_gave_out(
+    ltx: Path, given: Places
+) -> None:
+    spec = read_model(ModelConfig(path=str(ltx)))
+    layout = layout_of(spec, VideoConfig(num_frames=121, height=192, width=192), given, itemsize=4)
+    assert layout.frames == 16 + len(given.moments)
+    pipe = random_ltx(dynamic_shift=False, shift_terminal=None, heads=8, head_dim=16)
+    inputs = inputs_with_pictures(layout, tokens_apart=given.first)
+    inputs = {name: torch.rand_like(x) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    measured = profiled_peak(lambda: pipe.transformer(**inputs))
+    parts = denoise_peak(layout, "global")
+    assert parts["activations"] + parts["kv_copies"] == pytest.approx(measured, rel=0.15)
+
+
+def kept_by_caches(engine: LongVideoEngine) -> int:
+    """Bytes of the tensors that diffusers' caches hold, each storage once."""
+    found = {}
+    for module in engine.pipe.transformer.modules():
+        registry: HookRegistry | None = getattr(module, "_diffusers_hook", None)
+        hooks = () if registry is None else registry.hooks.values()
+        for manager in (x for hook in hooks for x in vars(hook).values() if isinstance(x, StateManager)):
+            for state in manager._state_cache.values():
+                found |= {id(x.untyped_storage()): x.untyped_storage().nbytes() for x in tensors_in(vars(state))}
+    return sum(found.values())
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    if isinstance(value, dict | tuple | list):
+        return [x for part in (value.values() if isinstance(value, dict) else value) for x in tensors_in(part)]
+    return [value] if isinstance(value, Tensor) and value.dim() else []
+
+
+@pytest.mark.parametrize("cache", CACHES)
+@pytest.mark.parametrize("save", [save_random_wan, save_random_ltx], ids=["wan", "ltx"])
+def test_a_step_cache_keeps_as_many_bytes_as_are_planned(save: Any, cache: str, tmp_path: Path) -> None:
+    config = config_of(str(save(tmp_path / save.__name__.rpartition("_")[2])), cache)
+    kept: list[int] = []
+    with LongVideoEngine(config) as engine:
+        engine.denoise(PROMPT, on_step=lambda *_: kept.append(kept_by_caches(engine)))
+    layout = Case.of(config, read_model(config.model), gpu=read_gpu("h200"), world_size=1).layout((1, 1, 1))
+    layout = replace(layout, itemsize=4)
+    assert max(kept) == cache_bytes(layout) == denoise_peak(layout, "dual")["step_cache"]
+    assert kept[2] == kept[8]  # in either mode of the method
+    one = replace(layout, passes=1)
+    assert cache_bytes(one) == cache_bytes(layout) // 2  # negative control: without guidance
+    assert "step_cache" not in denoise_peak(replace(layout, cache="none"), "dual")
+
+
+def test_each_rank_keeps_its_tokens_and_passes() -> None:
+    spec = ModelSpec(name=NAME, source="test", configs=PUBLISHED[NAME])
+    video, method = VideoConfig(num_frames=121, height=512, width=768), MethodConfig(window_frames=16)
+    sampler = replace(SAMPLER, cache="first_block")
+    kept = [
+        cache_bytes(lay_out(spec, degrees, video, sampler, method, itemsize=2, local_route="auto"))
+        for degrees in ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 1, 2))
+    ]
+    assert kept[0] == 2 * 3 * 16 * 384 * 4096 * 2
+    assert kept == [kept[0], kept[0] // 2, kept[0] // 2, kept[0] // 4]
+
+
+def test_plan_shows_pictures_and_caches(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--given", "first=a.png", "--given", "last=b.png", "--sampler.cache", "first_block", "--json", "true"]
+    run(read([f"--config={PRESET}", *words]))
+    shown = json.loads(capsys.readouterr().out)["plans"][0]
+    assert shown["tokens"] == [62 * 384]
+    assert shown["memory"]["step_cache"] == 2 * 3 * 62 * 384 * 4096 * 2
+    run(read([f"--config={PRESET}", "--json", "true"]))
+    alone = json.loads(capsys.readouterr().out)["plans"][0]
+    assert shown["memory"]["activations"] - alone["memory"]["activations"] > 4e9
+    assert alone["tokens"] == [61 * 384]
+    assert "step_cache" not in alone["memory"]
+    run(read([f"--config={PRESET}", *words[:6]]))
+    text = capsys.readouterr().out
+    assert "61 latent frames and 1 picture beside them of 384 tokens = 23808 tokens" in text
+    assert "sampler.cache first_block: its memory is counted" in text
+    with pytest.raises(UserError, match=r"--given 90s=.* is beyond the video"):
+        run(read([f"--config={PRESET}", "--given", "90s=a.png"]))
+
+
+def config_with(ltx: Path, **parallel: Any) -> RunConfig:
+    return RunConfig(
+        model=ModelConfig(path=str(ltx), device="cpu"),
+        video=VideoConfig(num_frames=57, height=32, width=32, fps=8),
+        sampler=replace(SAMPLER, guidance_scale=1.0),
+        method=MethodConfig(name="direct", window_frames=3),
+        parallel=ParallelConfig(**parallel),
+    )
+
+
+def test_ranks_of_even_shares_are_refused_before_they_join(ltx: Path) -> None:
+    """Frames of 4 tokens: over 3 ranks 9 frames are even, and neither 8 nor 10."""
+    none, one, two = (
+        parse_given([f"{where}=none.png" for where in wheres], None) for wheres in ((), ("last",), ("last", "20"))
+    )
+    config = config_with(ltx, provider="deepspeed")
+    with mock.patch("engine.planner.arrange.check_deepspeed"):  # whether the package is here is another question
+        assert arrange_ranks(config, 3, CPU, given=one).plan.tokens == 36
+        line = (
+            r"parallel\.provider deepspeed: .* takes even shares only, and 40 tokens over 3 ranks are not: \[13, 13, 14\]; the tokens of "
+            r"pictures at later frames than the first \(2\) count too; it can have no arrangement of 3 ranks: use parallel\.provider torch, "
+        )
+        with pytest.raises(UserError, match=line):
+            arrange_ranks(config, 3, CPU, given=two)
+        with pytest.raises(UserError, match=r"and 32 tokens over 3 ranks are not: [^;]*; it can have no arrangement"):
+            arrange_ranks(config, 3, CPU, given=none)
+    plans = [arrange_ranks(config_with(ltx), 3, CPU, given=pictures).plan.tokens for pictures in (none, one, two)]
+    assert plans == [32, 36, 40]
+
+
+def test_the_time_on_a_cpu_counts_pictures(ltx: Path) -> None:
+    config = config_with(ltx)
+    more, less = (denoising_operations(config, given) for given in (parse_given(["last=none.png"], None), None))
+    assert more > 1.1 * less
