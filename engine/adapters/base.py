@@ -72,6 +72,11 @@ class VideoSpec:
             raise ValueError(f"patch is {self.patch!r:.60}")
 
     @property
+    def takes_prefix(self) -> bool:
+        """Whether latent frames that are given from the first on are conditions: free of noise at every step, with timestep 0."""
+        return "first" in self.pictures and not self.needs
+
+    @property
     def size_multiples(self) -> tuple[int, int]:
         """The multiples required for height and width in pixels: the pipeline's, and whole tokens."""
         _, rows, columns = self.patch

@@ -109,14 +109,24 @@ class GivenFrames:
         """The places of conditions without noise of a checkpoint that was trained for `pictures`, of which it needs some."""
         trained = self.trained(num_frames=num_frames, fps=fps, pictures=pictures)
         beside = [int(place) for place in trained if place != "first"] if ANY_FRAME in pictures else []
-        return Places(first="first" in trained and not needs, moments=tuple(sorted(beside)))
+        first = "first" in trained or self.continues(pictures)
+        return Places(first=first and not needs, moments=tuple(sorted(beside)))
+
+    def continues(self, pictures: Sequence[str]) -> bool:
+        """Whether the video to continue is a condition of a checkpoint that was trained for `pictures`."""
+        return self.extend is not None and "first" in pictures
 
     def settings(self, *, num_frames: int, fps: int, step: int, pictures: Sequence[str] = ()) -> dict[str, Any]:
         """The settings for the run's id, in JSON types: latent frames and SHA-256 of the files, what is shown, and the rules."""
-        images = {str(self.latent(image, num_frames, fps, step)): file_sha256(image.path) for image in self.images}
+        if ANY_FRAME in pictures:  # two of them may share a latent frame
+            places = [f"frame {round(image.frame(num_frames, fps))}" for image in self.images]
+        else:
+            places = [str(self.latent(image, num_frames, fps, step)) for image in self.images]
+        images = {place: file_sha256(image.path) for place, image in zip(places, self.images, strict=True)}
         extend = None if self.extend is None else file_sha256(self.extend)
         settings = {"images": images, "extend": extend, "shows": self.shows, "max_noise": self.max_noise}
         trained = sorted(self.trained(num_frames=num_frames, fps=fps, pictures=pictures))
+        trained += ["extend"] if self.continues(pictures) else []
         return settings | ({"trained": trained} if trained else {})
 
     def latent(self, image: GivenImage, num_frames: int, fps: int, step: int) -> int:

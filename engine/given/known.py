@@ -2,7 +2,8 @@
 
 Before every step they replace what was denoised, at the noise of the step or at `max_noise` if that is less: x_s = (1 - s) x_0 + s n,
 s = min(sigma, max_noise), with the initial noise n. All other frames attend to them, and at the end they equal x_0. Model and method
-are unchanged. A picture where the checkpoint was trained for one is its `Condition` instead.
+are unchanged. A picture where the checkpoint was trained for one is its `Condition` instead, and so are the first latent frames of a
+checkpoint that `takes_prefix`: those of a video to continue, or of a picture, never have noise.
 """
 
 from collections import deque
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from engine.adapters import ModelAdapter, VideoSpec
 from engine.adapters.base import Condition, as_frames
+from engine.config import ANY_FRAME
 from engine.decode.pieces import make_ready
 from engine.errors import UserError
 from engine.files.latents import load_latents
@@ -86,7 +88,9 @@ def check_given(
                 f"--extend {given.extend} has {spec.num_frames(begun)} frames, and video.num_frames, which counts them, is "
                 f"{num_frames}; ask for more"
             )
+        notes += _describe_prefix(given.extend, spec, begun)
     taken: dict[int, GivenImage] = {}
+    apart = ANY_FRAME in spec.pictures  # each picture has tokens of its own
     for image in given.images:
         read_image(image.path, height, width)
         latent = given.latent(image, num_frames, fps, step)
@@ -94,14 +98,14 @@ def check_given(
             raise UserError(
                 f"--given {image.where}={image.path} lies in the frames of --extend {given.extend}; leave it out"
             )
-        if latent in taken:
-            raise UserError(
-                f"--given {taken[latent].where} and {image.where} fall into one latent frame (frames {span_of(latent, step)}); leave one out"
-            )
-        taken[latent] = image
+        place = round(image.frame(num_frames, fps)) if apart else latent
+        if place in taken:
+            where = f"on one frame ({place})" if apart else f"into one latent frame (frames {span_of(latent, step)})"
+            raise UserError(f"--given {taken[place].where} and {image.where} fall {where}; leave one out")
+        taken[place] = image
     # What a checkpoint sees as channels, or beside the video, is denoised all the same.
     trained = given.trained(num_frames=num_frames, fps=fps, pictures=spec.pictures)
-    seen = [image for place, image in trained.items() if spec.needs or place != "first"]
+    seen = [image for place, image in trained.items() if place != "first" or not spec.takes_prefix]
     fixed = begun + sum(image not in seen for image in given.images)
     if fixed == spec.latent_shape(num_frames, height, width)[2]:
         raise UserError(
@@ -159,6 +163,8 @@ def read_given(
     if given.extend is not None:
         begun = _read_begun(given.extend, adapter, pipe.vae, spec, size=(height, width))
         by_frame = dict(enumerate(begun.split(1, dim=2)))
+        if spec.takes_prefix:
+            condition = replace(condition or Condition(), latents=begun)
     elif condition is not None and condition.latents is not None:
         by_frame = dict(enumerate(condition.latents.cpu().split(1, dim=2)))
     for image in given.images:
@@ -229,6 +235,17 @@ def _look_at_begun(path: Path, spec: VideoSpec, *, height: int, width: int, fps:
     left_out = frames - spec.num_frames(latents)
     notes = [f"of {path.name} the first {left_out} of {frames} frames are left out, which fill no latent frame"]
     return latents, notes if left_out else []
+
+
+def _describe_prefix(path: Path, spec: VideoSpec, begun: int) -> list[str]:
+    """A note if the video to continue is a condition, and whether the checkpoint was trained for that."""
+    if not spec.takes_prefix:
+        return []
+    last = spec.num_frames(begun) - 1
+    frames = f"frames 0 to {last}" if last else "frame 0"
+    trained = ANY_FRAME in spec.pictures or begun == 1
+    said = ", which this checkpoint was trained for" if trained else "; this checkpoint was trained for one of frame 0"
+    return [f"{path.name} is the condition of {frames}{said}"]
 
 
 def _whole_latents(frames: int, spec: VideoSpec) -> int:

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import LTXConditionPipeline, LTXImageToVideoPipeline
@@ -14,6 +15,7 @@ from diffusers.pipelines.ltx.pipeline_ltx_condition import LTXVideoCondition
 from PIL import Image
 from torch import Tensor
 
+from engine.adapters import VideoSpec
 from engine.adapters.base import order_of_tokens
 from engine.batch.variants import Variant
 from engine.config import (
@@ -28,6 +30,7 @@ from engine.config import (
 from engine.engine import LongVideoEngine
 from engine.files.latents import save_latents
 from engine.given.frames import GivenFrames, GivenImage, parse_given
+from engine.given.known import check_given, encode_frames
 from engine.hooks.step_hook import share_tokens
 from engine.load.checkpoint import open_checkpoint
 from engine.load.convolutions import use_onednn
@@ -108,8 +111,9 @@ def stock_latents(
     monkeypatch: Any,
     *,
     timesteps: tuple[float, ...] | None = None,
+    clip: np.ndarray | None = None,
 ) -> Tensor:
-    """What diffusers' own pipeline makes of the same pictures, with the mean of their latents, which it would sample."""
+    """What diffusers' own pipeline makes of the same pictures, or of a clip that it begins with, with the mean of their latents, which it would sample."""
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
     pipe = LTXConditionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
@@ -120,6 +124,8 @@ def stock_latents(
     call |= steps if timesteps is None else {"timesteps": list(timesteps), "guidance_scale": 1.0}
     if given is not None:
         call["conditions"] = [condition_of(image, frames) for image in given.images]
+    if clip is not None:
+        call["conditions"] = [LTXVideoCondition(video=[Image.fromarray(frame) for frame in clip], frame_index=0)]
     draw = torch.Generator().manual_seed(3)
     return pipe(prompt=PROMPT, negative_prompt="bad", **call, generator=draw, output_type="latent").frames
 
@@ -143,13 +149,16 @@ def test_the_engine_has_the_bits_of_the_stock_pipeline(folder, given, monkeypatc
 def test_pictures_at_any_frame_are_conditions_of_the_stock_pipeline(folder, several, given, monkeypatch):
     """Up to rounding, since their tokens stand in another order; at native length a method has the bits of direct."""
     config = config_of(folder, method="direct")
-    stock, made = stock_latents(folder, LONG, several, monkeypatch), on_one_rank(config, given=several)
-    assert relative(made, stock) <= LIMIT * rounding_of_direct(config)
-    assert relative(on_one_rank(config, given=given), stock) > 1e-3  # negative control: without the others
-    first, last, second, third = several.images
-    moved = GivenImage(where="21", path=third.path)
-    other = latents_on(config, given=GivenFrames(images=(first, last, second, moved)))
-    assert relative(other, stock) > 1e-4  # and one frame later, in the same latent frame
+    first, last, second, _ = several.images
+    more = GivenFrames(
+        images=(*several.images, GivenImage(where="21", path=first.path))
+    )  # in one latent frame with the third
+    stock, made = stock_latents(folder, LONG, more, monkeypatch), on_one_rank(config, given=several)
+    assert relative(latents_on(config, given=more), stock) <= LIMIT * rounding_of_direct(config)
+    assert (
+        relative(on_one_rank(config, given=given), stock) > 1e-3
+    )  # negative controls: without the others, and one less
+    assert relative(made, stock) > 1e-4
     native = GivenFrames(images=(first, last, second))
     short = [
         on_one_rank(config_of(folder, frames=NATIVE, method=name), given=native) for name in ("direct", "freespec")
@@ -177,6 +186,7 @@ def test_what_is_said_and_recorded_of_pictures_at_any_frame(several):
     spans = [(each["start"], each["stop"]) for each in several.record(**size, begun=0)["images"]]
     assert spans == [(0, 1), (56, 57), (8, 9), (20, 21)]
     assert several.settings(**size)["trained"] == ["20", "56", "8", "first"]
+    assert sorted(several.settings(**size)["images"]) == ["frame 0", "frame 20", "frame 56", "frame 8"]
 
 
 def test_a_checkpoint_of_text_to_video_keeps_the_rule_without_training(folder, given, tmp_path):
@@ -265,10 +275,15 @@ def test_a_scheduler_that_shifts_is_refused():
     )
 
 
+def given_of(case: Case) -> GivenFrames:
+    """The pictures that the case names, and the latents that the video begins with if its route does."""
+    return parse_given(case.fault.split(), case.route if case.route.endswith(".safetensors") else None)
+
+
 def latents_on_ranks(rank: int, case: Case) -> Tensor:
-    """This rank's latents with the pictures that the case names; runs on every rank."""
-    given = parse_given(case.fault.split(), None)
-    return latents_on(config_of(Path(case.folder)), Ranks(mesh=mesh_of(case.degrees)), case.prompt, given=given)
+    """This rank's latents with what the case is given; runs on every rank."""
+    ranks = Ranks(mesh=mesh_of(case.degrees))
+    return latents_on(config_of(Path(case.folder)), ranks, case.prompt, given=given_of(case))
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -276,8 +291,11 @@ def test_any_arrangement_of_ranks_makes_the_same_video(folder, several, ranks, t
     words = " ".join(f"{image.where}={image.path}" for image in several.images)
     cases = [Case(str(folder), degrees, "freespec", fault=words) for degrees in all_degrees(ranks)]
     cases.append(cases[-1]._replace(prompt=TIMELINE))
+    save_latents(tmp_path / "a.safetensors", torch.ones(1, 4, 2, 4, 6), {})
+    later = " ".join(words.split()[1:2])  # the last frame
+    cases.append(cases[-1]._replace(fault=later, route=str(tmp_path / "a.safetensors")))
     for case, by_rank in zip(cases, run_ranks(ranks, latents_on_ranks, cases, tmp_path), strict=True):
-        assert_same_video(by_rank, config_of(folder), case, parse_given(case.fault.split(), None))
+        assert_same_video(by_rank, config_of(folder), case, given_of(case))
 
 
 def test_a_run_that_was_stopped_continues(folder, several, tmp_path):
@@ -296,13 +314,56 @@ def test_a_run_that_was_stopped_continues(folder, several, tmp_path):
 
 
 def test_a_video_is_continued_towards_a_picture(folder, several, tmp_path):
-    """The video that it begins with is known, and the picture at its end is a condition."""
+    """The video that it begins with and the picture at its end are conditions; a run that was stopped continues."""
     file, last = tmp_path / "a.safetensors", several.images[1]
+    both = GivenFrames(extend=file, images=(last,))
+
+    def stop(finished: int, _total: int) -> None:
+        if finished == 2:
+            raise InterruptedError
+
     with LongVideoEngine(config_of(folder)) as engine:
         latents = torch.randn(engine.spec.latent_shape(NATIVE, 64, 96), generator=torch.Generator().manual_seed(1))
         save_latents(file, latents, {})
-        made = engine.denoise(PROMPT, given=GivenFrames(extend=file, images=(last,)))
+        with pytest.raises(InterruptedError):
+            engine.denoise(PROMPT, given=both, checkpoint=tmp_path / "state", on_step=stop)
+        made = engine.denoise(PROMPT, given=both, checkpoint=tmp_path / "state")
         alone = engine.denoise(PROMPT, given=GivenFrames(extend=file))
+    assert made.resumed_at == 2
+    assert torch.equal(made.latents, on_one_rank(config_of(folder), given=both))
     assert made.given["extend"] == {"file": "a.safetensors", "start": 0, "stop": NATIVE}
+    assert made.settings["given"]["trained"] == ["56", "extend"]
     assert torch.equal(made.latents[:, :, :3], latents)
     assert relative(made.latents[:, :, -1:], alone.latents[:, :, -1:]) > 1e-3
+
+
+@pytest.mark.parametrize(("frames", "method"), [(NATIVE, "freespec"), (LONG, "direct")])
+def test_a_video_is_continued_as_the_stock_pipeline_does(folder, monkeypatch, tmp_path, frames, method):
+    """With the same clip as its condition at frame 0."""
+    clip = np.random.default_rng(0).integers(0, 256, (9, 64, 96, 3), np.uint8)
+    given = GivenFrames(extend=tmp_path / "a.safetensors")
+    with LongVideoEngine(config_of(folder, frames=frames, method=method)) as engine:
+        save_latents(given.extend, encode_frames(engine.adapter, engine.pipe.vae, clip), {})
+        made = engine.denoise(PROMPT, given=given).latents
+        [note] = check_given(given, engine.spec, num_frames=frames, height=64, width=96, fps=8)
+        with monkeypatch.context() as patch:  # negative control: the rule of checkpoints without conditions
+            patch.setattr(VideoSpec, "takes_prefix", False)
+            other = engine.denoise(PROMPT, given=given).latents
+    assert torch.equal(made, stock_latents(folder, frames, None, monkeypatch, clip=clip))
+    assert torch.equal(other[:, :, :2], made[:, :, :2])
+    assert relative(other, made) > 1e-3
+    assert note == "a.safetensors is the condition of frames 0 to 8, which this checkpoint was trained for"
+
+
+def test_two_pictures_at_one_frame_are_refused(folder, several):
+    """Of one latent frame only where each picture has no tokens of its own."""
+    third = several.images[3]
+    twice, near = (GivenFrames(images=(third, GivenImage(where=where, path=third.path))) for where in ("2.5s", "21"))
+    spec = open_checkpoint(ModelConfig(path=str(folder))).spec
+    size = {"num_frames": LONG, "height": 64, "width": 96, "fps": 8}
+    refused(
+        lambda: check_given(twice, spec, **size), match=r"--given 20 and 2\.5s fall on one frame \(20\); leave one out"
+    )
+    assert len(check_given(near, spec, **size)) == 2
+    untrained = replace(spec, pictures=())
+    refused(lambda: check_given(near, untrained, **size), match="fall into one latent frame \\(frames 17 to 24\\)")

@@ -211,6 +211,15 @@ def test_ranks_of_even_shares_are_refused_before_they_join(ltx: Path) -> None:
     assert plans == [32, 36, 40]
 
 
+def test_a_video_to_continue_is_planned_with_a_timestep_of_each_token(ltx: Path) -> None:
+    spec, video = read_model(ModelConfig(path=str(ltx))), VideoConfig(num_frames=57, height=32, width=32)
+    continued = parse_given([], "none.mp4")
+    assert spec.places(continued, video) == Places(first=True)
+    assert spec.places(parse_given(["first=none.png"], None), video) == Places(first=True)
+    text = replace(spec, configs=spec.configs | {"model_index": {"_class_name": "LTXPipeline"}})
+    assert text.places(continued, video) == Places()
+
+
 def test_the_time_on_a_cpu_counts_pictures(ltx: Path) -> None:
     config = config_with(ltx)
     more, less = (denoising_operations(config, given) for given in (parse_given(["last=none.png"], None), None))

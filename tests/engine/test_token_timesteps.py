@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from engine.adapters import VideoSpec
 from engine.adapters.published import PUBLISHED
 from engine.adapters.wan import WAN, WanAdapter
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
@@ -21,6 +22,8 @@ from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.files.latents import save_latents
 from engine.given.frames import GivenFrames, parse_given
+from engine.given.known import check_given
+from engine.load.checkpoint import open_checkpoint
 from engine.load.convolutions import use_onednn
 from engine.planner.flops import call_operations
 from engine.planner.layout import lay_out
@@ -122,15 +125,33 @@ def test_pictures_elsewhere_stay_known_and_the_id_says_which_are_conditions(fold
     assert relative(made.latents, on_one_rank(config, given=given)) > 1e-3
 
 
-def test_a_video_is_continued(folder, tmp_path):
-    config, file = config_of(folder), tmp_path / "a.safetensors"
+def test_a_video_is_continued_with_the_rule_of_the_first_frame(folder, given, tmp_path, monkeypatch):
+    """As the stock pipeline would if its mask were that of several latent frames."""
+    config, file = config_of(folder, method="direct"), tmp_path / "a.safetensors"
+    prefix = torch.randn(
+        open_checkpoint(config.model).spec.latent_shape(5, 64, 96), generator=torch.Generator().manual_seed(1)
+    )
+    save_latents(file, prefix, {})
+    prepare = WanImageToVideoPipeline.prepare_latents
+
+    def prepare_prefix(self: Any, *args: Any, **kwargs: Any) -> Any:
+        latents, _, mask = prepare(self, *args, **kwargs)
+        mask[:, :, :2] = 0
+        return latents, torch.cat([prefix, torch.zeros_like(latents[:, :, 2:])], dim=2), mask
+
+    extended = GivenFrames(extend=file)
     with LongVideoEngine(config) as engine:
-        latents = torch.randn(engine.spec.latent_shape(NATIVE, 64, 96), generator=torch.Generator().manual_seed(1))
-        save_latents(file, latents, {})
-        made = engine.denoise(PROMPT, given=GivenFrames(extend=file))
-    assert torch.equal(made.latents[:, :, :3], latents)
-    assert relative(made.latents[:, :, 3:], on_one_rank(config)[:, :, 3:]) > 1e-3
-    assert "trained" not in made.settings["given"]
+        made = engine.denoise(PROMPT, given=extended)
+        [note] = check_given(extended, engine.spec, num_frames=LONG, height=64, width=96, fps=16)
+        with monkeypatch.context() as patch:  # negative control: the rule of checkpoints without conditions
+            patch.setattr(VideoSpec, "takes_prefix", False)
+            other = engine.denoise(PROMPT, given=extended).latents
+    monkeypatch.setattr(WanImageToVideoPipeline, "prepare_latents", prepare_prefix)
+    assert torch.equal(made.latents, stock_latents(folder, LONG, given))
+    assert torch.equal(made.latents[:, :, :2], other[:, :, :2])
+    assert relative(made.latents, other) > 1e-3
+    assert made.settings["given"]["trained"] == ["extend"]
+    assert note == "a.safetensors is the condition of frames 0 to 4; this checkpoint was trained for one of frame 0"
 
 
 @pytest.mark.parametrize("frames", [NATIVE, LONG])
@@ -208,9 +229,15 @@ def test_the_public_command_with_a_given_picture_and_a_timeline(folder, tmp_path
 
 
 def latents_on_ranks(rank: int, case: Case) -> Tensor:
-    """This rank's latents with the picture that the case names, and weights shared by zero3 if its route says so; runs on every rank."""
-    given, weights = parse_given([f"first={case.fault}"], None), {"weights": "zero3"} if case.route == "shared" else {}
+    """This rank's latents with the file that the case names, and weights shared by zero3 if its route says so; runs on every rank."""
+    given, weights = given_of(case), {"weights": "zero3"} if case.route == "shared" else {}
     return latents_on(config_of(Path(case.folder), **weights), Ranks(mesh=mesh_of(case.degrees)), given=given)
+
+
+def given_of(case: Case) -> GivenFrames:
+    """The picture of the case for the first frame, or the latents to continue."""
+    picture = case.fault.endswith(".png")
+    return parse_given([f"first={case.fault}"], None) if picture else parse_given([], case.fault)
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -218,8 +245,10 @@ def test_any_arrangement_of_ranks_makes_the_same_video(folder, given, ranks, tmp
     cases = [Case(str(folder), degrees, "freespec", fault=str(given.images[0].path)) for degrees in all_degrees(ranks)]
     if ranks == 2 and importlib.util.find_spec("deepspeed") is not None:
         cases.append(cases[0]._replace(route="shared"))
+    save_latents(tmp_path / "a.safetensors", torch.ones(1, 4, 2, 4, 6), {})
+    cases.append(cases[0]._replace(fault=str(tmp_path / "a.safetensors")))
     for case, by_rank in zip(cases, run_ranks(ranks, latents_on_ranks, cases, tmp_path), strict=True):
-        assert_same_video(by_rank, config_of(folder), case, given)
+        assert_same_video(by_rank, config_of(folder), case, given_of(case))
 
 
 def test_operations_are_exactly_what_torch_counts():
