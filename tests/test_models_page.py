@@ -32,9 +32,9 @@ TESTS: dict[str, tuple[str | None, ...]] = {
     "`--extend`": (
         KNOWN,
         "test_two_experts::test_a_video_is_continued",
-        "test_token_timesteps::test_a_video_is_continued",
+        "test_token_timesteps::test_a_video_is_continued_with_the_rule_of_the_first_frame",
         "test_pictures::test_what_does_not_belong_together_is_refused",
-        KNOWN,
+        "test_ltx_pictures::test_a_video_is_continued_as_the_stock_pipeline_does",
     ),
     "LoRAs": (
         "load/test_loras::test_weights_are_changed_by_the_rule",

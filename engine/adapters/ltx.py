@@ -85,6 +85,14 @@ class LtxAdapter(ModelAdapter):
                 f"the transformer has patches of {patch[0]} x {patch[1]}; LTX-Video has one latent per token"
             )
 
+    def check_call(self, arguments: Mapping[str, Any]) -> None:
+        """Refuse a picture beside latents, which LTXImageToVideoPipeline takes instead of it."""
+        if arguments.get("image") is not None and arguments.get("latents") is not None:
+            raise UserError(
+                "LTXImageToVideoPipeline ignores image= beside latents=, and takes their first latent frame for that of the picture; leave "
+                "latents= out, or image= if that frame holds the picture"
+            )
+
     def blocks(self, transformer: LTXVideoTransformer3DModel) -> nn.ModuleList:
         """See the base class."""
         return transformer.transformer_blocks

@@ -229,6 +229,20 @@ def test_arguments_that_a_method_cannot_follow_are_refused():
     latents_of(pipe, **call, latents=latents)  # without a method as in the stock pipeline
 
 
+def test_a_picture_that_the_pipeline_would_ignore_is_refused():
+    """LTXImageToVideoPipeline takes latents instead of the picture."""
+    pipe = LTXImageToVideoPipeline(**random_ltx().components)
+    pipe.set_progress_bar_config(disable=True)
+    call = {"height": 64, "width": 96, "num_frames": NATIVE, "latents": torch.ones(1, 18 * 4, 4)}
+    red, blue = (Image.new("RGB", (96, 64), colour) for colour in ("red", "blue"))
+    assert torch.equal(
+        latents_of(pipe, **call, image=red), latents_of(pipe, **call, image=blue)
+    )  # diffusers ignores it
+    with applied(pipe):
+        refused(lambda: latents_of(pipe, **call, image=red), match="ignores image= beside latents=")
+        latents_of(pipe, **call)
+
+
 def test_settings_that_do_not_suit_pictures_beside_the_video_are_refused(folder, several, given):
     """Before weights are read, and by the engine; a picture at the first frame has no tokens of its own."""
     config = config_of(folder, method="freeloc")
@@ -326,8 +340,8 @@ def test_a_video_is_continued_towards_a_picture(folder, several, tmp_path):
         latents = torch.randn(engine.spec.latent_shape(NATIVE, 64, 96), generator=torch.Generator().manual_seed(1))
         save_latents(file, latents, {})
         with pytest.raises(InterruptedError):
-            engine.denoise(PROMPT, given=both, checkpoint=tmp_path / "state", on_step=stop)
-        made = engine.denoise(PROMPT, given=both, checkpoint=tmp_path / "state")
+            engine.denoise(PROMPT, given=both, snapshot=tmp_path / "state", on_step=stop)
+        made = engine.denoise(PROMPT, given=both, snapshot=tmp_path / "state")
         alone = engine.denoise(PROMPT, given=GivenFrames(extend=file))
     assert made.resumed_at == 2
     assert torch.equal(made.latents, on_one_rank(config_of(folder), given=both))

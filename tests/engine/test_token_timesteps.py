@@ -245,7 +245,7 @@ def test_any_arrangement_of_ranks_makes_the_same_video(folder, given, ranks, tmp
     cases = [Case(str(folder), degrees, "freespec", fault=str(given.images[0].path)) for degrees in all_degrees(ranks)]
     if ranks == 2 and importlib.util.find_spec("deepspeed") is not None:
         cases.append(cases[0]._replace(route="shared"))
-    save_latents(tmp_path / "a.safetensors", torch.ones(1, 4, 2, 4, 6), {})
+    save_latents(tmp_path / "a.safetensors", torch.ones(1, 4, 2, 8, 12), {})
     cases.append(cases[0]._replace(fault=str(tmp_path / "a.safetensors")))
     for case, by_rank in zip(cases, run_ranks(ranks, latents_on_ranks, cases, tmp_path), strict=True):
         assert_same_video(by_rank, config_of(folder), case, given_of(case))
