@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.videos import Video, made_with, make_missing, options, read_kept, sampler_of, with_kept, write_report
 from engine.engine import LongVideoEngine
-from evaluation.study.directed import JOINED, timelines
+from evaluation.study.timelines_and_extensions import JOINED, timelines
 from metrics.events import TextRange, measure, observe
 from tiny.world import BACKGROUNDS, COLOURS, SHAPES, STRAIGHT
 

@@ -22,7 +22,7 @@ from engine.engine import LongVideoEngine
 from engine.files.latents import save_latents
 from engine.given.frames import MAX_NOISE, GivenFrames
 from engine.given.known import encode_frames
-from evaluation.study.directed import CONTINUED, WAYS, WRONG, extensions
+from evaluation.study.timelines_and_extensions import CONTINUED, WAYS, WRONG, extensions
 from tiny.captions import parse_caption
 from tiny.measure import track
 from tiny.world import STRAIGHT

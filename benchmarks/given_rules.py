@@ -19,7 +19,7 @@ from engine.engine import LongVideoEngine
 from engine.files.tables import markdown_table
 from engine.given.frames import MAX_NOISE
 from evaluation.markdown import estimate
-from evaluation.study.directed import balanced
+from evaluation.study.timelines_and_extensions import balanced
 from metrics.bootstrap import paired_interval, seed_means
 
 LENGTH = 65

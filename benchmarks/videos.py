@@ -106,7 +106,7 @@ def _is_same(video: Video, measured: Video) -> bool:
 def write_report(
     path: Path, videos: Sequence[Video], num_frames: Sequence[int], sampler: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Write and return the report of measured videos: a section of docs/findings.md (evaluation/study/directed.py)."""
+    """Write and return the report of measured videos: a section of docs/findings.md (evaluation/study/timelines_and_extensions.py)."""
     settings = _settings(num_frames, sampler)
     known = [{**video, "values": {name: finite_or_none(x) for name, x in video["values"].items()}} for video in videos]
     report = {"comparison": {"settings": settings}, "videos": known}

@@ -1,9 +1,10 @@
-"""Text for a terminal: foreign text escaped, sizes and durations in units. Standard library only."""
+"""Text for a terminal: lines for the user, foreign text escaped, sizes and durations in units. Standard library only."""
 
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any, TextIO
 
 # Control characters except tab and newline, marks of writing direction, and surrogates (from names that are not UTF-8).
@@ -13,6 +14,15 @@ _UNSAFE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202
 def printable(text: str) -> str:
     r"""The text with control characters escaped: `\x1b[2J` is shown instead of clearing the screen."""
     return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+Say = Callable[[str], None]
+"""Prints a line for the user while a command works."""
+
+
+def say_on_stderr(line: str) -> None:
+    """Write a line to stderr."""
+    sys.stderr.write(f"{printable(line)}\n")
 
 
 def quoted(text: str) -> str:

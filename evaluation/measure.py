@@ -17,10 +17,10 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.errors import UserError
-from engine.files.say import Say
 from engine.files.trees import finite_or_none, read_kept
 from engine.files.whole import write_json
 from engine.media.read_video import read_frames
+from engine.shown import Say
 from metrics.video import VideoReading
 
 

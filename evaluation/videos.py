@@ -17,11 +17,11 @@ from engine.batch.files import variant_of
 from engine.batch.items import requested_items
 from engine.batch.store import beside
 from engine.errors import UserError
-from engine.files.say import Say, say_on_stderr
 from engine.files.trees import DamagedError, Shape, check_tree, read_json
 from engine.files.whole import file_sha256
 from engine.media.read_video import check_colours, open_file
 from engine.paths import expand
+from engine.shown import Say, say_on_stderr
 from evaluation.events import ranges_of
 from metrics.events import TextRange
 

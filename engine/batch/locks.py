@@ -10,8 +10,8 @@ from pathlib import Path
 
 from engine.errors import UserError
 from engine.files.locks import HeldError, hold, holder_of, locked
-from engine.files.say import Say, say_on_stderr
 from engine.files.trees import Shape, read_tree
+from engine.shown import Say, say_on_stderr
 
 
 @dataclass(frozen=True, kw_only=True)

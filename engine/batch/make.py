@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor
 
-from engine.batch.check import check_video
 from engine.batch.files import item_files
 from engine.batch.items import FILE
 from engine.batch.store import publish
@@ -25,6 +24,7 @@ from engine.files.storage import FolderGoneError
 from engine.files.video import VideoFiles
 from engine.files.whole import write_json
 from engine.given.frames import GivenFrames
+from engine.media.read_video import check_video
 from engine.produce import LatentsFile, decode_to_files, denoise_to_file, share_decoding
 
 

@@ -12,9 +12,9 @@ from typing import Any, Literal
 
 from engine.errors import UserError
 from engine.files import whole
-from engine.files.say import Say, say_on_stderr
 from engine.files.trees import DamagedError, Shape, read_kept
 from engine.files.whole import file_sha256, write_text
+from engine.shown import Say, say_on_stderr
 
 Verify = Literal["size", "full"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from engine.errors import UserError
 from engine.files.locks import HeldError, hold, holder_of, locked
-from engine.files.say import Say, say_on_stderr
 from engine.files.whole import describe_error, sweep
+from engine.shown import Say, say_on_stderr
 
 
 @contextlib.contextmanager

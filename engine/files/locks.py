@@ -21,8 +21,8 @@ from pathlib import Path
 
 from engine.errors import UserError
 from engine.files.processes import is_running, start_time, this_place
-from engine.files.say import Say, say_on_stderr
 from engine.files.whole import part_path
+from engine.shown import Say, say_on_stderr
 
 BEAT_SECONDS = 1.5
 # A holder on another machine is dead if its last heartbeat is older than the first; the second is how long to wait for another.

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from engine.errors import UserError
-from engine.files.say import Say, say_on_stderr
+from engine.shown import Say, say_on_stderr
 
 # The type that a JSON file must hold at each dotted key. `a.b[].c` is the key c in each item of the list a.b, `a.b{}` each value
 # of the mapping a.b; a key that ends in `?` may be missing or null.

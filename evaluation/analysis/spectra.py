@@ -14,10 +14,10 @@ import numpy as np
 from engine.batch.items import FILE, claim_folder
 from engine.errors import UserError
 from engine.files.checks import check_places
-from engine.files.say import say_on_stderr
 from engine.files.trees import DamagedError, Shape, lacking, read_json
 from engine.files.whole import write_text
 from engine.media.contact_sheet import spaced
+from engine.shown import say_on_stderr
 from evaluation.comparison.store import Comparison
 from evaluation.comparison.summary import as_json
 from metrics.bootstrap import mean_interval, paired_interval

@@ -19,9 +19,9 @@ from engine.batch.variants import MAY_DIFFER, Variant
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.files.checks import check_places
-from engine.files.say import Say, say_on_stderr
 from engine.files.trees import Shape, read_tree
 from engine.identity import flat
+from engine.shown import Say, say_on_stderr
 from engine.text.timeline import parse_timeline
 
 # Fields of a record that a comparison, its kept measures and its report read, and of the sidecar that holds it.

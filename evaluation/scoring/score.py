@@ -8,8 +8,8 @@ from pathlib import Path
 
 from engine.errors import UserError
 from engine.files.locks import HeldError, hold
-from engine.files.say import Say
 from engine.files.storage import writing_to
+from engine.shown import Say
 from evaluation.measure import Measurer
 from evaluation.scoring.measures import measure_videos
 from evaluation.scoring.report import Evaluation, write_report

@@ -9,8 +9,9 @@ from engine.errors import UserError
 from engine.files.tables import emptier
 from engine.files.whole import atomic_path, describe_error, write_text
 from evaluation.markdown import Report
-from evaluation.study import directed, sections
+from evaluation.study import sections
 from evaluation.study.overview import can_tell, draw_parts, overview
+from evaluation.study.timelines_and_extensions import extensions, timelines
 
 _PICTURE = "figures/findings-parts.png"
 TITLE = "# Findings on the embedded model\n"
@@ -69,8 +70,8 @@ def write_findings(
             ),
             sections.step_count(reports["methods"], reports["steps"]),
             sections.calibration(reports["calibration"], score_parts),
-            directed.timelines(reports["timelines"]),
-            directed.extensions(reports["extensions"]),
+            timelines(reports["timelines"]),
+            extensions(reports["extensions"]),
             transfer,
             "",
         ]

@@ -12,7 +12,7 @@ from launch.arguments.prompts import Prompts, add_num_prompts, add_prompts, choo
 from launch.arguments.ranks import add_ranks, check_model
 from launch.arguments.replicas import Replicas, add_replicas, read_replicas
 from launch.cli.parser import parse_run
-from launch.ranks.backend import check_environment
+from launch.process.attention_backend import check_environment
 
 NAME = "analyze.py"
 DESCRIPTION = "Measure how attention's singular spectra depend on the window, and the effect of low rank on videos."

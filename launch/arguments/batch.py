@@ -20,7 +20,7 @@ from launch.arguments.ranks import check_model
 from launch.arguments.replicas import Replicas, add_replicas
 from launch.arguments.variants import read_variants
 from launch.cli.parser import add_former_name, parse_run
-from launch.ranks.backend import check_environment
+from launch.process.attention_backend import check_environment
 
 DESCRIPTION = "Make every prompt of a suite with every method and seed. A restart makes only missing videos."
 

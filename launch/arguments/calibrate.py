@@ -14,7 +14,7 @@ from launch.arguments.prompts import Prompts, read_prompts
 from launch.arguments.ranks import add_ranks, check_model
 from launch.arguments.replicas import Replicas, add_replicas, read_replicas
 from launch.cli.parser import parse_run
-from launch.ranks.backend import check_environment
+from launch.process.attention_backend import check_environment
 
 NAME = "calibrate.py"
 DESCRIPTION = "Search FreeSpec's open settings on one list of prompts, and evaluate the result on another."

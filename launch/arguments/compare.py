@@ -17,7 +17,7 @@ from launch.arguments.ranks import add_ranks, check_model
 from launch.arguments.replicas import Replicas, add_replicas, read_replicas
 from launch.arguments.variants import read_variants
 from launch.cli.parser import parse_run
-from launch.ranks.backend import check_environment
+from launch.process.attention_backend import check_environment
 
 NAME = "compare.py"
 DESCRIPTION = "Make the same prompts and seeds with several methods, measure the videos, and write a report."

@@ -14,7 +14,7 @@ from launch.arguments.prompts import EXAMPLE
 from launch.arguments.ranks import check_model
 from launch.cli.parser import add_former_name, parse_run
 from launch.process.argv import option_value
-from launch.ranks.backend import check_environment
+from launch.process.attention_backend import check_environment
 
 DESCRIPTION = "Make one video with three methods, a picture that compares them, and a video of a timeline."
 _NAMED_HERE = tuple(key for key in OF_ONE_VIDEO if key != "output.overwrite")

@@ -13,8 +13,8 @@ from launch.arguments.prompts import EXAMPLE, Prompts, add_prompts, read_prompts
 from launch.arguments.ranks import add_ranks, check_model, check_started
 from launch.cli.parser import parse_run
 from launch.process.argv import option_value
+from launch.process.attention_backend import check_environment
 from launch.process.environment import PlacementStrategy, RankEnv
-from launch.ranks.backend import check_environment
 from launch.ranks.ray_pool import PLACEMENT_HELP, NoRayError, check_placement
 from launch.video.outputs import OutputFiles, frame_folders, plan_outputs
 from launch.video.stages import look

@@ -13,7 +13,7 @@ from launch.arguments.options import add_prompts_file
 from launch.arguments.prompts import read_prompts
 from launch.arguments.ranks import check_model
 from launch.cli.parser import parse_run
-from launch.ranks.backend import check_environment
+from launch.process.attention_backend import check_environment
 
 NAME = "previews.py"
 DESCRIPTION = (

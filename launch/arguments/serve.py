@@ -18,7 +18,7 @@ from launch.arguments.ranks import check_model
 from launch.arguments.replicas import Replicas, add_replicas
 from launch.arguments.variants import read_variants
 from launch.cli.parser import add_former_name, parse_run
-from launch.ranks.backend import check_environment
+from launch.process.attention_backend import check_environment
 
 DESCRIPTION = "Keep a model loaded, and make videos for clients of OpenAI's video API. A restart continues its jobs."
 PACKAGES = ("fastapi", "uvicorn", "prometheus_client", "python_multipart")

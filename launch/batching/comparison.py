@@ -14,7 +14,6 @@ from engine.config import RunConfig
 from engine.devices import pick_device, pick_dtype
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.files.say import say_on_stderr
 from engine.files.storage import writing_to
 from engine.files.tensors import read_metadata
 from engine.files.trees import DamagedError
@@ -22,15 +21,17 @@ from engine.load.checkpoint import open_checkpoint
 from engine.planner.arrange import check_settings
 from engine.planner.model import read_model
 from engine.ranks.layouts import check_layout
+from engine.shown import say_on_stderr
 from evaluation.comparison.kept_measures import check_kept, read_kept
 from evaluation.comparison.store import Comparison, ModelFacts, Video, record_of
 from launch.arguments.replicas import Replicas
-from launch.batching.drive import make
 from launch.batching.messages import SUPPORT, check_room
+from launch.batching.runner import make
 from launch.batching.work import Prepare, Work
 from launch.process.stopping import Stopped
 from launch.ranks.join import DistContext, open_ranks
-from launch.video.make import explain_denoising, summary
+from launch.video.interruptions import explain_denoising
+from launch.video.make import summary
 
 
 def model_facts(config: RunConfig) -> ModelFacts:

@@ -13,8 +13,8 @@ from engine.files.storage import writing_to
 from engine.load.checkpoint import open_checkpoint
 from launch.arguments.batch import Arguments, Options
 from launch.batching.devices import arrange_variants, check_devices
-from launch.batching.drive import finish, make
 from launch.batching.messages import SUPPORT, check_room, say_plan, say_start
+from launch.batching.runner import finish, make
 from launch.batching.work import Work
 from launch.video.prompts import look_at_given, look_at_prompts
 

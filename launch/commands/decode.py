@@ -18,7 +18,7 @@ from engine.paths import expand
 from engine.produce import decode_to_files, video_size
 from launch.arguments.decode import Arguments
 from launch.process.stopping import ignoring_signals
-from launch.video.decoding import explain_decoding
+from launch.video.interruptions import explain_decoding
 from launch.video.latents_record import ADVICE, decoded_by, decoding_part, read_record, restore_config
 from launch.video.outputs import OutputFiles, claim_outputs, frame_folders, refuse_existing
 from launch.video.stages import check_decoded, describe_finished

@@ -7,8 +7,8 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from engine.errors import UserError
-from engine.files.say import say_on_stderr
 from engine.paths import expand
+from engine.shown import say_on_stderr
 from evaluation.measure import Measurer
 from evaluation.scoring.score import Request, score
 from evaluation.vbench.bench import Evaluator

@@ -16,7 +16,7 @@ from evaluation.study.bench import write_bench
 from evaluation.study.findings import write_findings
 from evaluation.study.parts import Part, Study, words
 from evaluation.study.reports import KEPT, TABLES, read_report, refuse_mixed
-from evaluation.study.transfer import EMBEDDED, WAN, transfer_section
+from evaluation.study.wan_section import EMBEDDED, WAN, transfer_section
 from launch.arguments.findings import Arguments
 from launch.cli.start import run_here
 from launch.process.stopping import Stopped

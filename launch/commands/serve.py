@@ -23,12 +23,12 @@ from engine.files.storage import writing_to
 from engine.load.checkpoint import open_checkpoint
 from launch.arguments.serve import Arguments
 from launch.batching.devices import arrange_variants, check_devices
-from launch.batching.drive import run_driver, worker_setup
 from launch.batching.messages import SUPPORT, halted
 from launch.batching.replicas import open_replicas
+from launch.batching.runner import run_driver, worker_setup
 from launch.process.exit_codes import LostRankError
 from launch.serving.app import make_app
-from launch.serving.driving import Listener, make_driver
+from launch.serving.dispatch import Listener, make_driver
 from launch.serving.jobs import Jobs
 from launch.serving.metrics import Metrics
 from launch.serving.planner import SUITE, Planner

@@ -31,10 +31,10 @@ from engine.ranks.agreement import (
     setting_prints,
 )
 from engine.ranks.layouts import Ranks
+from launch.process.attention_backend import check_backend
 from launch.process.environment import LAUNCHER, NODE, STORE, RankEnv
 from launch.process.exit_codes import LostRankError
 from launch.process.stopping import ignore_signals, say_for_first
-from launch.ranks.backend import check_backend
 from parallel.collectives import CollectiveError
 
 _ROLL_CALL_SECONDS = 0.05

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from engine.batch.files import SIDECAR, BatchFiles
 from engine.errors import UserError
-from engine.files.say import say_on_stderr
 from engine.files.trees import DamagedError, Shape, read_tree
 from engine.files.whole import atomic_path, sweep, write_json
+from engine.shown import say_on_stderr
 from engine.text.cache import trim
 from launch.serving.planner import Planned, Planner
 from launch.serving.requests import Offer, RefusedError, VideoRequest

@@ -1,30 +1,23 @@
 """Make the files of one prompt, continuing an earlier run; an early end reports what was kept."""
 
-import contextlib
-from collections.abc import Iterator
-
 import safetensors.torch
 from torch import Tensor
 
 from engine.batch.files import ItemFiles
 from engine.config import RunConfig
-from engine.denoise.snapshot import kept_steps
 from engine.engine import LongVideoEngine
-from engine.errors import UserError, describe_out_of_memory, is_out_of_memory
+from engine.errors import UserError
 from engine.files.latents import load_latents
 from engine.files.whole import describe_error
 from engine.given.frames import GivenFrames
-from engine.produce import LatentsFile, LatentsKept, Record, decode_to_files, denoise_to_file, share_decoding
+from engine.produce import LatentsFile, Record, decode_to_files, denoise_to_file, share_decoding
 from engine.ranks.agreement import broadcast_bytes
 from engine.spectra.plot import write_trace
 from engine.spectra.trace import SpectralTrace
-from launch.process.exit_codes import LostRankError
-from launch.process.stopping import Stopped
-from launch.video.decoding import describe_kept, explain_decoding
+from launch.video.interruptions import describe_kept, explain_decoding, explain_denoising
 from launch.video.latents_record import decoded_by, read_record
 from launch.video.outputs import OutputFiles
 from launch.video.stages import Stage
-from parallel.collectives import CollectiveError
 
 
 def make_video(
@@ -122,43 +115,6 @@ def _denoise(
             _write_trace(trace, files, replace=replace)
         files.snapshot.unlink(missing_ok=True)  # the latents hold all of it
     return latents, record
-
-
-@contextlib.contextmanager
-def explain_denoising(
-    files: OutputFiles | ItemFiles, engine: LongVideoEngine, *, doing: str = "denoising"
-) -> Iterator[None]:
-    """If the block is stopped or fails, report which steps were kept and how to continue; `doing` describes the block."""
-    try:
-        yield
-    except LatentsKept as error:
-        raise Stopped(f"before decoding; {describe_kept(files)}") from error
-    except KeyboardInterrupt as error:
-        cache = engine.config.sampler.cache
-        nothing = "before the first step was finished; nothing was kept"
-        if cache != "none":
-            nothing = f"nothing was kept: with sampler.cache {cache} a run starts over"
-        raise Stopped(_describe_snapshot(files, nothing)) from error
-    except CollectiveError as error:
-        kept = f"; {_describe_snapshot(files)}" if engine.is_first else ""
-        raise LostRankError(f"{error}{kept}") from error
-    except OSError as error:
-        raise UserError(f"{describe_error(error, files.snapshot)}; {_describe_snapshot(files)}") from error
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        kept = f"; {_describe_snapshot(files)}" if engine.is_first and files.snapshot.exists() else ""
-        message = describe_out_of_memory(
-            error, when=f"{doing} on {engine.device}", of_folder=isinstance(files, ItemFiles)
-        )
-        raise UserError(f"{message}{kept}") from error
-
-
-def _describe_snapshot(files: OutputFiles | ItemFiles, otherwise: str = "nothing was kept") -> str:
-    """The message about a run that ended while denoising, and how to continue; `otherwise` without a snapshot."""
-    if not files.snapshot.exists():
-        return otherwise
-    return f"after step {kept_steps(files.snapshot)}, which is kept in {files.snapshot}; the same command continues from there"
 
 
 def _write_trace(trace: SpectralTrace, files: OutputFiles, *, replace: bool) -> None:

@@ -8,7 +8,7 @@ from benchmarks.events import EVENT, draw_timelines, list_ranges, write_timeline
 from benchmarks.videos import write_report
 from engine.text.timeline import parse_timeline, read_direction
 from evaluation.events import ranges_of
-from evaluation.study.directed import JOINED, OURS, timelines
+from evaluation.study.timelines_and_extensions import JOINED, OURS, timelines
 from tiny.captions import parse_caption
 
 

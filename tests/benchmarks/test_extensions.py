@@ -22,7 +22,7 @@ from benchmarks.extensions import (
 from benchmarks.given_rules import RULES, table
 from benchmarks.videos import make_missing, open_engine, read, read_kept, with_kept, write_report
 from engine.errors import UserError
-from evaluation.study.directed import WRONG, extensions
+from evaluation.study.timelines_and_extensions import WRONG, extensions
 from tiny.captions import parse_caption
 from tiny.world import SPEEDS, Scene, render
 

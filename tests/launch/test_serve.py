@@ -25,7 +25,7 @@ from launch.arguments import serve as arguments
 from launch.commands import serve
 from launch.serving import guard
 from launch.serving.app import make_app
-from launch.serving.driving import Listener, make_driver
+from launch.serving.dispatch import Listener, make_driver
 from launch.serving.extra import names_of, with_extra
 from launch.serving.guard import MOST_BODY
 from launch.serving.jobs import Jobs

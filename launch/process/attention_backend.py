@@ -1,4 +1,4 @@
-"""Refuse environment variables that would silently change a video."""
+"""Refuse an attention backend from the environment, which would silently change a video."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The driver of a service: hands jobs to replicas and records their state."""
+"""Dispatch the jobs of a service to replicas, and record their state."""
 
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -12,8 +12,8 @@ from engine.batch.queue import Queue
 from engine.denoise.snapshot import kept_steps
 from engine.shown import describe_seconds, printable
 from launch.arguments.replicas import Replicas
-from launch.batching.drive import keep
 from launch.batching.group import Group
+from launch.batching.runner import keep
 from launch.batching.work import Prepare
 from launch.process.stopping import show
 from launch.serving.jobs import Jobs

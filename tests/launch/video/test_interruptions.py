@@ -1,4 +1,4 @@
-"""What a comparison says when a video cannot be made."""
+"""The message of a comparison whose video cannot be made."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,7 +8,7 @@ import pytest
 
 from engine.batch.files import ItemFiles
 from engine.errors import UserError
-from launch.video.make import explain_denoising
+from launch.video.interruptions import explain_denoising
 
 
 def test_memory_that_runs_out_is_not_answered_with_what_the_folder_refuses(tmp_path: Path) -> None:
