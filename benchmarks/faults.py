@@ -264,7 +264,7 @@ def family(process: int) -> list[int]:
 
 def _workers(driver: int) -> list[int]:
     """The ranks of a driver's replicas; those of its own Ray are its descendants too."""
-    return [process for process in family(driver) if "launch.batching.worker" in " ".join(command_of(process))]
+    return [process for process in family(driver) if "launch.batching" in " ".join(command_of(process))]
 
 
 def command_of(process: int) -> list[str]:

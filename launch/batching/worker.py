@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, NoReturn, Self
 
 import torch.distributed as dist
 
@@ -33,7 +33,7 @@ from engine.given.frames import parse_given
 from engine.ranks.agreement import from_first
 from launch.process.environment import EVENTS
 from launch.process.exit_codes import LostRankError, run_command
-from launch.process.stopping import StopSignals, die_with_parent
+from launch.process.stopping import StopSignals
 from launch.process.streams import unfailing_streams
 from launch.ranks.join import DistContext, open_ranks
 from launch.video.latents_record import restore_config
@@ -46,6 +46,14 @@ def main() -> int:
     signals.install()
     with unfailing_streams(), os.fdopen(int(os.environ[EVENTS]), "w", buffering=1, encoding="utf-8") as pipe:
         return run_command(lambda _: _work(pipe), [], signals=signals)
+
+
+def run() -> NoReturn:
+    """Run `main` as this process."""
+    code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # a failed rank that destroyed its process group would wait for the others
 
 
 def _work(pipe: IO[str]) -> None:
@@ -179,11 +187,3 @@ def describe(error: BaseException) -> str:
             return f"{type(error).__name__}: {first}"
         case _:
             return first
-
-
-if __name__ == "__main__":
-    die_with_parent()
-    code = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # a failed rank that destroyed its process group would wait for the others

@@ -15,6 +15,7 @@ from engine.shown import PrintableStream
 from launch.process.argv import requested_ranks, requested_ray
 from launch.process.environment import LAUNCHER, RankEnv, RankEnvError, without_place
 from launch.process.exit_codes import run_command
+from launch.process.imports import uncollected
 from launch.process.stopping import StopSignals, die_with_parent, show
 from launch.process.streams import RankLines, unfailing_streams
 from launch.ranks.launcher import is_verbose, start_on_ray, start_ranks
@@ -151,7 +152,7 @@ def _read(name: str, argv: Sequence[str]) -> Any:
 
 
 def _call(name: str, given: Any) -> int | None:
-    with _naming_missing_packages(name):
+    with _naming_missing_packages(name), uncollected():
         command = importlib.import_module(f"launch.commands.{getattr(given, 'command', name)}")
     return command.run(given)
 

@@ -8,7 +8,7 @@ from typing import Any
 from launch.process.environment import rank_environment
 from launch.ranks.host import RankEvent, RankHost
 
-WORKER = ("-m", "launch.batching.worker")
+WORKER = ("-m", "launch.batching")
 
 
 class LocalRanks:

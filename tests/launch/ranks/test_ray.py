@@ -85,7 +85,7 @@ def ranks_on_ray() -> dict[int, int]:
     found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if b"launch.batching.worker" in path.read_bytes():
+            if b"launch.batching" in path.read_bytes():
                 variables = path.with_name("environ").read_bytes().decode(errors="replace").split("\0")
                 found[next(int(v.removeprefix("RANK=")) for v in variables if v.startswith("RANK="))] = int(
                     path.parent.name
