@@ -1,16 +1,19 @@
 """A checkpoint with random weights, and commands run in this process, as a person sees them: code, stdout, stderr."""
 
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from launch.cli.start import run_here
 from launch.process.exit_codes import run_command
+from tests.launch.warm import WarmServer
 from tests.tiny_pipelines import save_random_wan
 
 SMALL = {
@@ -75,6 +78,22 @@ def hangup() -> Iterator[None]:
 def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint folder with random weights."""
     return save_random_wan(tmp_path_factory.mktemp("wan"))
+
+
+@pytest.fixture(scope="session")
+def warm_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WarmServer]:
+    """The process that `warm_ranks` are forked from."""
+    server = WarmServer(tmp_path_factory.mktemp("warm"))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def warm_ranks(warm_server: WarmServer, monkeypatch: pytest.MonkeyPatch) -> WarmServer:
+    """The ranks of replicas that this process starts are forked; those of a driver that is a process of its own are started."""
+    stand_in = SimpleNamespace(Popen=warm_server.popen, PIPE=subprocess.PIPE)
+    monkeypatch.setattr("launch.ranks.host.subprocess", stand_in)
+    return warm_server
 
 
 @pytest.fixture

@@ -48,11 +48,15 @@ from tests.engine.batch import cases
 from tests.engine.batch.cases import Clock, FakeReplica
 from tests.launch.conftest import SMALL, Run
 from tests.launch.forked import PATIENCE_SECONDS
+from tests.launch.warm import running
 
 SETTINGS = SMALL | {"sampler.num_steps": 6, "sampler.max_text_tokens": 20, "sampler.negative_prompt": "bad"}
 PROMPTS = ("a red circle", "a blue star")
 LONG = "x" * 10_000
 LABELS = {f"{method}/p000{index}-s3" for method in ("freespec", "direct") for index in (0, 1)}
+
+
+pytestmark = pytest.mark.usefixtures("warm_ranks")
 
 
 @pytest.fixture(autouse=True)
@@ -95,16 +99,16 @@ def events_of(out: Path, name: str) -> list[dict]:
     return [event for event in read_lines(out / "logs/shard-1-of-1.jsonl") if event["event"] == name]
 
 
-def ranks_of(driver: int) -> list[int]:
-    """Process ids of the ranks that a driver has started."""
-    found = []
+def ranks_of(driver: int) -> dict[int, dict[str, str]]:
+    """The ranks that a driver has started: their environments by process id."""
+    found = running() if driver == os.getpid() else {}
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
             variables = path.read_bytes().decode(errors="replace").split("\0")
         except OSError:  # it has just ended
             continue
         if f"{LAUNCHER}={driver}" in variables:
-            found.append(int(path.parent.name))
+            found[int(path.parent.name)] = dict(line.split("=", 1) for line in variables if "=" in line)
     return found
 
 
@@ -392,8 +396,8 @@ def stop_a_rank(out: Path, stopped: list[int]) -> None:
     while not list(out.glob("*/*/unfinished/*.snapshot.safetensors")):
         assert time.monotonic() < until
         time.sleep(0.005)
-    for process in ranks_of(os.getpid()):
-        if b"RANK=1\0" in Path(f"/proc/{process}/environ").read_bytes().replace(b"LOCAL_RANK", b""):
+    for process, environment in ranks_of(os.getpid()).items():
+        if environment["RANK"] == "1":
             os.kill(process, signal.SIGSTOP)
             stopped.append(process)
 
@@ -597,7 +601,7 @@ def test_a_disk_that_is_full_when_the_driver_writes_is_one_line(
     assert shown.err.startswith(f"error: cannot write to {tmp_path / 'out'}: No space left on device ("), shown
     assert shown.err.endswith("; free some space, or choose another folder; the same command continues\n"), shown
     assert shown.err.count("\n") == 1
-    assert ranks_of(os.getpid()) == []
+    assert ranks_of(os.getpid()) == {}
 
 
 # Whatever Python does first: from two finished items on, nothing is flushed to the disk any more, until the file `mended` is there.

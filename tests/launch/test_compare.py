@@ -384,6 +384,7 @@ def test_two_ranks_make_what_is_missing_and_one_reports(compare_in: Compare, wan
         assert np.abs(one - two).mean() < 0.1
 
 
+@pytest.mark.usefixtures("warm_ranks")
 def test_replicas_make_the_same_videos_and_one_process_reports(
     compare_in: Compare, run: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
