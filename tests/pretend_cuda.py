@@ -5,8 +5,9 @@ its tensors are, and runs it on the CPU. So a whole run can be followed on a mac
 What it does not model: memory, streams, speed, and kernels that exist on one device only.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from operator import attrgetter
 from types import SimpleNamespace
 from typing import Any, ClassVar
 from unittest import mock
@@ -15,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 DEVICE = torch.device("cuda", 0)
@@ -114,7 +114,7 @@ ATTENTION = (
 
 def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """One operator: where it runs, whether its tensors may go together, and its result on the device that it is on."""
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    tensors = tensors_in(args) + tensors_in(kwargs)
     there = [x for x in tensors if isinstance(x, OnCuda)]
     check_devices(func, tensors, there)
     asked = kwargs.get("device")
@@ -135,13 +135,34 @@ def dispatch(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         out = torch.bmm(*(x.to(plain_args[2]) for x in plain_args[:2]))
     else:
         out = func(*plain_args, **plain_kwargs)
-    made = tree_map(lambda x: OnCuda(x) if isinstance(x, Tensor) and on_cuda else x, out)
+    made = mapped(out, Tensor, OnCuda) if on_cuda else out
     return return_and_correct_aliasing(func, args, kwargs, made) if there else made
 
 
 def unwrapped(tree: Any) -> Any:
     """The CPU's tensors in place of the device's."""
-    return tree_map(lambda x: x.inner if isinstance(x, OnCuda) else x, tree)
+    return mapped(tree, OnCuda, attrgetter("inner"))
+
+
+def mapped(tree: Any, kind: type | tuple[type, ...], change: Callable[[Any], Any]) -> Any:
+    """Arguments or results of an operator with `change` of every value of a kind; torch's `tree_map` takes longer than the operator."""
+    if isinstance(tree, kind):
+        return change(tree)
+    if type(tree) in (tuple, list):
+        return type(tree)([mapped(x, kind, change) for x in tree])
+    if isinstance(tree, tuple):  # a named one of torch, which is made of an iterable, or Python's own
+        items = [mapped(x, kind, change) for x in tree]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    if isinstance(tree, dict):
+        return {name: mapped(x, kind, change) for name, x in tree.items()}
+    return tree
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors among arguments, in order."""
+    found: list[Tensor] = []
+    mapped(tree, Tensor, found.append)
+    return found
 
 
 def check_devices(func: Any, tensors: list[Tensor], there: list[Tensor]) -> None:
@@ -193,9 +214,7 @@ class NoDriver(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.device:
             return func(*args, **kwargs or {})
-        args, kwargs = tree_map(
-            lambda x: DEVICE if isinstance(x, str | torch.device) and str(x) == "cuda" else x, (args, kwargs or {})
-        )
+        args, kwargs = mapped((args, kwargs or {}), (str, torch.device), lambda x: DEVICE if str(x) == "cuda" else x)
         if func is torch.Tensor.__getitem__ and isinstance(args[0], OnCuda):
             return OnCuda(args[0].inner[unwrapped(args[1])])
         if func is torch.Tensor.__setitem__ and isinstance(args[0], OnCuda):
