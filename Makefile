@@ -18,7 +18,7 @@ setup: .venv/.ready
 	touch $@
 
 demo:          ; $(BIN)/python launch/demo.py
-test:          ; $(ONE) -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+test:          ; $(ONE) -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 test-slow:     ; $(BIN)/python -m pytest -m slow
 test-gpu:      ; $(BIN)/python -m pytest -m gpu
 check:
