@@ -88,8 +88,8 @@ TESTS: dict[str, tuple[str | None, ...]] = {
     "`sampler.cache`": (
         "hooks/test_step_cache::test_any_arrangement_of_ranks_decides_alike_and_makes_the_same_video",
         "hooks/test_step_cache::test_each_of_two_transformers_has_its_own_steps",
-        None,
-        None,
+        "hooks/test_step_cache::test_videos_of_pictures_are_those_of_the_stock_pipeline_with_the_same_cache",
+        "hooks/test_step_cache::test_videos_of_pictures_are_those_of_the_stock_pipeline_with_the_same_cache",
         "hooks/test_step_cache::test_any_arrangement_of_ranks_decides_alike_and_makes_the_same_video",
     ),
 }

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig
+from diffusers import FirstBlockCacheConfig, WanImageToVideoPipeline
+from PIL import Image
 from torch import Tensor, nn
 
 import engine.hooks.step_cache
@@ -20,17 +21,19 @@ from engine.denoise.denoise import Denoised
 from engine.denoise.snapshot import kept_steps
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.given.frames import GivenFrames
 from engine.hooks.in_force import hook_kinds
 from engine.hooks.state import RunState
 from engine.hooks.step_cache import relative_change, whole_sum
 from engine.identity import latents_settings
+from engine.load.convolutions import use_onednn
 from engine.ranks.layouts import Ranks
 from engine.spectra.trace import SpectralTrace
 from freespec.methods import FreeSpec
-from tests.engine.golden import PROMPT, TIMELINE, mesh_of, on_one_rank, relative
+from tests.engine.golden import PROMPT, TIMELINE, first_picture, mesh_of, on_one_rank, relative
 from tests.engine.test_schedulers import stopped_run
 from tests.ranks import run_ranks
-from tests.tiny_pipelines import random_wan, save_random_ltx, save_random_wan
+from tests.tiny_pipelines import random_i2v, random_ti2v, random_wan, save_random_ltx, save_random_wan
 
 STEPS = 12
 ALL = slice(None)
@@ -246,6 +249,38 @@ def test_sums_have_the_same_bits_in_any_order() -> None:
     assert len(whole) == 1
     assert whole.pop() * 2.0 ** -int(shift) == pytest.approx(float(x.double().abs().sum()), rel=1e-12)
     assert len({float(sum(part.abs().sum() for part in x.split(cut, dim=1))) for cut in cuts}) > 1  # of fp32
+
+
+@pytest.mark.parametrize(
+    ("kind", "cache"), [*(("ti2v", cache) for cache in CACHES), ("flf2v", "first_block")], ids=lambda word: word
+)
+def test_videos_of_pictures_are_those_of_the_stock_pipeline_with_the_same_cache(kind, cache, tmp_path):
+    """In `direct`, whose steps are all of one kind; one process decides by diffusers' own rule."""
+    pipe = random_ti2v() if kind == "ti2v" else random_i2v(kind)
+    pipe.save_pretrained(tmp_path / kind)
+    stock = pipe if kind != "ti2v" else WanImageToVideoPipeline(**pipe.components, expand_timesteps=True)
+    stock.set_progress_bar_config(disable=True)
+    use_onednn(stock.vae)  # the engine's convolutions on a CPU
+    config = config_of(str(tmp_path / kind), cache, "direct")
+    settings = {"cache_threshold": 0.12} if cache == "first_block" else {}
+    sampler = dataclasses.replace(config.sampler, max_text_tokens=512, seed=3, **settings)
+    size = {"num_frames": 17, "height": 64, "width": 96}
+    places = ("first", "last") if kind == "flf2v" else ("first",)
+    images = [first_picture(tmp_path / f"{place}.png", 64, 96, where=place).images[0] for place in places]
+    config = dataclasses.replace(config, sampler=sampler, video=VideoConfig(**size))
+    denoised = made_by(config, given=GivenFrames(images=tuple(images)))
+    pictures = {name: Image.open(each.path) for name, each in zip(("image", "last_image"), images, strict=False)}
+    call = {"prompt": PROMPT, "negative_prompt": sampler.negative_prompt, "num_inference_steps": STEPS}
+
+    def run() -> Tensor:
+        draw = torch.Generator().manual_seed(3)
+        return stock(**call, **size, **pictures, guidance_scale=4.0, generator=draw, output_type="latent").frames
+
+    plain = run()
+    stock.transformer.enable_cache(engine.hooks.step_cache.cache_config(sampler, range(STEPS)))
+    assert torch.equal(denoised.latents, run())
+    assert 0 < sum(cached for _, cached in cached_steps(denoised)) < STEPS - 1
+    assert relative(plain, denoised.latents) > 1e-3  # negative control
 
 
 def test_each_of_two_transformers_has_its_own_steps(folders):
