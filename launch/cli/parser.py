@@ -94,15 +94,8 @@ def parse_run(
     `--a.b value` overrides them in any order. `unread` are settings that the command refuses; help leaves them out.
     Raises UserError for any mistake.
     """
-    parser = make_parser(name, "[--config FILE ...] [--SETTING VALUE ...]", description)
-    add_arguments(parser)
-    parser.add_argument(
-        "--config", action="config", help=f"YAML preset; later ones override earlier ones (default: {DEFAULT_CONFIG})"
-    )
-    parser.add_class_arguments(RunConfig, nested_key=None)
-    for old, new in FORMER_NAMES.items():
-        add_former_name(parser, old, new, type(parser.get_default(new)))
-    keys = Keys.of(parser, unread)
+    build = _run_parser.__wrapped__ if wants_help(argv) else _run_parser  # help hides options of its parser
+    parser, keys = build(name, description, add_arguments, _called(name), frozenset(unread))
     words = arrange(argv, keys)
     given = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
     files = [find_config(file) for file in given or [DEFAULT_CONFIG]]
@@ -112,6 +105,22 @@ def parse_run(
     parser.default_config_files = [glob.escape(str(file)) for file in files]
     namespace = parse(parser, [word for word in words if not word.startswith("--config=")], unread=unread)
     return namespace, finished(namespace)
+
+
+@functools.lru_cache(maxsize=32)
+def _run_parser(
+    name: str, description: str, add_arguments: Callable[[ArgumentParser], None], _called: str, unread: frozenset[str]
+) -> tuple[ArgumentParser, Keys]:
+    """The parser of a command, which many variants are read with, and its names."""
+    parser = make_parser(name, "[--config FILE ...] [--SETTING VALUE ...]", description)
+    add_arguments(parser)
+    parser.add_argument(
+        "--config", action="config", help=f"YAML preset; later ones override earlier ones (default: {DEFAULT_CONFIG})"
+    )
+    parser.add_class_arguments(RunConfig, nested_key=None)
+    for old, new in FORMER_NAMES.items():
+        add_former_name(parser, old, new, type(parser.get_default(new)))
+    return parser, Keys.of(parser, unread)
 
 
 def make_parser(name: str, usage: str, description: str) -> ArgumentParser:

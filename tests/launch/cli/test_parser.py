@@ -14,6 +14,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from launch.arguments import generate as arguments
 from launch.arguments.prompts import read_prompts
+from launch.cli import parser
 from launch.cli.parser import make_parser, parse_run
 from launch.cli.start import COMMANDS
 from launch.cli.suggestions import nearest_key
@@ -23,12 +24,12 @@ ROOT = Path(__file__).parents[3]
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 
 
+def nothing(parser: ArgumentParser) -> None:
+    """A command without arguments of its own."""
+
+
 def parse(*argv: object) -> RunConfig:
     """The RunConfig of an argv."""
-
-    def nothing(parser: ArgumentParser) -> None:
-        """A command without arguments of its own."""
-
     return parse_run([str(word) for word in argv], name="test.py", description="", add_arguments=nothing)[1]
 
 
@@ -46,6 +47,34 @@ def test_preset_values_reach_the_configuration(preset: Path) -> None:
     config = dotted(dataclasses.asdict(parse("--config", preset)))
     wanted = dotted(yaml.safe_load(preset.read_text()))
     assert {key: config[key] for key in wanted} == wanted
+
+
+def test_a_parser_that_has_read_other_words_reads_like_a_new_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read() -> list[RunConfig | str]:
+        found: list[RunConfig | str] = []
+        for words in (
+            ["--config=tiny-ltx", "--video.fps=30"],
+            ["--video.fps=x"],
+            ["--help"],
+            [],
+            ["--config=tiny-ltx"],
+        ):
+            try:
+                found.append(parse(*words))
+            except UserError as error:
+                found.append(str(error))
+            except SystemExit:
+                found.append(capsys.readouterr().out)
+        return found
+
+    kept = read()
+    assert read() == kept
+    monkeypatch.setattr(parser, "_run_parser", parser._run_parser.__wrapped__)
+    monkeypatch.setattr(parser._run_parser, "__wrapped__", parser._run_parser, raising=False)
+    assert read() == kept
+    assert len({str(each) for each in kept}) == len(kept)
 
 
 def test_without_a_preset_it_is_the_embedded_model_wherever_one_stands(
