@@ -40,6 +40,7 @@ def save_figure(figure: Figure, stem: Path, *, kinds: Sequence[str] = ("png", "s
         with atomic_path(path) as part:
             # No date in the file: the same numbers give the same bytes.
             figure.savefig(part, format=kind, dpi=120, metadata={"Date": None} if kind == "svg" else None)
+        figure.set_layout_engine("none")  # the first file has found the places of all
         paths.append(path)
     return paths
 
