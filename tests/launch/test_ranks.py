@@ -174,11 +174,12 @@ READS_NPROC = (3, 12, 8) <= sys.version_info[:3] < (3, 13) or sys.version_info[:
 @pytest.mark.parametrize(
     "start",
     [
-        "generate.py --nproc",
         "two agents of torchrun",
         pytest.param(
             BARE, marks=pytest.mark.skipif(not READS_NPROC, reason="its argparse takes no --nproc after a script")
         ),
+        # That of generate.py alone is seen above, without its latents.
+        pytest.param("generate.py --nproc", marks=pytest.mark.slow),
         *(pytest.param(start, marks=pytest.mark.slow) for start in STARTS if start.startswith("torchrun -")),
     ],
 )
