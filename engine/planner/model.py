@@ -1,5 +1,7 @@
 """A checkpoint's configurations, from its JSON files or as published, without weights and without a network."""
 
+import functools
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -195,7 +197,7 @@ class ModelSpec:
     @cached_property
     def _cast(self) -> Any:
         """The transformer without weights, with the dtypes that model.storage fp8 leaves it."""
-        made = self._build("transformer")
+        made = _build.__wrapped__(self.adapter, "transformer", json.dumps(self.configs["transformer"]), self.name)
         store(made, "fp8", torch.float32)
         return made
 
@@ -258,7 +260,13 @@ class ModelSpec:
         return self._build("text_encoder")
 
     def _build(self, part: str) -> Any:
-        return build_part(self.adapter, part, self.configs[part], f"the {part}'s configuration of {self.name}").eval()
+        return _build(self.adapter, part, json.dumps(self.configs[part]), self.name)
+
+
+@functools.lru_cache(maxsize=16)
+def _build(adapter: ModelAdapter, part: str, config: str, name: str) -> Any:
+    """A part on the meta device, which several specs of a process share."""
+    return build_part(adapter, part, json.loads(config), f"the {part}'s configuration of {name}").eval()
 
 
 def read_model(config: ModelConfig) -> ModelSpec:
