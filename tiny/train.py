@@ -47,15 +47,20 @@ PLANS = {
 """The plans of the shipped weights."""
 
 
-def run_stage(stage: str, family: Family, work: Path, plan: Plan, device: torch.device) -> None:
-    """Run what is left of one stage; the earlier ones must be done, except that the decoder needs only the autoencoder."""
+def run_stage(
+    stage: str, family: Family, work: Path, plan: Plan, device: torch.device, *, begin: Path | None = None
+) -> None:
+    """Run what is left of one stage; the earlier ones must be done, except that the decoder needs only the autoencoder.
+
+    Autoencoder and transformer begin with the weights of the checkpoint in the folder `begin`, if it is given.
+    """
     work.mkdir(parents=True, exist_ok=True)
     if stage == "vae":
-        train_vae(family, work, plan.vae, device)
+        train_vae(family, work, plan.vae, device, begin)
     elif stage == "latents":
         cache_latents(family, work, num_clips=plan.num_clips, clips_per_file=plan.clips_per_file, device=device)
     elif stage == "flow":
-        train_flow(family, work, plan.flow, device)
+        train_flow(family, work, plan.flow, device, begin)
     else:
         train_decoder(family, work, plan.decoder, device)
 
@@ -67,6 +72,7 @@ def main() -> None:
     parser.add_argument("--stage", choices=STAGES, help="run this stage alone and write no checkpoint")
     parser.add_argument("--work", type=Path, help="folder of the training state (default: .train/FAMILY)")
     parser.add_argument("--out", type=Path, help="folder of the finished checkpoint (default: tiny/FAMILY)")
+    parser.add_argument("--begin", type=Path, help="folder of a checkpoint whose weights a new training begins with")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     work = args.work or ROOT.parent / ".train" / args.family
@@ -74,7 +80,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", filename=work / "train.log")
     family, plan, device = FAMILIES[args.family], PLANS[args.family], torch.device(args.device)
     for stage in [args.stage] if args.stage else STAGES:
-        run_stage(stage, family, work, plan, device)
+        run_stage(stage, family, work, plan, device, begin=args.begin)
     if not args.stage:
         export(family, work, args.out or ROOT / args.family)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import l1_loss, mse_loss
 
 from tiny.families import Family
+from tiny.families.base import load_pipeline
 from tiny.state import StagePlan, Trainee, load_average, numpy_rng, torch_rng, train_steps
 from tiny.world import Scene, render, sample_scene
 
@@ -74,10 +75,16 @@ def psnr(mse: float) -> float:
     return float(10 * np.log10(4 / mse))
 
 
-def train_vae(family: Family, work: Path, plan: StagePlan, device: torch.device) -> None:
-    """Train the autoencoder, or continue; its state is `work/vae.safetensors`."""
+def train_vae(family: Family, work: Path, plan: StagePlan, device: torch.device, begin: Path | None = None) -> None:
+    """Train the autoencoder, or continue; its state is `work/vae.safetensors`.
+
+    A new training begins with random weights, or with those of the checkpoint in the folder `begin`.
+    """
     torch.manual_seed(SEED)
-    _train(family.build_vae(), work / "vae.safetensors", plan, device, sample_scene)
+    vae = family.build_vae()
+    if begin is not None:
+        vae.load_state_dict(load_pipeline(family, begin).vae.state_dict())
+    _train(vae, work / "vae.safetensors", plan, device, sample_scene)
 
 
 def train_decoder(family: Family, work: Path, plan: StagePlan, device: torch.device) -> None:

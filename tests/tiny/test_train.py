@@ -1,9 +1,11 @@
 """A miniature run of all stages: it trains, it resumes to the same bits, and its export is a working pipeline."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import LTXImageToVideoPipeline
 from safetensors.torch import load_file
 
 from tiny import state
@@ -11,8 +13,9 @@ from tiny.attention import cpu_attention
 from tiny.export import export
 from tiny.families import FAMILIES
 from tiny.families.base import TEXT_LENGTH, load_pipeline
-from tiny.state import StagePlan
+from tiny.state import StagePlan, torch_rng
 from tiny.train import STAGES, Plan, run_stage
+from tiny.train_flow import flow_batch
 
 VAE_PLAN = StagePlan(phases=((1, 1, 1), (5, 1, 1)), save_every=1)
 FLOW_PLAN = StagePlan(phases=((1, 2, 1), (2, 2, 1)), save_every=1, compiled=False)
@@ -133,3 +136,82 @@ def test_training_calls_the_model_as_the_pipeline_does(family):
     stock = seen[0] if family is FAMILIES["wan"] else seen[0].transpose(1, 2).unflatten(2, noise.shape[2:])
     assert (mine - stock).norm() < 1e-5 * stock.norm()
     assert (other - stock).abs().max() > 1e-3
+
+
+def test_a_given_first_frame_enters_as_in_the_image_pipeline():
+    """The first forward of LTXImageToVideoPipeline is the one that training learns of a clip with a given first frame."""
+    family = FAMILIES["ltx"]
+    torch.manual_seed(0)
+    text_pipe = family.build_pipeline(family.build_vae(), family.build_denoiser(60))
+    pipe = LTXImageToVideoPipeline(**text_pipe.components)
+    denoiser = family.build_denoiser(60)
+    denoiser.transformer, denoiser.text_encoder = pipe.transformer, pipe.text_encoder
+    torch.nn.init.normal_(pipe.transformer.proj_out.weight)
+    calls = []
+    hook = pipe.transformer.register_forward_hook(
+        lambda module, args, kwargs, output: calls.append((kwargs["hidden_states"], kwargs["timestep"], output[0])),
+        with_kwargs=True,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    pipe(
+        torch.rand(1, 3, 64, 64),
+        "a red circle",
+        height=64,
+        width=64,
+        num_frames=9,
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        output_type="latent",
+        **family.sampling_arguments(),
+    )
+    hook.remove()
+
+    packed, times, stock = calls[0]
+    latents, stock = (part.transpose(1, 2).unflatten(2, (3, *family.latent_grid)) for part in (packed, stock))
+    levels = times.view(1, 3, -1)[:, :, 0].float()
+    assert levels[0, 0] == 0 and (levels[0, 1:] > 0).all()
+    tokens = pipe.tokenizer(["a red circle"], padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
+    with torch.no_grad(), cpu_attention(CPU):
+        text = denoiser.encode_text(tokens.input_ids, tokens.attention_mask, TEXT_LENGTH)
+        mine = denoiser(latents, levels, text)
+        other = denoiser(latents, levels[:, 1], text)
+    assert (mine - stock).norm() < 1e-5 * stock.norm()
+    assert (other - stock).abs().max() > 1e-3
+
+
+def test_given_first_frames_are_clean_and_not_learned():
+    latents = torch.randn(64, 2, 3, 1, 1)
+    noisy, timestep, velocity, learned = flow_batch(latents, torch_rng(0), given_share=0.25)
+    given = ~learned[:, 0]
+    assert 0 < given.sum() < 64 and learned[:, 1:].all()
+    assert (timestep[~learned] == 0).all() and (timestep[learned] > 0).all()
+    assert torch.equal(noisy[given, :, 0], latents[given, :, 0])
+    # the noisy latents lie on the straight line from the clean ones along the velocity
+    expected = latents + timestep[:, None, :, None, None] / 1000 * velocity
+    torch.testing.assert_close(noisy, expected)
+    assert not torch.equal(noisy[~given, :, 0], latents[~given, :, 0])
+
+
+def test_a_single_frame_is_never_given():
+    _, timestep, _, learned = flow_batch(torch.randn(64, 2, 1, 1, 1), torch_rng(0), given_share=1.0)
+    assert timestep.shape == (64,) and learned.all()
+
+
+def test_a_training_begins_with_the_weights_of_a_checkpoint(family, unbroken, tmp_path):
+    export(family, unbroken, tmp_path / "model")
+    plan = Plan(
+        vae=replace(VAE_PLAN, phases=((1, 1, 1),), lr=0.0),
+        num_clips=1,
+        clips_per_file=1,
+        flow=replace(FLOW_PLAN, phases=((1, 1, 1),), lr=0.0),
+    )
+    for stage in ("vae", "latents", "flow"):
+        run_stage(stage, family, tmp_path / "work", plan, CPU, begin=tmp_path / "model")
+    for stage in ("vae", "flow"):
+        begun = load_file(unbroken / f"{'decoder' if stage == 'vae' else stage}.safetensors")
+        made = load_file(tmp_path / "work" / f"{stage}.safetensors")
+        names = [name for name in made if name.startswith("weight.")]
+        assert names
+        for name in names:  # checkpoints hold the averages, in bfloat16
+            average = begun[name.replace("weight.", "ema.", 1)].to(torch.bfloat16).float()
+            torch.testing.assert_close(made[name], average, rtol=0, atol=0)

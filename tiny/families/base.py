@@ -43,7 +43,10 @@ class Denoiser(nn.Module):
         raise NotImplementedError
 
     def forward(self, latent: Tensor, timestep: Tensor, text: Any) -> Tensor:
-        """Noisy latents [B, z, F, h, w], timesteps [B] in 0..1000 and a text -> velocity [B, z, F, h, w]."""
+        """Noisy latents [B, z, F, h, w], timesteps in 0..1000 and a text -> velocity [B, z, F, h, w].
+
+        Timesteps are [B], or [B, F] of each latent frame for a family that learns from first frames.
+        """
         raise NotImplementedError
 
 
@@ -57,6 +60,7 @@ class Family(Protocol):
         pipeline_text_length: tokens the stock pipeline pads a prompt to.
         latent_grid: rows and columns of a latent frame.
         encoder_parts: modules of the autoencoder that the cached latents come from.
+        first_frames: whether it learns to make videos that begin with a given picture.
     """
 
     title: str
@@ -65,6 +69,7 @@ class Family(Protocol):
     pipeline_text_length: int
     latent_grid: tuple[int, int]
     encoder_parts: tuple[str, ...]
+    first_frames: bool
 
     def build_vae(self, mean: Tensor | None = None, std: Tensor | None = None) -> nn.Module:
         """The autoencoder; `mean` and `std` [z] of its latents are what the pipeline normalises them with."""

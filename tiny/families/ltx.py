@@ -41,13 +41,13 @@ class LtxDenoiser(Denoiser):
         return self.text_encoder(token_ids).last_hidden_state, mask
 
     def forward(self, latent: Tensor, timestep: Tensor, text: tuple[Tensor, Tensor]) -> Tensor:
-        """Noisy latents [B, z, F, h, w], timesteps [B] in 0..1000, text and mask -> velocity [B, z, F, h, w]."""
+        """Noisy latents [B, z, F, h, w], timesteps [B] or [B, F] in 0..1000, text and mask -> velocity [B, z, F, h, w]."""
         states, mask = text
         frames, height, width = latent.shape[2:]
         velocity = self.transformer(
             hidden_states=latent.flatten(2).transpose(1, 2),
             encoder_hidden_states=states,
-            timestep=timestep,
+            timestep=timestep if timestep.ndim == 1 else timestep.repeat_interleave(height * width, dim=1),
             encoder_attention_mask=mask,
             num_frames=frames,
             height=height,
@@ -67,6 +67,7 @@ class Ltx:
     pipeline_text_length = 128
     latent_grid = (8, 8)
     encoder_parts = ("encoder",)
+    first_frames = True
 
     def build_vae(self, mean: Tensor | None = None, std: Tensor | None = None) -> AutoencoderKLLTXVideo:
         """A video autoencoder: [B, 3, 1 + 4 f, 8 h, 8 w] in -1..1 <-> [B, LATENT_CHANNELS, 1 + f, h, w]."""
