@@ -1,5 +1,6 @@
 """What `pip install .` installs: one library, its command, and the files that the command names by default."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import engine
 import freespec
 from engine.paths import REPOSITORY
+from launch.cli.start import COMMANDS
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +58,27 @@ def test_one_library_and_its_command(installed: Path) -> None:
     assert not list((installed / "engine" / "shipped").rglob("*.py"))
 
 
+def test_what_needs_a_checkout_is_not_installed(installed: Path) -> None:
+    """Every module of the wheel imports only what the wheel has; `launch/batch.py` looks for VBench's suites when asked to."""
+    missing = {}
+    for path in (installed / "launch").rglob("*.py"):
+        for statement in ast.parse(path.read_text()).body:
+            names = [each.name for each in statement.names] if isinstance(statement, ast.Import) else []
+            names += [statement.module or ""] if isinstance(statement, ast.ImportFrom) else []
+            ours = [name for name in names if (REPOSITORY / name.partition(".")[0]).is_dir()]
+            lacking = [name for name in ours if not _holds(installed, name)]
+            missing |= {path.relative_to(installed): lacking} if lacking else {}
+    assert missing == {}
+    lacked = {name for name in COMMANDS if not (installed / "launch" / "commands" / f"{name}.py").exists()}
+    assert lacked == {"analyze", "calibrate", "compare", "evaluate", "findings"}
+    assert not [name for name in lacked for folder in ("", "arguments") if _holds(installed / "launch" / folder, name)]
+
+
+def _holds(folder: Path, module: str) -> bool:
+    place = folder / module.replace(".", "/")
+    return place.is_dir() or place.with_suffix(".py").is_file()
+
+
 def test_the_command_works_from_any_folder(installed: Path, tmp_path: Path) -> None:
     """Presets, GPUs, prompt lists and weights come with the library."""
     shown = freespec_command(installed, tmp_path, "plan", "--config", "tiny-ltx", "--gpu", "a100")
@@ -72,13 +95,15 @@ def test_the_command_works_from_any_folder(installed: Path, tmp_path: Path) -> N
         "evaluate --runs .",
         "findings",
         "compare --prompt x --methods direct",
+        "analyze --help",
+        "calibrate --nproc 2",
         "batch --prompts vbench:overall_consistency --vbench . --out x",
     ],
 )
 def test_studies_need_a_checkout(installed: Path, tmp_path: Path, words: str) -> None:
     ended = freespec_command(installed, tmp_path, *words.split())
     assert ended.returncode == 2
-    assert ended.stderr.startswith("error: freespec ")
+    assert ended.stderr.startswith(f"error: freespec {words.split(maxsplit=1)[0]} needs ")
     assert ended.stderr.endswith(f"use .venv/bin/python launch/{words.split(maxsplit=1)[0]}.py\n")
     assert ended.stderr.count("\n") == 1
 

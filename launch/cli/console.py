@@ -6,7 +6,7 @@ import sys
 
 from engine import __version__
 from engine.shown import PrintableStream
-from launch.cli.start import COMMANDS, run_script
+from launch.cli.start import COMMANDS, is_installed, run_script
 from launch.process.stopping import show
 
 
@@ -40,5 +40,7 @@ def run(argv: list[str]) -> int:
 def usage() -> str:
     """List the commands, a line each."""
     lines = ["usage: freespec COMMAND [--config PRESET ...] [--SETTING VALUE ...]", "", "commands:"]
-    lines += [f"  {name:<10} {kind.what}" for name, kind in COMMANDS.items()]
+    lines += [
+        f"  {name:<10} {kind.what}{'' if is_installed(name) else ' (in a checkout)'}" for name, kind in COMMANDS.items()
+    ]
     return "\n".join([*lines, "", "freespec COMMAND --help shows the settings of a command."])

@@ -286,16 +286,13 @@ def _describe_unknown(key: str, keys: Keys, *, value: str | None, where: str = "
 
 def commands_with(key: str) -> tuple[list[str], str]:
     """List the commands that have an option of this name, and return the name; for a former name, the present one."""
-    from launch.cli.start import COMMANDS  # noqa: PLC0415
+    from launch.cli.start import COMMANDS, is_installed  # noqa: PLC0415
 
     options: dict[str, frozenset[str]] = {}
     today = key
-    for name in COMMANDS:
+    for name in filter(is_installed, COMMANDS):
         parser = make_parser(name, "", "")
-        try:
-            importlib.import_module(f"launch.arguments.{name}").add_arguments(parser)
-        except ModuleNotFoundError:  # a command that needs a checkout, in the installed library
-            continue
+        importlib.import_module(f"launch.arguments.{name}").add_arguments(parser)
         keys = Keys.of(parser)
         options[name] = keys.leaves - keys.former
         if key in keys.former:

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -147,6 +148,8 @@ def run_here(name: str, argv: Sequence[str]) -> int | None:
 
 
 def _read(name: str, argv: Sequence[str]) -> Any:
+    if not is_installed(name):
+        raise UserError(_describe_checkout(name, "a checkout"))
     with _naming_missing_packages(name):
         return importlib.import_module(f"launch.arguments.{name}").read(argv)
 
@@ -155,6 +158,16 @@ def _call(name: str, given: Any) -> int | None:
     with _naming_missing_packages(name), uncollected():
         command = importlib.import_module(f"launch.commands.{getattr(given, 'command', name)}")
     return command.run(given)
+
+
+def is_installed(name: str) -> bool:
+    """Whether this command is here; the installed library lacks those that need a checkout (setup.py)."""
+    return importlib.util.find_spec(f"launch.commands.{name}") is not None
+
+
+def _describe_checkout(name: str, needed: str) -> str:
+    advice = f"clone the repository, run `make setup` in it, and use .venv/bin/python launch/{name}.py"
+    return f"freespec {name} needs {needed}; {advice}"
 
 
 # Folders of a checkout that the installed library lacks.
@@ -169,10 +182,7 @@ def _naming_missing_packages(name: str) -> Iterator[None]:
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing in _CHECKOUT:
-            raise UserError(
-                f"freespec {name} needs {missing}/, which only a checkout has; clone the repository, "
-                f"run `make setup` in it, and use .venv/bin/python launch/{name}.py"
-            ) from error
+            raise UserError(_describe_checkout(name, f"{missing}/, which only a checkout has")) from error
         raise UserError(f"{sys.executable} has no package {missing!r}; {right_python(Path(sys.argv[0]))}") from error
 
 
