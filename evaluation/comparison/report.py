@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -12,10 +11,11 @@ from typing import Any
 from engine.errors import UserError
 from engine.files.claims import writing_report
 from engine.files.tables import write_csv
+from engine.files.trees import finite_or_none
 from engine.files.whole import write_text
 from evaluation import markdown
 from evaluation.comparison.kept_measures import add_kept, measure_there
-from evaluation.comparison.measure import Measured, not_world, strange_prompts, units_of
+from evaluation.comparison.measure import Measured, has_world, not_world, strange_prompts, units_of
 from evaluation.comparison.page import write_page
 from evaluation.comparison.plots import draw_clips, draw_metrics, draw_times, save_figure
 from evaluation.comparison.store import Comparison
@@ -82,7 +82,7 @@ def _write(comparison: Comparison, measured: Sequence[Measured], *, folder: Path
         "baseline": baseline,
         "bootstrap": {"level": LEVEL, "resamples": RESAMPLES, "unit": "prompt", "seed": 0},
         "noise": comparison.noise,
-        "world": _num_world(comparison) > 0,
+        "world": has_world(comparison),
         "summary": [_row(row) for row in rows],
         "times": time,
         "clips": {
@@ -136,14 +136,10 @@ def _notes(comparison: Comparison, measured: Sequence[Measured], rows: Sequence[
     return notes + _kept(comparison, measured) + _mixtures(measured)
 
 
-def _num_world(comparison: Comparison) -> int:
-    """Prompts whose videos have exact measures of the embedded world."""
-    return len(comparison.prompts) - len(strange_prompts(comparison))
-
-
 def _on_world(comparison: Comparison) -> str:
     """Which videos have exact measures of the embedded world, and why others have none."""
-    reason, count, known = not_world(comparison), len(comparison.prompts), _num_world(comparison)
+    reason, count = not_world(comparison), len(comparison.prompts)
+    known = count - len(strange_prompts(comparison))
     if reason is None:
         return "The exact measures of the embedded world are included: every prompt is one of its captions."
     if not known:
@@ -327,7 +323,7 @@ def _video(each: Measured, folder: Path) -> dict[str, Any]:
         "prompt": each.video.prompt,
         "seed": each.video.seed,
         "file": _beside(each.video.files.video, folder) if each.video.is_done else None,
-        "values": {name: None if math.isnan(value) else value for name, value in each.values.items()},
+        "values": {name: finite_or_none(value) for name, value in each.values.items()},
         "by_clip": each.by_clip,
         "resumed_at": each.record["resumed_at"],
     }

@@ -28,16 +28,14 @@ NO_TOTAL = (
 MISSING = "not available"
 _NOT_ASKED = "not asked for"
 _DECIMALS = 4  # as the paper
-# Heading and first sentence of a section.
-_ON_WORLD = (
-    "Exact measures of the embedded world\nThe world's shapes, colours, places and speeds, read from every frame; docs/compare.md "
-    "says what each measure is. They are exact on rendered clips; they ignore whatever else a video shows."
-)
-_ON_EVENTS = "Events of timelines\nWhether frames show the event that they are for, read as above; docs/compare.md says what each measure is."
-_ON_COURSE = (
-    f"The course of long videos\nNone has a good direction of its own: {READING}; docs/long-videos.md has what each finds on clips "
-    "whose truth is known."
-)
+# First sentences of sections, by heading.
+_WORLD, _EVENTS, _COURSE = "Exact measures of the embedded world", "Events of timelines", "The course of long videos"
+_ABOUT = {
+    _WORLD: "The world's shapes, colours, places and speeds, read from every frame; docs/compare.md says what each measure is. They are "
+    "exact on rendered clips; they ignore whatever else a video shows.",
+    _EVENTS: "Whether frames show the event that they are for, read as above; docs/compare.md says what each measure is.",
+    _COURSE: f"None has a good direction of its own: {READING}; docs/long-videos.md has what each finds on clips whose truth is known.",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,9 +172,9 @@ def as_markdown(evaluation: Evaluation, tree: Mapping[str, Any]) -> str:
     lines += _paper_section(evaluation, tree)
     if (found := evaluation.measured) is not None:
         lines += _proxy_section(evaluation, tree)
-        lines += _section(evaluation, tree, _ON_WORLD, WORLD, found.not_world)
-        lines += _section(evaluation, tree, _ON_EVENTS, EVENTS) if found.events else []
-        lines += _section(evaluation, tree, _ON_COURSE, COURSE, found.not_long)
+        lines += _section(evaluation, tree, _WORLD, WORLD, found.not_world)
+        lines += _section(evaluation, tree, _EVENTS, EVENTS) if found.events else []
+        lines += _section(evaluation, tree, _COURSE, COURSE, found.not_long)
     for heading, sentences in (("Notes", tree["notes"]), ("Failed", tree["failures"])):
         if sentences:
             lines += [f"## {heading}", "", *(f"- {markdown_cell(sentence)}" for sentence in sentences), ""]
@@ -308,14 +306,13 @@ def _proxy_section(evaluation: Evaluation, tree: Mapping[str, Any]) -> list[str]
 
 
 def _section(
-    evaluation: Evaluation, tree: Mapping[str, Any], text: str, units: Mapping[str, str], missing: str | None = None
+    evaluation: Evaluation, tree: Mapping[str, Any], heading: str, units: Mapping[str, str], missing: str | None = None
 ) -> list[str]:
-    """A heading and a sentence, with the table of these measures, or with why there is none."""
-    heading, sentence = text.split("\n", 1)
+    """A section with the table of these measures, or why there is none."""
     if missing is not None:
         return [f"## {heading}", "", f"{MISSING[0].upper()}{MISSING[1:]}: {markdown_cell(missing)}.", ""]
     names = {name: f"`{name}`, {unit}" for name, unit in units.items()}
-    return [f"## {heading}", "", sentence, "", *_by_measure(evaluation, tree, names)]
+    return [f"## {heading}", "", _ABOUT[heading], "", *_by_measure(evaluation, tree, names)]
 
 
 def _by_measure(evaluation: Evaluation, tree: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:

@@ -6,13 +6,12 @@ from jsonargparse import ArgumentParser, Namespace
 
 from engine.config import RunConfig
 from engine.errors import UserError
-from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, refuse_empty
-from launch.arguments.options import add_out, add_workers, check_workers
+from launch.arguments.many_videos import OF_ONE_VIDEO
+from launch.arguments.options import add_out
 from launch.arguments.prompts import Prompts, add_num_prompts, add_prompts, choose_prompts
-from launch.arguments.ranks import add_ranks, check_model
-from launch.arguments.replicas import Replicas, add_replicas, read_replicas
+from launch.arguments.ranks import check_model
+from launch.arguments.replicas import Replicas, add_ranks_and_replicas, read_replicas
 from launch.cli.parser import parse_run
-from launch.process.attention_backend import check_environment
 
 NAME = "analyze.py"
 DESCRIPTION = "Measure how attention's singular spectra depend on the window, and the effect of low rank on videos."
@@ -33,13 +32,9 @@ class Arguments:
 def read(argv: list[str]) -> Arguments:
     """Parse and check; UserError for a mistake."""
     given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments, unread=UNREAD)
-    refuse_empty(given, "out")
-    check_workers(given.workers)
-    check_environment()
-    replicas = read_replicas(given, config, argv)
+    replicas = read_replicas(given, config, argv, "out", name=NAME)
     prompts = choose_prompts(given)
     config = prompts.directed(config, argv)
-    check_output(config.output, NAME)
     if given.num_points < 2:
         raise UserError(f"--num_points must be 2 or more, got {given.num_points}")
     if given.num_reconstructed < 0:
@@ -81,6 +76,4 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="number of prompts, from the first, to make videos of with FreeLOC in one layer alone: 2 x layers + 1 each",
     )
     add_out(parser, "tables, plots and videos", default="runs/analysis")
-    add_workers(parser)
-    add_ranks(parser)
-    add_replicas(parser)
+    add_ranks_and_replicas(parser)

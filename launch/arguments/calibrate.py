@@ -8,13 +8,12 @@ from jsonargparse import ArgumentParser, Namespace
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.shown import quoted
-from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, read_seeds, refuse_empty
-from launch.arguments.options import add_out, add_prompts_file, add_seeds, add_workers, check_workers
+from launch.arguments.many_videos import OF_ONE_VIDEO, read_seeds
+from launch.arguments.options import add_out, add_prompts_file, add_seeds
 from launch.arguments.prompts import Prompts, read_prompts
-from launch.arguments.ranks import add_ranks, check_model
-from launch.arguments.replicas import Replicas, add_replicas, read_replicas
+from launch.arguments.ranks import check_model
+from launch.arguments.replicas import Replicas, add_ranks_and_replicas, read_replicas
 from launch.cli.parser import parse_run
-from launch.process.attention_backend import check_environment
 
 NAME = "calibrate.py"
 DESCRIPTION = "Search FreeSpec's open settings on one list of prompts, and evaluate the result on another."
@@ -47,10 +46,7 @@ class Arguments:
 def read(argv: list[str]) -> Arguments:
     """Parse and check; UserError for a mistake."""
     given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments, unread=UNREAD)
-    refuse_empty(given, "out", "measures")
-    check_workers(given.workers)
-    check_environment()
-    replicas = read_replicas(given, config, argv)
+    replicas = read_replicas(given, config, argv, "out", "measures", name=NAME)
     rounds = _check(given, config)
     first = config.sampler.seed
     seeds = {
@@ -76,7 +72,6 @@ def _check(given: Namespace, config: RunConfig) -> list[int]:
             raise UserError(f"--{name} must be {least} or more, got {getattr(given, name)}")
     if given.search_num_steps is not None and given.search_num_steps < 1:
         raise UserError(f"--search_num_steps must be 1 or more, got {given.search_num_steps}")
-    check_output(config.output, NAME)
     for name in ("prompts", "judge_prompts"):
         if getattr(given, name) is None:
             raise UserError(f"--{name} is needed: settings are searched on one list of prompts and judged on another")
@@ -125,6 +120,4 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str,
         help="folder of kept measures: videos listed there are not made again",
     )
-    add_workers(parser)
-    add_ranks(parser)
-    add_replicas(parser)
+    add_ranks_and_replicas(parser)

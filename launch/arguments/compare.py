@@ -10,14 +10,13 @@ from engine.batch.variants import Variant
 from engine.config import RunConfig
 from engine.errors import UserError
 from engine.paths import expand
-from launch.arguments.many_videos import OF_ONE_VIDEO, check_output, read_seeds, refuse_empty
-from launch.arguments.options import add_methods, add_out, add_seeds, add_workers, check_workers
+from launch.arguments.many_videos import OF_ONE_VIDEO, read_seeds
+from launch.arguments.options import add_methods, add_out, add_seeds
 from launch.arguments.prompts import Prompts, add_num_prompts, add_prompts, choose_prompts
-from launch.arguments.ranks import add_ranks, check_model
-from launch.arguments.replicas import Replicas, add_replicas, read_replicas
+from launch.arguments.ranks import check_model
+from launch.arguments.replicas import Replicas, add_ranks_and_replicas, read_replicas
 from launch.arguments.variants import read_variants
 from launch.cli.parser import parse_run
-from launch.process.attention_backend import check_environment
 
 NAME = "compare.py"
 DESCRIPTION = "Make the same prompts and seeds with several methods, measure the videos, and write a report."
@@ -51,12 +50,8 @@ class Arguments:
 def read(argv: list[str]) -> Arguments:
     """Parse and check; UserError for a mistake."""
     given, config = parse_run(argv, name=NAME, description=DESCRIPTION, add_arguments=add_arguments, unread=UNREAD)
-    refuse_empty(given, "out", "report", "measures")
-    check_workers(given.workers)
-    check_environment()
-    replicas = read_replicas(given, config, argv)
+    replicas = read_replicas(given, config, argv, "out", "report", "measures", name=NAME)
     read_seeds(given.seeds, config.sampler.seed)
-    check_output(config.output, NAME)
     prompts = choose_prompts(given)
     config = prompts.directed(config, argv)
     variants = read_variants(given.methods, argv, name=NAME, add_arguments=add_arguments)
@@ -113,6 +108,4 @@ def add_arguments(parser: ArgumentParser) -> None:
         type=str,
         help="i/n: make and measure the i-th of n shares of the pairs of prompt and seed, without a report",
     )
-    add_workers(parser)
-    add_ranks(parser)
-    add_replicas(parser)
+    add_ranks_and_replicas(parser)

@@ -12,8 +12,10 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.given.frames import GivenFrames
 from engine.paths import expand
-from launch.arguments.many_videos import refuse_empty
-from launch.arguments.ranks import check_alone, check_started
+from launch.arguments.many_videos import check_output, refuse_empty
+from launch.arguments.options import add_workers, check_workers
+from launch.arguments.ranks import add_ranks, check_alone, check_started
+from launch.process.attention_backend import check_environment
 from launch.process.environment import PlacementStrategy
 from launch.ranks.ray_pool import PLACEMENT_HELP
 
@@ -74,13 +76,27 @@ class Replicas:
         )
 
 
-def read_replicas(given: Namespace, config: RunConfig, argv: list[str]) -> Replicas | None:
-    """The replicas of a command that otherwise makes its videos itself, with `--nproc` ranks; None without their options."""
+def read_replicas(given: Namespace, config: RunConfig, argv: list[str], *texts: str, name: str) -> Replicas | None:
+    """Check a command that makes and measures many videos; return its replicas, or None if it makes them with `--nproc` ranks.
+
+    `texts` are options that may not be empty.
+    """
+    refuse_empty(given, *texts)
+    check_workers(given.workers)
+    check_environment()
+    check_output(config.output, name)
     if given.replicas is None and given.ray is None and given.gpus_per_replica is None:
         check_started(given.nproc, argv)
         return None
     check_alone("--replicas, --ray and --gpus_per_replica")
     return Replicas.of(given, config, snapshot_every=config.output.snapshot_every, sheets=True)
+
+
+def add_ranks_and_replicas(parser: ArgumentParser) -> None:
+    """Add the options of `read_replicas`."""
+    add_workers(parser)
+    add_ranks(parser)
+    add_replicas(parser)
 
 
 def add_replicas(parser: ArgumentParser) -> None:
