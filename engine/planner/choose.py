@@ -59,6 +59,7 @@ def describe_changes(case: Case, fixed: FixedDegrees) -> str:
             not changes
             and case.options.weights == "resident"
             and (weights != "zero3" or case.options.quantised is None)
+            and (weights == "cpu_offload" or case.sampler.cache == "none")
         ):
             lean = replace(case, options=replace(case.options, weights=weights))
             changes = [f"model.weights {weights} with {change}" for change in _changes(replace(trial, case=lean))]
@@ -91,6 +92,10 @@ def _changes(trial: _Trial) -> Iterator[str]:
     for words, change in _placements(case):
         if trial.fits(options=replace(case.options, **change)):
             yield words
+    if case.sampler.cache != "none":
+        sampler = replace(case.sampler, cache="none", cache_threshold=None, cache_interval=None, cache_ratios=None)
+        if trial.fits(sampler=sampler):
+            yield "sampler.cache none"
     doubled = (case.world_size * 2**power for power in range(1, MOST_DOUBLINGS + 1))
     doubled = (count for count in doubled if count <= MOST_GPUS)
     if more := next((count for count in doubled if trial.fits(world_size=count)), None):
@@ -103,18 +108,21 @@ def _changes(trial: _Trial) -> Iterator[str]:
 
 def _placements(case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
     """Other places and dtypes of weights, with the options that they change; one that changes the video comes last."""
-    options = case.options
+    options, cached = (
+        case.options,
+        case.sampler.cache != "none",
+    )  # a cache excludes places that follow the order of a whole step
     if options.text_device == "model" and options.weights != "cpu_offload":
         yield "parallel.text_device cpu", {"text_device": "cpu"}
         if options.weights == "resident":
             yield "model.weights cpu_offload", {"weights": "cpu_offload"}
     if case.idle_expert == "stay":
         yield "model.idle_expert leave", {"idle_expert": "leave"}
-    if options.weights == "resident" and case.world_size > 1 and options.quantised is None:
+    if options.weights == "resident" and case.world_size > 1 and options.quantised is None and not cached:
         yield "model.weights zero3", {"weights": "zero3"}
     if options.weights == "zero3" and options.shards == "device":
         yield "model.shards cpu", {"shards": "cpu"}
-    if options.weights in ("resident", "cpu_offload"):
+    if options.weights in ("resident", "cpu_offload") and not cached:
         yield "model.weights block_offload", {"weights": "block_offload"}
     if options.quantised is None and options.weights != "zero3":
         yield "model.storage fp8", {"storage": "fp8"}

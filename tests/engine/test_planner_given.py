@@ -20,14 +20,16 @@ from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.given.frames import Places, parse_given
 from engine.planner.arrange import arrange_ranks
+from engine.planner.choose import describe_changes
 from engine.planner.cpu import denoising_operations
 from engine.planner.flops import call_operations
 from engine.planner.forward import count_forward
 from engine.planner.gpu import read_gpu
 from engine.planner.layout import Layout, lay_out
-from engine.planner.memory import cache_bytes, denoise_peak
+from engine.planner.memory import GIB, cache_bytes, denoise_peak
 from engine.planner.model import ModelSpec, read_model
 from engine.planner.plan import Case
+from engine.presets import read_preset
 from launch.arguments.plan import read
 from launch.commands.plan import run
 from tests.engine.hooks.test_step_cache import CACHES, PROMPT, config_of
@@ -160,6 +162,27 @@ def test_each_rank_keeps_its_tokens_and_passes() -> None:
     ]
     assert kept[0] == 2 * 3 * 16 * 384 * 4096 * 2
     assert kept == [kept[0], kept[0] // 2, kept[0] // 2, kept[0] // 4]
+
+
+def test_a_change_that_is_advised_is_one_that_the_cache_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weights that a cache excludes, each of which would fit; the embedded model on two GPUs."""
+    for name in ("_shorter", "_smaller"):  # which take seconds to search
+        monkeypatch.setattr(f"engine.planner.choose.{name}", lambda _case: [])
+    config = read_preset("tiny-wan")
+    sampler = replace(config.sampler, cache="first_block", cache_threshold=0.1)
+    case = Case.of(config, read_model(config.model), gpu=read_gpu("h200"), world_size=2)
+    case = replace(case, video=replace(case.video, num_frames=257))
+    peak = min(case.memory(degrees, case.modes)[1] for degrees in case.support.possible(2))
+
+    def advised(each: SamplerConfig, spare: int) -> str:
+        small = replace(case.gpu, memory_gib=2 + (peak + spare) / GIB, reserved_gib=2)
+        return describe_changes(replace(case, sampler=each, gpu=small), (None, None, None))
+
+    with_cache, without = advised(sampler, 10_000), advised(config.sampler, -10_000)
+    assert "sampler.cache none" in with_cache
+    assert not any(weights in with_cache for weights in ("zero3", "block_offload"))
+    assert "block_offload" in without  # negative control
+    assert "sampler.cache" not in without
 
 
 def test_plan_shows_pictures_and_caches(capsys: pytest.CaptureFixture[str]) -> None:

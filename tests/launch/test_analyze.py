@@ -264,6 +264,10 @@ def test_errors_are_over_prompts_and_not_over_heads() -> None:
         ),
         ({"sampler.cache": "first_block"}, "sampler.cache first_block skips layers"),
         ({"model.compile": "true"}, "with model.compile, blocks do not expose branches"),
+        (
+            {"parallel.provider": "xfuser", "method.name": "direct"},
+            "parallel.provider xfuser does not expose branches to trace; use parallel.provider torch, or do not trace",
+        ),
     ],
 )
 def test_mistakes_are_one_line(analyze_in: Callable[..., Run], settings: dict[str, object], message: str) -> None:
