@@ -3,6 +3,7 @@
 They become latent frames, see `engine.given.known`. Imports no torch.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,10 +24,12 @@ class Places:
     Attributes:
         first: whether latent frames from the first on are given, whose tokens have timestep 0.
         moments: frames of the video, ascending, of pictures whose tokens stand beside those of the video.
+        shortest: the fewest frames of a video that has all given frames.
     """
 
     first: bool = False
     moments: tuple[int, ...] = ()
+    shortest: int = 1
 
 
 Shows = Literal["whole", "new"]
@@ -118,10 +121,9 @@ class GivenFrames:
 
     def settings(self, *, num_frames: int, fps: int, step: int, pictures: Sequence[str] = ()) -> dict[str, Any]:
         """The settings for the run's id, in JSON types: latent frames and SHA-256 of the files, what is shown, and the rules."""
-        if ANY_FRAME in pictures:  # two of them may share a latent frame
+        places = [str(self.latent(image, num_frames, fps, step)) for image in self.images]
+        if len(set(places)) < len(places):
             places = [f"frame {round(image.frame(num_frames, fps))}" for image in self.images]
-        else:
-            places = [str(self.latent(image, num_frames, fps, step)) for image in self.images]
         images = {place: file_sha256(image.path) for place, image in zip(places, self.images, strict=True)}
         extend = None if self.extend is None else file_sha256(self.extend)
         settings = {"images": images, "extend": extend, "shows": self.shows, "max_noise": self.max_noise}
@@ -132,6 +134,13 @@ class GivenFrames:
     def latent(self, image: GivenImage, num_frames: int, fps: int, step: int) -> int:
         """The latent frame that an image fills: the one that contains its frame of the video."""
         return -(-round(image.frame(num_frames, fps)) // step)
+
+    def shortest(self, *, num_frames: int, fps: int, step: int) -> int:
+        """The fewest frames of a video with these images, of which only `last` moves; of `extend` one latent frame counts."""
+        fixed = [0] if self.extend is not None else []
+        fixed += [math.ceil(image.frame(num_frames, fps) / step) for image in self.images if image.where != "last"]
+        moves = any(image.where == "last" for image in self.images)
+        return 1 + step * max(0, max(fixed, default=-1) + moves)
 
     def record(
         self, *, num_frames: int, fps: int, step: int, begun: int, pictures: Sequence[str] = ()

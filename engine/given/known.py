@@ -76,10 +76,9 @@ def check_given(
         UserError: a picture is missing without which the checkpoint makes no video, a file cannot be read or has another size
             or rate, the video to continue is as long as the new one, two files fill one latent frame, or no frame is left to make.
     """
-    check_needs(given, spec, num_frames=num_frames, fps=fps)
+    check_places(given, spec, num_frames=num_frames, fps=fps)
     if given is None:
         return []
-    step, begun = spec.temporal_factor, 0
     notes: list[str] = []
     if given.extend is not None:
         begun, notes = _look_at_begun(given.extend, spec, height=height, width=width, fps=fps)
@@ -88,11 +87,30 @@ def check_given(
                 f"--extend {given.extend} has {spec.num_frames(begun)} frames, and video.num_frames, which counts them, is "
                 f"{num_frames}; ask for more"
             )
+        check_places(given, spec, num_frames=num_frames, fps=fps, begun=begun)
         notes += _describe_prefix(given.extend, spec, begun)
+    for image in given.images:
+        read_image(image.path, height, width)
+    return [*notes, *given.describe(num_frames=num_frames, fps=fps, step=spec.temporal_factor, pictures=spec.pictures)]
+
+
+def check_places(given: GivenFrames | None, spec: VideoSpec, *, num_frames: int, fps: int, begun: int = 1) -> None:
+    """Check where the given frames lie, without opening a file.
+
+    `begun` is the number of latent frames of the video to continue, if there is one; it has at least one.
+
+    Raises:
+        UserError: a picture is missing without which the checkpoint makes no video, one lies beyond the video or in what is continued,
+            two of them fill one latent frame, or no frame is left to make.
+    """
+    check_needs(given, spec, num_frames=num_frames, fps=fps)
+    if given is None:
+        return
+    step = spec.temporal_factor
+    begun = 0 if given.extend is None else begun
     taken: dict[int, GivenImage] = {}
     apart = ANY_FRAME in spec.pictures  # each picture has tokens of its own
     for image in given.images:
-        read_image(image.path, height, width)
         latent = given.latent(image, num_frames, fps, step)
         if latent < begun:
             raise UserError(
@@ -107,12 +125,11 @@ def check_given(
     trained = given.trained(num_frames=num_frames, fps=fps, pictures=spec.pictures)
     seen = [image for place, image in trained.items() if place != "first" or not spec.takes_prefix]
     fixed = begun + sum(image not in seen for image in given.images)
-    if fixed == spec.latent_shape(num_frames, height, width)[2]:
+    if fixed == spec.latent_shape(num_frames, 0, 0)[2]:
         raise UserError(
             f"the given frames fill the whole video of {num_frames} frame{'s' * (num_frames > 1)}, and none is left to make; set "
             f"video.num_frames to {num_frames + step} or more"
         )
-    return [*notes, *given.describe(num_frames=num_frames, fps=fps, step=step, pictures=spec.pictures)]
 
 
 def check_needs(given: GivenFrames | None, spec: VideoSpec, *, num_frames: int, fps: int) -> None:

@@ -108,10 +108,8 @@ def _changes(trial: _Trial) -> Iterator[str]:
 
 def _placements(case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
     """Other places and dtypes of weights, with the options that they change; one that changes the video comes last."""
-    options, cached = (
-        case.options,
-        case.sampler.cache != "none",
-    )  # a cache excludes places that follow the order of a whole step
+    options = case.options
+    cached = case.sampler.cache != "none"  # a cache excludes places that follow the order of a whole step
     if options.text_device == "model" and options.weights != "cpu_offload":
         yield "parallel.text_device cpu", {"text_device": "cpu"}
         if options.weights == "resident":
@@ -139,10 +137,11 @@ def _describe_need(name: str, memory: Mapping[str, int], peak_bytes: int, case: 
 
 
 def _shorter(case: Case) -> list[VideoConfig]:
-    """Fewer frames, but at least the native length, fewest first."""
+    """Fewer frames, but at least the native length and enough for the given frames, fewest first."""
     step = case.spec.video.temporal_factor
     native = (case.method.window_frames - 1) * step + 1
-    return [replace(case.video, num_frames=frames) for frames in range(native, case.video.num_frames, step)]
+    fewest = max(native, case.given.shortest)
+    return [replace(case.video, num_frames=frames) for frames in range(fewest, case.video.num_frames, step)]
 
 
 def _smaller(case: Case) -> list[VideoConfig]:

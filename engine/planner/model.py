@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,9 @@ class ModelSpec:
         if given is None:
             return Places()
         of = self.video
-        return given.places(num_frames=video.num_frames, fps=video.fps, pictures=of.pictures, needs=of.needs)
+        size = {"num_frames": video.num_frames, "fps": video.fps}
+        places = given.places(**size, pictures=of.pictures, needs=of.needs)
+        return replace(places, shortest=given.shortest(**size, step=of.temporal_factor))
 
     @cached_property
     def parameters(self) -> dict[str, int]:

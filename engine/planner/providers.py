@@ -111,7 +111,7 @@ class Support:
 
     def _refuse_provider(self, world: int, wanted: Degrees, served: Sequence[Degrees]) -> None:
         """Raise UserError for degrees that the provider does not support, with those it does, or the nearest numbers of ranks."""
-        reason = f"parallel.provider {self.provider}: {self._reason(wanted)}{_count_beside(self.beside)}"
+        reason = f"parallel.provider {self.provider}: {self._reason(wanted)}{_describe_beside(self.beside)}"
         if served:
             raise UserError(f"{reason}; it can have {_listed(served)}, and parallel.provider torch any")
         near = (range(world - 1, 0, -1), range(world + 1, 2 * world + 1))
@@ -120,7 +120,7 @@ class Support:
         raise UserError(f"{reason}; it can have no arrangement of {world} ranks: use parallel.provider torch{others}")
 
 
-def _count_beside(beside: int) -> str:
+def _describe_beside(beside: int) -> str:
     """The end of a line about uneven shares that says of pictures that their tokens are among them."""
     return f"; the tokens of pictures at later frames than the first ({beside}) count too" if beside else ""
 

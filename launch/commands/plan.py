@@ -6,6 +6,7 @@ from typing import Any
 
 from engine.checks import check_beside
 from engine.config import RunConfig
+from engine.given.known import check_places
 from engine.planner.arrange import check_settings
 from engine.planner.choose import choose
 from engine.planner.gpu import GpuSpec
@@ -21,6 +22,8 @@ def run(given: Arguments) -> None:
     """Plan, and print the chosen plan first."""
     config, spec = given.config, read_model(given.config.model)
     check_settings(config, spec)
+    if given.given is not None:  # without, the pictures that a checkpoint needs are counted all the same
+        check_places(given.given, spec.video, num_frames=config.video.num_frames, fps=config.video.fps)
     check_beside(config, spec.video, given.given, num_frames=config.video.num_frames)
     case = Case.of(config, spec, gpu=given.gpu, world_size=given.gpus, given=given.given)
     plans = plan(case)

@@ -1,5 +1,6 @@
 """What the planner counts of pictures that a checkpoint was trained for, and of step caches, against what a small real run holds."""
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,10 @@ from engine.adapters.ltx_published import PUBLISHED
 from engine.config import MethodConfig, ModelConfig, ParallelConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
-from engine.given.frames import Places, parse_given
+from engine.given.frames import GivenFrames, Places, parse_given
+from engine.given.known import check_places
 from engine.planner.arrange import arrange_ranks
-from engine.planner.choose import describe_changes
+from engine.planner.choose import _shorter, describe_changes
 from engine.planner.cpu import denoising_operations
 from engine.planner.flops import call_operations
 from engine.planner.forward import count_forward
@@ -38,7 +40,7 @@ from tests.tiny_pipelines import random_ltx, save_random_ltx, save_random_wan
 
 NAME = "Lightricks/LTX-Video-0.9.7-dev"
 ROOT = Path(__file__).parents[2]
-PRESET = str(ROOT / "configs" / "ltx-video-13b-0.9.7-dev.yaml")
+LTX, I2V = (str(ROOT / "configs" / f"{name}.yaml") for name in ("ltx-video-13b-0.9.7-dev", "wan2.1-i2v-14b-480p"))
 TWO = Places(first=True, moments=(20, 56))
 SAMPLER = SamplerConfig(num_steps=40, guidance_scale=3.0, max_text_tokens=128)
 CPU = torch.device("cpu")
@@ -187,21 +189,75 @@ def test_a_change_that_is_advised_is_one_that_the_cache_allows(monkeypatch: pyte
 
 def test_plan_shows_pictures_and_caches(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--given", "first=a.png", "--given", "last=b.png", "--sampler.cache", "first_block", "--json", "true"]
-    run(read([f"--config={PRESET}", *words]))
+    run(read([f"--config={LTX}", *words]))
     shown = json.loads(capsys.readouterr().out)["plans"][0]
     assert shown["tokens"] == [62 * 384]
     assert shown["memory"]["step_cache"] == 2 * 3 * 62 * 384 * 4096 * 2
-    run(read([f"--config={PRESET}", "--json", "true"]))
+    run(read([f"--config={LTX}", "--json", "true"]))
     alone = json.loads(capsys.readouterr().out)["plans"][0]
     assert shown["memory"]["activations"] - alone["memory"]["activations"] > 4e9
     assert alone["tokens"] == [61 * 384]
     assert "step_cache" not in alone["memory"]
-    run(read([f"--config={PRESET}", *words[:6]]))
+    run(read([f"--config={LTX}", *words[:6]]))
     text = capsys.readouterr().out
     assert "61 latent frames and 1 picture beside them of 384 tokens = 23808 tokens" in text
     assert "sampler.cache first_block: its memory is counted" in text
     with pytest.raises(UserError, match=r"--given 90s=.* is beyond the video"):
-        run(read([f"--config={PRESET}", "--given", "90s=a.png"]))
+        run(read([f"--config={LTX}", "--given", "90s=a.png"]))
+
+
+@pytest.mark.parametrize(
+    ("preset", "words", "line"),
+    [
+        (LTX, "--given 20=a.png --given 20=b.png", "--given 20 and 20 fall on one frame"),
+        (LTX, "--given first=a.png --given 0=b.png", "--given first and 0 fall on one frame"),
+        (LTX, "--extend x.mp4 --given first=a.png", "--given first=a.png lies in the frames of --extend x.mp4"),
+        (I2V, "--extend x.mp4", "no picture is given for the first frame"),
+        (I2V, "--given last=a.png", "no picture is given for the first frame"),
+        (I2V, "--extend x.mp4 --given first=a.png", "lies in the frames of --extend x.mp4"),
+        (LTX, "--given 20=a.png --given 21=b.png --video.num_frames 41", None),
+        (I2V, "--given first=a.png", None),
+        (I2V, "", None),  # the pictures that it needs are counted
+    ],
+)
+def test_what_a_run_refuses_is_not_planned(
+    preset: str, words: str, line: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file is opened."""
+    monkeypatch.setattr("launch.commands.plan.plan", mock.Mock(side_effect=InterruptedError("planned")))
+    with pytest.raises(InterruptedError if line is None else UserError, match=line or "planned"):
+        run(read([f"--config={preset}", *words.split()]))
+
+
+@pytest.mark.parametrize(
+    ("words", "shortest"),
+    [
+        ([], None),
+        (["first=a.png"], 1),
+        (["last=a.png"], 1),
+        (["20=a.png"], 25),
+        (["2.05s=a.png"], 25),  # frame 16.4, which a video of 17 frames has not
+        (["first=a.png", "last=b.png"], 9),
+        (["20=a.png", "last=b.png"], 33),
+        (["40=a.png", "20=b.png"], 41),
+    ],
+)
+def test_a_shorter_video_that_is_advised_has_the_given_frames(
+    ltx: Path, words: list[str], shortest: int | None
+) -> None:
+    config, spec = config_with(ltx), read_model(ModelConfig(path=str(ltx)))
+
+    def lengths(given: GivenFrames | None) -> list[int]:
+        case = Case.of(config, spec, gpu=read_gpu("h200"), world_size=1, given=given)
+        return [video.num_frames for video in _shorter(case)]
+
+    given = parse_given(words, None)
+    every = lengths(None)
+    assert every == [17, 25, 33, 41, 49]
+    assert lengths(given) == [frames for frames in every if frames >= (shortest or 1)]
+    for frames in every:  # as a run of so many frames would say
+        with contextlib.nullcontext() if frames in lengths(given) else pytest.raises(UserError):
+            check_places(given, replace(spec.video, pictures=()), num_frames=frames, fps=config.video.fps)
 
 
 def config_with(ltx: Path, **parallel: Any) -> RunConfig:
