@@ -1,5 +1,6 @@
 """Measure each video file once, in processes of its own; every result is kept in a JSON file, under a key of all that decides it."""
 
+import contextlib
 import math
 import multiprocessing
 import os
@@ -83,7 +84,9 @@ class Measurer:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(self.workers, len(files)), mp_context=context, initializer=_begin) as pool:
             try:
-                for made in as_completed([pool.submit(_measure_file, jobs) for jobs in files]):
+                with _holding_interruptions():
+                    submitted = [pool.submit(_measure_file, jobs) for jobs in files]
+                for made in as_completed(submitted):
                     yield made.result()
             except BrokenProcessPool as error:
                 raise UserError(
@@ -116,9 +119,26 @@ def _measure_file(jobs: Sequence[Job]) -> dict[Path, VideoReading]:
     return made
 
 
+@contextlib.contextmanager
+def _holding_interruptions() -> Iterator[None]:
+    """Handle a Ctrl-C at the end of the block; processes started in it have SIGINT blocked until `_begin`."""
+    came: list[int] = []
+    # A handler too: threads of libraries, where SIGINT is not blocked, may receive it.
+    handler = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            signal.raise_signal(signal.SIGINT)
+
+
 def _begin() -> None:
     """Make a worker end with its parent, and at Ctrl-C, silently."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

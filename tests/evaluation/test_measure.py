@@ -4,8 +4,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,16 +21,41 @@ from metrics.video import VideoReading
 from tests.evaluation.scoring.test_measures import write_clip
 from tests.ranks import PATIENCE
 
+# Its processes import little, and so start soon.
+HANGING = """
+import os
+import signal
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+from evaluation.measure import Job, Measurer
+
+
+def hang(frames, note):
+    note.write_text(str(os.getpid()))
+    time.sleep(3600)
+
+
+if __name__ == "__mp_main__":  # one of the processes, which imports this before it is ready
+    Path(sys.argv[2].split(",")[0]).with_name("imports").touch()
+    time.sleep(1)
+
+if __name__ == "__main__":
+    files, notes = [list(map(Path, word.split(","))) for word in sys.argv[1:]]
+    jobs = [Job(path=f, place=n.with_suffix(".json"), key={}, call=partial(hang, note=n)) for f, n in zip(files, notes)]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a background job of a shell
+    try:
+        Measurer(workers=2).measure(jobs)
+    except KeyboardInterrupt:
+        sys.exit(130)
+"""
+
 
 def mean_of(frames: np.ndarray, power: int) -> VideoReading:
     values = {"mean": float((frames.astype(float) ** power).mean()), "none": float("nan")}
     return VideoReading(values=values, by_clip={"first": [float(frames[0].mean())]})
-
-
-def hang(frames: np.ndarray, note: Path) -> VideoReading:
-    note.write_text(str(os.getpid()))
-    time.sleep(PATIENCE.total_seconds())
-    return mean_of(frames, 1)
 
 
 def die(frames: np.ndarray) -> VideoReading:
@@ -98,28 +124,62 @@ def test_a_killed_process_is_one_line(files: list[Path], tmp_path: Path) -> None
         Measurer(workers=2).measure(jobs)
 
 
-def test_processes_end_with_a_killed_parent(files: list[Path], tmp_path: Path) -> None:
-    """The parent measures in two processes, which hang; they would wait for it for ever."""
-    notes = [tmp_path / "one", tmp_path / "two"]
-    code = (
-        "import sys\nfrom functools import partial\nfrom pathlib import Path\n"
-        "from evaluation.measure import Job, Measurer\nfrom tests.evaluation.test_measure import hang\n"
-        "if __name__ == '__main__':\n"
-        "    files, notes = [list(map(Path, word.split(','))) for word in sys.argv[1:]]\n"
-        "    jobs = [Job(path=f, place=n.with_suffix('.json'), key={}, call=partial(hang, note=n)) for f, n in zip(files, notes)]\n"
-        "    Measurer(workers=2).measure(jobs)\n"
-    )
+@pytest.fixture
+def parent(files: list[Path], tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A command that measures `one` and `two` in two processes, which hang, in a process group of its own."""
     script = tmp_path / "parent.py"
-    script.write_text(code)
-    words = [",".join(map(str, paths)) for paths in (files[:2], notes)]
-    root = str(Path(__file__).parents[2])
-    parent = subprocess.Popen([sys.executable, str(script), *words], env=os.environ | {"PYTHONPATH": root})
-    try:
-        wait_until(lambda: all(note.exists() and note.read_text() for note in notes))
-    finally:
-        parent.kill()
-        parent.wait()
+    script.write_text(HANGING)
+    words = [",".join(map(str, paths)) for paths in (files[:2], [tmp_path / "one", tmp_path / "two"])]
+    process = subprocess.Popen(
+        [sys.executable, str(script), *words],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with process:
+        yield process
+        process.kill()
+
+
+def test_processes_end_with_a_killed_parent(parent: subprocess.Popen[str], tmp_path: Path) -> None:
+    """They would wait for it for ever."""
+    notes = [tmp_path / "one", tmp_path / "two"]
+    wait_until(lambda: all(note.exists() and note.read_text() for note in notes))
+    parent.kill()
+    parent.wait()
     wait_until(lambda: not any(is_alive(int(note.read_text())) for note in notes))
+
+
+def test_processes_that_start_end_silently_at_ctrl_c(parent: subprocess.Popen[str], tmp_path: Path) -> None:
+    """Python's own handler would print a traceback of each one's imports."""
+    wait_until((tmp_path / "imports").exists)
+    os.killpg(parent.pid, signal.SIGINT)
+    _, said = parent.communicate(timeout=PATIENCE.total_seconds())
+    assert (parent.returncode, said) == (130, "")
+    assert not (tmp_path / "one").exists()
+
+
+@pytest.mark.parametrize("thread", ["main", "other"])
+def test_an_interruption_waits_until_processes_are_started(thread: str) -> None:
+    """Also one that another thread receives, such as a library's."""
+    over, held = threading.Event(), []
+    other = threading.Thread(target=over.wait)
+    other.start()
+    receiver = threading.main_thread() if thread == "main" else other
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), measure._holding_interruptions():
+            signal.pthread_kill(receiver.ident or 0, signal.SIGINT)
+            time.sleep(0.1)
+            held.append(True)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+        over.set()
+        other.join()
+    assert held
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def is_alive(pid: int) -> bool:
