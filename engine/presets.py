@@ -46,12 +46,14 @@ def read_preset(*names: str, settings: Mapping[str, Any] | None = None) -> RunCo
     tree: dict[Any, Any] = {}
     for name in names:
         tree = _laid_over(tree, _with_new_names(read_yaml(find_config(name)), say=True))
+    given: dict[Any, Any] = {}
     for key, value in (settings or {}).items():
         *groups, last = key.split(".")
         one: dict[str, Any] = {last: value}
         for group in reversed(groups):
             one = {group: one}
-        tree = _laid_over(tree, _with_new_names(one, say=True))
+        given = _laid_over(given, one)
+    tree = _laid_over(tree, _with_new_names(given, say=True))
     try:
         made = parse_tree(tree)
     except ArgumentError as error:

@@ -12,7 +12,7 @@ from engine.files.trees import DamagedError
 # Raised by safetensors for a damaged file; the last four for a dtype or shape that torch lacks.
 DAMAGED = (SafetensorError, ValueError, LookupError, AttributeError, TypeError)
 
-_SNAPSHOT = ".snapshot.safetensors"
+_SNAPSHOT, _FORMER = ".snapshot.safetensors", ".checkpoint.safetensors"
 _MOST_HEADER_BYTES = 100 << 20  # the library's limit
 
 
@@ -41,8 +41,19 @@ def read_metadata(path: Path) -> dict[str, str] | None:
         raise DamagedError(f"{path} is not a whole safetensors file ({why})") from error
 
 
+def former_name(path: Path) -> Path:
+    """`NAME.checkpoint.safetensors`, which older versions called the snapshot `NAME.snapshot.safetensors`."""
+    return path.with_name(path.name.removesuffix(_SNAPSHOT) + _FORMER)
+
+
 def take_former_name(path: Path) -> None:
-    """Rename `NAME.checkpoint.safetensors`, the snapshot `path` of an older version, unless `path` exists."""
-    former = path.with_name(path.name.removesuffix(_SNAPSHOT) + ".checkpoint.safetensors")
-    if path.name.endswith(_SNAPSHOT) and former.exists() and not path.exists():
+    """Rename the snapshot `path` of an older version, unless `path` exists or the file of the former name is none."""
+    former = former_name(path)
+    if not path.name.endswith(_SNAPSHOT) or path.exists() or not former.is_file():
+        return
+    try:
+        metadata = read_metadata(former) or {}
+    except DamagedError:
+        return  # nothing but its name shows whose it is
+    if metadata.keys() >= {"run_id", "step"}:
         former.rename(path)

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from argparse import Action
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,19 +99,23 @@ def parse_run(
     words = arrange(argv, keys)
     given = [word.removeprefix("--config=") for word in words if word.startswith("--config=")]
     files = [find_config(file) for file in given or [DEFAULT_CONFIG]]
-    for file in files:
-        check_config_file(file, keys)
+    presets = [(file, check_config_file(file, keys)) for file in files]
     # Presets are set as defaults instead of arguments, so that --help shows their values.
     parser.default_config_files = [glob.escape(str(file)) for file in files]
-    namespace = parse(parser, [word for word in words if not word.startswith("--config=")], unread=unread)
+    words = [word for word in words if not word.startswith("--config=")]
+    namespace = parse(parser, words, unread=unread, presets=presets)
     return namespace, finished(namespace)
 
 
 @functools.lru_cache(maxsize=32)
 def _run_parser(
-    name: str, description: str, add_arguments: Callable[[ArgumentParser], None], _called: str, unread: frozenset[str]
+    name: str, description: str, add_arguments: Callable[[ArgumentParser], None], called: str, unread: frozenset[str]
 ) -> tuple[ArgumentParser, Keys]:
-    """The parser of a command, which many variants are read with, and its names."""
+    """The parser of a command, which many variants are read with, and its names.
+
+    `called` only tells parsers in the cache apart: `make_parser` writes it into the usage.
+    """
+    del called
     parser = make_parser(name, "[--config FILE ...] [--SETTING VALUE ...]", description)
     add_arguments(parser)
     parser.add_argument(
@@ -147,15 +151,25 @@ def _called(script: str) -> str:
     return f"python -m launch {command}" if start.parts[-2:] == ("launch", "__main__.py") else script
 
 
-def parse(parser: ArgumentParser, words: Sequence[str], *, unread: Collection[str] = ()) -> Namespace:
-    """Parse arranged words into dataclasses; UserError for a mistake. Help leaves out `unread` settings."""
+def parse(
+    parser: ArgumentParser,
+    words: Sequence[str],
+    *,
+    unread: Collection[str] = (),
+    presets: Sequence[tuple[Path, Collection[str]]] = (),
+) -> Namespace:
+    """Parse arranged words into dataclasses; UserError for a mistake. Help leaves out `unread` settings.
+
+    `presets` are the parser's configuration files, in order, with the names of their settings.
+    """
     if wants_help(words):
         show_help(parser, everything="--help_all" in words, unread=unread)
         sys.exit(0)
     try:
-        namespace = parser.parse_args(list(words))
+        in_force = _former_names_in_force(parser, words, presets)
+        namespace = _use_new_names(parser, parser.parse_args(list(words)), in_force)
         refuse_null(namespace)
-        return parser.instantiate(_use_new_names(parser, namespace))
+        return parser.instantiate(namespace)
     except ArgumentError as error:
         raise UserError(describe_parser_error(error)) from error
     except ValueError as error:  # from the checks of the dataclasses
@@ -169,7 +183,7 @@ def add_former_name(
     kind: type = str,
     convert: Callable[[Any, Namespace], Any] = lambda value, _: value,
 ) -> None:
-    """Accept `--old` for `--new` for one release; `convert(value, namespace)` makes the new option's value."""
+    """Accept `--old` for `--new` for one release, in presets too; `convert(value, namespace)` makes the new option's value."""
     parser.add_argument(f"--{old}", type=kind, help=SUPPRESS)
     parser.former_names = _former_names(parser) | {old: (new, convert)}
 
@@ -178,15 +192,36 @@ def _former_names(parser: ArgumentParser) -> dict[str, tuple[str, Callable[[Any,
     return getattr(parser, "former_names", {})
 
 
-def _use_new_names(parser: ArgumentParser, namespace: Namespace) -> Namespace:
+def _former_names_in_force(
+    parser: ArgumentParser, words: Sequence[str], presets: Sequence[tuple[Path, Collection[str]]]
+) -> set[str]:
+    """The former names whose value counts: the preset or the command line that has its option last has it by this name.
+
+    UserError for a preset or a command line that has an option under both names, or with `--print_config`, which prints
+    what the parser read.
+    """
+    options = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    in_force: set[str] = set()
+    for file, names in (*presets, (None, options)):
+        dashes, where = ("--", "") if file is None else ("", f" in {file}")
+        for old, (new, _) in _former_names(parser).items():
+            if old in names and new in names:
+                raise UserError(f"{dashes}{old}{where} is the former name of {dashes}{new}; give {dashes}{new} alone")
+            if old in names:
+                in_force.add(old)
+                _say_renamed(f"{dashes}{old}{where}", f"{dashes}{new}")
+            elif new in names:
+                in_force.discard(old)
+    if in_force and "print_config" in options:
+        raise UserError(f"--print_config would leave out {', '.join(sorted(in_force))}; give present names")
+    return in_force
+
+
+def _use_new_names(parser: ArgumentParser, namespace: Namespace, in_force: Collection[str]) -> Namespace:
     for old, (new, convert) in _former_names(parser).items():
         value = namespace.pop(old, None)
-        if value is None:
-            continue
-        if namespace[new] != parser.get_default(new):
-            raise UserError(f"--{old} is the former name of --{new}; give --{new} alone")
-        _say_renamed(old, new)
-        namespace[new] = convert(value, namespace)
+        if old in in_force:
+            namespace[new] = None if value is None else convert(value, namespace)
     return namespace
 
 
@@ -194,7 +229,7 @@ def _use_new_names(parser: ArgumentParser, namespace: Namespace) -> Namespace:
 def _say_renamed(old: str, new: str) -> None:
     """Print one line on stderr, on rank 0 only."""
     if LAUNCHER not in os.environ and is_first_rank():
-        show(f"note: --{old} is now --{new}; the old name works until the next release")
+        show(f"note: {old} is now {new}; the old name works until the next release")
 
 
 def wants_help(words: Sequence[str]) -> bool:
@@ -300,12 +335,12 @@ def commands_with(key: str) -> tuple[list[str], str]:
     return [name for name, leaves in options.items() if today in leaves], today
 
 
-def check_config_file(path: Path, keys: Keys) -> None:
-    """Raise UserError unless the file is YAML whose keys are all known."""
-    _check_tree(read_yaml(path), keys, "", path)
+def check_config_file(path: Path, keys: Keys) -> frozenset[str]:
+    """Return the dotted names in a preset; UserError unless it is YAML whose keys are all known."""
+    return frozenset(_names_in(read_yaml(path), keys, "", path))
 
 
-def _check_tree(tree: dict[Any, Any], keys: Keys, prefix: str, path: Path) -> None:
+def _names_in(tree: dict[Any, Any], keys: Keys, prefix: str, path: Path) -> Iterator[str]:
     for name, value in tree.items():
         key = f"{prefix}{name}"
         if isinstance(value, dict) and key not in keys.leaves | keys.groups:
@@ -321,4 +356,6 @@ def _check_tree(tree: dict[Any, Any], keys: Keys, prefix: str, path: Path) -> No
                     else ""
                 )
                 raise UserError(f"{key} in {path} is a group of settings, got {value!r}{advice}")
-            _check_tree(value, keys, f"{key}.", path)
+            yield from _names_in(value, keys, f"{key}.", path)
+        else:
+            yield key

@@ -12,6 +12,7 @@ from engine.errors import UserError
 from engine.files.checks import check_places, check_space, least_video_bytes, snapshot_bytes
 from engine.files.claims import claim
 from engine.files.folders import is_empty_folder
+from engine.files.tensors import former_name
 from engine.files.video import VideoFiles
 from engine.paths import expand
 
@@ -104,7 +105,7 @@ def plan_outputs(config: OutputConfig, num_videos: int) -> list[OutputFiles]:
         for suffix in ([f"-{i:03d}" for i in range(num_videos)] if num_videos > 1 else [""])
     ]
     for files in outputs:
-        others = {*files.decoded, files.snapshot, files.trace_table, files.trace_plot}
+        others = {*files.decoded, files.snapshot, former_name(files.snapshot), files.trace_table, files.trace_plot}
         if files.latents in others:
             raise UserError(
                 f"output.save_latents {files.latents} is also another file of this video; choose another name"

@@ -61,6 +61,11 @@ def test_former_names_of_settings(tmp_path: Path) -> None:
     assert (made.snapshot_every, made.crf) == (3, 20)
     with pytest.warns(FutureWarning, match=warning):
         assert read_preset("tiny-wan", settings={"output.checkpoint_every": 4}).output.snapshot_every == 4
+    with pytest.raises(UserError, match=r"former name of output.snapshot_every; give output.snapshot_every alone"):
+        read_preset("tiny-wan", settings={"output.snapshot_every": 4, "output.checkpoint_every": 9})
+    with pytest.warns(FutureWarning, match=warning):
+        made = read_preset("tiny-wan", str(preset), settings={"output.snapshot_every": 4}).output
+    assert (made.snapshot_every, made.crf) == (4, 20)
     preset.write_text("output: {checkpoint_every: 3, snapshot_every: 3}\n")
     with pytest.raises(UserError, match=r"former name of output.snapshot_every; give output.snapshot_every alone"):
         read_preset("tiny-wan", str(preset))

@@ -56,10 +56,20 @@ def test_a_snapshot_takes_its_name_of_today(tmp_path: Path) -> None:
     former, path = tmp_path / "a.checkpoint.safetensors", tmp_path / "a.snapshot.safetensors"
     take_former_name(path)
     assert list(tmp_path.iterdir()) == []
-    former.write_bytes(b"former")
+    snapshot = safetensors.torch.save({"latents": torch.zeros(2)}, {"run_id": "1234", "step": "2"})
+    former.write_bytes(snapshot)
     take_former_name(tmp_path / "a.safetensors")  # not the name of a snapshot
+    assert former.exists()
     take_former_name(path)
-    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [(path.name, b"former")]
-    former.write_bytes(b"another")
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [(path.name, snapshot)]
+    former.write_bytes(snapshot + b"another")
     take_former_name(path)
-    assert (former.read_bytes(), path.read_bytes()) == (b"another", b"former")
+    assert (former.read_bytes(), path.read_bytes()) == (snapshot + b"another", snapshot)
+
+
+@pytest.mark.parametrize("data", [b"mine", safetensors.torch.save({"latents": torch.zeros(2)}, {"settings": "{}"})])
+def test_a_file_that_is_no_snapshot_keeps_its_name(tmp_path: Path, data: bytes) -> None:
+    former = tmp_path / "a.checkpoint.safetensors"
+    former.write_bytes(data)
+    take_former_name(tmp_path / "a.snapshot.safetensors")
+    assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [(former.name, data)]

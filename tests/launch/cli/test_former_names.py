@@ -71,11 +71,12 @@ def test_steps_between_snapshots(tmp_path: Path, capsys: pytest.CaptureFixture[s
     preset.write_text("output: {checkpoint_every: 3}\n")
     given = ["--prompt", "a red circle", "--config", "tiny-wan", "--config", str(preset)]
     assert generate.read(given).config.output.snapshot_every == 3
-    said = "note: --output.checkpoint_every is now --output.snapshot_every; the old name works until the next release\n"
+    works = "the old name works until the next release\n"
+    said = f"note: output.checkpoint_every in {preset} is now output.snapshot_every; {works}"
     assert capsys.readouterr().err == said
     assert generate.read([*given, "--output.checkpoint_every", "4"]).config.output.snapshot_every == 4
-    with pytest.raises(UserError, match=r"former name of --output.snapshot_every; give --output.snapshot_every alone"):
-        generate.read([*given, "--output.snapshot_every", "4"])
+    said = f"note: --output.checkpoint_every is now --output.snapshot_every; {works}"
+    assert capsys.readouterr().err == said
     with pytest.raises(UserError, match=r"output.snapshot_every must be 0 \(only when stopped\) or more, got -1"):
         generate.read([*given, "--output.checkpoint_every", "-1"])
     words = ["--prompts", PROMPTS, "--out", str(tmp_path), "--checkpoint_every", "4"]
@@ -83,6 +84,45 @@ def test_steps_between_snapshots(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert serve.read(["--folder", str(tmp_path), "--checkpoint_every", "4"]).options.snapshot_every == 4
     said = "note: --checkpoint_every is now --snapshot_every; the old name works until the next release\n"
     assert capsys.readouterr().err == said
+
+
+def test_the_last_preset_or_the_command_line_decides_under_either_name(tmp_path: Path) -> None:
+    files = {"old": "checkpoint_every: 3", "new": "snapshot_every: 7", "null": "checkpoint_every: null"}
+    files |= {"both": "{checkpoint_every: 3, snapshot_every: 5}", "default": "snapshot_every: 5"}
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(f"output: {text if text[0] == '{' else f'{{{text}}}'}\n")
+
+    def read(*presets: str, words: str = "") -> int:
+        given = [f"--config={name}" for name in ("tiny-wan", *(f"{preset}.yaml" for preset in presets))]
+        return generate.read(["--prompt=a red circle", *given, *words.split()]).config.output.snapshot_every
+
+    assert read("old", "new") == 7
+    assert read("new", "old") == 3
+    assert read("old", "new", "old") == 3
+    assert read("old", "default") == 5
+    assert read("old", words="--output.snapshot_every 4") == 4
+    assert read("old", words="--output.snapshot_every 5") == 5  # the default
+    assert read("new", words="--output.checkpoint_every 4") == 4
+    assert read("null", "new") == 7
+    with pytest.raises(UserError, match=r"output.snapshot_every must not be null"):
+        read("null")
+    with pytest.raises(
+        UserError, match=r"^output.checkpoint_every in both.yaml is the former name of output.snapshot_every; give "
+    ):
+        read("both")
+    with pytest.raises(UserError, match=r"^--print_config would leave out output.checkpoint_every; give present names"):
+        read("old", words="--print_config")
+    with pytest.raises(UserError, match=r"former name of --output.snapshot_every; give --output.snapshot_every alone"):
+        read(words="--output.checkpoint_every 4 --output.snapshot_every 5")
+
+
+def test_the_options_of_a_command_in_presets(tmp_path: Path) -> None:
+    preset = tmp_path / "former.yaml"
+    preset.write_text("num_seeds: 2\nsampler: {seed: 3}\n")
+    given = ["--prompt", "a red circle", "--config", "tiny-wan", "--config", str(preset)]
+    assert compare.read(given).seeds == [3, 4]
+    assert compare.read([*given, "--sampler.seed", "6"]).seeds == [6, 7]
+    assert compare.read([*given, "--seeds", "5,1"]).seeds == [5, 1]
 
 
 def test_options_of_several_commands_have_one_help_text() -> None:
