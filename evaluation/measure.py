@@ -77,12 +77,13 @@ class Measurer:
 
     def _make(self, files: Sequence[Sequence[Job]]) -> Iterator[dict[Path, VideoReading]]:
         """Results by their place, file after file, as they are made."""
-        if min(self.workers, len(files)) < 2:
+        processes = min(self.workers, len(files))
+        if processes < 2:
             yield from map(_measure_file, files)
             return
         # Spawned: a fork would copy threads and locks of OpenCV and PyAV.
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(self.workers, len(files)), mp_context=context, initializer=_begin) as pool:
+        with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin) as pool:
             try:
                 with _holding_interruptions():
                     submitted = [pool.submit(_measure_file, jobs) for jobs in files]
@@ -90,8 +91,8 @@ class Measurer:
                     yield made.result()
             except BrokenProcessPool as error:
                 raise UserError(
-                    f"one of {self.workers} processes that measure videos was killed, perhaps for lack of memory; give fewer "
-                    "--workers; what was measured is kept"
+                    f"one of {processes} processes that measure videos ended early; unless its error is above, it was killed, "
+                    "perhaps for lack of memory: give fewer --workers; what was measured is kept"
                 ) from error
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -108,7 +109,6 @@ def read_measures(job: Job) -> VideoReading | None:
 
 def _measure_file(jobs: Sequence[Job]) -> dict[Path, VideoReading]:
     """Make and keep the results of jobs of one file, by their place, with null for nan."""
-    cv2.setNumThreads(1)  # each process has a core; results do not depend on it
     frames = read_frames(jobs[0].path)
     made = {}
     for job in jobs:
@@ -136,10 +136,11 @@ def _holding_interruptions() -> Iterator[None]:
 
 
 def _begin() -> None:
-    """Make a worker end with its parent, and at Ctrl-C, silently."""
+    """Make a worker end with its parent, and at Ctrl-C, silently, and use one core; measures do not depend on their number."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    cv2.setNumThreads(1)
 
 
 def _end_with_parent() -> None:

@@ -24,7 +24,7 @@ from engine.files.storage import FolderGoneError
 from engine.files.video import VideoFiles
 from engine.files.whole import write_json
 from engine.given.frames import GivenFrames
-from engine.media.read_video import check_video
+from engine.media.read_video import read_video
 from engine.produce import LatentsFile, decode_to_files, denoise_to_file, share_decoding
 
 
@@ -155,6 +155,20 @@ class ItemMaker:
 
     def on_step(self, item: str, finished: int, total: int) -> None:
         """Called on every rank after each step of an item."""
+
+
+def check_video(path: Path, *, num_frames: int, height: int, width: int) -> None:
+    """Raise OSError unless the video decodes to `num_frames` frames of this size."""
+    count = 0
+    try:
+        for frame in read_video(path):
+            if frame.shape != (height, width, 3):
+                raise OSError(f"{path}: frame {count} is {frame.shape[0]} x {frame.shape[1]}, not {height} x {width}")
+            count += 1
+    except UserError as error:
+        raise OSError(str(error)) from error
+    if count != num_frames:
+        raise OSError(f"{path} decodes to {count} frames, not {num_frames}")
 
 
 class _FrameHashes:

@@ -101,20 +101,6 @@ def read_frames(path: Path) -> np.ndarray:
     return np.stack(list(read_video(path)))
 
 
-def check_video(path: Path, *, num_frames: int, height: int, width: int) -> None:
-    """Raise OSError unless the video decodes to `num_frames` frames of this size."""
-    count = 0
-    try:
-        for frame in read_video(path):
-            if frame.shape != (height, width, 3):
-                raise OSError(f"{path}: frame {count} is {frame.shape[0]} x {frame.shape[1]}, not {height} x {width}")
-            count += 1
-    except UserError as error:
-        raise OSError(str(error)) from error
-    if count != num_frames:
-        raise OSError(f"{path} decodes to {count} frames, not {num_frames}")
-
-
 def check_colours(path: Path) -> None:
     """Raise UserError for colours that `read_video` does not read, by the first frame; av.FFmpegError if it does not decode."""
     with open_file(path) as container:

@@ -116,11 +116,8 @@ def _record(video: Video) -> dict[str, Any]:
 
 def _job(comparison: Comparison, video: Video, record: Mapping[str, Any]) -> Job:
     """Its exact measures if it shows the world, or those of its events; with those of its course if they are asked for."""
-    size, prompt, long = (
-        (comparison.config.video.height, comparison.config.video.width),
-        video.prompt,
-        comparison.long_measures,
-    )
+    size = (comparison.config.video.height, comparison.config.video.width)
+    prompt, long = video.prompt, comparison.long_measures
     told = {
         "clip_frames": comparison.model.native_frames,
         "world": why_not_world([prompt], *size) is None,

@@ -6,7 +6,7 @@ from engine.errors import UserError
 from engine.paths import expand
 from evaluation.vbench.dimensions import DIMENSIONS, parse_dimensions
 from launch.arguments.options import add_out, add_workers, check_workers
-from launch.cli.parser import Keys, arrange, make_parser, parse
+from launch.cli.parser import Keys, add_former_name, arrange, make_parser, parse
 
 USAGE = "--runs FOLDER[,FOLDER...] [--vbench CHECKOUT --python PYTHON] [--SETTING VALUE ...]"
 DESCRIPTION = (
@@ -85,6 +85,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--baseline", type=str, default="", help="baseline method of differences (default: direct)")
     parser.add_argument("--proxies", type=bool, default=True, help="compute the weight-free measures")
     add_workers(parser)
+    add_former_name(parser, "nproc", "workers", int)
     parser.add_argument(
         "--native_frames",
         type=int,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -107,6 +108,16 @@ def test_any_number_of_processes_finds_the_same_and_reads_each_file_once(
     assert (read, said[-1]) == ([*files, files[0]], "1 of 3 videos to be measured")
 
 
+def test_one_process_keeps_its_threads(files: list[Path], tmp_path: Path) -> None:
+    before = cv2.getNumThreads()
+    try:
+        cv2.setNumThreads(2)
+        Measurer().measure(jobs_of(files[:1], tmp_path))
+        assert cv2.getNumThreads() == 2
+    finally:
+        cv2.setNumThreads(before)
+
+
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_damaged_file_is_one_line_and_the_others_are_kept(files: list[Path], tmp_path: Path, workers: int) -> None:
     files[2].write_bytes(files[2].read_bytes()[:1500])
@@ -120,8 +131,10 @@ def test_a_damaged_file_is_one_line_and_the_others_are_kept(files: list[Path], t
 
 def test_a_killed_process_is_one_line(files: list[Path], tmp_path: Path) -> None:
     jobs = [Job(path=path, place=tmp_path / path.stem, key={}, call=die) for path in files]
-    with pytest.raises(UserError, match=r"one of 2 processes that measure videos was killed.* give fewer --workers"):
-        Measurer(workers=2).measure(jobs)
+    with pytest.raises(
+        UserError, match=r"^one of 3 processes .*ended early; .*it was killed, .*: give fewer --workers"
+    ):
+        Measurer(workers=4).measure(jobs)  # of three files
 
 
 @pytest.fixture

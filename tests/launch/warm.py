@@ -1,7 +1,7 @@
-"""Ranks of replicas that start in a tenth of a second: `subprocess.Popen` for `launch.ranks.host`, by forks of a process that has imported all.
+"""Ranks of replicas that start quickly: `subprocess.Popen` for `launch.ranks.host`, by forks of a process that has imported all.
 
 A rank has its pipes, its session, its environment and its working directory as a started one has them, it is killed and waited for as
-such, and its parent waits for it alone. Only Python's start and its imports, four seconds of CPU time, are left out. What a start itself
+such, and its parent waits for it alone. Only Python's start and its imports are left out. What a start itself
 decides is tested without this: `tests/launch/ranks`, `tests/launch/test_ranks.py` and `tests/launch/test_faults.py`.
 """
 

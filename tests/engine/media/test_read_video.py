@@ -8,8 +8,9 @@ import av
 import numpy as np
 import pytest
 
+from engine.batch.make import check_video
 from engine.errors import UserError
-from engine.media.read_video import check_colours, check_video, count_frames, read_video
+from engine.media.read_video import check_colours, count_frames, read_video
 
 SIDE = 64
 UNSPECIFIED = 2

@@ -20,6 +20,7 @@ from metrics.course import course_metrics
 from metrics.proxies import PROXIES, proxies
 from metrics.version import source_digest
 from metrics.world import WORLD_UNITS, world_metrics
+from tests.evaluation.batches import write_sidecar, write_video
 from tiny.world import caption, render, sample_scene
 
 NATIVE = 9
@@ -82,6 +83,16 @@ def test_values_kept_by_earlier_versions_are_read(videos: list[Video], tmp_path:
         f"proxies/{video.sha256}-8.json",
         f"world/{video.sha256}-{what}.json",
     ]
+
+
+def test_settings_of_a_sidecar_may_be_nested(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "batch/freespec/000000000000/videos/p0000-s0.mp4")
+    settings = {"bands": [[0, 1], [2, 3]], "tiers": {"far": 2}}
+    write_sidecar(path, run={"config": {"model": {"path": "m"}, "method": {"freespec": settings}}})
+    (video,) = read_batch(tmp_path / "batch")
+    assert dict(video.settings) == {"bands": ([0, 1], [2, 3]), "tiers": {"far": 2}}
+    found = measure_videos([video], tmp_path / "kept", Measurer())
+    assert found.values[video]["proxy.flow_top5_px"] > 0
 
 
 def test_another_prompt_or_native_length_is_measured_again(videos: list[Video], tmp_path: Path) -> None:

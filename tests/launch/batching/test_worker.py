@@ -17,6 +17,7 @@ import torch
 from engine.adapters import wan
 from engine.batch.files import BatchFiles, ItemFiles, identity_of
 from engine.batch.items import FILE, Batch, plan_batch
+from engine.batch.make import check_video
 from engine.batch.variants import Variant
 from engine.config import RunConfig
 from engine.engine import LongVideoEngine
@@ -24,7 +25,7 @@ from engine.errors import UserError
 from engine.files.latents import load_latents, save_latents
 from engine.files.whole import WriteError, file_sha256
 from engine.given.frames import GivenFrames, parse_given
-from engine.media.read_video import check_video, read_video
+from engine.media.read_video import read_video
 from engine.media.write_video import VideoWriter, as_comment
 from engine.paths import REPOSITORY
 from engine.record import video_facts

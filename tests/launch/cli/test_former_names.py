@@ -1,5 +1,6 @@
 """Options under their former names: accepted for one release, with one line on stderr."""
 
+from argparse import SUPPRESS
 from importlib import import_module
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from engine.errors import UserError
 from engine.paths import REPOSITORY
-from launch.arguments import analyze, batch, calibrate, compare, demo, generate, serve
+from launch.arguments import analyze, batch, calibrate, compare, demo, evaluate, generate, serve
 from launch.cli import parser
 from launch.cli.start import COMMANDS
 from launch.process.environment import LAUNCHER
@@ -125,6 +126,16 @@ def test_the_options_of_a_command_in_presets(tmp_path: Path) -> None:
     assert compare.read([*given, "--seeds", "5,1"]).seeds == [5, 1]
 
 
+def test_processes_that_measure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of evaluate.py; elsewhere --nproc is a number of ranks."""
+    given = ["--runs", str(tmp_path)]
+    assert evaluate.read([*given, "--nproc", "4"]) == evaluate.read([*given, "--workers", "4"])
+    said = "note: --nproc is now --workers; the old name works until the next release\n"
+    assert capsys.readouterr().err == said
+    with pytest.raises(UserError, match="--workers must be 1 or more, got 0"):
+        evaluate.read([*given, "--nproc", "0"])
+
+
 def test_options_of_several_commands_have_one_help_text() -> None:
     """And their former names, wherever the option is."""
     helps: dict[str, set[str]] = {}
@@ -132,7 +143,8 @@ def test_options_of_several_commands_have_one_help_text() -> None:
         command = parser.make_parser(name, "", "")
         import_module(f"launch.arguments.{name}").add_arguments(command)
         for action in command._actions:
-            helps.setdefault(action.dest, set()).add(str(action.help))
+            if action.help != SUPPRESS:  # a former name
+                helps.setdefault(action.dest, set()).add(str(action.help))
         for option, former in (("prompts", "prompt_file"), ("seeds", "num_seeds")):
             keys = parser.Keys.of(command)
             assert (option in keys.leaves) == (former in keys.former), name
