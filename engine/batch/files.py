@@ -11,6 +11,7 @@ from engine.batch.locks import Shard
 from engine.batch.store import Manifest, Verify, compile_manifest, is_done
 from engine.errors import UserError
 from engine.files.locks import locked
+from engine.files.tensors import FORMER_ENDING
 from engine.files.trees import Shape, check_tree, read_json, read_kept
 from engine.files.whole import sweep, write_json, write_text
 
@@ -146,13 +147,20 @@ class BatchFiles:
         return is_done(self.of(item).sidecar, item.item_id, verify=verify, shape=SIDECAR)
 
     def tidy(self, *, done: Iterable[Item], todo: Iterable[Item]) -> None:
-        """Delete leftovers of killed processes of these items, except snapshots of those in `todo`."""
-        done = list(done)
+        """Delete leftovers of killed processes of these items, except snapshots of those in `todo`.
+
+        Those of older versions get their present name.
+        """
+        done, todo = list(done), list(todo)
+        folders = {(variant_folder(item.variant), item.config_id, item.name) for item in (*done, *todo)}
+        # One pass over the folder instead of one for each of thousands of items.
+        for former in self.root.glob(f"*/*/unfinished/*{FORMER_ENDING}"):
+            files = ItemFiles(folder=former.parents[1], name=former.name.removesuffix(FORMER_ENDING))
+            if (*former.parts[-4:-2], files.name) in folders:
+                former.unlink() if files.snapshot.exists() else former.rename(files.snapshot)
         for item in done:
             self.of(item).snapshot.unlink(missing_ok=True)
             self.of(item).preview.unlink(missing_ok=True)
-        folders = {(variant_folder(item.variant), item.config_id, item.name) for item in (*done, *todo)}
-        # One pass over the folder instead of one for each of thousands of items.
         for part in self.root.glob("*/*/*/*.part"):
             folder, config = part.parts[-4:-2]
             if (folder, config, part.name.partition(".")[0]) in folders:

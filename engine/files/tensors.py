@@ -12,7 +12,8 @@ from engine.files.trees import DamagedError
 # Raised by safetensors for a damaged file; the last four for a dtype or shape that torch lacks.
 DAMAGED = (SafetensorError, ValueError, LookupError, AttributeError, TypeError)
 
-_SNAPSHOT, _FORMER = ".snapshot.safetensors", ".checkpoint.safetensors"
+_SNAPSHOT = ".snapshot.safetensors"
+FORMER_ENDING = ".checkpoint.safetensors"  # of snapshots, in older versions
 _MOST_HEADER_BYTES = 100 << 20  # the library's limit
 
 
@@ -43,7 +44,7 @@ def read_metadata(path: Path) -> dict[str, str] | None:
 
 def former_name(path: Path) -> Path:
     """`NAME.checkpoint.safetensors`, which older versions called the snapshot `NAME.snapshot.safetensors`."""
-    return path.with_name(path.name.removesuffix(_SNAPSHOT) + _FORMER)
+    return path.with_name(path.name.removesuffix(_SNAPSHOT) + FORMER_ENDING)
 
 
 def take_former_name(path: Path) -> None:

@@ -88,7 +88,7 @@ def _check_lists(search: Prompts, held_out: Prompts, rounds: list[int]) -> None:
     if rounds[-1] > len(search.texts):
         raise UserError(f"--rounds asks for {rounds[-1]} prompts, and --prompts has {len(search.texts)}")
     for prompts in (search, held_out):
-        prompts.check_once()
+        prompts.refuse_duplicates()
     both = next((prompt for prompt in search.texts if prompt in held_out.texts), None)
     if both is not None:
         raise UserError(

@@ -57,7 +57,7 @@ class Prompts:
         """Return the first `count` prompts, or all if None."""
         return replace(self, texts=self.texts[:count], names=self.names[:count])
 
-    def check_once(self) -> None:
+    def refuse_duplicates(self) -> None:
         """Raise UserError for duplicates, which would count twice."""
         first: dict[str, str] = {}
         for name, text in self.named:
@@ -100,7 +100,7 @@ def read_prompts(
 def choose_prompts(namespace: Namespace) -> Prompts:
     """Read the first `--num_prompts` prompts; UserError for duplicates."""
     prompts = read_prompts(namespace.prompt, namespace.prompts, timeline=namespace.timeline)
-    prompts.check_once()
+    prompts.refuse_duplicates()
     count = namespace.num_prompts
     if count is not None and not 1 <= count <= len(prompts.texts):
         raise UserError(f"--num_prompts must lie in [1, {len(prompts.texts)}], the number of prompts, got {count}")

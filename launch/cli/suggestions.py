@@ -33,9 +33,9 @@ def _advice(key: str, keys: Collection[str], value: str | None, commands_with: C
         return other
     likely = _same_last_part(key, keys)
     owners, today = ([], key) if likely else commands_with(key)
-    if today != key and today in keys:
-        return f"did you mean {today}?"
-    if owners:
+    if today != key:  # a former name
+        likely = [today] if today in keys else _same_last_part(today, keys)
+    if owners and not likely:
         name = "it" if today == key else f"--{today}"
         owner_note = f"{name} is an option of {' and '.join(owners)}; " if len(owners) < 3 else ""
         return f"{owner_note}this command does not use it; leave it out"

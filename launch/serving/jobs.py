@@ -146,7 +146,8 @@ class Jobs:
         kept = {path for item in todo for path in (self.files.of(item).snapshot, self.files.of(item).preview)}
         for folder in self.files.root.glob("*/*/unfinished"):
             sweep(folder)
-            for left in (*folder.glob("*.snapshot.safetensors"), *folder.glob("*.preview.webp")):
+            # Snapshots have another ending in folders of older versions.
+            for left in (*folder.glob("*.safetensors"), *folder.glob("*.preview.webp")):
                 if left not in kept:
                     left.unlink(missing_ok=True)
         for path in self.planner.pictures.iterdir():

@@ -285,7 +285,7 @@ def test_what_a_failing_disk_has_damaged_is_made_again_alone(
     times = {path: path.stat().st_mtime_ns for path in records}
     records[0].write_bytes(records[0].read_bytes()[:100])
     records[1].unlink()
-    unfinished = records[1].parents[1] / "unfinished" / "p0000-s0.snapshot.safetensors"
+    unfinished = records[1].parents[1] / "unfinished" / "p0000-s0.checkpoint.safetensors"  # as older versions called it
     unfinished.write_text("half")
     (records[2].parents[1] / "measures" / "p0000-s1.json").write_text("[]")
     shown = compare_in()

@@ -85,7 +85,7 @@ def test_a_video_outlives_a_kill_and_another_is_cancelled(
     out = tmp_path / "served"
 
     def unfinished() -> list[Path]:
-        return list(out.glob("*/*/unfinished/*.snapshot.safetensors"))
+        return list(out.glob("*/*/unfinished/*.safetensors"))
 
     with started(wan_folder, out, tmp_path / "first") as (process, client):
         made = client.videos.create(
@@ -93,7 +93,7 @@ def test_a_video_outlives_a_kill_and_another_is_cancelled(
         )
         assert (made.status, made.seconds) == ("queued", "1")
         wait_for(unfinished)
-        process.kill()
+        kill_as_an_older_version(process, out)
     assert "no previews for this VAE" in (tmp_path / "first/rank0.out").read_text()
     previews = {"preview_every": 1, "preview_factors": save_factors(tmp_path)}
     with started(wan_folder, out, tmp_path / "second", nproc=2, **previews) as (process, client):
@@ -144,6 +144,15 @@ def test_a_video_outlives_a_kill_and_another_is_cancelled(
     assert make(settings, "--prompt", PROMPT).code == 0
     assert video == (tmp_path / "a.mp4").read_bytes()
     assert not list(out.glob("*/*/videos/*.part"))
+
+
+def kill_as_an_older_version(process: Any, out: Path) -> None:
+    """Kill a service; its snapshots get the name of older versions, and one more is of no job."""
+    process.kill()
+    process.join()
+    for path in list(out.glob("*/*/unfinished/*.safetensors")):
+        path.rename(path.with_name(path.name.replace(".snapshot.", ".checkpoint.")))
+        path.with_name("gone.checkpoint.safetensors").write_text("left")
 
 
 def save_factors(folder: Path) -> Path:

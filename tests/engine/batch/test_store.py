@@ -294,6 +294,23 @@ def test_leftover_texts_are_deleted_at_the_next_start(tmp_path: Path) -> None:
     assert list(files.text_cache.iterdir()) == [new]
 
 
+def test_snapshots_of_older_versions_get_their_name_of_today(tmp_path: Path) -> None:
+    """Of these items alone: the others are another driver's."""
+    files, items = BatchFiles(root=tmp_path), batch("a", seeds=(0, 1)).items
+    snapshots = [files.of(item).snapshot for item in items]
+    former = [
+        path.with_name(f"{item.name}.checkpoint.safetensors") for path, item in zip(snapshots, items, strict=True)
+    ]
+    for item, path in zip(items, former, strict=True):
+        files.of(item).make_folders()
+        path.write_bytes(item.item_id.encode())
+    snapshots[2].write_bytes(b"newer")
+    files.tidy(done=items[:1], todo=items[1:3])
+    assert [path.exists() for path in former] == [False, False, False, True]
+    assert [path.exists() for path in snapshots] == [False, True, True, False]
+    assert (snapshots[1].read_bytes(), snapshots[2].read_bytes()) == (items[1].item_id.encode(), b"newer")
+
+
 def test_quarantine_keeps_every_traceback_and_lets_go(tmp_path: Path) -> None:
     files, item = BatchFiles(root=tmp_path), batch().items[0]
     attempt = {"attempt": 1, "kind": "fault", "message": "m", "traceback": "Traceback: here", "replica": "r"}

@@ -72,6 +72,7 @@ GENERATE = {
     "--shard 1/2": "it is an option of batch and compare; this command does not use it",
     "--methods direct": "did you mean --method.name direct?",
     "--num_judge_seeds 2": "--judge_seeds is an option of calibrate; this command does not use it",
+    "--checkpoint_every 4": "unknown setting checkpoint_every; did you mean output.snapshot_every?",
     "--num_seeds 2": "unknown setting num_seeds; this command does not use it; leave it out",
     "--guidance_scale_2 3": "sampler.guidance_scale_2",
     "--boundary 0.9": "both transformers and their boundary are read from the folder or hub name in model.path",
