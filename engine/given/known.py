@@ -261,7 +261,9 @@ def _describe_prefix(path: Path, spec: VideoSpec, begun: int) -> list[str]:
     last = spec.num_frames(begun) - 1
     frames = f"frames 0 to {last}" if last else "frame 0"
     trained = ANY_FRAME in spec.pictures or begun == 1
-    said = ", which this checkpoint was trained for" if trained else "; this checkpoint was trained for one of frame 0"
+    said = (
+        ", which this checkpoint was trained for" if trained else ", but this checkpoint was trained with frame 0 alone"
+    )
     return [f"{path.name} is the condition of {frames}{said}"]
 
 

@@ -149,7 +149,7 @@ def test_the_engine_has_the_bits_of_the_stock_pipeline(folder, given, monkeypatc
 def test_pictures_at_any_frame_are_conditions_of_the_stock_pipeline(folder, several, given, monkeypatch):
     """Up to rounding, since their tokens stand in another order; at native length a method has the bits of direct."""
     config = config_of(folder, method="direct")
-    first, last, second, _ = several.images
+    first, last, second, third = several.images
     more = GivenFrames(
         images=(*several.images, GivenImage(where="21", path=first.path))
     )  # in one latent frame with the third
@@ -159,6 +159,8 @@ def test_pictures_at_any_frame_are_conditions_of_the_stock_pipeline(folder, seve
         relative(on_one_rank(config, given=given), stock) > 1e-3
     )  # negative controls: without the others, and one less
     assert relative(made, stock) > 1e-4
+    moved = GivenFrames(images=(first, last, second, replace(third, where="21")))
+    assert relative(latents_on(config, given=moved), made) > 1e-4  # and one frame later, in the same latent frame
     native = GivenFrames(images=(first, last, second))
     short = [
         on_one_rank(config_of(folder, frames=NATIVE, method=name), given=native) for name in ("direct", "freespec")
