@@ -1,7 +1,8 @@
 """Stage 3: the transformer and the text encoder, together, by flow matching on the cached latents.
 
 With s the noise level, x_s = (1 - s) x_0 + s noise, the model is given x_s, 1000 s and the text, and learns the velocity noise - x_0.
-A family that learns to continue a picture sees the first latent frame of some clips without noise, at timestep 0 (LTX-Video, arXiv:2501.00103).
+A family that learns to continue given frames sees the first latent frames of some clips without noise, at timestep 0 (LTX-Video,
+arXiv:2501.00103): one, as of a picture, in half of those clips, otherwise any number, as of a video.
 """
 
 from pathlib import Path
@@ -20,8 +21,8 @@ from tiny.state import StagePlan, Trainee, numpy_rng, torch_rng, train_steps
 from tiny.world import caption
 
 SEED = 3
-GIVEN_SHARE = 0.25
-"""Share of the clips whose first latent frame is given."""
+GIVEN_SHARE = 0.3
+"""Share of the clips whose first latent frames are given."""
 
 MUON_WEIGHTS = ("blocks.",)
 """Substring of the names of all weights of a transformer's blocks, and of no others."""
@@ -56,7 +57,9 @@ def flow_batch(
     noise = torch.randn(latents.shape, generator=rng)
     learned = torch.ones(latents.shape[0], latents.shape[2], dtype=torch.bool)
     if given_share and latents.shape[2] > 1:
-        learned[:, 0] = torch.rand(latents.shape[0], generator=rng) >= given_share
+        given, one = (torch.rand(latents.shape[0], generator=rng) < share for share in (given_share, 0.5))
+        several = torch.randint(1, latents.shape[2], given.shape, generator=rng)
+        learned = torch.arange(latents.shape[2]) >= (given * torch.where(one, 1, several))[:, None]
         level = level[:, None] * learned
     s = level.view(latents.shape[0], 1, -1, 1, 1)
     return (1 - s) * latents + s * noise, 1000 * level, noise - latents, learned

@@ -180,16 +180,19 @@ def test_a_given_first_frame_enters_as_in_the_image_pipeline():
 
 
 def test_given_first_frames_are_clean_and_not_learned():
-    latents = torch.randn(64, 2, 3, 1, 1)
-    noisy, timestep, velocity, learned = flow_batch(latents, torch_rng(0), given_share=0.25)
-    given = ~learned[:, 0]
-    assert 0 < given.sum() < 64 and learned[:, 1:].all()
+    latents = torch.randn(256, 2, 5, 1, 1)
+    noisy, timestep, velocity, learned = flow_batch(latents, torch_rng(0), given_share=0.5)
+    lengths = (~learned).sum(1)
+    assert torch.equal(learned, torch.arange(5) >= lengths[:, None])
+    counts = torch.bincount(lengths, minlength=6)
+    # half none, a quarter one frame and a share of the rest, never all
+    assert counts[0] > counts[1] > counts[2:5].max() and counts[1:5].min() > 0 and counts[5] == 0
     assert (timestep[~learned] == 0).all() and (timestep[learned] > 0).all()
-    assert torch.equal(noisy[given, :, 0], latents[given, :, 0])
+    noisy, latents, velocity = (part.movedim(2, 1) for part in (noisy, latents, velocity))
+    assert torch.equal(noisy[~learned], latents[~learned])
     # the noisy latents lie on the straight line from the clean ones along the velocity
-    expected = latents + timestep[:, None, :, None, None] / 1000 * velocity
-    torch.testing.assert_close(noisy, expected)
-    assert not torch.equal(noisy[~given, :, 0], latents[~given, :, 0])
+    torch.testing.assert_close(noisy, latents + timestep[:, :, None, None, None] / 1000 * velocity)
+    assert (noisy[learned] != latents[learned]).all()
 
 
 def test_a_single_frame_is_never_given():

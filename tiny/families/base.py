@@ -60,7 +60,7 @@ class Family(Protocol):
         pipeline_text_length: tokens the stock pipeline pads a prompt to.
         latent_grid: rows and columns of a latent frame.
         encoder_parts: modules of the autoencoder that the cached latents come from.
-        first_frames: whether it learns to make videos that begin with a given picture.
+        first_frames: whether it learns to make videos that begin with given frames: a picture or a video.
     """
 
     title: str
