@@ -113,6 +113,15 @@ def write_card(name: str, folder: Path) -> None:
         f"| {long['frames']} frames, no method: frames with the captioned shape and colour ({long['clips']} clips) "
         f"| {100 * long['shape_and_colour_per_frame']:.0f} % |"
     )
+    if "pictures" in figures:
+        pictures = figures["pictures"]
+        begun = f"begun with a picture ({pictures['clips']} clips)"
+        rows += [
+            f"| {begun}: {label} | {100 * pictures['matches'][key]:.0f} % |"
+            for label, key in _ROWS
+            if key in ("shape_and_colour", "motion")
+        ]
+        rows.append(f"| {begun}: first frame against the picture | {pictures['first_frame_psnr_db']:.1f} dB PSNR |")
     count = len(figures["failures"])
     card = _CARD.format(
         family=name,

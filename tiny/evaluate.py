@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from tqdm import tqdm
 
 from tiny.card import write_card
@@ -20,7 +21,7 @@ from tiny.families.base import NATIVE_FRAMES, load_pipeline
 from tiny.measure import Reading, read, track
 from tiny.state import numpy_rng
 from tiny.train_vae import psnr, world_batch
-from tiny.world import ORBITS, SIZE, STRAIGHT, Scene, caption, sample_scene
+from tiny.world import ORBITS, SIZE, STRAIGHT, Scene, caption, render, sample_scene
 
 SEED = 4
 NUM_STEPS = 20
@@ -29,9 +30,15 @@ WORDS = ("shape", "colour", "size", "motion", "speed", "background", "pan")
 
 
 def sample(
-    family: Family, pipe: DiffusionPipeline, prompts: list[str], seeds: list[int], *, num_frames: int = NATIVE_FRAMES
+    family: Family,
+    pipe: DiffusionPipeline,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    num_frames: int = NATIVE_FRAMES,
+    pictures: list[Image.Image] | None = None,
 ) -> np.ndarray:
-    """One clip per prompt, float [B, F, SIZE, SIZE, 3] in levels 0..255."""
+    """One clip per prompt, float [B, F, SIZE, SIZE, 3] in levels 0..255; a pipeline of pictures begins each with one."""
     frames = pipe(
         prompt=prompts,
         height=SIZE,
@@ -41,6 +48,7 @@ def sample(
         guidance_scale=GUIDANCE,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         output_type="np",
+        **({} if pictures is None else {"image": pictures}),
         **family.sampling_arguments(),
     ).frames
     return 255 * frames
@@ -88,7 +96,24 @@ def long_rates(
     return {"frames": num_frames, "clips": len(scenes), "shape_and_colour_per_frame": float(np.mean(hits))}
 
 
-def evaluate(family: Family, folder: Path, *, num_clips: int, num_long: int, batch: int = 4) -> dict:
+@torch.no_grad()
+def picture_rates(family: Family, pipe: DiffusionPipeline, scenes: list[tuple[Scene, str]], batch: int) -> dict:
+    """`match_rates` of clips that begin with the first frame of their scene, and how well they show that frame (mean PSNR in dB)."""
+    starts = [render(scene, 1)[0] for scene, _ in scenes]
+    readings, values = [], []
+    for first in tqdm(range(0, len(scenes), batch), desc="clips from pictures"):
+        texts = [text for _, text in scenes[first : first + batch]]
+        begun, seeds = starts[first : first + batch], list(range(first, first + len(texts)))
+        clips = sample(family, pipe, texts, seeds, pictures=[Image.fromarray(start) for start in begun])
+        readings += [read(clip) for clip in clips]
+        values += [
+            psnr(float(np.mean(((clip[0] - start) / 127.5) ** 2))) for clip, start in zip(clips, begun, strict=True)
+        ]
+    rates = match_rates([scene for scene, _ in scenes], readings)
+    return {"clips": len(scenes), "first_frame_psnr_db": float(np.mean(values)), "matches": rates}
+
+
+def evaluate(family: Family, folder: Path, *, num_clips: int, num_long: int, num_pictures: int, batch: int = 4) -> dict:
     """All figures of the checkpoint in `folder`."""
     pipe = load_pipeline(family, folder)
     pairs = evaluation_scenes(num_clips)
@@ -102,7 +127,7 @@ def evaluate(family: Family, folder: Path, *, num_clips: int, num_long: int, bat
         for (scene, text), reading in zip(pairs, readings, strict=True)
         if (scene.shape, scene.colour, scene.motion) != (reading.shape, reading.colour, reading.motion)
     ]
-    return {
+    figures = {
         "vae_psnr_db": reconstruction_psnr(pipe, 16),
         "clips": num_clips,
         "steps": NUM_STEPS,
@@ -111,6 +136,11 @@ def evaluate(family: Family, folder: Path, *, num_clips: int, num_long: int, bat
         "long": long_rates(family, pipe, pairs[:num_long], 4 * NATIVE_FRAMES - 3),
         "failures": failures,
     }
+    if family.picture_pipeline is not None:
+        begins_with_picture = family.picture_pipeline(**pipe.components)
+        begins_with_picture.set_progress_bar_config(disable=True)
+        figures["pictures"] = picture_rates(family, begins_with_picture, pairs[:num_pictures], batch)
+    return figures
 
 
 def main() -> None:
@@ -120,9 +150,14 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="its checkpoint (default: tiny/FAMILY)")
     parser.add_argument("--clips", type=int, default=100)
     parser.add_argument("--long", type=int, default=4, help="clips of four times the native length")
+    parser.add_argument(
+        "--pictures", type=int, default=40, help="clips that begin with a picture, if the model learns them"
+    )
     args = parser.parse_args()
     folder = args.model or Path(__file__).resolve().parent / args.family
-    figures = evaluate(FAMILIES[args.family], folder, num_clips=args.clips, num_long=args.long)
+    figures = evaluate(
+        FAMILIES[args.family], folder, num_clips=args.clips, num_long=args.long, num_pictures=args.pictures
+    )
     (folder / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
     write_card(args.family, folder)
 

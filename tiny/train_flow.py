@@ -110,7 +110,7 @@ def train_flow(family: Family, work: Path, plan: StagePlan, device: torch.device
         indices = rng.integers(len(latents), size=num_clips)
         captions = [training_caption(int(index), rng) for index in indices]
         batch = (latents[indices, :, :num_frames].float() - mean) / std
-        share = GIVEN_SHARE if family.first_frames else 0.0
+        share = GIVEN_SHARE if family.picture_pipeline else 0.0
         loss = flow_loss(trainee.module, batch, captions, tokenizer, step, given_share=share)
         return loss, loss.item()
 

@@ -45,7 +45,7 @@ class Denoiser(nn.Module):
     def forward(self, latent: Tensor, timestep: Tensor, text: Any) -> Tensor:
         """Noisy latents [B, z, F, h, w], timesteps in 0..1000 and a text -> velocity [B, z, F, h, w].
 
-        Timesteps are [B], or [B, F] of each latent frame for a family that learns from first frames.
+        Timesteps are [B], or [B, F] of each latent frame for a family that learns to continue given frames.
         """
         raise NotImplementedError
 
@@ -60,7 +60,7 @@ class Family(Protocol):
         pipeline_text_length: tokens the stock pipeline pads a prompt to.
         latent_grid: rows and columns of a latent frame.
         encoder_parts: modules of the autoencoder that the cached latents come from.
-        first_frames: whether it learns to make videos that begin with given frames: a picture or a video.
+        picture_pipeline: the stock pipeline of videos that begin with a picture, for a family that learns to continue given frames.
     """
 
     title: str
@@ -69,7 +69,7 @@ class Family(Protocol):
     pipeline_text_length: int
     latent_grid: tuple[int, int]
     encoder_parts: tuple[str, ...]
-    first_frames: bool
+    picture_pipeline: type[DiffusionPipeline] | None
 
     def build_vae(self, mean: Tensor | None = None, std: Tensor | None = None) -> nn.Module:
         """The autoencoder; `mean` and `std` [z] of its latents are what the pipeline normalises them with."""

@@ -2,7 +2,13 @@
 
 from typing import Any
 
-from diffusers import AutoencoderKLLTXVideo, FlowMatchEulerDiscreteScheduler, LTXPipeline, LTXVideoTransformer3DModel
+from diffusers import (
+    AutoencoderKLLTXVideo,
+    FlowMatchEulerDiscreteScheduler,
+    LTXImageToVideoPipeline,
+    LTXPipeline,
+    LTXVideoTransformer3DModel,
+)
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
@@ -67,7 +73,7 @@ class Ltx:
     pipeline_text_length = 128
     latent_grid = (8, 8)
     encoder_parts = ("encoder",)
-    first_frames = True
+    picture_pipeline = LTXImageToVideoPipeline
 
     def build_vae(self, mean: Tensor | None = None, std: Tensor | None = None) -> AutoencoderKLLTXVideo:
         """A video autoencoder: [B, 3, 1 + 4 f, 8 h, 8 w] in -1..1 <-> [B, LATENT_CHANNELS, 1 + f, h, w]."""

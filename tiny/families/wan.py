@@ -55,7 +55,7 @@ class Wan:
     pipeline_text_length = 512
     latent_grid = (16, 16)
     encoder_parts = ("encoder", "quant_conv")
-    first_frames = False
+    picture_pipeline = None
 
     def build_vae(self, mean: Tensor | None = None, std: Tensor | None = None) -> AutoencoderKLWan:
         """A causal video autoencoder: [B, 3, 1 + 4 f, 4 h, 4 w] in -1..1 <-> [B, LATENT_CHANNELS, 1 + f, h, w]."""
