@@ -16,6 +16,10 @@ one sign once in 2^(n - 1): with fewer than six that is more often than an inter
 _CHUNK = 1_000  # resamples at a time: bounds the memory for long lists of prompts
 
 
+Pair = tuple[Any, Any]
+"""A prompt and a seed, which compared methods share."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Estimate:
     """A mean of `count` numbers and its interval; nan without numbers, an interval of nan with fewer than MIN_COUNT."""
@@ -41,6 +45,18 @@ def seed_means(values: Iterable[tuple[Any, float | None]], prompts: Iterable[Any
         if value is not None and np.isfinite(value):
             found[prompt].append(value)
     return np.array([np.mean(seeds) if seeds else np.nan for seeds in found.values()])
+
+
+def shared_seed_means(*series: Iterable[tuple[Pair, float | None]]) -> np.ndarray:
+    """[series, prompts]: the seed means of ((prompt, seed), value), over the pairs of which every series has a finite value.
+
+    Of prompts with such a pair, sorted. Without this, a difference of seed means would compare the seeds of one series with others
+    of another wherever a value is missing.
+    """
+    known = [{pair: value for pair, value in each if value is not None and np.isfinite(value)} for each in series]
+    pairs = [pair for pair in known[0] if all(pair in each for each in known)]
+    prompts = sorted({prompt for prompt, _ in pairs})
+    return np.array([seed_means(((pair[0], each[pair]) for pair in pairs), prompts) for each in known])
 
 
 def mean_interval(values: np.ndarray, *, seed: int = 0, level: float = LEVEL, resamples: int = RESAMPLES) -> Estimate:

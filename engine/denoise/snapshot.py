@@ -15,6 +15,7 @@ from engine.files.tensors import DAMAGED, read_metadata, take_former_name
 from engine.files.trees import DamagedError, parse_json
 from engine.files.whole import atomic_path
 from engine.identity import check_run, settings_id
+from engine.progress import note
 from engine.schedulers import SchedulerState, restore_scheduler
 
 History = dict[str, list[dict[str, Any]]]
@@ -44,8 +45,9 @@ class Snapshot:
             part.write_bytes(safetensors.torch.save({"latents": latents.cpu().contiguous()} | tensors, metadata))
 
     def read(self) -> bytes:
-        """The file's bytes; none if there is no file."""
-        take_former_name(self.path)
+        """The file's bytes; none if there is no file. A note names a file of the former name that is no whole snapshot."""
+        if left := take_former_name(self.path):
+            note(f"the run starts at its first step: {left}")
         return self.path.read_bytes() if self.path.exists() else b""
 
     def load(

@@ -47,14 +47,16 @@ def former_name(path: Path) -> Path:
     return path.with_name(path.name.removesuffix(_SNAPSHOT) + FORMER_ENDING)
 
 
-def take_former_name(path: Path) -> None:
-    """Rename the snapshot `path` of an older version, unless `path` exists or the file of the former name is none."""
+def take_former_name(path: Path) -> str | None:
+    """Rename the snapshot `path` of an older version, unless `path` exists; returns why a file of the former name is left alone."""
     former = former_name(path)
     if not path.name.endswith(_SNAPSHOT) or path.exists() or not former.is_file():
-        return
+        return None
     try:
         metadata = read_metadata(former) or {}
-    except DamagedError:
-        return  # nothing but its name shows whose it is
-    if metadata.keys() >= {"run_id", "step"}:
-        former.rename(path)
+    except DamagedError as error:  # nothing but its name shows whose it is
+        return str(error)
+    if not metadata.keys() >= {"run_id", "step"}:
+        return f"{former} is not the snapshot of a run; move it away"
+    former.rename(path)
+    return None

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.comparison.measure import Measured
-from metrics.bootstrap import Estimate, mean_interval, paired_interval, seed_means
+from metrics.bootstrap import Estimate, Pair, mean_interval, paired_interval, seed_means, shared_seed_means
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,11 +40,13 @@ def comparable(measured: Sequence[Measured], labels: Sequence[str]) -> list[Meas
 def summarise(measured: Sequence[Measured], labels: Sequence[str], units: dict[str, str], baseline: str) -> list[Row]:
     """Return a row for every measure and variant. Seeds are averaged first, since only prompts are independent."""
     rows = []
+    prompts = sorted({each.video.prompt_index for each in measured})
     for metric, unit in units.items():
-        by_prompt = {label: _by_prompt(measured, label, metric) for label in labels}
-        for label, values in by_prompt.items():
-            difference = None if label == baseline else paired_interval(values, by_prompt[baseline])
-            rows.append(Row(label=label, metric=metric, unit=unit, mean=mean_interval(values), difference=difference))
+        values = {label: _by_pair(measured, label, metric) for label in labels}
+        for label, ours in values.items():
+            mean = mean_interval(seed_means(((pair[0], value) for pair, value in ours), prompts))
+            difference = None if label == baseline else paired_interval(*shared_seed_means(ours, values[baseline]))
+            rows.append(Row(label=label, metric=metric, unit=unit, mean=mean, difference=difference))
     return rows
 
 
@@ -93,10 +95,9 @@ def from_json(tree: Mapping[str, Any]) -> Estimate:
     return Estimate(**{key: math.nan if value is None else value for key, value in tree.items()})
 
 
-def _by_prompt(measured: Sequence[Measured], label: str, metric: str) -> np.ndarray:
-    """[prompts]: the mean over seeds of one measure of a label."""
-    found = ((each.video.prompt_index, each.values[metric]) for each in measured if each.video.label == label)
-    return seed_means(found, sorted({each.video.prompt_index for each in measured}))
+def _by_pair(measured: Sequence[Measured], label: str, metric: str) -> list[tuple[Pair, float]]:
+    """One measure of a label's videos, by prompt and seed."""
+    return [(_pair(each), each.values[metric]) for each in measured if each.video.label == label]
 
 
 def _pair(each: Measured) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluation.videos import Video
-from metrics.bootstrap import Estimate, mean_interval, paired_interval, seed_means
+from metrics.bootstrap import Estimate, Pair, mean_interval, paired_interval, seed_means, shared_seed_means
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,21 +34,11 @@ def differences(rows: Sequence[Scored], measures: Sequence[str], baseline: str) 
     for label, group in groups.items():
         if label == baseline:
             continue
-        shared = {row.video.pair for row in group} & {row.video.pair for row in groups[baseline]}
-        prompts = sorted({prompt for prompt, _ in shared})
-        ours, theirs = ([row for row in part if row.video.pair in shared] for part in (group, groups[baseline]))
-        found[label] = {m: _paired(ours, theirs, prompts, m) for m in measures}
+        found[label] = {
+            measure: paired_interval(*shared_seed_means(_by_pair(group, measure), _by_pair(groups[baseline], measure)))
+            for measure in measures
+        }
     return found
-
-
-def _paired(ours: Sequence[Scored], theirs: Sequence[Scored], prompts: Sequence[str], measure: str) -> Estimate:
-    """Leave out pairs with a missing value first, or different seeds would be compared."""
-    known = {row.video.pair for row in ours if _is_known(row, measure)}
-    known &= {row.video.pair for row in theirs if _is_known(row, measure)}
-    left, right = (
-        _by_prompt([row for row in part if row.video.pair in known], prompts, measure) for part in (ours, theirs)
-    )
-    return paired_interval(left, right)
 
 
 def _by_label(rows: Sequence[Scored]) -> dict[str, list[Scored]]:
@@ -63,5 +53,5 @@ def _by_prompt(rows: Sequence[Scored], prompts: Sequence[str], measure: str) -> 
     return seed_means(((row.video.prompt, row.values.get(measure)) for row in rows), prompts)
 
 
-def _is_known(row: Scored, measure: str) -> bool:
-    return bool(np.isfinite(row.values.get(measure, np.nan)))
+def _by_pair(rows: Sequence[Scored], measure: str) -> list[tuple[Pair, float | None]]:
+    return [(row.video.pair, row.values.get(measure)) for row in rows]

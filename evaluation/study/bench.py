@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from engine.errors import UserError
 from engine.files.tables import markdown_table
 from engine.files.whole import describe_error, write_text
@@ -17,7 +15,7 @@ from evaluation.comparison.quality import PARTS, score_of
 from evaluation.comparison.summary import from_json
 from evaluation.markdown import Report, estimate
 from evaluation.study.findings import refuse_emptier
-from metrics.bootstrap import Estimate, mean_interval, paired_interval, seed_means
+from metrics.bootstrap import Estimate, Pair, mean_interval, paired_interval, shared_seed_means
 
 PICTURE = "figures/bench.png"
 COLUMNS = {
@@ -92,27 +90,29 @@ def _has_costs(report: Report) -> bool:
     return any(cost(report, label) is not None for label in labels_of(report))
 
 
-def quality(report: Report, label: str) -> np.ndarray:
-    """Quality of each prompt, seeds averaged: [prompts]."""
-    found = (
-        (each["prompt_index"], score_of({k: math.nan if v is None else v for k, v in each["values"].items()}))
+def quality(report: Report, label: str) -> list[tuple[Pair, float]]:
+    """Quality of each video, by prompt and seed."""
+    return [
+        (
+            (each["prompt_index"], each["seed"]),
+            score_of({k: math.nan if v is None else v for k, v in each["values"].items()}),
+        )
         for each in report["videos"]
         if each["label"] == label
-    )
-    return seed_means(found, sorted({each["prompt_index"] for each in report["videos"]}))
+    ]
 
 
 def mean(report: Report, label: str, metric: str) -> Estimate:
     """The mean of a measure over prompts."""
-    return (
-        mean_interval(quality(report, label)) if metric == "quality" else from_json(_row(report, label, metric)["mean"])
-    )
+    if metric == "quality":
+        return mean_interval(*shared_seed_means(quality(report, label)))
+    return from_json(_row(report, label, metric)["mean"])
 
 
 def difference(report: Report, label: str, metric: str) -> Estimate:
     """A measure's mean difference from the baseline."""
     if metric == "quality":
-        return paired_interval(quality(report, label), quality(report, report["baseline"]))
+        return paired_interval(*shared_seed_means(quality(report, label), quality(report, report["baseline"])))
     return from_json(_row(report, label, metric)["difference"])
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from metrics.bootstrap import Estimate, paired_interval, seed_means
+from metrics.bootstrap import Estimate, Pair, paired_interval, shared_seed_means
 
 Sign = Literal["more", "less"]
 Verdict = Literal["as the paper says", "the opposite", "not decided", "not made"]
@@ -132,7 +132,9 @@ def answers(claim: Claim, report: Mapping[str, Any]) -> list[Answer]:
     found = []
     for metric, sign in claim.measures.items():
         if metric in units:
-            values, others = (_by_prompt(report, label, metric) for label in (claim.method, claim.other))
+            values, others = shared_seed_means(
+                *(_by_pair(report, label, metric) for label in (claim.method, claim.other))
+            )
             difference = paired_interval(values, others)
             verdict = read(difference, sign)
             found.append(
@@ -175,9 +177,8 @@ class Change:
 def changes(tables: Mapping[str, Any], rerun: Mapping[str, Any]) -> list[Change]:
     """Compare the differences of the claims with those at another number of steps, on pairs in both reports.
 
-    That is methods, measures, and pairs of prompt and seed; a prompt without a value in one of the four counts in none.
+    That is methods, measures, and pairs of prompt and seed; a pair without a value in one of the four counts in none.
     """
-    tables, rerun = _of_shared_pairs(tables, rerun)
     units = {metric: unit for metric, unit in _units(rerun).items() if metric in _units(tables)}
     labels = _labels(tables) & _labels(rerun)
     asked = dict.fromkeys(
@@ -188,10 +189,8 @@ def changes(tables: Mapping[str, Any], rerun: Mapping[str, Any]) -> list[Change]
     )
     found = []
     for method, other, metric in asked:
-        values = np.array(
-            [[_by_prompt(report, label, metric) for label in (method, other)] for report in (tables, rerun)]
-        )  # [run, method, prompt]
-        values = np.where(np.isfinite(values).all(axis=(0, 1)), values, np.nan)
+        series = [_by_pair(report, label, metric) for report in (tables, rerun) for label in (method, other)]
+        values = shared_seed_means(*series).reshape(2, 2, -1)  # [run, method, prompt]
         table_estimate, rerun_estimate = (paired_interval(*each) for each in values)
         change = paired_interval(values[1, 0] - values[1, 1], values[0, 0] - values[0, 1])
         found.append(
@@ -220,7 +219,6 @@ class NoiseEffect:
 
 def noise_effects(own: Mapping[str, Any], same: Mapping[str, Any]) -> list[NoiseEffect]:
     """For each method of `own` that has another noise in `same`, compare its measures on pairs in both reports."""
-    own, same = _of_shared_pairs(own, same)
     units = {metric: unit for metric, unit in _units(own).items() if metric in _units(same)}
     found = []
     for label, settings in same["comparison"]["variants"].items():
@@ -231,22 +229,13 @@ def noise_effects(own: Mapping[str, Any], same: Mapping[str, Any]) -> list[Noise
                     method=method,
                     metric=metric,
                     unit=unit,
-                    difference=paired_interval(_by_prompt(own, method, metric), _by_prompt(same, label, metric)),
+                    difference=paired_interval(
+                        *shared_seed_means(_by_pair(own, method, metric), _by_pair(same, label, metric))
+                    ),
                 )
                 for metric, unit in units.items()
             ]
     return found
-
-
-def _of_shared_pairs(first: Mapping[str, Any], second: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Restrict two reports to the pairs of prompt and seed that both have."""
-    pairs = [{(each["prompt_index"], each["seed"]) for each in report["videos"]} for report in (first, second)]
-    both = pairs[0] & pairs[1]
-    kept = [
-        {**report, "videos": [each for each in report["videos"] if (each["prompt_index"], each["seed"]) in both]}
-        for report in (first, second)
-    ]
-    return kept[0], kept[1]
 
 
 def _units(report: Mapping[str, Any]) -> dict[str, str]:
@@ -268,8 +257,10 @@ def read(difference: Estimate, sign: Sign) -> Verdict:
     return "the opposite" if high < 0 else "not decided"
 
 
-def _by_prompt(report: Mapping[str, Any], label: str, metric: str) -> np.ndarray:
-    """Values of a label by prompt, [prompts], averaged over seeds; NaN where no seed has a value."""
-    videos = report["videos"]
-    found = ((each["prompt_index"], each["values"][metric]) for each in videos if each["label"] == label)
-    return seed_means(found, sorted({each["prompt_index"] for each in videos}))
+def _by_pair(report: Mapping[str, Any], label: str, metric: str) -> list[tuple[Pair, float | None]]:
+    """Values of a label by prompt and seed."""
+    return [
+        ((each["prompt_index"], each["seed"]), each["values"][metric])
+        for each in report["videos"]
+        if each["label"] == label
+    ]

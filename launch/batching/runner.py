@@ -41,22 +41,31 @@ def make(config: RunConfig, options: Replicas, batch: Batch, files: BatchFiles, 
     with open_replicas(options, files, count=count, setup=setup, wake=wake) as replicas, journal:
         # Only now: the replicas' devices have been checked against the configuration.
         claim_folder(options.out, batch)
-        driver = Driver(
+        driver = make_driver(
+            files,
+            options,
             queue=Queue.of(work.todo),
             replicas=replicas,
             prepare=prepare,
-            is_permanent=lambda item, failure: failure.kind == "mistake" and not files.drop_snapshot(item),
-            keep=lambda item, attempts: keep(files, item, attempts),
-            release=files.release,
-            kept=lambda item: kept_steps(files.of(item).snapshot),
             journal=journal,
-            limits=options.limits,
             wait=lambda: _wait(wake),
         )
         journal.event("begin", host=socket.gethostname(), pid=os.getpid(), items=len(work.todo), replicas=count)
         total = len(work.todo)
         run_driver(driver, journal, files, left=lambda: f"{total - len(driver.queue.done)} of {total} items are left")
     finish(options, files, config, work, driver)
+
+
+def make_driver(files: BatchFiles, options: Replicas, **parts: Any) -> Driver:
+    """Make a driver that keeps what it gives up and saves in the files of a batch; `parts` are the others of `Driver`."""
+    return Driver(
+        is_permanent=lambda item, failure: failure.kind == "mistake" and not files.drop_snapshot(item),
+        keep=lambda item, attempts: files.put_into_quarantine(item, error=attempts[-1]["message"], attempts=attempts),
+        release=files.release,
+        kept=lambda item: kept_steps(files.of(item).snapshot),
+        limits=options.limits,
+        **parts,
+    )
 
 
 def worker_setup(options: Replicas, batch: Batch) -> dict[str, Any]:
@@ -91,11 +100,6 @@ def run_driver(driver: Driver, journal: FileJournal, files: BatchFiles, *, left:
     driver.stop(gently=False)
     journal.event("end", done=len(driver.queue.done), quarantined=len(driver.queue.given_up))
     journal.write(driver, "stopped" if driver.halted else "done")
-
-
-def keep(files: BatchFiles, item: Item, attempts: list[dict[str, Any]]) -> None:
-    """Put an item into quarantine."""
-    files.put_into_quarantine(item, error=attempts[-1]["message"], attempts=attempts)
 
 
 def finish(options: Replicas, files: BatchFiles, config: RunConfig, work: Work, driver: Driver | None) -> None:

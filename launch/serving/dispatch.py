@@ -9,11 +9,10 @@ from engine.batch.driver import Driver
 from engine.batch.items import Item
 from engine.batch.journal import FileJournal
 from engine.batch.queue import Queue
-from engine.denoise.snapshot import kept_steps
 from engine.shown import describe_seconds, printable
 from launch.arguments.replicas import Replicas
+from launch.batching import runner
 from launch.batching.group import Group
-from launch.batching.runner import keep
 from launch.batching.work import Prepare
 from launch.process.stopping import show
 from launch.serving.jobs import Jobs
@@ -79,17 +78,13 @@ def make_driver(
     jobs: Jobs, replicas: list[Group], journal: FileJournal, options: Replicas, is_open: Callable[[], bool]
 ) -> Driver:
     """Make the driver; its run goes on until `is_open` is false, it halts, or it is interrupted."""
-    files = jobs.files
-    driver = Driver(
+    driver = runner.make_driver(
+        jobs.files,
+        options,
         queue=Queue(waiting=deque(), halts=False),
         replicas=replicas,
         prepare=Tasks(jobs=jobs, prepare=Prepare(suite={"name": SUITE.name, "sha256": SUITE.sha256})),
-        is_permanent=lambda item, failure: failure.kind == "mistake" and not files.drop_snapshot(item),
-        keep=lambda item, attempts: keep(files, item, attempts),
-        release=files.release,
-        kept=lambda item: kept_steps(files.of(item).snapshot),
         journal=journal,
-        limits=options.limits,
         wait=lambda: turn(driver, jobs),
         open=is_open,
     )

@@ -53,7 +53,6 @@ from tests.launch.warm import running
 SETTINGS = SMALL | {"sampler.num_steps": 6, "sampler.max_text_tokens": 20, "sampler.negative_prompt": "bad"}
 PROMPTS = ("a red circle", "a blue star")
 LONG = "x" * 10_000
-LABELS = {f"{method}/p000{index}-s3" for method in ("freespec", "direct") for index in (0, 1)}
 
 
 pytestmark = pytest.mark.usefixtures("warm_ranks")

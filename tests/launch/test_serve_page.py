@@ -21,7 +21,6 @@ pytestmark = [
 
 HOSTILE = "<img src=x onerror=window.hacked=1> <b>bold</b> & \"'"
 TIMELINE = "a red circle [0-0.5s] | a blue star [0.5s-]"
-STATE = "[...document.querySelectorAll('article')]"
 ROOT = "document.documentElement"
 
 

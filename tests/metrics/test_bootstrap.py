@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap
 
-from metrics.bootstrap import MIN_COUNT, expanded_tail, mean_interval, paired_interval, seed_means
+from metrics.bootstrap import MIN_COUNT, expanded_tail, mean_interval, paired_interval, seed_means, shared_seed_means
 
 
 def test_it_is_the_percentile_interval_of_scipy_at_the_expanded_level() -> None:
@@ -76,3 +76,13 @@ def test_few_numbers_have_a_mean_and_no_interval() -> None:
 def test_seeds_of_a_prompt_are_averaged_first() -> None:
     found = seed_means([("a", 1.0), ("b", None), ("a", 3.0), ("b", np.nan), ("c", 5.0), ("c", None)], ["c", "a", "b"])
     np.testing.assert_array_equal(found, [5.0, 2.0, np.nan])
+
+
+def test_means_of_several_series_are_over_the_pairs_that_all_have() -> None:
+    """Where one lacks a seed the others leave it out too, or seeds would be compared with others."""
+    ours = {("b", 0): 1.0, ("a", 1): 5.0, ("a", 0): None, ("c", 0): 2.0}
+    theirs = {("a", 0): 9.0, ("a", 1): 3.0, ("b", 0): 4.0, ("c", 0): math.nan, ("d", 0): 0.0}
+    np.testing.assert_array_equal(shared_seed_means(ours.items(), theirs.items()), [[5.0, 1.0], [3.0, 4.0]])
+    alone = seed_means(((prompt, value) for (prompt, _), value in theirs.items()), "abcd")
+    np.testing.assert_array_equal(alone, [6.0, 4.0, np.nan, 0.0])  # the negative control: each series by itself
+    assert shared_seed_means(ours.items(), {}.items()).shape == (2, 0)

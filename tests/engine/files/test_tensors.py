@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from engine.denoise.snapshot import Snapshot
 from engine.files.tensors import read_metadata, take_former_name
 from engine.files.trees import DamagedError
 
@@ -67,9 +68,24 @@ def test_a_snapshot_takes_its_name_of_today(tmp_path: Path) -> None:
     assert (former.read_bytes(), path.read_bytes()) == (snapshot + b"another", snapshot)
 
 
-@pytest.mark.parametrize("data", [b"mine", safetensors.torch.save({"latents": torch.zeros(2)}, {"settings": "{}"})])
-def test_a_file_that_is_no_snapshot_keeps_its_name(tmp_path: Path, data: bytes) -> None:
+SNAPSHOT = safetensors.torch.save({"latents": torch.zeros(2)}, {"run_id": "1234", "step": "2"})
+
+
+@pytest.mark.parametrize(
+    ("data", "why"),
+    [
+        (b"mine at all", "is not a whole safetensors file (its header is too long)"),
+        (SNAPSHOT[:-3], f"is not a whole safetensors file (it has {len(SNAPSHOT) - 3} of {len(SNAPSHOT)} bytes)"),
+        (safetensors.torch.save({"latents": torch.zeros(2)}, {"settings": "{}"}), "is not the snapshot of a run"),
+    ],
+    ids=["foreign", "cut", "latents"],
+)
+def test_a_file_that_is_no_whole_snapshot_keeps_its_name_and_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], data: bytes, why: str
+) -> None:
     former = tmp_path / "a.checkpoint.safetensors"
     former.write_bytes(data)
-    take_former_name(tmp_path / "a.snapshot.safetensors")
+    assert Snapshot(tmp_path / "a.snapshot.safetensors", settings={}).read() == b""
+    said = capsys.readouterr().err
+    assert said == f"the run starts at its first step: {former} {why}; move it away\n"
     assert [(each.name, each.read_bytes()) for each in tmp_path.iterdir()] == [(former.name, data)]
