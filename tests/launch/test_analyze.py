@@ -29,7 +29,7 @@ SETTINGS = SMALL | {"sampler.num_steps": 3, "method.window_frames": 2, "method.n
 
 
 @pytest.fixture
-def analyze_in(run: Callable[..., Run], wan_folder: Path, tmp_path: Path) -> Callable[..., Run]:
+def analyze_with_plots(run: Callable[..., Run], wan_folder: Path, tmp_path: Path) -> Callable[..., Run]:
     (tmp_path / "prompts.txt").write_text("a red circle\na blue star\n")
 
     def call(**settings: object) -> Run:
@@ -40,15 +40,20 @@ def analyze_in(run: Callable[..., Run], wan_folder: Path, tmp_path: Path) -> Cal
     return call
 
 
+@pytest.fixture
+def analyze_in(analyze_with_plots: Callable[..., Run], no_plots: None) -> Callable[..., Run]:
+    return analyze_with_plots
+
+
 def test_an_interrupted_analysis_goes_on_and_writes_every_table_and_plot(
-    analyze_in: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    analyze_with_plots: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     with interrupted_at_forward(8):  # six forwards a prompt
-        stopped = analyze_in()
+        stopped = analyze_with_plots()
     assert stopped.code == 130
     assert "while prompt 1 was watched; 1 of 2 are kept" in stopped.err
-    shown = analyze_in()
+    shown = analyze_with_plots()
     assert (shown.code, shown.err) == (0, "")
     lines = shown.out.splitlines()
     assert lines[0].startswith("1 of 1, ")  # the first prompt was not watched again
@@ -72,8 +77,8 @@ def test_an_interrupted_analysis_goes_on_and_writes_every_table_and_plot(
     assert videos[0].read_bytes() != videos[1].read_bytes()
 
     monkeypatch.setattr(LongVideoEngine, "__init__", lambda *_: pytest.fail("the model was loaded"))
-    assert analyze_in().code == 0
-    assert "changed: sampler.num_steps 3 -> 4" in analyze_in(**{"sampler.num_steps": 4}).error
+    assert analyze_with_plots().code == 0
+    assert "changed: sampler.num_steps 3 -> 4" in analyze_with_plots(**{"sampler.num_steps": 4}).error
 
 
 def test_a_prompt_that_is_watched_keeps_its_steps_and_a_damaged_file_costs_its_prompt(

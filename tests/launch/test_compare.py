@@ -39,12 +39,17 @@ def video_of(out: Path, label: str, *, index: int = 0, seed: int = 0) -> Path:
 
 
 @pytest.fixture
-def compare_in(run: Callable[..., Run], wan_folder: Path, tmp_path: Path) -> Compare:
+def compare_with_plots(run: Callable[..., Run], wan_folder: Path, tmp_path: Path) -> Compare:
     def call(*argv: object, out: str = "out", **settings: object) -> Run:
         prompt = [] if any("--prompt" in str(word) for word in argv) else ["--prompt", "a red circle"]
         return run("compare", *words(wan_folder, tmp_path / out, *prompt, *argv, **settings))
 
     return call
+
+
+@pytest.fixture
+def compare_in(compare_with_plots: Compare, no_plots: None) -> Compare:
+    return compare_with_plots
 
 
 @pytest.fixture
@@ -90,12 +95,12 @@ def test_noise_of_the_decoder_comes_from_each_video_s_seed(run: Callable[..., Ru
 
 
 def test_an_interrupted_comparison_goes_on_and_reports_what_it_measured(
-    compare_in: Compare, make: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compare_with_plots: Compare, make: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     # Two steps of two forwards a video: in the first step of the second video's second half.
     with interrupted_at_forward(7):
-        stopped = compare_in()
+        stopped = compare_with_plots()
     assert stopped.code == 130
     assert stopped.out.startswith("1 of 4")
     assert "after step 1, which is kept" in stopped.err
@@ -105,7 +110,7 @@ def test_an_interrupted_comparison_goes_on_and_reports_what_it_measured(
     loads = []
     load = LongVideoEngine.__init__
     monkeypatch.setattr(LongVideoEngine, "__init__", lambda self, *args: (loads.append(1), load(self, *args))[1])
-    shown = compare_in()
+    shown = compare_with_plots()
     assert (shown.code, shown.err) == (0, "")
     assert len(loads) == 1
     lines = shown.out.splitlines()
@@ -305,21 +310,23 @@ def test_what_a_failing_disk_has_damaged_is_made_again_alone(
     assert not list(out.rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("name", ["video", "seconds", "steps", "git", "versions"])
-def test_a_sidecar_without_what_a_report_reads_is_made_again(compare_in: Compare, tmp_path: Path, name: str) -> None:
-    given = {"seeds": 0, "methods": "direct", "measures": tmp_path / "kept.jsonl"}
+def test_sidecars_without_what_a_report_reads_are_made_again(compare_in: Compare, tmp_path: Path) -> None:
+    read = ("video", "seconds", "steps", "git", "versions")
+    given = {"seeds": "0,1,2,3,4", "methods": "direct", "measures": tmp_path / "kept.jsonl", "sampler.num_steps": 1}
     assert compare_in(**given).code == 0
     (tmp_path / "kept.jsonl").unlink()
-    sidecar = video_of(tmp_path / "out", "direct").with_suffix(".json")
-    whole = json.loads(sidecar.read_text())
-    damaged = json.loads(sidecar.read_text())
-    (damaged if name == "video" else damaged["run"])[name] = ["x"]
-    sidecar.write_text(json.dumps(damaged))
+    sidecars = [video_of(tmp_path / "out", "direct", seed=seed).with_suffix(".json") for seed in range(len(read))]
+    whole = [json.loads(sidecar.read_text()) for sidecar in sidecars]
+    for name, sidecar in zip(read, sidecars, strict=True):
+        damaged = json.loads(sidecar.read_text())
+        (damaged if name == "video" else damaged["run"])[name] = ["x"]
+        sidecar.write_text(json.dumps(damaged))
     shown = compare_in(**given)
     assert shown.code == 0
-    assert shown.err.startswith(f"{sidecar} is not the sidecar of a result: ")
-    assert shown.err.endswith("; it is made again\n")
-    assert json.loads(sidecar.read_text())["output"] == whole["output"]
+    for sidecar, line in zip(sidecars, shown.err.splitlines(), strict=True):
+        assert line.startswith(f"{sidecar} is not the sidecar of a result: ")
+        assert line.endswith("; it is made again")
+    assert [json.loads(sidecar.read_text())["output"] for sidecar in sidecars] == [each["output"] for each in whole]
 
 
 def test_a_label_that_is_too_long_for_a_name_is_one_line(compare_in: Compare, no_loading: None) -> None:

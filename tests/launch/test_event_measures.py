@@ -10,7 +10,6 @@ import pytest
 
 from engine.files.whole import write_json
 from evaluation import events, measure
-from evaluation.comparison import report
 from metrics.events import EVENT_UNITS
 from metrics.version import source_digest
 from tests.launch.conftest import Run
@@ -23,11 +22,10 @@ TIMELINE, REVERSED = f"{RED} [0-9] | {STAR} [9-, cut]", f"{STAR} [0-9] | {RED} [
 
 @pytest.fixture
 def compare_in(
-    run: Callable[..., Run], wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., Run], wan_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_plots: None
 ) -> Callable[..., Run]:
     """`compare_in(*prompts)`: a comparison whose videos all show what TIMELINE asks for."""
     clip = show([RED, STAR], [9, 8])
-    monkeypatch.setattr(report, "_write_plots", lambda *_: [])
     monkeypatch.setattr(measure, "read_frames", lambda _: clip)
 
     def call(*prompts: str, size: int = 64) -> Run:

@@ -111,7 +111,7 @@ def sleep_long() -> None:
     time.sleep(3600)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def whole(wan_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
     """The latents of two ranks that nothing has happened to."""
     folder = tmp_path_factory.mktemp("whole")

@@ -168,7 +168,7 @@ def test_while_the_latents_are_written_they_are_kept(
 def test_a_process_that_is_interrupted_says_so_in_one_line_and_continues(
     make: Callable[..., Run], wan_folder: Path, tmp_path: Path
 ) -> None:
-    """The whole way: another process, a signal from outside, the exit code that a shell sees, and the same bits after."""
+    """The whole way: another process, a signal from outside, the exit code that a shell sees. That the bits are the same is seen above."""
     settings = SMALL | {"model.path": wan_folder, "sampler.num_steps": 120}
     target = {"output.path": tmp_path / "a.mp4", "output.save_latents": tmp_path / "a.safetensors"}
     command = [sys.executable, str(ROOT / "launch/generate.py"), "--prompt", "a red circle"]
@@ -194,6 +194,4 @@ def test_a_process_that_is_interrupted_says_so_in_one_line_and_continues(
 
     shown = make(settings | target)
     assert "(continued after step " in shown.out
-    whole = {"output.path": tmp_path / "b.mp4", "output.save_latents": tmp_path / "b.safetensors"}
-    assert make(settings | whole).code == 0
-    assert torch.equal(*(load_latents(tmp_path / f"{name}.safetensors")[0] for name in "ab"))
+    assert names(tmp_path) == {"a.mp4", "a.png", "a.json", "a.safetensors"}

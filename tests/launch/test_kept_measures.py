@@ -20,11 +20,7 @@ from tests.launch.test_interruptions import interrupted_at_forward
 PROMPT = ("--prompt", "a red circle")
 Compare = Callable[..., Run]
 
-
-@pytest.fixture(autouse=True)
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They are tested with compare.py, and are what takes long."""
-    monkeypatch.setattr(report, "_write_plots", lambda *_: [])
+pytestmark = pytest.mark.usefixtures("no_plots")
 
 
 def no_plots_in(rank: int) -> None:

@@ -6,13 +6,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from launch.ranks import join as ranks
-from tests.launch.test_faults import PATIENCE_SECONDS
+from tests.launch.forked import PATIENCE_SECONDS, start_forked
 from tests.launch.test_ranks import SCRIPT, TORCHRUN, prompted
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
@@ -53,55 +53,66 @@ def descendants(pid: int) -> list[int]:
 STARTS = {
     "--nproc": [sys.executable, str(SCRIPT), "--nproc=2"],
     "torchrun": [*TORCHRUN, "--nproc-per-node=2", "--rdzv-backend=static", "--master-addr=127.0.0.1", str(SCRIPT)],
-    "environment": [sys.executable, str(SCRIPT)],
 }
 
 
+def no_interface(_rank: int) -> None:
+    """As in a shell where nobody has chosen one."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        os.environ.pop(name, None)
+
+
 @pytest.fixture
-def start(wan_folder: Path, tmp_path: Path) -> Iterator[Callable[[str], list[int]]]:
-    """`start(how)`: process ids of all that two ranks are, once they denoise a video that takes minutes."""
-    started: list[subprocess.Popen] = []
+def endless(wan_folder: Path, tmp_path: Path) -> list[str]:
+    """The words for a video that takes minutes."""
+    return prompted(wan_folder, tmp_path / "a.mp4", {"sampler.num_steps": 5000, "output.snapshot_every": 1})
 
-    def begin(command: list[str], environment: dict[str, str]) -> subprocess.Popen:
-        words = [
-            *command,
-            *prompted(wan_folder, tmp_path / "a.mp4", {"sampler.num_steps": 5000, "output.snapshot_every": 1}),
-        ]
-        own = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-        kept = {name: value for name, value in own.items() if name not in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
-        started.append(
-            subprocess.Popen(words, cwd=tmp_path, env=kept, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        )
-        return started[-1]
 
-    def call(how: str) -> list[int]:
-        environments: list[dict[str, str]] = [{}]
-        if how == "environment":
-            with socket.create_server(("127.0.0.1", 0)) as free:
-                rank_env = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-            environments = [rank_env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-        processes = [begin(STARTS[how], environment) for environment in environments]
-        until = time.monotonic() + PATIENCE_SECONDS
-        while not (tmp_path / "a.snapshot.safetensors").exists():
-            assert time.monotonic() < until
-            assert [process.poll() for process in processes] == [None] * len(processes)
-            time.sleep(0.1)
-        return [pid for process in processes for pid in descendants(process.pid)]
+def assert_listen_on_loopback_alone(ranks_of: Sequence[int]) -> None:
+    found = {pid: listening(pid) for pid in ranks_of}
+    assert all(found.values()), found  # each rank of gloo listens somewhere
+    beyond = {pid: addresses for pid in ranks_of if (addresses := {x for x in found[pid] if not is_loopback(x)})}
+    assert beyond == {}
 
-    yield call
-    for process in started:
+
+def wait_for_steps(folder: Path, alive: Callable[[], bool]) -> None:
+    until = time.monotonic() + PATIENCE_SECONDS
+    while not (folder / "a.snapshot.safetensors").exists():
+        assert time.monotonic() < until
+        assert alive()
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("how", ["--nproc", pytest.param("torchrun", marks=pytest.mark.slow)])
+def test_ranks_listen_on_loopback_alone(how: str, endless: list[str], tmp_path: Path) -> None:
+    own = os.environ | {"OMP_NUM_THREADS": "1"}
+    kept = {name: value for name, value in own.items() if name not in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")}
+    process = subprocess.Popen(
+        [*STARTS[how], *endless], cwd=tmp_path, env=kept, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        wait_for_steps(tmp_path, lambda: process.poll() is None)
+        pids = [pid for pid in descendants(process.pid) if b"generate.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        assert_listen_on_loopback_alone(pids[-2:])
+    finally:
         process.terminate()
-    for process in started:
         process.wait(timeout=PATIENCE_SECONDS)
 
 
-@pytest.mark.parametrize("how", ["--nproc", "environment", pytest.param("torchrun", marks=pytest.mark.slow)])
-def test_ranks_listen_on_loopback_alone(how: str, start: Callable[[str], list[int]]) -> None:
-    found = {pid: listening(pid) for pid in start(how)}
-    ranks_of = [pid for pid in found if b"generate.py" in Path(f"/proc/{pid}/cmdline").read_bytes()][-2:]
-    assert all(found[pid] for pid in ranks_of), found  # each rank of gloo listens somewhere
-    beyond = {pid: addresses for pid in ranks_of if (addresses := {x for x in found[pid] if not is_loopback(x)})}
-    assert beyond == {}
+def test_ranks_that_another_program_starts_listen_on_loopback_alone(endless: list[str], tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+    processes = [
+        start_forked(["generate", *endless], tmp_path, place=place | {"RANK": rank}, rank=rank, fault=no_interface)
+        for rank in range(2)
+    ]
+    try:
+        wait_for_steps(tmp_path, lambda: all(process.is_alive() for process in processes))
+        assert_listen_on_loopback_alone([process.pid or 0 for process in processes])
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def test_the_ranks_choose_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
