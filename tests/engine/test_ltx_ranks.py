@@ -29,7 +29,7 @@ def config_of(folder: str, method: str) -> RunConfig:
         model=ModelConfig(path=folder, device="cpu"),
         # 7 latent frames of 6 x 3 tokens: no number of ranks below divides the 126 tokens into whole frames.
         video=VideoConfig(num_frames=49, height=96, width=64, fps=24),
-        sampler=SamplerConfig(num_steps=4, guidance_scale=4.0, seed=3, negative_prompt="bad", max_text_tokens=20),
+        sampler=SamplerConfig(num_steps=2, guidance_scale=4.0, seed=3, negative_prompt="bad", max_text_tokens=20),
         method=MethodConfig(name=method, window_frames=3, freespec=FreeSpec(domain="step", fused_share=0.5)),
         output=OutputConfig(progress="off"),
     )

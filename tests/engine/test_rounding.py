@@ -38,7 +38,7 @@ OTHERS = tuple(row for path in sorted(PRESETS.glob("*.yaml")) if (row := f"frees
 CONFIG = RunConfig(
     model=ModelConfig(path=str(Path(__file__).parents[2] / "tiny" / "wan"), device="cpu"),
     video=VideoConfig(num_frames=65, height=32, width=32),
-    sampler=SamplerConfig(num_steps=4, guidance_scale=5.0, max_text_tokens=32),
+    sampler=SamplerConfig(num_steps=2, guidance_scale=5.0, max_text_tokens=32),
     method=MethodConfig(window_frames=9),
     output=OutputConfig(progress="off"),
 )
@@ -154,7 +154,7 @@ def mean(values: Sequence[float]) -> float:
 def test_a_step_on_ranks_adds_no_more_than_rounding_does_to_direct(undisturbed, floor, tmp_path, methods):
     cases = [Case(method, (1, 2, 2), undisturbed[method], gathers=False) for method in methods]
     for case, by_rank in zip(cases, run_ranks(4, errors_on_ranks, cases, tmp_path), strict=True):
-        assert len(by_rank[0]) == 8
+        assert len(by_rank[0]) == 4
         assert mean(by_rank[0]) <= LIMIT * floor, (case, mean(by_rank[0]), floor)
 
 

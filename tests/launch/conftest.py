@@ -11,8 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from evaluation.analysis import tables
-from evaluation.comparison import report
 from launch.cli.start import run_here
 from launch.process.exit_codes import run_command
 from tests.launch.warm import WarmServer
@@ -66,13 +64,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def no_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports of compare.py and analyze.py without plots, which are what takes long; a test of each command looks at them."""
-    monkeypatch.setattr(report, "_write_plots", lambda *_: [])
-    monkeypatch.setattr(tables, "save_figure", lambda *_: None)
 
 
 @pytest.fixture

@@ -175,6 +175,7 @@ def test_the_page_has_the_table_and_every_pair(comparison: Comparison, report: d
     assert "3 x 2" in page
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_report_on_some_methods_lies_elsewhere_and_finds_the_videos(
     comparison: Comparison, report: dict[str, Any]
 ) -> None:
@@ -203,6 +204,7 @@ def test_the_tables_in_markdown(comparison: Comparison, report: dict[str, Any]) 
     assert estimate(None) == estimate({"mean": None, "low": None, "high": None}) == "–"
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_videos_of_different_weights_are_named(comparison: Comparison) -> None:
     record = comparison.videos[0].files.sidecar
     before = record.read_text()
@@ -299,6 +301,7 @@ def adopt(other: Comparison, comparison: Comparison) -> None:
         write_json(video.files.sidecar, sidecar)
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_a_prompt_beyond_the_world_costs_its_own_exact_measures_alone(comparison: Comparison, tmp_path: Path) -> None:
     strange = "it's a <cat>"
     prompts = [*comparison.prompts[:2], strange]
@@ -316,6 +319,7 @@ def test_a_prompt_beyond_the_world_costs_its_own_exact_measures_alone(comparison
     assert "it&#39;s a &lt;cat&gt;" in (folder / "index.html").read_text()
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_why_a_measure_has_no_value(comparison: Comparison) -> None:
     """Of 33 frames, at a native length of 9, nothing is missing; at one of 33 what compares clips is."""
     config = dataclasses.replace(
