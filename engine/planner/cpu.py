@@ -46,12 +46,12 @@ def describe_expected(
 
 
 def denoising_operations(config: RunConfig, given: GivenFrames | None = None) -> int:
-    """Floating-point operations of all steps of a video, on one rank."""
+    """Floating-point operations of all steps of a video, on one rank, but for those that the schedule of a step cache skips."""
     spec = read_model(config.model)
     case = Case.of(config, spec, gpu=read_gpu("h200"), world_size=1, given=given)  # no count depends on the GPU
     layout = case.layout((1, 1, 1))
     operations = 0
-    for mode, count in case.count_steps()[config.method.name].items():
+    for mode, count in case.count_steps(computed=True)[config.method.name].items():
         kinds = call_operations(layout, mode)
         operations += count * layout.calls * sum(kinds.values())
     return operations

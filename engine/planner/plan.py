@@ -12,6 +12,7 @@ from engine.config import DecodeConfig, MethodConfig, RunConfig, SamplerConfig, 
 from engine.decode.tiling import tiled_share
 from engine.given.frames import GivenFrames, Places
 from engine.load.single_file import open_single_file
+from engine.planner.cached import computed_steps
 from engine.planner.gpu import GpuSpec, check_count
 from engine.planner.layout import WHOLE_MODES, Degrees, Layout, lay_out
 from engine.planner.memory import GIB, decode_cost, denoise_peak, encode_cost
@@ -121,6 +122,7 @@ class Plan:
         peak_bytes: the most at any time.
         fits: whether that is within the GPU's usable memory.
         steps: by method that these degrees serve, how many steps of each mode the sampler's timesteps give.
+        computed: those of them that the schedule of a step cache does not skip.
         step_seconds: by mode that these degrees serve, and there by what takes the time.
         run_seconds: denoising, by method.
         decode_mode: how latents become frames: whole frames on one rank, or tiles on all.
@@ -142,6 +144,7 @@ class Plan:
     peak_bytes: int
     fits: bool
     steps: dict[str, dict[Mode, int]]
+    computed: dict[str, dict[Mode, int]]
     step_seconds: dict[Mode, dict[str, float]]
     run_seconds: dict[str, float]
     decode_mode: DecodeMode
@@ -280,15 +283,19 @@ class Case:
         }
         return known | {self.method.name: self.method.method}
 
-    def count_steps(self) -> dict[str, dict[Mode, int]]:
-        """Count the steps of each mode of every method on the sampler's real timesteps."""
+    def count_steps(self, *, computed: bool = False) -> dict[str, dict[Mode, int]]:
+        """Count the steps of each mode of every method on the sampler's real timesteps; `computed`: without those that a cache's schedule skips."""
         video = self.video
         *_, frames, rows, columns = self.spec.video.latent_shape(video.num_frames, video.height, video.width)
         timesteps = self.spec.timesteps(self.sampler, (frames, rows, columns), window_frames=self.method.window_frames)
-        methods = self.methods
-        if self.grid()[0] <= self.method.window_frames:  # at native length the engine runs the stock model
-            return {name: {"global": len(timesteps)} for name in methods}
-        return {name: dict(Counter(step.mode for step in made.plan(timesteps))) for name, made in methods.items()}
+        experts = [self.spec.adapter.expert_at(timestep, self.spec.configs["model_index"]) for timestep in timesteps]
+        native = self.grid()[0] <= self.method.window_frames  # where the engine runs the stock model
+        counted = {}
+        for name, made in self.methods.items():
+            modes: list[Mode] = ["global"] * len(timesteps) if native else [step.mode for step in made.plan(timesteps)]
+            counts = computed_steps(self.sampler, experts, modes) if computed else [True] * len(modes)
+            counted[name] = dict(Counter(mode for mode, count in zip(modes, counts, strict=True) if count))
+        return counted
 
     @property
     def modes(self) -> list[Mode]:
@@ -395,7 +402,8 @@ def plan(case: Case) -> list[Plan]:
     check_count(case.world_size)
     every = case.support.possible(case.world_size)
     steps, alone = case.count_steps(), _seconds(case, case.layout((1, 1, 1)))
-    plans = [_make_plan(case, degrees, steps=steps, alone=alone) for degrees in every]
+    computed = case.count_steps(computed=True)
+    plans = [_make_plan(case, degrees, steps=steps, computed=computed, alone=alone) for degrees in every]
     plans.sort(key=lambda p: (not p.fits, p.run_seconds[name], p.peak_bytes))
     return [replace(p, why=_why(p, plans, case)) for p in plans]
 
@@ -415,17 +423,22 @@ def _run_seconds(steps: dict[Mode, int], seconds: dict[Mode, dict[str, float]]) 
 
 
 def _make_plan(
-    case: Case, degrees: Degrees, *, steps: dict[str, dict[Mode, int]], alone: dict[Mode, dict[str, float]]
+    case: Case,
+    degrees: Degrees,
+    *,
+    steps: dict[str, dict[Mode, int]],
+    computed: dict[str, dict[Mode, int]],
+    alone: dict[Mode, dict[str, float]],
 ) -> Plan:
     layout = case.layout(degrees)
     seconds = _seconds(case, layout)
     cfg, ring, ulysses = degrees
     served = {name for name, made in case.methods.items() if not refused_axes(made.refused_axes, degrees)}
-    steps = {name: counts for name, counts in steps.items() if name in served}
+    steps, computed = ({name: each[name] for name in each if name in served} for each in (steps, computed))
     modes = [mode for mode in MODES if mode in steps[case.method.name]]
     case = case.placed(degrees, modes)
     memory, peak = case.memory(degrees, modes)
-    runs = {name: _run_seconds(counts, seconds) for name, counts in steps.items()}
+    runs = {name: _run_seconds(counts, seconds) for name, counts in computed.items()}
     return Plan(
         cfg=cfg,
         ring=ring,
@@ -438,13 +451,14 @@ def _make_plan(
         peak_bytes=peak,
         fits=case.fits(peak),
         steps=steps,
+        computed=computed,
         step_seconds=seconds,
         run_seconds=runs,
         decode_mode=case.decode_cost[0],
         decode_seconds=case.decode_cost[2] / (case.gpu.tf32_tflops * TERA * case.gpu.conv_fraction),
         encode_seconds=case.encode_cost[1] / (case.gpu.tf32_tflops * TERA * case.gpu.conv_fraction),
         idle_expert=case.idle_expert,
-        efficiency={name: _run_seconds(steps[name], alone) / (case.world_size * runs[name]) for name in steps},
+        efficiency={name: _run_seconds(computed[name], alone) / (case.world_size * runs[name]) for name in computed},
     )
 
 

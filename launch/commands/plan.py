@@ -1,17 +1,22 @@
 """plan.py: predict degrees, memory and time before anything is loaded."""
 
-import dataclasses
 import json
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from engine.checks import check_beside
 from engine.config import RunConfig
-from engine.given.known import check_places
+from engine.files.latents import load_latents
+from engine.given.frames import GivenFrames
+from engine.given.known import check_given, check_places
+from engine.media.read_video import measure
 from engine.planner.arrange import check_settings
+from engine.planner.cached import SCHEDULED
 from engine.planner.choose import choose
 from engine.planner.gpu import GpuSpec
 from engine.planner.memory import GIB
-from engine.planner.model import read_model
+from engine.planner.model import ModelSpec, read_model
 from engine.planner.plan import MODES, Case, Plan, plan
 from launch.arguments.plan import Arguments
 
@@ -22,37 +27,77 @@ def run(given: Arguments) -> None:
     """Plan, and print the chosen plan first."""
     config, spec = given.config, read_model(given.config.model)
     check_settings(config, spec)
-    if given.given is not None:  # without, the pictures that a checkpoint needs are counted all the same
-        check_places(given.given, spec.video, num_frames=config.video.num_frames, fps=config.video.fps)
-    check_beside(config, spec.video, given.given, num_frames=config.video.num_frames)
+    notes, begun = _look_at_given(given.given, config, spec)
     case = Case.of(config, spec, gpu=given.gpu, world_size=given.gpus, given=given.given)
+    if begun:  # a shorter video that is advised has one latent frame more
+        shortest = max(case.given.shortest, spec.video.num_frames(begun + 1))
+        case = replace(case, given=replace(case.given, shortest=shortest))
     plans = plan(case)
     parallel = config.parallel
     best = choose(case, (parallel.cfg, parallel.ring, parallel.ulysses), plans=plans)
     plans = [best, *(p for p in plans if p is not best)]
-    print(json.dumps(as_json(case, plans), indent=2) if given.json else as_text(case, config, plans))
+    print(json.dumps(as_json(case, plans, notes), indent=2) if given.json else as_text(case, config, plans, notes))
 
 
-def as_json(case: Case, plans: list[Plan]) -> dict[str, Any]:
+def _look_at_given(given: GivenFrames | None, config: RunConfig, spec: ModelSpec) -> tuple[list[str], int]:
+    """Refuse given frames that a run would refuse; returns what is counted, and the latent frames of a video to continue.
+
+    Pictures are not opened, and neither they nor that video have to be here.
+    """
+    video, of = config.video, spec.video
+    size = {"num_frames": video.num_frames, "fps": video.fps}
+    if given is not None:
+        check_places(given, of, **size)
+    check_beside(config, of, given, num_frames=video.num_frames)
+    if given is None:
+        needs = " and ".join(f"--given {place}=FILE" for place in of.needs)
+        return [f"given: this checkpoint needs {needs}, counted as if it were given"] if needs else [], 0
+    extend = given.extend
+    if extend is None:
+        return [], 0
+    if not extend.exists():
+        return [f"given: --extend {extend} is not here, so its size and length are not checked"], 0
+    notes = check_given(replace(given, images=()), of, **size, height=video.height, width=video.width)
+    begun = _latents_in(extend, of.temporal_factor)
+    check_places(given, of, **size, begun=begun)
+    filled = (
+        f"{begun} of {of.latent_shape(video.num_frames, video.height, video.width)[2]} latent frames, "
+        f"{of.num_frames(begun)} of {video.num_frames} frames"
+    )
+    return [f"given: --extend {extend} fills {filled}", *(f"given: {note}" for note in notes)], begun
+
+
+def _latents_in(extend: Path, step: int) -> int:
+    """Latent frames of saved latents, or of a video file, which `check_given` has read."""
+    if extend.suffix == ".safetensors":
+        return int(load_latents(extend)[0].shape[2])
+    found = measure(extend)
+    assert found is not None, "check_given refuses it"
+    return (found[0] - 1) // step + 1
+
+
+def as_json(case: Case, plans: list[Plan], notes: list[str]) -> dict[str, Any]:
     """All plans as JSON, the chosen one first."""
     return {
         "predicted": NOTE,
+        "notes": notes,
         "model": {"name": case.spec.name, "source": case.spec.source, "parameters": case.spec.parameters},
-        "gpu": dataclasses.asdict(case.gpu),
+        "gpu": asdict(case.gpu),
         "gpus": case.world_size,
-        "video": dataclasses.asdict(case.video),
+        "video": asdict(case.video),
         "method": case.method.name,
-        "options": dataclasses.asdict(case.options),
+        "options": asdict(case.options),
         "kernel": case.options.kernel_on(case.gpu),
-        "plans": [dataclasses.asdict(p) for p in plans],
+        "plans": [asdict(p) for p in plans],
     }
 
 
-def as_text(case: Case, config: RunConfig, plans: list[Plan]) -> str:
+def as_text(case: Case, config: RunConfig, plans: list[Plan], notes: list[str]) -> str:
     """Print the chosen plan in full, and a line for each of the others."""
     best = plans[0]
     lines = [
         *_heading(case, config),
+        *notes,
         "",
         f"chosen: {best.name}",
         f"  why: {best.why}",
@@ -122,11 +167,15 @@ def _memory(best: Plan, gpu: GpuSpec) -> list[str]:
 
 def _cache(case: Case) -> list[str]:
     """Say what of a step cache is predicted."""
-    if case.sampler.cache == "none":
+    cache = case.sampler.cache
+    if cache == "none":
         return []
-    return [
-        f"  sampler.cache {case.sampler.cache}: its memory is counted (step cache), and the time that it saves is not predicted"
-    ]
+    time = (
+        "its schedule decides which steps are computed, and a skipped one is counted as no time"
+        if cache in SCHEDULED
+        else "the time that it saves is not predicted: values decide which steps are computed, and all are counted"
+    )
+    return [f"  sampler.cache {cache}: its memory is counted (step cache); {time}"]
 
 
 def _steps(best: Plan) -> list[str]:
@@ -142,7 +191,11 @@ def _steps(best: Plan) -> list[str]:
 def _runs(best: Plan, world_size: int) -> list[str]:
     lines = []
     for method, seconds in best.run_seconds.items():
-        steps = ", ".join(f"{count} {mode}" for mode, count in best.steps[method].items())
+        computed = best.computed[method]
+        steps = ", ".join(
+            f"{count} {mode}" if computed[mode] == count else f"{computed[mode]} of {count} {mode}"
+            for mode, count in best.steps[method].items()
+        )
         shared = f", {best.efficiency[method]:.1%} of {world_size} times one GPU" if world_size > 1 else ""
         lines.append(f"  {method}: {seconds:.1f} s predicted to denoise ({steps}){shared}")
     if best.encode_seconds:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +344,9 @@ def test_commands_without_pictures_say_so_before_anything_is_loaded(folders):
     config = config_of(folders["i2v"])
     refused(lambda: look_at_prompts(config, [("a prompt", PROMPT)]), match="give --given first=FILE")
     refused(lambda: look_at_given(config, None), match="give --given first=FILE")
+    for kind in PLACES:  # a video to continue is no picture
+        extended = partial(look_at_given, config_of(folders[kind]), GivenFrames(extend=folders[kind] / "none.mp4"))
+        refused(extended, match="no picture is given for the first")
 
 
 def test_pipelines_of_the_other_class_are_loaded_by_their_index(folders):

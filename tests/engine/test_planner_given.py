@@ -2,11 +2,13 @@
 
 import contextlib
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from diffusers import LTXVideoTransformer3DModel
@@ -19,9 +21,12 @@ from engine.adapters.ltx_published import PUBLISHED
 from engine.config import MethodConfig, ModelConfig, ParallelConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
+from engine.files.latents import save_latents
 from engine.given.frames import GivenFrames, Places, parse_given
 from engine.given.known import check_places
+from engine.media.write_video import write_video
 from engine.planner.arrange import arrange_ranks
+from engine.planner.cached import SCHEDULED
 from engine.planner.choose import _shorter, describe_changes
 from engine.planner.cpu import denoising_operations
 from engine.planner.flops import call_operations
@@ -36,7 +41,7 @@ from launch.arguments.plan import read
 from launch.commands.plan import run
 from tests.engine.hooks.test_step_cache import CACHES, PROMPT, config_of
 from tests.engine.test_planner import profiled_peak
-from tests.tiny_pipelines import random_ltx, save_random_ltx, save_random_wan
+from tests.tiny_pipelines import random_i2v, random_ltx, save_random_ltx, save_random_wan
 
 NAME = "Lightricks/LTX-Video-0.9.7-dev"
 ROOT = Path(__file__).parents[2]
@@ -144,9 +149,13 @@ def test_a_step_cache_keeps_as_many_bytes_as_are_planned(save: Any, cache: str, 
     config = config_of(str(save(tmp_path / save.__name__.rpartition("_")[2])), cache)
     kept: list[int] = []
     with LongVideoEngine(config) as engine:
-        engine.denoise(PROMPT, on_step=lambda *_: kept.append(kept_by_caches(engine)))
-    layout = Case.of(config, read_model(config.model), gpu=read_gpu("h200"), world_size=1).layout((1, 1, 1))
-    layout = replace(layout, itemsize=4)
+        steps = engine.denoise(PROMPT, on_step=lambda *_: kept.append(kept_by_caches(engine))).steps
+    case = Case.of(config, read_model(config.model), gpu=read_gpu("h200"), world_size=1)
+    counts = [case.count_steps(computed=computed)["freespec"] for computed in (False, True)]
+    assert counts[0] == Counter(row["mode"] for row in steps)
+    if cache in SCHEDULED:  # and some are skipped
+        assert counts[1] == Counter(row["mode"] for row in steps if not row["cached"]) != counts[0]
+    layout = replace(case.layout((1, 1, 1)), itemsize=4)
     assert max(kept) == cache_bytes(layout) == denoise_peak(layout, "dual")["step_cache"]
     assert kept[2] == kept[8]  # in either mode of the method
     one = replace(layout, passes=1)
@@ -201,9 +210,65 @@ def test_plan_shows_pictures_and_caches(capsys: pytest.CaptureFixture[str]) -> N
     run(read([f"--config={LTX}", *words[:6]]))
     text = capsys.readouterr().out
     assert "61 latent frames and 1 picture beside them of 384 tokens = 23808 tokens" in text
-    assert "sampler.cache first_block: its memory is counted" in text
+    assert (
+        "sampler.cache first_block: its memory is counted (step cache); the time that it saves is not predicted" in text
+    )
     with pytest.raises(UserError, match=r"--given 90s=.* is beyond the video"):
         run(read([f"--config={LTX}", "--given", "90s=a.png"]))
+
+
+def test_plan_counts_the_steps_that_a_schedule_computes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By sampler.cache_interval 5 of the steps of each mode the first three and then each fifth; and a picture that nobody gave is counted."""
+    random_i2v().save_pretrained(tmp_path)
+    size = "--video.num_frames 29 --video.height 32 --video.width 48 --method.window_frames 3"
+    words = [f"--config={I2V}", f"--model.path={tmp_path}", *size.split(), "--sampler.cache", "taylorseer"]
+    run(read(words))
+    text = capsys.readouterr().out
+    assert "its schedule decides which steps are computed, and a skipped one is counted as no time" in text
+    assert "given: this checkpoint needs --given first=FILE, counted as if it were given" in text
+    run(read([*words, "--json", "true"]))
+    tree = json.loads(capsys.readouterr().out)
+    assert tree["notes"] == ["given: this checkpoint needs --given first=FILE, counted as if it were given"]
+    [only] = tree["plans"]
+    steps, computed = (only[name]["freespec"] for name in ("steps", "computed"))
+    for mode, count in steps.items():
+        assert computed[mode] == min(3, count) + len(range(4, count, 5)) < count
+        assert f"{computed[mode]} of {count} {mode}" in text
+    seconds = {mode: sum(parts.values()) for mode, parts in only["step_seconds"].items()}
+    assert only["run_seconds"]["freespec"] == pytest.approx(sum(computed[mode] * seconds[mode] for mode in steps))
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A video of 18 frames, whose last 17 fill 3 latent frames, and latents of as many."""
+    files = {suffix: tmp_path_factory.mktemp("clip") / f"clip.{suffix}" for suffix in ("mp4", "safetensors")}
+    frames = np.random.default_rng(0).integers(0, 256, (18, 32, 32, 3), np.uint8)
+    write_video(files["mp4"], frames, fps=8)
+    save_latents(files["safetensors"], torch.zeros(1, 4, 3, 2, 2), {})
+    return files
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "safetensors"])
+def test_a_video_to_continue_is_counted_where_its_file_is(
+    ltx: Path, clip: dict[str, Path], suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(frames: int, extend: Path, *words: str) -> str:
+        size = f"--video.num_frames {frames} --video.height 32 --video.width 32 --video.fps 8 --method.window_frames 3"
+        run(read([f"--model.path={ltx}", *size.split(), "--extend", str(extend), *words]))
+        return capsys.readouterr().out
+
+    assert f"given: --extend {clip[suffix]} fills 3 of 8 latent frames, 17 of 57 frames" in shown(57, clip[suffix])
+    left_out = "given: of clip.mp4 the first 1 of 18 frames are left out, which fill no latent frame"
+    assert (left_out in shown(57, clip[suffix])) == (suffix == "mp4")
+    with pytest.raises(
+        UserError, match=r"has 17 frames, and video\.num_frames, which counts them, is 17; ask for more"
+    ):
+        shown(17, clip[suffix])
+    with pytest.raises(UserError, match=r"--given 1s=a\.png lies in the frames of --extend"):
+        shown(57, clip[suffix], "--given", "1s=a.png")
+    elsewhere = clip[suffix].with_name(f"none.{suffix}")  # negative control
+    assert f"--extend {elsewhere} is not here, so its size and length are not checked" in shown(17, elsewhere)
+    assert "picture beside them" in shown(57, elsewhere, "--given", "1s=a.png")
 
 
 @pytest.mark.parametrize(

@@ -295,6 +295,7 @@ def test_a_lora_changes_its_own_transformer(folder, tmp_path):
             "has one transformer, and the LoRA high:a.safetensors names one of two",
         ),
         (2, {"single_file": "a.safetensors"}, "would replace one of two transformers, which is not supported"),
+        (2, {"single_file": "a.gguf"}, "a.gguf would replace one of two transformers, which is not supported"),
         (1, {"idle_expert": "leave"}, "model.idle_expert leave is for a checkpoint of two transformers"),
     ],
 )
