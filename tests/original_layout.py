@@ -46,7 +46,7 @@ _LTX_ENCODER = {
 _LTX_ENCODER["0.9.1"] = _LTX_ENCODER["0.9.0"]
 _LTX_DECODER = {
     "0.9.0": ["0", "1.upsamplers.0", "1", "2.conv_in", "2.upsamplers.0", "2", "3.conv_in", "3.upsamplers.0", "3"],
-    "0.9.1": ["0.upsamplers.0", "0", "1.upsamplers.0", "1", "2.upsamplers.0", "2"],
+    "0.9.1": ["0.upsamplers.0", "0", "1.upsamplers.0", "1", "2.upsamplers.0", "2", "3.upsamplers.0", "3"],
 }
 _LTX_DECODER["0.9.5"] = _LTX_DECODER["0.9.1"]
 _LTX_VAE = {
