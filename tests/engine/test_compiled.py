@@ -161,11 +161,13 @@ class Stop(Exception):  # noqa: N818 - how a run ends here
     """The first block has been compiled."""
 
 
-# Ultravico has freespec's operator. Of LTX-Video one method of each operator: the models differ in width and heads alone.
+# Ultravico has freespec's operator, and the slow ones those of others. Of LTX-Video one method of each: the models differ in width and
+# heads alone.
 @pytest.mark.parametrize(
     ("make", "method"),
     [
-        *((random_wan, name) for name in METHODS if name != "ultravico"),
+        *((random_wan, name) for name in METHODS if name not in ("ultravico", "freenoise", "lvsa")),
+        *(pytest.param(random_wan, name, marks=pytest.mark.slow) for name in ("freenoise", "lvsa")),
         *((random_ltx, name) for name in ("sliding_window", "freespec", "freeloc", "freelong_pp")),
     ],
 )
