@@ -14,6 +14,7 @@ from engine.errors import UserError
 from launch.arguments.replicas import Replicas
 from launch.batching.group import Group
 from launch.process.environment import carried, share_cores
+from launch.ranks.host import end_ranks
 from launch.ranks.local import WORKER, LocalRanks
 from launch.ranks.ray_pool import NoRayError, RayPool, RayRanks, Start
 
@@ -22,14 +23,17 @@ from launch.ranks.ray_pool import NoRayError, RayPool, RayRanks, Start
 def open_replicas(
     options: Replicas, files: BatchFiles, *, count: int, setup: Mapping[str, Any], wake: threading.Event
 ) -> Iterator[list[Group]]:
-    """Open the replicas for the block: local processes, or actors of a Ray cluster."""
+    """Open the replicas for the block: local processes, or actors of a Ray cluster. At its end their ranks have ended."""
     names = [f"replica-{index}" for index in range(count)]
     logs = files.log(options.shard).with_suffix("")
     with contextlib.suppress(OSError):  # a rank whose log cannot be opened says so
         logs.mkdir(parents=True, exist_ok=True)
     if options.ray is None:
-        local = (_local(options, files, index, name, wake) for index, name in enumerate(names))
-        yield [Group(name=name, ranks=ranks, setup=setup) for name, ranks in zip(names, local, strict=True)]
+        local = [_local(options, files, index, name, wake) for index, name in enumerate(names)]
+        try:
+            yield [Group(name=name, ranks=ranks, setup=setup) for name, ranks in zip(names, local, strict=True)]
+        finally:
+            end_ranks(local)
         return
     try:
         with RayPool(options.ray, cpus=count * options.ranks, log=logs / "ray.log", wake=wake.set) as pool:

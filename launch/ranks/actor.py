@@ -6,10 +6,7 @@ from typing import Any
 
 import ray
 
-from launch.ranks.host import Event, RankHost
-
-# A driver polls every few seconds; after this long without a poll it is gone, and the rank must end.
-ORPHAN_SECONDS = 60.0
+from launch.ranks.host import ORPHAN_SECONDS, Event, RankHost
 
 
 class RankActor:
@@ -53,6 +50,6 @@ class RankActor:
         """See `RankHost.interrupt`."""
         self._host.interrupt()
 
-    def kill(self) -> None:
-        """See `RankHost.kill`."""
-        self._host.kill()
+    def end(self) -> None:
+        """See `RankHost.end`."""
+        self._host.end()

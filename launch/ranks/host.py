@@ -16,10 +16,14 @@ from typing import IO, Any, Protocol
 
 from engine.paths import REPOSITORY
 from launch.process.environment import EVENTS, LAST_LINE, LAUNCHER, STORE, without_place
-from launch.process.stopping import SIGNALS
+from launch.process.stopping import SIGNALS, show
 
 TAIL_LINES = 60
 TAIL_BYTES = 20_000
+# Time for killed ranks to end; until then they hold their memory.
+END_SECONDS = 30.0
+# A driver polls its actors every few seconds; after this long without a poll it is gone, and the rank must end.
+ORPHAN_SECONDS = 60.0
 
 Event = dict[str, Any]
 RankEvent = tuple[int, Event]
@@ -29,6 +33,10 @@ class RankProcesses(Protocol):
     """The ranks of a replica or of a command, local or on Ray. No method blocks."""
 
     count: int
+
+    @property
+    def num_running(self) -> int:
+        """Number of ranks of the last start that have not ended."""
 
     def start(self, setup: Mapping[str, Any] | None) -> None:
         """Start all ranks and send each the setup, if there is one; ranks of an earlier start have ended."""
@@ -44,6 +52,29 @@ class RankProcesses(Protocol):
 
     def kill(self) -> None:
         """Kill every rank; an `exit` of each follows."""
+
+
+def end_ranks(started: Sequence[RankProcesses]) -> None:
+    """Kill all ranks and wait until they have ended, so that the next command finds their memory free.
+
+    Prints a line if some have not after END_SECONDS.
+    """
+    until = time.monotonic() + END_SECONDS
+    while True:
+        for ranks in started:
+            ranks.kill()
+            ranks.drain()
+        left = sum(ranks.num_running for ranks in started)
+        if left == 0:
+            return
+        if time.monotonic() > until:
+            num = sum(ranks.count for ranks in started)
+            show(
+                f"warning: {left} of {num} ranks had not ended {END_SECONDS:g} s after they were killed, and may still hold "
+                "memory of a GPU; look for them on their machines before you start another command"
+            )
+            return
+        time.sleep(0.02)
 
 
 class RankHost:
@@ -62,6 +93,12 @@ class RankHost:
         self._started = threading.Event()
         self._listening: socket.socket | None = None
         self._seen = time.monotonic()
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the rank has been started and has not ended."""
+        keeper, process = self._keeper, self._process
+        return keeper is not None and keeper.is_alive() and (process is None or process.poll() is None)
 
     def listen(self, address: str) -> int:
         """Open the port of the rendezvous; the process that is started next inherits it."""

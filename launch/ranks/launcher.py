@@ -10,7 +10,7 @@ from pathlib import Path
 from launch.process.argv import option_value, without
 from launch.process.environment import carried, share_cores
 from launch.process.stopping import StopSignals, show
-from launch.ranks.host import Event, RankProcesses
+from launch.ranks.host import Event, RankProcesses, end_ranks
 from launch.ranks.local import LocalRanks
 from launch.ranks.ray_pool import NoRayError, RayPool, Start, check_placement
 from launch.ranks.watch import Rank, judge, watch_ranks
@@ -35,7 +35,7 @@ def start_ranks(num_ranks: int, command: Sequence[str], *, signals: StopSignals)
         ranks.start(None)
         return follow(ranks, signals, verbose=verbose)
     finally:
-        ranks.end()
+        end_ranks([ranks])
 
 
 def start_on_ray(address: str, command: Sequence[str], *, num_ranks: int, device: str, signals: StopSignals) -> int:

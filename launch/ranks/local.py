@@ -36,6 +36,11 @@ class LocalRanks:
         self._command = command
         self._hosts: list[RankHost] = []
 
+    @property
+    def num_running(self) -> int:
+        """See `RankProcesses`."""
+        return sum(host.is_running for host in self._hosts)
+
     def start(self, setup: Mapping[str, Any] | None) -> None:
         """See `RankProcesses`."""
         self._hosts = [RankHost(self._wake) for _ in range(self.count)]
@@ -70,9 +75,3 @@ class LocalRanks:
         """See `RankProcesses`."""
         for host in self._hosts:
             host.kill()
-
-    def end(self) -> None:
-        """Kill every rank and wait for their ends."""
-        self.kill()
-        for host in self._hosts:
-            host.end()

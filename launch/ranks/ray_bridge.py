@@ -37,6 +37,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # noqa: E402
 
 from launch.ranks.actor import RankActor  # noqa: E402
+from launch.ranks.host import END_SECONDS  # noqa: E402
 
 POLL_SECONDS = 5.0
 NOTE_SECONDS = 5.0
@@ -46,6 +47,8 @@ STORE_BYTES = 100 * 2**20
 CONCURRENCY = 4
 # To connect to a cluster's port, before Ray is asked.
 REACHED_S = 10.0
+# For actors to answer that their ranks were killed, before they are killed too.
+ANSWER_SECONDS = 60.0
 STOPPED = "stopped while waiting for its place on the cluster"
 
 Emit = Callable[..., None]
@@ -134,6 +137,7 @@ class RayReplica:
     order: Mapping[str, Any]
     emit: Emit
     _actors: list[Any] = field(default_factory=list)
+    _starting: threading.Event = field(default_factory=threading.Event)
     _started: threading.Event = field(default_factory=threading.Event)
     _killed: threading.Event = field(default_factory=threading.Event)
 
@@ -142,13 +146,14 @@ class RayReplica:
         group, open_ranks = None, set(range(self.order["count"]))
         try:
             group = self._place()
-            if group is not None:
-                self._start(group)
+            if group is not None and self._start(group):
                 self._poll(open_ranks)
             why = STOPPED
         except RayError as error:  # also raised when an actor is killed while it starts
-            early = self._killed.is_set() and not self._started.is_set()
+            early = self._killed.is_set() and not self._starting.is_set()
             why = STOPPED if early else f"Ray: {first_line(error)}"
+            with contextlib.suppress(RayError):
+                self._end_started()
         for rank in sorted(open_ranks):
             self._emit_rank(rank, _gone(why))
         with contextlib.suppress(RayError):
@@ -167,11 +172,15 @@ class RayReplica:
             actor.interrupt.remote()
 
     def kill(self) -> None:
-        """Kill all actors; the ranks end with them."""
+        """Kill all ranks, through their actors: Ray reports an actor dead before its process has ended."""
         self._killed.set()
-        for actor in self._actors:
-            with contextlib.suppress(RayError):
-                ray.kill(actor)
+        if self._started.is_set():
+            self._end_ranks()
+        elif not self._starting.is_set():
+            self._kill_actors()
+        late = threading.Timer(ANSWER_SECONDS, self._kill_actors)
+        late.daemon = True
+        late.start()
 
     def _place(self) -> PlacementGroup | None:
         """Wait for a bundle per rank; None if the replica was killed meanwhile."""
@@ -189,7 +198,8 @@ class RayReplica:
                 self._emit_rank(0, {"event": "note", "text": text})
         return group
 
-    def _start(self, group: PlacementGroup) -> None:
+    def _start(self, group: PlacementGroup) -> bool:
+        """Start an actor and a rank per bundle; False if the replica was killed before any rank was started."""
         order = self.order
         gpus = 1 if order["gpus"] else 0
         kind = ray.remote(num_cpus=1, num_gpus=gpus, max_concurrency=CONCURRENCY, max_restarts=0)(RankActor)
@@ -198,7 +208,7 @@ class RayReplica:
             for index in range(order["count"])
         ]
         if self._killed.is_set():
-            self.kill()
+            return False
         found = ray.get([actor.describe.remote() for actor in self._actors])
         self._emit_rank(
             0, {"event": "placed"}
@@ -208,6 +218,9 @@ class RayReplica:
         places = [found[slot.bundle] for slot in slots]
         address = "127.0.0.1" if slots[0].local_size == order["count"] else places[0]["address"]
         port = ray.get(self._actors[0].listen.remote(address)) if order["count"] > 1 else 0
+        self._starting.set()
+        if self._killed.is_set():
+            return False
         starts = []
         for rank, (actor, slot) in enumerate(zip(self._actors, slots, strict=True)):
             environment = {NODE: slot.node}
@@ -222,8 +235,13 @@ class RayReplica:
             log = order["logs"][rank] if order["logs"] else None
             environment = {**order["environment"], **environment}
             starts.append(actor.start.remote(order["command"], environment, log, order["cwd"], order["lines"]))
-        ray.get(starts)
+        # The others too if one fails: only a rank that was started can be killed.
+        ray.wait(starts, num_returns=len(starts))
         self._started.set()
+        if self._killed.is_set():
+            self._end_ranks()
+        ray.get(starts)
+        return True
 
     def _poll(self, open_ranks: set[int]) -> None:
         polls = {actor.poll.remote(POLL_SECONDS): rank for rank, actor in enumerate(self._actors)}
@@ -244,9 +262,22 @@ class RayReplica:
                 else:
                     polls[self._actors[rank].poll.remote(POLL_SECONDS)] = rank
 
-    def _release(self, group: PlacementGroup | None) -> None:
+    def _end_ranks(self) -> list[Any]:
+        return [actor.end.remote() for actor in self._actors]
+
+    def _end_started(self) -> None:
+        """Kill the ranks that were started, and wait for their ends."""
+        if self._started.is_set():
+            ends = self._end_ranks()
+            ray.wait(ends, num_returns=len(ends), timeout=END_SECONDS)
+
+    def _kill_actors(self) -> None:
         for actor in self._actors:
-            ray.kill(actor)
+            with contextlib.suppress(RayError):
+                ray.kill(actor)
+
+    def _release(self, group: PlacementGroup | None) -> None:
+        self._kill_actors()
         if group is not None:
             remove_placement_group(group)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.process.environment import STRATEGIES, PlacementStrategy
-from launch.ranks.host import Event, RankHost
+from launch.ranks.host import ORPHAN_SECONDS, Event, RankHost, end_ranks
 
 BRIDGE = ("-m", "launch.ranks.ray_bridge")
 # Time for a lost cluster to answer again, and for the first answer.
@@ -63,6 +63,7 @@ class RayPool:
         Once open, `gpus` is the number of GPUs of the cluster, and `most_gpus` the most that its autoscaler may add up to.
         """
         self.gpus = self.most_gpus = 0.0
+        self.is_open = False  # until then the bridge takes no orders
         self._address = address
         self._cpus = cpus
         self._log = log
@@ -86,8 +87,11 @@ class RayPool:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        """Disconnect; whatever still runs there for this driver ends."""
-        self._close()
+        """End all ranks, and disconnect."""
+        try:
+            end_ranks([*self._ranks.values()])
+        finally:
+            self._close()
 
     def refuse_never(self, gpus: int) -> None:
         """Raise NoRayError if a local Ray, which no machine joins later, has too few GPUs."""
@@ -116,6 +120,8 @@ class RayPool:
         for event in self._bridge.drain():
             if event["event"] == "rank":
                 self._ranks[event["replica"]].receive(event)
+            elif event["event"] == "open":
+                self.is_open = True
             elif event["event"] == "refused":
                 self._said.append(event["message"])
             elif event["event"] == "exit":
@@ -124,6 +130,8 @@ class RayPool:
                     if self._said
                     else "the Ray node process of this machine, or the connection, has ended"
                 )
+                if self._address != "local":
+                    why += f"; its ranks on other machines end within {ORPHAN_SECONDS:.0f} s"
                 self._bridge, self._said = None, []
                 for ranks in self._ranks.values():
                     ranks.lose(f"lost Ray: {why}")
@@ -133,7 +141,7 @@ class RayPool:
         while self._bridge is not None and time.monotonic() < until:
             for event in self._bridge.poll(0.5):
                 if event["event"] == "open":
-                    self.gpus, self.most_gpus = event["gpus"], event["most_gpus"]
+                    self.gpus, self.most_gpus, self.is_open = event["gpus"], event["most_gpus"], True
                     return
                 if event["event"] == "refused":
                     self._said.append(event["message"])
@@ -144,7 +152,7 @@ class RayPool:
         raise NoRayError(self._no_cluster_answers(f"no answer for {OPEN_SECONDS:.0f} s"))
 
     def _open(self, *, patience: float) -> None:
-        self._bridge = RankHost(self._wake)
+        self._bridge, self.is_open = RankHost(self._wake), False
         words = [*BRIDGE, self._address, str(self._cpus), str(patience)]
         self._bridge.start(words, {}, log=str(self._log))
 
@@ -205,6 +213,11 @@ class RayRanks:
         self._events: list[tuple[int, Event]] = []
         self._open: set[int] = set()
         self._killed = False
+
+    @property
+    def num_running(self) -> int:
+        """See `RankProcesses`."""
+        return len(self._open) if self._pool.is_open else 0
 
     def start(self, setup: Mapping[str, Any] | None) -> None:
         """See `RankProcesses`; without a setup the ranks get no line."""

@@ -171,6 +171,7 @@ def make_with_a_kill(make_batch: Callable[..., Run], out: Path) -> Run:
     killer = Killer(out)
     killer.start()
     shown = make_batch({"replicas": 2, "keep_latents": True})
+    assert ranks_of(os.getpid()) == {}  # at once: the next command finds their memory free
     killer.join()
     assert len(killer.killed) == 1, shown
     return shown

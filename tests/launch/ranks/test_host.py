@@ -7,8 +7,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from launch.process.environment import rank_environment, without_place
-from launch.ranks.host import Event, RankHost
+from launch.ranks.host import Event, RankHost, end_ranks
+from launch.ranks.local import LocalRanks
 
 # A rank that imports nothing slow: says what it finds, echoes lines, and does as it is told.
 RANK = """
@@ -69,6 +72,45 @@ def test_kill_is_reported_and_output_can_be_events() -> None:
     until(host, "stderr")
     host.kill()
     assert until(host, "exit")["code"] == -signal.SIGKILL
+
+
+def test_ranks_have_ended_when_end_ranks_returns() -> None:
+    """At once, without a wait of this test: whoever starts the next command finds their memory free."""
+    ranks = [LocalRanks(2, environment={}, command=["-c", RANK]) for _ in range(2)]
+    for each in ranks[:1]:  # the other replica was never started
+        each.start(None)
+    assert [each.num_running for each in ranks] == [2, 0]
+    pids = [host._process.pid for host in ranks[0]._hosts]
+    end_ranks(ranks)
+    assert [gone(pid) for pid in pids] == [True, True]
+    assert [each.num_running for each in ranks] == [0, 0]
+
+
+class Stubborn:
+    """Three ranks, of which one has ended by itself, one ends when it was killed twice, and one never does."""
+
+    count = 3
+    kills = 0
+
+    @property
+    def num_running(self) -> int:
+        return 2 if self.kills < 2 else 1
+
+    def kill(self) -> None:
+        self.kills += 1
+
+    def drain(self) -> list[object]:
+        return []
+
+
+def test_ranks_that_do_not_end_are_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launch.ranks.host.END_SECONDS", 0.25)
+    end_ranks([Stubborn()])
+    said = capsys.readouterr().err
+    assert said.startswith("warning: 1 of 3 ranks had not ended 0.25 s after they were killed, and may still hold ")
+    assert said.count("\n") == 1
 
 
 def test_unpolled_rank_is_killed() -> None:

@@ -17,6 +17,7 @@ import torch
 
 from engine.batch.files import BatchFiles
 from launch.process.argv import without
+from launch.process.environment import NODE
 from tests.launch.conftest import Run
 from tests.launch.forked import PATIENCE_SECONDS
 from tests.launch.test_batch import events_of, undisturbed, words
@@ -81,17 +82,16 @@ def cluster(settings: dict[str, str]) -> Iterator[str]:
 
 
 def ranks_on_ray() -> dict[int, int]:
-    """Rank and process id of every worker of a replica on this machine."""
+    """Rank and process id of every rank that an actor on this machine has started."""
     found = {}
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+    for path in Path("/proc").glob("[0-9]*/environ"):
         try:
-            if b"launch.batching" in path.read_bytes():
-                variables = path.with_name("environ").read_bytes().decode(errors="replace").split("\0")
-                found[next(int(v.removeprefix("RANK=")) for v in variables if v.startswith("RANK="))] = int(
-                    path.parent.name
-                )
-        except (OSError, StopIteration):  # it has just ended
+            lines = path.read_bytes().decode(errors="replace").split("\0")
+        except OSError:  # it has just ended
             continue
+        variables = dict(line.split("=", 1) for line in lines if "=" in line)
+        if NODE in variables and "RANK" in variables:
+            found[int(variables["RANK"])] = int(path.parent.name)
     return found
 
 
@@ -166,6 +166,7 @@ def test_generate_on_ray_is_generate(cluster: str, wan_folder: Path, tmp_path: P
     for name, command in commands.items():
         words = [sys.executable, str(SCRIPT), *command]
         ended[name] = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert ranks_on_ray() == {}, name
     assert (ended["ray"].returncode, ended["ray"].stderr) == (0, ""), ended["ray"]
     assert ended["ray"].stdout.startswith(f"{tmp_path / 'ray.mp4'}: 17 frames; denoised in ")
     assert ended["ray"].stdout.count("\n") == ended["here"].stdout.count("\n") == 1
@@ -173,6 +174,27 @@ def test_generate_on_ray_is_generate(cluster: str, wan_folder: Path, tmp_path: P
     assert ended["wrong"].returncode == 2
     assert ended["wrong"].stderr.startswith("error: 2 ranks cannot be arranged with ")
     assert ended["wrong"].stderr.count("\n") == 1
+
+
+@pytest.mark.usefixtures("as_a_member")
+@pytest.mark.parametrize("early", [True, False])
+def test_an_interrupted_command_ends_after_its_ranks(
+    cluster: str, wan_folder: Path, tmp_path: Path, early: bool
+) -> None:
+    """Ctrl-C while the ranks import torch, and while they make steps, which rank 0 saves."""
+    command = [*prompted(wan_folder, tmp_path / "a.mp4"), "--nproc=2", f"--ray={cluster}", "--sampler.num_steps=400"]
+    process = subprocess.Popen([sys.executable, str(SCRIPT), *command], stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + PATIENCE_SECONDS
+    while len(ranks_on_ray()) < 2 or not (early or list(tmp_path.glob("*.snapshot.safetensors"))):
+        assert time.monotonic() < until
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    said = process.stderr.read()
+    assert process.wait() == 130, said
+    assert ranks_on_ray() == {}
+    assert said.startswith("stopped"), said
+    assert said.count("\n") == 1
 
 
 @pytest.mark.usefixtures("as_a_member")
