@@ -68,13 +68,13 @@ def run_script(name: str, argv: Sequence[str] | None = None) -> int:
         ignore_rank_env(name)
     # Show only errors of torch's log, which would come before our one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    signals = StopSignals()
-    signals.install()
     try:
         rank_env = RankEnv.of_environment()
     except RankEnvError as error:
         show(f"error: {error}")
         return 2
+    signals = StopSignals()
+    signals.install()
     words = sys.argv[1:] if argv is None else list(argv)
     with contextlib.ExitStack() as stack:
         out = stack.enter_context(unfailing_streams())

@@ -28,6 +28,7 @@ def run_command(
     stop_signals = signals or StopSignals()
     before = stop_signals.install() if signals is None else {}
     try:
+        stop_signals.release()
         return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
         stop_signals.leave()

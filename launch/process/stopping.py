@@ -36,12 +36,15 @@ class StopSignals:
         return 128 + (self.received or signal.SIGINT)
 
     def install(self) -> dict[signal.Signals, object]:
-        """Install the handlers; returns the previous ones."""
-        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-        before = {number: signal.signal(number, self._on_signal) for number in SIGNALS if number not in ignored}
+        """Install the handlers, and hold signals back until `release()`; returns the previous handlers."""
         # A launcher starts its ranks with all of them blocked, so that none comes before this.
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        return {number: signal.signal(number, self._on_signal) for number in SIGNALS if number not in ignored}
+
+    def release(self) -> None:
+        """Let signals come, those that were held back at once: called where KeyboardInterrupt is handled."""
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        return before
 
     def leave(self) -> None:
         """Stop raising: the process prints its last line and ends, or checks `received`."""

@@ -310,6 +310,7 @@ signals.install()
 what = sys.argv[1 + int(os.environ["RANK"])]
 os.write(1, b"started\\n")  # one write, whatever the buffering: ranks share this pipe
 try:
+    signals.release()
     if what == "wait":
         time.sleep(600)
     if what == "stubborn":
@@ -344,6 +345,7 @@ if "files" in sys.argv:
 signal.signal(signal.SIGHUP, signal.SIG_IGN if "nohup" in sys.argv else signal.SIG_DFL)
 signals = StopSignals()
 signals.install()
+signals.release()
 sys.exit(launcher.start_ranks(len(sys.argv) - 2, sys.argv[1:], signals=signals))
 """
 

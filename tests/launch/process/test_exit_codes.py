@@ -104,3 +104,14 @@ def test_a_script_without_arguments_says_what_it_needs(script: str) -> None:
         assert (ended.returncode, ended.stdout) == (2, "")
         assert ended.stderr.startswith("error: give ")
         assert ended.stderr.count("\n") == 1
+
+
+def test_a_signal_before_the_command_can_report_it_ends_in_one_line():
+    """As a rank has it that is interrupted while it starts: launchers start ranks with their signals blocked."""
+    script = (
+        "import os, signal, sys; from launch.cli.start import run_script; "
+        "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT}); os.kill(os.getpid(), signal.SIGINT); "
+        "sys.exit(run_script('plan', []))"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "stopped\n")

@@ -183,15 +183,15 @@ def test_an_interrupted_command_ends_after_its_ranks(
 ) -> None:
     """Ctrl-C while the ranks import torch, and while they make steps, which rank 0 saves."""
     command = [*prompted(wan_folder, tmp_path / "a.mp4"), "--nproc=2", f"--ray={cluster}", "--sampler.num_steps=400"]
-    process = subprocess.Popen([sys.executable, str(SCRIPT), *command], stderr=subprocess.PIPE, text=True)
-    until = time.monotonic() + PATIENCE_SECONDS
-    while len(ranks_on_ray()) < 2 or not (early or list(tmp_path.glob("*.snapshot.safetensors"))):
-        assert time.monotonic() < until
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
-    said = process.stderr.read()
-    assert process.wait() == 130, said
+    with subprocess.Popen([sys.executable, str(SCRIPT), *command], stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + PATIENCE_SECONDS
+        while len(ranks_on_ray()) < 2 or not (early or list(tmp_path.glob("*.snapshot.safetensors"))):
+            assert time.monotonic() < until
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        said = process.stderr.read()
+        assert process.wait() == 130, said
     assert ranks_on_ray() == {}
     assert said.startswith("stopped"), said
     assert said.count("\n") == 1
