@@ -1,11 +1,13 @@
 """Quality of continued videos of the embedded world, against a chain of clips that each re-encode the end of the last.
 
 python -m benchmarks.extensions --count 40 --seeds 1
+python -m benchmarks.extensions --count 40 --seeds 1 --model tiny/ltx
 
 A clip of native length is continued to four times that, from one of the held-out prompts. `extension` keeps the clip's latents and makes
 the rest in one run, as `generate.py --extend` does. `chain` makes clips of native length; each begins with the last frames of what is
 there, encoded again, and adds the rest. Its frames are not compressed in between. Each video is a line of the file: what is seen in each
-frame. Started again, the command makes what is missing.
+frame. Started again, the command makes what is missing. Of tiny/ltx what is continued is a condition without noise, of tiny/wan it has the
+rule without training (engine/given/known.py).
 """
 
 import tempfile
@@ -17,7 +19,17 @@ import numpy as np
 from torch import Tensor
 
 from benchmarks.measure import ROOT
-from benchmarks.videos import Video, made_with, make_missing, options, read_kept, sampler_of, with_kept, write_report
+from benchmarks.videos import (
+    MODELS,
+    Video,
+    made_with,
+    make_missing,
+    options,
+    read_kept,
+    sampler_of,
+    with_kept,
+    write_report,
+)
 from engine.engine import LongVideoEngine
 from engine.files.latents import save_latents
 from engine.given.frames import MAX_NOISE, GivenFrames
@@ -157,7 +169,7 @@ def _kind(prompt: str, seen: Mapping[str, Sequence[Any]]) -> str:
 
 def main() -> None:
     """Make what is missing, and write and print the report on all lines with this sampler."""
-    parser = options(__doc__, name="extensions", count="extensions, at most 40", seeds=1)
+    parser = options(__doc__, name="extensions", count="extensions, at most 40", seeds=1, models=MODELS)
     args = parser.parse_args()
     if args.count > len(read_prompts()):
         parser.error(f"there are {len(read_prompts())} held-out prompts, --count is {args.count}")

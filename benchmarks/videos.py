@@ -1,4 +1,4 @@
-"""What the benchmarks of the embedded model's videos share: their options, their file of one line per video, and their engine."""
+"""What the benchmarks of the embedded models' videos share: their options, their file of one line per video, and their engine."""
 
 import argparse
 import json
@@ -21,9 +21,16 @@ Video = Mapping[str, Any]
 """What tells a video from the others of its file: its number, seed, steps and so on."""
 
 
-def options(description: str | None, *, name: str, count: str, seeds: int) -> argparse.ArgumentParser:
+MODELS = ("tiny/wan", "tiny/ltx")
+"""The embedded models; the presets have their names, and lines and reports that name none are of the first."""
+
+
+def options(
+    description: str | None, *, name: str, count: str, seeds: int, models: Sequence[str] = MODELS[:1]
+) -> argparse.ArgumentParser:
     """The options of such a benchmark; `count` says what is counted, and `name` is that of its files in the folder of results."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=models, default=models[0])
     parser.add_argument("--count", type=int, default=40, help=count)
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--steps", type=int, default=6)
@@ -37,8 +44,8 @@ def options(description: str | None, *, name: str, count: str, seeds: int) -> ar
 
 
 def sampler_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What a line says of the sampler, from the options."""
-    return {"steps": args.steps, "guidance": args.guidance}
+    """What a line says of the model and the sampler, from the options."""
+    return {"model": args.model, "steps": args.steps, "guidance": args.guidance}
 
 
 def make_missing(
@@ -58,16 +65,17 @@ def make_missing(
             file.flush()
 
 
-def open_engine(steps: int, guidance: float) -> LongVideoEngine:
-    """The embedded Wan with so many steps and this guidance scale, on the CPU."""
-    words = ["--config=configs/tiny-wan.yaml", "--output.progress=off", "--model.device=cpu"]
+def open_engine(steps: int, guidance: float, model: str = MODELS[0]) -> LongVideoEngine:
+    """An embedded model with so many steps and this guidance scale, on the CPU."""
+    words = [f"--config=configs/{model.replace('/', '-')}.yaml", "--output.progress=off", "--model.device=cpu"]
     words += [f"--sampler.num_steps={steps}", f"--sampler.guidance_scale={guidance}"]
     return LongVideoEngine(parse_run(words, name="benchmark", description="", add_arguments=lambda _: None)[1])
 
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a file; none of a file that is not there yet."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [{"model": MODELS[0], **json.loads(line)} for line in lines]
 
 
 def made_with(path: Path, sampler: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -82,7 +90,7 @@ def read_kept(path: Path | None, sampler: Mapping[str, Any]) -> list[Video]:
     report = json.loads(path.read_text(encoding="utf-8"))
     found, wanted = (
         {name: value for name, value in settings.items() if name != "video.num_frames"}
-        for settings in (report["comparison"]["settings"], _settings([], sampler))
+        for settings in ({"model": MODELS[0], **report["comparison"]["settings"]}, _settings([], sampler))
     )
     if found != wanted:
         raise UserError(f"--kept {path} was made with {found}, and this run has {wanted}; leave it out")
@@ -116,7 +124,8 @@ def write_report(
 
 def _settings(num_frames: Sequence[int], sampler: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "checkpoint": open_checkpoint(ModelConfig(path="tiny/wan")).digest[:CHECKPOINT_DIGITS],
+        "model": sampler["model"],
+        "checkpoint": open_checkpoint(ModelConfig(path=sampler["model"])).digest[:CHECKPOINT_DIGITS],
         "video.num_frames": num_frames,
         "sampler.num_steps": sampler["steps"],
         "sampler.guidance_scale": sampler["guidance"],

@@ -613,6 +613,10 @@ class ModelAdapter(ABC):
         mean, std = self.latent_statistics(vae)
         return (latents - mean) / std
 
+    def encode_pixels(self, vae: Any, pixels: np.ndarray) -> Tensor:
+        """`encode` of uint8 [T, H, W, 3], in fp32."""
+        return self.encode(vae, as_frames(pixels)).float()
+
     @abstractmethod
     def latent_statistics(self, vae: Any) -> tuple[Tensor, Tensor]:
         """Mean and deviation of the VAE's latents, [1, z, 1, 1, 1] each, by which latents are normalised."""

@@ -33,7 +33,7 @@ SCALING = (True, True, True, False)
 class LtxAdapter(ModelAdapter):
     """LTXPipeline: packed latents, rotary tables as wide as the model, both passes of guidance in one batch.
 
-    Its VAE is not causal: the exact decode takes the whole video at once.
+    A picture is the first latent frame with timestep 0, as in LTXImageToVideoPipeline, for which it was trained too. Its VAE is not causal: the exact decode takes the whole video at once.
     """
 
     name = "LTX-Video text-to-video"
@@ -66,6 +66,7 @@ class LtxAdapter(ModelAdapter):
             patch=(patch_t, patch, patch),
             pipeline_multiple=32,
             cuts_time=True,
+            pictures=("first",),
         )
 
     def spatial_factor(self, vae: Mapping[str, Any]) -> int:
@@ -200,7 +201,9 @@ class LtxAdapter(ModelAdapter):
     ) -> list[Tensor]:
         """See the base class."""
         scale = (pipe.vae_temporal_compression_ratio / fps, *2 * (pipe.vae_spatial_compression_ratio,))
-        return self._forward(pipe, latents, timestep, texts, rope_interpolation_scale=scale)
+        given = 0 if condition is None else condition.clean_frames
+        clean = [index < given for index in range(latents.shape[2])]
+        return self._forward(pipe, latents, timestep, texts, clean=clean, rope_interpolation_scale=scale)
 
     def _forward(
         self,
@@ -209,10 +212,10 @@ class LtxAdapter(ModelAdapter):
         timestep: Tensor,
         texts: dict[str, Text],
         *,
-        clean: Sequence[bool] | None = None,
+        clean: Sequence[bool],
         **positions: Any,
     ) -> list[Tensor]:
-        """A forward with the `positions` of its tokens, and timestep 0 in the frames that are `clean`, if any.
+        """A forward with the `positions` of its tokens, and timestep 0 in the frames that are `clean`.
 
         The batch is [uncond, cond], the order of the stock pipeline.
         """
@@ -225,7 +228,7 @@ class LtxAdapter(ModelAdapter):
         ):  # alone they stay a view, as in the stock pipeline: a product of another layout may round otherwise
             hidden = torch.cat([hidden] * batch)
         timestep = timestep.expand(batch)
-        if clean is not None:  # a timestep of each token
+        if any(clean):  # a timestep of each token
             noisy = torch.tensor([not each for each in clean], dtype=torch.float32, device=latents.device)
             timestep = timestep.unsqueeze(-1) * noisy.repeat_interleave(rows * columns)
         with pipe.transformer.cache_context("cond_uncond"):
@@ -246,6 +249,10 @@ class LtxAdapter(ModelAdapter):
     def guide(self, predictions: Sequence[Tensor], scale: float) -> Tensor:
         """In fp32, as the stock pipeline combines them."""
         return super().guide([prediction.float() for prediction in predictions], scale)
+
+    def condition(self, pipe: LTXPipeline, pictures: Mapping[str, np.ndarray], *, num_frames: int) -> Condition:
+        """See the base class: the first latent frame."""
+        return Condition(latents=self.encode_pixels(pipe.vae, pictures["first"][None]))
 
     def time_settings(
         self, vae: Mapping[str, Any], mode: DecodeMode, config: DecodeConfig, *, num_latents: int, seed: int

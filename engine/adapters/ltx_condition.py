@@ -17,7 +17,7 @@ from diffusers import LTXConditionPipeline
 from diffusers.pipelines.ltx.pipeline_ltx_condition import linear_quadratic_schedule
 from torch import Tensor
 
-from engine.adapters.base import Condition, ModelAdapter, Text, VideoSpec, as_frames, order_of_tokens
+from engine.adapters.base import Condition, ModelAdapter, Text, VideoSpec, order_of_tokens
 from engine.adapters.ltx import LtxAdapter
 from engine.config import ANY_FRAME
 from engine.errors import UserError
@@ -108,7 +108,7 @@ class LtxConditionAdapter(LtxAdapter):
         times = [max(index * step + 1 - step, 0) for index in range(frames)] + list(condition.moments)
         clean = [index < condition.clean_frames or index >= frames for index in order]
         coords = self._coordinates(pipe, [times[index] for index in order], latents, fps=fps)
-        made = self._forward(pipe, latents, timestep, texts, clean=clean if any(clean) else None, video_coords=coords)
+        made = self._forward(pipe, latents, timestep, texts, clean=clean, video_coords=coords)
         kept = [position for position, index in enumerate(order) if index < frames]
         return [prediction[:, :, kept] for prediction in made] if places else made
 
@@ -129,7 +129,7 @@ class LtxConditionAdapter(LtxAdapter):
         self, pipe: LTXConditionPipeline, pictures: Mapping[str, np.ndarray], *, num_frames: int
     ) -> Condition:
         """See the base class: the first latent frame, and one beside the video for each other picture."""
-        made = {place: self.encode(pipe.vae, as_frames(pixels[None])).float() for place, pixels in pictures.items()}
+        made = {place: self.encode_pixels(pipe.vae, pixels[None]) for place, pixels in pictures.items()}
         moments = sorted(int(place) for place in made if place != "first")
         beside = [made[str(moment)] for moment in moments]
         return Condition(

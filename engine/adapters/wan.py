@@ -295,7 +295,7 @@ class WanAdapter(ModelAdapter):
     def condition(self, pipe: Any, pictures: Mapping[str, np.ndarray], *, num_frames: int) -> Condition:
         """Of TI2V the first latent frame; of others a mask, the latents of a video that is gray between the pictures, and CLIP's tokens."""
         if pipe.config.get("expand_timesteps"):
-            return Condition(latents=self.encode(pipe.vae, as_frames(pictures["first"][None])).float())
+            return Condition(latents=self.encode_pixels(pipe.vae, pictures["first"][None]))
         transformer, tokens = self.transformer_of(pipe), None
         if transformer.config.image_dim is not None:
             images = [Image.fromarray(pictures[place]) for place in ("first", "last") if place in pictures]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.adapters import ModelAdapter, VideoSpec
-from engine.adapters.base import Condition, as_frames
+from engine.adapters.base import Condition
 from engine.config import ANY_FRAME
 from engine.decode.pieces import make_ready
 from engine.errors import UserError
@@ -255,15 +255,14 @@ def _look_at_begun(path: Path, spec: VideoSpec, *, height: int, width: int, fps:
 
 
 def _describe_prefix(path: Path, spec: VideoSpec, begun: int) -> list[str]:
-    """A note if the video to continue is a condition, and whether the checkpoint was trained for that."""
+    """A note if the video to continue is a condition, and whether the checkpoint's own pipeline takes so much of it."""
     if not spec.takes_prefix:
         return []
     last = spec.num_frames(begun) - 1
     frames = f"frames 0 to {last}" if last else "frame 0"
     trained = ANY_FRAME in spec.pictures or begun == 1
-    said = (
-        ", which this checkpoint was trained for" if trained else ", but this checkpoint was trained with frame 0 alone"
-    )
+    alone = "; diffusers' pipeline of this checkpoint takes frame 0 alone"
+    said = ", which this checkpoint was trained for" if trained else alone
     return [f"{path.name} is the condition of {frames}{said}"]
 
 
@@ -303,4 +302,4 @@ def _read_begun(
 @torch.no_grad()
 def encode_frames(adapter: ModelAdapter, vae: torch.nn.Module, pixels: np.ndarray) -> Tensor:
     """Encode uint8 [T, H, W, 3] to latents [1, z, F, h, w], fp32 on the CPU."""
-    return adapter.encode(vae, as_frames(pixels)).float().cpu()
+    return adapter.encode_pixels(vae, pixels).cpu()

@@ -11,6 +11,7 @@ from engine.files.whole import atomic_path, describe_error, write_text
 from evaluation.markdown import Report
 from evaluation.study import sections
 from evaluation.study.overview import can_tell, draw_parts, overview
+from evaluation.study.reports import OTHER_MODEL
 from evaluation.study.timelines_and_extensions import extensions, timelines
 
 _PICTURE = "figures/findings-parts.png"
@@ -71,7 +72,7 @@ def write_findings(
             sections.step_count(reports["methods"], reports["steps"]),
             sections.calibration(reports["calibration"], score_parts),
             timelines(reports["timelines"]),
-            extensions(reports["extensions"]),
+            extensions(reports["extensions"], reports[OTHER_MODEL]),
             transfer,
             "",
         ]

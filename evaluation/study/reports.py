@@ -13,7 +13,9 @@ from engine.shown import quoted
 Report = dict[str, Any]
 TABLES = ("methods", "noise", "ablation", "steps")
 """Reports of compare.py; the others are `analysis` (analyze.py), `calibration` (calibrate.py), and those of two benchmarks."""
-KEPT = ("analysis", "calibration", "timelines", "extensions")
+OTHER_MODEL = "extensions-ltx"
+"""The report that is of other weights than all others."""
+KEPT = ("analysis", "calibration", "timelines", "extensions", OTHER_MODEL)
 """Reports that are kept themselves."""
 
 _STEPS = "sampler.num_steps"
@@ -38,6 +40,7 @@ _NEEDED = {
     ),
     "timelines": ("comparison/settings/sampler.guidance_scale", "videos"),
     "extensions": ("comparison/settings/sampler.guidance_scale", "videos"),
+    OTHER_MODEL: ("comparison/settings/model", "comparison/settings/sampler.guidance_scale", "videos"),
 }
 _OF_LOW_RANK = ("metric", "ratio", "unit", "prompts", "mean", "difference", "low", "high")
 _NOTHING = object()
@@ -62,9 +65,9 @@ def refuse_mixed(reports: Mapping[str, Report | None], files: Mapping[str, Path]
     """Raise UserError if reports are of different weights, or tables of different settings or prompts.
 
     Tables may differ in their variants and the number of prompts, and `steps` in the number of steps. Videos are paired by
-    the index of their prompt.
+    the index of their prompt. That of another model is not looked at.
     """
-    there = [(name, report) for name, report in reports.items() if report is not None]
+    there = [(name, report) for name, report in reports.items() if report is not None and name != OTHER_MODEL]
     for (one, first), (other, second) in itertools.combinations(there, 2):
         before, now = (_decisive(report, both_tables={one, other} <= {*TABLES}) for report in (first, second))
         if "steps" in (one, other):

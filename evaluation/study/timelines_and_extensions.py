@@ -10,6 +10,7 @@ import numpy as np
 
 from engine.files.tables import markdown_table
 from evaluation.markdown import Report, estimate
+from evaluation.study.wan_section import EMBEDDED
 from metrics.bootstrap import Estimate, mean_interval, paired_interval, seed_means
 
 OURS = ("freespec", "scene")
@@ -26,14 +27,14 @@ WRONG = "the clip is not as captioned"
 CONTINUED = {
     "kept": "frames with the clip's shape, colour and background",
     "centre_seam": "object moves at the seam, px",
-    "centre_between": "from one latent frame to the next",
-    "centre_inside": "from one frame to the next",
+    "centre_between": "between latent frames",
+    "centre_inside": "between frames",
     "rgb_seam": "its colour changes at the seam, grey levels",
-    "rgb_between": "from one latent frame to the next",
-    "rgb_inside": "from one frame to the next",
+    "rgb_between": "between latent frames",
+    "rgb_inside": "between frames",
     "background_rgb_seam": "background changes at the seam, grey levels",
-    "background_rgb_between": "from one latent frame to the next",
-    "background_rgb_inside": "from one frame to the next",
+    "background_rgb_between": "between latent frames",
+    "background_rgb_inside": "between frames",
     "rgb_slope": "slope of the object's colour, grey levels per second",
     "background_rgb_slope": "slope of the background's",
 }
@@ -57,7 +58,7 @@ def timelines(report: Report | None) -> str:
         f"change. {_made(report)} `joined` concatenates a clip for each event, an upper bound for this model; "
         "with `sliding_window` and `scene` each event has its text in its own windows only. To repeat it (slow):",
         "",
-        _command("events", "timelines", report, videos),
+        _command("events", "docs/findings/timelines/report.json", report, videos),
         "",
         markdown_table(
             [
@@ -85,32 +86,30 @@ def timelines(report: Report | None) -> str:
     return "\n".join(lines)
 
 
-def extensions(report: Report | None) -> str:
-    """Quality of continued videos against a chain of clips, and the goals."""
+def extensions(report: Report | None, other: Report | None = None) -> str:
+    """Quality of continued videos against a chain of clips, and the goals; of `other`, of another model, the goals alone."""
     lines = ["## Continued videos", ""]
     videos = balanced(report["videos"], "way") if report is not None else []
     if report is None or not videos:
         return "\n".join([*lines, "Not measured yet.", ""])
-    values = {way: found for (way,), found in _by(videos, CONTINUED, "way").items()}
-    kinds = _kinds(videos)
+    values, kinds = _by_way(videos), _kinds(videos)
+    reports = [report] if other is None or not balanced(other["videos"], "way") else [report, other]
     lines += [
         f"{_count(videos)} clips of held-out prompts, continued from 33 to 129 frames with `freespec`. {_made(report)} `extension` is `--extend` "
         "with the clip's latents; `chain` makes clips of 33 frames, each of which begins with the last 9 existing frames, decoded and re-encoded. "
-        "The seam is from the last kept frame to the first new one, where a latent frame begins: it is compared with other new frames at which one "
-        "begins, and with all. To repeat it:",
+        "The seam, from the last kept frame to the first new one, where a latent frame begins, is compared with other beginnings of latent frames "
+        "and with all frames. To repeat it:",
         "",
-        _command("extensions", "extensions", report, videos),
+        _command("extensions", _kept(report), report, videos),
         "",
         markdown_table(
             ["measure", *WAYS],
             [[told, *(estimate(mean_interval(values[way][name])) for way in WAYS)] for name, told in CONTINUED.items()],
         ),
-        "Goals for the extension, each a difference that should be 0 or less; undecided if its interval holds 0:",
+        "Goals for the extension: differences of 0 or less; undecided if the interval holds 0:",
         "",
-        markdown_table(
-            ["goal", "difference", "met"],
-            [[goal, estimate(found, signed=True), _decided(found)] for goal, found in goals(values).items()],
-        ),
+        _goals({_model(each): each for each in reports}),
+        *map(_trained, reports[1:]),
         "The jump of the extension at the seam, less that between latent frames. Straight motion at normal speed reaches the picture's edge "
         "where the clip ends.",
         "",
@@ -126,13 +125,32 @@ def extensions(report: Report | None) -> str:
     return "\n".join(lines)
 
 
+def _goals(reports: Mapping[str, Report]) -> str:
+    """The table of goals, with two columns for each model if there are several."""
+    found = {model: goals(_by_way(balanced(report["videos"], "way"))) for model, report in reports.items()}
+    title = "{}: difference" if len(found) > 1 else "difference"
+    first = next(iter(found.values()))
+    rows = [
+        [goal, *(word for each in found.values() for word in (estimate(each[goal], signed=True), _decided(each[goal])))]
+        for goal in first
+    ]
+    return markdown_table(["goal", *(word for model in found for word in (title.format(model), "met"))], rows)
+
+
+def _trained(report: Report) -> str:
+    """Which videos those of another model are."""
+    count = _count(balanced(report["videos"], "way"))
+    return (
+        f"`{_model(report)}` was trained to continue clips; {count} clips, {_made(report)[:-1]}, by `--model {_model(report)} "
+        f"--report {_kept(report)}`.\n"
+    )
+
+
 def goals(values: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Estimate]:
-    """Differences that the goals want at 0 or less: jumps at the seam - between latent frames, and slopes - half of the chain's."""
+    """Differences that the goals want at 0 or less: jumps at the seam - between (latent) frames inside, and slopes - half of the chain's."""
     ours, chain = values["extension"], values["chain"]
     found = {
-        f"jump at the seam - between {inside} inside: {told}": paired_interval(
-            ours[f"{name}_seam"], ours[f"{name}_{key}"]
-        )
+        f"{told}: seam - {inside}": paired_interval(ours[f"{name}_seam"], ours[f"{name}_{key}"])
         for key, inside in (("between", "latent frames"), ("inside", "all frames"))
         for name, told in JUMPS.items()
     }
@@ -141,6 +159,10 @@ def goals(values: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Estimate]
         f"slope of {told} colour - half of the chain's": paired_interval(ours[name], chain[name] / 2)
         for name, told in slopes.items()
     }
+
+
+def _by_way(videos: Sequence[Video]) -> dict[str, dict[str, np.ndarray]]:
+    return {way: found for (way,), found in _by(videos, CONTINUED, "way").items()}
 
 
 def balanced(videos: Sequence[Video], *names: str) -> list[Video]:
@@ -174,7 +196,7 @@ def _kinds(videos: Sequence[Video]) -> dict[str, np.ndarray]:
     """Which of the numbers have each kind of clip, and which are as captioned."""
     kinds = dict(sorted((video["index"], video["kind"]) for video in videos if video["way"] == "extension"))
     found = {kind: np.array([each == kind for each in kinds.values()]) for kind in sorted(set(kinds.values()))}
-    return found | {"all that are as captioned": np.array([each != WRONG for each in kinds.values()])}
+    return found | {"all as captioned": np.array([each != WRONG for each in kinds.values()])}
 
 
 def _jumps(found: Mapping[str, np.ndarray], rows: np.ndarray) -> list[str]:
@@ -196,13 +218,25 @@ def _made(report: Report) -> str:
     )
 
 
-def _command(benchmark: str, name: str, report: Report, videos: Sequence[Video]) -> str:
+def _model(report: Report) -> str:
+    """The embedded model of a report; an older one names none, and is of the first."""
+    return report["comparison"]["settings"].get("model", EMBEDDED)
+
+
+def _kept(report: Report) -> str:
+    """The file that the page has the report on continued videos from."""
+    more = "" if _model(report) == EMBEDDED else "-" + _model(report).rpartition("/")[2]
+    return f"docs/findings/extensions{more}/report.json"
+
+
+def _command(benchmark: str, file: str, report: Report, videos: Sequence[Video]) -> str:
     """The command that makes these videos again."""
     settings = report["comparison"]["settings"]
     count, seeds = (1 + max(video[key] for video in videos) for key in ("index", "seed"))
+    model = "" if _model(report) == EMBEDDED else f"--model {_model(report)} "
     return (
-        f"    python -m benchmarks.{benchmark} --count {count} --seeds {seeds} --steps {settings['sampler.num_steps']} "
-        f"--guidance {settings['sampler.guidance_scale']:g} --report docs/findings/{name}/report.json"
+        f"    python -m benchmarks.{benchmark} {model}--count {count} --seeds {seeds} --steps {settings['sampler.num_steps']} "
+        f"--guidance {settings['sampler.guidance_scale']:g} --report {file}"
     )
 
 

@@ -52,7 +52,9 @@ def test_the_page_is_of_timelines_that_every_method_has(tmp_path: Path) -> None:
         ][:-1]  # the last has no joined clips of the second seed
 
     def page(shown: float) -> list[str]:
-        report = write_report(tmp_path / "report.json", lines(shown), [65], {"steps": 6, "guidance": 2.5})
+        report = write_report(
+            tmp_path / "report.json", lines(shown), [65], {"model": "tiny/wan", "steps": 6, "guidance": 2.5}
+        )
         return timelines(report).splitlines()
 
     met, missed = page(0.95), page(0.9)

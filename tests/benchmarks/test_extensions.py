@@ -20,14 +20,14 @@ from benchmarks.extensions import (
     observe,
 )
 from benchmarks.given_rules import RULES, table
-from benchmarks.videos import make_missing, open_engine, read, read_kept, with_kept, write_report
+from benchmarks.videos import MODELS, make_missing, open_engine, read, read_kept, with_kept, write_report
 from engine.errors import UserError
 from evaluation.study.timelines_and_extensions import WRONG, extensions
 from tiny.captions import parse_caption
 from tiny.world import SPEEDS, Scene, render
 
 PROMPT = "a red circle moves right over a blue background"
-SAMPLER = {"steps": 1, "guidance": 3.0}
+SAMPLER = {"model": "tiny/wan", "steps": 1, "guidance": 3.0}
 LATER = slice(NATIVE, None)
 SPEED = SPEEDS["normal"]
 
@@ -139,15 +139,40 @@ def test_the_page_is_of_prompts_with_both_ways_and_says_what_is_met(tmp_path: Pa
     ] * 2
 
 
-def test_videos_begin_with_the_clip() -> None:
+def test_goals_of_another_model_stand_beside_those_of_the_first(tmp_path: Path) -> None:
+    """The other one drifts, and has one more clip."""
+    drifting = show()
+    drifting[LATER] += 0.2 * np.arange(LENGTH - NATIVE)[:, None, None, None]
+    reports = []
+    for model, frames, count in (("tiny/wan", show(), 1), ("tiny/ltx", drifting, 2)):
+        seen = {"extension": observe(frames), "chain": observe(show())}
+        videos = [{"seed": 0, "index": index, "prompt": PROMPT} for index in range(count)]
+        lines = [video | {"way": way, "seen": seen[way]} for video in videos for way in SEAMS]
+        reports.append(write_report(tmp_path / "a.json", measured(lines), [LENGTH], SAMPLER | {"model": model}))
+    first, other = reports
+    text = extensions(first, other)
+    assert "| goal | tiny/wan: difference | met | tiny/ltx: difference | met |" in text
+    slope = next(line for line in text.splitlines() if line.startswith("| slope of the background's colour"))
+    assert [slope.split(" | ")[column] for column in (2, 4)] == ["met", "**missed** |"]
+    assert "`tiny/ltx` was trained to continue clips; 2 clips, 1 steps" in text
+    assert "by `--model tiny/ltx --report docs/findings/extensions-ltx/report.json`." in text
+    assert "1 clips of held-out prompts" in text and "extensions --count 1 --seeds 1" in text
+    assert "| goal | difference | met |" in extensions(first) == extensions(first, other | {"videos": []})
+    assert "benchmarks.extensions --model tiny/ltx --count 2" in extensions(other)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_videos_begin_with_the_clip(model: str) -> None:
+    """LTX-Video's decoder sees later frames too, of an extension other ones."""
     length = SEAMS["chain"][1]
-    with open_engine(**SAMPLER) as engine:
+    with open_engine(**SAMPLER | {"model": model}) as engine:
         clip = engine.generate(PROMPT, num_frames=NATIVE, seed=3).frames
         extension, chain = (make(engine, PROMPT, way, 3, length=length) for way in SEAMS)
-    for frames in (extension, chain):
-        assert frames.shape == (length, 64, 64, 3)
-        np.testing.assert_array_equal(frames[:NATIVE], clip)
-    assert not np.array_equal(extension[LATER], chain[LATER])
+    assert extension.shape == chain.shape == (length, 64, 64, 3)
+    np.testing.assert_array_equal(chain[:NATIVE], clip)
+    most = {"tiny/wan": 0, "tiny/ltx": 8}[model]
+    assert np.abs(extension[:NATIVE].astype(int) - clip).mean() <= most
+    assert np.abs(extension[LATER].astype(int) - chain[LATER]).mean() > most
 
 
 def test_a_video_is_made_once(tmp_path: Path) -> None:
@@ -158,6 +183,8 @@ def test_a_video_is_made_once(tmp_path: Path) -> None:
     make_missing(out, SAMPLER, videos, lambda _engine, video: made.append(video) or {"seen": {"shape": ["star"]}})
     assert [video["way"] for video in made] == ["chain"]  # the other line of it has other steps
     assert read(out)[2:] == [videos[1] | SAMPLER | {"seen": {"shape": ["star"]}}]
+    out.write_text(json.dumps({"steps": 1}) + "\n")
+    assert read(out) == [{"model": "tiny/wan", "steps": 1}]  # of a version without the option
 
 
 def test_a_kept_report_is_continued(tmp_path: Path) -> None:

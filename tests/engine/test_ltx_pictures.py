@@ -1,4 +1,4 @@
-"""LTX-Video checkpoints of LTXConditionPipeline: pictures at any frame as conditions, whose tokens share the video's layout."""
+"""LTX-Video with pictures: at any frame for checkpoints of LTXConditionPipeline, whose tokens share the video's layout; otherwise the first one."""
 
 import json
 from dataclasses import replace
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.adapters import VideoSpec
 from engine.adapters.base import order_of_tokens
+from engine.adapters.ltx import LtxAdapter, unpack
 from engine.batch.variants import Variant
 from engine.config import (
     AttentionConfig,
@@ -28,14 +29,14 @@ from engine.config import (
     VideoConfig,
 )
 from engine.engine import LongVideoEngine
-from engine.files.latents import save_latents
+from engine.files.latents import load_latents, save_latents
 from engine.given.frames import GivenFrames, GivenImage, parse_given
 from engine.given.known import check_given, encode_frames
 from engine.hooks.step_hook import share_tokens
 from engine.load.checkpoint import open_checkpoint
 from engine.load.convolutions import use_onednn
 from engine.ranks.layouts import Ranks
-from freespec.methods import FreeSpec
+from freespec.methods import METHODS, FreeSpec
 from launch.video.prompts import look_at_given
 from tests.engine.applied import applied, latents_of, refused
 from tests.engine.golden import (
@@ -72,6 +73,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As 0.9.0 and 0.9.1, whose model_index.json names LTXPipeline."""
+    made = tmp_path_factory.mktemp("plain")
+    random_ltx().save_pretrained(made)
+    return made
+
+
+@pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> GivenFrames:
     return first_picture(tmp_path_factory.mktemp("given") / "first.png", 64, 96)
 
@@ -88,7 +97,12 @@ def several(given: GivenFrames) -> GivenFrames:
 
 
 def config_of(
-    folder: Path, *, frames: int = LONG, method: str = "freespec", timesteps: tuple[float, ...] | None = None
+    folder: Path,
+    *,
+    frames: int = LONG,
+    method: str = "freespec",
+    timesteps: tuple[float, ...] | None = None,
+    shift: str = "native",
 ) -> RunConfig:
     steps = (
         {"num_steps": 3, "guidance_scale": 4.0}
@@ -98,7 +112,7 @@ def config_of(
     return RunConfig(
         model=ModelConfig(path=str(folder), device="cpu"),
         video=VideoConfig(num_frames=frames, height=64, width=96, fps=8),
-        sampler=SamplerConfig(seed=3, negative_prompt="bad", max_text_tokens=20, **steps),
+        sampler=SamplerConfig(seed=3, negative_prompt="bad", max_text_tokens=20, shift=shift, **steps),
         method=MethodConfig(name=method, window_frames=3, freespec=FreeSpec(domain="step")),
         output=OutputConfig(progress="off"),
     )
@@ -128,6 +142,39 @@ def stock_latents(
         call["conditions"] = [LTXVideoCondition(video=[Image.fromarray(frame) for frame in clip], frame_index=0)]
     draw = torch.Generator().manual_seed(3)
     return pipe(prompt=PROMPT, negative_prompt="bad", **call, generator=draw, output_type="latent").frames
+
+
+def stock_of_first(folder: Path, frames: int, given: GivenFrames, monkeypatch: Any, *, begun: int = 1) -> Tensor:
+    """What LTXImageToVideoPipeline makes of a picture, with the mean of its latents, which it would sample, or of `begun` first latent frames.
+
+    It takes one of them. Others are in its mask, and stay as they are after each step too; they are the file of `given`.
+    """
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
+    pipe = LTXImageToVideoPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    use_onednn(pipe.vae)  # the engine's convolutions on a CPU, whose sums are in another order
+    prepare, kept = pipe.prepare_latents, {}
+    tokens = begun * 4 * 6
+
+    def prepare_prefix(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        latents, mask = prepare(*args, **kwargs)
+        if given.extend is not None:
+            latents[:, :tokens] = load_latents(given.extend)[0].flatten(2).transpose(1, 2)
+            mask[:, :tokens] = 1
+        kept["latents"] = latents[:, :tokens].clone()
+        return latents, mask
+
+    def keep(_pipe: Any, _step: int, _timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"latents": torch.cat([kept["latents"], tensors["latents"][:, tokens:]], dim=1)}
+
+    pipe.prepare_latents = prepare_prefix
+    more = {} if begun == 1 else {"callback_on_step_end": keep}
+    image = Image.new("RGB", (96, 64)) if given.extend is not None else Image.open(given.images[0].path)
+    call = {"num_frames": frames, "height": 64, "width": 96, "frame_rate": 8, "max_sequence_length": 20}
+    call |= {"num_inference_steps": 3, "guidance_scale": 4.0, "prompt": PROMPT, "negative_prompt": "bad"}
+    draw = torch.Generator().manual_seed(3)
+    packed = pipe(image, **call, **more, generator=draw, output_type="latent").frames
+    return unpack(packed, (frames - 1) // 8 + 1, 4, 6)
 
 
 def condition_of(image: GivenImage, frames: int) -> LTXVideoCondition:
@@ -194,14 +241,88 @@ def test_what_is_said_and_recorded_of_pictures_at_any_frame(several):
     assert sorted(near.settings(**size)["images"]) == ["frame 20", "frame 21"]
 
 
-def test_a_checkpoint_of_text_to_video_keeps_the_rule_without_training(folder, given, tmp_path):
-    """Negative control: the same weights without the name of the pipeline that they were trained for."""
-    random_ltx(dynamic_shift=False, shift_terminal=None).save_pretrained(tmp_path)
-    places = [open_checkpoint(ModelConfig(path=str(path))).spec.pictures for path in (folder, tmp_path)]
-    assert places == [("first", "any"), ()]
-    made, other = (latents_on(config_of(path), given=given) for path in (folder, tmp_path))
-    assert torch.equal(made[:, :, :1], other[:, :, :1])
+@pytest.mark.parametrize(("frames", "method"), [(NATIVE, "freespec"), (LONG, "direct")])
+def test_a_first_picture_is_that_of_the_image_to_video_pipeline(plain, given, monkeypatch, frames, method):
+    config = config_of(plain, frames=frames, method=method, shift="actual")
+    made = on_one_rank(config, given=given)
+    assert torch.equal(made, stock_of_first(plain, frames, given, monkeypatch))
+    with monkeypatch.context() as patch:  # negative control: the rule of checkpoints without conditions
+        patch.setattr(LtxAdapter, "video_spec", lambda self, *parts: replace(_spec(self, *parts), pictures=()))
+        other = latents_on(config, given=given)
+    assert torch.equal(other[:, :, :1], made[:, :, :1])
     assert relative(other, made) > 1e-3
+    with LongVideoEngine(config) as engine:
+        assert engine.denoise(PROMPT, given=given).settings["given"]["trained"] == ["first"]
+
+
+_spec = LtxAdapter.video_spec
+
+
+@pytest.mark.parametrize(("frames", "method"), [(NATIVE, "freespec"), (LONG, "direct")])
+def test_a_video_is_continued_by_the_rule_of_the_first_picture(plain, monkeypatch, tmp_path, frames, method):
+    """As LTXImageToVideoPipeline would if several latent frames were in its mask; for text-to-video it takes none."""
+    given = GivenFrames(extend=tmp_path / "a.safetensors")
+    with LongVideoEngine(config_of(plain, frames=frames, method=method, shift="actual")) as engine:
+        latents = torch.randn(engine.spec.latent_shape(9, 64, 96), generator=torch.Generator().manual_seed(1))
+        save_latents(given.extend, latents, {})
+        made = engine.denoise(PROMPT, given=given)
+        [note] = check_given(given, engine.spec, num_frames=frames, height=64, width=96, fps=8)
+        with monkeypatch.context() as patch:  # negative control: the rule of checkpoints without conditions
+            patch.setattr(VideoSpec, "takes_prefix", False)
+            other = engine.denoise(PROMPT, given=given).latents
+    assert torch.equal(made.latents, stock_of_first(plain, frames, given, monkeypatch, begun=2))
+    assert torch.equal(made.latents[:, :, :2], latents)
+    assert torch.equal(other[:, :, :2], latents)
+    assert relative(other, made.latents) > 1e-3
+    assert made.settings["given"]["trained"] == ["extend"]
+    assert (
+        note
+        == "a.safetensors is the condition of frames 0 to 8; diffusers' pipeline of this checkpoint takes frame 0 alone"
+    )
+
+
+def test_other_pictures_of_a_text_to_video_checkpoint_keep_the_rule_without_training(plain, several, given, tmp_path):
+    """Beside the first one; a run that was stopped continues with both."""
+    spec = open_checkpoint(ModelConfig(path=str(plain))).spec
+    assert spec.pictures == ("first",)
+    both = GivenFrames(images=several.images[:2])
+
+    def stop(finished: int, _total: int) -> None:
+        if finished == 2:
+            raise InterruptedError
+
+    with LongVideoEngine(config_of(plain)) as engine:
+        with pytest.raises(InterruptedError):
+            engine.denoise(PROMPT, given=both, snapshot=tmp_path / "state", on_step=stop)
+        made = engine.denoise(PROMPT, given=both, snapshot=tmp_path / "state")
+        still = encode_frames(engine.adapter, engine.pipe.vae, read_still(both.images[1]))
+    assert made.resumed_at == 2
+    assert made.settings["given"]["trained"] == ["first"]
+    assert torch.equal(made.latents, on_one_rank(config_of(plain), given=both))
+    alone = on_one_rank(config_of(plain), given=given)
+    assert torch.equal(made.latents[:, :, :1], alone[:, :, :1])
+    assert torch.equal(made.latents[:, :, -1:], still[:, :, -1:])
+    assert relative(made.latents[:, :, 1:-1], alone[:, :, 1:-1]) > 1e-3
+    size = {"num_frames": LONG, "fps": 8, "step": 8, "pictures": spec.pictures}
+    assert both.describe(**size) == [
+        "first.png is the condition of the first frame, which this checkpoint was trained for",
+        "last.png is given at frames 49 to 56, as a still of 8 frames",
+    ]
+
+
+def read_still(image: GivenImage) -> np.ndarray:
+    """A picture as the nine frames of two latent frames."""
+    with Image.open(image.path) as file:
+        return np.repeat(np.asarray(file)[None], 9, axis=0)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_takes_a_first_picture(plain, given, method):
+    made, text = (on_one_rank(config_of(plain, method=method), given=each) for each in (given, None))
+    direct = on_one_rank(config_of(plain, method="direct"), given=given)
+    assert torch.equal(made[:, :, :1], direct[:, :, :1])
+    assert relative(made[:, :, 1:], text[:, :, 1:]) > 1e-3
+    assert torch.equal(made, direct) == (method in ("direct", "lvsa"))  # the latter sees all frames of so short a video
 
 
 @pytest.mark.parametrize("frames", [NATIVE, LONG])
@@ -306,15 +427,21 @@ def latents_on_ranks(rank: int, case: Case) -> Tensor:
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_any_arrangement_of_ranks_makes_the_same_video(folder, several, ranks, tmp_path):
+def test_any_arrangement_of_ranks_makes_the_same_video(folder, plain, several, ranks, tmp_path):
     words = " ".join(f"{image.where}={image.path}" for image in several.images)
     cases = [Case(str(folder), degrees, "freespec", fault=words) for degrees in all_degrees(ranks)]
     cases.append(cases[-1]._replace(prompt=TIMELINE))
     save_latents(tmp_path / "a.safetensors", torch.ones(1, 4, 2, 4, 6), {})
     later = " ".join(words.split()[1:2])  # the last frame
     cases.append(cases[-1]._replace(fault=later, route=str(tmp_path / "a.safetensors")))
+    of_first = Case(str(plain), cases[0].degrees, "freespec", fault=" ".join(words.split()[:2]))
+    cases += [of_first._replace(degrees=degrees) for degrees in all_degrees(ranks)]
+    cases += [
+        cases[-1]._replace(prompt=TIMELINE),
+        of_first._replace(fault=later, route=str(tmp_path / "a.safetensors")),
+    ]
     for case, by_rank in zip(cases, run_ranks(ranks, latents_on_ranks, cases, tmp_path), strict=True):
-        assert_same_video(by_rank, config_of(folder), case, given_of(case))
+        assert_same_video(by_rank, config_of(Path(case.folder)), case, given_of(case))
 
 
 def test_a_run_that_was_stopped_continues(folder, several, tmp_path):

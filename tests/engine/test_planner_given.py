@@ -361,7 +361,14 @@ def test_a_video_to_continue_is_planned_with_a_timestep_of_each_token(ltx: Path)
     assert spec.places(continued, video) == Places(first=True)
     assert spec.places(parse_given(["first=none.png"], None), video) == Places(first=True)
     text = replace(spec, configs=spec.configs | {"model_index": {"_class_name": "LTXPipeline"}})
-    assert text.places(continued, video) == Places()
+    assert (
+        text.places(continued, video) == text.places(parse_given(["first=none.png"], None), video) == Places(first=True)
+    )
+    assert (
+        text.places(parse_given(["last=none.png", "20=none.png"], None), video) == Places()
+    )  # the rule without training
+    wan = read_model(ModelConfig(path="tiny/wan"))  # negative control: no pictures
+    assert wan.places(continued, video) == Places()
 
 
 def test_the_time_on_a_cpu_counts_pictures(ltx: Path) -> None:

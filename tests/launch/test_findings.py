@@ -333,7 +333,7 @@ def test_a_page_is_not_replaced_by_an_emptier_one(
 def test_the_page_says_first_what_is_not_made_yet(write: Callable[..., str]) -> None:
     whole = report_of({"speed": {"direct": 2.0, "freespec": 1.0}}, ("direct", "freespec"))
     part = whole | {"pairs": {"made": 6, "asked": 16}}
-    rest = "not measured: `noise`, `steps`, `analysis`, `calibration`, `timelines`, `extensions`."
+    rest = "not measured: `noise`, `steps`, `analysis`, `calibration`, `timelines`, `extensions`, `extensions-ltx`."
     assert f"**Not everything is measured yet**: {rest}" in write(methods=whole, ablation=whole)
     assert f"**Not everything is measured yet**: `ablation` covers 6 of 16 pairs of prompt and seed; {rest}" in write(
         methods=whole, ablation=part

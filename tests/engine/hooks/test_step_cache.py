@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, WanImageToVideoPipeline
+from diffusers import FirstBlockCacheConfig, LTXImageToVideoPipeline, WanImageToVideoPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 from torch import Tensor, nn
 
 import engine.hooks.step_cache
+from engine.adapters.ltx import unpack
 from engine.batch.identity import config_tree
 from engine.config import MethodConfig, ModelConfig, OutputConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.denoise.denoise import Denoised
@@ -35,7 +37,7 @@ from freespec.methods import FreeSpec
 from tests.engine.golden import PROMPT, TIMELINE, first_picture, mesh_of, on_one_rank, relative
 from tests.engine.test_schedulers import stopped_run
 from tests.ranks import run_ranks
-from tests.tiny_pipelines import random_i2v, random_ti2v, random_wan, save_random_ltx, save_random_wan
+from tests.tiny_pipelines import random_i2v, random_ltx, random_ti2v, random_wan, save_random_ltx, save_random_wan
 
 STEPS = 12
 ALL = slice(None)
@@ -293,14 +295,19 @@ def test_sums_have_the_same_bits_in_any_order() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "cache"),
-    [*((kind, cache) for kind in ("ti2v", "flf2v") for cache in CACHES), ("a14b", "mag")],
+    [*((kind, cache) for kind in ("ti2v", "flf2v") for cache in CACHES), ("a14b", "mag"), ("ltx", "first_block")],
     ids=lambda word: word,
 )
-def test_videos_of_pictures_are_those_of_the_stock_pipeline_with_the_same_cache(kind, cache, tmp_path):
+def test_videos_of_pictures_are_those_of_the_stock_pipeline_with_the_same_cache(kind, cache, tmp_path, monkeypatch):
     """In `direct`, whose steps are all of one kind; one process decides by diffusers' own rule."""
-    pipe = random_ti2v() if kind == "ti2v" else random_i2v(kind)
+    pipe = {"ti2v": random_ti2v, "ltx": random_ltx}.get(kind, lambda: random_i2v(kind))()
     pipe.save_pretrained(tmp_path / kind)
-    stock = pipe if kind != "ti2v" else WanImageToVideoPipeline(**pipe.components, expand_timesteps=True)
+    stock = pipe
+    if kind == "ti2v":
+        stock = WanImageToVideoPipeline(**pipe.components, expand_timesteps=True)
+    if kind == "ltx":
+        stock = LTXImageToVideoPipeline(**pipe.components)
+        monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
     stock.set_progress_bar_config(disable=True)
     use_onednn(stock.vae)  # the engine's convolutions on a CPU
     config = config_of(str(tmp_path / kind), cache, "direct")
@@ -313,10 +320,12 @@ def test_videos_of_pictures_are_those_of_the_stock_pipeline_with_the_same_cache(
     denoised = made_by(config, given=GivenFrames(images=tuple(images)))
     pictures = {name: Image.open(each.path) for name, each in zip(("image", "last_image"), images, strict=False)}
     call = {"prompt": PROMPT, "negative_prompt": sampler.negative_prompt, "num_inference_steps": STEPS}
+    call |= {"frame_rate": config.video.fps, "max_sequence_length": 512} if kind == "ltx" else {}
 
     def run() -> Tensor:
         draw = torch.Generator().manual_seed(3)
-        return stock(**call, **size, **pictures, guidance_scale=4.0, generator=draw, output_type="latent").frames
+        made = stock(**call, **size, **pictures, guidance_scale=4.0, generator=draw, output_type="latent").frames
+        return unpack(made, 3, 4, 6) if kind == "ltx" else made
 
     plain = run()
     experts = [row.get("expert", "transformer") for row in denoised.steps]
