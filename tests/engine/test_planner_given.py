@@ -99,14 +99,15 @@ def test_operations_with_pictures_are_exactly_what_torch_counts() -> None:
         assert sum(call_operations(other, "global").values()) < counted
 
 
-def test_the_modulation_of_each_token_is_counted() -> None:
+@pytest.mark.parametrize(("name", "width"), [(NAME, 4096), ("Lightricks/LTX-Video", 2048)])
+def test_the_modulation_of_each_token_is_counted(name: str, width: int) -> None:
     """By the formula: for both passes 6 numbers of each token and channel, as the embedding makes them and as a block adds its own."""
-    spec = ModelSpec(name=NAME, source="test", configs=PUBLISHED[NAME])
+    spec = ModelSpec(name=name, source="test", configs=PUBLISHED[name])
     video = VideoConfig(num_frames=481, height=512, width=768)
     with_first, without = (
         count_forward(layout_of(spec, video, given, itemsize=2)) for given in (Places(first=True), Places())
     )
-    modulation = 2 * 61 * 384 * 6 * 4096 * 2
+    modulation = 2 * 61 * 384 * 6 * width * 2
     assert with_first.at_attention - without.at_attention == pytest.approx(2 * modulation, rel=0.15)
 
 
