@@ -33,7 +33,8 @@ SCALING = (True, True, True, False)
 class LtxAdapter(ModelAdapter):
     """LTXPipeline: packed latents, rotary tables as wide as the model, both passes of guidance in one batch.
 
-    A picture is the first latent frame with timestep 0, as in LTXImageToVideoPipeline, for which it was trained too. Its VAE is not causal: the exact decode takes the whole video at once.
+    The weights make videos of a first picture too: it is the first latent frame, with timestep 0, as in LTXImageToVideoPipeline. The VAE is
+    not causal: the exact decode takes the whole video at once.
     """
 
     name = "LTX-Video text-to-video"
