@@ -1,7 +1,7 @@
 """Quality of continued videos of the embedded world, against a chain of clips that each re-encode the end of the last.
 
 python -m benchmarks.extensions --count 40 --seeds 1
-python -m benchmarks.extensions --count 40 --seeds 1 --model tiny/ltx
+python -m benchmarks.extensions --count 40 --seeds 1 --model tiny/ltx --out ltx.jsonl --report ltx.json
 
 A clip of native length is continued to four times that, from one of the held-out prompts. `extension` keeps the clip's latents and makes
 the rest in one run, as `generate.py --extend` does. `chain` makes clips of native length; each begins with the last frames of what is

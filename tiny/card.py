@@ -69,7 +69,7 @@ It is a toy: one object, {num_shapes} shapes, no grammar beyond its captions, no
 of what it was trained on and degrade, which is what it is for.{bounces}
 """
 
-_GIVEN = """- Videos that begin with a picture (`{}`, `--given first=FILE`), or that continue one (`--extend FILE`).
+_GIVEN = """- Videos that begin with a picture (`{}`, `--given first=FILE`), and videos that continue another (`--extend FILE`).
 """
 """For a model that learns to continue given frames."""
 
@@ -80,7 +80,7 @@ which wants the turn at once, counts that as circling."""
 _HISTORY = {
     "ltx": """The first two stages began with the weights of an earlier training, of 3,500 and 5,000 steps, which are not counted; the decoder
 had 3,000 steps of short clips and 1,300 of the native length.
-The first latent frames of 30 % of the clips were given, without noise and at timestep 0: one, as of a picture, in half of them, otherwise more.
+The first latent frames of 30 % of the clips were given, without noise and at timestep 0: one, as of a picture, in half of them, otherwise 1 to 8.
 """
 }
 """Notes on training runs that differ from one run of the plan."""

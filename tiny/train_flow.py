@@ -2,7 +2,7 @@
 
 With s the noise level, x_s = (1 - s) x_0 + s noise, the model is given x_s, 1000 s and the text, and learns the velocity noise - x_0.
 A family that learns to continue given frames sees the first latent frames of some clips without noise, at timestep 0 (LTX-Video,
-arXiv:2501.00103): one, as of a picture, in half of those clips, otherwise any number, as of a video.
+arXiv:2501.00103): one, as of a picture, in half of those clips, otherwise any number.
 """
 
 from pathlib import Path

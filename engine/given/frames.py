@@ -25,11 +25,13 @@ class Places:
         first: whether latent frames from the first on are given, whose tokens have timestep 0.
         moments: frames of the video, ascending, of pictures whose tokens stand beside those of the video.
         shortest: the fewest frames of a video that has all given frames.
+        sized: whether a video to continue fixes height and width.
     """
 
     first: bool = False
     moments: tuple[int, ...] = ()
     shortest: int = 1
+    sized: bool = False
 
 
 Shows = Literal["whole", "new"]

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+import torch
+from diffusers.hooks.mag_cache import nearest_interp
+
 from engine.config import SamplerConfig
 
 SCHEDULED = ("mag", "taylorseer")
@@ -33,9 +36,11 @@ def _by_interval(begins: Sequence[bool], interval: int) -> list[bool]:
 
 
 def _by_ratios(begins: Sequence[bool], experts: Sequence[str], sampler: SamplerConfig) -> list[bool]:
-    """A step is skipped while the errors of the ratios' products since the last computed one add up to the threshold at most."""
-    given, last = sampler.cache_settings["cache_ratios"], len(begins) - 1
-    scale = (len(given) - 1) / last if last else 0.0
+    """A step is skipped while the errors of the ratios' products since the last computed one add up to the threshold at most.
+
+    In float32 tensors as in MagCache's hook, so that an error at the threshold falls on the same side.
+    """
+    ratios = nearest_interp(torch.tensor(sampler.cache_settings["cache_ratios"]), len(begins))
     computed: list[bool] = []
     keeps, product, error, skipped = False, 1.0, 0.0, 0
     for step, begin in enumerate(begins):
@@ -43,8 +48,8 @@ def _by_ratios(begins: Sequence[bool], experts: Sequence[str], sampler: SamplerC
             keeps, product, error, skipped = False, 1.0, 0.0, 0
         own = [other for other, expert in enumerate(experts) if expert == experts[step]]
         if step - own[0] >= int(RETAINED * len(own) + 0.5):
-            product *= given[round(step * scale)] if last else given[-1]
-            error, skipped = error + abs(1 - product), skipped + 1
+            product = product * ratios[step]
+            error, skipped = error + abs(1.0 - product), skipped + 1
             if keeps and error <= sampler.cache_settings["cache_threshold"] and skipped <= MOST_IN_A_ROW:
                 computed.append(False)
                 continue

@@ -145,7 +145,9 @@ def _shorter(case: Case) -> list[VideoConfig]:
 
 
 def _smaller(case: Case) -> list[VideoConfig]:
-    """Smaller videos of about the same aspect ratio, smallest first."""
+    """Smaller videos of about the same aspect ratio, smallest first; none if the size is that of a video to continue."""
+    if case.given.sized:
+        return []
     video, (rows, columns) = case.video, case.spec.video.size_multiples
     sizes = [
         (video.height * share // 100 // rows, video.width * share // 100 // columns) for share in range(20, 100, 5)

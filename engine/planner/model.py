@@ -133,7 +133,8 @@ class ModelSpec:
         of = self.video
         size = {"num_frames": video.num_frames, "fps": video.fps}
         places = given.places(**size, pictures=of.pictures, needs=of.needs)
-        return replace(places, shortest=given.shortest(**size, step=of.temporal_factor))
+        shortest = given.shortest(**size, step=of.temporal_factor)
+        return replace(places, shortest=shortest, sized=given.extend is not None)
 
     @cached_property
     def parameters(self) -> dict[str, int]:

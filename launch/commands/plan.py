@@ -29,8 +29,9 @@ def run(given: Arguments) -> None:
     check_settings(config, spec)
     notes, begun = _look_at_given(given.given, config, spec)
     case = Case.of(config, spec, gpu=given.gpu, world_size=given.gpus, given=given.given)
-    if begun:  # a shorter video that is advised has one latent frame more
-        shortest = max(case.given.shortest, spec.video.num_frames(begun + 1))
+    if begun:  # a shorter video that is advised has one latent frame more, and one for `last`
+        moves = any(image.where == "last" for image in given.given.images)
+        shortest = max(case.given.shortest, spec.video.num_frames(begun + 1 + moves))
         case = replace(case, given=replace(case.given, shortest=shortest))
     plans = plan(case)
     parallel = config.parallel

@@ -57,24 +57,25 @@ class RankProcesses(Protocol):
 def end_ranks(started: Sequence[RankProcesses]) -> None:
     """Kill all ranks and wait until they have ended, so that the next command finds their memory free.
 
-    Prints a line if some have not after END_SECONDS.
+    Prints a line if some have not after END_SECONDS. Ctrl-C ends the wait alone: what the command has made is reported.
     """
     until = time.monotonic() + END_SECONDS
-    while True:
-        for ranks in started:
-            ranks.kill()
-            ranks.drain()
-        left = sum(ranks.num_running for ranks in started)
-        if left == 0:
-            return
-        if time.monotonic() > until:
-            num = sum(ranks.count for ranks in started)
-            show(
-                f"warning: {left} of {num} ranks had not ended {END_SECONDS:g} s after they were killed, and may still hold "
-                "memory of a GPU; look for them on their machines before you start another command"
-            )
-            return
-        time.sleep(0.02)
+    with contextlib.suppress(KeyboardInterrupt):
+        num = sum(ranks.num_running for ranks in started)
+        while True:
+            for ranks in started:
+                ranks.kill()
+                ranks.drain()
+            left = sum(ranks.num_running for ranks in started)
+            if left == 0:
+                return
+            if time.monotonic() > until:
+                show(
+                    f"warning: {left} of {num} ranks had not ended {END_SECONDS:g} s after they were killed, and may still "
+                    "hold memory of a GPU; look for them on their machines before you start another command"
+                )
+                return
+            time.sleep(0.02)
 
 
 class RankHost:

@@ -27,7 +27,7 @@ from engine.given.known import check_places
 from engine.media.write_video import write_video
 from engine.planner.arrange import arrange_ranks
 from engine.planner.cached import SCHEDULED
-from engine.planner.choose import _shorter, describe_changes
+from engine.planner.choose import _shorter, _smaller, describe_changes
 from engine.planner.cpu import denoising_operations
 from engine.planner.flops import call_operations
 from engine.planner.forward import count_forward
@@ -321,6 +321,9 @@ def test_a_shorter_video_that_is_advised_has_the_given_frames(
     every = lengths(None)
     assert every == [17, 25, 33, 41, 49]
     assert lengths(given) == [frames for frames in every if frames >= (shortest or 1)]
+    case = Case.of(config, spec, gpu=read_gpu("h200"), world_size=1, given=given)
+    assert _smaller(case)
+    assert not _smaller(replace(case, given=spec.places(parse_given([], "none.mp4"), config.video)))
     for frames in every:  # as a run of so many frames would say
         with contextlib.nullcontext() if frames in lengths(given) else pytest.raises(UserError):
             check_places(given, replace(spec.video, pictures=()), num_frames=frames, fps=config.video.fps)
@@ -359,15 +362,14 @@ def test_ranks_of_even_shares_are_refused_before_they_join(ltx: Path) -> None:
 def test_a_video_to_continue_is_planned_with_a_timestep_of_each_token(ltx: Path) -> None:
     spec, video = read_model(ModelConfig(path=str(ltx))), VideoConfig(num_frames=57, height=32, width=32)
     continued = parse_given([], "none.mp4")
-    assert spec.places(continued, video) == Places(first=True)
+    assert spec.places(continued, video) == Places(first=True, sized=True)
     assert spec.places(parse_given(["first=none.png"], None), video) == Places(first=True)
     text = replace(spec, configs=spec.configs | {"model_index": {"_class_name": "LTXPipeline"}})
-    assert (
-        text.places(continued, video) == text.places(parse_given(["first=none.png"], None), video) == Places(first=True)
-    )
+    assert text.places(continued, video) == Places(first=True, sized=True)
+    assert text.places(parse_given(["first=none.png"], None), video) == Places(first=True)
     assert not text.places(parse_given(["last=none.png"], None), video).first  # the rule without training
     wan = read_model(ModelConfig(path="tiny/wan"))  # negative control: no pictures
-    assert wan.places(continued, video) == Places()
+    assert wan.places(continued, video) == Places(sized=True)
 
 
 def test_the_time_on_a_cpu_counts_pictures(ltx: Path) -> None:

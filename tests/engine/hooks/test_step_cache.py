@@ -470,3 +470,10 @@ def test_a_trace_of_a_call_is_refused(folders):
     with LongVideoEngine(config_of(folders["wan"], "mag")) as made:
         with pytest.raises(UserError, match="skips layers"):
             made.denoise(PROMPT, trace=SpectralTrace())
+
+
+def test_plans_add_errors_of_mag_in_float32_as_diffusers_does():
+    """In float64 1 - 0.98 is above 0.02, and no step would be skipped; MagCache's hook skips one of every two after a fifth of the steps."""
+    sampler = SamplerConfig(num_steps=50, cache="mag", cache_ratios=(0.98,) * 50, cache_threshold=0.02)
+    planned = computed_steps(sampler, [""] * 50, [""] * 50)
+    assert planned == [step < 10 or step % 2 == 1 for step in range(50)]

@@ -109,8 +109,21 @@ def test_ranks_that_do_not_end_are_one_line(
     monkeypatch.setattr("launch.ranks.host.END_SECONDS", 0.25)
     end_ranks([Stubborn()])
     said = capsys.readouterr().err
-    assert said.startswith("warning: 1 of 3 ranks had not ended 0.25 s after they were killed, and may still hold ")
+    assert said.startswith("warning: 1 of 2 ranks had not ended 0.25 s after they were killed, and may still hold ")
     assert said.count("\n") == 1
+
+
+def test_ctrl_c_ends_the_wait_for_ranks_alone() -> None:
+    class Interrupted(Stubborn):
+        @property
+        def num_running(self) -> int:
+            if self.kills > 3:
+                raise KeyboardInterrupt
+            return 1
+
+    ranks = Interrupted()
+    end_ranks([ranks])
+    assert ranks.kills == 4
 
 
 def test_unpolled_rank_is_killed() -> None:
