@@ -321,9 +321,6 @@ def test_a_shorter_video_that_is_advised_has_the_given_frames(
     every = lengths(None)
     assert every == [17, 25, 33, 41, 49]
     assert lengths(given) == [frames for frames in every if frames >= (shortest or 1)]
-    case = Case.of(config, spec, gpu=read_gpu("h200"), world_size=1, given=given)
-    assert _smaller(case)
-    assert not _smaller(replace(case, given=spec.places(parse_given([], "none.mp4"), config.video)))
     for frames in every:  # as a run of so many frames would say
         with contextlib.nullcontext() if frames in lengths(given) else pytest.raises(UserError):
             check_places(given, replace(spec.video, pictures=()), num_frames=frames, fps=config.video.fps)
@@ -370,6 +367,15 @@ def test_a_video_to_continue_is_planned_with_a_timestep_of_each_token(ltx: Path)
     assert not text.places(parse_given(["last=none.png"], None), video).first  # the rule without training
     wan = read_model(ModelConfig(path="tiny/wan"))  # negative control: no pictures
     assert wan.places(continued, video) == Places(sized=True)
+
+
+def test_no_other_size_is_advised_than_that_of_a_video_to_continue(ltx: Path) -> None:
+    config, spec = config_with(ltx), read_model(ModelConfig(path=str(ltx)))
+    config = replace(config, video=replace(config.video, height=256, width=384))
+    case = Case.of(config, spec, gpu=read_gpu("h200"), world_size=1)
+    assert _smaller(case)
+    continued = spec.places(parse_given([], "none.mp4"), config.video)
+    assert _smaller(replace(case, given=continued)) == []
 
 
 def test_the_time_on_a_cpu_counts_pictures(ltx: Path) -> None:
