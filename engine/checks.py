@@ -11,7 +11,7 @@ from engine.decode.tiling import check_tiles
 from engine.errors import UserError
 from engine.given.frames import GivenFrames
 from engine.kernel_choice import select_kernels
-from engine.load.loras import check_sides
+from engine.load.experts import check_sides
 from engine.ranks.layouts import Ranks, check_layout
 from engine.schedulers import check_levels
 from freespec.far_keys import far_tokens
@@ -46,11 +46,7 @@ def check_experts(config: RunConfig, experts: Sequence[str]) -> None:
     """Raise UserError for settings that do not match the checkpoint's number of transformers."""
     model, second = config.model, config.sampler.guidance_scale_2
     check_sides(model.loras, experts)
-    if len(experts) > 1 and model.single_file is not None:
-        raise UserError(
-            f"model.single_file {model.single_file} would replace one of two transformers, which is not supported; give a folder in "
-            "Diffusers layout with both, model.path"
-        )
+    check_sides(model.single_files, experts, "file", "replaces")
     if len(experts) == 1 and second is not None:
         raise UserError(
             f"sampler.guidance_scale_2 {second:g} is for a checkpoint of two transformers, and this one has one; leave it out (null)"

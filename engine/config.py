@@ -73,7 +73,8 @@ class ModelConfig:
         offline: never contact the hub; files missing from the local cache are an error.
         single_file: a .safetensors file in the authors' layout, local or on the hub (ORGANISATION/NAME/FILE), that replaces the
             transformer (LTX-Video: and the VAE) of `path`; configurations stay those of `path`. Or a .gguf file with a
-            quantised transformer (pip install '.[gguf]').
+            quantised transformer (pip install '.[gguf]'). With two transformers [high:FILE, low:FILE], for that of the noisy steps
+            and for the other, or one of them.
         loras: LoRAs that are fused into the transformer's weights at load, each NAME@SCALE (1 without @SCALE): a
             .safetensors file or a folder with one, local or on the hub (ORGANISATION/NAME/FILE, or ORGANISATION/NAME with
             pytorch_lora_weights.safetensors). With two transformers high:NAME@SCALE is for that of the noisy
@@ -99,7 +100,7 @@ class ModelConfig:
     path: str
     revision: str | None = None
     offline: bool = False
-    single_file: str | None = None
+    single_file: str | tuple[str, ...] | None = None
     loras: tuple[str, ...] = ()
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     storage: Literal["full", "fp8", "torchao_int8", "torchao_fp8"] = "full"
@@ -111,15 +112,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Reject unknown places, shards without sharding, and weight files that can run code."""
-        single = self.single_file or ".safetensors"
-        _check(
-            not is_pickle(single),
-            f"model.single_file {single} is a pickle, which can run code and is not read; give a .safetensors file",
-        )
-        _check(
-            single.endswith((".safetensors", ".gguf")),
-            f"model.single_file must be a .safetensors or a .gguf file, got {single!r}",
-        )
+        self._check_single_files()
         self._check_quantised()
         for lora in self.loras:
             name, scale = split_scale(split_expert(lora)[1])
@@ -151,19 +144,41 @@ class ModelConfig:
             f"model.compile cannot compile layers that model.weights {self.weights} brings while they run; use resident or cpu_offload",
         )
 
+    def _check_single_files(self) -> None:
+        """Reject files that are not read, and more of them than there are transformers."""
+        _check(self.single_file != (), "model.single_file names no file; give one, or leave it out (null)")
+        given = dict(split_expert(file) for file in self.single_files)
+        for name in given.values():
+            _check(
+                not is_pickle(name),
+                f"model.single_file {name} is a pickle, which can run code and is not read; give a .safetensors file",
+            )
+            _check(
+                name.endswith((".safetensors", ".gguf")),
+                f"model.single_file must be a .safetensors or a .gguf file, got {name!r}",
+            )
+        listed = ", ".join(self.single_files)
+        _check(
+            len(self.single_files) < 2 or (len(self.single_files) == 2 and None not in given and len(given) == 2),
+            f"model.single_file takes one file, or [high:FILE, low:FILE] for two transformers, got [{listed}]",
+        )
+        _check(
+            len({*given.values()}) == len(given),
+            f"model.single_file has one file for both transformers, [{listed}]; each has its own weights, give two files",
+        )
+
     def _check_quantised(self) -> None:
         """Reject settings that quantised weights exclude."""
         quantised = f"model.storage {self.storage}"
-        if self.is_gguf:
-            _check(
-                self.storage == "full", f"{quantised} would quantise {self.single_file} again; leave one of the two out"
-            )
+        if self.gguf_files:
+            files = " and ".join(split_expert(file)[1] for file in self.gguf_files)
+            _check(self.storage == "full", f"{quantised} would quantise {files} again; leave one of the two out")
             _check(
                 not self.loras,
-                f"LoRAs are added to the weights, and those of {self.single_file} are quantised; leave model.loras out, or take the "
+                f"LoRAs are added to the weights, and those of {files} are quantised; leave model.loras out, or take the "
                 "transformer in bf16 (with model.storage fp8 if memory is short)",
             )
-            quantised = f"the GGUF file {self.single_file}"
+            quantised = f"the GGUF file {files}"
         elif self.storage == "full":
             return
         _check(
@@ -176,9 +191,14 @@ class ModelConfig:
         )
 
     @property
-    def is_gguf(self) -> bool:
-        """Whether the transformer comes from a GGUF file."""
-        return (self.single_file or "").endswith(".gguf")
+    def single_files(self) -> tuple[str, ...]:
+        """The files of `single_file`: FILE, or high:FILE and low:FILE, or one of these."""
+        return (self.single_file,) if isinstance(self.single_file, str) else self.single_file or ()
+
+    @property
+    def gguf_files(self) -> tuple[str, ...]:
+        """Those of them whose weights are quantised."""
+        return tuple(file for file in self.single_files if file.endswith(".gguf"))
 
     @property
     def shards_folder(self) -> str | None:
@@ -728,10 +748,10 @@ def split_scale(lora: str) -> tuple[str, float]:
         return lora, 1.0
 
 
-def split_expert(lora: str) -> tuple[str | None, str]:
-    """`high` or `low`, and the rest, of high:NAME@SCALE; None without one of them."""
-    side, colon, rest = lora.partition(":")
-    return (side, rest) if colon and side in ("high", "low") else (None, lora)
+def split_expert(given: str) -> tuple[str | None, str]:
+    """`high` or `low`, and the rest, of high:NAME; None without one of them."""
+    side, colon, rest = given.partition(":")
+    return (side, rest) if colon and side in ("high", "low") else (None, given)
 
 
 def describe_old_setting(key: str, value: object) -> str | None:

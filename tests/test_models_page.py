@@ -73,19 +73,18 @@ TESTS: dict[str, tuple[str | tuple[str, ...], ...]] = {
     ),
     "`model.single_file`": (
         SINGLE,
-        ONE_OF_TWO,
+        ("load/test_two_files::test_two_files_are_the_video_of_the_folder", ONE_OF_TWO),
         SINGLE,
-        (SINGLE, "load/test_single_file::test_a_file_of_two_pictures_is_refused", ONE_OF_TWO),
+        (SINGLE, "load/test_two_files::test_every_tensor_is_that_of_the_folder"),
         SINGLE,
     ),
     "`model.storage`, GGUF": (
         (GGUF, FP8),
-        (FP8, ONE_OF_TWO),
+        (GGUF, FP8),
         (GGUF, FP8),
         (
-            "load/test_quantised::test_a_gguf_file_of_a_model_of_pictures",
+            "load/test_quantised::test_gguf_files_of_models_of_pictures",
             "load/test_block_offload::test_videos_of_pictures",  # in fp8
-            ONE_OF_TWO,
         ),
         (GGUF, FP8),
     ),

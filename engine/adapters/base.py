@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -305,6 +306,7 @@ class ModelAdapter(ABC):
         exact_decode_is_bounded: whether the memory of `whole` does not grow with the length of the video.
         latent_tensors: fp32 tensors of the latents' size that are alive between steps, the scheduler's included.
         single_file_marks: by part, the suffix of a tensor's name that identifies it in a single file of the model's authors.
+        single_file_names: diffusers' names of tensors of such a file, by the end of the authors' name, where diffusers does not convert it.
         counts_frames: whether temporal positions are frame numbers that grow beyond those of training, as `riflex` needs.
         text_arguments: arguments of the pipeline's call that take the tensors of a `Text`, in order.
     """
@@ -324,6 +326,7 @@ class ModelAdapter(ABC):
     exact_decode_is_bounded: ClassVar[bool]
     latent_tensors: ClassVar[int]
     single_file_marks: ClassVar[Mapping[str, str]]
+    single_file_names: ClassVar[Mapping[str, str]] = MappingProxyType({})
     counts_frames: ClassVar[bool] = False
     text_arguments: ClassVar[tuple[str, ...]]
 

@@ -55,6 +55,7 @@ class WanAdapter(ModelAdapter):
     counts_frames = True
     latent_tensors = 4  # they, two model outputs and the last sample of the multistep solver
     single_file_marks = MappingProxyType({"transformer": "head.modulation"})
+    single_file_names = MappingProxyType({"img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed"})  # of FLF2V
 
     def video_spec(
         self, transformer: dict[str, Any], vae: dict[str, Any], index: Mapping[str, Any] | None = None

@@ -15,7 +15,7 @@ from engine.errors import UserError
 from engine.identity import latents_settings
 from engine.load.hub import fetch
 from engine.load.loras import Lora, find_loras
-from engine.load.single_file import find_single_file
+from engine.load.single_file import find_single_files
 from engine.load.weights import deciding_files, read_config
 from engine.paths import find_checkpoint
 
@@ -78,7 +78,7 @@ class Checkpoint:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 in hex of the checkpoint's version, and the names, sizes and contents of its files and the single file beside it,
+        """SHA-256 in hex of the checkpoint's version, and the names, sizes and contents of its files and the single files beside it,
         and the contents and scales of its LoRAs.
 
         For a hub checkpoint only the commit and the JSON files are hashed, since a rank may not have its weights yet. Of a file
@@ -90,8 +90,8 @@ class Checkpoint:
         digest = hashlib.sha256((self.folder.resolve().name if self.from_hub else "").encode())
         files = [path for path in deciding_files(self.folder) if path.suffix == ".json" or not self.from_hub]
         named = [(str(file.relative_to(self.folder)), file) for file in files]
-        single = find_single_file(self.config)
-        named += [(single.name, single)] if single is not None else []
+        for expert, file in find_single_files(self.config).items():
+            named.append((file.name if expert == EXPERTS[0] else f"{expert} {file.name}", file))
         for name, file in named:
             size = file.stat().st_size
             digest.update(f"{name} {size}\n".encode())

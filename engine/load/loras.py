@@ -6,7 +6,7 @@ tensors that diffusers drops from a valid one are reported (`Lora.dropped`).
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,9 +18,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.adapters import ModelAdapter
-from engine.adapters.base import EXPERTS, says_expert, says_one_of_two
+from engine.adapters.base import EXPERTS
 from engine.config import ModelConfig, split_expert, split_scale
 from engine.errors import UserError, first_line, is_out_of_memory
+from engine.load.experts import check_side, expert_of
 from engine.load.hub import FLOATS, commit_of, fetch_file, hub_file
 from engine.load.weights import broken_file, build_part
 from engine.paths import SHIPPED, expand
@@ -236,8 +237,8 @@ def _may_be_of_hub(name: str) -> bool:
 def _find(given: str, config: ModelConfig) -> Lora:
     side, named = split_expert(given)
     name, scale = split_scale(named)
-    _check_side(name, side)
-    expert = EXPERTS[side == "low"]
+    check_side(name, side, "LoRA")
+    expert = expert_of(given)
     for path in (expand(name), SHIPPED / name):
         if path.is_dir():
             return Lora(path=_only_file(path), scale=scale, from_hub=False, expert=expert)
@@ -250,34 +251,6 @@ def _find(given: str, config: ModelConfig) -> Lora:
         )
     path = fetch_file(*hub, what=f"the LoRA {name!r}", offline=config.offline)
     return Lora(path=path, scale=scale, from_hub=True, expert=expert)
-
-
-def _check_side(name: str, side: str | None) -> None:
-    """Refuse a LoRA whose file name says that it is for another one of two transformers."""
-    if side is None and says_one_of_two(name):
-        raise UserError(
-            f"the LoRA {name} is of one of the two transformers of Wan2.2 A14B, by its name: give it as high:{name} or low:{name}, to a "
-            "checkpoint that has two"
-        )
-    if side is not None and says_expert(name) not in (None, side):
-        raise UserError(
-            f"{side}:{name} puts a LoRA of the other transformer there, by its name; give it as {says_expert(name)}:{name}"
-        )
-
-
-def check_sides(loras: Sequence[str], experts: Sequence[str]) -> None:
-    """Raise UserError unless LoRAs name their transformer (`high:`, `low:`) exactly if there are two."""
-    for given in loras:
-        side, name = split_expert(given)
-        if side is None and len(experts) > 1:
-            raise UserError(
-                f"this checkpoint has two transformers: say which of them the LoRA {name} changes, high:{name} (noisy steps, transformer) or "
-                f"low:{name} (the others, transformer_2)"
-            )
-        if side is not None and len(experts) == 1:
-            raise UserError(
-                f"this checkpoint has one transformer, and the LoRA {given} names one of two; give it as {name}"
-            )
 
 
 def _only_file(folder: Path) -> Path:

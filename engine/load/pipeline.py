@@ -1,6 +1,6 @@
 """Load checkpoints in Diffusers layout; every fault of their files is a UserError of one line."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,12 @@ from engine.errors import UserError, first_line, is_out_of_memory
 from engine.load.block_offload import offload_blocks
 from engine.load.checkpoint import Checkpoint, find_adapter, open_checkpoint
 from engine.load.convolutions import use_onednn
+from engine.load.experts import check_sides
 from engine.load.hub import quiet
 from engine.load.loras import find_loras
 from engine.load.quantised import check_storage, store
 from engine.load.sharded_weights import check_placement
-from engine.load.single_file import SingleFile, open_single_file
+from engine.load.single_file import SingleFile, open_single_files
 from engine.load.weights import WEIGHT_FOLDERS, check_part, lfs_pointer, read_config, unfinished
 from engine.paths import is_pickle
 from engine.progress import no_library_bars
@@ -65,14 +66,14 @@ def load_pipeline(
     check_placement(config, device, text_device)
     check_storage(config)
     encoders = {"text_encoder": with_text, "image_encoder": with_text if with_pictures is None else with_pictures}
-    checkpoint, single = fetch_parts(config, [part for part in WEIGHT_FOLDERS if encoders.get(part, True)])
+    checkpoint, single_files = fetch_parts(config, [part for part in WEIGHT_FOLDERS if encoders.get(part, True)])
     adapter, folder = checkpoint.adapter, checkpoint.folder
     with _faults_as_lines(config.path), no_library_bars():
-        vae = load_vae(adapter, folder, single)
-        given = {"scheduler": _load_beside(adapter, folder, "scheduler")}
+        vae = load_vae(adapter, folder, single_files.get("vae"))
+        given: dict[str, Any] = {"scheduler": _load_beside(adapter, folder, "scheduler")}
         given |= _load_beside_encoders(checkpoint, encoders)
-        if single is not None and "transformer" in single.parts:
-            given["transformer"] = single.load(adapter, folder, "transformer", dtype)
+        for part in checkpoint.experts:
+            given |= {part: single_files[part].load(adapter, folder, part, dtype)} if part in single_files else {}
         kind = adapter.pipeline_of(checkpoint.read("model_index.json"))
         pipe = kind.from_pretrained(folder, vae=vae, dtype=dtype, use_safetensors=True, **given)
     for lora in find_loras(config):
@@ -117,30 +118,31 @@ def _load_beside_encoders(checkpoint: Checkpoint, loaded: Mapping[str, bool]) ->
 
 def load_vae_alone(config: ModelConfig) -> tuple[VideoSpec, Any]:
     """Load the VAE in float32 on the CPU, with the checkpoint's numbers; no other weights are fetched, checked or read."""
-    checkpoint, single = fetch_parts(config, ("vae",))
+    checkpoint, single_files = fetch_parts(config, ("vae",))
     with _faults_as_lines(config.path), no_library_bars():
-        return checkpoint.vae_spec, load_vae(checkpoint.adapter, checkpoint.folder, single)
+        return checkpoint.vae_spec, load_vae(checkpoint.adapter, checkpoint.folder, single_files.get("vae"))
 
 
-def fetch_parts(config: ModelConfig, parts: Sequence[str]) -> tuple[Checkpoint, SingleFile | None]:
-    """Fetch and check the `parts` of a checkpoint, and the single file that replaces some of them."""
-    single = None
-    if config.single_file is not None:
-        single = open_single_file(config, open_checkpoint(config).adapter)
-    elsewhere = single.parts if single is not None else ()
+def fetch_parts(config: ModelConfig, parts: Sequence[str]) -> tuple[Checkpoint, dict[str, SingleFile]]:
+    """Fetch and check the `parts` of a checkpoint, and the single files, by part, that replace some of them."""
+    elsewhere: dict[str, SingleFile] = {}
+    if config.single_files:
+        small = open_checkpoint(config)
+        check_sides(config.single_files, small.experts, "file", "replaces")
+        elsewhere = open_single_files(config, small.adapter)
     checkpoint = open_checkpoint(config, [part for part in parts if part not in elsewhere])
     checkpoint.check_index()
     absent = {*EXPERTS} - {*checkpoint.experts} | ({"image_encoder"} - {*checkpoint.encoders})
     parts = [part for part in parts if part not in absent]
     check_folder(checkpoint.folder, parts, elsewhere=elsewhere)
-    if single is not None:
-        single.check(checkpoint.adapter, checkpoint.folder)
-    return checkpoint, single
+    for part, single in elsewhere.items():
+        single.check(checkpoint.adapter, checkpoint.folder, part)
+    return checkpoint, elsewhere
 
 
 def load_vae(adapter: ModelAdapter, folder: Path, single: SingleFile | None = None) -> Any:
-    """Load the VAE in float32 on the CPU, from the single file if that contains it."""
-    if single is not None and "vae" in single.parts:
+    """Load the VAE in float32 on the CPU, from the single file that contains it if there is one."""
+    if single is not None:
         vae = single.load(adapter, folder, "vae", torch.float32)
     else:
         vae = adapter.vae_class.from_pretrained(folder, subfolder="vae", dtype=torch.float32, use_safetensors=True)
@@ -148,7 +150,7 @@ def load_vae(adapter: ModelAdapter, folder: Path, single: SingleFile | None = No
     return vae
 
 
-def check_folder(folder: Path, parts: Sequence[str], *, elsewhere: Sequence[str] = ()) -> None:
+def check_folder(folder: Path, parts: Sequence[str], *, elsewhere: Collection[str] = ()) -> None:
     """Raise UserError unless the folder holds a known model with complete `parts`: every file, and every tensor in its shape.
 
     For parts whose weights are `elsewhere` only the configurations are checked.

@@ -16,17 +16,16 @@ from engine.load.checkpoint import open_checkpoint
 from engine.load.hub import commit_of
 from engine.load.loras import Lora
 from engine.load.quantised import count_stored
-from engine.load.single_file import find_single_file
+from engine.load.single_file import find_single_files, is_of_hub
 from engine.load.weights import WEIGHT_FOLDERS, deciding_files
-from engine.paths import expand
 from parallel.zero3 import device_bytes
 
 
 def describe_weights(config: ModelConfig) -> dict[str, Any]:
     """Describe the files of a loaded checkpoint, from its local copy.
 
-    Returns the `commit` of a hub name, or `sha256` by file of a folder; and for a single file and each
-    LoRA its name, sha256 and, from the hub, commit. Files are read whole, once per process: some seconds per 10 GB.
+    Returns the `commit` of a hub name, or `sha256` by file of a folder; and for each single file (`single_file`,
+    `single_file_2` of transformer_2) and LoRA its name, sha256 and, from the hub, commit. Files are read whole, once per process: some seconds per 10 GB.
     """
     checkpoint = open_checkpoint(config, offline=True)
     found: dict[str, Any] = {}
@@ -35,11 +34,10 @@ def describe_weights(config: ModelConfig) -> dict[str, Any]:
         found["commit"] = folder.name  # the hub's local copy is named after it
     else:
         found["sha256"] = {str(file.relative_to(folder)): sha256_of(file) for file in deciding_files(folder)}
-    single = find_single_file(config)
-    if single is not None:
-        found["single_file"] = {"name": single.name, "sha256": sha256_of(single)}
-        if not expand(config.single_file or "").is_file():  # then it is the hub's: .../snapshots/COMMIT/...
-            found["single_file"]["commit"] = commit_of(single)
+    for given, (expert, file) in zip(config.single_files, find_single_files(config).items(), strict=True):
+        commit = {"commit": commit_of(file)} if is_of_hub(given) else {}
+        key = "single_file" if expert == EXPERTS[0] else "single_file_2"
+        found[key] = {"name": file.name, "sha256": sha256_of(file), **commit}
     if checkpoint.loras:
         found["loras"] = [_describe_lora(lora, checkpoint.adapter) for lora in checkpoint.loras]
     return found

@@ -1,8 +1,8 @@
 """Weights in one file, in the layout that a model's authors publish, in place of parts of a checkpoint in Diffusers layout.
 
-diffusers converts the names, but does not check that every tensor is present, and rounds modules that it keeps in fp32 when it
-loads a folder. This module does both, so that a file and a folder with the same weights make the same video. GGUF files hold
-quantised weights, which stay so: a layer's are made whole while it runs.
+diffusers converts the names, but not all of them, does not check that every tensor is present, and rounds modules that it keeps in
+fp32 when it loads a folder. This module does all three, so that a file and a folder with the same weights make the same video. GGUF
+files hold quantised weights, which stay so: a layer's are made whole while it runs.
 """
 
 import importlib
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from diffusers import GGUFQuantizationConfig
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
@@ -19,9 +20,10 @@ from diffusers.models.model_loading_utils import load_gguf_checkpoint
 from safetensors import SafetensorError, safe_open
 
 from engine.adapters import ModelAdapter
-from engine.adapters.base import refuse_one_of_two
-from engine.config import ModelConfig
+from engine.adapters.base import EXPERTS
+from engine.config import ModelConfig, split_expert
 from engine.errors import UserError, first_line
+from engine.load.experts import check_side, expert_of
 from engine.load.hub import FLOATS, fetch_file, hub_file
 from engine.load.loras import quiet_diffusers
 from engine.load.quantised import require_package
@@ -35,7 +37,7 @@ class SingleFile:
 
     Attributes:
         path: the file.
-        parts: among transformer and vae, those that are read from it.
+        parts: among the transformers and vae, those that are read from it.
         shapes: of its tensors, by the authors' names.
         quantised: bytes of the matrices that stay quantised, likewise.
     """
@@ -45,29 +47,27 @@ class SingleFile:
     shapes: Mapping[str, tuple[int, ...]]
     quantised: Mapping[str, int] = field(default_factory=dict)
 
-    def check(self, adapter: ModelAdapter, folder: Path) -> None:
-        """Raise UserError unless the file holds every tensor of its parts, as the folder's configurations describe them."""
-        for part in self.parts:
-            tensors = {key: torch.empty(shape, device="meta") for key, shape in self.shapes.items()}
-            config = read_config(folder / part / "config.json")
-            kind = _class_of(adapter, part)
-            try:
-                converted = SINGLE_FILE_LOADABLE_CLASSES[kind.__name__]["checkpoint_mapping_fn"](
-                    config=config, checkpoint=tensors
-                )
-            except (KeyError, IndexError, RuntimeError) as error:  # a tensor that the conversion reads is missing
-                raise UserError(
-                    f"{self.path} is not a complete {part} of {adapter.name} ({error!r}); fetch it again"
-                ) from error
-            found = {key: tuple(tensor.shape) for key, tensor in converted.items()}
-            compare_part(adapter, folder / part, part, found=found, where=self.path)
+    def check(self, adapter: ModelAdapter, folder: Path, part: str) -> None:
+        """Raise UserError unless the file holds every tensor of a part, as the folder's configuration describes it."""
+        tensors = _renamed(adapter, {key: torch.empty(shape, device="meta") for key, shape in self.shapes.items()})
+        config = read_config(folder / part / "config.json")
+        convert = SINGLE_FILE_LOADABLE_CLASSES[_class_of(adapter, part).__name__]["checkpoint_mapping_fn"]
+        try:
+            converted = convert(config=config, checkpoint=tensors)
+        except (KeyError, IndexError, RuntimeError) as error:  # a tensor that the conversion reads is missing
+            raise UserError(
+                f"{self.path} is not a complete {part} of {adapter.name} ({error!r}); fetch it again"
+            ) from error
+        found = {key: tuple(tensor.shape) for key, tensor in converted.items()}
+        compare_part(adapter, folder / part, part, found=found, where=self.path)
 
     def load(self, adapter: ModelAdapter, folder: Path, part: str, dtype: torch.dtype) -> Any:
         """Load a part on the CPU, each tensor in the dtype that `from_pretrained` would give it."""
         kind = _class_of(adapter, part)
         if self.path.suffix == ".gguf":
-            return self._load_gguf(kind, folder, part, dtype)
-        model = kind.from_single_file(str(self.path), config=str(folder), subfolder=part, local_files_only=True)
+            return self._load_gguf(adapter, folder, part, dtype)
+        tensors = _renamed(adapter, safetensors.torch.load_file(self.path))
+        model = kind.from_single_file(tensors, config=str(folder), subfolder=part, local_files_only=True)
         kept = kind._keep_in_fp32_modules or ()
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(torch.float32 if set(kept) & set(name.split(".")) else dtype)
@@ -76,7 +76,7 @@ class SingleFile:
                 buffer.data = buffer.data.to(dtype)
         return model
 
-    def _load_gguf(self, kind: Any, folder: Path, part: str, dtype: torch.dtype) -> Any:
+    def _load_gguf(self, adapter: ModelAdapter, folder: Path, part: str, dtype: torch.dtype) -> Any:
         """Load the transformer of a GGUF file: matrices as they are, all else in the dtype that a folder would give it."""
         whole = importlib.import_module("diffusers.quantizers.gguf.utils").dequantize_gguf_tensor
         with quiet_diffusers():  # which tells of each matrix that it keeps in fp32
@@ -84,8 +84,8 @@ class SingleFile:
                 key: tensor if key in self.quantised else whole(tensor)
                 for key, tensor in load_gguf_checkpoint(str(self.path)).items()
             }
-            return kind.from_single_file(
-                tensors,
+            return _class_of(adapter, part).from_single_file(
+                _renamed(adapter, tensors),
                 config=str(folder),
                 subfolder=part,
                 local_files_only=True,
@@ -99,19 +99,40 @@ class SingleFile:
         return sum(self.quantised.values()) + rest * itemsize
 
 
-def find_single_file(config: ModelConfig) -> Path | None:
-    """Find the file of `model.single_file`, downloaded if it is a hub name; None if the setting is unset.
+def find_single_files(config: ModelConfig) -> dict[str, Path]:
+    """Find the files of `model.single_file` by the transformer that they are for, downloaded if they are hub names.
 
-    Raises UserError for a missing file, for formats that can run code or are not safetensors, and for a file name of one of
-    two transformers.
+    Raises UserError for a missing file, for one whose name says that it is for another one of two transformers, and for the same
+    file for both.
     """
-    name = config.single_file
-    if name is None:
-        return None
-    refuse_one_of_two(name)
+    found = {expert_of(given): _find(given, config) for given in config.single_files}
+    if len({path.resolve() for path in found.values()}) < len(found):
+        raise UserError(
+            f"the files of model.single_file, {' and '.join(map(str, found.values()))}, are one; each transformer has its own weights, "
+            "give two files"
+        )
+    return found
+
+
+def open_single_files(config: ModelConfig, adapter: ModelAdapter) -> dict[str, SingleFile]:
+    """Read the tensor names of `model.single_file`, by part; UserError for a file that is broken, quantised, or of another model."""
+    opened = [_open(path, expert, adapter) for expert, path in find_single_files(config).items()]
+    return {part: single for single in opened for part in single.parts}
+
+
+def is_of_hub(given: str) -> bool:
+    """Whether FILE, high:FILE or low:FILE of `model.single_file` is ORGANISATION/NAME/FILE of the hub and not here."""
+    name = split_expert(given)[1]
+    path = Path(name)
+    return len(path.parts) > 2 and not path.is_absolute() and not name.startswith("~") and not path.is_file()
+
+
+def _find(given: str, config: ModelConfig) -> Path:
+    side, name = split_expert(given)
+    check_side(name, side, "file")
     path = expand(name)
     if path.is_file():
-        refuse_one_of_two(str(path.resolve()))
+        check_side(str(path.resolve()), side, "file")
         return path
     hub = hub_file(name)
     if hub is None:
@@ -119,18 +140,14 @@ def find_single_file(config: ModelConfig) -> Path | None:
     return fetch_file(*hub, what=f"model.single_file {name!r}", offline=config.offline)
 
 
-def open_single_file(config: ModelConfig, adapter: ModelAdapter) -> SingleFile | None:
-    """Read the tensor names of `model.single_file`; UserError if it is broken, quantised, or of another model."""
-    path = find_single_file(config)
-    if path is None:
-        return None
-    is_gguf = path.suffix == ".gguf"
-    shapes, quantised = _read_gguf(path) if is_gguf else (_read_safetensors(path), {})
-    parts = tuple(part for part, mark in adapter.single_file_marks.items() if any(key.endswith(mark) for key in shapes))
+def _open(path: Path, expert: str, adapter: ModelAdapter) -> SingleFile:
+    shapes, quantised = _read_gguf(path) if path.suffix == ".gguf" else (_read_safetensors(path), {})
+    marks = {expert if part == EXPERTS[0] else part: mark for part, mark in adapter.single_file_marks.items()}
+    parts = tuple(part for part, mark in marks.items() if any(key.endswith(mark) for key in shapes))
     if not parts:
         raise UserError(
-            f"{path} holds nothing of {adapter.name} in its authors' layout (no tensor called "
-            f"{' or '.join(adapter.single_file_marks.values())}); parts in Diffusers layout go into a folder, model.path"
+            f"{path} holds nothing of {adapter.name} in its authors' layout (no tensor called {' or '.join(marks.values())}); parts in "
+            "Diffusers layout go into a folder, model.path"
         )
     return SingleFile(path=path, parts=parts, shapes=shapes, quantised=quantised)
 
@@ -179,4 +196,14 @@ def _read_gguf(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
 
 
 def _class_of(adapter: ModelAdapter, part: str) -> Any:
-    return {"transformer": adapter.transformer_class, "vae": adapter.vae_class}[part]
+    return adapter.vae_class if part == "vae" else adapter.transformer_class
+
+
+def _renamed(adapter: ModelAdapter, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Tensors by their authors' names, with diffusers' name where it does not convert it."""
+    made = dict(tensors)
+    for key in tensors:
+        for theirs, ours in adapter.single_file_names.items():
+            if key.endswith(theirs):
+                made[key.removesuffix(theirs) + ours] = made.pop(key)
+    return made

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 
@@ -15,7 +14,7 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.given.frames import GivenFrames
 from engine.load.loras import find_local_loras
-from engine.load.single_file import open_single_file
+from engine.load.single_file import is_of_hub, open_single_files
 from engine.planner.choose import choose, choose_by_memory
 from engine.planner.gpu import FOLDER, GpuSpec, read_gpu
 from engine.planner.layout import Degrees
@@ -91,14 +90,10 @@ def check_settings(config: RunConfig, spec: ModelSpec) -> None:
     check_model(config, spec.adapter, spec.video, index=index, transformer=transformer, scheduler=scheduler)
     for lora in find_local_loras(config.model):
         lora.check(spec.adapter, spec.configs["transformer"], f"the transformer of {spec.name}")
-    name = config.model.single_file
-    if name is None:
-        return
-    path = Path(name)
-    # ORGANISATION/NAME/FILE of the hub: the engine fetches it later.
-    of_hub = len(path.parts) > 2 and not path.is_absolute() and not name.startswith("~") and not path.is_file()
-    if not of_hub or config.model.offline or not name.endswith((".safetensors", ".gguf")):
-        open_single_file(config.model, spec.adapter)
+    # The engine fetches those of the hub later.
+    here = tuple(file for file in config.model.single_files if config.model.offline or not is_of_hub(file))
+    if here:
+        open_single_files(replace(config.model, single_file=here), spec.adapter)
 
 
 def join_ranks(config: RunConfig, arrangement: Arrangement, device: torch.device) -> Ranks:

@@ -86,9 +86,14 @@ class ModelSpec:
         return spec_of(self.adapter, configs["transformer"], configs["vae"], self.name, index=configs["model_index"])
 
     @property
-    def num_experts(self) -> int:
+    def experts(self) -> tuple[str, ...]:
         """Transformers, which have one configuration and take turns."""
-        return len(self.adapter.experts_named(self.configs["model_index"]))
+        return self.adapter.experts_named(self.configs["model_index"])
+
+    @property
+    def num_experts(self) -> int:
+        """Their number."""
+        return len(self.experts)
 
     @cached_property
     def image_tokens(self) -> int:

@@ -11,7 +11,7 @@ from engine.adapters.base import DecodeMode
 from engine.config import DecodeConfig, MethodConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.decode.tiling import tiled_share
 from engine.given.frames import GivenFrames, Places
-from engine.load.single_file import open_single_file
+from engine.load.single_file import open_single_files
 from engine.planner.cached import computed_steps
 from engine.planner.gpu import GpuSpec, check_count
 from engine.planner.layout import WHOLE_MODES, Degrees, Layout, lay_out
@@ -36,7 +36,7 @@ class Options:
     Attributes:
         itemsize: bytes of a number in transformer and text encoder.
         storage: model.storage.
-        file_bytes: bytes of the transformer once loaded from a GGUF file; None without one.
+        file_bytes: bytes of each transformer once loaded from a GGUF file, None for one that is not; empty without such files.
         kernel: attention.kernel.
         far: attention.far.
         weights: model.weights.
@@ -50,7 +50,7 @@ class Options:
 
     itemsize: int = 2
     storage: str = "full"
-    file_bytes: int | None = None
+    file_bytes: tuple[int | None, ...] = ()
     kernel: str = "auto"
     far: int | str = "all"
     weights: Literal["resident", "cpu_offload", "block_offload", "zero3"] = "resident"
@@ -62,14 +62,9 @@ class Options:
     decode: DecodeConfig = field(default_factory=DecodeConfig)
 
     @property
-    def stored(self) -> Stored:
-        """How weights are stored."""
-        return Stored(itemsize=self.itemsize, storage=self.storage, file_bytes=self.file_bytes)
-
-    @property
     def quantised(self) -> str | None:
         """What stores the transformer's weights in fewer bits; None if nothing does."""
-        if self.file_bytes is not None:
+        if self.file_bytes:
             return "a GGUF file"
         return None if self.storage == "full" else self.storage
 
@@ -184,9 +179,11 @@ class Case:
     ) -> "Case":
         """The run of a configuration, on so many of these GPUs. A GGUF file of the hub is downloaded: only it has its bytes."""
         options = Options.of(config)
-        file = open_single_file(config.model, spec.adapter) if config.model.is_gguf else None
-        if file is not None:
-            options = replace(options, file_bytes=file.stored_bytes(options.itemsize))
+        if config.model.gguf_files:
+            files = open_single_files(replace(config.model, single_file=config.model.gguf_files), spec.adapter)
+            by_expert = [files.get(expert) for expert in spec.experts]
+            sizes = [None if file is None else file.stored_bytes(options.itemsize) for file in by_expert]
+            options = replace(options, file_bytes=tuple(sizes))
         return cls(
             spec=spec,
             video=config.video,
@@ -197,6 +194,13 @@ class Case:
             options=options,
             given=spec.places(given, config.video),
         )
+
+    @property
+    def stored(self) -> list[Stored]:
+        """How the weights of each transformer are stored."""
+        options = self.options
+        by_file = options.file_bytes or (None,) * self.spec.num_experts
+        return [Stored(itemsize=options.itemsize, storage=options.storage, file_bytes=each) for each in by_file]
 
     @property
     def support(self) -> Support:
@@ -323,16 +327,19 @@ class Case:
     def kept_weights(self, ranks: int) -> dict[str, int]:
         """Bytes of each part that stay on the busiest GPU: whole parts, or with zero3 its shares, if they stay on GPUs.
 
-        Of two transformers both, unless the idle one leaves. With block_offload what is outside the blocks, while the part runs.
+        Of two transformers both, or the larger one if the idle one leaves. With block_offload what is outside the blocks, while the part
+        runs.
         """
         options = self.options
         shared = options.weights == "zero3"
-        kept = self.spec.weight_bytes(
-            options.itemsize, ranks=ranks if shared else 1, stored=None if shared else options.stored
-        )
+        every = [
+            self.spec.weight_bytes(options.itemsize, ranks=ranks if shared else 1, stored=None if shared else stored)
+            for stored in self.stored
+        ]
+        kept, both = every[0], shared or self.idle_expert == "stay"
+        kept["transformer"] = (sum if both else max)(each["transformer"] for each in every)
         if options.weights == "block_offload":
-            kept |= {part: outside for part, (outside, _) in self.spec.offloaded_bytes(options.stored).items()}
-        kept["transformer"] *= self.spec.num_experts if shared or self.idle_expert == "stay" else 1
+            kept |= {part: outside for part, (outside, _) in self._offloaded.items()}
         if shared and options.shards != "device":
             kept |= {"transformer": 0, "text_encoder": 0}
         return kept if options.text_device == "model" else kept | {"text_encoder": 0}
@@ -346,9 +353,14 @@ class Case:
         if options.weights == "zero3":
             gathered = self.spec.gathered_bytes(options.itemsize)
         if options.weights == "block_offload":
-            gathered = {part: blocks for part, (_, blocks) in self.spec.offloaded_bytes(options.stored).items()}
-        gathered["transformer"] += self.spec.whole_bytes(options.stored)
+            gathered = {part: blocks for part, (_, blocks) in self._offloaded.items()}
+        gathered["transformer"] += max(map(self.spec.whole_bytes, self.stored))
         return gathered if options.text_device == "model" else gathered | {"text_encoder": 0}
+
+    @property
+    def _offloaded(self) -> dict[str, tuple[int, int]]:
+        """`ModelSpec.offloaded_bytes` of the largest transformer."""
+        return max(map(self.spec.offloaded_bytes, self.stored), key=lambda part: part["transformer"])
 
     def memory(self, degrees: Degrees, modes: Sequence[Mode]) -> tuple[dict[str, int], int]:
         """Bytes by part, and the peak: text, pictures, denoising and decoding follow each other, so the largest of them counts."""

@@ -241,10 +241,12 @@ def _mixed_weights(measured: Sequence[Measured]) -> list[str]:
 
 def _weights(model: dict[str, Any]) -> dict[str, str]:
     """Return the origin of a record's weights: the commit, and the SHA-256 of each file by name."""
-    single = model.get("single_file")
+    single = {
+        f"{key} {model[key]['name']}": model[key]["sha256"] for key in ("single_file", "single_file_2") if key in model
+    }
     commit = {"commit": model["commit"]} if "commit" in model else {}
     loras = {f"{lora['name']} at {lora['scale']:g}": lora["sha256"] for lora in model.get("loras", [])}
-    return commit | model.get("sha256", {}) | ({single["name"]: single["sha256"]} if single else {}) | loras
+    return commit | model.get("sha256", {}) | single | loras
 
 
 def _beside(path: Path, folder: Path) -> str:

@@ -42,6 +42,8 @@ RECORD: Shape = {
     "model.sha256?{}": str,
     "model.single_file?.name": str,
     "model.single_file?.sha256": str,
+    "model.single_file_2?.name": str,
+    "model.single_file_2?.sha256": str,
     "timeline?[].text": str,
     "timeline?[].start": int,
     "timeline?[].stop": int,

@@ -294,8 +294,16 @@ def test_a_lora_changes_its_own_transformer(folder, tmp_path):
             {"loras": ("high:a.safetensors",)},
             "has one transformer, and the LoRA high:a.safetensors names one of two",
         ),
-        (2, {"single_file": "a.safetensors"}, "would replace one of two transformers, which is not supported"),
-        (2, {"single_file": "a.gguf"}, "a.gguf would replace one of two transformers, which is not supported"),
+        (
+            2,
+            {"single_file": "a.gguf"},
+            "has two transformers: say which of them the file a.gguf replaces, high:a.gguf .* or low:a.gguf",
+        ),
+        (
+            1,
+            {"single_file": ("high:a.gguf", "low:b.gguf")},
+            "has one transformer, and the file high:a.gguf names one of two; give it as a.gguf",
+        ),
         (1, {"idle_expert": "leave"}, "model.idle_expert leave is for a checkpoint of two transformers"),
     ],
 )

@@ -259,7 +259,7 @@ SMALL, LARGE = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.1-T2V-14B-Diffus
 CHANGES: dict[str, dict[str, Any]] = {
     "plain": {},
     "quantised": {"storage": "fp8"},
-    "file": {"file_bytes": 10**10},
+    "file": {"file_bytes": (10**10,)},
     "sharded": {"weights": "zero3"},
 }
 LONG = VideoConfig(num_frames=321, height=480, width=832)

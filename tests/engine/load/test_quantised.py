@@ -31,7 +31,7 @@ from engine.identity import describe_differences
 from engine.load.checkpoint import open_checkpoint
 from engine.load.pipeline import load_pipeline
 from engine.load.quantised import require_package
-from engine.load.single_file import open_single_file
+from engine.load.single_file import open_single_files
 from engine.planner.model import GGUF_WORK_BYTES, Stored, read_model
 from engine.ranks.layouts import Ranks
 from tests.engine import test_ltx_ranks as ltx
@@ -43,7 +43,7 @@ from tests.gguf_files import save_gguf
 from tests.loras import random_lora, save_lora
 from tests.original_layout import ltx_transformer, wan_transformer
 from tests.ranks import run_ranks
-from tests.tiny_pipelines import random_i2v, random_ltx, random_ti2v, random_wan, save_random_wan
+from tests.tiny_pipelines import random_i2v, random_ltx, random_ti2v, random_wan, random_wan22
 
 Q = gguf.GGMLQuantizationType
 FAMILIES = {"wan": wan, "ltx": ltx}
@@ -67,7 +67,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         save_gguf(made[name] / "model-Q8_0.gguf", pipe.transformer.state_dict(), rename, Q.Q8_0)
         if name == "wan":
             save_lora(made[name] / "lora.safetensors", random_lora(pipe.transformer))
-    made["pair"] = save_random_wan(tmp_path_factory.mktemp("pair"), experts=2)
+    made["pair"], pair = tmp_path_factory.mktemp("pair"), random_wan22(head_dim=16)
+    pair.save_pretrained(made["pair"], safe_serialization=True)
+    for side, transformer in (("high", pair.transformer), ("low", pair.transformer_2)):
+        save_gguf(made["pair"] / f"{side}-noise-Q8_0.gguf", transformer.state_dict(), wan_transformer, Q.Q8_0)
     return made
 
 
@@ -169,23 +172,32 @@ def unpack(transformer: nn.Module) -> None:
 
 
 def gguf_of(folder: Path, method: str = "freespec", **model: Any) -> RunConfig:
-    return config_of(folder, method, single_file=str(folder / "model-Q8_0.gguf"), **model)
+    files = [f"{side}:{folder / side}-noise-Q8_0.gguf" for side in ("high", "low")]
+    single = tuple(files) if folder.name.startswith("pair") else str(folder / "model-Q8_0.gguf")
+    return config_of(folder, method, single_file=single, **model)
 
 
-@pytest.mark.parametrize("family", ["wan", "ltx", "5b"])
+@pytest.mark.parametrize("family", ["wan", "ltx", "pair", "5b"])
 def test_a_gguf_file_is_the_video_of_its_values(folders: dict[str, Path], family: str) -> None:
     made = video(gguf_of(folders[family]))
     assert torch.equal(made, video(gguf_of(folders[family]), unpack))
     assert relative(made, video(config_of(folders[family]))) > 1e-3
 
 
-def test_a_gguf_file_of_a_model_of_pictures(tmp_path: Path) -> None:
-    pipe = random_i2v("i2v", head_dim=16)
-    pipe.save_pretrained(tmp_path / "i2v")
-    file = save_gguf(tmp_path / "i2v-Q8_0.gguf", pipe.transformer.state_dict(), wan_transformer, Q.Q8_0)
-    given = first_picture(tmp_path / "first.png", 32, 48)
-    plain = test_pictures.config_of(tmp_path / "i2v", frames=17)
-    config = dataclasses.replace(plain, model=dataclasses.replace(plain.model, single_file=str(file)))
+@pytest.mark.parametrize("kind", ["i2v", "flf2v", "a14b"])
+def test_gguf_files_of_models_of_pictures(kind: str, tmp_path: Path) -> None:
+    pipe = random_i2v(kind, head_dim=16)
+    pipe.save_pretrained(tmp_path / kind)
+    files = [
+        str(save_gguf(tmp_path / f"{part}-Q8_0.gguf", getattr(pipe, part).state_dict(), wan_transformer, Q.Q8_0))
+        for part in ("transformer", "transformer_2")[: 1 + (kind == "a14b")]
+    ]
+    places = ("first", "last")[: 1 + (kind == "flf2v")]
+    pictures = [first_picture(tmp_path / f"{place}.png", 32, 48, where=place).images[0] for place in places]
+    given = GivenFrames(images=tuple(pictures))
+    plain = test_pictures.config_of(tmp_path / kind, frames=17)
+    single = (f"high:{files[0]}", f"low:{files[1]}") if kind == "a14b" else files[0]
+    config = dataclasses.replace(plain, model=dataclasses.replace(plain.model, single_file=single))
     made = video(config, given=given)
     assert torch.equal(made, video(config, unpack, given))
     assert relative(made, video(plain, given=given)) > 1e-3
@@ -245,6 +257,7 @@ def test_ranks_make_the_video_of_one(folders: dict[str, Path], tmp_path: Path) -
         Case(str(folders["wan"]), degrees, "freespec", kind) for kind in storages for degrees in ((1, 2, 1), (2, 1, 1))
     ]
     cases += [Case(str(folders["ltx"]), (1, 2, 1), "freespec", kind) for kind in storages]
+    cases += [Case(str(folders["pair"]), degrees, "freespec", "gguf") for degrees in ((1, 1, 2), (2, 1, 1))]
     for case, by_rank in zip(cases, run_ranks(2, on_ranks, cases, tmp_path), strict=True):
         expected = on_one_rank(case.config)
         assert all(torch.equal(latents, expected) for latents in by_rank), case
@@ -263,7 +276,7 @@ def test_the_planner_counts_the_bytes_that_are_resident(
     with LongVideoEngine(config) as engine:
         told = engine.facts.model
     spec = read_model(config.model)
-    file = open_single_file(config.model, spec.adapter)
+    file = open_single_files(config.model, spec.adapter).get("transformer")
     stored = Stored(
         itemsize=itemsize,
         storage=config.model.storage,

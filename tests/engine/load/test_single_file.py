@@ -18,7 +18,7 @@ from engine.adapters.published import PUBLISHED
 from engine.config import ModelConfig
 from engine.errors import UserError
 from engine.load.pipeline import load_pipeline, load_vae_alone
-from engine.load.single_file import SingleFile, open_single_file
+from engine.load.single_file import SingleFile, open_single_files
 from tests.original_layout import ltx_transformer, ltx_vae, wan_transformer
 from tests.tiny_pipelines import random_i2v, random_ti2v, random_wan, save_random_ltx
 
@@ -44,6 +44,11 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 @pytest.fixture(scope="module")
 def i2v(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     return of_wan(random_i2v("i2v"), tmp_path_factory.mktemp("i2v") / "whole")
+
+
+@pytest.fixture(scope="module")
+def flf2v(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    return of_wan(random_i2v("flf2v"), tmp_path_factory.mktemp("flf2v") / "whole")
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +98,7 @@ def assert_same(first: torch.nn.Module, second: torch.nn.Module) -> None:
     [
         *itertools.product(("wan", "ltx"), ("float32", "bfloat16", "float16")),
         ("i2v", "bfloat16"),
+        ("flf2v", "bfloat16"),
         ("ti2v", "bfloat16"),
     ],
 )
@@ -107,11 +113,14 @@ def test_every_tensor_is_that_of_the_folder(family: str, dtype: str, request: py
         assert single.transformer.condition_embedder.time_embedder.linear_1.weight.dtype == torch.float32
 
 
-def test_a_file_of_two_pictures_is_refused(tmp_path: Path) -> None:
-    """diffusers does not convert their positions."""
-    given = of_wan(random_i2v("flf2v"), tmp_path / "whole")
-    with pytest.raises(UserError, match=r"lacks condition_embedder\.image_embedder\.pos_embed") as caught:
-        load_pipeline(config_of(given.bare, given.file))
+def test_the_positions_of_two_pictures_are_of_the_file(flf2v: SimpleNamespace, tmp_path: Path) -> None:
+    """diffusers does not convert their name, and would leave them out."""
+    name = "model.diffusion_model.img_emb.emb_pos"
+    assert flf2v.tensors[name].abs().max() > 0.1
+    fewer = {key: tensor for key, tensor in flf2v.tensors.items() if key != name}
+    safetensors.torch.save_file(fewer, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"lacks condition_embedder\.image_embedder\.pos_embed, by .*") as caught:
+        load_pipeline(config_of(flf2v.bare, tmp_path / "model.safetensors"))
     assert "\n" not in str(caught.value)
 
 
@@ -171,14 +180,14 @@ def test_a_file_that_is_cut_short_or_a_pointer_is_one_line(wan: SimpleNamespace,
         ("A/B/weights.ckpt", "is a pickle"),
         (
             "Comfy-Org/Wan_2.2/wan2.2_t2v_high_noise_14B_fp16.safetensors",
-            "high_noise.*either of them alone gives a wrong",
+            "the file .*high_noise_14B_fp16.safetensors is of one of the two transformers .* give it as high:Comfy-Org/Wan_2.2/wan2.2_t2v_high",
         ),
         (
             "A/Wan2.2-T2V-A14B/low_noise_model/model.safetensors",
-            "low_noise_model/model.safetensors: it denoises with two",
+            "low_noise_model/model.safetensors is of one of the two transformers",
         ),
-        ("A/B/Wan2_2-T2V-A14B-LOW_bf16.safetensors", "denoises with two transformers"),
-        ("wan22_t2v_14B_HIGH.safetensors", "denoises with two transformers"),
+        ("A/B/Wan2_2-T2V-A14B-LOW_bf16.safetensors", "is of one of the two transformers"),
+        ("wan22_t2v_14B_HIGH.safetensors", "is of one of the two transformers"),
         ("A/B/wan2.2_ti2v_5B_high.safetensors", r"model\.offline is true"),
         ("A/B/wan2.1_t2v_14B_highres.safetensors", r"model\.offline is true"),
         ("weights.sft", r"must be a \.safetensors or a \.gguf file, got 'weights\.sft'"),
@@ -197,7 +206,7 @@ def test_a_link_to_one_of_two_transformers_is_refused(wan: SimpleNamespace, tmp_
     named = tmp_path / "wan2.2_t2v_low_noise_14B_fp16.safetensors"
     shutil.copy(wan.file, named)
     (tmp_path / "mine.safetensors").symlink_to(named)
-    with pytest.raises(UserError, match=r"low_noise_14B_fp16\.safetensors: it denoises with two transformers"):
+    with pytest.raises(UserError, match=r"low_noise_14B_fp16\.safetensors is of one of the two transformers"):
         load_pipeline(config_of(wan.bare, tmp_path / "mine.safetensors"))
 
 
@@ -231,6 +240,8 @@ def originals(name: str) -> tuple[ModelAdapter, dict[str, tuple[int, ...]]]:
 KNOWN = {
     "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": "head.modulation",
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": "head.modulation",
+    "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": "img_emb.emb_pos",
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": "head.modulation",
     "Lightricks/LTX-Video": "vae.decoder.up_blocks.9.res_blocks.0.conv1.conv.weight",
     "diffusers/LTX-Video-0.9.1": "vae.decoder.last_time_embedder.timestep_embedder.linear_1.weight",
     "Lightricks/LTX-Video-0.9.5": "vae.decoder.last_scale_shift_table",
@@ -247,12 +258,13 @@ def test_files_of_the_real_sizes_fit_the_published_configurations(name: str, tmp
     parts = ("transformer", "vae") if name in LTX_VERSIONS else ("transformer",)
     found = {part for part, mark in adapter.single_file_marks.items() if any(key.endswith(mark) for key in shapes)}
     assert found == set(parts)
-    SingleFile(path=Path("a.safetensors"), parts=parts, shapes=shapes).check(adapter, tmp_path)
+    for part in parts:
+        SingleFile(path=Path("a.safetensors"), parts=parts, shapes=shapes).check(adapter, tmp_path, part)
     fewer = {key: shape for key, shape in shapes.items() if not key.endswith("transformer_blocks.3.scale_shift_table")}
     fewer = {key: shape for key, shape in fewer.items() if not key.endswith("blocks.3.modulation")}
     assert len(fewer) == len(shapes) - 1
     with pytest.raises(UserError, match=r"a\.safetensors lacks .*blocks\.3\.scale_shift_table"):
-        SingleFile(path=Path("a.safetensors"), parts=parts, shapes=fewer).check(adapter, tmp_path)
+        SingleFile(path=Path("a.safetensors"), parts=parts, shapes=fewer).check(adapter, tmp_path, "transformer")
 
 
 def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
@@ -263,8 +275,10 @@ def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
         config = PUBLISHED["Lightricks/LTX-Video-0.9.5"][part]
         (tmp_path / part / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"a\.safetensors (lacks|has another shape for)"):
-        SingleFile(path=Path("a.safetensors"), parts=("transformer", "vae"), shapes=shapes).check(adapter, tmp_path)
+        SingleFile(path=Path("a.safetensors"), parts=("transformer", "vae"), shapes=shapes).check(
+            adapter, tmp_path, "vae"
+        )
 
 
 def test_without_a_setting_there_is_no_file(wan: SimpleNamespace) -> None:
-    assert open_single_file(config_of(wan.whole), adapter_named({"_class_name": "WanPipeline"}, "")) is None
+    assert open_single_files(config_of(wan.whole), adapter_named({"_class_name": "WanPipeline"}, "")) == {}
