@@ -192,8 +192,8 @@ class ModelConfig:
 
     @property
     def single_files(self) -> tuple[str, ...]:
-        """The files of `single_file`: FILE, or high:FILE and low:FILE, or one of these."""
-        return (self.single_file,) if isinstance(self.single_file, str) else self.single_file or ()
+        """The files of `single_file`: FILE, or high:FILE and low:FILE, in this order, or one of these."""
+        return (self.single_file,) if isinstance(self.single_file, str) else tuple(sorted(self.single_file or ()))
 
     @property
     def gguf_files(self) -> tuple[str, ...]:

@@ -24,8 +24,9 @@ from parallel.zero3 import device_bytes
 def describe_weights(config: ModelConfig) -> dict[str, Any]:
     """Describe the files of a loaded checkpoint, from its local copy.
 
-    Returns the `commit` of a hub name, or `sha256` by file of a folder; and for each single file (`single_file`,
-    `single_file_2` of transformer_2) and LoRA its name, sha256 and, from the hub, commit. Files are read whole, once per process: some seconds per 10 GB.
+    Returns the `commit` of a hub name, or `sha256` by file of a folder; and for each single file (`single_file`, and
+    `single_file_2` of transformer_2) and each LoRA its name, sha256 and, from the hub, commit. Files are read whole, once per
+    process: some seconds per 10 GB.
     """
     checkpoint = open_checkpoint(config, offline=True)
     found: dict[str, Any] = {}
