@@ -3,7 +3,6 @@
 They become latent frames, see `engine.given.known`. Imports no torch.
 """
 
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,14 +23,10 @@ class Places:
     Attributes:
         first: whether latent frames from the first on are given, whose tokens have timestep 0.
         moments: frames of the video, ascending, of pictures whose tokens stand beside those of the video.
-        shortest: the fewest frames of a video that has all given frames.
-        sized: whether a video to continue fixes height and width.
     """
 
     first: bool = False
     moments: tuple[int, ...] = ()
-    shortest: int = 1
-    sized: bool = False
 
 
 Shows = Literal["whole", "new"]
@@ -136,13 +131,6 @@ class GivenFrames:
     def latent(self, image: GivenImage, num_frames: int, fps: int, step: int) -> int:
         """The latent frame that an image fills: the one that contains its frame of the video."""
         return -(-round(image.frame(num_frames, fps)) // step)
-
-    def shortest(self, *, num_frames: int, fps: int, step: int) -> int:
-        """The fewest frames of a video with these images, of which only `last` moves; of `extend` one latent frame counts."""
-        fixed = [0] if self.extend is not None else []
-        fixed += [math.ceil(image.frame(num_frames, fps) / step) for image in self.images if image.where != "last"]
-        moves = any(image.where == "last" for image in self.images)
-        return 1 + step * max(0, max(fixed, default=-1) + moves)
 
     def record(
         self, *, num_frames: int, fps: int, step: int, begun: int, pictures: Sequence[str] = ()

@@ -6,7 +6,9 @@ are unchanged. A picture where the checkpoint was trained for one is its `Condit
 checkpoint that `takes_prefix`: those of a video to continue, or of a picture, never have noise.
 """
 
+import contextlib
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ from parallel.mesh import SeqMesh
 _LATENTS = ".safetensors"
 # A video at 23.976 frames a second may be continued at 24.
 _RATE_ERROR = 0.01
+_NO_VIDEO = "--extend {} cannot be read as a video"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,8 +107,34 @@ def check_places(given: GivenFrames | None, spec: VideoSpec, *, num_frames: int,
             two of them fill one latent frame, or no frame is left to make.
     """
     check_needs(given, spec, num_frames=num_frames, fps=fps)
+    if given is not None:
+        _check_room(given, spec, num_frames=num_frames, fps=fps, begun=begun)
+
+
+def lengths_with(given: GivenFrames | None, spec: VideoSpec, lengths: Iterable[int], *, fps: int) -> list[int]:
+    """Those of these numbers of frames that have the given frames and one left to make.
+
+    Of a video to continue whose file is not here one latent frame counts.
+    """
     if given is None:
-        return
+        return list(lengths)
+    begun = 1 if given.extend is None or not given.extend.exists() else count_begun(given.extend, spec)
+    found = []
+    for frames in lengths:
+        with contextlib.suppress(UserError):
+            _check_room(given, spec, num_frames=frames, fps=fps, begun=begun)
+            found.append(frames)
+    return found
+
+
+def count_begun(path: Path, spec: VideoSpec) -> int:
+    """Latent frames of a video to continue, which is saved latents or a video file; UserError if it cannot be read."""
+    if path.suffix == _LATENTS:
+        return load_latents(path)[0].shape[2]
+    return _whole_latents(_measured(path)[0], spec)
+
+
+def _check_room(given: GivenFrames, spec: VideoSpec, *, num_frames: int, fps: int, begun: int) -> None:
     step = spec.temporal_factor
     begun = 0 if given.extend is None else begun
     taken: dict[int, GivenImage] = {}
@@ -125,7 +154,7 @@ def check_places(given: GivenFrames | None, spec: VideoSpec, *, num_frames: int,
     trained = given.trained(num_frames=num_frames, fps=fps, pictures=spec.pictures)
     seen = [image for place, image in trained.items() if place != "first" or not spec.takes_prefix]
     fixed = begun + sum(image not in seen for image in given.images)
-    if fixed == spec.latent_shape(num_frames, 0, 0)[2]:
+    if fixed >= spec.latent_shape(num_frames, 0, 0)[2]:
         raise UserError(
             f"the given frames fill the whole video of {num_frames} frame{'s' * (num_frames > 1)}, and none is left to make; set "
             f"video.num_frames to {num_frames + step} or more"
@@ -234,11 +263,11 @@ def _look_at_begun(path: Path, spec: VideoSpec, *, height: int, width: int, fps:
         raise UserError(f"cannot read --extend {path}: it is not a file")
     if path.suffix == _LATENTS:
         return _load_begun(path, spec, height, width).shape[2], []
-    size, rate = measure(path), frame_rate(path)
-    if size is None or size[0] == 0 or rate is None:
-        raise UserError(f"--extend {path} cannot be read as a video")
+    frames, rows, columns = _measured(path)
+    rate = frame_rate(path)
+    if rate is None:
+        raise UserError(_NO_VIDEO.format(path))
     check_colours(path)
-    frames, rows, columns = size
     if (rows, columns) != (height, width):
         raise UserError(
             f"--extend {path} is {rows} x {columns} pixels, and the video is {height} x {width}; set video.height "
@@ -252,6 +281,14 @@ def _look_at_begun(path: Path, spec: VideoSpec, *, height: int, width: int, fps:
     left_out = frames - spec.num_frames(latents)
     notes = [f"of {path.name} the first {left_out} of {frames} frames are left out, which fill no latent frame"]
     return latents, notes if left_out else []
+
+
+def _measured(path: Path) -> tuple[int, int, int]:
+    """Frames, rows and columns of a video to continue."""
+    size = measure(path)
+    if size is None or size[0] == 0:
+        raise UserError(_NO_VIDEO.format(path))
+    return size
 
 
 def _describe_prefix(path: Path, spec: VideoSpec, begun: int) -> list[str]:
@@ -294,8 +331,7 @@ def _read_begun(
     """Latents [1, z, F, h, w] of the video to continue."""
     if path.suffix == _LATENTS:
         return _load_begun(path, spec, *size)
-    found = measure(path)
-    kept = spec.num_frames(_whole_latents(found[0] if found else 1, spec))
+    kept = spec.num_frames(count_begun(path, spec))
     return encode_frames(adapter, vae, np.stack(deque(read_video(path), maxlen=kept)))
 
 

@@ -57,7 +57,7 @@ def arrange_ranks(
 
     `gpu` describes the ranks' GPUs if they are not those of this machine; None looks at this machine's. `nodes` names the
     node of each rank; None assumes that consecutive ranks fill nodes of the size in the GPU's description. `given` are given frames of
-    the video, whose files are not opened.
+    the video; only the file of `extend` is opened, and only to advise a shorter video.
 
     Raises UserError for degrees that do not fit the number of ranks or the guidance, or that the provider does not support.
     This is checked before the ranks join, since the first rank to exit then would take the store from the others.

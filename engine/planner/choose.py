@@ -6,6 +6,7 @@ from typing import Any
 
 from engine.config import VideoConfig
 from engine.errors import UserError
+from engine.given.known import lengths_with
 from engine.planner.gpu import MOST_GPUS
 from engine.planner.layout import Degrees
 from engine.planner.memory import GIB
@@ -138,15 +139,14 @@ def _describe_need(name: str, memory: Mapping[str, int], peak_bytes: int, case: 
 
 def _shorter(case: Case) -> list[VideoConfig]:
     """Fewer frames, but at least the native length and enough for the given frames, fewest first."""
-    step = case.spec.video.temporal_factor
-    native = (case.method.window_frames - 1) * step + 1
-    fewest = max(native, case.given.shortest)
-    return [replace(case.video, num_frames=frames) for frames in range(fewest, case.video.num_frames, step)]
+    spec, video = case.spec.video, case.video
+    lengths = range(spec.num_frames(case.method.window_frames), video.num_frames, spec.temporal_factor)
+    return [replace(video, num_frames=frames) for frames in lengths_with(case.given, spec, lengths, fps=video.fps)]
 
 
 def _smaller(case: Case) -> list[VideoConfig]:
     """Smaller videos of about the same aspect ratio, smallest first; none if the size is that of a video to continue."""
-    if case.given.sized:
+    if case.given is not None and case.given.extend is not None:
         return []
     video, (rows, columns) = case.video, case.spec.video.size_multiples
     sizes = [

@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -136,10 +136,7 @@ class ModelSpec:
         if given is None:
             return Places()
         of = self.video
-        size = {"num_frames": video.num_frames, "fps": video.fps}
-        places = given.places(**size, pictures=of.pictures, needs=of.needs)
-        shortest = given.shortest(**size, step=of.temporal_factor)
-        return replace(places, shortest=shortest, sized=given.extend is not None)
+        return given.places(num_frames=video.num_frames, fps=video.fps, pictures=of.pictures, needs=of.needs)
 
     @cached_property
     def parameters(self) -> dict[str, int]:

@@ -171,7 +171,7 @@ class Case:
     gpu: GpuSpec
     world_size: int
     options: Options = field(default_factory=Options)
-    given: Places = field(default_factory=Places)
+    given: GivenFrames | None = None
 
     @classmethod
     def of(
@@ -192,8 +192,13 @@ class Case:
             gpu=gpu,
             world_size=world_size,
             options=options,
-            given=spec.places(given, config.video),
+            given=given,
         )
+
+    @cached_property
+    def places(self) -> Places:
+        """The places of conditions without noise."""
+        return self.spec.places(self.given, self.video)
 
     @property
     def stored(self) -> list[Stored]:
@@ -213,7 +218,7 @@ class Case:
             self.method,
             provider=options.provider,
             kernel=options.kernel,
-            beside=len(self.given.moments),
+            beside=len(self.places.moments),
         )
 
     def grid(self) -> tuple[int, int]:
@@ -232,7 +237,7 @@ class Case:
             local_route=self.options.local_route,
             even=self.options.provider != "torch",
             far=self.options.far,
-            given=self.given,
+            given=self.places,
         )
         if self.options.weights != "zero3":
             return layout

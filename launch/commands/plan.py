@@ -2,15 +2,12 @@
 
 import json
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 from engine.checks import check_beside
 from engine.config import RunConfig
-from engine.files.latents import load_latents
 from engine.given.frames import GivenFrames
-from engine.given.known import check_given, check_places
-from engine.media.read_video import measure
+from engine.given.known import check_given, check_places, count_begun
 from engine.planner.arrange import check_settings
 from engine.planner.cached import SCHEDULED
 from engine.planner.choose import choose
@@ -27,12 +24,8 @@ def run(given: Arguments) -> None:
     """Plan, and print the chosen plan first."""
     config, spec = given.config, read_model(given.config.model)
     check_settings(config, spec)
-    notes, begun = _look_at_given(given.given, config, spec)
+    notes = _look_at_given(given.given, config, spec)
     case = Case.of(config, spec, gpu=given.gpu, world_size=given.gpus, given=given.given)
-    if begun:  # a shorter video that is advised has one latent frame more, and one for `last`
-        moves = any(image.where == "last" for image in given.given.images)
-        shortest = max(case.given.shortest, spec.video.num_frames(begun + 1 + moves))
-        case = replace(case, given=replace(case.given, shortest=shortest))
     plans = plan(case)
     parallel = config.parallel
     best = choose(case, (parallel.cfg, parallel.ring, parallel.ulysses), plans=plans)
@@ -40,8 +33,8 @@ def run(given: Arguments) -> None:
     print(json.dumps(as_json(case, plans, notes), indent=2) if given.json else as_text(case, config, plans, notes))
 
 
-def _look_at_given(given: GivenFrames | None, config: RunConfig, spec: ModelSpec) -> tuple[list[str], int]:
-    """Refuse given frames that a run would refuse; returns what is counted, and the latent frames of a video to continue.
+def _look_at_given(given: GivenFrames | None, config: RunConfig, spec: ModelSpec) -> list[str]:
+    """Refuse given frames that a run would refuse; returns what is counted.
 
     Pictures are not opened, and neither they nor that video have to be here.
     """
@@ -52,29 +45,20 @@ def _look_at_given(given: GivenFrames | None, config: RunConfig, spec: ModelSpec
     check_beside(config, of, given, num_frames=video.num_frames)
     if given is None:
         needs = " and ".join(f"--given {place}=FILE" for place in of.needs)
-        return [f"given: this checkpoint needs {needs}, counted as if it were given"] if needs else [], 0
+        return [f"given: this checkpoint needs {needs}, counted as if it were given"] if needs else []
     extend = given.extend
     if extend is None:
-        return [], 0
+        return []
     if not extend.exists():
-        return [f"given: --extend {extend} is not here, so its size and length are not checked"], 0
+        return [f"given: --extend {extend} is not here, so its size and length are not checked"]
     notes = check_given(replace(given, images=()), of, **size, height=video.height, width=video.width)
-    begun = _latents_in(extend, of.temporal_factor)
+    begun = count_begun(extend, of)
     check_places(given, of, **size, begun=begun)
     filled = (
         f"{begun} of {of.latent_shape(video.num_frames, video.height, video.width)[2]} latent frames, "
         f"{of.num_frames(begun)} of {video.num_frames} frames"
     )
-    return [f"given: --extend {extend} fills {filled}", *(f"given: {note}" for note in notes)], begun
-
-
-def _latents_in(extend: Path, step: int) -> int:
-    """Latent frames of saved latents, or of a video file, which `check_given` has read."""
-    if extend.suffix == ".safetensors":
-        return int(load_latents(extend)[0].shape[2])
-    found = measure(extend)
-    assert found is not None, "check_given refuses it"
-    return (found[0] - 1) // step + 1
+    return [f"given: --extend {extend} fills {filled}", *(f"given: {note}" for note in notes)]
 
 
 def as_json(case: Case, plans: list[Plan], notes: list[str]) -> dict[str, Any]:
@@ -118,7 +102,7 @@ def as_text(case: Case, config: RunConfig, plans: list[Plan], notes: list[str]) 
 
 
 def _heading(case: Case, config: RunConfig) -> list[str]:
-    video, spec, beside = config.video, case.spec, len(case.given.moments)
+    video, spec, beside = config.video, case.spec, len(case.places.moments)
     frames, frame_tokens = case.grid()
     pictures = f" and {beside} picture{'s' * (beside > 1)} beside them" if beside else ""
     return [

@@ -1,8 +1,9 @@
 """What the planner counts of pictures that a checkpoint was trained for, and of step caches, against what a small real run holds."""
 
-import contextlib
 import json
+import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from engine.adapters.ltx_published import PUBLISHED
-from engine.config import MethodConfig, ModelConfig, ParallelConfig, RunConfig, SamplerConfig, VideoConfig
+from engine.batch.forecast import gpu_hours
+from engine.batch.variants import Variant
+from engine.config import DecodeConfig, MethodConfig, ModelConfig, ParallelConfig, RunConfig, SamplerConfig, VideoConfig
 from engine.engine import LongVideoEngine
 from engine.errors import UserError
 from engine.files.latents import save_latents
 from engine.given.frames import GivenFrames, Places, parse_given
-from engine.given.known import check_places
+from engine.given.known import check_given
 from engine.media.write_video import write_video
 from engine.planner.arrange import arrange_ranks
 from engine.planner.cached import SCHEDULED
@@ -31,7 +34,7 @@ from engine.planner.choose import _shorter, _smaller, describe_changes
 from engine.planner.cpu import denoising_operations
 from engine.planner.flops import call_operations
 from engine.planner.forward import count_forward
-from engine.planner.gpu import read_gpu
+from engine.planner.gpu import GpuSpec, read_gpu
 from engine.planner.layout import Layout, lay_out
 from engine.planner.memory import GIB, cache_bytes, denoise_peak
 from engine.planner.model import ModelSpec, read_model
@@ -296,34 +299,78 @@ def test_what_a_run_refuses_is_not_planned(
 
 
 @pytest.mark.parametrize(
-    ("words", "shortest"),
+    ("words", "shortest", "without"),
     [
-        ([], None),
-        (["first=a.png"], 1),
-        (["last=a.png"], 1),
-        (["20=a.png"], 25),
-        (["2.05s=a.png"], 25),  # frame 16.4, which a video of 17 frames has not
-        (["first=a.png", "last=b.png"], 9),
-        (["20=a.png", "last=b.png"], 33),
-        (["40=a.png", "20=b.png"], 41),
+        ([], 9, 9),
+        (["first=a.png"], 9, 9),
+        (["last=a.png"], 9, 9),
+        (["20=a.png"], 25, 25),
+        (["2.05s=a.png"], 25, 25),  # frame 16.4, which a video of 17 frames has not
+        (["first=a.png", "last=b.png"], 9, 17),  # as a condition the last picture fills no latent frame
+        (["first=a.png", "8=b.png"], 9, 17),
+        (["20=a.png", "last=b.png"], 25, 33),
+        (["40=a.png", "20=b.png"], 41, 41),
     ],
 )
 def test_a_shorter_video_that_is_advised_has_the_given_frames(
-    ltx: Path, words: list[str], shortest: int | None
+    ltx: Path, words: list[str], shortest: int, without: int
 ) -> None:
+    """`without`: of a checkpoint that was not trained for pictures."""
     config, spec = config_with(ltx), read_model(ModelConfig(path=str(ltx)))
+    config = replace(config, method=replace(config.method, window_frames=2))
+    plain = replace(spec, configs=spec.configs | {"model_index": {"_class_name": "LTXPipeline"}})
+    for of, fewest in ((spec, shortest), (plain, without)):
+        case = Case.of(config, of, gpu=read_gpu("h200"), world_size=1, given=parse_given(words, None))
+        assert [video.num_frames for video in _shorter(case)] == list(range(fewest, 57, 8))
 
-    def lengths(given: GivenFrames | None) -> list[int]:
+
+@pytest.mark.parametrize(("name", "clip_frames", "suffix"), [("wan", 161, "mp4"), ("ltx", 17, "safetensors")])
+def test_a_shorter_video_is_longer_than_the_clip_it_continues(
+    name: str, clip_frames: int, suffix: str, tmp_path: Path
+) -> None:
+    """`generate.py`, `batch.py` and `plan.py` advise the same; short videos of Wan need most memory in the decoder, whatever their length."""
+    video = VideoConfig(num_frames=2 * clip_frames - 1, height=64, width=64, fps=8)
+    config = RunConfig(
+        model=ModelConfig(path=str(ROOT / "tiny" / name), device="cpu"),
+        video=video,
+        method=MethodConfig(name="direct", window_frames=2),
+        decode=DecodeConfig(mode="whole"),
+    )
+    spec, path = read_model(config.model), tmp_path / f"clip.{suffix}"
+    if suffix == "mp4":  # one frame more than fills latent frames
+        write_video(path, np.zeros((clip_frames + 1, 64, 64, 3), np.uint8), fps=8)
+    else:
+        save_latents(path, torch.zeros(spec.video.latent_shape(clip_frames, 64, 64)), {})
+    clip, elsewhere = parse_given([], str(path)), parse_given([], str(tmp_path / "none.mp4"))
+    fewest = clip_frames + spec.video.temporal_factor
+
+    def gpu_for(frames: int, given: GivenFrames | None) -> GpuSpec:
+        """One whose memory is just enough for so many frames."""
         case = Case.of(config, spec, gpu=read_gpu("h200"), world_size=1, given=given)
-        return [video.num_frames for video in _shorter(case)]
+        peak = replace(case, video=replace(video, num_frames=frames)).memory((1, 1, 1), case.modes)[1]
+        return replace(case.gpu, memory_gib=(peak + 1) / GIB, reserved_gib=0)
 
-    given = parse_given(words, None)
-    every = lengths(None)
-    assert every == [17, 25, 33, 41, 49]
-    assert lengths(given) == [frames for frames in every if frames >= (shortest or 1)]
-    for frames in every:  # as a run of so many frames would say
-        with contextlib.nullcontext() if frames in lengths(given) else pytest.raises(UserError):
-            check_places(given, replace(spec.video, pictures=()), num_frames=frames, fps=config.video.fps)
+    def advised(ask: Callable[[], Any]) -> list[int]:
+        with pytest.raises(UserError, match=r"does not fit: .* the smallest change") as refused:
+            ask()
+        return [int(frames) for frames in re.findall(r"video\.num_frames (\d+)", str(refused.value))]
+
+    def made(frames: int, given: GivenFrames | None) -> list[int]:
+        gpu = gpu_for(frames, given)
+        return advised(lambda: arrange_ranks(config, 1, CPU, gpu, given=given))
+
+    assert made(fewest, clip) == [fewest]
+    assert made(clip_frames, elsewhere) == [clip_frames]  # negative control
+    gpu, variant, item = gpu_for(clip_frames, clip), Variant(label="direct", config=config), mock.Mock(variant="direct")
+    asked = replace(read(["--gpus=1", "--gpu=h200"]), config=config, gpu=gpu, given=clip)
+    with mock.patch("engine.batch.forecast.read_gpu", return_value=gpu):
+        batch = advised(lambda: gpu_hours(config, [variant], [item], gpu="h200", ranks=1, given=clip))
+    assert advised(lambda: run(asked)) == batch == made(clip_frames, clip)
+    assert clip_frames not in batch
+    size = {"height": 64, "width": 64, "fps": 8}
+    with pytest.raises(UserError, match=rf"has {clip_frames} frames, and video\.num_frames, which counts them, is"):
+        check_given(clip, spec.video, num_frames=clip_frames, **size)
+    check_given(clip, spec.video, num_frames=fewest, **size)
 
 
 def config_with(ltx: Path, **parallel: Any) -> RunConfig:
@@ -359,14 +406,14 @@ def test_ranks_of_even_shares_are_refused_before_they_join(ltx: Path) -> None:
 def test_a_video_to_continue_is_planned_with_a_timestep_of_each_token(ltx: Path) -> None:
     spec, video = read_model(ModelConfig(path=str(ltx))), VideoConfig(num_frames=57, height=32, width=32)
     continued = parse_given([], "none.mp4")
-    assert spec.places(continued, video) == Places(first=True, sized=True)
+    assert spec.places(continued, video) == Places(first=True)
     assert spec.places(parse_given(["first=none.png"], None), video) == Places(first=True)
     text = replace(spec, configs=spec.configs | {"model_index": {"_class_name": "LTXPipeline"}})
-    assert text.places(continued, video) == Places(first=True, sized=True)
+    assert text.places(continued, video) == Places(first=True)
     assert text.places(parse_given(["first=none.png"], None), video) == Places(first=True)
     assert not text.places(parse_given(["last=none.png"], None), video).first  # the rule without training
     wan = read_model(ModelConfig(path="tiny/wan"))  # negative control: no pictures
-    assert wan.places(continued, video) == Places(sized=True)
+    assert wan.places(continued, video) == Places()
 
 
 def test_no_other_size_is_advised_than_that_of_a_video_to_continue(ltx: Path) -> None:
@@ -374,8 +421,7 @@ def test_no_other_size_is_advised_than_that_of_a_video_to_continue(ltx: Path) ->
     config = replace(config, video=replace(config.video, height=256, width=384))
     case = Case.of(config, spec, gpu=read_gpu("h200"), world_size=1)
     assert _smaller(case)
-    continued = spec.places(parse_given([], "none.mp4"), config.video)
-    assert _smaller(replace(case, given=continued)) == []
+    assert _smaller(replace(case, given=parse_given([], "none.mp4"))) == []
 
 
 def test_the_time_on_a_cpu_counts_pictures(ltx: Path) -> None:
