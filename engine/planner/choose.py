@@ -55,12 +55,12 @@ def describe_changes(case: Case, fixed: FixedDegrees) -> str:
     """Describe the smallest change that makes the case fit, and other single changes that do."""
     trial = _Trial(case=case, fixed=fixed, modes=tuple(case.count_steps()[case.method.name]))
     changes = list(_changes(trial))
-    for weights in ("cpu_offload", "block_offload", "zero3"):  # with as little on the GPU as possible
+    for weights in ("block_offload", "cpu_offload", "zero3"):  # with as little on the GPU as possible
         if (
             not changes
             and case.options.weights == "resident"
             and (weights != "zero3" or case.options.quantised is None)
-            and (weights == "cpu_offload" or case.sampler.cache == "none")
+            and (weights == "cpu_offload" or not _keeps_blocks(case))
         ):
             lean = replace(case, options=replace(case.options, weights=weights))
             changes = [f"model.weights {weights} with {change}" for change in _changes(replace(trial, case=lean))]
@@ -109,22 +109,26 @@ def _changes(trial: _Trial) -> Iterator[str]:
 
 def _placements(case: Case) -> Iterator[tuple[str, dict[str, Any]]]:
     """Other places and dtypes of weights, with the options that they change; one that changes the video comes last."""
-    options = case.options
-    cached = case.sampler.cache != "none"  # a cache excludes places that follow the order of a whole step
+    options, keeps_blocks = case.options, _keeps_blocks(case)
     if options.text_device == "model" and options.weights != "cpu_offload":
         yield "parallel.text_device cpu", {"text_device": "cpu"}
         if options.weights == "resident":
             yield "model.weights cpu_offload", {"weights": "cpu_offload"}
     if case.idle_expert == "stay":
         yield "model.idle_expert leave", {"idle_expert": "leave"}
-    if options.weights == "resident" and case.world_size > 1 and options.quantised is None and not cached:
+    if options.weights == "resident" and case.world_size > 1 and options.quantised is None and not keeps_blocks:
         yield "model.weights zero3", {"weights": "zero3"}
     if options.weights == "zero3" and options.shards == "device":
         yield "model.shards cpu", {"shards": "cpu"}
-    if options.weights in ("resident", "cpu_offload") and not cached:
+    if options.weights in ("resident", "cpu_offload") and not keeps_blocks:
         yield "model.weights block_offload", {"weights": "block_offload"}
-    if options.quantised is None and options.weights != "zero3":
+    if options.quantised is None and options.weights != "zero3" and not options.compile:
         yield "model.storage fp8", {"storage": "fp8"}
+
+
+def _keeps_blocks(case: Case) -> bool:
+    """Whether compiled blocks, or a cache that skips some, exclude places that bring the weights of each block while it runs."""
+    return case.options.compile or case.sampler.cache != "none"
 
 
 def _describe_need(name: str, memory: Mapping[str, int], peak_bytes: int, case: Case) -> str:

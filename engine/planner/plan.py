@@ -46,6 +46,7 @@ class Options:
         local_route: parallel.local_route.
         provider: parallel.provider.
         decode: the settings `decode`.
+        compile: model.compile.
     """
 
     itemsize: int = 2
@@ -60,6 +61,7 @@ class Options:
     local_route: Literal["auto", "halo", "all_to_all"] = "auto"
     provider: Literal["torch", "deepspeed", "xfuser"] = "torch"
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    compile: bool = False
 
     @property
     def quantised(self) -> str | None:
@@ -96,6 +98,7 @@ class Options:
             local_route=config.parallel.local_route,
             provider=config.parallel.provider,
             decode=config.decode,
+            compile=config.model.compile,
         )
 
 

@@ -38,7 +38,7 @@ from engine.planner.gpu import GpuSpec, read_gpu
 from engine.planner.layout import Layout, lay_out
 from engine.planner.memory import GIB, cache_bytes, denoise_peak
 from engine.planner.model import ModelSpec, read_model
-from engine.planner.plan import Case
+from engine.planner.plan import Case, Options
 from engine.presets import read_preset
 from launch.arguments.plan import read
 from launch.commands.plan import run
@@ -179,8 +179,8 @@ def test_each_rank_keeps_its_tokens_and_passes() -> None:
     assert kept == [kept[0], kept[0] // 2, kept[0] // 2, kept[0] // 4]
 
 
-def test_a_change_that_is_advised_is_one_that_the_cache_allows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No weights that a cache excludes, each of which would fit; the embedded model on two GPUs."""
+def test_a_change_that_is_advised_is_one_that_a_cache_or_compiling_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No weights that these exclude, each of which would fit; the embedded model on two GPUs."""
     for name in ("_shorter", "_smaller"):  # which take seconds to search
         monkeypatch.setattr(f"engine.planner.choose.{name}", lambda _case: [])
     config = read_preset("tiny-wan")
@@ -189,14 +189,20 @@ def test_a_change_that_is_advised_is_one_that_the_cache_allows(monkeypatch: pyte
     case = replace(case, video=replace(case.video, num_frames=257))
     peak = min(case.memory(degrees, case.modes)[1] for degrees in case.support.possible(2))
 
-    def advised(each: SamplerConfig, spare: int) -> str:
+    def advised(each: SamplerConfig, spare: int, **options: Any) -> str:
         small = replace(case.gpu, memory_gib=2 + (peak + spare) / GIB, reserved_gib=2)
-        return describe_changes(replace(case, sampler=each, gpu=small), (None, None, None))
+        changed = replace(case, sampler=each, gpu=small, options=replace(case.options, **options))
+        return describe_changes(changed, (None, None, None))
 
+    with_compile = replace(config, model=replace(config.model, compile=True))
     with_cache, without = advised(sampler, 10_000), advised(config.sampler, -10_000)
     assert "sampler.cache none" in with_cache
     assert not any(weights in with_cache for weights in ("zero3", "block_offload"))
+    compiled = advised(config.sampler, -10_000, compile=Options.of(with_compile).compile)
+    assert "GPUs" in compiled
+    assert not any(words in compiled for words in ("zero3", "block_offload", "storage"))
     assert "block_offload" in without  # negative control
+    assert "storage fp8" in without
     assert "sampler.cache" not in without
 
 
