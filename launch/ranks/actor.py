@@ -1,11 +1,13 @@
 """One rank as a Ray actor, which hosts the rank's process on its node. Imports nothing slow."""
 
 import socket
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
 
+from engine.files.processes import is_running
 from launch.ranks.host import ORPHAN_SECONDS, Event, RankHost
 
 
@@ -21,9 +23,10 @@ class RankActor:
 
         A node is named by its host and the first digits of Ray's id: several Ray nodes may have one host.
         """
-        node = f"{socket.gethostname()}/{ray.get_runtime_context().get_node_id()[:8]}"
+        node_id = ray.get_runtime_context().get_node_id()
+        node = f"{socket.gethostname()}/{node_id[:8]}"
         gpus = [str(gpu) for gpu in ray.get_gpu_ids()]
-        return {"node": node, "address": ray.util.get_node_ip_address(), "gpus": gpus}
+        return {"node": node, "node_id": node_id, "address": ray.util.get_node_ip_address(), "gpus": gpus}
 
     def listen(self, address: str) -> int:
         """See `RankHost.listen`."""
@@ -31,12 +34,13 @@ class RankActor:
 
     def start(
         self, command: Sequence[str], environment: Mapping[str, str], log: str | None, cwd: str, lines: Sequence[str]
-    ) -> None:
-        """See `RankHost.start`; `lines` are sent to the rank first."""
+    ) -> tuple[int, int | None] | None:
+        """See `RankHost.start`; `lines` are sent to the rank first. Returns what `wait_until_ended` takes."""
         self._host.start(command, environment, log=log, cwd=cwd)
         self._host.die_unless_polled(ORPHAN_SECONDS)
         for line in lines:
             self._host.send(line)
+        return self._host.process
 
     def send(self, line: str) -> None:
         """See `RankHost.send`."""
@@ -53,3 +57,9 @@ class RankActor:
     def end(self) -> None:
         """See `RankHost.end`."""
         self._host.end()
+
+
+def wait_until_ended(pid: int, started: int | None) -> None:
+    """Return once this process of the node, with this start time, has ended."""
+    while is_running(pid, started):
+        time.sleep(0.05)

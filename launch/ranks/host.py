@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from engine.files.processes import start_time
 from engine.paths import REPOSITORY
 from launch.process.environment import EVENTS, LAST_LINE, LAUNCHER, STORE, without_place
 from launch.process.stopping import SIGNALS, show
@@ -36,7 +37,7 @@ class RankProcesses(Protocol):
 
     @property
     def num_running(self) -> int:
-        """Number of ranks of the last start that have not ended."""
+        """Number of ranks that have been started and are not known to have ended."""
 
     def start(self, setup: Mapping[str, Any] | None) -> None:
         """Start all ranks and send each the setup, if there is one; ranks of an earlier start have ended."""
@@ -55,9 +56,9 @@ class RankProcesses(Protocol):
 
 
 def end_ranks(started: Sequence[RankProcesses]) -> None:
-    """Kill all ranks and wait until they have ended, so that the next command finds their memory free.
+    """Kill all ranks and wait until they are known to have ended, so that the next command finds their memory free.
 
-    Prints a line if some have not after END_SECONDS. Ctrl-C ends the wait alone: what the command has made is reported.
+    Prints a line if some are not after END_SECONDS. Ctrl-C ends the wait alone: what the command has made is reported.
     """
     until = time.monotonic() + END_SECONDS
     with contextlib.suppress(KeyboardInterrupt):
@@ -71,8 +72,8 @@ def end_ranks(started: Sequence[RankProcesses]) -> None:
                 return
             if time.monotonic() > until:
                 show(
-                    f"warning: {left} of {num} ranks had not ended {END_SECONDS:g} s after they were killed, and may still "
-                    "hold memory of a GPU; look for them on their machines before you start another command"
+                    f"warning: {left} of {num} ranks were not seen to end within {END_SECONDS:g} s after they were killed, "
+                    "and may still hold memory of a GPU; look for them on their machines before you start another command"
                 )
                 return
             time.sleep(0.02)
@@ -100,6 +101,11 @@ class RankHost:
         """Whether the rank has been started and has not ended."""
         keeper, process = self._keeper, self._process
         return keeper is not None and keeper.is_alive() and (process is None or process.poll() is None)
+
+    @property
+    def process(self) -> tuple[int, int | None] | None:
+        """Id and start time of the rank's process; None if it could not be started."""
+        return None if self._process is None else (self._process.pid, start_time(self._process.pid))
 
     def listen(self, address: str) -> int:
         """Open the port of the rendezvous; the process that is started next inherits it."""

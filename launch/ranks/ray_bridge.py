@@ -1,7 +1,9 @@
 """A process that holds the connection to Ray for a driver: orders on stdin and events on a pipe, as JSON lines.
 
 Ray prints on its driver's terminal and may end the process when a part of it dies. In a separate process this is harmless:
-the driver notices, requeues the items in flight, and starts another bridge.
+the driver notices, requeues the items in flight, and starts another bridge. It leaves blocked the signals that the driver
+blocks when it starts a process, and a local Ray inherits this: when all processes of a job get SIGTERM (scancel, systemd),
+ranks save their steps, and the actors that they would die with are still there.
 
 Orders: `start` (replica, generation, count, strategy, gpus, command, environment, logs, cwd, lines), `send` (replica, line),
 `interrupt` and `kill` (replica). Events: `open` (address, GPUs of the cluster, and the most that its autoscaler may
@@ -34,10 +36,13 @@ if ADDRESS == "local":
 import ray  # noqa: E402
 from ray.exceptions import GetTimeoutError, RayError  # noqa: E402
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group  # noqa: E402
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy  # noqa: E402
+from ray.util.scheduling_strategies import (  # noqa: E402
+    NodeAffinitySchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
 
-from launch.ranks.actor import RankActor  # noqa: E402
-from launch.ranks.host import END_SECONDS  # noqa: E402
+from launch.ranks.actor import RankActor, wait_until_ended  # noqa: E402
+from launch.ranks.host import END_SECONDS, ORPHAN_SECONDS  # noqa: E402
 
 POLL_SECONDS = 5.0
 NOTE_SECONDS = 5.0
@@ -137,13 +142,15 @@ class RayReplica:
     order: Mapping[str, Any]
     emit: Emit
     _actors: list[Any] = field(default_factory=list)
+    _nodes: list[str] = field(default_factory=list)
+    _processes: list[tuple[int, int | None] | None] = field(default_factory=list)
     _starting: threading.Event = field(default_factory=threading.Event)
     _started: threading.Event = field(default_factory=threading.Event)
     _killed: threading.Event = field(default_factory=threading.Event)
 
     def run(self) -> None:
         """Place, start, and forward events until every rank has ended; an error becomes the `exit` of all ranks."""
-        group, open_ranks = None, set(range(self.order["count"]))
+        group, open_ranks, lost = None, set(range(self.order["count"])), set()
         try:
             group = self._place()
             if group is not None and self._start(group):
@@ -152,10 +159,9 @@ class RayReplica:
         except RayError as error:  # also raised when an actor is killed while it starts
             early = self._killed.is_set() and not self._starting.is_set()
             why = STOPPED if early else f"Ray: {first_line(error)}"
-            with contextlib.suppress(RayError):
-                self._end_started()
+            lost = self._end_started()
         for rank in sorted(open_ranks):
-            self._emit_rank(rank, _gone(why))
+            self._emit_rank(rank, _gone(why, lost=rank in lost))
         with contextlib.suppress(RayError):
             self._release(group)
 
@@ -216,6 +222,7 @@ class RayReplica:
         slots = number_ranks([place["node"] for place in found])
         self._actors = [self._actors[slot.bundle] for slot in slots]
         places = [found[slot.bundle] for slot in slots]
+        self._nodes = [place["node_id"] for place in places]
         address = "127.0.0.1" if slots[0].local_size == order["count"] else places[0]["address"]
         port = ray.get(self._actors[0].listen.remote(address)) if order["count"] > 1 else 0
         self._starting.set()
@@ -240,7 +247,9 @@ class RayReplica:
         self._started.set()
         if self._killed.is_set():
             self._end_ranks()
-        ray.get(starts)
+        self._processes = ray.get(starts)
+        for rank, process in enumerate(self._processes):
+            self._emit_rank(rank, {"event": "started", "process": process})
         return True
 
     def _poll(self, open_ranks: set[int]) -> None:
@@ -251,10 +260,11 @@ class RayReplica:
                 rank = polls.pop(ref)
                 try:
                     events = ray.get(ref, timeout=0)
-                except GetTimeoutError:  # it was ready, and its node has just died
-                    events = [_gone(f"the Ray actor of rank {rank} of {self.order['count']} is lost")]
                 except RayError as error:
-                    events = [_gone(f"the Ray actor of rank {rank} of {self.order['count']}: {first_line(error)}")]
+                    # A timeout of what was ready: its node has just died.
+                    why = " is lost" if isinstance(error, GetTimeoutError) else f": {first_line(error)}"
+                    events = [_gone(f"the Ray actor of rank {rank} of {self.order['count']}{why}", lost=True)]
+                    threading.Thread(target=self._confirm_end, args=(rank,), daemon=True).start()
                 for event in events:
                     self._emit_rank(rank, event)
                 if any(event["event"] == "exit" for event in events):
@@ -265,11 +275,30 @@ class RayReplica:
     def _end_ranks(self) -> list[Any]:
         return [actor.end.remote() for actor in self._actors]
 
-    def _end_started(self) -> None:
-        """Kill the ranks that were started, and wait for their ends."""
-        if self._started.is_set():
+    def _end_started(self) -> set[int]:
+        """Kill the ranks that were started, and wait for their ends; returns those whose end was not seen."""
+        if not self._started.is_set():
+            return set()
+        left = set(range(len(self._actors)))
+        with contextlib.suppress(RayError):
             ends = self._end_ranks()
             ray.wait(ends, num_returns=len(ends), timeout=END_SECONDS)
+            for rank, end in enumerate(ends):
+                with contextlib.suppress(RayError):
+                    ray.get(end, timeout=0)
+                    left.discard(rank)
+        return left
+
+    def _confirm_end(self, rank: int) -> None:
+        """Kill a rank whose actor is lost, if the actor still hears it, and report the end that a task on its node sees."""
+        process = self._processes[rank]
+        there = NodeAffinitySchedulingStrategy(self._nodes[rank], soft=False)
+        with contextlib.suppress(RayError):  # the node is lost too
+            self._actors[rank].end.remote()
+            if process is not None:
+                look = ray.remote(num_cpus=0)(wait_until_ended).options(scheduling_strategy=there)
+                ray.get(look.remote(*process), timeout=ORPHAN_SECONDS)
+            self._emit_rank(rank, {"event": "ended"})
 
     def _kill_actors(self) -> None:
         for actor in self._actors:
@@ -301,9 +330,9 @@ def describe_cluster(bundle: Mapping[str, int]) -> str:
     return f"the cluster has {have} in all and at most {most} on a node"
 
 
-def _gone(why: str) -> dict[str, Any]:
-    """The `exit` event of a rank whose host is gone."""
-    return {"event": "exit", "code": None, "pid": 0, "said": why, "tail": []}
+def _gone(why: str, *, lost: bool = False) -> dict[str, Any]:
+    """The `exit` event of a rank whose host is gone; `lost`: its process may still run, until `ended` follows."""
+    return {"event": "exit", "code": None, "pid": 0, "said": why, "tail": [], "lost": lost}
 
 
 if __name__ == "__main__":

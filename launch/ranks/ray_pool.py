@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.files.processes import is_running
 from launch.process.environment import STRATEGIES, PlacementStrategy
 from launch.ranks.host import ORPHAN_SECONDS, Event, RankHost, end_ranks
 
@@ -16,6 +17,8 @@ BRIDGE = ("-m", "launch.ranks.ray_bridge")
 # Time for a lost cluster to answer again, and for the first answer.
 PATIENCE_SECONDS = 120.0
 OPEN_SECONDS = 180.0
+# A lost rank has ended by then: its actor kills it ORPHAN_SECONDS after the last poll, which takes some seconds itself.
+LOST_SECONDS = ORPHAN_SECONDS + 10.0
 
 
 PLACEMENT_HELP = (
@@ -64,7 +67,7 @@ class RayPool:
         """
         self.gpus = self.most_gpus = 0.0
         self.is_open = False  # until then the bridge takes no orders
-        self._address = address
+        self.address = address
         self._cpus = cpus
         self._log = log
         self._wake = wake
@@ -75,7 +78,7 @@ class RayPool:
 
     def __enter__(self) -> "RayPool":
         """Connect; NoRayError if that fails."""
-        check_ray(self._address)
+        check_ray(self.address)
         self._temporary = tempfile.TemporaryDirectory(prefix="freespec-ray-")
         try:
             self._log = self._log or Path(self._temporary.name) / "ray.log"
@@ -95,7 +98,7 @@ class RayPool:
 
     def refuse_never(self, gpus: int) -> None:
         """Raise NoRayError if a local Ray, which no machine joins later, has too few GPUs."""
-        if self._address == "local" and gpus > self.gpus:
+        if self.address == "local" and gpus > self.gpus:
             raise NoRayError(
                 f"{gpus} ranks need {gpus} GPUs, and --ray local is a Ray of this machine alone, which has {self.gpus:g}; ask for "
                 "fewer, give --model.device cpu, or the address of a cluster as --ray"
@@ -130,7 +133,7 @@ class RayPool:
                     if self._said
                     else "the Ray node process of this machine, or the connection, has ended"
                 )
-                if self._address != "local":
+                if self.address != "local":
                     why += f"; its ranks on other machines end within {ORPHAN_SECONDS:.0f} s"
                 self._bridge, self._said = None, []
                 for ranks in self._ranks.values():
@@ -147,13 +150,13 @@ class RayPool:
                     self._said.append(event["message"])
                 if event["event"] == "exit":
                     raise NoRayError(self._refusal(event))
-        if self._address == "local":
+        if self.address == "local":
             raise NoRayError(f"the local Ray did not start within {OPEN_SECONDS:.0f} s")
         raise NoRayError(self._no_cluster_answers(f"no answer for {OPEN_SECONDS:.0f} s"))
 
     def _open(self, *, patience: float) -> None:
         self._bridge, self.is_open = RankHost(self._wake), False
-        words = [*BRIDGE, self._address, str(self._cpus), str(patience)]
+        words = [*BRIDGE, self.address, str(self._cpus), str(patience)]
         self._bridge.start(words, {}, log=str(self._log))
 
     def _close(self) -> None:
@@ -167,7 +170,7 @@ class RayPool:
         # Ray only says that it cannot connect; its log has the reason.
         if any("Unauthenticated" in line for line in event["tail"]):
             return (
-                f"the Ray cluster at {self._address} requires its token, which Ray does not send to an explicit address by itself; set "
+                f"the Ray cluster at {self.address} requires its token, which Ray does not send to an explicit address by itself; set "
                 "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN_PATH unless the token lies in ~/.ray/auth_token"
             )
         if self._said:
@@ -177,7 +180,7 @@ class RayPool:
 
     def _no_cluster_answers(self, why: str) -> str:
         hint = "start one with: ray start --head, or use --ray local to start one for this run"
-        return f"no Ray cluster answers at {self._address} ({why}); {hint}"
+        return f"no Ray cluster answers at {self.address} ({why}); {hint}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,17 +215,27 @@ class RayRanks:
         self._generation = 0
         self._events: list[tuple[int, Event]] = []
         self._open: set[int] = set()
-        self._killed = False
+        self._processes: dict[int, Sequence[int]] = {}
+        # By generation and rank: when they were lost.
+        self._lost: dict[tuple[int, int], float] = {}
+        self._placed = self._killed = False
 
     @property
     def num_running(self) -> int:
-        """See `RankProcesses`."""
-        return len(self._open) if self._pool.is_open else 0
+        """See `RankProcesses`; a rank whose actor or bridge is lost counts until its end is seen, or LOST_SECONDS have passed."""
+        for (generation, rank), since in [*self._lost.items()]:
+            process = (
+                self._processes.get(rank) if self._pool.address == "local" and generation == self._generation else None
+            )
+            if time.monotonic() - since > LOST_SECONDS or (process is not None and not is_running(*process)):
+                del self._lost[generation, rank]
+        return (len(self._open) if self._pool.is_open else 0) + len(self._lost)
 
     def start(self, setup: Mapping[str, Any] | None) -> None:
         """See `RankProcesses`; without a setup the ranks get no line."""
         self._generation += 1
-        self._events, self._open, self._killed = [(0, {"event": "placing"})], set(range(self.count)), False
+        self._events, self._open, self._processes = [(0, {"event": "placing"})], set(range(self.count)), {}
+        self._placed = self._killed = False
         lines = [] if setup is None else [json.dumps(setup)]
         fields = {"replica": self._name, "generation": self._generation, "count": self.count, "lines": lines}
         self._pool.order("start", **fields, **asdict(self._start))
@@ -251,13 +264,25 @@ class RayRanks:
 
     def receive(self, event: Mapping[str, Any]) -> None:
         """Queue an event of a rank; events from an earlier start are dropped."""
-        if event["generation"] == self._generation and event["rank"] in self._open:
-            self._events.append((event["rank"], event["of"]))
-            if event["of"]["event"] == "exit":
-                self._open.discard(event["rank"])
+        start, rank, of = event["generation"], event["rank"], event["of"]
+        if of["event"] == "ended":
+            self._lost.pop((start, rank), None)
+        if start != self._generation or rank not in self._open:
+            return
+        self._events.append((rank, of))
+        if of["event"] == "placed":
+            self._placed = True
+        elif of["event"] == "started" and of["process"] is not None:
+            self._processes[rank] = of["process"]
+        elif of["event"] == "exit":
+            self._open.discard(rank)
+            if of.get("lost"):
+                self._lost[start, rank] = time.monotonic()
 
     def lose(self, why: str) -> None:
         """End all ranks with the bridge; `why` becomes their last line."""
         for rank in sorted(self._open):
             self._events.append((rank, {"event": "exit", "code": None, "pid": 0, "said": why, "tail": []}))
+            if self._placed:
+                self._lost[self._generation, rank] = time.monotonic()
         self._open = set()

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from engine.files.processes import start_time
 from launch.process.environment import rank_environment, without_place
 from launch.ranks.host import Event, RankHost, end_ranks
 from launch.ranks.local import LocalRanks
+from launch.ranks.ray_pool import RayRanks, Start
 
 # A rank that imports nothing slow: says what it finds, echoes lines, and does as it is told.
 RANK = """
@@ -109,8 +111,76 @@ def test_ranks_that_do_not_end_are_one_line(
     monkeypatch.setattr("launch.ranks.host.END_SECONDS", 0.25)
     end_ranks([Stubborn()])
     said = capsys.readouterr().err
-    assert said.startswith("warning: 1 of 2 ranks had not ended 0.25 s after they were killed, and may still hold ")
+    assert said.startswith("warning: 1 of 2 ranks were not seen to end within 0.25 s after they were killed, and ")
     assert said.count("\n") == 1
+
+
+class Pool:
+    """A pool whose bridge takes orders and does nothing."""
+
+    is_open = True
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.orders: list[str] = []
+
+    def order(self, do: str, **_: object) -> None:
+        self.orders.append(do)
+
+    def pump(self) -> None:
+        """Nothing comes."""
+
+
+def ranks_in(pool: Pool, *events: dict[str, object]) -> RayRanks:
+    """Two ranks on Ray, of which rank 0 has ended by itself, and what rank 1 has sent."""
+    start = Start(gpus=False, strategy="PACK", command=(), environment={}, logs=None, cwd="/")
+    ranks = RayRanks(pool, "ranks", 2, start)
+    ranks.start(None)
+    for rank, of in [(0, {"event": "placed"}), (0, {"event": "exit"}), *((1, event) for event in events)]:
+        ranks.receive({"generation": 1, "rank": rank, "of": of})
+    return ranks
+
+
+LOST = {"event": "exit", "code": None, "lost": True}
+
+
+def test_a_lost_rank_on_ray_counts_until_its_end_is_seen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its exit is reported at once, for another replica to make its item; the end of the command waits for its process."""
+    monkeypatch.setattr("launch.ranks.host.END_SECONDS", 0.05)
+    ranks = ranks_in(Pool("auto"), LOST)
+    assert [rank for rank, event in ranks.drain() if event["event"] == "exit"] == [0, 1]
+    ranks.start(None)  # a replica that was started anew still has a former rank that nobody saw end
+    assert ranks.num_running == 3
+    for rank in range(2):
+        ranks.receive({"generation": 2, "rank": rank, "of": {"event": "exit"}})
+    end_ranks([ranks])
+    assert capsys.readouterr().err.startswith("warning: 1 of 1 ranks were not seen to end within 0.05 s after ")
+    ranks.receive({"generation": 1, "rank": 1, "of": {"event": "ended"}})
+    end_ranks([ranks])
+    assert (ranks.num_running, capsys.readouterr().err) == (0, "")
+    assert ranks_in(Pool("auto"), LOST | {"lost": False}).num_running == 0  # never started
+    monkeypatch.setattr("launch.ranks.ray_pool.LOST_SECONDS", 0.0)  # its actor has killed it, unpolled
+    assert ranks_in(Pool("auto"), LOST).num_running == 0
+
+
+def test_ranks_of_a_bridge_that_is_lost_are_looked_for_here_alone() -> None:
+    """A local Ray's ranks are processes of this machine; those of a cluster are waited for."""
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        started = {"event": "started", "process": [process.pid, start_time(process.pid)]}
+        local, cluster = (ranks_in(Pool(address), started) for address in ("local", "auto"))
+        for ranks in (local, cluster):
+            ranks.lose("lost Ray")
+            assert ranks.num_running == 1
+        process.kill()
+    assert (local.num_running, cluster.num_running) == (0, 1)
+    waiting = RayRanks(
+        Pool("auto"), "ranks", 2, Start(gpus=True, strategy="PACK", command=(), environment={}, logs=None, cwd="/")
+    )
+    waiting.start(None)
+    waiting.lose("lost Ray")
+    assert waiting.num_running == 0  # they had no place yet
 
 
 def test_ctrl_c_ends_the_wait_for_ranks_alone() -> None:

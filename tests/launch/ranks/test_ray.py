@@ -176,6 +176,15 @@ def test_generate_on_ray_is_generate(cluster: str, wan_folder: Path, tmp_path: P
     assert ended["wrong"].stderr.count("\n") == 1
 
 
+def wait_for_ranks(process: subprocess.Popen[str], folder: Path | None) -> None:
+    """Until a command has started two ranks and, with a folder, they have saved steps there."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    while len(ranks_on_ray()) < 2 or not (folder is None or list(folder.glob("*.snapshot.safetensors"))):
+        assert time.monotonic() < until
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.005)
+
+
 @pytest.mark.usefixtures("as_a_member")
 @pytest.mark.parametrize("early", [True, False])
 def test_an_interrupted_command_ends_after_its_ranks(
@@ -184,16 +193,62 @@ def test_an_interrupted_command_ends_after_its_ranks(
     """Ctrl-C while the ranks import torch, and while they make steps, which rank 0 saves."""
     command = [*prompted(wan_folder, tmp_path / "a.mp4"), "--nproc=2", f"--ray={cluster}", "--sampler.num_steps=400"]
     with subprocess.Popen([sys.executable, str(SCRIPT), *command], stderr=subprocess.PIPE, text=True) as process:
-        until = time.monotonic() + PATIENCE_SECONDS
-        while len(ranks_on_ray()) < 2 or not (early or list(tmp_path.glob("*.snapshot.safetensors"))):
-            assert time.monotonic() < until
-            assert process.poll() is None, process.stderr.read()
-            time.sleep(0.005)
+        wait_for_ranks(process, None if early else tmp_path)
         process.send_signal(signal.SIGINT)
         said = process.stderr.read()
         assert process.wait() == 130, said
     assert ranks_on_ray() == {}
     assert said.startswith("stopped"), said
+    assert said.count("\n") == 1
+
+
+def status_of(pid: int) -> dict[str, str]:
+    """The fields of /proc/PID/status; empty for a process that has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+
+
+def descendants(pid: int) -> list[int]:
+    parents = {int(path.name): status_of(int(path.name)).get("PPid") for path in Path("/proc").glob("[0-9]*")}
+    found = [pid]
+    for each in found:
+        found += [child for child, parent in parents.items() if parent == str(each)]
+    return found
+
+
+def test_sigterm_to_all_processes_of_a_job_leaves_what_rank_0_saves(wan_folder: Path, tmp_path: Path) -> None:
+    """As scancel does, on a Ray of this command: bridge and Ray hold the signal back, since ranks die with their actors."""
+    command = [*prompted(wan_folder, tmp_path / "a.mp4"), "--nproc=2", "--ray=local", "--sampler.num_steps=400"]
+    with subprocess.Popen([sys.executable, str(SCRIPT), *command], stderr=subprocess.PIPE, text=True) as process:
+        wait_for_ranks(process, tmp_path)
+        every = descendants(process.pid)
+        ranks = {*ranks_on_ray().values()} & {*every}
+        blocked = {pid: int(status_of(pid)["SigBlk"], 16) >> signal.SIGTERM - 1 & 1 for pid in every}
+        assert {pid for pid in every if not blocked[pid]} == ranks | {process.pid}
+        for pid in every:
+            os.kill(pid, signal.SIGTERM)
+        said = process.stderr.read()
+        assert process.wait() == 143, said
+    assert said.startswith("stopped: after step "), said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.usefixtures("as_a_member")
+def test_a_lost_actor_ends_with_its_rank_before_the_command_does(
+    cluster: str, wan_folder: Path, tmp_path: Path
+) -> None:
+    """One line, and no wait for what a task on the actor's node sees to have ended."""
+    command = [*prompted(wan_folder, tmp_path / "a.mp4"), "--nproc=2", f"--ray={cluster}", "--sampler.num_steps=400"]
+    with subprocess.Popen([sys.executable, str(SCRIPT), *command], stderr=subprocess.PIPE, text=True) as process:
+        wait_for_ranks(process, tmp_path)
+        os.kill(int(status_of(ranks_on_ray()[1])["PPid"]), signal.SIGKILL)
+        said = process.stderr.read()
+        assert process.wait() == 1, said
+    assert ranks_on_ray() == {}
+    assert said.startswith("error: the Ray actor of rank 1 of 2: "), said
     assert said.count("\n") == 1
 
 
