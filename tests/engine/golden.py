@@ -78,6 +78,17 @@ def latents_of(
         made.close()
 
 
+def stop_run(engine: LongVideoEngine, snapshot: Path, *, after: int = 2, given: GivenFrames | None = None) -> None:
+    """Leave the snapshot of a run that is interrupted after so many steps."""
+
+    def stop(finished: int, _total: int) -> None:
+        if finished == after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.denoise(PROMPT, given=given, snapshot=snapshot, on_step=stop)
+
+
 _load_once = functools.cache(load_pipeline)
 
 

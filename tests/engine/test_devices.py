@@ -35,6 +35,7 @@ from freespec import eigen, kernels
 from freespec.methods import METHODS, FreeSpec
 from freespec.riflex import Riflex
 from parallel.mesh import build_mesh
+from tests.engine.golden import stop_run
 from tests.pretend_cuda import Event, MixedDevicesError, OnCuda, PretendCuda, dispatch, pretend_cuda
 from tests.ranks import PATIENCE, run_ranks
 from tests.tiny_pipelines import save_random_ltx, save_random_wan
@@ -161,18 +162,10 @@ def test_spectra_of_windows(folders: dict[str, Path], name: str) -> None:
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_interrupted_run_continues(folders: dict[str, Path], name: str, tmp_path: Path) -> None:
-    class Stop(BaseException):
-        pass
-
-    def stop(finished: int, _total: int) -> None:
-        if finished == 1:
-            raise Stop
-
     path = tmp_path / "state.safetensors"
     with pretend_cuda(), contextlib.closing(LongVideoEngine(config_of(folders[name], name))) as engine:
         whole = engine.denoise(PROMPT).latents
-        with pytest.raises(Stop):
-            engine.denoise(PROMPT, snapshot=path, on_step=stop)
+        stop_run(engine, path, after=1)
         denoised = engine.denoise(PROMPT, snapshot=path, snapshot_every=1)
     assert denoised.resumed_at == 1
     assert torch.equal(denoised.latents, whole)
@@ -417,10 +410,6 @@ def on_ranks(rank: int, case: tuple[str, Path, tuple[int, int, int]]) -> tuple[T
     """Latents of this rank, traced and after an interruption, and the number of frames that it decoded in tiles with the others."""
     name, folder, (cfg, ring, ulysses) = case
 
-    def stop(finished: int, _total: int) -> None:
-        if finished == 1:
-            raise KeyboardInterrupt
-
     with pretend_cuda(nccl=True):
         device, timeout = torch.device("cuda"), PATIENCE
         mesh = build_mesh(cfg=cfg, ring=ring, ulysses=ulysses, device=device, timeout=timeout)
@@ -432,8 +421,7 @@ def on_ranks(rank: int, case: tuple[str, Path, tuple[int, int, int]]) -> tuple[T
             for trace in (SpectralTrace(), WindowSpectra()):
                 latents = engine.denoise(PROMPT, trace=trace).latents
                 assert trace.rows or cfg > 1  # of the ranks that run the pass with the prompt
-            with pytest.raises(KeyboardInterrupt):
-                engine.denoise(PROMPT, snapshot=path, on_step=stop)
+            stop_run(engine, path, after=1)
             denoised = engine.denoise(PROMPT, snapshot=path)
             assert denoised.resumed_at == 1
             assert torch.equal(denoised.latents, latents)

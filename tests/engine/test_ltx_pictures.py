@@ -49,6 +49,7 @@ from tests.engine.golden import (
     on_one_rank,
     relative,
     rounding_of_direct,
+    stop_run,
 )
 from tests.engine.golden import latents_of as latents_on
 from tests.ranks import run_ranks
@@ -287,13 +288,8 @@ def test_other_pictures_of_a_text_to_video_checkpoint_keep_the_rule_without_trai
     assert spec.pictures == ("first",)
     both = GivenFrames(images=several.images[:2])
 
-    def stop(finished: int, _total: int) -> None:
-        if finished == 2:
-            raise InterruptedError
-
     with LongVideoEngine(config_of(plain)) as engine:
-        with pytest.raises(InterruptedError):
-            engine.denoise(PROMPT, given=both, snapshot=tmp_path / "state", on_step=stop)
+        stop_run(engine, tmp_path / "state", given=both)
         made = engine.denoise(PROMPT, given=both, snapshot=tmp_path / "state")
         still = encode_frames(engine.adapter, engine.pipe.vae, read_still(both.images[1]))
     assert made.resumed_at == 2
@@ -445,13 +441,8 @@ def test_any_arrangement_of_ranks_makes_the_same_video(folder, plain, several, r
 
 
 def test_a_run_that_was_stopped_continues(folder, several, tmp_path):
-    def stop(finished: int, _total: int) -> None:
-        if finished == 2:
-            raise InterruptedError
-
     with LongVideoEngine(config_of(folder)) as engine:
-        with pytest.raises(InterruptedError):
-            engine.denoise(PROMPT, given=several, snapshot=tmp_path / "state", on_step=stop)
+        stop_run(engine, tmp_path / "state", given=several)
         made = engine.denoise(PROMPT, given=several, snapshot=tmp_path / "state")
         assert engine.handle.state.beside == ()
     assert made.resumed_at == 2
@@ -464,15 +455,10 @@ def test_a_video_is_continued_towards_a_picture(folder, several, tmp_path):
     file, last = tmp_path / "a.safetensors", several.images[1]
     both = GivenFrames(extend=file, images=(last,))
 
-    def stop(finished: int, _total: int) -> None:
-        if finished == 2:
-            raise InterruptedError
-
     with LongVideoEngine(config_of(folder)) as engine:
         latents = torch.randn(engine.spec.latent_shape(NATIVE, 64, 96), generator=torch.Generator().manual_seed(1))
         save_latents(file, latents, {})
-        with pytest.raises(InterruptedError):
-            engine.denoise(PROMPT, given=both, snapshot=tmp_path / "state", on_step=stop)
+        stop_run(engine, tmp_path / "state", given=both)
         made = engine.denoise(PROMPT, given=both, snapshot=tmp_path / "state")
         alone = engine.denoise(PROMPT, given=GivenFrames(extend=file))
     assert made.resumed_at == 2

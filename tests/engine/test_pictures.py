@@ -36,7 +36,16 @@ from freespec.methods import FreeSpec
 from launch.cli.start import run_here
 from launch.video.prompts import look_at_given, look_at_prompts
 from tests.engine.applied import applied, latents_of, refused
-from tests.engine.golden import Case, all_degrees, assert_same_video, first_picture, mesh_of, on_one_rank, relative
+from tests.engine.golden import (
+    Case,
+    all_degrees,
+    assert_same_video,
+    first_picture,
+    mesh_of,
+    on_one_rank,
+    relative,
+    stop_run,
+)
 from tests.engine.golden import latents_of as latents_on
 from tests.loras import random_lora, save_lora
 from tests.ranks import run_ranks
@@ -197,14 +206,9 @@ def test_a_run_that_was_stopped_continues(folders, given, tmp_path):
     other = first_picture(tmp_path / "other.png", 32, 48, where="last", seed=5)
     both = GivenFrames(images=(*given["i2v"].images, *other.images))
 
-    def stop(finished: int, _total: int) -> None:
-        if finished == 1:
-            raise InterruptedError
-
     with LongVideoEngine(config) as engine:
         assert engine.generate(PROMPT, given=both, num_frames=NATIVE).frames.shape == (NATIVE, 32, 48, 3)
-        with pytest.raises(InterruptedError):
-            engine.denoise(PROMPT, given=both, snapshot=state, on_step=stop)
+        stop_run(engine, state, after=1, given=both)
         with pytest.raises(UserError, match="belongs to another run"):
             engine.denoise(PROMPT, given=given["i2v"], snapshot=state)
         made = engine.denoise(PROMPT, given=both, snapshot=state)

@@ -38,7 +38,7 @@ from engine.errors import UserError
 from engine.ranks.layouts import Ranks
 from engine.schedulers import SchedulerState, restore_scheduler
 from freespec.methods import FreeSpec
-from tests.engine.golden import PROMPT, mesh_of, relative
+from tests.engine.golden import PROMPT, mesh_of, relative, stop_run
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import random_ltx, random_wan, save_random_ltx, save_random_wan
 
@@ -222,21 +222,6 @@ def test_the_engine_is_the_stock_loop_whose_steps_draw_from_its_generator(varian
     assert torch.equal(latents if variant.adapter is WAN else pack(latents), expected)
 
 
-class StopError(Exception):
-    """Ends a run from outside."""
-
-
-def stopped_run(engine: LongVideoEngine, path: Path) -> None:
-    """Leave the snapshot of a run that was ended after two steps."""
-
-    def stop(finished: int, _total: int) -> None:
-        if finished == 2:
-            raise StopError
-
-    with pytest.raises(StopError):
-        engine.denoise(PROMPT, snapshot=path, on_step=stop)
-
-
 @numpy_2
 @every_variant
 def test_the_engine_makes_the_same_video_again_and_after_an_interruption(variant, folders, tmp_path):
@@ -247,10 +232,10 @@ def test_the_engine_makes_the_same_video_again_and_after_an_interruption(variant
         torch.manual_seed(99)  # torch's own generator has no part in it
         assert torch.equal(engine.denoise(PROMPT).latents, whole)
         assert not torch.equal(engine.denoise(PROMPT, seed=4).latents, whole)
-        stopped_run(engine, path)
+        stop_run(engine, path)
         resumed = engine.denoise(PROMPT, snapshot=path)
         path.unlink()
-        stopped_run(engine, path)
+        stop_run(engine, path)
         engine.close()
         # As in another process: some schedulers make attributes in their first step.
         fresh = engine_with(variant, folders[variant.adapter], method="freespec")
@@ -266,7 +251,7 @@ def test_an_interrupted_run_needs_the_state_of_its_generator(folders, tmp_path, 
     variant = next(variant for variant in variants() if variant.draws)
     engine = engine_with(variant, folders[variant.adapter])
     whole = engine.denoise(PROMPT).latents
-    stopped_run(engine, tmp_path / "run")
+    stop_run(engine, tmp_path / "run")
 
     def forget(scheduler: SchedulerMixin, state: SchedulerState, device: torch.device, _: torch.Generator) -> None:
         restore_scheduler(scheduler, state, device, torch.Generator())

@@ -32,7 +32,16 @@ from engine.ranks.layouts import Ranks
 from freespec.methods import FreeSpec
 from launch.cli.start import run_here
 from tests.engine.applied import applied, latents_of, refused
-from tests.engine.golden import Case, all_degrees, assert_same_video, first_picture, mesh_of, on_one_rank, relative
+from tests.engine.golden import (
+    Case,
+    all_degrees,
+    assert_same_video,
+    first_picture,
+    mesh_of,
+    on_one_rank,
+    relative,
+    stop_run,
+)
 from tests.engine.golden import latents_of as latents_on
 from tests.loras import random_lora, save_lora
 from tests.ranks import run_ranks
@@ -109,13 +118,8 @@ def test_pictures_elsewhere_stay_known_and_the_id_says_which_are_conditions(fold
         images=(*given.images, first_picture(tmp_path / "last.png", 64, 96, where="last", seed=1).images[0])
     )
 
-    def stop(finished: int, _total: int) -> None:
-        if finished == 2:
-            raise InterruptedError
-
     with LongVideoEngine(config) as engine:
-        with pytest.raises(InterruptedError):
-            engine.denoise(PROMPT, given=both, snapshot=state, on_step=stop)
+        stop_run(engine, state, given=both)
         made = engine.denoise(PROMPT, given=both, snapshot=state)
         assert made.resumed_at == 2
         assert torch.equal(made.latents, engine.denoise(PROMPT, given=both).latents)

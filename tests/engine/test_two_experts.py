@@ -34,7 +34,7 @@ from engine.ranks.layouts import Ranks
 from freespec.methods import FreeSpec
 from launch.cli.start import run_here
 from tests.engine.applied import applied, latents_of, refused
-from tests.engine.golden import Case, all_degrees, assert_same_video, mesh_of, on_one_rank, relative
+from tests.engine.golden import Case, all_degrees, assert_same_video, mesh_of, on_one_rank, relative, stop_run
 from tests.engine.golden import latents_of as engine_latents
 from tests.loras import random_lora, save_lora
 from tests.ranks import run_ranks
@@ -197,13 +197,8 @@ def test_any_arrangement_of_ranks_makes_the_same_video(folder, ranks, tmp_path):
 @pytest.mark.parametrize("stops_after", [1, 2, 3])
 def test_a_run_that_was_stopped_continues_across_the_switch(folder, tmp_path, stops_after):
     config, state = config_of(folder), tmp_path / "state"
-
-    def stop(finished: int, _total: int) -> None:
-        if finished == stops_after:
-            raise InterruptedError
-
-    with LongVideoEngine(config) as engine, pytest.raises(InterruptedError):
-        engine.denoise(PROMPT, snapshot=state, on_step=stop)
+    with LongVideoEngine(config) as engine:
+        stop_run(engine, state, after=stops_after)
     with LongVideoEngine(config) as engine:
         made = engine.denoise(PROMPT, snapshot=state)
     assert made.resumed_at == stops_after

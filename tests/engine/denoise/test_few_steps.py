@@ -33,8 +33,8 @@ from engine.planner.split import describe_splits
 from engine.ranks.layouts import Ranks
 from engine.schedulers import check_levels, make_scheduler, set_timesteps
 from freespec.methods import FreeSpec
-from tests.engine.golden import PROMPT, mesh_of, relative
-from tests.engine.test_schedulers import FLOW, SAVE, StopError, config_of
+from tests.engine.golden import PROMPT, mesh_of, relative, stop_run
+from tests.engine.test_schedulers import FLOW, SAVE, config_of
 from tests.loras import random_lora, save_lora
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import random_ltx, random_wan
@@ -178,13 +178,7 @@ def test_ranks_an_interruption_and_the_planner_agree_on_the_steps(tmp_path: Path
         config, path = few(adapter, folders[adapter], **settings[adapter]), tmp_path / "run"
         with contextlib.closing(LongVideoEngine(config)) as engine:
             whole = engine.denoise(PROMPT)
-
-            def stop(finished: int, _total: int) -> None:
-                if finished == 1:
-                    raise StopError
-
-            with pytest.raises(StopError):
-                engine.denoise(PROMPT, snapshot=path, on_step=stop)
+            stop_run(engine, path, after=1)
             resumed = engine.denoise(PROMPT, snapshot=path)
         path.unlink()
         assert resumed.resumed_at == 1

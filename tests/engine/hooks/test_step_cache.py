@@ -34,8 +34,7 @@ from engine.planner.cached import SCHEDULED, computed_steps
 from engine.ranks.layouts import Ranks
 from engine.spectra.trace import SpectralTrace
 from freespec.methods import FreeSpec
-from tests.engine.golden import PROMPT, TIMELINE, first_picture, mesh_of, on_one_rank, relative
-from tests.engine.test_schedulers import stopped_run
+from tests.engine.golden import PROMPT, TIMELINE, first_picture, mesh_of, on_one_rank, relative, stop_run
 from tests.ranks import run_ranks
 from tests.tiny_pipelines import random_i2v, random_ltx, random_ti2v, random_wan, save_random_ltx, save_random_wan
 
@@ -401,7 +400,7 @@ def test_only_finished_latents_are_saved(folders, tmp_path):
     """What a cache keeps is not in the state of a run, which could not go on with the same bits."""
     path = tmp_path / "run.safetensors"
     with LongVideoEngine(config_of(folders["wan"], "mag")) as made:
-        stopped_run(made, path)
+        stop_run(made, path)
         assert not path.exists()
         whole = made.denoise(PROMPT, snapshot=path, snapshot_every=2)
         assert kept_steps(path) == STEPS
@@ -411,7 +410,7 @@ def test_only_finished_latents_are_saved(folders, tmp_path):
     with LongVideoEngine(config_of(folders["wan"])) as made:
         with pytest.raises(UserError, match=r"belongs to another run .*sampler\.cache was 'mag', now unset"):
             made.denoise(PROMPT, snapshot=path)
-        stopped_run(made, tmp_path / "bare.safetensors")  # negative control
+        stop_run(made, tmp_path / "bare.safetensors")  # negative control
         assert kept_steps(tmp_path / "bare.safetensors") == 2
 
 
