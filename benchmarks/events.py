@@ -15,7 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.videos import Video, made_with, make_missing, options, read_kept, sampler_of, with_kept, write_report
+from benchmarks.videos import (
+    Video,
+    made_with,
+    make_missing,
+    options,
+    read_kept,
+    report_path,
+    sampler_of,
+    with_kept,
+    write_report,
+)
 from engine.engine import LongVideoEngine
 from evaluation.study.timelines_and_extensions import JOINED, timelines
 from metrics.events import TextRange, measure, observe
@@ -104,7 +114,7 @@ def main() -> None:
     make_missing(args.out, sampler, list_videos(args.count, args.seeds), make_video, kept)
     videos = with_kept(measured(made_with(args.out, sampler)), kept)
     lengths = sorted({EVENT * len(texts) + 1 for texts in draw_timelines(args.count)})
-    print(timelines(write_report(args.report, videos, lengths, sampler)))
+    print(timelines(write_report(report_path(args), videos, lengths, sampler)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Quality of continued videos of the embedded world, against a chain of clips that each re-encode the end of the last.
 
 python -m benchmarks.extensions --count 40 --seeds 1
-python -m benchmarks.extensions --count 40 --seeds 1 --model tiny/ltx --out ltx.jsonl --report ltx.json
+python -m benchmarks.extensions --count 40 --seeds 1 --model tiny/ltx
 
 A clip of native length is continued to four times that, from one of the held-out prompts. `extension` keeps the clip's latents and makes
 the rest in one run, as `generate.py --extend` does. `chain` makes clips of native length; each begins with the last frames of what is
@@ -26,6 +26,7 @@ from benchmarks.videos import (
     make_missing,
     options,
     read_kept,
+    report_path,
     sampler_of,
     with_kept,
     write_report,
@@ -137,11 +138,12 @@ def read_prompts() -> list[str]:
     return (ROOT / "configs/prompts/world-heldout-40.txt").read_text(encoding="utf-8").splitlines()
 
 
-def list_videos(count: int, seeds: int) -> Iterator[Video]:
-    """Each video: seed, number and text of its prompt, and the way it is continued."""
+def list_videos(count: int, seeds: int, **varied: Sequence[Any]) -> Iterator[Video]:
+    """Each video: seed, number and text of its prompt, and each value of what is varied: the way it is continued, say."""
     for seed in range(seeds):
         for index, prompt in enumerate(read_prompts()[:count]):
-            yield from ({"seed": seed, "index": index, "prompt": prompt, "way": way} for way in WAYS)
+            video = {"seed": seed, "index": index, "prompt": prompt}
+            yield from (video | {name: value} for name, values in varied.items() for value in values)
 
 
 def make_video(engine: LongVideoEngine, video: Video) -> dict[str, Any]:
@@ -175,9 +177,9 @@ def main() -> None:
         parser.error(f"there are {len(read_prompts())} held-out prompts, --count is {args.count}")
     sampler = sampler_of(args)
     kept = read_kept(args.kept, sampler)
-    make_missing(args.out, sampler, list_videos(args.count, args.seeds), make_video, kept)
+    make_missing(args.out, sampler, list_videos(args.count, args.seeds, way=WAYS), make_video, kept)
     videos = with_kept(measured(made_with(args.out, sampler)), kept)
-    print(extensions(write_report(args.report, videos, [LENGTH], sampler)))
+    print(extensions(write_report(report_path(args), videos, [LENGTH], sampler)))
 
 
 if __name__ == "__main__":

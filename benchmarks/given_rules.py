@@ -7,13 +7,13 @@ seen in each frame. Started again, the command makes what is missing.
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from benchmarks.extensions import NATIVE, continue_clip, decode, measure, observe, read_prompts
+from benchmarks.extensions import NATIVE, continue_clip, decode, list_videos, measure, observe
 from benchmarks.videos import Video, made_with, make_missing, options, sampler_of
 from engine.engine import LongVideoEngine
 from engine.files.tables import markdown_table
@@ -33,13 +33,6 @@ MEASURES = {
     "rgb_slope": "slope of the object's colour, levels per second",
 }
 COMPARED = {"centre_seam": "moves at the seam, against the rule", "rgb_seam": "colour at the seam, against the rule"}
-
-
-def list_videos(count: int, seeds: int) -> Iterator[Video]:
-    """Each video: seed, number and text of its prompt, and the rule."""
-    for seed in range(seeds):
-        for index, prompt in enumerate(read_prompts()[:count]):
-            yield from ({"seed": seed, "index": index, "prompt": prompt, "max_noise": rule} for rule in RULES)
 
 
 def make_video(engine: LongVideoEngine, video: Video) -> dict[str, Any]:
@@ -87,7 +80,7 @@ def main() -> None:
     parser.set_defaults(count=8)
     args = parser.parse_args()
     sampler = sampler_of(args)
-    make_missing(args.out, sampler, list_videos(args.count, args.seeds), make_video)
+    make_missing(args.out, sampler, list_videos(args.count, args.seeds, max_noise=RULES), make_video)
     print(table(made_with(args.out, sampler)))
 
 

@@ -15,6 +15,7 @@ from engine.files.trees import finite_or_none
 from engine.files.whole import write_json
 from engine.load.checkpoint import open_checkpoint
 from evaluation.comparison.store import CHECKPOINT_DIGITS
+from evaluation.study.reports import report_name
 from launch.cli.parser import parse_run
 
 Video = Mapping[str, Any]
@@ -22,7 +23,7 @@ Video = Mapping[str, Any]
 
 
 MODELS = ("tiny/wan", "tiny/ltx")
-"""The embedded models; the presets have their names, and lines and reports that name none are of the first."""
+"""The embedded models; the presets have their names, and reports that name none are of the first."""
 
 
 def options(
@@ -37,15 +38,24 @@ def options(
     parser.add_argument("--guidance", type=float, default=2.5, help="the preset's 5 needs 20 steps")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{name}.jsonl")
     parser.add_argument(
-        "--report", type=Path, default=RESULTS / f"{name}.json", help="docs/findings has that of the page"
+        "--report",
+        type=Path,
+        help=f"default {name}.json there, {name}-ltx.json of tiny/ltx; docs/findings has the page's",
     )
     parser.add_argument("--kept", type=Path, help="a report whose videos are not made again, and are in the new one")
+    parser.set_defaults(name=name)
     return parser
 
 
+def report_path(args: argparse.Namespace) -> Path:
+    """The file of the report, by default one of its own for each model."""
+    return args.report or RESULTS / f"{report_name(args.name, args.model)}.json"
+
+
 def sampler_of(args: argparse.Namespace) -> dict[str, Any]:
-    """What a line says of the model and the sampler, from the options."""
-    return {"model": args.model, "steps": args.steps, "guidance": args.guidance}
+    """What a line says of the model, its weights and the sampler, from the options."""
+    checkpoint = open_checkpoint(ModelConfig(path=args.model)).digest[:CHECKPOINT_DIGITS]
+    return {"model": args.model, "checkpoint": checkpoint, "steps": args.steps, "guidance": args.guidance}
 
 
 def make_missing(
@@ -59,7 +69,8 @@ def make_missing(
     made = read(out)
     videos = [{**video, **sampler} for video in videos if not any(_is_same(video, each) for each in kept)]
     left = [video for video in videos if not any(video.items() <= line.items() for line in made)]
-    with open_engine(**sampler) as engine, out.open("a", encoding="utf-8") as file:
+    engine_settings = {name: sampler[name] for name in ("steps", "guidance", "model")}
+    with open_engine(**engine_settings) as engine, out.open("a", encoding="utf-8") as file:
         for video in left:
             file.write(json.dumps(video | make(engine, video)) + "\n")
             file.flush()
@@ -75,11 +86,11 @@ def open_engine(steps: int, guidance: float, model: str = MODELS[0]) -> LongVide
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a file; none of a file that is not there yet."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [{"model": MODELS[0], **json.loads(line)} for line in lines]
+    return [json.loads(line) for line in lines]
 
 
 def made_with(path: Path, sampler: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The lines of the videos that were made with this sampler."""
+    """The lines of the videos that were made with this model and sampler; those of an older version name no checkpoint."""
     return [line for line in read(path) if sampler.items() <= line.items()]
 
 
@@ -125,7 +136,7 @@ def write_report(
 def _settings(num_frames: Sequence[int], sampler: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "model": sampler["model"],
-        "checkpoint": open_checkpoint(ModelConfig(path=sampler["model"])).digest[:CHECKPOINT_DIGITS],
+        "checkpoint": sampler["checkpoint"],
         "video.num_frames": num_frames,
         "sampler.num_steps": sampler["steps"],
         "sampler.guidance_scale": sampler["guidance"],

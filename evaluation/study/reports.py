@@ -1,7 +1,7 @@
 """Read the report.json files of a study, and check that they are complete and of the same weights."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from engine.errors import UserError
 from engine.files.trees import parse_json
 from engine.identity import flat
 from engine.shown import quoted
+from evaluation.study.wan_section import EMBEDDED
 
 Report = dict[str, Any]
 TABLES = ("methods", "noise", "ablation", "steps")
@@ -61,15 +62,30 @@ def read_report(path: Path, name: str) -> Report | None:
     return report
 
 
+def model_of(report: Report) -> str:
+    """The embedded model of a benchmark's report; others name none, and are of the first."""
+    return report["comparison"]["settings"].get("model", EMBEDDED)
+
+
+def report_name(benchmark: str, model: str) -> str:
+    """The name of a benchmark's report on an embedded model."""
+    return benchmark if model == EMBEDDED else f"{benchmark}-{model.rpartition('/')[2]}"
+
+
 def refuse_mixed(reports: Mapping[str, Report | None], files: Mapping[str, Path]) -> None:
     """Raise UserError if reports are of different weights, or tables of different settings or prompts.
 
     Tables may differ in their variants and the number of prompts, and `steps` in the number of steps. Videos are paired by
-    the index of their prompt. That of another model is not looked at.
+    the index of their prompt. The report of another model is of that model, and made as the one it stands beside.
     """
-    there = [(name, report) for name, report in reports.items() if report is not None and name != OTHER_MODEL]
+    there = [(name, report) for name, report in reports.items() if report is not None]
+    for name, report in there:
+        if name != report_name(name.partition("-")[0] if name in KEPT else name, model := model_of(report)):
+            raise UserError(
+                f"{files[name]} is of {model}, and is not the report of that model on the page; make it again"
+            )
     for (one, first), (other, second) in itertools.combinations(there, 2):
-        before, now = (_decisive(report, both_tables={one, other} <= {*TABLES}) for report in (first, second))
+        before, now = (_decisive(report, {one, other}) for report in (first, second))
         if "steps" in (one, other):
             before.pop(_STEPS, None)
             now.pop(_STEPS, None)
@@ -90,9 +106,13 @@ def refuse_mixed(reports: Mapping[str, Report | None], files: Mapping[str, Path]
                     )
 
 
-def _decisive(report: Report, *, both_tables: bool) -> dict[str, Any]:
+def _decisive(report: Report, names: Set[str]) -> dict[str, Any]:
+    """What two reports of these names have in common."""
     settings = report["comparison"]["settings"]
-    if not both_tables:
+    if OTHER_MODEL in names:
+        beside = OTHER_MODEL.partition("-")[0] in names
+        return {key: value for key, value in settings.items() if beside and key not in ("model", "checkpoint")}
+    if not names <= {*TABLES}:
         return {"checkpoint": settings["checkpoint"]}
     return settings | flat(report["comparison"]["variants"])
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from engine.files.tables import markdown_table
 from evaluation.markdown import Report, estimate
+from evaluation.study.reports import model_of, report_name
 from evaluation.study.wan_section import EMBEDDED
 from metrics.bootstrap import Estimate, mean_interval, paired_interval, seed_means
 
@@ -108,7 +109,7 @@ def extensions(report: Report | None, other: Report | None = None) -> str:
         ),
         "Goals for the extension: differences of 0 or less; undecided if the interval holds 0:",
         "",
-        _goals({_model(each): each for each in reports}),
+        _goals({model_of(each): each for each in reports}),
         *map(_trained, reports[1:]),
         "The jump of the extension at the seam, less that between latent frames. Straight motion at normal speed reaches the picture's edge "
         "where the clip ends.",
@@ -141,7 +142,7 @@ def _trained(report: Report) -> str:
     """Which videos those of another model are."""
     count = _count(balanced(report["videos"], "way"))
     return (
-        f"`{_model(report)}` was trained to continue clips; {count} clips, {_made(report)[:-1]}, by `--model {_model(report)} "
+        f"`{model_of(report)}` was trained to continue clips; {count} clips, {_made(report)[:-1]}, by `--model {model_of(report)} "
         f"--report {_kept(report)}`.\n"
     )
 
@@ -218,22 +219,16 @@ def _made(report: Report) -> str:
     )
 
 
-def _model(report: Report) -> str:
-    """The embedded model of a report; an older one names none, and is of the first."""
-    return report["comparison"]["settings"].get("model", EMBEDDED)
-
-
 def _kept(report: Report) -> str:
     """The file that the page has the report on continued videos from."""
-    more = "" if _model(report) == EMBEDDED else "-" + _model(report).rpartition("/")[2]
-    return f"docs/findings/extensions{more}/report.json"
+    return f"docs/findings/{report_name('extensions', model_of(report))}/report.json"
 
 
 def _command(benchmark: str, file: str, report: Report, videos: Sequence[Video]) -> str:
     """The command that makes these videos again."""
     settings = report["comparison"]["settings"]
     count, seeds = (1 + max(video[key] for video in videos) for key in ("index", "seed"))
-    model = "" if _model(report) == EMBEDDED else f"--model {_model(report)} "
+    model = "" if model_of(report) == EMBEDDED else f"--model {model_of(report)} "
     return (
         f"    python -m benchmarks.{benchmark} {model}--count {count} --seeds {seeds} --steps {settings['sampler.num_steps']} "
         f"--guidance {settings['sampler.guidance_scale']:g} --report {file}"

@@ -53,13 +53,16 @@ def test_the_page_is_of_timelines_that_every_method_has(tmp_path: Path) -> None:
 
     def page(shown: float) -> list[str]:
         report = write_report(
-            tmp_path / "report.json", lines(shown), [65], {"model": "tiny/wan", "steps": 6, "guidance": 2.5}
+            tmp_path / "report.json",
+            lines(shown),
+            [65],
+            {"model": "tiny/wan", "checkpoint": "b673", "steps": 6, "guidance": 2.5},
         )
         return timelines(report).splitlines()
 
     met, missed = page(0.95), page(0.9)
     assert "8 timelines of 2 to 4 events" in met[2]
-    assert "6 steps, guidance 2.5, 2 seeds" in met[2]
+    assert "6 steps, guidance 2.5, 2 seeds, checkpoint `b673`." in met[2]
     rows = [line for line in met if line.startswith("| freespec")]
     assert rows == ["| freespec | scene | 0.915 [0.895, 0.935] | 1 [1, 1] | – | 1.0 |  |"]
     assert (

@@ -20,14 +20,28 @@ from benchmarks.extensions import (
     observe,
 )
 from benchmarks.given_rules import RULES, table
-from benchmarks.videos import MODELS, make_missing, open_engine, read, read_kept, with_kept, write_report
+from benchmarks.videos import (
+    MODELS,
+    make_missing,
+    open_engine,
+    options,
+    read,
+    read_kept,
+    report_path,
+    sampler_of,
+    with_kept,
+    write_report,
+)
+from engine.config import ModelConfig
 from engine.errors import UserError
-from evaluation.study.timelines_and_extensions import WRONG, extensions
+from engine.load.checkpoint import open_checkpoint
+from evaluation.study.timelines_and_extensions import WAYS, WRONG, extensions
 from tiny.captions import parse_caption
 from tiny.world import SPEEDS, Scene, render
 
 PROMPT = "a red circle moves right over a blue background"
-SAMPLER = {"model": "tiny/wan", "steps": 1, "guidance": 3.0}
+MODEL = {"model": "tiny/wan", "steps": 1, "guidance": 3.0}
+SAMPLER = MODEL | {"checkpoint": "b67346ca1fdc948c"}
 LATER = slice(NATIVE, None)
 SPEED = SPEEDS["normal"]
 
@@ -166,7 +180,7 @@ def test_goals_of_another_model_stand_beside_those_of_the_first(tmp_path: Path) 
 def test_videos_begin_with_the_clip(model: str) -> None:
     """LTX-Video's decoder sees later frames too, of an extension other ones."""
     length = SEAMS["chain"][1]
-    with open_engine(**SAMPLER | {"model": model, "steps": {"tiny/wan": 1, "tiny/ltx": 2}[model]}) as engine:
+    with open_engine(**MODEL | {"model": model, "steps": {"tiny/wan": 1, "tiny/ltx": 2}[model]}) as engine:
         clip = engine.generate(PROMPT, num_frames=NATIVE, seed=3).frames
         extension, chain = (make(engine, PROMPT, way, 3, length=length) for way in SEAMS)
     assert extension.shape == chain.shape == (length, 64, 64, 3)
@@ -177,15 +191,30 @@ def test_videos_begin_with_the_clip(model: str) -> None:
 
 
 def test_a_video_is_made_once(tmp_path: Path) -> None:
-    out, videos, made = tmp_path / "extensions.jsonl", list(list_videos(1, 1)), []
+    out, videos, made = tmp_path / "extensions.jsonl", list(list_videos(1, 1, way=WAYS)), []
     out.write_text(
-        json.dumps(videos[0] | SAMPLER | {"seen": {}}) + "\n" + json.dumps(videos[1] | SAMPLER | {"steps": 2}) + "\n"
+        "".join(
+            json.dumps(videos[1] | line) + "\n"
+            for line in (MODEL, SAMPLER | {"checkpoint": "a"}, SAMPLER | {"steps": 2})
+        )
+        + json.dumps(videos[0] | SAMPLER | {"seen": {}})
+        + "\n"
     )
     make_missing(out, SAMPLER, videos, lambda _engine, video: made.append(video) or {"seen": {"shape": ["star"]}})
-    assert [video["way"] for video in made] == ["chain"]  # the other line of it has other steps
-    assert read(out)[2:] == [videos[1] | SAMPLER | {"seen": {"shape": ["star"]}}]
-    out.write_text(json.dumps({"steps": 1}) + "\n")
-    assert read(out) == [{"model": "tiny/wan", "steps": 1}]  # of a version without the option
+    assert [video["way"] for video in made] == ["chain"]  # other lines of it name no weights, others, or other steps
+    assert read(out)[4:] == [videos[1] | SAMPLER | {"seen": {"shape": ["star"]}}]
+
+
+def test_lines_and_reports_of_two_models_are_kept_apart() -> None:
+    parser = options(None, name="extensions", count="extensions", seeds=1, models=MODELS)
+    first, other = (parser.parse_args([f"--model={model}"]) for model in MODELS)
+    assert (first.out, sampler_of(first)["model"]) == (other.out, MODELS[0])
+    assert [report_path(args).name for args in (first, other)] == ["extensions.json", "extensions-ltx.json"]
+    assert report_path(parser.parse_args(["--report=a.json"])) == Path("a.json")
+    digests = [open_checkpoint(ModelConfig(path=model)).digest for model in MODELS]
+    for args, digest in zip((first, other), digests, strict=True):
+        assert len(sampler_of(args)["checkpoint"]) == 16
+        assert digest.startswith(sampler_of(args)["checkpoint"])
 
 
 def test_a_kept_report_is_continued(tmp_path: Path) -> None:
@@ -194,7 +223,11 @@ def test_a_kept_report_is_continued(tmp_path: Path) -> None:
     write_report(kept_file, [first | {"values": {"kept": 1.0, "centre_seam": float("nan")}}], [LENGTH], SAMPLER)
     kept = read_kept(kept_file, SAMPLER)
     make_missing(
-        tmp_path / "a.jsonl", SAMPLER, list_videos(1, 1), lambda _engine, video: made.append(video) or {}, kept
+        tmp_path / "a.jsonl",
+        SAMPLER,
+        list_videos(1, 1, way=WAYS),
+        lambda _engine, video: made.append(video) or {},
+        kept,
     )
     assert [video["way"] for video in made] == ["chain"]
     both = with_kept([second | {"values": {"kept": 0.5}}], kept)
@@ -203,6 +236,8 @@ def test_a_kept_report_is_continued(tmp_path: Path) -> None:
     assert [video["values"]["kept"] for video in again] == [0.75]
     with pytest.raises(UserError, match=r"was made with .*'sampler.num_steps': 1.* and this run has .*: 2"):
         read_kept(kept_file, SAMPLER | {"steps": 2})
+    with pytest.raises(UserError, match=r"was made with .*'checkpoint': 'b67346ca1fdc948c'.* and this run has .*'abc'"):
+        read_kept(kept_file, SAMPLER | {"checkpoint": "abc"})
 
 
 def test_a_clip_that_is_not_as_captioned_is_of_its_own_kind() -> None:

@@ -405,6 +405,32 @@ def test_reports_of_different_runs_are_not_mixed(put: Callable[..., None], findi
     assert "freespec.method.freespec.alpha is 5.0 in the first and 2.0 in the second" in findings_of().error
 
 
+def test_continued_videos_of_two_models_are_made_alike(
+    put: Callable[..., None], findings_of: Callable[[], Run]
+) -> None:
+    """Each report is of its model, and of the two only the model and its weights differ."""
+
+    def continued(model: dict[str, str], **settings: Any) -> dict[str, Any]:
+        told = {"checkpoint": "abc", "video.num_frames": [129], "sampler.num_steps": 6, "sampler.guidance_scale": 2.5}
+        return {"comparison": {"settings": model | told | settings}, "videos": []}
+
+    ltx, wan = {"model": "tiny/ltx"}, {"model": "tiny/wan"}
+    tables = report_of({"speed": {"direct": 2.0, "freespec": 1.0}}, ("direct", "freespec"))
+    put(methods=tables, extensions=continued({}), **{"extensions-ltx": continued(ltx, checkpoint="def")})
+    assert findings_of().code == 0
+    put(**{"extensions-ltx": continued(ltx, checkpoint="def", **{"sampler.guidance_scale": 5.0})})
+    error = findings_of().error
+    assert (
+        "extensions-ltx/report.json are of different runs: sampler.guidance_scale is 2.5 in the first and 5.0" in error
+    )
+    put(**{"extensions-ltx": continued(wan)})
+    assert "extensions-ltx/report.json is of tiny/wan, and is not the report of that model" in findings_of().error
+    put(extensions=continued(ltx), **{"extensions-ltx": continued(ltx)})
+    assert "extensions/report.json is of tiny/ltx, and is not the report of that model" in findings_of().error
+    put(extensions=continued(wan, checkpoint="def"), **{"extensions-ltx": continued(ltx)})
+    assert "checkpoint is abc in the first and def in the second" in findings_of().error
+
+
 def test_tables_of_other_prompts_are_not_paired(put: Callable[..., None], findings_of: Callable[[], Run]) -> None:
     tables = report_of({"speed": {"direct": 2.0, "freespec": 1.0}}, ("direct", "freespec"))
     fewer = tables | {"comparison": tables["comparison"] | {"prompts": [*"abc"]}}
